@@ -1,0 +1,206 @@
+"""One writer's file: a safetensors file of flat fp32 pieces whose header says what each is, so it stands alone.
+
+Layout: 8 bytes header length (little endian), JSON header, then the pieces one after the other. The header's
+`__metadata__` lists per piece its start, length, tensor rank and size and the xxh3 of its bytes. Written here and
+not by the safetensors library so that it is hashed while it is written; any safetensors reader opens it. Reading
+maps the file and checks every offset first, so nothing a header says can reach outside the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from engine.errors import CheckpointError
+
+CHUNK_BYTES = 8 << 20
+"""Bytes written and hashed at a time."""
+MAX_HEADER_BYTES = 100 << 20
+"""As in the safetensors library."""
+FORMAT = "palimpsest-pieces 1"
+ITEM_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: `start` and `length` count elements of the flattened local part of one tensor rank."""
+
+    key: str
+    start: int
+    length: int
+    tensor_rank: int
+    tensor_size: int
+
+    def place(self) -> list[int]:
+        return [self.start, self.length, self.tensor_rank, self.tensor_size]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest says of a file: its size and the xxh3 (64 bit, hex) of all its bytes."""
+
+    name: str
+    num_bytes: int
+    xxh3: str
+
+
+def header_bytes(entries: list[Entry], data: np.ndarray, about: dict[str, Any]) -> bytes:
+    """The file's first bytes for `data`, a flat fp32 array that holds the entries one after the other."""
+    header: dict[str, Any] = {}
+    pieces: dict[str, list[int | str]] = {}
+    at = 0
+    for entry in entries:
+        part = data[at : at + entry.length]
+        pieces[entry.key] = [*entry.place(), digest(part)]
+        offsets = [at * ITEM_BYTES, (at + entry.length) * ITEM_BYTES]
+        header[entry.key] = {"dtype": "F32", "shape": [entry.length], "data_offsets": offsets}
+        at += entry.length
+    assert at == data.size, "the buffer holds exactly the entries"
+    header["__metadata__"] = {"format": FORMAT, "about": compact(about), "pieces": compact(pieces)}
+    text = compact(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write(path: Path, header: bytes, data: np.ndarray) -> FileRecord:
+    """Writes header and data, hashed on the way, and returns when they are on the disk.
+
+    Raises:
+        CheckpointError: the file system is full or refuses.
+    """
+    hasher = xxhash.xxh3_64()
+    with disk_errors(path), path.open("xb", buffering=0) as file:
+        for block in (memoryview(header), memoryview(data).cast("B")):
+            for at in range(0, len(block), CHUNK_BYTES):
+                chunk = block[at : at + CHUNK_BYTES]
+                hasher.update(chunk)
+                _write_all(file.write, chunk)
+        os.fsync(file.fileno())
+    return FileRecord(path.name, len(header) + data.nbytes, hasher.hexdigest())
+
+
+def _write_all(write: Callable[[memoryview], int | None], chunk: memoryview) -> None:
+    while len(chunk):  # an unbuffered write may take a part only
+        chunk = chunk[write(chunk) or 0 :]
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns an `OSError` while writing at `path` into a `CheckpointError` that says what to do."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CheckpointError(
+                f"no space left for {path}: {problem.strerror}",
+                remedy="free some space or lower checkpoint.keep_last, then train again; earlier checkpoints are whole",
+            ) from problem
+        raise CheckpointError(
+            f"cannot write {path}: {problem.strerror or problem}", remedy="mend the file system or its permissions"
+        ) from problem
+
+
+class Container:
+    """A file of pieces, mapped: its entries by key, and their elements without a read until they are touched."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises `CheckpointError` where the file is absent, cut short or its header does not hold."""
+        self.path = path
+        header, self._data_start, self.num_bytes = _read_header(path)
+        self._offsets: dict[str, int] = {}
+        self.entries: dict[str, Entry] = {}
+        self.digests: dict[str, str] = {}
+        try:
+            self._parse(header)
+        except (KeyError, TypeError, ValueError, RecursionError) as problem:
+            raise damaged(path, f"its header is not that of a file of pieces ({problem!r})") from problem
+        self._map: np.ndarray | None = None
+
+    def values(self, key: str) -> np.ndarray:
+        """The elements of an entry: flat fp32, a private map of the file (a write stays in memory)."""
+        if self._map is None:
+            self._map = np.memmap(self.path, dtype=np.uint8, mode="c", offset=0, shape=(self.num_bytes,))
+        at = self._data_start + self._offsets[key]
+        return self._map[at : at + self.entries[key].length * ITEM_BYTES].view(np.float32)
+
+    def damaged_entries(self) -> list[str]:
+        """Keys of the entries whose bytes are not those that were written. Reads the whole file."""
+        return [key for key in self.entries if digest(self.values(key)) != self.digests[key]]
+
+    def _parse(self, header: dict[str, Any]) -> None:
+        about = header.pop("__metadata__")
+        if about["format"] != FORMAT:
+            raise ValueError(f"format {about['format']!r}")
+        pieces = json.loads(about["pieces"])
+        if pieces.keys() != header.keys():
+            raise ValueError("its list of pieces is not its list of tensors")
+        at = 0
+        for key, tensor in header.items():
+            *place, self.digests[key] = pieces[key]
+            entry = Entry(key, *place)
+            begin, end = tensor["data_offsets"]
+            if tensor["dtype"] != "F32" or tensor["shape"] != [entry.length] or begin != at:
+                raise ValueError(f"{key}: dtype, shape or place")
+            if entry.length <= 0 or end - begin != entry.length * ITEM_BYTES:
+                raise ValueError(f"{key}: {entry.length} elements in {end - begin} bytes")
+            self.entries[key], self._offsets[key], at = entry, begin, end
+        if self._data_start + at != self.num_bytes:
+            raise ValueError(f"{self._data_start + at} bytes announced, {self.num_bytes} there")
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """(header, where the data starts, bytes of the file)."""
+    try:
+        with path.open("rb") as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise damaged(path, f"{num_bytes} bytes are too few for a header")
+            (length,) = struct.unpack("<Q", prefix)
+            if length > min(MAX_HEADER_BYTES, num_bytes - 8):
+                raise damaged(path, f"a header of {length} bytes in a file of {num_bytes}")
+            header = json.loads(file.read(length))
+    except OSError as problem:
+        raise damaged(path, f"cannot be read ({problem.strerror})") from problem
+    except (ValueError, RecursionError) as problem:
+        raise damaged(path, "its header is not JSON") from problem
+    if not isinstance(header, dict):
+        raise damaged(path, "its header is not a JSON object")
+    return header, 8 + length, num_bytes
+
+
+def damaged(path: Path, what: str) -> CheckpointError:
+    """The error for a file of a checkpoint that cannot be trusted."""
+    return CheckpointError(
+        f"{path}: {what}",
+        remedy=f"`palimpsest checkpoint verify {path.parent}` names all damage; use an older checkpoint",
+    )
+
+
+def file_digest(path: Path) -> str:
+    """xxh3 (64 bit, hex) of a whole file, read in chunks; raises `OSError`."""
+    hasher = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def digest(values: np.ndarray) -> str:
+    """xxh3 (64 bit, hex) of an array's bytes."""
+    return xxhash.xxh3_64(memoryview(values).cast("B")).hexdigest()
+
+
+def compact(value: Any) -> str:
+    """JSON without spaces."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)

@@ -1,0 +1,106 @@
+"""A hash of all weights and moments that no layout can change: equal states have equal fingerprints.
+
+Each real element is mixed with its name and its index in the whole parameter by the finaliser of SplitMix64
+(Steele, Lea and Flood 2014, figure 17), and the results are added modulo 2**64: a sum does not ask who holds what.
+It is bitwise (0.0 and -0.0 differ) and a check against mistakes, not against malice.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+
+from engine.checkpoint.geometry import Box, dims, flat_boxes, flat_index, strides, to_whole
+from engine.checkpoint.load import Files
+from engine.checkpoint.manifest import WEIGHT, Manifest, key_of, moment_state
+from engine.checkpoint.staging import stored_pieces
+from engine.checkpoint.writers import Writer, writers_of
+from engine.parallel import collectives
+from engine.parallel.groups import Groups
+from engine.parallel.sharding import ParameterSpec
+from engine.parallel.state import Piece, Placement
+
+_CHUNK = 1 << 20
+"""Elements mixed at a time, so that little memory is used."""
+_MASK = (1 << 64) - 1
+
+
+def fingerprint(pieces: list[Piece], placements: list[Placement], groups: Groups) -> str:
+    """16 hex digits over every weight and moment of the run, each counted once. Collective over `groups.world`.
+
+    Under ZeRO-0 the copies beyond the first data rank's are not looked at.
+    """
+    own = partial_sum(pieces, placements, Writer.of(groups), groups.layout.tensor)
+    return combine(collectives.gather_objects(own, groups.world))
+
+
+def partial_sum(pieces: list[Piece], placements: list[Placement], writer: Writer, tensor_size: int) -> int:
+    """One rank's share of the fingerprint: the elements that it would store."""
+    total = 0
+    for piece, length in stored_pieces(pieces, placements, writer, tensor_size):
+        states = {WEIGHT: piece.weight} | {moment_state(name): values for name, values in piece.moments.items()}
+        for state, values in states.items():
+            flat = values[:length].detach()
+            total += range_sum(state, piece.spec, piece.start, flat, writer.tensor_rank, tensor_size)
+    return total & _MASK
+
+
+def combine(sums: list[int]) -> str:
+    """The fingerprint from every rank's share."""
+    return f"{sum(sums) & _MASK:016x}"
+
+
+def fingerprint_of_checkpoint(path: Path, manifest: Manifest) -> str:
+    """The fingerprint of what a checkpoint holds, by reading all of it; equals that of the state it was saved from."""
+    files, tensor_size = Files(path, manifest), manifest.layout.tensor
+    sums = []
+    for name, placement in manifest.placements.items():
+        for writer in writers_of(placement, manifest.data_size, tensor_size):
+            start, _ = manifest.range_of(name, writer)
+            for state in manifest.states:
+                flat = torch.from_numpy(files.values(state, name, writer))
+                sums.append(range_sum(state, placement.spec, start, flat, writer.tensor_rank, tensor_size))
+    return combine(sums)
+
+
+def range_sum(
+    state: str, spec: ParameterSpec, start: int, flat: torch.Tensor, tensor_rank: int, tensor_size: int
+) -> int:
+    """Sum of the mixed elements of a flat fp32 range (from `start`) of one local part, modulo 2**64."""
+    key = np.uint64(xxhash.xxh3_64_intdigest(key_of(state, spec.name).encode()))
+    local, shape = dims(spec.local_shape(tensor_size)), dims(spec.stored_shape)
+    total = 0
+    for at in range(0, flat.numel(), _CHUNK):
+        bits = flat[at : at + _CHUNK].cpu().numpy().view(np.uint32)
+        for box in flat_boxes(local, start + at, bits.size):
+            for part, whole in to_whole(spec, box, tensor_rank, tensor_size):
+                offset = flat_index(part.start, local) - start - at
+                values = np.lib.stride_tricks.as_strided(
+                    bits[offset:], part.size, [stride * bits.itemsize for stride in strides(local)], writeable=False
+                )
+                total += int(_mix(key, _indices(whole, shape), values).sum(dtype=np.uint64))
+    return total & _MASK
+
+
+def _indices(box: Box, shape: tuple[int, ...]) -> np.ndarray:
+    """Index in the flattened whole parameter of every element of a box, uint64, of the box's size."""
+    result = np.zeros((1,) * len(shape), dtype=np.uint64)
+    for dim, stride in enumerate(strides(shape)):
+        along = np.arange(box.start[dim], box.start[dim] + box.size[dim], dtype=np.uint64) * np.uint64(stride)
+        result = result + along.reshape([-1 if other == dim else 1 for other in range(len(shape))])
+    return result
+
+
+def _mix(key: np.uint64, index: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """A 64-bit hash per element of (key, index, bits); arithmetic modulo 2**64."""
+    return _finalise(_finalise(index + key) ^ bits.astype(np.uint64))
+
+
+def _finalise(z: np.ndarray) -> np.ndarray:
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

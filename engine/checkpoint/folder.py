@@ -1,0 +1,145 @@
+"""The folder `checkpoints/` of a run: names, order, and who may commit to it.
+
+`step-00000123` is committed and whole by construction; every name that starts with a dot is on its way in or
+out and no checkpoint. `owner.json` names the newest start of the run, (job, attempt): only the owner may commit,
+so that a process that outlived its attempt cannot move the newest checkpoint. The functions here run on one rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from engine.checkpoint.container import disk_errors
+from engine.errors import CheckpointError
+
+CHECKPOINTS = "checkpoints"
+"""Its name in a run folder."""
+_OWNER = "owner.json"
+_COMMITTED = re.compile(r"step-(\d{8,})")
+_PASSING = re.compile(r"\.step-.*\.(partial|replaced|removed)")
+
+
+@dataclass(frozen=True)
+class Owner:
+    """One start of a run: the scheduler's job and how often it was started before."""
+
+    job: str
+    attempt: int
+
+
+def step_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies once it is committed."""
+    return folder / f"step-{step:08d}"
+
+
+def partial_path(folder: Path, step: int, owner: Owner) -> Path:
+    """Where it is written before that."""
+    job = re.sub(r"[^A-Za-z0-9_.]", "_", owner.job)
+    return folder / f".step-{step:08d}.{job}-{owner.attempt}.partial"
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name, or -1 for a folder of another name."""
+    found = _COMMITTED.fullmatch(path.name)
+    return int(found.group(1)) if found else -1
+
+
+def committed(folder: Path) -> list[Path]:
+    """The committed checkpoints, newest first; none where there is no such folder. Says nothing of their health."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if step_of(path) >= 0), key=step_of, reverse=True)
+
+
+def claim(folder: Path, owner: Owner) -> None:
+    """Makes `owner` the one that may commit, and clears what an earlier start left half done.
+
+    Raises:
+        CheckpointError: a newer attempt of the same job owns the folder.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        current = owner_of(folder)
+        if current is not None and current.job == owner.job and current.attempt > owner.attempt:
+            raise _stale(folder, current, owner)
+        partial = folder / f".{_OWNER}.{os.getpid()}"
+        partial.write_text(json.dumps(asdict(owner)), encoding="utf-8")
+        partial.replace(folder / _OWNER)
+        sync(folder)
+        sweep(folder)
+
+
+def owner_of(folder: Path) -> Owner | None:
+    """Who may commit; None where nobody has claimed the folder or the claim cannot be read."""
+    try:
+        return Owner(**json.loads((folder / _OWNER).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def check_owner(folder: Path, owner: Owner) -> None:
+    """Raises `CheckpointError` where another start of the run has claimed the folder since."""
+    current = owner_of(folder)
+    if current != owner:
+        raise _stale(folder, current, owner)
+
+
+def _stale(folder: Path, current: Owner | None, owner: Owner) -> CheckpointError:
+    now = f"job {current.job!r} attempt {current.attempt}" if current else "nobody"
+    return CheckpointError(
+        f"{folder} belongs to {now}, this is job {owner.job!r} attempt {owner.attempt}",
+        "commits of the newest start of a run",
+        "end this process: the run goes on elsewhere",
+    )
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Puts a finished checkpoint in its place, over one of the same step that an earlier start left there.
+
+    The older one steps aside first; `sweep` puts it back should this process die between the two moves.
+    """
+    with disk_errors(target):
+        sync(partial)
+        aside = target.with_name(f".{target.name}.replaced")
+        if target.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            target.rename(aside)
+        partial.rename(target)
+        sync(target.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Clears what a killed process left: half-written and half-removed checkpoints go, a replaced one comes back."""
+    for path in folder.iterdir():
+        found = _PASSING.fullmatch(path.name)
+        if not found:
+            continue
+        target = path.with_name(path.name[1:].removesuffix(".replaced"))
+        if found.group(1) == "replaced" and not target.exists():
+            path.rename(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Removes a committed checkpoint; at no moment is a half-removed one among the committed."""
+    doomed = path.with_name(f".{path.name}.removed")
+    with disk_errors(path):
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def sync(folder: Path) -> None:
+    """Returns when the folder's list of names is on the disk."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,190 @@
+"""Loading into any layout: each rank reads just the byte ranges that its live pieces need, with no gather.
+
+Which file holds what follows from the manifest's placements; each file's own header has to agree before a byte of
+it is used. Invariant: after a load each element of a piece is the one saved, or 0 where it is padding. Content
+hashes are the business of `engine.checkpoint.verify`, once, before a checkpoint is chosen.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.checkpoint import document
+from engine.checkpoint.agreement import on_all
+from engine.checkpoint.container import ITEM_BYTES, Container, damaged
+from engine.checkpoint.geometry import Box, dims, flat_index, strides
+from engine.checkpoint.manifest import WEIGHT, CheckpointState, Manifest, key_of, match, moment_state
+from engine.checkpoint.writers import Need, Transfer, Writer, stored_numel, transfers
+from engine.errors import CheckpointError
+from engine.parallel import collectives
+from engine.parallel.groups import Groups
+from engine.parallel.sharding import ParameterSpec, Shape
+from engine.parallel.state import Piece, Placement
+
+
+def open_checkpoint(path: Path) -> Manifest:
+    """The manifest of a checkpoint, checked against itself and the sizes of its files.
+
+    Raises:
+        CheckpointError: it is absent, damaged or claims what cannot be.
+    """
+    manifest = document.read(path)
+    document.check_sizes(manifest, path)
+    return manifest
+
+
+def read_state(path: Path) -> CheckpointState:
+    """The part of a checkpoint that is not tensors; raises as `open_checkpoint`."""
+    return open_checkpoint(path).state
+
+
+def load(path: Path, groups: Groups, pieces: list[Piece], placements: list[Placement]) -> Manifest:
+    """Fills every rank's live pieces from a checkpoint of any layout. Collective over `groups.world`.
+
+    `placements` are those of this rank's stage; together they must name the very parameters of the checkpoint.
+
+    Raises:
+        CheckpointError: the same on every rank.
+    """
+    specs = [placement.spec for placement in placements]
+    everywhere = [spec for stage in collectives.gather_objects(specs, groups.pipe) for spec in stage]
+
+    def fill() -> Manifest:
+        manifest = open_checkpoint(path)
+        match(manifest, everywhere)
+        load_pieces(path, manifest, pieces, groups.coordinates.tensor_rank, groups.layout.tensor)
+        return manifest
+
+    return on_all(fill, groups.world)
+
+
+def load_pieces(path: Path, manifest: Manifest, pieces: list[Piece], tensor_rank: int = 0, tensor_size: int = 1) -> int:
+    """Fills live pieces, with those moments that they carry; returns how many bytes were read.
+
+    Padded rows become 0. `tensor_rank` of `tensor_size` says whose local part the pieces are ranges of.
+
+    Raises:
+        CheckpointError: a parameter or moment is not in the checkpoint or has another shape, or a file is damaged.
+    """
+    files = Files(path, manifest)
+    for piece in pieces:
+        _check_piece(manifest, piece)
+    return sum(_fill(piece, files, tensor_rank, tensor_size) for piece in pieces)
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """All fp32 weights by logical name in their stored shapes (no padding), in this process's memory.
+
+    Raises:
+        CheckpointError: as `open_checkpoint` and `load_pieces`.
+    """
+    manifest = open_checkpoint(path)
+    Files(path, manifest).check_all()  # every element is backed by bytes on the disk before memory is taken
+    pieces = []
+    for name, spec in manifest.specs.items():
+        whole = ParameterSpec(name, spec.stored_shape)
+        pieces.append(Piece(whole, 0, torch.empty(stored_numel(spec), dtype=torch.float32)))
+    load_pieces(path, manifest, pieces)
+    return {piece.spec.name: piece.weight.view(piece.spec.shape) for piece in pieces}
+
+
+class Files:
+    """The files of one checkpoint, each opened when it is first needed and held against the manifest."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._open: dict[str, Container] = {}
+
+    def values(self, state: str, name: str, writer: Writer) -> np.ndarray:
+        """What a writer stored of a parameter's state: flat fp32, mapped; it begins at the writer's stored range."""
+        file = self.file(writer.file_name)
+        self._check(file, state, name, writer)
+        return file.values(key_of(state, name))
+
+    def file(self, name: str) -> Container:
+        """The file of that name; raises `CheckpointError` where it is absent or not of its recorded size."""
+        if name not in self._open:
+            document.check_size(self.manifest.files[name], self.path / name)
+            self._open[name] = Container(self.path / name)
+        return self._open[name]
+
+    def check_all(self) -> None:
+        """Raises `CheckpointError` unless every file holds exactly the pieces that the placements ask of it."""
+        for file_name in self.manifest.files:
+            self.check_file(file_name)
+
+    def check_file(self, file_name: str) -> None:
+        """Raises `CheckpointError` unless a file holds exactly the pieces that the placements ask of it."""
+        file, writer = self.file(file_name), Writer.parse(file_name)
+        assert writer is not None, "a manifest that was read has no other names"
+        names = [name for name in self.manifest.placements if self.manifest.range_of(name, writer)[1]]
+        keys = {key_of(state, name) for state in self.manifest.states for name in names}
+        odd = sorted(keys ^ file.entries.keys())
+        if odd:
+            raise damaged(file.path, f"its pieces are not those of the manifest: {odd[:4]}")
+        for state in self.manifest.states:
+            for name in names:
+                self._check(file, state, name, writer)
+
+    def _check(self, file: Container, state: str, name: str, writer: Writer) -> None:
+        entry = file.entries.get(key_of(state, name))
+        split = self.manifest.placements[name].spec.sharding.dim is not None
+        owner = [writer.tensor_rank, self.manifest.layout.tensor] if split else [0, 1]
+        wanted = [*self.manifest.range_of(name, writer), *owner]
+        if entry is None or entry.place() != wanted:
+            found = entry.place() if entry else "nothing"
+            raise damaged(file.path, f"{key_of(state, name)} is {found}, the manifest asks for {wanted}")
+
+
+def _fill(piece: Piece, files: Files, tensor_rank: int, tensor_size: int) -> int:
+    """Fills one piece and its moments; returns the bytes read."""
+    saved = files.manifest.placements[piece.spec.name]
+    need = Need(piece.spec, piece.start, piece.length, tensor_rank, tensor_size)
+    copies = list(transfers(need, saved, files.manifest.data_size, files.manifest.layout.tensor))
+    found = sum(copy.source.numel for copy in copies)
+    if found != need.real_length:
+        raise damaged(files.path, f"{piece.spec.name}: {found} of {need.real_length} elements are in no file")
+    targets = {WEIGHT: piece.weight} | {moment_state(name): values for name, values in piece.moments.items()}
+    source_shape = dims(saved.spec.local_shape(files.manifest.layout.tensor))
+    target_shape = dims(piece.spec.local_shape(tensor_size))
+    with torch.no_grad():
+        for state, target in targets.items():
+            target[need.real_length :].zero_()
+            for copy in copies:
+                source = _source(copy, files, state, saved, source_shape)
+                _window(target, copy.target, target_shape, piece.start).copy_(source)
+    return found * ITEM_BYTES * len(targets)
+
+
+def _source(copy: Transfer, files: Files, state: str, saved: Placement, shape: Shape) -> torch.Tensor:
+    values = torch.from_numpy(files.values(state, saved.spec.name, copy.writer))
+    start, _ = files.manifest.range_of(saved.spec.name, copy.writer)
+    return _window(values, copy.source, shape, start)
+
+
+def _window(flat: torch.Tensor, box: Box, shape: Shape, start: int) -> torch.Tensor:
+    """The box of a local part of `shape` as a view of `flat`, which holds its flat range from `start` on."""
+    offset = flat.storage_offset() + flat_index(box.start, shape) - start
+    return flat.as_strided(box.size, strides(shape), offset)
+
+
+def _check_piece(manifest: Manifest, piece: Piece) -> None:
+    match_one = manifest.specs.get(piece.spec.name)
+    if match_one is None:
+        raise CheckpointError(
+            f"the checkpoint does not hold {piece.spec.name}",
+            remedy="use the model configuration that the checkpoint was saved with",
+        )
+    if match_one.stored_shape != piece.spec.stored_shape:
+        match(manifest, [*(s for n, s in manifest.specs.items() if n != piece.spec.name), piece.spec])
+    absent = sorted(set(piece.moments) - set(manifest.moments))
+    if absent:
+        raise CheckpointError(
+            f"{piece.spec.name}: the checkpoint holds no {', '.join(absent)}",
+            f"moments among {list(manifest.moments)}",
+            "load the weights alone, or use a checkpoint that was saved after the optimizer was made",
+        )

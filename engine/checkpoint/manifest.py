@@ -1,0 +1,154 @@
+"""The manifest as values: what a checkpoint holds, of what, and where a run stood when it was written.
+
+Its size does not grow with the number of ranks, but for one short line per file: where each piece lies follows
+from a `Placement` per parameter. Reading and writing it as JSON is `engine.checkpoint.document`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.checkpoint.container import FileRecord
+from engine.checkpoint.writers import Writer, stored_range, writers_of
+from engine.config.resolve import Layout
+from engine.errors import CheckpointError
+from engine.parallel.sharding import ParameterSpec
+from engine.parallel.state import Placement
+
+WEIGHT = "model"
+"""State name of the fp32 master weights; a moment's is `optim.<moment>`."""
+LIBRARIES = ("palimpsest", "torch", "deepspeed", "numpy", "safetensors", "xxhash")
+
+
+def moment_state(moment: str) -> str:
+    """State name of one of `engine.parallel.state.MOMENTS`."""
+    return f"optim.{moment}"
+
+
+def key_of(state: str, parameter: str) -> str:
+    """Name of a tensor in a file, for example `optim.exp_avg.final_norm.weight`."""
+    return f"{state}.{parameter}"
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that shape a checkpoint; those not installed are left out."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a source tree that is not installed
+            continue
+    return versions
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """The half of a run's state that is not tensors; all of it JSON (keys are text, no NaN).
+
+    `sections` are equal on every rank (rank 0's are written); `hyperparameters` are those of this rank's
+    parameters by name, joined over the pipeline stages when saved.
+    """
+
+    step: int
+    """Optimizer steps taken."""
+    tokens: int
+    """Tokens consumed."""
+    zero_stage: int
+    """Under which ZeRO stage it was saved; for information, loading does not ask."""
+    config_hash: str
+    """Hash of the configuration's keys of kind meaning."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The resolved configuration."""
+    sections: dict[str, Any] = field(default_factory=dict)
+    """State of the run's other parts by name: loader, rng, scheduler, metrics, ..."""
+    hyperparameters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Optimizer settings by parameter name."""
+    versions: dict[str, str] = field(default_factory=library_versions)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about one checkpoint but its elements."""
+
+    state: CheckpointState
+    layout: Layout
+    """The layout that saved."""
+    placements: dict[str, Placement]
+    """Per parameter of the whole model, by logical name: where its pieces lie over the ranks that saved."""
+    moments: tuple[str, ...]
+    """The moments stored beside the weights; empty for weights alone."""
+    files: dict[str, FileRecord]
+    """By name; only ranks that stored something have one."""
+    job: str
+    attempt: int
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Names of the states, weights first, in the order in which files hold them."""
+        return (WEIGHT, *map(moment_state, self.moments))
+
+    @property
+    def data_size(self) -> int:
+        """Ranks that ZeRO sharded over."""
+        return self.layout.data * self.layout.sequence
+
+    @property
+    def specs(self) -> dict[str, ParameterSpec]:
+        return {name: placement.spec for name, placement in self.placements.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(record.num_bytes for record in self.files.values())
+
+    def expected(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """Per file name the ranges (start, length) that it must hold by parameter name: the formula, written out."""
+        files: dict[str, dict[str, tuple[int, int]]] = {}
+        for name, placement in self.placements.items():
+            for writer in writers_of(placement, self.data_size, self.layout.tensor):
+                files.setdefault(writer.file_name, {})[name] = self.range_of(name, writer)
+        return files
+
+    def range_of(self, name: str, writer: Writer) -> tuple[int, int]:
+        """(start, length) that a writer stores of a parameter."""
+        return stored_range(self.placements[name], writer, self.layout.tensor)
+
+
+def match(manifest: Manifest, specs: Iterable[ParameterSpec]) -> None:
+    """Checks that a checkpoint holds exactly the parameters of a whole model, in these stored shapes.
+
+    Raises:
+        CheckpointError: naming each parameter that is missing, unknown or of another shape.
+    """
+    wanted = {spec.name: spec.stored_shape for spec in specs}
+    held = {name: spec.stored_shape for name, spec in manifest.specs.items()}
+    problems = [f"{name}: not in the checkpoint" for name in wanted.keys() - held.keys()]
+    problems += [f"{name}: not in the model" for name in held.keys() - wanted.keys()]
+    problems += [
+        f"{name}: {held[name]} in the checkpoint, {wanted[name]} in the model"
+        for name in wanted.keys() & held.keys()
+        if wanted[name] != held[name]
+    ]
+    if problems:
+        shown = sorted(problems)[:20] + (["..."] if len(problems) > 20 else [])
+        raise CheckpointError(
+            "the checkpoint is of another model:\n  " + "\n  ".join(shown),
+            "the same parameters in the same shapes",
+            "use the model configuration that the checkpoint was saved with",
+        )
+
+
+def join_placements(by_stage: list[list[Placement]]) -> dict[str, Placement]:
+    """One placement per parameter of the model from every stage's own; a tied one as its first stage has it."""
+    joined: dict[str, Placement] = {}
+    for stage, placements in enumerate(by_stage):
+        for placement in placements:
+            name = placement.spec.name
+            assert stage in placement.stages, f"{name}: stage {stage} is not among {placement.stages}"
+            assert name not in joined or joined[name].spec == placement.spec, f"{name}: the stages disagree"
+            if stage == placement.stages[0]:
+                joined[name] = placement
+    return joined

@@ -1,0 +1,125 @@
+"""Staging, the first step of a save: live pieces are copied into one host buffer that is kept for the next save.
+
+After it returns, training may go on: the buffer no longer changes. It holds exactly what the file will hold, in
+the file's order (all weights, then each moment), so that writing is one pass over one array.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.checkpoint.container import ITEM_BYTES, Entry
+from engine.checkpoint.manifest import WEIGHT, key_of, moment_state
+from engine.checkpoint.writers import Writer, stored_range
+from engine.errors import CheckpointError
+from engine.parallel.state import Piece, Placement
+
+
+@dataclass(frozen=True)
+class Staged:
+    """What one rank will write. `data` is flat fp32 and holds the entries one after the other."""
+
+    writer: Writer
+    entries: list[Entry]
+    data: np.ndarray
+    moments: tuple[str, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.data.size * ITEM_BYTES
+
+
+class HostBuffer:
+    """Host memory that is taken once and used for every save; page-locked where the pieces are on a GPU."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def reserve(self, numel: int, pinned: bool = False) -> torch.Tensor:
+        """A flat fp32 tensor of `numel` elements; call before the first step so that no save has to touch new pages."""
+        if self._buffer.numel() < numel:
+            self._buffer = torch.empty(0)  # give the old one back first
+            self._buffer = torch.zeros(numel, dtype=torch.float32, pin_memory=pinned)
+        return self._buffer[:numel]
+
+
+def stored_pieces(
+    pieces: list[Piece], placements: list[Placement], writer: Writer, tensor_size: int
+) -> list[tuple[Piece, int]]:
+    """The pieces that this rank stores, each with how many of its elements (the rest is padding), in order of name.
+
+    Raises:
+        CheckpointError: a piece that the placements ask of this rank is absent or is another range.
+    """
+    live = {piece.spec.name: piece for piece in pieces}
+    strange = live.keys() - {placement.spec.name for placement in placements}
+    if strange:
+        raise CheckpointError(f"pieces without a placement: {sorted(strange)[:5]}")
+    stored = []
+    for placement in sorted(placements, key=lambda placement: placement.spec.name):
+        start, length = stored_range(placement, writer, tensor_size)
+        if length == 0:
+            continue
+        piece = live.get(placement.spec.name)
+        if piece is None or piece.start != start or piece.length < length:
+            held = f"[{piece.start}, {piece.start + piece.length})" if piece else "nothing"
+            raise CheckpointError(
+                f"{placement.spec.name}: {writer} should hold [{start}, {start + length}) and holds {held}",
+                remedy="report this: the engine's pieces and placements disagree",
+            )
+        stored.append((piece, length))
+    return stored
+
+
+def stage_pieces(
+    pieces: list[Piece], placements: list[Placement], writer: Writer, tensor_size: int, buffer: HostBuffer
+) -> Staged:
+    """Copies what this rank stores into the buffer; returns when the copies are done.
+
+    Raises:
+        CheckpointError: as `stored_pieces`, and where pieces carry different moments or are not flat fp32.
+    """
+    stored = stored_pieces(pieces, placements, writer, tensor_size)
+    moments = _common_moments(pieces)
+    entries, sources = [], []
+    for moment in (None, *moments):
+        state = WEIGHT if moment is None else moment_state(moment)
+        rank_and_size = (writer.tensor_rank, tensor_size)
+        for piece, length in stored:
+            values = piece.weight if moment is None else piece.moments[moment]
+            _check_flat(values, piece, state)
+            place = rank_and_size if piece.spec.sharding.dim is not None else (0, 1)
+            entries.append(Entry(key_of(state, piece.spec.name), piece.start, length, *place))
+            sources.append(values[:length])
+    return Staged(writer, entries, _copy(sources, buffer), moments)
+
+
+def _copy(sources: list[torch.Tensor], buffer: HostBuffer) -> np.ndarray:
+    on_gpu = any(source.is_cuda for source in sources)
+    target = buffer.reserve(sum(source.numel() for source in sources), pinned=on_gpu)
+    at = 0
+    for source in sources:
+        target[at : at + source.numel()].copy_(source.detach(), non_blocking=on_gpu)
+        at += source.numel()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return target.numpy()
+
+
+def _common_moments(pieces: list[Piece]) -> tuple[str, ...]:
+    found = {tuple(sorted(piece.moments)) for piece in pieces}
+    if len(found) > 1:
+        raise CheckpointError(f"pieces carry different moments: {sorted(found)}")
+    return found.pop() if found else ()
+
+
+def _check_flat(values: torch.Tensor, piece: Piece, state: str) -> None:
+    flat = values.dim() == 1 and values.is_contiguous() and values.dtype == torch.float32
+    if not flat or values.numel() != piece.length:
+        raise CheckpointError(
+            f"{key_of(state, piece.spec.name)}: a piece of shape {tuple(values.shape)}, {values.dtype}",
+            f"a flat contiguous float32 view of {piece.length} elements",
+        )

@@ -1,0 +1,100 @@
+"""Verification: every byte of a checkpoint against the hashes that were taken while it was written.
+
+`verify` runs offline in one process and names each damaged file and the pieces in it; `newest_verified` walks back
+from the newest checkpoint, with the files of each candidate shared out over the ranks. Neither changes anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.checkpoint import document
+from engine.checkpoint.container import file_digest
+from engine.checkpoint.folder import committed
+from engine.checkpoint.load import Files
+from engine.checkpoint.manifest import Manifest
+from engine.errors import CheckpointError
+from engine.logs import logger
+from engine.parallel import collectives
+from engine.parallel.groups import Groups
+
+log = logger(__name__)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One damaged file of a checkpoint, and what is wrong with it."""
+
+    file: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what}"
+
+
+def verify(path: Path) -> list[Damage]:
+    """All damage of a checkpoint, by reading every byte of it; empty where it is whole."""
+    try:
+        manifest = document.read(path)
+    except CheckpointError as problem:
+        return [Damage(document.FILE, _reason(problem))]
+    return verify_files(path, manifest, manifest.files)
+
+
+def verify_files(path: Path, manifest: Manifest, names: Iterable[str]) -> list[Damage]:
+    """The damage among some files of a checkpoint whose manifest has been read."""
+    files = Files(path, manifest)
+    return [damage for name in names if (damage := _verify_file(files, name)) is not None]
+
+
+def _verify_file(files: Files, name: str) -> Damage | None:
+    path, record = files.path / name, files.manifest.files[name]
+    try:
+        document.check_size(record, path)
+        whole = file_digest(path) == record.xxh3
+        files.check_file(name)
+    except CheckpointError as problem:
+        return Damage(name, _reason(problem))
+    except OSError as problem:
+        return Damage(name, f"cannot be read ({problem.strerror})")
+    if whole:
+        return None
+    pieces = files.file(name).damaged_entries()
+    where = f"in {', '.join(pieces[:8])}{', ...' if len(pieces) > 8 else ''}" if pieces else "in its header"
+    return Damage(name, f"bytes {where} are not those that were written (xxh3 differs)")
+
+
+def _reason(problem: CheckpointError) -> str:
+    """The first part of an error, without the path that it begins with."""
+    head, separator, what = problem.wrong.partition(": ")
+    return what if separator and "/" in head else problem.wrong
+
+
+def newest_verified(folder: Path, groups: Groups) -> Path | None:
+    """The newest whole checkpoint in a folder `checkpoints/`, or None. Collective over `groups.world`.
+
+    Rank 0's list of the folder is everybody's; each rank reads its share of a candidate's files. Rank 0 logs why a
+    newer one was passed over.
+    """
+    world = groups.world
+    for path in collectives.broadcast_object(committed(folder), world):
+        damage = _verify_together(path, groups)
+        if not damage:
+            return path
+        if world.position == 0:
+            rest = f" and {len(damage) - 1} more" if len(damage) > 1 else ""
+            log.warning("checkpoint %s is damaged and passed over: %s%s", path.name, damage[0], rest)
+    return None
+
+
+def _verify_together(path: Path, groups: Groups) -> list[Damage]:
+    world = groups.world
+    try:
+        manifest = document.read(path)
+        mine = verify_files(path, manifest, list(manifest.files)[world.position :: world.size])
+    except CheckpointError as problem:
+        mine = [Damage(document.FILE, _reason(problem))]
+    found = [damage for damages in collectives.gather_objects(mine, world) for damage in damages]
+    return sorted(set(found), key=str)

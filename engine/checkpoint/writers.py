@@ -1,0 +1,135 @@
+"""Which rank stores which flat range of which parameter, and where a loading rank finds what it needs.
+
+The rule is a formula over `Placement` and coordinates, never a table: a tied parameter is stored by its first
+stage, a replicated one by tensor rank 0, padding by nobody, and each data rank stores its own range. Here
+`data_rank` is the position in the ZeRO group (data x sequence). Invariant: over all writers each real element is
+stored exactly once, so saving needs no gather.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from engine.checkpoint.geometry import Box, dims, flat_boxes, flat_span, real_numel, to_local, to_whole
+from engine.parallel.groups import Groups
+from engine.parallel.sharding import ParameterSpec
+from engine.parallel.state import Placement
+
+_NAME = re.compile(r"stage-(\d+)-data-(\d+)-tensor-(\d+)\.safetensors")
+
+
+class Writer(NamedTuple):
+    """One rank as a writer of a file. `stage` is its pipeline stage."""
+
+    stage: int
+    data_rank: int
+    tensor_rank: int
+
+    @property
+    def file_name(self) -> str:
+        return f"stage-{self.stage:02d}-data-{self.data_rank:04d}-tensor-{self.tensor_rank:02d}.safetensors"
+
+    @classmethod
+    def of(cls, groups: Groups) -> Writer:
+        """The writer that this rank is."""
+        return cls(groups.coordinates.stage, groups.zero.position, groups.coordinates.tensor_rank)
+
+    @classmethod
+    def parse(cls, file_name: str) -> Writer | None:
+        """The writer of a file, or None where the name is not exactly one that a writer gives."""
+        found = _NAME.fullmatch(file_name)
+        writer = cls(*map(int, found.groups())) if found else None
+        return writer if writer is not None and writer.file_name == file_name else None
+
+
+def stored_range(placement: Placement, writer: Writer, tensor_size: int) -> tuple[int, int]:
+    """(start, length) of what a writer stores of the flattened local part; length 0 where it stores nothing."""
+    spec = placement.spec
+    if writer.stage != placement.stages[0] or (spec.sharding.dim is None and writer.tensor_rank > 0):
+        return 0, 0
+    return placement.range_of(writer.data_rank, real_numel(spec, writer.tensor_rank, tensor_size))
+
+
+def tensor_ranks(spec: ParameterSpec, tensor_size: int) -> range:
+    """The tensor ranks that store something of a parameter."""
+    return range(1 if spec.sharding.dim is None else tensor_size)
+
+
+def writers_of(placement: Placement, data_size: int, tensor_size: int) -> Iterator[Writer]:
+    """Every writer that stores something of a parameter; as many steps as there are such writers."""
+    for tensor_rank in tensor_ranks(placement.spec, tensor_size):
+        numel = real_numel(placement.spec, tensor_rank, tensor_size)
+        if numel:
+            for data_rank in data_ranks(placement, 0, numel - 1, data_size):
+                yield Writer(placement.stages[0], data_rank, tensor_rank)
+
+
+def data_ranks(placement: Placement, first: int, last: int, data_size: int) -> range:
+    """The data ranks whose ranges meet the flat positions [first, last] of a local part."""
+    low = (first + placement.offset) // placement.partition
+    high = (last + placement.offset) // placement.partition
+    return range(low, min(high + 1, data_size))
+
+
+@dataclass(frozen=True)
+class Need:
+    """A flat range of a local part that a loading rank wants filled."""
+
+    spec: ParameterSpec
+    start: int
+    length: int
+    tensor_rank: int
+    tensor_size: int
+
+    @property
+    def real_length(self) -> int:
+        """How many of its first elements are real; the rest is padding."""
+        return min(max(real_numel(self.spec, self.tensor_rank, self.tensor_size) - self.start, 0), self.length)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One strided copy: `source` is a box of the writer's local part, `target` of the reader's, of equal size."""
+
+    writer: Writer
+    source: Box
+    target: Box
+
+
+def transfers(need: Need, saved: Placement, data_size: int, tensor_size: int) -> Iterator[Transfer]:
+    """The copies that fill the real elements of `need` from what ranks of another layout have stored.
+
+    `data_size` and `tensor_size` are those of the layout that saved. Each real element is copied exactly once.
+    """
+    spec = need.spec
+    boxes = flat_boxes(dims(spec.local_shape(need.tensor_size)), need.start, need.real_length)
+    for box in boxes:
+        for target, whole in to_whole(spec, box, need.tensor_rank, need.tensor_size):
+            for tensor_rank in tensor_ranks(saved.spec, tensor_size):
+                for source, shared in to_local(saved.spec, whole, tensor_rank, tensor_size):
+                    for writer, piece in _stored(source, saved, tensor_rank, data_size, tensor_size):
+                        there = piece.carry(source, shared).carry(whole, target)
+                        yield Transfer(writer, piece, there)
+
+
+def _stored(
+    box: Box, saved: Placement, tensor_rank: int, data_size: int, tensor_size: int
+) -> Iterator[tuple[Writer, Box]]:
+    """The parts of a box of a saved local part, with the writer of each."""
+    shape = dims(saved.spec.local_shape(tensor_size))
+    first, last = flat_span(box, shape)
+    for data_rank in data_ranks(saved, first, last, data_size):
+        writer = Writer(saved.stages[0], data_rank, tensor_rank)
+        for held in flat_boxes(shape, *stored_range(saved, writer, tensor_size)):
+            shared = box.meet(held)
+            if shared is not None:
+                yield writer, shared
+
+
+def stored_numel(spec: ParameterSpec) -> int:
+    """Elements of a parameter in a checkpoint."""
+    return math.prod(spec.stored_shape)

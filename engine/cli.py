@@ -1,0 +1,121 @@
+"""The command `palimpsest`: picks the sub-command, imports that one alone, and turns errors into exit codes.
+
+Nothing heavy is imported before a sub-command is known, so `--help` and every usage error answer at once. A launcher
+may put `--local_rank=N` before the sub-command (deepspeed does); it is accepted and ignored, because the environment
+says the same. Sub-commands are functions with typer annotations, or typer applications; they hold no logic of their
+own. What a sub-command raises as `PalimpsestError` is printed on standard error and ends in the exit code of its class.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from engine import __version__
+from engine.errors import EXIT_DONE, ConfigError, PalimpsestError
+
+EXIT_INTERRUPTED = 130
+"""What shells use for a command that ended by Ctrl-C: 128 + SIGINT."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command: where its function or typer application is, and its line in the overview."""
+
+    target: str
+    summary: str
+
+
+COMMANDS = {
+    "tokenizer": Command("tools.tokenizer:main", "Train a tokenizer on text."),
+    "prepare": Command("tools.prepare:main", "Write text as token shards."),
+    "inspect-data": Command("tools.inspect_data:main", "Show counts and decoded samples of token shards."),
+    "plan": Command("tools.plan:main", "Show what a run costs on a world, and what would be refused."),
+    "launch": Command("tools.launch:main", "Start the ranks of a run and watch over them."),
+    "train": Command("tools.train:main", "Train: what each rank runs, under any launcher or alone."),
+    "checkpoint": Command("tools.checkpoint:app", "List and verify checkpoints."),
+    "convert": Command("tools.convert:main", "Write a checkpoint as a Hugging Face folder."),
+    "generate": Command("tools.generate:main", "Continue a prompt."),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command line (default: this process's) and returns its exit code; never raises SystemExit."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = ""
+    try:
+        arguments = _skip_local_rank(arguments)
+        if not arguments or arguments[0] in ("--help", "-h"):
+            print(overview())
+            return EXIT_DONE
+        if arguments[0] == "--version":
+            print(f"palimpsest {__version__}")
+            return EXIT_DONE
+        name, *rest = arguments
+        return run(load(name), name, rest)
+    except PalimpsestError as error:
+        print(f"palimpsest {name}".rstrip() + f": {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"palimpsest {name}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def load(name: str) -> Any:
+    """The function or typer application of a sub-command.
+
+    Raises:
+        ConfigError: no sub-command has this name.
+    """
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        kind = "option" if name.startswith("-") else "command"
+        raise ConfigError(
+            f"unknown {kind} {name!r}",
+            ", ".join(COMMANDS),
+            f"did you mean {near[0]}?" if near else "see palimpsest --help",
+        )
+    module, _, attribute = COMMANDS[name].target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def run(target: Any, name: str, arguments: list[str]) -> int:
+    """Parses the arguments of a sub-command and calls it; returns the exit code."""
+    import typer
+
+    app = target
+    if not isinstance(target, typer.Typer):
+        app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        app.command()(target)
+    try:
+        app(arguments, prog_name=f"palimpsest {name}")
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else EXIT_DONE if exit_.code is None else 1
+    return EXIT_DONE
+
+
+def overview() -> str:
+    """The text of `palimpsest --help`."""
+    width = max(map(len, COMMANDS)) + 2
+    rows = "\n".join(f"  {name:<{width}}{command.summary}" for name, command in COMMANDS.items())
+    return (
+        "Pretrains language models in any layout of ZeRO, pipeline, tensor and data parallelism.\n\n"
+        "usage: palimpsest COMMAND ...\n"
+        "       palimpsest COMMAND --help\n"
+        "       palimpsest --version\n\n"
+        f"commands:\n{rows}"
+    )
+
+
+def _skip_local_rank(arguments: list[str]) -> list[str]:
+    """The arguments without a leading `--local_rank=N`."""
+    if arguments and arguments[0].startswith(("--local_rank=", "--local-rank=")):
+        return arguments[1:]
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

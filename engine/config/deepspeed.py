@@ -1,0 +1,53 @@
+"""The only writer of DeepSpeed's configuration.
+
+DeepSpeed accepts a misspelt top-level key in silence, clips at 1.0 unless told otherwise and averages gradients
+over data ranks, so the whole dictionary is written here and nowhere else. What it is used for, and why each value
+is what it is, stands in `engine.parallel.zero`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig
+
+EVERYTHING = 10**12
+"""More elements than any stage holds: DeepSpeed's thresholds that should never cut anything."""
+
+
+def deepspeed_config(
+    parallel: ParallelConfig, precision: PrecisionConfig, optimizer: OptimizerConfig, num_micro_batches: int
+) -> dict[str, Any]:
+    """DeepSpeed's dictionary for one pipeline stage's engine."""
+    zero: dict[str, Any] = {"stage": parallel.zero_stage}
+    if parallel.zero_stage in (1, 2):
+        zero |= {
+            "reduce_scatter": True,
+            "overlap_comm": False,
+            "contiguous_gradients": parallel.zero_stage == 2,
+            "round_robin_gradients": False,
+        }
+    if parallel.zero_stage == 3:
+        zero |= {
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "stage3_prefetch_bucket_size": 0,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": EVERYTHING,
+            "stage3_max_reuse_distance": 0,
+        }
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": parallel.micro_batch_size,
+        "gradient_accumulation_steps": num_micro_batches,
+        "gradient_clipping": optimizer.clip_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": EVERYTHING,
+        "wall_clock_breakdown": False,
+        "data_types": {"grad_accum_dtype": precision.reduce_dtype},
+        "communication_data_type": precision.reduce_dtype,
+    }
+    if precision.dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+    return config

@@ -1,0 +1,172 @@
+"""Reads a run's configuration: defaults, then the file and what it includes, then `section.key=value` overrides.
+
+YAML 1.2 (`1e-4` is a number, `no` is a string), repeated keys are errors, and every unknown key is answered with
+the nearest known one. A file may name others under `include` (paths relative to itself); later files win over
+earlier ones and the including file wins over them all. Lists are replaced, never merged. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from engine.config.schema import RunConfig
+from engine.errors import ConfigError, PalimpsestError, report
+
+Tree = dict[str, Any]
+
+
+def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """The configuration in `path` with the command line's overrides, validated field by field.
+
+    Rules that join fields are `engine.config.resolve.check`.
+
+    Raises:
+        ConfigError: the file is missing or no YAML, or any key or value is wrong (all of them in one report).
+    """
+    tree = read_tree(path)
+    for override in overrides or []:
+        apply_override(tree, override)
+    return parse_run(tree, str(path))
+
+
+def parse_run(tree: Tree, source: str) -> RunConfig:
+    """The configuration that a parsed tree describes; `source` names it in errors."""
+    try:
+        return RunConfig.model_validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        problems: list[PalimpsestError] = [_explain(item) for item in error.errors()]
+        raise report(problems, f"configuration {source}") from None
+    except TypeError as error:
+        raise ConfigError(
+            f"configuration {source}: {error}", "numbers, text, lists and sections", "put text in quotes"
+        ) from None
+
+
+def read_tree(path: Path, _above: tuple[Path, ...] = ()) -> Tree:
+    """The YAML file as nested dictionaries, its includes merged below it."""
+    if path.resolve() in _above:
+        raise ConfigError(f"configuration {path} includes itself", remedy="remove the include")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"configuration {path} cannot be read: {_reason(error)}",
+            "a YAML file",
+            "name an existing file, for example configs/smoke/gpt2.yaml",
+        ) from None
+    try:
+        own = YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise ConfigError(
+            f"configuration {path} is not valid YAML: {_one_line(error)}", "YAML 1.2, each key once", "mend that line"
+        ) from None
+    if not isinstance(own, dict):
+        raise ConfigError(f"configuration {path} holds {type(own).__name__}", "sections of keys and values")
+    merged: Tree = {}
+    includes = own.pop("include", [])
+    if not isinstance(includes, (str, list)):
+        raise ConfigError(f"{path}: include is {includes!r}", "a file or a list of files")
+    for name in [includes] if isinstance(includes, str) else includes:
+        merge(merged, read_tree(path.parent / str(name), (*_above, path.resolve())))
+    return merge(merged, own)
+
+
+def merge(below: Tree, above: Tree) -> Tree:
+    """`above` laid over `below`, section by section; returns `below`."""
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            merge(below[key], value)
+        else:
+            below[key] = value
+    return below
+
+
+def apply_override(tree: Tree, override: str) -> None:
+    """Sets `section.key=value` in the tree; the value is YAML, and numbers in the path index lists."""
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise ConfigError(
+            f"override {override!r} has no value", "section.key=value", "for example optimizer.learning_rate=1e-4"
+        )
+    try:
+        value = YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise ConfigError(f"override {override!r} is not valid YAML: {_one_line(error)}") from None
+    *parents, last = path.split(".")
+    node: Any = tree
+    for part in parents:
+        node = _child(node, part, override)
+    if isinstance(node, list):
+        node[_index(node, last, override)] = value
+    else:
+        node[last] = value
+
+
+def _child(node: Any, part: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, part, override)]
+    child = node.setdefault(part, {})
+    if not isinstance(child, (dict, list)):
+        raise ConfigError(f"override {override!r}: {part} is the value {child!r}, not a section")
+    return child
+
+
+def _index(node: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"override {override!r}: no entry {part}", f"0 to {len(node) - 1}")
+    return int(part)
+
+
+def _explain(item: Any) -> ConfigError:
+    """One of pydantic's errors in the project's three parts."""
+    location = [str(part) for part in item["loc"]]
+    path = ".".join(location) or "the whole file"
+    if item["type"] == "extra_forbidden":
+        names = _known_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else "remove it"
+        return ConfigError(f"unknown key {path}", ", ".join(names), hint)
+    if item["type"] == "missing":
+        return ConfigError(f"{path} is missing", remedy=f"write {path} in the file or on the command line")
+    value = item.get("input")
+    shown = "" if isinstance(value, dict) else f" = {value!r}"
+    return ConfigError(f"{path}{shown} is not allowed", item["msg"][0].lower() + item["msg"][1:])
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    """Names of the fields of the section at a path of keys and list positions."""
+    section: Any = RunConfig
+    for part in path:
+        if part.isdigit():
+            continue
+        section = next(_sections_in(section.model_fields[part].annotation), section)
+    return sorted(section.model_fields)
+
+
+def _sections_in(annotation: Any):
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections_in(inner)
+
+
+def _one_line(error: Exception) -> str:
+    """A YAML error without its advice on turning the check off."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kept = []
+    for line in lines:
+        if line.startswith(("To suppress", "Duplicate keys")):
+            break
+        kept.append(line)
+    return " ".join(kept)
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -1,0 +1,208 @@
+"""Rules that join several fields, and the layout they lead to: every problem is found before any is reported.
+
+`check` needs no world size and runs on a login node; `layout` adds the number of ranks. Nothing is written back
+into the configuration: what follows from it is the value `Layout`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.config.schema import ModelConfig, ParallelConfig, RunConfig, RunStage
+from engine.errors import ConfigError, PalimpsestError, report
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the axes for one world, outermost first."""
+
+    pipe: int
+    data: int
+    sequence: int
+    tensor: int
+
+    @property
+    def world_size(self) -> int:
+        return self.pipe * self.data * self.sequence * self.tensor
+
+    def __str__(self) -> str:
+        return f"pipe {self.pipe} x data {self.data} x sequence {self.sequence} x tensor {self.tensor}"
+
+
+def resolve(config: RunConfig, world_size: int) -> Layout:
+    """The layout of `config` on `world_size` ranks.
+
+    Raises:
+        ConfigError: every rule that the configuration or the world breaks, in one report.
+    """
+    layout, problems = examine(config, world_size)
+    if problems:
+        raise report(problems, f"this run cannot start on {world_size} rank{'s' if world_size > 1 else ''}")
+    assert layout is not None
+    return layout
+
+
+def examine(config: RunConfig, world_size: int) -> tuple[Layout | None, list[PalimpsestError]]:
+    """The layout on `world_size` ranks (None where none fits) and every rule that stands in its way."""
+    problems = check(config)
+    layout = _layout(config.parallel, world_size, problems)
+    if layout is not None:
+        for index, stage in enumerate(config.stages):
+            _check_batch(index, stage, config.parallel, layout.data, problems)
+    return layout, problems
+
+
+def check(config: RunConfig) -> list[PalimpsestError]:
+    """Every rule that the configuration breaks whatever the world size."""
+    problems: list[PalimpsestError] = []
+    _check_model(config.model, problems)
+    _check_parallel(config, problems)
+    for index, stage in enumerate(config.stages):
+        _check_stage(index, stage, config.model, problems)
+    names = [stage.name for stage in config.stages]
+    problems += [
+        ConfigError(f"stages: the name {name!r} is used twice", "a different name for each stage")
+        for name in sorted({name for name in names if names.count(name) > 1})
+    ]
+    if len(config.stages) > 1:
+        problems.append(
+            ConfigError(
+                f"stages: {len(config.stages)} stages", "one stage for now", "run the later stages as runs of their own"
+            )
+        )
+    return problems
+
+
+def num_micro_batches(stage: RunStage, parallel: ParallelConfig, data_size: int) -> int:
+    """Micro-batches that each data rank runs per step; `resolve` has checked that it is whole."""
+    return stage.global_batch_size // (parallel.micro_batch_size * data_size)
+
+
+def _check_model(model: ModelConfig, problems: list[PalimpsestError]) -> None:
+    if model.hidden_size % model.num_heads:
+        problems.append(
+            ConfigError(
+                f"model.num_heads = {model.num_heads} does not divide model.hidden_size = {model.hidden_size}",
+                f"one of {divisors(model.hidden_size)}",
+            )
+        )
+    elif model.position == "rope" and model.head_size % 2:
+        problems.append(
+            ConfigError(
+                f"model.position = rope needs an even head size, found {model.head_size}",
+                "hidden_size / num_heads even",
+                "change model.num_heads",
+            )
+        )
+    if model.num_heads % model.kv_heads:
+        problems.append(
+            ConfigError(
+                f"model.num_kv_heads = {model.kv_heads} does not divide model.num_heads = {model.num_heads}",
+                f"one of {divisors(model.num_heads)}",
+            )
+        )
+    if model.dropout > 0:
+        problems.append(
+            ConfigError(
+                f"model.dropout = {model.dropout}",
+                "0",
+                "set it to 0: dropout that is equal in every layout is not built yet",
+            )
+        )
+
+
+def _check_parallel(config: RunConfig, problems: list[PalimpsestError]) -> None:
+    model, parallel = config.model, config.parallel
+    if parallel.pipe > model.num_layers:
+        problems.append(
+            ConfigError(
+                f"parallel.pipe = {parallel.pipe} is more than model.num_layers = {model.num_layers}",
+                f"1 to {model.num_layers}",
+            )
+        )
+    for key, value in (
+        ("model.num_heads", model.num_heads),
+        ("model.num_kv_heads", model.kv_heads),
+        ("the feed-forward width model.ffn_size", model.inner_size),
+        ("the padded vocabulary", model.padded_vocab_size),
+    ):
+        if value % parallel.tensor:
+            problems.append(
+                ConfigError(
+                    f"parallel.tensor = {parallel.tensor} does not divide {key} = {value}",
+                    f"parallel.tensor one of {divisors(value)}",
+                    "change parallel.tensor or the model",
+                )
+            )
+    if parallel.zero_stage == 0 and config.precision.dtype == "bf16":
+        problems.append(
+            ConfigError(
+                "parallel.zero_stage = 0 with precision.dtype = bf16: DeepSpeed's wrapper for it computes a wrong "
+                "gradient norm under a pipeline",
+                "zero_stage 1, 2 or 3 with bf16, or zero_stage 0 with fp32",
+                "set parallel.zero_stage=1: the same numbers, less memory",
+            )
+        )
+    if config.precision.dtype == "fp32" and config.precision.reduce_dtype == "bf16":
+        problems.append(
+            ConfigError("precision.reduce_dtype = bf16 with precision.dtype = fp32", "fp32", "set reduce_dtype to fp32")
+        )
+
+
+def _check_stage(index: int, stage: RunStage, model: ModelConfig, problems: list[PalimpsestError]) -> None:
+    key = f"stages.{index}"
+    if stage.sequence_length > model.max_positions:
+        problems.append(
+            ConfigError(
+                f"{key}.sequence_length = {stage.sequence_length} is more than "
+                f"model.max_positions = {model.max_positions}",
+                f"1 to {model.max_positions}",
+            )
+        )
+    if (stage.duration.steps is None) == (stage.duration.tokens is None):
+        problems.append(ConfigError(f"{key}.duration", "exactly one of steps and tokens"))
+        return
+    decay = stage.schedule.decay_steps or stage.num_steps
+    if stage.schedule.shape != "constant" and stage.schedule.warmup_steps > decay:
+        problems.append(
+            ConfigError(
+                f"{key}.schedule.warmup_steps = {stage.schedule.warmup_steps} is more than the {decay} steps of "
+                "warmup and decay together",
+                f"0 to {decay}",
+            )
+        )
+
+
+def _layout(parallel: ParallelConfig, world_size: int, problems: list[PalimpsestError]) -> Layout | None:
+    fixed = parallel.pipe * parallel.tensor * parallel.sequence
+    data = parallel.data or world_size // fixed
+    if data < 1 or data * fixed != world_size:
+        shape = f"pipe {parallel.pipe} x tensor {parallel.tensor}"
+        allowed = f"{data * fixed} ranks" if parallel.data else f"a multiple of {fixed} ranks"
+        if parallel.data:
+            shape += f" x data {parallel.data}"
+        problems.append(
+            ConfigError(f"a world of {world_size} does not fit {shape}", allowed, "change the world or the layout")
+        )
+        return None
+    return Layout(pipe=parallel.pipe, data=data, sequence=parallel.sequence, tensor=parallel.tensor)
+
+
+def _check_batch(
+    index: int, stage: RunStage, parallel: ParallelConfig, data_size: int, problems: list[PalimpsestError]
+) -> None:
+    unit = parallel.micro_batch_size * data_size
+    if stage.global_batch_size % unit:
+        problems.append(
+            ConfigError(
+                f"stages.{index}.global_batch_size = {stage.global_batch_size} is no multiple of micro_batch_size "
+                f"{parallel.micro_batch_size} x data {data_size}",
+                f"a multiple of {unit}",
+                "change parallel.micro_batch_size or the number of data ranks; the global batch belongs to the run",
+            )
+        )
+
+
+def divisors(number: int) -> str:
+    """The divisors of a number as text."""
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)

@@ -1,0 +1,238 @@
+"""The sections of a run's configuration: plain frozen values, each field documented where it stands.
+
+Nothing here reads a file, a clock, the environment or a device, so a configuration is checked on a login node.
+Rules that join several fields live in `engine.config.resolve`. Each section says which kind its keys are
+(contract "Config on resume"): `meaning` (a change makes another run), `schedule` (may change, is logged) or
+`execution` (free: layout, launcher, logging).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+Kind = Literal["meaning", "schedule", "execution"]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, no unknown keys, no silent conversion from text to number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+    kind: ClassVar[Kind] = "meaning"
+    """What a change of this section's keys means on resume."""
+    kinds: ClassVar[dict[str, Kind]] = {}
+    """Keys of this section whose kind is another one."""
+
+
+class ModelConfig(Section):
+    """A decoder in GPT-2 form (the defaults) or Llama form (see `configs/models`)."""
+
+    family: Literal["gpt"] = "gpt"
+    """Architecture family."""
+    vocab_size: PositiveInt
+    """Real rows of the embedding: the tokenizer's size or more."""
+    vocab_multiple: PositiveInt = 128
+    """The embedding is padded to a multiple of this, for speed and so that tensor parallelism divides it."""
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt | None = None
+    """Key and value heads (grouped-query attention); None means `num_heads`."""
+    ffn_size: PositiveInt | None = None
+    """Inner width of the feed-forward part; None means 4 x `hidden_size`."""
+    max_positions: PositiveInt = 1024
+    """Longest sequence; rows of the position table when `position` is `learned`."""
+    position: Literal["learned", "rope"] = "learned"
+    rope_theta: PositiveFloat = 10000.0
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_epsilon: PositiveFloat = 1e-5
+    activation: Literal["gelu_tanh", "swiglu"] = "gelu_tanh"
+    bias: bool = True
+    """Biases in linear layers."""
+    tie_embeddings: bool = True
+    """The output projection is the token embedding."""
+    dropout: NonNegativeFloat = 0.0
+    """Refused above 0 until dropout is keyed by (seed, step, sample, layer, site)."""
+    init_std: PositiveFloat = 0.02
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding in memory; a function of the configuration alone, never of the layout."""
+        return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def inner_size(self) -> int:
+        return self.ffn_size or 4 * self.hidden_size
+
+
+class DataConfig(Section):
+    """Which token shards a run stage reads, and how documents share a row.
+
+    Folders may move; what they hold may not: the loader's state carries a fingerprint of the shards.
+    """
+
+    kinds: ClassVar[dict[str, Kind]] = {"train": "execution", "validation": "execution"}
+
+    train: Path
+    """Folder of token shards that `palimpsest prepare` wrote."""
+    validation: Path | None = None
+    """Folder of held-out token shards."""
+    window_shards: PositiveInt = 16
+    """Samples are shuffled inside windows of this many (shuffled) shards."""
+    attention: Literal["document", "row"] = "document"
+    """`document`: attention and targets stay inside a document; `row`: documents of one row see each other."""
+
+
+class Duration(Section):
+    """How long a run stage lasts: steps or tokens, not both."""
+
+    kind: ClassVar[Kind] = "schedule"
+
+    steps: PositiveInt | None = None
+    tokens: PositiveInt | None = None
+
+
+class ScheduleConfig(Section):
+    """Learning rate over a run stage, as a factor of `optimizer.learning_rate`."""
+
+    kind: ClassVar[Kind] = "schedule"
+
+    shape: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    decay_steps: PositiveInt | None = None
+    """Steps from the start of the stage to the end of the decay; None means the stage's whole length."""
+    final_factor: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Factor that the decay ends at."""
+
+
+class RunStage(Section):
+    """One stage of a run: its data, its batch and its length."""
+
+    name: str = "pretrain"
+    objective: Literal["causal"] = "causal"
+    data: DataConfig
+    sequence_length: PositiveInt
+    """Tokens per sample that the model sees."""
+    global_batch_size: PositiveInt
+    """Samples per step over all ranks; does not change with the layout."""
+    duration: Duration
+    schedule: ScheduleConfig = ScheduleConfig()
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of this stage; a length in tokens is rounded up to whole steps."""
+        if self.duration.steps is not None:
+            return self.duration.steps
+        assert self.duration.tokens is not None, "resolve() lets no stage without a length pass"
+        return math.ceil(self.duration.tokens / (self.global_batch_size * self.sequence_length))
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov and Hutter 2019) with decay groups by name."""
+
+    kind: ClassVar[Kind] = "schedule"
+
+    learning_rate: PositiveFloat = 3e-4
+    """Peak learning rate."""
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    no_decay: tuple[str, ...] = ("*.bias", "*norm*")
+    """Name patterns (shell style) of parameters without weight decay."""
+    clip_norm: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 means no clipping."""
+
+
+class PrecisionConfig(Section):
+    """Number formats. Master weights and moments are always fp32."""
+
+    kind: ClassVar[Kind] = "schedule"
+
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Of the working weights and activations."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """In which gradients are accumulated and reduced."""
+
+
+class ParallelConfig(Section):
+    """The layout: how the ranks of a run share the work. Free to change at every start."""
+
+    kind: ClassVar[Kind] = "execution"
+
+    pipe: PositiveInt = 1
+    """Pipeline stages."""
+    tensor: PositiveInt = 1
+    """Tensor-parallel ranks."""
+    sequence: Literal[1] = 1
+    """Sequence-parallel ranks."""
+    data: PositiveInt | None = None
+    """Data-parallel ranks; None means whatever the world leaves."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What ZeRO shards over the data axis: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
+    micro_batch_size: PositiveInt = 1
+    """Samples per forward pass of one data rank."""
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """Order of forward and backward passes in the pipeline."""
+
+
+class CheckpointConfig(Section):
+    kind: ClassVar[Kind] = "execution"
+
+    every_steps: PositiveInt | None = None
+    """Save after every so many steps; None means at the end only."""
+    keep_last: PositiveInt = 2
+    """Older checkpoints are removed; the newest verified one never is."""
+
+
+class EvaluationConfig(Section):
+    kind: ClassVar[Kind] = "execution"
+
+    every_steps: PositiveInt | None = None
+    """Held-out loss after every so many steps, and at the end; None means at the end only."""
+    max_samples: PositiveInt | None = None
+    """Held-out samples used; None means all."""
+
+
+class LoggingConfig(Section):
+    kind: ClassVar[Kind] = "execution"
+
+    every_steps: PositiveInt = 1
+    tensorboard: bool = True
+    wandb: Literal["off", "offline", "online"] = "offline"
+    wandb_project: str = "palimpsest"
+    plot: bool = True
+    """Draw the loss curve to `loss.png` in the run folder at the end."""
+
+
+class RunConfig(Section):
+    """Everything that `palimpsest train` needs to know; saved, resolved, in the run folder."""
+
+    kinds: ClassVar[dict[str, Kind]] = {"name": "execution", "folder": "execution", "tokenizer": "execution"}
+
+    name: str = "run"
+    folder: Path
+    """Run folder: checkpoints, metrics, logs, outcome. Training again with the same folder resumes."""
+    seed: NonNegativeInt = 0
+    model: ModelConfig
+    tokenizer: Path
+    """Folder of the tokenizer that the shards were written with."""
+    stages: tuple[RunStage, ...] = Field(min_length=1)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()

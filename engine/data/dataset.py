@@ -1,0 +1,159 @@
+"""Token shards as memory maps, each verified by its hash before the first token of it is used.
+
+Invariant: no process hands out a token of a shard whose whole-file hash it has not compared with the index. Size
+is compared first (a truncated memory map would end the process with a bus error). Which tokens make a sample is
+the business of `engine.data.packing` and `engine.data.stream`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import xxhash
+
+from engine.data.index import PREPARE_AGAIN, ArrayFile, read_index
+from engine.errors import DataError
+
+OPEN_SHARDS = 128
+"""Shards kept mapped at once: each holds two file descriptors, of which a process often has but 1,024."""
+
+_BLOCK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One verified shard: `tokens` (n,) uint16 or uint32 memory map, `documents` (documents + 1,) int64 offsets.
+
+    Document i is tokens[documents[i] : documents[i + 1]], its end-of-text included.
+    """
+
+    name: str
+    tokens: np.ndarray
+    documents: np.ndarray
+
+
+class TokenDataset:
+    """A folder of token shards.
+
+    Reads the index alone; shards are opened and verified when they are first asked for. Safe to share between
+    threads.
+    """
+
+    def __init__(self, folder: Path | str, tokenizer_hash: str | None = None) -> None:
+        """With a `tokenizer_hash`, shards of another tokenizer are refused.
+
+        Raises:
+            DataError: the index is missing, damaged, of another version, or of another tokenizer.
+        """
+        self.folder = Path(folder)
+        self.index = read_index(self.folder)
+        if tokenizer_hash is not None and tokenizer_hash != self.index.tokenizer_hash:
+            raise DataError(
+                f"the shards in {self.folder} were written with tokenizer {self.index.tokenizer_hash}, "
+                f"but this run's tokenizer is {tokenizer_hash}",
+                "the tokenizer that the shards were written with",
+                "name that tokenizer's folder, or prepare the text again with this one",
+            )
+        self._verified: set[int] = set()
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._lock = Lock()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the folder holds, wherever it lies."""
+        return self.index.fingerprint
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.index.shards)
+
+    def shard(self, number: int) -> Shard:
+        """A shard, verified when this process first opens it.
+
+        Raises:
+            DataError: a file of it is missing, of another size, or its bytes are not those that were written.
+        """
+        with self._lock:
+            found = self._open.pop(number, None) or self._map(number)
+            self._open[number] = found
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+            return found
+
+    def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
+        """Verifies every shard; `progress` is told the bytes of each. Raises `DataError` at the first bad one."""
+        for number, entry in enumerate(self.index.shards):
+            self.shard(number)
+            progress(entry.tokens.bytes + entry.documents.bytes)
+
+    def _map(self, number: int) -> Shard:
+        entry = self.index.shards[number]
+        for array in (entry.tokens, entry.documents):
+            _check_size(self.folder, array)
+            if number not in self._verified:
+                _check_hash(self.folder, array)
+        documents = np.fromfile(self.folder / entry.documents.file, _little_endian(entry.documents)).astype(np.int64)
+        if number not in self._verified:
+            _check_offsets(self.folder / entry.documents.file, documents, entry.num_tokens)
+        self._verified.add(number)
+        name = entry.tokens.file
+        if entry.num_tokens == 0:  # an empty file cannot be mapped
+            return Shard(name, np.empty(0, _little_endian(entry.tokens)), documents)
+        # a plain array over the map: a memmap object costs microseconds more at every slice
+        tokens = np.asarray(np.memmap(self.folder / name, _little_endian(entry.tokens), mode="r"))
+        return Shard(name, tokens, documents)
+
+
+def hash_file(path: Path) -> str:
+    """XXH3-128 of a file's bytes, in hex. Raises `OSError`."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_size(folder: Path, array: ArrayFile) -> None:
+    path = folder / array.file
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        raise DataError(f"shard {path} is missing", f"a file of {array.bytes:,} bytes", PREPARE_AGAIN) from None
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be read: {error.strerror}", remedy="check the file's rights") from error
+    if found != array.bytes:
+        what = "truncated" if found < array.bytes else "longer than it was written"
+        raise DataError(
+            f"shard {path} is {what}: {found:,} bytes",
+            f"{array.bytes:,} bytes ({array.length:,} x {array.dtype})",
+            PREPARE_AGAIN,
+        )
+
+
+def _check_hash(folder: Path, array: ArrayFile) -> None:
+    path = folder / array.file
+    try:
+        found = hash_file(path)
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be read: {error.strerror}", remedy="check the file's rights") from error
+    if found != array.xxh3:
+        raise DataError(f"shard {path} is damaged: its bytes have xxh3 {found}", f"xxh3 {array.xxh3}", PREPARE_AGAIN)
+
+
+def _check_offsets(path: Path, documents: np.ndarray, num_tokens: int) -> None:
+    """Refuses offsets that no writer of ours makes, though their hash is right."""
+    if documents[0] != 0 or documents[-1] != num_tokens or np.any(np.diff(documents) < 0):
+        raise DataError(
+            f"document offsets {path} do not fit their shard",
+            f"rising from 0 to {num_tokens}",
+            PREPARE_AGAIN,
+        )
+
+
+def _little_endian(array: ArrayFile) -> np.dtype:
+    return np.dtype(array.dtype).newbyteorder("<")

@@ -1,0 +1,46 @@
+"""One text column of a Hugging Face dataset, streamed: from the hub, a local folder, or one saved to disk.
+
+Order is the dataset's own; nothing is downloaded whole. Errors of the library become one `DataError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine.data.sources import split_hub_name
+from engine.errors import DataError
+
+_SAVED_TO_DISK = "state.json"
+_SAVED_SPLITS = "dataset_dict.json"
+
+
+def read_column(source: str, column: str) -> Iterator[str]:
+    """The texts of `hf:NAME_OR_FOLDER[:CONFIG][@SPLIT]` in order. Raises `DataError`."""
+    from datasets.exceptions import DatasetsError
+
+    path, config, split = split_hub_name(source)
+    try:
+        for number, row in enumerate(_rows(path, config, split)):
+            if not isinstance(row.get(column), str):
+                found = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items())
+                raise DataError(
+                    f"row {number} of {source} has no text in column {column!r}", found, "name it with --text-key"
+                )
+            yield row[column]
+    except (DatasetsError, OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"dataset {source} cannot be read: {error}",
+            "a dataset on the hub, a folder of one, or one saved to disk; @SPLIT one of its splits",
+            "check the name, the config, the split and the network",
+        ) from error
+
+
+def _rows(path: str, config: str | None, split: str):
+    import datasets
+
+    if (Path(path) / _SAVED_TO_DISK).is_file():
+        return datasets.load_from_disk(path)
+    if (Path(path) / _SAVED_SPLITS).is_file():
+        return datasets.load_from_disk(path)[split]
+    return datasets.load_dataset(path, config, split=split, streaming=True)

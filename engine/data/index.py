@@ -1,0 +1,241 @@
+"""`index.json` of a folder of token shards: what is there, how long, of which type, and with which hash.
+
+A shard is a set of named flat arrays, one file each: `tokens`, and `documents` (offsets of the documents' first
+tokens, then the number of tokens). A later version may add arrays (sentence offsets) to the table: this reader
+ignores names it does not know, and `version` changes only when an old reader would misread what it finds.
+Invariant: the index is written last, in one move, so a folder with an index is complete. Opening the arrays is
+the business of `engine.data.dataset`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import DataError
+
+FILE = "index.json"
+FORMAT = "palimpsest token shards"
+VERSION = 1
+TOKEN_DTYPES = ("uint16", "uint32")
+OFFSET_DTYPE = "uint64"
+ITEM_BYTES = {"uint16": 2, "uint32": 4, "uint64": 8}
+PREPARE_AGAIN = "write the folder again with `palimpsest prepare --overwrite`, or restore it from a copy"
+
+
+@dataclass(frozen=True)
+class ArrayFile:
+    """One flat little-endian array in a file of its own; `xxh3` is XXH3-128 of the file's bytes, in hex."""
+
+    file: str
+    dtype: str
+    length: int
+    bytes: int
+    xxh3: str
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """The arrays of one shard; `documents` holds one offset more than there are documents."""
+
+    tokens: ArrayFile
+    documents: ArrayFile
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens.length
+
+    @property
+    def num_documents(self) -> int:
+        return self.documents.length - 1
+
+
+@dataclass(frozen=True)
+class Index:
+    """Everything that is known of a folder of shards without opening one."""
+
+    vocab_size: int
+    eos_id: int
+    tokenizer_hash: str
+    shards: tuple[ShardEntry, ...]
+
+    @property
+    def dtype(self) -> str:
+        return token_dtype(self.vocab_size)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(shard.num_tokens for shard in self.shards)
+
+    @property
+    def num_documents(self) -> int:
+        return sum(shard.num_documents for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(shard.tokens.bytes + shard.documents.bytes for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the tokenizer and of the shards' contents in their order, as 32 hex digits.
+
+        Arrays that a later version adds do not enter it: they change no token.
+        """
+        content = [[shard.tokens.length, shard.tokens.xxh3, shard.documents.xxh3] for shard in self.shards]
+        text = json.dumps([self.tokenizer_hash, self.eos_id, self.vocab_size, content], separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The narrowest type that holds every token id."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def write_index(folder: Path, index: Index) -> None:
+    """Puts the index in place in one move, after everything it names is on disk. Raises `OSError`."""
+    tree = {
+        "format": FORMAT,
+        "version": VERSION,
+        "fingerprint": index.fingerprint,
+        "tokenizer_hash": index.tokenizer_hash,
+        "vocab_size": index.vocab_size,
+        "eos_id": index.eos_id,
+        "tokens": index.num_tokens,
+        "documents": index.num_documents,
+        "shards": [asdict(shard) for shard in index.shards],
+    }
+    write_atomically(folder / FILE, json.dumps(tree, indent=1) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Puts a whole file in place in one move, on disk before the move and the move on disk after it."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the folder's names are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_index(folder: Path) -> Index:
+    """The index of a folder of shards, checked against itself.
+
+    Raises:
+        DataError: no folder, no index, an index of another format or version, or one that contradicts itself.
+    """
+    path = folder / FILE
+    tree = _read_tree(folder, path)
+    if tree.get("format") != FORMAT:
+        raise DataError(
+            f"{path} has format {tree.get('format')!r}", repr(FORMAT), "name a folder that `palimpsest prepare` wrote"
+        )
+    if tree.get("version") != VERSION:
+        raise DataError(
+            f"{path} has version {tree.get('version')!r}", f"version {VERSION}", f"update palimpsest, or {PREPARE_AGAIN}"
+        )
+    with _damage(path):
+        return _parse(tree)
+
+
+def _read_tree(folder: Path, path: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise DataError(
+            f"no folder of token shards at {folder}", "a folder that `palimpsest prepare` wrote", "check the path"
+        )
+    try:
+        tree = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        parts = sorted(part.parent.name for part in folder.glob(f"*/{FILE}"))
+        hint = f"name one of its folders: {', '.join(parts)}" if parts else f"finish or {PREPARE_AGAIN}"
+        raise DataError(f"{folder} holds no {FILE}", "a folder that `palimpsest prepare` finished", hint) from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}", remedy="check the path and its rights") from error
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: no JSON ({error})", "the file as written", PREPARE_AGAIN) from error
+    return tree if isinstance(tree, dict) else {}
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turns what parsing stumbles over into one error about the file."""
+    try:
+        yield
+    except KeyError as error:
+        raise DataError(f"{path} is damaged: {error} is missing", "the file as written", PREPARE_AGAIN) from error
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path} is damaged: {error}", "the file as written", PREPARE_AGAIN) from error
+
+
+def _parse(tree: dict[str, Any]) -> Index:
+    """The index in a tree. Raises `KeyError`, `TypeError` or `ValueError` where it contradicts itself."""
+    index = Index(
+        vocab_size=_whole(tree["vocab_size"], "vocab_size"),
+        eos_id=_whole(tree["eos_id"], "eos_id"),
+        tokenizer_hash=str(tree["tokenizer_hash"]),
+        shards=tuple(_shard(number, item) for number, item in enumerate(tree["shards"])),
+    )
+    if not 0 <= index.eos_id < index.vocab_size:
+        raise ValueError(f"eos_id {index.eos_id} is no token of a vocabulary of {index.vocab_size}")
+    for number, shard in enumerate(index.shards):
+        if shard.tokens.dtype != index.dtype:
+            raise ValueError(
+                f"shards.{number} has dtype {shard.tokens.dtype}, but a vocabulary of {index.vocab_size} is written "
+                f"as {index.dtype}"
+            )
+    for key, found in (("tokens", index.num_tokens), ("documents", index.num_documents)):
+        if tree[key] != found:
+            raise ValueError(f"{key} is {tree[key]}, but the shards' {key} add up to {found}")
+    if tree["fingerprint"] != index.fingerprint:
+        raise ValueError(f"fingerprint is {tree['fingerprint']}, but the contents give {index.fingerprint}")
+    return index
+
+
+def _shard(number: int, item: dict[str, Any]) -> ShardEntry:
+    where = f"shards.{number}"
+    tokens = _array(item["tokens"], f"{where}.tokens", TOKEN_DTYPES)
+    documents = _array(item["documents"], f"{where}.documents", (OFFSET_DTYPE,))
+    if documents.length < 1:
+        raise ValueError(f"{where}.documents is empty")
+    return ShardEntry(tokens, documents)
+
+
+def _array(item: dict[str, Any], where: str, dtypes: tuple[str, ...]) -> ArrayFile:
+    array = ArrayFile(
+        file=str(item["file"]),
+        dtype=str(item["dtype"]),
+        length=_whole(item["length"], f"{where}.length"),
+        bytes=_whole(item["bytes"], f"{where}.bytes"),
+        xxh3=str(item["xxh3"]),
+    )
+    if array.dtype not in dtypes:
+        raise ValueError(f"{where}.dtype is {array.dtype!r}, expected {' or '.join(dtypes)}")
+    if array.bytes != array.length * ITEM_BYTES[array.dtype]:
+        raise ValueError(f"{where} has {array.bytes} bytes for {array.length} items of {array.dtype}")
+    if Path(array.file).name != array.file:
+        raise ValueError(f"{where}.file {array.file!r} is no plain file name")
+    return array
+
+
+def _whole(value: Any, where: str) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{where} is {value!r}, expected a whole number")
+    return value

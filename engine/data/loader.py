@@ -1,0 +1,185 @@
+"""Batches for training and evaluation, with a state of a few integers.
+
+The j-th sample of a global batch belongs to data rank (j // micro_batch_size) % data_size, in its micro-batch
+j // (micro_batch_size * data_size). Invariant: which samples a step trains on depends on (data set, seed, sequence
+length, window_shards, samples before it) alone, never on the ranks, the micro-batch size or restarts; each sample
+comes exactly once per epoch. Every rank holds a `Loader`; a rank that needs no tokens calls `skip` where the
+others call `step`. Prefetching is in `engine.data.prefetch`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from engine.data import stream
+from engine.data.batch import Batch, make_batch
+from engine.data.dataset import TokenDataset
+from engine.data.objectives import Attention
+from engine.data.packing import num_rows
+from engine.data.stream import SampleId, SampleOrder
+from engine.errors import DataError
+
+State = dict[str, int | str]
+"""Loader state: JSON of well under 1 KiB, equal on all ranks."""
+
+
+class Loader:
+    """The endless stream of global batches over one data set, epoch after epoch."""
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        sequence_length: int,
+        global_batch_size: int,
+        seed: int,
+        window_shards: int,
+        attention: Attention,
+    ) -> None:
+        """Raises `DataError` where the data set holds not one sample."""
+        rows = rows_per_shard(dataset, sequence_length)
+        self._arguments = (dataset, sequence_length, global_batch_size, seed, window_shards, attention)
+        self.dataset, self.sequence_length, self.attention = dataset, sequence_length, attention
+        self.global_batch_size, self.seed, self.window_shards = global_batch_size, seed, window_shards
+        self._order = SampleOrder(rows, seed, window_shards)
+        self._position = 0
+        self._samples = 0
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return self._order.samples_per_epoch
+
+    @property
+    def samples(self) -> int:
+        """Samples consumed so far by the whole run."""
+        return self._samples
+
+    def state(self) -> State:
+        """Where the next sample is, and what must not have changed when this is restored."""
+        epoch, window, slot = self._order.address(self._position)
+        place = {"epoch": epoch, "window": window, "slot": slot, "samples": self._samples}
+        return place | self._identity()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on at a saved state; O(shards), whatever the position.
+
+        Raises:
+            DataError: the state belongs to other data, another order, or is damaged.
+        """
+        for key, now in self._identity().items():
+            if state.get(key) != now:
+                raise DataError(
+                    f"the saved loader state has {key} = {state.get(key)!r}, this run has {now!r} "
+                    f"(data set {self.dataset.folder})",
+                    f"{key} = {state.get(key)!r}, as when the state was saved",
+                    "restore it, or start a new run in another folder",
+                )
+        try:
+            sample = SampleId(int(state["epoch"]), int(state["window"]), int(state["slot"]))
+            self._position, self._samples = self._order.position(sample), int(state["samples"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"the saved loader state is damaged: {error}", "the state as saved", "resume from another checkpoint"
+            ) from error
+
+    def next_sample_ids(self, count: int) -> list[SampleId]:
+        """Addresses of the next `count` samples, which stay the next ones."""
+        return [SampleId(*row) for row in self._order.addresses(self._position, count).tolist()]
+
+    def sample_hash(self, count: int) -> str:
+        """Short hash of the next `count` samples: their addresses, and the shard and row behind each."""
+        addresses = self._order.addresses(self._position, count)
+        places = self._order.places(self._position, count)
+        content = np.concatenate([addresses, places], axis=1).astype("<i8").tobytes()
+        return hashlib.sha256(self.dataset.fingerprint.encode() + content).hexdigest()[:16]
+
+    def step(self, data_rank: int, data_size: int, micro_batch_size: int) -> list[Batch]:
+        """This data rank's micro-batches of the next global batch; advances by the whole global batch.
+
+        Raises `DataError` where a shard is damaged, and then does not advance.
+        """
+        count = self.global_batch_size
+        assert count % (micro_batch_size * data_size) == 0, "resolve() lets no other global batch pass"
+        mine = micro_batch_rows(count, data_rank, data_size, micro_batch_size)
+        places = self._order.places(self._position, count)
+        addresses = self._order.addresses(self._position, count)
+        batches = [self._batch(places[rows], addresses[rows], micro_batch_size) for rows in mine]
+        self.skip()
+        return batches
+
+    def skip(self) -> None:
+        """Advances by one global batch and reads nothing."""
+        self._position += self.global_batch_size
+        self._samples += self.global_batch_size
+
+    def clone(self) -> Loader:
+        """Another loader at the same place, over the same opened data set."""
+        other = Loader(*self._arguments)
+        other._position, other._samples = self._position, self._samples
+        return other
+
+    def _batch(self, places: np.ndarray, addresses: np.ndarray, micro_batch_size: int) -> Batch:
+        return make_batch(self.dataset, places, addresses, self.sequence_length, self.attention, micro_batch_size)
+
+    def _identity(self) -> State:
+        return {
+            "version": stream.VERSION,
+            "fingerprint": self.dataset.fingerprint,
+            "sequence_length": self.sequence_length,
+            "seed": self.seed,
+            "window_shards": self.window_shards,
+            "attention": self.attention,
+        }
+
+
+def evaluation_batches(
+    dataset: TokenDataset,
+    sequence_length: int,
+    attention: Attention,
+    data_rank: int,
+    data_size: int,
+    micro_batch_size: int,
+    max_samples: int | None = None,
+) -> Iterator[Batch]:
+    """This data rank's micro-batches of held-out samples: each sample once over all ranks, in file order.
+
+    `max_samples` takes the first so many. Every rank gets the same number of micro-batches of the same shape;
+    what is missing at the end are rows of weight 0. A sample's address is (0, shard, row). Raises `DataError`
+    where the data set holds not one sample, or a shard is damaged.
+    """
+    ends = np.cumsum(rows_per_shard(dataset, sequence_length))
+    count = min(int(ends[-1]), max_samples or int(ends[-1]))
+    for rows in micro_batch_rows(count, data_rank, data_size, micro_batch_size):
+        shards = np.searchsorted(ends, rows, side="right")
+        places = np.stack([shards, rows - np.where(shards > 0, ends[shards - 1], 0)], axis=1)
+        addresses = np.concatenate([np.zeros((len(rows), 1), np.int64), places], axis=1)
+        yield make_batch(dataset, places, addresses, sequence_length, attention, micro_batch_size)
+
+
+def num_evaluation_batches(num_samples: int, data_size: int, micro_batch_size: int) -> int:
+    """Micro-batches that each data rank gets of so many samples."""
+    return -(-num_samples // (micro_batch_size * data_size))
+
+
+def micro_batch_rows(num_samples: int, data_rank: int, data_size: int, micro_batch_size: int) -> list[np.ndarray]:
+    """Numbers of the samples in each micro-batch of a data rank; the last ones may be short or empty."""
+    stride = micro_batch_size * data_size
+    firsts = range(data_rank * micro_batch_size, -(-num_samples // stride) * stride, stride)
+    return [np.arange(first, max(first, min(first + micro_batch_size, num_samples))) for first in firsts]
+
+
+def rows_per_shard(dataset: TokenDataset, sequence_length: int) -> np.ndarray:
+    """(shards,) int64 samples in each shard. Raises `DataError` where there is none at all."""
+    tokens = np.array([shard.num_tokens for shard in dataset.index.shards], np.int64)
+    rows = num_rows(tokens, sequence_length)
+    if not rows.sum():
+        raise DataError(
+            f"the data set {dataset.folder} holds no sample: {dataset.index.num_documents} documents, "
+            f"{dataset.index.num_tokens} tokens",
+            "at least one document",
+            "prepare more text (or a larger --validation-fraction, where this is the held-out part)",
+        )
+    return rows

@@ -1,0 +1,100 @@
+"""Reads the next steps in a thread while the current one trains.
+
+Invariant: the loader that was handed in describes what was consumed, never what was read ahead; the thread works
+on a clone of it. An error of the thread is raised by the call that would have returned its batches, and again by
+every later one. The thread ends with `close` (or the context), even where nobody consumes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from threading import Condition, Thread
+
+from engine.data.batch import Batch
+from engine.data.loader import Loader, State
+from engine.data.stream import SampleId
+
+DEPTH = 2
+"""Steps that may lie ready."""
+
+
+class Prefetcher:
+    """A `Loader` for one data rank, some steps ahead; `state` and the sample ids are the consumer's."""
+
+    def __init__(
+        self, loader: Loader, data_rank: int, data_size: int, micro_batch_size: int, depth: int = DEPTH
+    ) -> None:
+        self._loader = loader
+        self._shape = (data_rank, data_size, micro_batch_size)
+        self._depth = depth
+        self._start()
+
+    def step(self) -> list[Batch]:
+        """This rank's micro-batches of the next global batch; waits until they are read. Raises what reading did."""
+        with self._changed:
+            assert not self._closed, "the prefetcher is closed"
+            self._changed.wait_for(lambda: self._ready or self._error)
+            if not self._ready:
+                assert self._error is not None
+                raise self._error
+            batches = self._ready.popleft()
+            self._changed.notify_all()
+        self._loader.skip()
+        return batches
+
+    def state(self) -> State:
+        """State after the last step that was consumed."""
+        return self._loader.state()
+
+    def restore(self, state: State) -> None:
+        """Goes on at a saved state; what was read ahead is dropped. Raises `DataError` as `Loader.restore` does."""
+        self.close()
+        self._loader.restore(state)
+        self._start()
+
+    def next_sample_ids(self, count: int) -> list[SampleId]:
+        """Addresses of the next samples that `step` will return (over all ranks)."""
+        return self._loader.next_sample_ids(count)
+
+    def sample_hash(self, count: int) -> str:
+        """`Loader.sample_hash` of the next samples that `step` will return (over all ranks)."""
+        return self._loader.sample_hash(count)
+
+    def close(self) -> None:
+        """Ends the thread and waits for it; safe to call twice."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        self._changed = Condition()
+        self._ready: deque[list[Batch]] = deque()
+        self._error: BaseException | None = None
+        self._closed = False
+        # a daemon, so that a process which forgets to close can still end
+        self._thread = Thread(target=self._read_ahead, args=(self._loader.clone(),), name="prefetch", daemon=True)
+        self._thread.start()
+
+    def _read_ahead(self, loader: Loader) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or len(self._ready) < self._depth)
+                if self._closed:
+                    return
+            try:
+                batches = loader.step(*self._shape)
+            except BaseException as error:  # whatever it is, the consumer must hear of it
+                with self._changed:
+                    self._error = error
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._ready.append(batches)
+                self._changed.notify_all()

@@ -1,0 +1,136 @@
+"""A tokenizer as a folder that `transformers.AutoTokenizer` loads, named by a hash of what it does.
+
+Invariant: the hash depends on the vocabulary and the rules in `tokenizer.json` and on which token ends a text,
+not on paths, formatting or the truncation and padding that somebody left switched on; so a copy has the same hash.
+Encoding here never reads special tokens out of text: a document that spells `<|endoftext|>` is only quoting it.
+Training one is in `engine.data.tokenizer_training`. Needs `tokenizers` alone, so that workers start fast.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.errors import DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MODEL_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+END_OF_TEXT = "<|endoftext|>"
+"""What ends a document in the tokenizers trained here; a foreign one may call it otherwise."""
+
+_PASSING_STATE = ("truncation", "padding")
+_CONVERT = "AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER) writes such a folder"
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A loaded tokenizer: text to ids and back, end-of-text and unknown tokens known by id."""
+
+    folder: Path
+    model: Tokenizer
+    hash: str
+    vocab_size: int
+    """Largest id + 1."""
+    eos_id: int
+    unknown_id: int | None
+    """None where every byte can be spelt."""
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of each text, int64, nothing added and special tokens in the text taken as plain characters."""
+        encodings = self.model.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int64) for encoding in encodings]
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of some ids, special tokens spelt out."""
+        return self.model.decode(ids.tolist(), skip_special_tokens=False)
+
+
+def load_tokenizer(folder: Path | str) -> TextTokenizer:
+    """The tokenizer in a folder.
+
+    Raises:
+        DataError: a file is missing or damaged, or the end-of-text token is not told or not in the vocabulary.
+    """
+    from tokenizers import Tokenizer
+
+    folder = Path(folder)
+    text, config = _read(folder / MODEL_FILE), _read(folder / CONFIG_FILE)
+    tree, settings = _parse(folder / MODEL_FILE, text), _parse(folder / CONFIG_FILE, config)
+    try:
+        model = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises plain Exception
+        raise DataError(f"{folder / MODEL_FILE} is damaged: {error}", "a tokenizer of `tokenizers`", _CONVERT) from error
+    model.no_truncation()
+    model.no_padding()
+    model.encode_special_tokens = True
+    vocabulary = model.get_vocab(with_added_tokens=True)
+    eos = _end_of_text(folder, settings, vocabulary)
+    unknown = tree.get("model", {}).get("unk_token") or _name(settings.get("unk_token"))
+    return TextTokenizer(
+        folder=folder,
+        model=model,
+        hash=_hash(tree, eos),
+        vocab_size=max(vocabulary.values()) + 1,
+        eos_id=vocabulary[eos],
+        unknown_id=vocabulary.get(unknown) if unknown and unknown != eos else None,
+    )
+
+
+def tokenizer_hash(folder: Path | str) -> str:
+    """Content hash of a tokenizer's folder, 32 hex digits; equal for copies. Raises `DataError`."""
+    folder = Path(folder)
+    tree = _parse(folder / MODEL_FILE, _read(folder / MODEL_FILE))
+    settings = _parse(folder / CONFIG_FILE, _read(folder / CONFIG_FILE))
+    return _hash(tree, _name(settings.get("eos_token")))
+
+
+def _hash(tree: dict[str, Any], eos: str | None) -> str:
+    content = {key: value for key, value in tree.items() if key not in _PASSING_STATE}
+    text = json.dumps([content, eos], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _end_of_text(folder: Path, settings: dict[str, Any], vocabulary: dict[str, int]) -> str:
+    """The token that ends a document. Raises `DataError` where there is none."""
+    eos = _name(settings.get("eos_token"))
+    if eos is None or eos not in vocabulary:
+        what = "names no eos_token" if eos is None else f"names eos_token {eos!r}, which is not in the vocabulary"
+        raise DataError(
+            f"{folder / CONFIG_FILE} {what}",
+            "a token of the vocabulary that ends a document",
+            f"write eos_token in {CONFIG_FILE}, or train a tokenizer with `palimpsest tokenizer`",
+        )
+    return eos
+
+
+def _name(token: Any) -> str | None:
+    """A token's text; older files write tokens as trees."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        what = f"tokenizer {path.parent} holds no {path.name}" if path.parent.is_dir() else f"no folder {path.parent}"
+        raise DataError(what, f"a folder with {MODEL_FILE} and {CONFIG_FILE}", f"check the path; {_CONVERT}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}", "a text file", "restore it from a copy") from error
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
+    try:
+        tree = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: no JSON ({error})", "the file as written", "restore it from a copy") from error
+    if not isinstance(tree, dict):
+        raise DataError(f"{path} is damaged: {text[:20]!r}", "a JSON object", "restore it from a copy")
+    return tree

@@ -1,0 +1,202 @@
+"""Trains tokenizers: byte-level BPE, and SentencePiece unigram or BPE, each saved for `transformers`.
+
+Invariant: the same texts and options give the same files. All kinds spell every byte, keep text as it is (no
+normalisation, runs of spaces and line ends included), and share the first ids: 0 ends a text, 1 pads, 2 is unknown
+(and never used). A SentencePiece model is kept as `tokenizer.model` beside its conversion to `tokenizers`, which
+splits text equally (unigram: or into pieces of the same likelihood). SentencePiece's own sign for a space, U+2581,
+is the one character that comes back as another one: as a space.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+from engine.data.tokenizer import END_OF_TEXT, TextTokenizer, load_tokenizer
+from engine.errors import ConfigError, DataError
+
+Kind = Literal["bpe", "sentencepiece-unigram", "sentencepiece-bpe"]
+
+PADDING = "<|padding|>"
+UNKNOWN = "<|unknown|>"
+SPECIAL_TOKENS = (END_OF_TEXT, PADDING, UNKNOWN)
+SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS) + 1
+"""All bytes, the special tokens, and one token worth the trouble."""
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+_SPACE = "▁"
+_LONGEST_LINE_BYTES = 1 << 14
+_LINE_END = "\n"
+_NEVER = -1e5
+"""Log probability of a control or byte piece: a text that spells `<0x41>` must not be read as that byte."""
+
+
+def train_tokenizer(texts: Iterable[str], folder: Path, kind: Kind, vocab_size: int) -> TextTokenizer:
+    """Trains a tokenizer on some texts, saves it as a folder and returns it as loaded from there.
+
+    A small corpus may carry fewer tokens than asked for: see the result's `vocab_size`.
+
+    Raises:
+        ConfigError: the vocabulary is smaller than the bytes and special tokens.
+        DataError: there is no text, the corpus is too small for this kind, or the folder cannot be written.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ConfigError(
+            f"vocabulary of {vocab_size} tokens", f"{SMALLEST_VOCABULARY} or more", "name a larger --vocab-size"
+        )
+    texts = _not_empty(texts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if kind == "bpe":
+            model = _byte_level_bpe(texts, vocab_size)
+        else:
+            content = _sentencepiece(texts, kind, vocab_size)
+            (folder / SENTENCEPIECE_FILE).write_bytes(content)
+            model = from_sentencepiece(content)
+        PreTrainedTokenizerFast(
+            tokenizer_object=model,
+            bos_token=END_OF_TEXT,
+            eos_token=END_OF_TEXT,
+            pad_token=PADDING,
+            unk_token=UNKNOWN,
+            clean_up_tokenization_spaces=False,
+        ).save_pretrained(folder)
+    except OSError as error:
+        raise DataError(
+            f"cannot write the tokenizer to {folder}: {error.strerror or error}", "a writable folder", "name another one"
+        ) from error
+    return load_tokenizer(folder)
+
+
+def _byte_level_bpe(texts: Iterable[str], vocab_size: int):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _sentencepiece(texts: Iterable[str], kind: Kind, vocab_size: int) -> bytes:
+    """A trained SentencePiece model, serialised."""
+    import sentencepiece
+
+    content = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(texts),
+            model_writer=content,
+            model_type=kind.removeprefix("sentencepiece-"),
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            character_coverage=0.9999,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            add_dummy_prefix=False,
+            user_defined_symbols=[_LINE_END],
+            max_sentence_length=4 * _LONGEST_LINE_BYTES,
+            eos_id=0,
+            eos_piece=END_OF_TEXT,
+            pad_id=1,
+            pad_piece=PADDING,
+            unk_id=2,
+            unk_piece=UNKNOWN,
+            bos_id=-1,
+            num_threads=1,  # sums of floats in one order, hence the same pieces everywhere
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise DataError(
+            f"SentencePiece cannot train {vocab_size} tokens of kind {kind} on this text: {error}",
+            "a vocabulary that the corpus can fill",
+            "give more text or name a smaller --vocab-size",
+        ) from error
+    return content.getvalue()
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Lines of the texts without their ends, long ones in parts: SentencePiece drops overlong sentences."""
+    for text in texts:
+        for line in text.split(_LINE_END):
+            for start in range(0, len(line), _LONGEST_LINE_BYTES):
+                # a zero byte is what SentencePiece marks its own boundaries with
+                yield line[start : start + _LONGEST_LINE_BYTES].replace("\0", "")
+
+
+def from_sentencepiece(content: bytes):
+    """A `tokenizers.Tokenizer` that splits as the SentencePiece model does (one trained by this file).
+
+    Pieces keep their ids. For BPE, SentencePiece stores scores where `tokenizers` wants merges: the better of two
+    merges is the one whose result has the lower id, so a piece's merges are its splits into two known pieces, in
+    the order of the piece's id (and of the ids of its parts among themselves).
+    """
+    import sentencepiece
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+    pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+    normal = [i for i in range(len(pieces)) if _is_normal(processor, i, pieces[i])]
+    if _is_bpe(content):
+        vocabulary = {piece: i for i, piece in enumerate(pieces)}
+        model = models.BPE(vocabulary, _merges(pieces, normal), unk_token=UNKNOWN, fuse_unk=True, byte_fallback=True)
+    else:
+        scores = dict.fromkeys(pieces, _NEVER) | {pieces[i]: processor.get_score(i) for i in normal}
+        model = models.Unigram(list(scores.items()), processor.unk_id(), byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="never", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(_LINE_END, normalized=False)])
+    return tokenizer
+
+
+def _is_normal(processor, number: int, piece: str) -> bool:
+    special = processor.is_control(number) or processor.is_unknown(number) or processor.is_byte(number)
+    return not special and piece != _LINE_END
+
+
+def _is_bpe(content: bytes) -> bool:
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(content)
+    return proto.trainer_spec.model_type == proto.trainer_spec.BPE
+
+
+def _merges(pieces: list[str], normal: list[int]) -> list[tuple[str, str]]:
+    known = {pieces[i]: i for i in normal}
+    merges = []
+    for i in normal:
+        piece = pieces[i]
+        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        inner = [(known[left], known[right]) for left, right in splits if left in known and right in known]
+        merges += [(pieces[left], pieces[right]) for left, right in sorted(inner)]
+    return merges
+
+
+def _not_empty(texts: Iterable[str]) -> Iterator[str]:
+    """The same texts. Raises `DataError` (when the training begins to read) where there are none."""
+    iterator = iter(texts)
+    first = next((text for text in iterator if text.strip()), None)
+    if first is None:
+        raise DataError("there is no text to train a tokenizer on", "at least one document", "name other sources")
+
+    def chain() -> Iterator[str]:
+        yield first
+        yield from iterator
+
+    return chain()

@@ -1,0 +1,106 @@
+"""Self-attention over rows of packed documents: what each token sees, where it stands, and the projections.
+
+What is equal for every layer of a forward pass (mask, rotary tables) is a `View` made once per pass. Head counts
+are read from the width of the projection's output, never from the configuration, so that the same module serves a
+tensor-parallel rank that holds some of the heads.
+
+Legend: B batch, T time, D width, H heads, G key/value heads, K head size (H and G may be local).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from engine.config.schema import ModelConfig
+from engine.parallel.functions import Attention
+
+
+@dataclass(frozen=True)
+class View:
+    """What the tokens of a row see of one another.
+
+    `mask_B1TT` is true where a query (first T) sees a key (second T), None for causal over whole rows;
+    `cos_TK` and `sin_TK` (fp32) turn queries and keys, None without rotary positions.
+    """
+
+    mask_B1TT: torch.Tensor | None
+    cos_TK: torch.Tensor | None
+    sin_TK: torch.Tensor | None
+
+
+def view(config: ModelConfig, num_positions: int, segments_BT: torch.Tensor | None, device: torch.device) -> View:
+    """The view of one micro-batch; `segments_BT` counts documents within a row, None means one document per row."""
+    mask_B1TT = None if segments_BT is None else document_mask(segments_BT)
+    if config.position != "rope":
+        return View(mask_B1TT, None, None)
+    cos_TK, sin_TK = rotary_tables(num_positions, config.head_size, config.rope_theta, device)
+    return View(mask_B1TT, cos_TK, sin_TK)
+
+
+def document_mask(segments_BT: torch.Tensor) -> torch.Tensor:
+    """Causal and inside one document: boolean mask_B1TT, true where the query sees the key. Every query sees itself."""
+    num_positions = segments_BT.size(1)
+    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    causal_TT = torch.ones(num_positions, num_positions, dtype=torch.bool, device=segments_BT.device).tril()
+    return (same_BTT & causal_TT)[:, None]
+
+
+def positions_in_document(segments_BT: torch.Tensor) -> torch.Tensor:
+    """Distance of each token from the start of its document, int64 of shape (B, T)."""
+    indices_T = torch.arange(segments_BT.size(1), device=segments_BT.device)
+    starts_BT = torch.zeros_like(segments_BT, dtype=torch.bool)
+    starts_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    latest_start_BT = torch.where(starts_BT, indices_T, 0).cummax(dim=1).values
+    return indices_T - latest_start_BT
+
+
+def rotary_tables(
+    num_positions: int, head_size: int, theta: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos_TK and sin_TK (fp32) of rotary positions (Su et al. 2021, RoFormer, section 3.4.2).
+
+    The angles of the K / 2 pairs stand twice side by side: dimension i is paired with i + K / 2 (as in the
+    Llama checkpoints of Hugging Face) and not with its neighbour (as in the paper), so weights convert as they are.
+    Computed at each pass: a buffer would not survive construction on the meta device.
+    """
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
+    positions_T = torch.arange(num_positions, dtype=torch.float32, device=device)
+    angles = positions_T[:, None] * (1.0 / theta**exponents)  # (T, K / 2)
+    angles_TK = torch.cat((angles, angles), dim=-1)
+    return angles_TK.cos(), angles_TK.sin()
+
+
+def rotate(x_BTHK: torch.Tensor, cos_TK: torch.Tensor, sin_TK: torch.Tensor) -> torch.Tensor:
+    """Each head turned by its position; computed in fp32, returned in the dtype of `x_BTHK`."""
+    x = x_BTHK.float()
+    low, high = x.chunk(2, dim=-1)
+    turned = x * cos_TK[:, None] + torch.cat((-high, low), dim=-1) * sin_TK[:, None]
+    return turned.to(x_BTHK.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Fused projection to queries, keys and values (blocks in this order), attention, output projection."""
+
+    def __init__(self, config: ModelConfig, attention: Attention) -> None:
+        super().__init__()
+        self.head_size = config.head_size
+        self.queries_per_kv = config.num_heads // config.kv_heads
+        self.attention = attention
+        query_width = config.num_heads * config.head_size
+        kv_width = config.kv_heads * config.head_size
+        self.qkv_proj = nn.Linear(config.hidden_size, query_width + 2 * kv_width, bias=config.bias)
+        self.out_proj = nn.Linear(query_width, config.hidden_size, bias=config.bias)
+
+    def forward(self, x_BTD: torch.Tensor, view: View) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        heads = self.qkv_proj(x_BTD).unflatten(-1, (-1, self.head_size))  # (B, T, H + 2 G, K)
+        num_kv = heads.size(2) // (self.queries_per_kv + 2)
+        q_BTHK, k_BTGK, v_BTGK = heads.split((self.queries_per_kv * num_kv, num_kv, num_kv), dim=2)
+        if view.cos_TK is not None and view.sin_TK is not None:
+            q_BTHK = rotate(q_BTHK, view.cos_TK, view.sin_TK)
+            k_BTGK = rotate(k_BTGK, view.cos_TK, view.sin_TK)
+        out_BTHK = self.attention(q_BTHK, k_BTGK, v_BTGK, view.mask_B1TT)
+        return self.out_proj(out_BTHK.flatten(2))

@@ -1,0 +1,129 @@
+"""The GPT family: a decoder in GPT-2 or Llama form, cut into pipeline stages of one class, from one set of parts.
+
+Parameter names inside a stage are the logical names of the whole model (layers keep their global index), so any
+cut of the model has the same names. The one exception is a tied head on a stage without the embedding: see `ties`.
+The vocabulary is padded in memory; padded columns never enter the loss, so their gradients are exactly zero.
+
+Legend: B batch, T time, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from engine.config.schema import ModelConfig
+from engine.models.attention import positions_in_document, view
+from engine.models.chunk import Chunk, whole
+from engine.models.layers import DecoderLayer, norm
+from engine.parallel.functions import PLAIN, Functions
+from engine.parallel.sharding import ROW, VOCABULARY, ParameterSpec, Table, column, lookup
+
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+
+
+class Stage(nn.Module):
+    """Consecutive layers, with the embedding on the first stage, the final norm and the head on the last."""
+
+    def __init__(self, config: ModelConfig, chunk: Chunk, functions: Functions) -> None:
+        super().__init__()
+        self.config, self.chunk, self.functions = config, chunk, functions
+        if chunk.first:
+            self.embed_tokens = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+            if config.position == "learned":
+                self.embed_positions = nn.Embedding(config.max_positions, config.hidden_size)
+        self.layers = nn.ModuleDict({str(index): DecoderLayer(config, functions) for index in chunk.layers})
+        if chunk.last:
+            self.final_norm = norm(config)
+            self.lm_head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+            if config.tie_embeddings and chunk.first:
+                self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(
+        self,
+        *,
+        tokens_BT: torch.Tensor | None = None,
+        hidden_BTD: torch.Tensor | None = None,
+        segments_BT: torch.Tensor | None = None,
+        targets_BT: torch.Tensor | None = None,
+        weights_BT: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What the stage makes of one micro-batch.
+
+        The first stage takes `tokens_BT` (int64), the others `hidden_BTD` of the stage before. `segments_BT`
+        numbers the documents of a row; None means that the row is one document. The last stage returns the fp32
+        weighted sum of the tokens' losses, or logits over the real vocabulary (B, T, vocab_size) where
+        `targets_BT` is None (on one tensor-parallel rank only); every other stage returns hidden_BTD.
+        """
+        if hidden_BTD is None:
+            assert tokens_BT is not None, "the first stage takes tokens, the others hidden states"
+            hidden_BTD = self.embed(tokens_BT, segments_BT)
+        x_BTD: torch.Tensor = hidden_BTD
+        seen = view(self.config, x_BTD.size(1), segments_BT, x_BTD.device)
+        for layer in self.layers.values():
+            x_BTD = layer(x_BTD, seen)
+        if not self.chunk.last:
+            return x_BTD
+        logits_BTV = self.lm_head(self.final_norm(x_BTD))
+        if targets_BT is None:
+            return logits_BTV[..., : self.config.vocab_size]
+        assert weights_BT is not None, "targets come with weights"
+        return self.functions.cross_entropy(logits_BTV, targets_BT, weights_BT, self.config.vocab_size)
+
+    def embed(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None) -> torch.Tensor:
+        """hidden_BTD of the tokens; learned positions start again with each document, as they would alone."""
+        hidden_BTD = self.embed_tokens(tokens_BT)
+        if self.config.position != "learned":
+            return hidden_BTD
+        if segments_BT is None:
+            positions = torch.arange(tokens_BT.size(1), device=tokens_BT.device)  # (T,)
+        else:
+            positions = positions_in_document(segments_BT)  # (B, T)
+        return hidden_BTD + self.embed_positions(positions)
+
+
+def build(config: ModelConfig, chunk: Chunk | None = None, functions: Functions = PLAIN) -> Stage:
+    """The modules of one chunk (None: the whole model), on the device context that is active.
+
+    Build under `torch.device("meta")` and give the values afterwards (`engine.models.initial`): the values that
+    plain torch modules start with are not the model's.
+    """
+    return Stage(config, chunk or whole(config.num_layers), functions)
+
+
+def sharding(config: ModelConfig) -> Table:
+    """How the parameters of the whole model lie over the tensor axis; what is not named is replicated."""
+    query_width, kv_width = config.num_heads * config.head_size, config.kv_heads * config.head_size
+    qkv = column(query_width, kv_width, kv_width)
+    up = {"layers.*.ffn.up_proj.*": column(config.inner_size)}
+    if config.activation == "swiglu":
+        up = {"layers.*.ffn.gate_up_proj.*": column(config.inner_size, config.inner_size)}
+    return {
+        EMBEDDING: VOCABULARY,
+        "layers.*.attention.qkv_proj.*": qkv,
+        "layers.*.attention.out_proj.weight": ROW,
+        **up,
+        "layers.*.ffn.down_proj.weight": ROW,
+        HEAD: VOCABULARY,
+    }
+
+
+def specs(config: ModelConfig) -> list[ParameterSpec]:
+    """Every parameter of the whole model by logical name, in the model's order; a tied head is not there."""
+    with torch.device("meta"):
+        model = build(config)
+    table = sharding(config)
+    found = []
+    for name, parameter in model.named_parameters():
+        real_rows = config.vocab_size if name in (EMBEDDING, HEAD) else None
+        found.append(ParameterSpec(name, tuple(parameter.shape), lookup(table, name), real_rows))
+    return found
+
+
+def ties(config: ModelConfig) -> dict[str, str]:
+    """Local name -> logical name of parameters that a stage holds under another name (the tied head).
+
+    Where the embedding is on the same stage, both modules hold one `Parameter` and the local name does not show
+    in `named_parameters`.
+    """
+    return {HEAD: EMBEDDING} if config.tie_embeddings else {}

@@ -1,0 +1,50 @@
+"""Parameter groups of one pipeline stage: by weight decay, by whether tensor parallelism splits them, and the tie.
+
+The split by kind lets the gradient norm count every element once, and the tie's own group lets ZeRO cut its
+optimizer state alike on both stages (see `ParameterGroup`). Hyperparameters are recorded by parameter name, so a
+checkpoint never depends on the number or order of groups.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from engine.config.schema import OptimizerConfig
+from engine.parallel.sharding import ParameterSpec
+from engine.parallel.state import ParameterGroup
+
+
+def weight_decay(name: str, config: OptimizerConfig) -> float:
+    """The weight decay of one parameter, by its logical name."""
+    exempt = any(fnmatch.fnmatchcase(name, pattern) for pattern in config.no_decay)
+    return 0.0 if exempt else config.weight_decay
+
+
+def parameter_groups(
+    specs: Iterable[ParameterSpec], config: OptimizerConfig, tied: frozenset[str] = frozenset()
+) -> list[ParameterGroup]:
+    """The stage's parameters, in groups that are never empty; `tied` names those that another stage holds too."""
+    grouped: dict[tuple[float, bool, bool], list[ParameterSpec]] = {}
+    for spec in specs:
+        key = (weight_decay(spec.name, config), spec.sharding.dim is None, spec.name in tied)
+        grouped.setdefault(key, []).append(spec)
+    return [
+        ParameterGroup(tuple(members), decay, replicated, is_tied)
+        for (decay, replicated, is_tied), members in sorted(grouped.items())
+    ]
+
+
+def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
+    """torch's fused AdamW over groups that carry their own weight decay."""
+    return torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )

@@ -1,0 +1,77 @@
+"""Collectives over a `Group`: the only calls of `torch.distributed` beside `groups`. Over one rank they are free."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from engine.parallel.groups import Group
+
+
+def all_reduce(tensor: torch.Tensor, group: Group, op: str = "sum") -> torch.Tensor:
+    """Reduces `tensor` in place over the group ("sum", "max" or "min"). Collective over `group`."""
+    if group.size > 1:
+        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op.upper()), group=group.handle)
+    return tensor
+
+
+def all_gather(tensor: torch.Tensor, group: Group) -> list[torch.Tensor]:
+    """Every rank's `tensor` (equal shapes), in group order. Collective over `group`."""
+    if group.size == 1:
+        return [tensor]
+    parts = [torch.empty_like(tensor) for _ in group.ranks]
+    dist.all_gather(parts, tensor.contiguous(), group=group.handle)
+    return parts
+
+
+def broadcast(tensor: torch.Tensor, group: Group, source: int = 0) -> torch.Tensor:
+    """Fills `tensor` in place from the rank at position `source`. Collective over `group`."""
+    if group.size > 1:
+        dist.broadcast(tensor, src=group.ranks[source], group=group.handle)
+    return tensor
+
+
+def broadcast_object(value: Any, group: Group, source: int = 0) -> Any:
+    """The object of the rank at position `source`, on every rank. Collective over `group`."""
+    if group.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=group.ranks[source], group=group.handle)
+    return box[0]
+
+
+def gather_objects(value: Any, group: Group) -> list[Any]:
+    """Every rank's object in group order, on every rank. Collective over `group`; for small objects."""
+    if group.size == 1:
+        return [value]
+    values: list[Any] = [None] * group.size
+    dist.all_gather_object(values, value, group=group.handle)
+    return values
+
+
+def send(tensor: torch.Tensor, group: Group, position: int) -> dist.Work:
+    """Starts sending to the rank at `position` and returns at once; keep `tensor` until the work is waited for."""
+    work = dist.isend(tensor, dst=group.ranks[position], group=group.handle)
+    assert work is not None
+    return work
+
+
+def receive(tensor: torch.Tensor, group: Group, position: int) -> torch.Tensor:
+    """Fills `tensor` from the rank at `position`; on CUDA the stream waits, not the host."""
+    work = dist.irecv(tensor, src=group.ranks[position], group=group.handle)
+    assert work is not None
+    work.wait()
+    return tensor
+
+
+def barrier(group: Group) -> None:
+    """Returns when every rank has arrived. Collective over `group`."""
+    if group.size > 1:
+        dist.barrier(group=group.handle)
+
+
+def first_error(error: Exception | None, group: Group) -> Exception | None:
+    """The error of the first rank that has one, on every rank. Collective over `group`: fail on all or on none."""
+    return next((found for found in gather_objects(error, group) if found is not None), None)

@@ -1,0 +1,60 @@
+"""The functions that a model receives instead of a process group: attention and the loss over the vocabulary.
+
+A model calls them with what its own rank holds. The plain versions here are right wherever one rank holds all
+heads and the whole vocabulary; tensor parallelism passes others. Nothing here communicates.
+
+Legend: B batch, T time, H heads, G key/value heads, K head size, V vocabulary (all of it, padding included).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""(q_BTHK, k_BTGK, v_BTGK, mask_B1TT or None) -> out_BTHK; no mask means causal over the whole row."""
+
+CrossEntropy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""(logits_BTV, targets_BT, weights_BT, vocab_size) -> fp32 scalar, the weighted sum of the tokens' losses."""
+
+
+def attention(
+    q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, mask_B1TT: torch.Tensor | None
+) -> torch.Tensor:
+    """Softmax attention, out_BTHK; query heads share the G key/value heads in consecutive groups of H / G.
+
+    `mask_B1TT` is boolean, true where a query (first T) sees a key (second T).
+    """
+    out_BHTK = F.scaled_dot_product_attention(
+        q_BTHK.transpose(1, 2),
+        k_BTGK.transpose(1, 2),
+        v_BTGK.transpose(1, 2),
+        attn_mask=mask_B1TT,
+        is_causal=mask_B1TT is None,
+        enable_gqa=q_BTHK.size(2) != k_BTGK.size(2),
+    )
+    return out_BHTK.transpose(1, 2)
+
+
+def cross_entropy(
+    logits_BTV: torch.Tensor, targets_BT: torch.Tensor, weights_BT: torch.Tensor, vocab_size: int
+) -> torch.Tensor:
+    """Sum over tokens of weight x cross-entropy, in fp32; columns from `vocab_size` on never enter the softmax."""
+    logits_NV = logits_BTV[..., :vocab_size].flatten(0, 1).float()
+    loss_N = F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="none")
+    return (loss_N * weights_BT.flatten().float()).sum()
+
+
+@dataclass(frozen=True)
+class Functions:
+    """What `engine.models` is built with."""
+
+    attention: Attention = attention
+    cross_entropy: CrossEntropy = cross_entropy
+
+
+PLAIN = Functions()
+"""One rank holds every head and the whole vocabulary."""

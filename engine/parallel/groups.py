@@ -1,0 +1,150 @@
+"""Process groups as a value: which ranks this rank talks to along each axis, and through what.
+
+Nothing here is global: `connect` meets the other ranks, `join` makes the groups, once per process, and whoever needs
+one is handed it. A collective over a group of one rank is free and works without `torch.distributed`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from engine.config.place import RankPlace
+from engine.config.resolve import Layout
+from engine.errors import EnvironmentProblem
+from engine.parallel.axes import Axis, Coordinates, Grid
+
+TIMEOUT_SECONDS = 600.0
+"""After which a collective that not all ranks have reached is an error."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some ranks of the world in ascending order, and this rank's position among them."""
+
+    ranks: tuple[int, ...]
+    position: int
+    handle: Any = None
+    """The `torch.distributed` process group; may be None where the group is this rank alone."""
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+ALONE = Group(ranks=(0,), position=0)
+"""A world of one rank."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Every group of one rank. Groups named after an axis hold the ranks that differ on that axis alone."""
+
+    layout: Layout
+    grid: Grid
+    global_rank: int
+    coordinates: Coordinates
+    world: Group
+    data: Group
+    zero: Group
+    """Data x sequence: what ZeRO shards over."""
+    tensor: Group
+    pipe: Group
+    pipe_backward: Group
+    """The same ranks as `pipe` through a communicator of its own: gradients travel on it, activations on `pipe`,
+    so that neither waits for the other."""
+    stage: Group
+    """All ranks of this rank's pipeline stage."""
+    model: Group
+    """Pipe x tensor: the ranks that hold one copy of the model together."""
+    tie: Group | None
+    """The first and last stage at this rank's place, where there is more than one stage; None on stages between."""
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.coordinates.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.coordinates.stage == self.layout.pipe - 1
+
+
+def connect(place: RankPlace, device: torch.device, store: dist.Store | None = None) -> None:
+    """Meets the other ranks: makes the default process group (NCCL on CUDA, else gloo). Collective over the world.
+
+    Without a `store` the ranks meet at `place.master_addr`, and a world of one at no address at all.
+
+    Raises:
+        EnvironmentProblem: the ranks did not all arrive.
+    """
+    if place.master_addr in ("127.0.0.1", "localhost", "::1"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    timeout = timedelta(seconds=TIMEOUT_SECONDS)
+    if store is None and place.world_size == 1:
+        store = dist.HashStore()
+    try:
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            init_method=None if store else "env://",
+            store=store,
+            rank=place.global_rank,
+            world_size=place.world_size,
+            timeout=timeout,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise EnvironmentProblem(
+            f"rank {place.global_rank} of {place.world_size} could not meet the others at "
+            f"{place.master_addr}:{place.master_port}: {error}",
+            "all ranks reach that host and port",
+            "check the address, the port and the network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)",
+        ) from error
+
+
+def disconnect() -> None:
+    """Leaves the default process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def join(layout: Layout, global_rank: int) -> Groups:
+    """Makes all groups of the layout. Collective over the world, after `connect`.
+
+    Every rank makes every group in the same order, as `torch.distributed.new_group` wants it.
+    """
+    grid = Grid(layout)
+
+    def mine(*axes: Axis) -> Group:
+        return _make(grid.groups(*axes), global_rank)
+
+    pipe_lines = grid.groups("pipe")
+    return Groups(
+        layout=layout,
+        grid=grid,
+        global_rank=global_rank,
+        coordinates=grid.coordinates(global_rank),
+        world=Group(tuple(range(layout.world_size)), global_rank, dist.group.WORLD),
+        data=mine("data"),
+        zero=mine("data", "sequence"),
+        tensor=mine("tensor"),
+        pipe=_make(pipe_lines, global_rank),
+        pipe_backward=_make(pipe_lines, global_rank),
+        stage=mine("data", "sequence", "tensor"),
+        model=mine("pipe", "tensor"),
+        tie=_make([[line[0], line[-1]] for line in pipe_lines], global_rank, strict=False) if layout.pipe > 1 else None,
+    )
+
+
+def _make(families: list[list[int]], global_rank: int, strict: bool = True) -> Any:
+    """The group of `families` that holds this rank; all of them are made, single ranks too (DeepSpeed wants them)."""
+    own = None
+    for ranks in families:
+        handle = dist.new_group(ranks, timeout=timedelta(seconds=TIMEOUT_SECONDS))
+        if global_rank in ranks:
+            own = Group(tuple(ranks), ranks.index(global_rank), handle)
+    assert own is not None or not strict
+    return own

@@ -1,0 +1,104 @@
+"""Which part of a parameter a tensor-parallel rank holds: a table from name pattern to `Sharding`. Pure arithmetic.
+
+One table per model family (`sharding(config)` in `engine.models`) serves the construction of tensor-parallel
+layers, initial weights, checkpoints and conversion. A fused projection is described by its sub-blocks: each block
+is split by itself, so that rank t of T holds part t of every block.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How one parameter lies over the tensor axis.
+
+    `role` is what the layer does with it; `dim` the split dimension (None: every rank holds all of it); `blocks`
+    the sizes of the sub-blocks along `dim` (empty: one block).
+    """
+
+    role: Literal["column", "row", "vocabulary", "replicated"]
+    dim: int | None = None
+    blocks: tuple[int, ...] = ()
+
+
+REPLICATED = Sharding("replicated")
+ROW = Sharding("row", dim=1)
+VOCABULARY = Sharding("vocabulary", dim=0)
+
+
+def column(*blocks: int) -> Sharding:
+    """Split along the output features, in the given sub-blocks."""
+    return Sharding("column", dim=0, blocks=blocks)
+
+
+Table = dict[str, Sharding]
+"""Name pattern (shell style, over logical names) -> sharding; names that match nothing are replicated."""
+
+
+def lookup(table: Table, name: str) -> Sharding:
+    """The sharding of the parameter `name`; patterns must not overlap."""
+    found = [sharding for pattern, sharding in table.items() if fnmatch.fnmatchcase(name, pattern)]
+    assert len(found) <= 1, f"{name} matches {len(found)} patterns of the sharding table"
+    return found[0] if found else REPLICATED
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One parameter of the whole model, whatever the layout.
+
+    `shape` is what all tensor ranks together hold in memory; `real_rows` (vocabulary only) how many of its rows
+    are real: the others are padding, always zero and never stored.
+    """
+
+    name: str
+    shape: Shape
+    sharding: Sharding = field(default=REPLICATED)
+    real_rows: int | None = None
+
+    @property
+    def stored_shape(self) -> Shape:
+        """Shape without padding, as in a checkpoint."""
+        return self.shape if self.real_rows is None else (self.real_rows, *self.shape[1:])
+
+    def blocks(self) -> tuple[int, ...]:
+        """Sizes of the sub-blocks along the split dimension."""
+        assert self.sharding.dim is not None
+        return self.sharding.blocks or (self.shape[self.sharding.dim],)
+
+    def local_shape(self, tensor_size: int) -> Shape:
+        """Shape of the part that each of `tensor_size` ranks holds."""
+        dim = self.sharding.dim
+        if dim is None:
+            return self.shape
+        assert all(block % tensor_size == 0 for block in self.blocks()), f"{self.name}: {tensor_size} ranks"
+        return (*self.shape[:dim], self.shape[dim] // tensor_size, *self.shape[dim + 1 :])
+
+    def local_numel(self, tensor_size: int) -> int:
+        return math.prod(self.local_shape(tensor_size))
+
+    def extents(self, tensor_rank: int, tensor_size: int) -> Iterator[tuple[int, int, int]]:
+        """Runs (start in the whole, start in the part, length) along the split dimension, one per block."""
+        whole = part = 0
+        for block in self.blocks():
+            share = block // tensor_size
+            yield whole + tensor_rank * share, part, share
+            whole += block
+            part += share
+
+    def part(self, whole: torch.Tensor, tensor_rank: int, tensor_size: int) -> torch.Tensor:
+        """The part of `whole` (of `shape`) that one rank holds; a view where that is possible."""
+        dim = self.sharding.dim
+        if dim is None or tensor_size == 1:
+            return whole
+        runs = [whole.narrow(dim, start, length) for start, _, length in self.extents(tensor_rank, tensor_size)]
+        return runs[0] if len(runs) == 1 else torch.cat(runs, dim)

@@ -1,0 +1,72 @@
+"""What an engine holds of the model's state, named: the seam between ZeRO and checkpoints.
+
+A checkpoint never asks which ZeRO stage, pipeline stage or tensor rank wrote it: it sees pieces of named
+parameters, and a placement per parameter from which the piece of any rank follows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from engine.parallel.sharding import ParameterSpec
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's moments, as torch names them."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A live flat range of this rank's tensor-parallel part of one parameter.
+
+    `start` counts elements of the flattened (row-major) local part; `weight` is the fp32 master and each moment
+    (`MOMENTS`) has the same length. All are 1-D views: writing to them changes the engine.
+    """
+
+    spec: ParameterSpec
+    start: int
+    weight: torch.Tensor
+    moments: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        return self.weight.numel()
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one parameter lies, for every rank: data rank d holds the elements
+    [d * partition - offset, (d + 1) * partition - offset) of the flattened local part, cut to its length.
+
+    ZeRO-0: offset 0, partition = the local length (so data rank 0 holds it all, and copies on other data ranks
+    are not pieces). ZeRO-3: offset 0, partition = the parameter's own. ZeRO-1 and 2: offset in the padded flat
+    buffer of its parameter group. A replicated parameter is written by tensor rank 0 alone, a tied one by the
+    first of its pipeline stages.
+    """
+
+    spec: ParameterSpec
+    stages: tuple[int, ...]
+    offset: int
+    partition: int
+
+    def range_of(self, data_rank: int, local_numel: int) -> tuple[int, int]:
+        """(start, length) of a data rank's piece; length 0 where it holds nothing."""
+        start = max(data_rank * self.partition - self.offset, 0)
+        end = min((data_rank + 1) * self.partition - self.offset, local_numel)
+        return (start, max(end - start, 0)) if end > start else (0, 0)
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters of one stage that the optimizer and the gradient norm treat alike.
+
+    Parameters that are whole on every tensor rank (`replicated`) never share a group with split ones, and a weight
+    that is tied across pipeline stages (`tied`) has a group of its own on both, so that its optimizer state is cut
+    alike there.
+    """
+
+    specs: tuple[ParameterSpec, ...]
+    weight_decay: float
+    replicated: bool
+    tied: bool = False

@@ -1,0 +1,246 @@
+"""One DeepSpeed engine per pipeline stage, driven one micro-batch at a time: the adapter between schedule and ZeRO.
+
+DeepSpeed's own `PipelineEngine` refuses ZeRO-2 and 3. Here each rank gives its stage to an engine of its own, ZeRO
+runs over the stage's data ranks, and `engine.parallel.pipeline` decides which micro-batch goes forward or backward.
+What DeepSpeed gets wrong in this use is put right here and in `stage3`: its gradient norm (one norm over all ranks,
+each parameter counted once), tied embeddings on two stages, gradients of a backward that follows a backward, and a
+backward that starts from a received gradient. Gradients are averaged over data ranks by DeepSpeed; the caller's
+loss scale undoes it (contract "Loss").
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from engine.errors import PalimpsestError
+from engine.parallel.collectives import all_reduce
+from engine.parallel.groups import Groups
+from engine.parallel.sharding import ParameterSpec
+from engine.parallel.state import ParameterGroup, Piece, Placement
+from engine.parallel.zero.optimizers import Named, placement, shards
+from engine.parallel.zero.stage3 import Cures, partition_empty, replace_parameters
+
+MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+class NotFinite(PalimpsestError):
+    """The gradient is infinite or not a number; the weights are as before the step, on every rank."""
+
+
+class _Emit(torch.autograd.Function):
+    """A scalar whose backward hands `grad` to `output`: DeepSpeed's `backward` wants a scalar."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(grad)
+        return output.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return ctx.saved_tensors[0], None
+
+
+class _Topology:
+    """What DeepSpeed asks of its `mpu`. Everything that is not data is one "model" axis to it."""
+
+    def __init__(self, groups: Groups) -> None:
+        self.groups = groups
+
+    def get_data_parallel_group(self) -> Any:
+        return self.groups.zero.handle
+
+    def get_data_parallel_rank(self) -> int:
+        return self.groups.zero.position
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.groups.zero.size
+
+    def get_model_parallel_group(self) -> Any:
+        return self.groups.model.handle
+
+    def get_model_parallel_rank(self) -> int:
+        return self.groups.model.position
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.groups.model.size
+
+
+def start(device: torch.device) -> None:
+    """Readies DeepSpeed in this process, after `groups.connect`; builds no extension on a CPU.
+
+    DeepSpeed would compile a shared-memory collective there (minutes, and a lock that a killed build leaves behind);
+    gloo does without.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+
+
+class StageEngine:
+    """A pipeline stage's weights, gradients and optimizer under one ZeRO stage. Every rank of the world makes one.
+
+    `module` is the stage on the meta device, already tensor-sharded, and `groups_of_parameters` covers its
+    parameters by logical name (`ties` maps a local name to its logical one). Weights are zero until `fill`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameter_groups: list[ParameterGroup],
+        ties: dict[str, str],
+        make_optimizer: MakeOptimizer,
+        config: dict[str, Any],
+        groups: Groups,
+        device: torch.device,
+    ) -> None:
+        self.groups, self.device, self.parameter_groups = groups, device, parameter_groups
+        self.zero_stage: int = config["zero_optimization"]["stage"]
+        self.dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+        self.clip_norm: float = config["gradient_clipping"]
+        if self.zero_stage == 0:
+            config = config | {"gradient_clipping": 0.0}  # clipped here: DeepSpeed's norm would miss other stages
+        topology = _Topology(groups)
+        if self.zero_stage == 3:
+            partition_empty(module, self.dtype, device, topology, config)
+        else:
+            replace_parameters(module, lambda p: nn.Parameter(torch.zeros(p.shape, dtype=self.dtype, device=device)))
+        named = _by_group(module, parameter_groups, ties)
+        self.optimizer = make_optimizer(
+            [
+                {"params": [parameter for _, parameter in group], "weight_decay": described.weight_decay}
+                for group, described in zip(named, parameter_groups, strict=True)
+            ]
+        )
+        self._engine: Any = deepspeed.initialize(
+            model=module, optimizer=self.optimizer, config=config, mpu=topology, dist_init_required=False
+        )[0]
+        self._shards = shards(self.zero_stage, self._engine, self.optimizer, named, groups.zero.position)
+        self._cures = Cures(self._engine) if self.zero_stage == 3 else None
+        self._norm = torch.zeros((), device=device)
+        if self.zero_stage in (1, 2):
+            self._engine.optimizer.scaled_global_norm = lambda norm_type=2: self._norm
+        elif self.zero_stage == 3:
+            self._engine.optimizer._get_norm_groups = lambda: [self._norm]
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        """The stage's output for one micro-batch. Collective over the ZeRO group under ZeRO-3."""
+        output = self._engine(**inputs)
+        if self._cures and torch.is_grad_enabled():
+            self._cures.after_forward()
+        return output
+
+    def backward(self, output: torch.Tensor, grad: torch.Tensor | None, is_last: bool) -> None:
+        """Backward from `output`, a scalar, or from the gradient `grad` of it. Collective over the ZeRO group.
+
+        `is_last` marks the last backward of a step, after which gradients are whole.
+        """
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        if self.zero_stage > 0:
+            # Set by the forward pass only; without it a backward that follows a backward replaces gradients.
+            self._engine.optimizer.clear_backward_seen_flag()
+        if self._cures:
+            self._cures.before_backward()
+        loss = output if grad is None else _Emit.apply(output, grad)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float:
+        """Clips, updates the weights, clears the gradients; returns the global gradient norm before clipping.
+
+        Collective over the world.
+
+        Raises:
+            NotFinite: on every rank, before any weight changed.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._sum_tied_gradients()
+        self._norm = self._global_norm()
+        norm = self._norm.item()
+        if norm != norm or norm == float("inf"):
+            raise NotFinite(
+                f"the gradient norm is {norm}",
+                "a finite number",
+                "resume from the last checkpoint with a lower optimizer.learning_rate, or look at the batch's data",
+            )
+        if self.zero_stage == 0 and self.clip_norm > 0:
+            self._clip()
+        self._engine.step()
+        return norm
+
+    def pieces(self) -> list[Piece]:
+        """Live views of all master weights and moments that this rank holds."""
+        return list(self._shards.pieces())
+
+    def placements(self) -> list[Placement]:
+        """Where every parameter of this stage lies, on all of its ranks."""
+        coordinates, last = self.groups.coordinates, self.groups.layout.pipe - 1
+        tied = {spec.name for group in self.parameter_groups if group.tied for spec in group.specs}
+        return [
+            placement(spec, offset, partition, coordinates.stage, last, spec.name in tied)
+            for spec, offset, partition in self._shards.placements()
+        ]
+
+    def fill(self, value: Callable[[ParameterSpec], torch.Tensor]) -> None:
+        """Gives every parameter the whole tensor `value(spec)` (fp32, of `spec.shape`), one at a time; moments stay.
+
+        Collective over the world.
+        """
+        rank, size = self.groups.tensor.position, self.groups.tensor.size
+        for piece in self._shards.pieces():
+            local = piece.spec.part(value(piece.spec), rank, size).reshape(-1)
+            piece.weight.copy_(local[piece.start : piece.start + piece.length])
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Makes the working weights follow the master weights, after those were written. Collective over the world."""
+        self._shards.refresh()
+
+    def set_updates(self, count: int) -> None:
+        """Tells Adam how many updates its moments have seen (bias correction)."""
+        for state in self.optimizer.state.values():
+            state["step"].fill_(float(count))
+
+    def _sum_tied_gradients(self) -> None:
+        """The tied weight's gradient is the sum of what both stages found. Collective over `groups.tie`."""
+        if self.groups.tie is None:
+            return
+        tied = {index for index, group in enumerate(self.parameter_groups) if group.tied}
+        for index, grad in self._shards.gradients():
+            if index in tied:
+                all_reduce(grad, self.groups.tie)
+
+    def _global_norm(self) -> torch.Tensor:
+        """L2 norm of the whole model's gradient, each element counted once. Collective over the world."""
+        counted = [grad for index, grad in self._shards.gradients() if self._counts(self.parameter_groups[index])]
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        if counted:
+            squares += torch.nn.utils.get_total_norm(counted).double().square()
+        return all_reduce(squares, self.groups.world).sqrt().float()
+
+    def _counts(self, group: ParameterGroup) -> bool:
+        """Whether this rank's gradients of a group are its own, and not a copy that another rank counts."""
+        if group.tied and not self.groups.is_first_stage:
+            return False
+        if group.replicated and self.groups.tensor.position > 0:
+            return False
+        return self.zero_stage > 0 or self.groups.zero.position == 0
+
+    def _clip(self) -> None:
+        scale = (self.clip_norm / (self._norm + 1e-6)).clamp(max=1.0)
+        for _, grad in self._shards.gradients():
+            grad.mul_(scale)
+
+
+def _by_group(module: nn.Module, parameter_groups: Iterable[ParameterGroup], ties: dict[str, str]) -> Named:
+    """The module's parameters in the order of the groups; every parameter is in exactly one."""
+    by_name = {ties.get(name, name): parameter for name, parameter in module.named_parameters()}
+    named = [[(spec, by_name.pop(spec.name)) for spec in group.specs] for group in parameter_groups]
+    assert not by_name, f"in no parameter group: {', '.join(by_name)}"
+    return named

@@ -1,0 +1,208 @@
+"""What DeepSpeed's optimizers hold, by parameter: reduced gradients, fp32 master weights, moments.
+
+Three shapes of the same thing: ZeRO-0 keeps whole parameters, ZeRO-1 and 2 a partition of one padded flat buffer
+per parameter group, ZeRO-3 a partition of each parameter. All are DeepSpeed's private attributes; `require` names
+the ones in use, so that another release fails at the start and not in the middle of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+
+from engine.errors import EnvironmentProblem
+from engine.parallel.sharding import ParameterSpec
+from engine.parallel.state import MOMENTS, ParameterGroup, Piece, Placement
+
+Named = list[list[tuple[ParameterSpec, torch.nn.Parameter]]]
+"""Parameters of each group, in the order in which the optimizer was given them."""
+
+
+class Shards(Protocol):
+    """What one rank's optimizer holds, whatever the ZeRO stage."""
+
+    def gradients(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """(group, tensor) for every reduced gradient tensor of this rank; valid between last backward and step."""
+        ...
+
+    def pieces(self) -> Iterator[Piece]:
+        """Live views of this rank's master weights and moments."""
+        ...
+
+    def placements(self) -> Iterator[tuple[ParameterSpec, int, int]]:
+        """(parameter, offset, partition) as `Placement` describes them."""
+        ...
+
+    def refresh(self) -> None:
+        """Copies the master weights into the working weights. Collective over the ZeRO group."""
+        ...
+
+
+def require(thing: Any, *names: str) -> None:
+    """Raises `EnvironmentProblem` unless `thing` has every attribute named."""
+    missing = [name for name in names if not hasattr(thing, name)]
+    if missing:
+        raise EnvironmentProblem(
+            f"this DeepSpeed has no {type(thing).__name__}.{', '.join(missing)}",
+            "deepspeed>=0.19.8,<0.20",
+            "install that release: pip install 'deepspeed>=0.19.8,<0.20'",
+        )
+
+
+def prepare_state(optimizer: torch.optim.Optimizer, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Adam's state for one tensor, made now and not at the first step, so that it can be saved and loaded at once."""
+    state = optimizer.state[flat]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+        for moment in MOMENTS:
+            state[moment] = torch.zeros_like(flat, memory_format=torch.preserve_format)
+    return state
+
+
+class WholeShards:
+    """ZeRO-0: every rank holds everything."""
+
+    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, groups: Named) -> None:
+        self.optimizer, self.groups = optimizer, groups
+        for group in groups:
+            for _, parameter in group:
+                prepare_state(optimizer, parameter)
+
+    def gradients(self) -> Iterator[tuple[int, torch.Tensor]]:
+        for index, group in enumerate(self.groups):
+            for _, parameter in group:
+                assert parameter.grad is not None
+                yield index, parameter.grad
+
+    def pieces(self) -> Iterator[Piece]:
+        for group in self.groups:
+            for spec, parameter in group:
+                state = self.optimizer.state[parameter]
+                yield Piece(
+                    spec, 0, parameter.detach().view(-1), {moment: state[moment].view(-1) for moment in MOMENTS}
+                )
+
+    def placements(self) -> Iterator[tuple[ParameterSpec, int, int]]:
+        for group in self.groups:
+            for spec, parameter in group:
+                yield spec, 0, parameter.numel()
+
+    def refresh(self) -> None:
+        """Nothing: the working weights are the master weights."""
+
+
+class FlatShards:
+    """ZeRO-1 and 2: each data rank holds one slice of every group's padded flat buffer."""
+
+    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, groups: Named, data_rank: int) -> None:
+        self.zero, self.optimizer, self.groups, self.data_rank = engine.optimizer, optimizer, groups, data_rank
+        require(
+            self.zero,
+            "averaged_gradients",
+            "single_partition_of_fp32_groups",
+            "round_robin_bit16_offsets",
+            "partition_size",
+            "scaled_global_norm",
+            "update_lp_params",
+        )
+        for flat in self.zero.single_partition_of_fp32_groups:
+            prepare_state(optimizer, flat)
+
+    def gradients(self) -> Iterator[tuple[int, torch.Tensor]]:
+        for index in range(len(self.groups)):
+            held = self.zero.averaged_gradients[index]
+            yield from ((index, tensor) for tensor in ([held] if isinstance(held, torch.Tensor) else held))
+
+    def pieces(self) -> Iterator[Piece]:
+        for index, group in enumerate(self.groups):
+            flat = self.zero.single_partition_of_fp32_groups[index]
+            state = self.optimizer.state[flat]
+            first = self.data_rank * self.zero.partition_size[index]
+            for (spec, parameter), offset in zip(group, self.zero.round_robin_bit16_offsets[index], strict=True):
+                start = max(first - offset, 0)
+                end = min(first + flat.numel() - offset, parameter.numel())
+                if start < end:
+                    yield _narrow(spec, start, flat, state, offset + start - first, end - start)
+
+    def placements(self) -> Iterator[tuple[ParameterSpec, int, int]]:
+        for index, group in enumerate(self.groups):
+            for (spec, _), offset in zip(group, self.zero.round_robin_bit16_offsets[index], strict=True):
+                yield spec, offset, self.zero.partition_size[index]
+
+    def refresh(self) -> None:
+        self.zero.update_lp_params()
+
+
+class PartitionedShards:
+    """ZeRO-3: each data rank holds one slice of every parameter, side by side in flat sub-groups."""
+
+    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, groups: Named, data_rank: int) -> None:
+        self.zero, self.optimizer, self.data_rank = engine.optimizer, optimizer, data_rank
+        require(
+            self.zero,
+            "averaged_gradients",
+            "fp16_groups",
+            "fp32_partitioned_groups_flat",
+            "sub_group_to_group_id",
+            "_get_norm_groups",
+            "_reassign_or_swap_out_partitioned_parameters",
+        )
+        self.specs = {id(parameter): spec for group in groups for spec, parameter in group}
+        for flat in self.zero.fp32_partitioned_groups_flat:
+            prepare_state(optimizer, flat)
+
+    def gradients(self) -> Iterator[tuple[int, torch.Tensor]]:
+        for sub_group, held in self.zero.averaged_gradients.items():
+            yield from ((self.zero.sub_group_to_group_id[sub_group], tensor) for tensor in held)
+
+    def pieces(self) -> Iterator[Piece]:
+        for flat, parameters in zip(self.zero.fp32_partitioned_groups_flat, self.zero.fp16_groups, strict=True):
+            state = self.optimizer.state[flat]
+            offset = 0
+            for parameter in parameters:
+                partition = parameter.partition_numel()
+                start = self.data_rank * partition
+                length = min(partition, parameter.ds_numel - start)
+                if length > 0:
+                    yield _narrow(self.specs[id(parameter)], start, flat, state, offset, length)
+                offset += partition
+
+    def placements(self) -> Iterator[tuple[ParameterSpec, int, int]]:
+        for parameters in self.zero.fp16_groups:
+            for parameter in parameters:
+                yield self.specs[id(parameter)], 0, parameter.partition_numel()
+
+    def refresh(self) -> None:
+        for sub_group in range(len(self.zero.fp16_groups)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+
+
+def _narrow(
+    spec: ParameterSpec, start: int, flat: torch.Tensor, state: dict[str, torch.Tensor], offset: int, length: int
+) -> Piece:
+    """The piece of `spec` from element `start` on that stands at `offset` of a flat buffer and its moments."""
+    return Piece(
+        spec,
+        start,
+        flat.detach().narrow(0, offset, length),
+        {moment: state[moment].narrow(0, offset, length) for moment in MOMENTS},
+    )
+
+
+def shards(zero_stage: int, engine: Any, optimizer: torch.optim.Optimizer, groups: Named, data_rank: int) -> Shards:
+    """What this rank's optimizer holds, for one ZeRO stage."""
+    if zero_stage == 0:
+        return WholeShards(engine, optimizer, groups)
+    if zero_stage == 3:
+        return PartitionedShards(engine, optimizer, groups, data_rank)
+    return FlatShards(engine, optimizer, groups, data_rank)
+
+
+def placement(spec: ParameterSpec, offset: int, partition: int, stage: int, last_stage: int, tied: bool) -> Placement:
+    """Placement of one parameter that this stage holds; a tied one is on the first and the last stage."""
+    return Placement(spec, (0, last_stage) if tied else (stage,), offset, partition)
+
+
+__all__ = ["Named", "ParameterGroup", "Shards", "placement", "prepare_state", "require", "shards"]

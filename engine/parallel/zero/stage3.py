@@ -1,0 +1,79 @@
+"""ZeRO-3 under a pipeline: what DeepSpeed assumes of one forward followed by one backward, undone.
+
+DeepSpeed records the order of modules in a forward and backward pass, checks over the whole world that all ranks
+recorded the same one, and counts down per module when its backward is over. Stages of a pipeline run different
+modules, and have several forward passes in flight. So the trace is never started (parameters are fetched when they
+are needed, which also turns DeepSpeed's prefetch off) and each module's countdown is set anew before a backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from engine.parallel.zero.optimizers import require
+
+
+def partition_empty(module: nn.Module, dtype: torch.dtype, device: torch.device, mpu: Any, config: dict) -> None:
+    """Replaces every (meta) parameter by one that is already partitioned, one at a time: never a whole stage in memory.
+
+    Their values are zero; `StageEngine.fill` gives them theirs. Parameters that modules share stay shared.
+    """
+    context = deepspeed.zero.Init(
+        module=nn.Module(),
+        data_parallel_group=mpu.get_data_parallel_group(),
+        config_dict_or_path=config,
+        dtype=dtype,
+        mpu=mpu,
+    )
+    require(context, "_convert_to_deepspeed_param")
+
+    def made(meta: nn.Parameter) -> nn.Parameter:
+        parameter = nn.Parameter(torch.zeros(meta.shape, dtype=dtype, device=device))
+        context._convert_to_deepspeed_param(parameter)
+        parameter.partition()  # type: ignore[attr-defined]
+        return parameter
+
+    replace_parameters(module, made)
+
+
+def replace_parameters(module: nn.Module, made: Any) -> None:
+    """Puts `made(parameter)` in the place of each parameter; those that are one stay one."""
+    new: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, parameter in list(owner._parameters.items()):
+            if parameter is not None:
+                if id(parameter) not in new:
+                    new[id(parameter)] = made(parameter)
+                owner._parameters[name] = new[id(parameter)]
+
+
+class Cures:
+    """What has to be done to a ZeRO-3 engine once, and before each of its backward passes."""
+
+    def __init__(self, engine: Any) -> None:
+        coordinator = engine.optimizer.parameter_offload.param_coordinator
+        require(coordinator, "reset_step", "is_complete_trace", "is_record_trace")
+        require(engine.optimizer, "clear_backward_seen_flag")
+        # Called at each forward; it would start the trace and compare it with ranks that run other modules.
+        coordinator.reset_step = lambda: None
+        self.module = engine.module
+        self._countdowns: list[tuple[nn.Module, int]] = []
+
+    def after_forward(self) -> None:
+        """Remembers how many gradients end each module's backward: the same number at every forward pass."""
+        if not self._countdowns:
+            self._countdowns = [
+                (module, module.__dict__["ds_grads_remaining"])
+                for module in self.module.modules()
+                if "ds_grads_remaining" in module.__dict__  # containers are never called
+            ]
+            assert self._countdowns, "DeepSpeed counts gradients in Module.ds_grads_remaining"
+
+    def before_backward(self) -> None:
+        """Sets the countdowns, which every later forward pass has reset."""
+        for module, count in self._countdowns:
+            module.ds_grads_remaining = count  # type: ignore[assignment]

@@ -1,0 +1,1 @@
+"""Plan: torch-free arithmetic over a configuration; what a layout costs, what composes, and why not."""

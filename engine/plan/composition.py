@@ -1,0 +1,117 @@
+"""What composes with what, as a table for people, asked of `engine.config.resolve` case by case: no rule stands here.
+
+Each cell is a small configuration that uses its row and its column together and is examined on a world that fits. A
+cell that is refused shows a number, and the rule's own words stand below the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engine.config.resolve import examine
+from engine.config.schema import (
+    DataConfig,
+    Duration,
+    ModelConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RunConfig,
+    RunStage,
+)
+from engine.errors import PalimpsestError
+
+MARKERS = ("<!-- composition -->", "<!-- /composition -->")
+"""The README holds the table between these."""
+
+Change = dict[str, dict[str, Any]]
+"""Section -> keys that differ from the example."""
+
+COLUMNS: dict[str, Change] = {
+    "data 2": {"parallel": {"data": 2}},
+    "tensor 2": {"parallel": {"tensor": 2}},
+    "pipe 2": {"parallel": {"pipe": 2}},
+    "pipe 2 x tensor 2 x data 2": {"parallel": {"pipe": 2, "tensor": 2, "data": 2}},
+    "pipe 2, GPipe": {"parallel": {"pipe": 2, "schedule": "gpipe"}},
+    "fp32": {"precision": {"dtype": "fp32"}},
+    "bf16": {"precision": {"dtype": "bf16"}},
+    "bf16, reduced in bf16": {"precision": {"dtype": "bf16", "reduce_dtype": "bf16"}},
+    "Llama form": {
+        "model": {
+            "position": "rope",
+            "norm": "rmsnorm",
+            "activation": "swiglu",
+            "num_kv_heads": 2,
+            "bias": False,
+            "tie_embeddings": False,
+        }
+    },
+}
+ROWS: dict[str, Change] = {f"ZeRO-{stage}": {"parallel": {"zero_stage": stage}} for stage in range(4)}
+REFUSED: dict[str, Change] = {
+    "more pipeline stages than layers": {"parallel": {"pipe": 8}},
+    "tensor ranks that do not divide the heads": {"parallel": {"tensor": 3}},
+    "bf16 reduction of fp32 gradients": {"precision": {"dtype": "fp32", "reduce_dtype": "bf16"}},
+    "dropout": {"model": {"dropout": 0.1}},
+}
+
+
+def composition_table() -> str:
+    """The table in Markdown: ZeRO stages against axes, schedules, precisions and model forms, then what is refused."""
+    reasons: list[PalimpsestError] = []
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "| --- |" + " --- |" * len(COLUMNS)]
+    for row, row_change in ROWS.items():
+        cells = [_cell(problems_of(row_change, change), reasons) for change in COLUMNS.values()]
+        lines.append(f"| **{row}** | " + " | ".join(cells) + " |")
+    lines += ["", "Refused before anything starts:", ""]
+    lines += [f"{number}. {_sentence(reason)}" for number, reason in enumerate(reasons, start=1)]
+    for name, change in REFUSED.items():
+        problems = problems_of(change, {})
+        assert problems, f"{name} is not refused"
+        lines.append(f"- {name}: {_sentence(problems[0])}")
+    return "\n".join(lines)
+
+
+def problems_of(*changes: Change) -> list[PalimpsestError]:
+    """Every rule that the example with these changes breaks on a world of its own size."""
+    config = example(*changes)
+    parallel = config.parallel
+    world_size = parallel.pipe * parallel.tensor * parallel.sequence * (parallel.data or 1)
+    return examine(config, world_size)[1]
+
+
+def example(*changes: Change) -> RunConfig:
+    """A small run in fp32 with four layers and four heads, with keys of its sections changed."""
+    section: Callable[[str], dict[str, Any]] = lambda name: {  # noqa: E731
+        key: value for change in changes for key, value in change.get(name, {}).items()
+    }
+    model: dict[str, Any] = {"vocab_size": 500, "num_layers": 4, "hidden_size": 64, "num_heads": 4}
+    data = DataConfig(train=Path("data/train"))
+    return RunConfig(
+        folder=Path("runs/example"),
+        tokenizer=Path("data/tokenizer"),
+        model=ModelConfig(**{**model, **section("model")}),
+        stages=(RunStage(data=data, sequence_length=64, global_batch_size=24, duration=Duration(steps=10)),),
+        precision=PrecisionConfig(**{"dtype": "fp32", **section("precision")}),
+        parallel=ParallelConfig(**section("parallel")),
+    )
+
+
+def _cell(problems: list[PalimpsestError], reasons: list[PalimpsestError]) -> str:
+    """`yes`, or the numbers of the reasons, which are added where they are new."""
+    if not problems:
+        return "yes"
+    numbers = []
+    for problem in problems:
+        known = [str(reason) for reason in reasons]
+        if str(problem) not in known:
+            reasons.append(problem)
+        numbers.append([str(reason) for reason in reasons].index(str(problem)) + 1)
+    return "no (" + ", ".join(map(str, numbers)) + ")"
+
+
+def _sentence(problem: PalimpsestError) -> str:
+    """A problem on one line."""
+    parts = [problem.wrong, f"allowed: {problem.allowed}" if problem.allowed else "", problem.remedy]
+    return "; ".join(part for part in parts if part) + "."

@@ -1,0 +1,90 @@
+"""The stage cut: which consecutive layers each pipeline stage holds, so that the slowest stage is as fast as it can be.
+
+Training and `palimpsest plan` call the same `cut`. The cost of a layer is its forward operations per token; the
+embedding is counted with the first layer and the head with the last, as they live there, so the cut is a partition
+of one list of numbers into runs. Invariant: the runs are consecutive, cover every layer once, and none is empty.
+A cut depends on the model and the number of stages alone, never on the data size, ZeRO stage or batch.
+"""
+
+from __future__ import annotations
+
+from engine.config.schema import ModelConfig
+from engine.errors import ConfigError
+from engine.plan.operations import embedding_operations, head_operations, layer_operations
+
+
+def cut(model: ModelConfig, pipe: int) -> list[range]:
+    """Global layer numbers of every pipeline stage, in order.
+
+    The first stage also holds the embedding, the last one the final norm and the head.
+
+    Raises:
+        ConfigError: there are more stages than layers.
+    """
+    if not 1 <= pipe <= model.num_layers:
+        raise ConfigError(
+            f"parallel.pipe = {pipe} does not fit model.num_layers = {model.num_layers}", f"1 to {model.num_layers}"
+        )
+    return balance(layer_costs(model), pipe)
+
+
+def layer_costs(model: ModelConfig) -> list[int]:
+    """Forward operations per token of each layer at the longest sequence, with embedding and head at the ends."""
+    costs = [layer_operations(model, model.max_positions)] * model.num_layers
+    costs[0] += embedding_operations(model)
+    costs[-1] += head_operations(model)
+    return costs
+
+
+def balance(costs: list[int], parts: int) -> list[range]:
+    """`costs` cut into consecutive, non-empty runs whose largest sum is as small as possible.
+
+    Among such cuts the one with the smallest sum of squares (the most even), and among those the one whose early
+    runs are shortest: early stages keep more micro-batches alive. `costs` are positive.
+    """
+    assert 1 <= parts <= len(costs)
+    limit = _smallest_limit(costs, parts)
+    unreachable = (float("inf"), ())
+    # best[i]: (sum of squares, lengths) of costs[i:] in the number of runs reached so far, none above the limit
+    best: list[tuple[float, tuple[int, ...]]] = [unreachable] * len(costs) + [(0, ())]
+    for _ in range(parts):
+        best = [_extend(costs, start, limit, best) for start in range(len(costs))] + [unreachable]
+    lengths = best[0][1]
+    starts = [sum(lengths[:part]) for part in range(parts)]
+    return [range(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+
+
+def _extend(
+    costs: list[int], start: int, limit: int, best: list[tuple[float, tuple[int, ...]]]
+) -> tuple[float, tuple[int, ...]]:
+    """The best cut of costs[start:] that has one run more than those in `best`."""
+    found: tuple[float, tuple[int, ...]] = (float("inf"), ())
+    total = 0
+    for end in range(start + 1, len(costs) + 1):
+        total += costs[end - 1]
+        if total > limit:
+            break
+        squares, lengths = best[end]
+        found = min(found, (squares + total * total, (end - start, *lengths)))
+    return found
+
+
+def _smallest_limit(costs: list[int], parts: int) -> int:
+    """The smallest largest sum of `parts` runs, by bisection: filling each run greedily needs the fewest runs."""
+    low, high = max(costs), sum(costs)
+    while low < high:
+        middle = (low + high) // 2
+        if _runs_needed(costs, middle) <= parts:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _runs_needed(costs: list[int], limit: int) -> int:
+    runs, total = 1, 0
+    for cost in costs:
+        if total + cost > limit:
+            runs, total = runs + 1, 0
+        total += cost
+    return runs

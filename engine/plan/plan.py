@@ -1,0 +1,129 @@
+"""The plan of a run on a world: every figure of this room put together for one layout. Pure arithmetic.
+
+Stages differ in layers and parameters, so memory and traffic are per pipeline stage; all ranks of a stage are alike
+(padding of partitions, a few elements, is left out).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from engine.config.resolve import Layout, num_micro_batches, resolve
+from engine.config.schema import RunConfig
+from engine.plan.cut import cut
+from engine.plan.memory import Memory, stage_memory
+from engine.plan.operations import training_operations_per_token
+from engine.plan.parameters import num_parameters, stage_entries
+from engine.plan.pipeline import bubble, in_flight
+from engine.plan.traffic import Traffic, stage_traffic
+from engine.plan.worlds import Refusal, neighbours, valid_worlds
+
+WORLDS_SHOWN = 64
+"""World sizes are listed up to this, or twice the planned one."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One pipeline stage; parameters are elements with the vocabulary padded."""
+
+    stage: int
+    first_layer: int
+    num_layers: int
+    parameters: int
+    """On all its tensor ranks together."""
+    parameters_per_rank: int
+    """On one tensor rank, before ZeRO divides them."""
+    in_flight: int
+    """Micro-batches alive at the peak."""
+    memory: Memory
+    traffic: Traffic
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run costs on a world, per step where nothing else is said."""
+
+    layout: Layout
+    zero_stage: int
+    parameters: int
+    """Real ones: a tied matrix once, no padding."""
+    parameters_in_memory: int
+    """With padding."""
+    num_micro_batches: int
+    tokens: int
+    operations_per_token: int
+    bubble: float
+    stages: tuple[StagePlan, ...]
+    worlds: tuple[int, ...]
+    fitting: tuple[Layout, ...]
+    refused: tuple[Refusal, ...]
+
+    @property
+    def operations(self) -> int:
+        """Floating-point operations of one step on all ranks."""
+        return self.operations_per_token * self.tokens
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain numbers and text."""
+        tree = asdict(self)
+        tree["operations"] = self.operations
+        for shown, stage in zip(tree["stages"], self.stages, strict=True):
+            shown["memory"] |= {"states": stage.memory.states, "total": stage.memory.total}
+            shown["traffic"]["total"] = stage.traffic.total
+        tree["refused"] = [
+            {"layout": refusal.layout, "problems": [str(problem) for problem in refusal.problems]}
+            for refusal in self.refused
+        ]
+        return tree
+
+
+def make_plan(config: RunConfig, world_size: int) -> Plan:
+    """The plan of `config` on `world_size` ranks.
+
+    Raises:
+        ConfigError: the run cannot start there.
+    """
+    layout = resolve(config, world_size)
+    run_stage = config.stages[0]
+    micro_batches = num_micro_batches(run_stage, config.parallel, layout.data)
+    fitting, refused = neighbours(config, world_size)
+    return Plan(
+        layout=layout,
+        zero_stage=config.parallel.zero_stage,
+        parameters=num_parameters(config.model),
+        parameters_in_memory=num_parameters(config.model, padded=True),
+        num_micro_batches=micro_batches,
+        tokens=run_stage.global_batch_size * run_stage.sequence_length,
+        operations_per_token=training_operations_per_token(config.model, run_stage.sequence_length),
+        bubble=float(bubble(layout.pipe, micro_batches)),
+        stages=tuple(
+            _stage_plan(config, layout, stage, layers, micro_batches)
+            for stage, layers in enumerate(cut(config.model, layout.pipe))
+        ),
+        worlds=tuple(valid_worlds(config, max(WORLDS_SHOWN, 2 * world_size))),
+        fitting=tuple(fitting),
+        refused=tuple(refused),
+    )
+
+
+def _stage_plan(config: RunConfig, layout: Layout, stage: int, layers: range, micro_batches: int) -> StagePlan:
+    is_first, is_last = stage == 0, stage == layout.pipe - 1
+    entries = stage_entries(config.model, layers, is_first, is_last)
+    alive = in_flight(config.parallel.schedule, stage, layout.pipe, micro_batches)
+    sections = (config.model, config.parallel, config.precision, entries)
+    common: dict[str, Any] = {
+        "num_layers": len(layers),
+        "data_size": layout.data * layout.sequence,
+        "sequence_length": config.stages[0].sequence_length,
+    }
+    return StagePlan(
+        stage=stage,
+        first_layer=layers.start,
+        num_layers=len(layers),
+        parameters=sum(entry.numel for entry in entries),
+        parameters_per_rank=sum(entry.local_numel(layout.tensor) for entry in entries),
+        in_flight=alive,
+        memory=stage_memory(*sections, **common, in_flight=alive, has_head=is_last),
+        traffic=stage_traffic(*sections, **common, num_micro_batches=micro_batches, is_first=is_first, is_last=is_last),
+    )

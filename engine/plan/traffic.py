@@ -1,0 +1,106 @@
+"""Bytes that one rank sends in a step, by collective: the formulas of what is built, for rings.
+
+A ring over n ranks sends (n-1)/n of the tensor per rank for a gather or a scatter and twice that for an all-reduce
+(Patarasuk and Yuan 2009). M is the number of micro-batches. Scalars (norms, losses, counts) are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from fractions import Fraction
+
+from engine.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from engine.plan.memory import DTYPE_BYTES
+from engine.plan.parameters import Entry
+
+LOSS_REDUCTIONS = 3
+"""Per token over the tensor axis: largest logit, sum of exponentials, the target's logit; fp32."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one rank of a stage sends per step."""
+
+    gradients: int
+    """Data axis: gradients to those who update them."""
+    weights: int
+    """Data axis: updated weights (ZeRO-1, 2), or weights gathered for each pass (ZeRO-3)."""
+    tensor: int
+    """Tensor axis: activations and their gradients."""
+    pipe: int
+    """Neighbouring stages: boundary activations and their gradients."""
+    tie: int
+    """Both ends of the pipeline: the gradient of a tied embedding."""
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def stage_traffic(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    entries: list[Entry],
+    *,
+    num_layers: int,
+    data_size: int,
+    sequence_length: int,
+    num_micro_batches: int,
+    is_first: bool,
+    is_last: bool,
+) -> Traffic:
+    """Traffic of one rank of a stage that holds `entries`."""
+    numel = sum(entry.local_numel(parallel.tensor) for entry in entries)
+    boundary = parallel.micro_batch_size * sequence_length * model.hidden_size * DTYPE_BYTES[precision.dtype]
+    neighbours = (not is_first) + (not is_last)
+    gradients, weights = zero_bytes(numel, parallel.zero_stage, data_size, precision, num_micro_batches)
+    reductions = 4 * num_layers + is_first + is_last  # the embedding's output, the gradient of the head's input
+    losses = LOSS_REDUCTIONS * 4 * parallel.micro_batch_size * sequence_length if is_last else 0
+    tensor = num_micro_batches * (reductions * boundary + losses) * all_reduce_factor(parallel.tensor)
+    is_tied = model.tie_embeddings and parallel.pipe > 1 and (is_first or is_last)
+    return Traffic(
+        gradients=gradients,
+        weights=weights,
+        tensor=int(tensor),
+        pipe=num_micro_batches * neighbours * boundary,
+        tie=_tie_bytes(model, parallel, precision, data_size) if is_tied else 0,
+    )
+
+
+def zero_bytes(
+    numel: int, zero_stage: int, data_size: int, precision: PrecisionConfig, num_micro_batches: int
+) -> tuple[int, int]:
+    """Bytes for (gradients, weights) over the data axis, for `numel` local parameters.
+
+    ZeRO-0: one all-reduce per step. ZeRO-1 and 2: DeepSpeed all-reduces (per step, and per micro-batch from stage 2
+    on, where no rank keeps whole gradients), then gathers the updated weights. ZeRO-3: weights gathered twice and
+    gradients scattered once per micro-batch.
+    """
+    gradient_bytes = numel * DTYPE_BYTES[precision.reduce_dtype]
+    weight_bytes = numel * DTYPE_BYTES[precision.dtype]
+    once = gather_factor(data_size)
+    if zero_stage == 0:
+        return int(gradient_bytes * 2 * once), 0
+    if zero_stage == 1:
+        return int(gradient_bytes * 2 * once), int(weight_bytes * once)
+    if zero_stage == 2:
+        return int(num_micro_batches * gradient_bytes * 2 * once), int(weight_bytes * once)
+    return int(num_micro_batches * gradient_bytes * once), int(2 * num_micro_batches * weight_bytes * once)
+
+
+def gather_factor(size: int) -> Fraction:
+    """Share of the tensor that each of `size` ranks sends in an all-gather or a reduce-scatter."""
+    return Fraction(size - 1, size)
+
+
+def all_reduce_factor(size: int) -> Fraction:
+    """The same for an all-reduce."""
+    return 2 * gather_factor(size)
+
+
+def _tie_bytes(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, data_size: int) -> int:
+    """The two ends all-reduce the gradient of what each rank updates of the tied matrix."""
+    numel = model.padded_vocab_size * model.hidden_size // parallel.tensor
+    own = numel if parallel.zero_stage == 0 else -(-numel // data_size)
+    return int(own * DTYPE_BYTES[precision.reduce_dtype] * all_reduce_factor(2))

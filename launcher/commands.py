@@ -1,0 +1,115 @@
+"""Command lines that start the ranks of a run on this node: pure functions from what is wanted to argv and environment.
+
+Three kinds: `local` (we start every rank ourselves), `deepspeed` and `torchrun` (they do). All of them end in the same
+`palimpsest train RUN.yaml key=value...` on every rank. Only variables that a kind adds are named, so that a dry run
+prints a line that a shell takes.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from launcher.environment import ATTEMPT, JOB, LAUNCHER
+
+Kind = Literal["local", "deepspeed", "torchrun"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be started on this node."""
+
+    config: Path
+    overrides: tuple[str, ...]
+    kind: Kind
+    num_processes: int
+    job: str
+    master_port: int
+    attempt: int = 0
+    num_gpus: int = 0
+    num_cores: int = 1
+    python: str = "python"
+    """The interpreter; the launchers' own programs are taken from its folder by `program`."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One process to start: its arguments, and the variables added to the environment of `palimpsest launch`."""
+
+    name: str
+    """`rank-N` or `launcher`: names its log."""
+    argv: tuple[str, ...]
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """A line for a shell."""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*variables, shlex.join(self.argv)])
+
+
+def commands(wanted: Wanted) -> list[Command]:
+    """What to start: one command per rank for `local`, one in all for the others."""
+    if wanted.kind == "local":
+        return [_local(wanted, rank) for rank in range(wanted.num_processes)]
+    return [_deepspeed(wanted) if wanted.kind == "deepspeed" else _torchrun(wanted)]
+
+
+def _local(wanted: Wanted, global_rank: int) -> Command:
+    environment = _common(wanted) | {
+        "RANK": str(global_rank),
+        "WORLD_SIZE": str(wanted.num_processes),
+        "LOCAL_RANK": str(global_rank),
+        "LOCAL_WORLD_SIZE": str(wanted.num_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(wanted.master_port),
+    }
+    return Command(f"rank-{global_rank}", (wanted.python, "-u", "-m", *_train(wanted)), environment)
+
+
+def _deepspeed(wanted: Wanted) -> Command:
+    argv = (
+        program("deepspeed", wanted.python),
+        f"--num_gpus={wanted.num_processes}",
+        f"--master_port={wanted.master_port}",
+        "--module",
+        *_train(wanted),
+    )
+    return Command("launcher", argv, _common(wanted))
+
+
+def _torchrun(wanted: Wanted) -> Command:
+    argv = (
+        program("torchrun", wanted.python),
+        f"--nproc-per-node={wanted.num_processes}",
+        "--master-addr=127.0.0.1",
+        f"--master-port={wanted.master_port}",
+        "-m",
+        *_train(wanted),
+    )
+    return Command("launcher", argv, _common(wanted))
+
+
+def _train(wanted: Wanted) -> tuple[str, ...]:
+    return ("engine.cli", "train", str(wanted.config), *wanted.overrides)
+
+
+def _common(wanted: Wanted) -> dict[str, str]:
+    """Variables of every kind. Without a GPU DeepSpeed is told so, or its launcher looks for one and gives up."""
+    environment = {
+        JOB: wanted.job,
+        ATTEMPT: str(wanted.attempt),
+        LAUNCHER: wanted.kind,
+        "OMP_NUM_THREADS": str(max(wanted.num_cores // wanted.num_processes, 1)),
+    }
+    if wanted.num_gpus == 0:
+        environment["DS_ACCELERATOR"] = "cpu"
+    return environment
+
+
+def program(name: str, python: str) -> str:
+    """The launcher's program beside the interpreter, so that no other environment's is taken."""
+    beside = Path(python).parent / name
+    return str(beside) if beside.is_absolute() else name

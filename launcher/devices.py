@@ -1,0 +1,32 @@
+"""How many GPUs this node offers to a run, asked without torch."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+
+NO_DEVICES = ("", "-1", "NoDevFiles")
+"""Values of CUDA_VISIBLE_DEVICES that hide every GPU; Slurm writes the last one."""
+
+
+def num_gpus(environ: Mapping[str, str], list_gpus: Callable[[], str] | None = None) -> int:
+    """GPUs that ranks on this node may use: those of CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists."""
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in NO_DEVICES:
+        return 0
+    installed = sum(line.startswith("GPU ") for line in (list_gpus or nvidia_smi)().splitlines())
+    if visible is None:
+        return installed
+    return min(len([name for name in visible.split(",") if name.strip()]), installed)
+
+
+def nvidia_smi() -> str:
+    """What `nvidia-smi -L` prints, one line per GPU; nothing where there is no driver."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ""
+    try:
+        return subprocess.run([program, "-L"], capture_output=True, text=True, timeout=30, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

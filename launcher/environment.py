@@ -1,0 +1,278 @@
+"""Which rank this process is: the variables of every launcher, read into one `RankPlace`.
+
+Each launcher has a reader of its own; the innermost launcher wins, because torchrun, deepspeed and mpirun all run
+inside Slurm jobs. Invariant: a place is whole or there is none. A missing or contradictory variable is an error, never
+a guess, since ranks that disagree about the world wait for each other for ever. `os.environ` is read by the caller.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+
+from engine.config.place import RankPlace
+from engine.errors import EnvironmentProblem
+from launcher.hosts import expand_counts, expand_hosts
+from launcher.ports import free_port, job_port
+
+Environ = Mapping[str, str]
+
+JOB, ATTEMPT, LAUNCHER = "PALIMPSEST_JOB", "PALIMPSEST_ATTEMPT", "PALIMPSEST_LAUNCHER"
+"""What `palimpsest launch` tells its ranks beside the usual variables."""
+RESTARTS_PER_START = 1000
+"""Restarts by torchrun inside one start by Slurm come after those of the start before."""
+LOOPBACK = "127.0.0.1"
+
+
+def rank_environment(environ: Environ) -> RankPlace:
+    """The place of this process, from the variables of whoever started it; alone if nobody left any.
+
+    A process alone is given a free port, so that two runs on one node do not meet.
+
+    Raises:
+        EnvironmentProblem: variables are missing, unreadable or contradict each other.
+    """
+    found = _find(environ)
+    _check(found)
+    job = environ.get(JOB) or found.job
+    several = found.num_nodes > 1
+    address = environ.get("MASTER_ADDR") or found.master_addr or ("" if several else LOOPBACK)
+    if not address:
+        raise EnvironmentProblem(
+            f"MASTER_ADDR is not set and the {found.num_nodes} nodes of {found.launcher} do not say who holds rank 0",
+            "the host name of rank 0's node",
+            "set MASTER_ADDR on every rank, for example mpirun -x MASTER_ADDR=HOST",
+        )
+    port = _number(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else None
+    return RankPlace(
+        global_rank=found.global_rank,
+        world_size=found.world_size,
+        local_rank=found.local_rank,
+        master_addr=address,
+        master_port=port or (free_port() if found.world_size == 1 else job_port(job)),
+        job=job,
+        attempt=_attempt(environ),
+        local_world_size=found.local_world_size,
+        node_rank=found.node_rank,
+        num_nodes=found.num_nodes,
+        launcher=environ.get(LAUNCHER) or found.launcher,
+    )
+
+
+def export(place: RankPlace, environ: MutableMapping[str, str]) -> None:
+    """Writes the variables that torch and DeepSpeed read, whoever started the ranks."""
+    environ.update(
+        RANK=str(place.global_rank),
+        WORLD_SIZE=str(place.world_size),
+        LOCAL_RANK=str(place.local_rank),
+        LOCAL_WORLD_SIZE=str(place.local_world_size),
+        MASTER_ADDR=place.master_addr,
+        MASTER_PORT=str(place.master_port),
+    )
+
+
+def check_meeting_point(
+    place: RankPlace, environ: Environ, resolve: Callable[[str], str] = socket.gethostbyname
+) -> None:
+    """Refuses addresses with which ranks on several nodes would wait for each other in silence.
+
+    Raises:
+        EnvironmentProblem: rank 0's host, or this host's own name, resolves to loopback or to nothing.
+    """
+    if place.num_nodes == 1:
+        return
+    names = {"MASTER_ADDR": place.master_addr}
+    if not environ.get("GLOO_SOCKET_IFNAME"):
+        names["this host's name"] = socket.gethostname()
+    for what, name in names.items():
+        try:
+            address = resolve(name)
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"{what} = {name} does not resolve: {error}", "a name that every node resolves", "use its IP address"
+            ) from error
+        if address.startswith("127."):
+            raise EnvironmentProblem(
+                f"{what} = {name} resolves to {address}, where ranks of {place.num_nodes} nodes cannot meet",
+                "an address on the network between the nodes",
+                "mend /etc/hosts (Debian writes 127.0.1.1), or set MASTER_ADDR to an IP address and GLOO_SOCKET_IFNAME "
+                "and NCCL_SOCKET_IFNAME to the interface",
+            )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What one launcher says; an empty `master_addr` means that it says nothing."""
+
+    launcher: str
+    global_rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    node_rank: int = 0
+    num_nodes: int = 1
+    master_addr: str = ""
+    job: str = "local"
+
+
+def _find(environ: Environ) -> _Found:
+    found = [reader(environ) for seen, reader in READERS if seen(environ)]
+    if not found:
+        return _Found("alone", 0, 1, 0, 1)
+    first = found[0]
+    by_hand = first.launcher == "environment" and not environ.get(LAUNCHER)
+    for other in found[1:]:
+        if by_hand and (other.global_rank, other.world_size) != (first.global_rank, first.world_size):
+            raise EnvironmentProblem(
+                f"RANK = {first.global_rank} and WORLD_SIZE = {first.world_size} contradict {other.launcher}, which "
+                f"says rank {other.global_rank} of {other.world_size}",
+                "one launcher's variables",
+                "unset RANK and WORLD_SIZE in the shell that starts the ranks",
+            )
+    return first
+
+
+def _read_torch(environ: Environ) -> _Found:
+    """RANK and WORLD_SIZE: torchrun, deepspeed, `palimpsest launch`, or a script of the user's own."""
+    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "deepspeed" if "CROSS_SIZE" in environ else ""
+    world_size = _number(environ, "WORLD_SIZE")
+    local_names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    local_world_size = next((_number(environ, name) for name in local_names if name in environ), world_size)
+    run_id = environ.get("TORCHELASTIC_RUN_ID", "none")
+    return _Found(
+        launcher or "environment",
+        global_rank=_number(environ, "RANK"),
+        world_size=world_size,
+        local_rank=_number(environ, "LOCAL_RANK") if world_size > 1 or "LOCAL_RANK" in environ else 0,
+        local_world_size=local_world_size,
+        node_rank=_first(environ, ("GROUP_RANK", "CROSS_RANK", "NODE_RANK"), 0),
+        num_nodes=_first(environ, ("GROUP_WORLD_SIZE", "CROSS_SIZE"), -(-world_size // max(local_world_size, 1))),
+        master_addr=environ.get("MASTER_ADDR", ""),
+        job=run_id if run_id != "none" else environ.get("SLURM_JOB_ID", "local"),
+    )
+
+
+def _read_openmpi(environ: Environ) -> _Found:
+    world_size = _number(environ, "OMPI_COMM_WORLD_SIZE")
+    local = _first(environ, ("OMPI_COMM_WORLD_LOCAL_SIZE",), 1)
+    return _Found(
+        "openmpi",
+        global_rank=_number(environ, "OMPI_COMM_WORLD_RANK"),
+        world_size=world_size,
+        local_rank=_number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"),
+        local_world_size=local,
+        node_rank=_first(environ, ("OMPI_COMM_WORLD_NODE_RANK_GLOBAL",), 0),
+        num_nodes=-(-world_size // max(local, 1)),
+        master_addr=_slurm_first_host(environ),
+        job=_mpi_job(environ),
+    )
+
+
+def _read_slurm(environ: Environ) -> _Found:
+    """One rank per task of an `srun` step."""
+    world_size = _first(environ, ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), None)
+    num_nodes = _first(environ, ("SLURM_STEP_NUM_NODES", "SLURM_NNODES"), 1)
+    node_rank = _first(environ, ("SLURM_NODEID",), 0)
+    per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE")
+    counts = expand_counts(per_node) if per_node else [-(-world_size // max(num_nodes, 1))] * num_nodes
+    if node_rank >= len(counts):
+        raise EnvironmentProblem(
+            f"SLURM_NODEID = {node_rank}, but Slurm lists tasks of {len(counts)} nodes", "", "start the ranks with srun"
+        )
+    return _Found(
+        "slurm",
+        global_rank=_number(environ, "SLURM_PROCID"),
+        world_size=world_size,
+        local_rank=_number(environ, "SLURM_LOCALID"),
+        local_world_size=counts[node_rank],
+        node_rank=node_rank,
+        num_nodes=num_nodes,
+        master_addr=_slurm_first_host(environ) if num_nodes > 1 else "",
+        job=environ.get("SLURM_JOB_ID", "local"),
+    )
+
+
+def _read_pmi(environ: Environ) -> _Found:
+    """MPICH, Intel MPI and others that start ranks through PMI (hydra), and bare PMIx."""
+    world_size = _number(environ, "PMI_SIZE")
+    local = _first(environ, ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE"), world_size)
+    return _Found(
+        "pmi",
+        global_rank=_first(environ, ("PMI_RANK", "PMIX_RANK"), None),
+        world_size=world_size,
+        local_rank=_first(environ, ("MPI_LOCALRANKID", "PMI_LOCAL_RANK"), None if world_size > 1 else 0),
+        local_world_size=local,
+        num_nodes=-(-world_size // max(local, 1)),
+        master_addr=_slurm_first_host(environ),
+        job=_mpi_job(environ),
+    )
+
+
+READERS: list[tuple[Callable[[Environ], bool], Callable[[Environ], _Found]]] = [
+    (lambda e: "RANK" in e or ("WORLD_SIZE" in e and "LOCAL_RANK" in e), _read_torch),
+    (lambda e: "OMPI_COMM_WORLD_RANK" in e or "OMPI_COMM_WORLD_SIZE" in e, _read_openmpi),
+    (lambda e: "MPI_LOCALRANKID" in e, _read_pmi),
+    # a batch script and a login shell carry SLURM_PROCID too: a task of a step alone has the step's number
+    (lambda e: "SLURM_PROCID" in e and ("SLURM_STEP_ID" in e or "SLURM_STEPID" in e), _read_slurm),
+    (lambda e: "PMI_RANK" in e or "PMIX_RANK" in e, _read_pmi),
+]
+"""(does this launcher speak here, what it says), innermost launcher first."""
+
+
+def _check(found: _Found) -> None:
+    """Refuses numbers that no world has."""
+    pairs = [
+        ("rank", found.global_rank, found.world_size, "world size"),
+        ("local rank", found.local_rank, found.local_world_size, "ranks on this node"),
+        ("node rank", found.node_rank, found.num_nodes, "number of nodes"),
+        ("ranks on this node", found.local_world_size - 1, found.world_size, "world size"),
+    ]
+    for what, value, limit, of in pairs:
+        if not 0 <= value < limit:
+            shown = value + 1 if what == "ranks on this node" else value
+            raise EnvironmentProblem(
+                f"{found.launcher} says {what} = {shown}, but {of} = {limit}",
+                f"{what} below {of}" if shown == value else f"{what} at most {of}",
+                "unset variables left over from another launcher, and start the ranks again",
+            )
+
+
+def _number(environ: Environ, name: str) -> int:
+    text = environ.get(name)
+    if text is None or not text.strip():
+        raise EnvironmentProblem(
+            f"{name} is not set, but other variables say that a launcher started this rank",
+            "all of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or none of them",
+            f"set {name}, or start the ranks with palimpsest launch, torchrun, deepspeed, srun or mpirun",
+        )
+    try:
+        return int(text)
+    except ValueError:
+        raise EnvironmentProblem(f"{name} = {text!r} is no number", "a whole number", f"set {name} anew") from None
+
+
+def _first(environ: Environ, names: tuple[str, ...], default: int | None) -> int:
+    """The first of several variables that is set; with no default the first one is demanded."""
+    for name in names:
+        if environ.get(name):
+            return _number(environ, name)
+    return _number(environ, names[0]) if default is None else default
+
+
+def _attempt(environ: Environ) -> int:
+    if environ.get(ATTEMPT):
+        return _number(environ, ATTEMPT)
+    restarts = _first(environ, ("SLURM_RESTART_COUNT",), 0)
+    return restarts * RESTARTS_PER_START + _first(environ, ("TORCHELASTIC_RESTART_COUNT",), 0)
+
+
+def _slurm_first_host(environ: Environ) -> str:
+    hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST")
+    return expand_hosts(hosts)[0] if hosts else ""
+
+
+def _mpi_job(environ: Environ) -> str:
+    """A name that the ranks of one mpirun share and two mpiruns do not."""
+    names = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_ID")
+    return next((environ[name] for name in names if environ.get(name)), "local")

@@ -1,0 +1,69 @@
+"""The processes of one launch, found by a mark in their environment, whoever their parent is now.
+
+Launchers put processes between us and the ranks and may vanish first, so parentage tells nothing. Every process of a
+launch inherits `PALIMPSEST_JOB=<unique name>`, and Linux shows it in `/proc/PID/environ`. A rank is a marked process
+that has RANK and whose parent has not: data loader workers inherit RANK, too.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.environment import JOB
+
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class Process:
+    """One live process of the launch; `global_rank` is None for the launchers in between."""
+
+    pid: int
+    parent: int
+    global_rank: int | None
+
+
+def marked(job: str) -> list[Process]:
+    """Every live process of this user that was started with this job's name, this process excepted."""
+    found = []
+    for entry in PROC.iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            process = _read(entry, job)
+            if process is not None:
+                found.append(process)
+    return found
+
+
+def ranks(processes: list[Process]) -> list[Process]:
+    """The ranks among the processes of a launch, by global rank."""
+    with_rank = {process.pid for process in processes if process.global_rank is not None}
+    tops = [process for process in processes if process.pid in with_rank and process.parent not in with_rank]
+    return sorted(tops, key=lambda process: process.global_rank or 0)
+
+
+def send(processes: list[Process], number: signal.Signals) -> None:
+    """Sends a signal to each process that still lives."""
+    for process in processes:
+        try:
+            os.kill(process.pid, number)
+        except ProcessLookupError:
+            continue
+
+
+def _read(entry: Path, job: str) -> Process | None:
+    """The process behind `/proc/PID`, or None where it is not ours, not of this job, or gone by now."""
+    try:
+        variables = (entry / "environ").read_bytes().split(b"\0")
+        if f"{JOB}={job}".encode() not in variables:
+            return None
+        # the name in parentheses may hold blanks and parentheses: what follows the last one is state, parent, ...
+        state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+    except (OSError, ValueError):
+        return None
+    if state in "ZX":
+        return None
+    own = [value[5:] for value in variables if value.startswith(b"RANK=")]
+    return Process(int(entry.name), int(parent), int(own[0]) if own and own[0].isdigit() else None)

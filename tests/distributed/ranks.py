@@ -1,0 +1,95 @@
+"""Runs a function on several ranks: real processes, gloo, a fresh fork of a server with torch and deepspeed loaded.
+
+Importing torch and deepspeed takes seconds, so a fork server does it once; DeepSpeed keeps process globals, so every
+rank of every case is a process of its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_SECONDS = 240.0
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["tests.distributed.preload"])
+
+
+class RankFailed(AssertionError):
+    """A rank raised or died; carries its traceback."""
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`function(place, *arguments)` on every rank of a new world, after `connect`; the results in rank order.
+
+    The first failure ends the other ranks and is raised here.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes, receivers = [], []
+        for global_rank in range(world_size):
+            receiver, sender = _server.Pipe(duplex=False)
+            process = _server.Process(
+                target=_rank, args=(sender, Path(folder), global_rank, world_size, function, arguments), daemon=True
+            )
+            process.start()
+            sender.close()
+            processes.append(process)
+            receivers.append(receiver)
+        try:
+            return _collect(receivers)
+        finally:
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.join()
+
+
+def _collect(receivers: list[Connection]) -> list[Any]:
+    results: dict[int, Any] = {}
+    waiting = dict(enumerate(receivers))
+    while waiting:
+        ready = wait(list(waiting.values()), timeout=TIMEOUT_SECONDS)
+        if not ready:
+            raise RankFailed(f"ranks {sorted(waiting)} did not answer within {TIMEOUT_SECONDS} seconds")
+        for global_rank, receiver in list(waiting.items()):
+            if receiver not in ready:
+                continue
+            try:
+                ok, value = receiver.recv()
+            except EOFError:
+                ok, value = False, "died without a word"
+            if not ok:
+                raise RankFailed(f"rank {global_rank} of {len(receivers)}:\n{value}")
+            results[global_rank] = value
+            del waiting[global_rank]
+    return [results[global_rank] for global_rank in sorted(results)]
+
+
+def _rank(
+    sender: Connection, folder: Path, global_rank: int, world_size: int, function: Callable[..., Any], arguments: Any
+) -> None:
+    os.environ.update(LOCAL_RANK=str(global_rank), RANK=str(global_rank), WORLD_SIZE=str(world_size))
+    import torch
+    import torch.distributed as dist
+
+    from engine.config.place import RankPlace
+    from engine.parallel import zero
+    from engine.parallel.groups import connect
+
+    try:
+        torch.set_num_threads(1)
+        place = RankPlace(global_rank=global_rank, world_size=world_size, local_rank=global_rank)
+        connect(place, torch.device("cpu"), dist.FileStore(str(folder / "store"), world_size))
+        zero.start(torch.device("cpu"))
+        result = (True, function(place, *arguments))
+    except BaseException:
+        result = (False, traceback.format_exc())
+    sender.send(result)
+    sender.close()
+    os._exit(0)  # no teardown: other ranks may still be in a collective with this one's sockets

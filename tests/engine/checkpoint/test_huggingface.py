@@ -1,0 +1,153 @@
+"""Weights there and back through real transformers models, and what is refused.
+
+That both tables are right is proven in `tests/engine/models/test_gpt.py` (logits and gradients); here they are
+held to be inverse to each other and to notice every difference that they cannot carry.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BertConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from engine.checkpoint.huggingface import GPT2, LLAMA, form_of, from_huggingface, our_config, to_huggingface
+from engine.config.schema import ModelConfig
+from engine.errors import CheckpointError, ConfigError
+from engine.models.values import whole_model
+from tests.engine.models.tiny import FORMS, random_weights, tiny, twin
+
+TOKENS_BT = torch.arange(60).reshape(2, 30) * 7 % 500
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_ours_to_theirs_and_back_is_bitwise_equal(form, tmp_path):
+    config = FORMS[form]
+    weights = random_weights(config)
+    theirs = twin(config, weights)
+    theirs.save_pretrained(tmp_path)
+    for source in (theirs, tmp_path):
+        found_config, found = from_huggingface(source)
+        assert to_huggingface(found_config, found)[0].to_dict() == to_huggingface(config, weights)[0].to_dict()
+        assert found.keys() == weights.keys()
+        for name, value in weights.items():
+            assert torch.equal(found[name], value), name
+            assert found[name].is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        GPT2LMHeadModel(GPT2Config(vocab_size=500, n_positions=64, n_embd=48, n_layer=2, n_head=3)),
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=500,
+                hidden_size=48,
+                intermediate_size=80,
+                num_hidden_layers=2,
+                num_attention_heads=6,
+                num_key_value_heads=2,
+                rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+            )
+        ),
+    ],
+    ids=["gpt2", "llama"],
+)
+def test_a_model_of_theirs_computes_the_same_here_and_comes_back_whole(theirs):
+    theirs = theirs.eval()
+    config, weights = from_huggingface(theirs, vocab_multiple=64)
+    assert config.padded_vocab_size == 512
+    with torch.no_grad():
+        # same derivation as in test_gpt, logits stay below 1
+        distance = (whole_model(config, weights)(tokens_BT=TOKENS_BT) - theirs(TOKENS_BT).logits).abs().max()
+    assert distance < 4e-5
+    _, state = to_huggingface(config, weights)
+    expected = theirs.state_dict()
+    for name, value in state.items():
+        assert torch.equal(value, expected[name]), name
+    tied = {"lm_head.weight"} if config.tie_embeddings else set()
+    assert expected.keys() - state.keys() == tied
+
+
+def test_weights_do_not_share_memory_with_the_model_they_came_from():
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    _, weights = from_huggingface(theirs)
+    before = {name: value.clone() for name, value in weights.items()}
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(weights[name], before[name]) for name in before)
+
+
+def test_the_form_follows_from_the_fields():
+    assert form_of(tiny("gpt2")) is GPT2
+    assert form_of(tiny("llama")) is LLAMA
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (tiny("gpt2", norm="rmsnorm"), r"nearest: GPT-2\): model.norm = rmsnorm\n  allowed: layernorm in GPT-2 form"),
+        (tiny("gpt2", num_kv_heads=2), r"model.num_kv_heads = 2\n  allowed: 4 \(model.num_heads\) in GPT-2 form"),
+        (tiny("llama", bias=True), r"nearest: Llama\): model.bias = True\n  allowed: False in Llama form"),
+        (tiny("llama", activation="gelu_tanh", position="learned", bias=True), "nearest: GPT-2.*: 2 problems"),
+    ],
+)
+def test_a_mix_of_forms_is_refused_by_the_names_of_its_fields(config, message):
+    with pytest.raises(ConfigError, match=message):
+        to_huggingface(config, {})
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        (BertConfig(), "a Hugging Face model of type bert\n  allowed: gpt2 or llama"),
+        (GPT2Config(activation_function="relu"), "activation_function = 'relu'\n  allowed: 'gelu_new'"),
+        (GPT2Config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True"),
+        (LlamaConfig(attention_bias=True), "attention_bias = True\n  allowed: False"),
+        (LlamaConfig(head_dim=64), r"head_dim = 64\n  allowed: 128 \(hidden_size / num_attention_heads\)"),
+        (
+            LlamaConfig(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+            "rope_parameters.rope_type = 'linear'\n  allowed: 'default'",
+        ),
+        (LlamaConfig(hidden_act="gelu", mlp_bias=True), "this Llama model has no twin here: 2 problems"),
+    ],
+)
+def test_what_ours_does_not_compute_is_refused(theirs, message):
+    with pytest.raises(ConfigError, match=message):
+        our_config(theirs, 128)
+
+
+def test_every_field_of_the_model_is_carried_or_named():
+    """A new key of `ModelConfig` must say what it means for the twins."""
+    neither = {"family", "vocab_multiple", "dropout"}
+    gpt2 = {*GPT2.fields, *GPT2.ours, "num_kv_heads", "rope_theta"}  # refused unless num_heads; without meaning
+    llama = {*LLAMA.fields, *LLAMA.ours, "rope_theta"}
+    assert gpt2 | neither == llama | neither == set(ModelConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("final_norm.bias"), "final_norm.bias is missing"),
+        (lambda w: w.update({"extra.weight": torch.zeros(1)}), "extra.weight is unknown"),
+        (
+            lambda w: w.update({"embed_tokens.weight": torch.zeros(512, 64)}),
+            r"embed_tokens.weight has shape \(512, 64\) and not \(500, 64\)",
+        ),
+        (lambda w: w.clear(), r"\(and 49 more\)"),
+    ],
+)
+def test_weights_of_another_model_are_refused(change, message):
+    config = tiny("gpt2")
+    weights = random_weights(config)
+    change(weights)
+    with pytest.raises(CheckpointError, match=message):
+        to_huggingface(config, weights)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read as a Hugging Face model"):
+        from_huggingface(tmp_path / "nowhere")
+    GPT2Config(vocab_size=10, n_embd=8, n_layer=1, n_head=2).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"cannot be read as a Hugging Face model(.|\n)*palimpsest convert"):
+        from_huggingface(tmp_path)

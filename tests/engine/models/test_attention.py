@@ -1,0 +1,75 @@
+"""Masks, positions and rotation against their definitions, written out in loops."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from engine.models.attention import document_mask, positions_in_document, rotary_tables, rotate
+from engine.parallel.functions import attention
+
+SEGMENTS_BT = torch.tensor([[0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 1, 1], [3, 3, 4, 4, 5, 6]], dtype=torch.int32)
+
+
+def test_a_query_sees_the_earlier_tokens_of_its_document():
+    mask_B1TT = document_mask(SEGMENTS_BT)
+    assert mask_B1TT.shape == (3, 1, 6, 6)
+    for row in range(3):
+        for query in range(6):
+            for key in range(6):
+                expected = key <= query and SEGMENTS_BT[row, query] == SEGMENTS_BT[row, key]
+                assert mask_B1TT[row, 0, query, key] == expected
+
+
+def test_positions_start_again_with_each_document():
+    expected = [[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 3, 4], [0, 1, 0, 1, 0, 0]]
+    assert positions_in_document(SEGMENTS_BT).tolist() == expected
+
+
+def test_rotation_turns_each_pair_by_position_times_frequency():
+    head_size, theta = 6, 100.0
+    x_BTHK = torch.randn(1, 5, 2, head_size, generator=torch.Generator().manual_seed(0))
+    turned = rotate(x_BTHK, *rotary_tables(5, head_size, theta, torch.device("cpu")))
+    for position in range(5):
+        for head in range(2):
+            for pair in range(3):
+                angle = position * theta ** (-2 * pair / head_size)
+                low, high = x_BTHK[0, position, head, pair].item(), x_BTHK[0, position, head, pair + 3].item()
+                # a rotation of the plane; 6 roundings of values below 4
+                assert abs(turned[0, position, head, pair] - (low * math.cos(angle) - high * math.sin(angle))) < 2e-6
+                assert (
+                    abs(turned[0, position, head, pair + 3] - (high * math.cos(angle) + low * math.sin(angle))) < 2e-6
+                )
+
+
+def test_rotation_keeps_the_dtype():
+    x_BTHK = torch.randn(1, 5, 2, 4).bfloat16()
+    assert rotate(x_BTHK, *rotary_tables(5, 4, 1e4, torch.device("cpu"))).dtype == torch.bfloat16
+
+
+def test_scores_depend_on_distance_alone():
+    """Why rotary positions need no restart at a document: shifting a document moves no score (tables are fp32)."""
+    generator = torch.Generator().manual_seed(1)
+    q, k = torch.randn(2, 1, 1, 1, 16, generator=generator)
+    cos_TK, sin_TK = rotary_tables(64, 16, 1e4, torch.device("cpu"))
+
+    def score(query: int, key: int) -> float:
+        turned_q = rotate(q, cos_TK[query : query + 1], sin_TK[query : query + 1])
+        return (turned_q * rotate(k, cos_TK[key : key + 1], sin_TK[key : key + 1])).sum().item()
+
+    assert abs(score(9, 4) - score(59, 54)) < 1e-4
+    assert abs(score(9, 4) - score(9, 5)) > 1e-3
+
+
+def test_grouped_queries_share_their_key_and_value_heads():
+    generator = torch.Generator().manual_seed(2)
+    q_BTHK = torch.randn(2, 7, 4, 8, generator=generator)
+    k_BTGK, v_BTGK = torch.randn(2, 2, 7, 2, 8, generator=generator)
+    out_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, None)
+    for head in range(4):
+        k, v = k_BTGK[:, :, head // 2], v_BTGK[:, :, head // 2]
+        scores = q_BTHK[:, :, head] @ k.transpose(1, 2) / math.sqrt(8)
+        scores = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), -math.inf)
+        # two sums of 8 terms and a softmax of values near 1
+        torch.testing.assert_close(out_BTHK[:, :, head], scores.softmax(-1) @ v, rtol=0, atol=2e-6)

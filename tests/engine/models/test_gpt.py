@@ -1,0 +1,244 @@
+"""The GPT family against its transformers twins, against its own cuts, and against documents on their own.
+
+Tolerance: a dot product of n terms in fp32 is off by about sqrt(n) roundings (2**-24) of its size, n is at most
+256 here, and about 20 of them follow one another through 4 layers forward, as many backward; norms keep sizes near
+1 between them. 40 x 16 x 2**-24 = 4e-5 of the largest value of a tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from engine.checkpoint.huggingface import from_huggingface
+from engine.config.schema import ModelConfig
+from engine.models.attention import view
+from engine.models.chunk import Chunk
+from engine.models.gpt import EMBEDDING, HEAD, Stage, build, sharding, specs, ties
+from engine.models.values import fill, whole_model
+from engine.parallel.functions import Functions
+from engine.parallel.functions import attention as plain_attention
+from engine.parallel.sharding import ParameterSpec, lookup
+from tests.engine.models.tiny import random_weights, twin
+
+TOLERANCE = 40 * 16 * 2**-24
+
+
+def weighted_loss(logits_BTV: torch.Tensor, batch) -> torch.Tensor:
+    loss_N = F.cross_entropy(logits_BTV.flatten(0, 1), batch["targets_BT"].flatten(), reduction="none")
+    return (loss_N * batch["weights_BT"].flatten()).sum()
+
+
+def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, what: str = "") -> None:
+    bound = TOLERANCE * expected.abs().max().item()
+    distance = (found - expected).abs().max().item()
+    assert distance <= bound, f"{what}: {distance:.2e} > {bound:.2e}"
+
+
+def test_logits_loss_and_gradients_equal_those_of_the_twin(config, batch):
+    weights = random_weights(config)
+    ours, theirs = whole_model(config, weights), twin(config, weights)
+
+    logits_BTV = ours(tokens_BT=batch["tokens_BT"])
+    their_logits_BTV = theirs(batch["tokens_BT"]).logits
+    assert logits_BTV.shape == their_logits_BTV.shape == (2, 24, config.vocab_size)
+    assert_near(logits_BTV, their_logits_BTV, "logits")
+
+    loss, their_loss = ours(**batch), weighted_loss(their_logits_BTV, batch)
+    assert loss.dtype == torch.float32
+    assert_near(loss, their_loss, "loss")
+    loss.backward()
+    their_loss.backward()
+    as_gradients = copy.deepcopy(theirs)
+    for target, source in zip(as_gradients.parameters(), theirs.parameters(), strict=True):
+        target.data = gradient_of(source)
+    _, their_gradients = from_huggingface(as_gradients)
+    gradients = dict(ours.named_parameters())
+    assert gradients.keys() == their_gradients.keys()
+    for name, expected in their_gradients.items():
+        assert_near(gradient_of(gradients[name])[: len(expected)], expected, name)
+
+
+def test_loss_equals_the_twins_own_mean_loss(config, batch):
+    weights = random_weights(config)
+    tokens_BT = batch["tokens_BT"]
+    weights_BT = torch.ones(tokens_BT.shape)
+    weights_BT[:, -1] = 0  # the twin has no target for the last token
+    total = whole_model(config, weights)(
+        tokens_BT=tokens_BT, targets_BT=tokens_BT.roll(-1, dims=1), weights_BT=weights_BT
+    )
+    expected = twin(config, weights)(tokens_BT, labels=tokens_BT).loss
+    assert_near(total / weights_BT.sum(), expected)
+
+
+def cut(config: ModelConfig, num_stages: int) -> list[Chunk]:
+    bounds = [round(i * config.num_layers / num_stages) for i in range(num_stages + 1)]
+    return [
+        Chunk(range(start, end), first=i == 0, last=i == num_stages - 1)
+        for i, (start, end) in enumerate(itertools.pairwise(bounds))
+    ]
+
+
+def build_stages(config: ModelConfig, weights, num_stages: int) -> list[Stage]:
+    whole = whole_model(config, weights)
+    values = {name: parameter.detach() for name, parameter in whole.named_parameters()}
+    stages = []
+    for chunk in cut(config, num_stages):
+        with torch.device("meta"):
+            stage = build(config, chunk)
+        renamed = ties(config) if not (chunk.first and chunk.last) else {}
+        fill(stage, lambda name, renamed=renamed: values[renamed.get(name, name)].clone())
+        stages.append(stage)
+    return stages
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.parametrize("packed", [False, True])
+def test_stages_in_a_row_equal_the_whole(config, batch, num_stages, packed):
+    weights = random_weights(config)
+    whole, stages = whole_model(config, weights), build_stages(config, weights, num_stages)
+    segments_BT = torch.arange(24).expand(2, 24).div(7, rounding_mode="floor").int() if packed else None
+    expected = whole(**batch, segments_BT=segments_BT)
+    expected.backward()
+
+    hidden_BTD = stages[0](tokens_BT=batch["tokens_BT"], segments_BT=segments_BT)
+    for stage in stages[1:-1]:
+        hidden_BTD = stage(hidden_BTD=hidden_BTD, segments_BT=segments_BT)
+    loss = stages[-1](
+        hidden_BTD=hidden_BTD,
+        segments_BT=segments_BT,
+        targets_BT=batch["targets_BT"],
+        weights_BT=batch["weights_BT"],
+    )
+    loss.backward()
+
+    assert torch.equal(loss, expected)
+    gradients: dict[str, torch.Tensor] = {}
+    for stage in stages:
+        renamed = ties(config)
+        for name, parameter in stage.named_parameters():
+            logical = renamed.get(name, name)
+            gradients[logical] = gradients.get(logical, torch.zeros(())) + gradient_of(parameter)
+    expected_gradients = dict(whole.named_parameters())
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        assert_near(gradient, gradient_of(expected_gradients[name]), name)
+
+
+def test_packed_documents_have_the_loss_they_have_alone(config):
+    model = whole_model(config, random_weights(config))
+    generator = torch.Generator().manual_seed(3)
+    tokens_BT = torch.randint(0, 500, (1, 41), generator=generator)
+    inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
+    lengths = (17, 1, 22)
+    segments_BT = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None].int()
+    for number in range(3):
+        inside = segments_BT[0] == number
+        alone = model(
+            tokens_BT=inputs_BT[:, inside],
+            targets_BT=targets_BT[:, inside],
+            weights_BT=torch.ones(1, lengths[number]),
+        )
+        packed = {"tokens_BT": inputs_BT, "targets_BT": targets_BT, "weights_BT": inside[None].float()}
+        assert abs(model(**packed, segments_BT=segments_BT) - alone) / lengths[number] < 1e-5
+        if number > 0:  # without segments a later document does see the earlier one
+            assert abs(model(**packed) - alone) / lengths[number] > 1e-3
+
+
+def test_padded_vocabulary_changes_nothing(config, batch):
+    weights = random_weights(config)
+    exact = config.model_copy(update={"vocab_multiple": 1})
+    assert (exact.padded_vocab_size, config.padded_vocab_size) == (500, 512)
+    padded, unpadded = whole_model(config, weights), whole_model(exact, weights)
+    loss = padded(**batch)
+    assert torch.allclose(loss, unpadded(**batch), rtol=TOLERANCE, atol=0)
+    loss.backward()
+    for name in {EMBEDDING, HEAD} & set(dict(padded.named_parameters())):
+        parameter = padded.get_parameter(name)
+        assert not gradient_of(parameter)[500:].any()
+        # whatever stands in padded rows, the loss does not see it
+        parameter.data[500:] = 100.0
+    assert torch.equal(padded(**batch), loss)
+
+
+def test_every_parameter_has_a_spec_and_every_pattern_a_parameter(config):
+    found = specs(config)
+    names = [spec.name for spec in found]
+    with torch.device("meta"):
+        model = build(config)
+    assert [(name, tuple(p.shape)) for name, p in model.named_parameters()] == [(s.name, s.shape) for s in found]
+    assert all(p.device.type == "meta" for p in model.parameters())
+    assert not list(model.buffers()), "a buffer would not survive construction on the meta device"
+    assert (HEAD in names) == (not config.tie_embeddings)
+    table = sharding(config)
+    for pattern in table.keys() - {HEAD}:
+        assert any(lookup({pattern: table[pattern]}, name) is table[pattern] for name in names), pattern
+    for spec in found:
+        assert spec.sharding.dim is None or sum(spec.blocks()) == spec.shape[spec.sharding.dim]
+        assert spec.real_rows == (500 if spec.name in (EMBEDDING, HEAD) else None)
+
+
+def test_a_tied_head_is_one_parameter_on_one_stage_and_a_named_copy_on_two():
+    config = ModelConfig(vocab_size=10, num_layers=2, hidden_size=8, num_heads=2, max_positions=4)
+    whole = build(config)
+    assert whole.lm_head.weight is whole.embed_tokens.weight
+    assert HEAD not in dict(whole.named_parameters())
+    last = build(config, Chunk(range(1, 2), first=False, last=True))
+    assert HEAD in dict(last.named_parameters())
+    assert ties(config) == {HEAD: EMBEDDING}
+    assert ties(config.model_copy(update={"tie_embeddings": False})) == {}
+    assert "layers.1.attention.qkv_proj.weight" in dict(last.named_parameters()), "layers keep their global index"
+
+
+def test_tensor_parallel_parts_add_up_to_the_whole_attention(config):
+    """The same modules work on some of the heads: what two ranks would compute, summed, is the whole."""
+    model = whole_model(config, random_weights(config))
+    whole = model.get_submodule("layers.1.attention")
+    by_name: dict[str, ParameterSpec] = {spec.name: spec for spec in specs(config)}
+    x_BTD = torch.randn(2, 9, config.hidden_size, generator=torch.Generator().manual_seed(4))
+    seen = view(config, 9, None, x_BTD.device)
+    expected = whole(x_BTD, seen)
+    total = torch.zeros(())
+    for tensor_rank in range(2):
+        part = copy.deepcopy(whole)
+        for name, parameter in part.named_parameters():
+            value = by_name[f"layers.1.attention.{name}"].part(parameter.detach(), tensor_rank, 2)
+            # a row-parallel bias is added once
+            parameter.data = value * (tensor_rank == 0) if name == "out_proj.bias" else value
+        total = total + part(x_BTD, seen)
+    assert_near(total, expected)
+
+
+def test_attention_and_loss_come_from_the_functions_that_it_was_built_with(config, batch):
+    calls = []
+
+    def attention(q_BTHK, k_BTGK, v_BTGK, mask_B1TT):
+        calls.append((q_BTHK.shape[2:], k_BTGK.shape[2:], mask_B1TT))
+        return plain_attention(q_BTHK, k_BTGK, v_BTGK, mask_B1TT)
+
+    def cross_entropy(logits_BTV, targets_BT, weights_BT, vocab_size):
+        assert logits_BTV.shape[-1] == config.padded_vocab_size
+        return logits_BTV.float().sum() * 0 + vocab_size
+
+    model = whole_model(config, random_weights(config), Functions(attention, cross_entropy))
+    assert model(**batch).item() == config.vocab_size
+    assert calls == [((4, 16), (config.kv_heads, 16), None)] * config.num_layers
+
+
+def test_bf16_stays_near_fp32(config, batch):
+    """bf16 keeps 8 bits (2**-9 per rounding); the loss of 48 tokens averages their errors out to about 1 %."""
+    weights = random_weights(config)
+    expected = whole_model(config, weights)(**batch)
+    loss = whole_model(config, weights).bfloat16()(**batch)
+    assert loss.dtype == torch.float32
+    assert loss != expected
+    assert abs(loss / expected - 1) < 0.02

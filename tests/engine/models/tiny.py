@@ -1,0 +1,52 @@
+"""The tiny models of `configs/models`, with random values everywhere, and their transformers twins."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from engine.checkpoint.huggingface import to_huggingface
+from engine.config.load import read_tree
+from engine.config.schema import ModelConfig
+from engine.models.gpt import EMBEDDING, HEAD, specs
+
+MODELS = Path(__file__).parents[3] / "configs" / "models"
+
+
+def tiny(form: str, **changes) -> ModelConfig:
+    """The tiny model of a form with some keys changed."""
+    return ModelConfig(**{**read_tree(MODELS / f"tiny-{form}.yaml")["model"], **changes})
+
+
+FORMS = {
+    "gpt2": tiny("gpt2"),
+    "gpt2-untied": tiny("gpt2", tie_embeddings=False),
+    "llama": tiny("llama"),
+    "llama-tied": tiny("llama", tie_embeddings=True),
+}
+
+
+def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Stored values in which nothing is 0 or 1 by accident and attention is far from uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    values = {}
+    for spec in specs(config):
+        value = torch.randn(spec.stored_shape, generator=generator)
+        matrix = len(spec.shape) == 2
+        values[spec.name] = value / math.sqrt(spec.shape[1]) if matrix else value * 0.3 + spec.name.endswith("weight")
+    values[EMBEDDING] *= 2
+    return values
+
+
+def twin(config: ModelConfig, weights: dict[str, torch.Tensor]):
+    """The Hugging Face model of our configuration and weights."""
+    their_config, state = to_huggingface(config, {name: value.clone() for name, value in weights.items()})
+    model = AutoModelForCausalLM.from_config(their_config)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    assert not unexpected
+    assert set(missing) <= {HEAD}
+    return model.eval()

@@ -1,0 +1,1 @@
+"""The sub-commands of `palimpsest`, one thin file each: parse, call, print."""

@@ -1,0 +1,95 @@
+"""`palimpsest launch`: starts the ranks of a run on this node and watches over them.
+
+The configuration is checked for the world that it will get before anything starts, so a mistake costs no start-up.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engine import logs
+from engine.config.load import load_run
+from engine.config.resolve import resolve
+from engine.config.schema import RunConfig
+from engine.errors import EXIT_DONE, ConfigError, EnvironmentProblem
+from launcher.commands import KINDS, Command, Kind, Wanted, commands
+from launcher.devices import num_gpus
+from launcher.extensions import prepare_extensions
+from launcher.ports import free_port
+from launcher.supervise import last_lines, supervise
+
+
+def main(
+    config: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run's configuration.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Keys to change.")] = None,
+    launcher: Annotated[str, typer.Option(help=f"Who starts the ranks: {', '.join(KINDS)}.")] = "local",
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to start (default: one per GPU, else what the layout needs).")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command lines and start nothing.")] = False,
+) -> None:
+    """Start the ranks of a run on this node, show rank 0, and say how the run ended."""
+    logs.configure()
+    run = load_run(config, overrides or [])
+    gpus = num_gpus(os.environ)
+    wanted = _wanted(run, config, overrides or [], _kind(launcher), processes or _default_processes(run, gpus), gpus)
+    layout = resolve(run, wanted.num_processes)
+    to_start = commands(wanted)
+    for command in to_start if dry_run else to_start[:1]:
+        print(command, flush=True)
+    if dry_run:
+        return
+    logs.logger(__name__).info("%d ranks (%s), run folder %s", wanted.num_processes, layout, run.folder)
+    raise typer.Exit(_start(run, wanted, to_start))
+
+
+def _start(run: RunConfig, wanted: Wanted, to_start: list[Command]) -> int:
+    prepare_extensions(run.folder, os.environ)
+    verdict = supervise(to_start, wanted.job, run.folder)
+    if verdict.look_at is not None and wanted.kind == "local" and verdict.look_at != "rank-0":
+        print(last_lines(run.folder, verdict.look_at), file=sys.stderr)
+    stream = sys.stdout if verdict.code == EXIT_DONE else sys.stderr
+    print(f"palimpsest launch: {verdict.words}", file=stream)
+    if verdict.look_at is not None:
+        print(f"  to do: read {run.folder / 'logs' / verdict.look_at}.log", file=stream)
+    return verdict.code
+
+
+def _wanted(run: RunConfig, config: Path, overrides: list[str], kind: Kind, num_processes: int, gpus: int) -> Wanted:
+    if 0 < gpus < num_processes:
+        raise EnvironmentProblem(
+            f"--processes = {num_processes}, but this node offers {gpus} GPUs",
+            f"1 to {gpus}",
+            "start fewer ranks, or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU",
+        )
+    return Wanted(
+        config=config,
+        overrides=tuple(overrides),
+        kind=kind,
+        num_processes=num_processes,
+        job=f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}",
+        master_port=free_port(),
+        num_gpus=gpus,
+        num_cores=len(os.sched_getaffinity(0)),
+        python=sys.executable,
+    )
+
+
+def _kind(name: str) -> Kind:
+    for kind in KINDS:
+        if kind == name:
+            return kind
+    raise ConfigError(f"--launcher = {name!r}", ", ".join(KINDS), "choose one of these")
+
+
+def _default_processes(run: RunConfig, gpus: int) -> int:
+    """The layout's own size where it is whole, else every GPU, else one data rank."""
+    parallel = run.parallel
+    fixed = parallel.pipe * parallel.tensor * parallel.sequence
+    return fixed * parallel.data if parallel.data else max(gpus, fixed)

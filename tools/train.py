@@ -1,0 +1,82 @@
+"""`palimpsest train`: what every rank runs, under any launcher or alone.
+
+Configuration, place and layout are settled before torch is imported, so that a mistake ends every rank at once
+with exit code 2. How a run ended goes to `outcome.json`, because launchers lose exit codes: the trainer writes it,
+and where the trainer cannot, the first rank that fails writes it here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engine import logs, outcome
+from engine.config.load import load_run
+from engine.config.place import RankPlace
+from engine.config.resolve import Layout, resolve
+from engine.config.schema import RunConfig
+from engine.errors import EXIT_FAILURE, PalimpsestError
+from engine.outcome import Outcome
+from launcher.environment import check_meeting_point, export, rank_environment
+from launcher.extensions import prepare_extensions
+
+SUPERVISED = "PALIMPSEST_LAUNCHER"
+
+
+def main(
+    config: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run's configuration.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Keys to change.")] = None,
+) -> None:
+    """Train a model; an existing run folder is resumed from its newest verified checkpoint."""
+    place: RankPlace | None = None
+    try:
+        place = rank_environment(os.environ)
+        logs.configure(place.global_rank, place.world_size)
+        run = load_run(config, overrides or [])
+        layout = _start(run, place)
+    except PalimpsestError as error:
+        if place is not None and place.global_rank > 0:
+            # rank 0 tells the whole story; the others say enough to be found if they fail alone
+            print(f"palimpsest train [rank {place.global_rank}]: {error.wrong.splitlines()[0]}", file=sys.stderr)
+            raise typer.Exit(error.exit_code) from error
+        raise
+    raise typer.Exit(_train(run, layout, place))
+
+
+def _start(run: RunConfig, place: RankPlace) -> Layout:
+    """The layout, with the environment made ready for torch."""
+    if place.global_rank == 0 and SUPERVISED not in os.environ:
+        outcome.clear(run.folder)  # the supervisor has done it for its ranks
+    try:
+        layout = resolve(run, place.world_size)
+        check_meeting_point(place, os.environ)
+        prepare_extensions(run.folder, os.environ, first=place.global_rank == 0)
+    except PalimpsestError as error:
+        note_failure(run.folder, place, error.exit_code, error.wrong)
+        raise
+    export(place, os.environ)
+    return layout
+
+
+def _train(run: RunConfig, layout: Layout, place: RankPlace) -> int:
+    """Hands over to the trainer, the first import of torch; returns the exit code."""
+    try:
+        from engine.train.run import train
+
+        return train(run, layout, place)
+    except PalimpsestError as error:
+        note_failure(run.folder, place, error.exit_code, str(error))
+        raise
+    except Exception as error:
+        note_failure(run.folder, place, EXIT_FAILURE, f"{type(error).__name__}: {error}")
+        raise
+
+
+def note_failure(folder: Path, place: RankPlace, code: int, error: str) -> None:
+    """Writes the outcome of a failure unless another rank was first, or the run has no folder yet."""
+    if folder.is_dir() and outcome.read(folder) is None:
+        outcome.write(folder, Outcome(place.job, place.attempt, code, step=0, rank=place.global_rank, error=error))
