@@ -117,20 +117,26 @@ class _Found:
 
 
 def _find(environ: Environ) -> _Found:
-    found = [reader(environ) for seen, reader in READERS if seen(environ)]
-    if not found:
+    speaking = [reader for speaks, reader in READERS if speaks(environ)]
+    if not speaking:
         return _Found("alone", 0, 1, 0, 1)
-    first = found[0]
-    by_hand = first.launcher == "environment" and not environ.get(LAUNCHER)
-    for other in found[1:]:
-        if by_hand and (other.global_rank, other.world_size) != (first.global_rank, first.world_size):
-            raise EnvironmentProblem(
-                f"RANK = {first.global_rank} and WORLD_SIZE = {first.world_size} contradict {other.launcher}, which "
-                f"says rank {other.global_rank} of {other.world_size}",
-                "one launcher's variables",
-                "unset RANK and WORLD_SIZE in the shell that starts the ranks",
-            )
+    first = speaking[0](environ)
+    if first.launcher == "environment" and not environ.get(LAUNCHER):
+        for reader in speaking[1:]:
+            if reader is not _read_pmi:  # its variables are often there beside others, and incomplete
+                _check_agreement(first, reader(environ))
     return first
+
+
+def _check_agreement(by_hand: _Found, other: _Found) -> None:
+    """Refuses RANK and WORLD_SIZE left over in a shell from which another launcher then started the ranks."""
+    if (other.global_rank, other.world_size) != (by_hand.global_rank, by_hand.world_size):
+        raise EnvironmentProblem(
+            f"RANK = {by_hand.global_rank} and WORLD_SIZE = {by_hand.world_size} contradict {other.launcher}, which "
+            f"says rank {other.global_rank} of {other.world_size}",
+            "one launcher's variables",
+            "unset RANK and WORLD_SIZE in the shell that starts the ranks",
+        )
 
 
 def _read_torch(environ: Environ) -> _Found:

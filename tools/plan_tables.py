@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -18,18 +19,21 @@ def show(plan: Plan, run: RunConfig, console: Console | None = None) -> None:
     """Prints the whole plan."""
     console = console or Console(soft_wrap=False)
     _summary(plan, run, console)
-    console.print(_stages(plan))
-    console.print(_figures(plan, "memory", MEMORY, "memory of one rank (activations and logits are estimates)"))
-    console.print(_figures(plan, "traffic", TRAFFIC, "bytes that one rank sends per step"))
+    for table in (
+        _stages(plan),
+        _figures(plan, "memory", MEMORY, "memory of one rank (activations and logits: estimates)"),
+        _figures(plan, "traffic", TRAFFIC, "bytes that one rank sends per step"),
+    ):
+        console.print("", table)
     _neighbours(plan, console)
 
 
-def size(num_bytes: float) -> str:
-    """Bytes with a unit, three digits or so."""
+def scale(largest_bytes: int) -> tuple[int, str]:
+    """The unit, as its bytes and its name, in which a table's largest figure has at most four digits."""
     power = 0
-    while num_bytes >= 1024 and power < len(UNITS) - 1:
-        num_bytes, power = num_bytes / 1024, power + 1
-    return f"{num_bytes:.0f} {UNITS[power]}" if power == 0 else f"{num_bytes:.1f} {UNITS[power]}"
+    while largest_bytes >= 1024 ** (power + 1) and power < len(UNITS) - 1:
+        power += 1
+    return 1024**power, UNITS[power]
 
 
 def _summary(plan: Plan, run: RunConfig, console: Console) -> None:
@@ -39,7 +43,7 @@ def _summary(plan: Plan, run: RunConfig, console: Console) -> None:
         "parameters": f"{plan.parameters:,} ({plan.parameters_in_memory:,} with the vocabulary padded)",
         "step": f"{stage.global_batch_size} samples of {stage.sequence_length} = {plan.tokens:,} tokens, in "
         f"{plan.num_micro_batches} micro-batches of {parallel.micro_batch_size} on each data rank",
-        "arithmetic": f"{plan.operations_per_token:,} operations per token, {plan.operations / 1e12:.3g} TFLOP per step",
+        "arithmetic": f"{plan.operations_per_token:,} operations per token, {plan.operations:.3g} per step",
         "pipeline": f"{parallel.schedule}, idle {plan.bubble:.1%} of a step",
         "worlds": _some(plan.worlds),
     }
@@ -50,7 +54,7 @@ def _summary(plan: Plan, run: RunConfig, console: Console) -> None:
 
 
 def _stages(plan: Plan) -> Table:
-    table = Table(title="pipeline stages", title_justify="left")
+    table = _table("pipeline stages")
     for heading in ("stage", "layers", "parameters", "per tensor rank", "micro-batches alive"):
         table.add_column(heading, justify="right")
     for stage in plan.stages:
@@ -61,31 +65,46 @@ def _stages(plan: Plan) -> Table:
 
 
 def _figures(plan: Plan, attribute: str, names: tuple[str, ...], title: str) -> Table:
-    """One row per pipeline stage, one column per kind of bytes."""
-    table = Table(title=title, title_justify="left")
+    """One row per pipeline stage, one column per kind of bytes, all in one unit."""
+    figures = [getattr(stage, attribute) for stage in plan.stages]
+    unit_bytes, unit = scale(max(figure.total for figure in figures))
+    table = _table(f"{title}, in {unit}")
     for heading in ("stage", *names):
         table.add_column(heading, justify="right")
-    for stage in plan.stages:
-        figures = getattr(stage, attribute)
-        table.add_row(str(stage.stage), *(size(getattr(figures, name)) for name in names))
+    for stage, figure in enumerate(figures):
+        table.add_row(str(stage), *(f"{getattr(figure, name) / unit_bytes:.4g}" for name in names))
     return table
 
 
 def _neighbours(plan: Plan, console: Console) -> None:
+    console.print()
     if plan.fitting:
         others = "; ".join(str(layout) for layout in plan.fitting)
         console.print(f"[bold]would also start on {plan.layout.world_size} ranks:[/] {others}")
     if not plan.refused:
         console.print("[bold]refused:[/] no other layout of this world")
         return
-    table = Table(title=f"refused on {plan.layout.world_size} ranks", title_justify="left", show_lines=True)
+    table = _table(f"refused on {plan.layout.world_size} ranks")
     table.add_column("layout", no_wrap=True)
     table.add_column("why")
     table.add_column("allowed")
     for refusal in plan.refused:
         why = "\n".join(problem.wrong for problem in refusal.problems)
         table.add_row(refusal.layout, why, "\n".join(problem.allowed for problem in refusal.problems))
-    console.print(table)
+    console.print("", table)
+
+
+def _table(title: str) -> Table:
+    """A table narrow enough for 80 columns."""
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
 
 
 def _some(worlds: tuple[int, ...]) -> str:

@@ -54,7 +54,7 @@ def _placement(name: str, value: dict[str, Any]) -> Placement:
     _require(value["role"] in _ROLES, f"{name}: role {value['role']!r}")
     shape, real_rows, dim = stored, None, value.get("dim")
     if "padded_rows" in value:
-        _require(len(stored) > 0 and dim in (None, 0), f"{name}: padded rows")
+        _require(bool(stored) and dim in (None, 0), f"{name}: padded rows")
         real_rows = stored[0]
         shape = (_whole(value["padded_rows"], f"{name}: padded_rows", least=real_rows), *stored[1:])
     blocks: tuple[int, ...] = ()

@@ -80,7 +80,7 @@ def write(path: Path, header: bytes, data: np.ndarray) -> FileRecord:
     """
     hasher = xxhash.xxh3_64()
     with disk_errors(path), path.open("xb", buffering=0) as file:
-        for block in (memoryview(header), memoryview(data).cast("B")):
+        for block in (memoryview(header), _bytes_of(data)):
             for at in range(0, len(block), CHUNK_BYTES):
                 chunk = block[at : at + CHUNK_BYTES]
                 hasher.update(chunk)
@@ -198,7 +198,11 @@ def file_digest(path: Path) -> str:
 
 def digest(values: np.ndarray) -> str:
     """xxh3 (64 bit, hex) of an array's bytes."""
-    return xxhash.xxh3_64(memoryview(values).cast("B")).hexdigest()
+    return xxhash.xxh3_64(_bytes_of(values)).hexdigest()
+
+
+def _bytes_of(values: np.ndarray) -> memoryview:
+    return values.view(np.uint8).data
 
 
 def compact(value: Any) -> str:

@@ -178,7 +178,7 @@ def _parameter(placement: Placement) -> dict[str, Any]:
         described |= {"dim": spec.sharding.dim, "blocks": list(spec.blocks())}
     return {
         **described,
-        "stages": list(placement.stages),
+        "stages": sorted(set(placement.stages)),
         "offset": placement.offset,
         "partition": placement.partition,
     }

@@ -160,7 +160,9 @@ def to_huggingface(config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> 
     state: Tensors = {}
     for spec in specs(config):
         modules, transposed, kind = _theirs(form, spec)
-        parts = tensors[spec.name].split(spec.blocks(), dim=0) if len(modules) > 1 else (tensors[spec.name],)
+        parts = (tensors[spec.name],)
+        if len(modules) > 1:  # copies: files of theirs must not share memory between tensors
+            parts = tuple(part.clone() for part in tensors[spec.name].split(spec.blocks(), dim=0))
         for module, part in zip(modules, parts, strict=True):
             state[f"{module}.{kind}"] = part.t().contiguous() if transposed else part.contiguous()
     return _their_config(form, config), state
@@ -178,7 +180,7 @@ def from_huggingface(
     """
     if isinstance(source, Path):
         config = our_config(_read_config(source), vocab_multiple)
-        source = _read_model(source)
+        source = read_model(source)
     else:
         config = our_config(source.config, vocab_multiple)
     form, state = form_of(config), source.state_dict()
@@ -305,7 +307,12 @@ def _read_config(folder: Path) -> PretrainedConfig:
         raise _unreadable(folder, error) from error
 
 
-def _read_model(folder: Path) -> PreTrainedModel:
+def read_model(folder: Path) -> PreTrainedModel:
+    """The model of a Hugging Face folder, of any architecture of theirs, in fp32. No pickle is opened.
+
+    Raises:
+        ConfigError: the folder cannot be read.
+    """
     from transformers import AutoModelForCausalLM
 
     try:

@@ -150,7 +150,9 @@ def read_index(folder: Path) -> Index:
         )
     if tree.get("version") != VERSION:
         raise DataError(
-            f"{path} has version {tree.get('version')!r}", f"version {VERSION}", f"update palimpsest, or {PREPARE_AGAIN}"
+            f"{path} has version {tree.get('version')!r}",
+            f"version {VERSION}",
+            f"update palimpsest, or {PREPARE_AGAIN}",
         )
     with _damage(path):
         return _parse(tree)

@@ -19,7 +19,7 @@ from engine.data import stream
 from engine.data.batch import Batch, make_batch
 from engine.data.dataset import TokenDataset
 from engine.data.objectives import Attention
-from engine.data.packing import num_rows
+from engine.data.packing import rows_per_shard
 from engine.data.stream import SampleId, SampleOrder
 from engine.errors import DataError
 
@@ -41,8 +41,8 @@ class Loader:
     ) -> None:
         """Raises `DataError` where the data set holds not one sample."""
         rows = rows_per_shard(dataset, sequence_length)
-        self._arguments = (dataset, sequence_length, global_batch_size, seed, window_shards, attention)
-        self.dataset, self.sequence_length, self.attention = dataset, sequence_length, attention
+        self.dataset, self.sequence_length = dataset, sequence_length
+        self.attention: Attention = attention
         self.global_batch_size, self.seed, self.window_shards = global_batch_size, seed, window_shards
         self._order = SampleOrder(rows, seed, window_shards)
         self._position = 0
@@ -117,7 +117,9 @@ class Loader:
 
     def clone(self) -> Loader:
         """Another loader at the same place, over the same opened data set."""
-        other = Loader(*self._arguments)
+        other = Loader(
+            self.dataset, self.sequence_length, self.global_batch_size, self.seed, self.window_shards, self.attention
+        )
         other._position, other._samples = self._position, self._samples
         return other
 
@@ -169,17 +171,3 @@ def micro_batch_rows(num_samples: int, data_rank: int, data_size: int, micro_bat
     stride = micro_batch_size * data_size
     firsts = range(data_rank * micro_batch_size, -(-num_samples // stride) * stride, stride)
     return [np.arange(first, max(first, min(first + micro_batch_size, num_samples))) for first in firsts]
-
-
-def rows_per_shard(dataset: TokenDataset, sequence_length: int) -> np.ndarray:
-    """(shards,) int64 samples in each shard. Raises `DataError` where there is none at all."""
-    tokens = np.array([shard.num_tokens for shard in dataset.index.shards], np.int64)
-    rows = num_rows(tokens, sequence_length)
-    if not rows.sum():
-        raise DataError(
-            f"the data set {dataset.folder} holds no sample: {dataset.index.num_documents} documents, "
-            f"{dataset.index.num_tokens} tokens",
-            "at least one document",
-            "prepare more text (or a larger --validation-fraction, where this is the held-out part)",
-        )
-    return rows

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.data.dataset import Shard
+from engine.data.dataset import Shard, TokenDataset
+from engine.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Row:
             marks_T[self.num_inputs] = 1
         return np.cumsum(marks_T, dtype=np.int32)
 
+    def documents(self) -> list[np.ndarray]:
+        """The inputs, document by document, padding left out."""
+        inner = self.starts[self.starts < self.num_inputs]
+        return np.split(self.tokens[:-1], inner)
+
     def document_lengths(self) -> np.ndarray:
         """(documents,) int32: inputs of each segment, padding last where there is any; they add up to T."""
         inner = self.starts[self.starts < self.num_inputs]
@@ -51,6 +57,20 @@ class Row:
 def num_rows(num_tokens: np.ndarray, sequence_length: int) -> np.ndarray:
     """Rows of shards of so many tokens, as int64: ceil((n - 1) / T), and none for n below 2."""
     return np.maximum(0, -((1 - num_tokens.astype(np.int64)) // sequence_length))
+
+
+def rows_per_shard(dataset: TokenDataset, sequence_length: int) -> np.ndarray:
+    """(shards,) int64 samples in each shard. Raises `DataError` where there is none at all."""
+    tokens = np.array([shard.num_tokens for shard in dataset.index.shards], np.int64)
+    rows = num_rows(tokens, sequence_length)
+    if not rows.sum():
+        raise DataError(
+            f"the data set {dataset.folder} holds no sample: {dataset.index.num_documents} documents, "
+            f"{dataset.index.num_tokens} tokens",
+            "at least one document",
+            "prepare more text (or a larger --validation-fraction, where this is the held-out part)",
+        )
+    return rows
 
 
 def pack(shard: Shard, row: int, sequence_length: int) -> Row:

@@ -60,7 +60,7 @@ class ShardWriter:
 
     def add(self, tokens: np.ndarray) -> None:
         """Appends one document's tokens, its end-of-text included. Raises `DataError` when the disk is full."""
-        assert tokens.size and int(tokens.max()) < self._vocab_size
+        assert 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size
         if self._pending and self._pending_tokens + tokens.size > self._shard_tokens:
             self._close_shard()
         self._pending.append(tokens.astype(self._dtype))

@@ -1,7 +1,7 @@
 """Text in its many places -> raw documents in a fixed order, in chunks that workers parse.
 
 Invariant: the order of documents is the order in which the sources are named, sorted by path inside a folder or
-glob, then the order inside a file. This side only finds, opens and cuts files into lines; `parse` (in a worker)
+glob, then the order inside a file. `read_chunks` only cuts files into documents' bytes; `parse` (in a worker)
 decodes JSON and UTF-8, and knows file and line of each document for its errors. What is found: JSON lines and text
 (plain, gzip, zstd), and Hugging Face datasets, streamed.
 """
@@ -9,21 +9,18 @@ decodes JSON and UTF-8, and knows file and line of each document for its errors.
 from __future__ import annotations
 
 import glob
-import gzip
-import io
 import json
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import xxhash
 
+from engine.data import text_files
 from engine.errors import ConfigError, DataError
 
 HUB_PREFIX = "hf:"
-"""A source `hf:NAME_OR_FOLDER[:CONFIG][@SPLIT]` is read through Hugging Face datasets; the split is `train` by default."""
+"""A source `hf:NAME_OR_FOLDER[:CONFIG][@SPLIT]` is read through Hugging Face datasets; SPLIT is `train` by default."""
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
@@ -70,14 +67,9 @@ def find_sources(names: list[str]) -> list[Source]:
 
 def content_hash(source: Source) -> str:
     """XXH3-128 of a file as it lies there, in hex; of the name alone for a hub dataset. Raises `DataError`."""
-    digest = xxhash.xxh3_128()
-    if source.kind == "hub":
-        digest.update(source.name.encode())
-        return digest.hexdigest()
-    with _problems(source.name) as open_file, open_file() as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    return (
+        xxhash.xxh3_128_hexdigest(source.name.encode()) if source.kind == "hub" else text_files.file_hash(source.name)
+    )
 
 
 def read_chunks(source: Source, text_key: str, blank_line_ends: bool) -> Iterator[Chunk]:
@@ -91,10 +83,24 @@ def read_chunks(source: Source, text_key: str, blank_line_ends: bool) -> Iterato
 
         rows = ((number, text.encode(), 0) for number, text in enumerate(read_column(source.name, text_key)))
     elif source.kind == "json":
-        rows = ((number, line, read) for number, line, read in _lines(source.name) if line.strip())
+        rows = ((number, line, read) for number, line, read in text_files.lines(source.name) if line.strip())
     else:
-        rows = _paragraphs(source.name) if blank_line_ends else _whole(source.name)
+        rows = text_files.paragraphs(source.name) if blank_line_ends else text_files.whole(source.name)
     yield from _gather(source, rows)
+
+
+def read_texts(names: list[str], text_key: str, blank_line_ends: bool, max_bytes: int | None = None) -> Iterator[str]:
+    """The texts of all documents that names stand for, in order; with `max_bytes` the first so many (of UTF-8).
+
+    Raises `DataError` as `find_sources`, `read_chunks` and `parse` do.
+    """
+    left = max_bytes
+    for source in find_sources(names):
+        for chunk in read_chunks(source, text_key, blank_line_ends):
+            for text in parse(chunk, text_key):
+                yield text
+                if left is not None and (left := left - len(text.encode())) <= 0:
+                    return
 
 
 def parse(chunk: Chunk, text_key: str) -> list[str]:
@@ -111,7 +117,8 @@ def _files(name: str) -> list[Source]:
         if not paths:
             raise DataError(
                 f"folder {name} holds no text",
-                f"files ending in {', '.join(JSON_SUFFIXES + TEXT_SUFFIXES)}, also with {' or '.join(COMPRESSED_SUFFIXES)}",
+                f"files ending in {', '.join(JSON_SUFFIXES + TEXT_SUFFIXES)}, "
+                f"also with {' or '.join(COMPRESSED_SUFFIXES)}",
                 "name the files or a glob, or hf:FOLDER for a Hugging Face dataset",
             )
     elif path.exists():
@@ -142,99 +149,6 @@ def _plain_suffix(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-class _problems:
-    """Opens a file, and turns what can go wrong while it is open into `DataError`s that name it."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> Callable[[], IO[bytes]]:
-        return lambda: Path(self._name).open("rb")
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        import zstandard
-
-        damaged = (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError)
-        if isinstance(error, damaged):
-            raise DataError(
-                f"{self._name} is damaged: {error}", "a whole compressed file", "fetch or compress it again"
-            ) from error
-        if isinstance(error, OSError):
-            raise DataError(
-                f"{self._name} cannot be read: {error.strerror or error}", "a readable file", "check it and its rights"
-            ) from error
-
-
-def _decompressed(name: str, file: IO[bytes]) -> IO[bytes]:
-    if name.lower().endswith(".gz"):
-        return gzip.GzipFile(fileobj=file)
-    if name.lower().endswith(".zst"):
-        return io.BufferedReader(_zstd(file))
-    return file
-
-
-def _zstd(file: IO[bytes]):
-    """A reader over all frames of a zstd file, which raises `EOFError` where the last frame is cut off."""
-    import zstandard
-
-    return _WholeFrames(zstandard.ZstdDecompressor(), file)
-
-
-class _WholeFrames(io.RawIOBase):
-    """zstandard's own stream reader takes a cut-off frame for the end of the text; this one does not."""
-
-    def __init__(self, decompressor, file: IO[bytes]) -> None:
-        self._decompressor, self._file = decompressor, file
-        self._frame = None
-        self._left = b""
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._ready:
-            block = self._left or self._file.read(1 << 17)
-            if not block:
-                if self._frame is not None:
-                    raise EOFError("the last zstd frame is cut off")
-                return 0
-            self._frame = self._frame or self._decompressor.decompressobj()
-            self._ready = memoryview(self._frame.decompress(block))
-            self._left = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame = None
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-
-def _lines(name: str) -> Iterator[tuple[int, bytes, int]]:
-    with _problems(name) as open_file, open_file() as file:
-        for number, line in enumerate(_decompressed(name, file), start=1):
-            yield number, line, file.tell()
-
-
-def _whole(name: str) -> Iterator[tuple[int, bytes, int]]:
-    with _problems(name) as open_file, open_file() as file:
-        yield 1, _decompressed(name, file).read(), file.tell()
-
-
-def _paragraphs(name: str) -> Iterator[tuple[int, bytes, int]]:
-    lines: list[bytes] = []
-    first, read = 1, 0
-    for number, line, read in _lines(name):
-        if line.strip():
-            first = first if lines else number
-            lines.append(line)
-        elif lines:
-            yield first, b"".join(lines).rstrip(b"\r\n"), read
-            lines = []
-    if lines:
-        yield first, b"".join(lines).rstrip(b"\r\n"), read
-
-
 def _gather(source: Source, rows: Iterator[tuple[int, bytes, int]]) -> Iterator[Chunk]:
     items: list[tuple[int, bytes]] = []
     size = read = 0
@@ -258,7 +172,9 @@ def _json_text(source: str, number: int, line: bytes, text_key: str) -> str:
         raise DataError(f"{where} has no key {text_key!r}", keys, "name the key of the text with --text-key")
     if not isinstance(row[text_key], str):
         raise DataError(
-            f"{where} has {type(row[text_key]).__name__} under {text_key!r}", "text", "name the key of the text with --text-key"
+            f"{where} has {type(row[text_key]).__name__} under {text_key!r}",
+            "text",
+            "name the key of the text with --text-key",
         )
     return _without_surrogates(where, row[text_key])
 

@@ -27,6 +27,7 @@ END_OF_TEXT = "<|endoftext|>"
 """What ends a document in the tokenizers trained here; a foreign one may call it otherwise."""
 
 _PASSING_STATE = ("truncation", "padding")
+_RESTORE = "restore it from a copy"
 _CONVERT = "AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER) writes such a folder"
 
 
@@ -67,7 +68,9 @@ def load_tokenizer(folder: Path | str) -> TextTokenizer:
     try:
         model = Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
-        raise DataError(f"{folder / MODEL_FILE} is damaged: {error}", "a tokenizer of `tokenizers`", _CONVERT) from error
+        raise DataError(
+            f"{folder / MODEL_FILE} is damaged: {error}", "a tokenizer of `tokenizers`", _CONVERT
+        ) from error
     model.no_truncation()
     model.no_padding()
     model.encode_special_tokens = True
@@ -123,14 +126,16 @@ def _read(path: Path) -> str:
         what = f"tokenizer {path.parent} holds no {path.name}" if path.parent.is_dir() else f"no folder {path.parent}"
         raise DataError(what, f"a folder with {MODEL_FILE} and {CONFIG_FILE}", f"check the path; {_CONVERT}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}", "a text file", "restore it from a copy") from error
+        raise DataError(f"{path} cannot be read: {error}", "a text file", _RESTORE) from error
 
 
 def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
         tree = json.loads(text)
     except ValueError as error:
-        raise DataError(f"{path} is damaged: no JSON ({error})", "the file as written", "restore it from a copy") from error
+        raise DataError(
+            f"{path} is damaged: no JSON ({error})", "the file as written", "restore it from a copy"
+        ) from error
     if not isinstance(tree, dict):
         raise DataError(f"{path} is damaged: {text[:20]!r}", "a JSON object", "restore it from a copy")
     return tree

@@ -56,7 +56,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path, kind: Kind, vocab_size: 
         else:
             content = _sentencepiece(texts, kind, vocab_size)
             (folder / SENTENCEPIECE_FILE).write_bytes(content)
-            model = from_sentencepiece(content)
+            model = from_sentencepiece(content, kind)
         PreTrainedTokenizerFast(
             tokenizer_object=model,
             bos_token=END_OF_TEXT,
@@ -67,7 +67,9 @@ def train_tokenizer(texts: Iterable[str], folder: Path, kind: Kind, vocab_size: 
         ).save_pretrained(folder)
     except OSError as error:
         raise DataError(
-            f"cannot write the tokenizer to {folder}: {error.strerror or error}", "a writable folder", "name another one"
+            f"cannot write the tokenizer to {folder}: {error.strerror or error}",
+            "a writable folder",
+            "name another one",
         ) from error
     return load_tokenizer(folder)
 
@@ -136,7 +138,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
                 yield line[start : start + _LONGEST_LINE_BYTES].replace("\0", "")
 
 
-def from_sentencepiece(content: bytes):
+def from_sentencepiece(content: bytes, kind: Kind):
     """A `tokenizers.Tokenizer` that splits as the SentencePiece model does (one trained by this file).
 
     Pieces keep their ids. For BPE, SentencePiece stores scores where `tokenizers` wants merges: the better of two
@@ -149,7 +151,7 @@ def from_sentencepiece(content: bytes):
     processor = sentencepiece.SentencePieceProcessor(model_proto=content)
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
     normal = [i for i in range(len(pieces)) if _is_normal(processor, i, pieces[i])]
-    if _is_bpe(content):
+    if kind == "sentencepiece-bpe":
         vocabulary = {piece: i for i, piece in enumerate(pieces)}
         model = models.BPE(vocabulary, _merges(pieces, normal), unk_token=UNKNOWN, fuse_unk=True, byte_fallback=True)
     else:
@@ -157,9 +159,7 @@ def from_sentencepiece(content: bytes):
         model = models.Unigram(list(scores.items()), processor.unk_id(), byte_fallback=True)
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="never", split=False)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer.add_tokens([AddedToken(_LINE_END, normalized=False)])
     return tokenizer
@@ -168,13 +168,6 @@ def from_sentencepiece(content: bytes):
 def _is_normal(processor, number: int, piece: str) -> bool:
     special = processor.is_control(number) or processor.is_unknown(number) or processor.is_byte(number)
     return not special and piece != _LINE_END
-
-
-def _is_bpe(content: bytes) -> bool:
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto.FromString(content)
-    return proto.trainer_spec.model_type == proto.trainer_spec.BPE
 
 
 def _merges(pieces: list[str], normal: list[int]) -> list[tuple[str, str]]:

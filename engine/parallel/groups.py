@@ -74,7 +74,7 @@ class Groups:
         return self.coordinates.stage == self.layout.pipe - 1
 
 
-def connect(place: RankPlace, device: torch.device, store: dist.Store | None = None) -> None:
+def connect(place: RankPlace, device: torch.device, store: Any = None) -> None:
     """Meets the other ranks: makes the default process group (NCCL on CUDA, else gloo). Collective over the world.
 
     Without a `store` the ranks meet at `place.master_addr`, and a world of one at no address at all.
@@ -86,11 +86,11 @@ def connect(place: RankPlace, device: torch.device, store: dist.Store | None = N
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     timeout = timedelta(seconds=TIMEOUT_SECONDS)
     if store is None and place.world_size == 1:
-        store = dist.HashStore()
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     try:
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
-            init_method=None if store else "env://",
+            init_method="env://" if store is None else None,
             store=store,
             rank=place.global_rank,
             world_size=place.world_size,

@@ -46,16 +46,17 @@ class Pipeline:
     """
 
     def __init__(self, engine: StageEngine, groups: Groups, boundary: Boundary, schedule: Schedule) -> None:
-        self.engine, self.groups, self.boundary, self.schedule = engine, groups, boundary, schedule
+        self.engine, self.groups, self.boundary = engine, groups, boundary
+        self.schedule: Schedule = schedule
         (self.output_name,) = [name for name, field in boundary.items() if field.differentiable]
         self._live: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}
         self._sent: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
-    def train(self, inputs: list[Tensors], loss_scale: float) -> torch.Tensor:
+    def train(self, inputs: list[Tensors], loss_scale: torch.Tensor) -> torch.Tensor:
         """Forward and backward of one step; returns the sum of the micro-batches' losses (0 unless last stage).
 
         `inputs` are the stage's own keywords per micro-batch, on the device. The gradient that flows back is that
-        of the loss times `loss_scale`.
+        of the loss times `loss_scale` (a scalar on the device).
         """
         order = instructions(self.schedule, self.groups.coordinates.stage, self.groups.layout.pipe, len(inputs))
         return self._run(order, inputs, loss_scale)
@@ -65,7 +66,9 @@ class Pipeline:
         """Forward only; returns the sum of the micro-batches' losses (0 unless last stage)."""
         return self._run(forward_only(len(inputs)), inputs, loss_scale=None)
 
-    def _run(self, order: Iterable[Instruction], inputs: list[Tensors], loss_scale: float | None) -> torch.Tensor:
+    def _run(
+        self, order: Iterable[Instruction], inputs: list[Tensors], loss_scale: torch.Tensor | None
+    ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=self.engine.device)
         done = 0
         for instruction in order:
@@ -96,10 +99,10 @@ class Pipeline:
             self._live[micro_batch] = (hidden, output)
         return output
 
-    def _backward(self, micro_batch: int, loss_scale: float, is_last: bool) -> None:
+    def _backward(self, micro_batch: int, loss_scale: torch.Tensor, is_last: bool) -> None:
         hidden, output = self._live.pop(micro_batch)
         if self.groups.is_last_stage:
-            self.engine.backward(output * loss_scale, None, is_last)
+            self.engine.backward(output * loss_scale.to(output.dtype), None, is_last)
         else:
             self.engine.backward(output, self._receive(self.output_name, forward=False), is_last)
         if hidden is not None:

@@ -151,7 +151,7 @@ def shard(module: nn.Module, specs: dict[str, ParameterSpec], ties: dict[str, st
     """
     if group.size == 1:
         return
-    swapped: dict[int, nn.Parameter] = {}
+    swapped: dict[int, Any] = {}
     for name, layer in list(module.named_modules(remove_duplicate=False)):
         if not isinstance(layer, (nn.Linear, nn.Embedding)):
             continue

@@ -10,12 +10,15 @@ loss scale undoes it (contract "Loss").
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.engine import ZERO_OPTIMIZATION
 from torch import nn
 
 from engine.errors import PalimpsestError
@@ -71,6 +74,18 @@ class _Topology:
         return self.groups.model.size
 
 
+class _DeepSpeed(deepspeed.DeepSpeedEngine):
+    """DeepSpeed's engine, with one ZeRO optimizer for stages 1 and 2.
+
+    For ZeRO-1 with bf16 weights and fp32 gradients DeepSpeed takes another wrapper, whose state lies otherwise and
+    whose gradient norm knows nothing of pipeline stages; the ZeRO optimizer accumulates in fp32 just as well.
+    """
+
+    def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> Any:
+        wrapper = super()._do_optimizer_sanity_check(basic_optimizer)
+        return ZERO_OPTIMIZATION if self.zero_optimization() else wrapper
+
+
 def start(device: torch.device) -> None:
     """Readies DeepSpeed in this process, after `groups.connect`; builds no extension on a CPU.
 
@@ -80,6 +95,9 @@ def start(device: torch.device) -> None:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # torch 2.13 renames collectives that DeepSpeed calls; each rank would say so several times
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
 
 
@@ -118,9 +136,15 @@ class StageEngine:
                 for group, described in zip(named, parameter_groups, strict=True)
             ]
         )
-        self._engine: Any = deepspeed.initialize(
-            model=module, optimizer=self.optimizer, config=config, mpu=topology, dist_init_required=False
-        )[0]
+        self._engine: Any = _DeepSpeed(
+            args=None,
+            model=module,
+            optimizer=self.optimizer,
+            mpu=topology,
+            dist_init_required=False,
+            config=config,
+            config_class=deepspeed.DeepSpeedConfig(config, topology),
+        )
         self._shards = shards(self.zero_stage, self._engine, self.optimizer, named, groups.zero.position)
         self._cures = Cures(self._engine) if self.zero_stage == 3 else None
         self._norm = torch.zeros((), device=device)

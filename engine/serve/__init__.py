@@ -1,0 +1,1 @@
+"""Serving: trained models handed to, and run through, Hugging Face's library."""

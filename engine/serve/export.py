@@ -1,0 +1,143 @@
+"""Writes a trained model as a Hugging Face folder, and believes it only after reading it back.
+
+The folder is made beside its place and moved there after their library has loaded it and agreed with our own
+forward pass on real text and on every weight; so a folder that exists is right, and a failure leaves nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.checkpoint.huggingface import from_huggingface
+from engine.errors import CheckpointError, ConfigError, EnvironmentProblem
+from engine.models.values import whole_model
+from engine.serve.language_model import LanguageModel, read_folder, read_tokenizer, their_form
+from engine.serve.source import Trained
+
+LARGEST_DIFFERENCE = 1e-4
+"""Between a logit of ours and of theirs, both computed in fp32 from the same weights."""
+
+MAX_TOKENS = 512
+"""Of the text that both sides read."""
+
+TEXT = """A palimpsest is a page whose first writing was scraped away so that it could be used again. What was \
+written before can still be read beneath the new lines: ink bites into parchment, and monks were thrifty but not \
+thorough. In 1906 J. L. Heiberg recognised a lost work of Archimedes under a Byzantine prayer book; it took until \
+2008 - two world wars, one theft, and 2,000,000 US dollars later - to read most of it.
+
+    def overwrite(page: list[str], text: str) -> list[str]:
+        return [f"{old:.3}{new}" for old, new in zip(page, text)]  # 3 > 0
+
+Nul n'est censé l'ignorer; 再利用された羊皮紙; ἀπὸ τοῦ πάλιν καὶ ψάω.
+"""
+"""Prose, numbers, code and other scripts, so that many kinds of tokens are met."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how far both sides are apart on `num_tokens` tokens of text."""
+
+    folder: Path
+    num_parameters: int
+    num_tokens: int
+    largest_difference: float
+    largest_logit: float
+
+
+def export(trained: Trained, output: Path) -> Exported:
+    """Writes config.json, safetensors (fp32), generation_config.json and the tokenizer, and reads them back.
+
+    Raises:
+        ConfigError: `output` is taken, or the model has no twin in Hugging Face's library.
+        CheckpointError: what their library loads is not the same model.
+        EnvironmentProblem: the folder cannot be written.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"output {output} exists", "a new or empty folder", "name another, or remove it first")
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_folder(trained, partial)
+        exported = check(trained, partial, output)
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{output} cannot be written: {error}", "a writable folder with room", "name another --output"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return exported
+
+
+def write_folder(trained: Trained, folder: Path) -> None:
+    """Writes all files of the model into an existing folder."""
+    from huggingface_hub import save_torch_state_dict
+    from transformers import GenerationConfig
+
+    config, state = their_form(trained, read_tokenizer(trained.tokenizer))
+    config.save_pretrained(folder)
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    save_torch_state_dict(state, folder, filename_pattern="model{suffix}.safetensors", metadata={"format": "pt"})
+    for path in sorted(trained.tokenizer.iterdir()):
+        # The tokenizer's own folder may hold more than it needs, but nothing that would replace the model's files.
+        if path.is_file() and not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
+
+
+def check(trained: Trained, folder: Path, name: Path) -> Exported:
+    """Reads the folder back and compares tokens, weights and logits; `name` is how errors call it.
+
+    Raises:
+        CheckpointError: anything differs, logits by more than `LARGEST_DIFFERENCE`.
+    """
+    theirs = read_folder(folder)
+    tokens_BT = _same_tokens(trained, theirs, name)
+    _same_weights(trained, theirs, name)
+    with torch.no_grad():
+        logits_BTV = whole_model(trained.config, trained.weights)(tokens_BT=tokens_BT)
+        difference = (logits_BTV - theirs.model(tokens_BT).logits).abs().max().item()
+    if not difference <= LARGEST_DIFFERENCE:  # so that NaN fails too
+        raise _differs(name, f"its logits are off by {difference:.2e}", f"at most {LARGEST_DIFFERENCE:.0e}")
+    return Exported(
+        folder=name,
+        num_parameters=sum(value.numel() for value in trained.weights.values()),
+        num_tokens=tokens_BT.numel(),
+        largest_difference=difference,
+        largest_logit=logits_BTV.abs().max().item(),
+    )
+
+
+def _same_tokens(trained: Trained, theirs: LanguageModel, name: Path) -> torch.Tensor:
+    """tokens_BT of `TEXT`, one row, after both tokenizers have agreed on them."""
+    limit = min(MAX_TOKENS, trained.config.max_positions)
+    expected, found = (_ids(tokenizer) for tokenizer in (read_tokenizer(trained.tokenizer), theirs.tokenizer))
+    if expected != found:
+        raise _differs(name, "its tokenizer cuts text into other tokens", f"those of {trained.tokenizer}")
+    return torch.tensor([expected[:limit]])
+
+
+def _ids(tokenizer: Any) -> list[int]:
+    return tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+
+
+def _same_weights(trained: Trained, theirs: LanguageModel, name: Path) -> None:
+    _, weights = from_huggingface(theirs.model)
+    for parameter, expected in trained.weights.items():
+        if not torch.equal(weights[parameter], expected):
+            raise _differs(name, f"{parameter} has other values", "the checkpoint's, bit for bit")
+
+
+def _differs(name: Path, what: str, allowed: str) -> CheckpointError:
+    return CheckpointError(
+        f"{name} is not the model of the run: {what}",
+        allowed,
+        "the folder was not kept; please report this with the versions of torch and transformers",
+    )

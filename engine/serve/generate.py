@@ -1,0 +1,91 @@
+"""Continues a prompt through transformers' `generate`; the draw depends on the seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.errors import ConfigError
+from engine.serve.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. `temperature` 0 takes the likeliest token each time; `top_k` 0 draws from all."""
+
+    max_new_tokens: int = 100
+    temperature: float = 0.8
+    top_k: int = 50
+    seed: int = 0
+
+
+def generate(
+    language_model: LanguageModel, prompt: str, sampling: Sampling, on_text: Callable[[str], None] | None = None
+) -> str:
+    """The prompt and its continuation as text; stops at the end of a document.
+
+    `on_text` is given the text piece by piece as it is made, the prompt first. The process's random state is left
+    as it was found.
+
+    Raises:
+        ConfigError: the prompt is empty, or prompt and continuation are longer than the model's positions.
+    """
+    tokenizer = language_model.tokenizer
+    model: Any = language_model.model
+    encoded = tokenizer(
+        prompt,
+        return_tensors="pt",
+        add_special_tokens=language_model.add_special_tokens,
+        return_token_type_ids=False,
+    ).to(model.device)
+    _check_length(model.config, encoded["input_ids"].shape[1], sampling)
+    streamer = _streamer(tokenizer, on_text) if on_text else None
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(sampling.seed)
+        ids_BT = model.generate(
+            **encoded, **_settings(sampling), pad_token_id=_pad(tokenizer, model), streamer=streamer
+        )
+    return tokenizer.decode(ids_BT[0], skip_special_tokens=True)
+
+
+def _settings(sampling: Sampling) -> dict[str, Any]:
+    if sampling.temperature == 0:
+        return {"max_new_tokens": sampling.max_new_tokens, "do_sample": False}
+    return {
+        "max_new_tokens": sampling.max_new_tokens,
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+    }
+
+
+def _check_length(config: Any, num_prompt_tokens: int, sampling: Sampling) -> None:
+    if num_prompt_tokens == 0:
+        raise ConfigError("the prompt is empty", "at least one token of text", "give some text with --prompt")
+    limit = getattr(config, "max_position_embeddings", None)
+    room = None if limit is None else limit - num_prompt_tokens
+    if room is not None and sampling.max_new_tokens > room:
+        raise ConfigError(
+            f"a prompt of {num_prompt_tokens} tokens and {sampling.max_new_tokens} new ones are more than the "
+            f"model's {limit} positions",
+            f"at most {max(room, 0)} new tokens",
+            "lower --max-new-tokens or shorten the prompt",
+        )
+
+
+def _pad(tokenizer: Any, model: Any) -> int | None:
+    """What fills a row behind its end; one row has nothing to fill, but the library asks."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else model.generation_config.eos_token_id
+
+
+def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            on_text(text)
+
+    return Streamer(tokenizer, skip_special_tokens=True)

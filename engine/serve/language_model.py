@@ -1,0 +1,116 @@
+"""A model and its tokenizer in Hugging Face's classes, from one of our runs or from one of their folders.
+
+Everything that serves goes through these classes, so there is one implementation of sampling and caching: theirs.
+Nothing is fetched from the network, and no pickle is opened.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engine.checkpoint.huggingface import read_model, to_huggingface
+from engine.config.schema import ModelConfig
+from engine.errors import ConfigError
+from engine.serve.source import Trained, is_trained, open_trained
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """`model` computes in fp32 and in evaluation mode. `origin` says in words where it comes from."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    add_special_tokens: bool
+    """Whether a prompt begins and ends as the tokenizer says; our token shards are written without."""
+    origin: str
+
+
+def open_language_model(source: Path, tokenizer: Path | None = None) -> LanguageModel:
+    """The model in a run folder (newest whole checkpoint), a checkpoint folder or a Hugging Face folder.
+
+    Raises:
+        ConfigError: `source` is none of them, or its model has no twin in Hugging Face's library.
+        CheckpointError: no checkpoint is whole.
+    """
+    if is_trained(source):
+        return from_trained(open_trained(source, tokenizer))
+    if not (source / "config.json").is_file():
+        what = "holds no model" if source.is_dir() else "is not there"
+        raise ConfigError(
+            f"{source} {what}",
+            "a run folder, one of its checkpoints, or a Hugging Face folder",
+            "check the path, or train first",
+        )
+    return read_folder(source, tokenizer)
+
+
+def from_trained(trained: Trained) -> LanguageModel:
+    """A run's model in their classes, in memory."""
+    import transformers
+
+    tokenizer = read_tokenizer(trained.tokenizer)
+    config, state = their_form(trained, tokenizer)
+    kind = getattr(transformers, (config.architectures or [])[0])
+    model = kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    origin = f"step {trained.step} of {trained.checkpoint.parent.parent.resolve().name}"
+    return LanguageModel(model.eval(), tokenizer, add_special_tokens=False, origin=origin)
+
+
+def their_form(trained: Trained, tokenizer: Any) -> tuple[PretrainedConfig, dict[str, torch.Tensor]]:
+    """Their configuration, with the tokenizer's special tokens, and state dictionary.
+
+    Raises:
+        ConfigError: the model has no twin, or the tokenizer has more tokens than the model.
+    """
+    check_vocabulary(trained.config, trained.tokenizer, tokenizer)
+    config, state = to_huggingface(trained.config, trained.weights)
+    config.dtype = torch.float32
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    return config, state
+
+
+def read_folder(folder: Path, tokenizer: Path | None = None) -> LanguageModel:
+    """The model of a Hugging Face folder, of any architecture that their library has.
+
+    Raises:
+        ConfigError: the folder cannot be read.
+    """
+    return LanguageModel(
+        read_model(folder).eval(), read_tokenizer(tokenizer or folder), add_special_tokens=True, origin=str(folder)
+    )
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder in their class.
+
+    Raises:
+        ConfigError: there is none that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library and its parsers raise whatever they like for a damaged file
+        raise ConfigError(
+            f"{folder} cannot be read as a tokenizer: {(str(error).splitlines() or [''])[0]}",
+            "a folder with tokenizer.json",
+            "name a folder that `palimpsest tokenizer` or save_pretrained wrote",
+        ) from error
+
+
+def check_vocabulary(config: ModelConfig, folder: Path, tokenizer: Any) -> None:
+    """Raises `ConfigError` where a tokenizer has ids that the model has no row for."""
+    if len(tokenizer) > config.vocab_size:
+        raise ConfigError(
+            f"tokenizer {folder} has {len(tokenizer)} tokens, the model {config.vocab_size} rows",
+            f"at most {config.vocab_size} tokens",
+            "name the tokenizer that the run was trained with",
+        )

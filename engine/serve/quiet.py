@@ -1,0 +1,11 @@
+"""Keeps transformers from talking over a command's own output. For commands alone: it sets that library's globals."""
+
+from __future__ import annotations
+
+
+def quiet() -> None:
+    """No progress bars for loads of a moment, no messages below an error."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

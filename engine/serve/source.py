@@ -1,0 +1,108 @@
+"""What a user points at when a trained model is wanted: a run folder or one of its checkpoints.
+
+A run folder means its newest whole checkpoint. Every byte is verified before it is used. The model's
+configuration is the checkpoint's own, so that a checkpoint that was moved out of its run still opens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint.document import FILE as MANIFEST
+from engine.checkpoint.folder import CHECKPOINTS, committed
+from engine.checkpoint.load import read_state, read_weights
+from engine.checkpoint.manifest import CheckpointState
+from engine.checkpoint.verify import verify
+from engine.config.load import load_run, parse_run
+from engine.config.schema import ModelConfig, RunConfig
+from engine.errors import CheckpointError, ConfigError
+from engine.logs import logger
+
+log = logger(__name__)
+
+RUN_CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model as a run left it: fp32 master weights (real rows) by logical name, and the tokenizer's folder."""
+
+    checkpoint: Path
+    step: int
+    tokens: int
+    config: ModelConfig
+    tokenizer: Path
+    weights: dict[str, torch.Tensor]
+
+
+def is_trained(source: Path) -> bool:
+    """Whether a folder is a run or a checkpoint, by what lies in it; says nothing of its health."""
+    return (source / MANIFEST).is_file() or (source / CHECKPOINTS).is_dir()
+
+
+def open_trained(source: Path, tokenizer: Path | None = None) -> Trained:
+    """The newest whole model of a run folder, or the one of a checkpoint folder.
+
+    `tokenizer` overrides the folder that the run was configured with.
+
+    Raises:
+        ConfigError: `source` is neither, or the tokenizer's folder is not there.
+        CheckpointError: no checkpoint is whole.
+    """
+    checkpoint = find_checkpoint(source)
+    state = read_state(checkpoint)
+    run = _run_config(checkpoint, state)
+    folder = tokenizer or run.tokenizer
+    if not folder.is_dir():
+        raise ConfigError(
+            f"tokenizer folder {folder} is not there",
+            "the tokenizer that the run was trained with",
+            "name it with --tokenizer, or call from the folder that the run was started in",
+        )
+    return Trained(checkpoint, state.step, state.tokens, run.model, folder, read_weights(checkpoint))
+
+
+def find_checkpoint(source: Path) -> Path:
+    """The verified checkpoint that `source` means; what is passed over is logged.
+
+    Raises:
+        ConfigError: `source` is neither a run folder nor a checkpoint.
+        CheckpointError: the checkpoint, or every one of the run, is damaged, or the run has none.
+    """
+    if (source / MANIFEST).is_file():
+        return _whole(source)
+    if not (source / CHECKPOINTS).is_dir():
+        what = "holds neither checkpoints/ nor manifest.json" if source.is_dir() else "is not there"
+        raise ConfigError(
+            f"{source} {what}", "a run folder or one of its checkpoints", "check the path, or train first"
+        )
+    for candidate in committed(source / CHECKPOINTS):
+        try:
+            return _whole(candidate)
+        except CheckpointError as error:
+            log.warning("%s", error.wrong)
+    raise CheckpointError(
+        f"run {source} has no whole checkpoint",
+        "at least one that verifies",
+        f"see `palimpsest checkpoint verify {source}`, or train on",
+    )
+
+
+def _whole(checkpoint: Path) -> Path:
+    damage = verify(checkpoint)
+    if damage:
+        more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
+        raise CheckpointError(
+            f"checkpoint {checkpoint} is damaged: {damage[0]}{more}", "whole checkpoints", "use another one of the run"
+        )
+    return checkpoint
+
+
+def _run_config(checkpoint: Path, state: CheckpointState) -> RunConfig:
+    """The configuration in the checkpoint or, where it carries none, of the run folder around it."""
+    if state.config:
+        return parse_run(state.config, f"in {checkpoint / MANIFEST}")
+    return load_run(checkpoint.parent.parent / RUN_CONFIG)

@@ -1,0 +1,134 @@
+"""This rank's share of the data, as the keywords of its pipeline stage, on its device.
+
+The first stage needs tokens and the last one targets; ranks between read nothing and only advance the loader.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from engine.config.schema import ParallelConfig, RunConfig, RunStage
+from engine.data.batch import Batch
+from engine.data.dataset import TokenDataset
+from engine.data.loader import Loader, evaluation_batches, num_evaluation_batches, rows_per_shard
+from engine.data.prefetch import Prefetcher
+from engine.data.tokenizer import tokenizer_hash
+from engine.parallel.groups import Groups
+from engine.parallel.pipeline import Tensors
+
+EVALUATION_CHUNK = 8
+"""Micro-batches that one evaluation pass sends through the pipeline."""
+
+
+def open_datasets(config: RunConfig, run_stage: RunStage) -> tuple[TokenDataset, TokenDataset | None]:
+    """Training and held-out shards, checked against the run's tokenizer.
+
+    Raises:
+        DataError: missing, damaged, or written with another tokenizer.
+    """
+    written_with = tokenizer_hash(config.tokenizer)
+    data = run_stage.data
+    held_out = None if data.validation is None else TokenDataset(data.validation, written_with)
+    return TokenDataset(data.train, written_with), held_out
+
+
+class Feed:
+    """Batches for one rank; `loader` is the state that a checkpoint keeps. Close it to end its thread."""
+
+    def __init__(
+        self,
+        training: TokenDataset,
+        held_out: TokenDataset | None,
+        config: RunConfig,
+        run_stage: RunStage,
+        groups: Groups,
+        device: torch.device,
+    ) -> None:
+        self.groups, self.device, self.held_out, self.run_stage = groups, device, held_out, run_stage
+        self.parallel: ParallelConfig = config.parallel
+        self.max_held_out = config.evaluation.max_samples
+        data = run_stage.data
+        self.loader = Loader(
+            training,
+            run_stage.sequence_length,
+            run_stage.global_batch_size,
+            config.seed,
+            data.window_shards,
+            data.attention,
+        )
+        self.wait_seconds = 0.0
+        """Time that the last `step` waited for data."""
+        self._prefetcher: Prefetcher | None = None
+
+    @property
+    def reads(self) -> bool:
+        """Whether this rank's stage needs tokens or targets."""
+        return self.groups.is_first_stage or self.groups.is_last_stage
+
+    def start(self) -> None:
+        """Begins to read ahead; call when the loader stands where training goes on."""
+        if self.reads:
+            coordinates, layout = self.groups.coordinates, self.groups.layout
+            self._prefetcher = Prefetcher(
+                self.loader, coordinates.data_rank, layout.data, self.parallel.micro_batch_size
+            )
+
+    def step(self) -> tuple[list[Tensors], float]:
+        """The stage's inputs of the next step, and the weight of this data rank's targets (0 where it reads none)."""
+        begin = time.perf_counter()
+        if self._prefetcher is None:
+            self.loader.skip()
+            count = self.run_stage.global_batch_size // (self.parallel.micro_batch_size * self.groups.layout.data)
+            batches: list[Batch] = []
+            inputs: list[Tensors] = [{} for _ in range(count)]
+        else:
+            batches = self._prefetcher.step()
+            inputs = [self._inputs(batch) for batch in batches]
+        self.wait_seconds = time.perf_counter() - begin
+        return inputs, sum(batch.weight for batch in batches)
+
+    def held_out_chunks(self):
+        """(inputs, weight) of the held-out samples, a chunk of micro-batches at a time; equally many on every rank."""
+        assert self.held_out is not None
+        layout, micro_batch_size = self.groups.layout, self.parallel.micro_batch_size
+        length = self.run_stage.sequence_length
+        count = int(rows_per_shard(self.held_out, length).sum())
+        left = num_evaluation_batches(min(count, self.max_held_out or count), layout.data, micro_batch_size)
+        batches = evaluation_batches(
+            self.held_out,
+            length,
+            self.run_stage.data.attention,
+            self.groups.coordinates.data_rank,
+            layout.data,
+            micro_batch_size,
+            self.max_held_out,
+        )
+        while left > 0:
+            size = min(EVALUATION_CHUNK, left)
+            left -= size
+            if self.reads:
+                chunk = [next(batches) for _ in range(size)]
+                yield [self._inputs(batch) for batch in chunk], sum(batch.weight for batch in chunk)
+            else:
+                yield [{} for _ in range(size)], 0.0
+
+    def close(self) -> None:
+        """Ends the reading thread; safe to call twice."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
+
+    def _inputs(self, batch: Batch) -> Tensors:
+        own: dict[str, torch.Tensor | None] = {}
+        if self.groups.is_first_stage:
+            own |= {"tokens_BT": batch.tokens_BT, "segments_BT": batch.segments_BT}
+        if self.groups.is_last_stage:
+            own |= {"targets_BT": batch.targets_BT, "weights_BT": batch.weights_BT}
+        return {name: self._move(tensor) for name, tensor in own.items() if tensor is not None}
+
+    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor

@@ -1,0 +1,191 @@
+"""Where a run's numbers go: the terminal, JSON lines, TensorBoard, wandb, and a plot of the loss.
+
+One record per step and one per evaluation, written by rank 0 alone. Over restarts each step stands once: what lies
+beyond the step that a run resumes at is cut from the JSON lines, hidden in TensorBoard, and the wandb run goes on
+under the same name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from engine.config.schema import RunConfig
+from engine.logs import logger
+
+Record = dict[str, float | int]
+"""Numbers by name; `step` counts the steps done."""
+
+METRICS = "metrics.jsonl"
+PLOT = "loss.png"
+
+_log = logger(__name__)
+
+
+class Sink(Protocol):
+    """One place where records go."""
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """`metrics.jsonl` in the run folder: one record a line, on the disk at once."""
+
+    def __init__(self, folder: Path, resumed_at: int) -> None:
+        path = folder / METRICS
+        kept = [record for record in read_metrics(folder) if record["step"] <= resumed_at]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        partial.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Scalars under `tensorboard/` in the run folder."""
+
+    def __init__(self, folder: Path, resumed_at: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
+
+    def write(self, record: Record) -> None:
+        for name, value in record.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """A wandb run whose id follows from the run folder, so that a restart continues it."""
+
+    def __init__(self, config: RunConfig) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=config.logging.wandb_project,
+            name=config.name,
+            id=_wandb_id(config.folder),
+            resume="allow" if config.logging.wandb == "online" else None,
+            mode=config.logging.wandb if config.logging.wandb != "off" else "disabled",
+            dir=str(config.folder),
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(console="off", silent=True),
+        )
+
+    def write(self, record: Record) -> None:
+        self._run.log({name: value for name, value in record.items() if name != "step"}, step=int(record["step"]))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Terminal:
+    """One line per record on standard output."""
+
+    def __init__(self, every_steps: int, num_steps: int) -> None:
+        self.every_steps, self.num_steps = every_steps, num_steps
+
+    def write(self, record: Record) -> None:
+        step = int(record["step"])
+        if "validation_loss" in record:
+            print(f"step {step:>6}/{self.num_steps}  held-out loss {record['validation_loss']:.4f}", flush=True)
+        elif step % self.every_steps == 0 or step == self.num_steps:
+            left_seconds = (self.num_steps - step) * record["step_seconds"]
+            print(
+                f"step {step:>6}/{self.num_steps}  loss {record['loss']:.4f}  norm {record['gradient_norm']:.3f}  "
+                f"lr {record['learning_rate']:.2e}  {record['tokens_per_second']:,.0f} tok/s  "
+                f"{left_seconds:,.0f} s left",
+                flush=True,
+            )
+
+    def close(self) -> None:
+        pass
+
+
+class Metrics:
+    """All sinks of a run; holds none on ranks other than 0."""
+
+    def __init__(self, sinks: list[Sink]) -> None:
+        self._sinks = sinks
+
+    def write(self, record: Record) -> None:
+        for sink in self._sinks:
+            sink.write(record)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+def open_metrics(config: RunConfig, num_steps: int, resumed_at: int) -> Metrics:
+    """The sinks that a configuration asks for; a tracker that cannot start is left out with a warning. Rank 0 only."""
+    optional: list[tuple[str, bool, Callable[[], Sink]]] = [
+        ("TensorBoard", config.logging.tensorboard, lambda: TensorBoard(config.folder, resumed_at)),
+        ("wandb", config.logging.wandb != "off", lambda: Wandb(config)),
+    ]
+    sinks: list[Sink] = [JsonLines(config.folder, resumed_at), Terminal(config.logging.every_steps, num_steps)]
+    for name, wanted, make in optional:
+        if wanted:
+            try:
+                sinks.append(make())
+            except Exception as error:  # a tracker's trouble, whatever its class, must not cost the run
+                _log.warning("%s cannot start and is left out: %s", name, error)
+    return Metrics(sinks)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records in a run folder's JSON lines; a last line that was cut off by a kill is dropped."""
+    try:
+        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def plot_loss(folder: Path) -> None:
+    """Draws training and held-out loss over steps to `loss.png` in the run folder. Rank 0 only."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    records = read_metrics(folder)
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for key, label, style in (("loss", "training", "-"), ("validation_loss", "held-out", "o--")):
+        points = [(record["step"], record[key]) for record in records if key in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / PLOT, dpi=120)
+    plt.close(figure)
+
+
+def _wandb_id(folder: Path) -> str:
+    """An id that stays with the run folder; made once, when the folder is new."""
+    path = folder / "wandb-id"
+    if not path.exists():
+        import uuid
+
+        path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()

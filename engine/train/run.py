@@ -1,0 +1,205 @@
+"""A run from start to end, as every rank lives it: meet, build, restore or begin, step by step, save, say how it ended.
+
+The loop reads top to bottom in `Trainer.fit`. Every rank goes through the same calls in the same order; what only
+one rank does (metrics, messages, outcome) waits for nobody.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch
+
+from engine import outcome
+from engine.config.place import RankPlace
+from engine.config.resolve import Layout
+from engine.config.schema import RunConfig
+from engine.errors import EXIT_DONE, EXIT_REQUEUE, DataError
+from engine.logs import logger
+from engine.optim.schedules import factor
+from engine.outcome import Outcome
+from engine.parallel import zero
+from engine.parallel.agreement import on_all
+from engine.parallel.collectives import all_reduce
+from engine.parallel.groups import Groups, connect, disconnect, join
+from engine.parallel.pipeline import Pipeline
+from engine.train.build import build_pipeline
+from engine.train.feed import Feed, open_datasets
+from engine.train.metrics import Metrics, Record, open_metrics, plot_loss
+from engine.train.restart import SHOWN_SAMPLES, Restarts
+from engine.train.signals import StopSignals
+from engine.train.state import TrainState
+
+_log = logger(__name__)
+
+
+def train(config: RunConfig, layout: Layout, place: RankPlace) -> int:
+    """Trains to the end of the run, or until a signal; returns the exit code. Every rank of the world calls it.
+
+    Raises:
+        PalimpsestError: what a user can mend; checkpoints that were committed stay whole.
+    """
+    device = choose_device(place)
+    connect(place, device)
+    zero.start(device)
+    groups = join(layout, place.global_rank)
+    with StopSignals() as signals:
+        trainer = Trainer(config, groups, place, device, signals)
+        try:
+            code = trainer.fit()
+        finally:
+            trainer.close()
+    if place.global_rank == 0:
+        outcome.write(config.folder, Outcome(place.job, place.attempt, code, trainer.state.step))
+    disconnect()
+    return code
+
+
+def choose_device(place: RankPlace) -> torch.device:
+    """This rank's GPU where there is one and DeepSpeed is not told to use the CPU."""
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        torch.cuda.set_device(place.local_rank)
+        return torch.device("cuda", place.local_rank)
+    return torch.device("cpu")
+
+
+class Trainer:
+    """One rank of a run. `state` is where the run stands, equal on every rank."""
+
+    def __init__(
+        self, config: RunConfig, groups: Groups, place: RankPlace, device: torch.device, signals: StopSignals
+    ) -> None:
+        self.config, self.groups, self.device, self.signals = config, groups, device, signals
+        self.run_stage = config.stages[0]
+        self.num_steps = self.run_stage.num_steps
+        self.restarts = Restarts(config, groups, place)
+        self.restarts.claim()
+        training, held_out = on_all(lambda: open_datasets(config, self.run_stage), groups.world, DataError)
+        self.feed = on_all(
+            lambda: Feed(training, held_out, config, self.run_stage, groups, device), groups.world, DataError
+        )
+        self.pipeline: Pipeline = build_pipeline(config, self.run_stage, groups, device)
+        self.state = self._restore()
+        self.speaks = groups.global_rank == 0
+        self.metrics = open_metrics(config, self.num_steps, self.state.step) if self.speaks else Metrics([])
+
+    def fit(self) -> int:
+        """Trains to the end (`EXIT_DONE`) or until a signal (`EXIT_REQUEUE`). Collective over the world."""
+        self.feed.start()
+        saved_at, evaluated_at = self.state.step, None
+        while self.state.step < self.num_steps:
+            stop = self._step()
+            if _due(self.state.step, self.config.evaluation.every_steps):
+                self._evaluate()
+                evaluated_at = self.state.step
+            if stop or _due(self.state.step, self.config.checkpoint.every_steps):
+                self._save()
+                saved_at = self.state.step
+            if stop and self.state.step < self.num_steps:
+                return EXIT_REQUEUE
+        if evaluated_at != self.state.step:
+            self._evaluate()
+        if saved_at != self.state.step:
+            self._save()
+        return EXIT_DONE
+
+    def close(self) -> None:
+        """Ends threads and trackers and draws the loss; safe after an error."""
+        self.feed.close()
+        self.metrics.close()
+        if self.speaks and self.config.logging.plot:
+            plot_loss(self.config.folder)
+
+    def _step(self) -> bool:
+        """One step; returns whether any rank was asked to stop."""
+        begin = time.perf_counter()
+        state = self.state
+        learning_rate = self.config.optimizer.learning_rate * factor(
+            self.run_stage.schedule, state.step, self.num_steps
+        )
+        inputs, own_weight = self.feed.step()
+        weight = self._global_weight(own_weight)
+        # DeepSpeed averages gradients over the data ranks; the factor undoes it.
+        loss = self.pipeline.train(inputs, self.groups.layout.data / weight)
+        gradient_norm = self.pipeline.engine.step(learning_rate)
+        total, stop = self._totals(loss / weight, float(self.signals.asked))
+        state.step += 1
+        state.updates += 1
+        state.samples += self.run_stage.global_batch_size
+        tokens = self.run_stage.global_batch_size * self.run_stage.sequence_length
+        state.tokens += tokens
+        seconds = time.perf_counter() - begin
+        state.loss = total
+        self.metrics.write(
+            {
+                "step": state.step,
+                "loss": state.loss,
+                "gradient_norm": gradient_norm,
+                "learning_rate": learning_rate,
+                "samples": state.samples,
+                "tokens": state.tokens,
+                "step_seconds": seconds,
+                "tokens_per_second": tokens / seconds,
+                "data_wait_seconds": self.feed.wait_seconds,
+            }
+        )
+        return stop > 0
+
+    def _global_weight(self, own: float) -> torch.Tensor:
+        """Weight of all targets of the global batch (float64 scalar), on every rank. Collective over the world."""
+        counted = own if self.groups.is_last_stage and self.groups.tensor.position == 0 else 0.0
+        weight = torch.tensor(counted, dtype=torch.float64, device=self.device)
+        return all_reduce(weight, self.groups.world)
+
+    def _totals(self, loss: torch.Tensor, stop: float) -> tuple[float, float]:
+        """Sum over ranks of the last stages' losses, and how many ranks want to stop. Collective over the world."""
+        counted = float(self.groups.tensor.position == 0)  # the loss is 0 on all stages but the last
+        totals = torch.stack((loss.double() * counted, torch.tensor(stop, dtype=torch.float64, device=self.device)))
+        total, stops = all_reduce(totals, self.groups.world).tolist()
+        return total, stops
+
+    def _evaluate(self) -> None:
+        """Held-out loss over every held-out target once, the same in every layout. Collective over the world."""
+        if self.feed.held_out is None:
+            return
+        loss, weight = 0.0, 0.0
+        for inputs, own_weight in self.feed.held_out_chunks():
+            loss += self._totals(self.pipeline.evaluate(inputs), 0.0)[0]
+            weight += self._global_weight(own_weight).item()
+        record: Record = {"step": self.state.step, "validation_loss": loss / weight}
+        self.metrics.write(record)
+
+    def _save(self) -> None:
+        begin = time.perf_counter()
+        path = self.restarts.save(self.state, self.pipeline.engine, self.feed.loader)
+        _log.info("saved %s in %.1f s", path, time.perf_counter() - begin)
+
+    def _restore(self) -> TrainState:
+        """Where the run goes on, or its beginning; says what shows that it is the same run."""
+        restored = self.restarts.restore(self.pipeline.engine, self.feed.loader)
+        if restored is None:
+            _log.info("starting at step 0 in layout %s, ZeRO-%d", self.groups.layout, self.config.parallel.zero_stage)
+            return TrainState()
+        saved, state = restored.manifest, restored.state
+        _log.info(
+            "resuming from %s: step %d, loss %.4f; saved in layout %s, ZeRO-%d, going on in layout %s, ZeRO-%d",
+            restored.path,
+            state.step,
+            state.loss or float("nan"),
+            saved.layout,
+            saved.state.zero_stage,
+            self.groups.layout,
+            self.config.parallel.zero_stage,
+        )
+        _log.info(
+            "next samples %s, hash of the next %d: %s",
+            [tuple(sample) for sample in self.feed.loader.next_sample_ids(3)],
+            SHOWN_SAMPLES,
+            self.feed.loader.sample_hash(SHOWN_SAMPLES),
+        )
+        return state
+
+
+def _due(step: int, every_steps: int | None) -> bool:
+    return every_steps is not None and step % every_steps == 0

@@ -1,0 +1,39 @@
+"""DeepSpeed's dictionary: what must be in it, and that no key is one that DeepSpeed does not know."""
+
+from typing import Any
+
+import pytest
+
+from engine.config.deepspeed import deepspeed_config
+from tests.engine.config.test_resolve import config
+
+
+def written(*overrides: str, num_micro_batches: int = 4) -> dict[str, Any]:
+    run = config(*overrides)
+    return deepspeed_config(run.parallel, run.precision, run.optimizer, num_micro_batches)
+
+
+@pytest.mark.parametrize("zero_stage", range(4))
+def test_clipping_is_always_written(zero_stage: int) -> None:
+    """DeepSpeed clips at 1.0 unless it is told otherwise."""
+    for clip_norm in (0.0, 0.5):
+        tree = written(f"parallel.zero_stage={zero_stage}", f"optimizer.clip_norm={clip_norm}")
+        assert tree["gradient_clipping"] == clip_norm
+        assert tree["zero_optimization"]["stage"] == zero_stage
+
+
+def test_batch_and_precision() -> None:
+    tree = written("parallel.micro_batch_size=3", "precision.dtype=bf16", num_micro_batches=5)
+    assert (tree["train_micro_batch_size_per_gpu"], tree["gradient_accumulation_steps"]) == (3, 5)
+    assert tree["bf16"] == {"enabled": True}
+    assert tree["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert "bf16" not in written("precision.dtype=fp32")
+
+
+@pytest.mark.parametrize("zero_stage", range(4))
+def test_deepspeed_knows_every_key(zero_stage: int) -> None:
+    """A misspelt top-level key would be accepted in silence: each must stand in DeepSpeed's own list of names."""
+    constants = pytest.importorskip("deepspeed.runtime.constants")
+    names = {value for value in vars(constants).values() if isinstance(value, str)}
+    names |= {"zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"}
+    assert set(written(f"parallel.zero_stage={zero_stage}")) <= names

@@ -1,0 +1,179 @@
+"""Reading configurations: precedence, includes, overrides, and every message about what cannot be read."""
+
+from pathlib import Path
+
+import pytest
+
+from engine.config.load import load_run, read_tree
+from engine.errors import ConfigError
+
+MINIMAL = """
+folder: runs/x
+tokenizer: data/tokenizer
+model: {vocab_size: 500, num_layers: 4, hidden_size: 64, num_heads: 4}
+stages:
+  - data: {train: data/train}
+    sequence_length: 64
+    global_batch_size: 8
+    duration: {steps: 10}
+"""
+
+
+def write(folder: Path, text: str, name: str = "run.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def message(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_run(path, list(overrides))
+    return str(caught.value)
+
+
+def test_defaults_then_file_then_command_line(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "optimizer: {learning_rate: 0.1, beta1: 0.5}")
+    config = load_run(path, ["optimizer.learning_rate=0.2"])
+    assert (config.optimizer.learning_rate, config.optimizer.beta1, config.optimizer.beta2) == (0.2, 0.5, 0.95)
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", "1.0e-4"])
+def test_floats_with_exponents_are_numbers(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, MINIMAL + f"optimizer: {{learning_rate: {text}}}")
+    assert load_run(path).optimizer.learning_rate == 1e-4
+    assert load_run(path, [f"optimizer.learning_rate={text}"]).optimizer.learning_rate == 1e-4
+
+
+def test_yaml_1_2_words_are_text(tmp_path: Path) -> None:
+    assert load_run(write(tmp_path, MINIMAL + "name: no")).name == "no"
+
+
+def test_overrides_reach_lists_and_make_sections(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    config = load_run(path, ["stages.0.duration.steps=3", "parallel.pipe=2", "optimizer.no_decay=['*.bias']"])
+    assert config.stages[0].num_steps == 3
+    assert config.parallel.pipe == 2
+    assert config.optimizer.no_decay == ("*.bias",)
+
+
+def test_includes_lie_below_the_file_and_later_ones_win(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    write(tmp_path, "model: {vocab_size: 1, num_layers: 1}\nname: first", "parts/one.yaml")
+    write(tmp_path, "include: three.yaml\nmodel: {num_layers: 2}", "parts/two.yaml")
+    write(tmp_path, "model: {num_layers: 9, num_heads: 3}", "parts/three.yaml")
+    path = write(tmp_path, "include: [parts/one.yaml, parts/two.yaml]\nmodel: {hidden_size: 5}")
+    assert read_tree(path) == {
+        "model": {"vocab_size": 1, "num_layers": 2, "num_heads": 3, "hidden_size": 5},
+        "name": "first",
+    }
+
+
+def test_lists_are_replaced(tmp_path: Path) -> None:
+    write(tmp_path, "stages: [1, 2]", "below.yaml")
+    assert read_tree(write(tmp_path, "include: below.yaml\nstages: [3]")) == {"stages": [3]}
+
+
+def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
+    text = message(write(tmp_path, MINIMAL), "optimizer.learning_rat=1e-4")
+    assert "unknown key optimizer.learning_rat" in text
+    assert "to do: did you mean learning_rate?" in text
+    assert "beta1, beta2, clip_norm" in text
+
+
+def test_unknown_key_inside_a_list(tmp_path: Path) -> None:
+    text = message(write(tmp_path, MINIMAL), "stages.0.data.tarin=x")
+    assert "unknown key stages.0.data.tarin" in text
+    assert "did you mean train?" in text
+
+
+def test_unknown_section_that_is_near_nothing(tmp_path: Path) -> None:
+    text = message(write(tmp_path, MINIMAL + "zzz: 1"))
+    assert "unknown key zzz" in text
+    assert "to do: remove it" in text
+
+
+def test_repeated_key(tmp_path: Path) -> None:
+    text = message(write(tmp_path, MINIMAL + "name: a\nname: b\n"))
+    assert "is not valid YAML" in text
+    assert 'duplicate key "name"' in text
+    assert "line" in text
+    assert "suppress" not in text
+
+
+def test_missing_keys(tmp_path: Path) -> None:
+    text = message(write(tmp_path, MINIMAL.replace("folder: runs/x", "").replace("vocab_size: 500, ", "")))
+    assert "2 problems" in text
+    assert "folder is missing" in text
+    assert "to do: write model.vocab_size in the file or on the command line" in text
+
+
+def test_all_problems_at_once(tmp_path: Path) -> None:
+    text = message(
+        write(tmp_path, MINIMAL), "parallel.zero_stage=4", "precision.dtype=fp16", "model.num_layers=0", "zero=1"
+    )
+    assert "4 problems" in text
+    assert "parallel.zero_stage = 4 is not allowed" in text
+    assert "input should be 'fp32' or 'bf16'" in text
+    assert "model.num_layers = 0 is not allowed" in text
+    assert "unknown key zero" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.num_layers='4'", "model.num_layers = '4' is not allowed"),
+        ("model.num_layers=4.5", "model.num_layers = 4.5 is not allowed"),
+        ("model.bias=1", "model.bias = 1 is not allowed"),
+        ("optimizer.learning_rate=.nan", "optimizer.learning_rate"),
+        ("optimizer.learning_rate=-1", "optimizer.learning_rate = -1 is not allowed"),
+        ("optimizer.beta1=1.0", "optimizer.beta1 = 1.0 is not allowed"),
+        ("stages=[]", "stages = [] is not allowed"),
+        ("model=3", "model = 3 is not allowed"),
+    ],
+)
+def test_values_of_the_wrong_kind(tmp_path: Path, override: str, expected: str) -> None:
+    assert expected in message(write(tmp_path, MINIMAL), override)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optimizer.beta1", "override 'optimizer.beta1' has no value"),
+        ("=3", "override '=3' has no value"),
+        ("name=[1", "override 'name=[1' is not valid YAML"),
+        ("stages.1.name=x", "override 'stages.1.name=x': no entry 1\n  allowed: 0 to 0"),
+        ("stages.first.name=x", "override 'stages.first.name=x': no entry first"),
+        ("folder.x=1", "override 'folder.x=1': folder is the value 'runs/x', not a section"),
+    ],
+)
+def test_overrides_that_cannot_be_applied(tmp_path: Path, override: str, expected: str) -> None:
+    assert message(write(tmp_path, MINIMAL), override).startswith(expected)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "no.yaml cannot be read: No such file or directory" in message(tmp_path / "no.yaml")
+    assert "cannot be read: Is a directory" in message(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read" in message(tmp_path / "binary.yaml")
+    assert "holds list\n  allowed: sections of keys and values" in message(write(tmp_path, "- 1"))
+    assert "holds NoneType" in message(write(tmp_path, ""))
+
+
+def test_includes_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "missing.yaml cannot be read" in message(write(tmp_path, "include: missing.yaml"))
+    assert "include is 3" in message(write(tmp_path, "include: 3"))
+    write(tmp_path, "include: run.yaml", "other.yaml")
+    assert "run.yaml includes itself" in message(write(tmp_path, "include: other.yaml"))
+
+
+def test_a_date_is_no_value(tmp_path: Path) -> None:
+    assert "put text in quotes" in message(write(tmp_path, MINIMAL + "name: 2024-01-01"))
+
+
+def test_a_merge_leaves_the_included_section_alone(tmp_path: Path) -> None:
+    """Two runs that include one file do not see each other's keys."""
+    write(tmp_path, "model: {num_layers: 1}", "below.yaml")
+    first = write(tmp_path, "include: below.yaml\nmodel: {num_heads: 2}", "first.yaml")
+    second = write(tmp_path, "include: below.yaml", "second.yaml")
+    read_tree(first)
+    assert read_tree(second) == {"model": {"num_layers": 1}}

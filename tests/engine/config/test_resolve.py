@@ -1,0 +1,176 @@
+"""Rules that join fields: each one broken by itself, and all of them in one report."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config.load import apply_override, parse_run
+from engine.config.resolve import Layout, divisors, examine, num_micro_batches, resolve
+from engine.config.schema import RunConfig
+from engine.errors import ConfigError
+
+
+def config(*overrides: str) -> RunConfig:
+    tree: dict[str, Any] = {
+        "folder": "runs/x",
+        "tokenizer": "data/tokenizer",
+        "model": {"vocab_size": 500, "num_layers": 4, "hidden_size": 64, "num_heads": 4, "max_positions": 128},
+        "stages": [
+            {
+                "data": {"train": "data/train"},
+                "sequence_length": 64,
+                "global_batch_size": 24,
+                "duration": {"steps": 10},
+            }
+        ],
+    }
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_run(tree, "test")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "expected"),
+    [
+        ([], 1, Layout(1, 1, 1, 1)),
+        ([], 8, Layout(1, 8, 1, 1)),
+        (["parallel.pipe=2", "parallel.tensor=2"], 8, Layout(2, 2, 1, 2)),
+        (["parallel.data=3", "parallel.pipe=2"], 6, Layout(2, 3, 1, 1)),
+    ],
+)
+def test_layouts(overrides: list[str], world_size: int, expected: Layout) -> None:
+    layout = resolve(config(*overrides), world_size)
+    assert layout == expected
+    assert layout.world_size == world_size
+
+
+def test_micro_batches() -> None:
+    run = config("parallel.micro_batch_size=2")
+    assert num_micro_batches(run.stages[0], run.parallel, 3) == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "wrong", "allowed"),
+    [
+        (["model.num_heads=5"], 1, "model.num_heads = 5 does not divide model.hidden_size = 64", "1, 2, 4, 8"),
+        (
+            ["model.num_kv_heads=3"],
+            1,
+            "model.num_kv_heads = 3 does not divide model.num_heads = 4",
+            "one of 1, 2, 4",
+        ),
+        (
+            ["model.position=rope", "model.num_heads=64"],
+            1,
+            "model.position = rope needs an even head size, found 1",
+            "even",
+        ),
+        (["model.dropout=0.1"], 1, "model.dropout = 0.1", "0"),
+        (["parallel.pipe=5"], 5, "parallel.pipe = 5 is more than model.num_layers = 4", "1 to 4"),
+        (
+            ["parallel.tensor=3", "model.hidden_size=66", "model.num_heads=6", "model.ffn_size=66"],
+            3,
+            "parallel.tensor = 3 does not divide the padded vocabulary = 512",
+            "one of 1, 2, 4, 8, 16, 32, 64, 128, 256, 512",
+        ),
+        (
+            ["parallel.tensor=4", "model.num_kv_heads=2"],
+            4,
+            "parallel.tensor = 4 does not divide model.num_kv_heads = 2",
+            "one of 1, 2",
+        ),
+        (
+            ["parallel.tensor=4", "model.ffn_size=102"],
+            4,
+            "parallel.tensor = 4 does not divide the feed-forward width model.ffn_size = 102",
+            "1, 2, 3, 6",
+        ),
+        (["parallel.zero_stage=0"], 1, "parallel.zero_stage = 0 with precision.dtype = bf16", "zero_stage 1, 2 or 3"),
+        (
+            ["precision.dtype=fp32", "precision.reduce_dtype=bf16"],
+            1,
+            "precision.reduce_dtype = bf16 with precision.dtype = fp32",
+            "fp32",
+        ),
+        (
+            ["stages.0.sequence_length=256"],
+            1,
+            "stages.0.sequence_length = 256 is more than model.max_positions = 128",
+            "1 to 128",
+        ),
+        (["stages.0.duration={}"], 1, "stages.0.duration", "exactly one of steps and tokens"),
+        (["stages.0.duration.tokens=100"], 1, "stages.0.duration", "exactly one of steps and tokens"),
+        (
+            ["stages.0.schedule.warmup_steps=11"],
+            1,
+            "stages.0.schedule.warmup_steps = 11 is more than the 10 steps",
+            "0 to 10",
+        ),
+        (["parallel.pipe=2"], 3, "a world of 3 does not fit pipe 2 x tensor 1", "a multiple of 2 ranks"),
+        (["parallel.data=4"], 3, "a world of 3 does not fit pipe 1 x tensor 1 x data 4", "4 ranks"),
+        (["parallel.pipe=4"], 2, "a world of 2 does not fit pipe 4", "a multiple of 4 ranks"),
+        ([], 5, "stages.0.global_batch_size = 24 is no multiple of micro_batch_size 1 x data 5", "a multiple of 5"),
+    ],
+)
+def test_each_rule(overrides: list[str], world_size: int, wrong: str, allowed: str) -> None:
+    run = config(*overrides)
+    with pytest.raises(ConfigError) as caught:
+        resolve(run, world_size)
+    plural = "s" if world_size > 1 else ""
+    assert caught.value.wrong.startswith(f"this run cannot start on {world_size} rank{plural}: {wrong}")
+    assert allowed in caught.value.allowed
+    layout, problems = examine(run, world_size)
+    assert [problem.wrong for problem in problems] == [
+        caught.value.wrong.removeprefix(f"this run cannot start on {world_size} rank{plural}: ")
+    ]
+    assert (layout is None) == ("does not fit" in wrong)
+
+
+def test_stages_are_told_apart_and_are_one_for_now() -> None:
+    stage = config().model_dump(mode="json")["stages"][0]
+    run = config().model_copy(update={"stages": config().stages * 2})
+    assert stage["name"] == "pretrain"
+    with pytest.raises(ConfigError) as caught:
+        resolve(run, 1)
+    assert "1. stages: the name 'pretrain' is used twice" in str(caught.value)
+    assert "2. stages: 2 stages" in str(caught.value)
+
+
+def test_every_problem_is_in_one_report() -> None:
+    run = config("model.dropout=0.1", "parallel.zero_stage=0", "parallel.pipe=8", "stages.0.sequence_length=512")
+    with pytest.raises(ConfigError) as caught:
+        resolve(run, 12)
+    text = str(caught.value)
+    assert text.startswith("this run cannot start on 12 ranks: 5 problems")
+    for part in ("dropout", "zero_stage", "parallel.pipe", "sequence_length", "a world of 12"):
+        assert part in text
+
+
+def test_a_constant_schedule_has_no_end_to_overrun() -> None:
+    assert resolve(config("stages.0.schedule={shape: constant, warmup_steps: 50}"), 1)
+
+
+def test_divisors() -> None:
+    assert divisors(12) == "1, 2, 3, 4, 6, 12"
+
+
+REPOSITORY = Path(__file__).parents[3]
+WORLDS = {"zero3-pipe": 2, "gpt2-124m": 8, "llama-1b": 16}
+RUNS = sorted([*REPOSITORY.glob("configs/smoke/*.yaml"), *REPOSITORY.glob("configs/runs/*.yaml")])
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_run_that_is_shipped_resolves(path: Path) -> None:
+    from engine.config.load import load_run
+
+    run = load_run(path)
+    assert resolve(run, WORLDS.get(path.stem, run.parallel.pipe * run.parallel.tensor * (run.parallel.data or 1)))
+
+
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("configs/models/*.yaml")), ids=lambda path: path.stem)
+def test_every_model_that_is_shipped_resolves(path: Path) -> None:
+    from engine.config.load import read_tree
+
+    model = read_tree(path)["model"]
+    assert resolve(config(f"model={model}"), 1)

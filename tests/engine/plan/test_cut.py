@@ -1,0 +1,67 @@
+"""The stage cut against all cuts there are, and at the sizes of real models."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from engine.config.schema import ModelConfig
+from engine.errors import ConfigError
+from engine.plan.cut import balance, cut, layer_costs
+
+GPT2 = ModelConfig(vocab_size=50257, num_layers=12, hidden_size=768, num_heads=12)
+
+
+def all_cuts(length: int, parts: int) -> list[tuple[int, ...]]:
+    """Lengths of the runs of every way to cut."""
+    inner = itertools.combinations(range(1, length), parts - 1)
+    return [tuple(b - a for a, b in itertools.pairwise((0, *ends, length))) for ends in inner]
+
+
+def sums(costs: list[int], lengths: tuple[int, ...]) -> list[int]:
+    ends = list(itertools.accumulate(lengths))
+    return [sum(costs[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
+
+
+def test_balance_against_every_cut() -> None:
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([2, 7])))
+    for _ in range(60):
+        length = int(generator.integers(1, 9))
+        costs = [int(cost) for cost in generator.integers(1, 6, length)]
+        for parts in range(1, length + 1):
+            best = min(
+                all_cuts(length, parts),
+                key=lambda cut: (max(sums(costs, cut)), sum(s * s for s in sums(costs, cut)), cut),
+            )
+            assert tuple(len(run) for run in balance(costs, parts)) == best, (costs, parts)
+
+
+@pytest.mark.parametrize("pipe", range(1, 13))
+def test_stages_cover_every_layer_once_and_none_is_empty(pipe: int) -> None:
+    stages = cut(GPT2, pipe)
+    assert len(stages) == pipe
+    assert all(len(layers) >= 1 for layers in stages)
+    assert [layer for layers in stages for layer in layers] == list(range(12))
+
+
+def test_the_head_takes_layers_from_the_last_stage() -> None:
+    assert cut(GPT2, 2) == [range(0, 8), range(8, 12)]
+
+
+def test_equal_layers_without_a_heavy_head_are_shared_evenly() -> None:
+    wide = ModelConfig(vocab_size=1, vocab_multiple=1, num_layers=8, hidden_size=1024, num_heads=8)
+    assert [len(layers) for layers in cut(wide, 4)] == [2, 2, 2, 2]
+    assert [len(layers) for layers in cut(wide, 3)] == [2, 3, 3], "the first stage holds more micro-batches"
+
+
+def test_costs_are_those_of_the_matrices() -> None:
+    costs = layer_costs(GPT2)
+    layer = 2 * 12 * 768 * 768 + 4 * 1024 * 768
+    assert costs == [layer + 2 * 768, *[layer] * 10, layer + 2 * 768 * 50304]
+
+
+@pytest.mark.parametrize("pipe", [0, 13])
+def test_more_stages_than_layers(pipe: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        cut(GPT2, pipe)
+    assert str(caught.value) == f"parallel.pipe = {pipe} does not fit model.num_layers = 12\n  allowed: 1 to 12"

@@ -1,0 +1,82 @@
+"""Model states by ZeRO stage and precision in closed form, and what activations depend on."""
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+from engine.plan.composition import Change, example
+from engine.plan.memory import largest_module, saved_per_token, stage_memory, states_per_element
+from engine.plan.parameters import model_entries, num_parameters
+from engine.plan.plan import make_plan
+
+
+@pytest.mark.parametrize(
+    ("dtype", "zero_stage", "expected"),
+    [
+        ("fp32", 0, 4 + 0 + 8 + 4),
+        ("fp32", 1, 4 + 4 / 8 + 8 / 8 + 4),
+        ("bf16", 1, 2 + 4 / 8 + 8 / 8 + 4),
+        ("bf16", 2, 2 + 4 / 8 + 8 / 8 + 4 / 8),
+        ("bf16", 3, (2 + 4 + 8 + 4) / 8),
+    ],
+)
+def test_bytes_per_parameter(dtype: str, zero_stage: int, expected: float) -> None:
+    precision = example({"precision": {"dtype": dtype}}).precision
+    assert float(sum(states_per_element(zero_stage, 8, precision))) == expected
+
+
+def test_reduction_in_bf16_halves_the_gradients() -> None:
+    precision = example({"precision": {"dtype": "bf16", "reduce_dtype": "bf16"}}).precision
+    assert [float(one) for one in states_per_element(1, 2, precision)] == [2, 2, 4, 2]
+
+
+SHORT: Change = {"model": {"max_positions": 64}}
+"""Else the position table, which no axis divides, would be the largest part of so small a model."""
+
+
+def memory(data_size: int = 2, in_flight: int = 1, **parallel: Any):
+    run = example(SHORT, {"parallel": parallel})
+    return stage_memory(
+        run.model,
+        run.parallel,
+        run.precision,
+        model_entries(run.model),
+        num_layers=4,
+        data_size=data_size,
+        sequence_length=64,
+        in_flight=in_flight,
+        has_head=True,
+    )
+
+
+def test_states_are_those_of_the_parameters() -> None:
+    parameters = num_parameters(example(SHORT).model, padded=True)
+    assert memory(zero_stage=0).states == 16 * parameters
+    assert memory(zero_stage=3).states == 20 * parameters // 2
+    assert memory(zero_stage=3, tensor=2).states < memory(zero_stage=3).states / 2 * 1.1
+
+
+def test_activations_grow_with_what_is_alive() -> None:
+    """17 D per token and layer for GPT-2: 4 layers, 64 tokens, width 64, fp32."""
+    assert memory().activations == 4 * 64 * 17 * 64 * 4
+    assert memory(in_flight=3, micro_batch_size=2).activations == 6 * memory().activations
+    assert memory().logits == 3 * 64 * 512 * 4
+    assert memory(tensor=2).logits == memory().logits // 2
+    assert saved_per_token(example().model, 2) == (5 + 12 / 2) * 64
+
+
+def test_zero_3_gathers_one_module_at_a_time() -> None:
+    model = example(SHORT).model
+    assert largest_module(model_entries(model), 1) == model.padded_vocab_size * model.hidden_size
+    layers = [entry for entry in model_entries(model) if entry.name.startswith("layers")]
+    assert largest_module(layers, 1) == 4 * 64 * 64 + 4 * 64, "a weight and its bias are gathered together"
+    assert memory(zero_stage=3).gathered == 4 * model.padded_vocab_size * model.hidden_size
+    assert memory(zero_stage=2).gathered == 0
+
+
+def test_totals_add_up_in_a_plan() -> None:
+    plan = make_plan(example({"parallel": {"pipe": 2, "zero_stage": 3}}), 4)
+    for stage in plan.stages:
+        assert stage.memory.total == sum(asdict(stage.memory).values())
+    assert plan.stages[0].memory.logits == 0

@@ -1,0 +1,34 @@
+"""Operation counts against the published approximation and a count of every multiplication that torch does."""
+
+import pytest
+
+from engine.config.schema import ModelConfig
+from engine.plan.operations import layer_operations, training_operations_per_token
+
+GPT2 = ModelConfig(vocab_size=50257, num_layers=12, hidden_size=768, num_heads=12)
+
+
+def test_six_times_parameters_and_attention() -> None:
+    """6 N + 12 L D T, where N are the parameters without position table, norms and biases (they multiply nothing)."""
+    matrices = 12 * 12 * 768**2 + 50257 * 768
+    assert training_operations_per_token(GPT2, 1024) == 6 * matrices + 12 * 12 * 768 * 1024
+
+
+@pytest.mark.parametrize("form", ["gpt2", "llama"])
+def test_a_forward_pass_multiplies_as_often_as_counted(form: str) -> None:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from engine.models import gpt
+
+    model = ModelConfig(vocab_size=128, num_layers=2, hidden_size=32, num_heads=4, max_positions=16)
+    if form == "llama":
+        model = model.model_copy(
+            update={"num_kv_heads": 2, "ffn_size": 48, "position": "rope", "norm": "rmsnorm", "activation": "swiglu"}
+        )
+    stage = gpt.build(model)
+    tokens_BT = torch.zeros((2, 16), dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        stage(tokens_BT=tokens_BT)
+    head = 2 * model.hidden_size * model.vocab_size
+    assert counter.get_total_flops() == 32 * (2 * layer_operations(model, 16) + head)

@@ -1,0 +1,77 @@
+"""Parameter counts against published sizes, closed forms and the models that are built."""
+
+import pytest
+
+from engine.config.schema import ModelConfig
+from engine.plan.cut import cut
+from engine.plan.parameters import layer_matrix_elements, model_entries, num_parameters, stage_entries
+
+GPT2 = ModelConfig(vocab_size=50257, num_layers=12, hidden_size=768, num_heads=12)
+LLAMA = ModelConfig(
+    vocab_size=32000,
+    num_layers=22,
+    hidden_size=2048,
+    num_heads=32,
+    num_kv_heads=4,
+    ffn_size=5632,
+    position="rope",
+    norm="rmsnorm",
+    activation="swiglu",
+    bias=False,
+    tie_embeddings=False,
+)
+SMALL = [
+    ModelConfig(vocab_size=500, num_layers=3, hidden_size=32, num_heads=4),
+    ModelConfig(vocab_size=500, num_layers=2, hidden_size=32, num_heads=4, bias=False, tie_embeddings=False),
+    LLAMA.model_copy(
+        update={"vocab_size": 300, "num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2}
+        | {"ffn_size": 48}
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "published"),
+    [
+        (GPT2, 124_439_808),
+        (GPT2.model_copy(update={"num_layers": 24, "hidden_size": 1024, "num_heads": 16}), 354_823_168),
+        (GPT2.model_copy(update={"num_layers": 48, "hidden_size": 1600, "num_heads": 25}), 1_557_611_200),
+        (LLAMA, 1_100_048_384),
+    ],
+    ids=["gpt2", "gpt2-medium", "gpt2-xl", "tinyllama"],
+)
+def test_published_sizes(model: ModelConfig, published: int) -> None:
+    assert num_parameters(model) == published
+
+
+def test_padding_adds_rows_to_every_vocabulary_matrix() -> None:
+    untied = GPT2.model_copy(update={"tie_embeddings": False})
+    assert num_parameters(GPT2, padded=True) - num_parameters(GPT2) == (50304 - 50257) * 768
+    assert num_parameters(untied, padded=True) - num_parameters(untied) == 2 * (50304 - 50257) * 768
+
+
+@pytest.mark.parametrize("model", SMALL, ids=["gpt2 form", "untied", "llama form"])
+def test_the_list_is_that_of_the_model_that_is_built(model: ModelConfig) -> None:
+    from engine.models import gpt
+
+    built = {spec.name: spec for spec in gpt.specs(model)}
+    planned = {entry.name: entry for entry in model_entries(model)}
+    assert planned.keys() == built.keys()
+    for name, entry in planned.items():
+        assert entry.shape == built[name].shape, name
+        assert entry.local_numel(2) == built[name].local_numel(2), name
+
+
+@pytest.mark.parametrize("model", SMALL, ids=["gpt2 form", "untied", "llama form"])
+def test_stages_together_hold_the_model_and_a_tied_matrix_twice(model: ModelConfig) -> None:
+    whole = sum(entry.numel for entry in model_entries(model))
+    stages = [
+        stage_entries(model, layers, is_first=stage == 0, is_last=stage == 1)
+        for stage, layers in enumerate(cut(model, 2))
+    ]
+    twice = model.padded_vocab_size * model.hidden_size if model.tie_embeddings else 0
+    assert sum(entry.numel for entries in stages for entry in entries) == whole + twice
+
+
+def test_matrices_of_a_gpt2_layer_are_12_squares() -> None:
+    assert layer_matrix_elements(GPT2) == 12 * 768**2

@@ -1,0 +1,75 @@
+"""Bytes per step against the closed forms, written out by hand for small cases."""
+
+import pytest
+
+from engine.plan.composition import example
+from engine.plan.parameters import num_parameters
+from engine.plan.plan import Plan, make_plan
+from engine.plan.traffic import all_reduce_factor, gather_factor, zero_bytes
+
+FP32 = example().precision
+BF16 = example({"precision": {"dtype": "bf16"}}).precision
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "precision", "expected"),
+    [
+        (0, FP32, (2 * 4 * 300, 0)),
+        (1, FP32, (2 * 4 * 300, 4 * 300)),
+        (1, BF16, (2 * 4 * 300, 2 * 300)),
+        (2, BF16, (5 * 2 * 4 * 300, 2 * 300)),
+        (3, BF16, (5 * 4 * 300, 2 * 5 * 2 * 300)),
+    ],
+)
+def test_zero_bytes(zero_stage: int, precision, expected: tuple[int, int]) -> None:
+    """400 parameters on 4 data ranks: each sends 3/4 of them; 5 micro-batches."""
+    assert zero_bytes(400, zero_stage, 4, precision, num_micro_batches=5) == expected
+
+
+@pytest.mark.parametrize("zero_stage", range(4))
+def test_one_data_rank_sends_nothing(zero_stage: int) -> None:
+    assert zero_bytes(400, zero_stage, 1, FP32, num_micro_batches=5) == (0, 0)
+
+
+def test_rings() -> None:
+    """Simulated: in a ring each of n ranks sends one of n chunks in each of n-1 turns, and twice that to reduce."""
+    for size in range(1, 9):
+        turns = size - 1
+        assert gather_factor(size) * size == turns
+        assert all_reduce_factor(size) * size == 2 * turns
+
+
+def plan(world_size: int, **parallel) -> Plan:
+    return make_plan(example({"parallel": parallel}), world_size)
+
+
+def test_one_rank_sends_nothing() -> None:
+    assert plan(1).stages[0].traffic.total == 0
+
+
+def test_tensor_axis() -> None:
+    """24 micro-batches of 64 tokens, width 64, fp32; four layers, embedding and head; three losses per token."""
+    activation = 64 * 64 * 4
+    assert plan(2, tensor=2).stages[0].traffic.tensor == 24 * ((4 * 4 + 2) * activation + 3 * 64 * 4)
+
+
+def test_pipe_axis() -> None:
+    """Every boundary carries an activation down and a gradient up for each micro-batch."""
+    activation = 64 * 64 * 4
+    stages = plan(4, pipe=4).stages
+    assert [stage.traffic.pipe for stage in stages] == [24 * activation * n for n in (1, 2, 2, 1)]
+
+
+def test_tied_embedding() -> None:
+    matrix = 512 * 64 * 4
+    assert [stage.traffic.tie for stage in plan(4, pipe=4, zero_stage=0).stages] == [matrix, 0, 0, matrix]
+    assert [stage.traffic.tie for stage in plan(4, pipe=2, zero_stage=1).stages] == [matrix // 2] * 2
+    assert plan(2).stages[0].traffic.tie == 0, "one stage holds it once"
+
+
+def test_data_axis_of_a_plan() -> None:
+    traffic = plan(2, zero_stage=3).stages[0].traffic
+    parameters = num_parameters(example().model, padded=True)
+    assert traffic.gradients == 12 * parameters * 4 // 2
+    assert traffic.weights == 2 * 12 * parameters * 4 // 2
+    assert traffic.total == traffic.gradients + traffic.weights

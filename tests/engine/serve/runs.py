@@ -1,0 +1,52 @@
+"""Run folders as training leaves them: a tiny model of random weights, saved by the real saver."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint.manifest import CheckpointState
+from engine.checkpoint.save import Saver
+from engine.config.load import parse_run
+from engine.config.resolve import Layout
+from engine.config.resume import meaning_hash
+from engine.config.schema import RunConfig
+from engine.models.gpt import specs
+from engine.parallel.axes import Grid
+from engine.parallel.groups import ALONE, Groups
+from engine.parallel.state import Piece, Placement
+from tests.engine.models.tiny import FORMS, random_weights
+
+
+def one_process() -> Groups:
+    """The groups of a world of one, with no process group behind them."""
+    layout = Layout(pipe=1, data=1, sequence=1, tensor=1)
+    grid = Grid(layout)
+    names = ("world", "data", "zero", "tensor", "pipe", "pipe_backward", "stage", "model")
+    return Groups(layout, grid, 0, grid.coordinates(0), **dict.fromkeys(names, ALONE), tie=None)
+
+
+def run_config(folder: Path, form: str, tokenizer: Path) -> RunConfig:
+    stage = {"data": {"train": "t"}, "sequence_length": 32, "global_batch_size": 1, "duration": {"steps": 9}}
+    return parse_run(
+        {
+            "folder": str(folder),
+            "tokenizer": str(tokenizer),
+            "model": FORMS[form].model_dump(mode="json"),
+            "stages": [stage],
+        },
+        "test",
+    )
+
+
+def save(config: RunConfig, step: int, seed: int) -> None:
+    """Saves a checkpoint of random weights, padded as an engine holds them."""
+    weights, pieces, placements = random_weights(config.model, seed), [], []
+    for spec in specs(config.model):
+        full = torch.zeros(spec.shape)
+        full[: len(weights[spec.name])] = weights[spec.name]
+        pieces.append(Piece(spec, 0, full.flatten()))
+        placements.append(Placement(spec, stages=(0,), offset=0, partition=full.numel()))
+    state = CheckpointState(step, 32 * step, 0, meaning_hash(config), config.model_dump(mode="json"))
+    Saver(config.folder / "checkpoints", one_process()).save(pieces, placements, state, "test", 0)

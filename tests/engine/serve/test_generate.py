@@ -1,0 +1,80 @@
+"""Text from runs, checkpoints and Hugging Face folders is the same text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.errors import ConfigError
+from engine.models.values import whole_model
+from engine.serve.export import export
+from engine.serve.generate import Sampling, generate
+from engine.serve.language_model import open_language_model
+from engine.serve.source import open_trained
+
+PROMPT = "A palimpsest is"
+
+
+def test_greedy_text_is_what_our_own_model_finds_likeliest(trained_run):
+    """Their cache and loop against ours without either: the whole row again for every token."""
+    language_model = open_language_model(trained_run.folder)
+    trained = open_trained(trained_run.folder)
+    model = whole_model(trained.config, trained.weights)
+    ids = language_model.tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
+    for _ in range(12):
+        with torch.no_grad():
+            ids.append(int(model(tokens_BT=torch.tensor([ids]))[0, -1].argmax()))
+        if ids[-1] == language_model.tokenizer.eos_token_id:
+            break
+    text = generate(language_model, PROMPT, Sampling(max_new_tokens=12, temperature=0))
+    assert text == language_model.tokenizer.decode(ids, skip_special_tokens=True)
+    assert text.startswith(PROMPT)
+
+
+def test_run_checkpoint_and_exported_folder_give_the_same_text(trained_run, tmp_path):
+    exported = export(open_trained(trained_run.folder), tmp_path / "out")
+    sources = (trained_run.folder, trained_run.folder / "checkpoints" / "step-00000005", exported.folder)
+    texts = {generate(open_language_model(source), PROMPT, Sampling(max_new_tokens=20)) for source in sources}
+    assert len(texts) == 1
+
+
+def test_the_seed_decides_and_nothing_else_random_moves(trained_run):
+    language_model = open_language_model(trained_run.folder)
+    state = torch.random.get_rng_state()
+    first, again, other = (generate(language_model, PROMPT, Sampling(20, seed=seed)) for seed in (1, 1, 2))
+    assert first == again != other
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_text_appears_as_it_is_made(trained_run):
+    pieces: list[str] = []
+    text = generate(open_language_model(trained_run.folder), PROMPT, Sampling(8), on_text=pieces.append)
+    assert "".join(pieces) == text
+    assert len(pieces) > 1
+
+
+def test_the_origin_is_told(trained_run, tmp_path):
+    assert open_language_model(trained_run.folder).origin == f"step 5 of {trained_run.folder.name}"
+
+
+def test_what_does_not_fit_is_refused(trained_run):
+    language_model = open_language_model(trained_run.folder)
+    with pytest.raises(ConfigError, match="the prompt is empty"):
+        generate(language_model, "", Sampling())
+    num_tokens = len(language_model.tokenizer(PROMPT)["input_ids"])
+    message = (
+        rf"a prompt of {num_tokens} tokens and 128 new ones are more than the model's 128 positions\n"
+        rf"  allowed: at most {128 - num_tokens} new tokens"
+    )
+    with pytest.raises(ConfigError, match=message):
+        generate(language_model, PROMPT, Sampling(max_new_tokens=128))
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere is not there\n  allowed: a run folder"):
+        open_language_model(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="holds no model"):
+        open_language_model(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="cannot be read as a Hugging Face model"):
+        open_language_model(tmp_path)

@@ -1,0 +1,208 @@
+"""Places from the variables of every launcher, as they were seen to be set, and what is refused."""
+
+import socket
+from dataclasses import replace
+
+import pytest
+
+from engine.config.place import RankPlace
+from engine.errors import EnvironmentProblem
+from launcher.environment import check_meeting_point, export, rank_environment
+from launcher.ports import FIRST_PORT, NUM_PORTS, job_port
+
+MEETING = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4321"}
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "GROUP_RANK": "1",
+    "GROUP_WORLD_SIZE": "2",
+    "TORCHELASTIC_RUN_ID": "none",
+    "TORCHELASTIC_RESTART_COUNT": "0",
+    **MEETING,
+}
+DEEPSPEED = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_SIZE": "2",
+    "CROSS_RANK": "1",
+    "CROSS_SIZE": "2",
+    **MEETING,
+}
+SLURM = {
+    "SLURM_JOB_ID": "1234",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "1",
+    "SLURM_NTASKS": "4",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_NNODES": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "3,1",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_JOB_NODELIST": "gpu[06-08]",
+}
+OPENMPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "PMIX_NAMESPACE": "prterun-host-77@1",
+    "PMIX_RANK": "1",
+}
+HYDRA = {
+    "PMI_RANK": "2",
+    "PMI_SIZE": "4",
+    "MPI_LOCALRANKID": "2",
+    "MPI_LOCALNRANKS": "4",
+}
+
+
+def test_alone_gets_a_free_port_of_its_own() -> None:
+    place = rank_environment({})
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", place.master_port))
+    assert replace(place, master_port=1) == RankPlace(master_port=1)
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        (TORCHRUN, RankPlace(5, 8, 1, "10.0.0.1", 4321, "local", 0, 4, 1, 2, "torchrun")),
+        (TORCHRUN | {"TORCHELASTIC_RUN_ID": "x7"}, RankPlace(5, 8, 1, "10.0.0.1", 4321, "x7", 0, 4, 1, 2, "torchrun")),
+        (DEEPSPEED, RankPlace(3, 4, 1, "10.0.0.1", 4321, "local", 0, 2, 1, 2, "deepspeed")),
+        (SLURM, RankPlace(3, 4, 0, "gpu07", FIRST_PORT + 1234, "1234", 0, 1, 1, 2, "slurm")),
+        (SLURM | MEETING, RankPlace(3, 4, 0, "10.0.0.1", 4321, "1234", 0, 1, 1, 2, "slurm")),
+        (
+            OPENMPI,
+            RankPlace(1, 2, 1, "127.0.0.1", job_port("prterun-host-77@1"), "prterun-host-77@1", 0, 2, 0, 1, "openmpi"),
+        ),
+        (HYDRA, RankPlace(2, 4, 2, "127.0.0.1", job_port("local"), "local", 0, 4, 0, 1, "pmi")),
+        (
+            {"PALIMPSEST_LAUNCHER": "local", "PALIMPSEST_JOB": "j", "PALIMPSEST_ATTEMPT": "2", "RANK": "1"}
+            | {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **MEETING},
+            RankPlace(1, 2, 1, "10.0.0.1", 4321, "j", 2, 2, 0, 1, "local"),
+        ),
+    ],
+    ids=["torchrun", "torchrun with an id", "deepspeed", "srun", "srun, host given", "mpirun", "hydra", "local"],
+)
+def test_every_launcher(environ: dict[str, str], expected: RankPlace) -> None:
+    assert rank_environment(environ) == expected
+
+
+def test_all_ranks_of_a_slurm_step_agree() -> None:
+    """Four tasks on two nodes: one world, one meeting point, every position once."""
+    tasks = [("0", "0", "0"), ("1", "1", "0"), ("2", "2", "0"), ("3", "0", "1")]
+    places = [
+        rank_environment(SLURM | {"SLURM_PROCID": rank, "SLURM_LOCALID": local, "SLURM_NODEID": node})
+        for rank, local, node in tasks
+    ]
+    assert [place.global_rank for place in places] == [0, 1, 2, 3]
+    assert [place.local_world_size for place in places] == [3, 3, 3, 1]
+    assert len({(place.master_addr, place.master_port, place.world_size, place.job) for place in places}) == 1
+
+
+@pytest.mark.parametrize("inner", [TORCHRUN, DEEPSPEED, OPENMPI, HYDRA], ids=["torchrun", "deepspeed", "mpi", "hydra"])
+def test_the_innermost_launcher_wins_inside_a_slurm_step(inner: dict[str, str]) -> None:
+    inside = rank_environment(SLURM | MEETING | inner)
+    alone = rank_environment(MEETING | inner)
+    assert (inside.global_rank, inside.world_size, inside.launcher) == (
+        alone.global_rank,
+        alone.world_size,
+        alone.launcher,
+    )
+    assert inside.job == "1234"
+
+
+def test_a_batch_script_is_not_a_task() -> None:
+    """Slurm sets SLURM_PROCID in the batch shell, too, where a rank of four would wait for the others for ever."""
+    batch = {name: value for name, value in SLURM.items() if "STEP" not in name} | {"SLURM_PROCID": "0"}
+    assert rank_environment(batch).world_size == 1
+
+
+def test_a_later_start_has_a_higher_attempt() -> None:
+    attempts = [
+        rank_environment(TORCHRUN | {"SLURM_RESTART_COUNT": slurm, "TORCHELASTIC_RESTART_COUNT": torch}).attempt
+        for slurm, torch in [("0", "0"), ("0", "1"), ("0", "9"), ("1", "0"), ("1", "1"), ("2", "0")]
+    ]
+    assert attempts == sorted(set(attempts))
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK is not set"),
+        (TORCHRUN | {"RANK": "8"}, "torchrun says rank = 8, but world size = 8"),
+        (TORCHRUN | {"RANK": "-1"}, "torchrun says rank = -1"),
+        (TORCHRUN | {"LOCAL_RANK": "4"}, "torchrun says local rank = 4, but ranks on this node = 4"),
+        (TORCHRUN | {"GROUP_RANK": "2"}, "torchrun says node rank = 2, but number of nodes = 2"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "9"}, "torchrun says ranks on this node = 9, but world size = 8"),
+        (TORCHRUN | {"RANK": "five"}, "RANK = 'five' is no number"),
+        (TORCHRUN | {"MASTER_PORT": "http"}, "MASTER_PORT = 'http' is no number"),
+        (OPENMPI | {"OMPI_COMM_WORLD_SIZE": ""}, "OMPI_COMM_WORLD_SIZE is not set"),
+        (OPENMPI | {"OMPI_COMM_WORLD_SIZE": "4"}, "MASTER_ADDR is not set and the 2 nodes of openmpi"),
+        ({"PMIX_RANK": "0"}, "PMI_SIZE is not set"),
+        (SLURM | {"SLURM_NODEID": "5"}, "SLURM_NODEID = 5, but Slurm lists tasks of 2 nodes"),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "many"}, "Slurm's tasks per node 'many' cannot be read"),
+        (SLURM | {"SLURM_STEP_NODELIST": "gpu[7"}, "Slurm's host list 'gpu[7' cannot be read"),
+        (
+            OPENMPI | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+            "RANK = 0 and WORLD_SIZE = 1 contradict openmpi, which says rank 1 of 2",
+        ),
+    ],
+)
+def test_missing_and_contradictory_variables_are_refused(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(EnvironmentProblem) as caught:
+        rank_environment(environ)
+    assert caught.value.wrong.startswith(message)
+    assert caught.value.remedy
+
+
+def test_export_makes_any_place_look_like_torchrun() -> None:
+    place = rank_environment(SLURM)
+    environ: dict[str, str] = {}
+    export(place, environ)
+    again = rank_environment(environ | {"PALIMPSEST_JOB": place.job, "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2"})
+    assert replace(again, launcher=place.launcher) == place
+
+
+class TestMeetingPoint:
+    PLACE = RankPlace(0, 2, 0, "node1", num_nodes=2)
+
+    def test_one_node_may_meet_on_loopback(self) -> None:
+        check_meeting_point(replace(self.PLACE, num_nodes=1), {}, lambda _: "127.0.0.1")
+
+    def test_addresses_between_nodes_pass(self) -> None:
+        check_meeting_point(self.PLACE, {}, lambda _: "10.0.0.1")
+
+    def test_loopback_between_nodes_is_refused(self) -> None:
+        with pytest.raises(EnvironmentProblem, match=r"MASTER_ADDR = node1 resolves to 127\.0\.1\.1") as caught:
+            check_meeting_point(self.PLACE, {}, lambda _: "127.0.1.1")
+        assert "mend /etc/hosts" in caught.value.remedy
+
+    def test_this_hosts_own_name_counts_unless_an_interface_is_named(self) -> None:
+        def resolve(name: str) -> str:
+            return "10.0.0.1" if name == "node1" else "127.0.1.1"
+
+        with pytest.raises(EnvironmentProblem, match="this host's name"):
+            check_meeting_point(self.PLACE, {}, resolve)
+        check_meeting_point(self.PLACE, {"GLOO_SOCKET_IFNAME": "eth0"}, resolve)
+
+    def test_an_unknown_name_is_refused(self) -> None:
+        def resolve(name: str) -> str:
+            raise socket.gaierror("Name or service not known")
+
+        with pytest.raises(EnvironmentProblem, match="MASTER_ADDR = node1 does not resolve: Name or service"):
+            check_meeting_point(self.PLACE, {}, resolve)
+
+
+def test_ports_of_jobs_stay_below_what_clients_get() -> None:
+    ports = [job_port(job) for job in ("0", "1", str(10**9), "name", "")]
+    assert all(FIRST_PORT <= port < FIRST_PORT + NUM_PORTS <= 32768 for port in ports)
+    assert job_port("name") == job_port("name")
+    assert job_port("1") != job_port("2")

@@ -1,0 +1,47 @@
+"""`palimpsest tokenizer`: trains a tokenizer on text and saves it as a folder that transformers loads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from engine.data.sources import find_sources, read_texts
+from engine.data.tokenizer_training import Kind, train_tokenizer
+
+
+def main(
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Files, folders, globs, or hf:DATASET.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    kind: Annotated[Kind, typer.Option(help="What to train.")] = "bpe",
+    vocab_size: Annotated[int, typer.Option(help="Tokens, special ones included.")] = 32000,
+    text_key: Annotated[str, typer.Option(help="Key of the text in JSON lines and datasets.")] = "text",
+    blank_line_ends: Annotated[
+        bool, typer.Option("--blank-line-ends", help="In text files, an empty line ends a document.")
+    ] = False,
+    max_megabytes: Annotated[int | None, typer.Option(min=1, help="Train on the first so many MB of text.")] = None,
+) -> None:
+    """Train a tokenizer on text: byte-level BPE, or SentencePiece unigram or BPE."""
+    find_sources(sources)  # a wrong name is told before anything is written
+    texts = read_texts(sources, text_key, blank_line_ends, max_megabytes * 1_000_000 if max_megabytes else None)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        trained = train_tokenizer(_shown(texts, progress), output, kind, vocab_size)
+    print(f"{kind} tokenizer {trained.hash} with {trained.vocab_size:,} tokens in {output}")
+    if trained.vocab_size < vocab_size:
+        print(f"{vocab_size:,} tokens were asked for: the text carries no more")
+
+
+def _shown(texts: Iterable[str], progress: Progress) -> Iterator[str]:
+    """The same texts, counted on the screen."""
+    task = progress.add_task("reading text")
+    documents = size = 0
+    for text in texts:
+        documents, size = documents + 1, size + len(text)
+        progress.update(task, description=f"reading text: {documents:,} documents, {size / 1e6:,.1f} M characters")
+        yield text
+    progress.update(task, description=f"training on {documents:,} documents, {size / 1e6:,.1f} M characters")
