@@ -74,6 +74,7 @@ def _deepspeed(wanted: Wanted) -> Command:
         program("deepspeed", wanted.python),
         f"--num_gpus={wanted.num_processes}",
         f"--master_port={wanted.master_port}",
+        "--log_level=warning",
         "--module",
         *_train(wanted),
     )

@@ -39,11 +39,12 @@ FORWARDED = {
 _log = logs.logger(__name__)
 
 
-def supervise(commands: list[Command], job: str, folder: Path) -> Verdict:
+def supervise(commands: list[Command], job: str, folder: Path, num_ranks: int) -> Verdict:
     """Starts the commands, waits for the end, and says how the run went and with which exit code.
 
-    `job` marks the processes (it is in the commands' environment); `folder` is the run folder, made if missing. Call
-    from the main thread: it handles the signals of `FORWARDED` while it waits.
+    `job` marks the processes (it is in the commands' environment); `folder` is the run folder, made if missing;
+    `num_ranks` is how many ranks the commands lead to. Call from the main thread: it handles the signals of
+    `FORWARDED` while it waits.
 
     Raises:
         EnvironmentProblem: a command cannot be started.
@@ -51,7 +52,7 @@ def supervise(commands: list[Command], job: str, folder: Path) -> Verdict:
     log_folder = folder / "logs"
     log_folder.mkdir(parents=True, exist_ok=True)
     outcome.clear(folder)
-    watch = _Watch(job, folder)
+    watch = _Watch(job, folder, num_ranks)
     before = {number: signal.signal(number, watch.on_signal) for number in FORWARDED}
     try:
         for command in commands:
@@ -62,7 +63,7 @@ def supervise(commands: list[Command], job: str, folder: Path) -> Verdict:
         ends = [child.end() for child in watch.children]
         for number, handler in before.items():
             signal.signal(number, handler)
-    return judge(outcome.read(folder), ends, watch.first, job)
+    return judge(outcome.read(folder), ends, watch.first, job, watch.gone)
 
 
 def last_lines(folder: Path, name: str, count: int = 15) -> str:
@@ -120,9 +121,13 @@ class _Watch:
 
     job: str
     folder: Path
+    num_ranks: int
     children: list[_Child] = field(default_factory=list)
     first: End | None = None
     """The first process that failed."""
+    gone: frozenset[int] = frozenset()
+    """Ranks that had ended when the outcome of a failure came to light."""
+    _failure_said: bool = False
     _signals: list[signal.Signals] = field(default_factory=list)
     _signalled_at: float | None = None
     _unsent: list[signal.Signals] = field(default_factory=list)
@@ -153,8 +158,11 @@ class _Watch:
             self.first = failed[0]
             _log.warning("%s: ending the others", self.first)
         said = outcome.read(self.folder)
-        failure_said = said is not None and said.code not in (EXIT_DONE, EXIT_REQUEUE)
-        if self._deadline is None and (failed or failure_said or len(ends) == len(self.children)):
+        if not self._failure_said and said is not None and said.code not in (EXIT_DONE, EXIT_REQUEUE):
+            self._failure_said = True
+            alive = {rank.global_rank for rank in processes.ranks(processes.marked(self.job))}
+            self.gone = frozenset(range(self.num_ranks)) - alive
+        if self._deadline is None and (failed or self._failure_said or len(ends) == len(self.children)):
             self._deadline = time.monotonic() + GRACE_SECONDS
 
     def _handle_signals(self) -> None:

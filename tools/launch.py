@@ -51,7 +51,7 @@ def main(
 
 def _start(run: RunConfig, wanted: Wanted, to_start: list[Command]) -> int:
     prepare_extensions(run.folder, os.environ)
-    verdict = supervise(to_start, wanted.job, run.folder)
+    verdict = supervise(to_start, wanted.job, run.folder, wanted.num_processes)
     if verdict.look_at is not None and wanted.kind == "local" and verdict.look_at != "rank-0":
         print(last_lines(run.folder, verdict.look_at), file=sys.stderr)
     stream = sys.stdout if verdict.code == EXIT_DONE else sys.stderr

@@ -37,14 +37,14 @@ def main(
         place = rank_environment(os.environ)
         logs.configure(place.global_rank, place.world_size)
         run = load_run(config, overrides or [])
-        layout = _start(run, place)
+        code = _train(run, _start(run, place), place)
     except PalimpsestError as error:
         if place is not None and place.global_rank > 0:
             # rank 0 tells the whole story; the others say enough to be found if they fail alone
             print(f"palimpsest train [rank {place.global_rank}]: {error.wrong.splitlines()[0]}", file=sys.stderr)
             raise typer.Exit(error.exit_code) from error
         raise
-    raise typer.Exit(_train(run, layout, place))
+    raise typer.Exit(code)
 
 
 def _start(run: RunConfig, place: RankPlace) -> Layout:

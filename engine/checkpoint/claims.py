@@ -34,13 +34,14 @@ def parse(document: dict[str, Any]) -> Manifest:
         config_hash=_text(document["config_hash"], "config_hash"),
         **{name: _object(document[name], name) for name in ("config", "sections", "hyperparameters", "versions")},
     )
+    parameters = _object(document["parameters"], "parameters")
     records = [FileRecord(_text(n, "file"), _whole(b, n), _text(h, n)) for n, b, h in document["files"]]
     files = {record.name: record for record in records}
     _require(len(files) == len(records), "a file is listed twice")
     return Manifest(
         state=state,
         layout=layout,
-        placements={name: _placement(name, value) for name, value in document["parameters"].items()},
+        placements={name: _placement(name, value) for name, value in parameters.items()},
         moments=tuple(_text(moment, "moments") for moment in document["moments"]),
         files=files,
         job=_text(document["job"], "job"),

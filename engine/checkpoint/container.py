@@ -122,7 +122,7 @@ class Container:
         self.digests: dict[str, str] = {}
         try:
             self._parse(header)
-        except (KeyError, TypeError, ValueError, RecursionError) as problem:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as problem:
             raise damaged(path, f"its header is not that of a file of pieces ({problem!r})") from problem
         self._map: np.ndarray | None = None
 

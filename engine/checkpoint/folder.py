@@ -56,6 +56,24 @@ def committed(folder: Path) -> list[Path]:
     return sorted((path for path in folder.iterdir() if step_of(path) >= 0), key=step_of, reverse=True)
 
 
+def find(place: Path) -> list[Path]:
+    """The checkpoints that a user means by a run folder, its folder `checkpoints/` or one checkpoint, newest first.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if step_of(place) >= 0 and place.is_dir():
+        return [place]
+    found = committed(place / CHECKPOINTS) or committed(place)
+    if not found:
+        raise CheckpointError(
+            f"{place} holds no checkpoint",
+            f"a run folder, its folder {CHECKPOINTS}/, or one checkpoint step-N",
+            "check the path, or train until the first checkpoint is saved",
+        )
+    return found
+
+
 def claim(folder: Path, owner: Owner) -> None:
     """Makes `owner` the one that may commit, and clears what an earlier start left half done.
 

@@ -6,7 +6,7 @@ from the newest checkpoint, with the files of each candidate shared out over the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,13 +34,16 @@ class Damage:
         return f"{self.file}: {self.what}"
 
 
-def verify(path: Path) -> list[Damage]:
-    """All damage of a checkpoint, by reading every byte of it; empty where it is whole."""
+def verify(path: Path, watch: Callable[[list[str]], Iterable[str]] = iter) -> list[Damage]:
+    """All damage of a checkpoint, by reading every byte of it; empty where it is whole.
+
+    `watch` hands on the names of the files as they are read, so that a caller can show progress.
+    """
     try:
         manifest = document.read(path)
     except CheckpointError as problem:
         return [Damage(document.FILE, _reason(problem))]
-    return verify_files(path, manifest, manifest.files)
+    return verify_files(path, manifest, watch(list(manifest.files)))
 
 
 def verify_files(path: Path, manifest: Manifest, names: Iterable[str]) -> list[Damage]:

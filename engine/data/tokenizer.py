@@ -133,9 +133,7 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
         tree = json.loads(text)
     except ValueError as error:
-        raise DataError(
-            f"{path} is damaged: no JSON ({error})", "the file as written", "restore it from a copy"
-        ) from error
+        raise DataError(f"{path} is damaged: no JSON ({error})", "the file as written", _RESTORE) from error
     if not isinstance(tree, dict):
-        raise DataError(f"{path} is damaged: {text[:20]!r}", "a JSON object", "restore it from a copy")
+        raise DataError(f"{path} is damaged: it begins with {text[:20]!r}", "a JSON object", _RESTORE)
     return tree

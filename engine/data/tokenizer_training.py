@@ -22,15 +22,24 @@ Kind = Literal["bpe", "sentencepiece-unigram", "sentencepiece-bpe"]
 PADDING = "<|padding|>"
 UNKNOWN = "<|unknown|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PADDING, UNKNOWN)
-SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS) + 1
-"""All bytes, the special tokens, and one token worth the trouble."""
+_REQUIRED_CHARACTERS = "".join(map(chr, range(33, 127)))
+"""What a SentencePiece vocabulary always spells: printable ASCII, so that the names of special and byte pieces can
+be spelt too, and quoting one is never the same as using it."""
+_BASE = 256 + len(SPECIAL_TOKENS)
+SMALLEST_VOCABULARY: dict[str, int] = {
+    "bpe": _BASE + 1,
+    "sentencepiece-unigram": _BASE + len(_REQUIRED_CHARACTERS) + 3,
+    "sentencepiece-bpe": _BASE + len(_REQUIRED_CHARACTERS) + 3,
+}
+"""All bytes, the special tokens, the required characters, space and line end, and one token worth the trouble."""
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 _SPACE = "▁"
 _LONGEST_LINE_BYTES = 1 << 14
 _LINE_END = "\n"
 _NEVER = -1e5
-"""Log probability of a control or byte piece: a text that spells `<0x41>` must not be read as that byte."""
+"""Log probability of a control or byte piece: a text that spells `<0x41>` must not be read as that byte. Spelling
+it in characters is always possible and always likelier."""
 
 
 def train_tokenizer(texts: Iterable[str], folder: Path, kind: Kind, vocab_size: int) -> TextTokenizer:
@@ -44,9 +53,9 @@ def train_tokenizer(texts: Iterable[str], folder: Path, kind: Kind, vocab_size: 
     """
     from transformers import PreTrainedTokenizerFast
 
-    if vocab_size < SMALLEST_VOCABULARY:
+    if vocab_size < (smallest := SMALLEST_VOCABULARY[kind]):
         raise ConfigError(
-            f"vocabulary of {vocab_size} tokens", f"{SMALLEST_VOCABULARY} or more", "name a larger --vocab-size"
+            f"a {kind} vocabulary of {vocab_size} tokens", f"{smallest} or more", "name a larger --vocab-size"
         )
     texts = _not_empty(texts)
     try:
@@ -103,6 +112,7 @@ def _sentencepiece(texts: Iterable[str], kind: Kind, vocab_size: int) -> bytes:
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             character_coverage=0.9999,
+            required_chars=_REQUIRED_CHARACTERS,
             byte_fallback=True,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
@@ -123,8 +133,8 @@ def _sentencepiece(texts: Iterable[str], kind: Kind, vocab_size: int) -> bytes:
     except RuntimeError as error:
         raise DataError(
             f"SentencePiece cannot train {vocab_size} tokens of kind {kind} on this text: {error}",
-            "a vocabulary that the corpus can fill",
-            "give more text or name a smaller --vocab-size",
+            "a vocabulary with room for the bytes, ASCII and the common characters of the text",
+            "name a larger --vocab-size",
         ) from error
     return content.getvalue()
 

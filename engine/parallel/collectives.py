@@ -9,6 +9,9 @@ import torch.distributed as dist
 
 from engine.parallel.groups import Group
 
+Work = dist.Work
+"""A send under way; `wait()` returns when its tensor may be reused."""
+
 
 def all_reduce(tensor: torch.Tensor, group: Group, op: str = "sum") -> torch.Tensor:
     """Reduces `tensor` in place over the group ("sum", "max" or "min"). Collective over `group`."""

@@ -15,9 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
-from engine.parallel.collectives import receive, send
+from engine.parallel.collectives import Work, receive, send
 from engine.parallel.groups import Groups
 from engine.parallel.schedule import Backward, Forward, Instruction, Schedule, forward_only, instructions
 from engine.parallel.zero import StageEngine
@@ -50,7 +49,7 @@ class Pipeline:
         self.schedule: Schedule = schedule
         (self.output_name,) = [name for name, field in boundary.items() if field.differentiable]
         self._live: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}
-        self._sent: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        self._sent: deque[tuple[Work, torch.Tensor]] = deque()
 
     def train(self, inputs: list[Tensors], loss_scale: torch.Tensor) -> torch.Tensor:
         """Forward and backward of one step; returns the sum of the micro-batches' losses (0 unless last stage).

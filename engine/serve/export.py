@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from engine.checkpoint.huggingface import from_huggingface
 from engine.errors import CheckpointError, ConfigError, EnvironmentProblem
@@ -59,7 +60,7 @@ def export(trained: Trained, output: Path) -> Exported:
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"output {output} exists", "a new or empty folder", "name another, or remove it first")
-    partial = output.with_name(f".{output.name}.partial")
+    partial = output.resolve().with_name(f".{output.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -68,7 +69,7 @@ def export(trained: Trained, output: Path) -> Exported:
         if output.exists():
             output.rmdir()
         partial.rename(output)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # theirs, where the disk is full
         raise EnvironmentProblem(
             f"{output} cannot be written: {error}", "a writable folder with room", "name another --output"
         ) from error

@@ -33,7 +33,8 @@ def test_local_starts_every_rank_as_torchrun_would() -> None:
 def test_deepspeed() -> None:
     (command,) = commands(replace(WANTED, kind="deepspeed"))
     assert str(command) == (
-        COMMON.format("deepspeed") + f"/venv/bin/deepspeed --num_gpus=2 --master_port=4321 --module {TRAIN}"
+        COMMON.format("deepspeed")
+        + f"/venv/bin/deepspeed --num_gpus=2 --master_port=4321 --log_level=warning --module {TRAIN}"
     )
     assert command.name == "launcher"
 

@@ -59,7 +59,7 @@ def stand_in(name: str, job: str, folder: Path, code: str, **environment: str) -
 
 def run_ranks(job: str, folder: Path, *codes: str) -> supervise.Verdict:
     commands = [stand_in(f"rank-{rank}", job, folder, code, RANK=str(rank)) for rank, code in enumerate(codes)]
-    return supervise.supervise(commands, job, folder)
+    return supervise.supervise(commands, job, folder, len(commands))
 
 
 def run_launcher(job: str, folder: Path, launcher: str, rank: str) -> supervise.Verdict:
@@ -68,7 +68,7 @@ def run_launcher(job: str, folder: Path, launcher: str, rank: str) -> supervise.
 rank_process = subprocess.Popen([sys.executable, "-S", "-c", {PROLOGUE + rank!r}], env={{**os.environ, "RANK": "0"}})
 while not (folder / "ready-0").exists(): time.sleep(0.01)
 """
-    return supervise.supervise([stand_in("launcher", job, folder, start + launcher)], job, folder)
+    return supervise.supervise([stand_in("launcher", job, folder, start + launcher)], job, folder, 1)
 
 
 def when_ready(folder: Path, *signals: signal.Signals, pause_seconds: float = 0.5) -> threading.Thread:
@@ -118,9 +118,27 @@ def test_a_killed_rank_is_named_with_its_signal(tmp_path: Path, job: str) -> Non
 
 
 def test_a_dying_rank_leaves_the_others_time_for_their_outcome(tmp_path: Path, job: str) -> None:
-    last_words = "time.sleep(0.3); say(1, failed=1, error='lost rank 1'); sys.exit(1)"
+    last_words = "time.sleep(0.3); say(1, failed=None, error='lost rank 1'); sys.exit(1)"
     verdict = run_ranks(job, tmp_path, last_words, "sys.exit(1)")
-    assert (verdict.code, verdict.words) == (1, "failed at step 7: rank 1 first: lost rank 1")
+    assert (verdict.code, verdict.words) == (1, "failed at step 7: lost rank 1")
+
+
+def test_a_rank_that_only_missed_a_killed_one_is_not_blamed(tmp_path: Path, job: str) -> None:
+    """The survivor's last words are about a closed connection; who closed it could say nothing."""
+    survivor = """
+ready()
+while not (folder / "ready-1").exists(): time.sleep(0.01)
+time.sleep(0.3)
+say(1, failed=0, error="connection closed")
+time.sleep(0.5)
+sys.exit(1)
+"""
+    killed = WAIT_FOR_OTHER + "ready(); os.kill(os.getpid(), signal.SIGKILL)"
+    verdict = run_ranks(job, tmp_path, survivor, killed)
+    assert verdict.code == 1
+    assert verdict.words == (
+        "failed at step 7: rank 1 was gone already, without a word; rank 0 then: connection closed"
+    )
 
 
 def test_a_failure_that_was_said_ends_ranks_that_hang(tmp_path: Path, job: str) -> None:
@@ -210,7 +228,7 @@ def test_a_launcher_that_ends_well_is_not_believed(tmp_path: Path, job: str) -> 
 def test_a_program_that_is_not_there(tmp_path: Path, job: str) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(EnvironmentProblem) as caught:
-        supervise.supervise([Command("launcher", ("/no/such/deepspeed",), {JOB: job})], job, tmp_path)
+        supervise.supervise([Command("launcher", ("/no/such/deepspeed",), {JOB: job})], job, tmp_path, 1)
     assert caught.value.wrong == "/no/such/deepspeed cannot be started: No such file or directory"
     assert "use --launcher local" in caught.value.remedy
     assert signal.getsignal(signal.SIGTERM) is handler

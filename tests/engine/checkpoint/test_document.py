@@ -156,10 +156,10 @@ QKV = ("parameters", "layers.0.attention.qkv_proj.weight")
         (put("topology", "data", 10**12), "ranks"),
         (put("topology", "tensor", 0), "tensor"),
         (put("moments", ["exp_avg", "exp_avg"]), "moment"),
-        (put("moments", ["exp_avg", "exp_avg_sq", "more"]), "pieces of|parameters of"),
+        (put("moments", [f"moment_{number}" for number in range(30)]), "parameters of"),
         (put("step", "1"), "step"),
         (lambda c: c.pop("sections"), "sections"),
-        (put("parameters", []), "field"),
+        (put("parameters", []), "parameters: "),
         (put("config", "text"), "config"),
     ],
 )

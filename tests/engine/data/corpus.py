@@ -12,7 +12,7 @@ from engine.data.shards import ShardWriter
 
 EOS = 0
 VOCABULARY = 1000
-WORDS = "the a rank of step wave little falls rises under over 日本 naïve 😀 if return x = y + 1".split()
+SENTENCE = "the a rank of step wave little falls rises under over 日本 naïve 😀 if return x = y + 1"
 
 
 def made_up_documents(count: int, longest: int = 60, seed: int = 0) -> list[np.ndarray]:
@@ -35,10 +35,10 @@ def write_shards(
 
 def made_up_texts(count: int, seed: int = 0) -> list[str]:
     """Texts of some words and lines."""
-    generator = np.random.default_rng(seed)
+    generator, words = np.random.default_rng(seed), SENTENCE.split()
     texts = []
     for _ in range(count):
-        lines = [" ".join(generator.choice(WORDS, generator.integers(1, 9))) for _ in range(generator.integers(1, 6))]
+        lines = [" ".join(generator.choice(words, generator.integers(1, 9))) for _ in range(generator.integers(1, 6))]
         texts.append("\n".join(lines) + f"\n{generator.integers(10**9)}")
     return texts
 

@@ -110,6 +110,6 @@ def test_what_is_no_index_at_all_is_refused(folder, tmp_path):
 
 
 def test_the_parts_are_named_where_their_parent_is_given(folder):
-    with pytest.raises(DataError, match="holds no index.json") as caught:
+    with pytest.raises(DataError, match=r"holds no index\.json") as caught:
         read_index(folder.parent)
     assert "name one of its folders: data" in str(caught.value)

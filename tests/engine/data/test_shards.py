@@ -43,11 +43,19 @@ def test_the_same_documents_give_the_same_bytes(tmp_path):
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
 
 
-def test_a_writer_that_fails_leaves_no_index(tmp_path):
-    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, 1000, 0, "hash", 20) as writer:
+def write_and_fail(folder, fail):
+    with ShardWriter(folder, 1000, 0, "hash", 20) as writer:
         for _ in range(4):
             writer.add(np.arange(8))
+        fail()
+
+
+def test_a_writer_that_fails_leaves_no_index(tmp_path):
+    def interrupt():
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_and_fail(tmp_path, interrupt)
     assert list(tmp_path.glob("*.tokens"))
     with pytest.raises(DataError, match=r"holds no index\.json"):
         TokenDataset(tmp_path)
@@ -73,7 +81,7 @@ def test_no_documents_make_an_empty_data_set(tmp_path):
 
 def test_an_output_that_is_no_folder_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot write token shards to .*file") as caught:
+    with pytest.raises(DataError, match=r"cannot write token shards to .*file") as caught:
         write_shards(tmp_path / "file", made_up_documents(1))
     assert "to do: make room or name another --output" in str(caught.value)
 
@@ -82,8 +90,6 @@ def test_a_full_disk_is_one_clear_error_and_leaves_no_index(tmp_path, monkeypatc
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(DataError, match="No space left on device"), ShardWriter(tmp_path, 1000, 0, "h", 20) as writer:
-        monkeypatch.setattr(os, "fsync", full)
-        writer.add(np.arange(8))
-        writer.add(np.arange(8))
+    with pytest.raises(DataError, match="No space left on device"):
+        write_and_fail(tmp_path, lambda: monkeypatch.setattr(os, "fsync", full))
     assert not (tmp_path / FILE).exists()

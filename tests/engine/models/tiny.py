@@ -21,11 +21,12 @@ def tiny(form: str, **changes) -> ModelConfig:
     return ModelConfig(**{**read_tree(MODELS / f"tiny-{form}.yaml")["model"], **changes})
 
 
+# The second of each form also leaves the values that both libraries have by default.
 FORMS = {
     "gpt2": tiny("gpt2"),
-    "gpt2-untied": tiny("gpt2", tie_embeddings=False),
+    "gpt2-untied": tiny("gpt2", tie_embeddings=False, ffn_size=192, norm_epsilon=1e-3),
     "llama": tiny("llama"),
-    "llama-tied": tiny("llama", tie_embeddings=True),
+    "llama-tied": tiny("llama", tie_embeddings=True, num_kv_heads=4, rope_theta=100.0, norm_epsilon=1e-3),
 }
 
 

@@ -66,6 +66,12 @@ def test_an_output_that_cannot_be_written_is_refused(own_run, tmp_path):
         export(open_trained(own_run.folder), tmp_path / "file" / "out")
 
 
+def test_a_full_disk_is_told_and_nothing_is_left(own_run, tmp_path, small_disk):
+    with pytest.raises(EnvironmentProblem, match=r"out cannot be written: .*[Nn]o space left"):
+        export(open_trained(own_run.folder), small_disk / "out")
+    assert list(small_disk.iterdir()) == []
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(own_run, tmp_path):
     train_tokenizer([TEXT], tmp_path / "big", "bpe", 600)
     with pytest.raises(ConfigError, match=r"tokens, the model 500 rows\n  allowed: at most 500 tokens"):

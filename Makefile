@@ -1,0 +1,53 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set up what they need and then touch no network.
+#
+# The environment's stamp is named after the content of what it was made from and of where it lies, so that a second
+# `make` finds it at once, and a changed pyproject.toml or a moved checkout is noticed whatever the clocks say.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+KEY := $(shell (pwd; cat pyproject.toml tools/environment.sh) | sha256sum | cut -c 1-16)
+RUNTIME := .venv/.installed-$(KEY)
+DEVELOPMENT := .venv/.installed-$(KEY)-dev
+
+.PHONY: help demo test test-all check clean distclean
+
+help:
+	@echo 'make demo       set up, then train a small GPT on real text, kill it, resume it elsewhere, let it talk'
+	@echo 'make test       set up, then lint, types and the tests'
+	@echo 'make test-all   the same with the long matrices'
+	@echo 'make clean      remove what demo and tests left; make distclean: the environment, too'
+
+demo: $(RUNTIME)
+	@.venv/bin/python -m tools.demo
+
+test: check
+	@echo '== pytest'
+	@.venv/bin/python -m pytest -q -m 'not matrix'
+
+test-all: check
+	@echo '== pytest, long matrices included'
+	@.venv/bin/python -m pytest -q
+
+check: $(DEVELOPMENT)
+	@echo '== ruff check, ruff format, pyright'
+	@.venv/bin/ruff check --quiet .
+	@.venv/bin/ruff format --quiet --check .
+	@.venv/bin/pyright
+
+$(RUNTIME):
+	@bash tools/environment.sh '$@'
+
+$(DEVELOPMENT): $(RUNTIME)
+	@bash tools/environment.sh '$@' dev
+
+clean:
+	rm -rf .demo .pytest_cache .ruff_cache build dist
+	find engine launcher tools tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean
+	rm -rf .venv palimpsest.egg-info

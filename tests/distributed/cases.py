@@ -1,0 +1,268 @@
+"""The runs that every layout is held to: two tiny models, hard batches, and the plain-torch run they must equal.
+
+The batches are made to catch wrong denominators: rows of very different weight, padding that differs per
+micro-batch, documents that end anywhere. Clipping is active in every step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.config.load import parse_run
+from engine.config.place import RankPlace
+from engine.config.resolve import resolve
+from engine.config.schema import RunConfig
+from engine.models import gpt
+from engine.models.initial import initial_value
+from engine.models.values import fill
+from engine.optim.groups import weight_decay
+from engine.parallel.collectives import all_reduce
+from engine.parallel.groups import Groups, join
+from engine.parallel.pipeline import Tensors
+
+NUM_STEPS = 6
+GLOBAL_BATCH = 8
+LENGTH = 12
+VOCAB = 61  # padded to 64: three columns must stay out of the softmax
+LEARNING_RATE = 1e-2
+CLIP_NORM = 0.5
+LAYOUTS = ((1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 2, 1), (2, 2, 1), (2, 1, 2), (2, 2, 2))
+"""(pipe, tensor, data)."""
+
+GPT2 = {"num_layers": 3, "hidden_size": 16, "num_heads": 4, "max_positions": 16}
+LLAMA = GPT2 | {
+    "num_kv_heads": 2,
+    "ffn_size": 32,
+    "position": "rope",
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "bias": False,
+    "tie_embeddings": False,
+}
+MODELS = {"gpt2": GPT2, "llama": LLAMA, "llama-tied": LLAMA | {"tie_embeddings": True}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of the parity matrix."""
+
+    model: str = "gpt2"
+    zero_stage: int = 0
+    pipe: int = 1
+    tensor: int = 1
+    data: int = 1
+    schedule: str = "1f1b"
+    decay: bool = True
+    attention: str = "document"
+    micro_batch_size: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.pipe * self.tensor * self.data
+
+    def __str__(self) -> str:
+        return "-".join(str(value) for value in dataclasses.astuple(self))
+
+
+def product() -> list[Case]:
+    """Every combination of two values that the parity matrix knows; the schedule only matters with a pipeline."""
+    cases = []
+    for model, zero_stage, layout, schedule, decay, attention, micro in itertools.product(
+        ("gpt2", "llama"), range(4), LAYOUTS, ("1f1b", "gpipe"), (True, False), ("document", "row"), (1, 2)
+    ):
+        pipe, tensor, data = layout
+        if pipe > 1 or schedule == "1f1b":
+            cases.append(Case(model, zero_stage, pipe, tensor, data, schedule, decay, attention, micro))
+    return cases
+
+
+def matrix() -> list[Case]:
+    """Model x ZeRO stage x layout x decay groups, whole; schedule, attention and micro-batch take turns."""
+    kinds = itertools.product(("gpt2", "llama"), range(4), LAYOUTS, (True, False))
+    turns = itertools.cycle(itertools.product(("1f1b", "gpipe"), ("document", "row"), (1, 2)))
+    cases = []
+    for (model, zero_stage, (pipe, tensor, data), decay), (schedule, attention, micro) in zip(
+        kinds, turns, strict=False
+    ):
+        order = schedule if pipe > 1 else "1f1b"
+        cases.append(Case(model, zero_stage, pipe, tensor, data, order, decay, attention, micro))
+    return cases
+
+
+def pairwise(cases: list[Case]) -> list[Case]:
+    """A small selection in which every pair of values that some case has together occurs (greedy, deterministic)."""
+    missing = set().union(*map(_pairs, cases))
+    chosen = []
+    while missing:
+        best = max(cases, key=lambda case: (len(_pairs(case) & missing), -case.world_size))
+        chosen.append(best)
+        missing -= _pairs(best)
+    return chosen
+
+
+def _pairs(case: Case) -> set[tuple[Any, ...]]:
+    return set(itertools.combinations(dataclasses.asdict(case).items(), 2))
+
+
+def config_of(case: Case) -> RunConfig:
+    """The run's configuration."""
+    return parse_run(
+        {
+            "folder": "unused",
+            "tokenizer": "unused",
+            "seed": 3,
+            "model": {"vocab_size": VOCAB, "vocab_multiple": 8} | MODELS[case.model],
+            "stages": [
+                {
+                    "data": {"train": "unused", "attention": case.attention},
+                    "sequence_length": LENGTH,
+                    "global_batch_size": GLOBAL_BATCH,
+                    "duration": {"steps": NUM_STEPS},
+                }
+            ],
+            "optimizer": {
+                "learning_rate": LEARNING_RATE,
+                "clip_norm": CLIP_NORM,
+                "weight_decay": 0.1,
+                "no_decay": ["*.bias", "*norm*"] if case.decay else [],
+            },
+            "precision": {"dtype": "fp32"},
+            "parallel": {
+                "pipe": case.pipe,
+                "tensor": case.tensor,
+                "data": case.data,
+                "zero_stage": case.zero_stage,
+                "micro_batch_size": case.micro_batch_size,
+                "schedule": case.schedule,
+            },
+        },
+        "case",
+    )
+
+
+def global_batch(step: int, attention: str) -> Tensors:
+    """The global batch of a step: rows of weight from nearly all targets to nearly none, real weights among them."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    shape = (GLOBAL_BATCH, LENGTH)
+    weights_BT = torch.rand(shape, generator=generator)
+    lengths_B = torch.linspace(LENGTH, 1, GLOBAL_BATCH).round()
+    padding_BT = torch.arange(LENGTH) >= lengths_B[torch.randperm(GLOBAL_BATCH, generator=generator)].unsqueeze(1)
+    batch = {
+        "tokens_BT": torch.randint(0, VOCAB, shape, generator=generator),
+        "targets_BT": torch.randint(0, VOCAB, shape, generator=generator),
+        "weights_BT": weights_BT.masked_fill(padding_BT, 0.0),
+    }
+    if attention == "document":
+        ends_BT = torch.rand(shape, generator=generator) > 0.8
+        batch["segments_BT"] = ends_BT.int().cumsum(1, dtype=torch.int32)
+    return batch
+
+
+@dataclass
+class Result:
+    """What a run is compared by."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, np.ndarray]
+
+
+def reference(case: Case) -> Result:
+    """The same run in one plain torch loop: the whole batch at once, `clip_grad_norm_`, unfused AdamW."""
+    config = config_of(case)
+    model = gpt.build(config.model)
+    specs = {spec.name: spec for spec in gpt.specs(config.model)}
+    ties = gpt.ties(config.model)
+    fill(model, lambda name: initial_value(specs[ties.get(name, name)], config.model, config.seed))
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [parameter], "weight_decay": weight_decay(name, config.optimizer)}
+            for name, parameter in model.named_parameters()
+        ],
+        lr=LEARNING_RATE,
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        eps=config.optimizer.epsilon,
+        fused=False,
+        foreach=False,
+    )
+    losses, norms = [], []
+    for step in range(NUM_STEPS):
+        batch = global_batch(step, case.attention)
+        loss = model(**batch) / batch["weights_BT"].sum()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert min(norms) > CLIP_NORM, "clipping has to be active in every step"
+    return Result(losses, norms, {name: p.detach().numpy().copy() for name, p in model.named_parameters()})
+
+
+def run_rank(place: RankPlace, case: Case) -> tuple[list[float], list[float], list[tuple[str, np.ndarray, np.ndarray]]]:
+    """One rank of a run: losses, norms, and its pieces as (name, indices in the whole parameter, values)."""
+    from engine.train.build import build_pipeline
+
+    config = config_of(case)
+    groups = join(resolve(config, place.world_size), place.global_rank)
+    pipeline = build_pipeline(config, config.stages[0], groups, torch.device("cpu"))
+    losses, norms = [], []
+    for step in range(NUM_STEPS):
+        batch = global_batch(step, case.attention)
+        weight = batch["weights_BT"].sum()
+        loss = pipeline.train(_micro_batches(batch, case, groups), groups.layout.data / weight)
+        norms.append(pipeline.engine.step(LEARNING_RATE))
+        counted = loss.double() * (groups.tensor.position == 0)
+        losses.append(all_reduce(counted, groups.world).item() / weight.item())
+    indices = {
+        spec.name: spec.part(
+            torch.arange(int(np.prod(spec.shape))).reshape(spec.shape), groups.tensor.position, groups.tensor.size
+        ).flatten()
+        for spec in gpt.specs(config.model)
+    }
+    pieces = [
+        (
+            piece.spec.name,
+            indices[piece.spec.name][piece.start : piece.start + piece.length].numpy(),
+            piece.weight.numpy().copy(),
+        )
+        for piece in pipeline.engine.pieces()
+    ]
+    return losses, norms, pieces
+
+
+def _micro_batches(batch: Tensors, case: Case, groups: Groups) -> list[Tensors]:
+    """This rank's keywords per micro-batch: rows go to data ranks in turn, a micro-batch at a time."""
+    size, inputs = case.micro_batch_size, []
+    for first in range(groups.coordinates.data_rank * size, GLOBAL_BATCH, size * case.data):
+        names = set()
+        if groups.is_first_stage:
+            names |= {"tokens_BT", "segments_BT"}
+        if groups.is_last_stage:
+            names |= {"targets_BT", "weights_BT"}
+        inputs.append({name: tensor[first : first + size] for name, tensor in batch.items() if name in names})
+    return inputs
+
+
+def join_results(case: Case, ranks: list[Any]) -> Result:
+    """One result from every rank's; each rank must have seen the same losses, and the pieces must cover everything."""
+    for losses, norms, _ in ranks:
+        assert (losses, norms) == (ranks[0][0], ranks[0][1]), "ranks disagree"
+    weights = {}
+    for spec in gpt.specs(config_of(case).model):
+        flat = np.full(int(np.prod(spec.shape)), np.nan, np.float32)
+        for _, _, pieces in ranks:
+            for name, indices, values in pieces:
+                if name == spec.name:
+                    held = flat[indices]
+                    copies = np.isnan(held) | (held == values)
+                    assert copies.all(), f"{name}: copies on several ranks differ"
+                    flat[indices] = values
+        assert not np.isnan(flat).any(), f"{spec.name}: elements that no rank holds"
+        weights[spec.name] = flat.reshape(spec.shape)
+    return Result(ranks[0][0], ranks[0][1], weights)

@@ -1,0 +1,89 @@
+"""Whole training runs on ranks of their own, over a small prepared corpus: what restarts are tested with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.config.load import merge, parse_run
+from engine.config.place import RankPlace
+from engine.config.resolve import resolve
+from engine.config.schema import RunConfig
+from engine.data.shards import ShardWriter
+from engine.data.tokenizer import tokenizer_hash
+from engine.data.tokenizer_training import train_tokenizer
+
+Tree = dict[str, Any]
+LENGTH = 16
+
+
+def write_corpus(folder: Path) -> None:
+    """A tokenizer and two folders of token shards, several shards each."""
+    texts = [f"document {number} says {'ab' * (number % 7)} and {number * number}." for number in range(200)]
+    tokenizer = train_tokenizer(texts, folder / "tokenizer", "bpe", 300)
+    written_with = tokenizer_hash(folder / "tokenizer")
+    for name, chosen in (("train", texts[:180]), ("validation", texts[180:])):
+        with ShardWriter(
+            folder / name, tokenizer.vocab_size, tokenizer.eos_id, written_with, shard_bytes=2000
+        ) as writer:
+            for tokens in tokenizer.encode(chosen):
+                writer.add(np.append(tokens, tokenizer.eos_id))
+
+
+def run_tree(corpus: Path, folder: Path, **changes: Any) -> Tree:
+    """A tiny GPT-2's run: six steps, a checkpoint every three, two documents or more per row."""
+    tree: Tree = {
+        "folder": str(folder),
+        "tokenizer": str(corpus / "tokenizer"),
+        "seed": 5,
+        "model": {"vocab_size": 300, "num_layers": 3, "hidden_size": 16, "num_heads": 4, "max_positions": LENGTH},
+        "stages": [
+            {
+                "data": {
+                    "train": str(corpus / "train"),
+                    "validation": str(corpus / "validation"),
+                    "window_shards": 2,
+                },
+                "sequence_length": LENGTH,
+                "global_batch_size": 8,
+                "duration": {"steps": 6},
+                "schedule": {"warmup_steps": 2},
+            }
+        ],
+        "optimizer": {"learning_rate": 1e-2, "clip_norm": 0.5},
+        "precision": {"dtype": "fp32"},
+        "parallel": {"micro_batch_size": 2},
+        "evaluation": {"every_steps": 3, "max_samples": 21},
+        "checkpoint": {"every_steps": 3, "keep_last": 9},
+        "logging": {"tensorboard": False, "wandb": "off", "plot": False},
+    }
+    return merge(tree, changes)
+
+
+def run_config(tree: Tree) -> RunConfig:
+    return parse_run(tree, "test run")
+
+
+def train_rank(place: RankPlace, tree: Tree) -> dict[str, Any]:
+    """One rank of a run: its exit code, the state's fingerprint right after the start and at the end."""
+    import torch
+
+    from engine.checkpoint.fingerprint import fingerprint
+    from engine.parallel.groups import join
+    from engine.train.run import Trainer
+    from engine.train.signals import StopSignals
+
+    config = run_config(tree)
+    groups = join(resolve(config, place.world_size), place.global_rank)
+    trainer = Trainer(config, groups, place, torch.device("cpu"), StopSignals())
+    engine = trainer.pipeline.engine
+
+    def held() -> str:
+        return fingerprint(engine.pieces(), engine.placements(), groups)
+
+    started_at, at_start = trainer.state.step, held()
+    code = trainer.fit()
+    trainer.close()
+    return {"code": code, "started_at": started_at, "at_start": at_start, "at_end": held(), "state": trainer.state}

@@ -1,0 +1,133 @@
+"""A run that was cut in two equals the whole one: bitwise in its own layout, to rounding in another.
+
+The reference is the uninterrupted run itself. Its checkpoint at step 3 is taken up by fresh processes in a folder of
+its own, so the second half starts from what was on the disk and nothing else.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.checkpoint.fingerprint import fingerprint_of_checkpoint
+from engine.checkpoint.folder import step_path
+from engine.checkpoint.load import open_checkpoint
+from engine.errors import EXIT_DONE
+from engine.train.metrics import read_metrics
+from tests.distributed.ranks import RankFailed, run_ranks
+from tests.distributed.runs import run_tree, train_rank, write_corpus
+
+LAYOUTS = {
+    "zero0": {"zero_stage": 0, "data": 2},
+    "zero1": {"zero_stage": 1, "pipe": 2},
+    "zero2": {"zero_stage": 2, "data": 2},
+    "zero3": {"zero_stage": 3, "pipe": 2, "data": 2},
+}
+OTHERS = {
+    "zero0": {"zero_stage": 3, "tensor": 2},
+    "zero1": {"zero_stage": 2, "data": 2, "micro_batch_size": 4},
+    "zero2": {"zero_stage": 0, "pipe": 3},
+    "zero3": {"zero_stage": 1, "tensor": 2},
+}
+
+
+@dataclass
+class Whole:
+    """The uninterrupted run in one layout."""
+
+    tree: dict[str, Any]
+    ranks: list[dict[str, Any]]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.tree["folder"])
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(corpus, tmp_path_factory):
+    """The uninterrupted run of a layout, made once."""
+    made: dict[str, Whole] = {}
+
+    def run(name: str) -> Whole:
+        if name not in made:
+            tree = run_tree(corpus, tmp_path_factory.mktemp(name), parallel=LAYOUTS[name])
+            made[name] = Whole(tree, run_ranks(world_size(LAYOUTS[name]), train_rank, tree))
+        return made[name]
+
+    return run
+
+
+def world_size(parallel: dict[str, int]) -> int:
+    return parallel.get("pipe", 1) * parallel.get("tensor", 1) * parallel.get("data", 1)
+
+
+def second_half(whole: Whole, folder: Path, parallel: dict[str, int]) -> list[dict[str, Any]]:
+    """The run from its checkpoint at step 3 on, in `folder`, by fresh processes."""
+    shutil.copytree(whole.folder, folder, ignore=shutil.ignore_patterns("step-00000006"))
+    tree = whole.tree | {"folder": str(folder), "parallel": {"micro_batch_size": 2} | parallel}
+    return run_ranks(world_size(parallel), train_rank, tree)
+
+
+def values(folder: Path, key: str) -> dict[int, float]:
+    """One metric by step; a step that stands twice is an error."""
+    records = [record for record in read_metrics(folder) if key in record]
+    steps = [record["step"] for record in records]
+    assert len(set(steps)) == len(steps), f"{key} of a step stands twice"
+    return {record["step"]: record[key] for record in records}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_layout_goes_on_bitwise(layout, whole, tmp_path):
+    run = whole(layout)
+    ranks = second_half(run, tmp_path / "again", LAYOUTS[layout])
+    assert {rank["code"] for rank in ranks} == {EXIT_DONE}
+    assert {rank["started_at"] for rank in ranks} == {3}
+    assert ranks[0]["at_end"] == run.ranks[0]["at_end"]
+    assert ranks[0]["state"] == run.ranks[0]["state"]
+    for key in ("loss", "gradient_norm", "learning_rate", "validation_loss"):
+        assert values(tmp_path / "again", key) == values(run.folder, key)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_other_layout_goes_on_within_rounding(layout, whole, tmp_path):
+    run = whole(layout)
+    ranks = second_half(run, tmp_path / "other", OTHERS[layout])
+    saved = step_path(run.folder / "checkpoints", 3)
+    assert ranks[0]["at_start"] == fingerprint_of_checkpoint(saved, open_checkpoint(saved))
+    for key in ("loss", "validation_loss"):
+        expected, found = values(run.folder, key), values(tmp_path / "other", key)
+        assert found == pytest.approx(expected, rel=0, abs=2e-6)
+        assert expected.keys() == found.keys()
+
+
+def test_state_after_load_is_the_one_saved(whole, tmp_path):
+    run = whole("zero3")
+    saved = step_path(run.folder / "checkpoints", 6)
+    assert fingerprint_of_checkpoint(saved, open_checkpoint(saved)) == run.ranks[0]["at_end"]
+    assert run.ranks[0]["at_end"] != run.ranks[0]["at_start"]
+
+
+def test_held_out_loss_is_equal_in_every_layout(whole):
+    """At step 3 the weights differ by rounding alone, so the held-out loss does too: 21 samples do not fill a batch."""
+    losses = [values(whole(name).folder, "validation_loss")[3] for name in LAYOUTS]
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=0, abs=2e-6)
+
+
+def test_a_run_of_another_meaning_is_refused_and_loses_nothing(whole, corpus):
+    run = whole("zero0")
+    tree = run_tree(corpus, run.folder, parallel=LAYOUTS["zero0"], seed=6)
+    before = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+    with pytest.raises(RankFailed, match=r"belongs to another run:\n.*seed: 5 -> 6"):
+        run_ranks(2, train_rank, tree)
+    assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == before

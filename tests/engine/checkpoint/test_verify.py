@@ -1,0 +1,182 @@
+"""Damage of every kind is found and named, and the walk back finds the newest checkpoint that is whole."""
+
+import json
+import logging
+import shutil
+import struct
+
+import pytest
+
+from engine.checkpoint import document
+from engine.checkpoint.retention import retain, victims
+from engine.checkpoint.verify import newest_verified, verify, verify_files
+from tests.engine.checkpoint.threads import ThreadedRanks
+from tests.engine.checkpoint.worlds import World, fake_groups, layout_of, random_state, small_model, some_state
+
+ALONE = fake_groups(layout_of(1, 1, 1), 0)
+FILE = "stage-01-data-0001-tensor-00.safetensors"
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Four checkpoints, newest first."""
+    world = World(layout_of(2, 2, 1), 3, small_model())
+    paths = []
+    for step in (10, 20, 30, 40):
+        world.fill(random_state(world.specs, step))
+        paths.insert(0, world.save(tmp_path, some_state(step)))
+    return paths
+
+
+def flip(path, at):
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 0x04
+    path.write_bytes(raw)
+
+
+def first_data_byte(path):
+    return 8 + struct.unpack("<Q", path.read_bytes()[:8])[0]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGES = {
+    "a missing manifest": (lambda c: (c / document.FILE).unlink(), document.FILE, "there is none"),
+    "a manifest cut short": (lambda c: cut_half(c / document.FILE), document.FILE, "not JSON"),
+    "a flipped byte of the manifest": (lambda c: flip_number(c / document.FILE), document.FILE, "its own hash"),
+    "a missing file": (lambda c: (c / FILE).unlink(), FILE, "cannot be read"),
+    "a file cut short": (lambda c: cut(c / FILE), FILE, "the manifest says"),
+    "an empty file": (lambda c: (c / FILE).write_bytes(b""), FILE, "0 bytes, the manifest says"),
+    "a flipped first byte": (lambda c: flip(c / FILE, 0), FILE, "header"),
+    "a flipped byte of data": (lambda c: flip(c / FILE, first_data_byte(c / FILE)), FILE, "in model."),
+    "a flipped last byte": (lambda c: flip(c / FILE, -1), FILE, "in optim.exp_avg_sq."),
+}
+
+
+def cut_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_number(path):
+    path.write_text(path.read_text().replace('"tokens": 25600', '"tokens": 25601'))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named_and_passed_over(checkpoints, damage, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("palimpsest"), "propagate", True)
+    harm, file, what = DAMAGES[damage]
+    newest, older, *_ = checkpoints
+    assert verify(newest) == []
+    assert newest_verified(newest.parent, ALONE) == newest
+    harm(newest)
+    (found,) = verify(newest)
+    assert found.file == file
+    assert what in found.what
+    assert str(newest.parent) not in str(found), "the file is named without its whole path"
+    with caplog.at_level(logging.WARNING, logger="palimpsest"):
+        assert newest_verified(newest.parent, ALONE) == older
+    assert f"{newest.name} is damaged and passed over: {file}: " in caplog.text
+
+
+def test_every_byte_of_a_file_counts(checkpoints):
+    path = checkpoints[0] / FILE
+    manifest = document.read(checkpoints[0])
+    for at in range(0, path.stat().st_size, 61):
+        flip(path, at)
+        assert [damage.file for damage in verify_files(checkpoints[0], manifest, [FILE])] == [FILE]
+        flip(path, at)
+    assert verify(checkpoints[0]) == []
+
+
+def test_a_byte_of_padding_in_a_header_is_found_by_the_hash_of_the_file(checkpoints):
+    path = checkpoints[0] / FILE
+    raw = bytearray(path.read_bytes())
+    space = raw.rfind(b" ", 8, first_data_byte(path))
+    assert space > 0, "this header ends on a multiple of 8: change the model a little"
+    raw[space] = ord("\n")  # nothing that JSON would see
+    path.write_bytes(raw)
+    (found,) = verify(checkpoints[0])
+    assert "in its header" in found.what
+
+
+def test_all_damaged_files_are_named(checkpoints):
+    for path in checkpoints[0].glob("*.safetensors"):
+        cut(path)
+    assert len(verify(checkpoints[0])) == 4
+
+
+def test_the_walk_goes_back_as_far_as_it_must_and_ends_in_none(checkpoints):
+    folder = checkpoints[0].parent
+    for path, expected in zip(checkpoints, [*checkpoints[1:], None], strict=True):
+        flip(path / FILE, -1)
+        assert newest_verified(folder, ALONE) == expected
+    assert newest_verified(folder / "absent", ALONE) is None
+
+
+def test_ranks_share_the_reading_and_agree(checkpoints, monkeypatch):
+    folder, layout = checkpoints[0].parent, layout_of(1, 3, 1)
+    ranks = ThreadedRanks(monkeypatch)
+    assert set(ranks.run(3, lambda rank: newest_verified(folder, fake_groups(layout, rank)))) == {checkpoints[0]}
+    flip(checkpoints[0] / FILE, -1)
+    assert set(ranks.run(3, lambda rank: newest_verified(folder, fake_groups(layout, rank)))) == {checkpoints[1]}
+
+
+def test_a_torn_save_is_no_checkpoint(checkpoints):
+    newest = checkpoints[0]
+    shutil.copytree(newest, newest.parent / ".step-00000050.job-0.partial")
+    assert newest_verified(newest.parent, ALONE) == newest
+
+
+def test_a_watcher_sees_every_file(checkpoints):
+    seen = []
+
+    def watch(names):
+        for name in names:
+            seen.append(name)
+            yield name
+
+    verify(checkpoints[0], watch)
+    assert sorted(seen) == sorted(path.name for path in checkpoints[0].glob("*.safetensors"))
+
+
+def test_retention_keeps_the_last_and_the_newest_whole_one(checkpoints):
+    folder = checkpoints[0].parent
+    assert retain(folder, 4, ALONE) == []
+    assert retain(folder, 3, ALONE) == checkpoints[3:]
+    for path in checkpoints[:2]:
+        flip(path / FILE, -1)
+    assert retain(folder, 1, ALONE) == [checkpoints[1]]
+    assert checkpoints[0].is_dir()
+    assert newest_verified(folder, ALONE) == checkpoints[2]
+
+
+def test_retention_removes_nothing_while_nothing_verifies(checkpoints):
+    for path in checkpoints:
+        flip(path / FILE, -1)
+    assert retain(checkpoints[0].parent, 1, ALONE) == []
+    assert victims(checkpoints, 1, None) == []
+
+
+def test_ranks_agree_on_retention(checkpoints, monkeypatch):
+    layout = layout_of(1, 2, 1)
+    ranks = ThreadedRanks(monkeypatch)
+    removed = ranks.run(2, lambda rank: retain(checkpoints[0].parent, 2, fake_groups(layout, rank)))
+    assert removed == [checkpoints[2:]] * 2
+
+
+def test_a_stranger_reads_a_checkpoint_with_safetensors_and_json_alone(checkpoints):
+    """The recipe of docs/checkpoint-format.md."""
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    whole = random_state(small_model(), 40)
+    manifest = json.loads((checkpoints[0] / "manifest.json").read_text())
+    name = "layers.1.attention.out_proj.weight"
+    parameter = manifest["parameters"][name]
+    pieces = []
+    for data_rank in range(manifest["topology"]["data"]):
+        file = f"stage-{parameter['stages'][0]:02d}-data-{data_rank:04d}-tensor-00.safetensors"
+        pieces.append(load_file(checkpoints[0] / file)[f"model.{name}"])
+    assert np.array_equal(np.concatenate(pieces).reshape(parameter["shape"]), whole[f"model.{name}"])

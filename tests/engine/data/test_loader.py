@@ -1,0 +1,198 @@
+"""Which samples a step holds depends on nothing but the run: not on ranks, micro-batches, restarts or skipping."""
+
+import json
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from engine.data.dataset import TokenDataset
+from engine.data.loader import Loader, evaluation_batches, num_evaluation_batches
+from engine.errors import DataError
+from tests.engine.data.corpus import EOS, made_up_documents, write_shards
+
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> TokenDataset:
+    return write_shards(tmp_path_factory.mktemp("data"), made_up_documents(90), shard_tokens=300)
+
+
+def loader(dataset, **changes) -> Loader:
+    arguments = {"sequence_length": LENGTH, "global_batch_size": 12, "seed": 3, "window_shards": 4}
+    return Loader(dataset, **(arguments | {"attention": "document"} | changes))
+
+
+def rows_of(batches):
+    """Every row of some batches as comparable values, in order."""
+    for batch in batches:
+        for b in range(batch.num_rows):
+            yield tuple(batch.samples_B3[b].tolist()), batch.sources[b], tuple(batch.tokens_BT[b].tolist())
+
+
+@pytest.mark.parametrize(("data_size", "micro_batch_size"), [(1, 1), (1, 4), (2, 1), (2, 3), (3, 2), (4, 3), (12, 1)])
+def test_a_step_holds_the_same_samples_in_every_layout(dataset, data_size, micro_batch_size):
+    alone = loader(dataset)
+    ranks = [loader(dataset) for _ in range(data_size)]
+    for _ in range(5):
+        whole = list(rows_of(alone.step(0, 1, 12)))
+        parts = [rank.step(data_rank, data_size, micro_batch_size) for data_rank, rank in enumerate(ranks)]
+        assert {len(part) for part in parts} == {12 // (data_size * micro_batch_size)}
+        # micro-batch after micro-batch, rank after rank, is the order of the global batch
+        merged = [row for micro in zip(*parts, strict=True) for batch in micro for row in rows_of([batch])]
+        assert merged == whole
+    assert all(rank.state() == alone.state() for rank in ranks)
+
+
+def test_each_sample_comes_once_per_epoch_and_epochs_follow_one_another(dataset):
+    stream = loader(dataset, global_batch_size=7)
+    epoch = stream.samples_per_epoch
+    seen = [source for _ in range(3 * epoch // 7 + 1) for batch in stream.step(0, 1, 7) for source in batch.sources]
+    assert set(Counter(seen[:epoch]).values()) == {1}
+    assert sorted(seen[:epoch]) == sorted(seen[epoch : 2 * epoch])
+    assert seen[:epoch] != seen[epoch : 2 * epoch]
+
+
+def test_a_row_is_what_the_shard_says(dataset):
+    [batch] = loader(dataset).step(0, 1, 12)
+    for b, source in enumerate(batch.sources):
+        name, row = source.split(":")
+        tokens = np.fromfile(dataset.folder / name, "<u2").astype(np.int64)  # by hand, without our reader
+        stretch = tokens[int(row) * LENGTH : int(row) * LENGTH + LENGTH + 1]
+        inputs = stretch.size - 1
+        assert batch.tokens_BT[b, :inputs].tolist() == stretch[:-1].tolist()
+        assert batch.targets_BT[b, :inputs].tolist() == stretch[1:].tolist()
+        assert batch.weights_BT[b, :inputs].tolist() == (stretch[:-1] != EOS).astype(float).tolist()
+        assert not batch.weights_BT[b, inputs:].any()
+        assert int(batch.document_lengths[b].sum()) == LENGTH
+    assert batch.weight == batch.weights_BT.sum()
+
+
+def test_types_and_shapes_of_a_batch(dataset):
+    [batch] = loader(dataset).step(0, 1, 12)
+    assert batch.segments_BT is not None
+    types = [
+        (batch.tokens_BT, (12, LENGTH), torch.int64),
+        (batch.targets_BT, (12, LENGTH), torch.int64),
+        (batch.weights_BT, (12, LENGTH), torch.float32),
+        (batch.segments_BT, (12, LENGTH), torch.int32),
+        (batch.samples_B3, (12, 3), torch.int64),
+        (batch.row_weights_B, (12,), torch.float32),
+        (batch.domains_B, (12,), torch.int32),
+    ]
+    assert all((tuple(tensor.shape), tensor.dtype) == (shape, dtype) for tensor, shape, dtype in types)
+    assert loader(dataset, attention="row").step(0, 1, 12)[0].segments_BT is None
+
+
+@pytest.mark.parametrize("steps", [0, 1, 9, 40])
+def test_a_restored_loader_goes_on_where_the_other_was(dataset, steps):
+    first = loader(dataset)
+    for _ in range(steps):
+        first.skip()
+    state = json.loads(json.dumps(first.state()))
+    assert len(json.dumps(state)) < 1024
+    second = loader(dataset)
+    second.restore(state)
+    assert second.samples == 12 * steps
+    assert second.next_sample_ids(30) == first.next_sample_ids(30)
+    assert second.sample_hash(100) == first.sample_hash(100)
+    for _ in range(3):
+        assert list(rows_of(second.step(0, 1, 12))) == list(rows_of(first.step(0, 1, 12)))
+
+
+def test_skipping_equals_stepping_and_looking_ahead_changes_nothing(dataset):
+    stepping, skipping = loader(dataset), loader(dataset)
+    ahead = stepping.next_sample_ids(24)
+    proof = stepping.sample_hash(24)
+    taken = []
+    for _ in range(2):
+        taken += [sample for sample, _, _ in rows_of(stepping.step(0, 1, 12))]
+        skipping.skip()
+    assert taken == ahead
+    assert stepping.state() == skipping.state()
+    assert stepping.sample_hash(24) != proof
+
+
+def test_the_hash_of_the_next_samples_follows_the_order_not_the_addresses_alone(dataset):
+    one, other = loader(dataset), loader(dataset, seed=4)
+    # of the first shard window only sizes differ between seeds; the first address is (0, 0, 0) for both
+    assert one.next_sample_ids(1) == other.next_sample_ids(1)
+    assert one.sample_hash(1) != other.sample_hash(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequence_length": 8}, "sequence_length = 16, this run has 8"),
+        ({"seed": 4}, "seed = 3, this run has 4"),
+        ({"window_shards": 5}, "window_shards = 4, this run has 5"),
+        ({"attention": "row"}, "attention = 'document', this run has 'row'"),
+    ],
+)
+def test_a_state_of_another_order_is_refused_and_both_are_named(dataset, changes, message):
+    with pytest.raises(DataError, match=message) as caught:
+        loader(dataset, **changes).restore(loader(dataset).state())
+    assert "to do: restore it, or start a new run" in str(caught.value)
+
+
+def test_a_state_of_other_data_is_refused_and_both_are_named(dataset, tmp_path):
+    other = write_shards(tmp_path, made_up_documents(91), shard_tokens=300)
+    both = f"fingerprint = '{dataset.fingerprint}', this run has '{other.fingerprint}'"
+    with pytest.raises(DataError, match=re.escape(both)):
+        loader(other).restore(loader(dataset).state())
+
+
+@pytest.mark.parametrize("damage", [{"slot": 10**9}, {"window": "x"}, {"epoch": None}, {"samples": None}])
+def test_a_damaged_state_is_refused_and_changes_nothing(dataset, damage):
+    stream = loader(dataset)
+    stream.skip()
+    before = stream.state()
+    with pytest.raises(DataError, match="the saved loader state is damaged"):
+        stream.restore(loader(dataset).state() | damage)
+    assert stream.state() == before
+
+
+def test_a_step_that_fails_does_not_advance(tmp_path):
+    data = write_shards(tmp_path, made_up_documents(30), shard_tokens=300)
+    for path in tmp_path.glob("*.tokens"):
+        path.write_bytes(b"\xff" * path.stat().st_size)
+    stream = loader(data)
+    before = stream.state()
+    with pytest.raises(DataError, match="is damaged"):
+        stream.step(0, 1, 12)
+    assert stream.state() == before
+
+
+def test_an_empty_data_set_is_refused(tmp_path):
+    with pytest.raises(DataError, match="holds no sample"):
+        loader(write_shards(tmp_path, []))
+
+
+@pytest.mark.parametrize(("data_size", "micro_batch_size"), [(1, 1), (1, 5), (2, 4), (3, 2), (7, 3)])
+@pytest.mark.parametrize("max_samples", [None, 1, 11, 10**6])
+def test_evaluation_sees_each_sample_once_with_the_same_weight_in_every_layout(
+    dataset, data_size, micro_batch_size, max_samples
+):
+    def batches(rank, size, micro):
+        return list(evaluation_batches(dataset, LENGTH, "document", rank, size, micro, max_samples))
+
+    whole = [row for row in rows_of(batches(0, 1, 1)) if row[1]]
+    parts = [batches(rank, data_size, micro_batch_size) for rank in range(data_size)]
+    assert {len(part) for part in parts} == {num_evaluation_batches(len(whole), data_size, micro_batch_size)}
+    assert {batch.num_rows for part in parts for batch in part} == {micro_batch_size}
+    merged = [row for micro in zip(*parts, strict=True) for batch in micro for row in rows_of([batch])]
+    assert [row for row in merged if row[1]] == whole
+    total = sum(batch.weight for part in parts for batch in part)
+    assert total == sum(batch.weight for batch in batches(0, 1, 1))
+
+
+def test_a_missing_sample_is_a_row_of_weight_0(dataset):
+    last = list(evaluation_batches(dataset, LENGTH, "document", 1, 2, 4, max_samples=9))[-1]
+    assert last.samples_B3.unique().tolist() == [-1]
+    assert last.row_weights_B.tolist() == [0, 0, 0, 0]
+    assert not last.weights_BT.any()
+    assert last.sources == ("",) * 4
+    assert (last.tokens_BT == EOS).all()

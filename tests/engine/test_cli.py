@@ -1,0 +1,146 @@
+"""The command: overview, lazy imports, exit codes."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated
+
+import pytest
+import typer
+
+from engine import __version__, cli
+from engine.errors import CheckpointError, ConfigError
+
+
+def call(*arguments: str) -> int:
+    return cli.main(list(arguments))
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("--local_rank=1", "--help")])
+def test_overview_names_every_command(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*arguments) == 0
+    shown = capsys.readouterr().out
+    for name, command in cli.COMMANDS.items():
+        assert f"  {name} " in shown
+        assert command.summary in shown
+    assert "local_rank" not in shown
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"palimpsest {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "message", "remedy"),
+    [
+        ("trian", "unknown command 'trian'", "did you mean train?"),
+        ("inspect", "unknown command 'inspect'", "did you mean inspect-data?"),
+        ("zzzz", "unknown command 'zzzz'", "see palimpsest --help"),
+        ("--fast", "unknown option '--fast'", "see palimpsest --help"),
+    ],
+)
+def test_unknown_commands(typed: str, message: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(typed) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert message in shown.err
+    assert f"to do: {remedy}" in shown.err
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch):
+    """Makes `palimpsest train` call a function of the test's."""
+
+    def install(function) -> None:
+        monkeypatch.setitem(sys.modules, "stand_in", SimpleNamespace(main=function))
+        monkeypatch.setitem(cli.COMMANDS, "train", cli.Command("stand_in:main", "Stand in."))
+
+    return install
+
+
+def test_errors_become_exit_codes_and_messages(stand_in, capsys: pytest.CaptureFixture[str]) -> None:
+    for error, code in ((ConfigError("bad key", "good keys", "mend it"), 2), (CheckpointError("torn"), 1)):
+
+        def main(error=error) -> None:
+            raise error
+
+        stand_in(lambda main=main: main())
+        assert call("train") == code
+        assert capsys.readouterr().err == f"palimpsest train: {error}\n"
+
+
+@pytest.mark.parametrize("code", [0, 1, 85])
+def test_a_commands_exit_code_is_the_process_exit_code(stand_in, code: int) -> None:
+    def main() -> None:
+        raise typer.Exit(code)
+
+    stand_in(main)
+    assert call("train") == code
+    assert call("--local_rank=3", "train") == code
+
+
+def test_arguments_reach_the_function(stand_in) -> None:
+    seen = []
+
+    def main(config: Path, overrides: Annotated[list[str] | None, typer.Argument()] = None, count: int = 1) -> None:
+        seen.append((config, overrides, count))
+
+    stand_in(main)
+    assert call("train", "run.yaml", "a.b=1", "--count", "3", "c=[1, 2]") == 0
+    assert seen == [(Path("run.yaml"), ["a.b=1", "c=[1, 2]"], 3)]
+
+
+def test_an_application_with_commands_of_its_own(stand_in, monkeypatch: pytest.MonkeyPatch) -> None:
+    app, seen = typer.Typer(), []
+    app.command("list")(lambda: seen.append("list"))
+    app.command("verify")(lambda: seen.append("verify"))
+    stand_in(app)
+    assert call("train", "verify") == 0
+    assert seen == ["verify"]
+
+
+def test_usage_errors(stand_in, capsys: pytest.CaptureFixture[str]) -> None:
+    def main(config: Path) -> None: ...
+
+    stand_in(main)
+    assert call("train") == 2
+    assert call("train", "run.yaml", "--fast") == 2
+    assert "--fast" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_no_traceback(stand_in, capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    stand_in(main)
+    assert call("train") in (1, 130)  # typer answers by itself, by version
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_errors_that_are_ours_to_mend_keep_their_traceback(stand_in) -> None:
+    def main() -> None:
+        raise ZeroDivisionError
+
+    stand_in(main)
+    with pytest.raises(ZeroDivisionError):
+        call("train")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["launch", "--help"], ["plan", "--help"]])
+def test_help_imports_no_torch(arguments: list[str]) -> None:
+    script = (
+        f"import sys\nfrom engine.cli import main\ncode = main({arguments!r})\n"
+        "print(code, [name for name in ('torch', 'deepspeed', 'transformers', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("0 []")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_its_file(name: str) -> None:
+    module = cli.COMMANDS[name].target.partition(":")[0]
+    path = Path(__file__).parents[2] / (module.replace(".", "/") + ".py")
+    assert path.is_file()
+    assert callable(cli.load(name)) or isinstance(cli.load(name), typer.Typer)

@@ -1,0 +1,42 @@
+"""Verdicts over outcomes and exit codes."""
+
+import pytest
+
+from engine.outcome import Outcome
+from launcher.verdict import End, judge
+
+ALL_WELL = [End("rank-0", 0), End("rank-1", 0)]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "gone", "words"),
+    [
+        (Outcome("job", 0, 1, 3, 0, "bad shard"), (), "failed at step 3: rank 0 first: bad shard"),
+        (Outcome("job", 0, 1, 3, 0, "bad shard"), (0,), "failed at step 3: rank 0 first: bad shard"),
+        (
+            Outcome("job", 0, 1, 3, 0, "closed"),
+            (2, 1),
+            "failed at step 3: rank 1, 2 was gone already, without a word; rank 0 then: closed",
+        ),
+        (Outcome("job", 0, 1, 3, 0, "rank 1: bad shard"), (1,), "failed at step 3: rank 1: bad shard"),
+        (Outcome("job", 0, 2, 0, None, "typo"), (), "failed at step 0: typo"),
+    ],
+)
+def test_failures_that_were_said(outcome: Outcome, gone: tuple[int, ...], words: str) -> None:
+    verdict = judge(outcome, ALL_WELL, None, "job", frozenset(gone))
+    assert (verdict.code, verdict.words) == (outcome.code, words)
+
+
+def test_exit_codes_come_second() -> None:
+    verdict = judge(Outcome("job", 0, 85, 3), [End("launcher", 1)], End("launcher", 1), "job")
+    assert verdict.code == 85
+    assert judge(Outcome("job", 0, 0, 3), [End("launcher", -15)], None, "job").words == (
+        "done at step 3; after that launcher was killed by SIGTERM"
+    )
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 85, -9])
+def test_a_launchers_exit_code_alone_is_never_success(code: int) -> None:
+    verdict = judge(None, [End("launcher", code)], None, "job")
+    assert verdict.code == 1
+    assert "no rank has said how the run ended" in verdict.words

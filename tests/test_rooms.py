@@ -1,0 +1,110 @@
+"""Who may import whom: downwards only, by the table of rooms; read from the source, so lazy imports count, too."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+ROWS: list[set[str]] = [
+    {"cli"},
+    {"tools"},
+    {"launcher"},
+    {"tasks", "serve"},
+    {"train"},
+    {"checkpoint", "continual"},
+    {"data", "optim"},
+    {"models"},
+    {"parallel"},
+    {"plan"},
+    {"config"},
+    {"errors", "logs", "outcome"},
+]
+"""Top to bottom; a room imports itself and rooms of lower rows."""
+LAUNCHER_MAY = {"launcher", "plan", "config", "errors", "logs", "outcome"}
+"""The launcher runs where torch may not even be installed."""
+MAY_USE_TORCH_DISTRIBUTED = {"engine/parallel/groups.py", "engine/parallel/collectives.py"}
+WITHOUT_TORCH = ("engine/plan/", "engine/config/", "launcher/", "engine/cli.py", "engine/errors.py", "engine/logs.py")
+WITHOUT_TORCH_TOOLS = ("tools/plan.py", "tools/plan_tables.py", "tools/launch.py", "tools/train.py")
+
+
+def sources() -> list[str]:
+    paths = [path for top in ("engine", "launcher", "tools") for path in (REPOSITORY / top).rglob("*.py")]
+    return sorted(str(path.relative_to(REPOSITORY)) for path in paths)
+
+
+def room(module: str) -> str | None:
+    """The room of a module's dotted name; None for the package itself, which holds the version."""
+    parts = module.split(".")
+    return parts[0] if parts[0] in ("launcher", "tools") else parts[1] if len(parts) > 1 else None
+
+
+def row(name: str) -> int:
+    (found,) = [number for number, rooms in enumerate(ROWS) if name in rooms]
+    return found
+
+
+def imports(source: str) -> Iterator[str]:
+    """Every module that a file names in an import, at any depth, with the names taken from it."""
+    for node in ast.walk(ast.parse((REPOSITORY / source).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def dotted(source: str) -> str:
+    return source.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("source", sources())
+def test_imports_run_downwards(source: str) -> None:
+    own = room(dotted(source))
+    for module in imports(source):
+        if module.split(".")[0] not in ("engine", "launcher", "tools"):
+            continue
+        other = room(module)
+        if other in (None, "__version__", own):
+            continue
+        assert own is not None, f"{source} imports {module}: the package itself imports nothing"
+        assert other is not None
+        assert row(own) < row(other), f"{source} imports {module}: {own} may not import {other}"
+        if own == "launcher":
+            assert other in LAUNCHER_MAY, f"{source} imports {module}"
+
+
+def test_every_room_is_in_the_table() -> None:
+    found = {room(dotted(source)) for source in sources()} - {None}
+    assert found <= set().union(*ROWS)
+
+
+@pytest.mark.parametrize("source", [source for source in sources() if source not in MAY_USE_TORCH_DISTRIBUTED])
+def test_torch_distributed_has_two_doors(source: str) -> None:
+    named = [module for module in imports(source) if module.startswith(("torch.distributed", "deepspeed.comm"))]
+    assert not named, f"{source} imports {named}"
+    for node in ast.walk(ast.parse((REPOSITORY / source).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith(("torch.distributed", "deepspeed.comm")):
+            raise AssertionError(f"{source}:{node.lineno} uses {ast.unparse(node)}")
+
+
+def test_what_a_login_node_runs_imports_no_torch() -> None:
+    """In a fresh interpreter: importing all of it leaves torch and other heavy packages out."""
+    modules = [dotted(source) for source in sources() if source.startswith(WITHOUT_TORCH)]
+    modules += [dotted(source) for source in WITHOUT_TORCH_TOOLS]
+    heavy = ("torch", "deepspeed", "transformers", "datasets", "pandas", "pyarrow", "matplotlib", "numpy")
+    script = (
+        f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\n"
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_test_itself_sees_what_it_looks_for() -> None:
+    assert {"torch.distributed", "engine.config.resolve.Layout"} <= set(imports("engine/parallel/groups.py"))
+    assert (room("engine"), room("engine.cli"), room("tools.plan")) == (None, "cli", "tools")
+    assert row("plan") < row("config") < row("errors")

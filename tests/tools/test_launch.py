@@ -1,0 +1,236 @@
+"""`palimpsest launch`, `plan` and `train` from the outside, as far as no torch is needed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine import cli, outcome
+from engine.outcome import Outcome
+
+REPOSITORY = Path(__file__).parents[2]
+SMOKE = str(REPOSITORY / "configs/smoke/gpt2.yaml")
+
+
+@pytest.fixture(autouse=True)
+def bare_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No launcher's variables, no GPU, and run folders under `tmp_path`."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "PMI", "PALIMPSEST_", "TORCHELASTIC_")) or name in (
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "TORCH_EXTENSIONS_DIR",
+        ):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.chdir(tmp_path)
+
+
+def call(*arguments: str) -> int:
+    return cli.main(list(arguments))
+
+
+def test_dry_run_prints_one_line_per_rank_and_starts_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert call("launch", SMOKE, "parallel.pipe=2", "--dry-run") == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 2
+    for rank, line in enumerate(lines):
+        assert f" RANK={rank} WORLD_SIZE=2 " in line
+        assert line.endswith(f"-m engine.cli train {SMOKE} parallel.pipe=2")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("launcher", "program"), [("deepspeed", "/deepspeed --num_gpus=4"), ("torchrun", "/torchrun")])
+def test_dry_run_of_other_launchers(launcher: str, program: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert call("launch", SMOKE, "--launcher", launcher, "--processes", "4", "--dry-run") == 0
+    (line,) = capfd.readouterr().out.splitlines()
+    assert program in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--processes", "3"], "this run cannot start on 3 ranks: stages.0.global_batch_size = 8"),
+        (["optimizer.learning_rat=1"], "did you mean learning_rate?"),
+        (["--launcher", "slurm"], "--launcher = 'slurm'\n  allowed: local, deepspeed, torchrun"),
+        (["--processes", "0"], "equal to 1"),
+    ],
+)
+def test_mistakes_start_nothing(
+    arguments: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert call("launch", SMOKE, *arguments) == 2
+    assert message in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("tools.launch.num_gpus", lambda environ: 2)
+    assert call("launch", SMOKE, "--processes", "4") == 1
+    error = capfd.readouterr().err
+    assert "--processes = 4, but this node offers 2 GPUs" in error
+    assert "hide the GPUs with CUDA_VISIBLE_DEVICES=" in error
+
+
+@pytest.mark.parametrize(
+    ("override", "gpus", "ranks"),
+    [("parallel.data=4", 8, 4), ("parallel.pipe=2", 8, 8), ("parallel.pipe=2", 0, 2), ("name=x", 0, 1)],
+)
+def test_default_number_of_ranks(
+    override: str, gpus: int, ranks: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tools.launch.num_gpus", lambda environ: gpus)
+    assert call("launch", SMOKE, override, "--dry-run") == 0
+    assert f"WORLD_SIZE={ranks} " in capfd.readouterr().out
+
+
+@pytest.fixture
+def ranks_that(monkeypatch: pytest.MonkeyPatch):
+    """Makes `launch` start these scripts in place of ranks."""
+
+    def install(*scripts: str) -> None:
+        from launcher.commands import Command, Wanted, commands
+
+        def stand_ins(wanted: Wanted) -> list[Command]:
+            return [
+                Command(command.name, (sys.executable, "-S", "-c", script), command.environment)
+                for command, script in zip(commands(wanted), scripts, strict=True)
+            ]
+
+        monkeypatch.setattr("tools.launch.commands", stand_ins)
+
+    return install
+
+
+def test_the_outcome_is_the_exit_code(ranks_that, capfd: pytest.CaptureFixture[str]) -> None:
+    said = "dict(job=os.environ['PALIMPSEST_JOB'], attempt=0, code=85, step=4, rank=None, error='')"
+    ranks_that(f"import json, os; json.dump({said}, open('run/outcome.json', 'w'))")
+    assert call("launch", SMOKE, "folder=run") == 85
+    assert "saved at step 4 and wants to be started again" in capfd.readouterr().err
+
+
+def test_a_failing_ranks_last_words_are_shown(ranks_that, capfd: pytest.CaptureFixture[str]) -> None:
+    ranks_that("import time; time.sleep(0.5)", "print('out of paper'); raise SystemExit(3)")
+    assert call("launch", SMOKE, "folder=run", "--processes", "2") == 1
+    error = capfd.readouterr().err
+    assert "out of paper" in error
+    assert "failed: rank-1 ended with exit code 3" in error
+    assert "to do: read run/logs/rank-1.log" in error
+
+
+def test_a_stale_build_lock_is_found_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    lock = tmp_path / "run" / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    assert call("launch", SMOKE, "folder=run") == 1
+    error = capfd.readouterr().err
+    assert f"the build lock {lock} was left by a build that was killed" in error
+    assert f"rm -r {lock.parent}" in error
+
+
+class TestTrain:
+    """What each rank answers before torch is imported, in a process of its own."""
+
+    def train(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        script = (
+            "import sys\nfrom engine.cli import main\ncode = main(['train', *sys.argv[1:]])\n"
+            "assert 'torch' not in sys.modules\nsys.exit(code)"
+        )
+        return subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            env=os.environ | environment | {"PYTHONPATH": str(REPOSITORY)},
+            capture_output=True,
+            text=True,
+        )
+
+    def test_a_typo(self) -> None:
+        done = self.train(SMOKE, "model.num_layer=3")
+        assert done.returncode == 2
+        assert "did you mean num_layers?" in done.stderr
+
+    def test_rank_0_tells_the_story_and_the_others_one_line(self, tmp_path: Path) -> None:
+        (tmp_path / "run").mkdir()
+        world = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4321"}
+        for rank in "210":
+            done = self.train(SMOKE, "folder=run", RANK=rank, LOCAL_RANK=rank, **world)
+            assert done.returncode == 2
+            line = "this run cannot start on 3 ranks: stages.0.global_batch_size = 8 is no multiple of"
+            if rank == "0":
+                assert done.stderr.startswith(f"palimpsest train: {line}")
+                assert "allowed: a multiple of 3" in done.stderr
+            else:
+                assert done.stderr.startswith(f"palimpsest train [rank {rank}]: {line}")
+                assert len(done.stderr.splitlines()) == 1
+        said = outcome.read(tmp_path / "run")
+        assert said is not None
+        assert (said.code, said.rank) == (2, 0), "rank 0 cleared what was there before it started"
+
+    def test_under_a_supervisor_the_first_to_fail_keeps_the_outcome(self, tmp_path: Path) -> None:
+        (tmp_path / "run").mkdir()
+        outcome.write(tmp_path / "run", Outcome("job", 0, 1, 5, rank=1, error="first"))
+        done = self.train(SMOKE, "folder=run", "parallel.pipe=2", PALIMPSEST_LAUNCHER="local")
+        assert done.returncode == 2
+        said = outcome.read(tmp_path / "run")
+        assert said is not None
+        assert said.error == "first"
+
+    def test_a_launcher_that_says_half(self) -> None:
+        done = self.train(SMOKE, RANK="0")
+        assert done.returncode == 1
+        assert "WORLD_SIZE is not set" in done.stderr
+
+    def test_no_folder_is_made_for_a_mistake(self, tmp_path: Path) -> None:
+        assert self.train(SMOKE, "folder=run", "model.dropout=0.5").returncode == 2
+        assert not (tmp_path / "run").exists()
+
+
+class TestPlan:
+    def test_tables(self, capsys: pytest.CaptureFixture[str]) -> None:
+        path = str(REPOSITORY / "configs/smoke/zero3-pipe.yaml")
+        assert call("plan", path, "--world", "4") == 0
+        shown = capsys.readouterr().out
+        for part in (
+            "pipe 2 x data 2",
+            "ZeRO-3",
+            "idle 33.3%",
+            "gathered",
+            "bytes that one rank sends",
+            "refused on 4",
+        ):
+            assert part in shown
+        assert max(map(len, shown.splitlines())) <= 80
+
+    def test_json_holds_the_same(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert call("plan", SMOKE, "parallel.pipe=2", "--json") == 0
+        tree = json.loads(capsys.readouterr().out)
+        assert tree["layout"] == {"pipe": 2, "data": 1, "sequence": 1, "tensor": 1}
+        assert len(tree["stages"]) == 2
+        for stage in tree["stages"]:
+            assert stage["memory"]["total"] >= stage["memory"]["states"] > 0
+            assert stage["traffic"]["total"] == sum(v for k, v in stage["traffic"].items() if k != "total")
+        assert tree["operations"] == tree["operations_per_token"] * tree["tokens"]
+        assert all(refusal["problems"] for refusal in tree["refused"])
+
+    def test_a_world_that_does_not_fit(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert call("plan", SMOKE, "parallel.pipe=2", "--world", "3") == 2
+        assert "a world of 3 does not fit pipe 2" in capsys.readouterr().err
+
+    def test_units(self) -> None:
+        from tools.plan_tables import scale
+
+        assert [scale(n) for n in (0, 1023, 1024, 5 * 1024**3)] == [(1, "B"), (1, "B"), (1024, "KiB"), (1024**3, "GiB")]
+
+
+def test_signals_are_the_ones_that_clusters_send() -> None:
+    from launcher.supervise import FORWARDED
+
+    assert {signal.SIGTERM, signal.SIGUSR1} <= FORWARDED.keys()
