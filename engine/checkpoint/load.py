@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from engine.checkpoint import document
-from engine.checkpoint.agreement import on_all
 from engine.checkpoint.container import ITEM_BYTES, Container, damaged
 from engine.checkpoint.geometry import Box, dims, flat_index, strides
 from engine.checkpoint.manifest import WEIGHT, CheckpointState, Manifest, key_of, match, moment_state
 from engine.checkpoint.writers import Need, Transfer, Writer, stored_numel, transfers
 from engine.errors import CheckpointError
 from engine.parallel import collectives
+from engine.parallel.agreement import on_all
 from engine.parallel.groups import Groups
 from engine.parallel.sharding import ParameterSpec, Shape
 from engine.parallel.state import Piece, Placement
@@ -58,7 +58,7 @@ def load(path: Path, groups: Groups, pieces: list[Piece], placements: list[Place
         load_pieces(path, manifest, pieces, groups.coordinates.tensor_rank, groups.layout.tensor)
         return manifest
 
-    return on_all(fill, groups.world)
+    return on_all(fill, groups.world, CheckpointError)
 
 
 def load_pieces(path: Path, manifest: Manifest, pieces: list[Piece], tensor_rank: int = 0, tensor_size: int = 1) -> int:

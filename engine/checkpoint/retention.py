@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine.checkpoint.agreement import on_first
 from engine.checkpoint.folder import committed, remove
 from engine.checkpoint.verify import newest_verified
+from engine.errors import CheckpointError
 from engine.logs import logger
+from engine.parallel.agreement import on_first
 from engine.parallel.groups import Groups
 
 log = logger(__name__)
@@ -30,7 +31,7 @@ def retain(folder: Path, keep_last: int, groups: Groups) -> list[Path]:
     Raises:
         CheckpointError: a checkpoint cannot be removed, on every rank.
     """
-    found = on_first(lambda: committed(folder), groups.world)
+    found = on_first(lambda: committed(folder), groups.world, CheckpointError)
     if len(found) <= keep_last:
         return []
     verified = newest_verified(folder, groups)
@@ -42,4 +43,4 @@ def retain(folder: Path, keep_last: int, groups: Groups) -> list[Path]:
             log.info("checkpoint %s removed: the last %d are kept", path.name, keep_last)
         return doomed
 
-    return on_first(prune, groups.world)
+    return on_first(prune, groups.world, CheckpointError)

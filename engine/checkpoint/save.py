@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint import container, document
-from engine.checkpoint.agreement import on_all, on_first
 from engine.checkpoint.folder import Owner, check_owner, claim, partial_path, publish, step_path
 from engine.checkpoint.manifest import CheckpointState, Manifest, join_placements
 from engine.checkpoint.staging import HostBuffer, Staged, stage_pieces
 from engine.checkpoint.writers import Writer
 from engine.config.resolve import Layout
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, PalimpsestError
 from engine.parallel import collectives
+from engine.parallel.agreement import on_all, on_first
 from engine.parallel.groups import Groups
 from engine.parallel.state import Piece, Placement
 
@@ -66,7 +66,7 @@ class Saver:
         """
         owner = Owner(job, attempt)
         if owner != self._owner:
-            on_first(lambda: claim(self.folder, owner), self.groups.world)
+            on_first(lambda: claim(self.folder, owner), self.groups.world, CheckpointError)
             self._owner = owner
 
     def save(
@@ -84,18 +84,24 @@ class Saver:
         groups, owner = self.groups, Owner(job, attempt)
         tensor_size = groups.layout.tensor
         writer = Writer.of(groups)
-        staged = on_all(lambda: stage_pieces(pieces, placements, writer, tensor_size, self._buffer), groups.world)
+        staged = on_all(
+            lambda: stage_pieces(pieces, placements, writer, tensor_size, self._buffer), groups.world, CheckpointError
+        )
         tables = collectives.gather_objects(StageTable(placements, state.hyperparameters), groups.pipe)
         sizes = collectives.gather_objects(staged.num_bytes, groups.world)
         partial = partial_path(self.folder, state.step, owner)
         try:
-            on_first(lambda: prepare(partial, sizes), groups.world)
-            written = on_all(lambda: write_staged(staged, partial, state.step, bool(pieces)), groups.world)
+            on_first(lambda: prepare(partial, sizes), groups.world, CheckpointError)
+            written = on_all(
+                lambda: write_staged(staged, partial, state.step, bool(pieces)), groups.world, CheckpointError
+            )
             reports = collectives.gather_objects(written, groups.world)
             return on_first(
-                lambda: commit(partial, build_manifest(state, groups.layout, tables, reports, owner)), groups.world
+                lambda: commit(partial, build_manifest(state, groups.layout, tables, reports, owner)),
+                groups.world,
+                CheckpointError,
             )
-        except CheckpointError:
+        except PalimpsestError:
             if groups.world.position == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise

@@ -52,6 +52,7 @@ class TokenDataset:
         """
         self.folder = Path(folder)
         self.index = read_index(self.folder)
+        self.fingerprint = self.index.fingerprint  # of what the folder holds, wherever it lies
         if tokenizer_hash is not None and tokenizer_hash != self.index.tokenizer_hash:
             raise DataError(
                 f"the shards in {self.folder} were written with tokenizer {self.index.tokenizer_hash}, "
@@ -62,11 +63,6 @@ class TokenDataset:
         self._verified: set[int] = set()
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._lock = Lock()
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of what the folder holds, wherever it lies."""
-        return self.index.fingerprint
 
     @property
     def num_shards(self) -> int:

@@ -15,6 +15,8 @@ from engine.plan.parameters import Entry
 
 LOSS_REDUCTIONS = 3
 """Per token over the tensor axis: largest logit, sum of exponentials, the target's logit; fp32."""
+SEGMENT_BYTES = 4
+"""A token's document number, int32."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Traffic:
     tensor: int
     """Tensor axis: activations and their gradients."""
     pipe: int
-    """Neighbouring stages: boundary activations and their gradients."""
+    """Neighbouring stages: boundary activations, document numbers, and gradients."""
     tie: int
     """Both ends of the pipeline: the gradient of a tied embedding."""
 
@@ -49,21 +51,31 @@ def stage_traffic(
     num_micro_batches: int,
     is_first: bool,
     is_last: bool,
+    sends_segments: bool,
 ) -> Traffic:
-    """Traffic of one rank of a stage that holds `entries`."""
+    """Traffic of one rank of a stage that holds `entries`.
+
+    `sends_segments`: document numbers travel down the pipeline with the activations.
+    """
     numel = sum(entry.local_numel(parallel.tensor) for entry in entries)
-    boundary = parallel.micro_batch_size * sequence_length * model.hidden_size * DTYPE_BYTES[precision.dtype]
+    tokens = parallel.micro_batch_size * sequence_length
+    boundary = tokens * model.hidden_size * DTYPE_BYTES[precision.dtype]
+    segments = tokens * SEGMENT_BYTES if sends_segments and not is_last else 0
     neighbours = (not is_first) + (not is_last)
     gradients, weights = zero_bytes(numel, parallel.zero_stage, data_size, precision, num_micro_batches)
+    if parallel.zero_stage == 3 and model.tie_embeddings and is_first and is_last:
+        # one parameter, two modules: each of them gathers it
+        matrix = model.padded_vocab_size * model.hidden_size // parallel.tensor
+        weights += zero_bytes(matrix, 3, data_size, precision, num_micro_batches)[1]
     reductions = 4 * num_layers + is_first + is_last  # the embedding's output, the gradient of the head's input
-    losses = LOSS_REDUCTIONS * 4 * parallel.micro_batch_size * sequence_length if is_last else 0
+    losses = LOSS_REDUCTIONS * 4 * tokens if is_last else 0
     tensor = num_micro_batches * (reductions * boundary + losses) * all_reduce_factor(parallel.tensor)
     is_tied = model.tie_embeddings and parallel.pipe > 1 and (is_first or is_last)
     return Traffic(
         gradients=gradients,
         weights=weights,
         tensor=int(tensor),
-        pipe=num_micro_batches * neighbours * boundary,
+        pipe=num_micro_batches * (neighbours * boundary + segments),
         tie=_tie_bytes(model, parallel, precision, data_size) if is_tied else 0,
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -61,7 +62,7 @@ def _collect(receivers: list[Connection]) -> list[Any]:
             if receiver not in ready:
                 continue
             try:
-                ok, value = receiver.recv()
+                ok, value = pickle.loads(receiver.recv_bytes())
             except EOFError:
                 ok, value = False, "died without a word"
             if not ok:
@@ -90,6 +91,6 @@ def _rank(
         result = (True, function(place, *arguments))
     except BaseException:
         result = (False, traceback.format_exc())
-    sender.send(result)
+    sender.send_bytes(pickle.dumps(result))  # plain pickle: multiprocessing's own would share tensors by file handle
     sender.close()
     os._exit(0)  # no teardown: other ranks may still be in a collective with this one's sockets

@@ -1,6 +1,5 @@
 """Damage of every kind is found and named, and the walk back finds the newest checkpoint that is whole."""
 
-import json
 import logging
 import shutil
 import struct
@@ -164,19 +163,3 @@ def test_ranks_agree_on_retention(checkpoints, monkeypatch):
     ranks = ThreadedRanks(monkeypatch)
     removed = ranks.run(2, lambda rank: retain(checkpoints[0].parent, 2, fake_groups(layout, rank)))
     assert removed == [checkpoints[2:]] * 2
-
-
-def test_a_stranger_reads_a_checkpoint_with_safetensors_and_json_alone(checkpoints):
-    """The recipe of docs/checkpoint-format.md."""
-    import numpy as np
-    from safetensors.numpy import load_file
-
-    whole = random_state(small_model(), 40)
-    manifest = json.loads((checkpoints[0] / "manifest.json").read_text())
-    name = "layers.1.attention.out_proj.weight"
-    parameter = manifest["parameters"][name]
-    pieces = []
-    for data_rank in range(manifest["topology"]["data"]):
-        file = f"stage-{parameter['stages'][0]:02d}-data-{data_rank:04d}-tensor-00.safetensors"
-        pieces.append(load_file(checkpoints[0] / file)[f"model.{name}"])
-    assert np.array_equal(np.concatenate(pieces).reshape(parameter["shape"]), whole[f"model.{name}"])

@@ -61,8 +61,12 @@ def test_an_error_in_a_worker_comes_through_whole(tokenizer_folder):
     assert caught.value.remedy
 
 
+def die(*_):
+    os._exit(1)
+
+
 def test_a_worker_that_dies_is_told(tokenizer_folder, monkeypatch):
-    monkeypatch.setattr(encode_module, "_encode_in_worker", os._exit)
+    monkeypatch.setattr(encode_module, "_encode_in_worker", die)
     with pytest.raises(EnvironmentProblem, match="a worker process died") as caught:
         list(encode_chunks(chunks(["a"]), load_tokenizer(tokenizer_folder), "text", 0.0, workers=2))
     assert "fewer --workers" in str(caught.value)

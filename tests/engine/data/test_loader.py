@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def dataset(tmp_path_factory) -> TokenDataset:
 
 
 def loader(dataset, **changes) -> Loader:
-    arguments = {"sequence_length": LENGTH, "global_batch_size": 12, "seed": 3, "window_shards": 4}
+    arguments: dict[str, Any] = {"sequence_length": LENGTH, "global_batch_size": 12, "seed": 3, "window_shards": 4}
     return Loader(dataset, **(arguments | {"attention": "document"} | changes))
 
 

@@ -133,16 +133,13 @@ def test_an_attempt_that_failed_is_finished_by_the_next(options, tmp_path):
 
 def test_a_large_vocabulary_is_written_wide(tokenizer_folder, tmp_path):
     """A tokenizer with an id beyond 65,535."""
-    from tokenizers import Tokenizer
-
     wide = tmp_path / "wide"
     wide.mkdir()
     for path in tokenizer_folder.iterdir():
         (wide / path.name).write_bytes(path.read_bytes())
     tree = json.loads((wide / "tokenizer.json").read_text())
-    tree["model"]["vocab"] |= {f"filler {number}": number for number in range(300, 66_000)}
+    tree["model"]["vocab"] |= {"filler": 66_000}
     (wide / "tokenizer.json").write_text(json.dumps(tree))
-    assert Tokenizer.from_file(str(wide / "tokenizer.json")).get_vocab_size() > 2**16
     source = write_json_lines(tmp_path / "a.jsonl", made_up_texts(5))
     prepare(PrepareOptions((str(source),), wide, tmp_path / "out", validation_fraction=0))
     assert TokenDataset(tmp_path / "out" / "train").index.dtype == "uint32"
@@ -185,14 +182,14 @@ def test_empty_input_is_refused(options, content, message):
 
 def test_a_side_without_a_document_is_refused(options):
     write_json_lines(Path(options.sources[0]), ["one"])
-    with pytest.raises(DataError, match="falls into validation with validation fraction 0.001") as caught:
+    with pytest.raises(DataError, match=r"falls into validation with validation fraction 0\.001") as caught:
         prepare(replace(options, validation_fraction=0.001))
     assert "0 holds nothing out" in str(caught.value)
 
 
 def test_an_output_that_cannot_be_written_is_refused(options):
     options.output.write_text("a file")
-    with pytest.raises(DataError, match="cannot write to .*out"):
+    with pytest.raises(DataError, match=r"cannot write to .*out"):
         prepare(options)
 
 

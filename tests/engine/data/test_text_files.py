@@ -52,8 +52,9 @@ def test_a_long_zstd_file_reads_whole(tmp_path):
     assert next(text_files.whole(str(tmp_path / "a.zst")))[1] == content
 
 
-@pytest.mark.parametrize("suffix", ["gz", "zst"])
-@pytest.mark.parametrize("damage", ["cut", "flipped", "other"])
+@pytest.mark.parametrize(
+    ("suffix", "damage"), [("gz", "cut"), ("gz", "flipped"), ("gz", "other"), ("zst", "cut"), ("zst", "other")]
+)
 def test_a_damaged_file_is_an_error(tmp_path, suffix, damage):
     content = b"".join(b"line %d\n" % number for number in range(5000))
     packed = bytearray(gzip.compress(content) if suffix == "gz" else zstandard.ZstdCompressor().compress(content))
@@ -65,8 +66,6 @@ def test_a_damaged_file_is_an_error(tmp_path, suffix, damage):
         packed = bytearray(b"this is plain text\n")
     path = tmp_path / f"text.{suffix}"
     path.write_bytes(packed)
-    if suffix == "zst" and damage == "flipped":
-        pytest.skip("zstd frames of the one-shot writer may carry no checksum")
     with pytest.raises(DataError, match="is damaged") as caught:
         list(text_files.lines(str(path)))
     assert f"text.{suffix}" in str(caught.value)

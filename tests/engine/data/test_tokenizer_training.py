@@ -1,9 +1,12 @@
 """Trained tokenizers are the same each time, spell everything, and the converted ones split as SentencePiece does."""
 
+from pathlib import Path
+
 import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
+from engine.data.sources import read_texts
 from engine.data.tokenizer import load_tokenizer
 from engine.data.tokenizer_training import SENTENCEPIECE_FILE, SMALLEST_VOCABULARY, train_tokenizer
 from engine.errors import ConfigError, DataError
@@ -76,6 +79,17 @@ def test_the_conversion_splits_as_sentencepiece_does(kind, tmp_path):
         scores = [sum(map(theirs.get_score, pieces)) for pieces in (ids.tolist(), expected)]
         # float32 scores of at most 20 each: rounding of a sum of n is below n * 20 * 2^-23
         assert scores[0] == pytest.approx(scores[1], abs=max(1, len(expected)) * 20 * 2**-23)
+
+
+@pytest.mark.parametrize("name", ["en_docs", "zh"])
+def test_real_text_comes_back(trained, name):
+    path = Path(__file__).parents[4] / "shared" / "data" / "corpus" / f"{name}.jsonl.gz"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    _, tokenizer = trained
+    # U+2581 is SentencePiece's sign for a space, and comes back as one
+    texts = [text.replace("\u2581", " ") for text in read_texts([str(path)], "text", False, max_bytes=300_000)]
+    assert [tokenizer.decode(ids) for ids in tokenizer.encode(texts)] == texts
 
 
 @pytest.mark.parametrize("kind", KINDS)

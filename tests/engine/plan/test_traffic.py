@@ -54,10 +54,13 @@ def test_tensor_axis() -> None:
 
 
 def test_pipe_axis() -> None:
-    """Every boundary carries an activation down and a gradient up for each micro-batch."""
-    activation = 64 * 64 * 4
+    """Every boundary carries an activation and document numbers down and a gradient up for each micro-batch."""
+    activation, segments = 64 * 64 * 4, 64 * 4
     stages = plan(4, pipe=4).stages
-    assert [stage.traffic.pipe for stage in stages] == [24 * activation * n for n in (1, 2, 2, 1)]
+    assert [stage.traffic.pipe for stage in stages] == [
+        24 * (activations * activation + numbers * segments)
+        for activations, numbers in ((1, 1), (2, 1), (2, 1), (1, 0))
+    ]
 
 
 def test_tied_embedding() -> None:
@@ -71,5 +74,5 @@ def test_data_axis_of_a_plan() -> None:
     traffic = plan(2, zero_stage=3).stages[0].traffic
     parameters = num_parameters(example().model, padded=True)
     assert traffic.gradients == 12 * parameters * 4 // 2
-    assert traffic.weights == 2 * 12 * parameters * 4 // 2
+    assert traffic.weights == 2 * 12 * (parameters + 512 * 64) * 4 // 2, "the tied matrix is gathered by both its users"
     assert traffic.total == traffic.gradients + traffic.weights

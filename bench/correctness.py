@@ -1,0 +1,119 @@
+"""Whether a device computes what the CPU does: the same short training in several ways, compared with CPU fp32.
+
+Every way starts from the same weights and sees the same batches (two micro-batches a step, clipping active). After
+the last step the state is saved, wiped, loaded and hashed again on the device.
+
+The bounds: fp32 sides differ in the order of sums, 2**-24 a rounding, some thousands of roundings to a loss and
+some steps of Adam to magnify them. bf16 rounds weights and activations by 2**-9 on average; a loss near
+log(vocabulary) moves by no more than that share of it.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from bench.ours import Ours, Precision, Shape
+from engine.config.schema import ModelConfig
+
+STEPS = 6
+FP32_LOSS, FP32_NORM = 1e-4, 1e-3
+"""Absolute, of the loss; relative, of the gradient norm."""
+BF16_LOSS, BF16_NORM = 2.0**-8, 2.0**-4
+"""Relative, both. The norm is a sum of squares of gradients that are themselves rounded at every layer."""
+REFERENCE = "cpu fp32 ZeRO-1"
+
+
+def shape(toy: bool) -> Shape:
+    """GPT-2 in form, small enough for the CPU, with a padded vocabulary and head size 64."""
+    if toy:
+        model = ModelConfig(vocab_size=250, num_layers=2, hidden_size=32, num_heads=2, max_positions=32)
+        return Shape(model, length=32, rows=4, micro_rows=2)
+    model = ModelConfig(vocab_size=4000, num_layers=4, hidden_size=256, num_heads=4, max_positions=128)
+    return Shape(model, length=128, rows=16, micro_rows=8)
+
+
+def cases(device_type: str, toy: bool) -> list[tuple[str, tuple[Shape, int, Precision]]]:
+    """(name, arguments of `work`); the reference first. Names that begin with `cpu` run there."""
+    ways: list[tuple[int, Precision]] = [(1, "fp32"), (1, "bf16"), (3, "bf16"), (3, "fp32"), (0, "fp32")]
+    if toy:
+        ways = ways[1:4]
+    where = "device" if device_type == "cpu" else device_type
+    found: list[tuple[str, tuple[Shape, int, Precision]]] = [(REFERENCE, (shape(toy), 1, "fp32"))]
+    found += [(f"{where} {precision} ZeRO-{stage}", (shape(toy), stage, precision)) for stage, precision in ways]
+    return found
+
+
+def work(connection: Connection, seconds: float, shape: Shape, zero_stage: int, precision: Precision) -> None:
+    """Trains a few steps, then saves, wipes and loads; sends the figures. The parent keeps the time."""
+    begin = time.monotonic()
+    ours = Ours(shape, zero_stage, precision)
+    losses, norms = [], []
+    for step in range(STEPS):
+        loss, norm = ours.step(ours.inputs(step), shape.num_targets)
+        losses.append(loss)
+        norms.append(norm)
+    connection.send({"losses": losses, "gradient_norms": norms})
+    connection.send(save_and_load(ours))
+    connection.send({"seconds": round(time.monotonic() - begin, 1)})
+    connection.send(None)
+
+
+def save_and_load(ours: Ours) -> dict[str, Any]:
+    """Fingerprints before a save and after a wipe and a load, and the loss of one batch at both."""
+    import torch
+
+    from engine.checkpoint.fingerprint import fingerprint
+    from engine.checkpoint.load import load
+    from engine.checkpoint.manifest import CheckpointState
+    from engine.checkpoint.save import Saver
+
+    engine, groups = ours.pipeline.engine, ours.groups
+
+    def facts() -> tuple[str, float]:
+        loss = ours.pipeline.evaluate(ours.inputs(STEPS)) / ours.shape.num_targets
+        return fingerprint(engine.pieces(), engine.placements(), groups), loss.item()
+
+    saved = facts()
+    with tempfile.TemporaryDirectory() as folder:
+        state = CheckpointState(step=STEPS, tokens=0, zero_stage=engine.zero_stage, config_hash="bench")
+        path = Saver(Path(folder) / "checkpoints", groups).save(engine.pieces(), engine.placements(), state, "bench", 0)
+        engine.fill(lambda spec: torch.zeros(spec.shape))
+        for piece in engine.pieces():
+            for moment in piece.moments.values():
+                moment.zero_()
+        wiped = facts()
+        load(path, groups, engine.pieces(), engine.placements())
+        engine.refresh()
+    return {"saved": saved, "wiped": wiped, "loaded": facts()}
+
+
+def verdicts(found: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """`ok ...` or what is wrong, by case; empty where the reference was not run."""
+    reference = found.get(REFERENCE, {})
+    if "losses" not in reference:
+        return {}
+    return {name: verdict(case, reference, "bf16" in name) for name, case in found.items()}
+
+
+def verdict(case: dict[str, Any], reference: dict[str, Any], is_bf16: bool) -> str:
+    """What is to be said of one case."""
+    if "failed" in case or "loaded" not in case:
+        return f"failed: {str(case.get('failed', 'ended early')).strip().splitlines()[-1]}"
+    loss = max(abs(a - b) for a, b in zip(case["losses"], reference["losses"], strict=True))
+    norm = max(abs(a / b - 1) for a, b in zip(case["gradient_norms"], reference["gradient_norms"], strict=True))
+    loss_bound = BF16_LOSS * reference["losses"][0] if is_bf16 else FP32_LOSS
+    wrong = []
+    if not (math.isfinite(loss) and loss <= loss_bound):
+        wrong.append(f"losses off by {loss:.1e} (allowed {loss_bound:.1e})")
+    if not (math.isfinite(norm) and norm <= (BF16_NORM if is_bf16 else FP32_NORM)):
+        wrong.append(f"gradient norms off by {norm:.1e} of themselves")
+    if case["loaded"] != case["saved"]:
+        wrong.append("the state after save and load is not the state before")
+    if case["wiped"] == case["saved"]:
+        wrong.append("the wipe changed nothing, so the load proves nothing")
+    return "; ".join(wrong) or f"ok (losses within {loss:.1e}, gradient norms within {norm:.1e} of themselves)"

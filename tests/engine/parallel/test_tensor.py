@@ -1,0 +1,83 @@
+"""Tensor-parallel layers on two ranks against the plain layers: outputs and all gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from engine.config.resolve import Layout
+from engine.parallel.functions import cross_entropy
+from engine.parallel.groups import join
+from engine.parallel.sharding import ROW, VOCABULARY, ParameterSpec, column
+from engine.parallel.tensor import ColumnLinear, RowLinear, VocabularyEmbedding, shard, vocabulary_cross_entropy
+from tests.distributed.ranks import run_ranks
+
+WIDTH, INNER, ROWS, REAL, SIZE = 6, 8, 12, 7, 2
+SPECS = {
+    "embed.weight": ParameterSpec("embed.weight", (ROWS, WIDTH), VOCABULARY, REAL),
+    "up.weight": ParameterSpec("up.weight", (INNER, WIDTH), column(INNER)),
+    "up.bias": ParameterSpec("up.bias", (INNER,), column(INNER)),
+    "down.weight": ParameterSpec("down.weight", (WIDTH, INNER), ROW),
+    "down.bias": ParameterSpec("down.bias", (WIDTH,)),
+}
+TIES = {"head.weight": "embed.weight"}
+
+
+class Model(nn.Module):
+    def __init__(self, loss) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(ROWS, WIDTH)
+        self.up = nn.Linear(WIDTH, INNER)
+        self.down = nn.Linear(INNER, WIDTH)
+        self.head = nn.Linear(WIDTH, ROWS, bias=False)
+        self.head.weight = self.embed.weight
+        self.loss = loss
+
+    def forward(self, tokens_BT, targets_BT, weights_BT):
+        x_BTD = self.embed(tokens_BT)
+        x_BTD = x_BTD + self.down(torch.tanh(self.up(x_BTD)))
+        return self.loss(self.head(x_BTD), targets_BT, weights_BT, REAL)
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    tokens_BT = torch.randint(0, REAL, (3, 5), generator=generator)
+    targets_BT = torch.randint(0, REAL, (3, 5), generator=generator)
+    return tokens_BT, targets_BT, torch.rand(3, 5, generator=generator)
+
+
+def whole_values():
+    generator = torch.Generator().manual_seed(1)
+    return {name: torch.randn(spec.shape, generator=generator) for name, spec in SPECS.items()}
+
+
+def rank(place):
+    group = join(Layout(pipe=1, data=1, sequence=1, tensor=SIZE), place.global_rank).tensor
+    with torch.device("meta"):
+        model = Model(lambda *arguments: vocabulary_cross_entropy(*arguments, group=group))
+    shard(model, SPECS, TIES, group)
+    kinds = [type(layer) for layer in (model.embed, model.up, model.down, model.head)]
+    assert kinds == [VocabularyEmbedding, ColumnLinear, RowLinear, ColumnLinear]
+    assert model.head.weight is model.embed.weight
+    model.to_empty(device="cpu")
+    model.head.weight = model.embed.weight
+    for name, value in whole_values().items():
+        model.get_parameter(name).data.copy_(SPECS[name].part(value, group.position, SIZE))
+    loss = model(*batch())
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def test_two_ranks_equal_one():
+    model = Model(cross_entropy)
+    for name, value in whole_values().items():
+        model.get_parameter(name).data.copy_(value)
+    loss = model(*batch())
+    loss.backward()
+    for position, (found, grads) in enumerate(run_ranks(SIZE, rank)):
+        # sums of at most 15 x 12 fp32 terms of size 1: a few units of 6e-8 each
+        torch.testing.assert_close(found, loss.item(), rtol=1e-6, atol=0)
+        for name, grad in grads.items():
+            whole = model.get_parameter(name).grad
+            assert whole is not None
+            torch.testing.assert_close(grad, SPECS[name].part(whole, position, SIZE), rtol=1e-5, atol=1e-6)

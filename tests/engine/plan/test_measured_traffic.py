@@ -1,0 +1,84 @@
+"""The plan's bytes against every byte that real ranks hand to torch.distributed in a step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from engine.plan.plan import make_plan
+from engine.plan.traffic import all_reduce_factor, gather_factor
+from tests.distributed.cases import Case, _micro_batches, config_of, global_batch
+from tests.distributed.ranks import run_ranks
+
+SCALAR_BYTES = 8
+"""Norms and counts, which a plan leaves out."""
+matrix = pytest.mark.matrix
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(zero_stage=3, data=2),
+        Case(zero_stage=1, pipe=2, tensor=2),
+        pytest.param(Case(zero_stage=0, data=2), marks=matrix),
+        pytest.param(Case(zero_stage=1, data=2, attention="row"), marks=matrix),
+        pytest.param(Case(zero_stage=2, data=2, micro_batch_size=2), marks=matrix),
+        pytest.param(Case("llama", zero_stage=3, pipe=2, data=2), marks=matrix),
+        pytest.param(Case(zero_stage=3, pipe=2, tensor=2), marks=matrix),
+        pytest.param(Case(zero_stage=2, pipe=2, data=2, schedule="gpipe"), marks=matrix),
+    ],
+    ids=str,
+)
+def test_a_step_sends_what_the_plan_says(case: Case) -> None:
+    stages = make_plan(config_of(case), case.world_size).stages
+    ranks_per_stage = case.world_size // case.pipe
+    for global_rank, sent in enumerate(run_ranks(case.world_size, bytes_of_a_step, case)):
+        planned = stages[global_rank // ranks_per_stage].traffic
+        scattered = planned.gradients if case.zero_stage == 3 else 0
+        assert sent == {
+            "all_reduce": planned.gradients - scattered + planned.tensor + planned.tie,
+            "reduce_scatter": scattered,
+            "all_gather": planned.weights,
+            "send": planned.pipe,
+        }, f"rank {global_rank}"
+
+
+def bytes_of_a_step(place: Any, case: Case) -> dict[str, int]:
+    """What one rank sends in its second step by a ring's count; runs in a process of its own."""
+    import torch
+    import torch.distributed as dist
+    from deepspeed.comm import comm
+
+    from engine.config.resolve import resolve
+    from engine.parallel.groups import join
+    from engine.train.build import build_pipeline
+
+    config, sent, counting = config_of(case), Counter[str](), [False]
+    groups = join(resolve(config, place.world_size), place.global_rank)
+    pipeline = build_pipeline(config, config.stages[0], groups, torch.device("cpu"))
+
+    def count(owner: Any, name: str, kind: str, factor: Callable[[int], Any]) -> None:
+        original = getattr(owner, name)
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            tensors = [value for value in (*arguments, *named.values()) if isinstance(value, torch.Tensor)]
+            num_bytes = max(tensor.numel() * tensor.element_size() for tensor in tensors)
+            if counting[0] and num_bytes > SCALAR_BYTES:
+                sent[kind] += int(num_bytes * factor(dist.get_world_size(named.get("group"))))
+            return original(*arguments, **named)
+
+        setattr(owner, name, counted)
+
+    count(dist, "all_reduce", "all_reduce", all_reduce_factor)
+    count(dist, "isend", "send", lambda _: 1)
+    count(comm.cdb, "all_gather_function", "all_gather", gather_factor)
+    count(comm.cdb, "reduce_scatter_function", "reduce_scatter", gather_factor)
+    for step in range(2):
+        counting[0] = step == 1
+        batch = global_batch(step, case.attention)
+        pipeline.train(_micro_batches(batch, case, groups), groups.layout.data / batch["weights_BT"].sum())
+        pipeline.engine.step(learning_rate=1e-3)
+    return {kind: sent[kind] for kind in ("all_reduce", "reduce_scatter", "all_gather", "send")}

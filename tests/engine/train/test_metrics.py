@@ -1,0 +1,101 @@
+import json
+import logging
+
+from engine.train import metrics
+from engine.train.metrics import METRICS, PLOT, JsonLines, Metrics, TensorBoard, Terminal, plot_loss, read_metrics
+from tests.distributed.runs import run_config, run_tree
+
+
+def record(step: int, loss: float = 1.0) -> dict[str, float | int]:
+    return {
+        "step": step,
+        "loss": loss,
+        "gradient_norm": 0.5,
+        "learning_rate": 1e-3,
+        "tokens_per_second": 10.0,
+        "step_seconds": 2.0,
+    }
+
+
+def test_steps_beyond_the_resumed_one_are_cut_and_written_anew(tmp_path):
+    first = JsonLines(tmp_path, resumed_at=0)
+    for step in (1, 2, 3, 4):
+        first.write(record(step, loss=step))
+    first.close()
+    second = JsonLines(tmp_path, resumed_at=2)
+    second.write(record(3, loss=30))
+    second.close()
+    assert [(item["step"], item["loss"]) for item in read_metrics(tmp_path)] == [(1, 1), (2, 2), (3, 30)]
+
+
+def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path):
+    (tmp_path / METRICS).write_text(json.dumps(record(1)) + '\n{"step": 2, "lo')
+    assert [item["step"] for item in read_metrics(tmp_path)] == [1]
+    JsonLines(tmp_path, resumed_at=5).close()
+    assert (tmp_path / METRICS).read_text() == json.dumps(record(1)) + "\n"
+
+
+def test_terminal_shows_what_was_asked_for(capsys):
+    terminal = Terminal(every_steps=2, num_steps=5)
+    for step in range(1, 6):
+        terminal.write(record(step))
+    terminal.write({"step": 5, "validation_loss": 3.25})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["2/5", "4/5", "5/5", "5/5"]
+    assert "loss 1.0000" in lines[0]
+    assert "6 s left" in lines[0]
+    assert "held-out loss 3.2500" in lines[-1]
+
+
+def test_tensorboard_shows_each_step_once_after_a_restart(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first = TensorBoard(tmp_path, resumed_at=0)
+    for step in (1, 2, 3):
+        first.write(record(step, loss=step))
+    first.close()
+    second = TensorBoard(tmp_path, resumed_at=1)
+    second.write(record(2, loss=20))
+    second.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 20.0)]
+
+
+def test_wandb_offline_keeps_its_id_over_restarts(tmp_path):
+    tree = run_tree(tmp_path, tmp_path, logging={"wandb": "offline"})
+    for step in (1, 2):
+        sink = metrics.Wandb(run_config(tree))
+        sink.write(record(step))
+        sink.close()
+    runs = sorted(path.name.split("-")[-1] for path in (tmp_path / "wandb").glob("offline-run-*"))
+    assert set(runs) == {(tmp_path / "wandb-id").read_text()}
+
+
+def test_a_tracker_that_cannot_start_does_not_cost_the_run(tmp_path, monkeypatch, caplog):
+    def fail(*_):
+        raise OSError("no such tracker")
+
+    monkeypatch.setattr(metrics, "TensorBoard", fail)
+    logging.getLogger("palimpsest").propagate = True
+    tree = run_tree(tmp_path, tmp_path, logging={"tensorboard": True})
+    opened = metrics.open_metrics(run_config(tree), num_steps=2, resumed_at=0)
+    opened.write(record(1))
+    opened.close()
+    assert "TensorBoard cannot start and is left out: no such tracker" in caplog.text
+    assert [item["step"] for item in read_metrics(tmp_path)] == [1]
+
+
+def test_plot_is_a_png(tmp_path):
+    sink = JsonLines(tmp_path, resumed_at=0)
+    for step in range(1, 9):
+        sink.write(record(step, loss=9 - step))
+    sink.write({"step": 8, "validation_loss": 2.0})
+    sink.close()
+    plot_loss(tmp_path)
+    assert (tmp_path / PLOT).read_bytes().startswith(b"\x89PNG")
+
+
+def test_ranks_that_do_not_speak_write_nothing(tmp_path):
+    Metrics([]).write(record(1))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,75 @@
+"""The command verifies before it shows, and shows what a run would read."""
+
+import shutil
+
+import pytest
+
+from engine.cli import main
+from engine.data.dataset import TokenDataset
+from engine.data.prepare import PrepareOptions, prepare
+from engine.data.samples import first_samples
+from engine.data.tokenizer_training import train_tokenizer
+from engine.errors import EXIT_DONE, EXIT_FAILURE
+from tests.engine.data.corpus import made_up_texts, write_json_lines
+from tools.inspect_data import BOUNDARY
+
+
+@pytest.fixture
+def folder(tmp_path):
+    train_tokenizer(made_up_texts(100), tmp_path / "tokenizer", "bpe", 300)
+    source = write_json_lines(tmp_path / "texts.jsonl", made_up_texts(60))
+    prepare(PrepareOptions((str(source),), tmp_path / "tokenizer", tmp_path / "out", 0.2, shard_bytes=2000))
+    return tmp_path / "out"
+
+
+def words(text):
+    """The words of what is shown, without the frame."""
+    return text.replace("│", " ").split()
+
+
+def test_both_parts_with_counts_and_text(folder, capsys):
+    assert main(["inspect-data", str(folder), "--sequence-length", "64", "--samples", "1"]) == EXIT_DONE
+    printed = capsys.readouterr().out
+    for part in ("train", "validation"):
+        index = TokenDataset(folder / part).index
+        assert f"{index.num_tokens:,} (uint16, vocabulary 300)" in printed
+        assert f"{2 * len(index.shards)} files verified (xxh3)" in printed
+        assert index.fingerprint in printed
+    assert BOUNDARY in printed
+    assert "<|endoftext|>" in printed
+
+
+def test_one_part_alone_and_numbers_without_a_tokenizer(folder, tmp_path, capsys):
+    shutil.rmtree(tmp_path / "tokenizer")
+    arguments = ["--samples", "1", "--sequence-length", "16", "--seed", "3"]
+    assert main(["inspect-data", str(folder / "train"), *arguments]) == EXIT_DONE
+    [(place, row)] = first_samples(TokenDataset(folder / "train"), 16, 3, 1)
+    printed = capsys.readouterr().out
+    assert f"train {place}" in printed
+    shown = words(printed[printed.index(place) :])
+    assert [word for word in shown if word.isdigit()] == [str(token) for token in row.tokens[:-1].tolist()]
+
+
+def test_no_samples_on_request(folder, capsys):
+    assert main(["inspect-data", str(folder), "--samples", "0"]) == EXIT_DONE
+    assert BOUNDARY not in capsys.readouterr().out
+
+
+def test_another_tokenizer_is_refused(folder, tmp_path, capsys):
+    train_tokenizer(made_up_texts(100, seed=9), tmp_path / "other", "bpe", 290)
+    assert main(["inspect-data", str(folder), "--tokenizer", str(tmp_path / "other")]) == EXIT_FAILURE
+    assert "but this run's tokenizer is" in capsys.readouterr().err
+
+
+def test_a_flipped_bit_ends_it_with_the_shards_name(folder, capsys):
+    path = folder / "validation" / "shard-000000.tokens"
+    content = bytearray(path.read_bytes())
+    content[10] ^= 1
+    path.write_bytes(content)
+    assert main(["inspect-data", str(folder)]) == EXIT_FAILURE
+    assert f"shard {path} is damaged" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path, capsys):
+    assert main(["inspect-data", str(tmp_path)]) == EXIT_FAILURE
+    assert "holds no index.json" in capsys.readouterr().err

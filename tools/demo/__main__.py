@@ -1,0 +1,193 @@
+"""`make demo`: text, tokenizer, shards, plan, training, SIGKILL, another layout, Hugging Face, a prompt; then a summary.
+
+Everything is done by the public command; this file only says in which order, kills the run, and holds the proof next
+to what it expects. It works in `.demo/` of the checkout and starts afresh each time.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from engine.errors import EXIT_DONE, PalimpsestError
+from tools.demo import proof, sizes
+from tools.demo.commands import Commands
+from tools.demo.text import collect
+
+ROOT = Path(__file__).resolve().parents[2]
+WORK = Path(".demo")
+RUN = WORK / "run"
+CONFIG = "configs/demo/run.yaml"
+LAUNCH = ("launch", CONFIG, "--launcher", "deepspeed", "--processes", "2")
+SECOND_LAYOUT = ("parallel.zero_stage=1", "parallel.pipe=1", "parallel.tensor=2")
+TIMING_STEPS = 8
+TIMING = (
+    f"folder={WORK / 'timing'}",
+    f"stages.0.duration.steps={TIMING_STEPS}",
+    "stages.0.schedule.warmup_steps=0",
+    "evaluation.max_samples=8",
+    "logging.every_steps=1",
+    "logging.wandb=off",
+    "logging.tensorboard=false",
+    "logging.plot=false",
+)
+PROMPT = 'def read_lines(path):\n    """Return the'
+
+
+class Demo:
+    """The stages in order; each prints its heading, and its wall time goes into the summary."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.seconds: list[tuple[str, float]] = []
+        self.commands = Commands(WORK / "logs")
+        self.precision: tuple[str, ...] = ()
+
+    def stage(self, title: str, work: Callable[[], None]) -> None:
+        print(f"\n== {len(self.seconds) + 1}. {title}", flush=True)
+        begin = time.monotonic()
+        work()
+        self.seconds.append((title, time.monotonic() - begin))
+
+    def run(self) -> None:
+        self.stage("text: what this Python installation carries", self.text)
+        self.stage("tokens: tokenizer, shards, a look at them", self.tokens)
+        self.stage("plan: what the run will cost, and what would be refused", self.plan)
+        self.stage("timing: how many steps fit on this machine", self.timing)
+        self.stage("training: ZeRO-3 x two pipeline stages, until SIGKILL", self.train)
+        self.stage("resuming: the same run as ZeRO-1 x tensor 2", self.resume)
+        self.stage("export: a Hugging Face folder, compared with our model", self.export)
+        self.stage("generation: the model continues a prompt", self.generate)
+        self.summary()
+
+    def text(self) -> None:
+        counts = collect(WORK / "text")
+        for name, size in counts.items():
+            print(f"{size / 1e6:6.2f} MB  {WORK / 'text' / name}")
+
+    def tokens(self) -> None:
+        tokenizer, output = str(WORK / "tokenizer"), str(WORK / "tokens")
+        self.commands.run("tokenizer", str(WORK / "text"), "--vocab-size", "4096", "--output", tokenizer)
+        self.commands.run(
+            "prepare", str(WORK / "text"), "--tokenizer", tokenizer, "--output", output, "--shard-megabytes", "0.5"
+        )
+        self.commands.run("inspect-data", output, "--samples", "1", "--sequence-length", "128")
+
+    def plan(self) -> None:
+        cpuinfo = Path("/proc/cpuinfo")
+        kind = sizes.precision(cpuinfo.read_text(errors="replace") if cpuinfo.exists() else "")
+        if kind == "fp32":
+            print("this processor has no bf16 of its own: the run uses fp32")
+            self.precision = ("precision.dtype=fp32",)
+        self.kind = kind
+        self.commands.run("plan", CONFIG, *self.precision, "--world", "2")
+
+    def timing(self) -> None:
+        begin = time.monotonic()
+        self.commands.run(*LAUNCH, *TIMING, *self.precision)
+        whole = time.monotonic() - begin
+        seconds = [float(record["step_seconds"]) for record in proof.records(WORK / "timing") if "loss" in record]
+        gone = time.monotonic() - self.started
+        self.sizes = sizes.sizes(seconds, whole - sum(seconds), gone)
+        print(f"{self.sizes.steps} steps, a checkpoint every {self.sizes.checkpoint_every}")
+
+    @property
+    def length(self) -> tuple[str, ...]:
+        every = self.sizes.checkpoint_every
+        return (
+            f"stages.0.duration.steps={self.sizes.steps}",
+            f"checkpoint.every_steps={every}",
+            f"evaluation.every_steps={every}",
+        )
+
+    def train(self) -> None:
+        self.commands.run(*LAUNCH, *self.length, *self.precision, watch=self._kill_when_due)
+        self.killed = proof.losses(RUN)
+        self.expected = proof.expect(RUN)
+        print(
+            f"killed with SIGKILL after step {max(self.killed)}: launcher and ranks are gone; "
+            f"newest checkpoint {self.expected.checkpoint}"
+        )
+
+    def _kill_when_due(self, process: subprocess.Popen[bytes]) -> bool:
+        """Ends every process of the launch at once when the run is far enough; whether it did."""
+        done = proof.losses(RUN)
+        if not done or max(done) < self.sizes.kill_at:
+            return False
+        kill(process)
+        return True
+
+    def resume(self) -> None:
+        output = self.commands.run(*LAUNCH, *SECOND_LAYOUT, *self.length, *self.precision)
+        said = proof.reported(output)
+        compared = proof.compare(self.killed, proof.losses(RUN), self.expected.step)
+        print("\n" + proof.as_text(self.expected, said, compared))
+        proof.check(self.expected, said, compared, proof.TOLERANCES[self.kind])
+        print("the resumed run is the same run: same samples next, same losses but for rounding")
+
+    def export(self) -> None:
+        self.commands.run("convert", str(RUN), "--output", str(WORK / "huggingface"))
+
+    def generate(self) -> None:
+        self.commands.run(
+            "generate", str(WORK / "huggingface"), "--prompt", PROMPT, "--max-new-tokens", "80", "--temperature", "0.7"
+        )
+
+    def summary(self) -> None:
+        print("\n== summary")
+        for title, seconds in self.seconds:
+            print(f"{seconds:6.0f} s  {title}")
+        print(f"{time.monotonic() - self.started:6.0f} s  in all\n")
+        for what, where in ARTEFACTS:
+            print(f"{what:<22} {where}")
+
+
+ARTEFACTS = (
+    ("run folder", RUN),
+    ("loss curve", RUN / "loss.png"),
+    ("metrics", RUN / "metrics.jsonl"),
+    ("TensorBoard", f"tensorboard --logdir {RUN / 'tensorboard'}"),
+    ("wandb, offline", RUN / "wandb"),
+    ("checkpoints", RUN / "checkpoints"),
+    ("Hugging Face folder", WORK / "huggingface"),
+    ("logs of the commands", WORK / "logs"),
+)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to a launch and to all that it has started, as if the machine had died."""
+    from engine.checkpoint.folder import CHECKPOINTS, owner_of
+    from launcher.processes import marked, send
+
+    owner = owner_of(RUN / CHECKPOINTS)
+    assert owner is not None, "the run owns its checkpoints from its start on"
+    process.kill()
+    while left := marked(owner.job):
+        send(left, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def main() -> int:
+    """Runs the demonstration in the checkout; returns its exit code."""
+    os.chdir(ROOT)
+    shutil.rmtree(WORK, ignore_errors=True)
+    (WORK / "logs").mkdir(parents=True)
+    try:
+        Demo().run()
+    except PalimpsestError as error:
+        print(f"\nmake demo: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nmake demo: interrupted", file=sys.stderr)
+        return 130
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""The proof that a resumed run is the same run: the samples that it takes next, and its losses beside the killed run's.
+
+What is expected is worked out twice without the resumed run: from the loader state in the checkpoint, and by counting
+from the beginning of the run. Losses differ by rounding alone, because another layout adds in another order.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tools.demo.commands import DemoFailed
+
+TOLERANCES = {"bf16": 2.0**-6, "fp32": 1e-4}
+"""Largest difference of a step's loss. bf16: a logit between 4 and 8 is rounded by up to half of its spacing 2^-5."""
+_REPORTED = re.compile(r"next samples (\[.*?\]), hash of the next (\d+): ([0-9a-f]+)")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Where the newest checkpoint says that the run goes on."""
+
+    checkpoint: str
+    step: int
+    loss: float
+    samples: str
+    """The first ids, as the resumed run prints them."""
+    hash: str
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One step that both runs did."""
+
+    step: int
+    killed: float
+    resumed: float
+
+    @property
+    def difference(self) -> float:
+        return abs(self.resumed - self.killed)
+
+
+def expect(folder: Path) -> Expected:
+    """What a run that goes on from the newest checkpoint of a run folder has to report.
+
+    Raises:
+        DemoFailed: there is no checkpoint, or its loader state is not where that many steps lead.
+    """
+    from engine.checkpoint import document
+    from engine.checkpoint.folder import CHECKPOINTS, committed
+    from engine.config.load import load_run
+    from engine.config.save import FILE
+    from engine.data.dataset import TokenDataset
+    from engine.data.loader import Loader
+
+    paths = committed(folder / CHECKPOINTS)
+    if not paths:
+        raise DemoFailed(f"{folder / CHECKPOINTS} holds no checkpoint", "at least one when the run is killed")
+    sections = document.read(paths[0]).state.sections
+    config = load_run(folder / FILE)
+    run_stage = config.stages[0]
+    data = run_stage.data
+    loader = Loader(
+        TokenDataset(data.train),
+        run_stage.sequence_length,
+        run_stage.global_batch_size,
+        config.seed,
+        data.window_shards,
+        data.attention,
+    )
+    counted = loader.clone()
+    loader.restore(sections["loader"])
+    for _ in range(sections["progress"]["step"]):
+        counted.skip()
+    if counted.state() != loader.state():
+        raise DemoFailed(f"{paths[0]}: its loader state is not where {sections['progress']['step']} steps lead")
+    from engine.train.restart import SHOWN_SAMPLES
+
+    ids = [tuple(sample) for sample in loader.next_sample_ids(3)]
+    progress = sections["progress"]
+    return Expected(paths[0].name, progress["step"], progress["loss"], str(ids), loader.sample_hash(SHOWN_SAMPLES))
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The records in a run folder's JSON lines; a line that is being written or was cut off is left out."""
+    path = folder / "metrics.jsonl"
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Training loss by step."""
+    return {record["step"]: record["loss"] for record in records(folder) if "loss" in record}
+
+
+def reported(output: str) -> tuple[str, str]:
+    """(first sample ids, hash) that a resumed run has printed.
+
+    Raises:
+        DemoFailed: it has printed none.
+    """
+    found = _REPORTED.search(output)
+    if found is None:
+        raise DemoFailed("the second launch did not say that it resumes", "`next samples ..., hash of the next ...`")
+    return found.group(1), found.group(3)
+
+
+def compare(killed: dict[int, float], resumed: dict[int, float], after: int) -> list[Compared]:
+    """The steps beyond a checkpoint that both runs did, in order."""
+    return [Compared(step, killed[step], resumed[step]) for step in sorted(killed) if step > after and step in resumed]
+
+
+def as_text(expected: Expected, said: tuple[str, str], compared: list[Compared]) -> str:
+    """What is expected and what was seen, side by side."""
+    lines = [
+        f"proof: {expected.checkpoint}, loss {expected.loss:.4f}",
+        f"next samples (epoch, window, slot)   expected {expected.samples}",
+        f"                                     reported {said[0]}",
+        f"hash of the samples that come next   expected {expected.hash}",
+        f"                                     reported {said[1]}",
+        "  step   loss, killed run   loss, resumed run   difference",
+    ]
+    return "\n".join(
+        lines + [f"{at.step:>6}   {at.killed:>16.5f}   {at.resumed:>17.5f}   {at.difference:>10.5f}" for at in compared]
+    )
+
+
+def check(expected: Expected, said: tuple[str, str], compared: list[Compared], tolerance: float) -> None:
+    """Raises `DemoFailed` naming what does not agree."""
+    if said != (expected.samples, expected.hash):
+        raise DemoFailed(
+            f"the resumed run takes samples {said[0]} next, hash {said[1]}",
+            f"{expected.samples}, hash {expected.hash}, as the checkpoint has it",
+        )
+    if not compared:
+        raise DemoFailed("no step was done by both runs", "some, because the kill came after a checkpoint")
+    worst = max(compared, key=lambda step: step.difference)
+    if not worst.difference <= tolerance:
+        raise DemoFailed(
+            f"at step {worst.step} the killed run had loss {worst.killed:.5f}, the resumed one {worst.resumed:.5f}",
+            f"a difference of {tolerance:.0e} at most",
+        )

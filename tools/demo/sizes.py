@@ -1,0 +1,55 @@
+"""How much the demonstration does on this machine: steps from a short timing, precision from the processor. Pure.
+
+A slower machine does fewer steps rather than taking longer. The reserve covers what is still to come beside the steps:
+two launches, each about as long to start as the timing run was, and export and generation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+GOAL_SECONDS = 300.0
+"""What the demonstration aims at from its start to its end, installation apart."""
+FEWEST_STEPS, MOST_STEPS = 40, 400
+"""Enough to see the loss fall and to be killed between two checkpoints; about one pass over the text."""
+NUM_CHECKPOINTS = 4
+KILLED_AFTER = 2
+"""Checkpoints that are there when the run is killed."""
+STEPS_BEYOND = 5
+"""Steps that both runs do, so that their losses can be compared."""
+WARM_UP_STEPS = 2
+"""The first steps of a timing allocate memory and say nothing."""
+STARTS_TO_COME = 4
+"""Launches and commands that are still to come, each counted as long as a launch takes to start."""
+BESIDE_STEPS = 1.25
+"""Evaluation, checkpoints and the dearer one of the two layouts, as a factor on the steps' own time."""
+NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"}
+"""Flags of processors (x86 and Arm) that multiply bf16 themselves."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Length of the run in steps."""
+
+    steps: int
+    checkpoint_every: int
+    kill_at: int
+    """The first step at which the run is killed."""
+
+
+def sizes(step_seconds: list[float], start_seconds: float, elapsed_seconds: float) -> Sizes:
+    """What fits into the goal, given the times of a few steps, the time to start a run, and the time gone by."""
+    left_seconds = GOAL_SECONDS - elapsed_seconds - STARTS_TO_COME * start_seconds
+    one = median(step_seconds[WARM_UP_STEPS:] or step_seconds) * BESIDE_STEPS
+    fitting = int(max(left_seconds, 0.0) / one)
+    steps = min(max(fitting, FEWEST_STEPS), MOST_STEPS)
+    checkpoint_every = steps // NUM_CHECKPOINTS
+    return Sizes(checkpoint_every * NUM_CHECKPOINTS, checkpoint_every, checkpoint_every * KILLED_AFTER + STEPS_BEYOND)
+
+
+def precision(cpuinfo: str) -> Literal["bf16", "fp32"]:
+    """What the processor that `/proc/cpuinfo` describes is quick at."""
+    flags = {flag for line in cpuinfo.splitlines() if line.startswith(("flags", "Features")) for flag in line.split()}
+    return "bf16" if flags & NATIVE_BF16 else "fp32"
