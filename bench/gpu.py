@@ -50,7 +50,7 @@ def main(
         if not re.search(only, name):
             continue
         found = result[kind].setdefault(name, {})
-        run_case(f"{kind} {name}", device, function, arguments, deadline, CASE_SECONDS[kind], found)
+        run_case(name, device, function, arguments, deadline, CASE_SECONDS[kind], found)
         write(result, path)
         print(f"{kind}: {name}: {short(found)}", flush=True)
     from bench.correctness import verdicts
@@ -82,9 +82,10 @@ def find_device(toy: bool) -> dict[str, Any]:
             "peak_operations": peak_operations(found.name),
             "cuda": torch.version.cuda,
         }
+    os.environ["DS_ACCELERATOR"] = "cpu"
     if not toy:
         raise ContestFailed("no GPU that torch can use", "one CUDA device", "look at nvidia-smi, or pass --toy")
-    return {"name": "cpu", "type": "cpu", "memory_bytes": None, "peak_operations": None, "cuda": None}
+    return {"name": "CPU", "type": "cpu", "memory_bytes": None, "peak_operations": None, "cuda": None}
 
 
 Case = tuple[str, str, Callable[..., None], tuple[Any, ...]]
@@ -120,7 +121,7 @@ def run_case(
         return
     # On a CPU a fork server has torch and DeepSpeed loaded; a process with CUDA must not come from a fork.
     method = "spawn" if device["type"] == "cuda" else "forkserver"
-    on_cpu = {"DS_ACCELERATOR": "cpu"} if "cpu" in name or device["type"] == "cpu" else {}
+    on_cpu = {"DS_ACCELERATOR": "cpu"} if name.startswith("cpu") or device["type"] == "cpu" else {}
     worker = Worker(name, method, on_cpu, function, end - time.monotonic(), *arguments)
     try:
         while (piece := worker.receive(end - time.monotonic())) is not None:

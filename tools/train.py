@@ -21,6 +21,7 @@ from engine.config.resolve import Layout, resolve
 from engine.config.schema import RunConfig
 from engine.errors import EXIT_FAILURE, PalimpsestError
 from engine.outcome import Outcome
+from launcher.devices import num_gpus
 from launcher.environment import check_meeting_point, export, rank_environment
 from launcher.extensions import prepare_extensions
 
@@ -59,6 +60,8 @@ def _start(run: RunConfig, place: RankPlace) -> Layout:
         note_failure(run.folder, place, error.exit_code, error.wrong)
         raise
     export(place, os.environ)
+    if not num_gpus(os.environ):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would guess the same, with a warning per rank
     return layout
 
 

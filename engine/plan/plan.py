@@ -125,5 +125,12 @@ def _stage_plan(config: RunConfig, layout: Layout, stage: int, layers: range, mi
         parameters_per_rank=sum(entry.local_numel(layout.tensor) for entry in entries),
         in_flight=alive,
         memory=stage_memory(*sections, **common, in_flight=alive, has_head=is_last),
-        traffic=stage_traffic(*sections, **common, num_micro_batches=micro_batches, is_first=is_first, is_last=is_last),
+        traffic=stage_traffic(
+            *sections,
+            **common,
+            num_micro_batches=micro_batches,
+            is_first=is_first,
+            is_last=is_last,
+            sends_segments=config.stages[0].data.attention == "document",
+        ),
     )

@@ -6,9 +6,12 @@ rank of every case is a process of its own.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import multiprocessing
 import os
 import pickle
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -31,12 +34,27 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
 
     The first failure ends the other ranks and is raised here.
     """
+    return _run(world_size, _in_connected_world, (function, arguments))
+
+
+def run_commands(world_size: int, *arguments: str) -> list[tuple[int, str]]:
+    """`palimpsest ARGUMENTS` as every rank of a new world; exit code and standard error of each, in rank order.
+
+    The environment is the one that torchrun sets. A rank's process ends with its command, as it would alone.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return _run(world_size, _command, (port, list(arguments)))
+
+
+def _run(world_size: int, body: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         processes, receivers = [], []
         for global_rank in range(world_size):
             receiver, sender = _server.Pipe(duplex=False)
             process = _server.Process(
-                target=_rank, args=(sender, Path(folder), global_rank, world_size, function, arguments), daemon=True
+                target=_rank, args=(sender, Path(folder), global_rank, world_size, body, arguments), daemon=True
             )
             process.start()
             sender.close()
@@ -73,9 +91,21 @@ def _collect(receivers: list[Connection]) -> list[Any]:
 
 
 def _rank(
-    sender: Connection, folder: Path, global_rank: int, world_size: int, function: Callable[..., Any], arguments: Any
+    sender: Connection, folder: Path, global_rank: int, world_size: int, body: Callable[..., Any], arguments: Any
 ) -> None:
     os.environ.update(LOCAL_RANK=str(global_rank), RANK=str(global_rank), WORLD_SIZE=str(world_size))
+    try:
+        result = (True, body(folder, global_rank, world_size, *arguments))
+    except BaseException:
+        result = (False, traceback.format_exc())
+    sender.send_bytes(pickle.dumps(result))  # plain pickle: multiprocessing's own would share tensors by file handle
+    sender.close()
+    os._exit(0)  # no teardown: other ranks may still be in a collective with this one's sockets
+
+
+def _in_connected_world(
+    folder: Path, global_rank: int, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> Any:
     import torch
     import torch.distributed as dist
 
@@ -83,14 +113,17 @@ def _rank(
     from engine.parallel import zero
     from engine.parallel.groups import connect
 
-    try:
-        torch.set_num_threads(1)
-        place = RankPlace(global_rank=global_rank, world_size=world_size, local_rank=global_rank)
-        connect(place, torch.device("cpu"), dist.FileStore(str(folder / "store"), world_size))
-        zero.start(torch.device("cpu"))
-        result = (True, function(place, *arguments))
-    except BaseException:
-        result = (False, traceback.format_exc())
-    sender.send_bytes(pickle.dumps(result))  # plain pickle: multiprocessing's own would share tensors by file handle
-    sender.close()
-    os._exit(0)  # no teardown: other ranks may still be in a collective with this one's sockets
+    torch.set_num_threads(1)
+    place = RankPlace(global_rank=global_rank, world_size=world_size, local_rank=global_rank)
+    connect(place, torch.device("cpu"), dist.FileStore(str(folder / "store"), world_size))
+    zero.start(torch.device("cpu"))
+    return function(place, *arguments)
+
+
+def _command(folder: Path, global_rank: int, world_size: int, port: int, arguments: list[str]) -> tuple[int, str]:
+    from engine import cli
+
+    os.environ.update(LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        code = cli.main(arguments)
+    return code, stderr.getvalue()

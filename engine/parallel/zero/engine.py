@@ -11,7 +11,6 @@ loss scale undoes it (contract "Loss").
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -92,7 +91,6 @@ def start(device: torch.device) -> None:
     DeepSpeed would compile a shared-memory collective there (minutes, and a lock that a killed build leaves behind);
     gloo does without.
     """
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
