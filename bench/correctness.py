@@ -27,6 +27,9 @@ BF16_LOSS, BF16_NORM = 2.0**-8, 2.0**-4
 """Relative, both. The norm is a sum of squares of gradients that are themselves rounded at every layer."""
 REFERENCE = "cpu fp32 ZeRO-1"
 
+Case = tuple[str, tuple[Shape, int, Precision]]
+"""(name, arguments of `work`)"""
+
 
 def shape(toy: bool) -> Shape:
     """GPT-2 in form, small enough for the CPU, with a padded vocabulary and head size 64."""
@@ -37,15 +40,17 @@ def shape(toy: bool) -> Shape:
     return Shape(model, length=128, rows=16, micro_rows=8)
 
 
-def cases(device_type: str, toy: bool) -> list[tuple[str, tuple[Shape, int, Precision]]]:
-    """(name, arguments of `work`); the reference first. Names that begin with `cpu` run there."""
+def cases(device_type: str, toy: bool) -> list[Case]:
+    """Every way to train; the reference first. Names that begin with `cpu` run there."""
     ways: list[tuple[int, Precision]] = [(1, "fp32"), (1, "bf16"), (3, "bf16"), (3, "fp32"), (0, "fp32")]
     if toy:
         ways = ways[1:4]
     where = "device" if device_type == "cpu" else device_type
-    found: list[tuple[str, tuple[Shape, int, Precision]]] = [(REFERENCE, (shape(toy), 1, "fp32"))]
-    found += [(f"{where} {precision} ZeRO-{stage}", (shape(toy), stage, precision)) for stage, precision in ways]
-    return found
+    reference: Case = (REFERENCE, (shape(toy), 1, "fp32"))
+    return [
+        reference,
+        *((f"{where} {precision} ZeRO-{stage}", (shape(toy), stage, precision)) for stage, precision in ways),
+    ]
 
 
 def work(connection: Connection, seconds: float, shape: Shape, zero_stage: int, precision: Precision) -> None:

@@ -167,6 +167,6 @@ def own_seconds(event: Any, is_cuda: bool) -> float:
     """Time of a profiler's row itself: of kernels on a GPU (not of the operators that launch them)."""
     if not is_cuda:
         return event.self_cpu_time_total / 1e6
-    if event.device_type != torch.autograd.DeviceType.CUDA:
+    if event.device_type.name != "CUDA":
         return 0.0
     return event.self_device_time_total / 1e6

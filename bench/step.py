@@ -64,8 +64,8 @@ def main(
         print(f"\n{name}: checking that all sides compute the same", flush=True)
         result[name] = compare(shape, name, rounds, steps, threads)
         show(result[name])
-    if output is not None:
-        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if output is not None:
+            output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def make_shape(small: bool) -> Any:

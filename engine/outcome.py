@@ -37,6 +37,12 @@ def write(folder: Path, outcome: Outcome) -> None:
     partial.replace(folder / FILE)
 
 
+def write_failure(folder: Path, outcome: Outcome) -> None:
+    """Writes the outcome of a failure unless another rank was first, or the run has no folder yet; call on any rank."""
+    if folder.is_dir() and read(folder) is None:
+        write(folder, outcome)
+
+
 def read(folder: Path) -> Outcome | None:
     """The outcome in a run folder, or None where the run has written none (still running, or killed)."""
     try:

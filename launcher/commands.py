@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from launcher.environment import ATTEMPT, JOB, LAUNCHER
+from launcher.environment import ATTEMPT, JOB, LAUNCHER, RUN_FOLDER
 
 Kind = Literal["local", "deepspeed", "torchrun"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -24,6 +24,8 @@ class Wanted:
 
     config: Path
     overrides: tuple[str, ...]
+    folder: Path
+    """The run folder."""
     kind: Kind
     num_processes: int
     job: str
@@ -103,6 +105,7 @@ def _common(wanted: Wanted) -> dict[str, str]:
         JOB: wanted.job,
         ATTEMPT: str(wanted.attempt),
         LAUNCHER: wanted.kind,
+        RUN_FOLDER: str(wanted.folder.absolute()),
         "OMP_NUM_THREADS": str(max(wanted.num_cores // wanted.num_processes, 1)),
     }
     if wanted.num_gpus == 0:

@@ -19,6 +19,7 @@ from launcher.ports import free_port, job_port
 Environ = Mapping[str, str]
 
 JOB, ATTEMPT, LAUNCHER = "PALIMPSEST_JOB", "PALIMPSEST_ATTEMPT", "PALIMPSEST_LAUNCHER"
+RUN_FOLDER = "PALIMPSEST_RUN_FOLDER"
 """What `palimpsest launch` tells its ranks beside the usual variables."""
 RESTARTS_PER_START = 1000
 """Restarts by torchrun inside one start by Slurm come after those of the start before."""

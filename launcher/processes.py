@@ -12,7 +12,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.environment import JOB
+from launcher.environment import JOB, RUN_FOLDER
 
 PROC = Path("/proc")
 
@@ -28,10 +28,19 @@ class Process:
 
 def marked(job: str) -> list[Process]:
     """Every live process of this user that was started with this job's name, this process excepted."""
+    return _with(f"{JOB}={job}")
+
+
+def of_run(folder: Path) -> list[Process]:
+    """The same for any job that was launched in a run folder."""
+    return _with(f"{RUN_FOLDER}={folder.absolute()}")
+
+
+def _with(variable: str) -> list[Process]:
     found = []
     for entry in PROC.iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
-            process = _read(entry, job)
+            process = _read(entry, variable.encode())
             if process is not None:
                 found.append(process)
     return found
@@ -53,11 +62,11 @@ def send(processes: list[Process], number: signal.Signals) -> None:
             continue
 
 
-def _read(entry: Path, job: str) -> Process | None:
-    """The process behind `/proc/PID`, or None where it is not ours, not of this job, or gone by now."""
+def _read(entry: Path, variable: bytes) -> Process | None:
+    """The process behind `/proc/PID`, or None where it is not ours, has not this variable, or is gone by now."""
     try:
         variables = (entry / "environ").read_bytes().split(b"\0")
-        if f"{JOB}={job}".encode() not in variables:
+        if variable not in variables:
             return None
         # the name in parentheses may hold blanks and parentheses: what follows the last one is state, parent, ...
         state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]

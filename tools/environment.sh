@@ -88,6 +88,22 @@ print(next(line for line in project["project"]["dependencies"] if line.startswit
 PYTHON
 }
 
+mend_programs() { # the kernel cuts the first line of a script at a blank, and pip's own cure leaves some scripts out
+    case $PWD in *' '*) ;; *) return 0 ;; esac
+    .venv/bin/python - <<'PYTHON'
+import sys
+from pathlib import Path
+
+for path in Path(sys.executable).parent.iterdir():
+    if path.is_symlink() or not path.is_file():
+        continue
+    first, newline, rest = path.read_bytes().partition(b"\n")
+    if first.startswith(b"#!" + sys.prefix.encode()):
+        start = f"#!/bin/sh\n'''exec' \"{sys.executable}\" \"$0\" \"$@\"\n' '''\n".encode()
+        path.write_bytes(start + rest)
+PYTHON
+}
+
 if [ -f .venv/.place ] && [ "$(cat .venv/.place)" != "$PWD" ]; then
     say 'environment: the checkout has moved, and programs in .venv name the old place: making it again'
     rm -rf .venv
@@ -101,5 +117,6 @@ if [ -z "$extra" ]; then
 else
     install "installing what $extra needs" --no-build-isolation -e ".[$extra]"
 fi
+mend_programs
 rm -f .venv/.installed-*"${extra:+-$extra}"
 touch "$stamp"

@@ -22,6 +22,7 @@ from launcher.commands import KINDS, Command, Kind, Wanted, commands
 from launcher.devices import num_gpus
 from launcher.extensions import prepare_extensions
 from launcher.ports import free_port
+from launcher.processes import of_run
 from launcher.supervise import last_lines, supervise
 
 
@@ -50,6 +51,7 @@ def main(
 
 
 def _start(run: RunConfig, wanted: Wanted, to_start: list[Command]) -> int:
+    _refuse_second_launch(run.folder)
     prepare_extensions(run.folder, os.environ)
     verdict = supervise(to_start, wanted.job, run.folder, wanted.num_processes)
     if verdict.look_at is not None and wanted.kind == "local" and verdict.look_at != "rank-0":
@@ -59,6 +61,17 @@ def _start(run: RunConfig, wanted: Wanted, to_start: list[Command]) -> int:
     if verdict.look_at is not None:
         print(f"  to do: read {run.folder / 'logs' / verdict.look_at}.log", file=stream)
     return verdict.code
+
+
+def _refuse_second_launch(folder: Path) -> None:
+    """Raises `EnvironmentProblem` while processes of another launch, or what a killed one left, use the folder."""
+    pids = " ".join(str(process.pid) for process in of_run(folder))
+    if pids:
+        raise EnvironmentProblem(
+            f"run folder {folder} is in use: processes {pids} of an earlier launch are still running",
+            "one launch at a time in a run folder",
+            f"wait for its end, or end it: kill -9 {pids}",
+        )
 
 
 def _wanted(run: RunConfig, config: Path, overrides: list[str], kind: Kind, num_processes: int, gpus: int) -> Wanted:
@@ -71,6 +84,7 @@ def _wanted(run: RunConfig, config: Path, overrides: list[str], kind: Kind, num_
     return Wanted(
         config=config,
         overrides=tuple(overrides),
+        folder=run.folder,
         kind=kind,
         num_processes=num_processes,
         job=f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}",

@@ -80,6 +80,5 @@ def _train(run: RunConfig, layout: Layout, place: RankPlace) -> int:
 
 
 def note_failure(folder: Path, place: RankPlace, code: int, error: str) -> None:
-    """Writes the outcome of a failure unless another rank was first, or the run has no folder yet."""
-    if folder.is_dir() and outcome.read(folder) is None:
-        outcome.write(folder, Outcome(place.job, place.attempt, code, step=0, rank=place.global_rank, error=error))
+    """Notes a failure outside the training loop, at step 0; the loop has noted its own, with its step."""
+    outcome.write_failure(folder, Outcome(place.job, place.attempt, code, 0, place.global_rank, error))

@@ -15,13 +15,13 @@ from engine import outcome
 from engine.config.place import RankPlace
 from engine.config.resolve import Layout
 from engine.config.schema import RunConfig
-from engine.errors import EXIT_DONE, EXIT_REQUEUE, DataError
+from engine.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, DataError, PalimpsestError
 from engine.logs import logger
 from engine.optim.schedules import factor
 from engine.outcome import Outcome
 from engine.parallel import zero
 from engine.parallel.agreement import on_all
-from engine.parallel.collectives import all_reduce
+from engine.parallel.collectives import all_reduce, barrier
 from engine.parallel.groups import Groups, connect, disconnect, join
 from engine.parallel.pipeline import Pipeline
 from engine.train.build import build_pipeline
@@ -48,12 +48,22 @@ def train(config: RunConfig, layout: Layout, place: RankPlace) -> int:
         trainer = Trainer(config, groups, place, device, signals)
         try:
             code = trainer.fit()
+        except Exception as error:
+            _note_failure(config, place, trainer.state.step, error)
+            raise
         finally:
             trainer.close()
     if place.global_rank == 0:
         outcome.write(config.folder, Outcome(place.job, place.attempt, code, trainer.state.step))
+    barrier(groups.world)  # no rank leaves before the outcome stands: launchers signal the others when one ends
     disconnect()
     return code
+
+
+def _note_failure(config: RunConfig, place: RankPlace, step: int, error: Exception) -> None:
+    ours = isinstance(error, PalimpsestError)
+    code, words = (error.exit_code, str(error)) if ours else (EXIT_FAILURE, f"{type(error).__name__}: {error}")
+    outcome.write_failure(config.folder, Outcome(place.job, place.attempt, code, step, place.global_rank, words))
 
 
 def choose_device(place: RankPlace) -> torch.device:

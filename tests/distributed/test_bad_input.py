@@ -146,4 +146,4 @@ def test_a_full_disk_fails_the_save_and_keeps_the_last_good_checkpoint(run_file)
         assert verify(kept) == []
         end = outcome.read(folder)
         assert end is not None
-        assert (end.code, end.rank) == (EXIT_FAILURE, 0)
+        assert (end.code, end.step) == (EXIT_FAILURE, 6)

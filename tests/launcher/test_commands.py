@@ -8,6 +8,7 @@ from launcher.commands import Wanted, commands
 WANTED = Wanted(
     config=Path("my runs/gpt.yaml"),
     overrides=("parallel.pipe=2", "name='x y'"),
+    folder=Path("/runs/x"),
     kind="local",
     num_processes=2,
     job="job-1",
@@ -15,7 +16,10 @@ WANTED = Wanted(
     num_cores=5,
     python="/venv/bin/python",
 )
-COMMON = "PALIMPSEST_JOB=job-1 PALIMPSEST_ATTEMPT=0 PALIMPSEST_LAUNCHER={} OMP_NUM_THREADS=2 DS_ACCELERATOR=cpu "
+COMMON = (
+    "PALIMPSEST_JOB=job-1 PALIMPSEST_ATTEMPT=0 PALIMPSEST_LAUNCHER={} PALIMPSEST_RUN_FOLDER=/runs/x "
+    "OMP_NUM_THREADS=2 DS_ACCELERATOR=cpu "
+)
 TRAIN = "engine.cli train 'my runs/gpt.yaml' parallel.pipe=2 'name='\"'\"'x y'\"'\"''"
 
 

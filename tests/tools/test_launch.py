@@ -124,6 +124,20 @@ def test_a_failing_ranks_last_words_are_shown(ranks_that, capfd: pytest.CaptureF
     assert "to do: read run/logs/rank-1.log" in error
 
 
+def test_a_run_folder_is_used_by_one_launch_at_a_time(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Also by what a killed supervisor has left: orphans are found by their mark."""
+    environment = os.environ | {"PALIMPSEST_RUN_FOLDER": str(tmp_path / "run")}
+    left = subprocess.Popen([sys.executable, "-S", "-c", "input()"], env=environment, stdin=subprocess.PIPE)
+    try:
+        assert call("launch", SMOKE, "folder=run") == 1
+    finally:
+        left.kill()
+        left.wait()
+    error = capfd.readouterr().err
+    assert f"run folder run is in use: processes {left.pid} of an earlier launch are still running" in error
+    assert f"kill -9 {left.pid}" in error
+
+
 def test_a_stale_build_lock_is_found_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""`make demo`: text, tokenizer, shards, plan, training, SIGKILL, another layout, Hugging Face, a prompt; then a summary.
+"""`make demo`: text, tokens, plan, training, SIGKILL, another layout, Hugging Face, a prompt; then a summary.
 
 Everything is done by the public command; this file only says in which order, kills the run, and holds the proof next
 to what it expects. It works in `.demo/` of the checkout and starts afresh each time.

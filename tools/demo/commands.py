@@ -1,6 +1,6 @@
 """One command of the demonstration at a time: shown as a user would type it, its output on the screen and in a log.
 
-A command that fails ends the demonstration with its name and the path of its log. Nothing here knows what the commands do.
+A command that fails ends the demonstration with its name and the path of its log. What commands do is not known here.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from tools.demo.commands import DemoFailed
 
 TOLERANCES = {"bf16": 2.0**-6, "fp32": 1e-4}
 """Largest difference of a step's loss. bf16: a logit between 4 and 8 is rounded by up to half of its spacing 2^-5."""
+HASHED_SAMPLES = 1024
+"""How many of the next samples a resumed run hashes (`engine.train.restart`, which would import DeepSpeed here)."""
 _REPORTED = re.compile(r"next samples (\[.*?\]), hash of the next (\d+): ([0-9a-f]+)")
 
 
@@ -78,11 +80,9 @@ def expect(folder: Path) -> Expected:
         counted.skip()
     if counted.state() != loader.state():
         raise DemoFailed(f"{paths[0]}: its loader state is not where {sections['progress']['step']} steps lead")
-    from engine.train.restart import SHOWN_SAMPLES
-
     ids = [tuple(sample) for sample in loader.next_sample_ids(3)]
     progress = sections["progress"]
-    return Expected(paths[0].name, progress["step"], progress["loss"], str(ids), loader.sample_hash(SHOWN_SAMPLES))
+    return Expected(paths[0].name, progress["step"], progress["loss"], str(ids), loader.sample_hash(HASHED_SAMPLES))
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

@@ -23,8 +23,9 @@ def dataset(tmp_path_factory) -> TokenDataset:
 
 
 def loader(dataset, **changes) -> Loader:
-    arguments: dict[str, Any] = {"sequence_length": LENGTH, "global_batch_size": 12, "seed": 3, "window_shards": 4}
-    return Loader(dataset, **(arguments | {"attention": "document"} | changes))
+    defaults = {"sequence_length": LENGTH, "global_batch_size": 12, "seed": 3, "window_shards": 4}
+    arguments: dict[str, Any] = {**defaults, "attention": "document", **changes}
+    return Loader(dataset, **arguments)
 
 
 def rows_of(batches):
