@@ -15,6 +15,7 @@ from engine.data.dataset import TokenDataset
 from engine.data.loader import Loader, evaluation_batches, num_evaluation_batches, rows_per_shard
 from engine.data.prefetch import Prefetcher
 from engine.data.tokenizer import tokenizer_hash
+from engine.errors import DataError
 from engine.parallel.groups import Groups
 from engine.parallel.pipeline import Tensors
 
@@ -26,12 +27,19 @@ def open_datasets(config: RunConfig, run_stage: RunStage) -> tuple[TokenDataset,
     """Training and held-out shards, checked against the run's tokenizer.
 
     Raises:
-        DataError: missing, damaged, or written with another tokenizer.
+        DataError: missing, damaged, written with another tokenizer, or of more tokens than the model knows.
     """
     written_with = tokenizer_hash(config.tokenizer)
     data = run_stage.data
-    held_out = None if data.validation is None else TokenDataset(data.validation, written_with)
-    return TokenDataset(data.train, written_with), held_out
+    training = TokenDataset(data.train, written_with)
+    if training.index.vocab_size > config.model.vocab_size:
+        raise DataError(
+            f"the shards in {data.train} have {training.index.vocab_size} tokens in their vocabulary, "
+            f"model.vocab_size = {config.model.vocab_size}",
+            f"model.vocab_size of {training.index.vocab_size} or more",
+            "change the model, or prepare the text with a smaller tokenizer",
+        )
+    return training, None if data.validation is None else TokenDataset(data.validation, written_with)
 
 
 class Feed:
