@@ -44,7 +44,7 @@ def cases(device_type: str, toy: bool) -> list[Case]:
     """Every way to train; the reference first. Names that begin with `cpu` run there."""
     ways: list[tuple[int, Precision]] = [(1, "fp32"), (1, "bf16"), (3, "bf16"), (3, "fp32"), (0, "fp32")]
     if toy:
-        ways = ways[1:4]
+        ways = ways[1:3]
     where = "device" if device_type == "cpu" else device_type
     reference: Case = (REFERENCE, (shape(toy), 1, "fp32"))
     return [
@@ -53,8 +53,8 @@ def cases(device_type: str, toy: bool) -> list[Case]:
     ]
 
 
-def work(connection: Connection, seconds: float, shape: Shape, zero_stage: int, precision: Precision) -> None:
-    """Trains a few steps, then saves, wipes and loads; sends the figures. The parent keeps the time."""
+def work(connection: Connection, end: float, shape: Shape, zero_stage: int, precision: Precision) -> None:
+    """Trains a few steps, then saves, wipes and loads; sends the figures as it goes."""
     begin = time.monotonic()
     ours = Ours(shape, zero_stage, precision)
     losses, norms = [], []

@@ -113,7 +113,8 @@ def run_case(
 ) -> None:
     """Runs one case in a process of its own and fills `found` with what it sends, piece by piece.
 
-    A failure of any kind is an entry `failed` and not an error: the other cases still have something to say.
+    `function(connection, end, *arguments)` is told when it will be cut off, on the monotonic clock, which all processes
+    of a machine share. A failure of any kind is an entry `failed` and no error: the other cases have something to say.
     """
     end = min(deadline, time.monotonic() + limit_seconds)
     if end - time.monotonic() < LEAST_SECONDS:
@@ -122,7 +123,7 @@ def run_case(
     # On a CPU a fork server has torch and DeepSpeed loaded; a process with CUDA must not come from a fork.
     method = "spawn" if device["type"] == "cuda" else "forkserver"
     on_cpu = {"DS_ACCELERATOR": "cpu"} if name.startswith("cpu") or device["type"] == "cpu" else {}
-    worker = Worker(name, method, on_cpu, function, end - time.monotonic(), *arguments)
+    worker = Worker(name, method, on_cpu, function, end, *arguments)
     try:
         while (piece := worker.receive(end - time.monotonic())) is not None:
             found |= piece

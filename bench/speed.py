@@ -62,7 +62,7 @@ def cases(peak: float | None, toy: bool) -> list[tuple[str, tuple[Any, ...]]]:
 
 def work(
     connection: Connection,
-    seconds: float,
+    end: float,
     shape: Shape,
     sizes: tuple[int, ...],
     zero_stage: int,
@@ -71,7 +71,6 @@ def work(
     profile: bool,
 ) -> None:
     """Measures each micro-batch size and sends it at once, the best one so far as `best`, a profile at the end."""
-    end = time.monotonic() + seconds
     begin = time.monotonic()
     ours = Ours(shape, zero_stage, precision)
     connection.send({"build_seconds": round(time.monotonic() - begin, 1), "zero_stage": zero_stage})

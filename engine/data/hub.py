@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.data.sources import split_hub_name
-from engine.errors import DataError
+from engine.errors import ConfigError, DataError
+
+HUB_PREFIX = "hf:"
+"""A source `hf:NAME_OR_FOLDER[:CONFIG][@SPLIT]` is read through Hugging Face datasets; SPLIT is `train` by default."""
 
 _SAVED_TO_DISK = "state.json"
 _SAVED_SPLITS = "dataset_dict.json"
@@ -34,6 +36,15 @@ def read_column(source: str, column: str) -> Iterator[str]:
             "a dataset on the hub, a folder of one, or one saved to disk; @SPLIT one of its splits",
             "check the name, the config, the split and the network",
         ) from error
+
+
+def split_hub_name(name: str) -> tuple[str, str | None, str]:
+    """(name or folder, config or None, split) of a source `hf:...`. Raises `ConfigError` where no name is left."""
+    rest, _, split = name.removeprefix(HUB_PREFIX).partition("@")
+    path, _, config = rest.partition(":")
+    if not path:
+        raise ConfigError(f"source {name!r} names no dataset", "hf:NAME_OR_FOLDER[:CONFIG][@SPLIT]")
+    return path, config or None, split or "train"
 
 
 def _rows(path: str, config: str | None, split: str):

@@ -17,10 +17,8 @@ from pathlib import Path
 import xxhash
 
 from engine.data import text_files
-from engine.errors import ConfigError, DataError
-
-HUB_PREFIX = "hf:"
-"""A source `hf:NAME_OR_FOLDER[:CONFIG][@SPLIT]` is read through Hugging Face datasets; SPLIT is `train` by default."""
+from engine.data.hub import HUB_PREFIX, read_column
+from engine.errors import DataError
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
@@ -79,8 +77,6 @@ def read_chunks(source: Source, text_key: str, blank_line_ends: bool) -> Iterato
     ended by an empty line. Raises `DataError`: unreadable, damaged compression, unknown dataset or column.
     """
     if source.kind == "hub":
-        from engine.data.hub import read_column
-
         rows = ((number, text.encode(), 0) for number, text in enumerate(read_column(source.name, text_key)))
     elif source.kind == "json":
         rows = ((number, line, read) for number, line, read in text_files.lines(source.name) if line.strip())
@@ -198,12 +194,3 @@ def _decode(source: str, number: int, content: bytes) -> str:
             "UTF-8 text",
             "convert the file, for example with iconv",
         ) from error
-
-
-def split_hub_name(name: str) -> tuple[str, str | None, str]:
-    """(name or folder, config or None, split) of a source `hf:...`. Raises `ConfigError` where no name is left."""
-    rest, _, split = name.removeprefix(HUB_PREFIX).partition("@")
-    path, _, config = rest.partition(":")
-    if not path:
-        raise ConfigError(f"source {name!r} names no dataset", "hf:NAME_OR_FOLDER[:CONFIG][@SPLIT]")
-    return path, config or None, split or "train"

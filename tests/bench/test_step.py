@@ -6,6 +6,7 @@ import math
 import pytest
 
 from bench import step
+from bench.command import run
 from bench.contest import Contestant, ContestFailed, Lap, Spread, ratios, run_rounds
 from bench.machine import native_bf16
 from engine.errors import EXIT_FAILURE
@@ -110,6 +111,17 @@ def test_a_contestant_that_dies_or_hangs_is_named():
     waiting.wait_ready()
     with pytest.raises(ContestFailed, match="waiting: no answer within 0 seconds"):
         waiting._worker.receive(0.0)
+
+
+def test_the_command_shows_errors_without_a_traceback(capsys, monkeypatch):
+    def main():
+        raise ContestFailed("this is wrong", "that is allowed", "do this")
+
+    monkeypatch.setattr("sys.argv", ["bench"])
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert ended.value.code == EXIT_FAILURE
+    assert capsys.readouterr().err == "error: this is wrong\n  allowed: that is allowed\n  to do: do this\n"
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,8 @@ class Case:
     decay: bool = True
     attention: str = "document"
     micro_batch_size: int = 1
+    dtype: str = "fp32"
+    reduce_dtype: str = "fp32"
 
     @property
     def world_size(self) -> int:
@@ -132,7 +134,7 @@ def config_of(case: Case) -> RunConfig:
                 "weight_decay": 0.1,
                 "no_decay": ["*.bias", "*norm*"] if case.decay else [],
             },
-            "precision": {"dtype": "fp32"},
+            "precision": {"dtype": case.dtype, "reduce_dtype": case.reduce_dtype},
             "parallel": {
                 "pipe": case.pipe,
                 "tensor": case.tensor,

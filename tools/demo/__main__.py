@@ -162,13 +162,10 @@ ARTEFACTS = (
 
 def kill(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL to a launch and to all that it has started, as if the machine had died."""
-    from engine.checkpoint.folder import CHECKPOINTS, owner_of
-    from launcher.processes import marked, send
+    from launcher.processes import of_run, send
 
-    owner = owner_of(RUN / CHECKPOINTS)
-    assert owner is not None, "the run owns its checkpoints from its start on"
     process.kill()
-    while left := marked(owner.job):
+    while left := of_run(RUN):
         send(left, signal.SIGKILL)
         time.sleep(0.05)
 

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from engine.data.sources import Chunk, content_hash, find_sources, parse, read_chunks, read_texts, split_hub_name
+from engine.data.hub import split_hub_name
+from engine.data.sources import Chunk, content_hash, find_sources, parse, read_chunks, read_texts
 from engine.errors import ConfigError, DataError
 from tests.engine.data.corpus import made_up_texts, write_json_lines
 
