@@ -217,7 +217,7 @@ def run_rank(place: RankPlace, case: Case) -> tuple[list[float], list[float], li
     for step in range(NUM_STEPS):
         batch = global_batch(step, case.attention)
         weight = batch["weights_BT"].sum()
-        loss = pipeline.train(_micro_batches(batch, case, groups), groups.layout.data / weight)
+        loss = pipeline.train(stage_inputs(batch, case, groups), groups.layout.data / weight)
         norms.append(pipeline.engine.step(LEARNING_RATE))
         counted = loss.double() * (groups.tensor.position == 0)
         losses.append(all_reduce(counted, groups.world).item() / weight.item())
@@ -238,7 +238,7 @@ def run_rank(place: RankPlace, case: Case) -> tuple[list[float], list[float], li
     return losses, norms, pieces
 
 
-def _micro_batches(batch: Tensors, case: Case, groups: Groups) -> list[Tensors]:
+def stage_inputs(batch: Tensors, case: Case, groups: Groups) -> list[Tensors]:
     """This rank's keywords per micro-batch: rows go to data ranks in turn, a micro-batch at a time."""
     size, inputs = case.micro_batch_size, []
     for first in range(groups.coordinates.data_rank * size, GLOBAL_BATCH, size * case.data):

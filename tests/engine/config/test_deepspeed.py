@@ -25,7 +25,7 @@ def test_clipping_is_always_written(zero_stage: int) -> None:
 def test_batch_and_precision() -> None:
     tree = written("parallel.micro_batch_size=3", "precision.dtype=bf16", num_micro_batches=5)
     assert (tree["train_micro_batch_size_per_gpu"], tree["gradient_accumulation_steps"]) == (3, 5)
-    assert tree["bf16"] == {"enabled": True}
+    assert tree["bf16"] == {"enabled": True, "check_grad_overflow": False}
     assert tree["data_types"] == {"grad_accum_dtype": "fp32"}
     assert "bf16" not in written("precision.dtype=fp32")
 

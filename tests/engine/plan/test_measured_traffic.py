@@ -10,7 +10,7 @@ import pytest
 
 from engine.plan.plan import make_plan
 from engine.plan.traffic import all_reduce_factor, gather_factor
-from tests.distributed.cases import Case, _micro_batches, config_of, global_batch
+from tests.distributed.cases import Case, stage_inputs, config_of, global_batch
 from tests.distributed.ranks import run_ranks
 
 SCALAR_BYTES = 8
@@ -79,6 +79,6 @@ def bytes_of_a_step(place: Any, case: Case) -> dict[str, int]:
     for step in range(2):
         counting[0] = step == 1
         batch = global_batch(step, case.attention)
-        pipeline.train(_micro_batches(batch, case, groups), groups.layout.data / batch["weights_BT"].sum())
+        pipeline.train(stage_inputs(batch, case, groups), groups.layout.data / batch["weights_BT"].sum())
         pipeline.engine.step(learning_rate=1e-3)
     return {kind: sent[kind] for kind in ("all_reduce", "reduce_scatter", "all_gather", "send")}
