@@ -115,7 +115,8 @@ def _in_connected_world(
 
     torch.set_num_threads(1)
     place = RankPlace(global_rank=global_rank, world_size=world_size, local_rank=global_rank)
-    connect(place, torch.device("cpu"), dist.FileStore(str(folder / "store"), world_size))
+    store = dist.FileStore(str(folder / "store"), world_size)  # pyright: ignore[reportPrivateImportUsage]
+    connect(place, torch.device("cpu"), store)
     zero.start(torch.device("cpu"))
     return function(place, *arguments)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -21,7 +23,7 @@ def count_gathered(place, case: Case) -> dict[str, int]:
     config = config_of(case)
     groups = join(resolve(config, place.world_size), place.global_rank)
     pipeline = build_pipeline(config, config.stages[0], groups, torch.device("cpu"))
-    engine = pipeline.engine
+    engine: Any = pipeline.engine
     module: nn.Module = engine._engine.module
     parameters = list(module.parameters())
 

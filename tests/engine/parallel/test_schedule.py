@@ -36,7 +36,7 @@ def needed_by(stage: int, instruction: Instruction, num_stages: int) -> list[tup
         case Forward():
             return [(stage - 1, instruction)] if stage else []
         case Backward(chunk=chunk, micro_batch=micro_batch):
-            own = [(stage, Forward(chunk, micro_batch))]
+            own: list[tuple[int, Instruction]] = [(stage, Forward(chunk, micro_batch))]
             return own if stage == num_stages - 1 else [*own, (stage + 1, instruction)]
 
 

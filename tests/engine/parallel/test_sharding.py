@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -31,7 +33,7 @@ def test_overlapping_patterns_are_a_programming_error():
 )
 def test_parts_put_together_are_the_whole(spec, size):
     """Rank t of T holds part t of each block: undone block by block, without `extents`."""
-    whole = torch.arange(torch.tensor(spec.shape).prod()).reshape(spec.shape)
+    whole = torch.arange(math.prod(spec.shape)).reshape(spec.shape)
     parts = [spec.part(whole, rank, size) for rank in range(size)]
     assert all(part.shape == spec.local_shape(size) for part in parts)
     dim = spec.sharding.dim

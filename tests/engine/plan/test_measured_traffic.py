@@ -10,7 +10,7 @@ import pytest
 
 from engine.plan.plan import make_plan
 from engine.plan.traffic import all_reduce_factor, gather_factor
-from tests.distributed.cases import Case, stage_inputs, config_of, global_batch
+from tests.distributed.cases import Case, config_of, global_batch, stage_inputs
 from tests.distributed.ranks import run_ranks
 
 SCALAR_BYTES = 8

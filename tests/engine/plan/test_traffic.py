@@ -23,12 +23,12 @@ BF16 = example({"precision": {"dtype": "bf16"}}).precision
 )
 def test_zero_bytes(zero_stage: int, precision, expected: tuple[int, int]) -> None:
     """400 parameters on 4 data ranks: each sends 3/4 of them; 5 micro-batches."""
-    assert zero_bytes(400, zero_stage, 4, precision, numstage_inputs=5) == expected
+    assert zero_bytes(400, zero_stage, 4, precision, num_micro_batches=5) == expected
 
 
 @pytest.mark.parametrize("zero_stage", range(4))
 def test_one_data_rank_sends_nothing(zero_stage: int) -> None:
-    assert zero_bytes(400, zero_stage, 1, FP32, numstage_inputs=5) == (0, 0)
+    assert zero_bytes(400, zero_stage, 1, FP32, num_micro_batches=5) == (0, 0)
 
 
 def test_rings() -> None:
