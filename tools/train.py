@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,8 @@ from launcher.environment import check_meeting_point, export, rank_environment
 from launcher.extensions import prepare_extensions
 
 SUPERVISED = "PALIMPSEST_LAUNCHER"
+RANK_0_FIRST_SECONDS = 2.0
+"""How long the other ranks keep a mistake to themselves."""
 
 
 def main(
@@ -41,7 +44,9 @@ def main(
         code = _train(run, _start(run, place), place)
     except PalimpsestError as error:
         if place is not None and place.global_rank > 0:
-            # rank 0 tells the whole story; the others say enough to be found if they fail alone
+            # Rank 0 tells the whole story, and goes first: launchers end the others as soon as one has ended. The
+            # others say enough to be found if they fail alone.
+            time.sleep(RANK_0_FIRST_SECONDS)
             print(f"palimpsest train [rank {place.global_rank}]: {error.wrong.splitlines()[0]}", file=sys.stderr)
             raise typer.Exit(error.exit_code) from error
         raise

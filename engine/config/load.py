@@ -41,7 +41,7 @@ def parse_run(tree: Tree, source: str) -> RunConfig:
     try:
         return RunConfig.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
-        problems: list[PalimpsestError] = [_explain(item) for item in error.errors()]
+        problems: list[PalimpsestError] = [_explain(item) for item in _causes(error.errors())]
         raise report(problems, f"configuration {source}") from None
     except TypeError as error:
         raise ConfigError(
@@ -122,6 +122,12 @@ def _index(node: list[Any], part: str, override: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
         raise ConfigError(f"override {override!r}: no entry {part}", f"0 to {len(node) - 1}")
     return int(part)
+
+
+def _causes(items: list[Any]) -> list[Any]:
+    """Pydantic's errors without those that only follow from another: a list whose entries are wrong is not short."""
+    wrong_inside = {item["loc"][:depth] for item in items for depth in range(len(item["loc"]))}
+    return [item for item in items if item["type"] != "too_short" or item["loc"] not in wrong_inside]
 
 
 def _explain(item: Any) -> ConfigError:

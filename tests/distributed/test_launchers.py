@@ -85,8 +85,7 @@ def test_a_mistake_ends_every_rank_with_a_message_and_no_traceback_of_ours(way: 
     assert done.returncode in ((EXIT_USAGE,) if way == "alone" else (EXIT_FAILURE, EXIT_USAGE))
     assert f"configuration {run_file}" in done.stderr, done.stderr
     assert "tools/train.py" not in done.stderr
-    if way == "alone":
-        assert "did you mean global_batch_size?" in done.stderr
+    assert "did you mean global_batch_size?" in done.stderr
 
 
 def trained(way: str, run_file: Path) -> dict[int, float]:

@@ -177,3 +177,11 @@ def test_a_merge_leaves_the_included_section_alone(tmp_path: Path) -> None:
     second = write(tmp_path, "include: below.yaml", "second.yaml")
     read_tree(first)
     assert read_tree(second) == {"model": {"num_layers": 1}}
+
+
+def test_a_wrong_entry_does_not_make_its_list_too_short(tmp_path: Path) -> None:
+    told = message(write(tmp_path, MINIMAL), "stages.0.global_batch_sice=8")
+    assert "unknown key stages.0.global_batch_sice" in told
+    assert "did you mean global_batch_size?" in told
+    assert "problems" not in told
+    assert "stages = [] is not allowed" in message(write(tmp_path, MINIMAL), "stages=[]")
