@@ -10,7 +10,7 @@ from engine.config.schema import RunConfig
 from engine.plan.plan import Plan
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-MEMORY = ("weights", "master", "moments", "gradients", "gathered", "activations", "logits", "total")
+MEMORY = ("weights", "master", "moments", "gradients", "bucket", "gathered", "activations", "logits", "total")
 TRAFFIC = ("gradients", "weights", "tensor", "pipe", "tie", "total")
 WORLDS_SHOWN = 16
 

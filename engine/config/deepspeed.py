@@ -14,12 +14,26 @@ from engine.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfi
 EVERYTHING = 10**12
 """More elements than any stage holds: DeepSpeed's thresholds that should never cut anything."""
 
+LARGEST_BUCKET = 500_000_000
+
+
+def reduce_bucket_elements(num_elements: int) -> int:
+    """Gradient elements that ZeRO reduces at a time, for a stage of `num_elements` on this tensor rank.
+
+    ZeRO-2 and 3 keep a buffer of this size: DeepSpeed's own default would take 2 GB of the smallest model.
+    """
+    return min(LARGEST_BUCKET, num_elements)
+
 
 def deepspeed_config(
-    parallel: ParallelConfig, precision: PrecisionConfig, optimizer: OptimizerConfig, num_micro_batches: int
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    optimizer: OptimizerConfig,
+    num_micro_batches: int,
+    num_elements: int,
 ) -> dict[str, Any]:
-    """DeepSpeed's dictionary for one pipeline stage's engine."""
-    zero: dict[str, Any] = {"stage": parallel.zero_stage}
+    """DeepSpeed's dictionary for one pipeline stage's engine, which holds `num_elements` on this tensor rank."""
+    zero: dict[str, Any] = {"stage": parallel.zero_stage, "reduce_bucket_size": reduce_bucket_elements(num_elements)}
     if parallel.zero_stage in (1, 2):
         zero |= {
             "reduce_scatter": True,

@@ -31,6 +31,8 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """A decoder in GPT-2 form (the defaults) or Llama form (see `configs/models`)."""
 
+    kinds: ClassVar[dict[str, Kind]] = {"vocab_multiple": "execution"}
+
     family: Literal["gpt"] = "gpt"
     """Architecture family."""
     vocab_size: PositiveInt
@@ -80,7 +82,8 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Which token shards a run stage reads, and how documents share a row.
 
-    Folders may move; what they hold may not: the loader's state carries a fingerprint of the shards.
+    Folders may move. What `train` holds may not change under a run: the loader's state carries its fingerprint.
+    Held-out data is free: another set only begins another curve.
     """
 
     kinds: ClassVar[dict[str, Kind]] = {"train": "execution", "validation": "execution"}

@@ -20,22 +20,6 @@ def all_reduce(tensor: torch.Tensor, group: Group, op: str = "sum") -> torch.Ten
     return tensor
 
 
-def all_gather(tensor: torch.Tensor, group: Group) -> list[torch.Tensor]:
-    """Every rank's `tensor` (equal shapes), in group order. Collective over `group`."""
-    if group.size == 1:
-        return [tensor]
-    parts = [torch.empty_like(tensor) for _ in group.ranks]
-    dist.all_gather(parts, tensor.contiguous(), group=group.handle)
-    return parts
-
-
-def broadcast(tensor: torch.Tensor, group: Group, source: int = 0) -> torch.Tensor:
-    """Fills `tensor` in place from the rank at position `source`. Collective over `group`."""
-    if group.size > 1:
-        dist.broadcast(tensor, src=group.ranks[source], group=group.handle)
-    return tensor
-
-
 def broadcast_object(value: Any, group: Group, source: int = 0) -> Any:
     """The object of the rank at position `source`, on every rank. Collective over `group`."""
     if group.size == 1:

@@ -50,7 +50,6 @@ class Groups:
     global_rank: int
     coordinates: Coordinates
     world: Group
-    data: Group
     zero: Group
     """Data x sequence: what ZeRO shards over."""
     tensor: Group
@@ -58,8 +57,6 @@ class Groups:
     pipe_backward: Group
     """The same ranks as `pipe` through a communicator of its own: gradients travel on it, activations on `pipe`,
     so that neither waits for the other."""
-    stage: Group
-    """All ranks of this rank's pipeline stage."""
     model: Group
     """Pipe x tensor: the ranks that hold one copy of the model together."""
     tie: Group | None
@@ -128,12 +125,10 @@ def join(layout: Layout, global_rank: int) -> Groups:
         global_rank=global_rank,
         coordinates=grid.coordinates(global_rank),
         world=Group(tuple(range(layout.world_size)), global_rank, dist.group.WORLD),
-        data=mine("data"),
         zero=mine("data", "sequence"),
         tensor=mine("tensor"),
         pipe=_make(pipe_lines, global_rank),
         pipe_backward=_make(pipe_lines, global_rank),
-        stage=mine("data", "sequence", "tensor"),
         model=mine("pipe", "tensor"),
         tie=_make([[line[0], line[-1]] for line in pipe_lines], global_rank, strict=False) if layout.pipe > 1 else None,
     )

@@ -50,6 +50,16 @@ class Pipeline:
         (self.output_name,) = [name for name, field in boundary.items() if field.differentiable]
         self._live: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}
         self._sent: deque[tuple[Work, torch.Tensor]] = deque()
+        self._meet_neighbours()
+
+    def _meet_neighbours(self) -> None:
+        """One scalar each way, so that communicators which are made at their first use are not made in mid-schedule."""
+        for group, step in ((self.groups.pipe, 1), (self.groups.pipe_backward, -1)):
+            scalar = torch.zeros((), device=self.engine.device)
+            if 0 <= group.position - step < group.size:
+                receive(scalar, group, group.position - step)
+            if 0 <= group.position + step < group.size:
+                send(scalar, group, group.position + step).wait()
 
     def train(self, inputs: list[Tensors], loss_scale: torch.Tensor) -> torch.Tensor:
         """Forward and backward of one step; returns the sum of the micro-batches' losses (0 unless last stage).

@@ -1,9 +1,9 @@
 """Memory that one rank of a pipeline stage needs, in bytes, by what it is for.
 
-Model states are exact for what DeepSpeed holds (Rajbhandari et al. 2020, section 3; with the difference that from
-ZeRO-1 on an fp32 run has a master copy too, and that gradients are accumulated in `reduce_dtype`). Activations and
-logits are an estimate: what autograd saves per token and layer, without allocator waste; such counts were seen to lie
-8 to 11 % below the measured peak.
+Model states follow Rajbhandari et al. 2020, section 3, with what DeepSpeed holds beyond: from ZeRO-1 on an fp32 run has
+a master copy too, gradients are accumulated in `reduce_dtype`, ZeRO-1 keeps the averaged share beside an accumulator of
+another dtype, and ZeRO-2 and 3 reduce through a bucket. Activations and logits are an estimate: what autograd saves
+per token and layer, without allocator waste; such counts were seen to lie 8 to 11 % below the measured peak.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
+from engine.config.deepspeed import reduce_bucket_elements
 from engine.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from engine.plan.parameters import Entry
 
@@ -31,6 +32,8 @@ class Memory:
     """fp32 copy that the optimizer updates; 0 where the working copy is that."""
     moments: int
     gradients: int
+    bucket: int
+    """Gradients on their way through a reduction."""
     gathered: int
     """ZeRO-3: the largest module, whole while it computes."""
     activations: int
@@ -39,7 +42,7 @@ class Memory:
     @property
     def states(self) -> int:
         """What does not depend on the batch."""
-        return self.weights + self.master + self.moments + self.gradients
+        return self.weights + self.master + self.moments + self.gradients + self.bucket
 
     @property
     def total(self) -> int:
@@ -53,6 +56,8 @@ def states_per_element(zero_stage: int, data_size: int, precision: PrecisionConf
     gradients = Fraction(DTYPE_BYTES[precision.reduce_dtype])
     if zero_stage == 0:
         return weights, Fraction(0), Fraction(MOMENTS_BYTES), gradients
+    if zero_stage == 1 and precision.dtype != precision.reduce_dtype:
+        gradients += gradients * share
     return (
         weights * share if zero_stage == 3 else weights,
         MASTER_BYTES * share,
@@ -81,11 +86,14 @@ def stage_memory(
     dtype_bytes = DTYPE_BYTES[precision.dtype]
     per_token = num_layers * saved_per_token(model, parallel.tensor)
     logits = tokens * model.padded_vocab_size // parallel.tensor * LOGITS_BYTES if has_head else 0
+    bucket_bytes = {2: dtype_bytes, 3: DTYPE_BYTES[precision.reduce_dtype]}.get(parallel.zero_stage, 0)
+    bucket = reduce_bucket_elements(numel) * bucket_bytes
     return Memory(
         weights=weights,
         master=master,
         moments=moments,
         gradients=gradients,
+        bucket=bucket,
         gathered=largest_module(entries, parallel.tensor) * dtype_bytes if parallel.zero_stage == 3 else 0,
         activations=in_flight * tokens * per_token * dtype_bytes,
         logits=logits * (in_flight + 2),  # one saved by each micro-batch alive, two at work: softmax and its gradient

@@ -6,6 +6,8 @@ The first stage needs tokens and the last one targets; ranks between read nothin
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from itertools import islice
 
 import torch
 
@@ -97,30 +99,39 @@ class Feed:
         self.wait_seconds = time.perf_counter() - begin
         return inputs, sum(batch.weight for batch in batches)
 
-    def held_out_chunks(self):
-        """(inputs, weight) of the held-out samples, a chunk of micro-batches at a time; equally many on every rank."""
+    @property
+    def num_held_out_chunks(self) -> int:
+        """How often `held_out_chunks` yields: the same on every rank."""
+        return -(-self._num_held_out_batches() // EVALUATION_CHUNK)
+
+    def held_out_chunks(self) -> Iterator[tuple[list[Tensors], float]]:
+        """(inputs, weight) of the held-out samples, a chunk of micro-batches at a time. Raises as it reads."""
         assert self.held_out is not None
-        layout, micro_batch_size = self.groups.layout, self.parallel.micro_batch_size
-        length = self.run_stage.sequence_length
-        count = int(rows_per_shard(self.held_out, length).sum())
-        left = num_evaluation_batches(min(count, self.max_held_out or count), layout.data, micro_batch_size)
         batches = evaluation_batches(
             self.held_out,
-            length,
+            self.run_stage.sequence_length,
             self.run_stage.data.attention,
             self.groups.coordinates.data_rank,
-            layout.data,
-            micro_batch_size,
+            self.groups.layout.data,
+            self.parallel.micro_batch_size,
             self.max_held_out,
         )
+        left = self._num_held_out_batches()
         while left > 0:
             size = min(EVALUATION_CHUNK, left)
             left -= size
             if self.reads:
-                chunk = [next(batches) for _ in range(size)]
+                chunk = list(islice(batches, size))
                 yield [self._inputs(batch) for batch in chunk], sum(batch.weight for batch in chunk)
             else:
                 yield [{} for _ in range(size)], 0.0
+
+    def _num_held_out_batches(self) -> int:
+        assert self.held_out is not None
+        count = int(rows_per_shard(self.held_out, self.run_stage.sequence_length).sum())
+        return num_evaluation_batches(
+            min(count, self.max_held_out or count), self.groups.layout.data, self.parallel.micro_batch_size
+        )
 
     def close(self) -> None:
         """Ends the reading thread; safe to call twice."""

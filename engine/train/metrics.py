@@ -33,7 +33,7 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """`metrics.jsonl` in the run folder: one record a line, on the disk at once."""
+    """`metrics.jsonl` in the run folder: one record a line, handed to the system at once."""
 
     def __init__(self, folder: Path, resumed_at: int) -> None:
         path = folder / METRICS
@@ -115,6 +115,27 @@ class Terminal:
         pass
 
 
+class Tracker:
+    """A sink whose trouble, whatever it is, must not cost the run: it is left out from then on, with a warning."""
+
+    def __init__(self, name: str, make: Callable[[], Sink]) -> None:
+        self._name, self._sink = name, None
+        self._attempt("start", lambda: setattr(self, "_sink", make()))
+
+    def write(self, record: Record) -> None:
+        self._attempt("take a record", lambda: self._sink and self._sink.write(record))
+
+    def close(self) -> None:
+        self._attempt("be closed", lambda: self._sink and self._sink.close())
+
+    def _attempt(self, what: str, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except Exception as error:
+            _log.warning("%s cannot %s and is left out: %s", self._name, what, error)
+            self._sink = None
+
+
 class Metrics:
     """All sinks of a run; holds none on ranks other than 0."""
 
@@ -131,23 +152,17 @@ class Metrics:
 
 
 def open_metrics(config: RunConfig, num_steps: int, resumed_at: int) -> Metrics:
-    """The sinks that a configuration asks for; a tracker that cannot start is left out with a warning. Rank 0 only."""
-    optional: list[tuple[str, bool, Callable[[], Sink]]] = [
-        ("TensorBoard", config.logging.tensorboard, lambda: TensorBoard(config.folder, resumed_at)),
-        ("wandb", config.logging.wandb != "off", lambda: Wandb(config)),
-    ]
+    """The sinks that a configuration asks for. Rank 0 only."""
     sinks: list[Sink] = [JsonLines(config.folder, resumed_at), Terminal(config.logging.every_steps, num_steps)]
-    for name, wanted, make in optional:
-        if wanted:
-            try:
-                sinks.append(make())
-            except Exception as error:  # a tracker's trouble, whatever its class, must not cost the run
-                _log.warning("%s cannot start and is left out: %s", name, error)
+    if config.logging.tensorboard:
+        sinks.append(Tracker("TensorBoard", lambda: TensorBoard(config.folder, resumed_at)))
+    if config.logging.wandb != "off":
+        sinks.append(Tracker("wandb", lambda: Wandb(config)))
     return Metrics(sinks)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records in a run folder's JSON lines; a last line that was cut off by a kill is dropped."""
+    """The records in a run folder's JSON lines, up to the first line that is none (a kill cuts the last one off)."""
     try:
         lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -155,9 +170,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     records = []
     for line in lines:
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+            record["step"] = int(record["step"])
+        except (ValueError, TypeError, KeyError):
             break
+        records.append(record)
     return records
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.checkpoint.folder import CHECKPOINTS
+from engine.checkpoint.folder import CHECKPOINTS, committed
 from engine.checkpoint.load import load
 from engine.checkpoint.manifest import CheckpointState, Manifest
 from engine.checkpoint.retention import retain
@@ -21,7 +21,7 @@ from engine.config.resume import compare, meaning_hash, refuse_new_meaning
 from engine.config.save import FILE, save_run
 from engine.config.schema import RunConfig
 from engine.data.loader import Loader
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import CheckpointError, ConfigError, EnvironmentProblem
 from engine.logs import logger
 from engine.parallel.agreement import on_first
 from engine.parallel.groups import Groups
@@ -58,8 +58,9 @@ class Restarts:
             ConfigError: the folder belongs to a run of another meaning.
             CheckpointError: a newer attempt of the same job owns it.
         """
-        on_first(self._accept_config, self.groups.world, ConfigError)
+        on_first(self._compare_config, self.groups.world, ConfigError)
         self._saver.claim(self.place.job, self.place.attempt)
+        on_first(lambda: save_run(self.config, self.config.folder), self.groups.world, EnvironmentProblem)
 
     def save(self, state: TrainState, engine: StageEngine, loader: Loader) -> Path:
         """Commits a checkpoint and removes those that retention no longer keeps."""
@@ -109,20 +110,20 @@ class Restarts:
         loader.restore(manifest.state.sections["loader"])
         return Restored(state, manifest, path)
 
-    def _accept_config(self) -> None:
+    def _compare_config(self) -> None:
+        """Refuses another meaning where something was trained already, and logs what else has changed."""
         folder = self.config.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / FILE).exists():
-            changes = compare(load_run(folder / FILE), self.config)
-            refuse_new_meaning(changes, str(folder))
-            for change in changes:
-                if change.kind == "schedule":
-                    _log.warning("changed since this run was started: %s", change)
-        save_run(self.config, folder)
+        if not committed(self.folder) or not (folder / FILE).exists():
+            return
+        changes = compare(load_run(folder / FILE), self.config)
+        refuse_new_meaning(changes, str(folder))
+        for change in changes:
+            if change.kind == "schedule":
+                _log.warning("changed since this run was started: %s", change)
 
     def _refuse_damaged(self) -> None:
         """A run whose every checkpoint is damaged must not start over in silence."""
-        if self.folder.is_dir() and any(self.folder.glob("step-*")):
+        if committed(self.folder):
             raise CheckpointError(
                 f"none of the checkpoints in {self.folder} is whole",
                 "at least one that verifies",

@@ -6,8 +6,10 @@ one rank does (metrics, messages, outcome) waits for nobody.
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -15,18 +17,18 @@ from engine import outcome
 from engine.config.place import RankPlace
 from engine.config.resolve import Layout
 from engine.config.schema import RunConfig
-from engine.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, DataError, PalimpsestError
+from engine.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, DataError, EnvironmentProblem, PalimpsestError
 from engine.logs import logger
 from engine.optim.schedules import factor
 from engine.outcome import Outcome
 from engine.parallel import zero
-from engine.parallel.agreement import on_all
-from engine.parallel.collectives import all_reduce, barrier
+from engine.parallel.agreement import on_all, on_first
+from engine.parallel.collectives import all_reduce, barrier, first_error
 from engine.parallel.groups import Groups, connect, disconnect, join
-from engine.parallel.pipeline import Pipeline
+from engine.parallel.pipeline import Pipeline, Tensors
 from engine.train.build import build_pipeline
 from engine.train.feed import Feed, open_datasets
-from engine.train.metrics import Metrics, Record, open_metrics, plot_loss
+from engine.train.metrics import Metrics, Record, open_metrics, plot_loss, read_metrics
 from engine.train.restart import SHOWN_SAMPLES, Restarts
 from engine.train.signals import StopSignals
 from engine.train.state import TrainState
@@ -48,14 +50,14 @@ def train(config: RunConfig, layout: Layout, place: RankPlace) -> int:
         trainer = Trainer(config, groups, place, device, signals)
         try:
             code = trainer.fit()
+            if place.global_rank == 0:
+                outcome.write(config.folder, Outcome(place.job, place.attempt, code, trainer.state.step))
+            barrier(groups.world)  # no rank leaves before the outcome stands: launchers signal the others when one ends
         except Exception as error:
             _note_failure(config, place, trainer.state.step, error)
             raise
         finally:
             trainer.close()
-    if place.global_rank == 0:
-        outcome.write(config.folder, Outcome(place.job, place.attempt, code, trainer.state.step))
-    barrier(groups.world)  # no rank leaves before the outcome stands: launchers signal the others when one ends
     disconnect()
     return code
 
@@ -67,11 +69,26 @@ def _note_failure(config: RunConfig, place: RankPlace, step: int, error: Excepti
 
 
 def choose_device(place: RankPlace) -> torch.device:
-    """This rank's GPU where there is one and DeepSpeed is not told to use the CPU."""
-    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        torch.cuda.set_device(place.local_rank)
-        return torch.device("cuda", place.local_rank)
-    return torch.device("cpu")
+    """This rank's GPU where there is one and DeepSpeed is not told to use the CPU.
+
+    Clusters show a task either all GPUs of its node or its own alone, which then has index 0.
+
+    Raises:
+        EnvironmentProblem: the node has several GPUs, and fewer than ranks.
+    """
+    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if place.local_rank >= count > 1:
+        raise EnvironmentProblem(
+            f"local rank {place.local_rank} of {place.local_world_size} sees {count} GPUs",
+            f"at most {count} ranks on this node, or one visible GPU for each",
+            "start fewer ranks, or look at CUDA_VISIBLE_DEVICES",
+        )
+    index = place.local_rank if count > 1 else 0
+    os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed takes its device from there
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 class Trainer:
@@ -92,26 +109,24 @@ class Trainer:
         self.pipeline: Pipeline = build_pipeline(config, self.run_stage, groups, device)
         self.state = self._restore()
         self.speaks = groups.global_rank == 0
-        self.metrics = open_metrics(config, self.num_steps, self.state.step) if self.speaks else Metrics([])
+        self.metrics = on_all(self._open_metrics, groups.world, EnvironmentProblem)
 
     def fit(self) -> int:
         """Trains to the end (`EXIT_DONE`) or until a signal (`EXIT_REQUEUE`). Collective over the world."""
         self.feed.start()
-        saved_at, evaluated_at = self.state.step, None
+        evaluated_at = self._last_evaluation()
         while self.state.step < self.num_steps:
             stop = self._step()
-            if _due(self.state.step, self.config.evaluation.every_steps):
+            last = self.state.step == self.num_steps
+            if stop or last or _due(self.state.step, self.config.checkpoint.every_steps):
+                self._save()  # before the evaluation: what was trained must not hang on held-out data
+            if stop and not last:
+                return EXIT_REQUEUE
+            if last or _due(self.state.step, self.config.evaluation.every_steps):
                 self._evaluate()
                 evaluated_at = self.state.step
-            if stop or _due(self.state.step, self.config.checkpoint.every_steps):
-                self._save()
-                saved_at = self.state.step
-            if stop and self.state.step < self.num_steps:
-                return EXIT_REQUEUE
-        if evaluated_at != self.state.step:
+        if evaluated_at < self.state.step:  # killed between the last save and its evaluation
             self._evaluate()
-        if saved_at != self.state.step:
-            self._save()
         return EXIT_DONE
 
     def close(self) -> None:
@@ -119,7 +134,10 @@ class Trainer:
         self.feed.close()
         self.metrics.close()
         if self.speaks and self.config.logging.plot:
-            plot_loss(self.config.folder)
+            try:
+                plot_loss(self.config.folder)
+            except Exception as error:  # a picture, whatever its trouble, must not cost the run
+                _log.warning("the loss cannot be drawn: %s", error)
 
     def _step(self) -> bool:
         """One step; returns whether any rank was asked to stop."""
@@ -128,10 +146,10 @@ class Trainer:
         learning_rate = self.config.optimizer.learning_rate * factor(
             self.run_stage.schedule, state.step, self.num_steps
         )
-        inputs, own_weight = self.feed.step()
-        weight = self._global_weight(own_weight)
+        inputs, weight = self._read(self.feed.step)
         # DeepSpeed averages gradients over the data ranks; the factor undoes it.
-        loss = self.pipeline.train(inputs, self.groups.layout.data / weight)
+        scale = torch.tensor(self.groups.zero.size / weight, device=self.device)
+        loss = self.pipeline.train(inputs, scale)
         gradient_norm = self.pipeline.engine.step(learning_rate)
         total, stop = self._totals(loss / weight, float(self.signals.asked))
         state.step += 1
@@ -156,11 +174,23 @@ class Trainer:
         )
         return stop > 0
 
-    def _global_weight(self, own: float) -> torch.Tensor:
-        """Weight of all targets of the global batch (float64 scalar), on every rank. Collective over the world."""
-        counted = own if self.groups.is_last_stage and self.groups.tensor.position == 0 else 0.0
-        weight = torch.tensor(counted, dtype=torch.float64, device=self.device)
-        return all_reduce(weight, self.groups.world)
+    def _read(self, read: Callable[[], tuple[list[Tensors], float]]) -> tuple[list[Tensors], float]:
+        """This rank's inputs, and the weight of all ranks' targets. Collective over the world.
+
+        Raises:
+            PalimpsestError: what a rank met that could not read its share, on every rank.
+        """
+        inputs, counted, error = [], 0.0, None
+        try:
+            inputs, own = read()
+            counted = own if self.groups.is_last_stage and self.groups.tensor.position == 0 else 0.0
+        except PalimpsestError as problem:
+            counted, error = math.nan, problem  # travels with the sum, so that a step needs no collective more
+        weight = all_reduce(torch.tensor(counted, dtype=torch.float64, device=self.device), self.groups.world).item()
+        if math.isnan(weight):
+            failed = first_error(error, self.groups.world)
+            raise failed if failed is not None else DataError("the weights of this step's targets are not numbers")
+        return inputs, weight
 
     def _totals(self, loss: torch.Tensor, stop: float) -> tuple[float, float]:
         """Sum over ranks of the last stages' losses, and how many ranks want to stop. Collective over the world."""
@@ -174,11 +204,25 @@ class Trainer:
         if self.feed.held_out is None:
             return
         loss, weight = 0.0, 0.0
-        for inputs, own_weight in self.feed.held_out_chunks():
+        chunks = self.feed.held_out_chunks()
+        for _ in range(self.feed.num_held_out_chunks):
+            inputs, chunk_weight = self._read(lambda: next(chunks))
             loss += self._totals(self.pipeline.evaluate(inputs), 0.0)[0]
-            weight += self._global_weight(own_weight).item()
+            weight += chunk_weight
         record: Record = {"step": self.state.step, "validation_loss": loss / weight}
         self.metrics.write(record)
+
+    def _open_metrics(self) -> Metrics:
+        return open_metrics(self.config, self.num_steps, self.state.step) if self.speaks else Metrics([])
+
+    def _last_evaluation(self) -> int:
+        """The last step whose held-out loss is on record, so that a restart records none twice; -1 for none."""
+
+        def last() -> int:
+            records = read_metrics(self.config.folder)
+            return max((int(record["step"]) for record in records if "validation_loss" in record), default=-1)
+
+        return on_first(last, self.groups.world, EnvironmentProblem)
 
     def _save(self) -> None:
         begin = time.perf_counter()

@@ -134,3 +134,36 @@ def test_a_run_of_another_meaning_is_refused_and_loses_nothing(whole, corpus):
     with pytest.raises(RankFailed, match=r"belongs to another run:\n.*seed: 5 -> 6"):
         run_ranks(2, train_rank, tree)
     assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == before
+
+
+def test_a_finished_run_started_again_changes_nothing(whole, tmp_path):
+    run = whole("zero1")
+    folder = tmp_path / "finished"
+    shutil.copytree(run.folder, folder)
+    before = read_metrics(folder)
+    (first, _) = run_ranks(2, train_rank, run.tree | {"folder": str(folder)})
+    assert (first["code"], first["started_at"]) == (EXIT_DONE, 6)
+    assert read_metrics(folder) == before
+
+
+def test_another_meaning_is_free_while_nothing_was_trained(corpus, tmp_path):
+    """What a first start refused can be mended in the same folder, as its message says."""
+    tree = run_tree(corpus, tmp_path / "run", model={"vocab_size": 100})
+    with pytest.raises(RankFailed, match=r"have 300 tokens in their vocabulary, model.vocab_size = 100"):
+        run_ranks(1, train_rank, tree)
+    (rank,) = run_ranks(1, train_rank, run_tree(corpus, tmp_path / "run"))
+    assert rank["code"] == EXIT_DONE
+
+
+def test_damaged_held_out_data_costs_no_training(corpus, tmp_path):
+    """Found at the first evaluation, at step 3, when that step is saved already; every rank says the same."""
+    held_out = tmp_path / "held-out"
+    shutil.copytree(corpus, held_out)
+    path = held_out / "validation" / "shard-000000.tokens"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    tree = run_tree(held_out, tmp_path / "run", parallel={"pipe": 2, "data": 2})
+    with pytest.raises(RankFailed, match="shard-000000"):
+        run_ranks(4, train_rank, tree)
+    assert step_path(tmp_path / "run" / "checkpoints", 3).is_dir()

@@ -243,7 +243,8 @@ class StageEngine:
         counted = [grad for index, grad in self._shards.gradients() if self._counts(self.parameter_groups[index])]
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         if counted:
-            squares += torch.nn.utils.get_total_norm(counted).double().square()
+            norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in counted]
+            squares += torch.stack(norms).double().square().sum()
         return all_reduce(squares, self.groups.world).sqrt().float()
 
     def _counts(self, group: ParameterGroup) -> bool:

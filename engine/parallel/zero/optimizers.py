@@ -14,7 +14,7 @@ import torch
 
 from engine.errors import EnvironmentProblem
 from engine.parallel.sharding import ParameterSpec
-from engine.parallel.state import MOMENTS, ParameterGroup, Piece, Placement
+from engine.parallel.state import MOMENTS, Piece, Placement
 
 Named = list[list[tuple[ParameterSpec, torch.nn.Parameter]]]
 """Parameters of each group, in the order in which the optimizer was given them."""
@@ -64,7 +64,7 @@ def prepare_state(optimizer: torch.optim.Optimizer, flat: torch.Tensor) -> dict[
 class WholeShards:
     """ZeRO-0: every rank holds everything."""
 
-    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, groups: Named) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, groups: Named) -> None:
         self.optimizer, self.groups = optimizer, groups
         for group in groups:
             for _, parameter in group:
@@ -194,7 +194,7 @@ def _narrow(
 def shards(zero_stage: int, engine: Any, optimizer: torch.optim.Optimizer, groups: Named, data_rank: int) -> Shards:
     """What this rank's optimizer holds, for one ZeRO stage."""
     if zero_stage == 0:
-        return WholeShards(engine, optimizer, groups)
+        return WholeShards(optimizer, groups)
     if zero_stage == 3:
         return PartitionedShards(engine, optimizer, groups, data_rank)
     return FlatShards(engine, optimizer, groups, data_rank)
@@ -203,6 +203,3 @@ def shards(zero_stage: int, engine: Any, optimizer: torch.optim.Optimizer, group
 def placement(spec: ParameterSpec, offset: int, partition: int, stage: int, last_stage: int, tied: bool) -> Placement:
     """Placement of one parameter that this stage holds; a tied one is on the first and the last stage."""
     return Placement(spec, (0, last_stage) if tied else (stage,), offset, partition)
-
-
-__all__ = ["Named", "ParameterGroup", "Shards", "placement", "prepare_state", "require", "shards"]

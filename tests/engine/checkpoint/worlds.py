@@ -189,12 +189,10 @@ def fake_groups(layout: Layout, global_rank: int) -> Groups:
         global_rank=global_rank,
         coordinates=grid.coordinates(global_rank),
         world=mine("pipe", "data", "sequence", "tensor"),
-        data=mine("data"),
         zero=mine("data", "sequence"),
         tensor=mine("tensor"),
         pipe=mine("pipe"),
         pipe_backward=mine("pipe"),
-        stage=mine("data", "sequence", "tensor"),
         model=mine("pipe", "tensor"),
         tie=None,
     )

@@ -8,9 +8,9 @@ from engine.config.deepspeed import deepspeed_config
 from tests.engine.config.test_resolve import config
 
 
-def written(*overrides: str, num_micro_batches: int = 4) -> dict[str, Any]:
+def written(*overrides: str, num_micro_batches: int = 4, num_elements: int = 1000) -> dict[str, Any]:
     run = config(*overrides)
-    return deepspeed_config(run.parallel, run.precision, run.optimizer, num_micro_batches)
+    return deepspeed_config(run.parallel, run.precision, run.optimizer, num_micro_batches, num_elements)
 
 
 @pytest.mark.parametrize("zero_stage", range(4))
@@ -20,6 +20,11 @@ def test_clipping_is_always_written(zero_stage: int) -> None:
         tree = written(f"parallel.zero_stage={zero_stage}", f"optimizer.clip_norm={clip_norm}")
         assert tree["gradient_clipping"] == clip_norm
         assert tree["zero_optimization"]["stage"] == zero_stage
+
+
+def test_the_reduce_bucket_is_no_larger_than_the_stage() -> None:
+    for num_elements, expected in ((1000, 1000), (10**9, 500_000_000)):
+        assert written(num_elements=num_elements)["zero_optimization"]["reduce_bucket_size"] == expected
 
 
 def test_batch_and_precision() -> None:

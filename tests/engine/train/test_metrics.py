@@ -99,3 +99,24 @@ def test_plot_is_a_png(tmp_path):
 def test_ranks_that_do_not_speak_write_nothing(tmp_path):
     Metrics([]).write(record(1))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tracker_that_fails_in_the_middle_does_not_cost_the_run(caplog):
+    class Failing:
+        def write(self, record):
+            raise OSError("disk quota")
+
+        def close(self):
+            raise AssertionError("was left out")
+
+    logging.getLogger("palimpsest").propagate = True
+    tracker = metrics.Tracker("wandb", Failing)
+    tracker.write(record(1))
+    tracker.write(record(2))
+    tracker.close()
+    assert caplog.text.count("wandb cannot take a record and is left out: disk quota") == 1
+
+
+def test_a_line_without_a_step_ends_the_records(tmp_path):
+    (tmp_path / METRICS).write_text(json.dumps(record(1)) + "\n{}\n" + json.dumps(record(2)) + "\n")
+    assert [item["step"] for item in read_metrics(tmp_path)] == [1]
