@@ -10,6 +10,8 @@ from engine.config.schema import RunConfig
 from engine.plan.plan import Plan
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+SHORT = {"gradients": "grads", "activations": "activ."}
+"""Headings that would not fit 80 columns."""
 MEMORY = ("weights", "master", "moments", "gradients", "bucket", "gathered", "activations", "logits", "total")
 TRAFFIC = ("gradients", "weights", "tensor", "pipe", "tie", "total")
 WORLDS_SHOWN = 16
@@ -70,7 +72,7 @@ def _figures(plan: Plan, attribute: str, names: tuple[str, ...], title: str) -> 
     unit_bytes, unit = scale(max(figure.total for figure in figures))
     table = _table(f"{title}, in {unit}")
     for heading in ("stage", *names):
-        table.add_column(heading, justify="right")
+        table.add_column(SHORT.get(heading, heading), justify="right")
     for stage, figure in enumerate(figures):
         table.add_row(str(stage), *(f"{getattr(figure, name) / unit_bytes:.4g}" for name in names))
     return table
