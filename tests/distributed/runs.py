@@ -33,7 +33,7 @@ def write_corpus(folder: Path) -> None:
 
 
 def run_tree(corpus: Path, folder: Path, **changes: Any) -> Tree:
-    """A tiny GPT-2's run: six steps, a checkpoint every three, two documents or more per row."""
+    """A tiny GPT-2's run: nine steps, a checkpoint every three, two documents or more per row."""
     tree: Tree = {
         "folder": str(folder),
         "tokenizer": str(corpus / "tokenizer"),
@@ -48,7 +48,7 @@ def run_tree(corpus: Path, folder: Path, **changes: Any) -> Tree:
                 },
                 "sequence_length": LENGTH,
                 "global_batch_size": 8,
-                "duration": {"steps": 6},
+                "duration": {"steps": 9},
                 "schedule": {"warmup_steps": 2},
             }
         ],
