@@ -52,5 +52,5 @@ def read(folder: Path) -> Outcome | None:
 
 
 def clear(folder: Path) -> None:
-    """Removes an earlier outcome; call before a run starts."""
+    """Removes an earlier outcome; call before a run starts. Raises `OSError` where the folder is none, or refuses."""
     (folder / FILE).unlink(missing_ok=True)

@@ -50,8 +50,13 @@ def supervise(commands: list[Command], job: str, folder: Path, num_ranks: int) -
         EnvironmentProblem: a command cannot be started.
     """
     log_folder = folder / "logs"
-    log_folder.mkdir(parents=True, exist_ok=True)
-    outcome.clear(folder)
+    try:
+        log_folder.mkdir(parents=True, exist_ok=True)
+        outcome.clear(folder)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"run folder {folder} cannot be used: {error.strerror}", "a folder that can be written", "change `folder`"
+        ) from error
     watch = _Watch(job, folder, num_ranks)
     before = {number: signal.signal(number, watch.on_signal) for number in FORWARDED}
     try:

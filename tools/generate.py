@@ -15,7 +15,7 @@ def main(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Draw from this many likeliest tokens; 0: all.")] = 50,
-    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Equal seeds give equal text.")] = 0,
     tokenizer: Annotated[Path | None, typer.Option(help="The tokenizer's folder, if it was moved.")] = None,
 ) -> None:
     """Continue a prompt; the text appears as it is made."""

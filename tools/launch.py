@@ -70,7 +70,7 @@ def _refuse_second_launch(folder: Path) -> None:
         raise EnvironmentProblem(
             f"run folder {folder} is in use: processes {pids} of an earlier launch are still running",
             "one launch at a time in a run folder",
-            f"wait for its end, or end it: kill -9 {pids}",
+            f"wait for its end, or let it save and stop: kill {pids} (kill -9 only for what does not react)",
         )
 
 

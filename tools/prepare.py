@@ -24,7 +24,7 @@ def main(
     tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer.")],
     output: Annotated[Path, typer.Option(help="Folder to write: train/ and validation/.")],
     validation_fraction: Annotated[float, typer.Option(help="Share of documents held out (0: none).")] = 0.05,
-    shard_megabytes: Annotated[float, typer.Option(help="Size of a shard (MiB).")] = 64,
+    shard_megabytes: Annotated[float, typer.Option(min=0.001, max=65536, help="Size of a shard (MiB).")] = 64,
     workers: Annotated[int | None, typer.Option(help="Processes (default: one per CPU).")] = None,
     text_key: Annotated[str, typer.Option(help="Key of the text in JSON lines and datasets.")] = "text",
     blank_line_ends: Annotated[

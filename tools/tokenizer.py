@@ -12,20 +12,31 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from engine.data.sources import find_sources, read_texts
 from engine.data.tokenizer_training import Kind, train_tokenizer
+from engine.errors import ConfigError
+
+LARGEST_VOCABULARY = 10_000_000
+"""Far beyond any use; libraries panic at sizes that do not fit memory."""
 
 
 def main(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Files, folders, globs, or hf:DATASET.")],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     kind: Annotated[Kind, typer.Option(help="What to train.")] = "bpe",
-    vocab_size: Annotated[int, typer.Option(help="Tokens, special ones included.")] = 32000,
+    vocab_size: Annotated[int, typer.Option(max=LARGEST_VOCABULARY, help="Tokens, special ones included.")] = 32000,
     text_key: Annotated[str, typer.Option(help="Key of the text in JSON lines and datasets.")] = "text",
     blank_line_ends: Annotated[
         bool, typer.Option("--blank-line-ends", help="In text files, an empty line ends a document.")
     ] = False,
     max_megabytes: Annotated[int | None, typer.Option(min=1, help="Train on the first so many MB of text.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
 ) -> None:
     """Train a tokenizer on text: byte-level BPE, or SentencePiece unigram or BPE."""
+    if not overwrite and output.is_dir() and any(output.iterdir()):
+        raise ConfigError(
+            f"{output} holds something already; shards and checkpoints may depend on it",
+            "a new or empty folder",
+            "name another --output, or --overwrite",
+        )
     find_sources(sources)  # a wrong name is told before anything is written
     texts = read_texts(sources, text_key, blank_line_ends, max_megabytes * 1_000_000 if max_megabytes else None)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())

@@ -20,7 +20,7 @@ from engine.config.load import load_run
 from engine.config.place import RankPlace
 from engine.config.resolve import Layout, resolve
 from engine.config.schema import RunConfig
-from engine.errors import EXIT_FAILURE, PalimpsestError
+from engine.errors import EXIT_FAILURE, EnvironmentProblem, PalimpsestError
 from engine.outcome import Outcome
 from launcher.devices import num_gpus
 from launcher.environment import check_meeting_point, export, rank_environment
@@ -56,7 +56,14 @@ def main(
 def _start(run: RunConfig, place: RankPlace) -> Layout:
     """The layout, with the environment made ready for torch."""
     if place.global_rank == 0 and SUPERVISED not in os.environ:
-        outcome.clear(run.folder)  # the supervisor has done it for its ranks
+        try:
+            outcome.clear(run.folder)  # the supervisor has done it for its ranks
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"run folder {run.folder} cannot be used: {error.strerror}",
+                "a folder that can be written",
+                "change `folder`",
+            ) from error
     try:
         layout = resolve(run, place.world_size)
         check_meeting_point(place, os.environ)

@@ -43,7 +43,7 @@ def parse_run(tree: Tree, source: str) -> RunConfig:
     except ValidationError as error:
         problems: list[PalimpsestError] = [_explain(item) for item in _causes(error.errors())]
         raise report(problems, f"configuration {source}") from None
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # dates, keys that are no text, anchors that hold themselves
         raise ConfigError(
             f"configuration {source}: {error}", "numbers, text, lists and sections", "put text in quotes"
         ) from None

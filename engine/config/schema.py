@@ -20,7 +20,9 @@ Kind = Literal["meaning", "schedule", "execution"]
 class Section(BaseModel):
     """Base of every section: frozen, no unknown keys, no silent conversion from text to number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
     kind: ClassVar[Kind] = "meaning"
     """What a change of this section's keys means on resume."""

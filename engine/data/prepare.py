@@ -8,8 +8,9 @@ touched without `overwrite`; one made from the same is verified and kept.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ RECIPE_FILE = "prepare.json"
 TRAIN, VALIDATION = "train", "validation"
 PARTS = (TRAIN, VALIDATION)
 VERSION = 1
+ASIDE = ".previous"
+"""Where a complete earlier output lies while another one is written over it."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +168,8 @@ def _write(
 ) -> dict[str, Statistics]:
     names = PARTS if options.validation_fraction else (TRAIN,)
     parts = {name: Statistics() for name in names}
-    _clear(options.output)
     with ExitStack() as stack:
+        stack.enter_context(_earlier_kept(options.output))
         writers = {name: stack.enter_context(_writer(options, tokenizer, name)) for name in names}
         for encoded, read_bytes in _encoded(options, tokenizer, sources):
             parts[TRAIN].empty_documents += encoded.empty_documents
@@ -194,6 +197,37 @@ def _encoded(options: PrepareOptions, tokenizer: TextTokenizer, sources: list[So
 def _writer(options: PrepareOptions, tokenizer: TextTokenizer, name: str) -> ShardWriter:
     folder = options.output / name
     return ShardWriter(folder, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.hash, options.shard_bytes)
+
+
+@contextmanager
+def _earlier_kept(output: Path) -> Iterator[None]:
+    """A complete earlier output steps aside, into `.previous`, and comes back where the new one fails."""
+    aside, names = output / ASIDE, (RECIPE_FILE, *PARTS)
+    complete = (output / RECIPE_FILE).exists()
+    if not complete:
+        _clear(output)
+        yield
+        return
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        for name in names:
+            if (output / name).exists():
+                (output / name).rename(aside / name)
+        _clear(output)
+    except OSError as error:
+        raise _unwritable(output, error) from error
+    try:
+        yield
+    except BaseException:
+        for name in names:
+            if (output / name).is_dir():
+                shutil.rmtree(output / name)
+            if (aside / name).exists():
+                (aside / name).rename(output / name)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)
 
 
 def _clear(output: Path) -> None:

@@ -113,6 +113,8 @@ class Trainer:
 
     def fit(self) -> int:
         """Trains to the end (`EXIT_DONE`) or until a signal (`EXIT_REQUEUE`). Collective over the world."""
+        if self.state.step >= self.num_steps:
+            _log.info("step %d of %d: nothing left to train", self.state.step, self.num_steps)
         self.feed.start()
         evaluated_at = self._last_evaluation()
         while self.state.step < self.num_steps:
@@ -233,6 +235,8 @@ class Trainer:
         """Where the run goes on, or its beginning; says what shows that it is the same run."""
         restored = self.restarts.restore(self.pipeline.engine, self.feed.loader)
         if restored is None:
+            if trained := max((record["step"] for record in read_metrics(self.config.folder)), default=0):
+                _log.warning("no checkpoint in %s: its metrics up to step %d are dropped", self.config.folder, trained)
             _log.info("starting at step 0 in layout %s, ZeRO-%d", self.groups.layout, self.config.parallel.zero_stage)
             return TrainState()
         saved, state = restored.manifest, restored.state

@@ -14,7 +14,7 @@ from types import FrameType, TracebackType
 from engine.errors import EXIT_FAILURE
 from engine.logs import logger
 
-STOP = (signal.SIGTERM, signal.SIGUSR1)
+STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_SIGNAL_SECONDS = 5.0
 
 _log = logger(__name__)

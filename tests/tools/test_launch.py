@@ -136,7 +136,7 @@ def test_a_run_folder_is_used_by_one_launch_at_a_time(tmp_path: Path, capfd: pyt
         left.wait()
     error = capfd.readouterr().err
     assert f"run folder run is in use: processes {left.pid} of an earlier launch are still running" in error
-    assert f"kill -9 {left.pid}" in error
+    assert f"let it save and stop: kill {left.pid} (kill -9 only" in error
 
 
 def test_a_stale_build_lock_is_found_before_anything_starts(
@@ -249,3 +249,10 @@ def test_signals_are_the_ones_that_clusters_send() -> None:
     from launcher.supervise import FORWARDED
 
     assert {signal.SIGTERM, signal.SIGUSR1} <= FORWARDED.keys()
+
+
+@pytest.mark.parametrize("command", ["launch", "train"])
+def test_a_run_folder_that_is_a_file_is_named(command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "taken").touch()
+    assert call(command, SMOKE, "folder=taken/sub") == 1
+    assert "run folder taken/sub cannot be used: Not a directory" in capfd.readouterr().err

@@ -39,3 +39,14 @@ def test_a_wrong_kind_or_size_is_a_usage_error(source, tmp_path, capsys):
     assert main([*arguments, "--kind", "wordpiece"]) == EXIT_USAGE
     assert main([*arguments, "--vocab-size", "10"]) == EXIT_USAGE
     assert "a bpe vocabulary of 10 tokens" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_shards_may_depend_on_is_not_replaced_in_silence(source, tmp_path, capsys):
+    output = tmp_path / "taken"
+    arguments = ["tokenizer", str(source), "--output", str(output), "--vocab-size", "300"]
+    assert main(arguments) == EXIT_DONE
+    before = load_tokenizer(output).hash
+    assert main(["tokenizer", str(source), "--output", str(output), "--vocab-size", "280"]) == EXIT_USAGE
+    assert "holds something already" in capsys.readouterr().err
+    assert load_tokenizer(output).hash == before
+    assert main([*arguments, "--overwrite"]) == EXIT_DONE

@@ -185,3 +185,8 @@ def test_a_wrong_entry_does_not_make_its_list_too_short(tmp_path: Path) -> None:
     assert "did you mean global_batch_size?" in told
     assert "problems" not in told
     assert "stages = [] is not allowed" in message(write(tmp_path, MINIMAL), "stages=[]")
+
+
+def test_numbers_are_finite_and_trees_end(tmp_path: Path) -> None:
+    assert "optimizer.learning_rate" in message(write(tmp_path, MINIMAL), "optimizer.learning_rate=1e400")
+    assert "ircular" in message(write(tmp_path, MINIMAL + "name: &a [*a]"))

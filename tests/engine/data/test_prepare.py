@@ -199,3 +199,14 @@ def test_a_tokenizer_of_sentencepiece_prepares_too(options, tmp_path):
     prepare(replace(options, tokenizer=folder))
     train, validation = (texts_in(options.output / part, tokenizer) for part in PARTS)
     assert sorted(train + validation) == sorted(made_up_texts(200))
+
+
+def test_a_failed_overwrite_gives_the_earlier_output_back(options, tmp_path):
+    prepare(options)
+    before = files_of(options.output)
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"good\n\n\xff\n")
+    with pytest.raises(DataError, match="is no UTF-8"):
+        prepare(replace(options, sources=(str(bad),), overwrite=True))
+    assert files_of(options.output) == before
+    assert prepare(options).was_there
