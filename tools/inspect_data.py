@@ -45,9 +45,29 @@ def main(
 
 
 def parts_of(folder: Path) -> list[Path]:
-    """The folders of shards that a folder stands for: itself, or the parts that prepare wrote into it."""
+    """The folders of shards that a folder stands for: itself, or the parts that prepare wrote into it.
+
+    Raises:
+        DataError: a part that the recipe speaks of is not there.
+    """
+    for name in _noted_parts(folder):
+        if not (folder / name / INDEX_FILE).exists():
+            raise DataError(
+                f"{folder / name} has no {INDEX_FILE}, but {folder / RECIPE_FILE} says that it was written",
+                "every part that was prepared",
+                "prepare again with --overwrite, or restore the folder",
+            )
     parts = [folder / name for name in PARTS if (folder / name / INDEX_FILE).exists()]
     return [folder] if (folder / INDEX_FILE).exists() or not parts else parts
+
+
+def _noted_parts(folder: Path) -> list[str]:
+    """The parts that the folder's recipe reports on; none where there is no recipe that can be read."""
+    try:
+        report = json.loads((folder / RECIPE_FILE).read_bytes())["report"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [name for name in PARTS if name in report]
 
 
 def _tokenizer(folder: Path, named: Path | None) -> TextTokenizer | None:

@@ -31,10 +31,14 @@ def generate(
     as it was found.
 
     Raises:
-        ConfigError: the prompt is empty, or prompt and continuation are longer than the model's positions.
+        ConfigError: the prompt is empty or no text, or prompt and continuation are longer than the model's positions.
     """
     tokenizer = language_model.tokenizer
     model: Any = language_model.model
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the prompt is no text: {error}", "UTF-8", "give other text with --prompt") from error
     encoded = tokenizer(
         prompt,
         return_tensors="pt",

@@ -18,6 +18,7 @@ from engine.checkpoint.manifest import CheckpointState
 from engine.checkpoint.verify import verify
 from engine.config.load import load_run, parse_run
 from engine.config.schema import ModelConfig, RunConfig
+from engine.data.tokenizer import tokenizer_hash
 from engine.errors import CheckpointError, ConfigError
 from engine.logs import logger
 
@@ -49,7 +50,7 @@ def open_trained(source: Path, tokenizer: Path | None = None) -> Trained:
     `tokenizer` overrides the folder that the run was configured with.
 
     Raises:
-        ConfigError: `source` is neither, or the tokenizer's folder is not there.
+        ConfigError: `source` is neither, or the tokenizer's folder is not there or holds another one.
         CheckpointError: no checkpoint is whole.
     """
     checkpoint = find_checkpoint(source)
@@ -61,6 +62,13 @@ def open_trained(source: Path, tokenizer: Path | None = None) -> Trained:
             f"tokenizer folder {folder} is not there",
             "the tokenizer that the run was trained with",
             "name it with --tokenizer, or call from the folder that the run was started in",
+        )
+    trained_with = state.sections.get("tokenizer", {}).get("hash")
+    if trained_with is not None and tokenizer_hash(folder) != trained_with:
+        raise ConfigError(
+            f"the tokenizer in {folder} is not the one that {checkpoint} was trained with",
+            f"a folder of hash {trained_with}, found {tokenizer_hash(folder)}",
+            "name the right one with --tokenizer",
         )
     return Trained(checkpoint, state.step, state.tokens, run.model, folder, read_weights(checkpoint))
 

@@ -73,3 +73,9 @@ def test_a_flipped_bit_ends_it_with_the_shards_name(folder, capsys):
 def test_a_folder_that_is_none_is_refused(tmp_path, capsys):
     assert main(["inspect-data", str(tmp_path)]) == EXIT_FAILURE
     assert "holds no index.json" in capsys.readouterr().err
+
+
+def test_a_part_that_is_gone_is_missed(folder, capsys):
+    (folder / "train" / "index.json").unlink()
+    assert main(["inspect-data", str(folder)]) == EXIT_FAILURE
+    assert "says that it was written" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ def run_config(folder: Path, form: str, tokenizer: Path) -> RunConfig:
     )
 
 
-def save(config: RunConfig, step: int, seed: int) -> None:
+def save(config: RunConfig, step: int, seed: int, sections: dict[str, Any] | None = None) -> None:
     """Saves a checkpoint of random weights, padded as an engine holds them."""
     weights, pieces, placements = random_weights(config.model, seed), [], []
     for spec in specs(config.model):
@@ -48,5 +49,5 @@ def save(config: RunConfig, step: int, seed: int) -> None:
         full[: len(weights[spec.name])] = weights[spec.name]
         pieces.append(Piece(spec, 0, full.flatten()))
         placements.append(Placement(spec, stages=(0,), offset=0, partition=full.numel()))
-    state = CheckpointState(step, 32 * step, 0, meaning_hash(config), config.model_dump(mode="json"))
+    state = CheckpointState(step, 32 * step, 0, meaning_hash(config), config.model_dump(mode="json"), sections or {})
     Saver(config.folder / "checkpoints", one_process()).save(pieces, placements, state, "test", 0)

@@ -12,6 +12,7 @@ import torch
 from engine.errors import CheckpointError, ConfigError
 from engine.serve.source import find_checkpoint, is_trained, open_trained
 from tests.engine.models.tiny import random_weights
+from tests.engine.serve.runs import save
 
 
 def flip_a_byte(checkpoint: Path) -> None:
@@ -87,3 +88,9 @@ def test_a_checkpoint_without_a_configuration_asks_the_run_folder(own_run, monke
         open_trained(own_run.folder)
     (own_run.folder / "config.yaml").write_text(json.dumps(own_run.model_dump(mode="json")))  # JSON is YAML
     assert open_trained(own_run.folder).config == own_run.model
+
+
+def test_another_tokenizer_than_the_one_trained_with_is_refused(own_run):
+    save(own_run, step=9, seed=9, sections={"tokenizer": {"hash": "another"}})
+    with pytest.raises(ConfigError, match="is not the one that .*step-00000009 was trained with"):
+        open_trained(own_run.folder)
