@@ -92,5 +92,5 @@ def test_a_checkpoint_without_a_configuration_asks_the_run_folder(own_run, monke
 
 def test_another_tokenizer_than_the_one_trained_with_is_refused(own_run):
     save(own_run, step=9, seed=9, sections={"tokenizer": {"hash": "another"}})
-    with pytest.raises(ConfigError, match="is not the one that .*step-00000009 was trained with"):
+    with pytest.raises(ConfigError, match=r"is not the one that .*step-00000009 was trained with"):
         open_trained(own_run.folder)
