@@ -113,10 +113,11 @@ class Trainer:
 
     def fit(self) -> int:
         """Trains to the end (`EXIT_DONE`) or until a signal (`EXIT_REQUEUE`). Collective over the world."""
+        self.feed.start()
         if self.state.step >= self.num_steps:
             _log.info("step %d of %d: nothing left to train", self.state.step, self.num_steps)
-        self.feed.start()
-        evaluated_at = self._last_evaluation()
+            if self._last_evaluation() < self.state.step:  # killed between the last save and its evaluation
+                self._evaluate()
         while self.state.step < self.num_steps:
             stop = self._step()
             last = self.state.step == self.num_steps
@@ -126,9 +127,6 @@ class Trainer:
                 return EXIT_REQUEUE
             if last or _due(self.state.step, self.config.evaluation.every_steps):
                 self._evaluate()
-                evaluated_at = self.state.step
-        if evaluated_at < self.state.step:  # killed between the last save and its evaluation
-            self._evaluate()
         return EXIT_DONE
 
     def close(self) -> None:
