@@ -29,9 +29,9 @@ from engine.config.schema import (
     RunStage,
 )
 from engine.parallel import zero
-from engine.parallel.groups import connect, join
-from engine.parallel.pipeline import Tensors
-from engine.train.build import build_pipeline
+from engine.parallel.boundary import Tensors
+from engine.parallel.groups import connect
+from engine.train.build import build_pipeline, join_groups
 from engine.train.run import choose_device
 
 TOKENS_PURPOSE = 0xBE9C
@@ -76,13 +76,13 @@ class Ours:
         self.config = run_config(shape, zero_stage, precision, seed)
         connect(place, self.device)
         zero.start(self.device)
-        self.groups = join(resolve(self.config, 1), 0)
+        self.groups = join_groups(self.config, resolve(self.config, 1), 0)
         self.pipeline = build_pipeline(self.config, self.config.stages[0], self.groups, self.device)
 
     def step(self, inputs: list[Tensors], num_targets: int) -> tuple[float, float]:
         """One step on micro-batches that lie on the device; returns (loss per target, gradient norm)."""
         weight = torch.tensor(float(num_targets), dtype=torch.float64, device=self.device)
-        loss = self.pipeline.train(inputs, 1.0 / weight)
+        (loss,) = self.pipeline.train(inputs, 1.0 / weight)
         norm = self.pipeline.engine.step(self.config.optimizer.learning_rate)
         return (loss / weight).item(), norm
 

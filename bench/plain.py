@@ -87,7 +87,7 @@ def modules_contestant(turns: Turns, shape: Shape, precision: Precision, threads
 
     def loss(tokens_BT: torch.Tensor) -> torch.Tensor:
         (inputs,) = micro_batches(tokens_BT, len(tokens_BT))
-        return model(**inputs) / shape.num_targets
+        return model(**inputs)["losses_L"].sum() / shape.num_targets
 
     _loop(turns, shape, precision, model, loss)
 

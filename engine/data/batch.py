@@ -25,14 +25,12 @@ NO_SAMPLE = (-1, -1, -1)
 class Batch:
     """One micro-batch of one data rank."""
 
-    tokens_BT: torch.Tensor
-    """int64 inputs."""
-    targets_BT: torch.Tensor
-    """int64; meaningful where the weight is not 0."""
-    weights_BT: torch.Tensor
-    """float32 weight of each target in the loss, the row's weight included; 0 is no target."""
-    segments_BT: torch.Tensor | None
-    """int32 number of the document within its row, from 0; None where documents of a row see each other."""
+    inputs: dict[str, torch.Tensor]
+    """What the model takes, by its keywords: `tokens_BT` (int64); `targets_BT` (int64, meaningful where the weight is
+    not 0); `weights_BT` (float32 weight of each target in the loss, the row's weight included; 0 is no target);
+    `segments_BT` (int32 number of the document within its row, from 0; absent where documents see each other)."""
+    weights: tuple[float, ...]
+    """Weight of all targets by loss: this micro-batch's part of each denominator."""
     samples_B3: torch.Tensor
     """int64 (epoch, window, slot) of each row; -1 for a row that stands for nothing."""
     row_weights_B: torch.Tensor
@@ -46,12 +44,7 @@ class Batch:
 
     @property
     def num_rows(self) -> int:
-        return self.tokens_BT.shape[0]
-
-    @property
-    def weight(self) -> float:
-        """Weight of all targets: this micro-batch's part of the loss's denominator."""
-        return float(self.weights_BT.sum(dtype=torch.float64))
+        return self.samples_B3.shape[0]
 
 
 def make_batch(
@@ -81,11 +74,12 @@ def make_batch(
         if segments_BT is not None:
             segments_BT[b] = row.segments()
         sources[b], lengths[b] = f"{shard.name}:{row_number}", row.document_lengths()
+    inputs = {"tokens_BT": tokens_BT, "targets_BT": targets_BT, "weights_BT": weights_BT}
+    if segments_BT is not None:
+        inputs["segments_BT"] = segments_BT
     return Batch(
-        tokens_BT=torch.from_numpy(tokens_BT),
-        targets_BT=torch.from_numpy(targets_BT),
-        weights_BT=torch.from_numpy(weights_BT),
-        segments_BT=None if segments_BT is None else torch.from_numpy(segments_BT),
+        inputs={name: torch.from_numpy(array) for name, array in inputs.items()},
+        weights=(float(weights_BT.sum(dtype=np.float64)),),
         samples_B3=torch.from_numpy(samples_B3),
         row_weights_B=(torch.arange(num_rows) < len(places)).float(),
         domains_B=torch.zeros(num_rows, dtype=torch.int32),

@@ -1,1 +1,1 @@
-"""Models as plain modules with no process group in sight; each family exports `build`, `specs` and `sharding`."""
+"""Models as plain modules with no process group in sight; `families` knows what each family exports."""

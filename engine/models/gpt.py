@@ -4,7 +4,7 @@ Parameter names inside a stage are the logical names of the whole model (layers 
 cut of the model has the same names. The one exception is a tied head on a stage without the embedding: see `ties`.
 The vocabulary is padded in memory; padded columns never enter the loss, so their gradients are exactly zero.
 
-Legend: B batch, T time, D width, V vocabulary.
+Legend: B batch, T time, D width, V vocabulary, L losses.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from torch import nn
 
 from engine.config.schema import ModelConfig
 from engine.models.attention import positions_in_document, view
-from engine.models.chunk import Chunk, whole
+from engine.models.chunk import Chunk, Rows, whole
 from engine.models.layers import DecoderLayer, norm
+from engine.parallel.boundary import Boundary, Field, Tensors
 from engine.parallel.functions import PLAIN, Functions
 from engine.parallel.sharding import ROW, VOCABULARY, ParameterSpec, Table, column, lookup
 
@@ -47,13 +48,13 @@ class Stage(nn.Module):
         segments_BT: torch.Tensor | None = None,
         targets_BT: torch.Tensor | None = None,
         weights_BT: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensors:
         """What the stage makes of one micro-batch.
 
         The first stage takes `tokens_BT` (int64), the others `hidden_BTD` of the stage before. `segments_BT`
-        numbers the documents of a row; None means that the row is one document. The last stage returns the fp32
-        weighted sum of the tokens' losses, or logits over the real vocabulary (B, T, vocab_size) where
-        `targets_BT` is None (on one tensor-parallel rank only); every other stage returns hidden_BTD.
+        numbers the documents of a row; None means that the row is one document. The last stage returns `losses_L`,
+        the fp32 weighted sum of the tokens' losses (L = 1), or `logits_BTV` over the real vocabulary (B, T,
+        vocab_size) where `targets_BT` is None (on one tensor-parallel rank only); every other stage `hidden_BTD`.
         """
         if hidden_BTD is None:
             assert tokens_BT is not None, "the first stage takes tokens, the others hidden states"
@@ -63,12 +64,13 @@ class Stage(nn.Module):
         for layer in self.layers.values():
             x_BTD = layer(x_BTD, seen)
         if not self.chunk.last:
-            return x_BTD
+            return {"hidden_BTD": x_BTD}
         logits_BTV = self.lm_head(self.final_norm(x_BTD))
         if targets_BT is None:
-            return logits_BTV[..., : self.config.vocab_size]
+            return {"logits_BTV": logits_BTV[..., : self.config.vocab_size]}
         assert weights_BT is not None, "targets come with weights"
-        return self.functions.cross_entropy(logits_BTV, targets_BT, weights_BT, self.config.vocab_size)
+        loss = self.functions.cross_entropy(logits_BTV, targets_BT, weights_BT, self.config.vocab_size)
+        return {"losses_L": loss.reshape(1)}
 
     def embed(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None) -> torch.Tensor:
         """hidden_BTD of the tokens; learned positions start again with each document, as they would alone."""
@@ -127,3 +129,24 @@ def ties(config: ModelConfig) -> dict[str, str]:
     in `named_parameters`.
     """
     return {HEAD: EMBEDDING} if config.tie_embeddings else {}
+
+
+def losses(config: ModelConfig) -> tuple[str, ...]:
+    """One: the successor of each token."""
+    return ("causal",)
+
+
+def wanted(config: ModelConfig, chunk: Chunk) -> frozenset[str]:
+    """Keywords of the chunk that come from the data."""
+    first = {"tokens_BT", "segments_BT"} if chunk.first else set()
+    last = {"targets_BT", "weights_BT"} if chunk.last else set()
+    return frozenset(first | last)
+
+
+def boundary(config: ModelConfig, layer: int, rows: Rows) -> Boundary:
+    """What a chunk receives from the one before it: hidden states, and the document numbers that attention needs."""
+    shape = (rows.num_rows, rows.length)  # (B, T)
+    received: Boundary = {"hidden_BTD": Field((*shape, config.hidden_size), rows.dtype, differentiable=True)}
+    if rows.segments:
+        received["segments_BT"] = Field(shape, torch.int32, differentiable=False)
+    return received

@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from engine.config.schema import ModelConfig
-from engine.models.gpt import Stage, build, specs
+from engine.models.families import family
 from engine.parallel.functions import PLAIN, Functions
 
 
-def whole_model(config: ModelConfig, stored: Mapping[str, torch.Tensor], functions: Functions = PLAIN) -> Stage:
+def whole_model(config: ModelConfig, stored: Mapping[str, torch.Tensor], functions: Functions = PLAIN) -> nn.Module:
     """The whole model with the values of a checkpoint: `stored` has each parameter's real rows by logical name."""
-    by_name = {spec.name: spec for spec in specs(config)}
+    by_name = {spec.name: spec for spec in family(config).specs(config)}
     with torch.device("meta"):
-        model = build(config, functions=functions)
+        model = family(config).build(config, functions=functions)
 
     def padded(name: str) -> torch.Tensor:
         value = stored[name]
@@ -49,5 +49,5 @@ def fill(stage: nn.Module, value: Callable[[str], torch.Tensor]) -> None:
 
 def stored_values(stage: nn.Module, config: ModelConfig) -> dict[str, torch.Tensor]:
     """The real rows of each parameter of a stage by its name there, as a checkpoint has them; views."""
-    real_rows = {spec.name: spec.real_rows for spec in specs(config)}
+    real_rows = {spec.name: spec.real_rows for spec in family(config).specs(config)}
     return {name: parameter.detach()[: real_rows.get(name)] for name, parameter in stage.named_parameters()}

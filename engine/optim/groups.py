@@ -8,7 +8,7 @@ checkpoint never depends on the number or order of groups.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,16 +25,23 @@ def weight_decay(name: str, config: OptimizerConfig) -> float:
 
 
 def parameter_groups(
-    specs: Iterable[ParameterSpec], config: OptimizerConfig, tied: frozenset[str] = frozenset()
+    specs: Iterable[ParameterSpec], config: OptimizerConfig, tied: Mapping[str, tuple[int, ...]] | None = None
 ) -> list[ParameterGroup]:
-    """The stage's parameters, in groups that are never empty; `tied` names those that another stage holds too."""
-    grouped: dict[tuple[float, bool, bool], list[ParameterSpec]] = {}
+    """The stage's parameters, in groups that are never empty.
+
+    `tied` gives the stages of parameters that other stages hold too; ties of different stages share no group.
+    """
+    stages = tied or {}
+    grouped: dict[tuple[float, bool, tuple[int, ...]], list[ParameterSpec]] = {}
     for spec in specs:
-        key = (weight_decay(spec.name, config), spec.sharding.dim is None, spec.name in tied)
+        key = (weight_decay(spec.name, config), spec.sharding.dim is None, stages.get(spec.name, ()))
         grouped.setdefault(key, []).append(spec)
+    for (_, _, holders), members in grouped.items():
+        if holders:
+            members.sort(key=lambda spec: spec.name)  # stages meet their parameters in different orders
     return [
-        ParameterGroup(tuple(members), decay, replicated, is_tied)
-        for (decay, replicated, is_tied), members in sorted(grouped.items())
+        ParameterGroup(tuple(members), decay, replicated, holders)
+        for (decay, replicated, holders), members in sorted(grouped.items())
     ]
 
 

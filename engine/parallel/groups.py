@@ -7,6 +7,7 @@ one is handed it. A collective over a group of one rank is free and works withou
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -59,8 +60,8 @@ class Groups:
     so that neither waits for the other."""
     model: Group
     """Pipe x tensor: the ranks that hold one copy of the model together."""
-    tie: Group | None
-    """The first and last stage at this rank's place, where there is more than one stage; None on stages between."""
+    ties: dict[tuple[int, ...], Group]
+    """By set of stages that hold a tied weight: those stages' ranks at this rank's place, where it is one of them."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -108,8 +109,10 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
-def join(layout: Layout, global_rank: int) -> Groups:
+def join(layout: Layout, global_rank: int, tied_stages: Iterable[tuple[int, ...]] = ()) -> Groups:
     """Makes all groups of the layout. Collective over the world, after `connect`.
+
+    `tied_stages` are the sets of stages that hold a weight together (`engine.plan.cut.tied_stages`).
 
     Every rank makes every group in the same order, as `torch.distributed.new_group` wants it.
     """
@@ -119,6 +122,10 @@ def join(layout: Layout, global_rank: int) -> Groups:
         return _make(grid.groups(*axes), global_rank)
 
     pipe_lines = grid.groups("pipe")
+    ties = [
+        (stages, _make([[line[stage] for stage in stages] for line in pipe_lines], global_rank, strict=False))
+        for stages in sorted(set(tied_stages))
+    ]
     return Groups(
         layout=layout,
         grid=grid,
@@ -130,7 +137,7 @@ def join(layout: Layout, global_rank: int) -> Groups:
         pipe=_make(pipe_lines, global_rank),
         pipe_backward=_make(pipe_lines, global_rank),
         model=mine("pipe", "tensor"),
-        tie=_make([[line[0], line[-1]] for line in pipe_lines], global_rank, strict=False) if layout.pipe > 1 else None,
+        ties={stages: group for stages, group in ties if group is not None},
     )
 
 

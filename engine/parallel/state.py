@@ -61,12 +61,12 @@ class Placement:
 class ParameterGroup:
     """Parameters of one stage that the optimizer and the gradient norm treat alike.
 
-    Parameters that are whole on every tensor rank (`replicated`) never share a group with split ones, and a weight
-    that is tied across pipeline stages (`tied`) has a group of its own on both, so that its optimizer state is cut
-    alike there.
+    Parameters that are whole on every tensor rank (`replicated`) never share a group with split ones, and weights
+    that several pipeline stages hold (`tied`: those stages, ascending) have a group of their own on each of them, so
+    that their optimizer state is cut alike there.
     """
 
     specs: tuple[ParameterSpec, ...]
     weight_decay: float
     replicated: bool
-    tied: bool = False
+    tied: tuple[int, ...] = ()

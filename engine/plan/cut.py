@@ -11,6 +11,7 @@ from __future__ import annotations
 from engine.config.schema import ModelConfig
 from engine.errors import ConfigError
 from engine.plan.operations import embedding_operations, head_operations, layer_operations
+from engine.plan.parameters import stage_entries
 
 
 def cut(model: ModelConfig, pipe: int) -> list[range]:
@@ -26,6 +27,15 @@ def cut(model: ModelConfig, pipe: int) -> list[range]:
             f"parallel.pipe = {pipe} does not fit model.num_layers = {model.num_layers}", f"1 to {model.num_layers}"
         )
     return balance(layer_costs(model), pipe)
+
+
+def tied_stages(model: ModelConfig, pipe: int) -> dict[str, tuple[int, ...]]:
+    """The stages, ascending, of every parameter that more than one pipeline stage holds, by logical name."""
+    holders: dict[str, list[int]] = {}
+    for stage, layers in enumerate(cut(model, pipe)):
+        for entry in stage_entries(model, layers, is_first=stage == 0, is_last=stage == pipe - 1):
+            holders.setdefault(entry.name, []).append(stage)
+    return {name: tuple(stages) for name, stages in holders.items() if len(stages) > 1}
 
 
 def layer_costs(model: ModelConfig) -> list[int]:

@@ -103,7 +103,7 @@ def check(trained: Trained, folder: Path, name: Path) -> Exported:
     tokens_BT = _same_tokens(trained, theirs, name)
     _same_weights(trained, theirs, name)
     with torch.no_grad():
-        logits_BTV = whole_model(trained.config, trained.weights)(tokens_BT=tokens_BT)
+        logits_BTV = whole_model(trained.config, trained.weights)(tokens_BT=tokens_BT)["logits_BTV"]
         difference = (logits_BTV - theirs.model(tokens_BT).logits).abs().max().item()
     if not difference <= LARGEST_DIFFERENCE:  # so that NaN fails too
         raise _differs(name, f"its logits are off by {difference:.2e}", f"at most {LARGEST_DIFFERENCE:.0e}")

@@ -1,6 +1,8 @@
 """This rank's share of the data, as the keywords of its pipeline stage, on its device.
 
-The first stage needs tokens and the last one targets; ranks between read nothing and only advance the loader.
+What a stage needs is its family's to say; ranks that need nothing read nothing and only advance the loader.
+
+Legend: L losses.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from engine.data.loader import Loader, evaluation_batches, num_evaluation_batche
 from engine.data.prefetch import Prefetcher
 from engine.data.tokenizer import tokenizer_hash
 from engine.errors import DataError
+from engine.models.families import family
+from engine.parallel.boundary import Tensors
 from engine.parallel.groups import Groups
-from engine.parallel.pipeline import Tensors
+from engine.train.build import stage_chunk
 
 EVALUATION_CHUNK = 8
 """Micro-batches that one evaluation pass sends through the pipeline."""
@@ -68,14 +72,17 @@ class Feed:
             data.window_shards,
             data.attention,
         )
+        chunk = stage_chunk(config.model, groups)
+        self.wanted = family(config.model).wanted(config.model, chunk)
+        """Keywords of this rank's stage that come from the data."""
         self.wait_seconds = 0.0
         """Time that the last `step` waited for data."""
         self._prefetcher: Prefetcher | None = None
 
     @property
     def reads(self) -> bool:
-        """Whether this rank's stage needs tokens or targets."""
-        return self.groups.is_first_stage or self.groups.is_last_stage
+        """Whether this rank's stage needs anything of the data."""
+        return bool(self.wanted)
 
     def start(self) -> None:
         """Begins to read ahead; call when the loader stands where training goes on."""
@@ -85,8 +92,9 @@ class Feed:
                 self.loader, coordinates.data_rank, layout.data, self.parallel.micro_batch_size
             )
 
-    def step(self) -> tuple[list[Tensors], float]:
-        """The stage's inputs of the next step, and the weight of this data rank's targets (0 where it reads none)."""
+    def step(self) -> tuple[list[Tensors], list[float]]:
+        """The stage's inputs of the next step, and the weight of this data rank's targets by loss (L; empty where it
+        reads none)."""
         begin = time.perf_counter()
         if self._prefetcher is None:
             self.loader.skip()
@@ -97,15 +105,15 @@ class Feed:
             batches = self._prefetcher.step()
             inputs = [self._inputs(batch) for batch in batches]
         self.wait_seconds = time.perf_counter() - begin
-        return inputs, sum(batch.weight for batch in batches)
+        return inputs, total_weights(batches)
 
     @property
     def num_held_out_chunks(self) -> int:
         """How often `held_out_chunks` yields: the same on every rank."""
         return -(-self._num_held_out_batches() // EVALUATION_CHUNK)
 
-    def held_out_chunks(self) -> Iterator[tuple[list[Tensors], float]]:
-        """(inputs, weight) of the held-out samples, a chunk of micro-batches at a time. Raises as it reads."""
+    def held_out_chunks(self) -> Iterator[tuple[list[Tensors], list[float]]]:
+        """(inputs, weights) of the held-out samples, a chunk of micro-batches at a time. Raises as it reads."""
         assert self.held_out is not None
         batches = evaluation_batches(
             self.held_out,
@@ -122,9 +130,9 @@ class Feed:
             left -= size
             if self.reads:
                 chunk = list(islice(batches, size))
-                yield [self._inputs(batch) for batch in chunk], sum(batch.weight for batch in chunk)
+                yield [self._inputs(batch) for batch in chunk], total_weights(chunk)
             else:
-                yield [{} for _ in range(size)], 0.0
+                yield [{} for _ in range(size)], []
 
     def _num_held_out_batches(self) -> int:
         assert self.held_out is not None
@@ -140,14 +148,14 @@ class Feed:
             self._prefetcher = None
 
     def _inputs(self, batch: Batch) -> Tensors:
-        own: dict[str, torch.Tensor | None] = {}
-        if self.groups.is_first_stage:
-            own |= {"tokens_BT": batch.tokens_BT, "segments_BT": batch.segments_BT}
-        if self.groups.is_last_stage:
-            own |= {"targets_BT": batch.targets_BT, "weights_BT": batch.weights_BT}
-        return {name: self._move(tensor) for name, tensor in own.items() if tensor is not None}
+        return {name: self._move(tensor) for name, tensor in batch.inputs.items() if name in self.wanted}
 
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor
+
+
+def total_weights(batches: list[Batch]) -> list[float]:
+    """(L,) weight of the targets of all batches, by loss."""
+    return [sum(weights) for weights in zip(*(batch.weights for batch in batches), strict=True)]

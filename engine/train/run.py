@@ -19,14 +19,16 @@ from engine.config.resolve import Layout
 from engine.config.schema import RunConfig
 from engine.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, DataError, EnvironmentProblem, PalimpsestError
 from engine.logs import logger
+from engine.models.families import family
 from engine.optim.schedules import factor
 from engine.outcome import Outcome
 from engine.parallel import zero
 from engine.parallel.agreement import on_all, on_first
+from engine.parallel.boundary import Tensors
 from engine.parallel.collectives import all_reduce, barrier, first_error
-from engine.parallel.groups import Groups, connect, disconnect, join
-from engine.parallel.pipeline import Pipeline, Tensors
-from engine.train.build import build_pipeline
+from engine.parallel.groups import Groups, connect, disconnect
+from engine.parallel.pipeline import Pipeline
+from engine.train.build import build_pipeline, join_groups
 from engine.train.feed import Feed, open_datasets
 from engine.train.metrics import Metrics, Record, open_metrics, plot_loss, read_metrics
 from engine.train.restart import SHOWN_SAMPLES, Restarts
@@ -45,7 +47,7 @@ def train(config: RunConfig, layout: Layout, place: RankPlace) -> int:
     device = choose_device(place)
     connect(place, device)
     zero.start(device)
-    groups = join(layout, place.global_rank)
+    groups = join_groups(config, layout, place.global_rank)
     with StopSignals() as signals:
         trainer = Trainer(config, groups, place, device, signals)
         try:
@@ -100,6 +102,7 @@ class Trainer:
         self.config, self.groups, self.device, self.signals = config, groups, device, signals
         self.run_stage = config.stages[0]
         self.num_steps = self.run_stage.num_steps
+        self.losses = family(config.model).losses(config.model)
         self.restarts = Restarts(config, groups, place)
         self.restarts.claim()
         training, held_out = on_all(lambda: open_datasets(config, self.run_stage), groups.world, DataError)
@@ -146,23 +149,24 @@ class Trainer:
         learning_rate = self.config.optimizer.learning_rate * factor(
             self.run_stage.schedule, state.step, self.num_steps
         )
-        inputs, weight = self._read(self.feed.step)
+        inputs, weights_L = self._read(self.feed.step)
+        scales_L = 1.0 / weights_L.clamp(min=torch.finfo(torch.float32).tiny)  # a loss without targets is 0
         # DeepSpeed averages gradients over the data ranks; the factor undoes it.
-        scale = torch.tensor(self.groups.zero.size / weight, device=self.device)
-        loss = self.pipeline.train(inputs, scale)
+        sums_L = self.pipeline.train(inputs, (self.groups.zero.size * scales_L).float())
         gradient_norm = self.pipeline.engine.step(learning_rate)
-        total, stop = self._totals(loss / weight, float(self.signals.asked))
+        losses, stop = self._totals(sums_L * scales_L, float(self.signals.asked))
         state.step += 1
         state.updates += 1
         state.samples += self.run_stage.global_batch_size
         tokens = self.run_stage.global_batch_size * self.run_stage.sequence_length
         state.tokens += tokens
         seconds = time.perf_counter() - begin
-        state.loss = total
+        state.loss = sum(losses)
         self.metrics.write(
             {
                 "step": state.step,
                 "loss": state.loss,
+                **self._by_name(losses, "loss"),
                 "gradient_norm": gradient_norm,
                 "learning_rate": learning_rate,
                 "samples": state.samples,
@@ -174,43 +178,52 @@ class Trainer:
         )
         return stop > 0
 
-    def _read(self, read: Callable[[], tuple[list[Tensors], float]]) -> tuple[list[Tensors], float]:
-        """This rank's inputs, and the weight of all ranks' targets. Collective over the world.
+    def _read(self, read: Callable[[], tuple[list[Tensors], list[float]]]) -> tuple[list[Tensors], torch.Tensor]:
+        """This rank's inputs, and the weight of all ranks' targets by loss (L, fp64). Collective over the world.
 
         Raises:
             PalimpsestError: what a rank met that could not read its share, on every rank.
         """
-        inputs, counted, error = [], 0.0, None
+        inputs, counted, error = [], [0.0] * len(self.losses), None
         try:
             inputs, own = read()
-            counted = own if self.groups.is_last_stage and self.groups.tensor.position == 0 else 0.0
+            if self.groups.is_last_stage and self.groups.tensor.position == 0:
+                counted = own
         except PalimpsestError as problem:
-            counted, error = math.nan, problem  # travels with the sum, so that a step needs no collective more
-        weight = all_reduce(torch.tensor(counted, dtype=torch.float64, device=self.device), self.groups.world).item()
-        if math.isnan(weight):
+            counted, error = [math.nan] * len(self.losses), problem  # travels with the sum: no collective more
+        weights_L = all_reduce(torch.tensor(counted, dtype=torch.float64, device=self.device), self.groups.world)
+        if math.isnan(weights_L[0].item()):
             failed = first_error(error, self.groups.world)
             raise failed if failed is not None else DataError("the weights of this step's targets are not numbers")
-        return inputs, weight
+        return inputs, weights_L
 
-    def _totals(self, loss: torch.Tensor, stop: float) -> tuple[float, float]:
+    def _totals(self, sums_L: torch.Tensor, stop: float) -> tuple[list[float], float]:
         """Sum over ranks of the last stages' losses, and how many ranks want to stop. Collective over the world."""
-        counted = float(self.groups.tensor.position == 0)  # the loss is 0 on all stages but the last
-        totals = torch.stack((loss.double() * counted, torch.tensor(stop, dtype=torch.float64, device=self.device)))
-        total, stops = all_reduce(totals, self.groups.world).tolist()
-        return total, stops
+        counted = float(self.groups.tensor.position == 0)  # the losses are 0 on all stages but the last
+        stops = torch.tensor([stop], dtype=torch.float64, device=self.device)
+        *losses, stopping = all_reduce(torch.cat((sums_L.double() * counted, stops)), self.groups.world).tolist()
+        return losses, stopping
 
     def _evaluate(self) -> None:
         """Held-out loss over every held-out target once, the same in every layout. Collective over the world."""
         if self.feed.held_out is None:
             return
-        loss, weight = 0.0, 0.0
+        sums, weights = [0.0] * len(self.losses), [0.0] * len(self.losses)
         chunks = self.feed.held_out_chunks()
         for _ in range(self.feed.num_held_out_chunks):
-            inputs, chunk_weight = self._read(lambda: next(chunks))
-            loss += self._totals(self.pipeline.evaluate(inputs), 0.0)[0]
-            weight += chunk_weight
-        record: Record = {"step": self.state.step, "validation_loss": loss / weight}
-        self.metrics.write(record)
+            inputs, weights_L = self._read(lambda: next(chunks))
+            found, _ = self._totals(self.pipeline.evaluate(inputs), 0.0)
+            sums = [total + one for total, one in zip(sums, found, strict=True)]
+            weights = [total + one for total, one in zip(weights, weights_L.tolist(), strict=True)]
+        losses = [total / weight if weight else 0.0 for total, weight in zip(sums, weights, strict=True)]
+        record: Record = {"step": self.state.step, "validation_loss": sum(losses)}
+        self.metrics.write(record | self._by_name(losses, "validation_loss"))
+
+    def _by_name(self, losses: list[float], suffix: str) -> Record:
+        """Each loss under its own name, where there are several."""
+        if len(losses) == 1:
+            return {}
+        return {f"{name}_{suffix}": loss for name, loss in zip(self.losses, losses, strict=True)}
 
     def _open_metrics(self) -> Metrics:
         return open_metrics(self.config, self.num_steps, self.state.step) if self.speaks else Metrics([])

@@ -22,9 +22,9 @@ from engine.models import gpt
 from engine.models.initial import initial_value
 from engine.models.values import fill
 from engine.optim.groups import weight_decay
+from engine.parallel.boundary import Tensors
 from engine.parallel.collectives import all_reduce
-from engine.parallel.groups import Groups, join
-from engine.parallel.pipeline import Tensors
+from engine.parallel.groups import Groups
 
 NUM_STEPS = 6
 GLOBAL_BATCH = 8
@@ -196,7 +196,7 @@ def reference(case: Case) -> Result:
     losses, norms = [], []
     for step in range(NUM_STEPS):
         batch = global_batch(step, case.attention)
-        loss = model(**batch) / batch["weights_BT"].sum()
+        loss = model(**batch)["losses_L"].sum() / batch["weights_BT"].sum()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)))
         optimizer.step()
@@ -208,10 +208,10 @@ def reference(case: Case) -> Result:
 
 def run_rank(place: RankPlace, case: Case) -> tuple[list[float], list[float], list[tuple[str, np.ndarray, np.ndarray]]]:
     """One rank of a run: losses, norms, and its pieces as (name, indices in the whole parameter, values)."""
-    from engine.train.build import build_pipeline
+    from engine.train.build import build_pipeline, join_groups
 
     config = config_of(case)
-    groups = join(resolve(config, place.world_size), place.global_rank)
+    groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
     pipeline = build_pipeline(config, config.stages[0], groups, torch.device("cpu"))
     losses, norms = [], []
     for step in range(NUM_STEPS):

@@ -71,12 +71,12 @@ def train_rank(place: RankPlace, tree: Tree) -> dict[str, Any]:
     import torch
 
     from engine.checkpoint.fingerprint import fingerprint
-    from engine.parallel.groups import join
+    from engine.train.build import join_groups
     from engine.train.run import Trainer
     from engine.train.signals import StopSignals
 
     config = run_config(tree)
-    groups = join(resolve(config, place.world_size), place.global_rank)
+    groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
     trainer = Trainer(config, groups, place, torch.device("cpu"), StopSignals())
     engine = trainer.pipeline.engine
 

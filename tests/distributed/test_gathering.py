@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from engine.config.resolve import resolve
-from engine.parallel.groups import join
 from tests.distributed.cases import GLOBAL_BATCH, Case, config_of, global_batch
 from tests.distributed.ranks import run_ranks
 
@@ -18,10 +17,10 @@ def count_gathered(place, case: Case) -> dict[str, int]:
     """Elements of whole weights: the most at any module's turn, those left after a backward, the largest module's."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    from engine.train.build import build_pipeline
+    from engine.train.build import build_pipeline, join_groups
 
     config = config_of(case)
-    groups = join(resolve(config, place.world_size), place.global_rank)
+    groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
     pipeline = build_pipeline(config, config.stages[0], groups, torch.device("cpu"))
     engine: Any = pipeline.engine
     module: nn.Module = engine._engine.module

@@ -6,17 +6,16 @@ import pytest
 import torch
 
 from engine.config.resolve import resolve
-from engine.parallel.groups import join
 from engine.parallel.zero import NotFinite
 from tests.distributed.cases import LEARNING_RATE, Case, config_of, global_batch, stage_inputs
 from tests.distributed.ranks import run_ranks
 
 
 def poisoned_step(place, case: Case) -> str:
-    from engine.train.build import build_pipeline
+    from engine.train.build import build_pipeline, join_groups
 
     config = config_of(case)
-    groups = join(resolve(config, place.world_size), place.global_rank)
+    groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
     pipeline = build_pipeline(config, config.stages[0], groups, torch.device("cpu"))
     before = [piece.weight.clone() for piece in pipeline.engine.pieces()]
     batch = global_batch(0, case.attention)

@@ -91,7 +91,7 @@ def logits(result: Result, case: Case) -> np.ndarray:
     ties = gpt.ties(config.model)
     fill(model, lambda name: torch.from_numpy(result.weights[ties.get(name, name)]))
     batch = global_batch(0, case.attention)
-    return model(tokens_BT=batch["tokens_BT"], segments_BT=batch.get("segments_BT")).numpy()
+    return model(tokens_BT=batch["tokens_BT"], segments_BT=batch.get("segments_BT"))["logits_BTV"].numpy()
 
 
 def test_selection_is_small_and_covers_what_breaks():

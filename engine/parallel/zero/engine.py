@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import deepspeed
@@ -21,11 +21,12 @@ from deepspeed.runtime.engine import ZERO_OPTIMIZATION
 from torch import nn
 
 from engine.errors import PalimpsestError
+from engine.parallel.boundary import Tensors
 from engine.parallel.collectives import all_reduce
 from engine.parallel.groups import Groups
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.state import ParameterGroup, Piece, Placement
-from engine.parallel.zero.optimizers import Named, placement, shards
+from engine.parallel.zero.optimizers import Named, shards
 from engine.parallel.zero.stage3 import Cures, partition_empty, replace_parameters
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -36,16 +37,16 @@ class NotFinite(PalimpsestError):
 
 
 class _Emit(torch.autograd.Function):
-    """A scalar whose backward hands `grad` to `output`: DeepSpeed's `backward` wants a scalar."""
+    """A scalar whose backward hands each output its gradient: DeepSpeed's `backward` wants a scalar."""
 
     @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(grad)
-        return output.new_zeros(())
+    def forward(ctx: Any, grads: Sequence[torch.Tensor], *outputs: torch.Tensor) -> torch.Tensor:
+        ctx.grads = grads
+        return outputs[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return ctx.saved_tensors[0], None
+        return None, *ctx.grads
 
 
 class _Topology:
@@ -151,15 +152,15 @@ class StageEngine:
         elif self.zero_stage == 3:
             self._engine.optimizer._get_norm_groups = lambda: [self._norm]
 
-    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
-        """The stage's output for one micro-batch. Collective over the ZeRO group under ZeRO-3."""
-        output = self._engine(**inputs)
+    def forward(self, **inputs: torch.Tensor) -> Tensors:
+        """What the stage makes of one micro-batch, by name. Collective over the ZeRO group under ZeRO-3."""
+        made = self._engine(**inputs)
         if self._cures and torch.is_grad_enabled():
             self._cures.after_forward()
-        return output
+        return made
 
-    def backward(self, output: torch.Tensor, grad: torch.Tensor | None, is_last: bool) -> None:
-        """Backward from `output`, a scalar, or from the gradient `grad` of it. Collective over the ZeRO group.
+    def backward(self, outputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], is_last: bool) -> None:
+        """Backward from the gradient of each of the `outputs`. Collective over the ZeRO group.
 
         `is_last` marks the last backward of a step, after which gradients are whole.
         """
@@ -169,8 +170,7 @@ class StageEngine:
             self._engine.optimizer.clear_backward_seen_flag()
         if self._cures:
             self._cures.before_backward()
-        loss = output if grad is None else _Emit.apply(output, grad)
-        self._engine.backward(loss, scale_wrt_gas=False)
+        self._engine.backward(_Emit.apply(grads, *outputs), scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
         """Clips, updates the weights, clears the gradients; returns the global gradient norm before clipping.
@@ -202,10 +202,10 @@ class StageEngine:
 
     def placements(self) -> list[Placement]:
         """Where every parameter of this stage lies, on all of its ranks."""
-        coordinates, last = self.groups.coordinates, self.groups.layout.pipe - 1
-        tied = {spec.name for group in self.parameter_groups if group.tied for spec in group.specs}
+        own = (self.groups.coordinates.stage,)
+        holders = {spec.name: group.tied or own for group in self.parameter_groups for spec in group.specs}
         return [
-            placement(spec, offset, partition, coordinates.stage, last, spec.name in tied)
+            Placement(spec, holders[spec.name], offset, partition)
             for spec, offset, partition in self._shards.placements()
         ]
 
@@ -230,13 +230,13 @@ class StageEngine:
             state["step"].fill_(float(count))
 
     def _sum_tied_gradients(self) -> None:
-        """The tied weight's gradient is the sum of what both stages found. Collective over `groups.tie`."""
-        if self.groups.tie is None:
-            return
-        tied = {index for index, group in enumerate(self.parameter_groups) if group.tied}
-        for index, grad in self._shards.gradients():
-            if index in tied:
-                all_reduce(grad, self.groups.tie)
+        """A tied weight's gradient is the sum of what its stages found. Collective over each of `groups.ties`.
+
+        Groups of parameters stand in one order on all stages, so that no two of these collectives wait crosswise.
+        """
+        for index, grad in sorted(self._shards.gradients(), key=lambda held: held[0]):
+            if stages := self.parameter_groups[index].tied:
+                all_reduce(grad, self.groups.ties[stages])
 
     def _global_norm(self) -> torch.Tensor:
         """L2 norm of the whole model's gradient, each element counted once. Collective over the world."""
@@ -249,7 +249,7 @@ class StageEngine:
 
     def _counts(self, group: ParameterGroup) -> bool:
         """Whether this rank's gradients of a group are its own, and not a copy that another rank counts."""
-        if group.tied and not self.groups.is_first_stage:
+        if group.tied and self.groups.coordinates.stage != group.tied[0]:
             return False
         if group.replicated and self.groups.tensor.position > 0:
             return False

@@ -14,7 +14,7 @@ import torch
 
 from engine.errors import EnvironmentProblem
 from engine.parallel.sharding import ParameterSpec
-from engine.parallel.state import MOMENTS, Piece, Placement
+from engine.parallel.state import MOMENTS, Piece
 
 Named = list[list[tuple[ParameterSpec, torch.nn.Parameter]]]
 """Parameters of each group, in the order in which the optimizer was given them."""
@@ -198,8 +198,3 @@ def shards(zero_stage: int, engine: Any, optimizer: torch.optim.Optimizer, group
     if zero_stage == 3:
         return PartitionedShards(engine, optimizer, groups, data_rank)
     return FlatShards(engine, optimizer, groups, data_rank)
-
-
-def placement(spec: ParameterSpec, offset: int, partition: int, stage: int, last_stage: int, tied: bool) -> Placement:
-    """Placement of one parameter that this stage holds; a tied one is on the first and the last stage."""
-    return Placement(spec, (0, last_stage) if tied else (stage,), offset, partition)

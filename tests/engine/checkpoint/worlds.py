@@ -194,7 +194,7 @@ def fake_groups(layout: Layout, global_rank: int) -> Groups:
         pipe=mine("pipe"),
         pipe_backward=mine("pipe"),
         model=mine("pipe", "tensor"),
-        tie=None,
+        ties={},
     )
 
 

@@ -32,7 +32,7 @@ def rows_of(batches):
     """Every row of some batches as comparable values, in order."""
     for batch in batches:
         for b in range(batch.num_rows):
-            yield tuple(batch.samples_B3[b].tolist()), batch.sources[b], tuple(batch.tokens_BT[b].tolist())
+            yield tuple(batch.samples_B3[b].tolist()), batch.sources[b], tuple(batch.inputs["tokens_BT"][b].tolist())
 
 
 @pytest.mark.parametrize(("data_size", "micro_batch_size"), [(1, 1), (1, 4), (2, 1), (2, 3), (3, 2), (4, 3), (12, 1)])
@@ -65,28 +65,28 @@ def test_a_row_is_what_the_shard_says(dataset):
         tokens = np.fromfile(dataset.folder / name, "<u2").astype(np.int64)  # by hand, without our reader
         stretch = tokens[int(row) * LENGTH : int(row) * LENGTH + LENGTH + 1]
         inputs = stretch.size - 1
-        assert batch.tokens_BT[b, :inputs].tolist() == stretch[:-1].tolist()
-        assert batch.targets_BT[b, :inputs].tolist() == stretch[1:].tolist()
-        assert batch.weights_BT[b, :inputs].tolist() == (stretch[:-1] != EOS).astype(float).tolist()
-        assert not batch.weights_BT[b, inputs:].any()
+        assert batch.inputs["tokens_BT"][b, :inputs].tolist() == stretch[:-1].tolist()
+        assert batch.inputs["targets_BT"][b, :inputs].tolist() == stretch[1:].tolist()
+        assert batch.inputs["weights_BT"][b, :inputs].tolist() == (stretch[:-1] != EOS).astype(float).tolist()
+        assert not batch.inputs["weights_BT"][b, inputs:].any()
         assert int(batch.document_lengths[b].sum()) == LENGTH
-    assert batch.weight == batch.weights_BT.sum()
+    assert batch.weights == (batch.inputs["weights_BT"].sum(),)
 
 
 def test_types_and_shapes_of_a_batch(dataset):
     [batch] = loader(dataset).step(0, 1, 12)
-    assert batch.segments_BT is not None
+    assert batch.inputs["segments_BT"] is not None
     types = [
-        (batch.tokens_BT, (12, LENGTH), torch.int64),
-        (batch.targets_BT, (12, LENGTH), torch.int64),
-        (batch.weights_BT, (12, LENGTH), torch.float32),
-        (batch.segments_BT, (12, LENGTH), torch.int32),
+        (batch.inputs["tokens_BT"], (12, LENGTH), torch.int64),
+        (batch.inputs["targets_BT"], (12, LENGTH), torch.int64),
+        (batch.inputs["weights_BT"], (12, LENGTH), torch.float32),
+        (batch.inputs["segments_BT"], (12, LENGTH), torch.int32),
         (batch.samples_B3, (12, 3), torch.int64),
         (batch.row_weights_B, (12,), torch.float32),
         (batch.domains_B, (12,), torch.int32),
     ]
     assert all((tuple(tensor.shape), tensor.dtype) == (shape, dtype) for tensor, shape, dtype in types)
-    assert loader(dataset, attention="row").step(0, 1, 12)[0].segments_BT is None
+    assert "segments_BT" not in loader(dataset, attention="row").step(0, 1, 12)[0].inputs
 
 
 @pytest.mark.parametrize("steps", [0, 1, 9, 40])
@@ -187,14 +187,14 @@ def test_evaluation_sees_each_sample_once_with_the_same_weight_in_every_layout(
     assert {batch.num_rows for part in parts for batch in part} == {micro_batch_size}
     merged = [row for micro in zip(*parts, strict=True) for batch in micro for row in rows_of([batch])]
     assert [row for row in merged if row[1]] == whole
-    total = sum(batch.weight for part in parts for batch in part)
-    assert total == sum(batch.weight for batch in batches(0, 1, 1))
+    total = sum(batch.weights[0] for part in parts for batch in part)
+    assert total == sum(batch.weights[0] for batch in batches(0, 1, 1))
 
 
 def test_a_missing_sample_is_a_row_of_weight_0(dataset):
     last = list(evaluation_batches(dataset, LENGTH, "document", 1, 2, 4, max_samples=9))[-1]
     assert last.samples_B3.unique().tolist() == [-1]
     assert last.row_weights_B.tolist() == [0, 0, 0, 0]
-    assert not last.weights_BT.any()
+    assert not last.inputs["weights_BT"].any()
     assert last.sources == ("",) * 4
-    assert (last.tokens_BT == EOS).all()
+    assert (last.inputs["tokens_BT"] == EOS).all()

@@ -17,7 +17,7 @@ def loader(folder, seed=0):
 
 
 def same(left, right):
-    return all(torch.equal(a.tokens_BT, b.tokens_BT) for a, b in zip(left, right, strict=True))
+    return all(torch.equal(a.inputs["tokens_BT"], b.inputs["tokens_BT"]) for a, b in zip(left, right, strict=True))
 
 
 def steps_until_an_error(ahead):

@@ -11,7 +11,7 @@ def test_the_first_samples_are_the_loaders(tmp_path):
     [batch] = Loader(dataset, 16, 6, 5, WINDOW_SHARDS, "document").step(0, 1, 6)
     shown = list(first_samples(dataset, 16, seed=5, count=6))
     assert [place for place, _ in shown] == list(batch.sources)
-    assert [row.tokens[0] for _, row in shown] == batch.tokens_BT[:, 0].tolist()
+    assert [row.tokens[0] for _, row in shown] == batch.inputs["tokens_BT"][:, 0].tolist()
 
 
 def test_no_more_than_there_is(tmp_path):

@@ -21,6 +21,7 @@ from engine.models.attention import view
 from engine.models.chunk import Chunk
 from engine.models.gpt import EMBEDDING, HEAD, Stage, build, sharding, specs, ties
 from engine.models.values import fill, whole_model
+from engine.parallel.boundary import Tensors
 from engine.parallel.functions import Functions
 from engine.parallel.functions import attention as plain_attention
 from engine.parallel.sharding import ParameterSpec, lookup
@@ -32,6 +33,10 @@ TOLERANCE = 40**0.5 * 256**0.5 * 2**-24
 def weighted_loss(logits_BTV: torch.Tensor, batch) -> torch.Tensor:
     loss_N = F.cross_entropy(logits_BTV.flatten(0, 1), batch["targets_BT"].flatten(), reduction="none")
     return (loss_N * batch["weights_BT"].flatten()).sum()
+
+
+def loss_of(made: Tensors) -> torch.Tensor:
+    return made["losses_L"].sum()
 
 
 def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
@@ -49,12 +54,12 @@ def test_logits_loss_and_gradients_equal_those_of_the_twin(config, batch):
     weights = random_weights(config)
     ours, theirs = whole_model(config, weights), twin(config, weights)
 
-    logits_BTV = ours(tokens_BT=batch["tokens_BT"])
+    logits_BTV = ours(tokens_BT=batch["tokens_BT"])["logits_BTV"]
     their_logits_BTV = theirs(batch["tokens_BT"]).logits
     assert logits_BTV.shape == their_logits_BTV.shape == (2, 24, config.vocab_size)
     assert_near(logits_BTV, their_logits_BTV, "logits")
 
-    loss, their_loss = ours(**batch), weighted_loss(their_logits_BTV, batch)
+    loss, their_loss = loss_of(ours(**batch)), weighted_loss(their_logits_BTV, batch)
     assert loss.dtype == torch.float32
     assert_near(loss, their_loss, "loss")
     loss.backward()
@@ -74,11 +79,11 @@ def test_loss_equals_the_twins_own_mean_loss(config, batch):
     tokens_BT = batch["tokens_BT"]
     weights_BT = torch.ones(tokens_BT.shape)
     weights_BT[:, -1] = 0  # the twin has no target for the last token
-    total = whole_model(config, weights)(
+    made = whole_model(config, weights)(
         tokens_BT=tokens_BT, targets_BT=tokens_BT.roll(-1, dims=1), weights_BT=weights_BT
     )
     expected = twin(config, weights)(tokens_BT, labels=tokens_BT).loss
-    assert_near(total / weights_BT.sum(), expected)
+    assert_near(loss_of(made) / weights_BT.sum(), expected)
 
 
 def cut(config: ModelConfig, num_stages: int) -> list[Chunk]:
@@ -108,18 +113,19 @@ def test_stages_in_a_row_equal_the_whole(config, batch, num_stages, packed):
     weights = random_weights(config)
     whole, stages = whole_model(config, weights), build_stages(config, weights, num_stages)
     segments_BT = torch.arange(24).expand(2, 24).div(7, rounding_mode="floor").int() if packed else None
-    expected = whole(**batch, segments_BT=segments_BT)
+    expected = loss_of(whole(**batch, segments_BT=segments_BT))
     expected.backward()
 
-    hidden_BTD = stages[0](tokens_BT=batch["tokens_BT"], segments_BT=segments_BT)
+    made = stages[0](tokens_BT=batch["tokens_BT"], segments_BT=segments_BT)
     for stage in stages[1:-1]:
-        hidden_BTD = stage(hidden_BTD=hidden_BTD, segments_BT=segments_BT)
-    loss = stages[-1](
-        hidden_BTD=hidden_BTD,
+        made = stage(**made, segments_BT=segments_BT)
+    made = stages[-1](
+        **made,
         segments_BT=segments_BT,
         targets_BT=batch["targets_BT"],
         weights_BT=batch["weights_BT"],
     )
+    loss = loss_of(made)
     loss.backward()
 
     assert torch.equal(loss, expected)
@@ -144,15 +150,16 @@ def test_packed_documents_have_the_loss_they_have_alone(config):
     segments_BT = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None].int()
     for number in range(3):
         inside = segments_BT[0] == number
-        alone = model(
+        made = model(
             tokens_BT=inputs_BT[:, inside],
             targets_BT=targets_BT[:, inside],
             weights_BT=torch.ones(1, lengths[number]),
         )
+        alone = loss_of(made)
         packed = {"tokens_BT": inputs_BT, "targets_BT": targets_BT, "weights_BT": inside[None].float()}
-        assert abs(model(**packed, segments_BT=segments_BT) - alone) / lengths[number] < 1e-5
+        assert abs(loss_of(model(**packed, segments_BT=segments_BT)) - alone) / lengths[number] < 1e-5
         if number > 0:  # without segments a later document does see the earlier one
-            assert abs(model(**packed) - alone) / lengths[number] > 1e-3
+            assert abs(loss_of(model(**packed)) - alone) / lengths[number] > 1e-3
 
 
 def test_padded_vocabulary_changes_nothing(config, batch):
@@ -160,15 +167,15 @@ def test_padded_vocabulary_changes_nothing(config, batch):
     exact = config.model_copy(update={"vocab_multiple": 1})
     assert (exact.padded_vocab_size, config.padded_vocab_size) == (500, 512)
     padded, unpadded = whole_model(config, weights), whole_model(exact, weights)
-    loss = padded(**batch)
-    assert torch.allclose(loss, unpadded(**batch), rtol=TOLERANCE, atol=0)
+    loss = loss_of(padded(**batch))
+    assert torch.allclose(loss, loss_of(unpadded(**batch)), rtol=TOLERANCE, atol=0)
     loss.backward()
     for name in {EMBEDDING, HEAD} & set(dict(padded.named_parameters())):
         parameter = padded.get_parameter(name)
         assert not gradient_of(parameter)[500:].any()
         # whatever stands in padded rows, the loss does not see it
         parameter.data[500:] = 100.0
-    assert torch.equal(padded(**batch), loss)
+    assert torch.equal(loss_of(padded(**batch)), loss)
 
 
 def test_every_parameter_has_a_spec_and_every_pattern_a_parameter(config):
@@ -231,15 +238,15 @@ def test_attention_and_loss_come_from_the_functions_that_it_was_built_with(confi
         return logits_BTV.float().sum() * 0 + vocab_size
 
     model = whole_model(config, random_weights(config), Functions(attention, cross_entropy))
-    assert model(**batch).item() == config.vocab_size
+    assert loss_of(model(**batch)).item() == config.vocab_size
     assert calls == [((4, 16), (config.kv_heads, 16), None)] * config.num_layers
 
 
 def test_bf16_stays_near_fp32(config, batch):
     """bf16 keeps 8 bits (2**-9 per rounding); the loss of 48 tokens averages their errors out to about 1 %."""
     weights = random_weights(config)
-    expected = whole_model(config, weights)(**batch)
-    loss = whole_model(config, weights).bfloat16()(**batch)
+    expected = loss_of(whole_model(config, weights)(**batch))
+    loss = loss_of(whole_model(config, weights).bfloat16()(**batch))
     assert loss.dtype == torch.float32
     assert loss != expected
     assert abs(loss / expected - 1) < 0.02

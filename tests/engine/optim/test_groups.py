@@ -24,7 +24,7 @@ def test_decay_by_name(name, expected):
 
 def test_groups_hold_every_parameter_once_and_mix_nothing():
     specs = gpt.specs(MODEL)
-    groups = parameter_groups(specs, CONFIG, frozenset({"embed_tokens.weight"}))
+    groups = parameter_groups(specs, CONFIG, {"embed_tokens.weight": (0, 3)})
     names = [spec.name for group in groups for spec in group.specs]
     assert sorted(names) == sorted(spec.name for spec in specs)
     for group in groups:
@@ -37,7 +37,7 @@ def test_groups_hold_every_parameter_once_and_mix_nothing():
 def test_groups_do_not_depend_on_which_other_parameters_a_stage_holds():
     """The tied weight's group is alike on both stages, so its optimizer state is cut alike."""
     specs = {spec.name: spec for spec in gpt.specs(MODEL)}
-    tied = frozenset({"embed_tokens.weight"})
+    tied = {"embed_tokens.weight": (0, 3)}
     first = parameter_groups([specs["embed_tokens.weight"], specs["embed_positions.weight"]], CONFIG, tied)
     last = parameter_groups([specs["final_norm.weight"], specs["embed_tokens.weight"]], CONFIG, tied)
     assert [group for group in first if group.tied] == [group for group in last if group.tied]

@@ -53,11 +53,10 @@ def bytes_of_a_step(place: Any, case: Case) -> dict[str, int]:
     from deepspeed.comm import comm
 
     from engine.config.resolve import resolve
-    from engine.parallel.groups import join
-    from engine.train.build import build_pipeline
+    from engine.train.build import build_pipeline, join_groups
 
     config, sent, counting = config_of(case), Counter[str](), [False]
-    groups = join(resolve(config, place.world_size), place.global_rank)
+    groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
     pipeline = build_pipeline(config, config.stages[0], groups, torch.device("cpu"))
 
     def count(owner: Any, name: str, kind: str, factor: Callable[[int], Any]) -> None:

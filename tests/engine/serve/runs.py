@@ -25,7 +25,7 @@ def one_process() -> Groups:
     layout = Layout(pipe=1, data=1, sequence=1, tensor=1)
     grid = Grid(layout)
     names = ("world", "zero", "tensor", "pipe", "pipe_backward", "model")
-    return Groups(layout, grid, 0, grid.coordinates(0), **dict.fromkeys(names, ALONE), tie=None)
+    return Groups(layout, grid, 0, grid.coordinates(0), **dict.fromkeys(names, ALONE), ties={})
 
 
 def run_config(folder: Path, form: str, tokenizer: Path) -> RunConfig:

@@ -23,7 +23,7 @@ def test_greedy_text_is_what_our_own_model_finds_likeliest(trained_run):
     ids = language_model.tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
     for _ in range(12):
         with torch.no_grad():
-            ids.append(int(model(tokens_BT=torch.tensor([ids]))[0, -1].argmax()))
+            ids.append(int(model(tokens_BT=torch.tensor([ids]))["logits_BTV"][0, -1].argmax()))
         if ids[-1] == language_model.tokenizer.eos_token_id:
             break
     text = generate(language_model, PROMPT, Sampling(max_new_tokens=12, temperature=0))

@@ -1,0 +1,31 @@
+"""What crosses from one chunk of the model to the next: a named dict of tensors whose shapes and dtypes are fixed.
+
+Fixed before the first step, so nothing is negotiated at run time. The names are the keywords of the next chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+Tensors = dict[str, torch.Tensor]
+"""Tensors by the keyword of the chunk that takes them, or by the name under which a chunk returns them."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor of a boundary; a gradient comes back for it if `differentiable`."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    differentiable: bool
+
+
+Boundary = dict[str, Field]
+"""What one chunk hands to the next, by the name of the next chunk's keyword."""
+
+
+def differentiable(boundary: Boundary) -> list[str]:
+    """The names for which gradients come back, in the boundary's order."""
+    return [name for name, field in boundary.items() if field.differentiable]
