@@ -7,7 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.config.schema import RunConfig
+from engine.plan.hardware import GIB
 from engine.plan.plan import Plan
+from engine.plan.ranking import Advice
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 SHORT = {"gradients": "grads", "activations": "activ."}
@@ -15,10 +17,11 @@ SHORT = {"gradients": "grads", "activations": "activ."}
 MEMORY = ("weights", "master", "moments", "gradients", "bucket", "gathered", "activations", "logits", "total")
 TRAFFIC = ("gradients", "weights", "tensor", "pipe", "tie", "total")
 WORLDS_SHOWN = 16
+LAYOUTS_SHOWN = 10
 
 
-def show(plan: Plan, run: RunConfig, console: Console | None = None) -> None:
-    """Prints the whole plan."""
+def show(plan: Plan, advice: Advice | None, run: RunConfig, console: Console | None = None) -> None:
+    """Prints the whole plan, and the advice where there is some."""
     console = console or Console(soft_wrap=False)
     _summary(plan, run, console)
     for table in (
@@ -28,6 +31,8 @@ def show(plan: Plan, run: RunConfig, console: Console | None = None) -> None:
     ):
         console.print("", table)
     _neighbours(plan, console)
+    if advice is not None:
+        _advice(advice, console)
 
 
 def scale(largest_bytes: int) -> tuple[int, str]:
@@ -94,6 +99,36 @@ def _neighbours(plan: Plan, console: Console) -> None:
         why = "\n".join(problem.wrong for problem in refusal.problems)
         table.add_row(refusal.layout, why, "\n".join(problem.allowed for problem in refusal.problems))
     console.print("", table)
+
+
+def _advice(advice: Advice, console: Console) -> None:
+    """The planned layout's step, then the layouts of the world by their seconds."""
+    cluster, planned = advice.cluster, advice.planned
+    least, most = planned.time.band
+    gib = cluster.accelerator.memory_bytes / GIB
+    console.print()
+    console.print(
+        f"[bold]as planned on {cluster.world_size} {cluster.accelerator.name}, {cluster.per_node} per node:[/] "
+        f"{planned.time.total:.3g} s per step ({least:.3g} to {most:.3g}), "
+        f"{planned.time.utilisation:.0%} of the peak, {planned.memory_bytes / GIB:.3g} of {gib:.3g} GiB"
+        + ("" if planned.fits else " [bold red]does not fit[/]")
+    )
+    table = _table("layouts of this world, fastest first (an estimate: see the band above)")
+    for heading in ("layout", "seconds", "GiB", "why"):
+        table.add_column(heading, justify="left" if heading in ("layout", "why") else "right")
+    fitting = [candidate for candidate in advice.ranked if candidate.fits]
+    for candidate in fitting[:LAYOUTS_SHOWN]:
+        figures = (f"{candidate.time.total:.3g}", f"{candidate.memory_bytes / GIB:.3g}")
+        table.add_row(str(candidate), *figures, candidate.why(fitting[0]))
+    if fitting:
+        console.print("", table)
+    elif advice.ranked:
+        nearest = advice.ranked[0]
+        console.print(f"[bold]nothing fits:[/] {nearest} comes nearest and takes {nearest.memory_bytes / GIB:.3g} GiB")
+    if advice.larger is not None:
+        console.print(
+            f"[bold]smallest world that holds it:[/] {advice.larger.layout.world_size} ranks, {advice.larger}"
+        )
 
 
 def _table(title: str) -> Table:

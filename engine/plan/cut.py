@@ -26,7 +26,7 @@ def cut(model: ModelConfig, pipe: int) -> list[range]:
         raise ConfigError(
             f"parallel.pipe = {pipe} does not fit model.num_layers = {model.num_layers}", f"1 to {model.num_layers}"
         )
-    return balance(layer_costs(model), pipe)
+    return balance(layer_costs(model, model.max_positions), pipe)
 
 
 def tied_stages(model: ModelConfig, pipe: int) -> dict[str, tuple[int, ...]]:
@@ -38,9 +38,9 @@ def tied_stages(model: ModelConfig, pipe: int) -> dict[str, tuple[int, ...]]:
     return {name: tuple(stages) for name, stages in holders.items() if len(stages) > 1}
 
 
-def layer_costs(model: ModelConfig) -> list[int]:
-    """Forward operations per token of each layer at the longest sequence, with embedding and head at the ends."""
-    costs = [layer_operations(model, model.max_positions)] * model.num_layers
+def layer_costs(model: ModelConfig, sequence_length: int) -> list[int]:
+    """Forward operations per token of each layer, with embedding and head at the ends."""
+    costs = [layer_operations(model, sequence_length)] * model.num_layers
     costs[0] += embedding_operations(model)
     costs[-1] += head_operations(model)
     return costs

@@ -11,9 +11,9 @@ from typing import Any
 
 from engine.config.resolve import Layout, num_micro_batches, resolve
 from engine.config.schema import RunConfig
-from engine.plan.cut import cut
+from engine.plan.cut import cut, layer_costs
 from engine.plan.memory import Memory, stage_memory
-from engine.plan.operations import training_operations_per_token
+from engine.plan.operations import BACKWARD_FACTOR, training_operations_per_token
 from engine.plan.parameters import num_parameters, stage_entries
 from engine.plan.pipeline import bubble, in_flight
 from engine.plan.traffic import Traffic, stage_traffic
@@ -34,6 +34,10 @@ class StagePlan:
     """On all its tensor ranks together."""
     parameters_per_rank: int
     """On one tensor rank, before ZeRO divides them."""
+    updated: int
+    """That one rank's optimizer updates."""
+    operations: int
+    """Forward and backward of one rank per step, padding of the vocabulary included."""
     in_flight: int
     """Micro-batches alive at the peak."""
     memory: Memory
@@ -97,19 +101,26 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
         tokens=run_stage.global_batch_size * run_stage.sequence_length,
         operations_per_token=training_operations_per_token(config.model, run_stage.sequence_length),
         bubble=float(bubble(layout.pipe, micro_batches)),
-        stages=tuple(
-            _stage_plan(config, layout, stage, layers, micro_batches)
-            for stage, layers in enumerate(cut(config.model, layout.pipe))
-        ),
+        stages=stage_plans(config, layout),
         worlds=tuple(valid_worlds(config, max(WORLDS_SHOWN, 2 * world_size))),
         fitting=tuple(fitting),
         refused=tuple(refused),
     )
 
 
+def stage_plans(config: RunConfig, layout: Layout) -> tuple[StagePlan, ...]:
+    """Every pipeline stage of a layout that `resolve` or `examine` gave."""
+    micro_batches = num_micro_batches(config.stages[0], config.parallel, layout.data)
+    return tuple(
+        _stage_plan(config, layout, stage, layers, micro_batches)
+        for stage, layers in enumerate(cut(config.model, layout.pipe))
+    )
+
+
 def _stage_plan(config: RunConfig, layout: Layout, stage: int, layers: range, micro_batches: int) -> StagePlan:
     is_first, is_last = stage == 0, stage == layout.pipe - 1
     entries = stage_entries(config.model, layers, is_first, is_last)
+    tokens = config.parallel.micro_batch_size * config.stages[0].sequence_length
     alive = in_flight(config.parallel.schedule, stage, layout.pipe, micro_batches)
     sections = (config.model, config.parallel, config.precision, entries)
     common: dict[str, Any] = {
@@ -117,12 +128,17 @@ def _stage_plan(config: RunConfig, layout: Layout, stage: int, layers: range, mi
         "data_size": layout.data * layout.sequence,
         "sequence_length": config.stages[0].sequence_length,
     }
+    per_rank = sum(entry.local_numel(layout.tensor) for entry in entries)
+    costs = layer_costs(config.model, config.stages[0].sequence_length)
+    operations = (1 + BACKWARD_FACTOR) * sum(costs[layer] for layer in layers)
     return StagePlan(
         stage=stage,
         first_layer=layers.start,
         num_layers=len(layers),
         parameters=sum(entry.numel for entry in entries),
-        parameters_per_rank=sum(entry.local_numel(layout.tensor) for entry in entries),
+        parameters_per_rank=per_rank,
+        updated=per_rank if config.parallel.zero_stage == 0 else -(-per_rank // common["data_size"]),
+        operations=operations * micro_batches * tokens // layout.tensor,
         in_flight=alive,
         memory=stage_memory(*sections, **common, in_flight=alive, has_head=is_last),
         traffic=stage_traffic(

@@ -39,8 +39,8 @@ def neighbours(config: RunConfig, world_size: int) -> tuple[list[Layout], list[R
     for zero_stage in range(4):
         if zero_stage != parallel.zero_stage:
             _try(with_parallel(config, zero_stage=zero_stage), world_size, f"ZeRO-{zero_stage}", None, refused)
-    for pipe in _divisors(world_size):
-        for tensor in _divisors(world_size // pipe):
+    for pipe in divisors(world_size):
+        for tensor in divisors(world_size // pipe):
             if (pipe, tensor) != (parallel.pipe, parallel.tensor):
                 changed = with_parallel(config, pipe=pipe, tensor=tensor, data=None)
                 _try(changed, world_size, f"pipe {pipe} x tensor {tensor}", fitting, refused)
@@ -55,5 +55,6 @@ def _try(config: RunConfig, world_size: int, name: str, fitting: list[Layout] | 
         fitting.append(layout)
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """All of them, ascending."""
     return [d for d in range(1, number + 1) if number % d == 0]

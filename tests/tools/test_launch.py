@@ -235,6 +235,21 @@ class TestPlan:
         assert tree["operations"] == tree["operations_per_token"] * tree["tokens"]
         assert all(refusal["problems"] for refusal in tree["refused"])
 
+    def test_a_cluster_adds_seconds_and_a_ranking(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert call("plan", SMOKE, "--world", "4", "--gpu", "h100-80gb", "--json") == 0
+        advice = json.loads(capsys.readouterr().out)["advice"]
+        least, most = advice["planned"]["band_seconds"]
+        assert least < advice["planned"]["seconds"] < most
+        seconds = [candidate["seconds"] for candidate in advice["ranked"] if candidate["fits"]]
+        assert seconds == sorted(seconds)
+        assert len(seconds) > 3
+        assert call("plan", SMOKE, "--world", "4", "--gpu", "h100-80gb") == 0
+        shown = capsys.readouterr().out
+        assert "as planned on 4 h100-80gb" in shown
+        assert max(map(len, shown.splitlines())) <= 80
+        assert call("plan", SMOKE, "--gpu", "tpu") == 2
+        assert "--gpu tpu is not known" in capsys.readouterr().err
+
     def test_a_world_that_does_not_fit(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert call("plan", SMOKE, "parallel.pipe=2", "--world", "3") == 2
         assert "a world of 3 does not fit pipe 2" in capsys.readouterr().err

@@ -1,0 +1,170 @@
+"""Layouts for a model and a cluster, best first, and in words what each pays for.
+
+Every way to cut the world into pipe x tensor x data under every ZeRO stage is tried with each micro-batch size that
+divides the global batch; of those that fit into memory the fastest by `step_time` is kept. Tensor parallelism stays
+inside a node. What `resolve` refuses is never proposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from engine.config.resolve import Layout, examine
+from engine.config.schema import ParallelConfig, RunConfig
+from engine.plan.hardware import GIB, Cluster
+from engine.plan.plan import Plan, stage_plans
+from engine.plan.time import StepTime, step_time
+from engine.plan.worlds import divisors, with_parallel
+
+RESERVED_BYTES = 3 * GIB
+"""Taken by the driver, the libraries and the communicators before a tensor is made."""
+FRAGMENTED_SHARE = 0.10
+"""Of what tensors take: lost between them by the allocator."""
+LARGEST_MICRO_BATCH = 64
+SHOWN_SHARE = 0.005
+"""A part that differs by less of a step is no reason."""
+LARGEST_WORLD = 4096
+"""No world beyond is searched for one that holds a model."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One layout of a cluster."""
+
+    parallel: ParallelConfig
+    layout: Layout
+    memory_bytes: int
+    """Of the fullest rank, with what is reserved and lost."""
+    time: StepTime
+    fits: bool
+
+    def __str__(self) -> str:
+        layout, parallel = self.layout, self.parallel
+        return (
+            f"ZeRO-{parallel.zero_stage}, pipe {layout.pipe} x tensor {layout.tensor} x data {layout.data}, "
+            f"micro-batch {parallel.micro_batch_size}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain numbers and text."""
+        return {
+            "layout": asdict(self.layout),
+            "zero_stage": self.parallel.zero_stage,
+            "micro_batch_size": self.parallel.micro_batch_size,
+            "memory_bytes": self.memory_bytes,
+            "fits": self.fits,
+            "seconds": self.time.total,
+            "band_seconds": self.time.band,
+            "shares": self.time.shares(),
+            "utilisation": self.time.utilisation,
+        }
+
+    def why(self, best: Candidate) -> str:
+        """Against the best layout: how much longer a step takes, and the parts that make the difference.
+
+        More arithmetic for the same work means uneven stages, or products too small to fill the machine.
+        """
+        if self is best:
+            costs = [f"{name} {share:.1%}" for name, share in self.time.shares().items() if name != "arithmetic"]
+            return f"fastest; beside arithmetic: {', '.join(costs[:2])}"
+        whole = best.time.total
+        more = {name: (seconds - best.time.parts()[name]) / whole for name, seconds in self.time.parts().items()}
+        grown = sorted((share, name) for name, share in more.items() if share >= SHOWN_SHARE)
+        reasons = ", ".join(f"{name} {share:+.1%}" for share, name in reversed(grown[-2:])) or "as fast"
+        return f"{self.time.total / whole - 1:+.1%}: {reasons}"
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What a cluster makes of a run: the planned layout's step, and the layouts of the same world, best first."""
+
+    cluster: Cluster
+    planned: Candidate
+    ranked: tuple[Candidate, ...]
+    larger: Candidate | None
+    """Where nothing fits: the best layout of the smallest larger world (by doubling) on which something does."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain numbers and text."""
+        ranked = [candidate.as_json() | {"why": candidate.why(self.ranked[0])} for candidate in self.ranked]
+        larger = None if self.larger is None else self.larger.as_json()
+        return {"planned": self.planned.as_json(), "ranked": ranked, "larger": larger}
+
+
+def advise(config: RunConfig, plan: Plan, cluster: Cluster) -> Advice:
+    """The advice for a run that was planned on the cluster's world."""
+    ranked = tuple(rank(config, cluster))
+    larger = None
+    if not any(candidate.fits for candidate in ranked):
+        larger = smallest_world(config, cluster, LARGEST_WORLD)
+    return Advice(cluster, _judge(config, plan.layout, cluster), ranked, larger)
+
+
+def rank(config: RunConfig, cluster: Cluster) -> list[Candidate]:
+    """The best candidate of every (pipe, tensor, ZeRO stage), those that fit first, fastest first.
+
+    Where none fits the first one is the one that needs the least memory.
+    """
+    best: dict[tuple[int, int, int], Candidate] = {}
+    for candidate in _candidates(config, cluster):
+        key = (candidate.layout.pipe, candidate.layout.tensor, candidate.parallel.zero_stage)
+        if key not in best or _order(candidate) < _order(best[key]):
+            best[key] = candidate
+    return sorted(best.values(), key=_order)
+
+
+def smallest_world(config: RunConfig, cluster: Cluster, largest: int) -> Candidate | None:
+    """The best layout of the smallest world (doubling from the cluster's own) on which some layout fits."""
+    size = cluster.world_size
+    while size <= largest:
+        ranked = rank(config, replace(cluster, world_size=size))
+        if ranked and ranked[0].fits:
+            return ranked[0]
+        size *= 2
+    return None
+
+
+def _order(candidate: Candidate) -> tuple[bool, float]:
+    return not candidate.fits, candidate.time.total if candidate.fits else candidate.memory_bytes
+
+
+def _candidates(config: RunConfig, cluster: Cluster) -> Iterator[Candidate]:
+    world = cluster.world_size
+    for tensor in divisors(min(world, cluster.per_node)):
+        for pipe in divisors(world // tensor) if world % tensor == 0 else ():
+            data = world // tensor // pipe
+            for micro_batch_size in _micro_batch_sizes(config, data):
+                for zero_stage in range(4):
+                    tried = with_parallel(
+                        config,
+                        pipe=pipe,
+                        tensor=tensor,
+                        data=data,
+                        zero_stage=zero_stage,
+                        micro_batch_size=micro_batch_size,
+                    )
+                    layout, problems = examine(tried, world)
+                    if layout is not None and not problems:
+                        yield _judge(tried, layout, cluster)
+
+
+def _micro_batch_sizes(config: RunConfig, data: int) -> list[int]:
+    """Powers of two that divide the share of a data rank; none where the ranks do not divide the batch."""
+    share, rest = divmod(config.stages[0].global_batch_size, data)
+    sizes = [2**power for power in range(LARGEST_MICRO_BATCH.bit_length()) if 2**power <= LARGEST_MICRO_BATCH]
+    return [] if rest else [size for size in sizes if share % size == 0]
+
+
+def _judge(config: RunConfig, layout: Layout, cluster: Cluster) -> Candidate:
+    stages = stage_plans(config, layout)
+    tensors = max(stage.memory.total for stage in stages)
+    needed = int(tensors * (1 + FRAGMENTED_SHARE)) + RESERVED_BYTES
+    return Candidate(
+        config.parallel,
+        layout,
+        needed,
+        step_time(config, layout, stages, cluster),
+        fits=needed <= cluster.accelerator.memory_bytes,
+    )

@@ -1,0 +1,98 @@
+"""An estimate of the seconds of a step on a cluster, and how far published runs lie from such estimates.
+
+The parts are added up: arithmetic at the share of the peak that matrix products of this width reach, the idle time of
+the pipeline, the optimizer's pass over memory, and bytes on the links; nothing counts as hidden behind arithmetic.
+`LARGEST_SHARE` and `HALF_WIDTH` are fitted to the published runs that tests/engine/plan/test_time.py names, and `BAND`
+is the largest ratio by which the estimate misses one of them: a statement about those runs, not a promise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.config.resolve import Layout, num_micro_batches
+from engine.config.schema import RunConfig
+from engine.plan.hardware import Cluster
+from engine.plan.operations import training_operations_per_token
+from engine.plan.pipeline import bubble
+from engine.plan.plan import StagePlan
+
+LARGEST_SHARE = 0.60
+"""Of the peak, for matrix products of unlimited size."""
+HALF_TOKENS = 256
+"""Tokens of a micro-batch at which half of that is reached: smaller ones do not fill the machine."""
+HALF_WIDTH = 400
+"""Width at which half of that is reached. Tensor parallelism divides one side of each product: its width counts as
+hidden size / sqrt(tensor ranks)."""
+BAND = 1.3
+OPTIMIZER_BYTES = 28
+"""Read and written per parameter that a rank updates: gradient, master weight and two moments, in fp32."""
+PARTS = ("arithmetic", "tensor", "pipe", "data", "optimizer", "idle")
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step of the slowest pipeline stage, by what they go to."""
+
+    arithmetic: float
+    tensor: float
+    pipe: float
+    data: float
+    optimizer: float
+    idle: float
+    """Waiting for other pipeline stages."""
+    utilisation: float
+    """Model FLOPs utilisation of every accelerator."""
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts().values())
+
+    @property
+    def band(self) -> tuple[float, float]:
+        """Least and most seconds, as far as published runs go."""
+        return self.total / BAND, self.total * BAND
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of each part by its name."""
+        return {name: getattr(self, name) for name in PARTS}
+
+    def shares(self) -> dict[str, float]:
+        """Each part's share of the step, largest first."""
+        largest_first = sorted(self.parts().items(), key=lambda part: -part[1])
+        return {name: seconds / self.total for name, seconds in largest_first}
+
+
+def reached_share(width: float, tokens: int) -> float:
+    """Share of the peak that products of `tokens` rows with matrices of this width reach."""
+    return LARGEST_SHARE * width / (width + HALF_WIDTH) * tokens / (tokens + HALF_TOKENS)
+
+
+def step_time(config: RunConfig, layout: Layout, stages: Sequence[StagePlan], cluster: Cluster) -> StepTime:
+    """The estimate for the first run stage of a configuration; `stages` are `stage_plans(config, layout)`."""
+    run_stage = config.stages[0]
+    slowest = max((_stage_time(config, layout, stage, cluster) for stage in stages), key=lambda t: sum(t[:3]))
+    micro_batches = num_micro_batches(run_stage, config.parallel, layout.data)
+    waiting = float(bubble(layout.pipe, micro_batches))
+    idle = sum(slowest[:3]) * waiting / (1 - waiting)  # arithmetic, tensor and pipe lie between the waits
+    tokens = run_stage.global_batch_size * run_stage.sequence_length
+    useful = training_operations_per_token(config.model, run_stage.sequence_length) * tokens / cluster.world_size
+    reached = useful / (sum(slowest) + idle)
+    return StepTime(*slowest, idle=idle, utilisation=reached / cluster.accelerator.bf16_operations_per_second)
+
+
+def _stage_time(config: RunConfig, layout: Layout, stage: StagePlan, cluster: Cluster) -> tuple[float, ...]:
+    """(arithmetic, tensor, pipe, data, optimizer) seconds of one rank of a stage."""
+    accelerator, traffic = cluster.accelerator, stage.traffic
+    width = config.model.hidden_size / layout.tensor**0.5
+    tokens = config.parallel.micro_batch_size * config.stages[0].sequence_length
+    speed = accelerator.bf16_operations_per_second * reached_share(width, tokens)
+    zero_size = layout.data * layout.sequence
+    return (
+        stage.operations / speed,
+        traffic.tensor / cluster.bytes_per_second(layout.tensor, 1),
+        traffic.pipe / cluster.bytes_per_second(layout.pipe, zero_size * layout.tensor),
+        (traffic.gradients + traffic.weights) / cluster.bytes_per_second(zero_size, layout.tensor),
+        stage.updated * OPTIMIZER_BYTES / accelerator.memory_bytes_per_second,
+    )

@@ -1,0 +1,69 @@
+"""Ranking: everything proposed can start and fits, the order is that of the estimate, and the reasons add up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.config.load import load_run
+from engine.config.resolve import examine
+from engine.errors import ConfigError
+from engine.plan.hardware import Cluster, cluster
+from engine.plan.plan import stage_plans
+from engine.plan.ranking import FRAGMENTED_SHARE, RESERVED_BYTES, rank, smallest_world
+
+RUNS = Path(__file__).parents[3] / "configs" / "runs"
+LARGE = [
+    "model.num_layers=80",
+    "model.hidden_size=8192",
+    "model.num_heads=64",
+    "model.num_kv_heads=8",
+    "model.ffn_size=28672",
+]
+
+
+def test_what_is_proposed_can_start_and_fits_and_comes_fastest_first():
+    config = load_run(RUNS / "llama-1b.yaml", [])
+    ranked = rank(config, cluster("a100-40gb", 16, 8))
+    fitting = [candidate for candidate in ranked if candidate.fits]
+    assert len(fitting) > 5
+    for candidate in fitting:
+        tried = config.model_copy(update={"parallel": candidate.parallel})
+        layout, problems = examine(tried, 16)
+        assert problems == []
+        assert layout == candidate.layout
+        fullest = max(stage.memory.total for stage in stage_plans(tried, candidate.layout))
+        assert fullest * (1 + FRAGMENTED_SHARE) + RESERVED_BYTES <= 40 * 2**30
+        assert candidate.layout.tensor <= 8, "tensor parallelism stays inside a node"
+    seconds = [candidate.time.total for candidate in fitting]
+    assert seconds == sorted(seconds)
+    assert [candidate.fits for candidate in ranked] == sorted((c.fits for c in ranked), reverse=True)
+
+
+def test_each_layout_says_what_it_pays_for():
+    ranked = rank(load_run(RUNS / "llama-1b.yaml", []), cluster("h100-80gb", 16, 8))
+    best, *others = ranked
+    assert best.why(best).startswith("fastest")
+    deep = next(candidate for candidate in others if candidate.layout.pipe == 16)
+    assert "idle +" in deep.why(best)
+    wide = next(candidate for candidate in others if candidate.layout.tensor == 4 and candidate.layout.pipe == 1)
+    assert f"{wide.time.total / best.time.total - 1:+.1%}: tensor" in wide.why(best)
+    assert sum(wide.time.shares().values()) == pytest.approx(1)
+
+
+def test_a_model_that_fits_nowhere_is_given_the_smallest_world_that_holds_it():
+    config = load_run(RUNS / "llama-1b.yaml", LARGE)
+    alone = cluster("h100-80gb", 8, 8)
+    assert not rank(config, alone)[0].fits
+    found = smallest_world(config, alone, 512)
+    assert found is not None
+    assert found.fits
+    half = Cluster(alone.accelerator, found.layout.world_size // 2, 8)
+    assert not rank(config, half)[0].fits
+    assert smallest_world(config, cluster("a100-40gb", 1, 8), 1) is None
+
+
+def test_an_unknown_accelerator_is_named():
+    with pytest.raises(ConfigError, match=r"--gpu v100 is not known(.|\n)*h100-80gb"):
+        cluster("v100", 1, 8)

@@ -1,0 +1,131 @@
+"""The estimate of a step's seconds against runs that others published, and against closed forms.
+
+Published are model, accelerator and utilisation; where the batch and the layout were not, usual ones stand here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config.resolve import resolve
+from engine.config.schema import DataConfig, Duration, ModelConfig, ParallelConfig, RunConfig, RunStage
+from engine.plan.hardware import cluster
+from engine.plan.plan import stage_plans
+from engine.plan.time import BAND, StepTime, step_time
+
+GPT = {"vocab_size": 50257, "max_positions": 1024}
+LLAMA = {"position": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "tie_embeddings": False}
+
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], int, int, float]] = {
+    # name: model, layout, accelerators, rows of the global batch, model FLOPs utilisation (middle of the range)
+    "llm.c, GPT-2 124M, one H100": (
+        GPT | {"num_layers": 12, "hidden_size": 768, "num_heads": 12},
+        {"micro_batch_size": 64},
+        1,
+        512,
+        0.37,
+    ),
+    "llm.c, GPT-2 1.5B, eight H100": (
+        GPT | {"num_layers": 48, "hidden_size": 1600, "num_heads": 25},
+        {"zero_stage": 1, "micro_batch_size": 16},
+        8,
+        1024,
+        0.50,
+    ),
+    "llm-foundry, 760M, H100": (
+        GPT | {"num_layers": 24, "hidden_size": 1536, "num_heads": 12, "max_positions": 2048},
+        {"zero_stage": 3, "micro_batch_size": 8},
+        64,
+        512,
+        0.375,
+    ),
+    "llm-foundry, 1.3B, H100": (
+        GPT | {"num_layers": 24, "hidden_size": 2048, "num_heads": 16, "max_positions": 2048},
+        {"zero_stage": 3, "micro_batch_size": 8},
+        64,
+        512,
+        0.425,
+    ),
+    "llm-foundry, 7B, H100": (
+        GPT | {"num_layers": 32, "hidden_size": 4096, "num_heads": 32, "max_positions": 2048},
+        {"zero_stage": 3, "micro_batch_size": 8},
+        64,
+        512,
+        0.46,
+    ),
+    "torchtitan, Llama 3 8B, H100": (
+        LLAMA
+        | {
+            "vocab_size": 128256,
+            "num_layers": 32,
+            "hidden_size": 4096,
+            "num_heads": 32,
+            "num_kv_heads": 8,
+            "ffn_size": 14336,
+            "max_positions": 8192,
+        },
+        {"zero_stage": 3, "micro_batch_size": 1},
+        64,
+        64,
+        0.36,
+    ),
+}
+
+
+def estimate(model: dict[str, Any], parallel: dict[str, Any], world: int, batch: int, gpu: str) -> StepTime:
+    shape = ModelConfig(**model)
+    stage = RunStage(
+        data=DataConfig(train=Path("data")),
+        sequence_length=shape.max_positions,
+        global_batch_size=batch,
+        duration=Duration(steps=1),
+    )
+    config = RunConfig(
+        folder=Path("run"),
+        tokenizer=Path("tokenizer"),
+        model=shape,
+        stages=(stage,),
+        parallel=ParallelConfig(**parallel),
+    )
+    layout = resolve(config, world)
+    return step_time(config, layout, stage_plans(config, layout), cluster(gpu, world, 8))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_runs_lie_within_the_band(name: str) -> None:
+    *run, utilisation = PUBLISHED[name]
+    found = estimate(*run, gpu="h100-80gb").utilisation
+    assert 1 / BAND <= found / utilisation <= BAND, f"{found:.3f} for {utilisation}"
+
+
+def test_the_band_is_no_wider_than_those_runs_ask_for() -> None:
+    ratios = [estimate(*row[:4], gpu="h100-80gb").utilisation / row[4] for row in PUBLISHED.values()]
+    worst = max(max(ratio, 1 / ratio) for ratio in ratios)
+    assert worst <= BAND < worst + 0.05, f"{worst:.3f}"
+
+
+def test_arithmetic_alone_is_operations_over_the_reached_peak() -> None:
+    time = estimate(PUBLISHED["llm.c, GPT-2 124M, one H100"][0], {"micro_batch_size": 64}, 1, 64, "a100-80gb")
+    tokens = 64 * 1024
+    operations = 6 * (12 * 12 * 768**2 + 768 * 50304) * tokens + 12 * 12 * 768 * 1024 * tokens + 3 * 2 * 768 * tokens
+    share = 0.60 * 768 / (768 + 400) * tokens / (tokens + 256)
+    assert time.arithmetic == pytest.approx(operations / (312e12 * share), rel=1e-12)
+    assert (time.tensor, time.pipe, time.data, time.idle) == (0, 0, 0, 0)
+
+
+def test_idle_time_is_the_schedules_share_of_all_but_the_step_boundary() -> None:
+    model = PUBLISHED["llm-foundry, 1.3B, H100"][0]
+    time = estimate(model, {"pipe": 4, "micro_batch_size": 1}, 8, 16, "h100-80gb")  # 8 micro-batches on 4 stages
+    busy = time.arithmetic + time.tensor + time.pipe
+    assert time.idle / (busy + time.idle) == pytest.approx(3 / 11)
+
+
+def test_a_group_that_leaves_its_node_is_as_fast_as_its_network_cards() -> None:
+    two_nodes = cluster("h100-80gb", 16, 8)
+    assert two_nodes.bytes_per_second(8, 1) == 450e9, "one node, over NVLink"
+    assert two_nodes.bytes_per_second(16, 1) == 8 * 50e9, "all eight cards of a node"
+    assert two_nodes.bytes_per_second(2, 8) == 50e9, "one rank on each node"
+    assert two_nodes.bytes_per_second(4, 4) == 2 * 50e9
