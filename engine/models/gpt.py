@@ -15,6 +15,7 @@ from torch import nn
 from engine.config.schema import ModelConfig
 from engine.models.attention import positions_in_document, view
 from engine.models.chunk import Chunk, Rows, whole
+from engine.models.heads import VocabularyHead
 from engine.models.layers import DecoderLayer, norm
 from engine.parallel.boundary import Boundary, Field, Tensors
 from engine.parallel.functions import PLAIN, Functions
@@ -36,7 +37,7 @@ class Stage(nn.Module):
         self.layers = nn.ModuleDict({str(index): DecoderLayer(config, functions) for index in chunk.layers})
         if chunk.last:
             self.final_norm = norm(config)
-            self.lm_head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+            self.lm_head = VocabularyHead(config.hidden_size, config.vocab_size, config.padded_vocab_size, functions)
             if config.tie_embeddings and chunk.first:
                 self.lm_head.weight = self.embed_tokens.weight
 
@@ -65,12 +66,10 @@ class Stage(nn.Module):
             x_BTD = layer(x_BTD, seen)
         if not self.chunk.last:
             return {"hidden_BTD": x_BTD}
-        logits_BTV = self.lm_head(self.final_norm(x_BTD))
+        x_BTD = self.final_norm(x_BTD)
         if targets_BT is None:
-            return {"logits_BTV": logits_BTV[..., : self.config.vocab_size]}
-        assert weights_BT is not None, "targets come with weights"
-        loss = self.functions.cross_entropy(logits_BTV, targets_BT, weights_BT, self.config.vocab_size)
-        return {"losses_L": loss.reshape(1)}
+            return {"logits_BTV": self.lm_head(x_BTD)}
+        return {"losses_L": self.lm_head(x_BTD, targets_BT, weights_BT).reshape(1)}
 
     def embed(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None) -> torch.Tensor:
         """hidden_BTD of the tokens; learned positions start again with each document, as they would alone."""

@@ -3,7 +3,7 @@
 A model calls them with what its own rank holds. The plain versions here are right wherever one rank holds all
 heads and the whole vocabulary; tensor parallelism passes others. Nothing here communicates.
 
-Legend: B batch, T time, H heads, G key/value heads, K head size, V vocabulary (all of it, padding included).
+Legend: B batch, T time, D width, H heads, G key/value heads, K head size, V vocabulary (all of it, padding included).
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from engine.parallel.cross_entropy import linear_cross_entropy
+
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """(q_BTHK, k_BTGK, v_BTGK, mask_B1TT or None) -> out_BTHK; no mask means causal over the whole row."""
 
-CrossEntropy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
-"""(logits_BTV, targets_BT, weights_BT, vocab_size) -> fp32 scalar, the weighted sum of the tokens' losses."""
+LinearCrossEntropy = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, int], torch.Tensor
+]
+"""(hidden, weight_VD, bias_V or None, targets, weights, vocab_size) -> fp32 scalar, the weighted sum of the tokens'
+losses; see `engine.parallel.cross_entropy`."""
 
 
 def attention(
@@ -39,21 +44,12 @@ def attention(
     return out_BHTK.transpose(1, 2)
 
 
-def cross_entropy(
-    logits_BTV: torch.Tensor, targets_BT: torch.Tensor, weights_BT: torch.Tensor, vocab_size: int
-) -> torch.Tensor:
-    """Sum over tokens of weight x cross-entropy, in fp32; columns from `vocab_size` on never enter the softmax."""
-    logits_NV = logits_BTV[..., :vocab_size].flatten(0, 1).float()
-    loss_N = F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="none")
-    return (loss_N * weights_BT.flatten().float()).sum()
-
-
 @dataclass(frozen=True)
 class Functions:
     """What `engine.models` is built with."""
 
     attention: Attention = attention
-    cross_entropy: CrossEntropy = cross_entropy
+    linear_cross_entropy: LinearCrossEntropy = linear_cross_entropy
 
 
 PLAIN = Functions()

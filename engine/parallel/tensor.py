@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.parallel.collectives import all_reduce
+from engine.parallel.cross_entropy import linear_cross_entropy
 from engine.parallel.groups import Group
 from engine.parallel.sharding import ParameterSpec
 
@@ -87,83 +88,44 @@ class VocabularyEmbedding(nn.Embedding):
         return _apply(_Sum, rows_BTD.masked_fill(foreign_BT.unsqueeze(-1), 0.0), self.group)
 
 
-class _VocabularyCrossEntropy(torch.autograd.Function):
-    """Weighted sum of token losses from logits that are split over the vocabulary.
-
-    Three small collectives of shape (B, T): maximum, sum of exponentials, logit of the target. Saves the local
-    softmax for the backward pass, which needs no communication.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits_BTV: torch.Tensor,
-        targets_BT: torch.Tensor,
-        weights_BT: torch.Tensor,
-        vocab_size: int,
-        group: Group,
-    ) -> torch.Tensor:
-        width = logits_BTV.shape[-1]
-        first = group.position * width
-        shifted_BTV = logits_BTV.float()
-        real = max(min(vocab_size - first, width), 0)
-        if real < width:
-            shifted_BTV = shifted_BTV.clone() if shifted_BTV is logits_BTV else shifted_BTV
-            shifted_BTV[..., real:] = -torch.inf
-        max_BT = all_reduce(shifted_BTV.amax(-1), group, "max")
-        shifted_BTV = shifted_BTV - max_BT.unsqueeze(-1)
-        local_BT = targets_BT - first
-        foreign_BT = (local_BT < 0) | (local_BT >= width)
-        local_BT = local_BT.masked_fill(foreign_BT, 0)
-        target_BT = shifted_BTV.gather(-1, local_BT.unsqueeze(-1)).squeeze(-1)
-        target_BT = all_reduce(target_BT.masked_fill(foreign_BT, 0.0), group)
-        softmax_BTV = shifted_BTV.exp_()
-        total_BT = all_reduce(softmax_BTV.sum(-1), group)
-        softmax_BTV.div_(total_BT.unsqueeze(-1))
-        ctx.save_for_backward(softmax_BTV, local_BT, foreign_BT, weights_BT)
-        ctx.dtype = logits_BTV.dtype
-        return ((total_BT.log() - target_BT) * weights_BT).sum()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        softmax_BTV, local_BT, foreign_BT, weights_BT = ctx.saved_tensors
-        one_BT = (~foreign_BT).to(softmax_BTV.dtype).unsqueeze(-1)
-        grad_BTV = softmax_BTV.scatter_add_(-1, local_BT.unsqueeze(-1), -one_BT)  # in place: used once, then freed
-        grad_BTV.mul_((weights_BT * grads[0]).unsqueeze(-1))
-        return grad_BTV.to(ctx.dtype), None, None, None, None
-
-
 def vocabulary_cross_entropy(
-    logits_BTV: torch.Tensor, targets_BT: torch.Tensor, weights_BT: torch.Tensor, vocab_size: int, group: Group
+    hidden: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    vocab_size: int,
+    group: Group,
 ) -> torch.Tensor:
-    """The weighted sum of token losses, an fp32 scalar equal on all tensor ranks. Collective over `group`.
-
-    Columns at or beyond `vocab_size` never enter the softmax. The gradient flows to the local logits alone.
-    """
-    return _apply(_VocabularyCrossEntropy, logits_BTV, targets_BT, weights_BT, vocab_size, group)
+    """`linear_cross_entropy` where each rank holds some rows of the weight. Collective over `group`, both ways."""
+    return linear_cross_entropy(_apply(_Copy, hidden, group), weight_VD, bias_V, targets, weights, vocab_size, group)
 
 
 def shard(module: nn.Module, specs: dict[str, ParameterSpec], ties: dict[str, str], group: Group) -> None:
     """Swaps the layers of `module` (on the meta device, whole) for this rank's parts, in place.
 
     `specs` are the whole model's parameters by logical name and `ties` maps local to logical names. Parameters that
-    were one before the swap are one after it. Does nothing over one rank.
+    were one before the swap are one after it. A module of another kind keeps its class and has its split parameters
+    cut: it communicates through the functions that it was built with. Does nothing over one rank.
     """
     if group.size == 1:
         return
-    swapped: dict[int, Any] = {}
+    swapped: dict[nn.Parameter, nn.Parameter] = {}
     for name, layer in list(module.named_modules(remove_duplicate=False)):
-        if not isinstance(layer, (nn.Linear, nn.Embedding)):
+        if isinstance(layer, (nn.Linear, nn.Embedding)):
+            local = f"{name}.weight"
+            part = _part(layer, specs[ties.get(local, local)], group)
+            if part is not None:
+                part.weight = swapped.setdefault(layer.weight, part.weight)
+                parent, _, attribute = name.rpartition(".")
+                setattr(module.get_submodule(parent), attribute, part)
             continue
-        local = f"{name}.weight"
-        spec = specs[ties.get(local, local)]
-        part = _part(layer, spec, group)
-        if part is None:
-            continue
-        before = id(layer.weight)
-        part.weight = swapped.setdefault(before, part.weight)
-        parent, _, attribute = name.rpartition(".")
-        setattr(module.get_submodule(parent), attribute, part)
+        for attribute, whole in list(layer.named_parameters(recurse=False)):
+            local = f"{name}.{attribute}"
+            spec = specs[ties.get(local, local)]
+            if spec.sharding.role != "replicated":
+                cut = nn.Parameter(torch.empty(spec.local_shape(group.size), device="meta"))
+                setattr(layer, attribute, swapped.setdefault(whole, cut))
 
 
 def _part(layer: nn.Linear | nn.Embedding, spec: ParameterSpec, group: Group) -> nn.Linear | nn.Embedding | None:

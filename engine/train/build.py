@@ -92,4 +92,4 @@ def micro_batch_rows(config: RunConfig, run_stage: RunStage, dtype: torch.dtype)
 def _functions(groups: Groups) -> Functions:
     if groups.tensor.size == 1:
         return PLAIN
-    return Functions(cross_entropy=partial(vocabulary_cross_entropy, group=groups.tensor))
+    return Functions(linear_cross_entropy=partial(vocabulary_cross_entropy, group=groups.tensor))

@@ -233,11 +233,12 @@ def test_attention_and_loss_come_from_the_functions_that_it_was_built_with(confi
         calls.append((q_BTHK.shape[2:], k_BTGK.shape[2:], mask_B1TT))
         return plain_attention(q_BTHK, k_BTGK, v_BTGK, mask_B1TT)
 
-    def cross_entropy(logits_BTV, targets_BT, weights_BT, vocab_size):
-        assert logits_BTV.shape[-1] == config.padded_vocab_size
-        return logits_BTV.float().sum() * 0 + vocab_size
+    def linear_cross_entropy(hidden_BTD, weight_VD, bias_V, targets_BT, weights_BT, vocab_size):
+        assert weight_VD.shape == (config.padded_vocab_size, hidden_BTD.shape[-1])
+        assert bias_V is None
+        return hidden_BTD.float().sum() * 0 + vocab_size
 
-    model = whole_model(config, random_weights(config), Functions(attention, cross_entropy))
+    model = whole_model(config, random_weights(config), Functions(attention, linear_cross_entropy))
     assert loss_of(model(**batch)).item() == config.vocab_size
     assert calls == [((4, 16), (config.kv_heads, 16), None)] * config.num_layers
 

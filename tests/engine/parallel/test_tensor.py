@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
 from engine.config.resolve import Layout
-from engine.parallel.functions import cross_entropy
+from engine.models.heads import VocabularyHead
+from engine.parallel.functions import PLAIN, Functions
 from engine.parallel.groups import join
 from engine.parallel.sharding import ROW, VOCABULARY, ParameterSpec, column
 from engine.parallel.tensor import ColumnLinear, RowLinear, VocabularyEmbedding, shard, vocabulary_cross_entropy
@@ -24,19 +27,18 @@ TIES = {"head.weight": "embed.weight"}
 
 
 class Model(nn.Module):
-    def __init__(self, loss) -> None:
+    def __init__(self, functions: Functions) -> None:
         super().__init__()
         self.embed = nn.Embedding(ROWS, WIDTH)
         self.up = nn.Linear(WIDTH, INNER)
         self.down = nn.Linear(INNER, WIDTH)
-        self.head = nn.Linear(WIDTH, ROWS, bias=False)
+        self.head = VocabularyHead(WIDTH, REAL, ROWS, functions)
         self.head.weight = self.embed.weight
-        self.loss = loss
 
     def forward(self, tokens_BT, targets_BT, weights_BT):
         x_BTD = self.embed(tokens_BT)
         x_BTD = x_BTD + self.down(torch.tanh(self.up(x_BTD)))
-        return self.loss(self.head(x_BTD), targets_BT, weights_BT, REAL)
+        return self.head(x_BTD, targets_BT, weights_BT)
 
 
 def batch():
@@ -54,10 +56,10 @@ def whole_values():
 def rank(place):
     group = join(Layout(pipe=1, data=1, sequence=1, tensor=SIZE), place.global_rank).tensor
     with torch.device("meta"):
-        model = Model(lambda *arguments: vocabulary_cross_entropy(*arguments, group=group))
+        model = Model(Functions(linear_cross_entropy=partial(vocabulary_cross_entropy, group=group)))
     shard(model, SPECS, TIES, group)
     kinds = [type(layer) for layer in (model.embed, model.up, model.down, model.head)]
-    assert kinds == [VocabularyEmbedding, ColumnLinear, RowLinear, ColumnLinear]
+    assert kinds == [VocabularyEmbedding, ColumnLinear, RowLinear, VocabularyHead]
     assert model.head.weight is model.embed.weight
     model.to_empty(device="cpu")
     model.head.weight = model.embed.weight
@@ -69,7 +71,7 @@ def rank(place):
 
 
 def test_two_ranks_equal_one():
-    model = Model(cross_entropy)
+    model = Model(PLAIN)
     for name, value in whole_values().items():
         model.get_parameter(name).data.copy_(value)
     loss = model(*batch())

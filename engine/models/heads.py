@@ -1,0 +1,40 @@
+"""The head over the vocabulary: the one module that owns the output projection, for logits and for the loss.
+
+Legend: D width, V vocabulary (padded; local under tensor parallelism).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from engine.parallel.functions import Functions
+
+
+class VocabularyHead(nn.Module):
+    """Projects hidden states on the vocabulary; with targets, straight to their loss, so that no logits are kept.
+
+    `weight` is (padded_vocab_size, width); its rows from `vocab_size` on, and those of the bias, never matter.
+    """
+
+    def __init__(
+        self, width: int, vocab_size: int, padded_vocab_size: int, functions: Functions, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.vocab_size, self.functions = vocab_size, functions
+        self.weight = nn.Parameter(torch.zeros(padded_vocab_size, width))
+        self.bias = nn.Parameter(torch.zeros(padded_vocab_size)) if bias else None
+
+    def forward(
+        self, hidden: torch.Tensor, targets: torch.Tensor | None = None, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The fp32 weighted sum of the tokens' losses, or logits (..., vocab_size) where `targets` is None.
+
+        `hidden` is (..., D); `targets` (int64) and `weights` have its shape without D. Logits are whole on one
+        tensor-parallel rank only.
+        """
+        if targets is None:
+            return F.linear(hidden, self.weight, self.bias)[..., : self.vocab_size]
+        assert weights is not None, "targets come with weights"
+        return self.functions.linear_cross_entropy(hidden, self.weight, self.bias, targets, weights, self.vocab_size)

@@ -1,0 +1,134 @@
+"""The output projection and its cross entropy in one, a few rows at a time: the logits of a batch never exist.
+
+For a vocabulary far wider than the model, logits are the largest tensor of a training step. The projection, the
+softmax and both gradients of some rows are computed together in the forward pass, and what is kept for the backward
+pass is the gradient of the input and of the weight (Hsu et al. 2024, Liger Kernel, section 3.2, in plain torch; Wijmans
+et al. 2024, Cut Cross-Entropy, keep less and compute the logits once more). The backward pass only scales them, so the
+scale may differ at each step. Under ZeRO-3 the weight is needed in the forward pass alone.
+
+Legend: B batch, T time, D width, N rows (tokens), C rows at a time, V vocabulary (the local part, with its padding).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from engine.parallel.collectives import all_reduce
+from engine.parallel.groups import ALONE, Group
+
+CHUNK_ELEMENTS = 2**25
+"""Logits at a time: 128 MiB in fp32, and more than enough work for one device kernel."""
+ROW_MULTIPLE = 64
+"""Rows at a time are a multiple of this, the tile of a matrix product."""
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    vocab_size: int,
+    group: Group = ALONE,
+) -> torch.Tensor:
+    """Sum over tokens of weight x cross entropy of `hidden @ weight_VD.T + bias_V`, a scalar in fp32 or wider.
+
+    `hidden` is (..., D), `targets` (int64) and `weights` have its shape without D. Columns from `vocab_size` on never
+    enter the softmax. Softmax and sums are in fp32, the weight's gradient too until all rows are in it.
+
+    Over more than one rank each holds V consecutive rows of the weight, and the result is equal on all of them. The
+    gradient of `hidden` is then this rank's part of a sum over `group`. Collective over `group`, in the forward pass.
+    """
+    return _LinearCrossEntropy.apply(  # type: ignore[no-any-return]
+        hidden.flatten(0, -2),
+        weight_VD,
+        bias_V,
+        targets.flatten(),
+        weights.flatten(),
+        vocab_size,
+        group,
+        torch.is_grad_enabled(),
+    )
+
+
+def rows_at_a_time(num_columns: int) -> int:
+    """C: rows whose logits are at most `CHUNK_ELEMENTS`, or the smallest multiple."""
+    return max(CHUNK_ELEMENTS // num_columns // ROW_MULTIPLE, 1) * ROW_MULTIPLE
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        targets_N: torch.Tensor,
+        weights_N: torch.Tensor,
+        vocab_size: int,
+        group: Group,
+        differentiate: bool,
+    ) -> torch.Tensor:
+        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+        num_rows, first_column = len(weight_VD), group.position * len(weight_VD)
+        real = max(min(vocab_size - first_column, num_rows), 1)  # one masked column where all are padding
+        used_VD, used_V = weight_VD[:real], None if bias_V is None else bias_V[:real]
+        total = torch.zeros((), dtype=wide, device=hidden_ND.device)
+        grad_hidden_ND = torch.empty_like(hidden_ND) if differentiate else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if differentiate else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if differentiate and bias_V is not None else None
+        size = rows_at_a_time(num_rows)
+        for start in range(0, len(hidden_ND), size):
+            rows = slice(start, start + size)
+            hidden_CD, weights_C = hidden_ND[rows], weights_N[rows].to(wide)
+            logits_CV = F.linear(hidden_CD, used_VD, used_V)
+            if first_column >= vocab_size:
+                logits_CV.fill_(-torch.inf)
+            logs_CV = _log_softmax(logits_CV, wide, group)
+            del logits_CV
+            columns_C = targets_N[rows] - first_column
+            foreign_C = (columns_C < 0) | (columns_C >= real)
+            columns_C1 = columns_C.masked_fill(foreign_C, 0).unsqueeze(-1)
+            target_C = logs_CV.gather(-1, columns_C1).squeeze(-1).masked_fill(foreign_C, 0.0)
+            total -= (all_reduce(target_C, group) * weights_C).sum()
+            if grad_hidden_ND is None or grad_weight_VD is None:
+                continue
+            ones_C1 = (~foreign_C).to(wide).unsqueeze(-1)
+            wide_CV = logs_CV.exp_().scatter_add_(-1, columns_C1, -ones_C1).mul_(weights_C.unsqueeze(-1))
+            grad_CV = wide_CV.to(hidden_ND.dtype)
+            torch.mm(grad_CV, used_VD, out=grad_hidden_ND[rows])
+            _add_product(grad_weight_VD[:real], grad_CV.T, hidden_CD)
+            if grad_bias_V is not None:
+                grad_bias_V[:real] += wide_CV.sum(0)
+        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
+        ctx.dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        hidden_ND, weight_VD, bias_V = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        # in place: torch refuses a second backward, which would find them scaled
+        grad_bias_V = None if bias_V is None else bias_V.mul_(grads[0]).to(bias_dtype)
+        return hidden_ND.mul_(grads[0]), weight_VD.mul_(grads[0]).to(weight_dtype), grad_bias_V, *[None] * 5
+
+
+def _log_softmax(logits_CV: torch.Tensor, dtype: torch.dtype, group: Group) -> torch.Tensor:
+    """Logarithm of the softmax over all columns of the group, for those that are here."""
+    if group.size == 1:
+        return torch.log_softmax(logits_CV, -1, dtype=dtype)
+    shifted_CV = logits_CV.to(dtype)
+    shifted_CV = shifted_CV - all_reduce(shifted_CV.amax(-1), group, "max").unsqueeze(-1)
+    total_C = all_reduce(shifted_CV.exp().sum(-1), group)
+    return shifted_CV.sub_(total_C.log_().unsqueeze(-1))
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """`total += a @ b`, where the total may be of a wider dtype."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
