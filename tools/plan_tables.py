@@ -48,7 +48,7 @@ def _summary(plan: Plan, run: RunConfig, console: Console) -> None:
     rows = {
         "layout": f"{plan.layout} on {plan.layout.world_size} ranks, ZeRO-{plan.zero_stage}, {run.precision.dtype}",
         "parameters": f"{plan.parameters:,} ({plan.parameters_in_memory:,} with the vocabulary padded)",
-        "step": f"{stage.global_batch_size} samples of {stage.sequence_length} = {plan.tokens:,} tokens, in "
+        "step": f"{stage.batches.largest} samples of {stage.sequence_length} = {plan.tokens:,} tokens, in "
         f"{plan.num_micro_batches} micro-batches of {parallel.micro_batch_size} on each data rank",
         "arithmetic": f"{plan.operations_per_token:,} operations per token, {plan.operations:.3g} per step",
         "pipeline": f"{parallel.schedule}, idle {plan.bubble:.1%} of a step",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.config.course import check_ramp, check_schedule, check_stability
 from engine.config.schema import ModelConfig, ParallelConfig, RunConfig, RunStage
 from engine.errors import ConfigError, PalimpsestError, report
 
@@ -57,6 +58,7 @@ def check(config: RunConfig) -> list[PalimpsestError]:
     problems: list[PalimpsestError] = []
     _check_model(config.model, problems)
     _check_parallel(config, problems)
+    check_stability(config, problems)
     for index, stage in enumerate(config.stages):
         _check_stage(index, stage, config.model, problems)
     names = [stage.name for stage in config.stages]
@@ -73,9 +75,9 @@ def check(config: RunConfig) -> list[PalimpsestError]:
     return problems
 
 
-def num_micro_batches(stage: RunStage, parallel: ParallelConfig, data_size: int) -> int:
-    """Micro-batches that each data rank runs per step; `resolve` has checked that it is whole."""
-    return stage.global_batch_size // (parallel.micro_batch_size * data_size)
+def num_micro_batches(batch_size: int, parallel: ParallelConfig, data_size: int) -> int:
+    """Micro-batches that each data rank runs in a step of so many samples; `resolve` has checked that it is whole."""
+    return batch_size // (parallel.micro_batch_size * data_size)
 
 
 def _check_model(model: ModelConfig, problems: list[PalimpsestError]) -> None:
@@ -162,15 +164,8 @@ def _check_stage(index: int, stage: RunStage, model: ModelConfig, problems: list
     if (stage.duration.steps is None) == (stage.duration.tokens is None):
         problems.append(ConfigError(f"{key}.duration", "exactly one of steps and tokens"))
         return
-    decay = stage.schedule.decay_steps or stage.num_steps
-    if stage.schedule.shape != "constant" and stage.schedule.warmup_steps > decay:
-        problems.append(
-            ConfigError(
-                f"{key}.schedule.warmup_steps = {stage.schedule.warmup_steps} is more than the {decay} steps of "
-                "warmup and decay together",
-                f"0 to {decay}",
-            )
-        )
+    if check_ramp(key, stage, problems):
+        check_schedule(key, stage, problems)
 
 
 def _layout(parallel: ParallelConfig, world_size: int, problems: list[PalimpsestError]) -> Layout | None:
@@ -192,15 +187,17 @@ def _check_batch(
     index: int, stage: RunStage, parallel: ParallelConfig, data_size: int, problems: list[PalimpsestError]
 ) -> None:
     unit = parallel.micro_batch_size * data_size
-    if stage.global_batch_size % unit:
-        problems.append(
-            ConfigError(
-                f"stages.{index}.global_batch_size = {stage.global_batch_size} is no multiple of micro_batch_size "
-                f"{parallel.micro_batch_size} x data {data_size}",
-                f"a multiple of {unit}",
-                "change parallel.micro_batch_size or the number of data ranks; the global batch belongs to the run",
+    sizes = {f"batch_ramp.{n}.size": entry.size for n, entry in enumerate(stage.batch_ramp)}
+    for key, size in (sizes | {"global_batch_size": stage.global_batch_size}).items():
+        if size % unit:
+            problems.append(
+                ConfigError(
+                    f"stages.{index}.{key} = {size} is no multiple of micro_batch_size "
+                    f"{parallel.micro_batch_size} x data {data_size}",
+                    f"a multiple of {unit}",
+                    "change parallel.micro_batch_size or the number of data ranks; the global batch belongs to the run",
+                )
             )
-        )
 
 
 def divisors(number: int) -> str:

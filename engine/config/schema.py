@@ -14,6 +14,8 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from engine.config.ramp import Ramp, make_ramp
+
 Kind = Literal["meaning", "schedule", "execution"]
 
 
@@ -110,16 +112,40 @@ class Duration(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning rate over a run stage, as a factor of `optimizer.learning_rate`."""
+    """Learning rate over a run stage, as a factor of `optimizer.learning_rate`; `engine.optim.schedules` has the
+    formulas. Every shape begins with a linear warm-up; a key that a shape does not use keeps its default."""
 
     kind: ClassVar[Kind] = "schedule"
 
-    shape: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: NonNegativeInt = 0
-    decay_steps: PositiveInt | None = None
-    """Steps from the start of the stage to the end of the decay; None means the stage's whole length."""
+    shape: Literal["constant", "linear", "cosine", "wsd", "infinite", "rewarm"] = "cosine"
+    """`wsd`: warm-up, constant, decay at the end. `infinite`: warm-up, cool-down to a constant, constant, anneal at the
+    end. `rewarm`: a cosine that goes on from the factor where an earlier run ended."""
+    unit: Literal["steps", "tokens"] = "steps"
+    """What the lengths below are counted in."""
+    warmup: NonNegativeInt = 0
+    """Length of the warm-up."""
+    decay: PositiveInt | None = None
+    """Length of the decay. `linear`, `cosine` and `rewarm` decay after the warm-up, and None means to the end of the
+    stage; `wsd` and `infinite` decay at the end of the stage, and it has to be given."""
+    cooldown: NonNegativeInt = 0
+    """Length of the cool-down (`infinite`)."""
+    initial_factor: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Factor that the warm-up begins at (`rewarm`)."""
+    constant_factor: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Factor of the constant phase (`infinite`)."""
     final_factor: float = Field(default=0.1, ge=0.0, le=1.0)
     """Factor that the decay ends at."""
+
+
+class SmallerBatch(Section):
+    """One entry of a batch-size ramp: a size, and until where it holds."""
+
+    size: PositiveInt
+    """Samples per step."""
+    until_step: PositiveInt | None = None
+    """The number of steps done at which the next size begins."""
+    until_tokens: PositiveInt | None = None
+    """The next size begins with the first step before which so many tokens are consumed."""
 
 
 class RunStage(Section):
@@ -132,8 +158,19 @@ class RunStage(Section):
     """Tokens per sample that the model sees."""
     global_batch_size: PositiveInt
     """Samples per step over all ranks; does not change with the layout."""
+    batch_ramp: tuple[SmallerBatch, ...] = ()
+    """Sizes that come before `global_batch_size`, each until a step or a number of tokens."""
     duration: Duration
     schedule: ScheduleConfig = ScheduleConfig()
+
+    @property
+    def batches(self) -> Ramp:
+        """Samples per step, as a function of the step."""
+        ends = [
+            (entry.size, entry.until_step or 0, math.ceil((entry.until_tokens or 0) / self.sequence_length))
+            for entry in self.batch_ramp
+        ]
+        return make_ramp(ends, self.global_batch_size)
 
     @property
     def num_steps(self) -> int:
@@ -141,7 +178,7 @@ class RunStage(Section):
         if self.duration.steps is not None:
             return self.duration.steps
         assert self.duration.tokens is not None, "resolve() lets no stage without a length pass"
-        return math.ceil(self.duration.tokens / (self.global_batch_size * self.sequence_length))
+        return self.batches.steps(math.ceil(self.duration.tokens / self.sequence_length))
 
 
 class OptimizerConfig(Section):
@@ -211,6 +248,32 @@ class EvaluationConfig(Section):
     """Held-out samples used; None means all."""
 
 
+class StabilityConfig(Section):
+    """What happens when a step's loss or gradient is not finite, or far above those before it.
+
+    A skipped step leaves weights and optimizer state as they are, bit for bit, and the data moves on.
+    """
+
+    kind: ClassVar[Kind] = "schedule"
+
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What to do with a step whose loss or gradient norm is not finite; it never reaches the weights."""
+    max_skips: PositiveInt = 10
+    """Steps skipped in a row, for whatever reason, that are borne; one more ends the run."""
+    spike_sigma: PositiveFloat | None = None
+    """Skip a step whose loss or gradient norm is more than so many standard deviations above the mean of the last
+    accepted steps; None: never."""
+    window: int = Field(default=128, ge=2)
+    """Accepted steps that mean and deviation are taken of; no step is a spike before there are so many."""
+    rollback_spikes: PositiveInt | None = None
+    """Spikes within `rollback_steps` steps after which the run goes back to its newest whole checkpoint and leaves out
+    the samples from the first of them on; None: never."""
+    rollback_steps: PositiveInt = 10
+    """Steps within which these spikes fall."""
+    max_rollbacks: int = Field(default=3, ge=1, le=16)
+    """Rollbacks of a run; one more ends it."""
+
+
 class LoggingConfig(Section):
     kind: ClassVar[Kind] = "execution"
 
@@ -225,7 +288,12 @@ class LoggingConfig(Section):
 class RunConfig(Section):
     """Everything that `palimpsest train` needs to know; saved, resolved, in the run folder."""
 
-    kinds: ClassVar[dict[str, Kind]] = {"name": "execution", "folder": "execution", "tokenizer": "execution"}
+    kinds: ClassVar[dict[str, Kind]] = {
+        "name": "execution",
+        "folder": "execution",
+        "tokenizer": "execution",
+        "checks": "execution",
+    }
 
     name: str = "run"
     folder: Path
@@ -237,7 +305,10 @@ class RunConfig(Section):
     stages: tuple[RunStage, ...] = Field(min_length=1)
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    stability: StabilityConfig = StabilityConfig()
     parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    checks: bool = False
+    """Hold the invariants of parallel training after every step: equal copies are equal, gradients are cleared."""

@@ -2,19 +2,21 @@
 
 The j-th sample of a global batch belongs to data rank (j // micro_batch_size) % data_size, in its micro-batch
 j // (micro_batch_size * data_size). Invariant: which samples a step trains on depends on (data set, seed, sequence
-length, window_shards, samples before it) alone, never on the ranks, the micro-batch size or restarts; each sample
-comes exactly once per epoch. Every rank holds a `Loader`; a rank that needs no tokens calls `skip` where the
-others call `step`. Prefetching is in `engine.data.prefetch`.
+length, window_shards, samples before it, samples left out) alone, never on the ranks, the micro-batch size or
+restarts; each sample comes exactly once per epoch, but for those that a rollback left out. Every rank holds a
+`Loader`; a rank that needs no tokens calls `skip` where the others call `step`. Prefetching is in
+`engine.data.prefetch`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
+from engine.config.ramp import Ramp
 from engine.data import stream
 from engine.data.batch import Batch, make_batch
 from engine.data.dataset import TokenDataset
@@ -23,7 +25,10 @@ from engine.data.packing import rows_per_shard
 from engine.data.stream import SampleId, SampleOrder
 from engine.errors import DataError
 
-State = dict[str, int | str]
+Interval = tuple[int, int]
+"""Positions of samples: the first, and the one after the last."""
+
+State = dict[str, Any]
 """Loader state: JSON of well under 1 KiB, equal on all ranks."""
 
 
@@ -34,7 +39,7 @@ class Loader:
         self,
         dataset: TokenDataset,
         sequence_length: int,
-        global_batch_size: int,
+        global_batch_size: int | Ramp,
         seed: int,
         window_shards: int,
         attention: Attention,
@@ -43,10 +48,12 @@ class Loader:
         rows = rows_per_shard(dataset, sequence_length)
         self.dataset, self.sequence_length = dataset, sequence_length
         self.attention: Attention = attention
-        self.global_batch_size, self.seed, self.window_shards = global_batch_size, seed, window_shards
+        self.batches = Ramp((global_batch_size,)) if isinstance(global_batch_size, int) else global_batch_size
+        self.seed, self.window_shards = seed, window_shards
         self._order = SampleOrder(rows, seed, window_shards)
         self._position = 0
         self._samples = 0
+        self._left_out: tuple[Interval, ...] = ()
 
     @property
     def samples_per_epoch(self) -> int:
@@ -54,14 +61,33 @@ class Loader:
 
     @property
     def samples(self) -> int:
-        """Samples consumed so far by the whole run."""
+        """Samples trained on so far by the whole run."""
         return self._samples
+
+    @property
+    def position(self) -> int:
+        """Samples drawn so far: those trained on and those left out."""
+        return self._position
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of the next step."""
+        return self.batches.size(self.batches.steps(self._samples))
+
+    @property
+    def left_out(self) -> tuple[Interval, ...]:
+        """The samples that the run leaves out, by position: disjoint, in order."""
+        return self._left_out
+
+    def leave_out(self, first: int, end: int) -> None:
+        """Passes over the samples at the positions from `first` to before `end`, as far as they are still to come."""
+        self._left_out = merged([*self._left_out, (first, end)])
 
     def state(self) -> State:
         """Where the next sample is, and what must not have changed when this is restored."""
         epoch, window, slot = self._order.address(self._position)
         place = {"epoch": epoch, "window": window, "slot": slot, "samples": self._samples}
-        return place | self._identity()
+        return place | {"left_out": [list(interval) for interval in self._left_out]} | self._identity()
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on at a saved state; O(shards), whatever the position.
@@ -79,7 +105,9 @@ class Loader:
                 )
         try:
             sample = SampleId(int(state["epoch"]), int(state["window"]), int(state["slot"]))
+            left_out = merged((int(first), int(end)) for first, end in state["left_out"])
             self._position, self._samples = self._order.position(sample), int(state["samples"])
+            self._left_out = left_out
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"the saved loader state is damaged: {error}", "the state as saved", "resume from another checkpoint"
@@ -87,12 +115,12 @@ class Loader:
 
     def next_sample_ids(self, count: int) -> list[SampleId]:
         """Addresses of the next `count` samples, which stay the next ones."""
-        return [SampleId(*row) for row in self._order.addresses(self._position, count).tolist()]
+        return [SampleId(*row) for row in self._next(self._order.addresses, count).tolist()]
 
     def sample_hash(self, count: int) -> str:
         """Short hash of the next `count` samples: their addresses, and the shard and row behind each."""
-        addresses = self._order.addresses(self._position, count)
-        places = self._order.places(self._position, count)
+        addresses = self._next(self._order.addresses, count)
+        places = self._next(self._order.places, count)
         content = np.concatenate([addresses, places], axis=1).astype("<i8").tobytes()
         return hashlib.sha256(self.dataset.fingerprint.encode() + content).hexdigest()[:16]
 
@@ -101,27 +129,46 @@ class Loader:
 
         Raises `DataError` where a shard is damaged, and then does not advance.
         """
-        count = self.global_batch_size
+        count = self.batch_size
         assert count % (micro_batch_size * data_size) == 0, "resolve() lets no other global batch pass"
         mine = micro_batch_rows(count, data_rank, data_size, micro_batch_size)
-        places = self._order.places(self._position, count)
-        addresses = self._order.addresses(self._position, count)
+        places = self._next(self._order.places, count)
+        addresses = self._next(self._order.addresses, count)
         batches = [self._batch(places[rows], addresses[rows], micro_batch_size) for rows in mine]
         self.skip()
         return batches
 
     def skip(self) -> None:
         """Advances by one global batch and reads nothing."""
-        self._position += self.global_batch_size
-        self._samples += self.global_batch_size
+        count = self.batch_size
+        *_, (position, taken) = self._stretches(count)
+        self._position = position + taken
+        self._samples += count
 
     def clone(self) -> Loader:
         """Another loader at the same place, over the same opened data set."""
-        other = Loader(
-            self.dataset, self.sequence_length, self.global_batch_size, self.seed, self.window_shards, self.attention
-        )
-        other._position, other._samples = self._position, self._samples
+        other = Loader(self.dataset, self.sequence_length, self.batches, self.seed, self.window_shards, self.attention)
+        other._position, other._samples, other._left_out = self._position, self._samples, self._left_out
         return other
+
+    def _next(self, of: Callable[[int, int], np.ndarray], count: int) -> np.ndarray:
+        """`of(position, count)` of the next `count` samples, over all their stretches."""
+        return np.concatenate([of(position, taken) for position, taken in self._stretches(count)])
+
+    def _stretches(self, count: int) -> Iterator[tuple[int, int]]:
+        """(position, count) of each run of the next `count` samples between those that are left out; one or more."""
+        position = self._position
+        for first, end in self._left_out:
+            if end <= position:
+                continue
+            taken = min(max(first - position, 0), count)
+            if taken:
+                yield position, taken
+                count -= taken
+                if not count:
+                    return
+            position = end
+        yield position, count
 
     def _batch(self, places: np.ndarray, addresses: np.ndarray, micro_batch_size: int) -> Batch:
         return make_batch(self.dataset, places, addresses, self.sequence_length, self.attention, micro_batch_size)
@@ -135,6 +182,17 @@ class Loader:
             "window_shards": self.window_shards,
             "attention": self.attention,
         }
+
+
+def merged(intervals: Iterable[Interval]) -> tuple[Interval, ...]:
+    """The same positions as disjoint intervals in order, with a gap between any two."""
+    found: list[Interval] = []
+    for first, end in sorted(intervals):
+        if found and first <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], end))
+        elif first < end:
+            found.append((first, end))
+    return tuple(found)
 
 
 def evaluation_batches(

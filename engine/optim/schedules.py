@@ -1,23 +1,60 @@
-"""The learning rate as a pure function of the step: resume needs nothing but the step's number."""
+"""The learning rate as a pure function of the steps or tokens done: resume needs nothing but their number."""
 
 from __future__ import annotations
 
 import math
 
-from engine.config.schema import ScheduleConfig
+from engine.config.schema import RunStage, ScheduleConfig
 
 
-def factor(schedule: ScheduleConfig, step: int, num_steps: int) -> float:
-    """What the peak learning rate is multiplied by in `step` (from 0) of a run stage of `num_steps`.
+def factor_of_step(run_stage: RunStage, step: int) -> float:
+    """What the peak learning rate is multiplied by in `step` (from 0) of a run stage."""
+    schedule, batches = run_stage.schedule, run_stage.batches
+    done, length = step + 1, run_stage.num_steps
+    if schedule.unit == "tokens":
+        done, length = (batches.samples(steps) * run_stage.sequence_length for steps in (done, length))
+    return factor(schedule, done, length)
 
-    Linear warmup reaches 1 in the last warmup step; linear or cosine decay (Loshchilov and Hutter 2017) reaches
-    `final_factor` in the last decay step, and stays there.
+
+def factor(schedule: ScheduleConfig, done: int, length: int) -> float:
+    """The factor of the step that ends when `done` of the stage's `length` (steps or tokens) are done.
+
+    Counted at a step's end: the warm-up reaches 1 in its last step, a decay its final factor in the stage's last one,
+    and no step is without a learning rate. Beyond its end a schedule stays where it ended.
+
+    - `linear` and `cosine`: warm-up, then decay (cosine: Loshchilov and Hutter 2017, SGDR, without restarts).
+    - `wsd`: warm-up, stable, decay (Hu et al. 2024, MiniCPM), which leaves the decay's form open: linear here, as in
+      Haegele et al. 2024, Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations.
+    - `infinite`: warm-up, cool-down along a cosine to `constant_factor`, constant, exponential anneal (Ibrahim et al.
+      2024, Simple and Scalable Strategies to Continually Pre-train Large Language Models). How long the constant phase
+      lasts may be decided late: before the anneal nothing depends on `length`.
+    - `rewarm`: up again from where an earlier run ended, and down a cosine once more (the same paper).
     """
-    if step < schedule.warmup_steps:
-        return (step + 1) / schedule.warmup_steps
+    if done < schedule.warmup:
+        return _line(schedule.initial_factor, 1.0, done / schedule.warmup)
     if schedule.shape == "constant":
         return 1.0
-    decay_steps = (schedule.decay_steps or num_steps) - schedule.warmup_steps
-    progress = min((step + 1 - schedule.warmup_steps) / max(decay_steps, 1), 1.0)
-    left = 1.0 - progress if schedule.shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return schedule.final_factor + (1.0 - schedule.final_factor) * left
+    after_warmup = done - schedule.warmup
+    if schedule.shape in ("linear", "cosine", "rewarm"):
+        decay = schedule.decay if schedule.decay is not None else length - schedule.warmup
+        line_or_cosine = _line if schedule.shape == "linear" else _cosine
+        return line_or_cosine(1.0, schedule.final_factor, _progress(after_warmup, decay))
+    assert schedule.decay is not None, "resolve() lets no such schedule without a decay pass"
+    progress = _progress(done - (length - schedule.decay), schedule.decay)
+    if schedule.shape == "wsd":
+        return _line(1.0, schedule.final_factor, progress)
+    constant = _cosine(1.0, schedule.constant_factor, _progress(after_warmup, schedule.cooldown))
+    return constant * (schedule.final_factor / schedule.constant_factor) ** progress
+
+
+def _progress(done: int, length: int) -> float:
+    """How much of a phase is behind, from 0 to 1; a phase of length 0 is over with the first step in it."""
+    return min(max(done / length, 0.0), 1.0) if length > 0 else float(done > 0)
+
+
+def _line(start: float, end: float, progress: float) -> float:
+    return start + (end - start) * progress
+
+
+def _cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -46,7 +46,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run costs on a world, per step where nothing else is said."""
+    """What a run costs on a world, per step where nothing else is said; with a ramp, the step of the largest batch."""
 
     layout: Layout
     zero_stage: int
@@ -90,7 +90,8 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     """
     layout = resolve(config, world_size)
     run_stage = config.stages[0]
-    micro_batches = num_micro_batches(run_stage, config.parallel, layout.data)
+    batch_size = run_stage.batches.largest
+    micro_batches = num_micro_batches(batch_size, config.parallel, layout.data)
     fitting, refused = neighbours(config, world_size)
     return Plan(
         layout=layout,
@@ -98,7 +99,7 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
         parameters=num_parameters(config.model),
         parameters_in_memory=num_parameters(config.model, padded=True),
         num_micro_batches=micro_batches,
-        tokens=run_stage.global_batch_size * run_stage.sequence_length,
+        tokens=batch_size * run_stage.sequence_length,
         operations_per_token=training_operations_per_token(config.model, run_stage.sequence_length),
         bubble=float(bubble(layout.pipe, micro_batches)),
         stages=stage_plans(config, layout),

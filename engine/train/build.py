@@ -60,7 +60,7 @@ def build_engine(config: RunConfig, run_stage: RunStage, groups: Groups, device:
             config.parallel,
             config.precision,
             config.optimizer,
-            num_micro_batches(run_stage, config.parallel, groups.layout.data),
+            num_micro_batches(run_stage.batches.largest, config.parallel, groups.layout.data),
             sum(specs[name].local_numel(groups.tensor.size) for name in names),
         ),
         groups,

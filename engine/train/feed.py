@@ -13,6 +13,7 @@ from itertools import islice
 
 import torch
 
+from engine.config.resolve import num_micro_batches
 from engine.config.schema import ParallelConfig, RunConfig, RunStage
 from engine.data.batch import Batch
 from engine.data.dataset import TokenDataset
@@ -67,7 +68,7 @@ class Feed:
         self.loader = Loader(
             training,
             run_stage.sequence_length,
-            run_stage.global_batch_size,
+            run_stage.batches,
             config.seed,
             data.window_shards,
             data.attention,
@@ -97,8 +98,8 @@ class Feed:
         reads none)."""
         begin = time.perf_counter()
         if self._prefetcher is None:
+            count = num_micro_batches(self.loader.batch_size, self.parallel, self.groups.layout.data)
             self.loader.skip()
-            count = self.run_stage.global_batch_size // (self.parallel.micro_batch_size * self.groups.layout.data)
             batches: list[Batch] = []
             inputs: list[Tensors] = [{} for _ in range(count)]
         else:

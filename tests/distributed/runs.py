@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def run_tree(corpus: Path, folder: Path, **changes: Any) -> Tree:
                 "sequence_length": LENGTH,
                 "global_batch_size": 8,
                 "duration": {"steps": 9},
-                "schedule": {"warmup_steps": 2},
+                "schedule": {"warmup": 2},
             }
         ],
         "optimizer": {"learning_rate": 1e-2, "clip_norm": 0.5},
@@ -66,8 +67,11 @@ def run_config(tree: Tree) -> RunConfig:
     return parse_run(tree, "test run")
 
 
-def train_rank(place: RankPlace, tree: Tree) -> dict[str, Any]:
-    """One rank of a run: its exit code, the state's fingerprint right after the start and at the end."""
+def train_rank(place: RankPlace, tree: Tree, prepare: Callable[[Any], None] = lambda trainer: None) -> dict[str, Any]:
+    """One rank of a run: its exit code, the state's fingerprint right after the start and at the end.
+
+    `prepare` is handed the trainer before its first step.
+    """
     import torch
 
     from engine.checkpoint.fingerprint import fingerprint
@@ -84,6 +88,7 @@ def train_rank(place: RankPlace, tree: Tree) -> dict[str, Any]:
         return fingerprint(engine.pieces(), engine.placements(), groups)
 
     started_at, at_start = trainer.state.step, held()
+    prepare(trainer)
     code = trainer.fit()
     trainer.close()
     return {"code": code, "started_at": started_at, "at_start": at_start, "at_end": held(), "state": trainer.state}

@@ -69,7 +69,7 @@ def expect(folder: Path) -> Expected:
     loader = Loader(
         TokenDataset(data.train),
         run_stage.sequence_length,
-        run_stage.global_batch_size,
+        run_stage.batches,
         config.seed,
         data.window_shards,
         data.attention,

@@ -47,7 +47,7 @@ def test_layouts(overrides: list[str], world_size: int, expected: Layout) -> Non
 
 def test_micro_batches() -> None:
     run = config("parallel.micro_batch_size=2")
-    assert num_micro_batches(run.stages[0], run.parallel, 3) == 4
+    assert num_micro_batches(24, run.parallel, 3) == 4
 
 
 @pytest.mark.parametrize(
@@ -102,9 +102,9 @@ def test_micro_batches() -> None:
         (["stages.0.duration={}"], 1, "stages.0.duration", "exactly one of steps and tokens"),
         (["stages.0.duration.tokens=100"], 1, "stages.0.duration", "exactly one of steps and tokens"),
         (
-            ["stages.0.schedule.warmup_steps=11"],
+            ["stages.0.schedule.warmup=11"],
             1,
-            "stages.0.schedule.warmup_steps = 11 is more than the 10 steps",
+            "stages.0.schedule: warmup 11 is more than the stage's 10 steps",
             "0 to 10",
         ),
         (["parallel.pipe=2"], 3, "a world of 3 does not fit pipe 2 x tensor 1", "a multiple of 2 ranks"),
@@ -148,7 +148,7 @@ def test_every_problem_is_in_one_report() -> None:
 
 
 def test_a_constant_schedule_has_no_end_to_overrun() -> None:
-    assert resolve(config("stages.0.schedule={shape: constant, warmup_steps: 50}"), 1)
+    assert resolve(config("stages.0.schedule={shape: constant, warmup: 50}"), 1)
 
 
 def test_divisors() -> None:

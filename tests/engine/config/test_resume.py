@@ -7,7 +7,7 @@ from engine.errors import ConfigError
 from tests.engine.config.test_resolve import config
 
 MEANING = ["model.num_layers=3", "seed=1", "stages.0.global_batch_size=8", "stages.0.data.attention=row"]
-SCHEDULE = ["optimizer.learning_rate=1e-4", "stages.0.duration.steps=20", "stages.0.schedule.warmup_steps=2"]
+SCHEDULE = ["optimizer.learning_rate=1e-4", "stages.0.duration.steps=20", "stages.0.schedule.warmup=2"]
 EXECUTION = ["parallel.pipe=2", "logging.wandb=off", "folder=elsewhere", "stages.0.data.train=moved", "name=other"]
 
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from engine.config.ramp import Ramp
 from engine.data.dataset import TokenDataset
 from engine.data.loader import Loader, evaluation_batches, num_evaluation_batches
+from engine.data.stream import SampleId
 from engine.errors import DataError
 from tests.engine.data.corpus import EOS, made_up_documents, write_shards
 
@@ -155,6 +157,48 @@ def test_a_damaged_state_is_refused_and_changes_nothing(dataset, damage):
     with pytest.raises(DataError, match="the saved loader state is damaged"):
         stream.restore(loader(dataset).state() | damage)
     assert stream.state() == before
+
+
+def test_a_ramp_moves_no_sample(dataset):
+    """Steps of 3, 3, 6, 6, ... and steps of 12 read the same stream; restored inside the ramp it goes on the same."""
+    ramp = Ramp((3, 6), (0, 2))
+    ramped, plain = loader(dataset, global_batch_size=ramp), loader(dataset)
+    sizes, taken = [], []
+    for _ in range(7):
+        again = loader(dataset, global_batch_size=ramp)
+        again.restore(json.loads(json.dumps(ramped.state())))
+        rows = list(rows_of(ramped.step(0, 1, 3)))
+        assert list(rows_of(again.step(0, 1, 3))) == rows
+        sizes.append(len(rows))
+        taken += rows
+    assert sizes == [3, 3, 6, 6, 6, 6, 6]
+    assert taken == [row for _ in range(3) for row in rows_of(plain.step(0, 1, 12))]
+
+
+def test_samples_left_out_are_passed_over_and_nothing_else_moves(dataset):
+    """Intervals against a plain list: inside a step, over several steps, behind, adjoining, over the epoch's end."""
+    plain = loader(dataset, global_batch_size=1)
+    order = plain.next_sample_ids(2 * plain.samples_per_epoch)
+    holes = [(2, 5), (14, 40), (40, 41), (70, 71), (plain.samples_per_epoch - 3, plain.samples_per_epoch + 4)]
+    stream = loader(dataset)
+    stream.step(0, 1, 12)
+    for hole in reversed(holes):
+        stream.leave_out(*hole)
+    assert stream.left_out == ((2, 5), (14, 41), *holes[3:])
+    left = [sample for n, sample in enumerate(order) if n >= 12 and not any(a <= n < b for a, b in holes)]
+    assert stream.next_sample_ids(60) == left[:60]
+    taken, skipping = [], stream.clone()
+    for _ in range(plain.samples_per_epoch // 12):
+        restored = loader(dataset)
+        restored.restore(json.loads(json.dumps(stream.state())))
+        assert restored.sample_hash(50) == stream.sample_hash(50)
+        taken += [SampleId(*sample) for sample, _, _ in rows_of(stream.step(0, 1, 12))]
+        skipping.skip()
+        assert stream.state() == skipping.state()
+    assert taken == left[: len(taken)]
+    assert stream.samples == 12 + len(taken)
+    assert order[stream.position] == left[len(taken)]
+    assert len(json.dumps(stream.state())) < 1024
 
 
 def test_a_step_that_fails_does_not_advance(tmp_path):

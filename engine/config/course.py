@@ -1,0 +1,126 @@
+"""Rules of a run's course: how its batch and its learning rate go, and what it does when a step goes wrong.
+
+Part of `engine.config.resolve`, which calls them all and reports every problem at once.
+"""
+
+from __future__ import annotations
+
+from engine.config.schema import RunConfig, RunStage, ScheduleConfig
+from engine.errors import ConfigError, PalimpsestError
+
+OPTIONS = {
+    "constant": (),
+    "linear": ("decay", "final_factor"),
+    "cosine": ("decay", "final_factor"),
+    "wsd": ("decay", "final_factor"),
+    "infinite": ("cooldown", "constant_factor", "decay", "final_factor"),
+    "rewarm": ("initial_factor", "decay", "final_factor"),
+}
+"""Keys of `schedule` that a shape uses, beside those that all do."""
+
+
+def check_ramp(key: str, stage: RunStage, problems: list[PalimpsestError]) -> bool:
+    """Whether each size of a batch-size ramp ends at one place, which is after the end of the one before."""
+    found = len(problems)
+    first_steps = stage.batches.first_steps
+    for index, entry in enumerate(stage.batch_ramp):
+        where = f"{key}.batch_ramp.{index}"
+        given = [name for name in ("until_step", "until_tokens") if getattr(entry, name) is not None]
+        if len(given) != 1:
+            problems.append(ConfigError(f"{where}: {len(given)} ends", "exactly one of until_step and until_tokens"))
+        elif first_steps[index + 1] <= first_steps[index]:
+            problems.append(
+                ConfigError(
+                    f"{where} begins and ends at step {first_steps[index]}",
+                    "sizes in order, each for one step or more",
+                    f"put its {given[0]} later, or remove it",
+                )
+            )
+    return len(problems) == found
+
+
+def check_schedule(key: str, stage: RunStage, problems: list[PalimpsestError]) -> None:
+    """Every key that the schedule's shape has no use for, and phases that do not fit into the stage."""
+    schedule, fields = stage.schedule, ScheduleConfig.model_fields
+    options = OPTIONS[schedule.shape]
+    for name in ("decay", "cooldown", "initial_factor", "constant_factor", "final_factor"):
+        value = getattr(schedule, name)
+        if name not in options and value != fields[name].default:
+            problems.append(
+                ConfigError(
+                    f"{key}.schedule.{name} = {value} with {key}.schedule.shape = {schedule.shape}, "
+                    "which has no use for it",
+                    f"warmup{''.join(f', {option}' for option in options)}",
+                    f"remove it, or choose another shape (of {', '.join(s for s in OPTIONS if name in OPTIONS[s])})",
+                )
+            )
+    _check_lengths(key, stage, problems)
+
+
+def _check_lengths(key: str, stage: RunStage, problems: list[PalimpsestError]) -> None:
+    schedule = stage.schedule
+    at_end = schedule.shape in ("wsd", "infinite")
+    if at_end and schedule.decay is None:
+        problems.append(
+            ConfigError(
+                f"{key}.schedule.decay = None with {key}.schedule.shape = {schedule.shape}",
+                f"a length in {schedule.unit}",
+            )
+        )
+    if schedule.shape == "infinite" and min(schedule.constant_factor, schedule.final_factor) == 0:
+        name = "constant_factor" if schedule.constant_factor == 0 else "final_factor"
+        problems.append(
+            ConfigError(
+                f"{key}.schedule.{name} = 0: an exponential anneal does not reach it", "more than 0, for example 0.01"
+            )
+        )
+    if schedule.shape == "constant":
+        return
+    length = stage.num_steps
+    if schedule.unit == "tokens":
+        length = stage.batches.samples(length) * stage.sequence_length
+    phases = {"warmup": schedule.warmup} | (
+        {"cooldown": schedule.cooldown, "decay": schedule.decay or 0} if at_end else {}
+    )
+    if sum(phases.values()) > length and (at_end or schedule.decay is None):
+        named = " + ".join(f"{name} {value}" for name, value in phases.items() if value)
+        problems.append(
+            ConfigError(
+                f"{key}.schedule: {named} is more than the stage's {length} {schedule.unit}",
+                f"0 to {length} {schedule.unit} together",
+                "shorten them or lengthen the stage",
+            )
+        )
+
+
+def check_stability(config: RunConfig, problems: list[PalimpsestError]) -> None:
+    """A rollback needs spikes to count and checkpoints to go back to."""
+    stability = config.stability
+    if stability.rollback_spikes is None:
+        return
+    spikes = f"stability.rollback_spikes = {stability.rollback_spikes}"
+    if stability.spike_sigma is None:
+        problems.append(
+            ConfigError(
+                f"{spikes} without stability.spike_sigma",
+                "both, or neither",
+                "set stability.spike_sigma, for example 6",
+            )
+        )
+    if config.checkpoint.every_steps is None:
+        problems.append(
+            ConfigError(
+                f"{spikes} without checkpoint.every_steps: there is nothing to go back to",
+                "both, or neither",
+                "set checkpoint.every_steps",
+            )
+        )
+    most = min(stability.rollback_steps, stability.max_skips)
+    if stability.rollback_spikes > most:
+        problems.append(
+            ConfigError(
+                f"{spikes} is never reached with stability.rollback_steps = {stability.rollback_steps} and "
+                f"stability.max_skips = {stability.max_skips}",
+                f"1 to {most}",
+            )
+        )

@@ -1,0 +1,53 @@
+"""Samples per step over a run stage, as a pure function of the step: constant, or growing in a ramp.
+
+Steps, samples and tokens are proportional only while the batch keeps its size; every conversion between them is
+here. What is counted are samples trained on: samples that a run leaves out (after a rollback) move no boundary.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """Global batch sizes, each from a step on: `first_steps` begins with 0 and never falls."""
+
+    sizes: tuple[int, ...]
+    first_steps: tuple[int, ...] = (0,)
+
+    def size(self, step: int) -> int:
+        """Samples of a step (from 0)."""
+        return self.sizes[bisect_right(self.first_steps, step) - 1]
+
+    def samples(self, steps: int) -> int:
+        """Samples of the first `steps` steps together."""
+        ends = (*self.first_steps[1:], steps)
+        spans = zip(self.sizes, self.first_steps, ends, strict=True)
+        return sum(size * max(min(end, steps) - first, 0) for size, first, end in spans)
+
+    def steps(self, samples: int) -> int:
+        """The fewest steps that train on at least `samples` samples; inverse of `samples` at the end of every step."""
+        for size, first, end in zip(self.sizes, self.first_steps, self.first_steps[1:], strict=False):
+            if self.samples(end) >= samples:
+                return first + -(-max(samples - self.samples(first), 0) // size)
+        last = self.first_steps[-1]
+        return last + -(-max(samples - self.samples(last), 0) // self.sizes[-1])
+
+    @property
+    def largest(self) -> int:
+        return max(self.sizes)
+
+
+def make_ramp(smaller: Iterable[tuple[int, int, int]], final_size: int) -> Ramp:
+    """The ramp of (size, until step, until sample) entries before `final_size`: a size ends with the first step before
+    which that many steps are done and that many samples consumed."""
+    sizes: tuple[int, ...] = ()
+    first_steps: tuple[int, ...] = (0,)
+    for size, until_step, until_sample in smaller:
+        sizes = (*sizes, size)
+        end = max(until_step, Ramp(sizes, first_steps).steps(until_sample), first_steps[-1])
+        first_steps = (*first_steps, end)
+    return Ramp((*sizes, final_size), first_steps)
