@@ -8,6 +8,7 @@ under the same name.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from engine.config.schema import RunConfig
 from engine.logs import logger
 
 Record = dict[str, float | int]
-"""Numbers by name; `step` counts the steps done."""
+"""Numbers by name; `step` counts the steps done. One that is not finite is left out where it is written."""
 
 METRICS = "metrics.jsonl"
 PLOT = "loss.png"
@@ -102,10 +103,14 @@ class Terminal:
         step = int(record["step"])
         if "validation_loss" in record:
             print(f"step {step:>6}/{self.num_steps}  held-out loss {record['validation_loss']:.4f}", flush=True)
-        elif step % self.every_steps == 0 or step == self.num_steps:
+        elif "rollback" in record:
+            left_out = record["left_out_to"] - record["left_out_from"]
+            print(f"step {step:>6}/{self.num_steps}  again: rollback {record['rollback']}, {left_out} samples left out")
+        elif step % self.every_steps == 0 or step == self.num_steps or "skipped" in record:
             left_seconds = (self.num_steps - step) * record["step_seconds"]
             print(
-                f"step {step:>6}/{self.num_steps}  loss {record['loss']:.4f}  norm {record['gradient_norm']:.3f}  "
+                f"step {step:>6}/{self.num_steps}  loss {record.get('loss', math.nan):.4f}  "
+                f"norm {record.get('gradient_norm', math.nan):.3f}  {'skipped  ' if 'skipped' in record else ''}"
                 f"lr {record['learning_rate']:.2e}  {record['tokens_per_second']:,.0f} tok/s  "
                 f"{left_seconds:,.0f} s left",
                 flush=True,
@@ -143,8 +148,9 @@ class Metrics:
         self._sinks = sinks
 
     def write(self, record: Record) -> None:
+        known = {name: value for name, value in record.items() if math.isfinite(value)}  # JSON has no NaN
         for sink in self._sinks:
-            sink.write(record)
+            sink.write(known)
 
     def close(self) -> None:
         for sink in self._sinks:

@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -20,7 +21,7 @@ from engine.config.schema import RunConfig
 from engine.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, DataError, EnvironmentProblem, PalimpsestError
 from engine.logs import logger
 from engine.models.families import family
-from engine.optim.schedules import factor
+from engine.optim.schedules import factor_of_step
 from engine.outcome import Outcome
 from engine.parallel import zero
 from engine.parallel.agreement import on_all, on_first
@@ -33,6 +34,7 @@ from engine.train.feed import Feed, open_datasets
 from engine.train.metrics import Metrics, Record, open_metrics, plot_loss, read_metrics
 from engine.train.restart import SHOWN_SAMPLES, Restarts
 from engine.train.signals import StopSignals
+from engine.train.stability import Guard, Unstable, Verdict
 from engine.train.state import TrainState
 
 _log = logger(__name__)
@@ -101,7 +103,7 @@ class Trainer:
     ) -> None:
         self.config, self.groups, self.device, self.signals = config, groups, device, signals
         self.run_stage = config.stages[0]
-        self.num_steps = self.run_stage.num_steps
+        self.num_steps, self.batches = self.run_stage.num_steps, self.run_stage.batches
         self.losses = family(config.model).losses(config.model)
         self.restarts = Restarts(config, groups, place)
         self.restarts.claim()
@@ -123,6 +125,10 @@ class Trainer:
                 self._evaluate()
         while self.state.step < self.num_steps:
             stop = self._step()
+            offending = self.guard.offending()
+            if offending is not None and not stop:
+                self._roll_back(offending)
+                continue
             last = self.state.step == self.num_steps
             if stop or last or _due(self.state.step, self.config.checkpoint.every_steps):
                 self._save()  # before the evaluation: what was trained must not hang on held-out data
@@ -146,37 +152,101 @@ class Trainer:
         """One step; returns whether any rank was asked to stop."""
         begin = time.perf_counter()
         state = self.state
-        learning_rate = self.config.optimizer.learning_rate * factor(
-            self.run_stage.schedule, state.step, self.num_steps
-        )
+        learning_rate = self.config.optimizer.learning_rate * factor_of_step(self.run_stage, state.step)
+        position = self.feed.loader.position
         inputs, weights_L = self._read(self.feed.step)
         scales_L = 1.0 / weights_L.clamp(min=torch.finfo(torch.float32).tiny)  # a loss without targets is 0
         # DeepSpeed averages gradients over the data ranks; the factor undoes it.
         sums_L = self.pipeline.train(inputs, (self.groups.zero.size * scales_L).float())
-        gradient_norm = self.pipeline.engine.step(learning_rate)
         losses, stop = self._totals(sums_L * scales_L, float(self.signals.asked))
-        state.step += 1
-        state.updates += 1
-        state.samples += self.run_stage.global_batch_size
-        tokens = self.run_stage.global_batch_size * self.run_stage.sequence_length
-        state.tokens += tokens
+        loss = sum(losses)
+        verdicts: list[Verdict] = []
+
+        def accept(norm: float) -> bool:
+            verdicts.append(self.guard.judge(state.step, position, loss, norm))
+            return verdicts[0] == "accept"
+
+        gradient_norm = self.pipeline.engine.step(learning_rate, accept)
+        tokens = self._count_step(loss, updated=verdicts[0] == "accept")
         seconds = time.perf_counter() - begin
-        state.loss = sum(losses)
-        self.metrics.write(
-            {
-                "step": state.step,
-                "loss": state.loss,
-                **self._by_name(losses, "loss"),
-                "gradient_norm": gradient_norm,
-                "learning_rate": learning_rate,
-                "samples": state.samples,
-                "tokens": state.tokens,
-                "step_seconds": seconds,
-                "tokens_per_second": tokens / seconds,
-                "data_wait_seconds": self.feed.wait_seconds,
-            }
-        )
+        record: Record = {
+            "step": state.step,
+            "loss": loss,
+            **self._by_name(losses, "loss"),
+            "gradient_norm": gradient_norm,
+            "learning_rate": learning_rate,
+            "samples": state.samples,
+            "tokens": state.tokens,
+            "step_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "data_wait_seconds": self.feed.wait_seconds,
+        }
+        self.metrics.write(record if verdicts[0] == "accept" else record | {"skipped": 1})
         return stop > 0
+
+    def _count_step(self, loss: float, updated: bool) -> int:
+        """Moves the state past a step; returns its tokens."""
+        state, samples = self.state, self.batches.size(self.state.step)
+        state.step += 1
+        state.updates += updated
+        state.samples += samples
+        state.tokens += samples * self.run_stage.sequence_length
+        if math.isfinite(loss):
+            state.loss = loss
+        return samples * self.run_stage.sequence_length
+
+    @property
+    def guard(self) -> Guard:
+        """Judges steps, by what `state` remembers of those before."""
+        return Guard(self.config.stability, self.state.stability)
+
+    def _roll_back(self, first: int) -> None:
+        """Goes back to the newest whole checkpoint, and leaves out the samples from position `first` to the last drawn.
+
+        What is left out is saved at once, so that a restart knows of it. Collective over the world.
+
+        Raises:
+            Unstable: there is no checkpoint, or there were too many rollbacks already.
+        """
+        loader, rollbacks, most = self.feed.loader, self.state.rollbacks + 1, self.config.stability.max_rollbacks
+        left_out, end, spiked = loader.left_out, loader.position, self.state.step
+        remedy = "look at the data or lower optimizer.learning_rate, then train again from the last checkpoint"
+        if rollbacks > most:
+            raise Unstable(
+                f"step {spiked}: the loss still spikes after {most} rollbacks",
+                f"stability.max_rollbacks = {most} at most",
+                remedy,
+            )
+        self.feed.close()
+        self.metrics.close()
+        restored = self.restarts.restore(self.pipeline.engine, loader)
+        if restored is None:
+            raise Unstable(
+                f"step {spiked}: the loss spikes before the first checkpoint", "a checkpoint to go back to", remedy
+            )
+        for interval in (*left_out, (first, end)):
+            loader.leave_out(*interval)
+        self.state = restored.state
+        self.state.rollbacks = rollbacks
+        self.state.stability = replace(self.state.stability, spikes=[], skips=0)
+        self._save()
+        self.metrics = on_all(self._open_metrics, self.groups.world, EnvironmentProblem)
+        # of the step to come: a restart at this one writes it anew
+        record: Record = {
+            "step": self.state.step + 1,
+            "rollback": rollbacks,
+            "left_out_from": first,
+            "left_out_to": end,
+        }
+        self.metrics.write(record)
+        self.feed.start()
+        _log.warning(
+            "the loss spiked up to step %d: back at step %d, leaving out the samples at %d to %d",
+            spiked,
+            self.state.step,
+            first,
+            end - 1,
+        )
 
     def _read(self, read: Callable[[], tuple[list[Tensors], list[float]]]) -> tuple[list[Tensors], torch.Tensor]:
         """This rank's inputs, and the weight of all ranks' targets by loss (L, fp64). Collective over the world.

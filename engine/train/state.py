@@ -6,8 +6,10 @@ integers, and no generator's state.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from engine.train.stability import StabilityState
 
 
 @dataclass
@@ -19,11 +21,14 @@ class TrainState:
     updates: int = 0
     """Weight updates done: what Adam's bias correction counts. Less than `step` where steps were skipped."""
     samples: int = 0
-    """Samples consumed."""
+    """Samples trained on; those that a rollback left out stand in the loader's state."""
     tokens: int = 0
-    """Tokens consumed, padding included."""
+    """Tokens trained on, padding included."""
     loss: float | None = None
-    """Training loss of the last step, so that a restart can show where it goes on."""
+    """Training loss of the last step that had a finite one, so that a restart can show where it goes on."""
+    rollbacks: int = 0
+    """Rollbacks made."""
+    stability: StabilityState = field(default_factory=StabilityState)
 
     def section(self) -> dict[str, Any]:
         """The state as a checkpoint stores it."""
@@ -32,4 +37,4 @@ class TrainState:
     @classmethod
     def from_section(cls, section: dict[str, Any]) -> TrainState:
         """The state of a checkpoint's section."""
-        return cls(**section)
+        return cls(**section | {"stability": StabilityState.from_section(section["stability"])})

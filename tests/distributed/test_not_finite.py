@@ -1,4 +1,4 @@
-"""A gradient that is not a number, on one data rank of one stage: every rank refuses the step, no weight moves."""
+"""A gradient that is not a number, on one data rank of one stage: no rank takes the step, or all discard it whole."""
 
 from __future__ import annotations
 
@@ -27,7 +27,51 @@ def poisoned_step(place, case: Case) -> str:
     return raised.value.wrong
 
 
+def discarded_steps(place, case: Case) -> None:
+    """Step 0; steps 1 (finite) and 2 (not) discarded; step 3. And step 3 again from the state after step 0."""
+    from engine.train.build import build_pipeline, join_groups
+
+    config = config_of(case)
+    groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
+    pipeline = build_pipeline(config, config.stages[0], groups, torch.device("cpu"))
+    engine = pipeline.engine
+
+    def step(number: int, accept=lambda norm: True, poison: float = 1.0) -> None:
+        batch = global_batch(number, case.attention)
+        batch["weights_BT"][-1, 0] *= poison
+        pipeline.train(stage_inputs(batch, case, groups), torch.tensor([0.1]))
+        engine.step(LEARNING_RATE, accept)
+
+    def state() -> list[torch.Tensor]:
+        return [t.clone() for piece in engine.pieces() for t in (piece.weight, *piece.moments.values())]
+
+    step(0)
+    before = state()
+    step(1, accept=lambda norm: False)
+    step(2, accept=lambda norm: norm == norm, poison=torch.nan)
+    assert all(map(torch.equal, before, state())), "a discarded step changed weights or moments"
+    step(3)
+    found = state()
+    assert not all(map(torch.equal, before, found))
+    held = [t for piece in engine.pieces() for t in (piece.weight, *piece.moments.values())]
+    for tensor, value in zip(held, before, strict=True):
+        tensor.copy_(value)
+    engine.refresh()
+    engine.set_updates(1)
+    step(3)
+    assert all(map(torch.equal, found, state())), "a discarded step left something behind"
+
+
 @pytest.mark.parametrize("zero_stage", [0, 3])
 def test_no_rank_takes_the_step(zero_stage):
     case = Case(zero_stage=zero_stage, pipe=2, data=2)
     assert run_ranks(4, poisoned_step, case) == ["the gradient norm is nan"] * 4
+
+
+DISCARDING = [Case(zero_stage=zero_stage, data=2) for zero_stage in range(4)]
+DISCARDING += [Case(zero_stage=1, pipe=2, dtype="bf16"), Case(zero_stage=3, data=2, dtype="bf16")]
+
+
+@pytest.mark.parametrize("case", DISCARDING, ids=str)
+def test_a_discarded_step_leaves_no_trace(case):
+    run_ranks(2, discarded_steps, case)

@@ -1,5 +1,5 @@
 """ZeRO through DeepSpeed: one engine per pipeline stage, and everything that touches DeepSpeed's private parts."""
 
-from engine.parallel.zero.engine import NotFinite, StageEngine, start
+from engine.parallel.zero.engine import NotFinite, StageEngine, finite, start
 
-__all__ = ["NotFinite", "StageEngine", "start"]
+__all__ = ["NotFinite", "StageEngine", "finite", "start"]

@@ -11,6 +11,7 @@ loss scale undoes it (contract "Loss").
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -34,6 +35,21 @@ MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 class NotFinite(PalimpsestError):
     """The gradient is infinite or not a number; the weights are as before the step, on every rank."""
+
+
+def finite(norm: float) -> bool:
+    """Accepts a gradient norm that is a number.
+
+    Raises:
+        NotFinite: it is not.
+    """
+    if not math.isfinite(norm):
+        raise NotFinite(
+            f"the gradient norm is {norm}",
+            "a finite number",
+            "resume from the last checkpoint with a lower optimizer.learning_rate, or look at the batch's data",
+        )
+    return True
 
 
 class _Emit(torch.autograd.Function):
@@ -172,25 +188,23 @@ class StageEngine:
             self._cures.before_backward()
         self._engine.backward(_Emit.apply(grads, *outputs), scale_wrt_gas=False)
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, accept: Callable[[float], bool] = finite) -> float:
         """Clips, updates the weights, clears the gradients; returns the global gradient norm before clipping.
 
-        Collective over the world.
+        Where `accept(norm)` is False (on every rank alike), the gradients are discarded and weights and optimizer
+        state stay as they are, bit for bit. Collective over the world.
 
         Raises:
-            NotFinite: on every rank, before any weight changed.
+            NotFinite, or what else `accept` raises: on every rank, before any weight changed.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self._sum_tied_gradients()
         self._norm = self._global_norm()
         norm = self._norm.item()
-        if norm != norm or norm == float("inf"):
-            raise NotFinite(
-                f"the gradient norm is {norm}",
-                "a finite number",
-                "resume from the last checkpoint with a lower optimizer.learning_rate, or look at the batch's data",
-            )
+        if not accept(norm):
+            self._discard()
+            return norm
         if self.zero_stage == 0 and self.clip_norm > 0:
             self._clip()
         self._engine.step()
@@ -254,6 +268,19 @@ class StageEngine:
         if group.replicated and self.groups.tensor.position > 0:
             return False
         return self.zero_stage > 0 or self.groups.zero.position == 0
+
+    def _discard(self) -> None:
+        """Clears the gradients of a step that is not taken, the way DeepSpeed does after an overflow."""
+        if self.zero_stage == 0:
+            self._engine.zero_grad()
+            return
+        self._norm = torch.full_like(self._norm, torch.inf)
+        if self.zero_stage < 3:
+            checked, self._engine.optimizer.check_grad_overflow = self._engine.optimizer.check_grad_overflow, True
+        self._engine.step()
+        if self.zero_stage < 3:
+            self._engine.optimizer.check_grad_overflow = checked
+        assert self._engine.optimizer.overflow, "DeepSpeed discards a step whose norm is not finite"
 
     def _clip(self) -> None:
         scale = (self.clip_norm / (self._norm + 1e-6)).clamp(max=1.0)

@@ -105,6 +105,7 @@ class FlatShards:
             "round_robin_bit16_offsets",
             "partition_size",
             "scaled_global_norm",
+            "check_grad_overflow",
             "update_lp_params",
         )
         for flat in self.zero.single_partition_of_fp32_groups:
