@@ -30,6 +30,7 @@ from engine.parallel.collectives import all_reduce, barrier, first_error
 from engine.parallel.groups import Groups, connect, disconnect
 from engine.parallel.pipeline import Pipeline
 from engine.train.build import build_pipeline, join_groups
+from engine.train.checks import check_invariants
 from engine.train.feed import Feed, open_datasets
 from engine.train.metrics import Metrics, Record, open_metrics, plot_loss, read_metrics
 from engine.train.restart import SHOWN_SAMPLES, Restarts
@@ -167,6 +168,8 @@ class Trainer:
             return verdicts[0] == "accept"
 
         gradient_norm = self.pipeline.engine.step(learning_rate, accept)
+        if self.config.checks:
+            check_invariants(self.pipeline.engine, self.groups)
         tokens = self._count_step(loss, updated=verdicts[0] == "accept")
         seconds = time.perf_counter() - begin
         record: Record = {

@@ -209,6 +209,7 @@ def reference(case: Case) -> Result:
 def run_rank(place: RankPlace, case: Case) -> tuple[list[float], list[float], list[tuple[str, np.ndarray, np.ndarray]]]:
     """One rank of a run: losses, norms, and its pieces as (name, indices in the whole parameter, values)."""
     from engine.train.build import build_pipeline, join_groups
+    from engine.train.checks import check_invariants
 
     config = config_of(case)
     groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
@@ -219,6 +220,7 @@ def run_rank(place: RankPlace, case: Case) -> tuple[list[float], list[float], li
         weight = batch["weights_BT"].sum()
         loss = pipeline.train(stage_inputs(batch, case, groups), groups.layout.data / weight)
         norms.append(pipeline.engine.step(LEARNING_RATE))
+        check_invariants(pipeline.engine, groups)
         counted = loss.double() * (groups.tensor.position == 0)
         losses.append(all_reduce(counted, groups.world).item() / weight.item())
     indices = {

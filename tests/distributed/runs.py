@@ -59,6 +59,7 @@ def run_tree(corpus: Path, folder: Path, **changes: Any) -> Tree:
         "evaluation": {"every_steps": 3, "max_samples": 21},
         "checkpoint": {"every_steps": 3, "keep_last": 9},
         "logging": {"tensorboard": False, "wandb": "off", "plot": False},
+        "checks": True,
     }
     return merge(tree, changes)
 

@@ -56,7 +56,7 @@ def poison(trainer: Any, large: tuple[int, ...], nan: tuple[int, ...], left_out:
 
 
 def tree(corpus: Path, folder: Path, parallel: dict[str, int], **stability: Any) -> dict[str, Any]:
-    return run_tree(corpus, folder, parallel=parallel, stability=STABILITY | stability, checks=True)
+    return run_tree(corpus, folder, parallel=parallel, stability=STABILITY | stability)
 
 
 def by_step(folder: Path, key: str) -> dict[int, float]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import deepspeed
@@ -27,7 +27,7 @@ from engine.parallel.collectives import all_reduce
 from engine.parallel.groups import Groups
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.state import ParameterGroup, Piece, Placement
-from engine.parallel.zero.optimizers import Named, shards
+from engine.parallel.zero.optimizers import Named, has_gradient, shards
 from engine.parallel.zero.stage3 import Cures, partition_empty, replace_parameters
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -144,7 +144,7 @@ class StageEngine:
             partition_empty(module, self.dtype, device, topology, config)
         else:
             replace_parameters(module, lambda p: nn.Parameter(torch.zeros(p.shape, dtype=self.dtype, device=device)))
-        named = _by_group(module, parameter_groups, ties)
+        self._named = named = _by_group(module, parameter_groups, ties)
         self.optimizer = make_optimizer(
             [
                 {"params": [parameter for _, parameter in group], "weight_decay": described.weight_decay}
@@ -222,6 +222,17 @@ class StageEngine:
             Placement(spec, holders[spec.name], offset, partition)
             for spec, offset, partition in self._shards.placements()
         ]
+
+    def working_weights(self) -> Iterator[tuple[ParameterSpec, torch.Tensor]]:
+        """The weights that the module computes with, where each rank holds them whole: none under ZeRO-3."""
+        if self.zero_stage < 3:
+            yield from ((spec, parameter.data) for group in self._named for spec, parameter in group)
+
+    def uncleared_gradients(self) -> list[str]:
+        """Names of the parameters (or of a group's first one) whose gradients were not cleared; call between steps."""
+        found = {spec.name for group in self._named for spec, parameter in group if has_gradient(parameter)}
+        found |= {self.parameter_groups[index].specs[0].name for index in self._shards.held_gradients()}
+        return sorted(found)
 
     def fill(self, value: Callable[[ParameterSpec], torch.Tensor]) -> None:
         """Gives every parameter the whole tensor `value(spec)` (fp32, of `spec.shape`), one at a time; moments stay.

@@ -27,6 +27,10 @@ class Shards(Protocol):
         """(group, tensor) for every reduced gradient tensor of this rank; valid between last backward and step."""
         ...
 
+    def held_gradients(self) -> set[int]:
+        """Groups of which the optimizer holds reduced gradients; between steps there are none."""
+        ...
+
     def pieces(self) -> Iterator[Piece]:
         """Live views of this rank's master weights and moments."""
         ...
@@ -61,6 +65,12 @@ def prepare_state(optimizer: torch.optim.Optimizer, flat: torch.Tensor) -> dict[
     return state
 
 
+def has_gradient(parameter: torch.nn.Parameter) -> bool:
+    """Whether a gradient is left on a parameter, DeepSpeed's own attribute for it included."""
+    held = (parameter.grad, getattr(parameter, "grad_accum", None))
+    return any(gradient is not None and bool(gradient.any()) for gradient in held)
+
+
 class WholeShards:
     """ZeRO-0: every rank holds everything."""
 
@@ -75,6 +85,9 @@ class WholeShards:
             for _, parameter in group:
                 assert parameter.grad is not None
                 yield index, parameter.grad
+
+    def held_gradients(self) -> set[int]:
+        return set()  # they are the parameters' own
 
     def pieces(self) -> Iterator[Piece]:
         for group in self.groups:
@@ -115,6 +128,9 @@ class FlatShards:
         for index in range(len(self.groups)):
             held = self.zero.averaged_gradients[index]
             yield from ((index, tensor) for tensor in ([held] if isinstance(held, torch.Tensor) else held))
+
+    def held_gradients(self) -> set[int]:
+        return {index for index, held in self.zero.averaged_gradients.items() if held is not None}
 
     def pieces(self) -> Iterator[Piece]:
         for index, group in enumerate(self.groups):
@@ -157,6 +173,9 @@ class PartitionedShards:
     def gradients(self) -> Iterator[tuple[int, torch.Tensor]]:
         for sub_group, held in self.zero.averaged_gradients.items():
             yield from ((self.zero.sub_group_to_group_id[sub_group], tensor) for tensor in held)
+
+    def held_gradients(self) -> set[int]:
+        return {self.zero.sub_group_to_group_id[i] for i, held in self.zero.averaged_gradients.items() if held}
 
     def pieces(self) -> Iterator[Piece]:
         for flat, parameters in zip(self.zero.fp32_partitioned_groups_flat, self.zero.fp16_groups, strict=True):
