@@ -111,7 +111,7 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
 
 def stage_plans(config: RunConfig, layout: Layout) -> tuple[StagePlan, ...]:
     """Every pipeline stage of a layout that `resolve` or `examine` gave."""
-    micro_batches = num_micro_batches(config.stages[0], config.parallel, layout.data)
+    micro_batches = num_micro_batches(config.stages[0].global_batch_size, config.parallel, layout.data)
     return tuple(
         _stage_plan(config, layout, stage, layers, micro_batches)
         for stage, layers in enumerate(cut(config.model, layout.pipe))

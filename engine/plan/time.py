@@ -73,7 +73,7 @@ def step_time(config: RunConfig, layout: Layout, stages: Sequence[StagePlan], cl
     """The estimate for the first run stage of a configuration; `stages` are `stage_plans(config, layout)`."""
     run_stage = config.stages[0]
     slowest = max((_stage_time(config, layout, stage, cluster) for stage in stages), key=lambda t: sum(t[:3]))
-    micro_batches = num_micro_batches(run_stage, config.parallel, layout.data)
+    micro_batches = num_micro_batches(run_stage.global_batch_size, config.parallel, layout.data)
     waiting = float(bubble(layout.pipe, micro_batches))
     idle = sum(slowest[:3]) * waiting / (1 - waiting)  # arithmetic, tensor and pipe lie between the waits
     tokens = run_stage.global_batch_size * run_stage.sequence_length
