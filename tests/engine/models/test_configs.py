@@ -27,7 +27,16 @@ def test_it_can_be_a_runs_model(path):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("gpt2-124m", 124_439_808), ("gpt2-355m", 354_823_168), ("llama-1b", 1_100_048_384)]
+    ("name", "parameters"),
+    [
+        ("gpt2-124m", 124_439_808),
+        ("gpt2-355m", 354_823_168),
+        ("gpt2-774m", 774_030_080),
+        ("gpt2-1.5b", 1_557_611_200),
+        ("llama-1b", 1_100_048_384),
+        ("llama-7b", 6_738_415_616),
+        ("llama-70b", 68_976_648_192),
+    ],
 )
 def test_it_has_the_parameters_of_the_published_model(name, parameters):
     config = parse_run({**RUN, **read_tree(MODELS / f"{name}.yaml")}, name).model
