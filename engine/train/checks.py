@@ -86,4 +86,4 @@ def _differences(relation: str, group: Group, copies: Copies) -> list[str]:
 
 
 def _hash(tensor: torch.Tensor) -> str:
-    return xxhash.xxh3_64(tensor.detach().contiguous().cpu().view(torch.uint8).numpy()).hexdigest()
+    return xxhash.xxh3_64(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data).hexdigest()

@@ -184,7 +184,10 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "data_wait_seconds": self.feed.wait_seconds,
         }
-        self.metrics.write(record if verdicts[0] == "accept" else record | {"skipped": 1})
+        if verdicts[0] != "accept":
+            record["skipped"] = 1
+            _log.warning("step %d is skipped: loss %.6g, gradient norm %.6g", state.step, loss, gradient_norm)
+        self.metrics.write(record)
         return stop > 0
 
     def _count_step(self, loss: float, updated: bool) -> int:

@@ -37,4 +37,5 @@ class TrainState:
     @classmethod
     def from_section(cls, section: dict[str, Any]) -> TrainState:
         """The state of a checkpoint's section."""
-        return cls(**section | {"stability": StabilityState.from_section(section["stability"])})
+        stability = StabilityState.from_section(section["stability"])
+        return cls(**{name: value for name, value in section.items() if name != "stability"}, stability=stability)

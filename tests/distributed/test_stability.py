@@ -38,17 +38,16 @@ STABILITY = {
 def poison(trainer: Any, large: tuple[int, ...], nan: tuple[int, ...], left_out: tuple[int, int] | None = None) -> None:
     """Makes steps with these samples go wrong, and leaves out others."""
     loader, feed, train = trainer.feed.loader, trainer.feed.step, trainer.pipeline.train
-    factors = {loader._order.address(position): 1e6 for position in large}
-    factors |= {loader._order.address(position): float("nan") for position in nan}
+    too_large = {loader._order.address(position) for position in large}
+    not_a_number = {loader._order.address(position) for position in nan}
     factor = 1.0
     if left_out:
         loader.leave_out(*left_out)
 
     def step():
         nonlocal factor
-        factor = 1.0
-        for sample in loader.next_sample_ids(loader.batch_size):
-            factor *= factors.get(sample, 1.0)
+        samples = set(loader.next_sample_ids(loader.batch_size))
+        factor = float("nan") if samples & not_a_number else 1e6 if samples & too_large else 1.0
         return feed()
 
     trainer.feed.step = step

@@ -286,11 +286,13 @@ class StageEngine:
             self._engine.zero_grad()
             return
         self._norm = torch.full_like(self._norm, torch.inf)
-        if self.zero_stage < 3:
-            checked, self._engine.optimizer.check_grad_overflow = self._engine.optimizer.check_grad_overflow, True
+        optimizer, level = self._engine.optimizer, deepspeed.utils.logger.level
+        checked = getattr(optimizer, "check_grad_overflow", None)
+        optimizer.check_grad_overflow = True  # ZeRO-1 and 2 with bf16 would not look at the norm
+        deepspeed.utils.logger.setLevel(logging.ERROR)  # it would warn of gradients that are not finite
         self._engine.step()
-        if self.zero_stage < 3:
-            self._engine.optimizer.check_grad_overflow = checked
+        deepspeed.utils.logger.setLevel(level)
+        optimizer.check_grad_overflow = checked
         assert self._engine.optimizer.overflow, "DeepSpeed discards a step whose norm is not finite"
 
     def _clip(self) -> None:
