@@ -35,21 +35,22 @@ def parse(document: dict[str, Any]) -> Manifest:
         **{name: _object(document[name], name) for name in ("config", "sections", "hyperparameters", "versions")},
     )
     parameters = _object(document["parameters"], "parameters")
+    moments = tuple(_text(moment, "moments") for moment in document["moments"])
     records = [FileRecord(_text(n, "file"), _whole(b, n), _text(h, n)) for n, b, h in document["files"]]
     files = {record.name: record for record in records}
     _require(len(files) == len(records), "a file is listed twice")
     return Manifest(
         state=state,
         layout=layout,
-        placements={name: _placement(name, value) for name, value in parameters.items()},
-        moments=tuple(_text(moment, "moments") for moment in document["moments"]),
+        placements={name: _placement(name, value, moments) for name, value in parameters.items()},
+        moments=moments,
         files=files,
         job=_text(document["job"], "job"),
         attempt=_whole(document["attempt"], "attempt"),
     )
 
 
-def _placement(name: str, value: dict[str, Any]) -> Placement:
+def _placement(name: str, value: dict[str, Any], moments: tuple[str, ...]) -> Placement:
     stored = tuple(_whole(size, f"{name}: shape") for size in value["shape"])
     _require(value["dtype"] == "F32", f"{name}: dtype {value['dtype']!r}")
     _require(value["role"] in _ROLES, f"{name}: role {value['role']!r}")
@@ -69,7 +70,9 @@ def _placement(name: str, value: dict[str, Any]) -> Placement:
     stages = tuple(_whole(stage, f"{name}: stages") for stage in value["stages"])
     _require(len(stages) > 0 and list(stages) == sorted(set(stages)), f"{name}: stages {stages}")
     offset = _whole(value["offset"], f"{name}: offset")
-    return Placement(spec, stages, offset, _whole(value["partition"], f"{name}: partition", least=1))
+    own = tuple(value.get("moments", moments))
+    _require(set(own) <= set(moments), f"{name}: moments {own} of {moments}")
+    return Placement(spec, stages, offset, _whole(value["partition"], f"{name}: partition", least=1), own)
 
 
 def check(manifest: Manifest) -> None:
@@ -94,14 +97,14 @@ def check(manifest: Manifest) -> None:
 
 
 def _check_bytes(manifest: Manifest) -> None:
-    elements = sum(stored_numel(placement.spec) for placement in manifest.placements.values())
-    claimed = elements * ITEM_BYTES * len(manifest.states)
+    num_states = {name: len(manifest.states_of(name)) for name in manifest.placements}
+    claimed = sum(stored_numel(spec) * num_states[name] for name, spec in manifest.specs.items()) * ITEM_BYTES
     _require(claimed <= manifest.num_bytes, f"parameters of {claimed} bytes in files of {manifest.num_bytes}")
     expected = manifest.expected()
     odd = sorted(expected.keys() ^ manifest.files.keys())
     _require(not odd, f"files that are listed and those that the layout has differ: {odd[:4]}")
     for name, pieces in expected.items():
-        claimed = sum(length for _, length in pieces.values()) * ITEM_BYTES * len(manifest.states)
+        claimed = sum(length * num_states[held] for held, (_, length) in pieces.items()) * ITEM_BYTES
         _require(claimed < manifest.files[name].num_bytes, f"{name}: pieces of {claimed} bytes")
 
 

@@ -163,19 +163,22 @@ def _document(manifest: Manifest) -> dict[str, Any]:
         "versions": state.versions,
         "sections": state.sections,
         "moments": list(manifest.moments),
-        "parameters": {name: _parameter(placement) for name, placement in manifest.placements.items()},
+        "parameters": {name: _parameter(manifest, placement) for name, placement in manifest.placements.items()},
         "hyperparameters": state.hyperparameters,
         "files": [[record.name, record.num_bytes, record.xxh3] for record in manifest.files.values()],
     }
 
 
-def _parameter(placement: Placement) -> dict[str, Any]:
+def _parameter(manifest: Manifest, placement: Placement) -> dict[str, Any]:
     spec = placement.spec
     described: dict[str, Any] = {"shape": list(spec.stored_shape), "dtype": "F32", "role": spec.sharding.role}
     if spec.real_rows is not None:
         described["padded_rows"] = spec.shape[0]
     if spec.sharding.dim is not None:
         described |= {"dim": spec.sharding.dim, "blocks": list(spec.blocks())}
+    moments = [moment for moment in manifest.moments if moment in placement.moments]
+    if moments != list(manifest.moments):
+        described["moments"] = moments
     return {
         **described,
         "stages": sorted(set(placement.stages)),

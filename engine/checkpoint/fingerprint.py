@@ -60,7 +60,7 @@ def fingerprint_of_checkpoint(path: Path, manifest: Manifest) -> str:
     for name, placement in manifest.placements.items():
         for writer in writers_of(placement, manifest.data_size, tensor_size):
             start, _ = manifest.range_of(name, writer)
-            for state in manifest.states:
+            for state in manifest.states_of(name):
                 flat = torch.from_numpy(files.values(state, name, writer))
                 sums.append(range_sum(state, placement.spec, start, flat, writer.tensor_rank, tensor_size))
     return combine(sums)

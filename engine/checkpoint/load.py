@@ -122,12 +122,12 @@ class Files:
         file, writer = self.file(file_name), Writer.parse(file_name)
         assert writer is not None, "a manifest that was read has no other names"
         names = [name for name in self.manifest.placements if self.manifest.range_of(name, writer)[1]]
-        keys = {key_of(state, name) for state in self.manifest.states for name in names}
+        keys = {key_of(state, name) for name in names for state in self.manifest.states_of(name)}
         odd = sorted(keys ^ file.entries.keys())
         if odd:
             raise damaged(file.path, f"its pieces are not those of the manifest: {odd[:4]}")
-        for state in self.manifest.states:
-            for name in names:
+        for name in names:
+            for state in self.manifest.states_of(name):
                 self._check(file, state, name, writer)
 
     def _check(self, file: Container, state: str, name: str, writer: Writer) -> None:
@@ -181,10 +181,11 @@ def _check_piece(manifest: Manifest, piece: Piece) -> None:
         )
     if match_one.stored_shape != piece.spec.stored_shape:
         match(manifest, [*(s for n, s in manifest.specs.items() if n != piece.spec.name), piece.spec])
-    absent = sorted(set(piece.moments) - set(manifest.moments))
+    held = [moment for moment in manifest.moments if moment in manifest.placements[piece.spec.name].moments]
+    absent = sorted(set(piece.moments) - set(held))
     if absent:
         raise CheckpointError(
             f"{piece.spec.name}: the checkpoint holds no {', '.join(absent)}",
-            f"moments among {list(manifest.moments)}",
+            f"moments among {held}",
             "load the weights alone, or use a checkpoint that was saved after the optimizer was made",
         )

@@ -80,16 +80,17 @@ class Manifest:
     placements: dict[str, Placement]
     """Per parameter of the whole model, by logical name: where its pieces lie over the ranks that saved."""
     moments: tuple[str, ...]
-    """The moments stored beside the weights; empty for weights alone."""
+    """All moments stored beside the weights, in order; each parameter has those of its placement. Empty for weights
+    alone."""
     files: dict[str, FileRecord]
     """By name; only ranks that stored something have one."""
     job: str
     attempt: int
 
-    @property
-    def states(self) -> tuple[str, ...]:
-        """Names of the states, weights first, in the order in which files hold them."""
-        return (WEIGHT, *map(moment_state, self.moments))
+    def states_of(self, name: str) -> tuple[str, ...]:
+        """Names of a parameter's states, weights first, in the order in which files hold them."""
+        own = self.placements[name].moments
+        return (WEIGHT, *(moment_state(moment) for moment in self.moments if moment in own))
 
     @property
     def data_size(self) -> int:

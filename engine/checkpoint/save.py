@@ -143,17 +143,17 @@ def build_manifest(
     """The manifest from one table per pipeline stage (in order) and one report per rank.
 
     Raises:
-        CheckpointError: ranks stored different moments.
+        CheckpointError: some ranks stored moments and others none.
     """
-    moments = {report.moments for report in reports if report.moments is not None}
-    if len(moments) > 1:
-        raise CheckpointError(f"ranks carry different moments: {sorted(moments)}")
+    stored = {report.moments for report in reports if report.moments is not None}
+    if () in stored and len(stored) > 1:
+        raise CheckpointError(f"some ranks carry no moments, others {sorted(stored - {()})}")
     hyperparameters = {name: values for table in tables for name, values in table.hyperparameters.items()}
     return Manifest(
         state=replace(state, hyperparameters=hyperparameters),
         layout=layout,
         placements=join_placements([table.placements for table in tables]),
-        moments=moments.pop() if moments else (),
+        moments=tuple(sorted({moment for moments in stored for moment in moments})),
         files={report.record.name: report.record for report in reports if report.record is not None},
         job=owner.job,
         attempt=owner.attempt,

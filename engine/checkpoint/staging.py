@@ -80,15 +80,18 @@ def stage_pieces(
     """Copies what this rank stores into the buffer; returns when the copies are done.
 
     Raises:
-        CheckpointError: as `stored_pieces`, and where pieces carry different moments or are not flat fp32.
+        CheckpointError: as `stored_pieces`, and where pieces carry other moments than their placements say (all of
+            them may carry none), or are not flat fp32.
     """
     stored = stored_pieces(pieces, placements, writer, tensor_size)
-    moments = _common_moments(pieces)
+    moments = _moments(pieces, placements)
     entries, sources = [], []
     for moment in (None, *moments):
         state = WEIGHT if moment is None else moment_state(moment)
         rank_and_size = (writer.tensor_rank, tensor_size)
         for piece, length in stored:
+            if moment is not None and moment not in piece.moments:
+                continue
             values = piece.weight if moment is None else piece.moments[moment]
             _check_flat(values, piece, state)
             place = rank_and_size if piece.spec.sharding.dim is not None else (0, 1)
@@ -109,11 +112,18 @@ def _copy(sources: list[torch.Tensor], buffer: HostBuffer) -> np.ndarray:
     return target.numpy()
 
 
-def _common_moments(pieces: list[Piece]) -> tuple[str, ...]:
-    found = {tuple(sorted(piece.moments)) for piece in pieces}
-    if len(found) > 1:
-        raise CheckpointError(f"pieces carry different moments: {sorted(found)}")
-    return found.pop() if found else ()
+def _moments(pieces: list[Piece], placements: list[Placement]) -> tuple[str, ...]:
+    """All moments that some piece carries, in order of name."""
+    if not any(piece.moments for piece in pieces):
+        return ()
+    expected = {placement.spec.name: set(placement.moments) for placement in placements}
+    for piece in pieces:
+        if piece.moments.keys() != expected[piece.spec.name]:
+            raise CheckpointError(
+                f"{piece.spec.name} carries the moments {sorted(piece.moments)}, "
+                f"its placement says {sorted(expected[piece.spec.name])}"
+            )
+    return tuple(sorted({moment for piece in pieces for moment in piece.moments}))
 
 
 def _check_flat(values: torch.Tensor, piece: Piece, state: str) -> None:

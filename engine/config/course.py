@@ -5,7 +5,7 @@ Part of `engine.config.resolve`, which calls them all and reports every problem 
 
 from __future__ import annotations
 
-from engine.config.schema import RunConfig, RunStage, ScheduleConfig
+from engine.config.schema import OptimizerConfig, RunConfig, RunStage, ScheduleConfig
 from engine.errors import ConfigError, PalimpsestError
 
 OPTIONS = {
@@ -89,6 +89,19 @@ def _check_lengths(key: str, stage: RunStage, problems: list[PalimpsestError]) -
                 f"{key}.schedule: {named} is more than the stage's {length} {schedule.unit}",
                 f"0 to {length} {schedule.unit} together",
                 "shorten them or lengthen the stage",
+            )
+        )
+
+
+def check_optimizer(config: RunConfig, problems: list[PalimpsestError]) -> None:
+    """A key of one optimizer does nothing under the other."""
+    optimizer, default = config.optimizer, OptimizerConfig.model_fields["momentum"].default
+    if optimizer.name == "adamw" and optimizer.momentum != default:
+        problems.append(
+            ConfigError(
+                f"optimizer.momentum = {optimizer.momentum} with optimizer.name = adamw, which has no use for it",
+                "beta1 and beta2",
+                "remove it, or set optimizer.name to muon",
             )
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.config.course import check_ramp, check_schedule, check_stability
+from engine.config.course import check_optimizer, check_ramp, check_schedule, check_stability
 from engine.config.schema import ModelConfig, ParallelConfig, RunConfig, RunStage
 from engine.errors import ConfigError, PalimpsestError, report
 
@@ -58,6 +58,7 @@ def check(config: RunConfig) -> list[PalimpsestError]:
     problems: list[PalimpsestError] = []
     _check_model(config.model, problems)
     _check_parallel(config, problems)
+    check_optimizer(config, problems)
     check_stability(config, problems)
     for index, stage in enumerate(config.stages):
         _check_stage(index, stage, config.model, problems)

@@ -182,15 +182,20 @@ class RunStage(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW (Loshchilov and Hutter 2019) with decay groups by name."""
+    """AdamW (Loshchilov and Hutter 2019), or Muon for the matrices of linear layers and AdamW for the rest (Jordan et
+    al. 2024), with decay groups by name."""
 
     kind: ClassVar[Kind] = "schedule"
+    kinds: ClassVar[dict[str, Kind]] = {"name": "meaning"}
 
+    name: Literal["adamw", "muon"] = "adamw"
     learning_rate: PositiveFloat = 3e-4
     """Peak learning rate."""
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
     beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
     epsilon: PositiveFloat = 1e-8
+    momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
+    """Muon's (the betas are AdamW's)."""
     weight_decay: NonNegativeFloat = 0.1
     no_decay: tuple[str, ...] = ("*.bias", "*norm*")
     """Name patterns (shell style) of parameters without weight decay."""

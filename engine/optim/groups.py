@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from engine.config.schema import OptimizerConfig
+from engine.optim.muon import Muon
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.state import ParameterGroup
 
@@ -24,6 +25,11 @@ def weight_decay(name: str, config: OptimizerConfig) -> float:
     return 0.0 if exempt else config.weight_decay
 
 
+def by_muon(spec: ParameterSpec, config: OptimizerConfig) -> bool:
+    """Whether Muon updates a parameter: the matrix of a linear layer; not embeddings, heads, norms or biases."""
+    return config.name == "muon" and len(spec.shape) == 2 and spec.sharding.role in ("column", "row")
+
+
 def parameter_groups(
     specs: Iterable[ParameterSpec], config: OptimizerConfig, tied: Mapping[str, tuple[int, ...]] | None = None
 ) -> list[ParameterGroup]:
@@ -32,26 +38,33 @@ def parameter_groups(
     `tied` gives the stages of parameters that other stages hold too; ties of different stages share no group.
     """
     stages = tied or {}
-    grouped: dict[tuple[float, bool, tuple[int, ...]], list[ParameterSpec]] = {}
+    grouped: dict[tuple[float, bool, tuple[int, ...], bool], list[ParameterSpec]] = {}
     for spec in specs:
-        key = (weight_decay(spec.name, config), spec.sharding.dim is None, stages.get(spec.name, ()))
+        key = (
+            weight_decay(spec.name, config),
+            spec.sharding.dim is None,
+            stages.get(spec.name, ()),
+            by_muon(spec, config),
+        )
         grouped.setdefault(key, []).append(spec)
-    for (_, _, holders), members in grouped.items():
+    for (_, _, holders, _), members in grouped.items():
         if holders:
             members.sort(key=lambda spec: spec.name)  # stages meet their parameters in different orders
     return [
-        ParameterGroup(tuple(members), decay, replicated, holders)
-        for (decay, replicated, holders), members in sorted(grouped.items())
+        ParameterGroup(tuple(members), decay, replicated, holders, matrices)
+        for (decay, replicated, holders, matrices), members in sorted(grouped.items())
     ]
 
 
-def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
-    """torch's fused AdamW over groups that carry their own weight decay."""
-    return torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+def make_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW or Muon over groups that carry their own weight decay."""
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.epsilon,
+        "weight_decay": config.weight_decay,
+        "fused": True,
+    }
+    if config.name == "muon":
+        return Muon(groups, config.momentum, **settings)
+    return torch.optim.AdamW(groups, **settings)

@@ -20,6 +20,16 @@ def all_reduce(tensor: torch.Tensor, group: Group, op: str = "sum") -> torch.Ten
     return tensor
 
 
+def exchange(tensor: torch.Tensor, sizes: list[int], received: list[int], group: Group) -> torch.Tensor:
+    """Sends `sizes[r]` elements of a flat tensor to each rank r in order; returns what came, `received[r]` from r.
+
+    Collective over `group`.
+    """
+    target = tensor.new_empty(sum(received))
+    dist.all_to_all_single(target, tensor.contiguous(), received, sizes, group=group.handle)
+    return target
+
+
 def broadcast_object(value: Any, group: Group, source: int = 0) -> Any:
     """The object of the rank at position `source`, on every rank. Collective over `group`."""
     if group.size == 1:

@@ -95,6 +95,17 @@ class ParameterSpec:
             whole += block
             part += share
 
+    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """The whole tensor (of `shape`) from the part of every tensor rank in order; inverse of `part`."""
+        dim = self.sharding.dim
+        if dim is None or len(parts) == 1:
+            return parts[0]
+        whole = parts[0].new_empty(self.shape)
+        for rank, part in enumerate(parts):
+            for start, own, length in self.extents(rank, len(parts)):
+                whole.narrow(dim, start, length).copy_(part.narrow(dim, own, length))
+        return whole
+
     def part(self, whole: torch.Tensor, tensor_rank: int, tensor_size: int) -> torch.Tensor:
         """The part of `whole` (of `shape`) that one rank holds; a view where that is possible."""
         dim = self.sharding.dim

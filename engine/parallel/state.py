@@ -14,6 +14,13 @@ from engine.parallel.sharding import ParameterSpec
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's moments, as torch names them."""
+MOMENTUM = ("momentum_buffer",)
+"""Muon's."""
+
+
+Part = tuple[ParameterSpec, int, int, int]
+"""(parameter, first element of its flattened local part, offset in the optimizer's tensor, length); length 0 where this
+rank holds nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,7 @@ class Piece:
     """A live flat range of this rank's tensor-parallel part of one parameter.
 
     `start` counts elements of the flattened (row-major) local part; `weight` is the fp32 master and each moment
-    (`MOMENTS`) has the same length. All are 1-D views: writing to them changes the engine.
+    (`MOMENTS` or `MOMENTUM`) has the same length. All are 1-D views: writing to them changes the engine.
     """
 
     spec: ParameterSpec
@@ -49,6 +56,8 @@ class Placement:
     stages: tuple[int, ...]
     offset: int
     partition: int
+    moments: tuple[str, ...] = MOMENTS
+    """What the optimizer keeps of it, beside the weight."""
 
     def range_of(self, data_rank: int, local_numel: int) -> tuple[int, int]:
         """(start, length) of a data rank's piece; length 0 where it holds nothing."""
@@ -70,3 +79,10 @@ class ParameterGroup:
     weight_decay: float
     replicated: bool
     tied: tuple[int, ...] = ()
+    matrices: bool = False
+    """Whether Muon updates them: weights of linear layers."""
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """What the optimizer keeps of each, beside the weight."""
+        return MOMENTUM if self.matrices else MOMENTS

@@ -16,7 +16,7 @@ from engine.config.schema import ModelConfig, RunConfig, RunStage
 from engine.models.chunk import Chunk, Rows
 from engine.models.families import family
 from engine.models.initial import initial_value
-from engine.optim.groups import adamw, parameter_groups
+from engine.optim.groups import make_optimizer, parameter_groups
 from engine.parallel.functions import PLAIN, Functions
 from engine.parallel.groups import Groups, join
 from engine.parallel.pipeline import Pipeline
@@ -55,7 +55,7 @@ def build_engine(config: RunConfig, run_stage: RunStage, groups: Groups, device:
         stage,
         parameter_groups([specs[name] for name in names], config.optimizer, tied_stages(model, groups.layout.pipe)),
         ties,
-        partial(adamw, config=config.optimizer),
+        partial(make_optimizer, config=config.optimizer),
         deepspeed_config(
             config.parallel,
             config.precision,

@@ -63,6 +63,7 @@ class Case:
     micro_batch_size: int = 1
     dtype: str = "fp32"
     reduce_dtype: str = "fp32"
+    optimizer: str = "adamw"
 
     @property
     def world_size(self) -> int:
@@ -129,6 +130,7 @@ def config_of(case: Case) -> RunConfig:
                 }
             ],
             "optimizer": {
+                "name": case.optimizer,
                 "learning_rate": LEARNING_RATE,
                 "clip_norm": CLIP_NORM,
                 "weight_decay": 0.1,

@@ -14,7 +14,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import deepspeed
 import torch
@@ -24,13 +24,22 @@ from torch import nn
 from engine.errors import PalimpsestError
 from engine.parallel.boundary import Tensors
 from engine.parallel.collectives import all_reduce
-from engine.parallel.groups import Groups
+from engine.parallel.groups import Group, Groups
 from engine.parallel.sharding import ParameterSpec
-from engine.parallel.state import ParameterGroup, Piece, Placement
+from engine.parallel.state import ParameterGroup, Part, Piece, Placement
 from engine.parallel.zero.optimizers import Named, has_gradient, shards
 from engine.parallel.zero.stage3 import Cures, partition_empty, replace_parameters
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+@runtime_checkable
+class ShardOptimizer(Protocol):
+    """An optimizer that has to know which parameters lie in the tensors that it updates, and who has the rest."""
+
+    def attach(
+        self, parts: Iterable[tuple[torch.Tensor, list[Part]]], placements: list[Placement], zero: Group, tensor: Group
+    ) -> None: ...
 
 
 class NotFinite(PalimpsestError):
@@ -147,7 +156,12 @@ class StageEngine:
         self._named = named = _by_group(module, parameter_groups, ties)
         self.optimizer = make_optimizer(
             [
-                {"params": [parameter for _, parameter in group], "weight_decay": described.weight_decay}
+                {
+                    "params": [parameter for _, parameter in group],
+                    "weight_decay": described.weight_decay,
+                    "matrices": described.matrices,
+                    "moments": described.moments,
+                }
                 for group, described in zip(named, parameter_groups, strict=True)
             ]
         )
@@ -161,6 +175,9 @@ class StageEngine:
             config_class=deepspeed.DeepSpeedConfig(config, topology),
         )
         self._shards = shards(self.zero_stage, self._engine, self.optimizer, named, groups.zero.position)
+        if isinstance(self.optimizer, ShardOptimizer):
+            zero = groups.zero if self.zero_stage > 0 else Group((groups.global_rank,), 0)
+            self.optimizer.attach(self._shards.parts(), self.placements(), zero, groups.tensor)
         self._cures = Cures(self._engine) if self.zero_stage == 3 else None
         self._norm = torch.zeros((), device=device)
         if self.zero_stage in (1, 2):
@@ -217,9 +234,9 @@ class StageEngine:
     def placements(self) -> list[Placement]:
         """Where every parameter of this stage lies, on all of its ranks."""
         own = (self.groups.coordinates.stage,)
-        holders = {spec.name: group.tied or own for group in self.parameter_groups for spec in group.specs}
+        groups = {spec.name: group for group in self.parameter_groups for spec in group.specs}
         return [
-            Placement(spec, holders[spec.name], offset, partition)
+            Placement(spec, groups[spec.name].tied or own, offset, partition, groups[spec.name].moments)
             for spec, offset, partition in self._shards.placements()
         ]
 

@@ -14,7 +14,7 @@ import torch
 
 from engine.errors import EnvironmentProblem
 from engine.parallel.sharding import ParameterSpec
-from engine.parallel.state import MOMENTS, Piece
+from engine.parallel.state import Part, Piece
 
 Named = list[list[tuple[ParameterSpec, torch.nn.Parameter]]]
 """Parameters of each group, in the order in which the optimizer was given them."""
@@ -22,6 +22,8 @@ Named = list[list[tuple[ParameterSpec, torch.nn.Parameter]]]
 
 class Shards(Protocol):
     """What one rank's optimizer holds, whatever the ZeRO stage."""
+
+    optimizer: torch.optim.Optimizer
 
     def gradients(self) -> Iterator[tuple[int, torch.Tensor]]:
         """(group, tensor) for every reduced gradient tensor of this rank; valid between last backward and step."""
@@ -31,9 +33,18 @@ class Shards(Protocol):
         """Groups of which the optimizer holds reduced gradients; between steps there are none."""
         ...
 
+    def parts(self) -> Iterator[tuple[torch.Tensor, list[Part]]]:
+        """Each tensor that the optimizer updates, with what lies in it; the same parameters on every data rank."""
+        ...
+
     def pieces(self) -> Iterator[Piece]:
         """Live views of this rank's master weights and moments."""
-        ...
+        for held, parts in self.parts():
+            states = {name: state.view(-1) for name, state in self.optimizer.state[held].items() if name != "step"}
+            for spec, start, offset, length in parts:
+                if length > 0:
+                    moments = {name: state.narrow(0, offset, length) for name, state in states.items()}
+                    yield Piece(spec, start, held.detach().view(-1).narrow(0, offset, length), moments)
 
     def placements(self) -> Iterator[tuple[ParameterSpec, int, int]]:
         """(parameter, offset, partition) as `Placement` describes them."""
@@ -55,12 +66,14 @@ def require(thing: Any, *names: str) -> None:
         )
 
 
-def prepare_state(optimizer: torch.optim.Optimizer, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Adam's state for one tensor, made now and not at the first step, so that it can be saved and loaded at once."""
+def prepare_state(
+    optimizer: torch.optim.Optimizer, flat: torch.Tensor, moments: tuple[str, ...]
+) -> dict[str, torch.Tensor]:
+    """The optimizer's state for one tensor, made now and not at the first step: it can be saved and loaded at once."""
     state = optimizer.state[flat]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-        for moment in MOMENTS:
+        for moment in moments:
             state[moment] = torch.zeros_like(flat, memory_format=torch.preserve_format)
     return state
 
@@ -71,14 +84,14 @@ def has_gradient(parameter: torch.nn.Parameter) -> bool:
     return any(gradient is not None and bool(gradient.any()) for gradient in held)
 
 
-class WholeShards:
+class WholeShards(Shards):
     """ZeRO-0: every rank holds everything."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, groups: Named) -> None:
         self.optimizer, self.groups = optimizer, groups
-        for group in groups:
+        for group, settings in zip(groups, optimizer.param_groups, strict=True):
             for _, parameter in group:
-                prepare_state(optimizer, parameter)
+                prepare_state(optimizer, parameter, settings["moments"])
 
     def gradients(self) -> Iterator[tuple[int, torch.Tensor]]:
         for index, group in enumerate(self.groups):
@@ -89,13 +102,9 @@ class WholeShards:
     def held_gradients(self) -> set[int]:
         return set()  # they are the parameters' own
 
-    def pieces(self) -> Iterator[Piece]:
+    def parts(self) -> Iterator[tuple[torch.Tensor, list[Part]]]:
         for group in self.groups:
-            for spec, parameter in group:
-                state = self.optimizer.state[parameter]
-                yield Piece(
-                    spec, 0, parameter.detach().view(-1), {moment: state[moment].view(-1) for moment in MOMENTS}
-                )
+            yield from ((parameter, [(spec, 0, 0, parameter.numel())]) for spec, parameter in group)
 
     def placements(self) -> Iterator[tuple[ParameterSpec, int, int]]:
         for group in self.groups:
@@ -106,7 +115,7 @@ class WholeShards:
         """Nothing: the working weights are the master weights."""
 
 
-class FlatShards:
+class FlatShards(Shards):
     """ZeRO-1 and 2: each data rank holds one slice of every group's padded flat buffer."""
 
     def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, groups: Named, data_rank: int) -> None:
@@ -121,8 +130,8 @@ class FlatShards:
             "check_grad_overflow",
             "update_lp_params",
         )
-        for flat in self.zero.single_partition_of_fp32_groups:
-            prepare_state(optimizer, flat)
+        for flat, settings in zip(self.zero.single_partition_of_fp32_groups, optimizer.param_groups, strict=True):
+            prepare_state(optimizer, flat, settings["moments"])
 
     def gradients(self) -> Iterator[tuple[int, torch.Tensor]]:
         for index in range(len(self.groups)):
@@ -132,16 +141,15 @@ class FlatShards:
     def held_gradients(self) -> set[int]:
         return {index for index, held in self.zero.averaged_gradients.items() if held is not None}
 
-    def pieces(self) -> Iterator[Piece]:
+    def parts(self) -> Iterator[tuple[torch.Tensor, list[Part]]]:
         for index, group in enumerate(self.groups):
-            flat = self.zero.single_partition_of_fp32_groups[index]
-            state = self.optimizer.state[flat]
+            flat, parts = self.zero.single_partition_of_fp32_groups[index], []
             first = self.data_rank * self.zero.partition_size[index]
             for (spec, parameter), offset in zip(group, self.zero.round_robin_bit16_offsets[index], strict=True):
                 start = max(first - offset, 0)
                 end = min(first + flat.numel() - offset, parameter.numel())
-                if start < end:
-                    yield _narrow(spec, start, flat, state, offset + start - first, end - start)
+                parts.append((spec, start, offset + start - first, end - start) if start < end else (spec, 0, 0, 0))
+            yield flat, parts
 
     def placements(self) -> Iterator[tuple[ParameterSpec, int, int]]:
         for index, group in enumerate(self.groups):
@@ -152,7 +160,7 @@ class FlatShards:
         self.zero.update_lp_params()
 
 
-class PartitionedShards:
+class PartitionedShards(Shards):
     """ZeRO-3: each data rank holds one slice of every parameter, side by side in flat sub-groups."""
 
     def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, groups: Named, data_rank: int) -> None:
@@ -167,8 +175,9 @@ class PartitionedShards:
             "_reassign_or_swap_out_partitioned_parameters",
         )
         self.specs = {id(parameter): spec for group in groups for spec, parameter in group}
-        for flat in self.zero.fp32_partitioned_groups_flat:
-            prepare_state(optimizer, flat)
+        for sub_group, flat in enumerate(self.zero.fp32_partitioned_groups_flat):
+            settings = optimizer.param_groups[self.zero.sub_group_to_group_id[sub_group]]
+            prepare_state(optimizer, flat, settings["moments"])
 
     def gradients(self) -> Iterator[tuple[int, torch.Tensor]]:
         for sub_group, held in self.zero.averaged_gradients.items():
@@ -177,17 +186,16 @@ class PartitionedShards:
     def held_gradients(self) -> set[int]:
         return {self.zero.sub_group_to_group_id[i] for i, held in self.zero.averaged_gradients.items() if held}
 
-    def pieces(self) -> Iterator[Piece]:
+    def parts(self) -> Iterator[tuple[torch.Tensor, list[Part]]]:
         for flat, parameters in zip(self.zero.fp32_partitioned_groups_flat, self.zero.fp16_groups, strict=True):
-            state = self.optimizer.state[flat]
-            offset = 0
+            offset, parts = 0, []
             for parameter in parameters:
                 partition = parameter.partition_numel()
                 start = self.data_rank * partition
-                length = min(partition, parameter.ds_numel - start)
-                if length > 0:
-                    yield _narrow(self.specs[id(parameter)], start, flat, state, offset, length)
+                length = max(min(partition, parameter.ds_numel - start), 0)
+                parts.append((self.specs[id(parameter)], start, offset, length))
                 offset += partition
+            yield flat, parts
 
     def placements(self) -> Iterator[tuple[ParameterSpec, int, int]]:
         for parameters in self.zero.fp16_groups:
@@ -197,18 +205,6 @@ class PartitionedShards:
     def refresh(self) -> None:
         for sub_group in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(sub_group)
-
-
-def _narrow(
-    spec: ParameterSpec, start: int, flat: torch.Tensor, state: dict[str, torch.Tensor], offset: int, length: int
-) -> Piece:
-    """The piece of `spec` from element `start` on that stands at `offset` of a flat buffer and its moments."""
-    return Piece(
-        spec,
-        start,
-        flat.detach().narrow(0, offset, length),
-        {moment: state[moment].narrow(0, offset, length) for moment in MOMENTS},
-    )
 
 
 def shards(zero_stage: int, engine: Any, optimizer: torch.optim.Optimizer, groups: Named, data_rank: int) -> Shards:

@@ -13,7 +13,7 @@ from engine.checkpoint.manifest import match
 from engine.errors import CheckpointError
 from engine.parallel.groups import Groups
 from engine.parallel.sharding import VOCABULARY, ParameterSpec
-from engine.parallel.state import Piece
+from engine.parallel.state import MOMENTUM, Piece
 from tests.engine.checkpoint.threads import ThreadedRanks
 from tests.engine.checkpoint.worlds import World, fake_groups, layout_of, random_state, small_model, some_state
 
@@ -118,6 +118,45 @@ def test_a_state_without_moments_is_saved_and_asks_for_none(tmp_path):
     again.pieces = [[dataclasses.replace(piece, moments={}) for piece in again.pieces[0]]]
     load_world(path, again)
     again.check(whole)
+
+
+def muon(world: World) -> World:
+    """The same world, where split matrices keep a momentum and everything else keeps Adam's moments."""
+
+    def is_matrix(spec):
+        return len(spec.shape) == 2 and spec.sharding.role in ("column", "row")
+
+    def with_momentum(piece):
+        return dataclasses.replace(piece, moments={"momentum_buffer": piece.moments["exp_avg"]})
+
+    world.pieces = [[with_momentum(p) if is_matrix(p.spec) else p for p in pieces] for pieces in world.pieces]
+    world.placements = [
+        [dataclasses.replace(p, moments=MOMENTUM) if is_matrix(p.spec) else p for p in placements]
+        for placements in world.placements
+    ]
+    return world
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_each_parameter_has_the_moments_of_its_optimizer_in_any_layout(tmp_path, zero_stage):
+    world = muon(World(layout_of(2, 2, 2), zero_stage, small_model()))
+    whole = random_state(world.specs, 4)
+    for spec in world.specs:
+        whole[f"optim.momentum_buffer.{spec.name}"] = whole[f"optim.exp_avg.{spec.name}"]
+    world.fill(whole)
+    path = world.save(tmp_path, some_state())
+    manifest = open_checkpoint(path)
+    assert manifest.moments == ("exp_avg", "exp_avg_sq", "momentum_buffer")
+    found = {placement.moments for placement in manifest.placements.values()}
+    assert found == {("momentum_buffer",), ("exp_avg", "exp_avg_sq")}
+    again = muon(World(layout_of(1, 3, 1), 2, world.specs))
+    load_world(path, again)
+    again.check(whole)
+    own = [partial_sum(p, world.placements[w.stage], w, 2) for p, w in zip(world.pieces, world.writers, strict=True)]
+    assert fingerprint_of_checkpoint(path, manifest) == combine(own)
+    with pytest.raises(CheckpointError, match="holds no exp_avg, exp_avg_sq") as caught:
+        load_world(path, World(layout_of(1, 1, 1), 0, world.specs))
+    assert caught.value.allowed == "moments among ['momentum_buffer']"
 
 
 @pytest.fixture
