@@ -15,6 +15,7 @@ from engine.config.schema import (
     DataConfig,
     Duration,
     ModelConfig,
+    OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
     RunConfig,
@@ -37,6 +38,7 @@ COLUMNS: dict[str, Change] = {
     "fp32": {"precision": {"dtype": "fp32"}},
     "bf16": {"precision": {"dtype": "bf16"}},
     "bf16, reduced in bf16": {"precision": {"dtype": "bf16", "reduce_dtype": "bf16"}},
+    "Muon": {"optimizer": {"name": "muon"}},
     "Llama form": {
         "model": {
             "position": "rope",
@@ -93,6 +95,7 @@ def example(*changes: Change) -> RunConfig:
         tokenizer=Path("data/tokenizer"),
         model=ModelConfig(**{**model, **section("model")}),
         stages=(RunStage(data=data, sequence_length=64, global_batch_size=24, duration=Duration(steps=10)),),
+        optimizer=OptimizerConfig(**section("optimizer")),
         precision=PrecisionConfig(**{"dtype": "fp32", **section("precision")}),
         parallel=ParallelConfig(**section("parallel")),
     )

@@ -73,6 +73,11 @@ def problems(*overrides: str, world_size: int = 1) -> list[tuple[str, str]]:
             "sizes in order, each for one step or more",
         ),
         (
+            "optimizer.momentum=0.9",
+            "optimizer.momentum = 0.9 with optimizer.name = adamw, which has no use for it",
+            "beta1 and beta2",
+        ),
+        (
             "stability={rollback_spikes: 2, spike_sigma: 6}",
             "stability.rollback_spikes = 2 without checkpoint.every_steps: there is nothing to go back to",
             "both, or neither",

@@ -47,6 +47,24 @@ def test_terminal_shows_what_was_asked_for(capsys):
     assert "held-out loss 3.2500" in lines[-1]
 
 
+def test_terminal_tells_of_every_skipped_step_and_of_rollbacks(capsys):
+    terminal = Terminal(every_steps=100, num_steps=500)
+    skipped = record(7) | {"skipped": 1}
+    del skipped["gradient_norm"]
+    terminal.write(skipped)
+    terminal.write({"step": 4, "rollback": 2, "left_out_from": 32, "left_out_to": 48})
+    lines = capsys.readouterr().out.splitlines()
+    assert "norm nan  skipped  lr" in lines[0]
+    assert lines[1].split(maxsplit=2)[2] == "again: rollback 2, 16 samples left out"
+
+
+def test_numbers_that_are_none_are_left_out(tmp_path):
+    lines = JsonLines(tmp_path, resumed_at=0)
+    Metrics([lines]).write({"step": 1, "loss": float("nan"), "gradient_norm": float("inf"), "skipped": 1})
+    lines.close()
+    assert (tmp_path / METRICS).read_text() == '{"step": 1, "skipped": 1}\n'
+
+
 def test_tensorboard_shows_each_step_once_after_a_restart(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
