@@ -10,7 +10,6 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
@@ -35,7 +34,7 @@ from engine.train.feed import Feed, open_datasets
 from engine.train.metrics import Metrics, Record, open_metrics, plot_loss, read_metrics
 from engine.train.restart import SHOWN_SAMPLES, Restarts
 from engine.train.signals import StopSignals
-from engine.train.stability import Guard, Unstable, Verdict
+from engine.train.stability import REMEDY, Guard, Unstable, Verdict
 from engine.train.state import TrainState
 
 _log = logger(__name__)
@@ -212,39 +211,26 @@ class Trainer:
         What is left out is saved at once, so that a restart knows of it. Collective over the world.
 
         Raises:
-            Unstable: there is no checkpoint, or there were too many rollbacks already.
+            Unstable: there is no checkpoint.
         """
-        loader, rollbacks, most = self.feed.loader, self.state.rollbacks + 1, self.config.stability.max_rollbacks
-        left_out, end, spiked = loader.left_out, loader.position, self.state.step
-        remedy = "look at the data or lower optimizer.learning_rate, then train again from the last checkpoint"
-        if rollbacks > most:
-            raise Unstable(
-                f"step {spiked}: the loss still spikes after {most} rollbacks",
-                f"stability.max_rollbacks = {most} at most",
-                remedy,
-            )
+        loader, rollbacks, spiked = self.feed.loader, self.state.stability.rollbacks + 1, self.state.step
+        left_out, end = loader.left_out, loader.position
         self.feed.close()
         self.metrics.close()
         restored = self.restarts.restore(self.pipeline.engine, loader)
         if restored is None:
             raise Unstable(
-                f"step {spiked}: the loss spikes before the first checkpoint", "a checkpoint to go back to", remedy
+                f"step {spiked}: the loss spikes before the first checkpoint", "a checkpoint to go back to", REMEDY
             )
         for interval in (*left_out, (first, end)):
             loader.leave_out(*interval)
         self.state = restored.state
-        self.state.rollbacks = rollbacks
-        self.state.stability = replace(self.state.stability, spikes=[], skips=0)
+        self.state.stability = self.state.stability.after_rollback(rollbacks)
         self._save()
         self.metrics = on_all(self._open_metrics, self.groups.world, EnvironmentProblem)
         # of the step to come: a restart at this one writes it anew
-        record: Record = {
-            "step": self.state.step + 1,
-            "rollback": rollbacks,
-            "left_out_from": first,
-            "left_out_to": end,
-        }
-        self.metrics.write(record)
+        step = self.state.step + 1
+        self.metrics.write({"step": step, "rollback": rollbacks, "left_out_from": first, "left_out_to": end})
         self.feed.start()
         _log.warning(
             "the loss spiked up to step %d: back at step %d, leaving out the samples at %d to %d",

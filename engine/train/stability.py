@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from engine.config.schema import StabilityConfig
@@ -16,6 +16,9 @@ from engine.errors import PalimpsestError
 from engine.parallel.zero import NotFinite, finite
 
 Verdict = Literal["accept", "not_finite", "spike"]
+
+
+REMEDY = "look at the data or lower optimizer.learning_rate, then train again from the last checkpoint"
 
 
 class Unstable(PalimpsestError):
@@ -33,12 +36,18 @@ class StabilityState:
     """Steps skipped in a row up to now."""
     spikes: list[tuple[int, int]] = field(default_factory=list)
     """(step, position of its first sample) of each spike within the last `rollback_steps` steps."""
+    rollbacks: int = 0
+    """Rollbacks made."""
 
     @classmethod
     def from_section(cls, section: dict[str, Any]) -> StabilityState:
         """The state of a checkpoint's section."""
         spikes = [(step, position) for step, position in section["spikes"]]
-        return cls(section["losses"], section["norms"], section["skips"], spikes)
+        return cls(section["losses"], section["norms"], section["skips"], spikes, section["rollbacks"])
+
+    def after_rollback(self, rollbacks: int) -> StabilityState:
+        """This state, of a checkpoint, when the run has gone back to it for the so-manieth time."""
+        return replace(self, spikes=[], skips=0, rollbacks=rollbacks)
 
 
 class Guard:
@@ -70,15 +79,25 @@ class Guard:
             raise Unstable(
                 f"{state.skips} steps in a row were skipped; the last had loss {loss:.6g} and gradient norm {norm:.6g}",
                 f"stability.max_skips = {config.max_skips} at most",
-                "look at the data or lower optimizer.learning_rate, then train again from the last checkpoint",
+                REMEDY,
             )
         return verdict
 
     def offending(self) -> int | None:
-        """The position from which samples are to be left out in a rollback; None while there is no need of one."""
-        wanted = self.config.rollback_spikes
+        """The position from which samples are to be left out in a rollback; None while there is no need of one.
+
+        Raises:
+            Unstable: it would be one rollback more than `max_rollbacks`.
+        """
+        wanted, most = self.config.rollback_spikes, self.config.max_rollbacks
         if wanted is None or len(self.state.spikes) < wanted:
             return None
+        if self.state.rollbacks == most:
+            raise Unstable(
+                f"step {self.state.spikes[-1][0] + 1}: the loss still spikes after {most} rollbacks",
+                f"stability.max_rollbacks = {most} at most",
+                REMEDY,
+            )
         return self.state.spikes[0][1]
 
     def _verdict(self, loss: float, norm: float) -> Verdict:

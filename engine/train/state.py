@@ -26,8 +26,6 @@ class TrainState:
     """Tokens trained on, padding included."""
     loss: float | None = None
     """Training loss of the last step that had a finite one, so that a restart can show where it goes on."""
-    rollbacks: int = 0
-    """Rollbacks made."""
     stability: StabilityState = field(default_factory=StabilityState)
 
     def section(self) -> dict[str, Any]:

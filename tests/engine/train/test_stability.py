@@ -82,9 +82,21 @@ def test_spikes_close_together_call_for_a_rollback_from_the_first_of_them():
     assert watch.offending() == 8 * 5
 
 
+def test_rollbacks_are_bounded():
+    watch = guard(spike_sigma=1, window=2, rollback_spikes=1, max_rollbacks=2)
+    for rollbacks in (0, 1):
+        judge(watch, 1.0, 1.1, 9.0)
+        assert watch.offending() == 16
+        watch.state = StabilityState().after_rollback(rollbacks + 1)
+    judge(watch, 1.0, 1.1, 9.0)
+    with pytest.raises(Unstable, match=r"step 3: the loss still spikes after 2 rollbacks\n.*max_rollbacks = 2"):
+        watch.offending()
+
+
 def test_the_state_comes_back_from_a_checkpoint():
     watch = guard(spike_sigma=1, window=2, non_finite="skip")
     judge(watch, 1 / 3, 0.1, 9.0, NAN)
-    state = TrainState(step=4, updates=2, rollbacks=1, stability=watch.state)
+    watch.state.rollbacks = 1
+    state = TrainState(step=4, updates=2, stability=watch.state)
     assert TrainState.from_section(json.loads(json.dumps(state.section()))) == state
     assert asdict(state)["stability"]["spikes"] == [(2, 16)]
