@@ -30,6 +30,9 @@ def main(
     blank_line_ends: Annotated[
         bool, typer.Option("--blank-line-ends", help="In text files, an empty line ends a document.")
     ] = False,
+    sentences: Annotated[
+        str | None, typer.Option(metavar="LANGUAGE", help="Find sentences, which pairs need: en, zh, ...")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what lies in the output folder.")] = False,
 ) -> None:
     """Write text as token shards with hashes, each document on one side of a held-out split."""
@@ -41,6 +44,7 @@ def main(
         shard_bytes=int(shard_megabytes * 2**20),
         text_key=text_key,
         blank_line_ends=blank_line_ends,
+        sentences=sentences,
         workers=available_cpus() if workers is None else workers,
         overwrite=overwrite,
     )
@@ -66,9 +70,10 @@ def _print(prepared: Prepared, seconds: float) -> None:
     else:
         rate = tokens / max(seconds, 1e-9) / 1e6
         print(f"wrote {tokens:,} tokens to {prepared.output} in {seconds:.1f} s ({rate:.2f} M tokens/s)")
-    table = Table("part", "documents", "empty", "tokens", "bytes per token", "unknown")
+    table = Table("part", "documents", "empty", "sentences", "tokens", "bytes per token", "unknown")
     for name, part in prepared.parts.items():
-        figures = (f"{part.documents:,}", f"{part.empty_documents:,}", f"{part.tokens:,}")
+        counts = (part.documents, part.empty_documents, part.sentences, part.tokens)
+        figures = tuple(f"{count:,}" for count in counts)
         table.add_row(name, *figures, f"{part.bytes_per_token:.2f}", f"{part.unknown_rate:.4%}")
     console.print(table)
     for name, part in prepared.parts.items():

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from engine.data.sources import find_sources, read_texts
-from engine.data.tokenizer_training import Kind, train_tokenizer
+from engine.data.tokenizer_training import Kind, Purpose, train_tokenizer
 from engine.errors import ConfigError
 
 LARGEST_VOCABULARY = 10_000_000
@@ -23,6 +23,8 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     kind: Annotated[Kind, typer.Option(help="What to train.")] = "bpe",
     vocab_size: Annotated[int, typer.Option(max=LARGEST_VOCABULARY, help="Tokens, special ones included.")] = 32000,
+    purpose: Annotated[Purpose, typer.Option(help="Objective whose special tokens are added.")] = "causal",
+    lowercase: Annotated[bool, typer.Option("--lowercase", help="Drop case and accents (wordpiece).")] = False,
     text_key: Annotated[str, typer.Option(help="Key of the text in JSON lines and datasets.")] = "text",
     blank_line_ends: Annotated[
         bool, typer.Option("--blank-line-ends", help="In text files, an empty line ends a document.")
@@ -30,7 +32,7 @@ def main(
     max_megabytes: Annotated[int | None, typer.Option(min=1, help="Train on the first so many MB of text.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
 ) -> None:
-    """Train a tokenizer on text: byte-level BPE, or SentencePiece unigram or BPE."""
+    """Train a tokenizer on text: byte-level BPE, SentencePiece unigram or BPE, or WordPiece."""
     if not overwrite and output.is_dir() and any(output.iterdir()):
         raise ConfigError(
             f"{output} holds something already; shards and checkpoints may depend on it",
@@ -41,7 +43,7 @@ def main(
     texts = read_texts(sources, text_key, blank_line_ends, max_megabytes * 1_000_000 if max_megabytes else None)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        trained = train_tokenizer(_shown(texts, progress), output, kind, vocab_size)
+        trained = train_tokenizer(_shown(texts, progress), output, kind, vocab_size, purpose, lowercase)
     print(f"{kind} tokenizer {trained.hash} with {trained.vocab_size:,} tokens in {output}")
     if trained.vocab_size < vocab_size:
         print(f"{vocab_size:,} tokens were asked for: the text carries no more")

@@ -29,12 +29,14 @@ _BLOCK_BYTES = 1 << 22
 class Shard:
     """One verified shard: `tokens` (n,) uint16 or uint32 memory map, `documents` (documents + 1,) int64 offsets.
 
-    Document i is tokens[documents[i] : documents[i + 1]], its end-of-text included.
+    Document i is tokens[documents[i] : documents[i + 1]], its end-of-text included. `sentences` (sentences + 1,)
+    int64 are offsets, too, those of the documents among them; None where the text was prepared without.
     """
 
     name: str
     tokens: np.ndarray
     documents: np.ndarray
+    sentences: np.ndarray | None = None
 
 
 class TokenDataset:
@@ -60,7 +62,7 @@ class TokenDataset:
                 "the tokenizer that the shards were written with",
                 "name that tokenizer's folder, or prepare the text again with this one",
             )
-        self._verified: set[int] = set()
+        self._verified: set[str] = set()
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._lock = Lock()
 
@@ -85,24 +87,43 @@ class TokenDataset:
         """Verifies every shard; `progress` is told the bytes of each. Raises `DataError` at the first bad one."""
         for number, entry in enumerate(self.index.shards):
             self.shard(number)
-            progress(entry.tokens.bytes + entry.documents.bytes)
+            progress(sum(array.bytes for array in entry.arrays))
+
+    def offsets(self, number: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """A shard's `documents` and `sentences` alone: no token is read, and verified like it. Raises `DataError`."""
+        entry = self.index.shards[number]
+        documents = self._offsets(entry.documents, entry.num_tokens)
+        sentences = None if entry.sentences is None else self._offsets(entry.sentences, entry.num_tokens, documents)
+        return documents, sentences
+
+    def _offsets(self, array: ArrayFile, num_tokens: int, contained: np.ndarray | None = None) -> np.ndarray:
+        """Rising offsets with those that they must contain."""
+        is_new = self._check(array)
+        offsets = np.fromfile(self.folder / array.file, _little_endian(array)).astype(np.int64)
+        if is_new:
+            _check_offsets(self.folder / array.file, offsets, num_tokens, contained)
+            self._verified.add(array.file)
+        return offsets
+
+    def _check(self, array: ArrayFile) -> bool:
+        """Compares size and, where this process has not yet, hash; whether it was the first time."""
+        _check_size(self.folder, array)
+        is_new = array.file not in self._verified
+        if is_new:
+            _check_hash(self.folder, array)
+        return is_new
 
     def _map(self, number: int) -> Shard:
         entry = self.index.shards[number]
-        for array in (entry.tokens, entry.documents):
-            _check_size(self.folder, array)
-            if number not in self._verified:
-                _check_hash(self.folder, array)
-        documents = np.fromfile(self.folder / entry.documents.file, _little_endian(entry.documents)).astype(np.int64)
-        if number not in self._verified:
-            _check_offsets(self.folder / entry.documents.file, documents, entry.num_tokens)
-        self._verified.add(number)
+        self._check(entry.tokens)
+        documents, sentences = self.offsets(number)
+        self._verified.add(entry.tokens.file)
         name = entry.tokens.file
         if entry.num_tokens == 0:  # an empty file cannot be mapped
-            return Shard(name, np.empty(0, _little_endian(entry.tokens)), documents)
+            return Shard(name, np.empty(0, _little_endian(entry.tokens)), documents, sentences)
         # a plain array over the map: a memmap object costs microseconds more at every slice
         tokens = np.asarray(np.memmap(self.folder / name, _little_endian(entry.tokens), mode="r"))
-        return Shard(name, tokens, documents)
+        return Shard(name, tokens, documents, sentences)
 
 
 def hash_file(path: Path) -> str:
@@ -141,12 +162,13 @@ def _check_hash(folder: Path, array: ArrayFile) -> None:
         raise DataError(f"shard {path} is damaged: its bytes have xxh3 {found}", f"xxh3 {array.xxh3}", PREPARE_AGAIN)
 
 
-def _check_offsets(path: Path, documents: np.ndarray, num_tokens: int) -> None:
+def _check_offsets(path: Path, offsets: np.ndarray, num_tokens: int, contained: np.ndarray | None) -> None:
     """Refuses offsets that no writer of ours makes, though their hash is right."""
-    if documents[0] != 0 or documents[-1] != num_tokens or np.any(np.diff(documents) < 0):
+    rising = offsets.size > 0 and offsets[0] == 0 and offsets[-1] == num_tokens and bool(np.all(np.diff(offsets) >= 0))
+    if not rising or (contained is not None and not np.isin(contained, offsets).all()):
         raise DataError(
-            f"document offsets {path} do not fit their shard",
-            f"rising from 0 to {num_tokens}",
+            f"offsets {path} do not fit their shard",
+            f"rising from 0 to {num_tokens}" + ("" if contained is None else ", each document's among them"),
             PREPARE_AGAIN,
         )
 

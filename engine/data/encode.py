@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from engine.data.sentences import sentence_starts, sentences_in_tokens
 from engine.data.sources import Chunk, parse
 from engine.data.tokenizer import TextTokenizer, load_tokenizer
 from engine.errors import EnvironmentProblem
@@ -32,6 +33,8 @@ class Encoded:
     """Documents of a chunk that have tokens: ids with the end-of-text, held out or not, bytes of their text."""
 
     ids: list[np.ndarray]
+    sentences: list[np.ndarray | None]
+    """First tokens of each document's sentences, where they were asked for."""
     held_out: list[bool]
     text_bytes: list[int]
     empty_documents: int
@@ -39,8 +42,18 @@ class Encoded:
     read_bytes: int
 
 
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How documents become tokens."""
+
+    text_key: str
+    validation_fraction: float
+    sentences: str | None = None
+    """Language whose rules find the sentences; None finds none."""
+
+
 def encode_chunks(
-    chunks: Iterable[Chunk], tokenizer: TextTokenizer, text_key: str, validation_fraction: float, workers: int
+    chunks: Iterable[Chunk], tokenizer: TextTokenizer, options: EncodeOptions, workers: int
 ) -> Iterator[Encoded]:
     """The chunks encoded, in their order.
 
@@ -49,7 +62,7 @@ def encode_chunks(
         EnvironmentProblem: a worker process died.
     """
     if workers == 1:
-        yield from (encode(chunk, tokenizer, text_key, validation_fraction) for chunk in chunks)
+        yield from (encode(chunk, tokenizer, options) for chunk in chunks)
         return
     # spawned, not forked: the tokenizer's own threads do not survive a fork
     context = multiprocessing.get_context("spawn")
@@ -57,7 +70,7 @@ def encode_chunks(
     waiting: deque[Future[Encoded]] = deque()
     try:
         for chunk in chunks:
-            waiting.append(pool.submit(_encode_in_worker, chunk, tokenizer.folder, text_key, validation_fraction))
+            waiting.append(pool.submit(_encode_in_worker, chunk, tokenizer.folder, options))
             if len(waiting) >= _CHUNKS_PER_WORKER * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -71,19 +84,34 @@ def encode_chunks(
         pool.shutdown(cancel_futures=True)
 
 
-def encode(chunk: Chunk, tokenizer: TextTokenizer, text_key: str, validation_fraction: float) -> Encoded:
+def encode(chunk: Chunk, tokenizer: TextTokenizer, options: EncodeOptions) -> Encoded:
     """One chunk encoded in this process. Raises `DataError`."""
-    texts = parse(chunk, text_key)
-    kept = [(text, ids) for text, ids in zip(texts, tokenizer.encode(texts), strict=True) if ids.size]
-    contents = [text.encode() for text, _ in kept]
+    texts = parse(chunk, options.text_key)
+    kept = [item for item in zip(texts, *_tokens(texts, tokenizer, options.sentences), strict=True) if item[1].size]
+    contents = [text.encode() for text, _, _ in kept]
     return Encoded(
-        ids=[np.append(ids, tokenizer.eos_id) for _, ids in kept],
-        held_out=[is_held_out(content, validation_fraction) for content in contents],
+        ids=[np.append(ids, tokenizer.eos_id) for _, ids, _ in kept],
+        sentences=[sentences for _, _, sentences in kept],
+        held_out=[is_held_out(content, options.validation_fraction) for content in contents],
         text_bytes=[len(content) for content in contents],
         empty_documents=len(texts) - len(kept),
         source=chunk.source,
         read_bytes=chunk.read_bytes,
     )
+
+
+def _tokens(
+    texts: list[str], tokenizer: TextTokenizer, language: str | None
+) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
+    """Ids of each text, and the first tokens of its sentences where a language is named."""
+    if language is None:
+        return tokenizer.encode(texts), [None] * len(texts)
+    encoded = tokenizer.encode_with_starts(texts)
+    sentences: list[np.ndarray | None] = [
+        sentences_in_tokens(sentence_starts(text, language), starts)
+        for text, (_, starts) in zip(texts, encoded, strict=True)
+    ]
+    return [ids for ids, _ in encoded], sentences
 
 
 def is_held_out(text: bytes, fraction: float) -> bool:
@@ -101,8 +129,8 @@ def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends its workers
 
 
-def _encode_in_worker(chunk: Chunk, folder: Path, text_key: str, validation_fraction: float) -> Encoded:
-    return encode(chunk, _tokenizer_of_worker(folder), text_key, validation_fraction)
+def _encode_in_worker(chunk: Chunk, folder: Path, options: EncodeOptions) -> Encoded:
+    return encode(chunk, _tokenizer_of_worker(folder), options)
 
 
 @lru_cache(maxsize=1)

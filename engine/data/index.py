@@ -1,8 +1,9 @@
 """`index.json` of a folder of token shards: what is there, how long, of which type, and with which hash.
 
-A shard is a set of named flat arrays, one file each: `tokens`, and `documents` (offsets of the documents' first
-tokens, then the number of tokens). A later version may add arrays (sentence offsets) to the table: this reader
-ignores names it does not know, and `version` changes only when an old reader would misread what it finds.
+A shard is a set of named flat arrays, one file each: `tokens`, `documents` (offsets of the documents' first tokens,
+then the number of tokens) and, where asked for, `sentences` (the same of sentences, in which those of the documents
+appear again). A later version may add arrays to the table: this reader ignores names it does not know, and `version`
+changes only when an old reader would misread what it finds.
 Invariant: the index is written last, in one move, so a folder with an index is complete. Opening the arrays is
 the business of `engine.data.dataset`.
 """
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.data.vocabulary import Vocabulary
 from engine.errors import DataError
 
 FILE = "index.json"
@@ -46,6 +48,12 @@ class ShardEntry:
 
     tokens: ArrayFile
     documents: ArrayFile
+    sentences: ArrayFile | None = None
+
+    @property
+    def arrays(self) -> tuple[ArrayFile, ...]:
+        """Every file of the shard."""
+        return (self.tokens, self.documents) + (() if self.sentences is None else (self.sentences,))
 
     @property
     def num_tokens(self) -> int:
@@ -64,6 +72,16 @@ class Index:
     eos_id: int
     tokenizer_hash: str
     shards: tuple[ShardEntry, ...]
+    vocabulary: Vocabulary | None = None
+    """None in folders that were written before it was recorded."""
+
+    @property
+    def has_sentences(self) -> bool:
+        return all(shard.sentences is not None for shard in self.shards)
+
+    @property
+    def num_sentences(self) -> int:
+        return sum(shard.sentences.length - 1 for shard in self.shards if shard.sentences is not None)
 
     @property
     def dtype(self) -> str:
@@ -79,7 +97,7 @@ class Index:
 
     @property
     def num_bytes(self) -> int:
-        return sum(shard.tokens.bytes + shard.documents.bytes for shard in self.shards)
+        return sum(array.bytes for shard in self.shards for array in shard.arrays)
 
     @property
     def fingerprint(self) -> str:
@@ -87,8 +105,11 @@ class Index:
 
         Arrays that a later version adds do not enter it: they change no token.
         """
-        content = [[shard.tokens.length, shard.tokens.xxh3, shard.documents.xxh3] for shard in self.shards]
-        text = json.dumps([self.tokenizer_hash, self.eos_id, self.vocab_size, content], separators=(",", ":"))
+        content = [[shard.tokens.length, *(array.xxh3 for array in shard.arrays)] for shard in self.shards]
+        whole = [self.tokenizer_hash, self.eos_id, self.vocab_size, content]
+        if self.vocabulary is not None:
+            whole.append(self.vocabulary.to_json())
+        text = json.dumps(whole, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -108,6 +129,7 @@ def write_index(folder: Path, index: Index) -> None:
         "eos_id": index.eos_id,
         "tokens": index.num_tokens,
         "documents": index.num_documents,
+        "vocabulary": None if index.vocabulary is None else index.vocabulary.to_json(),
         "shards": [asdict(shard) for shard in index.shards],
     }
     write_atomically(folder / FILE, json.dumps(tree, indent=1) + "\n")
@@ -194,6 +216,7 @@ def _parse(tree: dict[str, Any]) -> Index:
         eos_id=_whole(tree["eos_id"], "eos_id"),
         tokenizer_hash=str(tree["tokenizer_hash"]),
         shards=tuple(_shard(number, item) for number, item in enumerate(tree["shards"])),
+        vocabulary=_vocabulary(tree),
     )
     if not 0 <= index.eos_id < index.vocab_size:
         raise ValueError(f"eos_id {index.eos_id} is no token of a vocabulary of {index.vocab_size}")
@@ -211,13 +234,23 @@ def _parse(tree: dict[str, Any]) -> Index:
     return index
 
 
+def _vocabulary(tree: dict[str, Any]) -> Vocabulary | None:
+    found = tree.get("vocabulary")
+    return None if found is None else Vocabulary.from_json(found, tree["vocab_size"])
+
+
 def _shard(number: int, item: dict[str, Any]) -> ShardEntry:
     where = f"shards.{number}"
     tokens = _array(item["tokens"], f"{where}.tokens", TOKEN_DTYPES)
     documents = _array(item["documents"], f"{where}.documents", (OFFSET_DTYPE,))
     if documents.length < 1:
         raise ValueError(f"{where}.documents is empty")
-    return ShardEntry(tokens, documents)
+    if item.get("sentences") is None:
+        return ShardEntry(tokens, documents)
+    sentences = _array(item["sentences"], f"{where}.sentences", (OFFSET_DTYPE,))
+    if sentences.length < documents.length:
+        raise ValueError(f"{where}.sentences has {sentences.length} offsets for {documents.length} of documents")
+    return ShardEntry(tokens, documents, sentences)
 
 
 def _array(item: dict[str, Any], where: str, dtypes: tuple[str, ...]) -> ArrayFile:

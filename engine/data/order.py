@@ -65,7 +65,7 @@ class Permutation:
         half_bits, half_mask = np.uint64(self._half_bits), np.uint64(self._half_mask)
         left, right = values >> half_bits, values & half_mask
         for key in self._round_keys:
-            left, right = right, left ^ (_mix_array(right + np.uint64(key)) & half_mask)
+            left, right = right, left ^ (mix_array(right + np.uint64(key)) & half_mask)
         return left << half_bits | right
 
 
@@ -77,7 +77,7 @@ def _mix(word: int) -> int:
     return word ^ word >> 31
 
 
-def _mix_array(words: np.ndarray) -> np.ndarray:
+def mix_array(words: np.ndarray) -> np.ndarray:
     """`_mix` of each word of a uint64 array; numpy's arrays wrap around as the modulus asks."""
     words = (words ^ words >> np.uint64(30)) * np.uint64(_MULTIPLIERS[0])
     words = (words ^ words >> np.uint64(27)) * np.uint64(_MULTIPLIERS[1])

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.dataset import TokenDataset
-from engine.data.encode import Encoded, encode_chunks
+from engine.data.encode import Encoded, EncodeOptions, encode_chunks
 from engine.data.index import FILE as INDEX_FILE
 from engine.data.index import write_atomically
+from engine.data.sentences import check_language
 from engine.data.shards import DEFAULT_SHARD_BYTES, ShardWriter, sweep
 from engine.data.sources import Source, content_hash, find_sources, read_chunks
 from engine.data.statistics import Statistics
@@ -47,6 +48,8 @@ class PrepareOptions:
     text_key: str = "text"
     blank_line_ends: bool = False
     """Text files hold many documents, each ended by an empty line; otherwise a file is a document."""
+    sentences: str | None = None
+    """Language whose rules find the sentences, which pairs need; None finds none."""
     workers: int = 1
     overwrite: bool = False
 
@@ -101,6 +104,8 @@ def _check(options: PrepareOptions) -> None:
         raise ConfigError(f"{options.workers} workers", "1 or more")
     if options.shard_bytes < 1:
         raise ConfigError(f"shards of {options.shard_bytes} bytes", "1 or more")
+    if options.sentences is not None:
+        check_language(options.sentences)
     if not options.sources:
         raise ConfigError("no source is named", "files, folders, globs, or hf:NAME_OR_FOLDER")
 
@@ -115,6 +120,7 @@ def _recipe(options: PrepareOptions, tokenizer: TextTokenizer, sources: list[Sou
         "shard_bytes": options.shard_bytes,
         "text_key": options.text_key,
         "blank_line_ends": options.blank_line_ends,
+        "sentences": options.sentences,
     }
 
 
@@ -173,13 +179,14 @@ def _write(
         writers = {name: stack.enter_context(_writer(options, tokenizer, name)) for name in names}
         for encoded, read_bytes in _encoded(options, tokenizer, sources):
             parts[TRAIN].empty_documents += encoded.empty_documents
-            for ids, held_out, size in zip(encoded.ids, encoded.held_out, encoded.text_bytes, strict=True):
+            documents = zip(encoded.ids, encoded.sentences, encoded.held_out, encoded.text_bytes, strict=True)
+            for ids, sentences, held_out, size in documents:
                 name = VALIDATION if held_out else TRAIN
-                writers[name].add(ids)
-                parts[name].add(ids, size, tokenizer.unknown_id)
-            documents = sum(part.documents for part in parts.values())
+                writers[name].add(ids, sentences)
+                parts[name].add(ids, size, tokenizer.unknown_id, 0 if sentences is None else sentences.size)
+            count = sum(part.documents for part in parts.values())
             tokens = sum(part.tokens for part in parts.values())
-            progress(Progress(documents, tokens, read_bytes, sum(source.num_bytes for source in sources)))
+            progress(Progress(count, tokens, read_bytes, sum(source.num_bytes for source in sources)))
         _refuse_empty(options, parts)
     return parts
 
@@ -188,15 +195,21 @@ def _encoded(options: PrepareOptions, tokenizer: TextTokenizer, sources: list[So
     """Each chunk encoded, and the bytes of all sources read by its end."""
     chunks = (chunk for item in sources for chunk in read_chunks(item, options.text_key, options.blank_line_ends))
     read: dict[str, int] = {}
-    arguments = (tokenizer, options.text_key, options.validation_fraction, options.workers)
-    for encoded in encode_chunks(chunks, *arguments):
+    how = EncodeOptions(options.text_key, options.validation_fraction, options.sentences)
+    for encoded in encode_chunks(chunks, tokenizer, how, options.workers):
         read[encoded.source] = encoded.read_bytes
         yield encoded, sum(read.values())
 
 
 def _writer(options: PrepareOptions, tokenizer: TextTokenizer, name: str) -> ShardWriter:
-    folder = options.output / name
-    return ShardWriter(folder, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.hash, options.shard_bytes)
+    return ShardWriter(
+        options.output / name,
+        tokenizer.vocab_size,
+        tokenizer.eos_id,
+        tokenizer.hash,
+        options.shard_bytes,
+        tokenizer.vocabulary,
+    )
 
 
 @contextmanager

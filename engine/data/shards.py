@@ -15,11 +15,12 @@ import numpy as np
 import xxhash
 
 from engine.data.index import FILE, OFFSET_DTYPE, ArrayFile, Index, ShardEntry, sync_folder, token_dtype, write_index
+from engine.data.vocabulary import Vocabulary
 from engine.errors import DataError
 
 DEFAULT_SHARD_BYTES = 64 << 20
 
-_OURS = re.compile(r"shard-\d{6,}\.(tokens|documents)|index\.json(\.\d+)?")
+_OURS = re.compile(r"shard-\d{6,}\.(tokens|documents|sentences)|index\.json(\.\d+)?")
 
 
 class ShardWriter:
@@ -37,13 +38,15 @@ class ShardWriter:
         eos_id: int,
         tokenizer_hash: str,
         shard_bytes: int = DEFAULT_SHARD_BYTES,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
-        self.folder = folder
+        self.folder, self._vocabulary = folder, vocabulary
         self._vocab_size, self._eos_id, self._tokenizer_hash = vocab_size, eos_id, tokenizer_hash
         self._dtype = np.dtype(token_dtype(vocab_size)).newbyteorder("<")
         self._shard_tokens = max(1, shard_bytes // self._dtype.itemsize)
         self._shards: list[ShardEntry] = []
         self._pending: list[np.ndarray] = []
+        self._pending_sentences: list[np.ndarray | None] = []
         self._pending_tokens = 0
 
     def __enter__(self) -> ShardWriter:
@@ -58,18 +61,23 @@ class ShardWriter:
         if kind is None:
             self._finish()
 
-    def add(self, tokens: np.ndarray) -> None:
-        """Appends one document's tokens, its end-of-text included. Raises `DataError` when the disk is full."""
+    def add(self, tokens: np.ndarray, sentences: np.ndarray | None = None) -> None:
+        """Appends one document's tokens, its end-of-text included. Raises `DataError` when the disk is full.
+
+        `sentences` are the positions of their first tokens, rising from 0: given for every document or for none.
+        """
+        assert sentences is None or sentences[0] == 0
         assert 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size
         if self._pending and self._pending_tokens + tokens.size > self._shard_tokens:
             self._close_shard()
         self._pending.append(tokens.astype(self._dtype))
+        self._pending_sentences.append(None if sentences is None else sentences + self._pending_tokens)
         self._pending_tokens += tokens.size
 
     @property
     def index(self) -> Index:
         """Index of the shards written so far; complete once the context has ended."""
-        return Index(self._vocab_size, self._eos_id, self._tokenizer_hash, tuple(self._shards))
+        return Index(self._vocab_size, self._eos_id, self._tokenizer_hash, tuple(self._shards), self._vocabulary)
 
     def _finish(self) -> None:
         if self._pending:
@@ -83,14 +91,20 @@ class ShardWriter:
     def _close_shard(self) -> None:
         stem = f"shard-{len(self._shards):06d}"
         lengths = [document.size for document in self._pending]
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.dtype(OFFSET_DTYPE).newbyteorder("<"))
+        starts = [item for item in self._pending_sentences if item is not None]
+        assert len(starts) in (0, len(lengths)), "sentences of some documents only"
         try:
             tokens = _write_array(self.folder / f"{stem}.tokens", np.concatenate(self._pending))
-            documents = _write_array(self.folder / f"{stem}.documents", offsets)
+            documents = self._write_offsets(f"{stem}.documents", [np.array([0]), np.cumsum(lengths)])
+            ends = [np.array([self._pending_tokens])]
+            sentences = self._write_offsets(f"{stem}.sentences", starts + ends) if starts else None
         except OSError as error:
             raise _unwritable(self.folder, error) from error
-        self._shards.append(ShardEntry(tokens, documents))
-        self._pending, self._pending_tokens = [], 0
+        self._shards.append(ShardEntry(tokens, documents, sentences))
+        self._pending, self._pending_sentences, self._pending_tokens = [], [], 0
+
+    def _write_offsets(self, name: str, parts: list[np.ndarray]) -> ArrayFile:
+        return _write_array(self.folder / name, np.concatenate(parts).astype(np.dtype(OFFSET_DTYPE).newbyteorder("<")))
 
 
 def sweep(folder: Path) -> None:

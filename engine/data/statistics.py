@@ -19,14 +19,17 @@ class Statistics:
     tokens: int = 0
     text_bytes: int = 0
     unknown_tokens: int = 0
+    sentences: int = 0
+    """0 where none were asked for."""
     lengths: Counter[int] = field(default_factory=Counter)
     """Documents by the power of two that their tokens reach: key k counts lengths from 2^k to 2^(k+1) - 1."""
 
-    def add(self, ids: np.ndarray, text_bytes: int, unknown_id: int | None) -> None:
+    def add(self, ids: np.ndarray, text_bytes: int, unknown_id: int | None, sentences: int = 0) -> None:
         """Counts one document of `ids` (n,), its end-of-text included, n >= 2."""
         self.documents += 1
         self.tokens += ids.size
         self.text_bytes += text_bytes
+        self.sentences += sentences
         self.unknown_tokens += 0 if unknown_id is None else int(np.count_nonzero(ids == unknown_id))
         self.lengths[int(ids.size).bit_length() - 1] += 1
 
@@ -49,6 +52,7 @@ class Statistics:
             "bytes_per_token": round(self.bytes_per_token, 4),
             "unknown_tokens": self.unknown_tokens,
             "unknown_rate": round(self.unknown_rate, 8),
+            "sentences": self.sentences,
             "lengths": {str(power): self.lengths[power] for power in sorted(self.lengths)},
         }
 
@@ -57,4 +61,5 @@ class Statistics:
         """The counts that `to_json` wrote. Raises `KeyError`, `TypeError`, `ValueError` or `AttributeError`."""
         names = ("documents", "empty_documents", "tokens", "text_bytes", "unknown_tokens")
         lengths = Counter({int(power): int(count) for power, count in tree["lengths"].items()})
-        return cls(**{name: int(tree[name]) for name in names}, lengths=lengths)
+        counts = {name: int(tree[name]) for name in names}
+        return cls(**counts, sentences=int(tree.get("sentences", 0)), lengths=lengths)

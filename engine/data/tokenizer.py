@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.data.vocabulary import FILL_TOKENS, SENTINEL, Spelling, Vocabulary, packed, word_edges
 from engine.errors import DataError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ CONFIG_FILE = "tokenizer_config.json"
 END_OF_TEXT = "<|endoftext|>"
 """What ends a document in the tokenizers trained here; a foreign one may call it otherwise."""
 
+_ROLES = {"padding": "pad", "classify": "cls", "separate": "sep", "mask": "mask"}
 _PASSING_STATE = ("truncation", "padding")
 _RESTORE = "restore it from a copy"
 _CONVERT = "AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER) writes such a folder"
@@ -43,11 +45,21 @@ class TextTokenizer:
     eos_id: int
     unknown_id: int | None
     """None where every byte can be spelt."""
+    vocabulary: Vocabulary
+    """What objectives must know of the tokens."""
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of each text, int64, nothing added and special tokens in the text taken as plain characters."""
         encodings = self.model.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int64) for encoding in encodings]
+
+    def encode_with_starts(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each text the ids, as `encode` gives them, and the character at which each token begins, int64."""
+        encodings = self.model.encode_batch(texts, add_special_tokens=False)
+        return [
+            (np.array(item.ids, np.int64), np.array([start for start, _ in item.offsets], np.int64))
+            for item in encodings
+        ]
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of some ids, special tokens spelt out."""
@@ -77,13 +89,15 @@ def load_tokenizer(folder: Path | str) -> TextTokenizer:
     vocabulary = model.get_vocab(with_added_tokens=True)
     eos = _end_of_text(folder, settings, vocabulary)
     unknown = tree.get("model", {}).get("unk_token") or _name(settings.get("unk_token"))
+    unknown_id = vocabulary.get(unknown) if unknown and unknown != eos else None
     return TextTokenizer(
         folder=folder,
         model=model,
         hash=_hash(tree, eos),
         vocab_size=max(vocabulary.values()) + 1,
         eos_id=vocabulary[eos],
-        unknown_id=vocabulary.get(unknown) if unknown and unknown != eos else None,
+        unknown_id=unknown_id,
+        vocabulary=_vocabulary(tree, settings, vocabulary, {vocabulary[eos], unknown_id}),
     )
 
 
@@ -92,7 +106,7 @@ def tokenizer_hash(folder: Path | str) -> str:
     folder = Path(folder)
     tree = _parse(folder / MODEL_FILE, _read(folder / MODEL_FILE))
     settings = _parse(folder / CONFIG_FILE, _read(folder / CONFIG_FILE))
-    return _hash(tree, _name(settings.get("eos_token")))
+    return _hash(tree, _ending(settings))
 
 
 def _hash(tree: dict[str, Any], eos: str | None) -> str:
@@ -101,11 +115,54 @@ def _hash(tree: dict[str, Any], eos: str | None) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def _vocabulary(
+    tree: dict[str, Any], settings: dict[str, Any], ids: dict[str, int], others: set[int | None]
+) -> Vocabulary:
+    """What objectives must know; `others` are tokens that are not ordinary though no rule says so."""
+    named = {role: ids.get(_name(settings.get(f"{key}_token")) or "") for role, key in _ROLES.items()}
+    numbers = {int(found[1]): ids[token] for token in ids if (found := SENTINEL.fullmatch(token))}
+    sentinels = tuple(numbers[number] for number in sorted(numbers))
+    fill = tuple(ids[token] for token in FILL_TOKENS if token in ids)
+    added = {int(token["id"]) for token in tree.get("added_tokens", []) if token.get("special")}
+    special = added | others | set(named.values()) | set(sentinels) | set(fill)
+    spelling, size = _spelling(tree), max(ids.values()) + 1
+    ordinary_V, begins_V, ends_V = np.zeros(size, bool), np.ones(size, bool), np.ones(size, bool)
+    for token, number in ids.items():
+        if number not in special:
+            ordinary_V[number] = True
+            begins_V[number], ends_V[number] = word_edges(token, spelling)
+    return Vocabulary(
+        **named,
+        sentinels=sentinels,
+        fill=fill if len(fill) == len(FILL_TOKENS) else (),
+        size=size,
+        ordinary=packed(ordinary_V),
+        begins_word=packed(begins_V),
+        ends_word=packed(ends_V),
+    )
+
+
+def _spelling(tree: dict[str, Any]) -> Spelling:
+    """How the vocabulary spells the begin of a word."""
+    if tree["model"].get("type") == "WordPiece":
+        return "wordpiece"
+    return "bytes" if '"ByteLevel"' in json.dumps([tree.get("pre_tokenizer"), tree.get("decoder")]) else "sentencepiece"
+
+
+def _ending(settings: dict[str, Any]) -> str | None:
+    """The token that ends a text; BERT's tokenizers name but a separator."""
+    return _name(settings.get("eos_token")) or _name(settings.get("sep_token"))
+
+
 def _end_of_text(folder: Path, settings: dict[str, Any], vocabulary: dict[str, int]) -> str:
     """The token that ends a document. Raises `DataError` where there is none."""
-    eos = _name(settings.get("eos_token"))
+    eos = _ending(settings)
     if eos is None or eos not in vocabulary:
-        what = "names no eos_token" if eos is None else f"names eos_token {eos!r}, which is not in the vocabulary"
+        what = (
+            "names neither eos_token nor sep_token"
+            if eos is None
+            else f"names eos_token {eos!r}, which is not in the vocabulary"
+        )
         raise DataError(
             f"{folder / CONFIG_FILE} {what}",
             "a token of the vocabulary that ends a document",

@@ -36,7 +36,7 @@ def test_a_missing_source_is_told_and_nothing_is_written(tmp_path, capsys):
 
 def test_a_wrong_kind_or_size_is_a_usage_error(source, tmp_path, capsys):
     arguments = ["tokenizer", source, "--output", str(tmp_path / "tokenizer")]
-    assert main([*arguments, "--kind", "wordpiece"]) == EXIT_USAGE
+    assert main([*arguments, "--kind", "morphemes"]) == EXIT_USAGE
     assert main([*arguments, "--vocab-size", "10"]) == EXIT_USAGE
     assert "a bpe vocabulary of 10 tokens" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import xxhash
 import engine.data.dataset
 from engine.data.dataset import TokenDataset
 from engine.data.index import FILE, Index, read_index, write_index
+from engine.data.shards import ShardWriter
 from engine.errors import DataError
 from tests.engine.data.corpus import made_up_documents, write_shards
 
@@ -104,3 +106,21 @@ def test_verify_reads_everything_and_tells_how_far_it_is(folder):
     flip_bit(folder / f"shard-{dataset.num_shards - 1:06d}.tokens", 3)
     with pytest.raises(DataError, match="is damaged"):
         TokenDataset(folder).verify()
+
+
+def test_sentence_offsets_without_a_documents_are_refused_though_their_hash_is_right(tmp_path):
+    with ShardWriter(tmp_path, 1000, 0, "hash") as writer:
+        for _ in range(2):
+            writer.add(np.arange(8), np.array([0, 3]))
+    offsets = np.fromfile(tmp_path / "shard-000000.sentences", "<u8")
+    assert offsets.tolist() == [0, 3, 8, 11, 16]
+    offsets[2] = 9
+    offsets.tofile(tmp_path / "shard-000000.sentences")
+    index = read_index(tmp_path)
+    bad = xxhash.xxh3_128_hexdigest(offsets.tobytes())
+    shard = index.shards[0]
+    assert shard.sentences is not None
+    write_index(tmp_path, replace(index, shards=(replace(shard, sentences=replace(shard.sentences, xxh3=bad)),)))
+    with pytest.raises(DataError, match=r"sentences do not fit their shard") as caught:
+        TokenDataset(tmp_path).shard(0)
+    assert "each document's among them" in str(caught.value)

@@ -6,7 +6,7 @@ import pytest
 import xxhash
 
 from engine.data import encode as encode_module
-from engine.data.encode import available_cpus, encode_chunks, is_held_out
+from engine.data.encode import EncodeOptions, available_cpus, encode_chunks, is_held_out
 from engine.data.sources import Chunk
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import DataError, EnvironmentProblem
@@ -30,15 +30,15 @@ def flat(encoded):
 def test_workers_change_nothing(tokenizer_folder):
     tokenizer = load_tokenizer(tokenizer_folder)
     texts = made_up_texts(120)
-    alone = flat(encode_chunks(chunks(texts), tokenizer, "text", 0.3, workers=1))
-    assert flat(encode_chunks(chunks(texts), tokenizer, "text", 0.3, workers=2)) == alone
+    alone = flat(encode_chunks(chunks(texts), tokenizer, EncodeOptions("text", 0.3), workers=1))
+    assert flat(encode_chunks(chunks(texts), tokenizer, EncodeOptions("text", 0.3), workers=2)) == alone
     assert [ids for ids, _, _ in alone] == [[*ids.tolist(), tokenizer.eos_id] for ids in tokenizer.encode(texts)]
     assert [size for _, _, size in alone] == [len(text.encode()) for text in texts]
 
 
 def test_documents_without_a_token_are_left_out_and_counted(tokenizer_folder):
     tokenizer = load_tokenizer(tokenizer_folder)
-    [encoded] = encode_chunks(chunks(["a", "", "b", ""]), tokenizer, "text", 0.0, workers=1)
+    [encoded] = encode_chunks(chunks(["a", "", "b", ""]), tokenizer, EncodeOptions("text", 0.0), workers=1)
     assert (len(encoded.ids), encoded.empty_documents) == (2, 2)
 
 
@@ -57,7 +57,7 @@ def test_an_error_in_a_worker_comes_through_whole(tokenizer_folder):
     tokenizer = load_tokenizer(tokenizer_folder)
     bad = [*chunks(made_up_texts(10)), Chunk("here", "text", [(4, b"\xff")], 0)]
     with pytest.raises(DataError, match="here:4 is no UTF-8") as caught:
-        list(encode_chunks(bad, tokenizer, "text", 0.0, workers=2))
+        list(encode_chunks(bad, tokenizer, EncodeOptions("text", 0.0), workers=2))
     assert caught.value.remedy
 
 
@@ -68,7 +68,7 @@ def die(*_):
 def test_a_worker_that_dies_is_told(tokenizer_folder, monkeypatch):
     monkeypatch.setattr(encode_module, "_encode_in_worker", die)
     with pytest.raises(EnvironmentProblem, match="a worker process died") as caught:
-        list(encode_chunks(chunks(["a"]), load_tokenizer(tokenizer_folder), "text", 0.0, workers=2))
+        list(encode_chunks(chunks(["a"]), load_tokenizer(tokenizer_folder), EncodeOptions("text", 0.0), workers=2))
     assert "fewer --workers" in str(caught.value)
 
 

@@ -57,8 +57,8 @@ def test_fingerprint_follows_tokens_boundaries_and_tokenizer(tmp_path):
 
 def test_arrays_of_a_later_version_are_passed_over(folder):
     before = read_index(folder)
-    array = {"file": "shard-000000.sentences", "dtype": "uint64", "length": 1, "bytes": 8, "xxh3": "0"}
-    change(folder, lambda tree: tree["shards"][0].update(sentences=array))
+    array = {"file": "shard-000000.later", "dtype": "uint64", "length": 1, "bytes": 8, "xxh3": "0"}
+    change(folder, lambda tree: tree["shards"][0].update(later=array))
     assert read_index(folder) == before
 
 

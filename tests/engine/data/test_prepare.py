@@ -210,3 +210,27 @@ def test_a_failed_overwrite_gives_the_earlier_output_back(options, tmp_path):
         prepare(replace(options, sources=(str(bad),), overwrite=True))
     assert files_of(options.output) == before
     assert prepare(options).was_there
+
+
+def test_sentences_are_kept_on_request_and_the_tokens_stay_the_same(options, tmp_path):
+    texts = [f"One {number} is here. Another one? Yes!" for number in range(100)]
+    write_json_lines(Path(options.sources[0]), texts)
+    prepare(options)
+    with pytest.raises(DataError, match=re.escape("sentences: None -> 'en'")):
+        prepare(replace(options, sentences="en"))
+    prepared = prepare(replace(options, sentences="en", output=tmp_path / "cut"))
+    with_them, without = TokenDataset(tmp_path / "cut" / "train"), TokenDataset(options.output / "train")
+    assert [shard.tokens for shard in with_them.index.shards] == [shard.tokens for shard in without.index.shards]
+    assert (with_them.index.has_sentences, without.index.has_sentences) == (True, False)
+    assert with_them.index.num_sentences == prepared.parts["train"].sentences == 3 * with_them.index.num_documents
+    assert with_them.fingerprint != without.fingerprint
+    shard = with_them.shard(0)
+    assert shard.sentences is not None
+    assert set(shard.documents) <= set(shard.sentences)
+    with pytest.raises(ConfigError, match="sentences in language"):
+        prepare(replace(options, sentences="?"))
+
+
+def test_the_index_knows_the_tokenizers_vocabulary(options):
+    prepare(options)
+    assert TokenDataset(options.output / "train").index.vocabulary == load_tokenizer(options.tokenizer).vocabulary

@@ -75,7 +75,7 @@ def test_the_hash_follows_what_the_tokenizer_does(copy, what):
         ("tokenizer.json", "{", "tokenizer.json is damaged: no JSON"),
         ("tokenizer.json", "[]", "tokenizer.json is damaged: it begins with"),
         ("tokenizer.json", "{}", "tokenizer.json is damaged"),
-        ("tokenizer_config.json", "{}", "tokenizer_config.json names no eos_token"),
+        ("tokenizer_config.json", "{}", "tokenizer_config.json names neither eos_token nor sep_token"),
         ("tokenizer_config.json", '{"eos_token": "END"}', "names eos_token 'END', which is not in the vocabulary"),
         ("tokenizer_config.json", b"\xff", "tokenizer_config.json cannot be read"),
     ],

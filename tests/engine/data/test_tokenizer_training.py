@@ -4,11 +4,16 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertTokenizer
 
 from engine.data.sources import read_texts
 from engine.data.tokenizer import load_tokenizer
-from engine.data.tokenizer_training import SENTENCEPIECE_FILE, SMALLEST_VOCABULARY, train_tokenizer
+from engine.data.tokenizer_training import (
+    PURPOSE_TOKENS,
+    SENTENCEPIECE_FILE,
+    SMALLEST_VOCABULARY,
+    train_tokenizer,
+)
 from engine.errors import ConfigError, DataError
 from tests.engine.data.corpus import made_up_texts
 
@@ -123,3 +128,39 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 def test_what_was_trained_is_what_is_loaded(trained):
     _, tokenizer = trained
     assert load_tokenizer(tokenizer.folder).hash == tokenizer.hash
+
+
+def test_wordpiece_is_read_by_transformers_as_bert_and_splits_equally(tmp_path):
+    """Against transformers' own BertTokenizer on the same vocabulary."""
+    ours = train_tokenizer(made_up_texts(200), tmp_path, "wordpiece", 400)
+    assert train_tokenizer(made_up_texts(200), tmp_path / "again", "wordpiece", 400).hash == ours.hash
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.convert_ids_to_tokens(range(5)) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert (ours.eos_id, ours.unknown_id) == (3, 1)
+    bert = BertTokenizer(vocab=loaded.get_vocab(), do_lower_case=False)
+    for text in [*made_up_texts(50, seed=1), *TRICKY]:
+        expected = bert(text)["input_ids"]
+        assert loaded(text)["input_ids"] == expected
+        assert (
+            ours.encode([text.replace("<|", "< |")])[0].tolist() == bert(text.replace("<|", "< |"))["input_ids"][1:-1]
+        )
+    assert loaded("a", "b")["token_type_ids"] == [0, 0, 0, 1, 1]
+
+
+def test_lowercase_drops_case_and_accents_in_wordpiece_alone(tmp_path):
+    ours = train_tokenizer(made_up_texts(200), tmp_path, "wordpiece", 400, lowercase=True)
+    one, other = ours.encode(["The Naïve WAVE", "the naive wave"])
+    assert one.tolist() == other.tolist()
+    with pytest.raises(ConfigError, match="lowercase with a bpe tokenizer"):
+        train_tokenizer(["text"], tmp_path, "bpe", VOCABULARY, lowercase=True)
+
+
+@pytest.mark.parametrize(("purpose", "kind"), [("masked", "bpe"), ("span_corruption", "sentencepiece-unigram")])
+def test_what_a_purpose_needs_has_the_last_ids_and_a_vocabulary_has_room_for_it(tmp_path, purpose, kind):
+    extra = PURPOSE_TOKENS[purpose]
+    ours = train_tokenizer(made_up_texts(200), tmp_path, kind, 500, purpose)
+    ids = [ours.model.token_to_id(token) for token in extra]
+    assert ids == list(range(ours.vocab_size - len(extra), ours.vocab_size))
+    assert ours.vocab_size <= 500
+    with pytest.raises(ConfigError, match=f"{SMALLEST_VOCABULARY[kind] + len(extra)} or more"):
+        train_tokenizer(["text"], tmp_path, kind, SMALLEST_VOCABULARY[kind] + len(extra) - 1, purpose)

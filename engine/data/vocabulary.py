@@ -1,0 +1,154 @@
+"""What objectives must know of a tokenizer's tokens: the special ones by role, the ordinary ones, where words begin.
+
+It travels in the index of the shards, so that training needs no tokenizer. Invariant: what is not ordinary is never
+masked, corrupted or drawn.
+
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import unicodedata
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+SENTINEL = re.compile(r"<extra_id_(\d+)>")
+"""T5's names (Raffel et al. 2020); number 0 is used first and has the highest id."""
+FILL_TOKENS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
+"""What fill-in-the-middle marks its parts with (Bavarian et al. 2022)."""
+ROLES = ("padding", "classify", "separate", "mask")
+
+Spelling = Literal["wordpiece", "sentencepiece", "bytes"]
+"""How a vocabulary writes that a token begins a word: `##` where it does not, a leading U+2581, or a leading blank."""
+
+_IDEOGRAPHS = ("CJK UNIFIED", "CJK COMPAT", "HIRAGANA", "KATAKANA")
+_BITS = ("ordinary", "begins_word", "ends_word")
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Token ids by role, None or empty where the tokenizer has no such token."""
+
+    padding: int | None
+    classify: int | None
+    """[CLS]"""
+    separate: int | None
+    """[SEP]"""
+    mask: int | None
+    """[MASK]"""
+    sentinels: tuple[int, ...]
+    """In the order of their use."""
+    fill: tuple[int, ...]
+    """Marks of prefix, middle and suffix, in this order."""
+    size: int
+    ordinary: bytes
+    """Bits: tokens of text; neither special, nor unknown, nor an id that names nothing."""
+    begins_word: bytes
+    """Bits: tokens that begin a word, whatever stands before."""
+    ends_word: bytes
+    """Bits: tokens behind which a word begins, whatever follows."""
+
+    @cached_property
+    def ordinary_V(self) -> np.ndarray:
+        return _unpacked(self.ordinary, self.size)
+
+    @cached_property
+    def begins_word_V(self) -> np.ndarray:
+        return _unpacked(self.begins_word, self.size)
+
+    @cached_property
+    def ends_word_V(self) -> np.ndarray:
+        return _unpacked(self.ends_word, self.size)
+
+    @cached_property
+    def ordinary_ids(self) -> np.ndarray:
+        """The ordinary tokens, int64, rising."""
+        return np.flatnonzero(self.ordinary_V)
+
+    def to_json(self) -> dict[str, Any]:
+        roles = {role: getattr(self, role) for role in ROLES}
+        lists = {"sentinels": list(self.sentinels), "fill": list(self.fill)}
+        return roles | lists | {name: base64.b64encode(getattr(self, name)).decode() for name in _BITS}
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any], size: int) -> Vocabulary:
+        """What `to_json` wrote, of so many tokens. Raises `KeyError`, `TypeError` or `ValueError`."""
+        roles = {role: None if tree[role] is None else int(tree[role]) for role in ROLES}
+        sentinels, fill = tuple(map(int, tree["sentinels"])), tuple(map(int, tree["fill"]))
+        ids = [number for number in (*roles.values(), *sentinels, *fill) if number is not None]
+        if ids and not 0 <= min(ids) <= max(ids) < size:
+            raise ValueError(f"vocabulary names tokens {min(ids)} to {max(ids)} of {size}")
+        bits = {name: base64.b64decode(tree[name], validate=True) for name in _BITS}
+        if lengths := {len(content) for content in bits.values()} - {-(-size // 8)}:
+            raise ValueError(f"vocabulary has bits of {8 * lengths.pop()} tokens, not {size}")
+        return cls(**roles, sentinels=sentinels, fill=fill, size=size, **bits)
+
+
+def packed(bits_V: np.ndarray) -> bytes:
+    """Eight flags a byte."""
+    return np.packbits(bits_V).tobytes()
+
+
+def _unpacked(content: bytes, size: int) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(content, np.uint8), count=size).astype(bool)
+
+
+def word_edges(token: str, spelling: Spelling) -> tuple[bool, bool]:
+    """Whether a word begins with a token whatever stands before it, and whether one begins behind it.
+
+    WordPiece says so itself. Elsewhere a word goes on only between letters, digits and marks of scripts that put
+    blanks between words: punctuation, ideographs and emoji are words by themselves, as WordPiece's splitter has it. A
+    blank alone belongs to what follows it.
+    """
+    if not token:
+        return True, True
+    if spelling == "wordpiece":
+        return not token.startswith("##"), False
+    if spelling == "sentencepiece":
+        if byte := _BYTE.fullmatch(token):
+            return int(byte[1], 16) & 0xC0 != 0x80, False
+        return not _is_wordlike(token[:1]), token != "▁" and not _is_wordlike(token[-1:])
+    content = bytes(_BYTES.get(character, 0x20) for character in token)
+    return _begins(content), content != b" " and _ends(content)
+
+
+def _begins(content: bytes) -> bool:
+    """Of UTF-8 that may begin or end inside a character; a part of a character of two bytes counts as a letter."""
+    width = _width(content[0])
+    if width == 0 or (width == 2 and len(content) < 2):
+        return False
+    return not _is_wordlike(content[:width].decode(errors="replace")[:1])
+
+
+def _ends(content: bytes) -> bool:
+    start = max((at for at in range(len(content)) if _width(content[at])), default=None)
+    if start is None or _width(content[start]) != len(content) - start:
+        return False
+    return not _is_wordlike(content[start:].decode(errors="replace")[:1])
+
+
+def _width(byte: int) -> int:
+    """Bytes of the UTF-8 character that a byte begins; 0 where it begins none."""
+    return 1 if byte < 0x80 else 0 if byte < 0xC0 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+
+
+def _is_wordlike(character: str) -> bool:
+    """Letters, digits and marks, but for those that are words by themselves."""
+    wordlike = bool(character) and unicodedata.category(character)[0] in "LNM"
+    return wordlike and not unicodedata.name(character, "").startswith(_IDEOGRAPHS)
+
+
+def _characters_of_bytes() -> dict[str, int]:
+    """The printable character that byte-level BPE writes for each byte, reversed (Radford et al. 2019)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTES = _characters_of_bytes()
