@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
+import torch
 import typer
 from rich.console import Console
 from rich.panel import Panel
@@ -14,14 +16,19 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from engine.config.schema import ObjectiveConfig
+from engine.data.batch import Batch
 from engine.data.dataset import TokenDataset
 from engine.data.index import FILE as INDEX_FILE
-from engine.data.packing import Row
 from engine.data.prepare import PARTS, RECIPE_FILE
 from engine.data.samples import first_samples
+from engine.data.sampling import PackingName
 from engine.data.tokenizer import TextTokenizer, load_tokenizer
 from engine.errors import DataError
 
+Objective = Literal["causal", "fill_in_the_middle", "masked", "span_corruption"]
+PairKind = Literal["none", "next_sentence", "sentence_order"]
+MaskUnit = Literal["token", "word", "span"]
 BOUNDARY = "──── next document ────"
 
 
@@ -31,17 +38,24 @@ def main(
         Path | None, typer.Option(help="Folder of the tokenizer (default: the one that prepare noted).")
     ] = None,
     samples: Annotated[int, typer.Option(min=0, help="Samples to show of each part.")] = 2,
-    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 256,
+    sequence_length: Annotated[int, typer.Option(min=5, help="Tokens per sample.")] = 256,
+    objective: Annotated[Objective, typer.Option(help="Show the rows of this objective.")] = "causal",
+    pairs: Annotated[PairKind, typer.Option(help="Of masked: the kind of pairs.")] = "none",
+    mask_unit: Annotated[MaskUnit, typer.Option(help="Of masked: what is masked as a whole.")] = "token",
+    packing: Annotated[PackingName, typer.Option(help="How documents share rows.")] = "concatenate",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order that the samples are the first of.")] = 0,
 ) -> None:
     """Verify every hash, then show counts and the first samples that a run with this seed would see."""
     loaded = _tokenizer(folder, tokenizer)
+    shown = ObjectiveConfig(name=objective, pairs=pairs, mask_unit=mask_unit)
     for part in parts_of(folder):
         dataset = TokenDataset(part, loaded.hash if loaded else None)
         _verify(dataset)
         print_counts(dataset)
-        for place, row in first_samples(dataset, sequence_length, seed, samples):
-            _print_sample(f"{part.name} {place}", row, loaded)
+        if samples:
+            batch = first_samples(dataset, sequence_length, seed, samples, packing, shown)
+            for b, place in enumerate(batch.sources):
+                _print_sample(f"{part.name} {place}", batch, b, loaded)
 
 
 def parts_of(folder: Path) -> list[Path]:
@@ -96,17 +110,46 @@ def print_counts(dataset: TokenDataset) -> None:
     index = dataset.index
     table = Table(title=str(dataset.folder), title_justify="left", show_header=False)
     table.add_row("documents", f"{index.num_documents:,}")
+    if index.has_sentences:
+        table.add_row("sentences", f"{index.num_sentences:,}")
     table.add_row("tokens", f"{index.num_tokens:,} ({index.dtype}, vocabulary {index.vocab_size:,})")
     table.add_row("shards", f"{dataset.num_shards:,}, {index.num_bytes:,} bytes")
-    table.add_row("hashes", f"{2 * dataset.num_shards:,} files verified (xxh3)")
+    table.add_row("hashes", f"{sum(len(shard.arrays) for shard in index.shards):,} files verified (xxh3)")
     table.add_row("tokenizer", index.tokenizer_hash)
     table.add_row("fingerprint", index.fingerprint)
     Console().print(table)
 
 
-def _print_sample(title: str, row: Row, tokenizer: TextTokenizer | None) -> None:
-    body = f"\n{BOUNDARY}\n".join(_shown(ids, tokenizer) for ids in row.documents())
-    Console().print(Panel(Text(body), title=title, title_align="left"))
+def _print_sample(title: str, batch: Batch, b: int, tokenizer: TextTokenizer | None) -> None:
+    Console().print(Panel(Text(as_text(batch, b, tokenizer)), title=title, title_align="left"))
+
+
+def as_text(batch: Batch, b: int, tokenizer: TextTokenizer | None) -> str:
+    """Row b as a reader sees it: its documents, and what is to be predicted where that is not plain."""
+    row = {name: tensor[b].numpy() for name, tensor in batch.inputs.items()}
+    if "decoder_tokens_BT" in row:
+        seen = _documents(row["tokens_BS"], batch.document_lengths[b], len(row["tokens_BS"]), tokenizer)
+        return f"{seen}\n\nto spell out: {_shown(row['targets_BT'][row['weights_BT'] > 0], tokenizer)}"
+    if "masked_BM" not in row:
+        targets = np.flatnonzero(row["weights_BT"])
+        return _documents(row["tokens_BT"], batch.document_lengths[b], int(targets[-1]) + 1, tokenizer)
+    seen = _documents(row["tokens_BT"], batch.document_lengths[b], len(row["tokens_BT"]), tokenizer)
+    masked = row["weights_BM"] > 0
+    lines = [
+        f"{at}: {_shown(row['targets_BM'][masked][i : i + 1], tokenizer)}"
+        for i, at in enumerate(row["masked_BM"][masked])
+    ]
+    if "pair_targets_B" in row:
+        other = "random or swapped" if row["pair_targets_B"] else "in order"
+        lines.append(f"second segment: {other if row['pair_weights_B'] else 'none to predict'}")
+    return f"{seen}\n\nto predict: {', '.join(lines)}"
+
+
+def _documents(ids: np.ndarray, lengths: torch.Tensor, end: int, tokenizer: TextTokenizer | None) -> str:
+    """The documents of the first `end` tokens of a row."""
+    edges = np.minimum(np.concatenate([[0], np.cumsum(lengths.numpy())]), end)
+    parts = [_shown(ids[start:stop], tokenizer) for start, stop in itertools.pairwise(edges.tolist()) if stop > start]
+    return f"\n{BOUNDARY}\n".join(parts)
 
 
 def _shown(ids: np.ndarray, tokenizer: TextTokenizer | None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.config.course import check_optimizer, check_ramp, check_schedule, check_stability
+from engine.config.objective import check_objective
 from engine.config.schema import ModelConfig, ParallelConfig, RunConfig, RunStage
 from engine.errors import ConfigError, PalimpsestError, report
 
@@ -162,6 +163,7 @@ def _check_stage(index: int, stage: RunStage, model: ModelConfig, problems: list
                 f"1 to {model.max_positions}",
             )
         )
+    check_objective(key, stage, model, problems)
     if (stage.duration.steps is None) == (stage.duration.tokens is None):
         problems.append(ConfigError(f"{key}.duration", "exactly one of steps and tokens"))
         return

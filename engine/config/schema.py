@@ -10,9 +10,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from engine.config.ramp import Ramp, make_ramp
 
@@ -100,6 +109,36 @@ class DataConfig(Section):
     """Samples are shuffled inside windows of this many (shuffled) shards."""
     attention: Literal["document", "row"] = "document"
     """`document`: attention and targets stay inside a document; `row`: documents of one row see each other."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """`concatenate`: rows are consecutive stretches of a shard; `best_fit`: documents (longer ones in parts) stay
+    whole, each in the row where least room is left."""
+
+
+class ObjectiveConfig(Section):
+    """What is predicted from what. `objective: NAME` alone stands for `objective: {name: NAME}`."""
+
+    name: Literal["causal", "fill_in_the_middle", "masked", "span_corruption"] = "causal"
+    pairs: Literal["none", "next_sentence", "sentence_order"] = "none"
+    """`masked`: rows are pairs of segments; which kind of pair is predicted, too."""
+    rate: float = Field(default=0.15, gt=0.0, lt=1.0)
+    """Share of the tokens that is masked (`masked`) or corrupted (`span_corruption`)."""
+    mask_unit: Literal["token", "word", "span"] = "token"
+    """`masked`: what is masked as a whole."""
+    mask_share: float = Field(default=0.8, ge=0.0, le=1.0)
+    """Of the masked tokens, how many the model sees as the mask token; the rest but `random_share` it sees as are."""
+    random_share: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Of the masked tokens, how many the model sees as a random token."""
+    mean_span_length: float = Field(default=3.0, ge=1.0)
+    """Mean length of a span, in tokens."""
+    fill_rate: float = Field(default=0.5, ge=0.0, le=1.0)
+    """`fill_in_the_middle`: share of the documents that are rearranged."""
+    suffix_first_share: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Of these, how many have the suffix before the prefix."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
 
 class Duration(Section):
@@ -152,10 +191,10 @@ class RunStage(Section):
     """One stage of a run: its data, its batch and its length."""
 
     name: str = "pretrain"
-    objective: Literal["causal"] = "causal"
+    objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig
     sequence_length: PositiveInt
-    """Tokens per sample that the model sees."""
+    """Tokens per sample that the model sees (span corruption: that the encoder sees)."""
     global_batch_size: PositiveInt
     """Samples per step over all ranks; does not change with the layout."""
     batch_ramp: tuple[SmallerBatch, ...] = ()

@@ -1,8 +1,8 @@
 """Batches for training and evaluation, with a state of a few integers.
 
 The j-th sample of a global batch belongs to data rank (j // micro_batch_size) % data_size, in its micro-batch
-j // (micro_batch_size * data_size). Invariant: which samples a step trains on depends on (data set, seed, sequence
-length, window_shards, samples before it, samples left out) alone, never on the ranks, the micro-batch size or
+j // (micro_batch_size * data_size). Invariant: which samples a step trains on depends on (data set, objective, seed,
+sequence length, window_shards, samples before it, samples left out) alone, never on the ranks, the micro-batch size or
 restarts; each sample comes exactly once per epoch, but for those that a rollback left out. Every rank holds a
 `Loader`; a rank that needs no tokens calls `skip` where the others call `step`. Prefetching is in
 `engine.data.prefetch`.
@@ -11,18 +11,19 @@ restarts; each sample comes exactly once per epoch, but for those that a rollbac
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from engine.config.ramp import Ramp
+from engine.config.schema import ObjectiveConfig
 from engine.data import stream
 from engine.data.batch import Batch, make_batch
 from engine.data.dataset import TokenDataset
-from engine.data.objectives import Attention
-from engine.data.packing import rows_per_shard
-from engine.data.stream import SampleId, SampleOrder
+from engine.data.sampling import Attention, PackingName, Sampler, make_sampler
+from engine.data.stream import START, SampleId, SampleOrder
 from engine.errors import DataError
 
 Interval = tuple[int, int]
@@ -43,21 +44,27 @@ class Loader:
         seed: int,
         window_shards: int,
         attention: Attention,
+        packing: PackingName = "concatenate",
+        objective: ObjectiveConfig | None = None,
     ) -> None:
-        """Raises `DataError` where the data set holds not one sample."""
-        rows = rows_per_shard(dataset, sequence_length)
+        """Raises `DataError` where the data set holds not one sample, or lacks what the objective needs."""
+        self._sampler = make_sampler(dataset, sequence_length, seed, attention, packing, objective)
         self.dataset, self.sequence_length = dataset, sequence_length
         self.attention: Attention = attention
+        self.packing: PackingName = packing
+        self.objective = objective or ObjectiveConfig()
         self.batches = Ramp((global_batch_size,)) if isinstance(global_batch_size, int) else global_batch_size
         self.seed, self.window_shards = seed, window_shards
-        self._order = SampleOrder(rows, seed, window_shards)
+        self._order = SampleOrder(dataset.num_shards, self._sampler.count, seed, window_shards)
+        refuse_empty(dataset, self._sampler)
+        self._sample = self._order.after(START, 0)
         self._position = 0
         self._samples = 0
         self._left_out: tuple[Interval, ...] = ()
 
-    @property
     def samples_per_epoch(self) -> int:
-        return self._order.samples_per_epoch
+        """Samples of each epoch; where packing knows them only from the documents' offsets, reads all of these."""
+        return int(self._sampler.count(np.arange(self.dataset.num_shards)).sum())
 
     @property
     def samples(self) -> int:
@@ -85,12 +92,11 @@ class Loader:
 
     def state(self) -> State:
         """Where the next sample is, and what must not have changed when this is restored."""
-        epoch, window, slot = self._order.address(self._position)
-        place = {"epoch": epoch, "window": window, "slot": slot, "samples": self._samples}
+        place = {**self._sample._asdict(), "position": self._position, "samples": self._samples}
         return place | {"left_out": [list(interval) for interval in self._left_out]} | self._identity()
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on at a saved state; O(shards), whatever the position.
+        """Goes on at a saved state; O(shards) and one window, whatever the position.
 
         Raises:
             DataError: the state belongs to other data, another order, or is damaged.
@@ -106,7 +112,8 @@ class Loader:
         try:
             sample = SampleId(int(state["epoch"]), int(state["window"]), int(state["slot"]))
             left_out = merged((int(first), int(end)) for first, end in state["left_out"])
-            self._position, self._samples = self._order.position(sample), int(state["samples"])
+            position, samples = int(state["position"]), int(state["samples"])
+            self._sample, self._position, self._samples = self._order.check(sample), position, samples
             self._left_out = left_out
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
@@ -142,18 +149,24 @@ class Loader:
         """Advances by one global batch and reads nothing."""
         count = self.batch_size
         *_, (position, taken) = self._stretches(count)
+        self._sample = self._order.after(self._sample, position + taken - self._position)
         self._position = position + taken
         self._samples += count
 
     def clone(self) -> Loader:
         """Another loader at the same place, over the same opened data set."""
-        other = Loader(self.dataset, self.sequence_length, self.batches, self.seed, self.window_shards, self.attention)
+        shape = (self.dataset, self.sequence_length, self.batches, self.seed, self.window_shards, self.attention)
+        other = Loader(*shape, self.packing, self.objective)
+        other._sample = self._sample
         other._position, other._samples, other._left_out = self._position, self._samples, self._left_out
         return other
 
-    def _next(self, of: Callable[[int, int], np.ndarray], count: int) -> np.ndarray:
-        """`of(position, count)` of the next `count` samples, over all their stretches."""
-        return np.concatenate([of(position, taken) for position, taken in self._stretches(count)])
+    def _next(self, of: Callable[[SampleId, int], np.ndarray], count: int) -> np.ndarray:
+        """`of(first sample, count)` of the next `count` samples, over all their stretches."""
+        after, here = self._order.after, self._position
+        return np.concatenate(
+            [of(after(self._sample, position - here), taken) for position, taken in self._stretches(count)]
+        )
 
     def _stretches(self, count: int) -> Iterator[tuple[int, int]]:
         """(position, count) of each run of the next `count` samples between those that are left out; one or more."""
@@ -171,9 +184,10 @@ class Loader:
         yield position, count
 
     def _batch(self, places: np.ndarray, addresses: np.ndarray, micro_batch_size: int) -> Batch:
-        return make_batch(self.dataset, places, addresses, self.sequence_length, self.attention, micro_batch_size)
+        return make_batch(self.dataset, self._sampler, places, addresses, micro_batch_size)
 
     def _identity(self) -> State:
+        objective = json.dumps(self.objective.model_dump(), sort_keys=True)
         return {
             "version": stream.VERSION,
             "fingerprint": self.dataset.fingerprint,
@@ -181,6 +195,8 @@ class Loader:
             "seed": self.seed,
             "window_shards": self.window_shards,
             "attention": self.attention,
+            "packing": self.packing,
+            "objective": f"{self.objective.name} {hashlib.sha256(objective.encode()).hexdigest()[:8]}",
         }
 
 
@@ -195,33 +211,53 @@ def merged(intervals: Iterable[Interval]) -> tuple[Interval, ...]:
     return tuple(found)
 
 
-def evaluation_batches(
-    dataset: TokenDataset,
-    sequence_length: int,
-    attention: Attention,
-    data_rank: int,
-    data_size: int,
-    micro_batch_size: int,
-    max_samples: int | None = None,
-) -> Iterator[Batch]:
-    """This data rank's micro-batches of held-out samples: each sample once over all ranks, in file order.
-
-    `max_samples` takes the first so many. Every rank gets the same number of micro-batches of the same shape;
-    what is missing at the end are rows of weight 0. A sample's address is (0, shard, row). Raises `DataError`
-    where the data set holds not one sample, or a shard is damaged.
-    """
-    ends = np.cumsum(rows_per_shard(dataset, sequence_length))
-    count = min(int(ends[-1]), max_samples or int(ends[-1]))
-    for rows in micro_batch_rows(count, data_rank, data_size, micro_batch_size):
-        shards = np.searchsorted(ends, rows, side="right")
-        places = np.stack([shards, rows - np.where(shards > 0, ends[shards - 1], 0)], axis=1)
-        addresses = np.concatenate([np.zeros((len(rows), 1), np.int64), places], axis=1)
-        yield make_batch(dataset, places, addresses, sequence_length, attention, micro_batch_size)
+EVALUATION_SEED = 0
+"""Held-out samples are masked the same in every run, whatever its seed, so that their losses compare."""
 
 
-def num_evaluation_batches(num_samples: int, data_size: int, micro_batch_size: int) -> int:
-    """Micro-batches that each data rank gets of so many samples."""
-    return -(-num_samples // (micro_batch_size * data_size))
+class HeldOut:
+    """Held-out samples in file order, each once over all ranks; the address of a sample is (0, shard, row)."""
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        sequence_length: int,
+        attention: Attention,
+        max_samples: int | None = None,
+        packing: PackingName = "concatenate",
+        objective: ObjectiveConfig | None = None,
+    ) -> None:
+        """`max_samples` takes the first so many. Raises `DataError` where the data set holds not one sample, or lacks
+        what the objective needs."""
+        self._dataset = dataset
+        self._sampler = make_sampler(dataset, sequence_length, EVALUATION_SEED, attention, packing, objective)
+        self._ends = np.cumsum(self._sampler.count(np.arange(dataset.num_shards)))
+        refuse_empty(dataset, self._sampler)
+        self.num_samples = min(int(self._ends[-1]), max_samples or int(self._ends[-1]))
+
+    def batches(self, data_rank: int, data_size: int, micro_batch_size: int) -> Iterator[Batch]:
+        """This data rank's micro-batches. Every rank gets the same number of them, of the same shape; what is missing
+        at the end are rows of weight 0. Raises `DataError` where a shard is damaged."""
+        for rows in micro_batch_rows(self.num_samples, data_rank, data_size, micro_batch_size):
+            shards = np.searchsorted(self._ends, rows, side="right")
+            places = np.stack([shards, rows - np.where(shards > 0, self._ends[shards - 1], 0)], axis=1)
+            addresses = np.concatenate([np.zeros((len(rows), 1), np.int64), places], axis=1)
+            yield make_batch(self._dataset, self._sampler, places, addresses, micro_batch_size)
+
+    def num_batches(self, data_size: int, micro_batch_size: int) -> int:
+        """Micro-batches that each data rank gets."""
+        return -(-self.num_samples // (micro_batch_size * data_size))
+
+
+def refuse_empty(dataset: TokenDataset, sampler: Sampler) -> None:
+    """Raises `DataError` where no shard has a sample; looks no further than the first that has one."""
+    if not any(int(sampler.count(np.array([number]))[0]) for number in range(dataset.num_shards)):
+        raise DataError(
+            f"the data set {dataset.folder} holds no sample: {dataset.index.num_documents} documents, "
+            f"{dataset.index.num_tokens} tokens",
+            "at least one document",
+            "prepare more text (or a larger --validation-fraction, where this is the held-out part)",
+        )
 
 
 def micro_batch_rows(num_samples: int, data_rank: int, data_size: int, micro_batch_size: int) -> list[np.ndarray]:

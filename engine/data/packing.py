@@ -1,82 +1,108 @@
 """Packing by concatenation: which stretch of a shard a row is, and where documents begin in it.
 
-With T the sequence length, row i of a shard of n tokens reads the T + 1 tokens from i * T on: the first T are
-inputs, the last T their successors. There are ceil((n - 1) / T) rows and the last may be short, so every token
-but a shard's first follows an input exactly once. Rows never leave their shard. Whether a document's first token
-may be predicted from the document before is the objective's business (`engine.data.objectives`).
+Row i of a shard holds the i-th stretch of `capacity` tokens; the last may be short. What is read depends on the
+objective: tokens that have a successor (with it, so that every token but the shard's first follows another exactly
+once), all tokens, or all but the ends of text. Rows never leave their shard. What is predicted is the objective's
+business. Packing whole documents is in `engine.data.best_fit`, pairs in `engine.data.pairs`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 
 from engine.data.dataset import Shard, TokenDataset
-from engine.errors import DataError
+
+Reads = Literal["successors", "all", "text"]
+"""What rows are made of: tokens with their successors, all tokens, or all but the ends of text."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A stretch of a shard for one row of T inputs.
+    """Tokens for one row.
 
-    `tokens` (inputs + 1,), a view into the shard, with 1 <= inputs <= T: fewer than T in a shard's last row, which
-    is then padded. `starts` (k,) int64, rising, from 1 to inputs: positions in `tokens` at which another document
-    begins (the row's first document may have begun in an earlier row). `length` is T.
+    `tokens` (n,), n from 1 to the row's capacity, and `successors` (n,), the token behind each, or None where none is
+    asked for; both may be views into the shard. `starts` (k,) int64, rising, from 1 to n - 1: positions at which
+    another document (or part of one) begins; the row's first may have begun in an earlier row. `ends` (m,) int64:
+    positions whose successor lies in another document.
     """
 
     tokens: np.ndarray
+    successors: np.ndarray | None
     starts: np.ndarray
-    length: int
-
-    @property
-    def num_inputs(self) -> int:
-        """Inputs that are tokens of the shard, not padding."""
-        return self.tokens.size - 1
-
-    def segments(self) -> np.ndarray:
-        """(T,) int32: number of the document within the row, from 0; padding is a document of its own, the last."""
-        marks_T = np.zeros(self.length, np.int32)
-        marks_T[self.starts[self.starts < self.num_inputs]] = 1
-        if self.num_inputs < self.length:
-            marks_T[self.num_inputs] = 1
-        return np.cumsum(marks_T, dtype=np.int32)
+    ends: np.ndarray
 
     def documents(self) -> list[np.ndarray]:
-        """The inputs, document by document, padding left out."""
-        inner = self.starts[self.starts < self.num_inputs]
-        return np.split(self.tokens[:-1], inner)
+        """The tokens, document by document."""
+        return np.split(self.tokens, self.starts)
 
-    def document_lengths(self) -> np.ndarray:
-        """(documents,) int32: inputs of each segment, padding last where there is any; they add up to T."""
-        inner = self.starts[self.starts < self.num_inputs]
-        padding = [self.num_inputs] if self.num_inputs < self.length else []
-        return np.diff(np.concatenate([[0], inner, padding, [self.length]])).astype(np.int32)
+    def document_lengths(self, length: int) -> np.ndarray:
+        """(documents,) int32 places of each in a row of `length`, padding last where there is any."""
+        padding = [self.tokens.size] if self.tokens.size < length else []
+        return np.diff(np.concatenate([[0], self.starts, padding, [length]])).astype(np.int32)
 
 
-def num_rows(num_tokens: np.ndarray, sequence_length: int) -> np.ndarray:
-    """Rows of shards of so many tokens, as int64: ceil((n - 1) / T), and none for n below 2."""
-    return np.maximum(0, -((1 - num_tokens.astype(np.int64)) // sequence_length))
+class Packing(Protocol):
+    """A way to cut shards into rows."""
+
+    name: str
+
+    def count(self, shards: np.ndarray) -> np.ndarray:
+        """(n,) int64 rows in each of the shards (n,). Raises `DataError` where offsets are damaged."""
+        ...
+
+    def row(self, shard: Shard, number: int, row: int) -> Row:
+        """A row of a shard; `number` is the shard's."""
+        ...
 
 
-def rows_per_shard(dataset: TokenDataset, sequence_length: int) -> np.ndarray:
-    """(shards,) int64 samples in each shard. Raises `DataError` where there is none at all."""
-    tokens = np.array([shard.num_tokens for shard in dataset.index.shards], np.int64)
-    rows = num_rows(tokens, sequence_length)
-    if not rows.sum():
-        raise DataError(
-            f"the data set {dataset.folder} holds no sample: {dataset.index.num_documents} documents, "
-            f"{dataset.index.num_tokens} tokens",
-            "at least one document",
-            "prepare more text (or a larger --validation-fraction, where this is the held-out part)",
-        )
-    return rows
+class Concatenation:
+    """Consecutive stretches of `capacity` tokens."""
+
+    name = "concatenate"
+
+    def __init__(self, dataset: TokenDataset, capacity: int, reads: Reads) -> None:
+        self.capacity, self.reads = capacity, reads
+        tokens = np.array([shard.num_tokens for shard in dataset.index.shards], np.int64)
+        documents = np.array([shard.num_documents for shard in dataset.index.shards], np.int64)
+        self._counts = num_rows(tokens - documents if reads == "text" else tokens, capacity, reads)
+
+    def count(self, shards: np.ndarray) -> np.ndarray:
+        return self._counts[shards]
+
+    def row(self, shard: Shard, number: int, row: int) -> Row:
+        del number
+        start = row * self.capacity
+        return _text_row(shard, start, self.capacity) if self.reads == "text" else self._stretch(shard, start)
+
+    def _stretch(self, shard: Shard, start: int) -> Row:
+        lookahead = self.reads == "successors"
+        tokens = shard.tokens[start : start + self.capacity + lookahead]
+        first, last = np.searchsorted(shard.documents, (start, start + tokens.size - 1), side="right")
+        begins = shard.documents[first:last] - start
+        if not lookahead:
+            return Row(tokens, None, begins, begins - 1)
+        assert tokens.size >= 2, "num_rows() counts no row without a target"
+        return Row(tokens[:-1], tokens[1:], begins[begins < tokens.size - 1], begins - 1)
 
 
-def pack(shard: Shard, row: int, sequence_length: int) -> Row:
-    """Row `row` of a shard."""
-    start = row * sequence_length
-    tokens = shard.tokens[start : start + sequence_length + 1]
-    assert tokens.size >= 2, "num_rows() counts no row without a target"
-    first, last = np.searchsorted(shard.documents, [start, start + tokens.size - 1], side="right")
-    return Row(tokens, shard.documents[first:last] - start, sequence_length)
+def _text_row(shard: Shard, start: int, capacity: int) -> Row:
+    """`capacity` tokens from the `start`-th on, ends of text neither read nor counted."""
+    firsts = shard.documents - np.arange(shard.documents.size)  # of each document, and the end
+    end = min(start + capacity, int(firsts[-1]))
+    one = int(np.searchsorted(firsts, start, side="right")) - 1
+    other = int(np.searchsorted(firsts, end, side="left"))
+    edges = np.clip(firsts[one : other + 1], start, end)
+    parts = [shard.tokens[a + d : b + d] for d, a, b in zip(range(one, other), edges[:-1], edges[1:], strict=True)]
+    inner = np.unique(edges[1:-1] - start)
+    starts = inner[(inner > 0) & (inner < end - start)]
+    return Row(np.concatenate(parts), None, starts, starts - 1)
+
+
+def num_rows(num_tokens: np.ndarray, capacity: int, reads: Reads) -> np.ndarray:
+    """Rows of shards of so many tokens (int64): for successors ceil((n - 1) / capacity), and as many for text, where
+    a row of one token could not be corrupted; otherwise ceil(n / capacity)."""
+    left = num_tokens.astype(np.int64) - (reads != "all")
+    return np.maximum(0, -(-left // capacity))

@@ -1,22 +1,26 @@
-"""The first samples of a run, to be looked at: no batches and no torch."""
+"""The first samples of a run, to be looked at: one micro-batch, made as training makes it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
+from engine.config.schema import ObjectiveConfig
+from engine.data.batch import Batch
 from engine.data.dataset import TokenDataset
-from engine.data.packing import Row, pack, rows_per_shard
-from engine.data.stream import SampleOrder
+from engine.data.loader import Loader
+from engine.data.sampling import PackingName
 
 WINDOW_SHARDS = 16
 """The default of `DataConfig.window_shards`."""
 
 
 def first_samples(
-    dataset: TokenDataset, sequence_length: int, seed: int, count: int, window_shards: int = WINDOW_SHARDS
-) -> Iterator[tuple[str, Row]]:
-    """Each of the first `count` samples of epoch 0: where it lies, as text, and its row. Raises `DataError`."""
-    order = SampleOrder(rows_per_shard(dataset, sequence_length), seed, window_shards)
-    for number, row in order.places(0, min(count, order.samples_per_epoch)).tolist():
-        shard = dataset.shard(number)
-        yield f"{shard.name}:{row}", pack(shard, row, sequence_length)
+    dataset: TokenDataset,
+    sequence_length: int,
+    seed: int,
+    count: int,
+    packing: PackingName = "concatenate",
+    objective: ObjectiveConfig | None = None,
+) -> Batch:
+    """The first `count` samples (1 or more) of epoch 0, or all where it has fewer. Raises `DataError`."""
+    shape = (WINDOW_SHARDS, "document", packing, objective)
+    count = min(count, Loader(dataset, sequence_length, 1, seed, *shape).samples_per_epoch())
+    return Loader(dataset, sequence_length, count, seed, *shape).step(0, 1, count)[0]

@@ -1,14 +1,16 @@
-"""The order of samples: position in the run -> (epoch, window, slot) -> (shard, row), a pure function.
+"""The order of samples: a place in the run -> (epoch, window, slot) -> (shard, row), a pure function.
 
 Shards are permuted per epoch and cut into windows of `window_shards`; the rows of a window are permuted among
 themselves. So a reader keeps one window of shards at hand and the mixing is that of as many live shards, with
-nothing materialised but one permutation of the shards. Invariant: an epoch visits each row of each shard exactly
-once, in an order that depends on (seed, epoch, rows per shard, window_shards) alone. Reads no token.
+nothing materialised but one permutation of the shards. How many rows a shard has is asked window by window, since
+some ways of packing know it only from the documents' offsets. Invariant: an epoch visits each row of each shard
+exactly once, in an order that depends on (seed, epoch, rows per shard, window_shards) alone. Reads no token.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +25,10 @@ PURPOSE_SLOTS = int.from_bytes(b"slots")
 """What a permutation is for: part of its key, so that no two of them share a stream."""
 
 _EPOCHS_KEPT = 2
+_WINDOWS_KEPT = 8
+
+CountRows = Callable[[np.ndarray], np.ndarray]
+"""(n,) shard numbers -> (n,) int64 rows in each."""
 
 
 class SampleId(NamedTuple):
@@ -33,83 +39,104 @@ class SampleId(NamedTuple):
     slot: int
 
 
-class _Epoch(NamedTuple):
+START = SampleId(0, 0, 0)
+"""Where a run begins."""
+
+
+class _Window(NamedTuple):
     shards: np.ndarray  # (shards,) int64: shard numbers in this epoch's order
-    starts: np.ndarray  # (windows + 1,) int64: samples of the epoch before each window, and all of them
+    ends: np.ndarray  # (shards,) int64: rows of the window up to the end of each shard
 
 
 class SampleOrder:
-    """Order of all samples of a data set, epoch after epoch."""
+    """Order of all samples of a data set, epoch after epoch.
 
-    def __init__(self, rows_per_shard: np.ndarray, seed: int, window_shards: int) -> None:
-        """`rows_per_shard` (shards,) int64, not all 0."""
-        self._rows = rows_per_shard.astype(np.int64)
+    A sample is an address; the one after a window's last is the first of the next window that has any. Methods take
+    any slot up to and with the window's size as the place from which on they count.
+    """
+
+    def __init__(self, num_shards: int, count_rows: CountRows, seed: int, window_shards: int) -> None:
+        """Some shard must have a row, or the order of samples never ends to be looked for."""
+        self._num_shards, self._count_rows = num_shards, count_rows
         self._seed, self._window_shards = seed, window_shards
-        self.samples_per_epoch = int(self._rows.sum())
-        assert self.samples_per_epoch > 0
-        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+        self._epochs: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int], _Window] = OrderedDict()
 
-    def address(self, position: int) -> SampleId:
-        """The sample at a position of the endless stream."""
-        epoch, rest = divmod(position, self.samples_per_epoch)
-        starts = self._epoch(epoch).starts
-        window = int(np.searchsorted(starts, rest, side="right")) - 1
-        return SampleId(epoch, window, rest - int(starts[window]))
+    @property
+    def num_windows(self) -> int:
+        return -(-self._num_shards // self._window_shards)
 
-    def position(self, sample: SampleId) -> int:
-        """The position of a sample; inverse of `address`. Raises `ValueError` for an address that has none."""
-        starts = self._epoch(sample.epoch).starts
-        if not 0 <= sample.window < starts.size - 1:
-            raise ValueError(f"window {sample.window} of {starts.size - 1}")
-        start, end = starts[sample.window : sample.window + 2].tolist()
-        if not 0 <= sample.slot < end - start:
-            raise ValueError(f"slot {sample.slot} of {end - start}")
-        return sample.epoch * self.samples_per_epoch + start + sample.slot
+    def size(self, epoch: int, window: int) -> int:
+        """Samples of a window. Raises `DataError` where the offsets of one of its shards are damaged."""
+        ends = self._window(epoch, window).ends
+        return int(ends[-1])
 
-    def addresses(self, position: int, count: int) -> np.ndarray:
-        """(count, 3) int64: epoch, window and slot of `count` samples from a position on."""
+    def after(self, sample: SampleId, count: int) -> SampleId:
+        """The sample that follows `count` samples after another: itself for 0, if it is one."""
+        epoch, window, slot = sample
+        slot += count
+        while slot >= (size := self.size(epoch, window)):
+            slot -= size
+            epoch, window = (epoch, window + 1) if window + 1 < self.num_windows else (epoch + 1, 0)
+        return SampleId(epoch, window, slot)
+
+    def check(self, sample: SampleId) -> SampleId:
+        """The same address. Raises `ValueError` where there is no such sample."""
+        if sample.epoch < 0 or not 0 <= sample.window < self.num_windows:
+            raise ValueError(f"epoch {sample.epoch}, window {sample.window} of {self.num_windows}")
+        size = self.size(sample.epoch, sample.window)
+        if not 0 <= sample.slot < size:
+            raise ValueError(f"slot {sample.slot} of {size}")
+        return sample
+
+    def addresses(self, sample: SampleId, count: int) -> np.ndarray:
+        """(count, 3) int64: epoch, window and slot of `count` samples from one on."""
         parts = [
-            np.stack([np.full(slots.size, sample.epoch), np.full(slots.size, sample.window), slots], axis=1)
-            for sample, slots in self._runs(position, count)
+            np.stack([np.full(slots.size, first.epoch), np.full(slots.size, first.window), slots], axis=1)
+            for first, slots in self._runs(sample, count)
         ]
         return np.concatenate(parts) if parts else np.empty((0, 3), np.int64)
 
-    def places(self, position: int, count: int) -> np.ndarray:
-        """(count, 2) int64: shard and row of `count` samples from a position on."""
-        parts = [self._places_in_window(sample, slots) for sample, slots in self._runs(position, count)]
+    def places(self, sample: SampleId, count: int) -> np.ndarray:
+        """(count, 2) int64: shard and row of `count` samples from one on."""
+        parts = [self._places_in_window(first, slots) for first, slots in self._runs(sample, count)]
         return np.concatenate(parts) if parts else np.empty((0, 2), np.int64)
 
-    def _runs(self, position: int, count: int):
+    def _runs(self, sample: SampleId, count: int) -> Iterator[tuple[SampleId, np.ndarray]]:
         """(first sample, slots) of each window that the samples of a stretch fall into."""
-        end = position + count
-        while position < end:
-            sample = self.address(position)
-            starts = self._epoch(sample.epoch).starts
-            left_in_window = int(starts[sample.window + 1] - starts[sample.window]) - sample.slot
-            taken = min(left_in_window, end - position)
+        while count:
+            sample = self.after(sample, 0)
+            taken = min(self.size(sample.epoch, sample.window) - sample.slot, count)
             yield sample, np.arange(sample.slot, sample.slot + taken, dtype=np.int64)
-            position += taken
+            count -= taken
+            sample = sample._replace(slot=sample.slot + taken)
 
     def _places_in_window(self, sample: SampleId, slots: np.ndarray) -> np.ndarray:
-        shards = self._window(sample.epoch, sample.window)
-        ends = np.cumsum(self._rows[shards])
+        shards, ends = self._window(sample.epoch, sample.window)
         key = (self._seed, PURPOSE_SLOTS, sample.epoch, sample.window)
         images = Permutation(int(ends[-1]), key).of(slots)
         which = np.searchsorted(ends, images, side="right")
-        rows = images - (ends[which] - self._rows[shards[which]])
-        return np.stack([shards[which], rows], axis=1)
+        starts = np.concatenate([[0], ends[:-1]])
+        return np.stack([shards[which], images - starts[which]], axis=1)
 
-    def _window(self, epoch: int, window: int) -> np.ndarray:
-        start = window * self._window_shards
-        return self._epoch(epoch).shards[start : start + self._window_shards]
+    def _window(self, epoch: int, window: int) -> _Window:
+        """The shards and rows of a window: counted once, then remembered for a while."""
+        found = self._windows.get((epoch, window))
+        if found is None:
+            start = window * self._window_shards
+            shards = self._epoch(epoch)[start : start + self._window_shards]
+            found = _Window(shards, np.cumsum(self._count_rows(shards)))
+            self._windows[epoch, window] = found
+            if len(self._windows) > _WINDOWS_KEPT:
+                self._windows.popitem(last=False)
+        return found
 
-    def _epoch(self, epoch: int) -> _Epoch:
-        """The shards' order and the windows' sizes of an epoch: O(shards) once, then remembered for a while."""
+    def _epoch(self, epoch: int) -> np.ndarray:
+        """(shards,) int64: the shards' order in an epoch, O(shards) once, then remembered for a while."""
         found = self._epochs.get(epoch)
         if found is None:
-            shards = Permutation(self._rows.size, (self._seed, PURPOSE_SHARDS, epoch)).of(np.arange(self._rows.size))
-            per_window = np.add.reduceat(self._rows[shards], np.arange(0, self._rows.size, self._window_shards))
-            found = _Epoch(shards, np.concatenate([[0], np.cumsum(per_window)]))
+            key = (self._seed, PURPOSE_SHARDS, epoch)
+            found = Permutation(self._num_shards, key).of(np.arange(self._num_shards))
             self._epochs[epoch] = found
             if len(self._epochs) > _EPOCHS_KEPT:
                 self._epochs.popitem(last=False)

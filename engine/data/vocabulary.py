@@ -87,7 +87,10 @@ class Vocabulary:
         bits = {name: base64.b64decode(tree[name], validate=True) for name in _BITS}
         if lengths := {len(content) for content in bits.values()} - {-(-size // 8)}:
             raise ValueError(f"vocabulary has bits of {8 * lengths.pop()} tokens, not {size}")
-        return cls(**roles, sentinels=sentinels, fill=fill, size=size, **bits)
+        ordinary, begins, ends = (bits[name] for name in _BITS)
+        return cls(
+            **roles, sentinels=sentinels, fill=fill, size=size, ordinary=ordinary, begins_word=begins, ends_word=ends
+        )
 
 
 def packed(bits_V: np.ndarray) -> bytes:

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from engine.config.deepspeed import deepspeed_config
+from engine.config.lengths import decoder_length, has_segments
 from engine.config.resolve import Layout, num_micro_batches
 from engine.config.schema import ModelConfig, RunConfig, RunStage
 from engine.models.chunk import Chunk, Rows
@@ -85,7 +86,8 @@ def micro_batch_rows(config: RunConfig, run_stage: RunStage, dtype: torch.dtype)
         num_rows=config.parallel.micro_batch_size,
         length=run_stage.sequence_length,
         dtype=dtype,
-        segments=run_stage.data.attention == "document",
+        segments=has_segments(run_stage.data.attention, run_stage.objective),
+        decoder_length=decoder_length(run_stage),
     )
 
 

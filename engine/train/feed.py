@@ -17,7 +17,8 @@ from engine.config.resolve import num_micro_batches
 from engine.config.schema import ParallelConfig, RunConfig, RunStage
 from engine.data.batch import Batch
 from engine.data.dataset import TokenDataset
-from engine.data.loader import Loader, evaluation_batches, num_evaluation_batches, rows_per_shard
+from engine.data.draws import dropout_keys
+from engine.data.loader import HeldOut, Loader
 from engine.data.prefetch import Prefetcher
 from engine.data.tokenizer import tokenizer_hash
 from engine.errors import DataError
@@ -26,6 +27,8 @@ from engine.parallel.boundary import Tensors
 from engine.parallel.groups import Groups
 from engine.train.build import stage_chunk
 
+DROPOUT_KEYS = "dropout_keys_B"
+"""The model's keyword for what dropout in each row is keyed by; wanted where the model drops anything."""
 EVALUATION_CHUNK = 8
 """Micro-batches that one evaluation pass sends through the pipeline."""
 
@@ -61,18 +64,14 @@ class Feed:
         groups: Groups,
         device: torch.device,
     ) -> None:
-        self.groups, self.device, self.held_out, self.run_stage = groups, device, held_out, run_stage
+        self.groups, self.device, self.run_stage, self.seed = groups, device, run_stage, config.seed
         self.parallel: ParallelConfig = config.parallel
-        self.max_held_out = config.evaluation.max_samples
-        data = run_stage.data
-        self.loader = Loader(
-            training,
-            run_stage.sequence_length,
-            run_stage.batches,
-            config.seed,
-            data.window_shards,
-            data.attention,
-        )
+        data, length = run_stage.data, run_stage.sequence_length
+        how = (data.packing, run_stage.objective)
+        self.loader = Loader(training, length, run_stage.batches, config.seed, data.window_shards, data.attention, *how)
+        most = config.evaluation.max_samples
+        self.held_out = None if held_out is None else HeldOut(held_out, length, data.attention, most, *how)
+        self.losses = family(config.model).losses(config.model)
         chunk = stage_chunk(config.model, groups)
         self.wanted = family(config.model).wanted(config.model, chunk)
         """Keywords of this rank's stage that come from the data."""
@@ -94,9 +93,10 @@ class Feed:
             )
 
     def step(self) -> tuple[list[Tensors], list[float]]:
-        """The stage's inputs of the next step, and the weight of this data rank's targets by loss (L; empty where it
+        """The stage's inputs of the next step, and the weight of this data rank's targets by loss (L; 0 where it
         reads none)."""
         begin = time.perf_counter()
+        step = self.loader.batches.steps(self.loader.samples)
         if self._prefetcher is None:
             count = num_micro_batches(self.loader.batch_size, self.parallel, self.groups.layout.data)
             self.loader.skip()
@@ -104,9 +104,9 @@ class Feed:
             inputs: list[Tensors] = [{} for _ in range(count)]
         else:
             batches = self._prefetcher.step()
-            inputs = [self._inputs(batch) for batch in batches]
+            inputs = [self._inputs(batch, step) for batch in batches]
         self.wait_seconds = time.perf_counter() - begin
-        return inputs, total_weights(batches)
+        return inputs, self._weights(batches)
 
     @property
     def num_held_out_chunks(self) -> int:
@@ -116,31 +116,20 @@ class Feed:
     def held_out_chunks(self) -> Iterator[tuple[list[Tensors], list[float]]]:
         """(inputs, weights) of the held-out samples, a chunk of micro-batches at a time. Raises as it reads."""
         assert self.held_out is not None
-        batches = evaluation_batches(
-            self.held_out,
-            self.run_stage.sequence_length,
-            self.run_stage.data.attention,
-            self.groups.coordinates.data_rank,
-            self.groups.layout.data,
-            self.parallel.micro_batch_size,
-            self.max_held_out,
+        batches = self.held_out.batches(
+            self.groups.coordinates.data_rank, self.groups.layout.data, self.parallel.micro_batch_size
         )
         left = self._num_held_out_batches()
         while left > 0:
             size = min(EVALUATION_CHUNK, left)
             left -= size
-            if self.reads:
-                chunk = list(islice(batches, size))
-                yield [self._inputs(batch) for batch in chunk], total_weights(chunk)
-            else:
-                yield [{} for _ in range(size)], []
+            chunk = list(islice(batches, size)) if self.reads else []
+            inputs = [self._inputs(batch, step=0) for batch in chunk] if self.reads else [{} for _ in range(size)]
+            yield inputs, self._weights(chunk)
 
     def _num_held_out_batches(self) -> int:
         assert self.held_out is not None
-        count = int(rows_per_shard(self.held_out, self.run_stage.sequence_length).sum())
-        return num_evaluation_batches(
-            min(count, self.max_held_out or count), self.groups.layout.data, self.parallel.micro_batch_size
-        )
+        return self.held_out.num_batches(self.groups.layout.data, self.parallel.micro_batch_size)
 
     def close(self) -> None:
         """Ends the reading thread; safe to call twice."""
@@ -148,15 +137,17 @@ class Feed:
             self._prefetcher.close()
             self._prefetcher = None
 
-    def _inputs(self, batch: Batch) -> Tensors:
-        return {name: self._move(tensor) for name, tensor in batch.inputs.items() if name in self.wanted}
+    def _inputs(self, batch: Batch, step: int) -> Tensors:
+        inputs = batch.inputs
+        if DROPOUT_KEYS in self.wanted:
+            inputs = inputs | {DROPOUT_KEYS: torch.from_numpy(dropout_keys(self.seed, step, batch.samples_B3.numpy()))}
+        return {name: self._move(tensor) for name, tensor in inputs.items() if name in self.wanted}
+
+    def _weights(self, batches: list[Batch]) -> list[float]:
+        """(L,) weight of the targets of all batches, by loss."""
+        return [sum(batch.weights[name] for batch in batches) for name in self.losses]
 
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor
-
-
-def total_weights(batches: list[Batch]) -> list[float]:
-    """(L,) weight of the targets of all batches, by loss."""
-    return [sum(weights) for weights in zip(*(batch.weights for batch in batches), strict=True)]

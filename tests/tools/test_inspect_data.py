@@ -43,11 +43,12 @@ def test_one_part_alone_and_numbers_without_a_tokenizer(folder, tmp_path, capsys
     shutil.rmtree(tmp_path / "tokenizer")
     arguments = ["--samples", "1", "--sequence-length", "16", "--seed", "3"]
     assert main(["inspect-data", str(folder / "train"), *arguments]) == EXIT_DONE
-    [(place, row)] = first_samples(TokenDataset(folder / "train"), 16, 3, 1)
+    batch = first_samples(TokenDataset(folder / "train"), 16, 3, 1)
+    [place] = batch.sources
     printed = capsys.readouterr().out
     assert f"train {place}" in printed
     shown = words(printed[printed.index(place) :])
-    assert [word for word in shown if word.isdigit()] == [str(token) for token in row.tokens[:-1].tolist()]
+    assert [word for word in shown if word.isdigit()] == [str(token) for token in batch.inputs["tokens_BT"][0].tolist()]
 
 
 def test_no_samples_on_request(folder, capsys):
@@ -79,3 +80,22 @@ def test_a_part_that_is_gone_is_missed(folder, capsys):
     (folder / "train" / "index.json").unlink()
     assert main(["inspect-data", str(folder)]) == EXIT_FAILURE
     assert "says that it was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("purpose", "kind", "options", "expected"),
+    [
+        ("masked", "wordpiece", [], ["[CLS]", "[MASK]", "to predict: "]),
+        ("masked", "wordpiece", ["--pairs", "next_sentence"], ["[SEP]", "second segment: random or swapped"]),
+        ("span_corruption", "sentencepiece-bpe", [], ["<extra_id_0>", "to spell out: "]),
+        ("fill_in_the_middle", "bpe", [], ["<|fim_middle|>"]),
+    ],
+)
+def test_the_rows_of_each_objective_can_be_read(tmp_path, capsys, purpose, kind, options, expected):
+    train_tokenizer(made_up_texts(100), tmp_path / "tokenizer", kind, 500, purpose)
+    source = write_json_lines(tmp_path / "texts.jsonl", [". ".join(made_up_texts(3, seed)) for seed in range(60)])
+    prepare(PrepareOptions((str(source),), tmp_path / "tokenizer", tmp_path / "out", 0, sentences="en"))
+    arguments = ["--objective", purpose, "--sequence-length", "64", "--samples", "8", *options]
+    assert main(["inspect-data", str(tmp_path / "out"), *arguments]) == EXIT_DONE
+    printed = " ".join(words(capsys.readouterr().out))
+    assert all(" ".join(text.split()) in printed for text in expected)

@@ -9,6 +9,7 @@ import numpy as np
 
 from engine.data.dataset import TokenDataset
 from engine.data.shards import ShardWriter
+from engine.data.vocabulary import Vocabulary, packed
 
 EOS = 0
 VOCABULARY = 1000
@@ -46,3 +47,34 @@ def made_up_texts(count: int, seed: int = 0) -> list[str]:
 def write_json_lines(path: Path, texts: list[str], key: str = "text") -> Path:
     path.write_text("".join(json.dumps({key: text, "source": "made up"}) + "\n" for text in texts), encoding="utf-8")
     return path
+
+
+SPECIAL = {"padding": 900, "classify": 901, "separate": 902, "mask": 903}
+SENTINELS, FILL = tuple(range(999, 949, -1)), (904, 905, 906)
+NUM_ORDINARY = 899
+"""Ordinary tokens of `made_up_vocabulary`: 1 to 899."""
+
+
+def made_up_vocabulary() -> Vocabulary:
+    """Of `VOCABULARY` tokens; every token that 3 divides goes on with a word, a multiple of 10 ends one."""
+    ids = np.arange(VOCABULARY)
+    return Vocabulary(
+        **SPECIAL,
+        sentinels=SENTINELS,
+        fill=FILL,
+        size=VOCABULARY,
+        ordinary=packed((ids > 0) & (ids <= NUM_ORDINARY)),
+        begins_word=packed(ids % 3 != 0),
+        ends_word=packed(ids % 10 == 0),
+    )
+
+
+def write_sentences(folder: Path, count: int, longest: int = 9, seed: int = 0, shard_tokens: int = 400) -> TokenDataset:
+    """Documents of 1 to 12 sentences of 1 to `longest` tokens as shards with sentences and `made_up_vocabulary`."""
+    generator = np.random.default_rng(seed)
+    with ShardWriter(folder, VOCABULARY, EOS, "tokenizer-hash", 2 * shard_tokens, made_up_vocabulary()) as writer:
+        for _ in range(count):
+            lengths = generator.integers(1, longest + 1, generator.integers(1, 13))
+            tokens = generator.integers(1, NUM_ORDINARY + 1, lengths.sum())
+            writer.add(np.append(tokens, EOS), np.concatenate([[0], np.cumsum(lengths)[:-1]]))
+    return TokenDataset(folder)

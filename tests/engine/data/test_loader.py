@@ -11,7 +11,7 @@ import torch
 
 from engine.config.ramp import Ramp
 from engine.data.dataset import TokenDataset
-from engine.data.loader import Loader, evaluation_batches, num_evaluation_batches
+from engine.data.loader import HeldOut, Loader
 from engine.data.stream import SampleId
 from engine.errors import DataError
 from tests.engine.data.corpus import EOS, made_up_documents, write_shards
@@ -53,7 +53,7 @@ def test_a_step_holds_the_same_samples_in_every_layout(dataset, data_size, micro
 
 def test_each_sample_comes_once_per_epoch_and_epochs_follow_one_another(dataset):
     stream = loader(dataset, global_batch_size=7)
-    epoch = stream.samples_per_epoch
+    epoch = stream.samples_per_epoch()
     seen = [source for _ in range(3 * epoch // 7 + 1) for batch in stream.step(0, 1, 7) for source in batch.sources]
     assert set(Counter(seen[:epoch]).values()) == {1}
     assert sorted(seen[:epoch]) == sorted(seen[epoch : 2 * epoch])
@@ -72,7 +72,7 @@ def test_a_row_is_what_the_shard_says(dataset):
         assert batch.inputs["weights_BT"][b, :inputs].tolist() == (stretch[:-1] != EOS).astype(float).tolist()
         assert not batch.inputs["weights_BT"][b, inputs:].any()
         assert int(batch.document_lengths[b].sum()) == LENGTH
-    assert batch.weights == (batch.inputs["weights_BT"].sum(),)
+    assert batch.weights == {"causal": batch.inputs["weights_BT"].sum()}
 
 
 def test_types_and_shapes_of_a_batch(dataset):
@@ -134,6 +134,7 @@ def test_the_hash_of_the_next_samples_follows_the_order_not_the_addresses_alone(
         ({"seed": 4}, "seed = 3, this run has 4"),
         ({"window_shards": 5}, "window_shards = 4, this run has 5"),
         ({"attention": "row"}, "attention = 'document', this run has 'row'"),
+        ({"packing": "best_fit"}, "packing = 'concatenate', this run has 'best_fit'"),
     ],
 )
 def test_a_state_of_another_order_is_refused_and_both_are_named(dataset, changes, message):
@@ -149,7 +150,9 @@ def test_a_state_of_other_data_is_refused_and_both_are_named(dataset, tmp_path):
         loader(other).restore(loader(dataset).state())
 
 
-@pytest.mark.parametrize("damage", [{"slot": 10**9}, {"window": "x"}, {"epoch": None}, {"samples": None}])
+@pytest.mark.parametrize(
+    "damage", [{"slot": 10**9}, {"window": "x"}, {"epoch": None}, {"samples": None}, {"position": None}]
+)
 def test_a_damaged_state_is_refused_and_changes_nothing(dataset, damage):
     stream = loader(dataset)
     stream.skip()
@@ -178,8 +181,8 @@ def test_a_ramp_moves_no_sample(dataset):
 def test_samples_left_out_are_passed_over_and_nothing_else_moves(dataset):
     """Intervals against a plain list: inside a step, over several steps, behind, adjoining, over the epoch's end."""
     plain = loader(dataset, global_batch_size=1)
-    order = plain.next_sample_ids(2 * plain.samples_per_epoch)
-    holes = [(2, 5), (14, 40), (40, 41), (70, 71), (plain.samples_per_epoch - 3, plain.samples_per_epoch + 4)]
+    order = plain.next_sample_ids(2 * plain.samples_per_epoch())
+    holes = [(2, 5), (14, 40), (40, 41), (70, 71), (plain.samples_per_epoch() - 3, plain.samples_per_epoch() + 4)]
     stream = loader(dataset)
     stream.step(0, 1, 12)
     for hole in reversed(holes):
@@ -188,7 +191,7 @@ def test_samples_left_out_are_passed_over_and_nothing_else_moves(dataset):
     left = [sample for n, sample in enumerate(order) if n >= 12 and not any(a <= n < b for a, b in holes)]
     assert stream.next_sample_ids(60) == left[:60]
     taken, skipping = [], stream.clone()
-    for _ in range(plain.samples_per_epoch // 12):
+    for _ in range(plain.samples_per_epoch() // 12):
         restored = loader(dataset)
         restored.restore(json.loads(json.dumps(stream.state())))
         assert restored.sample_hash(50) == stream.sample_hash(50)
@@ -222,21 +225,23 @@ def test_an_empty_data_set_is_refused(tmp_path):
 def test_evaluation_sees_each_sample_once_with_the_same_weight_in_every_layout(
     dataset, data_size, micro_batch_size, max_samples
 ):
+    held_out = HeldOut(dataset, LENGTH, "document", max_samples)
+
     def batches(rank, size, micro):
-        return list(evaluation_batches(dataset, LENGTH, "document", rank, size, micro, max_samples))
+        return list(held_out.batches(rank, size, micro))
 
     whole = [row for row in rows_of(batches(0, 1, 1)) if row[1]]
     parts = [batches(rank, data_size, micro_batch_size) for rank in range(data_size)]
-    assert {len(part) for part in parts} == {num_evaluation_batches(len(whole), data_size, micro_batch_size)}
+    assert {len(part) for part in parts} == {held_out.num_batches(data_size, micro_batch_size)}
     assert {batch.num_rows for part in parts for batch in part} == {micro_batch_size}
     merged = [row for micro in zip(*parts, strict=True) for batch in micro for row in rows_of([batch])]
     assert [row for row in merged if row[1]] == whole
-    total = sum(batch.weights[0] for part in parts for batch in part)
-    assert total == sum(batch.weights[0] for batch in batches(0, 1, 1))
+    total = sum(batch.weights["causal"] for part in parts for batch in part)
+    assert total == sum(batch.weights["causal"] for batch in batches(0, 1, 1))
 
 
 def test_a_missing_sample_is_a_row_of_weight_0(dataset):
-    last = list(evaluation_batches(dataset, LENGTH, "document", 1, 2, 4, max_samples=9))[-1]
+    last = list(HeldOut(dataset, LENGTH, "document", max_samples=9).batches(1, 2, 4))[-1]
     assert last.samples_B3.unique().tolist() == [-1]
     assert last.row_weights_B.tolist() == [0, 0, 0, 0]
     assert not last.inputs["weights_BT"].any()

@@ -3,48 +3,61 @@
 import numpy as np
 import pytest
 
-from engine.data.packing import num_rows, pack, rows_per_shard
-from engine.errors import DataError
-from tests.engine.data.corpus import made_up_documents, write_shards
+from engine.data.packing import Concatenation, num_rows
+from tests.engine.data.corpus import EOS, made_up_documents, write_shards
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 16, 100, 5000])
-def test_every_token_but_the_first_follows_an_input_exactly_once(tmp_path, length):
+def rows_of(dataset, capacity, reads):
+    """(shard, its rows) of each shard."""
+    packing = Concatenation(dataset, capacity, reads)
+    for number in range(dataset.num_shards):
+        shard = dataset.shard(number)
+        count = int(packing.count(np.array([number]))[0])
+        yield shard, [packing.row(shard, number, row) for row in range(count)]
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 7, 16, 100, 5000])
+def test_every_token_but_the_first_follows_another_exactly_once(tmp_path, capacity):
     dataset = write_shards(tmp_path, made_up_documents(40), shard_tokens=250)
-    for number in range(dataset.num_shards):
-        shard = dataset.shard(number)
-        rows = int(num_rows(np.array(shard.tokens.size), length))
-        assert rows == -(-(shard.tokens.size - 1) // length)
-        packed = [pack(shard, row, length) for row in range(rows)]
-        assert np.array_equal(np.concatenate([row.tokens[1:] for row in packed]), shard.tokens[1:])
-        assert np.array_equal(np.concatenate([row.tokens[:-1] for row in packed]), shard.tokens[:-1])
+    for shard, rows in rows_of(dataset, capacity, "successors"):
+        assert len(rows) == -(-(shard.tokens.size - 1) // capacity)
+        assert np.array_equal(np.concatenate([row.successors for row in rows]), shard.tokens[1:])
+        assert np.array_equal(np.concatenate([row.tokens for row in rows]), shard.tokens[:-1])
+        assert {row.tokens.size for row in rows[:-1]} <= {capacity}
 
 
-@pytest.mark.parametrize("length", [3, 8, 64])
-def test_segments_and_lengths_agree_with_counting_ends_of_text(tmp_path, length):
+@pytest.mark.parametrize("capacity", [1, 2, 7, 16, 100, 5000])
+@pytest.mark.parametrize("reads", ["all", "text"])
+def test_every_token_is_read_exactly_once(tmp_path, capacity, reads):
+    dataset = write_shards(tmp_path, made_up_documents(40), shard_tokens=250)
+    for shard, rows in rows_of(dataset, capacity, reads):
+        expected = shard.tokens if reads == "all" else shard.tokens[shard.tokens != EOS]
+        found = np.concatenate([row.tokens for row in rows])
+        assert np.array_equal(found, expected[: found.size])
+        assert expected.size - found.size <= (reads == "text")  # a row of one token could not be corrupted
+        assert {row.tokens.size for row in rows[:-1]} <= {capacity}
+
+
+@pytest.mark.parametrize("capacity", [3, 8, 64])
+@pytest.mark.parametrize("reads", ["successors", "all", "text"])
+def test_documents_begin_where_ends_of_text_say(tmp_path, capacity, reads):
     dataset = write_shards(tmp_path, made_up_documents(40, longest=20), shard_tokens=150)
-    for number in range(dataset.num_shards):
-        shard = dataset.shard(number)
-        for number_of_row in range(int(num_rows(np.array(shard.tokens.size), length))):
-            row = pack(shard, number_of_row, length)
-            # independent of the offsets: a document begins after each end-of-text
-            expected, document = [], 0
-            for token in row.tokens[:-1].tolist():
-                expected.append(document)
-                document += token == 0
-            if len(expected) < length:  # padding is a document of its own
-                expected += [expected[-1] + 1] * (length - len(expected))
-            segments = row.segments()
-            assert segments.tolist() == expected
-            assert row.document_lengths().tolist() == np.bincount(expected).tolist()
-            assert np.array_equal(np.concatenate(row.documents()), row.tokens[:-1])
-            assert len(row.documents()) == len(set(expected[: row.num_inputs]))
+    for shard, rows in rows_of(dataset, capacity, reads):
+        # independent of the offsets: a document begins after each end of text
+        documents = np.concatenate([[0], np.cumsum(shard.tokens == EOS)[:-1]])
+        documents = documents[shard.tokens != EOS] if reads == "text" else documents
+        for number, row in enumerate(rows):
+            mine = documents[number * capacity :][: row.tokens.size]
+            assert row.starts.tolist() == (np.flatnonzero(np.diff(mine)) + 1).tolist()
+            assert row.document_lengths(capacity).sum() == capacity
+            inside = row.document_lengths(capacity)[: row.starts.size + 1]
+            assert inside.tolist() == np.unique(mine, return_counts=True)[1].tolist()
+            assert np.array_equal(np.concatenate(row.documents()), row.tokens)
+            if reads == "successors":
+                assert row.ends.tolist() == np.flatnonzero(row.tokens == EOS).tolist()
 
 
 def test_shards_too_short_for_a_target_have_no_row():
-    assert num_rows(np.array([0, 1, 2, 5, 6]), 4).tolist() == [0, 0, 1, 1, 2]
-
-
-def test_a_data_set_without_a_sample_is_refused(tmp_path):
-    with pytest.raises(DataError, match="holds no sample: 0 documents, 0 tokens"):
-        rows_per_shard(write_shards(tmp_path, []), 8)
+    assert num_rows(np.array([0, 1, 2, 5, 6]), 4, "successors").tolist() == [0, 0, 1, 1, 2]
+    assert num_rows(np.array([0, 1, 2, 5, 6]), 4, "text").tolist() == [0, 0, 1, 1, 2]
+    assert num_rows(np.array([0, 1, 2, 5, 6]), 4, "all").tolist() == [0, 1, 1, 2, 2]

@@ -1,0 +1,61 @@
+"""Lengths that follow from a stage's objective and sequence length: what a row reads, masks and predicts. Pure."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from engine.config.schema import ObjectiveConfig, RunStage
+
+
+class SpanLengths(NamedTuple):
+    """Of a row of span corruption: tokens read, and the lengths that encoder and decoder are filled to."""
+
+    read: int
+    encoder: int
+    decoder: int
+
+
+def num_masked(num_tokens: int, rate: float) -> int:
+    """Tokens of a row that are masked: the share rounded, one at least (Devlin et al. 2019, reference code)."""
+    return max(1, round(num_tokens * rate))
+
+
+def noise(num_tokens: int, rate: float, mean_span_length: float) -> tuple[int, int]:
+    """(tokens, spans) of noise among 2 tokens or more; outside of spans there is as many as spans, or more.
+
+    Raffel et al. 2020, "Exploring the Limits of Transfer Learning", reference code (`random_spans_noise_mask`), but
+    that there are never more spans than tokens between them.
+    """
+    tokens = min(max(round(num_tokens * rate), 1), num_tokens - 1)
+    spans = max(round(tokens / mean_span_length), 1)
+    return tokens, min(spans, num_tokens - tokens)
+
+
+def span_lengths(sequence_length: int, rate: float, mean_span_length: float) -> SpanLengths:
+    """The most tokens that fit an encoder of `sequence_length` (3 or more) once their spans are sentinels.
+
+    Sentinels and the end of the text count. One token more adds one or none, so the encoder is always filled
+    (`compute_input_and_target_lengths` of the same reference code).
+    """
+    read = 2
+    while _corrupted(read + 1, rate, mean_span_length)[0] <= sequence_length:
+        read += 1
+    return SpanLengths(read, *_corrupted(read, rate, mean_span_length))
+
+
+def decoder_length(stage: RunStage) -> int:
+    """Tokens of the decoder in a row of a stage; 0 where there is no decoder."""
+    objective = stage.objective
+    if objective.name != "span_corruption":
+        return 0
+    return span_lengths(stage.sequence_length, objective.rate, objective.mean_span_length).decoder
+
+
+def has_segments(attention: str, objective: ObjectiveConfig) -> bool:
+    """Whether rows carry segments: where documents must not see each other, and where padding could be seen."""
+    return attention == "document" or objective.name in ("masked", "span_corruption")
+
+
+def _corrupted(num_tokens: int, rate: float, mean_span_length: float) -> tuple[int, int]:
+    tokens, spans = noise(num_tokens, rate, mean_span_length)
+    return num_tokens - tokens + spans + 1, tokens + spans + 1

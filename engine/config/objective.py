@@ -1,0 +1,79 @@
+"""Rules of a stage's objective: which model it goes with, which keys it uses, what it asks of rows."""
+
+from __future__ import annotations
+
+from engine.config.schema import ModelConfig, ObjectiveConfig, RunStage
+from engine.errors import ConfigError, PalimpsestError
+
+OBJECTIVES = {"gpt": ("causal", "fill_in_the_middle"), "bert": ("masked",), "t5": ("span_corruption",)}
+"""What each family of models is trained on."""
+
+_USED = {
+    "causal": (),
+    "fill_in_the_middle": ("fill_rate", "suffix_first_share"),
+    "masked": ("pairs", "rate", "mask_unit", "mask_share", "random_share"),
+    "span_corruption": ("rate", "mean_span_length"),
+}
+
+
+def check_objective(key: str, stage: RunStage, model: ModelConfig, problems: list[PalimpsestError]) -> None:
+    """Every rule that the objective of the stage at `key` breaks."""
+    objective, name = stage.objective, f"{key}.objective"
+    allowed = OBJECTIVES[model.family]
+    if objective.name not in allowed:
+        problems.append(
+            ConfigError(
+                f"{name}.name = {objective.name} with model.family = {model.family}",
+                " or ".join(allowed),
+                "change the objective or the model",
+            )
+        )
+    used = _USED[objective.name] + (("mean_span_length",) if objective.mask_unit == "span" else ())
+    problems += [
+        ConfigError(
+            f"{name}.{field} = {getattr(objective, field)} with {name}.name = {objective.name}, which does not use it",
+            ", ".join(used) or "no other key",
+            "leave it out",
+        )
+        for field in ObjectiveConfig.model_fields
+        if field not in ("name", *used) and getattr(objective, field) != ObjectiveConfig.model_fields[field].default
+    ]
+    if objective.mask_share + objective.random_share > 1:
+        problems.append(
+            ConfigError(
+                f"{name}.mask_share = {objective.mask_share} and {name}.random_share = {objective.random_share}",
+                "1 or less together",
+            )
+        )
+    _check_rows(key, stage, problems)
+
+
+def _check_rows(key: str, stage: RunStage, problems: list[PalimpsestError]) -> None:
+    objective, data = stage.objective, stage.data
+    shortest = 5 if objective.pairs != "none" else {"masked": 3, "span_corruption": 3}.get(objective.name, 1)
+    if stage.sequence_length < shortest:
+        problems.append(
+            ConfigError(
+                f"{key}.sequence_length = {stage.sequence_length} with objective {objective.name}",
+                f"{shortest} or more",
+                "special tokens need their places, too",
+            )
+        )
+    if data.packing == "best_fit" and data.attention != "document":
+        problems.append(
+            ConfigError(
+                f"{key}.data.packing = best_fit with {key}.data.attention = {data.attention}",
+                "attention document",
+                "documents that were packed whole do not belong together",
+            )
+        )
+    whole = objective.name == "causal" or (objective.name == "masked" and objective.pairs == "none")
+    if data.packing == "best_fit" and not whole:
+        what = objective.name if objective.pairs == "none" else f"{objective.name} with pairs"
+        problems.append(
+            ConfigError(
+                f"{key}.data.packing = best_fit with objective {what}",
+                "causal, or masked without pairs",
+                "set packing to concatenate: this objective lays out its rows itself",
+            )
+        )

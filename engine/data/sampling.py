@@ -1,0 +1,295 @@
+"""From a run stage's objective to the rows of a micro-batch: packing and objective put together.
+
+A sampler counts the samples of shards, and makes the model's inputs of those it is asked for. Invariant: a sample's
+inputs are a function of (data set, objective, sequence length, seed, address); no rank, batch or restart enters.
+
+B batch (rows), T time, M most masked tokens of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+from engine.config.lengths import span_lengths
+from engine.config.schema import ObjectiveConfig
+from engine.data import fill_in_the_middle, masking, span_corruption
+from engine.data.best_fit import BestFit
+from engine.data.causal import causal
+from engine.data.dataset import Shard, TokenDataset
+from engine.data.draws import PURPOSE_OBJECTIVE, halves, words
+from engine.data.packing import Concatenation, Packing, Row
+from engine.data.pairs import Pairs
+from engine.data.requirements import require
+from engine.data.vocabulary import Vocabulary
+
+Attention = Literal["document", "row"]
+PackingName = Literal["concatenate", "best_fit"]
+
+
+@dataclass(frozen=True)
+class Made:
+    """Inputs by the model's keywords, the weight of each loss, and what each row is made of."""
+
+    inputs: dict[str, np.ndarray]
+    weights: dict[str, float]
+    document_lengths: list[np.ndarray]
+
+
+class Sampler(Protocol):
+    """What one objective makes of a data set."""
+
+    def count(self, shards: np.ndarray) -> np.ndarray:
+        """(n,) int64 samples in each of the shards (n,). Raises `DataError` where offsets are damaged."""
+        ...
+
+    def make(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int) -> Made:
+        """The rows of the samples (shard, row) at `places`, filled up to `num_rows` with rows of weight 0.
+
+        Raises `DataError` where a shard is damaged.
+        """
+        ...
+
+
+def make_sampler(
+    dataset: TokenDataset,
+    sequence_length: int,
+    seed: int,
+    attention: Attention,
+    packing: PackingName = "concatenate",
+    objective: ObjectiveConfig | None = None,
+) -> Sampler:
+    """The sampler of an objective. Raises `DataError` where the shards lack what it needs."""
+    objective = objective or ObjectiveConfig()
+    require(dataset, sequence_length, objective)
+    context = _Context(dataset, sequence_length, seed, attention, objective)
+    if objective.name == "masked":
+        return _PairSampler(context) if objective.pairs != "none" else _MaskedSampler(context, packing)
+    if objective.name == "span_corruption":
+        return _SpanSampler(context)
+    return _CausalSampler(context, packing)
+
+
+@dataclass(frozen=True)
+class _Context:
+    dataset: TokenDataset
+    length: int
+    seed: int
+    attention: Attention
+    objective: ObjectiveConfig
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        assert self.dataset.index.vocabulary is not None, "require() lets nothing else pass"
+        return self.dataset.index.vocabulary
+
+    @property
+    def padding_id(self) -> int:
+        index = self.dataset.index
+        found = index.vocabulary.padding if index.vocabulary is not None else None
+        return index.eos_id if found is None else found
+
+    def shard(self, number: int) -> Shard:
+        return self.dataset.shard(number)
+
+    def words(self, samples_B3: np.ndarray, num_rows: int, num_words: int) -> np.ndarray:
+        """(num_rows, num_words) random words of the samples; 0 in rows that stand for nothing."""
+        drawn = np.zeros((num_rows, num_words), np.uint64)
+        drawn[: len(samples_B3)] = words(self.seed, PURPOSE_OBJECTIVE, samples_B3, num_words)
+        return drawn
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    """Rows to write on: tokens, how many are real, and where documents begin."""
+
+    tokens_BT: np.ndarray
+    totals_B: np.ndarray
+    starts_BT: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "starts_BT", np.zeros(self.tokens_BT.shape, bool))
+
+    @property
+    def real_BT(self) -> np.ndarray:
+        return np.arange(self.tokens_BT.shape[1]) < self.totals_B[:, None]
+
+    def documents_BT(self) -> np.ndarray:
+        """int32: number of the document within its row, from 0; padding is the last."""
+        marks_BT = self.starts_BT.copy()
+        rows = np.flatnonzero((self.totals_B > 0) & (self.totals_B < self.tokens_BT.shape[1]))
+        marks_BT[rows, self.totals_B[rows]] = True
+        return np.cumsum(marks_BT, axis=1, dtype=np.int32)
+
+    def padding_BT(self) -> np.ndarray:
+        """int32: 0, and 1 in the padding of rows that are not all padding."""
+        return (~self.real_BT & (self.totals_B > 0)[:, None]).astype(np.int32)
+
+
+def _sheet(num_rows: int, length: int, padding_id: int) -> _Sheet:
+    return _Sheet(np.full((num_rows, length), padding_id, np.int64), np.zeros(num_rows, np.int64))
+
+
+def _lengths(documents_BT: np.ndarray) -> list[np.ndarray]:
+    return [np.bincount(row).astype(np.int32) for row in documents_BT]
+
+
+class _CausalSampler:
+    """Causal rows, with documents rearranged or not."""
+
+    def __init__(self, context: _Context, packing: PackingName) -> None:
+        self._context = context
+        self._packing: Packing = (
+            BestFit(context.dataset, context.length, lookahead=True)
+            if packing == "best_fit"
+            else Concatenation(context.dataset, context.length, "successors")
+        )
+        self.count = self._packing.count
+
+    def make(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int) -> Made:
+        context = self._context
+        # ends of text pad: what was trained before padding had a token of its own is trained the same today
+        sheet = _sheet(num_rows, context.length, context.dataset.index.eos_id)
+        rows = self._rows(samples_B3, places)
+        for b, row in enumerate(rows):
+            sheet.tokens_BT[b, : row.tokens.size] = row.tokens
+            sheet.starts_BT[b, row.starts] = True
+            sheet.totals_B[b] = row.tokens.size
+        targets_BT = np.full(sheet.tokens_BT.shape, context.dataset.index.eos_id, np.int64)
+        weights_BT = np.zeros(sheet.tokens_BT.shape, np.float32)
+        causal(rows, targets_BT, weights_BT, context.attention == "document")
+        inputs = {"tokens_BT": sheet.tokens_BT, "targets_BT": targets_BT, "weights_BT": weights_BT}
+        documents_BT = sheet.documents_BT()
+        if context.attention == "document":
+            inputs["segments_BT"] = documents_BT
+        return Made(inputs, {"causal": float(weights_BT.sum(dtype=np.float64))}, _lengths(documents_BT))
+
+    def _rows(self, samples_B3: np.ndarray, places: np.ndarray) -> list[Row]:
+        context = self._context
+        rows = [self._packing.row(context.shard(number), number, row) for number, row in places.tolist()]
+        if context.objective.name != "fill_in_the_middle" or not rows:
+            return rows
+        drawn = context.words(samples_B3, len(rows), fill_in_the_middle.num_words(context.length))
+        eos_id, vocabulary = context.dataset.index.eos_id, context.vocabulary
+        return [
+            fill_in_the_middle.rearrange(row, context.length, context.objective, vocabulary, eos_id, drawn[b])
+            for b, row in enumerate(rows)
+        ]
+
+
+class _MaskedSampler:
+    """Masked tokens without pairs. A stretch stands between [CLS] and [SEP], a whole document behind [CLS], where the
+    tokenizer has them."""
+
+    def __init__(self, context: _Context, packing: PackingName) -> None:
+        self._context, vocabulary = context, context.vocabulary
+        self._whole = packing == "best_fit"
+        self._head = [] if vocabulary.classify is None else [vocabulary.classify]
+        self._tail = [] if self._whole or not self._head or vocabulary.separate is None else [vocabulary.separate]
+        self._packing: Packing = (
+            BestFit(context.dataset, context.length, lookahead=False, extra=len(self._head))
+            if self._whole
+            else Concatenation(context.dataset, context.length - len(self._head) - len(self._tail), "all")
+        )
+        self.count = self._packing.count
+
+    def make(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int) -> Made:
+        sheet = _sheet(num_rows, self._context.length, self._context.padding_id)
+        for b, (number, row_number) in enumerate(places.tolist()):
+            row = self._packing.row(self._context.shard(number), number, row_number)
+            tokens, starts = self._framed(row)
+            sheet.tokens_BT[b, : tokens.size] = tokens
+            sheet.starts_BT[b, starts] = True
+            sheet.totals_B[b] = tokens.size
+        inputs, weights = _masked(self._context, sheet, samples_B3)
+        return Made(inputs, weights, _lengths(sheet.documents_BT()))
+
+    def _framed(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
+        """The row's tokens within their frame, and where documents begin."""
+        if not self._whole:
+            return np.concatenate([self._head, row.tokens, self._tail]).astype(np.int64), row.starts + len(self._head)
+        tokens = (
+            np.insert(row.tokens.astype(np.int64), np.append(0, row.starts), self._head) if self._head else row.tokens
+        )
+        return tokens, row.starts + len(self._head) * np.arange(1, row.starts.size + 1)
+
+
+class _PairSampler:
+    """Masked tokens and pairs: [CLS] first [SEP] second [SEP], or [CLS] first [SEP]."""
+
+    def __init__(self, context: _Context) -> None:
+        assert context.objective.pairs != "none"
+        self._context = context
+        self._pairs = Pairs(context.dataset, context.length - 3, context.objective.pairs, context.seed)
+        self.count = self._pairs.count
+
+    def make(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int) -> Made:
+        context, vocabulary = self._context, self._context.vocabulary
+        sheet = _sheet(num_rows, context.length, context.padding_id)
+        types_BT = np.zeros(sheet.tokens_BT.shape, np.int64)
+        labels_B, weights_B = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.float32)
+        for b, (number, row) in enumerate(places.tolist()):
+            shard = context.shard(number)
+            segments, labels_B[b], weights_B[b] = self._pairs.pair(number, row, int(samples_B3[b, 0]))
+            at = 1
+            sheet.tokens_BT[b, 0] = vocabulary.classify
+            for order, (start, end) in enumerate(segments):
+                stop = at + end - start
+                sheet.tokens_BT[b, at:stop] = shard.tokens[start:end]
+                sheet.tokens_BT[b, stop] = vocabulary.separate
+                types_BT[b, at : stop + 1] = order
+                at = stop + 1
+            sheet.totals_B[b] = at
+        inputs, weights = _masked(context, sheet, samples_B3)
+        inputs |= {"token_types_BT": types_BT, "pair_targets_B": labels_B, "pair_weights_B": weights_B}
+        weights["pairs"] = float(weights_B.sum(dtype=np.float64))
+        return Made(inputs, weights, _lengths(sheet.documents_BT()))
+
+
+def _masked(context: _Context, sheet: _Sheet, samples_B3: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Inputs and weights of the masked rows; masks what stands on the sheet."""
+    length, objective = context.length, context.objective
+    drawn = context.words(samples_B3, len(sheet.totals_B), masking.num_words(length, objective.rate))
+    made = masking.mask(sheet.tokens_BT, sheet.real_BT, sheet.starts_BT, objective, context.vocabulary, drawn)
+    segments_BT = sheet.documents_BT() if context.attention == "document" else sheet.padding_BT()
+    inputs = {"tokens_BT": sheet.tokens_BT, "segments_BT": segments_BT, **made._asdict()}
+    return inputs, {"mlm": float(made.weights_BM.sum(dtype=np.float64))}
+
+
+class _SpanSampler:
+    """T5's rows: consecutive text, as much as fills the encoder once spans are sentinels."""
+
+    def __init__(self, context: _Context) -> None:
+        self._context, objective = context, context.objective
+        self._lengths = span_lengths(context.length, objective.rate, objective.mean_span_length)
+        self._packing = Concatenation(context.dataset, self._lengths.read, "text")
+        self.count = self._packing.count
+
+    def make(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int) -> Made:
+        context, objective, read = self._context, self._context.objective, self._lengths.read
+        sheet = _sheet(num_rows, read, context.padding_id)
+        for b, (number, row_number) in enumerate(places.tolist()):
+            row = self._packing.row(context.shard(number), number, row_number)
+            sheet.tokens_BT[b, : row.tokens.size] = row.tokens
+            sheet.starts_BT[b, row.starts] = True
+            sheet.totals_B[b] = row.tokens.size
+        drawn = halves(context.words(samples_B3, num_rows, span_corruption.num_words(self._lengths)))[:, :read]
+        documents = sheet.documents_BT() if context.attention == "document" else np.zeros((num_rows, read), np.int32)
+        made = span_corruption.corrupt(
+            sheet.tokens_BT,
+            sheet.totals_B,
+            documents,
+            drawn,
+            objective.rate,
+            objective.mean_span_length,
+            self._lengths,
+            context.vocabulary.sentinels,
+            context.dataset.index.eos_id,
+            context.padding_id,
+        )
+        inputs = made._asdict()
+        if context.attention == "row":
+            del inputs["decoder_segments_BT"]
+        return Made(inputs, {"span": float(made.weights_BT.sum(dtype=np.float64))}, _lengths(made.segments_BS))

@@ -1,0 +1,61 @@
+"""Lengths of span corruption against brute force and against T5's own figures."""
+
+import pytest
+
+from engine.config.lengths import decoder_length, has_segments, noise, num_masked, span_lengths
+from engine.config.schema import DataConfig, Duration, ObjectiveConfig, RunStage
+
+
+def filled(read, rate, mean):
+    """Encoder and decoder of a row of `read` tokens: kept or noise, sentinels, end of text."""
+    tokens, spans = noise(read, rate, mean)
+    return read - tokens + spans + 1, tokens + spans + 1
+
+
+@pytest.mark.parametrize(("rate", "mean"), [(0.15, 3.0), (0.5, 3.0), (0.15, 1.0), (0.9, 10.0), (0.01, 5.0)])
+def test_the_encoder_is_filled_by_as_many_tokens_as_fit(rate, mean):
+    for length in (*range(3, 40), 127, 128, 512):
+        found = span_lengths(length, rate, mean)
+        most = max(read for read in range(2, 12 * length + 20) if filled(read, rate, mean)[0] <= length)
+        assert found == (most, length, filled(most, rate, mean)[1])
+
+
+def test_t5s_own_figures():
+    """Raffel et al. 2020: 512 tokens of input come from 568, with 114 of targets."""
+    assert span_lengths(512, 0.15, 3.0) == (568, 512, 114)
+
+
+def test_noise_always_leaves_room_between_spans():
+    for total in range(2, 200):
+        for rate in (0.05, 0.15, 0.5, 0.95):
+            for mean in (1.0, 3.0):
+                tokens, spans = noise(total, rate, mean)
+                assert 1 <= spans <= min(tokens, total - tokens)
+
+
+def test_most_masked_tokens_are_those_of_a_full_row():
+    assert [num_masked(n, 0.15) for n in (1, 10, 128, 512)] == [1, 2, 19, 77]
+    assert all(num_masked(n, 0.15) <= num_masked(n + 1, 0.15) for n in range(1, 5000))
+
+
+def stage(objective):
+    return RunStage(
+        data=DataConfig.model_validate({"train": "x"}),
+        sequence_length=512,
+        global_batch_size=1,
+        duration=Duration(steps=1),
+        objective=objective,
+    )
+
+
+def test_only_span_corruption_has_a_decoder_and_only_causal_rows_can_do_without_segments():
+    assert decoder_length(stage(ObjectiveConfig(name="span_corruption"))) == 114
+    assert decoder_length(stage(ObjectiveConfig(name="masked"))) == 0
+    assert has_segments("document", ObjectiveConfig())
+    assert not has_segments("row", ObjectiveConfig())
+    assert has_segments("row", ObjectiveConfig(name="masked"))
+
+
+def test_an_objective_may_be_written_as_its_name_alone():
+    whole = {"data": {"train": "x"}, "sequence_length": 8, "global_batch_size": 1, "duration": {"steps": 1}}
+    assert RunStage.model_validate(whole | {"objective": "masked"}).objective == ObjectiveConfig(name="masked")
