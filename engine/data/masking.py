@@ -90,6 +90,7 @@ def _replace(
     """Writes masks and random tokens; `actions` and `drawn` are uint32, one of each per masked token."""
     shares = np.array([objective.mask_share, objective.mask_share + objective.random_share])
     as_mask, as_other = np.minimum(np.round(shares * 2**32), 2**32).astype(np.uint64)
+    assert vocabulary.mask is not None, "checked when the sampler was made"
     ordinary = vocabulary.ordinary_ids
     random = ordinary[below(drawn, ordinary.size)]
     kept = np.where(actions < as_other, random, tokens_BT[rows, positions])

@@ -52,7 +52,8 @@ class Pairs:
 
     def __init__(self, dataset: TokenDataset, capacity: int, kind: Kind, seed: int) -> None:
         """`capacity`: tokens of both segments together. The shards have sentences."""
-        self._dataset, self._capacity, self._kind, self._seed = dataset, capacity, kind, seed
+        self._dataset, self._capacity, self._seed = dataset, capacity, seed
+        self._kind: Kind = kind
         self._segments: OrderedDict[int, Segments] = OrderedDict()
         self._arrangements: OrderedDict[tuple[int, int], Arrangement] = OrderedDict()
 

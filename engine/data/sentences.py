@@ -24,7 +24,7 @@ def check_language(language: str) -> None:
 
 def sentence_starts(text: str, language: str) -> np.ndarray:
     """Characters at which the sentences of a text begin, int64, rising from 0; no sentence is blank."""
-    from sentencex import get_sentence_boundaries
+    from sentencex import get_sentence_boundaries  # pyright: ignore[reportAttributeAccessIssue]  # compiled, untyped
 
     starts = [item["start_index"] for item in get_sentence_boundaries(language, text) if item["text"].strip()]
     return np.array([0, *starts[1:]], np.int64)

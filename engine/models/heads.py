@@ -18,6 +18,9 @@ class VocabularyHead(nn.Module):
     `weight` is (padded_vocab_size, width); its rows from `vocab_size` on, and those of the bias, never matter.
     """
 
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
     def __init__(
         self, width: int, vocab_size: int, padded_vocab_size: int, functions: Functions, bias: bool = False
     ) -> None:

@@ -110,7 +110,7 @@ def shard(module: nn.Module, specs: dict[str, ParameterSpec], ties: dict[str, st
     """
     if group.size == 1:
         return
-    swapped: dict[nn.Parameter, nn.Parameter] = {}
+    swapped: dict[torch.Tensor, torch.Tensor] = {}
     for name, layer in list(module.named_modules(remove_duplicate=False)):
         if isinstance(layer, (nn.Linear, nn.Embedding)):
             local = f"{name}.weight"

@@ -10,6 +10,7 @@ from engine.config.lengths import num_masked, span_lengths
 from engine.config.schema import ObjectiveConfig
 from engine.data.dataset import TokenDataset
 from engine.data.loader import HeldOut, Loader
+from engine.data.sampling import Attention
 from engine.errors import DataError
 from tests.engine.data.corpus import EOS, FILL, SPECIAL, made_up_documents, write_sentences, write_shards
 
@@ -38,7 +39,7 @@ def case(request):
     return {"packing": packing, "objective": ObjectiveConfig.model_validate(objective)}
 
 
-def loader(dataset, case, attention="document", seed=1):
+def loader(dataset, case, attention: Attention = "document", seed=1):
     return Loader(dataset, LENGTH, 12, seed, 4, attention, **case)
 
 

@@ -13,6 +13,9 @@ from engine.parallel.cross_entropy import linear_cross_entropy, rows_at_a_time
 
 BATCH, LENGTH, WIDTH, PADDED, REAL = 5, 40, 8, 24, 21
 
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""hidden_BTD, weight_VD, bias_V, targets_BT, weights_BT"""
+
 
 @pytest.fixture
 def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,7 +25,7 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows_at_a_time(PADDED) == 32
 
 
-def inputs(dtype: torch.dtype, bias: bool = True) -> tuple[torch.Tensor, ...]:
+def inputs(dtype: torch.dtype) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     hidden_BTD = torch.randn(BATCH, LENGTH, WIDTH, generator=generator).to(dtype).requires_grad_()
     weight_VD = torch.randn(PADDED, WIDTH, generator=generator).to(dtype).requires_grad_()
