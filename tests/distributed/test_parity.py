@@ -132,10 +132,12 @@ def test_same_seed_and_layout_is_bitwise_equal(case: Case):
 def test_bf16_curve_stays_near_the_fp32_one(case: Case):
     """bf16 keeps 8 bits, so what a layer hands on is off by up to 2^-9 of itself, and a dozen such roundings between
     embedding and loss leave the logits (size 1) off by about 12^0.5 x 2^-9 = 0.007; a mean over the targets is nearer.
+    So is the norm of the first step's gradient; later ones are taken at weights that have drifted apart, since Adam
+    turns a gradient that is mostly rounding into a whole step.
     """
     expected, found = reference(case), run(case)
     np.testing.assert_allclose(found.losses, expected.losses, rtol=0, atol=0.02)
-    np.testing.assert_allclose(found.norms, expected.norms, rtol=0.05)
+    np.testing.assert_allclose(found.norms[0], expected.norms[0], rtol=0.007)
     assert found.losses != expected.losses
     for values in found.weights.values():  # masters are fp32: not all of them are bf16 numbers
         assert values.dtype == np.float32
