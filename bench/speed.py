@@ -18,8 +18,9 @@ from torch.profiler import ProfilerActivity
 
 from bench.contest import Spread
 from bench.ours import Ours, Precision, Shape, micro_batches, tokens_of_step
+from engine.config.lengths import RowLengths
 from engine.config.schema import ModelConfig
-from engine.plan.operations import training_operations_per_token
+from engine.plan.operations import training_operations
 
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16 operations per second by a part of the device's name, most special first (NVIDIA's data sheets)."""
@@ -110,7 +111,8 @@ def measure(ours: Ours, shape: Shape, peak: float | None, end: float) -> dict[st
     if len(seconds) < LEAST_REPEATS:
         return None
     speed = Spread.of([shape.tokens / second for second in seconds])
-    per_token = training_operations_per_token(shape.model, shape.length)
+    per_row = training_operations(shape.model, RowLengths(shape.length, predicted=shape.length))
+    per_token = per_row // shape.length
     return {
         "micro_rows": shape.micro_rows,
         "rows": shape.rows,

@@ -7,6 +7,17 @@ from typing import NamedTuple
 from engine.config.schema import ObjectiveConfig, RunStage
 
 
+class RowLengths(NamedTuple):
+    """Tokens of a row of a run stage, in its several parts."""
+
+    tokens: int
+    """That the model (where there is a decoder, the encoder) sees."""
+    predicted: int
+    """That the head computes the loss of."""
+    decoder: int = 0
+    """That the decoder sees; 0 where there is none."""
+
+
 class SpanLengths(NamedTuple):
     """Of a row of span corruption: tokens read, and the lengths that encoder and decoder are filled to."""
 
@@ -43,12 +54,15 @@ def span_lengths(sequence_length: int, rate: float, mean_span_length: float) -> 
     return SpanLengths(read, *_corrupted(read, rate, mean_span_length))
 
 
-def decoder_length(stage: RunStage) -> int:
-    """Tokens of the decoder in a row of a stage; 0 where there is no decoder."""
-    objective = stage.objective
-    if objective.name != "span_corruption":
-        return 0
-    return span_lengths(stage.sequence_length, objective.rate, objective.mean_span_length).decoder
+def row_lengths(stage: RunStage) -> RowLengths:
+    """The lengths of a stage's rows."""
+    length, objective = stage.sequence_length, stage.objective
+    if objective.name == "masked":
+        return RowLengths(length, num_masked(length, objective.rate))
+    if objective.name == "span_corruption":
+        decoder = span_lengths(length, objective.rate, objective.mean_span_length).decoder
+        return RowLengths(length, decoder, decoder)
+    return RowLengths(length, length)
 
 
 def has_segments(attention: str, objective: ObjectiveConfig) -> bool:

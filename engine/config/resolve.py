@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.config.course import check_optimizer, check_ramp, check_schedule, check_stability
+from engine.config.model import check_model, divisors
 from engine.config.objective import check_objective
 from engine.config.schema import ModelConfig, ParallelConfig, RunConfig, RunStage
 from engine.errors import ConfigError, PalimpsestError, report
@@ -57,7 +58,7 @@ def examine(config: RunConfig, world_size: int) -> tuple[Layout | None, list[Pal
 def check(config: RunConfig) -> list[PalimpsestError]:
     """Every rule that the configuration breaks whatever the world size."""
     problems: list[PalimpsestError] = []
-    _check_model(config.model, problems)
+    check_model(config.model, problems)
     _check_parallel(config, problems)
     check_optimizer(config, problems)
     check_stability(config, problems)
@@ -80,39 +81,6 @@ def check(config: RunConfig) -> list[PalimpsestError]:
 def num_micro_batches(batch_size: int, parallel: ParallelConfig, data_size: int) -> int:
     """Micro-batches that each data rank runs in a step of so many samples; `resolve` has checked that it is whole."""
     return batch_size // (parallel.micro_batch_size * data_size)
-
-
-def _check_model(model: ModelConfig, problems: list[PalimpsestError]) -> None:
-    if model.hidden_size % model.num_heads:
-        problems.append(
-            ConfigError(
-                f"model.num_heads = {model.num_heads} does not divide model.hidden_size = {model.hidden_size}",
-                f"one of {divisors(model.hidden_size)}",
-            )
-        )
-    elif model.position == "rope" and model.head_size % 2:
-        problems.append(
-            ConfigError(
-                f"model.position = rope needs an even head size, found {model.head_size}",
-                "hidden_size / num_heads even",
-                "change model.num_heads",
-            )
-        )
-    if model.num_heads % model.kv_heads:
-        problems.append(
-            ConfigError(
-                f"model.num_kv_heads = {model.kv_heads} does not divide model.num_heads = {model.num_heads}",
-                f"one of {divisors(model.num_heads)}",
-            )
-        )
-    if model.dropout > 0:
-        problems.append(
-            ConfigError(
-                f"model.dropout = {model.dropout}",
-                "0",
-                "set it to 0: dropout that is equal in every layout is not built yet",
-            )
-        )
 
 
 def _check_parallel(config: RunConfig, problems: list[PalimpsestError]) -> None:
@@ -201,8 +169,3 @@ def _check_batch(
                     "change parallel.micro_batch_size or the number of data ranks; the global batch belongs to the run",
                 )
             )
-
-
-def divisors(number: int) -> str:
-    """The divisors of a number as text."""
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)

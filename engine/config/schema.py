@@ -91,6 +91,11 @@ class ModelConfig(Section):
     def inner_size(self) -> int:
         return self.ffn_size or 4 * self.hidden_size
 
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward part multiplies what it makes by a gate."""
+        return self.activation == "swiglu"
+
 
 class DataConfig(Section):
     """Which token shards a run stage reads, and how documents share a row.

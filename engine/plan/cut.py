@@ -1,20 +1,22 @@
 """The stage cut: which consecutive layers each pipeline stage holds, so that the slowest stage is as fast as it can be.
 
-Training and `palimpsest plan` call the same `cut`. The cost of a layer is its forward operations per token; the
+Training and `palimpsest plan` call the same `cut`. The cost of a layer is its forward operations per row; the
 embedding is counted with the first layer and the head with the last, as they live there, so the cut is a partition
 of one list of numbers into runs. Invariant: the runs are consecutive, cover every layer once, and none is empty.
-A cut depends on the model and the number of stages alone, never on the data size, ZeRO stage or batch.
+A cut depends on the model, the lengths of a row (a head that predicts some tokens only costs less) and the number of
+stages alone, never on the data size, ZeRO stage or batch.
 """
 
 from __future__ import annotations
 
+from engine.config.lengths import RowLengths
 from engine.config.schema import ModelConfig
 from engine.errors import ConfigError
-from engine.plan.operations import embedding_operations, head_operations, layer_operations
+from engine.plan.operations import layer_costs
 from engine.plan.parameters import stage_entries
 
 
-def cut(model: ModelConfig, pipe: int) -> list[range]:
+def cut(model: ModelConfig, pipe: int, lengths: RowLengths) -> list[range]:
     """Global layer numbers of every pipeline stage, in order.
 
     The first stage also holds the embedding, the last one the final norm and the head.
@@ -26,24 +28,16 @@ def cut(model: ModelConfig, pipe: int) -> list[range]:
         raise ConfigError(
             f"parallel.pipe = {pipe} does not fit model.num_layers = {model.num_layers}", f"1 to {model.num_layers}"
         )
-    return balance(layer_costs(model, model.max_positions), pipe)
+    return balance(layer_costs(model, lengths), pipe)
 
 
-def tied_stages(model: ModelConfig, pipe: int) -> dict[str, tuple[int, ...]]:
+def tied_stages(model: ModelConfig, pipe: int, lengths: RowLengths) -> dict[str, tuple[int, ...]]:
     """The stages, ascending, of every parameter that more than one pipeline stage holds, by logical name."""
     holders: dict[str, list[int]] = {}
-    for stage, layers in enumerate(cut(model, pipe)):
+    for stage, layers in enumerate(cut(model, pipe, lengths)):
         for entry in stage_entries(model, layers, is_first=stage == 0, is_last=stage == pipe - 1):
             holders.setdefault(entry.name, []).append(stage)
     return {name: tuple(stages) for name, stages in holders.items() if len(stages) > 1}
-
-
-def layer_costs(model: ModelConfig, sequence_length: int) -> list[int]:
-    """Forward operations per token of each layer, with embedding and head at the ends."""
-    costs = [layer_operations(model, sequence_length)] * model.num_layers
-    costs[0] += embedding_operations(model)
-    costs[-1] += head_operations(model)
-    return costs
 
 
 def balance(costs: list[int], parts: int) -> list[range]:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from engine.config.deepspeed import reduce_bucket_elements
+from engine.config.lengths import RowLengths
 from engine.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
-from engine.plan.parameters import Entry
+from engine.plan.families import figures
+from engine.plan.parts import Entry
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 MASTER_BYTES = 4
@@ -72,9 +74,9 @@ def stage_memory(
     precision: PrecisionConfig,
     entries: list[Entry],
     *,
-    num_layers: int,
+    layers: range,
     data_size: int,
-    sequence_length: int,
+    lengths: RowLengths,
     in_flight: int,
     has_head: bool,
 ) -> Memory:
@@ -82,10 +84,10 @@ def stage_memory(
     numel = sum(entry.local_numel(parallel.tensor) for entry in entries)
     per_element = states_per_element(parallel.zero_stage, data_size, precision)
     weights, master, moments, gradients = (-(-numel * one // 1) for one in per_element)
-    tokens = parallel.micro_batch_size * sequence_length
-    dtype_bytes = DTYPE_BYTES[precision.dtype]
-    per_token = num_layers * saved_per_token(model, parallel.tensor)
-    logits = tokens * model.padded_vocab_size // parallel.tensor * LOGITS_BYTES if has_head else 0
+    rows, dtype_bytes = parallel.micro_batch_size, DTYPE_BYTES[precision.dtype]
+    saved = sum(figures(model).saved(model, layer, lengths, parallel.tensor) for layer in layers)
+    predicted = rows * lengths.predicted if has_head else 0
+    logits = predicted * model.padded_vocab_size // parallel.tensor * LOGITS_BYTES
     bucket_bytes = {2: dtype_bytes, 3: DTYPE_BYTES[precision.reduce_dtype]}.get(parallel.zero_stage, 0)
     bucket = reduce_bucket_elements(numel) * bucket_bytes
     return Memory(
@@ -95,21 +97,9 @@ def stage_memory(
         gradients=gradients,
         bucket=bucket,
         gathered=largest_module(entries, parallel.tensor) * dtype_bytes if parallel.zero_stage == 3 else 0,
-        activations=in_flight * tokens * per_token * dtype_bytes,
+        activations=in_flight * rows * saved * dtype_bytes,
         logits=logits * (in_flight + 2),  # one saved by each micro-batch alive, two at work: softmax and its gradient
     )
-
-
-def saved_per_token(model: ModelConfig, tensor_size: int) -> int:
-    """Elements that the backward pass of one layer needs per token, without activation checkpointing.
-
-    Whole on every tensor rank: both norms' inputs and outputs and one branch's output (5 D). Split: queries, keys and
-    values, the attention output, and the feed-forward part before and after its activation (a gated one keeps the
-    activated gate as well). For GPT-2 on one rank: 17 D.
-    """
-    heads = (2 * model.num_heads + 2 * model.kv_heads) * model.head_size
-    inner = model.inner_size * (4 if model.activation == "swiglu" else 2)
-    return 5 * model.hidden_size + (heads + inner) // tensor_size
 
 
 def largest_module(entries: list[Entry], tensor_size: int) -> int:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from engine.config.lengths import has_segments, row_lengths
 from engine.config.resolve import Layout, num_micro_batches, resolve
 from engine.config.schema import RunConfig
-from engine.plan.cut import cut, layer_costs
+from engine.plan.cut import cut
 from engine.plan.memory import Memory, stage_memory
-from engine.plan.operations import BACKWARD_FACTOR, training_operations_per_token
+from engine.plan.operations import BACKWARD_FACTOR, layer_costs, training_operations
 from engine.plan.parameters import num_parameters, stage_entries
 from engine.plan.pipeline import bubble, in_flight
 from engine.plan.traffic import Traffic, stage_traffic
@@ -56,7 +57,8 @@ class Plan:
     """With padding."""
     num_micro_batches: int
     tokens: int
-    operations_per_token: int
+    operations: int
+    """Floating-point operations on all ranks, as utilisation counts them."""
     bubble: float
     stages: tuple[StagePlan, ...]
     worlds: tuple[int, ...]
@@ -64,14 +66,14 @@ class Plan:
     refused: tuple[Refusal, ...]
 
     @property
-    def operations(self) -> int:
-        """Floating-point operations of one step on all ranks."""
-        return self.operations_per_token * self.tokens
+    def operations_per_token(self) -> int:
+        """Of the tokens that a sample is counted by."""
+        return self.operations // self.tokens
 
     def as_json(self) -> dict[str, Any]:
         """Plain numbers and text."""
         tree = asdict(self)
-        tree["operations"] = self.operations
+        tree["operations_per_token"] = self.operations_per_token
         for shown, stage in zip(tree["stages"], self.stages, strict=True):
             shown["memory"] |= {"states": stage.memory.states, "total": stage.memory.total}
             shown["traffic"]["total"] = stage.traffic.total
@@ -100,7 +102,7 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
         parameters_in_memory=num_parameters(config.model, padded=True),
         num_micro_batches=micro_batches,
         tokens=batch_size * run_stage.sequence_length,
-        operations_per_token=training_operations_per_token(config.model, run_stage.sequence_length),
+        operations=batch_size * training_operations(config.model, row_lengths(run_stage)),
         bubble=float(bubble(layout.pipe, micro_batches)),
         stages=stage_plans(config, layout),
         worlds=tuple(valid_worlds(config, max(WORLDS_SHOWN, 2 * world_size))),
@@ -112,25 +114,27 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
 def stage_plans(config: RunConfig, layout: Layout) -> tuple[StagePlan, ...]:
     """Every pipeline stage of a layout that `resolve` or `examine` gave."""
     micro_batches = num_micro_batches(config.stages[0].global_batch_size, config.parallel, layout.data)
+    lengths = row_lengths(config.stages[0])
     return tuple(
         _stage_plan(config, layout, stage, layers, micro_batches)
-        for stage, layers in enumerate(cut(config.model, layout.pipe))
+        for stage, layers in enumerate(cut(config.model, layout.pipe, lengths))
     )
 
 
 def _stage_plan(config: RunConfig, layout: Layout, stage: int, layers: range, micro_batches: int) -> StagePlan:
     is_first, is_last = stage == 0, stage == layout.pipe - 1
+    run_stage, lengths = config.stages[0], row_lengths(config.stages[0])
     entries = stage_entries(config.model, layers, is_first, is_last)
-    tokens = config.parallel.micro_batch_size * config.stages[0].sequence_length
+    rows = micro_batches * config.parallel.micro_batch_size
     alive = in_flight(config.parallel.schedule, stage, layout.pipe, micro_batches)
     sections = (config.model, config.parallel, config.precision, entries)
     common: dict[str, Any] = {
-        "num_layers": len(layers),
+        "layers": layers,
         "data_size": layout.data * layout.sequence,
-        "sequence_length": config.stages[0].sequence_length,
+        "lengths": lengths,
     }
     per_rank = sum(entry.local_numel(layout.tensor) for entry in entries)
-    costs = layer_costs(config.model, config.stages[0].sequence_length)
+    costs = layer_costs(config.model, lengths)
     operations = (1 + BACKWARD_FACTOR) * sum(costs[layer] for layer in layers)
     return StagePlan(
         stage=stage,
@@ -139,7 +143,7 @@ def _stage_plan(config: RunConfig, layout: Layout, stage: int, layers: range, mi
         parameters=sum(entry.numel for entry in entries),
         parameters_per_rank=per_rank,
         updated=per_rank if config.parallel.zero_stage == 0 else -(-per_rank // common["data_size"]),
-        operations=operations * micro_batches * tokens // layout.tensor,
+        operations=operations * rows // layout.tensor,
         in_flight=alive,
         memory=stage_memory(*sections, **common, in_flight=alive, has_head=is_last),
         traffic=stage_traffic(
@@ -148,6 +152,6 @@ def _stage_plan(config: RunConfig, layout: Layout, stage: int, layers: range, mi
             num_micro_batches=micro_batches,
             is_first=is_first,
             is_last=is_last,
-            sends_segments=config.stages[0].data.attention == "document",
+            segments=has_segments(run_stage.data.attention, run_stage.objective),
         ),
     )

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.config.lengths import row_lengths
 from engine.config.resolve import Layout, num_micro_batches
 from engine.config.schema import RunConfig
 from engine.plan.hardware import Cluster
-from engine.plan.operations import training_operations_per_token
+from engine.plan.operations import training_operations
 from engine.plan.pipeline import bubble
 from engine.plan.plan import StagePlan
 
@@ -76,8 +77,8 @@ def step_time(config: RunConfig, layout: Layout, stages: Sequence[StagePlan], cl
     micro_batches = num_micro_batches(run_stage.global_batch_size, config.parallel, layout.data)
     waiting = float(bubble(layout.pipe, micro_batches))
     idle = sum(slowest[:3]) * waiting / (1 - waiting)  # arithmetic, tensor and pipe lie between the waits
-    tokens = run_stage.global_batch_size * run_stage.sequence_length
-    useful = training_operations_per_token(config.model, run_stage.sequence_length) * tokens / cluster.world_size
+    per_row = training_operations(config.model, row_lengths(run_stage))
+    useful = per_row * run_stage.global_batch_size / cluster.world_size
     reached = useful / (sum(slowest) + idle)
     return StepTime(*slowest, idle=idle, utilisation=reached / cluster.accelerator.bf16_operations_per_second)
 

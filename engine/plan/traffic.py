@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from fractions import Fraction
 
+from engine.config.lengths import RowLengths
 from engine.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from engine.plan.families import figures
 from engine.plan.memory import DTYPE_BYTES
-from engine.plan.parameters import Entry
+from engine.plan.parts import Entry
 
 LOSS_REDUCTIONS = 3
 """Per token over the tensor axis: largest logit, sum of exponentials, the target's logit; fp32."""
-SEGMENT_BYTES = 4
-"""A token's document number, int32."""
 
 
 @dataclass(frozen=True)
@@ -45,37 +45,39 @@ def stage_traffic(
     precision: PrecisionConfig,
     entries: list[Entry],
     *,
-    num_layers: int,
+    layers: range,
     data_size: int,
-    sequence_length: int,
+    lengths: RowLengths,
     num_micro_batches: int,
     is_first: bool,
     is_last: bool,
-    sends_segments: bool,
+    segments: bool,
 ) -> Traffic:
     """Traffic of one rank of a stage that holds `entries`.
 
-    `sends_segments`: document numbers travel down the pipeline with the activations.
+    `segments`: rows carry document numbers, which travel down the pipeline with the activations.
     """
+    family = figures(model)
     numel = sum(entry.local_numel(parallel.tensor) for entry in entries)
-    tokens = parallel.micro_batch_size * sequence_length
-    boundary = tokens * model.hidden_size * DTYPE_BYTES[precision.dtype]
-    segments = tokens * SEGMENT_BYTES if sends_segments and not is_last else 0
-    neighbours = (not is_first) + (not is_last)
+    rows, dtype_bytes = num_micro_batches * parallel.micro_batch_size, DTYPE_BYTES[precision.dtype]
+    up = 0 if is_first else family.boundary(model, layers.start, lengths) * dtype_bytes
+    down = 0
+    if not is_last:
+        down = family.boundary(model, layers.stop, lengths) * dtype_bytes
+        down += family.carried_bytes(model, layers.stop, lengths, segments)
     gradients, weights = zero_bytes(numel, parallel.zero_stage, data_size, precision, num_micro_batches)
     if parallel.zero_stage == 3 and model.tie_embeddings and is_first and is_last:
         # one parameter, two modules: each of them gathers it
         matrix = model.padded_vocab_size * model.hidden_size // parallel.tensor
         weights += zero_bytes(matrix, 3, data_size, precision, num_micro_batches)[1]
-    reductions = 4 * num_layers + is_first + is_last  # the embedding's output, the gradient of the head's input
-    losses = LOSS_REDUCTIONS * 4 * tokens if is_last else 0
-    tensor = num_micro_batches * (reductions * boundary + losses) * all_reduce_factor(parallel.tensor)
+    losses = LOSS_REDUCTIONS * 4 * lengths.predicted if is_last else 0
+    reduced = family.reduced(model, layers, is_first, is_last, lengths) * dtype_bytes
     is_tied = model.tie_embeddings and parallel.pipe > 1 and (is_first or is_last)
     return Traffic(
         gradients=gradients,
         weights=weights,
-        tensor=int(tensor),
-        pipe=num_micro_batches * (neighbours * boundary + segments),
+        tensor=int(rows * (reduced + losses) * all_reduce_factor(parallel.tensor)),
+        pipe=rows * (up + down),
         tie=_tie_bytes(model, parallel, precision, data_size) if is_tied else 0,
     )
 

@@ -11,9 +11,9 @@ from functools import partial
 import torch
 
 from engine.config.deepspeed import deepspeed_config
-from engine.config.lengths import decoder_length, has_segments
+from engine.config.lengths import has_segments, row_lengths
 from engine.config.resolve import Layout, num_micro_batches
-from engine.config.schema import ModelConfig, RunConfig, RunStage
+from engine.config.schema import RunConfig, RunStage
 from engine.models.chunk import Chunk, Rows
 from engine.models.families import family
 from engine.models.initial import initial_value
@@ -31,7 +31,7 @@ def build_pipeline(config: RunConfig, run_stage: RunStage, groups: Groups, devic
     model = config.model
     engine = build_engine(config, run_stage, groups, device)
     engine.fill(partial(initial_value, config=model, seed=config.seed))
-    chunk = stage_chunk(model, groups)
+    chunk = stage_chunk(config, groups)
     rows = micro_batch_rows(config, run_stage, engine.dtype)
     return Pipeline(
         engine,
@@ -46,15 +46,16 @@ def build_pipeline(config: RunConfig, run_stage: RunStage, groups: Groups, devic
 def build_engine(config: RunConfig, run_stage: RunStage, groups: Groups, device: torch.device) -> StageEngine:
     """This rank's stage under ZeRO, its weights still zero. Collective over the world."""
     model, kind = config.model, family(config.model)
-    chunk, ties = stage_chunk(model, groups), kind.ties(model)
+    chunk, ties = stage_chunk(config, groups), kind.ties(model)
     specs = {spec.name: spec for spec in kind.specs(model)}
+    tied = tied_stages(model, groups.layout.pipe, row_lengths(config.stages[0]))
     with torch.device("meta"):
         stage = kind.build(model, chunk, _functions(groups))
     shard(stage, specs, ties, groups.tensor)
     names = [ties.get(name, name) for name, _ in stage.named_parameters()]
     return StageEngine(
         stage,
-        parameter_groups([specs[name] for name in names], config.optimizer, tied_stages(model, groups.layout.pipe)),
+        parameter_groups([specs[name] for name in names], config.optimizer, tied),
         ties,
         partial(make_optimizer, config=config.optimizer),
         deepspeed_config(
@@ -71,12 +72,13 @@ def build_engine(config: RunConfig, run_stage: RunStage, groups: Groups, device:
 
 def join_groups(config: RunConfig, layout: Layout, global_rank: int) -> Groups:
     """The groups of a rank, those of the model's tied weights among them. Collective over the world."""
-    return join(layout, global_rank, tied_stages(config.model, layout.pipe).values())
+    tied = tied_stages(config.model, layout.pipe, row_lengths(config.stages[0]))
+    return join(layout, global_rank, tied.values())
 
 
-def stage_chunk(model: ModelConfig, groups: Groups) -> Chunk:
-    """The part of the model that this rank's pipeline stage holds."""
-    layers = cut(model, groups.layout.pipe)[groups.coordinates.stage]
+def stage_chunk(config: RunConfig, groups: Groups) -> Chunk:
+    """The part of the model that this rank's pipeline stage holds; cut by the lengths of the first run stage."""
+    layers = cut(config.model, groups.layout.pipe, row_lengths(config.stages[0]))[groups.coordinates.stage]
     return Chunk(layers, first=groups.is_first_stage, last=groups.is_last_stage)
 
 
@@ -87,7 +89,7 @@ def micro_batch_rows(config: RunConfig, run_stage: RunStage, dtype: torch.dtype)
         length=run_stage.sequence_length,
         dtype=dtype,
         segments=has_segments(run_stage.data.attention, run_stage.objective),
-        decoder_length=decoder_length(run_stage),
+        decoder_length=row_lengths(run_stage).decoder,
     )
 
 

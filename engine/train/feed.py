@@ -72,7 +72,7 @@ class Feed:
         most = config.evaluation.max_samples
         self.held_out = None if held_out is None else HeldOut(held_out, length, data.attention, most, *how)
         self.losses = family(config.model).losses(config.model)
-        chunk = stage_chunk(config.model, groups)
+        chunk = stage_chunk(config, groups)
         self.wanted = family(config.model).wanted(config.model, chunk)
         """Keywords of this rank's stage that come from the data."""
         self.wait_seconds = 0.0

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.config.lengths import decoder_length, has_segments, noise, num_masked, span_lengths
+from engine.config.lengths import RowLengths, has_segments, noise, num_masked, row_lengths, span_lengths
 from engine.config.schema import DataConfig, Duration, ObjectiveConfig, RunStage
 
 
@@ -49,8 +49,9 @@ def stage(objective):
 
 
 def test_only_span_corruption_has_a_decoder_and_only_causal_rows_can_do_without_segments():
-    assert decoder_length(stage(ObjectiveConfig(name="span_corruption"))) == 114
-    assert decoder_length(stage(ObjectiveConfig(name="masked"))) == 0
+    assert row_lengths(stage(ObjectiveConfig(name="span_corruption"))) == RowLengths(512, predicted=114, decoder=114)
+    assert row_lengths(stage(ObjectiveConfig(name="masked"))) == RowLengths(512, predicted=77, decoder=0)
+    assert row_lengths(stage(ObjectiveConfig(name="fill_in_the_middle"))) == RowLengths(512, predicted=512, decoder=0)
     assert has_segments("document", ObjectiveConfig())
     assert not has_segments("row", ObjectiveConfig())
     assert has_segments("row", ObjectiveConfig(name="masked"))

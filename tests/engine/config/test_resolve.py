@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from engine.config.load import apply_override, parse_run
-from engine.config.resolve import Layout, divisors, examine, num_micro_batches, resolve
+from engine.config.model import divisors
+from engine.config.resolve import Layout, examine, num_micro_batches, resolve
 from engine.config.schema import RunConfig
 from engine.errors import ConfigError
 

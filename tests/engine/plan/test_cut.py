@@ -5,11 +5,14 @@ import itertools
 import numpy as np
 import pytest
 
+from engine.config.lengths import RowLengths
 from engine.config.schema import ModelConfig
 from engine.errors import ConfigError
-from engine.plan.cut import balance, cut, layer_costs
+from engine.plan.cut import balance, cut
+from engine.plan.operations import layer_costs
 
 GPT2 = ModelConfig(vocab_size=50257, num_layers=12, hidden_size=768, num_heads=12)
+LENGTHS = RowLengths(1024, predicted=1024)
 
 
 def all_cuts(length: int, parts: int) -> list[tuple[int, ...]]:
@@ -38,30 +41,34 @@ def test_balance_against_every_cut() -> None:
 
 @pytest.mark.parametrize("pipe", range(1, 13))
 def test_stages_cover_every_layer_once_and_none_is_empty(pipe: int) -> None:
-    stages = cut(GPT2, pipe)
+    stages = cut(GPT2, pipe, LENGTHS)
     assert len(stages) == pipe
     assert all(len(layers) >= 1 for layers in stages)
     assert [layer for layers in stages for layer in layers] == list(range(12))
 
 
 def test_the_head_takes_layers_from_the_last_stage() -> None:
-    assert cut(GPT2, 2) == [range(0, 8), range(8, 12)]
+    assert cut(GPT2, 2, LENGTHS) == [range(0, 8), range(8, 12)]
+
+
+def test_a_head_that_predicts_few_tokens_takes_no_layers() -> None:
+    assert cut(GPT2, 2, RowLengths(1024, predicted=154)) == [range(0, 6), range(6, 12)]
 
 
 def test_equal_layers_without_a_heavy_head_are_shared_evenly() -> None:
     wide = ModelConfig(vocab_size=1, vocab_multiple=1, num_layers=8, hidden_size=1024, num_heads=8)
-    assert [len(layers) for layers in cut(wide, 4)] == [2, 2, 2, 2]
-    assert [len(layers) for layers in cut(wide, 3)] == [2, 3, 3], "the first stage holds more micro-batches"
+    assert [len(layers) for layers in cut(wide, 4, LENGTHS)] == [2, 2, 2, 2]
+    assert [len(layers) for layers in cut(wide, 3, LENGTHS)] == [2, 3, 3], "the first stage holds more micro-batches"
 
 
 def test_costs_are_those_of_the_matrices() -> None:
-    costs = layer_costs(GPT2, GPT2.max_positions)
+    costs = layer_costs(GPT2, LENGTHS)
     layer = 2 * 12 * 768 * 768 + 4 * 1024 * 768
-    assert costs == [layer + 2 * 768, *[layer] * 10, layer + 2 * 768 * 50304]
+    assert costs == [1024 * cost for cost in (layer + 2 * 768, *[layer] * 10, layer + 2 * 768 * 50304)]
 
 
 @pytest.mark.parametrize("pipe", [0, 13])
 def test_more_stages_than_layers(pipe: int) -> None:
     with pytest.raises(ConfigError) as caught:
-        cut(GPT2, pipe)
+        cut(GPT2, pipe, LENGTHS)
     assert str(caught.value) == f"parallel.pipe = {pipe} does not fit model.num_layers = 12\n  allowed: 1 to 12"

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+from engine.config.lengths import RowLengths
+from engine.plan import gpt
 from engine.plan.composition import Change, example
-from engine.plan.memory import largest_module, saved_per_token, stage_memory, states_per_element
+from engine.plan.memory import largest_module, stage_memory, states_per_element
 from engine.plan.parameters import model_entries, num_parameters
 from engine.plan.plan import make_plan
 
@@ -42,9 +44,9 @@ def memory(data_size: int = 2, in_flight: int = 1, **parallel: Any):
         run.parallel,
         run.precision,
         model_entries(run.model),
-        num_layers=4,
+        layers=range(4),
         data_size=data_size,
-        sequence_length=64,
+        lengths=RowLengths(64, predicted=64),
         in_flight=in_flight,
         has_head=True,
     )
@@ -63,7 +65,7 @@ def test_activations_grow_with_what_is_alive() -> None:
     assert memory(in_flight=3, micro_batch_size=2).activations == 6 * memory().activations
     assert memory().logits == 3 * 64 * 512 * 4
     assert memory(tensor=2).logits == memory().logits // 2
-    assert saved_per_token(example().model, 2) == (5 + 12 / 2) * 64
+    assert gpt.saved(example().model, 0, RowLengths(1, predicted=1), 2) == (5 + 12 / 2) * 64
 
 
 def test_zero_3_gathers_one_module_at_a_time() -> None:

@@ -2,8 +2,9 @@
 
 import pytest
 
+from engine.config.lengths import RowLengths
 from engine.config.schema import ModelConfig
-from engine.plan.operations import layer_operations, training_operations_per_token
+from engine.plan.operations import training_operations
 
 GPT2 = ModelConfig(vocab_size=50257, num_layers=12, hidden_size=768, num_heads=12)
 
@@ -11,7 +12,7 @@ GPT2 = ModelConfig(vocab_size=50257, num_layers=12, hidden_size=768, num_heads=1
 def test_six_times_parameters_and_attention() -> None:
     """6 N + 12 L D T, where N are the parameters without position table, norms and biases (they multiply nothing)."""
     matrices = 12 * 12 * 768**2 + 50257 * 768
-    assert training_operations_per_token(GPT2, 1024) == 6 * matrices + 12 * 12 * 768 * 1024
+    assert training_operations(GPT2, RowLengths(1024, 1024)) == 1024 * (6 * matrices + 12 * 12 * 768 * 1024)
 
 
 @pytest.mark.parametrize("form", ["gpt2", "llama"])
@@ -30,5 +31,5 @@ def test_a_forward_pass_multiplies_as_often_as_counted(form: str) -> None:
     tokens_BT = torch.zeros((2, 16), dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         stage(tokens_BT=tokens_BT)
-    head = 2 * model.hidden_size * model.vocab_size
-    assert counter.get_total_flops() == 32 * (2 * layer_operations(model, 16) + head)
+    forward = training_operations(model, RowLengths(16, predicted=16)) // 3
+    assert counter.get_total_flops() == 2 * forward

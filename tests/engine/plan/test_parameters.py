@@ -2,9 +2,11 @@
 
 import pytest
 
+from engine.config.lengths import RowLengths
 from engine.config.schema import ModelConfig
+from engine.plan import gpt, parts
 from engine.plan.cut import cut
-from engine.plan.parameters import layer_matrix_elements, model_entries, num_parameters, stage_entries
+from engine.plan.parameters import model_entries, num_parameters, stage_entries
 
 GPT2 = ModelConfig(vocab_size=50257, num_layers=12, hidden_size=768, num_heads=12)
 LLAMA = ModelConfig(
@@ -52,9 +54,9 @@ def test_padding_adds_rows_to_every_vocabulary_matrix() -> None:
 
 @pytest.mark.parametrize("model", SMALL, ids=["gpt2 form", "untied", "llama form"])
 def test_the_list_is_that_of_the_model_that_is_built(model: ModelConfig) -> None:
-    from engine.models import gpt
+    from engine.models.families import family
 
-    built = {spec.name: spec for spec in gpt.specs(model)}
+    built = {spec.name: spec for spec in family(model).specs(model)}
     planned = {entry.name: entry for entry in model_entries(model)}
     assert planned.keys() == built.keys()
     for name, entry in planned.items():
@@ -67,11 +69,11 @@ def test_stages_together_hold_the_model_and_a_tied_matrix_twice(model: ModelConf
     whole = sum(entry.numel for entry in model_entries(model))
     stages = [
         stage_entries(model, layers, is_first=stage == 0, is_last=stage == 1)
-        for stage, layers in enumerate(cut(model, 2))
+        for stage, layers in enumerate(cut(model, 2, RowLengths(1024, predicted=1024)))
     ]
     twice = model.padded_vocab_size * model.hidden_size if model.tie_embeddings else 0
     assert sum(entry.numel for entries in stages for entry in entries) == whole + twice
 
 
 def test_matrices_of_a_gpt2_layer_are_12_squares() -> None:
-    assert layer_matrix_elements(GPT2) == 12 * 768**2
+    assert parts.matrix_elements(gpt.layer_entries(GPT2, 3)) == 12 * 768**2

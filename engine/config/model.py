@@ -1,0 +1,61 @@
+"""Rules of a model by itself: keys that its family does not use, sizes that do not divide one another."""
+
+from __future__ import annotations
+
+from engine.config.schema import ModelConfig
+from engine.errors import ConfigError, PalimpsestError
+
+ONLY: dict[str, tuple[str, ...]] = {}
+"""The families that use a key; a key that is not here is used by all."""
+
+
+def check_model(model: ModelConfig, problems: list[PalimpsestError]) -> None:
+    """Every rule that the model breaks."""
+    problems += [
+        ConfigError(
+            f"model.{key} = {getattr(model, key)} with model.family = {model.family}, which does not use it",
+            f"model.family {' or '.join(families)}",
+            "leave it out",
+        )
+        for key, families in ONLY.items()
+        if model.family not in families and getattr(model, key) != ModelConfig.model_fields[key].default
+    ]
+    _check_heads(model, problems)
+
+
+def _check_heads(model: ModelConfig, problems: list[PalimpsestError]) -> None:
+    if model.hidden_size % model.num_heads:
+        problems.append(
+            ConfigError(
+                f"model.num_heads = {model.num_heads} does not divide model.hidden_size = {model.hidden_size}",
+                f"one of {divisors(model.hidden_size)}",
+            )
+        )
+    elif model.position == "rope" and model.head_size % 2:
+        problems.append(
+            ConfigError(
+                f"model.position = rope needs an even head size, found {model.head_size}",
+                "hidden_size / num_heads even",
+                "change model.num_heads",
+            )
+        )
+    if model.num_heads % model.kv_heads:
+        problems.append(
+            ConfigError(
+                f"model.num_kv_heads = {model.kv_heads} does not divide model.num_heads = {model.num_heads}",
+                f"one of {divisors(model.num_heads)}",
+            )
+        )
+    if model.dropout > 0:
+        problems.append(
+            ConfigError(
+                f"model.dropout = {model.dropout}",
+                "0",
+                "set it to 0: dropout that is equal in every layout is not built yet",
+            )
+        )
+
+
+def divisors(number: int) -> str:
+    """The divisors of a number as text."""
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)

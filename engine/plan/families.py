@@ -1,0 +1,58 @@
+"""The families of models in numbers, by `ModelConfig.family`: the torch-free twin of `engine.models.families`.
+
+Figures are per row (one sample) unless they say otherwise, because the parts of an encoder-decoder see rows of
+different lengths, and a head may see some of a row's tokens only.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+from engine.config.lengths import RowLengths
+from engine.config.schema import ModelConfig
+from engine.plan import gpt
+from engine.plan.parts import Entry
+
+
+class Figures(Protocol):
+    """What a family's file in this room says. `layers` and `layer` are global numbers."""
+
+    def entries(self, model: ModelConfig, layers: range, is_first: bool, is_last: bool) -> list[Entry]:
+        """Parameters of one chunk; a name may come twice where a tied weight is used twice."""
+        ...
+
+    def layer_operations(self, model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+        """Forward operations of a layer."""
+        ...
+
+    def embedding_operations(self, model: ModelConfig, lengths: RowLengths) -> int:
+        """Forward operations of what comes before the first layer."""
+        ...
+
+    def head_operations(self, model: ModelConfig, lengths: RowLengths, vocab_size: int) -> int:
+        """Forward operations of what comes behind the last layer, over so many rows of the vocabulary."""
+        ...
+
+    def saved(self, model: ModelConfig, layer: int, lengths: RowLengths, tensor_size: int) -> int:
+        """Elements that the backward pass of a layer needs, on one tensor rank, without activation checkpointing."""
+        ...
+
+    def reduced(self, model: ModelConfig, layers: range, is_first: bool, is_last: bool, lengths: RowLengths) -> int:
+        """Elements of activations and their gradients that a chunk all-reduces over the tensor axis."""
+        ...
+
+    def boundary(self, model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+        """Elements that the chunk which begins with `layer` receives, and sends gradients of."""
+        ...
+
+    def carried_bytes(self, model: ModelConfig, layer: int, lengths: RowLengths, segments: bool) -> int:
+        """Bytes that it receives beside, and sends no gradients of; `segments`: rows hold several documents."""
+        ...
+
+
+FAMILIES: dict[str, Figures] = {"gpt": cast(Figures, gpt)}
+
+
+def figures(model: ModelConfig) -> Figures:
+    """The figures of a configuration's family."""
+    return FAMILIES[model.family]

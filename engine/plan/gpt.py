@@ -1,0 +1,82 @@
+"""The GPT family in numbers (see `engine.plan.families`)."""
+
+from __future__ import annotations
+
+from engine.config.lengths import RowLengths
+from engine.config.schema import ModelConfig
+from engine.plan import parts
+from engine.plan.parts import Entry
+
+SEGMENT_BYTES = 4
+"""A token's document number, int32."""
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+
+
+def entries(model: ModelConfig, layers: range, is_first: bool, is_last: bool) -> list[Entry]:
+    """Parameters of consecutive layers, with the embedding if first, and the final norm and the head if last."""
+    found = []
+    if is_first:
+        found.append(parts.vocabulary(model, EMBEDDING))
+        if model.position == "learned":
+            shape = (model.max_positions, model.hidden_size)
+            found.append(Entry("embed_positions.weight", shape, split=False))
+    for layer in layers:
+        found += layer_entries(model, layer)
+    if is_last:
+        found += parts.norm(model, "final_norm")
+        found.append(parts.vocabulary(model, EMBEDDING if model.tie_embeddings else HEAD))
+    return found
+
+
+def layer_entries(model: ModelConfig, layer: int) -> list[Entry]:
+    """Parameters of the layer with the given global number."""
+    prefix = f"layers.{layer}"
+    return [
+        *parts.norm(model, f"{prefix}.attention_norm"),
+        *parts.self_attention(model, f"{prefix}.attention"),
+        *parts.norm(model, f"{prefix}.ffn_norm"),
+        *parts.feed_forward(model, f"{prefix}.ffn"),
+    ]
+
+
+def layer_operations(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+    """Projections, scores and weighted values."""
+    tokens = lengths.tokens
+    matrices = parts.matrix_elements(layer_entries(model, layer))
+    return tokens * 2 * matrices + parts.score_operations(model, tokens, tokens)
+
+
+def embedding_operations(model: ModelConfig, lengths: RowLengths) -> int:
+    """A lookup, and a sum where positions are learned."""
+    return lengths.tokens * model.hidden_size * (2 if model.position == "learned" else 1)
+
+
+def head_operations(model: ModelConfig, lengths: RowLengths, vocab_size: int) -> int:
+    """The output projection."""
+    return lengths.predicted * 2 * model.hidden_size * vocab_size
+
+
+def saved(model: ModelConfig, layer: int, lengths: RowLengths, tensor_size: int) -> int:
+    """Whole on every tensor rank: both norms' inputs and outputs and one branch's output (5 D). Split: attention and
+    feed-forward part. For GPT-2 on one rank: 17 D."""
+    return (
+        5 * lengths.tokens * model.hidden_size
+        + parts.saved_by_attention(model, lengths.tokens, tensor_size)
+        + parts.saved_by_feed_forward(model, lengths.tokens, tensor_size)
+    )
+
+
+def reduced(model: ModelConfig, layers: range, is_first: bool, is_last: bool, lengths: RowLengths) -> int:
+    """Four times per layer; the embedding's output; the gradient of the head's input."""
+    times = lengths.tokens * (4 * len(layers) + is_first) + lengths.predicted * is_last
+    return times * model.hidden_size
+
+
+def boundary(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+    """Hidden states."""
+    return lengths.tokens * model.hidden_size
+
+
+def carried_bytes(model: ModelConfig, layer: int, lengths: RowLengths, segments: bool) -> int:
+    """Document numbers."""
+    return lengths.tokens * SEGMENT_BYTES if segments else 0

@@ -1,0 +1,101 @@
+"""What the families of models share, in numbers: parameters, operations and saved activations of their common parts.
+
+The torch-free twin of `engine.models.layers`: a family (`engine.plan.gpt`, ...) puts its figures together from these.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from engine.config.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter: its whole shape (vocabulary padded) and whether tensor ranks share it."""
+
+    name: str
+    shape: tuple[int, ...]
+    split: bool
+    """Divided over the tensor axis; else every tensor rank holds all of it."""
+    padding: int = 0
+    """Elements that are padding of the vocabulary."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def local_numel(self, tensor_size: int) -> int:
+        """Elements on one of `tensor_size` ranks."""
+        return self.numel // tensor_size if self.split else self.numel
+
+
+def vocabulary(model: ModelConfig, name: str, width: int | None = None) -> Entry:
+    """A parameter with a row for each token: a matrix of `hidden_size` columns, or of `width` (0: a vector)."""
+    columns = model.hidden_size if width is None else width
+    shape = (model.padded_vocab_size, columns) if columns else (model.padded_vocab_size,)
+    padding = (model.padded_vocab_size - model.vocab_size) * (columns or 1)
+    return Entry(name, shape, split=True, padding=padding)
+
+
+def norm(model: ModelConfig, name: str) -> list[Entry]:
+    """A norm over the width."""
+    entries = [Entry(f"{name}.weight", (model.hidden_size,), split=False)]
+    if model.norm == "layernorm":
+        entries.append(Entry(f"{name}.bias", (model.hidden_size,), split=False))
+    return entries
+
+
+def linear(
+    name: str, rows: int, columns: int, *, bias: bool, split: bool = True, bias_split: bool = False
+) -> list[Entry]:
+    """A linear layer (out, in)."""
+    entries = [Entry(f"{name}.weight", (rows, columns), split)]
+    if bias:
+        entries.append(Entry(f"{name}.bias", (rows,), bias_split))
+    return entries
+
+
+def self_attention(model: ModelConfig, name: str) -> list[Entry]:
+    """Fused projection to queries, keys and values, and output projection."""
+    width, heads = model.hidden_size, model.num_heads * model.head_size
+    return [
+        *linear(f"{name}.qkv_proj", qkv_width(model), width, bias=model.bias, bias_split=True),
+        *linear(f"{name}.out_proj", width, heads, bias=model.bias),
+    ]
+
+
+def feed_forward(model: ModelConfig, name: str) -> list[Entry]:
+    """Feed-forward part, gated or not."""
+    up = "gate_up_proj" if model.gated else "up_proj"
+    inner = model.inner_size * (2 if model.gated else 1)
+    return [
+        *linear(f"{name}.{up}", inner, model.hidden_size, bias=model.bias, bias_split=True),
+        *linear(f"{name}.down_proj", model.hidden_size, model.inner_size, bias=model.bias),
+    ]
+
+
+def qkv_width(model: ModelConfig) -> int:
+    """Outputs of the fused projection."""
+    return (model.num_heads + 2 * model.kv_heads) * model.head_size
+
+
+def matrix_elements(entries: list[Entry]) -> int:
+    """Elements of the matrices among some parameters: each multiplies every token that passes."""
+    return sum(entry.numel for entry in entries if len(entry.shape) == 2)
+
+
+def score_operations(model: ModelConfig, num_queries: int, num_keys: int) -> int:
+    """Forward operations of scores and weighted values (no causal discount)."""
+    return 4 * num_queries * num_keys * model.num_heads * model.head_size
+
+
+def saved_by_attention(model: ModelConfig, num_tokens: int, tensor_size: int) -> int:
+    """Elements that the backward pass of self-attention needs: queries, keys, values and output."""
+    return num_tokens * (2 * model.num_heads + 2 * model.kv_heads) * model.head_size // tensor_size
+
+
+def saved_by_feed_forward(model: ModelConfig, num_tokens: int, tensor_size: int) -> int:
+    """The same of the feed-forward part: before and after its activation (gated: the activated gate as well)."""
+    return num_tokens * model.inner_size * (4 if model.gated else 2) // tensor_size
