@@ -61,7 +61,7 @@ def make_batch(
     samples_B3 = np.full((num_rows, 3), NO_SAMPLE, np.int64)
     samples_B3[: len(samples)] = samples
     shards = dataset.index.shards
-    sources = [f"{shards[number].tokens.file}:{row}" for number, row in places.tolist()]
+    sources = [f"{shards[number].tokens.name}:{row}" for number, row in places.tolist()]
     return Batch(
         inputs={name: torch.from_numpy(array) for name, array in made.inputs.items()},
         weights=made.weights,

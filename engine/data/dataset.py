@@ -1,8 +1,8 @@
 """Token shards as memory maps, each verified by its hash before the first token of it is used.
 
-Invariant: no process hands out a token of a shard whose whole-file hash it has not compared with the index. Size
-is compared first (a truncated memory map would end the process with a bus error). Which tokens make a sample is
-the business of `engine.data.packing` and `engine.data.stream`.
+Invariant: no process hands out a token of a shard whose hash it has not compared with the index (`engine.data.arrays`
+does). Plain shards are maps; compressed ones are unpacked in memory, and as many kept as `UNPACKED_BYTES` holds. Which
+tokens make a sample is the business of `engine.data.packing` and `engine.data.stream`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from pathlib import Path
 from threading import Lock
 
 import numpy as np
-import xxhash
 
-from engine.data.index import PREPARE_AGAIN, ArrayFile, read_index
+from engine.data.arrays import open_array
+from engine.data.index import PREPARE_AGAIN, ArrayFile, ShardEntry, read_index
 from engine.errors import DataError
 
 OPEN_SHARDS = 128
 """Shards kept mapped at once: each holds two file descriptors, of which a process often has but 1,024."""
 
-_BLOCK_BYTES = 1 << 22
+UNPACKED_BYTES = 4 << 30
+"""Bytes of unpacked shards kept at once; a window of the order should fit, or each of its samples unpacks a shard."""
 
 
 @dataclass(frozen=True)
@@ -77,17 +78,18 @@ class TokenDataset:
             DataError: a file of it is missing, of another size, or its bytes are not those that were written.
         """
         with self._lock:
-            found = self._open.pop(number, None) or self._map(number)
+            found = self._open.pop(number, None)
+            if found is None:
+                found = self._map(number)
+                self._make_room(self.index.shards[number])
             self._open[number] = found
-            if len(self._open) > OPEN_SHARDS:
-                self._open.popitem(last=False)
             return found
 
     def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
         """Verifies every shard; `progress` is told the bytes of each. Raises `DataError` at the first bad one."""
         for number, entry in enumerate(self.index.shards):
             self.shard(number)
-            progress(sum(array.bytes for array in entry.arrays))
+            progress(sum(array.stored_bytes for array in entry.arrays))
 
     def offsets(self, number: int) -> tuple[np.ndarray, np.ndarray | None]:
         """A shard's `documents` and `sentences` alone: no token is read, and verified like it. Raises `DataError`."""
@@ -98,68 +100,32 @@ class TokenDataset:
 
     def _offsets(self, array: ArrayFile, num_tokens: int, contained: np.ndarray | None = None) -> np.ndarray:
         """Rising offsets with those that they must contain."""
-        is_new = self._check(array)
-        offsets = np.fromfile(self.folder / array.file, _little_endian(array)).astype(np.int64)
+        is_new = array.file not in self._verified
+        offsets = open_array(self.folder, array, not is_new).astype(np.int64)
         if is_new:
             _check_offsets(self.folder / array.file, offsets, num_tokens, contained)
             self._verified.add(array.file)
         return offsets
 
-    def _check(self, array: ArrayFile) -> bool:
-        """Compares size and, where this process has not yet, hash; whether it was the first time."""
-        _check_size(self.folder, array)
-        is_new = array.file not in self._verified
-        if is_new:
-            _check_hash(self.folder, array)
-        return is_new
-
     def _map(self, number: int) -> Shard:
-        entry = self.index.shards[number]
-        self._check(entry.tokens)
+        tokens = self.index.shards[number].tokens
+        folder = self.folder / (self.index.tokens_folder or "")
+        mapped = open_array(folder, tokens, tokens.name in self._verified)
         documents, sentences = self.offsets(number)
-        self._verified.add(entry.tokens.file)
-        name = entry.tokens.file
-        if entry.num_tokens == 0:  # an empty file cannot be mapped
-            return Shard(name, np.empty(0, _little_endian(entry.tokens)), documents, sentences)
-        # a plain array over the map: a memmap object costs microseconds more at every slice
-        tokens = np.asarray(np.memmap(self.folder / name, _little_endian(entry.tokens), mode="r"))
-        return Shard(name, tokens, documents, sentences)
+        self._verified.add(tokens.name)
+        return Shard(tokens.name, mapped, documents, sentences)
+
+    def _make_room(self, entry: ShardEntry) -> None:
+        """Drops the shards that were not used for longest, until another one has a place."""
+        unpacked = sum(_unpacked_bytes(self.index.shards[number]) for number in self._open)
+        while self._open and (len(self._open) >= OPEN_SHARDS or unpacked + _unpacked_bytes(entry) > UNPACKED_BYTES):
+            dropped, _ = self._open.popitem(last=False)
+            unpacked -= _unpacked_bytes(self.index.shards[dropped])
 
 
-def hash_file(path: Path) -> str:
-    """XXH3-128 of a file's bytes, in hex. Raises `OSError`."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _check_size(folder: Path, array: ArrayFile) -> None:
-    path = folder / array.file
-    try:
-        found = path.stat().st_size
-    except FileNotFoundError:
-        raise DataError(f"shard {path} is missing", f"a file of {array.bytes:,} bytes", PREPARE_AGAIN) from None
-    except OSError as error:
-        raise DataError(f"shard {path} cannot be read: {error.strerror}", remedy="check the file's rights") from error
-    if found != array.bytes:
-        what = "truncated" if found < array.bytes else "longer than it was written"
-        raise DataError(
-            f"shard {path} is {what}: {found:,} bytes",
-            f"{array.bytes:,} bytes ({array.length:,} x {array.dtype})",
-            PREPARE_AGAIN,
-        )
-
-
-def _check_hash(folder: Path, array: ArrayFile) -> None:
-    path = folder / array.file
-    try:
-        found = hash_file(path)
-    except OSError as error:
-        raise DataError(f"shard {path} cannot be read: {error.strerror}", remedy="check the file's rights") from error
-    if found != array.xxh3:
-        raise DataError(f"shard {path} is damaged: its bytes have xxh3 {found}", f"xxh3 {array.xxh3}", PREPARE_AGAIN)
+def _unpacked_bytes(entry: ShardEntry) -> int:
+    """Memory that an open shard takes beside maps."""
+    return 0 if entry.tokens.compressed is None else entry.tokens.bytes
 
 
 def _check_offsets(path: Path, offsets: np.ndarray, num_tokens: int, contained: np.ndarray | None) -> None:
@@ -171,7 +137,3 @@ def _check_offsets(path: Path, offsets: np.ndarray, num_tokens: int, contained: 
             f"rising from 0 to {num_tokens}" + ("" if contained is None else ", each document's among them"),
             PREPARE_AGAIN,
         )
-
-
-def _little_endian(array: ArrayFile) -> np.dtype:
-    return np.dtype(array.dtype).newbyteorder("<")

@@ -1,11 +1,13 @@
 """`index.json` of a folder of token shards: what is there, how long, of which type, and with which hash.
 
-A shard is a set of named flat arrays, one file each: `tokens`, `documents` (offsets of the documents' first tokens,
-then the number of tokens) and, where asked for, `sentences` (the same of sentences, in which those of the documents
-appear again). A later version may add arrays to the table: this reader ignores names it does not know, and `version`
-changes only when an old reader would misread what it finds.
-Invariant: the index is written last, in one move, so a folder with an index is complete. Opening the arrays is
-the business of `engine.data.dataset`.
+A shard is a set of named flat arrays: `tokens`, `documents` (offsets of the documents' first tokens, then the number
+of tokens) and, where asked for, `sentences` (the same of sentences, in which those of the documents appear again).
+Each array is a file of its own, plain or compressed; the tokens may also be a stretch of a foreign file that lies
+elsewhere (`tokens_folder`). A later version may add arrays to the table: this reader ignores names it does not know,
+and the version of a folder is the lowest whose readers understand it: 1, or 2 where something is compressed or lies
+elsewhere.
+Invariant: the index is written last, in one move, so a folder with an index is complete. Reading the arrays is the
+business of `engine.data.arrays`.
 """
 
 from __future__ import annotations
@@ -17,29 +19,65 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engine.data.vocabulary import Vocabulary
 from engine.errors import DataError
 
 FILE = "index.json"
 FORMAT = "palimpsest token shards"
-VERSION = 1
+VERSIONS = (1, 2)
 TOKEN_DTYPES = ("uint16", "uint32")
+FOREIGN_DTYPES = ("uint8", "int16", "uint16", "int32", "int64")
+"""What tokens of other formats may be written as."""
 OFFSET_DTYPE = "uint64"
-ITEM_BYTES = {"uint16": 2, "uint32": 4, "uint64": 8}
+COMPRESSION: Literal["zstd"] = "zstd"
+ITEM_BYTES = {"uint8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4, "int64": 8, "uint64": 8}
 PREPARE_AGAIN = "write the folder again with `palimpsest prepare --overwrite`, or restore it from a copy"
+
+
+_UNUSUAL = ("compressed", "offset", "is_stretch")
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A file as it lies there, where that is not the array itself: its size and XXH3-128."""
+
+    method: Literal["zstd"]
+    bytes: int
+    xxh3: str
 
 
 @dataclass(frozen=True)
 class ArrayFile:
-    """One flat little-endian array in a file of its own; `xxh3` is XXH3-128 of the file's bytes, in hex."""
+    """One flat little-endian array; `bytes` and `xxh3` (XXH3-128, in hex) are those of the array itself."""
 
     file: str
     dtype: str
     length: int
     bytes: int
     xxh3: str
+    compressed: Compressed | None = None
+    """None where the file holds the array as it is."""
+    offset: int = 0
+    """Where the array begins in its file, in bytes."""
+    is_stretch: bool = False
+    """The file is foreign and may go on behind the array."""
+
+    @property
+    def name(self) -> str:
+        """What to call it: the file, and where in it a stretch begins."""
+        return f"{self.file}@{self.offset}" if self.is_stretch else self.file
+
+    @property
+    def stored_bytes(self) -> int:
+        """What it takes on disk."""
+        return self.bytes if self.compressed is None else self.compressed.bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """What is the rule is left out, so that a plain array is written as ever."""
+        tree = asdict(self)
+        return {key: value for key, value in tree.items() if value or key not in _UNUSUAL}
 
 
 @dataclass(frozen=True)
@@ -49,6 +87,10 @@ class ShardEntry:
     tokens: ArrayFile
     documents: ArrayFile
     sentences: ArrayFile | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        names = {"tokens": self.tokens, "documents": self.documents, "sentences": self.sentences}
+        return {name: None if array is None else array.to_json() for name, array in names.items()}
 
     @property
     def arrays(self) -> tuple[ArrayFile, ...]:
@@ -74,6 +116,14 @@ class Index:
     shards: tuple[ShardEntry, ...]
     vocabulary: Vocabulary | None = None
     """None in folders that were written before it was recorded."""
+    tokens_folder: str | None = None
+    """Folder of the files of tokens, seen from the index's, where they are foreign and lie elsewhere."""
+
+    @property
+    def version(self) -> int:
+        """Lowest version of a reader that understands the folder."""
+        is_plain = all(array.compressed is None for shard in self.shards for array in shard.arrays)
+        return 1 if is_plain and self.tokens_folder is None else 2
 
     @property
     def has_sentences(self) -> bool:
@@ -85,7 +135,8 @@ class Index:
 
     @property
     def dtype(self) -> str:
-        return token_dtype(self.vocab_size)
+        """What tokens are written as."""
+        return self.shards[0].tokens.dtype if self.shards else token_dtype(self.vocab_size)
 
     @property
     def num_tokens(self) -> int:
@@ -97,7 +148,13 @@ class Index:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all arrays as they are used."""
         return sum(array.bytes for shard in self.shards for array in shard.arrays)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all arrays as they lie there."""
+        return sum(array.stored_bytes for shard in self.shards for array in shard.arrays)
 
     @property
     def fingerprint(self) -> str:
@@ -122,7 +179,7 @@ def write_index(folder: Path, index: Index) -> None:
     """Puts the index in place in one move, after everything it names is on disk. Raises `OSError`."""
     tree = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": index.version,
         "fingerprint": index.fingerprint,
         "tokenizer_hash": index.tokenizer_hash,
         "vocab_size": index.vocab_size,
@@ -130,7 +187,8 @@ def write_index(folder: Path, index: Index) -> None:
         "tokens": index.num_tokens,
         "documents": index.num_documents,
         "vocabulary": None if index.vocabulary is None else index.vocabulary.to_json(),
-        "shards": [asdict(shard) for shard in index.shards],
+        **({} if index.tokens_folder is None else {"tokens_folder": index.tokens_folder}),
+        "shards": [shard.to_json() for shard in index.shards],
     }
     write_atomically(folder / FILE, json.dumps(tree, indent=1) + "\n")
 
@@ -170,10 +228,10 @@ def read_index(folder: Path) -> Index:
         raise DataError(
             f"{path} has format {tree.get('format')!r}", repr(FORMAT), "name a folder that `palimpsest prepare` wrote"
         )
-    if tree.get("version") != VERSION:
+    if tree.get("version") not in VERSIONS:
         raise DataError(
             f"{path} has version {tree.get('version')!r}",
-            f"version {VERSION}",
+            f"version {' or '.join(map(str, VERSIONS))}",
             f"update palimpsest, or {PREPARE_AGAIN}",
         )
     with _damage(path):
@@ -211,20 +269,22 @@ def _damage(path: Path) -> Iterator[None]:
 
 def _parse(tree: dict[str, Any]) -> Index:
     """The index in a tree. Raises `KeyError`, `TypeError` or `ValueError` where it contradicts itself."""
+    foreign = tree.get("tokens_folder")
     index = Index(
         vocab_size=_whole(tree["vocab_size"], "vocab_size"),
         eos_id=_whole(tree["eos_id"], "eos_id"),
         tokenizer_hash=str(tree["tokenizer_hash"]),
-        shards=tuple(_shard(number, item) for number, item in enumerate(tree["shards"])),
+        shards=tuple(_shard(number, item, foreign is not None) for number, item in enumerate(tree["shards"])),
         vocabulary=_vocabulary(tree),
+        tokens_folder=None if foreign is None else str(foreign),
     )
     if not 0 <= index.eos_id < index.vocab_size:
         raise ValueError(f"eos_id {index.eos_id} is no token of a vocabulary of {index.vocab_size}")
     for number, shard in enumerate(index.shards):
-        if shard.tokens.dtype != index.dtype:
+        if foreign is None and shard.tokens.dtype != (written := token_dtype(index.vocab_size)):
             raise ValueError(
                 f"shards.{number} has dtype {shard.tokens.dtype}, but a vocabulary of {index.vocab_size} is written "
-                f"as {index.dtype}"
+                f"as {written}"
             )
     for key, found in (("tokens", index.num_tokens), ("documents", index.num_documents)):
         if tree[key] != found:
@@ -239,9 +299,9 @@ def _vocabulary(tree: dict[str, Any]) -> Vocabulary | None:
     return None if found is None else Vocabulary.from_json(found, tree["vocab_size"])
 
 
-def _shard(number: int, item: dict[str, Any]) -> ShardEntry:
+def _shard(number: int, item: dict[str, Any], is_foreign: bool) -> ShardEntry:
     where = f"shards.{number}"
-    tokens = _array(item["tokens"], f"{where}.tokens", TOKEN_DTYPES)
+    tokens = _array(item["tokens"], f"{where}.tokens", FOREIGN_DTYPES if is_foreign else TOKEN_DTYPES)
     documents = _array(item["documents"], f"{where}.documents", (OFFSET_DTYPE,))
     if documents.length < 1:
         raise ValueError(f"{where}.documents is empty")
@@ -260,6 +320,9 @@ def _array(item: dict[str, Any], where: str, dtypes: tuple[str, ...]) -> ArrayFi
         length=_whole(item["length"], f"{where}.length"),
         bytes=_whole(item["bytes"], f"{where}.bytes"),
         xxh3=str(item["xxh3"]),
+        compressed=_compressed(item.get("compressed"), f"{where}.compressed"),
+        offset=_whole(item.get("offset", 0), f"{where}.offset"),
+        is_stretch=bool(item.get("is_stretch", False)),
     )
     if array.dtype not in dtypes:
         raise ValueError(f"{where}.dtype is {array.dtype!r}, expected {' or '.join(dtypes)}")
@@ -268,6 +331,14 @@ def _array(item: dict[str, Any], where: str, dtypes: tuple[str, ...]) -> ArrayFi
     if Path(array.file).name != array.file:
         raise ValueError(f"{where}.file {array.file!r} is no plain file name")
     return array
+
+
+def _compressed(item: dict[str, Any] | None, where: str) -> Compressed | None:
+    if item is None:
+        return None
+    if item["method"] != COMPRESSION:
+        raise ValueError(f"{where}.method is {item['method']!r}, expected {COMPRESSION}")
+    return Compressed(COMPRESSION, _whole(item["bytes"], f"{where}.bytes"), str(item["xxh3"]))
 
 
 def _whole(value: Any, where: str) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import xxhash
 
+import engine.data.arrays
 import engine.data.dataset
 from engine.data.dataset import TokenDataset
 from engine.data.index import FILE, Index, read_index, write_index
@@ -87,8 +88,10 @@ def test_another_tokenizer_is_refused_and_both_are_named(folder):
 
 def test_each_shard_is_hashed_once_per_process_also_when_maps_are_dropped(folder, monkeypatch):
     hashed = []
-    real = engine.data.dataset.hash_file
-    monkeypatch.setattr(engine.data.dataset, "hash_file", lambda path: hashed.append(path.name) or real(path))
+    real = engine.data.arrays.hash_file
+    monkeypatch.setattr(
+        engine.data.arrays, "hash_file", lambda path, *rest: hashed.append(path.name) or real(path, *rest)
+    )
     monkeypatch.setattr(engine.data.dataset, "OPEN_SHARDS", 2)
     dataset = TokenDataset(folder)
     assert dataset.num_shards > 3

@@ -65,7 +65,7 @@ def test_arrays_of_a_later_version_are_passed_over(folder):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda tree: tree.update(version=2), "has version 2"),
+        (lambda tree: tree.update(version=3), "has version 3"),
         (lambda tree: tree.update(format="other"), "has format 'other'"),
         (lambda tree: tree.pop("eos_id"), "'eos_id' is missing"),
         (lambda tree: tree.update(eos_id=1000), "eos_id 1000 is no token of a vocabulary of 1000"),

@@ -1,13 +1,17 @@
 """Documents come back as they were written, and a folder counts as written only once all of it is."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import xxhash
+import zstandard
 
+import engine.data.dataset
 from engine.data.dataset import TokenDataset
-from engine.data.index import FILE
-from engine.data.shards import ShardWriter
+from engine.data.index import FILE, Compressed, read_index, write_index
+from engine.data.shards import ShardWriter, cut_into_shards
 from engine.errors import DataError
 from tests.engine.data.corpus import made_up_documents, write_shards
 
@@ -93,3 +97,84 @@ def test_a_full_disk_is_one_clear_error_and_leaves_no_index(tmp_path, monkeypatc
     with pytest.raises(DataError, match="No space left on device"):
         write_and_fail(tmp_path, lambda: monkeypatch.setattr(os, "fsync", full))
     assert not (tmp_path / FILE).exists()
+
+
+@pytest.mark.parametrize("longest", [0, 5, 1000])
+def test_cutting_lengths_is_what_the_writer_does(tmp_path, longest):
+    lengths = np.random.default_rng(longest).integers(1, longest + 2, 50)
+    dataset = write_shards(tmp_path, [np.ones(length, np.int64) for length in lengths], shard_tokens=40)
+    bounds = cut_into_shards(lengths, 40)
+    assert np.diff(bounds).tolist() == [shard.num_documents for shard in dataset.index.shards]
+    assert cut_into_shards(lengths[:0], 40).tolist() == [0]
+
+
+def write_compressed(folder, documents, **options):
+    with ShardWriter(folder, 1000, 0, "tokenizer-hash", 800, compression="zstd", **options) as writer:
+        for document in documents:
+            writer.add(document, np.array([0, 1]))
+
+
+def test_compressed_shards_are_smaller_and_the_same_data(tmp_path):
+    documents = [np.resize(document, 50) for document in made_up_documents(40)]
+    write_compressed(tmp_path / "a", documents)
+    write_compressed(tmp_path / "b", documents)
+    with ShardWriter(tmp_path / "plain", 1000, 0, "tokenizer-hash", 800) as writer:
+        for document in documents:
+            writer.add(document, np.array([0, 1]))
+    dataset, plain = TokenDataset(tmp_path / "a"), TokenDataset(tmp_path / "plain")
+    assert dataset.num_shards > 3
+    assert dataset.fingerprint == plain.fingerprint
+    assert all(np.array_equal(*pair) for pair in zip(documents_of(dataset), documents_of(plain), strict=True))
+    assert dataset.offsets(1)[1].tolist() == plain.offsets(1)[1].tolist()
+    assert (dataset.index.version, plain.index.version) == (2, 1)
+    assert dataset.index.num_bytes == plain.index.num_bytes > dataset.index.stored_bytes
+    files = sorted((tmp_path / "a").iterdir())
+    assert sum(path.stat().st_size for path in files if path.name != FILE) == dataset.index.stored_bytes
+    assert all(path.read_bytes() == (tmp_path / "b" / path.name).read_bytes() for path in files)
+    write_shards(tmp_path / "a", documents)
+    assert not list((tmp_path / "a").glob("*.zst"))
+
+
+def test_every_damage_of_a_compressed_file_is_found(tmp_path):
+    write_compressed(tmp_path, made_up_documents(10))
+    for name in ("shard-000000.tokens.zst", "shard-000000.documents.zst", "shard-000000.sentences.zst"):
+        path = tmp_path / name
+        content = path.read_bytes()
+        for position in range(0, len(content), 7):
+            path.write_bytes(content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :])
+            with pytest.raises(DataError, match="is damaged: its bytes have xxh3"):
+                TokenDataset(tmp_path).shard(0)
+        path.write_bytes(content[:-1])
+        with pytest.raises(DataError, match="is truncated"):
+            TokenDataset(tmp_path).shard(0)
+        path.write_bytes(content)
+    TokenDataset(tmp_path).shard(0)
+
+
+def test_what_unpacks_to_something_else_is_found_though_its_hash_is_right(tmp_path):
+    """As if the compressor had failed, or memory while it ran."""
+    write_compressed(tmp_path, made_up_documents(10))
+    path = tmp_path / "shard-000000.tokens.zst"
+    index = read_index(tmp_path)
+    tokens = index.shards[0].tokens
+    plain = bytearray(zstandard.ZstdDecompressor().decompress(path.read_bytes()))
+    plain[5] ^= 1
+    packed = zstandard.ZstdCompressor().compress(plain)
+    for content, message in ((packed, "is damaged: its bytes have xxh3 .* unpacked"), (b"text", "does not unpack")):
+        path.write_bytes(content)
+        compressed = Compressed("zstd", len(content), xxhash.xxh3_128_hexdigest(content))
+        shard = replace(index.shards[0], tokens=replace(tokens, compressed=compressed))
+        write_index(tmp_path, replace(index, shards=(shard, *index.shards[1:])))
+        with pytest.raises(DataError, match=message):
+            TokenDataset(tmp_path).shard(0)
+
+
+def test_unpacked_shards_are_dropped_when_they_fill_their_room(tmp_path, monkeypatch):
+    write_compressed(tmp_path, made_up_documents(100))
+    dataset = TokenDataset(tmp_path)
+    monkeypatch.setattr(engine.data.dataset, "UNPACKED_BYTES", 2000)
+    for number in [*range(dataset.num_shards)] * 2:
+        dataset.shard(number)
+        assert sum(dataset.index.shards[n].tokens.bytes for n in dataset._open) <= 2000
+    monkeypatch.setattr(engine.data.dataset, "UNPACKED_BYTES", 10)
+    assert dataset.shard(0) is dataset.shard(0)

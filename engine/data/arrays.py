@@ -1,0 +1,103 @@
+"""Flat arrays of a folder of token shards, verified while they are opened: mapped where they lie plain, else unpacked.
+
+Invariant: no byte of a file is handed out, nor given to a decompressor, before its size and its whole hash have been
+compared with the index (a truncated memory map would end the process with a bus error). What is unpacked is compared
+again: the array's own hash must hold, too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import xxhash
+import zstandard
+
+from engine.data.index import PREPARE_AGAIN, ArrayFile
+from engine.errors import DataError
+
+_BLOCK_BYTES = 1 << 22
+_RIGHTS = "check the file's rights"
+
+
+def open_array(folder: Path, array: ArrayFile, is_verified: bool = False) -> np.ndarray:
+    """(length,) the array in its little-endian dtype, read-only.
+
+    `is_verified`: this process has compared the hash of the file before. Raises `DataError` where the file is
+    missing, of another size, or holds other bytes than were written.
+    """
+    _check_size(folder, array)
+    dtype = np.dtype(array.dtype).newbyteorder("<")
+    if array.compressed is not None:
+        return np.frombuffer(_unpacked(folder, array), dtype)
+    if not is_verified:
+        _check_hash(folder, array)
+    if array.length == 0:  # an empty file cannot be mapped
+        return np.empty(0, dtype)
+    # a plain array over the map: a memmap object costs microseconds more at every slice
+    return np.asarray(np.memmap(folder / array.file, dtype, mode="r", offset=array.offset, shape=(array.length,)))
+
+
+def hash_file(path: Path, offset: int = 0, num_bytes: int | None = None) -> str:
+    """XXH3-128 in hex of a file's bytes, or of a stretch of them. Raises `OSError`."""
+    digest = xxhash.xxh3_128()
+    left = num_bytes
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while block := file.read(_BLOCK_BYTES if left is None else min(left, _BLOCK_BYTES)):
+            digest.update(block)
+            left = None if left is None else left - len(block)
+    return digest.hexdigest()
+
+
+def _check_size(folder: Path, array: ArrayFile) -> None:
+    path = folder / array.file
+    try:
+        found = path.stat().st_size - array.offset
+    except FileNotFoundError:
+        raise DataError(f"shard {path} is missing", f"a file of {array.stored_bytes:,} bytes", PREPARE_AGAIN) from None
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be read: {error.strerror}", remedy=_RIGHTS) from error
+    if found < array.stored_bytes or (found > array.stored_bytes and not array.is_stretch):
+        what = "truncated" if found < array.stored_bytes else "longer than it was written"
+        how = array.dtype if array.compressed is None else f"{array.dtype}, as {array.compressed.method}"
+        raise DataError(
+            f"shard {path} is {what}: {max(found, 0):,} bytes",
+            f"{array.stored_bytes:,} bytes ({array.length:,} x {how})",
+            PREPARE_AGAIN,
+        )
+
+
+def _check_hash(folder: Path, array: ArrayFile) -> None:
+    path = folder / array.file
+    try:
+        found = hash_file(path, array.offset, array.bytes)
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be read: {error.strerror}", remedy=_RIGHTS) from error
+    if found != array.xxh3:
+        raise _damaged(path, found, array.xxh3)
+
+
+def _unpacked(folder: Path, array: ArrayFile) -> bytes:
+    """The array's bytes out of a compressed file, both verified."""
+    path, packed = folder / array.file, array.compressed
+    assert packed is not None
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be read: {error.strerror}", remedy=_RIGHTS) from error
+    if (found := xxhash.xxh3_128_hexdigest(content)) != packed.xxh3:
+        raise _damaged(path, found, packed.xxh3)
+    try:
+        plain = zstandard.ZstdDecompressor().decompress(content, max_output_size=array.bytes)
+    except zstandard.ZstdError as error:
+        raise DataError(
+            f"shard {path} does not unpack: {error}", f"{array.bytes:,} bytes of zstd", PREPARE_AGAIN
+        ) from error
+    if (found := xxhash.xxh3_128_hexdigest(plain)) != array.xxh3:
+        raise _damaged(path, f"{found} unpacked", array.xxh3)
+    return plain
+
+
+def _damaged(path: Path, found: str, expected: str) -> DataError:
+    return DataError(f"shard {path} is damaged: its bytes have xxh3 {found}", f"xxh3 {expected}", PREPARE_AGAIN)
