@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.config.schema import RunConfig
+from engine.plan.elastic import World
 from engine.plan.hardware import GIB
 from engine.plan.plan import Plan
 from engine.plan.ranking import Advice
@@ -52,7 +53,8 @@ def _summary(plan: Plan, run: RunConfig, console: Console) -> None:
         f"{plan.num_micro_batches} micro-batches of {parallel.micro_batch_size} on each data rank",
         "arithmetic": f"{plan.operations_per_token:,} operations per token, {plan.operations:.3g} per step",
         "pipeline": f"{parallel.schedule}, idle {plan.bubble:.1%} of a step",
-        "worlds": _some(plan.worlds),
+        "worlds": _some([str(size) for size in plan.worlds]),
+        "elastic": _some([_how(world) for world in plan.elastic if world.padded_rows or world.size not in plan.worlds]),
     }
     table = Table.grid(padding=(0, 2))
     for name, text in rows.items():
@@ -144,6 +146,13 @@ def _table(title: str) -> Table:
     )
 
 
-def _some(worlds: tuple[int, ...]) -> str:
-    shown = ", ".join(map(str, worlds[:WORLDS_SHOWN]))
-    return f"{shown}, ... (up to {worlds[-1]} ranks)" if len(worlds) > WORLDS_SHOWN else shown
+def _how(world: World) -> str:
+    """A world in which the run does not start as it is, and what has to change."""
+    rows = f", {world.padded_rows} rows of weight 0" if world.padded_rows else ""
+    return f"{world.size} (data {world.layout.data}, micro-batch {world.parallel.micro_batch_size}{rows})"
+
+
+def _some(worlds: list[str]) -> str:
+    if len(worlds) > WORLDS_SHOWN:
+        return f"{', '.join(worlds[:WORLDS_SHOWN])}, ... up to {worlds[-1]}"
+    return ", ".join(worlds) or "no other world"

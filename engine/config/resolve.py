@@ -51,7 +51,7 @@ def examine(config: RunConfig, world_size: int) -> tuple[Layout | None, list[Pal
     layout = _layout(config.parallel, world_size, problems)
     if layout is not None:
         for index, stage in enumerate(config.stages):
-            _check_batch(index, stage, config.parallel, layout.data, problems)
+            _check_batch(index, stage, config, layout.data, problems)
     return layout, problems
 
 
@@ -79,8 +79,9 @@ def check(config: RunConfig) -> list[PalimpsestError]:
 
 
 def num_micro_batches(batch_size: int, parallel: ParallelConfig, data_size: int) -> int:
-    """Micro-batches that each data rank runs in a step of so many samples; `resolve` has checked that it is whole."""
-    return batch_size // (parallel.micro_batch_size * data_size)
+    """Micro-batches that each data rank runs in a step of so many samples; what is missing in the last ones are rows
+    of weight 0 (`elastic.pad_batch`)."""
+    return -(-batch_size // (parallel.micro_batch_size * data_size))
 
 
 def _check_parallel(config: RunConfig, problems: list[PalimpsestError]) -> None:
@@ -155,17 +156,27 @@ def _layout(parallel: ParallelConfig, world_size: int, problems: list[Palimpsest
 
 
 def _check_batch(
-    index: int, stage: RunStage, parallel: ParallelConfig, data_size: int, problems: list[PalimpsestError]
+    index: int, stage: RunStage, config: RunConfig, data_size: int, problems: list[PalimpsestError]
 ) -> None:
-    unit = parallel.micro_batch_size * data_size
+    unit = config.parallel.micro_batch_size * data_size
     sizes = {f"batch_ramp.{n}.size": entry.size for n, entry in enumerate(stage.batch_ramp)}
     for key, size in (sizes | {"global_batch_size": stage.global_batch_size}).items():
-        if size % unit:
+        if config.elastic.pad_batch:
+            if size < data_size:
+                problems.append(
+                    ConfigError(
+                        f"stages.{index}.{key} = {size} leaves some of {data_size} data ranks without a sample",
+                        f"at most {size} data ranks",
+                        "start fewer ranks, or use more of them for parallel.pipe or parallel.tensor",
+                    )
+                )
+        elif size % unit:
             problems.append(
                 ConfigError(
                     f"stages.{index}.{key} = {size} is no multiple of micro_batch_size "
-                    f"{parallel.micro_batch_size} x data {data_size}",
+                    f"{config.parallel.micro_batch_size} x data {data_size}",
                     f"a multiple of {unit}",
-                    "change parallel.micro_batch_size or the number of data ranks; the global batch belongs to the run",
+                    "change parallel.micro_batch_size or the number of data ranks, or set elastic.pad_batch=true; the "
+                    "global batch belongs to the run",
                 )
             )

@@ -279,6 +279,19 @@ class ParallelConfig(Section):
     """Order of forward and backward passes in the pipeline."""
 
 
+class ElasticConfig(Section):
+    """What may follow a change of the number of ranks; the global batch never does."""
+
+    kind: ClassVar[Kind] = "execution"
+
+    layout: Literal["data", "any"] = "data"
+    """What `palimpsest launch` may change when it restarts a run on fewer ranks: the data axis with the micro-batch,
+    or every axis and the ZeRO stage, by the plan's ranking."""
+    pad_batch: bool = False
+    """Fill a global batch that the data ranks do not divide with rows of weight 0. The numbers stay the same, for
+    losses are divided by the weight of all targets; the rows cost their time."""
+
+
 class CheckpointConfig(Section):
     kind: ClassVar[Kind] = "execution"
 
@@ -356,6 +369,7 @@ class RunConfig(Section):
     precision: PrecisionConfig = PrecisionConfig()
     stability: StabilityConfig = StabilityConfig()
     parallel: ParallelConfig = ParallelConfig()
+    elastic: ElasticConfig = ElasticConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -13,6 +13,7 @@ from engine.config.lengths import has_segments, row_lengths
 from engine.config.resolve import Layout, num_micro_batches, resolve
 from engine.config.schema import RunConfig
 from engine.plan.cut import cut
+from engine.plan.elastic import World, elastic_worlds
 from engine.plan.memory import Memory, stage_memory
 from engine.plan.operations import BACKWARD_FACTOR, layer_costs, training_operations
 from engine.plan.parameters import num_parameters, stage_entries
@@ -62,6 +63,9 @@ class Plan:
     bubble: float
     stages: tuple[StagePlan, ...]
     worlds: tuple[int, ...]
+    """In which the run starts as it is."""
+    elastic: tuple[World, ...]
+    """In which it can go on with another data axis: those and more."""
     fitting: tuple[Layout, ...]
     refused: tuple[Refusal, ...]
 
@@ -77,6 +81,15 @@ class Plan:
         for shown, stage in zip(tree["stages"], self.stages, strict=True):
             shown["memory"] |= {"states": stage.memory.states, "total": stage.memory.total}
             shown["traffic"]["total"] = stage.traffic.total
+        tree["elastic"] = [
+            {
+                "size": world.size,
+                "data": world.layout.data,
+                "micro_batch_size": world.parallel.micro_batch_size,
+                "padded_rows": world.padded_rows,
+            }
+            for world in self.elastic
+        ]
         tree["refused"] = [
             {"layout": refusal.layout, "problems": [str(problem) for problem in refusal.problems]}
             for refusal in self.refused
@@ -95,6 +108,7 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     batch_size = run_stage.batches.largest
     micro_batches = num_micro_batches(batch_size, config.parallel, layout.data)
     fitting, refused = neighbours(config, world_size)
+    largest = max(WORLDS_SHOWN, 2 * world_size)
     return Plan(
         layout=layout,
         zero_stage=config.parallel.zero_stage,
@@ -105,7 +119,8 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
         operations=batch_size * training_operations(config.model, row_lengths(run_stage)),
         bubble=float(bubble(layout.pipe, micro_batches)),
         stages=stage_plans(config, layout),
-        worlds=tuple(valid_worlds(config, max(WORLDS_SHOWN, 2 * world_size))),
+        worlds=tuple(valid_worlds(config, largest)),
+        elastic=tuple(elastic_worlds(config, largest)),
         fitting=tuple(fitting),
         refused=tuple(refused),
     )

@@ -112,7 +112,10 @@ def test_every_size_of_a_ramp_must_fit_the_world() -> None:
     ramp = RAMP + "[{size: 8, until_step: 2}, {size: 20, until_step: 4}]"
     assert problems(ramp, world_size=4) == []
     assert problems(ramp, world_size=8) == [
-        ("stages.0.batch_ramp.1.size = 20 is no multiple of micro_batch_size 1 x data 8", "a multiple of 8")
+        (
+            "stages.0.batch_ramp.1.size = 20 is no multiple of micro_batch_size 1 x data 8",
+            "a multiple of 8",
+        )
     ]
 
 

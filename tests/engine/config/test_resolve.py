@@ -111,7 +111,12 @@ def test_micro_batches() -> None:
         (["parallel.pipe=2"], 3, "a world of 3 does not fit pipe 2 x tensor 1", "a multiple of 2 ranks"),
         (["parallel.data=4"], 3, "a world of 3 does not fit pipe 1 x tensor 1 x data 4", "4 ranks"),
         (["parallel.pipe=4"], 2, "a world of 2 does not fit pipe 4", "a multiple of 4 ranks"),
-        ([], 5, "stages.0.global_batch_size = 24 is no multiple of micro_batch_size 1 x data 5", "a multiple of 5"),
+        (
+            [],
+            5,
+            "stages.0.global_batch_size = 24 is no multiple of micro_batch_size 1 x data 5",
+            "a multiple of 5",
+        ),
     ],
 )
 def test_each_rule(overrides: list[str], world_size: int, wrong: str, allowed: str) -> None:

@@ -1,0 +1,72 @@
+"""Worlds that a run can go on in when ranks are lost or won: the global batch stays, the layout gives way.
+
+For each world the data axis takes what pipe and tensor leave, and the micro-batch is the largest up to the configured
+one with which micro-batch x accumulation x data makes the global batch: a smaller one takes less memory, never more.
+Where `elastic.pad_batch` allows it, the batch is filled up with rows of weight 0. Whether a world is valid is asked of
+`engine.config.resolve`, not retold.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from engine.config.resolve import Layout, examine, num_micro_batches
+from engine.config.schema import ParallelConfig, RunConfig
+from engine.plan.worlds import with_parallel
+
+
+@dataclass(frozen=True)
+class World:
+    """One world, and how a run lies in it."""
+
+    parallel: ParallelConfig
+    layout: Layout
+    padded_rows: int
+    """Rows of weight 0 in a step of the largest batch."""
+
+    @property
+    def size(self) -> int:
+        return self.layout.world_size
+
+    def overrides(self, config: RunConfig) -> list[str]:
+        """What has to be said on a command line to start `config` here."""
+        before, now = config.parallel.model_dump(), self.parallel.model_dump()
+        return [f"parallel.{key}={value}" for key, value in now.items() if value != before[key]]
+
+
+def elastic_worlds(config: RunConfig, largest: int) -> list[World]:
+    """Every world of at most `largest` ranks in which the run can go on with another data axis, ascending."""
+    fixed = config.parallel.pipe * config.parallel.tensor * config.parallel.sequence
+    worlds = [_by_data(config, data) for data in range(1, largest // fixed + 1)]
+    return [world for world in worlds if world is not None]
+
+
+def _by_data(config: RunConfig, data: int) -> World | None:
+    fixed = config.parallel.pipe * config.parallel.tensor * config.parallel.sequence
+    for micro_batch_size in _micro_batch_sizes(config, data):
+        tried = with_parallel(config, data=data, micro_batch_size=micro_batch_size)
+        layout, problems = examine(tried, fixed * data)
+        if layout is not None and not problems:
+            return describe(tried, layout)
+    return None
+
+
+def _micro_batch_sizes(config: RunConfig, data: int) -> list[int]:
+    """Sizes to try for so many data ranks: those that need the fewest rows first, of these the largest first."""
+    sizes = [size for stage in config.stages for size in stage.batches.sizes]
+    tried = range(config.parallel.micro_batch_size, 0, -1)
+    if config.elastic.pad_batch:
+        return sorted(tried, key=lambda micro_batch_size: sum(_rows(size, micro_batch_size, data) for size in sizes))
+    return [micro_batch_size for micro_batch_size in tried if math.gcd(*sizes) % (micro_batch_size * data) == 0]
+
+
+def describe(config: RunConfig, layout: Layout) -> World:
+    """The world of a layout that is valid for the configuration."""
+    size = config.stages[0].batches.largest
+    count = num_micro_batches(size, config.parallel, layout.data)
+    return World(config.parallel, layout, count * config.parallel.micro_batch_size * layout.data - size)
+
+
+def _rows(size: int, micro_batch_size: int, data: int) -> int:
+    return -(-size // (micro_batch_size * data)) * micro_batch_size * data
