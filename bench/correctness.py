@@ -75,7 +75,7 @@ def save_and_load(ours: Ours) -> dict[str, Any]:
     from engine.checkpoint.fingerprint import fingerprint
     from engine.checkpoint.load import load
     from engine.checkpoint.manifest import CheckpointState
-    from engine.checkpoint.save import Saver
+    from engine.checkpoint.saver import Saver
 
     engine, groups = ours.pipeline.engine, ours.groups
 

@@ -72,20 +72,26 @@ def header_bytes(entries: list[Entry], data: np.ndarray, about: dict[str, Any]) 
     return struct.pack("<Q", len(text)) + text
 
 
-def write(path: Path, header: bytes, data: np.ndarray) -> FileRecord:
-    """Writes header and data, hashed on the way, and returns when they are on the disk.
+def write(path: Path, header: bytes, data: np.ndarray, going_on: Callable[[], None] = lambda: None) -> FileRecord:
+    """Writes header and data, hashed on the way, and returns when they are on the disk and read back alike.
+
+    `going_on` is called before each chunk; what it raises ends the write.
 
     Raises:
-        CheckpointError: the file system is full or refuses.
+        CheckpointError: the file system is full or refuses, or gives back something else.
     """
     hasher = xxhash.xxh3_64()
     with disk_errors(path), path.open("xb", buffering=0) as file:
         for block in (memoryview(header), _bytes_of(data)):
             for at in range(0, len(block), CHUNK_BYTES):
+                going_on()
                 chunk = block[at : at + CHUNK_BYTES]
                 hasher.update(chunk)
                 _write_all(file.write, chunk)
         os.fsync(file.fileno())
+    with disk_errors(path):
+        if file_digest(path) != hasher.hexdigest():
+            raise damaged(path, "it reads otherwise than it was written")
     return FileRecord(path.name, len(header) + data.nbytes, hasher.hexdigest())
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +23,10 @@ CHECKPOINTS = "checkpoints"
 _OWNER = "owner.json"
 _COMMITTED = re.compile(r"step-(\d{8,})")
 _PASSING = re.compile(r"\.step-.*\.(partial|replaced|removed)")
+
+
+class Superseded(CheckpointError):
+    """Another start of the run has claimed its checkpoints: this one must end."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,8 @@ def claim(folder: Path, owner: Owner) -> None:
     """Makes `owner` the one that may commit, and clears what an earlier start left half done.
 
     Raises:
-        CheckpointError: a newer attempt of the same job owns the folder.
+        Superseded: a newer attempt of the same job owns the folder.
+        CheckpointError: the file system refuses.
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,15 +107,15 @@ def owner_of(folder: Path) -> Owner | None:
 
 
 def check_owner(folder: Path, owner: Owner) -> None:
-    """Raises `CheckpointError` where another start of the run has claimed the folder since."""
+    """Raises `Superseded` where another start of the run has claimed the folder since."""
     current = owner_of(folder)
     if current != owner:
         raise _stale(folder, current, owner)
 
 
-def _stale(folder: Path, current: Owner | None, owner: Owner) -> CheckpointError:
+def _stale(folder: Path, current: Owner | None, owner: Owner) -> Superseded:
     now = f"job {current.job!r} attempt {current.attempt}" if current else "nobody"
-    return CheckpointError(
+    return Superseded(
         f"{folder} belongs to {now}, this is job {owner.job!r} attempt {owner.attempt}",
         "commits of the newest start of a run",
         "end this process: the run goes on elsewhere",
@@ -146,12 +152,14 @@ def sweep(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a committed checkpoint; at no moment is a half-removed one among the committed."""
-    doomed = path.with_name(f".{path.name}.removed")
+    """Removes a committed checkpoint, if it is there; at no moment is a half-removed one among the committed."""
+    doomed = path.with_name(f".{path.name}.{os.getpid()}-{time.monotonic_ns()}.removed")
     with disk_errors(path):
-        shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        try:
+            path.rename(doomed)
+        except FileNotFoundError:  # another process was faster
+            return
+        shutil.rmtree(doomed, ignore_errors=True)  # a sweep may be at it, too; what stays, the next one clears
 
 
 def sync(folder: Path) -> None:

@@ -1,46 +1,77 @@
-"""Retention: the last few checkpoints stay, and the newest one that verifies stays whatever its age."""
+"""Retention: which checkpoints stay, and the removal of the others.
+
+Invariant, whoever else removes or saves at the same time: a checkpoint is removed only where a newer one has been
+verified and stays. So of several processes at work each leaves the newest that any of them has verified, and what is
+newer than that, damaged perhaps, is left for the user to look at.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.checkpoint.folder import committed, remove
-from engine.checkpoint.verify import newest_verified
-from engine.errors import CheckpointError
+from engine.checkpoint.folder import committed, remove, step_of
+from engine.checkpoint.verify import verify
 from engine.logs import logger
-from engine.parallel.agreement import on_first
-from engine.parallel.groups import Groups
 
 log = logger(__name__)
 
 
-def victims(newest_first: list[Path], keep_last: int, verified: Path | None) -> list[Path]:
-    """The checkpoints to remove; none where nothing verifies, so that what is left can still be mended by hand."""
-    assert keep_last >= 1
+@dataclass(frozen=True)
+class Retention:
+    """What stays: a checkpoint that any of the rules keeps."""
+
+    keep_last: int
+    """So many of the newest; at least 1."""
+    keep_every: int | None = None
+    """Those of every step that is a multiple."""
+    keep_best: int = 0
+    """So many with the least metric, among those that have one."""
+    metric: Mapping[int, float] = field(default_factory=dict)
+    """By step; smaller is better."""
+
+    def keeps(self, newest_first: list[Path]) -> set[Path]:
+        """Those that stay."""
+        assert self.keep_last >= 1
+        kept = set(newest_first[: self.keep_last])
+        if self.keep_every is not None:
+            kept |= {path for path in newest_first if step_of(path) % self.keep_every == 0}
+        judged = [path for path in newest_first if step_of(path) in self.metric]
+        return kept | set(sorted(judged, key=lambda path: self.metric[step_of(path)])[: self.keep_best])
+
+
+def victims(newest_first: list[Path], retention: Retention, verified: Path | None) -> list[Path]:
+    """The checkpoints to remove, oldest first; none where nothing verifies, and none newer than `verified`."""
     if verified is None:
         return []
-    return [path for path in newest_first[keep_last:] if path != verified]
+    kept = retention.keeps(newest_first)
+    return [path for path in reversed(newest_first) if path not in kept and step_of(path) < step_of(verified)]
 
 
-def retain(folder: Path, keep_last: int, groups: Groups) -> list[Path]:
-    """Removes what is older than the last `keep_last` checkpoints; returns what was removed.
+def prune(folder: Path, retention: Retention, verified: Path | None) -> list[Path]:
+    """Removes what `retention` does not keep; returns what was removed. Any process may call it at any time.
 
-    Call after a commit. Collective over `groups.world`: the ranks verify the newest together, and only where there
-    is something to remove.
+    `verified` is the newest checkpoint whose bytes have been held against their hashes.
 
     Raises:
-        CheckpointError: a checkpoint cannot be removed, on every rank.
+        CheckpointError: a checkpoint cannot be removed.
     """
-    found = on_first(lambda: committed(folder), groups.world, CheckpointError)
-    if len(found) <= keep_last:
-        return []
-    verified = newest_verified(folder, groups)
+    doomed = victims(committed(folder), retention, verified)
+    for path in doomed:
+        remove(path)
+        log.info("checkpoint %s removed: %s", path.name, retention_in_words(retention))
+    return doomed
 
-    def prune() -> list[Path]:
-        doomed = victims(found, keep_last, verified)
-        for path in reversed(doomed):  # oldest first
-            remove(path)
-            log.info("checkpoint %s removed: the last %d are kept", path.name, keep_last)
-        return doomed
 
-    return on_first(prune, groups.world, CheckpointError)
+def newest_whole(newest_first: list[Path], watch: Callable[[Path], Callable] = lambda path: iter) -> Path | None:
+    """The newest checkpoint that verifies, found by this process alone; None where there is none."""
+    return next((path for path in newest_first if not verify(path, watch(path))), None)
+
+
+def retention_in_words(retention: Retention) -> str:
+    """What is kept, for a message."""
+    words = [f"the last {retention.keep_last}"]
+    words += [f"every {retention.keep_every} steps"] if retention.keep_every is not None else []
+    words += [f"the best {retention.keep_best}"] if retention.keep_best else []
+    return f"{', '.join(words)} are kept"

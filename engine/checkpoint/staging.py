@@ -1,7 +1,9 @@
 """Staging, the first step of a save: live pieces are copied into one host buffer that is kept for the next save.
 
-After it returns, training may go on: the buffer no longer changes. It holds exactly what the file will hold, in
-the file's order (all weights, then each moment), so that writing is one pass over one array.
+From the CPU the copies are done when it returns. From a GPU they run on a stream of their own, beside the next
+forward and backward: the next update has to wait for them (`Staged.hold_update`), and so has whoever reads the
+buffer (`Staged.wait`). It holds exactly what the file will hold, in the file's order (all weights, then each
+moment), so that writing is one pass over one array.
 """
 
 from __future__ import annotations
@@ -25,11 +27,23 @@ class Staged:
     writer: Writer
     entries: list[Entry]
     data: np.ndarray
+    copied: torch.cuda.Event | None
+    """Stands where copies from a GPU may still be under way."""
     moments: tuple[str, ...]
 
     @property
     def num_bytes(self) -> int:
         return self.data.size * ITEM_BYTES
+
+    def wait(self) -> None:
+        """Returns when `data` is whole."""
+        if self.copied is not None:
+            self.copied.synchronize()
+
+    def hold_update(self) -> None:
+        """Lets what is launched on the GPU from now on wait for the copies; the host goes on."""
+        if self.copied is not None:
+            torch.cuda.current_stream().wait_event(self.copied)
 
 
 class HostBuffer:
@@ -37,6 +51,14 @@ class HostBuffer:
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
+        self._stream: torch.cuda.Stream | None = None
+
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        """What copies from this process's GPU run on."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        return self._stream
 
     def reserve(self, numel: int, pinned: bool = False) -> torch.Tensor:
         """A flat fp32 tensor of `numel` elements; call before the first step so that no save has to touch new pages."""
@@ -74,10 +96,19 @@ def stored_pieces(
     return stored
 
 
+def reserve_for(
+    pieces: list[Piece], placements: list[Placement], writer: Writer, tensor_size: int, buffer: HostBuffer
+) -> None:
+    """Takes the memory that `stage_pieces` will need, and touches it."""
+    stored = stored_pieces(pieces, placements, writer, tensor_size)
+    numel = sum(length * (1 + len(piece.moments)) for piece, length in stored)
+    buffer.reserve(numel, pinned=any(piece.weight.is_cuda for piece, _ in stored))
+
+
 def stage_pieces(
     pieces: list[Piece], placements: list[Placement], writer: Writer, tensor_size: int, buffer: HostBuffer
 ) -> Staged:
-    """Copies what this rank stores into the buffer; returns when the copies are done.
+    """Copies what this rank stores into the buffer; copies from a GPU may still be under way when it returns.
 
     Raises:
         CheckpointError: as `stored_pieces`, and where pieces carry other moments than their placements say (all of
@@ -97,19 +128,28 @@ def stage_pieces(
             place = rank_and_size if piece.spec.sharding.dim is not None else (0, 1)
             entries.append(Entry(key_of(state, piece.spec.name), piece.start, length, *place))
             sources.append(values[:length])
-    return Staged(writer, entries, _copy(sources, buffer), moments)
+    return Staged(writer, entries, *_copy(sources, buffer), moments)
 
 
-def _copy(sources: list[torch.Tensor], buffer: HostBuffer) -> np.ndarray:
+def _copy(sources: list[torch.Tensor], buffer: HostBuffer) -> tuple[np.ndarray, torch.cuda.Event | None]:
     on_gpu = any(source.is_cuda for source in sources)
     target = buffer.reserve(sum(source.numel() for source in sources), pinned=on_gpu)
+    if not on_gpu:
+        _copy_all(sources, target)
+        return target.numpy(), None
+    copied = torch.cuda.Event()
+    buffer.stream.wait_stream(torch.cuda.current_stream())  # the last update is among what these copies wait for
+    with torch.cuda.stream(buffer.stream):
+        _copy_all(sources, target)
+        copied.record()
+    return target.numpy(), copied
+
+
+def _copy_all(sources: list[torch.Tensor], target: torch.Tensor) -> None:
     at = 0
     for source in sources:
-        target[at : at + source.numel()].copy_(source.detach(), non_blocking=on_gpu)
+        target[at : at + source.numel()].copy_(source.detach(), non_blocking=source.is_cuda)
         at += source.numel()
-    if on_gpu:
-        torch.cuda.synchronize()
-    return target.numpy()
 
 
 def _moments(pieces: list[Piece], placements: list[Placement]) -> tuple[str, ...]:

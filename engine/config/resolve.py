@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.config.course import check_optimizer, check_ramp, check_schedule, check_stability
+from engine.config.keeping import check_keeping
 from engine.config.model import check_model, divisors
 from engine.config.objective import check_objective
 from engine.config.schema import ModelConfig, ParallelConfig, RunConfig, RunStage
@@ -62,6 +63,7 @@ def check(config: RunConfig) -> list[PalimpsestError]:
     _check_parallel(config, problems)
     check_optimizer(config, problems)
     check_stability(config, problems)
+    check_keeping(config, problems)
     for index, stage in enumerate(config.stages):
         _check_stage(index, stage, config.model, problems)
     names = [stage.name for stage in config.stages]

@@ -297,8 +297,20 @@ class CheckpointConfig(Section):
 
     every_steps: PositiveInt | None = None
     """Save after every so many steps; None means at the end only."""
+    asynchronous: bool = True
+    """Write beside the training: the step that saves copies to host memory, and the commit follows some steps later.
+    One save at a time; the end of a run waits. It takes host memory for one copy of what a rank stores either way."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """What a save that failed does (no space, no permission): end the run, or be told of on every rank while the run
+    goes on to the next one. A run that ends without its last checkpoint has failed either way."""
     keep_last: PositiveInt = 2
-    """Older checkpoints are removed; the newest verified one never is."""
+    """The newest so many stay. What no `keep_` key keeps is removed, but never the newest verified one."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of steps that are multiples of this stay for ever."""
+    keep_best: NonNegativeInt = 0
+    """So many with the least `best_metric` stay."""
+    best_metric: Literal["validation_loss", "loss"] = "validation_loss"
+    """By what `keep_best` judges: the held-out or the training loss of the saved step."""
 
 
 class EvaluationConfig(Section):

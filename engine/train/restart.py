@@ -6,14 +6,15 @@ change and are logged, `execution` keys (the layout among them) are free.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.checkpoint.folder import CHECKPOINTS, committed
+from engine.checkpoint.folder import CHECKPOINTS, Superseded, committed
 from engine.checkpoint.load import load
 from engine.checkpoint.manifest import CheckpointState, Manifest
-from engine.checkpoint.retention import retain
-from engine.checkpoint.save import Saver
+from engine.checkpoint.retention import Retention, prune
+from engine.checkpoint.saver import Saver
 from engine.checkpoint.verify import newest_verified
 from engine.config.load import load_run
 from engine.config.place import RankPlace
@@ -26,6 +27,7 @@ from engine.logs import logger
 from engine.parallel.agreement import on_first
 from engine.parallel.groups import Groups
 from engine.parallel.zero import StageEngine
+from engine.train.metrics import read_metrics
 from engine.train.state import TrainState
 
 SHOWN_SAMPLES = 1024
@@ -49,7 +51,7 @@ class Restarts:
     def __init__(self, config: RunConfig, groups: Groups, place: RankPlace) -> None:
         self.config, self.groups, self.place = config, groups, place
         self.folder = config.folder / CHECKPOINTS
-        self._saver = Saver(self.folder, groups)
+        self._saver = Saver(self.folder, groups, self._prune)
 
     def claim(self) -> None:
         """Takes the run folder for this start of the run, and writes the configuration there.
@@ -62,31 +64,55 @@ class Restarts:
         self._saver.claim(self.place.job, self.place.attempt)
         on_first(lambda: save_run(self.config, self.config.folder), self.groups.world, EnvironmentProblem)
 
-    def save(self, state: TrainState, engine: StageEngine, loader: Loader) -> Path:
-        """Commits a checkpoint and removes those that retention no longer keeps."""
-        path = self._saver.save(
-            engine.pieces(),
-            engine.placements(),
-            CheckpointState(
-                step=state.step,
-                tokens=state.tokens,
-                zero_stage=self.config.parallel.zero_stage,
-                config_hash=meaning_hash(self.config),
-                config=self.config.model_dump(mode="json"),
-                sections={
-                    "progress": state.section(),
-                    "loader": loader.state(),
-                    "tokenizer": {"hash": loader.dataset.index.tokenizer_hash},
-                    "rng": {"seed": self.config.seed},
-                    "scheduler": {"stage": self.config.stages[0].name, "step": state.step},
-                },
-                hyperparameters=self._hyperparameters(engine),
-            ),
-            self.place.job,
-            self.place.attempt,
-        )
-        retain(self.folder, self.config.checkpoint.keep_last, self.groups)
-        return path
+    def reserve(self, engine: StageEngine) -> None:
+        """Takes the memory of all saves to come, before the first step."""
+        self._saver.reserve(engine.pieces(), engine.placements())
+
+    def save(self, state: TrainState, engine: StageEngine, loader: Loader, wait: bool) -> None:
+        """Begins a checkpoint, once the one before has ended; with `wait`, or where it is asked for, ends it, too.
+
+        Raises:
+            CheckpointError: it failed, or the one before; with `checkpoint.on_failure: continue` only where `wait`
+                asks for a checkpoint that is there.
+        """
+        self._bear(self._saver.settle)
+
+        def begin() -> None:
+            self._saver.begin(
+                engine.pieces(),
+                engine.placements(),
+                self._state(state, engine, loader),
+                self.place.job,
+                self.place.attempt,
+            )
+            if wait or not self.config.checkpoint.asynchronous:
+                self._saver.settle()
+
+        begin() if wait else self._bear(begin)
+
+    def hold_update(self) -> None:
+        """Call before the weights of a step change: what a save still copies has to be what it was."""
+        self._saver.hold_update()
+
+    def signals(self) -> tuple[float, float]:
+        """What this rank has to tell of the save in flight; `advance` wants the sums over the world."""
+        return self._saver.signals()
+
+    def advance(self, done: float, failed: float) -> None:
+        """Takes the save in flight on; call after each step.
+
+        Raises:
+            CheckpointError: it failed, and `checkpoint.on_failure` is `stop`.
+        """
+        self._bear(lambda: self._saver.advance(done, failed))
+
+    def settle(self) -> None:
+        """Waits for the save in flight and its commit; raises as `advance`."""
+        self._bear(self._saver.settle)
+
+    def abandon(self) -> None:
+        """Ends what writes in the background, at the end of this rank; not collective."""
+        self._saver.abandon()
 
     def restore(self, engine: StageEngine, loader: Loader) -> Restored | None:
         """Loads the newest verified checkpoint into engine and loader; None where the run has none.
@@ -94,6 +120,7 @@ class Restarts:
         Raises:
             CheckpointError: there are checkpoints and none of them verifies, or the newest is of another model.
         """
+        self.settle()  # of a run that goes back to it
         path = newest_verified(self.folder, self.groups)
         if path is None:
             on_first(self._refuse_damaged, self.groups.world, CheckpointError)
@@ -130,6 +157,43 @@ class Restarts:
                 "at least one that verifies",
                 "see `palimpsest checkpoint verify`; to start over, use another `folder`",
             )
+
+    def _bear(self, action: Callable[[], object]) -> None:
+        """Calls what may fail to save; where the run goes on without, every rank's log says so."""
+        try:
+            action()
+        except Superseded:
+            raise
+        except CheckpointError as error:
+            if self.config.checkpoint.on_failure == "stop":
+                raise
+            _log.error("a checkpoint could not be saved, and the run goes on: %s", error)
+
+    def _prune(self, newest: Path) -> None:
+        """Removes what is not to be kept; `newest` was read back by its writers. On rank 0, in the background."""
+        keep = self.config.checkpoint
+        metric = {}
+        if keep.keep_best:
+            records = [record for record in read_metrics(self.config.folder) if keep.best_metric in record]
+            metric = {int(record["step"]): record[keep.best_metric] for record in records}
+        prune(self.folder, Retention(keep.keep_last, keep.keep_every, keep.keep_best, metric), newest)
+
+    def _state(self, state: TrainState, engine: StageEngine, loader: Loader) -> CheckpointState:
+        return CheckpointState(
+            step=state.step,
+            tokens=state.tokens,
+            zero_stage=self.config.parallel.zero_stage,
+            config_hash=meaning_hash(self.config),
+            config=self.config.model_dump(mode="json"),
+            sections={
+                "progress": state.section(),
+                "loader": loader.state(),
+                "tokenizer": {"hash": loader.dataset.index.tokenizer_hash},
+                "rng": {"seed": self.config.seed},
+                "scheduler": {"stage": self.config.stages[0].name, "step": state.step},
+            },
+            hyperparameters=self._hyperparameters(engine),
+        )
 
     def _hyperparameters(self, engine: StageEngine) -> dict[str, dict[str, float]]:
         return {

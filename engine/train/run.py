@@ -6,6 +6,7 @@ one rank does (metrics, messages, outcome) waits for nobody.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -17,7 +18,15 @@ from engine import outcome
 from engine.config.place import RankPlace
 from engine.config.resolve import Layout
 from engine.config.schema import RunConfig
-from engine.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, DataError, EnvironmentProblem, PalimpsestError
+from engine.errors import (
+    EXIT_DONE,
+    EXIT_FAILURE,
+    EXIT_REQUEUE,
+    CheckpointError,
+    DataError,
+    EnvironmentProblem,
+    PalimpsestError,
+)
 from engine.logs import logger
 from engine.models.families import family
 from engine.optim.schedules import factor_of_step
@@ -58,6 +67,9 @@ def train(config: RunConfig, layout: Layout, place: RankPlace) -> int:
                 outcome.write(config.folder, Outcome(place.job, place.attempt, code, trainer.state.step))
             barrier(groups.world)  # no rank leaves before the outcome stands: launchers signal the others when one ends
         except Exception as error:
+            if isinstance(error, (zero.NotFinite, Unstable)):  # raised on every rank: what was saved can be committed
+                with contextlib.suppress(CheckpointError):
+                    trainer.restarts.settle()
             _note_failure(config, place, trainer.state.step, error)
             raise
         finally:
@@ -113,6 +125,7 @@ class Trainer:
         )
         self.pipeline: Pipeline = build_pipeline(config, self.run_stage, groups, device)
         self.state = self._restore()
+        self.restarts.reserve(self.pipeline.engine)
         self.speaks = groups.global_rank == 0
         self.metrics = on_all(self._open_metrics, groups.world, EnvironmentProblem)
 
@@ -131,7 +144,8 @@ class Trainer:
                 continue
             last = self.state.step == self.num_steps
             if stop or last or _due(self.state.step, self.config.checkpoint.every_steps):
-                self._save()  # before the evaluation: what was trained must not hang on held-out data
+                # before the evaluation: what was trained must not hang on held-out data
+                self._save(wait=stop or last)
             if stop and not last:
                 return EXIT_REQUEUE
             if last or _due(self.state.step, self.config.evaluation.every_steps):
@@ -140,6 +154,7 @@ class Trainer:
 
     def close(self) -> None:
         """Ends threads and trackers and draws the loss; safe after an error."""
+        self.restarts.abandon()
         self.feed.close()
         self.metrics.close()
         if self.speaks and self.config.logging.plot:
@@ -158,11 +173,13 @@ class Trainer:
         scales_L = 1.0 / weights_L.clamp(min=torch.finfo(torch.float32).tiny)  # a loss without targets is 0
         # DeepSpeed averages gradients over the data ranks; the factor undoes it.
         sums_L = self.pipeline.train(inputs, (self.groups.zero.size * scales_L).float())
-        losses, stop = self._totals(sums_L * scales_L, float(self.signals.asked))
+        flags = (float(self.signals.asked), *self.restarts.signals())
+        losses, (stop, done, failed) = self._totals(sums_L * scales_L, flags)
         loss = sum(losses)
         verdicts: list[Verdict] = []
 
         def accept(norm: float) -> bool:
+            self.restarts.hold_update()
             verdicts.append(self.guard.judge(state.step, position, loss, norm))
             return verdicts[0] == "accept"
 
@@ -187,6 +204,7 @@ class Trainer:
             record["skipped"] = 1
             _log.warning("step %d is skipped: loss %.6g, gradient norm %.6g", state.step, loss, gradient_norm)
         self.metrics.write(record)
+        self.restarts.advance(done, failed)
         return stop > 0
 
     def _count_step(self, loss: float, updated: bool) -> int:
@@ -226,7 +244,7 @@ class Trainer:
             loader.leave_out(*interval)
         self.state = restored.state
         self.state.stability = self.state.stability.after_rollback(rollbacks)
-        self._save()
+        self._save(wait=True)
         self.metrics = on_all(self._open_metrics, self.groups.world, EnvironmentProblem)
         # of the step to come: a restart at this one writes it anew
         step = self.state.step + 1
@@ -259,12 +277,12 @@ class Trainer:
             raise failed if failed is not None else DataError("the weights of this step's targets are not numbers")
         return inputs, weights_L
 
-    def _totals(self, sums_L: torch.Tensor, stop: float) -> tuple[list[float], float]:
-        """Sum over ranks of the last stages' losses, and how many ranks want to stop. Collective over the world."""
+    def _totals(self, sums_L: torch.Tensor, flags: tuple[float, ...] = ()) -> tuple[list[float], list[float]]:
+        """Sums over ranks: of the last stages' losses, and of what each rank has to tell. Collective over the world."""
         counted = float(self.groups.tensor.position == 0)  # the losses are 0 on all stages but the last
-        stops = torch.tensor([stop], dtype=torch.float64, device=self.device)
-        *losses, stopping = all_reduce(torch.cat((sums_L.double() * counted, stops)), self.groups.world).tolist()
-        return losses, stopping
+        told = torch.tensor(flags, dtype=torch.float64, device=self.device)
+        totals = all_reduce(torch.cat((sums_L.double() * counted, told)), self.groups.world).tolist()
+        return totals[: len(self.losses)], totals[len(self.losses) :]
 
     def _evaluate(self) -> None:
         """Held-out loss over every held-out target once, the same in every layout. Collective over the world."""
@@ -274,7 +292,7 @@ class Trainer:
         chunks = self.feed.held_out_chunks()
         for _ in range(self.feed.num_held_out_chunks):
             inputs, weights_L = self._read(lambda: next(chunks))
-            found, _ = self._totals(self.pipeline.evaluate(inputs), 0.0)
+            found, _ = self._totals(self.pipeline.evaluate(inputs))
             sums = [total + one for total, one in zip(sums, found, strict=True)]
             weights = [total + one for total, one in zip(weights, weights_L.tolist(), strict=True)]
         losses = [total / weight if weight else 0.0 for total, weight in zip(sums, weights, strict=True)]
@@ -299,10 +317,10 @@ class Trainer:
 
         return on_first(last, self.groups.world, EnvironmentProblem)
 
-    def _save(self) -> None:
+    def _save(self, wait: bool) -> None:
         begin = time.perf_counter()
-        path = self.restarts.save(self.state, self.pipeline.engine, self.feed.loader)
-        _log.info("saved %s in %.1f s", path, time.perf_counter() - begin)
+        self.restarts.save(self.state, self.pipeline.engine, self.feed.loader, wait)
+        _log.info("step %d was held up by its checkpoint for %.2f s", self.state.step, time.perf_counter() - begin)
 
     def _restore(self) -> TrainState:
         """Where the run goes on, or its beginning; says what shows that it is the same run."""

@@ -126,9 +126,19 @@ def test_removal_is_never_seen_half_done(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_what_cannot_be_removed_is_a_checkpoint_error(tmp_path):
+def test_what_cannot_be_removed_is_a_checkpoint_error(tmp_path, monkeypatch):
+    def refuse(self, to):
+        raise PermissionError(13, "Permission denied")
+
+    path = make(step_path(tmp_path, 1))
+    monkeypatch.setattr(type(path), "rename", refuse)
     with pytest.raises(CheckpointError, match="cannot write"):
-        remove(tmp_path / "step-00000001")
+        remove(path)
+
+
+def test_what_another_process_removed_is_gone_and_no_error(tmp_path):
+    remove(step_path(tmp_path, 1))
+    assert os.listdir(tmp_path) == []
 
 
 def test_find_takes_a_run_its_folder_or_a_checkpoint(tmp_path):

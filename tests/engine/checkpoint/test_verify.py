@@ -7,7 +7,6 @@ import struct
 import pytest
 
 from engine.checkpoint import document
-from engine.checkpoint.retention import retain, victims
 from engine.checkpoint.verify import newest_verified, verify, verify_files
 from tests.engine.checkpoint.threads import ThreadedRanks
 from tests.engine.checkpoint.worlds import World, fake_groups, layout_of, random_state, small_model, some_state
@@ -138,28 +137,3 @@ def test_a_watcher_sees_every_file(checkpoints):
 
     verify(checkpoints[0], watch)
     assert sorted(seen) == sorted(path.name for path in checkpoints[0].glob("*.safetensors"))
-
-
-def test_retention_keeps_the_last_and_the_newest_whole_one(checkpoints):
-    folder = checkpoints[0].parent
-    assert retain(folder, 4, ALONE) == []
-    assert retain(folder, 3, ALONE) == checkpoints[3:]
-    for path in checkpoints[:2]:
-        flip(path / FILE, -1)
-    assert retain(folder, 1, ALONE) == [checkpoints[1]]
-    assert checkpoints[0].is_dir()
-    assert newest_verified(folder, ALONE) == checkpoints[2]
-
-
-def test_retention_removes_nothing_while_nothing_verifies(checkpoints):
-    for path in checkpoints:
-        flip(path / FILE, -1)
-    assert retain(checkpoints[0].parent, 1, ALONE) == []
-    assert victims(checkpoints, 1, None) == []
-
-
-def test_ranks_agree_on_retention(checkpoints, monkeypatch):
-    layout = layout_of(1, 2, 1)
-    ranks = ThreadedRanks(monkeypatch)
-    removed = ranks.run(2, lambda rank: retain(checkpoints[0].parent, 2, fake_groups(layout, rank)))
-    assert removed == [checkpoints[2:]] * 2

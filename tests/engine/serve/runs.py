@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from engine.checkpoint.manifest import CheckpointState
-from engine.checkpoint.save import Saver
+from engine.checkpoint.saver import Saver
 from engine.config.load import parse_run
 from engine.config.resolve import Layout
 from engine.config.resume import meaning_hash

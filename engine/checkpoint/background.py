@@ -1,0 +1,56 @@
+"""A function in a thread of its own: what a save does beside the training. It may use no collective.
+
+The thread is a daemon: a process that ends in an error does not wait for a disk that hangs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+Result = TypeVar("Result")
+
+
+class CalledOff(Exception):
+    """The function ended early because `Background.call_off` asked it to; no error of its own."""
+
+
+class Background(Generic[Result]):
+    """Runs `function(called_off)` at once; it should look at that event now and then and raise `CalledOff`."""
+
+    def __init__(self, function: Callable[[threading.Event], Result], name: str) -> None:
+        self._called_off = threading.Event()
+        self._result: Result | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(function,), name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        """Whether it has returned or raised."""
+        return not self._thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has raised."""
+        return self.done and self._error is not None
+
+    def call_off(self) -> None:
+        """Asks the function to end; returns when it has."""
+        self._called_off.set()
+        self._thread.join()
+
+    def result(self) -> Result:
+        """Waits for the function; returns what it returned or raises what it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._result  # type: ignore[return-value]  # no error, so there is a result
+
+    def _run(self, function: Callable[[threading.Event], Result]) -> None:
+        # BaseException: whatever ends the thread is told to whoever asks for its result
+        try:
+            self._result = function(self._called_off)
+        except BaseException as error:
+            self._error = error

@@ -1,0 +1,44 @@
+"""Rules of what is saved and kept. Part of `engine.config.resolve`, which reports every problem at once."""
+
+from __future__ import annotations
+
+from engine.config.schema import RunConfig
+from engine.errors import ConfigError, PalimpsestError
+
+
+def check_keeping(config: RunConfig, problems: list[PalimpsestError]) -> None:
+    """Retention asks for steps that are saved, and for a metric that each of them has."""
+    checkpoint, every = config.checkpoint, config.checkpoint.every_steps
+    if checkpoint.keep_every is not None and (every is None or checkpoint.keep_every % every):
+        problems.append(
+            ConfigError(
+                f"checkpoint.keep_every = {checkpoint.keep_every} with checkpoint.every_steps = {every}",
+                "a multiple of checkpoint.every_steps",
+                "change one of them: steps that are not saved cannot be kept",
+            )
+        )
+    if checkpoint.keep_best and every is None:
+        problems.append(
+            ConfigError(
+                f"checkpoint.keep_best = {checkpoint.keep_best} without checkpoint.every_steps",
+                "checkpoint.every_steps set",
+                "set it: one checkpoint, at the end, has nothing to be better than",
+            )
+        )
+    elif checkpoint.keep_best and checkpoint.best_metric == "validation_loss":
+        _check_evaluated(config, every, problems)
+
+
+def _check_evaluated(config: RunConfig, every: int | None, problems: list[PalimpsestError]) -> None:
+    evaluated = config.evaluation.every_steps
+    held_out = all(stage.data.validation is not None for stage in config.stages)
+    if held_out and evaluated is not None and every is not None and every % evaluated == 0:
+        return
+    problems.append(
+        ConfigError(
+            f"checkpoint.keep_best = {config.checkpoint.keep_best} by validation_loss, with evaluation.every_steps = "
+            f"{evaluated}, checkpoint.every_steps = {every}{'' if held_out else ' and no held-out data'}",
+            "held-out data, and a held-out loss at each step that is saved",
+            "let evaluation.every_steps divide checkpoint.every_steps, or set checkpoint.best_metric=loss",
+        )
+    )
