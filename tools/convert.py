@@ -1,4 +1,4 @@
-"""`palimpsest convert`: a trained model as a Hugging Face folder."""
+"""`palimpsest convert`: a trained model as a Hugging Face folder, token shards as Megatron's, and those as ours."""
 
 from __future__ import annotations
 
@@ -7,14 +7,29 @@ from typing import Annotated, Literal
 
 import typer
 
+from engine.errors import ConfigError, DataError
+
 
 def main(
-    source: Annotated[Path, typer.Argument(help="A run folder (its newest whole checkpoint) or one checkpoint.")],
-    output: Annotated[Path, typer.Option(help="The folder to write; must be new or empty.")],
-    to: Annotated[Literal["huggingface"], typer.Option(help="The format to write.")] = "huggingface",
-    tokenizer: Annotated[Path | None, typer.Option(help="The tokenizer's folder, if it was moved.")] = None,
+    source: Annotated[Path, typer.Argument(help="A run folder, one checkpoint, a folder of shards, or a .bin/.idx.")],
+    output: Annotated[Path, typer.Option(help="What to write (megatron: PREFIX of .bin and .idx); must be new.")],
+    to: Annotated[
+        Literal["huggingface", "megatron", "shards"], typer.Option(help="The format to write.")
+    ] = "huggingface",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="The tokenizer's folder: needed for shards, else if it was moved.")
+    ] = None,
 ) -> None:
-    """Write fp32 weights, configuration and tokenizer; load them with transformers; compare logits."""
+    """Checkpoint -> Hugging Face (fp32, logits compared); shards -> Megatron; Megatron -> shards, without a copy."""
+    if to == "huggingface":
+        _model(source, output, tokenizer)
+    elif to == "megatron":
+        _to_megatron(source, output)
+    else:
+        _from_megatron(source, output, tokenizer)
+
+
+def _model(source: Path, output: Path, tokenizer: Path | None) -> None:
     from engine.logs import configure
     from engine.serve.export import LARGEST_DIFFERENCE, export
     from engine.serve.quiet import quiet
@@ -27,8 +42,57 @@ def main(
     print(f"writing {output} from {trained.checkpoint.name} and reading it back", flush=True)
     exported = export(trained, output)
     print(
-        f"wrote {exported.folder}: {exported.num_parameters:,} parameters of step {trained.step} ({to}, fp32)\n"
+        f"wrote {exported.folder}: {exported.num_parameters:,} parameters of step {trained.step} (huggingface, fp32)\n"
         f"transformers agrees on {exported.num_tokens} tokens: largest logit difference "
         f"{exported.largest_difference:.2e} (allowed {LARGEST_DIFFERENCE:.0e}, largest logit "
         f"{exported.largest_logit:.2f}); every weight is bitwise equal"
     )
+
+
+def _to_megatron(source: Path, output: Path) -> None:
+    from engine.data.dataset import TokenDataset
+    from engine.data.megatron import file_of, prefix_of, write_indexed_dataset
+
+    prefix = prefix_of(output)
+    if found := [path.name for suffix in ("bin", "idx") if (path := file_of(prefix, suffix)).exists()]:
+        raise DataError(f"{prefix.parent} holds {' and '.join(found)} already", "a new PREFIX", "name another --output")
+    dataset = TokenDataset(source)
+    sequences = write_indexed_dataset(dataset, prefix, _progress("writing", dataset.index.num_tokens))
+    kind = "sentences" if dataset.index.has_sentences else "documents"
+    print(
+        f"wrote {prefix}.bin and .idx: {dataset.index.num_tokens:,} tokens ({sequences.dtype}), "
+        f"{sequences.lengths.size:,} sequences ({kind}), {dataset.index.num_documents:,} documents"
+    )
+
+
+def _from_megatron(source: Path, output: Path, tokenizer: Path | None) -> None:
+    from engine.data.megatron import prefix_of, read_sequences
+    from engine.data.take_over import take_over
+    from engine.data.tokenizer import load_tokenizer
+
+    if tokenizer is None:
+        raise ConfigError("--to shards without a tokenizer", "the one that the set was made with", "name --tokenizer")
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise DataError(f"{output} holds something already", "a new or empty folder", "name another --output")
+    prefix, loaded = prefix_of(source), load_tokenizer(tokenizer)
+    total = int(read_sequences(prefix).lengths.sum(dtype="int64"))
+    index = take_over(prefix, loaded, output, progress=_progress("hashing", total))
+    print(
+        f"{output} is an index of {prefix}.bin, which stays where it is: {index.num_tokens:,} tokens ({index.dtype}), "
+        f"{index.num_documents:,} documents, {len(index.shards):,} shards, hashed"
+    )
+
+
+def _progress(verb: str, total: int):
+    """Shows how many of the tokens are done on one line of a terminal."""
+    from rich.console import Console
+
+    console, done = Console(stderr=True), 0
+
+    def show(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        if console.is_terminal:
+            console.print(f"{verb}: {done:,} of {total:,} tokens", end="\r" if done < total else "\n")
+
+    return show

@@ -193,12 +193,12 @@ def write_index(folder: Path, index: Index) -> None:
     write_atomically(folder / FILE, json.dumps(tree, indent=1) + "\n")
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Puts a whole file in place in one move, on disk before the move and the move on disk after it."""
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -58,7 +58,8 @@ class ShardWriter:
         vocabulary: Vocabulary | None = None,
         compression: Compression = "none",
     ) -> None:
-        self.folder, self._vocabulary, self._compression = folder, vocabulary, compression
+        self.folder, self._vocabulary = folder, vocabulary
+        self._compression: Compression = compression
         self._vocab_size, self._eos_id, self._tokenizer_hash = vocab_size, eos_id, tokenizer_hash
         self._dtype = np.dtype(token_dtype(vocab_size)).newbyteorder("<")
         self._shard_tokens = tokens_per_shard(shard_bytes, vocab_size)

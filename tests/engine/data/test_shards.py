@@ -125,7 +125,10 @@ def test_compressed_shards_are_smaller_and_the_same_data(tmp_path):
     assert dataset.num_shards > 3
     assert dataset.fingerprint == plain.fingerprint
     assert all(np.array_equal(*pair) for pair in zip(documents_of(dataset), documents_of(plain), strict=True))
-    assert dataset.offsets(1)[1].tolist() == plain.offsets(1)[1].tolist()
+    one, other = dataset.shard(1).sentences, plain.shard(1).sentences
+    assert one is not None
+    assert other is not None
+    assert np.array_equal(one, other)
     assert (dataset.index.version, plain.index.version) == (2, 1)
     assert dataset.index.num_bytes == plain.index.num_bytes > dataset.index.stored_bytes
     files = sorted((tmp_path / "a").iterdir())
