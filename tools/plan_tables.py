@@ -64,10 +64,10 @@ def _summary(plan: Plan, run: RunConfig, console: Console) -> None:
 
 def _stages(plan: Plan) -> Table:
     table = _table("pipeline stages")
-    for heading in ("stage", "layers", "parameters", "per tensor rank", "micro-batches alive"):
+    for heading in ("stage", "layers", "parameters", "per tensor rank", "passes alive"):
         table.add_column(heading, justify="right")
     for stage in plan.stages:
-        layers = f"{stage.first_layer} to {stage.first_layer + stage.num_layers - 1}"
+        layers = ", ".join(f"{first} to {last}" for first, last in stage.chunks)
         numbers = (f"{stage.parameters:,}", f"{stage.parameters_per_rank:,}", str(stage.in_flight))
         table.add_row(str(stage.stage), layers, *numbers)
     return table

@@ -12,6 +12,7 @@ from engine.config.course import check_optimizer, check_ramp, check_schedule, ch
 from engine.config.keeping import check_keeping
 from engine.config.model import check_model, divisors
 from engine.config.objective import check_objective
+from engine.config.pipeline import check_pipeline
 from engine.config.schema import ModelConfig, ParallelConfig, RunConfig, RunStage
 from engine.errors import ConfigError, PalimpsestError, report
 
@@ -88,13 +89,7 @@ def num_micro_batches(batch_size: int, parallel: ParallelConfig, data_size: int)
 
 def _check_parallel(config: RunConfig, problems: list[PalimpsestError]) -> None:
     model, parallel = config.model, config.parallel
-    if parallel.pipe > model.num_layers:
-        problems.append(
-            ConfigError(
-                f"parallel.pipe = {parallel.pipe} is more than model.num_layers = {model.num_layers}",
-                f"1 to {model.num_layers}",
-            )
-        )
+    check_pipeline(model, parallel, problems)
     for key, value in (
         ("model.num_heads", model.num_heads),
         ("model.num_kv_heads", model.kv_heads),

@@ -276,7 +276,9 @@ class ParallelConfig(Section):
     micro_batch_size: PositiveInt = 1
     """Samples per forward pass of one data rank."""
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
-    """Order of forward and backward passes in the pipeline."""
+    """Order of forward and backward passes in the pipeline; docs/layouts.md says which one when."""
+    virtual_stages: PositiveInt = 1
+    """Chunks of the model that each pipeline stage holds; with several, `1f1b` is interleaved 1F1B."""
 
 
 class ElasticConfig(Section):

@@ -58,6 +58,11 @@ class Groups:
     pipe_backward: Group
     """The same ranks as `pipe` through a communicator of its own: gradients travel on it, activations on `pipe`,
     so that neither waits for the other."""
+    wrap: Group
+    wrap_backward: Group
+    """The same again for what the last stage hands to the first one's next chunk, and its gradients: the way round
+    has communicators of its own, for with two stages it joins the same ranks. With one chunk each they are `pipe` and
+    `pipe_backward`, and nobody uses them."""
     model: Group
     """Pipe x tensor: the ranks that hold one copy of the model together."""
     ties: dict[tuple[int, ...], Group]
@@ -109,10 +114,13 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
-def join(layout: Layout, global_rank: int, tied_stages: Iterable[tuple[int, ...]] = ()) -> Groups:
+def join(
+    layout: Layout, global_rank: int, tied_stages: Iterable[tuple[int, ...]] = (), virtual_stages: int = 1
+) -> Groups:
     """Makes all groups of the layout. Collective over the world, after `connect`.
 
-    `tied_stages` are the sets of stages that hold a weight together (`engine.plan.cut.tied_stages`).
+    `tied_stages` are the sets of stages that hold a weight together (`engine.plan.cut.tied_stages`), `virtual_stages`
+    the chunks of each stage.
 
     Every rank makes every group in the same order, as `torch.distributed.new_group` wants it.
     """
@@ -126,6 +134,10 @@ def join(layout: Layout, global_rank: int, tied_stages: Iterable[tuple[int, ...]
         (stages, _make([[line[stage] for stage in stages] for line in pipe_lines], global_rank, strict=False))
         for stages in sorted(set(tied_stages))
     ]
+    pipe, pipe_backward = _make(pipe_lines, global_rank), _make(pipe_lines, global_rank)
+    wrap, wrap_backward = pipe, pipe_backward
+    if virtual_stages > 1:
+        wrap, wrap_backward = _make(pipe_lines, global_rank), _make(pipe_lines, global_rank)
     return Groups(
         layout=layout,
         grid=grid,
@@ -134,8 +146,10 @@ def join(layout: Layout, global_rank: int, tied_stages: Iterable[tuple[int, ...]
         world=Group(tuple(range(layout.world_size)), global_rank, dist.group.WORLD),
         zero=mine("data", "sequence"),
         tensor=mine("tensor"),
-        pipe=_make(pipe_lines, global_rank),
-        pipe_backward=_make(pipe_lines, global_rank),
+        pipe=pipe,
+        pipe_backward=pipe_backward,
+        wrap=wrap,
+        wrap_backward=wrap_backward,
         model=mine("pipe", "tensor"),
         ties={stages: group for stages, group in ties if group is not None},
     )

@@ -1,12 +1,14 @@
 """Pipeline schedules as generators of instructions: what one stage does, in order, for the micro-batches of a step.
 
-Pure: no tensor, no communicator. An instruction carries the chunk and the micro-batch it is about; a stage owns one
-chunk for now. Backward passes are whole here; a schedule that splits them adds instructions, not a new executor.
+Pure: no tensor, no communicator. A stage owns `num_chunks` chunks (virtual stages); chunk c of stage s is part
+c * num_stages + s of the model, so that the last stage hands chunk c to the first stage's chunk c + 1 (Narayanan et al.
+2021, section 2.2). An instruction carries the chunk and the micro-batch it is about. Every stage runs its forward
+passes in one order and its backward passes in one order, so messages between two stages arrive as they are received.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,29 +31,64 @@ class Backward:
 
 Instruction = Forward | Backward
 Schedule = Literal["1f1b", "gpipe"]
+Pass = tuple[int, int]
+"""(chunk, micro-batch)."""
 
 
-def instructions(schedule: Schedule, stage: int, num_stages: int, num_micro_batches: int) -> Iterator[Instruction]:
+def instructions(
+    schedule: Schedule, stage: int, num_stages: int, num_chunks: int, num_micro_batches: int
+) -> Iterator[Instruction]:
     """What `stage` of `num_stages` does for one step."""
-    warmup = num_micro_batches if schedule == "gpipe" else min(num_stages - 1 - stage, num_micro_batches)
-    return _one_forward_one_backward(warmup, num_micro_batches)
+    forwards = list(forward_passes(num_stages, num_chunks, num_micro_batches))
+    if schedule == "gpipe":
+        return _alternate(forwards, backward_passes(num_stages, num_chunks, num_micro_batches), len(forwards))
+    if num_chunks == 1:
+        return _alternate(forwards, forwards, num_stages - 1 - stage)
+    return _interleaved(stage, num_stages, num_chunks, num_micro_batches)
 
 
-def forward_only(num_micro_batches: int) -> Iterator[Instruction]:
+def forward_only(num_stages: int, num_chunks: int, num_micro_batches: int) -> Iterator[Instruction]:
     """What every stage does to evaluate."""
-    return (Forward(0, micro_batch) for micro_batch in range(num_micro_batches))
+    return (Forward(*one) for one in forward_passes(num_stages, num_chunks, num_micro_batches))
 
 
-def _one_forward_one_backward(warmup: int, num_micro_batches: int) -> Iterator[Instruction]:
-    """1F1B (Narayanan et al. 2019, PipeDream-Flush): `warmup` forwards, then pairs, then the backwards left.
+def forward_passes(num_stages: int, num_chunks: int, num_micro_batches: int) -> Iterator[Pass]:
+    """Forward passes in the order of every stage: as many micro-batches as there are stages go through all chunks."""
+    for first in range(0, num_micro_batches, num_stages):
+        group = range(first, min(first + num_stages, num_micro_batches))
+        yield from ((chunk, micro_batch) for chunk in range(num_chunks) for micro_batch in group)
 
-    A stage holds the activations of at most `warmup` + 1 micro-batches. With all forwards in the warm-up it is
-    GPipe (Huang et al. 2019).
+
+def backward_passes(num_stages: int, num_chunks: int, num_micro_batches: int) -> Iterator[Pass]:
+    """Backward passes in the order of every stage: the same groups, from the last chunk to the first."""
+    for chunk, micro_batch in forward_passes(num_stages, num_chunks, num_micro_batches):
+        yield num_chunks - 1 - chunk, micro_batch
+
+
+def _alternate(forwards: Iterable[Pass], backwards: Iterable[Pass], warmup: int) -> Iterator[Instruction]:
+    """`warmup` forwards, then one forward and one backward in turn, then the backwards that are left.
+
+    With one chunk it is 1F1B (Narayanan et al. 2019, PipeDream-Flush) where a stage warms up by as many micro-batches
+    as stages follow it, and GPipe (Huang et al. 2019) where all forwards are in the warm-up. At most `warmup` + 1
+    forward passes are alive.
     """
-    for micro_batch in range(warmup):
-        yield Forward(0, micro_batch)
-    for micro_batch in range(warmup, num_micro_batches):
-        yield Forward(0, micro_batch)
-        yield Backward(0, micro_batch - warmup)
-    for micro_batch in range(num_micro_batches - warmup, num_micro_batches):
-        yield Backward(0, micro_batch)
+    left = iter(backwards)
+    for number, one in enumerate(forwards):
+        yield Forward(*one)
+        if number >= warmup:
+            yield Backward(*next(left))
+    yield from (Backward(*one) for one in left)
+
+
+def _interleaved(stage: int, num_stages: int, num_chunks: int, num_micro_batches: int) -> Iterator[Instruction]:
+    """Interleaved 1F1B (Narayanan et al. 2021, section 2.2) for any number of micro-batches.
+
+    The published order wants a multiple of the stages. Others are filled up with micro-batches whose instructions
+    are left out again: what is left keeps its order and needs nothing of what was left out.
+    """
+    filled = -(-num_micro_batches // num_stages) * num_stages
+    sizes = (num_stages, num_chunks, filled)
+    warmup = 2 * (num_stages - 1 - stage) + (num_chunks - 1) * num_stages
+    for instruction in _alternate(forward_passes(*sizes), backward_passes(*sizes), warmup):
+        if instruction.micro_batch < num_micro_batches:
+            yield instruction

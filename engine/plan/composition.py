@@ -35,6 +35,7 @@ COLUMNS: dict[str, Change] = {
     "pipe 2": {"parallel": {"pipe": 2}},
     "pipe 2 x tensor 2 x data 2": {"parallel": {"pipe": 2, "tensor": 2, "data": 2}},
     "pipe 2, GPipe": {"parallel": {"pipe": 2, "schedule": "gpipe"}},
+    "pipe 2 x 2 virtual": {"parallel": {"pipe": 2, "virtual_stages": 2}},
     "fp32": {"precision": {"dtype": "fp32"}},
     "bf16": {"precision": {"dtype": "bf16"}},
     "bf16, reduced in bf16": {"precision": {"dtype": "bf16", "reduce_dtype": "bf16"}},
@@ -53,6 +54,9 @@ COLUMNS: dict[str, Change] = {
 ROWS: dict[str, Change] = {f"ZeRO-{stage}": {"parallel": {"zero_stage": stage}} for stage in range(4)}
 REFUSED: dict[str, Change] = {
     "more pipeline stages than layers": {"parallel": {"pipe": 8}},
+    "virtual stages without a pipeline": {"parallel": {"virtual_stages": 2}},
+    "virtual stages under GPipe": {"parallel": {"pipe": 2, "virtual_stages": 2, "schedule": "gpipe"}},
+    "more parts than layers": {"parallel": {"pipe": 2, "virtual_stages": 3}},
     "tensor ranks that do not divide the heads": {"parallel": {"tensor": 3}},
     "bf16 reduction of fp32 gradients": {"precision": {"dtype": "fp32", "reduce_dtype": "bf16"}},
     "dropout": {"model": {"dropout": 0.1}},

@@ -1,41 +1,68 @@
-"""The stage cut: which consecutive layers each pipeline stage holds, so that the slowest stage is as fast as it can be.
+"""The cut: which consecutive layers each part of the model holds, so that the slowest part is as fast as it can be.
 
-Training and `palimpsest plan` call the same `cut`. The cost of a layer is its forward operations per row; the
-embedding is counted with the first layer and the head with the last, as they live there, so the cut is a partition
-of one list of numbers into runs. Invariant: the runs are consecutive, cover every layer once, and none is empty.
-A cut depends on the model, the lengths of a row (a head that predicts some tokens only costs less) and the number of
-stages alone, never on the data size, ZeRO stage or batch.
+A pipeline stage holds one part, or several as its chunks (virtual stages): see `stage_parts`. Training and `palimpsest
+plan` call the same `cut`. The cost of a layer is its forward operations per row; the embedding is counted with the
+first layer and the head with the last, as they live there, so the cut is a partition of one list of numbers into
+runs. Invariant: the runs are consecutive, cover every layer once, and none is empty. A cut depends on the model, the
+lengths of a row (a head that predicts some tokens only costs less) and the number of
+parts alone, never on the data size, ZeRO stage or batch.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from engine.config.lengths import RowLengths
 from engine.config.schema import ModelConfig
 from engine.errors import ConfigError
 from engine.plan.operations import layer_costs
 from engine.plan.parameters import stage_entries
+from engine.plan.parts import Entry
 
 
-def cut(model: ModelConfig, pipe: int, lengths: RowLengths) -> list[range]:
-    """Global layer numbers of every pipeline stage, in order.
+@dataclass(frozen=True)
+class Part:
+    """Consecutive layers by global number, with the embedding if `first`, and the final norm and the head if `last`."""
 
-    The first stage also holds the embedding, the last one the final norm and the head.
+    layers: range
+    first: bool
+    last: bool
+
+
+def cut(model: ModelConfig, num_parts: int, lengths: RowLengths) -> list[range]:
+    """Global layer numbers of every part, in order.
+
+    The first part also holds the embedding, the last one the final norm and the head.
 
     Raises:
-        ConfigError: there are more stages than layers.
+        ConfigError: there are more parts than layers.
     """
-    if not 1 <= pipe <= model.num_layers:
+    if not 1 <= num_parts <= model.num_layers:
         raise ConfigError(
-            f"parallel.pipe = {pipe} does not fit model.num_layers = {model.num_layers}", f"1 to {model.num_layers}"
+            f"parallel.pipe x parallel.virtual_stages = {num_parts} does not fit model.num_layers = {model.num_layers}",
+            f"1 to {model.num_layers}",
         )
-    return balance(layer_costs(model, lengths), pipe)
+    return balance(layer_costs(model, lengths), num_parts)
 
 
-def tied_stages(model: ModelConfig, pipe: int, lengths: RowLengths) -> dict[str, tuple[int, ...]]:
+def stage_parts(model: ModelConfig, pipe: int, virtual_stages: int, lengths: RowLengths) -> list[list[Part]]:
+    """The parts of every stage: its chunk c is part c * pipe + stage (Narayanan et al. 2021, section 2.2)."""
+    runs = cut(model, pipe * virtual_stages, lengths)
+    parts = [Part(run, first=number == 0, last=number == len(runs) - 1) for number, run in enumerate(runs)]
+    return [parts[stage::pipe] for stage in range(pipe)]
+
+
+def entries_of(model: ModelConfig, parts: list[Part]) -> list[Entry]:
+    """Parameters of a stage that holds these parts, each name once."""
+    entries = [entry for part in parts for entry in stage_entries(model, part.layers, part.first, part.last)]
+    return list({entry.name: entry for entry in entries}.values())
+
+
+def tied_stages(model: ModelConfig, pipe: int, virtual_stages: int, lengths: RowLengths) -> dict[str, tuple[int, ...]]:
     """The stages, ascending, of every parameter that more than one pipeline stage holds, by logical name."""
     holders: dict[str, list[int]] = {}
-    for stage, layers in enumerate(cut(model, pipe, lengths)):
-        for entry in stage_entries(model, layers, is_first=stage == 0, is_last=stage == pipe - 1):
+    for stage, parts in enumerate(stage_parts(model, pipe, virtual_stages, lengths)):
+        for entry in entries_of(model, parts):
             holders.setdefault(entry.name, []).append(stage)
     return {name: tuple(stages) for name, stages in holders.items() if len(stages) > 1}
 

@@ -8,6 +8,8 @@ per token and layer, without allocator waste; such counts were seen to lie 8 to 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -74,13 +76,14 @@ def stage_memory(
     precision: PrecisionConfig,
     entries: list[Entry],
     *,
-    layers: range,
+    layers: Iterable[int],
     data_size: int,
     lengths: RowLengths,
-    in_flight: int,
+    in_flight: Fraction | int,
     has_head: bool,
 ) -> Memory:
-    """Memory of one rank of a stage that holds `entries`, with `in_flight` micro-batches alive at the peak."""
+    """Memory of one rank of a stage that holds `entries`, with `in_flight` micro-batches of all its layers alive at the
+    peak: a fraction where passes of single chunks add up to one."""
     numel = sum(entry.local_numel(parallel.tensor) for entry in entries)
     per_element = states_per_element(parallel.zero_stage, data_size, precision)
     weights, master, moments, gradients = (-(-numel * one // 1) for one in per_element)
@@ -97,8 +100,9 @@ def stage_memory(
         gradients=gradients,
         bucket=bucket,
         gathered=largest_module(entries, parallel.tensor) * dtype_bytes if parallel.zero_stage == 3 else 0,
-        activations=in_flight * rows * saved * dtype_bytes,
-        logits=logits * (in_flight + 2),  # one saved by each micro-batch alive, two at work: softmax and its gradient
+        activations=math.ceil(in_flight * rows * saved * dtype_bytes),
+        logits=logits
+        * math.ceil(in_flight + 2),  # one saved by each micro-batch alive, two at work: softmax and its gradient
     )
 
 

@@ -1,21 +1,35 @@
-"""What a pipeline schedule costs: idle time, and micro-batches alive at once. 1F1B and GPipe."""
+"""What a pipeline schedule costs: idle time, and what is alive at once. The formulas of `engine.parallel.schedule`.
+
+Letters as in Narayanan et al. 2021: p stages, v chunks (virtual stages) of each, m micro-batches.
+"""
 
 from __future__ import annotations
 
 from fractions import Fraction
 from typing import Literal
 
+Schedule = Literal["1f1b", "gpipe"]
 
-def bubble(pipe: int, num_micro_batches: int) -> Fraction:
-    """Share of a step in which a stage waits: (p-1) / (m+p-1), the same for 1F1B and GPipe.
 
-    Narayanan et al. 2021, section 2.2, with the whole step (not its busy part) as denominator.
+def bubble(pipe: int, virtual_stages: int, num_micro_batches: int) -> Fraction:
+    """Share of a step in which a stage waits: (p-1) / (v m + p-1), with v = 1 for 1F1B and GPipe.
+
+    Narayanan et al. 2021, section 2.2, with the whole step (not its busy part) as denominator, where all chunks take
+    equally long. Interleaved, m that p does not divide take as long at most as the next multiple would.
     """
-    return Fraction(pipe - 1, num_micro_batches + pipe - 1)
+    if virtual_stages == 1:
+        return Fraction(pipe - 1, num_micro_batches + pipe - 1)
+    filled = -(-num_micro_batches // pipe) * pipe
+    return 1 - Fraction(virtual_stages * num_micro_batches, virtual_stages * filled + pipe - 1)
 
 
-def in_flight(schedule: Literal["1f1b", "gpipe"], stage: int, pipe: int, num_micro_batches: int) -> int:
-    """Micro-batches whose activations a stage holds at its peak."""
+def in_flight(schedule: Schedule, stage: int, pipe: int, virtual_stages: int, num_micro_batches: int) -> int:
+    """Forward passes of a chunk whose activations a stage holds at its peak; a bound where p does not divide m.
+
+    One more than those that a stage begins with: p-1-s for 1F1B, 2(p-1-s) + (v-1)p interleaved, all for GPipe.
+    """
     if schedule == "gpipe":
         return num_micro_batches
-    return min(pipe - stage, num_micro_batches)
+    if virtual_stages == 1:
+        return min(pipe - stage, num_micro_batches)
+    return min(2 * (pipe - 1 - stage) + (virtual_stages - 1) * pipe + 1, virtual_stages * num_micro_batches)

@@ -7,16 +7,17 @@ Stages differ in layers and parameters, so memory and traffic are per pipeline s
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any
 
 from engine.config.lengths import has_segments, row_lengths
 from engine.config.resolve import Layout, num_micro_batches, resolve
 from engine.config.schema import RunConfig
-from engine.plan.cut import cut
+from engine.plan.cut import Part, entries_of, stage_parts
 from engine.plan.elastic import World, elastic_worlds
 from engine.plan.memory import Memory, stage_memory
 from engine.plan.operations import BACKWARD_FACTOR, layer_costs, training_operations
-from engine.plan.parameters import num_parameters, stage_entries
+from engine.plan.parameters import num_parameters
 from engine.plan.pipeline import bubble, in_flight
 from engine.plan.traffic import Traffic, stage_traffic
 from engine.plan.worlds import Refusal, neighbours, valid_worlds
@@ -30,7 +31,8 @@ class StagePlan:
     """One pipeline stage; parameters are elements with the vocabulary padded."""
 
     stage: int
-    first_layer: int
+    chunks: tuple[tuple[int, int], ...]
+    """First and last layer of each."""
     num_layers: int
     parameters: int
     """On all its tensor ranks together."""
@@ -41,7 +43,7 @@ class StagePlan:
     operations: int
     """Forward and backward of one rank per step, padding of the vocabulary included."""
     in_flight: int
-    """Micro-batches alive at the peak."""
+    """Forward passes of a chunk alive at the peak."""
     memory: Memory
     traffic: Traffic
 
@@ -117,7 +119,7 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
         num_micro_batches=micro_batches,
         tokens=batch_size * run_stage.sequence_length,
         operations=batch_size * training_operations(config.model, row_lengths(run_stage)),
-        bubble=float(bubble(layout.pipe, micro_batches)),
+        bubble=float(bubble(layout.pipe, config.parallel.virtual_stages, micro_batches)),
         stages=stage_plans(config, layout),
         worlds=tuple(valid_worlds(config, largest)),
         elastic=tuple(elastic_worlds(config, largest)),
@@ -130,21 +132,18 @@ def stage_plans(config: RunConfig, layout: Layout) -> tuple[StagePlan, ...]:
     """Every pipeline stage of a layout that `resolve` or `examine` gave."""
     micro_batches = num_micro_batches(config.stages[0].global_batch_size, config.parallel, layout.data)
     lengths = row_lengths(config.stages[0])
-    return tuple(
-        _stage_plan(config, layout, stage, layers, micro_batches)
-        for stage, layers in enumerate(cut(config.model, layout.pipe, lengths))
-    )
+    stages = stage_parts(config.model, layout.pipe, config.parallel.virtual_stages, lengths)
+    return tuple(_stage_plan(config, layout, stage, parts, micro_batches) for stage, parts in enumerate(stages))
 
 
-def _stage_plan(config: RunConfig, layout: Layout, stage: int, layers: range, micro_batches: int) -> StagePlan:
-    is_first, is_last = stage == 0, stage == layout.pipe - 1
+def _stage_plan(config: RunConfig, layout: Layout, stage: int, parts: list[Part], micro_batches: int) -> StagePlan:
     run_stage, lengths = config.stages[0], row_lengths(config.stages[0])
-    entries = stage_entries(config.model, layers, is_first, is_last)
+    layers = [layer for part in parts for layer in part.layers]
+    entries = entries_of(config.model, parts)
     rows = micro_batches * config.parallel.micro_batch_size
-    alive = in_flight(config.parallel.schedule, stage, layout.pipe, micro_batches)
+    alive = in_flight(config.parallel.schedule, stage, layout.pipe, len(parts), micro_batches)
     sections = (config.model, config.parallel, config.precision, entries)
     common: dict[str, Any] = {
-        "layers": layers,
         "data_size": layout.data * layout.sequence,
         "lengths": lengths,
     }
@@ -153,20 +152,25 @@ def _stage_plan(config: RunConfig, layout: Layout, stage: int, layers: range, mi
     operations = (1 + BACKWARD_FACTOR) * sum(costs[layer] for layer in layers)
     return StagePlan(
         stage=stage,
-        first_layer=layers.start,
+        chunks=tuple((part.layers.start, part.layers.stop - 1) for part in parts),
         num_layers=len(layers),
         parameters=sum(entry.numel for entry in entries),
         parameters_per_rank=per_rank,
         updated=per_rank if config.parallel.zero_stage == 0 else -(-per_rank // common["data_size"]),
         operations=operations * rows // layout.tensor,
         in_flight=alive,
-        memory=stage_memory(*sections, **common, in_flight=alive, has_head=is_last),
+        memory=stage_memory(
+            *sections,
+            **common,
+            layers=layers,
+            in_flight=Fraction(alive, len(parts)),
+            has_head=any(part.last for part in parts),
+        ),
         traffic=stage_traffic(
             *sections,
             **common,
+            parts=parts,
             num_micro_batches=micro_batches,
-            is_first=is_first,
-            is_last=is_last,
             segments=has_segments(run_stage.data.attention, run_stage.objective),
         ),
     )

@@ -6,11 +6,13 @@ A ring over n ranks sends (n-1)/n of the tensor per rank for a gather or a scatt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 
 from engine.config.lengths import RowLengths
 from engine.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from engine.plan.cut import Part
 from engine.plan.families import figures
 from engine.plan.memory import DTYPE_BYTES
 from engine.plan.parts import Entry
@@ -30,7 +32,7 @@ class Traffic:
     tensor: int
     """Tensor axis: activations and their gradients."""
     pipe: int
-    """Neighbouring stages: boundary activations, document numbers, and gradients."""
+    """Neighbouring stages, the last and the first among them: boundary activations, document numbers, and gradients."""
     tie: int
     """Both ends of the pipeline: the gradient of a tied embedding."""
 
@@ -45,39 +47,36 @@ def stage_traffic(
     precision: PrecisionConfig,
     entries: list[Entry],
     *,
-    layers: range,
+    parts: Sequence[Part],
     data_size: int,
     lengths: RowLengths,
     num_micro_batches: int,
-    is_first: bool,
-    is_last: bool,
     segments: bool,
 ) -> Traffic:
-    """Traffic of one rank of a stage that holds `entries`.
+    """Traffic of one rank of a stage that holds `parts`, whose parameters are `entries`.
 
     `segments`: rows carry document numbers, which travel down the pipeline with the activations.
     """
     family = figures(model)
     numel = sum(entry.local_numel(parallel.tensor) for entry in entries)
     rows, dtype_bytes = num_micro_batches * parallel.micro_batch_size, DTYPE_BYTES[precision.dtype]
-    up = 0 if is_first else family.boundary(model, layers.start, lengths) * dtype_bytes
-    down = 0
-    if not is_last:
-        down = family.boundary(model, layers.stop, lengths) * dtype_bytes
-        down += family.carried_bytes(model, layers.stop, lengths, segments)
+    is_first, is_last = any(part.first for part in parts), any(part.last for part in parts)
+    up, down = [part.layers.start for part in parts if not part.first], [p.layers.stop for p in parts if not p.last]
+    sent = sum(family.boundary(model, layer, lengths) for layer in (*up, *down)) * dtype_bytes
+    sent += sum(family.carried_bytes(model, layer, lengths, segments) for layer in down)
     gradients, weights = zero_bytes(numel, parallel.zero_stage, data_size, precision, num_micro_batches)
     if parallel.zero_stage == 3 and model.tie_embeddings and is_first and is_last:
         # one parameter, two modules: each of them gathers it
         matrix = model.padded_vocab_size * model.hidden_size // parallel.tensor
         weights += zero_bytes(matrix, 3, data_size, precision, num_micro_batches)[1]
     losses = LOSS_REDUCTIONS * 4 * lengths.predicted if is_last else 0
-    reduced = family.reduced(model, layers, is_first, is_last, lengths) * dtype_bytes
+    reduced = sum(family.reduced(model, part.layers, part.first, part.last, lengths) for part in parts) * dtype_bytes
     is_tied = model.tie_embeddings and parallel.pipe > 1 and (is_first or is_last)
     return Traffic(
         gradients=gradients,
         weights=weights,
         tensor=int(rows * (reduced + losses) * all_reduce_factor(parallel.tensor)),
-        pipe=rows * (up + down),
+        pipe=rows * sent,
         tie=_tie_bytes(model, parallel, precision, data_size) if is_tied else 0,
     )
 

@@ -1,6 +1,6 @@
 """From a configuration to this rank's pipeline stage, ready to train: the one place where the rooms meet.
 
-cut (plan) -> stage on the meta device (models) -> tensor-sharded (parallel) -> parameter groups (optim) -> ZeRO engine
+cut (plan) -> chunks on the meta device (models) -> tensor-sharded (parallel) -> parameter groups (optim) -> ZeRO engine
 with initial weights -> schedule. Tests build through the same function.
 """
 
@@ -13,17 +13,18 @@ import torch
 from engine.config.deepspeed import deepspeed_config
 from engine.config.lengths import has_segments, row_lengths
 from engine.config.resolve import Layout, num_micro_batches
-from engine.config.schema import RunConfig, RunStage
+from engine.config.schema import ModelConfig, RunConfig, RunStage
 from engine.models.chunk import Chunk, Rows
 from engine.models.families import family
 from engine.models.initial import initial_value
 from engine.optim.groups import make_optimizer, parameter_groups
+from engine.parallel.chunks import Chunks
 from engine.parallel.functions import PLAIN, Functions
 from engine.parallel.groups import Groups, join
-from engine.parallel.pipeline import Pipeline
+from engine.parallel.pipeline import Pipeline, Ports
 from engine.parallel.tensor import shard, vocabulary_cross_entropy
 from engine.parallel.zero import StageEngine
-from engine.plan.cut import cut, tied_stages
+from engine.plan.cut import stage_parts, tied_stages
 
 
 def build_pipeline(config: RunConfig, run_stage: RunStage, groups: Groups, device: torch.device) -> Pipeline:
@@ -31,13 +32,11 @@ def build_pipeline(config: RunConfig, run_stage: RunStage, groups: Groups, devic
     model = config.model
     engine = build_engine(config, run_stage, groups, device)
     engine.fill(partial(initial_value, config=model, seed=config.seed))
-    chunk = stage_chunk(config, groups)
     rows = micro_batch_rows(config, run_stage, engine.dtype)
     return Pipeline(
         engine,
         groups,
-        incoming={} if chunk.first else family(model).boundary(model, chunk.layers.start, rows),
-        outgoing={} if chunk.last else family(model).boundary(model, chunk.layers.stop, rows),
+        [_ports(model, chunk, rows) for chunk in stage_chunks(config, groups)],
         num_losses=len(family(model).losses(model)),
         schedule=config.parallel.schedule,
     )
@@ -46,17 +45,18 @@ def build_pipeline(config: RunConfig, run_stage: RunStage, groups: Groups, devic
 def build_engine(config: RunConfig, run_stage: RunStage, groups: Groups, device: torch.device) -> StageEngine:
     """This rank's stage under ZeRO, its weights still zero. Collective over the world."""
     model, kind = config.model, family(config.model)
-    chunk, ties = stage_chunk(config, groups), kind.ties(model)
     specs = {spec.name: spec for spec in kind.specs(model)}
-    tied = tied_stages(model, groups.layout.pipe, row_lengths(config.stages[0]))
     with torch.device("meta"):
-        stage = kind.build(model, chunk, _functions(groups))
-    shard(stage, specs, ties, groups.tensor)
-    names = [ties.get(name, name) for name, _ in stage.named_parameters()]
+        chunks = [kind.build(model, chunk, _functions(groups)) for chunk in stage_chunks(config, groups)]
+    stage = Chunks(chunks, kind.ties(model))
+    logical_names = stage.logical_names(kind.ties(model))
+    shard(stage, specs, logical_names, groups.tensor)
+    names = [logical_names[name] for name, _ in stage.named_parameters()]
+    tied = _tied_stages(config, groups.layout)
     return StageEngine(
         stage,
         parameter_groups([specs[name] for name in names], config.optimizer, tied),
-        ties,
+        logical_names,
         partial(make_optimizer, config=config.optimizer),
         deepspeed_config(
             config.parallel,
@@ -72,14 +72,27 @@ def build_engine(config: RunConfig, run_stage: RunStage, groups: Groups, device:
 
 def join_groups(config: RunConfig, layout: Layout, global_rank: int) -> Groups:
     """The groups of a rank, those of the model's tied weights among them. Collective over the world."""
-    tied = tied_stages(config.model, layout.pipe, row_lengths(config.stages[0]))
-    return join(layout, global_rank, tied.values())
+    return join(layout, global_rank, _tied_stages(config, layout).values(), config.parallel.virtual_stages)
 
 
-def stage_chunk(config: RunConfig, groups: Groups) -> Chunk:
-    """The part of the model that this rank's pipeline stage holds; cut by the lengths of the first run stage."""
-    layers = cut(config.model, groups.layout.pipe, row_lengths(config.stages[0]))[groups.coordinates.stage]
-    return Chunk(layers, first=groups.is_first_stage, last=groups.is_last_stage)
+def stage_chunks(config: RunConfig, groups: Groups) -> list[Chunk]:
+    """The parts of the model that this rank's pipeline stage holds; cut by the lengths of the first run stage."""
+    sizes = (groups.layout.pipe, config.parallel.virtual_stages)
+    parts = stage_parts(config.model, *sizes, row_lengths(config.stages[0]))[groups.coordinates.stage]
+    return [Chunk(part.layers, part.first, part.last) for part in parts]
+
+
+def _tied_stages(config: RunConfig, layout: Layout) -> dict[str, tuple[int, ...]]:
+    return tied_stages(config.model, layout.pipe, config.parallel.virtual_stages, row_lengths(config.stages[0]))
+
+
+def _ports(model: ModelConfig, chunk: Chunk, rows: Rows) -> Ports:
+    kind = family(model)
+    return Ports(
+        wanted=kind.wanted(model, chunk),
+        incoming={} if chunk.first else kind.boundary(model, chunk.layers.start, rows),
+        outgoing={} if chunk.last else kind.boundary(model, chunk.layers.stop, rows),
+    )
 
 
 def micro_batch_rows(config: RunConfig, run_stage: RunStage, dtype: torch.dtype) -> Rows:

@@ -25,7 +25,7 @@ from engine.errors import DataError
 from engine.models.families import family
 from engine.parallel.boundary import Tensors
 from engine.parallel.groups import Groups
-from engine.train.build import stage_chunk
+from engine.train.build import stage_chunks
 
 DROPOUT_KEYS = "dropout_keys_B"
 """The model's keyword for what dropout in each row is keyed by; wanted where the model drops anything."""
@@ -72,9 +72,9 @@ class Feed:
         most = config.evaluation.max_samples
         self.held_out = None if held_out is None else HeldOut(held_out, length, data.attention, most, *how)
         self.losses = family(config.model).losses(config.model)
-        chunk = stage_chunk(config, groups)
-        self.wanted = family(config.model).wanted(config.model, chunk)
-        """Keywords of this rank's stage that come from the data."""
+        kind, chunks = family(config.model), stage_chunks(config, groups)
+        self.wanted = frozenset[str]().union(*(kind.wanted(config.model, chunk) for chunk in chunks))
+        """Keywords of this rank's chunks that come from the data."""
         self.wait_seconds = 0.0
         """Time that the last `step` waited for data."""
         self._prefetcher: Prefetcher | None = None

@@ -45,7 +45,12 @@ LLAMA = GPT2 | {
     "bias": False,
     "tie_embeddings": False,
 }
-MODELS = {"gpt2": GPT2, "llama": LLAMA, "llama-tied": LLAMA | {"tie_embeddings": True}}
+MODELS = {
+    "gpt2": GPT2,
+    "gpt2-deep": GPT2 | {"num_layers": 6},
+    "llama": LLAMA,
+    "llama-tied": LLAMA | {"tie_embeddings": True},
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Case:
     dtype: str = "fp32"
     reduce_dtype: str = "fp32"
     optimizer: str = "adamw"
+    virtual_stages: int = 1
 
     @property
     def world_size(self) -> int:
@@ -144,6 +150,7 @@ def config_of(case: Case) -> RunConfig:
                 "zero_stage": case.zero_stage,
                 "micro_batch_size": case.micro_batch_size,
                 "schedule": case.schedule,
+                "virtual_stages": case.virtual_stages,
             },
         },
         "case",

@@ -39,7 +39,7 @@ def run_tree(corpus: Path, folder: Path, **changes: Any) -> Tree:
         "folder": str(folder),
         "tokenizer": str(corpus / "tokenizer"),
         "seed": 5,
-        "model": {"vocab_size": 300, "num_layers": 3, "hidden_size": 16, "num_heads": 4, "max_positions": LENGTH},
+        "model": {"vocab_size": 300, "num_layers": 4, "hidden_size": 16, "num_heads": 4, "max_positions": LENGTH},
         "stages": [
             {
                 "data": {

@@ -23,6 +23,7 @@ from torch import nn
 
 from engine.errors import PalimpsestError
 from engine.parallel.boundary import Tensors
+from engine.parallel.chunks import Chunks
 from engine.parallel.collectives import all_reduce
 from engine.parallel.groups import Group, Groups
 from engine.parallel.sharding import ParameterSpec
@@ -128,15 +129,15 @@ def start(device: torch.device) -> None:
 class StageEngine:
     """A pipeline stage's weights, gradients and optimizer under one ZeRO stage. Every rank of the world makes one.
 
-    `module` is the stage on the meta device, already tensor-sharded, and `groups_of_parameters` covers its
-    parameters by logical name (`ties` maps a local name to its logical one). Weights are zero until `fill`.
+    `module` is the stage on the meta device, already tensor-sharded, and `parameter_groups` covers its parameters by
+    logical name (`logical_names` gives that of each name in the module). Weights are zero until `fill`.
     """
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Chunks,
         parameter_groups: list[ParameterGroup],
-        ties: dict[str, str],
+        logical_names: dict[str, str],
         make_optimizer: MakeOptimizer,
         config: dict[str, Any],
         groups: Groups,
@@ -153,7 +154,7 @@ class StageEngine:
             partition_empty(module, self.dtype, device, topology, config)
         else:
             replace_parameters(module, lambda p: nn.Parameter(torch.zeros(p.shape, dtype=self.dtype, device=device)))
-        self._named = named = _by_group(module, parameter_groups, ties)
+        self._named = named = _by_group(module, parameter_groups, logical_names)
         self.optimizer = make_optimizer(
             [
                 {
@@ -179,21 +180,24 @@ class StageEngine:
             zero = groups.zero if self.zero_stage > 0 else Group((groups.global_rank,), 0)
             self.optimizer.attach(self._shards.parts(), self.placements(), zero, groups.tensor)
         self._cures = Cures(self._engine) if self.zero_stage == 3 else None
+        self._gradients_begun = False
         self._norm = torch.zeros((), device=device)
         if self.zero_stage in (1, 2):
             self._engine.optimizer.scaled_global_norm = lambda norm_type=2: self._norm
         elif self.zero_stage == 3:
             self._engine.optimizer._get_norm_groups = lambda: [self._norm]
 
-    def forward(self, **inputs: torch.Tensor) -> Tensors:
-        """What the stage makes of one micro-batch, by name. Collective over the ZeRO group under ZeRO-3."""
-        made = self._engine(**inputs)
+    def forward(self, chunk: int, inputs: Tensors) -> Tensors:
+        """What a chunk makes of one micro-batch, by name. Collective over the ZeRO group under ZeRO-3."""
+        made = self._engine(chunk=chunk, inputs=inputs)
         if self._cures and torch.is_grad_enabled():
-            self._cures.after_forward()
+            self._cures.after_forward(chunk)
         return made
 
-    def backward(self, outputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], is_last: bool) -> None:
-        """Backward from the gradient of each of the `outputs`. Collective over the ZeRO group.
+    def backward(
+        self, chunk: int, outputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], is_last: bool
+    ) -> None:
+        """Backward of a chunk from the gradient of each of its `outputs`. Collective over the ZeRO group.
 
         `is_last` marks the last backward of a step, after which gradients are whole.
         """
@@ -202,7 +206,8 @@ class StageEngine:
             # Set by the forward pass only; without it a backward that follows a backward replaces gradients.
             self._engine.optimizer.clear_backward_seen_flag()
         if self._cures:
-            self._cures.before_backward()
+            self._cures.before_backward(chunk, is_first=not self._gradients_begun)
+        self._gradients_begun = not is_last
         self._engine.backward(_Emit.apply(grads, *outputs), scale_wrt_gas=False)
 
     def step(self, learning_rate: float, accept: Callable[[float], bool] = finite) -> float:
@@ -318,9 +323,9 @@ class StageEngine:
             grad.mul_(scale)
 
 
-def _by_group(module: nn.Module, parameter_groups: Iterable[ParameterGroup], ties: dict[str, str]) -> Named:
+def _by_group(module: nn.Module, parameter_groups: Iterable[ParameterGroup], logical_names: dict[str, str]) -> Named:
     """The module's parameters in the order of the groups; every parameter is in exactly one."""
-    by_name = {ties.get(name, name): parameter for name, parameter in module.named_parameters()}
+    by_name = {logical_names[name]: parameter for name, parameter in module.named_parameters()}
     named = [[(spec, by_name.pop(spec.name)) for spec in group.specs] for group in parameter_groups]
     assert not by_name, f"in no parameter group: {', '.join(by_name)}"
     return named

@@ -57,23 +57,30 @@ class Cures:
     def __init__(self, engine: Any) -> None:
         coordinator = engine.optimizer.parameter_offload.param_coordinator
         require(coordinator, "reset_step", "is_complete_trace", "is_record_trace")
-        require(engine.optimizer, "clear_backward_seen_flag")
+        require(engine.optimizer, "clear_backward_seen_flag", "grad_partitions_flat_buffer")
+        self.optimizer = engine.optimizer
         # Called at each forward; it would start the trace and compare it with ranks that run other modules.
         coordinator.reset_step = lambda: None
-        self.module = engine.module
-        self._countdowns: list[tuple[nn.Module, int]] = []
+        self.chunks = engine.module.chunks
+        self._countdowns: dict[int, list[tuple[nn.Module, int]]] = {}
 
-    def after_forward(self) -> None:
+    def after_forward(self, chunk: int) -> None:
         """Remembers how many gradients end each module's backward: the same number at every forward pass."""
-        if not self._countdowns:
-            self._countdowns = [
+        if chunk not in self._countdowns:
+            self._countdowns[chunk] = [
                 (module, module.__dict__["ds_grads_remaining"])
-                for module in self.module.modules()
+                for module in self.chunks[chunk].modules()
                 if "ds_grads_remaining" in module.__dict__  # containers are never called
             ]
-            assert self._countdowns, "DeepSpeed counts gradients in Module.ds_grads_remaining"
+            assert self._countdowns[chunk], "DeepSpeed counts gradients in Module.ds_grads_remaining"
 
-    def before_backward(self) -> None:
-        """Sets the countdowns, which every later forward pass has reset."""
-        for module, count in self._countdowns:
+    def before_backward(self, chunk: int, is_first: bool) -> None:
+        """Sets the chunk's countdowns, which every later forward pass of it has reset.
+
+        The first backward of a step replaces the gradients of what it went through, and the later ones add: those
+        of the other chunks would be added to the last step's.
+        """
+        if is_first:
+            self.optimizer.grad_partitions_flat_buffer.zero_()
+        for module, count in self._countdowns[chunk]:
             module.ds_grads_remaining = count  # type: ignore[assignment]

@@ -193,6 +193,8 @@ def fake_groups(layout: Layout, global_rank: int) -> Groups:
         tensor=mine("tensor"),
         pipe=mine("pipe"),
         pipe_backward=mine("pipe"),
+        wrap=mine("pipe"),
+        wrap_backward=mine("pipe"),
         model=mine("pipe", "tensor"),
         ties={},
     )

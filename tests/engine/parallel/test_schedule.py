@@ -1,71 +1,99 @@
-"""Schedules against a discrete-event simulation: no deadlock, the activation bound, the bubble of the formula."""
+"""Schedules against simulations: each pass once, no deadlock, what is alive, and idle time as the formulas have it."""
 
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 
 import pytest
 
-from engine.parallel.schedule import Backward, Forward, Instruction, Schedule, instructions
+from engine.parallel.schedule import Backward, Forward, Instruction, Schedule, forward_only, instructions
+from engine.plan.pipeline import bubble, in_flight
+from tests.engine.parallel.events import rendezvous, timeline
 
-SIZES = list(itertools.product((1, 2, 3, 4, 5), (1, 2, 3, 4, 7, 8)))
-
-
-def simulate(schedule: Schedule, num_stages: int, num_micro_batches: int, forward: int = 1, backward: int = 2):
-    """Time at which each instruction ends when a stage waits for its input; raises where nobody can go on."""
-    queues = [list(instructions(schedule, stage, num_stages, num_micro_batches)) for stage in range(num_stages)]
-    ends: dict[tuple[int, Instruction], int] = {}
-    clock = [0] * num_stages
-    while any(queues):
-        moved = False
-        for stage, queue in enumerate(queues):
-            if not queue:
-                continue
-            needs = needed_by(stage, queue[0], num_stages)
-            if all(need in ends for need in needs):
-                ready = max([clock[stage], *(ends[need] for need in needs)])
-                cost = forward if isinstance(queue[0], Forward) else backward
-                clock[stage] = ends[(stage, queue.pop(0))] = ready + cost
-                moved = True
-        assert moved, "deadlock"
-    return ends, max(clock)
+STAGES, MICRO_BATCHES = (1, 2, 3, 4, 5), range(1, 12)
+SHAPES: list[tuple[Schedule, int, int]] = [
+    *(("gpipe", num_stages, 1) for num_stages in STAGES),
+    *(("1f1b", num_stages, 1) for num_stages in STAGES),
+    *(("1f1b", num_stages, num_chunks) for num_stages in STAGES[1:] for num_chunks in (2, 3, 4)),
+]
+"""(schedule, stages, chunks): fewer micro-batches than stages, and numbers that they do not divide, are among them."""
 
 
-def needed_by(stage: int, instruction: Instruction, num_stages: int) -> list[tuple[int, Instruction]]:
-    match instruction:
-        case Forward():
-            return [(stage - 1, instruction)] if stage else []
-        case Backward(chunk=chunk, micro_batch=micro_batch):
-            own: list[tuple[int, Instruction]] = [(stage, Forward(chunk, micro_batch))]
-            return own if stage == num_stages - 1 else [*own, (stage + 1, instruction)]
+def orders(schedule: Schedule, num_stages: int, num_chunks: int, num_micro_batches: int) -> list[list[Instruction]]:
+    return [
+        list(instructions(schedule, stage, num_stages, num_chunks, num_micro_batches)) for stage in range(num_stages)
+    ]
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
-@pytest.mark.parametrize(("num_stages", "num_micro_batches"), SIZES)
-def test_every_micro_batch_once_and_no_deadlock(schedule, num_stages, num_micro_batches):
-    ends, _ = simulate(schedule, num_stages, num_micro_batches)
-    assert len(ends) == 2 * num_stages * num_micro_batches
+def cost(instruction: Instruction) -> int:
+    return 1 if isinstance(instruction, Forward) else 2
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
-@pytest.mark.parametrize(("num_stages", "num_micro_batches"), SIZES)
-def test_bubble_is_the_formula(schedule, num_stages, num_micro_batches):
-    """Each stage idles for (p - 1)(T_F + T_B): the share (p - 1) / (m + p - 1) of the step (Narayanan et al. 2021)."""
-    _, length = simulate(schedule, num_stages, num_micro_batches)
-    assert length == (num_micro_batches + num_stages - 1) * 3
+def alive(order: list[Instruction]) -> int:
+    """The most forward passes that are not yet backward."""
+    steps = (1 if isinstance(instruction, Forward) else -1 for instruction in order)
+    return max(itertools.accumulate(steps))
 
 
-@pytest.mark.parametrize(("num_stages", "num_micro_batches"), SIZES)
-def test_1f1b_keeps_at_most_as_many_activations_as_stages_remain(num_stages, num_micro_batches):
-    for stage in range(num_stages):
-        live = most = 0
-        for instruction in instructions("1f1b", stage, num_stages, num_micro_batches):
-            live += 1 if isinstance(instruction, Forward) else -1
-            most = max(most, live)
-        assert most == min(num_stages - stage, num_micro_batches)
-        assert live == 0
+@pytest.mark.parametrize(("schedule", "num_stages", "num_chunks"), SHAPES)
+def test_every_pass_once_and_backward_after_forward(schedule, num_stages, num_chunks):
+    for num_micro_batches in MICRO_BATCHES:
+        for order in orders(schedule, num_stages, num_chunks, num_micro_batches):
+            passes = list(itertools.product(range(num_chunks), range(num_micro_batches)))
+            assert sorted((i.chunk, i.micro_batch) for i in order if isinstance(i, Forward)) == passes
+            assert sorted((i.chunk, i.micro_batch) for i in order if isinstance(i, Backward)) == passes
+            for one in passes:
+                assert order.index(Forward(*one)) < order.index(Backward(*one))
+
+
+@pytest.mark.parametrize(("schedule", "num_stages", "num_chunks"), SHAPES)
+def test_what_is_sent_is_received_and_nobody_waits_for_ever(schedule, num_stages, num_chunks):
+    for num_micro_batches in MICRO_BATCHES:
+        made = orders(schedule, num_stages, num_chunks, num_micro_batches)
+        timeline(made, num_chunks, cost)
+        rendezvous(made, num_chunks)
+        evaluation = [list(forward_only(num_stages, num_chunks, num_micro_batches)) for _ in range(num_stages)]
+        timeline(evaluation, num_chunks, cost)
+        rendezvous(evaluation, num_chunks)
+
+
+@pytest.mark.parametrize(("schedule", "num_stages", "num_chunks"), SHAPES)
+def test_idle_time_and_what_is_alive_are_the_plans(schedule, num_stages, num_chunks):
+    """Equal where the micro-batches fill the schedule; else the plan's figures are bounds."""
+    for num_micro_batches in MICRO_BATCHES:
+        made = orders(schedule, num_stages, num_chunks, num_micro_batches)
+        length = timeline(made, num_chunks, cost).length
+        idle = 1 - Fraction(3 * num_chunks * num_micro_batches, length)
+        peaks = [alive(order) for order in made]
+        planned = [in_flight(schedule, stage, num_stages, num_chunks, num_micro_batches) for stage in range(num_stages)]
+        if num_chunks == 1 or num_micro_batches % num_stages == 0:
+            assert idle == bubble(num_stages, num_chunks, num_micro_batches)
+            assert peaks == planned
+        else:
+            assert idle <= bubble(num_stages, num_chunks, num_micro_batches)
+            assert all(peak <= most for peak, most in zip(peaks, planned, strict=True))
 
 
 def test_gpipe_runs_all_forwards_first():
-    kinds = [type(instruction) for instruction in instructions("gpipe", 0, 2, 3)]
+    kinds = [type(instruction) for instruction in instructions("gpipe", 0, 2, 1, 3)]
     assert kinds == [Forward] * 3 + [Backward] * 3
+
+
+def test_interleaving_divides_the_idle_time_by_the_chunks():
+    """Narayanan et al. 2021, section 2.2: idle over busy time is (p - 1) / (v m)."""
+    for num_chunks in (1, 2, 4):
+        share = bubble(4, num_chunks, 8)
+        assert share / (1 - share) == Fraction(3, 8 * num_chunks)
+
+
+def test_the_simulations_see_a_wrong_order():
+    made = orders("1f1b", 2, 2, 2)
+    crossed = [list(reversed(made[0])), made[1]]
+    with pytest.raises(AssertionError, match="deadlock"):
+        timeline(crossed, 2, cost)
+    with pytest.raises(AssertionError, match="deadlock"):
+        rendezvous(crossed, 2)
+    swapped = [made[0], [made[1][1], made[1][0], *made[1][2:]]]
+    with pytest.raises(AssertionError, match="in the place of"):
+        timeline(swapped, 2, cost)

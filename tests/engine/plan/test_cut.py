@@ -8,7 +8,7 @@ import pytest
 from engine.config.lengths import RowLengths
 from engine.config.schema import ModelConfig
 from engine.errors import ConfigError
-from engine.plan.cut import balance, cut
+from engine.plan.cut import balance, cut, stage_parts, tied_stages
 from engine.plan.operations import layer_costs
 
 GPT2 = ModelConfig(vocab_size=50257, num_layers=12, hidden_size=768, num_heads=12)
@@ -71,4 +71,21 @@ def test_costs_are_those_of_the_matrices() -> None:
 def test_more_stages_than_layers(pipe: int) -> None:
     with pytest.raises(ConfigError) as caught:
         cut(GPT2, pipe, LENGTHS)
-    assert str(caught.value) == f"parallel.pipe = {pipe} does not fit model.num_layers = 12\n  allowed: 1 to 12"
+    assert str(caught.value) == (
+        f"parallel.pipe x parallel.virtual_stages = {pipe} does not fit model.num_layers = 12\n  allowed: 1 to 12"
+    )
+
+
+@pytest.mark.parametrize(("pipe", "virtual_stages"), [(1, 1), (4, 1), (2, 3), (3, 2)])
+def test_stages_hold_every_part_once_and_hand_them_round(pipe: int, virtual_stages: int) -> None:
+    stages = stage_parts(GPT2, pipe, virtual_stages, LENGTHS)
+    round_by_round = [parts[chunk] for chunk in range(virtual_stages) for parts in stages]
+    assert [part.layers for part in round_by_round] == cut(GPT2, pipe * virtual_stages, LENGTHS)
+    assert [part.first for part in round_by_round] == [True] + [False] * (pipe * virtual_stages - 1)
+    assert [part.last for part in round_by_round] == [False] * (pipe * virtual_stages - 1) + [True]
+
+
+def test_a_tie_is_between_stages_and_not_between_parts() -> None:
+    assert tied_stages(GPT2, 2, 3, LENGTHS) == {"embed_tokens.weight": (0, 1)}
+    assert tied_stages(GPT2, 3, 4, LENGTHS) == {"embed_tokens.weight": (0, 2)}
+    assert tied_stages(GPT2, 1, 1, LENGTHS) == {}

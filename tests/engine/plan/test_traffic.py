@@ -63,6 +63,17 @@ def test_pipe_axis() -> None:
     ]
 
 
+def test_virtual_stages_send_as_often_as_parts_meet() -> None:
+    """Four parts on two stages: the first sends two chunks on and one back, the second one on and two back."""
+    activation, segments = 64 * 64 * 4, 64 * 4
+    stages = plan(2, pipe=2, virtual_stages=2).stages
+    assert [stage.traffic.pipe for stage in stages] == [
+        24 * (3 * activation + 2 * segments),
+        24 * (3 * activation + segments),
+    ]
+    assert [stage.chunks for stage in stages] == [((0, 0), (2, 2)), ((1, 1), (3, 3))]
+
+
 def test_tied_embedding() -> None:
     matrix = 512 * 64 * 4
     assert [stage.traffic.tie for stage in plan(4, pipe=4, zero_stage=0).stages] == [matrix, 0, 0, matrix]

@@ -1,0 +1,63 @@
+"""Several chunks per stage against plain torch: the numbers of the parity matrix, and of an evaluation."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from tests.distributed.cases import Case, config_of, global_batch, reference, stage_inputs
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_parity import check
+
+matrix = pytest.mark.matrix
+DEEP = "gpt2-deep"  # six layers: four parts of it are uneven
+SHAPES: tuple[dict[str, Any], ...] = (
+    {"pipe": 2, "virtual_stages": 2, "data": 2},
+    {"pipe": 3, "virtual_stages": 2},  # 8 micro-batches: a multiple of 3 and two more
+    {"pipe": 2, "virtual_stages": 3, "tensor": 2},
+    {"pipe": 4, "micro_batch_size": 4},  # two micro-batches on four stages
+    {"pipe": 3, "virtual_stages": 2, "micro_batch_size": 4},
+)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(DEEP, zero_stage=3, pipe=2, data=2, virtual_stages=2),
+        Case(DEEP, zero_stage=1, pipe=3, virtual_stages=2),
+        *(
+            pytest.param(Case(DEEP, zero_stage=zero_stage, **shape), marks=matrix)
+            for zero_stage, shape in itertools.product(range(4), SHAPES)
+        ),
+    ],
+    ids=str,
+)
+def test_chunks_equal_plain_torch(case: Case):
+    check(case)
+
+
+def evaluate(place: Any, case: Case) -> float:
+    """The first batch's summed loss under the initial weights, on the last stage; the same after a backward."""
+    import torch
+
+    from engine.config.resolve import resolve
+    from engine.train.build import build_pipeline, join_groups
+
+    config = config_of(case)
+    groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
+    pipeline = build_pipeline(config, config.stages[0], groups, torch.device("cpu"))
+    inputs = stage_inputs(global_batch(0, case.attention), case, groups)
+    before = pipeline.evaluate(inputs)
+    pipeline.train(inputs, torch.tensor(0.0))
+    assert torch.equal(pipeline.evaluate(inputs), before)
+    return before.sum().item()
+
+
+def test_evaluation_goes_through_every_chunk():
+    case = Case(DEEP, zero_stage=3, pipe=2, virtual_stages=3)
+    weight = global_batch(0, case.attention)["weights_BT"].sum().item()
+    sums = run_ranks(2, evaluate, case)
+    assert sums[0] == 0.0
+    assert sums[1] / weight == pytest.approx(reference(case).losses[0], rel=0, abs=2e-6)

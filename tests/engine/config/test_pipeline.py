@@ -1,0 +1,34 @@
+"""Rules of the pipeline, each broken by itself."""
+
+import pytest
+
+from engine.plan.composition import problems_of
+
+
+@pytest.mark.parametrize(
+    ("parallel", "wrong", "allowed"),
+    [
+        ({"virtual_stages": 2}, "parallel.virtual_stages = 2 with parallel.pipe = 1", "virtual_stages 1"),
+        (
+            {"pipe": 2, "virtual_stages": 3},
+            "parallel.pipe = 2 x parallel.virtual_stages = 3 are more parts than model.num_layers = 4",
+            "virtual_stages 1 to 2",
+        ),
+        (
+            {"pipe": 2, "virtual_stages": 2, "schedule": "gpipe"},
+            "parallel.virtual_stages = 2 with parallel.schedule = gpipe",
+            "schedule 1f1b",
+        ),
+        ({"pipe": 5}, "parallel.pipe = 5 is more than model.num_layers = 4", "1 to 4"),
+        ({"pipe": 5, "virtual_stages": 2}, "parallel.pipe = 5 is more than model.num_layers = 4", "1 to 4"),
+    ],
+)
+def test_each_rule(parallel: dict, wrong: str, allowed: str) -> None:
+    (problem,) = problems_of({"parallel": parallel})
+    assert problem.wrong.startswith(wrong)
+    assert allowed in problem.allowed
+
+
+def test_what_fits() -> None:
+    for pipe, virtual_stages in ((2, 1), (2, 2), (4, 1)):
+        assert not problems_of({"parallel": {"pipe": pipe, "virtual_stages": virtual_stages}})
