@@ -104,7 +104,7 @@ class DataConfig(Section):
     Held-out data is free: another set only begins another curve.
     """
 
-    kinds: ClassVar[dict[str, Kind]] = {"train": "execution", "validation": "execution"}
+    kinds: ClassVar[dict[str, Kind]] = {"train": "execution", "validation": "execution", "on_damage": "schedule"}
 
     train: Path
     """Folder of token shards that `palimpsest prepare` wrote."""
@@ -117,6 +117,10 @@ class DataConfig(Section):
     packing: Literal["concatenate", "best_fit"] = "concatenate"
     """`concatenate`: rows are consecutive stretches of a shard; `best_fit`: documents (longer ones in parts) stay
     whole, each in the row where least room is left."""
+    on_damage: Literal["fail", "quarantine"] = "fail"
+    """What to do where a shard of the training data turns out to be damaged or missing. `fail`: end the run, on all
+    ranks. `quarantine`: all ranks do without its samples from that step on, say so, and keep it in mind over
+    restarts."""
 
 
 class ObjectiveConfig(Section):

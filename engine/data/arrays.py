@@ -13,6 +13,7 @@ import numpy as np
 import xxhash
 import zstandard
 
+from engine.data.damage import DamagedShard
 from engine.data.index import PREPARE_AGAIN, ArrayFile
 from engine.errors import DataError
 
@@ -23,8 +24,8 @@ _RIGHTS = "check the file's rights"
 def open_array(folder: Path, array: ArrayFile, is_verified: bool = False) -> np.ndarray:
     """(length,) the array in its little-endian dtype, read-only.
 
-    `is_verified`: this process has compared the hash of the file before. Raises `DataError` where the file is
-    missing, of another size, or holds other bytes than were written.
+    `is_verified`: this process has compared the hash of the file before. Raises `DamagedShard` where the file is
+    missing, of another size, or holds other bytes than were written, `DataError` where it cannot be read.
     """
     _check_size(folder, array)
     dtype = np.dtype(array.dtype).newbyteorder("<")
@@ -55,13 +56,15 @@ def _check_size(folder: Path, array: ArrayFile) -> None:
     try:
         found = path.stat().st_size - array.offset
     except FileNotFoundError:
-        raise DataError(f"shard {path} is missing", f"a file of {array.stored_bytes:,} bytes", PREPARE_AGAIN) from None
+        raise DamagedShard(
+            f"shard {path} is missing", f"a file of {array.stored_bytes:,} bytes", PREPARE_AGAIN
+        ) from None
     except OSError as error:
         raise DataError(f"shard {path} cannot be read: {error.strerror}", remedy=_RIGHTS) from error
     if found < array.stored_bytes or (found > array.stored_bytes and not array.is_stretch):
         what = "truncated" if found < array.stored_bytes else "longer than it was written"
         how = array.dtype if array.compressed is None else f"{array.dtype}, as {array.compressed.method}"
-        raise DataError(
+        raise DamagedShard(
             f"shard {path} is {what}: {max(found, 0):,} bytes",
             f"{array.stored_bytes:,} bytes ({array.length:,} x {how})",
             PREPARE_AGAIN,
@@ -91,7 +94,7 @@ def _unpacked(folder: Path, array: ArrayFile) -> bytes:
     try:
         plain = zstandard.ZstdDecompressor().decompress(content, max_output_size=array.bytes)
     except zstandard.ZstdError as error:
-        raise DataError(
+        raise DamagedShard(
             f"shard {path} does not unpack: {error}", f"{array.bytes:,} bytes of zstd", PREPARE_AGAIN
         ) from error
     if (found := xxhash.xxh3_128_hexdigest(plain)) != array.xxh3:
@@ -99,5 +102,5 @@ def _unpacked(folder: Path, array: ArrayFile) -> bytes:
     return plain
 
 
-def _damaged(path: Path, found: str, expected: str) -> DataError:
-    return DataError(f"shard {path} is damaged: its bytes have xxh3 {found}", f"xxh3 {expected}", PREPARE_AGAIN)
+def _damaged(path: Path, found: str, expected: str) -> DamagedShard:
+    return DamagedShard(f"shard {path} is damaged: its bytes have xxh3 {found}", f"xxh3 {expected}", PREPARE_AGAIN)

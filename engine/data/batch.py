@@ -9,15 +9,28 @@ B batch (rows), T time (sequence length), S time of an encoder, M most masked to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
+from engine.data.damage import Damage, DamagedShard
 from engine.data.dataset import TokenDataset
-from engine.data.sampling import Sampler
+from engine.data.sampling import Made, Sampler
 
 NO_SAMPLE = (-1, -1, -1)
+
+
+class Rows(Protocol):
+    """Where rows come from."""
+
+    @property
+    def dataset(self) -> TokenDataset: ...
+
+    @property
+    def sampler(self) -> Sampler: ...
 
 
 @dataclass(frozen=True)
@@ -51,23 +64,56 @@ class Batch:
 
 
 def make_batch(
-    dataset: TokenDataset, sampler: Sampler, places: np.ndarray, samples: np.ndarray, num_rows: int
+    sources: Sequence[Rows], domains: np.ndarray, places: np.ndarray, samples: np.ndarray, num_rows: int
 ) -> Batch:
-    """The micro-batch of the rows at `places` (rows, 2), filled up to `num_rows` with rows of weight 0.
+    """The micro-batch of the rows at `places` (rows, 2) of the sources `domains` (rows,), filled up to `num_rows` with
+    rows of weight 0.
 
-    `samples` (rows, 3) are their addresses. Raises `DataError` where a shard is damaged.
+    `samples` (rows, 3) are their addresses. Raises `DamagedShard` where a shard is damaged.
     """
-    made = sampler.make(samples, places, num_rows)
+    made = _made(sources, domains, places, samples, num_rows)
     samples_B3 = np.full((num_rows, 3), NO_SAMPLE, np.int64)
     samples_B3[: len(samples)] = samples
-    shards = dataset.index.shards
-    sources = [f"{shards[number].tokens.name}:{row}" for number, row in places.tolist()]
+    domains_B = np.zeros(num_rows, np.int32)
+    domains_B[: len(domains)] = domains
+    names = [
+        f"{sources[domain].dataset.index.shards[number].tokens.name}:{row}"
+        for domain, (number, row) in zip(domains.tolist(), places.tolist(), strict=True)
+    ]
     return Batch(
         inputs={name: torch.from_numpy(array) for name, array in made.inputs.items()},
         weights=made.weights,
         samples_B3=torch.from_numpy(samples_B3),
         row_weights_B=(torch.arange(num_rows) < len(places)).float(),
-        domains_B=torch.zeros(num_rows, dtype=torch.int32),
-        sources=(*sources, *[""] * (num_rows - len(places))),
+        domains_B=torch.from_numpy(domains_B),
+        sources=(*names, *[""] * (num_rows - len(places))),
         document_lengths=tuple(torch.from_numpy(item) for item in made.document_lengths),
     )
+
+
+def _made(sources: Sequence[Rows], domains: np.ndarray, places: np.ndarray, samples: np.ndarray, num_rows: int) -> Made:
+    """The rows as their sources make them, in the order asked for."""
+    present = (np.unique(domains).tolist() if len(sources) > 1 else []) or [0]
+    if len(present) == 1:
+        return _of_one(sources, present[0], places, samples, num_rows)
+    which = [np.flatnonzero(domains == domain) for domain in present]
+    which[-1] = np.append(which[-1], np.arange(len(places), num_rows))  # with the last come those that are filled up
+    parts = [
+        _of_one(sources, domain, places[rows[rows < len(places)]], samples[rows[rows < len(places)]], rows.size)
+        for domain, rows in zip(present, which, strict=True)
+    ]
+    order = np.argsort(np.concatenate(which))
+    lengths = [item for part in parts for item in part.document_lengths]
+    return Made(
+        {name: np.concatenate([part.inputs[name] for part in parts])[order] for name in parts[0].inputs},
+        {name: sum(part.weights[name] for part in parts) for name in parts[0].weights},
+        [lengths[place] for place in order],
+    )
+
+
+def _of_one(sources: Sequence[Rows], domain: int, places: np.ndarray, samples: np.ndarray, num_rows: int) -> Made:
+    try:
+        return sources[domain].sampler.make(samples, places, num_rows)
+    except DamagedShard as error:
+        error.damage = Damage(domain, error.number, counted=True)
+        raise

@@ -8,7 +8,8 @@ tokens make a sample is the business of `engine.data.packing` and `engine.data.s
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -16,6 +17,7 @@ from threading import Lock
 import numpy as np
 
 from engine.data.arrays import open_array
+from engine.data.damage import DamagedShard
 from engine.data.index import PREPARE_AGAIN, ArrayFile, ShardEntry, read_index
 from engine.errors import DataError
 
@@ -75,9 +77,10 @@ class TokenDataset:
         """A shard, verified when this process first opens it.
 
         Raises:
-            DataError: a file of it is missing, of another size, or its bytes are not those that were written.
+            DamagedShard: a file of it is missing, of another size, or its bytes are not those that were written.
+            DataError: a file cannot be read.
         """
-        with self._lock:
+        with self._lock, _naming(number):
             found = self._open.pop(number, None)
             if found is None:
                 found = self._map(number)
@@ -92,7 +95,11 @@ class TokenDataset:
             progress(sum(array.stored_bytes for array in entry.arrays))
 
     def offsets(self, number: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """A shard's `documents` and `sentences` alone: no token is read, and verified like it. Raises `DataError`."""
+        """A shard's `documents` and `sentences` alone: no token is read, and verified like it. Raises as `shard`."""
+        with _naming(number):
+            return self._both_offsets(number)
+
+    def _both_offsets(self, number: int) -> tuple[np.ndarray, np.ndarray | None]:
         entry = self.index.shards[number]
         documents = self._offsets(entry.documents, entry.num_tokens)
         sentences = None if entry.sentences is None else self._offsets(entry.sentences, entry.num_tokens, documents)
@@ -111,7 +118,7 @@ class TokenDataset:
         tokens = self.index.shards[number].tokens
         folder = self.folder / (self.index.tokens_folder or "")
         mapped = open_array(folder, tokens, tokens.name in self._verified)
-        documents, sentences = self.offsets(number)
+        documents, sentences = self._both_offsets(number)
         self._verified.add(tokens.name)
         return Shard(tokens.name, mapped, documents, sentences)
 
@@ -123,6 +130,16 @@ class TokenDataset:
             unpacked -= _unpacked_bytes(self.index.shards[dropped])
 
 
+@contextmanager
+def _naming(number: int) -> Iterator[None]:
+    """Damage that is found inside is that of this shard."""
+    try:
+        yield
+    except DamagedShard as error:
+        error.number = number
+        raise
+
+
 def _unpacked_bytes(entry: ShardEntry) -> int:
     """Memory that an open shard takes beside maps."""
     return 0 if entry.tokens.compressed is None else entry.tokens.bytes
@@ -132,7 +149,7 @@ def _check_offsets(path: Path, offsets: np.ndarray, num_tokens: int, contained: 
     """Refuses offsets that no writer of ours makes, though their hash is right."""
     rising = offsets.size > 0 and offsets[0] == 0 and offsets[-1] == num_tokens and bool(np.all(np.diff(offsets) >= 0))
     if not rising or (contained is not None and not np.isin(contained, offsets).all()):
-        raise DataError(
+        raise DamagedShard(
             f"offsets {path} do not fit their shard",
             f"rising from 0 to {num_tokens}" + ("" if contained is None else ", each document's among them"),
             PREPARE_AGAIN,

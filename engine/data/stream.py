@@ -9,6 +9,7 @@ exactly once, in an order that depends on (seed, epoch, rows per shard, window_s
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -81,11 +82,11 @@ class SampleOrder:
         return SampleId(epoch, window, slot)
 
     def check(self, sample: SampleId) -> SampleId:
-        """The same address. Raises `ValueError` where there is no such sample."""
+        """The same address. Raises `ValueError` where there is no such sample (and it is not where a run begins)."""
         if sample.epoch < 0 or not 0 <= sample.window < self.num_windows:
             raise ValueError(f"epoch {sample.epoch}, window {sample.window} of {self.num_windows}")
         size = self.size(sample.epoch, sample.window)
-        if not 0 <= sample.slot < size:
+        if not 0 <= sample.slot < size and sample != START:
             raise ValueError(f"slot {sample.slot} of {size}")
         return sample
 
@@ -99,8 +100,24 @@ class SampleOrder:
 
     def places(self, sample: SampleId, count: int) -> np.ndarray:
         """(count, 2) int64: shard and row of `count` samples from one on."""
-        parts = [self._places_in_window(first, slots) for first, slots in self._runs(sample, count)]
+        return self.places_at(self.addresses(sample, count))
+
+    def places_at(self, addresses: np.ndarray) -> np.ndarray:
+        """(n, 2) int64: shard and row of the samples at some addresses (n, 3), which do not fall."""
+        windows = addresses[:, :2]
+        cuts = np.flatnonzero((windows[1:] != windows[:-1]).any(axis=1)) + 1
+        edges = [0, *cuts.tolist(), len(addresses)]
+        parts = [
+            self._places_in_window(int(windows[first, 0]), int(windows[first, 1]), addresses[first:end, 2])
+            for first, end in itertools.pairwise(edges)
+            if end > first
+        ]
         return np.concatenate(parts) if parts else np.empty((0, 2), np.int64)
+
+    def shards(self, epoch: int, window: int) -> np.ndarray:
+        """(shards,) int64: numbers of a window's shards, in their order."""
+        start = window * self._window_shards
+        return self._epoch(epoch)[start : start + self._window_shards]
 
     def _runs(self, sample: SampleId, count: int) -> Iterator[tuple[SampleId, np.ndarray]]:
         """(first sample, slots) of each window that the samples of a stretch fall into."""
@@ -111,9 +128,9 @@ class SampleOrder:
             count -= taken
             sample = sample._replace(slot=sample.slot + taken)
 
-    def _places_in_window(self, sample: SampleId, slots: np.ndarray) -> np.ndarray:
-        shards, ends = self._window(sample.epoch, sample.window)
-        key = (self._seed, PURPOSE_SLOTS, sample.epoch, sample.window)
+    def _places_in_window(self, epoch: int, window: int, slots: np.ndarray) -> np.ndarray:
+        shards, ends = self._window(epoch, window)
+        key = (self._seed, PURPOSE_SLOTS, epoch, window)
         images = Permutation(int(ends[-1]), key).of(slots)
         which = np.searchsorted(ends, images, side="right")
         starts = np.concatenate([[0], ends[:-1]])
@@ -123,8 +140,7 @@ class SampleOrder:
         """The shards and rows of a window: counted once, then remembered for a while."""
         found = self._windows.get((epoch, window))
         if found is None:
-            start = window * self._window_shards
-            shards = self._epoch(epoch)[start : start + self._window_shards]
+            shards = self.shards(epoch, window)
             found = _Window(shards, np.cumsum(self._count_rows(shards)))
             self._windows[epoch, window] = found
             if len(self._windows) > _WINDOWS_KEPT:

@@ -16,9 +16,11 @@ import torch
 from engine.config.resolve import num_micro_batches
 from engine.config.schema import ParallelConfig, RunConfig, RunStage
 from engine.data.batch import Batch
+from engine.data.damage import Damage
 from engine.data.dataset import TokenDataset
 from engine.data.draws import dropout_keys
-from engine.data.loader import HeldOut, Loader
+from engine.data.held_out import HeldOut
+from engine.data.loader import Loader
 from engine.data.prefetch import Prefetcher
 from engine.data.tokenizer import tokenizer_hash
 from engine.errors import DataError
@@ -78,6 +80,7 @@ class Feed:
         self.wait_seconds = 0.0
         """Time that the last `step` waited for data."""
         self._prefetcher: Prefetcher | None = None
+        self._before = self.loader.state()
 
     @property
     def reads(self) -> bool:
@@ -96,6 +99,7 @@ class Feed:
         """The stage's inputs of the next step, and the weight of this data rank's targets by loss (L; 0 where it
         reads none)."""
         begin = time.perf_counter()
+        self._before = self.loader.state()
         step = self.loader.batches.steps(self.loader.samples)
         if self._prefetcher is None:
             count = num_micro_batches(self.loader.batch_size, self.parallel, self.groups.layout.data)
@@ -107,6 +111,16 @@ class Feed:
             inputs = [self._inputs(batch, step) for batch in batches]
         self.wait_seconds = time.perf_counter() - begin
         return inputs, self._weights(batches)
+
+    def quarantine(self, damage: Damage) -> None:
+        """Takes back the last `step`, on whatever rank it failed or not, and does without a shard from it on.
+
+        Every rank calls it alike. Raises `DataError` where the data cannot do without it.
+        """
+        self.close()
+        self.loader.restore(self._before)
+        self.loader.lose(damage)
+        self.start()
 
     @property
     def num_held_out_chunks(self) -> int:

@@ -188,7 +188,7 @@ class Restarts:
             sections={
                 "progress": state.section(),
                 "loader": loader.state(),
-                "tokenizer": {"hash": loader.dataset.index.tokenizer_hash},
+                "tokenizer": {"hash": loader.parts[0].dataset.index.tokenizer_hash},
                 "rng": {"seed": self.config.seed},
                 "scheduler": {"stage": self.config.stages[0].name, "step": state.step},
             },

@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -18,6 +19,7 @@ from engine import outcome
 from engine.config.place import RankPlace
 from engine.config.resolve import Layout
 from engine.config.schema import RunConfig
+from engine.data.damage import DamagedShard
 from engine.errors import (
     EXIT_DONE,
     EXIT_FAILURE,
@@ -169,7 +171,7 @@ class Trainer:
         state = self.state
         learning_rate = self.config.optimizer.learning_rate * factor_of_step(self.run_stage, state.step)
         position = self.feed.loader.position
-        inputs, weights_L = self._read(self.feed.step)
+        inputs, weights_L = self._read_step()
         scales_L = 1.0 / weights_L.clamp(min=torch.finfo(torch.float32).tiny)  # a loss without targets is 0
         # DeepSpeed averages gradients over the data ranks; the factor undoes it.
         sums_L = self.pipeline.train(inputs, (self.groups.zero.size * scales_L).float())
@@ -200,6 +202,8 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "data_wait_seconds": self.feed.wait_seconds,
         }
+        if lost := len(self.feed.loader.lost):
+            record["lost_shards"] = lost
         if verdicts[0] != "accept":
             record["skipped"] = 1
             _log.warning("step %d is skipped: loss %.6g, gradient norm %.6g", state.step, loss, gradient_norm)
@@ -257,6 +261,21 @@ class Trainer:
             first,
             end - 1,
         )
+
+    def _read_step(self) -> tuple[list[Tensors], torch.Tensor]:
+        """`_read` of the next step; where the configuration says so, without the shards that turn out to be damaged.
+
+        All ranks raise the same error, so all leave out the same shard. Collective over the world.
+        """
+        while True:
+            try:
+                return self._read(self.feed.step)
+            except DamagedShard as error:
+                if error.damage is None or self.run_stage.data.on_damage == "fail":
+                    raise
+                damage = error.damage
+                on_all(partial(self.feed.quarantine, damage), self.groups.world, DataError)
+                _log.warning("from step %d on without a damaged shard: %s", self.state.step + 1, error.wrong)
 
     def _read(self, read: Callable[[], tuple[list[Tensors], list[float]]]) -> tuple[list[Tensors], torch.Tensor]:
         """This rank's inputs, and the weight of all ranks' targets by loss (L, fp64). Collective over the world.

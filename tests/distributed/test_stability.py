@@ -38,8 +38,10 @@ STABILITY = {
 def poison(trainer: Any, large: tuple[int, ...], nan: tuple[int, ...], left_out: tuple[int, int] | None = None) -> None:
     """Makes steps with these samples go wrong, and leaves out others."""
     loader, feed, train = trainer.feed.loader, trainer.feed.step, trainer.pipeline.train
-    too_large = {loader._order.address(position) for position in large}
-    not_a_number = {loader._order.address(position) for position in nan}
+    here = loader.position
+    ids = loader.next_sample_ids(200)
+    too_large = {ids[position - here] for position in large}
+    not_a_number = {ids[position - here] for position in nan}
     factor = 1.0
     if left_out:
         loader.leave_out(*left_out)

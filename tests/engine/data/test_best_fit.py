@@ -6,7 +6,7 @@ import torch
 
 from engine.config.schema import ModelConfig, ObjectiveConfig
 from engine.data.best_fit import BestFit, best_fit_decreasing
-from engine.data.loader import HeldOut
+from engine.data.held_out import HeldOut
 from engine.models.families import family
 from tests.engine.data.corpus import VOCABULARY, made_up_documents, write_sentences, write_shards
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from engine.data.causal import causal
-from engine.data.loader import HeldOut
+from engine.data.held_out import HeldOut
 from engine.data.packing import Row
 from tests.engine.data.corpus import EOS, made_up_documents, write_shards
 

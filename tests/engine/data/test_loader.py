@@ -11,7 +11,8 @@ import torch
 
 from engine.config.ramp import Ramp
 from engine.data.dataset import TokenDataset
-from engine.data.loader import HeldOut, Loader
+from engine.data.held_out import HeldOut
+from engine.data.loader import Loader
 from engine.data.stream import SampleId
 from engine.errors import DataError
 from tests.engine.data.corpus import EOS, made_up_documents, write_shards
@@ -151,7 +152,17 @@ def test_a_state_of_other_data_is_refused_and_both_are_named(dataset, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", [{"slot": 10**9}, {"window": "x"}, {"epoch": None}, {"samples": None}, {"position": None}]
+    "damage",
+    [
+        {"places": [[0, 0, 10**9]]},
+        {"places": [[0, "x", 0]]},
+        {"places": [[None, 0, 0]]},
+        {"places": [[0, 0, 0]] * 2},
+        {"places": [[0, 0]]},
+        {"lost": [[0, 1]]},
+        {"samples": None},
+        {"position": None},
+    ],
 )
 def test_a_damaged_state_is_refused_and_changes_nothing(dataset, damage):
     stream = loader(dataset)

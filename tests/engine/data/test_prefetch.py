@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from engine.data.dataset import TokenDataset
 from engine.data.loader import Loader
 from engine.data.prefetch import Prefetcher
 from engine.errors import DataError
@@ -69,7 +70,7 @@ def test_at_most_depth_steps_lie_ready(tmp_path):
         def skip(self):
             pass
 
-    counting = Counting(plain.dataset, 16, 4, 0, 3, "document")
+    counting = Counting(plain.parts, 16, 4, 0, 3, "document")
     with Prefetcher(counting, 0, 1, 4, depth=2):
         assert count.acquire(timeout=30)
         assert count.acquire(timeout=30)
@@ -84,7 +85,7 @@ def test_an_error_is_raised_when_its_batch_is_due_and_again_later(tmp_path):
     for path in tmp_path.glob("*.tokens"):
         if path.name not in healthy:
             path.unlink()
-    fresh = Loader(type(plain.dataset)(tmp_path), 16, 4, 0, 3, "document")
+    fresh = Loader(TokenDataset(tmp_path), 16, 4, 0, 3, "document")
     with Prefetcher(fresh, 0, 1, 4) as ahead:
         taken = list(steps_until_an_error(ahead))
         assert same(taken[0], good)

@@ -9,7 +9,8 @@ import torch
 from engine.config.lengths import num_masked, span_lengths
 from engine.config.schema import ObjectiveConfig
 from engine.data.dataset import TokenDataset
-from engine.data.loader import HeldOut, Loader
+from engine.data.held_out import HeldOut
+from engine.data.loader import Loader
 from engine.data.sampling import Attention
 from engine.errors import DataError
 from tests.engine.data.corpus import EOS, FILL, SPECIAL, made_up_documents, write_sentences, write_shards
