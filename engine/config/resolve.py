@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from engine.config.course import check_optimizer, check_ramp, check_schedule, check_stability
 from engine.config.keeping import check_keeping
+from engine.config.memory import check_recompute
 from engine.config.model import check_model, divisors
 from engine.config.objective import check_objective
 from engine.config.pipeline import check_pipeline
@@ -62,6 +63,7 @@ def check(config: RunConfig) -> list[PalimpsestError]:
     problems: list[PalimpsestError] = []
     check_model(config.model, problems)
     _check_parallel(config, problems)
+    check_recompute(config, problems)
     check_optimizer(config, problems)
     check_stability(config, problems)
     check_keeping(config, problems)

@@ -26,6 +26,7 @@ from pydantic import (
 from engine.config.ramp import Ramp, make_ramp
 
 Kind = Literal["meaning", "schedule", "execution"]
+Recompute = Literal["none", "selective", "full"]
 
 
 class Section(BaseModel):
@@ -283,6 +284,13 @@ class ParallelConfig(Section):
     """Order of forward and backward passes in the pipeline; docs/layouts.md says which one when."""
     virtual_stages: PositiveInt = 1
     """Chunks of the model that each pipeline stage holds; with several, `1f1b` is interleaved 1F1B."""
+    recompute: Recompute = "none"
+    """Activation checkpointing: what layers keep for the backward pass. `none`: everything; `selective`: the results of
+    matrix products and of attention; `full`: their input. The rest is computed again there."""
+    recompute_layers: PositiveInt | None = None
+    """Layers of each pipeline stage that recompute, the first ones; None means all."""
+    activation_gib: PositiveFloat | None = None
+    """Instead of their number: as few layers as keep a stage's activations, as `plan` counts them, within this."""
 
 
 class ElasticConfig(Section):

@@ -39,6 +39,7 @@ COLUMNS: dict[str, Change] = {
     "fp32": {"precision": {"dtype": "fp32"}},
     "bf16": {"precision": {"dtype": "bf16"}},
     "bf16, reduced in bf16": {"precision": {"dtype": "bf16", "reduce_dtype": "bf16"}},
+    "recompute": {"parallel": {"recompute": "full"}},
     "Muon": {"optimizer": {"name": "muon"}},
     "Llama form": {
         "model": {

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Protocol, cast
 
 from engine.config.lengths import RowLengths
-from engine.config.schema import ModelConfig
+from engine.config.schema import ModelConfig, Recompute
 from engine.plan import gpt
 from engine.plan.parts import Entry
 
@@ -33,12 +33,28 @@ class Figures(Protocol):
         """Forward operations of what comes behind the last layer, over so many rows of the vocabulary."""
         ...
 
-    def saved(self, model: ModelConfig, layer: int, lengths: RowLengths, tensor_size: int) -> int:
-        """Elements that the backward pass of a layer needs, on one tensor rank, without activation checkpointing."""
+    def saved(
+        self,
+        model: ModelConfig,
+        layer: int,
+        lengths: RowLengths,
+        tensor_size: int,
+        time_size: int = 1,
+        recompute: Recompute = "none",
+    ) -> int:
+        """Elements that a layer keeps for its backward pass, on one tensor rank.
+
+        `time_size` ranks share what tensor parallelism does not split (sequence parallelism). `recompute` is "full"
+        for a layer that keeps its input, "selective" for one that keeps its matrix products and attention, too.
+        """
         ...
 
     def reduced(self, model: ModelConfig, layers: range, is_first: bool, is_last: bool, lengths: RowLengths) -> int:
         """Elements of activations and their gradients that a chunk all-reduces over the tensor axis."""
+        ...
+
+    def reduced_again(self, model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+        """Elements that the second run of a layer that recomputes all-reduces: as its first run, but for the last."""
         ...
 
     def boundary(self, model: ModelConfig, layer: int, lengths: RowLengths) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.config.lengths import RowLengths
-from engine.config.schema import ModelConfig
+from engine.config.schema import ModelConfig, Recompute
 from engine.plan import parts
 from engine.plan.parts import Entry
 
@@ -56,11 +56,23 @@ def head_operations(model: ModelConfig, lengths: RowLengths, vocab_size: int) ->
     return lengths.predicted * 2 * model.hidden_size * vocab_size
 
 
-def saved(model: ModelConfig, layer: int, lengths: RowLengths, tensor_size: int) -> int:
+def saved(
+    model: ModelConfig,
+    layer: int,
+    lengths: RowLengths,
+    tensor_size: int,
+    time_size: int = 1,
+    recompute: Recompute = "none",
+) -> int:
     """Whole on every tensor rank: both norms' inputs and outputs and one branch's output (5 D). Split: attention and
-    feed-forward part. For GPT-2 on one rank: 17 D."""
+    feed-forward part. For GPT-2 on one rank: 17 D; 11 D with products kept only; 1 D with the input only."""
+    whole = lengths.tokens * model.hidden_size // time_size
+    if recompute == "full":
+        return whole
+    if recompute == "selective":
+        return 3 * whole + parts.kept_products(model, lengths.tokens, tensor_size)
     return (
-        5 * lengths.tokens * model.hidden_size
+        5 * whole
         + parts.saved_by_attention(model, lengths.tokens, tensor_size)
         + parts.saved_by_feed_forward(model, lengths.tokens, tensor_size)
     )
@@ -70,6 +82,11 @@ def reduced(model: ModelConfig, layers: range, is_first: bool, is_last: bool, le
     """Four times per layer; the embedding's output; the gradient of the head's input."""
     times = lengths.tokens * (4 * len(layers) + is_first) + lengths.predicted * is_last
     return times * model.hidden_size
+
+
+def reduced_again(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+    """What attention adds to the residual stream."""
+    return lengths.tokens * model.hidden_size
 
 
 def boundary(model: ModelConfig, layer: int, lengths: RowLengths) -> int:

@@ -9,7 +9,7 @@ per token and layer, without allocator waste; such counts were seen to lie 8 to 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -39,7 +39,7 @@ class Memory:
     bucket: int
     """Gradients on their way through a reduction."""
     gathered: int
-    """ZeRO-3: the largest module, whole while it computes."""
+    """ZeRO-3: the largest module, whole while it computes; the largest layer where layers recompute."""
     activations: int
     logits: int
 
@@ -76,34 +76,69 @@ def stage_memory(
     precision: PrecisionConfig,
     entries: list[Entry],
     *,
-    layers: Iterable[int],
+    layers: Sequence[int],
+    recomputed: Sequence[int],
     data_size: int,
     lengths: RowLengths,
     in_flight: Fraction | int,
     has_head: bool,
 ) -> Memory:
     """Memory of one rank of a stage that holds `entries`, with `in_flight` micro-batches of all its layers alive at the
-    peak: a fraction where passes of single chunks add up to one."""
+    peak: a fraction where passes of single chunks add up to one.
+
+    `recomputed` are those of its `layers` that recompute their activations.
+    """
     numel = sum(entry.local_numel(parallel.tensor) for entry in entries)
     per_element = states_per_element(parallel.zero_stage, data_size, precision)
     weights, master, moments, gradients = (-(-numel * one // 1) for one in per_element)
     rows, dtype_bytes = parallel.micro_batch_size, DTYPE_BYTES[precision.dtype]
-    saved = sum(figures(model).saved(model, layer, lengths, parallel.tensor) for layer in layers)
     predicted = rows * lengths.predicted if has_head else 0
     logits = predicted * model.padded_vocab_size // parallel.tensor * LOGITS_BYTES
     bucket_bytes = {2: dtype_bytes, 3: DTYPE_BYTES[precision.reduce_dtype]}.get(parallel.zero_stage, 0)
     bucket = reduce_bucket_elements(numel) * bucket_bytes
+    gathered = largest_module(entries, parallel.tensor)
+    if recomputed:  # the second run of a layer holds its weights until its backward pass is over
+        gathered = max(gathered, largest_layer(entries, parallel.tensor))
     return Memory(
         weights=weights,
         master=master,
         moments=moments,
         gradients=gradients,
         bucket=bucket,
-        gathered=largest_module(entries, parallel.tensor) * dtype_bytes if parallel.zero_stage == 3 else 0,
-        activations=math.ceil(in_flight * rows * saved * dtype_bytes),
+        gathered=gathered * dtype_bytes if parallel.zero_stage == 3 else 0,
+        activations=activation_bytes(model, parallel, precision, layers, recomputed, lengths, in_flight),
         logits=logits
         * math.ceil(in_flight + 2),  # one saved by each micro-batch alive, two at work: softmax and its gradient
     )
+
+
+def activation_bytes(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    layers: Sequence[int],
+    recomputed: Sequence[int],
+    lengths: RowLengths,
+    alive: Fraction | int,
+) -> int:
+    """What `alive` micro-batches keep of `layers`, and what one of the `recomputed` has in its second run beside."""
+    saved = figures(model).saved
+    plain = {layer: saved(model, layer, lengths, parallel.tensor) for layer in layers}
+    how = parallel.recompute
+    kept = plain | {layer: saved(model, layer, lengths, parallel.tensor, recompute=how) for layer in recomputed}
+    second_run = max((plain[layer] - kept[layer] for layer in recomputed), default=0)
+    elements = alive * sum(kept.values()) + second_run
+    return math.ceil(parallel.micro_batch_size * elements * DTYPE_BYTES[precision.dtype])
+
+
+def largest_layer(entries: list[Entry], tensor_size: int) -> int:
+    """Local elements of the largest layer."""
+    sizes: dict[str, int] = {}
+    for entry in entries:
+        if entry.name.startswith("layers."):
+            layer = entry.name.split(".")[1]
+            sizes[layer] = sizes.get(layer, 0) + entry.local_numel(tensor_size)
+    return max(sizes.values())
 
 
 def largest_module(entries: list[Entry], tensor_size: int) -> int:

@@ -99,3 +99,10 @@ def saved_by_attention(model: ModelConfig, num_tokens: int, tensor_size: int) ->
 def saved_by_feed_forward(model: ModelConfig, num_tokens: int, tensor_size: int) -> int:
     """The same of the feed-forward part: before and after its activation (gated: the activated gate as well)."""
     return num_tokens * model.inner_size * (4 if model.gated else 2) // tensor_size
+
+
+def kept_products(model: ModelConfig, num_tokens: int, tensor_size: int) -> int:
+    """Elements of what self-attention and a feed-forward part keep under selective recomputation and tensor
+    parallelism splits: queries, keys, values, the attention output, and what enters the activation."""
+    inner = model.inner_size * (2 if model.gated else 1)
+    return num_tokens * (qkv_width(model) + model.num_heads * model.head_size + inner) // tensor_size

@@ -15,10 +15,12 @@ from engine.config.resolve import Layout, num_micro_batches, resolve
 from engine.config.schema import RunConfig
 from engine.plan.cut import Part, entries_of, stage_parts
 from engine.plan.elastic import World, elastic_worlds
+from engine.plan.families import figures
 from engine.plan.memory import Memory, stage_memory
 from engine.plan.operations import BACKWARD_FACTOR, layer_costs, training_operations
 from engine.plan.parameters import num_parameters
 from engine.plan.pipeline import bubble, in_flight
+from engine.plan.recompute import recomputed_layers
 from engine.plan.traffic import Traffic, stage_traffic
 from engine.plan.worlds import Refusal, neighbours, valid_worlds
 
@@ -41,11 +43,13 @@ class StagePlan:
     updated: int
     """That one rank's optimizer updates."""
     operations: int
-    """Forward and backward of one rank per step, padding of the vocabulary included."""
+    """Forward, recomputed and backward of one rank per step, padding of the vocabulary included."""
     in_flight: int
     """Forward passes of a chunk alive at the peak."""
     memory: Memory
     traffic: Traffic
+    recomputed: int
+    """Layers that recompute their activations."""
 
 
 @dataclass(frozen=True)
@@ -141,15 +145,19 @@ def _stage_plan(config: RunConfig, layout: Layout, stage: int, parts: list[Part]
     layers = [layer for part in parts for layer in part.layers]
     entries = entries_of(config.model, parts)
     rows = micro_batches * config.parallel.micro_batch_size
+    recomputed = recomputed_layers(config, layout, stage)
     alive = in_flight(config.parallel.schedule, stage, layout.pipe, len(parts), micro_batches)
     sections = (config.model, config.parallel, config.precision, entries)
     common: dict[str, Any] = {
+        "recomputed": recomputed,
         "data_size": layout.data * layout.sequence,
         "lengths": lengths,
     }
     per_rank = sum(entry.local_numel(layout.tensor) for entry in entries)
     costs = layer_costs(config.model, lengths)
     operations = (1 + BACKWARD_FACTOR) * sum(costs[layer] for layer in layers)
+    if config.parallel.recompute == "full":
+        operations += sum(figures(config.model).layer_operations(config.model, layer, lengths) for layer in recomputed)
     return StagePlan(
         stage=stage,
         chunks=tuple((part.layers.start, part.layers.stop - 1) for part in parts),
@@ -173,4 +181,5 @@ def _stage_plan(config: RunConfig, layout: Layout, stage: int, parts: list[Part]
             num_micro_batches=micro_batches,
             segments=has_segments(run_stage.data.attention, run_stage.objective),
         ),
+        recomputed=len(recomputed),
     )

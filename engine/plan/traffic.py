@@ -48,6 +48,7 @@ def stage_traffic(
     entries: list[Entry],
     *,
     parts: Sequence[Part],
+    recomputed: Sequence[int],
     data_size: int,
     lengths: RowLengths,
     num_micro_batches: int,
@@ -55,7 +56,8 @@ def stage_traffic(
 ) -> Traffic:
     """Traffic of one rank of a stage that holds `parts`, whose parameters are `entries`.
 
-    `segments`: rows carry document numbers, which travel down the pipeline with the activations.
+    `recomputed` are the layers among them that recompute their activations. `segments`: rows carry document numbers,
+    which travel down the pipeline with the activations.
     """
     family = figures(model)
     numel = sum(entry.local_numel(parallel.tensor) for entry in entries)
@@ -70,12 +72,13 @@ def stage_traffic(
         matrix = model.padded_vocab_size * model.hidden_size // parallel.tensor
         weights += zero_bytes(matrix, 3, data_size, precision, num_micro_batches)[1]
     losses = LOSS_REDUCTIONS * 4 * lengths.predicted if is_last else 0
-    reduced = sum(family.reduced(model, part.layers, part.first, part.last, lengths) for part in parts) * dtype_bytes
+    reduced = sum(family.reduced(model, part.layers, part.first, part.last, lengths) for part in parts)
+    reduced += sum(family.reduced_again(model, layer, lengths) for layer in recomputed)
     is_tied = model.tie_embeddings and parallel.pipe > 1 and (is_first or is_last)
     return Traffic(
         gradients=gradients,
         weights=weights,
-        tensor=int(rows * (reduced + losses) * all_reduce_factor(parallel.tensor)),
+        tensor=int(rows * (reduced * dtype_bytes + losses) * all_reduce_factor(parallel.tensor)),
         pipe=rows * sent,
         tie=_tie_bytes(model, parallel, precision, data_size) if is_tied else 0,
     )

@@ -6,9 +6,11 @@ with initial weights -> schedule. Tests build through the same function.
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from functools import partial
 
 import torch
+from torch import nn
 
 from engine.config.deepspeed import deepspeed_config
 from engine.config.lengths import has_segments, row_lengths
@@ -22,9 +24,11 @@ from engine.parallel.chunks import Chunks
 from engine.parallel.functions import PLAIN, Functions
 from engine.parallel.groups import Groups, join
 from engine.parallel.pipeline import Pipeline, Ports
+from engine.parallel.recompute import recompute
 from engine.parallel.tensor import shard, vocabulary_cross_entropy
 from engine.parallel.zero import StageEngine
 from engine.plan.cut import stage_parts, tied_stages
+from engine.plan.recompute import recomputed_layers
 
 
 def build_pipeline(config: RunConfig, run_stage: RunStage, groups: Groups, device: torch.device) -> Pipeline:
@@ -51,6 +55,7 @@ def build_engine(config: RunConfig, run_stage: RunStage, groups: Groups, device:
     stage = Chunks(chunks, kind.ties(model))
     logical_names = stage.logical_names(kind.ties(model))
     shard(stage, specs, logical_names, groups.tensor)
+    _recompute(config, chunks, recomputed_layers(config, groups.layout, groups.coordinates.stage))
     names = [logical_names[name] for name, _ in stage.named_parameters()]
     tied = _tied_stages(config, groups.layout)
     return StageEngine(
@@ -110,3 +115,10 @@ def _functions(groups: Groups) -> Functions:
     if groups.tensor.size == 1:
         return PLAIN
     return Functions(linear_cross_entropy=partial(vocabulary_cross_entropy, group=groups.tensor))
+
+
+def _recompute(config: RunConfig, chunks: Sequence[nn.Module], layers: Container[int]) -> None:
+    """Makes the chunks' layers of these global numbers recompute; a family keeps its layers in `layers`."""
+    if config.parallel.recompute != "none":
+        held = [item for chunk in chunks for item in chunk.get_submodule("layers").named_children()]
+        recompute([layer for number, layer in held if int(number) in layers], config.parallel.recompute)

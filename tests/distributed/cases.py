@@ -70,6 +70,8 @@ class Case:
     reduce_dtype: str = "fp32"
     optimizer: str = "adamw"
     virtual_stages: int = 1
+    recompute: str = "none"
+    recompute_layers: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -151,6 +153,8 @@ def config_of(case: Case) -> RunConfig:
                 "micro_batch_size": case.micro_batch_size,
                 "schedule": case.schedule,
                 "virtual_stages": case.virtual_stages,
+                "recompute": case.recompute,
+                "recompute_layers": case.recompute_layers,
             },
         },
         "case",

@@ -12,6 +12,8 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 from torch import nn
 
 from engine.parallel.zero.optimizers import require
@@ -30,6 +32,8 @@ def partition_empty(module: nn.Module, dtype: torch.dtype, device: torch.device,
         mpu=mpu,
     )
     require(context, "_convert_to_deepspeed_param")
+    # DeepSpeed's forward adds the bias in place, to a product that selective recomputation has kept.
+    LinearFunctionForZeroStage3.forward = staticmethod(_linear)
 
     def made(meta: nn.Parameter) -> nn.Parameter:
         parameter = nn.Parameter(torch.zeros(meta.shape, dtype=dtype, device=device))
@@ -38,6 +42,11 @@ def partition_empty(module: nn.Module, dtype: torch.dtype, device: torch.device,
         return parameter
 
     replace_parameters(module, made)
+
+
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`torch.nn.functional.linear`, whose name DeepSpeed has taken."""
+    return torch._C._nn.linear(input, weight, bias)  # type: ignore[attr-defined]
 
 
 def replace_parameters(module: nn.Module, made: Any) -> None:
@@ -51,16 +60,31 @@ def replace_parameters(module: nn.Module, made: Any) -> None:
                 owner._parameters[name] = new[id(parameter)]
 
 
+def _kept_while_recomputed(release: Any) -> Any:
+    """Weights that a layer gathers to run once more in the backward pass stay until that has used them.
+
+    Released after the second run they would be gone under a backward pass that had begun, and gathered a third time.
+    """
+
+    def release_after_use(module: nn.Module, forward: bool = False) -> None:
+        recomputing = forward and torch._C._current_graph_task_id() != -1
+        if not recomputing:
+            release(module, forward=forward)
+
+    return release_after_use
+
+
 class Cures:
     """What has to be done to a ZeRO-3 engine once, and before each of its backward passes."""
 
     def __init__(self, engine: Any) -> None:
         coordinator = engine.optimizer.parameter_offload.param_coordinator
-        require(coordinator, "reset_step", "is_complete_trace", "is_record_trace")
+        require(coordinator, "reset_step", "is_complete_trace", "is_record_trace", "release_sub_module")
         require(engine.optimizer, "clear_backward_seen_flag", "grad_partitions_flat_buffer")
         self.optimizer = engine.optimizer
         # Called at each forward; it would start the trace and compare it with ranks that run other modules.
         coordinator.reset_step = lambda: None
+        coordinator.release_sub_module = _kept_while_recomputed(coordinator.release_sub_module)
         self.chunks = engine.module.chunks
         self._countdowns: dict[int, list[tuple[nn.Module, int]]] = {}
 
@@ -82,5 +106,7 @@ class Cures:
         """
         if is_first:
             self.optimizer.grad_partitions_flat_buffer.zero_()
+        # modules whose second run ended early did not leave DeepSpeed's stack of running modules
+        del parameter_offload.FWD_MODULE_STACK[1:]
         for module, count in self._countdowns[chunk]:
             module.ds_grads_remaining = count  # type: ignore[assignment]

@@ -28,6 +28,7 @@ matrix = pytest.mark.matrix
         pytest.param(Case(zero_stage=2, data=2, micro_batch_size=2), marks=matrix),
         pytest.param(Case("llama", zero_stage=3, pipe=2, data=2), marks=matrix),
         pytest.param(Case(zero_stage=3, pipe=2, tensor=2), marks=matrix),
+        pytest.param(Case(zero_stage=3, tensor=2, data=2, recompute="full"), marks=matrix),
         pytest.param(Case(zero_stage=2, pipe=2, data=2, schedule="gpipe"), marks=matrix),
     ],
     ids=str,

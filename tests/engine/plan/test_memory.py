@@ -45,6 +45,7 @@ def memory(data_size: int = 2, in_flight: int = 1, **parallel: Any):
         run.precision,
         model_entries(run.model),
         layers=range(4),
+        recomputed=range(4)[: None if run.parallel.recompute != "none" else 0],
         data_size=data_size,
         lengths=RowLengths(64, predicted=64),
         in_flight=in_flight,
