@@ -109,7 +109,7 @@ def run_config(shape: Shape, zero_stage: int, precision: Precision, seed: int) -
     """The run that stands behind a benchmark; its folders are never opened."""
     nowhere = Path("nowhere")
     stage = RunStage(
-        data=DataConfig(train=nowhere, attention="row"),
+        data=DataConfig(train=str(nowhere), attention="row"),
         sequence_length=shape.length,
         global_batch_size=shape.rows,
         duration=Duration(steps=1_000_000),

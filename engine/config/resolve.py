@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from engine.config.course import check_optimizer, check_ramp, check_schedule, check_stability
 from engine.config.keeping import check_keeping
 from engine.config.memory import check_recompute
+from engine.config.mixture import check_mixture
 from engine.config.model import check_model, divisors
 from engine.config.objective import check_objective
 from engine.config.pipeline import check_pipeline
@@ -131,6 +132,7 @@ def _check_stage(index: int, stage: RunStage, model: ModelConfig, problems: list
                 f"1 to {model.max_positions}",
             )
         )
+    check_mixture(key, stage.data, problems)
     check_objective(key, stage, model, problems)
     if (stage.duration.steps is None) == (stage.duration.tokens is None):
         problems.append(ConfigError(f"{key}.duration", "exactly one of steps and tokens"))

@@ -98,18 +98,40 @@ class ModelConfig(Section):
         return self.activation == "swiglu"
 
 
+class DataSource(Section):
+    """One data set of a mixture."""
+
+    kinds: ClassVar[dict[str, Kind]] = {"path": "execution"}
+
+    name: str = Field(min_length=1, max_length=64)
+    """What metrics call it. Part of the seed of its order: sources do not move one another."""
+    path: str
+    """Folder of token shards that `palimpsest prepare` wrote."""
+    weight: PositiveFloat | None = None
+    """Its share of the samples, relative to the other sources'. None for all: their tokens weigh."""
+    epochs: PositiveFloat | None = None
+    """It gives no more samples after so many passes; the others go on in their proportions. None: it never ends."""
+    max_tokens: PositiveInt | None = None
+    """It gives no more samples after so many tokens (whole samples of `sequence_length`). None: it never ends."""
+
+
 class DataConfig(Section):
     """Which token shards a run stage reads, and how documents share a row.
 
-    Folders may move. What `train` holds may not change under a run: the loader's state carries its fingerprint.
-    Held-out data is free: another set only begins another curve.
+    Folders may move. What the training data holds may not change under a run: the loader's state carries its
+    fingerprint. Held-out data is free: another set only begins another curve.
     """
 
     kinds: ClassVar[dict[str, Kind]] = {"train": "execution", "validation": "execution", "on_damage": "schedule"}
 
-    train: Path
-    """Folder of token shards that `palimpsest prepare` wrote."""
-    validation: Path | None = None
+    train: str | None = None
+    """Folder of token shards that `palimpsest prepare` wrote. Either this or `sources`."""
+    sources: tuple[DataSource, ...] = ()
+    """Several such folders, mixed sample by sample in exact proportions."""
+    temperature: PositiveFloat = 1.0
+    """Of sources without weights: each weighs its tokens to the power of 1 / temperature. 1 is in proportion, more is
+    closer to equal shares."""
+    validation: str | None = None
     """Folder of held-out token shards."""
     window_shards: PositiveInt = 16
     """Samples are shuffled inside windows of this many (shuffled) shards."""

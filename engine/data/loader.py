@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from engine.config.mixture import MOST_SOURCES
 from engine.config.ramp import Ramp
 from engine.config.schema import ObjectiveConfig
 from engine.data import stream
@@ -38,9 +39,8 @@ Interval = tuple[int, int]
 State = dict[str, Any]
 """Loader state: JSON of less than 1 KiB, equal on all ranks."""
 
-MOST_SOURCES = 16
 MOST_LOST = 16
-"""Damaged shards that a run does without; more are no accident. Both bound the state."""
+"""Damaged shards that a run does without; more are no accident, and the state is bounded."""
 
 
 class Cursor(NamedTuple):

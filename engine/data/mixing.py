@@ -15,14 +15,10 @@ import heapq
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-
-LONGEST_PERIOD = 2**16
-"""Weights whose sum would be larger are rounded to so many parts."""
 
 
 class _Segment(NamedTuple):
@@ -76,31 +72,6 @@ class Mixing:
 
     def _segment(self, position: int) -> _Segment:
         return self._segments[bisect_right([segment.start for segment in self._segments], position) - 1]
-
-
-def whole_parts(weights: Sequence[Fraction], longest: int = LONGEST_PERIOD) -> tuple[int, ...]:
-    """The weights as whole numbers without a common divisor: exact where their sum is at most `longest`, else rounded
-    (largest remainders) to that sum.
-
-    Raises:
-        ValueError: a weight is not positive, or less than half a part of the whole.
-    """
-    if any(weight <= 0 for weight in weights):
-        raise ValueError("weights are above 0")
-    scale = math.lcm(*(weight.denominator for weight in weights))
-    parts = [int(weight * scale) for weight in weights]
-    divisor = math.gcd(*parts)
-    parts = [part // divisor for part in parts]
-    if (total := sum(parts)) > longest:
-        exact = [Fraction(part * longest, total) for part in parts]
-        parts = [int(share) for share in exact]
-        by_remainder = sorted(range(len(exact)), key=lambda k: (parts[k] - exact[k], k))
-        for k in by_remainder[: longest - sum(parts)]:
-            parts[k] += 1
-        if not all(parts):
-            raise ValueError(f"a weight is less than 1/{longest:,} of the sum")
-    divisor = math.gcd(*parts)
-    return tuple(part // divisor for part in parts)
 
 
 def _end(start: int, counts_K: np.ndarray, parts: tuple[int, ...], limits: Sequence[int | None]) -> int | None:

@@ -94,7 +94,7 @@ def example(*changes: Change) -> RunConfig:
         key: value for change in changes for key, value in change.get(name, {}).items()
     }
     model: dict[str, Any] = {"vocab_size": 500, "num_layers": 4, "hidden_size": 64, "num_heads": 4}
-    data = DataConfig(train=Path("data/train"))
+    data = DataConfig(train="data/train")
     return RunConfig(
         folder=Path("runs/example"),
         tokenizer=Path("data/tokenizer"),

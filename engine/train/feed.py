@@ -20,10 +20,10 @@ from engine.data.damage import Damage
 from engine.data.dataset import TokenDataset
 from engine.data.draws import dropout_keys
 from engine.data.held_out import HeldOut
-from engine.data.loader import Loader
 from engine.data.prefetch import Prefetcher
+from engine.data.source import Part
+from engine.data.stage import open_held_out, open_parts, stage_loader
 from engine.data.tokenizer import tokenizer_hash
-from engine.errors import DataError
 from engine.models.families import family
 from engine.parallel.boundary import Tensors
 from engine.parallel.groups import Groups
@@ -35,23 +35,10 @@ EVALUATION_CHUNK = 8
 """Micro-batches that one evaluation pass sends through the pipeline."""
 
 
-def open_datasets(config: RunConfig, run_stage: RunStage) -> tuple[TokenDataset, TokenDataset | None]:
-    """Training and held-out shards, checked against the run's tokenizer.
-
-    Raises:
-        DataError: missing, damaged, written with another tokenizer, or of more tokens than the model knows.
-    """
-    written_with = tokenizer_hash(config.tokenizer)
-    data = run_stage.data
-    training = TokenDataset(data.train, written_with)
-    if training.index.vocab_size > config.model.vocab_size:
-        raise DataError(
-            f"the shards in {data.train} have {training.index.vocab_size} tokens in their vocabulary, "
-            f"model.vocab_size = {config.model.vocab_size}",
-            f"model.vocab_size of {training.index.vocab_size} or more",
-            "change the model, or prepare the text with a smaller tokenizer",
-        )
-    return training, None if data.validation is None else TokenDataset(data.validation, written_with)
+def open_datasets(config: RunConfig, run_stage: RunStage) -> tuple[list[Part], TokenDataset | None]:
+    """Training and held-out shards, checked against the run's tokenizer. Raises as `open_parts`."""
+    checked = (tokenizer_hash(config.tokenizer), config.model.vocab_size)
+    return open_parts(run_stage, *checked), open_held_out(run_stage, *checked)
 
 
 class Feed:
@@ -59,7 +46,7 @@ class Feed:
 
     def __init__(
         self,
-        training: TokenDataset,
+        training: list[Part],
         held_out: TokenDataset | None,
         config: RunConfig,
         run_stage: RunStage,
@@ -69,10 +56,13 @@ class Feed:
         self.groups, self.device, self.run_stage, self.seed = groups, device, run_stage, config.seed
         self.parallel: ParallelConfig = config.parallel
         data, length = run_stage.data, run_stage.sequence_length
-        how = (data.packing, run_stage.objective)
-        self.loader = Loader(training, length, run_stage.batches, config.seed, data.window_shards, data.attention, *how)
+        self.loader = stage_loader(run_stage, training, config.seed)
         most = config.evaluation.max_samples
-        self.held_out = None if held_out is None else HeldOut(held_out, length, data.attention, most, *how)
+        self.held_out = (
+            None
+            if held_out is None
+            else HeldOut(held_out, length, data.attention, most, data.packing, run_stage.objective)
+        )
         self.losses = family(config.model).losses(config.model)
         kind, chunks = family(config.model), stage_chunks(config, groups)
         self.wanted = frozenset[str]().union(*(kind.wanted(config.model, chunk) for chunk in chunks))
@@ -154,7 +144,10 @@ class Feed:
     def _inputs(self, batch: Batch, step: int) -> Tensors:
         inputs = batch.inputs
         if DROPOUT_KEYS in self.wanted:
-            inputs = inputs | {DROPOUT_KEYS: torch.from_numpy(dropout_keys(self.seed, step, batch.samples_B3.numpy()))}
+            samples = batch.samples_B3
+            if len(self.loader.parts) > 1:  # sources have addresses of their own
+                samples = torch.cat((batch.domains_B[:, None].long(), samples), dim=1)
+            inputs = inputs | {DROPOUT_KEYS: torch.from_numpy(dropout_keys(self.seed, step, samples.numpy()))}
         return {name: self._move(tensor) for name, tensor in inputs.items() if name in self.wanted}
 
     def _weights(self, batches: list[Batch]) -> list[float]:

@@ -202,6 +202,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "data_wait_seconds": self.feed.wait_seconds,
         }
+        record |= {f"{name}_samples": count for name, count in self.feed.loader.drawn().items()}
         if lost := len(self.feed.loader.lost):
             record["lost_shards"] = lost
         if verdicts[0] != "accept":

@@ -56,8 +56,7 @@ def expect(folder: Path) -> Expected:
     from engine.checkpoint.folder import CHECKPOINTS, committed
     from engine.config.load import load_run
     from engine.config.save import FILE
-    from engine.data.dataset import TokenDataset
-    from engine.data.loader import Loader
+    from engine.data.stage import open_parts, stage_loader
 
     paths = committed(folder / CHECKPOINTS)
     if not paths:
@@ -65,15 +64,8 @@ def expect(folder: Path) -> Expected:
     sections = document.read(paths[0]).state.sections
     config = load_run(folder / FILE)
     run_stage = config.stages[0]
-    data = run_stage.data
-    loader = Loader(
-        TokenDataset(data.train),
-        run_stage.sequence_length,
-        run_stage.batches,
-        config.seed,
-        data.window_shards,
-        data.attention,
-    )
+    parts = open_parts(run_stage, None, config.model.vocab_size)
+    loader = stage_loader(run_stage, parts, config.seed)
     counted = loader.clone()
     loader.restore(sections["loader"])
     for _ in range(sections["progress"]["step"]):

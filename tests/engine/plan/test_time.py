@@ -78,7 +78,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], int, int, float]] = {
 def estimate(model: dict[str, Any], parallel: dict[str, Any], world: int, batch: int, gpu: str) -> StepTime:
     shape = ModelConfig(**model)
     stage = RunStage(
-        data=DataConfig(train=Path("data")),
+        data=DataConfig(train="data"),
         sequence_length=shape.max_positions,
         global_batch_size=batch,
         duration=Duration(steps=1),

@@ -1,0 +1,86 @@
+"""Rules of a mixture of data sets, and its weights as whole numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+from engine.config.schema import DataConfig
+from engine.errors import ConfigError, PalimpsestError
+
+LONGEST_PERIOD = 2**16
+"""Weights whose sum would be larger are rounded to so many parts."""
+
+MOST_SOURCES = 16
+"""Each has a place in the loader's state, which stays below 1 KiB."""
+
+
+def check_mixture(key: str, data: DataConfig, problems: list[PalimpsestError]) -> None:
+    """Every rule that the sources of a stage's data break; `key` is the stage's."""
+    sources, name = data.sources, f"{key}.data"
+    if (data.train is None) == (not sources):
+        problems.append(
+            ConfigError(f"{name}: {'both' if sources else 'neither'} train and sources", "exactly one of them")
+        )
+    if len(sources) > MOST_SOURCES:
+        problems.append(
+            ConfigError(
+                f"{name}.sources: {len(sources)} sources",
+                f"{MOST_SOURCES} at most",
+                "prepare some of them into one folder",
+            )
+        )
+    names = [source.name for source in sources]
+    problems += [
+        ConfigError(f"{name}.sources: the name {item!r} is used twice", "a different name for each source")
+        for item in sorted({item for item in names if names.count(item) > 1})
+    ]
+    weights = [source.weight for source in sources if source.weight is not None]
+    if 0 < len(weights) < len(sources):
+        missing = [source.name for source in sources if source.weight is None]
+        problems.append(
+            ConfigError(
+                f"{name}.sources: no weight for {', '.join(missing)}",
+                "a weight for every source, or for none (then their tokens weigh)",
+            )
+        )
+    elif weights and len(weights) <= MOST_SOURCES:
+        try:
+            whole_parts(weights)
+        except ValueError as error:
+            problems.append(ConfigError(f"{name}.sources: {error}", f"weights of 1/{LONGEST_PERIOD:,} or more"))
+    if data.temperature != 1 and (weights or not sources):
+        problems.append(
+            ConfigError(
+                f"{name}.temperature = {data.temperature} {'with weights' if weights else 'without sources'}",
+                "1",
+                "leave out the weights: the temperature is that of the sources' tokens",
+            )
+        )
+
+
+def whole_parts(weights: Sequence[float], longest: int = LONGEST_PERIOD) -> tuple[int, ...]:
+    """The weights (as their decimals stand) as whole numbers without a common divisor: exact where these add up to at
+    most `longest`, else rounded (largest remainders) to that sum.
+
+    Raises:
+        ValueError: a weight is not positive, or less than half a part of the whole.
+    """
+    exact = [Fraction(str(weight)) for weight in weights]
+    if any(weight <= 0 for weight in exact):
+        raise ValueError("a weight is not above 0")
+    scale = math.lcm(*(weight.denominator for weight in exact))
+    parts = [int(weight * scale) for weight in exact]
+    divisor = math.gcd(*parts)
+    parts = [part // divisor for part in parts]
+    if (total := sum(parts)) > longest:
+        exact = [Fraction(part * longest, total) for part in parts]
+        parts = [int(share) for share in exact]
+        by_remainder = sorted(range(len(exact)), key=lambda k: (parts[k] - exact[k], k))
+        for k in by_remainder[: longest - sum(parts)]:
+            parts[k] += 1
+        if not all(parts):
+            raise ValueError(f"a weight is less than 1/{longest:,} of the sum")
+    divisor = math.gcd(*parts)
+    return tuple(part // divisor for part in parts)

@@ -1,0 +1,102 @@
+"""The data of a run stage, opened as its configuration says: data sets, their shares, and the loader over them."""
+
+from __future__ import annotations
+
+from engine.config.mixture import whole_parts
+from engine.config.schema import DataConfig, RunStage
+from engine.data.dataset import TokenDataset
+from engine.data.loader import Loader
+from engine.data.source import Part
+from engine.errors import DataError
+
+
+def open_parts(run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int) -> list[Part]:
+    """The training data of a stage, with weights.
+
+    Raises:
+        DataError: missing, damaged, written with another tokenizer, or of more tokens than `vocab_size`.
+    """
+    data, length = run_stage.data, run_stage.sequence_length
+    if data.train is not None:
+        return [Part(_open(data.train, tokenizer_hash, vocab_size))]
+    sets = [_open(source.path, tokenizer_hash, vocab_size) for source in data.sources]
+    _refuse_other_tokens(sets)
+    return [
+        Part(
+            dataset,
+            source.name,
+            weight,
+            source.epochs,
+            None if source.max_tokens is None else max(1, source.max_tokens // length),
+        )
+        for source, dataset, weight in zip(data.sources, sets, _weights(data, sets), strict=True)
+    ]
+
+
+def open_held_out(run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int) -> TokenDataset | None:
+    """The held-out data of a stage; None where it has none. Raises as `open_parts`."""
+    folder = run_stage.data.validation
+    return None if folder is None else _open(folder, tokenizer_hash, vocab_size)
+
+
+def stage_loader(run_stage: RunStage, parts: list[Part], seed: int) -> Loader:
+    """The stage's loader at its beginning. Raises `DataError` where the data does not serve the stage."""
+    data = run_stage.data
+    loader = Loader(
+        parts,
+        run_stage.sequence_length,
+        run_stage.batches,
+        seed,
+        data.window_shards,
+        data.attention,
+        data.packing,
+        run_stage.objective,
+    )
+    wanted = run_stage.batches.samples(run_stage.num_steps)
+    if loader.num_samples is not None and loader.num_samples < wanted:
+        raise DataError(
+            f"stage {run_stage.name} trains on {wanted:,} samples, but its sources end after {loader.num_samples:,}",
+            f"{wanted:,} samples or more",
+            "raise data.sources.*.epochs or max_tokens, or shorten the stage",
+        )
+    return loader
+
+
+def _open(folder: str, tokenizer_hash: str | None, vocab_size: int) -> TokenDataset:
+    dataset = TokenDataset(folder, tokenizer_hash)
+    if dataset.index.vocab_size > vocab_size:
+        raise DataError(
+            f"the shards in {folder} have {dataset.index.vocab_size} tokens in their vocabulary, "
+            f"model.vocab_size = {vocab_size}",
+            f"model.vocab_size of {dataset.index.vocab_size} or more",
+            "change the model, or prepare the text with a smaller tokenizer",
+        )
+    return dataset
+
+
+def _refuse_other_tokens(sets: list[TokenDataset]) -> None:
+    """Raises `DataError` where two data sets mean different things by a token."""
+    first = sets[0]
+    for other in sets[1:]:
+        if other.index.tokenizer_hash != first.index.tokenizer_hash:
+            raise DataError(
+                f"{other.folder} was written with tokenizer {other.index.tokenizer_hash}, "
+                f"{first.folder} with {first.index.tokenizer_hash}",
+                "one tokenizer for all sources",
+                "prepare one of them again",
+            )
+
+
+def _weights(data: DataConfig, sets: list[TokenDataset]) -> tuple[int, ...]:
+    given = [source.weight for source in data.sources if source.weight is not None]
+    if given:
+        return whole_parts(given)  # resolve() has checked them
+    tokens = [dataset.index.num_tokens for dataset in sets]
+    try:
+        return whole_parts(tokens if data.temperature == 1 else [count ** (1 / data.temperature) for count in tokens])
+    except ValueError as error:
+        raise DataError(
+            f"the sources' tokens do not weigh: {error} ({', '.join(map(str, tokens))} tokens)",
+            "no source so much smaller than the others",
+            "give weights, or raise data.temperature",
+        ) from error
