@@ -8,6 +8,7 @@ Legend: B micro-batch size, T time.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -79,11 +80,13 @@ class Ours:
         self.groups = join_groups(self.config, resolve(self.config, 1), 0)
         self.pipeline = build_pipeline(self.config, self.config.stages[0], self.groups, self.device)
 
-    def step(self, inputs: list[Tensors], num_targets: int) -> tuple[float, float]:
+    def step(
+        self, inputs: list[Tensors], num_targets: int, accept: Callable[[float], bool] = zero.finite
+    ) -> tuple[float, float]:
         """One step on micro-batches that lie on the device; returns (loss per target, gradient norm)."""
         weight = torch.tensor(float(num_targets), dtype=torch.float64, device=self.device)
         (loss,) = self.pipeline.train(inputs, 1.0 / weight)
-        norm = self.pipeline.engine.step(self.config.optimizer.learning_rate)
+        norm = self.pipeline.engine.step(self.config.optimizer.learning_rate, accept)
         return (loss / weight).item(), norm
 
     def inputs(self, step: int) -> list[Tensors]:

@@ -23,13 +23,17 @@ class Background(Generic[Result]):
         self._called_off = threading.Event()
         self._result: Result | None = None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(function,), name=name, daemon=True)
-        self._thread.start()
+        self._ended = threading.Event()
+        thread = threading.Thread(target=self._run, args=(function,), name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # no thread to be had: an error like any other of the function
+            self._end(error)
 
     @property
     def done(self) -> bool:
         """Whether it has returned or raised."""
-        return not self._thread.is_alive()
+        return self._ended.is_set()
 
     @property
     def failed(self) -> bool:
@@ -39,18 +43,23 @@ class Background(Generic[Result]):
     def call_off(self) -> None:
         """Asks the function to end; returns when it has."""
         self._called_off.set()
-        self._thread.join()
+        self._ended.wait()
 
     def result(self) -> Result:
         """Waits for the function; returns what it returned or raises what it raised."""
-        self._thread.join()
+        self._ended.wait()
         if self._error is not None:
             raise self._error
         return self._result  # type: ignore[return-value]  # no error, so there is a result
 
     def _run(self, function: Callable[[threading.Event], Result]) -> None:
-        # BaseException: whatever ends the thread is told to whoever asks for its result
+        error: BaseException | None = None
         try:
             self._result = function(self._called_off)
-        except BaseException as error:
-            self._error = error
+        except BaseException as problem:  # whatever ends the thread is told to whoever asks for its result
+            error = problem
+        self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
+        self._error = error
+        self._ended.set()

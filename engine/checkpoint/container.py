@@ -3,7 +3,8 @@
 Layout: 8 bytes header length (little endian), JSON header, then the pieces one after the other. The header's
 `__metadata__` lists per piece its start, length, tensor rank and size and the xxh3 of its bytes. Written here and
 not by the safetensors library so that it is hashed while it is written; any safetensors reader opens it. Reading
-maps the file and checks every offset first, so nothing a header says can reach outside the file.
+maps a local file, asks for byte ranges of a remote one, and checks every offset first, so nothing a header says can
+reach outside the file.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from engine.checkpoint.storage import Place, Remote
 from engine.errors import CheckpointError
 
 CHUNK_BYTES = 8 << 20
@@ -101,7 +103,7 @@ def _write_all(write: Callable[[memoryview], int | None], chunk: memoryview) -> 
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Place) -> Iterator[None]:
     """Turns an `OSError` while writing at `path` into a `CheckpointError` that says what to do."""
     try:
         yield
@@ -117,9 +119,9 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 class Container:
-    """A file of pieces, mapped: its entries by key, and their elements without a read until they are touched."""
+    """A file of pieces: its entries by key, and their elements; a local file is mapped and read where it is touched."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         """Raises `CheckpointError` where the file is absent, cut short or its header does not hold."""
         self.path = path
         header, self._data_start, self.num_bytes = _read_header(path)
@@ -132,12 +134,25 @@ class Container:
             raise damaged(path, f"its header is not that of a file of pieces ({problem!r})") from problem
         self._map: np.ndarray | None = None
 
-    def values(self, key: str) -> np.ndarray:
-        """The elements of an entry: flat fp32, a private map of the file (a write stays in memory)."""
+    def values(self, key: str, first: int = 0, count: int | None = None) -> np.ndarray:
+        """`count` elements of an entry from `first` on (all by default): flat fp32; a write stays in memory.
+
+        Raises:
+            CheckpointError: a remote file cannot be read.
+        """
+        length = self.entries[key].length
+        count = length - first if count is None else count
+        assert 0 <= first <= first + count <= length, f"{key}: elements {first} to {first + count} of {length}"
+        start = self._data_start + self._offsets[key] + first * ITEM_BYTES
+        stop = start + count * ITEM_BYTES
+        if isinstance(self.path, Remote):
+            try:
+                return np.frombuffer(bytearray(self.path.read_range(start, stop)), dtype=np.float32)
+            except OSError as problem:
+                raise damaged(self.path, f"cannot be read ({problem.strerror})") from problem
         if self._map is None:
             self._map = np.memmap(self.path, dtype=np.uint8, mode="c", offset=0, shape=(self.num_bytes,))
-        at = self._data_start + self._offsets[key]
-        return self._map[at : at + self.entries[key].length * ITEM_BYTES].view(np.float32)
+        return self._map[start:stop].view(np.float32)
 
     def damaged_entries(self) -> list[str]:
         """Keys of the entries whose bytes are not those that were written. Reads the whole file."""
@@ -164,11 +179,11 @@ class Container:
             raise ValueError(f"{self._data_start + at} bytes announced, {self.num_bytes} there")
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+def _read_header(path: Place) -> tuple[dict[str, Any], int, int]:
     """(header, where the data starts, bytes of the file)."""
     try:
+        num_bytes = path.stat().st_size
         with path.open("rb") as file:
-            num_bytes = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             if len(prefix) < 8:
                 raise damaged(path, f"{num_bytes} bytes are too few for a header")
@@ -185,7 +200,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     return header, 8 + length, num_bytes
 
 
-def damaged(path: Path, what: str) -> CheckpointError:
+def damaged(path: Place, what: str) -> CheckpointError:
     """The error for a file of a checkpoint that cannot be trusted."""
     return CheckpointError(
         f"{path}: {what}",
@@ -193,7 +208,7 @@ def damaged(path: Path, what: str) -> CheckpointError:
     )
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path: Place) -> str:
     """xxh3 (64 bit, hex) of a whole file, read in chunks; raises `OSError`."""
     hasher = xxhash.xxh3_64()
     with path.open("rb") as file:

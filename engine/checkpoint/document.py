@@ -19,10 +19,11 @@ import xxhash
 from engine.checkpoint import claims
 from engine.checkpoint.container import FileRecord, damaged, disk_errors
 from engine.checkpoint.manifest import Manifest
+from engine.checkpoint.storage import MANIFEST, Place
 from engine.errors import CheckpointError
 from engine.parallel.state import Placement
 
-FILE = "manifest.json"
+FILE = MANIFEST
 FORMAT = "palimpsest-checkpoint"
 VERSION = 1
 MAX_BYTES = 1 << 30
@@ -44,7 +45,7 @@ def write(manifest: Manifest, folder: Path) -> None:
         os.fsync(file.fileno())
 
 
-def read(folder: Path) -> Manifest:
+def read(folder: Place) -> Manifest:
     """The manifest of a checkpoint folder, checked against itself and against the sizes of the files.
 
     Raises:
@@ -82,13 +83,13 @@ def _is_whole(document: dict[str, Any]) -> bool:
         return False
 
 
-def check_sizes(manifest: Manifest, folder: Path) -> None:
+def check_sizes(manifest: Manifest, folder: Place) -> None:
     """Holds every file's real size against the manifest; raises `CheckpointError` for the first that differs."""
     for record in manifest.files.values():
         check_size(record, folder / record.name)
 
 
-def check_size(record: FileRecord, path: Path) -> None:
+def check_size(record: FileRecord, path: Place) -> None:
     """Raises `CheckpointError` where a file is absent or of another size than its record says."""
     try:
         num_bytes = path.stat().st_size

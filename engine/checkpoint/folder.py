@@ -14,10 +14,13 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from engine.checkpoint.container import disk_errors
+from engine.checkpoint.storage import Place, Remote
 from engine.errors import CheckpointError
 
+AnyPlace = TypeVar("AnyPlace", Path, Remote, Place)
 CHECKPOINTS = "checkpoints"
 """Its name in a run folder."""
 _OWNER = "owner.json"
@@ -48,20 +51,21 @@ def partial_path(folder: Path, step: int, owner: Owner) -> Path:
     return folder / f".step-{step:08d}.{job}-{owner.attempt}.partial"
 
 
-def step_of(path: Path) -> int:
+def step_of(path: Place) -> int:
     """The step in a checkpoint's name, or -1 for a folder of another name."""
     found = _COMMITTED.fullmatch(path.name)
     return int(found.group(1)) if found else -1
 
 
-def committed(folder: Path) -> list[Path]:
+def committed(folder: AnyPlace) -> list[AnyPlace]:
     """The committed checkpoints, newest first; none where there is no such folder. Says nothing of their health."""
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if step_of(path) >= 0), key=step_of, reverse=True)
+    found: list[AnyPlace] = [path for path in folder.iterdir() if step_of(path) >= 0]  # type: ignore[misc]
+    return sorted(found, key=step_of, reverse=True)
 
 
-def find(place: Path) -> list[Path]:
+def find(place: AnyPlace) -> list[AnyPlace]:
     """The checkpoints that a user means by a run folder, its folder `checkpoints/` or one checkpoint, newest first.
 
     Raises:
@@ -151,8 +155,12 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def remove(path: Path) -> None:
+def remove(path: Place) -> None:
     """Removes a committed checkpoint, if it is there; at no moment is a half-removed one among the committed."""
+    if isinstance(path, Remote):
+        with disk_errors(path):
+            path.remove_tree()
+        return
     doomed = path.with_name(f".{path.name}.{os.getpid()}-{time.monotonic_ns()}.removed")
     with disk_errors(path):
         try:

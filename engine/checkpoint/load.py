@@ -14,8 +14,9 @@ import torch
 
 from engine.checkpoint import document
 from engine.checkpoint.container import ITEM_BYTES, Container, damaged
-from engine.checkpoint.geometry import Box, dims, flat_index, strides
+from engine.checkpoint.geometry import Box, dims, flat_index, flat_span, strides
 from engine.checkpoint.manifest import WEIGHT, CheckpointState, Manifest, key_of, match, moment_state
+from engine.checkpoint.storage import Place
 from engine.checkpoint.writers import Need, Transfer, Writer, stored_numel, transfers
 from engine.errors import CheckpointError
 from engine.parallel import collectives
@@ -25,7 +26,7 @@ from engine.parallel.sharding import ParameterSpec, Shape
 from engine.parallel.state import Piece, Placement
 
 
-def open_checkpoint(path: Path) -> Manifest:
+def open_checkpoint(path: Place) -> Manifest:
     """The manifest of a checkpoint, checked against itself and the sizes of its files.
 
     Raises:
@@ -36,7 +37,7 @@ def open_checkpoint(path: Path) -> Manifest:
     return manifest
 
 
-def read_state(path: Path) -> CheckpointState:
+def read_state(path: Place) -> CheckpointState:
     """The part of a checkpoint that is not tensors; raises as `open_checkpoint`."""
     return open_checkpoint(path).state
 
@@ -61,7 +62,9 @@ def load(path: Path, groups: Groups, pieces: list[Piece], placements: list[Place
     return on_all(fill, groups.world, CheckpointError)
 
 
-def load_pieces(path: Path, manifest: Manifest, pieces: list[Piece], tensor_rank: int = 0, tensor_size: int = 1) -> int:
+def load_pieces(
+    path: Place, manifest: Manifest, pieces: list[Piece], tensor_rank: int = 0, tensor_size: int = 1
+) -> int:
     """Fills live pieces, with those moments that they carry; returns how many bytes were read.
 
     Padded rows become 0. `tensor_rank` of `tensor_size` says whose local part the pieces are ranges of.
@@ -75,7 +78,7 @@ def load_pieces(path: Path, manifest: Manifest, pieces: list[Piece], tensor_rank
     return sum(_fill(piece, files, tensor_rank, tensor_size) for piece in pieces)
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
+def read_weights(path: Place) -> dict[str, torch.Tensor]:
     """All fp32 weights by logical name in their stored shapes (no padding), in this process's memory.
 
     Raises:
@@ -94,16 +97,17 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 class Files:
     """The files of one checkpoint, each opened when it is first needed and held against the manifest."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Place, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
         self._open: dict[str, Container] = {}
 
-    def values(self, state: str, name: str, writer: Writer) -> np.ndarray:
-        """What a writer stored of a parameter's state: flat fp32, mapped; it begins at the writer's stored range."""
+    def values(self, state: str, name: str, writer: Writer, first: int = 0, count: int | None = None) -> np.ndarray:
+        """What a writer stored of a parameter's state, or `count` elements of it: flat fp32, mapped if it is local;
+        element 0 is the beginning of the writer's stored range."""
         file = self.file(writer.file_name)
         self._check(file, state, name, writer)
-        return file.values(key_of(state, name))
+        return file.values(key_of(state, name), first, count)
 
     def file(self, name: str) -> Container:
         """The file of that name; raises `CheckpointError` where it is absent or not of its recorded size."""
@@ -161,9 +165,10 @@ def _fill(piece: Piece, files: Files, tensor_rank: int, tensor_size: int) -> int
 
 
 def _source(copy: Transfer, files: Files, state: str, saved: Placement, shape: Shape) -> torch.Tensor:
-    values = torch.from_numpy(files.values(state, saved.spec.name, copy.writer))
     start, _ = files.manifest.range_of(saved.spec.name, copy.writer)
-    return _window(values, copy.source, shape, start)
+    first, last = flat_span(copy.source, shape)
+    values = files.values(state, saved.spec.name, copy.writer, first - start, last - first + 1)
+    return _window(torch.from_numpy(values), copy.source, shape, first)
 
 
 def _window(flat: torch.Tensor, box: Box, shape: Shape, start: int) -> torch.Tensor:

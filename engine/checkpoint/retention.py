@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
-from engine.checkpoint.folder import committed, remove, step_of
+from engine.checkpoint.folder import AnyPlace, committed, remove, step_of
 from engine.checkpoint.verify import verify
 from engine.logs import logger
 
@@ -31,7 +31,7 @@ class Retention:
     metric: Mapping[int, float] = field(default_factory=dict)
     """By step; smaller is better."""
 
-    def keeps(self, newest_first: list[Path]) -> set[Path]:
+    def keeps(self, newest_first: list[AnyPlace]) -> set[AnyPlace]:
         """Those that stay."""
         assert self.keep_last >= 1
         kept = set(newest_first[: self.keep_last])
@@ -41,7 +41,7 @@ class Retention:
         return kept | set(sorted(judged, key=lambda path: self.metric[step_of(path)])[: self.keep_best])
 
 
-def victims(newest_first: list[Path], retention: Retention, verified: Path | None) -> list[Path]:
+def victims(newest_first: list[AnyPlace], retention: Retention, verified: AnyPlace | None) -> list[AnyPlace]:
     """The checkpoints to remove, oldest first; none where nothing verifies, and none newer than `verified`."""
     if verified is None:
         return []
@@ -49,7 +49,7 @@ def victims(newest_first: list[Path], retention: Retention, verified: Path | Non
     return [path for path in reversed(newest_first) if path not in kept and step_of(path) < step_of(verified)]
 
 
-def prune(folder: Path, retention: Retention, verified: Path | None) -> list[Path]:
+def prune(folder: AnyPlace, retention: Retention, verified: AnyPlace | None) -> list[AnyPlace]:
     """Removes what `retention` does not keep; returns what was removed. Any process may call it at any time.
 
     `verified` is the newest checkpoint whose bytes have been held against their hashes.
@@ -64,7 +64,7 @@ def prune(folder: Path, retention: Retention, verified: Path | None) -> list[Pat
     return doomed
 
 
-def newest_whole(newest_first: list[Path], watch: Callable[[Path], Callable] = lambda path: iter) -> Path | None:
+def newest_whole(newest_first: list[AnyPlace], watch: Callable[[Any], Callable] = lambda path: iter) -> AnyPlace | None:
     """The newest checkpoint that verifies, found by this process alone; None where there is none."""
     return next((path for path in newest_first if not verify(path, watch(path))), None)
 

@@ -137,7 +137,7 @@ class Saver:
 
     def hold_update(self) -> None:
         """Keeps the next update of weights and moments from overtaking the copies of a save that has begun."""
-        if self._flight is not None:
+        if self._flight is not None and not self._flight.writing.done:
             self._flight.staged.hold_update()
 
     def signals(self) -> tuple[float, float]:

@@ -1,16 +1,15 @@
 """Staging, the first step of a save: live pieces are copied into one host buffer that is kept for the next save.
 
-From the CPU the copies are done when it returns. From a GPU they run on a stream of their own, beside the next
-forward and backward: the next update has to wait for them (`Staged.hold_update`), and so has whoever reads the
-buffer (`Staged.wait`). It holds exactly what the file will hold, in the file's order (all weights, then each
+The copies run beside the next forward and backward pass, from a GPU on a stream of their own, from the CPU in the
+thread that writes: the next update has to wait for them (`Staged.hold_update`), and so has whoever reads the buffer
+(`Staged.wait`). It holds exactly what the file will hold, in the file's order (all weights, then each
 moment), so that writing is one pass over one array.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
 
-import numpy as np
 import torch
 
 from engine.checkpoint.container import ITEM_BYTES, Entry
@@ -20,30 +19,58 @@ from engine.errors import CheckpointError
 from engine.parallel.state import Piece, Placement
 
 
-@dataclass(frozen=True)
 class Staged:
-    """What one rank will write. `data` is flat fp32 and holds the entries one after the other."""
+    """What one rank will write. `data` is flat fp32 and holds the entries one after the other, once `wait` returns."""
 
-    writer: Writer
-    entries: list[Entry]
-    data: np.ndarray
-    copied: torch.cuda.Event | None
-    """Stands where copies from a GPU may still be under way."""
-    moments: tuple[str, ...]
+    def __init__(
+        self,
+        writer: Writer,
+        entries: list[Entry],
+        moments: tuple[str, ...],
+        sources: list[torch.Tensor],
+        buffer: HostBuffer,
+    ) -> None:
+        self.writer, self.entries, self.moments = writer, entries, moments
+        self._sources, self._copied = sources, threading.Event()
+        self._on_gpu: torch.cuda.Event | None = None
+        on_gpu = any(source.is_cuda for source in sources)
+        self._target = buffer.reserve(sum(source.numel() for source in sources), pinned=on_gpu)
+        self.data = self._target.numpy()
+        if on_gpu:
+            self._on_gpu = torch.cuda.Event()
+            buffer.stream.wait_stream(torch.cuda.current_stream())  # the last update comes first
+            with torch.cuda.stream(buffer.stream):
+                self._copy()
+                self._on_gpu.record()
 
     @property
     def num_bytes(self) -> int:
         return self.data.size * ITEM_BYTES
 
     def wait(self) -> None:
-        """Returns when `data` is whole."""
-        if self.copied is not None:
-            self.copied.synchronize()
+        """Returns when `data` is whole; from the CPU it is this call that copies. Call in one thread."""
+        try:
+            if self._on_gpu is not None:
+                self._on_gpu.synchronize()
+            else:
+                self._copy()
+        finally:
+            self._copied.set()
 
     def hold_update(self) -> None:
-        """Lets what is launched on the GPU from now on wait for the copies; the host goes on."""
-        if self.copied is not None:
-            torch.cuda.current_stream().wait_event(self.copied)
+        """Keeps weights and moments as they are until they are copied: on a GPU, what is launched from now on waits,
+        and the host goes on; on the CPU this returns when another thread's `wait` has copied."""
+        if self._on_gpu is not None:
+            torch.cuda.current_stream().wait_event(self._on_gpu)
+        else:
+            self._copied.wait()
+
+    def _copy(self) -> None:
+        at = 0
+        for source in self._sources:
+            self._target[at : at + source.numel()].copy_(source.detach(), non_blocking=source.is_cuda)
+            at += source.numel()
+        self._sources = []
 
 
 class HostBuffer:
@@ -108,7 +135,7 @@ def reserve_for(
 def stage_pieces(
     pieces: list[Piece], placements: list[Placement], writer: Writer, tensor_size: int, buffer: HostBuffer
 ) -> Staged:
-    """Copies what this rank stores into the buffer; copies from a GPU may still be under way when it returns.
+    """Finds what this rank stores and begins to copy it into the buffer; see `Staged` for when the copies are done.
 
     Raises:
         CheckpointError: as `stored_pieces`, and where pieces carry other moments than their placements say (all of
@@ -128,28 +155,7 @@ def stage_pieces(
             place = rank_and_size if piece.spec.sharding.dim is not None else (0, 1)
             entries.append(Entry(key_of(state, piece.spec.name), piece.start, length, *place))
             sources.append(values[:length])
-    return Staged(writer, entries, *_copy(sources, buffer), moments)
-
-
-def _copy(sources: list[torch.Tensor], buffer: HostBuffer) -> tuple[np.ndarray, torch.cuda.Event | None]:
-    on_gpu = any(source.is_cuda for source in sources)
-    target = buffer.reserve(sum(source.numel() for source in sources), pinned=on_gpu)
-    if not on_gpu:
-        _copy_all(sources, target)
-        return target.numpy(), None
-    copied = torch.cuda.Event()
-    buffer.stream.wait_stream(torch.cuda.current_stream())  # the last update is among what these copies wait for
-    with torch.cuda.stream(buffer.stream):
-        _copy_all(sources, target)
-        copied.record()
-    return target.numpy(), copied
-
-
-def _copy_all(sources: list[torch.Tensor], target: torch.Tensor) -> None:
-    at = 0
-    for source in sources:
-        target[at : at + source.numel()].copy_(source.detach(), non_blocking=source.is_cuda)
-        at += source.numel()
+    return Staged(writer, entries, moments, sources, buffer)
 
 
 def _moments(pieces: list[Piece], placements: list[Placement]) -> tuple[str, ...]:

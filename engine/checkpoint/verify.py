@@ -15,6 +15,7 @@ from engine.checkpoint.container import file_digest
 from engine.checkpoint.folder import committed
 from engine.checkpoint.load import Files
 from engine.checkpoint.manifest import Manifest
+from engine.checkpoint.storage import Place
 from engine.errors import CheckpointError
 from engine.logs import logger
 from engine.parallel import collectives
@@ -34,7 +35,7 @@ class Damage:
         return f"{self.file}: {self.what}"
 
 
-def verify(path: Path, watch: Callable[[list[str]], Iterable[str]] = iter) -> list[Damage]:
+def verify(path: Place, watch: Callable[[list[str]], Iterable[str]] = iter) -> list[Damage]:
     """All damage of a checkpoint, by reading every byte of it; empty where it is whole.
 
     `watch` hands on the names of the files as they are read, so that a caller can show progress.
@@ -46,7 +47,7 @@ def verify(path: Path, watch: Callable[[list[str]], Iterable[str]] = iter) -> li
     return verify_files(path, manifest, watch(list(manifest.files)))
 
 
-def verify_files(path: Path, manifest: Manifest, names: Iterable[str]) -> list[Damage]:
+def verify_files(path: Place, manifest: Manifest, names: Iterable[str]) -> list[Damage]:
     """The damage among some files of a checkpoint whose manifest has been read."""
     files = Files(path, manifest)
     return [damage for name in names if (damage := _verify_file(files, name)) is not None]

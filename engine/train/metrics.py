@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from engine.checkpoint.storage import Place
 from engine.config.schema import RunConfig
 from engine.logs import logger
 
@@ -167,7 +168,7 @@ def open_metrics(config: RunConfig, num_steps: int, resumed_at: int) -> Metrics:
     return Metrics(sinks)
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Place) -> list[dict[str, Any]]:
     """The records in a run folder's JSON lines, up to the first line that is none (a kill cuts the last one off)."""
     try:
         lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()

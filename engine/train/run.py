@@ -69,10 +69,10 @@ def train(config: RunConfig, layout: Layout, place: RankPlace) -> int:
                 outcome.write(config.folder, Outcome(place.job, place.attempt, code, trainer.state.step))
             barrier(groups.world)  # no rank leaves before the outcome stands: launchers signal the others when one ends
         except Exception as error:
-            if isinstance(error, (zero.NotFinite, Unstable)):  # raised on every rank: what was saved can be committed
+            _note_failure(config, place, trainer.state.step, error)
+            if isinstance(error, PalimpsestError):  # raised on every rank or on none: what was trained is not lost
                 with contextlib.suppress(CheckpointError):
                     trainer.restarts.settle()
-            _note_failure(config, place, trainer.state.step, error)
             raise
         finally:
             trainer.close()

@@ -15,6 +15,7 @@ from engine.config.schema import RunConfig
 from engine.data.shards import ShardWriter
 from engine.data.tokenizer import tokenizer_hash
 from engine.data.tokenizer_training import train_tokenizer
+from engine.errors import PalimpsestError
 
 Tree = dict[str, Any]
 LENGTH = 16
@@ -90,6 +91,10 @@ def train_rank(place: RankPlace, tree: Tree, prepare: Callable[[Any], None] = la
 
     started_at, at_start = trainer.state.step, held()
     prepare(trainer)
-    code = trainer.fit()
+    try:
+        code = trainer.fit()
+    except PalimpsestError:
+        trainer.restarts.settle()  # as `train` does
+        raise
     trainer.close()
     return {"code": code, "started_at": started_at, "at_start": at_start, "at_end": held(), "state": trainer.state}

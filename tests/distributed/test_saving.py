@@ -44,7 +44,7 @@ def settle_at_each_step(trainer) -> None:
     def signals():
         flight = trainer.restarts._saver._flight
         if flight is not None and not flight.writing.done:
-            flight.writing._thread.join()
+            flight.writing._ended.wait()
         return real()
 
     trainer.restarts.signals = signals

@@ -1,8 +1,17 @@
-"""`palimpsest checkpoint list` and `verify`, as a user calls them."""
+"""`palimpsest checkpoint` as a user calls it: on folders, and on what lies behind a URL."""
 
+import fsspec
 import pytest
 
+from engine.checkpoint.compare import Opened, compare
+from engine.checkpoint.huggingface import to_huggingface
+from engine.checkpoint.load import read_weights
+from engine.checkpoint.storage import place_of
 from engine.cli import main
+from engine.config.schema import ModelConfig
+from engine.errors import CheckpointError
+from engine.models.gpt import specs
+from engine.models.initial import initial_value
 from tests.engine.checkpoint.worlds import World, layout_of, random_state, small_model, some_state
 
 
@@ -57,3 +66,147 @@ def test_a_folder_without_checkpoints_is_one_clear_error(tmp_path, capsys):
         error = capsys.readouterr().err
         assert "holds no checkpoint" in error
         assert "to do:" in error
+
+
+FILE = "stage-00-data-0001-tensor-00.safetensors"
+
+
+def harm(path):
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.fixture(params=["file", "memory"])
+def url(request, run):
+    """The run behind a URL, with its metrics."""
+    (run / "metrics.jsonl").write_text('{"step": 10, "validation_loss": 1.0}\n{"step": 20, "validation_loss": 2.0}\n')
+    if request.param == "file":
+        yield f"file://{run}"
+        return
+    memory = fsspec.filesystem("memory")
+    memory.put(str(run), "/run", recursive=True)
+    yield "memory://run"
+    memory.rm("/run", recursive=True)
+
+
+def test_urls_are_listed_and_verified(url, run, capsys):
+    assert main(["checkpoint", "list", url]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step-00000020", "step-00000010"]
+    assert main(["checkpoint", "verify", url]) == 0
+    assert capsys.readouterr().out.count(": whole\n") == 2
+    path = f"{url}/checkpoints/step-00000010/{FILE}"
+    file_system, inside = fsspec.core.url_to_fs(path)
+    raw = bytearray(file_system.cat_file(inside))
+    raw[-1] ^= 1
+    file_system.pipe_file(inside, bytes(raw))
+    assert main(["checkpoint", "verify", url]) == 1
+    assert f"{FILE}: bytes in optim.exp_avg_sq." in capsys.readouterr().out
+
+
+def test_weights_behind_a_url_are_those_on_the_disk(url, run):
+    here = read_weights(run / "checkpoints" / "step-00000020")
+    there = read_weights(place_of(f"{url}/checkpoints/step-00000020"))
+    assert here.keys() == there.keys()
+    assert all((here[name] == there[name]).all() for name in here)
+
+
+def test_prune_says_what_it_would_do_and_does_it_when_told(url, run, capsys):
+    assert main(["checkpoint", "prune", url, "--keep-last", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "step-00000020 is the newest that verifies" in out
+    assert "step-00000010  would be removed" in out
+    assert "1 of 2 stay; --yes removes the others" in out
+    main(["checkpoint", "list", url])
+    assert "step-00000010" in capsys.readouterr().out
+    assert main(["checkpoint", "prune", url, "--keep-last", "1", "--keep-best", "1", "--yes"]) == 0
+    assert "2 of 2 stay" in capsys.readouterr().out, "the one at step 10 is the best"
+    assert main(["checkpoint", "prune", f"{url}/checkpoints", "--keep-last", "1", "--yes"]) == 0
+    assert "step-00000010  removed" in capsys.readouterr().out
+    main(["checkpoint", "list", url])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step-00000020"]
+
+
+def test_prune_keeps_what_it_cannot_judge(run, capsys):
+    assert main(["checkpoint", "prune", str(run), "--keep-best", "1"]) == 1
+    assert "no validation_loss in" in capsys.readouterr().err
+    harm(run / "checkpoints" / "step-00000020" / FILE)
+    assert main(["checkpoint", "prune", str(run), "--keep-last", "1", "--yes"]) == 0
+    assert "2 of 2 stay" in capsys.readouterr().out, "the newest is damaged, so the other one is kept"
+    harm(run / "checkpoints" / "step-00000010" / FILE)
+    assert main(["checkpoint", "prune", str(run), "--keep-last", "1", "--yes"]) == 1
+    assert "nothing is removed" in capsys.readouterr().err
+
+
+def test_diff_names_the_largest_differences(run, url, capsys):
+    first, second = (f"{url}/checkpoints/step-000000{step}" for step in (10, 20))
+    assert main(["checkpoint", "diff", first, str(run / "checkpoints" / "step-00000010")]) == 0
+    assert "45 of 45 tensors are bitwise equal" in capsys.readouterr().out
+    assert main(["checkpoint", "diff", first, second, "--limit", "3"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3:] == ["... and 42 more", "0 of 45 tensors are bitwise equal"]
+    shown = [float(line.split()[1]) for line in lines[:3]]
+    assert shown == sorted(shown, reverse=True)
+
+
+def test_diff_says_what_only_one_side_has_and_finds_one_bit(run, tmp_path):
+    path = run / "checkpoints" / "step-00000010"
+    weights = read_weights(path)
+    assert not any(one.num_different for one in compare(Opened(path), weights))
+    weights["final_norm.weight"][2] += 0.5
+    weights["embed_positions.weight"] = weights["embed_positions.weight"][:-1]
+    weights["extra"] = weights.pop("layers.0.ffn.down_proj.bias")
+    found = {one.key: one for one in compare(Opened(path), weights)}
+    one = found["model.final_norm.weight"]
+    assert (one.largest, one.num_different, one.numel) == (0.5, 1, 6)
+    assert found["model.embed_positions.weight"].problem == "(7, 6) in the first, (6, 6) in the second"
+    assert found["model.extra"].problem == "only in the second"
+    assert found["model.layers.0.ffn.down_proj.bias"].problem == "only in the first"
+    assert sum(bool(one.problem or one.num_different) for one in found.values()) == 4
+
+
+def test_diff_with_a_hugging_face_folder(tmp_path, capsys):
+    config = ModelConfig(vocab_size=24, num_layers=2, hidden_size=8, num_heads=2, max_positions=8, vocab_multiple=8)
+    world = World(layout_of(1, 2, 1), 3, specs(config))
+    whole = random_state(world.specs, 1)
+    values = {spec.name: initial_value(spec, config, 0)[: spec.stored_shape[0]] for spec in world.specs}
+    for name, value in values.items():
+        whole[f"model.{name}"] = value.numpy()
+    world.fill(whole)
+    path = world.save(tmp_path / "checkpoints", some_state())
+    their_config, state = to_huggingface(config, values)
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    their_config.save_pretrained(folder)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    assert main(["checkpoint", "diff", str(path), str(folder)]) == 0
+    assert f"{len(values)} of {len(values)} tensors are bitwise equal" in capsys.readouterr().out
+    state["transformer.ln_f.weight"] = state["transformer.ln_f.weight"] + 0.25
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    assert main(["checkpoint", "diff", str(path), str(folder)]) == 1
+    assert "model.final_norm.weight  2.500e-01  in 8 of 8 elements" in capsys.readouterr().out
+
+
+def test_urls_that_cannot_be_opened_say_what_is_missing(capsys):
+    assert main(["checkpoint", "list", "nonsense://bucket/run"]) == 1
+    error = capsys.readouterr().err
+    assert "nonsense" in error
+    assert "to do:" in error
+    with pytest.raises(CheckpointError, match="nonsense"):
+        place_of("nonsense://bucket/run")
+
+
+def test_a_remote_file_that_is_cut_short_is_damage(run, capsys):
+    memory = fsspec.filesystem("memory")
+    memory.put(str(run), "/cut", recursive=True)
+    path = f"/cut/checkpoints/step-00000020/{FILE}"
+    memory.pipe_file(path, memory.cat_file(path)[:-8])
+    try:
+        assert main(["checkpoint", "verify", "memory://cut"]) == 1
+        assert f"{FILE}: " in capsys.readouterr().out
+        assert main(["checkpoint", "diff", "memory://cut", str(run)]) == 1
+        assert "the manifest says" in capsys.readouterr().err
+    finally:
+        memory.rm("/cut", recursive=True)

@@ -1,0 +1,90 @@
+"""The largest difference per parameter between two checkpoints, or a checkpoint and other weights.
+
+One parameter is in memory at a time, whatever the layouts that saved. What only one side has is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from engine.checkpoint.load import Files, load_pieces, open_checkpoint
+from engine.checkpoint.manifest import WEIGHT, Manifest, key_of, moment_state
+from engine.checkpoint.storage import Place
+from engine.checkpoint.writers import stored_numel
+from engine.parallel.sharding import ParameterSpec
+from engine.parallel.state import Piece
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One state of one parameter on two sides."""
+
+    key: str
+    """`model.<parameter>` or `optim.<moment>.<parameter>`."""
+    largest: float
+    """Largest absolute difference of an element; NaN where one side has a NaN."""
+    num_different: int
+    """Elements that differ bitwise."""
+    numel: int
+    problem: str = ""
+    """Why they cannot be compared."""
+
+
+class Opened:
+    """A checkpoint whose parameters are read one at a time."""
+
+    def __init__(self, path: Place) -> None:
+        """Raises `CheckpointError` where it is damaged or its files do not hold what its manifest says."""
+        self.path, self.manifest = path, open_checkpoint(path)
+        Files(path, self.manifest).check_all()
+
+    def read(self, name: str) -> dict[str, torch.Tensor]:
+        """All states of a parameter by key, whole, in its stored shape."""
+        return {key_of(state, name): values for state, values in _read(self.path, self.manifest, name).items()}
+
+
+def compare(left: Opened, right: Opened | Mapping[str, torch.Tensor]) -> Iterator[Difference]:
+    """Per parameter and state, in order of name. `right` may be weights alone, by logical name: then moments of `left`
+    are passed over."""
+    theirs = right.manifest.specs.keys() if isinstance(right, Opened) else right.keys()
+    for name in sorted(left.manifest.specs.keys() | theirs):
+        if name not in theirs or name not in left.manifest.specs:
+            yield Difference(
+                key_of(WEIGHT, name), 0.0, 0, 0, f"only in the {'first' if name not in theirs else 'second'}"
+            )
+            continue
+        ours = left.read(name)
+        if isinstance(right, Opened):
+            other = right.read(name)
+        else:
+            other, ours = {key_of(WEIGHT, name): right[name]}, {key_of(WEIGHT, name): ours[key_of(WEIGHT, name)]}
+        for key in sorted(ours.keys() | other.keys()):
+            yield _difference(key, ours.get(key), other.get(key))
+
+
+def _difference(key: str, left: torch.Tensor | None, right: torch.Tensor | None) -> Difference:
+    if left is None or right is None:
+        return Difference(key, 0.0, 0, 0, f"only in the {'first' if right is None else 'second'}")
+    if left.shape != right.shape:
+        return Difference(key, 0.0, 0, 0, f"{tuple(left.shape)} in the first, {tuple(right.shape)} in the second")
+    right = right.float()
+    distance = (left.double() - right.double()).abs()
+    distance[left == right] = 0.0  # equal infinities
+    different = int((left.contiguous().view(torch.int32) != right.contiguous().view(torch.int32)).sum())
+    largest = float(distance.max()) if distance.numel() else 0.0
+    return Difference(key, largest, different, left.numel())
+
+
+def _read(path: Place, manifest: Manifest, name: str) -> dict[str, torch.Tensor]:
+    placement = manifest.placements[name]
+    whole = ParameterSpec(name, placement.spec.stored_shape)
+    numel = stored_numel(whole)
+    piece = Piece(whole, 0, torch.empty(numel), {moment: torch.empty(numel) for moment in placement.moments})
+    if not manifest.moments:
+        piece = Piece(whole, 0, piece.weight)
+    load_pieces(path, manifest, [piece])
+    states = {WEIGHT: piece.weight} | {moment_state(moment): values for moment, values in piece.moments.items()}
+    return {state: values.view(whole.shape) for state, values in states.items()}
