@@ -21,13 +21,22 @@ ROWS: list[set[str]] = [
     {"parallel"},
     {"plan"},
     {"config"},
-    {"errors", "logs", "outcome"},
+    {"errors", "logs", "outcome", "heartbeat"},
 ]
 """Top to bottom; a room imports itself and rooms of lower rows."""
-LAUNCHER_MAY = {"launcher", "plan", "config", "errors", "logs", "outcome"}
+LAUNCHER_MAY = {"launcher", "plan", "config", "errors", "logs", "outcome", "heartbeat"}
 """The launcher runs where torch may not even be installed."""
 MAY_USE_TORCH_DISTRIBUTED = {"engine/parallel/groups.py", "engine/parallel/collectives.py"}
-WITHOUT_TORCH = ("engine/plan/", "engine/config/", "launcher/", "engine/cli.py", "engine/errors.py", "engine/logs.py")
+LOWEST = ("engine/errors.py", "engine/logs.py", "engine/outcome.py", "engine/heartbeat.py")
+WITHOUT_TORCH = (
+    "engine/plan/",
+    "engine/config/",
+    "launcher/",
+    "engine/cli.py",
+    "engine/errors.py",
+    "engine/logs.py",
+    "engine/heartbeat.py",
+)
 WITHOUT_TORCH_TOOLS = ("tools/plan.py", "tools/plan_tables.py", "tools/launch.py", "tools/train.py")
 
 

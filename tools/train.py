@@ -21,7 +21,9 @@ from engine.config.place import RankPlace
 from engine.config.resolve import Layout, resolve
 from engine.config.schema import RunConfig
 from engine.errors import EXIT_FAILURE, EnvironmentProblem, PalimpsestError
+from engine.heartbeat import Heartbeat
 from engine.outcome import Outcome
+from engine.train.signals import StopSignals
 from launcher.devices import num_gpus
 from launcher.environment import check_meeting_point, export, rank_environment
 from launcher.extensions import prepare_extensions
@@ -40,8 +42,11 @@ def main(
     try:
         place = rank_environment(os.environ)
         logs.configure(place.global_rank, place.world_size)
-        run = load_run(config, overrides or [])
-        code = _train(run, _start(run, place), place)
+        with StopSignals() as signals:  # from here on: a signal during the imports below must not kill this rank
+            heart = Heartbeat.of(os.environ, place.global_rank)
+            heart.beat(0, "start")
+            run = load_run(config, overrides or [])
+            code = _train(run, _start(run, place), place, signals, heart)
     except PalimpsestError as error:
         if place is not None and place.global_rank > 0:
             # Rank 0 tells the whole story, and goes first: launchers end the others as soon as one has ended. The
@@ -77,12 +82,12 @@ def _start(run: RunConfig, place: RankPlace) -> Layout:
     return layout
 
 
-def _train(run: RunConfig, layout: Layout, place: RankPlace) -> int:
+def _train(run: RunConfig, layout: Layout, place: RankPlace, signals: StopSignals, heart: Heartbeat) -> int:
     """Hands over to the trainer, the first import of torch; returns the exit code."""
     try:
         from engine.train.run import train
 
-        return train(run, layout, place)
+        return train(run, layout, place, signals, heart)
     except PalimpsestError as error:
         note_failure(run.folder, place, error.exit_code, str(error))
         raise

@@ -339,6 +339,23 @@ class ElasticConfig(Section):
     losses are divided by the weight of all targets; the rows cost their time."""
 
 
+class LaunchConfig(Section):
+    """How `palimpsest launch` watches over the ranks: when it takes one for hung, and how often it restarts them."""
+
+    kind: ClassVar[Kind] = "execution"
+
+    restarts: NonNegativeInt = 0
+    """Restarts after a failure; one more failure ends the launch."""
+    step_limit_seconds: PositiveFloat = 300.0
+    """A rank that gives no sign of life for so long within a step or a part of an evaluation hangs, or ..."""
+    step_limit_factor: PositiveFloat = 20.0
+    """... for so many times the usual step, whichever is longer."""
+    start_limit_seconds: PositiveFloat = 1800.0
+    """The same while a run starts or loads, and in its first steps."""
+    save_limit_seconds: PositiveFloat = 1800.0
+    """The same while a checkpoint is saved, and at the end."""
+
+
 class CheckpointConfig(Section):
     kind: ClassVar[Kind] = "execution"
 
@@ -429,6 +446,7 @@ class RunConfig(Section):
     stability: StabilityConfig = StabilityConfig()
     parallel: ParallelConfig = ParallelConfig()
     elastic: ElasticConfig = ElasticConfig()
+    launch: LaunchConfig = LaunchConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()

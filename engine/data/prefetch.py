@@ -42,6 +42,11 @@ class Prefetcher:
         self._loader.skip()
         return batches
 
+    def wait(self, seconds: float) -> bool:
+        """Whether `step` would return (or raise) at once; waits for that for so long at most."""
+        with self._changed:
+            return bool(self._changed.wait_for(lambda: self._ready or self._error, seconds))
+
     def state(self) -> State:
         """State after the last step that was consumed."""
         return self._loader.state()

@@ -8,7 +8,7 @@ Legend: L losses.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import torch
@@ -28,9 +28,12 @@ from engine.models.families import family
 from engine.parallel.boundary import Tensors
 from engine.parallel.groups import Groups
 from engine.train.build import stage_chunks
+from engine.train.signals import Stopping
 
 DROPOUT_KEYS = "dropout_keys_B"
 """The model's keyword for what dropout in each row is keyed by; wanted where the model drops anything."""
+LOOK_SECONDS = 0.2
+"""How often a rank that waits for data looks whether it is to stop."""
 EVALUATION_CHUNK = 8
 """Micro-batches that one evaluation pass sends through the pipeline."""
 
@@ -52,7 +55,10 @@ class Feed:
         run_stage: RunStage,
         groups: Groups,
         device: torch.device,
+        asked: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`asked()` says whether this rank is to stop."""
+        self._asked = asked
         self.groups, self.device, self.run_stage, self.seed = groups, device, run_stage, config.seed
         self.parallel: ParallelConfig = config.parallel
         data, length = run_stage.data, run_stage.sequence_length
@@ -87,7 +93,11 @@ class Feed:
 
     def step(self) -> tuple[list[Tensors], list[float]]:
         """The stage's inputs of the next step, and the weight of this data rank's targets by loss (L; 0 where it
-        reads none)."""
+        reads none).
+
+        Raises:
+            Stopping: this rank was asked to before its data had come.
+        """
         begin = time.perf_counter()
         self._before = self.loader.state()
         step = self.loader.batches.steps(self.loader.samples)
@@ -97,6 +107,9 @@ class Feed:
             batches: list[Batch] = []
             inputs: list[Tensors] = [{} for _ in range(count)]
         else:
+            while not self._prefetcher.wait(LOOK_SECONDS):
+                if self._asked():
+                    raise Stopping("a signal came while this rank waited for its data")
             batches = self._prefetcher.step()
             inputs = [self._inputs(batch, step) for batch in batches]
         self.wait_seconds = time.perf_counter() - begin
@@ -111,6 +124,10 @@ class Feed:
         self.loader.restore(self._before)
         self.loader.lose(damage)
         self.start()
+
+    def step_back(self) -> None:
+        """Makes the loader forget the last `step`, on a rank that had its data when another one was told to stop."""
+        self.loader.restore(self._before)
 
     @property
     def num_held_out_chunks(self) -> int:

@@ -29,6 +29,7 @@ from engine.errors import (
     EnvironmentProblem,
     PalimpsestError,
 )
+from engine.heartbeat import Heartbeat
 from engine.logs import logger
 from engine.models.families import family
 from engine.optim.schedules import factor_of_step
@@ -41,17 +42,18 @@ from engine.parallel.groups import Groups, connect, disconnect
 from engine.parallel.pipeline import Pipeline
 from engine.train.build import build_pipeline, join_groups
 from engine.train.checks import check_invariants
+from engine.train.failures import in_our_words
 from engine.train.feed import Feed, open_datasets
 from engine.train.metrics import Metrics, Record, open_metrics, plot_loss, read_metrics
 from engine.train.restart import SHOWN_SAMPLES, Restarts
-from engine.train.signals import StopSignals
+from engine.train.signals import Stopping, StopSignals
 from engine.train.stability import REMEDY, Guard, Unstable, Verdict
 from engine.train.state import TrainState
 
 _log = logger(__name__)
 
 
-def train(config: RunConfig, layout: Layout, place: RankPlace) -> int:
+def train(config: RunConfig, layout: Layout, place: RankPlace, signals: StopSignals, heart: Heartbeat) -> int:
     """Trains to the end of the run, or until a signal; returns the exit code. Every rank of the world calls it.
 
     Raises:
@@ -61,20 +63,23 @@ def train(config: RunConfig, layout: Layout, place: RankPlace) -> int:
     connect(place, device)
     zero.start(device)
     groups = join_groups(config, layout, place.global_rank)
-    with StopSignals() as signals:
-        trainer = Trainer(config, groups, place, device, signals)
-        try:
-            code = trainer.fit()
-            if place.global_rank == 0:
-                outcome.write(config.folder, Outcome(place.job, place.attempt, code, trainer.state.step))
-            barrier(groups.world)  # no rank leaves before the outcome stands: launchers signal the others when one ends
-        except Exception as error:
-            _note_failure(config, place, trainer.state.step, error)
-            if isinstance(error, PalimpsestError):  # raised on every rank or on none: what was trained is not lost
-                with contextlib.suppress(CheckpointError):
-                    trainer.restarts.settle()
-            raise
-        finally:
+    trainer = None
+    try:
+        trainer = Trainer(config, groups, place, device, signals, heart)
+        code = trainer.fit()
+        if place.global_rank == 0:
+            outcome.write(config.folder, Outcome(place.job, place.attempt, code, trainer.state.step))
+        barrier(groups.world)  # no rank leaves before the outcome stands: launchers signal the others when one ends
+    except Exception as error:
+        step = trainer.state.step if trainer is not None else 0
+        told = in_our_words(error, place.global_rank, step)
+        _note_failure(config, place, step, told)
+        if trainer is not None and isinstance(error, PalimpsestError):
+            with contextlib.suppress(CheckpointError):  # raised on every rank or on none: what was trained is not lost
+                trainer.restarts.settle()
+        raise told from (error if told is not error else error.__cause__)
+    finally:
+        if trainer is not None:
             trainer.close()
     disconnect()
     return code
@@ -113,9 +118,15 @@ class Trainer:
     """One rank of a run. `state` is where the run stands, equal on every rank."""
 
     def __init__(
-        self, config: RunConfig, groups: Groups, place: RankPlace, device: torch.device, signals: StopSignals
+        self,
+        config: RunConfig,
+        groups: Groups,
+        place: RankPlace,
+        device: torch.device,
+        signals: StopSignals,
+        heart: Heartbeat,
     ) -> None:
-        self.config, self.groups, self.device, self.signals = config, groups, device, signals
+        self.config, self.groups, self.device, self.signals, self.heart = config, groups, device, signals, heart
         self.run_stage = config.stages[0]
         self.num_steps, self.batches = self.run_stage.num_steps, self.run_stage.batches
         self.losses = family(config.model).losses(config.model)
@@ -123,9 +134,12 @@ class Trainer:
         self.restarts.claim()
         training, held_out = on_all(lambda: open_datasets(config, self.run_stage), groups.world, DataError)
         self.feed = on_all(
-            lambda: Feed(training, held_out, config, self.run_stage, groups, device), groups.world, DataError
+            lambda: Feed(training, held_out, config, self.run_stage, groups, device, lambda: signals.asked),
+            groups.world,
+            DataError,
         )
         self.pipeline: Pipeline = build_pipeline(config, self.run_stage, groups, device)
+        self.heart.beat(0, "load")
         self.state = self._restore()
         self.restarts.reserve(self.pipeline.engine)
         self.speaks = groups.global_rank == 0
@@ -136,8 +150,8 @@ class Trainer:
         self.feed.start()
         if self.state.step >= self.num_steps:
             _log.info("step %d of %d: nothing left to train", self.state.step, self.num_steps)
-            if self._last_evaluation() < self.state.step:  # killed between the last save and its evaluation
-                self._evaluate()
+        if self._evaluation_is_missing() and self._evaluate():
+            return EXIT_REQUEUE
         while self.state.step < self.num_steps:
             stop = self._step()
             offending = self.guard.offending()
@@ -146,16 +160,20 @@ class Trainer:
                 continue
             last = self.state.step == self.num_steps
             if stop or last or _due(self.state.step, self.config.checkpoint.every_steps):
-                # before the evaluation: what was trained must not hang on held-out data
                 self._save(wait=stop or last)
             if stop and not last:
                 return EXIT_REQUEUE
             if last or _due(self.state.step, self.config.evaluation.every_steps):
-                self._evaluate()
+                stop = self._evaluate()
+                if stop and not last:
+                    self._save(wait=True)
+                if stop:
+                    return EXIT_REQUEUE
         return EXIT_DONE
 
     def close(self) -> None:
         """Ends threads and trackers and draws the loss; safe after an error."""
+        self.heart.beat(self.state.step, "end")
         self.restarts.abandon()
         self.feed.close()
         self.metrics.close()
@@ -166,16 +184,23 @@ class Trainer:
                 _log.warning("the loss cannot be drawn: %s", error)
 
     def _step(self) -> bool:
-        """One step; returns whether any rank was asked to stop."""
+        """One step, or none where a rank is to stop and has no data; returns whether any rank was asked to stop."""
         begin = time.perf_counter()
         state = self.state
         learning_rate = self.config.optimizer.learning_rate * factor_of_step(self.run_stage, state.step)
         position = self.feed.loader.position
-        inputs, weights_L = self._read_step()
+        self.heart.beat(state.step, "data")
+        try:
+            inputs, weights_L = self._read_step()
+        except Stopping:
+            self.feed.step_back()
+            return True
+        self.heart.beat(state.step, "forward and backward")
         scales_L = 1.0 / weights_L.clamp(min=torch.finfo(torch.float32).tiny)  # a loss without targets is 0
         # DeepSpeed averages gradients over the data ranks; the factor undoes it.
         sums_L = self.pipeline.train(inputs, (self.groups.zero.size * scales_L).float())
         flags = (float(self.signals.asked), *self.restarts.signals())
+        self.heart.beat(state.step, "loss")
         losses, (stop, done, failed) = self._totals(sums_L * scales_L, flags)
         loss = sum(losses)
         verdicts: list[Verdict] = []
@@ -185,6 +210,7 @@ class Trainer:
             verdicts.append(self.guard.judge(state.step, position, loss, norm))
             return verdicts[0] == "accept"
 
+        self.heart.beat(state.step, "optimizer step")
         gradient_norm = self.pipeline.engine.step(learning_rate, accept)
         if self.config.checks:
             check_invariants(self.pipeline.engine, self.groups)
@@ -236,6 +262,7 @@ class Trainer:
         Raises:
             Unstable: there is no checkpoint.
         """
+        self.heart.beat(self.state.step, "load")
         loader, rollbacks, spiked = self.feed.loader, self.state.stability.rollbacks + 1, self.state.step
         left_out, end = loader.left_out, loader.position
         self.feed.close()
@@ -304,20 +331,27 @@ class Trainer:
         totals = all_reduce(torch.cat((sums_L.double() * counted, told)), self.groups.world).tolist()
         return totals[: len(self.losses)], totals[len(self.losses) :]
 
-    def _evaluate(self) -> None:
-        """Held-out loss over every held-out target once, the same in every layout. Collective over the world."""
+    def _evaluate(self) -> bool:
+        """Held-out loss over every held-out target once, the same in every layout. Collective over the world.
+
+        Returns whether any rank was asked to stop; then there is no record, and the next start makes it.
+        """
         if self.feed.held_out is None:
-            return
+            return False
         sums, weights = [0.0] * len(self.losses), [0.0] * len(self.losses)
         chunks = self.feed.held_out_chunks()
         for _ in range(self.feed.num_held_out_chunks):
+            self.heart.beat(self.state.step, "evaluation")
             inputs, weights_L = self._read(lambda: next(chunks))
-            found, _ = self._totals(self.pipeline.evaluate(inputs))
+            found, (stop,) = self._totals(self.pipeline.evaluate(inputs), (float(self.signals.asked),))
+            if stop:
+                return True
             sums = [total + one for total, one in zip(sums, found, strict=True)]
             weights = [total + one for total, one in zip(weights, weights_L.tolist(), strict=True)]
         losses = [total / weight if weight else 0.0 for total, weight in zip(sums, weights, strict=True)]
         record: Record = {"step": self.state.step, "validation_loss": sum(losses)}
         self.metrics.write(record | self._by_name(losses, "validation_loss"))
+        return False
 
     def _by_name(self, losses: list[float], suffix: str) -> Record:
         """Each loss under its own name, where there are several."""
@@ -328,16 +362,22 @@ class Trainer:
     def _open_metrics(self) -> Metrics:
         return open_metrics(self.config, self.num_steps, self.state.step) if self.speaks else Metrics([])
 
-    def _last_evaluation(self) -> int:
-        """The last step whose held-out loss is on record, so that a restart records none twice; -1 for none."""
+    def _evaluation_is_missing(self) -> bool:
+        """Whether the run was ended between the step where it stands and the evaluation that belonged there."""
+        step = self.state.step
+        if step == 0 or not (step >= self.num_steps or _due(step, self.config.evaluation.every_steps)):
+            return False
 
-        def last() -> int:
+        def missing() -> bool:
             records = read_metrics(self.config.folder)
-            return max((int(record["step"]) for record in records if "validation_loss" in record), default=-1)
+            return not any(record["step"] == step and "validation_loss" in record for record in records)
 
-        return on_first(last, self.groups.world, EnvironmentProblem)
+        return on_first(missing, self.groups.world, EnvironmentProblem)
 
     def _save(self, wait: bool) -> None:
+        if self.state.step == 0:
+            return  # stopped before the first step: the next start begins at the same place
+        self.heart.beat(self.state.step, "save")
         begin = time.perf_counter()
         self.restarts.save(self.state, self.pipeline.engine, self.feed.loader, wait)
         _log.info("step %d was held up by its checkpoint for %.2f s", self.state.step, time.perf_counter() - begin)

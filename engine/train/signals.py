@@ -11,13 +11,19 @@ import signal
 import time
 from types import FrameType, TracebackType
 
-from engine.errors import EXIT_FAILURE
+from engine.errors import EXIT_FAILURE, EXIT_REQUEUE, PalimpsestError
 from engine.logs import logger
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_SIGNAL_SECONDS = 5.0
 
 _log = logger(__name__)
+
+
+class Stopping(PalimpsestError):
+    """This rank was asked to stop and cannot finish its step; the run ends at the step before."""
+
+    exit_code = EXIT_REQUEUE
 
 
 class StopSignals:

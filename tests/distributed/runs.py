@@ -16,6 +16,7 @@ from engine.data.shards import ShardWriter
 from engine.data.tokenizer import tokenizer_hash
 from engine.data.tokenizer_training import train_tokenizer
 from engine.errors import PalimpsestError
+from engine.heartbeat import Heartbeat
 
 Tree = dict[str, Any]
 LENGTH = 16
@@ -83,7 +84,7 @@ def train_rank(place: RankPlace, tree: Tree, prepare: Callable[[Any], None] = la
 
     config = run_config(tree)
     groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
-    trainer = Trainer(config, groups, place, torch.device("cpu"), StopSignals())
+    trainer = Trainer(config, groups, place, torch.device("cpu"), StopSignals(), Heartbeat(None, 0))
     engine = trainer.pipeline.engine
 
     def held() -> str:
