@@ -32,6 +32,8 @@ class Wanted:
     master_port: int
     attempt: int = 0
     num_gpus: int = 0
+    devices: tuple[str, ...] = ()
+    """Names of the GPUs to use, as in CUDA_VISIBLE_DEVICES, one per rank; empty for all that are visible."""
     num_cores: int = 1
     python: str = "python"
     """The interpreter; the launchers' own programs are taken from its folder by `program`."""
@@ -110,6 +112,8 @@ def _common(wanted: Wanted) -> dict[str, str]:
     }
     if wanted.num_gpus == 0:
         environment["DS_ACCELERATOR"] = "cpu"
+    elif wanted.devices:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(wanted.devices)
     return environment
 
 

@@ -21,6 +21,13 @@ def num_gpus(environ: Mapping[str, str], list_gpus: Callable[[], str] | None = N
     return min(len([name for name in visible.split(",") if name.strip()]), installed)
 
 
+def names(environ: Mapping[str, str], count: int) -> tuple[str, ...]:
+    """What to call the first `count` GPUs that ranks may use in CUDA_VISIBLE_DEVICES."""
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    every = [name.strip() for name in visible.split(",")] if visible else [str(index) for index in range(count)]
+    return tuple(every[:count])
+
+
 def nvidia_smi() -> str:
     """What `nvidia-smi -L` prints, one line per GPU; nothing where there is no driver."""
     program = shutil.which("nvidia-smi")

@@ -62,14 +62,27 @@ def send(processes: list[Process], number: signal.Signals) -> None:
             continue
 
 
+def state_of(pid: int) -> str:
+    """The kernel's letter for a process's state (R, S, D, T, ...); X where it is gone."""
+    try:
+        return _state_and_parent(PROC / str(pid))[0]
+    except (OSError, ValueError):
+        return "X"
+
+
+def _state_and_parent(entry: Path) -> tuple[str, str]:
+    # the name in parentheses may hold blanks and parentheses: what follows the last one is state, parent, ...
+    state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+    return state, parent
+
+
 def _read(entry: Path, variable: bytes) -> Process | None:
     """The process behind `/proc/PID`, or None where it is not ours, has not this variable, or is gone by now."""
     try:
         variables = (entry / "environ").read_bytes().split(b"\0")
         if variable not in variables:
             return None
-        # the name in parentheses may hold blanks and parentheses: what follows the last one is state, parent, ...
-        state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+        state, parent = _state_and_parent(entry)
     except (OSError, ValueError):
         return None
     if state in "ZX":

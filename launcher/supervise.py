@@ -1,33 +1,38 @@
 """Watching over one launch on this node: start, show, pass signals on, end what is left, and say how it ended.
 
 Launchers lose exit codes and signals, so signals go to the ranks and never to a launcher, and how the run ended is read
-from `outcome.json` first and from exit codes second (contract "Outcome"). Invariant: when `supervise` returns, no
-process of the launch is alive. One node only; nothing here knows torch.
+from `outcome.json` first and from exit codes second (contract "Outcome"). What the ranks cannot say themselves, because
+they were killed or hang, is said here, in words and in `outcome.json`. Invariant: when `supervise` returns, no process
+of the launch is alive. One attempt, one node; nothing here knows torch.
 """
 
 from __future__ import annotations
 
-import os
+import shutil
 import signal
-import subprocess
-import sys
-import threading
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine import logs, outcome
+from engine import heartbeat, logs, outcome
+from engine.config.schema import LaunchConfig
 from engine.errors import EXIT_DONE, EXIT_REQUEUE, EnvironmentProblem
-from launcher import processes
+from engine.outcome import Outcome
+from launcher import diagnosis, kernel, processes
+from launcher.children import Child
 from launcher.commands import Command
-from launcher.verdict import End, Verdict, judge
+from launcher.verdict import End, Lost, Verdict, judge
+from launcher.watchdog import Watchdog
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 5.0
 """How long the others have to end by themselves once a rank has failed or their launcher is gone."""
 SAME_SIGNAL_SECONDS = 5.0
 """Signals so soon after the first are part of it: clusters and terminals send several."""
+LISTENING_SECONDS = 10.0
+"""A rank that has given no sign of life for so long after a signal is sent it all the same."""
 FORWARDED = {
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGHUP: signal.SIGTERM,
@@ -39,12 +44,19 @@ FORWARDED = {
 _log = logs.logger(__name__)
 
 
-def supervise(commands: list[Command], job: str, folder: Path, num_ranks: int) -> Verdict:
+def supervise(
+    commands: list[Command],
+    job: str,
+    folder: Path,
+    num_ranks: int,
+    attempt: int = 0,
+    limits: LaunchConfig | None = None,
+) -> Verdict:
     """Starts the commands, waits for the end, and says how the run went and with which exit code.
 
     `job` marks the processes (it is in the commands' environment); `folder` is the run folder, made if missing;
     `num_ranks` is how many ranks the commands lead to. Call from the main thread: it handles the signals of
-    `FORWARDED` while it waits.
+    `FORWARDED` while it waits. A failure that no rank could tell of is written to `outcome.json`, too.
 
     Raises:
         EnvironmentProblem: a command cannot be started.
@@ -57,18 +69,27 @@ def supervise(commands: list[Command], job: str, folder: Path, num_ranks: int) -
         raise EnvironmentProblem(
             f"run folder {folder} cannot be used: {error.strerror}", "a folder that can be written", "change `folder`"
         ) from error
-    watch = _Watch(job, folder, num_ranks)
+    beats = Path(tempfile.mkdtemp(prefix="palimpsest-", dir=_memory()))
+    watch = _Watch(job, folder, num_ranks, attempt, beats, Watchdog(limits or LaunchConfig()))
     before = {number: signal.signal(number, watch.on_signal) for number in FORWARDED}
     try:
         for command in commands:
-            watch.children.append(_Child(command, log_folder, shown=command is commands[0]))
+            shown = command is commands[0]
+            watch.children.append(Child(command, {heartbeat.VARIABLE: str(beats)}, log_folder, shown))
         watch.wait()
     finally:
         processes.send(processes.marked(job), signal.SIGKILL)
         ends = [child.end() for child in watch.children]
         for number, handler in before.items():
             signal.signal(number, handler)
-    return judge(outcome.read(folder), ends, watch.first, job, watch.gone)
+        shutil.rmtree(beats, ignore_errors=True)
+    said = outcome.read(folder)
+    verdict = judge(said, ends, watch.first, job, watch.gone, watch.lost, stopping=watch.stopping)
+    if verdict.code not in (EXIT_DONE, EXIT_REQUEUE) and (said is None or (said.job == job and watch.lost)):
+        ranks = sorted(verdict.lost)
+        found = Outcome(job, attempt, verdict.code, verdict.step, ranks[0] if ranks else None, verdict.words)
+        outcome.write(folder, found)
+    return verdict
 
 
 def last_lines(folder: Path, name: str, count: int = 15) -> str:
@@ -77,47 +98,9 @@ def last_lines(folder: Path, name: str, count: int = 15) -> str:
     return "\n".join(text.splitlines()[-count:])
 
 
-class _Child:
-    """One process that we started, in a session of its own so that a terminal's Ctrl-C reaches only us."""
-
-    def __init__(self, command: Command, log_folder: Path, shown: bool) -> None:
-        self.name = command.name
-        self._log = (log_folder / f"{command.name}.log").open("ab")
-        try:
-            self.popen = subprocess.Popen(
-                command.argv,
-                env={**os.environ, **command.environment},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE if shown else self._log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        except OSError as error:
-            self._log.close()
-            raise EnvironmentProblem(
-                f"{command.argv[0]} cannot be started: {error.strerror}",
-                remedy="install the package in the environment that runs palimpsest, or use --launcher local",
-            ) from error
-        self._tee = threading.Thread(target=self._show, daemon=True) if shown else None
-        if self._tee:
-            self._tee.start()
-
-    def _show(self) -> None:
-        """Copies the output to the terminal and the log until the last process that holds the pipe is gone."""
-        pipe: Any = self.popen.stdout
-        while chunk := pipe.read1(1 << 16):
-            self._log.write(chunk)
-            self._log.flush()
-            sys.stdout.buffer.write(chunk)
-            sys.stdout.buffer.flush()
-
-    def end(self) -> End:
-        """How it ended; waits for that."""
-        code = self.popen.wait()
-        if self._tee:
-            self._tee.join(timeout=GRACE_SECONDS)
-        self._log.close()
-        return End(self.name, code)
+def _memory() -> str | None:
+    """A folder in memory, where there is one: heartbeats are for as long as the node is up."""
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 @dataclass
@@ -127,29 +110,43 @@ class _Watch:
     job: str
     folder: Path
     num_ranks: int
-    children: list[_Child] = field(default_factory=list)
+    attempt: int
+    heartbeats: Path
+    watchdog: Watchdog
+    children: list[Child] = field(default_factory=list)
     first: End | None = None
     """The first process that failed."""
     gone: frozenset[int] = frozenset()
     """Ranks that had ended when the outcome of a failure came to light."""
+    lost: Lost | None = None
+    """Ranks that were killed, or hang."""
     _failure_said: bool = False
+    _killed_before: int = field(default_factory=kernel.num_killed_for_memory)
     _signals: list[signal.Signals] = field(default_factory=list)
     _signalled_at: float | None = None
     _unsent: list[signal.Signals] = field(default_factory=list)
+    _looked_at: float = field(default_factory=time.monotonic)
     _deadline: float | None = None
     """When whatever still runs is killed."""
 
     def on_signal(self, number: int, _frame: Any) -> None:
         self._signals.append(signal.Signals(number))
 
+    @property
+    def stopping(self) -> bool:
+        """Whether somebody asked the run to stop."""
+        return self._signalled_at is not None
+
     def wait(self) -> None:
         """Returns when every process has ended, or when the rest is to be killed."""
         while self._anything_alive():
             self._handle_signals()
             self._notice_failures()
+            self._notice_hangs()
             if self._deadline is not None and time.monotonic() >= self._deadline:
-                return
+                break
             time.sleep(POLL_SECONDS)
+        self._notice_killed()
 
     def _anything_alive(self) -> bool:
         """Also true for ranks that have outlived their launcher."""
@@ -157,11 +154,12 @@ class _Watch:
 
     def _notice_failures(self) -> None:
         """Starts the clock of the others as soon as one process has failed, and names it."""
-        ends = [End(child.name, child.popen.returncode) for child in self.children if child.popen.poll() is not None]
+        ends = self._ends()
         failed = [end for end in ends if end.code not in (EXIT_DONE, EXIT_REQUEUE)]
         if self.first is None and failed:
-            self.first = failed[0]
-            _log.warning("%s: ending the others", self.first)
+            self._notice_killed()
+            self.first = next((end for end in failed if end.code == -signal.SIGKILL), failed[0])
+            _log.warning("%s: ending the others", self.lost.how if self.lost else self.first)
         said = outcome.read(self.folder)
         if not self._failure_said and said is not None and said.code not in (EXIT_DONE, EXIT_REQUEUE):
             self._failure_said = True
@@ -169,6 +167,45 @@ class _Watch:
             self.gone = frozenset(range(self.num_ranks)) - alive
         if self._deadline is None and (failed or self._failure_said or len(ends) == len(self.children)):
             self._deadline = time.monotonic() + GRACE_SECONDS
+
+    def _notice_killed(self) -> None:
+        """Ranks of ours that were killed by SIGKILL, which is none of our doing yet."""
+        killed = [end for end in self._ends() if end.code == -signal.SIGKILL and end.global_rank is not None]
+        if self.lost is not None or not killed:
+            return
+        beats = {end.global_rank: heartbeat.read(self.heartbeats, end.global_rank or 0) for end in killed}
+        told = [
+            f"rank {rank} was killed by SIGKILL" + (f" {beat.where}" if beat is not None else "")
+            for rank, beat in beats.items()
+        ]
+        memory = kernel.num_killed_for_memory() - self._killed_before
+        if memory > 0:
+            told.append(f"the kernel has killed for want of memory meanwhile ({memory} times on this node)")
+        steps = [beat.step for beat in beats.values() if beat is not None]
+        ranks = frozenset(end.global_rank for end in killed if end.global_rank is not None)
+        self.lost = Lost(ranks, "; ".join(told), max(steps, default=0), "killed by SIGKILL")
+
+    def _notice_hangs(self) -> None:
+        """Names the rank that holds up the others, with everybody's stack, and ends them all at once."""
+        now = time.monotonic()
+        seconds, self._looked_at = now - self._looked_at, now
+        if self._deadline is not None:
+            return
+        beats = {rank: heartbeat.read(self.heartbeats, rank) for rank in range(self.num_ranks)}
+        if self.watchdog.look(beats, seconds) is None:
+            return
+        silent = {rank: watched.silent_seconds for rank, watched in self.watchdog.ranks.items()}
+        seen = diagnosis.look_at(processes.ranks(processes.marked(self.job)), beats, silent)
+        self._deadline = now
+        if not seen:
+            return
+        report = self.folder / "logs" / f"hang-{self.attempt}.txt"
+        report.write_text(diagnosis.as_text(seen), encoding="utf-8")
+        culprit, words = diagnosis.suspect(seen), diagnosis.in_words(seen)
+        step, phase = (culprit.beat.step, culprit.beat.phase) if culprit.beat else (0, "start")
+        how = f"{words}; all stacks: {report}"
+        self.lost = Lost(frozenset((culprit.global_rank,)), how, step, f"hangs in {phase}")
+        _log.warning("%s: ending the ranks\n%s", words, "\n".join(f"    {frame}" for frame in culprit.stack))
 
     def _handle_signals(self) -> None:
         """Passes each kind of signal on once; one that comes later ends the run at once."""
@@ -182,5 +219,15 @@ class _Watch:
             elif now - self._signalled_at > SAME_SIGNAL_SECONDS:
                 _log.warning("%s again: ending the ranks at once", number.name)
                 self._deadline = now
-        if self._unsent and (ranks := processes.ranks(processes.marked(self.job))):
+        if self._unsent and (ranks := self._listening(now)):
             processes.send(ranks, self._unsent.pop())
+
+    def _listening(self, now: float) -> list[processes.Process]:
+        """The ranks, once they are there to hear a signal: one that comes before their handlers would kill them."""
+        ranks = processes.ranks(processes.marked(self.job))
+        listening = [rank for rank in ranks if heartbeat.read(self.heartbeats, rank.global_rank or 0)]
+        waited = now - (self._signalled_at or now) > LISTENING_SECONDS
+        return ranks if waited or len(listening) == self.num_ranks else []
+
+    def _ends(self) -> list[End]:
+        return [End(child.name, child.popen.returncode) for child in self.children if child.popen.poll() is not None]

@@ -6,6 +6,7 @@ ranks were killed may well exit 0.
 
 from __future__ import annotations
 
+import re
 import signal
 from dataclasses import dataclass
 
@@ -20,10 +21,28 @@ class End:
     name: str
     code: int
 
+    @property
+    def global_rank(self) -> int | None:
+        """The rank that the process was; None for a launcher."""
+        kind, _, number = self.name.partition("-")
+        return int(number) if kind == "rank" else None
+
     def __str__(self) -> str:
         if self.code < 0:
             return f"{self.name} was killed by {signal.Signals(-self.code).name}"
         return f"{self.name} ended with exit code {self.code}"
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Ranks that can say nothing any more: killed, or hanging."""
+
+    ranks: frozenset[int]
+    how: str
+    step: int
+    """Steps done."""
+    cause: str
+    """The same for two failures of the same kind, whichever rank it was."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +52,39 @@ class Verdict:
     code: int
     words: str
     look_at: str | None = None
+    step: int = 0
+    """Steps done."""
+    lost: frozenset[int] = frozenset()
+    """Ranks whose place is not to be used again."""
+    cause: str = ""
+    """What two failures have in common where they are the same; empty where nothing failed."""
+    stopping: bool = False
+    """Somebody had asked the run to stop."""
 
 
 def judge(
-    outcome: Outcome | None, ends: list[End], first: End | None, job: str, gone: frozenset[int] = frozenset()
+    outcome: Outcome | None,
+    ends: list[End],
+    first: End | None,
+    job: str,
+    gone: frozenset[int] = frozenset(),
+    lost: Lost | None = None,
+    stopping: bool = False,
 ) -> Verdict:
     """The verdict over a launch whose processes have all ended.
 
     `ends` are in the order of their commands, `first` is the first that failed, if any did; `gone` the ranks that had
-    ended when the outcome of a failure came to light.
+    ended when the outcome of a failure came to light; `lost` the ranks that were seen to be killed or to hang.
     """
-    if outcome is not None and outcome.job == job:
-        return _from_outcome(outcome, ends, gone)
+    own = outcome if outcome is not None and outcome.job == job else None
+    if lost is not None and (own is None or own.code not in (EXIT_DONE, EXIT_REQUEUE)):
+        words = f"failed: {lost.how}"
+        if own is not None and own.rank is not None and own.rank not in lost.ranks:
+            words += f"; rank {own.rank} then: {own.error.splitlines()[0] if own.error else 'failed'}"
+        step = max(lost.step, own.step) if own is not None else lost.step
+        return Verdict(EXIT_FAILURE, words, None, step, lost.ranks, lost.cause, stopping)
+    if own is not None:
+        return _from_outcome(own, ends, gone, stopping)
     about = "no rank has said how the run ended"
     if outcome is not None:
         about = f"the outcome in the run folder belongs to job {outcome.job}: another run uses the same folder"
@@ -54,27 +94,36 @@ def judge(
     if first.name != "launcher" and first.code == EXIT_USAGE:
         code = EXIT_USAGE  # our own process: nobody stands between its exit code and us
     vanished = "; its ranks were ended" if first.name == "launcher" and first.code < 0 else ""
-    return Verdict(code, f"failed: {first}{vanished}; {about}", look_at=first.name)
+    cause = re.sub(r"^rank-\d+ ", "", str(first))
+    return Verdict(code, f"failed: {first}{vanished}; {about}", first.name, cause=cause, stopping=stopping)
 
 
-def _from_outcome(outcome: Outcome, ends: list[End], gone: frozenset[int]) -> Verdict:
+def _from_outcome(outcome: Outcome, ends: list[End], gone: frozenset[int], stopping: bool) -> Verdict:
     if outcome.code == EXIT_DONE:
         words = f"done at step {outcome.step}"
     elif outcome.code == EXIT_REQUEUE:
         words = f"saved at step {outcome.step} and wants to be started again (exit code {EXIT_REQUEUE})"
     else:
-        return Verdict(outcome.code, f"failed at step {outcome.step}: {_blame(outcome, gone)}{outcome.error}")
+        words = f"failed at step {outcome.step}: {_blame(outcome, gone)}{outcome.error}"
+        lost = gone if _only_missed(outcome, gone) else frozenset()
+        cause = "gone without a word" if lost else re.sub(r"rank \d+", "a rank", outcome.error)
+        return Verdict(outcome.code, words, None, outcome.step, lost, cause, stopping)
     others = [end for end in ends if end.code not in (EXIT_DONE, outcome.code)]
     if others:
         words += f"; after that {others[0]}"
-    return Verdict(outcome.code, words)
+    return Verdict(outcome.code, words, step=outcome.step, stopping=stopping)
 
 
 def _blame(outcome: Outcome, gone: frozenset[int]) -> str:
     """Whose failure it was: a rank that could still write may only have missed one that was killed."""
-    if outcome.rank is None or outcome.error.startswith("rank "):
-        return ""  # an error that all ranks agreed on says whose it is
-    if gone and outcome.rank not in gone:
+    if _only_missed(outcome, gone):
         missing = ", ".join(map(str, sorted(gone)))
         return f"rank {missing} was gone already, without a word; rank {outcome.rank} then: "
+    if outcome.rank is None or outcome.error.startswith("rank "):
+        return ""  # an error that all ranks agreed on says whose it is
     return f"rank {outcome.rank} first: "
+
+
+def _only_missed(outcome: Outcome, gone: frozenset[int]) -> bool:
+    said_whose = outcome.rank is None or outcome.error.startswith("rank ")
+    return bool(gone) and not said_whose and outcome.rank not in gone

@@ -19,11 +19,13 @@ from engine.config.resolve import resolve
 from engine.config.schema import RunConfig
 from engine.errors import EXIT_DONE, ConfigError, EnvironmentProblem
 from launcher.commands import KINDS, Command, Kind, Wanted, commands
-from launcher.devices import num_gpus
+from launcher.devices import names, num_gpus
 from launcher.extensions import prepare_extensions
 from launcher.ports import free_port
 from launcher.processes import of_run
+from launcher.restarts import Restarts, next_attempt
 from launcher.supervise import last_lines, supervise
+from launcher.verdict import Verdict
 
 
 def main(
@@ -33,9 +35,19 @@ def main(
     processes: Annotated[
         int | None, typer.Option(min=1, help="Ranks to start (default: one per GPU, else what the layout needs).")
     ] = None,
+    restarts: Annotated[
+        int | None, typer.Option(min=0, help="Restarts after a failure (default: launch.restarts of the run).")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command lines and start nothing.")] = False,
 ) -> None:
-    """Start the ranks of a run on this node, show rank 0, and say how the run ended."""
+    """Start the ranks of a run on this node, show rank 0, and say how the run ended.
+
+    A rank that is killed, fails or hangs (it gives no sign of life for longer than launch.*_limit_* of the run) ends
+    the others; with --restarts the run goes on from its newest checkpoint on the ranks that remain. SIGTERM, SIGINT
+    (Ctrl-C) and SIGUSR1 make the ranks save and stop; once more, five seconds later, ends them at once.
+
+    Exit codes: 0 done, 1 failed, 2 cannot be run as written, 85 saved and wants to be started again.
+    """
     logs.configure()
     run = load_run(config, overrides or [])
     gpus = num_gpus(os.environ)
@@ -47,17 +59,36 @@ def main(
     if dry_run:
         return
     logs.logger(__name__).info("%d ranks (%s), run folder %s", wanted.num_processes, layout, run.folder)
-    raise typer.Exit(_start(run, wanted, to_start))
+    limit = run.launch.restarts if restarts is None else restarts
+    raise typer.Exit(_start(run, wanted, to_start, Restarts(limit)))
 
 
-def _start(run: RunConfig, wanted: Wanted, to_start: list[Command]) -> int:
+def _start(run: RunConfig, wanted: Wanted, to_start: list[Command], restarts: Restarts) -> int:
+    """Attempt after attempt, until one ends well or there is no use in another."""
     _refuse_second_launch(run.folder)
-    prepare_extensions(run.folder, os.environ)
-    verdict = supervise(to_start, wanted.job, run.folder, wanted.num_processes)
+    asked = wanted.overrides
+    while True:
+        prepare_extensions(run.folder, os.environ)
+        attempt = wanted.attempt
+        verdict = supervise(to_start, wanted.job, run.folder, wanted.num_processes, attempt, run.launch)
+        refusal = restarts.refusal(verdict)
+        if refusal is not None:
+            return _tell(run, wanted, verdict, refusal)
+        print(f"palimpsest launch: {verdict.words}", file=sys.stderr)
+        wanted, world = next_attempt(run, asked, wanted, verdict, free_port())
+        where = f"{wanted.num_processes} ranks" if world is None else f"{world.size} ranks ({world.layout})"
+        print(f"palimpsest launch: restart {restarts.used} of {restarts.limit} on {where}", file=sys.stderr, flush=True)
+        to_start = commands(wanted)
+
+
+def _tell(run: RunConfig, wanted: Wanted, verdict: Verdict, refusal: str) -> int:
+    """Says how the launch ended; returns its exit code."""
     if verdict.look_at is not None and wanted.kind == "local" and verdict.look_at != "rank-0":
         print(last_lines(run.folder, verdict.look_at), file=sys.stderr)
     stream = sys.stdout if verdict.code == EXIT_DONE else sys.stderr
     print(f"palimpsest launch: {verdict.words}", file=stream)
+    if refusal:
+        print(f"  {refusal}", file=stream)
     if verdict.look_at is not None:
         print(f"  to do: read {run.folder / 'logs' / verdict.look_at}.log", file=stream)
     return verdict.code
@@ -90,6 +121,7 @@ def _wanted(run: RunConfig, config: Path, overrides: list[str], kind: Kind, num_
         job=f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}",
         master_port=free_port(),
         num_gpus=gpus,
+        devices=names(os.environ, num_processes) if gpus else (),
         num_cores=len(os.sched_getaffinity(0)),
         python=sys.executable,
     )

@@ -49,6 +49,7 @@ def job(request: pytest.FixtureRequest) -> str:
 def short_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervise, "GRACE_SECONDS", 1.0)
     monkeypatch.setattr(supervise, "SAME_SIGNAL_SECONDS", 0.2)
+    monkeypatch.setattr(supervise, "LISTENING_SECONDS", 0.0)
 
 
 def stand_in(name: str, job: str, folder: Path, code: str, **environment: str) -> Command:
@@ -114,7 +115,10 @@ def test_one_dead_rank_ends_the_others(tmp_path: Path, job: str) -> None:
 def test_a_killed_rank_is_named_with_its_signal(tmp_path: Path, job: str) -> None:
     verdict = run_ranks(job, tmp_path, "ready(); linger()", WAIT_FOR_OTHER + "os.kill(os.getpid(), signal.SIGKILL)")
     assert verdict.code == 1
-    assert verdict.words.startswith("failed: rank-1 was killed by SIGKILL;")
+    assert (verdict.words, verdict.lost) == ("failed: rank 1 was killed by SIGKILL", {1})
+    said = outcome.read(tmp_path)
+    assert said is not None
+    assert (said.code, said.rank, said.error) == (1, 1, verdict.words), "no rank could write this"
 
 
 def test_a_dying_rank_leaves_the_others_time_for_their_outcome(tmp_path: Path, job: str) -> None:
@@ -136,9 +140,11 @@ sys.exit(1)
     killed = WAIT_FOR_OTHER + "ready(); os.kill(os.getpid(), signal.SIGKILL)"
     verdict = run_ranks(job, tmp_path, survivor, killed)
     assert verdict.code == 1
-    assert verdict.words == (
-        "failed at step 7: rank 1 was gone already, without a word; rank 0 then: connection closed"
-    )
+    assert verdict.words == "failed: rank 1 was killed by SIGKILL; rank 0 then: connection closed"
+    assert (verdict.step, verdict.lost) == (7, {1})
+    said = outcome.read(tmp_path)
+    assert said is not None
+    assert said.rank == 1, "the neighbour that could still write is not the one to blame"
 
 
 def test_a_failure_that_was_said_ends_ranks_that_hang(tmp_path: Path, job: str) -> None:

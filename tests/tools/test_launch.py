@@ -125,6 +125,24 @@ def test_a_failing_ranks_last_words_are_shown(ranks_that, capfd: pytest.CaptureF
     assert "to do: read run/logs/rank-1.log" in error
 
 
+def test_the_same_failure_twice_is_not_tried_a_third_time(
+    ranks_that, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = "dict(job=os.environ['PALIMPSEST_JOB'], attempt=int(os.environ['PALIMPSEST_ATTEMPT']), code=1, step=4, "
+    said += "rank=0, error='rank 0: bad shard')"
+    ranks_that(f"import json, os, sys; json.dump({said}, open('run/outcome.json', 'w')); sys.exit(1)")
+    assert call("launch", SMOKE, "folder=run", "--restarts", "8") == 1
+    assert capfd.readouterr().err.splitlines()[-4:] == [
+        "palimpsest launch: failed at step 4: rank 0: bad shard",
+        "palimpsest launch: restart 1 of 8 on 1 ranks",
+        "palimpsest launch: failed at step 4: rank 0: bad shard",
+        "  not restarted: step 4 has failed twice in the same way, and would again",
+    ]
+    ended = outcome.read(tmp_path / "run")
+    assert ended is not None
+    assert (ended.code, ended.attempt, ended.rank) == (1, 1, 0)
+
+
 def test_a_run_folder_is_used_by_one_launch_at_a_time(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Also by what a killed supervisor has left: orphans are found by their mark."""
     environment = os.environ | {"PALIMPSEST_RUN_FOLDER": str(tmp_path / "run")}

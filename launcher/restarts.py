@@ -1,0 +1,62 @@
+"""Whether a launch that failed is worth another attempt, and on which ranks. Pure.
+
+Killed and hanging ranks are lost: their place is not used again. An exception loses no rank. Two failures of the same
+cause at the same step are one that would come a third time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from engine.config.schema import RunConfig
+from engine.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USAGE
+from engine.plan.elastic import World
+from engine.plan.shrink import world_for
+from launcher.commands import Wanted
+from launcher.verdict import Verdict
+
+
+@dataclass
+class Restarts:
+    """The restarts of one launch: at most `limit`."""
+
+    limit: int
+    used: int = 0
+    _last: tuple[int, str] | None = None
+
+    def refusal(self, verdict: Verdict) -> str | None:
+        """Why there is no further attempt; None where there is one, which is then counted."""
+        if verdict.code in (EXIT_DONE, EXIT_REQUEUE):
+            return ""
+        if verdict.code == EXIT_USAGE or self.limit == 0:
+            return "not restarted" if self.limit else ""
+        if verdict.stopping:
+            return "not restarted: it was asked to stop"
+        failure = (verdict.step, verdict.cause)
+        if failure == self._last:
+            return f"not restarted: step {verdict.step} has failed twice in the same way, and would again"
+        if self.used == self.limit:
+            return f"not restarted: all {self.limit} restarts are used up"
+        self._last = failure
+        self.used += 1
+        return None
+
+
+def next_attempt(
+    run: RunConfig, asked: tuple[str, ...], wanted: Wanted, verdict: Verdict, master_port: int
+) -> tuple[Wanted, World | None]:
+    """What to start after `wanted` has failed: the same, or less by the ranks that were lost.
+
+    `asked` are the user's own overrides, which are in `run`. The world is None where it stays: where no rank was lost,
+    and where no smaller world is valid.
+    """
+    again = replace(wanted, attempt=wanted.attempt + 1, master_port=master_port)
+    if not verdict.lost:
+        return again, None
+    world = world_for(run, wanted.num_processes - len(verdict.lost))
+    if world is None:
+        return again, None
+    places = [place for rank, place in enumerate(wanted.devices) if rank not in verdict.lost]
+    overrides = (*asked, *world.overrides(run))
+    devices = tuple(places[: world.size])
+    return replace(again, num_processes=world.size, overrides=overrides, devices=devices), world

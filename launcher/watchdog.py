@@ -1,0 +1,88 @@
+"""Which rank hangs: decided from heartbeats alone, pure. Whose fault it is, `launcher.diagnosis` says.
+
+Silence is counted in the supervisor's own waking time, so that a node that was suspended, or a supervisor that was
+stopped together with its ranks, wakes up to no false alarm. The limit follows the phase that a rank is in; within a
+step it is a multiple of the usual step, with a floor, once enough steps were seen to know what is usual.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+
+from engine.config.schema import LaunchConfig
+from engine.heartbeat import Beat, Phase
+
+STARTING: frozenset[Phase] = frozenset(("start", "load"))
+SAVING: frozenset[Phase] = frozenset(("save", "end"))
+STEPS_TO_KNOW = 3
+"""Steps after which the usual one is known: the first are slow (memory, kernels, connections)."""
+LONGEST_TICK_SECONDS = 1.0
+"""More than this between two looks means that the supervisor itself was held up."""
+
+
+@dataclass
+class _Watched:
+    beat: Beat | None = None
+    silent_seconds: float = 0.0
+
+
+@dataclass
+class Watchdog:
+    """What is known of the ranks' silence in one attempt."""
+
+    limits: LaunchConfig
+    ranks: dict[int, _Watched] = field(default_factory=dict)
+    _step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=50))
+    _step_began: Beat | None = None
+
+    def look(self, beats: dict[int, Beat | None], seconds: float) -> int | None:
+        """A rank that has been silent for too long, or None; `seconds` are those since the last look.
+
+        A rank without a beat is not judged: it has not come so far, and its process is watched otherwise.
+        """
+        for global_rank, beat in beats.items():
+            watched = self.ranks.setdefault(global_rank, _Watched())
+            if beat != watched.beat:
+                self._learn(watched.beat, beat)
+                watched.beat, watched.silent_seconds = beat, 0.0
+            else:
+                watched.silent_seconds += min(seconds, LONGEST_TICK_SECONDS)
+        silent = [
+            (watched.silent_seconds, global_rank)
+            for global_rank, watched in self.ranks.items()
+            if watched.beat is not None and watched.silent_seconds > self.limit_seconds(watched.beat.phase)
+        ]
+        return max(silent)[1] if silent else None
+
+    def limit_seconds(self, phase: Phase) -> float:
+        """How long a rank may be silent in a phase."""
+        limits, usual = self.limits, self.usual_step_seconds
+        if phase in SAVING:
+            return limits.save_limit_seconds
+        if phase in STARTING or usual is None:
+            return max(limits.start_limit_seconds, limits.step_limit_seconds)
+        return max(limits.step_limit_seconds, limits.step_limit_factor * usual)
+
+    @property
+    def usual_step_seconds(self) -> float | None:
+        """Median of the last steps; None while too few were seen."""
+        return statistics.median(self._step_seconds) if len(self._step_seconds) >= STEPS_TO_KNOW else None
+
+    @property
+    def last_step(self) -> int | None:
+        """Steps that the farthest rank has done; None before the first beat."""
+        return max((watched.beat.step for watched in self.ranks.values() if watched.beat is not None), default=None)
+
+    def _learn(self, before: Beat | None, now: Beat | None) -> None:
+        """Takes the time from one step's beginning to the next one's, of whichever rank is seen to go on."""
+        if now is None or now.phase in STARTING:
+            self._step_began = None
+            return
+        began = self._step_began
+        if began is None or now.step > began.step:
+            if began is not None and now.step > began.step:
+                count = now.step - began.step
+                self._step_seconds.extend([(now.seconds - began.seconds) / count] * count)
+            self._step_began = now

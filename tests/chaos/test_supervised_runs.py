@@ -1,0 +1,122 @@
+"""One run under `palimpsest launch --restarts`, hit by every kind of fault in turn, against the run nobody disturbed.
+
+The ranks are real ones, the faults real ones, too: signals, an exception, memory and disk space that the kernel
+refuses. The step limit of the watchdog is far above the time of a step (tenths of a second on a busy machine).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import outcome
+from engine.errors import EXIT_DONE
+from engine.train.metrics import read_metrics
+from tests.distributed.ranks import run_ranks
+from tests.distributed.runs import run_tree, train_rank, write_corpus
+
+REPOSITORY = Path(__file__).parents[2]
+NUM_STEPS, BATCH, SAVE_EVERY = 44, 12, 4
+LAUNCH = """
+import sys
+from engine import cli
+from launcher import commands
+before = commands._train
+commands._train = lambda wanted: ("tests.chaos.rank", *before(wanted)[1:])
+sys.exit(cli.main(sys.argv[1:]))
+"""
+"""The command `palimpsest`, whose ranks are those of `tests.chaos.rank`."""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return folder
+
+
+def tree(corpus: Path, folder: Path) -> dict[str, Any]:
+    stage = run_tree(corpus, folder)["stages"][0] | {"global_batch_size": BATCH, "duration": {"steps": NUM_STEPS}}
+    return run_tree(
+        corpus,
+        folder,
+        stages=[stage],
+        model={"bias": False},
+        optimizer={"learning_rate": 1e-3},
+        parallel={"zero_stage": 2, "micro_batch_size": 2},
+        evaluation={"every_steps": None},
+        checkpoint={"every_steps": SAVE_EVERY, "keep_last": 2},
+        launch={"step_limit_seconds": 8.0, "step_limit_factor": 2.0, "start_limit_seconds": 240.0},
+        checks=False,
+    )
+
+
+def launch(corpus: Path, folder: Path, ranks: int, restarts: int, *faults: dict[str, Any] | None) -> tuple[int, str]:
+    """Exit code of the launch, and what it said on standard error."""
+    path = folder / "RUN.yaml"
+    folder.mkdir(exist_ok=True)
+    path.write_text(json.dumps(tree(corpus, folder / "run")))
+    foreign = ("SLURM_", "OMPI_", "PMI_", "PALIMPSEST_", "RANK", "WORLD_SIZE", "LOCAL_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY), "CHAOS": json.dumps(faults)}
+    options = ["--processes", str(ranks), "--restarts", str(restarts)]
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCH, "launch", str(path), *options],
+        cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stderr
+
+
+def fault(what: str, rank: int, step: int) -> dict[str, Any]:
+    return {"what": what, "rank": rank, "step": step}
+
+
+def said(stderr: str) -> list[str]:
+    return re.findall(r"^palimpsest launch: (.*)$", stderr, re.MULTILINE)
+
+
+@pytest.mark.timeout(900)
+def test_a_run_outlives_every_kind_of_fault(corpus, tmp_path):
+    run = tmp_path / "supervised" / "run"
+    code, stderr = launch(
+        corpus, tmp_path / "supervised", 3, 5,
+        fault("kill", 2, 6), fault("fail", 1, 11), fault("memory", 0, 14), fault("disk", 1, 17), fault("stop", 1, 30),
+        None,
+    )  # fmt: skip
+    assert code == EXIT_DONE, stderr
+    expected = [
+        r"failed: rank 2 was killed by SIGKILL in step 7 \(forward and backward\).*",
+        r"restart 1 of 5 on 2 ranks \(pipe 1 x data 2 .*",
+        r"failed at step 11: rank 1 first: ArithmeticError: a fault of our own",
+        r"restart 2 of 5 on 2 ranks",
+        r"failed at step 14: rank 0 (first: rank 0 )?is out of memory in step 15: .*",
+        r"restart 3 of 5 on 2 ranks",
+        r"failed at step \d+: rank 1: .*[Ff]ile too large.*",
+        r"restart 4 of 5 on 2 ranks",
+        r"failed: rank 1 hangs: silent for \d+ s in step 31 \(forward and backward\), its process is stopped "
+        r"\(SIGSTOP\), in stop \(tests/chaos/rank.py:\d+\); ranks 0 wait in \w+; all stacks: .*hang-4.txt",
+        r"restart 5 of 5 on 1 ranks \(pipe 1 x data 1 .*",
+    ]
+    found = said(stderr)
+    assert len(found) == len(expected), stderr
+    for pattern, words in zip(expected, found, strict=True):
+        assert re.match(pattern, words), (pattern, words)
+    stacks = (run / "logs" / "hang-4.txt").read_text()
+    assert "stop (tests/chaos/rank.py:" in stacks
+    assert "engine/train/run.py" in stacks
+
+    whole = tmp_path / "undisturbed"
+    run_ranks(2, train_rank, tree(corpus, whole))
+    losses = [[record["loss"] for record in read_metrics(folder) if "loss" in record] for folder in (run, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=0, abs=1e-5)
+    assert [record["step"] for record in read_metrics(run) if "loss" in record] == list(range(1, NUM_STEPS + 1))
+    ended = outcome.read(run)
+    assert ended is not None
+    assert (ended.code, ended.attempt, ended.step) == (EXIT_DONE, 5, NUM_STEPS)
