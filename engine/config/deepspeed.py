@@ -33,7 +33,8 @@ def deepspeed_config(
     num_elements: int,
 ) -> dict[str, Any]:
     """DeepSpeed's dictionary for one pipeline stage's engine, which holds `num_elements` on this tensor rank."""
-    zero: dict[str, Any] = {"stage": parallel.zero_stage, "reduce_bucket_size": reduce_bucket_elements(num_elements)}
+    bucket = 1 if parallel.reduces_per_step else reduce_bucket_elements(num_elements)  # reduced by us, or in buckets
+    zero: dict[str, Any] = {"stage": parallel.zero_stage, "reduce_bucket_size": bucket}
     if parallel.zero_stage in (1, 2):
         zero |= {
             "reduce_scatter": True,

@@ -1,4 +1,4 @@
-"""Rules of the pipeline: what its stages, chunks and schedule ask of each other and of the model."""
+"""Rules of pipeline and ZeRO: what stages, chunks and schedule, gathers and reductions ask of each other."""
 
 from __future__ import annotations
 
@@ -37,5 +37,26 @@ def check_pipeline(model: ModelConfig, parallel: ParallelConfig, problems: list[
                 f"parallel.virtual_stages = {virtual_stages} with parallel.schedule = {parallel.schedule}",
                 "schedule 1f1b, which interleaves the chunks",
                 "set parallel.schedule=1f1b or parallel.virtual_stages=1",
+            )
+        )
+
+
+def check_zero(parallel: ParallelConfig, problems: list[PalimpsestError]) -> None:
+    """Adds every rule of gathers and reductions that the configuration breaks."""
+    zero_stage = parallel.zero_stage
+    if parallel.gather is not None and zero_stage < 3:
+        problems.append(
+            ConfigError(
+                f"parallel.gather = {parallel.gather} with parallel.zero_stage = {zero_stage}: weights stay whole",
+                "gather with zero_stage 3",
+                "leave it out, or set parallel.zero_stage=3",
+            )
+        )
+    if parallel.reduce == "micro_batch" and zero_stage < 2:
+        problems.append(
+            ConfigError(
+                f"parallel.reduce = micro_batch with parallel.zero_stage = {zero_stage}: gradients stay whole",
+                "reduce step with zero_stage 0 and 1, step or micro_batch with 2 and 3",
+                "leave it out, or set parallel.zero_stage=2: ZeRO-1 that reduces per micro-batch",
             )
         )

@@ -14,7 +14,7 @@ from engine.config.memory import check_recompute
 from engine.config.mixture import check_mixture
 from engine.config.model import check_model, divisors
 from engine.config.objective import check_objective
-from engine.config.pipeline import check_pipeline
+from engine.config.pipeline import check_pipeline, check_zero
 from engine.config.schema import ModelConfig, ParallelConfig, RunConfig, RunStage
 from engine.errors import ConfigError, PalimpsestError, report
 
@@ -93,6 +93,7 @@ def num_micro_batches(batch_size: int, parallel: ParallelConfig, data_size: int)
 def _check_parallel(config: RunConfig, problems: list[PalimpsestError]) -> None:
     model, parallel = config.model, config.parallel
     check_pipeline(model, parallel, problems)
+    check_zero(parallel, problems)
     for key, value in (
         ("model.num_heads", model.num_heads),
         ("model.num_kv_heads", model.kv_heads),

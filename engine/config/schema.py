@@ -43,13 +43,12 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """A decoder in GPT-2 form (the defaults) or Llama form, or an encoder in BERT or ModernBERT form (see
-    `configs/models`)."""
+    """A decoder in GPT-2 form (the defaults) or Llama form (see `configs/models`)."""
 
     kinds: ClassVar[dict[str, Kind]] = {"vocab_multiple": "execution"}
 
-    family: Literal["gpt", "bert"] = "gpt"
-    """Architecture family: decoders (`gpt`), encoders that predict masked tokens (`bert`)."""
+    family: Literal["gpt"] = "gpt"
+    """Architecture family."""
     vocab_size: PositiveInt
     """Real rows of the embedding: the tokenizer's size or more."""
     vocab_multiple: PositiveInt = 128
@@ -63,21 +62,11 @@ class ModelConfig(Section):
     """Inner width of the feed-forward part; None means 4 x `hidden_size`."""
     max_positions: PositiveInt = 1024
     """Longest sequence; rows of the position table when `position` is `learned`."""
-    token_types: NonNegativeInt = 0
-    """`bert`: kinds of segments that have an embedding, 2 for pairs; 0 means no such embedding."""
-    pair_head: bool = False
-    """`bert`: a second head says how the two segments of a row belong together (`objective.pairs`)."""
     position: Literal["learned", "rope"] = "learned"
     rope_theta: PositiveFloat = 10000.0
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_epsilon: PositiveFloat = 1e-5
-    norm_bias: bool = True
-    """Shifts of layer norms (RMS norms have none)."""
-    norm_position: Literal["pre", "post"] = "pre"
-    """`pre`: each part of a layer adds to the residual stream what it makes of its norm; `post` (`bert`): the sum of a
-    part and its input is normalised."""
-    activation: Literal["gelu_tanh", "gelu", "swiglu", "geglu"] = "gelu_tanh"
-    """Of the feed-forward part; `swiglu` and `geglu` multiply what they make by a gate."""
+    activation: Literal["gelu_tanh", "swiglu"] = "gelu_tanh"
     bias: bool = True
     """Biases in linear layers."""
     tie_embeddings: bool = True
@@ -106,7 +95,7 @@ class ModelConfig(Section):
     @property
     def gated(self) -> bool:
         """Whether the feed-forward part multiplies what it makes by a gate."""
-        return self.activation in ("swiglu", "geglu")
+        return self.activation == "swiglu"
 
 
 class DataSource(Section):
@@ -324,6 +313,20 @@ class ParallelConfig(Section):
     """Layers of each pipeline stage that recompute, the first ones; None means all."""
     activation_gib: PositiveFloat | None = None
     """Instead of their number: as few layers as keep a stage's activations, as `plan` counts them, within this."""
+    gather: Literal["step", "micro_batch"] | None = None
+    """How often ZeRO-3 gathers a weight: once per step, and a stage holds all of its weights from then on, or for every
+    pass of a micro-batch (the default), and it holds two layers at a time."""
+    reduce: Literal["step", "micro_batch"] | None = None
+    """How often ZeRO-2 and 3 reduce a gradient: once per step, and a rank holds whole gradients until then, or for
+    every micro-batch (the default). ZeRO-0 and 1 do it once per step."""
+
+    @property
+    def gathers_per_step(self) -> bool:
+        return self.gather == "step"
+
+    @property
+    def reduces_per_step(self) -> bool:
+        return self.reduce == "step" or self.zero_stage < 2
 
 
 class ElasticConfig(Section):

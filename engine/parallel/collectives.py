@@ -20,6 +20,18 @@ def all_reduce(tensor: torch.Tensor, group: Group, op: str = "sum") -> torch.Ten
     return tensor
 
 
+def reduce_scatter(tensor: torch.Tensor, group: Group, share: torch.Tensor | None = None) -> torch.Tensor:
+    """This rank's share of the sum of a flat tensor over the group: one of `group.size` equal runs, in rank order.
+
+    It is written to `share`, or to a new tensor. Collective over `group`; over one rank it is the tensor itself.
+    """
+    if group.size == 1:
+        return tensor
+    share = tensor.new_empty(tensor.numel() // group.size) if share is None else share
+    dist.reduce_scatter_tensor(share, tensor, group=group.handle)
+    return share
+
+
 def exchange(tensor: torch.Tensor, sizes: list[int], received: list[int], group: Group) -> torch.Tensor:
     """Sends `sizes[r]` elements of a flat tensor to each rank r in order; returns what came, `received[r]` from r.
 

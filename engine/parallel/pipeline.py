@@ -79,7 +79,9 @@ class Pipeline:
     @torch.no_grad()
     def evaluate(self, inputs: list[Tensors]) -> torch.Tensor:
         """Forward only; returns the micro-batches' summed losses (L,), 0 unless on the last stage."""
-        return self._run(forward_only(*self.sizes, len(inputs)), inputs, loss_scales_L=None)
+        total_L = self._run(forward_only(*self.sizes, len(inputs)), inputs, loss_scales_L=None)
+        self.engine.free_weights()
+        return total_L
 
     def _run(
         self, order: Iterable[Instruction], inputs: list[Tensors], loss_scales_L: torch.Tensor | None

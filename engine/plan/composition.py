@@ -40,6 +40,9 @@ COLUMNS: dict[str, Change] = {
     "bf16": {"precision": {"dtype": "bf16"}},
     "bf16, reduced in bf16": {"precision": {"dtype": "bf16", "reduce_dtype": "bf16"}},
     "recompute": {"parallel": {"recompute": "full"}},
+    "gather: step": {"parallel": {"gather": "step"}},
+    "reduce: step": {"parallel": {"reduce": "step"}},
+    "reduce: micro_batch": {"parallel": {"reduce": "micro_batch"}},
     "Muon": {"optimizer": {"name": "muon"}},
     "Llama form": {
         "model": {

@@ -1,8 +1,8 @@
 """Memory that one rank of a pipeline stage needs, in bytes, by what it is for.
 
 Model states follow Rajbhandari et al. 2020, section 3, with what DeepSpeed holds beyond: from ZeRO-1 on an fp32 run has
-a master copy too, gradients are accumulated in `reduce_dtype`, ZeRO-1 keeps the averaged share beside an accumulator of
-another dtype, and ZeRO-2 and 3 reduce through a bucket. Activations and logits are an estimate: what autograd saves
+a master copy too, gradients are accumulated in `reduce_dtype`, those that are reduced once per step lie whole beside
+their reduced share, and the others go through a bucket. Activations and logits are an estimate: what autograd saves
 per token and layer, without allocator waste; such counts were seen to lie 8 to 11 % below the measured peak.
 """
 
@@ -39,7 +39,8 @@ class Memory:
     bucket: int
     """Gradients on their way through a reduction."""
     gathered: int
-    """ZeRO-3: the largest module, whole while it computes; the largest layer where layers recompute."""
+    """ZeRO-3: two modules, one that computes and the next one; a layer and the next module where layers recompute; with
+    `gather: step` the whole stage."""
     activations: int
     logits: int
 
@@ -53,20 +54,22 @@ class Memory:
         return self.states + self.gathered + self.activations + self.logits
 
 
-def states_per_element(zero_stage: int, data_size: int, precision: PrecisionConfig) -> tuple[Fraction, ...]:
-    """Bytes per parameter on one rank for (weights, master, moments, gradients)."""
-    share = Fraction(1, data_size)
+def states_per_element(parallel: ParallelConfig, data_size: int, precision: PrecisionConfig) -> tuple[Fraction, ...]:
+    """Bytes per parameter on one rank for (weights, master, moments, gradients).
+
+    Gradients that are reduced once per step are whole, and beside them lies the reduced share (of several ranks).
+    """
+    zero_stage, share = parallel.zero_stage, Fraction(1, data_size)
     weights = Fraction(DTYPE_BYTES[precision.dtype])
     gradients = Fraction(DTYPE_BYTES[precision.reduce_dtype])
     if zero_stage == 0:
         return weights, Fraction(0), Fraction(MOMENTS_BYTES), gradients
-    if zero_stage == 1 and precision.dtype != precision.reduce_dtype:
-        gradients += gradients * share
+    reduced = gradients * share if data_size > 1 or zero_stage == 3 else Fraction(0)
     return (
         weights * share if zero_stage == 3 else weights,
         MASTER_BYTES * share,
         MOMENTS_BYTES * share,
-        gradients * share if zero_stage >= 2 else gradients,
+        gradients + reduced if parallel.reduces_per_step else gradients * share,
     )
 
 
@@ -89,16 +92,14 @@ def stage_memory(
     `recomputed` are those of its `layers` that recompute their activations.
     """
     numel = sum(entry.local_numel(parallel.tensor) for entry in entries)
-    per_element = states_per_element(parallel.zero_stage, data_size, precision)
+    per_element = states_per_element(parallel, data_size, precision)
     weights, master, moments, gradients = (-(-numel * one // 1) for one in per_element)
     rows, dtype_bytes = parallel.micro_batch_size, DTYPE_BYTES[precision.dtype]
     predicted = rows * lengths.predicted if has_head else 0
     logits = predicted * model.padded_vocab_size // parallel.tensor * LOGITS_BYTES
     bucket_bytes = {2: dtype_bytes, 3: DTYPE_BYTES[precision.reduce_dtype]}.get(parallel.zero_stage, 0)
-    bucket = reduce_bucket_elements(numel) * bucket_bytes
-    gathered = largest_module(entries, parallel.tensor)
-    if recomputed:  # the second run of a layer holds its weights until its backward pass is over
-        gathered = max(gathered, largest_layer(entries, parallel.tensor))
+    bucket = 0 if parallel.reduces_per_step else reduce_bucket_elements(numel) * bucket_bytes
+    gathered = numel if parallel.gathers_per_step else gathered_at_once(entries, parallel.tensor, bool(recomputed))
     return Memory(
         weights=weights,
         master=master,
@@ -131,20 +132,17 @@ def activation_bytes(
     return math.ceil(parallel.micro_batch_size * elements * DTYPE_BYTES[precision.dtype])
 
 
-def largest_layer(entries: list[Entry], tensor_size: int) -> int:
-    """Local elements of the largest layer."""
-    sizes: dict[str, int] = {}
+def gathered_at_once(entries: list[Entry], tensor_size: int, recomputes: bool) -> int:
+    """Local elements that ZeRO-3 gathers at once, at most: the two largest modules, for one is gathered while the one
+    before it computes, or a layer whose second run holds its weights until its backward pass is over, and a module.
+    """
+    layers: dict[str, int] = {}
+    modules: dict[str, int] = {}
     for entry in entries:
-        if entry.name.startswith("layers."):
-            layer = entry.name.split(".")[1]
-            sizes[layer] = sizes.get(layer, 0) + entry.local_numel(tensor_size)
-    return max(sizes.values())
-
-
-def largest_module(entries: list[Entry], tensor_size: int) -> int:
-    """Local elements of the largest module: what ZeRO-3 gathers at once."""
-    sizes: dict[str, int] = {}
-    for entry in entries:
-        module = entry.name.rpartition(".")[0]
-        sizes[module] = sizes.get(module, 0) + entry.local_numel(tensor_size)
-    return max(sizes.values())
+        module, numel = entry.name.rpartition(".")[0], entry.local_numel(tensor_size)
+        modules[module] = modules.get(module, 0) + numel
+        if module.startswith("layers."):
+            layer = module.split(".")[1]
+            layers[layer] = layers.get(layer, 0) + numel
+    *_, second, largest = [0, *sorted(modules.values())]
+    return max(second + largest, max(layers.values()) + largest if recomputes else 0)

@@ -66,11 +66,12 @@ def stage_traffic(
     up, down = [part.layers.start for part in parts if not part.first], [p.layers.stop for p in parts if not p.last]
     sent = sum(family.boundary(model, layer, lengths) for layer in (*up, *down)) * dtype_bytes
     sent += sum(family.carried_bytes(model, layer, lengths, segments) for layer in down)
-    gradients, weights = zero_bytes(numel, parallel.zero_stage, data_size, precision, num_micro_batches)
-    if parallel.zero_stage == 3 and model.tie_embeddings and is_first and is_last:
+    gradients, weights = zero_bytes(numel, parallel, data_size, precision, num_micro_batches)
+    gathers_by_module = parallel.zero_stage == 3 and not parallel.gathers_per_step
+    if gathers_by_module and model.tie_embeddings and is_first and is_last:
         # one parameter, two modules: each of them gathers it
         matrix = model.padded_vocab_size * model.hidden_size // parallel.tensor
-        weights += zero_bytes(matrix, 3, data_size, precision, num_micro_batches)[1]
+        weights += zero_bytes(matrix, parallel, data_size, precision, num_micro_batches)[1]
     losses = LOSS_REDUCTIONS * 4 * lengths.predicted if is_last else 0
     reduced = sum(family.reduced(model, part.layers, part.first, part.last, lengths) for part in parts)
     reduced += sum(family.reduced_again(model, layer, lengths) for layer in recomputed)
@@ -85,24 +86,22 @@ def stage_traffic(
 
 
 def zero_bytes(
-    numel: int, zero_stage: int, data_size: int, precision: PrecisionConfig, num_micro_batches: int
+    numel: int, parallel: ParallelConfig, data_size: int, precision: PrecisionConfig, num_micro_batches: int
 ) -> tuple[int, int]:
     """Bytes for (gradients, weights) over the data axis, for `numel` local parameters.
 
-    ZeRO-0: one all-reduce per step. ZeRO-1 and 2: DeepSpeed all-reduces (per step, and per micro-batch from stage 2
-    on, where no rank keeps whole gradients), then gathers the updated weights. ZeRO-3: weights gathered twice and
-    gradients scattered once per micro-batch.
+    Gradients: ZeRO-0 all-reduces them, the others scatter them once per step or per micro-batch; for ZeRO-2 per
+    micro-batch DeepSpeed all-reduces. Weights: ZeRO-1 and 2 gather the updated ones, ZeRO-3 all of them once per step,
+    or twice per micro-batch.
     """
+    reductions = 1 if parallel.reduces_per_step else num_micro_batches
+    gathers = 1 if parallel.gathers_per_step or parallel.zero_stage < 3 else 2 * num_micro_batches
     gradient_bytes = numel * DTYPE_BYTES[precision.reduce_dtype]
     weight_bytes = numel * DTYPE_BYTES[precision.dtype]
     once = gather_factor(data_size)
-    if zero_stage == 0:
-        return int(gradient_bytes * 2 * once), 0
-    if zero_stage == 1:
-        return int(gradient_bytes * 2 * once), int(weight_bytes * once)
-    if zero_stage == 2:
-        return int(num_micro_batches * gradient_bytes * 2 * once), int(weight_bytes * once)
-    return int(num_micro_batches * gradient_bytes * once), int(2 * num_micro_batches * weight_bytes * once)
+    all_reduces = parallel.zero_stage == 0 or (parallel.zero_stage == 2 and not parallel.reduces_per_step)
+    gradients = reductions * gradient_bytes * once * (2 if all_reduces else 1)
+    return int(gradients), int(gathers * weight_bytes * once) if parallel.zero_stage > 0 else 0
 
 
 def gather_factor(size: int) -> Fraction:

@@ -70,6 +70,7 @@ def build_engine(config: RunConfig, run_stage: RunStage, groups: Groups, device:
             num_micro_batches(run_stage.batches.largest, config.parallel, groups.layout.data),
             sum(specs[name].local_numel(groups.tensor.size) for name in names),
         ),
+        config.parallel,
         groups,
         device,
     )

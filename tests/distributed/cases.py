@@ -72,6 +72,8 @@ class Case:
     virtual_stages: int = 1
     recompute: str = "none"
     recompute_layers: int | None = None
+    gather: str | None = None
+    reduce: str | None = None
 
     @property
     def world_size(self) -> int:
@@ -155,6 +157,8 @@ def config_of(case: Case) -> RunConfig:
                 "virtual_stages": case.virtual_stages,
                 "recompute": case.recompute,
                 "recompute_layers": case.recompute_layers,
+                "gather": case.gather,
+                "reduce": case.reduce,
             },
         },
         "case",

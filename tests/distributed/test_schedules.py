@@ -1,4 +1,4 @@
-"""Several chunks per stage against plain torch: the numbers of the parity matrix, and of an evaluation."""
+"""Chunks, gathers and reductions against plain torch: the numbers of the parity matrix, and of an evaluation."""
 
 from __future__ import annotations
 
@@ -35,6 +35,28 @@ SHAPES: tuple[dict[str, Any], ...] = (
     ids=str,
 )
 def test_chunks_equal_plain_torch(case: Case):
+    check(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(DEEP, zero_stage=3, pipe=2, data=2, virtual_stages=2, gather="step", reduce="step"),
+        Case("llama", zero_stage=2, data=2, reduce="step"),
+        *(
+            pytest.param(Case(DEEP, zero_stage=zero_stage, **keys, **shape), marks=matrix)
+            for zero_stage, keys in (
+                (2, {"reduce": "step"}),
+                (3, {"reduce": "step"}),
+                (3, {"gather": "step"}),
+                (3, {"gather": "step", "reduce": "step"}),
+            )
+            for shape in ({"pipe": 2, "data": 2, "schedule": "gpipe"}, *SHAPES[1:3])
+        ),
+    ],
+    ids=str,
+)
+def test_gathers_and_reductions_per_step_equal_plain_torch(case: Case):
     check(case)
 
 

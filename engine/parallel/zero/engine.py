@@ -21,6 +21,7 @@ import torch
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION
 from torch import nn
 
+from engine.config.schema import ParallelConfig
 from engine.errors import PalimpsestError
 from engine.parallel.boundary import Tensors
 from engine.parallel.chunks import Chunks
@@ -28,7 +29,9 @@ from engine.parallel.collectives import all_reduce
 from engine.parallel.groups import Group, Groups
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.state import ParameterGroup, Part, Piece, Placement
-from engine.parallel.zero.optimizers import Named, has_gradient, shards
+from engine.parallel.zero.gathering import Gathering
+from engine.parallel.zero.gradients import Accumulator
+from engine.parallel.zero.optimizers import FlatShards, Named, PartitionedShards, has_gradient, shards
 from engine.parallel.zero.stage3 import Cures, partition_empty, replace_parameters
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -140,6 +143,7 @@ class StageEngine:
         logical_names: dict[str, str],
         make_optimizer: MakeOptimizer,
         config: dict[str, Any],
+        parallel: ParallelConfig,
         groups: Groups,
         device: torch.device,
     ) -> None:
@@ -180,6 +184,8 @@ class StageEngine:
             zero = groups.zero if self.zero_stage > 0 else Group((groups.global_rank,), 0)
             self.optimizer.attach(self._shards.parts(), self.placements(), zero, groups.tensor)
         self._cures = Cures(self._engine) if self.zero_stage == 3 else None
+        self._gathering = Gathering(self._engine, parallel.gathers_per_step) if self.zero_stage == 3 else None
+        self._accumulator = self._make_accumulator(config) if parallel.reduces_per_step else None
         self._gradients_begun = False
         self._norm = torch.zeros((), device=device)
         if self.zero_stage in (1, 2):
@@ -189,7 +195,11 @@ class StageEngine:
 
     def forward(self, chunk: int, inputs: Tensors) -> Tensors:
         """What a chunk makes of one micro-batch, by name. Collective over the ZeRO group under ZeRO-3."""
+        if self._gathering:
+            self._gathering.begin(chunk, backward=False)
         made = self._engine(chunk=chunk, inputs=inputs)
+        if self._gathering:
+            self._gathering.end()
         if self._cures and torch.is_grad_enabled():
             self._cures.after_forward(chunk)
         return made
@@ -202,13 +212,28 @@ class StageEngine:
         `is_last` marks the last backward of a step, after which gradients are whole.
         """
         self._engine.set_gradient_accumulation_boundary(is_last)
+        self._engine.inside_no_sync_ctxt = self._accumulator is not None  # then DeepSpeed reduces nothing
         if self.zero_stage > 0:
             # Set by the forward pass only; without it a backward that follows a backward replaces gradients.
             self._engine.optimizer.clear_backward_seen_flag()
         if self._cures:
             self._cures.before_backward(chunk, is_first=not self._gradients_begun)
         self._gradients_begun = not is_last
+        if self._gathering:
+            self._gathering.begin(chunk, backward=True)
         self._engine.backward(_Emit.apply(grads, *outputs), scale_wrt_gas=False)
+        self._engine.inside_no_sync_ctxt = False
+        if self._gathering:
+            self._gathering.end()
+        if is_last:
+            self.free_weights()
+            if self._accumulator:
+                self._accumulator.reduce()
+
+    def free_weights(self) -> None:
+        """Frees weights that ZeRO-3 gathered once for many passes (`gather: step`); call after the last of them."""
+        if self._gathering:
+            self._gathering.free()
 
     def step(self, learning_rate: float, accept: Callable[[float], bool] = finite) -> float:
         """Clips, updates the weights, clears the gradients; returns the global gradient norm before clipping.
@@ -226,10 +251,12 @@ class StageEngine:
         norm = self._norm.item()
         if not accept(norm):
             self._discard()
-            return norm
-        if self.zero_stage == 0 and self.clip_norm > 0:
-            self._clip()
-        self._engine.step()
+        else:
+            if self.zero_stage == 0 and self.clip_norm > 0:
+                self._clip()
+            self._engine.step()
+        if self._accumulator:
+            self._accumulator.clear()
         return norm
 
     def pieces(self) -> list[Piece]:
@@ -252,7 +279,10 @@ class StageEngine:
 
     def uncleared_gradients(self) -> list[str]:
         """Names of the parameters (or of a group's first one) whose gradients were not cleared; call between steps."""
-        found = {spec.name for group in self._named for spec, parameter in group if has_gradient(parameter)}
+        held, parameters = self._accumulator, [one for group in self._named for one in group]
+        found = {
+            spec.name for spec, parameter in parameters if has_gradient(parameter) or (held and held.holds(parameter))
+        }
         found |= {self.parameter_groups[index].specs[0].name for index in self._shards.held_gradients()}
         return sorted(found)
 
@@ -275,6 +305,13 @@ class StageEngine:
         """Tells Adam how many updates its moments have seen (bias correction)."""
         for state in self.optimizer.state.values():
             state["step"].fill_(float(count))
+
+    def _make_accumulator(self, config: dict[str, Any]) -> Accumulator | None:
+        """Where gradients are added up for one reduction per step; DeepSpeed does it by itself for ZeRO-0."""
+        if not isinstance(self._shards, FlatShards | PartitionedShards):
+            return None
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config["data_types"]["grad_accum_dtype"]]
+        return Accumulator(self._engine, self._shards, self.groups.zero, dtype)
 
     def _sum_tied_gradients(self) -> None:
         """A tied weight's gradient is the sum of what its stages found. Collective over each of `groups.ties`.

@@ -18,6 +18,8 @@ from engine.parallel.state import Part, Piece
 
 Named = list[list[tuple[ParameterSpec, torch.nn.Parameter]]]
 """Parameters of each group, in the order in which the optimizer was given them."""
+Place = tuple[torch.nn.Parameter, tuple[int, int], tuple[int, int], int]
+"""(parameter, shape, stride, start) of its whole gradient in a flat buffer, as rows of which the last may be short."""
 
 
 class Shards(Protocol):
@@ -118,6 +120,9 @@ class WholeShards(Shards):
 class FlatShards(Shards):
     """ZeRO-1 and 2: each data rank holds one slice of every group's padded flat buffer."""
 
+    reduced = None
+    """DeepSpeed has no place for reduced gradients between two steps."""
+
     def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, groups: Named, data_rank: int) -> None:
         self.zero, self.optimizer, self.groups, self.data_rank = engine.optimizer, optimizer, groups, data_rank
         require(
@@ -158,6 +163,20 @@ class FlatShards(Shards):
 
     def refresh(self) -> None:
         self.zero.update_lp_params()
+
+    def whole_gradients(self, data_size: int) -> Iterator[tuple[list[Place], int]]:
+        """(places, elements) of a buffer per group: the padded flat buffer that the shards are slices of."""
+        for index, group in enumerate(self.groups):
+            offsets = self.zero.round_robin_bit16_offsets[index]
+            places: list[Place] = [
+                (parameter, (1, parameter.numel()), (parameter.numel(), 1), offset)
+                for (_, parameter), offset in zip(group, offsets, strict=True)
+            ]
+            yield places, self.zero.partition_size[index] * data_size
+
+    def split(self, shares: list[torch.Tensor]) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """(group, what DeepSpeed holds of its reduced gradients) from this rank's share of each buffer."""
+        yield from ((index, [share]) for index, share in enumerate(shares))
 
 
 class PartitionedShards(Shards):
@@ -205,6 +224,35 @@ class PartitionedShards(Shards):
     def refresh(self) -> None:
         for sub_group in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+
+    @property
+    def reduced(self) -> torch.Tensor:
+        """Where DeepSpeed keeps the reduced gradients of all partitions, in their order."""
+        buffer: torch.Tensor = self.zero.grad_partitions_flat_buffer
+        return buffer
+
+    def whole_gradients(self, data_size: int) -> Iterator[tuple[list[Place], int]]:
+        """(places, elements) of one buffer (data ranks, elements of a rank): each parameter is some columns of it."""
+        parameters = [parameter for sub_group in self.zero.fp16_groups for parameter in sub_group]
+        total = sum(parameter.partition_numel() for parameter in parameters)
+        places: list[Place] = []
+        start = 0
+        for parameter in parameters:
+            width = parameter.partition_numel()
+            places.append((parameter, (data_size, width), (total, 1), start))
+            start += width
+        yield places, data_size * total
+
+    def split(self, shares: list[torch.Tensor]) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """(sub-group, what DeepSpeed holds of its reduced gradients) from this rank's share of the buffer."""
+        (share,) = shares
+        start = 0
+        for sub_group, parameters in enumerate(self.zero.fp16_groups):
+            held = []
+            for parameter in parameters:
+                held.append(share.narrow(0, start, parameter.partition_numel()))
+                start += parameter.partition_numel()
+            yield sub_group, held
 
 
 def shards(zero_stage: int, engine: Any, optimizer: torch.optim.Optimizer, groups: Named, data_rank: int) -> Shards:

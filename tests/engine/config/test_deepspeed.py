@@ -24,7 +24,13 @@ def test_clipping_is_always_written(zero_stage: int) -> None:
 
 def test_the_reduce_bucket_is_no_larger_than_the_stage() -> None:
     for num_elements, expected in ((1000, 1000), (10**9, 500_000_000)):
-        assert written(num_elements=num_elements)["zero_optimization"]["reduce_bucket_size"] == expected
+        zero = written("parallel.zero_stage=2", num_elements=num_elements)["zero_optimization"]
+        assert zero["reduce_bucket_size"] == expected
+
+
+@pytest.mark.parametrize("overrides", [("parallel.zero_stage=1",), ("parallel.zero_stage=3", "parallel.reduce=step")])
+def test_no_bucket_where_we_reduce(overrides: tuple[str, ...]) -> None:
+    assert written(*overrides)["zero_optimization"]["reduce_bucket_size"] == 1
 
 
 def test_batch_and_precision() -> None:

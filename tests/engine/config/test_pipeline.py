@@ -1,4 +1,4 @@
-"""Rules of the pipeline, each broken by itself."""
+"""Rules of pipeline and ZeRO, each broken by itself."""
 
 import pytest
 
@@ -19,6 +19,12 @@ from engine.plan.composition import problems_of
             "parallel.virtual_stages = 2 with parallel.schedule = gpipe",
             "schedule 1f1b",
         ),
+        ({"zero_stage": 2, "gather": "step"}, "parallel.gather = step with parallel.zero_stage = 2", "zero_stage 3"),
+        (
+            {"zero_stage": 1, "reduce": "micro_batch"},
+            "parallel.reduce = micro_batch with parallel.zero_stage = 1",
+            "step or micro_batch with 2 and 3",
+        ),
         ({"pipe": 5}, "parallel.pipe = 5 is more than model.num_layers = 4", "1 to 4"),
         ({"pipe": 5, "virtual_stages": 2}, "parallel.pipe = 5 is more than model.num_layers = 4", "1 to 4"),
     ],
@@ -32,3 +38,5 @@ def test_each_rule(parallel: dict, wrong: str, allowed: str) -> None:
 def test_what_fits() -> None:
     for pipe, virtual_stages in ((2, 1), (2, 2), (4, 1)):
         assert not problems_of({"parallel": {"pipe": pipe, "virtual_stages": virtual_stages}})
+    for zero_stage, keys in ((0, {"reduce": "step"}), (2, {"reduce": "step"}), (3, {"gather": "step"})):
+        assert not problems_of({"parallel": {"zero_stage": zero_stage, **keys}})

@@ -23,6 +23,12 @@ matrix = pytest.mark.matrix
     [
         Case(zero_stage=3, data=2),
         Case(zero_stage=1, pipe=2, tensor=2),
+        Case(zero_stage=3, data=2, gather="step", reduce="step"),
+        pytest.param(Case("llama", zero_stage=3, data=2, gather="step"), marks=matrix),
+        pytest.param(Case(zero_stage=3, pipe=2, data=2, reduce="step"), marks=matrix),
+        pytest.param(Case(zero_stage=2, data=2, reduce="step"), marks=matrix),
+        pytest.param(Case("gpt2-deep", zero_stage=3, pipe=2, data=2, virtual_stages=3, reduce="step"), marks=matrix),
+        pytest.param(Case("gpt2-deep", zero_stage=3, pipe=4, data=2, gather="step", attention="row"), marks=matrix),
         pytest.param(Case(zero_stage=0, data=2), marks=matrix),
         pytest.param(Case(zero_stage=1, data=2, attention="row"), marks=matrix),
         pytest.param(Case(zero_stage=2, data=2, micro_batch_size=2), marks=matrix),
@@ -38,7 +44,8 @@ def test_a_step_sends_what_the_plan_says(case: Case) -> None:
     ranks_per_stage = case.world_size // case.pipe
     for global_rank, sent in enumerate(run_ranks(case.world_size, bytes_of_a_step, case)):
         planned = stages[global_rank // ranks_per_stage].traffic
-        scattered = planned.gradients if case.zero_stage == 3 else 0
+        scatters = case.zero_stage in (1, 3) or case.reduce == "step"
+        scattered = planned.gradients if scatters else 0
         assert sent == {
             "all_reduce": planned.gradients - scattered + planned.tensor + planned.tie,
             "reduce_scatter": scattered,
@@ -76,6 +83,7 @@ def bytes_of_a_step(place: Any, case: Case) -> dict[str, int]:
     count(dist, "isend", "send", lambda _: 1)
     count(comm.cdb, "all_gather_function", "all_gather", gather_factor)
     count(comm.cdb, "reduce_scatter_function", "reduce_scatter", gather_factor)
+    count(dist, "reduce_scatter_tensor", "reduce_scatter", gather_factor)
     for step in range(2):
         counting[0] = step == 1
         batch = global_batch(step, case.attention)

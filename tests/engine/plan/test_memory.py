@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from engine.config.lengths import RowLengths
+from engine.config.schema import ParallelConfig
 from engine.plan import gpt
 from engine.plan.composition import Change, example
-from engine.plan.memory import largest_module, stage_memory, states_per_element
+from engine.plan.memory import gathered_at_once, stage_memory, states_per_element
 from engine.plan.parameters import model_entries, num_parameters
 from engine.plan.plan import make_plan
 
@@ -17,20 +18,28 @@ from engine.plan.plan import make_plan
     ("dtype", "zero_stage", "expected"),
     [
         ("fp32", 0, 4 + 0 + 8 + 4),
-        ("fp32", 1, 4 + 4 / 8 + 8 / 8 + 4),
+        ("fp32", 1, 4 + 4 / 8 + 8 / 8 + 4 + 4 / 8),
         ("bf16", 1, 2 + 4 / 8 + 8 / 8 + 4 + 4 / 8),
         ("bf16", 2, 2 + 4 / 8 + 8 / 8 + 4 / 8),
         ("bf16", 3, (2 + 4 + 8 + 4) / 8),
     ],
 )
-def test_bytes_per_parameter(dtype: str, zero_stage: int, expected: float) -> None:
+def test_bytes_per_parameter(dtype: str, zero_stage: Any, expected: float) -> None:
     precision = example({"precision": {"dtype": dtype}}).precision
-    assert float(sum(states_per_element(zero_stage, 8, precision))) == expected
+    assert float(sum(states_per_element(ParallelConfig(zero_stage=zero_stage), 8, precision))) == expected
+
+
+@pytest.mark.parametrize(("zero_stage", "weights"), [(2, 2), (3, 2 / 8)])
+def test_reduction_once_per_step_keeps_whole_gradients(zero_stage: Any, weights: float) -> None:
+    precision = example({"precision": {"dtype": "bf16"}}).precision
+    parallel = ParallelConfig(zero_stage=zero_stage, reduce="step")
+    assert [float(one) for one in states_per_element(parallel, 8, precision)] == [weights, 4 / 8, 8 / 8, 4 + 4 / 8]
+    assert memory(zero_stage=zero_stage, reduce="step").bucket == 0 < memory(zero_stage=zero_stage).bucket
 
 
 def test_reduction_in_bf16_halves_the_gradients() -> None:
     precision = example({"precision": {"dtype": "bf16", "reduce_dtype": "bf16"}}).precision
-    assert [float(one) for one in states_per_element(1, 2, precision)] == [2, 2, 4, 2]
+    assert [float(one) for one in states_per_element(ParallelConfig(), 2, precision)] == [2, 2, 4, 2 + 1]
 
 
 SHORT: Change = {"model": {"max_positions": 64}}
@@ -69,12 +78,13 @@ def test_activations_grow_with_what_is_alive() -> None:
     assert gpt.saved(example().model, 0, RowLengths(1, predicted=1), 2) == (5 + 12 / 2) * 64
 
 
-def test_zero_3_gathers_one_module_at_a_time() -> None:
+def test_zero_3_gathers_two_modules_at_a_time_or_the_stage() -> None:
     model = example(SHORT).model
-    assert largest_module(model_entries(model), 1) == model.padded_vocab_size * model.hidden_size
-    layers = [entry for entry in model_entries(model) if entry.name.startswith("layers")]
-    assert largest_module(layers, 1) == 4 * 64 * 64 + 4 * 64, "a weight and its bias are gathered together"
-    assert memory(zero_stage=3).gathered == 4 * model.padded_vocab_size * model.hidden_size
+    layers = [entry for entry in model_entries(model) if entry.name.startswith("layers.0")]
+    # feed-forward up and down, a weight and its bias together
+    assert gathered_at_once(layers, 1, recomputes=False) == (4 * 64 * 64 + 4 * 64) + (4 * 64 * 64 + 64)
+    assert memory(zero_stage=3).gathered == 4 * (model.padded_vocab_size * model.hidden_size + 4 * 64 * 64 + 4 * 64)
+    assert memory(zero_stage=3, gather="step").gathered == 4 * num_parameters(model, padded=True)
     assert memory(zero_stage=2).gathered == 0
 
 

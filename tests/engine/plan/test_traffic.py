@@ -1,7 +1,10 @@
 """Bytes per step against the closed forms, written out by hand for small cases."""
 
+from typing import Any
+
 import pytest
 
+from engine.config.schema import ParallelConfig
 from engine.plan.composition import example
 from engine.plan.parameters import num_parameters
 from engine.plan.plan import Plan, make_plan
@@ -12,23 +15,27 @@ BF16 = example({"precision": {"dtype": "bf16"}}).precision
 
 
 @pytest.mark.parametrize(
-    ("zero_stage", "precision", "expected"),
+    ("parallel", "precision", "expected"),
     [
-        (0, FP32, (2 * 4 * 300, 0)),
-        (1, FP32, (2 * 4 * 300, 4 * 300)),
-        (1, BF16, (2 * 4 * 300, 2 * 300)),
-        (2, BF16, (5 * 2 * 4 * 300, 2 * 300)),
-        (3, BF16, (5 * 4 * 300, 2 * 5 * 2 * 300)),
+        ({"zero_stage": 0}, FP32, (2 * 4 * 300, 0)),
+        ({"zero_stage": 1}, FP32, (4 * 300, 4 * 300)),
+        ({"zero_stage": 1}, BF16, (4 * 300, 2 * 300)),
+        ({"zero_stage": 2}, BF16, (5 * 2 * 4 * 300, 2 * 300)),
+        ({"zero_stage": 2, "reduce": "step"}, BF16, (4 * 300, 2 * 300)),
+        ({"zero_stage": 3}, BF16, (5 * 4 * 300, 2 * 5 * 2 * 300)),
+        ({"zero_stage": 3, "reduce": "step"}, BF16, (4 * 300, 2 * 5 * 2 * 300)),
+        ({"zero_stage": 3, "gather": "step"}, BF16, (5 * 4 * 300, 2 * 300)),
+        ({"zero_stage": 3, "gather": "step", "reduce": "step"}, FP32, (4 * 300, 4 * 300)),
     ],
 )
-def test_zero_bytes(zero_stage: int, precision, expected: tuple[int, int]) -> None:
+def test_zero_bytes(parallel: dict, precision, expected: tuple[int, int]) -> None:
     """400 parameters on 4 data ranks: each sends 3/4 of them; 5 micro-batches."""
-    assert zero_bytes(400, zero_stage, 4, precision, num_micro_batches=5) == expected
+    assert zero_bytes(400, ParallelConfig(**parallel), 4, precision, num_micro_batches=5) == expected
 
 
 @pytest.mark.parametrize("zero_stage", range(4))
-def test_one_data_rank_sends_nothing(zero_stage: int) -> None:
-    assert zero_bytes(400, zero_stage, 1, FP32, num_micro_batches=5) == (0, 0)
+def test_one_data_rank_sends_nothing(zero_stage: Any) -> None:
+    assert zero_bytes(400, ParallelConfig(zero_stage=zero_stage), 1, FP32, num_micro_batches=5) == (0, 0)
 
 
 def test_rings() -> None:
