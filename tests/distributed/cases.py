@@ -1,7 +1,6 @@
-"""The runs that every layout is held to: two tiny models, hard batches, and the plain-torch run they must equal.
+"""The runs that every layout is held to: tiny models, hard batches, and the plain-torch run that they must equal.
 
-The batches are made to catch wrong denominators: rows of very different weight, padding that differs per
-micro-batch, documents that end anywhere. Clipping is active in every step.
+Clipping is active in every step.
 """
 
 from __future__ import annotations
@@ -18,20 +17,20 @@ from engine.config.load import parse_run
 from engine.config.place import RankPlace
 from engine.config.resolve import resolve
 from engine.config.schema import RunConfig
-from engine.models import gpt
+from engine.models.families import family
 from engine.models.initial import initial_value
 from engine.models.values import fill
 from engine.optim.groups import weight_decay
 from engine.parallel.boundary import Tensors
 from engine.parallel.collectives import all_reduce
 from engine.parallel.groups import Groups
+from tests.distributed.batches import GLOBAL_BATCH, LENGTH, MASKED, VOCAB, global_batch, weights
 
 NUM_STEPS = 6
-GLOBAL_BATCH = 8
-LENGTH = 12
-VOCAB = 61  # padded to 64: three columns must stay out of the softmax
 LEARNING_RATE = 1e-2
 CLIP_NORM = 0.5
+EPSILON = 1e-6
+"""Of Adam: far above the rounding of a gradient, so that an element whose gradient is nothing else hardly moves."""
 LAYOUTS = ((1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 2, 1), (2, 2, 1), (2, 1, 2), (2, 2, 2))
 """(pipe, tensor, data)."""
 
@@ -45,12 +44,35 @@ LLAMA = GPT2 | {
     "bias": False,
     "tie_embeddings": False,
 }
+BERT = GPT2 | {
+    "family": "bert",
+    "token_types": 2,
+    "pair_head": True,
+    "norm_position": "post",
+    "activation": "gelu",
+}
+MODERN_BERT = GPT2 | {
+    "family": "bert",
+    "ffn_size": 24,
+    "position": "rope",
+    "norm_bias": False,
+    "activation": "geglu",
+    "bias": False,
+}
 MODELS = {
     "gpt2": GPT2,
     "gpt2-deep": GPT2 | {"num_layers": 6},
     "llama": LLAMA,
     "llama-tied": LLAMA | {"tie_embeddings": True},
+    "bert": BERT,
+    "modernbert": MODERN_BERT,
 }
+OBJECTIVES = {
+    "gpt2": {"name": "causal"},
+    "bert": {"name": "masked", "pairs": "next_sentence", "rate": MASKED / LENGTH},
+    "modernbert": {"name": "masked", "rate": MASKED / LENGTH},
+}
+"""By model, else GPT-2's."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +118,11 @@ def product() -> list[Case]:
 
 
 def matrix() -> list[Case]:
-    """Model x ZeRO stage x layout x decay groups, whole; schedule, attention and micro-batch take turns."""
-    kinds = itertools.product(("gpt2", "llama"), range(4), LAYOUTS, (True, False))
+    """Model x ZeRO stage x layout x decay groups, whole (of BERT with decay groups only); the rest takes turns."""
+    kinds = itertools.chain(
+        itertools.product(("gpt2", "llama"), range(4), LAYOUTS, (True, False)),
+        itertools.product(("bert",), range(4), LAYOUTS, (True,)),
+    )
     turns = itertools.cycle(itertools.product(("1f1b", "gpipe"), ("document", "row"), (1, 2)))
     cases = []
     for (model, zero_stage, (pipe, tensor, data), decay), (schedule, attention, micro) in zip(
@@ -134,6 +159,7 @@ def config_of(case: Case) -> RunConfig:
             "stages": [
                 {
                     "data": {"train": "unused", "attention": case.attention},
+                    "objective": OBJECTIVES.get(case.model, OBJECTIVES["gpt2"]),
                     "sequence_length": LENGTH,
                     "global_batch_size": GLOBAL_BATCH,
                     "duration": {"steps": NUM_STEPS},
@@ -143,6 +169,7 @@ def config_of(case: Case) -> RunConfig:
                 "name": case.optimizer,
                 "learning_rate": LEARNING_RATE,
                 "clip_norm": CLIP_NORM,
+                "epsilon": EPSILON,
                 "weight_decay": 0.1,
                 "no_decay": ["*.bias", "*norm*"] if case.decay else [],
             },
@@ -165,24 +192,6 @@ def config_of(case: Case) -> RunConfig:
     )
 
 
-def global_batch(step: int, attention: str) -> Tensors:
-    """The global batch of a step: rows of weight from nearly all targets to nearly none, real weights among them."""
-    generator = torch.Generator().manual_seed(1000 + step)
-    shape = (GLOBAL_BATCH, LENGTH)
-    weights_BT = torch.rand(shape, generator=generator)
-    lengths_B = torch.linspace(LENGTH, 1, GLOBAL_BATCH).round()
-    padding_BT = torch.arange(LENGTH) >= lengths_B[torch.randperm(GLOBAL_BATCH, generator=generator)].unsqueeze(1)
-    batch = {
-        "tokens_BT": torch.randint(0, VOCAB, shape, generator=generator),
-        "targets_BT": torch.randint(0, VOCAB, shape, generator=generator),
-        "weights_BT": weights_BT.masked_fill(padding_BT, 0.0),
-    }
-    if attention == "document":
-        ends_BT = torch.rand(shape, generator=generator) > 0.8
-        batch["segments_BT"] = ends_BT.int().cumsum(1, dtype=torch.int32)
-    return batch
-
-
 @dataclass
 class Result:
     """What a run is compared by."""
@@ -195,9 +204,10 @@ class Result:
 def reference(case: Case) -> Result:
     """The same run in one plain torch loop: the whole batch at once, `clip_grad_norm_`, unfused AdamW."""
     config = config_of(case)
-    model = gpt.build(config.model)
-    specs = {spec.name: spec for spec in gpt.specs(config.model)}
-    ties = gpt.ties(config.model)
+    kind = family(config.model)
+    model = kind.build(config.model)
+    specs = {spec.name: spec for spec in kind.specs(config.model)}
+    ties = kind.ties(config.model)
     fill(model, lambda name: initial_value(specs[ties.get(name, name)], config.model, config.seed))
     optimizer = torch.optim.AdamW(
         [
@@ -212,8 +222,8 @@ def reference(case: Case) -> Result:
     )
     losses, norms = [], []
     for step in range(NUM_STEPS):
-        batch = global_batch(step, case.attention)
-        loss = model(**batch)["losses_L"].sum() / batch["weights_BT"].sum()
+        batch = global_batch(step, case.attention, case.model)
+        loss = (model(**batch)["losses_L"] / weights(batch)).sum()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)))
         optimizer.step()
@@ -233,18 +243,18 @@ def run_rank(place: RankPlace, case: Case) -> tuple[list[float], list[float], li
     pipeline = build_pipeline(config, config.stages[0], groups, torch.device("cpu"))
     losses, norms = [], []
     for step in range(NUM_STEPS):
-        batch = global_batch(step, case.attention)
-        weight = batch["weights_BT"].sum()
-        loss = pipeline.train(stage_inputs(batch, case, groups), groups.layout.data / weight)
+        batch = global_batch(step, case.attention, case.model)
+        weights_L = weights(batch)
+        losses_L = pipeline.train(stage_inputs(batch, case, groups), groups.layout.data / weights_L)
         norms.append(pipeline.engine.step(LEARNING_RATE))
         check_invariants(pipeline.engine, groups)
-        counted = loss.double() * (groups.tensor.position == 0)
-        losses.append(all_reduce(counted, groups.world).item() / weight.item())
+        counted_L = losses_L.double() * (groups.tensor.position == 0)
+        losses.append((all_reduce(counted_L, groups.world) / weights_L).sum().item())
     indices = {
         spec.name: spec.part(
             torch.arange(int(np.prod(spec.shape))).reshape(spec.shape), groups.tensor.position, groups.tensor.size
         ).flatten()
-        for spec in gpt.specs(config.model)
+        for spec in family(config.model).specs(config.model)
     }
     pieces = [
         (
@@ -259,23 +269,24 @@ def run_rank(place: RankPlace, case: Case) -> tuple[list[float], list[float], li
 
 def stage_inputs(batch: Tensors, case: Case, groups: Groups) -> list[Tensors]:
     """This rank's keywords per micro-batch: rows go to data ranks in turn, a micro-batch at a time."""
-    size, inputs = case.micro_batch_size, []
-    for first in range(groups.coordinates.data_rank * size, GLOBAL_BATCH, size * case.data):
-        names = set()
-        if groups.is_first_stage:
-            names |= {"tokens_BT", "segments_BT"}
-        if groups.is_last_stage:
-            names |= {"targets_BT", "weights_BT"}
-        inputs.append({name: tensor[first : first + size] for name, tensor in batch.items() if name in names})
-    return inputs
+    from engine.train.build import stage_chunks
+
+    config, size = config_of(case), case.micro_batch_size
+    names = {
+        name for chunk in stage_chunks(config, groups) for name in family(config.model).wanted(config.model, chunk)
+    }
+    return [
+        {name: tensor[first : first + size] for name, tensor in batch.items() if name in names}
+        for first in range(groups.coordinates.data_rank * size, GLOBAL_BATCH, size * case.data)
+    ]
 
 
 def join_results(case: Case, ranks: list[Any]) -> Result:
     """One result from every rank's; each rank must have seen the same losses, and the pieces must cover everything."""
     for losses, norms, _ in ranks:
         assert (losses, norms) == (ranks[0][0], ranks[0][1]), "ranks disagree"
-    weights = {}
-    for spec in gpt.specs(config_of(case).model):
+    model, weights = config_of(case).model, {}
+    for spec in family(model).specs(model):
         flat = np.full(int(np.prod(spec.shape)), np.nan, np.float32)
         for _, _, pieces in ranks:
             for name, indices, values in pieces:

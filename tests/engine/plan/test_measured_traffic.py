@@ -10,7 +10,7 @@ import pytest
 
 from engine.plan.plan import make_plan
 from engine.plan.traffic import all_reduce_factor, gather_factor
-from tests.distributed.cases import Case, config_of, global_batch, stage_inputs
+from tests.distributed.cases import Case, config_of, global_batch, stage_inputs, weights
 from tests.distributed.ranks import run_ranks
 
 SCALAR_BYTES = 8
@@ -29,6 +29,8 @@ matrix = pytest.mark.matrix
         pytest.param(Case(zero_stage=2, data=2, reduce="step"), marks=matrix),
         pytest.param(Case("gpt2-deep", zero_stage=3, pipe=2, data=2, virtual_stages=3, reduce="step"), marks=matrix),
         pytest.param(Case("gpt2-deep", zero_stage=3, pipe=4, data=2, gather="step", attention="row"), marks=matrix),
+        Case("bert", zero_stage=1, pipe=2, tensor=2),
+        pytest.param(Case("bert", zero_stage=3, pipe=2, data=2), marks=matrix),
         pytest.param(Case(zero_stage=0, data=2), marks=matrix),
         pytest.param(Case(zero_stage=1, data=2, attention="row"), marks=matrix),
         pytest.param(Case(zero_stage=2, data=2, micro_batch_size=2), marks=matrix),
@@ -86,7 +88,7 @@ def bytes_of_a_step(place: Any, case: Case) -> dict[str, int]:
     count(dist, "reduce_scatter_tensor", "reduce_scatter", gather_factor)
     for step in range(2):
         counting[0] = step == 1
-        batch = global_batch(step, case.attention)
-        pipeline.train(stage_inputs(batch, case, groups), groups.layout.data / batch["weights_BT"].sum())
+        batch = global_batch(step, case.attention, case.model)
+        pipeline.train(stage_inputs(batch, case, groups), groups.layout.data / weights(batch))
         pipeline.engine.step(learning_rate=1e-3)
     return {kind: sent[kind] for kind in ("all_reduce", "reduce_scatter", "all_gather", "send")}
