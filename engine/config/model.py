@@ -5,7 +5,7 @@ from __future__ import annotations
 from engine.config.schema import ModelConfig
 from engine.errors import ConfigError, PalimpsestError
 
-ONLY: dict[str, tuple[str, ...]] = {}
+ONLY: dict[str, tuple[str, ...]] = {"token_types": ("bert",), "pair_head": ("bert",), "norm_position": ("bert",)}
 """The families that use a key; a key that is not here is used by all."""
 
 
@@ -21,6 +21,12 @@ def check_model(model: ModelConfig, problems: list[PalimpsestError]) -> None:
         if model.family not in families and getattr(model, key) != ModelConfig.model_fields[key].default
     ]
     _check_heads(model, problems)
+    if model.norm == "rmsnorm" and not model.norm_bias:
+        problems.append(
+            ConfigError(
+                "model.norm_bias = False with model.norm = rmsnorm", "True", "leave it out: RMS norms have no shift"
+            )
+        )
 
 
 def _check_heads(model: ModelConfig, problems: list[PalimpsestError]) -> None:

@@ -45,6 +45,14 @@ def check_objective(key: str, stage: RunStage, model: ModelConfig, problems: lis
                 "1 or less together",
             )
         )
+    if objective.name == "masked" and (objective.pairs != "none") != model.pair_head:
+        problems.append(
+            ConfigError(
+                f"{name}.pairs = {objective.pairs} with model.pair_head = {model.pair_head}",
+                "pairs with a pair head, or neither",
+                "change the objective or the model: a head without a loss would stay as it is",
+            )
+        )
     _check_rows(key, stage, problems)
 
 

@@ -43,12 +43,13 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """A decoder in GPT-2 form (the defaults) or Llama form (see `configs/models`)."""
+    """A decoder in GPT-2 form (the defaults) or Llama form, or an encoder in BERT or ModernBERT form (see
+    `configs/models`)."""
 
     kinds: ClassVar[dict[str, Kind]] = {"vocab_multiple": "execution"}
 
-    family: Literal["gpt"] = "gpt"
-    """Architecture family."""
+    family: Literal["gpt", "bert"] = "gpt"
+    """Architecture family: decoders (`gpt`), encoders that predict masked tokens (`bert`)."""
     vocab_size: PositiveInt
     """Real rows of the embedding: the tokenizer's size or more."""
     vocab_multiple: PositiveInt = 128
@@ -62,11 +63,21 @@ class ModelConfig(Section):
     """Inner width of the feed-forward part; None means 4 x `hidden_size`."""
     max_positions: PositiveInt = 1024
     """Longest sequence; rows of the position table when `position` is `learned`."""
+    token_types: NonNegativeInt = 0
+    """`bert`: kinds of segments that have an embedding, 2 for pairs; 0 means no such embedding."""
+    pair_head: bool = False
+    """`bert`: a second head says how the two segments of a row belong together (`objective.pairs`)."""
     position: Literal["learned", "rope"] = "learned"
     rope_theta: PositiveFloat = 10000.0
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_epsilon: PositiveFloat = 1e-5
-    activation: Literal["gelu_tanh", "swiglu"] = "gelu_tanh"
+    norm_bias: bool = True
+    """Shifts of layer norms (RMS norms have none)."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """`pre`: each part of a layer adds to the residual stream what it makes of its norm; `post` (`bert`): the sum of a
+    part and its input is normalised."""
+    activation: Literal["gelu_tanh", "gelu", "swiglu", "geglu"] = "gelu_tanh"
+    """Of the feed-forward part; `swiglu` and `geglu` multiply what they make by a gate."""
     bias: bool = True
     """Biases in linear layers."""
     tie_embeddings: bool = True
@@ -95,7 +106,7 @@ class ModelConfig(Section):
     @property
     def gated(self) -> bool:
         """Whether the feed-forward part multiplies what it makes by a gate."""
-        return self.activation == "swiglu"
+        return self.activation in ("swiglu", "geglu")
 
 
 class DataSource(Section):

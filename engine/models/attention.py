@@ -31,19 +31,37 @@ class View:
     sin_TK: torch.Tensor | None
 
 
-def view(config: ModelConfig, num_positions: int, segments_BT: torch.Tensor | None, device: torch.device) -> View:
-    """The view of one micro-batch; `segments_BT` counts documents within a row, None means one document per row."""
-    mask_B1TT = None if segments_BT is None else document_mask(segments_BT)
+def view(
+    config: ModelConfig,
+    num_positions: int,
+    segments_BT: torch.Tensor | None,
+    device: torch.device,
+    bidirectional: bool = False,
+) -> View:
+    """The view of one micro-batch; `segments_BT` counts documents within a row, None means one document per row.
+
+    `bidirectional`: tokens see those behind them, too.
+    """
+    if segments_BT is not None:
+        mask_B1TT = document_mask(segments_BT, bidirectional)
+    else:
+        whole = (1, 1, num_positions, num_positions)
+        mask_B1TT = torch.ones(whole, dtype=torch.bool, device=device) if bidirectional else None
     if config.position != "rope":
         return View(mask_B1TT, None, None)
     cos_TK, sin_TK = rotary_tables(num_positions, config.head_size, config.rope_theta, device)
     return View(mask_B1TT, cos_TK, sin_TK)
 
 
-def document_mask(segments_BT: torch.Tensor) -> torch.Tensor:
-    """Causal and inside one document: boolean mask_B1TT, true where the query sees the key. Every query sees itself."""
+def document_mask(segments_BT: torch.Tensor, bidirectional: bool = False) -> torch.Tensor:
+    """Inside one document and, unless `bidirectional`, causal: boolean mask_B1TT, true where the query sees the key.
+
+    Every query sees itself.
+    """
     num_positions = segments_BT.size(1)
     same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    if bidirectional:
+        return same_BTT[:, None]
     causal_TT = torch.ones(num_positions, num_positions, dtype=torch.bool, device=segments_BT.device).tril()
     return (same_BTT & causal_TT)[:, None]
 

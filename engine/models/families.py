@@ -10,7 +10,7 @@ from typing import Protocol, cast
 from torch import nn
 
 from engine.config.schema import ModelConfig
-from engine.models import gpt
+from engine.models import bert, gpt
 from engine.models.chunk import Chunk, Rows
 from engine.parallel.boundary import Boundary
 from engine.parallel.functions import PLAIN, Functions
@@ -54,7 +54,7 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: dict[str, Family] = {"gpt": cast(Family, gpt)}
+FAMILIES: dict[str, Family] = {"gpt": cast(Family, gpt), "bert": cast(Family, bert)}
 
 
 def family(config: ModelConfig) -> Family:

@@ -16,10 +16,10 @@ from engine.config.schema import ModelConfig
 from engine.models.attention import positions_in_document, view
 from engine.models.chunk import Chunk, Rows, whole
 from engine.models.heads import VocabularyHead
-from engine.models.layers import DecoderLayer, norm
+from engine.models.layers import TransformerLayer, layer_sharding, norm
 from engine.parallel.boundary import Boundary, Field, Tensors
 from engine.parallel.functions import PLAIN, Functions
-from engine.parallel.sharding import ROW, VOCABULARY, ParameterSpec, Table, column, lookup
+from engine.parallel.sharding import VOCABULARY, ParameterSpec, Table, lookup
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
@@ -34,7 +34,7 @@ class Stage(nn.Module):
             self.embed_tokens = nn.Embedding(config.padded_vocab_size, config.hidden_size)
             if config.position == "learned":
                 self.embed_positions = nn.Embedding(config.max_positions, config.hidden_size)
-        self.layers = nn.ModuleDict({str(index): DecoderLayer(config, functions) for index in chunk.layers})
+        self.layers = nn.ModuleDict({str(index): TransformerLayer(config, functions) for index in chunk.layers})
         if chunk.last:
             self.final_norm = norm(config)
             self.lm_head = VocabularyHead(config.hidden_size, config.vocab_size, config.padded_vocab_size, functions)
@@ -94,19 +94,7 @@ def build(config: ModelConfig, chunk: Chunk | None = None, functions: Functions 
 
 def sharding(config: ModelConfig) -> Table:
     """How the parameters of the whole model lie over the tensor axis; what is not named is replicated."""
-    query_width, kv_width = config.num_heads * config.head_size, config.kv_heads * config.head_size
-    qkv = column(query_width, kv_width, kv_width)
-    up = {"layers.*.ffn.up_proj.*": column(config.inner_size)}
-    if config.activation == "swiglu":
-        up = {"layers.*.ffn.gate_up_proj.*": column(config.inner_size, config.inner_size)}
-    return {
-        EMBEDDING: VOCABULARY,
-        "layers.*.attention.qkv_proj.*": qkv,
-        "layers.*.attention.out_proj.weight": ROW,
-        **up,
-        "layers.*.ffn.down_proj.weight": ROW,
-        HEAD: VOCABULARY,
-    }
+    return {EMBEDDING: VOCABULARY, **layer_sharding(config), HEAD: VOCABULARY}
 
 
 def specs(config: ModelConfig) -> list[ParameterSpec]:

@@ -1,8 +1,8 @@
 """Initial weights as a function of (seed, logical name) alone, so that they are equal in every layout.
 
 Normal with `init_std`; the projections that write to the residual stream are scaled down by sqrt(2 x layers)
-(Radford et al. 2019, GPT-2, section 2.3); norms 1, biases 0, padded rows 0. One whole parameter at a time: a rank
-that holds a part draws the whole, keeps its part and drops the rest.
+(Radford et al. 2019, GPT-2, section 2.3) unless each sum is normalised (post-norm); norms 1, biases 0, padded rows 0.
+One whole parameter at a time: a rank that holds a part draws the whole, keeps its part and drops the rest.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def initial_value(spec: ParameterSpec, config: ModelConfig, seed: int) -> torch.
         return torch.zeros(spec.shape, device="cpu")
     if kind.endswith("norm"):
         return torch.ones(spec.shape, device="cpu")
-    residual = kind in ("out_proj", "down_proj")
+    residual = kind in ("out_proj", "down_proj") and config.norm_position == "pre"
     std = config.init_std / math.sqrt(2 * config.num_layers) if residual else config.init_std
     value = torch.zeros(spec.shape, device="cpu")
     # Real rows only: the padded ones stay 0, and their number does not move the stream.

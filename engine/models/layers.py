@@ -1,12 +1,15 @@
-"""The parts of a decoder layer other than attention: norms, feed-forward, and the layer that joins them.
+"""The parts of a layer other than attention: norms, feed-forward, and the layer that joins them.
 
 Norms compute in fp32 and return the dtype of their input, so that bf16 runs do not lose the small differences
-that a norm magnifies. Layers are pre-norm: each part adds to the residual stream what it makes of its norm.
+that a norm magnifies.
 
 Legend: B batch, T time, D width, F feed-forward (F may be local).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,21 +18,22 @@ from torch.nn import functional as F
 from engine.config.schema import ModelConfig
 from engine.models.attention import SelfAttention, View
 from engine.parallel.functions import Functions
+from engine.parallel.sharding import ROW, Table, column
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation (Ba et al. 2016) with scale and shift."""
+    """Layer normalisation (Ba et al. 2016) with scale and, unless told otherwise, shift."""
 
-    def __init__(self, width: int, epsilon: float) -> None:
+    def __init__(self, width: int, epsilon: float, bias: bool = True) -> None:
         super().__init__()
         self.epsilon = epsilon
         self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """(B, T, D) -> (B, T, D), dtype kept."""
-        shape = (x_BTD.size(-1),)
-        return F.layer_norm(x_BTD.float(), shape, self.weight.float(), self.bias.float(), self.epsilon).to(x_BTD.dtype)
+        shape, bias = (x_BTD.size(-1),), None if self.bias is None else self.bias.float()
+        return F.layer_norm(x_BTD.float(), shape, self.weight.float(), bias, self.epsilon).to(x_BTD.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -47,48 +51,83 @@ class RMSNorm(nn.Module):
 
 def norm(config: ModelConfig) -> nn.Module:
     """The kind of norm that the configuration asks for, over D."""
-    kind = LayerNorm if config.norm == "layernorm" else RMSNorm
-    return kind(config.hidden_size, config.norm_epsilon)
+    if config.norm == "layernorm":
+        return LayerNorm(config.hidden_size, config.norm_epsilon, config.norm_bias)
+    return RMSNorm(config.hidden_size, config.norm_epsilon)
 
 
-class GeluFeedForward(nn.Module):
-    """D -> F, GELU in its tanh form (Hendrycks and Gimpel 2016, section 2), F -> D."""
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # Hendrycks and Gimpel 2016, section 2
+    "gelu": F.gelu,
+    "swiglu": F.silu,  # of the gate (Shazeer 2020, equation 6)
+    "geglu": F.gelu,
+}
+
+
+class FeedForward(nn.Module):
+    """D -> F, activation, F -> D."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
         self.up_proj = nn.Linear(config.hidden_size, config.inner_size, bias=config.bias)
         self.down_proj = nn.Linear(config.inner_size, config.hidden_size, bias=config.bias)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
-        return self.down_proj(F.gelu(self.up_proj(x_BTD), approximate="tanh"))
+        return self.down_proj(self.activation(self.up_proj(x_BTD)))
 
 
-class SwigluFeedForward(nn.Module):
-    """D -> gate and up (F each, fused), silu(gate) x up, F -> D (Shazeer 2020, equation 6)."""
+class GatedFeedForward(nn.Module):
+    """D -> gate and up (F each, fused), activation(gate) x up, F -> D."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.inner_size, bias=config.bias)
         self.down_proj = nn.Linear(config.inner_size, config.hidden_size, bias=config.bias)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
         gate_BTF, up_BTF = self.gate_up_proj(x_BTD).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate_BTF) * up_BTF)
+        return self.down_proj(self.activation(gate_BTF) * up_BTF)
 
 
-class DecoderLayer(nn.Module):
-    """Attention, then feed-forward, each on the residual stream behind a norm of its own."""
+def feed_forward(config: ModelConfig) -> nn.Module:
+    """The kind of feed-forward part that the configuration asks for."""
+    return GatedFeedForward(config) if config.gated else FeedForward(config)
 
-    def __init__(self, config: ModelConfig, functions: Functions) -> None:
+
+class TransformerLayer(nn.Module):
+    """Attention, then feed-forward, each with a norm of its own: before it (pre-norm) or behind the sum (post-norm).
+
+    `normed` says that what comes in is fresh from a norm: a pre-norm layer then has none before its attention.
+    """
+
+    def __init__(self, config: ModelConfig, functions: Functions, normed: bool = False) -> None:
         super().__init__()
-        self.attention_norm = norm(config)
+        self.post = config.norm_position == "post"
+        self.attention_norm = nn.Identity() if normed and not self.post else norm(config)
         self.attention = SelfAttention(config, functions.attention)
         self.ffn_norm = norm(config)
-        self.ffn = SwigluFeedForward(config) if config.activation == "swiglu" else GeluFeedForward(config)
+        self.ffn = feed_forward(config)
 
     def forward(self, x_BTD: torch.Tensor, view: View) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
+        if self.post:
+            x_BTD = self.attention_norm(x_BTD + self.attention(x_BTD, view))
+            return self.ffn_norm(x_BTD + self.ffn(x_BTD))
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), view)
         return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+
+
+def layer_sharding(config: ModelConfig) -> Table:
+    """How the parameters of layers lie over the tensor axis."""
+    query_width, kv_width = config.num_heads * config.head_size, config.kv_heads * config.head_size
+    inner = (config.inner_size,) * (2 if config.gated else 1)
+    return {
+        "layers.*.attention.qkv_proj.*": column(query_width, kv_width, kv_width),
+        "layers.*.attention.out_proj.weight": ROW,
+        f"layers.*.ffn.{'gate_up_proj' if config.gated else 'up_proj'}.*": column(*inner),
+        "layers.*.ffn.down_proj.weight": ROW,
+    }

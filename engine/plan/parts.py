@@ -42,7 +42,7 @@ def vocabulary(model: ModelConfig, name: str, width: int | None = None) -> Entry
 def norm(model: ModelConfig, name: str) -> list[Entry]:
     """A norm over the width."""
     entries = [Entry(f"{name}.weight", (model.hidden_size,), split=False)]
-    if model.norm == "layernorm":
+    if model.norm == "layernorm" and model.norm_bias:
         entries.append(Entry(f"{name}.bias", (model.hidden_size,), split=False))
     return entries
 

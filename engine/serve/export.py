@@ -23,6 +23,12 @@ from engine.serve.source import Trained
 LARGEST_DIFFERENCE = 1e-4
 """Between a logit of ours and of theirs, both computed in fp32 from the same weights."""
 
+THEIR_LOGITS = (
+    ("logits_BTV", "logits"),
+    ("logits_BTV", "prediction_logits"),
+    ("pair_logits_BC", "seq_relationship_logits"),
+)
+"""What each head makes, ours and theirs."""
 MAX_TOKENS = 512
 """Of the text that both sides read."""
 
@@ -51,7 +57,7 @@ class Exported:
 
 
 def export(trained: Trained, output: Path) -> Exported:
-    """Writes config.json, safetensors (fp32), generation_config.json and the tokenizer, and reads them back.
+    """Writes config.json, safetensors (fp32), the tokenizer and, of what generates, generation_config.json; reads back.
 
     Raises:
         ConfigError: `output` is taken, or the model has no twin in Hugging Face's library.
@@ -85,7 +91,8 @@ def write_folder(trained: Trained, folder: Path) -> None:
 
     config, state = their_form(trained, read_tokenizer(trained.tokenizer))
     config.save_pretrained(folder)
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    if trained.config.family != "bert":
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
     save_torch_state_dict(state, folder, filename_pattern="model{suffix}.safetensors", metadata={"format": "pt"})
     for path in sorted(trained.tokenizer.iterdir()):
         # The tokenizer's own folder may hold more than it needs, but nothing that would replace the model's files.
@@ -103,8 +110,11 @@ def check(trained: Trained, folder: Path, name: Path) -> Exported:
     tokens_BT = _same_tokens(trained, theirs, name)
     _same_weights(trained, theirs, name)
     with torch.no_grad():
-        logits_BTV = whole_model(trained.config, trained.weights)(tokens_BT=tokens_BT)["logits_BTV"]
-        difference = (logits_BTV - theirs.model(tokens_BT).logits).abs().max().item()
+        made = whole_model(trained.config, trained.weights)(tokens_BT=tokens_BT)
+        output = theirs.model(tokens_BT)
+        found = {name: output[theirs] for name, theirs in THEIR_LOGITS if name in made and theirs in output}
+        assert found.keys() == made.keys(), f"{list(made)} of ours and {list(output)} of theirs"
+        difference = torch.stack([(made[name] - value).abs().max() for name, value in found.items()]).max().item()
     if not difference <= LARGEST_DIFFERENCE:  # so that NaN fails too
         raise _differs(name, f"its logits are off by {difference:.2e}", f"at most {LARGEST_DIFFERENCE:.0e}")
     return Exported(
@@ -112,7 +122,7 @@ def check(trained: Trained, folder: Path, name: Path) -> Exported:
         num_parameters=sum(value.numel() for value in trained.weights.values()),
         num_tokens=tokens_BT.numel(),
         largest_difference=difference,
-        largest_logit=logits_BTV.abs().max().item(),
+        largest_logit=made["logits_BTV"].abs().max().item(),
     )
 
 

@@ -31,10 +31,17 @@ def generate(
     as it was found.
 
     Raises:
-        ConfigError: the prompt is empty or no text, or prompt and continuation are longer than the model's positions.
+        ConfigError: the model is an encoder, the prompt is empty or no text, or prompt and continuation are longer than
+            the model's positions.
     """
     tokenizer = language_model.tokenizer
     model: Any = language_model.model
+    if not model.can_generate():
+        raise ConfigError(
+            f"{language_model.origin} is a {type(model).__name__}, which predicts masked tokens and continues no text",
+            "a GPT",
+            "name another model",
+        )
     try:
         prompt.encode()
     except UnicodeEncodeError as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engine.checkpoint.huggingface import read_model, to_huggingface
+from engine.checkpoint.huggingface import form_of, read_model, to_huggingface
 from engine.config.schema import ModelConfig
 from engine.errors import ConfigError
 from engine.serve.source import Trained, is_trained, open_trained
@@ -67,11 +67,17 @@ def their_form(trained: Trained, tokenizer: Any) -> tuple[PretrainedConfig, dict
     """Their configuration, with the tokenizer's special tokens, and state dictionary.
 
     Raises:
-        ConfigError: the model has no twin, or the tokenizer has more tokens than the model.
+        ConfigError: the model has no twin, or the tokenizer has more tokens than the model or lacks one it needs.
     """
     check_vocabulary(trained.config, trained.tokenizer, tokenizer)
-    config, state = to_huggingface(trained.config, trained.weights)
+    config, state = to_huggingface(trained.config, trained.weights, tokenizer.pad_token_id)
     config.dtype = torch.float32
+    if form_of(trained.config).after_padding and tokenizer.pad_token_id is None:
+        raise ConfigError(
+            f"tokenizer {trained.tokenizer} has no padding token, from whose number RoBERTa's positions are counted",
+            "a tokenizer with one",
+            "train with model.token_types = 2, whose twin is BERT, or name another tokenizer",
+        )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     return config, state

@@ -8,20 +8,32 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BertConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ModernBertConfig,
+    OPTConfig,
+    RobertaConfig,
+)
 
-from engine.checkpoint.huggingface import GPT2, LLAMA, form_of, from_huggingface, our_config, to_huggingface
+from engine.checkpoint.bert_forms import BERT, BERT_WITHOUT_PAIRS, MODERN_BERT, ROBERTA
+from engine.checkpoint.forms import GPT2, LLAMA, Form
+from engine.checkpoint.huggingface import form_of, from_huggingface, our_config, to_huggingface
+from engine.config.model import ONLY
 from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.models.values import whole_model
-from tests.engine.models.tiny import FORMS, random_weights, tiny, twin
+from tests.engine.models.tiny import BERT_FORMS, FORMS, random_weights, tiny, twin
 
 TOKENS_BT = torch.arange(60).reshape(2, 30) * 7 % 500
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS | BERT_FORMS)
 def test_ours_to_theirs_and_back_is_bitwise_equal(form, tmp_path):
-    config = FORMS[form]
+    config = (FORMS | BERT_FORMS)[form]
     weights = random_weights(config)
     theirs = twin(config, weights)
     theirs.save_pretrained(tmp_path)
@@ -83,6 +95,18 @@ def test_weights_do_not_share_memory_with_the_model_they_came_from():
 def test_the_form_follows_from_the_fields():
     assert form_of(tiny("gpt2")) is GPT2
     assert form_of(tiny("llama")) is LLAMA
+    names = {"bert": BERT, "bert-without-pairs": BERT_WITHOUT_PAIRS, "roberta": ROBERTA, "modernbert": MODERN_BERT}
+    assert {name: form_of(BERT_FORMS[name]) for name in names} == names
+
+
+def test_positions_of_roberta_begin_behind_the_padding_token():
+    config = BERT_FORMS["roberta"]
+    weights = random_weights(config)
+    theirs, state = to_huggingface(config, weights, padding_id=3)
+    rows = state["roberta.embeddings.position_embeddings.weight"]
+    assert (theirs.pad_token_id, theirs.max_position_embeddings, len(rows)) == (3, 132, 132)
+    assert torch.equal(rows[4:], weights["embed_positions.weight"])
+    assert not rows[:4].any()
 
 
 @pytest.mark.parametrize(
@@ -92,6 +116,8 @@ def test_the_form_follows_from_the_fields():
         (tiny("gpt2", num_kv_heads=2), r"model.num_kv_heads = 2\n  allowed: 4 \(model.num_heads\) in GPT-2 form"),
         (tiny("llama", bias=True), r"nearest: Llama\): model.bias = True\n  allowed: False in Llama form"),
         (tiny("llama", activation="gelu_tanh", position="learned", bias=True), "nearest: GPT-2.*: 2 problems"),
+        (tiny("bert", activation="geglu"), r"nearest: BERT\): model.activation = geglu\n  allowed: gelu in BERT form"),
+        (tiny("bert", token_types=0), "model.token_types = 0\n  allowed: 1 or more in BERT form"),
     ],
 )
 def test_a_mix_of_forms_is_refused_by_the_names_of_its_fields(config, message):
@@ -102,7 +128,14 @@ def test_a_mix_of_forms_is_refused_by_the_names_of_its_fields(config, message):
 @pytest.mark.parametrize(
     ("theirs", "message"),
     [
-        (BertConfig(), "a Hugging Face model of type bert\n  allowed: gpt2 or llama"),
+        (OPTConfig(), "a Hugging Face model of type opt\n  allowed: gpt2 or llama or bert or roberta or modernbert"),
+        (BertConfig(hidden_act="relu"), "hidden_act = 'relu'\n  allowed: 'gelu'"),
+        (RobertaConfig(), "type_vocab_size = 2\n  allowed: 1"),
+        (ModernBertConfig(), "layer_types = .*sliding_attention.*\n  allowed: full_attention alone"),
+        (
+            ModernBertConfig(layer_types=["full_attention"] * 22, mlp_bias=True),
+            "biases that differ: .*'mlp_bias': True.*\n  allowed: one value",
+        ),
         (GPT2Config(activation_function="relu"), "activation_function = 'relu'\n  allowed: 'gelu_new'"),
         (GPT2Config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True"),
         (LlamaConfig(attention_bias=True), "attention_bias = True\n  allowed: False"),
@@ -121,10 +154,16 @@ def test_what_ours_does_not_compute_is_refused(theirs, message):
 
 def test_every_field_of_the_model_is_carried_or_named():
     """A new key of `ModelConfig` must say what it means for the twins."""
-    neither = {"family", "vocab_multiple", "dropout"}
-    gpt2 = {*GPT2.fields, *GPT2.ours, "num_kv_heads", "rope_theta"}  # refused unless num_heads; without meaning
-    llama = {*LLAMA.fields, *LLAMA.ours, "rope_theta"}
-    assert gpt2 | neither == llama | neither == set(ModelConfig.model_fields)
+    neither = {"vocab_multiple", "dropout"}
+    without_meaning: list[tuple[Form, set[str]]] = [
+        (GPT2, {*ONLY, "rope_theta"}),
+        (LLAMA, {*ONLY, "norm_bias"}),
+        *((form, {"rope_theta"}) for form in (BERT, BERT_WITHOUT_PAIRS, ROBERTA)),
+        (MODERN_BERT, set()),
+    ]
+    read = {"num_kv_heads", "max_positions", "rope_theta", "bias"}  # refused where not equal, or read by a function
+    for form, rest in without_meaning:
+        assert {*form.fields, *form.ours, *read, *rest, *neither} == set(ModelConfig.model_fields), form.name
 
 
 @pytest.mark.parametrize(

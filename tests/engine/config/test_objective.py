@@ -9,7 +9,8 @@ from engine.errors import ConfigError
 MODEL = ModelConfig(vocab_size=10, num_layers=1, hidden_size=4, num_heads=1)
 
 
-def problems(family, objective, sequence_length=64, **data):
+def problems(family, objective, sequence_length=64, pair_head=None, **data):
+    """What the rules say; the model has a head for pairs where the objective has pairs, unless told otherwise."""
     stage = RunStage.model_validate(
         {
             "data": {"train": "x"} | data,
@@ -20,7 +21,8 @@ def problems(family, objective, sequence_length=64, **data):
         }
     )
     found = []
-    check_objective("stages.0", stage, MODEL.model_copy(update={"family": family}), found)
+    has_head = stage.objective.pairs != "none" if pair_head is None else pair_head
+    check_objective("stages.0", stage, MODEL.model_copy(update={"family": family, "pair_head": has_head}), found)
     assert all(isinstance(problem, ConfigError) for problem in found)
     return [str(problem) for problem in found]
 
@@ -49,6 +51,12 @@ def test_each_family_has_its_objectives(family, name):
 )
 def test_keys_that_are_not_used_or_do_not_add_up_are_refused(family, objective, message):
     assert any(message in problem for problem in problems(family, objective))
+
+
+@pytest.mark.parametrize(("pairs", "pair_head"), [("sentence_order", False), ("none", True)])
+def test_pairs_and_their_head_come_together(pairs, pair_head):
+    [message] = problems("bert", {"name": "masked", "pairs": pairs}, pair_head=pair_head)
+    assert f"stages.0.objective.pairs = {pairs} with model.pair_head = {pair_head}\n  allowed: pairs with" in message
 
 
 def test_spans_of_masks_have_a_mean_length():

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine.config.load import parse_run, read_tree
 from engine.config.resolve import check
-from engine.models.gpt import specs
+from engine.config.schema import RunConfig
+from engine.models.families import family
 from tests.engine.models.tiny import MODELS
 
-RUN = {
-    "folder": "run",
-    "tokenizer": "tokenizer",
-    "stages": [
-        {"data": {"train": "t"}, "sequence_length": 128, "global_batch_size": 2, "duration": {"steps": 1}},
-    ],
-}
+STAGE = {"data": {"train": "t"}, "sequence_length": 128, "global_batch_size": 2, "duration": {"steps": 1}}
+
+
+def run_of(path: Path) -> RunConfig:
+    """A run of the model with an objective that fits it."""
+    model = read_tree(path)["model"]
+    objective: Any = "causal"
+    if model.get("family") == "bert":
+        objective = {"name": "masked", "pairs": "next_sentence" if model.get("pair_head") else "none"}
+    tree = {"folder": "run", "tokenizer": "tokenizer", "model": model, "stages": [STAGE | {"objective": objective}]}
+    return parse_run(tree, path.name)
 
 
 @pytest.mark.parametrize("path", sorted(MODELS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_it_can_be_a_runs_model(path):
-    config = parse_run({**RUN, **read_tree(path)}, path.name)
-    assert check(config) == []
+    assert check(run_of(path)) == []
 
 
 @pytest.mark.parametrize(
@@ -36,8 +42,11 @@ def test_it_can_be_a_runs_model(path):
         ("llama-1b", 1_100_048_384),
         ("llama-7b", 6_738_415_616),
         ("llama-70b", 68_976_648_192),
+        ("bert-base", 110_106_428),
+        ("bert-large", 336_226_108),
+        ("modernbert-base", 149_655_232),
     ],
 )
 def test_it_has_the_parameters_of_the_published_model(name, parameters):
-    config = parse_run({**RUN, **read_tree(MODELS / f"{name}.yaml")}, name).model
-    assert sum(math.prod(spec.stored_shape) for spec in specs(config)) == parameters
+    config = run_of(MODELS / f"{name}.yaml").model
+    assert sum(math.prod(spec.stored_shape) for spec in family(config).specs(config)) == parameters

@@ -1,33 +1,27 @@
 """The GPT family against its transformers twins, against its own cuts, and against documents on their own.
 
-Tolerance: a dot product of n terms in fp32 is off by about sqrt(n) roundings (2**-24) of its size, n is at most
-256 here; about 20 of them follow one another through 4 layers forward and as many backward, with norms between
-them that keep sizes near 1, and independent errors add up in squares: sqrt(40) x sqrt(256) x 2**-24 = 6e-6 of the
-largest value of a tensor.
+The tolerance is derived in `parity`.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.checkpoint.huggingface import from_huggingface
 from engine.config.schema import ModelConfig
 from engine.models.attention import view
 from engine.models.chunk import Chunk
-from engine.models.gpt import EMBEDDING, HEAD, Stage, build, sharding, specs, ties
-from engine.models.values import fill, whole_model
+from engine.models.gpt import EMBEDDING, HEAD, build, sharding, specs, ties
+from engine.models.values import whole_model
 from engine.parallel.boundary import Tensors
 from engine.parallel.functions import Functions
 from engine.parallel.functions import attention as plain_attention
 from engine.parallel.sharding import ParameterSpec, lookup
+from tests.engine.models.parity import TOLERANCE, assert_near, build_stages, gradient_of, gradients_of, their_gradients
 from tests.engine.models.tiny import random_weights, twin
-
-TOLERANCE = 40**0.5 * 256**0.5 * 2**-24
 
 
 def weighted_loss(logits_BTV: torch.Tensor, batch) -> torch.Tensor:
@@ -37,17 +31,6 @@ def weighted_loss(logits_BTV: torch.Tensor, batch) -> torch.Tensor:
 
 def loss_of(made: Tensors) -> torch.Tensor:
     return made["losses_L"].sum()
-
-
-def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
-
-
-def assert_near(found: torch.Tensor, expected: torch.Tensor, what: str = "") -> None:
-    bound = TOLERANCE * expected.abs().max().item()
-    distance = (found - expected).abs().max().item()
-    assert distance <= bound, f"{what}: {distance:.2e} > {bound:.2e}"
 
 
 def test_logits_loss_and_gradients_equal_those_of_the_twin(config, batch):
@@ -64,13 +47,9 @@ def test_logits_loss_and_gradients_equal_those_of_the_twin(config, batch):
     assert_near(loss, their_loss, "loss")
     loss.backward()
     their_loss.backward()
-    as_gradients = copy.deepcopy(theirs)
-    for target, source in zip(as_gradients.parameters(), theirs.parameters(), strict=True):
-        target.data = gradient_of(source)
-    _, their_gradients = from_huggingface(as_gradients)
-    gradients = dict(ours.named_parameters())
-    assert gradients.keys() == their_gradients.keys()
-    for name, expected in their_gradients.items():
+    gradients, expected_gradients = dict(ours.named_parameters()), their_gradients(theirs)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, expected in expected_gradients.items():
         assert_near(gradient_of(gradients[name])[: len(expected)], expected, name)
 
 
@@ -84,27 +63,6 @@ def test_loss_equals_the_twins_own_mean_loss(config, batch):
     )
     expected = twin(config, weights)(tokens_BT, labels=tokens_BT).loss
     assert_near(loss_of(made) / weights_BT.sum(), expected)
-
-
-def cut(config: ModelConfig, num_stages: int) -> list[Chunk]:
-    bounds = [round(i * config.num_layers / num_stages) for i in range(num_stages + 1)]
-    return [
-        Chunk(range(start, end), first=i == 0, last=i == num_stages - 1)
-        for i, (start, end) in enumerate(itertools.pairwise(bounds))
-    ]
-
-
-def build_stages(config: ModelConfig, weights, num_stages: int) -> list[Stage]:
-    whole = whole_model(config, weights)
-    values = {name: parameter.detach() for name, parameter in whole.named_parameters()}
-    stages = []
-    for chunk in cut(config, num_stages):
-        with torch.device("meta"):
-            stage = build(config, chunk)
-        renamed = ties(config) if not (chunk.first and chunk.last) else {}
-        fill(stage, lambda name, renamed=renamed: values[renamed.get(name, name)].clone())
-        stages.append(stage)
-    return stages
 
 
 @pytest.mark.parametrize("num_stages", [2, 3])
@@ -129,12 +87,7 @@ def test_stages_in_a_row_equal_the_whole(config, batch, num_stages, packed):
     loss.backward()
 
     assert torch.equal(loss, expected)
-    gradients: dict[str, torch.Tensor] = {}
-    for stage in stages:
-        renamed = ties(config)
-        for name, parameter in stage.named_parameters():
-            logical = renamed.get(name, name)
-            gradients[logical] = gradients.get(logical, torch.zeros(())) + gradient_of(parameter)
+    gradients = gradients_of(stages, config)
     expected_gradients = dict(whole.named_parameters())
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():

@@ -6,12 +6,13 @@ import math
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
 
-from engine.checkpoint.huggingface import to_huggingface
+from engine.checkpoint.huggingface import form_of, to_huggingface
 from engine.config.load import read_tree
 from engine.config.schema import ModelConfig
-from engine.models.gpt import EMBEDDING, HEAD, specs
+from engine.models.families import family
+from engine.models.gpt import EMBEDDING, HEAD
 
 MODELS = Path(__file__).parents[3] / "configs" / "models"
 
@@ -29,12 +30,21 @@ FORMS = {
     "llama-tied": tiny("llama", tie_embeddings=True, num_kv_heads=4, rope_theta=100.0, norm_epsilon=1e-3),
 }
 
+BERT_FORMS = {
+    "bert": tiny("bert"),
+    "bert-wide": tiny("bert", ffn_size=192, norm_epsilon=1e-3, token_types=3),
+    "bert-without-pairs": tiny("bert", pair_head=False),
+    "roberta": tiny("bert", pair_head=False, token_types=1),
+    "modernbert": tiny("modernbert"),
+    "modernbert-biased": tiny("modernbert", bias=True, norm_bias=True, tie_embeddings=False, rope_theta=100.0),
+}
+
 
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     """Stored values in which nothing is 0 or 1 by accident and attention is far from uniform."""
     generator = torch.Generator().manual_seed(seed)
     values = {}
-    for spec in specs(config):
+    for spec in family(config).specs(config):
         value = torch.randn(spec.stored_shape, generator=generator)
         matrix = len(spec.shape) == 2
         values[spec.name] = value / math.sqrt(spec.shape[1]) if matrix else value * 0.3 + spec.name.endswith("weight")
@@ -45,9 +55,8 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor
 def twin(config: ModelConfig, weights: dict[str, torch.Tensor]):
     """The Hugging Face model of our configuration and weights."""
     their_config, state = to_huggingface(config, {name: value.clone() for name, value in weights.items()})
-    model = AutoModelForCausalLM.from_config(their_config)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    model.tie_weights()
-    assert not unexpected
-    assert set(missing) <= {HEAD}
+    kind = getattr(transformers, form_of(config).architecture)
+    model, info = kind.from_pretrained(None, config=their_config, state_dict=state, output_loading_info=True)
+    assert not info["unexpected_keys"]
+    assert set(info["missing_keys"]) <= ({HEAD} if config.tie_embeddings else set())
     return model.eval()

@@ -29,7 +29,17 @@ SMALL = [
         update={"vocab_size": 300, "num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2}
         | {"ffn_size": 48}
     ),
+    *(
+        ModelConfig.model_validate(
+            {"family": "bert", "vocab_size": 500, "num_layers": 3, "hidden_size": 32, "num_heads": 4} | changes
+        )
+        for changes in (
+            {"norm_position": "post", "token_types": 2, "pair_head": True, "activation": "gelu"},
+            {"position": "rope", "bias": False, "norm_bias": False, "activation": "geglu", "tie_embeddings": False},
+        )
+    ),
 ]
+FORMS = ["gpt2 form", "untied", "llama form", "bert form", "modern encoder"]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +62,7 @@ def test_padding_adds_rows_to_every_vocabulary_matrix() -> None:
     assert num_parameters(untied, padded=True) - num_parameters(untied) == 2 * (50304 - 50257) * 768
 
 
-@pytest.mark.parametrize("model", SMALL, ids=["gpt2 form", "untied", "llama form"])
+@pytest.mark.parametrize("model", SMALL, ids=FORMS)
 def test_the_list_is_that_of_the_model_that_is_built(model: ModelConfig) -> None:
     from engine.models.families import family
 
@@ -64,7 +74,7 @@ def test_the_list_is_that_of_the_model_that_is_built(model: ModelConfig) -> None
         assert entry.local_numel(2) == built[name].local_numel(2), name
 
 
-@pytest.mark.parametrize("model", SMALL, ids=["gpt2 form", "untied", "llama form"])
+@pytest.mark.parametrize("model", SMALL, ids=FORMS)
 def test_stages_together_hold_the_model_and_a_tied_matrix_twice(model: ModelConfig) -> None:
     whole = sum(entry.numel for entry in model_entries(model))
     stages = [

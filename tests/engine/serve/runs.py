@@ -13,11 +13,11 @@ from engine.config.load import parse_run
 from engine.config.resolve import Layout
 from engine.config.resume import meaning_hash
 from engine.config.schema import RunConfig
-from engine.models.gpt import specs
+from engine.models.families import family
 from engine.parallel.axes import Grid
 from engine.parallel.groups import ALONE, Groups
 from engine.parallel.state import Piece, Placement
-from tests.engine.models.tiny import FORMS, random_weights
+from tests.engine.models.tiny import BERT_FORMS, FORMS, random_weights
 
 
 def one_process() -> Groups:
@@ -30,11 +30,14 @@ def one_process() -> Groups:
 
 def run_config(folder: Path, form: str, tokenizer: Path) -> RunConfig:
     stage = {"data": {"train": "t"}, "sequence_length": 32, "global_batch_size": 1, "duration": {"steps": 9}}
+    model = (FORMS | BERT_FORMS)[form]
+    if model.family == "bert":
+        stage["objective"] = {"name": "masked", "pairs": "next_sentence" if model.pair_head else "none"}
     return parse_run(
         {
             "folder": str(folder),
             "tokenizer": str(tokenizer),
-            "model": FORMS[form].model_dump(mode="json"),
+            "model": model.model_dump(mode="json"),
             "stages": [stage],
         },
         "test",
@@ -44,7 +47,7 @@ def run_config(folder: Path, form: str, tokenizer: Path) -> RunConfig:
 def save(config: RunConfig, step: int, seed: int, sections: dict[str, Any] | None = None) -> None:
     """Saves a checkpoint of random weights, padded as an engine holds them."""
     weights, pieces, placements = random_weights(config.model, seed), [], []
-    for spec in specs(config.model):
+    for spec in family(config.model).specs(config.model):
         full = torch.zeros(spec.shape)
         full[: len(weights[spec.name])] = weights[spec.name]
         pieces.append(Piece(spec, 0, full.flatten()))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from engine.checkpoint.huggingface import from_huggingface
 from engine.data.tokenizer_training import train_tokenizer
@@ -15,7 +15,10 @@ from engine.errors import CheckpointError, ConfigError, EnvironmentProblem
 from engine.models.values import whole_model
 from engine.serve import export as module
 from engine.serve.export import TEXT, export
+from engine.serve.generate import Sampling, generate
+from engine.serve.language_model import open_language_model
 from engine.serve.source import open_trained
+from tests.engine.serve.runs import run_config, save
 
 
 def test_their_library_loads_the_folder_and_computes_the_same(trained_run, tmp_path):
@@ -39,6 +42,28 @@ def test_their_library_loads_the_folder_and_computes_the_same(trained_run, tmp_p
         trained.config.model_dump(exclude={"num_kv_heads", "ffn_size"})
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"], "nothing is left beside it"
+
+
+@pytest.mark.parametrize("form", ["bert", "roberta", "modernbert"])
+def test_encoders_are_written_with_all_their_heads_and_computed_alike(form, tmp_path):
+    train_tokenizer([TEXT], tmp_path / "tokenizer", "wordpiece", 400, purpose="masked")
+    config = run_config(tmp_path / "run", form, tmp_path / "tokenizer")
+    save(config, step=3, seed=3)
+    trained = open_trained(config.folder)
+    exported = export(trained, tmp_path / "out")
+    assert 0 <= exported.largest_difference <= 1e-4 < exported.largest_logit
+    assert not (exported.folder / "generation_config.json").exists()
+    tokenizer = AutoTokenizer.from_pretrained(exported.folder)
+    model = AutoModelForMaskedLM.from_pretrained(exported.folder)
+    ids = tokenizer("Archimedes, in ink")["input_ids"]
+    padded = torch.tensor([ids + [tokenizer.pad_token_id] * 3])
+    with torch.no_grad():
+        ours = whole_model(trained.config, trained.weights)(tokens_BT=torch.tensor([ids]))["logits_BTV"]
+        seen = torch.tensor([[1] * len(ids) + [0] * 3])
+        found = model(padded, attention_mask=seen).logits[:, : len(ids)]
+    torch.testing.assert_close(found, ours, rtol=0, atol=1e-4)
+    with pytest.raises(ConfigError, match=r"For(PreTraining|MaskedLM), which predicts masked tokens"):
+        generate(open_language_model(exported.folder), "In ink", Sampling(max_new_tokens=2))
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece-unigram", "sentencepiece-bpe"])
