@@ -7,19 +7,19 @@ bytes is `engine.checkpoint.document.check_sizes`. Nothing here takes memory on 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from engine.checkpoint.container import ITEM_BYTES, FileRecord
 from engine.checkpoint.geometry import real_numel
 from engine.checkpoint.manifest import CheckpointState, Manifest
 from engine.checkpoint.writers import Writer, data_ranks, stored_numel
 from engine.config.resolve import Layout
-from engine.parallel.sharding import ParameterSpec, Sharding
+from engine.parallel.sharding import ParameterSpec, Role, Sharding
 from engine.parallel.state import Placement
 
 MAX_RANKS = 1 << 24
 """No world is larger; bounds every loop over ranks."""
-_ROLES = ("column", "row", "vocabulary", "replicated")
+_ROLES = get_args(Role)
 
 
 def parse(document: dict[str, Any]) -> Manifest:

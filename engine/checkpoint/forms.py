@@ -74,11 +74,16 @@ class Form:
 
 
 def ungrouped(config: ModelConfig, form: str) -> Problems:
-    """The problem of a form in which every head has a key of its own."""
-    if config.kv_heads == config.num_heads:
-        return []
+    """The problems of a form in which every head has a key of its own and an even share of the width."""
+    even = config.hidden_size // config.num_heads
+    wanted = {
+        "num_kv_heads": (config.kv_heads, config.num_heads, " (model.num_heads)"),
+        "head_width": (config.head_size, even, ""),
+    }
     return [
-        ConfigError(f"model.num_kv_heads = {config.kv_heads}", f"{config.num_heads} (model.num_heads) in {form} form")
+        ConfigError(f"model.{key} = {found}", f"{value}{what} in {form} form")
+        for key, (found, value, what) in wanted.items()
+        if found != value
     ]
 
 
@@ -91,10 +96,9 @@ def rope_theta(rope: Mapping[str, Any] | None, problems: Problems) -> float:
 
 
 def _read_llama(theirs: Any, problems: Problems) -> dict[str, Any]:
-    expected = theirs.hidden_size // theirs.num_attention_heads
-    if getattr(theirs, "head_dim", None) not in (None, expected):
-        problems.append(ConfigError(f"head_dim = {theirs.head_dim}", f"{expected} (hidden_size / num_attention_heads)"))
-    return {"rope_theta": rope_theta(getattr(theirs, "rope_parameters", None), problems)}
+    even, width = theirs.hidden_size // theirs.num_attention_heads, getattr(theirs, "head_dim", None)
+    theta = rope_theta(getattr(theirs, "rope_parameters", None), problems)
+    return {"rope_theta": theta, "head_width": None if width == even else width}
 
 
 GPT2_NAMES = {

@@ -16,6 +16,7 @@ import torch
 
 from engine.checkpoint.bert_forms import BERT, BERT_WITHOUT_PAIRS, MODERN_BERT, ROBERTA
 from engine.checkpoint.forms import GPT2, LLAMA, Form, Theirs
+from engine.checkpoint.t5_form import T5
 from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError, ConfigError, PalimpsestError, report
 from engine.models.families import family
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Tensors = dict[str, torch.Tensor]
-FORMS = (GPT2, LLAMA, BERT, BERT_WITHOUT_PAIRS, ROBERTA, MODERN_BERT)
+FORMS = (GPT2, LLAMA, BERT, BERT_WITHOUT_PAIRS, ROBERTA, MODERN_BERT, T5)
 
 
 def to_huggingface(
@@ -80,6 +81,10 @@ def from_huggingface(
             parts = [part[source.config.pad_token_id + 1 :] for part in parts]
         parts = [part.t() if entry.transposed and part.dim() == 2 else part for part in parts]
         tensors[spec.name] = torch.cat(parts)  # cat always copies
+    if form is T5 and config.tie_embeddings and not torch.equal(state["lm_head.weight"], state["shared.weight"]):
+        raise ConfigError(
+            "lm_head.weight is not shared.weight, although they are tied", "scale_decoder_outputs = false"
+        )
     return config, tensors
 
 

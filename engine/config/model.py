@@ -5,7 +5,14 @@ from __future__ import annotations
 from engine.config.schema import ModelConfig
 from engine.errors import ConfigError, PalimpsestError
 
-ONLY: dict[str, tuple[str, ...]] = {"token_types": ("bert",), "pair_head": ("bert",), "norm_position": ("bert",)}
+ONLY: dict[str, tuple[str, ...]] = {
+    "token_types": ("bert",),
+    "pair_head": ("bert",),
+    "norm_position": ("bert",),
+    "num_decoder_layers": ("t5",),
+    "relative_buckets": ("t5",),
+    "relative_distance": ("t5",),
+}
 """The families that use a key; a key that is not here is used by all."""
 
 
@@ -27,14 +34,58 @@ def check_model(model: ModelConfig, problems: list[PalimpsestError]) -> None:
                 "model.norm_bias = False with model.norm = rmsnorm", "True", "leave it out: RMS norms have no shift"
             )
         )
+    if (model.position == "relative") != (model.family == "t5"):
+        problems.append(
+            ConfigError(
+                f"model.position = {model.position} with model.family = {model.family}",
+                "relative" if model.family == "t5" else "learned or rope",
+                "only t5 knows relative positions, and no others",
+            )
+        )
+    if model.family == "t5":
+        _check_encoder_decoder(model, problems)
+
+
+def _check_encoder_decoder(model: ModelConfig, problems: list[PalimpsestError]) -> None:
+    decoder = model.num_layers - model.num_encoder_layers
+    if not 1 <= decoder < model.num_layers:
+        problems.append(
+            ConfigError(
+                f"model.num_decoder_layers = {decoder} of model.num_layers = {model.num_layers}",
+                "at least one layer in each of encoder and decoder",
+                "num_layers counts both",
+            )
+        )
+    if model.relative_distance <= model.relative_buckets // 2:
+        problems.append(
+            ConfigError(
+                f"model.relative_distance = {model.relative_distance} with model.relative_buckets = "
+                f"{model.relative_buckets}",
+                f"{model.relative_buckets // 2 + 1} or more",
+                "half of the buckets hold one distance each, the others what lies beyond them",
+            )
+        )
+    if model.num_heads != model.kv_heads:
+        problems.append(
+            ConfigError(f"model.num_kv_heads = {model.kv_heads} with model.family = t5", f"{model.num_heads}, or none")
+        )
+    if model.init_std != ModelConfig.model_fields["init_std"].default:
+        problems.append(
+            ConfigError(
+                f"model.init_std = {model.init_std} with model.family = t5, which does not use it",
+                "",
+                "leave it out: T5 starts with deviations of its own (engine/models/t5.py)",
+            )
+        )
 
 
 def _check_heads(model: ModelConfig, problems: list[PalimpsestError]) -> None:
-    if model.hidden_size % model.num_heads:
+    if model.head_width is None and model.hidden_size % model.num_heads:
         problems.append(
             ConfigError(
                 f"model.num_heads = {model.num_heads} does not divide model.hidden_size = {model.hidden_size}",
                 f"one of {divisors(model.hidden_size)}",
+                "or give model.head_width",
             )
         )
     elif model.position == "rope" and model.head_size % 2:

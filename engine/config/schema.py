@@ -43,20 +43,25 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """A decoder in GPT-2 form (the defaults) or Llama form, or an encoder in BERT or ModernBERT form (see
+    """A decoder in GPT-2 form (the defaults) or Llama form, an encoder in BERT or ModernBERT form, or T5 (see
     `configs/models`)."""
 
     kinds: ClassVar[dict[str, Kind]] = {"vocab_multiple": "execution"}
 
-    family: Literal["gpt", "bert"] = "gpt"
-    """Architecture family: decoders (`gpt`), encoders that predict masked tokens (`bert`)."""
+    family: Literal["gpt", "bert", "t5"] = "gpt"
+    """Architecture family: decoders (`gpt`), encoders that predict masked tokens (`bert`), both in one (`t5`)."""
     vocab_size: PositiveInt
     """Real rows of the embedding: the tokenizer's size or more."""
     vocab_multiple: PositiveInt = 128
     """The embedding is padded to a multiple of this, for speed and so that tensor parallelism divides it."""
     num_layers: PositiveInt
+    """Of an encoder-decoder (`t5`): of both stacks together."""
+    num_decoder_layers: PositiveInt | None = None
+    """`t5`: how many of them are the decoder's; None means half."""
     hidden_size: PositiveInt
     num_heads: PositiveInt
+    head_width: PositiveInt | None = None
+    """Width of a head; None means `hidden_size` / `num_heads`."""
     num_kv_heads: PositiveInt | None = None
     """Key and value heads (grouped-query attention); None means `num_heads`."""
     ffn_size: PositiveInt | None = None
@@ -67,8 +72,13 @@ class ModelConfig(Section):
     """`bert`: kinds of segments that have an embedding, 2 for pairs; 0 means no such embedding."""
     pair_head: bool = False
     """`bert`: a second head says how the two segments of a row belong together (`objective.pairs`)."""
-    position: Literal["learned", "rope"] = "learned"
+    position: Literal["learned", "rope", "relative"] = "learned"
+    """`relative` (`t5`): a number per head and bucket of distances is added to scores, which are not scaled."""
     rope_theta: PositiveFloat = 10000.0
+    relative_buckets: int = Field(default=32, ge=4, multiple_of=4)
+    """Buckets of distances, in the encoder half of them for each direction."""
+    relative_distance: PositiveInt = 128
+    """Distances from here on share a bucket."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_epsilon: PositiveFloat = 1e-5
     norm_bias: bool = True
@@ -76,8 +86,8 @@ class ModelConfig(Section):
     norm_position: Literal["pre", "post"] = "pre"
     """`pre`: each part of a layer adds to the residual stream what it makes of its norm; `post` (`bert`): the sum of a
     part and its input is normalised."""
-    activation: Literal["gelu_tanh", "gelu", "swiglu", "geglu"] = "gelu_tanh"
-    """Of the feed-forward part; `swiglu` and `geglu` multiply what they make by a gate."""
+    activation: Literal["gelu_tanh", "gelu", "relu", "swiglu", "geglu", "geglu_tanh"] = "gelu_tanh"
+    """Of the feed-forward part; the last three multiply what they make by a gate."""
     bias: bool = True
     """Biases in linear layers."""
     tie_embeddings: bool = True
@@ -97,7 +107,17 @@ class ModelConfig(Section):
 
     @property
     def head_size(self) -> int:
-        return self.hidden_size // self.num_heads
+        return self.head_width or self.hidden_size // self.num_heads
+
+    @property
+    def score_scale(self) -> float | None:
+        """Factor of attention scores; None means head_size ** -0.5."""
+        return 1.0 if self.position == "relative" else None
+
+    @property
+    def num_encoder_layers(self) -> int:
+        """Layers before those of the decoder, of an encoder-decoder."""
+        return self.num_layers - (self.num_decoder_layers or self.num_layers // 2)
 
     @property
     def inner_size(self) -> int:
@@ -106,7 +126,7 @@ class ModelConfig(Section):
     @property
     def gated(self) -> bool:
         """Whether the feed-forward part multiplies what it makes by a gate."""
-        return self.activation in ("swiglu", "geglu")
+        return self.activation in ("swiglu", "geglu", "geglu_tanh")
 
 
 class DataSource(Section):

@@ -43,8 +43,8 @@ class Batch:
     Causal: `tokens_BT`, `targets_BT` (int64), `weights_BT` (float32). Masked: `tokens_BT`, `masked_BM` (positions),
     `targets_BM` (int64), `weights_BM`; with pairs also `token_types_BT`, `pair_targets_B` (int64), `pair_weights_B`.
     Span corruption: `tokens_BS`, `decoder_tokens_BT`, `targets_BT` (int64), `weights_BT`. And int32 numbers of the
-    document within its row, from 0, padding last: `segments_BT` (`segments_BS`, `decoder_segments_BT`), absent where
-    documents see each other and padding is seen by none that counts."""
+    document within its row, from 0, padding last: `segments_BS` and `decoder_segments_BT`, or `segments_BT`, absent
+    where documents see each other and padding is seen by none that counts."""
     weights: dict[str, float]
     """Weight of all targets by loss: this micro-batch's part of each denominator."""
     samples_B3: torch.Tensor

@@ -289,7 +289,4 @@ class _SpanSampler:
             context.dataset.index.eos_id,
             context.padding_id,
         )
-        inputs = made._asdict()
-        if context.attention == "row":
-            del inputs["decoder_segments_BT"]
-        return Made(inputs, {"span": float(made.weights_BT.sum(dtype=np.float64))}, _lengths(made.segments_BS))
+        return Made(made._asdict(), {"span": float(made.weights_BT.sum(dtype=np.float64))}, _lengths(made.segments_BS))

@@ -22,7 +22,8 @@ from engine.parallel.functions import Attention
 class View:
     """What the tokens of a row see of one another.
 
-    `mask_B1TT` is true where a query (first T) sees a key (second T), None for causal over whole rows;
+    `mask_B1TT` is true where a query (first T) sees a key (second T), or holds what is added to its scores (then it may
+    be BHTT), None for causal over whole rows;
     `cos_TK` and `sin_TK` (fp32) turn queries and keys, None without rotary positions.
     """
 
@@ -106,7 +107,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.head_size = config.head_size
         self.queries_per_kv = config.num_heads // config.kv_heads
-        self.attention = attention
+        self.attention, self.scale = attention, config.score_scale
         query_width = config.num_heads * config.head_size
         kv_width = config.kv_heads * config.head_size
         self.qkv_proj = nn.Linear(config.hidden_size, query_width + 2 * kv_width, bias=config.bias)
@@ -120,5 +121,5 @@ class SelfAttention(nn.Module):
         if view.cos_TK is not None and view.sin_TK is not None:
             q_BTHK = rotate(q_BTHK, view.cos_TK, view.sin_TK)
             k_BTGK = rotate(k_BTGK, view.cos_TK, view.sin_TK)
-        out_BTHK = self.attention(q_BTHK, k_BTGK, v_BTGK, view.mask_B1TT)
+        out_BTHK = self.attention(q_BTHK, k_BTGK, v_BTGK, view.mask_B1TT, self.scale)
         return self.out_proj(out_BTHK.flatten(2))

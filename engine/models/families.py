@@ -10,7 +10,7 @@ from typing import Protocol, cast
 from torch import nn
 
 from engine.config.schema import ModelConfig
-from engine.models import bert, gpt
+from engine.models import bert, gpt, t5
 from engine.models.chunk import Chunk, Rows
 from engine.parallel.boundary import Boundary
 from engine.parallel.functions import PLAIN, Functions
@@ -54,7 +54,7 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: dict[str, Family] = {"gpt": cast(Family, gpt), "bert": cast(Family, bert)}
+FAMILIES: dict[str, Family] = {"gpt": cast(Family, gpt), "bert": cast(Family, bert), "t5": cast(Family, t5)}
 
 
 def family(config: ModelConfig) -> Family:

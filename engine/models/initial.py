@@ -1,8 +1,9 @@
 """Initial weights as a function of (seed, logical name) alone, so that they are equal in every layout.
 
 Normal with `init_std`; the projections that write to the residual stream are scaled down by sqrt(2 x layers)
-(Radford et al. 2019, GPT-2, section 2.3) unless each sum is normalised (post-norm); norms 1, biases 0, padded rows 0.
-One whole parameter at a time: a rank that holds a part draws the whole, keeps its part and drops the rest.
+(Radford et al. 2019, GPT-2, section 2.3) unless each sum is normalised (post-norm); T5 has deviations of its own. Norms
+1, biases 0, padded rows 0. One whole parameter at a time: a rank that holds a part draws the whole, keeps its part and
+drops the rest.
 """
 
 from __future__ import annotations
@@ -27,15 +28,38 @@ def initial_value(spec: ParameterSpec, config: ModelConfig, seed: int) -> torch.
         return torch.zeros(spec.shape, device="cpu")
     if kind.endswith("norm"):
         return torch.ones(spec.shape, device="cpu")
-    residual = kind in ("out_proj", "down_proj") and config.norm_position == "pre"
-    std = config.init_std / math.sqrt(2 * config.num_layers) if residual else config.init_std
     value = torch.zeros(spec.shape, device="cpu")
     # Real rows only: the padded ones stay 0, and their number does not move the stream.
     real = value if spec.real_rows is None else value[: spec.real_rows]
     # numpy and not torch: torch seeds its CPU generator with 32 bits, and its values depend on the CPU's vector width.
     drawn = _generator(seed, spec.name).standard_normal(tuple(real.shape), dtype=np.float32)
-    real.copy_(torch.from_numpy(drawn)).mul_(std)
+    real.copy_(torch.from_numpy(drawn))
+    deviations = t5_deviations(spec, config) if config.family == "t5" else (_deviation(kind, config),)
+    blocks = (real,) if len(deviations) == 1 else real.split(spec.blocks())
+    for block, deviation in zip(blocks, deviations, strict=True):
+        block.mul_(deviation)
     return value
+
+
+def _deviation(kind: str, config: ModelConfig) -> float:
+    residual = kind in ("out_proj", "down_proj") and config.norm_position == "pre"
+    return config.init_std / math.sqrt(2 * config.num_layers) if residual else config.init_std
+
+
+def t5_deviations(spec: ParameterSpec, config: ModelConfig) -> tuple[float, ...]:
+    """Standard deviation of a T5 matrix, or of each of its blocks (Raffel et al. 2020, in their code mesh_tensorflow).
+
+    1 / sqrt(inputs), with 1 / sqrt(head size) more for queries, whose scores are not scaled; embeddings 1; positions
+    1 / sqrt(width). A head of its own is like any matrix: logits then begin with size 1, as tied ones do.
+    """
+    kind = spec.name.split(".")[-2]
+    if kind == "embed_tokens":
+        return (1.0,)
+    if kind.endswith("_positions"):
+        return (config.hidden_size**-0.5,)
+    deviation = spec.shape[1] ** -0.5
+    query = deviation * config.head_size**-0.5
+    return {"qkv_proj": (query, deviation, deviation), "q_proj": (query,)}.get(kind, (deviation,))
 
 
 def _generator(seed: int, name: str) -> np.random.Generator:

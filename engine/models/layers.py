@@ -59,8 +59,10 @@ def norm(config: ModelConfig) -> nn.Module:
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),  # Hendrycks and Gimpel 2016, section 2
     "gelu": F.gelu,
+    "relu": F.relu,
     "swiglu": F.silu,  # of the gate (Shazeer 2020, equation 6)
     "geglu": F.gelu,
+    "geglu_tanh": partial(F.gelu, approximate="tanh"),
 }
 
 

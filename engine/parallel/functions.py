@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from engine.parallel.cross_entropy import linear_cross_entropy
 
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""(q_BTHK, k_BTGK, v_BTGK, mask_B1TT or None) -> out_BTHK; no mask means causal over the whole row."""
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float | None], torch.Tensor]
+"""(q_BTHK, k_BTGK, v_BTGK, mask_B1TT or bias_BHTT or None, scale or None) -> out_BTHK; no mask means causal over the
+whole row, no scale K ** -0.5."""
 
 LinearCrossEntropy = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, int], torch.Tensor
@@ -27,18 +28,24 @@ losses; see `engine.parallel.cross_entropy`."""
 
 
 def attention(
-    q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, mask_B1TT: torch.Tensor | None
+    q_BTHK: torch.Tensor,
+    k_BTGK: torch.Tensor,
+    v_BTGK: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Softmax attention, out_BTHK; query heads share the G key/value heads in consecutive groups of H / G.
 
-    `mask_B1TT` is boolean, true where a query (first T) sees a key (second T).
+    `mask` (B, 1 or H, T, T) is boolean, true where a query (first T) sees a key (second T), or of the queries' dtype
+    and added to the scores. Keys may be of another length than queries.
     """
     out_BHTK = F.scaled_dot_product_attention(
         q_BTHK.transpose(1, 2),
         k_BTGK.transpose(1, 2),
         v_BTGK.transpose(1, 2),
-        attn_mask=mask_B1TT,
-        is_causal=mask_B1TT is None,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
         enable_gqa=q_BTHK.size(2) != k_BTGK.size(2),
     )
     return out_BHTK.transpose(1, 2)

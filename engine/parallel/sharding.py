@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 Shape = tuple[int, ...]
+Role = Literal["column", "row", "vocabulary", "heads", "replicated"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Sharding:
     the sizes of the sub-blocks along `dim` (empty: one block).
     """
 
-    role: Literal["column", "row", "vocabulary", "replicated"]
+    role: Role
     dim: int | None = None
     blocks: tuple[int, ...] = ()
 
@@ -34,6 +35,8 @@ class Sharding:
 REPLICATED = Sharding("replicated")
 ROW = Sharding("row", dim=1)
 VOCABULARY = Sharding("vocabulary", dim=0)
+HEADS = Sharding("heads", dim=1)
+"""A number per head and row: each rank has those of its own heads."""
 
 
 def column(*blocks: int) -> Sharding:

@@ -10,7 +10,7 @@ from typing import Protocol, cast
 
 from engine.config.lengths import RowLengths
 from engine.config.schema import ModelConfig, Recompute
-from engine.plan import bert, gpt
+from engine.plan import bert, gpt, t5
 from engine.plan.parts import Entry
 
 
@@ -66,7 +66,7 @@ class Figures(Protocol):
         ...
 
 
-FAMILIES: dict[str, Figures] = {"gpt": cast(Figures, gpt), "bert": cast(Figures, bert)}
+FAMILIES: dict[str, Figures] = {"gpt": cast(Figures, gpt), "bert": cast(Figures, bert), "t5": cast(Figures, t5)}
 
 
 def figures(model: ModelConfig) -> Figures:

@@ -13,7 +13,7 @@ from typing import Any
 from engine.config.lengths import has_segments, row_lengths
 from engine.config.resolve import Layout, num_micro_batches, resolve
 from engine.config.schema import RunConfig
-from engine.plan.cut import Part, entries_of, stage_parts
+from engine.plan.cut import Part, entries_of, stage_parts, tied_stages
 from engine.plan.elastic import World, elastic_worlds
 from engine.plan.families import figures
 from engine.plan.memory import Memory, stage_memory
@@ -180,6 +180,7 @@ def _stage_plan(config: RunConfig, layout: Layout, stage: int, parts: list[Part]
             parts=parts,
             num_micro_batches=micro_batches,
             segments=has_segments(run_stage.data.attention, run_stage.objective),
+            ties=tied_stages(config.model, layout.pipe, len(parts), lengths),
         ),
         recomputed=len(recomputed),
     )

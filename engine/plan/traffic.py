@@ -6,7 +6,7 @@ A ring over n ranks sends (n-1)/n of the tensor per rank for a gather or a scatt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 
@@ -34,7 +34,7 @@ class Traffic:
     pipe: int
     """Neighbouring stages, the last and the first among them: boundary activations, document numbers, and gradients."""
     tie: int
-    """Both ends of the pipeline: the gradient of a tied embedding."""
+    """Stages that hold a weight together: its gradient."""
 
     @property
     def total(self) -> int:
@@ -53,8 +53,10 @@ def stage_traffic(
     lengths: RowLengths,
     num_micro_batches: int,
     segments: bool,
+    ties: Mapping[str, tuple[int, ...]],
 ) -> Traffic:
-    """Traffic of one rank of a stage that holds `parts`, whose parameters are `entries`.
+    """Traffic of one rank of a stage that holds `parts`, whose parameters are `entries`; `ties` are the stages of those
+    that several hold.
 
     `recomputed` are the layers among them that recompute their activations. `segments`: rows carry document numbers,
     which travel down the pipeline with the activations.
@@ -62,26 +64,24 @@ def stage_traffic(
     family = figures(model)
     numel = sum(entry.local_numel(parallel.tensor) for entry in entries)
     rows, dtype_bytes = num_micro_batches * parallel.micro_batch_size, DTYPE_BYTES[precision.dtype]
-    is_first, is_last = any(part.first for part in parts), any(part.last for part in parts)
     up, down = [part.layers.start for part in parts if not part.first], [p.layers.stop for p in parts if not p.last]
     sent = sum(family.boundary(model, layer, lengths) for layer in (*up, *down)) * dtype_bytes
     sent += sum(family.carried_bytes(model, layer, lengths, segments) for layer in down)
     gradients, weights = zero_bytes(numel, parallel, data_size, precision, num_micro_batches)
-    gathers_by_module = parallel.zero_stage == 3 and not parallel.gathers_per_step
-    if gathers_by_module and model.tie_embeddings and is_first and is_last:
+    if parallel.zero_stage == 3 and not parallel.gathers_per_step:
         # one parameter, two modules: each of them gathers it
-        matrix = model.padded_vocab_size * model.hidden_size // parallel.tensor
-        weights += zero_bytes(matrix, parallel, data_size, precision, num_micro_batches)[1]
-    losses = LOSS_REDUCTIONS * 4 * lengths.predicted if is_last else 0
+        used = [entry for part in parts for entry in family.entries(model, part.layers, part.first, part.last)]
+        numel = sum(entry.local_numel(parallel.tensor) for entry in used)
+        weights = zero_bytes(numel, parallel, data_size, precision, num_micro_batches)[1]
+    losses = LOSS_REDUCTIONS * 4 * lengths.predicted if any(part.last for part in parts) else 0
     reduced = sum(family.reduced(model, part.layers, part.first, part.last, lengths) for part in parts)
     reduced += sum(family.reduced_again(model, layer, lengths) for layer in recomputed)
-    is_tied = model.tie_embeddings and parallel.pipe > 1 and (is_first or is_last)
     return Traffic(
         gradients=gradients,
         weights=weights,
         tensor=int(rows * (reduced * dtype_bytes + losses) * all_reduce_factor(parallel.tensor)),
         pipe=rows * sent,
-        tie=_tie_bytes(model, parallel, precision, data_size) if is_tied else 0,
+        tie=_tie_bytes(entries, ties, parallel, precision, data_size),
     )
 
 
@@ -114,8 +114,17 @@ def all_reduce_factor(size: int) -> Fraction:
     return 2 * gather_factor(size)
 
 
-def _tie_bytes(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, data_size: int) -> int:
-    """The two ends all-reduce the gradient of what each rank updates of the tied matrix."""
-    numel = model.padded_vocab_size * model.hidden_size // parallel.tensor
-    own = numel if parallel.zero_stage == 0 else -(-numel // data_size)
-    return int(own * DTYPE_BYTES[precision.reduce_dtype] * all_reduce_factor(2))
+def _tie_bytes(
+    entries: list[Entry],
+    ties: Mapping[str, tuple[int, ...]],
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    data_size: int,
+) -> int:
+    """The stages of a tie all-reduce the gradient of what each rank updates of it."""
+    total = Fraction(0)
+    for entry in entries:
+        numel = entry.local_numel(parallel.tensor)
+        own = numel if parallel.zero_stage == 0 else -(-numel // data_size)
+        total += own * all_reduce_factor(len(ties.get(entry.name, (0,))))
+    return int(total * DTYPE_BYTES[precision.reduce_dtype])

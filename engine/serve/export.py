@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from engine.checkpoint.huggingface import from_huggingface
+from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError, ConfigError, EnvironmentProblem
 from engine.models.values import whole_model
 from engine.serve.language_model import LanguageModel, read_folder, read_tokenizer, their_form
@@ -110,8 +111,9 @@ def check(trained: Trained, folder: Path, name: Path) -> Exported:
     tokens_BT = _same_tokens(trained, theirs, name)
     _same_weights(trained, theirs, name)
     with torch.no_grad():
-        made = whole_model(trained.config, trained.weights)(tokens_BT=tokens_BT)
-        output = theirs.model(tokens_BT)
+        ours, inputs = _inputs(trained.config, tokens_BT)
+        made = whole_model(trained.config, trained.weights)(**ours)
+        output = theirs.model(**inputs)
         found = {name: output[theirs] for name, theirs in THEIR_LOGITS if name in made and theirs in output}
         assert found.keys() == made.keys(), f"{list(made)} of ours and {list(output)} of theirs"
         difference = torch.stack([(made[name] - value).abs().max() for name, value in found.items()]).max().item()
@@ -124,6 +126,15 @@ def check(trained: Trained, folder: Path, name: Path) -> Exported:
         largest_difference=difference,
         largest_logit=made["logits_BTV"].abs().max().item(),
     )
+
+
+def _inputs(config: ModelConfig, tokens_BT: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Keywords of ours and of theirs; an encoder-decoder reads the first half of the tokens and says the second."""
+    if config.family != "t5":
+        return {"tokens_BT": tokens_BT}, {"input_ids": tokens_BT}
+    read_BS, said_BT = tokens_BT.tensor_split(2, dim=1)
+    ours = {"tokens_BS": read_BS, "decoder_tokens_BT": said_BT}
+    return ours, {"input_ids": read_BS, "decoder_input_ids": said_BT}
 
 
 def _same_tokens(trained: Trained, theirs: LanguageModel, name: Path) -> torch.Tensor:

@@ -57,7 +57,11 @@ def generate(
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(sampling.seed)
         ids_BT = model.generate(
-            **encoded, **_settings(sampling), pad_token_id=_pad(tokenizer, model), streamer=streamer
+            **encoded,
+            **_settings(sampling),
+            pad_token_id=_pad(tokenizer, model),
+            streamer=streamer,
+            use_cache=_caches(model.config),
         )
     return tokenizer.decode(ids_BT[0], skip_special_tokens=True)
 
@@ -90,6 +94,11 @@ def _check_length(config: Any, num_prompt_tokens: int, sampling: Sampling) -> No
 def _pad(tokenizer: Any, model: Any) -> int | None:
     """What fills a row behind its end; one row has nothing to fill, but the library asks."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else model.generation_config.eos_token_id
+
+
+def _caches(config: Any) -> bool:
+    """transformers 5 makes a decoder's cache as deep as the encoder."""
+    return not config.is_encoder_decoder or config.num_decoder_layers == config.num_layers
 
 
 def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:

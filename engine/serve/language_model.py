@@ -80,6 +80,8 @@ def their_form(trained: Trained, tokenizer: Any) -> tuple[PretrainedConfig, dict
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
+    if config.is_encoder_decoder:
+        config.decoder_start_token_id = config.pad_token_id  # as span corruption shifts its targets
     return config, state
 
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import torch
 
+from engine.config.lengths import span_lengths
 from engine.parallel.boundary import Tensors
 
 GLOBAL_BATCH = 8
 LENGTH = 12
 VOCAB = 61  # padded to 64: three columns must stay out of the softmax
+CORRUPTED = 0.4
+"""Rate of span corruption, so that the decoder's rows are not much shorter than the encoder's."""
+DECODER_LENGTH = span_lengths(LENGTH, CORRUPTED, mean_span_length=3.0).decoder
 MASKED = 4
 """Most masked tokens of a row."""
 WEIGHTS = ("weights_BT", "weights_BM", "pair_weights_B")
@@ -24,6 +28,8 @@ def global_batch(step: int, attention: str, model: str = "gpt2") -> Tensors:
     generator = torch.Generator().manual_seed(1000 + step)
     if model in ("bert", "modernbert"):
         return _masked(generator, attention) | (_pairs(generator) if model == "bert" else {})
+    if model.startswith("t5"):
+        return _t5(generator, attention)
     return _gpt(generator, attention)
 
 
@@ -62,6 +68,20 @@ def _pairs(generator: torch.Generator) -> Tensors:
         "pair_targets_B": torch.randint(0, 2, (GLOBAL_BATCH,), generator=generator),
         "pair_weights_B": (torch.rand(GLOBAL_BATCH, generator=generator) > 0.6).float() + torch.eye(GLOBAL_BATCH)[0],
     }
+
+
+def _t5(generator: torch.Generator, attention: str) -> Tensors:
+    """The encoder's rows end in padding; every document of the decoder has a part of the encoder's rows."""
+    segments_BT = torch.zeros(GLOBAL_BATCH, DECODER_LENGTH, dtype=torch.int32)
+    if attention == "document":
+        segments_BT = _documents(DECODER_LENGTH, generator)
+    parts_B1 = segments_BT[:, -1:] + 2  # padding is the last one
+    return {
+        "tokens_BS": _tokens(LENGTH, generator),
+        "segments_BS": (torch.arange(LENGTH) * parts_B1).div(LENGTH, rounding_mode="floor").int(),
+        "decoder_tokens_BT": _tokens(DECODER_LENGTH, generator),
+        "decoder_segments_BT": segments_BT,
+    } | _targets(DECODER_LENGTH, generator)
 
 
 def _tokens(length: int, generator: torch.Generator) -> torch.Tensor:

@@ -24,7 +24,7 @@ from engine.optim.groups import weight_decay
 from engine.parallel.boundary import Tensors
 from engine.parallel.collectives import all_reduce
 from engine.parallel.groups import Groups
-from tests.distributed.batches import GLOBAL_BATCH, LENGTH, MASKED, VOCAB, global_batch, weights
+from tests.distributed.batches import CORRUPTED, GLOBAL_BATCH, LENGTH, MASKED, VOCAB, global_batch, weights
 
 NUM_STEPS = 6
 LEARNING_RATE = 1e-2
@@ -59,6 +59,19 @@ MODERN_BERT = GPT2 | {
     "activation": "geglu",
     "bias": False,
 }
+T5 = GPT2 | {
+    "family": "t5",
+    "num_layers": 5,
+    "num_decoder_layers": 3,
+    "head_width": 6,
+    "ffn_size": 24,
+    "position": "relative",
+    "relative_buckets": 8,
+    "relative_distance": 9,
+    "norm": "rmsnorm",
+    "activation": "relu",
+    "bias": False,
+}
 MODELS = {
     "gpt2": GPT2,
     "gpt2-deep": GPT2 | {"num_layers": 6},
@@ -66,11 +79,15 @@ MODELS = {
     "llama-tied": LLAMA | {"tie_embeddings": True},
     "bert": BERT,
     "modernbert": MODERN_BERT,
+    "t5": T5,
+    "t5-v1.1": T5 | {"activation": "geglu_tanh", "tie_embeddings": False},
 }
 OBJECTIVES = {
     "gpt2": {"name": "causal"},
     "bert": {"name": "masked", "pairs": "next_sentence", "rate": MASKED / LENGTH},
     "modernbert": {"name": "masked", "rate": MASKED / LENGTH},
+    "t5": {"name": "span_corruption", "rate": CORRUPTED},
+    "t5-v1.1": {"name": "span_corruption", "rate": CORRUPTED},
 }
 """By model, else GPT-2's."""
 

@@ -17,11 +17,13 @@ from transformers import (
     ModernBertConfig,
     OPTConfig,
     RobertaConfig,
+    T5Config,
 )
 
 from engine.checkpoint.bert_forms import BERT, BERT_WITHOUT_PAIRS, MODERN_BERT, ROBERTA
 from engine.checkpoint.forms import GPT2, LLAMA, Form
 from engine.checkpoint.huggingface import form_of, from_huggingface, our_config, to_huggingface
+from engine.checkpoint.t5_form import T5
 from engine.config.model import ONLY
 from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError, ConfigError
@@ -114,6 +116,8 @@ def test_positions_of_roberta_begin_behind_the_padding_token():
     [
         (tiny("gpt2", norm="rmsnorm"), r"nearest: GPT-2\): model.norm = rmsnorm\n  allowed: layernorm in GPT-2 form"),
         (tiny("gpt2", num_kv_heads=2), r"model.num_kv_heads = 2\n  allowed: 4 \(model.num_heads\) in GPT-2 form"),
+        (tiny("gpt2", head_width=8), r"model.head_width = 8\n  allowed: 16 in GPT-2 form"),
+        (tiny("t5", activation="swiglu"), "model.activation = swiglu\n  allowed: relu or geglu_tanh in T5 form"),
         (tiny("llama", bias=True), r"nearest: Llama\): model.bias = True\n  allowed: False in Llama form"),
         (tiny("llama", activation="gelu_tanh", position="learned", bias=True), "nearest: GPT-2.*: 2 problems"),
         (tiny("bert", activation="geglu"), r"nearest: BERT\): model.activation = geglu\n  allowed: gelu in BERT form"),
@@ -128,7 +132,10 @@ def test_a_mix_of_forms_is_refused_by_the_names_of_its_fields(config, message):
 @pytest.mark.parametrize(
     ("theirs", "message"),
     [
-        (OPTConfig(), "a Hugging Face model of type opt\n  allowed: gpt2 or llama or bert or roberta or modernbert"),
+        (
+            OPTConfig(),
+            "a Hugging Face model of type opt\n  allowed: gpt2 or llama or bert or roberta or modernbert or t5",
+        ),
         (BertConfig(hidden_act="relu"), "hidden_act = 'relu'\n  allowed: 'gelu'"),
         (RobertaConfig(), "type_vocab_size = 2\n  allowed: 1"),
         (ModernBertConfig(), "layer_types = .*sliding_attention.*\n  allowed: full_attention alone"),
@@ -139,7 +146,7 @@ def test_a_mix_of_forms_is_refused_by_the_names_of_its_fields(config, message):
         (GPT2Config(activation_function="relu"), "activation_function = 'relu'\n  allowed: 'gelu_new'"),
         (GPT2Config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True"),
         (LlamaConfig(attention_bias=True), "attention_bias = True\n  allowed: False"),
-        (LlamaConfig(head_dim=64), r"head_dim = 64\n  allowed: 128 \(hidden_size / num_attention_heads\)"),
+        (T5Config(feed_forward_proj="gated-silu"), "'gated-silu'\n  allowed: 'relu' or 'gated-gelu'"),
         (
             LlamaConfig(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
             "rope_parameters.rope_type = 'linear'\n  allowed: 'default'",
@@ -152,16 +159,29 @@ def test_what_ours_does_not_compute_is_refused(theirs, message):
         our_config(theirs, 128)
 
 
+OF_T5 = {key for key, families in ONLY.items() if families == ("t5",)}
+
+
 def test_every_field_of_the_model_is_carried_or_named():
     """A new key of `ModelConfig` must say what it means for the twins."""
     neither = {"vocab_multiple", "dropout"}
     without_meaning: list[tuple[Form, set[str]]] = [
         (GPT2, {*ONLY, "rope_theta"}),
         (LLAMA, {*ONLY, "norm_bias"}),
-        *((form, {"rope_theta"}) for form in (BERT, BERT_WITHOUT_PAIRS, ROBERTA)),
-        (MODERN_BERT, set()),
+        *((form, {"rope_theta", *OF_T5}) for form in (BERT, BERT_WITHOUT_PAIRS, ROBERTA)),
+        (MODERN_BERT, OF_T5),
+        (T5, {*ONLY, "rope_theta", "init_std"}),
     ]
-    read = {"num_kv_heads", "max_positions", "rope_theta", "bias"}  # refused where not equal, or read by a function
+    read = {
+        "num_layers",
+        "activation",
+        "tie_embeddings",
+        "head_width",
+        "num_kv_heads",
+        "max_positions",
+        "rope_theta",
+        "bias",
+    }  # refused where not equal, or read by a function
     for form, rest in without_meaning:
         assert {*form.fields, *form.ours, *read, *rest, *neither} == set(ModelConfig.model_fields), form.name
 

@@ -172,11 +172,3 @@ def test_every_run_that_is_shipped_resolves(path: Path) -> None:
 
     run = load_run(path)
     assert resolve(run, WORLDS.get(path.stem, run.parallel.pipe * run.parallel.tensor * (run.parallel.data or 1)))
-
-
-@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("configs/models/*.yaml")), ids=lambda path: path.stem)
-def test_every_model_that_is_shipped_resolves(path: Path) -> None:
-    from engine.config.load import read_tree
-
-    model = read_tree(path)["model"]
-    assert resolve(config(f"model={model}"), 1)

@@ -23,6 +23,8 @@ def run_of(path: Path) -> RunConfig:
     objective: Any = "causal"
     if model.get("family") == "bert":
         objective = {"name": "masked", "pairs": "next_sentence" if model.get("pair_head") else "none"}
+    if model.get("family") == "t5":
+        objective = "span_corruption"
     tree = {"folder": "run", "tokenizer": "tokenizer", "model": model, "stages": [STAGE | {"objective": objective}]}
     return parse_run(tree, path.name)
 

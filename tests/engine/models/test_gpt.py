@@ -182,9 +182,9 @@ def test_tensor_parallel_parts_add_up_to_the_whole_attention(config):
 def test_attention_and_loss_come_from_the_functions_that_it_was_built_with(config, batch):
     calls = []
 
-    def attention(q_BTHK, k_BTGK, v_BTGK, mask_B1TT):
+    def attention(q_BTHK, k_BTGK, v_BTGK, mask_B1TT, scale):
         calls.append((q_BTHK.shape[2:], k_BTGK.shape[2:], mask_B1TT))
-        return plain_attention(q_BTHK, k_BTGK, v_BTGK, mask_B1TT)
+        return plain_attention(q_BTHK, k_BTGK, v_BTGK, mask_B1TT, scale)
 
     def linear_cross_entropy(hidden_BTD, weight_VD, bias_V, targets_BT, weights_BT, vocab_size):
         assert weight_VD.shape == (config.padded_vocab_size, hidden_BTD.shape[-1])

@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
+from engine.models import t5
 from engine.models.gpt import specs
 from engine.models.initial import initial_value
+from tests.engine.models.tiny import T5_FORMS
 
 
 def by_name(config):
@@ -46,6 +48,28 @@ def test_sizes_are_those_of_gpt2(config):
             # five standard errors of the deviation and of the mean of n normal draws
             assert abs(value.std().item() / std - 1) < 5 / math.sqrt(2 * value.numel()), name
             assert abs(value.mean().item()) < 5 * std / math.sqrt(value.numel()), name
+
+
+def test_t5_starts_with_deviations_of_its_own():
+    """Fan-in everywhere, so that what a layer makes has size 1; queries smaller, since scores are not scaled."""
+    config = T5_FORMS["t5-v1.1"].model_copy(update={"hidden_size": 64, "ffn_size": 256, "head_width": 36})
+    heads = 4 * 36
+    expected = {
+        "embed_tokens.weight": [(500, 1.0)],
+        "lm_head.weight": [(500, 1 / 8)],
+        "encoder_positions.weight": [(16, 1 / 8)],
+        "layers.1.attention.qkv_proj.weight": [(heads, 1 / 8 / 6), (heads, 1 / 8), (heads, 1 / 8)],
+        "layers.4.cross_attention.q_proj.weight": [(heads, 1 / 8 / 6)],
+        "layers.4.cross_attention.kv_proj.weight": [(2 * heads, 1 / 8)],
+        "layers.4.cross_attention.out_proj.weight": [(64, 1 / 12)],
+        "layers.4.ffn.gate_up_proj.weight": [(512, 1 / 8)],
+        "layers.0.ffn.down_proj.weight": [(64, 1 / 16)],
+    }
+    by_name = {spec.name: spec for spec in t5.specs(config)}
+    for name, blocks in expected.items():
+        value = initial_value(by_name[name], config, seed=0)[: by_name[name].real_rows]
+        for (_, std), block in zip(blocks, value.split([rows for rows, _ in blocks]), strict=True):
+            assert abs(block.std().item() / std - 1) < 5 / math.sqrt(2 * block.numel()), name
 
 
 @pytest.mark.parametrize("config", ["gpt2"], indirect=True)

@@ -39,6 +39,11 @@ BERT_FORMS = {
     "modernbert-biased": tiny("modernbert", bias=True, norm_bias=True, tie_embeddings=False, rope_theta=100.0),
 }
 
+T5_FORMS = {
+    "t5": tiny("t5"),
+    "t5-v1.1": tiny("t5", tie_embeddings=False, activation="geglu_tanh", num_decoder_layers=None, norm_epsilon=1e-3),
+}
+
 
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     """Stored values in which nothing is 0 or 1 by accident and attention is far from uniform."""

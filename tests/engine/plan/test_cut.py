@@ -89,3 +89,31 @@ def test_a_tie_is_between_stages_and_not_between_parts() -> None:
     assert tied_stages(GPT2, 2, 3, LENGTHS) == {"embed_tokens.weight": (0, 1)}
     assert tied_stages(GPT2, 3, 4, LENGTHS) == {"embed_tokens.weight": (0, 2)}
     assert tied_stages(GPT2, 1, 1, LENGTHS) == {}
+
+
+T5 = ModelConfig(
+    family="t5",
+    vocab_size=64,
+    num_layers=5,
+    num_decoder_layers=3,
+    hidden_size=16,
+    num_heads=4,
+    position="relative",
+)
+
+
+def test_t5_is_cut_by_what_its_stacks_cost() -> None:
+    """Encoder layers cost by the encoder's length, decoder layers by both, wherever the border is."""
+    assert cut(T5, 2, RowLengths(100, 100, decoder=100)) == [range(3), range(3, 5)]
+    assert cut(T5, 2, RowLengths(4000, 8, decoder=8)) == [range(1), range(1, 5)]
+    assert cut(T5, 2, RowLengths(8, 4000, decoder=4000)) == [range(4), range(4, 5)]
+
+
+def test_t5_ties_the_embedding_over_three_stages_and_tables_over_those_of_their_stack() -> None:
+    lengths = RowLengths(100, 100, decoder=100)
+    assert cut(T5, 4, lengths) == [range(2), range(2, 3), range(3, 4), range(4, 5)]
+    assert tied_stages(T5, 4, 1, lengths) == {"embed_tokens.weight": (0, 1, 3), "decoder_positions.weight": (1, 2, 3)}
+    assert cut(T5, 2, lengths) == [range(3), range(3, 5)], "the border is inside a stage"
+    assert tied_stages(T5, 2, 1, lengths) == {"embed_tokens.weight": (0, 1), "decoder_positions.weight": (0, 1)}
+    untied = T5.model_copy(update={"tie_embeddings": False})
+    assert tied_stages(untied, 4, 1, lengths)["embed_tokens.weight"] == (0, 1), "where each stack begins"

@@ -33,3 +33,19 @@ def test_a_forward_pass_multiplies_as_often_as_counted(form: str) -> None:
         stage(tokens_BT=tokens_BT)
     forward = training_operations(model, RowLengths(16, predicted=16)) // 3
     assert counter.get_total_flops() == 2 * forward
+
+
+def test_a_forward_pass_of_t5_multiplies_as_often_as_counted() -> None:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from engine.models import t5
+    from tests.engine.models.tiny import T5_FORMS
+
+    model = T5_FORMS["t5"].model_copy(update={"vocab_multiple": 1})
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        t5.build(model)(
+            tokens_BS=torch.zeros((2, 16), dtype=torch.int64), decoder_tokens_BT=torch.zeros((2, 7), dtype=torch.int64)
+        )
+    forward = training_operations(model, RowLengths(16, predicted=7, decoder=7)) // 3
+    assert counter.get_total_flops() == 2 * forward

@@ -22,6 +22,18 @@ LLAMA = ModelConfig(
     bias=False,
     tie_embeddings=False,
 )
+T5 = ModelConfig(
+    family="t5",
+    vocab_size=32128,
+    num_layers=24,
+    hidden_size=768,
+    num_heads=12,
+    ffn_size=3072,
+    position="relative",
+    norm="rmsnorm",
+    activation="relu",
+    bias=False,
+)
 SMALL = [
     ModelConfig(vocab_size=500, num_layers=3, hidden_size=32, num_heads=4),
     ModelConfig(vocab_size=500, num_layers=2, hidden_size=32, num_heads=4, bias=False, tie_embeddings=False),
@@ -38,8 +50,12 @@ SMALL = [
             {"position": "rope", "bias": False, "norm_bias": False, "activation": "geglu", "tie_embeddings": False},
         )
     ),
+    T5.model_copy(
+        update={"vocab_size": 300, "num_layers": 5, "num_decoder_layers": 2, "hidden_size": 32, "num_heads": 4}
+        | {"head_width": 6, "activation": "geglu_tanh", "tie_embeddings": False, "ffn_size": 40}
+    ),
 ]
-FORMS = ["gpt2 form", "untied", "llama form", "bert form", "modern encoder"]
+FORMS = ["gpt2 form", "untied", "llama form", "bert form", "modern encoder", "t5"]
 
 
 @pytest.mark.parametrize(
@@ -49,8 +65,10 @@ FORMS = ["gpt2 form", "untied", "llama form", "bert form", "modern encoder"]
         (GPT2.model_copy(update={"num_layers": 24, "hidden_size": 1024, "num_heads": 16}), 354_823_168),
         (GPT2.model_copy(update={"num_layers": 48, "hidden_size": 1600, "num_heads": 25}), 1_557_611_200),
         (LLAMA, 1_100_048_384),
+        (T5, 222_903_552),
+        (T5.model_copy(update={"activation": "geglu_tanh", "ffn_size": 2048, "tie_embeddings": False}), 247_577_856),
     ],
-    ids=["gpt2", "gpt2-medium", "gpt2-xl", "tinyllama"],
+    ids=["gpt2", "gpt2-medium", "gpt2-xl", "tinyllama", "t5-base", "t5-v1.1-base"],
 )
 def test_published_sizes(model: ModelConfig, published: int) -> None:
     assert num_parameters(model) == published
@@ -74,7 +92,7 @@ def test_the_list_is_that_of_the_model_that_is_built(model: ModelConfig) -> None
         assert entry.local_numel(2) == built[name].local_numel(2), name
 
 
-@pytest.mark.parametrize("model", SMALL, ids=FORMS)
+@pytest.mark.parametrize("model", SMALL[:-1], ids=FORMS[:-1])
 def test_stages_together_hold_the_model_and_a_tied_matrix_twice(model: ModelConfig) -> None:
     whole = sum(entry.numel for entry in model_entries(model))
     stages = [

@@ -17,7 +17,7 @@ from engine.models.families import family
 from engine.parallel.axes import Grid
 from engine.parallel.groups import ALONE, Groups
 from engine.parallel.state import Piece, Placement
-from tests.engine.models.tiny import BERT_FORMS, FORMS, random_weights
+from tests.engine.models.tiny import BERT_FORMS, FORMS, T5_FORMS, random_weights
 
 
 def one_process() -> Groups:
@@ -30,9 +30,11 @@ def one_process() -> Groups:
 
 def run_config(folder: Path, form: str, tokenizer: Path) -> RunConfig:
     stage = {"data": {"train": "t"}, "sequence_length": 32, "global_batch_size": 1, "duration": {"steps": 9}}
-    model = (FORMS | BERT_FORMS)[form]
+    model = (FORMS | BERT_FORMS | T5_FORMS)[form]
     if model.family == "bert":
         stage["objective"] = {"name": "masked", "pairs": "next_sentence" if model.pair_head else "none"}
+    if model.family == "t5":
+        stage["objective"] = "span_corruption"
     return parse_run(
         {
             "folder": str(folder),

@@ -1,0 +1,243 @@
+"""The T5 family: an encoder and a decoder that reads it, cut into pipeline stages of one class.
+
+Raffel et al. 2020 (v1.0: ReLU, tied head) and its v1.1 (gated GELU, head of its own): RMSNorm before each part, no
+biases, scores that are not scaled, relative positions from one table per stack. Layers are numbered through both
+stacks, the encoder's first; a chunk may hold the end of the one and the beginning of the other. What the last encoder
+layer makes is normed there and goes, as `encoded_BSD`, through all chunks of the decoder.
+
+Up to three stages share the embedding (`embed_tokens` on the first and where the decoder begins, the tied head on the
+last), and every stage with layers of a stack has that stack's table.
+
+Legend: B batch, S time of the encoder, T time of the decoder, D width, H heads (local), V vocabulary, L losses.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from engine.config.schema import ModelConfig
+from engine.models.attention import SelfAttention, View
+from engine.models.chunk import Chunk, Rows, whole
+from engine.models.heads import VocabularyHead
+from engine.models.layers import TransformerLayer, feed_forward, layer_sharding, norm
+from engine.models.relative import RelativePositions, masked
+from engine.parallel.boundary import Boundary, Field, Tensors
+from engine.parallel.functions import PLAIN, Attention, Functions
+from engine.parallel.sharding import HEADS, ROW, VOCABULARY, ParameterSpec, Table, column, lookup
+
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+
+
+class CrossAttention(nn.Module):
+    """Queries from the decoder, fused keys and values from what the encoder made."""
+
+    def __init__(self, config: ModelConfig, attention: Attention) -> None:
+        super().__init__()
+        self.head_size, self.scale, self.attention = config.head_size, config.score_scale, attention
+        heads = config.num_heads * config.head_size
+        self.q_proj = nn.Linear(config.hidden_size, heads, bias=config.bias)
+        self.kv_proj = nn.Linear(config.hidden_size, 2 * heads, bias=config.bias)
+        self.out_proj = nn.Linear(heads, config.hidden_size, bias=config.bias)
+
+    def forward(self, x_BTD: torch.Tensor, encoded_BSD: torch.Tensor, mask_B1TS: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        q_BTHK = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_size))
+        k_BSHK, v_BSHK = self.kv_proj(encoded_BSD).unflatten(-1, (-1, self.head_size)).chunk(2, dim=2)
+        return self.out_proj(self.attention(q_BTHK, k_BSHK, v_BSHK, mask_B1TS, self.scale).flatten(2))
+
+
+class CrossLayer(nn.Module):
+    """A layer of the decoder: self-attention, attention to the encoder, feed-forward, each behind a norm of its own."""
+
+    def __init__(self, config: ModelConfig, functions: Functions) -> None:
+        super().__init__()
+        self.attention_norm = norm(config)
+        self.attention = SelfAttention(config, functions.attention)
+        self.cross_attention_norm = norm(config)
+        self.cross_attention = CrossAttention(config, functions.attention)
+        self.ffn_norm = norm(config)
+        self.ffn = feed_forward(config)
+
+    def forward(
+        self, x_BTD: torch.Tensor, view: View, encoded_BSD: torch.Tensor, mask_B1TS: torch.Tensor
+    ) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), view)
+        x_BTD = x_BTD + self.cross_attention(self.cross_attention_norm(x_BTD), encoded_BSD, mask_B1TS)
+        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+
+
+class Stage(nn.Module):
+    """Consecutive layers of both stacks, with what belongs to where the stacks begin and end."""
+
+    def __init__(self, config: ModelConfig, chunk: Chunk, functions: Functions) -> None:
+        super().__init__()
+        self.config, self.chunk = config, chunk
+        self.encoder, self.decoder = stacks(config, chunk)
+        first_of_decoder = config.num_encoder_layers
+        self.begins_decoder = first_of_decoder in chunk.layers
+        if chunk.first or self.begins_decoder:
+            self.embed_tokens = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        if self.encoder:
+            self.encoder_positions = RelativePositions(config, bidirectional=True)
+        if self.decoder:
+            self.decoder_positions = RelativePositions(config, bidirectional=False)
+        self.layers = nn.ModuleDict()
+        for index in chunk.layers:
+            kind = TransformerLayer if index < first_of_decoder else CrossLayer
+            self.layers[str(index)] = kind(config, functions)
+        if first_of_decoder - 1 in chunk.layers:
+            self.encoder_norm = norm(config)
+        if chunk.last:
+            self.final_norm = norm(config)
+            self.lm_head = VocabularyHead(config.hidden_size, config.vocab_size, config.padded_vocab_size, functions)
+            if config.tie_embeddings and hasattr(self, "embed_tokens"):
+                self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(
+        self,
+        *,
+        tokens_BS: torch.Tensor | None = None,
+        decoder_tokens_BT: torch.Tensor | None = None,
+        hidden_BSD: torch.Tensor | None = None,
+        encoded_BSD: torch.Tensor | None = None,
+        hidden_BTD: torch.Tensor | None = None,
+        segments_BS: torch.Tensor | None = None,
+        decoder_segments_BT: torch.Tensor | None = None,
+        targets_BT: torch.Tensor | None = None,
+        weights_BT: torch.Tensor | None = None,
+    ) -> Tensors:
+        """What the stage makes of one micro-batch.
+
+        Tokens (int64) go to where a stack begins; hidden states come from the stage before: `hidden_BSD` inside the
+        encoder, `encoded_BSD` behind it, with `hidden_BTD` inside the decoder. Segments number the documents of a row;
+        None means that it is one. Returns what the next stage receives; the last stage `losses_L` (fp32, L = 1), or
+        `logits_BTV` over the real vocabulary where `targets_BT` is None (on one tensor-parallel rank only).
+        """
+        embedded = self.embed(tokens_BS, decoder_tokens_BT)
+        if self.encoder:
+            x_BSD = hidden_BSD if hidden_BSD is not None else embedded.pop(0)
+            seen = View(masked(self.encoder_positions(x_BSD.size(1)), segments_BS, causal=False), None, None)
+            for index in self.encoder:
+                x_BSD = self.layers[str(index)](x_BSD, seen)
+            if not hasattr(self, "encoder_norm"):
+                return {"hidden_BSD": x_BSD}
+            encoded_BSD = self.encoder_norm(x_BSD)
+        assert encoded_BSD is not None, "the decoder reads the encoder"
+        if not self.decoder:
+            return {"encoded_BSD": encoded_BSD}
+        x_BTD = hidden_BTD if hidden_BTD is not None else embedded.pop(0)
+        seen = View(masked(self.decoder_positions(x_BTD.size(1)), decoder_segments_BT, causal=True), None, None)
+        mask_B1TS = cross_mask(x_BTD, decoder_segments_BT, encoded_BSD, segments_BS)
+        for index in self.decoder:
+            x_BTD = self.layers[str(index)](x_BTD, seen, encoded_BSD, mask_B1TS)
+        if not self.chunk.last:
+            return {"encoded_BSD": encoded_BSD, "hidden_BTD": x_BTD}
+        x_BTD = self.final_norm(x_BTD)
+        if (
+            self.config.tie_embeddings
+        ):  # v1.0: else the embedding's numbers of size 1 would make logits of size D ** 0.5
+            x_BTD = x_BTD * self.config.hidden_size**-0.5
+        if targets_BT is None:
+            return {"logits_BTV": self.lm_head(x_BTD)}
+        return {"losses_L": self.lm_head(x_BTD, targets_BT, weights_BT).reshape(1)}
+
+    def embed(self, *tokens: torch.Tensor | None) -> list[torch.Tensor]:
+        """Hidden states of those tokens that are given, in one look-up: ZeRO-3 gathers a module once per call."""
+        given = [some for some in tokens if some is not None]
+        if not given:
+            return []
+        return list(self.embed_tokens(torch.cat(given, 1)).split([some.size(1) for some in given], dim=1))
+
+
+def stacks(config: ModelConfig, chunk: Chunk) -> tuple[range, range]:
+    """The chunk's layers of the encoder and of the decoder, by global index."""
+    border = min(max(config.num_encoder_layers, chunk.layers.start), chunk.layers.stop)
+    return range(chunk.layers.start, border), range(border, chunk.layers.stop)
+
+
+def cross_mask(
+    x_BTD: torch.Tensor,
+    decoder_segments_BT: torch.Tensor | None,
+    encoded_BSD: torch.Tensor,
+    segments_BS: torch.Tensor | None,
+) -> torch.Tensor:
+    """mask_B1TS, true where a place of the decoder sees one of the encoder: inside the same document."""
+    assert (decoder_segments_BT is None) == (segments_BS is None), "rows of both stacks are numbered, or neither"
+    if decoder_segments_BT is None or segments_BS is None:
+        shape = (len(x_BTD), 1, x_BTD.size(1), encoded_BSD.size(1))
+        return torch.ones(shape, dtype=torch.bool, device=x_BTD.device)
+    return (decoder_segments_BT[:, :, None] == segments_BS[:, None, :])[:, None]
+
+
+def build(config: ModelConfig, chunk: Chunk | None = None, functions: Functions = PLAIN) -> Stage:
+    """The modules of one chunk (None: the whole model), on the device context that is active.
+
+    Build under `torch.device("meta")` and give the values afterwards (`engine.models.initial`).
+    """
+    return Stage(config, chunk or whole(config.num_layers), functions)
+
+
+def sharding(config: ModelConfig) -> Table:
+    """How the parameters of the whole model lie over the tensor axis; what is not named is replicated."""
+    heads = config.num_heads * config.head_size
+    return {
+        EMBEDDING: VOCABULARY,
+        "*coder_positions.weight": HEADS,
+        **layer_sharding(config),
+        "layers.*.cross_attention.q_proj.*": column(heads),
+        "layers.*.cross_attention.kv_proj.*": column(heads, heads),
+        "layers.*.cross_attention.out_proj.weight": ROW,
+        HEAD: VOCABULARY,
+    }
+
+
+def specs(config: ModelConfig) -> list[ParameterSpec]:
+    """Every parameter of the whole model by logical name, in the model's order; a tied head is not there."""
+    with torch.device("meta"):
+        model = build(config)
+    table = sharding(config)
+    found = []
+    for name, parameter in model.named_parameters():
+        real_rows = config.vocab_size if name in (EMBEDDING, HEAD) else None
+        found.append(ParameterSpec(name, tuple(parameter.shape), lookup(table, name), real_rows))
+    return found
+
+
+def ties(config: ModelConfig) -> dict[str, str]:
+    """Local name -> logical name of the tied head, which a stage without an embedding holds under its own name."""
+    return {HEAD: EMBEDDING} if config.tie_embeddings else {}
+
+
+def losses(config: ModelConfig) -> tuple[str, ...]:
+    """One: what the decoder says next."""
+    return ("span",)
+
+
+def wanted(config: ModelConfig, chunk: Chunk) -> frozenset[str]:
+    """Keywords of the chunk that come from the data."""
+    names: set[str] = set()
+    if chunk.first:
+        names |= {"tokens_BS", "segments_BS"}
+    if config.num_encoder_layers in chunk.layers:
+        names |= {"decoder_tokens_BT", "decoder_segments_BT"}
+    if chunk.last:
+        names |= {"targets_BT", "weights_BT"}
+    return frozenset(names)
+
+
+def boundary(config: ModelConfig, layer: int, rows: Rows) -> Boundary:
+    """What the chunk that begins with `layer` receives: inside the encoder its hidden states, else what it made; inside
+    the decoder that one's hidden states too; and the document numbers of what it receives."""
+    encoder, decoder = (rows.num_rows, rows.length), (rows.num_rows, rows.decoder_length)
+    received: Boundary = {}
+    name = "hidden_BSD" if layer < config.num_encoder_layers else "encoded_BSD"
+    received[name] = Field((*encoder, config.hidden_size), rows.dtype, differentiable=True)
+    if layer > config.num_encoder_layers:
+        received["hidden_BTD"] = Field((*decoder, config.hidden_size), rows.dtype, differentiable=True)
+    if rows.segments:
+        received["segments_BS"] = Field(encoder, torch.int32, differentiable=False)
+        if layer > config.num_encoder_layers:
+            received["decoder_segments_BT"] = Field(decoder, torch.int32, differentiable=False)
+    return received

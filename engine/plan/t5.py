@@ -1,0 +1,124 @@
+"""The T5 family in numbers (see `engine.plan.families`): layers of the encoder, then those of the decoder.
+
+Encoder layers are of rows of `lengths.tokens`, decoder layers of rows of `lengths.decoder` that read the former.
+"""
+
+from __future__ import annotations
+
+from engine.config.lengths import RowLengths
+from engine.config.schema import ModelConfig, Recompute
+from engine.plan import gpt, parts
+from engine.plan.gpt import EMBEDDING, HEAD, SEGMENT_BYTES
+from engine.plan.parts import Entry
+
+
+def entries(model: ModelConfig, layers: range, is_first: bool, is_last: bool) -> list[Entry]:
+    """Parameters of consecutive layers, with the embedding where a stack begins and its norm where it ends."""
+    first_of_decoder = model.num_encoder_layers
+    found = [parts.vocabulary(model, EMBEDDING)] if is_first or first_of_decoder in layers else []
+    for stack, held in (("encoder", layers.start < first_of_decoder), ("decoder", layers.stop > first_of_decoder)):
+        if held:
+            found.append(Entry(f"{stack}_positions.weight", (model.relative_buckets, model.num_heads), split=True))
+    for layer in layers:
+        found += layer_entries(model, layer)
+    if first_of_decoder - 1 in layers:
+        found += parts.norm(model, "encoder_norm")
+    if is_last:
+        found += parts.norm(model, "final_norm")
+        found.append(parts.vocabulary(model, EMBEDDING if model.tie_embeddings else HEAD))
+    return found
+
+
+def layer_entries(model: ModelConfig, layer: int) -> list[Entry]:
+    """Parameters of a layer; those of the decoder have cross attention."""
+    found = gpt.layer_entries(model, layer)
+    if layer < model.num_encoder_layers:
+        return found
+    name, width, heads = f"layers.{layer}.cross_attention", model.hidden_size, _heads(model)
+    return [
+        *found,
+        *parts.norm(model, f"{name}_norm"),
+        *parts.linear(f"{name}.q_proj", heads, width, bias=model.bias, bias_split=True),
+        *parts.linear(f"{name}.kv_proj", 2 * heads, width, bias=model.bias, bias_split=True),
+        *parts.linear(f"{name}.out_proj", width, heads, bias=model.bias),
+    ]
+
+
+def layer_operations(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+    """Projections, scores and weighted values; keys and values of cross attention are projected from the encoder's."""
+    tokens = _tokens(model, layer, lengths)
+    own = tokens * 2 * parts.matrix_elements(gpt.layer_entries(model, layer))
+    found = own + parts.score_operations(model, tokens, tokens)
+    if layer < model.num_encoder_layers:
+        return found
+    square = model.hidden_size * _heads(model)
+    return found + 4 * square * (tokens + lengths.tokens) + parts.score_operations(model, tokens, lengths.tokens)
+
+
+def embedding_operations(model: ModelConfig, lengths: RowLengths) -> int:
+    """A look-up (the decoder's, elsewhere, is as small)."""
+    return lengths.tokens * model.hidden_size
+
+
+def head_operations(model: ModelConfig, lengths: RowLengths, vocab_size: int) -> int:
+    """The output projection."""
+    return lengths.predicted * 2 * model.hidden_size * vocab_size
+
+
+def saved(
+    model: ModelConfig,
+    layer: int,
+    lengths: RowLengths,
+    tensor_size: int,
+    time_size: int = 1,
+    recompute: Recompute = "none",
+) -> int:
+    """As in a GPT; cross attention adds its norm's input and output (with products kept only, its own output), and
+    queries, output, keys and values."""
+    tokens = _tokens(model, layer, lengths)
+    found = gpt.saved(model, layer, RowLengths(tokens, tokens), tensor_size, time_size, recompute)
+    if layer < model.num_encoder_layers or recompute == "full":
+        return found
+    whole = tokens * model.hidden_size // time_size
+    cross = 2 * (tokens + lengths.tokens) * _heads(model) // tensor_size
+    return found + cross + (whole if recompute == "selective" else 2 * whole)
+
+
+def reduced(model: ModelConfig, layers: range, is_first: bool, is_last: bool, lengths: RowLengths) -> int:
+    """Four times per layer, in the decoder twice more and once the gradient of what the encoder made; the embeddings'
+    outputs; the gradient of the head's input."""
+    first_of_decoder = model.num_encoder_layers
+    times = lengths.tokens * is_first + lengths.decoder * (first_of_decoder in layers) + lengths.predicted * is_last
+    for layer in layers:
+        times += 4 * lengths.tokens if layer < first_of_decoder else 6 * lengths.decoder + lengths.tokens
+    return times * model.hidden_size
+
+
+def reduced_again(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+    """What attention, in the decoder each of both, adds to the residual stream."""
+    times = 1 if layer < model.num_encoder_layers else 2
+    return times * _tokens(model, layer, lengths) * model.hidden_size
+
+
+def boundary(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+    """Hidden states, inside the decoder those of both stacks."""
+    return _received(model, layer, lengths) * model.hidden_size
+
+
+def carried_bytes(model: ModelConfig, layer: int, lengths: RowLengths, segments: bool) -> int:
+    """Document numbers of the same."""
+    return _received(model, layer, lengths) * SEGMENT_BYTES if segments else 0
+
+
+def _received(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+    """Tokens of which the chunk that begins with a layer receives the hidden states."""
+    return lengths.tokens + (lengths.decoder if layer > model.num_encoder_layers else 0)
+
+
+def _tokens(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+    return lengths.tokens if layer < model.num_encoder_layers else lengths.decoder
+
+
+def _heads(model: ModelConfig) -> int:
+    """Outputs of all heads."""
+    return model.num_heads * model.head_size
