@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from engine.config.schema import RunConfig
+from engine.config.lengths import row_lengths
+from engine.config.schema import RunConfig, RunStage
 from engine.errors import ConfigError, PalimpsestError
 
 
@@ -21,4 +22,32 @@ def check_recompute(config: RunConfig, problems: list[PalimpsestError]) -> None:
     if len(given) > 1:
         problems.append(
             ConfigError("parallel.recompute_layers and parallel.activation_gib", "one of them", "leave one out")
+        )
+
+
+SHARES_TIME = ("gpt", "bert")
+"""Families whose layers may hold a stretch of the rows' time."""
+
+
+def check_time(key: str, stage: RunStage, config: RunConfig, problems: list[PalimpsestError]) -> None:
+    """Ranks that share the time of a row divide its length."""
+    parallel, lengths = config.parallel, row_lengths(stage)
+    if parallel.shared_by == 1:
+        return
+    if config.model.family not in SHARES_TIME:
+        problems.append(
+            ConfigError(
+                f"parallel.sequence_parallel = true with model.family = {config.model.family}",
+                f"model.family {' or '.join(SHARES_TIME)} with it",
+                "set parallel.sequence_parallel=false",
+            )
+        )
+    if lengths.tokens % parallel.shared_by:
+        problems.append(
+            ConfigError(
+                f"parallel.tensor = {parallel.tensor} with sequence_parallel does not divide "
+                f"{key}.sequence_length = {lengths.tokens}",
+                f"a multiple of {parallel.shared_by}",
+                "change the length or parallel.tensor, or set parallel.sequence_parallel=false",
+            )
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from engine.config.course import check_optimizer, check_ramp, check_schedule, check_stability
 from engine.config.keeping import check_keeping
-from engine.config.memory import check_recompute
+from engine.config.memory import check_recompute, check_time
 from engine.config.mixture import check_mixture
 from engine.config.model import check_model, divisors
 from engine.config.objective import check_objective
@@ -69,6 +69,7 @@ def check(config: RunConfig) -> list[PalimpsestError]:
     check_stability(config, problems)
     check_keeping(config, problems)
     for index, stage in enumerate(config.stages):
+        check_time(f"stages.{index}", stage, config, problems)
         _check_stage(index, stage, config.model, problems)
     names = [stage.name for stage in config.stages]
     problems += [

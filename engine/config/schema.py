@@ -321,10 +321,18 @@ class ParallelConfig(Section):
 
     kind: ClassVar[Kind] = "execution"
 
+    @property
+    def shared_by(self) -> int:
+        """Tensor ranks that share the time of hidden states between the blocks."""
+        return self.tensor if self.sequence_parallel else 1
+
     pipe: PositiveInt = 1
     """Pipeline stages."""
     tensor: PositiveInt = 1
     """Tensor-parallel ranks."""
+    sequence_parallel: bool = False
+    """Tensor ranks share the time of what lies between the blocks, which tensor parallelism does not split
+    (Korthikanti et al. 2022); says nothing where `tensor` is 1."""
     sequence: Literal[1] = 1
     """Sequence-parallel ranks."""
     data: PositiveInt | None = None

@@ -38,9 +38,11 @@ def view(
     segments_BT: torch.Tensor | None,
     device: torch.device,
     bidirectional: bool = False,
+    first_position: int = 0,
 ) -> View:
     """The view of one micro-batch; `segments_BT` counts documents within a row, None means one document per row.
 
+    This rank makes the queries and keys of `num_positions` tokens, of which the first stands at `first_position`.
     `bidirectional`: tokens see those behind them, too.
     """
     if segments_BT is not None:
@@ -50,7 +52,7 @@ def view(
         mask_B1TT = torch.ones(whole, dtype=torch.bool, device=device) if bidirectional else None
     if config.position != "rope":
         return View(mask_B1TT, None, None)
-    cos_TK, sin_TK = rotary_tables(num_positions, config.head_size, config.rope_theta, device)
+    cos_TK, sin_TK = rotary_tables(num_positions, config.head_size, config.rope_theta, device, first_position)
     return View(mask_B1TT, cos_TK, sin_TK)
 
 
@@ -77,7 +79,7 @@ def positions_in_document(segments_BT: torch.Tensor) -> torch.Tensor:
 
 
 def rotary_tables(
-    num_positions: int, head_size: int, theta: float, device: torch.device
+    num_positions: int, head_size: int, theta: float, device: torch.device, first_position: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos_TK and sin_TK (fp32) of rotary positions (Su et al. 2021, RoFormer, section 3.4.2).
 
@@ -86,7 +88,7 @@ def rotary_tables(
     Computed at each pass: a buffer would not survive construction on the meta device.
     """
     exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
-    positions_T = torch.arange(num_positions, dtype=torch.float32, device=device)
+    positions_T = torch.arange(num_positions, dtype=torch.float32, device=device) + first_position
     angles = positions_T[:, None] * (1.0 / theta**exponents)  # (T, K / 2)
     angles_TK = torch.cat((angles, angles), dim=-1)
     return angles_TK.cos(), angles_TK.sin()

@@ -80,12 +80,13 @@ class Stage(nn.Module):
             assert tokens_BT is not None, "the first stage takes tokens, the others hidden states"
             hidden_BTD = self.embed(tokens_BT, token_types_BT, segments_BT)
         x_BTD: torch.Tensor = hidden_BTD
-        seen = view(self.config, x_BTD.size(1), segments_BT, x_BTD.device, bidirectional=True)
+        num_tokens = self.functions.time.given(x_BTD)
+        seen = view(self.config, num_tokens, segments_BT, x_BTD.device, bidirectional=True)
         for layer in self.layers.values():
             x_BTD = layer(x_BTD, seen)
         if not self.chunk.last:
             return {"hidden_BTD": x_BTD}
-        x_BTD = self.final_norm(x_BTD)
+        x_BTD = self.functions.whole_rows(self.final_norm(x_BTD))
         if targets_BM is None:
             made = {"logits_BTV": self.lm_head(self.transform(x_BTD))}
             return made | ({"pair_logits_BC": self.pair_logits(x_BTD)} if self.config.pair_head else {})
@@ -170,8 +171,8 @@ def wanted(config: ModelConfig, chunk: Chunk) -> frozenset[str]:
 
 def boundary(config: ModelConfig, layer: int, rows: Rows) -> Boundary:
     """What a chunk receives from the one before it: hidden states, and the document numbers that attention needs."""
-    shape = (rows.num_rows, rows.length)  # (B, T)
-    received: Boundary = {"hidden_BTD": Field((*shape, config.hidden_size), rows.dtype, differentiable=True)}
+    held = (rows.num_rows, rows.length // rows.shared_by, config.hidden_size)
+    received: Boundary = {"hidden_BTD": Field(held, rows.dtype, differentiable=True)}
     if rows.segments:
-        received["segments_BT"] = Field(shape, torch.int32, differentiable=False)
+        received["segments_BT"] = Field((rows.num_rows, rows.length), torch.int32, differentiable=False)
     return received

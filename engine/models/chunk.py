@@ -34,3 +34,5 @@ class Rows:
     dtype: torch.dtype
     segments: bool
     decoder_length: int = 0
+    shared_by: int = 1
+    """Ranks that share the time of a row's hidden states; document numbers travel whole."""

@@ -53,7 +53,7 @@ class Stage(nn.Module):
         """What the stage makes of one micro-batch.
 
         The first stage takes `tokens_BT` (int64), the others `hidden_BTD` of the stage before. `segments_BT`
-        numbers the documents of a row; None means that the row is one document. The last stage returns `losses_L`,
+        numbers the documents of a whole row; None means that it is one document. The last stage returns `losses_L`,
         the fp32 weighted sum of the tokens' losses (L = 1), or `logits_BTV` over the real vocabulary (B, T,
         vocab_size) where `targets_BT` is None (on one tensor-parallel rank only); every other stage `hidden_BTD`.
         """
@@ -61,12 +61,14 @@ class Stage(nn.Module):
             assert tokens_BT is not None, "the first stage takes tokens, the others hidden states"
             hidden_BTD = self.embed(tokens_BT, segments_BT)
         x_BTD: torch.Tensor = hidden_BTD
-        seen = view(self.config, x_BTD.size(1), segments_BT, x_BTD.device)
+        num_given = self.functions.time.given(x_BTD)
+        first = self.functions.time.first(num_given)
+        seen = view(self.config, num_given, segments_BT, x_BTD.device, first_position=first)
         for layer in self.layers.values():
             x_BTD = layer(x_BTD, seen)
         if not self.chunk.last:
             return {"hidden_BTD": x_BTD}
-        x_BTD = self.final_norm(x_BTD)
+        x_BTD = self.functions.whole_rows(self.final_norm(x_BTD))
         if targets_BT is None:
             return {"logits_BTV": self.lm_head(x_BTD)}
         return {"losses_L": self.lm_head(x_BTD, targets_BT, weights_BT).reshape(1)}
@@ -77,9 +79,10 @@ class Stage(nn.Module):
         if self.config.position != "learned":
             return hidden_BTD
         if segments_BT is None:
-            positions = torch.arange(tokens_BT.size(1), device=tokens_BT.device)  # (T,)
+            num_given = tokens_BT.size(1)
+            positions = torch.arange(num_given, device=tokens_BT.device) + self.functions.time.first(num_given)  # (T,)
         else:
-            positions = positions_in_document(segments_BT)  # (B, T)
+            positions = self.functions.time.own(positions_in_document(segments_BT))  # (B, T)
         return hidden_BTD + self.embed_positions(positions)
 
 
@@ -132,8 +135,8 @@ def wanted(config: ModelConfig, chunk: Chunk) -> frozenset[str]:
 
 def boundary(config: ModelConfig, layer: int, rows: Rows) -> Boundary:
     """What a chunk receives from the one before it: hidden states, and the document numbers that attention needs."""
-    shape = (rows.num_rows, rows.length)  # (B, T)
-    received: Boundary = {"hidden_BTD": Field((*shape, config.hidden_size), rows.dtype, differentiable=True)}
+    held = (rows.num_rows, rows.length // rows.shared_by, config.hidden_size)
+    received: Boundary = {"hidden_BTD": Field(held, rows.dtype, differentiable=True)}
     if rows.segments:
-        received["segments_BT"] = Field(shape, torch.int32, differentiable=False)
+        received["segments_BT"] = Field((rows.num_rows, rows.length), torch.int32, differentiable=False)
     return received

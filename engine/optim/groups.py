@@ -8,7 +8,7 @@ checkpoint never depends on the number or order of groups.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -31,28 +31,33 @@ def by_muon(spec: ParameterSpec, config: OptimizerConfig) -> bool:
 
 
 def parameter_groups(
-    specs: Iterable[ParameterSpec], config: OptimizerConfig, tied: Mapping[str, tuple[int, ...]] | None = None
+    specs: Iterable[ParameterSpec],
+    config: OptimizerConfig,
+    tied: Mapping[str, tuple[int, ...]] | None = None,
+    partial: Container[str] = (),
 ) -> list[ParameterGroup]:
     """The stage's parameters, in groups that are never empty.
 
-    `tied` gives the stages of parameters that other stages hold too; ties of different stages share no group.
+    `tied` gives the stages of parameters that other stages hold too; ties of different stages share no group. Of the
+    `partial` ones each tensor rank finds a part of the gradient.
     """
     stages = tied or {}
-    grouped: dict[tuple[float, bool, tuple[int, ...], bool], list[ParameterSpec]] = {}
+    grouped: dict[tuple[float, bool, tuple[int, ...], bool, bool], list[ParameterSpec]] = {}
     for spec in specs:
         key = (
             weight_decay(spec.name, config),
             spec.sharding.dim is None,
             stages.get(spec.name, ()),
+            spec.name in partial,
             by_muon(spec, config),
         )
         grouped.setdefault(key, []).append(spec)
-    for (_, _, holders, _), members in grouped.items():
+    for (_, _, holders, _, _), members in grouped.items():
         if holders:
             members.sort(key=lambda spec: spec.name)  # stages meet their parameters in different orders
     return [
-        ParameterGroup(tuple(members), decay, replicated, holders, matrices)
-        for (decay, replicated, holders, matrices), members in sorted(grouped.items())
+        ParameterGroup(tuple(members), decay, replicated, holders, summed, matrices)
+        for (decay, replicated, holders, summed, matrices), members in sorted(grouped.items())
     ]
 
 

@@ -32,6 +32,38 @@ def reduce_scatter(tensor: torch.Tensor, group: Group, share: torch.Tensor | Non
     return share
 
 
+def gather_along(tensor: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
+    """The ranks' tensors, alike in shape, joined along `dim` in group order. Collective over `group`."""
+    if group.size == 1:
+        return tensor
+    parts = tensor.new_empty((group.size, *tensor.shape))
+    dist.all_gather_into_tensor(parts.view(-1), tensor.contiguous().view(-1), group=group.handle)
+    return parts.movedim(0, dim).flatten(dim, dim + 1)
+
+
+def reduce_scatter_along(tensor: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
+    """This rank's part along `dim` of the ranks' sum; they are cut in group order, evenly. Collective over `group`."""
+    if group.size == 1:
+        return tensor
+    parts = tensor.unflatten(dim, (group.size, -1)).movedim(dim, 0).contiguous()
+    own = torch.empty_like(parts[0])
+    dist.reduce_scatter_tensor(own.view(-1), parts.view(-1), group=group.handle)
+    return own
+
+
+def all_to_all(tensor: torch.Tensor, group: Group, split_dim: int, join_dim: int) -> torch.Tensor:
+    """Cuts `tensor` evenly along `split_dim`, sends a part to each rank, joins what comes along `join_dim`.
+
+    Collective over `group`; with the two dims exchanged it is its own inverse.
+    """
+    if group.size == 1:
+        return tensor
+    parts = tensor.unflatten(split_dim, (group.size, -1)).movedim(split_dim, 0).contiguous()
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received, parts, group=group.handle)
+    return received.movedim(0, join_dim).flatten(join_dim, join_dim + 1)
+
+
 def exchange(tensor: torch.Tensor, sizes: list[int], received: list[int], group: Group) -> torch.Tensor:
     """Sends `sizes[r]` elements of a flat tensor to each rank r in order; returns what came, `received[r]` from r.
 

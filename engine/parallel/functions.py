@@ -51,12 +51,45 @@ def attention(
     return out_BHTK.transpose(1, 2)
 
 
+def _same(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden
+
+
+@dataclass(frozen=True)
+class Time:
+    """Which tokens of a row a model is given and which hidden states it holds, where ranks share the rows' time.
+
+    Of `size` equal stretches it is given the tokens, targets and weights of one, `position`; document numbers it is
+    given whole. Of that stretch it holds one `shared_by`-th as hidden states between the blocks.
+    """
+
+    position: int = 0
+    size: int = 1
+    shared_by: int = 1
+
+    def given(self, hidden_BTD: torch.Tensor) -> int:
+        """Tokens that a model is given of a row, from the hidden states that it holds: those that attention gets."""
+        return hidden_BTD.size(1) * self.shared_by
+
+    def first(self, num_given: int) -> int:
+        """Where the first of the given tokens stands in the row."""
+        return self.position * num_given
+
+    def own(self, whole_BT: torch.Tensor) -> torch.Tensor:
+        """The given tokens' part of what holds a number for each token of the row; a view."""
+        length = whole_BT.size(-1) // self.size
+        return whole_BT.narrow(-1, self.position * length, length)
+
+
 @dataclass(frozen=True)
 class Functions:
     """What `engine.models` is built with."""
 
     attention: Attention = attention
     linear_cross_entropy: LinearCrossEntropy = linear_cross_entropy
+    whole_rows: Callable[[torch.Tensor], torch.Tensor] = _same
+    """Hidden states of all given tokens, (B, T, D), from those held between the blocks; for heads."""
+    time: Time = Time()
 
 
 PLAIN = Functions()

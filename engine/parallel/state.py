@@ -79,6 +79,8 @@ class ParameterGroup:
     weight_decay: float
     replicated: bool
     tied: tuple[int, ...] = ()
+    partial: bool = False
+    """Whether each tensor rank finds a part of their gradients: replicated, and seeing a stretch of the rows' time."""
     matrices: bool = False
     """Whether Muon updates them: weights of linear layers."""
 

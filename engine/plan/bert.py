@@ -83,3 +83,8 @@ def saved(
     if recompute != "none" or model.norm_position == "pre":
         return kept
     return kept - lengths.tokens * model.hidden_size // time_size
+
+
+def sees_whole_rows(name: str) -> bool:
+    """The heads': what they read is gathered before them."""
+    return name.startswith(("head_", "pooler.", "pair_head."))

@@ -57,6 +57,10 @@ class Figures(Protocol):
         """Elements that the second run of a layer that recomputes all-reduces: as its first run, but for the last."""
         ...
 
+    def sees_whole_rows(self, name: str) -> bool:
+        """Whether a parameter, held alike by all tensor ranks, sees whole rows under sequence parallelism: in heads."""
+        ...
+
     def boundary(self, model: ModelConfig, layer: int, lengths: RowLengths) -> int:
         """Elements that the chunk which begins with `layer` receives, and sends gradients of."""
         ...

@@ -66,13 +66,14 @@ def saved(
 ) -> int:
     """Whole on every tensor rank: both norms' inputs and outputs and one branch's output (5 D). Split: attention and
     feed-forward part. For GPT-2 on one rank: 17 D; 11 D with products kept only; 1 D with the input only."""
-    whole = lengths.tokens * model.hidden_size // time_size
+    whole = lengths.tokens * model.hidden_size
+    stretch = whole // time_size
     if recompute == "full":
-        return whole
-    if recompute == "selective":
-        return 3 * whole + parts.kept_products(model, lengths.tokens, tensor_size)
+        return stretch
+    if recompute == "selective":  # products are kept before they are summed and scattered
+        return stretch + 2 * whole + parts.kept_products(model, lengths.tokens, tensor_size)
     return (
-        5 * whole
+        5 * stretch
         + parts.saved_by_attention(model, lengths.tokens, tensor_size)
         + parts.saved_by_feed_forward(model, lengths.tokens, tensor_size)
     )
@@ -87,6 +88,11 @@ def reduced(model: ModelConfig, layers: range, is_first: bool, is_last: bool, le
 def reduced_again(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
     """What attention adds to the residual stream."""
     return lengths.tokens * model.hidden_size
+
+
+def sees_whole_rows(name: str) -> bool:
+    """None of the parameters that tensor ranks hold alike does."""
+    return False
 
 
 def boundary(model: ModelConfig, layer: int, lengths: RowLengths) -> int:

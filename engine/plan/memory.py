@@ -124,9 +124,9 @@ def activation_bytes(
 ) -> int:
     """What `alive` micro-batches keep of `layers`, and what one of the `recomputed` has in its second run beside."""
     saved = figures(model).saved
-    plain = {layer: saved(model, layer, lengths, parallel.tensor) for layer in layers}
-    how = parallel.recompute
-    kept = plain | {layer: saved(model, layer, lengths, parallel.tensor, recompute=how) for layer in recomputed}
+    ranks, how = (parallel.tensor, parallel.shared_by), parallel.recompute
+    plain = {layer: saved(model, layer, lengths, *ranks) for layer in layers}
+    kept = plain | {layer: saved(model, layer, lengths, *ranks, how) for layer in recomputed}
     second_run = max((plain[layer] - kept[layer] for layer in recomputed), default=0)
     elements = alive * sum(kept.values()) + second_run
     return math.ceil(parallel.micro_batch_size * elements * DTYPE_BYTES[precision.dtype])

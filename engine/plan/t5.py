@@ -122,3 +122,8 @@ def _tokens(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
 def _heads(model: ModelConfig) -> int:
     """Outputs of all heads."""
     return model.num_heads * model.head_size
+
+
+def sees_whole_rows(name: str) -> bool:
+    """Not asked: this family's hidden states are not shared (`engine.config.memory`)."""
+    return False

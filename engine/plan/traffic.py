@@ -30,7 +30,7 @@ class Traffic:
     weights: int
     """Data axis: updated weights (ZeRO-1, 2), or weights gathered for each pass (ZeRO-3)."""
     tensor: int
-    """Tensor axis: activations and their gradients."""
+    """Tensor axis: activations and their gradients; and of parameters that see a stretch."""
     pipe: int
     """Neighbouring stages, the last and the first among them: boundary activations, document numbers, and gradients."""
     tie: int
@@ -65,7 +65,7 @@ def stage_traffic(
     numel = sum(entry.local_numel(parallel.tensor) for entry in entries)
     rows, dtype_bytes = num_micro_batches * parallel.micro_batch_size, DTYPE_BYTES[precision.dtype]
     up, down = [part.layers.start for part in parts if not part.first], [p.layers.stop for p in parts if not p.last]
-    sent = sum(family.boundary(model, layer, lengths) for layer in (*up, *down)) * dtype_bytes
+    sent = sum(family.boundary(model, layer, lengths) for layer in (*up, *down)) * dtype_bytes // parallel.shared_by
     sent += sum(family.carried_bytes(model, layer, lengths, segments) for layer in down)
     gradients, weights = zero_bytes(numel, parallel, data_size, precision, num_micro_batches)
     if parallel.zero_stage == 3 and not parallel.gathers_per_step:
@@ -75,11 +75,22 @@ def stage_traffic(
         weights = zero_bytes(numel, parallel, data_size, precision, num_micro_batches)[1]
     losses = LOSS_REDUCTIONS * 4 * lengths.predicted if any(part.last for part in parts) else 0
     reduced = sum(family.reduced(model, part.layers, part.first, part.last, lengths) for part in parts)
-    reduced += sum(family.reduced_again(model, layer, lengths) for layer in recomputed)
+    again = sum(family.reduced_again(model, layer, lengths) for layer in recomputed)
+    activations = (reduced + again) * all_reduce_factor(parallel.tensor)
+    partial = 0
+    if parallel.shared_by > 1:
+        entrances = sum(family.reduced(model, part.layers, False, False, lengths) for part in parts) // 2
+        whole = lengths.tokens * model.hidden_size if any(part.last for part in parts) else 0
+        activations += (entrances + again + whole) * gather_factor(parallel.tensor)
+        partial = sum(entry.numel for entry in entries if not entry.split and not family.sees_whole_rows(entry.name))
+        partial = partial if parallel.zero_stage == 0 else -(-partial // data_size)
     return Traffic(
         gradients=gradients,
         weights=weights,
-        tensor=int(rows * (reduced * dtype_bytes + losses) * all_reduce_factor(parallel.tensor)),
+        tensor=int(
+            rows * (activations * dtype_bytes + losses * all_reduce_factor(parallel.tensor))
+            + partial * DTYPE_BYTES[precision.reduce_dtype] * all_reduce_factor(parallel.tensor)
+        ),
         pipe=rows * sent,
         tie=_tie_bytes(entries, ties, parallel, precision, data_size),
     )

@@ -6,7 +6,8 @@ with initial weights -> schedule. Tests build through the same function.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,19 +16,21 @@ from torch import nn
 from engine.config.deepspeed import deepspeed_config
 from engine.config.lengths import has_segments, row_lengths
 from engine.config.resolve import Layout, num_micro_batches
-from engine.config.schema import ModelConfig, RunConfig, RunStage
+from engine.config.schema import ModelConfig, ParallelConfig, RunConfig, RunStage
 from engine.models.chunk import Chunk, Rows
 from engine.models.families import family
 from engine.models.initial import initial_value
 from engine.optim.groups import make_optimizer, parameter_groups
 from engine.parallel.chunks import Chunks
-from engine.parallel.functions import PLAIN, Functions
+from engine.parallel.functions import PLAIN, Functions, Time
 from engine.parallel.groups import Groups, join
 from engine.parallel.pipeline import Pipeline, Ports
 from engine.parallel.recompute import recompute
-from engine.parallel.tensor import shard, vocabulary_cross_entropy
+from engine.parallel.sharding import ParameterSpec
+from engine.parallel.tensor import shard, vocabulary_cross_entropy, whole_rows
 from engine.parallel.zero import StageEngine
 from engine.plan.cut import stage_parts, tied_stages
+from engine.plan.families import figures
 from engine.plan.recompute import recomputed_layers
 
 
@@ -51,16 +54,19 @@ def build_engine(config: RunConfig, run_stage: RunStage, groups: Groups, device:
     model, kind = config.model, family(config.model)
     specs = {spec.name: spec for spec in kind.specs(model)}
     with torch.device("meta"):
-        chunks = [kind.build(model, chunk, _functions(groups)) for chunk in stage_chunks(config, groups)]
+        chunks = [
+            kind.build(model, chunk, _functions(config.parallel, groups)) for chunk in stage_chunks(config, groups)
+        ]
     stage = Chunks(chunks, kind.ties(model))
     logical_names = stage.logical_names(kind.ties(model))
-    shard(stage, specs, logical_names, groups.tensor)
+    shard(stage, specs, logical_names, groups.tensor, stretches=config.parallel.shared_by > 1)
     _recompute(config, chunks, recomputed_layers(config, groups.layout, groups.coordinates.stage))
     names = [logical_names[name] for name, _ in stage.named_parameters()]
+    partial_gradients = _partial_gradients(config, specs.values())
     tied = _tied_stages(config, groups.layout)
     return StageEngine(
         stage,
-        parameter_groups([specs[name] for name in names], config.optimizer, tied),
+        parameter_groups([specs[name] for name in names], config.optimizer, tied, partial_gradients),
         logical_names,
         partial(make_optimizer, config=config.optimizer),
         deepspeed_config(
@@ -109,13 +115,27 @@ def micro_batch_rows(config: RunConfig, run_stage: RunStage, dtype: torch.dtype)
         dtype=dtype,
         segments=has_segments(run_stage.data.attention, run_stage.objective),
         decoder_length=row_lengths(run_stage).decoder,
+        shared_by=config.parallel.shared_by,
     )
 
 
-def _functions(groups: Groups) -> Functions:
-    if groups.tensor.size == 1:
-        return PLAIN
-    return Functions(linear_cross_entropy=partial(vocabulary_cross_entropy, group=groups.tensor))
+def _functions(parallel: ParallelConfig, groups: Groups) -> Functions:
+    functions = PLAIN
+    if parallel.tensor > 1:
+        loss = partial(vocabulary_cross_entropy, group=groups.tensor)
+        functions = replace(functions, linear_cross_entropy=loss)
+    if parallel.shared_by > 1:
+        whole = partial(whole_rows, group=groups.tensor)
+        functions = replace(functions, whole_rows=whole, time=Time(shared_by=parallel.shared_by))
+    return functions
+
+
+def _partial_gradients(config: RunConfig, specs: Iterable[ParameterSpec]) -> frozenset[str]:
+    """The parameters that every tensor rank holds whole and sees a stretch of the rows' time of."""
+    if config.parallel.shared_by == 1:
+        return frozenset()
+    replicated = [spec.name for spec in specs if spec.sharding.dim is None]
+    return frozenset(name for name in replicated if not figures(config.model).sees_whole_rows(name))
 
 
 def _recompute(config: RunConfig, chunks: Sequence[nn.Module], layers: Container[int]) -> None:

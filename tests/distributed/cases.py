@@ -113,6 +113,7 @@ class Case:
     recompute_layers: int | None = None
     gather: str | None = None
     reduce: str | None = None
+    sequence_parallel: bool = False
 
     @property
     def world_size(self) -> int:
@@ -203,6 +204,7 @@ def config_of(case: Case) -> RunConfig:
                 "recompute_layers": case.recompute_layers,
                 "gather": case.gather,
                 "reduce": case.reduce,
+                "sequence_parallel": case.sequence_parallel,
             },
         },
         "case",

@@ -246,6 +246,7 @@ class StageEngine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        self._sum_partial_gradients()
         self._sum_tied_gradients()
         self._norm = self._global_norm()
         norm = self._norm.item()
@@ -312,6 +313,15 @@ class StageEngine:
             return None
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config["data_types"]["grad_accum_dtype"]]
         return Accumulator(self._engine, self._shards, self.groups.zero, dtype)
+
+    def _sum_partial_gradients(self) -> None:
+        """Adds up what the tensor ranks found of the gradients of which each finds a part. Collective over tensor."""
+        found = self._shards.gradients()
+        parts = [grad for index, grad in found if self.parameter_groups[index].partial and grad.numel()]
+        if parts:
+            whole = all_reduce(torch.cat([part.view(-1) for part in parts]), self.groups.tensor)
+            for part, total in zip(parts, whole.split([part.numel() for part in parts]), strict=True):
+                part.view(-1).copy_(total)
 
     def _sum_tied_gradients(self) -> None:
         """A tied weight's gradient is the sum of what its stages found. Collective over each of `groups.ties`.

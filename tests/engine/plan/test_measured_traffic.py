@@ -35,6 +35,8 @@ matrix = pytest.mark.matrix
         pytest.param(Case("t5", zero_stage=3, data=2), marks=matrix),
         pytest.param(Case("t5-v1.1", zero_stage=2, pipe=4), marks=matrix),
         pytest.param(Case("bert", zero_stage=3, pipe=2, data=2), marks=matrix),
+        pytest.param(Case(zero_stage=1, pipe=2, tensor=2, sequence_parallel=True), marks=matrix),
+        pytest.param(Case(zero_stage=3, tensor=2, data=2, sequence_parallel=True, recompute="full"), marks=matrix),
         pytest.param(Case(zero_stage=0, data=2), marks=matrix),
         pytest.param(Case(zero_stage=1, data=2, attention="row"), marks=matrix),
         pytest.param(Case(zero_stage=2, data=2, micro_batch_size=2), marks=matrix),
@@ -50,6 +52,9 @@ def test_a_step_sends_what_the_plan_says(case: Case) -> None:
     ranks_per_stage = case.world_size // case.pipe
     for global_rank, sent in enumerate(run_ranks(case.world_size, bytes_of_a_step, case)):
         planned = stages[global_rank // ranks_per_stage].traffic
+        if case.sequence_parallel:  # gathers and scatters on both axes
+            assert sum(sent.values()) == planned.total, f"rank {global_rank}"
+            continue
         scatters = case.zero_stage in (1, 3) or case.reduce == "step"
         scattered = planned.gradients if scatters else 0
         assert sent == {
@@ -86,6 +91,7 @@ def bytes_of_a_step(place: Any, case: Case) -> dict[str, int]:
         setattr(owner, name, counted)
 
     count(dist, "all_reduce", "all_reduce", all_reduce_factor)
+    count(dist, "all_gather_into_tensor", "all_gather", gather_factor)
     count(dist, "isend", "send", lambda _: 1)
     count(comm.cdb, "all_gather_function", "all_gather", gather_factor)
     count(comm.cdb, "reduce_scatter_function", "reduce_scatter", gather_factor)

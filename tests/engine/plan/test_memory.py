@@ -93,3 +93,10 @@ def test_totals_add_up_in_a_plan() -> None:
     for stage in plan.stages:
         assert stage.memory.total == sum(asdict(stage.memory).values())
     assert plan.stages[0].memory.logits == 0
+
+
+def test_sequence_parallelism_divides_what_tensor_parallelism_leaves_whole() -> None:
+    """5 D of GPT-2's 17 D; a layer that recomputes keeps a stretch of its input."""
+    assert memory(tensor=2, sequence_parallel=True).activations == memory().activations // 2
+    tokens_bytes = 4 * 64 * 64 * 4
+    assert memory(tensor=2).activations - memory(tensor=2, sequence_parallel=True).activations == tokens_bytes * 5 // 2

@@ -1,0 +1,33 @@
+"""Sequence parallelism along the tensor axis against one plain torch process; tolerances as in `test_parity`."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.cases import Case
+from tests.distributed.test_parity import check
+
+matrix = pytest.mark.matrix
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("llama", zero_stage=3, pipe=2, tensor=2, sequence_parallel=True),
+        Case("bert", zero_stage=1, pipe=2, tensor=2, sequence_parallel=True),
+        pytest.param(
+            Case("bert", zero_stage=3, tensor=2, data=2, recompute="full", sequence_parallel=True), marks=matrix
+        ),
+        pytest.param(Case("modernbert", zero_stage=2, pipe=2, tensor=2, sequence_parallel=True), marks=matrix),
+        pytest.param(Case(zero_stage=0, tensor=2, attention="row", sequence_parallel=True), marks=matrix),
+        pytest.param(Case(zero_stage=1, tensor=4, sequence_parallel=True), marks=matrix),
+        pytest.param(Case(zero_stage=2, tensor=2, data=2, micro_batch_size=2, sequence_parallel=True), marks=matrix),
+        pytest.param(Case(zero_stage=3, pipe=2, tensor=2, data=2, decay=False, sequence_parallel=True), marks=matrix),
+        pytest.param(Case("llama-tied", zero_stage=1, pipe=2, tensor=2, sequence_parallel=True), marks=matrix),
+        pytest.param(Case(zero_stage=3, tensor=2, recompute="selective", sequence_parallel=True), marks=matrix),
+        pytest.param(Case(zero_stage=1, tensor=2, recompute="full", sequence_parallel=True), marks=matrix),
+    ],
+    ids=str,
+)
+def test_layout_equals_plain_torch(case: Case) -> None:
+    check(case)
