@@ -101,14 +101,14 @@ def _tokenizer(folder: Path, named: Path | None) -> TextTokenizer | None:
 
 def _verify(dataset: TokenDataset) -> None:
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"verifying {dataset.folder}", total=dataset.index.num_bytes)
+        task = progress.add_task(f"verifying {dataset.location}", total=dataset.index.num_bytes)
         dataset.verify(lambda num_bytes: progress.advance(task, num_bytes))
 
 
 def print_counts(dataset: TokenDataset) -> None:
     """Counts of a data set whose shards have been verified."""
     index = dataset.index
-    table = Table(title=str(dataset.folder), title_justify="left", show_header=False)
+    table = Table(title=str(dataset.location), title_justify="left", show_header=False)
     table.add_row("documents", f"{index.num_documents:,}")
     if index.has_sentences:
         table.add_row("sentences", f"{index.num_sentences:,}")

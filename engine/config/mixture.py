@@ -1,4 +1,4 @@
-"""Rules of a mixture of data sets, and its weights as whole numbers."""
+"""Rules of where data comes from: a folder, a mixture of them, URLs; and the weights as whole numbers."""
 
 from __future__ import annotations
 
@@ -50,6 +50,15 @@ def check_mixture(key: str, data: DataConfig, problems: list[PalimpsestError]) -
             whole_parts(weights)
         except ValueError as error:
             problems.append(ConfigError(f"{name}.sources: {error}", f"weights of 1/{LONGEST_PERIOD:,} or more"))
+    urls = [place for place in (data.train, data.validation, *(source.path for source in sources)) if _is_url(place)]
+    if urls and data.cache is None:
+        problems.append(
+            ConfigError(
+                f"{name}.cache is missing, and {urls[0]} is a URL",
+                "a folder on a disk of each node, and how many bytes it may hold",
+                "for example data.cache: {folder: /tmp/shards, bytes: 50_000_000_000}",
+            )
+        )
     if data.temperature != 1 and (weights or not sources):
         problems.append(
             ConfigError(
@@ -58,6 +67,10 @@ def check_mixture(key: str, data: DataConfig, problems: list[PalimpsestError]) -
                 "leave out the weights: the temperature is that of the sources' tokens",
             )
         )
+
+
+def _is_url(place: str | None) -> bool:
+    return place is not None and "://" in place
 
 
 def whole_parts(weights: Sequence[float], longest: int = LONGEST_PERIOD) -> tuple[int, ...]:

@@ -137,13 +137,24 @@ class DataSource(Section):
     name: str = Field(min_length=1, max_length=64)
     """What metrics call it. Part of the seed of its order: sources do not move one another."""
     path: str
-    """Folder of token shards that `palimpsest prepare` wrote."""
+    """Folder of token shards that `palimpsest prepare` wrote, or its URL."""
     weight: PositiveFloat | None = None
     """Its share of the samples, relative to the other sources'. None for all: their tokens weigh."""
     epochs: PositiveFloat | None = None
     """It gives no more samples after so many passes; the others go on in their proportions. None: it never ends."""
     max_tokens: PositiveInt | None = None
     """It gives no more samples after so many tokens (whole samples of `sequence_length`). None: it never ends."""
+
+
+class CacheConfig(Section):
+    """Where shards that are read from a URL lie on each node."""
+
+    kind: ClassVar[Kind] = "execution"
+
+    folder: Path
+    """Folder on a disk of the node; its ranks, and other runs, share it."""
+    bytes: PositiveInt
+    """Most bytes that it ever holds: two windows of shards or more."""
 
 
 class DataConfig(Section):
@@ -153,17 +164,25 @@ class DataConfig(Section):
     fingerprint. Held-out data is free: another set only begins another curve.
     """
 
-    kinds: ClassVar[dict[str, Kind]] = {"train": "execution", "validation": "execution", "on_damage": "schedule"}
+    kinds: ClassVar[dict[str, Kind]] = {
+        "train": "execution",
+        "validation": "execution",
+        "cache": "execution",
+        "on_damage": "schedule",
+    }
 
     train: str | None = None
-    """Folder of token shards that `palimpsest prepare` wrote. Either this or `sources`."""
+    """Folder of token shards that `palimpsest prepare` wrote, or its URL (s3://, https://, ...). Either this or
+    `sources`."""
     sources: tuple[DataSource, ...] = ()
     """Several such folders, mixed sample by sample in exact proportions."""
     temperature: PositiveFloat = 1.0
     """Of sources without weights: each weighs its tokens to the power of 1 / temperature. 1 is in proportion, more is
     closer to equal shares."""
     validation: str | None = None
-    """Folder of held-out token shards."""
+    """Folder of held-out token shards, or its URL."""
+    cache: CacheConfig | None = None
+    """Needed where a folder is a URL."""
     window_shards: PositiveInt = 16
     """Samples are shuffled inside windows of this many (shuffled) shards."""
     attention: Literal["document", "row"] = "document"

@@ -10,15 +10,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
+from typing import BinaryIO
 
 import numpy as np
 
 from engine.data.arrays import open_array
+from engine.data.cache import ShardCache
 from engine.data.damage import DamagedShard
-from engine.data.index import PREPARE_AGAIN, ArrayFile, ShardEntry, read_index
+from engine.data.index import FILE, PREPARE_AGAIN, ArrayFile, ShardEntry, parse_index, read_index
+from engine.data.remote import RemoteFolder, is_remote
 from engine.errors import DataError
 
 OPEN_SHARDS = 128
@@ -43,30 +46,42 @@ class Shard:
 
 
 class TokenDataset:
-    """A folder of token shards.
+    """A folder of token shards, on disk or at a URL.
 
-    Reads the index alone; shards are opened and verified when they are first asked for. Safe to share between
+    Reads the index alone; shards are fetched, opened and verified when they are first asked for. Safe to share between
     threads.
     """
 
-    def __init__(self, folder: Path | str, tokenizer_hash: str | None = None) -> None:
-        """With a `tokenizer_hash`, shards of another tokenizer are refused.
+    def __init__(
+        self, location: Path | str, tokenizer_hash: str | None = None, cache: ShardCache | None = None
+    ) -> None:
+        """With a `tokenizer_hash`, shards of another tokenizer are refused. A URL needs a `cache`.
 
         Raises:
             DataError: the index is missing, damaged, of another version, or of another tokenizer.
         """
-        self.folder = Path(folder)
-        self.index = read_index(self.folder)
+        self.location = str(location)
+        """Folder or URL, as it was named."""
+        self._remote = None
+        if is_remote(self.location):
+            assert cache is not None, "resolve() lets no URL without a cache pass"
+            self._remote = RemoteFolder(self.location, cache)
+            self.folder = cache.folder
+            self.index = parse_index(self._remote.read(FILE), f"{self.location}/{FILE}")
+        else:
+            self.folder = Path(location)
+            self.index = read_index(self.folder)
         self.fingerprint = self.index.fingerprint  # of what the folder holds, wherever it lies
         if tokenizer_hash is not None and tokenizer_hash != self.index.tokenizer_hash:
             raise DataError(
-                f"the shards in {self.folder} were written with tokenizer {self.index.tokenizer_hash}, "
+                f"the shards in {self.location} were written with tokenizer {self.index.tokenizer_hash}, "
                 f"but this run's tokenizer is {tokenizer_hash}",
                 "the tokenizer that the shards were written with",
                 "name that tokenizer's folder, or prepare the text again with this one",
             )
         self._verified: set[str] = set()
         self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._held: dict[int, BinaryIO] = {}
         self._lock = Lock()
 
     @property
@@ -88,6 +103,23 @@ class TokenDataset:
             self._open[number] = found
             return found
 
+    @property
+    def is_remote(self) -> bool:
+        return self._remote is not None
+
+    def release(self) -> None:
+        """Lets the cache evict what this process has open: call when nothing of it is in use. Local shards stay."""
+        if self.is_remote:
+            with self._lock:
+                for number in list(self._open):
+                    self._drop(number)
+
+    def fetch_ahead(self, number: int) -> None:
+        """Brings a remote shard into the cache, if there is room and nobody else is at it. Raises as `shard`."""
+        assert self._remote is not None
+        for array in self.index.shards[number].arrays:
+            self._remote.fetch_ahead(array)
+
     def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
         """Verifies every shard; `progress` is told the bytes of each. Raises `DataError` at the first bad one."""
         for number, entry in enumerate(self.index.shards):
@@ -108,7 +140,10 @@ class TokenDataset:
     def _offsets(self, array: ArrayFile, num_tokens: int, contained: np.ndarray | None = None) -> np.ndarray:
         """Rising offsets with those that they must contain."""
         is_new = array.file not in self._verified
-        offsets = open_array(self.folder, array, not is_new).astype(np.int64)
+        found, file = self._array(self.folder, array, not is_new)
+        offsets = found.astype(np.int64)
+        if file is not None:
+            file.close()
         if is_new:
             _check_offsets(self.folder / array.file, offsets, num_tokens, contained)
             self._verified.add(array.file)
@@ -117,16 +152,39 @@ class TokenDataset:
     def _map(self, number: int) -> Shard:
         tokens = self.index.shards[number].tokens
         folder = self.folder / (self.index.tokens_folder or "")
-        mapped = open_array(folder, tokens, tokens.name in self._verified)
+        mapped, file = self._array(folder, tokens, tokens.name in self._verified)
+        if file is not None:
+            self._held[number] = file
         documents, sentences = self._both_offsets(number)
         self._verified.add(tokens.name)
         return Shard(tokens.name, mapped, documents, sentences)
+
+    def _array(self, folder: Path, array: ArrayFile, is_verified: bool) -> tuple[np.ndarray, BinaryIO | None]:
+        """An array, and what holds its file in the cache. A file that was damaged there is fetched once more."""
+        if self._remote is None:
+            return open_array(folder, array, is_verified), None
+        for again in (True, False):
+            name, file = self._remote.open(array)
+            try:
+                return open_array(self.folder, replace(array, file=name), is_verified), file
+            except DamagedShard:
+                file.close()
+                self._remote.cache.discard(name)
+                if not again:
+                    raise
+        raise AssertionError("returned or raised above")
+
+    def _drop(self, number: int) -> None:
+        del self._open[number]
+        if (file := self._held.pop(number, None)) is not None:
+            file.close()
 
     def _make_room(self, entry: ShardEntry) -> None:
         """Drops the shards that were not used for longest, until another one has a place."""
         unpacked = sum(_unpacked_bytes(self.index.shards[number]) for number in self._open)
         while self._open and (len(self._open) >= OPEN_SHARDS or unpacked + _unpacked_bytes(entry) > UNPACKED_BYTES):
-            dropped, _ = self._open.popitem(last=False)
+            dropped = next(iter(self._open))
+            self._drop(dropped)
             unpacked -= _unpacked_bytes(self.index.shards[dropped])
 
 

@@ -49,6 +49,7 @@ class HeldOut:
             addresses = np.concatenate([np.zeros((len(rows), 1), np.int64), places], axis=1)
             domains = np.zeros(len(rows), np.int64)
             yield make_batch([self._source], domains, places, addresses, micro_batch_size)
+            self._source.dataset.release()
 
     def num_batches(self, data_size: int, micro_batch_size: int) -> int:
         """Micro-batches that each data rank gets."""

@@ -222,8 +222,15 @@ def read_index(folder: Path) -> Index:
     Raises:
         DataError: no folder, no index, an index of another format or version, or one that contradicts itself.
     """
-    path = folder / FILE
-    tree = _read_tree(folder, path)
+    return _checked(_read_tree(folder, folder / FILE), folder / FILE)
+
+
+def parse_index(content: bytes, place: str) -> Index:
+    """The index in a file's content; `place` names it in errors. Raises `DataError` as `read_index`."""
+    return _checked(_load(content, place), place)
+
+
+def _checked(tree: dict[str, Any], path: Path | str) -> Index:
     if tree.get("format") != FORMAT:
         raise DataError(
             f"{path} has format {tree.get('format')!r}", repr(FORMAT), "name a folder that `palimpsest prepare` wrote"
@@ -244,20 +251,26 @@ def _read_tree(folder: Path, path: Path) -> dict[str, Any]:
             f"no folder of token shards at {folder}", "a folder that `palimpsest prepare` wrote", "check the path"
         )
     try:
-        tree = json.loads(path.read_bytes())
+        content = path.read_bytes()
     except FileNotFoundError:
         parts = sorted(part.parent.name for part in folder.glob(f"*/{FILE}"))
         hint = f"name one of its folders: {', '.join(parts)}" if parts else f"finish or {PREPARE_AGAIN}"
         raise DataError(f"{folder} holds no {FILE}", "a folder that `palimpsest prepare` finished", hint) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}", remedy="check the path and its rights") from error
+    return _load(content, path)
+
+
+def _load(content: bytes, path: Path | str) -> dict[str, Any]:
+    try:
+        tree = json.loads(content)
     except ValueError as error:
         raise DataError(f"{path} is damaged: no JSON ({error})", "the file as written", PREPARE_AGAIN) from error
     return tree if isinstance(tree, dict) else {}
 
 
 @contextmanager
-def _damage(path: Path) -> Iterator[None]:
+def _damage(path: Path | str) -> Iterator[None]:
     """Turns what parsing stumbles over into one error about the file."""
     try:
         yield

@@ -148,7 +148,7 @@ class Loader:
         source = self._sources[damage.source]
         if len(self._lost) == MOST_LOST:
             raise DataError(
-                f"more than {MOST_LOST} shards are damaged, the last in {source.dataset.folder}",
+                f"more than {MOST_LOST} shards are damaged, the last in {source.dataset.location}",
                 f"{MOST_LOST} at most",
                 "look at the disk, and restore the shards from a copy",
             )
@@ -228,6 +228,8 @@ class Loader:
             part, end = slice(end, end + size), end + size
             columns = (mine.sources_N[part], places_N2[part], mine.addresses_N3[part])
             batches.append(make_batch(self._sources, *columns, num_rows=micro_batch_size))
+        for part in self.parts:
+            part.dataset.release()
         self._cursor, self._samples = after, self._samples + count
         return batches
 
@@ -236,6 +238,18 @@ class Loader:
         count = self.batch_size
         _, self._cursor = self._take(count)
         self._samples += count
+
+    def coming(self) -> list[tuple[TokenDataset, int]]:
+        """The remote shards of the windows that the next samples are in, and of those after them, by (data set, shard
+        number) in the order of their use."""
+        found: list[tuple[TokenDataset, int]] = []
+        places = self._cursor.places
+        for ahead in (0, 1):
+            for source, place in zip(self._sources, places, strict=True):
+                if source.dataset.is_remote:
+                    numbers = source.order.shards_ahead(place, ahead).tolist()
+                    found += [(source.dataset, number) for number in numbers if number not in source.lost]
+        return found
 
     def clone(self) -> Loader:
         """Another loader at the same place, over the same opened data sets."""
@@ -331,7 +345,7 @@ class Loader:
         before = str(state.get("sources", "")).split()
         pairs = list(zip(self.parts, before, strict=False)) if len(before) == len(self.parts) > 1 else []
         changed = [part for part, fingerprint in pairs if not part.dataset.fingerprint.startswith(fingerprint)]
-        return ", ".join(str(part.dataset.folder) for part in changed or self.parts)
+        return ", ".join(str(part.dataset.location) for part in changed or self.parts)
 
 
 def _short_hash(tree: Any) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from threading import Condition, Thread
 
+from engine.data.ahead import FetchAhead
 from engine.data.batch import Batch
 from engine.data.loader import Loader, State
 from engine.data.stream import SampleId
@@ -88,12 +89,20 @@ class Prefetcher:
         self._thread.start()
 
     def _read_ahead(self, loader: Loader) -> None:
+        ahead = FetchAhead()
+        try:
+            self._read_steps(loader, ahead)
+        finally:
+            ahead.close()
+
+    def _read_steps(self, loader: Loader, ahead: FetchAhead) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or len(self._ready) < self._depth)
                 if self._closed:
                     return
             try:
+                ahead.want(loader.coming())
                 batches = loader.step(*self._shape)
             except BaseException as error:  # whatever it is, the consumer must hear of it
                 with self._changed:

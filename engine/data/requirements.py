@@ -18,19 +18,20 @@ def require(dataset: TokenDataset, sequence_length: int, objective: ObjectiveCon
     vocabulary = dataset.index.vocabulary
     if vocabulary is None:
         raise DataError(
-            f"the shards in {dataset.folder} do not say which tokens are special, as objective {objective.name} needs",
+            f"the shards in {dataset.location} do not say which tokens are special, as objective {objective.name} "
+            "needs",
             "shards that a newer `palimpsest prepare` wrote",
             "prepare the text again with --overwrite",
         )
     if missing := _missing(vocabulary, sequence_length, objective):
         raise DataError(
-            f"the tokenizer of the shards in {dataset.folder} has no {missing}, as objective {objective.name} needs",
+            f"the tokenizer of the shards in {dataset.location} has no {missing}, as objective {objective.name} needs",
             f"a tokenizer with {missing}",
             TRAIN_TOKENIZER.format(objective.name),
         )
     if objective.pairs != "none" and not dataset.index.has_sentences:
         raise DataError(
-            f"the shards in {dataset.folder} have no sentences, as objective.pairs = {objective.pairs} needs",
+            f"the shards in {dataset.location} have no sentences, as objective.pairs = {objective.pairs} needs",
             "shards with sentences",
             "prepare the text again with --sentences LANGUAGE (and --overwrite)",
         )

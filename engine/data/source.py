@@ -91,7 +91,7 @@ class Source:
         if begun and not damage.counted:
             name = self.dataset.index.shards[damage.shard].documents.file
             raise DataError(
-                f"{name} in {self.dataset.folder} is damaged, and samples of its window are trained on already: how "
+                f"{name} in {self.dataset.location} is damaged, and samples of its window are trained on already: how "
                 "many are left cannot be known",
                 "offsets as they were when the window began",
                 "restore the file from a copy, and resume",
@@ -107,8 +107,8 @@ class Source:
                 continue  # it says so when it is its turn
         index = self.dataset.index
         raise DataError(
-            f"the data set {self.dataset.folder} holds no sample: {index.num_documents} documents, {index.num_tokens} "
-            f"tokens" + (f", {self.lost.size} damaged shards" if self.lost.size else ""),
+            f"the data set {self.dataset.location} holds no sample: {index.num_documents} documents, "
+            f"{index.num_tokens} tokens" + (f", {self.lost.size} damaged shards" if self.lost.size else ""),
             "at least one document",
             "prepare more text (or a larger --validation-fraction, where this is the held-out part)",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from engine.config.mixture import whole_parts
 from engine.config.schema import DataConfig, RunStage
+from engine.data.cache import ShardCache
 from engine.data.dataset import TokenDataset
 from engine.data.loader import Loader
 from engine.data.source import Part
@@ -18,9 +19,12 @@ def open_parts(run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int)
     """
     data, length = run_stage.data, run_stage.sequence_length
     if data.train is not None:
-        return [Part(_open(data.train, tokenizer_hash, vocab_size))]
-    sets = [_open(source.path, tokenizer_hash, vocab_size) for source in data.sources]
+        dataset = _open(data, data.train, tokenizer_hash, vocab_size)
+        _refuse_small_cache(data, [dataset])
+        return [Part(dataset)]
+    sets = [_open(data, source.path, tokenizer_hash, vocab_size) for source in data.sources]
     _refuse_other_tokens(sets)
+    _refuse_small_cache(data, sets)
     return [
         Part(
             dataset,
@@ -36,7 +40,7 @@ def open_parts(run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int)
 def open_held_out(run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int) -> TokenDataset | None:
     """The held-out data of a stage; None where it has none. Raises as `open_parts`."""
     folder = run_stage.data.validation
-    return None if folder is None else _open(folder, tokenizer_hash, vocab_size)
+    return None if folder is None else _open(run_stage.data, folder, tokenizer_hash, vocab_size)
 
 
 def stage_loader(run_stage: RunStage, parts: list[Part], seed: int) -> Loader:
@@ -62,8 +66,9 @@ def stage_loader(run_stage: RunStage, parts: list[Part], seed: int) -> Loader:
     return loader
 
 
-def _open(folder: str, tokenizer_hash: str | None, vocab_size: int) -> TokenDataset:
-    dataset = TokenDataset(folder, tokenizer_hash)
+def _open(data: DataConfig, folder: str, tokenizer_hash: str | None, vocab_size: int) -> TokenDataset:
+    cache = None if data.cache is None else ShardCache(data.cache.folder, data.cache.bytes)
+    dataset = TokenDataset(folder, tokenizer_hash, cache)
     if dataset.index.vocab_size > vocab_size:
         raise DataError(
             f"the shards in {folder} have {dataset.index.vocab_size} tokens in their vocabulary, "
@@ -72,6 +77,21 @@ def _open(folder: str, tokenizer_hash: str | None, vocab_size: int) -> TokenData
             "change the model, or prepare the text with a smaller tokenizer",
         )
     return dataset
+
+
+def _refuse_small_cache(data: DataConfig, sets: list[TokenDataset]) -> None:
+    """Raises `DataError` where the cache does not hold two windows of shards: the one in use, and the next."""
+    needed = 0
+    for dataset in sets:
+        if dataset.is_remote:
+            sizes = sorted(sum(array.stored_bytes for array in shard.arrays) for shard in dataset.index.shards)
+            needed += sum(sizes[-2 * data.window_shards :])
+    if data.cache is not None and data.cache.bytes < needed:
+        raise DataError(
+            f"data.cache.bytes = {data.cache.bytes:,} is less than two windows of {data.window_shards} shards",
+            f"{needed:,} or more",
+            "make the cache larger, or data.window_shards smaller (which mixes less)",
+        )
 
 
 def _refuse_other_tokens(sets: list[TokenDataset]) -> None:

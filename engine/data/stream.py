@@ -119,6 +119,11 @@ class SampleOrder:
         start = window * self._window_shards
         return self._epoch(epoch)[start : start + self._window_shards]
 
+    def shards_ahead(self, sample: SampleId, windows: int) -> np.ndarray:
+        """(shards,) int64: shards of the window that comes so many windows after a sample's."""
+        epochs, window = divmod(sample.window + windows, self.num_windows)
+        return self.shards(sample.epoch + epochs, window)
+
     def _runs(self, sample: SampleId, count: int) -> Iterator[tuple[SampleId, np.ndarray]]:
         """(first sample, slots) of each window that the samples of a stretch fall into."""
         while count:

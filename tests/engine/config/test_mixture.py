@@ -35,6 +35,8 @@ def source(name: str, **keys: Any) -> dict[str, Any]:
         ({"sources": [source("b", weight=1), source("c", weight=1e-9)]}, "less than 1/65,536 of the sum"),
         ({"sources": [source(str(n)) for n in range(17)]}, "17 sources; allowed: 16 at most"),
         ({"sources": [source("b", weight=1)], "temperature": 2}, "temperature = 2.0 with weights"),
+        ({"train": "s3://bucket/a"}, "data.cache is missing, and s3://bucket/a is a URL"),
+        ({"sources": [source("a"), {"name": "b", "path": "gs://b"}]}, "data.cache is missing, and gs://b is a URL"),
         ({"train": "a", "temperature": 2}, "temperature = 2.0 without sources"),
     ],
 )
