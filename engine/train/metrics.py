@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from engine.checkpoint.storage import Place
 from engine.config.schema import RunConfig
 from engine.logs import logger
+from engine.train import wandb_files
 
 Record = dict[str, float | int]
 """Numbers by name; `step` counts the steps done. One that is not finite is left out where it is written."""
@@ -65,17 +66,27 @@ class TensorBoard:
         for name, value in record.items():
             if name != "step":
                 self._writer.add_scalar(name, value, record["step"])
+        self._writer.flush()  # handed to the system: a killed run loses no step that it resumes behind
 
     def close(self) -> None:
         self._writer.close()
 
 
 class Wandb:
-    """A wandb run whose id follows from the run folder, so that a restart continues it."""
+    """A wandb run whose id stays with the run folder, so that a restart continues it.
 
-    def __init__(self, config: RunConfig) -> None:
+    Offline, rows beyond the step that the run resumes at are cut, and rows before it that were lost with a killed
+    process are written again. Online, the server keeps the first row that it was sent for a step.
+    """
+
+    def __init__(self, config: RunConfig, resumed_at: int) -> None:
         import wandb
 
+        self._wandb = wandb
+        lost: list[Record] = []
+        if config.logging.wandb == "offline":
+            kept = wandb_files.cut(config.folder, _wandb_id(config.folder), resumed_at)
+            lost = [record for record in read_metrics(config.folder) if record["step"] not in kept]
         self._run = wandb.init(
             project=config.logging.wandb_project,
             name=config.name,
@@ -86,12 +97,16 @@ class Wandb:
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(console="off", silent=True),
         )
+        for record in lost:
+            if record["step"] <= resumed_at:
+                self.write(record)
 
     def write(self, record: Record) -> None:
         self._run.log({name: value for name, value in record.items() if name != "step"}, step=int(record["step"]))
 
     def close(self) -> None:
         self._run.finish()
+        self._wandb.teardown()  # its process still writes: what comes after (a rollback) may cut the file
 
 
 class Terminal:
@@ -164,7 +179,7 @@ def open_metrics(config: RunConfig, num_steps: int, resumed_at: int) -> Metrics:
     if config.logging.tensorboard:
         sinks.append(Tracker("TensorBoard", lambda: TensorBoard(config.folder, resumed_at)))
     if config.logging.wandb != "off":
-        sinks.append(Tracker("wandb", lambda: Wandb(config)))
+        sinks.append(Tracker("wandb", lambda: Wandb(config, resumed_at)))
     return Metrics(sinks)
 
 

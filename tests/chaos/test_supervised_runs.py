@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine import outcome
 from engine.errors import EXIT_DONE
@@ -54,6 +55,7 @@ def tree(corpus: Path, folder: Path) -> dict[str, Any]:
         evaluation={"every_steps": None},
         checkpoint={"every_steps": SAVE_EVERY, "keep_last": 2},
         launch={"step_limit_seconds": 8.0, "step_limit_factor": 2.0, "start_limit_seconds": 240.0},
+        logging={"tensorboard": True},
         checks=False,
     )
 
@@ -117,6 +119,9 @@ def test_a_run_outlives_every_kind_of_fault(corpus, tmp_path):
     losses = [[record["loss"] for record in read_metrics(folder) if "loss" in record] for folder in (run, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=0, abs=1e-5)
     assert [record["step"] for record in read_metrics(run) if "loss" in record] == list(range(1, NUM_STEPS + 1))
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, NUM_STEPS + 1))
     ended = outcome.read(run)
     assert ended is not None
     assert (ended.code, ended.attempt, ended.step) == (EXIT_DONE, 5, NUM_STEPS)

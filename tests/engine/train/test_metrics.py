@@ -1,7 +1,9 @@
 import json
 import logging
+import os
+from pathlib import Path
 
-from engine.train import metrics
+from engine.train import metrics, wandb_files
 from engine.train.metrics import METRICS, PLOT, JsonLines, Metrics, TensorBoard, Terminal, plot_loss, read_metrics
 from tests.distributed.runs import run_config, run_tree
 
@@ -80,14 +82,70 @@ def test_tensorboard_shows_each_step_once_after_a_restart(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 20.0)]
 
 
-def test_wandb_offline_keeps_its_id_over_restarts(tmp_path):
-    tree = run_tree(tmp_path, tmp_path, logging={"wandb": "offline"})
-    for step in (1, 2):
-        sink = metrics.Wandb(run_config(tree))
-        sink.write(record(step))
+def test_tensorboard_loses_nothing_with_a_killed_process(tmp_path):
+    """The first writer is never closed, as by SIGKILL; what it was given is there, and what lies beyond is hidden."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    killed = TensorBoard(tmp_path, resumed_at=0)
+    for step in range(1, 8):
+        killed.write(record(step, loss=step))
+    second = TensorBoard(tmp_path, resumed_at=5)
+    for step in (6, 7, 8):
+        second.write(record(step, loss=10 * step))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        (1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 5.0), (6, 60.0), (7, 70.0), (8, 80.0)
+    ]  # fmt: skip
+
+
+def test_wandb_goes_on_with_the_same_run_and_each_step_once(tmp_path):
+    """Killed in step 6 after the checkpoint of step 4, with row 4 not yet on the disk; then rolled back to 2."""
+    config = run_config(run_tree(tmp_path, tmp_path, logging={"wandb": "offline"}))
+
+    def trained(resumed_at: int, steps: range) -> None:
+        lines, sink = JsonLines(tmp_path, resumed_at), metrics.Wandb(config, resumed_at)
+        for step in steps:
+            lines.write(record(step))
+            sink.write(record(step))
         sink.close()
-    runs = sorted(path.name.split("-")[-1] for path in (tmp_path / "wandb").glob("offline-run-*"))
-    assert set(runs) == {(tmp_path / "wandb-id").read_text()}
+        lines.close()
+
+    def files() -> list[Path]:
+        return sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+    def steps_by_start() -> list[list[int]]:
+        return [
+            [step for _, step in wandb_files.rows(path)]
+            for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+        ]
+
+    trained(0, range(1, 7))
+    (first,) = files()
+    assert steps_by_start() == [[1, 2, 3, 4, 5, 6]]
+    row_4 = next(at for at, step in wandb_files.rows(first) if step == 4)
+    os.truncate(first, row_4 + 20)
+    assert steps_by_start() == [[1, 2, 3]], "a row that was cut off in the middle is none"
+    trained(4, range(5, 8))
+    assert steps_by_start() == [[1, 2, 3], [4, 5, 6, 7]]
+    trained(2, range(3, 5))
+    assert steps_by_start() == [[1, 2], [], [3, 4]]
+    assert {path.stem for path in tmp_path.glob("wandb/offline-run-*/*.wandb")} == {
+        f"run-{(tmp_path / 'wandb-id').read_text()}"
+    }
+
+
+def test_wandb_rows_in_later_blocks_of_the_log_are_found(tmp_path):
+    """Several blocks' worth of rows: some record is split between two."""
+    sink = metrics.Wandb(run_config(run_tree(tmp_path, tmp_path, logging={"wandb": "offline"})), 0)
+    for step in range(1, 501):
+        sink.write(record(step))
+    sink.close()
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert path.stat().st_size > 3 * wandb_files.BLOCK_BYTES
+    assert [step for _, step in wandb_files.rows(path)] == list(range(1, 501))
+    assert wandb_files.cut(tmp_path, (tmp_path / "wandb-id").read_text(), 400) == set(range(1, 401))
+    assert [step for _, step in wandb_files.rows(path)] == list(range(1, 401))
 
 
 def test_a_tracker_that_cannot_start_does_not_cost_the_run(tmp_path, monkeypatch, caplog):
