@@ -27,6 +27,7 @@ from engine.logs import logger
 from engine.parallel.agreement import on_first
 from engine.parallel.groups import Groups
 from engine.parallel.zero import StageEngine
+from engine.train.lock import FolderLock
 from engine.train.metrics import read_metrics
 from engine.train.state import TrainState
 
@@ -51,15 +52,18 @@ class Restarts:
     def __init__(self, config: RunConfig, groups: Groups, place: RankPlace) -> None:
         self.config, self.groups, self.place = config, groups, place
         self.folder = config.folder / CHECKPOINTS
+        self._lock = FolderLock(config.folder)
         self._saver = Saver(self.folder, groups, self._prune)
 
     def claim(self) -> None:
         """Takes the run folder for this start of the run, and writes the configuration there.
 
         Raises:
+            EnvironmentProblem: another start of a run is using the folder now.
             ConfigError: the folder belongs to a run of another meaning.
             CheckpointError: a newer attempt of the same job owns it.
         """
+        on_first(lambda: self._lock.take(self.place), self.groups.world, EnvironmentProblem)
         on_first(self._compare_config, self.groups.world, ConfigError)
         self._saver.claim(self.place.job, self.place.attempt)
         on_first(lambda: save_run(self.config, self.config.folder), self.groups.world, EnvironmentProblem)
@@ -111,8 +115,9 @@ class Restarts:
         self._bear(self._saver.settle)
 
     def abandon(self) -> None:
-        """Ends what writes in the background, at the end of this rank; not collective."""
+        """Ends what writes in the background and leaves the folder to others; for the end of a rank, not collective."""
         self._saver.abandon()
+        self._lock.release()
 
     def restore(self, engine: StageEngine, loader: Loader) -> Restored | None:
         """Loads the newest verified checkpoint into engine and loader; None where the run has none.
