@@ -13,6 +13,7 @@ import contextlib
 import errno
 import json
 import os
+import stat
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -182,7 +183,7 @@ class Container:
 def _read_header(path: Place) -> tuple[dict[str, Any], int, int]:
     """(header, where the data starts, bytes of the file)."""
     try:
-        num_bytes = path.stat().st_size
+        num_bytes = plain_size(path)
         with path.open("rb") as file:
             prefix = file.read(8)
             if len(prefix) < 8:
@@ -198,6 +199,17 @@ def _read_header(path: Place) -> tuple[dict[str, Any], int, int]:
     if not isinstance(header, dict):
         raise damaged(path, "its header is not a JSON object")
     return header, 8 + length, num_bytes
+
+
+def plain_size(path: Place) -> int:
+    """Bytes of a plain file; raises `OSError`, or `CheckpointError` for a link (it may lead out of the checkpoint) and
+    whatever else is no plain file (a pipe would be waited for)."""
+    if isinstance(path, Remote):
+        return path.stat().st_size
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise damaged(path, "it is a link or no plain file")
+    return found.st_size
 
 
 def damaged(path: Place, what: str) -> CheckpointError:

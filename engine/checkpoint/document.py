@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from engine.checkpoint import claims
-from engine.checkpoint.container import FileRecord, damaged, disk_errors
+from engine.checkpoint.container import FileRecord, damaged, disk_errors, plain_size
 from engine.checkpoint.manifest import Manifest
 from engine.checkpoint.storage import MANIFEST, Place
 from engine.errors import CheckpointError
@@ -26,7 +26,8 @@ from engine.parallel.state import Placement
 FILE = MANIFEST
 FORMAT = "palimpsest-checkpoint"
 VERSION = 1
-MAX_BYTES = 1 << 30
+MAX_BYTES = 1 << 28
+"""Some hundred thousand files and parameters take a tenth of it."""
 _LONG = ("parameters", "files", "hyperparameters")
 """Fields with one line per entry."""
 
@@ -53,7 +54,7 @@ def read(folder: Place) -> Manifest:
     """
     path = folder / FILE
     try:
-        if path.stat().st_size > MAX_BYTES:
+        if plain_size(path) > MAX_BYTES:
             raise damaged(path, f"more than {MAX_BYTES} bytes")
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as problem:
@@ -92,7 +93,7 @@ def check_sizes(manifest: Manifest, folder: Place) -> None:
 def check_size(record: FileRecord, path: Place) -> None:
     """Raises `CheckpointError` where a file is absent or of another size than its record says."""
     try:
-        num_bytes = path.stat().st_size
+        num_bytes = plain_size(path)
     except OSError as problem:
         raise damaged(path, f"cannot be read ({problem.strerror})") from problem
     if num_bytes != record.num_bytes:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from engine.checkpoint.folder import committed, step_of
 from engine.checkpoint.load import load_pieces, open_checkpoint
@@ -130,14 +130,14 @@ def _save_on(connection: Connection, world: World, rank: int, folder: Path, atte
 class _Hub:
     """Answers the ranks' collectives and hears what they have done."""
 
-    def __init__(self, connections: list[Connection]) -> None:
-        self.connections = connections
+    def __init__(self, connections: list[Any]) -> None:
+        self.connections: Any = connections
         self.begun = self.known = 0
         self._waiting: dict[tuple[int, ...], dict[int, Any]] = {}
 
     def turn(self, seconds: float) -> None:
         """Hears whoever speaks within so many seconds."""
-        for connection in wait(self.connections, timeout=seconds):
+        for connection in cast(list[Any], wait(self.connections, timeout=seconds)):
             self._hear(self.connections.index(connection), connection.recv())
 
     def drain(self) -> None:

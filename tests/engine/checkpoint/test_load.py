@@ -2,17 +2,19 @@
 
 import dataclasses
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.checkpoint.fingerprint import combine, fingerprint_of_checkpoint, partial_sum
 from engine.checkpoint.load import Files, load, load_pieces, open_checkpoint, read_state, read_weights
 from engine.checkpoint.manifest import match
 from engine.errors import CheckpointError
 from engine.parallel.groups import Groups
-from engine.parallel.sharding import VOCABULARY, ParameterSpec
+from engine.parallel.sharding import ROW, VOCABULARY, ParameterSpec
 from engine.parallel.state import MOMENTUM, Piece
 from tests.engine.checkpoint.threads import ThreadedRanks
 from tests.engine.checkpoint.worlds import World, fake_groups, layout_of, random_state, small_model, some_state
@@ -239,3 +241,45 @@ def test_a_stage_that_lacks_a_parameter_is_found_on_every_rank(saved, monkeypatc
 
     for error in ThreadedRanks(monkeypatch).run(2, run):
         assert "final_norm.weight: not in the model" in str(error)
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of every new storage that an operation of torch makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_bytes, self._known = 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        seen = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in seen:
+                self.num_bytes += tensor.untyped_storage().nbytes()
+        return made
+
+
+@pytest.mark.parametrize(("before", "after"), [(((1, 4, 1), 1), ((1, 1, 2), 3)), (((2, 1, 2), 3), ((1, 3, 1), 1))])
+def test_loading_takes_less_memory_than_the_largest_parameter(tmp_path, before, after):
+    """Beside the shard, which is there already; numpy and bytes are counted by tracemalloc, torch by its operations."""
+    specs = [
+        ParameterSpec("embed_tokens.weight", (512, 512), VOCABULARY, 512),
+        *(ParameterSpec(f"layers.{n}.attention.out_proj.weight", (256, 512), ROW) for n in range(4)),
+        ParameterSpec("final_norm.weight", (512,)),
+    ]
+    whole = random_state(specs, seed=3)
+    old, new = (World(layout_of(*layout), zero_stage, specs) for layout, zero_stage in (before, after))
+    old.fill(whole)
+    path = old.save(tmp_path, some_state())
+    manifest = open_checkpoint(path)
+    with Allocations() as allocated:
+        torch.zeros(3).as_strided((1,), (1,), 1).copy_(torch.ones(1))  # what torch imports for it is no load's memory
+    assert allocated.num_bytes == 16
+    for writer, pieces in zip(new.writers, new.pieces, strict=True):
+        tracemalloc.start()
+        with Allocations() as allocated:
+            load_pieces(path, manifest, pieces, writer.tensor_rank, new.layout.tensor)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak + allocated.num_bytes < 512 * 512 * 4
+    new.check(whole)
