@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-import torch
 import typer
 from rich.console import Console
 from rich.panel import Panel
@@ -17,14 +16,17 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.config.schema import ObjectiveConfig
-from engine.data.batch import Batch
 from engine.data.dataset import TokenDataset
 from engine.data.index import FILE as INDEX_FILE
-from engine.data.prepare import PARTS, RECIPE_FILE
-from engine.data.samples import first_samples
+from engine.data.recipe import PARTS, RECIPE_FILE
 from engine.data.sampling import PackingName
 from engine.data.tokenizer import TextTokenizer, load_tokenizer
 from engine.errors import DataError
+
+if TYPE_CHECKING:  # torch would make --help slow
+    import torch
+
+    from engine.data.batch import Batch
 
 Objective = Literal["causal", "fill_in_the_middle", "masked", "span_corruption"]
 PairKind = Literal["none", "next_sentence", "sentence_order"]
@@ -53,6 +55,8 @@ def main(
         _verify(dataset)
         print_counts(dataset)
         if samples:
+            from engine.data.samples import first_samples
+
             batch = first_samples(dataset, sequence_length, seed, samples, packing, shown)
             for b, place in enumerate(batch.sources):
                 _print_sample(f"{part.name} {place}", batch, b, loaded)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -11,31 +13,44 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from engine.data.encode import available_cpus
+from engine.data.assemble import Deduplicate
+from engine.data.pool import available_cpus, workers
 from engine.data.prepare import Prepared, PrepareOptions, prepare
 from engine.data.prepare import Progress as HowFar
+from engine.data.shards import Compression
 from engine.data.statistics import Statistics
 
 _BAR_WIDTH = 30
+_TOLD_EVERY_SECONDS = 30
 
 
 def main(
-    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Files, folders, globs, or hf:DATASET.")],
+    sources: Annotated[
+        list[str], typer.Argument(metavar="[DOMAIN=]SOURCE...", help="Files, folders, globs, or hf:DATASET.")
+    ],
     tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer.")],
-    output: Annotated[Path, typer.Option(help="Folder to write: train/ and validation/.")],
+    output: Annotated[Path, typer.Option(help="Folder to write: train/ and validation/, in each a folder per domain.")],
     validation_fraction: Annotated[float, typer.Option(help="Share of documents held out (0: none).")] = 0.05,
-    shard_megabytes: Annotated[float, typer.Option(min=0.001, max=65536, help="Size of a shard (MiB).")] = 64,
-    workers: Annotated[int | None, typer.Option(help="Processes (default: one per CPU).")] = None,
-    text_key: Annotated[str, typer.Option(help="Key of the text in JSON lines and datasets.")] = "text",
-    blank_line_ends: Annotated[
-        bool, typer.Option("--blank-line-ends", help="In text files, an empty line ends a document.")
-    ] = False,
+    deduplicate: Annotated[
+        Deduplicate, typer.Option(help="Leave out documents with the text of an earlier one, or nearly.")
+    ] = "none",
+    similarity: Annotated[float, typer.Option(help="Of near duplicates: what they have in common (Jaccard).")] = 0.8,
     sentences: Annotated[
         str | None, typer.Option(metavar="LANGUAGE", help="Find sentences, which pairs need: en, zh, ...")
     ] = None,
+    compress: Annotated[Compression, typer.Option(help="How shards are stored.")] = "none",
+    shard_megabytes: Annotated[float, typer.Option(min=0.001, max=65536, help="Size of a shard (MiB).")] = 64,
+    num_workers: Annotated[int | None, typer.Option("--workers", help="Processes (default: one per CPU).")] = None,
+    text_key: Annotated[str, typer.Option(help="Key of the text in JSON lines, Parquet and datasets.")] = "text",
+    blank_line_ends: Annotated[
+        bool, typer.Option("--blank-line-ends", help="In text files, an empty line ends a document.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what lies in the output folder.")] = False,
 ) -> None:
-    """Write text as token shards with hashes, each document on one side of a held-out split."""
+    """Write text as token shards with hashes, each document on one side of a held-out split.
+
+    After a kill the same command goes on where it was. Under mpirun or srun, rank 0 reads and the others encode.
+    """
     options = PrepareOptions(
         sources=tuple(sources),
         tokenizer=tokenizer,
@@ -45,21 +60,41 @@ def main(
         text_key=text_key,
         blank_line_ends=blank_line_ends,
         sentences=sentences,
-        workers=available_cpus() if workers is None else workers,
+        deduplicate=deduplicate,
+        similarity=similarity,
+        compression=compress,
         overwrite=overwrite,
     )
     started = time.monotonic()
+    with workers(available_cpus() if num_workers is None else num_workers) as pool:
+        if pool is None:
+            return
+        with _shown(started) as show:
+            prepared = prepare(options, show, pool)
+    _print(prepared, time.monotonic() - started)
+
+
+@contextmanager
+def _shown(started: float) -> Iterator[Callable[[HowFar], None]]:
+    """A bar with rate and estimate on a terminal, a line every so often elsewhere."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    told = started
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("reading sources", total=None)
 
         def show(now: HowFar) -> None:
-            rate = now.tokens / max(1e-9, time.monotonic() - started)
-            text = f"{now.documents:,} documents, {now.tokens / 1e6:,.1f} M tokens, {rate / 1e6:.2f} M tokens/s"
-            progress.update(task, description=text, completed=now.read_bytes, total=now.total_bytes or None)
+            nonlocal told
+            rate = (now.tokens - now.kept_tokens) / max(1e-9, time.monotonic() - started)
+            text = f"{now.doing}: {now.documents:,} documents, {now.tokens / 1e6:,.1f} M tokens"
+            text += f", {rate / 1e6:.2f} M tokens/s" if now.doing == "encoding" else ""
+            progress.update(task, description=text, completed=now.done, total=now.total or None)
+            if not console.is_terminal and time.monotonic() - told > _TOLD_EVERY_SECONDS:
+                told = time.monotonic()
+                share = f", {now.done / now.total:.0%}" if now.total else ""
+                console.print(f"{text}{share}", highlight=False)
 
-        prepared = prepare(options, show)
-    _print(prepared, time.monotonic() - started)
+        yield show
 
 
 def _print(prepared: Prepared, seconds: float) -> None:
@@ -70,15 +105,28 @@ def _print(prepared: Prepared, seconds: float) -> None:
     else:
         rate = tokens / max(seconds, 1e-9) / 1e6
         print(f"wrote {tokens:,} tokens to {prepared.output} in {seconds:.1f} s ({rate:.2f} M tokens/s)")
-    table = Table("part", "documents", "empty", "sentences", "tokens", "bytes per token", "unknown")
-    for name, part in prepared.parts.items():
-        counts = (part.documents, part.empty_documents, part.sentences, part.tokens)
-        figures = tuple(f"{count:,}" for count in counts)
-        table.add_row(name, *figures, f"{part.bytes_per_token:.2f}", f"{part.unknown_rate:.4%}")
-    console.print(table)
+    console.print(table(prepared.parts))
     for name, part in prepared.parts.items():
         console.print(f"tokens per document, {name}:")
         console.print(histogram(part), highlight=False)
+
+
+def table(parts: dict[str, Statistics]) -> Table:
+    """Counts of folders of shards; columns that are 0 everywhere are left out."""
+    columns = {
+        "documents": [part.documents for part in parts.values()],
+        "empty": [part.empty_documents for part in parts.values()],
+        "same": [part.exact_duplicates for part in parts.values()],
+        "nearly same": [part.near_duplicates for part in parts.values()],
+        "sentences": [part.sentences for part in parts.values()],
+        "tokens": [part.tokens for part in parts.values()],
+    }
+    columns = {name: counts for name, counts in columns.items() if any(counts)}
+    found = Table("part", *columns, "bytes per token", "unknown")
+    for row, (name, part) in enumerate(parts.items()):
+        figures = [f"{counts[row]:,}" for counts in columns.values()]
+        found.add_row(name, *figures, f"{part.bytes_per_token:.2f}", f"{part.unknown_rate:.4%}")
+    return found
 
 
 def histogram(part: Statistics) -> str:

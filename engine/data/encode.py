@@ -1,18 +1,7 @@
-"""Chunks of raw documents -> token ids, in one process or many, in the order of the chunks.
-
-Invariant: what comes out does not depend on the number of workers. Only a few chunks per worker are under way at
-once, so memory does not grow with the corpus.
-"""
+"""A chunk of raw documents -> token ids and all that is asked of documents: one function of the chunk."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,26 +9,13 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from engine.data.index import token_dtype
+from engine.data.near_duplicates import NUM_PERMUTATIONS, signatures
+from engine.data.parts import Documents, Part, save
 from engine.data.sentences import sentence_starts, sentences_in_tokens
+from engine.data.shards import unwritable
 from engine.data.sources import Chunk, parse
 from engine.data.tokenizer import TextTokenizer, load_tokenizer
-from engine.errors import EnvironmentProblem
-
-_CHUNKS_PER_WORKER = 3
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Documents of a chunk that have tokens: ids with the end-of-text, held out or not, bytes of their text."""
-
-    ids: list[np.ndarray]
-    sentences: list[np.ndarray | None]
-    """First tokens of each document's sentences, where they were asked for."""
-    held_out: list[bool]
-    text_bytes: list[int]
-    empty_documents: int
-    source: str
-    read_bytes: int
 
 
 @dataclass(frozen=True)
@@ -50,54 +26,69 @@ class EncodeOptions:
     validation_fraction: float
     sentences: str | None = None
     """Language whose rules find the sentences; None finds none."""
+    with_signatures: bool = False
+    """Whether near duplicates will be looked for."""
 
 
-def encode_chunks(
-    chunks: Iterable[Chunk], tokenizer: TextTokenizer, options: EncodeOptions, workers: int
-) -> Iterator[Encoded]:
-    """The chunks encoded, in their order.
+@dataclass(frozen=True)
+class Task:
+    """One chunk to encode, and the file to put it into."""
 
-    Raises:
-        DataError: from the sources, or a document that is not what it should be.
-        EnvironmentProblem: a worker process died.
-    """
-    if workers == 1:
-        yield from (encode(chunk, tokenizer, options) for chunk in chunks)
-        return
-    # spawned, not forked: the tokenizer's own threads do not survive a fork
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    waiting: deque[Future[Encoded]] = deque()
+    chunk: Chunk
+    tokenizer: Path
+    tokenizer_hash: str
+    options: EncodeOptions
+    path: Path
+    place: int
+    """Number of the part among all, which travels with its result."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What is known of a part that is on disk now."""
+
+    place: int
+    documents: Documents
+    read_bytes: int
+
+
+def encode_to_file(task: Task) -> Encoded:
+    """Encodes a chunk and saves the part. Raises `DataError`: from the sources, or no room."""
+    part = encode(task.chunk, _tokenizer(task.tokenizer, task.tokenizer_hash), task.options)
     try:
-        for chunk in chunks:
-            waiting.append(pool.submit(_encode_in_worker, chunk, tokenizer.folder, options))
-            if len(waiting) >= _CHUNKS_PER_WORKER * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise EnvironmentProblem(
-            "a worker process died while tokenising, perhaps for lack of memory",
-            remedy="start again with fewer --workers",
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+        save(task.path, part)
+    except OSError as error:
+        raise unwritable(task.path.parent, error) from error
+    return Encoded(task.place, part.documents, task.chunk.read_bytes)
 
 
-def encode(chunk: Chunk, tokenizer: TextTokenizer, options: EncodeOptions) -> Encoded:
-    """One chunk encoded in this process. Raises `DataError`."""
+def encode(chunk: Chunk, tokenizer: TextTokenizer, options: EncodeOptions) -> Part:
+    """One chunk encoded; documents without a token are left out and counted. Raises `DataError`."""
     texts = parse(chunk, options.text_key)
     kept = [item for item in zip(texts, *_tokens(texts, tokenizer, options.sentences), strict=True) if item[1].size]
     contents = [text.encode() for text, _, _ in kept]
-    return Encoded(
-        ids=[np.append(ids, tokenizer.eos_id) for _, ids, _ in kept],
-        sentences=[sentences for _, _, sentences in kept],
-        held_out=[is_held_out(content, options.validation_fraction) for content in contents],
-        text_bytes=[len(content) for content in contents],
-        empty_documents=len(texts) - len(kept),
-        source=chunk.source,
-        read_bytes=chunk.read_bytes,
+    digests = b"".join(xxhash.xxh3_128_digest(content) for content in contents)
+    ids = [ids for _, ids, _ in kept]
+    sentences = [starts for _, _, starts in kept if starts is not None]
+    documents = Documents(
+        lengths=np.array([item.size + 1 for item in ids], np.int64),
+        hashes=np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 2),
+        held_out=np.array([is_held_out(content, options.validation_fraction) for content in contents], bool),
+        text_bytes=np.array([len(content) for content in contents], np.int64),
+        unknown=np.array([_unknown(item, tokenizer.unknown_id) for item in ids], np.int64),
+        sentences=np.array([item.size for item in sentences] if sentences else [0] * len(ids), np.int64),
+        signatures=signatures(ids, NUM_PERMUTATIONS if options.with_signatures else 0),
+        empty=np.array(len(texts) - len(kept)),
     )
+    end = np.array([tokenizer.eos_id])
+    tokens = np.concatenate([np.empty(0, np.int64), *(piece for item in ids for piece in (item, end))])
+    starts = np.concatenate([np.empty(0, np.int64), *sentences])
+    return Part(documents, tokens.astype(token_dtype(tokenizer.vocab_size)), starts)
+
+
+def is_held_out(text: bytes, fraction: float) -> bool:
+    """Whether a document belongs to the held-out part: a function of its text, so duplicates stay together."""
+    return xxhash.xxh3_64_intdigest(text) < int(fraction * 2**64)
 
 
 def _tokens(
@@ -114,26 +105,13 @@ def _tokens(
     return [ids for ids, _ in encoded], sentences
 
 
-def is_held_out(text: bytes, fraction: float) -> bool:
-    """Whether a document belongs to the held-out part: a function of its text, so duplicates stay together."""
-    return xxhash.xxh3_64_intdigest(text) < int(fraction * 2**64)
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _start_worker() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per worker: the workers are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends its workers
-
-
-def _encode_in_worker(chunk: Chunk, folder: Path, options: EncodeOptions) -> Encoded:
-    return encode(chunk, _tokenizer_of_worker(folder), options)
+def _unknown(ids: np.ndarray, unknown_id: int | None) -> int:
+    return 0 if unknown_id is None else int(np.count_nonzero(ids == unknown_id))
 
 
 @lru_cache(maxsize=1)
-def _tokenizer_of_worker(folder: Path) -> TextTokenizer:
-    """A worker lives for one corpus, so it loads its tokenizer once."""
-    return load_tokenizer(folder)
+def _tokenizer(folder: Path, tokenizer_hash: str) -> TextTokenizer:
+    """Loaded once per process; another one in the same folder has another hash."""
+    loaded = load_tokenizer(folder)
+    assert loaded.hash == tokenizer_hash, "the tokenizer changed while it was used"
+    return loaded

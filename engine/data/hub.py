@@ -38,6 +38,12 @@ def read_column(source: str, column: str) -> Iterator[str]:
         ) from error
 
 
+def local_files(source: str) -> list[Path]:
+    """The files of a local dataset, sorted; none of one on the hub."""
+    folder = Path(split_hub_name(source)[0])
+    return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+
+
 def split_hub_name(name: str) -> tuple[str, str | None, str]:
     """(name or folder, config or None, split) of a source `hf:...`. Raises `ConfigError` where no name is left."""
     rest, _, split = name.removeprefix(HUB_PREFIX).partition("@")

@@ -1,45 +1,56 @@
-"""Text -> two folders of token shards, `train` and `validation`, and a recipe that says what they were made from.
+"""Text -> folders of token shards, to train on and held out, and a recipe that says what they were made from.
 
-Invariant: the same sources (by content), tokenizer and options give the same bytes, whatever the number of workers;
-`prepare.json` is written last, so a folder with a recipe is complete. An output made from something else is never
-touched without `overwrite`; one made from the same is verified and kept.
+Three steps: every chunk of the sources is encoded into a part file, by any worker; which documents stay is decided
+over all of them, in their order; every shard is written from the parts, by any worker. Invariant: the same sources (by
+content), tokenizer and options give the same bytes, whatever the number of workers or MPI ranks, and after any number
+of kills: finished parts verify and are not made again. An output made from something else is never touched without
+`overwrite`, and then only once the new one is whole.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
+import fcntl
+import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from engine.data.dataset import TokenDataset
-from engine.data.encode import Encoded, EncodeOptions, encode_chunks
+import numpy as np
+import xxhash
+
+from engine.data import near_duplicates
+from engine.data.assemble import Deduplicate, removed, shard_tasks, statistics, write
+from engine.data.encode import Encoded, EncodeOptions, Task, encode_to_file
 from engine.data.index import FILE as INDEX_FILE
-from engine.data.index import write_atomically
+from engine.data.index import Index, ShardEntry
+from engine.data.parts import Documents, joined, load
+from engine.data.pool import Pool
+from engine.data.recipe import (
+    RECIPE_FILE,
+    TRAIN,
+    VALIDATION,
+    Recipe,
+    begin,
+    complete_before,
+    parts_before,
+    remove_tree,
+    write_recipe,
+)
 from engine.data.sentences import check_language
-from engine.data.shards import DEFAULT_SHARD_BYTES, ShardWriter, sweep
-from engine.data.sources import Source, content_hash, find_sources, read_chunks
+from engine.data.shards import DEFAULT_SHARD_BYTES, Compression, finish_folder, start_folder, sweep, tokens_per_shard
+from engine.data.sources import Source, content_hash, find_sources, read_chunks, shelves
 from engine.data.statistics import Statistics
 from engine.data.tokenizer import TextTokenizer, load_tokenizer
 from engine.errors import ConfigError, DataError
 
-RECIPE_FILE = "prepare.json"
-TRAIN, VALIDATION = "train", "validation"
-PARTS = (TRAIN, VALIDATION)
-VERSION = 1
-ASIDE = ".previous"
-"""Where a complete earlier output lies while another one is written over it."""
-
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What to prepare, and how; every field but `workers` and `overwrite` can change the bytes."""
+    """What to prepare, and how; every field but `overwrite` can change the bytes."""
 
     sources: tuple[str, ...]
-    """Files, folders, globs, or `hf:NAME_OR_FOLDER[:CONFIG][@SPLIT]`."""
+    """Files, folders, globs, or `hf:NAME_OR_FOLDER[:CONFIG][@SPLIT]`; all or none with `DOMAIN=` before them."""
     tokenizer: Path
     output: Path
     validation_fraction: float = 0.05
@@ -50,7 +61,11 @@ class PrepareOptions:
     """Text files hold many documents, each ended by an empty line; otherwise a file is a document."""
     sentences: str | None = None
     """Language whose rules find the sentences, which pairs need; None finds none."""
-    workers: int = 1
+    deduplicate: Deduplicate = "none"
+    """Leaves out documents with the text of an earlier one (`exact`), or nearly (`near`, which includes exact)."""
+    similarity: float = 0.8
+    """Share of the runs of five tokens that near duplicates have in common (Jaccard's)."""
+    compression: Compression = "none"
     overwrite: bool = False
 
 
@@ -58,23 +73,39 @@ class PrepareOptions:
 class Progress:
     """How far a preparation is; bytes are those of the sources as they lie there (0 in all when unknown)."""
 
+    doing: str
     documents: int
     tokens: int
-    read_bytes: int
-    total_bytes: int
+    kept_tokens: int
+    """Tokens that an earlier attempt had finished."""
+    done: int
+    """Bytes read, or shards written."""
+    total: int
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The outcome: the counts of each part, and whether it was all there before."""
+    """The outcome: the counts of each folder by its name, and whether it was all there before."""
 
     output: Path
     parts: dict[str, Statistics]
     was_there: bool
 
 
-def prepare(options: PrepareOptions, progress: Callable[[Progress], None] = lambda _: None) -> Prepared:
-    """Writes the folders `train` and `validation` under the output.
+@dataclass(frozen=True)
+class _Parts:
+    """Part files in the order of their documents, each with its domain."""
+
+    paths: list[Path]
+    domains: list[str]
+    documents: list[Documents]
+
+
+Show = Callable[[Progress], None]
+
+
+def prepare(options: PrepareOptions, progress: Show = lambda _: None, pool: Pool = Pool(1)) -> Prepared:  # noqa: B008
+    """Writes the folders `train` and `validation` under the output, or a folder per domain in each of these.
 
     Raises:
         ConfigError: an option that makes no sense.
@@ -83,25 +114,28 @@ def prepare(options: PrepareOptions, progress: Callable[[Progress], None] = lamb
     """
     _check(options)
     tokenizer = load_tokenizer(options.tokenizer)
-    sources = find_sources(list(options.sources))
-    recipe = _recipe(options, tokenizer, sources)
-    if not options.overwrite and (found := _existing(options, recipe)) is not None:
-        return Prepared(options.output, found, was_there=True)
-    parts = _write(options, tokenizer, sources, progress)
-    report = {name: statistics.to_json() for name, statistics in parts.items()}
-    text = json.dumps({"version": VERSION, "recipe": recipe, "report": report}, indent=1) + "\n"
+    sources = find_sources(options.sources)
+    hashes = dict(pool.run(_named_hash, sources))
+    recipe = _recipe(options, tokenizer, sources, hashes)
     try:
-        write_atomically(options.output / RECIPE_FILE, text)
+        options.output.mkdir(parents=True, exist_ok=True)
+        with _alone(options.output):
+            if not options.overwrite and (found := complete_before(options.output, recipe)) is not None:
+                return Prepared(options.output, found, was_there=True)
+            work = begin(options.output, recipe, options.overwrite)
+            parts = _encode(options, tokenizer, sources, hashes, work, pool, progress)
+            counts = _assemble(options, tokenizer, parts, work, pool, progress)
+            _put_in_place(options.output, work, recipe, counts)
     except OSError as error:
         raise _unwritable(options.output, error) from error
-    return Prepared(options.output, parts, was_there=False)
+    return Prepared(options.output, counts, was_there=False)
 
 
 def _check(options: PrepareOptions) -> None:
     if not 0 <= options.validation_fraction < 1:
         raise ConfigError(f"validation fraction {options.validation_fraction}", "from 0 to less than 1")
-    if options.workers < 1:
-        raise ConfigError(f"{options.workers} workers", "1 or more")
+    if not 0 < options.similarity <= 1:
+        raise ConfigError(f"similarity {options.similarity}", "above 0 and up to 1")
     if options.shard_bytes < 1:
         raise ConfigError(f"shards of {options.shard_bytes} bytes", "1 or more")
     if options.sentences is not None:
@@ -110,10 +144,18 @@ def _check(options: PrepareOptions) -> None:
         raise ConfigError("no source is named", "files, folders, globs, or hf:NAME_OR_FOLDER")
 
 
-def _recipe(options: PrepareOptions, tokenizer: TextTokenizer, sources: list[Source]) -> dict[str, Any]:
+def _named_hash(source: Source) -> tuple[str, str]:
+    return source.name, content_hash(source)
+
+
+def _recipe(options: PrepareOptions, tokenizer: TextTokenizer, sources: list[Source], hashes: dict[str, str]) -> Recipe:
     """What decides the bytes of the output; sources count by content, their names are kept for the reader."""
+    near = options.deduplicate == "near"
     return {
-        "sources": [{"name": item.name, "bytes": item.num_bytes, "xxh3": content_hash(item)} for item in sources],
+        "sources": [
+            {"name": item.name, "domain": item.domain, "bytes": item.num_bytes, "xxh3": hashes[item.name]}
+            for item in sources
+        ],
         "tokenizer": str(options.tokenizer),
         "tokenizer_hash": tokenizer.hash,
         "validation_fraction": options.validation_fraction,
@@ -121,140 +163,135 @@ def _recipe(options: PrepareOptions, tokenizer: TextTokenizer, sources: list[Sou
         "text_key": options.text_key,
         "blank_line_ends": options.blank_line_ends,
         "sentences": options.sentences,
+        "deduplicate": options.deduplicate,
+        "similarity": options.similarity if near else None,
+        "signatures": near_duplicates.algorithm() if near else None,
+        "compression": options.compression,
     }
 
 
-def _existing(options: PrepareOptions, recipe: dict[str, Any]) -> dict[str, Statistics] | None:
-    """The counts of an output that is there already and was made from the same, verified; None where there is none.
-
-    Raises `DataError` where another output is in the way, or this one is damaged.
-    """
-    path = options.output / RECIPE_FILE
-    if not path.exists():
-        others = [name for name in PARTS if (options.output / name / INDEX_FILE).exists()]
-        if others:
-            raise _in_the_way(options.output, f"token shards without a {RECIPE_FILE} in {', '.join(others)}")
-        return None
-    try:
-        tree = json.loads(path.read_bytes())
-        before = tree["recipe"]
-        parts = {name: Statistics.from_json(item) for name, item in tree["report"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _in_the_way(options.output, f"a {RECIPE_FILE} that cannot be read ({error})") from error
-    differences = [
-        f"{key}: {_shown(before.get(key))} -> {_shown(recipe[key])}"
-        for key in recipe
-        if _compared(key, before.get(key)) != _compared(key, recipe[key])
-    ]
-    if differences:
-        raise _in_the_way(options.output, "token shards made otherwise:\n  " + "\n  ".join(differences))
-    for name in parts:
-        TokenDataset(options.output / name).verify()
-    return parts
-
-
-def _compared(key: str, value: Any) -> Any:
-    """What counts of a recipe's value: contents, not names and places."""
-    if key == "tokenizer":
-        return None  # the hash tells
-    if key == "sources" and isinstance(value, list):
-        return [item.get("xxh3") for item in value]
-    return value
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        names = [Path(item["name"]).name for item in value]
-        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return repr(value)
-
-
-def _write(
-    options: PrepareOptions, tokenizer: TextTokenizer, sources: list[Source], progress: Callable[[Progress], None]
-) -> dict[str, Statistics]:
-    names = PARTS if options.validation_fraction else (TRAIN,)
-    parts = {name: Statistics() for name in names}
-    with ExitStack() as stack:
-        stack.enter_context(_earlier_kept(options.output))
-        writers = {name: stack.enter_context(_writer(options, tokenizer, name)) for name in names}
-        for encoded, read_bytes in _encoded(options, tokenizer, sources):
-            parts[TRAIN].empty_documents += encoded.empty_documents
-            documents = zip(encoded.ids, encoded.sentences, encoded.held_out, encoded.text_bytes, strict=True)
-            for ids, sentences, held_out, size in documents:
-                name = VALIDATION if held_out else TRAIN
-                writers[name].add(ids, sentences)
-                parts[name].add(ids, size, tokenizer.unknown_id, 0 if sentences is None else sentences.size)
-            count = sum(part.documents for part in parts.values())
-            tokens = sum(part.tokens for part in parts.values())
-            progress(Progress(count, tokens, read_bytes, sum(source.num_bytes for source in sources)))
-        _refuse_empty(options, parts)
-    return parts
-
-
-def _encoded(options: PrepareOptions, tokenizer: TextTokenizer, sources: list[Source]) -> Iterator[tuple[Encoded, int]]:
-    """Each chunk encoded, and the bytes of all sources read by its end."""
-    chunks = (chunk for item in sources for chunk in read_chunks(item, options.text_key, options.blank_line_ends))
-    read: dict[str, int] = {}
-    how = EncodeOptions(options.text_key, options.validation_fraction, options.sentences)
-    for encoded in encode_chunks(chunks, tokenizer, how, options.workers):
-        read[encoded.source] = encoded.read_bytes
-        yield encoded, sum(read.values())
-
-
-def _writer(options: PrepareOptions, tokenizer: TextTokenizer, name: str) -> ShardWriter:
-    return ShardWriter(
-        options.output / name,
-        tokenizer.vocab_size,
-        tokenizer.eos_id,
-        tokenizer.hash,
-        options.shard_bytes,
-        tokenizer.vocabulary,
-    )
-
-
 @contextmanager
-def _earlier_kept(output: Path) -> Iterator[None]:
-    """A complete earlier output steps aside, into `.previous`, and comes back where the new one fails."""
-    aside, names = output / ASIDE, (RECIPE_FILE, *PARTS)
-    complete = (output / RECIPE_FILE).exists()
-    if not complete:
-        _clear(output)
-        yield
-        return
+def _alone(output: Path) -> Iterator[None]:
+    """Holds the output folder for one preparation at a time. Raises `DataError` where another one holds it."""
+    descriptor = os.open(output, os.O_RDONLY)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        for name in names:
-            if (output / name).exists():
-                (output / name).rename(aside / name)
-        _clear(output)
-    except OSError as error:
-        raise _unwritable(output, error) from error
-    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"another preparation is writing to {output}", "one at a time", "wait for it, or name another --output"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
         yield
-    except BaseException:
-        for name in names:
-            if (output / name).is_dir():
-                shutil.rmtree(output / name)
-            if (aside / name).exists():
-                (aside / name).rename(output / name)
-        aside.rmdir()
-        raise
-    shutil.rmtree(aside)
+    finally:
+        os.close(descriptor)
 
 
-def _clear(output: Path) -> None:
-    """Removes the recipe first, so that a half-written output never has one, then what it spoke of."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / RECIPE_FILE).unlink(missing_ok=True)
-        for name in PARTS:
-            if (output / name).is_dir():
-                sweep(output / name)
-        if (output / VALIDATION).is_dir() and not any((output / VALIDATION).iterdir()):
-            (output / VALIDATION).rmdir()
-    except OSError as error:
-        raise _unwritable(output, error) from error
+def _encode(
+    options: PrepareOptions,
+    tokenizer: TextTokenizer,
+    sources: list[Source],
+    hashes: dict[str, str],
+    work: Path,
+    pool: Pool,
+    progress: Show,
+) -> _Parts:
+    """Encodes every chunk that no earlier attempt has finished."""
+    near = options.deduplicate == "near"
+    how = EncodeOptions(options.text_key, options.validation_fraction, options.sentences, near)
+    parts = _Parts([], [], [])
+    found: dict[int, Documents] = {}
+    tally = {"documents": 0, "tokens": 0, "kept_tokens": 0, "done": 0}
+    total = sum(source.num_bytes for source in sources)
+
+    def count(encoded: Encoded, was_there: bool) -> None:
+        found[encoded.place] = encoded.documents
+        tokens = int(encoded.documents.lengths.sum())
+        tally["documents"] += encoded.documents.lengths.size
+        tally["tokens"] += tokens
+        tally["kept_tokens"] += tokens if was_there else 0
+        tally["done"] += encoded.read_bytes
+        progress(Progress("encoding", **tally, total=total))
+
+    def missing() -> Iterator[Task]:
+        for order, shelf in enumerate(shelves(sources)):
+            key = xxhash.xxh3_64_hexdigest(" ".join(hashes[source.name] for source in shelf).encode())
+            folder = work / f"{order:06d}-{key}"
+            folder.mkdir(exist_ok=True)
+            for number, chunk in enumerate(read_chunks(shelf, options.text_key, options.blank_line_ends)):
+                place = len(parts.paths)
+                path = folder / f"{number:06d}.part"
+                parts.paths.append(path)
+                parts.domains.append(shelf[0].domain)
+                if (part := load(path)) is not None:
+                    count(Encoded(place, part.documents, chunk.read_bytes), True)
+                else:
+                    yield Task(chunk, tokenizer.folder, tokenizer.hash, how, path, place)
+
+    for encoded in pool.run(encode_to_file, missing()):
+        count(encoded, False)
+    parts.documents.extend(found[place] for place in range(len(parts.paths)))
+    return parts
+
+
+def _assemble(
+    options: PrepareOptions, tokenizer: TextTokenizer, parts: _Parts, work: Path, pool: Pool, progress: Show
+) -> dict[str, Statistics]:
+    """Decides which documents stay and writes them as shards into the working folder."""
+    documents = joined(parts.documents)
+    gone = removed(documents, options.deduplicate, options.similarity)
+    counts = np.array([part.lengths.size for part in parts.documents])
+    domains = list(dict.fromkeys(parts.domains))
+    of_document = np.repeat([domains.index(domain) for domain in parts.domains], counts)
+    tasks, found = [], {}
+    for number, domain in enumerate(domains):
+        empty = sum(
+            int(part.empty) for part, name in zip(parts.documents, parts.domains, strict=True) if name == domain
+        )
+        for side in (TRAIN, VALIDATION) if options.validation_fraction else (TRAIN,):
+            name = f"{side}/{domain}" if domain else side
+            mine = (of_document == number) & (documents.held_out == (side == VALIDATION))
+            found[name] = statistics(documents, mine, gone, empty if side == TRAIN else 0)
+            shape = (tokens_per_shard(options.shard_bytes, tokenizer.vocab_size), options.sentences is not None)
+            chosen = np.flatnonzero(mine & ~gone.any)
+            folder = _new(work, name)
+            start_folder(folder)
+            tasks += shard_tasks(folder, parts.paths, counts, documents, chosen, *shape, options.compression)
+    _refuse_empty(options, found)
+    entries: dict[Path, dict[int, ShardEntry]] = {task.folder: {} for task in tasks}
+    tokens = sum(part.tokens for part in found.values())
+    for done, (folder, number, entry) in enumerate(pool.run(write, tasks), 1):
+        entries[folder][number] = entry
+        progress(Progress("writing shards", documents.lengths.size, tokens, 0, done, len(tasks)))
+    for folder, mine in entries.items():
+        shards = tuple(mine[number] for number in range(len(mine)))
+        shape = (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.hash, shards, tokenizer.vocabulary)
+        finish_folder(folder, Index(*shape))
+    return found
+
+
+def _new(work: Path, name: str) -> Path:
+    """Where a folder of the output lies until all of them are whole."""
+    return work / "whole" / name
+
+
+def _put_in_place(output: Path, work: Path, recipe: Recipe, counts: dict[str, Statistics]) -> None:
+    """Moves the whole output to where it belongs: what was there before goes first, the recipe comes last."""
+    (output / RECIPE_FILE).unlink(missing_ok=True)
+    for name in parts_before(output):
+        sweep(output / name)
+        for folder in (output / name, (output / name).parent):
+            if folder != output and not any(folder.iterdir()):
+                folder.rmdir()
+    for name in counts:
+        target = output / name
+        target.mkdir(parents=True, exist_ok=True)
+        sweep(target)
+        for path in sorted(_new(work, name).iterdir(), key=lambda path: path.name == INDEX_FILE):
+            path.replace(target / path.name)
+    write_recipe(output, recipe, counts)
+    remove_tree(work)
 
 
 def _refuse_empty(options: PrepareOptions, parts: dict[str, Statistics]) -> None:
@@ -270,15 +307,9 @@ def _refuse_empty(options: PrepareOptions, parts: dict[str, Statistics]) -> None
             )
 
 
-def _in_the_way(output: Path, what: str) -> DataError:
-    return DataError(
-        f"{output} holds {what}",
-        "a new or empty folder, or one made from the same",
-        "name another --output, or --overwrite",
-    )
-
-
 def _unwritable(output: Path, error: OSError) -> DataError:
     return DataError(
-        f"cannot write to {output}: {error.strerror or error}", "a writable folder", "name another --output"
+        f"cannot write to {output}: {error.strerror or error}",
+        "a writable folder with room",
+        "make room or name another --output; the same command goes on where this one stopped",
     )

@@ -41,6 +41,17 @@ def lines(name: str) -> Iterator[Piece]:
             yield number, line, file.tell()
 
 
+def blocks(name: str, num_bytes: int) -> Iterator[Piece]:
+    """The decompressed text in blocks of at least `num_bytes`, each ending with a line. Raises `DataError`."""
+    number = 1
+    with _opened(name) as file:
+        text = _decompressed(name, file)
+        while block := text.read(num_bytes):
+            block += text.readline()
+            yield number, block, file.tell()
+            number += block.count(b"\n")
+
+
 def whole(name: str) -> Iterator[Piece]:
     """The whole decompressed text as one piece. Raises `DataError`."""
     with _opened(name) as file:

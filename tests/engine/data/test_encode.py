@@ -1,45 +1,66 @@
-"""Encoding gives the same documents with any number of workers, and errors come through from them."""
+"""A chunk becomes the tokens that the tokenizer gives, with all that is asked of its documents."""
 
-import os
-
+import numpy as np
 import pytest
 import xxhash
 
-from engine.data import encode as encode_module
-from engine.data.encode import EncodeOptions, available_cpus, encode_chunks, is_held_out
+from engine.data.encode import EncodeOptions, Task, encode, encode_to_file, is_held_out
+from engine.data.parts import load
 from engine.data.sources import Chunk
 from engine.data.tokenizer import load_tokenizer
-from engine.errors import DataError, EnvironmentProblem
+from engine.errors import DataError
 from tests.engine.data.corpus import made_up_texts
 
 
-def chunks(texts, size=7):
-    for start in range(0, len(texts), size):
-        items = [(start + i + 1, text.encode()) for i, text in enumerate(texts[start : start + size])]
-        yield Chunk("made up", "text", items, start)
+def chunk_of(texts):
+    return Chunk("text", [("made up", number, text.encode()) for number, text in enumerate(texts, 1)], 5)
 
 
-def flat(encoded):
-    return [
-        (ids.tolist(), held_out, size)
-        for chunk in encoded
-        for ids, held_out, size in zip(chunk.ids, chunk.held_out, chunk.text_bytes, strict=True)
-    ]
-
-
-def test_workers_change_nothing(tokenizer_folder):
-    tokenizer = load_tokenizer(tokenizer_folder)
-    texts = made_up_texts(120)
-    alone = flat(encode_chunks(chunks(texts), tokenizer, EncodeOptions("text", 0.3), workers=1))
-    assert flat(encode_chunks(chunks(texts), tokenizer, EncodeOptions("text", 0.3), workers=2)) == alone
-    assert [ids for ids, _, _ in alone] == [[*ids.tolist(), tokenizer.eos_id] for ids in tokenizer.encode(texts)]
-    assert [size for _, _, size in alone] == [len(text.encode()) for text in texts]
+def test_documents_are_what_the_tokenizer_gives(tokenizer_folder):
+    tokenizer, texts = load_tokenizer(tokenizer_folder), made_up_texts(50)
+    part = encode(chunk_of(texts), tokenizer, EncodeOptions("text", 0.3))
+    documents = np.split(part.tokens, np.cumsum(part.documents.lengths)[:-1])
+    assert [item.tolist() for item in documents] == [[*i.tolist(), tokenizer.eos_id] for i in tokenizer.encode(texts)]
+    assert part.tokens.dtype == np.uint16
+    assert part.documents.text_bytes.tolist() == [len(text.encode()) for text in texts]
+    digests = [xxhash.xxh3_128_intdigest(text.encode()) for text in texts]
+    assert [(int(high) << 64) + int(low) for high, low in part.documents.hashes] == digests
+    assert part.documents.held_out.tolist() == [is_held_out(text.encode(), 0.3) for text in texts]
+    assert part.documents.signatures.shape == (50, 0)
 
 
 def test_documents_without_a_token_are_left_out_and_counted(tokenizer_folder):
     tokenizer = load_tokenizer(tokenizer_folder)
-    [encoded] = encode_chunks(chunks(["a", "", "b", ""]), tokenizer, EncodeOptions("text", 0.0), workers=1)
-    assert (len(encoded.ids), encoded.empty_documents) == (2, 2)
+    part = encode(chunk_of(["a", "", "b", ""]), tokenizer, EncodeOptions("text", 0.0))
+    assert (part.documents.lengths.size, int(part.documents.empty)) == (2, 2)
+    nothing = encode(chunk_of([""]), tokenizer, EncodeOptions("text", 0.0, "en", with_signatures=True))
+    assert nothing.tokens.size == nothing.documents.lengths.size == 0
+
+
+def test_a_part_comes_back_from_its_file_or_not_at_all(tokenizer_folder, tmp_path):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    options = EncodeOptions("text", 0.3, "en", with_signatures=True)
+    chunk = chunk_of(["One. Two.", "Three"])
+    task = Task(chunk, tokenizer_folder, tokenizer.hash, options, tmp_path / "a.part", 7)
+    encoded = encode_to_file(task)
+    assert (encoded.place, encoded.read_bytes) == (7, 5)
+    part, found = encode(chunk, tokenizer, options), load(tmp_path / "a.part")
+    assert found is not None
+    assert np.array_equal(found.tokens, part.tokens)
+    assert found.sentence_starts.tolist() == part.sentence_starts.tolist()
+    assert found.documents.sentences.tolist() == [2, 1]
+    assert np.array_equal(found.documents.signatures, part.documents.signatures)
+    content = (tmp_path / "a.part").read_bytes()
+    for damaged in (b"", content[:10], content[:-1], content[:50] + b"?" + content[51:]):
+        (tmp_path / "a.part").write_bytes(damaged)
+        assert load(tmp_path / "a.part") is None
+
+
+def test_a_part_that_cannot_be_written_is_told(tokenizer_folder, tmp_path):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    task = Task(chunk_of(["a"]), tokenizer_folder, tokenizer.hash, EncodeOptions("text", 0.0), tmp_path / "no" / "a", 0)
+    with pytest.raises(DataError, match="cannot write"):
+        encode_to_file(task)
 
 
 def test_the_held_out_part_follows_the_text_alone_and_has_its_share():
@@ -51,26 +72,3 @@ def test_the_held_out_part_follows_the_text_alone_and_has_its_share():
     # a larger share holds out the same documents and more
     assert all(is_held_out(text, 0.2) for text, out in zip(texts, held_out, strict=True) if out)
     assert not any(is_held_out(text, 0.0) for text in texts)
-
-
-def test_an_error_in_a_worker_comes_through_whole(tokenizer_folder):
-    tokenizer = load_tokenizer(tokenizer_folder)
-    bad = [*chunks(made_up_texts(10)), Chunk("here", "text", [(4, b"\xff")], 0)]
-    with pytest.raises(DataError, match="here:4 is no UTF-8") as caught:
-        list(encode_chunks(bad, tokenizer, EncodeOptions("text", 0.0), workers=2))
-    assert caught.value.remedy
-
-
-def die(*_):
-    os._exit(1)
-
-
-def test_a_worker_that_dies_is_told(tokenizer_folder, monkeypatch):
-    monkeypatch.setattr(encode_module, "_encode_in_worker", die)
-    with pytest.raises(EnvironmentProblem, match="a worker process died") as caught:
-        list(encode_chunks(chunks(["a"]), load_tokenizer(tokenizer_folder), EncodeOptions("text", 0.0), workers=2))
-    assert "fewer --workers" in str(caught.value)
-
-
-def test_there_is_a_cpu():
-    assert 1 <= available_cpus() <= (os.cpu_count() or 1)

@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import engine.data.encode
+import engine.data.sources
 from engine.data.dataset import TokenDataset
-from engine.data.prepare import PARTS, RECIPE_FILE, PrepareOptions, Progress, prepare
+from engine.data.pool import workers
+from engine.data.prepare import PrepareOptions, Progress, prepare
+from engine.data.recipe import PARTS, RECIPE_FILE, WORK
 from engine.data.tokenizer import load_tokenizer
 from engine.data.tokenizer_training import train_tokenizer
 from engine.errors import ConfigError, DataError
@@ -36,7 +40,9 @@ def texts_in(folder: Path, tokenizer) -> list[str]:
 
 
 def files_of(output: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(output)): path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file()}
+    """All files but those of an unfinished attempt."""
+    paths = [path.relative_to(output) for path in sorted(output.rglob("*")) if path.is_file()]
+    return {str(path): (output / path).read_bytes() for path in paths if path.parts[0] != WORK}
 
 
 def test_every_document_lands_on_one_side_whole_and_in_order(options):
@@ -66,14 +72,16 @@ def test_duplicates_land_on_the_same_side(options, tmp_path):
 
 def test_the_bytes_do_not_depend_on_workers_or_time(options, tmp_path):
     prepare(options)
-    prepare(replace(options, output=tmp_path / "two", workers=2))
+    with workers(2) as pool:
+        assert pool is not None
+        prepare(replace(options, output=tmp_path / "two"), pool=pool)
     assert files_of(options.output) == files_of(tmp_path / "two")
 
 
 def test_preparing_the_same_again_verifies_and_keeps(options):
     first = prepare(options)
     before = {path: path.stat().st_mtime_ns for path in options.output.rglob("*")}
-    again = prepare(replace(options, workers=2))
+    again = prepare(options)
     assert (first.was_there, again.was_there) == (False, True)
     assert again.parts == first.parts
     assert {path: path.stat().st_mtime_ns for path in options.output.rglob("*")} == before
@@ -124,7 +132,7 @@ def test_an_attempt_that_failed_is_finished_by_the_next(options, tmp_path):
     Path(options.sources[0]).write_text(good + "{broken\n")
     with pytest.raises(DataError, match=r"texts\.jsonl:201 is no JSON"):
         prepare(options)
-    assert not list(options.output.rglob("*.json"))
+    assert not files_of(options.output)
     Path(options.sources[0]).write_text(good)
     prepare(options)
     prepare(replace(options, output=tmp_path / "fresh"))
@@ -149,9 +157,13 @@ def test_a_large_vocabulary_is_written_wide(tokenizer_folder, tmp_path):
 def test_progress_rises_to_the_whole(options):
     told: list[Progress] = []
     prepare(options, told.append)
-    assert told[-1].documents == 200
-    assert told[-1].read_bytes == told[-1].total_bytes == Path(options.sources[0]).stat().st_size
-    assert all(a.documents <= b.documents and a.read_bytes <= b.read_bytes for a, b in itertools.pairwise(told))
+    reading = [now for now in told if now.doing == "encoding"]
+    assert reading[-1].documents == 200
+    assert reading[-1].done == reading[-1].total == Path(options.sources[0]).stat().st_size
+    assert told[-1].done == told[-1].total == len(list(options.output.rglob("*.tokens")))
+    for doing in {now.doing for now in told}:
+        same = [now for now in told if now.doing == doing]
+        assert all(a.documents <= b.documents and a.done <= b.done for a, b in itertools.pairwise(same))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +171,7 @@ def test_progress_rises_to_the_whole(options):
     [
         ({"validation_fraction": 1.0}, "validation fraction 1.0"),
         ({"validation_fraction": -0.1}, "validation fraction -0.1"),
-        ({"workers": 0}, "0 workers"),
+        ({"similarity": 0.0}, "similarity 0.0"),
         ({"shard_bytes": 0}, "shards of 0 bytes"),
         ({"sources": ()}, "no source is named"),
     ],
@@ -234,3 +246,183 @@ def test_sentences_are_kept_on_request_and_the_tokens_stay_the_same(options, tmp
 def test_the_index_knows_the_tokenizers_vocabulary(options):
     prepare(options)
     assert TokenDataset(options.output / "train").index.vocabulary == load_tokenizer(options.tokenizer).vocabulary
+
+
+def test_compressed_output_is_the_same_data(options, tmp_path):
+    prepare(options)
+    prepare(replace(options, output=tmp_path / "packed", compression="zstd"))
+    packed, plain = (TokenDataset(folder / "train") for folder in (tmp_path / "packed", options.output))
+    assert packed.fingerprint == plain.fingerprint
+    assert packed.index.stored_bytes < plain.index.stored_bytes
+    with pytest.raises(DataError, match="compression: 'zstd' -> 'none'"):
+        prepare(replace(options, output=tmp_path / "packed"))
+
+
+def test_domains_have_folders_of_their_own(options, tmp_path):
+    other = write_json_lines(tmp_path / "other.jsonl", made_up_texts(100, seed=5))
+    named = replace(options, sources=(f"one={options.sources[0]}", f"two={other}"))
+    prepared = prepare(named)
+    assert list(prepared.parts) == ["train/one", "validation/one", "train/two", "validation/two"]
+    tokenizer = load_tokenizer(options.tokenizer)
+    for name, texts in (("one", made_up_texts(200)), ("two", made_up_texts(100, seed=5))):
+        found = [text for part in PARTS for text in texts_in(options.output / part / name, tokenizer)]
+        assert sorted(found) == sorted(texts)
+    with pytest.raises(DataError, match="token shards made otherwise"):
+        prepare(replace(named, sources=(f"three={options.sources[0]}", f"two={other}")))
+    with pytest.raises(ConfigError, match="some sources have a domain and others not"):
+        prepare(replace(named, sources=(f"one={options.sources[0]}", str(other))))
+    prepare(replace(options, overwrite=True))
+    assert sorted(path.name for path in (options.output / "train").iterdir() if path.is_dir()) == []
+
+
+def test_the_same_text_comes_once_on_request(options, tmp_path):
+    texts = made_up_texts(50)
+    first = write_json_lines(tmp_path / "texts.jsonl", [*texts, *texts[:20]])
+    second = write_json_lines(tmp_path / "second.jsonl", [*texts[40:], "only here"])
+    named = replace(options, sources=(f"a={first}", f"b={second}"), validation_fraction=0.0)
+    assert prepare(named).parts["train/a"].documents == 70
+    prepared = prepare(replace(named, deduplicate="exact", output=tmp_path / "once"))
+    tokenizer = load_tokenizer(options.tokenizer)
+    assert texts_in(tmp_path / "once" / "train" / "a", tokenizer) == texts
+    assert texts_in(tmp_path / "once" / "train" / "b", tokenizer) == ["only here"]
+    assert [part.exact_duplicates for part in prepared.parts.values()] == [20, 10]
+
+
+def test_nearly_the_same_text_comes_once_whatever_the_workers(options, tmp_path):
+    long = [" ".join(made_up_texts(40, seed)) for seed in range(30)]
+    nearly = [text + " and an end" for text in long[:12]]
+    write_json_lines(Path(options.sources[0]), [*long, *nearly, long[0]])
+    near = replace(options, deduplicate="near")
+    prepared = prepare(near)
+    assert sum(part.near_duplicates for part in prepared.parts.values()) == 12
+    assert sum(part.exact_duplicates for part in prepared.parts.values()) == 1
+    tokenizer = load_tokenizer(options.tokenizer)
+    assert sorted(text for part in PARTS for text in texts_in(options.output / part, tokenizer)) == sorted(long)
+    with workers(2) as pool:
+        assert pool is not None
+        prepare(replace(near, output=tmp_path / "two"), pool=pool)
+    assert files_of(options.output) == files_of(tmp_path / "two")
+
+
+@pytest.fixture
+def in_parts(options, tmp_path, monkeypatch) -> PrepareOptions:
+    """The preparation of four files that make two parts or more each."""
+    monkeypatch.setattr(engine.data.sources, "_SHELF_BYTES", 1)
+    monkeypatch.setattr(engine.data.sources, "_SMALLEST_CHUNK", 5000)
+    paths = [tmp_path / f"large-{number}.jsonl" for number in range(4)]
+    for number, path in enumerate(paths):
+        write_json_lines(path, made_up_texts(100, number))
+    return replace(options, sources=tuple(map(str, paths)))
+
+
+def stop_after(count: int):
+    """A progress that kills the preparation, as an error would, after so many parts."""
+    told = []
+
+    def show(now: Progress) -> None:
+        told.append(now)
+        if len(told) == count:
+            raise KeyboardInterrupt
+
+    return show
+
+
+def parts_of(output: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (output / WORK).rglob("*.part")}
+
+
+def test_what_is_finished_is_kept_unless_it_is_damaged(in_parts, tmp_path):
+    options = in_parts
+    with pytest.raises(KeyboardInterrupt):
+        prepare(options, stop_after(3))
+    before = parts_of(options.output)
+    assert len(before) == 3
+    damaged = sorted(before)[1]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    told: list[Progress] = []
+
+    def until_written(now: Progress) -> None:
+        told.append(now)
+        if now.doing == "writing shards":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(options, until_written)
+    after = parts_of(options.output)
+    assert len(after) > 3
+    assert {path for path in before if after[path] == before[path]} == set(before) - {damaged}
+    assert 0 < told[-2].kept_tokens < told[-2].tokens
+    prepare(options)
+    prepare(replace(options, output=tmp_path / "at once"))
+    assert files_of(options.output) == files_of(tmp_path / "at once")
+    assert not (options.output / WORK).exists()
+
+
+def test_another_command_is_refused_where_one_is_unfinished(in_parts, tmp_path):
+    options = in_parts
+    with pytest.raises(KeyboardInterrupt):
+        prepare(options, stop_after(2))
+    for change in ({"sentences": "en"}, {"validation_fraction": 0.3}, {"sources": options.sources[1:]}):
+        with pytest.raises(DataError, match="holds an unfinished output of another command:") as caught:
+            prepare(replace(options, **change))
+        assert next(iter(change)) in str(caught.value)
+    prepare(replace(options, sentences="en", overwrite=True))
+    assert TokenDataset(options.output / "train").index.has_sentences
+
+
+def test_a_source_that_was_mended_is_read_again_and_the_others_are_kept(in_parts, tmp_path):
+    options = in_parts
+    last = Path(options.sources[-1])
+    good = last.read_bytes()
+    last.write_bytes(good + b"{\n")
+    with pytest.raises(DataError, match="is no JSON"):
+        prepare(options)
+    before = parts_of(options.output)
+    last.write_bytes(good)
+    told: list[Progress] = []
+    prepare(options, told.append)
+    assert before
+    assert max(now.kept_tokens for now in told) > 0
+    prepare(replace(options, output=tmp_path / "at once"))
+    assert files_of(options.output) == files_of(tmp_path / "at once")
+
+
+def test_two_at_once_do_not_mix(options):
+    def other(_: Progress) -> None:
+        prepare(options)
+
+    with pytest.raises(DataError, match="another preparation is writing to"):
+        prepare(options, other)
+
+
+def test_a_full_disk_is_told_and_what_is_finished_is_kept(in_parts, tmp_path, monkeypatch):
+    options = in_parts
+    real, saved = engine.data.encode.save, []
+
+    def save(path, part):
+        if len(saved) == 2:
+            raise OSError(28, "No space left on device")
+        saved.append(path)
+        real(path, part)
+
+    monkeypatch.setattr(engine.data.encode, "save", save)
+    with pytest.raises(DataError, match="No space left on device") as caught:
+        prepare(options)
+    assert "the same command goes on where this one stopped" in str(caught.value)
+    assert sorted(parts_of(options.output)) == saved
+    monkeypatch.setattr(engine.data.encode, "save", real)
+    prepare(options)
+
+
+def test_a_shelf_of_small_files_makes_one_part(options, tmp_path):
+    (tmp_path / "many").mkdir()
+    for number, text in enumerate(made_up_texts(100)):
+        (tmp_path / "many" / f"{number:03d}.txt").write_text(text)
+    options = replace(options, sources=(str(tmp_path / "many"),))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(options, stop_after(2))
+    assert len(parts_of(options.output)) == 1
+    prepare(options)
+    (tmp_path / "many" / "050.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"050\.txt:1 is no UTF-8"):
+        prepare(replace(options, output=tmp_path / "bad"))

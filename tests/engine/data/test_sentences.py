@@ -40,15 +40,16 @@ def test_tokens_belong_to_the_sentence_in_which_they_begin():
 def test_the_tokens_are_the_same_with_and_without(tokenizer_folder, language):
     tokenizer = load_tokenizer(tokenizer_folder)
     texts = ["".join(ENGLISH), "".join(CHINESE), "x"]
-    chunk = Chunk("here", "text", [(number, text.encode()) for number, text in enumerate(texts, 2)], 1)
+    chunk = Chunk("text", [("here", number, text.encode()) for number, text in enumerate(texts, 2)], 1)
     encoded = encode(chunk, tokenizer, EncodeOptions("text", 0.0, language))
-    assert [tokenizer.decode(ids[:-1]) for ids in encoded.ids] == texts
+    documents = np.split(encoded.tokens, np.cumsum(encoded.documents.lengths)[:-1])
+    assert [tokenizer.decode(ids[:-1]) for ids in documents] == texts
     if language is None:
-        assert encoded.sentences == [None, None, None]
+        assert encoded.documents.sentences.tolist() == [0, 0, 0]
         return
-    for sentences, ids, found in zip((ENGLISH, CHINESE, ["x"]), encoded.ids, encoded.sentences, strict=True):
-        assert found is not None
-        assert [tokenizer.decode(part) for part in np.split(ids[:-1], found[1:])] == sentences
+    found = np.split(encoded.sentence_starts, np.cumsum(encoded.documents.sentences)[:-1])
+    for sentences, ids, starts in zip((ENGLISH, CHINESE, ["x"]), documents, found, strict=True):
+        assert [tokenizer.decode(part) for part in np.split(ids[:-1], starts[1:])] == sentences
 
 
 def test_what_is_no_language_is_refused():

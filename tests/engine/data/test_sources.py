@@ -4,10 +4,12 @@ import gzip
 import json
 import re
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from engine.data.hub import split_hub_name
-from engine.data.sources import Chunk, content_hash, find_sources, parse, read_chunks, read_texts
+from engine.data.sources import Chunk, content_hash, find_sources, parse, read_chunks, read_texts, shelves, split_domain
 from engine.errors import ConfigError, DataError
 from tests.engine.data.corpus import made_up_texts, write_json_lines
 
@@ -56,11 +58,11 @@ def test_folders_and_globs_are_sorted_and_each_file_comes_once(tmp_path):
 def test_chunks_keep_every_document_and_reach_the_end_of_the_file(tmp_path):
     texts = [f"{number} " * 3000 for number in range(300)]
     [source] = find_sources([str(write_json_lines(tmp_path / "a.jsonl", texts))])
-    chunks = list(read_chunks(source, "text", blank_line_ends=False))
+    chunks = list(read_chunks([source], "text", blank_line_ends=False))
     assert len(chunks) > 2
     assert [text for chunk in chunks for text in parse(chunk, "text")] == texts
-    assert [chunk.read_bytes for chunk in chunks] == sorted(chunk.read_bytes for chunk in chunks)
-    assert chunks[-1].read_bytes == source.num_bytes
+    assert all(chunk.read_bytes > 0 for chunk in chunks)
+    assert sum(chunk.read_bytes for chunk in chunks) == source.num_bytes
 
 
 def test_reading_may_stop_early(tmp_path):
@@ -121,5 +123,67 @@ def test_names_of_hub_datasets():
 
 def test_a_chunk_is_parsed_by_its_kind():
     content = json.dumps({"text": "inner"}).encode()
-    assert parse(Chunk("s", "json", [(1, content)], 0), "text") == ["inner"]
-    assert parse(Chunk("s", "text", [(1, content)], 0), "text") == [content.decode()]
+    assert parse(Chunk("json", [("s", 1, content)], 0), "text") == ["inner"]
+    assert parse(Chunk("text", [("s", 1, content)], 0), "text") == [content.decode()]
+
+
+def test_a_domain_stands_before_its_source(tmp_path, monkeypatch):
+    assert split_domain("en=data/a.jsonl") == ("en", "data/a.jsonl")
+    assert split_domain("zh=hf:org/name@test") == ("zh", "hf:org/name@test")
+    assert split_domain("data/date=2024/a.jsonl") == ("", "data/date=2024/a.jsonl")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "date=2024").write_text("a path that exists is a path")
+    assert split_domain("date=2024") == ("", "date=2024")
+    (tmp_path / "a.txt").write_text("a")
+    assert [(item.domain, item.name) for item in find_sources(["x=a.txt", "y=a.txt", "x=*.txt"])] == [
+        ("x", "a.txt"),
+        ("y", "a.txt"),
+    ]
+
+
+def test_small_files_share_a_shelf_and_large_ones_have_their_own(tmp_path):
+    for name, size in (("a.txt", 10), ("b.txt", 10), ("c.jsonl", 10), ("d.txt", 5 << 20), ("e.txt", 10)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    sources = find_sources([str(tmp_path), "hf:somewhere"])
+    names = [[source.name.rpartition("/")[2] for source in shelf] for shelf in shelves(sources)]
+    assert names == [["a.txt", "b.txt"], ["c.jsonl"], ["d.txt"], ["e.txt"], ["hf:somewhere"]]
+
+
+def test_lines_keep_their_numbers_over_blocks(tmp_path):
+    lines = [json.dumps({"text": "x" * 700_000}).encode() for _ in range(5)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*lines, b"{"]))
+    with pytest.raises(DataError, match=r"a\.jsonl:6 is no JSON"):
+        texts_of(tmp_path / "a.jsonl")
+
+
+def test_parquet_by_suffix_and_in_a_folder(tmp_path):
+    texts = [*made_up_texts(3000), "naïve 日本"]
+    pyarrow.parquet.write_table(pyarrow.table({"id": range(3001), "text": texts}), tmp_path / "a.parquet")
+    assert texts_of(tmp_path / "a.parquet") == texts_of(tmp_path) == texts
+    column = pyarrow.array(texts).dictionary_encode()
+    pyarrow.parquet.write_table(pyarrow.table({"body": column}), tmp_path / "b.parquet")
+    assert texts_of(tmp_path / "b.parquet", key="body") == texts
+
+
+def test_parquet_that_is_not_what_it_should_be_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1], "text": ["one"]}), path)
+    for key in ("body", "id"):
+        with pytest.raises(DataError, match=rf"has no text in a column '{key}'\n.*id \(int64\), text \(string\)"):
+            texts_of(path, key=key)
+    for content in (path.read_bytes()[:-10], b"", b"this is no parquet"):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"a\.parquet cannot be read as Parquet"):
+            texts_of(path)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", None]}), path)
+    with pytest.raises(DataError, match=r"row 1 of .*a\.parquet has no text"):
+        texts_of(path)
+
+
+def test_the_content_of_a_local_dataset_decides_its_hash(tmp_path):
+    path = write_json_lines(tmp_path / "train.jsonl", ["a"])
+    [source] = find_sources([f"hf:{tmp_path}"])
+    before = content_hash(source)
+    assert content_hash(source) == before
+    write_json_lines(path, ["b"])
+    assert content_hash(source) != before

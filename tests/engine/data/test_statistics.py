@@ -4,23 +4,35 @@ import json
 
 import numpy as np
 
+from engine.data.assemble import Removed, statistics
+from engine.data.parts import Documents
 from engine.data.statistics import Statistics
 
 
 def counted():
-    statistics = Statistics(empty_documents=2)
-    for ids, size in (([5, 9, 0], 6), ([9, 0], 2), ([1, 2, 3, 4, 9, 9, 9, 0], 12)):
-        statistics.add(np.array(ids), size, unknown_id=9)
-    return statistics
+    documents = Documents(
+        lengths=np.array([3, 2, 8, 5, 4, 1024]),
+        hashes=np.zeros((6, 2), np.uint64),
+        held_out=np.zeros(6, bool),
+        text_bytes=np.array([6, 2, 12, 100, 100, 100]),
+        unknown=np.array([1, 1, 3, 9, 9, 9]),
+        sentences=np.array([1, 1, 4, 9, 9, 9]),
+        signatures=np.zeros((6, 0), np.uint32),
+        empty=np.array(2),
+    )
+    side = np.array([True, True, True, True, True, False])
+    gone = Removed(np.arange(6) == 3, np.isin(np.arange(6), (4, 5)))
+    return statistics(documents, side, gone, empty=2)
 
 
 def test_counts():
-    statistics = counted()
-    assert (statistics.documents, statistics.tokens, statistics.text_bytes) == (3, 13, 20)
-    assert statistics.bytes_per_token == 20 / 10  # ends of text are no text
-    assert statistics.unknown_tokens == 5
-    assert statistics.unknown_rate == 5 / 10
-    assert statistics.lengths == {1: 2, 3: 1}  # 2 and 3 tokens; 8 tokens
+    found = counted()
+    assert (found.documents, found.tokens, found.text_bytes, found.sentences) == (3, 13, 20, 6)
+    assert found.bytes_per_token == 20 / 10  # ends of text are no text
+    assert found.unknown_tokens == 5
+    assert found.unknown_rate == 5 / 10
+    assert found.lengths == {1: 2, 3: 1}  # 2 and 3 tokens; 8 tokens
+    assert (found.empty_documents, found.exact_duplicates, found.near_duplicates) == (2, 1, 1)
 
 
 def test_json_and_back():

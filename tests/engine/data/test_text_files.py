@@ -46,6 +46,17 @@ def test_how_far_the_file_was_read_ends_at_its_size(path):
         assert [so_far for _, _, so_far in read(str(path))][-1] == path.stat().st_size
 
 
+def test_blocks_end_with_a_line_and_know_their_first(path):
+    for size in (1, 5, 1000):
+        blocks = list(text_files.blocks(str(path), size))
+        assert b"".join(block for _, block, _ in blocks) == CONTENT
+        assert all(block.endswith(b"\n") for _, block, _ in blocks[:-1])
+        assert [number for number, _, _ in blocks] == [
+            1 + b"".join(block for _, block, _ in blocks[:i]).count(b"\n") for i in range(len(blocks))
+        ]
+        assert blocks[-1][2] == path.stat().st_size
+
+
 def test_a_long_zstd_file_reads_whole(tmp_path):
     content = bytes(range(256)) * 20_000  # longer than any block
     (tmp_path / "a.zst").write_bytes(zstandard.ZstdCompressor().compress(content))
