@@ -6,6 +6,8 @@ import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 
+from engine.plan.hardware import ACCELERATORS, Accelerator
+
 NO_DEVICES = ("", "-1", "NoDevFiles")
 """Values of CUDA_VISIBLE_DEVICES that hide every GPU; Slurm writes the last one."""
 
@@ -26,6 +28,16 @@ def names(environ: Mapping[str, str], count: int) -> tuple[str, ...]:
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     every = [name.strip() for name in visible.split(",")] if visible else [str(index) for index in range(count)]
     return tuple(every[:count])
+
+
+def accelerator(list_gpus: Callable[[], str] | None = None) -> Accelerator | None:
+    """The kind of this node's first GPU, where the plan knows it."""
+    first = (list_gpus or nvidia_smi)().partition("\n")[0].upper()
+    for kind in ACCELERATORS.values():
+        words = kind.name.upper().removesuffix("GB").split("-")
+        if words[0] in first and (words[0] != "A100" or f"{words[1]}GB" in first):
+            return kind
+    return None
 
 
 def nvidia_smi() -> str:

@@ -116,14 +116,15 @@ def in_words(seen: list[Seen]) -> str:
         words += f", in {culprit.collective or culprit.stack[0]}"
     else:
         words += f" ({culprit.refused})"
-    others: dict[str, list[int]] = {}
+    others: dict[tuple[str, str], list[int]] = {}
     for rank in seen:
         if rank is not culprit:
-            others.setdefault(f"wait in {rank.collective}" if rank.collective else f"are {rank.where}", []).append(
-                rank.global_rank
-            )
-    for what, ranks in others.items():
-        words += f"; ranks {', '.join(map(str, ranks))} {what}"
+            where = ("waits", f"in {rank.collective}") if rank.collective else ("is", rank.where)
+            others.setdefault(where, []).append(rank.global_rank)
+    for (verb, where), ranks in others.items():
+        one = len(ranks) == 1
+        plural = {"waits": "wait", "is": "are"}[verb]
+        words += f"; rank{'' if one else 's'} {', '.join(map(str, ranks))} {verb if one else plural} {where}"
     return words
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from engine.config.schema import RunConfig
 from engine.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USAGE
 from engine.plan.elastic import World
-from engine.plan.shrink import world_for
+from engine.plan.hardware import Accelerator
+from engine.plan.shrink import UNKNOWN, world_for
 from launcher.commands import Wanted
 from launcher.verdict import Verdict
 
@@ -43,17 +44,22 @@ class Restarts:
 
 
 def next_attempt(
-    run: RunConfig, asked: tuple[str, ...], wanted: Wanted, verdict: Verdict, master_port: int
+    run: RunConfig,
+    asked: tuple[str, ...],
+    wanted: Wanted,
+    verdict: Verdict,
+    master_port: int,
+    accelerator: Accelerator | None = None,
 ) -> tuple[Wanted, World | None]:
     """What to start after `wanted` has failed: the same, or less by the ranks that were lost.
 
     `asked` are the user's own overrides, which are in `run`. The world is None where it stays: where no rank was lost,
-    and where no smaller world is valid.
+    and where no smaller world is valid. `accelerator` is the GPUs' kind, where it is known.
     """
     again = replace(wanted, attempt=wanted.attempt + 1, master_port=master_port)
     if not verdict.lost:
         return again, None
-    world = world_for(run, wanted.num_processes - len(verdict.lost))
+    world = world_for(run, wanted.num_processes - len(verdict.lost), accelerator or UNKNOWN)
     if world is None:
         return again, None
     places = [place for rank, place in enumerate(wanted.devices) if rank not in verdict.lost]

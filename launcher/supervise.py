@@ -85,8 +85,8 @@ def supervise(
         shutil.rmtree(beats, ignore_errors=True)
     said = outcome.read(folder)
     verdict = judge(said, ends, watch.first, job, watch.gone, watch.lost, stopping=watch.stopping)
-    if verdict.code not in (EXIT_DONE, EXIT_REQUEUE) and (said is None or (said.job == job and watch.lost)):
-        ranks = sorted(verdict.lost)
+    if verdict.code not in (EXIT_DONE, EXIT_REQUEUE) and (said is None or (said.job == job and verdict.lost)):
+        ranks = sorted(verdict.lost)  # the neighbour that noticed is not the one to name
         found = Outcome(job, attempt, verdict.code, verdict.step, ranks[0] if ranks else None, verdict.words)
         outcome.write(folder, found)
     return verdict

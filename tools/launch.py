@@ -19,7 +19,7 @@ from engine.config.resolve import resolve
 from engine.config.schema import RunConfig
 from engine.errors import EXIT_DONE, ConfigError, EnvironmentProblem
 from launcher.commands import KINDS, Command, Kind, Wanted, commands
-from launcher.devices import names, num_gpus
+from launcher.devices import accelerator, names, num_gpus
 from launcher.extensions import prepare_extensions
 from launcher.ports import free_port
 from launcher.processes import of_run
@@ -75,7 +75,7 @@ def _start(run: RunConfig, wanted: Wanted, to_start: list[Command], restarts: Re
         if refusal is not None:
             return _tell(run, wanted, verdict, refusal)
         print(f"palimpsest launch: {verdict.words}", file=sys.stderr)
-        wanted, world = next_attempt(run, asked, wanted, verdict, free_port())
+        wanted, world = next_attempt(run, asked, wanted, verdict, free_port(), accelerator())
         where = f"{wanted.num_processes} ranks" if world is None else f"{world.size} ranks ({world.layout})"
         print(f"palimpsest launch: restart {restarts.used} of {restarts.limit} on {where}", file=sys.stderr, flush=True)
         to_start = commands(wanted)

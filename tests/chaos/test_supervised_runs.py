@@ -103,7 +103,7 @@ def test_a_run_outlives_every_kind_of_fault(corpus, tmp_path):
         r"failed at step \d+: rank 1: .*[Ff]ile too large.*",
         r"restart 4 of 5 on 2 ranks",
         r"failed: rank 1 hangs: silent for \d+ s in step 31 \(forward and backward\), its process is stopped "
-        r"\(SIGSTOP\), in stop \(tests/chaos/rank.py:\d+\); ranks 0 wait in \w+; all stacks: .*hang-4.txt",
+        r"\(SIGSTOP\), in stop \(tests/chaos/rank.py:\d+\); rank 0 waits in \w+; all stacks: .*hang-4.txt",
         r"restart 5 of 5 on 1 ranks \(pipe 1 x data 1 .*",
     ]
     found = said(stderr)

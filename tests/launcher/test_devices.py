@@ -2,6 +2,7 @@
 
 import pytest
 
+from launcher import devices
 from launcher.devices import num_gpus, nvidia_smi
 
 FOUR = "\n".join(f"GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i})" for i in range(4))
@@ -28,3 +29,26 @@ def test_num_gpus(environ: dict[str, str], listed: str, expected: int) -> None:
 def test_a_node_without_a_driver_lists_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert nvidia_smi() == ""
+
+
+@pytest.mark.parametrize(
+    ("listed", "kind"),
+    [
+        ("GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)\nGPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-2)\n", "h100-80gb"),
+        ("GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-1)\n", "a100-40gb"),
+        ("GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-1)\n", "a100-80gb"),
+        ("GPU 0: NVIDIA H200 (UUID: GPU-1)\n", "h200-141gb"),
+        ("GPU 0: NVIDIA GeForce RTX 3060 (UUID: GPU-1)\n", None),
+        ("", None),
+    ],
+)
+def test_the_kind_of_gpu_that_the_plan_knows(listed: str, kind: str | None) -> None:
+    found = devices.accelerator(lambda: listed)
+    assert (found and found.name) == kind
+
+
+@pytest.mark.parametrize(
+    ("environ", "found"), [({}, ("0", "1")), ({"CUDA_VISIBLE_DEVICES": "4, GPU-8,2"}, ("4", "GPU-8"))]
+)
+def test_names_of_the_gpus_to_use(environ: dict[str, str], found: tuple[str, ...]) -> None:
+    assert devices.names(environ, 2) == found

@@ -49,7 +49,7 @@ def test_without_stacks_it_says_why_and_goes_by_the_rest() -> None:
     ranks = [seen(0, (), refused="py-spy may not trace it"), seen(1, (), state="D", step=6, refused="no")]
     assert in_words(ranks) == (
         "rank 1 hangs: silent for 30 s in step 7 (loss), its process waits for a device or a file system (no); "
-        "ranks 0 are in step 8 (loss)"
+        "rank 0 is in step 8 (loss)"
     )
 
 
