@@ -32,7 +32,7 @@ def in_our_words(error: Exception, global_rank: int, step: int) -> Exception:
         )
     if _LOST.search(text):
         return LostNeighbour(
-            f"rank {global_rank} lost a neighbour in step {step + 1}: another rank, or the network to it, is gone",
+            f"lost a neighbour in step {step + 1}: another rank, or the network to it, is gone",
             remedy="look at what the other ranks said (logs/, or the launcher's last words), then start the run again",
         )
     return error

@@ -52,15 +52,17 @@ def tree(corpus: Path, folder: Path) -> dict[str, Any]:
         model={"bias": False},
         optimizer={"learning_rate": 1e-3},
         parallel={"zero_stage": 2, "micro_batch_size": 2},
-        evaluation={"every_steps": None},
+        evaluation={"every_steps": None, "max_samples": 4},
         checkpoint={"every_steps": SAVE_EVERY, "keep_last": 2},
-        launch={"step_limit_seconds": 8.0, "step_limit_factor": 2.0, "start_limit_seconds": 240.0},
+        launch={"step_limit_seconds": 20.0, "step_limit_factor": 10.0, "start_limit_seconds": 240.0},
         logging={"tensorboard": True},
         checks=False,
     )
 
 
-def launch(corpus: Path, folder: Path, ranks: int, restarts: int, *faults: dict[str, Any] | None) -> tuple[int, str]:
+def launch(
+    corpus: Path, folder: Path, ranks: int, restarts: int, *faults: dict[str, Any] | None, launcher: str = "local"
+) -> tuple[int, str]:
     """Exit code of the launch, and what it said on standard error."""
     path = folder / "RUN.yaml"
     folder.mkdir(exist_ok=True)
@@ -68,7 +70,7 @@ def launch(corpus: Path, folder: Path, ranks: int, restarts: int, *faults: dict[
     foreign = ("SLURM_", "OMPI_", "PMI_", "PALIMPSEST_", "RANK", "WORLD_SIZE", "LOCAL_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY), "CHAOS": json.dumps(faults)}
-    options = ["--processes", str(ranks), "--restarts", str(restarts)]
+    options = ["--processes", str(ranks), "--restarts", str(restarts), "--launcher", launcher]
     done = subprocess.run(
         [sys.executable, "-c", LAUNCH, "launch", str(path), *options],
         cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
@@ -125,3 +127,18 @@ def test_a_run_outlives_every_kind_of_fault(corpus, tmp_path):
     ended = outcome.read(run)
     assert ended is not None
     assert (ended.code, ended.attempt, ended.step) == (EXIT_DONE, 5, NUM_STEPS)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("what", ["kill", "stop"])
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_other_launchers_lose_a_rank_and_go_on(launcher, what, corpus, tmp_path):
+    """A launcher between us and the ranks ends them in its own way and loses the exit code."""
+    code, stderr = launch(corpus, tmp_path, 2, 1, fault(what, 1, 20), None, launcher=launcher)
+    assert code == EXIT_DONE, stderr
+    first, again = said(stderr)
+    assert re.match(r"failed.*rank 1 (was gone already|hangs: .* its process is stopped)", first), first
+    assert again.startswith("restart 1 of 1 on 1 ranks (pipe 1 x data 1 ")
+    assert [record["step"] for record in read_metrics(tmp_path / "run") if "loss" in record] == list(
+        range(1, NUM_STEPS + 1)
+    )
