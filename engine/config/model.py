@@ -9,6 +9,8 @@ ONLY: dict[str, tuple[str, ...]] = {
     "token_types": ("bert",),
     "pair_head": ("bert",),
     "norm_position": ("bert",),
+    "dropout": ("gpt", "bert"),
+    "attention_dropout": ("gpt", "bert"),
     "num_decoder_layers": ("t5",),
     "relative_buckets": ("t5",),
     "relative_distance": ("t5",),
@@ -101,14 +103,6 @@ def _check_heads(model: ModelConfig, problems: list[PalimpsestError]) -> None:
             ConfigError(
                 f"model.num_kv_heads = {model.kv_heads} does not divide model.num_heads = {model.num_heads}",
                 f"one of {divisors(model.num_heads)}",
-            )
-        )
-    if model.dropout > 0:
-        problems.append(
-            ConfigError(
-                f"model.dropout = {model.dropout}",
-                "0",
-                "set it to 0: dropout that is equal in every layout is not built yet",
             )
         )
 

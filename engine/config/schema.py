@@ -92,8 +92,11 @@ class ModelConfig(Section):
     """Biases in linear layers."""
     tie_embeddings: bool = True
     """The output projection is the token embedding."""
-    dropout: NonNegativeFloat = 0.0
-    """Refused above 0 until dropout is keyed by (seed, step, sample, layer, site)."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of hidden states that training sets to 0: of the embedding, and of what each part of a layer makes. Keyed
+    by (seed, step, sample, layer, site), so equal in every layout."""
+    attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """The same of attention's probabilities; above 0 they are computed one by one, which costs time and memory."""
     init_std: PositiveFloat = 0.02
 
     @property

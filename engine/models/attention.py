@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from engine.config.schema import ModelConfig
-from engine.parallel.functions import Attention
+from engine.models.dropout import Dropout
+from engine.parallel.functions import Functions
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class View:
 
     `mask_B1TT` is true where a query (first T) sees a key (second T), or holds what is added to its scores (then it may
     be BHTT), None for causal over whole rows;
-    `cos_TK` and `sin_TK` (fp32) turn queries and keys, None without rotary positions.
+    `cos_TK` and `sin_TK` (fp32) turn queries and keys, None without rotary positions. `dropout` is what is dropped,
+    None for nothing.
     """
 
     mask_B1TT: torch.Tensor | None
     cos_TK: torch.Tensor | None
     sin_TK: torch.Tensor | None
+    dropout: Dropout | None = None
 
 
 def view(
@@ -39,6 +42,7 @@ def view(
     device: torch.device,
     bidirectional: bool = False,
     first_position: int = 0,
+    dropout: Dropout | None = None,
 ) -> View:
     """The view of one micro-batch; `segments_BT` counts documents within a row, None means one document per row.
 
@@ -51,9 +55,9 @@ def view(
         whole = (1, 1, num_positions, num_positions)
         mask_B1TT = torch.ones(whole, dtype=torch.bool, device=device) if bidirectional else None
     if config.position != "rope":
-        return View(mask_B1TT, None, None)
+        return View(mask_B1TT, None, None, dropout)
     cos_TK, sin_TK = rotary_tables(num_positions, config.head_size, config.rope_theta, device, first_position)
-    return View(mask_B1TT, cos_TK, sin_TK)
+    return View(mask_B1TT, cos_TK, sin_TK, dropout)
 
 
 def document_mask(segments_BT: torch.Tensor, bidirectional: bool = False) -> torch.Tensor:
@@ -105,11 +109,12 @@ def rotate(x_BTHK: torch.Tensor, cos_TK: torch.Tensor, sin_TK: torch.Tensor) -> 
 class SelfAttention(nn.Module):
     """Fused projection to queries, keys and values (blocks in this order), attention, output projection."""
 
-    def __init__(self, config: ModelConfig, attention: Attention) -> None:
+    def __init__(self, config: ModelConfig, functions: Functions, layer: int) -> None:
         super().__init__()
+        self.layer, self.tensor_rank = layer, functions.tensor_rank
         self.head_size = config.head_size
         self.queries_per_kv = config.num_heads // config.kv_heads
-        self.attention, self.scale = attention, config.score_scale
+        self.attention, self.scale = functions.attention, config.score_scale
         query_width = config.num_heads * config.head_size
         kv_width = config.kv_heads * config.head_size
         self.qkv_proj = nn.Linear(config.hidden_size, query_width + 2 * kv_width, bias=config.bias)
@@ -123,5 +128,8 @@ class SelfAttention(nn.Module):
         if view.cos_TK is not None and view.sin_TK is not None:
             q_BTHK = rotate(q_BTHK, view.cos_TK, view.sin_TK)
             k_BTGK = rotate(k_BTGK, view.cos_TK, view.sin_TK)
-        out_BTHK = self.attention(q_BTHK, k_BTGK, v_BTGK, view.mask_B1TT, self.scale)
+        drop = None
+        if view.dropout is not None:
+            drop = view.dropout.probabilities(self.layer, first_head=self.tensor_rank * q_BTHK.size(2))
+        out_BTHK = self.attention(q_BTHK, k_BTGK, v_BTGK, view.mask_B1TT, self.scale, drop)
         return self.out_proj(out_BTHK.flatten(2))

@@ -17,6 +17,9 @@ from torch.nn import functional as F
 from engine.config.schema import ModelConfig
 from engine.models.attention import positions_in_document, view
 from engine.models.chunk import Chunk, Rows, whole
+from engine.models.dropout import EMBEDDING as EMBEDDED
+from engine.models.dropout import KEYS, drops
+from engine.models.dropout import make as make_dropout
 from engine.models.heads import VocabularyHead
 from engine.models.layers import TransformerLayer, layer_sharding, norm
 from engine.parallel.boundary import Boundary, Field, Tensors
@@ -42,7 +45,7 @@ class Stage(nn.Module):
                 self.embed_types = nn.Embedding(config.token_types, width)
             self.embed_norm = norm(config)
         self.layers = nn.ModuleDict(
-            {str(index): TransformerLayer(config, functions, normed=index == 0) for index in chunk.layers}
+            {str(index): TransformerLayer(config, functions, index, normed=index == 0) for index in chunk.layers}
         )
         if chunk.last:
             self.final_norm = norm(config) if config.norm_position == "pre" else nn.Identity()
@@ -62,6 +65,7 @@ class Stage(nn.Module):
         token_types_BT: torch.Tensor | None = None,
         hidden_BTD: torch.Tensor | None = None,
         segments_BT: torch.Tensor | None = None,
+        dropout_keys_B: torch.Tensor | None = None,
         masked_BM: torch.Tensor | None = None,
         targets_BM: torch.Tensor | None = None,
         weights_BM: torch.Tensor | None = None,
@@ -72,16 +76,20 @@ class Stage(nn.Module):
 
         The first stage takes `tokens_BT` and `token_types_BT` (int64; None means type 0), the others `hidden_BTD` of
         the stage before. `segments_BT` numbers the documents of a row, padding being one; None means that the row is
-        one document. The last stage returns `losses_L` (fp32 weighted sums: of the tokens at `masked_BM` and, with
-        a pair head, of the rows' pairs); without `targets_BM` it returns `logits_BTV` over the real vocabulary (of
-        all tokens; on one tensor-parallel rank only) and, with a pair head, `pair_logits_BC`.
+        one document. `dropout_keys_B` (int64) are the rows' keys; None means no dropout. The last stage returns
+        `losses_L` (fp32 weighted sums: of the tokens at `masked_BM` and, with a pair head, of the rows' pairs);
+        without `targets_BM` it returns `logits_BTV` over the real vocabulary (of all tokens; on one tensor-parallel
+        rank only) and, with a pair head, `pair_logits_BC`.
         """
         if hidden_BTD is None:
             assert tokens_BT is not None, "the first stage takes tokens, the others hidden states"
             hidden_BTD = self.embed(tokens_BT, token_types_BT, segments_BT)
         x_BTD: torch.Tensor = hidden_BTD
+        dropout = make_dropout(self.config, dropout_keys_B, self.functions.first_held(x_BTD))
         num_tokens = self.functions.time.given(x_BTD)
-        seen = view(self.config, num_tokens, segments_BT, x_BTD.device, bidirectional=True)
+        seen = view(self.config, num_tokens, segments_BT, x_BTD.device, bidirectional=True, dropout=dropout)
+        if self.chunk.first and dropout is not None:
+            x_BTD = dropout.hidden(x_BTD, -1, EMBEDDED)
         for layer in self.layers.values():
             x_BTD = layer(x_BTD, seen)
         if not self.chunk.last:
@@ -163,6 +171,7 @@ def wanted(config: ModelConfig, chunk: Chunk) -> frozenset[str]:
     found: set[str] = set()
     if chunk.first:
         found |= {"tokens_BT", "segments_BT"} | ({"token_types_BT"} if config.token_types > 1 else set())
+        found |= {KEYS} if drops(config) else set()
     if chunk.last:
         found |= {"masked_BM", "targets_BM", "weights_BM"}
         found |= {"pair_targets_B", "pair_weights_B"} if config.pair_head else set()
@@ -170,9 +179,11 @@ def wanted(config: ModelConfig, chunk: Chunk) -> frozenset[str]:
 
 
 def boundary(config: ModelConfig, layer: int, rows: Rows) -> Boundary:
-    """What a chunk receives from the one before it: hidden states, and the document numbers that attention needs."""
+    """What a chunk receives from the one before it: hidden states, document numbers for attention, keys of dropout."""
     held = (rows.num_rows, rows.length // rows.shared_by, config.hidden_size)
     received: Boundary = {"hidden_BTD": Field(held, rows.dtype, differentiable=True)}
     if rows.segments:
         received["segments_BT"] = Field((rows.num_rows, rows.length), torch.int32, differentiable=False)
+    if drops(config):
+        received[KEYS] = Field((rows.num_rows,), torch.int64, differentiable=False, evaluated=False)
     return received

@@ -15,6 +15,9 @@ from torch import nn
 from engine.config.schema import ModelConfig
 from engine.models.attention import positions_in_document, view
 from engine.models.chunk import Chunk, Rows, whole
+from engine.models.dropout import EMBEDDING as EMBEDDED
+from engine.models.dropout import KEYS, drops
+from engine.models.dropout import make as make_dropout
 from engine.models.heads import VocabularyHead
 from engine.models.layers import TransformerLayer, layer_sharding, norm
 from engine.parallel.boundary import Boundary, Field, Tensors
@@ -34,7 +37,7 @@ class Stage(nn.Module):
             self.embed_tokens = nn.Embedding(config.padded_vocab_size, config.hidden_size)
             if config.position == "learned":
                 self.embed_positions = nn.Embedding(config.max_positions, config.hidden_size)
-        self.layers = nn.ModuleDict({str(index): TransformerLayer(config, functions) for index in chunk.layers})
+        self.layers = nn.ModuleDict({str(index): TransformerLayer(config, functions, index) for index in chunk.layers})
         if chunk.last:
             self.final_norm = norm(config)
             self.lm_head = VocabularyHead(config.hidden_size, config.vocab_size, config.padded_vocab_size, functions)
@@ -47,23 +50,28 @@ class Stage(nn.Module):
         tokens_BT: torch.Tensor | None = None,
         hidden_BTD: torch.Tensor | None = None,
         segments_BT: torch.Tensor | None = None,
+        dropout_keys_B: torch.Tensor | None = None,
         targets_BT: torch.Tensor | None = None,
         weights_BT: torch.Tensor | None = None,
     ) -> Tensors:
         """What the stage makes of one micro-batch.
 
         The first stage takes `tokens_BT` (int64), the others `hidden_BTD` of the stage before. `segments_BT`
-        numbers the documents of a whole row; None means that it is one document. The last stage returns `losses_L`,
-        the fp32 weighted sum of the tokens' losses (L = 1), or `logits_BTV` over the real vocabulary (B, T,
-        vocab_size) where `targets_BT` is None (on one tensor-parallel rank only); every other stage `hidden_BTD`.
+        numbers the documents of a whole row; None means that it is one document. `dropout_keys_B` (int64) are the
+        rows' keys; None means no dropout. The last stage returns `losses_L`, the fp32 weighted sum of the tokens'
+        losses (L = 1), or `logits_BTV` over the real vocabulary (B, T, vocab_size) where `targets_BT` is None (on one
+        tensor-parallel rank only); every other stage `hidden_BTD`.
         """
         if hidden_BTD is None:
             assert tokens_BT is not None, "the first stage takes tokens, the others hidden states"
             hidden_BTD = self.embed(tokens_BT, segments_BT)
         x_BTD: torch.Tensor = hidden_BTD
+        dropout = make_dropout(self.config, dropout_keys_B, self.functions.first_held(x_BTD))
         num_given = self.functions.time.given(x_BTD)
         first = self.functions.time.first(num_given)
-        seen = view(self.config, num_given, segments_BT, x_BTD.device, first_position=first)
+        seen = view(self.config, num_given, segments_BT, x_BTD.device, first_position=first, dropout=dropout)
+        if self.chunk.first and dropout is not None:
+            x_BTD = dropout.hidden(x_BTD, -1, EMBEDDED)
         for layer in self.layers.values():
             x_BTD = layer(x_BTD, seen)
         if not self.chunk.last:
@@ -128,15 +136,17 @@ def losses(config: ModelConfig) -> tuple[str, ...]:
 
 def wanted(config: ModelConfig, chunk: Chunk) -> frozenset[str]:
     """Keywords of the chunk that come from the data."""
-    first = {"tokens_BT", "segments_BT"} if chunk.first else set()
+    first = {"tokens_BT", "segments_BT"} | ({KEYS} if drops(config) else set()) if chunk.first else set()
     last = {"targets_BT", "weights_BT"} if chunk.last else set()
     return frozenset(first | last)
 
 
 def boundary(config: ModelConfig, layer: int, rows: Rows) -> Boundary:
-    """What a chunk receives from the one before it: hidden states, and the document numbers that attention needs."""
+    """What a chunk receives from the one before it: hidden states, document numbers for attention, keys of dropout."""
     held = (rows.num_rows, rows.length // rows.shared_by, config.hidden_size)
     received: Boundary = {"hidden_BTD": Field(held, rows.dtype, differentiable=True)}
     if rows.segments:
         received["segments_BT"] = Field((rows.num_rows, rows.length), torch.int32, differentiable=False)
+    if drops(config):
+        received[KEYS] = Field((rows.num_rows,), torch.int64, differentiable=False, evaluated=False)
     return received

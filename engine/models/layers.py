@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from engine.config.schema import ModelConfig
 from engine.models.attention import SelfAttention, View
+from engine.models.dropout import ATTENTION_OUTPUT, FFN_OUTPUT
 from engine.parallel.functions import Functions
 from engine.parallel.sharding import ROW, Table, column
 
@@ -103,24 +104,30 @@ def feed_forward(config: ModelConfig) -> nn.Module:
 class TransformerLayer(nn.Module):
     """Attention, then feed-forward, each with a norm of its own: before it (pre-norm) or behind the sum (post-norm).
 
-    `normed` says that what comes in is fresh from a norm: a pre-norm layer then has none before its attention.
+    `number` is the global one. `normed` says that what comes in is fresh from a norm: a pre-norm layer then has none
+    before its attention.
     """
 
-    def __init__(self, config: ModelConfig, functions: Functions, normed: bool = False) -> None:
+    def __init__(self, config: ModelConfig, functions: Functions, number: int, normed: bool = False) -> None:
         super().__init__()
+        self.number = number
         self.post = config.norm_position == "post"
         self.attention_norm = nn.Identity() if normed and not self.post else norm(config)
-        self.attention = SelfAttention(config, functions.attention)
+        self.attention = SelfAttention(config, functions, number)
         self.ffn_norm = norm(config)
         self.ffn = feed_forward(config)
 
     def forward(self, x_BTD: torch.Tensor, view: View) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
         if self.post:
-            x_BTD = self.attention_norm(x_BTD + self.attention(x_BTD, view))
-            return self.ffn_norm(x_BTD + self.ffn(x_BTD))
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), view)
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+            x_BTD = self.attention_norm(x_BTD + self._dropped(self.attention(x_BTD, view), view, ATTENTION_OUTPUT))
+            return self.ffn_norm(x_BTD + self._dropped(self.ffn(x_BTD), view, FFN_OUTPUT))
+        made_BTD = self.attention(self.attention_norm(x_BTD), view)
+        x_BTD = x_BTD + self._dropped(made_BTD, view, ATTENTION_OUTPUT)
+        return x_BTD + self._dropped(self.ffn(self.ffn_norm(x_BTD)), view, FFN_OUTPUT)
+
+    def _dropped(self, made_BTD: torch.Tensor, view: View, site: int) -> torch.Tensor:
+        return made_BTD if view.dropout is None else view.dropout.hidden(made_BTD, self.number, site)
 
 
 def layer_sharding(config: ModelConfig) -> Table:

@@ -50,10 +50,10 @@ class CrossAttention(nn.Module):
 class CrossLayer(nn.Module):
     """A layer of the decoder: self-attention, attention to the encoder, feed-forward, each behind a norm of its own."""
 
-    def __init__(self, config: ModelConfig, functions: Functions) -> None:
+    def __init__(self, config: ModelConfig, functions: Functions, number: int) -> None:
         super().__init__()
         self.attention_norm = norm(config)
-        self.attention = SelfAttention(config, functions.attention)
+        self.attention = SelfAttention(config, functions, number)
         self.cross_attention_norm = norm(config)
         self.cross_attention = CrossAttention(config, functions.attention)
         self.ffn_norm = norm(config)
@@ -86,7 +86,7 @@ class Stage(nn.Module):
         self.layers = nn.ModuleDict()
         for index in chunk.layers:
             kind = TransformerLayer if index < first_of_decoder else CrossLayer
-            self.layers[str(index)] = kind(config, functions)
+            self.layers[str(index)] = kind(config, functions, index)
         if first_of_decoder - 1 in chunk.layers:
             self.encoder_norm = norm(config)
         if chunk.last:

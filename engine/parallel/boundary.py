@@ -20,6 +20,8 @@ class Field:
     shape: tuple[int, ...]
     dtype: torch.dtype
     differentiable: bool
+    evaluated: bool = True
+    """Whether it travels in evaluation, too."""
 
 
 Boundary = dict[str, Field]

@@ -10,15 +10,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch.nn import functional as F
 
 from engine.parallel.cross_entropy import linear_cross_entropy
 
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float | None], torch.Tensor]
-"""(q_BTHK, k_BTGK, v_BTGK, mask_B1TT or bias_BHTT or None, scale or None) -> out_BTHK; no mask means causal over the
-whole row, no scale K ** -0.5."""
+Drop = Callable[..., torch.Tensor]
+"""(probabilities_BHTT, first_head=0) -> the same with some of them 0. A function of attention that works on some of the
+heads that it was called with says which is its first."""
+
+
+class Attention(Protocol):
+    """(q_BTHK, k_BTGK, v_BTGK, mask_B1TT or bias_BHTT or None, scale or None, drop or None) -> out_BTHK; no mask means
+    causal over the whole row, no scale K ** -0.5, no drop that no probability is dropped."""
+
+    def __call__(
+        self,
+        q_BTHK: torch.Tensor,
+        k_BTGK: torch.Tensor,
+        v_BTGK: torch.Tensor,
+        mask: torch.Tensor | None,
+        /,
+        scale: float | None = None,
+        drop: Drop | None = None,
+    ) -> torch.Tensor: ...
+
 
 LinearCrossEntropy = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, int], torch.Tensor
@@ -33,12 +51,16 @@ def attention(
     v_BTGK: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float | None = None,
+    drop: Drop | None = None,
 ) -> torch.Tensor:
     """Softmax attention, out_BTHK; query heads share the G key/value heads in consecutive groups of H / G.
 
     `mask` (B, 1 or H, T, T) is boolean, true where a query (first T) sees a key (second T), or of the queries' dtype
-    and added to the scores. Keys may be of another length than queries.
+    and added to the scores. Keys may be of another length than queries. With `drop` probabilities exist one by one,
+    else the fastest kernel is taken.
     """
+    if drop is not None:
+        return _explicit_attention(q_BTHK, k_BTGK, v_BTGK, mask, scale, drop)
     out_BHTK = F.scaled_dot_product_attention(
         q_BTHK.transpose(1, 2),
         k_BTGK.transpose(1, 2),
@@ -49,6 +71,26 @@ def attention(
         enable_gqa=q_BTHK.size(2) != k_BTGK.size(2),
     )
     return out_BHTK.transpose(1, 2)
+
+
+def _explicit_attention(
+    q_BTHK: torch.Tensor,
+    k_BTGK: torch.Tensor,
+    v_BTGK: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    drop: Drop,
+) -> torch.Tensor:
+    """The same, written out; the softmax is in fp32."""
+    shared_by = q_BTHK.size(2) // k_BTGK.size(2)
+    k_BHTK, v_BHTK = (x_BTGK.repeat_interleave(shared_by, 2).transpose(1, 2) for x_BTGK in (k_BTGK, v_BTGK))
+    scores_BHTT = q_BTHK.transpose(1, 2) @ k_BHTK.transpose(2, 3) * (scale or q_BTHK.size(-1) ** -0.5)
+    if mask is None:
+        mask = torch.ones(scores_BHTT.shape[2:], dtype=torch.bool, device=scores_BHTT.device).tril()
+    seen = mask.dtype == torch.bool
+    scores_BHTT = scores_BHTT.masked_fill(~mask, -torch.inf) if seen else scores_BHTT + mask
+    probabilities_BHTT = torch.softmax(scores_BHTT, -1, dtype=torch.float32).to(v_BHTK.dtype)
+    return (drop(probabilities_BHTT) @ v_BHTK).transpose(1, 2)
 
 
 def _same(hidden: torch.Tensor) -> torch.Tensor:
@@ -90,6 +132,13 @@ class Functions:
     whole_rows: Callable[[torch.Tensor], torch.Tensor] = _same
     """Hidden states of all given tokens, (B, T, D), from those held between the blocks; for heads."""
     time: Time = Time()
+    tensor_rank: int = 0
+    """This rank holds the heads number `tensor_rank` times its own many, and those behind."""
+
+    def first_held(self, hidden_BTD: torch.Tensor) -> int:
+        """Where the first of the hidden states that are held stands in its row."""
+        within = self.tensor_rank * hidden_BTD.size(1) if self.time.shared_by > 1 else 0
+        return self.time.first(self.time.given(hidden_BTD)) + within
 
 
 PLAIN = Functions()

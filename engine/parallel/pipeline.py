@@ -105,14 +105,19 @@ class Pipeline:
     def _forward(self, chunk: int, micro_batch: int, inputs: Tensors, keep: bool) -> Tensors:
         ports = self.ports[chunk]
         own = {name: tensor for name, tensor in inputs.items() if name in ports.wanted}
-        received = {name: self._receive(field, forward=True) for name, field in ports.incoming.items()}
+        received = {
+            name: self._receive(field, forward=True)
+            for name, field in ports.incoming.items()
+            if keep or field.evaluated
+        }
         if keep:
             for name in differentiable(ports.incoming):
                 received[name].requires_grad_(True)
         made = self.engine.forward(chunk, received | own)
         handed_on = received | own | made
-        for name in ports.outgoing:
-            self._send(handed_on[name].detach(), forward=True)
+        for name, field in ports.outgoing.items():
+            if keep or field.evaluated:
+                self._send(handed_on[name].detach(), forward=True)
         if keep:
             self._live[chunk, micro_batch] = (received, made)
         return made

@@ -15,6 +15,7 @@ from engine.config.schema import (
     DataConfig,
     Duration,
     ModelConfig,
+    ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
@@ -55,6 +56,18 @@ COLUMNS: dict[str, Change] = {
             "tie_embeddings": False,
         }
     },
+    "BERT, pairs, dropout": {
+        "model": {
+            "family": "bert",
+            "token_types": 2,
+            "pair_head": True,
+            "norm_position": "post",
+            "activation": "gelu",
+            "dropout": 0.1,
+            "attention_dropout": 0.1,
+        },
+        "objective": {"name": "masked", "pairs": "next_sentence"},
+    },
 }
 ROWS: dict[str, Change] = {f"ZeRO-{stage}": {"parallel": {"zero_stage": stage}} for stage in range(4)}
 REFUSED: dict[str, Change] = {
@@ -64,7 +77,6 @@ REFUSED: dict[str, Change] = {
     "more parts than layers": {"parallel": {"pipe": 2, "virtual_stages": 3}},
     "tensor ranks that do not divide the heads": {"parallel": {"tensor": 3}},
     "bf16 reduction of fp32 gradients": {"precision": {"dtype": "fp32", "reduce_dtype": "bf16"}},
-    "dropout": {"model": {"dropout": 0.1}},
 }
 
 
@@ -98,12 +110,18 @@ def example(*changes: Change) -> RunConfig:
         key: value for change in changes for key, value in change.get(name, {}).items()
     }
     model: dict[str, Any] = {"vocab_size": 500, "num_layers": 4, "hidden_size": 64, "num_heads": 4}
-    data = DataConfig(train="data/train")
+    stage = RunStage(
+        objective=ObjectiveConfig(**section("objective")),
+        data=DataConfig(train="data/train"),
+        sequence_length=64,
+        global_batch_size=24,
+        duration=Duration(steps=10),
+    )
     return RunConfig(
         folder=Path("runs/example"),
         tokenizer=Path("data/tokenizer"),
         model=ModelConfig(**{**model, **section("model")}),
-        stages=(RunStage(data=data, sequence_length=64, global_batch_size=24, duration=Duration(steps=10)),),
+        stages=(stage,),
         optimizer=OptimizerConfig(**section("optimizer")),
         precision=PrecisionConfig(**{"dtype": "fp32", **section("precision")}),
         parallel=ParallelConfig(**section("parallel")),

@@ -9,6 +9,8 @@ from engine.plan.parts import Entry
 
 SEGMENT_BYTES = 4
 """A token's document number, int32."""
+KEY_BYTES = 8
+"""A row's key of dropout, int64."""
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
@@ -101,5 +103,6 @@ def boundary(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
 
 
 def carried_bytes(model: ModelConfig, layer: int, lengths: RowLengths, segments: bool) -> int:
-    """Document numbers."""
-    return lengths.tokens * SEGMENT_BYTES if segments else 0
+    """Document numbers, and a key of dropout."""
+    keys = KEY_BYTES if model.dropout or model.attention_dropout else 0
+    return (lengths.tokens * SEGMENT_BYTES if segments else 0) + keys

@@ -92,8 +92,14 @@ def score_operations(model: ModelConfig, num_queries: int, num_keys: int) -> int
 
 
 def saved_by_attention(model: ModelConfig, num_tokens: int, tensor_size: int) -> int:
-    """Elements that the backward pass of self-attention needs: queries, keys, values and output."""
-    return num_tokens * (2 * model.num_heads + 2 * model.kv_heads) * model.head_size // tensor_size
+    """Elements that the backward pass of self-attention needs: queries, keys, values and output.
+
+    With dropout also the probabilities, before and after it, and a byte each that says which stayed.
+    """
+    kept = num_tokens * (2 * model.num_heads + 2 * model.kv_heads) * model.head_size // tensor_size
+    if model.attention_dropout == 0:
+        return kept
+    return kept + 9 * model.num_heads * num_tokens * num_tokens // 4 // tensor_size
 
 
 def saved_by_feed_forward(model: ModelConfig, num_tokens: int, tensor_size: int) -> int:

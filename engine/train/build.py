@@ -123,7 +123,7 @@ def _functions(parallel: ParallelConfig, groups: Groups) -> Functions:
     functions = PLAIN
     if parallel.tensor > 1:
         loss = partial(vocabulary_cross_entropy, group=groups.tensor)
-        functions = replace(functions, linear_cross_entropy=loss)
+        functions = replace(functions, linear_cross_entropy=loss, tensor_rank=groups.tensor.position)
     if parallel.shared_by > 1:
         whole = partial(whole_rows, group=groups.tensor)
         functions = replace(functions, whole_rows=whole, time=Time(shared_by=parallel.shared_by))

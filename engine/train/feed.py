@@ -24,14 +24,13 @@ from engine.data.prefetch import Prefetcher
 from engine.data.source import Part
 from engine.data.stage import open_held_out, open_parts, stage_loader
 from engine.data.tokenizer import tokenizer_hash
+from engine.models.dropout import KEYS
 from engine.models.families import family
 from engine.parallel.boundary import Tensors
 from engine.parallel.groups import Groups
 from engine.train.build import stage_chunks
 from engine.train.signals import Stopping
 
-DROPOUT_KEYS = "dropout_keys_B"
-"""The model's keyword for what dropout in each row is keyed by; wanted where the model drops anything."""
 LOOK_SECONDS = 0.2
 """How often a rank that waits for data looks whether it is to stop."""
 EVALUATION_CHUNK = 8
@@ -145,7 +144,7 @@ class Feed:
             size = min(EVALUATION_CHUNK, left)
             left -= size
             chunk = list(islice(batches, size)) if self.reads else []
-            inputs = [self._inputs(batch, step=0) for batch in chunk] if self.reads else [{} for _ in range(size)]
+            inputs = [self._inputs(batch, step=None) for batch in chunk] if self.reads else [{} for _ in range(size)]
             yield inputs, self._weights(chunk)
 
     def _num_held_out_batches(self) -> int:
@@ -158,13 +157,14 @@ class Feed:
             self._prefetcher.close()
             self._prefetcher = None
 
-    def _inputs(self, batch: Batch, step: int) -> Tensors:
+    def _inputs(self, batch: Batch, step: int | None) -> Tensors:
+        """The stage's keywords of a batch; keys of dropout in a step of training alone."""
         inputs = batch.inputs
-        if DROPOUT_KEYS in self.wanted:
+        if step is not None and KEYS in self.wanted:
             samples = batch.samples_B3
             if len(self.loader.parts) > 1:  # sources have addresses of their own
                 samples = torch.cat((batch.domains_B[:, None].long(), samples), dim=1)
-            inputs = inputs | {DROPOUT_KEYS: torch.from_numpy(dropout_keys(self.seed, step, samples.numpy()))}
+            inputs = inputs | {KEYS: torch.from_numpy(dropout_keys(self.seed, step, samples.numpy()))}
         return {name: self._move(tensor) for name, tensor in inputs.items() if name in self.wanted}
 
     def _weights(self, batches: list[Batch]) -> list[float]:

@@ -6,9 +6,11 @@ They are drawn by hand, not by the loader: what a layout computes of them does n
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from engine.config.lengths import span_lengths
+from engine.data.draws import dropout_keys
 from engine.parallel.boundary import Tensors
 
 GLOBAL_BATCH = 8
@@ -26,11 +28,15 @@ WEIGHTS = ("weights_BT", "weights_BM", "pair_weights_B")
 def global_batch(step: int, attention: str, model: str = "gpt2") -> Tensors:
     """The global batch of a step: rows of weight from nearly all targets to nearly none, real weights among them."""
     generator = torch.Generator().manual_seed(1000 + step)
-    if model in ("bert", "modernbert"):
-        return _masked(generator, attention) | (_pairs(generator) if model == "bert" else {})
-    if model.startswith("t5"):
-        return _t5(generator, attention)
-    return _gpt(generator, attention)
+    kind = model.removesuffix("-dropout")
+    if kind in ("bert", "modernbert"):
+        batch = _masked(generator, attention) | (_pairs(generator) if kind == "bert" else {})
+    else:
+        batch = (_t5 if kind.startswith("t5") else _gpt)(generator, attention)
+    if kind != model:
+        samples_B3 = np.stack(np.unravel_index(np.arange(GLOBAL_BATCH), (2, 2, 2)), axis=1)
+        batch["dropout_keys_B"] = torch.from_numpy(dropout_keys(3, step, samples_B3))
+    return batch
 
 
 def weights(batch: Tensors) -> torch.Tensor:

@@ -79,6 +79,8 @@ MODELS = {
     "llama-tied": LLAMA | {"tie_embeddings": True},
     "bert": BERT,
     "modernbert": MODERN_BERT,
+    "bert-dropout": BERT | {"dropout": 0.1, "attention_dropout": 0.2},
+    "gpt2-dropout": GPT2 | {"dropout": 0.2, "attention_dropout": 0.1},
     "t5": T5,
     "t5-v1.1": T5 | {"activation": "geglu_tanh", "tie_embeddings": False},
 }
@@ -177,7 +179,7 @@ def config_of(case: Case) -> RunConfig:
             "stages": [
                 {
                     "data": {"train": "unused", "attention": case.attention},
-                    "objective": OBJECTIVES.get(case.model, OBJECTIVES["gpt2"]),
+                    "objective": OBJECTIVES.get(case.model.removesuffix("-dropout"), OBJECTIVES["gpt2"]),
                     "sequence_length": LENGTH,
                     "global_batch_size": GLOBAL_BATCH,
                     "duration": {"steps": NUM_STEPS},

@@ -222,7 +222,7 @@ class TestTrain:
         assert "WORLD_SIZE is not set" in done.stderr
 
     def test_no_folder_is_made_for_a_mistake(self, tmp_path: Path) -> None:
-        assert self.train(SMOKE, "folder=run", "model.dropout=0.5").returncode == 2
+        assert self.train(SMOKE, "folder=run", "model.num_kv_heads=3").returncode == 2
         assert not (tmp_path / "run").exists()
 
 

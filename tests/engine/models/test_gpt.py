@@ -182,16 +182,16 @@ def test_tensor_parallel_parts_add_up_to_the_whole_attention(config):
 def test_attention_and_loss_come_from_the_functions_that_it_was_built_with(config, batch):
     calls = []
 
-    def attention(q_BTHK, k_BTGK, v_BTGK, mask_B1TT, scale):
+    def attention(q_BTHK, k_BTGK, v_BTGK, mask_B1TT, scale=None, drop=None):
         calls.append((q_BTHK.shape[2:], k_BTGK.shape[2:], mask_B1TT))
-        return plain_attention(q_BTHK, k_BTGK, v_BTGK, mask_B1TT, scale)
+        return plain_attention(q_BTHK, k_BTGK, v_BTGK, mask_B1TT, scale, drop)
 
     def linear_cross_entropy(hidden_BTD, weight_VD, bias_V, targets_BT, weights_BT, vocab_size):
         assert weight_VD.shape == (config.padded_vocab_size, hidden_BTD.shape[-1])
         assert bias_V is None
         return hidden_BTD.float().sum() * 0 + vocab_size
 
-    model = whole_model(config, random_weights(config), Functions(attention, linear_cross_entropy))
+    model = whole_model(config, random_weights(config), Functions(attention, linear_cross_entropy=linear_cross_entropy))
     assert loss_of(model(**batch)).item() == config.vocab_size
     assert calls == [((4, 16), (config.kv_heads, 16), None)] * config.num_layers
 

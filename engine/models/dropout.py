@@ -1,0 +1,123 @@
+"""Dropout whose masks are a function of (seed, step, sample, global layer, site, place) alone (contract "Randomness").
+
+The data gives every row a key, made of seed, step and the sample's address. Of it, the layer and the site two 32-bit
+keys are made, and of these and the place of an element in the row (position and feature; head, query and key) the
+element's own bits: a counter-based generator (Salmon et al. 2011) with the finalizer of MurmurHash3 (Appleby 2011) in
+two rounds. All of it is integer arithmetic, equal on every device, so neither the layout, the micro-batch nor a second
+run of a layer moves a mask. A rank that holds a part of a row says where that part begins.
+
+Legend: B batch, T time, D width, H heads (local), Q queries, S keys (of attention).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from engine.config.schema import ModelConfig
+from engine.parallel.functions import Drop
+
+KEYS = "dropout_keys_B"
+"""The keyword of a batch's keys, int64; absent where nothing is dropped, as in evaluation."""
+EMBEDDING, ATTENTION, ATTENTION_OUTPUT, FFN_OUTPUT = range(4)
+"""Sites: hidden states of the embedding; probabilities; what attention and feed-forward part make."""
+NUM_SITES = 8
+"""Room for sites of other families, so that a new one moves no mask."""
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """What is dropped in the rows of one micro-batch. `first_position`: where this rank's hidden states begin."""
+
+    config: ModelConfig
+    keys_B: torch.Tensor
+    first_position: int = 0
+
+    def hidden(self, x_BTD: torch.Tensor, layer: int, site: int) -> torch.Tensor:
+        """Hidden states (all features of some positions) of which some are 0; `layer` is the global number."""
+        if self.config.dropout == 0:
+            return x_BTD
+        num_positions, width = x_BTD.shape[1:]
+        places = _places((num_positions, width), (self.first_position, 0), (0, width), x_BTD.device)
+        return _drop(x_BTD, places, self.config.dropout, self.keys_B, layer, site)
+
+    def probabilities(self, layer: int, first_head: int) -> Drop | None:
+        """Drops probabilities of a layer's heads from the global `first_head` on; None where none are."""
+        if self.config.attention_dropout == 0:
+            return None
+        return partial(self._probabilities, layer, first_head)
+
+    def _probabilities(
+        self, layer: int, called_with: int, probabilities_BHQS: torch.Tensor, first_head: int = 0
+    ) -> torch.Tensor:
+        shape = probabilities_BHQS.shape[1:]
+        places = _places(shape, (called_with + first_head, 0, 0), (0, *shape[1:]), probabilities_BHQS.device)
+        return _drop(probabilities_BHQS, places, self.config.attention_dropout, self.keys_B, layer, ATTENTION)
+
+
+def drops(config: ModelConfig) -> bool:
+    """Whether a model in training drops anything."""
+    return config.dropout > 0 or config.attention_dropout > 0
+
+
+def make(config: ModelConfig, keys_B: torch.Tensor | None, first_position: int = 0) -> Dropout | None:
+    """The dropout of a micro-batch with these keys; None where it has none."""
+    return None if keys_B is None else Dropout(config, keys_B, first_position)
+
+
+def _places(
+    shape: tuple[int, ...], firsts: tuple[int, ...], sizes: tuple[int, ...], device: torch.device
+) -> torch.Tensor:
+    """int32 number of each element in its row, row-major over the whole `sizes` (the first is never asked for), of the
+    part of `shape` that begins at `firsts`. It may wrap around beyond 2^32 elements: such masks repeat."""
+    places = torch.zeros((), dtype=torch.int32, device=device)
+    for dim, (length, first, size) in enumerate(zip(shape, firsts, sizes, strict=True)):
+        indices = torch.arange(first, first + length, dtype=torch.int32, device=device)
+        places = (places * size if dim else places).unsqueeze(-1) + indices
+    return places
+
+
+def _drop(
+    x: torch.Tensor, places: torch.Tensor, rate: float, keys_B: torch.Tensor, layer: int, site: int
+) -> torch.Tensor:
+    """`x` (B, *places) with elements set to 0 at this rate, and the others scaled so that the mean stays."""
+    low_B, high_B = (
+        key_B.view(-1, *[1] * places.dim()) for key_B in _site_keys(keys_B, (layer + 1) * NUM_SITES + site)
+    )
+    bits = _mix32(_mix32(places ^ low_B) ^ high_B)
+    dropped = (bits & 0x7FFFFFFF) < int(rate * 2**31)
+    return x.masked_fill(dropped, 0.0) * (1.0 / (1.0 - rate))
+
+
+def _site_keys(keys_B: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two int32 keys of each row for a layer's site: SplitMix64 (Steele et al. 2014) of key and number, halved."""
+    z = keys_B + _signed(number * 0x9E3779B97F4A7C15, 64)
+    z = (z ^ _shift(z, 30, 64)) * _signed(0xBF58476D1CE4E5B9, 64)
+    z = (z ^ _shift(z, 27, 64)) * _signed(0x94D049BB133111EB, 64)
+    z = z ^ _shift(z, 31, 64)
+    return tuple(_to_int32(half) for half in (z, z >> 32))  # type: ignore[return-value]
+
+
+def _mix32(x: torch.Tensor) -> torch.Tensor:
+    """The finalizer of MurmurHash3 on int32, a permutation; multiplications wrap around."""
+    x = (x ^ _shift(x, 16, 32)) * _signed(0x85EBCA6B, 32)
+    x = (x ^ _shift(x, 13, 32)) * _signed(0xC2B2AE35, 32)
+    return x ^ _shift(x, 16, 32)
+
+
+def _shift(x: torch.Tensor, count: int, num_bits: int) -> torch.Tensor:
+    """To the right with zeros coming in: torch shifts signed numbers with their sign."""
+    return (x >> count) & ((1 << (num_bits - count)) - 1)
+
+
+def _signed(number: int, num_bits: int) -> int:
+    """The signed number with the same lowest bits."""
+    number &= (1 << num_bits) - 1
+    return number - (1 << num_bits) if number >> (num_bits - 1) else number
+
+
+def _to_int32(x: torch.Tensor) -> torch.Tensor:
+    """The lowest 32 bits of int64 as int32, in range before the cast: beyond it casts differ between devices."""
+    return (((x & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000).to(torch.int32)
