@@ -20,8 +20,10 @@ from engine.data.dataset import TokenDataset
 from engine.data.index import FILE as INDEX_FILE
 from engine.data.recipe import PARTS, RECIPE_FILE
 from engine.data.sampling import PackingName
+from engine.data.statistics import Statistics
 from engine.data.tokenizer import TextTokenizer, load_tokenizer
 from engine.errors import DataError
+from tools.data_tables import counts_table, histogram
 
 if TYPE_CHECKING:  # torch would make --help slow
     import torch
@@ -31,6 +33,7 @@ if TYPE_CHECKING:  # torch would make --help slow
 Objective = Literal["causal", "fill_in_the_middle", "masked", "span_corruption"]
 PairKind = Literal["none", "next_sentence", "sentence_order"]
 MaskUnit = Literal["token", "word", "span"]
+_SOURCES_SHOWN = 20
 BOUNDARY = "──── next document ────"
 
 
@@ -49,6 +52,7 @@ def main(
 ) -> None:
     """Verify every hash, then show counts and the first samples that a run with this seed would see."""
     loaded = _tokenizer(folder, tokenizer)
+    _print_recipe(folder)
     shown = ObjectiveConfig(name=objective, pairs=pairs, mask_unit=mask_unit)
     for part in parts_of(folder):
         dataset = TokenDataset(part, loaded.hash if loaded else None)
@@ -59,7 +63,7 @@ def main(
 
             batch = first_samples(dataset, sequence_length, seed, samples, packing, shown)
             for b, place in enumerate(batch.sources):
-                _print_sample(f"{part.name} {place}", batch, b, loaded)
+                _print_sample(f"{part.relative_to(folder) if part != folder else part.name} {place}", batch, b, loaded)
 
 
 def parts_of(folder: Path) -> list[Path]:
@@ -75,7 +79,7 @@ def parts_of(folder: Path) -> list[Path]:
                 "every part that was prepared",
                 "prepare again with --overwrite, or restore the folder",
             )
-    parts = [folder / name for name in PARTS if (folder / name / INDEX_FILE).exists()]
+    parts = [path.parent for name in PARTS for path in sorted((folder / name).glob(f"**/{INDEX_FILE}"))]
     return [folder] if (folder / INDEX_FILE).exists() or not parts else parts
 
 
@@ -85,14 +89,14 @@ def _noted_parts(folder: Path) -> list[str]:
         report = json.loads((folder / RECIPE_FILE).read_bytes())["report"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    return [name for name in PARTS if name in report]
+    return [name for name in report if name.partition("/")[0] in PARTS]
 
 
 def _tokenizer(folder: Path, named: Path | None) -> TextTokenizer | None:
     """The named tokenizer, else the one in the recipe if it is still there, else None."""
     if named is not None:
         return load_tokenizer(named)
-    for recipe in (folder / RECIPE_FILE, folder.parent / RECIPE_FILE):
+    for recipe in (folder / RECIPE_FILE, folder.parent / RECIPE_FILE, folder.parent.parent / RECIPE_FILE):
         try:
             noted = json.loads(recipe.read_bytes())["recipe"]
             loaded = load_tokenizer(noted["tokenizer"])
@@ -101,6 +105,24 @@ def _tokenizer(folder: Path, named: Path | None) -> TextTokenizer | None:
         if loaded.hash == noted.get("tokenizer_hash"):
             return loaded
     return None
+
+
+def _print_recipe(folder: Path) -> None:
+    """What prepare noted of the sources, and the lengths that it counted; nothing where it noted nothing."""
+    try:
+        tree = json.loads((folder / RECIPE_FILE).read_bytes())
+        sources = [(item.get("domain", ""), item["name"], item["bytes"]) for item in tree["recipe"]["sources"]]
+        parts = {name: Statistics.from_json(item) for name, item in tree["report"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    console = Console()
+    for domain, name, size in sources[:_SOURCES_SHOWN]:
+        console.print(f"source {domain + ' = ' if domain else ''}{name}, {size:,} bytes", highlight=False)
+    if len(sources) > _SOURCES_SHOWN:
+        console.print(f"and {len(sources) - _SOURCES_SHOWN:,} more sources")
+    console.print(counts_table(parts))
+    for name, part in parts.items():
+        console.print(f"tokens per document, {name}:\n{histogram(part)}", highlight=False)
 
 
 def _verify(dataset: TokenDataset) -> None:
@@ -117,7 +139,11 @@ def print_counts(dataset: TokenDataset) -> None:
     if index.has_sentences:
         table.add_row("sentences", f"{index.num_sentences:,}")
     table.add_row("tokens", f"{index.num_tokens:,} ({index.dtype}, vocabulary {index.vocab_size:,})")
-    table.add_row("shards", f"{dataset.num_shards:,}, {index.num_bytes:,} bytes")
+    packed = f", {index.stored_bytes:,} on disk (zstd)" if index.stored_bytes != index.num_bytes else ""
+    table.add_row("shards", f"{dataset.num_shards:,}, {index.num_bytes:,} bytes{packed}")
+    if index.tokens_folder is not None:
+        found = sorted({shard.tokens.file for shard in index.shards})
+        table.add_row("tokens lie in", f"{', '.join(found)} in {index.tokens_folder}")
     table.add_row("hashes", f"{sum(len(shard.arrays) for shard in index.shards):,} files verified (xxh3)")
     table.add_row("tokenizer", index.tokenizer_hash)
     table.add_row("fingerprint", index.fingerprint)

@@ -11,16 +11,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from engine.data.assemble import Deduplicate
 from engine.data.pool import available_cpus, workers
 from engine.data.prepare import Prepared, PrepareOptions, prepare
 from engine.data.prepare import Progress as HowFar
 from engine.data.shards import Compression
-from engine.data.statistics import Statistics
+from tools.data_tables import counts_table, histogram
 
-_BAR_WIDTH = 30
 _TOLD_EVERY_SECONDS = 30
 
 
@@ -105,36 +103,7 @@ def _print(prepared: Prepared, seconds: float) -> None:
     else:
         rate = tokens / max(seconds, 1e-9) / 1e6
         print(f"wrote {tokens:,} tokens to {prepared.output} in {seconds:.1f} s ({rate:.2f} M tokens/s)")
-    console.print(table(prepared.parts))
+    console.print(counts_table(prepared.parts))
     for name, part in prepared.parts.items():
         console.print(f"tokens per document, {name}:")
         console.print(histogram(part), highlight=False)
-
-
-def table(parts: dict[str, Statistics]) -> Table:
-    """Counts of folders of shards; columns that are 0 everywhere are left out."""
-    columns = {
-        "documents": [part.documents for part in parts.values()],
-        "empty": [part.empty_documents for part in parts.values()],
-        "same": [part.exact_duplicates for part in parts.values()],
-        "nearly same": [part.near_duplicates for part in parts.values()],
-        "sentences": [part.sentences for part in parts.values()],
-        "tokens": [part.tokens for part in parts.values()],
-    }
-    columns = {name: counts for name, counts in columns.items() if any(counts)}
-    found = Table("part", *columns, "bytes per token", "unknown")
-    for row, (name, part) in enumerate(parts.items()):
-        figures = [f"{counts[row]:,}" for counts in columns.values()]
-        found.add_row(name, *figures, f"{part.bytes_per_token:.2f}", f"{part.unknown_rate:.4%}")
-    return found
-
-
-def histogram(part: Statistics) -> str:
-    """Documents by length, one line per power of two."""
-    largest = max(part.lengths.values(), default=1)
-    lines = []
-    for power in range(min(part.lengths, default=0), max(part.lengths, default=-1) + 1):
-        count = part.lengths[power]
-        bar = "#" * round(_BAR_WIDTH * count / largest)
-        lines.append(f"  {2**power:>9,} to {2 ** (power + 1) - 1:>9,} {count:>10,} {bar}".rstrip())
-    return "\n".join(lines)

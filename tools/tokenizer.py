@@ -1,4 +1,4 @@
-"""`palimpsest tokenizer`: trains a tokenizer on text and saves it as a folder that transformers loads."""
+"""`palimpsest tokenizer`: trains a tokenizer on text, or takes one over, as a folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -19,26 +19,41 @@ LARGEST_VOCABULARY = 10_000_000
 
 
 def main(
-    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Files, folders, globs, or hf:DATASET.")],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
+    sources: Annotated[
+        list[str] | None, typer.Argument(metavar="SOURCE...", help="Files, folders, globs, or hf:DATASET.")
+    ] = None,
+    imported: Annotated[
+        str | None,
+        typer.Option("--import", metavar="NAME_OR_FOLDER", help="Take over this Hugging Face tokenizer instead."),
+    ] = None,
     kind: Annotated[Kind, typer.Option(help="What to train.")] = "bpe",
     vocab_size: Annotated[int, typer.Option(max=LARGEST_VOCABULARY, help="Tokens, special ones included.")] = 32000,
     purpose: Annotated[Purpose, typer.Option(help="Objective whose special tokens are added.")] = "causal",
     lowercase: Annotated[bool, typer.Option("--lowercase", help="Drop case and accents (wordpiece).")] = False,
-    text_key: Annotated[str, typer.Option(help="Key of the text in JSON lines and datasets.")] = "text",
+    text_key: Annotated[str, typer.Option(help="Key of the text in JSON lines, Parquet and datasets.")] = "text",
     blank_line_ends: Annotated[
         bool, typer.Option("--blank-line-ends", help="In text files, an empty line ends a document.")
     ] = False,
-    max_megabytes: Annotated[int | None, typer.Option(min=1, help="Train on the first so many MB of text.")] = None,
+    max_megabytes: Annotated[
+        int | None, typer.Option(min=1, help="Train on so many MB of text, of every source its share.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
 ) -> None:
-    """Train a tokenizer on text: byte-level BPE, SentencePiece unigram or BPE, or WordPiece."""
+    """Train a tokenizer on text: byte-level BPE, SentencePiece unigram or BPE, or WordPiece; or import one."""
+    if bool(sources) == bool(imported):
+        what = "both sources and --import" if sources else "neither sources nor --import"
+        raise ConfigError(what, "one of them", "name text to train on, or a tokenizer to take over")
     if not overwrite and output.is_dir() and any(output.iterdir()):
         raise ConfigError(
             f"{output} holds something already; shards and checkpoints may depend on it",
             "a new or empty folder",
             "name another --output, or --overwrite",
         )
+    if imported:
+        _import(imported, output, purpose)
+        return
+    assert sources
     find_sources(sources)  # a wrong name is told before anything is written
     texts = read_texts(sources, text_key, blank_line_ends, max_megabytes * 1_000_000 if max_megabytes else None)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -47,6 +62,16 @@ def main(
     print(f"{kind} tokenizer {trained.hash} with {trained.vocab_size:,} tokens in {output}")
     if trained.vocab_size < vocab_size:
         print(f"{vocab_size:,} tokens were asked for: the text carries no more")
+
+
+def _import(source: str, output: Path, purpose: Purpose) -> None:
+    from engine.data.tokenizer_import import import_tokenizer
+
+    taken, added = import_tokenizer(source, output, purpose)
+    print(f"took over {source}: tokenizer {taken.hash} with {taken.vocab_size:,} tokens in {output}")
+    if added:
+        named = ", ".join(added[:3]) + (f" and {len(added) - 3} more" if len(added) > 3 else "")
+        print(f"added for {purpose}: {named}")
 
 
 def _shown(texts: Iterable[str], progress: Progress) -> Iterator[str]:

@@ -144,18 +144,28 @@ def _rows(source: Source, text_key: str, blank_line_ends: bool, limit: int) -> I
     return text_files.paragraphs(source.name) if blank_line_ends else text_files.whole(source.name)
 
 
-def read_texts(names: list[str], text_key: str, blank_line_ends: bool, max_bytes: int | None = None) -> Iterator[str]:
-    """The texts of all documents that names stand for, in order; with `max_bytes` the first so many (of UTF-8).
+def read_texts(
+    names: Iterable[str], text_key: str, blank_line_ends: bool, max_bytes: int | None = None
+) -> Iterator[str]:
+    """The texts of all documents that names stand for, in order.
 
-    Raises `DataError` as `find_sources`, `read_chunks` and `parse` do.
+    With `max_bytes` (of UTF-8) the first texts of each source, as many as its share of the files' bytes allows: so
+    every source is heard. Raises `DataError` as `find_sources`, `read_chunks` and `parse` do.
     """
-    left = max_bytes
-    for shelf in shelves(find_sources(names)):
-        for chunk in read_chunks(shelf, text_key, blank_line_ends):
-            for text in parse(chunk, text_key):
-                yield text
-                if left is not None and (left := left - len(text.encode())) <= 0:
-                    return
+    found = shelves(find_sources(names))
+    sizes = [sum(source.num_bytes for source in shelf) or 1 for shelf in found]
+    for shelf, size in zip(found, sizes, strict=True):
+        limit = None if max_bytes is None else -(-max_bytes * size // sum(sizes))
+        yield from _first_texts(shelf, text_key, blank_line_ends, limit)
+
+
+def _first_texts(shelf: list[Source], text_key: str, blank_line_ends: bool, limit: int | None) -> Iterator[str]:
+    left = limit
+    for chunk in read_chunks(shelf, text_key, blank_line_ends):
+        for text in parse(chunk, text_key):
+            yield text
+            if left is not None and (left := left - len(text.encode())) <= 0:
+                return
 
 
 def parse(chunk: Chunk, text_key: str) -> list[str]:

@@ -1,6 +1,7 @@
 """The command verifies before it shows, and shows what a run would read."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -49,6 +50,22 @@ def test_one_part_alone_and_numbers_without_a_tokenizer(folder, tmp_path, capsys
     assert f"train {place}" in printed
     shown = words(printed[printed.index(place) :])
     assert [word for word in shown if word.isdigit()] == [str(token) for token in batch.inputs["tokens_BT"][0].tolist()]
+
+
+def test_domains_compression_and_sources_are_shown(folder, tmp_path, capsys):
+    source = tmp_path / "texts.jsonl"
+    options = PrepareOptions((f"a={source}", f"b={source}"), tmp_path / "tokenizer", tmp_path / "two", 0.2)
+    prepare(replace(options, compression="zstd"))
+    assert main(["inspect-data", str(tmp_path / "two"), "--samples", "1"]) == EXIT_DONE
+    printed = " ".join(words(capsys.readouterr().out))
+    assert "source a =" in printed
+    assert "on disk (zstd)" in printed
+    for name in ("train/a", "train/b", "validation/a", "validation/b"):
+        assert f"tokens per document, {name}:" in printed
+        assert f"{name} shard-000000.tokens" in printed
+    assert main(["inspect-data", str(tmp_path / "two" / "train" / "b"), "--samples", "0"]) == EXIT_DONE
+    (tmp_path / "two" / "train" / "b" / "index.json").unlink()
+    assert main(["inspect-data", str(tmp_path / "two")]) == EXIT_FAILURE
 
 
 def test_no_samples_on_request(folder, capsys):

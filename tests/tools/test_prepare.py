@@ -12,7 +12,7 @@ from engine.data.statistics import Statistics
 from engine.data.tokenizer_training import train_tokenizer
 from engine.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USAGE
 from tests.engine.data.corpus import made_up_texts, write_json_lines
-from tools.prepare import histogram
+from tools.data_tables import histogram
 
 
 @pytest.fixture(scope="module")

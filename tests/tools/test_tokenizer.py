@@ -50,3 +50,16 @@ def test_a_tokenizer_that_shards_may_depend_on_is_not_replaced_in_silence(source
     assert "holds something already" in capsys.readouterr().err
     assert load_tokenizer(output).hash == before
     assert main([*arguments, "--overwrite"]) == EXIT_DONE
+
+
+def test_one_is_taken_over_or_one_is_trained(tmp_path, capsys):
+    source = write_json_lines(tmp_path / "texts.jsonl", made_up_texts(100))
+    ours, taken = str(tmp_path / "ours"), str(tmp_path / "taken")
+    assert main(["tokenizer", str(source), "--output", ours, "--vocab-size", "300"]) == EXIT_DONE
+    assert main(["tokenizer", "--import", ours, "--output", taken, "--purpose", "masked"]) == EXIT_DONE
+    assert "added for masked: [CLS], [MASK], [SEP]" in capsys.readouterr().out
+    assert main(["tokenizer", "--output", str(tmp_path / "none")]) == EXIT_USAGE
+    assert "neither sources nor --import" in capsys.readouterr().err
+    assert main(["tokenizer", str(source), "--import", ours, "--output", str(tmp_path / "both")]) == EXIT_USAGE
+    assert main(["tokenizer", "--import", ours, "--output", taken]) == EXIT_USAGE
+    assert "holds something already" in capsys.readouterr().err

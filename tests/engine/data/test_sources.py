@@ -70,6 +70,15 @@ def test_reading_may_stop_early(tmp_path):
     assert list(read_texts([str(path)], "text", False, max_bytes=4)) == ["abc", "dé"]
 
 
+def test_reading_in_part_hears_every_source(tmp_path):
+    for name, count in (("a.jsonl", 3000), ("b.jsonl", 1000)):
+        write_json_lines(tmp_path / name, [f"{name} {number:04d}" * 200 for number in range(count)])
+    names = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+    texts = list(read_texts(names, "text", False, max_bytes=400_000))
+    # documents of 2,400 bytes; shares follow the sizes, 3 to 1
+    assert [sum(text.startswith(name) for text in texts) for name in ("a.jsonl", "b.jsonl")] == [125, 42]
+
+
 def test_content_decides_the_hash(tmp_path):
     for name, content in (("a.txt", "same"), ("b.txt", "same"), ("c.txt", "other")):
         (tmp_path / name).write_text(content)
