@@ -99,7 +99,7 @@ def advise(config: RunConfig, plan: Plan, cluster: Cluster) -> Advice:
     larger = None
     if not any(candidate.fits for candidate in ranked):
         larger = smallest_world(config, cluster, LARGEST_WORLD)
-    return Advice(cluster, _judge(config, plan.layout, cluster), ranked, larger)
+    return Advice(cluster, judge(config, plan.layout, cluster), ranked, larger)
 
 
 def rank(config: RunConfig, cluster: Cluster) -> list[Candidate]:
@@ -147,7 +147,7 @@ def _candidates(config: RunConfig, cluster: Cluster) -> Iterator[Candidate]:
                     )
                     layout, problems = examine(tried, world)
                     if layout is not None and not problems:
-                        yield _judge(tried, layout, cluster)
+                        yield judge(tried, layout, cluster)
 
 
 def _micro_batch_sizes(config: RunConfig, data: int) -> list[int]:
@@ -157,7 +157,8 @@ def _micro_batch_sizes(config: RunConfig, data: int) -> list[int]:
     return [] if rest else [size for size in sizes if share % size == 0]
 
 
-def _judge(config: RunConfig, layout: Layout, cluster: Cluster) -> Candidate:
+def judge(config: RunConfig, layout: Layout, cluster: Cluster) -> Candidate:
+    """What a cluster makes of one layout, which `resolve` or `examine` gave."""
     stages = stage_plans(config, layout)
     tensors = max(stage.memory.total for stage in stages)
     needed = int(tensors * (1 + FRAGMENTED_SHARE)) + RESERVED_BYTES

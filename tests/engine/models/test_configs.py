@@ -47,6 +47,7 @@ def test_it_can_be_a_runs_model(path):
         ("bert-base", 110_106_428),
         ("bert-large", 336_226_108),
         ("modernbert-base", 149_655_232),
+        ("t5-base", 247_577_856),
     ],
 )
 def test_it_has_the_parameters_of_the_published_model(name, parameters):

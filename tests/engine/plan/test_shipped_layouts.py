@@ -1,0 +1,56 @@
+"""The layouts of `configs/parallel`: each starts on its world and fits; where none is shipped, the plan says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.config.load import load_run
+from engine.config.resolve import resolve
+from engine.plan.hardware import cluster
+from engine.plan.parameters import num_parameters
+from engine.plan.ranking import judge, rank, smallest_world
+from engine.plan.worlds import with_parallel
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+WORLDS = (1, 8, 64, 512)
+PER_NODE = 8
+GPU = "h100-80gb"
+TOO_SMALL = [("llama-7b", 1), ("llama-70b", 1), ("llama-70b", 8)]
+"""Worlds that no layout fits."""
+MODELS = sorted(path.stem for path in (CONFIGS / "models").glob("*.yaml") if not path.stem.startswith("tiny-"))
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_has_a_layout_that_fits_80_gb_or_none_does(model: str, world_size: int) -> None:
+    path = CONFIGS / "parallel" / f"{model}-{world_size}.yaml"
+    assert path.exists() == ((model, world_size) not in TOO_SMALL)
+    if path.exists():
+        run = load_run(path)
+        machine = cluster(GPU, world_size, PER_NODE)
+        assert run.name == model
+        assert judge(run, resolve(run, world_size), machine).fits
+        assert run.parallel.tensor <= PER_NODE, "tensor parallelism stays inside a node"
+
+
+def test_no_file_is_left_over() -> None:
+    found = {path.stem for path in (CONFIGS / "parallel").glob("*.yaml")}
+    assert found <= {f"{model}-{world_size}" for model in MODELS for world_size in WORLDS}
+
+
+@pytest.mark.parametrize(("model", "world_size"), TOO_SMALL)
+def test_what_has_no_layout_cannot_have_one(model: str, world_size: int) -> None:
+    """At the least 2 bytes of a weight, 12 of its optimizer's state and 4 of its gradient, each held once."""
+    run = load_run(CONFIGS / "runs" / f"{model}.yaml")
+    machine = cluster(GPU, world_size, PER_NODE)
+    assert 18 * num_parameters(run.model) / world_size > machine.accelerator.memory_bytes
+
+
+def test_where_nothing_fits_the_plan_names_the_smallest_world() -> None:
+    run = with_parallel(load_run(CONFIGS / "runs" / "llama-7b.yaml"), pipe=1)
+    assert not any(candidate.fits for candidate in rank(run, cluster(GPU, 1, PER_NODE)))
+    larger = smallest_world(run, cluster(GPU, 1, PER_NODE), largest=4)
+    assert larger is not None
+    assert larger.layout.world_size > 1
