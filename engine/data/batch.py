@@ -9,8 +9,9 @@ B batch (rows), T time (sequence length), S time of an encoder, M most masked to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -53,14 +54,28 @@ class Batch:
     """float32 weight of each row, already in the weights of its targets."""
     domains_B: torch.Tensor
     """int32 number of the row's domain in the mixture; 0 while there is but one."""
-    sources: tuple[str, ...]
-    """Shard and row that each row came from, for messages and ledgers; empty where it stands for nothing."""
-    document_lengths: tuple[torch.Tensor, ...]
-    """int32 places of each document of each row, padding last; each adds up to T (S where there is an encoder)."""
+    name_sources: Callable[[], tuple[str, ...]]
+    documents: torch.Tensor
+    """int32 number of the document of each place within its row, from 0, padding last: (B, T), or (B, S) where there is
+    an encoder."""
+
+    @cached_property
+    def sources(self) -> tuple[str, ...]:
+        """Shard and row that each row came from, for messages and ledgers; empty where it stands for nothing."""
+        return self.name_sources()
+
+    @cached_property
+    def document_lengths(self) -> tuple[torch.Tensor, ...]:
+        """int32 places of each document of each row, padding last; each adds up to T (S where there is an encoder)."""
+        return tuple(torch.bincount(row).int() for row in self.documents)
 
     @property
     def num_rows(self) -> int:
         return self.samples_B3.shape[0]
+
+    def pinned(self) -> Batch:
+        """The same with inputs in page-locked memory. Takes the driver's time: not for the thread that trains."""
+        return replace(self, inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()})
 
 
 def make_batch(
@@ -76,18 +91,21 @@ def make_batch(
     samples_B3[: len(samples)] = samples
     domains_B = np.zeros(num_rows, np.int32)
     domains_B[: len(domains)] = domains
-    names = [
-        f"{sources[domain].dataset.index.shards[number].tokens.name}:{row}"
-        for domain, (number, row) in zip(domains.tolist(), places.tolist(), strict=True)
-    ]
+
+    def name_sources() -> tuple[str, ...]:
+        rows = zip(domains.tolist(), places.tolist(), strict=True)
+        shards = [source.dataset.index.shards for source in sources]
+        names = [f"{shards[domain][number].tokens.name}:{row}" for domain, (number, row) in rows]
+        return (*names, *[""] * (num_rows - len(names)))
+
     return Batch(
         inputs={name: torch.from_numpy(array) for name, array in made.inputs.items()},
         weights=made.weights,
         samples_B3=torch.from_numpy(samples_B3),
         row_weights_B=(torch.arange(num_rows) < len(places)).float(),
         domains_B=torch.from_numpy(domains_B),
-        sources=(*names, *[""] * (num_rows - len(places))),
-        document_lengths=tuple(torch.from_numpy(item) for item in made.document_lengths),
+        name_sources=name_sources,
+        documents=torch.from_numpy(made.documents),
     )
 
 
@@ -103,11 +121,10 @@ def _made(sources: Sequence[Rows], domains: np.ndarray, places: np.ndarray, samp
         for domain, rows in zip(present, which, strict=True)
     ]
     order = np.argsort(np.concatenate(which))
-    lengths = [item for part in parts for item in part.document_lengths]
     return Made(
         {name: np.concatenate([part.inputs[name] for part in parts])[order] for name in parts[0].inputs},
         {name: sum(part.weights[name] for part in parts) for name in parts[0].weights},
-        [lengths[place] for place in order],
+        np.concatenate([part.documents for part in parts])[order],
     )
 
 

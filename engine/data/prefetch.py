@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import deque
 from threading import Condition, Thread
 
+import torch
+
 from engine.data.ahead import FetchAhead
 from engine.data.batch import Batch
 from engine.data.loader import Loader, State
@@ -23,9 +25,17 @@ class Prefetcher:
     """A `Loader` for one data rank, some steps ahead; `state` and the sample ids are the consumer's."""
 
     def __init__(
-        self, loader: Loader, data_rank: int, data_size: int, micro_batch_size: int, depth: int = DEPTH
+        self,
+        loader: Loader,
+        data_rank: int,
+        data_size: int,
+        micro_batch_size: int,
+        depth: int = DEPTH,
+        gpu: torch.device | None = None,
     ) -> None:
+        """With a `gpu`, inputs lie in page-locked memory, from where it copies them while it computes."""
         self._loader = loader
+        self._gpu = gpu
         self._shape = (data_rank, data_size, micro_batch_size)
         self._depth = depth
         self._start()
@@ -89,6 +99,8 @@ class Prefetcher:
         self._thread.start()
 
     def _read_ahead(self, loader: Loader) -> None:
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)  # a thread begins on GPU 0, and page-locking would make a context there
         ahead = FetchAhead()
         try:
             self._read_steps(loader, ahead)
@@ -104,6 +116,8 @@ class Prefetcher:
             try:
                 ahead.want(loader.coming())
                 batches = loader.step(*self._shape)
+                if self._gpu is not None:
+                    batches = [batch.pinned() for batch in batches]
             except BaseException as error:  # whatever it is, the consumer must hear of it
                 with self._changed:
                     self._error = error

@@ -35,7 +35,8 @@ class Made:
 
     inputs: dict[str, np.ndarray]
     weights: dict[str, float]
-    document_lengths: list[np.ndarray]
+    documents: np.ndarray
+    """int32 number of the document of each place within its row, padding last."""
 
 
 class Sampler(Protocol):
@@ -132,10 +133,6 @@ def _sheet(num_rows: int, length: int, padding_id: int) -> _Sheet:
     return _Sheet(np.full((num_rows, length), padding_id, np.int64), np.zeros(num_rows, np.int64))
 
 
-def _lengths(documents_BT: np.ndarray) -> list[np.ndarray]:
-    return [np.bincount(row).astype(np.int32) for row in documents_BT]
-
-
 class _CausalSampler:
     """Causal rows, with documents rearranged or not."""
 
@@ -149,7 +146,9 @@ class _CausalSampler:
         self.count = self._packing.count
 
     def make(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int) -> Made:
-        context = self._context
+        context, packing = self._context, self._packing
+        if isinstance(packing, Concatenation) and context.objective.name == "causal" and len(places):
+            return self._make_together(packing, places, num_rows)
         # ends of text pad: what was trained before padding had a token of its own is trained the same today
         sheet = _sheet(num_rows, context.length, context.dataset.index.eos_id)
         rows = self._rows(samples_B3, places)
@@ -164,7 +163,28 @@ class _CausalSampler:
         documents_BT = sheet.documents_BT()
         if context.attention == "document":
             inputs["segments_BT"] = documents_BT
-        return Made(inputs, {"causal": float(weights_BT.sum(dtype=np.float64))}, _lengths(documents_BT))
+        return Made(inputs, {"causal": float(weights_BT.sum(dtype=np.float64))}, documents_BT)
+
+    def _make_together(self, packing: Concatenation, places: np.ndarray, num_rows: int) -> Made:
+        """What `make` makes, of all rows at once."""
+        context, eos_id, count = self._context, self._context.dataset.index.eos_id, len(places)
+        read = packing.stretches(context.shard, places, context.dataset.index.dtype)
+        shape = (num_rows, context.length)
+        tokens_BT, targets_BT, weights_BT = np.empty(shape, np.int64), np.empty(shape, np.int64), np.ones(shape, "f4")
+        tokens_BT[:count], targets_BT[:count] = read.tokens_NT[:, :-1], read.tokens_NT[:, 1:]
+        sheet = _Sheet(tokens_BT, np.append(read.sizes_N - 1, np.zeros(num_rows - count, np.int64)))
+        for row in np.flatnonzero(sheet.totals_B < context.length):
+            behind = slice(sheet.totals_B[row], None)
+            tokens_BT[row, behind] = targets_BT[row, behind] = eos_id
+            weights_BT[row, behind] = 0.0
+        inside = read.places < sheet.totals_B[read.rows]
+        sheet.starts_BT[read.rows[inside], read.places[inside]] = True
+        documents_BT = sheet.documents_BT()
+        inputs = {"tokens_BT": tokens_BT, "targets_BT": targets_BT, "weights_BT": weights_BT}
+        if context.attention == "document":
+            weights_BT[read.rows, read.places - 1] = 0.0
+            inputs["segments_BT"] = documents_BT
+        return Made(inputs, {"causal": float(weights_BT.sum(dtype=np.float64))}, documents_BT)
 
     def _rows(self, samples_B3: np.ndarray, places: np.ndarray) -> list[Row]:
         context = self._context
@@ -197,6 +217,9 @@ class _MaskedSampler:
 
     def make(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int) -> Made:
         sheet = _sheet(num_rows, self._context.length, self._context.padding_id)
+        if isinstance(self._packing, Concatenation):
+            self._write_together(sheet, self._packing, places)
+            places = places[:0]
         for b, (number, row_number) in enumerate(places.tolist()):
             row = self._packing.row(self._context.shard(number), number, row_number)
             tokens, starts = self._framed(row)
@@ -204,12 +227,25 @@ class _MaskedSampler:
             sheet.starts_BT[b, starts] = True
             sheet.totals_B[b] = tokens.size
         inputs, weights = _masked(self._context, sheet, samples_B3)
-        return Made(inputs, weights, _lengths(sheet.documents_BT()))
+        return Made(inputs, weights, sheet.documents_BT())
+
+    def _write_together(self, sheet: _Sheet, packing: Concatenation, places: np.ndarray) -> None:
+        """Writes all rows at once, each within its frame."""
+        if not len(places):
+            return
+        read = packing.stretches(self._context.shard, places, self._context.dataset.index.dtype)
+        head, rows = len(self._head), np.arange(len(places))
+        sheet.tokens_BT[rows, :head] = self._head
+        for row in np.flatnonzero(read.sizes_N < packing.capacity):
+            read.tokens_NT[row, read.sizes_N[row] :] = self._context.padding_id
+        sheet.tokens_BT[rows, head : head + packing.capacity] = read.tokens_NT
+        for offset, token in enumerate(self._tail):
+            sheet.tokens_BT[rows, head + read.sizes_N + offset] = token
+        sheet.totals_B[rows] = head + read.sizes_N + len(self._tail)
+        sheet.starts_BT[read.rows, read.places + head] = True
 
     def _framed(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
-        """The row's tokens within their frame, and where documents begin."""
-        if not self._whole:
-            return np.concatenate([self._head, row.tokens, self._tail]).astype(np.int64), row.starts + len(self._head)
+        """The tokens of whole documents, each behind its head, and where they begin."""
         tokens = (
             np.insert(row.tokens.astype(np.int64), np.append(0, row.starts), self._head) if self._head else row.tokens
         )
@@ -245,7 +281,7 @@ class _PairSampler:
         inputs, weights = _masked(context, sheet, samples_B3)
         inputs |= {"token_types_BT": types_BT, "pair_targets_B": labels_B, "pair_weights_B": weights_B}
         weights["pairs"] = float(weights_B.sum(dtype=np.float64))
-        return Made(inputs, weights, _lengths(sheet.documents_BT()))
+        return Made(inputs, weights, sheet.documents_BT())
 
 
 def _masked(context: _Context, sheet: _Sheet, samples_B3: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, float]]:
@@ -289,4 +325,4 @@ class _SpanSampler:
             context.dataset.index.eos_id,
             context.padding_id,
         )
-        return Made(made._asdict(), {"span": float(made.weights_BT.sum(dtype=np.float64))}, _lengths(made.segments_BS))
+        return Made(made._asdict(), {"span": float(made.weights_BT.sum(dtype=np.float64))}, made.segments_BS)

@@ -25,6 +25,9 @@ PURPOSE_SHARDS = int.from_bytes(b"shards")
 PURPOSE_SLOTS = int.from_bytes(b"slots")
 """What a permutation is for: part of its key, so that no two of them share a stream."""
 
+_BLOCK_SLOTS = 4096
+"""Slots whose places are computed together: steps follow one another, and a call for few costs as much."""
+_BLOCKS_KEPT = 4
 _EPOCHS_KEPT = 2
 _WINDOWS_KEPT = 8
 
@@ -61,6 +64,7 @@ class SampleOrder:
         self._num_shards, self._count_rows = num_shards, count_rows
         self._seed, self._window_shards = seed, window_shards
         self._epochs: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int], _Window] = OrderedDict()
 
     @property
@@ -134,12 +138,28 @@ class SampleOrder:
             sample = sample._replace(slot=sample.slot + taken)
 
     def _places_in_window(self, epoch: int, window: int, slots: np.ndarray) -> np.ndarray:
-        shards, ends = self._window(epoch, window)
-        key = (self._seed, PURPOSE_SLOTS, epoch, window)
-        images = Permutation(int(ends[-1]), key).of(slots)
-        which = np.searchsorted(ends, images, side="right")
-        starts = np.concatenate([[0], ends[:-1]])
-        return np.stack([shards[which], images - starts[which]], axis=1)
+        """(n, 2) int64: shard and row of rising slots (n,) of a window."""
+        if not slots.size:
+            return np.empty((0, 2), np.int64)
+        first, last = int(slots[0]) // _BLOCK_SLOTS, int(slots[-1]) // _BLOCK_SLOTS
+        parts = [self._block(epoch, window, number) for number in range(first, last + 1)]
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return whole[slots - first * _BLOCK_SLOTS]
+
+    def _block(self, epoch: int, window: int, number: int) -> np.ndarray:
+        """(slots, 2) int64: shard and row of each slot of a block: computed once, then remembered for a while."""
+        found = self._blocks.get((epoch, window, number))
+        if found is None:
+            shards, ends = self._window(epoch, window)
+            slots = np.arange(number * _BLOCK_SLOTS, min((number + 1) * _BLOCK_SLOTS, int(ends[-1])))
+            images = Permutation(int(ends[-1]), (self._seed, PURPOSE_SLOTS, epoch, window)).of(slots)
+            which = np.searchsorted(ends, images, side="right")
+            starts = np.concatenate([[0], ends[:-1]])
+            found = np.stack([shards[which], images - starts[which]], axis=1)
+            self._blocks[epoch, window, number] = found
+            if len(self._blocks) > _BLOCKS_KEPT:
+                self._blocks.popitem(last=False)
+        return found
 
     def _window(self, epoch: int, window: int) -> _Window:
         """The shards and rows of a window: counted once, then remembered for a while."""

@@ -86,9 +86,9 @@ class Feed:
         """Begins to read ahead; call when the loader stands where training goes on."""
         if self.reads:
             coordinates, layout = self.groups.coordinates, self.groups.layout
-            self._prefetcher = Prefetcher(
-                self.loader, coordinates.data_rank, layout.data, self.parallel.micro_batch_size
-            )
+            shape = (coordinates.data_rank, layout.data, self.parallel.micro_batch_size)
+            gpu = self.device if self.device.type == "cuda" else None
+            self._prefetcher = Prefetcher(self.loader, *shape, gpu=gpu)
 
     def step(self) -> tuple[list[Tensors], list[float]]:
         """The stage's inputs of the next step, and the weight of this data rank's targets by loss (L; 0 where it
@@ -172,6 +172,5 @@ class Feed:
         return [sum(batch.weights[name] for batch in batches) for name in self.losses]
 
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor
+        """The tensor on this rank's device; from page-locked memory (the reading thread's) the host does not wait."""
+        return tensor.to(self.device, non_blocking=tensor.is_pinned())

@@ -24,7 +24,11 @@ def content(name: str) -> bytes:
 
 
 def writes(name: str) -> Callable[[BinaryIO], None]:
-    return lambda file: [file.write(content(name)[i : i + 100]) for i in range(0, FILE_BYTES, 100)] and None
+    def fetch(file: BinaryIO) -> None:
+        for first in range(0, FILE_BYTES, 100):
+            file.write(content(name)[first : first + 100])
+
+    return fetch
 
 
 def get(cache: ShardCache, name: str) -> BinaryIO:

@@ -102,3 +102,19 @@ def test_the_thread_ends_with_close_also_when_nobody_consumes(tmp_path):
     assert not threads()
     with pytest.raises(AssertionError, match="closed"):
         ahead.step()
+
+
+def test_inputs_are_page_locked_by_the_reading_thread_and_on_its_own_gpu(tmp_path, monkeypatch):
+    """CUDA is played: which thread calls what, in which order, is the point."""
+    called: list[tuple[str, str]] = []
+
+    def note(name, result):
+        return lambda *arguments: called.append((name, threading.current_thread().name)) or result(*arguments)
+
+    monkeypatch.setattr(torch.cuda, "set_device", note("set_device", lambda device: None))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", note("pin", lambda tensor: tensor.clone()))
+    plain = loader(tmp_path)
+    with Prefetcher(plain.clone(), 0, 1, 4, gpu=torch.device("cuda", 3)) as ahead:
+        assert same(ahead.step(), plain.step(0, 1, 4))
+    assert called[0] == ("set_device", "prefetch")
+    assert set(called[1:]) == {("pin", "prefetch")}

@@ -1,0 +1,155 @@
+"""Data loaders in turn on the same tokens: throughput per CPU-second, time to the first batch and after a resume,
+memory, bytes on disk; and our masking alone.
+
+    python -m bench.data --output bench/results/cpu-data-DATE.json
+
+Each loader has a process of its own; they read in turn, a lap each per round, and only ratios within a round are
+compared. Peers that are not installed are left out (`pip install -e '.[bench]'` brings them).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from bench.command import run
+from bench.contest import Spread, Worker
+from bench.loaders import BATCH_TOKENS, SIDES, VOCAB, Task, write_ours
+from bench.machine import machine
+
+TASKS = (Task("gpt", 1024), Task("bert", 128), Task("gpt", 128), Task("bert", 1024))
+RESUME_STEP = 40
+TIMEOUT_SECONDS = 240.0
+
+
+def main(
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of laps.")] = 5,
+    lap_seconds: Annotated[float, typer.Option(min=0.01, help="About how long a lap takes.")] = 0.5,
+    num_tokens: Annotated[int, typer.Option(min=200_000, help="Tokens of the corpus.")] = 8_000_000,
+) -> None:
+    """Measure our loader and its peers."""
+    left_out = [name for name, side in SIDES.items() if not side.is_installed]
+    results: dict[str, Any] = {"machine": machine(1), "tokens": num_tokens, "left_out": left_out}
+    with tempfile.TemporaryDirectory() as folder:
+        for task in TASKS:
+            results[str(task)] = contest(task, Path(folder), rounds, lap_seconds, num_tokens)
+            _keep(results, output)
+            print(task, json.dumps(results[str(task)], indent=1), flush=True)
+    results["masking"] = masking(rounds)
+    print("masking", json.dumps(results["masking"]), "left out:", ", ".join(left_out) or "none")
+    _keep(results, output)
+
+
+def _keep(results: dict[str, Any], output: Path | None) -> None:
+    if output is not None:
+        output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def contest(task: Task, folder: Path, rounds: int, lap_seconds: float, num_tokens: int) -> dict[str, Any]:
+    """The figures of every side at one task."""
+    sides = {name: side for name, side in SIDES.items() if side.is_installed and task.model in side.models}
+    workers, found = {}, {name: {} for name in sides}
+    for name in sides:
+        place = prepared(name, task, folder, num_tokens)
+        found[name]["bytes_per_token"] = sum(path.stat().st_size for path in place.rglob("*")) / num_tokens
+        workers[name] = Worker(name, "spawn", {"OMP_NUM_THREADS": "1"}, serve, name, task, place)
+        found[name] |= workers[name].receive(TIMEOUT_SECONDS)
+    steps = {name: max(2, int(lap_seconds / found[name].pop("probe_seconds"))) for name in sides}
+    speeds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds):
+        names = list(sides)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            workers[name].connection.send(steps[name])
+            speeds[name].append(steps[name] * BATCH_TOKENS / workers[name].receive(TIMEOUT_SECONDS))
+    for name, worker in workers.items():
+        worker.connection.send(0)
+        found[name] |= worker.receive(TIMEOUT_SECONDS)
+        worker.end()
+        found[name]["tokens_per_cpu_second"] = asdict(Spread.of(speeds[name]))
+        ratio = [mine / theirs for mine, theirs in zip(speeds["ours"], speeds[name], strict=True)]
+        found[name]["ours_is_faster_by"] = asdict(Spread.of(ratio))
+    return found
+
+
+def prepared(name: str, task: Task, folder: Path, num_tokens: int) -> Path:
+    """The folder with a side's data, written when it is first asked for."""
+    side, width = SIDES[name], task.length + (task.model == "gpt")
+    place = folder / (side.write.__name__ + (f"-{width}" if side.by_width else ""))
+    if not place.exists():
+        side.write(place, num_tokens, *((width,) if side.by_width else ()))
+    return place
+
+
+def serve(connection: Connection, name: str, task: Task, place: Path) -> None:
+    """One side in its process: opens cold, warm and at a resume, then laps as they are asked for."""
+    import torch
+
+    torch.set_num_threads(1)
+    read = SIDES[name].read
+    next(read(place, task, 0))  # what is imported on the way is not the loader's time
+    for path in place.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    times = {}
+    for key, skip in (("cold", 0), ("warm", 0), ("resume", RESUME_STEP)):
+        begin, cpu = time.perf_counter(), time.process_time()
+        batches = read(place, task, skip)
+        next(batches)
+        times[f"{key}_seconds"] = time.perf_counter() - begin
+        times[f"{key}_cpu_seconds"] = time.process_time() - cpu
+    connection.send(times | {"probe_seconds": lap(batches, 5) / 5})
+    while steps := connection.recv():
+        connection.send(lap(batches, steps))
+    connection.send({"resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024})
+
+
+def lap(batches: Iterator[Any], steps: int) -> float:
+    """CPU seconds of so many batches, of all threads."""
+    begin = time.process_time()
+    for _ in range(steps):
+        next(batches)
+    return time.process_time() - begin
+
+
+def masking(rounds: int) -> dict[str, Any]:
+    """Tokens per CPU-second of choosing and replacing alone, on rows that lie in memory."""
+    from engine.config.schema import ObjectiveConfig
+    from engine.data.dataset import TokenDataset
+    from engine.data.draws import PURPOSE_OBJECTIVE, words
+    from engine.data.masking import mask, num_words
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_ours(Path(folder), 200_000)
+        vocabulary = TokenDataset(folder).index.vocabulary
+    assert vocabulary is not None
+    found = {}
+    for length in (128, 512):
+        rows, objective = BATCH_TOKENS // length, ObjectiveConfig(name="masked")
+        tokens = np.random.default_rng(0).integers(5, VOCAB, (rows, length))
+        samples = np.stack([np.zeros(rows), np.zeros(rows), np.arange(rows)], axis=1).astype(np.int64)
+        real, starts, speeds = np.ones((rows, length), bool), np.zeros((rows, length), bool), []
+        for _ in range(max(rounds, 3)):
+            begin = time.process_time()
+            for _ in range(20):
+                drawn = words(1, PURPOSE_OBJECTIVE, samples, num_words(length, objective.rate))
+                mask(tokens.copy(), real, starts, objective, vocabulary, drawn)
+            speeds.append(20 * BATCH_TOKENS / (time.process_time() - begin))
+        found[f"length {length}"] = asdict(Spread.of(speeds))
+    return found
+
+
+if __name__ == "__main__":
+    run(main)

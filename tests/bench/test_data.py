@@ -1,0 +1,38 @@
+"""The loaders that bench.data compares do the same work: rows of the same tokens, shifted or masked."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from bench.data import RESUME_STEP, masking
+from bench.loaders import BATCH_TOKENS, SIDES, Task, documents, ours, write_ours
+
+NUM_TOKENS = 200_000
+
+
+@pytest.mark.parametrize("name", ["torch memmap", "datasets map", "datasets iterable"])
+def test_a_peer_yields_rows_of_the_corpus(name, tmp_path):
+    side, task = SIDES[name], Task("gpt", 128)
+    side.write(tmp_path, NUM_TOKENS, *((129,) if side.by_width else ()))
+    flat = np.concatenate(list(documents(NUM_TOKENS)))
+    rows = {flat[start : start + 129].tobytes() for start in range(0, flat.size - 129, 129 if side.by_width else 128)}
+    for inputs, targets in itertools.islice(side.read(tmp_path, task, 0), 2):
+        assert inputs.shape == targets.shape == (task.rows, 128)
+        assert inputs.numel() == BATCH_TOKENS
+        both = np.concatenate([inputs.numpy(), targets.numpy()[:, -1:]], axis=1).astype(np.uint16)
+        assert {row.tobytes() for row in both} <= rows
+
+
+def test_ours_resumes_where_steps_lead_and_masks(tmp_path):
+    write_ours(tmp_path, NUM_TOKENS)
+    task = Task("bert", 128)
+    stepped = next(itertools.islice(ours(tmp_path, task, 0), RESUME_STEP, None))
+    resumed = next(ours(tmp_path, task, RESUME_STEP))
+    assert resumed.sources == stepped.sources
+    assert resumed.inputs["tokens_BT"].equal(stepped.inputs["tokens_BT"])
+    assert resumed.weights["mlm"] > 0.1 * BATCH_TOKENS
+
+
+def test_masking_is_measured():
+    assert set(masking(1)) == {"length 128", "length 512"}
