@@ -155,12 +155,24 @@ class Restarts:
                 _log.warning("changed since this run was started: %s", change)
 
     def _refuse_damaged(self) -> None:
-        """A run whose every checkpoint is damaged must not start over in silence."""
+        """A run whose every checkpoint is damaged, or gone, must not start over in silence.
+
+        One interval may be lost to a kill; a run that has gone on for two had a checkpoint.
+        """
         if committed(self.folder):
             raise CheckpointError(
                 f"none of the checkpoints in {self.folder} is whole",
                 "at least one that verifies",
                 "see `palimpsest checkpoint verify`; to start over, use another `folder`",
+            )
+        every_steps = self.config.checkpoint.every_steps
+        trained = max((record["step"] for record in read_metrics(self.config.folder)), default=0)
+        if every_steps is not None and trained >= 2 * every_steps:
+            raise CheckpointError(
+                f"{self.folder} holds no checkpoint, but this run has trained {trained} steps and saved every "
+                f"{every_steps}: its checkpoints are gone",
+                "the checkpoints of the run",
+                "bring them back; to start over, use another `folder`",
             )
 
     def _bear(self, action: Callable[[], object]) -> None:

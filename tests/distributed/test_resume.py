@@ -16,6 +16,7 @@ import pytest
 from engine.checkpoint.fingerprint import fingerprint_of_checkpoint
 from engine.checkpoint.folder import step_path
 from engine.checkpoint.load import open_checkpoint
+from engine.config.load import merge
 from engine.errors import EXIT_DONE
 from engine.train.metrics import read_metrics
 from tests.distributed.ranks import RankFailed, run_ranks
@@ -167,3 +168,17 @@ def test_damaged_held_out_data_costs_no_training(corpus, tmp_path):
     with pytest.raises(RankFailed, match="shard-000000"):
         run_ranks(4, train_rank, tree)
     assert step_path(tmp_path / "run" / "checkpoints", 3).is_dir()
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_over(corpus, tmp_path):
+    """Nine steps, saved every three; had it been every five, a kill could have taken the only one."""
+    tree = run_tree(corpus, tmp_path / "run", parallel={"data": 1})
+    run_ranks(1, train_rank, tree)
+    before = read_metrics(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(RankFailed, match=r"has trained 9 steps and saved every 3: its checkpoints are gone"):
+        run_ranks(1, train_rank, tree)
+    assert read_metrics(tmp_path / "run") == before
+    again = merge(tree, {"checkpoint": {"every_steps": 5}})
+    (rank,) = run_ranks(1, train_rank, again)
+    assert (rank["code"], rank["started_at"]) == (EXIT_DONE, 0)
