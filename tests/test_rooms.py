@@ -26,7 +26,11 @@ ROWS: list[set[str]] = [
 """Top to bottom; a room imports itself and rooms of lower rows."""
 LAUNCHER_MAY = {"launcher", "plan", "config", "errors", "logs", "outcome", "heartbeat"}
 """The launcher runs where torch may not even be installed."""
-MAY_USE_TORCH_DISTRIBUTED = {"engine/parallel/groups.py", "engine/parallel/collectives.py"}
+MAY_USE_TORCH_DISTRIBUTED = {
+    "engine/parallel/groups.py",
+    "engine/parallel/collectives.py",
+    "engine/checkpoint/dcp.py",  # writes the files of torch.distributed.checkpoint, over no communicator
+}
 LOWEST = ("engine/errors.py", "engine/logs.py", "engine/outcome.py", "engine/heartbeat.py")
 WITHOUT_TORCH = (
     "engine/plan/",

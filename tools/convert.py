@@ -11,18 +11,27 @@ from engine.errors import ConfigError, DataError
 
 
 def main(
-    source: Annotated[Path, typer.Argument(help="A run folder, one checkpoint, a folder of shards, or a .bin/.idx.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="A run folder, a checkpoint (DeepSpeed's, too), a folder of shards, or a .bin/.idx."),
+    ],
     output: Annotated[Path, typer.Option(help="What to write (megatron: PREFIX of .bin and .idx); must be new.")],
     to: Annotated[
-        Literal["huggingface", "megatron", "shards"], typer.Option(help="The format to write.")
+        Literal["huggingface", "dcp", "run", "megatron", "shards"], typer.Option(help="The format to write.")
     ] = "huggingface",
+    run: Annotated[Path | None, typer.Option(help="Run file of the model, for --to run.")] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="The tokenizer's folder: needed for shards, else if it was moved.")
     ] = None,
 ) -> None:
-    """Checkpoint -> Hugging Face (fp32, logits compared); shards -> Megatron; Megatron -> shards, without a copy."""
+    """Checkpoint -> Hugging Face (fp32, logits compared) or torch's DCP; DeepSpeed's checkpoint -> run (weights);
+    shards -> Megatron; Megatron -> shards, without a copy."""
     if to == "huggingface":
         _model(source, output, tokenizer)
+    elif to == "dcp":
+        _to_dcp(source, output)
+    elif to == "run":
+        _from_deepspeed(source, output, run)
     elif to == "megatron":
         _to_megatron(source, output)
     else:
@@ -47,6 +56,49 @@ def _model(source: Path, output: Path, tokenizer: Path | None) -> None:
         f"{exported.largest_difference:.2e} (allowed {LARGEST_DIFFERENCE:.0e}, largest logit "
         f"{exported.largest_logit:.2f}); every weight is bitwise equal"
     )
+
+
+def _to_dcp(source: Path, output: Path) -> None:
+    from engine.checkpoint.dcp import write_dcp
+    from engine.serve.source import find_checkpoint
+
+    _new_folder(output)
+    checkpoint = find_checkpoint(source)
+    print(f"wrote {output}: {write_dcp(checkpoint, output):,} tensors of {checkpoint.name}, as torch's DCP reads them")
+
+
+def _from_deepspeed(source: Path, output: Path, run: Path | None) -> None:
+    from engine.checkpoint.deepspeed import read_weights
+    from engine.checkpoint.folder import CHECKPOINTS
+    from engine.checkpoint.interchange import write_checkpoint
+    from engine.checkpoint.manifest import CheckpointState
+    from engine.config.load import load_run
+    from engine.config.resume import meaning_hash
+    from engine.config.save import save_run
+    from engine.models.families import family
+
+    if run is None:
+        raise ConfigError("--to run without a run file", "the model that the weights are of", "name it with --run")
+    _new_folder(output)
+    config = load_run(run, [f"folder={output}"])
+    weights, model = read_weights(source), family(config.model)
+    ties = model.ties(config.model)
+    weights = {name: weight for name, weight in weights.items() if name not in ties}
+    state = CheckpointState(
+        step=0,
+        tokens=0,
+        zero_stage=config.parallel.zero_stage,
+        config_hash=meaning_hash(config),
+        config=config.model_dump(mode="json"),
+    )
+    path = write_checkpoint(output / CHECKPOINTS, state, model.specs(config.model), weights)
+    save_run(config, output)
+    print(f"wrote {path}: {len(weights):,} parameters, weights alone; `generate`, `diff` and `convert` read it")
+
+
+def _new_folder(output: Path) -> None:
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise ConfigError(f"{output} holds something already", "a new or empty folder", "name another --output")
 
 
 def _to_megatron(source: Path, output: Path) -> None:

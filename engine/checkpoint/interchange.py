@@ -1,0 +1,60 @@
+"""From whole weights, whoever trained them, to a checkpoint of ours: in one process, which holds all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint.folder import Owner, claim, partial_path
+from engine.checkpoint.manifest import CheckpointState
+from engine.checkpoint.save import StageTable, build_manifest, commit, prepare, write_staged
+from engine.checkpoint.staging import HostBuffer, stage_pieces
+from engine.checkpoint.writers import Writer
+from engine.config.resolve import Layout
+from engine.errors import CheckpointError
+from engine.parallel.sharding import ParameterSpec
+from engine.parallel.state import Piece, Placement
+
+
+def write_checkpoint(
+    folder: Path, state: CheckpointState, specs: Iterable[ParameterSpec], weights: Mapping[str, torch.Tensor]
+) -> Path:
+    """A checkpoint of weights alone in a folder `checkpoints/`; returns its path.
+
+    Raises:
+        CheckpointError: the weights are not those of `specs`; every name and shape that differs is told.
+    """
+    known = list(specs)
+    _check_names({spec.name: spec.stored_shape for spec in known}, weights)
+    pieces, placements = [], []
+    for spec in known:
+        whole = ParameterSpec(spec.name, spec.stored_shape)
+        pieces.append(Piece(whole, 0, weights[spec.name].detach().float().contiguous().view(-1)))
+        placements.append(Placement(whole, (0,), 0, math.prod(whole.shape)))
+    owner = Owner("convert", 0)
+    claim(folder, owner)
+    staged = stage_pieces(pieces, placements, Writer(0, 0, 0), 1, HostBuffer())
+    partial = partial_path(folder, state.step, owner)
+    prepare(partial, [staged.num_bytes])
+    written = write_staged(staged, partial, state.step)
+    table = StageTable(placements, {})
+    return commit(partial, build_manifest(state, Layout(1, 1, 1, 1), [table], [written], owner))
+
+
+def _check_names(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, torch.Tensor]) -> None:
+    problems = [f"{name}: not among the weights" for name in sorted(expected.keys() - weights.keys())]
+    problems += [f"{name}: not in the model" for name in sorted(weights.keys() - expected.keys())]
+    problems += [
+        f"{name}: {tuple(weights[name].shape)} given, {shape} in the model"
+        for name, shape in expected.items()
+        if name in weights and tuple(weights[name].shape) != shape
+    ]
+    if problems:
+        raise CheckpointError(
+            "the weights are of another model:\n  " + "\n  ".join(problems[:20]),
+            "the parameters of the run's model, by their logical names, without padded rows",
+            "use the run file of the model that was trained",
+        )
