@@ -1,0 +1,83 @@
+"""A run of a tiny BERT from text to checkpoints: sentences, pairs, masks, two losses, dropout, evaluation.
+
+The same run in two layouts, changed at a checkpoint, logs the losses of the run on one rank: they differ by rounding,
+which at this size (see `test_parity`) and over six steps stays below 1e-4.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config.load import read_tree
+from engine.data.prepare import PrepareOptions, prepare
+from engine.data.tokenizer_training import train_tokenizer
+from engine.train.metrics import read_metrics
+from tests.distributed.ranks import run_ranks
+from tests.distributed.runs import run_tree, train_rank
+
+REPOSITORY = Path(__file__).parents[2]
+OBJECTIVES = {
+    "tiny-bert": {"name": "masked", "pairs": "next_sentence", "mask_unit": "word"},
+    "tiny-modernbert": {"name": "masked", "mask_unit": "span"},
+}
+LAYOUTS = (
+    {"pipe": 2, "tensor": 2, "zero_stage": 3},
+    {"data": 2, "zero_stage": 1, "micro_batch_size": 1},
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    names = ("the ink", "a scraped page", "one thrifty monk", "Heiberg", "this codex", "the prayer book")
+    says = ("fades", "was read again", "hides older lines", "bites into parchment", "is a palimpsest")
+    for number in range(120):
+        sentences = [f"{names[(number * 7 + i) % 6].capitalize()} {says[(number + 3 * i) % 5]}." for i in range(6)]
+        (folder / f"{number}.txt").write_text(" ".join(sentences), encoding="utf-8")
+    texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))]
+    train_tokenizer(texts, folder / "tokenizer", "wordpiece", 260)
+    prepare(
+        PrepareOptions(
+            sources=(str(folder / "*.txt"),),
+            tokenizer=folder / "tokenizer",
+            output=folder / "tokens",
+            validation_fraction=0.2,
+            sentences="en",
+        )
+    )
+    return folder
+
+
+def tree_of(corpus: Path, folder: Path, model: str, steps: int, **parallel: Any) -> dict[str, Any]:
+    tree = run_tree(corpus, folder, parallel={"micro_batch_size": 2} | parallel)
+    rates = {"dropout": 0.1, "attention_dropout": 0.1}
+    tree["model"] = read_tree(REPOSITORY / f"configs/models/{model}.yaml")["model"] | rates
+    tree["stages"][0] |= {"objective": OBJECTIVES[model], "sequence_length": 32, "duration": {"steps": steps}}
+    tree["stages"][0]["schedule"] = {"shape": "constant"}
+    tree["stages"][0]["data"] |= {side: str(corpus / "tokens" / side) for side in ("train", "validation")}
+    return tree
+
+
+def logged(folder: Path) -> tuple[list[float], list[float]]:
+    """(losses of the steps, held-out losses)"""
+    records = list(read_metrics(folder))
+    return (
+        [record["loss"] for record in records if "loss" in record],
+        [record["validation_loss"] for record in records if "validation_loss" in record],
+    )
+
+
+@pytest.mark.parametrize("model", OBJECTIVES)
+def test_a_tiny_encoder_trains_alike_in_every_layout(corpus: Path, tmp_path: Path, model: str) -> None:
+    run_ranks(1, train_rank, tree_of(corpus, tmp_path / "plain", model, steps=6))
+    for steps, world, layout in ((3, 4, LAYOUTS[0]), (6, 2, LAYOUTS[1])):
+        run_ranks(world, train_rank, tree_of(corpus, tmp_path / "changed", model, steps, **layout))
+    losses, held_out = logged(tmp_path / "plain")
+    assert (len(losses), len(held_out)) == (6, 2)
+    assert losses[-1] < losses[0]
+    found_losses, found_held_out = logged(tmp_path / "changed")
+    assert found_losses == pytest.approx(losses, abs=1e-4)
+    assert found_held_out == pytest.approx(held_out, abs=1e-4)
