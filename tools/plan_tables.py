@@ -16,7 +16,7 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 SHORT = {"gradients": "grads", "activations": "activ."}
 """Headings that would not fit 80 columns."""
 MEMORY = ("weights", "master", "moments", "gradients", "bucket", "gathered", "activations", "logits", "total")
-TRAFFIC = ("gradients", "weights", "tensor", "pipe", "tie", "total")
+TRAFFIC = ("gradients", "weights", "tensor", "sequence", "pipe", "tie", "total")
 WORLDS_SHOWN = 16
 LAYOUTS_SHOWN = 10
 

@@ -17,6 +17,10 @@ class RowLengths(NamedTuple):
     decoder: int = 0
     """That the decoder sees; 0 where there is none."""
 
+    def shared_by(self, ranks: int) -> RowLengths:
+        """Of one of some ranks that share the time of a row."""
+        return RowLengths(*(length // ranks for length in self))
+
 
 class SpanLengths(NamedTuple):
     """Of a row of span corruption: tokens read, and the lengths that encoder and decoder are filled to."""

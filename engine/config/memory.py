@@ -25,29 +25,45 @@ def check_recompute(config: RunConfig, problems: list[PalimpsestError]) -> None:
         )
 
 
-SHARES_TIME = ("gpt", "bert")
-"""Families whose layers may hold a stretch of the rows' time."""
+SHARES_TIME = {"sequence_parallel": ("gpt", "bert"), "sequence": ("gpt",)}
+"""Families whose layers may hold a stretch of the rows' time, by what makes them."""
 
 
 def check_time(key: str, stage: RunStage, config: RunConfig, problems: list[PalimpsestError]) -> None:
-    """Ranks that share the time of a row divide its length."""
-    parallel, lengths = config.parallel, row_lengths(stage)
-    if parallel.shared_by == 1:
-        return
-    if config.model.family not in SHARES_TIME:
+    """Ranks that share the time of a row divide its length, and those that exchange heads the heads."""
+    parallel, model = config.parallel, config.model
+    shared = {"sequence_parallel": parallel.shared_by, "sequence": parallel.sequence}
+    for name, families in SHARES_TIME.items():
+        if shared[name] > 1 and model.family not in families:
+            problems.append(
+                ConfigError(
+                    f"parallel.{name} = {getattr(parallel, name)} with model.family = {model.family}",
+                    f"model.family {' or '.join(families)} with it",
+                    f"leave parallel.{name} out",
+                )
+            )
+    ranks, length = parallel.shared_by * parallel.sequence, row_lengths(stage).tokens
+    if length % ranks:
         problems.append(
             ConfigError(
-                f"parallel.sequence_parallel = true with model.family = {config.model.family}",
-                f"model.family {' or '.join(SHARES_TIME)} with it",
-                "set parallel.sequence_parallel=false",
+                f"{key}.sequence_length = {length} does not divide by the {ranks} ranks that share the time of a row "
+                f"(parallel.sequence = {parallel.sequence}, {parallel.shared_by} tensor ranks by sequence_parallel)",
+                f"a multiple of {ranks}",
+                "change the length, parallel.sequence or parallel.tensor",
             )
         )
-    if lengths.tokens % parallel.shared_by:
+
+
+def check_heads(config: RunConfig, problems: list[PalimpsestError]) -> None:
+    """Ranks of the sequence axis share the heads of a tensor rank while they see whole rows."""
+    model, parallel = config.model, config.parallel
+    if parallel.sequence > 1 and model.kv_heads % (parallel.tensor * parallel.sequence):
+        ranks = f"tensor {parallel.tensor} x sequence {parallel.sequence}"
         problems.append(
             ConfigError(
-                f"parallel.tensor = {parallel.tensor} with sequence_parallel does not divide "
-                f"{key}.sequence_length = {lengths.tokens}",
-                f"a multiple of {parallel.shared_by}",
-                "change the length or parallel.tensor, or set parallel.sequence_parallel=false",
+                f"parallel.sequence = {parallel.sequence}: {ranks} does not divide the {model.kv_heads} "
+                "key/value heads of the model",
+                f"tensor x sequence a divisor of {model.kv_heads}",
+                "change parallel.sequence, parallel.tensor or model.num_kv_heads",
             )
         )

@@ -355,8 +355,9 @@ class ParallelConfig(Section):
     sequence_parallel: bool = False
     """Tensor ranks share the time of what lies between the blocks, which tensor parallelism does not split
     (Korthikanti et al. 2022); says nothing where `tensor` is 1."""
-    sequence: Literal[1] = 1
-    """Sequence-parallel ranks."""
+    sequence: PositiveInt = 1
+    """Ranks that share the time of every row, and exchange heads for time around attention (Jacobs et al. 2023,
+    Ulysses). ZeRO shards over them as over data ranks."""
     data: PositiveInt | None = None
     """Data-parallel ranks; None means whatever the world leaves."""
     zero_stage: Literal[0, 1, 2, 3] = 1

@@ -53,6 +53,7 @@ class Groups:
     world: Group
     zero: Group
     """Data x sequence: what ZeRO shards over."""
+    sequence: Group
     tensor: Group
     pipe: Group
     pipe_backward: Group
@@ -145,6 +146,7 @@ def join(
         coordinates=grid.coordinates(global_rank),
         world=Group(tuple(range(layout.world_size)), global_rank, dist.group.WORLD),
         zero=mine("data", "sequence"),
+        sequence=mine("sequence"),
         tensor=mine("tensor"),
         pipe=pipe,
         pipe_backward=pipe_backward,

@@ -41,6 +41,7 @@ COLUMNS: dict[str, Change] = {
     "bf16": {"precision": {"dtype": "bf16"}},
     "bf16, reduced in bf16": {"precision": {"dtype": "bf16", "reduce_dtype": "bf16"}},
     "tensor 2, sequence parallel": {"parallel": {"tensor": 2, "sequence_parallel": True}},
+    "sequence 2": {"parallel": {"sequence": 2}},
     "recompute": {"parallel": {"recompute": "full"}},
     "gather: step": {"parallel": {"gather": "step"}},
     "reduce: step": {"parallel": {"reduce": "step"}},

@@ -95,7 +95,7 @@ def stage_memory(
     per_element = states_per_element(parallel, data_size, precision)
     weights, master, moments, gradients = (-(-numel * one // 1) for one in per_element)
     rows, dtype_bytes = parallel.micro_batch_size, DTYPE_BYTES[precision.dtype]
-    predicted = rows * lengths.predicted if has_head else 0
+    predicted = rows * lengths.predicted // parallel.sequence if has_head else 0
     logits = predicted * model.padded_vocab_size // parallel.tensor * LOGITS_BYTES
     bucket_bytes = {2: dtype_bytes, 3: DTYPE_BYTES[precision.reduce_dtype]}.get(parallel.zero_stage, 0)
     bucket = 0 if parallel.reduces_per_step else reduce_bucket_elements(numel) * bucket_bytes
@@ -125,6 +125,7 @@ def activation_bytes(
     """What `alive` micro-batches keep of `layers`, and what one of the `recomputed` has in its second run beside."""
     saved = figures(model).saved
     ranks, how = (parallel.tensor, parallel.shared_by), parallel.recompute
+    lengths = lengths.shared_by(parallel.sequence)
     plain = {layer: saved(model, layer, lengths, *ranks) for layer in layers}
     kept = plain | {layer: saved(model, layer, lengths, *ranks, how) for layer in recomputed}
     second_run = max((plain[layer] - kept[layer] for layer in recomputed), default=0)

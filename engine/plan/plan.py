@@ -165,7 +165,7 @@ def _stage_plan(config: RunConfig, layout: Layout, stage: int, parts: list[Part]
         parameters=sum(entry.numel for entry in entries),
         parameters_per_rank=per_rank,
         updated=per_rank if config.parallel.zero_stage == 0 else -(-per_rank // common["data_size"]),
-        operations=operations * rows // layout.tensor,
+        operations=operations * rows // (layout.tensor * layout.sequence),
         in_flight=alive,
         memory=stage_memory(
             *sections,

@@ -87,12 +87,13 @@ def _stage_time(config: RunConfig, layout: Layout, stage: StagePlan, cluster: Cl
     """(arithmetic, tensor, pipe, data, optimizer) seconds of one rank of a stage."""
     accelerator, traffic = cluster.accelerator, stage.traffic
     width = config.model.hidden_size / layout.tensor**0.5
-    tokens = config.parallel.micro_batch_size * config.stages[0].sequence_length
+    tokens = config.parallel.micro_batch_size * config.stages[0].sequence_length // layout.sequence
     speed = accelerator.bf16_operations_per_second * reached_share(width, tokens)
     zero_size = layout.data * layout.sequence
     return (
         stage.operations / speed,
-        traffic.tensor / cluster.bytes_per_second(layout.tensor, 1),
+        traffic.tensor / cluster.bytes_per_second(layout.tensor, 1)
+        + traffic.sequence / cluster.bytes_per_second(layout.sequence, layout.tensor),
         traffic.pipe / cluster.bytes_per_second(layout.pipe, zero_size * layout.tensor),
         (traffic.gradients + traffic.weights) / cluster.bytes_per_second(zero_size, layout.tensor),
         stage.updated * OPTIMIZER_BYTES / accelerator.memory_bytes_per_second,

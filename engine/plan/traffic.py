@@ -31,6 +31,8 @@ class Traffic:
     """Data axis: updated weights (ZeRO-1, 2), or weights gathered for each pass (ZeRO-3)."""
     tensor: int
     """Tensor axis: activations and their gradients; and of parameters that see a stretch."""
+    sequence: int
+    """Sequence axis: heads against time around attention, and back."""
     pipe: int
     """Neighbouring stages, the last and the first among them: boundary activations, document numbers, and gradients."""
     tie: int
@@ -65,8 +67,10 @@ def stage_traffic(
     numel = sum(entry.local_numel(parallel.tensor) for entry in entries)
     rows, dtype_bytes = num_micro_batches * parallel.micro_batch_size, DTYPE_BYTES[precision.dtype]
     up, down = [part.layers.start for part in parts if not part.first], [p.layers.stop for p in parts if not p.last]
+    carried = sum(family.carried_bytes(model, layer, lengths, segments) for layer in down)
+    lengths = lengths.shared_by(parallel.sequence)  # document numbers alone are whole
     sent = sum(family.boundary(model, layer, lengths) for layer in (*up, *down)) * dtype_bytes // parallel.shared_by
-    sent += sum(family.carried_bytes(model, layer, lengths, segments) for layer in down)
+    sent += carried
     gradients, weights = zero_bytes(numel, parallel, data_size, precision, num_micro_batches)
     if parallel.zero_stage == 3 and not parallel.gathers_per_step:
         # one parameter, two modules: each of them gathers it
@@ -77,6 +81,9 @@ def stage_traffic(
     reduced = sum(family.reduced(model, part.layers, part.first, part.last, lengths) for part in parts)
     again = sum(family.reduced_again(model, layer, lengths) for layer in recomputed)
     activations = (reduced + again) * all_reduce_factor(parallel.tensor)
+    num_layers = sum(len(part.layers) for part in parts)
+    heads = 2 * (model.num_heads + model.kv_heads)  # queries and results, keys and values
+    exchanged = lengths.tokens * heads * model.head_size // parallel.tensor
     partial = 0
     if parallel.shared_by > 1:
         entrances = sum(family.reduced(model, part.layers, False, False, lengths) for part in parts) // 2
@@ -90,6 +97,9 @@ def stage_traffic(
         tensor=int(
             rows * (activations * dtype_bytes + losses * all_reduce_factor(parallel.tensor))
             + partial * DTYPE_BYTES[precision.reduce_dtype] * all_reduce_factor(parallel.tensor)
+        ),
+        sequence=int(
+            rows * (2 * num_layers + len(recomputed)) * exchanged * dtype_bytes * gather_factor(parallel.sequence)
         ),
         pipe=rows * sent,
         tie=_tie_bytes(entries, ties, parallel, precision, data_size),

@@ -28,6 +28,7 @@ from engine.parallel.pipeline import Pipeline, Ports
 from engine.parallel.recompute import recompute
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.tensor import shard, vocabulary_cross_entropy, whole_rows
+from engine.parallel.ulysses import sequence_attention
 from engine.parallel.zero import StageEngine
 from engine.plan.cut import stage_parts, tied_stages
 from engine.plan.families import figures
@@ -115,7 +116,7 @@ def micro_batch_rows(config: RunConfig, run_stage: RunStage, dtype: torch.dtype)
         dtype=dtype,
         segments=has_segments(run_stage.data.attention, run_stage.objective),
         decoder_length=row_lengths(run_stage).decoder,
-        shared_by=config.parallel.shared_by,
+        shared_by=config.parallel.shared_by * config.parallel.sequence,
     )
 
 
@@ -125,9 +126,11 @@ def _functions(parallel: ParallelConfig, groups: Groups) -> Functions:
         loss = partial(vocabulary_cross_entropy, group=groups.tensor)
         functions = replace(functions, linear_cross_entropy=loss, tensor_rank=groups.tensor.position)
     if parallel.shared_by > 1:
-        whole = partial(whole_rows, group=groups.tensor)
-        functions = replace(functions, whole_rows=whole, time=Time(shared_by=parallel.shared_by))
-    return functions
+        functions = replace(functions, whole_rows=partial(whole_rows, group=groups.tensor))
+    if parallel.sequence > 1:
+        functions = replace(functions, attention=partial(sequence_attention, group=groups.sequence))
+    time = Time(groups.sequence.position, groups.sequence.size, parallel.shared_by)
+    return replace(functions, time=time)
 
 
 def _partial_gradients(config: RunConfig, specs: Iterable[ParameterSpec]) -> frozenset[str]:

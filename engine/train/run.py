@@ -314,7 +314,7 @@ class Trainer:
         inputs, counted, error = [], [0.0] * len(self.losses), None
         try:
             inputs, own = read()
-            if self.groups.is_last_stage and self.groups.tensor.position == 0:
+            if self.groups.is_last_stage and self.groups.tensor.position == self.groups.sequence.position == 0:
                 counted = own
         except PalimpsestError as problem:
             counted, error = [math.nan] * len(self.losses), problem  # travels with the sum: no collective more

@@ -116,10 +116,11 @@ class Case:
     gather: str | None = None
     reduce: str | None = None
     sequence_parallel: bool = False
+    sequence: int = 1
 
     @property
     def world_size(self) -> int:
-        return self.pipe * self.tensor * self.data
+        return self.pipe * self.tensor * self.sequence * self.data
 
     def __str__(self) -> str:
         return "-".join(str(value) for value in dataclasses.astuple(self))
@@ -207,6 +208,7 @@ def config_of(case: Case) -> RunConfig:
                 "gather": case.gather,
                 "reduce": case.reduce,
                 "sequence_parallel": case.sequence_parallel,
+                "sequence": case.sequence,
             },
         },
         "case",
@@ -266,7 +268,7 @@ def run_rank(place: RankPlace, case: Case) -> tuple[list[float], list[float], li
     for step in range(NUM_STEPS):
         batch = global_batch(step, case.attention, case.model)
         weights_L = weights(batch)
-        losses_L = pipeline.train(stage_inputs(batch, case, groups), groups.layout.data / weights_L)
+        losses_L = pipeline.train(stage_inputs(batch, case, groups), groups.zero.size / weights_L)
         norms.append(pipeline.engine.step(LEARNING_RATE))
         check_invariants(pipeline.engine, groups)
         counted_L = losses_L.double() * (groups.tensor.position == 0)
@@ -291,13 +293,15 @@ def run_rank(place: RankPlace, case: Case) -> tuple[list[float], list[float], li
 def stage_inputs(batch: Tensors, case: Case, groups: Groups) -> list[Tensors]:
     """This rank's keywords per micro-batch: rows go to data ranks in turn, a micro-batch at a time."""
     from engine.train.build import stage_chunks
+    from engine.train.feed import own_stretch
 
     config, size = config_of(case), case.micro_batch_size
     names = {
         name for chunk in stage_chunks(config, groups) for name in family(config.model).wanted(config.model, chunk)
     }
+    own = own_stretch({name: tensor for name, tensor in batch.items() if name in names}, groups.sequence)
     return [
-        {name: tensor[first : first + size] for name, tensor in batch.items() if name in names}
+        {name: tensor[first : first + size] for name, tensor in own.items()}
         for first in range(groups.coordinates.data_rank * size, GLOBAL_BATCH, size * case.data)
     ]
 

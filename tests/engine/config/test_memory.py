@@ -12,7 +12,17 @@ def test_ranks_that_share_a_row_divide_its_length() -> None:
     assert not check(config)
     odd = config.stages[0].model_copy(update={"sequence_length": 62, "duration": Duration(steps=1)})
     (problem,) = check(config.model_copy(update={"stages": (odd,)}))
-    assert "parallel.tensor = 4 with sequence_parallel does not divide stages.0.sequence_length = 62" in str(problem)
+    assert "stages.0.sequence_length = 62 does not divide by the 4 ranks that share the time of a row" in str(problem)
+
+
+def test_ranks_that_exchange_heads_divide_them() -> None:
+    """Four heads: two tensor ranks leave two each; three ranks divide neither the heads nor the rows of 64."""
+    assert not problems_of({"parallel": {"tensor": 2, "sequence": 2}})
+    heads, length = problems_of({"parallel": {"sequence": 3}})
+    assert "tensor 1 x sequence 3 does not divide the 4 key/value heads" in str(heads)
+    assert "stages.0.sequence_length = 64 does not divide by the 3 ranks" in str(length)
+    (grouped,) = problems_of({"parallel": {"sequence": 4}, "model": {"num_kv_heads": 2}})
+    assert "does not divide the 2 key/value heads" in str(grouped)
 
 
 def test_one_tensor_rank_shares_with_nobody() -> None:

@@ -36,6 +36,7 @@ matrix = pytest.mark.matrix
         pytest.param(Case("t5-v1.1", zero_stage=2, pipe=4), marks=matrix),
         pytest.param(Case("bert", zero_stage=3, pipe=2, data=2), marks=matrix),
         pytest.param(Case(zero_stage=1, pipe=2, tensor=2, sequence_parallel=True), marks=matrix),
+        pytest.param(Case("llama", zero_stage=1, pipe=2, sequence=2, recompute="full"), marks=matrix),
         pytest.param(Case(zero_stage=3, tensor=2, data=2, sequence_parallel=True, recompute="full"), marks=matrix),
         pytest.param(Case(zero_stage=0, data=2), marks=matrix),
         pytest.param(Case(zero_stage=1, data=2, attention="row"), marks=matrix),
@@ -52,7 +53,7 @@ def test_a_step_sends_what_the_plan_says(case: Case) -> None:
     ranks_per_stage = case.world_size // case.pipe
     for global_rank, sent in enumerate(run_ranks(case.world_size, bytes_of_a_step, case)):
         planned = stages[global_rank // ranks_per_stage].traffic
-        if case.sequence_parallel:  # gathers and scatters on both axes
+        if case.sequence_parallel or case.sequence > 1:  # gathers and scatters on both axes, exchanges
             assert sum(sent.values()) == planned.total, f"rank {global_rank}"
             continue
         scatters = case.zero_stage in (1, 3) or case.reduce == "step"
@@ -92,6 +93,7 @@ def bytes_of_a_step(place: Any, case: Case) -> dict[str, int]:
 
     count(dist, "all_reduce", "all_reduce", all_reduce_factor)
     count(dist, "all_gather_into_tensor", "all_gather", gather_factor)
+    count(dist, "all_to_all_single", "exchange", gather_factor)
     count(dist, "isend", "send", lambda _: 1)
     count(comm.cdb, "all_gather_function", "all_gather", gather_factor)
     count(comm.cdb, "reduce_scatter_function", "reduce_scatter", gather_factor)
@@ -99,6 +101,7 @@ def bytes_of_a_step(place: Any, case: Case) -> dict[str, int]:
     for step in range(2):
         counting[0] = step == 1
         batch = global_batch(step, case.attention, case.model)
-        pipeline.train(stage_inputs(batch, case, groups), groups.layout.data / weights(batch))
+        pipeline.train(stage_inputs(batch, case, groups), groups.zero.size / weights(batch))
         pipeline.engine.step(learning_rate=1e-3)
-    return {kind: sent[kind] for kind in ("all_reduce", "reduce_scatter", "all_gather", "send")}
+    kinds = ("all_reduce", "reduce_scatter", "all_gather", "send", *(["exchange"] if case.sequence > 1 else []))
+    return {kind: sent[kind] for kind in kinds}

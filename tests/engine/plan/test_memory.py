@@ -100,3 +100,8 @@ def test_sequence_parallelism_divides_what_tensor_parallelism_leaves_whole() -> 
     assert memory(tensor=2, sequence_parallel=True).activations == memory().activations // 2
     tokens_bytes = 4 * 64 * 64 * 4
     assert memory(tensor=2).activations - memory(tensor=2, sequence_parallel=True).activations == tokens_bytes * 5 // 2
+
+
+def test_the_sequence_axis_divides_activations_and_logits() -> None:
+    assert memory(sequence=2).activations == memory().activations // 2
+    assert memory(sequence=2).logits == memory().logits // 2
