@@ -9,6 +9,15 @@ from engine.errors import ConfigError, PalimpsestError
 def check_pipeline(model: ModelConfig, parallel: ParallelConfig, problems: list[PalimpsestError]) -> None:
     """Adds every rule of the pipeline that the configuration breaks."""
     pipe, virtual_stages, num_layers = parallel.pipe, parallel.virtual_stages, model.num_layers
+    if parallel.schedule == "zb-h1" and not parallel.reduces_per_step:
+        problems.append(
+            ConfigError(
+                "parallel.schedule = zb-h1 with ZeRO-2 or 3 that reduces per micro-batch: DeepSpeed reduces inside the "
+                "backward pass, and zb-h1 makes gradients after it, when ZeRO-3 has freed their weights",
+                "zb-h1 with zero_stage 0 or 1, or with reduce step",
+                "set parallel.reduce=step, or another schedule",
+            )
+        )
     if pipe > num_layers:
         problems.append(
             ConfigError(f"parallel.pipe = {pipe} is more than model.num_layers = {num_layers}", f"1 to {num_layers}")

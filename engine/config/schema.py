@@ -364,8 +364,9 @@ class ParallelConfig(Section):
     """What ZeRO shards over the data axis: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
     micro_batch_size: PositiveInt = 1
     """Samples per forward pass of one data rank."""
-    schedule: Literal["1f1b", "gpipe"] = "1f1b"
-    """Order of forward and backward passes in the pipeline; docs/layouts.md says which one when."""
+    schedule: Literal["1f1b", "gpipe", "zb-h1"] = "1f1b"
+    """Order of forward and backward passes in the pipeline (`zb-h1` splits the latter); docs/layouts.md says which one
+    when."""
     virtual_stages: PositiveInt = 1
     """Chunks of the model that each pipeline stage holds; with several, `1f1b` is interleaved 1F1B."""
     recompute: Recompute = "none"

@@ -18,8 +18,18 @@ import torch
 
 from engine.parallel.boundary import Boundary, Field, Tensors, differentiable
 from engine.parallel.collectives import Work, receive, send
+from engine.parallel.deferral import PutOff
 from engine.parallel.groups import Group, Groups
-from engine.parallel.schedule import Backward, Forward, Instruction, Schedule, forward_only, instructions
+from engine.parallel.schedule import (
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Forward,
+    Instruction,
+    Schedule,
+    forward_only,
+    instructions,
+)
 from engine.parallel.zero import StageEngine
 
 
@@ -49,6 +59,7 @@ class Pipeline:
         self.sizes = (groups.layout.pipe, len(ports))
         """Stages, and chunks of each."""
         self._live: dict[tuple[int, int], tuple[Tensors, Tensors]] = {}
+        self._put_off: dict[tuple[int, int], PutOff] = {}
         self._sent: deque[tuple[Work, torch.Tensor]] = deque()
         self._meet_neighbours()
 
@@ -95,9 +106,13 @@ class Pipeline:
                     if not self.ports[chunk].outgoing:
                         total_L += made["losses_L"].detach()
                 case Backward(chunk=chunk, micro_batch=micro_batch):
-                    assert loss_scales_L is not None
                     left -= 1
                     self._backward(chunk, micro_batch, loss_scales_L, is_last=left == 0)
+                case BackwardInput(chunk=chunk, micro_batch=micro_batch):
+                    self._backward(chunk, micro_batch, loss_scales_L, is_last=None)
+                case BackwardWeight(chunk=chunk, micro_batch=micro_batch):
+                    left -= 1
+                    self.engine.backward_weight(self._put_off.pop((chunk, micro_batch)), is_last=left == 0)
         while self._sent:
             self._sent.popleft()[0].wait()
         return total_L
@@ -122,13 +137,19 @@ class Pipeline:
             self._live[chunk, micro_batch] = (received, made)
         return made
 
-    def _backward(self, chunk: int, micro_batch: int, loss_scales_L: torch.Tensor, is_last: bool) -> None:
+    def _backward(self, chunk: int, micro_batch: int, loss_scales_L: torch.Tensor | None, is_last: bool | None) -> None:
+        """A whole backward pass, or where `is_last` is None the part that the stage before waits for."""
+        assert loss_scales_L is not None
         ports = self.ports[chunk]
         received, made = self._live.pop((chunk, micro_batch))
         grads = {name: self._receive(ports.outgoing[name], forward=False) for name in differentiable(ports.outgoing)}
         if not ports.outgoing:
             grads = {"losses_L": loss_scales_L.to(torch.float32).expand(self.num_losses)}
-        self.engine.backward(chunk, [made[name] for name in grads], list(grads.values()), is_last)
+        from_outputs = (chunk, [made[name] for name in grads], list(grads.values()))
+        if is_last is None:
+            self._put_off[chunk, micro_batch] = self.engine.backward_input(*from_outputs)
+        else:
+            self.engine.backward(*from_outputs, is_last)
         for name in differentiable(ports.incoming):
             grad = received[name].grad
             assert grad is not None, f"{name} took no part in what the stage made"

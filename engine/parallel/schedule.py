@@ -29,8 +29,24 @@ class Backward:
     micro_batch: int
 
 
-Instruction = Forward | Backward
-Schedule = Literal["1f1b", "gpipe"]
+@dataclass(frozen=True)
+class BackwardInput:
+    """Run the part of the backward pass that others wait for, and put off the gradients of linear layers' weights."""
+
+    chunk: int
+    micro_batch: int
+
+
+@dataclass(frozen=True)
+class BackwardWeight:
+    """Run what `BackwardInput` put off; nothing is received or sent."""
+
+    chunk: int
+    micro_batch: int
+
+
+Instruction = Forward | Backward | BackwardInput | BackwardWeight
+Schedule = Literal["1f1b", "gpipe", "zb-h1"]
 Pass = tuple[int, int]
 """(chunk, micro-batch)."""
 
@@ -39,6 +55,8 @@ def instructions(
     schedule: Schedule, stage: int, num_stages: int, num_chunks: int, num_micro_batches: int
 ) -> Iterator[Instruction]:
     """What `stage` of `num_stages` does for one step."""
+    if schedule == "zb-h1":
+        return _zero_bubble(stage, num_stages, num_micro_batches)
     forwards = list(forward_passes(num_stages, num_chunks, num_micro_batches))
     if schedule == "gpipe":
         return _alternate(forwards, backward_passes(num_stages, num_chunks, num_micro_batches), len(forwards))
@@ -92,3 +110,21 @@ def _interleaved(stage: int, num_stages: int, num_chunks: int, num_micro_batches
     for instruction in _alternate(forward_passes(*sizes), backward_passes(*sizes), warmup):
         if instruction.micro_batch < num_micro_batches:
             yield instruction
+
+
+def _zero_bubble(stage: int, num_stages: int, num_micro_batches: int) -> Iterator[Instruction]:
+    """ZB-H1 (Qi et al. 2023, Zero Bubble Pipeline Parallelism, section 2.3): 1F1B with the backward passes split.
+
+    Stage s lags s micro-batches behind with weight gradients, and so has something to do while it waits for the
+    gradients of its last micro-batches. What it holds for them makes up for the shorter warm-up of later stages: every
+    stage holds at most as many micro-batches as there are stages, as the first one does in 1F1B.
+    """
+    warmup = min(num_stages - 1 - stage, num_micro_batches)
+    yield from (Forward(0, number) for number in range(warmup))
+    for number in range(num_micro_batches):
+        if number + warmup < num_micro_batches:
+            yield Forward(0, number + warmup)
+        yield BackwardInput(0, number)
+        if number >= stage:
+            yield BackwardWeight(0, number - stage)
+    yield from (BackwardWeight(0, number) for number in range(max(num_micro_batches - stage, 0), num_micro_batches))

@@ -36,6 +36,7 @@ COLUMNS: dict[str, Change] = {
     "pipe 2": {"parallel": {"pipe": 2}},
     "pipe 2 x tensor 2 x data 2": {"parallel": {"pipe": 2, "tensor": 2, "data": 2}},
     "pipe 2, GPipe": {"parallel": {"pipe": 2, "schedule": "gpipe"}},
+    "pipe 2, ZB-H1": {"parallel": {"pipe": 2, "schedule": "zb-h1"}},
     "pipe 2 x 2 virtual": {"parallel": {"pipe": 2, "virtual_stages": 2}},
     "fp32": {"precision": {"dtype": "fp32"}},
     "bf16": {"precision": {"dtype": "bf16"}},

@@ -11,6 +11,7 @@ parts alone, never on the data size, ZeRO stage or batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from engine.config.lengths import RowLengths
 from engine.config.schema import ModelConfig
@@ -42,7 +43,7 @@ def cut(model: ModelConfig, num_parts: int, lengths: RowLengths) -> list[range]:
             f"parallel.pipe x parallel.virtual_stages = {num_parts} does not fit model.num_layers = {model.num_layers}",
             f"1 to {model.num_layers}",
         )
-    return balance(layer_costs(model, lengths), num_parts)
+    return list(_balanced(tuple(layer_costs(model, lengths)), num_parts))
 
 
 def stage_parts(model: ModelConfig, pipe: int, virtual_stages: int, lengths: RowLengths) -> list[list[Part]]:
@@ -83,6 +84,12 @@ def balance(costs: list[int], parts: int) -> list[range]:
     lengths = best[0][1]
     starts = [sum(lengths[:part]) for part in range(parts)]
     return [range(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+
+
+@lru_cache
+def _balanced(costs: tuple[int, ...], parts: int) -> tuple[range, ...]:
+    """`balance`, remembered: a ranking asks for few cuts, many times."""
+    return tuple(balance(list(costs), parts))
 
 
 def _extend(

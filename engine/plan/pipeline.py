@@ -8,15 +8,20 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Literal
 
-Schedule = Literal["1f1b", "gpipe"]
+Schedule = Literal["1f1b", "gpipe", "zb-h1"]
 
 
-def bubble(pipe: int, virtual_stages: int, num_micro_batches: int) -> Fraction:
+def bubble(schedule: Schedule, pipe: int, virtual_stages: int, num_micro_batches: int) -> Fraction:
     """Share of a step in which a stage waits: (p-1) / (v m + p-1), with v = 1 for 1F1B and GPipe.
 
     Narayanan et al. 2021, section 2.2, with the whole step (not its busy part) as denominator, where all chunks take
-    equally long. Interleaved, m that p does not divide take as long at most as the next multiple would.
+    equally long. Interleaved, m that p does not divide take as long at most as the next multiple would. ZB-H1 waits
+    for (p-1)(T_F + T_B) - (min(m, p) - 1) T_W, which for m >= p is (p-1)(T_F + T_B - T_W) (Qi et al. 2023, table 1);
+    here a forward pass, its inputs' gradients and its weights' gradients take equally long.
     """
+    if schedule == "zb-h1":
+        idle = 2 * (pipe - 1) - (min(num_micro_batches, pipe) - 1)
+        return Fraction(idle, 3 * num_micro_batches + idle)
     if virtual_stages == 1:
         return Fraction(pipe - 1, num_micro_batches + pipe - 1)
     filled = -(-num_micro_batches // pipe) * pipe
@@ -27,7 +32,10 @@ def in_flight(schedule: Schedule, stage: int, pipe: int, virtual_stages: int, nu
     """Forward passes of a chunk whose activations a stage holds at its peak; a bound where p does not divide m.
 
     One more than those that a stage begins with: p-1-s for 1F1B, 2(p-1-s) + (v-1)p interleaved, all for GPipe.
+    ZB-H1 keeps a micro-batch until its weight gradients are made: p on every stage.
     """
+    if schedule == "zb-h1":
+        return min(pipe, num_micro_batches)
     if schedule == "gpipe":
         return num_micro_batches
     if virtual_stages == 1:

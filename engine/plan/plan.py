@@ -123,7 +123,7 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
         num_micro_batches=micro_batches,
         tokens=batch_size * run_stage.sequence_length,
         operations=batch_size * training_operations(config.model, row_lengths(run_stage)),
-        bubble=float(bubble(layout.pipe, config.parallel.virtual_stages, micro_batches)),
+        bubble=float(bubble(config.parallel.schedule, layout.pipe, config.parallel.virtual_stages, micro_batches)),
         stages=stage_plans(config, layout),
         worlds=tuple(valid_worlds(config, largest)),
         elastic=tuple(elastic_worlds(config, largest)),

@@ -1,14 +1,15 @@
 """Layouts for a model and a cluster, best first, and in words what each pays for.
 
 Every way to cut the world into pipe x tensor x data under every ZeRO stage is tried with each micro-batch size that
-divides the global batch; of those that fit into memory the fastest by `step_time` is kept. Tensor parallelism stays
-inside a node. What `resolve` refuses is never proposed.
+divides the global batch; of those that fit into memory the fastest by `step_time` is kept, and with a pipeline it is
+tried with several chunks per stage. Tensor parallelism stays inside a node. What `resolve` refuses is never proposed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
 from engine.config.resolve import Layout, examine
@@ -23,6 +24,8 @@ RESERVED_BYTES = 3 * GIB
 FRAGMENTED_SHARE = 0.10
 """Of what tensors take: lost between them by the allocator."""
 LARGEST_MICRO_BATCH = 64
+VIRTUAL_STAGES = (2, 4)
+"""Chunks per pipeline stage that are tried beside one."""
 SHOWN_SHARE = 0.005
 """A part that differs by less of a step is no reason."""
 LARGEST_WORLD = 4096
@@ -45,6 +48,7 @@ class Candidate:
         return (
             f"ZeRO-{parallel.zero_stage}, pipe {layout.pipe} x tensor {layout.tensor} x data {layout.data}, "
             f"micro-batch {parallel.micro_batch_size}"
+            + (f", {parallel.virtual_stages} virtual stages" if parallel.virtual_stages > 1 else "")
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -53,6 +57,7 @@ class Candidate:
             "layout": asdict(self.layout),
             "zero_stage": self.parallel.zero_stage,
             "micro_batch_size": self.parallel.micro_batch_size,
+            "virtual_stages": self.parallel.virtual_stages,
             "memory_bytes": self.memory_bytes,
             "fits": self.fits,
             "seconds": self.time.total,
@@ -112,7 +117,8 @@ def rank(config: RunConfig, cluster: Cluster) -> list[Candidate]:
         key = (candidate.layout.pipe, candidate.layout.tensor, candidate.parallel.zero_stage)
         if key not in best or _order(candidate) < _order(best[key]):
             best[key] = candidate
-    return sorted(best.values(), key=_order)
+    chosen = [min((one, *_interleaved(config, one, cluster)), key=_order) for one in best.values()]
+    return sorted(chosen, key=_order)
 
 
 def smallest_world(config: RunConfig, cluster: Cluster, largest: int) -> Candidate | None:
@@ -135,19 +141,24 @@ def _candidates(config: RunConfig, cluster: Cluster) -> Iterator[Candidate]:
     for tensor in divisors(min(world, cluster.per_node)):
         for pipe in divisors(world // tensor) if world % tensor == 0 else ():
             data = world // tensor // pipe
-            for micro_batch_size in _micro_batch_sizes(config, data):
-                for zero_stage in range(4):
-                    tried = with_parallel(
-                        config,
-                        pipe=pipe,
-                        tensor=tensor,
-                        data=data,
-                        zero_stage=zero_stage,
-                        micro_batch_size=micro_batch_size,
-                    )
-                    layout, problems = examine(tried, world)
-                    if layout is not None and not problems:
-                        yield judge(tried, layout, cluster)
+            for size, zero_stage in product(_micro_batch_sizes(config, data), range(4)):
+                axes = {"pipe": pipe, "tensor": tensor, "data": data, "virtual_stages": 1}
+                gather = config.parallel.gather if zero_stage == 3 else None
+                tried = with_parallel(config, **axes, zero_stage=zero_stage, micro_batch_size=size, gather=gather)
+                yield from _judged(tried, cluster)
+
+
+def _interleaved(config: RunConfig, candidate: Candidate, cluster: Cluster) -> Iterator[Candidate]:
+    """The same layout with more chunks per pipeline stage; what `resolve` refuses is left out."""
+    for virtual_stages in VIRTUAL_STAGES if candidate.layout.pipe > 1 else ():
+        parallel = candidate.parallel.model_copy(update={"virtual_stages": virtual_stages})
+        yield from _judged(config.model_copy(update={"parallel": parallel}), cluster)
+
+
+def _judged(config: RunConfig, cluster: Cluster) -> Iterator[Candidate]:
+    layout, problems = examine(config, cluster.world_size)
+    if layout is not None and not problems:
+        yield judge(config, layout, cluster)
 
 
 def _micro_batch_sizes(config: RunConfig, data: int) -> list[int]:

@@ -75,7 +75,7 @@ def step_time(config: RunConfig, layout: Layout, stages: Sequence[StagePlan], cl
     run_stage = config.stages[0]
     slowest = max((_stage_time(config, layout, stage, cluster) for stage in stages), key=lambda t: sum(t[:3]))
     micro_batches = num_micro_batches(run_stage.global_batch_size, config.parallel, layout.data)
-    waiting = float(bubble(layout.pipe, config.parallel.virtual_stages, micro_batches))
+    waiting = float(bubble(config.parallel.schedule, layout.pipe, config.parallel.virtual_stages, micro_batches))
     idle = sum(slowest[:3]) * waiting / (1 - waiting)  # arithmetic, tensor and pipe lie between the waits
     per_row = training_operations(config.model, row_lengths(run_stage))
     useful = per_row * run_stage.global_batch_size / cluster.world_size

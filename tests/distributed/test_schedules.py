@@ -60,6 +60,26 @@ def test_gathers_and_reductions_per_step_equal_plain_torch(case: Case):
     check(case)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("llama", zero_stage=3, pipe=2, data=2, schedule="zb-h1", reduce="step"),
+        Case(zero_stage=0, pipe=2, tensor=2, schedule="zb-h1"),
+        pytest.param(Case(zero_stage=1, pipe=3, data=2, schedule="zb-h1"), marks=matrix),
+        pytest.param(Case(zero_stage=2, pipe=2, tensor=2, schedule="zb-h1", reduce="step"), marks=matrix),
+        pytest.param(Case(DEEP, zero_stage=3, pipe=4, schedule="zb-h1", reduce="step", gather="step"), marks=matrix),
+        pytest.param(Case(DEEP, zero_stage=0, pipe=4, schedule="zb-h1", micro_batch_size=4), marks=matrix),
+        pytest.param(Case(zero_stage=3, pipe=2, schedule="zb-h1", reduce="step", recompute="selective"), marks=matrix),
+        pytest.param(
+            Case(zero_stage=2, pipe=2, tensor=2, schedule="zb-h1", reduce="step", recompute="full"), marks=matrix
+        ),
+    ],
+    ids=str,
+)
+def test_weight_gradients_put_off_equal_plain_torch(case: Case):
+    check(case)
+
+
 def evaluate(place: Any, case: Case) -> float:
     """The first batch's summed loss under the initial weights, on the last stage; the same after a backward."""
     import torch

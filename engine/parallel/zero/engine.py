@@ -10,6 +10,7 @@ loss scale undoes it (contract "Loss").
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import warnings
@@ -26,6 +27,7 @@ from engine.errors import PalimpsestError
 from engine.parallel.boundary import Tensors
 from engine.parallel.chunks import Chunks
 from engine.parallel.collectives import all_reduce
+from engine.parallel.deferral import Deferral, PutOff, gradients
 from engine.parallel.groups import Group, Groups
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.state import ParameterGroup, Part, Piece, Placement
@@ -186,6 +188,7 @@ class StageEngine:
         self._cures = Cures(self._engine) if self.zero_stage == 3 else None
         self._gathering = Gathering(self._engine, parallel.gathers_per_step) if self.zero_stage == 3 else None
         self._accumulator = self._make_accumulator(config) if parallel.reduces_per_step else None
+        self._deferral = Deferral(module) if parallel.schedule == "zb-h1" else None
         self._gradients_begun = False
         self._norm = torch.zeros((), device=device)
         if self.zero_stage in (1, 2):
@@ -195,11 +198,8 @@ class StageEngine:
 
     def forward(self, chunk: int, inputs: Tensors) -> Tensors:
         """What a chunk makes of one micro-batch, by name. Collective over the ZeRO group under ZeRO-3."""
-        if self._gathering:
-            self._gathering.begin(chunk, backward=False)
-        made = self._engine(chunk=chunk, inputs=inputs)
-        if self._gathering:
-            self._gathering.end()
+        with self._pass(chunk, backward=False):
+            made = self._engine(chunk=chunk, inputs=inputs)
         if self._cures and torch.is_grad_enabled():
             self._cures.after_forward(chunk)
         return made
@@ -219,16 +219,49 @@ class StageEngine:
         if self._cures:
             self._cures.before_backward(chunk, is_first=not self._gradients_begun)
         self._gradients_begun = not is_last
-        if self._gathering:
-            self._gathering.begin(chunk, backward=True)
-        self._engine.backward(_Emit.apply(grads, *outputs), scale_wrt_gas=False)
+        with self._pass(chunk, backward=True):
+            self._engine.backward(_Emit.apply(grads, *outputs), scale_wrt_gas=False)
         self._engine.inside_no_sync_ctxt = False
+        if is_last:
+            self._reduce()
+
+    def backward_input(self, chunk: int, outputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> PutOff:
+        """`backward` without the gradients of linear layers' weights; returns what they are made of.
+
+        For the schedule that splits backward passes. Collective over the ZeRO group.
+        """
+        assert self._deferral is not None
+        self.backward(chunk, outputs, grads, is_last=False)
+        return self._deferral.take()
+
+    def backward_weight(self, put_off: PutOff, is_last: bool) -> None:
+        """The rest of a backward pass. Collective over the ZeRO group where `is_last` marks the last one of a step."""
+        for weight, grad in gradients(put_off):
+            if self._accumulator:
+                self._accumulator.add(weight, grad)
+            else:
+                weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
+        if is_last:
+            self._gradients_begun = False
+            self._engine.set_gradient_accumulation_boundary(True)
+            self._reduce()
+            if not self._accumulator:
+                self._engine.allreduce_gradients()
+
+    @contextlib.contextmanager
+    def _pass(self, chunk: int, backward: bool) -> Iterator[None]:
+        """Around a pass of a chunk."""
+        if self._gathering:
+            self._gathering.begin(chunk, backward)
+        yield
         if self._gathering:
             self._gathering.end()
-        if is_last:
-            self.free_weights()
-            if self._accumulator:
-                self._accumulator.reduce()
+
+    def _reduce(self) -> None:
+        """After the last gradient of a step."""
+        self.free_weights()
+        if self._accumulator:
+            self._accumulator.reduce()
 
     def free_weights(self) -> None:
         """Frees weights that ZeRO-3 gathered once for many passes (`gather: step`); call after the last of them."""

@@ -61,6 +61,6 @@ class Accumulator:
 
     def _take(self, parameter: torch.Tensor) -> None:
         assert isinstance(parameter, torch.nn.Parameter)
-        assert parameter.grad is not None
-        self.add(parameter, parameter.grad)
-        parameter.grad = None
+        if parameter.grad is not None:  # put off, it comes by `add`
+            self.add(parameter, parameter.grad)
+            parameter.grad = None

@@ -19,6 +19,11 @@ from engine.plan.composition import problems_of
             "parallel.virtual_stages = 2 with parallel.schedule = gpipe",
             "schedule 1f1b",
         ),
+        (
+            {"pipe": 2, "schedule": "zb-h1", "zero_stage": 3},
+            "parallel.schedule = zb-h1 with ZeRO-2 or 3 that reduces per micro-batch",
+            "or with reduce step",
+        ),
         ({"zero_stage": 2, "gather": "step"}, "parallel.gather = step with parallel.zero_stage = 2", "zero_stage 3"),
         (
             {"zero_stage": 1, "reduce": "micro_batch"},
@@ -40,3 +45,6 @@ def test_what_fits() -> None:
         assert not problems_of({"parallel": {"pipe": pipe, "virtual_stages": virtual_stages}})
     for zero_stage, keys in ((0, {"reduce": "step"}), (2, {"reduce": "step"}), (3, {"gather": "step"})):
         assert not problems_of({"parallel": {"zero_stage": zero_stage, **keys}})
+        assert not problems_of(
+            {"parallel": {"zero_stage": zero_stage, "pipe": 2, "schedule": "zb-h1", "reduce": "step"}}
+        )

@@ -11,7 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from engine.parallel.schedule import Backward, Forward, Instruction
+from engine.parallel.schedule import Backward, BackwardInput, Forward, Instruction
 
 Orders = Sequence[Sequence[Instruction]]
 """Instructions of each stage."""
@@ -42,7 +42,7 @@ def transfers(instruction: Instruction, stage: int, num_stages: int, num_chunks:
             received.append(((behind_way, behind, stage), (Forward, part - 1, number)))
         if part < last:
             sent.append(((ahead_way, stage, ahead), (Forward, part, number)))
-    elif isinstance(instruction, Backward):
+    elif isinstance(instruction, Backward | BackwardInput):
         if part < last:
             received.append(((f"{ahead_way}_backward", ahead, stage), (Backward, part + 1, number)))
         if part > 0:

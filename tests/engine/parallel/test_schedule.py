@@ -7,7 +7,16 @@ from fractions import Fraction
 
 import pytest
 
-from engine.parallel.schedule import Backward, Forward, Instruction, Schedule, forward_only, instructions
+from engine.parallel.schedule import (
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Forward,
+    Instruction,
+    Schedule,
+    forward_only,
+    instructions,
+)
 from engine.plan.pipeline import bubble, in_flight
 from tests.engine.parallel.events import rendezvous, timeline
 
@@ -68,10 +77,10 @@ def test_idle_time_and_what_is_alive_are_the_plans(schedule, num_stages, num_chu
         peaks = [alive(order) for order in made]
         planned = [in_flight(schedule, stage, num_stages, num_chunks, num_micro_batches) for stage in range(num_stages)]
         if num_chunks == 1 or num_micro_batches % num_stages == 0:
-            assert idle == bubble(num_stages, num_chunks, num_micro_batches)
+            assert idle == bubble(schedule, num_stages, num_chunks, num_micro_batches)
             assert peaks == planned
         else:
-            assert idle <= bubble(num_stages, num_chunks, num_micro_batches)
+            assert idle <= bubble(schedule, num_stages, num_chunks, num_micro_batches)
             assert all(peak <= most for peak, most in zip(peaks, planned, strict=True))
 
 
@@ -83,8 +92,34 @@ def test_gpipe_runs_all_forwards_first():
 def test_interleaving_divides_the_idle_time_by_the_chunks():
     """Narayanan et al. 2021, section 2.2: idle over busy time is (p - 1) / (v m)."""
     for num_chunks in (1, 2, 4):
-        share = bubble(4, num_chunks, 8)
+        share = bubble("1f1b", 4, num_chunks, 8)
         assert share / (1 - share) == Fraction(3, 8 * num_chunks)
+
+
+@pytest.mark.parametrize("num_stages", STAGES)
+@pytest.mark.parametrize("times", [(1, 1, 1), (2, 3, 1), (3, 2, 2), (4, 5, 3)])
+def test_zb_h1_waits_less_and_holds_no_more_than_1f1b(num_stages: int, times: tuple[int, int, int]):
+    """(p - 1)(T_F + T_B - T_W), where T_W is not the longest (Qi et al. 2023, table 1); p micro-batches at most."""
+    forward, backward_input, backward_weight = times
+    cost = {Forward: forward, BackwardInput: backward_input, BackwardWeight: backward_weight}
+    for num_micro_batches in MICRO_BATCHES:
+        made = orders("zb-h1", num_stages, 1, num_micro_batches)
+        for order in made:
+            for number in range(num_micro_batches):
+                parts = [order.index(kind(0, number)) for kind in (Forward, BackwardInput, BackwardWeight)]
+                assert parts == sorted(parts)
+            assert len(order) == 3 * num_micro_batches
+            held = itertools.accumulate({Forward: 1, BackwardWeight: -1}.get(type(one), 0) for one in order)
+            assert max(held) == in_flight("zb-h1", 0, num_stages, 1, num_micro_batches) <= num_stages
+        rendezvous(made, 1)
+        length = timeline(made, 1, lambda instruction: cost[type(instruction)]).length
+        idle = length - num_micro_batches * sum(times)
+        filled = min(num_micro_batches, num_stages)
+        assert idle == (num_stages - 1) * (forward + backward_input) - (filled - 1) * backward_weight
+        if filled == num_stages:
+            assert idle == (num_stages - 1) * (forward + backward_input - backward_weight)
+        if times == (1, 1, 1):
+            assert Fraction(idle, length) == bubble("zb-h1", num_stages, 1, num_micro_batches)
 
 
 def test_the_simulations_see_a_wrong_order():

@@ -1,0 +1,87 @@
+"""Weight gradients of linear layers put off, so that a backward pass hands on the gradient of its input sooner.
+
+In every linear layer (tensor-parallel ones are such) the product with the weight becomes one whose backward pass
+computes the gradients of its input and bias, and remembers what the weight's gradient is made of. `gradients` makes it
+later: the same products of the same numbers. Other parameters (norms, embeddings, the fused head, whose gradient the
+forward pass made) get theirs at once. For the zero-bubble schedule (Qi et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+PutOff = list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]]
+"""(weight, input, gradient of the output) of each product of a backward pass."""
+
+
+class Deferral:
+    """Puts off the weight gradients of the linear layers of a module, in place."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._put_off: PutOff = []
+        mode = _Products(lambda *product: self._put_off.append(product))
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear):
+                layer.forward = partial(_run, mode, layer.forward)
+
+    def take(self) -> PutOff:
+        """What was put off since the last call."""
+        taken, self._put_off = self._put_off, []
+        return taken
+
+
+class _Products(TorchFunctionMode):
+    """Swaps `F.linear` with a parameter for `_Linear`, whatever a layer does before and after it."""
+
+    def __init__(self, put_off: Callable[..., None]) -> None:
+        super().__init__()
+        self._put_off = put_off
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear and torch.is_grad_enabled():
+            return self._linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _linear(self, input: torch.Tensor, weight: nn.Parameter, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return _Linear.apply(input, weight, bias, self._put_off)  # type: ignore[no-any-return]
+
+
+def _run(mode: TorchFunctionMode, forward: Callable[[torch.Tensor], torch.Tensor], input: torch.Tensor) -> torch.Tensor:
+    with mode:
+        return forward(input)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: torch.Tensor, weight: nn.Parameter, bias: torch.Tensor | None, put_off: Callable[..., None]
+    ) -> torch.Tensor:
+        ctx.save_for_backward(input)
+        # The parameter itself: ZeRO-3 frees what it holds and gathers it again before the backward pass.
+        ctx.weight, ctx.put_off = weight, put_off
+        return F.linear(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (input,), (grad,) = ctx.saved_tensors, grads
+        ctx.put_off(ctx.weight, input, grad)
+        grad_input = grad @ ctx.weight if ctx.needs_input_grad[0] else None
+        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return grad_input, None, grad_bias, None
+
+
+@torch.no_grad()
+def gradients(put_off: PutOff) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+    """(weight, its gradient) of each product; needs the weights' values no more. Empties the list as it goes."""
+    while put_off:
+        weight, input, grad = put_off.pop()
+        yield weight, grad.flatten(0, -2).T @ input.flatten(0, -2)
