@@ -24,7 +24,7 @@ def one_process() -> Groups:
     """The groups of a world of one, with no process group behind them."""
     layout = Layout(pipe=1, data=1, sequence=1, tensor=1)
     grid = Grid(layout)
-    names = ("world", "zero", "tensor", "pipe", "pipe_backward", "wrap", "wrap_backward", "model")
+    names = ("world", "zero", "sequence", "tensor", "pipe", "pipe_backward", "wrap", "wrap_backward", "model")
     return Groups(layout, grid, 0, grid.coordinates(0), **dict.fromkeys(names, ALONE), ties={})
 
 
