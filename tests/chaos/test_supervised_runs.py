@@ -130,6 +130,7 @@ def test_a_run_outlives_every_kind_of_fault(corpus, tmp_path):
 
 
 @pytest.mark.matrix
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("what", ["kill", "stop"])
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_other_launchers_lose_a_rank_and_go_on(launcher, what, corpus, tmp_path):
