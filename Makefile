@@ -19,7 +19,7 @@ DEVELOPMENT := .venv/.installed-$(KEY)-dev
 help:
 	@echo 'make demo       set up, then train a small GPT on real text, kill it, resume it elsewhere, let it talk'
 	@echo 'make test       set up, then lint, types and the tests'
-	@echo 'make test-all   the same with the long matrices'
+	@echo 'make test-all   the same with the long matrices (PART=2/4: the second of four parts of them)'
 	@echo 'make clean      remove what demo and tests left; make distclean: the environment, too'
 
 demo: $(RUNTIME)

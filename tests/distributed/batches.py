@@ -29,8 +29,8 @@ def global_batch(step: int, attention: str, model: str = "gpt2") -> Tensors:
     """The global batch of a step: rows of weight from nearly all targets to nearly none, real weights among them."""
     generator = torch.Generator().manual_seed(1000 + step)
     kind = model.removesuffix("-dropout")
-    if kind in ("bert", "modernbert"):
-        batch = _masked(generator, attention) | (_pairs(generator) if kind == "bert" else {})
+    if "bert" in kind:
+        batch = _masked(generator, attention) | (_pairs(generator) if kind.startswith("bert") else {})
     else:
         batch = (_t5 if kind.startswith("t5") else _gpt)(generator, attention)
     if kind != model:

@@ -6,14 +6,14 @@ Clipping is active in every step.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from engine.config.load import parse_run
+from engine.config.load import parse_run, read_tree
 from engine.config.place import RankPlace
 from engine.config.resolve import resolve
 from engine.config.schema import RunConfig
@@ -75,23 +75,38 @@ T5 = GPT2 | {
 MODELS = {
     "gpt2": GPT2,
     "gpt2-deep": GPT2 | {"num_layers": 6},
+    "gpt2-padded": GPT2 | {"num_layers": 4, "vocab_multiple": 128},
     "llama": LLAMA,
     "llama-tied": LLAMA | {"tie_embeddings": True},
+    "llama-deep": LLAMA | {"num_layers": 4, "num_heads": 8, "num_kv_heads": 4},
     "bert": BERT,
+    "bert-deep": BERT | {"num_layers": 5},
     "modernbert": MODERN_BERT,
     "bert-dropout": BERT | {"dropout": 0.1, "attention_dropout": 0.2},
     "gpt2-dropout": GPT2 | {"dropout": 0.2, "attention_dropout": 0.1},
+    "modernbert-deep": MODERN_BERT | {"num_layers": 4},
     "t5": T5,
     "t5-v1.1": T5 | {"activation": "geglu_tanh", "tie_embeddings": False},
 }
-OBJECTIVES = {
-    "gpt2": {"name": "causal"},
-    "bert": {"name": "masked", "pairs": "next_sentence", "rate": MASKED / LENGTH},
-    "modernbert": {"name": "masked", "rate": MASKED / LENGTH},
+SHIPPED = Path(__file__).parents[2] / "configs" / "models"
+SMALL = {"num_layers": 4, "hidden_size": 16, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 24, "max_positions": 16}
+SMALL |= {"dropout": 0.0, "attention_dropout": 0.0}
+SMALL |= {"relative_buckets": 8, "relative_distance": 9, "num_decoder_layers": 2}
+
+
+def twin(path: Path) -> dict[str, Any]:
+    """A shipped model with all its choices, and sizes of a tiny one."""
+    model = read_tree(path)["model"]
+    return {key: SMALL.get(key, value) for key, value in model.items() if key != "vocab_size"}
+
+
+TWINS = {path.stem: twin(path) for path in sorted(SHIPPED.glob("*.yaml")) if not path.stem.startswith("tiny-")}
+MODELS |= TWINS
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "gpt": {"name": "causal"},
+    "bert": {"name": "masked", "rate": MASKED / LENGTH},
     "t5": {"name": "span_corruption", "rate": CORRUPTED},
-    "t5-v1.1": {"name": "span_corruption", "rate": CORRUPTED},
 }
-"""By model, else GPT-2's."""
 
 
 @dataclass(frozen=True)
@@ -126,47 +141,11 @@ class Case:
         return "-".join(str(value) for value in dataclasses.astuple(self))
 
 
-def product() -> list[Case]:
-    """Every combination of two values that the parity matrix knows; the schedule only matters with a pipeline."""
-    cases = []
-    for model, zero_stage, layout, schedule, decay, attention, micro in itertools.product(
-        ("gpt2", "llama"), range(4), LAYOUTS, ("1f1b", "gpipe"), (True, False), ("document", "row"), (1, 2)
-    ):
-        pipe, tensor, data = layout
-        if pipe > 1 or schedule == "1f1b":
-            cases.append(Case(model, zero_stage, pipe, tensor, data, schedule, decay, attention, micro))
-    return cases
-
-
-def matrix() -> list[Case]:
-    """Model x ZeRO stage x layout x decay groups, whole (of BERT with decay groups only); the rest takes turns."""
-    kinds = itertools.chain(
-        itertools.product(("gpt2", "llama"), range(4), LAYOUTS, (True, False)),
-        itertools.product(("bert",), range(4), LAYOUTS, (True,)),
-    )
-    turns = itertools.cycle(itertools.product(("1f1b", "gpipe"), ("document", "row"), (1, 2)))
-    cases = []
-    for (model, zero_stage, (pipe, tensor, data), decay), (schedule, attention, micro) in zip(
-        kinds, turns, strict=False
-    ):
-        order = schedule if pipe > 1 else "1f1b"
-        cases.append(Case(model, zero_stage, pipe, tensor, data, order, decay, attention, micro))
-    return cases
-
-
-def pairwise(cases: list[Case]) -> list[Case]:
-    """A small selection in which every pair of values that some case has together occurs (greedy, deterministic)."""
-    missing = set().union(*map(_pairs, cases))
-    chosen = []
-    while missing:
-        best = max(cases, key=lambda case: (len(_pairs(case) & missing), -case.world_size))
-        chosen.append(best)
-        missing -= _pairs(best)
-    return chosen
-
-
-def _pairs(case: Case) -> set[tuple[Any, ...]]:
-    return set(itertools.combinations(dataclasses.asdict(case).items(), 2))
+def objective_of(case: Case) -> dict[str, Any]:
+    """What the model of a case is trained on."""
+    model = MODELS[case.model]
+    pairs = {"pairs": "next_sentence"} if model.get("pair_head") else {}
+    return OBJECTIVES[model.get("family", "gpt")] | pairs
 
 
 def config_of(case: Case) -> RunConfig:
@@ -180,7 +159,7 @@ def config_of(case: Case) -> RunConfig:
             "stages": [
                 {
                     "data": {"train": "unused", "attention": case.attention},
-                    "objective": OBJECTIVES.get(case.model.removesuffix("-dropout"), OBJECTIVES["gpt2"]),
+                    "objective": objective_of(case),
                     "sequence_length": LENGTH,
                     "global_batch_size": GLOBAL_BATCH,
                     "duration": {"steps": NUM_STEPS},

@@ -1,0 +1,47 @@
+"""What concerns a whole run of the tests: a part of the long matrices only, and the parity table at its end."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "build"
+
+
+def part() -> tuple[int, int]:
+    """(i, n) of the environment's PART=i/n: this run does every n-th case of the long matrices, and part 1 the rest."""
+    text = os.environ.get("PART", "1/1")
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    number, parts = (int(group) for group in found.groups()) if found else (0, 0)
+    if not 1 <= number <= parts:
+        raise pytest.UsageError(f"PART = {text!r}; allowed: i/n with 1 <= i <= n; for example PART=2/4 make test-all")
+    return number, parts
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    number, parts = part()
+    kept, dropped, long = [], [], 0
+    for item in items:
+        mine = number == 1
+        if item.get_closest_marker("matrix"):
+            mine = long % parts == number - 1
+            long += 1
+        (kept if mine else dropped).append(item)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    table = sys.modules.get("tests.distributed.table")
+    if table is None or not table.ROWS:
+        return
+    number, parts = part()
+    path = FOLDER / ("parity.md" if parts == 1 else f"parity-{number}-of-{parts}.md")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(table.markdown(table.ROWS), encoding="utf-8")
+    terminalreporter.write_line(f"parity table: {path}")
