@@ -4,12 +4,13 @@ A pipeline stage holds one part, or several as its chunks (virtual stages): see 
 plan` call the same `cut`. The cost of a layer is its forward operations per row; the embedding is counted with the
 first layer and the head with the last, as they live there, so the cut is a partition of one list of numbers into
 runs. Invariant: the runs are consecutive, cover every layer once, and none is empty. A cut depends on the model, the
-lengths of a row (a head that predicts some tokens only costs less) and the number of
-parts alone, never on the data size, ZeRO stage or batch.
+lengths of a row (a head that predicts some tokens only costs less) and the number of parts alone, never on the data
+size, ZeRO stage or batch; so it is computed once for all the layouts that a plan compares.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -43,7 +44,7 @@ def cut(model: ModelConfig, num_parts: int, lengths: RowLengths) -> list[range]:
             f"parallel.pipe x parallel.virtual_stages = {num_parts} does not fit model.num_layers = {model.num_layers}",
             f"1 to {model.num_layers}",
         )
-    return list(_balanced(tuple(layer_costs(model, lengths)), num_parts))
+    return list(_balanced(layer_costs(model, lengths), num_parts))
 
 
 def stage_parts(model: ModelConfig, pipe: int, virtual_stages: int, lengths: RowLengths) -> list[list[Part]]:
@@ -55,11 +56,19 @@ def stage_parts(model: ModelConfig, pipe: int, virtual_stages: int, lengths: Row
 
 def entries_of(model: ModelConfig, parts: list[Part]) -> list[Entry]:
     """Parameters of a stage that holds these parts, each name once."""
+    return list(_entries_of(model, tuple(parts)))
+
+
+@lru_cache(maxsize=1024)
+def _entries_of(model: ModelConfig, parts: tuple[Part, ...]) -> tuple[Entry, ...]:
     entries = [entry for part in parts for entry in stage_entries(model, part.layers, part.first, part.last)]
-    return list({entry.name: entry for entry in entries}.values())
+    return tuple({entry.name: entry for entry in entries}.values())
 
 
-def tied_stages(model: ModelConfig, pipe: int, virtual_stages: int, lengths: RowLengths) -> dict[str, tuple[int, ...]]:
+@lru_cache
+def tied_stages(
+    model: ModelConfig, pipe: int, virtual_stages: int, lengths: RowLengths
+) -> Mapping[str, tuple[int, ...]]:
     """The stages, ascending, of every parameter that more than one pipeline stage holds, by logical name."""
     holders: dict[str, list[int]] = {}
     for stage, parts in enumerate(stage_parts(model, pipe, virtual_stages, lengths)):

@@ -7,6 +7,8 @@ vocabulary is left out of the published kind of figure and kept in what a stage 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from engine.config.lengths import RowLengths
 from engine.config.schema import ModelConfig
 from engine.plan.families import figures
@@ -15,15 +17,17 @@ BACKWARD_FACTOR = 2
 """A backward pass multiplies twice as much as its forward: by the inputs and by the weights."""
 
 
-def layer_costs(model: ModelConfig, lengths: RowLengths) -> list[int]:
+@lru_cache
+def layer_costs(model: ModelConfig, lengths: RowLengths) -> tuple[int, ...]:
     """Forward operations per row of each layer, with embedding and head at the ends."""
     family = figures(model)
     costs = [family.layer_operations(model, layer, lengths) for layer in range(model.num_layers)]
     costs[0] += family.embedding_operations(model, lengths)
     costs[-1] += family.head_operations(model, lengths, model.padded_vocab_size)
-    return costs
+    return tuple(costs)
 
 
+@lru_cache
 def training_operations(model: ModelConfig, lengths: RowLengths) -> int:
     """Operations per row of forward and backward, as utilisation (MFU) counts them.
 

@@ -145,7 +145,8 @@ def _tie_bytes(
     """The stages of a tie all-reduce the gradient of what each rank updates of it."""
     total = Fraction(0)
     for entry in entries:
-        numel = entry.local_numel(parallel.tensor)
-        own = numel if parallel.zero_stage == 0 else -(-numel // data_size)
-        total += own * all_reduce_factor(len(ties.get(entry.name, (0,))))
+        if entry.name in ties:
+            numel = entry.local_numel(parallel.tensor)
+            own = numel if parallel.zero_stage == 0 else -(-numel // data_size)
+            total += own * all_reduce_factor(len(ties[entry.name]))
     return int(total * DTYPE_BYTES[precision.reduce_dtype])

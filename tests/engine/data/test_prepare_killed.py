@@ -79,7 +79,9 @@ def test_mpi_ranks_write_the_same_bytes(options, expected, tmp_path):
         launch += ["--allow-run-as-root", "--bind-to", "none", "--mca", "btl", "self,vader,tcp"]
     done = subprocess.run(
         [*launch, *command(options, tmp_path / "ranks")],
-        env=dict(os.environ),  # without what an MPI library in this process has set: mpirun would take itself for a rank
+        env=dict(
+            os.environ
+        ),  # without what an MPI library in this process has set: mpirun would take itself for a rank
         capture_output=True,
         text=True,
         timeout=200,
