@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -130,6 +130,12 @@ class ModelConfig(Section):
     def gated(self) -> bool:
         """Whether the feed-forward part multiplies what it makes by a gate."""
         return self.activation in ("swiglu", "geglu", "geglu_tanh")
+
+    if TYPE_CHECKING:
+
+        def __hash__(self) -> int:
+            """Of all values: pydantic gives it to frozen models, which type checkers do not see."""
+            ...
 
 
 class DataSource(Section):

@@ -6,7 +6,7 @@ with initial weights -> schedule. Tests build through the same function.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -95,7 +95,7 @@ def stage_chunks(config: RunConfig, groups: Groups) -> list[Chunk]:
     return [Chunk(part.layers, part.first, part.last) for part in parts]
 
 
-def _tied_stages(config: RunConfig, layout: Layout) -> dict[str, tuple[int, ...]]:
+def _tied_stages(config: RunConfig, layout: Layout) -> Mapping[str, tuple[int, ...]]:
     return tied_stages(config.model, layout.pipe, config.parallel.virtual_stages, row_lengths(config.stages[0]))
 
 

@@ -23,6 +23,7 @@ from engine.optim.groups import weight_decay
 from engine.train.metrics import read_metrics
 from tests.distributed.cases import (
     CLIP_NORM,
+    EPSILON,
     LEARNING_RATE,
     NUM_STEPS,
     Case,
@@ -69,7 +70,7 @@ def reference(case: Case) -> dict[str, np.ndarray]:
         for name, p in named.items()
         if name not in matrices
     ]
-    adamw = torch.optim.AdamW(rest, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, fused=False, foreach=False)
+    adamw = torch.optim.AdamW(rest, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=EPSILON, fused=False, foreach=False)
     for step in range(NUM_STEPS):
         batch = global_batch(step, case.attention)
         (model(**batch)["losses_L"].sum() / batch["weights_BT"].sum()).backward()
