@@ -18,11 +18,7 @@ from torch.nn import functional as F
 
 from engine.parallel.collectives import all_reduce
 from engine.parallel.groups import ALONE, Group
-
-CHUNK_ELEMENTS = 2**25
-"""Logits at a time: 128 MiB in fp32, and more than enough work for one device kernel."""
-ROW_MULTIPLE = 64
-"""Rows at a time are a multiple of this, the tile of a matrix product."""
+from engine.plan.logits import rows_at_a_time
 
 
 def linear_cross_entropy(
@@ -52,11 +48,6 @@ def linear_cross_entropy(
         group,
         torch.is_grad_enabled(),
     )
-
-
-def rows_at_a_time(num_columns: int) -> int:
-    """C: rows whose logits are at most `CHUNK_ELEMENTS`, or the smallest multiple."""
-    return max(CHUNK_ELEMENTS // num_columns // ROW_MULTIPLE, 1) * ROW_MULTIPLE
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

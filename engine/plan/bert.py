@@ -5,10 +5,18 @@ from __future__ import annotations
 from engine.config.lengths import RowLengths
 from engine.config.schema import ModelConfig, Recompute
 from engine.plan import gpt, parts
-from engine.plan.gpt import EMBEDDING, HEAD, boundary, carried_bytes, reduced, reduced_again  # equal in both families
+from engine.plan.gpt import (
+    EMBEDDING,
+    HEAD,
+    boundary,
+    carried_bytes,
+    mask,
+    reduced,
+    reduced_again,
+)  # equal in both families
 from engine.plan.parts import Entry
 
-__all__ = ["boundary", "carried_bytes", "reduced", "reduced_again"]
+__all__ = ["boundary", "carried_bytes", "mask", "reduced", "reduced_again"]
 
 PAIR_KINDS = 2
 

@@ -49,6 +49,11 @@ class Figures(Protocol):
         """
         ...
 
+    def mask(self, model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+        """Elements that a layer keeps of who sees whom, where rows hold several documents or padding: the kernels of
+        attention add a number to each score, and each layer makes them from truth values."""
+        ...
+
     def reduced(self, model: ModelConfig, layers: range, is_first: bool, is_last: bool, lengths: RowLengths) -> int:
         """Elements of activations and their gradients that a chunk all-reduces over the tensor axis."""
         ...

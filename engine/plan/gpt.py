@@ -66,8 +66,9 @@ def saved(
     time_size: int = 1,
     recompute: Recompute = "none",
 ) -> int:
-    """Whole on every tensor rank: both norms' inputs and outputs and one branch's output (5 D). Split: attention and
-    feed-forward part. For GPT-2 on one rank: 17 D; 11 D with products kept only; 1 D with the input only."""
+    """Whole on every tensor rank: both norms' inputs and outputs (4 D in fp32; 6 D in bf16, for the inputs are kept in
+    fp32; 5 D for both). Split: attention and feed-forward part. For GPT-2 on one rank: 17 D; 11 D with products kept
+    only; 1 D with the input only."""
     whole = lengths.tokens * model.hidden_size
     stretch = whole // time_size
     if recompute == "full":
@@ -79,6 +80,11 @@ def saved(
         + parts.saved_by_attention(model, lengths.tokens, tensor_size)
         + parts.saved_by_feed_forward(model, lengths.tokens, tensor_size)
     )
+
+
+def mask(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+    """A number for each query and key."""
+    return lengths.tokens**2
 
 
 def reduced(model: ModelConfig, layers: range, is_first: bool, is_last: bool, lengths: RowLengths) -> int:

@@ -2,8 +2,9 @@
 
 Model states follow Rajbhandari et al. 2020, section 3, with what DeepSpeed holds beyond: from ZeRO-1 on an fp32 run has
 a master copy too, gradients are accumulated in `reduce_dtype`, those that are reduced once per step lie whole beside
-their reduced share, and the others go through a bucket. Activations and logits are an estimate: what autograd saves
-per token and layer, without allocator waste; such counts were seen to lie 8 to 11 % below the measured peak.
+their reduced share, and the others go through a bucket. Activations are an estimate: what autograd saves per token and
+layer, without an allocator's waste and without what a single operator has at work. `python -m bench.memory` holds the
+sum against the tensors that ranks really have (bench/results).
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ from engine.config.deepspeed import reduce_bucket_elements
 from engine.config.lengths import RowLengths
 from engine.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from engine.plan.families import figures
+from engine.plan.logits import head_bytes
 from engine.plan.parts import Entry
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 MASTER_BYTES = 4
 MOMENTS_BYTES = 8
-LOGITS_BYTES = 4
-"""Losses are computed in fp32."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Memory:
     `gather: step` the whole stage."""
     activations: int
     logits: int
+    """The loss: some rows' logits and their softmax, and the gradients that its forward pass makes."""
 
     @property
     def states(self) -> int:
@@ -83,20 +84,21 @@ def stage_memory(
     recomputed: Sequence[int],
     data_size: int,
     lengths: RowLengths,
+    segments: bool,
     in_flight: Fraction | int,
     has_head: bool,
 ) -> Memory:
     """Memory of one rank of a stage that holds `entries`, with `in_flight` micro-batches of all its layers alive at the
     peak: a fraction where passes of single chunks add up to one.
 
-    `recomputed` are those of its `layers` that recompute their activations.
+    `recomputed` are those of its `layers` that recompute their activations; `segments`: rows hold several documents or
+    padding.
     """
     numel = sum(entry.local_numel(parallel.tensor) for entry in entries)
     per_element = states_per_element(parallel, data_size, precision)
     weights, master, moments, gradients = (-(-numel * one // 1) for one in per_element)
     rows, dtype_bytes = parallel.micro_batch_size, DTYPE_BYTES[precision.dtype]
     predicted = rows * lengths.predicted // parallel.sequence if has_head else 0
-    logits = predicted * model.padded_vocab_size // parallel.tensor * LOGITS_BYTES
     bucket_bytes = {2: dtype_bytes, 3: DTYPE_BYTES[precision.reduce_dtype]}.get(parallel.zero_stage, 0)
     bucket = 0 if parallel.reduces_per_step else reduce_bucket_elements(numel) * bucket_bytes
     gathered = numel if parallel.gathers_per_step else gathered_at_once(entries, parallel.tensor, bool(recomputed))
@@ -107,9 +109,8 @@ def stage_memory(
         gradients=gradients,
         bucket=bucket,
         gathered=gathered * dtype_bytes if parallel.zero_stage == 3 else 0,
-        activations=activation_bytes(model, parallel, precision, layers, recomputed, lengths, in_flight),
-        logits=logits
-        * math.ceil(in_flight + 2),  # one saved by each micro-batch alive, two at work: softmax and its gradient
+        activations=activation_bytes(model, parallel, precision, layers, recomputed, lengths, segments, in_flight),
+        logits=head_bytes(model, parallel, predicted, dtype_bytes, math.ceil(in_flight)),
     )
 
 
@@ -120,13 +121,18 @@ def activation_bytes(
     layers: Sequence[int],
     recomputed: Sequence[int],
     lengths: RowLengths,
+    segments: bool,
     alive: Fraction | int,
 ) -> int:
-    """What `alive` micro-batches keep of `layers`, and what one of the `recomputed` has in its second run beside."""
+    """What `alive` micro-batches keep of `layers`, and what one of the `recomputed` has in its second run beside.
+
+    Attention never keeps its scores here, as with the kernels of a GPU, unless it has dropout.
+    """
     saved = figures(model).saved
     ranks, how = (parallel.tensor, parallel.shared_by), parallel.recompute
+    masks = {layer: segments * figures(model).mask(model, layer, lengths) for layer in layers}  # of whole rows
     lengths = lengths.shared_by(parallel.sequence)
-    plain = {layer: saved(model, layer, lengths, *ranks) for layer in layers}
+    plain = {layer: saved(model, layer, lengths, *ranks) + masks[layer] for layer in layers}
     kept = plain | {layer: saved(model, layer, lengths, *ranks, how) for layer in recomputed}
     second_run = max((plain[layer] - kept[layer] for layer in recomputed), default=0)
     elements = alive * sum(kept.values()) + second_run

@@ -152,6 +152,7 @@ def _stage_plan(config: RunConfig, layout: Layout, stage: int, parts: list[Part]
         "recomputed": recomputed,
         "data_size": layout.data * layout.sequence,
         "lengths": lengths,
+        "segments": has_segments(run_stage.data.attention, run_stage.objective),
     }
     per_rank = sum(entry.local_numel(layout.tensor) for entry in entries)
     costs = layer_costs(config.model, lengths)
@@ -179,7 +180,6 @@ def _stage_plan(config: RunConfig, layout: Layout, stage: int, parts: list[Part]
             **common,
             parts=parts,
             num_micro_batches=micro_batches,
-            segments=has_segments(run_stage.data.attention, run_stage.objective),
             ties=tied_stages(config.model, layout.pipe, len(parts), lengths),
         ),
         recomputed=len(recomputed),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 
-from engine.config.lengths import row_lengths
+from engine.config.lengths import has_segments, row_lengths
 from engine.config.resolve import Layout, num_micro_batches
 from engine.config.schema import RunConfig
 from engine.plan.cut import stage_parts
@@ -29,8 +29,11 @@ def recomputed_layers(config: RunConfig, layout: Layout, stage: int) -> Sequence
     micro_batches = num_micro_batches(config.stages[0].batches.largest, parallel, layout.data)
     passes = in_flight(parallel.schedule, stage, layout.pipe, len(parts), micro_batches)
     alive = Fraction(passes, len(parts))
+    segments = has_segments(config.stages[0].data.attention, config.stages[0].objective)
     for count in range(len(layers)):
-        needed = activation_bytes(config.model, parallel, config.precision, layers, layers[:count], lengths, alive)
+        needed = activation_bytes(
+            config.model, parallel, config.precision, layers, layers[:count], lengths, segments, alive
+        )
         if needed <= parallel.activation_gib * GIB:
             return layers[:count]
     return layers

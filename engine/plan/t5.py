@@ -84,6 +84,12 @@ def saved(
     return found + cross + (whole if recompute == "selective" else 2 * whole)
 
 
+def mask(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+    """Cross attention's, in the decoder; what is added to other scores is made once for all layers of a stack (and
+    left out, as the probabilities are that a CPU, which has no kernel for it, keeps)."""
+    return lengths.decoder * lengths.tokens if layer >= model.num_encoder_layers else 0
+
+
 def reduced(model: ModelConfig, layers: range, is_first: bool, is_last: bool, lengths: RowLengths) -> int:
     """Four times per layer, in the decoder twice more and once the gradient of what the encoder made; the embeddings'
     outputs; the gradient of the head's input."""

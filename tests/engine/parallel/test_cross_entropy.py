@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.parallel import cross_entropy
-from engine.parallel.cross_entropy import linear_cross_entropy, rows_at_a_time
+from engine.parallel.cross_entropy import linear_cross_entropy
+from engine.plan import logits
 
 BATCH, LENGTH, WIDTH, PADDED, REAL = 5, 40, 8, 24, 21
 
@@ -20,9 +20,9 @@ Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Ten
 @pytest.fixture
 def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """200 rows in seven chunks, the last of them smaller."""
-    monkeypatch.setattr(cross_entropy, "ROW_MULTIPLE", 32)
-    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 32 * PADDED)
-    assert rows_at_a_time(PADDED) == 32
+    monkeypatch.setattr(logits, "ROW_MULTIPLE", 32)
+    monkeypatch.setattr(logits, "CHUNK_ELEMENTS", 32 * PADDED)
+    assert logits.rows_at_a_time(PADDED) == 32
 
 
 def inputs(dtype: torch.dtype) -> Inputs:

@@ -9,6 +9,7 @@ from engine.config.lengths import RowLengths
 from engine.config.schema import ParallelConfig
 from engine.plan import gpt
 from engine.plan.composition import Change, example
+from engine.plan.logits import head_bytes
 from engine.plan.memory import gathered_at_once, stage_memory, states_per_element
 from engine.plan.parameters import model_entries, num_parameters
 from engine.plan.plan import make_plan
@@ -46,7 +47,7 @@ SHORT: Change = {"model": {"max_positions": 64}}
 """Else the position table, which no axis divides, would be the largest part of so small a model."""
 
 
-def memory(data_size: int = 2, in_flight: int = 1, **parallel: Any):
+def memory(data_size: int = 2, in_flight: int = 1, segments: bool = False, **parallel: Any):
     run = example(SHORT, {"parallel": parallel})
     return stage_memory(
         run.model,
@@ -57,6 +58,7 @@ def memory(data_size: int = 2, in_flight: int = 1, **parallel: Any):
         recomputed=range(4)[: None if run.parallel.recompute != "none" else 0],
         data_size=data_size,
         lengths=RowLengths(64, predicted=64),
+        segments=segments,
         in_flight=in_flight,
         has_head=True,
     )
@@ -73,9 +75,39 @@ def test_activations_grow_with_what_is_alive() -> None:
     """17 D per token and layer for GPT-2: 4 layers, 64 tokens, width 64, fp32."""
     assert memory().activations == 4 * 64 * 17 * 64 * 4
     assert memory(in_flight=3, micro_batch_size=2).activations == 6 * memory().activations
-    assert memory().logits == 3 * 64 * 512 * 4
-    assert memory(tensor=2).logits == memory().logits // 2
     assert gpt.saved(example().model, 0, RowLengths(1, predicted=1), 2) == (5 + 12 / 2) * 64
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab_size", "dtype", "tensor", "at_work"),
+    [
+        (64, 512, "fp32", 1, 64 * 512 * (4 + 4)),  # logits, softmax
+        (64, 512, "fp32", 2, 64 * 256 * (4 + 4 + 4)),  # and exponentials
+        (64, 512, "bf16", 1, 64 * 512 * (2 + 4 + 4)),  # logits, as fp32, softmax
+        (8, 512, "bf16", 1, 8 * 512 * (4 + 2) + 2 * 512 * 64),  # gradient in both dtypes, its product with the input
+        (5000, 2**18, "fp32", 1, 128 * 2**18 * 8),  # a few rows at a time
+        (5000, 2**18, "fp32", 2, 256 * 2**17 * 12),
+    ],
+)
+def test_the_loss_takes_a_few_rows_at_a_time(rows: int, vocab_size: int, dtype: Any, tensor: int, at_work: int) -> None:
+    """A micro-batch alive keeps the gradients of the head's input and, in fp32, of its weight."""
+    size = {"fp32": 4, "bf16": 2}[dtype]
+    model = example({"model": {"vocab_size": vocab_size}}).model
+    kept = rows * 64 * size + vocab_size * 64 // tensor * 4
+    for alive in (1, 3):
+        assert head_bytes(model, ParallelConfig(tensor=tensor), rows, size, alive) == alive * kept + at_work
+    assert head_bytes(model, ParallelConfig(), 0, size, 1) == 0
+    assert memory().logits == head_bytes(example().model, ParallelConfig(), 64, 4, 1)
+
+
+def test_every_layer_keeps_who_sees_whom() -> None:
+    """A number for each pair of tokens, on every rank that shares them; once where layers recompute."""
+    pairs = 64 * 64 * 4
+    assert memory(segments=True).activations - memory().activations == 4 * pairs
+    assert memory(segments=True, tensor=2).activations - memory(tensor=2).activations == 4 * pairs
+    assert memory(segments=True, sequence=2).activations - memory(sequence=2).activations == 4 * pairs
+    full = memory(segments=True, recompute="full").activations - memory(recompute="full").activations
+    assert full == pairs
 
 
 def test_zero_3_gathers_two_modules_at_a_time_or_the_stage() -> None:
@@ -104,4 +136,4 @@ def test_sequence_parallelism_divides_what_tensor_parallelism_leaves_whole() -> 
 
 def test_the_sequence_axis_divides_activations_and_logits() -> None:
     assert memory(sequence=2).activations == memory().activations // 2
-    assert memory(sequence=2).logits == memory().logits // 2
+    assert memory(sequence=2).logits - 4 * 512 * 64 == (memory().logits - 4 * 512 * 64) // 2, "all but the weight's"
