@@ -103,8 +103,8 @@ def _world_size() -> int:
 @contextmanager
 def _ranks(world_size: int) -> Iterator[Pool | None]:
     try:
-        from mpi4py import MPI
-        from mpi4py.futures import MPICommExecutor
+        from mpi4py import MPI  # pyright: ignore[reportMissingImports]  # an extra
+        from mpi4py.futures import MPICommExecutor  # pyright: ignore[reportMissingImports]
     except (ImportError, RuntimeError) as error:  # RuntimeError: there is no MPI library
         raise EnvironmentProblem(
             f"this is one of {world_size} MPI ranks, but mpi4py cannot be used: {error}",

@@ -86,6 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             target_C = logs_CV.gather(-1, columns_C1).squeeze(-1).masked_fill(foreign_C, 0.0)
             total -= (all_reduce(target_C, group) * weights_C).sum()
             if grad_hidden_ND is None or grad_weight_VD is None:
+                del logs_CV
                 continue
             ones_C1 = (~foreign_C).to(wide).unsqueeze(-1)
             wide_CV = logs_CV.exp_().scatter_add_(-1, columns_C1, -ones_C1).mul_(weights_C.unsqueeze(-1))
@@ -94,6 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             _add_product(grad_weight_VD[:real], grad_CV.T, hidden_CD)
             if grad_bias_V is not None:
                 grad_bias_V[:real] += wide_CV.sum(0)
+            del logs_CV, wide_CV, grad_CV  # before the logits of the next rows
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
         ctx.dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
         return total

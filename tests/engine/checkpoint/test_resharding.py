@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -77,7 +78,7 @@ def specs_of(model: str) -> dict[str, ParameterSpec]:
 
 
 @cache
-def stages_of(model: str, pipe: int, virtual: int) -> tuple[list[list[str]], dict[str, tuple[int, ...]]]:
+def stages_of(model: str, pipe: int, virtual: int) -> tuple[list[list[str]], Mapping[str, tuple[int, ...]]]:
     """Names per stage, and the stages of what several hold."""
     held = [
         [entry.name for entry in entries_of(MODELS[model], chunks)]

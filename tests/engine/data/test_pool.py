@@ -63,7 +63,7 @@ def test_ranks_that_do_not_see_each_other_are_refused(monkeypatch):
     """As when mpi4py was built for another MPI than the launcher's: each rank would write the whole output."""
     pytest.importorskip("mpi4py", reason="mpi4py is not installed")
     try:
-        from mpi4py import MPI  # noqa: F401
+        from mpi4py import MPI  # noqa: F401  # pyright: ignore[reportMissingImports]
     except (ImportError, RuntimeError):
         pytest.skip("there is no MPI library")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
