@@ -143,7 +143,7 @@ def measure(tree: Tree) -> dict[str, Any]:
             Worker(
                 f"rank {number}",
                 "forkserver",
-                {"LOCAL_RANK": str(number), "RANK": str(number), "WORLD_SIZE": str(world_size)},
+                {},
                 ranks_memory.rank,
                 config,
                 folder,

@@ -9,6 +9,7 @@ Legend: B micro-batch size, T time (of an encoder-decoder, the decoder's), S tim
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +57,8 @@ class Measured:
 def rank(connection: Connection, config: RunConfig, folder: str, global_rank: int, world_size: int) -> None:
     """Trains and sends a `Measured`."""
     torch.set_num_threads(1)
+    # DeepSpeed asks for them; set here, for a child of the fork server has the server's environment
+    os.environ.update(LOCAL_RANK=str(global_rank), RANK=str(global_rank), WORLD_SIZE=str(world_size))
     place, device = RankPlace(global_rank, world_size, global_rank), torch.device("cpu")
     store = dist.FileStore(str(Path(folder) / "store"), world_size)  # pyright: ignore[reportPrivateImportUsage]
     connect(place, device, store)
