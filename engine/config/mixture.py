@@ -56,7 +56,7 @@ def check_mixture(key: str, data: DataConfig, problems: list[PalimpsestError]) -
             ConfigError(
                 f"{name}.cache is missing, and {urls[0]} is a URL",
                 "a folder on a disk of each node, and how many bytes it may hold",
-                "for example data.cache: {folder: /tmp/shards, bytes: 50_000_000_000}",
+                "for example data.cache: {folder: /scratch/shards, bytes: 50_000_000_000}",
             )
         )
     if data.temperature != 1 and (weights or not sources):

@@ -45,9 +45,3 @@ def fill(stage: nn.Module, value: Callable[[str], torch.Tensor]) -> None:
                 assert tensor.shape == parameter.shape, f"{prefix}.{name}: {tensor.shape} for {parameter.shape}"
                 made[id(parameter)] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
             setattr(module, name, made[id(parameter)])
-
-
-def stored_values(stage: nn.Module, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """The real rows of each parameter of a stage by its name there, as a checkpoint has them; views."""
-    real_rows = {spec.name: spec.real_rows for spec in family(config).specs(config)}
-    return {name: parameter.detach()[: real_rows.get(name)] for name, parameter in stage.named_parameters()}
