@@ -202,8 +202,8 @@ class Saver:
             written = on_all(report, self.groups.world, CheckpointError)
         except PalimpsestError:
             self._flight = None
-            if self.groups.world.position == 0:
-                shutil.rmtree(flight.partial, ignore_errors=True)
+            # Collective: a rank that raised at once could have its launcher end rank 0 before this is done.
+            on_first(lambda: shutil.rmtree(flight.partial, ignore_errors=True), self.groups.world, CheckpointError)
             raise
         reports = collectives.gather_objects(written, self.groups.world)
         flight.committing = True
