@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from engine.config.schema import ObjectiveConfig, RunStage
+from engine.config.schema import ObjectiveConfig, ParallelConfig, RunStage
 
 
 class RowLengths(NamedTuple):
@@ -20,6 +20,13 @@ class RowLengths(NamedTuple):
     def shared_by(self, ranks: int) -> RowLengths:
         """Of one of some ranks that share the time of a row."""
         return RowLengths(*(length // ranks for length in self))
+
+    def filled(self, ranks: int) -> RowLengths:
+        """With the decoder's rows made as long as `ranks` can share them: theirs is the length that nobody chose."""
+        if self.decoder == 0:
+            return self
+        decoder = -(-self.decoder // ranks) * ranks
+        return self._replace(predicted=decoder, decoder=decoder)
 
 
 class SpanLengths(NamedTuple):
@@ -67,6 +74,11 @@ def row_lengths(stage: RunStage) -> RowLengths:
         decoder = span_lengths(length, objective.rate, objective.mean_span_length).decoder
         return RowLengths(length, decoder, decoder)
     return RowLengths(length, length)
+
+
+def held_lengths(stage: RunStage, parallel: ParallelConfig) -> RowLengths:
+    """The lengths of a stage's rows as a layout holds them: a decoder's filled up to a multiple of `time_ranks`."""
+    return row_lengths(stage).filled(parallel.time_ranks)
 
 
 def has_segments(attention: str, objective: ObjectiveConfig) -> bool:

@@ -25,24 +25,11 @@ def check_recompute(config: RunConfig, problems: list[PalimpsestError]) -> None:
         )
 
 
-SHARES_TIME = {"sequence_parallel": ("gpt", "bert"), "sequence": ("gpt",)}
-"""Families whose layers may hold a stretch of the rows' time, by what makes them."""
-
-
 def check_time(key: str, stage: RunStage, config: RunConfig, problems: list[PalimpsestError]) -> None:
-    """Ranks that share the time of a row divide its length, and those that exchange heads the heads."""
-    parallel, model = config.parallel, config.model
-    shared = {"sequence_parallel": parallel.shared_by, "sequence": parallel.sequence}
-    for name, families in SHARES_TIME.items():
-        if shared[name] > 1 and model.family not in families:
-            problems.append(
-                ConfigError(
-                    f"parallel.{name} = {getattr(parallel, name)} with model.family = {model.family}",
-                    f"model.family {' or '.join(families)} with it",
-                    f"leave parallel.{name} out",
-                )
-            )
-    ranks, length = parallel.shared_by * parallel.sequence, row_lengths(stage).tokens
+    """Ranks that share the time of a row divide its length. That of a decoder's rows follows from it: they are filled
+    up (`engine.config.lengths.held_lengths`)."""
+    parallel = config.parallel
+    ranks, length = parallel.time_ranks, row_lengths(stage).tokens
     if length % ranks:
         problems.append(
             ConfigError(

@@ -9,8 +9,6 @@ ONLY: dict[str, tuple[str, ...]] = {
     "token_types": ("bert",),
     "pair_head": ("bert",),
     "norm_position": ("bert",),
-    "dropout": ("gpt", "bert"),
-    "attention_dropout": ("gpt", "bert"),
     "num_decoder_layers": ("t5",),
     "relative_buckets": ("t5",),
     "relative_distance": ("t5",),

@@ -354,6 +354,11 @@ class ParallelConfig(Section):
         """Tensor ranks that share the time of hidden states between the blocks."""
         return self.tensor if self.sequence_parallel else 1
 
+    @property
+    def time_ranks(self) -> int:
+        """Ranks that share the time of a row's hidden states, on both axes."""
+        return self.shared_by * self.sequence
+
     pipe: PositiveInt = 1
     """Pipeline stages."""
     tensor: PositiveInt = 1

@@ -9,14 +9,15 @@ Legend: B batch, T time, D width, H heads, G key/value heads, K head size (H and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from engine.config.schema import ModelConfig
-from engine.models.dropout import Dropout
-from engine.parallel.functions import Functions
+from engine.models.dropout import ATTENTION, Dropout
+from engine.parallel.functions import PLAIN, Drop, Functions, Time
 
 
 @dataclass(frozen=True)
@@ -34,30 +35,42 @@ class View:
     sin_TK: torch.Tensor | None
     dropout: Dropout | None = None
 
+    def dropped(self, x_BTD: torch.Tensor, layer: int, site: int) -> torch.Tensor:
+        """Hidden states of which dropout set some to 0; `layer` is the global number."""
+        return x_BTD if self.dropout is None else self.dropout.hidden(x_BTD, layer, site)
+
+    def inner_drop(self, layer: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What a layer's feed-forward part drops of its inner features."""
+        return None if self.dropout is None else self.dropout.inner(layer)
+
+    def probability_drop(self, layer: int, first_head: int, site: int = ATTENTION) -> Drop | None:
+        """What attention drops of the probabilities of a layer's heads from the global `first_head` on."""
+        return None if self.dropout is None else self.dropout.probabilities(layer, first_head, site)
+
 
 def view(
     config: ModelConfig,
-    num_positions: int,
+    x_BTD: torch.Tensor,
     segments_BT: torch.Tensor | None,
-    device: torch.device,
     bidirectional: bool = False,
-    first_position: int = 0,
+    time: Time = PLAIN.time,
     dropout: Dropout | None = None,
 ) -> View:
-    """The view of one micro-batch; `segments_BT` counts documents within a row, None means one document per row.
+    """The view of one micro-batch with these hidden states; `segments_BT` counts documents within a whole row, None
+    means one document per row.
 
-    This rank makes the queries and keys of `num_positions` tokens, of which the first stands at `first_position`.
-    `bidirectional`: tokens see those behind them, too.
+    `time` says of which tokens this rank makes queries and keys. `bidirectional`: tokens see those behind them, too.
     """
     if segments_BT is not None:
         mask_B1TT = document_mask(segments_BT, bidirectional)
     else:
-        whole = (1, 1, num_positions, num_positions)
-        mask_B1TT = torch.ones(whole, dtype=torch.bool, device=device) if bidirectional else None
+        whole = (1, 1, time.whole(x_BTD), time.whole(x_BTD))
+        mask_B1TT = torch.ones(whole, dtype=torch.bool, device=x_BTD.device) if bidirectional else None
     if config.position != "rope":
         return View(mask_B1TT, None, None, dropout)
-    cos_TK, sin_TK = rotary_tables(num_positions, config.head_size, config.rope_theta, device, first_position)
-    return View(mask_B1TT, cos_TK, sin_TK, dropout)
+    num_given = time.given(x_BTD)
+    tables = rotary_tables(num_given, config.head_size, config.rope_theta, x_BTD.device, time.first(num_given))
+    return View(mask_B1TT, *tables, dropout)
 
 
 def document_mask(segments_BT: torch.Tensor, bidirectional: bool = False) -> torch.Tensor:
@@ -128,8 +141,6 @@ class SelfAttention(nn.Module):
         if view.cos_TK is not None and view.sin_TK is not None:
             q_BTHK = rotate(q_BTHK, view.cos_TK, view.sin_TK)
             k_BTGK = rotate(k_BTGK, view.cos_TK, view.sin_TK)
-        drop = None
-        if view.dropout is not None:
-            drop = view.dropout.probabilities(self.layer, first_head=self.tensor_rank * q_BTHK.size(2))
+        drop = view.probability_drop(self.layer, first_head=self.tensor_rank * q_BTHK.size(2))
         out_BTHK = self.attention(q_BTHK, k_BTGK, v_BTGK, view.mask_B1TT, self.scale, drop)
         return self.out_proj(out_BTHK.flatten(2))

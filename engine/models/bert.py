@@ -75,8 +75,9 @@ class Stage(nn.Module):
         """What the stage makes of one micro-batch.
 
         The first stage takes `tokens_BT` and `token_types_BT` (int64; None means type 0), the others `hidden_BTD` of
-        the stage before. `segments_BT` numbers the documents of a row, padding being one; None means that the row is
-        one document. `dropout_keys_B` (int64) are the rows' keys; None means no dropout. The last stage returns
+        the stage before. `segments_BT` numbers the documents of a whole row, padding being one; None means that the row
+        is one document. `dropout_keys_B` (int64) are the rows' keys; None means no dropout. `masked_BM` are places
+        among the given tokens, and pairs are read from the first of these. The last stage returns
         `losses_L` (fp32 weighted sums: of the tokens at `masked_BM` and, with a pair head, of the rows' pairs);
         without `targets_BM` it returns `logits_BTV` over the real vocabulary (of all tokens; on one tensor-parallel
         rank only) and, with a pair head, `pair_logits_BC`.
@@ -85,11 +86,10 @@ class Stage(nn.Module):
             assert tokens_BT is not None, "the first stage takes tokens, the others hidden states"
             hidden_BTD = self.embed(tokens_BT, token_types_BT, segments_BT)
         x_BTD: torch.Tensor = hidden_BTD
-        dropout = make_dropout(self.config, dropout_keys_B, self.functions.first_held(x_BTD))
-        num_tokens = self.functions.time.given(x_BTD)
-        seen = view(self.config, num_tokens, segments_BT, x_BTD.device, bidirectional=True, dropout=dropout)
-        if self.chunk.first and dropout is not None:
-            x_BTD = dropout.hidden(x_BTD, -1, EMBEDDED)
+        dropout = make_dropout(self.config, dropout_keys_B, x_BTD, self.functions)
+        seen = view(self.config, x_BTD, segments_BT, bidirectional=True, time=self.functions.time, dropout=dropout)
+        if self.chunk.first:
+            x_BTD = seen.dropped(x_BTD, -1, EMBEDDED)
         for layer in self.layers.values():
             x_BTD = layer(x_BTD, seen)
         if not self.chunk.last:
@@ -116,9 +116,10 @@ class Stage(nn.Module):
         hidden_BTD = self.embed_tokens(tokens_BT)
         if self.config.position == "learned":
             if segments_BT is None:
-                positions = torch.arange(tokens_BT.size(1), device=tokens_BT.device)  # (T,)
+                num_given = tokens_BT.size(1)
+                positions = torch.arange(num_given, device=tokens_BT.device) + self.functions.time.first(num_given)
             else:
-                positions = positions_in_document(segments_BT)  # (B, T)
+                positions = self.functions.time.own(positions_in_document(segments_BT))  # (B, T)
             hidden_BTD = hidden_BTD + self.embed_positions(positions)
         if self.config.token_types:
             types_BT = torch.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT

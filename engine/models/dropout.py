@@ -11,29 +11,39 @@ Legend: B batch, T time, D width, H heads (local), Q queries, S keys (of attenti
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from engine.config.schema import ModelConfig
-from engine.parallel.functions import Drop
+from engine.parallel.functions import PLAIN, Drop, Functions
 
 KEYS = "dropout_keys_B"
 """The keyword of a batch's keys, int64; absent where nothing is dropped, as in evaluation."""
 EMBEDDING, ATTENTION, ATTENTION_OUTPUT, FFN_OUTPUT = range(4)
 """Sites: hidden states of the embedding; probabilities; what attention and feed-forward part make."""
+CROSS_ATTENTION, CROSS_ATTENTION_OUTPUT, FFN_INNER, STACK_OUTPUT = range(4, 8)
+"""T5's: the same of the attention to the encoder; the feed-forward part's inner features; what a stack's last norm
+makes."""
 NUM_SITES = 8
-"""Room for sites of other families, so that a new one moves no mask."""
+"""Of each layer; a new one must move no mask."""
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """What is dropped in the rows of one micro-batch. `first_position`: where this rank's hidden states begin."""
+    """What is dropped in the rows of one micro-batch.
+
+    `first_position`: where this rank's hidden states begin; `first_given`: where the tokens do that its layers are
+    given (`engine.parallel.functions.Time`).
+    """
 
     config: ModelConfig
     keys_B: torch.Tensor
     first_position: int = 0
+    first_given: int = 0
+    tensor_rank: int = 0
 
     def hidden(self, x_BTD: torch.Tensor, layer: int, site: int) -> torch.Tensor:
         """Hidden states (all features of some positions) of which some are 0; `layer` is the global number."""
@@ -43,18 +53,34 @@ class Dropout:
         places = _places((num_positions, width), (self.first_position, 0), (0, width), x_BTD.device)
         return _drop(x_BTD, places, self.config.dropout, self.keys_B, layer, site)
 
-    def probabilities(self, layer: int, first_head: int) -> Drop | None:
+    def inner(self, layer: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Drops inner features of a layer's feed-forward part, x_BTF: of given positions, this tensor rank's ones; None
+        where none are (all but T5: Raffel et al. 2020, section 2.1)."""
+        if self.config.family != "t5" or self.config.dropout == 0:
+            return None
+        return partial(self._inner, layer)
+
+    def _inner(self, layer: int, x_BTF: torch.Tensor) -> torch.Tensor:
+        shape = x_BTF.shape[1:]
+        firsts = (self.first_given, self.tensor_rank * shape[1])
+        places = _places(shape, firsts, (0, self.config.inner_size), x_BTF.device)
+        return _drop(x_BTF, places, self.config.dropout, self.keys_B, layer, FFN_INNER)
+
+    def probabilities(self, layer: int, first_head: int, site: int = ATTENTION) -> Drop | None:
         """Drops probabilities of a layer's heads from the global `first_head` on; None where none are."""
         if self.config.attention_dropout == 0:
             return None
-        return partial(self._probabilities, layer, first_head)
+        return partial(self._probabilities, layer, site, first_head)
 
     def _probabilities(
-        self, layer: int, called_with: int, probabilities_BHQS: torch.Tensor, first_head: int = 0
+        self, layer: int, site: int, called_with: int, probabilities_BHQS: torch.Tensor, first_head: int = 0
     ) -> torch.Tensor:
-        shape = probabilities_BHQS.shape[1:]
-        places = _places(shape, (called_with + first_head, 0, 0), (0, *shape[1:]), probabilities_BHQS.device)
-        return _drop(probabilities_BHQS, places, self.config.attention_dropout, self.keys_B, layer, ATTENTION)
+        """A place's number does not depend on the length of the rows, which a layout may fill up."""
+        sizes = (0, self.config.max_positions, self.config.max_positions)
+        places = _places(
+            probabilities_BHQS.shape[1:], (called_with + first_head, 0, 0), sizes, probabilities_BHQS.device
+        )
+        return _drop(probabilities_BHQS, places, self.config.attention_dropout, self.keys_B, layer, site)
 
 
 def drops(config: ModelConfig) -> bool:
@@ -62,9 +88,14 @@ def drops(config: ModelConfig) -> bool:
     return config.dropout > 0 or config.attention_dropout > 0
 
 
-def make(config: ModelConfig, keys_B: torch.Tensor | None, first_position: int = 0) -> Dropout | None:
-    """The dropout of a micro-batch with these keys; None where it has none."""
-    return None if keys_B is None else Dropout(config, keys_B, first_position)
+def make(
+    config: ModelConfig, keys_B: torch.Tensor | None, x_BTD: torch.Tensor, functions: Functions = PLAIN
+) -> Dropout | None:
+    """The dropout of a micro-batch with these keys and hidden states; None where it has none."""
+    if keys_B is None:
+        return None
+    first_given = functions.time.first(functions.time.given(x_BTD))
+    return Dropout(config, keys_B, functions.first_held(x_BTD), first_given, functions.tensor_rank)
 
 
 def _places(

@@ -66,12 +66,10 @@ class Stage(nn.Module):
             assert tokens_BT is not None, "the first stage takes tokens, the others hidden states"
             hidden_BTD = self.embed(tokens_BT, segments_BT)
         x_BTD: torch.Tensor = hidden_BTD
-        dropout = make_dropout(self.config, dropout_keys_B, self.functions.first_held(x_BTD))
-        num_given = self.functions.time.given(x_BTD)
-        first = self.functions.time.first(num_given)
-        seen = view(self.config, num_given, segments_BT, x_BTD.device, first_position=first, dropout=dropout)
-        if self.chunk.first and dropout is not None:
-            x_BTD = dropout.hidden(x_BTD, -1, EMBEDDED)
+        dropout = make_dropout(self.config, dropout_keys_B, x_BTD, self.functions)
+        seen = view(self.config, x_BTD, segments_BT, time=self.functions.time, dropout=dropout)
+        if self.chunk.first:
+            x_BTD = seen.dropped(x_BTD, -1, EMBEDDED)
         for layer in self.layers.values():
             x_BTD = layer(x_BTD, seen)
         if not self.chunk.last:

@@ -67,6 +67,10 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+InnerDrop = Callable[[torch.Tensor], torch.Tensor]
+"""(B, T, F) -> the same with some of it 0."""
+
+
 class FeedForward(nn.Module):
     """D -> F, activation, F -> D."""
 
@@ -76,9 +80,10 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.inner_size, bias=config.bias)
         self.down_proj = nn.Linear(config.inner_size, config.hidden_size, bias=config.bias)
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        return self.down_proj(self.activation(self.up_proj(x_BTD)))
+    def forward(self, x_BTD: torch.Tensor, drop: InnerDrop | None = None) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D); `drop` sets some inner features to 0."""
+        inner_BTF = self.activation(self.up_proj(x_BTD))
+        return self.down_proj(inner_BTF if drop is None else drop(inner_BTF))
 
 
 class GatedFeedForward(nn.Module):
@@ -90,10 +95,11 @@ class GatedFeedForward(nn.Module):
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.inner_size, bias=config.bias)
         self.down_proj = nn.Linear(config.inner_size, config.hidden_size, bias=config.bias)
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D)."""
+    def forward(self, x_BTD: torch.Tensor, drop: InnerDrop | None = None) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D); `drop` sets some inner features to 0."""
         gate_BTF, up_BTF = self.gate_up_proj(x_BTD).chunk(2, dim=-1)
-        return self.down_proj(self.activation(gate_BTF) * up_BTF)
+        inner_BTF = self.activation(gate_BTF) * up_BTF
+        return self.down_proj(inner_BTF if drop is None else drop(inner_BTF))
 
 
 def feed_forward(config: ModelConfig) -> nn.Module:
@@ -120,14 +126,14 @@ class TransformerLayer(nn.Module):
     def forward(self, x_BTD: torch.Tensor, view: View) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
         if self.post:
-            x_BTD = self.attention_norm(x_BTD + self._dropped(self.attention(x_BTD, view), view, ATTENTION_OUTPUT))
-            return self.ffn_norm(x_BTD + self._dropped(self.ffn(x_BTD), view, FFN_OUTPUT))
+            made_BTD = self.attention(x_BTD, view)
+            x_BTD = self.attention_norm(x_BTD + view.dropped(made_BTD, self.number, ATTENTION_OUTPUT))
+            made_BTD = self.ffn(x_BTD, view.inner_drop(self.number))
+            return self.ffn_norm(x_BTD + view.dropped(made_BTD, self.number, FFN_OUTPUT))
         made_BTD = self.attention(self.attention_norm(x_BTD), view)
-        x_BTD = x_BTD + self._dropped(made_BTD, view, ATTENTION_OUTPUT)
-        return x_BTD + self._dropped(self.ffn(self.ffn_norm(x_BTD)), view, FFN_OUTPUT)
-
-    def _dropped(self, made_BTD: torch.Tensor, view: View, site: int) -> torch.Tensor:
-        return made_BTD if view.dropout is None else view.dropout.hidden(made_BTD, self.number, site)
+        x_BTD = x_BTD + view.dropped(made_BTD, self.number, ATTENTION_OUTPUT)
+        made_BTD = self.ffn(self.ffn_norm(x_BTD), view.inner_drop(self.number))
+        return x_BTD + view.dropped(made_BTD, self.number, FFN_OUTPUT)
 
 
 def layer_sharding(config: ModelConfig) -> Table:

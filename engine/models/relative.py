@@ -16,13 +16,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.config.schema import ModelConfig
+from engine.parallel.functions import PLAIN, Time
 
 
 class RelativePositions(nn.Module):
     """One table for all self-attention of a stack: `weight` is (buckets, heads).
 
     Tensor parallelism cuts it by heads, as it does the scores it is added to: a rank's columns get their whole gradient
-    from its own heads, so nothing is communicated and no copy has to be kept equal.
+    from its own heads, so nothing is communicated and no copy has to be kept equal. Ranks of the sequence axis have the
+    same columns and take those of the heads that they see rows of: gradients that ZeRO adds up.
     """
 
     def __init__(self, config: ModelConfig, bidirectional: bool) -> None:
@@ -30,11 +32,12 @@ class RelativePositions(nn.Module):
         self.bidirectional, self.distance = bidirectional, config.relative_distance
         self.weight = nn.Parameter(torch.zeros(config.relative_buckets, config.num_heads))
 
-    def forward(self, num_positions: int) -> torch.Tensor:
-        """bias_1HTT of the scores: query (first T) against key (second T)."""
+    def forward(self, num_positions: int, time: Time = PLAIN.time) -> torch.Tensor:
+        """bias_1HTT of the scores in whole rows: query (first T) against key (second T), for the heads that this rank's
+        attention sees."""
         distances_R = torch.arange(1 - num_positions, num_positions, device=self.weight.device)
         buckets_R = buckets(distances_R, self.bidirectional, len(self.weight), self.distance)
-        values_HR = F.embedding(buckets_R, self.weight).T
+        values_HR = time.own(F.embedding(buckets_R, self.weight)).T
         # Row i is the window of T distances that begins with -i: T x T numbers are never looked up one by one.
         return values_HR.unfold(1, num_positions, 1).flip(1).unsqueeze(0)
 

@@ -6,7 +6,9 @@ stacks, the encoder's first; a chunk may hold the end of the one and the beginni
 layer makes is normed there and goes, as `encoded_BSD`, through all chunks of the decoder.
 
 Up to three stages share the embedding (`embed_tokens` on the first and where the decoder begins, the tied head on the
-last), and every stage with layers of a stack has that stack's table.
+last), and every stage with layers of a stack has that stack's table. Where ranks share the time of rows they share
+both stacks' (`engine.parallel.functions.Time`). Dropout is where the paper has it (section 2.1), so that the embedding
+of the decoder counts as what the last encoder layer hands on.
 
 Legend: B batch, S time of the encoder, T time of the decoder, D width, H heads (local), V vocabulary, L losses.
 """
@@ -19,11 +21,22 @@ from torch import nn
 from engine.config.schema import ModelConfig
 from engine.models.attention import SelfAttention, View
 from engine.models.chunk import Chunk, Rows, whole
+from engine.models.dropout import (
+    ATTENTION_OUTPUT,
+    CROSS_ATTENTION,
+    CROSS_ATTENTION_OUTPUT,
+    FFN_OUTPUT,
+    KEYS,
+    STACK_OUTPUT,
+    drops,
+)
+from engine.models.dropout import EMBEDDING as EMBEDDED
+from engine.models.dropout import make as make_dropout
 from engine.models.heads import VocabularyHead
 from engine.models.layers import TransformerLayer, feed_forward, layer_sharding, norm
 from engine.models.relative import RelativePositions, masked
 from engine.parallel.boundary import Boundary, Field, Tensors
-from engine.parallel.functions import PLAIN, Attention, Functions
+from engine.parallel.functions import PLAIN, Functions
 from engine.parallel.sharding import HEADS, ROW, VOCABULARY, ParameterSpec, Table, column, lookup
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -32,19 +45,23 @@ EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 class CrossAttention(nn.Module):
     """Queries from the decoder, fused keys and values from what the encoder made."""
 
-    def __init__(self, config: ModelConfig, attention: Attention) -> None:
+    def __init__(self, config: ModelConfig, functions: Functions, layer: int) -> None:
         super().__init__()
-        self.head_size, self.scale, self.attention = config.head_size, config.score_scale, attention
+        self.layer, self.tensor_rank = layer, functions.tensor_rank
+        self.head_size, self.scale, self.attention = config.head_size, config.score_scale, functions.attention
         heads = config.num_heads * config.head_size
         self.q_proj = nn.Linear(config.hidden_size, heads, bias=config.bias)
         self.kv_proj = nn.Linear(config.hidden_size, 2 * heads, bias=config.bias)
         self.out_proj = nn.Linear(heads, config.hidden_size, bias=config.bias)
 
-    def forward(self, x_BTD: torch.Tensor, encoded_BSD: torch.Tensor, mask_B1TS: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x_BTD: torch.Tensor, view: View, encoded_BSD: torch.Tensor, mask_B1TS: torch.Tensor
+    ) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
         q_BTHK = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_size))
         k_BSHK, v_BSHK = self.kv_proj(encoded_BSD).unflatten(-1, (-1, self.head_size)).chunk(2, dim=2)
-        return self.out_proj(self.attention(q_BTHK, k_BSHK, v_BSHK, mask_B1TS, self.scale).flatten(2))
+        drop = view.probability_drop(self.layer, self.tensor_rank * q_BTHK.size(2), CROSS_ATTENTION)
+        return self.out_proj(self.attention(q_BTHK, k_BSHK, v_BSHK, mask_B1TS, self.scale, drop).flatten(2))
 
 
 class CrossLayer(nn.Module):
@@ -52,10 +69,11 @@ class CrossLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, functions: Functions, number: int) -> None:
         super().__init__()
+        self.number = number
         self.attention_norm = norm(config)
         self.attention = SelfAttention(config, functions, number)
         self.cross_attention_norm = norm(config)
-        self.cross_attention = CrossAttention(config, functions.attention)
+        self.cross_attention = CrossAttention(config, functions, number)
         self.ffn_norm = norm(config)
         self.ffn = feed_forward(config)
 
@@ -63,9 +81,12 @@ class CrossLayer(nn.Module):
         self, x_BTD: torch.Tensor, view: View, encoded_BSD: torch.Tensor, mask_B1TS: torch.Tensor
     ) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), view)
-        x_BTD = x_BTD + self.cross_attention(self.cross_attention_norm(x_BTD), encoded_BSD, mask_B1TS)
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+        made_BTD = self.attention(self.attention_norm(x_BTD), view)
+        x_BTD = x_BTD + view.dropped(made_BTD, self.number, ATTENTION_OUTPUT)
+        made_BTD = self.cross_attention(self.cross_attention_norm(x_BTD), view, encoded_BSD, mask_B1TS)
+        x_BTD = x_BTD + view.dropped(made_BTD, self.number, CROSS_ATTENTION_OUTPUT)
+        made_BTD = self.ffn(self.ffn_norm(x_BTD), view.inner_drop(self.number))
+        return x_BTD + view.dropped(made_BTD, self.number, FFN_OUTPUT)
 
 
 class Stage(nn.Module):
@@ -73,7 +94,7 @@ class Stage(nn.Module):
 
     def __init__(self, config: ModelConfig, chunk: Chunk, functions: Functions) -> None:
         super().__init__()
-        self.config, self.chunk = config, chunk
+        self.config, self.chunk, self.functions = config, chunk, functions
         self.encoder, self.decoder = stacks(config, chunk)
         first_of_decoder = config.num_encoder_layers
         self.begins_decoder = first_of_decoder in chunk.layers
@@ -105,36 +126,45 @@ class Stage(nn.Module):
         hidden_BTD: torch.Tensor | None = None,
         segments_BS: torch.Tensor | None = None,
         decoder_segments_BT: torch.Tensor | None = None,
+        dropout_keys_B: torch.Tensor | None = None,
         targets_BT: torch.Tensor | None = None,
         weights_BT: torch.Tensor | None = None,
     ) -> Tensors:
         """What the stage makes of one micro-batch.
 
         Tokens (int64) go to where a stack begins; hidden states come from the stage before: `hidden_BSD` inside the
-        encoder, `encoded_BSD` behind it, with `hidden_BTD` inside the decoder. Segments number the documents of a row;
-        None means that it is one. Returns what the next stage receives; the last stage `losses_L` (fp32, L = 1), or
-        `logits_BTV` over the real vocabulary where `targets_BT` is None (on one tensor-parallel rank only).
+        encoder, `encoded_BSD` behind it, with `hidden_BTD` inside the decoder. Segments number the documents of a whole
+        row; None means that it is one. `dropout_keys_B` (int64) are the rows' keys; None means no dropout. Returns what
+        the next stage receives; the last stage `losses_L` (fp32, L = 1), or `logits_BTV` over the real vocabulary where
+        `targets_BT` is None (on one tensor-parallel rank only).
         """
         embedded = self.embed(tokens_BS, decoder_tokens_BT)
         if self.encoder:
             x_BSD = hidden_BSD if hidden_BSD is not None else embedded.pop(0)
-            seen = View(masked(self.encoder_positions(x_BSD.size(1)), segments_BS, causal=False), None, None)
+            seen = self.view(x_BSD, self.encoder_positions, segments_BS, dropout_keys_B)
+            if hidden_BSD is None:
+                x_BSD = seen.dropped(x_BSD, -1, EMBEDDED)
             for index in self.encoder:
                 x_BSD = self.layers[str(index)](x_BSD, seen)
             if not hasattr(self, "encoder_norm"):
                 return {"hidden_BSD": x_BSD}
-            encoded_BSD = self.encoder_norm(x_BSD)
+            encoded_BSD = seen.dropped(self.encoder_norm(x_BSD), self.encoder[-1], STACK_OUTPUT)
         assert encoded_BSD is not None, "the decoder reads the encoder"
         if not self.decoder:
             return {"encoded_BSD": encoded_BSD}
         x_BTD = hidden_BTD if hidden_BTD is not None else embedded.pop(0)
-        seen = View(masked(self.decoder_positions(x_BTD.size(1)), decoder_segments_BT, causal=True), None, None)
-        mask_B1TS = cross_mask(x_BTD, decoder_segments_BT, encoded_BSD, segments_BS)
+        seen = self.view(x_BTD, self.decoder_positions, decoder_segments_BT, dropout_keys_B)
+        if hidden_BTD is None:
+            x_BTD = seen.dropped(x_BTD, self.decoder[0] - 1, EMBEDDED)
+        time = self.functions.time
+        mask_B1TS = cross_mask(
+            decoder_segments_BT, segments_BS, time.whole(x_BTD), time.whole(encoded_BSD), x_BTD.device
+        )
         for index in self.decoder:
             x_BTD = self.layers[str(index)](x_BTD, seen, encoded_BSD, mask_B1TS)
         if not self.chunk.last:
             return {"encoded_BSD": encoded_BSD, "hidden_BTD": x_BTD}
-        x_BTD = self.final_norm(x_BTD)
+        x_BTD = self.functions.whole_rows(seen.dropped(self.final_norm(x_BTD), self.decoder[-1], STACK_OUTPUT))
         if (
             self.config.tie_embeddings
         ):  # v1.0: else the embedding's numbers of size 1 would make logits of size D ** 0.5
@@ -144,11 +174,28 @@ class Stage(nn.Module):
         return {"losses_L": self.lm_head(x_BTD, targets_BT, weights_BT).reshape(1)}
 
     def embed(self, *tokens: torch.Tensor | None) -> list[torch.Tensor]:
-        """Hidden states of those tokens that are given, in one look-up: ZeRO-3 gathers a module once per call."""
+        """Hidden states of those tokens that are given, in one look-up: ZeRO-3 gathers a module once per call.
+
+        Where tensor ranks keep a stretch each of what is looked up, it begins with their stretch of the first tokens.
+        """
         given = [some for some in tokens if some is not None]
         if not given:
             return []
-        return list(self.embed_tokens(torch.cat(given, 1)).split([some.size(1) for some in given], dim=1))
+        ranks = self.functions.time.shared_by
+        together = torch.cat([some.unflatten(1, (ranks, -1)) for some in given], dim=2).flatten(1)
+        return list(self.embed_tokens(together).split([some.size(1) // ranks for some in given], dim=1))
+
+    def view(
+        self,
+        x_BTD: torch.Tensor,
+        positions: RelativePositions,
+        segments_BT: torch.Tensor | None,
+        keys_B: torch.Tensor | None,
+    ) -> View:
+        """The view of a stack with these hidden states and this table."""
+        time = self.functions.time
+        bias_BHTT = masked(positions(time.whole(x_BTD), time), segments_BT, causal=not positions.bidirectional)
+        return View(bias_BHTT, None, None, make_dropout(self.config, keys_B, x_BTD, self.functions))
 
 
 def stacks(config: ModelConfig, chunk: Chunk) -> tuple[range, range]:
@@ -158,16 +205,16 @@ def stacks(config: ModelConfig, chunk: Chunk) -> tuple[range, range]:
 
 
 def cross_mask(
-    x_BTD: torch.Tensor,
     decoder_segments_BT: torch.Tensor | None,
-    encoded_BSD: torch.Tensor,
     segments_BS: torch.Tensor | None,
+    decoder_length: int,
+    encoder_length: int,
+    device: torch.device,
 ) -> torch.Tensor:
-    """mask_B1TS, true where a place of the decoder sees one of the encoder: inside the same document."""
+    """mask_B1TS of whole rows, true where a place of the decoder sees one of the encoder: inside the same document."""
     assert (decoder_segments_BT is None) == (segments_BS is None), "rows of both stacks are numbered, or neither"
     if decoder_segments_BT is None or segments_BS is None:
-        shape = (len(x_BTD), 1, x_BTD.size(1), encoded_BSD.size(1))
-        return torch.ones(shape, dtype=torch.bool, device=x_BTD.device)
+        return torch.ones((1, 1, decoder_length, encoder_length), dtype=torch.bool, device=device)
     return (decoder_segments_BT[:, :, None] == segments_BS[:, None, :])[:, None]
 
 
@@ -219,7 +266,7 @@ def wanted(config: ModelConfig, chunk: Chunk) -> frozenset[str]:
     """Keywords of the chunk that come from the data."""
     names: set[str] = set()
     if chunk.first:
-        names |= {"tokens_BS", "segments_BS"}
+        names |= {"tokens_BS", "segments_BS"} | ({KEYS} if drops(config) else set())
     if config.num_encoder_layers in chunk.layers:
         names |= {"decoder_tokens_BT", "decoder_segments_BT"}
     if chunk.last:
@@ -229,15 +276,21 @@ def wanted(config: ModelConfig, chunk: Chunk) -> frozenset[str]:
 
 def boundary(config: ModelConfig, layer: int, rows: Rows) -> Boundary:
     """What the chunk that begins with `layer` receives: inside the encoder its hidden states, else what it made; inside
-    the decoder that one's hidden states too; and the document numbers of what it receives."""
+    the decoder that one's hidden states too; the document numbers of what it receives; and keys of dropout."""
     encoder, decoder = (rows.num_rows, rows.length), (rows.num_rows, rows.decoder_length)
+
+    def hidden(length: int) -> Field:
+        held = (rows.num_rows, length // rows.shared_by, config.hidden_size)
+        return Field(held, rows.dtype, differentiable=True)
+
     received: Boundary = {}
-    name = "hidden_BSD" if layer < config.num_encoder_layers else "encoded_BSD"
-    received[name] = Field((*encoder, config.hidden_size), rows.dtype, differentiable=True)
+    received["hidden_BSD" if layer < config.num_encoder_layers else "encoded_BSD"] = hidden(rows.length)
     if layer > config.num_encoder_layers:
-        received["hidden_BTD"] = Field((*decoder, config.hidden_size), rows.dtype, differentiable=True)
+        received["hidden_BTD"] = hidden(rows.decoder_length)
     if rows.segments:
         received["segments_BS"] = Field(encoder, torch.int32, differentiable=False)
         if layer > config.num_encoder_layers:
             received["decoder_segments_BT"] = Field(decoder, torch.int32, differentiable=False)
+    if drops(config):
+        received[KEYS] = Field((rows.num_rows,), torch.int64, differentiable=False, evaluated=False)
     return received

@@ -113,12 +113,19 @@ class Time:
         """Tokens that a model is given of a row, from the hidden states that it holds: those that attention gets."""
         return hidden_BTD.size(1) * self.shared_by
 
+    def whole(self, hidden_BTD: torch.Tensor) -> int:
+        """Tokens of the row."""
+        return self.given(hidden_BTD) * self.size
+
     def first(self, num_given: int) -> int:
         """Where the first of the given tokens stands in the row."""
         return self.position * num_given
 
     def own(self, whole_BT: torch.Tensor) -> torch.Tensor:
-        """The given tokens' part of what holds a number for each token of the row; a view."""
+        """The given tokens' part of what holds a number for each token of the row; a view.
+
+        Of numbers for each of this rank's heads: those of the heads that its attention sees, which then sees the row.
+        """
         length = whole_BT.size(-1) // self.size
         return whole_BT.narrow(-1, self.position * length, length)
 

@@ -45,9 +45,11 @@ def sequence_attention(
     *,
     group: Group,
 ) -> torch.Tensor:
-    """`attention` of this rank's stretch, out_BTHK; `mask` is (B, 1, T, T) of whole rows. Collective over `group`.
+    """`attention` of this rank's stretch, out_BTHK. Collective over `group`.
 
-    The group's size divides G, so that a query head meets its key/value head on one rank.
+    `mask` is of whole rows, (B, 1, T, T) or with a number for each head inside (`Time.own`). Keys may be of other rows
+    than queries, of which each rank has a stretch, too. The group's size divides G, so that a query head meets its
+    key/value head on one rank.
     """
     if drop is not None:
         drop = partial(drop, first_head=group.position * (q_BTHK.size(HEADS) // group.size))

@@ -10,13 +10,15 @@ from engine.plan.gpt import (
     HEAD,
     boundary,
     carried_bytes,
+    entered,
+    exchanged,
     mask,
     reduced,
     reduced_again,
 )  # equal in both families
 from engine.plan.parts import Entry
 
-__all__ = ["boundary", "carried_bytes", "mask", "reduced", "reduced_again"]
+__all__ = ["boundary", "carried_bytes", "entered", "exchanged", "mask", "reduced", "reduced_again"]
 
 PAIR_KINDS = 2
 

@@ -71,6 +71,27 @@ COLUMNS: dict[str, Change] = {
         "objective": {"name": "masked", "pairs": "next_sentence"},
     },
 }
+BERT, T5 = "BERT, pairs, dropout", "T5, dropout"
+COLUMNS[T5] = {
+    "model": {
+        "family": "t5",
+        "position": "relative",
+        "norm": "rmsnorm",
+        "activation": "relu",
+        "bias": False,
+        "dropout": 0.1,
+        "attention_dropout": 0.1,
+    },
+    "objective": {"name": "span_corruption"},
+}
+COLUMNS |= {
+    f"{family}, {name}": COLUMNS[family] | {"parallel": parallel}
+    for family in (BERT, T5)
+    for name, parallel in (
+        ("tensor 2, sequence parallel", {"tensor": 2, "sequence_parallel": True}),
+        ("pipe 2 x sequence 2", {"pipe": 2, "sequence": 2}),
+    )
+}
 ROWS: dict[str, Change] = {f"ZeRO-{stage}": {"parallel": {"zero_stage": stage}} for stage in range(4)}
 REFUSED: dict[str, Change] = {
     "more pipeline stages than layers": {"parallel": {"pipe": 8}},

@@ -62,6 +62,15 @@ class Figures(Protocol):
         """Elements that the second run of a layer that recomputes all-reduces: as its first run, but for the last."""
         ...
 
+    def entered(self, model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+        """Elements that enter the parts of a layer which tensor ranks split: gathered under sequence parallelism."""
+        ...
+
+    def exchanged(self, model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+        """Elements of queries, keys, values and results of a layer's attention, of which ranks exchange heads for time
+        (Ulysses)."""
+        ...
+
     def sees_whole_rows(self, name: str) -> bool:
         """Whether a parameter, held alike by all tensor ranks, sees whole rows under sequence parallelism: in heads."""
         ...

@@ -98,6 +98,16 @@ def reduced_again(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
     return lengths.tokens * model.hidden_size
 
 
+def entered(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+    """What attention reads, and what the feed-forward part does."""
+    return 2 * lengths.tokens * model.hidden_size
+
+
+def exchanged(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+    """All four of self-attention."""
+    return parts.exchanged(model, lengths.tokens)
+
+
 def sees_whole_rows(name: str) -> bool:
     """None of the parameters that tensor ranks hold alike does."""
     return False

@@ -96,15 +96,22 @@ def saved_by_attention(model: ModelConfig, num_tokens: int, tensor_size: int) ->
 
     With dropout also the probabilities, before and after it, and a byte each that says which stayed.
     """
-    kept = num_tokens * (2 * model.num_heads + 2 * model.kv_heads) * model.head_size // tensor_size
-    if model.attention_dropout == 0:
-        return kept
-    return kept + 9 * model.num_heads * num_tokens * num_tokens // 4 // tensor_size
+    return exchanged(model, num_tokens) // tensor_size + saved_probabilities(model, num_tokens, num_tokens, tensor_size)
+
+
+def saved_probabilities(model: ModelConfig, num_queries: int, num_keys: int, tensor_size: int) -> int:
+    """Elements of probabilities and of what dropout made of them; none without dropout."""
+    return 9 * model.num_heads * num_queries * num_keys // 4 // tensor_size if model.attention_dropout else 0
 
 
 def saved_by_feed_forward(model: ModelConfig, num_tokens: int, tensor_size: int) -> int:
     """The same of the feed-forward part: before and after its activation (gated: the activated gate as well)."""
     return num_tokens * model.inner_size * (4 if model.gated else 2) // tensor_size
+
+
+def exchanged(model: ModelConfig, num_tokens: int) -> int:
+    """Elements of self-attention's queries, keys, values and results."""
+    return num_tokens * 2 * (model.num_heads + model.kv_heads) * model.head_size
 
 
 def kept_products(model: ModelConfig, num_tokens: int, tensor_size: int) -> int:

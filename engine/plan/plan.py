@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
-from engine.config.lengths import has_segments, row_lengths
+from engine.config.lengths import has_segments, held_lengths, row_lengths
 from engine.config.resolve import Layout, num_micro_batches, resolve
 from engine.config.schema import RunConfig
 from engine.plan.cut import Part, entries_of, stage_parts, tied_stages
@@ -151,7 +151,7 @@ def _stage_plan(config: RunConfig, layout: Layout, stage: int, parts: list[Part]
     common: dict[str, Any] = {
         "recomputed": recomputed,
         "data_size": layout.data * layout.sequence,
-        "lengths": lengths,
+        "lengths": held_lengths(run_stage, config.parallel),
         "segments": has_segments(run_stage.data.attention, run_stage.objective),
     }
     per_rank = sum(entry.local_numel(layout.tensor) for entry in entries)

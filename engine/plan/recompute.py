@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 
-from engine.config.lengths import has_segments, row_lengths
+from engine.config.lengths import has_segments, held_lengths, row_lengths
 from engine.config.resolve import Layout, num_micro_batches
 from engine.config.schema import RunConfig
 from engine.plan.cut import stage_parts
@@ -19,8 +19,8 @@ from engine.plan.pipeline import in_flight
 
 def recomputed_layers(config: RunConfig, layout: Layout, stage: int) -> Sequence[int]:
     """Global numbers of the layers of a stage that recompute; none where `parallel.recompute` is `none`."""
-    parallel, lengths = config.parallel, row_lengths(config.stages[0])
-    parts = stage_parts(config.model, layout.pipe, parallel.virtual_stages, lengths)[stage]
+    parallel, lengths = config.parallel, held_lengths(config.stages[0], config.parallel)
+    parts = stage_parts(config.model, layout.pipe, parallel.virtual_stages, row_lengths(config.stages[0]))[stage]
     layers = [layer for part in parts for layer in part.layers]
     if parallel.recompute == "none":
         return layers[:0]

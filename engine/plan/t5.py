@@ -8,7 +8,7 @@ from __future__ import annotations
 from engine.config.lengths import RowLengths
 from engine.config.schema import ModelConfig, Recompute
 from engine.plan import gpt, parts
-from engine.plan.gpt import EMBEDDING, HEAD, SEGMENT_BYTES
+from engine.plan.gpt import EMBEDDING, HEAD, KEY_BYTES, SEGMENT_BYTES
 from engine.plan.parts import Entry
 
 
@@ -81,6 +81,8 @@ def saved(
         return found
     whole = tokens * model.hidden_size // time_size
     cross = 2 * (tokens + lengths.tokens) * _heads(model) // tensor_size
+    if recompute == "none":
+        cross += parts.saved_probabilities(model, tokens, lengths.tokens, tensor_size)
     return found + cross + (whole if recompute == "selective" else 2 * whole)
 
 
@@ -106,14 +108,30 @@ def reduced_again(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
     return times * _tokens(model, layer, lengths) * model.hidden_size
 
 
+def entered(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+    """What self-attention and the feed-forward part read; in the decoder the queries of cross attention, and its keys
+    and values."""
+    if layer < model.num_encoder_layers:
+        return 2 * lengths.tokens * model.hidden_size
+    return (3 * lengths.decoder + lengths.tokens) * model.hidden_size
+
+
+def exchanged(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+    """All four of self-attention, in the decoder those of cross attention as well."""
+    tokens = _tokens(model, layer, lengths)
+    cross = 2 * (tokens + lengths.tokens) * _heads(model) if layer >= model.num_encoder_layers else 0
+    return parts.exchanged(model, tokens) + cross
+
+
 def boundary(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
     """Hidden states, inside the decoder those of both stacks."""
     return _received(model, layer, lengths) * model.hidden_size
 
 
 def carried_bytes(model: ModelConfig, layer: int, lengths: RowLengths, segments: bool) -> int:
-    """Document numbers of the same."""
-    return _received(model, layer, lengths) * SEGMENT_BYTES if segments else 0
+    """Document numbers of the same, and a key of dropout."""
+    keys = KEY_BYTES if model.dropout or model.attention_dropout else 0
+    return (_received(model, layer, lengths) * SEGMENT_BYTES if segments else 0) + keys
 
 
 def _received(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
@@ -131,5 +149,5 @@ def _heads(model: ModelConfig) -> int:
 
 
 def sees_whole_rows(name: str) -> bool:
-    """Not asked: this family's hidden states are not shared (`engine.config.memory`)."""
+    """None of the parameters that tensor ranks hold alike does."""
     return False

@@ -81,14 +81,16 @@ def stage_traffic(
     reduced = sum(family.reduced(model, part.layers, part.first, part.last, lengths) for part in parts)
     again = sum(family.reduced_again(model, layer, lengths) for layer in recomputed)
     activations = (reduced + again) * all_reduce_factor(parallel.tensor)
-    num_layers = sum(len(part.layers) for part in parts)
-    heads = 2 * (model.num_heads + model.kv_heads)  # queries and results, keys and values
-    exchanged = lengths.tokens * heads * model.head_size // parallel.tensor
+    layers = [layer for part in parts for layer in part.layers]
+    # forward, backward, and in the second run of those that recompute
+    exchanged = sum(family.exchanged(model, layer, lengths) for layer in (*layers, *layers, *recomputed))
     partial = 0
     if parallel.shared_by > 1:
-        entrances = sum(family.reduced(model, part.layers, False, False, lengths) for part in parts) // 2
-        whole = lengths.tokens * model.hidden_size if any(part.last for part in parts) else 0
-        activations += (entrances + again + whole) * gather_factor(parallel.tensor)
+        # an all-reduce is a gather and a scatter; beside, what enters is gathered once more backward, and in a second
+        # run, which only scatters what leaves; the head reads whole rows
+        entered = sum(family.entered(model, layer, lengths) for layer in (*layers, *recomputed))
+        read = (lengths.decoder or lengths.tokens) * model.hidden_size if any(part.last for part in parts) else 0
+        activations += (entered - again + read) * gather_factor(parallel.tensor)
         partial = sum(entry.numel for entry in entries if not entry.split and not family.sees_whole_rows(entry.name))
         partial = partial if parallel.zero_stage == 0 else -(-partial // data_size)
     return Traffic(
@@ -98,9 +100,7 @@ def stage_traffic(
             rows * (activations * dtype_bytes + losses * all_reduce_factor(parallel.tensor))
             + partial * DTYPE_BYTES[precision.reduce_dtype] * all_reduce_factor(parallel.tensor)
         ),
-        sequence=int(
-            rows * (2 * num_layers + len(recomputed)) * exchanged * dtype_bytes * gather_factor(parallel.sequence)
-        ),
+        sequence=int(rows * exchanged // parallel.tensor * dtype_bytes * gather_factor(parallel.sequence)),
         pipe=rows * sent,
         tie=_tie_bytes(entries, ties, parallel, precision, data_size),
     )

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from engine.config.deepspeed import deepspeed_config
-from engine.config.lengths import has_segments, row_lengths
+from engine.config.lengths import has_segments, held_lengths, row_lengths
 from engine.config.resolve import Layout, num_micro_batches
 from engine.config.schema import ModelConfig, ParallelConfig, RunConfig, RunStage
 from engine.models.chunk import Chunk, Rows
@@ -115,8 +115,8 @@ def micro_batch_rows(config: RunConfig, run_stage: RunStage, dtype: torch.dtype)
         length=run_stage.sequence_length,
         dtype=dtype,
         segments=has_segments(run_stage.data.attention, run_stage.objective),
-        decoder_length=row_lengths(run_stage).decoder,
-        shared_by=config.parallel.shared_by * config.parallel.sequence,
+        decoder_length=held_lengths(run_stage, config.parallel).decoder,
+        shared_by=config.parallel.time_ranks,
     )
 
 

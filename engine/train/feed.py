@@ -27,10 +27,10 @@ from engine.data.tokenizer import tokenizer_hash
 from engine.models.dropout import KEYS
 from engine.models.families import family
 from engine.parallel.boundary import Tensors
-from engine.parallel.functions import Time
-from engine.parallel.groups import Group, Groups
+from engine.parallel.groups import Groups
 from engine.train.build import stage_chunks
 from engine.train.signals import Stopping
+from engine.train.stretch import own_part
 
 LOOK_SECONDS = 0.2
 """How often a rank that waits for data looks whether it is to stop."""
@@ -167,7 +167,9 @@ class Feed:
                 samples = torch.cat((batch.domains_B[:, None].long(), samples), dim=1)
             inputs = inputs | {KEYS: torch.from_numpy(dropout_keys(self.seed, step, samples.numpy()))}
         wanted = {name: tensor for name, tensor in inputs.items() if name in self.wanted}
-        return {name: self._move(tensor) for name, tensor in own_stretch(wanted, self.groups.sequence).items()}
+        length, ranks = self.run_stage.sequence_length, self.parallel.time_ranks
+        own = own_part(wanted, length, ranks, self.groups.sequence)
+        return {name: self._move(tensor) for name, tensor in own.items()}
 
     def _weights(self, batches: list[Batch]) -> list[float]:
         """(L,) weight of the targets of all batches, by loss."""
@@ -176,15 +178,3 @@ class Feed:
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on this rank's device; from page-locked memory (the reading thread's) the host does not wait."""
         return tensor.to(self.device, non_blocking=tensor.is_pinned())
-
-
-SHARED_BY_TIME = ("tokens_BT", "targets_BT", "weights_BT")
-"""Of which each rank of the sequence axis is given its stretch of time; document numbers it needs whole."""
-
-
-def own_stretch(inputs: Tensors, sequence: Group) -> Tensors:
-    """What one rank of the sequence axis is given of whole rows; views."""
-    if sequence.size == 1:
-        return inputs
-    time = Time(sequence.position, sequence.size)
-    return {name: time.own(tensor) if name in SHARED_BY_TIME else tensor for name, tensor in inputs.items()}

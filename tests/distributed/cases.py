@@ -86,6 +86,7 @@ MODELS = {
     "gpt2-dropout": GPT2 | {"dropout": 0.2, "attention_dropout": 0.1},
     "modernbert-deep": MODERN_BERT | {"num_layers": 4},
     "t5": T5,
+    "t5-dropout": T5 | {"dropout": 0.2, "attention_dropout": 0.1},
     "t5-v1.1": T5 | {"activation": "geglu_tanh", "tie_embeddings": False},
 }
 SHIPPED = Path(__file__).parents[2] / "configs" / "models"
@@ -272,13 +273,14 @@ def run_rank(place: RankPlace, case: Case) -> tuple[list[float], list[float], li
 def stage_inputs(batch: Tensors, case: Case, groups: Groups) -> list[Tensors]:
     """This rank's keywords per micro-batch: rows go to data ranks in turn, a micro-batch at a time."""
     from engine.train.build import stage_chunks
-    from engine.train.feed import own_stretch
+    from engine.train.stretch import own_part
 
     config, size = config_of(case), case.micro_batch_size
     names = {
         name for chunk in stage_chunks(config, groups) for name in family(config.model).wanted(config.model, chunk)
     }
-    own = own_stretch({name: tensor for name, tensor in batch.items() if name in names}, groups.sequence)
+    given = {name: tensor for name, tensor in batch.items() if name in names}
+    own = own_part(given, LENGTH, config.parallel.time_ranks, groups.sequence)
     return [
         {name: tensor[first : first + size] for name, tensor in own.items()}
         for first in range(groups.coordinates.data_rank * size, GLOBAL_BATCH, size * case.data)

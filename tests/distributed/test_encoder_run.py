@@ -25,7 +25,7 @@ OBJECTIVES = {
 }
 LAYOUTS = (
     {"pipe": 2, "tensor": 2, "zero_stage": 3},
-    {"data": 2, "zero_stage": 1, "micro_batch_size": 1},
+    {"sequence": 2, "zero_stage": 1, "micro_batch_size": 1},
 )
 
 

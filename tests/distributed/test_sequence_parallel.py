@@ -13,8 +13,22 @@ matrix = pytest.mark.matrix
 @pytest.mark.parametrize(
     "case",
     [
-        Case("llama", zero_stage=3, pipe=2, tensor=2, sequence_parallel=True),
-        Case("bert", zero_stage=1, pipe=2, tensor=2, sequence_parallel=True),
+        Case("t5-dropout", zero_stage=3, pipe=2, tensor=2, sequence_parallel=True),
+        pytest.param(Case("llama", zero_stage=3, pipe=2, tensor=2, sequence_parallel=True), marks=matrix),
+        pytest.param(Case("bert", zero_stage=1, pipe=2, tensor=2, sequence_parallel=True), marks=matrix),
+        pytest.param(Case("t5", zero_stage=1, pipe=3, tensor=2, sequence_parallel=True), marks=matrix),
+        pytest.param(Case("t5", zero_stage=2, tensor=4, attention="row", sequence_parallel=True), marks=matrix),
+        pytest.param(
+            Case("t5-v1.1", zero_stage=2, tensor=2, data=2, micro_batch_size=2, sequence_parallel=True), marks=matrix
+        ),
+        pytest.param(
+            Case("t5-dropout", zero_stage=0, pipe=2, tensor=2, recompute="selective", sequence_parallel=True),
+            marks=matrix,
+        ),
+        pytest.param(
+            Case("t5-v1.1", zero_stage=3, tensor=2, recompute="full", gather="step", sequence_parallel=True),
+            marks=matrix,
+        ),
         pytest.param(
             Case("bert", zero_stage=3, tensor=2, data=2, recompute="full", sequence_parallel=True), marks=matrix
         ),

@@ -2,8 +2,16 @@
 
 import pytest
 
-from engine.config.lengths import RowLengths, has_segments, noise, num_masked, row_lengths, span_lengths
-from engine.config.schema import DataConfig, Duration, ObjectiveConfig, RunStage
+from engine.config.lengths import (
+    RowLengths,
+    has_segments,
+    held_lengths,
+    noise,
+    num_masked,
+    row_lengths,
+    span_lengths,
+)
+from engine.config.schema import DataConfig, Duration, ObjectiveConfig, ParallelConfig, RunStage
 
 
 def filled(read, rate, mean):
@@ -55,6 +63,15 @@ def test_only_span_corruption_has_a_decoder_and_only_causal_rows_can_do_without_
     assert has_segments("document", ObjectiveConfig())
     assert not has_segments("row", ObjectiveConfig())
     assert has_segments("row", ObjectiveConfig(name="masked"))
+
+
+def test_a_decoder_s_rows_are_filled_up_for_those_who_share_their_time():
+    """114 tokens: two ranks share them as they are, four share 116; nothing else changes."""
+    corruption, masked = stage(ObjectiveConfig(name="span_corruption")), stage(ObjectiveConfig(name="masked"))
+    for parallel, decoder in (({"sequence": 2}, 114), ({"tensor": 2, "sequence_parallel": True, "sequence": 2}, 116)):
+        assert held_lengths(corruption, ParallelConfig.model_validate(parallel)) == RowLengths(512, decoder, decoder)
+        assert held_lengths(masked, ParallelConfig.model_validate(parallel)) == row_lengths(masked)
+    assert held_lengths(corruption, ParallelConfig(tensor=4)) == row_lengths(corruption)
 
 
 def test_an_objective_may_be_written_as_its_name_alone():

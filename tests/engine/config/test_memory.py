@@ -15,6 +15,13 @@ def test_ranks_that_share_a_row_divide_its_length() -> None:
     assert "stages.0.sequence_length = 62 does not divide by the 4 ranks that share the time of a row" in str(problem)
 
 
+def test_every_family_shares_the_time_of_its_rows() -> None:
+    t5 = {"family": "t5", "position": "relative", "norm": "rmsnorm", "bias": False}
+    for parallel in ({"tensor": 2, "sequence_parallel": True}, {"sequence": 4}):
+        assert not problems_of({"model": t5, "objective": {"name": "span_corruption"}, "parallel": parallel})
+        assert not problems_of({"model": {"family": "bert"}, "objective": {"name": "masked"}, "parallel": parallel})
+
+
 def test_ranks_that_exchange_heads_divide_them() -> None:
     """Four heads: two tensor ranks leave two each; three ranks divide neither the heads nor the rows of 64."""
     assert not problems_of({"parallel": {"tensor": 2, "sequence": 2}})

@@ -16,7 +16,7 @@ from engine.models.values import whole_model
 from engine.parallel.functions import attention
 from engine.parallel.recompute import recompute
 from tests.engine.models.parity import assert_near, gradient_of
-from tests.engine.models.tiny import BERT_FORMS, FORMS, random_weights
+from tests.engine.models.tiny import BERT_FORMS, FORMS, T5_FORMS, random_weights
 
 RATE = 0.3
 CONFIG = ModelConfig(
@@ -60,7 +60,7 @@ def test_masks_are_those_of_the_definition():
             place = position * 64 + feature
             assert kept_BTD[row, position, feature] == expected_to_stay(key, 2, FFN_OUTPUT, place)
         for head, query, other in ((0, 0, 0), (0, 0, 6), (2, 8, 3), (3, 8, 6)):
-            place = (head * 9 + query) * 7 + other
+            place = (head * 128 + query) * 128 + other  # whatever the length of the row
             assert kept_BHQS[row, head, query, other] == expected_to_stay(key, 1, ATTENTION, place)
 
 
@@ -134,22 +134,38 @@ def test_written_out_attention_is_the_kernel_s_where_nothing_is_dropped(causal):
         assert_near(attention(q_BTHK, k_BTGK, v_BTGK, seen, scale, lambda probabilities: probabilities), expected)
 
 
-@pytest.mark.parametrize("form", [*FORMS, *BERT_FORMS])
+def test_the_feed_forward_part_of_a_tensor_rank_has_its_features_masks():
+    config = CONFIG.model_copy(update={"family": "t5"})
+    assert Dropout(CONFIG, KEYS_B).inner(0) is None, "GPT and BERT drop what it makes alone"
+    whole, part = Dropout(config, KEYS_B).inner(3), Dropout(config, KEYS_B, first_given=4, tensor_rank=2).inner(3)
+    assert whole is not None
+    assert part is not None
+    whole_BTF = whole(torch.ones(ROWS, 9, 256))
+    assert torch.equal(part(torch.ones(ROWS, 3, 64)), whole_BTF[:, 4:7, 128:192])
+
+
+ALL_FORMS = FORMS | BERT_FORMS | T5_FORMS
+
+
+@pytest.mark.parametrize("form", ALL_FORMS)
 def test_a_model_drops_with_keys_alone_and_the_same_where_it_recomputes(form):
-    config = (FORMS | BERT_FORMS)[form].model_copy(update={"dropout": 0.2, "attention_dropout": 0.1})
+    config = ALL_FORMS[form].model_copy(update={"dropout": 0.2, "attention_dropout": 0.1})
     weights = random_weights(config)
     tokens_BT = torch.randint(0, 500, (2, 24), generator=torch.Generator().manual_seed(2))
+    inputs = {"tokens_BT": tokens_BT}
+    if config.family == "t5":
+        inputs = {"tokens_BS": tokens_BT, "decoder_tokens_BT": tokens_BT[:, :9]}
     keys_B = torch.tensor([5, 6])
     models = [whole_model(config, weights) for _ in range(2)]
     recompute(models[1].get_submodule("layers").children(), "full")
     without, plain, again = (
-        model(tokens_BT=tokens_BT, **given)["logits_BTV"]
+        model(**inputs, **given)["logits_BTV"]
         for model, given in ((models[0], {}), (models[0], {KEYS: keys_B}), (models[1], {KEYS: keys_B}))
     )
     assert torch.equal(plain, again)
     assert (plain - without).abs().max() > 0.01
     dropless = whole_model(config.model_copy(update={"dropout": 0.0, "attention_dropout": 0.0}), weights)
-    assert torch.equal(dropless(tokens_BT=tokens_BT)["logits_BTV"], without)
+    assert torch.equal(dropless(**inputs)["logits_BTV"], without)
     plain.square().sum().backward()
     again.square().sum().backward()
     for (name, first), second in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
@@ -160,9 +176,9 @@ def test_a_model_drops_with_keys_alone_and_the_same_where_it_recomputes(form):
 def test_each_rate_is_used_by_itself():
     assert not drops(CONFIG.model_copy(update={"dropout": 0.0, "attention_dropout": 0.0}))
     only_hidden = CONFIG.model_copy(update={"attention_dropout": 0.0})
-    seen = view(only_hidden, 9, None, torch.device("cpu"), dropout=make(only_hidden, KEYS_B))
-    assert seen.dropout is not None
-    assert seen.dropout.probabilities(0, 0) is None
     ones_BTD = torch.ones(ROWS, 9, 64)
+    seen = view(only_hidden, ones_BTD, None, dropout=make(only_hidden, KEYS_B, ones_BTD))
+    assert seen.dropout is not None
+    assert seen.probability_drop(0, 0) is None
     only_attention = CONFIG.model_copy(update={"dropout": 0.0})
     assert replace(seen.dropout, config=only_attention).hidden(ones_BTD, 0, 0) is ones_BTD

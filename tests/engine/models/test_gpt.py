@@ -166,7 +166,7 @@ def test_tensor_parallel_parts_add_up_to_the_whole_attention(config):
     whole = model.get_submodule("layers.1.attention")
     by_name: dict[str, ParameterSpec] = {spec.name: spec for spec in specs(config)}
     x_BTD = torch.randn(2, 9, config.hidden_size, generator=torch.Generator().manual_seed(4))
-    seen = view(config, 9, None, x_BTD.device)
+    seen = view(config, x_BTD, None)
     expected = whole(x_BTD, seen)
     total = torch.zeros(())
     for tensor_rank in range(2):

@@ -17,6 +17,17 @@ from engine.checkpoint.huggingface import from_huggingface, to_huggingface
 from engine.config.schema import ModelConfig
 from engine.errors import ConfigError
 from engine.models.chunk import Chunk, Rows
+from engine.models.dropout import (
+    ATTENTION,
+    ATTENTION_OUTPUT,
+    CROSS_ATTENTION,
+    CROSS_ATTENTION_OUTPUT,
+    FFN_INNER,
+    FFN_OUTPUT,
+    STACK_OUTPUT,
+    Dropout,
+)
+from engine.models.dropout import EMBEDDING as EMBEDDED
 from engine.models.t5 import EMBEDDING, HEAD, Stage, boundary, build, sharding, specs, ties, wanted
 from engine.models.values import fill, whole_model
 from engine.parallel.boundary import Tensors
@@ -88,6 +99,57 @@ def test_logits_loss_and_gradients_equal_those_of_the_twin(config, batch):
     for name, expected in their_gradients.items():
         assert expected.any()
         assert_near(gradient_of(gradients[name])[: len(expected)], expected, name)
+
+
+def test_dropout_is_where_the_twin_has_it(config, batch, monkeypatch):
+    """In training theirs asks for a mask at each of its places in turn; given ours, logits and gradients are equal."""
+    rates = {"dropout": 0.2, "attention_dropout": 0.2}
+    config, keys_B = config.model_copy(update=rates), torch.tensor([5, -6])
+    weights = random_weights(config)
+    ours, theirs, dropout = whole_model(config, weights), twin(config, weights).train(), Dropout(config, keys_B)
+    for module in theirs.modules():
+        if hasattr(module, "dropout"):
+            rate = module.dropout
+            module.dropout = 0.2 if isinstance(rate, float) else torch.nn.Dropout(0.2)
+    theirs.set_attn_implementation("eager")
+    places = iter(their_places(config))
+
+    def masked_as_ours(x: torch.Tensor, p: float, training: bool = True, inplace: bool = False) -> torch.Tensor:
+        assert (p, training) == (0.2, True)
+        layer, site = next(places)
+        if site in (ATTENTION, CROSS_ATTENTION):
+            drop = dropout.probabilities(layer, 0, site)
+        elif site == FFN_INNER:
+            drop = dropout.inner(layer)
+        else:
+            return dropout.hidden(x, layer, site)
+        assert drop is not None
+        return drop(x)
+
+    monkeypatch.setattr(F, "dropout", masked_as_ours)
+    their_logits_BTV = theirs(
+        input_ids=batch["tokens_BS"],
+        attention_mask=1 - batch["segments_BS"],
+        decoder_input_ids=batch["decoder_tokens_BT"],
+    ).logits
+    assert next(places, None) is None, "it has fewer places"
+    seen = {name: value for name, value in batch.items() if name not in ("targets_BT", "weights_BT")}
+    logits_BTV = ours(**seen, dropout_keys_B=keys_B)["logits_BTV"]
+    assert_near(logits_BTV, their_logits_BTV, "logits")
+    assert (logits_BTV - ours(**seen)["logits_BTV"]).abs().max() > 0.01
+
+
+def their_places(config: ModelConfig) -> list[tuple[int, int]]:
+    """(layer, site) of each of theirs, in the order in which a forward pass comes by."""
+    border = config.num_encoder_layers
+    places = [(-1, EMBEDDED)]
+    for layer in range(border):
+        places += [(layer, site) for site in (ATTENTION, ATTENTION_OUTPUT, FFN_INNER, FFN_OUTPUT)]
+    places += [(border - 1, STACK_OUTPUT), (border - 1, EMBEDDED)]
+    cross = (CROSS_ATTENTION, CROSS_ATTENTION_OUTPUT)
+    for layer in range(border, config.num_layers):
+        places += [(layer, site) for site in (ATTENTION, ATTENTION_OUTPUT, *cross, FFN_INNER, FFN_OUTPUT)]
+    return [*places, (config.num_layers - 1, STACK_OUTPUT)]
 
 
 def test_ours_to_theirs_and_back_is_bitwise_equal(config, batch, tmp_path):

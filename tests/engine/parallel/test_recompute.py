@@ -72,7 +72,7 @@ def run(form: str, how: Recompute, dtype: torch.dtype) -> tuple[int, list[torch.
     config, layer = make(form, how, dtype)
     x_BTD = torch.randn(NUM_ROWS, LENGTH, config.hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype)
     x_BTD.requires_grad_(True)
-    seen = view(config, LENGTH, None, x_BTD.device)
+    seen = view(config, x_BTD, None)
     shared = [x_BTD, *layer.parameters(), *(t for t in (seen.cos_TK, seen.sin_TK) if t is not None)]
     with Storages() as storages:
         y_BTD = layer(x_BTD, seen)
@@ -114,7 +114,7 @@ def test_a_second_run_ends_before_the_last_product() -> None:
     for name in ("attention.out_proj", "ffn.up_proj", "ffn.down_proj"):
         layer.get_submodule(name).register_forward_hook(lambda *_, name=name: left.append(name))
     x_BTD = torch.randn(1, LENGTH, config.hidden_size, requires_grad=True)
-    y_BTD = layer(x_BTD, view(config, LENGTH, None, x_BTD.device))
+    y_BTD = layer(x_BTD, view(config, x_BTD, None))
     assert left == ["attention.out_proj", "ffn.up_proj", "ffn.down_proj"]
     left.clear()
     y_BTD.sum().backward()
@@ -125,7 +125,8 @@ def test_an_evaluation_runs_once_and_keeps_nothing() -> None:
     config, layer = make("gpt2", "selective", torch.float32)
     calls: list[None] = []
     layer.get_submodule("ffn").register_forward_hook(lambda *_: calls.append(None))
+    x_BTD = torch.ones(1, LENGTH, config.hidden_size)
     with torch.no_grad(), Storages() as storages:
-        y_BTD = layer(torch.ones(1, LENGTH, config.hidden_size), view(config, LENGTH, None, torch.device("cpu")))
+        y_BTD = layer(x_BTD, view(config, x_BTD, None))
     assert storages.alive_bytes([y_BTD, *layer.parameters()]) == 0
     assert len(calls) == 1

@@ -38,6 +38,13 @@ matrix = pytest.mark.matrix
         pytest.param(Case(zero_stage=1, pipe=2, tensor=2, sequence_parallel=True), marks=matrix),
         pytest.param(Case("llama", zero_stage=1, pipe=2, sequence=2, recompute="full"), marks=matrix),
         pytest.param(Case(zero_stage=3, tensor=2, data=2, sequence_parallel=True, recompute="full"), marks=matrix),
+        pytest.param(Case("t5", zero_stage=1, tensor=2, sequence_parallel=True, recompute="full"), marks=matrix),
+        pytest.param(Case("t5", zero_stage=1, pipe=3, tensor=2, sequence_parallel=True), marks=matrix),
+        pytest.param(Case("bert", zero_stage=3, pipe=2, tensor=2, sequence_parallel=True), marks=matrix),
+        pytest.param(Case("bert", zero_stage=0, sequence=2, data=2, recompute="full"), marks=matrix),
+        pytest.param(Case("t5-dropout", 2, pipe=2, sequence=2, micro_batch_size=2), marks=matrix),
+        pytest.param(Case("t5", zero_stage=1, tensor=2, sequence=2, sequence_parallel=True), marks=matrix),
+        pytest.param(Case("t5-v1.1", zero_stage=0, pipe=2, sequence=4, recompute="selective"), marks=matrix),
         pytest.param(Case(zero_stage=0, data=2), marks=matrix),
         pytest.param(Case(zero_stage=1, data=2, attention="row"), marks=matrix),
         pytest.param(Case(zero_stage=2, data=2, micro_batch_size=2), marks=matrix),
@@ -53,8 +60,10 @@ def test_a_step_sends_what_the_plan_says(case: Case) -> None:
     ranks_per_stage = case.world_size // case.pipe
     for global_rank, sent in enumerate(run_ranks(case.world_size, bytes_of_a_step, case)):
         planned = stages[global_rank // ranks_per_stage].traffic
-        if case.sequence_parallel or case.sequence > 1:  # gathers and scatters on both axes, exchanges
-            assert sum(sent.values()) == planned.total, f"rank {global_rank}"
+        assert sent.pop("exchange") == planned.sequence, f"rank {global_rank}"
+        if case.sequence_parallel:  # gathers and scatters on both axes
+            assert sent["send"] == planned.pipe, f"rank {global_rank}"
+            assert sum(sent.values()) == planned.total - planned.sequence, f"rank {global_rank}"
             continue
         scatters = case.zero_stage in (1, 3) or case.reduce == "step"
         scattered = planned.gradients if scatters else 0
@@ -103,5 +112,4 @@ def bytes_of_a_step(place: Any, case: Case) -> dict[str, int]:
         batch = global_batch(step, case.attention, case.model)
         pipeline.train(stage_inputs(batch, case, groups), groups.zero.size / weights(batch))
         pipeline.engine.step(learning_rate=1e-3)
-    kinds = ("all_reduce", "reduce_scatter", "all_gather", "send", *(["exchange"] if case.sequence > 1 else []))
-    return {kind: sent[kind] for kind in kinds}
+    return {kind: sent[kind] for kind in ("all_reduce", "reduce_scatter", "all_gather", "send", "exchange")}

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from engine.config.schema import ParallelConfig
-from engine.plan.composition import example
+from engine.plan.composition import Change, example
 from engine.plan.parameters import num_parameters
 from engine.plan.plan import Plan, make_plan
 from engine.plan.traffic import all_reduce_factor, gather_factor, zero_bytes
@@ -79,6 +79,33 @@ def test_virtual_stages_send_as_often_as_parts_meet() -> None:
         24 * (3 * activation + segments),
     ]
     assert [stage.chunks for stage in stages] == [((0, 0), (2, 2)), ((1, 1), (3, 3))]
+
+
+T5: Change = {
+    "model": {"family": "t5", "position": "relative", "norm": "rmsnorm", "bias": False},
+    "objective": {"name": "span_corruption"},
+}
+"""Rows of 64 tokens; its decoder's are of 14."""
+
+
+def test_sequence_axis_of_an_encoder_decoder() -> None:
+    """Two layers each; a rank exchanges half of what it has of queries, keys, values and results, both ways."""
+    own, cross = 2 * 4 * (64 + 14), 2 * 2 * (64 + 14)
+    (stage,) = make_plan(example(T5, {"parallel": {"sequence": 2, "zero_stage": 0}}), 2).stages
+    assert stage.traffic.sequence == 24 * 2 * (own + cross) // 2 * 64 * 4 // 2
+    assert stage.traffic.tensor == 0
+
+
+def test_sequence_parallelism_of_an_encoder_decoder() -> None:
+    """A rank's halves: per encoder layer 2 entrances (gather and scatter, gather again) and 2 exits (both once); in the
+    decoder 4 of the former, one of them of the encoder's rows, and 3 of the latter. Beside, two embeddings, the head's
+    input and its gradient, three numbers per target, and what the tensor ranks sum of 12 norms' gradients."""
+    encoder, decoder = 2 * (2 * 3 + 2 * 2) * 64, 2 * ((3 * 3 + 3 * 2) * 14 + 3 * 64)
+    rest = 2 * (64 + 14) + 3 * 14
+    config = example(T5, {"parallel": {"tensor": 2, "sequence_parallel": True, "zero_stage": 0}})
+    (stage,) = make_plan(config, 2).stages
+    activations = 24 * ((encoder + decoder + rest) * 64 * 4 // 2 + 3 * 14 * 4)
+    assert stage.traffic.tensor == activations + 12 * 64 * 4
 
 
 def test_tied_embedding() -> None:
