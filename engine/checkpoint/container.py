@@ -32,6 +32,8 @@ MAX_HEADER_BYTES = 100 << 20
 """As in the safetensors library."""
 FORMAT = "palimpsest-pieces 1"
 ITEM_BYTES = 4
+LONGEST_FRAME = 1 << 12
+"""Bytes of a header without its entries: its length, the braces, format, writer and step."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,11 @@ def header_bytes(entries: list[Entry], data: np.ndarray, about: dict[str, Any]) 
     text = compact(header).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+def longest_entry(key: str) -> int:
+    """Bytes that an entry takes in a header at the most: its name twice, once as JSON within JSON, and nine numbers."""
+    return 2 * len(json.dumps(json.dumps(key))) + 9 * 21 + 128
 
 
 def write(path: Path, header: bytes, data: np.ndarray, going_on: Callable[[], None] = lambda: None) -> FileRecord:

@@ -12,7 +12,7 @@ import threading
 
 import torch
 
-from engine.checkpoint.container import ITEM_BYTES, Entry
+from engine.checkpoint.container import ITEM_BYTES, LONGEST_FRAME, Entry, longest_entry
 from engine.checkpoint.manifest import WEIGHT, key_of, moment_state
 from engine.checkpoint.writers import Writer, stored_range
 from engine.errors import CheckpointError
@@ -46,6 +46,11 @@ class Staged:
     @property
     def num_bytes(self) -> int:
         return self.data.size * ITEM_BYTES
+
+    @property
+    def most_header_bytes(self) -> int:
+        """No header of these entries is longer; it can be made only when the data are there to be hashed."""
+        return sum(longest_entry(entry.key) for entry in self.entries) + LONGEST_FRAME
 
     def wait(self) -> None:
         """Returns when `data` is whole; from the CPU it is this call that copies. Call in one thread."""
@@ -125,11 +130,12 @@ def stored_pieces(
 
 def reserve_for(
     pieces: list[Piece], placements: list[Placement], writer: Writer, tensor_size: int, buffer: HostBuffer
-) -> None:
-    """Takes the memory that `stage_pieces` will need, and touches it."""
+) -> int:
+    """Takes the memory that `stage_pieces` will need, and touches it; returns its bytes."""
     stored = stored_pieces(pieces, placements, writer, tensor_size)
     numel = sum(length * (1 + len(piece.moments)) for piece, length in stored)
     buffer.reserve(numel, pinned=any(piece.weight.is_cuda for piece, _ in stored))
+    return numel * ITEM_BYTES
 
 
 def stage_pieces(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.checkpoint import container, save, saver
+from engine.checkpoint import container, save, saver, stores
 from engine.checkpoint.folder import Owner, committed
 from engine.checkpoint.load import load_pieces, open_checkpoint
 from engine.checkpoint.saver import Saver
@@ -128,9 +128,9 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
         (container.os, "fsync", 2, FULL, "no space left for"),
         (container.os, "fsync", 9, FULL, "no space left for"),  # the manifest's, after the eight files'
         (container, "_write_all", 5, OSError(errno.EIO, "Input/output error"), "cannot write"),
-        (saver, "prepare", 1, RuntimeError("bug"), "RuntimeError: bug"),
+        (stores, "prepare", 1, RuntimeError("bug"), "RuntimeError: bug"),
         (saver, "stage_pieces", 4, MemoryError(), "MemoryError"),
-        (saver, "commit", 1, CheckpointError("refused", "this", "that"), "refused"),
+        (stores, "commit", 1, CheckpointError("refused", "this", "that"), "refused"),
         (save, "publish", 1, OSError(errno.EIO, "Input/output error"), "OSError"),
     ],
 )
@@ -218,13 +218,13 @@ def test_a_stale_attempt_cannot_commit(tmp_path, world, ranks):
 
 
 def test_a_stale_attempt_that_is_already_writing_is_stopped_at_the_commit(tmp_path, world, savers, ranks, monkeypatch):
-    real = saver.prepare
+    real = stores.prepare
 
     def prepare_then_lose(partial, sizes):
         real(partial, sizes)
         (tmp_path / "owner.json").write_text('{"job": "job", "attempt": 5}')  # the other start claims now
 
-    monkeypatch.setattr(saver, "prepare", prepare_then_lose)
+    monkeypatch.setattr(stores, "prepare", prepare_then_lose)
     errors = saved_by_all(world, savers, ranks)
     assert len({str(error) for error in errors}) == 1
     assert "attempt 5" in str(errors[0])
