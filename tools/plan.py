@@ -21,7 +21,7 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Keys to change.")] = None,
     world: Annotated[int | None, typer.Option(min=1, help="Ranks of the run (default: what the layout needs).")] = None,
     gpu: Annotated[str | None, typer.Option(help=f"Estimate a step and rank layouts for: {', '.join(KINDS)}.")] = None,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node, with --gpu.")] = 8,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Ranks of a node: with --gpu, checkpoint.memory.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show layout, parameters, memory, bytes per step and idle time of a run, and what would be refused.
@@ -34,9 +34,11 @@ def main(
     machine = None if gpu is None else cluster(gpu, world, gpus_per_node)
     plan = make_plan(run, world)
     advice = None if machine is None else advise(run, plan, machine)
+    node_memory = None if run.checkpoint.memory is None else plan.node_memory_bytes(gpus_per_node)
     if as_json:
-        print(json.dumps(plan.as_json() | ({} if advice is None else {"advice": advice.as_json()}), indent=1))
+        tree = plan.as_json() | ({} if advice is None else {"advice": advice.as_json()})
+        print(json.dumps(tree | ({} if node_memory is None else {"node_memory_bytes": node_memory}), indent=1))
         return
     from tools.plan_tables import show
 
-    show(plan, advice, run)
+    show(plan, advice, run, node_memory)

@@ -21,10 +21,16 @@ WORLDS_SHOWN = 16
 LAYOUTS_SHOWN = 10
 
 
-def show(plan: Plan, advice: Advice | None, run: RunConfig, console: Console | None = None) -> None:
-    """Prints the whole plan, and the advice where there is some."""
+def show(
+    plan: Plan,
+    advice: Advice | None,
+    run: RunConfig,
+    node_memory: int | None = None,
+    console: Console | None = None,
+) -> None:
+    """Prints the whole plan, and the advice where there is some; `node_memory`: bytes that checkpoints take of it."""
     console = console or Console(soft_wrap=False)
-    _summary(plan, run, console)
+    _summary(plan, run, node_memory, console)
     for table in (
         _stages(plan),
         _figures(plan, "memory", MEMORY, "memory of one rank (activations and logits: estimates)"),
@@ -44,7 +50,7 @@ def scale(largest_bytes: int) -> tuple[int, str]:
     return 1024**power, UNITS[power]
 
 
-def _summary(plan: Plan, run: RunConfig, console: Console) -> None:
+def _summary(plan: Plan, run: RunConfig, node_memory: int | None, console: Console) -> None:
     stage, parallel = run.stages[0], run.parallel
     rows = {
         "layout": f"{plan.layout} on {plan.layout.world_size} ranks, ZeRO-{plan.zero_stage}, {run.precision.dtype}",
@@ -56,6 +62,10 @@ def _summary(plan: Plan, run: RunConfig, console: Console) -> None:
         "worlds": _some([str(size) for size in plan.worlds]),
         "elastic": _some([_how(world) for world in plan.elastic if world.padded_rows or world.size not in plan.worlds]),
     }
+    if node_memory is not None and run.checkpoint.memory is not None:
+        unit_bytes, unit = scale(node_memory)
+        folder = run.checkpoint.memory.folder
+        rows["node memory"] = f"at most {node_memory / unit_bytes:.4g} {unit} of {folder} for two generations"
     table = Table.grid(padding=(0, 2))
     for name, text in rows.items():
         table.add_row(f"[bold]{name}", text)

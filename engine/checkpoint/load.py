@@ -42,10 +42,13 @@ def read_state(path: Place) -> CheckpointState:
     return open_checkpoint(path).state
 
 
-def load(path: Path, groups: Groups, pieces: list[Piece], placements: list[Placement]) -> Manifest:
+def load(
+    path: Path, groups: Groups, pieces: list[Piece], placements: list[Placement], spread: bool = False
+) -> Manifest:
     """Fills every rank's live pieces from a checkpoint of any layout. Collective over `groups.world`.
 
     `placements` are those of this rank's stage; together they must name the very parameters of the checkpoint.
+    `spread`: its files are spread over several such folders, and `path` has those that this rank needs.
 
     Raises:
         CheckpointError: the same on every rank.
@@ -54,12 +57,28 @@ def load(path: Path, groups: Groups, pieces: list[Piece], placements: list[Place
     everywhere = [spec for stage in collectives.gather_objects(specs, groups.pipe) for spec in stage]
 
     def fill() -> Manifest:
-        manifest = open_checkpoint(path)
+        manifest = document.read(path) if spread else open_checkpoint(path)
         match(manifest, everywhere)
         load_pieces(path, manifest, pieces, groups.coordinates.tensor_rank, groups.layout.tensor)
         return manifest
 
     return on_all(fill, groups.world, CheckpointError)
+
+
+def files_needed(manifest: Manifest, pieces: list[Piece], tensor_rank: int, tensor_size: int) -> set[str]:
+    """Names of the files that `load_pieces` will read.
+
+    Raises:
+        CheckpointError: as `load_pieces`, where a parameter or moment is not in the checkpoint.
+    """
+    names = set()
+    for piece in pieces:
+        _check_piece(manifest, piece)
+        saved = manifest.placements[piece.spec.name]
+        need = Need(piece.spec, piece.start, piece.length, tensor_rank, tensor_size)
+        copies = transfers(need, saved, manifest.data_size, manifest.layout.tensor)
+        names |= {copy.writer.file_name for copy in copies}
+    return names
 
 
 def load_pieces(

@@ -1,7 +1,7 @@
 """Verification: every byte of a checkpoint against the hashes that were taken while it was written.
 
-`verify` runs offline in one process and names each damaged file and the pieces in it; `newest_verified` walks back
-from the newest checkpoint, with the files of each candidate shared out over the ranks. Neither changes anything.
+`verify` runs offline in one process and names each damaged file and the pieces in it; `is_whole` shares out the files
+of one checkpoint over the ranks of a run. Neither changes anything.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 
 from engine.checkpoint import document
 from engine.checkpoint.container import file_digest
-from engine.checkpoint.folder import committed
 from engine.checkpoint.load import Files
 from engine.checkpoint.manifest import Manifest
 from engine.checkpoint.storage import Place
@@ -76,21 +75,14 @@ def _reason(problem: CheckpointError) -> str:
     return what if separator and "/" in head else problem.wrong
 
 
-def newest_verified(folder: Path, groups: Groups) -> Path | None:
-    """The newest whole checkpoint in a folder `checkpoints/`, or None. Collective over `groups.world`.
-
-    Rank 0's list of the folder is everybody's; each rank reads its share of a candidate's files. Rank 0 logs why a
-    newer one was passed over.
-    """
-    world = groups.world
-    for path in collectives.broadcast_object(committed(folder), world):
-        damage = _verify_together(path, groups)
-        if not damage:
-            return path
-        if world.position == 0:
-            rest = f" and {len(damage) - 1} more" if len(damage) > 1 else ""
-            log.warning("checkpoint %s is damaged and passed over: %s%s", path.name, damage[0], rest)
-    return None
+def is_whole(path: Path, groups: Groups) -> bool:
+    """Whether a checkpoint verifies; each rank reads its share of the files, and rank 0 logs what is damaged.
+    Collective over `groups.world`."""
+    damage = _verify_together(path, groups)
+    if damage and groups.world.position == 0:
+        rest = f" and {len(damage) - 1} more" if len(damage) > 1 else ""
+        log.warning("checkpoint %s is damaged and passed over: %s%s", path.name, damage[0], rest)
+    return not damage
 
 
 def _verify_together(path: Path, groups: Groups) -> list[Damage]:

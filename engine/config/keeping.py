@@ -7,7 +7,7 @@ from engine.errors import ConfigError, PalimpsestError
 
 
 def check_keeping(config: RunConfig, problems: list[PalimpsestError]) -> None:
-    """Retention asks for steps that are saved, and for a metric that each of them has."""
+    """Retention asks for steps that are saved, and for a metric that each of them has; memory for other steps."""
     checkpoint, every = config.checkpoint, config.checkpoint.every_steps
     if checkpoint.keep_every is not None and (every is None or checkpoint.keep_every % every):
         problems.append(
@@ -27,6 +27,30 @@ def check_keeping(config: RunConfig, problems: list[PalimpsestError]) -> None:
         )
     elif checkpoint.keep_best and checkpoint.best_metric == "validation_loss":
         _check_evaluated(config, every, problems)
+    _check_memory(config, every, problems)
+
+
+def _check_memory(config: RunConfig, every: int | None, problems: list[PalimpsestError]) -> None:
+    memory = config.checkpoint.memory
+    if memory is None:
+        return
+    if every is not None and memory.every_steps % every == 0:
+        problems.append(
+            ConfigError(
+                f"checkpoint.memory.every_steps = {memory.every_steps} with checkpoint.every_steps = {every}: each of "
+                "these steps goes to the disk",
+                "steps between those that go to the disk",
+                "lower checkpoint.memory.every_steps, or leave checkpoint.memory out",
+            )
+        )
+    if not memory.folder.is_absolute():
+        problems.append(
+            ConfigError(
+                f"checkpoint.memory.folder = {memory.folder}",
+                "an absolute path, on a file system that each node has in its memory",
+                "leave it out for /dev/shm",
+            )
+        )
 
 
 def _check_evaluated(config: RunConfig, every: int | None, problems: list[PalimpsestError]) -> None:

@@ -433,6 +433,18 @@ class LaunchConfig(Section):
     """The same while a checkpoint is saved, and at the end."""
 
 
+class MemoryConfig(Section):
+    """Checkpoints in the memory of the nodes between those on the disk: a node holds its own ranks' files and those of
+    the node before it, so that a run outlives any one node without going back to the disk."""
+
+    kind: ClassVar[Kind] = "execution"
+
+    every_steps: PositiveInt
+    """One after every so many steps, except where one goes to the disk or the one before is still under way."""
+    folder: Path = Field(default=Path("/dev/shm"), validate_default=False)  # in JSON only text is a path
+    """Where a node's memory is a folder. Each file is there four times at the most: of two steps, on two nodes."""
+
+
 class CheckpointConfig(Section):
     kind: ClassVar[Kind] = "execution"
 
@@ -452,6 +464,8 @@ class CheckpointConfig(Section):
     """So many with the least `best_metric` stay."""
     best_metric: Literal["validation_loss", "loss"] = "validation_loss"
     """By what `keep_best` judges: the held-out or the training loss of the saved step."""
+    memory: MemoryConfig | None = None
+    """More of them, in the nodes' memory; a restart of the same job goes on from there. None: on the disk alone."""
 
 
 class EvaluationConfig(Section):

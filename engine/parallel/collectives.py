@@ -99,11 +99,16 @@ def send(tensor: torch.Tensor, group: Group, position: int) -> dist.Work:
     return work
 
 
-def receive(tensor: torch.Tensor, group: Group, position: int) -> torch.Tensor:
-    """Fills `tensor` from the rank at `position`; on CUDA the stream waits, not the host."""
+def start_receiving(tensor: torch.Tensor, group: Group, position: int) -> dist.Work:
+    """Starts filling `tensor` from the rank at `position` and returns at once; wait for the work."""
     work = dist.irecv(tensor, src=group.ranks[position], group=group.handle)
     assert work is not None
-    work.wait()
+    return work
+
+
+def receive(tensor: torch.Tensor, group: Group, position: int) -> torch.Tensor:
+    """Fills `tensor` from the rank at `position`; on CUDA the stream waits, not the host."""
+    start_receiving(tensor, group, position).wait()
     return tensor
 
 

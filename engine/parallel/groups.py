@@ -157,6 +157,17 @@ def join(
     )
 
 
+def join_lines(lines: Iterable[tuple[int, ...]], global_rank: int) -> list[Group | None]:
+    """Groups for tensors in host memory (gloo, whatever the world's backend), in the order given; None for those that
+    this rank is not in. Collective over the world, after `connect`."""
+    groups = []
+    for line in lines:
+        ranks = tuple(sorted(line))
+        handle = dist.new_group(list(ranks), timeout=timedelta(seconds=TIMEOUT_SECONDS), backend="gloo")
+        groups.append(Group(ranks, ranks.index(global_rank), handle) if global_rank in ranks else None)
+    return groups
+
+
 def _make(families: list[list[int]], global_rank: int, strict: bool = True) -> Any:
     """The group of `families` that holds this rank; all of them are made, single ranks too (DeepSpeed wants them)."""
     own = None

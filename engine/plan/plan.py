@@ -16,7 +16,7 @@ from engine.config.schema import RunConfig
 from engine.plan.cut import Part, entries_of, stage_parts, tied_stages
 from engine.plan.elastic import World, elastic_worlds
 from engine.plan.families import figures
-from engine.plan.memory import Memory, stage_memory
+from engine.plan.memory import MASTER_BYTES, MOMENTS_BYTES, Memory, stage_memory
 from engine.plan.operations import BACKWARD_FACTOR, layer_costs, training_operations
 from engine.plan.parameters import num_parameters
 from engine.plan.pipeline import bubble, in_flight
@@ -51,6 +51,12 @@ class StagePlan:
     recomputed: int
     """Layers that recompute their activations."""
 
+    @property
+    def stored_bytes(self) -> int:
+        """What one rank stores in a checkpoint, at the most: Adam's moments beside its share of fp32 weights. Also the
+        host memory that saves take."""
+        return self.updated * (MASTER_BYTES + MOMENTS_BYTES)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -75,6 +81,14 @@ class Plan:
     fitting: tuple[Layout, ...]
     refused: tuple[Refusal, ...]
 
+    def node_memory_bytes(self, ranks_per_node: int) -> int:
+        """What `checkpoint.memory` takes of a node's memory at the most: two generations, and with several nodes each
+        with a copy of the files of another node. Ranks of the stage that stores most on every node."""
+        world = self.layout.world_size
+        copies = 2 if world > ranks_per_node else 1
+        largest = max(stage.stored_bytes for stage in self.stages)
+        return 2 * copies * min(ranks_per_node, world) * largest
+
     @property
     def operations_per_token(self) -> int:
         """Of the tokens that a sample is counted by."""
@@ -87,6 +101,7 @@ class Plan:
         for shown, stage in zip(tree["stages"], self.stages, strict=True):
             shown["memory"] |= {"states": stage.memory.states, "total": stage.memory.total}
             shown["traffic"]["total"] = stage.traffic.total
+            shown["stored_bytes"] = stage.stored_bytes
         tree["elastic"] = [
             {
                 "size": world.size,

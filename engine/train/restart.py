@@ -10,12 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.checkpoint.folder import CHECKPOINTS, Superseded, committed
+from engine.checkpoint import document
+from engine.checkpoint.folder import CHECKPOINTS, Superseded, committed, owner_of, step_of
 from engine.checkpoint.load import load
 from engine.checkpoint.manifest import CheckpointState, Manifest
+from engine.checkpoint.node_store import NodeStore
+from engine.checkpoint.recall import Line, Recall
 from engine.checkpoint.retention import Retention, prune
 from engine.checkpoint.saver import Saver
-from engine.checkpoint.verify import newest_verified
+from engine.checkpoint.stores import Store
+from engine.checkpoint.verify import is_whole
 from engine.config.load import load_run
 from engine.config.place import RankPlace
 from engine.config.resume import compare, meaning_hash, refuse_new_meaning
@@ -26,6 +30,7 @@ from engine.errors import CheckpointError, ConfigError, EnvironmentProblem
 from engine.logs import logger
 from engine.parallel.agreement import on_first
 from engine.parallel.groups import Groups
+from engine.parallel.state import Piece
 from engine.parallel.zero import StageEngine
 from engine.train.lock import FolderLock
 from engine.train.metrics import read_metrics
@@ -54,6 +59,9 @@ class Restarts:
         self.folder = config.folder / CHECKPOINTS
         self._lock = FolderLock(config.folder)
         self._saver = Saver(self.folder, groups, self._prune)
+        memory = config.checkpoint.memory
+        self._memory = NodeStore(memory.folder, config.folder, groups, place) if memory else None
+        self._job_before = place.job
 
     def claim(self) -> None:
         """Takes the run folder for this start of the run, and writes the configuration there.
@@ -65,12 +73,22 @@ class Restarts:
         """
         on_first(lambda: self._lock.take(self.place), self.groups.world, EnvironmentProblem)
         on_first(self._compare_config, self.groups.world, ConfigError)
+        before = on_first(lambda: owner_of(self.folder), self.groups.world, CheckpointError)
+        self._job_before = before.job if before is not None else self.place.job
         self._saver.claim(self.place.job, self.place.attempt)
+        if self._memory is not None:
+            self._memory.claim()
         on_first(lambda: save_run(self.config, self.config.folder), self.groups.world, EnvironmentProblem)
 
     def reserve(self, engine: StageEngine) -> None:
-        """Takes the memory of all saves to come, before the first step."""
-        self._saver.reserve(engine.pieces(), engine.placements())
+        """Takes the memory of all saves to come, before the first step.
+
+        Raises:
+            EnvironmentProblem: the nodes' memory has no room for the generations that `checkpoint.memory` asks for.
+        """
+        num_bytes = self._saver.reserve(engine.pieces(), engine.placements())
+        if self._memory is not None:
+            self._memory.check_room(num_bytes)
 
     def save(self, state: TrainState, engine: StageEngine, loader: Loader, wait: bool) -> None:
         """Begins a checkpoint, once the one before has ended; with `wait`, or where it is asked for, ends it, too.
@@ -82,17 +100,26 @@ class Restarts:
         self._bear(self._saver.settle)
 
         def begin() -> None:
-            self._saver.begin(
-                engine.pieces(),
-                engine.placements(),
-                self._state(state, engine, loader),
-                self.place.job,
-                self.place.attempt,
-            )
+            self._begin(state, engine, loader)
             if wait or not self.config.checkpoint.asynchronous:
                 self._saver.settle()
 
         begin() if wait else self._bear(begin)
+
+    def keep(self, state: TrainState, engine: StageEngine, loader: Loader) -> None:
+        """Begins a checkpoint in the nodes' memory, except where another one is under way."""
+        if self._saver.in_flight is None:
+            self._bear(lambda: self._begin(state, engine, loader, self._memory), optional=True)
+
+    def _begin(self, state: TrainState, engine: StageEngine, loader: Loader, store: Store | None = None) -> None:
+        self._saver.begin(
+            engine.pieces(),
+            engine.placements(),
+            self._state(state, engine, loader),
+            self.place.job,
+            self.place.attempt,
+            store,
+        )
 
     def hold_update(self) -> None:
         """Call before the weights of a step change: what a save still copies has to be what it was."""
@@ -119,18 +146,30 @@ class Restarts:
         self._saver.abandon()
         self._lock.release()
 
-    def restore(self, engine: StageEngine, loader: Loader) -> Restored | None:
+    def end(self, state: TrainState) -> None:
+        """Gives the nodes' memory back where the disk has what is there; for the end of a run that has not failed."""
+        if self._memory is None:
+            return
+        on_disk = on_first(lambda: committed(self.folder), self.groups.world, CheckpointError)
+        if on_disk and step_of(on_disk[0]) >= state.step:
+            self._memory.end()
+
+    def restore(self, engine: StageEngine, loader: Loader, go_back: bool = False) -> Restored | None:
         """Loads the newest verified checkpoint into engine and loader; None where the run has none.
+
+        With `go_back` it is one on the disk, and what the nodes' memory has of the steps since is dropped.
 
         Raises:
             CheckpointError: there are checkpoints and none of them verifies, or the newest is of another model.
         """
         self.settle()  # of a run that goes back to it
-        path = newest_verified(self.folder, self.groups)
+        path, spread = self._choose(engine.pieces(), go_back)
+        if self._memory is not None:  # what is there and not gone on from is of a past that will not be
+            self._memory.keep_only(step_of(path) if path is not None and spread else None)
         if path is None:
             on_first(self._refuse_damaged, self.groups.world, CheckpointError)
             return None
-        manifest = load(path, self.groups, engine.pieces(), engine.placements())
+        manifest = load(path, self.groups, engine.pieces(), engine.placements(), spread)
         if manifest.state.config_hash != meaning_hash(self.config):
             raise CheckpointError(
                 f"{path} was saved by a run of another meaning",
@@ -142,6 +181,32 @@ class Restarts:
         engine.set_updates(state.updates)
         loader.restore(manifest.state.sections["loader"])
         return Restored(state, manifest, path)
+
+    def _choose(self, pieces: list[Piece], go_back: bool) -> tuple[Path | None, bool]:
+        """The checkpoint to load, and whether it is spread over the nodes' memory; the newer place is looked at first,
+        and the disk's files only where memory has nothing newer."""
+        on_disk = on_first(lambda: committed(self.folder), self.groups.world, CheckpointError)
+        recall = Recall(self._memory) if self._memory is not None and not go_back else None
+        for path in [*on_disk, None]:
+            if recall is not None and (found := recall.newest(self._line(path), pieces)) is not None:
+                return found, True
+            if path is not None and is_whole(path, self.groups):
+                return path, False
+        return None, False
+
+    def _line(self, on_disk: Path | None) -> Line:
+        """What a generation has to be to be gone on from in place of `on_disk`. Collective over the world."""
+
+        def attempt() -> int:
+            try:
+                manifest = document.read(on_disk) if on_disk is not None else None
+            except CheckpointError:  # damaged, as will be said when it is its turn
+                return 0
+            return manifest.attempt if manifest is not None and manifest.job == self._job_before else 0
+
+        least_attempt = on_first(attempt, self.groups.world, CheckpointError)
+        least_step = step_of(on_disk) + 1 if on_disk is not None else 0
+        return Line(meaning_hash(self.config), self._job_before, least_step, least_attempt)
 
     def _compare_config(self) -> None:
         """Refuses another meaning where something was trained already, and logs what else has changed."""
@@ -175,13 +240,17 @@ class Restarts:
                 "bring them back; to start over, use another `folder`",
             )
 
-    def _bear(self, action: Callable[[], object]) -> None:
+    def _bear(self, action: Callable[[], object], optional: bool = False) -> None:
         """Calls what may fail to save; where the run goes on without, every rank's log says so."""
+        optional = optional or self._saver.goes_to(self._memory)
         try:
             action()
         except Superseded:
             raise
         except CheckpointError as error:
+            if optional:
+                _log.warning("a checkpoint in the nodes' memory failed, and the run goes on: %s", error)
+                return
             if self.config.checkpoint.on_failure == "stop":
                 raise
             _log.error("a checkpoint could not be saved, and the run goes on: %s", error)

@@ -67,6 +67,7 @@ def train(config: RunConfig, layout: Layout, place: RankPlace, signals: StopSign
     try:
         trainer = Trainer(config, groups, place, device, signals, heart)
         code = trainer.fit()
+        trainer.restarts.end(trainer.state)
         if place.global_rank == 0:
             outcome.write(config.folder, Outcome(place.job, place.attempt, code, trainer.state.step))
         barrier(groups.world)  # no rank leaves before the outcome stands: launchers signal the others when one ends
@@ -161,6 +162,9 @@ class Trainer:
             last = self.state.step == self.num_steps
             if stop or last or _due(self.state.step, self.config.checkpoint.every_steps):
                 self._save(wait=stop or last)
+            elif _due(self.state.step, self._memory_every_steps):
+                self.heart.beat(self.state.step, "save")
+                self.restarts.keep(self.state, self.pipeline.engine, self.feed.loader)
             if stop and not last:
                 return EXIT_REQUEUE
             if last or _due(self.state.step, self.config.evaluation.every_steps):
@@ -250,6 +254,11 @@ class Trainer:
         return samples * self.run_stage.sequence_length
 
     @property
+    def _memory_every_steps(self) -> int | None:
+        memory = self.config.checkpoint.memory
+        return memory.every_steps if memory is not None else None
+
+    @property
     def guard(self) -> Guard:
         """Judges steps, by what `state` remembers of those before."""
         return Guard(self.config.stability, self.state.stability)
@@ -267,7 +276,7 @@ class Trainer:
         left_out, end = loader.left_out, loader.position
         self.feed.close()
         self.metrics.close()
-        restored = self.restarts.restore(self.pipeline.engine, loader)
+        restored = self.restarts.restore(self.pipeline.engine, loader, go_back=True)
         if restored is None:
             raise Unstable(
                 f"step {spiked}: the loss spikes before the first checkpoint", "a checkpoint to go back to", REMEDY

@@ -7,7 +7,8 @@ import struct
 import pytest
 
 from engine.checkpoint import document
-from engine.checkpoint.verify import newest_verified, verify, verify_files
+from engine.checkpoint.folder import committed
+from engine.checkpoint.verify import is_whole, verify, verify_files
 from tests.engine.checkpoint.threads import ThreadedRanks
 from tests.engine.checkpoint.worlds import World, fake_groups, layout_of, random_state, small_model, some_state
 
@@ -24,6 +25,11 @@ def checkpoints(tmp_path):
         world.fill(random_state(world.specs, step))
         paths.insert(0, world.save(tmp_path, some_state(step)))
     return paths
+
+
+def newest_verified(folder, groups):
+    """The walk back of a restart."""
+    return next((path for path in committed(folder) if is_whole(path, groups)), None)
 
 
 def flip(path, at):

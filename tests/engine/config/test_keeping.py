@@ -32,7 +32,15 @@ def problems(**changes):
 
 @pytest.mark.parametrize(
     "checkpoint",
-    [{}, {"keep_every": 30}, {"keep_best": 2}, {"every_steps": 7, "keep_best": 2, "best_metric": "loss"}],
+    [
+        {},
+        {"keep_every": 30},
+        {"keep_best": 2},
+        {"every_steps": 7, "keep_best": 2, "best_metric": "loss"},
+        {"memory": {"every_steps": 3}},
+        {"memory": {"every_steps": 15}},
+        {"every_steps": None, "memory": {"every_steps": 10}},
+    ],
 )
 def test_what_is_allowed(checkpoint):
     assert problems(checkpoint=checkpoint) == []
@@ -46,6 +54,9 @@ def test_what_is_allowed(checkpoint):
         ({"checkpoint": {"every_steps": None, "keep_best": 1}}, "keep_best = 1 without checkpoint.every_steps"),
         ({"checkpoint": {"keep_best": 1}, "evaluation": {"every_steps": 4}}, "evaluation.every_steps = 4"),
         ({"checkpoint": {"keep_best": 1}, "evaluation": {"every_steps": None}}, "evaluation.every_steps = None"),
+        ({"checkpoint": {"memory": {"every_steps": 10}}}, "each of these steps goes to the disk"),
+        ({"checkpoint": {"memory": {"every_steps": 20}}}, "memory.every_steps = 20 with checkpoint.every_steps = 10"),
+        ({"checkpoint": {"memory": {"every_steps": 3, "folder": "shm"}}}, "checkpoint.memory.folder = shm"),
     ],
 )
 def test_what_is_refused_says_what_to_do(changes, wrong):

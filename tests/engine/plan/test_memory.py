@@ -137,3 +137,16 @@ def test_sequence_parallelism_divides_what_tensor_parallelism_leaves_whole() -> 
 def test_the_sequence_axis_divides_activations_and_logits() -> None:
     assert memory(sequence=2).activations == memory().activations // 2
     assert memory(sequence=2).logits - 4 * 512 * 64 == (memory().logits - 4 * 512 * 64) // 2, "all but the weight's"
+
+
+@pytest.mark.parametrize(
+    ("per_node", "held"),
+    [(8, 2 * 4), (4, 2 * 4), (2, 2 * 2 * 2), (1, 2 * 2 * 1)],
+    ids=["one node", "just one", "two nodes", "four nodes"],
+)
+def test_two_generations_on_two_nodes_are_four_times_what_a_node_stores(per_node: int, held: int) -> None:
+    run = example(SHORT, {"parallel": {"zero_stage": 1, "data": 4}})
+    plan = make_plan(run, 4)
+    per_rank = -(-num_parameters(run.model, padded=True) // 4) * 12
+    assert plan.stages[0].stored_bytes == per_rank
+    assert plan.node_memory_bytes(per_node) == held * per_rank

@@ -1,0 +1,55 @@
+"""Generations in the memory of nodes: which one a run goes on from, and which file goes where for that. Pure.
+
+A generation is one checkpoint whose files are spread over the nodes, each on the node that wrote it and on the next.
+Nodes come and go: a generation can be used where each of its files is on some node.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, order=True)
+class Generation:
+    """What tells one from another: newer ones are greater."""
+
+    step: int
+    attempt: int
+    manifest: str
+    """Hash of its manifest's file."""
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One file that a node lacks, and the node that gives it."""
+
+    file: str
+    source: int
+    target: int
+
+
+def newest_first(held: Sequence[Collection[Generation]]) -> list[Generation]:
+    """All generations that some node has something of; `held` is by node."""
+    return sorted({generation for node in held for generation in node}, reverse=True)
+
+
+def lost(files: Iterable[str], held: Sequence[Collection[str]]) -> list[str]:
+    """The files that no node has; `held` is by node."""
+    return [name for name in files if not any(name in node for node in held)]
+
+
+def deliveries(needed: Sequence[Collection[str]], held: Sequence[Collection[str]]) -> list[Delivery]:
+    """What brings to each node the files that its ranks will read; the work is shared out over those who have them.
+
+    `needed` and `held` are by node; each needed file is held by some node.
+    """
+    given: Counter[int] = Counter()
+    found = []
+    for target, names in enumerate(needed):
+        for name in sorted(set(names) - set(held[target])):
+            source = min((node for node, own in enumerate(held) if name in own), key=lambda node: (given[node], node))
+            given[source] += 1
+            found.append(Delivery(name, source, target))
+    return found

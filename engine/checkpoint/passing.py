@@ -1,0 +1,64 @@
+"""Files passed from one node's memory to another's, between two ranks, straight from page to page.
+
+Both sides map their file, so that no buffer is taken beside it. Room is taken before anything is sent: a page that
+a full memory cannot give would end the process, and no error could be told.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.checkpoint.container import FileRecord, disk_errors, file_digest
+from engine.errors import CheckpointError
+from engine.parallel import collectives
+from engine.parallel.collectives import Work
+from engine.parallel.groups import Group
+
+CHUNK_BYTES = 64 << 20
+"""Bytes sent as one message."""
+
+
+def take_room(path: Path, num_bytes: int) -> None:
+    """Makes a file that has its pages. Raises `CheckpointError` where there are not so many."""
+    with disk_errors(path), path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(num_bytes, 1))
+
+
+def start_sending(path: Path, group: Group, position: int) -> list[Work]:
+    """Sends a file to the rank at `position`; it may be renamed meanwhile, and not be written to."""
+    mapped = np.memmap(path, dtype=np.uint8, mode="c")  # a tensor wants memory that could be written to
+    return [collectives.send(chunk, group, position) for chunk in _chunks(torch.from_numpy(mapped))]
+
+
+def start_receiving(path: Path, num_bytes: int, group: Group, position: int) -> list[Work]:
+    """Fills a file that `take_room` has made, cut to `num_bytes`, with what the rank at `position` sends."""
+    with disk_errors(path):
+        os.truncate(path, num_bytes)
+        mapped = np.memmap(path, dtype=np.uint8, mode="r+")
+    return [collectives.start_receiving(chunk, group, position) for chunk in _chunks(torch.from_numpy(mapped))]
+
+
+def accept(path: Path, record: FileRecord) -> None:
+    """Gives a file that has come its name, if it is the one that was sent.
+
+    Raises:
+        CheckpointError: it is another one.
+    """
+    with disk_errors(path):
+        found = file_digest(path)
+        if found != record.xxh3:
+            raise CheckpointError(
+                f"{record.name} came from another node with other bytes (xxh3 {found}, sent as {record.xxh3})",
+                "what was sent",
+                "look at the network and the memory of both nodes",
+            )
+        path.replace(path.with_name(record.name))
+
+
+def _chunks(values: torch.Tensor) -> Iterator[torch.Tensor]:
+    return iter(values.split(CHUNK_BYTES))
