@@ -1,5 +1,7 @@
 """`python -m bench.checkpoint`: how long a save holds training up: ours, DeepSpeed's native save, torch's DCP.
 
+Ours saves to the disk, beside training or waiting, and into the memory of the node.
+
 The sides take turns, round by round, in processes of their own, on one disk. The stall is the call that saves, by
 which the step that ends with it is longer, and what the next update of the weights waits for copies. The drag is what
 the steps beside the writing take longer, in all. Ratios are formed within a round: the stall over that of our own
@@ -25,6 +27,7 @@ from bench.contest import Spread, Worker
 from bench.machine import machine
 
 OURS, OURS_SYNC, NATIVE = "ours, beside training", "ours, waiting", "DeepSpeed native"
+MEMORY = "ours, into the node's memory"
 DCP, DCP_ASYNC = "torch DCP", "torch DCP async"
 TIMEOUT_SECONDS = 600.0
 
@@ -39,8 +42,9 @@ def main(
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     shape = make_shape(small)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        turns = compete(shape, rounds, Path(place))
+    shared = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(dir=folder) as place, tempfile.TemporaryDirectory(dir=shared) as memory:
+        turns = compete(shape, rounds, Path(place), memory)
     result = {
         "machine": machine(1),
         "shape": {"model": shape.model.model_dump(mode="json"), "length": shape.length, "rows": shape.rows},
@@ -72,13 +76,14 @@ def state_bytes(shape: Any) -> int:
     return 12 * sum(spec.local_numel(1) for spec in specs(shape.model))
 
 
-def compete(shape: Any, rounds: int, folder: Path) -> dict[str, list[Any]]:
-    """Every side's turns, one per round; who goes first moves on by one each round."""
+def compete(shape: Any, rounds: int, folder: Path, memory: str) -> dict[str, list[Any]]:
+    """Every side's turns, one per round; who goes first moves on by one each round. `memory` is a folder in memory."""
     from bench import savers
 
     makers = {
         OURS: partial(savers.OurSide, shape, True),
         OURS_SYNC: partial(savers.OurSide, shape, False),
+        MEMORY: partial(savers.MemorySide, shape, memory, str(folder)),
         NATIVE: partial(savers.DeepSpeedSide, shape),
         DCP: partial(savers.DcpSide, shape, False),
         DCP_ASYNC: partial(savers.DcpSide, shape, True),

@@ -94,13 +94,15 @@ def timed(action: Callable[[], None]) -> float:
 class OurSide:
     """Our engine and our saver, as `engine.train` uses them."""
 
+    store: Any
+    """Where it saves; None for the disk."""
+
     def __init__(self, shape: Shape, asynchronous: bool) -> None:
         from engine.checkpoint.saver import Saver
 
         self.ours, self.asynchronous = Ours(shape, 1, "fp32"), asynchronous
         self.batch, self.steps, self.held = self.ours.inputs(0), 0, 0.0
-        self.make_saver = lambda folder: Saver(folder, self.ours.groups)
-        self.saver = self.make_saver(Path())
+        self.saver, self.store = Saver(Path(), self.ours.groups), None
         self.saver.reserve(*self._state())
 
     def step(self) -> None:
@@ -112,9 +114,9 @@ class OurSide:
     def save(self, folder: Path) -> None:
         from engine.checkpoint.manifest import CheckpointState
 
-        self.saver.folder = folder
+        self.saver.disk.folder = folder
         state = CheckpointState(step=self.steps, tokens=0, zero_stage=1, config_hash="bench")
-        self.saver.begin(*self._state(), state, str(folder), 0)
+        self.saver.begin(*self._state(), state, str(folder), 0, self.store)
         if not self.asynchronous:
             self.saver.settle()
 
@@ -129,6 +131,18 @@ class OurSide:
 
     def _state(self) -> tuple[Any, Any]:
         return self.ours.pipeline.engine.pieces(), self.ours.pipeline.engine.placements()
+
+
+class MemorySide(OurSide):
+    """The same, saving into the memory of its node; a rank alone has no other node to send a copy to."""
+
+    def __init__(self, shape: Shape, memory: str, folder: str) -> None:
+        from engine.checkpoint.node_store import NodeStore
+        from engine.config.place import RankPlace
+
+        super().__init__(shape, True)
+        self.store: Any = NodeStore(Path(memory), Path(folder), self.ours.groups, RankPlace())
+        self.store.claim()
 
 
 class DeepSpeedSide:

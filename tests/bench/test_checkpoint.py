@@ -15,13 +15,14 @@ def test_all_sides_save_and_the_figures_are_written(tmp_path):
     assert list(sides) == [
         checkpoint.OURS,
         checkpoint.OURS_SYNC,
+        checkpoint.MEMORY,
         checkpoint.NATIVE,
         checkpoint.DCP,
         checkpoint.DCP_ASYNC,
     ]
     for name, row in sides.items():
         assert len(row["turns"]) == 5
-        waits = name not in (checkpoint.OURS, checkpoint.DCP_ASYNC)
+        waits = name not in (checkpoint.OURS, checkpoint.MEMORY, checkpoint.DCP_ASYNC)
         for turn in row["turns"]:
             assert waits == (turn["after"] == [])
             assert turn["durable"] >= turn["stall"] > 0
