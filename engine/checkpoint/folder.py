@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from engine.checkpoint.container import disk_errors
-from engine.checkpoint.storage import Place, Remote
+from engine.checkpoint.storage import MANIFEST, Place, Remote
 from engine.errors import CheckpointError
 
 AnyPlace = TypeVar("AnyPlace", Path, Remote, Place)
@@ -69,15 +69,23 @@ def find(place: AnyPlace) -> list[AnyPlace]:
     """The checkpoints that a user means by a run folder, its folder `checkpoints/` or one checkpoint, newest first.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or nothing can be read there.
     """
-    if step_of(place) >= 0 and place.is_dir():
-        return [place]
-    found = committed(place / CHECKPOINTS) or committed(place)
+    try:
+        if step_of(place) >= 0 and ((place / MANIFEST).is_file() or place.is_dir()):  # some servers list no folders
+            return [place]
+        found = committed(place / CHECKPOINTS) or committed(place)
+    except OSError as problem:
+        raise CheckpointError(
+            f"{place} cannot be read: {problem.strerror or problem}",
+            "a place that can be read from here",
+            "check the path or URL, the server and your permissions",
+        ) from problem
     if not found:
+        listed = " behind a server that lists folders" if isinstance(place, Remote) else ""
         raise CheckpointError(
             f"{place} holds no checkpoint",
-            f"a run folder, its folder {CHECKPOINTS}/, or one checkpoint step-N",
+            f"a run folder, its folder {CHECKPOINTS}/{listed}, or one checkpoint step-N",
             "check the path, or train until the first checkpoint is saved",
         )
     return found

@@ -72,9 +72,20 @@ class Remote:
             return self._fs.cat_file(self._path).decode(encoding)
 
     def read_range(self, start: int, stop: int) -> bytes:
-        """The bytes [start, stop); raises `OSError` where the server gives something else."""
+        """The bytes [start, stop).
+
+        Raises:
+            OSError: fewer bytes came.
+            CheckpointError: the server gives whole files whatever is asked for, as simple HTTP servers do.
+        """
         with _os_errors():
             content = self._fs.cat_file(self._path, start=start, end=stop)
+        if len(content) > stop - start:
+            raise CheckpointError(
+                f"{self}: asked for {stop - start} bytes of it, the server sends all {len(content)}",
+                "a server that answers requests for ranges of bytes",
+                "copy the checkpoint to a disk, or let another server hand it out; `list` and `verify` need no ranges",
+            )
         if len(content) != stop - start:
             raise OSError(errno.EIO, f"asked for bytes {start} to {stop}, {len(content)} came")
         return content
