@@ -91,6 +91,8 @@ def make_batch(
     samples_B3[: len(samples)] = samples
     domains_B = np.zeros(num_rows, np.int32)
     domains_B[: len(domains)] = domains
+    row_weights_B = np.zeros(num_rows, np.float32)
+    row_weights_B[: len(places)] = 1.0
 
     def name_sources() -> tuple[str, ...]:
         rows = zip(domains.tolist(), places.tolist(), strict=True)
@@ -102,7 +104,7 @@ def make_batch(
         inputs={name: torch.from_numpy(array) for name, array in made.inputs.items()},
         weights=made.weights,
         samples_B3=torch.from_numpy(samples_B3),
-        row_weights_B=(torch.arange(num_rows) < len(places)).float(),
+        row_weights_B=torch.from_numpy(row_weights_B),
         domains_B=torch.from_numpy(domains_B),
         name_sources=name_sources,
         documents=torch.from_numpy(made.documents),

@@ -24,6 +24,7 @@ PURPOSE_PAIRS = int.from_bytes(b"pairs")
 PURPOSE_DROPOUT = int.from_bytes(b"dropout")
 
 _WORDS_PER_COUNT = 4
+_LARGEST = 2**32 - 1
 
 
 def words(seed: int, purpose: int, samples_B3: np.ndarray, num_words: int) -> np.ndarray:
@@ -43,11 +44,15 @@ def choose(keys_BT: np.ndarray, allowed_BT: np.ndarray, counts_B: np.ndarray) ->
     `keys_BT` are uniform uint32; the places with the smallest keys are taken. Equal keys (one pair in 2^32) prefer
     the earlier place. `counts_B` is at most the number of allowed places.
     """
-    ordered = order(keys_BT, allowed_BT)[:, : max(1, int(counts_B.max(initial=0)))]
-    taken = np.arange(ordered.shape[1]) < counts_B[:, None]
-    chosen_BT = np.zeros(keys_BT.shape, bool)
-    rows = np.broadcast_to(np.arange(len(keys_BT))[:, None], ordered.shape)
-    chosen_BT[rows[taken], ordered[taken]] = True
+    # the key of each row's last place: sorting 32 bits takes half the time of keys and places together
+    ranked_BT = np.sort(np.where(allowed_BT, keys_BT, np.uint32(_LARGEST)), axis=1)
+    last_B = ranked_BT[np.arange(len(keys_BT)), np.maximum(counts_B, 1) - 1]
+    chosen_BT = (keys_BT <= last_B[:, None]) & allowed_BT & (counts_B > 0)[:, None]
+    if np.count_nonzero(chosen_BT) == counts_B.sum():
+        return chosen_BT
+    for row in np.flatnonzero(np.count_nonzero(chosen_BT, axis=1) > counts_B):  # its last place has an equal
+        chosen_BT[row] = False
+        chosen_BT[row, order(keys_BT[row : row + 1], allowed_BT[row : row + 1])[0, : counts_B[row]]] = True
     return chosen_BT
 
 

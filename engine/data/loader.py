@@ -293,6 +293,10 @@ class Loader:
                 "enough samples for the whole stage, and for what it leaves out",
                 "raise data.sources.*.epochs or max_tokens, or shorten the stage",
             )
+        if len(self._sources) == 1:
+            (place,), order = cursor.places, self._sources[0].order
+            found = Samples(np.zeros(count, np.int64), order.addresses(place, count))
+            return found, Cursor(end, (order.after(place, count),))
         sources_N = self._mixing.of(cursor.position, count)
         addresses_N3, counts = np.empty((count, 3), np.int64), []
         for source, place in zip(self._sources, cursor.places, strict=True):

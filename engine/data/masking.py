@@ -11,6 +11,7 @@ B batch (rows), T time (sequence length), M most masked tokens of a row, V vocab
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -51,10 +52,9 @@ def mask(
     length = tokens_BT.shape[1]
     most = num_masked(length, objective.rate)
     keys_BT, rest = halves(words_BW[:, : -(-length // 2)])[:, :length], halves(words_BW[:, -(-length // 2) :])
-    allowed_BT = vocabulary.ordinary_V[tokens_BT] & real_BT
-    # a table, so that numbers are rounded as everywhere
-    wanted = np.array([0, *(num_masked(count, objective.rate) for count in range(1, length + 1))])
-    counts_B = wanted[allowed_BT.sum(axis=1)]
+    allowed_BT = vocabulary.ordinary_V.take(tokens_BT) & real_BT
+    others_B = np.bincount(np.flatnonzero(~allowed_BT) // length, minlength=len(tokens_BT))  # few: fast to count
+    counts_B = _wanted(length, objective.rate)[length - others_B]
     if objective.mask_unit == "token":
         chosen_BT = choose(keys_BT, allowed_BT, counts_B)
     elif objective.mask_unit == "word":
@@ -62,39 +62,49 @@ def mask(
         chosen_BT = choose_words(keys_BT, allowed_BT, begins_BT, counts_B)
     else:
         chosen_BT = _choose_spans(keys_BT, allowed_BT, counts_B, objective.mean_span_length)
-    rows, positions = np.nonzero(chosen_BT)
-    places = np.arange(rows.size) - np.searchsorted(rows, rows)
+    # everything below goes by numbers over all rows: two indices per token cost several times as much
+    flat = np.flatnonzero(chosen_BT)
+    found_B = np.diff(np.searchsorted(flat, np.arange(len(tokens_BT) + 1) * length))
+    rows = np.repeat(np.arange(len(tokens_BT)), found_B)
+    places = np.arange(flat.size) - np.repeat(np.cumsum(found_B) - found_B, found_B)
     masked_BM = np.zeros((len(tokens_BT), most), np.int64)
     targets_BM, weights_BM = np.zeros_like(masked_BM), np.zeros(masked_BM.shape, np.float32)
-    masked_BM[rows, places] = positions
-    targets_BM[rows, places] = tokens_BT[rows, positions]
-    weights_BM[rows, places] = 1.0
-    deciders = places
+    slots = rows * most + places
+    masked_BM.put(slots, flat - rows * length)
+    targets_BM.put(slots, tokens_BT.take(flat))
+    weights_BM.put(slots, 1.0)
+    drawn, deciders = rows * rest.shape[1] + 2 * places, 0
     if objective.mask_unit == "span":  # the first token of a span decides for all of it
-        goes_on = np.append(False, (np.diff(positions) == 1) & (np.diff(rows) == 0))
-        deciders = places[np.maximum.accumulate(np.where(goes_on, 0, np.arange(rows.size)))]
-    actions, drawn = rest[rows, 2 * deciders], rest[rows, 2 * places + 1]
-    _replace(tokens_BT, rows, positions, actions, drawn, objective, vocabulary)
+        goes_on = np.append(False, (np.diff(flat) == 1) & (np.diff(rows) == 0))[: flat.size]
+        firsts = np.maximum.accumulate(np.where(goes_on, 0, np.arange(flat.size)))
+        deciders = 2 * (places[firsts] - places)
+    _replace(tokens_BT, flat, rest.take(drawn + deciders), rest.take(drawn + 1), objective, vocabulary)
     return Masked(masked_BM, targets_BM, weights_BM)
+
+
+@lru_cache(maxsize=16)
+def _wanted(length: int, rate: float) -> np.ndarray:
+    """(T + 1,) masked tokens of a row by its ordinary ones: a table, so that numbers are rounded as everywhere."""
+    return np.array([0, *(num_masked(count, rate) for count in range(1, length + 1))])
 
 
 def _replace(
     tokens_BT: np.ndarray,
-    rows: np.ndarray,
-    positions: np.ndarray,
+    flat: np.ndarray,
     actions: np.ndarray,
     drawn: np.ndarray,
     objective: ObjectiveConfig,
     vocabulary: Vocabulary,
 ) -> None:
-    """Writes masks and random tokens; `actions` and `drawn` are uint32, one of each per masked token."""
+    """Writes masks and random tokens at `flat` places over all rows; `actions` and `drawn` are uint32, one of each per
+    masked token."""
     shares = np.array([objective.mask_share, objective.mask_share + objective.random_share])
     as_mask, as_other = np.minimum(np.round(shares * 2**32), 2**32).astype(np.uint64)
     assert vocabulary.mask is not None, "checked when the sampler was made"
     ordinary = vocabulary.ordinary_ids
-    random = ordinary[below(drawn, ordinary.size)]
-    kept = np.where(actions < as_other, random, tokens_BT[rows, positions])
-    tokens_BT[rows, positions] = np.where(actions < as_mask, vocabulary.mask, kept)
+    random = ordinary.take(below(drawn, ordinary.size))
+    kept = np.where(actions < as_other, random, tokens_BT.take(flat))
+    tokens_BT.put(flat, np.where(actions < as_mask, vocabulary.mask, kept))
 
 
 def word_starts(

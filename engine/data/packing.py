@@ -8,12 +8,12 @@ business. Packing whole documents is in `engine.data.best_fit`, pairs in `engine
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from engine.data.dataset import Shard, TokenDataset
 
@@ -47,10 +47,9 @@ class Row:
 
 
 class Stretches(NamedTuple):
-    """N rows at once. `tokens_NT` in the shards' type, the successor of each row's last token included where it is
-    asked for, undefined behind `sizes_N` (int64); documents begin at (`rows`, `places`), places from 1 on."""
+    """N rows that were read at once: `sizes_N` (int64) tokens of each, the successor of its last one included where it
+    is asked for; what lies behind them was not written. Documents begin at (`rows`, `places`), places from 1 on."""
 
-    tokens_NT: np.ndarray
     sizes_N: np.ndarray
     rows: np.ndarray
     places: np.ndarray
@@ -79,6 +78,7 @@ class Concatenation:
         self.capacity, self.reads = capacity, reads
         tokens = np.array([shard.num_tokens for shard in dataset.index.shards], np.int64)
         documents = np.array([shard.num_documents for shard in dataset.index.shards], np.int64)
+        self._tokens, self._boundaries = tokens, _Boundaries(tokens)
         self._counts = num_rows(tokens - documents if reads == "text" else tokens, capacity, reads)
 
     def count(self, shards: np.ndarray) -> np.ndarray:
@@ -89,34 +89,19 @@ class Concatenation:
         start = row * self.capacity
         return _text_row(shard, start, self.capacity) if self.reads == "text" else self._stretch(shard, start)
 
-    def stretches(self, shards: Callable[[int], Shard], places_N2: np.ndarray, dtype: str) -> Stretches:
-        """Rows (shard, row) read together, as many times faster as there are rows; none of the text alone.
+    def stretches(self, shards: Callable[[int], Shard], places_N2: np.ndarray, into_NW: np.ndarray) -> Stretches:
+        """Reads rows (shard, row) together into an array of any integers, as many times faster as there are rows; none
+        of the text alone.
 
-        `shards` opens a shard by its number; `dtype` is that of the tokens.
+        W is the capacity, and one more with successors. `shards` opens a shard by its number.
         """
         assert self.reads != "text"
-        width = self.capacity + (self.reads == "successors")
-        tokens_NT, sizes_N = np.empty((len(places_N2), width), dtype), np.empty(len(places_N2), np.int64)
-        rows, places = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for number in np.unique(places_N2[:, 0]).tolist():
-            shard, mine = shards(number), np.flatnonzero(places_N2[:, 0] == number)
-            starts = places_N2[mine, 1] * self.capacity
-            sizes_N[mine] = sizes = np.minimum(width, shard.tokens.size - starts)
-            is_whole = sizes == width
-            if is_whole.any():
-                step = shard.tokens.strides[0]
-                windows = as_strided(
-                    shard.tokens, (shard.tokens.size - width + 1, width), (step, step), writeable=False
-                )
-                tokens_NT[mine[is_whole]] = windows[starts[is_whole]]
-            for row, start, size in zip(mine[~is_whole], starts[~is_whole], sizes[~is_whole], strict=True):
-                tokens_NT[row, :size] = shard.tokens[start : start + size]
-            firsts, lasts = np.searchsorted(shard.documents, (starts, starts + sizes - 1), side="right")
-            counts = lasts - firsts
-            which = np.arange(counts.sum()) + np.repeat(firsts - np.cumsum(counts) + counts, counts)
-            rows.append(np.repeat(mine, counts))
-            places.append(shard.documents[which] - np.repeat(starts, counts))
-        return Stretches(tokens_NT, sizes_N, np.concatenate(rows), np.concatenate(places))
+        numbers_N, starts_N = places_N2[:, 0], places_N2[:, 1] * self.capacity
+        sizes_N = np.minimum(into_NW.shape[1], self._tokens[numbers_N] - starts_N)
+        opened = _copy_rows(shards, numbers_N, starts_N, sizes_N, into_NW)
+        starts_N += self._boundaries.firsts[numbers_N]
+        rows, begins = self._boundaries.inside(opened, starts_N, starts_N + sizes_N - 1)
+        return Stretches(sizes_N, rows, begins - starts_N[rows])
 
     def _stretch(self, shard: Shard, start: int) -> Row:
         lookahead = self.reads == "successors"
@@ -127,6 +112,63 @@ class Concatenation:
             return Row(tokens, None, begins, begins - 1)
         assert tokens.size >= 2, "num_rows() counts no row without a target"
         return Row(tokens[:-1], tokens[1:], begins[begins < tokens.size - 1], begins - 1)
+
+
+def _copy_rows(
+    shards: Callable[[int], Shard],
+    numbers_N: np.ndarray,
+    starts_N: np.ndarray,
+    sizes_N: np.ndarray,
+    into_NW: np.ndarray,
+) -> dict[int, Shard]:
+    """Copies stretches to rows, those of a shard in one call, but for short ones; the shards that they are in."""
+    width, opened = into_NW.shape[1], {}
+    order = np.argsort(numbers_N, kind="stable")
+    cuts = [0, *(np.flatnonzero(np.diff(numbers_N[order])) + 1).tolist(), order.size]
+    short = sizes_N < width
+    has_short = bool(short.any())
+    for first, end in itertools.pairwise(cuts if order.size else []):
+        mine, number = order[first:end], int(numbers_N[order[first]])
+        tokens = (opened.setdefault(number, shards(number))).tokens
+        if has_short:
+            for row in mine[short[mine]].tolist():
+                into_NW[row, : sizes_N[row]] = tokens[starts_N[row] : starts_N[row] + sizes_N[row]]
+            mine = mine[~short[mine]]
+        if mine.size:
+            # a row from every place on, as a view: made by hand, for as_strided takes longer than the copy
+            shape, step = (tokens.size - width + 1, width), tokens.strides[0]
+            into_NW[mine] = np.ndarray(shape, tokens.dtype, tokens, 0, (step, step))[starts_N[mine]]
+    return opened
+
+
+class _Boundaries:
+    """Where documents begin in the shards that are in use, counted over the tokens of all shards of a data set: so one
+    search serves all rows of a batch, in however many shards they are."""
+
+    def __init__(self, num_tokens: np.ndarray) -> None:
+        self.firsts = np.cumsum(num_tokens) - num_tokens
+        """(shards,) int64: tokens before each shard."""
+        self._known: dict[int, np.ndarray] = {}
+        self._used: set[int] = set()
+        self._all = np.empty(0, np.int64)
+
+    def inside(self, shards: dict[int, Shard], starts_N: np.ndarray, lasts_N: np.ndarray) -> tuple[np.ndarray, ...]:
+        """(row, place) of the documents that begin behind `starts_N` and up to `lasts_N`; rows lie in these shards."""
+        if not self._known.keys() >= shards.keys():
+            self._learn(shards)
+        self._used.update(shards)
+        firsts_N, ends_N = np.searchsorted(self._all, np.stack((starts_N, lasts_N)), side="right")
+        counts_N = ends_N - firsts_N
+        ends = np.cumsum(counts_N)
+        which = np.arange(ends[-1] if ends.size else 0) + np.repeat(firsts_N - ends + counts_N, counts_N)
+        return np.repeat(np.arange(counts_N.size), counts_N), self._all[which]
+
+    def _learn(self, shards: dict[int, Shard]) -> None:
+        """Takes in new shards, and forgets those that were not used since it last did."""
+        known = {number: found for number, found in self._known.items() if number in self._used}
+        known |= {number: shard.documents + self.firsts[number] for number, shard in shards.items()}
+        self._known, self._used = known, set()
+        self._all = np.concatenate([known[number] for number in sorted(known)])
 
 
 def _text_row(shard: Shard, start: int, capacity: int) -> Row:

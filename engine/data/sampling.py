@@ -9,6 +9,7 @@ B batch (rows), T time, M most masked tokens of a row.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, Protocol
 
 import numpy as np
@@ -108,21 +109,34 @@ class _Sheet:
 
     tokens_BT: np.ndarray
     totals_B: np.ndarray
-    starts_BT: np.ndarray = field(init=False)
+    _begins: list[np.ndarray] = field(default_factory=list)
+    """Places from the beginning of the first row on."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "starts_BT", np.zeros(self.tokens_BT.shape, bool))
+    def begin(self, rows: np.ndarray | int, places: np.ndarray) -> None:
+        """Notes where documents begin; all of them before they are asked for."""
+        self._begins.append(rows * self.tokens_BT.shape[1] + places)
 
-    @property
+    @cached_property
     def real_BT(self) -> np.ndarray:
         return np.arange(self.tokens_BT.shape[1]) < self.totals_B[:, None]
 
+    @property
+    def starts_BT(self) -> np.ndarray:
+        """bool: where documents begin."""
+        starts = np.zeros(self.tokens_BT.size, bool)
+        for begins in self._begins:
+            starts[begins] = True
+        return starts.reshape(self.tokens_BT.shape)
+
+    @cached_property
     def documents_BT(self) -> np.ndarray:
         """int32: number of the document within its row, from 0; padding is the last."""
-        marks_BT = self.starts_BT.copy()
-        rows = np.flatnonzero((self.totals_B > 0) & (self.totals_B < self.tokens_BT.shape[1]))
-        marks_BT[rows, self.totals_B[rows]] = True
-        return np.cumsum(marks_BT, axis=1, dtype=np.int32)
+        marks_BT = np.zeros(self.tokens_BT.shape, np.int32)
+        for begins in self._begins:
+            marks_BT.put(begins, 1)
+        rows = np.flatnonzero((self.totals_B > 0) & (self.totals_B < marks_BT.shape[1]))
+        marks_BT[rows, self.totals_B[rows]] = 1
+        return np.cumsum(marks_BT, axis=1, out=marks_BT)
 
     def padding_BT(self) -> np.ndarray:
         """int32: 0, and 1 in the padding of rows that are not all padding."""
@@ -154,37 +168,42 @@ class _CausalSampler:
         rows = self._rows(samples_B3, places)
         for b, row in enumerate(rows):
             sheet.tokens_BT[b, : row.tokens.size] = row.tokens
-            sheet.starts_BT[b, row.starts] = True
+            sheet.begin(b, row.starts)
             sheet.totals_B[b] = row.tokens.size
         targets_BT = np.full(sheet.tokens_BT.shape, context.dataset.index.eos_id, np.int64)
         weights_BT = np.zeros(sheet.tokens_BT.shape, np.float32)
         causal(rows, targets_BT, weights_BT, context.attention == "document")
         inputs = {"tokens_BT": sheet.tokens_BT, "targets_BT": targets_BT, "weights_BT": weights_BT}
-        documents_BT = sheet.documents_BT()
+        documents_BT = sheet.documents_BT
         if context.attention == "document":
             inputs["segments_BT"] = documents_BT
         return Made(inputs, {"causal": float(weights_BT.sum(dtype=np.float64))}, documents_BT)
 
     def _make_together(self, packing: Concatenation, places: np.ndarray, num_rows: int) -> Made:
-        """What `make` makes, of all rows at once."""
+        """What `make` makes, of all rows at once; targets are a view of the same tokens, where no row is short."""
         context, eos_id, count = self._context, self._context.dataset.index.eos_id, len(places)
-        read = packing.stretches(context.shard, places, context.dataset.index.dtype)
-        shape = (num_rows, context.length)
-        tokens_BT, targets_BT, weights_BT = np.empty(shape, np.int64), np.empty(shape, np.int64), np.ones(shape, "f4")
-        tokens_BT[:count], targets_BT[:count] = read.tokens_NT[:, :-1], read.tokens_NT[:, 1:]
-        sheet = _Sheet(tokens_BT, np.append(read.sizes_N - 1, np.zeros(num_rows - count, np.int64)))
-        for row in np.flatnonzero(sheet.totals_B < context.length):
-            behind = slice(sheet.totals_B[row], None)
+        whole_BW = np.empty((num_rows, context.length + 1), np.int64)
+        read = packing.stretches(context.shard, places, whole_BW[:count])
+        totals_B = np.zeros(num_rows, np.int64)
+        totals_B[:count] = read.sizes_N - 1
+        tokens_BT, targets_BT = whole_BW[:, :-1], whole_BW[:, 1:]
+        weights_BT, num_targets = np.ones(tokens_BT.shape, np.float32), int(totals_B.sum())
+        short = np.flatnonzero(totals_B < context.length)
+        if short.size:
+            tokens_BT, targets_BT = tokens_BT.copy(), targets_BT.copy()
+        for row in short:
+            behind = slice(totals_B[row], None)
             tokens_BT[row, behind] = targets_BT[row, behind] = eos_id
             weights_BT[row, behind] = 0.0
-        inside = read.places < sheet.totals_B[read.rows]
-        sheet.starts_BT[read.rows[inside], read.places[inside]] = True
-        documents_BT = sheet.documents_BT()
         inputs = {"tokens_BT": tokens_BT, "targets_BT": targets_BT, "weights_BT": weights_BT}
+        sheet = _Sheet(tokens_BT, totals_B)
+        inside = read.places < totals_B[read.rows]
+        sheet.begin(read.rows[inside], read.places[inside])
         if context.attention == "document":
-            weights_BT[read.rows, read.places - 1] = 0.0
-            inputs["segments_BT"] = documents_BT
-        return Made(inputs, {"causal": float(weights_BT.sum(dtype=np.float64))}, documents_BT)
+            weights_BT.put(read.rows * context.length + read.places - 1, 0.0)
+            num_targets -= read.rows.size
+            inputs["segments_BT"] = sheet.documents_BT
+        return Made(inputs, {"causal": float(num_targets)}, sheet.documents_BT)
 
     def _rows(self, samples_B3: np.ndarray, places: np.ndarray) -> list[Row]:
         context = self._context
@@ -224,25 +243,23 @@ class _MaskedSampler:
             row = self._packing.row(self._context.shard(number), number, row_number)
             tokens, starts = self._framed(row)
             sheet.tokens_BT[b, : tokens.size] = tokens
-            sheet.starts_BT[b, starts] = True
+            sheet.begin(b, starts)
             sheet.totals_B[b] = tokens.size
         inputs, weights = _masked(self._context, sheet, samples_B3)
-        return Made(inputs, weights, sheet.documents_BT())
+        return Made(inputs, weights, sheet.documents_BT)
 
     def _write_together(self, sheet: _Sheet, packing: Concatenation, places: np.ndarray) -> None:
         """Writes all rows at once, each within its frame."""
         if not len(places):
             return
-        read = packing.stretches(self._context.shard, places, self._context.dataset.index.dtype)
-        head, rows = len(self._head), np.arange(len(places))
-        sheet.tokens_BT[rows, :head] = self._head
-        for row in np.flatnonzero(read.sizes_N < packing.capacity):
-            read.tokens_NT[row, read.sizes_N[row] :] = self._context.padding_id
-        sheet.tokens_BT[rows, head : head + packing.capacity] = read.tokens_NT
+        head, rows, count = len(self._head), np.arange(len(places)), len(places)
+        body_NT = sheet.tokens_BT[:count, head : head + packing.capacity]
+        read = packing.stretches(self._context.shard, places, body_NT)
+        sheet.tokens_BT[:count, :head] = self._head
         for offset, token in enumerate(self._tail):
             sheet.tokens_BT[rows, head + read.sizes_N + offset] = token
-        sheet.totals_B[rows] = head + read.sizes_N + len(self._tail)
-        sheet.starts_BT[read.rows, read.places + head] = True
+        sheet.totals_B[:count] = head + read.sizes_N + len(self._tail)
+        sheet.begin(read.rows, read.places + head)
 
     def _framed(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of whole documents, each behind its head, and where they begin."""
@@ -281,7 +298,7 @@ class _PairSampler:
         inputs, weights = _masked(context, sheet, samples_B3)
         inputs |= {"token_types_BT": types_BT, "pair_targets_B": labels_B, "pair_weights_B": weights_B}
         weights["pairs"] = float(weights_B.sum(dtype=np.float64))
-        return Made(inputs, weights, sheet.documents_BT())
+        return Made(inputs, weights, sheet.documents_BT)
 
 
 def _masked(context: _Context, sheet: _Sheet, samples_B3: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, float]]:
@@ -289,7 +306,7 @@ def _masked(context: _Context, sheet: _Sheet, samples_B3: np.ndarray) -> tuple[d
     length, objective = context.length, context.objective
     drawn = context.words(samples_B3, len(sheet.totals_B), masking.num_words(length, objective.rate))
     made = masking.mask(sheet.tokens_BT, sheet.real_BT, sheet.starts_BT, objective, context.vocabulary, drawn)
-    segments_BT = sheet.documents_BT() if context.attention == "document" else sheet.padding_BT()
+    segments_BT = sheet.documents_BT if context.attention == "document" else sheet.padding_BT()
     inputs = {"tokens_BT": sheet.tokens_BT, "segments_BT": segments_BT, **made._asdict()}
     return inputs, {"mlm": float(made.weights_BM.sum(dtype=np.float64))}
 
@@ -309,10 +326,10 @@ class _SpanSampler:
         for b, (number, row_number) in enumerate(places.tolist()):
             row = self._packing.row(context.shard(number), number, row_number)
             sheet.tokens_BT[b, : row.tokens.size] = row.tokens
-            sheet.starts_BT[b, row.starts] = True
+            sheet.begin(b, row.starts)
             sheet.totals_B[b] = row.tokens.size
         drawn = halves(context.words(samples_B3, num_rows, span_corruption.num_words(self._lengths)))[:, :read]
-        documents = sheet.documents_BT() if context.attention == "document" else np.zeros((num_rows, read), np.int32)
+        documents = sheet.documents_BT if context.attention == "document" else np.zeros((num_rows, read), np.int32)
         made = span_corruption.corrupt(
             sheet.tokens_BT,
             sheet.totals_B,

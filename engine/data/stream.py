@@ -96,11 +96,12 @@ class SampleOrder:
 
     def addresses(self, sample: SampleId, count: int) -> np.ndarray:
         """(count, 3) int64: epoch, window and slot of `count` samples from one on."""
-        parts = [
-            np.stack([np.full(slots.size, first.epoch), np.full(slots.size, first.window), slots], axis=1)
-            for first, slots in self._runs(sample, count)
-        ]
-        return np.concatenate(parts) if parts else np.empty((0, 3), np.int64)
+        found, at = np.empty((count, 3), np.int64), 0
+        for first, taken in self._runs(sample, count):
+            found[at : at + taken, 0], found[at : at + taken, 1] = first.epoch, first.window
+            found[at : at + taken, 2] = np.arange(first.slot, first.slot + taken)
+            at += taken
+        return found
 
     def places(self, sample: SampleId, count: int) -> np.ndarray:
         """(count, 2) int64: shard and row of `count` samples from one on."""
@@ -109,6 +110,8 @@ class SampleOrder:
     def places_at(self, addresses: np.ndarray) -> np.ndarray:
         """(n, 2) int64: shard and row of the samples at some addresses (n, 3), which do not fall."""
         windows = addresses[:, :2]
+        if len(windows) and windows[0].tolist() == windows[-1].tolist():  # as nearly always
+            return self._places_in_window(*windows[0].tolist(), addresses[:, 2])
         cuts = np.flatnonzero((windows[1:] != windows[:-1]).any(axis=1)) + 1
         edges = [0, *cuts.tolist(), len(addresses)]
         parts = [
@@ -128,12 +131,12 @@ class SampleOrder:
         epochs, window = divmod(sample.window + windows, self.num_windows)
         return self.shards(sample.epoch + epochs, window)
 
-    def _runs(self, sample: SampleId, count: int) -> Iterator[tuple[SampleId, np.ndarray]]:
-        """(first sample, slots) of each window that the samples of a stretch fall into."""
+    def _runs(self, sample: SampleId, count: int) -> Iterator[tuple[SampleId, int]]:
+        """(first sample, how many) of each window that the samples of a stretch fall into."""
         while count:
             sample = self.after(sample, 0)
             taken = min(self.size(sample.epoch, sample.window) - sample.slot, count)
-            yield sample, np.arange(sample.slot, sample.slot + taken, dtype=np.int64)
+            yield sample, taken
             count -= taken
             sample = sample._replace(slot=sample.slot + taken)
 
