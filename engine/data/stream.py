@@ -25,9 +25,10 @@ PURPOSE_SHARDS = int.from_bytes(b"shards")
 PURPOSE_SLOTS = int.from_bytes(b"slots")
 """What a permutation is for: part of its key, so that no two of them share a stream."""
 
-_BLOCK_SLOTS = 4096
-"""Slots whose places are computed together: steps follow one another, and a call for few costs as much."""
-_BLOCKS_KEPT = 4
+_BLOCK_SLOTS = 1024
+"""Slots whose places are computed together: steps follow one another, and a call for few costs nearly as much. More
+would hold up the first batch."""
+_BLOCKS_KEPT = 16
 _EPOCHS_KEPT = 2
 _WINDOWS_KEPT = 8
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.data.dataset import TokenDataset
-from engine.data.shards import ShardWriter
+from engine.data.shards import Compression, ShardWriter
 from engine.data.vocabulary import Vocabulary, packed
 
 EOS = 0
@@ -69,10 +69,18 @@ def made_up_vocabulary() -> Vocabulary:
     )
 
 
-def write_sentences(folder: Path, count: int, longest: int = 9, seed: int = 0, shard_tokens: int = 400) -> TokenDataset:
+def write_sentences(
+    folder: Path,
+    count: int,
+    longest: int = 9,
+    seed: int = 0,
+    shard_tokens: int = 400,
+    compression: Compression = "none",
+) -> TokenDataset:
     """Documents of 1 to 12 sentences of 1 to `longest` tokens as shards with sentences and `made_up_vocabulary`."""
     generator = np.random.default_rng(seed)
-    with ShardWriter(folder, VOCABULARY, EOS, "tokenizer-hash", 2 * shard_tokens, made_up_vocabulary()) as writer:
+    shape = (VOCABULARY, EOS, "tokenizer-hash", 2 * shard_tokens, made_up_vocabulary(), compression)
+    with ShardWriter(folder, *shape) as writer:
         for _ in range(count):
             lengths = generator.integers(1, longest + 1, generator.integers(1, 13))
             tokens = generator.integers(1, NUM_ORDINARY + 1, lengths.sum())

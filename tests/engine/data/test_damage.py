@@ -52,9 +52,10 @@ def verified(folder: Path, good: Index) -> str | None:
     return None
 
 
-def test_every_damage_of_a_fuzzed_sample_is_found(tmp_path):
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_every_damage_of_a_fuzzed_sample_is_found(tmp_path, compression):
     """Each kind of damage of any file: found when the folder is verified, or nothing that is read has changed."""
-    folder = write_sentences(tmp_path / "data", 60, shard_tokens=300).folder
+    folder = write_sentences(tmp_path / "data", 60, shard_tokens=300, compression=compression).folder
     good, sound = read_index(folder), {path: path.read_bytes() for path in sorted(folder.iterdir())}
     assert len(sound) > 15
     paths, generator, harmless = list(sound), np.random.default_rng(0), 0

@@ -57,6 +57,17 @@ def test_counts_may_differ_by_row_and_be_nothing():
     assert choose(keys, np.zeros((4, 8), bool), np.zeros(4, np.int64)).sum() == 0
 
 
+def test_of_equal_keys_the_earlier_places_are_chosen():
+    generator = np.random.default_rng(0)
+    keys = generator.choice(np.array([0, 1, 2, 2**32 - 1], np.uint32), (200, 12))
+    allowed = generator.random((200, 12)) < 0.7
+    counts = generator.integers(0, allowed.sum(axis=1) + 1)
+    chosen = choose(keys, allowed, counts)
+    for row in range(200):
+        ranked = sorted(np.flatnonzero(allowed[row]).tolist(), key=lambda place, row=row: (keys[row, place], place))
+        assert np.flatnonzero(chosen[row]).tolist() == sorted(ranked[: counts[row]])
+
+
 def test_order_is_by_key_with_what_is_not_allowed_last():
     keys, allowed = np.array([[5, 2**32 - 1, 0, 7]], np.uint32), np.array([[True, True, False, True]])
     assert order(keys, allowed)[0, :3].tolist() == [0, 3, 1]

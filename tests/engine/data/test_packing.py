@@ -59,6 +59,28 @@ def test_documents_begin_where_ends_of_text_say(tmp_path, capacity, reads):
                 assert row.ends.tolist() == np.flatnonzero(row.tokens == EOS).tolist()
 
 
+@pytest.mark.parametrize("capacity", [3, 16, 500])
+@pytest.mark.parametrize("reads", ["successors", "all"])
+def test_rows_read_together_are_the_rows_read_alone(tmp_path, capacity, reads):
+    """Of few and of many shards in turn, so that shards are forgotten and come back."""
+    dataset = write_shards(tmp_path, made_up_documents(120), shard_tokens=200)
+    packing, width = Concatenation(dataset, capacity, reads), capacity + (reads == "successors")
+    counts = packing.count(np.arange(dataset.num_shards))
+    places = np.stack([np.repeat(np.arange(counts.size), counts), np.concatenate(list(map(np.arange, counts)))], axis=1)
+    generator = np.random.default_rng(0)
+    for count in [1, 40, 2, 2, 0, 40, 1, 7]:
+        chosen = generator.choice(places, count)
+        into = np.full((count, width), -1, np.int64)
+        read = packing.stretches(dataset.shard, chosen, into)
+        for place, tokens, size, row in zip(chosen, into, read.sizes_N, range(count), strict=True):
+            alone = packing.row(dataset.shard(place[0]), *place)
+            begins = alone.starts if alone.successors is None else alone.ends + 1
+            expected = alone.tokens if alone.successors is None else np.append(alone.tokens, alone.successors[-1])
+            assert np.array_equal(tokens[:size], expected)
+            assert (tokens[size:] == -1).all()
+            assert read.places[read.rows == row].tolist() == begins.tolist()
+
+
 def test_shards_too_short_for_a_target_have_no_row():
     assert num_rows(np.array([0, 1, 2, 5, 6]), 4, "successors").tolist() == [0, 0, 1, 1, 2]
     assert num_rows(np.array([0, 1, 2, 5, 6]), 4, "text").tolist() == [0, 0, 1, 1, 2]
