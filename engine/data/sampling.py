@@ -134,7 +134,7 @@ class _Sheet:
         marks_BT = np.zeros(self.tokens_BT.shape, np.int32)
         for begins in self._begins:
             marks_BT.put(begins, 1)
-        rows = np.flatnonzero((self.totals_B > 0) & (self.totals_B < marks_BT.shape[1]))
+        rows = np.flatnonzero((self.totals_B > 0) & (self.totals_B < self.tokens_BT.shape[1]))
         marks_BT[rows, self.totals_B[rows]] = 1
         return np.cumsum(marks_BT, axis=1, out=marks_BT)
 

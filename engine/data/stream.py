@@ -112,7 +112,7 @@ class SampleOrder:
         """(n, 2) int64: shard and row of the samples at some addresses (n, 3), which do not fall."""
         windows = addresses[:, :2]
         if len(windows) and windows[0].tolist() == windows[-1].tolist():  # as nearly always
-            return self._places_in_window(*windows[0].tolist(), addresses[:, 2])
+            return self._places_in_window(int(windows[0, 0]), int(windows[0, 1]), addresses[:, 2])
         cuts = np.flatnonzero((windows[1:] != windows[:-1]).any(axis=1)) + 1
         edges = [0, *cuts.tolist(), len(addresses)]
         parts = [
