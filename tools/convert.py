@@ -17,19 +17,27 @@ def main(
     ],
     output: Annotated[Path, typer.Option(help="What to write (megatron: PREFIX of .bin and .idx); must be new.")],
     to: Annotated[
-        Literal["huggingface", "dcp", "run", "megatron", "shards"], typer.Option(help="The format to write.")
+        Literal["huggingface", "dcp", "universal", "run", "megatron", "shards"],
+        typer.Option(help="The format to write."),
     ] = "huggingface",
     run: Annotated[Path | None, typer.Option(help="Run file of the model, for --to run.")] = None,
+    names: Annotated[
+        Literal["ours", "huggingface"], typer.Option(help="Whose parameter names, for --to universal.")
+    ] = "ours",
     tokenizer: Annotated[
         Path | None, typer.Option(help="The tokenizer's folder: needed for shards, else if it was moved.")
     ] = None,
 ) -> None:
-    """Checkpoint -> Hugging Face (fp32, logits compared) or torch's DCP; DeepSpeed's checkpoint -> run (weights);
-    shards -> Megatron; Megatron -> shards, without a copy."""
+    """Checkpoint -> Hugging Face (fp32, logits compared), torch's DCP or DeepSpeed's universal checkpoint; DeepSpeed's
+    checkpoint -> run (weights); shards -> Megatron; Megatron -> shards, without a copy."""
+    if names != "ours" and to != "universal":
+        raise ConfigError(f"--names {names} with --to {to}", "--names with --to universal", "leave it out")
     if to == "huggingface":
         _model(source, output, tokenizer)
     elif to == "dcp":
         _to_dcp(source, output)
+    elif to == "universal":
+        _to_universal(source, output, names, tokenizer)
     elif to == "run":
         _from_deepspeed(source, output, run)
     elif to == "megatron":
@@ -65,6 +73,21 @@ def _to_dcp(source: Path, output: Path) -> None:
     _new_folder(output)
     checkpoint = find_checkpoint(source)
     print(f"wrote {output}: {write_dcp(checkpoint, output):,} tensors of {checkpoint.name}, as torch's DCP reads them")
+
+
+def _to_universal(source: Path, output: Path, names: str, tokenizer: Path | None) -> None:
+    from engine.checkpoint.universal import logical, write_universal
+    from engine.serve.language_model import their_names_of
+    from engine.serve.source import find_checkpoint
+
+    _new_folder(output)
+    checkpoint = find_checkpoint(source)
+    called = logical if names == "ours" else their_names_of(checkpoint, tokenizer)
+    count = write_universal(checkpoint, output, called)
+    print(
+        f"wrote {output}: {count:,} parameters of {checkpoint.name} with their moments; DeepSpeed loads them with "
+        '{"checkpoint": {"load_universal": true}} in its configuration'
+    )
 
 
 def _from_deepspeed(source: Path, output: Path, run: Path | None) -> None:

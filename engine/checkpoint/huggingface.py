@@ -8,7 +8,7 @@ real vocabulary rows travel. Dropout does not: it is 0 on both sides. Nothing he
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Tensors = dict[str, torch.Tensor]
+Names = Callable[[ParameterSpec, torch.Tensor], Tensors]
+"""What a parameter of ours or a moment of it (stored shape) is called on another side, where it may be in parts."""
 FORMS = (GPT2, LLAMA, BERT, BERT_WITHOUT_PAIRS, ROBERTA, MODERN_BERT, T5)
 
 
@@ -46,15 +48,34 @@ def to_huggingface(
     theirs = _their_config(form, config, padding_id)
     state: Tensors = {}
     for spec in family(config).specs(config):
-        entry, names = _theirs(config, form, spec)
-        parts = (tensors[spec.name],)
-        if len(names) > 1:  # copies: files of theirs must not share memory between tensors
-            parts = tuple(part.clone() for part in tensors[spec.name].split(spec.blocks(), dim=0))
-        for name, part in zip(names, parts, strict=True):
-            if entry.after_padding:
-                part = torch.cat([part.new_zeros(theirs.pad_token_id + 1, *part.shape[1:]), part])
-            state[name] = part.t().contiguous() if entry.transposed and part.dim() == 2 else part.contiguous()
+        state |= _their_tensors(config, form, spec, tensors[spec.name], theirs.pad_token_id)
     return theirs, state
+
+
+def their_names(config: ModelConfig, padding_id: int | None = None) -> Names:
+    """What `to_huggingface` does of all parameters, for one at a time.
+
+    Raises:
+        ConfigError: the model is not exactly of one of the forms.
+    """
+    form = form_of(config)
+    padding_id = _their_config(form, config, padding_id).pad_token_id
+    return lambda spec, tensor: _their_tensors(config, form, spec, tensor, padding_id)
+
+
+def _their_tensors(
+    config: ModelConfig, form: Form, spec: ParameterSpec, tensor: torch.Tensor, padding_id: int | None
+) -> Tensors:
+    entry, names = _theirs(config, form, spec)
+    parts, state = (tensor,), {}
+    if len(names) > 1:  # copies: files of theirs must not share memory between tensors
+        parts = tuple(part.clone() for part in tensor.split(spec.blocks(), dim=0))
+    for name, part in zip(names, parts, strict=True):
+        if entry.after_padding:
+            assert padding_id is not None, f"{form.name} counts positions from it on"
+            part = torch.cat([part.new_zeros(padding_id + 1, *part.shape[1:]), part])
+        state[name] = part.t().contiguous() if entry.transposed and part.dim() == 2 else part.contiguous()
+    return state
 
 
 def from_huggingface(

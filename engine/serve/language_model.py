@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engine.checkpoint.huggingface import form_of, read_model, to_huggingface
+from engine.checkpoint.huggingface import Names, form_of, read_model, their_names, to_huggingface
+from engine.checkpoint.load import read_state
 from engine.config.schema import ModelConfig
 from engine.errors import ConfigError
-from engine.serve.source import Trained, is_trained, open_trained
+from engine.serve.source import Trained, is_trained, open_trained, run_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -70,19 +71,37 @@ def their_form(trained: Trained, tokenizer: Any) -> tuple[PretrainedConfig, dict
         ConfigError: the model has no twin, or the tokenizer has more tokens than the model or lacks one it needs.
     """
     check_vocabulary(trained.config, trained.tokenizer, tokenizer)
-    config, state = to_huggingface(trained.config, trained.weights, tokenizer.pad_token_id)
+    padding = _padding_id(trained.config, trained.tokenizer, tokenizer)
+    config, state = to_huggingface(trained.config, trained.weights, padding)
     config.dtype = torch.float32
-    if form_of(trained.config).after_padding and tokenizer.pad_token_id is None:
-        raise ConfigError(
-            f"tokenizer {trained.tokenizer} has no padding token, from whose number RoBERTa's positions are counted",
-            "a tokenizer with one",
-            "train with model.token_types = 2, whose twin is BERT, or name another tokenizer",
-        )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     if config.is_encoder_decoder:
         config.decoder_start_token_id = config.pad_token_id  # as span corruption shifts its targets
     return config, state
+
+
+def their_names_of(checkpoint: Path, tokenizer: Path | None = None) -> Names:
+    """How Hugging Face calls the parameters of a checkpoint's model, and the parts that they are in there.
+
+    Raises:
+        ConfigError: the model has no twin, or counts positions from the padding token of a tokenizer that has none.
+    """
+    run = run_of(checkpoint, read_state(checkpoint))
+    if not form_of(run.model).after_padding:
+        return their_names(run.model)
+    folder = tokenizer or run.tokenizer
+    return their_names(run.model, _padding_id(run.model, folder, read_tokenizer(folder)))
+
+
+def _padding_id(config: ModelConfig, folder: Path, tokenizer: Any) -> int | None:
+    if tokenizer.pad_token_id is None and form_of(config).after_padding:
+        raise ConfigError(
+            f"tokenizer {folder} has no padding token, from whose number RoBERTa's positions are counted",
+            "a tokenizer with one",
+            "train with model.token_types = 2, whose twin is BERT, or name another tokenizer",
+        )
+    return tokenizer.pad_token_id
 
 
 def read_folder(folder: Path, tokenizer: Path | None = None) -> LanguageModel:

@@ -55,7 +55,7 @@ def open_trained(source: Path, tokenizer: Path | None = None) -> Trained:
     """
     checkpoint = find_checkpoint(source)
     state = read_state(checkpoint)
-    run = _run_config(checkpoint, state)
+    run = run_of(checkpoint, state)
     folder = tokenizer or run.tokenizer
     if not folder.is_dir():
         raise ConfigError(
@@ -109,7 +109,7 @@ def _whole(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def _run_config(checkpoint: Path, state: CheckpointState) -> RunConfig:
+def run_of(checkpoint: Path, state: CheckpointState) -> RunConfig:
     """The configuration in the checkpoint or, where it carries none, of the run folder around it."""
     if state.config:
         return parse_run(state.config, f"in {checkpoint / MANIFEST}")

@@ -16,6 +16,7 @@ from engine.config.schema import RunConfig
 from engine.models.families import family
 from engine.parallel.axes import Grid
 from engine.parallel.groups import ALONE, Groups
+from engine.parallel.sharding import ParameterSpec
 from engine.parallel.state import Piece, Placement
 from tests.engine.models.tiny import BERT_FORMS, FORMS, T5_FORMS, random_weights
 
@@ -46,13 +47,24 @@ def run_config(folder: Path, form: str, tokenizer: Path) -> RunConfig:
     )
 
 
-def save(config: RunConfig, step: int, seed: int, sections: dict[str, Any] | None = None) -> None:
-    """Saves a checkpoint of random weights, padded as an engine holds them."""
+def save(
+    config: RunConfig,
+    step: int,
+    seed: int,
+    sections: dict[str, Any] | None = None,
+    moments: dict[str, dict[str, torch.Tensor]] | None = None,
+) -> None:
+    """Saves a checkpoint of random weights, padded as an engine holds them, and of these moments, if any."""
     weights, pieces, placements = random_weights(config.model, seed), [], []
     for spec in family(config.model).specs(config.model):
-        full = torch.zeros(spec.shape)
-        full[: len(weights[spec.name])] = weights[spec.name]
-        pieces.append(Piece(spec, 0, full.flatten()))
-        placements.append(Placement(spec, stages=(0,), offset=0, partition=full.numel()))
+        own = {moment: _padded(spec, values[spec.name]) for moment, values in (moments or {}).items()}
+        pieces.append(Piece(spec, 0, _padded(spec, weights[spec.name]), own))
+        placements.append(Placement(spec, stages=(0,), offset=0, partition=pieces[-1].length))
     state = CheckpointState(step, 32 * step, 0, meaning_hash(config), config.model_dump(mode="json"), sections or {})
     Saver(config.folder / "checkpoints", one_process()).save(pieces, placements, state, "test", 0)
+
+
+def _padded(spec: ParameterSpec, values: torch.Tensor) -> torch.Tensor:
+    full = torch.zeros(spec.shape)
+    full[: len(values)] = values
+    return full.flatten()
