@@ -50,6 +50,8 @@ def deepspeed_config(
             "stage3_param_persistence_threshold": 0,
             "stage3_max_live_parameters": EVERYTHING,
             "stage3_max_reuse_distance": 0,
+            # it would take the place of the product whose weight gradient the schedule puts off, in silence
+            "memory_efficient_linear": parallel.schedule != "zb-h1",
         }
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": parallel.micro_batch_size,

@@ -12,8 +12,9 @@ def check_pipeline(model: ModelConfig, parallel: ParallelConfig, problems: list[
     if parallel.schedule == "zb-h1" and not parallel.reduces_per_step:
         problems.append(
             ConfigError(
-                "parallel.schedule = zb-h1 with ZeRO-2 or 3 that reduces per micro-batch: DeepSpeed reduces inside the "
-                "backward pass, and zb-h1 makes gradients after it, when ZeRO-3 has freed their weights",
+                "parallel.schedule = zb-h1 with ZeRO-2 or 3 that reduces per micro-batch: DeepSpeed takes every "
+                "weight's gradient inside the backward pass, finds None where zb-h1 puts it off, and ends the first "
+                "backward pass of the first step with an AttributeError (measured under both)",
                 "zb-h1 with zero_stage 0 or 1, or with reduce step",
                 "set parallel.reduce=step, or another schedule",
             )

@@ -61,6 +61,8 @@ BF16 = (
     Case(zero_stage=2, model="llama", data=2, dtype="bf16"),
     Case(zero_stage=3, pipe=2, dtype="bf16"),
     Case(zero_stage=1, pipe=2, dtype="bf16", reduce_dtype="bf16"),
+    pytest.param(Case("llama", zero_stage=2, data=2, dtype="bf16", reduce="step"), marks=pytest.mark.matrix),
+    pytest.param(Case(zero_stage=3, pipe=2, data=2, dtype="bf16", reduce="step"), marks=pytest.mark.matrix),
 )
 
 references: dict[tuple[str, bool, str], Result] = {}

@@ -66,6 +66,11 @@ def test_gathers_and_reductions_per_step_equal_plain_torch(case: Case):
         Case("llama", zero_stage=3, pipe=2, data=2, schedule="zb-h1", reduce="step"),
         Case(zero_stage=0, pipe=2, tensor=2, schedule="zb-h1"),
         pytest.param(Case(zero_stage=1, pipe=3, data=2, schedule="zb-h1"), marks=matrix),
+        pytest.param(
+            Case("llama", zero_stage=3, pipe=2, tensor=2, schedule="zb-h1", reduce="step", sequence_parallel=True),
+            marks=matrix,
+        ),
+        pytest.param(Case("llama", zero_stage=2, pipe=2, sequence=2, schedule="zb-h1", reduce="step"), marks=matrix),
         pytest.param(Case(zero_stage=2, pipe=2, tensor=2, schedule="zb-h1", reduce="step"), marks=matrix),
         pytest.param(Case(DEEP, zero_stage=3, pipe=4, schedule="zb-h1", reduce="step", gather="step"), marks=matrix),
         pytest.param(Case(DEEP, zero_stage=0, pipe=4, schedule="zb-h1", micro_batch_size=4), marks=matrix),

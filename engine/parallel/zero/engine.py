@@ -232,7 +232,9 @@ class StageEngine:
         """
         assert self._deferral is not None
         self.backward(chunk, outputs, grads, is_last=False)
-        return self._deferral.take()
+        put_off = self._deferral.take()
+        assert put_off, "every chunk has linear layers, whose weight gradients come later"
+        return put_off
 
     def backward_weight(self, put_off: PutOff, is_last: bool) -> None:
         """The rest of a backward pass. Collective over the ZeRO group where `is_last` marks the last one of a step."""

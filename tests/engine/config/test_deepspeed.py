@@ -33,6 +33,13 @@ def test_no_bucket_where_we_reduce(overrides: tuple[str, ...]) -> None:
     assert written(*overrides)["zero_optimization"]["reduce_bucket_size"] == 1
 
 
+def test_products_are_torch_s_own_where_their_weight_gradients_are_put_off() -> None:
+    """ZeRO-3's product would be none that `engine.parallel.deferral` knows."""
+    zero = ("parallel.zero_stage=3", "parallel.reduce=step", "parallel.pipe=2")
+    assert written(*zero)["zero_optimization"]["memory_efficient_linear"]
+    assert not written(*zero, "parallel.schedule=zb-h1")["zero_optimization"]["memory_efficient_linear"]
+
+
 def test_batch_and_precision() -> None:
     tree = written("parallel.micro_batch_size=3", "precision.dtype=bf16", num_micro_batches=5)
     assert (tree["train_micro_batch_size_per_gpu"], tree["gradient_accumulation_steps"]) == (3, 5)
