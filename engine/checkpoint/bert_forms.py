@@ -63,6 +63,8 @@ MODERN_BERT_NAMES = {
     "lm_head": one("decoder"),
 }
 
+GLOBAL, LOCAL = "full_attention", "sliding_attention"
+"""ModernBERT's kinds of layers."""
 _POST_NORM = {
     "family": "bert",
     "position": "learned",
@@ -72,6 +74,7 @@ _POST_NORM = {
     "activation": "gelu",
     "bias": True,
     "tie_embeddings": True,
+    "local_attention": None,
 }
 _FIELDS = {
     "vocab_size": "vocab_size",
@@ -167,8 +170,12 @@ def _modern_extras(config: ModelConfig) -> dict[str, Any]:
         "mlp_bias": config.bias,
         "classifier_bias": config.bias,
         "decoder_bias": True,
-        "layer_types": ["full_attention"] * config.num_layers,
-        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": config.rope_theta}},
+        "layer_types": [GLOBAL if config.reach(layer) is None else LOCAL for layer in range(config.num_layers)],
+        "rope_parameters": {
+            GLOBAL: {"rope_type": "default", "rope_theta": config.rope_theta},
+            LOCAL: {"rope_type": "default", "rope_theta": config.local_rope_theta or config.rope_theta},
+        },
+        **({} if config.local_attention is None else {"local_attention": config.local_attention}),
         "pad_token_id": None,
         "cls_token_id": None,
         "sep_token_id": None,
@@ -176,13 +183,34 @@ def _modern_extras(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_modern(theirs: Any, problems: Problems) -> dict[str, Any]:
-    kinds = sorted(set(theirs.layer_types))
-    if kinds != ["full_attention"]:
-        problems.append(ConfigError(f"layer_types = {kinds}", "full_attention alone"))
     biases = {name: getattr(theirs, name) for name in ("attention_bias", "mlp_bias", "classifier_bias")}
     if len(set(biases.values())) > 1:
         problems.append(ConfigError(f"biases that differ: {biases}", "one value"))
-    return {"bias": theirs.mlp_bias, "rope_theta": rope_theta(theirs.rope_parameters["full_attention"], problems)}
+    theta = rope_theta(theirs.rope_parameters[GLOBAL], problems)
+    return {"bias": theirs.mlp_bias, "rope_theta": theta, **_read_local(theirs, theta, problems)}
+
+
+def _read_local(theirs: Any, theta: float, problems: Problems) -> dict[str, Any]:
+    """What says which layers are local, and of them; nothing where none is."""
+    kinds = list(theirs.layer_types)
+    if LOCAL not in kinds:
+        return {}
+    every = next(
+        (n for n in range(2, len(kinds) + 1) if kinds == [LOCAL if i % n else GLOBAL for i in range(len(kinds))]), 0
+    )
+    if every == 0:
+        problems.append(
+            ConfigError(
+                f"layer_types = {kinds}", f"{GLOBAL} for the first of every so many layers, {LOCAL} for the others"
+            )
+        )
+        return {}
+    local = rope_theta(theirs.rope_parameters[LOCAL], problems)
+    return {
+        "local_attention": 2 * (theirs.local_attention // 2),  # theirs halves it, too
+        "global_every": every,
+        "local_rope_theta": None if local == theta else local,
+    }
 
 
 MODERN_BERT = Form(

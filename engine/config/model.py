@@ -9,6 +9,9 @@ ONLY: dict[str, tuple[str, ...]] = {
     "token_types": ("bert",),
     "pair_head": ("bert",),
     "norm_position": ("bert",),
+    "local_attention": ("bert",),
+    "global_every": ("bert",),
+    "local_rope_theta": ("bert",),
     "num_decoder_layers": ("t5",),
     "relative_buckets": ("t5",),
     "relative_distance": ("t5",),
@@ -44,6 +47,29 @@ def check_model(model: ModelConfig, problems: list[PalimpsestError]) -> None:
         )
     if model.family == "t5":
         _check_encoder_decoder(model, problems)
+    if model.family == "bert":
+        _check_local(model, problems)
+
+
+def _check_local(model: ModelConfig, problems: list[PalimpsestError]) -> None:
+    unused = [key for key in ("global_every", "local_rope_theta") if model.local_attention is None]
+    problems += [
+        ConfigError(
+            f"model.{key} = {getattr(model, key)} without model.local_attention",
+            "local_attention with it",
+            "leave it out, or say how wide the window is",
+        )
+        for key in unused
+        if getattr(model, key) != ModelConfig.model_fields[key].default
+    ]
+    if model.local_rope_theta is not None and model.position != "rope":
+        problems.append(
+            ConfigError(
+                f"model.local_rope_theta = {model.local_rope_theta} with model.position = {model.position}",
+                "position rope",
+                "leave it out",
+            )
+        )
 
 
 def _check_encoder_decoder(model: ModelConfig, problems: list[PalimpsestError]) -> None:

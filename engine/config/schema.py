@@ -75,6 +75,13 @@ class ModelConfig(Section):
     position: Literal["learned", "rope", "relative"] = "learned"
     """`relative` (`t5`): a number per head and bucket of distances is added to scores, which are not scaled."""
     rope_theta: PositiveFloat = 10000.0
+    local_attention: int | None = Field(default=None, ge=2, multiple_of=2)
+    """`bert`: width of a window: in local layers a token sees what stands at most half of it away, on either side.
+    None: every layer is global."""
+    global_every: int = Field(default=3, ge=2)
+    """With `local_attention`: one in so many layers, the first one to begin with, is global; the others are local."""
+    local_rope_theta: PositiveFloat | None = None
+    """`rope_theta` of local layers; None means the same."""
     relative_buckets: int = Field(default=32, ge=4, multiple_of=4)
     """Buckets of distances, in the encoder half of them for each direction."""
     relative_distance: PositiveInt = 128
@@ -116,6 +123,12 @@ class ModelConfig(Section):
     def score_scale(self) -> float | None:
         """Factor of attention scores; None means head_size ** -0.5."""
         return 1.0 if self.position == "relative" else None
+
+    def reach(self, layer: int) -> int | None:
+        """How far away, at most, a token of a layer sees another one; None means no such limit."""
+        if self.local_attention is None or layer % self.global_every == 0:
+            return None
+        return self.local_attention // 2
 
     @property
     def num_encoder_layers(self) -> int:

@@ -17,7 +17,10 @@ from torch import nn
 
 from engine.config.schema import ModelConfig
 from engine.models.dropout import ATTENTION, Dropout
-from engine.parallel.functions import PLAIN, Drop, Functions, Time
+from engine.parallel.functions import PLAIN, Band, Drop, Functions, Mask, Time
+
+NEIGHBOURS = 3
+"""Blocks that one sees in a band: the one before it, itself and the one behind it."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,12 @@ class View:
     """What the tokens of a row see of one another.
 
     `mask_B1TT` is true where a query (first T) sees a key (second T), or holds what is added to its scores (then it may
-    be BHTT), None for causal over whole rows;
+    be BHTT), None for causal over whole rows; a `Band` where nobody sees far;
     `cos_TK` and `sin_TK` (fp32) turn queries and keys, None without rotary positions. `dropout` is what is dropped,
     None for nothing.
     """
 
-    mask_B1TT: torch.Tensor | None
+    mask_B1TT: Mask | None
     cos_TK: torch.Tensor | None
     sin_TK: torch.Tensor | None
     dropout: Dropout | None = None
@@ -55,22 +58,27 @@ def view(
     bidirectional: bool = False,
     time: Time = PLAIN.time,
     dropout: Dropout | None = None,
+    reach: int | None = None,
 ) -> View:
     """The view of one micro-batch with these hidden states; `segments_BT` counts documents within a whole row, None
     means one document per row.
 
-    `time` says of which tokens this rank makes queries and keys. `bidirectional`: tokens see those behind them, too.
+    `time` says of which tokens this rank makes queries and keys. `bidirectional`: tokens see those behind them, too,
+    and with `reach` none further away than that (`ModelConfig.reach`).
     """
-    if segments_BT is not None:
-        mask_B1TT = document_mask(segments_BT, bidirectional)
+    if segments_BT is None and bidirectional:
+        segments_BT = torch.zeros((1, time.whole(x_BTD)), dtype=torch.int32, device=x_BTD.device)
+    if reach is not None:
+        assert segments_BT is not None, "causal layers are global"
+        mask = local_mask(segments_BT, reach, in_blocks=dropout is None or config.attention_dropout == 0)
     else:
-        whole = (1, 1, time.whole(x_BTD), time.whole(x_BTD))
-        mask_B1TT = torch.ones(whole, dtype=torch.bool, device=x_BTD.device) if bidirectional else None
+        mask = None if segments_BT is None else document_mask(segments_BT, bidirectional)
     if config.position != "rope":
-        return View(mask_B1TT, None, None, dropout)
+        return View(mask, None, None, dropout)
+    theta = config.rope_theta if reach is None else config.local_rope_theta or config.rope_theta
     num_given = time.given(x_BTD)
-    tables = rotary_tables(num_given, config.head_size, config.rope_theta, x_BTD.device, time.first(num_given))
-    return View(mask_B1TT, *tables, dropout)
+    tables = rotary_tables(num_given, config.head_size, theta, x_BTD.device, time.first(num_given))
+    return View(mask, *tables, dropout)
 
 
 def document_mask(segments_BT: torch.Tensor, bidirectional: bool = False) -> torch.Tensor:
@@ -84,6 +92,22 @@ def document_mask(segments_BT: torch.Tensor, bidirectional: bool = False) -> tor
         return same_BTT[:, None]
     causal_TT = torch.ones(num_positions, num_positions, dtype=torch.bool, device=segments_BT.device).tril()
     return (same_BTT & causal_TT)[:, None]
+
+
+def local_mask(segments_BT: torch.Tensor, reach: int, in_blocks: bool = True) -> Mask:
+    """Inside one document and at most `reach` tokens away, before or behind: a `Band` where `in_blocks` and rows are so
+    long that it is less than what a boolean mask_B1TT has. Beltagy et al. 2020, Longformer, section 3.1."""
+    length = segments_BT.size(1)
+    if not in_blocks or length <= NEIGHBOURS * reach:
+        places_T = torch.arange(length, device=segments_BT.device)
+        return document_mask(segments_BT, bidirectional=True) & ((places_T[:, None] - places_T).abs() <= reach)
+    missing = -length % reach
+    filled_BT = nn.functional.pad(segments_BT, (reach, missing + reach), value=-1)  # documents count from 0
+    seen_BNS = filled_BT.unfold(1, NEIGHBOURS * reach, reach)
+    own_BNR = seen_BNS[..., reach : 2 * reach]
+    places_S = torch.arange(-reach, 2 * reach, device=segments_BT.device)
+    near_RS = (places_S - places_S[reach : 2 * reach, None]).abs() <= reach
+    return Band((own_BNR[..., None] == seen_BNS[..., None, :]) & near_RS)
 
 
 def positions_in_document(segments_BT: torch.Tensor) -> torch.Tensor:

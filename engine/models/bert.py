@@ -1,6 +1,6 @@
 """The BERT family: an encoder that predicts masked tokens, in BERT form (post-norm, learned positions, token types, a
 head for pairs; Devlin et al. 2019), in RoBERTa form (without pairs; Liu et al. 2019) or in modern form (pre-norm,
-rotary positions, gated feed-forward, no biases; Warner et al. 2024, ModernBERT, with global attention throughout).
+rotary positions, gated feed-forward, no biases, most layers local; Warner et al. 2024, ModernBERT).
 
 Tokens see their whole document, and nobody sees padding. The head over the vocabulary, by far the widest product of a
 small encoder, is computed for the masked tokens only. Cut into stages and named as in `engine.models.gpt`.
@@ -87,11 +87,12 @@ class Stage(nn.Module):
             hidden_BTD = self.embed(tokens_BT, token_types_BT, segments_BT)
         x_BTD: torch.Tensor = hidden_BTD
         dropout = make_dropout(self.config, dropout_keys_B, x_BTD, self.functions)
-        seen = view(self.config, x_BTD, segments_BT, bidirectional=True, time=self.functions.time, dropout=dropout)
-        if self.chunk.first:
-            x_BTD = seen.dropped(x_BTD, -1, EMBEDDED)
-        for layer in self.layers.values():
-            x_BTD = layer(x_BTD, seen)
+        made_with = (self.config, x_BTD, segments_BT, True, self.functions.time, dropout)
+        views = {reach: view(*made_with, reach) for reach in {self.config.reach(layer) for layer in self.chunk.layers}}
+        if self.chunk.first and dropout is not None:
+            x_BTD = dropout.hidden(x_BTD, -1, EMBEDDED)
+        for number in self.chunk.layers:
+            x_BTD = self.layers[str(number)](x_BTD, views[self.config.reach(number)])
         if not self.chunk.last:
             return {"hidden_BTD": x_BTD}
         x_BTD = self.functions.whole_rows(self.final_norm(x_BTD))

@@ -3,7 +3,8 @@
 A model calls them with what its own rank holds. The plain versions here are right wherever one rank holds all
 heads and the whole vocabulary; tensor parallelism passes others. Nothing here communicates.
 
-Legend: B batch, T time, D width, H heads, G key/value heads, K head size, V vocabulary (all of it, padding included).
+Legend: B batch, T time, D width, H heads, G key/value heads, K head size, V vocabulary (all of it, padding included);
+N blocks of R tokens, S = 3 R tokens that a block sees.
 """
 
 from __future__ import annotations
@@ -22,16 +23,31 @@ Drop = Callable[..., torch.Tensor]
 heads that it was called with says which is its first."""
 
 
+@dataclass(frozen=True)
+class Band:
+    """Who sees whom in a row where nobody sees further than R tokens: a row is cut into blocks of R, each of which sees
+    the block before it, itself and the one behind it.
+
+    `mask_BNRS` is true where a query sees a key (B may be 1). Rows are filled up to N blocks; what is filled in sees
+    something, too, and is seen by no token of the row.
+    """
+
+    mask_BNRS: torch.Tensor
+
+
+Mask = torch.Tensor | Band
+
+
 class Attention(Protocol):
-    """(q_BTHK, k_BTGK, v_BTGK, mask_B1TT or bias_BHTT or None, scale or None, drop or None) -> out_BTHK; no mask means
-    causal over the whole row, no scale K ** -0.5, no drop that no probability is dropped."""
+    """(q_BTHK, k_BTGK, v_BTGK, mask_B1TT or bias_BHTT or `Band` or None, scale or None, drop or None) -> out_BTHK; no
+    mask means causal over the whole row, no scale K ** -0.5, no drop that no probability is dropped."""
 
     def __call__(
         self,
         q_BTHK: torch.Tensor,
         k_BTGK: torch.Tensor,
         v_BTGK: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: Mask | None,
         /,
         scale: float | None = None,
         drop: Drop | None = None,
@@ -49,16 +65,19 @@ def attention(
     q_BTHK: torch.Tensor,
     k_BTGK: torch.Tensor,
     v_BTGK: torch.Tensor,
-    mask: torch.Tensor | None,
+    mask: Mask | None,
     scale: float | None = None,
     drop: Drop | None = None,
 ) -> torch.Tensor:
     """Softmax attention, out_BTHK; query heads share the G key/value heads in consecutive groups of H / G.
 
     `mask` (B, 1 or H, T, T) is boolean, true where a query (first T) sees a key (second T), or of the queries' dtype
-    and added to the scores. Keys may be of another length than queries. With `drop` probabilities exist one by one,
-    else the fastest kernel is taken.
+    and added to the scores; or a `Band`, which goes with no `drop`. Keys may be of another length than queries. With
+    `drop` probabilities exist one by one, else the fastest kernel is taken.
     """
+    if isinstance(mask, Band):
+        assert drop is None, "probabilities of a band have no places in a row's scores"
+        return _banded_attention(q_BTHK, k_BTGK, v_BTGK, mask, scale)
     if drop is not None:
         return _explicit_attention(q_BTHK, k_BTGK, v_BTGK, mask, scale, drop)
     out_BHTK = F.scaled_dot_product_attention(
@@ -71,6 +90,25 @@ def attention(
         enable_gqa=q_BTHK.size(2) != k_BTGK.size(2),
     )
     return out_BHTK.transpose(1, 2)
+
+
+def _banded_attention(
+    q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, band: Band, scale: float | None
+) -> torch.Tensor:
+    """The same block by block: each is a row of its own for the kernel, so time and memory grow with T alone."""
+    num_rows, length = q_BTHK.shape[:2]
+    num_blocks, reach = band.mask_BNRS.shape[1:3]
+    missing = num_blocks * reach - length
+    q_NRHK = F.pad(q_BTHK, (0, 0, 0, 0, 0, missing)).unflatten(1, (num_blocks, reach)).flatten(0, 1)
+
+    def seen(x_BTGK: torch.Tensor) -> torch.Tensor:
+        """(B N, S, G, K): what each block sees."""
+        filled = F.pad(x_BTGK, (0, 0, 0, 0, reach, missing + reach)).unflatten(1, (num_blocks + 2, reach))
+        return torch.cat((filled[:, :-2], filled[:, 1:-1], filled[:, 2:]), dim=2).flatten(0, 1)
+
+    mask_N1RS = band.mask_BNRS.expand(num_rows, -1, -1, -1).flatten(0, 1).unsqueeze(1)
+    out_NRHK = attention(q_NRHK, seen(k_BTGK), seen(v_BTGK), mask_N1RS, scale)
+    return out_NRHK.unflatten(0, (num_rows, num_blocks)).flatten(1, 2)[:, :length]
 
 
 def _explicit_attention(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from engine.parallel.collectives import all_to_all
-from engine.parallel.functions import Drop, attention
+from engine.parallel.functions import Drop, Mask, attention
 from engine.parallel.groups import Group
 
 TIME, HEADS = 1, 2
@@ -39,7 +39,7 @@ def sequence_attention(
     q_BTHK: torch.Tensor,
     k_BTGK: torch.Tensor,
     v_BTGK: torch.Tensor,
-    mask: torch.Tensor | None,
+    mask: Mask | None,
     scale: float | None = None,
     drop: Drop | None = None,
     *,
@@ -47,9 +47,9 @@ def sequence_attention(
 ) -> torch.Tensor:
     """`attention` of this rank's stretch, out_BTHK. Collective over `group`.
 
-    `mask` is of whole rows, (B, 1, T, T) or with a number for each head inside (`Time.own`). Keys may be of other rows
-    than queries, of which each rank has a stretch, too. The group's size divides G, so that a query head meets its
-    key/value head on one rank.
+    `mask` is of whole rows: a `Band`, (B, 1, T, T), or with a number for each head inside (`Time.own`). Keys may be of
+    other rows than queries, of which each rank has a stretch, too. The group's size divides G, so that a query head
+    meets its key/value head on one rank.
     """
     if drop is not None:
         drop = partial(drop, first_head=group.position * (q_BTHK.size(HEADS) // group.size))

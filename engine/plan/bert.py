@@ -12,15 +12,16 @@ from engine.plan.gpt import (
     carried_bytes,
     entered,
     exchanged,
-    mask,
     reduced,
     reduced_again,
 )  # equal in both families
 from engine.plan.parts import Entry
 
-__all__ = ["boundary", "carried_bytes", "entered", "exchanged", "mask", "reduced", "reduced_again"]
+__all__ = ["boundary", "carried_bytes", "entered", "exchanged", "reduced", "reduced_again"]
 
 PAIR_KINDS = 2
+SEEN_BLOCKS = 3
+"""That a block of a local layer sees."""
 
 
 def entries(model: ModelConfig, layers: range, is_first: bool, is_last: bool) -> list[Entry]:
@@ -64,8 +65,12 @@ def _heads(model: ModelConfig) -> list[Entry]:
 
 
 def layer_operations(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
-    """Projections, scores and weighted values."""
-    return gpt.layer_operations(model, layer, lengths)
+    """Projections, scores and weighted values; in a local layer of the tokens of a window, without what blocks (half as
+    many more) and the ends of rows make of it."""
+    matrices = parts.matrix_elements(layer_entries(model, layer))
+    reach, tokens = model.reach(layer), lengths.tokens
+    seen = tokens if reach is None else min(tokens, 2 * reach + 1)
+    return tokens * 2 * matrices + parts.score_operations(model, tokens, seen)
 
 
 def embedding_operations(model: ModelConfig, lengths: RowLengths) -> int:
@@ -90,9 +95,23 @@ def saved(
 ) -> int:
     """As in a GPT, but that a post-norm layer keeps no input beside its norm's output (4 D and not 5 D whole)."""
     kept = gpt.saved(model, layer, lengths, tensor_size, time_size, recompute)
-    if recompute != "none" or model.norm_position == "pre":
+    if recompute != "none":
         return kept
-    return kept - lengths.tokens * model.hidden_size // time_size
+    if _in_blocks(model, layer, lengths):  # keys and values three times: as each of three blocks sees them
+        kept += 4 * lengths.tokens * model.kv_heads * model.head_size // tensor_size
+    return kept if model.norm_position == "pre" else kept - lengths.tokens * model.hidden_size // time_size
+
+
+def mask(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+    """A number for each query and each key that its block sees: of the whole row, or of three blocks."""
+    seen = SEEN_BLOCKS * (model.reach(layer) or 0) if _in_blocks(model, layer, lengths) else lengths.tokens
+    return lengths.tokens * seen
+
+
+def _in_blocks(model: ModelConfig, layer: int, lengths: RowLengths) -> bool:
+    """Whether a layer computes attention in blocks as wide as it reaches (`engine.models.attention.local_mask`)."""
+    reach = model.reach(layer)
+    return reach is not None and model.attention_dropout == 0 and lengths.tokens > SEEN_BLOCKS * reach
 
 
 def sees_whole_rows(name: str) -> bool:

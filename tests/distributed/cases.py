@@ -58,6 +58,9 @@ MODERN_BERT = GPT2 | {
     "norm_bias": False,
     "activation": "geglu",
     "bias": False,
+    "local_attention": 4,  # in three layers: of the second
+    "global_every": 2,
+    "local_rope_theta": 100.0,
 }
 T5 = GPT2 | {
     "family": "t5",
@@ -91,7 +94,7 @@ MODELS = {
 }
 SHIPPED = Path(__file__).parents[2] / "configs" / "models"
 SMALL = {"num_layers": 4, "hidden_size": 16, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 24, "max_positions": 16}
-SMALL |= {"dropout": 0.0, "attention_dropout": 0.0}
+SMALL |= {"dropout": 0.0, "attention_dropout": 0.0, "local_attention": 4}
 SMALL |= {"relative_buckets": 8, "relative_distance": 9, "num_decoder_layers": 2}
 
 

@@ -138,7 +138,10 @@ def test_a_mix_of_forms_is_refused_by_the_names_of_its_fields(config, message):
         ),
         (BertConfig(hidden_act="relu"), "hidden_act = 'relu'\n  allowed: 'gelu'"),
         (RobertaConfig(), "type_vocab_size = 2\n  allowed: 1"),
-        (ModernBertConfig(), "layer_types = .*sliding_attention.*\n  allowed: full_attention alone"),
+        (
+            ModernBertConfig(layer_types=["sliding_attention", "full_attention"] * 11),
+            "layer_types = .*\n  allowed: full_attention for the first of every so many layers, sliding_attention for",
+        ),
         (
             ModernBertConfig(layer_types=["full_attention"] * 22, mlp_bias=True),
             "biases that differ: .*'mlp_bias': True.*\n  allowed: one value",
@@ -159,6 +162,7 @@ def test_what_ours_does_not_compute_is_refused(theirs, message):
         our_config(theirs, 128)
 
 
+OF_LOCAL = {"global_every", "local_rope_theta"}
 OF_T5 = {key for key, families in ONLY.items() if families == ("t5",)}
 
 
@@ -168,8 +172,8 @@ def test_every_field_of_the_model_is_carried_or_named():
     without_meaning: list[tuple[Form, set[str]]] = [
         (GPT2, {*ONLY, "rope_theta"}),
         (LLAMA, {*ONLY, "norm_bias"}),
-        *((form, {"rope_theta", *OF_T5}) for form in (BERT, BERT_WITHOUT_PAIRS, ROBERTA)),
-        (MODERN_BERT, OF_T5),
+        *((form, {"rope_theta", *OF_LOCAL, *OF_T5}) for form in (BERT, BERT_WITHOUT_PAIRS, ROBERTA)),
+        (MODERN_BERT, {"local_attention", *OF_LOCAL, *OF_T5}),
         (T5, {*ONLY, "rope_theta", "init_std"}),
     ]
     read = {

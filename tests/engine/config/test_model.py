@@ -35,6 +35,7 @@ def test_rms_norms_have_no_shift_to_leave_out():
     assert not problems(norm_bias=False)
 
 
+BERT = {"family": "bert"}
 T5 = {"family": "t5", "vocab_size": 10, "num_layers": 4, "hidden_size": 8, "num_heads": 2, "position": "relative"}
 
 
@@ -52,6 +53,13 @@ def test_whole_models_break_no_rule(model):
             GPT,
             {"position": "relative"},
             "model.position = relative with model.family = gpt\n  allowed: learned or rope",
+        ),
+        (GPT, {"local_attention": 8}, "model.local_attention = 8 with model.family = gpt, which does not use it"),
+        (BERT, {"global_every": 4}, "model.global_every = 4 without model.local_attention\n  allowed: local_attention"),
+        (
+            BERT,
+            {"local_attention": 8, "local_rope_theta": 100.0},
+            "model.local_rope_theta = 100.0 with model.position = learned\n  allowed: position rope",
         ),
         (T5, {"position": "rope"}, "model.position = rope with model.family = t5\n  allowed: relative"),
         (T5, {"num_decoder_layers": 4}, "model.num_decoder_layers = 4 of model.num_layers = 4"),

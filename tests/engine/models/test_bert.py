@@ -128,6 +128,26 @@ def test_packed_documents_have_the_loss_they_have_alone():
     assert (together - packed).abs().max() > 0.1, "without segments documents see each other"
 
 
+def test_layers_are_local_but_for_the_first_of_every_so_many():
+    """What a token of a layer sees is what moves it: 4 layers, of which the first and the fourth are global."""
+    config = BERT_FORMS["modernbert"]
+    assert [config.reach(layer) for layer in range(4)] == [None, 4, 4, None]
+    assert [BERT_FORMS["modernbert-wide"].reach(layer) for layer in range(4)] == [None, 9, None, 9]
+    assert BERT_FORMS["modernbert-global"].reach(1) is None
+    weights = random_weights(config)
+    stages = build_stages(config, weights, 4)
+    hidden_BTD = torch.randn(1, 24, 64, generator=torch.Generator().manual_seed(4))
+    changed = hidden_BTD.clone()
+    changed[0, 10] += 1.0
+    moved = [
+        ((stage(hidden_BTD=hidden_BTD)["hidden_BTD"] - stage(hidden_BTD=changed)["hidden_BTD"]).abs().amax(-1) > 0)[0]
+        for stage in stages[:3]
+    ]
+    assert moved[0].all()
+    for near in moved[1:]:
+        assert near.nonzero().flatten().tolist() == list(range(6, 15))
+
+
 def test_a_token_sees_what_comes_behind_it_and_no_padding(config, batch):
     model = whole_model(config, random_weights(config))
     inputs = {name: batch[name] for name in ("tokens_BT", "segments_BT")}

@@ -36,7 +36,11 @@ BERT_FORMS = {
     "bert-without-pairs": tiny("bert", pair_head=False),
     "roberta": tiny("bert", pair_head=False, token_types=1),
     "modernbert": tiny("modernbert"),
-    "modernbert-biased": tiny("modernbert", bias=True, norm_bias=True, tie_embeddings=False, rope_theta=100.0),
+    "modernbert-biased": tiny(
+        "modernbert", bias=True, norm_bias=True, tie_embeddings=False, rope_theta=100.0, local_rope_theta=None
+    ),
+    "modernbert-wide": tiny("modernbert", local_attention=18, global_every=2, local_rope_theta=50.0),
+    "modernbert-global": tiny("modernbert", local_attention=None, local_rope_theta=None),
 }
 
 T5_FORMS = {

@@ -7,7 +7,7 @@ import pytest
 
 from engine.config.lengths import RowLengths
 from engine.config.schema import ParallelConfig
-from engine.plan import gpt
+from engine.plan import bert, gpt
 from engine.plan.composition import Change, example
 from engine.plan.logits import head_bytes
 from engine.plan.memory import gathered_at_once, stage_memory, states_per_element
@@ -108,6 +108,18 @@ def test_every_layer_keeps_who_sees_whom() -> None:
     assert memory(segments=True, sequence=2).activations - memory(sequence=2).activations == 4 * pairs
     full = memory(segments=True, recompute="full").activations - memory(recompute="full").activations
     assert full == pairs
+
+
+def test_a_local_layer_keeps_what_three_blocks_see() -> None:
+    """reach 4 in rows of 64: 12 numbers per query and not 64, and keys and values three times."""
+    model = example({"model": {"family": "bert", "local_attention": 8, "position": "rope"}}).model
+    lengths = RowLengths(64, predicted=10)
+    assert [bert.mask(model, layer, lengths) for layer in range(4)] == [64 * 64, 64 * 12, 64 * 12, 64 * 64]
+    kept = [bert.saved(model, layer, lengths, 1) for layer in range(2)]
+    assert kept[1] - kept[0] == 2 * 2 * 64 * 64
+    short = RowLengths(12, predicted=2)
+    assert bert.mask(model, 1, short) == 12 * 12
+    assert bert.saved(model, 1, short, 1) == bert.saved(model, 0, short, 1)
 
 
 def test_zero_3_gathers_two_modules_at_a_time_or_the_stage() -> None:

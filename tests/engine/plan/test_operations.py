@@ -35,6 +35,29 @@ def test_a_forward_pass_multiplies_as_often_as_counted(form: str) -> None:
     assert counter.get_total_flops() == 2 * forward
 
 
+@pytest.mark.parametrize("length", [24, 12])
+def test_a_local_layer_multiplies_what_its_window_has(length: int) -> None:
+    """reach 4: 9 tokens of a window are counted, 12 of three blocks multiplied, as in a row that is no longer."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from engine.models import bert
+    from engine.plan.families import figures
+    from tests.engine.models.tiny import BERT_FORMS
+
+    model = BERT_FORMS["modernbert"]
+    lengths = RowLengths(length, predicted=length)
+    scores = 4 * length * model.hidden_size
+    layers = [figures(model).layer_operations(model, layer, lengths) for layer in range(4)]
+    assert layers[0] - layers[1] == scores * (length - 9)
+    assert layers[0] == layers[3]
+    stage = bert.build(model)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        stage(tokens_BT=torch.zeros((2, length), dtype=torch.int64))
+    head = 2 * model.hidden_size * length * (model.hidden_size + model.padded_vocab_size)
+    assert counter.get_total_flops() == 2 * (sum(layers) + 2 * scores * (12 - 9) + head)
+
+
 def test_a_forward_pass_of_t5_multiplies_as_often_as_counted() -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
