@@ -31,9 +31,10 @@ def show(
     """Prints the whole plan, and the advice where there is some; `node_memory`: bytes that checkpoints take of it."""
     console = console or Console(soft_wrap=False)
     _summary(plan, run, node_memory, console)
+    host = ("host",) if any(stage.memory.host for stage in plan.stages) else ()
     for table in (
         _stages(plan),
-        _figures(plan, "memory", MEMORY, "memory of one rank (activations and logits: estimates)"),
+        _figures(plan, "memory", (*MEMORY, *host), "memory of one rank (activations and logits: estimates)"),
         _figures(plan, "traffic", TRAFFIC, "bytes that one rank sends per step"),
     ):
         console.print("", table)
@@ -137,6 +138,12 @@ def _advice(advice: Advice, console: Console) -> None:
     elif advice.ranked:
         nearest = advice.ranked[0]
         console.print(f"[bold]nothing fits:[/] {nearest} comes nearest and takes {nearest.memory_bytes / GIB:.3g} GiB")
+    if advice.offloaded is not None:
+        one = advice.offloaded
+        console.print(
+            f"[bold]fits with parallel.offload=optimizer:[/] {one}, {one.memory_bytes / GIB:.3g} GiB and "
+            f"{one.host_bytes / GIB:.3g} GiB of host memory per GPU, {one.time.total:.3g} s per step"
+        )
     if advice.larger is not None:
         console.print(
             f"[bold]smallest world that holds it:[/] {advice.larger.layout.world_size} ranks, {advice.larger}"

@@ -53,6 +53,8 @@ def deepspeed_config(
             # it would take the place of the product whose weight gradient the schedule puts off, in silence
             "memory_efficient_linear": parallel.schedule != "zb-h1",
         }
+    if parallel.offload == "optimizer":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": parallel.micro_batch_size,
         "gradient_accumulation_steps": num_micro_batches,

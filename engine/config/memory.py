@@ -25,6 +25,30 @@ def check_recompute(config: RunConfig, problems: list[PalimpsestError]) -> None:
         )
 
 
+def check_offload(config: RunConfig, problems: list[PalimpsestError]) -> None:
+    """Optimizer state in host memory is what ZeRO shards, and what the host can update."""
+    if config.parallel.offload == "none":
+        return
+    if config.parallel.zero_stage == 0:
+        problems.append(
+            ConfigError(
+                "parallel.offload = optimizer with parallel.zero_stage = 0: DeepSpeed offloads the copies that ZeRO "
+                "makes, and there are none",
+                "zero_stage 1, 2 or 3 with offload",
+                "set parallel.zero_stage=1: the same numbers",
+            )
+        )
+    if config.optimizer.name == "muon":
+        problems.append(
+            ConfigError(
+                "parallel.offload = optimizer with optimizer.name = muon: matrices are orthogonalised on the "
+                "accelerator, and ranks exchange their pieces there",
+                "offload with adamw",
+                "leave parallel.offload out",
+            )
+        )
+
+
 def check_time(key: str, stage: RunStage, config: RunConfig, problems: list[PalimpsestError]) -> None:
     """Ranks that share the time of a row divide its length. That of a decoder's rows follows from it: they are filled
     up (`engine.config.lengths.held_lengths`)."""

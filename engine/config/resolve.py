@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from engine.config.course import check_optimizer, check_ramp, check_schedule, check_stability
 from engine.config.keeping import check_keeping
-from engine.config.memory import check_heads, check_recompute, check_time
+from engine.config.memory import check_heads, check_offload, check_recompute, check_time
 from engine.config.mixture import check_mixture
 from engine.config.model import check_model, divisors
 from engine.config.objective import check_objective
@@ -65,6 +65,7 @@ def check(config: RunConfig) -> list[PalimpsestError]:
     check_model(config.model, problems)
     _check_parallel(config, problems)
     check_recompute(config, problems)
+    check_offload(config, problems)
     check_heads(config, problems)
     check_optimizer(config, problems)
     check_stability(config, problems)

@@ -406,6 +406,8 @@ class ParallelConfig(Section):
     reduce: Literal["step", "micro_batch"] | None = None
     """How often ZeRO-2 and 3 reduce a gradient: once per step, and a rank holds whole gradients until then, or for
     every micro-batch (the default). ZeRO-0 and 1 do it once per step."""
+    offload: Literal["none", "optimizer"] = "none"
+    """What lies in host memory: `optimizer`, master weights and moments, which are updated there (ZeRO-1, 2 and 3)."""
 
     @property
     def gathers_per_step(self) -> bool:

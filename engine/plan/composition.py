@@ -47,6 +47,7 @@ COLUMNS: dict[str, Change] = {
     "gather: step": {"parallel": {"gather": "step"}},
     "reduce: step": {"parallel": {"reduce": "step"}},
     "reduce: micro_batch": {"parallel": {"reduce": "micro_batch"}},
+    "offload": {"parallel": {"offload": "optimizer"}},
     "Muon": {"optimizer": {"name": "muon"}},
     "Llama form": {
         "model": {
@@ -99,6 +100,7 @@ REFUSED: dict[str, Change] = {
     "virtual stages under GPipe": {"parallel": {"pipe": 2, "virtual_stages": 2, "schedule": "gpipe"}},
     "more parts than layers": {"parallel": {"pipe": 2, "virtual_stages": 3}},
     "tensor ranks that do not divide the heads": {"parallel": {"tensor": 3}},
+    "Muon with its state on the host": {"parallel": {"offload": "optimizer"}, "optimizer": {"name": "muon"}},
     "bf16 reduction of fp32 gradients": {"precision": {"dtype": "fp32", "reduce_dtype": "bf16"}},
 }
 

@@ -25,16 +25,22 @@ class Accelerator:
     """To the other GPUs of its node (NVLink), one direction."""
     network_bytes_per_second: float
     """To other nodes, one direction."""
+    host_memory_bytes: int
+    """Of its reference node, divided by the node's accelerators; so are the next two."""
+    host_bytes_per_second: float
+    """Of the host's memory."""
+    host_link_bytes_per_second: float
+    """Between host and accelerator (PCIe), one direction."""
 
 
 ACCELERATORS = {
     accelerator.name: accelerator
     for accelerator in (
-        Accelerator("a100-40gb", 40 * GIB, 312e12, 1.555e12, 300e9, 25e9),
-        Accelerator("a100-80gb", 80 * GIB, 312e12, 2.039e12, 300e9, 25e9),
-        Accelerator("h100-80gb", 80 * GIB, 989e12, 3.35e12, 450e9, 50e9),
-        Accelerator("h200-141gb", 141 * 10**9, 989e12, 4.8e12, 450e9, 50e9),
-        Accelerator("b200-180gb", 180 * 10**9, 2250e12, 8e12, 900e9, 50e9),
+        Accelerator("a100-40gb", 40 * GIB, 312e12, 1.555e12, 300e9, 25e9, 128 * GIB, 51e9, 32e9),
+        Accelerator("a100-80gb", 80 * GIB, 312e12, 2.039e12, 300e9, 25e9, 256 * GIB, 51e9, 32e9),
+        Accelerator("h100-80gb", 80 * GIB, 989e12, 3.35e12, 450e9, 50e9, 256 * GIB, 77e9, 64e9),
+        Accelerator("h200-141gb", 141 * 10**9, 989e12, 4.8e12, 450e9, 50e9, 256 * GIB, 77e9, 64e9),
+        Accelerator("b200-180gb", 180 * 10**9, 2250e12, 8e12, 900e9, 50e9, 256 * GIB, 90e9, 64e9),
     )
 }
 

@@ -24,6 +24,7 @@ from engine.plan.parts import Entry
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 MASTER_BYTES = 4
 MOMENTS_BYTES = 8
+HOST_GRADIENT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Memory:
     activations: int
     logits: int
     """The loss: some rows' logits and their softmax, and the gradients that its forward pass makes."""
+    host: int = 0
+    """In host memory, and in no sum here: with `offload` master weights, moments, and what comes and goes."""
 
     @property
     def states(self) -> int:
@@ -74,6 +77,17 @@ def states_per_element(parallel: ParallelConfig, data_size: int, precision: Prec
     )
 
 
+def host_bytes_per_element(parallel: ParallelConfig, data_size: int, precision: PrecisionConfig) -> Fraction:
+    """Bytes per parameter that one rank has in host memory: state, gradient, and the working copy on its way back.
+
+    Under ZeRO-3 in fp32 the masters themselves are what is copied back.
+    """
+    if parallel.offload == "none":
+        return Fraction(0)
+    back = 0 if parallel.zero_stage == 3 and precision.dtype == "fp32" else DTYPE_BYTES[precision.dtype]
+    return Fraction(MASTER_BYTES + MOMENTS_BYTES + HOST_GRADIENT_BYTES + back, data_size)
+
+
 def stage_memory(
     model: ModelConfig,
     parallel: ParallelConfig,
@@ -97,6 +111,8 @@ def stage_memory(
     numel = sum(entry.local_numel(parallel.tensor) for entry in entries)
     per_element = states_per_element(parallel, data_size, precision)
     weights, master, moments, gradients = (-(-numel * one // 1) for one in per_element)
+    if parallel.offload == "optimizer":
+        master = moments = 0
     rows, dtype_bytes = parallel.micro_batch_size, DTYPE_BYTES[precision.dtype]
     predicted = rows * lengths.predicted // parallel.sequence if has_head else 0
     bucket_bytes = {2: dtype_bytes, 3: DTYPE_BYTES[precision.reduce_dtype]}.get(parallel.zero_stage, 0)
@@ -111,6 +127,7 @@ def stage_memory(
         gathered=gathered * dtype_bytes if parallel.zero_stage == 3 else 0,
         activations=activation_bytes(model, parallel, precision, layers, recomputed, lengths, segments, in_flight),
         logits=head_bytes(model, parallel, predicted, dtype_bytes, math.ceil(in_flight)),
+        host=-(-numel * host_bytes_per_element(parallel, data_size, precision) // 1),
     )
 
 

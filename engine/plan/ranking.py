@@ -15,6 +15,7 @@ from typing import Any
 from engine.config.resolve import Layout, examine
 from engine.config.schema import ParallelConfig, RunConfig
 from engine.plan.hardware import GIB, Cluster
+from engine.plan.memory import MASTER_BYTES, MOMENTS_BYTES
 from engine.plan.plan import Plan, stage_plans
 from engine.plan.time import StepTime, step_time
 from engine.plan.worlds import divisors, with_parallel
@@ -40,6 +41,8 @@ class Candidate:
     layout: Layout
     memory_bytes: int
     """Of the fullest rank, with what is reserved and lost."""
+    host_bytes: int
+    """The same in host memory: offloaded state, and the copy that a save takes."""
     time: StepTime
     fits: bool
 
@@ -49,6 +52,7 @@ class Candidate:
             f"ZeRO-{parallel.zero_stage}, pipe {layout.pipe} x tensor {layout.tensor} x data {layout.data}, "
             f"micro-batch {parallel.micro_batch_size}"
             + (f", {parallel.virtual_stages} virtual stages" if parallel.virtual_stages > 1 else "")
+            + (f", offload {parallel.offload}" if parallel.offload != "none" else "")
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -58,7 +62,9 @@ class Candidate:
             "zero_stage": self.parallel.zero_stage,
             "micro_batch_size": self.parallel.micro_batch_size,
             "virtual_stages": self.parallel.virtual_stages,
+            "offload": self.parallel.offload,
             "memory_bytes": self.memory_bytes,
+            "host_bytes": self.host_bytes,
             "fits": self.fits,
             "seconds": self.time.total,
             "band_seconds": self.time.band,
@@ -88,6 +94,8 @@ class Advice:
     cluster: Cluster
     planned: Candidate
     ranked: tuple[Candidate, ...]
+    offloaded: Candidate | None
+    """Where nothing fits: the best layout of the same world that does with the optimizer's state in host memory."""
     larger: Candidate | None
     """Where nothing fits: the best layout of the smallest larger world (by doubling) on which something does."""
 
@@ -95,16 +103,18 @@ class Advice:
         """Plain numbers and text."""
         ranked = [candidate.as_json() | {"why": candidate.why(self.ranked[0])} for candidate in self.ranked]
         larger = None if self.larger is None else self.larger.as_json()
-        return {"planned": self.planned.as_json(), "ranked": ranked, "larger": larger}
+        offloaded = None if self.offloaded is None else self.offloaded.as_json()
+        return {"planned": self.planned.as_json(), "ranked": ranked, "offloaded": offloaded, "larger": larger}
 
 
 def advise(config: RunConfig, plan: Plan, cluster: Cluster) -> Advice:
     """The advice for a run that was planned on the cluster's world."""
     ranked = tuple(rank(config, cluster))
-    larger = None
+    offloaded = larger = None
     if not any(candidate.fits for candidate in ranked):
+        offloaded = next((one for one in rank(with_parallel(config, offload="optimizer"), cluster) if one.fits), None)
         larger = smallest_world(config, cluster, LARGEST_WORLD)
-    return Advice(cluster, judge(config, plan.layout, cluster), ranked, larger)
+    return Advice(cluster, judge(config, plan.layout, cluster), ranked, offloaded, larger)
 
 
 def rank(config: RunConfig, cluster: Cluster) -> list[Candidate]:
@@ -173,10 +183,13 @@ def judge(config: RunConfig, layout: Layout, cluster: Cluster) -> Candidate:
     stages = stage_plans(config, layout)
     tensors = max(stage.memory.total for stage in stages)
     needed = int(tensors * (1 + FRAGMENTED_SHARE)) + RESERVED_BYTES
+    on_host = max(stage.memory.host + (MASTER_BYTES + MOMENTS_BYTES) * stage.updated for stage in stages)
+    accelerator = cluster.accelerator
     return Candidate(
         config.parallel,
         layout,
         needed,
+        on_host,
         step_time(config, layout, stages, cluster),
-        fits=needed <= cluster.accelerator.memory_bytes,
+        fits=needed <= accelerator.memory_bytes and on_host <= accelerator.host_memory_bytes,
     )

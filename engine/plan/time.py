@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from engine.config.lengths import row_lengths
 from engine.config.resolve import Layout, num_micro_batches
 from engine.config.schema import RunConfig
-from engine.plan.hardware import Cluster
+from engine.plan.hardware import Accelerator, Cluster
+from engine.plan.memory import DTYPE_BYTES, HOST_GRADIENT_BYTES
 from engine.plan.operations import training_operations
 from engine.plan.pipeline import bubble
 from engine.plan.plan import StagePlan
@@ -29,7 +30,10 @@ hidden size / sqrt(tensor ranks)."""
 BAND = 1.3
 OPTIMIZER_BYTES = 28
 """Read and written per parameter that a rank updates: gradient, master weight and two moments, in fp32."""
-PARTS = ("arithmetic", "tensor", "pipe", "data", "optimizer", "idle")
+HOST_COPY_BYTES = 8
+"""Beside these, with `offload`, of the host's memory: the gradient that comes, and the master that is read for the
+working copy, which comes on top in its dtype."""
+PARTS = ("arithmetic", "tensor", "pipe", "data", "optimizer", "offload", "idle")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,9 @@ class StepTime:
     pipe: float
     data: float
     optimizer: float
+    """The update, where the optimizer's state lies."""
+    offload: float
+    """Gradients to the host and weights back."""
     idle: float
     """Waiting for other pipeline stages."""
     utilisation: float
@@ -84,7 +91,7 @@ def step_time(config: RunConfig, layout: Layout, stages: Sequence[StagePlan], cl
 
 
 def _stage_time(config: RunConfig, layout: Layout, stage: StagePlan, cluster: Cluster) -> tuple[float, ...]:
-    """(arithmetic, tensor, pipe, data, optimizer) seconds of one rank of a stage."""
+    """(arithmetic, tensor, pipe, data, optimizer, offload) seconds of one rank of a stage."""
     accelerator, traffic = cluster.accelerator, stage.traffic
     width = config.model.hidden_size / layout.tensor**0.5
     tokens = config.parallel.micro_batch_size * config.stages[0].sequence_length // layout.sequence
@@ -96,5 +103,19 @@ def _stage_time(config: RunConfig, layout: Layout, stage: StagePlan, cluster: Cl
         + traffic.sequence / cluster.bytes_per_second(layout.sequence, layout.tensor),
         traffic.pipe / cluster.bytes_per_second(layout.pipe, zero_size * layout.tensor),
         (traffic.gradients + traffic.weights) / cluster.bytes_per_second(zero_size, layout.tensor),
-        stage.updated * OPTIMIZER_BYTES / accelerator.memory_bytes_per_second,
+        *optimizer_seconds(stage.updated, config, accelerator),
+    )
+
+
+def optimizer_seconds(updated: int, config: RunConfig, accelerator: Accelerator) -> tuple[float, float]:
+    """(update, transfer) seconds for so many parameters of one rank: a pass over the memory where their state lies,
+    and with `offload` a gradient in fp32 to the host and a weight back."""
+    if config.parallel.offload == "none":
+        return updated * OPTIMIZER_BYTES / accelerator.memory_bytes_per_second, 0.0
+    weight_bytes = DTYPE_BYTES[config.precision.dtype]
+    passed = OPTIMIZER_BYTES + HOST_COPY_BYTES + weight_bytes
+    moved = HOST_GRADIENT_BYTES + weight_bytes
+    return (
+        updated * passed / accelerator.host_bytes_per_second,
+        updated * moved / accelerator.host_link_bytes_per_second,
     )

@@ -136,6 +136,7 @@ class Case:
     reduce: str | None = None
     sequence_parallel: bool = False
     sequence: int = 1
+    offload: str = "none"
 
     @property
     def world_size(self) -> int:
@@ -192,6 +193,7 @@ def config_of(case: Case) -> RunConfig:
                 "reduce": case.reduce,
                 "sequence_parallel": case.sequence_parallel,
                 "sequence": case.sequence,
+                "offload": case.offload,
             },
         },
         "case",

@@ -33,6 +33,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pipe 2 in chunks": {"pipe": 2, "virtual_stages": 2},
     "pipe 2, tensor 2, data 2": {"pipe": 2, "tensor": 2, "data": 2},
 }
+OFFLOADED: dict[str, dict[str, Any]] = {
+    f"{name}, offload": layout | {"offload": "optimizer"} for name, layout in LAYOUTS.items()
+}
+"""The same with the optimizer's state in host memory."""
 
 
 class Pair(NamedTuple):
@@ -52,8 +56,8 @@ class Pair(NamedTuple):
 PAIRS = [
     Pair("gpt2", "fp32", "data 2", 3, "pipe 2 in chunks", 1),
     Pair("llama", "fp32", "pipe 2 in chunks", 0, "tensor 2", 3),
-    Pair("gpt2", "bf16", "tensor 2", 2, "data 2", 3),
-    Pair("llama", "bf16", "pipe 2 in chunks", 1, "data 2", 2),
+    Pair("gpt2", "bf16", "tensor 2", 2, "data 2, offload", 3),
+    Pair("llama", "bf16", "pipe 2 in chunks, offload", 1, "data 2", 2),
 ]
 
 
@@ -105,7 +109,7 @@ def tree(corpus: Path, folder: Path, pair: Pair, layout: str, zero_stage: int) -
         stages=[base["stages"][0] | {"duration": {"steps": NUM_STEPS}}],
         optimizer={"learning_rate": 2e-3},
         precision={"dtype": pair.dtype},
-        parallel=LAYOUTS[layout] | {"zero_stage": zero_stage},
+        parallel=(LAYOUTS | OFFLOADED)[layout] | {"zero_stage": zero_stage},
         evaluation={"every_steps": None},
         checkpoint={"every_steps": SAVED_AT, "keep_last": 1, "keep_every": None},
         checks=False,

@@ -33,6 +33,7 @@ from engine.parallel.sharding import ParameterSpec
 from engine.parallel.state import ParameterGroup, Part, Piece, Placement
 from engine.parallel.zero.gathering import Gathering
 from engine.parallel.zero.gradients import Accumulator
+from engine.parallel.zero.offload import host_state
 from engine.parallel.zero.optimizers import FlatShards, Named, PartitionedShards, has_gradient, shards
 from engine.parallel.zero.stage3 import Cures, partition_empty, replace_parameters
 
@@ -153,8 +154,9 @@ class StageEngine:
         self.zero_stage: int = config["zero_optimization"]["stage"]
         self.dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
         self.clip_norm: float = config["gradient_clipping"]
-        if self.zero_stage == 0:
-            config = config | {"gradient_clipping": 0.0}  # clipped here: DeepSpeed's norm would miss other stages
+        if self.zero_stage == 0 or parallel.offload == "optimizer":
+            # clipped here: DeepSpeed's norm would miss other stages, and offloaded it would clip on the host
+            config = config | {"gradient_clipping": 0.0}
         topology = _Topology(groups)
         if self.zero_stage == 3:
             partition_empty(module, self.dtype, device, topology, config)
@@ -181,6 +183,8 @@ class StageEngine:
             config=config,
             config_class=deepspeed.DeepSpeedConfig(config, topology),
         )
+        offloaded = parallel.offload == "optimizer"
+        self._host = host_state(self.zero_stage, self._engine, device) if offloaded else None
         self._shards = shards(self.zero_stage, self._engine, self.optimizer, named, groups.zero.position)
         if isinstance(self.optimizer, ShardOptimizer):
             zero = groups.zero if self.zero_stage > 0 else Group((groups.global_rank,), 0)
@@ -287,9 +291,12 @@ class StageEngine:
         norm = self._norm.item()
         if not accept(norm):
             self._discard()
+        elif self._host:
+            self._host.step(self._clip_factor(), self._engine.step)
         else:
-            if self.zero_stage == 0 and self.clip_norm > 0:
-                self._clip()
+            if self.zero_stage == 0 and (factor := self._clip_factor()) is not None:
+                for _, grad in self._shards.gradients():
+                    grad.mul_(factor)
             self._engine.step()
         if self._accumulator:
             self._accumulator.clear()
@@ -399,10 +406,9 @@ class StageEngine:
         optimizer.check_grad_overflow = checked
         assert self._engine.optimizer.overflow, "DeepSpeed discards a step whose norm is not finite"
 
-    def _clip(self) -> None:
-        scale = (self.clip_norm / (self._norm + 1e-6)).clamp(max=1.0)
-        for _, grad in self._shards.gradients():
-            grad.mul_(scale)
+    def _clip_factor(self) -> torch.Tensor | None:
+        """What clipping multiplies gradients by, as DeepSpeed computes it; None without clipping."""
+        return 1.0 / ((self._norm + 1e-6) / self.clip_norm).clamp(min=1.0) if self.clip_norm > 0 else None
 
 
 def _by_group(module: nn.Module, parameter_groups: Iterable[ParameterGroup], logical_names: dict[str, str]) -> Named:

@@ -40,6 +40,12 @@ def test_products_are_torch_s_own_where_their_weight_gradients_are_put_off() -> 
     assert not written(*zero, "parallel.schedule=zb-h1")["zero_optimization"]["memory_efficient_linear"]
 
 
+def test_offload_is_page_locked_and_absent_by_default() -> None:
+    assert "offload_optimizer" not in written()["zero_optimization"]
+    offloaded = written("parallel.offload=optimizer")["zero_optimization"]["offload_optimizer"]
+    assert offloaded == {"device": "cpu", "pin_memory": True}
+
+
 def test_batch_and_precision() -> None:
     tree = written("parallel.micro_batch_size=3", "precision.dtype=bf16", num_micro_batches=5)
     assert (tree["train_micro_batch_size_per_gpu"], tree["gradient_accumulation_steps"]) == (3, 5)

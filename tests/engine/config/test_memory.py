@@ -35,3 +35,14 @@ def test_ranks_that_exchange_heads_divide_them() -> None:
 def test_one_tensor_rank_shares_with_nobody() -> None:
     assert not problems_of({"parallel": {"tensor": 1, "sequence_parallel": True}})
     assert example({"parallel": {"tensor": 1, "sequence_parallel": True}}).parallel.shared_by == 1
+
+
+def test_offload_needs_what_zero_shards_and_the_host_updates() -> None:
+    offload = {"parallel": {"offload": "optimizer"}}
+    assert not problems_of(offload)
+    (whole,) = problems_of(offload, {"parallel": {"offload": "optimizer", "zero_stage": 0}})
+    assert "parallel.offload = optimizer with parallel.zero_stage = 0" in whole.wrong
+    assert "parallel.zero_stage=1" in whole.remedy
+    (muon,) = problems_of(offload, {"optimizer": {"name": "muon"}})
+    assert "parallel.offload = optimizer with optimizer.name = muon" in muon.wrong
+    assert muon.allowed == "offload with adamw"

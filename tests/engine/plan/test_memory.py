@@ -71,6 +71,24 @@ def test_states_are_those_of_the_parameters() -> None:
     assert memory(zero_stage=3, tensor=2).states < memory(zero_stage=3).states / 2 * 1.1
 
 
+@pytest.mark.parametrize(
+    ("dtype", "zero_stage", "on_host"),
+    [
+        ("fp32", 1, 4 + 8 + 4 + 4),  # masters, moments, gradients, weights on their way back
+        ("bf16", 2, 4 + 8 + 4 + 2),
+        ("bf16", 3, 4 + 8 + 4 + 2),
+        ("fp32", 3, 4 + 8 + 4),  # the masters are copied back themselves
+    ],
+)
+def test_offload_moves_the_optimizers_state_and_nothing_else(dtype: str, zero_stage: Any, on_host: int) -> None:
+    changes = {"parallel": {"zero_stage": zero_stage, "data": 8}, "precision": {"dtype": dtype}}
+    plain = make_plan(example(changes), 8).stages[0]
+    offloaded = make_plan(example(changes, {"parallel": {"offload": "optimizer"}}), 8).stages[0]
+    assert offloaded.memory.total == plain.memory.total - plain.memory.master - plain.memory.moments
+    assert offloaded.memory.host == -(-on_host * plain.parameters_per_rank // 8)
+    assert offloaded.traffic == plain.traffic
+
+
 def test_activations_grow_with_what_is_alive() -> None:
     """17 D per token and layer for GPT-2: 4 layers, 64 tokens, width 64, fp32."""
     assert memory().activations == 4 * 64 * 17 * 64 * 4
@@ -135,6 +153,7 @@ def test_zero_3_gathers_two_modules_at_a_time_or_the_stage() -> None:
 def test_totals_add_up_in_a_plan() -> None:
     plan = make_plan(example({"parallel": {"pipe": 2, "zero_stage": 3}}), 4)
     for stage in plan.stages:
+        assert stage.memory.host == 0
         assert stage.memory.total == sum(asdict(stage.memory).values())
     assert plan.stages[0].memory.logits == 0
 

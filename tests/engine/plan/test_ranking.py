@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from engine.config.load import load_run
 from engine.config.resolve import examine
 from engine.errors import ConfigError
 from engine.plan.hardware import Cluster, cluster
-from engine.plan.plan import stage_plans
-from engine.plan.ranking import FRAGMENTED_SHARE, RESERVED_BYTES, rank, smallest_world
+from engine.plan.plan import make_plan, stage_plans
+from engine.plan.ranking import FRAGMENTED_SHARE, RESERVED_BYTES, advise, rank, smallest_world
 
 RUNS = Path(__file__).parents[3] / "configs" / "runs"
 LARGE = [
@@ -64,6 +65,26 @@ def test_a_model_that_fits_nowhere_is_given_the_smallest_world_that_holds_it():
     half = Cluster(alone.accelerator, found.layout.world_size // 2, 8)
     assert not rank(config, half)[0].fits
     assert smallest_world(config, cluster("a100-40gb", 1, 8), 1) is None
+
+
+def test_where_nothing_fits_the_offload_that_does_is_named():
+    """7B parameters on one GPU: 18 bytes for each are 120 GiB, 6 with the optimizer's state on the host are 40."""
+    config = load_run(RUNS / "llama-7b.yaml", [])
+    alone = cluster("h100-80gb", 1, 8)
+    advice = advise(config, make_plan(config, 1), alone)
+    assert not any(candidate.fits for candidate in advice.ranked)
+    assert advice.offloaded is not None
+    assert advice.offloaded.fits
+    assert advice.offloaded.parallel.offload == "optimizer"
+    assert "offload optimizer" in str(advice.offloaded)
+    assert advice.offloaded.memory_bytes < 80 * 2**30 < advice.ranked[0].memory_bytes
+    assert 12 * 7e9 < advice.offloaded.host_bytes <= alone.accelerator.host_memory_bytes
+    assert advice.as_json()["offloaded"]["offload"] == "optimizer"
+    assert advice.larger is not None
+    small = replace(alone, accelerator=replace(alone.accelerator, host_memory_bytes=64 * 2**30))
+    assert advise(config, make_plan(config, 1), small).offloaded is None, "the host has to hold it"
+    fitting = load_run(RUNS / "gpt2-124m.yaml", [])
+    assert advise(fitting, make_plan(fitting, 1), alone).offloaded is None
 
 
 def test_an_unknown_accelerator_is_named():

@@ -116,6 +116,18 @@ def test_arithmetic_alone_is_operations_over_the_reached_peak() -> None:
     assert (time.tensor, time.pipe, time.data, time.idle) == (0, 0, 0, 0)
 
 
+def test_offload_updates_at_the_hosts_speed_and_pays_for_the_way() -> None:
+    """Per parameter of the rank: 28 bytes of state and gradient, 4 + 4 of copies, 2 of the bf16 weight; 4 + 2 sent."""
+    model, layout = PUBLISHED["llm-foundry, 1.3B, H100"][0], {"zero_stage": 2, "micro_batch_size": 8}
+    on_device = estimate(model, layout, 8, 64, "h100-80gb")
+    on_host = estimate(model, layout | {"offload": "optimizer"}, 8, 64, "h100-80gb")
+    updated = on_device.optimizer * 3.35e12 / 28
+    assert on_host.optimizer == pytest.approx(updated * 38 / 77e9)
+    assert on_host.offload == pytest.approx(updated * 6 / 64e9)
+    assert on_device.offload == 0
+    assert on_host.total == pytest.approx(on_device.total - on_device.optimizer + on_host.optimizer + on_host.offload)
+
+
 def test_idle_time_is_the_schedules_share_of_all_but_the_step_boundary() -> None:
     model = PUBLISHED["llm-foundry, 1.3B, H100"][0]
     time = estimate(model, {"pipe": 4, "micro_batch_size": 1}, 8, 16, "h100-80gb")  # 8 micro-batches on 4 stages
