@@ -13,9 +13,11 @@ from engine.plan.plan import Plan
 from engine.plan.ranking import Advice
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-SHORT = {"gradients": "grads", "activations": "activ."}
+SHORT = {"gradients": "grads", "activations": "activ.", "weights_within": "near"}
 """Headings that would not fit 80 columns."""
 MEMORY = ("weights", "master", "moments", "gradients", "bucket", "gathered", "activations", "logits", "total")
+OFFLOADED = ("master", "moments")
+"""Columns that `host` takes the place of."""
 TRAFFIC = ("gradients", "weights", "tensor", "sequence", "pipe", "tie", "total")
 WORLDS_SHOWN = 16
 LAYOUTS_SHOWN = 10
@@ -31,11 +33,12 @@ def show(
     """Prints the whole plan, and the advice where there is some; `node_memory`: bytes that checkpoints take of it."""
     console = console or Console(soft_wrap=False)
     _summary(plan, run, node_memory, console)
-    host = ("host",) if any(stage.memory.host for stage in plan.stages) else ()
+    memory = (*(name for name in MEMORY if name not in OFFLOADED), "host") if run.parallel.offload != "none" else MEMORY
+    within = ("weights_within",) if run.parallel.gather_within else ()
     for table in (
         _stages(plan),
-        _figures(plan, "memory", (*MEMORY, *host), "memory of one rank (activations and logits: estimates)"),
-        _figures(plan, "traffic", TRAFFIC, "bytes that one rank sends per step"),
+        _figures(plan, "memory", memory, "memory of one rank (activations and logits: estimates)"),
+        _figures(plan, "traffic", (*TRAFFIC, *within), "bytes that one rank sends per step"),
     ):
         console.print("", table)
     _neighbours(plan, console)

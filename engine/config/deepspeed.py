@@ -52,6 +52,7 @@ def deepspeed_config(
             "stage3_max_reuse_distance": 0,
             # it would take the place of the product whose weight gradient the schedule puts off, in silence
             "memory_efficient_linear": parallel.schedule != "zb-h1",
+            "zero_hpz_partition_size": parallel.gather_within or 1,
         }
     if parallel.offload == "optimizer":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}

@@ -62,11 +62,37 @@ def check_zero(parallel: ParallelConfig, problems: list[PalimpsestError]) -> Non
                 "leave it out, or set parallel.zero_stage=3",
             )
         )
+    within = parallel.gather_within
+    if within is not None and (zero_stage < 3 or parallel.gathers_per_step):
+        why = "weights stay whole" if zero_stage < 3 else "each weight is gathered once"
+        problems.append(
+            ConfigError(
+                f"parallel.gather_within = {within} with parallel.zero_stage = {zero_stage} and parallel.gather = "
+                f"{parallel.gather}: {why}",
+                "gather_within with zero_stage 3 that gathers for every micro-batch",
+                "leave it out" if zero_stage == 3 else "leave it out, or set parallel.zero_stage=3",
+            )
+        )
     if parallel.reduce == "micro_batch" and zero_stage < 2:
         problems.append(
             ConfigError(
                 f"parallel.reduce = micro_batch with parallel.zero_stage = {zero_stage}: gradients stay whole",
                 "reduce step with zero_stage 0 and 1, step or micro_batch with 2 and 3",
                 "leave it out, or set parallel.zero_stage=2: ZeRO-1 that reduces per micro-batch",
+            )
+        )
+
+
+def check_gather_within(parallel: ParallelConfig, zero_size: int, problems: list[PalimpsestError]) -> None:
+    """Adds the rule that the ranks which ZeRO shards over (data x sequence) fall into several equal parts."""
+    within = parallel.gather_within
+    if within is not None and (zero_size % within or zero_size == within):
+        parts = [size for size in range(2, zero_size) if zero_size % size == 0]
+        problems.append(
+            ConfigError(
+                f"parallel.gather_within = {within} does not cut the {zero_size} data x sequence ranks into several "
+                "equal parts",
+                f"one of {', '.join(map(str, parts))}" if parts else "no gather_within with so few ranks",
+                "change it, or leave it out: then every gather goes over all ranks",
             )
         )

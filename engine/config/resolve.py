@@ -14,7 +14,7 @@ from engine.config.memory import check_heads, check_offload, check_recompute, ch
 from engine.config.mixture import check_mixture
 from engine.config.model import check_model, divisors
 from engine.config.objective import check_objective
-from engine.config.pipeline import check_pipeline, check_zero
+from engine.config.pipeline import check_gather_within, check_pipeline, check_zero
 from engine.config.schema import ModelConfig, ParallelConfig, RunConfig, RunStage
 from engine.errors import ConfigError, PalimpsestError, report
 
@@ -54,6 +54,7 @@ def examine(config: RunConfig, world_size: int) -> tuple[Layout | None, list[Pal
     problems = check(config)
     layout = _layout(config.parallel, world_size, problems)
     if layout is not None:
+        check_gather_within(config.parallel, layout.data * layout.sequence, problems)
         for index, stage in enumerate(config.stages):
             _check_batch(index, stage, config, layout.data, problems)
     return layout, problems

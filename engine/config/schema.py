@@ -403,6 +403,10 @@ class ParallelConfig(Section):
     gather: Literal["step", "micro_batch"] | None = None
     """How often ZeRO-3 gathers a weight: once per step, and a stage holds all of its weights from then on, or for every
     pass of a micro-batch (the default), and it holds two layers at a time."""
+    gather_within: int | None = Field(default=None, ge=2)
+    """So many neighbours among ZeRO-3's ranks, those of a node as a rule, keep a second copy of the weights between
+    them: a weight is gathered over all ranks once per step, and after that within these (Wang et al. 2023, ZeRO++:
+    hpZ)."""
     reduce: Literal["step", "micro_batch"] | None = None
     """How often ZeRO-2 and 3 reduce a gradient: once per step, and a rank holds whole gradients until then, or for
     every micro-batch (the default). ZeRO-0 and 1 do it once per step."""

@@ -53,6 +53,8 @@ class Groups:
     world: Group
     zero: Group
     """Data x sequence: what ZeRO shards over."""
+    near: Group | None
+    """The neighbours in `zero` that keep a second copy of its weights between them (`gather_within`), if any do."""
     sequence: Group
     tensor: Group
     pipe: Group
@@ -116,12 +118,16 @@ def disconnect() -> None:
 
 
 def join(
-    layout: Layout, global_rank: int, tied_stages: Iterable[tuple[int, ...]] = (), virtual_stages: int = 1
+    layout: Layout,
+    global_rank: int,
+    tied_stages: Iterable[tuple[int, ...]] = (),
+    virtual_stages: int = 1,
+    gather_within: int | None = None,
 ) -> Groups:
     """Makes all groups of the layout. Collective over the world, after `connect`.
 
     `tied_stages` are the sets of stages that hold a weight together (`engine.plan.cut.tied_stages`), `virtual_stages`
-    the chunks of each stage.
+    the chunks of each stage, `gather_within` the ranks of a second copy of ZeRO-3's weights.
 
     Every rank makes every group in the same order, as `torch.distributed.new_group` wants it.
     """
@@ -135,6 +141,11 @@ def join(
         (stages, _make([[line[stage] for stage in stages] for line in pipe_lines], global_rank, strict=False))
         for stages in sorted(set(tied_stages))
     ]
+    near = None
+    if gather_within is not None:
+        lines = grid.groups("data", "sequence")
+        cuts = range(0, len(lines[0]), gather_within)
+        near = _make([line[first : first + gather_within] for line in lines for first in cuts], global_rank)
     pipe, pipe_backward = _make(pipe_lines, global_rank), _make(pipe_lines, global_rank)
     wrap, wrap_backward = pipe, pipe_backward
     if virtual_stages > 1:
@@ -146,6 +157,7 @@ def join(
         coordinates=grid.coordinates(global_rank),
         world=Group(tuple(range(layout.world_size)), global_rank, dist.group.WORLD),
         zero=mine("data", "sequence"),
+        near=near,
         sequence=mine("sequence"),
         tensor=mine("tensor"),
         pipe=pipe,

@@ -45,6 +45,7 @@ COLUMNS: dict[str, Change] = {
     "sequence 2": {"parallel": {"sequence": 2}},
     "recompute": {"parallel": {"recompute": "full"}},
     "gather: step": {"parallel": {"gather": "step"}},
+    "data 4, gather_within 2": {"parallel": {"data": 4, "gather_within": 2}},
     "reduce: step": {"parallel": {"reduce": "step"}},
     "reduce: micro_batch": {"parallel": {"reduce": "micro_batch"}},
     "offload": {"parallel": {"offload": "optimizer"}},
@@ -101,6 +102,7 @@ REFUSED: dict[str, Change] = {
     "more parts than layers": {"parallel": {"pipe": 2, "virtual_stages": 3}},
     "tensor ranks that do not divide the heads": {"parallel": {"tensor": 3}},
     "Muon with its state on the host": {"parallel": {"offload": "optimizer"}, "optimizer": {"name": "muon"}},
+    "a second copy of the weights among all ranks": {"parallel": {"zero_stage": 3, "data": 2, "gather_within": 2}},
     "bf16 reduction of fp32 gradients": {"precision": {"dtype": "fp32", "reduce_dtype": "bf16"}},
 }
 

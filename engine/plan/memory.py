@@ -32,7 +32,7 @@ class Memory:
     """Bytes on one rank."""
 
     weights: int
-    """Working copy."""
+    """Working copy, and this rank's share of the second one that the ranks of `gather_within` keep."""
     master: int
     """fp32 copy that the optimizer updates; 0 where the working copy is that."""
     moments: int
@@ -114,12 +114,13 @@ def stage_memory(
     if parallel.offload == "optimizer":
         master = moments = 0
     rows, dtype_bytes = parallel.micro_batch_size, DTYPE_BYTES[precision.dtype]
+    second = -(-numel * dtype_bytes // parallel.gather_within) if parallel.gather_within else 0
     predicted = rows * lengths.predicted // parallel.sequence if has_head else 0
     bucket_bytes = {2: dtype_bytes, 3: DTYPE_BYTES[precision.reduce_dtype]}.get(parallel.zero_stage, 0)
     bucket = 0 if parallel.reduces_per_step else reduce_bucket_elements(numel) * bucket_bytes
     gathered = numel if parallel.gathers_per_step else gathered_at_once(entries, parallel.tensor, bool(recomputed))
     return Memory(
-        weights=weights,
+        weights=weights + second,
         master=master,
         moments=moments,
         gradients=gradients,

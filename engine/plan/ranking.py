@@ -152,9 +152,14 @@ def _candidates(config: RunConfig, cluster: Cluster) -> Iterator[Candidate]:
         for pipe in divisors(world // tensor) if world % tensor == 0 else ():
             data = world // tensor // pipe
             for size, zero_stage in product(_micro_batch_sizes(config, data), range(4)):
+                gather, within = config.parallel.gather, config.parallel.gather_within
+                if zero_stage < 3:
+                    gather = within = None
+                elif within is not None and (data % within or data == within):
+                    within = None
                 axes = {"pipe": pipe, "tensor": tensor, "data": data, "virtual_stages": 1}
-                gather = config.parallel.gather if zero_stage == 3 else None
-                tried = with_parallel(config, **axes, zero_stage=zero_stage, micro_batch_size=size, gather=gather)
+                zero = {"zero_stage": zero_stage, "gather": gather, "gather_within": within}
+                tried = with_parallel(config, **axes, **zero, micro_batch_size=size)
                 yield from _judged(tried, cluster)
 
 

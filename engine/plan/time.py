@@ -102,7 +102,8 @@ def _stage_time(config: RunConfig, layout: Layout, stage: StagePlan, cluster: Cl
         traffic.tensor / cluster.bytes_per_second(layout.tensor, 1)
         + traffic.sequence / cluster.bytes_per_second(layout.sequence, layout.tensor),
         traffic.pipe / cluster.bytes_per_second(layout.pipe, zero_size * layout.tensor),
-        (traffic.gradients + traffic.weights) / cluster.bytes_per_second(zero_size, layout.tensor),
+        (traffic.gradients + traffic.weights) / cluster.bytes_per_second(zero_size, layout.tensor)
+        + traffic.weights_within / cluster.bytes_per_second(config.parallel.gather_within or 1, layout.tensor),
         *optimizer_seconds(stage.updated, config, accelerator),
     )
 

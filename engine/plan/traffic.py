@@ -29,6 +29,8 @@ class Traffic:
     """Data axis: gradients to those who update them."""
     weights: int
     """Data axis: updated weights (ZeRO-1, 2), or weights gathered for each pass (ZeRO-3)."""
+    weights_within: int
+    """The same between the ranks of `gather_within`."""
     tensor: int
     """Tensor axis: activations and their gradients; and of parameters that see a stretch."""
     sequence: int
@@ -72,11 +74,14 @@ def stage_traffic(
     sent = sum(family.boundary(model, layer, lengths) for layer in (*up, *down)) * dtype_bytes // parallel.shared_by
     sent += carried
     gradients, weights = zero_bytes(numel, parallel, data_size, precision, num_micro_batches)
+    within = 0
     if parallel.zero_stage == 3 and not parallel.gathers_per_step:
         # one parameter, two modules: each of them gathers it
         used = [entry for part in parts for entry in family.entries(model, part.layers, part.first, part.last)]
-        numel = sum(entry.local_numel(parallel.tensor) for entry in used)
-        weights = zero_bytes(numel, parallel, data_size, precision, num_micro_batches)[1]
+        passes = 2 * num_micro_batches * sum(entry.local_numel(parallel.tensor) for entry in used)
+        over_all = numel if parallel.gather_within else passes  # each parameter once, or every pass
+        weights = int(over_all * dtype_bytes * gather_factor(data_size))
+        within = int((passes - over_all) * dtype_bytes * gather_factor(parallel.gather_within or 1))
     losses = LOSS_REDUCTIONS * 4 * lengths.predicted if any(part.last for part in parts) else 0
     reduced = sum(family.reduced(model, part.layers, part.first, part.last, lengths) for part in parts)
     again = sum(family.reduced_again(model, layer, lengths) for layer in recomputed)
@@ -96,6 +101,7 @@ def stage_traffic(
     return Traffic(
         gradients=gradients,
         weights=weights,
+        weights_within=within,
         tensor=int(
             rows * (activations * dtype_bytes + losses * all_reduce_factor(parallel.tensor))
             + partial * DTYPE_BYTES[precision.reduce_dtype] * all_reduce_factor(parallel.tensor)

@@ -85,7 +85,9 @@ def build_engine(config: RunConfig, run_stage: RunStage, groups: Groups, device:
 
 def join_groups(config: RunConfig, layout: Layout, global_rank: int) -> Groups:
     """The groups of a rank, those of the model's tied weights among them. Collective over the world."""
-    return join(layout, global_rank, _tied_stages(config, layout).values(), config.parallel.virtual_stages)
+    parallel = config.parallel
+    tied = _tied_stages(config, layout).values()
+    return join(layout, global_rank, tied, parallel.virtual_stages, parallel.gather_within)
 
 
 def stage_chunks(config: RunConfig, groups: Groups) -> list[Chunk]:

@@ -137,6 +137,7 @@ class Case:
     sequence_parallel: bool = False
     sequence: int = 1
     offload: str = "none"
+    gather_within: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -194,6 +195,7 @@ def config_of(case: Case) -> RunConfig:
                 "sequence_parallel": case.sequence_parallel,
                 "sequence": case.sequence,
                 "offload": case.offload,
+                "gather_within": case.gather_within,
             },
         },
         "case",

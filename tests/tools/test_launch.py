@@ -242,6 +242,23 @@ class TestPlan:
             assert part in shown
         assert max(map(len, shown.splitlines())) <= 80
 
+    def test_what_lies_elsewhere_has_a_column_of_its_own(self, capsys: pytest.CaptureFixture[str]) -> None:
+        near = ("parallel.zero_stage=3", "parallel.gather_within=2", "parallel.offload=optimizer")
+        assert call("plan", SMOKE, "--world", "4", *near) == 0
+        shown = capsys.readouterr().out
+        assert " host" in shown
+        assert "moments" not in shown
+        assert "near" in shown
+        assert max(map(len, shown.splitlines())) <= 80
+        assert call("plan", SMOKE, "--world", "4", "parallel.zero_stage=3") == 0
+        assert "host" not in capsys.readouterr().out
+        assert call("plan", SMOKE, "--world", "4", *near[:2], "parallel.data=4", "parallel.gather_within=4") == 2
+        assert "parallel.gather_within = 4 does not cut the 4 data x sequence ranks" in capsys.readouterr().err
+        assert call("plan", SMOKE, "parallel.gather_within=1") == 2
+        assert "parallel.gather_within" in capsys.readouterr().err
+        assert call("plan", SMOKE, "parallel.offload=weights") == 2
+        assert "parallel.offload" in capsys.readouterr().err
+
     def test_json_holds_the_same(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert call("plan", SMOKE, "parallel.pipe=2", "--json") == 0
         tree = json.loads(capsys.readouterr().out)

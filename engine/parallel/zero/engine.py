@@ -159,7 +159,8 @@ class StageEngine:
             config = config | {"gradient_clipping": 0.0}
         topology = _Topology(groups)
         if self.zero_stage == 3:
-            partition_empty(module, self.dtype, device, topology, config)
+            near = None if groups.near is None else groups.near.handle
+            partition_empty(module, self.dtype, device, topology, config, near)
         else:
             replace_parameters(module, lambda p: nn.Parameter(torch.zeros(p.shape, dtype=self.dtype, device=device)))
         self._named = named = _by_group(module, parameter_groups, logical_names)

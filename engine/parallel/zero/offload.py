@@ -1,10 +1,10 @@
 """Optimizer state in host memory: `offload: optimizer`. Master weights and moments lie there, and are updated there.
 
-DeepSpeed's own offload allocates them (page-locked), and its step hands the updated weights back. What it would do with
-gradients is left aside: it moves them to the host and back at every micro-batch, and ZeRO-2 adds them up there in the
-weights' dtype. Here gradients stay on the device until the step, as they do without offload, so norm, clipping, ties and
-accumulation are the same. Then each parameter group's share goes to the host once, on a stream of its own: the copy of
-one group runs beside the update of the one before, and so does the copy of its new weights back.
+DeepSpeed's own offload allocates them (page-locked), and its step hands the updated weights back. What it would do
+with gradients is left aside: it moves them to the host and back at every micro-batch, and what it then holds is not
+where norm and ties look for it. Here gradients stay on the device until the step, as they do without offload, so norm,
+clipping, ties and accumulation are the same. Then each parameter group's share goes to the host once, on a stream of
+its own: the copy of one group runs beside the update of the one before, and so does the copy of its new weights back.
 
 On a CPU the host is the device: the same code with plain copies.
 """
@@ -36,7 +36,8 @@ class HostState:
         self._update = self.zero._optimizer_step
         self.zero._optimizer_step = self._update_when_there
         self.zero.unscale_and_clip_grads = lambda *_: None  # clipped on the device
-        self.zero.device = get_accelerator().current_device_name()
+        self.accelerator: Any = get_accelerator()
+        self.zero.device = self.accelerator.current_device_name()
         setattr(self.zero, self.flag, False)
 
     def step(self, scale: torch.Tensor | None, take: Callable[[], None]) -> None:
@@ -117,7 +118,7 @@ class PartitionedHostState(HostState):
 
     def _page_locked(self, index: int) -> torch.Tensor:
         """What the device copies a group's new weights from: in their dtype; the master itself where that is fp32."""
-        pin, master = get_accelerator().pin_memory, self.masters[index]
+        pin, master = self.accelerator.pin_memory, self.masters[index]
         dtype = self.zero.fp16_partitioned_groups_flat[index].dtype
         if dtype == master.dtype:
             master.data = pin(master.data)

@@ -192,6 +192,7 @@ class PartitionedShards(Shards):
             "sub_group_to_group_id",
             "_get_norm_groups",
             "_reassign_or_swap_out_partitioned_parameters",
+            "invalidate_secondary_tensor",
         )
         self.specs = {id(parameter): spec for group in groups for spec, parameter in group}
         for sub_group, flat in enumerate(self.zero.fp32_partitioned_groups_flat):
@@ -224,6 +225,7 @@ class PartitionedShards(Shards):
     def refresh(self) -> None:
         for sub_group in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+        self.zero.invalidate_secondary_tensor()  # copies of `gather_within`, of the weights that were
 
     @property
     def reduced(self) -> torch.Tensor:

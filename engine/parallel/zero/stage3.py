@@ -14,19 +14,28 @@ import deepspeed
 import torch
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
+from deepspeed.utils import groups as ds_groups
 from torch import nn
 
 from engine.parallel.zero.optimizers import require
 
 
-def partition_empty(module: nn.Module, dtype: torch.dtype, device: torch.device, mpu: Any, config: dict) -> None:
+def partition_empty(
+    module: nn.Module, dtype: torch.dtype, device: torch.device, mpu: Any, config: dict, near: Any = None
+) -> None:
     """Replaces every (meta) parameter by one that is already partitioned, one at a time: never a whole stage in memory.
+
+    `near` is the process group of the ranks that keep a second copy between them. DeepSpeed would cut such groups out
+    of consecutive ranks of the world, whatever the axes, and it asks the group of its module for size and position.
 
     Their values are zero; `StageEngine.fill` gives them theirs. Parameters that modules share stay shared.
     """
+    require(ds_groups, "_ZERO_PARAM_INTRA_PARALLEL_GROUP")
+    ds_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = near
     context = deepspeed.zero.Init(
         module=nn.Module(),
         data_parallel_group=mpu.get_data_parallel_group(),
+        zero_param_parallel_group=near,
         config_dict_or_path=config,
         dtype=dtype,
         mpu=mpu,

@@ -190,6 +190,7 @@ def fake_groups(layout: Layout, global_rank: int) -> Groups:
         coordinates=grid.coordinates(global_rank),
         world=mine("pipe", "data", "sequence", "tensor"),
         zero=mine("data", "sequence"),
+        near=None,
         sequence=mine("sequence"),
         tensor=mine("tensor"),
         pipe=mine("pipe"),

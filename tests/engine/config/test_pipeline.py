@@ -1,5 +1,7 @@
 """Rules of pipeline and ZeRO, each broken by itself."""
 
+from typing import Any
+
 import pytest
 
 from engine.plan.composition import problems_of
@@ -48,3 +50,26 @@ def test_what_fits() -> None:
         assert not problems_of(
             {"parallel": {"zero_stage": zero_stage, "pipe": 2, "schedule": "zb-h1", "reduce": "step"}}
         )
+
+
+@pytest.mark.parametrize(
+    ("parallel", "wrong", "allowed"),
+    [
+        ({"zero_stage": 2, "data": 4}, "weights stay whole", "gather_within with zero_stage 3"),
+        ({"zero_stage": 3, "data": 4, "gather": "step"}, "each weight is gathered once", "for every micro-batch"),
+        ({"zero_stage": 3, "data": 2}, "cut the 2 data x sequence ranks", "no gather_within with so few ranks"),
+        ({"zero_stage": 3, "data": 3}, "cut the 3 data x sequence ranks", "no gather_within with so few ranks"),
+        ({"zero_stage": 3, "data": 12, "gather_within": 5}, "cut the 12 data", "one of 2, 3, 4, 6"),
+    ],
+)
+def test_a_second_copy_lies_between_some_of_zero_3s_ranks(parallel: dict[str, Any], wrong: str, allowed: str) -> None:
+    (problem,) = problems_of({"parallel": {"gather_within": 2} | parallel})
+    assert "parallel.gather_within = " in problem.wrong
+    assert wrong in problem.wrong
+    assert allowed in problem.allowed
+    assert problem.remedy
+
+
+@pytest.mark.parametrize("axes", [{"data": 4}, {"data": 2, "sequence": 2}, {"data": 4, "tensor": 2, "pipe": 2}])
+def test_a_second_copy_goes_with_every_axis(axes: dict[str, int]) -> None:
+    assert not problems_of({"parallel": {"zero_stage": 3, "gather_within": 2} | axes})

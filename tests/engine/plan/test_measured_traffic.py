@@ -24,6 +24,9 @@ matrix = pytest.mark.matrix
         Case(zero_stage=3, data=2),
         Case(zero_stage=1, pipe=2, tensor=2),
         Case(zero_stage=3, data=2, gather="step", reduce="step"),
+        Case(zero_stage=3, data=4, gather_within=2),
+        pytest.param(Case("llama", zero_stage=3, pipe=2, data=4, gather_within=2, reduce="step"), marks=matrix),
+        pytest.param(Case("bert", zero_stage=3, tensor=2, data=4, gather_within=2, recompute="full"), marks=matrix),
         pytest.param(Case("llama", zero_stage=3, data=2, gather="step"), marks=matrix),
         pytest.param(Case(zero_stage=3, pipe=2, data=2, reduce="step"), marks=matrix),
         pytest.param(Case(zero_stage=2, data=2, reduce="step"), marks=matrix),
@@ -71,6 +74,7 @@ def test_a_step_sends_what_the_plan_says(case: Case) -> None:
             "all_reduce": planned.gradients - scattered + planned.tensor + planned.tie,
             "reduce_scatter": scattered,
             "all_gather": planned.weights,
+            "gather_within": planned.weights_within,
             "send": planned.pipe,
         }, f"rank {global_rank}"
 
@@ -95,7 +99,9 @@ def bytes_of_a_step(place: Any, case: Case) -> dict[str, int]:
             tensors = [value for value in (*arguments, *named.values()) if isinstance(value, torch.Tensor)]
             num_bytes = max(tensor.numel() * tensor.element_size() for tensor in tensors)
             if counting[0] and num_bytes > SCALAR_BYTES:
-                sent[kind] += int(num_bytes * factor(dist.get_world_size(named.get("group"))))
+                size = dist.get_world_size(named.get("group"))
+                gathered_within = kind == "all_gather" and size == case.gather_within
+                sent["gather_within" if gathered_within else kind] += int(num_bytes * factor(size))
             return original(*arguments, **named)
 
         setattr(owner, name, counted)
@@ -112,4 +118,5 @@ def bytes_of_a_step(place: Any, case: Case) -> dict[str, int]:
         batch = global_batch(step, case.attention, case.model)
         pipeline.train(stage_inputs(batch, case, groups), groups.zero.size / weights(batch))
         pipeline.engine.step(learning_rate=1e-3)
-    return {kind: sent[kind] for kind in ("all_reduce", "reduce_scatter", "all_gather", "send", "exchange")}
+    kinds = ("all_reduce", "reduce_scatter", "all_gather", "gather_within", "send", "exchange")
+    return {kind: sent[kind] for kind in kinds}

@@ -121,3 +121,17 @@ def test_data_axis_of_a_plan() -> None:
     assert traffic.gradients == 12 * parameters * 4 // 2
     assert traffic.weights == 2 * 12 * (parameters + 512 * 64) * 4 // 2, "the tied matrix is gathered by both its users"
     assert traffic.total == traffic.gradients + traffic.weights
+
+
+def test_a_second_copy_leaves_one_gather_per_step_between_the_parts() -> None:
+    """Four data ranks, six micro-batches: each parameter once over all, and every other pass between two ranks."""
+    plain = plan(4, zero_stage=3).stages[0]
+    near = plan(4, zero_stage=3, gather_within=2).stages[0]
+    parameters = num_parameters(example().model, padded=True)
+    passes = 2 * 6 * (parameters + 512 * 64)  # the tied matrix is gathered by both its users
+    assert near.traffic.weights == parameters * 4 * 3 // 4
+    assert near.traffic.weights_within == (passes - parameters) * 4 // 2
+    assert plain.traffic.weights == passes * 4 * 3 // 4
+    assert plain.traffic.weights_within == 0
+    second = parameters * 4 // 2
+    assert near.memory.weights - plain.memory.weights == near.memory.total - plain.memory.total == second

@@ -26,7 +26,7 @@ def one_process() -> Groups:
     layout = Layout(pipe=1, data=1, sequence=1, tensor=1)
     grid = Grid(layout)
     names = ("world", "zero", "sequence", "tensor", "pipe", "pipe_backward", "wrap", "wrap_backward", "model")
-    return Groups(layout, grid, 0, grid.coordinates(0), **dict.fromkeys(names, ALONE), ties={})
+    return Groups(layout, grid, 0, grid.coordinates(0), **dict.fromkeys(names, ALONE), near=None, ties={})
 
 
 def run_config(folder: Path, form: str, tokenizer: Path) -> RunConfig:
