@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from bench.ours import Ours, Precision, Shape
+from bench.ours import Offload, Ours, Precision, Shape
 from engine.config.schema import ModelConfig
 
 STEPS = 6
@@ -27,8 +27,12 @@ BF16_LOSS, BF16_NORM = 2.0**-8, 2.0**-4
 """Relative, both. The norm is a sum of squares of gradients that are themselves rounded at every layer."""
 REFERENCE = "cpu fp32 ZeRO-1"
 
-Case = tuple[str, tuple[Shape, int, Precision]]
+Case = tuple[str, tuple[Shape, int, Precision, Offload]]
 """(name, arguments of `work`)"""
+
+
+OFFLOADED: dict[Offload, str] = {"none": "", "optimizer": ", offload"}
+"""What a case's name says of it."""
 
 
 def shape(toy: bool) -> Shape:
@@ -42,21 +46,36 @@ def shape(toy: bool) -> Shape:
 
 def cases(device_type: str, toy: bool) -> list[Case]:
     """Every way to train; the reference first. Names that begin with `cpu` run there."""
-    ways: list[tuple[int, Precision]] = [(1, "fp32"), (1, "bf16"), (3, "bf16"), (3, "fp32"), (0, "fp32")]
+    ways: list[tuple[int, Precision, Offload]] = [
+        (1, "fp32", "none"),
+        (1, "bf16", "none"),
+        (3, "bf16", "none"),
+        (3, "fp32", "none"),
+        (0, "fp32", "none"),
+        (1, "fp32", "optimizer"),
+        (2, "bf16", "optimizer"),
+        (3, "bf16", "optimizer"),
+        (3, "fp32", "optimizer"),
+    ]
     if toy:
         ways = ways[1:3]
     where = "device" if device_type == "cpu" else device_type
-    reference: Case = (REFERENCE, (shape(toy), 1, "fp32"))
+    reference: Case = (REFERENCE, (shape(toy), 1, "fp32", "none"))
     return [
         reference,
-        *((f"{where} {precision} ZeRO-{stage}", (shape(toy), stage, precision)) for stage, precision in ways),
+        *(
+            (f"{where} {precision} ZeRO-{stage}{OFFLOADED[offload]}", (shape(toy), stage, precision, offload))
+            for stage, precision, offload in ways
+        ),
     ]
 
 
-def work(connection: Connection, end: float, shape: Shape, zero_stage: int, precision: Precision) -> None:
+def work(
+    connection: Connection, end: float, shape: Shape, zero_stage: int, precision: Precision, offload: Offload
+) -> None:
     """Trains a few steps, then saves, wipes and loads; sends the figures as it goes."""
     begin = time.monotonic()
-    ours = Ours(shape, zero_stage, precision)
+    ours = Ours(shape, zero_stage, precision, offload=offload)
     losses, norms = [], []
     for step in range(STEPS):
         loss, norm = ours.step(ours.inputs(step), shape.num_targets)

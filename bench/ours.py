@@ -39,6 +39,7 @@ TOKENS_PURPOSE = 0xBE9C
 """Keeps the stream of the benchmarks' random tokens apart from every other of the same seed."""
 
 Precision = Literal["fp32", "bf16"]
+Offload = Literal["none", "optimizer"]
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,13 @@ DISTINCT_STEPS = 8
 class Ours:
     """This process as the one rank of a run. Make one per process: DeepSpeed keeps globals."""
 
-    def __init__(self, shape: Shape, zero_stage: int, precision: Precision, seed: int = 0) -> None:
+    def __init__(
+        self, shape: Shape, zero_stage: int, precision: Precision, seed: int = 0, offload: Offload = "none"
+    ) -> None:
         os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1")  # DeepSpeed asks for them
         place = RankPlace()
         self.shape, self.device = shape, choose_device(place)
-        self.config = run_config(shape, zero_stage, precision, seed)
+        self.config = run_config(shape, zero_stage, precision, seed, offload)
         connect(place, self.device)
         zero.start(self.device)
         self.groups = join_groups(self.config, resolve(self.config, 1), 0)
@@ -108,7 +111,7 @@ def contestant(turns: Turns, shape: Shape, zero_stage: int, precision: Precision
         step += 1
 
 
-def run_config(shape: Shape, zero_stage: int, precision: Precision, seed: int) -> RunConfig:
+def run_config(shape: Shape, zero_stage: int, precision: Precision, seed: int, offload: Offload = "none") -> RunConfig:
     """The run that stands behind a benchmark; its folders are never opened."""
     nowhere = Path("nowhere")
     stage = RunStage(
@@ -125,7 +128,9 @@ def run_config(shape: Shape, zero_stage: int, precision: Precision, seed: int) -
         stages=(stage,),
         optimizer=OPTIMIZER,
         precision=PrecisionConfig(dtype=precision),
-        parallel=ParallelConfig.model_validate({"zero_stage": zero_stage, "micro_batch_size": shape.micro_rows}),
+        parallel=ParallelConfig.model_validate(
+            {"zero_stage": zero_stage, "micro_batch_size": shape.micro_rows, "offload": offload}
+        ),
     )
 
 
