@@ -18,6 +18,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine import outcome
+from engine.config.load import merge
 from engine.errors import EXIT_DONE
 from engine.train.metrics import read_metrics
 from tests.distributed.ranks import run_ranks
@@ -43,9 +44,9 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-def tree(corpus: Path, folder: Path) -> dict[str, Any]:
+def tree(corpus: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     stage = run_tree(corpus, folder)["stages"][0] | {"global_batch_size": BATCH, "duration": {"steps": NUM_STEPS}}
-    return run_tree(
+    ordinary = run_tree(
         corpus,
         folder,
         stages=[stage],
@@ -58,15 +59,22 @@ def tree(corpus: Path, folder: Path) -> dict[str, Any]:
         logging={"tensorboard": True},
         checks=False,
     )
+    return merge(ordinary, changes)
 
 
 def launch(
-    corpus: Path, folder: Path, ranks: int, restarts: int, *faults: dict[str, Any] | None, launcher: str = "local"
+    corpus: Path,
+    folder: Path,
+    ranks: int,
+    restarts: int,
+    *faults: dict[str, Any] | None,
+    launcher: str = "local",
+    **changes: Any,
 ) -> tuple[int, str]:
     """Exit code of the launch, and what it said on standard error."""
     path = folder / "RUN.yaml"
     folder.mkdir(exist_ok=True)
-    path.write_text(json.dumps(tree(corpus, folder / "run")))
+    path.write_text(json.dumps(tree(corpus, folder / "run", **changes)))
     foreign = ("SLURM_", "OMPI_", "PMI_", "PALIMPSEST_", "RANK", "WORLD_SIZE", "LOCAL_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY), "CHAOS": json.dumps(faults)}
@@ -143,3 +151,40 @@ def test_other_launchers_lose_a_rank_and_go_on(launcher, what, corpus, tmp_path)
     assert [record["step"] for record in read_metrics(tmp_path / "run") if "loss" in record] == list(
         range(1, NUM_STEPS + 1)
     )
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(900)
+def test_any_layout_takes_every_rank_that_is_left(corpus, tmp_path):
+    """Four ranks as pipe 2 x tensor 2 have no smaller world on the data axis; with `elastic.layout: any` the run goes
+    on in another layout on all that remain, from the node's memory: nothing of it was ever on a disk."""
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    grid = {"pipe": 2, "tensor": 2, "zero_stage": 2}
+    code, stderr = launch(
+        corpus, tmp_path, 4, 2, fault("kill", 3, 15), fault("kill", 1, 30), None,
+        parallel=grid, elastic={"layout": "any"},
+        checkpoint={"every_steps": None, "memory": {"every_steps": 1, "folder": str(memory)}},
+    )  # fmt: skip
+    assert code == EXIT_DONE, stderr
+    lost, on_three, lost_again, on_two = said(stderr)
+    assert lost.startswith("failed: rank 3 was killed by SIGKILL in step 16 ")
+    assert on_three.startswith("restart 1 of 2 on 3 ranks (")
+    assert lost_again.startswith("failed: rank 1 was killed by SIGKILL in step 31 ")
+    assert on_two.startswith("restart 2 of 2 on 2 ranks (")
+    log = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+    resumed = re.findall(r"resuming from (\S+)/step-(\d+): .*saved in (layout .+), going on in (layout .+)", log)
+    (_, _, at_first, then), (_, _, still, in_the_end) = resumed
+    assert at_first.startswith("layout pipe 2 x data 1 x sequence 1 x tensor 2, ZeRO-2")
+    assert then == still
+    assert len({at_first, then, in_the_end}) == 3, "three worlds, three layouts"
+    for (place, step, *_), earlier, died_after in zip(resumed, (0, 15), (15, 30), strict=True):
+        assert place.startswith(str(memory))
+        assert earlier < int(step) <= died_after
+    assert list(memory.iterdir()) == [], "given back at the end"
+
+    whole = tmp_path / "undisturbed"
+    run_ranks(1, train_rank, tree(corpus, whole))
+    losses = [[record["loss"] for record in read_metrics(run) if "loss" in record] for run in (tmp_path / "run", whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=0, abs=1e-5)
+    assert len(losses[0]) == NUM_STEPS
