@@ -109,7 +109,7 @@ def test_a_run_outlives_a_node_without_the_disk(corpus, tmp_path):
     assert os.listdir(memory) == [], "given back at the end"
 
 
-@pytest.mark.parametrize("harm", ["damage", "another job between", "rollback"])
+@pytest.mark.parametrize("harm", ["damage", "rollback", pytest.param("another job between", marks=pytest.mark.matrix)])
 def test_memory_that_cannot_be_gone_on_from_falls_back_to_the_disk(corpus, tmp_path, harm):
     run, memory = tmp_path / "run", tmp_path / "memory"
     memory.mkdir()
