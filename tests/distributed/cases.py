@@ -1,4 +1,4 @@
-"""The runs that every layout is held to: tiny models, hard batches, and the plain-torch run that they must equal.
+"""The runs that every layout is held to (`plain` has what they must equal): tiny models, hard batches.
 
 Clipping is active in every step.
 """
@@ -18,9 +18,6 @@ from engine.config.place import RankPlace
 from engine.config.resolve import resolve
 from engine.config.schema import RunConfig
 from engine.models.families import family
-from engine.models.initial import initial_value
-from engine.models.values import fill
-from engine.optim.groups import weight_decay
 from engine.parallel.boundary import Tensors
 from engine.parallel.collectives import all_reduce
 from engine.parallel.groups import Groups
@@ -78,20 +75,20 @@ T5 = GPT2 | {
 MODELS = {
     "gpt2": GPT2,
     "gpt2-deep": GPT2 | {"num_layers": 6},
-    "gpt2-padded": GPT2 | {"num_layers": 4, "vocab_multiple": 128},
     "llama": LLAMA,
     "llama-tied": LLAMA | {"tie_embeddings": True},
     "llama-deep": LLAMA | {"num_layers": 4, "num_heads": 8, "num_kv_heads": 4},
     "bert": BERT,
     "bert-deep": BERT | {"num_layers": 5},
     "modernbert": MODERN_BERT,
-    "bert-dropout": BERT | {"dropout": 0.1, "attention_dropout": 0.2},
-    "gpt2-dropout": GPT2 | {"dropout": 0.2, "attention_dropout": 0.1},
     "modernbert-deep": MODERN_BERT | {"num_layers": 4},
     "t5": T5,
     "t5-dropout": T5 | {"dropout": 0.2, "attention_dropout": 0.1},
     "t5-v1.1": T5 | {"activation": "geglu_tanh", "tie_embeddings": False},
 }
+DROPOUT = "-dropout"
+"""Behind the name of a model: the same one with dropout."""
+MODELS |= {name + DROPOUT: model | {"dropout": 0.1, "attention_dropout": 0.2} for name, model in MODELS.items()}
 SHIPPED = Path(__file__).parents[2] / "configs" / "models"
 SMALL = {"num_layers": 4, "hidden_size": 16, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 24, "max_positions": 16}
 SMALL |= {"dropout": 0.0, "attention_dropout": 0.0, "local_attention": 4}
@@ -138,6 +135,7 @@ class Case:
     sequence: int = 1
     offload: str = "none"
     gather_within: int | None = None
+    vocab_multiple: int = 8
 
     @property
     def world_size(self) -> int:
@@ -161,7 +159,7 @@ def config_of(case: Case) -> RunConfig:
             "folder": "unused",
             "tokenizer": "unused",
             "seed": 3,
-            "model": {"vocab_size": VOCAB, "vocab_multiple": 8} | MODELS[case.model],
+            "model": {"vocab_size": VOCAB, "vocab_multiple": case.vocab_multiple} | MODELS[case.model],
             "stages": [
                 {
                     "data": {"train": "unused", "attention": case.attention},
@@ -209,38 +207,6 @@ class Result:
     losses: list[float]
     norms: list[float]
     weights: dict[str, np.ndarray]
-
-
-def reference(case: Case) -> Result:
-    """The same run in one plain torch loop: the whole batch at once, `clip_grad_norm_`, unfused AdamW."""
-    config = config_of(case)
-    kind = family(config.model)
-    model = kind.build(config.model)
-    specs = {spec.name: spec for spec in kind.specs(config.model)}
-    ties = kind.ties(config.model)
-    fill(model, lambda name: initial_value(specs[ties.get(name, name)], config.model, config.seed))
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [parameter], "weight_decay": weight_decay(name, config.optimizer)}
-            for name, parameter in model.named_parameters()
-        ],
-        lr=LEARNING_RATE,
-        betas=(config.optimizer.beta1, config.optimizer.beta2),
-        eps=config.optimizer.epsilon,
-        fused=False,
-        foreach=False,
-    )
-    losses, norms = [], []
-    for step in range(NUM_STEPS):
-        batch = global_batch(step, case.attention, case.model)
-        loss = (model(**batch)["losses_L"] / weights(batch)).sum()
-        loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)))
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert min(norms) > CLIP_NORM, "clipping has to be active in every step"
-    return Result(losses, norms, {name: p.detach().numpy().copy() for name, p in model.named_parameters()})
 
 
 def run_rank(place: RankPlace, case: Case) -> tuple[list[float], list[float], list[tuple[str, np.ndarray, np.ndarray]]]:

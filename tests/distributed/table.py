@@ -31,15 +31,34 @@ def record(case: Case, found: Result, expected: Result, parameter: float) -> Non
 
 
 def markdown(rows: list[Row]) -> str:
-    """One line per model, layout and schedule: the largest of its cases."""
-    grouped: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        case = row.case
-        layout = f"ZeRO-{case.zero_stage}, pipe {case.pipe} x tensor {case.tensor} x data {case.data}"
-        schedule = case.schedule if case.virtual_stages == 1 else f"{case.schedule}, {case.virtual_stages} chunks"
-        grouped.setdefault((case.model, layout, schedule), []).append(row)
-    lines = ["| model | layout | schedule | cases | loss | norm | parameter |", "| --- " * 7 + "|"]
+    """The largest of the cases of each model and schedule, then of each model, layout and schedule."""
+    short = [((row.case.model, schedule(row.case)), row) for row in rows]
+    long = [((row.case.model, layout(row.case), schedule(row.case)), row) for row in rows]
+    return table(("model", "schedule"), short) + "\n" + table(("model", "layout", "schedule"), long)
+
+
+def schedule(case: Case) -> str:
+    """The schedule, and the precision and optimizer where they are not fp32 and AdamW."""
+    chunks = f", {case.virtual_stages} chunks" if case.virtual_stages > 1 else ""
+    others = [name for name in (case.dtype, case.optimizer) if name not in ("fp32", "adamw")]
+    return ", ".join([case.schedule + chunks, *others])
+
+
+def layout(case: Case) -> str:
+    """ZeRO and the axes."""
+    sequence = f" x sequence {case.sequence}" if case.sequence > 1 else ""
+    parallel = ", sequence parallel" if case.sequence_parallel else ""
+    return f"ZeRO-{case.zero_stage}, pipe {case.pipe} x tensor {case.tensor}{sequence} x data {case.data}{parallel}"
+
+
+def table(names: tuple[str, ...], rows: list[tuple[tuple[str, ...], Row]]) -> str:
+    """One line per key, with the number of its cases and the largest of each difference."""
+    grouped: dict[tuple[str, ...], list[Row]] = {}
+    for key, row in rows:
+        grouped.setdefault(key, []).append(row)
+    columns = ("loss", "norm", "parameter")
+    lines = [f"| {' | '.join((*names, 'cases', *columns))} |", "| --- " * (len(names) + 4) + "|"]
     for key, held in sorted(grouped.items()):
-        largest = (max(getattr(row, name) for row in held) for name in ("loss", "norm", "parameter"))
+        largest = (max(getattr(row, name) for row in held) for name in columns)
         lines.append(f"| {' | '.join(key)} | {len(held)} | {' | '.join(f'{value:.1e}' for value in largest)} |")
     return "\n".join(lines) + "\n"

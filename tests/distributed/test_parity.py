@@ -1,12 +1,25 @@
-"""Every layout against one plain torch process: losses, gradient norms and final weights over six steps in fp32.
+"""Every layout against one plain torch process in fp64: losses, gradient norms and final weights over six steps.
 
-Tolerances: the sums that a layout reorders have at most 12 x 8 tokens x 64 columns; fp32 rounds each to 6e-8, which
-leaves the loss (about 4) within 2e-6 and the norm within 1e-5 of itself. Adam divides by the root of the second
+Tolerances in fp32: the sums that a layout reorders have at most 12 x 8 tokens x 64 columns; fp32 rounds each to 6e-8,
+which leaves the loss (about 4) within 2e-6 and the norm within 1e-5 of itself. Adam divides by the root of the second
 moment, so a relative error of 1e-5 in a gradient moves a weight by at most 1e-5 x learning rate x steps. Where a
 gradient is itself rounding (a sum of 96 terms of 1e-3 is off by 6e-10) it moves by 6e-10 / epsilon x learning rate x
 steps = 4e-5: 1e-4 covers both. The true gradient of a key bias is zero (softmax does not
 see a constant added to all scores), so Adam amplifies pure rounding there: its bound is 2 x learning rate x steps,
 and the model's outputs, which do not depend on it, must agree.
+
+They hold for models whose course rounding does not change, and not all are such. An element whose gradient is next to
+nothing at its first appearance (an embedding of a token that comes once: -2.3e-6, rounded by 2e-8) moves by gradient /
+(|gradient| + epsilon) x learning rate: 1.5e-5 wrong in a row of size 0.02, which an RMS norm magnifies fifty times. A
+Llama form of five layers left the bound of the norm that way (1e-4): in one plain process in fp32, tied or not, with
+grouped heads or without, on whole batches or single rows; and in fp64 one fp32 rounding of its initial weights moves
+its norm by 3e-5, a hundred times as much as that of the models here. So a test holds these to fp64 without any layout,
+and a layout that leaves the bounds is wrong.
+
+In bf16, which keeps 8 bits, what a layer hands on is rounded about four times, each time by up to 2^-9 of itself: N
+layers leave the logits (size 1) and the first step's gradient off by about (4 N)^0.5 x 2^-9 of themselves, and the loss
+by thrice that at most. Norms of later steps are taken at weights that have drifted apart, since Adam turns a gradient
+that is mostly rounding into a whole step.
 """
 
 from __future__ import annotations
@@ -20,7 +33,6 @@ import pytest
 import torch
 
 from engine.config.load import load_run
-from engine.config.resolve import examine
 from engine.models.families import family
 from engine.models.values import fill
 from tests import conftest
@@ -34,20 +46,26 @@ from tests.distributed.cases import (
     config_of,
     global_batch,
     join_results,
-    reference,
     run_rank,
 )
-from tests.distributed.covering import FACTORS, covering, values_of
+from tests.distributed.covering import FACTORS, case_of, covered, covering, first_cases, possible, targets, values_of
+from tests.distributed.plain import reference
 from tests.distributed.ranks import run_ranks
 from tests.distributed.table import Row, markdown, record
 
 HARD = (
     Case("t5", zero_stage=3, pipe=3, data=2, attention="row"),  # the embedding is tied over three stages
     Case("bert", zero_stage=1, pipe=3, data=2, decay=False),  # one layer in each stage
-    Case("gpt2-padded", zero_stage=3, tensor=4, micro_batch_size=8),  # three ranks hold no real token
+    Case(zero_stage=3, tensor=4, micro_batch_size=8, vocab_multiple=128),  # three ranks hold no real token
 )
-SELECTION = (*HARD, *covering(largest_world=4)[:13])
-"""What `make test` runs: the first cases of a covering bring most pairs."""
+SELECTION = (*HARD, *first_cases(13, largest_world=4))
+"""What `make test` runs."""
+LOSS_BOUND, NORM_BOUND, WEIGHT_BOUND = 2e-6, 1e-5, 1e-4
+ONE_RANK: dict[str, Any] = {
+    field.name: field.default
+    for field in dataclasses.fields(Case)
+    if field.name not in ("model", "decay", "attention", "optimizer")
+}
 KEY_BIAS_BOUND = 2 * LEARNING_RATE * NUM_STEPS
 REPEATED = (
     Case(zero_stage=0, pipe=2, data=2),
@@ -65,7 +83,7 @@ BF16 = (
     pytest.param(Case(zero_stage=3, pipe=2, data=2, dtype="bf16", reduce="step"), marks=pytest.mark.matrix),
 )
 
-references: dict[tuple[str, bool, str], Result] = {}
+references: dict[tuple[Any, ...], Result] = {}
 
 
 def run(case: Case) -> Result:
@@ -73,22 +91,43 @@ def run(case: Case) -> Result:
 
 
 def check(case: Case) -> None:
-    key = (case.model, case.decay, case.attention)
+    key = (case.model, case.decay, case.attention, case.optimizer, case.vocab_multiple)
     if key not in references:
         references[key] = reference(case)
     expected, found = references[key], run(case)
-    differences = {name: np.abs(found.weights[name] - values) for name, values in expected.weights.items()}
-    masks = {name: key_biases(name, case) for name in differences}
-    largest = max(float(difference[~masks[name]].max(initial=0)) for name, difference in differences.items())
-    record(case, found, expected, largest)
-    np.testing.assert_allclose(found.losses, expected.losses, rtol=0, atol=2e-6)
-    np.testing.assert_allclose(found.norms, expected.norms, rtol=1e-5)
-    for name, difference in differences.items():
-        keys = masks[name]
-        assert difference[~keys].max(initial=0) <= 1e-4, name
-        assert difference[keys].max(initial=0) <= KEY_BIAS_BOUND, name
+    record(case, found, expected, furthest_weight(found, expected, case))
+    if case.dtype == "bf16":
+        check_bf16(found, expected, case)
+        return
+    check_fp32(found, expected, case)
+    for name, values in expected.weights.items():
+        keys = key_biases(name, case)
+        assert np.abs(found.weights[name] - values)[keys].max(initial=0) <= KEY_BIAS_BOUND, name
     # 1e-4 per weight moves a logit by at most 1e-4 x width x layers x a few; in fact rounding is near 1e-5
     np.testing.assert_allclose(logits(found, case), logits(expected, case), atol=1e-3)
+
+
+def check_fp32(found: Result, expected: Result, case: Case) -> None:
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=0, atol=LOSS_BOUND)
+    np.testing.assert_allclose(found.norms, expected.norms, rtol=NORM_BOUND)
+    assert furthest_weight(found, expected, case) <= WEIGHT_BOUND
+
+
+def check_bf16(found: Result, expected: Result, case: Case) -> None:
+    rounding = (4 * config_of(case).model.num_layers) ** 0.5 * 2.0**-9
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=0, atol=3 * rounding)
+    np.testing.assert_allclose(found.norms[0], expected.norms[0], rtol=rounding)
+    masters = np.concatenate([values.ravel() for values in found.weights.values()])
+    assert masters.dtype == np.float32
+    assert (torch.from_numpy(masters).bfloat16().float().numpy() != masters).any(), "all of them are bf16 numbers"
+
+
+def furthest_weight(found: Result, expected: Result, case: Case) -> float:
+    """The largest difference of a final weight that is no key bias."""
+    return max(
+        float(np.abs(found.weights[name] - values)[~key_biases(name, case)].max(initial=0))
+        for name, values in expected.weights.items()
+    )
 
 
 def key_biases(name: str, case: Case) -> np.ndarray:
@@ -107,7 +146,7 @@ def logits(result: Result, case: Case) -> np.ndarray:
     """What the trained model says of one batch."""
     config = config_of(case).model
     model, ties = family(config).build(config), family(config).ties(config)
-    fill(model, lambda name: torch.from_numpy(result.weights[ties.get(name, name)]))
+    fill(model, lambda name: torch.from_numpy(result.weights[ties.get(name, name)]).float())
     batch = global_batch(0, case.attention, case.model)
     seen = {
         name: tensor for name, tensor in batch.items() if not name.startswith(("targets", "weights", "masked", "pair"))
@@ -126,18 +165,43 @@ def test_selection_is_small_and_every_family_meets_what_breaks():
     assert any(case.zero_stage == 2 and case.pipe > 1 for case in SELECTION)
 
 
-def test_any_two_values_that_can_stand_together_do_so_in_a_case_and_all_cases_can_be_run():
-    assert len(covering()) <= 110
-    assert not [(case, problem) for case in covering() for problem in examine(config_of(case), case.world_size)[1]]
-    covered = set().union(*(map(frozenset, itertools.combinations(values_of(case).items(), 2)) for case in covering()))
+def test_what_can_stand_together_does_so_in_a_case():
+    assert len(covering()) <= 100
+    found = set().union(*(covered(values_of(case)) for case in covering()))
+    apart = {target for target in targets() if target not in found}
+    values = {frozenset(target) for target in apart if len(target) == 2}
 
-    def wanted(one: str, other: str) -> set[frozenset[Any]]:
+    def pairs(one: str, other: str) -> set[frozenset[Any]]:
         return {frozenset(((one, a), (other, b))) for a in FACTORS[one] for b in FACTORS[other]}
 
-    # no rule keeps any two of these apart, nor does the number of layers or heads
-    for one, other in itertools.combinations(("model", "zero_stage", "decay", "attention", "recompute"), 2):
-        assert wanted(one, other) <= covered
-    assert wanted("layout", "model") | wanted("layout", "zero_stage") <= covered
+    # no rule keeps any two of these apart, nor does the number of layers, heads or ranks
+    free = ("zero_stage", "decay", "attention", "micro_batch_size", "recompute", "optimizer", "vocab_multiple")
+    for one, other in itertools.combinations(("model", *free), 2):
+        assert not pairs(one, other) & values
+    for name in free:
+        assert not pairs("layout", name) & values
+    # a few that need others beside them: chunks of one layer, weight gradients put off, whole rows shared
+    for target in (
+        (("model", "gpt2-deep"), ("schedule", ("1f1b", 3))),
+        (("zero_stage", 3), ("gather", "step")),
+        (("layout", (4, 1, 2)), ("schedule", ("zb-h1", 1))),
+        (("schedule", ("zb-h1", 1)), ("zero_stage", 3), ("gather", "step"), ("reduce", "step")),
+        (("schedule", ("gpipe", 1)), ("zero_stage", 3), ("gather", None), ("reduce", None)),
+        (("schedule", ("1f1b", 2)), ("recompute", "full"), ("dropout", True)),
+        (("zero_stage", 3), ("sequence", 2), ("sequence_parallel", True)),
+    ):
+        assert target in found, target
+    assert all(possible(values_of(case)) and case_of(values_of(case)) == case for case in covering())
+
+
+ALONE = sorted({dataclasses.replace(case, **ONE_RANK) for case in covering()}, key=str)
+"""A case for every reference that the matrix uses."""
+
+
+@pytest.mark.matrix
+def test_rounding_alone_leaves_every_model_within_the_bounds():
+    for case in ALONE:
+        check_fp32(reference(case, torch.float32), reference(case), case)
 
 
 @pytest.mark.parametrize("case", SELECTION, ids=str)
@@ -185,7 +249,9 @@ def test_the_parity_table_has_the_largest_of_its_cases():
     case = Case("t5", zero_stage=3, pipe=2, virtual_stages=2)
     rows = [Row(case, 1e-6, 2e-7, 3e-5), Row(dataclasses.replace(case, decay=False), 2e-6, 1e-7, 4e-5)]
     line = "| t5 | ZeRO-3, pipe 2 x tensor 1 x data 1 | 1f1b, 2 chunks | 2 | 2.0e-06 | 2.0e-07 | 4.0e-05 |"
-    assert markdown(rows).splitlines()[2:] == [line]
+    short = "| t5 | 1f1b, 2 chunks | 2 | 2.0e-06 | 2.0e-07 | 4.0e-05 |"
+    lines = markdown(rows).splitlines()
+    assert (lines[2], lines[-1], len(lines)) == (short, line, 7)
 
 
 @pytest.mark.parametrize("case", REPEATED, ids=str)
@@ -198,17 +264,5 @@ def test_same_seed_and_layout_is_bitwise_equal(case: Case):
 
 
 @pytest.mark.parametrize("case", BF16, ids=str)
-def test_bf16_curve_stays_near_the_fp32_one(case: Case):
-    """bf16 keeps 8 bits, so what a layer hands on is off by up to 2^-9 of itself, and a dozen such roundings between
-    embedding and loss leave the logits (size 1) off by about 12^0.5 x 2^-9 = 0.007; a mean over the targets is nearer.
-    So is the norm of the first step's gradient; later ones are taken at weights that have drifted apart, since Adam
-    turns a gradient that is mostly rounding into a whole step.
-    """
-    expected, found = reference(case), run(case)
-    np.testing.assert_allclose(found.losses, expected.losses, rtol=0, atol=0.02)
-    np.testing.assert_allclose(found.norms[0], expected.norms[0], rtol=0.007)
-    assert found.losses != expected.losses
-    for values in found.weights.values():  # masters are fp32: not all of them are bf16 numbers
-        assert values.dtype == np.float32
-    masters = np.concatenate([values.ravel() for values in found.weights.values()])
-    assert (torch.from_numpy(masters).bfloat16().float().numpy() != masters).any()
+def test_bf16_curve_stays_near_the_exact_one(case: Case):
+    check(case)
