@@ -11,11 +11,9 @@ from engine.models.dropout import KEYS
 from engine.models.families import family
 from engine.models.initial import initial_value
 from engine.models.values import fill
-from tests.distributed.cases import LAYOUTS, Case, config_of, global_batch, stage_inputs
+from tests.distributed.cases import Case, config_of, global_batch, stage_inputs
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_parity import check
-
-matrix = pytest.mark.matrix
 
 
 @pytest.mark.parametrize(
@@ -24,10 +22,6 @@ matrix = pytest.mark.matrix
         Case("bert-dropout", zero_stage=3, pipe=2, tensor=2, data=2, recompute="full"),
         Case("bert-dropout", zero_stage=1, tensor=2, micro_batch_size=4, recompute="selective", sequence_parallel=True),
         Case("gpt2-dropout", zero_stage=2, pipe=3, data=2, attention="row"),
-        *(
-            pytest.param(Case("bert-dropout", number % 4, pipe, tensor, data, micro_batch_size=2), marks=matrix)
-            for number, (pipe, tensor, data) in enumerate(LAYOUTS)
-        ),
     ],
     ids=str,
 )

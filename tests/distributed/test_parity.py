@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import types
 from typing import Any
 
 import numpy as np
@@ -243,6 +244,40 @@ def test_a_part_that_is_none_is_refused(part: str, monkeypatch):
     monkeypatch.setenv("PART", part)
     with pytest.raises(pytest.UsageError, match="allowed: i/n with 1 <= i <= n"):
         conftest.part()
+
+
+@dataclasses.dataclass
+class Collected:
+    """What pytest knows of a test, as far as parts ask."""
+
+    number: int
+    is_long: bool
+
+    def get_closest_marker(self, name: str) -> bool | None:
+        return (name == "matrix" and self.is_long) or None
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_parts_are_disjoint_complete_and_of_one_size(parts: int, monkeypatch):
+    collected = [Collected(number, number % 3 > 0) for number in range(100)]
+    kept = []
+    for number in range(1, parts + 1):
+        monkeypatch.setenv("PART", f"{number}/{parts}")
+        items = list(collected)
+        config = types.SimpleNamespace(hook=types.SimpleNamespace(pytest_deselected=lambda items: None))
+        conftest.pytest_collection_modifyitems(config, items)  # type: ignore[arg-type]
+        kept.append([item.number for item in items])
+    assert sorted(itertools.chain.from_iterable(kept)) == list(range(100))
+    long = [sum(collected[number].is_long for number in one) for one in kept]
+    assert max(long) - min(long) <= 1
+    assert {number for number in range(100) if not collected[number].is_long} <= set(kept[0])
+
+
+def test_parts_of_the_covering_start_about_as_many_ranks():
+    """Cases of one round of the greedy choice bring as much, and cost as much, as their neighbours."""
+    for parts in (2, 4):
+        ranks = [sum(case.world_size for case in covering()[first::parts]) for first in range(parts)]
+        assert max(ranks) <= 1.25 * min(ranks), ranks
 
 
 def test_the_parity_table_has_the_largest_of_its_cases():

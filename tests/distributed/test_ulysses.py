@@ -23,27 +23,10 @@ matrix = pytest.mark.matrix
     [
         Case("bert-dropout", zero_stage=3, sequence=2, data=2),
         Case("t5-dropout", zero_stage=2, pipe=2, sequence=2),
-        pytest.param(Case("llama", zero_stage=3, pipe=2, sequence=2), marks=matrix),
-        pytest.param(Case(zero_stage=0, sequence=2, attention="row"), marks=matrix),
         pytest.param(Case(zero_stage=1, sequence=4, micro_batch_size=2), marks=matrix),
-        pytest.param(Case(zero_stage=2, sequence=2, data=2), marks=matrix),
-        pytest.param(Case("llama", zero_stage=1, pipe=2, sequence=2, attention="row", schedule="gpipe"), marks=matrix),
-        pytest.param(Case(zero_stage=3, tensor=2, sequence=2, data=2, recompute="selective"), marks=matrix),
-        pytest.param(Case(zero_stage=2, pipe=2, tensor=2, sequence=2, sequence_parallel=True), marks=matrix),
-        pytest.param(Case("gpt2-dropout", zero_stage=1, tensor=2, sequence=2, sequence_parallel=True), marks=matrix),
         pytest.param(Case("llama-deep", zero_stage=3, sequence=4, data=2, gather="step", reduce="step"), marks=matrix),
         pytest.param(Case("bert", zero_stage=0, sequence=4, attention="row"), marks=matrix),
-        pytest.param(Case("bert", zero_stage=1, pipe=3, sequence=2, data=1, decay=False), marks=matrix),
-        pytest.param(Case("bert", zero_stage=2, tensor=2, sequence=2, data=2, micro_batch_size=2), marks=matrix),
-        pytest.param(Case("modernbert", zero_stage=3, pipe=2, sequence=2, recompute="full"), marks=matrix),
-        pytest.param(Case("bert-dropout", zero_stage=1, tensor=2, sequence=2, sequence_parallel=True), marks=matrix),
         pytest.param(Case("t5", zero_stage=1, sequence=4, attention="row"), marks=matrix),
-        pytest.param(Case("t5", zero_stage=3, pipe=3, sequence=2), marks=matrix),
-        pytest.param(Case("t5-v1.1", zero_stage=2, sequence=2, data=2, micro_batch_size=2), marks=matrix),
-        pytest.param(Case("t5-v1.1", zero_stage=3, tensor=2, sequence=2, data=2, recompute="selective"), marks=matrix),
-        pytest.param(
-            Case("t5-dropout", zero_stage=3, pipe=2, tensor=2, sequence=2, sequence_parallel=True), marks=matrix
-        ),
     ],
     ids=str,
 )
