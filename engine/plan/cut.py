@@ -49,9 +49,16 @@ def cut(model: ModelConfig, num_parts: int, lengths: RowLengths) -> list[range]:
 
 def stage_parts(model: ModelConfig, pipe: int, virtual_stages: int, lengths: RowLengths) -> list[list[Part]]:
     """The parts of every stage: its chunk c is part c * pipe + stage (Narayanan et al. 2021, section 2.2)."""
+    return [list(parts) for parts in _stage_parts(model, pipe, virtual_stages, lengths)]
+
+
+@lru_cache
+def _stage_parts(
+    model: ModelConfig, pipe: int, virtual_stages: int, lengths: RowLengths
+) -> tuple[tuple[Part, ...], ...]:
     runs = cut(model, pipe * virtual_stages, lengths)
-    parts = [Part(run, first=number == 0, last=number == len(runs) - 1) for number, run in enumerate(runs)]
-    return [parts[stage::pipe] for stage in range(pipe)]
+    parts = tuple(Part(run, first=number == 0, last=number == len(runs) - 1) for number, run in enumerate(runs))
+    return tuple(parts[stage::pipe] for stage in range(pipe))
 
 
 def entries_of(model: ModelConfig, parts: list[Part]) -> list[Entry]:

@@ -118,14 +118,16 @@ def stage_memory(
     predicted = rows * lengths.predicted // parallel.sequence if has_head else 0
     bucket_bytes = {2: dtype_bytes, 3: DTYPE_BYTES[precision.reduce_dtype]}.get(parallel.zero_stage, 0)
     bucket = 0 if parallel.reduces_per_step else reduce_bucket_elements(numel) * bucket_bytes
-    gathered = numel if parallel.gathers_per_step else gathered_at_once(entries, parallel.tensor, bool(recomputed))
+    gathered = 0
+    if parallel.zero_stage == 3:
+        gathered = numel if parallel.gathers_per_step else gathered_at_once(entries, parallel.tensor, bool(recomputed))
     return Memory(
         weights=weights + second,
         master=master,
         moments=moments,
         gradients=gradients,
         bucket=bucket,
-        gathered=gathered * dtype_bytes if parallel.zero_stage == 3 else 0,
+        gathered=gathered * dtype_bytes,
         activations=activation_bytes(model, parallel, precision, layers, recomputed, lengths, segments, in_flight),
         logits=head_bytes(model, parallel, predicted, dtype_bytes, math.ceil(in_flight)),
         host=-(-numel * host_bytes_per_element(parallel, data_size, precision) // 1),
@@ -154,6 +156,23 @@ def activation_bytes(
     kept = plain | {layer: saved(model, layer, lengths, *ranks, how) for layer in recomputed}
     second_run = max((plain[layer] - kept[layer] for layer in recomputed), default=0)
     elements = alive * sum(kept.values()) + second_run
+    return math.ceil(parallel.micro_batch_size * elements * DTYPE_BYTES[precision.dtype])
+
+
+def remade_bytes(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    recomputed: Sequence[int],
+    lengths: RowLengths,
+) -> int:
+    """Activations of a micro-batch that the `recomputed` layers do not keep and make again."""
+    saved, ranks = figures(model).saved, (parallel.tensor, parallel.shared_by)
+    lengths = lengths.shared_by(parallel.sequence)
+    elements = sum(
+        saved(model, layer, lengths, *ranks) - saved(model, layer, lengths, *ranks, parallel.recompute)
+        for layer in recomputed
+    )
     return math.ceil(parallel.micro_batch_size * elements * DTYPE_BYTES[precision.dtype])
 
 

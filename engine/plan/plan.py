@@ -16,7 +16,7 @@ from engine.config.schema import RunConfig
 from engine.plan.cut import Part, entries_of, stage_parts, tied_stages
 from engine.plan.elastic import World, elastic_worlds
 from engine.plan.families import figures
-from engine.plan.memory import MASTER_BYTES, MOMENTS_BYTES, Memory, stage_memory
+from engine.plan.memory import MASTER_BYTES, MOMENTS_BYTES, Memory, remade_bytes, stage_memory
 from engine.plan.operations import BACKWARD_FACTOR, layer_costs, training_operations
 from engine.plan.parameters import num_parameters
 from engine.plan.pipeline import bubble, in_flight
@@ -44,6 +44,10 @@ class StagePlan:
     """That one rank's optimizer updates."""
     operations: int
     """Forward, recomputed and backward of one rank per step, padding of the vocabulary included."""
+    recomputed_operations: int
+    """What of them is done for the second time: whole layers, where `parallel.recompute` is `full`."""
+    remade_bytes: int
+    """Activations that are made for the second time per step where it is `selective`, which repeats no product."""
     in_flight: int
     """Forward passes of a chunk alive at the peak."""
     memory: Memory
@@ -171,9 +175,11 @@ def _stage_plan(config: RunConfig, layout: Layout, stage: int, parts: list[Part]
     }
     per_rank = sum(entry.local_numel(layout.tensor) for entry in entries)
     costs = layer_costs(config.model, lengths)
-    operations = (1 + BACKWARD_FACTOR) * sum(costs[layer] for layer in layers)
+    operations, again = (1 + BACKWARD_FACTOR) * sum(costs[layer] for layer in layers), 0
     if config.parallel.recompute == "full":
-        operations += sum(figures(config.model).layer_operations(config.model, layer, lengths) for layer in recomputed)
+        again = sum(figures(config.model).layer_operations(config.model, layer, lengths) for layer in recomputed)
+    share = layout.tensor * layout.sequence
+    remade = remade_bytes(config.model, config.parallel, config.precision, recomputed, lengths)
     return StagePlan(
         stage=stage,
         chunks=tuple((part.layers.start, part.layers.stop - 1) for part in parts),
@@ -181,7 +187,9 @@ def _stage_plan(config: RunConfig, layout: Layout, stage: int, parts: list[Part]
         parameters=sum(entry.numel for entry in entries),
         parameters_per_rank=per_rank,
         updated=per_rank if config.parallel.zero_stage == 0 else -(-per_rank // common["data_size"]),
-        operations=operations * rows // (layout.tensor * layout.sequence),
+        operations=(operations + again) * rows // share,
+        recomputed_operations=again * rows // share,
+        remade_bytes=remade * micro_batches if config.parallel.recompute == "selective" else 0,
         in_flight=alive,
         memory=stage_memory(
             *sections,

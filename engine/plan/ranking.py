@@ -1,14 +1,17 @@
 """Layouts for a model and a cluster, best first, and in words what each pays for.
 
 Every way to cut the world into pipe x tensor x data under every ZeRO stage is tried with each micro-batch size that
-divides the global batch; of those that fit into memory the fastest by `step_time` is kept, and with a pipeline it is
-tried with several chunks per stage. Tensor parallelism stays inside a node. What `resolve` refuses is never proposed.
+divides the global batch. What does not fit into memory is tried with what spares it, the cheapest first: tensor ranks
+that share the time between the blocks (sequence parallelism), then layers that recompute. Of those that fit the fastest
+by `step_time` is kept, and the best of these are tried with several chunks per pipeline stage, with sequence
+parallelism and without. Tensor parallelism stays inside a node. What `resolve` refuses is never proposed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -25,8 +28,12 @@ RESERVED_BYTES = 3 * GIB
 FRAGMENTED_SHARE = 0.10
 """Of what tensors take: lost between them by the allocator."""
 LARGEST_MICRO_BATCH = 64
-VIRTUAL_STAGES = (2, 4)
-"""Chunks per pipeline stage that are tried beside one."""
+VIRTUAL_STAGES = (1, 2, 4)
+"""Chunks per pipeline stage that are tried."""
+RECOMPUTE = ("none", "selective", "full")
+"""From what costs least to what spares most."""
+REFINED_FACTOR = 1.5
+"""Layouts that take longer than the best one by more are not tried in other forms."""
 SHOWN_SHARE = 0.005
 """A part that differs by less of a step is no reason."""
 LARGEST_WORLD = 4096
@@ -43,6 +50,10 @@ class Candidate:
     """Of the fullest rank, with what is reserved and lost."""
     host_bytes: int
     """The same in host memory: offloaded state, and the copy that a save takes."""
+    states_bytes: int
+    """The same without activations and the loss, which can be spared."""
+    plain_bytes: int
+    """What the layout would need without what it takes to fit: sequence parallelism, recomputation."""
     time: StepTime
     fits: bool
 
@@ -52,6 +63,8 @@ class Candidate:
             f"ZeRO-{parallel.zero_stage}, pipe {layout.pipe} x tensor {layout.tensor} x data {layout.data}, "
             f"micro-batch {parallel.micro_batch_size}"
             + (f", {parallel.virtual_stages} virtual stages" if parallel.virtual_stages > 1 else "")
+            + (", sequence parallel" if parallel.sequence_parallel else "")
+            + (f", recompute {parallel.recompute}" if parallel.recompute != "none" else "")
             + (f", offload {parallel.offload}" if parallel.offload != "none" else "")
         )
 
@@ -62,8 +75,11 @@ class Candidate:
             "zero_stage": self.parallel.zero_stage,
             "micro_batch_size": self.parallel.micro_batch_size,
             "virtual_stages": self.parallel.virtual_stages,
+            "sequence_parallel": self.parallel.sequence_parallel,
+            "recompute": self.parallel.recompute,
             "offload": self.parallel.offload,
             "memory_bytes": self.memory_bytes,
+            "plain_bytes": self.plain_bytes,
             "host_bytes": self.host_bytes,
             "fits": self.fits,
             "seconds": self.time.total,
@@ -75,8 +91,17 @@ class Candidate:
     def why(self, best: Candidate) -> str:
         """Against the best layout: how much longer a step takes, and the parts that make the difference.
 
-        More arithmetic for the same work means uneven stages, or products too small to fill the machine.
+        More arithmetic for the same work means uneven stages, or products too small to fill the machine. What spares
+        memory is there because the layout would not fit without it.
         """
+        return self._costs(best) + (f"; {self.plain_bytes / GIB:.0f} GiB if plain" if self.spares else "")
+
+    @property
+    def spares(self) -> bool:
+        """Whether it takes something to fit."""
+        return self.plain_bytes > self.memory_bytes
+
+    def _costs(self, best: Candidate) -> str:
         if self is best:
             costs = [f"{name} {share:.1%}" for name, share in self.time.shares().items() if name != "arithmetic"]
             return f"fastest; beside arithmetic: {', '.join(costs[:2])}"
@@ -122,13 +147,15 @@ def rank(config: RunConfig, cluster: Cluster) -> list[Candidate]:
 
     Where none fits the first one is the one that needs the least memory.
     """
-    best: dict[tuple[int, int, int], Candidate] = {}
-    for candidate in _candidates(config, cluster):
-        key = (candidate.layout.pipe, candidate.layout.tensor, candidate.parallel.zero_stage)
-        if key not in best or _order(candidate) < _order(best[key]):
-            best[key] = candidate
-    chosen = [min((one, *_interleaved(config, one, cluster)), key=_order) for one in best.values()]
-    return sorted(chosen, key=_order)
+    cuts = [_best(config, cluster, *axes, zero_stage) for axes in _axes(cluster) for zero_stage in range(4)]
+    best = [candidate for candidate in cuts if candidate is not None]
+    fastest = min((one.time.total for one in best if one.fits), default=0.0)
+    limit = REFINED_FACTOR * fastest
+    refined = [
+        min((one, *_refined(config, one, cluster)), key=_order) if one.fits and one.time.total <= limit else one
+        for one in best
+    ]
+    return sorted(refined, key=_order)
 
 
 def smallest_world(config: RunConfig, cluster: Cluster, largest: int) -> Candidate | None:
@@ -146,34 +173,73 @@ def _order(candidate: Candidate) -> tuple[bool, float]:
     return not candidate.fits, candidate.time.total if candidate.fits else candidate.memory_bytes
 
 
-def _candidates(config: RunConfig, cluster: Cluster) -> Iterator[Candidate]:
+def _axes(cluster: Cluster) -> Iterator[tuple[int, int, int]]:
+    """(pipe, tensor, data) of every cut of the world; tensor ranks fit into a node."""
     world = cluster.world_size
     for tensor in divisors(min(world, cluster.per_node)):
         for pipe in divisors(world // tensor) if world % tensor == 0 else ():
-            data = world // tensor // pipe
-            for size, zero_stage in product(_micro_batch_sizes(config, data), range(4)):
-                gather, within = config.parallel.gather, config.parallel.gather_within
-                if zero_stage < 3:
-                    gather = within = None
-                elif within is not None and (data % within or data == within):
-                    within = None
-                axes = {"pipe": pipe, "tensor": tensor, "data": data, "virtual_stages": 1}
-                zero = {"zero_stage": zero_stage, "gather": gather, "gather_within": within}
-                tried = with_parallel(config, **axes, **zero, micro_batch_size=size)
-                yield from _judged(tried, cluster)
+            yield pipe, tensor, world // tensor // pipe
 
 
-def _interleaved(config: RunConfig, candidate: Candidate, cluster: Cluster) -> Iterator[Candidate]:
-    """The same layout with more chunks per pipeline stage; what `resolve` refuses is left out."""
-    for virtual_stages in VIRTUAL_STAGES if candidate.layout.pipe > 1 else ():
+def _best(config: RunConfig, cluster: Cluster, pipe: int, tensor: int, data: int, zero_stage: int) -> Candidate | None:
+    """The best micro-batch size of a cut, one chunk per stage; None where `resolve` refuses all."""
+    best = None
+    gather, within = config.parallel.gather, config.parallel.gather_within
+    if zero_stage < 3:
+        gather = within = None
+    elif within is not None and (data % within or data == within):
+        within = None
+    axes = {"pipe": pipe, "tensor": tensor, "data": data, "virtual_stages": 1}
+    zero = {"zero_stage": zero_stage, "gather": gather, "gather_within": within}
+    for size in _micro_batch_sizes(config, data):
+        tried = with_parallel(config, **axes, **zero, micro_batch_size=size)
+        candidate = _spared(tried, cluster, _shared(tensor))
+        if candidate is None:
+            continue
+        best = candidate if best is None else min(best, candidate, key=_order)
+        if not candidate.fits:
+            break  # larger ones hold more
+    return best
+
+
+def _refined(config: RunConfig, candidate: Candidate, cluster: Cluster) -> Iterator[Candidate]:
+    """The same layout with other numbers of chunks per stage, with sequence parallelism and without."""
+    chunks = VIRTUAL_STAGES if candidate.layout.pipe > 1 else (1,)
+    for virtual_stages, shared in product(chunks, _shared(candidate.layout.tensor)):
         parallel = candidate.parallel.model_copy(update={"virtual_stages": virtual_stages})
-        yield from _judged(config.model_copy(update={"parallel": parallel}), cluster)
+        found = _spared(config.model_copy(update={"parallel": parallel}), cluster, (shared,))
+        if found is not None:
+            yield found
 
 
-def _judged(config: RunConfig, cluster: Cluster) -> Iterator[Candidate]:
-    layout, problems = examine(config, cluster.world_size)
-    if layout is not None and not problems:
-        yield judge(config, layout, cluster)
+def _shared(tensor: int) -> tuple[bool, ...]:
+    """Values of `parallel.sequence_parallel` that differ."""
+    return (False, True) if tensor > 1 else (False,)
+
+
+def _spared(config: RunConfig, cluster: Cluster, shared: tuple[bool, ...]) -> Candidate | None:
+    """The layout with as little as it takes to fit into memory: of sequence parallelism, as far as `shared` has it, and
+    of recomputation. Where nothing does with all that spares it, or plain where its states alone are too large.
+
+    None where `resolve` refuses it.
+    """
+    plain = with_parallel(config, recompute="none", recompute_layers=None, activation_gib=None)
+    examined = {one: examine(with_parallel(plain, sequence_parallel=one), cluster.world_size) for one in shared}
+    layouts = {one: layout for one, (layout, problems) in examined.items() if layout is not None and not problems}
+    if not layouts:
+        return None
+    first, last = min(layouts), max(layouts)
+    ways = list(dict.fromkeys([(first, "none"), *((last, how) for how in RECOMPUTE)]))
+    judged = [
+        partial(judge, with_parallel(plain, sequence_parallel=one, recompute=how), layouts[one], cluster)
+        for one, how in ways
+    ]
+    candidate = judged[0]()
+    if candidate.fits or candidate.states_bytes > cluster.accelerator.memory_bytes:
+        return candidate
+    sparing = judged[-1]()
+    between = (one() for one in judged[1:-1]) if sparing.fits else ()
+    return replace(next((one for one in between if one.fits), sparing), plain_bytes=candidate.memory_bytes)
 
 
 def _micro_batch_sizes(config: RunConfig, data: int) -> list[int]:
@@ -187,7 +253,8 @@ def judge(config: RunConfig, layout: Layout, cluster: Cluster) -> Candidate:
     """What a cluster makes of one layout, which `resolve` or `examine` gave."""
     stages = stage_plans(config, layout)
     tensors = max(stage.memory.total for stage in stages)
-    needed = int(tensors * (1 + FRAGMENTED_SHARE)) + RESERVED_BYTES
+    states = max(stage.memory.states for stage in stages)
+    needed, least = (int(held * (1 + FRAGMENTED_SHARE)) + RESERVED_BYTES for held in (tensors, states))
     on_host = max(stage.memory.host + (MASTER_BYTES + MOMENTS_BYTES) * stage.updated for stage in stages)
     accelerator = cluster.accelerator
     return Candidate(
@@ -195,6 +262,8 @@ def judge(config: RunConfig, layout: Layout, cluster: Cluster) -> Candidate:
         layout,
         needed,
         on_host,
+        least,
+        needed,
         step_time(config, layout, stages, cluster),
         fits=needed <= accelerator.memory_bytes and on_host <= accelerator.host_memory_bytes,
     )

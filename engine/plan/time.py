@@ -33,7 +33,11 @@ OPTIMIZER_BYTES = 28
 HOST_COPY_BYTES = 8
 """Beside these, with `offload`, of the host's memory: the gradient that comes, and the master that is read for the
 working copy, which comes on top in its dtype."""
-PARTS = ("arithmetic", "tensor", "pipe", "data", "optimizer", "offload", "idle")
+REMADE_PASSES = 3
+"""Over what `selective` makes again: two operands read, a result written."""
+PARTS = ("arithmetic", "recompute", "tensor", "pipe", "data", "optimizer", "offload", "idle")
+BETWEEN_WAITS = PARTS.index("pipe") + 1
+"""Parts that lie between the waits of the pipeline: all up to its own traffic."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class StepTime:
     """Seconds of one step of the slowest pipeline stage, by what they go to."""
 
     arithmetic: float
+    recompute: float
+    """What is done for the second time: whole layers under `recompute: full`; under `selective` a pass over memory."""
     tensor: float
     pipe: float
     data: float
@@ -80,10 +86,12 @@ def reached_share(width: float, tokens: int) -> float:
 def step_time(config: RunConfig, layout: Layout, stages: Sequence[StagePlan], cluster: Cluster) -> StepTime:
     """The estimate for the first run stage of a configuration; `stages` are `stage_plans(config, layout)`."""
     run_stage = config.stages[0]
-    slowest = max((_stage_time(config, layout, stage, cluster) for stage in stages), key=lambda t: sum(t[:3]))
+    slowest = max(
+        (_stage_time(config, layout, stage, cluster) for stage in stages), key=lambda t: sum(t[:BETWEEN_WAITS])
+    )
     micro_batches = num_micro_batches(run_stage.global_batch_size, config.parallel, layout.data)
     waiting = float(bubble(config.parallel.schedule, layout.pipe, config.parallel.virtual_stages, micro_batches))
-    idle = sum(slowest[:3]) * waiting / (1 - waiting)  # arithmetic, tensor and pipe lie between the waits
+    idle = sum(slowest[:BETWEEN_WAITS]) * waiting / (1 - waiting)
     per_row = training_operations(config.model, row_lengths(run_stage))
     useful = per_row * run_stage.global_batch_size / cluster.world_size
     reached = useful / (sum(slowest) + idle)
@@ -91,14 +99,15 @@ def step_time(config: RunConfig, layout: Layout, stages: Sequence[StagePlan], cl
 
 
 def _stage_time(config: RunConfig, layout: Layout, stage: StagePlan, cluster: Cluster) -> tuple[float, ...]:
-    """(arithmetic, tensor, pipe, data, optimizer, offload) seconds of one rank of a stage."""
+    """(arithmetic, recompute, tensor, pipe, data, optimizer, offload) seconds of one rank of a stage."""
     accelerator, traffic = cluster.accelerator, stage.traffic
     width = config.model.hidden_size / layout.tensor**0.5
     tokens = config.parallel.micro_batch_size * config.stages[0].sequence_length // layout.sequence
     speed = accelerator.bf16_operations_per_second * reached_share(width, tokens)
     zero_size = layout.data * layout.sequence
     return (
-        stage.operations / speed,
+        (stage.operations - stage.recomputed_operations) / speed,
+        stage.recomputed_operations / speed + REMADE_PASSES * stage.remade_bytes / accelerator.memory_bytes_per_second,
         traffic.tensor / cluster.bytes_per_second(layout.tensor, 1)
         + traffic.sequence / cluster.bytes_per_second(layout.sequence, layout.tensor),
         traffic.pipe / cluster.bytes_per_second(layout.pipe, zero_size * layout.tensor),

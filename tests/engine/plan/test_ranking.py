@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from engine.config.resolve import examine
 from engine.errors import ConfigError
 from engine.plan.hardware import Cluster, cluster
 from engine.plan.plan import make_plan, stage_plans
-from engine.plan.ranking import FRAGMENTED_SHARE, RESERVED_BYTES, advise, rank, smallest_world
+from engine.plan.ranking import FRAGMENTED_SHARE, RESERVED_BYTES, advise, judge, rank, smallest_world
+from engine.plan.worlds import with_parallel
 
 RUNS = Path(__file__).parents[3] / "configs" / "runs"
 LARGE = [
@@ -53,6 +55,49 @@ def test_each_layout_says_what_it_pays_for():
     wide = next(candidate for candidate in others if candidate.layout.tensor == 4 and candidate.layout.pipe == 1)
     assert f"{wide.time.total / best.time.total - 1:+.1%}: tensor" in wide.why(best)
     assert sum(wide.time.shares().values()) == pytest.approx(1)
+
+
+def test_what_spares_memory_is_taken_where_a_layout_needs_it_and_says_so():
+    ranked = rank(load_run(RUNS / "llama-1b.yaml", LARGE), cluster("h100-80gb", 64, 8))
+    sparing = [candidate for candidate in ranked if candidate.fits and candidate.spares]
+    assert {candidate.parallel.recompute for candidate in sparing} >= {"none", "selective", "full"}
+    assert any(candidate.parallel.sequence_parallel for candidate in sparing)
+    for candidate in sparing:
+        assert candidate.memory_bytes <= 80 * 2**30 < candidate.plain_bytes
+        assert f"{candidate.plain_bytes / 2**30:.0f} GiB if plain" in candidate.why(ranked[0])
+    whole = next(candidate for candidate in sparing if candidate.parallel.recompute == "full")
+    assert whole.time.recompute == pytest.approx(whole.time.arithmetic / 3, rel=0.1), "a forward pass once more"
+    selective = next(candidate for candidate in sparing if candidate.parallel.recompute == "selective")
+    assert 0 < selective.time.recompute < selective.time.arithmetic / 20
+    plain = next(candidate for candidate in ranked if candidate.fits and not candidate.spares)
+    assert "if plain" not in plain.why(ranked[0])
+
+
+@pytest.mark.parametrize("gpu", ["a100-40gb", "h100-80gb"])
+def test_no_other_form_of_a_layout_is_faster_than_the_best(gpu: str):
+    """Every combination of what is tried, one by one, on a machine that holds little."""
+    config, machine = (
+        load_run(RUNS / "llama-1b.yaml", ["model.num_layers=8", "stages.0.sequence_length=2048"]),
+        cluster(gpu, 4, 2),
+    )
+    found = rank(config, machine)[0]
+    fastest = float("inf")
+    for pipe, tensor, zero_stage in itertools.product((1, 2, 4), (1, 2), range(4)):
+        for size, chunks, how, shared in itertools.product(
+            (1, 2, 4, 8, 16, 32, 64), (1, 2, 4), ("none", "selective", "full"), (False, True)
+        ):
+            keys = {"pipe": pipe, "tensor": tensor, "data": 4 // (pipe * tensor) or 1, "zero_stage": zero_stage}
+            options = {
+                "micro_batch_size": size,
+                "virtual_stages": chunks,
+                "recompute": how,
+                "sequence_parallel": shared,
+            }
+            tried = with_parallel(config, **keys, **options)
+            layout, problems = examine(tried, 4)
+            if layout is not None and not problems and (candidate := judge(tried, layout, machine)).fits:
+                fastest = min(fastest, candidate.time.total)
+    assert found.time.total == pytest.approx(fastest, rel=0.01)
 
 
 def test_a_model_that_fits_nowhere_is_given_the_smallest_world_that_holds_it():
