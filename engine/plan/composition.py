@@ -72,6 +72,16 @@ COLUMNS: dict[str, Change] = {
         },
         "objective": {"name": "masked", "pairs": "next_sentence"},
     },
+    "T5": {
+        "model": {
+            "family": "t5",
+            "position": "relative",
+            "norm": "rmsnorm",
+            "activation": "relu",
+            "bias": False,
+        },
+        "objective": {"name": "span_corruption"},
+    },
 }
 BERT, T5 = "BERT, pairs, dropout", "T5, dropout"
 COLUMNS[T5] = {
