@@ -200,6 +200,7 @@ ALONE = sorted({dataclasses.replace(case, **ONE_RANK) for case in covering()}, k
 
 
 @pytest.mark.matrix
+@pytest.mark.timeout(900)
 def test_rounding_alone_leaves_every_model_within_the_bounds():
     for case in ALONE:
         check_fp32(reference(case, torch.float32), reference(case), case)
