@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import resource
 import tracemalloc
-import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.checkpoint.universal import LATEST, MOMENTS, write_universal
 from engine.cli import main
@@ -26,6 +24,7 @@ from engine.errors import CheckpointError
 from engine.models.families import family
 from engine.parallel.sharding import ParameterSpec
 from tests.distributed.ranks import run_ranks
+from tests.engine.checkpoint.memory import Alive
 from tests.engine.checkpoint.test_load import muon
 from tests.engine.checkpoint.worlds import World, layout_of, random_state, small_model, some_state
 from tests.engine.models.tiny import random_weights, twin
@@ -206,7 +205,8 @@ def test_no_more_than_one_parameter_is_in_memory(tmp_path):
     world = World(layout_of(1, 2, 1), 3, specs)
     world.fill(random_state(specs, 3))
     path = world.save(tmp_path / "checkpoints", some_state(5))
-    write_universal(path, tmp_path / "warm")  # what Python and torch import for it is not counted
+    with Alive():  # what Python and torch import for it is not counted
+        write_universal(path, tmp_path / "warm")
     largest = 3 * 512 * 512 * 4
     alive = Alive()
     tracemalloc.start()
@@ -216,26 +216,6 @@ def test_no_more_than_one_parameter_is_in_memory(tmp_path):
     tracemalloc.stop()
     assert largest <= alive.peak <= 1.34 * largest  # and a third: the next weight before the last moment is gone
     assert peak < largest / 2
-
-
-class Alive(TorchDispatchMode):
-    """The most bytes that tensors made meanwhile held at a time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held, self.peak = 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        if isinstance(made, torch.Tensor) and func is torch.ops.aten.empty.memory_format:
-            num_bytes = made.untyped_storage().nbytes()
-            self.held += num_bytes
-            self.peak = max(self.peak, self.held)
-            weakref.finalize(made.untyped_storage(), self._gone, num_bytes)
-        return made
-
-    def _gone(self, num_bytes: int) -> None:
-        self.held -= num_bytes
 
 
 def test_what_deepspeed_does_not_load_is_refused(tmp_path):

@@ -11,15 +11,13 @@ import fsspec
 import pytest
 
 from engine.checkpoint.compare import Opened, compare
-from engine.checkpoint.huggingface import to_huggingface
 from engine.checkpoint.load import read_weights
 from engine.checkpoint.storage import place_of
 from engine.cli import main
-from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError
-from engine.models.gpt import specs
-from engine.models.initial import initial_value
 from tests.engine.checkpoint.worlds import World, layout_of, random_state, small_model, some_state
+from tests.engine.models.tiny import random_weights, twin
+from tests.engine.serve.runs import run_config, save
 
 
 @pytest.fixture
@@ -172,28 +170,30 @@ def test_diff_says_what_only_one_side_has_and_finds_one_bit(run, tmp_path):
     assert sum(bool(one.problem or one.num_different) for one in found.values()) == 4
 
 
-def test_diff_with_a_hugging_face_folder(tmp_path, capsys):
-    config = ModelConfig(vocab_size=24, num_layers=2, hidden_size=8, num_heads=2, max_positions=8, vocab_multiple=8)
-    world = World(layout_of(1, 2, 1), 3, specs(config))
-    whole = random_state(world.specs, 1)
-    values = {spec.name: initial_value(spec, config, 0)[: spec.stored_shape[0]] for spec in world.specs}
-    for name, value in values.items():
-        whole[f"model.{name}"] = value.numpy()
-    world.fill(whole)
-    path = world.save(tmp_path / "checkpoints", some_state())
-    their_config, state = to_huggingface(config, values)
-    from safetensors.torch import save_file
-
-    folder = tmp_path / "theirs"
-    folder.mkdir()
-    their_config.save_pretrained(folder)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    assert main(["checkpoint", "diff", str(path), str(folder)]) == 0
-    assert f"{len(values)} of {len(values)} tensors are bitwise equal" in capsys.readouterr().out
-    state["transformer.ln_f.weight"] = state["transformer.ln_f.weight"] + 0.25
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    assert main(["checkpoint", "diff", str(path), str(folder)]) == 1
-    assert "model.final_norm.weight  2.500e-01  in 8 of 8 elements" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("form", "name", "theirs"),
+    [
+        ("gpt2", "final_norm.weight", "transformer.ln_f.weight"),
+        ("bert", "embed_norm.weight", "bert.embeddings.LayerNorm.weight"),
+        ("roberta", "head_norm.bias", "lm_head.layer_norm.bias"),
+        ("t5", "encoder_norm.weight", "encoder.final_layer_norm.weight"),
+        ("t5-v1.1", "final_norm.weight", "decoder.final_layer_norm.weight"),
+    ],
+)
+def test_diff_with_a_hugging_face_folder(tmp_path, capsys, form, name, theirs):
+    config = run_config(tmp_path / "run", form, tmp_path)
+    save(config, step=5, seed=0)
+    weights = random_weights(config.model, 0)
+    model, folder = twin(config.model, weights), tmp_path / "theirs"
+    model.save_pretrained(folder)
+    command = ["checkpoint", "diff", str(config.folder), str(folder)]
+    assert main(command) == 0
+    assert f"{len(weights)} of {len(weights)} tensors are bitwise equal" in capsys.readouterr().out
+    changed = model.get_parameter(theirs)
+    changed.data[0] = weights[name][0] + 0.25
+    model.save_pretrained(folder)
+    assert main(command) == 1
+    assert f"model.{name}  2.500e-01  in 1 of {changed.numel()} elements" in capsys.readouterr().out
 
 
 def test_urls_that_cannot_be_opened_say_what_is_missing(capsys):
