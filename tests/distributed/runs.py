@@ -14,7 +14,7 @@ from engine.config.resolve import resolve
 from engine.config.schema import RunConfig
 from engine.data.shards import ShardWriter
 from engine.data.tokenizer import tokenizer_hash
-from engine.data.tokenizer_training import train_tokenizer
+from engine.data.tokenizer_training import PURPOSE_TOKENS, Purpose, train_tokenizer
 from engine.errors import PalimpsestError
 from engine.heartbeat import Heartbeat
 
@@ -22,15 +22,16 @@ Tree = dict[str, Any]
 LENGTH = 16
 
 
-def write_corpus(folder: Path) -> None:
-    """A tokenizer and two folders of token shards, several shards each."""
+def write_corpus(folder: Path, purpose: Purpose = "causal") -> None:
+    """A tokenizer and two folders of token shards, several shards each; what the purpose needs comes on top of 300."""
     texts = [f"document {number} says {'ab' * (number % 7)} and {number * number}." for number in range(200)]
-    tokenizer = train_tokenizer(texts, folder / "tokenizer", "bpe", 300)
+    vocab_size = 300 + len(PURPOSE_TOKENS[purpose])
+    tokenizer = train_tokenizer(texts, folder / "tokenizer", "bpe", vocab_size, purpose)
     written_with = tokenizer_hash(folder / "tokenizer")
     for name, chosen in (("train", texts[:180]), ("validation", texts[180:])):
-        with ShardWriter(
-            folder / name, tokenizer.vocab_size, tokenizer.eos_id, written_with, shard_bytes=2000
-        ) as writer:
+        given = (folder / name, tokenizer.vocab_size, tokenizer.eos_id, written_with)
+        special = None if purpose == "causal" else tokenizer.vocabulary
+        with ShardWriter(*given, shard_bytes=2000, vocabulary=special) as writer:
             for tokens in tokenizer.encode(chosen):
                 writer.add(np.append(tokens, tokenizer.eos_id))
 
