@@ -11,13 +11,14 @@ import io
 import multiprocessing
 import os
 import pickle
-import socket
 import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+from launcher.ports import free_port
 
 TIMEOUT_SECONDS = 240.0
 
@@ -42,10 +43,7 @@ def run_commands(world_size: int, *arguments: str) -> list[tuple[int, str]]:
 
     The environment is the one that torchrun sets. A rank's process ends with its command, as it would alone.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return _run(world_size, _command, (port, list(arguments)))
+    return _run(world_size, _command, (free_port(), list(arguments)))
 
 
 def _run(world_size: int, body: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
