@@ -1,6 +1,7 @@
 """Whether a device computes what the CPU does: the same short training in several ways, compared with CPU fp32.
 
-Every way starts from the same weights and sees the same batches (two micro-batches a step, clipping active). After
+Every way starts from the same weights and sees the same batches (two micro-batches a step, clipping active); rows of
+several documents are a case of their own, since a GPU has other kernels for them (`engine.parallel.packed`). After
 the last step the state is saved, wiped, loaded and hashed again on the device.
 
 The bounds: fp32 sides differ in the order of sums, 2**-24 a rounding, some thousands of roundings to a loss and
@@ -13,6 +14,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ FP32_LOSS, FP32_NORM = 1e-4, 1e-3
 BF16_LOSS, BF16_NORM = 2.0**-8, 2.0**-4
 """Relative, both. The norm is a sum of squares of gradients that are themselves rounded at every layer."""
 REFERENCE = "cpu fp32 ZeRO-1"
+PACKED = ", packed"
+"""How names of cases end whose rows hold several documents. Their reference is a case of its own, under a mask."""
 
 Case = tuple[str, tuple[Shape, int, Precision, Offload]]
 """(name, arguments of `work`)"""
@@ -60,13 +64,15 @@ def cases(device_type: str, toy: bool) -> list[Case]:
     if toy:
         ways = ways[1:3]
     where = "device" if device_type == "cpu" else device_type
-    reference: Case = (REFERENCE, (shape(toy), 1, "fp32", "none"))
+    packed = replace(shape(toy), packed=True)
     return [
-        reference,
+        (REFERENCE, (shape(toy), 1, "fp32", "none")),
         *(
             (f"{where} {precision} ZeRO-{stage}{OFFLOADED[offload]}", (shape(toy), stage, precision, offload))
             for stage, precision, offload in ways
         ),
+        (REFERENCE + PACKED, (packed, 1, "fp32", "none")),
+        (f"{where} bf16 ZeRO-1{PACKED}", (packed, 1, "bf16", "none")),
     ]
 
 
@@ -82,9 +88,18 @@ def work(
         losses.append(loss)
         norms.append(norm)
     connection.send({"losses": losses, "gradient_norms": norms})
+    if shape.packed:
+        connection.send({"attention": packed_attention_kernel(ours)})
     connection.send(save_and_load(ours))
     connection.send({"seconds": round(time.monotonic() - begin, 1)})
     connection.send(None)
+
+
+def packed_attention_kernel(ours: Ours) -> str:
+    """What holds attention inside documents on the device."""
+    from engine.parallel.packed import kernel
+
+    return kernel(ours.device, ours.pipeline.engine.dtype, ours.shape.model.head_size)
 
 
 def save_and_load(ours: Ours) -> dict[str, Any]:
@@ -117,11 +132,13 @@ def save_and_load(ours: Ours) -> dict[str, Any]:
 
 
 def verdicts(found: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """`ok ...` or what is wrong, by case; empty where the reference was not run."""
-    reference = found.get(REFERENCE, {})
-    if "losses" not in reference:
-        return {}
-    return {name: verdict(case, reference, "bf16" in name) for name, case in found.items()}
+    """`ok ...` or what is wrong, by case; without those whose reference was not run."""
+    references = {name: found.get(REFERENCE + (PACKED if name.endswith(PACKED) else ""), {}) for name in found}
+    return {
+        name: verdict(case, references[name], "bf16" in name)
+        for name, case in found.items()
+        if "losses" in references[name]
+    }
 
 
 def verdict(case: dict[str, Any], reference: dict[str, Any], is_bf16: bool) -> str:
@@ -140,4 +157,5 @@ def verdict(case: dict[str, Any], reference: dict[str, Any], is_bf16: bool) -> s
         wrong.append("the state after save and load is not the state before")
     if case["wiped"] == case["saved"]:
         wrong.append("the wipe changed nothing, so the load proves nothing")
-    return "; ".join(wrong) or f"ok (losses within {loss:.1e}, gradient norms within {norm:.1e} of themselves)"
+    how = f", attention by {case['attention']}" if "attention" in case else ""
+    return "; ".join(wrong) or f"ok (losses within {loss:.1e}, gradient norms within {norm:.1e} of themselves{how})"

@@ -50,6 +50,8 @@ class Shape:
     length: int
     rows: int
     micro_rows: int
+    packed: bool = False
+    """Rows hold several documents, and attention stays inside them."""
 
     @property
     def tokens(self) -> int:
@@ -64,6 +66,8 @@ class Shape:
 
 OPTIMIZER = OptimizerConfig()
 """The run's defaults on every side: AdamW 0.9, 0.95, 1e-8, decay 0.1 on matrices, clip 1.0, 3e-4."""
+DOCUMENT_TOKENS = 20
+"""Of a document of packed rows, on average."""
 DISTINCT_STEPS = 8
 """Batches come round again after so many steps."""
 
@@ -95,7 +99,7 @@ class Ours:
     def inputs(self, step: int) -> list[Tensors]:
         """The micro-batches of a step, on the device; a pure function of (seed, step)."""
         tokens_BT = tokens_of_step(self.shape, self.config.seed, step).to(self.device)
-        return micro_batches(tokens_BT, self.shape.micro_rows)
+        return micro_batches(tokens_BT, self.shape.micro_rows, self.shape.packed)
 
 
 def contestant(turns: Turns, shape: Shape, zero_stage: int, precision: Precision, threads: int) -> None:
@@ -115,7 +119,7 @@ def run_config(shape: Shape, zero_stage: int, precision: Precision, seed: int, o
     """The run that stands behind a benchmark; its folders are never opened."""
     nowhere = Path("nowhere")
     stage = RunStage(
-        data=DataConfig(train=str(nowhere), attention="row"),
+        data=DataConfig(train=str(nowhere), attention="document" if shape.packed else "row"),
         sequence_length=shape.length,
         global_batch_size=shape.rows,
         duration=Duration(steps=1_000_000),
@@ -141,12 +145,17 @@ def tokens_of_step(shape: Shape, seed: int, step: int) -> torch.Tensor:
     return torch.from_numpy(drawn)
 
 
-def micro_batches(tokens_BT: torch.Tensor, micro_rows: int) -> list[Tensors]:
-    """A step's tokens as the keywords of our model: each token's target is the next one, a row's last has none."""
+def micro_batches(tokens_BT: torch.Tensor, micro_rows: int, packed: bool = False) -> list[Tensors]:
+    """A step's tokens as the keywords of our model: each token's target is the next one, a row's last has none.
+
+    Where rows are `packed`, a document begins behind each token that `DOCUMENT_TOKENS` divides.
+    """
     targets_BT = tokens_BT.roll(-1, dims=1)
     weights_BT = torch.ones_like(tokens_BT, dtype=torch.float32)
     weights_BT[:, -1] = 0.0
     whole = {"tokens_BT": tokens_BT, "targets_BT": targets_BT, "weights_BT": weights_BT}
+    if packed:
+        whole["segments_BT"] = (tokens_BT % DOCUMENT_TOKENS == 0).cumsum(1, dtype=torch.int32)
     return [
         {name: tensor[at : at + micro_rows].contiguous() for name, tensor in whole.items()}
         for at in range(0, len(tokens_BT), micro_rows)

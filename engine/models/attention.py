@@ -18,6 +18,7 @@ from torch import nn
 from engine.config.schema import ModelConfig
 from engine.models.dropout import ATTENTION, Dropout
 from engine.parallel.functions import PLAIN, Band, Drop, Functions, Mask, Time
+from engine.parallel.packed import Documents, kernel
 
 NEIGHBOURS = 3
 """Blocks that one sees in a band: the one before it, itself and the one behind it."""
@@ -28,7 +29,7 @@ class View:
     """What the tokens of a row see of one another.
 
     `mask_B1TT` is true where a query (first T) sees a key (second T), or holds what is added to its scores (then it may
-    be BHTT), None for causal over whole rows; a `Band` where nobody sees far;
+    be BHTT), None for causal over whole rows; a `Band` where nobody sees far, `Documents` where a GPU needs no mask;
     `cos_TK` and `sin_TK` (fp32) turn queries and keys, None without rotary positions. `dropout` is what is dropped,
     None for nothing.
     """
@@ -72,13 +73,24 @@ def view(
         assert segments_BT is not None, "causal layers are global"
         mask = local_mask(segments_BT, reach, in_blocks=dropout is None or config.attention_dropout == 0)
     else:
-        mask = None if segments_BT is None else document_mask(segments_BT, bidirectional)
+        drops = dropout is not None and config.attention_dropout > 0
+        mask = None if segments_BT is None else _inside(config, x_BTD, segments_BT, bidirectional, drops)
     if config.position != "rope":
         return View(mask, None, None, dropout)
     theta = config.rope_theta if reach is None else config.local_rope_theta or config.rope_theta
     num_given = time.given(x_BTD)
     tables = rotary_tables(num_given, config.head_size, theta, x_BTD.device, time.first(num_given))
     return View(mask, *tables, dropout)
+
+
+def _inside(
+    config: ModelConfig, x_BTD: torch.Tensor, segments_BT: torch.Tensor, bidirectional: bool, drops: bool
+) -> Mask:
+    """What holds attention inside documents: a mask only where the device has no kernel that does without it."""
+    is_whole = len(segments_BT) < len(x_BTD)  # all rows alike, each one document
+    if drops or is_whole or kernel(x_BTD.device, x_BTD.dtype, config.head_size) == "mask":
+        return document_mask(segments_BT, bidirectional)
+    return Documents(segments_BT, bidirectional)
 
 
 def document_mask(segments_BT: torch.Tensor, bidirectional: bool = False) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.parallel.cross_entropy import linear_cross_entropy
+from engine.parallel.packed import Documents, packed_attention
 
 Drop = Callable[..., torch.Tensor]
 """(probabilities_BHTT, first_head=0) -> the same with some of them 0. A function of attention that works on some of the
@@ -35,12 +36,13 @@ class Band:
     mask_BNRS: torch.Tensor
 
 
-Mask = torch.Tensor | Band
+Mask = torch.Tensor | Band | Documents
 
 
 class Attention(Protocol):
-    """(q_BTHK, k_BTGK, v_BTGK, mask_B1TT or bias_BHTT or `Band` or None, scale or None, drop or None) -> out_BTHK; no
-    mask means causal over the whole row, no scale K ** -0.5, no drop that no probability is dropped."""
+    """(q_BTHK, k_BTGK, v_BTGK, mask_B1TT or bias_BHTT or another `Mask` or None, scale or None, drop or None) -> out_BTHK.
+
+    No mask means causal over the whole row, no scale K ** -0.5, no drop that no probability is dropped."""
 
     def __call__(
         self,
@@ -72,9 +74,13 @@ def attention(
     """Softmax attention, out_BTHK; query heads share the G key/value heads in consecutive groups of H / G.
 
     `mask` (B, 1 or H, T, T) is boolean, true where a query (first T) sees a key (second T), or of the queries' dtype
-    and added to the scores; or a `Band`, which goes with no `drop`. Keys may be of another length than queries. With
-    `drop` probabilities exist one by one, else the fastest kernel is taken.
+    and added to the scores; or a `Band` or `Documents` (where the device has a kernel for them), which go with no `drop`.
+    Keys may be of another length than queries. With `drop` probabilities exist one by one, else the fastest kernel is
+    taken.
     """
+    if isinstance(mask, Documents):
+        assert drop is None, "what drops probabilities is given a mask"
+        return packed_attention(q_BTHK, k_BTGK, v_BTGK, mask, scale)
     if isinstance(mask, Band):
         assert drop is None, "probabilities of a band have no places in a row's scores"
         return _banded_attention(q_BTHK, k_BTGK, v_BTGK, mask, scale)

@@ -23,7 +23,8 @@ def test_toy_run_checks_and_measures(tmp_path):
     path = tmp_path / "toy.json"
     gpu.main(minutes=4.0, toy=True, only="", profile=True, output=path)
     result = json.loads(path.read_text())
-    assert len(result["correctness"]) == 3
+    assert len(result["correctness"]) == 5
+    assert "attention by mask" in result["verdicts"]["device bf16 ZeRO-1, packed"]
     assert all(text.startswith("ok") for text in result["verdicts"].values())
     assert result["verdicts"].keys() == result["correctness"].keys()
     for case in result["correctness"].values():
