@@ -1,4 +1,4 @@
-"""`palimpsest inspect-data`: verifies token shards and shows their counts and some samples as text."""
+"""`palimpsest inspect-data`: verifies token shards, shows their counts and some samples as text; or a run's mixture."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BOUNDARY = "──── next document ────"
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of shards, or what prepare wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR_OR_RUN.yaml", help="Shards, what prepare wrote, or a run.")],
     tokenizer: Annotated[
         Path | None, typer.Option(help="Folder of the tokenizer (default: the one that prepare noted).")
     ] = None,
@@ -50,7 +50,15 @@ def main(
     packing: Annotated[PackingName, typer.Option(help="How documents share rows.")] = "concatenate",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order that the samples are the first of.")] = 0,
 ) -> None:
-    """Verify every hash, then show counts and the first samples that a run with this seed would see."""
+    """Verify every hash, then show counts and the first samples that a run with this seed would see.
+
+    Of a run file, show what the run draws from each source: samples, shares and epochs. It takes no options.
+    """
+    if folder.is_file():
+        from tools.mixture import show_mixture
+
+        show_mixture(folder)
+        return
     loaded = _tokenizer(folder, tokenizer)
     _print_recipe(folder)
     shown = ObjectiveConfig(name=objective, pairs=pairs, mask_unit=mask_unit)

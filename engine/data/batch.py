@@ -75,7 +75,17 @@ class Batch:
 
     def pinned(self) -> Batch:
         """The same with inputs in page-locked memory. Takes the driver's time: not for the thread that trains."""
-        return replace(self, inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()})
+        return replace(self, inputs={name: _page_locked(tensor) for name, tensor in self.inputs.items()})
+
+
+def _page_locked(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in page-locked memory, of one piece: of a view the copy to the GPU would go through other memory, and the
+    host would wait.
+
+    torch keeps such blocks for the next ones, and hands none out while a copy from it is still under way: copies from
+    page-locked tensors leave an event on their stream, which it asks.
+    """
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 def make_batch(

@@ -96,7 +96,11 @@ class Loader:
 
     def samples_per_epoch(self) -> int:
         """Samples of each epoch of all sources; where packing knows them only from offsets, reads all of these."""
-        return sum(int(source.count(np.arange(source.dataset.num_shards)).sum()) for source in self._sources)
+        return sum(self.samples_by_source())
+
+    def samples_by_source(self) -> list[int]:
+        """Samples of each epoch of each source. Reads as `samples_per_epoch`."""
+        return [int(source.count(np.arange(source.dataset.num_shards)).sum()) for source in self._sources]
 
     @property
     def num_samples(self) -> int | None:
@@ -122,8 +126,11 @@ class Loader:
         """Samples drawn so far by source; empty where there is but one."""
         if len(self.parts) == 1:
             return {}
-        counts = self._mixing.counts(self.position).tolist()
-        return {part.name: count for part, count in zip(self.parts, counts, strict=True)}
+        return {part.name: count for part, count in zip(self.parts, self.mix(self.position), strict=True)}
+
+    def mix(self, position: int) -> list[int]:
+        """Samples of each source before a position of the stream (at most `num_samples`)."""
+        return self._mixing.counts(position).tolist()
 
     @property
     def left_out(self) -> tuple[Interval, ...]:

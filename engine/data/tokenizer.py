@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +47,12 @@ class TextTokenizer:
     eos_id: int
     unknown_id: int | None
     """None where every byte can be spelt."""
-    vocabulary: Vocabulary
-    """What objectives must know of the tokens."""
+    find_vocabulary: Callable[[], Vocabulary]
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What objectives must know of the tokens. Looks at each of them once: not a matter of every worker."""
+        return self.find_vocabulary()
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of each text, int64, nothing added and special tokens in the text taken as plain characters."""
@@ -97,7 +103,7 @@ def load_tokenizer(folder: Path | str) -> TextTokenizer:
         vocab_size=max(vocabulary.values()) + 1,
         eos_id=vocabulary[eos],
         unknown_id=unknown_id,
-        vocabulary=_vocabulary(tree, settings, vocabulary, {vocabulary[eos], unknown_id}),
+        find_vocabulary=partial(_vocabulary, tree, settings, vocabulary, {vocabulary[eos], unknown_id}),
     )
 
 

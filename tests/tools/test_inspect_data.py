@@ -1,16 +1,19 @@
 """The command verifies before it shows, and shows what a run would read."""
 
 import shutil
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from engine.cli import main
+from engine.config.load import load_run
 from engine.data.dataset import TokenDataset
 from engine.data.prepare import PrepareOptions, prepare
 from engine.data.samples import first_samples
+from engine.data.stage import open_parts, stage_loader
 from engine.data.tokenizer_training import train_tokenizer
-from engine.errors import EXIT_DONE, EXIT_FAILURE
+from engine.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USAGE
 from tests.engine.data.corpus import made_up_texts, write_json_lines
 from tools.inspect_data import BOUNDARY
 
@@ -116,3 +119,43 @@ def test_the_rows_of_each_objective_can_be_read(tmp_path, capsys, purpose, kind,
     assert main(["inspect-data", str(tmp_path / "out"), *arguments]) == EXIT_DONE
     printed = " ".join(words(capsys.readouterr().out))
     assert all(" ".join(text.split()) in printed for text in expected)
+
+
+def test_the_mix_of_a_run_is_counted(folder, tmp_path, capsys):
+    """Against the sources of the samples that the loader then draws."""
+    source = tmp_path / "texts.jsonl"
+    prepare(PrepareOptions((f"a={source}", f"b={source}"), tmp_path / "tokenizer", tmp_path / "two", 0.2))
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        f"""
+folder: {tmp_path / "run"}
+tokenizer: {tmp_path / "tokenizer"}
+model: {{ vocab_size: 300, num_layers: 1, hidden_size: 16, num_heads: 2, max_positions: 32 }}
+stages:
+  - sequence_length: 32
+    global_batch_size: 8
+    duration: {{ steps: 25 }}
+    data:
+      sources:
+        - {{ name: a, path: {tmp_path / "two" / "train" / "a"}, weight: 3 }}
+        - {{ name: b, path: {tmp_path / "two" / "train" / "b"}, weight: 1, epochs: 0.5 }}
+"""
+    )
+    assert main(["inspect-data", str(run)]) == EXIT_DONE
+    config = load_run(run)
+    stage = config.stages[0]
+    loader = stage_loader(stage, open_parts(stage, None, 300), config.seed)
+    drawn, epochs = Counter(loader.next_sources(200)), loader.samples_by_source()
+    assert 0 < drawn[1] < 50, "the limit of b shows"
+    printed = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    shown = {name.strip(): [cell.strip() for cell in cells] for name, *cells in printed}
+    for number, (name, weight) in enumerate((("a", 0.75), ("b", 0.25))):
+        count = drawn[number]
+        assert shown[name][:3] == [f"{count}", f"{count / 200:.4%}", f"{weight:.4%}"]
+        assert shown[name][3] == f"{count / epochs[number]:.3f}"
+
+
+def test_a_run_file_that_is_none_is_refused(folder, tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("folder: x\nstages: 3\n")
+    assert main(["inspect-data", str(tmp_path / "bad.yaml")]) == EXIT_USAGE
+    assert "stages" in capsys.readouterr().err
