@@ -133,7 +133,7 @@ def flex(
 
 
 @lru_cache(maxsize=1)
-def _varlen_attn() -> Callable[..., torch.Tensor] | None:
+def _varlen_attn() -> Callable[..., Any] | None:
     """torch's, None where it is not there or knows no windows and shared heads (before torch 2.12 or so)."""
     try:
         from torch.nn.attention.varlen import varlen_attn

@@ -21,10 +21,11 @@ TOLERANCE = 1e-5
 """fp32: sums of 16 products of about 1 in another order, 2**-24 each, through a softmax."""
 
 
-def drawn(num_heads: int, num_kv: int) -> list[torch.Tensor]:
+def drawn(num_heads: int, num_kv: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q_BTHK, k_BTGK, v_BTGK."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(4, 16, heads, 16, generator=generator) for heads in (num_heads, num_kv, num_kv)]
+    q, k, v = (torch.randn(4, 16, heads, 16, generator=generator) for heads in (num_heads, num_kv, num_kv))
+    return q, k, v
 
 
 def one_by_one(
@@ -66,7 +67,9 @@ def test_flex_is_attention_under_the_mask(bidirectional, num_heads, num_kv, scal
 @pytest.mark.parametrize(("num_heads", "num_kv"), [(2, 2), (4, 2)])
 def test_varlen_is_handed_the_documents_one_behind_the_other(bidirectional, num_heads, num_kv, monkeypatch):
     monkeypatch.setattr(packed, "_varlen_attn", lambda: one_by_one)
-    qkv = [x.requires_grad_() for x in drawn(num_heads, num_kv)]
+    qkv = drawn(num_heads, num_kv)
+    for x in qkv:
+        x.requires_grad_()
     expected = attention(*qkv, document_mask(SEGMENTS_BT, bidirectional), 0.3)
     found = varlen(*qkv, Documents(SEGMENTS_BT, bidirectional), 0.3)
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
