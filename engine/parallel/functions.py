@@ -40,7 +40,7 @@ Mask = torch.Tensor | Band | Documents
 
 
 class Attention(Protocol):
-    """(q_BTHK, k_BTGK, v_BTGK, mask_B1TT or bias_BHTT or another `Mask` or None, scale or None, drop or None) -> out_BTHK.
+    """(q_BTHK, k_BTGK, v_BTGK, mask_B1TT, bias_BHTT, another `Mask` or None, scale or None, drop or None) -> out_BTHK.
 
     No mask means causal over the whole row, no scale K ** -0.5, no drop that no probability is dropped."""
 
@@ -74,7 +74,7 @@ def attention(
     """Softmax attention, out_BTHK; query heads share the G key/value heads in consecutive groups of H / G.
 
     `mask` (B, 1 or H, T, T) is boolean, true where a query (first T) sees a key (second T), or of the queries' dtype
-    and added to the scores; or a `Band` or `Documents` (where the device has a kernel for them), which go with no `drop`.
+    and added to the scores; or a `Band`, or `Documents` where the device has a kernel for them: both without `drop`.
     Keys may be of another length than queries. With `drop` probabilities exist one by one, else the fastest kernel is
     taken.
     """
