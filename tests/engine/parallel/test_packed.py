@@ -150,7 +150,8 @@ def test_a_model_of_packed_rows_asks_for_no_mask_where_a_kernel_is_there(monkeyp
 
 def test_where_dropout_works_on_probabilities_there_is_a_mask(monkeypatch):
     monkeypatch.setattr("engine.models.attention.kernel", lambda *arguments: "varlen")
-    config = ModelConfig(vocab_size=50, num_layers=1, hidden_size=32, num_heads=2, max_positions=16)
+    shape = {"vocab_size": 50, "num_layers": 1, "hidden_size": 32, "num_heads": 2, "max_positions": 16}
+    config = ModelConfig.model_validate(shape | {"attention_dropout": 0.1})
     dropped = view(config, torch.empty(4, 16, 32), SEGMENTS_BT, dropout=object())  # type: ignore[arg-type]
     assert isinstance(dropped.mask_B1TT, torch.Tensor)
 
