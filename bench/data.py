@@ -4,7 +4,9 @@ memory, bytes on disk; and our masking alone.
     python -m bench.data --output bench/results/cpu-data-DATE.json
 
 Each loader has a process of its own; they read in turn, a lap each per round, and only ratios within a round are
-compared. Peers that are not installed are left out (`pip install -e '.[bench]'` brings them).
+compared. Peers that are not installed are left out. `pip install -e '.[bench]'` brings litdata. No version of
+mosaicml-streaming goes with transformers 5 for pip: `pip install --no-deps mosaicml-streaming` and, until it can be
+imported, what it misses (catalogue, python-snappy, cramjam, zstd, clients of clouds, a torchvision of torch's build).
 """
 
 from __future__ import annotations
