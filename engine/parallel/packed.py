@@ -122,8 +122,8 @@ def flex(
     """By flex attention, compiled on a GPU; out_BTHK. On a CPU forward only, which is what tests need."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    attend = _compiled_flex() if q_BTHK.is_cuda else flex_attention
-    out_BHTK: Any = attend(
+    attend: Callable[..., Any] = _compiled_flex() if q_BTHK.is_cuda else flex_attention
+    out_BHTK = attend(
         *(x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK)),
         block_mask=documents.block_mask,
         scale=scale,
