@@ -47,7 +47,9 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "recompute": ("none", "selective", "full"),
     "gather": (None, "step"),
     "reduce": (None, "step"),
+    "gather_within": (None, 2),
     "optimizer": ("adamw", "muon"),
+    "offload": ("none", "optimizer"),
     "dtype": ("fp32", "bf16"),
 }
 TOGETHER = (
