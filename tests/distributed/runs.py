@@ -12,9 +12,10 @@ from engine.config.load import merge, parse_run
 from engine.config.place import RankPlace
 from engine.config.resolve import resolve
 from engine.config.schema import RunConfig
+from engine.data.prepare import PrepareOptions, prepare
 from engine.data.shards import ShardWriter
 from engine.data.tokenizer import tokenizer_hash
-from engine.data.tokenizer_training import PURPOSE_TOKENS, Purpose, train_tokenizer
+from engine.data.tokenizer_training import PURPOSE_TOKENS, Kind, Purpose, train_tokenizer
 from engine.errors import PalimpsestError
 from engine.heartbeat import Heartbeat
 
@@ -34,6 +35,27 @@ def write_corpus(folder: Path, purpose: Purpose = "causal") -> None:
         with ShardWriter(*given, shard_bytes=2000, vocabulary=special) as writer:
             for tokens in tokenizer.encode(chosen):
                 writer.add(np.append(tokens, tokenizer.eos_id))
+
+
+def write_sentences(folder: Path, kind: Kind, vocab_size: int, purpose: Purpose) -> None:
+    """A tokenizer for an objective, and folders `train` and `validation` of shards that know where sentences end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("the ink", "a scraped page", "one thrifty monk", "Heiberg", "this codex", "the prayer book")
+    says = ("fades", "was read again", "hides older lines", "bites into parchment", "is a palimpsest")
+    texts = []
+    for number in range(120):
+        sentences = [f"{names[(number * 7 + i) % 6].capitalize()} {says[(number + 3 * i) % 5]}." for i in range(6)]
+        texts.append(" ".join(sentences))
+        (folder / f"{number:03}.txt").write_text(texts[-1], encoding="utf-8")
+    train_tokenizer(texts, folder / "tokenizer", kind, vocab_size, purpose)
+    options = PrepareOptions(
+        sources=(str(folder / "*.txt"),),
+        tokenizer=folder / "tokenizer",
+        output=folder,
+        validation_fraction=0.2,
+        sentences="en",
+    )
+    prepare(options)
 
 
 def run_tree(corpus: Path, folder: Path, **changes: Any) -> Tree:

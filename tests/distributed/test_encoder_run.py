@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 
 from engine.config.load import read_tree
-from engine.data.prepare import PrepareOptions, prepare
-from engine.data.tokenizer_training import train_tokenizer
 from engine.train.metrics import read_metrics
 from tests.distributed.ranks import run_ranks
-from tests.distributed.runs import run_tree, train_rank
+from tests.distributed.runs import run_tree, train_rank, write_sentences
 
 REPOSITORY = Path(__file__).parents[2]
 OBJECTIVES = {
@@ -32,22 +30,7 @@ LAYOUTS = (
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
-    names = ("the ink", "a scraped page", "one thrifty monk", "Heiberg", "this codex", "the prayer book")
-    says = ("fades", "was read again", "hides older lines", "bites into parchment", "is a palimpsest")
-    for number in range(120):
-        sentences = [f"{names[(number * 7 + i) % 6].capitalize()} {says[(number + 3 * i) % 5]}." for i in range(6)]
-        (folder / f"{number}.txt").write_text(" ".join(sentences), encoding="utf-8")
-    texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))]
-    train_tokenizer(texts, folder / "tokenizer", "wordpiece", 260)
-    prepare(
-        PrepareOptions(
-            sources=(str(folder / "*.txt"),),
-            tokenizer=folder / "tokenizer",
-            output=folder / "tokens",
-            validation_fraction=0.2,
-            sentences="en",
-        )
-    )
+    write_sentences(folder, "wordpiece", 260, "masked")
     return folder
 
 
@@ -57,7 +40,7 @@ def tree_of(corpus: Path, folder: Path, model: str, steps: int, **parallel: Any)
     tree["model"] = read_tree(REPOSITORY / f"configs/models/{model}.yaml")["model"] | rates
     tree["stages"][0] |= {"objective": OBJECTIVES[model], "sequence_length": 32, "duration": {"steps": steps}}
     tree["stages"][0]["schedule"] = {"shape": "constant"}
-    tree["stages"][0]["data"] |= {side: str(corpus / "tokens" / side) for side in ("train", "validation")}
+    tree["stages"][0]["data"] |= {side: str(corpus / side) for side in ("train", "validation")}
     return tree
 
 
