@@ -8,8 +8,10 @@ Where `elastic.pad_batch` allows it, the batch is filled up with rows of weight 
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from engine.config.resolve import Layout, examine, num_micro_batches
 from engine.config.schema import ParallelConfig, RunConfig
@@ -32,7 +34,12 @@ class World:
     def overrides(self, config: RunConfig) -> list[str]:
         """What has to be said on a command line to start `config` here."""
         before, now = config.parallel.model_dump(), self.parallel.model_dump()
-        return [f"parallel.{key}={value}" for key, value in now.items() if value != before[key]]
+        return [f"parallel.{key}={_as_typed(value)}" for key, value in now.items() if value != before[key]]
+
+
+def _as_typed(value: Any) -> str:
+    """A value of the configuration in YAML 1.2, where None is a word like any other and null is nothing."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def elastic_worlds(config: RunConfig, largest: int) -> list[World]:

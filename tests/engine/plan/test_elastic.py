@@ -14,7 +14,7 @@ from engine.plan.worlds import with_parallel
 BATCH = 24
 
 
-def run(micro_batch_size: int = 1, pad_batch: bool = False, layout: str = "data", **parallel: int) -> RunConfig:
+def run(micro_batch_size: int = 1, pad_batch: bool = False, layout: str = "data", **parallel: int | str) -> RunConfig:
     config = example({"parallel": {"micro_batch_size": micro_batch_size, **parallel}})
     elastic = config.elastic.model_copy(update={"pad_batch": pad_batch, "layout": layout})
     return config.model_copy(update={"elastic": elastic})
@@ -76,6 +76,16 @@ def test_a_world_says_how_to_start_there() -> None:
     for override in world.overrides(config):
         apply_override(tree, override)
     assert resolve(parse_run(tree, "overridden"), 12) == world.layout
+
+
+def test_what_another_layout_gives_up_is_said_in_words_that_a_run_file_knows() -> None:
+    config = run(2, zero_stage=3, gather="step", sequence_parallel=True, tensor=2)
+    plain = with_parallel(config, gather=None, sequence_parallel=False, tensor=1)
+    world = World(plain.parallel, resolve(plain, 4), 0)
+    tree = config.model_dump(mode="json")
+    for override in world.overrides(config):
+        apply_override(tree, override)
+    assert parse_run(tree, "overridden").parallel == plain.parallel
 
 
 def test_only_the_data_axis_shrinks_unless_any_may() -> None:
