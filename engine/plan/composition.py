@@ -30,61 +30,20 @@ MARKERS = ("<!-- composition -->", "<!-- /composition -->")
 Change = dict[str, dict[str, Any]]
 """Section -> keys that differ from the example."""
 
-COLUMNS: dict[str, Change] = {
-    "data 2": {"parallel": {"data": 2}},
-    "tensor 2": {"parallel": {"tensor": 2}},
-    "pipe 2": {"parallel": {"pipe": 2}},
-    "pipe 2 x tensor 2 x data 2": {"parallel": {"pipe": 2, "tensor": 2, "data": 2}},
-    "pipe 2, GPipe": {"parallel": {"pipe": 2, "schedule": "gpipe"}},
-    "pipe 2, ZB-H1": {"parallel": {"pipe": 2, "schedule": "zb-h1"}},
-    "pipe 2 x 2 virtual": {"parallel": {"pipe": 2, "virtual_stages": 2}},
-    "fp32": {"precision": {"dtype": "fp32"}},
-    "bf16": {"precision": {"dtype": "bf16"}},
-    "bf16, reduced in bf16": {"precision": {"dtype": "bf16", "reduce_dtype": "bf16"}},
-    "tensor 2, sequence parallel": {"parallel": {"tensor": 2, "sequence_parallel": True}},
-    "sequence 2": {"parallel": {"sequence": 2}},
-    "recompute": {"parallel": {"recompute": "full"}},
-    "gather: step": {"parallel": {"gather": "step"}},
-    "data 4, gather_within 2": {"parallel": {"data": 4, "gather_within": 2}},
-    "reduce: step": {"parallel": {"reduce": "step"}},
-    "reduce: micro_batch": {"parallel": {"reduce": "micro_batch"}},
-    "offload": {"parallel": {"offload": "optimizer"}},
-    "Muon": {"optimizer": {"name": "muon"}},
-    "Llama form": {
-        "model": {
-            "position": "rope",
-            "norm": "rmsnorm",
-            "activation": "swiglu",
-            "num_kv_heads": 2,
-            "bias": False,
-            "tie_embeddings": False,
-        }
+ZERO_STAGES: dict[str, Change] = {f"ZeRO-{stage}": {"parallel": {"zero_stage": stage}} for stage in range(4)}
+BERT: Change = {
+    "model": {
+        "family": "bert",
+        "token_types": 2,
+        "pair_head": True,
+        "norm_position": "post",
+        "activation": "gelu",
+        "dropout": 0.1,
+        "attention_dropout": 0.1,
     },
-    "BERT, pairs, dropout": {
-        "model": {
-            "family": "bert",
-            "token_types": 2,
-            "pair_head": True,
-            "norm_position": "post",
-            "activation": "gelu",
-            "dropout": 0.1,
-            "attention_dropout": 0.1,
-        },
-        "objective": {"name": "masked", "pairs": "next_sentence"},
-    },
-    "T5": {
-        "model": {
-            "family": "t5",
-            "position": "relative",
-            "norm": "rmsnorm",
-            "activation": "relu",
-            "bias": False,
-        },
-        "objective": {"name": "span_corruption"},
-    },
+    "objective": {"name": "masked", "pairs": "next_sentence"},
 }
-BERT, T5 = "BERT, pairs, dropout", "T5, dropout"
-COLUMNS[T5] = {
+T5: Change = {
     "model": {
         "family": "t5",
         "position": "relative",
@@ -96,15 +55,46 @@ COLUMNS[T5] = {
     },
     "objective": {"name": "span_corruption"},
 }
-COLUMNS |= {
-    f"{family}, {name}": COLUMNS[family] | {"parallel": parallel}
-    for family in (BERT, T5)
-    for name, parallel in (
+USES: dict[str, Change] = {
+    "data 2": {"parallel": {"data": 2}},
+    "tensor 2": {"parallel": {"tensor": 2}},
+    "tensor 2, sequence parallel": {"parallel": {"tensor": 2, "sequence_parallel": True}},
+    "sequence 2": {"parallel": {"sequence": 2}},
+    "pipe 2": {"parallel": {"pipe": 2}},
+    "pipe 2 x tensor 2 x data 2": {"parallel": {"pipe": 2, "tensor": 2, "data": 2}},
+    "pipe 2, GPipe": {"parallel": {"pipe": 2, "schedule": "gpipe"}},
+    "pipe 2, ZB-H1": {"parallel": {"pipe": 2, "schedule": "zb-h1"}},
+    "pipe 2 x 2 virtual": {"parallel": {"pipe": 2, "virtual_stages": 2}},
+    "fp32": {"precision": {"dtype": "fp32"}},
+    "bf16": {"precision": {"dtype": "bf16"}},
+    "bf16, reduced in bf16": {"precision": {"dtype": "bf16", "reduce_dtype": "bf16"}},
+    "recompute": {"parallel": {"recompute": "full"}},
+    "offload": {"parallel": {"offload": "optimizer"}},
+    "gather: step": {"parallel": {"gather": "step"}},
+    "data 4, gather_within 2": {"parallel": {"data": 4, "gather_within": 2}},
+    "reduce: step": {"parallel": {"reduce": "step"}},
+    "reduce: micro_batch": {"parallel": {"reduce": "micro_batch"}},
+    "Muon": {"optimizer": {"name": "muon"}},
+    "Llama form": {
+        "model": {
+            "position": "rope",
+            "norm": "rmsnorm",
+            "activation": "swiglu",
+            "num_kv_heads": 2,
+            "bias": False,
+            "tie_embeddings": False,
+        }
+    },
+    "BERT, pairs, dropout": BERT,
+    "T5, dropout": T5,
+} | {
+    f"{name}, {axes}": family | {"parallel": parallel}
+    for name, family in (("BERT", BERT), ("T5", T5))
+    for axes, parallel in (
         ("tensor 2, sequence parallel", {"tensor": 2, "sequence_parallel": True}),
         ("pipe 2 x sequence 2", {"pipe": 2, "sequence": 2}),
     )
 }
-ROWS: dict[str, Change] = {f"ZeRO-{stage}": {"parallel": {"zero_stage": stage}} for stage in range(4)}
 REFUSED: dict[str, Change] = {
     "more pipeline stages than layers": {"parallel": {"pipe": 8}},
     "virtual stages without a pipeline": {"parallel": {"virtual_stages": 2}},
@@ -118,12 +108,12 @@ REFUSED: dict[str, Change] = {
 
 
 def composition_table() -> str:
-    """The table in Markdown: ZeRO stages against axes, schedules, precisions and model forms, then what is refused."""
+    """The table in Markdown: axes, schedules, precisions and model forms by ZeRO stage, then what is refused."""
     reasons: list[PalimpsestError] = []
-    lines = ["| | " + " | ".join(COLUMNS) + " |", "| --- |" + " --- |" * len(COLUMNS)]
-    for row, row_change in ROWS.items():
-        cells = [_cell(problems_of(row_change, change), reasons) for change in COLUMNS.values()]
-        lines.append(f"| **{row}** | " + " | ".join(cells) + " |")
+    lines = ["| | " + " | ".join(ZERO_STAGES) + " |", "| --- |" + " --- |" * len(ZERO_STAGES)]
+    for name, change in USES.items():
+        cells = [_cell(problems_of(stage, change), reasons) for stage in ZERO_STAGES.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", "Refused before anything starts:", ""]
     lines += [f"{number}. {_sentence(reason)}" for number, reason in enumerate(reasons, start=1)]
     for name, change in REFUSED.items():
