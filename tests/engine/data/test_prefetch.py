@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from engine.data import batch
 from engine.data.dataset import TokenDataset
 from engine.data.loader import Loader
 from engine.data.prefetch import Prefetcher
@@ -112,7 +113,7 @@ def test_inputs_are_page_locked_by_the_reading_thread_and_on_its_own_gpu(tmp_pat
         return lambda *arguments: called.append((name, threading.current_thread().name)) or result(*arguments)
 
     monkeypatch.setattr(torch.cuda, "set_device", note("set_device", lambda device: None))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", note("pin", lambda tensor: tensor.clone()))
+    monkeypatch.setattr(batch, "_page_locked", note("pin", lambda tensor: tensor.clone()))
     plain = loader(tmp_path)
     with Prefetcher(plain.clone(), 0, 1, 4, gpu=torch.device("cuda", 3)) as ahead:
         assert same(ahead.step(), plain.step(0, 1, 4))
