@@ -16,6 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from engine.checkpoint.universal import LATEST, MOMENTS, write_universal
 from engine.cli import main
@@ -144,6 +147,13 @@ def saved(tmp_path_factory):
     return make
 
 
+def padding_second(folder: Path) -> Path:
+    """A tokenizer whose padding token has the number 1, as that of RoBERTa's twin: positions are counted behind it."""
+    words = Tokenizer(WordLevel({"[UNK]": 0, "[PAD]": 1}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder)
+    return folder
+
+
 def expected(model: ModelConfig, states: dict[str, dict[str, torch.Tensor]], names: str) -> dict[Any, np.ndarray]:
     if names == "ours":
         return {(state, name): value.numpy() for state, values in states.items() for name, value in values.items()}
@@ -173,6 +183,8 @@ def test_deepspeed_loads_ours(saved, tmp_path, capsys, zero_stage, dtype, form, 
     model, run, states = saved(form)
     output = tmp_path / "universal"
     command = ["convert", str(run), "--to", "universal", "--names", names, "--output", str(output)]
+    if form == "roberta":
+        command += ["--tokenizer", str(padding_second(tmp_path / "tokenizer"))]
     assert main(command) == 0, capsys.readouterr().err
     ranks = run_ranks(2, load_with_deepspeed, model, names, zero_stage, dtype, output)
     truth = expected(model, states, names)
