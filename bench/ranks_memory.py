@@ -9,7 +9,6 @@ Legend: B micro-batch size, T time (of an encoder-decoder, the decoder's), S tim
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -18,17 +17,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from bench.ranks import join
 from engine.config.lengths import row_lengths
 from engine.config.place import RankPlace
 from engine.config.resolve import num_micro_batches, resolve
 from engine.config.schema import RunConfig
 from engine.models.families import family
-from engine.parallel import zero
 from engine.parallel.boundary import Tensors
-from engine.parallel.groups import connect
 from engine.train.build import build_pipeline, join_groups, stage_chunks
 
 T = TypeVar("T")
@@ -56,13 +53,7 @@ class Measured:
 
 def rank(connection: Connection, config: RunConfig, folder: str, global_rank: int, world_size: int) -> None:
     """Trains and sends a `Measured`."""
-    torch.set_num_threads(1)
-    # DeepSpeed asks for them; set here, for a child of the fork server has the server's environment
-    os.environ.update(LOCAL_RANK=str(global_rank), RANK=str(global_rank), WORLD_SIZE=str(world_size))
-    place, device = RankPlace(global_rank, world_size, global_rank), torch.device("cpu")
-    store = dist.FileStore(str(Path(folder) / "store"), world_size)  # pyright: ignore[reportPrivateImportUsage]
-    connect(place, device, store)
-    zero.start(device)
+    place, device = join(folder, global_rank, world_size)
     before = resident("VmRSS")
     (states, peak, end), _ = hooked(partial(train, config, place, device))
     connection.send(Measured(states, peak, end, resident("VmHWM"), before))

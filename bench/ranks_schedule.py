@@ -6,27 +6,22 @@ for a message takes none of it.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.profiler import record_function
 
+from bench.ranks import join
 from bench.ranks_memory import BUILT, hooked, random_rows
 from bench.replay import Spans
-from engine.config.place import RankPlace
 from engine.config.resolve import num_micro_batches, resolve
 from engine.config.schema import RunConfig
 from engine.models.families import family
-from engine.parallel import zero
 from engine.parallel.boundary import Tensors
-from engine.parallel.groups import connect
 from engine.parallel.pipeline import Pipeline
 from engine.parallel.schedule import Instruction, Schedule, instructions
 from engine.train.build import build_pipeline, join_groups, stage_chunks
@@ -53,12 +48,7 @@ class Request:
 
 def rank(connection: Connection, config: RunConfig, folder: str, global_rank: int, world_size: int) -> None:
     """Says `ready`, then answers each `Request` with its `Step`s or bytes, until it is None."""
-    torch.set_num_threads(1)
-    os.environ.update(LOCAL_RANK=str(global_rank), RANK=str(global_rank), WORLD_SIZE=str(world_size))
-    place, device = RankPlace(global_rank, world_size, global_rank), torch.device("cpu")
-    store = dist.FileStore(str(Path(folder) / "store"), world_size)  # pyright: ignore[reportPrivateImportUsage]
-    connect(place, device, store)
-    zero.start(device)
+    _, device = join(folder, global_rank, world_size)
     groups = join_groups(config, resolve(config, world_size), global_rank)
     pipeline = build_pipeline(config, config.stages[0], groups, device)
     wanted = {
