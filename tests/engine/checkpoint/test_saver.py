@@ -83,6 +83,7 @@ def test_training_goes_on_while_it_is_written_and_the_commit_follows(tmp_path, w
     assert steps(world, savers, ranks, until_ended=False) == [None] * 4
     assert committed(tmp_path) == []
     assert {each.in_flight for each in savers} == {1}
+    assert ranks.run(4, lambda rank: savers[rank].hold_update()) == [None] * 4
     world.fill(random_state(world.specs, 2))  # the next update
     gate.set()
     assert set(steps(world, savers, ranks)) == {tmp_path / "step-00000001"}
