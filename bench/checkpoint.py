@@ -60,7 +60,7 @@ def main(
 def make_shape(small: bool) -> Any:
     """8 layers, width 512, 29 million parameters: 0.35 GB of weights and moments; a toy of it if `small`."""
     from bench.ours import Shape
-    from engine.config.schema import ModelConfig
+    from engine.config.schema.model import ModelConfig
 
     if small:
         model = ModelConfig(vocab_size=250, num_layers=2, hidden_size=32, num_heads=2, max_positions=32)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.ours import Offload, Ours, Precision, Shape
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 
 STEPS = 6
 FP32_LOSS, FP32_NORM = 1e-4, 1e-3

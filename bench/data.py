@@ -130,7 +130,7 @@ def lap(batches: Iterator[Any], steps: int) -> float:
 
 def masking(rounds: int) -> dict[str, Any]:
     """Tokens per CPU-second of choosing and replacing alone, on rows that lie in memory."""
-    from engine.config.schema import ObjectiveConfig
+    from engine.config.schema.objective import ObjectiveConfig
     from engine.data.dataset import TokenDataset
     from engine.data.draws import PURPOSE_OBJECTIVE, words
     from engine.data.masking import mask, num_words

@@ -111,7 +111,7 @@ def write_litdata(folder: Path, num_tokens: int, width: int) -> None:
 def ours(folder: Path, task: Task, skip: int) -> Iterator[Any]:
     """Shards verified by hash, documents apart, masks that are functions of the sample; `skip` steps are passed by the
     state of a restart."""
-    from engine.config.schema import ObjectiveConfig
+    from engine.config.schema.objective import ObjectiveConfig
     from engine.data.dataset import TokenDataset
     from engine.data.loader import Loader
 

@@ -19,16 +19,12 @@ import torch
 from bench.contest import Turns
 from engine.config.place import RankPlace
 from engine.config.resolve import resolve
-from engine.config.schema import (
-    DataConfig,
-    Duration,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    PrecisionConfig,
-    RunConfig,
-    RunStage,
-)
+from engine.config.schema.data import DataConfig
+from engine.config.schema.model import ModelConfig
+from engine.config.schema.optimizer import OptimizerConfig, PrecisionConfig
+from engine.config.schema.parallel import ParallelConfig
+from engine.config.schema.run import RunConfig
+from engine.config.schema.stage import Duration, RunStage
 from engine.parallel import zero
 from engine.parallel.boundary import Tensors
 from engine.parallel.groups import connect

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from bench.contest import Turns
 from bench.ours import DISTINCT_STEPS, OPTIMIZER, Precision, Shape, micro_batches, tokens_of_step
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.models.gpt import specs
 from engine.models.initial import initial_value
 from engine.models.values import whole_model

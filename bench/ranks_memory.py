@@ -23,7 +23,7 @@ from bench.ranks import join
 from engine.config.lengths import row_lengths
 from engine.config.place import RankPlace
 from engine.config.resolve import num_micro_batches, resolve
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 from engine.models.families import family
 from engine.parallel.boundary import Tensors
 from engine.train.build import build_pipeline, join_groups, stage_chunks

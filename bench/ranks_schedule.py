@@ -19,7 +19,7 @@ from bench.ranks import join
 from bench.ranks_memory import BUILT, hooked, random_rows
 from bench.replay import Spans
 from engine.config.resolve import num_micro_batches, resolve
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 from engine.models.families import family
 from engine.parallel.boundary import Tensors
 from engine.parallel.pipeline import Pipeline

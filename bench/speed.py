@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity
 from bench.contest import Spread
 from bench.ours import Ours, Precision, Shape, micro_batches, tokens_of_step
 from engine.config.lengths import RowLengths
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.plan.operations import training_operations
 
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}

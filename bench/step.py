@@ -71,7 +71,7 @@ def main(
 def make_shape(small: bool) -> Any:
     """6 layers, width 384, length 256, vocabulary 8,192 and 1,024 tokens per step; a toy of it if `small`."""
     from bench.ours import Shape
-    from engine.config.schema import ModelConfig
+    from engine.config.schema.model import ModelConfig
 
     if small:
         model = ModelConfig(vocab_size=250, num_layers=2, hidden_size=32, num_heads=2, max_positions=32)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 from engine.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USAGE
 from engine.plan.elastic import World
 from engine.plan.hardware import Accelerator

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import heartbeat, logs, outcome
-from engine.config.schema import LaunchConfig
+from engine.config.schema.run import LaunchConfig
 from engine.errors import EXIT_DONE, EXIT_REQUEUE, EnvironmentProblem
 from engine.outcome import Outcome
 from launcher import diagnosis, kernel, processes

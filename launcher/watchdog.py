@@ -11,7 +11,7 @@ import statistics
 from collections import deque
 from dataclasses import dataclass, field
 
-from engine.config.schema import LaunchConfig
+from engine.config.schema.run import LaunchConfig
 from engine.heartbeat import Beat, Phase
 
 STARTING: frozenset[Phase] = frozenset(("start", "load"))

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from engine.config.schema import ObjectiveConfig
+from engine.config.schema.objective import ObjectiveConfig
 from engine.data.dataset import TokenDataset
 from engine.data.index import FILE as INDEX_FILE
 from engine.data.recipe import PARTS, RECIPE_FILE

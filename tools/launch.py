@@ -16,7 +16,7 @@ import typer
 from engine import logs
 from engine.config.load import load_run
 from engine.config.resolve import resolve
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 from engine.errors import EXIT_DONE, ConfigError, EnvironmentProblem
 from launcher.commands import KINDS, Command, Kind, Wanted, commands
 from launcher.devices import accelerator, names, num_gpus

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.config.load import load_run
-from engine.config.schema import RunStage
+from engine.config.schema.stage import RunStage
 from engine.data.loader import Loader
 from engine.data.stage import open_parts, stage_loader
 from engine.data.tokenizer import tokenizer_hash

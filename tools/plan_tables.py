@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 from engine.plan.elastic import World
 from engine.plan.hardware import GIB
 from engine.plan.plan import Plan

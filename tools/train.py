@@ -19,7 +19,7 @@ from engine import logs, outcome
 from engine.config.load import load_run
 from engine.config.place import RankPlace
 from engine.config.resolve import Layout, resolve
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 from engine.errors import EXIT_FAILURE, EnvironmentProblem, PalimpsestError
 from engine.heartbeat import Heartbeat
 from engine.outcome import Outcome

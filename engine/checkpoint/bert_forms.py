@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from engine.checkpoint.forms import Form, Problems, Theirs, one, rope_theta, ungrouped
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.errors import ConfigError
 
 

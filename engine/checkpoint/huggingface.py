@@ -17,7 +17,7 @@ import torch
 from engine.checkpoint.bert_forms import BERT, BERT_WITHOUT_PAIRS, MODERN_BERT, ROBERTA
 from engine.checkpoint.forms import GPT2, LLAMA, Form, Theirs
 from engine.checkpoint.t5_form import T5
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.errors import CheckpointError, ConfigError, PalimpsestError, report
 from engine.models.families import family
 from engine.parallel.sharding import ParameterSpec

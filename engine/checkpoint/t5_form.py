@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine.checkpoint.forms import Form, Problems, Theirs, numbered, one
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.errors import ConfigError
 
 ACTIVATIONS = {"relu": "relu", "geglu_tanh": "gated-gelu"}

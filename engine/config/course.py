@@ -5,7 +5,9 @@ Part of `engine.config.resolve`, which calls them all and reports every problem 
 
 from __future__ import annotations
 
-from engine.config.schema import OptimizerConfig, RunConfig, RunStage, ScheduleConfig
+from engine.config.schema.optimizer import OptimizerConfig
+from engine.config.schema.run import RunConfig
+from engine.config.schema.stage import RunStage, ScheduleConfig
 from engine.errors import ConfigError, PalimpsestError
 
 OPTIONS = {

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig
+from engine.config.schema.optimizer import OptimizerConfig, PrecisionConfig
+from engine.config.schema.parallel import ParallelConfig
 
 EVERYTHING = 10**12
 """More elements than any stage holds: DeepSpeed's thresholds that should never cut anything."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 from engine.errors import ConfigError, PalimpsestError
 
 

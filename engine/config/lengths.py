@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from engine.config.schema import ObjectiveConfig, ParallelConfig, RunStage
+from engine.config.schema.objective import ObjectiveConfig
+from engine.config.schema.parallel import ParallelConfig
+from engine.config.schema.stage import RunStage
 
 
 class RowLengths(NamedTuple):

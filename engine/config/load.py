@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 from engine.errors import ConfigError, PalimpsestError, report
 
 Tree = dict[str, Any]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from engine.config.lengths import row_lengths
-from engine.config.schema import RunConfig, RunStage
+from engine.config.schema.run import RunConfig
+from engine.config.schema.stage import RunStage
 from engine.errors import ConfigError, PalimpsestError
 
 

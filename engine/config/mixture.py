@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from engine.config.schema import DataConfig
+from engine.config.schema.data import DataConfig
 from engine.errors import ConfigError, PalimpsestError
 
 LONGEST_PERIOD = 2**16

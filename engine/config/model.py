@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.errors import ConfigError, PalimpsestError
 
 ONLY: dict[str, tuple[str, ...]] = {

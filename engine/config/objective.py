@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from engine.config.schema import ModelConfig, ObjectiveConfig, RunStage
+from engine.config.schema.model import ModelConfig
+from engine.config.schema.objective import ObjectiveConfig
+from engine.config.schema.stage import RunStage
 from engine.errors import ConfigError, PalimpsestError
 
 OBJECTIVES = {"gpt": ("causal", "fill_in_the_middle"), "bert": ("masked",), "t5": ("span_corruption",)}

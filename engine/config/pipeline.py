@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from engine.config.schema import ModelConfig, ParallelConfig
+from engine.config.schema.model import ModelConfig
+from engine.config.schema.parallel import ParallelConfig
 from engine.errors import ConfigError, PalimpsestError
 
 

@@ -15,7 +15,10 @@ from engine.config.mixture import check_mixture
 from engine.config.model import check_model, divisors
 from engine.config.objective import check_objective
 from engine.config.pipeline import check_gather_within, check_pipeline, check_zero
-from engine.config.schema import ModelConfig, ParallelConfig, RunConfig, RunStage
+from engine.config.schema.model import ModelConfig
+from engine.config.schema.parallel import ParallelConfig
+from engine.config.schema.run import RunConfig
+from engine.config.schema.stage import RunStage
 from engine.errors import ConfigError, PalimpsestError, report
 
 

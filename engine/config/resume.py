@@ -11,7 +11,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from engine.config.schema import Kind, RunConfig, Section
+from engine.config.schema.run import RunConfig
+from engine.config.schema.section import Kind, Section
 from engine.errors import ConfigError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 
 FILE = "config.yaml"
 """Its name in a run folder."""

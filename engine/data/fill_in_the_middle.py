@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.config.schema import ObjectiveConfig
+from engine.config.schema.objective import ObjectiveConfig
 from engine.data.draws import below, halves
 from engine.data.packing import Row
 from engine.data.vocabulary import Vocabulary

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from engine.config.schema import ObjectiveConfig
+from engine.config.schema.objective import ObjectiveConfig
 from engine.data.batch import Batch, make_batch
 from engine.data.dataset import TokenDataset
 from engine.data.loader import micro_batch_rows

@@ -22,7 +22,7 @@ import numpy as np
 
 from engine.config.mixture import MOST_SOURCES
 from engine.config.ramp import Ramp
-from engine.config.schema import ObjectiveConfig
+from engine.config.schema.objective import ObjectiveConfig
 from engine.data import stream
 from engine.data.batch import Batch, make_batch
 from engine.data.damage import Damage

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.config.lengths import num_masked
-from engine.config.schema import ObjectiveConfig
+from engine.config.schema.objective import ObjectiveConfig
 from engine.data.draws import below, choose, halves, order
 from engine.data.spans import noise_mask
 from engine.data.vocabulary import Vocabulary

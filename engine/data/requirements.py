@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.config.lengths import noise, span_lengths
-from engine.config.schema import ObjectiveConfig
+from engine.config.schema.objective import ObjectiveConfig
 from engine.data.dataset import TokenDataset
 from engine.data.vocabulary import Vocabulary
 from engine.errors import DataError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.config.schema import ObjectiveConfig
+from engine.config.schema.objective import ObjectiveConfig
 from engine.data.batch import Batch
 from engine.data.dataset import TokenDataset
 from engine.data.loader import Loader

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from engine.config.lengths import span_lengths
-from engine.config.schema import ObjectiveConfig
+from engine.config.schema.objective import ObjectiveConfig
 from engine.data import fill_in_the_middle, masking, span_corruption
 from engine.data.best_fit import BestFit
 from engine.data.causal import causal

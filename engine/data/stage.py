@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from engine.config.mixture import whole_parts
-from engine.config.schema import DataConfig, RunStage
+from engine.config.schema.data import DataConfig
+from engine.config.schema.stage import RunStage
 from engine.data.cache import ShardCache
 from engine.data.dataset import TokenDataset
 from engine.data.loader import Loader

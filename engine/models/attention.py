@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.models.dropout import ATTENTION, Dropout
 from engine.parallel.functions import PLAIN, Band, Drop, Functions, Mask, Time
 from engine.parallel.packed import Documents, kernel

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.models.attention import positions_in_document, view
 from engine.models.chunk import Chunk, Rows, whole
 from engine.models.dropout import EMBEDDING as EMBEDDED

@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.parallel.functions import PLAIN, Drop, Functions
 
 KEYS = "dropout_keys_B"

@@ -9,7 +9,7 @@ from typing import Protocol, cast
 
 from torch import nn
 
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.models import bert, gpt, t5
 from engine.models.chunk import Chunk, Rows
 from engine.parallel.boundary import Boundary

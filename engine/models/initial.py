@@ -14,7 +14,7 @@ import math
 import numpy as np
 import torch
 
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.parallel.sharding import ParameterSpec
 
 PURPOSE = 0x1A17

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.models.attention import SelfAttention, View
 from engine.models.dropout import ATTENTION_OUTPUT, FFN_OUTPUT
 from engine.parallel.functions import Functions

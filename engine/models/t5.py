@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.models.attention import SelfAttention, View
 from engine.models.chunk import Chunk, Rows, whole
 from engine.models.dropout import (

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.models.families import family
 from engine.parallel.functions import PLAIN, Functions
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from engine.config.schema import OptimizerConfig
+from engine.config.schema.optimizer import OptimizerConfig
 from engine.optim.muon import Muon
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.state import ParameterGroup

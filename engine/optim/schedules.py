@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from engine.config.schema import RunStage, ScheduleConfig
+from engine.config.schema.stage import RunStage, ScheduleConfig
 
 
 def factor_of_step(run_stage: RunStage, step: int) -> float:

@@ -11,17 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.resolve import examine
-from engine.config.schema import (
-    DataConfig,
-    Duration,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    PrecisionConfig,
-    RunConfig,
-    RunStage,
-)
+from engine.config.schema.data import DataConfig
+from engine.config.schema.model import ModelConfig
+from engine.config.schema.objective import ObjectiveConfig
+from engine.config.schema.optimizer import OptimizerConfig, PrecisionConfig
+from engine.config.schema.parallel import ParallelConfig
+from engine.config.schema.run import RunConfig
+from engine.config.schema.stage import Duration, RunStage
 from engine.errors import PalimpsestError
 
 MARKERS = ("<!-- composition -->", "<!-- /composition -->")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from engine.config.lengths import RowLengths
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.errors import ConfigError
 from engine.plan.operations import layer_costs
 from engine.plan.parameters import stage_entries

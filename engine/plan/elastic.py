@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config.resolve import Layout, examine, num_micro_batches
-from engine.config.schema import ParallelConfig, RunConfig
+from engine.config.schema.parallel import ParallelConfig
+from engine.config.schema.run import RunConfig
 from engine.plan.worlds import with_parallel
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Protocol, cast
 
 from engine.config.lengths import RowLengths
-from engine.config.schema import ModelConfig, Recompute
+from engine.config.schema.model import ModelConfig
+from engine.config.schema.parallel import Recompute
 from engine.plan import bert, gpt, t5
 from engine.plan.parts import Entry
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from engine.config.lengths import RowLengths
-from engine.config.schema import ModelConfig, Recompute
+from engine.config.schema.model import ModelConfig
+from engine.config.schema.parallel import Recompute
 from engine.plan import parts
 from engine.plan.parts import Entry
 

@@ -4,7 +4,8 @@ asks here for the number of rows, as the plan does.
 
 from __future__ import annotations
 
-from engine.config.schema import ModelConfig, ParallelConfig
+from engine.config.schema.model import ModelConfig
+from engine.config.schema.parallel import ParallelConfig
 
 CHUNK_ELEMENTS = 2**25
 """Logits at a time: 128 MiB in fp32, and more than enough work for one device kernel."""

@@ -16,7 +16,9 @@ from fractions import Fraction
 
 from engine.config.deepspeed import reduce_bucket_elements
 from engine.config.lengths import RowLengths
-from engine.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from engine.config.schema.model import ModelConfig
+from engine.config.schema.optimizer import PrecisionConfig
+from engine.config.schema.parallel import ParallelConfig
 from engine.plan.families import figures
 from engine.plan.logits import head_bytes
 from engine.plan.parts import Entry

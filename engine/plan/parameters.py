@@ -7,7 +7,7 @@ first and last stage are different.
 
 from __future__ import annotations
 
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.plan.families import figures
 from engine.plan.parts import Entry
 

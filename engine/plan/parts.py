@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 
 
 @dataclass(frozen=True)

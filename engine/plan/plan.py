@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.config.lengths import has_segments, held_lengths, row_lengths
 from engine.config.resolve import Layout, num_micro_batches, resolve
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 from engine.plan.cut import Part, entries_of, stage_parts, tied_stages
 from engine.plan.elastic import World, elastic_worlds
 from engine.plan.families import figures

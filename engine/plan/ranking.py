@@ -16,7 +16,8 @@ from itertools import product
 from typing import Any
 
 from engine.config.resolve import Layout, examine
-from engine.config.schema import ParallelConfig, RunConfig
+from engine.config.schema.parallel import ParallelConfig
+from engine.config.schema.run import RunConfig
 from engine.plan.hardware import GIB, Cluster
 from engine.plan.memory import MASTER_BYTES, MOMENTS_BYTES
 from engine.plan.plan import Plan, stage_plans

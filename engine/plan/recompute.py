@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from engine.config.lengths import has_segments, held_lengths, row_lengths
 from engine.config.resolve import Layout, num_micro_batches
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 from engine.plan.cut import stage_parts
 from engine.plan.hardware import GIB
 from engine.plan.memory import activation_bytes

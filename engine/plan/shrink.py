@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 from engine.plan.elastic import World, describe, elastic_worlds
 from engine.plan.hardware import ACCELERATORS, Accelerator, Cluster
 from engine.plan.ranking import rank

@@ -6,7 +6,8 @@ Encoder layers are of rows of `lengths.tokens`, decoder layers of rows of `lengt
 from __future__ import annotations
 
 from engine.config.lengths import RowLengths
-from engine.config.schema import ModelConfig, Recompute
+from engine.config.schema.model import ModelConfig
+from engine.config.schema.parallel import Recompute
 from engine.plan import gpt, parts
 from engine.plan.gpt import EMBEDDING, HEAD, KEY_BYTES, SEGMENT_BYTES
 from engine.plan.parts import Entry

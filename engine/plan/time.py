@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from engine.config.lengths import row_lengths
 from engine.config.resolve import Layout, num_micro_batches
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 from engine.plan.hardware import Accelerator, Cluster
 from engine.plan.memory import DTYPE_BYTES, HOST_GRADIENT_BYTES
 from engine.plan.operations import training_operations

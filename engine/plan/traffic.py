@@ -11,7 +11,9 @@ from dataclasses import dataclass, fields
 from fractions import Fraction
 
 from engine.config.lengths import RowLengths
-from engine.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from engine.config.schema.model import ModelConfig
+from engine.config.schema.optimizer import PrecisionConfig
+from engine.config.schema.parallel import ParallelConfig
 from engine.plan.cut import Part
 from engine.plan.families import figures
 from engine.plan.memory import DTYPE_BYTES

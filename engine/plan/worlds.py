@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config.resolve import Layout, examine
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 from engine.errors import PalimpsestError
 
 

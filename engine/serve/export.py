@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from engine.checkpoint.huggingface import from_huggingface
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.errors import CheckpointError, ConfigError, EnvironmentProblem
 from engine.models.values import whole_model
 from engine.serve.language_model import LanguageModel, read_folder, read_tokenizer, their_form

@@ -14,7 +14,7 @@ import torch
 
 from engine.checkpoint.huggingface import Names, form_of, read_model, their_names, to_huggingface
 from engine.checkpoint.load import read_state
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.errors import ConfigError
 from engine.serve.source import Trained, is_trained, open_trained, run_of
 

@@ -17,7 +17,8 @@ from engine.checkpoint.load import read_state, read_weights
 from engine.checkpoint.manifest import CheckpointState
 from engine.checkpoint.verify import verify
 from engine.config.load import load_run, parse_run
-from engine.config.schema import ModelConfig, RunConfig
+from engine.config.schema.model import ModelConfig
+from engine.config.schema.run import RunConfig
 from engine.data.tokenizer import tokenizer_hash
 from engine.errors import CheckpointError, ConfigError
 from engine.logs import logger

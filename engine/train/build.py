@@ -16,7 +16,10 @@ from torch import nn
 from engine.config.deepspeed import deepspeed_config
 from engine.config.lengths import has_segments, held_lengths, row_lengths
 from engine.config.resolve import Layout, num_micro_batches
-from engine.config.schema import ModelConfig, ParallelConfig, RunConfig, RunStage
+from engine.config.schema.model import ModelConfig
+from engine.config.schema.parallel import ParallelConfig
+from engine.config.schema.run import RunConfig
+from engine.config.schema.stage import RunStage
 from engine.models.chunk import Chunk, Rows
 from engine.models.families import family
 from engine.models.initial import initial_value

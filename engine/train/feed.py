@@ -14,7 +14,9 @@ from itertools import islice
 import torch
 
 from engine.config.resolve import num_micro_batches
-from engine.config.schema import ParallelConfig, RunConfig, RunStage
+from engine.config.schema.parallel import ParallelConfig
+from engine.config.schema.run import RunConfig
+from engine.config.schema.stage import RunStage
 from engine.data.batch import Batch
 from engine.data.damage import Damage
 from engine.data.dataset import TokenDataset

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from engine.checkpoint.storage import Place
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 from engine.logs import logger
 from engine.train import wandb_files
 

@@ -24,7 +24,7 @@ from engine.config.load import load_run
 from engine.config.place import RankPlace
 from engine.config.resume import compare, meaning_hash, refuse_new_meaning
 from engine.config.save import FILE, save_run
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 from engine.data.loader import Loader
 from engine.errors import CheckpointError, ConfigError, EnvironmentProblem
 from engine.logs import logger

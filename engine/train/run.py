@@ -18,7 +18,7 @@ import torch
 from engine import outcome
 from engine.config.place import RankPlace
 from engine.config.resolve import Layout
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 from engine.data.damage import DamagedShard
 from engine.errors import (
     EXIT_DONE,

@@ -11,7 +11,7 @@ import statistics
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from engine.config.schema import StabilityConfig
+from engine.config.schema.optimizer import StabilityConfig
 from engine.errors import PalimpsestError
 from engine.parallel.zero import NotFinite, finite
 

@@ -16,7 +16,7 @@ import torch
 from engine.config.load import parse_run, read_tree
 from engine.config.place import RankPlace
 from engine.config.resolve import resolve
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 from engine.models.families import family
 from engine.parallel.boundary import Tensors
 from engine.parallel.collectives import all_reduce

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import torch
 
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.models.families import family
 from engine.models.initial import initial_value
 from engine.models.values import fill

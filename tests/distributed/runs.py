@@ -11,7 +11,7 @@ import numpy as np
 from engine.config.load import merge, parse_run
 from engine.config.place import RankPlace
 from engine.config.resolve import resolve
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 from engine.data.prepare import PrepareOptions, prepare
 from engine.data.shards import ShardWriter
 from engine.data.tokenizer import tokenizer_hash

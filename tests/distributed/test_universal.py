@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from engine.checkpoint.universal import LATEST, MOMENTS, write_universal
 from engine.cli import main
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.errors import CheckpointError
 from engine.models.families import family
 from engine.parallel.sharding import ParameterSpec

@@ -1,6 +1,6 @@
 """Which rank is taken for hung: a clock of our own, no waiting."""
 
-from engine.config.schema import LaunchConfig
+from engine.config.schema.run import LaunchConfig
 from engine.heartbeat import Beat, Phase
 from launcher.watchdog import LONGEST_TICK_SECONDS, Watchdog
 

@@ -22,7 +22,7 @@ import torch
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION
 from torch import nn
 
-from engine.config.schema import ParallelConfig
+from engine.config.schema.parallel import ParallelConfig
 from engine.errors import PalimpsestError
 from engine.parallel.boundary import Tensors
 from engine.parallel.chunks import Chunks

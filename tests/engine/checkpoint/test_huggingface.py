@@ -25,7 +25,7 @@ from engine.checkpoint.forms import GPT2, LLAMA, Form
 from engine.checkpoint.huggingface import form_of, from_huggingface, our_config, to_huggingface
 from engine.checkpoint.t5_form import T5
 from engine.config.model import ONLY
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.models.values import whole_model
 from tests.engine.models.tiny import BERT_FORMS, FORMS, random_weights, tiny, twin

@@ -21,7 +21,8 @@ import pytest
 from engine.checkpoint.geometry import dims, flat_index, strides
 from engine.checkpoint.writers import Need, Writer, stored_range, transfers, writers_of
 from engine.config.lengths import RowLengths
-from engine.config.schema import ModelConfig, OptimizerConfig
+from engine.config.schema.model import ModelConfig
+from engine.config.schema.optimizer import OptimizerConfig
 from engine.models.families import FAMILIES, family
 from engine.optim.groups import parameter_groups
 from engine.parallel.sharding import ParameterSpec

@@ -11,7 +11,10 @@ from engine.config.lengths import (
     row_lengths,
     span_lengths,
 )
-from engine.config.schema import DataConfig, Duration, ObjectiveConfig, ParallelConfig, RunStage
+from engine.config.schema.data import DataConfig
+from engine.config.schema.objective import ObjectiveConfig
+from engine.config.schema.parallel import ParallelConfig
+from engine.config.schema.stage import Duration, RunStage
 
 
 def filled(read, rate, mean):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.config.resolve import check
-from engine.config.schema import Duration
+from engine.config.schema.stage import Duration
 from engine.plan.composition import example, problems_of
 
 

@@ -8,7 +8,7 @@ import pytest
 from engine.config.load import parse_run
 from engine.config.resolve import check
 from engine.config.resume import flatten
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 
 
 def config(**data: Any) -> RunConfig:

@@ -3,7 +3,7 @@
 import pytest
 
 from engine.config.model import ONLY, check_model
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 
 GPT = {"vocab_size": 10, "num_layers": 1, "hidden_size": 8, "num_heads": 2}
 

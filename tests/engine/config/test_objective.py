@@ -3,7 +3,9 @@
 import pytest
 
 from engine.config.objective import OBJECTIVES, check_objective
-from engine.config.schema import ModelConfig, ObjectiveConfig, RunStage
+from engine.config.schema.model import ModelConfig
+from engine.config.schema.objective import ObjectiveConfig
+from engine.config.schema.stage import RunStage
 from engine.errors import ConfigError
 
 MODEL = ModelConfig(vocab_size=10, num_layers=1, hidden_size=4, num_heads=1)

@@ -8,7 +8,7 @@ import pytest
 from engine.config.load import apply_override, parse_run
 from engine.config.model import divisors
 from engine.config.resolve import Layout, examine, num_micro_batches, resolve
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 from engine.errors import ConfigError
 
 

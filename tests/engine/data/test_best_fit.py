@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config.schema import ModelConfig, ObjectiveConfig
+from engine.config.schema.model import ModelConfig
+from engine.config.schema.objective import ObjectiveConfig
 from engine.data.best_fit import BestFit, best_fit_decreasing
 from engine.data.held_out import HeldOut
 from engine.models.families import family

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from engine.config.ramp import Ramp
-from engine.config.schema import ObjectiveConfig
+from engine.config.schema.objective import ObjectiveConfig
 from engine.data.dataset import TokenDataset
 from engine.data.loader import Loader
 from engine.data.source import Part

@@ -6,7 +6,7 @@ The rates are held to their binomial deviations: z below 4.5 fails by chance onc
 import numpy as np
 import pytest
 
-from engine.config.schema import ObjectiveConfig
+from engine.config.schema.objective import ObjectiveConfig
 from engine.data.draws import halves, words
 from engine.data.masking import choose_words, mask, num_words, word_starts
 from tests.engine.data.corpus import EOS, NUM_ORDINARY, SPECIAL, made_up_vocabulary

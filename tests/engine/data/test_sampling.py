@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.config.lengths import num_masked, span_lengths
-from engine.config.schema import ObjectiveConfig
+from engine.config.schema.objective import ObjectiveConfig
 from engine.data.dataset import TokenDataset
 from engine.data.held_out import HeldOut
 from engine.data.loader import Loader

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from tests.engine.models.tiny import FORMS
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from engine.checkpoint.huggingface import from_huggingface
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.models.chunk import Chunk
 from engine.models.families import family
 from engine.models.values import fill, whole_model

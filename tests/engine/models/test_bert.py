@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.models.bert import EMBEDDING, HEAD, HEAD_BIAS, build, losses, sharding, specs, ties, wanted
 from engine.models.chunk import Chunk
 from engine.models.initial import initial_value

@@ -10,7 +10,7 @@ import pytest
 
 from engine.config.load import parse_run, read_tree
 from engine.config.resolve import check
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 from engine.models.families import family
 from tests.engine.models.tiny import MODELS
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.data.draws import dropout_keys
 from engine.models.attention import view
 from engine.models.dropout import ATTENTION, FFN_OUTPUT, KEYS, NUM_SITES, Dropout, drops, make

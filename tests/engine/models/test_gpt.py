@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.models.attention import view
 from engine.models.chunk import Chunk
 from engine.models.gpt import EMBEDDING, HEAD, build, sharding, specs, ties

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.checkpoint.huggingface import from_huggingface, to_huggingface
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.errors import ConfigError
 from engine.models.chunk import Chunk, Rows
 from engine.models.dropout import (

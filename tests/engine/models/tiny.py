@@ -10,7 +10,7 @@ import transformers
 
 from engine.checkpoint.huggingface import form_of, to_huggingface
 from engine.config.load import read_tree
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.models.families import family
 from engine.models.gpt import EMBEDDING, HEAD
 

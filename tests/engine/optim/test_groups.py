@@ -1,6 +1,7 @@
 import pytest
 
-from engine.config.schema import ModelConfig, OptimizerConfig
+from engine.config.schema.model import ModelConfig
+from engine.config.schema.optimizer import OptimizerConfig
 from engine.models import gpt
 from engine.optim.groups import parameter_groups, weight_decay
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config.schema import ModelConfig, OptimizerConfig
+from engine.config.schema.model import ModelConfig
+from engine.config.schema.optimizer import OptimizerConfig
 from engine.models import gpt
 from engine.optim.groups import make_optimizer, parameter_groups
 from engine.optim.muon import COEFFICIENTS, Owners, cost, orthogonal, scaled_orthogonal

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from engine.config.schema import ScheduleConfig
+from engine.config.schema.stage import ScheduleConfig
 from engine.optim.schedules import factor, factor_of_step
 from tests.engine.config.test_resolve import config
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.models.attention import document_mask, view
 from engine.models.gpt import build
 from engine.parallel import packed

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.config.lengths import RowLengths
-from engine.config.schema import ModelConfig, Recompute
+from engine.config.schema.model import ModelConfig
+from engine.config.schema.parallel import Recompute
 from engine.models import gpt
 from engine.models.attention import view
 from engine.models.values import fill

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine.config.lengths import RowLengths
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.errors import ConfigError
 from engine.plan.cut import balance, cut, stage_parts, tied_stages
 from engine.plan.operations import layer_costs

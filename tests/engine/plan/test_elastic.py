@@ -4,7 +4,7 @@ import pytest
 
 from engine.config.load import apply_override, parse_run
 from engine.config.resolve import examine, num_micro_batches, resolve
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 from engine.data.loader import micro_batch_rows
 from engine.plan.composition import example
 from engine.plan.elastic import World, elastic_worlds

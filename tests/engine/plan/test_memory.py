@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from engine.config.lengths import RowLengths
-from engine.config.schema import ParallelConfig
+from engine.config.schema.parallel import ParallelConfig
 from engine.plan import bert, gpt
 from engine.plan.composition import Change, example
 from engine.plan.logits import head_bytes

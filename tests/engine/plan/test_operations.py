@@ -3,7 +3,7 @@
 import pytest
 
 from engine.config.lengths import RowLengths
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.plan.operations import training_operations
 
 GPT2 = ModelConfig(vocab_size=50257, num_layers=12, hidden_size=768, num_heads=12)

@@ -3,7 +3,7 @@
 import pytest
 
 from engine.config.lengths import RowLengths
-from engine.config.schema import ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.plan import gpt, parts
 from engine.plan.cut import cut
 from engine.plan.parameters import model_entries, num_parameters, stage_entries

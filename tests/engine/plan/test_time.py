@@ -11,7 +11,11 @@ from typing import Any
 import pytest
 
 from engine.config.resolve import resolve
-from engine.config.schema import DataConfig, Duration, ModelConfig, ParallelConfig, RunConfig, RunStage
+from engine.config.schema.data import DataConfig
+from engine.config.schema.model import ModelConfig
+from engine.config.schema.parallel import ParallelConfig
+from engine.config.schema.run import RunConfig
+from engine.config.schema.stage import Duration, RunStage
 from engine.plan.hardware import cluster
 from engine.plan.plan import stage_plans
 from engine.plan.time import BAND, StepTime, step_time

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from engine.config.schema import ParallelConfig
+from engine.config.schema.parallel import ParallelConfig
 from engine.plan.composition import Change, example
 from engine.plan.parameters import num_parameters
 from engine.plan.plan import Plan, make_plan

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 from engine.data.tokenizer_training import train_tokenizer
 from engine.serve.export import TEXT
 from tests.engine.serve.runs import run_config, save

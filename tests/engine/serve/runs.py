@@ -12,7 +12,7 @@ from engine.checkpoint.saver import Saver
 from engine.config.load import parse_run
 from engine.config.resolve import Layout
 from engine.config.resume import meaning_hash
-from engine.config.schema import RunConfig
+from engine.config.schema.run import RunConfig
 from engine.models.families import family
 from engine.parallel.axes import Grid
 from engine.parallel.groups import ALONE, Groups

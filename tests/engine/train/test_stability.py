@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from engine.config.schema import StabilityConfig
+from engine.config.schema.optimizer import StabilityConfig
 from engine.parallel.zero import NotFinite
 from engine.train.stability import Guard, StabilityState, Unstable
 from engine.train.state import TrainState

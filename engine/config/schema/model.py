@@ -1,0 +1,119 @@
+"""The model's section: its family, its sizes and the form of its parts."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from engine.config.schema.section import Kind, Section
+
+
+class ModelConfig(Section):
+    """A decoder in GPT-2 form (the defaults) or Llama form, an encoder in BERT or ModernBERT form, or T5 (see
+    `configs/models`)."""
+
+    kinds: ClassVar[dict[str, Kind]] = {"vocab_multiple": "execution"}
+
+    family: Literal["gpt", "bert", "t5"] = "gpt"
+    """Architecture family: decoders (`gpt`), encoders that predict masked tokens (`bert`), both in one (`t5`)."""
+    vocab_size: PositiveInt
+    """Real rows of the embedding: the tokenizer's size or more."""
+    vocab_multiple: PositiveInt = 128
+    """The embedding is padded to a multiple of this, for speed and so that tensor parallelism divides it."""
+    num_layers: PositiveInt
+    """Of an encoder-decoder (`t5`): of both stacks together."""
+    num_decoder_layers: PositiveInt | None = None
+    """`t5`: how many of them are the decoder's; None means half."""
+    hidden_size: PositiveInt
+    num_heads: PositiveInt
+    head_width: PositiveInt | None = None
+    """Width of a head; None means `hidden_size` / `num_heads`."""
+    num_kv_heads: PositiveInt | None = None
+    """Key and value heads (grouped-query attention); None means `num_heads`."""
+    ffn_size: PositiveInt | None = None
+    """Inner width of the feed-forward part; None means 4 x `hidden_size`."""
+    max_positions: PositiveInt = 1024
+    """Longest sequence; rows of the position table when `position` is `learned`."""
+    token_types: NonNegativeInt = 0
+    """`bert`: kinds of segments that have an embedding, 2 for pairs; 0 means no such embedding."""
+    pair_head: bool = False
+    """`bert`: a second head says how the two segments of a row belong together (`objective.pairs`)."""
+    position: Literal["learned", "rope", "relative"] = "learned"
+    """`relative` (`t5`): a number per head and bucket of distances is added to scores, which are not scaled."""
+    rope_theta: PositiveFloat = 10000.0
+    local_attention: int | None = Field(default=None, ge=2, multiple_of=2)
+    """`bert`: width of a window: in local layers a token sees what stands at most half of it away, on either side.
+    None: every layer is global."""
+    global_every: int = Field(default=3, ge=2)
+    """With `local_attention`: one in so many layers, the first one to begin with, is global; the others are local."""
+    local_rope_theta: PositiveFloat | None = None
+    """`rope_theta` of local layers; None means the same."""
+    relative_buckets: int = Field(default=32, ge=4, multiple_of=4)
+    """Buckets of distances, in the encoder half of them for each direction."""
+    relative_distance: PositiveInt = 128
+    """Distances from here on share a bucket."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_epsilon: PositiveFloat = 1e-5
+    norm_bias: bool = True
+    """Shifts of layer norms (RMS norms have none)."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """`pre`: each part of a layer adds to the residual stream what it makes of its norm; `post` (`bert`): the sum of a
+    part and its input is normalised."""
+    activation: Literal["gelu_tanh", "gelu", "relu", "swiglu", "geglu", "geglu_tanh"] = "gelu_tanh"
+    """Of the feed-forward part; the last three multiply what they make by a gate."""
+    bias: bool = True
+    """Biases in linear layers."""
+    tie_embeddings: bool = True
+    """The output projection is the token embedding."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of hidden states that training sets to 0: of the embedding, and of what each part of a layer makes. Keyed
+    by (seed, step, sample, layer, site), so equal in every layout."""
+    attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """The same of attention's probabilities; above 0 they are computed one by one, which costs time and memory."""
+    init_std: PositiveFloat = 0.02
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding in memory; a function of the configuration alone, never of the layout."""
+        return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_width or self.hidden_size // self.num_heads
+
+    @property
+    def score_scale(self) -> float | None:
+        """Factor of attention scores; None means head_size ** -0.5."""
+        return 1.0 if self.position == "relative" else None
+
+    def reach(self, layer: int) -> int | None:
+        """How far away, at most, a token of a layer sees another one; None means no such limit."""
+        if self.local_attention is None or layer % self.global_every == 0:
+            return None
+        return self.local_attention // 2
+
+    @property
+    def num_encoder_layers(self) -> int:
+        """Layers before those of the decoder, of an encoder-decoder."""
+        return self.num_layers - (self.num_decoder_layers or self.num_layers // 2)
+
+    @property
+    def inner_size(self) -> int:
+        return self.ffn_size or 4 * self.hidden_size
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward part multiplies what it makes by a gate."""
+        return self.activation in ("swiglu", "geglu", "geglu_tanh")
+
+    if TYPE_CHECKING:
+
+        def __hash__(self) -> int:
+            """Of all values: pydantic gives it to frozen models, which type checkers do not see."""
+            ...

@@ -1,0 +1,26 @@
+"""What every section of a configuration is: plain frozen values, and a kind per key.
+
+A kind says what a change of the key means on resume (contract "Config on resume"): `meaning` (a change makes another
+run), `schedule` (may change, is logged) or `execution` (free: layout, launcher, logging).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Kind = Literal["meaning", "schedule", "execution"]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, no unknown keys, no silent conversion from text to number."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+    kind: ClassVar[Kind] = "meaning"
+    """What a change of this section's keys means on resume."""
+    kinds: ClassVar[dict[str, Kind]] = {}
+    """Keys of this section whose kind is another one."""

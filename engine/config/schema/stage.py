@@ -1,0 +1,92 @@
+"""The sections of a run stage: its length, its learning rate over that length, its batch sizes."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from engine.config.ramp import Ramp, make_ramp
+from engine.config.schema.data import DataConfig
+from engine.config.schema.objective import ObjectiveConfig
+from engine.config.schema.section import Kind, Section
+
+
+class Duration(Section):
+    """How long a run stage lasts: steps or tokens, not both."""
+
+    kind: ClassVar[Kind] = "schedule"
+
+    steps: PositiveInt | None = None
+    tokens: PositiveInt | None = None
+
+
+class ScheduleConfig(Section):
+    """Learning rate over a run stage, as a factor of `optimizer.learning_rate`; `engine.optim.schedules` has the
+    formulas. Every shape begins with a linear warm-up; a key that a shape does not use keeps its default."""
+
+    kind: ClassVar[Kind] = "schedule"
+
+    shape: Literal["constant", "linear", "cosine", "wsd", "infinite", "rewarm"] = "cosine"
+    """`wsd`: warm-up, constant, decay at the end. `infinite`: warm-up, cool-down to a constant, constant, anneal at the
+    end. `rewarm`: a cosine that goes on from the factor where an earlier run ended."""
+    unit: Literal["steps", "tokens"] = "steps"
+    """What the lengths below are counted in."""
+    warmup: NonNegativeInt = 0
+    """Length of the warm-up."""
+    decay: PositiveInt | None = None
+    """Length of the decay. `linear`, `cosine` and `rewarm` decay after the warm-up, and None means to the end of the
+    stage; `wsd` and `infinite` decay at the end of the stage, and it has to be given."""
+    cooldown: NonNegativeInt = 0
+    """Length of the cool-down (`infinite`)."""
+    initial_factor: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Factor that the warm-up begins at (`rewarm`)."""
+    constant_factor: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Factor of the constant phase (`infinite`)."""
+    final_factor: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Factor that the decay ends at."""
+
+
+class SmallerBatch(Section):
+    """One entry of a batch-size ramp: a size, and until where it holds."""
+
+    size: PositiveInt
+    """Samples per step."""
+    until_step: PositiveInt | None = None
+    """The number of steps done at which the next size begins."""
+    until_tokens: PositiveInt | None = None
+    """The next size begins with the first step before which so many tokens are consumed."""
+
+
+class RunStage(Section):
+    """One stage of a run: its data, its batch and its length."""
+
+    name: str = "pretrain"
+    objective: ObjectiveConfig = ObjectiveConfig()
+    data: DataConfig
+    sequence_length: PositiveInt
+    """Tokens per sample that the model sees (span corruption: that the encoder sees)."""
+    global_batch_size: PositiveInt
+    """Samples per step over all ranks; does not change with the layout."""
+    batch_ramp: tuple[SmallerBatch, ...] = ()
+    """Sizes that come before `global_batch_size`, each until a step or a number of tokens."""
+    duration: Duration
+    schedule: ScheduleConfig = ScheduleConfig()
+
+    @property
+    def batches(self) -> Ramp:
+        """Samples per step, as a function of the step."""
+        ends = [
+            (entry.size, entry.until_step or 0, math.ceil((entry.until_tokens or 0) / self.sequence_length))
+            for entry in self.batch_ramp
+        ]
+        return make_ramp(ends, self.global_batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of this stage; a length in tokens is rounded up to whole steps."""
+        if self.duration.steps is not None:
+            return self.duration.steps
+        assert self.duration.tokens is not None, "resolve() lets no stage without a length pass"
+        return self.batches.steps(math.ceil(self.duration.tokens / self.sequence_length))
