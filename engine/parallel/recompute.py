@@ -8,27 +8,28 @@ Collectives inside a layer are run again, too, on all ranks of their group alike
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 Recompute = Literal["selective", "full"]
 
-_ATTENTION = (
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable",
-)
 KEPT = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    *(getattr(torch.ops.aten, name).default for name in _ATTENTION if hasattr(torch.ops.aten, name)),
+    "aten::mm",
+    "aten::addmm",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+    "torch_attn::_varlen_attn",
 }
 """Operations whose results `selective` keeps. Batched products are not among them: they would be scores."""
 
@@ -46,7 +47,7 @@ def recompute(layers: Iterable[nn.Module], how: Recompute) -> None:
 def _run(forward: Callable[..., Any], how: Recompute, *arguments: Any, **named: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*arguments, **named)
-    selective = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if how == "selective" else {}
+    selective = {"context_fn": _keeping_and_reusing} if how == "selective" else {}
     return checkpoint(
         forward,
         *arguments,
@@ -57,5 +58,44 @@ def _run(forward: Callable[..., Any], how: Recompute, *arguments: Any, **named: 
     )
 
 
-def _policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+Results = deque[tuple[str, Any]]
+"""(operation, what it made), in the order in which they were made."""
+
+
+def _keeping_and_reusing() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """What the first and the second run of a layer are under."""
+    results: Results = deque()
+    return _Keep(results), _Reuse(results)
+
+
+class _Mode(TorchDispatchMode):
+    """torch's own contexts for this (`create_selective_checkpoint_contexts`) want every operation of the first run in
+    the second, and none besides. Under ZeRO-3 the second run gathers weights that the first found gathered, or none
+    that it gathered ahead for the next layer; so these look at nothing but what is kept."""
+
+    def __init__(self, results: Results) -> None:
+        super().__init__()
+        self.results = results
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """What is compiled stays compiled under it."""
+        return True
+
+
+class _Keep(_Mode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func.name() in KEPT:
+            # Detached: autograd will write into the tensors it hands on where they come from.
+            self.results.append((func.name(), tree_map_only(torch.Tensor, torch.Tensor.detach, made)))
+        return made
+
+
+class _Reuse(_Mode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() not in KEPT:
+            return func(*args, **(kwargs or {}))
+        name, made = self.results.popleft()
+        assert name == func.name(), f"the first run computed {name} where the second computes {func.name()}"
+        return made

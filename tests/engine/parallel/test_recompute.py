@@ -131,3 +131,27 @@ def test_an_evaluation_runs_once_and_keeps_nothing() -> None:
         y_BTD = layer(x_BTD, view(config, x_BTD, None))
     assert storages.alive_bytes([y_BTD, *layer.parameters()]) == 0
     assert len(calls) == 1
+
+
+def test_the_second_run_may_do_what_the_first_did_not() -> None:
+    """As under ZeRO-3, which gathers weights in the run that finds them cut, and ahead of their use."""
+
+    def gradients(extra: bool) -> list[torch.Tensor]:
+        config, layer = make("gpt2", "selective", torch.float32)
+        calls: list[None] = []
+
+        def gather(*_: Any) -> None:
+            calls.append(None)
+            with torch.no_grad():
+                for _call in calls:
+                    torch.zeros(8).narrow(0, 0, 4).view(2, 2).clone()
+
+        if extra:
+            layer.get_submodule("ffn.up_proj").register_forward_pre_hook(gather)
+        x_BTD = torch.randn(1, LENGTH, config.hidden_size, generator=torch.Generator().manual_seed(1))
+        layer(x_BTD, view(config, x_BTD, None)).square().sum().backward()
+        assert len(calls) == 2 * extra
+        return [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
+
+    for plain, among_others in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(plain, among_others)
