@@ -4,13 +4,13 @@ Tolerances in fp32: the sums that a layout reorders have at most 12 x 8 tokens x
 which leaves the loss (about 4) within 2e-6 and the norm within 1e-5 of itself. Adam divides by the root of the second
 moment, so a relative error of 1e-5 in a gradient moves a weight by at most 1e-5 x learning rate x steps. Where a
 gradient is itself rounding (a sum of 96 terms of 1e-3 is off by 6e-10) it moves by 6e-10 / epsilon x learning rate x
-steps = 4e-5: 1e-4 covers both. The true gradient of a key bias is zero (softmax does not
+steps = 4e-6: 1e-4 covers both. The true gradient of a key bias is zero (softmax does not
 see a constant added to all scores), so Adam amplifies pure rounding there: its bound is 2 x learning rate x steps,
 and the model's outputs, which do not depend on it, must agree.
 
 They hold for models whose course rounding does not change, and not all are such. An element whose gradient is next to
 nothing at its first appearance (an embedding of a token that comes once: -2.3e-6, rounded by 2e-8) moves by gradient /
-(|gradient| + epsilon) x learning rate: 1.5e-5 wrong in a row of size 0.02, which an RMS norm magnifies fifty times. A
+(|gradient| + epsilon) x learning rate: 1.3e-5 wrong in a row of size 0.02, which an RMS norm magnifies fifty times. A
 Llama form of five layers left the bound of the norm that way (1e-4): in one plain process in fp32, tied or not, with
 grouped heads or without, on whole batches or single rows; and in fp64 one fp32 rounding of its initial weights moves
 its norm by 3e-5, a hundred times as much as that of the models here. So a test holds these to fp64 without any layout,
