@@ -6,15 +6,20 @@ make together, or those, is met. What is possible is asked of `engine.config`, s
 Greedy, in the manner of AETG (Cohen et al. 1997): the next case is the one of many random ones that brings the most
 that is missing; what none of them has is looked for by itself. Deterministic; the first cases bring the most.
 
+Every process that collects the tests makes this covering, so `engine.config` is not asked about each of the random
+choices as a whole but about their parts (`RULED`), of which there are few, and about the cases in the end.
+
 A case in bf16 is held to wider bounds, so it stands for the pairs that bf16 is in, and for no others.
 """
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from operator import itemgetter
 from typing import Any
 
 from engine.config.resolve import examine
@@ -57,6 +62,15 @@ TOGETHER = (
     ("schedule", "recompute", "dropout"),
     ("zero_stage", "sequence", "sequence_parallel"),
 )
+RULED = (
+    ("layout", "sequence", "micro_batch_size"),
+    ("model", "layout", "schedule"),
+    ("model", "layout", "vocab_multiple"),
+    ("model", "layout", "sequence", "sequence_parallel"),
+    ("layout", "sequence", "zero_stage", "schedule", "gather", "reduce", "gather_within"),
+    ("zero_stage", "optimizer", "offload", "dtype"),
+)
+"""Factors that one rule or several rules of `engine.config` read together; a test holds them to the whole."""
 OPTIONS = tuple(name for name in FACTORS if name not in ("model", "layout", "zero_stage", "schedule"))
 LARGEST_WORLD = 8
 SEED = 5
@@ -69,14 +83,16 @@ Choice = dict[str, Any]
 """A value for every factor."""
 Target = tuple[tuple[str, Any], ...]
 """Values that shall stand together."""
+Bits = list[tuple[Callable[[tuple[Any, ...]], Any], dict[Any, int]]]
+"""For some factors: their values out of a value of each, and the bit of the target that these are."""
 
 
 @cache
 def covering() -> tuple[Case, ...]:
     """The cases of the matrix."""
     rng = random.Random(SEED)
-    cases, missing = _greedy(_pool(), (1 << len(_places())) - 1, limit=None)
-    for target, place in _places().items():
+    cases, missing = _greedy(_pool(), (1 << len(targets())) - 1, limit=None)
+    for place, target in enumerate(targets()):
         if missing >> place & 1:
             more, missing = _greedy(_masked(_draws(dict(target), TRIES, rng)), missing, limit=1)
             cases += more
@@ -86,26 +102,29 @@ def covering() -> tuple[Case, ...]:
 def first_cases(number: int, largest_world: int) -> list[Case]:
     """The first of a covering in worlds of at most so many ranks: those bring most."""
     small = [(mask, case) for mask, case in _pool() if case.world_size <= largest_world]
-    return _greedy(small, (1 << len(_places())) - 1, limit=number)[0]
+    return _greedy(small, (1 << len(targets())) - 1, limit=number)[0]
+
+
+def groups() -> Iterator[tuple[str, ...]]:
+    """Factors of which any values shall stand together."""
+    return itertools.chain(itertools.combinations(FACTORS, 2), TOGETHER)
 
 
 @cache
 def targets() -> tuple[Target, ...]:
     """Everything that shall stand together, possible or not."""
-    groups = itertools.chain(itertools.combinations(FACTORS, 2), TOGETHER)
     return tuple(
         tuple(zip(names, values, strict=True))
-        for names in groups
+        for names in groups()
         for values in itertools.product(*(FACTORS[name] for name in names))
     )
 
 
 def covered(choice: Choice) -> set[Target]:
     """The targets that a case with these values stands for."""
-    groups = itertools.chain(itertools.combinations(FACTORS, 2), TOGETHER)
     return {
         tuple((name, choice[name]) for name in names)
-        for names in groups
+        for names in groups()
         if choice["dtype"] == "fp32" or "dtype" in names
     }
 
@@ -122,60 +141,116 @@ def values_of(case: Case) -> Choice:
 
 
 @cache
-def _places() -> dict[Target, int]:
-    """The bit of each target."""
-    return {target: place for place, target in enumerate(targets())}
-
-
-@cache
 def _pool() -> list[tuple[int, Case]]:
     return _masked(_draws({}, DRAWS, random.Random(SEED)))
 
 
-def _masked(draws: Iterable[Choice]) -> list[tuple[int, Case]]:
-    """Bits of the targets that each stands for, and the case."""
-    return [(sum(1 << _places()[target] for target in covered(choice)), case_of(choice)) for choice in draws]
+def _masked(draws: Iterable[tuple[Any, ...]]) -> list[tuple[int, Case]]:
+    """Bits of the targets that each stands for (`covered`), and the case."""
+    dtype = list(FACTORS).index("dtype")
+    every, in_bf16 = _bits("fp32"), _bits("bf16")
+    return [
+        (
+            sum(bits[chosen(values)] for chosen, bits in (every if values[dtype] == "fp32" else in_bf16)),
+            case_of(dict(zip(FACTORS, values, strict=True))),
+        )
+        for values in draws
+    ]
+
+
+@cache
+def _bits(dtype: str) -> Bits:
+    """Of the groups that a case in `dtype` stands for."""
+    found: Bits = []
+    places = {target: place for place, target in enumerate(targets())}
+    for names in groups():
+        if dtype == "fp32" or "dtype" in names:
+            combined = itertools.product(*(FACTORS[name] for name in names))
+            bits = {values: 1 << places[tuple(zip(names, values, strict=True))] for values in combined}
+            found.append((itemgetter(*_numbers(names)), bits))
+    return found
+
+
+def _numbers(names: tuple[str, ...]) -> list[int]:
+    """Where factors stand among all."""
+    return [list(FACTORS).index(name) for name in names]
 
 
 def _greedy(pool: list[tuple[int, Case]], missing: int, limit: int | None) -> tuple[list[Case], int]:
-    """Cases until they bring nothing more, or so many; and what is missing then."""
+    """Cases until they bring nothing more, or so many; and what is missing then.
+
+    The next is the one that brings most, of these the smallest world, of these the first. What a case brings only
+    shrinks, so whichever still brings what puts it first is that one, and the others need not be counted again.
+    """
     cases: list[Case] = []
-    while pool and (limit is None or len(cases) < limit):
-        mask, case = max(pool, key=lambda one: ((one[0] & missing).bit_count(), -one[1].world_size))
-        if mask & missing == 0:
+    queue = [((-len(targets()), case.world_size, place), mask, case) for place, (mask, case) in enumerate(pool)]
+    heapq.heapify(queue)
+    while queue and (limit is None or len(cases) < limit):
+        (before, world_size, place), mask, case = heapq.heappop(queue)
+        brings = (mask & missing).bit_count()
+        if brings < -before:
+            heapq.heappush(queue, ((-brings, world_size, place), mask, case))
+        elif brings == 0:
             break
-        missing &= ~mask
-        cases.append(case)
+        elif accepted(case):
+            missing &= ~mask
+            cases.append(case)
     return cases, missing
 
 
-def _draws(given: Choice, number: int, rng: random.Random) -> Iterator[Choice]:
-    """Those of so many random choices with the `given` values that can be."""
+def _draws(given: Choice, number: int, rng: random.Random) -> Iterator[tuple[Any, ...]]:
+    """Those of so many random choices with the `given` values that can be, a value for each factor in order."""
+    drawn = [
+        ((given[name],) if name in given else values, name in given, name in OPTIONS)
+        for name, values in FACTORS.items()
+    ]
+    random_number = rng.random
     for _ in range(number):
-        plain = rng.random()  # few options at once in some draws, or hardly anything could be
-        choice = {
-            name: given[name] if name in given else _draw(values, plain if name in OPTIONS else 0.0, rng)
-            for name, values in FACTORS.items()
-        }
-        if possible(choice):
-            yield choice
-
-
-def _draw(values: tuple[Any, ...], plain: float, rng: random.Random) -> Any:
-    return values[0] if rng.random() < plain else values[int(rng.random() * len(values))]
+        plain = random_number()  # few options at once in some draws, or hardly anything could be
+        chosen = tuple(
+            [
+                values[0]
+                if is_given or random_number() < (plain if is_option else 0.0)
+                else values[int(random_number() * len(values))]
+                for values, is_given, is_option in drawn
+            ]
+        )
+        if _possible(chosen):
+            yield chosen
 
 
 def possible(choice: Choice) -> bool:
     """Whether the world is small enough, every option does something, and `engine.config` accepts the case."""
+    return _possible(tuple(choice[name] for name in FACTORS))
+
+
+def _possible(values: tuple[Any, ...]) -> bool:
+    return all(_part_possible(names, chosen(values)) for names, chosen in _RULED)
+
+
+_RULED = [(names, itemgetter(*_numbers(names))) for names in RULED]
+
+
+@cache
+def _part_possible(names: tuple[str, ...], values: tuple[Any, ...]) -> bool:
+    """Whether these values are possible where every other factor has its first value."""
+    choice = {name: options[0] for name, options in FACTORS.items()} | dict(zip(names, values, strict=True))
+    return does_something(choice) and accepted(case_of(choice))
+
+
+def does_something(choice: Choice) -> bool:
+    """Whether the world is small enough and every option says something there."""
     pipe, tensor, data = choice["layout"]
-    if (
+    return not (
         pipe * tensor * data * choice["sequence"] > LARGEST_WORLD
         or (pipe == 1 and choice["schedule"] != ("1f1b", 1))
         or (tensor == 1 and choice["sequence_parallel"])
         or (choice["zero_stage"] < 2 and choice["reduce"])
-    ):
-        return False
-    case = case_of(choice)
+    )
+
+
+def accepted(case: Case) -> bool:
+    """Whether `engine.config` accepts a case as a whole."""
     return not examine(config_of(case), case.world_size)[1]
 
 

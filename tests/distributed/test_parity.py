@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
 import types
 from typing import Any
 
@@ -49,7 +50,18 @@ from tests.distributed.cases import (
     join_results,
     run_rank,
 )
-from tests.distributed.covering import FACTORS, case_of, covered, covering, first_cases, possible, targets, values_of
+from tests.distributed.covering import (
+    FACTORS,
+    accepted,
+    case_of,
+    covered,
+    covering,
+    does_something,
+    first_cases,
+    possible,
+    targets,
+    values_of,
+)
 from tests.distributed.plain import reference
 from tests.distributed.ranks import run_ranks
 from tests.distributed.table import Row, markdown, record
@@ -192,7 +204,19 @@ def test_what_can_stand_together_does_so_in_a_case():
         (("zero_stage", 3), ("sequence", 2), ("sequence_parallel", True)),
     ):
         assert target in found, target
-    assert all(possible(values_of(case)) and case_of(values_of(case)) == case for case in covering())
+    assert all(accepted(case) and case_of(values_of(case)) == case for case in covering())
+
+
+def test_what_can_be_part_by_part_is_what_can_be_as_a_whole():
+    """Choices of which every third or so can be, and the covering's own with one factor changed."""
+    rng = random.Random(11)
+    drawn = [{name: rng.choice(values[:2]) for name, values in FACTORS.items()} for _ in range(300)]
+    for case in covering():
+        name = rng.choice(list(FACTORS))
+        drawn += [values_of(case) | {name: value} for value in FACTORS[name]]
+    found = [possible(choice) for choice in drawn]
+    assert found == [does_something(choice) and accepted(case_of(choice)) for choice in drawn]
+    assert len(drawn) / 5 < sum(found) < len(drawn) * 4 / 5
 
 
 ALONE = sorted({dataclasses.replace(case, **ONE_RANK) for case in covering()}, key=str)
