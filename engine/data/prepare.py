@@ -39,7 +39,7 @@ from engine.data.recipe import (
 )
 from engine.data.sentences import check_language
 from engine.data.shards import DEFAULT_SHARD_BYTES, Compression, finish_folder, start_folder, sweep, tokens_per_shard
-from engine.data.sources import Source, content_hash, find_sources, read_chunks, shelves
+from engine.data.sources import Source, find_sources, named_hash, read_chunks, shelves
 from engine.data.statistics import Statistics
 from engine.data.tokenizer import TextTokenizer, load_tokenizer
 from engine.errors import ConfigError, DataError
@@ -115,7 +115,7 @@ def prepare(options: PrepareOptions, progress: Show = lambda _: None, pool: Pool
     _check(options)
     tokenizer = load_tokenizer(options.tokenizer)
     sources = find_sources(options.sources)
-    hashes = dict(pool.run(_named_hash, sources))
+    hashes = dict(pool.run(named_hash, sources))
     recipe = _recipe(options, tokenizer, sources, hashes)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
@@ -142,10 +142,6 @@ def _check(options: PrepareOptions) -> None:
         check_language(options.sentences)
     if not options.sources:
         raise ConfigError("no source is named", "files, folders, globs, or hf:NAME_OR_FOLDER")
-
-
-def _named_hash(source: Source) -> tuple[str, str]:
-    return source.name, content_hash(source)
 
 
 def _recipe(options: PrepareOptions, tokenizer: TextTokenizer, sources: list[Source], hashes: dict[str, str]) -> Recipe:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
-import fsspec
 import xxhash
 
 from engine.data.cache import ShardCache
@@ -75,6 +74,8 @@ class RemoteFolder:
 
     def __init__(self, url: str, cache: ShardCache, retry: Retry | None = None) -> None:
         """Reads nothing. Raises `DataError` where no file system is known for the URL."""
+        import fsspec  # with what it brings along, not for who reads a local folder
+
         self.url, self.cache, self._retry = url.rstrip("/"), cache, retry or Retry()
         try:
             self._system, self._root = fsspec.core.url_to_fs(self.url)

@@ -112,6 +112,11 @@ def content_hash(source: Source) -> str:
     return xxhash.xxh3_128_hexdigest(" ".join([*hashes, source.name]).encode())
 
 
+def named_hash(source: Source) -> tuple[str, str]:
+    """(name, `content_hash`) of a source, for results that come in no order. Raises `DataError`."""
+    return source.name, content_hash(source)
+
+
 def read_chunks(shelf: list[Source], text_key: str, blank_line_ends: bool) -> Iterator[Chunk]:
     """The documents of some sources of one kind in order.
 

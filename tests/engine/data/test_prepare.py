@@ -3,6 +3,8 @@
 import itertools
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import engine.data.encode
 import engine.data.sources
 from engine.data.dataset import TokenDataset
-from engine.data.pool import workers
+from engine.data.pool import Pool, workers
 from engine.data.prepare import PrepareOptions, Progress, prepare
 from engine.data.recipe import PARTS, RECIPE_FILE, WORK
 from engine.data.tokenizer import load_tokenizer
@@ -59,6 +61,23 @@ def test_every_document_lands_on_one_side_whole_and_in_order(options):
         assert prepared.parts[part].text_bytes == sum(len(text.encode()) for text in found)
         assert prepared.parts[part].tokens == TokenDataset(options.output / part).index.num_tokens
     TokenDataset(options.output / "train", tokenizer.hash)
+
+
+def test_workers_load_what_their_work_needs_and_no_more(options):
+    """They start for every preparation, and again for its first item they load the module that holds its function."""
+    modules = set()
+
+    class Noting(Pool):
+        def run(self, function, items):
+            modules.add(function.__module__)
+            return super().run(function, items)
+
+    prepare(options, pool=Noting(1))
+    assert len(modules) == 3
+    asked = f"import sys, {', '.join(modules)}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    heavy = {"torch", "transformers", "datasets", "pyarrow", "fsspec", "pydantic", "typer", "engine.data.prepare"}
+    assert not heavy & set(done.stdout.split())
 
 
 def test_duplicates_land_on_the_same_side(options, tmp_path):

@@ -13,7 +13,6 @@ from typing import Any
 import fsspec
 import pytest
 
-import engine.data.remote
 from engine.data.ahead import FetchAhead
 from engine.data.cache import ShardCache
 from engine.data.damage import DamagedShard
@@ -145,7 +144,7 @@ class Store:
 @pytest.fixture
 def store(local, monkeypatch) -> Store:
     found = Store(local)
-    monkeypatch.setattr(engine.data.remote.fsspec.core, "url_to_fs", lambda url: (found, "bucket"))
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (found, "bucket"))
     return found
 
 
