@@ -1,4 +1,4 @@
-"""What concerns a whole run of the tests: a part of the long matrices only, and the parity table at its end."""
+"""What concerns a whole run of the tests: how long the matrices may be, a part of them only, and the parity table."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "build"
+LARGEST_MATRIX = 150
+"""Long cases of what a layout computes and costs; the files below hold the long ones of checkpoints, kills and loss."""
+ELSEWHERE = (
+    "tests/chaos/",
+    "tests/distributed/test_interchange.py",
+    "tests/distributed/test_resharding.py",
+    "tests/distributed/test_universal.py",
+)
 
 
 def part() -> tuple[int, int]:
@@ -22,7 +30,23 @@ def part() -> tuple[int, int]:
     return number, parts
 
 
+def check_matrix(items: list[pytest.Item]) -> None:
+    """Refuses a matrix of layouts that has outgrown `make test-all`.
+
+    Raises:
+        UsageError: it has more than `LARGEST_MATRIX` cases.
+    """
+    long = [item for item in items if item.get_closest_marker("matrix") and not item.nodeid.startswith(ELSEWHERE)]
+    if len(long) > LARGEST_MATRIX:
+        raise pytest.UsageError(
+            f"{len(long)} cases are marked `matrix`; allowed: {LARGEST_MATRIX}; drop those that the covering in "
+            "tests/distributed/covering.py has"
+        )
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` deselects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    check_matrix(items)
     number, parts = part()
     kept, dropped, long = [], [], 0
     for item in items:

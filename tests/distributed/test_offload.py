@@ -20,15 +20,6 @@ from tests.distributed.test_not_finite import discarded_steps
 from tests.distributed.test_parity import check, run
 
 PARITY = Case("llama", zero_stage=3, pipe=2, offload="optimizer")
-MATRIX = [
-    Case("gpt2", zero_stage=1, pipe=2, data=2, offload="optimizer"),
-    Case("bert", zero_stage=2, tensor=2, data=2, offload="optimizer"),
-    Case("t5", zero_stage=2, pipe=3, data=2, reduce="step", offload="optimizer"),
-    Case("gpt2", zero_stage=3, data=2, gather="step", reduce="step", offload="optimizer"),
-    Case("gpt2-deep", zero_stage=3, pipe=2, tensor=2, virtual_stages=3, offload="optimizer"),
-    Case("llama", zero_stage=1, pipe=2, schedule="zb-h1", offload="optimizer"),
-    Case("gpt2", zero_stage=3, tensor=2, data=2, sequence_parallel=True, recompute="full", offload="optimizer"),
-]
 BITWISE = [
     Case("gpt2", zero_stage=1, pipe=2, dtype="bf16"),
     Case("gpt2", zero_stage=2, pipe=2, data=2, dtype="bf16"),
@@ -40,12 +31,6 @@ BITWISE = [
 
 def test_offload_equals_plain_torch() -> None:
     check(PARITY)
-
-
-@pytest.mark.matrix
-@pytest.mark.parametrize("case", MATRIX, ids=str)
-def test_every_layout_with_offload_equals_plain_torch(case: Case) -> None:
-    check(case)
 
 
 @pytest.mark.matrix

@@ -277,6 +277,7 @@ class Collected:
 
     number: int
     is_long: bool
+    nodeid: str = "tests/distributed/test_parity.py"
 
     def get_closest_marker(self, name: str) -> bool | None:
         return (name == "matrix" and self.is_long) or None
@@ -296,6 +297,15 @@ def test_parts_are_disjoint_complete_and_of_one_size(parts: int, monkeypatch):
     long = [sum(collected[number].is_long for number in one) for one in kept]
     assert max(long) - min(long) <= 1
     assert {number for number in range(100) if not collected[number].is_long} <= set(kept[0])
+
+
+def test_a_matrix_that_has_outgrown_its_time_is_refused():
+    whole: Any = [Collected(number, is_long=True) for number in range(conftest.LARGEST_MATRIX)]
+    others: Any = [Collected(0, is_long=True, nodeid=f"{place}x") for place in conftest.ELSEWHERE]
+    short: Any = [Collected(0, is_long=False)]
+    conftest.check_matrix([*whole, *others, *short])
+    with pytest.raises(pytest.UsageError, match="151 cases are marked `matrix`; allowed: 150"):
+        conftest.check_matrix([*whole, whole[0]])
 
 
 def test_parts_of_the_covering_start_about_as_many_ranks():
