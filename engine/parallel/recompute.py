@@ -87,7 +87,7 @@ class _Keep(_Mode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         if func.name() in KEPT:
-            # Detached: autograd will write into the tensors it hands on where they come from.
+            # Detached, or they would hold the graph that autograd is about to hang on them.
             self.results.append((func.name(), tree_map_only(torch.Tensor, torch.Tensor.detach, made)))
         return made
 

@@ -16,7 +16,7 @@ from engine.config.schema.parallel import Recompute
 from engine.models import gpt
 from engine.models.attention import view
 from engine.models.values import fill
-from engine.parallel.recompute import recompute
+from engine.parallel.recompute import KEPT, recompute
 from engine.plan import gpt as figures
 
 FORMS = {
@@ -131,6 +131,15 @@ def test_an_evaluation_runs_once_and_keeps_nothing() -> None:
         y_BTD = layer(x_BTD, view(config, x_BTD, None))
     assert storages.alive_bytes([y_BTD, *layer.parameters()]) == 0
     assert len(calls) == 1
+
+
+def test_what_is_kept_are_names_that_torch_knows() -> None:
+    """Attention inside documents is one of a GPU, so no layer here meets it: a name that torch gave up would keep
+    nothing, and say nothing."""
+    pytest.importorskip("torch.nn.attention.varlen")
+    for name in KEPT:
+        space, operation = name.split("::")
+        assert getattr(getattr(torch.ops, space), operation).default.name() == name
 
 
 def test_the_second_run_may_do_what_the_first_did_not() -> None:
