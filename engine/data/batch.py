@@ -2,7 +2,7 @@
 
 Everything that training asks of a row travels with it: where it came from, what it weighs, which documents share
 it. Invariant: a batch always has B rows; a row that stands for nothing has weight 0, sample id -1 and padding.
-Moving it to a device is the caller's business.
+Moving it to a device is not done here.
 
 B batch (rows), T time (sequence length), S time of an encoder, M most masked tokens of a row.
 """
@@ -10,7 +10,7 @@ B batch (rows), T time (sequence length), S time of an encoder, M most masked to
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
@@ -72,20 +72,6 @@ class Batch:
     @property
     def num_rows(self) -> int:
         return self.samples_B3.shape[0]
-
-    def pinned(self) -> Batch:
-        """The same with inputs in page-locked memory. Takes the driver's time: not for the thread that trains."""
-        return replace(self, inputs={name: _page_locked(tensor) for name, tensor in self.inputs.items()})
-
-
-def _page_locked(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in page-locked memory, of one piece: of a view the copy to the GPU would go through other memory, and the
-    host would wait.
-
-    torch keeps such blocks for the next ones, and hands none out while a copy from it is still under way: copies from
-    page-locked tensors leave an event on their stream, which it asks.
-    """
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 def make_batch(

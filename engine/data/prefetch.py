@@ -1,4 +1,4 @@
-"""Reads the next steps in a thread while the current one trains.
+"""Reads the next steps in a thread while the current one trains: what the rank needs of them, on its way to its device.
 
 Invariant: the loader that was handed in describes what was consumed, never what was read ahead; the thread works
 on a clone of it. An error of the thread is raised by the call that would have returned its batches, and again by
@@ -8,6 +8,8 @@ every later one. The thread ends with `close` (or the context), even where nobod
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
 from threading import Condition, Thread
 
 import torch
@@ -16,9 +18,18 @@ from engine.data.ahead import FetchAhead
 from engine.data.batch import Batch
 from engine.data.loader import Loader, State
 from engine.data.stream import SampleId
+from engine.data.upload import Inputs, Upload, Uploader
 
 DEPTH = 2
 """Steps that may lie ready."""
+
+Cut = Callable[[Batch, int], Inputs]
+"""What a rank needs of a micro-batch of a step (by its number), on the CPU; the reading thread calls it."""
+
+
+def whole(batch: Batch, step: int) -> Inputs:
+    """All of it."""
+    return batch.inputs
 
 
 class Prefetcher:
@@ -31,27 +42,31 @@ class Prefetcher:
         data_size: int,
         micro_batch_size: int,
         depth: int = DEPTH,
+        cut: Cut = whole,
         gpu: torch.device | None = None,
     ) -> None:
-        """With a `gpu`, inputs lie in page-locked memory, from where it copies them while it computes."""
+        """Batches' inputs are what `cut` returns, copied to the `gpu` (if any) while that computes."""
         self._loader = loader
-        self._gpu = gpu
+        self._cut, self._gpu = cut, gpu
         self._shape = (data_rank, data_size, micro_batch_size)
         self._depth = depth
         self._start()
 
     def step(self) -> list[Batch]:
-        """This rank's micro-batches of the next global batch; waits until they are read. Raises what reading did."""
+        """This rank's micro-batches of the next global batch; waits until they are read. Raises what reading did.
+
+        On a GPU its current stream, and not the host, waits until they have arrived.
+        """
         with self._changed:
             assert not self._closed, "the prefetcher is closed"
             self._changed.wait_for(lambda: self._ready or self._error)
             if not self._ready:
                 assert self._error is not None
                 raise self._error
-            batches = self._ready.popleft()
+            batches, upload = self._ready.popleft()
             self._changed.notify_all()
         self._loader.skip()
-        return batches
+        return batches if upload is None else _with_inputs(batches, upload.arrive())
 
     def wait(self, seconds: float) -> bool:
         """Whether `step` would return (or raise) at once; waits for that for so long at most."""
@@ -91,7 +106,7 @@ class Prefetcher:
 
     def _start(self) -> None:
         self._changed = Condition()
-        self._ready: deque[list[Batch]] = deque()
+        self._ready: deque[tuple[list[Batch], Upload | None]] = deque()
         self._error: BaseException | None = None
         self._closed = False
         # a daemon, so that a process which forgets to close can still end
@@ -99,30 +114,35 @@ class Prefetcher:
         self._thread.start()
 
     def _read_ahead(self, loader: Loader) -> None:
-        if self._gpu is not None:
-            torch.cuda.set_device(self._gpu)  # a thread begins on GPU 0, and page-locking would make a context there
         ahead = FetchAhead()
         try:
             self._read_steps(loader, ahead)
+        except BaseException as error:  # whatever it is, the consumer must hear of it
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
         finally:
             ahead.close()
 
     def _read_steps(self, loader: Loader, ahead: FetchAhead) -> None:
+        uploader = None
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)  # a thread begins on GPU 0, and page-locking would make a context there
+            uploader = Uploader(self._gpu)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or len(self._ready) < self._depth)
                 if self._closed:
                     return
-            try:
-                ahead.want(loader.coming())
-                batches = loader.step(*self._shape)
-                if self._gpu is not None:
-                    batches = [batch.pinned() for batch in batches]
-            except BaseException as error:  # whatever it is, the consumer must hear of it
-                with self._changed:
-                    self._error = error
-                    self._changed.notify_all()
-                return
+            ahead.want(loader.coming())
+            step = loader.batches.steps(loader.samples)
+            batches = loader.step(*self._shape)
+            batches = _with_inputs(batches, [self._cut(batch, step) for batch in batches])
+            upload = uploader.send([batch.inputs for batch in batches]) if uploader is not None else None
             with self._changed:
-                self._ready.append(batches)
+                self._ready.append((batches, upload))
                 self._changed.notify_all()
+
+
+def _with_inputs(batches: list[Batch], inputs: list[Inputs]) -> list[Batch]:
+    return [replace(batch, inputs=own) for batch, own in zip(batches, inputs, strict=True)]

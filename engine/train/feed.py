@@ -91,7 +91,7 @@ class Feed:
             coordinates, layout = self.groups.coordinates, self.groups.layout
             shape = (coordinates.data_rank, layout.data, self.parallel.micro_batch_size)
             gpu = self.device if self.device.type == "cuda" else None
-            self._prefetcher = Prefetcher(self.loader, *shape, gpu=gpu)
+            self._prefetcher = Prefetcher(self.loader, *shape, cut=self._own_inputs, gpu=gpu)
 
     def step(self) -> tuple[list[Tensors], list[float]]:
         """The stage's inputs of the next step, and the weight of this data rank's targets by loss (L; 0 where it
@@ -102,7 +102,6 @@ class Feed:
         """
         begin = time.perf_counter()
         self._before = self.loader.state()
-        step = self.loader.batches.steps(self.loader.samples)
         if self._prefetcher is None:
             count = num_micro_batches(self.loader.batch_size, self.parallel, self.groups.layout.data)
             self.loader.skip()
@@ -113,7 +112,7 @@ class Feed:
                 if self._asked():
                     raise Stopping("a signal came while this rank waited for its data")
             batches = self._prefetcher.step()
-            inputs = [self._inputs(batch, step) for batch in batches]
+            inputs = [batch.inputs for batch in batches]
         self.wait_seconds = time.perf_counter() - begin
         return inputs, self._weights(batches)
 
@@ -147,7 +146,7 @@ class Feed:
             size = min(EVALUATION_CHUNK, left)
             left -= size
             chunk = list(islice(batches, size)) if self.reads else []
-            inputs = [self._inputs(batch, step=None) for batch in chunk] if self.reads else [{} for _ in range(size)]
+            inputs = [self._moved(batch) for batch in chunk] if self.reads else [{} for _ in range(size)]
             yield inputs, self._weights(chunk)
 
     def _num_held_out_batches(self) -> int:
@@ -160,8 +159,11 @@ class Feed:
             self._prefetcher.close()
             self._prefetcher = None
 
-    def _inputs(self, batch: Batch, step: int | None) -> Tensors:
-        """The stage's keywords of a batch; keys of dropout in a step of training alone."""
+    def _own_inputs(self, batch: Batch, step: int | None) -> Tensors:
+        """This rank's part of what its stage takes of a batch, on the CPU; keys of dropout in a step of training alone.
+
+        For the reading thread, too: it reads what does not change.
+        """
         inputs = batch.inputs
         if step is not None and KEYS in self.wanted:
             samples = batch.samples_B3
@@ -169,14 +171,12 @@ class Feed:
                 samples = torch.cat((batch.domains_B[:, None].long(), samples), dim=1)
             inputs = inputs | {KEYS: torch.from_numpy(dropout_keys(self.seed, step, samples.numpy()))}
         wanted = {name: tensor for name, tensor in inputs.items() if name in self.wanted}
-        length, ranks = self.run_stage.sequence_length, self.parallel.time_ranks
-        own = own_part(wanted, length, ranks, self.groups.sequence)
-        return {name: self._move(tensor) for name, tensor in own.items()}
+        return own_part(wanted, self.run_stage.sequence_length, self.parallel.time_ranks, self.groups.sequence)
+
+    def _moved(self, batch: Batch) -> Tensors:
+        """A held-out batch's, on this rank's device."""
+        return {name: tensor.to(self.device) for name, tensor in self._own_inputs(batch, step=None).items()}
 
     def _weights(self, batches: list[Batch]) -> list[float]:
         """(L,) weight of the targets of all batches, by loss."""
         return [sum(batch.weights[name] for batch in batches) for name in self.losses]
-
-    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor on this rank's device; from page-locked memory (the reading thread's) the host does not wait."""
-        return tensor.to(self.device, non_blocking=tensor.is_pinned())

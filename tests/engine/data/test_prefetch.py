@@ -5,7 +5,6 @@ import threading
 import pytest
 import torch
 
-from engine.data import batch
 from engine.data.dataset import TokenDataset
 from engine.data.loader import Loader
 from engine.data.prefetch import Prefetcher
@@ -105,17 +104,18 @@ def test_the_thread_ends_with_close_also_when_nobody_consumes(tmp_path):
         ahead.step()
 
 
-def test_inputs_are_page_locked_by_the_reading_thread_and_on_its_own_gpu(tmp_path, monkeypatch):
-    """CUDA is played: which thread calls what, in which order, is the point."""
-    called: list[tuple[str, str]] = []
+def test_the_reading_thread_cuts_what_the_rank_needs_and_knows_the_step(tmp_path):
+    plain, called = loader(tmp_path), []
 
-    def note(name, result):
-        return lambda *arguments: called.append((name, threading.current_thread().name)) or result(*arguments)
+    def cut(batch, step):
+        called.append((step, threading.current_thread().name))
+        return {"tokens_BT": batch.inputs["tokens_BT"][:, :5]}
 
-    monkeypatch.setattr(torch.cuda, "set_device", note("set_device", lambda device: None))
-    monkeypatch.setattr(batch, "_page_locked", note("pin", lambda tensor: tensor.clone()))
-    plain = loader(tmp_path)
-    with Prefetcher(plain.clone(), 0, 1, 4, gpu=torch.device("cuda", 3)) as ahead:
-        assert same(ahead.step(), plain.step(0, 1, 4))
-    assert called[0] == ("set_device", "prefetch")
-    assert set(called[1:]) == {("pin", "prefetch")}
+    plain.skip()
+    with Prefetcher(plain.clone(), 0, 1, 2, cut=cut) as ahead:
+        for _ in range(3):
+            expected = [batch.inputs["tokens_BT"][:, :5] for batch in plain.step(0, 1, 2)]
+            for batch, tokens in zip(ahead.step(), expected, strict=True):
+                assert set(batch.inputs) == {"tokens_BT"}
+                assert batch.inputs["tokens_BT"].equal(tokens)
+    assert called[:6] == [(step, "prefetch") for step in (1, 1, 2, 2, 3, 3)]
