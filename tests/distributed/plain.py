@@ -1,8 +1,8 @@
 """The run that every layout must equal, in one plain torch loop in fp64: the whole batch at once, `clip_grad_norm_`,
 unfused AdamW, and Muon as its authors write it, over matrices that are whole.
 
-fp64, so that a layout answers for its own rounding only. The same loop in fp32 says how far rounding leads a model that
-is in no layout at all: see `test_rounding_alone_leaves_every_model_within_the_bounds`.
+fp64, so that a layout answers for its own rounding only. The same loop in fp32, and in bf16 with masters in fp32, says
+how far rounding leads a model that is in no layout at all: see `test_parity`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ def reference(case: Case, dtype: torch.dtype = torch.float64) -> Result:
     specs = {spec.name: spec for spec in kind.specs(config.model)}
     ties = kind.ties(config.model)
     fill(model, lambda name: initial_value(specs[ties.get(name, name)], config.model, config.seed))
+    summed = torch.promote_types(dtype, torch.float32)
+    masters = {name: torch.nn.Parameter(p.detach().to(summed, copy=True)) for name, p in model.named_parameters()}
     named = dict(model.to(dtype).named_parameters())
-    matrices = {name: p for name, p in named.items() if case.optimizer == "muon" and is_matrix_of_a_layer(name, p)}
+    matrices = {name: p for name, p in masters.items() if case.optimizer == "muon" and is_matrix_of_a_layer(name, p)}
     optimizer = torch.optim.AdamW(
         [
             {"params": [parameter], "weight_decay": weight_decay(name, config.optimizer)}
-            for name, parameter in named.items()
+            for name, parameter in masters.items()
             if name not in matrices
         ],
         lr=LEARNING_RATE,
@@ -48,17 +50,24 @@ def reference(case: Case, dtype: torch.dtype = torch.float64) -> Result:
     losses, norms = [], []
     for step in range(NUM_STEPS):
         batch = global_batch(step, case.attention, case.model)
-        batch = {name: held.to(dtype) if held.is_floating_point() else held for name, held in batch.items()}
-        with nothing_rounded_below(dtype):
+        batch = {name: held.to(summed) if held.is_floating_point() else held for name, held in batch.items()}
+        with nothing_rounded_below(summed):
             loss = (model(**batch)["losses_L"] / weights(batch)).sum()
             loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)))
+        for name, master in masters.items():
+            grad = named[name].grad
+            assert grad is not None
+            master.grad = grad.to(summed)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(masters.values(), CLIP_NORM)))
         optimizer.step()
         muon.step()
         model.zero_grad()
+        with torch.no_grad():
+            for name, master in masters.items():
+                named[name].copy_(master)
         losses.append(loss.item())
     assert min(norms) > CLIP_NORM, "clipping has to be active in every step"
-    return Result(losses, norms, {name: p.detach().numpy().copy() for name, p in named.items()})
+    return Result(losses, norms, {name: p.detach().numpy() for name, p in masters.items()})
 
 
 @contextmanager

@@ -4,7 +4,7 @@ Tolerances in fp32: the sums that a layout reorders have at most 12 x 8 tokens x
 which leaves the loss (about 4) within 2e-6 and the norm within 1e-5 of itself. Adam divides by the root of the second
 moment, so a relative error of 1e-5 in a gradient moves a weight by at most 1e-5 x learning rate x steps. Where a
 gradient is itself rounding (a sum of 96 terms of 1e-3 is off by 6e-10) it moves by 6e-10 / epsilon x learning rate x
-steps = 4e-6: 1e-4 covers both. The true gradient of a key bias is zero (softmax does not
+steps = 4e-6: 2e-5 covers both. The true gradient of a key bias is zero (softmax does not
 see a constant added to all scores), so Adam amplifies pure rounding there: its bound is 2 x learning rate x steps,
 and the model's outputs, which do not depend on it, must agree.
 
@@ -16,10 +16,13 @@ grouped heads or without, on whole batches or single rows; and in fp64 one fp32 
 its norm by 3e-5, a hundred times as much as that of the models here. So a test holds these to fp64 without any layout,
 and a layout that leaves the bounds is wrong.
 
-In bf16, which keeps 8 bits, what a layer hands on is rounded about four times, each time by up to 2^-9 of itself: N
-layers leave the logits (size 1) and the first step's gradient off by about (4 N)^0.5 x 2^-9 of themselves, and the loss
-by thrice that at most. Norms of later steps are taken at weights that have drifted apart, since Adam turns a gradient
-that is mostly rounding into a whole step.
+In bf16, which keeps 8 bits, what a sublayer hands on is rounded about twice, each time by up to 2^-9 of itself: N
+sublayers leave the first step's gradient off by about (2 N)^0.5 x 2^-9 of itself. How far that leads a loss depends on
+the model: a T5 without a scale on its scores strays ten times as far as a GPT. So one plain process in bf16 says it, by
+its largest distance from fp64 over the steps. A layout's is another draw of the same size, times 2^0.5 where tensor
+ranks round their parts of a sum, too; the largest of six draws is above thrice that of six others once in 300 times,
+hence 4 x. Norms of later steps are taken at weights that have drifted apart, since Adam turns a gradient that is mostly
+rounding into a whole step.
 """
 
 from __future__ import annotations
@@ -73,7 +76,7 @@ HARD = (
 )
 SELECTION = (*HARD, *first_cases(13, largest_world=4))
 """What `make test` runs."""
-LOSS_BOUND, NORM_BOUND, WEIGHT_BOUND = 2e-6, 1e-5, 1e-4
+LOSS_BOUND, NORM_BOUND, WEIGHT_BOUND = 2e-6, 1e-5, 2e-5
 ONE_RANK: dict[str, Any] = {
     field.name: field.default
     for field in dataclasses.fields(Case)
@@ -104,10 +107,7 @@ def run(case: Case) -> Result:
 
 
 def check(case: Case) -> None:
-    key = (case.model, case.decay, case.attention, case.optimizer, case.vocab_multiple)
-    if key not in references:
-        references[key] = reference(case)
-    expected, found = references[key], run(case)
+    expected, found = plain(case), run(case)
     record(case, found, expected, furthest_weight(found, expected, case))
     if case.dtype == "bf16":
         check_bf16(found, expected, case)
@@ -116,8 +116,16 @@ def check(case: Case) -> None:
     for name, values in expected.weights.items():
         keys = key_biases(name, case)
         assert np.abs(found.weights[name] - values)[keys].max(initial=0) <= KEY_BIAS_BOUND, name
-    # 1e-4 per weight moves a logit by at most 1e-4 x width x layers x a few; in fact rounding is near 1e-5
-    np.testing.assert_allclose(logits(found, case), logits(expected, case), atol=1e-3)
+    # 2e-5 per weight moves a logit by at most 2e-5 x width x layers x a few; in fact rounding is near 1e-5
+    np.testing.assert_allclose(logits(found, case), logits(expected, case), atol=2e-4)
+
+
+def plain(case: Case, dtype: torch.dtype = torch.float64) -> Result:
+    """The run without a layout, taken once for all cases that share it."""
+    key = (case.model, case.decay, case.attention, case.optimizer, case.vocab_multiple, dtype)
+    if key not in references:
+        references[key] = reference(case, dtype)
+    return references[key]
 
 
 def check_fp32(found: Result, expected: Result, case: Case) -> None:
@@ -127,9 +135,12 @@ def check_fp32(found: Result, expected: Result, case: Case) -> None:
 
 
 def check_bf16(found: Result, expected: Result, case: Case) -> None:
-    rounding = (4 * config_of(case).model.num_layers) ** 0.5 * 2.0**-9
-    np.testing.assert_allclose(found.losses, expected.losses, rtol=0, atol=3 * rounding)
-    np.testing.assert_allclose(found.norms[0], expected.norms[0], rtol=rounding)
+    model = config_of(case).model
+    attending_twice = model.num_layers - model.num_encoder_layers if model.family == "t5" else 0
+    sublayers = 2 * model.num_layers + attending_twice
+    np.testing.assert_allclose(found.norms[0], expected.norms[0], rtol=(2 * sublayers) ** 0.5 * 2.0**-9)
+    rounded = np.abs(np.subtract(plain(case, torch.bfloat16).losses, expected.losses)).max()
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=0, atol=4 * rounded)
     masters = np.concatenate([values.ravel() for values in found.weights.values()])
     assert masters.dtype == np.float32
     assert (torch.from_numpy(masters).bfloat16().float().numpy() != masters).any(), "all of them are bf16 numbers"
