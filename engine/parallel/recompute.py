@@ -37,8 +37,8 @@ KEPT = {
 def recompute(layers: Iterable[nn.Module], how: Recompute) -> None:
     """Makes each of the `layers` keep little, in place; nothing changes where no gradient is asked for.
 
-    The second run ends with the last tensor that the backward pass wants: before the layer's last product and the
-    product's sum over tensor ranks.
+    The second run ends with the last tensor that the backward pass wants: in a pre-norm layer before the last product
+    and its sum over tensor ranks, in a post-norm layer with that sum.
     """
     for layer in layers:
         layer.forward = partial(_run, layer.forward, how)  # type: ignore[method-assign]

@@ -14,11 +14,10 @@ from engine.plan.gpt import (
     entered,
     exchanged,
     reduced,
-    reduced_again,
 )  # equal in both families
 from engine.plan.parts import Entry
 
-__all__ = ["boundary", "carried_bytes", "entered", "exchanged", "reduced", "reduced_again"]
+__all__ = ["boundary", "carried_bytes", "entered", "exchanged", "reduced"]
 
 PAIR_KINDS = 2
 SEEN_BLOCKS = 3
@@ -113,6 +112,11 @@ def _in_blocks(model: ModelConfig, layer: int, lengths: RowLengths) -> bool:
     """Whether a layer computes attention in blocks as wide as it reaches (`engine.models.attention.local_mask`)."""
     reach = model.reach(layer)
     return reach is not None and model.attention_dropout == 0 and lengths.tokens > SEEN_BLOCKS * reach
+
+
+def reduced_again(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+    """As in a GPT; a post-norm layer ends with a norm, whose backward pass wants the feed-forward part's sum, too."""
+    return gpt.reduced_again(model, layer, lengths) * (2 if model.norm_position == "post" else 1)
 
 
 def sees_whole_rows(name: str) -> bool:

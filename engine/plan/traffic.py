@@ -1,7 +1,8 @@
 """Bytes that one rank sends in a step, by collective: the formulas of what is built, for rings.
 
 A ring over n ranks sends (n-1)/n of the tensor per rank for a gather or a scatter and twice that for an all-reduce
-(Patarasuk and Yuan 2009). M is the number of micro-batches. Scalars (norms, losses, counts) are left out.
+(Patarasuk and Yuan 2009). Left out are scalars (norms, losses, counts), and what fills up the flat buffers of ZeRO-1
+and 2: fewer than 2 x data ranks numbers for each group of weight decay.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def stage_traffic(
     which travel down the pipeline with the activations.
     """
     family = figures(model)
-    numel = sum(entry.local_numel(parallel.tensor) for entry in entries)
+    numel = sum(_on_the_wire(entry, parallel, data_size) for entry in entries)
     rows, dtype_bytes = num_micro_batches * parallel.micro_batch_size, DTYPE_BYTES[precision.dtype]
     up, down = [part.layers.start for part in parts if not part.first], [p.layers.stop for p in parts if not p.last]
     carried = sum(family.carried_bytes(model, layer, lengths, segments) for layer in down)
@@ -80,7 +81,7 @@ def stage_traffic(
     if parallel.zero_stage == 3 and not parallel.gathers_per_step:
         # one parameter, two modules: each of them gathers it
         used = [entry for part in parts for entry in family.entries(model, part.layers, part.first, part.last)]
-        passes = 2 * num_micro_batches * sum(entry.local_numel(parallel.tensor) for entry in used)
+        passes = 2 * num_micro_batches * sum(_on_the_wire(entry, parallel, data_size) for entry in used)
         over_all = numel if parallel.gather_within else passes  # each parameter once, or every pass
         weights = int(over_all * dtype_bytes * gather_factor(data_size))
         within = int((passes - over_all) * dtype_bytes * gather_factor(parallel.gather_within or 1))
@@ -141,6 +142,12 @@ def gather_factor(size: int) -> Fraction:
 def all_reduce_factor(size: int) -> Fraction:
     """The same for an all-reduce."""
     return 2 * gather_factor(size)
+
+
+def _on_the_wire(entry: Entry, parallel: ParallelConfig, data_size: int) -> int:
+    """Local elements of a parameter as the data axis has them: ZeRO-3 fills each up so that all ranks hold as much."""
+    numel = entry.local_numel(parallel.tensor)
+    return -(-numel // data_size) * data_size if parallel.zero_stage == 3 else numel
 
 
 def _tie_bytes(

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from engine.config.schema.parallel import ParallelConfig
-from engine.plan.composition import Change, example
+from engine.plan.composition import BERT, Change, example
 from engine.plan.parameters import num_parameters
 from engine.plan.plan import Plan, make_plan
 from engine.plan.traffic import all_reduce_factor, gather_factor, zero_bytes
@@ -106,6 +106,28 @@ def test_sequence_parallelism_of_an_encoder_decoder() -> None:
     (stage,) = make_plan(config, 2).stages
     activations = 24 * ((encoder + decoder + rest) * 64 * 4 // 2 + 3 * 14 * 4)
     assert stage.traffic.tensor == activations + 12 * 64 * 4
+
+
+@pytest.mark.parametrize(("norm_position", "sums"), [("pre", 1), ("post", 2)])
+def test_a_second_run_sums_what_the_backward_pass_wants(norm_position: str, sums: int) -> None:
+    """What attention adds; where a norm follows the feed-forward part, what that adds, too."""
+    form = BERT["model"] | {"norm_position": norm_position}
+    once, again = (
+        make_plan(example({**BERT, "model": form, "parallel": {"tensor": 2, "recompute": how}}), 2)
+        for how in ("none", "full")
+    )
+    assert again.stages[0].traffic.tensor - once.stages[0].traffic.tensor == 24 * 4 * sums * 64 * 64 * 4
+
+
+def test_zero_3_fills_up_each_parameter() -> None:
+    """The next-sentence head's pooler, matrix of two rows, and bias of two numbers: that becomes four on four ranks,
+    each of which sends three quarters."""
+    parallel = {"data": 4, "zero_stage": 3}
+    apart = {"model": BERT["model"] | {"pair_head": False}, "objective": {"name": "masked"}}
+    whole, less = (
+        make_plan(example(form | {"parallel": parallel}), 4).stages[0].traffic.gradients for form in (BERT, apart)
+    )
+    assert whole - less == 6 * (64 * 64 + 64 + 2 * 64 + 4) * 4 * 3 // 4
 
 
 def test_tied_embedding() -> None:
