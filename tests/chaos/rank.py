@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from engine import cli
-from engine.train.run import Trainer
+from engine.train.trainer import Trainer
 
 
 def kill() -> None:

@@ -122,7 +122,7 @@ def test_a_run_outlives_every_kind_of_fault(corpus, tmp_path):
         assert re.match(pattern, words), (pattern, words)
     stacks = (run / "logs" / "hang-4.txt").read_text()
     assert "stop (tests/chaos/rank.py:" in stacks
-    assert "engine/train/run.py" in stacks
+    assert "engine/train/trainer.py" in stacks
 
     whole = tmp_path / "undisturbed"
     run_ranks(2, train_rank, tree(corpus, whole))

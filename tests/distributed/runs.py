@@ -102,8 +102,8 @@ def train_rank(place: RankPlace, tree: Tree, prepare: Callable[[Any], None] = la
 
     from engine.checkpoint.fingerprint import fingerprint
     from engine.train.build import join_groups
-    from engine.train.run import Trainer
     from engine.train.signals import StopSignals
+    from engine.train.trainer import Trainer
 
     config = run_config(tree)
     groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
