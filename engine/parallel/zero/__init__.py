@@ -1,5 +1,6 @@
 """ZeRO through DeepSpeed: one engine per pipeline stage, and everything that touches DeepSpeed's private parts."""
 
-from engine.parallel.zero.engine import NotFinite, StageEngine, finite, start
+from engine.parallel.zero.adapter import start
+from engine.parallel.zero.engine import NotFinite, StageEngine, finite
 
 __all__ = ["NotFinite", "StageEngine", "finite", "start"]

@@ -2,10 +2,9 @@
 
 DeepSpeed's own `PipelineEngine` refuses ZeRO-2 and 3. Here each rank gives its stage to an engine of its own, ZeRO
 runs over the stage's data ranks, and `engine.parallel.pipeline` decides which micro-batch goes forward or backward.
-What DeepSpeed gets wrong in this use is put right here and in `stage3`: its gradient norm (one norm over all ranks,
-each parameter counted once), tied embeddings on two stages, gradients of a backward that follows a backward, and a
-backward that starts from a received gradient. Gradients are averaged over data ranks by DeepSpeed; the caller's
-loss scale undoes it (contract "Loss").
+What DeepSpeed gets wrong in this use is put right here (gradients of a backward that follows a backward, and of one
+that starts from a received gradient), in `whole` (its gradient norm, tied embeddings on two stages) and in `stage3`.
+Gradients are averaged over data ranks by DeepSpeed; the caller's loss scale undoes it (contract "Loss").
 """
 
 from __future__ import annotations
@@ -13,29 +12,28 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import deepspeed
 import torch
-from deepspeed.runtime.engine import ZERO_OPTIMIZATION
 from torch import nn
 
 from engine.config.schema.parallel import ParallelConfig
 from engine.errors import PalimpsestError
 from engine.parallel.boundary import Tensors
 from engine.parallel.chunks import Chunks
-from engine.parallel.collectives import all_reduce
 from engine.parallel.deferral import Deferral, PutOff, gradients
 from engine.parallel.groups import Group, Groups
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.state import ParameterGroup, Part, Piece, Placement
+from engine.parallel.zero.adapter import Engine, Topology, scalar_of
 from engine.parallel.zero.gathering import Gathering
 from engine.parallel.zero.gradients import Accumulator
 from engine.parallel.zero.offload import host_state
 from engine.parallel.zero.optimizers import FlatShards, Named, PartitionedShards, has_gradient, shards
 from engine.parallel.zero.stage3 import Cures, partition_empty, replace_parameters
+from engine.parallel.zero.whole import WholeGradients
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -68,70 +66,6 @@ def finite(norm: float) -> bool:
     return True
 
 
-class _Emit(torch.autograd.Function):
-    """A scalar whose backward hands each output its gradient: DeepSpeed's `backward` wants a scalar."""
-
-    @staticmethod
-    def forward(ctx: Any, grads: Sequence[torch.Tensor], *outputs: torch.Tensor) -> torch.Tensor:
-        ctx.grads = grads
-        return outputs[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return None, *ctx.grads
-
-
-class _Topology:
-    """What DeepSpeed asks of its `mpu`. Everything that is not data is one "model" axis to it."""
-
-    def __init__(self, groups: Groups) -> None:
-        self.groups = groups
-
-    def get_data_parallel_group(self) -> Any:
-        return self.groups.zero.handle
-
-    def get_data_parallel_rank(self) -> int:
-        return self.groups.zero.position
-
-    def get_data_parallel_world_size(self) -> int:
-        return self.groups.zero.size
-
-    def get_model_parallel_group(self) -> Any:
-        return self.groups.model.handle
-
-    def get_model_parallel_rank(self) -> int:
-        return self.groups.model.position
-
-    def get_model_parallel_world_size(self) -> int:
-        return self.groups.model.size
-
-
-class _DeepSpeed(deepspeed.DeepSpeedEngine):
-    """DeepSpeed's engine, with one ZeRO optimizer for stages 1 and 2.
-
-    For ZeRO-1 with bf16 weights and fp32 gradients DeepSpeed takes another wrapper, whose state lies otherwise and
-    whose gradient norm knows nothing of pipeline stages; the ZeRO optimizer accumulates in fp32 just as well.
-    """
-
-    def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> Any:
-        wrapper = super()._do_optimizer_sanity_check(basic_optimizer)
-        return ZERO_OPTIMIZATION if self.zero_optimization() else wrapper
-
-
-def start(device: torch.device) -> None:
-    """Readies DeepSpeed in this process, after `groups.connect`; builds no extension on a CPU.
-
-    DeepSpeed would compile a shared-memory collective there (minutes, and a lock that a killed build leaves behind);
-    gloo does without.
-    """
-    if device.type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    # torch 2.13 renames collectives that DeepSpeed calls; each rank would say so several times
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
-
-
 class StageEngine:
     """A pipeline stage's weights, gradients and optimizer under one ZeRO stage. Every rank of the world makes one.
 
@@ -157,7 +91,7 @@ class StageEngine:
         if self.zero_stage == 0 or parallel.offload == "optimizer":
             # clipped here: DeepSpeed's norm would miss other stages, and offloaded it would clip on the host
             config = config | {"gradient_clipping": 0.0}
-        topology = _Topology(groups)
+        topology = Topology(groups)
         if self.zero_stage == 3:
             near = None if groups.near is None else groups.near.handle
             partition_empty(module, self.dtype, device, topology, config, near)
@@ -175,7 +109,7 @@ class StageEngine:
                 for group, described in zip(named, parameter_groups, strict=True)
             ]
         )
-        self._engine: Any = _DeepSpeed(
+        self._engine: Any = Engine(
             args=None,
             model=module,
             optimizer=self.optimizer,
@@ -194,6 +128,7 @@ class StageEngine:
         self._gathering = Gathering(self._engine, parallel.gathers_per_step) if self.zero_stage == 3 else None
         self._accumulator = self._make_accumulator(config) if parallel.reduces_per_step else None
         self._deferral = Deferral(module) if parallel.schedule == "zb-h1" else None
+        self._whole = WholeGradients(self._shards, parameter_groups, groups, self.zero_stage, device)
         self._gradients_begun = False
         self._norm = torch.zeros((), device=device)
         if self.zero_stage in (1, 2):
@@ -225,7 +160,7 @@ class StageEngine:
             self._cures.before_backward(chunk, is_first=not self._gradients_begun)
         self._gradients_begun = not is_last
         with self._pass(chunk, backward=True):
-            self._engine.backward(_Emit.apply(grads, *outputs), scale_wrt_gas=False)
+            self._engine.backward(scalar_of(outputs, grads), scale_wrt_gas=False)
         self._engine.inside_no_sync_ctxt = False
         if is_last:
             self._reduce()
@@ -286,9 +221,7 @@ class StageEngine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self._sum_partial_gradients()
-        self._sum_tied_gradients()
-        self._norm = self._global_norm()
+        self._norm = self._whole.complete()
         norm = self._norm.item()
         if not accept(norm):
             self._discard()
@@ -356,41 +289,6 @@ class StageEngine:
             return None
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config["data_types"]["grad_accum_dtype"]]
         return Accumulator(self._engine, self._shards, self.groups.zero, dtype)
-
-    def _sum_partial_gradients(self) -> None:
-        """Adds up what the tensor ranks found of the gradients of which each finds a part. Collective over tensor."""
-        found = self._shards.gradients()
-        parts = [grad for index, grad in found if self.parameter_groups[index].partial and grad.numel()]
-        if parts:
-            whole = all_reduce(torch.cat([part.view(-1) for part in parts]), self.groups.tensor)
-            for part, total in zip(parts, whole.split([part.numel() for part in parts]), strict=True):
-                part.view(-1).copy_(total)
-
-    def _sum_tied_gradients(self) -> None:
-        """A tied weight's gradient is the sum of what its stages found. Collective over each of `groups.ties`.
-
-        Groups of parameters stand in one order on all stages, so that no two of these collectives wait crosswise.
-        """
-        for index, grad in sorted(self._shards.gradients(), key=lambda held: held[0]):
-            if stages := self.parameter_groups[index].tied:
-                all_reduce(grad, self.groups.ties[stages])
-
-    def _global_norm(self) -> torch.Tensor:
-        """L2 norm of the whole model's gradient, each element counted once. Collective over the world."""
-        counted = [grad for index, grad in self._shards.gradients() if self._counts(self.parameter_groups[index])]
-        squares = torch.zeros((), dtype=torch.float64, device=self.device)
-        if counted:
-            norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in counted]
-            squares += torch.stack(norms).double().square().sum()
-        return all_reduce(squares, self.groups.world).sqrt().float()
-
-    def _counts(self, group: ParameterGroup) -> bool:
-        """Whether this rank's gradients of a group are its own, and not a copy that another rank counts."""
-        if group.tied and self.groups.coordinates.stage != group.tied[0]:
-            return False
-        if group.replicated and self.groups.tensor.position > 0:
-            return False
-        return self.zero_stage > 0 or self.groups.zero.position == 0
 
     def _discard(self) -> None:
         """Clears the gradients of a step that is not taken, the way DeepSpeed does after an overflow."""

@@ -1,0 +1,82 @@
+"""What DeepSpeed is given: a process, the groups it asks for, an engine of one kind, and a scalar to begin a backward
+pass with."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.engine import ZERO_OPTIMIZATION
+
+from engine.parallel.groups import Groups
+
+
+def start(device: torch.device) -> None:
+    """Readies DeepSpeed in this process, after `groups.connect`; builds no extension on a CPU.
+
+    DeepSpeed would compile a shared-memory collective there (minutes, and a lock that a killed build leaves behind);
+    gloo does without.
+    """
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # torch 2.13 renames collectives that DeepSpeed calls; each rank would say so several times
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+
+
+class Topology:
+    """What DeepSpeed asks of its `mpu`. Everything that is not data is one "model" axis to it."""
+
+    def __init__(self, groups: Groups) -> None:
+        self.groups = groups
+
+    def get_data_parallel_group(self) -> Any:
+        return self.groups.zero.handle
+
+    def get_data_parallel_rank(self) -> int:
+        return self.groups.zero.position
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.groups.zero.size
+
+    def get_model_parallel_group(self) -> Any:
+        return self.groups.model.handle
+
+    def get_model_parallel_rank(self) -> int:
+        return self.groups.model.position
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.groups.model.size
+
+
+class Engine(deepspeed.DeepSpeedEngine):
+    """DeepSpeed's engine, with one ZeRO optimizer for stages 1 and 2.
+
+    For ZeRO-1 with bf16 weights and fp32 gradients DeepSpeed takes another wrapper, whose state lies otherwise and
+    whose gradient norm knows nothing of pipeline stages; the ZeRO optimizer accumulates in fp32 just as well.
+    """
+
+    def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> Any:
+        wrapper = super()._do_optimizer_sanity_check(basic_optimizer)
+        return ZERO_OPTIMIZATION if self.zero_optimization() else wrapper
+
+
+def scalar_of(outputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A scalar whose backward pass hands each of the `outputs` its gradient: DeepSpeed's `backward` wants a scalar."""
+    return _Emit.apply(grads, *outputs)  # type: ignore[return-value]
+
+
+class _Emit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grads: Sequence[torch.Tensor], *outputs: torch.Tensor) -> torch.Tensor:
+        ctx.grads = grads
+        return outputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return None, *ctx.grads
