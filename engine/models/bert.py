@@ -24,9 +24,9 @@ from engine.models.heads import VocabularyHead
 from engine.models.layers import TransformerLayer, layer_sharding, norm
 from engine.parallel.boundary import Boundary, Field, Tensors
 from engine.parallel.functions import PLAIN, Functions
-from engine.parallel.sharding import VOCABULARY, ParameterSpec, Table, lookup
+from engine.parallel.sharding import VOCABULARY, ParameterSpec, Table, describe
 
-EMBEDDING, HEAD, HEAD_BIAS = "embed_tokens.weight", "lm_head.weight", "lm_head.bias"
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 PAIR_KINDS = 2
 
 
@@ -150,12 +150,7 @@ def specs(config: ModelConfig) -> list[ParameterSpec]:
     """Every parameter of the whole model by logical name, in the model's order; a tied head is not there."""
     with torch.device("meta"):
         model = build(config)
-    table = sharding(config)
-    found = []
-    for name, parameter in model.named_parameters():
-        real_rows = config.vocab_size if name in (EMBEDDING, HEAD, HEAD_BIAS) else None
-        found.append(ParameterSpec(name, tuple(parameter.shape), lookup(table, name), real_rows))
-    return found
+    return describe(model.named_parameters(), sharding(config), config.vocab_size)
 
 
 def ties(config: ModelConfig) -> dict[str, str]:

@@ -22,7 +22,7 @@ from engine.models.heads import VocabularyHead
 from engine.models.layers import TransformerLayer, layer_sharding, norm
 from engine.parallel.boundary import Boundary, Field, Tensors
 from engine.parallel.functions import PLAIN, Functions
-from engine.parallel.sharding import VOCABULARY, ParameterSpec, Table, lookup
+from engine.parallel.sharding import VOCABULARY, ParameterSpec, Table, describe
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
@@ -110,12 +110,7 @@ def specs(config: ModelConfig) -> list[ParameterSpec]:
     """Every parameter of the whole model by logical name, in the model's order; a tied head is not there."""
     with torch.device("meta"):
         model = build(config)
-    table = sharding(config)
-    found = []
-    for name, parameter in model.named_parameters():
-        real_rows = config.vocab_size if name in (EMBEDDING, HEAD) else None
-        found.append(ParameterSpec(name, tuple(parameter.shape), lookup(table, name), real_rows))
-    return found
+    return describe(model.named_parameters(), sharding(config), config.vocab_size)
 
 
 def ties(config: ModelConfig) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -116,3 +116,13 @@ class ParameterSpec:
             return whole
         runs = [whole.narrow(dim, start, length) for start, _, length in self.extents(tensor_rank, tensor_size)]
         return runs[0] if len(runs) == 1 else torch.cat(runs, dim)
+
+
+def describe(named: Iterable[tuple[str, torch.Tensor]], table: Table, vocab_size: int) -> list[ParameterSpec]:
+    """The parameters of a whole model, given by logical name, in their order."""
+    found = []
+    for name, parameter in named:
+        sharding = lookup(table, name)
+        real_rows = vocab_size if sharding == VOCABULARY else None
+        found.append(ParameterSpec(name, tuple(parameter.shape), sharding, real_rows))
+    return found

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.config.schema.model import ModelConfig
-from engine.models.bert import EMBEDDING, HEAD, HEAD_BIAS, build, losses, sharding, specs, ties, wanted
+from engine.models.bert import EMBEDDING, HEAD, build, losses, sharding, specs, ties, wanted
 from engine.models.chunk import Chunk
 from engine.models.initial import initial_value
 from engine.models.values import whole_model
@@ -180,7 +180,7 @@ def test_every_parameter_has_a_spec_and_every_pattern_a_parameter(config):
         assert any(lookup({pattern: expected}, name) is expected for name in names), pattern
     for spec in found:
         assert spec.sharding.dim is None or sum(spec.blocks()) == spec.shape[spec.sharding.dim]
-        assert spec.real_rows == (500 if spec.name in (EMBEDDING, HEAD, HEAD_BIAS) else None)
+        assert spec.real_rows == (500 if spec.name in (EMBEDDING, HEAD, "lm_head.bias") else None)
 
 
 def test_padded_vocabulary_changes_nothing(config, batch):
@@ -188,7 +188,7 @@ def test_padded_vocabulary_changes_nothing(config, batch):
     model = whole_model(config, weights)
     expected = model(**batch)["losses_L"]
     expected.sum().backward()
-    for name in {EMBEDDING, HEAD, HEAD_BIAS} & set(dict(model.named_parameters())):
+    for name in {EMBEDDING, HEAD, "lm_head.bias"} & set(dict(model.named_parameters())):
         parameter = model.get_parameter(name)
         assert not gradient_of(parameter)[500:].any()
         parameter.data[500:] = 100.0
