@@ -22,7 +22,7 @@ from engine.data.recipe import PARTS, RECIPE_FILE
 from engine.data.sampling import PackingName
 from engine.data.statistics import Statistics
 from engine.data.tokenizer import TextTokenizer, load_tokenizer
-from engine.errors import DataError
+from engine.errors import ConfigError, DataError
 from tools.data_tables import counts_table, histogram
 
 if TYPE_CHECKING:  # torch would make --help slow
@@ -39,6 +39,9 @@ BOUNDARY = "──── next document ────"
 
 def main(
     folder: Annotated[Path, typer.Argument(metavar="DIR_OR_RUN.yaml", help="Shards, what prepare wrote, or a run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Of a run: keys to change.")
+    ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Folder of the tokenizer (default: the one that prepare noted).")
     ] = None,
@@ -52,13 +55,20 @@ def main(
 ) -> None:
     """Verify every hash, then show counts and the first samples that a run with this seed would see.
 
-    Of a run file, show what the run draws from each source: samples, shares and epochs. It takes no options.
+    Of a run file, show what the run draws from each source: samples, shares and epochs. It takes keys to change, as
+    `train` does, and no options.
     """
     if folder.is_file():
         from tools.mixture import show_mixture
 
-        show_mixture(folder)
+        show_mixture(folder, overrides or [])
         return
+    if overrides:
+        raise ConfigError(
+            f"{folder} is no run file, and {overrides[0]!r} a key to change",
+            "a folder alone, or a run file and its keys",
+            "leave the keys out, or check the path of the run file",
+        )
     loaded = _tokenizer(folder, tokenizer)
     _print_recipe(folder)
     shown = ObjectiveConfig(name=objective, pairs=pairs, mask_unit=mask_unit)

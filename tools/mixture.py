@@ -14,13 +14,13 @@ from engine.data.stage import open_parts, stage_loader
 from engine.data.tokenizer import tokenizer_hash
 
 
-def show_mixture(run_file: Path) -> None:
-    """Prints, for each stage of a run, the samples of each source.
+def show_mixture(run_file: Path, overrides: list[str]) -> None:
+    """Prints, for each stage of a run with some keys changed, the samples of each source.
 
     Reads indices (and offsets where packing needs them), no token. Raises `PalimpsestError` where the file or its data
     cannot be used.
     """
-    config = load_run(run_file)
+    config = load_run(run_file, overrides)
     for stage in config.stages:
         parts = open_parts(stage, tokenizer_hash(config.tokenizer), config.model.vocab_size)
         Console().print(mixture_table(stage, stage_loader(stage, parts, config.seed)))

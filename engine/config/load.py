@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,6 +21,7 @@ from engine.config.schema.run import RunConfig
 from engine.errors import ConfigError, PalimpsestError, report
 
 Tree = dict[str, Any]
+_QUOTED = re.compile(r"'([^']*)'")
 
 
 def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
@@ -68,11 +70,15 @@ def read_tree(path: Path, _above: tuple[Path, ...] = ()) -> Tree:
             f"configuration {path} is not valid YAML: {_one_line(error)}", "YAML 1.2, each key once", "mend that line"
         ) from None
     if not isinstance(own, dict):
-        raise ConfigError(f"configuration {path} holds {type(own).__name__}", "sections of keys and values")
+        raise ConfigError(
+            f"configuration {path} holds {type(own).__name__}",
+            "sections of keys and values",
+            "see configs/smoke/gpt2.yaml",
+        )
     merged: Tree = {}
     includes = own.pop("include", [])
     if not isinstance(includes, (str, list)):
-        raise ConfigError(f"{path}: include is {includes!r}", "a file or a list of files")
+        raise ConfigError(f"{path}: include is {includes!r}", "a file or a list of files", "name files beside this one")
     for name in [includes] if isinstance(includes, str) else includes:
         merge(merged, read_tree(path.parent / str(name), (*_above, path.resolve())))
     return merge(merged, own)
@@ -143,7 +149,11 @@ def _explain(item: Any) -> ConfigError:
         return ConfigError(f"{path} is missing", remedy=f"write {path} in the file or on the command line")
     value = item.get("input")
     shown = "" if isinstance(value, dict) else f" = {value!r}"
-    return ConfigError(f"{path}{shown} is not allowed", item["msg"][0].lower() + item["msg"][1:])
+    allowed = item["msg"][0].lower() + item["msg"][1:]
+    choices = _QUOTED.findall(allowed) if item["type"] == "literal_error" else []
+    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    remedy = f"did you mean {near[0]}?" if near else f"change {path} in the file or on the command line"
+    return ConfigError(f"{path}{shown} is not allowed", allowed, remedy)
 
 
 def _known_keys(path: list[str]) -> list[str]:

@@ -21,7 +21,11 @@ def check_mixture(key: str, data: DataConfig, problems: list[PalimpsestError]) -
     sources, name = data.sources, f"{key}.data"
     if (data.train is None) == (not sources):
         problems.append(
-            ConfigError(f"{name}: {'both' if sources else 'neither'} train and sources", "exactly one of them")
+            ConfigError(
+                f"{name}: {'both' if sources else 'neither'} train and sources",
+                "exactly one of them",
+                "train names one folder, sources a mixture",
+            )
         )
     if len(sources) > MOST_SOURCES:
         problems.append(
@@ -33,7 +37,9 @@ def check_mixture(key: str, data: DataConfig, problems: list[PalimpsestError]) -
         )
     names = [source.name for source in sources]
     problems += [
-        ConfigError(f"{name}.sources: the name {item!r} is used twice", "a different name for each source")
+        ConfigError(
+            f"{name}.sources: the name {item!r} is used twice", "a different name for each source", "rename one"
+        )
         for item in sorted({item for item in names if names.count(item) > 1})
     ]
     weights = [source.weight for source in sources if source.weight is not None]
@@ -43,13 +49,16 @@ def check_mixture(key: str, data: DataConfig, problems: list[PalimpsestError]) -
             ConfigError(
                 f"{name}.sources: no weight for {', '.join(missing)}",
                 "a weight for every source, or for none (then their tokens weigh)",
+                "write them, or remove the others",
             )
         )
     elif weights and len(weights) <= MOST_SOURCES:
         try:
             whole_parts(weights)
         except ValueError as error:
-            problems.append(ConfigError(f"{name}.sources: {error}", f"weights of 1/{LONGEST_PERIOD:,} or more"))
+            problems.append(
+                ConfigError(f"{name}.sources: {error}", f"weights of 1/{LONGEST_PERIOD:,} or more", "change them")
+            )
     urls = [place for place in (data.train, data.validation, *(source.path for source in sources)) if _is_url(place)]
     if urls and data.cache is None:
         problems.append(

@@ -49,7 +49,7 @@ def split_hub_name(name: str) -> tuple[str, str | None, str]:
     rest, _, split = name.removeprefix(HUB_PREFIX).partition("@")
     path, _, config = rest.partition(":")
     if not path:
-        raise ConfigError(f"source {name!r} names no dataset", "hf:NAME_OR_FOLDER[:CONFIG][@SPLIT]")
+        raise ConfigError(f"source {name!r} names no dataset", "hf:NAME_OR_FOLDER[:CONFIG][@SPLIT]", "name one")
     return path, config or None, split or "train"
 
 

@@ -72,7 +72,7 @@ def workers(count: int) -> Iterator[Pool | None]:
     Raises `ConfigError` for fewer than one, `EnvironmentProblem` where MPI cannot be used.
     """
     if count < 1:
-        raise ConfigError(f"{count} workers", "1 or more")
+        raise ConfigError(f"--workers {count}", "1 or more", "leave it out for one per CPU")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread per worker: they are the parallelism
     if (world_size := _world_size()) > 1:
         with _ranks(world_size) as pool:

@@ -133,15 +133,17 @@ def prepare(options: PrepareOptions, progress: Show = lambda _: None, pool: Pool
 
 def _check(options: PrepareOptions) -> None:
     if not 0 <= options.validation_fraction < 1:
-        raise ConfigError(f"validation fraction {options.validation_fraction}", "from 0 to less than 1")
+        raise ConfigError(
+            f"--validation-fraction {options.validation_fraction}", "from 0 to less than 1", "0 holds nothing out"
+        )
     if not 0 < options.similarity <= 1:
-        raise ConfigError(f"similarity {options.similarity}", "above 0 and up to 1")
+        raise ConfigError(f"--similarity {options.similarity}", "above 0 and up to 1", "0.8 is the default")
     if options.shard_bytes < 1:
-        raise ConfigError(f"shards of {options.shard_bytes} bytes", "1 or more")
+        raise ConfigError(f"shards of {options.shard_bytes} bytes", "1 or more", "name a larger --shard-megabytes")
     if options.sentences is not None:
         check_language(options.sentences)
     if not options.sources:
-        raise ConfigError("no source is named", "files, folders, globs, or hf:NAME_OR_FOLDER")
+        raise ConfigError("no source is named", "files, folders, globs, or hf:NAME_OR_FOLDER", "name one")
 
 
 def _recipe(options: PrepareOptions, tokenizer: TextTokenizer, sources: list[Source], hashes: dict[str, str]) -> Recipe:
@@ -295,6 +297,14 @@ def _refuse_empty(options: PrepareOptions, parts: dict[str, Statistics]) -> None
     if not any(part.documents for part in parts.values()):
         raise DataError(f"there is no text in {named}", "at least one document with a token", "name other sources")
     for name, part in parts.items():
+        left_out = part.exact_duplicates + part.near_duplicates
+        if left_out and not part.documents:
+            raise DataError(
+                f"all documents of {name} have duplicates before them: {part.exact_duplicates:,} exact, "
+                f"{part.near_duplicates:,} near",
+                "at least one that is left",
+                "name that source first, or not at all, or change --deduplicate or --similarity",
+            )
         if not part.documents:
             raise DataError(
                 f"no document of {named} falls into {name} with validation fraction {options.validation_fraction}",

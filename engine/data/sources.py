@@ -29,6 +29,15 @@ PARQUET_SUFFIXES = (".parquet", ".pq")
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 
 _DOMAIN = re.compile(r"([A-Za-z][\w-]*)=(.+)", re.DOTALL)
+_JSON_NAMES = {
+    list: "an array",
+    dict: "an object",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 1 << 20, 64 << 20
 _CHUNKS_PER_FILE = 32
 _SHELF_BYTES = 4 << 20
@@ -233,14 +242,16 @@ def _json_text(source: str, number: int, line: bytes, text_key: str) -> str:
         row = json.loads(line)
     except ValueError as error:
         raise DataError(f"{where} is no JSON: {error}", "one JSON object a line", "mend or remove the line") from error
-    if not isinstance(row, dict) or text_key not in row:
-        keys = ", ".join(sorted(row)) if isinstance(row, dict) else f"a {type(row).__name__}, not an object"
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is {_JSON_NAMES[type(row)]}", "one JSON object a line", "mend or remove the line")
+    if text_key not in row:
+        keys = f"a key that is there: {', '.join(sorted(row))}" if row else "an object with a text"
         raise DataError(f"{where} has no key {text_key!r}", keys, "name the key of the text with --text-key")
     if not isinstance(row[text_key], str):
         raise DataError(
-            f"{where} has {type(row[text_key]).__name__} under {text_key!r}",
-            "text",
-            "name the key of the text with --text-key",
+            f"{where} has {_JSON_NAMES[type(row[text_key])]} under {text_key!r}",
+            "a string",
+            "name the key of the text with --text-key, or mend or remove the line",
         )
     return _without_surrogates(where, row[text_key])
 

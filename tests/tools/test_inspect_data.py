@@ -153,6 +153,13 @@ stages:
         count = drawn[number]
         assert shown[name][:3] == [f"{count}", f"{count / 200:.4%}", f"{weight:.4%}"]
         assert shown[name][3] == f"{count / epochs[number]:.3f}"
+    assert main(["inspect-data", str(run), "stages.0.duration.steps=1"]) == EXIT_DONE
+    assert "8 samples of 32" in capsys.readouterr().out
+
+
+def test_keys_belong_to_a_run_file(folder, capsys):
+    assert main(["inspect-data", str(folder), "seed=3"]) == EXIT_USAGE
+    assert f"{folder} is no run file, and 'seed=3' a key to change" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_run_file_that_is_none_is_refused(folder, tmp_path, capsys):

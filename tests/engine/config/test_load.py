@@ -135,6 +135,14 @@ def test_values_of_the_wrong_kind(tmp_path: Path, override: str, expected: str) 
     assert expected in message(write(tmp_path, MINIMAL), override)
 
 
+def test_a_choice_that_is_nearly_one_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    near = message(path, "stages.0.data.packing=bestfit")
+    assert near.endswith("input should be 'concatenate' or 'best_fit'\n  to do: did you mean best_fit?")
+    far = message(path, "stages.0.data.packing=xyz")
+    assert far.endswith("to do: change stages.0.data.packing in the file or on the command line")
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

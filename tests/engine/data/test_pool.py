@@ -55,7 +55,7 @@ def test_a_worker_that_dies_is_told():
 
 
 def test_no_workers_are_refused():
-    with pytest.raises(ConfigError, match="0 workers"):
+    with pytest.raises(ConfigError, match="--workers 0"):
         run(0, double, [1])
 
 

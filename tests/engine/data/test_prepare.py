@@ -188,9 +188,9 @@ def test_progress_rises_to_the_whole(options):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"validation_fraction": 1.0}, "validation fraction 1.0"),
-        ({"validation_fraction": -0.1}, "validation fraction -0.1"),
-        ({"similarity": 0.0}, "similarity 0.0"),
+        ({"validation_fraction": 1.0}, "--validation-fraction 1.0"),
+        ({"validation_fraction": -0.1}, "--validation-fraction -0.1"),
+        ({"similarity": 0.0}, "--similarity 0.0"),
         ({"shard_bytes": 0}, "shards of 0 bytes"),
         ({"sources": ()}, "no source is named"),
     ],
@@ -216,6 +216,13 @@ def test_a_side_without_a_document_is_refused(options):
     with pytest.raises(DataError, match=r"falls into validation with validation fraction 0\.001") as caught:
         prepare(replace(options, validation_fraction=0.001))
     assert "0 holds nothing out" in str(caught.value)
+
+
+def test_a_domain_of_duplicates_alone_is_told_apart_from_too_little_text(options):
+    [source] = options.sources
+    doubled = replace(options, sources=(f"a={source}", f"b={source}"), deduplicate="exact")
+    with pytest.raises(DataError, match=r"all documents of train/b have duplicates before them: \d+ exact, 0 near"):
+        prepare(doubled)
 
 
 def test_an_output_that_cannot_be_written_is_refused(options):

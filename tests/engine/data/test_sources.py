@@ -92,10 +92,11 @@ def test_content_decides_the_hash(tmp_path):
     [
         (b'{"text": ', "a.jsonl:2 is no JSON"),
         (b"\xff\xfe", "a.jsonl:2 is no JSON"),
-        (b'{"body": "x", "id": 1}', "a.jsonl:2 has no key 'text'\n  allowed: body, id"),
-        (b'["text"]', "a.jsonl:2 has no key 'text'\n  allowed: a list, not an object"),
-        (b'{"text": 5}', "a.jsonl:2 has int under 'text'"),
-        (b'{"text": null}', "a.jsonl:2 has NoneType under 'text'"),
+        (b'{"body": "x", "id": 1}', "a.jsonl:2 has no key 'text'\n  allowed: a key that is there: body, id"),
+        (b'["text"]', "a.jsonl:2 is an array\n  allowed: one JSON object a line"),
+        (b"{}", "a.jsonl:2 has no key 'text'\n  allowed: an object with a text"),
+        (b'{"text": 5}', "a.jsonl:2 has a number under 'text'\n  allowed: a string"),
+        (b'{"text": null}', "a.jsonl:2 has null under 'text'"),
         (b'{"text": "\\ud800"}', "a.jsonl:2 holds half a surrogate pair"),
     ],
 )
