@@ -129,28 +129,24 @@ def _advice(advice: Advice, console: Console) -> None:
         f"{planned.time.utilisation:.0%} of the peak, {planned.memory_bytes / GIB:.3g} of {gib:.3g} GiB"
         + ("" if planned.fits else " [bold red]does not fit[/]")
     )
+    fitting = [candidate for candidate in advice.ranked if candidate.fits]
+    if fitting and fitting[0].parallel.offload != "none":
+        console.print("[bold]nothing fits without parallel.offload=optimizer[/]; the layouts below have it")
     table = _table("layouts of this world, fastest first (an estimate: see the band above)")
     for heading in ("layout", "seconds", "GiB", "why"):
         table.add_column(heading, justify="left" if heading in ("layout", "why") else "right")
-    fitting = [candidate for candidate in advice.ranked if candidate.fits]
     for candidate in fitting[:LAYOUTS_SHOWN]:
-        figures = (f"{candidate.time.total:.3g}", f"{candidate.memory_bytes / GIB:.3g}")
+        held = f" + {candidate.host_bytes / GIB:.3g} host" if candidate.parallel.offload != "none" else ""
+        figures = (f"{candidate.time.total:.3g}", f"{candidate.memory_bytes / GIB:.3g}{held}")
         table.add_row(str(candidate), *figures, candidate.why(fitting[0]))
     if fitting:
         console.print("", table)
     elif advice.ranked:
         nearest = advice.ranked[0]
-        console.print(f"[bold]nothing fits:[/] {nearest} comes nearest and takes {nearest.memory_bytes / GIB:.3g} GiB")
-    if advice.offloaded is not None:
-        one = advice.offloaded
-        console.print(
-            f"[bold]fits with parallel.offload=optimizer:[/] {one}, {one.memory_bytes / GIB:.3g} GiB and "
-            f"{one.host_bytes / GIB:.3g} GiB of host memory per GPU, {one.time.total:.3g} s per step"
-        )
-    if advice.larger is not None:
-        console.print(
-            f"[bold]smallest world that holds it:[/] {advice.larger.layout.world_size} ranks, {advice.larger}"
-        )
+        console.print(f"[bold]nothing fits:[/] {nearest} comes nearest: {nearest.lack()}")
+    for one in advice.larger:
+        how = "with" if one.parallel.offload != "none" else "without"
+        console.print(f"[bold]smallest larger world, {how} offload:[/] {one.layout.world_size} ranks, {one}")
 
 
 def _table(title: str) -> Table:

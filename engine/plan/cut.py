@@ -19,7 +19,7 @@ from engine.config.schema.model import ModelConfig
 from engine.errors import ConfigError
 from engine.plan.operations import layer_costs
 from engine.plan.parameters import stage_entries
-from engine.plan.parts import Entry
+from engine.plan.parts import Entries
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,15 @@ def _stage_parts(
     return tuple(parts[stage::pipe] for stage in range(pipe))
 
 
-def entries_of(model: ModelConfig, parts: list[Part]) -> list[Entry]:
+def entries_of(model: ModelConfig, parts: list[Part]) -> Entries:
     """Parameters of a stage that holds these parts, each name once."""
-    return list(_entries_of(model, tuple(parts)))
+    return _entries_of(model, tuple(parts))
 
 
 @lru_cache(maxsize=1024)
-def _entries_of(model: ModelConfig, parts: tuple[Part, ...]) -> tuple[Entry, ...]:
+def _entries_of(model: ModelConfig, parts: tuple[Part, ...]) -> Entries:
     entries = [entry for part in parts for entry in stage_entries(model, part.layers, part.first, part.last)]
-    return tuple({entry.name: entry for entry in entries}.values())
+    return Entries(tuple({entry.name: entry for entry in entries}.values()))
 
 
 @lru_cache

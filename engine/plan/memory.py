@@ -13,15 +13,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
 
 from engine.config.deepspeed import reduce_bucket_elements
 from engine.config.lengths import RowLengths
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.optimizer import PrecisionConfig
-from engine.config.schema.parallel import ParallelConfig
+from engine.config.schema.parallel import ParallelConfig, Recompute
 from engine.plan.families import figures
 from engine.plan.logits import head_bytes
-from engine.plan.parts import Entry
+from engine.plan.parts import Entries
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 MASTER_BYTES = 4
@@ -65,9 +67,15 @@ def states_per_element(parallel: ParallelConfig, data_size: int, precision: Prec
 
     Gradients that are reduced once per step are whole, and beside them lies the reduced share (of several ranks).
     """
-    zero_stage, share = parallel.zero_stage, Fraction(1, data_size)
-    weights = Fraction(DTYPE_BYTES[precision.dtype])
-    gradients = Fraction(DTYPE_BYTES[precision.reduce_dtype])
+    dtypes = DTYPE_BYTES[precision.dtype], DTYPE_BYTES[precision.reduce_dtype]
+    return _states_per_element(parallel.zero_stage, parallel.reduces_per_step, data_size, *dtypes)
+
+
+@lru_cache(maxsize=1024)
+def _states_per_element(
+    zero_stage: int, reduces_per_step: bool, data_size: int, weight_bytes: int, gradient_bytes: int
+) -> tuple[Fraction, ...]:
+    share, weights, gradients = Fraction(1, data_size), Fraction(weight_bytes), Fraction(gradient_bytes)
     if zero_stage == 0:
         return weights, Fraction(0), Fraction(MOMENTS_BYTES), gradients
     reduced = gradients * share if data_size > 1 or zero_stage == 3 else Fraction(0)
@@ -75,7 +83,7 @@ def states_per_element(parallel: ParallelConfig, data_size: int, precision: Prec
         weights * share if zero_stage == 3 else weights,
         MASTER_BYTES * share,
         MOMENTS_BYTES * share,
-        gradients + reduced if parallel.reduces_per_step else gradients * share,
+        gradients + reduced if reduces_per_step else gradients * share,
     )
 
 
@@ -94,7 +102,7 @@ def stage_memory(
     model: ModelConfig,
     parallel: ParallelConfig,
     precision: PrecisionConfig,
-    entries: list[Entry],
+    entries: Entries,
     *,
     layers: Sequence[int],
     recomputed: Sequence[int],
@@ -110,9 +118,9 @@ def stage_memory(
     `recomputed` are those of its `layers` that recompute their activations; `segments`: rows hold several documents or
     padding.
     """
-    numel = sum(entry.local_numel(parallel.tensor) for entry in entries)
+    numel = entries.local_numel(parallel.tensor)
     per_element = states_per_element(parallel, data_size, precision)
-    weights, master, moments, gradients = (-(-numel * one // 1) for one in per_element)
+    weights, master, moments, gradients = (-(-numel * one.numerator // one.denominator) for one in per_element)
     if parallel.offload == "optimizer":
         master = moments = 0
     rows, dtype_bytes = parallel.micro_batch_size, DTYPE_BYTES[precision.dtype]
@@ -132,7 +140,7 @@ def stage_memory(
         gathered=gathered * dtype_bytes,
         activations=activation_bytes(model, parallel, precision, layers, recomputed, lengths, segments, in_flight),
         logits=head_bytes(model, parallel, predicted, dtype_bytes, math.ceil(in_flight)),
-        host=-(-numel * host_bytes_per_element(parallel, data_size, precision) // 1),
+        host=math.ceil(numel * host_bytes_per_element(parallel, data_size, precision)),
     )
 
 
@@ -150,14 +158,10 @@ def activation_bytes(
 
     Attention never keeps its scores here, as with the kernels of a GPU, unless it has dropout.
     """
-    saved = figures(model).saved
-    ranks, how = (parallel.tensor, parallel.shared_by), parallel.recompute
-    masks = {layer: segments * figures(model).mask(model, layer, lengths) for layer in layers}  # of whole rows
-    lengths = lengths.shared_by(parallel.sequence)
-    plain = {layer: saved(model, layer, lengths, *ranks) + masks[layer] for layer in layers}
-    kept = plain | {layer: saved(model, layer, lengths, *ranks, how) for layer in recomputed}
-    second_run = max((plain[layer] - kept[layer] for layer in recomputed), default=0)
-    elements = alive * sum(kept.values()) + second_run
+    kept, _, second_run = _kept(
+        model, tuple(layers), tuple(recomputed), lengths, Sharing.of(parallel), parallel.recompute, segments
+    )
+    elements = alive * kept + second_run
     return math.ceil(parallel.micro_batch_size * elements * DTYPE_BYTES[precision.dtype])
 
 
@@ -169,16 +173,46 @@ def remade_bytes(
     lengths: RowLengths,
 ) -> int:
     """Activations of a micro-batch that the `recomputed` layers do not keep and make again."""
-    saved, ranks = figures(model).saved, (parallel.tensor, parallel.shared_by)
-    lengths = lengths.shared_by(parallel.sequence)
-    elements = sum(
-        saved(model, layer, lengths, *ranks) - saved(model, layer, lengths, *ranks, parallel.recompute)
-        for layer in recomputed
-    )
-    return math.ceil(parallel.micro_batch_size * elements * DTYPE_BYTES[precision.dtype])
+    layers = tuple(recomputed)
+    _, remade, _ = _kept(model, layers, layers, lengths, Sharing.of(parallel), parallel.recompute, segments=False)
+    return math.ceil(parallel.micro_batch_size * remade * DTYPE_BYTES[precision.dtype])
 
 
-def gathered_at_once(entries: list[Entry], tensor_size: int, recomputes: bool) -> int:
+class Sharing(NamedTuple):
+    """Ranks that share the activations of a row."""
+
+    tensor: int
+    shared_by: int
+    sequence: int
+
+    @staticmethod
+    def of(parallel: ParallelConfig) -> Sharing:
+        return Sharing(parallel.tensor, parallel.shared_by, parallel.sequence)
+
+
+@lru_cache(maxsize=4096)
+def _kept(
+    model: ModelConfig,
+    layers: tuple[int, ...],
+    recomputed: tuple[int, ...],
+    lengths: RowLengths,
+    sharing: Sharing,
+    how: Recompute,
+    segments: bool,
+) -> tuple[int, int, int]:
+    """Elements per row that `layers` keep, of which the `recomputed` ones only what `how` says; that those make again;
+    and the most that one of them does."""
+    saved, ranks = figures(model).saved, (sharing.tensor, sharing.shared_by)
+    own = lengths.shared_by(sharing.sequence)
+    masks = {layer: segments * figures(model).mask(model, layer, lengths) for layer in layers}  # of whole rows
+    plain = {layer: saved(model, layer, own, *ranks) + masks[layer] for layer in layers}
+    kept = plain | {layer: saved(model, layer, own, *ranks, how) for layer in recomputed}
+    remade = [plain[layer] - kept[layer] for layer in recomputed]
+    return sum(kept.values()), sum(remade), max(remade, default=0)
+
+
+@lru_cache(maxsize=4096)
+def gathered_at_once(entries: Entries, tensor_size: int, recomputes: bool) -> int:
     """Local elements that ZeRO-3 gathers at once, at most: the two largest modules, for one is gathered while the one
     before it computes, or a layer whose second run holds its weights until its backward pass is over, and a module.
     """

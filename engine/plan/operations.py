@@ -18,10 +18,16 @@ BACKWARD_FACTOR = 2
 
 
 @lru_cache
+def layer_operations(model: ModelConfig, lengths: RowLengths) -> tuple[int, ...]:
+    """Forward operations per row of each layer."""
+    return tuple(figures(model).layer_operations(model, layer, lengths) for layer in range(model.num_layers))
+
+
+@lru_cache
 def layer_costs(model: ModelConfig, lengths: RowLengths) -> tuple[int, ...]:
     """Forward operations per row of each layer, with embedding and head at the ends."""
     family = figures(model)
-    costs = [family.layer_operations(model, layer, lengths) for layer in range(model.num_layers)]
+    costs = list(layer_operations(model, lengths))
     costs[0] += family.embedding_operations(model, lengths)
     costs[-1] += family.head_operations(model, lengths, model.padded_vocab_size)
     return tuple(costs)
@@ -35,5 +41,5 @@ def training_operations(model: ModelConfig, lengths: RowLengths) -> int:
     not) and 12 x layers x width x length for attention; recomputation does not count.
     """
     family = figures(model)
-    layers = sum(family.layer_operations(model, layer, lengths) for layer in range(model.num_layers))
-    return (1 + BACKWARD_FACTOR) * (layers + family.head_operations(model, lengths, model.vocab_size))
+    head = family.head_operations(model, lengths, model.vocab_size)
+    return (1 + BACKWARD_FACTOR) * (sum(layer_operations(model, lengths)) + head)

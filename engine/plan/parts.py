@@ -6,7 +6,9 @@ The torch-free twin of `engine.models.layers`: a family (`engine.plan.gpt`, ...)
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from engine.config.schema.model import ModelConfig
 
@@ -29,6 +31,26 @@ class Entry:
     def local_numel(self, tensor_size: int) -> int:
         """Elements on one of `tensor_size` ranks."""
         return self.numel // tensor_size if self.split else self.numel
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """Some parameters. Equal to itself alone: what is summed over it is remembered, for a ranking asks for the same few
+    sums thousands of times."""
+
+    held: tuple[Entry, ...]
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.held)
+
+    def local_numel(self, tensor_size: int, multiple: int = 1) -> int:
+        """Elements of all on one of `tensor_size` ranks, each parameter filled up to a multiple."""
+        return _local_numel(self, tensor_size, multiple)
+
+
+@lru_cache(maxsize=4096)
+def _local_numel(entries: Entries, tensor_size: int, multiple: int) -> int:
+    return sum(-(-entry.local_numel(tensor_size) // multiple) * multiple for entry in entries)
 
 
 def vocabulary(model: ModelConfig, name: str, width: int | None = None) -> Entry:

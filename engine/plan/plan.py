@@ -15,9 +15,8 @@ from engine.config.resolve import Layout, num_micro_batches, resolve
 from engine.config.schema.run import RunConfig
 from engine.plan.cut import Part, entries_of, stage_parts, tied_stages
 from engine.plan.elastic import World, elastic_worlds
-from engine.plan.families import figures
 from engine.plan.memory import MASTER_BYTES, MOMENTS_BYTES, Memory, remade_bytes, stage_memory
-from engine.plan.operations import BACKWARD_FACTOR, layer_costs, training_operations
+from engine.plan.operations import BACKWARD_FACTOR, layer_costs, layer_operations, training_operations
 from engine.plan.parameters import num_parameters
 from engine.plan.pipeline import bubble, in_flight
 from engine.plan.recompute import recomputed_layers
@@ -173,18 +172,19 @@ def _stage_plan(config: RunConfig, layout: Layout, stage: int, parts: list[Part]
         "lengths": held_lengths(run_stage, config.parallel),
         "segments": has_segments(run_stage.data.attention, run_stage.objective),
     }
-    per_rank = sum(entry.local_numel(layout.tensor) for entry in entries)
+    per_rank = entries.local_numel(layout.tensor)
     costs = layer_costs(config.model, lengths)
     operations, again = (1 + BACKWARD_FACTOR) * sum(costs[layer] for layer in layers), 0
     if config.parallel.recompute == "full":
-        again = sum(figures(config.model).layer_operations(config.model, layer, lengths) for layer in recomputed)
+        repeated = layer_operations(config.model, lengths)
+        again = sum(repeated[layer] for layer in recomputed)
     share = layout.tensor * layout.sequence
     remade = remade_bytes(config.model, config.parallel, config.precision, recomputed, lengths)
     return StagePlan(
         stage=stage,
         chunks=tuple((part.layers.start, part.layers.stop - 1) for part in parts),
         num_layers=len(layers),
-        parameters=sum(entry.numel for entry in entries),
+        parameters=entries.local_numel(1),
         parameters_per_rank=per_rank,
         updated=per_rank if config.parallel.zero_stage == 0 else -(-per_rank // common["data_size"]),
         operations=(operations + again) * rows // share,

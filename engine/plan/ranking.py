@@ -4,7 +4,8 @@ Every way to cut the world into pipe x tensor x data under every ZeRO stage is t
 divides the global batch. What does not fit into memory is tried with what spares it, the cheapest first: tensor ranks
 that share the time between the blocks (sequence parallelism), then layers that recompute. Of those that fit the fastest
 by `step_time` is kept, and the best of these are tried with several chunks per pipeline stage, with sequence
-parallelism and without. Tensor parallelism stays inside a node. What `resolve` refuses is never proposed.
+parallelism and without. Where nothing fits, all of it is tried once more with the optimizer's state in host memory.
+Tensor parallelism stays inside a node. What `resolve` refuses is never proposed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from engine.config.resolve import Layout, examine
 from engine.config.schema.parallel import ParallelConfig
 from engine.config.schema.run import RunConfig
-from engine.plan.hardware import GIB, Cluster
+from engine.plan.hardware import GIB, Accelerator, Cluster
 from engine.plan.memory import MASTER_BYTES, MOMENTS_BYTES
 from engine.plan.plan import Plan, stage_plans
 from engine.plan.time import StepTime, step_time
@@ -33,6 +34,7 @@ VIRTUAL_STAGES = (1, 2, 4)
 """Chunks per pipeline stage that are tried."""
 RECOMPUTE = ("none", "selective", "full")
 """From what costs least to what spares most."""
+OFFLOAD = ("none", "optimizer")
 REFINED_FACTOR = 1.5
 """Layouts that take longer than the best one by more are not tried in other forms."""
 SHOWN_SHARE = 0.005
@@ -56,7 +58,36 @@ class Candidate:
     plain_bytes: int
     """What the layout would need without what it takes to fit: sequence parallelism, recomputation."""
     time: StepTime
-    fits: bool
+    accelerator: Accelerator
+
+    @property
+    def holds_states(self) -> bool:
+        """Whether the accelerator and its host hold what nothing spares but other axes or `offload`."""
+        accelerator = self.accelerator
+        return self.states_bytes <= accelerator.memory_bytes and self.host_bytes <= accelerator.host_memory_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.holds_states and self.memory_bytes <= self.accelerator.memory_bytes
+
+    @property
+    def need(self) -> float:
+        """What it needs of the memory that it lacks most, over what there is; of the states alone where those are too
+        large."""
+        needed = self.memory_bytes if self.holds_states else self.states_bytes
+        return max(needed / self.accelerator.memory_bytes, self.host_bytes / self.accelerator.host_memory_bytes)
+
+    def lack(self) -> str:
+        """Why it does not fit."""
+        device, host = self.accelerator.memory_bytes, self.accelerator.host_memory_bytes
+        lacks = []
+        if self.states_bytes > device:
+            lacks.append(f"what training holds beside activations needs {_of(self.states_bytes, device)}")
+        elif self.memory_bytes > device:
+            lacks.append(f"needs {_of(self.memory_bytes, device)}")
+        if self.host_bytes > host:
+            lacks.append(f"needs {_of(self.host_bytes, host)} of host memory per GPU")
+        return " and ".join(lacks)
 
     def __str__(self) -> str:
         layout, parallel = self.layout, self.parallel
@@ -120,34 +151,43 @@ class Advice:
     cluster: Cluster
     planned: Candidate
     ranked: tuple[Candidate, ...]
-    offloaded: Candidate | None
-    """Where nothing fits: the best layout of the same world that does with the optimizer's state in host memory."""
-    larger: Candidate | None
-    """Where nothing fits: the best layout of the smallest larger world (by doubling) on which something does."""
+    larger: tuple[Candidate, ...]
+    """The `larger_worlds` where nothing fits without `offload`; those with it where nothing fits at all."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain numbers and text."""
         ranked = [candidate.as_json() | {"why": candidate.why(self.ranked[0])} for candidate in self.ranked]
-        larger = None if self.larger is None else self.larger.as_json()
-        offloaded = None if self.offloaded is None else self.offloaded.as_json()
-        return {"planned": self.planned.as_json(), "ranked": ranked, "offloaded": offloaded, "larger": larger}
+        larger = [candidate.as_json() for candidate in self.larger]
+        return {"planned": self.planned.as_json(), "ranked": ranked, "larger": larger}
 
 
 def advise(config: RunConfig, plan: Plan, cluster: Cluster) -> Advice:
     """The advice for a run that was planned on the cluster's world."""
-    ranked = tuple(rank(config, cluster))
-    offloaded = larger = None
-    if not any(candidate.fits for candidate in ranked):
-        offloaded = next((one for one in rank(with_parallel(config, offload="optimizer"), cluster) if one.fits), None)
-        larger = smallest_world(config, cluster, LARGEST_WORLD)
-    return Advice(cluster, judge(config, plan.layout, cluster), ranked, offloaded, larger)
+    ranked = rank(config, cluster)
+    plain = any(candidate.fits and candidate.parallel.offload == "none" for candidate in ranked)
+    larger = [] if plain else larger_worlds(config, cluster, LARGEST_WORLD)
+    if ranked and ranked[0].fits:
+        larger = [one for one in larger if one.parallel.offload == "none"]
+    return Advice(cluster, judge(config, plan.layout, cluster), tuple(ranked), tuple(larger))
 
 
 def rank(config: RunConfig, cluster: Cluster) -> list[Candidate]:
-    """The best candidate of every (pipe, tensor, ZeRO stage), those that fit first, fastest first.
+    """The best candidate of every (pipe, tensor, ZeRO stage), those that fit first, fastest first; where none does
+    without, those with the optimizer's state in host memory.
 
-    Where none fits the first one is the one that needs the least memory.
+    Where none fits at all, both, and first of them the one that needs the least over what there is.
     """
+    found: list[Candidate] = []
+    for offload in OFFLOAD:
+        ranked = _rank(with_parallel(config, offload=offload), cluster)
+        if ranked and ranked[0].fits:
+            return ranked
+        found += ranked
+    return sorted(found, key=_order)
+
+
+def _rank(config: RunConfig, cluster: Cluster) -> list[Candidate]:
+    """The same for one place of the optimizer's state."""
     cuts = [_best(config, cluster, *axes, zero_stage) for axes in _axes(cluster) for zero_stage in range(4)]
     best = [candidate for candidate in cuts if candidate is not None]
     fastest = min((one.time.total for one in best if one.fits), default=0.0)
@@ -159,19 +199,28 @@ def rank(config: RunConfig, cluster: Cluster) -> list[Candidate]:
     return sorted(refined, key=_order)
 
 
-def smallest_world(config: RunConfig, cluster: Cluster, largest: int) -> Candidate | None:
-    """The best layout of the smallest world (doubling from the cluster's own) on which some layout fits."""
-    size = cluster.world_size
+def larger_worlds(config: RunConfig, cluster: Cluster, largest: int) -> list[Candidate]:
+    """The best layout of the smallest world (doubling the cluster's own) that holds the run without `offload`, behind
+    that of the smallest one that does with it, if something does."""
+    found: list[Candidate] = []
+    size = 2 * cluster.world_size
     while size <= largest:
-        ranked = rank(config, replace(cluster, world_size=size))
-        if ranked and ranked[0].fits:
-            return ranked[0]
+        best = next(iter(rank(config, replace(cluster, world_size=size))), None)
+        if best is not None and best.fits:
+            if best.parallel.offload == "none":
+                return [*found, best]
+            found = found or [best]
         size *= 2
-    return None
+    return found
 
 
-def _order(candidate: Candidate) -> tuple[bool, float]:
-    return not candidate.fits, candidate.time.total if candidate.fits else candidate.memory_bytes
+def _of(needed: int, there: int) -> str:
+    return f"{needed / GIB:.3g} of {there / GIB:.3g} GiB"
+
+
+def _order(candidate: Candidate) -> tuple[bool, bool, float]:
+    fits = candidate.fits
+    return not fits, not candidate.holds_states, candidate.time.total if fits else candidate.need
 
 
 def _axes(cluster: Cluster) -> Iterator[tuple[int, int, int]]:
@@ -236,7 +285,7 @@ def _spared(config: RunConfig, cluster: Cluster, shared: tuple[bool, ...]) -> Ca
         for one, how in ways
     ]
     candidate = judged[0]()
-    if candidate.fits or candidate.states_bytes > cluster.accelerator.memory_bytes:
+    if candidate.fits or not candidate.holds_states:
         return candidate
     sparing = judged[-1]()
     between = (one() for one in judged[1:-1]) if sparing.fits else ()
@@ -257,7 +306,6 @@ def judge(config: RunConfig, layout: Layout, cluster: Cluster) -> Candidate:
     states = max(stage.memory.states for stage in stages)
     needed, least = (int(held * (1 + FRAGMENTED_SHARE)) + RESERVED_BYTES for held in (tensors, states))
     on_host = max(stage.memory.host + (MASTER_BYTES + MOMENTS_BYTES) * stage.updated for stage in stages)
-    accelerator = cluster.accelerator
     return Candidate(
         config.parallel,
         layout,
@@ -266,5 +314,5 @@ def judge(config: RunConfig, layout: Layout, cluster: Cluster) -> Candidate:
         least,
         needed,
         step_time(config, layout, stages, cluster),
-        fits=needed <= accelerator.memory_bytes and on_host <= accelerator.host_memory_bytes,
+        cluster.accelerator,
     )

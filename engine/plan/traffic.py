@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
 
 from engine.config.lengths import RowLengths
 from engine.config.schema.model import ModelConfig
@@ -18,7 +20,7 @@ from engine.config.schema.parallel import ParallelConfig
 from engine.plan.cut import Part
 from engine.plan.families import figures
 from engine.plan.memory import DTYPE_BYTES
-from engine.plan.parts import Entry
+from engine.plan.parts import Entries, Entry
 
 LOSS_REDUCTIONS = 3
 """Per token over the tensor axis: largest logit, sum of exponentials, the target's logit; fp32."""
@@ -52,7 +54,7 @@ def stage_traffic(
     model: ModelConfig,
     parallel: ParallelConfig,
     precision: PrecisionConfig,
-    entries: list[Entry],
+    entries: Entries,
     *,
     parts: Sequence[Part],
     recomputed: Sequence[int],
@@ -69,7 +71,8 @@ def stage_traffic(
     which travel down the pipeline with the activations.
     """
     family = figures(model)
-    numel = sum(_on_the_wire(entry, parallel, data_size) for entry in entries)
+    filled = data_size if parallel.zero_stage == 3 else 1  # up to what its ranks divide, parameter by parameter
+    numel = entries.local_numel(parallel.tensor, filled)
     rows, dtype_bytes = num_micro_batches * parallel.micro_batch_size, DTYPE_BYTES[precision.dtype]
     up, down = [part.layers.start for part in parts if not part.first], [p.layers.stop for p in parts if not p.last]
     carried = sum(family.carried_bytes(model, layer, lengths, segments) for layer in down)
@@ -79,40 +82,74 @@ def stage_traffic(
     gradients, weights = zero_bytes(numel, parallel, data_size, precision, num_micro_batches)
     within = 0
     if parallel.zero_stage == 3 and not parallel.gathers_per_step:
-        # one parameter, two modules: each of them gathers it
-        used = [entry for part in parts for entry in family.entries(model, part.layers, part.first, part.last)]
-        passes = 2 * num_micro_batches * sum(_on_the_wire(entry, parallel, data_size) for entry in used)
+        passes = 2 * num_micro_batches * _used(model, tuple(parts), parallel.tensor, filled)
         over_all = numel if parallel.gather_within else passes  # each parameter once, or every pass
-        weights = int(over_all * dtype_bytes * gather_factor(data_size))
-        within = int((passes - over_all) * dtype_bytes * gather_factor(parallel.gather_within or 1))
+        weights = gather_bytes(over_all * dtype_bytes, data_size)
+        within = gather_bytes((passes - over_all) * dtype_bytes, parallel.gather_within or 1)
     losses = LOSS_REDUCTIONS * 4 * lengths.predicted if any(part.last for part in parts) else 0
-    reduced = sum(family.reduced(model, part.layers, part.first, part.last, lengths) for part in parts)
-    again = sum(family.reduced_again(model, layer, lengths) for layer in recomputed)
-    activations = (reduced + again) * all_reduce_factor(parallel.tensor)
-    layers = [layer for part in parts for layer in part.layers]
-    # forward, backward, and in the second run of those that recompute
-    exchanged = sum(family.exchanged(model, layer, lengths) for layer in (*layers, *layers, *recomputed))
+    passed = _passed(model, tuple(parts), tuple(recomputed), lengths)
+    activations = 2 * (passed.reduced + passed.again)
     partial = 0
     if parallel.shared_by > 1:
         # an all-reduce is a gather and a scatter; beside, what enters is gathered once more backward, and in a second
         # run, which only scatters what leaves; the head reads whole rows
-        entered = sum(family.entered(model, layer, lengths) for layer in (*layers, *recomputed))
         read = (lengths.decoder or lengths.tokens) * model.hidden_size if any(part.last for part in parts) else 0
-        activations += (entered - again + read) * gather_factor(parallel.tensor)
-        partial = sum(entry.numel for entry in entries if not entry.split and not family.sees_whole_rows(entry.name))
+        activations += passed.entered - passed.again + read
+        partial = _partial(model, entries)
         partial = partial if parallel.zero_stage == 0 else -(-partial // data_size)
     return Traffic(
         gradients=gradients,
         weights=weights,
         weights_within=within,
-        tensor=int(
-            rows * (activations * dtype_bytes + losses * all_reduce_factor(parallel.tensor))
-            + partial * DTYPE_BYTES[precision.reduce_dtype] * all_reduce_factor(parallel.tensor)
+        tensor=gather_bytes(
+            rows * (activations * dtype_bytes + 2 * losses) + 2 * partial * DTYPE_BYTES[precision.reduce_dtype],
+            parallel.tensor,
         ),
-        sequence=int(rows * exchanged // parallel.tensor * dtype_bytes * gather_factor(parallel.sequence)),
+        sequence=gather_bytes(rows * passed.exchanged // parallel.tensor * dtype_bytes, parallel.sequence),
         pipe=rows * sent,
         tie=_tie_bytes(entries, ties, parallel, precision, data_size),
     )
+
+
+class Passed(NamedTuple):
+    """Elements of a row's activations and their gradients that a stage's tensor and sequence ranks send each other."""
+
+    reduced: int
+    again: int
+    """Reduced once more, in the second run of layers that recompute."""
+    exchanged: int
+    entered: int
+
+
+@lru_cache(maxsize=4096)
+def _passed(model: ModelConfig, parts: tuple[Part, ...], recomputed: tuple[int, ...], lengths: RowLengths) -> Passed:
+    family, layers = figures(model), [layer for part in parts for layer in part.layers]
+    return Passed(
+        reduced=sum(family.reduced(model, part.layers, part.first, part.last, lengths) for part in parts),
+        again=sum(family.reduced_again(model, layer, lengths) for layer in recomputed),
+        # forward, backward, and in the second run of those that recompute
+        exchanged=sum(family.exchanged(model, layer, lengths) for layer in (*layers, *layers, *recomputed)),
+        entered=sum(family.entered(model, layer, lengths) for layer in (*layers, *recomputed)),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _used(model: ModelConfig, parts: tuple[Part, ...], tensor_size: int, filled: int) -> int:
+    """Local elements of all modules: of one parameter that two of them use, each gathers its own."""
+    used = [entry for part in parts for entry in figures(model).entries(model, part.layers, part.first, part.last)]
+    return Entries(tuple(used)).local_numel(tensor_size, filled)
+
+
+@lru_cache(maxsize=4096)
+def _partial(model: ModelConfig, entries: Entries) -> int:
+    """Elements of parameters that every tensor rank holds and that see a stretch each under sequence parallelism."""
+    whole = figures(model).sees_whole_rows
+    return sum(entry.numel for entry in entries if not entry.split and not whole(entry.name))
+
+
+@lru_cache(maxsize=4096)
+def _named(entries: Entries, names: tuple[str, ...]) -> tuple[Entry, ...]:
+    return tuple(entry for entry in entries if entry.name in names)
 
 
 def zero_bytes(
@@ -128,10 +165,14 @@ def zero_bytes(
     gathers = 1 if parallel.gathers_per_step or parallel.zero_stage < 3 else 2 * num_micro_batches
     gradient_bytes = numel * DTYPE_BYTES[precision.reduce_dtype]
     weight_bytes = numel * DTYPE_BYTES[precision.dtype]
-    once = gather_factor(data_size)
     all_reduces = parallel.zero_stage == 0 or (parallel.zero_stage == 2 and not parallel.reduces_per_step)
-    gradients = reductions * gradient_bytes * once * (2 if all_reduces else 1)
-    return int(gradients), int(gathers * weight_bytes * once) if parallel.zero_stage > 0 else 0
+    gradients = gather_bytes(reductions * gradient_bytes * (2 if all_reduces else 1), data_size)
+    return gradients, gather_bytes(gathers * weight_bytes, data_size) if parallel.zero_stage > 0 else 0
+
+
+def gather_bytes(total_bytes: int, size: int) -> int:
+    """What each of `size` ranks sends to gather or scatter so many bytes; an all-reduce is both."""
+    return total_bytes * (size - 1) // size
 
 
 def gather_factor(size: int) -> Fraction:
@@ -144,14 +185,8 @@ def all_reduce_factor(size: int) -> Fraction:
     return 2 * gather_factor(size)
 
 
-def _on_the_wire(entry: Entry, parallel: ParallelConfig, data_size: int) -> int:
-    """Local elements of a parameter as the data axis has them: ZeRO-3 fills each up so that all ranks hold as much."""
-    numel = entry.local_numel(parallel.tensor)
-    return -(-numel // data_size) * data_size if parallel.zero_stage == 3 else numel
-
-
 def _tie_bytes(
-    entries: list[Entry],
+    entries: Entries,
     ties: Mapping[str, tuple[int, ...]],
     parallel: ParallelConfig,
     precision: PrecisionConfig,
@@ -159,9 +194,8 @@ def _tie_bytes(
 ) -> int:
     """The stages of a tie all-reduce the gradient of what each rank updates of it."""
     total = Fraction(0)
-    for entry in entries:
-        if entry.name in ties:
-            numel = entry.local_numel(parallel.tensor)
-            own = numel if parallel.zero_stage == 0 else -(-numel // data_size)
-            total += own * all_reduce_factor(len(ties[entry.name]))
+    for entry in _named(entries, tuple(ties)):
+        numel = entry.local_numel(parallel.tensor)
+        own = numel if parallel.zero_stage == 0 else -(-numel // data_size)
+        total += own * all_reduce_factor(len(ties[entry.name]))
     return int(total * DTYPE_BYTES[precision.reduce_dtype])

@@ -12,6 +12,7 @@ from engine.plan.composition import Change, example
 from engine.plan.logits import head_bytes
 from engine.plan.memory import gathered_at_once, stage_memory, states_per_element
 from engine.plan.parameters import model_entries, num_parameters
+from engine.plan.parts import Entries
 from engine.plan.plan import make_plan
 
 
@@ -53,7 +54,7 @@ def memory(data_size: int = 2, in_flight: int = 1, segments: bool = False, **par
         run.model,
         run.parallel,
         run.precision,
-        model_entries(run.model),
+        Entries(tuple(model_entries(run.model))),
         layers=range(4),
         recomputed=range(4)[: None if run.parallel.recompute != "none" else 0],
         data_size=data_size,
@@ -144,7 +145,7 @@ def test_zero_3_gathers_two_modules_at_a_time_or_the_stage() -> None:
     model = example(SHORT).model
     layers = [entry for entry in model_entries(model) if entry.name.startswith("layers.0")]
     # feed-forward up and down, a weight and its bias together
-    assert gathered_at_once(layers, 1, recomputes=False) == (4 * 64 * 64 + 4 * 64) + (4 * 64 * 64 + 64)
+    assert gathered_at_once(Entries(tuple(layers)), 1, recomputes=False) == (4 * 64 * 64 + 4 * 64) + (4 * 64 * 64 + 64)
     assert memory(zero_stage=3).gathered == 4 * (model.padded_vocab_size * model.hidden_size + 4 * 64 * 64 + 4 * 64)
     assert memory(zero_stage=3, gather="step").gathered == 4 * num_parameters(model, padded=True)
     assert memory(zero_stage=2).gathered == 0

@@ -10,8 +10,7 @@ from engine.config.load import load_run
 from engine.config.resolve import resolve
 from engine.plan.hardware import cluster
 from engine.plan.parameters import num_parameters
-from engine.plan.ranking import judge, rank, smallest_world
-from engine.plan.worlds import with_parallel
+from engine.plan.ranking import judge, larger_worlds, rank
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 WORLDS = (1, 8, 64, 512)
@@ -60,8 +59,7 @@ def test_what_is_offloaded_would_not_fit_without(model: str, world_size: int) ->
 
 
 def test_where_nothing_fits_the_plan_names_the_smallest_world() -> None:
-    run = with_parallel(load_run(CONFIGS / "runs" / "llama-7b.yaml"), pipe=1)
+    run = load_run(CONFIGS / "runs" / "llama-70b.yaml")
     assert not any(candidate.fits for candidate in rank(run, cluster(GPU, 1, PER_NODE)))
-    larger = smallest_world(run, cluster(GPU, 1, PER_NODE), largest=4)
-    assert larger is not None
-    assert larger.layout.world_size > 1
+    larger = larger_worlds(run, cluster(GPU, 1, PER_NODE), largest=32)
+    assert [(one.layout.world_size, one.parallel.offload) for one in larger] == [(8, "optimizer"), (32, "none")]
