@@ -90,6 +90,8 @@ def _shown(started: float) -> Iterator[Callable[[HowFar], None]]:
             if not console.is_terminal and time.monotonic() - told > _TOLD_EVERY_SECONDS:
                 told = time.monotonic()
                 share = f", {now.done / now.total:.0%}" if now.total else ""
+                left = progress.tasks[task].time_remaining
+                share += f", {left:.0f} s left" if left else ""
                 console.print(f"{text}{share}", highlight=False)
 
         yield show

@@ -6,6 +6,7 @@ its own, so the second half starts from what was on the disk and nothing else.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,11 @@ import pytest
 from engine.checkpoint.fingerprint import fingerprint_of_checkpoint
 from engine.checkpoint.folder import step_path
 from engine.checkpoint.load import open_checkpoint
-from engine.config.load import merge
+from engine.config.load import merge, parse_run
+from engine.config.place import RankPlace
+from engine.data.stage import open_parts, stage_loader
 from engine.errors import EXIT_DONE
+from engine.logs import ROOT
 from engine.train.metrics import read_metrics
 from tests.distributed.ranks import RankFailed, run_ranks
 from tests.distributed.runs import run_tree, train_rank, write_corpus
@@ -101,6 +105,36 @@ def test_same_layout_goes_on_bitwise(layout, whole, tmp_path):
     assert ranks[0]["state"] == run.ranks[0]["state"]
     for key in ("loss", "gradient_norm", "learning_rate", "validation_loss"):
         assert values(tmp_path / "again", key) == values(run.folder, key)
+
+
+def train_and_tell(place: RankPlace, tree: dict[str, Any]) -> list[str]:
+    """What a rank's trainer logs."""
+    told: list[str] = []
+
+    class Told(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.append(record.getMessage())
+
+    log = logging.getLogger(f"{ROOT}.engine.train.trainer")
+    log.addHandler(Told())
+    log.setLevel(logging.INFO)
+    train_rank(place, tree)
+    return told
+
+
+def test_a_resume_tells_its_next_samples_and_their_hash(whole, tmp_path):
+    """In another world; against a loader that has skipped three steps."""
+    run = whole("zero2")
+    folder = tmp_path / "again"
+    shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns("step-00000006", "step-00000009"))
+    tree = run.tree | {"folder": str(folder), "parallel": {"micro_batch_size": 2}}
+    (told,) = run_ranks(1, train_and_tell, tree)
+    [stage] = parse_run(tree, "test").stages
+    loader = stage_loader(stage, open_parts(stage, None, 300), tree["seed"])
+    for _ in range(3):
+        loader.skip()
+    samples = [tuple(sample) for sample in loader.next_sample_ids(3)]
+    assert f"next samples {samples}, hash of the next 1024: {loader.sample_hash(1024)}" in told
 
 
 @pytest.mark.parametrize("layout", OTHERS)

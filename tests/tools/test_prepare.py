@@ -1,7 +1,9 @@
 """The command prepares, reports counts and lengths, and is content when asked for the same again."""
 
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from engine.data.statistics import Statistics
 from engine.data.tokenizer_training import train_tokenizer
 from engine.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USAGE
 from tests.engine.data.corpus import made_up_texts, write_json_lines
+from tools import prepare as tool
 from tools.data_tables import histogram
 
 
@@ -55,6 +58,16 @@ def test_bad_lines_and_options_are_told(arguments, tmp_path, capsys):
     assert "texts.jsonl:201 is no JSON" in capsys.readouterr().err
     assert main([*arguments, "--workers", "0"]) == EXIT_USAGE
     assert main([*arguments, "--validation-fraction", "1.5"]) == EXIT_USAGE
+
+
+def test_where_nobody_watches_lines_tell_how_far_how_fast_and_how_long(monkeypatch, capsys):
+    monkeypatch.setattr(tool, "_TOLD_EVERY_SECONDS", -1)
+    with tool._shown(time.monotonic()) as show:
+        for done in (1, 2, 3):
+            show(tool.HowFar("encoding", 7, done * 10**7, 0, done, 4))
+    *_, last = capsys.readouterr().err.split("encoding: ")
+    form = r"7 documents, 30\.0 M tokens, [\d.]+ M tokens/s, 75%, \d+ s left"
+    assert re.fullmatch(form, " ".join(last.split()))
 
 
 def test_lengths_are_drawn_without_gaps():

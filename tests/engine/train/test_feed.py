@@ -8,6 +8,7 @@ import torch
 from engine.config.load import parse_run
 from engine.config.resolve import Layout
 from engine.data.batch import Batch
+from engine.data.dataset import TokenDataset
 from engine.data.loader import Loader
 from engine.data.source import Part
 from engine.data.stage import stage_loader
@@ -75,3 +76,39 @@ def test_a_cpu_is_given_what_was_read(tmp_path):
     feed.close()
     assert all(given[name].equal(tensor) for name, tensor in stretch(batch, 1, 2).items())
     assert weights == [sum(each.weights["causal"] for each in (batch, *rest))], "of whole rows"
+
+
+def test_only_ranks_that_need_tokens_read_them_and_the_others_count_steps(tmp_path, monkeypatch):
+    layout, read = Layout(4, 1, 1, 1), []
+    shard = TokenDataset.shard
+    monkeypatch.setattr(TokenDataset, "shard", lambda dataset, number: read.append(number) or shard(dataset, number))
+    states, needed = [], []
+    for global_rank in range(layout.world_size):
+        feed, _ = make_feed(tmp_path, layout, global_rank, torch.device("cpu"))
+        read.clear()
+        feed.start()
+        for _ in range(3):
+            inputs, weights = feed.step()
+        feed.close()
+        needed.append((feed.reads, bool(read), *({*given} for given in inputs[:1]), sum(weights) > 0))
+        assert len(inputs) == 4, "micro-batches, with something in them or not"
+        states.append(feed.loader.state())
+    assert needed == [
+        (True, True, {"tokens_BT", "segments_BT"}, True),
+        (False, False, set(), False),
+        (False, False, set(), False),
+        (True, True, {"targets_BT", "weights_BT"}, True),
+    ]
+    assert all(state == states[0] for state in states)
+    assert states[0]["samples"] == 24
+
+
+def test_what_a_step_waited_for_data_is_known(tmp_path, monkeypatch):
+    feed, _ = make_feed(tmp_path, Layout(1, 1, 1, 1), 0, torch.device("cpu"))
+    feed.start()
+    moments = iter([10.0, 12.5])
+    monkeypatch.setattr("engine.train.feed.time.perf_counter", lambda: next(moments))
+    feed.step()
+    monkeypatch.undo()
+    feed.close()
+    assert feed.wait_seconds == 2.5

@@ -1,0 +1,101 @@
+"""What a stage of a run makes of its sources: their weights, ends and refusals."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config.schema.stage import RunStage
+from engine.data.dataset import TokenDataset
+from engine.data.shards import ShardWriter
+from engine.data.stage import open_parts, stage_loader
+from engine.errors import DataError
+from tests.engine.data.corpus import EOS, VOCABULARY, made_up_documents, write_shards
+
+DOCUMENTS = {"small": 20, "middle": 80, "large": 320}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stage")
+    for seed, (name, count) in enumerate(DOCUMENTS.items()):
+        write_shards(folder / name, made_up_documents(count, seed=seed), shard_tokens=2000)
+    return folder
+
+
+def stage(folder: Path, steps: int = 4, data: dict[str, Any] | None = None, **sources: dict[str, Any]) -> RunStage:
+    """A stage over these sources, each with its keys."""
+    named = [{"name": name, "path": str(folder / name), **keys} for name, keys in sources.items()]
+    tree = {
+        "data": {"sources": named, **(data or {})},
+        "sequence_length": 16,
+        "global_batch_size": 25,
+        "duration": {"steps": steps},
+    }
+    return RunStage.model_validate(tree)
+
+
+def parts_of(run_stage: RunStage):
+    return open_parts(run_stage, None, VOCABULARY)
+
+
+def test_tokens_weigh_to_the_power_of_one_over_the_temperature(folder):
+    tokens = {name: TokenDataset(folder / name).index.num_tokens for name in DOCUMENTS}
+    for temperature in (1, 2, 5):
+        run_stage = stage(folder, 400, {"temperature": temperature}, small={}, middle={}, large={})
+        parts = parts_of(run_stage)
+        wanted = {name: count ** (1 / temperature) for name, count in tokens.items()}
+        drawn = dict(zip(wanted, stage_loader(run_stage, parts, 0).mix(10_000), strict=True))
+        for name, share in wanted.items():
+            # counts are off by less than one sample, weights by 1/65,536 of their sum
+            assert abs(drawn[name] - 10_000 * share / sum(wanted.values())) < 1 + 10_000 / 2**16, (temperature, name)
+
+
+def test_each_stage_has_weights_of_its_own_over_the_same_shards(folder):
+    first, second = (stage(folder, small={"weight": a}, large={"weight": b}) for a, b in ((1, 3), (0.9, 0.1)))
+    mixes = [stage_loader(each, parts_of(each), 0).mix(100) for each in (first, second)]
+    assert mixes == [[25, 75], [90, 10]]
+    addresses = [stage_loader(each, parts_of(each), 0).next_sample_ids(100) for each in (first, second)]
+    assert len(set(addresses[0]) & set(addresses[1])) > 25, "the order inside a source is not the weights'"
+
+
+def test_a_source_ends_after_its_epochs_or_tokens_and_the_others_go_on(folder):
+    run_stage = stage(
+        folder, 400, small={"weight": 1, "epochs": 1.5}, middle={"weight": 1, "max_tokens": 1600}, large={"weight": 1}
+    )
+    loader = stage_loader(run_stage, parts_of(run_stage), 0)
+    small, middle, large = loader.mix(10_000)
+    assert small == round(1.5 * loader.samples_by_source()[0])
+    assert middle == 1600 // 16
+    assert small + middle + large == 10_000
+
+
+def test_a_stage_that_needs_more_than_its_sources_give_is_refused(folder):
+    run_stage = stage(folder, 1000, small={"weight": 1, "epochs": 1})
+    with pytest.raises(DataError, match=r"trains on 25,000 samples, but its sources end after \d+\n") as caught:
+        stage_loader(run_stage, parts_of(run_stage), 0)
+    assert "raise data.sources.*.epochs" in caught.value.remedy
+
+
+def test_a_cache_for_less_than_two_windows_is_refused_and_what_it_needs_is_said(folder, tmp_path):
+    def of(num_bytes: int) -> RunStage:
+        cache = {"folder": str(tmp_path / "cache"), "bytes": num_bytes}
+        large = {"path": f"file://{folder / 'large'}", "weight": 1}
+        return stage(folder, 4, {"cache": cache, "window_shards": 2}, large=large)
+
+    sizes = [sum(a.stored_bytes for a in shard.arrays) for shard in TokenDataset(folder / "large").index.shards]
+    needed = sum(sorted(sizes)[-4:])
+    with pytest.raises(DataError, match=f"less than two windows of 2 shards\n  allowed: {needed:,} or more"):
+        parts_of(of(needed - 1))
+    assert len(parts_of(of(needed))) == 1
+
+
+def test_sources_of_other_tokens_are_refused(folder, tmp_path):
+    with ShardWriter(tmp_path / "other", VOCABULARY, EOS, "another-hash", 4000) as writer:
+        for document in made_up_documents(9):
+            writer.add(document)
+    other = {"path": str(tmp_path / "other")}
+    with pytest.raises(DataError, match=r"was written with tokenizer another-hash, .*small with tokenizer-hash"):
+        parts_of(stage(folder, small={}, other=other))
+    with pytest.raises(DataError, match=rf"have {VOCABULARY} tokens in their vocabulary, model.vocab_size = 999"):
+        open_parts(stage(folder, small={}), None, 999)
