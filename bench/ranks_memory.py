@@ -27,6 +27,7 @@ from engine.config.schema.run import RunConfig
 from engine.models.families import family
 from engine.parallel.boundary import Tensors
 from engine.train.build import build_pipeline, join_groups, stage_chunks
+from engine.train.stretch import own_part
 
 T = TypeVar("T")
 
@@ -85,10 +86,12 @@ def train(config: RunConfig, place: RankPlace, device: torch.device) -> None:
         num_micro_batches(config.stages[0].global_batch_size, config.parallel, groups.layout.data),
     )
     names = {name for chunk in stage_chunks(config, groups) for name in kind.wanted(config.model, chunk)}
+    length = row_lengths(config.stages[0]).tokens
     generator = torch.Generator().manual_seed(groups.coordinates.data_rank)
     for _ in range(NUM_STEPS):
         batches = [random_rows(config, generator) for _ in range(count)]
         inputs = [{name: tensor for name, tensor in batch.items() if name in names} for batch in batches]
+        inputs = [own_part(batch, length, config.parallel.time_ranks, groups.sequence) for batch in inputs]
         scales_L = torch.full((len(kind.losses(config.model)),), 1e-3)
         pipeline.train(inputs, scales_L)
         pipeline.engine.step(config.optimizer.learning_rate)

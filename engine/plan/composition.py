@@ -27,6 +27,16 @@ Change = dict[str, dict[str, Any]]
 """Section -> keys that differ from the example."""
 
 ZERO_STAGES: dict[str, Change] = {f"ZeRO-{stage}": {"parallel": {"zero_stage": stage}} for stage in range(4)}
+LLAMA: Change = {
+    "model": {
+        "position": "rope",
+        "norm": "rmsnorm",
+        "activation": "swiglu",
+        "num_kv_heads": 2,
+        "bias": False,
+        "tie_embeddings": False,
+    }
+}
 BERT: Change = {
     "model": {
         "family": "bert",
@@ -34,11 +44,22 @@ BERT: Change = {
         "pair_head": True,
         "norm_position": "post",
         "activation": "gelu",
-        "dropout": 0.1,
-        "attention_dropout": 0.1,
     },
     "objective": {"name": "masked", "pairs": "next_sentence"},
 }
+MODERN: Change = {
+    "model": {
+        "family": "bert",
+        "position": "rope",
+        "local_attention": 16,
+        "local_rope_theta": 1000.0,
+        "norm_bias": False,
+        "activation": "geglu",
+        "bias": False,
+    },
+    "objective": {"name": "masked"},
+}
+"""ModernBERT's form: two layers of three see a window."""
 T5: Change = {
     "model": {
         "family": "t5",
@@ -46,10 +67,12 @@ T5: Change = {
         "norm": "rmsnorm",
         "activation": "relu",
         "bias": False,
-        "dropout": 0.1,
-        "attention_dropout": 0.1,
     },
     "objective": {"name": "span_corruption"},
+}
+DROPPING: dict[str, Change] = {
+    name: form | {"model": form["model"] | {"dropout": 0.1, "attention_dropout": 0.1}}
+    for name, form in (("BERT", BERT), ("T5", T5))
 }
 USES: dict[str, Change] = {
     "data 2": {"parallel": {"data": 2}},
@@ -71,21 +94,13 @@ USES: dict[str, Change] = {
     "reduce: step": {"parallel": {"reduce": "step"}},
     "reduce: micro_batch": {"parallel": {"reduce": "micro_batch"}},
     "Muon": {"optimizer": {"name": "muon"}},
-    "Llama form": {
-        "model": {
-            "position": "rope",
-            "norm": "rmsnorm",
-            "activation": "swiglu",
-            "num_kv_heads": 2,
-            "bias": False,
-            "tie_embeddings": False,
-        }
-    },
-    "BERT, pairs, dropout": BERT,
-    "T5, dropout": T5,
+    "Llama form": LLAMA,
+    "BERT, pairs, dropout": DROPPING["BERT"],
+    "modern encoder, local layers": MODERN,
+    "T5, dropout": DROPPING["T5"],
 } | {
     f"{name}, {axes}": family | {"parallel": parallel}
-    for name, family in (("BERT", BERT), ("T5", T5))
+    for name, family in DROPPING.items()
     for axes, parallel in (
         ("tensor 2, sequence parallel", {"tensor": 2, "sequence_parallel": True}),
         ("pipe 2 x sequence 2", {"pipe": 2, "sequence": 2}),
