@@ -37,7 +37,7 @@ def show(
     within = ("weights_within",) if run.parallel.gather_within else ()
     for table in (
         _stages(plan),
-        _figures(plan, "memory", memory, "memory of one rank (activations and logits: estimates)"),
+        _figures(plan, "memory", memory, "memory of one rank with a GPU (activations and logits: estimates)"),
         _figures(plan, "traffic", (*TRAFFIC, *within), "bytes that one rank sends per step"),
     ):
         console.print("", table)

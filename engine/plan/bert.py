@@ -102,10 +102,12 @@ def saved(
     return kept if model.norm_position == "pre" else kept - lengths.tokens * model.hidden_size // time_size
 
 
-def mask(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
-    """A number for each query and each key that its block sees: of the whole row, or of three blocks."""
-    seen = SEEN_BLOCKS * (model.reach(layer) or 0) if _in_blocks(model, layer, lengths) else lengths.tokens
-    return lengths.tokens * seen
+def mask(model: ModelConfig, layer: int, lengths: RowLengths, masks: bool = True) -> int:
+    """A number for each query and each key that its block sees: of the whole row, or of three blocks. A local layer has
+    them on every device."""
+    if _in_blocks(model, layer, lengths):
+        return lengths.tokens * SEEN_BLOCKS * (model.reach(layer) or 0)
+    return lengths.tokens**2 if masks or model.reach(layer) is not None else 0
 
 
 def _in_blocks(model: ModelConfig, layer: int, lengths: RowLengths) -> bool:

@@ -50,9 +50,10 @@ class Figures(Protocol):
         """
         ...
 
-    def mask(self, model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+    def mask(self, model: ModelConfig, layer: int, lengths: RowLengths, masks: bool = True) -> int:
         """Elements that a layer keeps of who sees whom, where rows hold several documents or padding: the kernels of
-        attention add a number to each score, and each layer makes them from truth values."""
+        attention add a number to each score, and each layer makes them from truth values. `masks`: the device has no
+        kernel that does without (`engine.plan.parts.needs_masks`)."""
         ...
 
     def reduced(self, model: ModelConfig, layers: range, is_first: bool, is_last: bool, lengths: RowLengths) -> int:

@@ -83,9 +83,9 @@ def saved(
     )
 
 
-def mask(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
-    """A number for each query and key."""
-    return lengths.tokens**2
+def mask(model: ModelConfig, layer: int, lengths: RowLengths, masks: bool = True) -> int:
+    """A number for each query and key, where documents are kept apart by masks."""
+    return lengths.tokens**2 if masks else 0
 
 
 def reduced(model: ModelConfig, layers: range, is_first: bool, is_last: bool, lengths: RowLengths) -> int:

@@ -23,7 +23,7 @@ from engine.config.schema.optimizer import PrecisionConfig
 from engine.config.schema.parallel import ParallelConfig, Recompute
 from engine.plan.families import figures
 from engine.plan.logits import head_bytes
-from engine.plan.parts import Entries
+from engine.plan.parts import Device, Entries, needs_masks
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 MASTER_BYTES = 4
@@ -111,9 +111,10 @@ def stage_memory(
     segments: bool,
     in_flight: Fraction | int,
     has_head: bool,
+    device: Device,
 ) -> Memory:
     """Memory of one rank of a stage that holds `entries`, with `in_flight` micro-batches of all its layers alive at the
-    peak: a fraction where passes of single chunks add up to one.
+    peak: a fraction where passes of single chunks add up to one. `device` says what attention keeps.
 
     `recomputed` are those of its `layers` that recompute their activations; `segments`: rows hold several documents or
     padding.
@@ -138,7 +139,9 @@ def stage_memory(
         gradients=gradients,
         bucket=bucket,
         gathered=gathered * dtype_bytes,
-        activations=activation_bytes(model, parallel, precision, layers, recomputed, lengths, segments, in_flight),
+        activations=activation_bytes(
+            model, parallel, precision, layers, recomputed, lengths, segments, in_flight, device
+        ),
         logits=head_bytes(model, parallel, predicted, dtype_bytes, math.ceil(in_flight)),
         host=math.ceil(numel * host_bytes_per_element(parallel, data_size, precision)),
     )
@@ -153,13 +156,15 @@ def activation_bytes(
     lengths: RowLengths,
     segments: bool,
     alive: Fraction | int,
+    device: Device,
 ) -> int:
     """What `alive` micro-batches keep of `layers`, and what one of the `recomputed` has in its second run beside.
 
     Attention never keeps its scores here, as with the kernels of a GPU, unless it has dropout.
     """
+    masks = needs_masks(model, precision.dtype, device) if segments else None
     kept, _, second_run = _kept(
-        model, tuple(layers), tuple(recomputed), lengths, Sharing.of(parallel), parallel.recompute, segments
+        model, tuple(layers), tuple(recomputed), lengths, Sharing.of(parallel), parallel.recompute, masks
     )
     elements = alive * kept + second_run
     return math.ceil(parallel.micro_batch_size * elements * DTYPE_BYTES[precision.dtype])
@@ -174,7 +179,7 @@ def remade_bytes(
 ) -> int:
     """Activations of a micro-batch that the `recomputed` layers do not keep and make again."""
     layers = tuple(recomputed)
-    _, remade, _ = _kept(model, layers, layers, lengths, Sharing.of(parallel), parallel.recompute, segments=False)
+    _, remade, _ = _kept(model, layers, layers, lengths, Sharing.of(parallel), parallel.recompute, masks=None)
     return math.ceil(parallel.micro_batch_size * remade * DTYPE_BYTES[precision.dtype])
 
 
@@ -198,14 +203,15 @@ def _kept(
     lengths: RowLengths,
     sharing: Sharing,
     how: Recompute,
-    segments: bool,
+    masks: bool | None,
 ) -> tuple[int, int, int]:
     """Elements per row that `layers` keep, of which the `recomputed` ones only what `how` says; that those make again;
-    and the most that one of them does."""
+    and the most that one of them does. `masks`: whether documents are kept apart by masks, None where rows are whole.
+    """
     saved, ranks = figures(model).saved, (sharing.tensor, sharing.shared_by)
     own = lengths.shared_by(sharing.sequence)
-    masks = {layer: segments * figures(model).mask(model, layer, lengths) for layer in layers}  # of whole rows
-    plain = {layer: saved(model, layer, own, *ranks) + masks[layer] for layer in layers}
+    pairs = {layer: 0 if masks is None else figures(model).mask(model, layer, lengths, masks) for layer in layers}
+    plain = {layer: saved(model, layer, own, *ranks) + pairs[layer] for layer in layers}  # pairs: of whole rows
     kept = plain | {layer: saved(model, layer, own, *ranks, how) for layer in recomputed}
     remade = [plain[layer] - kept[layer] for layer in recomputed]
     return sum(kept.values()), sum(remade), max(remade, default=0)

@@ -9,8 +9,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from engine.config.schema.model import ModelConfig
+
+Device = Literal["cpu", "cuda"]
+"""What a run computes on."""
+LARGEST_HEAD = 256
+"""Of flash attention over documents, in multiples of 8."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,15 @@ def saved_by_attention(model: ModelConfig, num_tokens: int, tensor_size: int) ->
 def saved_probabilities(model: ModelConfig, num_queries: int, num_keys: int, tensor_size: int) -> int:
     """Elements of probabilities and of what dropout made of them; none without dropout."""
     return 9 * model.num_heads * num_queries * num_keys // 4 // tensor_size if model.attention_dropout else 0
+
+
+def needs_masks(model: ModelConfig, dtype: str, device: Device) -> bool:
+    """Whether attention inside documents is told who sees whom by a mask of every pair of tokens: everywhere but on a
+    GPU whose kernels do without, in bf16 and without dropout. The twin of `engine.parallel.packed.kernel` for the GPUs
+    of `engine.plan.hardware` (compute capability 8.0 or higher)."""
+    head = model.head_size
+    flash, flex = head % 8 == 0 and head <= LARGEST_HEAD, head >= 16 and head & (head - 1) == 0
+    return device == "cpu" or dtype != "bf16" or model.attention_dropout > 0 or not (flash or flex)
 
 
 def saved_by_feed_forward(model: ModelConfig, num_tokens: int, tensor_size: int) -> int:

@@ -18,6 +18,7 @@ from engine.plan.elastic import World, elastic_worlds
 from engine.plan.memory import MASTER_BYTES, MOMENTS_BYTES, Memory, remade_bytes, stage_memory
 from engine.plan.operations import BACKWARD_FACTOR, layer_costs, layer_operations, training_operations
 from engine.plan.parameters import num_parameters
+from engine.plan.parts import Device
 from engine.plan.pipeline import bubble, in_flight
 from engine.plan.recompute import recomputed_layers
 from engine.plan.traffic import Traffic, stage_traffic
@@ -121,8 +122,8 @@ class Plan:
         return tree
 
 
-def make_plan(config: RunConfig, world_size: int) -> Plan:
-    """The plan of `config` on `world_size` ranks.
+def make_plan(config: RunConfig, world_size: int, device: Device = "cuda") -> Plan:
+    """The plan of `config` on `world_size` ranks, each with a GPU if nothing else is said.
 
     Raises:
         ConfigError: the run cannot start there.
@@ -142,7 +143,7 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
         tokens=batch_size * run_stage.sequence_length,
         operations=batch_size * training_operations(config.model, row_lengths(run_stage)),
         bubble=float(bubble(config.parallel.schedule, layout.pipe, config.parallel.virtual_stages, micro_batches)),
-        stages=stage_plans(config, layout),
+        stages=stage_plans(config, layout, device),
         worlds=tuple(valid_worlds(config, largest)),
         elastic=tuple(elastic_worlds(config, largest)),
         fitting=tuple(fitting),
@@ -150,20 +151,22 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     )
 
 
-def stage_plans(config: RunConfig, layout: Layout) -> tuple[StagePlan, ...]:
+def stage_plans(config: RunConfig, layout: Layout, device: Device = "cuda") -> tuple[StagePlan, ...]:
     """Every pipeline stage of a layout that `resolve` or `examine` gave."""
     micro_batches = num_micro_batches(config.stages[0].global_batch_size, config.parallel, layout.data)
     lengths = row_lengths(config.stages[0])
     stages = stage_parts(config.model, layout.pipe, config.parallel.virtual_stages, lengths)
-    return tuple(_stage_plan(config, layout, stage, parts, micro_batches) for stage, parts in enumerate(stages))
+    return tuple(_stage_plan(config, layout, stage, parts, micro_batches, device) for stage, parts in enumerate(stages))
 
 
-def _stage_plan(config: RunConfig, layout: Layout, stage: int, parts: list[Part], micro_batches: int) -> StagePlan:
+def _stage_plan(
+    config: RunConfig, layout: Layout, stage: int, parts: list[Part], micro_batches: int, device: Device
+) -> StagePlan:
     run_stage, lengths = config.stages[0], row_lengths(config.stages[0])
     layers = [layer for part in parts for layer in part.layers]
     entries = entries_of(config.model, parts)
     rows = micro_batches * config.parallel.micro_batch_size
-    recomputed = recomputed_layers(config, layout, stage)
+    recomputed = recomputed_layers(config, layout, stage, device)
     alive = in_flight(config.parallel.schedule, stage, layout.pipe, len(parts), micro_batches)
     sections = (config.model, config.parallel, config.precision, entries)
     common: dict[str, Any] = {
@@ -197,6 +200,7 @@ def _stage_plan(config: RunConfig, layout: Layout, stage: int, parts: list[Part]
             layers=layers,
             in_flight=Fraction(alive, len(parts)),
             has_head=any(part.last for part in parts),
+            device=device,
         ),
         traffic=stage_traffic(
             *sections,

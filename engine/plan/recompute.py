@@ -14,11 +14,12 @@ from engine.config.schema.run import RunConfig
 from engine.plan.cut import stage_parts
 from engine.plan.hardware import GIB
 from engine.plan.memory import activation_bytes
+from engine.plan.parts import Device
 from engine.plan.pipeline import in_flight
 
 
-def recomputed_layers(config: RunConfig, layout: Layout, stage: int) -> Sequence[int]:
-    """Global numbers of the layers of a stage that recompute; none where `parallel.recompute` is `none`."""
+def recomputed_layers(config: RunConfig, layout: Layout, stage: int, device: Device) -> Sequence[int]:
+    """Global numbers of the layers of a stage that recompute on a device; none where `parallel.recompute` is `none`."""
     parallel, lengths = config.parallel, held_lengths(config.stages[0], config.parallel)
     parts = stage_parts(config.model, layout.pipe, parallel.virtual_stages, row_lengths(config.stages[0]))[stage]
     layers = [layer for part in parts for layer in part.layers]
@@ -32,7 +33,7 @@ def recomputed_layers(config: RunConfig, layout: Layout, stage: int) -> Sequence
     segments = has_segments(config.stages[0].data.attention, config.stages[0].objective)
     for count in range(len(layers)):
         needed = activation_bytes(
-            config.model, parallel, config.precision, layers, layers[:count], lengths, segments, alive
+            config.model, parallel, config.precision, layers, layers[:count], lengths, segments, alive, device
         )
         if needed <= parallel.activation_gib * GIB:
             return layers[:count]

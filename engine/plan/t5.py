@@ -87,9 +87,9 @@ def saved(
     return found + cross + (whole if recompute == "selective" else 2 * whole)
 
 
-def mask(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
-    """Cross attention's, in the decoder; what is added to other scores is made once for all layers of a stack (and
-    left out, as the probabilities are that a CPU, which has no kernel for it, keeps)."""
+def mask(model: ModelConfig, layer: int, lengths: RowLengths, masks: bool = True) -> int:
+    """Cross attention's, in the decoder, on every device; what is added to other scores is made once for all layers of
+    a stack (and left out, as the probabilities are that a CPU, which has no kernel for it, keeps)."""
     return lengths.decoder * lengths.tokens if layer >= model.num_encoder_layers else 0
 
 

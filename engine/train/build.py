@@ -64,7 +64,8 @@ def build_engine(config: RunConfig, run_stage: RunStage, groups: Groups, device:
     stage = Chunks(chunks, kind.ties(model))
     logical_names = stage.logical_names(kind.ties(model))
     shard(stage, specs, logical_names, groups.tensor, stretches=config.parallel.shared_by > 1)
-    _recompute(config, chunks, recomputed_layers(config, groups.layout, groups.coordinates.stage))
+    on = "cuda" if device.type == "cuda" else "cpu"
+    _recompute(config, chunks, recomputed_layers(config, groups.layout, groups.coordinates.stage, on))
     names = [logical_names[name] for name, _ in stage.named_parameters()]
     partial_gradients = _partial_gradients(config, specs.values())
     tied = _tied_stages(config, groups.layout)

@@ -8,7 +8,7 @@ import pytest
 from engine.config.lengths import RowLengths
 from engine.config.schema.parallel import ParallelConfig
 from engine.plan import bert, gpt
-from engine.plan.composition import Change, example
+from engine.plan.composition import MODERN, T5, Change, example
 from engine.plan.logits import head_bytes
 from engine.plan.memory import gathered_at_once, stage_memory, states_per_element
 from engine.plan.parameters import model_entries, num_parameters
@@ -62,6 +62,7 @@ def memory(data_size: int = 2, in_flight: int = 1, segments: bool = False, **par
         segments=segments,
         in_flight=in_flight,
         has_head=True,
+        device="cpu",
     )
 
 
@@ -127,6 +128,38 @@ def test_every_layer_keeps_who_sees_whom() -> None:
     assert memory(segments=True, sequence=2).activations - memory(sequence=2).activations == 4 * pairs
     full = memory(segments=True, recompute="full").activations - memory(recompute="full").activations
     assert full == pairs
+
+
+@pytest.mark.parametrize(
+    ("changes", "keeps"),
+    [
+        ({}, False),
+        ({"precision": {"dtype": "fp32"}}, True),
+        ({"model": {"attention_dropout": 0.1}}, True),
+        ({"model": {"head_width": 20}}, True),  # neither a multiple of 8 nor a power of 2
+        ({"model": {"head_width": 24}}, False),  # flash attention
+        ({"model": {"head_width": 512}}, False),  # flex attention
+    ],
+)
+def test_a_gpu_keeps_who_sees_whom_only_where_no_kernel_does_without(changes: Change, keeps: bool) -> None:
+    bf16: Change = {"precision": {"dtype": "bf16"}}
+    forms = (
+        example(bf16, changes),
+        example(
+            {"model": MODERN["model"] | changes.get("model", {})}, {"objective": {"name": "masked"}}, bf16, changes
+        ),
+    )
+    for run in forms:
+        held = [make_plan(run, 1, device).stages[0].memory.activations for device in ("cpu", "cuda")]
+        if run.model.family == "gpt" or keeps:
+            assert (held[0] == held[1]) == keeps
+        else:  # two layers of four are local, on every device
+            assert held[0] - held[1] == 2 * 64 * 64 * 2
+
+
+def test_t5_adds_its_positions_to_scores_on_a_gpu_too() -> None:
+    run = example(T5, {"precision": {"dtype": "bf16"}})
+    assert make_plan(run, 1, "cpu").stages[0].memory == make_plan(run, 1, "cuda").stages[0].memory
 
 
 def test_a_local_layer_keeps_what_three_blocks_see() -> None:

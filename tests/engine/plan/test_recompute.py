@@ -19,10 +19,10 @@ def activations(**parallel: object) -> int:
 def test_the_first_layers_of_each_stage_recompute() -> None:
     config = example({"parallel": {"pipe": 2, "recompute": "full", "recompute_layers": 1}})
     layout = resolve(config, 2)
-    first, second = (list(recomputed_layers(config, layout, stage)) for stage in range(2))
+    first, second = (list(recomputed_layers(config, layout, stage, "cuda")) for stage in range(2))
     assert first == [0]
     assert second == [4 - make_plan(config, 2).stages[1].num_layers]
-    assert not recomputed_layers(example(), resolve(example(), 1), 0)
+    assert not recomputed_layers(example(), resolve(example(), 1), 0, "cuda")
 
 
 def test_full_and_selective_keep_1_and_11_widths_and_the_rest_for_one_layer_at_a_time() -> None:
@@ -38,14 +38,14 @@ def test_a_budget_is_kept_with_as_few_layers_as_can_be() -> None:
     for wanted in range(5):
         planned = activations(recompute="full", recompute_layers=wanted) if wanted else activations()
         config = example({"parallel": {"data": 1, "recompute": "full", "activation_gib": planned / GIB}})
-        found = len(recomputed_layers(config, resolve(config, 1), 0))
+        found = len(recomputed_layers(config, resolve(config, 1), 0, "cuda"))
         assert activations(recompute="full", activation_gib=planned / GIB) <= planned
         # one layer that recomputes saves nothing beside its own second run
         assert found == (0 if wanted == 1 else wanted)
     assert (
         len(
             recomputed_layers(
-                example({"parallel": {"recompute": "full", "activation_gib": 1e-9}}), resolve(example(), 1), 0
+                example({"parallel": {"recompute": "full", "activation_gib": 1e-9}}), resolve(example(), 1), 0, "cuda"
             )
         )
         == 4
