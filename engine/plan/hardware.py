@@ -1,6 +1,10 @@
-"""What a plan has to know of a cluster: the accelerator's figures and how many share a node. Vendors' published values.
+"""What a plan has to know of a cluster: the accelerator's figures and how many share a node.
 
-Bandwidths are per accelerator and direction, as the collectives of a ring see them.
+Bandwidths are per accelerator and direction, as the collectives of a ring see them. An accelerator's own figures are
+those of NVIDIA's data sheet for its SXM form: dense bf16 without sparsity, half of the NVLink bandwidth, which counts
+both directions. The host's are not measured: they are the peak that its parts have by their standards, for NVIDIA's
+reference node of eight (DGX A100, H100, H200, B200), which has two processors and one PCIe x16 link and one card of 200
+or 400 Gbit/s per accelerator. Nodes that are built differently have other hosts: many have half the memory.
 """
 
 from __future__ import annotations
@@ -33,14 +37,42 @@ class Accelerator:
     """Between host and accelerator (PCIe), one direction."""
 
 
+NODE = 8
+"""Accelerators of a reference node."""
+
+
+def _host_memory(num_dimms: int, dimm_gib: int) -> int:
+    """Bytes of an accelerator's share of its node."""
+    return num_dimms * dimm_gib * GIB // NODE
+
+
+def _ddr(transfers_per_second: float) -> float:
+    """Bytes per second of the same: two processors with eight channels each, of 8 bytes (JEDEC DDR4, DDR5)."""
+    return 2 * 8 * 8 * transfers_per_second / NODE
+
+
+def _pcie(transfers_per_second: float) -> float:
+    """Bytes per second of 16 lanes in one direction, with their 128b/130b code and without what packets cost (PCI-SIG):
+    31.5 GB/s for PCIe 4.0, 63.0 GB/s for 5.0. MLPerf's description of an H200 node has 504 GB/s for eight of them."""
+    return 16 * transfers_per_second * 128 / 130 / 8
+
+
+DGX_A100_40GB = _host_memory(16, 64), _ddr(3.2e9), _pcie(16e9)
+"""1 TB; two EPYC 7742, DDR4-3200 (DGX A100 System, user guide DU-09821); PCIe 4.0."""
+DGX_A100_80GB = _host_memory(32, 64), _ddr(3.2e9), _pcie(16e9)
+"""2 TB with the larger accelerators."""
+DGX_H100 = _host_memory(32, 64), _ddr(4.8e9), _pcie(32e9)
+"""2 TB in 32 modules; two Xeon Platinum 8480C, DDR5-4800; PCIe 5.0. The DGX H200 has the same host."""
+DGX_B200 = _host_memory(32, 64), _ddr(5.6e9), _pcie(32e9)
+"""2 TB in 32 modules, which can be 4; two Xeon Platinum 8570, DDR5-5600; PCIe 5.0."""
 ACCELERATORS = {
     accelerator.name: accelerator
     for accelerator in (
-        Accelerator("a100-40gb", 40 * GIB, 312e12, 1.555e12, 300e9, 25e9, 128 * GIB, 51e9, 32e9),
-        Accelerator("a100-80gb", 80 * GIB, 312e12, 2.039e12, 300e9, 25e9, 256 * GIB, 51e9, 32e9),
-        Accelerator("h100-80gb", 80 * GIB, 989e12, 3.35e12, 450e9, 50e9, 256 * GIB, 77e9, 64e9),
-        Accelerator("h200-141gb", 141 * 10**9, 989e12, 4.8e12, 450e9, 50e9, 256 * GIB, 77e9, 64e9),
-        Accelerator("b200-180gb", 180 * 10**9, 2250e12, 8e12, 900e9, 50e9, 256 * GIB, 90e9, 64e9),
+        Accelerator("a100-40gb", 40 * GIB, 312e12, 1.555e12, 300e9, 25e9, *DGX_A100_40GB),
+        Accelerator("a100-80gb", 80 * GIB, 312e12, 2.039e12, 300e9, 25e9, *DGX_A100_80GB),
+        Accelerator("h100-80gb", 80 * GIB, 989e12, 3.35e12, 450e9, 50e9, *DGX_H100),
+        Accelerator("h200-141gb", 141 * 10**9, 989e12, 4.8e12, 450e9, 50e9, *DGX_H100),
+        Accelerator("b200-180gb", 180 * 10**9, 2250e12, 8e12, 900e9, 50e9, *DGX_B200),
     )
 }
 

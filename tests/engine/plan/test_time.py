@@ -126,8 +126,10 @@ def test_offload_updates_at_the_hosts_speed_and_pays_for_the_way() -> None:
     on_device = estimate(model, layout, 8, 64, "h100-80gb")
     on_host = estimate(model, layout | {"offload": "optimizer"}, 8, 64, "h100-80gb")
     updated = on_device.optimizer * 3.35e12 / 28
-    assert on_host.optimizer == pytest.approx(updated * 38 / 77e9)
-    assert on_host.offload == pytest.approx(updated * 6 / 64e9)
+    assert on_host.optimizer == pytest.approx(
+        updated * 38 / (2 * 8 * 4.8e9)
+    )  # of 8 GPUs: two sockets, 8 channels, 8 bytes
+    assert on_host.offload == pytest.approx(updated * 6 / (16 * 32e9 / 8 * 128 / 130))
     assert on_device.offload == 0
     assert on_host.total == pytest.approx(on_device.total - on_device.optimizer + on_host.optimizer + on_host.offload)
 
