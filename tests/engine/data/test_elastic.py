@@ -19,6 +19,7 @@ from engine.data.source import Part
 from engine.data.stream import SampleOrder
 from engine.errors import DataError
 from tests.engine.data.corpus import write_sentences
+from tests.engine.data.rank import Ranks
 
 WORLDS = ((8, 3), (6, 2), (1, 24), (4, 1))
 """(data ranks, micro-batch size), in turn."""
@@ -100,6 +101,28 @@ def test_worlds_of_8_6_1_and_4_consume_what_one_process_does(folders, case, mixe
         first = {address for _, address in seen if address[0] == 0}
         left_out = set(order[slice(*HOLE)])
         assert first == {tuple(sample) for sample in order[:epoch]} - {tuple(sample) for sample in left_out}
+
+
+def test_processes_of_8_6_1_and_4_ranks_that_are_killed_consume_what_one_does(folders):
+    """Each world is a process, killed in the middle of a step; the next one knows what the last whole step said."""
+    how: dict[str, Any] = {"sequence_length": 32, "global_batch_size": 24, "seed": 1, "window_shards": 3}
+    how["attention"] = "document"
+    alone = Loader(TokenDataset(folders / "0"), **how)
+    epoch, state, seen = alone.samples_per_epoch(), None, Counter()
+    for world_size in (8, 6, 1, 4):
+        ranks = Ranks(str(folders / "0"), list(range(world_size)), world_size, state, **how)
+        for _ in range(-(-epoch // (4 * 24))):
+            ranks.go()
+            told = ranks.told()
+            [expected] = alone.step(0, 1, 24)
+            assert sorted(told["samples"]) == sorted(map(tuple, expected.samples_B3.tolist()))
+            state = told["state"]
+            assert state == alone.state()
+            seen.update(told["samples"])
+        ranks.go()
+        ranks.kill()
+    assert set(seen.values()) == {1}
+    assert sum(address[0] == 0 for address in seen) == epoch, "each exactly once"
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])

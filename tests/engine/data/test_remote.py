@@ -23,6 +23,7 @@ from engine.data.prefetch import Prefetcher
 from engine.data.remote import RemoteFolder, Retry
 from engine.errors import DataError
 from tests.engine.data.corpus import made_up_documents, write_shards
+from tests.engine.data.rank import Ranks
 
 SHARD_TOKENS = 300
 
@@ -77,10 +78,11 @@ def in_s3(folder: Path) -> Iterator[str]:
             patch.setenv(name, "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         system = fsspec.filesystem("s3", skip_instance_cache=True)
-        system.mkdir("corpus")
+        bucket = f"corpus-{uuid.uuid4().hex}"  # moto's buckets outlive its server
+        system.mkdir(bucket)
         for path in folder.iterdir():
-            system.put_file(str(path), f"corpus/train/{path.name}")
-        yield "s3://corpus/train"
+            system.put_file(str(path), f"{bucket}/train/{path.name}")
+        yield f"s3://{bucket}/train"
         fsspec.filesystem("s3").clear_instance_cache()
     server.stop()
 
@@ -115,6 +117,44 @@ def test_batches_from_a_store_are_those_from_disk_and_the_cache_keeps_its_limit(
         expected = HeldOut(TokenDataset(local), 16, "document")
         sums = [sum(b.weights["causal"] for b in item.batches(0, 1, 8)) for item in (held_out, expected)]
         assert sums[0] == sums[1]
+
+
+def test_ranks_of_a_node_share_what_one_fetched_from_s3_and_the_limit_holds(local, tmp_path):
+    """Three processes step by step, as collectives hold them; a thread looks at the folder all the time.
+
+    Of an epoch every file is fetched once: the cache has room for two windows.
+    """
+    how: dict[str, Any] = {"sequence_length": 16, "global_batch_size": 12, "seed": 3, "window_shards": 4}
+    alone = Loader(TokenDataset(local), **how, attention="document")
+    cache, over, done = small_cache(tmp_path / "cache", local), [], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            if (used := cache.used_bytes()) > cache.limit_bytes:
+                over.append(used)
+
+    with in_s3(local) as url:
+        ranks = [Ranks(url, [rank], 3, cache=cache, **how, attention="document") for rank in range(3)]
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            for _ in range(alone.samples_per_epoch() // 12):
+                for rank in ranks:
+                    rank.go()
+                told = [rank.told() for rank in ranks]
+                [expected] = alone.step(0, 1, 12)
+                found = [sample for each in told for sample in each["samples"]]
+                assert sorted(found) == sorted(map(tuple, expected.samples_B3.tolist()))
+        finally:
+            done.set()
+            watcher.join()
+            for rank in ranks:
+                rank.kill()
+    fetched = [each["fetched"] for each in told]
+    files = sum(len(shard.arrays) for shard in TokenDataset(local).index.shards)
+    assert sum(fetched) == files, fetched
+    assert min(fetched) < files / 2
+    assert not over
 
 
 class Store:
