@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import numpy as np
@@ -20,8 +20,6 @@ import torch
 from engine.data.damage import Damage, DamagedShard
 from engine.data.dataset import TokenDataset
 from engine.data.sampling import Made, Sampler
-
-NO_SAMPLE = (-1, -1, -1)
 
 
 class Rows(Protocol):
@@ -74,37 +72,61 @@ class Batch:
         return self.samples_B3.shape[0]
 
 
-def make_batch(
-    sources: Sequence[Rows], domains: np.ndarray, places: np.ndarray, samples: np.ndarray, num_rows: int
-) -> Batch:
-    """The micro-batch of the rows at `places` (rows, 2) of the sources `domains` (rows,), filled up to `num_rows` with
-    rows of weight 0.
+def reuse_freed_memory() -> None:
+    """Lets the C library keep the memory of batches that are done with for the next ones.
 
-    `samples` (rows, 3) are their addresses. Raises `DamagedShard` where a shard is damaged.
+    glibc returns blocks to the system that are larger than any which it saw freed (mallopt(3), M_MMAP_THRESHOLD), and
+    being given fresh pages for each batch takes longer than filling them. So it is shown a large one.
     """
-    made = _made(sources, domains, places, samples, num_rows)
-    samples_B3 = np.full((num_rows, 3), NO_SAMPLE, np.int64)
-    samples_B3[: len(samples)] = samples
-    domains_B = np.zeros(num_rows, np.int32)
-    domains_B[: len(domains)] = domains
-    row_weights_B = np.zeros(num_rows, np.float32)
-    row_weights_B[: len(places)] = 1.0
+    np.empty(16 << 20, np.uint8)
 
-    def name_sources() -> tuple[str, ...]:
-        rows = zip(domains.tolist(), places.tolist(), strict=True)
-        shards = [source.dataset.index.shards for source in sources]
-        names = [f"{shards[domain][number].tokens.name}:{row}" for domain, (number, row) in rows]
-        return (*names, *[""] * (num_rows - len(names)))
 
-    return Batch(
-        inputs={name: torch.from_numpy(array) for name, array in made.inputs.items()},
-        weights=made.weights,
-        samples_B3=torch.from_numpy(samples_B3),
-        row_weights_B=torch.from_numpy(row_weights_B),
-        domains_B=torch.from_numpy(domains_B),
-        name_sources=name_sources,
-        documents=torch.from_numpy(made.documents),
-    )
+def make_batches(
+    sources: Sequence[Rows],
+    domains: np.ndarray,
+    samples: np.ndarray,
+    places: np.ndarray,
+    num_batches: int,
+    num_rows: int,
+) -> list[Batch]:
+    """Micro-batches of `num_rows`, one behind the other, of the samples (rows, 3) of the sources `domains` (rows,),
+    which lie at `places` (rows, 2); what is missing at the end are rows of weight 0.
+
+    All rows are made together, and each batch is a view of them. Raises `DamagedShard` where a shard is damaged.
+    """
+    count, total = len(places), num_batches * num_rows
+    made = _made(sources, domains, places, samples, total)
+    samples_N3 = _filled(samples, total, -1, np.int64)
+    domains_N = _filled(domains, total, 0, np.int32)
+    row_weights_N = _filled(np.ones(count, np.float32), total, 0, np.float32)
+
+    def batch(rows: slice) -> Batch:
+        return Batch(
+            inputs={name: torch.from_numpy(array[rows]) for name, array in made.inputs.items()},
+            weights={name: float(weights_N[rows].sum()) for name, weights_N in made.weights.items()},
+            samples_B3=torch.from_numpy(samples_N3[rows]),
+            row_weights_B=torch.from_numpy(row_weights_N[rows]),
+            domains_B=torch.from_numpy(domains_N[rows]),
+            name_sources=partial(_names, sources, domains[rows], places[rows], num_rows),
+            documents=torch.from_numpy(made.documents[rows]),
+        )
+
+    return [batch(slice(first, first + num_rows)) for first in range(0, total, num_rows)]
+
+
+def _filled(rows: np.ndarray, num_rows: int, value: int, dtype: type[np.generic]) -> np.ndarray:
+    """(num_rows, ...) the rows, and the value in those that are missing."""
+    found = np.full((num_rows, *rows.shape[1:]), value, dtype)
+    found[: len(rows)] = rows
+    return found
+
+
+def _names(sources: Sequence[Rows], domains: np.ndarray, places: np.ndarray, num_rows: int) -> tuple[str, ...]:
+    """Shard and row of each row, empty where it stands for nothing."""
+    rows = zip(domains.tolist(), places.tolist(), strict=True)
+    shards = [source.dataset.index.shards for source in sources]
+    names = [f"{shards[domain][number].tokens.name}:{row}" for domain, (number, row) in rows]
+    return (*names, *[""] * (num_rows - len(names)))
 
 
 def _made(sources: Sequence[Rows], domains: np.ndarray, places: np.ndarray, samples: np.ndarray, num_rows: int) -> Made:
@@ -121,7 +143,7 @@ def _made(sources: Sequence[Rows], domains: np.ndarray, places: np.ndarray, samp
     order = np.argsort(np.concatenate(which))
     return Made(
         {name: np.concatenate([part.inputs[name] for part in parts])[order] for name in parts[0].inputs},
-        {name: sum(part.weights[name] for part in parts) for name in parts[0].weights},
+        {name: np.concatenate([part.weights[name] for part in parts])[order] for name in parts[0].weights},
         np.concatenate([part.documents for part in parts])[order],
     )
 

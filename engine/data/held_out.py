@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from engine.config.schema.objective import ObjectiveConfig
-from engine.data.batch import Batch, make_batch
+from engine.data.batch import Batch, make_batches
 from engine.data.dataset import TokenDataset
 from engine.data.loader import micro_batch_rows
 from engine.data.sampling import Attention, PackingName, Sampler, make_sampler
@@ -48,7 +48,7 @@ class HeldOut:
             places = np.stack([shards, rows - np.where(shards > 0, self._ends[shards - 1], 0)], axis=1)
             addresses = np.concatenate([np.zeros((len(rows), 1), np.int64), places], axis=1)
             domains = np.zeros(len(rows), np.int64)
-            yield make_batch([self._source], domains, places, addresses, micro_batch_size)
+            yield from make_batches([self._source], domains, addresses, places, 1, micro_batch_size)
             self._source.dataset.release()
 
     def num_batches(self, data_size: int, micro_batch_size: int) -> int:

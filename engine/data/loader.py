@@ -5,9 +5,8 @@ j // (micro_batch_size * data_size). Invariant: which samples a step trains on d
 objective, seed, sequence length, window_shards, samples before it, samples left out) alone, never on the ranks, the
 micro-batch size or restarts; each sample comes exactly once per epoch of its source, but for those that a rollback or
 a damaged shard left out. Every rank holds a `Loader`; a rank that needs no tokens calls `skip` where the others call
-`step`. Prefetching is in `engine.data.prefetch`.
-
-N samples, K sources.
+`step`. Some steps are read together, which costs hardly more than one; nothing but the time of reading depends on it.
+Prefetching is in `engine.data.prefetch`, which samples come next in `engine.data.drawing`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,17 +26,15 @@ from engine.config.mixture import MOST_SOURCES
 from engine.config.ramp import Ramp
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data import stream
-from engine.data.batch import Batch, make_batch
+from engine.data.batch import Batch, make_batches, reuse_freed_memory
 from engine.data.damage import Damage
 from engine.data.dataset import TokenDataset
+from engine.data.drawing import Cursor, Drawing, Interval, Samples, merged
 from engine.data.mixing import Mixing
 from engine.data.sampling import Attention, PackingName, Sampler, make_sampler
 from engine.data.source import Part, Source
 from engine.data.stream import START, SampleId
 from engine.errors import DataError
-
-Interval = tuple[int, int]
-"""Positions of samples: the first, and the one after the last."""
 
 State = dict[str, Any]
 """Loader state: JSON of less than 1 KiB, equal on all ranks."""
@@ -42,19 +42,25 @@ State = dict[str, Any]
 MOST_LOST = 16
 """Damaged shards that a run does without; more are no accident, and the state is bounded."""
 
+MOST_STEPS = 8
+"""Steps that are read together."""
+MOST_TOKENS = 1 << 17
+"""Tokens of a rank that are made into batches together, and from which on no further step is read with others: enough
+that the calls of numpy hardly count, little enough to stay in a cache."""
 
-class Cursor(NamedTuple):
-    """A place in the stream: samples drawn so far, and the next sample of each source."""
-
-    position: int
-    places: tuple[SampleId, ...]
+Ranks = tuple[int, int, int]
+"""Data rank, data ranks, and rows of a micro-batch."""
 
 
-class Samples(NamedTuple):
-    """`sources_N` int64 and `addresses_N3` (epoch, window, slot) int64 of samples in their order."""
+class _Step(NamedTuple):
+    """The micro-batches of a step that was read ahead: what they were read for, and where the step ends."""
 
-    sources_N: np.ndarray
-    addresses_N3: np.ndarray
+    drawing: Drawing
+    cursor: Cursor
+    ranks: Ranks
+    batches: list[Batch]
+    after: Cursor
+    num_samples: int
 
 
 class Loader:
@@ -79,14 +85,17 @@ class Loader:
         self.packing: PackingName = packing
         self.objective = objective or ObjectiveConfig()
         self.batches = Ramp((global_batch_size,)) if isinstance(global_batch_size, int) else global_batch_size
-        self._sources = [Source(k, part, self._sampler, seed, window_shards) for k, part in enumerate(self.parts)]
-        for source in self._sources:
+        sources = tuple(Source(k, part, self._sampler, seed, window_shards) for k, part in enumerate(self.parts))
+        for source in sources:
             source.refuse_empty()
-        self._mixing = Mixing([part.weight for part in self.parts], [source.limit() for source in self._sources])
+        mixing = Mixing([part.weight for part in self.parts], [source.limit() for source in sources])
+        self._drawing = Drawing(sources, mixing)
         self._cursor = Cursor(0, (START,) * len(self.parts))
         self._samples = 0
-        self._left_out: tuple[Interval, ...] = ()
         self._lost: tuple[Damage, ...] = ()
+        self._ahead: deque[_Step] = deque()
+        self._steps_together = 1
+        reuse_freed_memory()
 
     @property
     def fingerprint(self) -> str:
@@ -100,12 +109,12 @@ class Loader:
 
     def samples_by_source(self) -> list[int]:
         """Samples of each epoch of each source. Reads as `samples_per_epoch`."""
-        return [int(source.count(np.arange(source.dataset.num_shards)).sum()) for source in self._sources]
+        return [int(source.count(np.arange(source.dataset.num_shards)).sum()) for source in self._drawing.sources]
 
     @property
     def num_samples(self) -> int | None:
         """Length of the whole stream; None without end."""
-        return self._mixing.num_samples
+        return self._drawing.mixing.num_samples
 
     @property
     def samples(self) -> int:
@@ -130,16 +139,16 @@ class Loader:
 
     def mix(self, position: int) -> list[int]:
         """Samples of each source before a position of the stream (at most `num_samples`)."""
-        return self._mixing.counts(position).tolist()
+        return self._drawing.mixing.counts(position).tolist()
 
     @property
     def left_out(self) -> tuple[Interval, ...]:
         """The samples that the run leaves out, by position: disjoint, in order."""
-        return self._left_out
+        return self._drawing.left_out
 
     def leave_out(self, first: int, end: int) -> None:
         """Passes over the samples at the positions from `first` to before `end`, as far as they are still to come."""
-        self._left_out = merged([*self._left_out, (first, end)])
+        self._drawing = replace(self._drawing, left_out=merged([*self.left_out, (first, end)]))
 
     @property
     def lost(self) -> tuple[Damage, ...]:
@@ -152,7 +161,7 @@ class Loader:
         Raises:
             DataError: more than `MOST_LOST` shards are damaged, none is left, or what is left cannot be counted.
         """
-        source = self._sources[damage.source]
+        source = self._drawing.sources[damage.source]
         if len(self._lost) == MOST_LOST:
             raise DataError(
                 f"more than {MOST_LOST} shards are damaged, the last in {source.dataset.location}",
@@ -161,9 +170,9 @@ class Loader:
             )
         source.refuse_mid_window(damage, self._cursor.places[damage.source])
         lost = tuple(sorted({*self._lost, damage}))
-        again = [source.again(lost) for source in self._sources]
+        again = tuple(source.again(lost) for source in self._drawing.sources)
         again[damage.source].refuse_empty()
-        self._lost, self._sources = lost, again
+        self._lost, self._drawing = lost, replace(self._drawing, sources=again)
 
     def state(self) -> State:
         """Where the next sample is, and what must not have changed when this is restored."""
@@ -171,7 +180,7 @@ class Loader:
             "position": self.position,
             "samples": self._samples,
             "places": [list(place) for place in self._cursor.places],
-            "left_out": [list(interval) for interval in self._left_out],
+            "left_out": [list(interval) for interval in self.left_out],
             "lost": [[*damage[:2], int(damage.counted)] for damage in self._lost],
         } | self._identity()
 
@@ -191,7 +200,7 @@ class Loader:
                 )
         try:
             lost = tuple(Damage(int(source), int(shard), bool(counted)) for source, shard, counted in state["lost"])
-            sources = [source.again(lost) for source in self._sources]
+            sources = tuple(source.again(lost) for source in self._drawing.sources)
             places = tuple(SampleId(*map(int, place)) for place in state["places"])
             checked = tuple(source.order.check(place) for source, place in zip(sources, places, strict=True))
             left_out = merged((int(first), int(end)) for first, end in state["left_out"])
@@ -200,21 +209,21 @@ class Loader:
             raise DataError(
                 f"the saved loader state is damaged: {error}", "the state as saved", "resume from another checkpoint"
             ) from error
-        self._sources, self._lost, self._left_out = sources, lost, left_out
+        self._lost, self._drawing = lost, replace(self._drawing, sources=sources, left_out=left_out)
         self._cursor, self._samples = cursor, samples
 
     def next_sample_ids(self, count: int) -> list[SampleId]:
         """Addresses of the next `count` samples, each in its source; they stay the next ones."""
-        return [SampleId(*row) for row in self._take(count)[0].addresses_N3.tolist()]
+        return [SampleId(*row) for row in self._drawing.take(self._cursor, count)[0].addresses_N3.tolist()]
 
     def next_sources(self, count: int) -> list[int]:
         """Numbers of the sources of the next `count` samples."""
-        return self._take(count)[0].sources_N.tolist()
+        return self._drawing.take(self._cursor, count)[0].sources_N.tolist()
 
     def sample_hash(self, count: int) -> str:
         """Short hash of the next `count` samples: their addresses, and the source, shard and row behind each."""
-        taken, _ = self._take(count)
-        columns = [taken.addresses_N3, self._places(taken)]
+        taken, _ = self._drawing.take(self._cursor, count)
+        columns = [taken.addresses_N3, self._drawing.places(taken)]
         if len(self.parts) > 1:
             columns.append(taken.sources_N[:, None])
         content = np.concatenate(columns, axis=1).astype("<i8").tobytes()
@@ -226,24 +235,17 @@ class Loader:
         Every rank gets the same number of them, of the same shape; what is missing at the end are rows of weight 0.
         Raises `DataError` where a shard is damaged, and then does not advance.
         """
-        count = self.batch_size
-        taken, after = self._take(count)
-        rows = micro_batch_rows(count, data_rank, data_size, micro_batch_size)
-        mine = Samples(*(column[np.concatenate(rows)] for column in taken))
-        places_N2, end, batches = self._places(mine), 0, []
-        for size in map(len, rows):
-            part, end = slice(end, end + size), end + size
-            columns = (mine.sources_N[part], places_N2[part], mine.addresses_N3[part])
-            batches.append(make_batch(self._sources, *columns, num_rows=micro_batch_size))
-        for part in self.parts:
-            part.dataset.release()
-        self._cursor, self._samples = after, self._samples + count
-        return batches
+        ranks = (data_rank, data_size, micro_batch_size)
+        if not self._ahead or self._ahead[0][:3] != (self._drawing, self._cursor, ranks):
+            self._read_ahead(ranks)
+        step = self._ahead.popleft()
+        self._cursor, self._samples = step.after, self._samples + step.num_samples
+        return step.batches
 
     def skip(self) -> None:
         """Advances by one global batch and reads no token."""
         count = self.batch_size
-        _, self._cursor = self._take(count)
+        _, self._cursor = self._drawing.take(self._cursor, count)
         self._samples += count
 
     def coming(self) -> list[tuple[TokenDataset, int]]:
@@ -252,7 +254,7 @@ class Loader:
         found: list[tuple[TokenDataset, int]] = []
         places = self._cursor.places
         for ahead in (0, 1):
-            for source, place in zip(self._sources, places, strict=True):
+            for source, place in zip(self._drawing.sources, places, strict=True):
                 if source.dataset.is_remote:
                     numbers = source.order.shards_ahead(place, ahead).tolist()
                     found += [(source.dataset, number) for number in numbers if number not in source.lost]
@@ -261,78 +263,58 @@ class Loader:
     def clone(self) -> Loader:
         """Another loader at the same place, over the same opened data sets."""
         other = copy.copy(self)
-        other._sources = [source.again(self._lost) for source in self._sources]
+        sources = tuple(source.again(self._lost) for source in self._drawing.sources)
+        other._drawing, other._ahead = replace(self._drawing, sources=sources), deque()
         return other
 
     def _sampler(self, dataset: TokenDataset, seed: int) -> Sampler:
         return make_sampler(dataset, self.sequence_length, seed, self.attention, self.packing, self.objective)
 
-    def _take(self, count: int) -> tuple[Samples, Cursor]:
-        """The next `count` samples that are not left out, and the place behind the last."""
-        cursor, kept = self._cursor, []
-        while count:
-            cursor, reach = self._past_left_out(cursor)
-            found, cursor = self._stretch(cursor, min(count, reach or count))
-            if self._lost:
-                is_kept = self._is_kept(found)
-                found = Samples(found.sources_N[is_kept], found.addresses_N3[is_kept])
-            kept.append(found)
-            count -= found.sources_N.size
-        empty = Samples(np.empty(0, np.int64), np.empty((0, 3), np.int64))
-        return (kept[0] if len(kept) == 1 else Samples(*map(np.concatenate, zip(empty, *kept, strict=True)))), cursor
+    def _read_ahead(self, ranks: Ranks) -> None:
+        """Reads the next step, together with others behind it: twice as many as the last time while all goes well."""
+        try:
+            self._ahead = self._read(ranks, self._steps_together)
+            self._steps_together = min(2 * self._steps_together, MOST_STEPS)
+        except DataError:
+            if self._steps_together == 1:
+                raise
+            self._steps_together = 1  # what is wrong with a later step is said when it is due
+            self._ahead = self._read(ranks, 1)
 
-    def _past_left_out(self, cursor: Cursor) -> tuple[Cursor, int | None]:
-        """The first place from here on that is not left out, and how many are not from there on; None without end."""
-        for first, end in self._left_out:
-            if cursor.position < first:
-                return cursor, first - cursor.position
-            if cursor.position < end:
-                counts_K = self._mixing.counts(end) - self._mixing.counts(cursor.position)
-                cursor = Cursor(end, self._advanced(cursor.places, counts_K.tolist()))
-        return cursor, None
+    def _read(self, ranks: Ranks, most_steps: int) -> deque[_Step]:
+        """Some steps from the next on; no token of a shard but those asked for."""
+        _, data_size, micro_batch_size = ranks
+        stride, row_tokens = data_size * micro_batch_size, self.sequence_length
+        steps = self._next_steps(most_steps, stride, max(1, MOST_TOKENS * data_size // row_tokens))
+        samples = Samples.joined([taken for _, taken, _ in steps])
+        rows, together = micro_batch_rows(samples.size, *ranks), max(1, MOST_TOKENS // (micro_batch_size * row_tokens))
+        batches: list[Batch] = []
+        for group in (rows[first : first + together] for first in range(0, len(rows), together)):
+            mine = samples.at(np.concatenate(group))
+            places_N2 = self._drawing.places(mine)
+            batches += make_batches(self._drawing.sources, *mine, places_N2, len(group), micro_batch_size)
+        for part in self.parts:
+            part.dataset.release()
+        left = iter(batches)
+        return deque(
+            _Step(self._drawing, cursor, ranks, list(islice(left, -(-taken.size // stride))), after, taken.size)
+            for cursor, taken, after in steps
+        )
 
-    def _stretch(self, cursor: Cursor, count: int) -> tuple[Samples, Cursor]:
-        """`count` samples in a row, whatever they are."""
-        end = cursor.position + count
-        if self.num_samples is not None and end > self.num_samples:
-            raise DataError(
-                f"the data ends with sample {self.num_samples:,}: each source has come to its epochs or max_tokens",
-                "enough samples for the whole stage, and for what it leaves out",
-                "raise data.sources.*.epochs or max_tokens, or shorten the stage",
-            )
-        if len(self._sources) == 1:
-            (place,), order = cursor.places, self._sources[0].order
-            found = Samples(np.zeros(count, np.int64), order.addresses(place, count))
-            return found, Cursor(end, (order.after(place, count),))
-        sources_N = self._mixing.of(cursor.position, count)
-        addresses_N3, counts = np.empty((count, 3), np.int64), []
-        for source, place in zip(self._sources, cursor.places, strict=True):
-            mine = np.flatnonzero(sources_N == source.number)
-            addresses_N3[mine] = source.order.addresses(place, mine.size)
-            counts.append(mine.size)
-        return Samples(sources_N, addresses_N3), Cursor(end, self._advanced(cursor.places, counts))
+    def _next_steps(self, most_steps: int, stride: int, enough: int) -> list[tuple[Cursor, Samples, Cursor]]:
+        """The samples of the next steps with the places before and behind them, until there are `enough`.
 
-    def _advanced(self, places: tuple[SampleId, ...], counts: list[int]) -> tuple[SampleId, ...]:
-        steps = zip(self._sources, places, counts, strict=True)
-        return tuple(source.order.after(place, count) if count else place for source, place, count in steps)
-
-    def _places(self, samples: Samples) -> np.ndarray:
-        """(N, 2) int64: shard and row of the samples."""
-        if len(self._sources) == 1:
-            return self._sources[0].order.places_at(samples.addresses_N3)
-        places_N2 = np.empty((samples.sources_N.size, 2), np.int64)
-        for source in self._sources:
-            mine = samples.sources_N == source.number
-            places_N2[mine] = source.order.places_at(samples.addresses_N3[mine])
-        return places_N2
-
-    def _is_kept(self, samples: Samples) -> np.ndarray:
-        """(N,) bool: samples that are in no lost shard."""
-        places_N2, kept_N = self._places(samples), np.empty(samples.sources_N.size, bool)
-        for source in self._sources:
-            mine = samples.sources_N == source.number
-            kept_N[mine] = source.refuse_lost(places_N2[mine])
-        return kept_N
+        No step follows one that leaves a window, so that no more shards are in use than without reading ahead, nor one
+        whose last micro-batch is not full, which is one that `stride` does not divide.
+        """
+        cursor, count, found = self._cursor, 0, []
+        while len(found) < most_steps and count < enough and count % stride == 0:
+            taken, after = self._drawing.take(cursor, self.batches.size(self.batches.steps(self._samples + count)))
+            found.append((cursor, taken, after))
+            if after.windows != self._cursor.windows:
+                break
+            cursor, count = after, count + taken.size
+        return found
 
     def _identity(self) -> State:
         identity = {
@@ -361,17 +343,6 @@ class Loader:
 
 def _short_hash(tree: Any) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def merged(intervals: Iterable[Interval]) -> tuple[Interval, ...]:
-    """The same positions as disjoint intervals in order, with a gap between any two."""
-    found: list[Interval] = []
-    for first, end in sorted(intervals):
-        if found and first <= found[-1][1]:
-            found[-1] = (found[-1][0], max(found[-1][1], end))
-        elif first < end:
-            found.append((first, end))
-    return tuple(found)
 
 
 def micro_batch_rows(num_samples: int, data_rank: int, data_size: int, micro_batch_size: int) -> list[np.ndarray]:

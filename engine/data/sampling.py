@@ -32,10 +32,10 @@ PackingName = Literal["concatenate", "best_fit"]
 
 @dataclass(frozen=True)
 class Made:
-    """Inputs by the model's keywords, the weight of each loss, and what each row is made of."""
+    """Inputs by the model's keywords, the weight of each row by loss (B,), and what each row is made of."""
 
     inputs: dict[str, np.ndarray]
-    weights: dict[str, float]
+    weights: dict[str, np.ndarray]
     documents: np.ndarray
     """int32 number of the document of each place within its row, padding last."""
 
@@ -131,12 +131,13 @@ class _Sheet:
     @cached_property
     def documents_BT(self) -> np.ndarray:
         """int32: number of the document within its row, from 0; padding is the last."""
-        marks_BT = np.zeros(self.tokens_BT.shape, np.int32)
-        for begins in self._begins:
-            marks_BT.put(begins, 1)
-        rows = np.flatnonzero((self.totals_B > 0) & (self.totals_B < self.tokens_BT.shape[1]))
-        marks_BT[rows, self.totals_B[rows]] = 1
-        return np.cumsum(marks_BT, axis=1, out=marks_BT)
+        num_rows, length = self.tokens_BT.shape
+        firsts_B = np.arange(0, num_rows * length, length)
+        padded = np.flatnonzero((self.totals_B > 0) & (self.totals_B < length))
+        edges = np.unique(np.concatenate([firsts_B, *self._begins, (firsts_B + self.totals_B)[padded]]))
+        numbers = np.arange(edges.size) - edges.searchsorted(firsts_B)[edges // length]
+        lengths = np.append(edges[1:], num_rows * length) - edges
+        return numbers.astype(np.int32).repeat(lengths).reshape(num_rows, length)
 
     def padding_BT(self) -> np.ndarray:
         """int32: 0, and 1 in the padding of rows that are not all padding."""
@@ -177,7 +178,7 @@ class _CausalSampler:
         documents_BT = sheet.documents_BT
         if context.attention == "document":
             inputs["segments_BT"] = documents_BT
-        return Made(inputs, {"causal": float(weights_BT.sum(dtype=np.float64))}, documents_BT)
+        return Made(inputs, {"causal": weights_BT.sum(axis=1)}, documents_BT)
 
     def _make_together(self, packing: Concatenation, places: np.ndarray, num_rows: int) -> Made:
         """What `make` makes, of all rows at once; targets are a view of the same tokens, where no row is short."""
@@ -187,7 +188,7 @@ class _CausalSampler:
         totals_B = np.zeros(num_rows, np.int64)
         totals_B[:count] = read.sizes_N - 1
         tokens_BT, targets_BT = whole_BW[:, :-1], whole_BW[:, 1:]
-        weights_BT, num_targets = np.ones(tokens_BT.shape, np.float32), int(totals_B.sum())
+        weights_BT, targets_B = np.ones(tokens_BT.shape, np.float32), totals_B
         short = np.flatnonzero(totals_B < context.length)
         if short.size:
             tokens_BT, targets_BT = tokens_BT.copy(), targets_BT.copy()
@@ -201,9 +202,9 @@ class _CausalSampler:
         sheet.begin(read.rows[inside], read.places[inside])
         if context.attention == "document":
             weights_BT.put(read.rows * context.length + read.places - 1, 0.0)
-            num_targets -= read.rows.size
+            targets_B = totals_B - np.bincount(read.rows, minlength=num_rows)
             inputs["segments_BT"] = sheet.documents_BT
-        return Made(inputs, {"causal": float(num_targets)}, sheet.documents_BT)
+        return Made(inputs, {"causal": targets_B}, sheet.documents_BT)
 
     def _rows(self, samples_B3: np.ndarray, places: np.ndarray) -> list[Row]:
         context = self._context
@@ -297,18 +298,20 @@ class _PairSampler:
             sheet.totals_B[b] = at
         inputs, weights = _masked(context, sheet, samples_B3)
         inputs |= {"token_types_BT": types_BT, "pair_targets_B": labels_B, "pair_weights_B": weights_B}
-        weights["pairs"] = float(weights_B.sum(dtype=np.float64))
+        weights["pairs"] = weights_B
         return Made(inputs, weights, sheet.documents_BT)
 
 
-def _masked(context: _Context, sheet: _Sheet, samples_B3: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+def _masked(
+    context: _Context, sheet: _Sheet, samples_B3: np.ndarray
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Inputs and weights of the masked rows; masks what stands on the sheet."""
     length, objective = context.length, context.objective
     drawn = context.words(samples_B3, len(sheet.totals_B), masking.num_words(length, objective.rate))
     made = masking.mask(sheet.tokens_BT, sheet.real_BT, sheet.starts_BT, objective, context.vocabulary, drawn)
     segments_BT = sheet.documents_BT if context.attention == "document" else sheet.padding_BT()
     inputs = {"tokens_BT": sheet.tokens_BT, "segments_BT": segments_BT, **made._asdict()}
-    return inputs, {"mlm": float(made.weights_BM.sum(dtype=np.float64))}
+    return inputs, {"mlm": made.weights_BM.sum(axis=1)}
 
 
 class _SpanSampler:
@@ -342,4 +345,4 @@ class _SpanSampler:
             context.dataset.index.eos_id,
             context.padding_id,
         )
-        return Made(made._asdict(), {"span": float(made.weights_BT.sum(dtype=np.float64))}, made.segments_BS)
+        return Made(made._asdict(), {"span": made.weights_BT.sum(axis=1)}, made.segments_BS)

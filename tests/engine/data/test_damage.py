@@ -174,12 +174,13 @@ def test_a_window_that_has_begun_cannot_lose_the_count_of_its_rows(tmp_path):
     whole = write_shards(tmp_path, made_up_documents(90), shard_tokens=300)
     stream = loader(tmp_path, packing="best_fit")
     stream.step(0, 1, 12)
-    shard = int(stream._sources[0].order.shards(0, 0)[0])
+    shard = int(stream._drawing.sources[0].order.shards(0, 0)[0])
     path = tmp_path / f"shard-{shard:06d}.documents"
     path.unlink()
     with pytest.raises(DataError, match="samples of its window are trained on already"):
         stream.lose(Damage(0, shard, counted=False))
-    later = [number for number in range(whole.num_shards) if number not in stream._sources[0].order.shards(0, 0)]
+    first = stream._drawing.sources[0].order.shards(0, 0)
+    later = [number for number in range(whole.num_shards) if number not in first]
     stream.lose(Damage(0, later[0], counted=False))
     assert stream.lost == (Damage(0, later[0], False),)
 

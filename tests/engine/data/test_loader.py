@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from engine.config.ramp import Ramp
+from engine.config.schema.objective import ObjectiveConfig
+from engine.data import loader as loader_module
+from engine.data.damage import Damage
 from engine.data.dataset import TokenDataset
 from engine.data.held_out import HeldOut
 from engine.data.loader import Loader
 from engine.data.stream import SampleId
 from engine.errors import DataError
-from tests.engine.data.corpus import EOS, made_up_documents, write_shards
+from tests.engine.data.corpus import EOS, made_up_documents, write_sentences, write_shards
 
 LENGTH = 16
 
@@ -213,6 +216,61 @@ def test_samples_left_out_are_passed_over_and_nothing_else_moves(dataset):
     assert stream.samples == 12 + len(taken)
     assert order[stream.position] == left[len(taken)]
     assert len(json.dumps(stream.state())) < 1024
+
+
+def change(stream: Loader, step: int) -> None:
+    """Something that a run may do between two of its steps."""
+    state = stream.state()
+    if step % 5 == 2:
+        stream.leave_out(stream.position + 7, stream.position + 9)
+    elif step % 5 == 3:
+        stream.skip()
+    elif step % 5 == 4:
+        stream.step(0, 1, 12)
+        stream.restore(state)
+    elif step == 11:
+        stream.lose(Damage(0, 1, counted=True))
+
+
+@pytest.mark.parametrize("most_tokens", [1, 5 * LENGTH, 1 << 17])
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_steps_read_together_are_those_read_alone(tmp_path, monkeypatch, most_tokens, objective):
+    """Against a loader that has read nothing before: through ramps, ranks, skips and whatever else a run does."""
+    monkeypatch.setattr(loader_module, "MOST_TOKENS", most_tokens)
+    data = write_sentences(tmp_path, 70, shard_tokens=300)
+    shape = {"global_batch_size": Ramp((4, 12, 6), (0, 5, 30)), "objective": ObjectiveConfig(name=objective)}
+    stream = loader(data, **shape)
+    for step in range(40):
+        change(stream, step)
+        fresh = loader(data, **shape)
+        fresh.restore(json.loads(json.dumps(stream.state())))
+        ranks = (0, 1, 12) if step < 15 else (step // 25, 2, 2)
+        for mine, alone in zip(stream.step(*ranks), fresh.step(*ranks), strict=True):
+            assert mine.weights == alone.weights
+            assert mine.sources == alone.sources
+            for name in ("samples_B3", "row_weights_B", "domains_B", "documents"):
+                assert getattr(mine, name).equal(getattr(alone, name))
+            assert mine.inputs.keys() == alone.inputs.keys()
+            assert all(mine.inputs[name].equal(alone.inputs[name]) for name in mine.inputs)
+        assert stream.state() == fresh.state()
+
+
+def test_damage_is_met_at_the_step_that_needs_the_shard(tmp_path):
+    """Steps before it may have been read together with it."""
+    data = write_shards(tmp_path, made_up_documents(90), shard_tokens=300)
+    whole = loader(data, window_shards=1)
+    used = [{source.split(":")[0] for source in whole.step(0, 1, 12)[0].sources} for _ in range(12)]
+    first, name = [(step, *new) for step in range(4, 12) if (new := used[step] - set.union(*used[:step]))][-1]
+    path = tmp_path / name
+    path.write_bytes(bytes(path.stat().st_size))
+    stream = loader(TokenDataset(tmp_path), window_shards=1)
+    for _ in range(first):
+        stream.step(0, 1, 12)
+    for _ in range(2):
+        before = stream.state()
+        with pytest.raises(DataError, match=f"{path.name} is damaged"):
+            stream.step(0, 1, 12)
+        assert stream.state() == before
 
 
 def test_a_step_that_fails_does_not_advance(tmp_path):

@@ -243,7 +243,7 @@ def test_shards_are_fetched_before_they_are_used_in_the_order_of_use(store, loca
     dataset = TokenDataset("s3://bucket", cache=small_cache(tmp_path, local))
     stream = loader(dataset)
     coming = [number for _, number in stream.coming()]
-    order = stream._sources[0].order
+    order = stream._drawing.sources[0].order
     assert coming == [*order.shards(0, 0), *order.shards(0, 1)]
     ahead = FetchAhead()
     ahead.want(stream.coming())

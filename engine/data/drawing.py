@@ -1,0 +1,145 @@
+"""Which samples come next: the mixture gives the source of each position, the source's order the sample.
+
+Invariant: what is drawn behind a place is a function of (sources, weights, samples left out, shards lost, place) alone,
+and reads no token. What is trained on in a step is `engine.data.loader`'s business.
+
+N samples, K sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.data.mixing import Mixing
+from engine.data.source import Source
+from engine.data.stream import SampleId
+from engine.errors import DataError
+
+Interval = tuple[int, int]
+"""Positions of samples: the first, and the one after the last."""
+
+
+class Cursor(NamedTuple):
+    """A place in the stream: samples drawn so far, and the next sample of each source."""
+
+    position: int
+    places: tuple[SampleId, ...]
+
+    @property
+    def windows(self) -> list[tuple[int, ...]]:
+        """(epoch, window) that the next sample of each source is in, or was the last of."""
+        return [place[:2] for place in self.places]
+
+
+class Samples(NamedTuple):
+    """`sources_N` int64 and `addresses_N3` (epoch, window, slot) int64 of samples in their order."""
+
+    sources_N: np.ndarray
+    addresses_N3: np.ndarray
+
+    @property
+    def size(self) -> int:
+        return self.sources_N.size
+
+    def at(self, which: np.ndarray) -> Samples:
+        """Those at some numbers, or where `which` is true."""
+        return Samples(self.sources_N[which], self.addresses_N3[which])
+
+    @classmethod
+    def joined(cls, parts: list[Samples]) -> Samples:
+        """All samples of one or more parts."""
+        return parts[0] if len(parts) == 1 else cls(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """The stream of samples that a run draws from."""
+
+    sources: tuple[Source, ...]
+    mixing: Mixing
+    left_out: tuple[Interval, ...] = ()
+    """Samples that are passed over, by position: disjoint, in order."""
+
+    def take(self, cursor: Cursor, count: int) -> tuple[Samples, Cursor]:
+        """The next `count` samples that are neither left out nor in a lost shard, and the place behind the last.
+
+        Raises `DataError` where the data ends before.
+        """
+        kept: list[Samples] = []
+        while count:
+            cursor, reach = self._past_left_out(cursor)
+            found, cursor = self._stretch(cursor, min(count, reach or count))
+            if any(source.lost.size for source in self.sources):
+                found = found.at(self._is_kept(found))
+            kept.append(found)
+            count -= found.size
+        return Samples.joined(kept or [Samples(np.empty(0, np.int64), np.empty((0, 3), np.int64))]), cursor
+
+    def places(self, samples: Samples) -> np.ndarray:
+        """(N, 2) int64: shard and row of the samples, those of a source in the order in which it gives them."""
+        if len(self.sources) == 1:
+            return self.sources[0].order.places_at(samples.addresses_N3)
+        places_N2 = np.empty((samples.size, 2), np.int64)
+        for source in self.sources:
+            mine = samples.sources_N == source.number
+            places_N2[mine] = source.order.places_at(samples.addresses_N3[mine])
+        return places_N2
+
+    def _past_left_out(self, cursor: Cursor) -> tuple[Cursor, int | None]:
+        """The first place from here on that is not left out, and how many are not from there on; None without end."""
+        for first, end in self.left_out:
+            if cursor.position < first:
+                return cursor, first - cursor.position
+            if cursor.position < end:
+                counts_K = self.mixing.counts(end) - self.mixing.counts(cursor.position)
+                cursor = Cursor(end, self._advanced(cursor.places, counts_K.tolist()))
+        return cursor, None
+
+    def _stretch(self, cursor: Cursor, count: int) -> tuple[Samples, Cursor]:
+        """`count` samples in a row, whatever they are."""
+        end = cursor.position + count
+        if self.mixing.num_samples is not None and end > self.mixing.num_samples:
+            raise DataError(
+                f"the data ends with sample {self.mixing.num_samples:,}: each source has come to its epochs or "
+                "max_tokens",
+                "enough samples for the whole stage, and for what it leaves out",
+                "raise data.sources.*.epochs or max_tokens, or shorten the stage",
+            )
+        if len(self.sources) == 1:
+            (place,), order = cursor.places, self.sources[0].order
+            found = Samples(np.zeros(count, np.int64), order.addresses(place, count))
+            return found, Cursor(end, (order.after(place, count),))
+        sources_N = self.mixing.of(cursor.position, count)
+        addresses_N3, counts = np.empty((count, 3), np.int64), []
+        for source, place in zip(self.sources, cursor.places, strict=True):
+            mine = np.flatnonzero(sources_N == source.number)
+            addresses_N3[mine] = source.order.addresses(place, mine.size)
+            counts.append(mine.size)
+        return Samples(sources_N, addresses_N3), Cursor(end, self._advanced(cursor.places, counts))
+
+    def _advanced(self, places: tuple[SampleId, ...], counts: list[int]) -> tuple[SampleId, ...]:
+        steps = zip(self.sources, places, counts, strict=True)
+        return tuple(source.order.after(place, count) if count else place for source, place, count in steps)
+
+    def _is_kept(self, samples: Samples) -> np.ndarray:
+        """(N,) bool: samples that are in no lost shard."""
+        places_N2, kept_N = self.places(samples), np.empty(samples.size, bool)
+        for source in self.sources:
+            mine = samples.sources_N == source.number
+            kept_N[mine] = source.refuse_lost(places_N2[mine])
+        return kept_N
+
+
+def merged(intervals: Iterable[Interval]) -> tuple[Interval, ...]:
+    """The same positions as disjoint intervals in order, with a gap between any two."""
+    found: list[Interval] = []
+    for first, end in sorted(intervals):
+        if found and first <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], end))
+        elif first < end:
+            found.append((first, end))
+    return tuple(found)
