@@ -7,6 +7,7 @@ Each loader has a process of its own; they read in turn, a lap each per round, a
 compared. Peers that are not installed are left out. `pip install -e '.[bench]'` brings litdata. No version of
 mosaicml-streaming goes with transformers 5 for pip: `pip install --no-deps mosaicml-streaming` and, until it can be
 imported, what it misses (catalogue, python-snappy, cramjam, zstd, clients of clouds, a torchvision of torch's build).
+megatron-core is `pip install --no-deps megatron-core==0.16.1`, whose wheel carries the helpers that build its indices.
 """
 
 from __future__ import annotations

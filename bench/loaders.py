@@ -232,6 +232,21 @@ def litdata(folder: Path, task: Task, skip: int) -> Iterator[Any]:
     yield from _batches(rows(), task, skip)
 
 
+def write_megatron(folder: Path, num_tokens: int) -> None:
+    from bench import megatron
+
+    megatron.write(folder, documents(num_tokens))
+
+
+def megatron(folder: Path, task: Task, skip: int) -> Iterator[Any]:
+    """megatron-core's data sets."""
+    from bench import megatron
+
+    tokens = megatron.tokenizer(VOCAB, eod=EOS, pad=PADDING, cls=CLASSIFY, sep=SEPARATE, mask=MASK)
+    read = megatron.bert if task.model == "bert" else megatron.gpt
+    yield from read(folder, task.length, task.rows, skip, SEED, tokens)
+
+
 @dataclass(frozen=True)
 class Side:
     """A loader, how its data is written, and the package that it needs."""
@@ -254,5 +269,6 @@ SIDES = {
     "datasets iterable": Side(datasets_iterable, write_arrow, "datasets"),
     "mosaicml-streaming": Side(mosaic, write_mosaic, "streaming"),
     "litdata": Side(litdata, write_litdata, "litdata"),
+    "megatron-core": Side(megatron, write_megatron, "megatron", by_width=False),
     "torch memmap": Side(memmap, write_flat, "torch", by_width=False, models=("gpt",)),
 }

@@ -29,15 +29,16 @@ def open_array(folder: Path, array: ArrayFile, is_verified: bool = False) -> np.
     `is_verified`: this process has compared the hash of the file before. Raises `DamagedShard` where the file is
     missing, of another size, or holds other bytes than were written, `DataError` where it cannot be read.
     """
-    _check_size(folder, array)
+    path = folder / array.file
+    _check_size(path, array)
     dtype = np.dtype(array.dtype).newbyteorder("<")
     if array.compressed is not None:
-        return np.frombuffer(_unpacked(folder, array), dtype)
+        return np.frombuffer(_unpacked(path, array), dtype)
     if not is_verified:
-        _check_hash(folder, array)
+        _check_hash(path, array)
     if array.length == 0:  # an empty file cannot be mapped
         return np.empty(0, dtype)
-    return _mapped(folder / array.file, array, dtype)
+    return _mapped(path, array, dtype)
 
 
 def hash_file(path: Path, offset: int = 0, num_bytes: int | None = None) -> str:
@@ -65,8 +66,7 @@ def _mapped(path: Path, array: ArrayFile, dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(found, dtype, array.length, before)
 
 
-def _check_size(folder: Path, array: ArrayFile) -> None:
-    path = folder / array.file
+def _check_size(path: Path, array: ArrayFile) -> None:
     try:
         found = path.stat().st_size - array.offset
     except FileNotFoundError:
@@ -85,8 +85,7 @@ def _check_size(folder: Path, array: ArrayFile) -> None:
         )
 
 
-def _check_hash(folder: Path, array: ArrayFile) -> None:
-    path = folder / array.file
+def _check_hash(path: Path, array: ArrayFile) -> None:
     try:
         found = hash_file(path, array.offset, array.bytes)
     except OSError as error:
@@ -95,9 +94,9 @@ def _check_hash(folder: Path, array: ArrayFile) -> None:
         raise _damaged(path, found, array.xxh3)
 
 
-def _unpacked(folder: Path, array: ArrayFile) -> bytes:
+def _unpacked(path: Path, array: ArrayFile) -> bytes:
     """The array's bytes out of a compressed file, both verified."""
-    path, packed = folder / array.file, array.compressed
+    packed = array.compressed
     assert packed is not None
     try:
         content = path.read_bytes()

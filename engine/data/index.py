@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -156,7 +157,7 @@ class Index:
         """Bytes of all arrays as they lie there."""
         return sum(array.stored_bytes for shard in self.shards for array in shard.arrays)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of the tokenizer and of the shards' contents in their order, as 32 hex digits.
 

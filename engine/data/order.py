@@ -15,6 +15,9 @@ ROUNDS = 8
 LARGEST_SIZE = 2**62
 """Largest domain: a Feistel network of twice 31 bits."""
 
+_FEW = 8
+"""Indices whose images are found sooner one by one in plain integers."""
+
 _MASK = 2**64 - 1
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
@@ -40,20 +43,27 @@ class Permutation:
     def __call__(self, index: int) -> int:
         """The image of one index, in plain integers."""
         assert 0 <= index < self.size, (index, self.size)
-        value = self._encrypt(index)
-        while value >= self.size:
-            value = self._encrypt(value)
-        return value
+        return self._walk(self._encrypt(index))
 
     def of(self, indices: np.ndarray) -> np.ndarray:
         """The images of an array of indices, as int64 of the same shape; equal to calling on each."""
+        if indices.size <= _FEW:
+            return np.array([self(index) for index in indices.ravel().tolist()], np.int64).reshape(indices.shape)
         # uint64 throughout: one int64 in an expression would promote it to float64 and repeat samples beyond 2**53
         values = self._encrypt_array(indices.astype(np.uint64).ravel())
         outside = np.flatnonzero(values >= np.uint64(self.size))
-        while outside.size:
+        while outside.size > _FEW:
             values[outside] = self._encrypt_array(values[outside])
             outside = outside[values[outside] >= np.uint64(self.size)]
+        for place in outside.tolist():
+            values[place] = self._walk(int(values[place]))
         return values.astype(np.int64).reshape(indices.shape)
+
+    def _walk(self, value: int) -> int:
+        """The first of a value and its successive images that is in the domain."""
+        while value >= self.size:
+            value = self._encrypt(value)
+        return value
 
     def _encrypt(self, value: int) -> int:
         left, right = value >> self._half_bits, value & self._half_mask
