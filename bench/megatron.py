@@ -94,10 +94,11 @@ def _batches(kind: Any, folder: Path, config: Any, rows: int, skip: int) -> Iter
     """Collated rows of one epoch after the other; after a restart a sampler goes on at the consumed samples."""
     import torch
     from megatron.core.datasets.utils import Split  # pyright: ignore[reportMissingImports]
+    from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
     from torch.utils.data import default_collate
 
     if not torch.distributed.is_initialized():  # what builds the index asks for its rank
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     prefix = str(folder / "corpus")
     indexed = kind.build_low_level_dataset(prefix, config)
     count = kind.numel_low_level_dataset(indexed)
