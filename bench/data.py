@@ -132,9 +132,9 @@ def lap(batches: Iterator[Any], steps: int) -> float:
 def masking(rounds: int) -> dict[str, Any]:
     """Tokens per CPU-second of choosing and replacing alone, on rows that lie in memory."""
     from engine.config.schema.objective import ObjectiveConfig
-    from engine.data.dataset import TokenDataset
-    from engine.data.draws import PURPOSE_OBJECTIVE, words
-    from engine.data.masking import mask, num_words
+    from engine.data.objectives.draws import PURPOSE_OBJECTIVE, words
+    from engine.data.objectives.masking import mask, num_words
+    from engine.data.shards.dataset import TokenDataset
 
     with tempfile.TemporaryDirectory() as folder:
         write_ours(Path(folder), 200_000)

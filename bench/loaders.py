@@ -46,8 +46,8 @@ def documents(num_tokens: int) -> Iterator[np.ndarray]:
 
 
 def write_ours(folder: Path, num_tokens: int) -> None:
-    from engine.data.shards import ShardWriter
-    from engine.data.vocabulary import Vocabulary, packed
+    from engine.data.shards.writer import ShardWriter
+    from engine.data.tokenizer.vocabulary import Vocabulary, packed
 
     ordinary = packed(np.arange(VOCAB) >= FIRST_ORDINARY)
     vocabulary = Vocabulary(
@@ -112,8 +112,8 @@ def ours(folder: Path, task: Task, skip: int) -> Iterator[Any]:
     """Shards verified by hash, documents apart, masks that are functions of the sample; `skip` steps are passed by the
     state of a restart."""
     from engine.config.schema.objective import ObjectiveConfig
-    from engine.data.dataset import TokenDataset
     from engine.data.loader import Loader
+    from engine.data.shards.dataset import TokenDataset
 
     objective = ObjectiveConfig(name="masked" if task.model == "bert" else "causal")
     loader = Loader(TokenDataset(folder), task.length, task.rows, SEED, 16, "document", "concatenate", objective)

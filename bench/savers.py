@@ -137,7 +137,7 @@ class MemorySide(OurSide):
     """The same, saving into the memory of its node; a rank alone has no other node to send a copy to."""
 
     def __init__(self, shape: Shape, memory: str, folder: str) -> None:
-        from engine.checkpoint.node_store import NodeStore
+        from engine.checkpoint.node_memory.node_store import NodeStore
         from engine.config.place import RankPlace
 
         super().__init__(shape, True)

@@ -22,7 +22,7 @@ from transformers import (
 from bench.contest import Turns
 from bench.ours import DISTINCT_STEPS, OPTIMIZER, Precision, Shape, tokens_of_step
 from bench.plain import initial_weights
-from engine.checkpoint.huggingface import to_huggingface
+from engine.checkpoint.interchange.huggingface import to_huggingface
 
 FOREVER = 1_000_000
 """More steps than any contest asks for."""

@@ -24,12 +24,17 @@ ROWS: list[set[str]] = [
     {"errors", "logs", "outcome", "heartbeat"},
 ]
 """Top to bottom; a room imports itself and rooms of lower rows."""
+ROWS_WITHIN: dict[str, list[set[str]]] = {
+    "checkpoint": [{"interchange", "node_memory"}, {""}],
+    "data": [{"preparation", ""}, {"objectives"}, {"order"}, {"shards"}, {"tokenizer"}],
+}
+"""The same inside of the largest rooms, whose own files are ""."""
 LAUNCHER_MAY = {"launcher", "plan", "config", "errors", "logs", "outcome", "heartbeat"}
 """The launcher runs where torch may not even be installed."""
 MAY_USE_TORCH_DISTRIBUTED = {
     "engine/parallel/groups.py",
     "engine/parallel/collectives.py",
-    "engine/checkpoint/dcp.py",  # writes the files of torch.distributed.checkpoint, over no communicator
+    "engine/checkpoint/interchange/dcp.py",  # writes the files of torch.distributed.checkpoint, over no communicator
 }
 LOWEST = ("engine/errors.py", "engine/logs.py", "engine/outcome.py", "engine/heartbeat.py")
 WITHOUT_TORCH = (
@@ -88,6 +93,24 @@ def test_imports_run_downwards(source: str) -> None:
         assert row(own) < row(other), f"{source} imports {module}: {own} may not import {other}"
         if own == "launcher":
             assert other in LAUNCHER_MAY, f"{source} imports {module}"
+
+
+def sub_room(module: str, room: str) -> str:
+    """The part of a room that a module's dotted name is in; "" for the room's own files."""
+    parts = module.split(".")
+    return parts[2] if (REPOSITORY / "engine" / room / parts[2]).is_dir() else ""
+
+
+@pytest.mark.parametrize("source", [source for source in sources() if source.split("/")[1] in ROWS_WITHIN])
+def test_imports_inside_of_a_room_run_downwards(source: str) -> None:
+    room = source.split("/")[1]
+    if source == f"engine/{room}/__init__.py":
+        return
+    rows = {name: number for number, names in enumerate(ROWS_WITHIN[room]) for name in names}
+    own = sub_room(dotted(source), room)
+    for module in imports(source):
+        if module.startswith(f"engine.{room}.") and (other := sub_room(module, room)) != own:
+            assert rows[own] < rows[other], f"{source} imports {module}: {own or room} may not import {other or room}"
 
 
 def test_every_room_is_in_the_table() -> None:

@@ -131,7 +131,7 @@ def _other_side(text: str) -> Opened | Mapping[str, torch.Tensor]:
 
     place = place_of(text)
     if isinstance(place, Path) and (place / "config.json").is_file():
-        from engine.checkpoint.huggingface import from_huggingface
+        from engine.checkpoint.interchange.huggingface import from_huggingface
 
         return from_huggingface(place)[1]
     return Opened(find(place)[0])

@@ -67,7 +67,7 @@ def _model(source: Path, output: Path, tokenizer: Path | None) -> None:
 
 
 def _to_dcp(source: Path, output: Path) -> None:
-    from engine.checkpoint.dcp import write_dcp
+    from engine.checkpoint.interchange.dcp import write_dcp
     from engine.serve.source import find_checkpoint
 
     _new_folder(output)
@@ -76,7 +76,7 @@ def _to_dcp(source: Path, output: Path) -> None:
 
 
 def _to_universal(source: Path, output: Path, names: str, tokenizer: Path | None) -> None:
-    from engine.checkpoint.universal import logical, write_universal
+    from engine.checkpoint.interchange.universal import logical, write_universal
     from engine.serve.language_model import their_names_of
     from engine.serve.source import find_checkpoint
 
@@ -91,9 +91,9 @@ def _to_universal(source: Path, output: Path, names: str, tokenizer: Path | None
 
 
 def _from_deepspeed(source: Path, output: Path, run: Path | None) -> None:
-    from engine.checkpoint.deepspeed import read_weights
     from engine.checkpoint.folder import CHECKPOINTS
-    from engine.checkpoint.interchange import write_checkpoint
+    from engine.checkpoint.interchange.deepspeed import read_weights
+    from engine.checkpoint.interchange.whole_weights import write_checkpoint
     from engine.checkpoint.manifest import CheckpointState
     from engine.config.load import load_run
     from engine.config.resume import meaning_hash
@@ -125,8 +125,8 @@ def _new_folder(output: Path) -> None:
 
 
 def _to_megatron(source: Path, output: Path) -> None:
-    from engine.data.dataset import TokenDataset
-    from engine.data.megatron import file_of, prefix_of, write_indexed_dataset
+    from engine.data.shards.dataset import TokenDataset
+    from engine.data.shards.megatron import file_of, prefix_of, write_indexed_dataset
 
     prefix = prefix_of(output)
     if found := [path.name for suffix in ("bin", "idx") if (path := file_of(prefix, suffix)).exists()]:
@@ -141,9 +141,9 @@ def _to_megatron(source: Path, output: Path) -> None:
 
 
 def _from_megatron(source: Path, output: Path, tokenizer: Path | None) -> None:
-    from engine.data.megatron import prefix_of, read_sequences
-    from engine.data.take_over import take_over
-    from engine.data.tokenizer import load_tokenizer
+    from engine.data.preparation.take_over import take_over
+    from engine.data.shards.megatron import prefix_of, read_sequences
+    from engine.data.tokenizer.folder import load_tokenizer
 
     if tokenizer is None:
         raise ConfigError("--to shards without a tokenizer", "the one that the set was made with", "name --tokenizer")

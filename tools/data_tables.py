@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from engine.data.statistics import Statistics
+from engine.data.preparation.statistics import Statistics
 
 _BAR_WIDTH = 30
 

@@ -16,12 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.config.schema.objective import ObjectiveConfig
-from engine.data.dataset import TokenDataset
-from engine.data.index import FILE as INDEX_FILE
-from engine.data.recipe import PARTS, RECIPE_FILE
-from engine.data.sampling import PackingName
-from engine.data.statistics import Statistics
-from engine.data.tokenizer import TextTokenizer, load_tokenizer
+from engine.data.objectives.sampling import PackingName
+from engine.data.preparation.recipe import PARTS, RECIPE_FILE
+from engine.data.preparation.statistics import Statistics
+from engine.data.shards.dataset import TokenDataset
+from engine.data.shards.index import FILE as INDEX_FILE
+from engine.data.tokenizer.folder import TextTokenizer, load_tokenizer
 from engine.errors import ConfigError, DataError
 from tools.data_tables import counts_table, histogram
 

@@ -11,7 +11,7 @@ from engine.config.load import load_run
 from engine.config.schema.stage import RunStage
 from engine.data.loader import Loader
 from engine.data.stage import open_parts, stage_loader
-from engine.data.tokenizer import tokenizer_hash
+from engine.data.tokenizer.folder import tokenizer_hash
 
 
 def show_mixture(run_file: Path, overrides: list[str]) -> None:

@@ -12,11 +12,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from engine.data.assemble import Deduplicate
-from engine.data.pool import available_cpus, workers
-from engine.data.prepare import Prepared, PrepareOptions, prepare
-from engine.data.prepare import Progress as HowFar
-from engine.data.shards import Compression
+from engine.data.preparation.assemble import Deduplicate
+from engine.data.preparation.pool import available_cpus, workers
+from engine.data.preparation.prepare import Prepared, PrepareOptions, prepare
+from engine.data.preparation.prepare import Progress as HowFar
+from engine.data.shards.writer import Compression
 from tools.data_tables import counts_table, histogram
 
 _TOLD_EVERY_SECONDS = 30

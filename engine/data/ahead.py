@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from threading import Condition, Thread
 
-from engine.data.dataset import TokenDataset
+from engine.data.shards.dataset import TokenDataset
 from engine.errors import PalimpsestError
 from engine.logs import logger
 

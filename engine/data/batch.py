@@ -17,9 +17,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from engine.data.damage import Damage, DamagedShard
-from engine.data.dataset import TokenDataset
-from engine.data.sampling import Made, Sampler
+from engine.data.objectives.sampling import Made, Sampler
+from engine.data.shards.damage import Damage, DamagedShard
+from engine.data.shards.dataset import TokenDataset
 
 
 class Rows(Protocol):

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.data.mixing import Mixing
+from engine.data.order.mixing import Mixing
+from engine.data.order.stream import SampleId
 from engine.data.source import Source
-from engine.data.stream import SampleId
 from engine.errors import DataError
 
 Interval = tuple[int, int]

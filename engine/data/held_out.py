@@ -8,9 +8,9 @@ import numpy as np
 
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.batch import Batch, make_batches
-from engine.data.dataset import TokenDataset
 from engine.data.loader import micro_batch_rows
-from engine.data.sampling import Attention, PackingName, Sampler, make_sampler
+from engine.data.objectives.sampling import Attention, PackingName, Sampler, make_sampler
+from engine.data.shards.dataset import TokenDataset
 from engine.data.source import Part, Source
 
 EVALUATION_SEED = 0

@@ -25,15 +25,15 @@ import numpy as np
 from engine.config.mixture import MOST_SOURCES
 from engine.config.ramp import Ramp
 from engine.config.schema.objective import ObjectiveConfig
-from engine.data import stream
 from engine.data.batch import Batch, make_batches, reuse_freed_memory
-from engine.data.damage import Damage
-from engine.data.dataset import TokenDataset
 from engine.data.drawing import Cursor, Drawing, Interval, Samples, merged
-from engine.data.mixing import Mixing
-from engine.data.sampling import Attention, PackingName, Sampler, make_sampler
+from engine.data.objectives.sampling import Attention, PackingName, Sampler, make_sampler
+from engine.data.order import stream
+from engine.data.order.mixing import Mixing
+from engine.data.order.stream import START, SampleId
+from engine.data.shards.damage import Damage
+from engine.data.shards.dataset import TokenDataset
 from engine.data.source import Part, Source
-from engine.data.stream import START, SampleId
 from engine.errors import DataError
 
 State = dict[str, Any]

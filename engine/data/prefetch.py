@@ -17,7 +17,7 @@ import torch
 from engine.data.ahead import FetchAhead
 from engine.data.batch import Batch
 from engine.data.loader import Loader, State
-from engine.data.stream import SampleId
+from engine.data.order.stream import SampleId
 from engine.data.upload import Inputs, Upload, Uploader
 
 DEPTH = 2

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.batch import Batch
-from engine.data.dataset import TokenDataset
 from engine.data.loader import Loader
-from engine.data.sampling import PackingName
+from engine.data.objectives.sampling import PackingName
+from engine.data.shards.dataset import TokenDataset
 
 WINDOW_SHARDS = 16
 """The default of `DataConfig.window_shards`."""

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.data.damage import Damage, DamagedShard
-from engine.data.dataset import TokenDataset
-from engine.data.sampling import Sampler
-from engine.data.stream import SampleId, SampleOrder
+from engine.data.objectives.sampling import Sampler
+from engine.data.order.stream import SampleId, SampleOrder
+from engine.data.shards.damage import Damage, DamagedShard
+from engine.data.shards.dataset import TokenDataset
 from engine.errors import DataError
 
 PURPOSE_SOURCE = int.from_bytes(b"source")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from engine.config.mixture import whole_parts
 from engine.config.schema.data import DataConfig
 from engine.config.schema.stage import RunStage
-from engine.data.cache import ShardCache
-from engine.data.dataset import TokenDataset
 from engine.data.loader import Loader
+from engine.data.shards.cache import ShardCache
+from engine.data.shards.dataset import TokenDataset
 from engine.data.source import Part
 from engine.errors import DataError
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from engine.checkpoint.huggingface import from_huggingface
+from engine.checkpoint.interchange.huggingface import from_huggingface
 from engine.config.schema.model import ModelConfig
 from engine.errors import CheckpointError, ConfigError, EnvironmentProblem
 from engine.models.values import whole_model

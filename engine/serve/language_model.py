@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engine.checkpoint.huggingface import Names, form_of, read_model, their_names, to_huggingface
+from engine.checkpoint.interchange.huggingface import Names, form_of, read_model, their_names, to_huggingface
 from engine.checkpoint.load import read_state
 from engine.config.schema.model import ModelConfig
 from engine.errors import ConfigError

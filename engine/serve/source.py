@@ -19,7 +19,7 @@ from engine.checkpoint.verify import verify
 from engine.config.load import load_run, parse_run
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.run import RunConfig
-from engine.data.tokenizer import tokenizer_hash
+from engine.data.tokenizer.folder import tokenizer_hash
 from engine.errors import CheckpointError, ConfigError
 from engine.logs import logger
 

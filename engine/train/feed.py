@@ -18,14 +18,14 @@ from engine.config.schema.parallel import ParallelConfig
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
 from engine.data.batch import Batch
-from engine.data.damage import Damage
-from engine.data.dataset import TokenDataset
-from engine.data.draws import dropout_keys
 from engine.data.held_out import HeldOut
+from engine.data.objectives.draws import dropout_keys
 from engine.data.prefetch import Prefetcher
+from engine.data.shards.damage import Damage
+from engine.data.shards.dataset import TokenDataset
 from engine.data.source import Part
 from engine.data.stage import open_held_out, open_parts, stage_loader
-from engine.data.tokenizer import tokenizer_hash
+from engine.data.tokenizer.folder import tokenizer_hash
 from engine.models.dropout import KEYS
 from engine.models.families import family
 from engine.parallel.boundary import Tensors

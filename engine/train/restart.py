@@ -14,8 +14,8 @@ from engine.checkpoint import document
 from engine.checkpoint.folder import CHECKPOINTS, Superseded, committed, owner_of, step_of
 from engine.checkpoint.load import load
 from engine.checkpoint.manifest import CheckpointState, Manifest
-from engine.checkpoint.node_store import NodeStore
-from engine.checkpoint.recall import Line, Recall
+from engine.checkpoint.node_memory.node_store import NodeStore
+from engine.checkpoint.node_memory.recall import Line, Recall
 from engine.checkpoint.retention import Retention, prune
 from engine.checkpoint.saver import Saver
 from engine.checkpoint.stores import Store

@@ -14,7 +14,7 @@ import torch
 
 from engine.config.place import RankPlace
 from engine.config.schema.run import RunConfig
-from engine.data.damage import DamagedShard
+from engine.data.shards.damage import DamagedShard
 from engine.errors import EXIT_DONE, EXIT_REQUEUE, DataError, EnvironmentProblem
 from engine.heartbeat import Heartbeat
 from engine.logs import logger

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from engine.checkpoint.folder import Owner, claim, committed, step_of
-from engine.checkpoint.node_folder import folder_of
+from engine.checkpoint.node_memory.node_folder import folder_of
 from engine.config.place import RankPlace
 from engine.errors import EXIT_DONE
 from engine.train.metrics import read_metrics

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from engine.config.lengths import span_lengths
-from engine.data.draws import dropout_keys
+from engine.data.objectives.draws import dropout_keys
 from engine.parallel.boundary import Tensors
 
 GLOBAL_BATCH = 8

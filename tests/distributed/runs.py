@@ -12,10 +12,10 @@ from engine.config.load import merge, parse_run
 from engine.config.place import RankPlace
 from engine.config.resolve import resolve
 from engine.config.schema.run import RunConfig
-from engine.data.prepare import PrepareOptions, prepare
-from engine.data.shards import ShardWriter
-from engine.data.tokenizer import tokenizer_hash
-from engine.data.tokenizer_training import PURPOSE_TOKENS, Kind, Purpose, train_tokenizer
+from engine.data.preparation.prepare import PrepareOptions, prepare
+from engine.data.shards.writer import ShardWriter
+from engine.data.tokenizer.folder import tokenizer_hash
+from engine.data.tokenizer.training import PURPOSE_TOKENS, Kind, Purpose, train_tokenizer
 from engine.errors import PalimpsestError
 from engine.heartbeat import Heartbeat
 

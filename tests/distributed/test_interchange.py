@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.checkpoint.deepspeed import ALLOWED, read_weights
+from engine.checkpoint.interchange.deepspeed import ALLOWED, read_weights
 from engine.checkpoint.load import read_weights as read_ours
 from engine.cli import main
 from engine.errors import CheckpointError

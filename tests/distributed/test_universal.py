@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from engine.checkpoint.universal import LATEST, MOMENTS, write_universal
+from engine.checkpoint.interchange.universal import LATEST, MOMENTS, write_universal
 from engine.cli import main
 from engine.config.schema.model import ModelConfig
 from engine.errors import CheckpointError

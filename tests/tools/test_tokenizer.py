@@ -3,7 +3,7 @@
 import pytest
 
 from engine.cli import main
-from engine.data.tokenizer import load_tokenizer
+from engine.data.tokenizer.folder import load_tokenizer
 from engine.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USAGE
 from tests.engine.data.corpus import made_up_texts, write_json_lines
 

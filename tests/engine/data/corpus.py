@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.data.dataset import TokenDataset
-from engine.data.shards import Compression, ShardWriter
-from engine.data.vocabulary import Vocabulary, packed
+from engine.data.shards.dataset import TokenDataset
+from engine.data.shards.writer import Compression, ShardWriter
+from engine.data.tokenizer.vocabulary import Vocabulary, packed
 
 EOS = 0
 VOCABULARY = 1000

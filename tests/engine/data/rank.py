@@ -8,10 +8,10 @@ from multiprocessing.connection import Connection
 from typing import Any, BinaryIO
 
 import tests.distributed.ranks  # noqa: F401  # what its fork server loads
-from engine.data.cache import ShardCache
-from engine.data.dataset import TokenDataset
 from engine.data.loader import Loader
-from engine.data.remote import RemoteFolder
+from engine.data.shards.cache import ShardCache
+from engine.data.shards.dataset import TokenDataset
+from engine.data.shards.remote import RemoteFolder
 
 State = dict[str, Any]
 _server: Any = multiprocessing.get_context("forkserver")

@@ -13,10 +13,10 @@ import pytest
 
 from engine.config.ramp import Ramp
 from engine.config.schema.objective import ObjectiveConfig
-from engine.data.dataset import TokenDataset
 from engine.data.loader import Loader
+from engine.data.order.stream import SampleOrder
+from engine.data.shards.dataset import TokenDataset
 from engine.data.source import Part
-from engine.data.stream import SampleOrder
 from engine.errors import DataError
 from tests.engine.data.corpus import write_sentences
 from tests.engine.data.rank import Ranks

@@ -12,11 +12,11 @@ import torch
 from engine.config.ramp import Ramp
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data import loader as loader_module
-from engine.data.damage import Damage
-from engine.data.dataset import TokenDataset
 from engine.data.held_out import HeldOut
 from engine.data.loader import Loader
-from engine.data.stream import SampleId
+from engine.data.order.stream import SampleId
+from engine.data.shards.damage import Damage
+from engine.data.shards.dataset import TokenDataset
 from engine.errors import DataError
 from tests.engine.data.corpus import EOS, made_up_documents, write_sentences, write_shards
 

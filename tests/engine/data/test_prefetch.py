@@ -5,9 +5,9 @@ import threading
 import pytest
 import torch
 
-from engine.data.dataset import TokenDataset
 from engine.data.loader import Loader
 from engine.data.prefetch import Prefetcher
+from engine.data.shards.dataset import TokenDataset
 from engine.errors import DataError
 from tests.engine.data.corpus import made_up_documents, write_shards
 

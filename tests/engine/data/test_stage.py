@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from engine.config.schema.stage import RunStage
-from engine.data.dataset import TokenDataset
-from engine.data.shards import ShardWriter
+from engine.data.shards.dataset import TokenDataset
+from engine.data.shards.writer import ShardWriter
 from engine.data.stage import open_parts, stage_loader
 from engine.errors import DataError
 from tests.engine.data.corpus import EOS, VOCABULARY, made_up_documents, write_shards

@@ -14,7 +14,7 @@ import itertools
 import torch
 from torch import nn
 
-from engine.checkpoint.huggingface import from_huggingface
+from engine.checkpoint.interchange.huggingface import from_huggingface
 from engine.config.schema.model import ModelConfig
 from engine.models.chunk import Chunk
 from engine.models.families import family

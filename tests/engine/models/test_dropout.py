@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.config.schema.model import ModelConfig
-from engine.data.draws import dropout_keys
+from engine.data.objectives.draws import dropout_keys
 from engine.models.attention import view
 from engine.models.dropout import ATTENTION, FFN_OUTPUT, KEYS, NUM_SITES, Dropout, drops, make
 from engine.models.values import whole_model

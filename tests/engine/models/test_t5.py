@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.checkpoint.huggingface import from_huggingface, to_huggingface
+from engine.checkpoint.interchange.huggingface import from_huggingface, to_huggingface
 from engine.config.schema.model import ModelConfig
 from engine.errors import ConfigError
 from engine.models.chunk import Chunk, Rows

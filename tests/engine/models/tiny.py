@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from engine.checkpoint.huggingface import form_of, to_huggingface
+from engine.checkpoint.interchange.huggingface import form_of, to_huggingface
 from engine.config.load import read_tree
 from engine.config.schema.model import ModelConfig
 from engine.models.families import family

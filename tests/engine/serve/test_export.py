@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from engine.checkpoint.huggingface import from_huggingface
-from engine.data.tokenizer_training import train_tokenizer
+from engine.checkpoint.interchange.huggingface import from_huggingface
+from engine.data.tokenizer.training import train_tokenizer
 from engine.errors import CheckpointError, ConfigError, EnvironmentProblem
 from engine.models.values import whole_model
 from engine.serve import export as module

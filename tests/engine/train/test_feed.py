@@ -8,8 +8,8 @@ import torch
 from engine.config.load import parse_run
 from engine.config.resolve import Layout
 from engine.data.batch import Batch
-from engine.data.dataset import TokenDataset
 from engine.data.loader import Loader
+from engine.data.shards.dataset import TokenDataset
 from engine.data.source import Part
 from engine.data.stage import stage_loader
 from engine.train.feed import Feed

@@ -1,0 +1,1 @@
+"""Checkpoints in the forms of others: transformers, DeepSpeed, torch.distributed.checkpoint."""

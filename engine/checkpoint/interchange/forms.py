@@ -1,0 +1,193 @@
+"""The model forms that both Hugging Face and this engine have: what their configurations and parameters are called.
+
+Tables alone; `engine.checkpoint.interchange.huggingface` reads them in both directions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.config.schema.model import ModelConfig
+from engine.errors import ConfigError, PalimpsestError
+
+Problems = list[PalimpsestError]
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """Modules whose parameters, one after the other along the outputs, are ours."""
+
+    modules: tuple[str, ...]
+    transposed: bool = False
+    """Weights are (in, out)."""
+    after_padding: bool = False
+    """Rows up to that of the number of the padding token stand before ours."""
+
+
+def one(module: str) -> Theirs:
+    return Theirs((module,))
+
+
+def conv1d(module: str) -> Theirs:
+    return Theirs((module,), transposed=True)
+
+
+def numbered(config: ModelConfig, module: str) -> tuple[str, str]:
+    """A module's name with # for the number of its layer, and that number ("" where it has none)."""
+    number = next(iter(re.findall(r"\.(\d+)\.", module)), "")
+    return re.sub(r"\.\d+\.", ".#.", module), number
+
+
+@dataclass(frozen=True)
+class Form:
+    """One of the model forms that both sides have.
+
+    `ours` are the values that `ModelConfig` must have, `theirs` the values that theirs may have, and `fields` the
+    fields that carry over (ours -> theirs).
+    """
+
+    name: str
+    model_type: str
+    architecture: str
+    """Their class with all heads that ours has."""
+    names: Mapping[str, Theirs]
+    """By what `key` makes of our module's name; what is named with its .weight or .bias comes before its module."""
+    ours: Mapping[str, Any]
+    theirs: Mapping[str, tuple[Any, ...]]
+    fields: Mapping[str, str]
+    extras: Callable[[ModelConfig], dict[str, Any]]
+    """What else their configuration says of ours."""
+    read: Callable[[Any, Problems], dict[str, Any]] = lambda theirs, problems: {}
+    """What else ours says of theirs; adds what ours cannot say to the problems."""
+    check: Callable[[ModelConfig], Problems] = lambda config: []
+    """What else keeps ours from this form."""
+    key: Callable[[ModelConfig, str], tuple[str, str]] = numbered
+    """The key in `names` of one of our modules, and the number of its layer among theirs."""
+
+    @property
+    def after_padding(self) -> bool:
+        """Whether positions are counted from the number of the padding token on."""
+        return any(entry.after_padding for entry in self.names.values())
+
+
+def ungrouped(config: ModelConfig, form: str) -> Problems:
+    """The problems of a form in which every head has a key of its own and an even share of the width."""
+    even = config.hidden_size // config.num_heads
+    wanted = {
+        "num_kv_heads": (config.kv_heads, config.num_heads, " (model.num_heads)"),
+        "head_width": (config.head_size, even, ""),
+    }
+    return [
+        ConfigError(f"model.{key} = {found}", f"{value}{what} in {form} form")
+        for key, (found, value, what) in wanted.items()
+        if found != value
+    ]
+
+
+def rope_theta(rope: Mapping[str, Any] | None, problems: Problems) -> float:
+    """Base of their rotary frequencies; any scaling of them is a problem."""
+    kind = (rope or {}).get("rope_type", "default")
+    if kind != "default":
+        problems.append(ConfigError(f"rope_parameters.rope_type = {kind!r}", "'default'"))
+    return float((rope or {}).get("rope_theta", 10000.0))
+
+
+def _read_llama(theirs: Any, problems: Problems) -> dict[str, Any]:
+    even, width = theirs.hidden_size // theirs.num_attention_heads, getattr(theirs, "head_dim", None)
+    theta = rope_theta(getattr(theirs, "rope_parameters", None), problems)
+    return {"rope_theta": theta, "head_width": None if width == even else width}
+
+
+GPT2_NAMES = {
+    "embed_tokens": one("transformer.wte"),
+    "embed_positions": one("transformer.wpe"),
+    "layers.#.attention_norm": one("transformer.h.#.ln_1"),
+    "layers.#.attention.qkv_proj": conv1d("transformer.h.#.attn.c_attn"),
+    "layers.#.attention.out_proj": conv1d("transformer.h.#.attn.c_proj"),
+    "layers.#.ffn_norm": one("transformer.h.#.ln_2"),
+    "layers.#.ffn.up_proj": conv1d("transformer.h.#.mlp.c_fc"),
+    "layers.#.ffn.down_proj": conv1d("transformer.h.#.mlp.c_proj"),
+    "final_norm": one("transformer.ln_f"),
+    "lm_head": one("lm_head"),
+}
+LLAMA_NAMES = {
+    "embed_tokens": one("model.embed_tokens"),
+    "layers.#.attention_norm": one("model.layers.#.input_layernorm"),
+    "layers.#.attention.qkv_proj": Theirs(tuple(f"model.layers.#.self_attn.{part}_proj" for part in "qkv")),
+    "layers.#.attention.out_proj": one("model.layers.#.self_attn.o_proj"),
+    "layers.#.ffn_norm": one("model.layers.#.post_attention_layernorm"),
+    "layers.#.ffn.gate_up_proj": Theirs(("model.layers.#.mlp.gate_proj", "model.layers.#.mlp.up_proj")),
+    "layers.#.ffn.down_proj": one("model.layers.#.mlp.down_proj"),
+    "final_norm": one("model.norm"),
+    "lm_head": one("lm_head"),
+}
+GPT2 = Form(
+    name="GPT-2",
+    model_type="gpt2",
+    architecture="GPT2LMHeadModel",
+    names=GPT2_NAMES,
+    ours={
+        "family": "gpt",
+        "position": "learned",
+        "norm": "layernorm",
+        "norm_bias": True,
+        "activation": "gelu_tanh",
+        "bias": True,
+    },
+    theirs={
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    },
+    fields={
+        "vocab_size": "vocab_size",
+        "num_layers": "n_layer",
+        "hidden_size": "n_embd",
+        "num_heads": "n_head",
+        "ffn_size": "n_inner",
+        "max_positions": "n_positions",
+        "norm_epsilon": "layer_norm_epsilon",
+        "tie_embeddings": "tie_word_embeddings",
+        "init_std": "initializer_range",
+    },
+    extras=lambda config: {
+        "n_inner": config.inner_size,
+        "activation_function": "gelu_new",
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
+    check=lambda config: ungrouped(config, "GPT-2"),
+)
+LLAMA = Form(
+    name="Llama",
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    names=LLAMA_NAMES,
+    ours={"family": "gpt", "position": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False},
+    theirs={"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)},
+    fields={
+        "vocab_size": "vocab_size",
+        "num_layers": "num_hidden_layers",
+        "hidden_size": "hidden_size",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "ffn_size": "intermediate_size",
+        "max_positions": "max_position_embeddings",
+        "norm_epsilon": "rms_norm_eps",
+        "tie_embeddings": "tie_word_embeddings",
+        "init_std": "initializer_range",
+    },
+    extras=lambda config: {
+        "num_key_value_heads": config.kv_heads,
+        "intermediate_size": config.inner_size,
+        "head_dim": config.head_size,
+        "hidden_act": "silu",
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+    },
+    read=_read_llama,
+)

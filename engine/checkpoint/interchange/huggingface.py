@@ -1,0 +1,240 @@
+"""Weights and configuration to and from Hugging Face's models, by one name table per form of model.
+
+The tables (`forms`) are read in both directions. A configuration must be exactly of a form: a mix
+(GPT-2 with rotary positions, say) has no twin that computes the same and is refused by the names of the fields. Only
+real vocabulary rows travel. Dropout does not: it is 0 on both sides. Nothing here reads a run or writes a folder: see
+`engine.serve.export`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engine.checkpoint.interchange.bert_forms import BERT, BERT_WITHOUT_PAIRS, MODERN_BERT, ROBERTA
+from engine.checkpoint.interchange.forms import GPT2, LLAMA, Form, Theirs
+from engine.checkpoint.interchange.t5_form import T5
+from engine.config.schema.model import ModelConfig
+from engine.errors import CheckpointError, ConfigError, PalimpsestError, report
+from engine.models.families import family
+from engine.parallel.sharding import ParameterSpec
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Tensors = dict[str, torch.Tensor]
+Names = Callable[[ParameterSpec, torch.Tensor], Tensors]
+"""What a parameter of ours or a moment of it (stored shape) is called on another side, where it may be in parts."""
+FORMS = (GPT2, LLAMA, BERT, BERT_WITHOUT_PAIRS, ROBERTA, MODERN_BERT, T5)
+
+
+def to_huggingface(
+    config: ModelConfig, tensors: Mapping[str, torch.Tensor], padding_id: int | None = None
+) -> tuple[PretrainedConfig, Tensors]:
+    """Their configuration and state dictionary for our weights (`tensors`: real rows, by logical name).
+
+    The dtype is kept and tensors may share memory with ours; a tied head is left to `tie_weights`. `padding_id` is the
+    tokenizer's; without one the padding token is the form's own.
+
+    Raises:
+        ConfigError: the model is not exactly of one of the forms.
+        CheckpointError: parameters are missing, unknown or of another shape than the configuration says.
+    """
+    form = form_of(config)
+    _check_tensors(config, tensors)
+    theirs = _their_config(form, config, padding_id)
+    state: Tensors = {}
+    for spec in family(config).specs(config):
+        state |= _their_tensors(config, form, spec, tensors[spec.name], theirs.pad_token_id)
+    return theirs, state
+
+
+def their_names(config: ModelConfig, padding_id: int | None = None) -> Names:
+    """What `to_huggingface` does of all parameters, for one at a time.
+
+    Raises:
+        ConfigError: the model is not exactly of one of the forms.
+    """
+    form = form_of(config)
+    padding_id = _their_config(form, config, padding_id).pad_token_id
+    return lambda spec, tensor: _their_tensors(config, form, spec, tensor, padding_id)
+
+
+def _their_tensors(
+    config: ModelConfig, form: Form, spec: ParameterSpec, tensor: torch.Tensor, padding_id: int | None
+) -> Tensors:
+    entry, names = _theirs(config, form, spec)
+    parts, state = (tensor,), {}
+    if len(names) > 1:  # copies: files of theirs must not share memory between tensors
+        parts = tuple(part.clone() for part in tensor.split(spec.blocks(), dim=0))
+    for name, part in zip(names, parts, strict=True):
+        if entry.after_padding:
+            assert padding_id is not None, f"{form.name} counts positions from it on"
+            part = torch.cat([part.new_zeros(padding_id + 1, *part.shape[1:]), part])
+        state[name] = part.t().contiguous() if entry.transposed and part.dim() == 2 else part.contiguous()
+    return state
+
+
+def from_huggingface(
+    source: Path | PreTrainedModel, vocab_multiple: int = ModelConfig.model_fields["vocab_multiple"].default
+) -> tuple[ModelConfig, Tensors]:
+    """Our configuration and weights (fp32 copies, real rows, by logical name) of their folder or model.
+
+    `vocab_multiple` becomes the key of that name, which theirs do not have.
+
+    Raises:
+        ConfigError: the folder cannot be read, or its model is none that ours computes.
+    """
+    if isinstance(source, Path):
+        config = our_config(_read_config(source), vocab_multiple)
+        source = read_model(source)
+    else:
+        config = our_config(source.config, vocab_multiple, type(source).__name__)
+    form, state = form_of(config), source.state_dict()
+    tensors: Tensors = {}
+    for spec in family(config).specs(config):
+        entry, names = _theirs(config, form, spec)
+        parts = [state[name].detach().float() for name in names]
+        if entry.after_padding:
+            parts = [part[source.config.pad_token_id + 1 :] for part in parts]
+        parts = [part.t() if entry.transposed and part.dim() == 2 else part for part in parts]
+        tensors[spec.name] = torch.cat(parts)  # cat always copies
+    if form is T5 and config.tie_embeddings and not torch.equal(state["lm_head.weight"], state["shared.weight"]):
+        raise ConfigError(
+            "lm_head.weight is not shared.weight, although they are tied", "scale_decoder_outputs = false"
+        )
+    return config, tensors
+
+
+def form_of(config: ModelConfig) -> Form:
+    """The form that a configuration is exactly of.
+
+    Raises:
+        ConfigError: it is a mix; names the fields that keep it from the nearest form.
+    """
+    wrong = {form.name: _mismatches(form, config) for form in FORMS}
+    nearest = min(FORMS, key=lambda form: len(wrong[form.name]))
+    problems = wrong[nearest.name]
+    if problems:
+        raise report(problems, f"Hugging Face has no twin of this model (nearest: {nearest.name})")
+    return nearest
+
+
+def our_config(theirs: PretrainedConfig, vocab_multiple: int, architecture: str = "") -> ModelConfig:
+    """The `ModelConfig` that computes what their configuration does, of a model of the class `architecture`.
+
+    Raises:
+        ConfigError: there is none; names the fields.
+    """
+    form = _form_of_theirs(theirs, architecture)
+    if form is None:
+        raise ConfigError(
+            f"a Hugging Face model of type {theirs.model_type}", " or ".join({form.model_type: 0 for form in FORMS})
+        )
+    problems: list[PalimpsestError] = [
+        ConfigError(f"{name} = {getattr(theirs, name)!r}", " or ".join(map(repr, allowed)))
+        for name, allowed in form.theirs.items()
+        if getattr(theirs, name, allowed[0]) not in allowed
+    ]
+    values: dict[str, Any] = {ours: getattr(theirs, name) for ours, name in form.fields.items()}
+    values |= form.read(theirs, problems)
+    if problems:
+        raise report(problems, f"this {form.name} model has no twin here")
+    return ModelConfig(**values, **form.ours, vocab_multiple=vocab_multiple)
+
+
+def _form_of_theirs(theirs: PretrainedConfig, architecture: str = "") -> Form | None:
+    """The form of their type; of several the one of the class that the model is of, or says it is of."""
+    forms = [form for form in FORMS if form.model_type == theirs.model_type]
+    said = [architecture, *(theirs.architectures or [])]
+    return next((form for form in forms if form.architecture in said), forms[0] if forms else None)
+
+
+def _mismatches(form: Form, config: ModelConfig) -> list[PalimpsestError]:
+    problems: list[PalimpsestError] = [
+        ConfigError(f"model.{key} = {getattr(config, key)}", f"{value} in {form.name} form")
+        for key, value in form.ours.items()
+        if getattr(config, key) != value
+    ]
+    return problems + form.check(config)
+
+
+def _their_config(form: Form, config: ModelConfig, padding_id: int | None) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    values = {name: getattr(config, ours) for ours, name in form.fields.items()} | form.extras(config)
+    # Theirs default to token ids of their own vocabularies; whoever has the tokenizer sets the right ones.
+    values |= {"bos_token_id": None, "eos_token_id": None, "architectures": [form.architecture]}
+    theirs = AutoConfig.for_model(form.model_type, **values)
+    if padding_id is not None:
+        theirs.pad_token_id = padding_id
+    if form.after_padding:
+        theirs.max_position_embeddings = config.max_positions + theirs.pad_token_id + 1
+    return theirs
+
+
+def _theirs(config: ModelConfig, form: Form, spec: ParameterSpec) -> tuple[Theirs, list[str]]:
+    """The entry of one of our parameters, and the names of those of theirs that it is made of."""
+    module, _, kind = spec.name.rpartition(".")
+    key, layer = form.key(config, module)
+    entry = form.names.get(f"{key}.{kind}") or form.names[key]
+    return entry, [f"{name.replace('#', layer)}.{kind}" for name in entry.modules]
+
+
+def _check_tensors(config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    expected = {spec.name: spec.stored_shape for spec in family(config).specs(config)}
+    problems = list(_tensor_problems(expected, tensors))
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"the weights do not belong to this model: {'; '.join(problems[:3])}{more}",
+            "the parameters of the configuration, whole and without padding",
+            "convert with the configuration that the run was trained with",
+        )
+
+
+def _tensor_problems(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    for name, shape in expected.items():
+        if name not in tensors:
+            yield f"{name} is missing"
+        elif tuple(tensors[name].shape) != shape:
+            yield f"{name} has shape {tuple(tensors[name].shape)} and not {shape}"
+    yield from (f"{name} is unknown" for name in tensors if name not in expected)
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def read_model(folder: Path) -> PreTrainedModel:
+    """The model of a Hugging Face folder, of any architecture of theirs, in fp32. No pickle is opened.
+
+    Raises:
+        ConfigError: the folder cannot be read.
+    """
+    import transformers
+
+    form = _form_of_theirs(_read_config(folder))
+    name = "AutoModelForCausalLM" if form is None else form.architecture
+    try:
+        return getattr(transformers, name).from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{folder} cannot be read as a Hugging Face model: {str(error).splitlines()[0]}",
+        "a folder with config.json and safetensors",
+        "name a folder that `palimpsest convert` or save_pretrained wrote",
+    )

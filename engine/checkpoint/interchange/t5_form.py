@@ -1,0 +1,116 @@
+"""T5 in Hugging Face's names: v1.0 (ReLU, tied head, scaled output) and v1.1 (gated GELU, head of its own).
+
+Their layers are numbered within each stack. Their configuration calls every T5 tied and says in
+`scale_decoder_outputs` which version it is; where head and embedding differ in a file, they load as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.checkpoint.interchange.forms import Form, Problems, Theirs, numbered, one
+from engine.config.schema.model import ModelConfig
+from engine.errors import ConfigError
+
+ACTIVATIONS = {"relu": "relu", "geglu_tanh": "gated-gelu"}
+"""Ours -> theirs."""
+MAX_POSITIONS = 512
+"""Theirs have no longest length; that which the published models were trained with."""
+
+
+_ENCODER, _DECODER = "encoder.block.#.layer", "decoder.block.#.layer"
+T5_NAMES = {
+    "embed_tokens": one("shared"),
+    "encoder_positions": one("encoder.block.0.layer.0.SelfAttention.relative_attention_bias"),
+    "decoder_positions": one("decoder.block.0.layer.0.SelfAttention.relative_attention_bias"),
+    "encoder.#.attention_norm": one(f"{_ENCODER}.0.layer_norm"),
+    "encoder.#.attention.qkv_proj": Theirs(tuple(f"{_ENCODER}.0.SelfAttention.{part}" for part in "qkv")),
+    "encoder.#.attention.out_proj": one(f"{_ENCODER}.0.SelfAttention.o"),
+    "encoder.#.ffn_norm": one(f"{_ENCODER}.1.layer_norm"),
+    "encoder.#.ffn.up_proj": one(f"{_ENCODER}.1.DenseReluDense.wi"),
+    "encoder.#.ffn.gate_up_proj": Theirs(tuple(f"{_ENCODER}.1.DenseReluDense.wi_{number}" for number in (0, 1))),
+    "encoder.#.ffn.down_proj": one(f"{_ENCODER}.1.DenseReluDense.wo"),
+    "encoder_norm": one("encoder.final_layer_norm"),
+    "decoder.#.attention_norm": one(f"{_DECODER}.0.layer_norm"),
+    "decoder.#.attention.qkv_proj": Theirs(tuple(f"{_DECODER}.0.SelfAttention.{part}" for part in "qkv")),
+    "decoder.#.attention.out_proj": one(f"{_DECODER}.0.SelfAttention.o"),
+    "decoder.#.cross_attention_norm": one(f"{_DECODER}.1.layer_norm"),
+    "decoder.#.cross_attention.q_proj": one(f"{_DECODER}.1.EncDecAttention.q"),
+    "decoder.#.cross_attention.kv_proj": Theirs(tuple(f"{_DECODER}.1.EncDecAttention.{part}" for part in "kv")),
+    "decoder.#.cross_attention.out_proj": one(f"{_DECODER}.1.EncDecAttention.o"),
+    "decoder.#.ffn_norm": one(f"{_DECODER}.2.layer_norm"),
+    "decoder.#.ffn.up_proj": one(f"{_DECODER}.2.DenseReluDense.wi"),
+    "decoder.#.ffn.gate_up_proj": Theirs(tuple(f"{_DECODER}.2.DenseReluDense.wi_{number}" for number in (0, 1))),
+    "decoder.#.ffn.down_proj": one(f"{_DECODER}.2.DenseReluDense.wo"),
+    "final_norm": one("decoder.final_layer_norm"),
+    "lm_head": one("lm_head"),
+}
+
+
+def _key(config: ModelConfig, module: str) -> tuple[str, str]:
+    key, number = numbered(config, module)
+    if not number:
+        return key, number
+    layer, first = int(number), config.num_encoder_layers
+    stack, own = ("encoder", layer) if layer < first else ("decoder", layer - first)
+    return key.replace("layers.", f"{stack}.", 1), str(own)
+
+
+def _check(config: ModelConfig) -> Problems:
+    problems: Problems = []
+    if config.activation not in ACTIVATIONS:
+        problems.append(
+            ConfigError(f"model.activation = {config.activation}", f"{' or '.join(ACTIVATIONS)} in T5 form")
+        )
+    return problems
+
+
+def _extras(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "num_layers": config.num_encoder_layers,
+        "num_decoder_layers": config.num_layers - config.num_encoder_layers,
+        "d_kv": config.head_size,
+        "d_ff": config.inner_size,
+        "feed_forward_proj": ACTIVATIONS[config.activation],
+        "tie_word_embeddings": config.tie_embeddings,
+        "n_positions": config.max_positions,
+        "dropout_rate": 0.0,
+    }
+
+
+def _read(theirs: Any, problems: Problems) -> dict[str, Any]:
+    ours = {name: activation for activation, name in ACTIVATIONS.items()}
+    if theirs.feed_forward_proj not in ours:
+        problems.append(ConfigError(f"feed_forward_proj = {theirs.feed_forward_proj!r}", " or ".join(map(repr, ours))))
+    even = theirs.d_model // theirs.num_heads
+    return {
+        "num_layers": theirs.num_layers + theirs.num_decoder_layers,
+        "num_decoder_layers": theirs.num_decoder_layers,
+        "head_width": None if theirs.d_kv == even else theirs.d_kv,
+        "activation": ours.get(theirs.feed_forward_proj, "relu"),
+        "tie_embeddings": theirs.scale_decoder_outputs,
+        "max_positions": getattr(theirs, "n_positions", MAX_POSITIONS),
+    }
+
+
+T5 = Form(
+    name="T5",
+    model_type="t5",
+    architecture="T5ForConditionalGeneration",
+    names=T5_NAMES,
+    ours={"family": "t5", "position": "relative", "norm": "rmsnorm", "norm_bias": True, "bias": False},
+    theirs={},
+    fields={
+        "vocab_size": "vocab_size",
+        "hidden_size": "d_model",
+        "num_heads": "num_heads",
+        "ffn_size": "d_ff",
+        "relative_buckets": "relative_attention_num_buckets",
+        "relative_distance": "relative_attention_max_distance",
+        "norm_epsilon": "layer_norm_epsilon",
+    },
+    extras=_extras,
+    read=_read,
+    check=_check,
+    key=_key,
+)

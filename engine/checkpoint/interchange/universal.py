@@ -1,0 +1,130 @@
+"""A checkpoint of ours as a universal checkpoint of DeepSpeed 0.19, which its engines load under any ZeRO stage.
+
+One folder `zero/<parameter>/` per parameter holds whole fp32 tensors: master weight, Adam's two moments, and the step.
+Beside them stand the few values that DeepSpeed asks for before it looks there: `optimizer_state.pt`, flat for ZeRO-1
+and 2 and nested for ZeRO-3, and two files of model states, as each of both names them. One parameter is in memory at a
+time. Everything is a tensor or a plain container, written by `torch.save`.
+
+Hyperparameters are left to the loading side. DeepSpeed would copy those of one group of ours onto a group of its own
+by number, and under ZeRO-3 those of the first onto all; empty groups leave what its optimizer was built with.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.checkpoint.compare import Opened
+from engine.checkpoint.container import damaged, disk_errors
+from engine.checkpoint.interchange.huggingface import Names
+from engine.checkpoint.manifest import WEIGHT, Manifest, key_of, moment_state
+from engine.checkpoint.storage import MANIFEST, Place
+from engine.errors import CheckpointError
+from engine.parallel.sharding import ParameterSpec
+
+LATEST = "latest_universal"
+"""Names the checkpoint in a folder that DeepSpeed loads; written last."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""All that DeepSpeed's loader knows under ZeRO-3."""
+MOST_GROUPS = 1024
+"""DeepSpeed passes over its own groups from the first on that the file has no entry for."""
+
+
+def logical(spec: ParameterSpec, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Our own names."""
+    return {spec.name: values}
+
+
+def write_universal(path: Place, output: Path, names: Names = logical) -> int:
+    """Writes a checkpoint into `output`, a new or empty folder; returns the number of parameters on the other side.
+
+    Raises:
+        CheckpointError: it is damaged, holds other moments than Adam's for some parameter, or cannot be written.
+    """
+    opened = Opened(path)
+    check_moments(opened.manifest)
+    folder, step, count = output / path.name, opened.manifest.state.step, 0
+    for name, spec in opened.manifest.specs.items():
+        states = opened.read(name)
+        for key, file in ((WEIGHT, "fp32"), *((moment_state(moment), moment) for moment in MOMENTS)):
+            parts = names(spec, states.pop(key_of(key, name)))
+            for theirs, part in parts.items():
+                _check_name(path, theirs)
+                _save({"param": _own(part)}, folder / "zero" / theirs / f"{file}.pt")
+                if key == WEIGHT:
+                    _save(_step(step), folder / "zero" / theirs / "step.pt")
+                    count += 1
+    _save(_optimizer_state(step), folder / "zero" / "optimizer_state.pt")
+    for prefix in ("", "zero_pp_rank_0_"):
+        _save(_model_states(step), folder / f"{prefix}mp_rank_00_model_states.pt")
+    with disk_errors(output):
+        (output / LATEST).write_text(path.name, encoding="utf-8")
+    return count
+
+
+def check_moments(manifest: Manifest) -> None:
+    """Raises `CheckpointError` unless every parameter has Adam's two moments and no others."""
+    odd = {name: states for name in manifest.specs if (states := manifest.states_of(name)) != _STATES}
+    if odd:
+        name, states = next(iter(odd.items()))
+        held = ", ".join(state.removeprefix("optim.") for state in states[1:]) or "no moments"
+        raise CheckpointError(
+            f"a universal checkpoint cannot be made of this one: {name} has {held} (as {len(odd)} of "
+            f"{len(manifest.specs)} parameters)",
+            f"{' and '.join(MOMENTS)} of every parameter: DeepSpeed loads no others",
+            "convert the weights alone: --to huggingface, or --to dcp for everything",
+        )
+
+
+def _check_name(path: Place, name: str) -> None:
+    """A parameter's name becomes that of a folder: it may not lead elsewhere."""
+    if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
+        raise damaged(path / MANIFEST, f"the parameter name {name!r} is not that of a folder")
+
+
+_STATES = (WEIGHT, *map(moment_state, MOMENTS))
+
+
+def _step(step: int) -> torch.Tensor:
+    """As torch's Adam keeps it."""
+    return torch.tensor(float(step))
+
+
+def _optimizer_state(step: int) -> dict[str, Any]:
+    nested = {"state": {0: {"step": _step(step)}}, "param_groups": [{}]}
+    groups: list[dict[str, Any]] = [{} for _ in range(MOST_GROUPS)]
+    return {
+        "ds_version": importlib.metadata.version("deepspeed"),
+        "param_groups": groups,
+        "optimizer_state_dict": nested,
+    }
+
+
+def _model_states(step: int) -> dict[str, Any]:
+    """Counters; the weights are in `zero/`. Learning rate schedules of DeepSpeed's own count steps from -1 on."""
+    return {
+        "module": {},
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "global_steps": step,
+        "skipped_steps": 0,
+        "lr_scheduler": {"last_batch_iteration": step - 1},
+    }
+
+
+def _own(values: torch.Tensor) -> torch.Tensor:
+    """In memory of its own: `torch.save` writes the whole of what a view looks at."""
+    return values if values.untyped_storage().nbytes() == values.nbytes and values.is_contiguous() else values.clone()
+
+
+def _save(content: Any, path: Path) -> None:
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with path.open("wb") as file:
+                torch.save(content, file)
+        except RuntimeError as error:  # what torch makes of a write that failed
+            raise OSError(str(error).splitlines()[0]) from error

@@ -1,0 +1,197 @@
+"""Going on from the memory of the nodes: the newest generation that is whole, with its files where they are read.
+
+A node that was replaced has nothing, and a run that goes on in another layout reads other files than it wrote. So every
+node says what it has, every byte of a candidate is held against its hash where it lies, and what a node's ranks
+will read and it lacks comes from one that has it. Then the ordinary `load` reads the node's folder. Where a file is
+on no node any more, the words say so, and the next older generation, or the disk, is the next candidate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoint import document
+from engine.checkpoint.container import disk_errors, file_digest
+from engine.checkpoint.folder import committed, remove, step_of, step_path
+from engine.checkpoint.load import files_needed
+from engine.checkpoint.manifest import Manifest
+from engine.checkpoint.node_memory import passing
+from engine.checkpoint.node_memory.generations import Delivery, Generation, deliveries, lost, newest_first
+from engine.checkpoint.node_memory.node_folder import free_bytes
+from engine.checkpoint.node_memory.node_store import NodeStore
+from engine.checkpoint.verify import verify_files
+from engine.errors import CheckpointError
+from engine.logs import logger
+from engine.parallel import collectives
+from engine.parallel.agreement import on_all
+from engine.parallel.state import Piece
+
+log = logger(__name__)
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a generation has to belong to: one that is not of it is left alone, and said."""
+
+    meaning: str
+    """Hash of the configuration's keys of kind meaning."""
+    job: str
+    """The one that used the run folder last: another one's state may be of a past that it has gone back behind."""
+    least_step: int
+    """It is of no use below: the disk has as much."""
+    least_attempt: int
+    """An earlier start's went on past a point that a later one has gone back behind."""
+
+
+class Recall:
+    """The generations that the nodes hold when a run starts; looks at each once. Collective over the world."""
+
+    def __init__(self, store: NodeStore) -> None:
+        self._store = store
+        self._world = store.groups.world
+        mine = self._own() if store.acts_for_node else {}
+        told = collectives.gather_objects(mine, self._world)
+        self._held: list[dict[Generation, set[str]]] = [told[rank] for rank in store.nodes.first_ranks]
+        self._left = newest_first(self._held)
+
+    def newest(self, line: Line, pieces: list[Piece]) -> Path | None:
+        """The folder of the newest generation of `line`, from which each rank can load its pieces; None without one."""
+        while self._left and self._left[0].step >= line.least_step:
+            generation = self._left.pop(0)
+            try:
+                return self._bring(generation, line, pieces)
+            except CheckpointError as problem:
+                if self._world.position == 0:
+                    log.warning("step %d in the nodes' memory is passed over: %s", generation.step, problem)
+        return None
+
+    def _own(self) -> dict[Generation, set[str]]:
+        """What this node has, by name; its bytes are looked at later."""
+        found = {}
+        for path in committed(self._store.folder):
+            try:
+                manifest = document.read(path)
+                digest = file_digest(path / document.FILE)
+            except (CheckpointError, OSError) as problem:
+                log.warning("node %d: step %d in memory is passed over: %s", self._store.node, step_of(path), problem)
+                continue
+            names = {name for name in manifest.files if (path / name).is_file()}
+            found[Generation(manifest.state.step, manifest.attempt, digest)] = names
+        return found
+
+    def _bring(self, generation: Generation, line: Line, pieces: list[Piece]) -> Path:
+        """Verifies a generation and passes its files to where they are needed.
+
+        Raises:
+            CheckpointError: it cannot be used; the same on every rank.
+        """
+        manifest = self._manifest(generation)
+        _check_line(manifest, line)
+        held = self._held_by_node(generation)
+        self._check_held(manifest, held)
+        held = self._verify(manifest, held)
+        self._check_held(manifest, held, " and unharmed")
+        rank_and_size = (self._store.groups.coordinates.tensor_rank, self._store.groups.layout.tensor)
+        mine = on_all(lambda: files_needed(manifest, pieces, *rank_and_size), self._world, CheckpointError)
+        by_rank = collectives.gather_objects(mine, self._world)
+        needed = [set().union(*(by_rank[rank] for rank in ranks)) for ranks in self._store.nodes.ranks]
+        self._pass(manifest, deliveries(needed, held), generation in self._held[self._store.node])
+        return step_path(self._store.folder, generation.step)
+
+    def _manifest(self, generation: Generation) -> Manifest:
+        """As a node that has it hands it to all."""
+        source = next(node for node, own in enumerate(self._held) if generation in own)
+        first = self._store.nodes.first_ranks[source]
+        path = step_path(self._store.folder, generation.step)
+        read = on_all(lambda: document.read(path) if self._store.rank == first else None, self._world, CheckpointError)
+        return collectives.broadcast_object(read, self._world, first)
+
+    def _held_by_node(self, generation: Generation) -> list[set[str]]:
+        return [own.get(generation, set()) for own in self._held]
+
+    def _verify(self, manifest: Manifest, held: list[set[str]]) -> list[set[str]]:
+        """What each node has and is whole, by reading all of it; a node's ranks share the reading."""
+        store = self._store
+        position, ranks = store.nodes.position(store.rank), store.nodes.ranks[store.node]
+        names = sorted(held[store.node])[position :: len(ranks)]
+        found = verify_files(step_path(store.folder, manifest.state.step), manifest, names)
+        for damage in found:
+            log.warning("node %d: step %d in memory, %s", store.node, manifest.state.step, damage)
+        damaged = collectives.gather_objects({damage.file for damage in found}, self._world)
+        return [
+            own - set().union(*(damaged[rank] for rank in ranks))
+            for own, ranks in zip(held, store.nodes.ranks, strict=True)
+        ]
+
+    def _check_held(self, manifest: Manifest, held: list[set[str]], how: str = "") -> None:
+        gone = lost(manifest.files, held)
+        if gone:
+            raise CheckpointError(
+                f"{len(gone)} of its {len(manifest.files)} files are on no node{how}: {gone[0]}"
+                f"{', ...' if len(gone) > 1 else ''}",
+                "each file on the node that wrote it or on the next one",
+                "nothing, where two nodes side by side were lost: the run goes on from an older step",
+            )
+
+    def _pass(self, manifest: Manifest, plan: list[Delivery], is_here: bool) -> None:
+        """Brings the files of `plan` to their nodes; `is_here`: this node has something of the generation already."""
+        store, path = self._store, step_path(self._store.folder, manifest.state.step)
+        arriving = [manifest.files[one.file] for one in plan if one.target == store.node]
+        wanted = sum(record.num_bytes for record in arriving)
+
+        def make() -> None:
+            if wanted > free_bytes(store.folder):
+                raise CheckpointError(f"no room in {store.folder} for {wanted:,} bytes that other nodes have")
+            if not is_here:
+                remove(path)  # another attempt's of this step, or damaged
+                with disk_errors(path):
+                    path.mkdir()
+                document.write(manifest, path)
+            for record in arriving:
+                passing.take_room(path / f".{record.name}", record.num_bytes)
+
+        store.on_nodes(make)
+        on_all(lambda: self._exchange(manifest, plan, path), self._world, CheckpointError)
+
+    def _exchange(self, manifest: Manifest, plan: list[Delivery], path: Path) -> None:
+        """Every rank goes through the plan in the same order, and the lines share it."""
+        nodes, rank = self._store.nodes, self._store.rank
+        lines = nodes.lines()
+        # A short line has a rank twice; the first ones, as many as the smallest node has ranks, share no rank.
+        used = min(map(len, nodes.ranks))
+        problems: list[CheckpointError] = []  # told at the end: others wait for what this rank has yet to send
+        for number, delivery in enumerate(plan):
+            line, group = lines[number % used], self._store.lines[number % used]
+            record = manifest.files[delivery.file]
+            source, target = line[delivery.source], line[delivery.target]
+            works: list[Any] = []
+            if group is not None and rank == source:
+                works = passing.start_sending(path / record.name, group, group.ranks.index(target))
+            elif group is not None and rank == target:
+                place = path / f".{record.name}"
+                works = passing.start_receiving(place, record.num_bytes, group, group.ranks.index(source))
+            for work in works:
+                work.wait()
+            if rank == target:
+                try:
+                    passing.accept(path / f".{record.name}", record)
+                except CheckpointError as problem:
+                    problems.append(problem)
+        if problems:
+            raise problems[0]
+
+
+def _check_line(manifest: Manifest, line: Line) -> None:
+    """Raises `CheckpointError` for a generation of another run, or of a start that the run has left behind."""
+    if manifest.state.config_hash != line.meaning or manifest.job != line.job:
+        raise CheckpointError(
+            f"it is of job {manifest.job!r} and configuration {manifest.state.config_hash}",
+            f"job {line.job!r}, which used the run folder last, and configuration {line.meaning}",
+        )
+    if manifest.attempt < line.least_attempt:
+        raise CheckpointError(
+            f"it is of attempt {manifest.attempt}, and attempt {line.least_attempt} has saved to the disk since",
+            f"attempt {line.least_attempt} or later",
+        )

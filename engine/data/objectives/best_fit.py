@@ -1,0 +1,96 @@
+"""Packing whole documents: each goes into the row of its shard where least room would be left.
+
+Ding et al. 2024, "Fewer Truncations Improve Language Modeling" (best-fit decreasing; departures: per shard, and the
+open rows are found with the bits of one integer instead of a tree). A document longer than a row is cut into full
+rows and a rest. Invariant: the rows of a shard follow from its document offsets and the capacity alone, so nothing
+is stored and a restart lays out one window anew.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.data.objectives.packing import Row
+from engine.data.shards.dataset import Shard, TokenDataset
+
+_PLANS_KEPT = 128
+
+
+class _Plan(NamedTuple):
+    starts: np.ndarray  # (pieces,) int64: first token in the shard, row after row
+    lengths: np.ndarray  # (pieces,) int64
+    rows: np.ndarray  # (rows + 1,) int64: pieces before each row, and all of them
+
+
+class BestFit:
+    """Rows of whole documents, the longest of a row first."""
+
+    name = "best_fit"
+
+    def __init__(self, dataset: TokenDataset, capacity: int, lookahead: bool, extra: int = 0) -> None:
+        """`lookahead`: rows hold the tokens that have a successor; `extra` places that each document takes besides."""
+        self._dataset, self._capacity, self._lookahead, self._extra = dataset, capacity, lookahead, extra
+        self._plans: OrderedDict[int, _Plan] = OrderedDict()
+
+    def count(self, shards: np.ndarray) -> np.ndarray:
+        return np.array([self._plan(number).rows.size - 1 for number in shards.tolist()], np.int64)
+
+    def row(self, shard: Shard, number: int, row: int) -> Row:
+        plan = self._plan(number)
+        pieces = slice(*plan.rows[row : row + 2].tolist())
+        spans = list(zip(plan.starts[pieces].tolist(), plan.lengths[pieces].tolist(), strict=True))
+        tokens = np.concatenate([shard.tokens[start : start + length] for start, length in spans])
+        starts = np.cumsum(plan.lengths[pieces])[:-1]
+        if not self._lookahead:
+            return Row(tokens, None, starts, starts - 1)
+        successors = np.concatenate([shard.tokens[start + 1 : start + length + 1] for start, length in spans])
+        return Row(tokens, successors, starts, np.empty(0, np.int64))
+
+    def _plan(self, number: int) -> _Plan:
+        found = self._plans.get(number)
+        if found is None:
+            documents, _ = self._dataset.offsets(number)
+            found = self._plans[number] = plan(documents, self._capacity, self._lookahead, self._extra)
+            if len(self._plans) > _PLANS_KEPT:
+                self._plans.popitem(last=False)
+        return found
+
+
+def plan(documents: np.ndarray, capacity: int, lookahead: bool, extra: int) -> _Plan:
+    """The rows of a shard with these document offsets (documents + 1,)."""
+    sizes = np.diff(documents) - lookahead
+    room = capacity - extra
+    parts = -(-sizes // room)  # of each document
+    which = np.repeat(np.arange(sizes.size), parts)
+    part = np.arange(which.size) - np.repeat(np.cumsum(parts) - parts, parts)
+    starts = documents[which] + part * room
+    lengths = np.minimum(room, sizes[which] - part * room)
+    bins = best_fit_decreasing(lengths + extra, capacity)
+    order = np.lexsort((starts, -lengths, bins))
+    rows = np.searchsorted(bins[order], np.arange(bins.max(initial=-1) + 2))
+    return _Plan(starts[order], lengths[order], rows)
+
+
+def best_fit_decreasing(costs: np.ndarray, capacity: int) -> np.ndarray:
+    """(n,) int64 bin of each item: items by falling cost, each into the bin with the least room that is enough."""
+    bins = np.empty(costs.size, np.int64)
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    open_rooms = count = 0  # bit r is set where a bin has room r
+    values = costs.tolist()
+    for item in np.argsort(-costs, kind="stable").tolist():
+        cost = values[item]
+        if enough := open_rooms >> cost:
+            room = cost + (enough & -enough).bit_length() - 1
+            chosen = by_room[room].pop()
+            if not by_room[room]:
+                open_rooms ^= 1 << room
+        else:
+            room, chosen, count = capacity, count, count + 1
+        bins[item] = chosen
+        if left := room - cost:
+            by_room[left].append(chosen)
+            open_rooms |= 1 << left
+    return bins

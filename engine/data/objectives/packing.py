@@ -1,0 +1,191 @@
+"""Packing by concatenation: which stretch of a shard a row is, and where documents begin in it.
+
+Row i of a shard holds the i-th stretch of `capacity` tokens; the last may be short. What is read depends on the
+objective: tokens that have a successor (with it, so that every token but the shard's first follows another exactly
+once), all tokens, or all but the ends of text. Rows never leave their shard. What is predicted is the objective's
+business. Packing whole documents is in `engine.data.objectives.best_fit`, pairs in `engine.data.objectives.pairs`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from engine.data.shards.dataset import Shard, TokenDataset
+
+Reads = Literal["successors", "all", "text"]
+"""What rows are made of: tokens with their successors, all tokens, or all but the ends of text."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens for one row.
+
+    `tokens` (n,), n from 1 to the row's capacity, and `successors` (n,), the token behind each, or None where none is
+    asked for; both may be views into the shard. `starts` (k,) int64, rising, from 1 to n - 1: positions at which
+    another document (or part of one) begins; the row's first may have begun in an earlier row. `ends` (m,) int64:
+    positions whose successor lies in another document.
+    """
+
+    tokens: np.ndarray
+    successors: np.ndarray | None
+    starts: np.ndarray
+    ends: np.ndarray
+
+    def documents(self) -> list[np.ndarray]:
+        """The tokens, document by document."""
+        return np.split(self.tokens, self.starts)
+
+    def document_lengths(self, length: int) -> np.ndarray:
+        """(documents,) int32 places of each in a row of `length`, padding last where there is any."""
+        padding = [self.tokens.size] if self.tokens.size < length else []
+        return np.diff(np.concatenate([[0], self.starts, padding, [length]])).astype(np.int32)
+
+
+class Stretches(NamedTuple):
+    """N rows that were read at once: `sizes_N` (int64) tokens of each, the successor of its last one included where it
+    is asked for; what lies behind them was not written. Documents begin at (`rows`, `places`), places from 1 on."""
+
+    sizes_N: np.ndarray
+    rows: np.ndarray
+    places: np.ndarray
+
+
+class Packing(Protocol):
+    """A way to cut shards into rows."""
+
+    name: str
+
+    def count(self, shards: np.ndarray) -> np.ndarray:
+        """(n,) int64 rows in each of the shards (n,). Raises `DataError` where offsets are damaged."""
+        ...
+
+    def row(self, shard: Shard, number: int, row: int) -> Row:
+        """A row of a shard; `number` is the shard's."""
+        ...
+
+
+class Concatenation:
+    """Consecutive stretches of `capacity` tokens."""
+
+    name = "concatenate"
+
+    def __init__(self, dataset: TokenDataset, capacity: int, reads: Reads) -> None:
+        self.capacity, self.reads = capacity, reads
+        tokens = np.array([shard.num_tokens for shard in dataset.index.shards], np.int64)
+        documents = np.array([shard.num_documents for shard in dataset.index.shards], np.int64)
+        self._tokens, self._boundaries = tokens, _Boundaries(tokens)
+        self._counts = num_rows(tokens - documents if reads == "text" else tokens, capacity, reads)
+
+    def count(self, shards: np.ndarray) -> np.ndarray:
+        return self._counts[shards]
+
+    def row(self, shard: Shard, number: int, row: int) -> Row:
+        del number
+        start = row * self.capacity
+        return _text_row(shard, start, self.capacity) if self.reads == "text" else self._stretch(shard, start)
+
+    def stretches(self, shards: Callable[[int], Shard], places_N2: np.ndarray, into_NW: np.ndarray) -> Stretches:
+        """Reads rows (shard, row) together into an array of any integers, as many times faster as there are rows; none
+        of the text alone.
+
+        W is the capacity, and one more with successors. `shards` opens a shard by its number.
+        """
+        assert self.reads != "text"
+        numbers_N, starts_N = places_N2[:, 0], places_N2[:, 1] * self.capacity
+        sizes_N = np.minimum(into_NW.shape[1], self._tokens[numbers_N] - starts_N)
+        opened = _copy_rows(shards, numbers_N, starts_N, sizes_N, into_NW)
+        starts_N += self._boundaries.firsts[numbers_N]
+        rows, begins = self._boundaries.inside(opened, starts_N, starts_N + sizes_N - 1)
+        return Stretches(sizes_N, rows, begins - starts_N[rows])
+
+    def _stretch(self, shard: Shard, start: int) -> Row:
+        lookahead = self.reads == "successors"
+        tokens = shard.tokens[start : start + self.capacity + lookahead]
+        first, last = np.searchsorted(shard.documents, (start, start + tokens.size - 1), side="right")
+        begins = shard.documents[first:last] - start
+        if not lookahead:
+            return Row(tokens, None, begins, begins - 1)
+        assert tokens.size >= 2, "num_rows() counts no row without a target"
+        return Row(tokens[:-1], tokens[1:], begins[begins < tokens.size - 1], begins - 1)
+
+
+def _copy_rows(
+    shards: Callable[[int], Shard],
+    numbers_N: np.ndarray,
+    starts_N: np.ndarray,
+    sizes_N: np.ndarray,
+    into_NW: np.ndarray,
+) -> dict[int, Shard]:
+    """Copies stretches to rows, those of a shard in one call, but for short ones; the shards that they are in."""
+    width, opened = into_NW.shape[1], {}
+    order = np.argsort(numbers_N, kind="stable")
+    cuts = [0, *(np.flatnonzero(np.diff(numbers_N[order])) + 1).tolist(), order.size]
+    short = sizes_N < width
+    has_short = bool(short.any())
+    for first, end in itertools.pairwise(cuts if order.size else []):
+        mine, number = order[first:end], int(numbers_N[order[first]])
+        tokens = (opened.setdefault(number, shards(number))).tokens
+        if has_short:
+            for row in mine[short[mine]].tolist():
+                into_NW[row, : sizes_N[row]] = tokens[starts_N[row] : starts_N[row] + sizes_N[row]]
+            mine = mine[~short[mine]]
+        if mine.size:
+            # a row from every place on, as a view: made by hand, for as_strided takes longer than the copy
+            shape, step = (tokens.size - width + 1, width), tokens.strides[0]
+            into_NW[mine] = np.ndarray(shape, tokens.dtype, tokens, 0, (step, step))[starts_N[mine]]
+    return opened
+
+
+class _Boundaries:
+    """Where documents begin in the shards that are in use, counted over the tokens of all shards of a data set: so one
+    search serves all rows of a batch, in however many shards they are."""
+
+    def __init__(self, num_tokens: np.ndarray) -> None:
+        self.firsts = np.cumsum(num_tokens) - num_tokens
+        """(shards,) int64: tokens before each shard."""
+        self._known: dict[int, np.ndarray] = {}
+        self._used: set[int] = set()
+        self._all = np.empty(0, np.int64)
+
+    def inside(self, shards: dict[int, Shard], starts_N: np.ndarray, lasts_N: np.ndarray) -> tuple[np.ndarray, ...]:
+        """(row, place) of the documents that begin behind `starts_N` and up to `lasts_N`; rows lie in these shards."""
+        if not self._known.keys() >= shards.keys():
+            self._learn(shards)
+        self._used.update(shards)
+        firsts_N, ends_N = np.searchsorted(self._all, np.stack((starts_N, lasts_N)), side="right")
+        counts_N = ends_N - firsts_N
+        ends = np.cumsum(counts_N)
+        which = np.arange(ends[-1] if ends.size else 0) + np.repeat(firsts_N - ends + counts_N, counts_N)
+        return np.repeat(np.arange(counts_N.size), counts_N), self._all[which]
+
+    def _learn(self, shards: dict[int, Shard]) -> None:
+        """Takes in new shards, and forgets those that were not used since it last did."""
+        known = {number: found for number, found in self._known.items() if number in self._used}
+        known |= {number: shard.documents + self.firsts[number] for number, shard in shards.items()}
+        self._known, self._used = known, set()
+        self._all = np.concatenate([known[number] for number in sorted(known)])
+
+
+def _text_row(shard: Shard, start: int, capacity: int) -> Row:
+    """`capacity` tokens from the `start`-th on, ends of text neither read nor counted."""
+    firsts = shard.documents - np.arange(shard.documents.size)  # of each document, and the end
+    end = min(start + capacity, int(firsts[-1]))
+    one = int(np.searchsorted(firsts, start, side="right")) - 1
+    other = int(np.searchsorted(firsts, end, side="left"))
+    edges = np.clip(firsts[one : other + 1], start, end)
+    parts = [shard.tokens[a + d : b + d] for d, a, b in zip(range(one, other), edges[:-1], edges[1:], strict=True)]
+    inner = np.unique(edges[1:-1] - start)
+    starts = inner[(inner > 0) & (inner < end - start)]
+    return Row(np.concatenate(parts), None, starts, starts - 1)
+
+
+def num_rows(num_tokens: np.ndarray, capacity: int, reads: Reads) -> np.ndarray:
+    """Rows of shards of so many tokens (int64): for successors ceil((n - 1) / capacity), and as many for text, where
+    a row of one token could not be corrupted; otherwise ceil(n / capacity)."""
+    left = num_tokens.astype(np.int64) - (reads != "all")
+    return np.maximum(0, -(-left // capacity))

@@ -1,0 +1,1 @@
+"""Text to folders of token shards: sources, parsing, encoding, duplicates, assembly."""

@@ -1,0 +1,1 @@
+"""Token shards: written, indexed, fetched, cached, and opened as verified memory maps."""

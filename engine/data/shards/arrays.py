@@ -1,0 +1,119 @@
+"""Flat arrays of a folder of token shards, verified while they are opened: mapped where they lie plain, else unpacked.
+
+Invariant: no byte of a file is handed out, nor given to a decompressor, before its size and its whole hash have been
+compared with the index (a truncated memory map would end the process with a bus error). What is unpacked is compared
+again: the array's own hash must hold, too.
+"""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import numpy as np
+import xxhash
+import zstandard
+
+from engine.data.shards.damage import DamagedShard
+from engine.data.shards.index import PREPARE_AGAIN, ArrayFile
+from engine.errors import DataError
+
+_BLOCK_BYTES = 1 << 18
+"""Small enough to stay in a core's cache between being read and hashed."""
+_RIGHTS = "check the file's rights"
+
+
+def open_array(folder: Path, array: ArrayFile, is_verified: bool = False) -> np.ndarray:
+    """(length,) the array in its little-endian dtype, read-only.
+
+    `is_verified`: this process has compared the hash of the file before. Raises `DamagedShard` where the file is
+    missing, of another size, or holds other bytes than were written, `DataError` where it cannot be read.
+    """
+    path = folder / array.file
+    _check_size(path, array)
+    dtype = np.dtype(array.dtype).newbyteorder("<")
+    if array.compressed is not None:
+        return np.frombuffer(_unpacked(path, array), dtype)
+    if not is_verified:
+        _check_hash(path, array)
+    if array.length == 0:  # an empty file cannot be mapped
+        return np.empty(0, dtype)
+    return _mapped(path, array, dtype)
+
+
+def hash_file(path: Path, offset: int = 0, num_bytes: int | None = None) -> str:
+    """XXH3-128 in hex of a file's bytes, or of a stretch of them. Raises `OSError`."""
+    digest = xxhash.xxh3_128()
+    block, left = memoryview(bytearray(_BLOCK_BYTES)), num_bytes
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while read := file.readinto(block if left is None else block[:left]):
+            digest.update(block[:read])
+            left = None if left is None else left - read
+    return digest.hexdigest()
+
+
+def _mapped(path: Path, array: ArrayFile, dtype: np.dtype) -> np.ndarray:
+    """A plain array over the map: numpy's memmap objects take longer to make, and at every slice."""
+    before = array.offset % mmap.ALLOCATIONGRANULARITY
+    try:
+        with path.open("rb", buffering=0) as file:
+            found = mmap.mmap(
+                file.fileno(), before + array.bytes, access=mmap.ACCESS_READ, offset=array.offset - before
+            )
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be read: {error.strerror}", remedy=_RIGHTS) from error
+    return np.frombuffer(found, dtype, array.length, before)
+
+
+def _check_size(path: Path, array: ArrayFile) -> None:
+    try:
+        found = path.stat().st_size - array.offset
+    except FileNotFoundError:
+        raise DamagedShard(
+            f"shard {path} is missing", f"a file of {array.stored_bytes:,} bytes", PREPARE_AGAIN
+        ) from None
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be read: {error.strerror}", remedy=_RIGHTS) from error
+    if found < array.stored_bytes or (found > array.stored_bytes and not array.is_stretch):
+        what = "truncated" if found < array.stored_bytes else "longer than it was written"
+        how = array.dtype if array.compressed is None else f"{array.dtype}, as {array.compressed.method}"
+        raise DamagedShard(
+            f"shard {path} is {what}: {max(found, 0):,} bytes",
+            f"{array.stored_bytes:,} bytes ({array.length:,} x {how})",
+            PREPARE_AGAIN,
+        )
+
+
+def _check_hash(path: Path, array: ArrayFile) -> None:
+    try:
+        found = hash_file(path, array.offset, array.bytes)
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be read: {error.strerror}", remedy=_RIGHTS) from error
+    if found != array.xxh3:
+        raise _damaged(path, found, array.xxh3)
+
+
+def _unpacked(path: Path, array: ArrayFile) -> bytes:
+    """The array's bytes out of a compressed file, both verified."""
+    packed = array.compressed
+    assert packed is not None
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be read: {error.strerror}", remedy=_RIGHTS) from error
+    if (found := xxhash.xxh3_128_hexdigest(content)) != packed.xxh3:
+        raise _damaged(path, found, packed.xxh3)
+    try:
+        plain = zstandard.ZstdDecompressor().decompress(content, max_output_size=array.bytes)
+    except zstandard.ZstdError as error:
+        raise DamagedShard(
+            f"shard {path} does not unpack: {error}", f"{array.bytes:,} bytes of zstd", PREPARE_AGAIN
+        ) from error
+    if (found := xxhash.xxh3_128_hexdigest(plain)) != array.xxh3:
+        raise _damaged(path, f"{found} unpacked", array.xxh3)
+    return plain
+
+
+def _damaged(path: Path, found: str, expected: str) -> DamagedShard:
+    return DamagedShard(f"shard {path} is damaged: its bytes have xxh3 {found}", f"xxh3 {expected}", PREPARE_AGAIN)

@@ -1,0 +1,1 @@
+"""Tokenizers: trained, taken over, and what objectives must know of their tokens."""

@@ -1,0 +1,218 @@
+"""Weights there and back through real transformers models, and what is refused.
+
+That both tables are right is proven in `tests/engine/models/test_gpt.py` (logits and gradients); here they are
+held to be inverse to each other and to notice every difference that they cannot carry.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ModernBertConfig,
+    OPTConfig,
+    RobertaConfig,
+    T5Config,
+)
+
+from engine.checkpoint.interchange.bert_forms import BERT, BERT_WITHOUT_PAIRS, MODERN_BERT, ROBERTA
+from engine.checkpoint.interchange.forms import GPT2, LLAMA, Form
+from engine.checkpoint.interchange.huggingface import form_of, from_huggingface, our_config, to_huggingface
+from engine.checkpoint.interchange.t5_form import T5
+from engine.config.model import ONLY
+from engine.config.schema.model import ModelConfig
+from engine.errors import CheckpointError, ConfigError
+from engine.models.values import whole_model
+from tests.engine.models.tiny import BERT_FORMS, FORMS, random_weights, tiny, twin
+
+TOKENS_BT = torch.arange(60).reshape(2, 30) * 7 % 500
+
+
+@pytest.mark.parametrize("form", FORMS | BERT_FORMS)
+def test_ours_to_theirs_and_back_is_bitwise_equal(form, tmp_path):
+    config = (FORMS | BERT_FORMS)[form]
+    weights = random_weights(config)
+    theirs = twin(config, weights)
+    theirs.save_pretrained(tmp_path)
+    for source in (theirs, tmp_path):
+        found_config, found = from_huggingface(source)
+        assert to_huggingface(found_config, found)[0].to_dict() == to_huggingface(config, weights)[0].to_dict()
+        assert found.keys() == weights.keys()
+        for name, value in weights.items():
+            assert torch.equal(found[name], value), name
+            assert found[name].is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        GPT2LMHeadModel(GPT2Config(vocab_size=500, n_positions=64, n_embd=48, n_layer=2, n_head=3)),
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=500,
+                hidden_size=48,
+                intermediate_size=80,
+                num_hidden_layers=2,
+                num_attention_heads=6,
+                num_key_value_heads=2,
+                rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+            )
+        ),
+    ],
+    ids=["gpt2", "llama"],
+)
+def test_a_model_of_theirs_computes_the_same_here_and_comes_back_whole(theirs):
+    theirs = theirs.eval()
+    config, weights = from_huggingface(theirs, vocab_multiple=64)
+    assert config.padded_vocab_size == 512
+    with torch.no_grad():
+        # same derivation as in test_gpt, logits stay below 1
+        distance = (
+            (whole_model(config, weights)(tokens_BT=TOKENS_BT)["logits_BTV"] - theirs(TOKENS_BT).logits).abs().max()
+        )
+    assert distance < 4e-5
+    _, state = to_huggingface(config, weights)
+    expected = theirs.state_dict()
+    for name, value in state.items():
+        assert torch.equal(value, expected[name]), name
+    tied = {"lm_head.weight"} if config.tie_embeddings else set()
+    assert expected.keys() - state.keys() == tied
+
+
+def test_weights_do_not_share_memory_with_the_model_they_came_from():
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    _, weights = from_huggingface(theirs)
+    before = {name: value.clone() for name, value in weights.items()}
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(weights[name], before[name]) for name in before)
+
+
+def test_the_form_follows_from_the_fields():
+    assert form_of(tiny("gpt2")) is GPT2
+    assert form_of(tiny("llama")) is LLAMA
+    names = {"bert": BERT, "bert-without-pairs": BERT_WITHOUT_PAIRS, "roberta": ROBERTA, "modernbert": MODERN_BERT}
+    assert {name: form_of(BERT_FORMS[name]) for name in names} == names
+
+
+def test_positions_of_roberta_begin_behind_the_padding_token():
+    config = BERT_FORMS["roberta"]
+    weights = random_weights(config)
+    theirs, state = to_huggingface(config, weights, padding_id=3)
+    rows = state["roberta.embeddings.position_embeddings.weight"]
+    assert (theirs.pad_token_id, theirs.max_position_embeddings, len(rows)) == (3, 132, 132)
+    assert torch.equal(rows[4:], weights["embed_positions.weight"])
+    assert not rows[:4].any()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (tiny("gpt2", norm="rmsnorm"), r"nearest: GPT-2\): model.norm = rmsnorm\n  allowed: layernorm in GPT-2 form"),
+        (tiny("gpt2", num_kv_heads=2), r"model.num_kv_heads = 2\n  allowed: 4 \(model.num_heads\) in GPT-2 form"),
+        (tiny("gpt2", head_width=8), r"model.head_width = 8\n  allowed: 16 in GPT-2 form"),
+        (tiny("t5", activation="swiglu"), "model.activation = swiglu\n  allowed: relu or geglu_tanh in T5 form"),
+        (tiny("llama", bias=True), r"nearest: Llama\): model.bias = True\n  allowed: False in Llama form"),
+        (tiny("llama", activation="gelu_tanh", position="learned", bias=True), "nearest: GPT-2.*: 2 problems"),
+        (tiny("bert", activation="geglu"), r"nearest: BERT\): model.activation = geglu\n  allowed: gelu in BERT form"),
+        (tiny("bert", token_types=0), "model.token_types = 0\n  allowed: 1 or more in BERT form"),
+    ],
+)
+def test_a_mix_of_forms_is_refused_by_the_names_of_its_fields(config, message):
+    with pytest.raises(ConfigError, match=message):
+        to_huggingface(config, {})
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        (
+            OPTConfig(),
+            "a Hugging Face model of type opt\n  allowed: gpt2 or llama or bert or roberta or modernbert or t5",
+        ),
+        (BertConfig(hidden_act="relu"), "hidden_act = 'relu'\n  allowed: 'gelu'"),
+        (RobertaConfig(), "type_vocab_size = 2\n  allowed: 1"),
+        (
+            ModernBertConfig(layer_types=["sliding_attention", "full_attention"] * 11),
+            "layer_types = .*\n  allowed: full_attention for the first of every so many layers, sliding_attention for",
+        ),
+        (
+            ModernBertConfig(layer_types=["full_attention"] * 22, mlp_bias=True),
+            "biases that differ: .*'mlp_bias': True.*\n  allowed: one value",
+        ),
+        (GPT2Config(activation_function="relu"), "activation_function = 'relu'\n  allowed: 'gelu_new'"),
+        (GPT2Config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True"),
+        (LlamaConfig(attention_bias=True), "attention_bias = True\n  allowed: False"),
+        (T5Config(feed_forward_proj="gated-silu"), "'gated-silu'\n  allowed: 'relu' or 'gated-gelu'"),
+        (
+            LlamaConfig(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+            "rope_parameters.rope_type = 'linear'\n  allowed: 'default'",
+        ),
+        (LlamaConfig(hidden_act="gelu", mlp_bias=True), "this Llama model has no twin here: 2 problems"),
+    ],
+)
+def test_what_ours_does_not_compute_is_refused(theirs, message):
+    with pytest.raises(ConfigError, match=message):
+        our_config(theirs, 128)
+
+
+OF_LOCAL = {"global_every", "local_rope_theta"}
+OF_T5 = {key for key, families in ONLY.items() if families == ("t5",)}
+
+
+def test_every_field_of_the_model_is_carried_or_named():
+    """A new key of `ModelConfig` must say what it means for the twins."""
+    neither = {"vocab_multiple", "dropout", "attention_dropout"}
+    without_meaning: list[tuple[Form, set[str]]] = [
+        (GPT2, {*ONLY, "rope_theta"}),
+        (LLAMA, {*ONLY, "norm_bias"}),
+        *((form, {"rope_theta", *OF_LOCAL, *OF_T5}) for form in (BERT, BERT_WITHOUT_PAIRS, ROBERTA)),
+        (MODERN_BERT, {"local_attention", *OF_LOCAL, *OF_T5}),
+        (T5, {*ONLY, "rope_theta", "init_std"}),
+    ]
+    read = {
+        "num_layers",
+        "activation",
+        "tie_embeddings",
+        "head_width",
+        "num_kv_heads",
+        "max_positions",
+        "rope_theta",
+        "bias",
+    }  # refused where not equal, or read by a function
+    for form, rest in without_meaning:
+        assert {*form.fields, *form.ours, *read, *rest, *neither} == set(ModelConfig.model_fields), form.name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("final_norm.bias"), "final_norm.bias is missing"),
+        (lambda w: w.update({"extra.weight": torch.zeros(1)}), "extra.weight is unknown"),
+        (
+            lambda w: w.update({"embed_tokens.weight": torch.zeros(512, 64)}),
+            r"embed_tokens.weight has shape \(512, 64\) and not \(500, 64\)",
+        ),
+        (lambda w: w.clear(), r"\(and 49 more\)"),
+    ],
+)
+def test_weights_of_another_model_are_refused(change, message):
+    config = tiny("gpt2")
+    weights = random_weights(config)
+    change(weights)
+    with pytest.raises(CheckpointError, match=message):
+        to_huggingface(config, weights)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read as a Hugging Face model"):
+        from_huggingface(tmp_path / "nowhere")
+    GPT2Config(vocab_size=10, n_embd=8, n_layer=1, n_head=2).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"cannot be read as a Hugging Face model(.|\n)*palimpsest convert"):
+        from_huggingface(tmp_path)

@@ -1,0 +1,48 @@
+"""Hugging Face datasets from local folders, streamed in their own order."""
+
+import pytest
+
+from engine.data.preparation.hub import read_column
+from engine.data.preparation.sources import read_texts
+from engine.errors import DataError
+from tests.engine.data.corpus import made_up_texts, write_json_lines
+
+
+@pytest.fixture(scope="module")
+def datasets():
+    return pytest.importorskip("datasets")
+
+
+def test_a_folder_of_parquet_files(datasets, tmp_path, monkeypatch):
+    texts = made_up_texts(30)
+    datasets.Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "train.parquet")
+    assert list(read_column(f"hf:{tmp_path}", "text")) == texts
+
+
+def test_a_folder_of_json_lines_by_split(datasets, tmp_path):
+    write_json_lines(tmp_path / "train.jsonl", ["a", "b"])
+    write_json_lines(tmp_path / "test.jsonl", ["c"])
+    assert list(read_texts([f"hf:{tmp_path}", f"hf:{tmp_path}@test"], "text", False)) == ["a", "b", "c"]
+
+
+def test_one_saved_to_disk_with_and_without_splits(datasets, tmp_path):
+    texts = made_up_texts(5)
+    data = datasets.Dataset.from_dict({"text": texts})
+    data.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "splits")
+    assert list(read_column(f"hf:{tmp_path}/one", "text")) == texts
+    assert list(read_column(f"hf:{tmp_path}/splits@train", "text")) == texts
+    with pytest.raises(DataError, match="cannot be read: 'test'"):
+        list(read_column(f"hf:{tmp_path}/splits@test", "text"))
+
+
+def test_what_is_not_there_is_one_clear_error(datasets, tmp_path):
+    write_json_lines(tmp_path / "train.jsonl", ["a"])
+    with pytest.raises(DataError, match=r"row 0 of hf:.* has no text in column 'body'") as caught:
+        list(read_column(f"hf:{tmp_path}", "body"))
+    assert "text (str)" in str(caught.value)
+    with pytest.raises(DataError, match="cannot be read") as caught:
+        list(read_column(f"hf:{tmp_path}@nosplit", "text"))
+    assert "check the name, the config, the split" in str(caught.value)
+    with pytest.raises(DataError, match="cannot be read"):
+        list(read_column(f"hf:{tmp_path}/nowhere/at/all", "text"))

@@ -1,0 +1,43 @@
+"""Counts of a corpus against counting by hand."""
+
+import json
+
+import numpy as np
+
+from engine.data.preparation.assemble import Removed, statistics
+from engine.data.preparation.parts import Documents
+from engine.data.preparation.statistics import Statistics
+
+
+def counted():
+    documents = Documents(
+        lengths=np.array([3, 2, 8, 5, 4, 1024]),
+        hashes=np.zeros((6, 2), np.uint64),
+        held_out=np.zeros(6, bool),
+        text_bytes=np.array([6, 2, 12, 100, 100, 100]),
+        unknown=np.array([1, 1, 3, 9, 9, 9]),
+        sentences=np.array([1, 1, 4, 9, 9, 9]),
+        signatures=np.zeros((6, 0), np.uint32),
+        empty=np.array(2),
+    )
+    side = np.array([True, True, True, True, True, False])
+    gone = Removed(np.arange(6) == 3, np.isin(np.arange(6), (4, 5)))
+    return statistics(documents, side, gone, empty=2)
+
+
+def test_counts():
+    found = counted()
+    assert (found.documents, found.tokens, found.text_bytes, found.sentences) == (3, 13, 20, 6)
+    assert found.bytes_per_token == 20 / 10  # ends of text are no text
+    assert found.unknown_tokens == 5
+    assert found.unknown_rate == 5 / 10
+    assert found.lengths == {1: 2, 3: 1}  # 2 and 3 tokens; 8 tokens
+    assert (found.empty_documents, found.exact_duplicates, found.near_duplicates) == (2, 1, 1)
+
+
+def test_json_and_back():
+    assert Statistics.from_json(json.loads(json.dumps(counted().to_json()))) == counted()
+
+
+def test_nothing_counted_divides_by_nothing():
+    assert (Statistics().bytes_per_token, Statistics().unknown_rate) == (0, 0)

@@ -1,0 +1,268 @@
+"""Data sets at URLs: the same batches as from disk, whatever the store, and errors that name shard and reason."""
+
+import functools
+import http.server
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from engine.data.ahead import FetchAhead
+from engine.data.held_out import HeldOut
+from engine.data.loader import Loader
+from engine.data.prefetch import Prefetcher
+from engine.data.shards.cache import ShardCache
+from engine.data.shards.damage import DamagedShard
+from engine.data.shards.dataset import TokenDataset
+from engine.data.shards.remote import RemoteFolder, Retry
+from engine.errors import DataError
+from tests.engine.data.corpus import made_up_documents, write_shards
+from tests.engine.data.rank import Ranks
+
+SHARD_TOKENS = 300
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(folder, made_up_documents(150), shard_tokens=SHARD_TOKENS)
+    return folder
+
+
+@contextmanager
+def on_disk(folder: Path) -> Iterator[str]:
+    yield f"file://{folder}"
+
+
+@contextmanager
+def in_memory(folder: Path) -> Iterator[str]:
+    system, name = fsspec.filesystem("memory"), f"/{uuid.uuid4().hex}"
+    for path in folder.iterdir():
+        system.pipe_file(f"{name}/{path.name}", path.read_bytes())
+    yield f"memory:/{name}"
+    system.rm(name, recursive=True)
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@contextmanager
+def over_http(folder: Path) -> Iterator[str]:
+    handler = functools.partial(Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@contextmanager
+def in_s3(folder: Path) -> Iterator[str]:
+    server_of = pytest.importorskip("moto.server", reason="needs moto (pip install -e '.[dev]')").ThreadedMotoServer
+    pytest.importorskip("s3fs", reason="needs s3fs (pip install -e '.[s3]')")
+    server = server_of(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        system = fsspec.filesystem("s3", skip_instance_cache=True)
+        bucket = f"corpus-{uuid.uuid4().hex}"  # moto's buckets outlive its server
+        system.mkdir(bucket)
+        for path in folder.iterdir():
+            system.put_file(str(path), f"{bucket}/train/{path.name}")
+        yield f"s3://{bucket}/train"
+        fsspec.filesystem("s3").clear_instance_cache()
+    server.stop()
+
+
+def loader(dataset: TokenDataset) -> Loader:
+    return Loader(dataset, 16, 12, 3, 4, "document", "best_fit")
+
+
+def small_cache(folder: Path, local: Path, shards: float = 8.0) -> ShardCache:
+    """Room for two windows of four shards, of 20 and more."""
+    largest = max(sum(array.stored_bytes for array in shard.arrays) for shard in TokenDataset(local).index.shards)
+    return ShardCache(folder, int(shards * largest))
+
+
+@pytest.mark.parametrize("store", [on_disk, in_memory, over_http, in_s3])
+def test_batches_from_a_store_are_those_from_disk_and_the_cache_keeps_its_limit(store, local, tmp_path):
+    plain = loader(TokenDataset(local))
+    with store(local) as url:
+        cache = small_cache(tmp_path / "cache", local)
+        dataset = TokenDataset(url, "tokenizer-hash", cache)
+        assert dataset.num_shards > 14
+        assert dataset.fingerprint == plain.fingerprint
+        stream = loader(dataset)
+        assert stream.state() == plain.state()
+        with Prefetcher(stream, 0, 1, 12) as ahead:
+            for _ in range(2 * plain.samples_per_epoch() // 12):
+                [[mine], [expected]] = ahead.step(), plain.step(0, 1, 12)
+                assert mine.sources == expected.sources
+                assert all(mine.inputs[name].equal(expected.inputs[name]) for name in mine.inputs)
+                assert cache.used_bytes() <= cache.limit_bytes
+        held_out = HeldOut(dataset, 16, "document")
+        expected = HeldOut(TokenDataset(local), 16, "document")
+        sums = [sum(b.weights["causal"] for b in item.batches(0, 1, 8)) for item in (held_out, expected)]
+        assert sums[0] == sums[1]
+
+
+def test_ranks_of_a_node_share_what_one_fetched_from_s3_and_the_limit_holds(local, tmp_path):
+    """Three processes step by step, as collectives hold them; a thread looks at the folder all the time.
+
+    Of an epoch every file is fetched once: the cache has room for two windows.
+    """
+    how: dict[str, Any] = {"sequence_length": 16, "global_batch_size": 12, "seed": 3, "window_shards": 4}
+    alone = Loader(TokenDataset(local), **how, attention="document")
+    cache, over, done = small_cache(tmp_path / "cache", local), [], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            if (used := cache.used_bytes()) > cache.limit_bytes:
+                over.append(used)
+
+    with in_s3(local) as url:
+        ranks = [Ranks(url, [rank], 3, cache=cache, **how, attention="document") for rank in range(3)]
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            for _ in range(alone.samples_per_epoch() // 12):
+                for rank in ranks:
+                    rank.go()
+                told = [rank.told() for rank in ranks]
+                [expected] = alone.step(0, 1, 12)
+                found = [sample for each in told for sample in each["samples"]]
+                assert sorted(found) == sorted(map(tuple, expected.samples_B3.tolist()))
+        finally:
+            done.set()
+            watcher.join()
+            for rank in ranks:
+                rank.kill()
+    fetched = [each["fetched"] for each in told]
+    files = sum(len(shard.arrays) for shard in TokenDataset(local).index.shards)
+    assert sum(fetched) == files, fetched
+    assert min(fetched) < files / 2
+    assert not over
+
+
+class Store:
+    """A file system that fails as it is told to; counts what is asked of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.asked = folder, Counter[str]()
+        self.failures: list[Exception | bytes] = []
+
+    def cat_file(self, path: str) -> bytes:
+        return (self.folder / Path(path).name).read_bytes()
+
+    def open(self, path: str, mode: str, **options: Any) -> Any:
+        self.asked[Path(path).name] += 1
+        if self.failures:
+            failure = self.failures.pop(0)
+            if isinstance(failure, Exception):
+                raise failure
+            return fsspec.filesystem("memory").open(self._kept(failure), mode)
+        return (self.folder / Path(path).name).open(mode)
+
+    def _kept(self, content: bytes) -> str:
+        fsspec.filesystem("memory").pipe_file("/wrong", content)
+        return "/wrong"
+
+
+@pytest.fixture
+def store(local, monkeypatch) -> Store:
+    found = Store(local)
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (found, "bucket"))
+    return found
+
+
+def remote(cache: ShardCache, pauses: list[float], attempts: int = 4) -> RemoteFolder:
+    return RemoteFolder("s3://bucket", cache, Retry(attempts, 0.5, pauses.append))
+
+
+def test_a_fetch_is_tried_again_later_and_later_until_the_bytes_are_right(store, local, tmp_path):
+    array = TokenDataset(local).index.shards[0].tokens
+    good = (local / array.file).read_bytes()
+    store.failures = [OSError("connection reset"), good[:-1], bytes(len(good))]
+    pauses: list[float] = []
+    name, file = remote(ShardCache(tmp_path, 10**6), pauses).open(array)
+    assert (tmp_path / name).read_bytes() == good
+    assert pauses == [0.5, 1.0, 2.0]
+    file.close()
+
+
+@pytest.mark.parametrize(
+    ("failure", "error", "says"),
+    [
+        (OSError("connection reset"), DataError, "cannot be fetched, 4 attempts: OSError: connection reset"),
+        (b"short", DamagedShard, "is truncated"),
+        (b"x" * 5000, DamagedShard, "is longer than it was written"),
+        (FileNotFoundError(), DamagedShard, "is missing"),
+    ],
+)
+def test_a_fetch_that_fails_names_shard_and_reason_and_leaves_nothing(store, local, tmp_path, failure, error, says):
+    array = TokenDataset(local).index.shards[0].tokens
+    store.failures = [failure] * 4
+    with pytest.raises(error, match=f"s3://bucket/{array.file} {says}"):
+        remote(ShardCache(tmp_path, 10**6), []).open(array)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert store.asked[array.file] == (1 if isinstance(failure, FileNotFoundError) else 4)
+
+
+def test_wrong_bytes_of_the_right_length_are_damage(store, local, tmp_path):
+    array = TokenDataset(local).index.shards[1].tokens
+    store.failures = [bytes(array.bytes)] * 4
+    with pytest.raises(DamagedShard, match="is damaged: its bytes have xxh3"):
+        remote(ShardCache(tmp_path, 10**6), []).open(array)
+
+
+def test_a_file_damaged_in_the_cache_is_fetched_once_more(store, local, tmp_path):
+    cache = ShardCache(tmp_path, 10**6)
+    dataset = TokenDataset("s3://bucket", cache=cache)
+    dataset.fetch_ahead(0)
+    [path] = tmp_path.glob("*.tokens")
+    path.write_bytes(bytes(path.stat().st_size))
+    shard = dataset.shard(0)
+    assert shard.tokens.tobytes() == (local / "shard-000000.tokens").read_bytes()
+    assert store.asked["shard-000000.tokens"] == 2
+
+
+def test_shards_are_fetched_before_they_are_used_in_the_order_of_use(store, local, tmp_path):
+    dataset = TokenDataset("s3://bucket", cache=small_cache(tmp_path, local))
+    stream = loader(dataset)
+    coming = [number for _, number in stream.coming()]
+    order = stream._drawing.sources[0].order
+    assert coming == [*order.shards(0, 0), *order.shards(0, 1)]
+    ahead = FetchAhead()
+    ahead.want(stream.coming())
+    wanted = {array.file for number in coming for array in dataset.index.shards[number].arrays}
+    while not wanted <= set(store.asked):
+        threading.Event().wait(0.01)
+    ahead.close()
+    asked = Counter(store.asked)
+    stream.step(0, 1, 12)
+    assert {name for name in store.asked if store.asked[name] > asked[name]} <= wanted
+
+
+def test_an_index_that_is_not_there_or_no_file_system_is_said(tmp_path):
+    cache = ShardCache(tmp_path, 10**6)
+    with pytest.raises(DataError, match=r"memory://nothing-here/index.json is missing"):
+        TokenDataset("memory://nothing-here", cache=cache)
+    with pytest.raises(DataError, match="no file system for nosuch://bucket"):
+        TokenDataset("nosuch://bucket", cache=cache)
+    system = fsspec.filesystem("memory")
+    system.pipe_file("/broken/index.json", b"{")
+    with pytest.raises(DataError, match=r"memory://broken/index.json is damaged: no JSON"):
+        TokenDataset("memory://broken", cache=cache)
