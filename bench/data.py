@@ -1,9 +1,9 @@
-"""Data loaders in turn on the same tokens: throughput per CPU-second, time to the first batch and after a resume,
-memory, bytes on disk; and our masking alone.
+"""Data loaders in turn on the same tokens: throughput per CPU-second, time to the first batch (files in memory or not)
+and after a resume, memory, bytes on disk; and our masking alone.
 
     python -m bench.data --output bench/results/cpu-data-DATE.json
 
-Each loader has a process of its own; they read in turn, a lap each per round, and only ratios within a round are
+Each loader has a process of its own; they open in turn, then they read in turn, and only ratios within a round are
 compared. Peers that are not installed are left out. `pip install -e '.[bench]'` brings litdata. No version of
 mosaicml-streaming goes with transformers 5 for pip: `pip install --no-deps mosaicml-streaming` and, until it can be
 imported, what it misses (catalogue, python-snappy, cramjam, zstd, clients of clouds, a torchvision of torch's build).
@@ -12,12 +12,14 @@ megatron-core is `pip install --no-deps megatron-core==0.16.1`, whose wheel carr
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +32,8 @@ from bench.contest import Spread, Worker
 from bench.loaders import BATCH_TOKENS, SIDES, VOCAB, Task, write_ours
 from bench.machine import machine
 
+OPENINGS = ("cold", "warm", "resume")
+"""How a loader is opened: its files on the disk alone, in the memory of the system, and there after so many steps."""
 TASKS = (Task("gpt", 1024), Task("bert", 128), Task("gpt", 128), Task("bert", 1024))
 RESUME_STEP = 40
 TIMEOUT_SECONDS = 240.0
@@ -67,14 +71,19 @@ def contest(task: Task, folder: Path, rounds: int, lap_seconds: float, num_token
         place = prepared(name, task, folder, num_tokens)
         found[name]["bytes_per_token"] = sum(path.stat().st_size for path in place.rglob("*")) / num_tokens
         workers[name] = Worker(name, "spawn", {"OMP_NUM_THREADS": "1"}, serve, name, task, place)
-        found[name] |= workers[name].receive(TIMEOUT_SECONDS)
-    steps = {name: max(2, int(lap_seconds / found[name].pop("probe_seconds"))) for name in sides}
+        workers[name].receive(TIMEOUT_SECONDS)
+    opened: dict[str, list[Opened]] = {name: [] for name in sides}
+    for name in turns(list(sides), rounds):
+        workers[name].connection.send(True)
+        opened[name].append(workers[name].receive(TIMEOUT_SECONDS))
+    steps = {}
+    for name, worker in workers.items():
+        worker.connection.send(False)
+        steps[name] = max(2, int(lap_seconds / worker.receive(TIMEOUT_SECONDS)))
     speeds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds):
-        names = list(sides)
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            workers[name].connection.send(steps[name])
-            speeds[name].append(steps[name] * BATCH_TOKENS / workers[name].receive(TIMEOUT_SECONDS))
+    for name in turns(list(sides), rounds):
+        workers[name].connection.send(steps[name])
+        speeds[name].append(steps[name] * BATCH_TOKENS / workers[name].receive(TIMEOUT_SECONDS))
     for name, worker in workers.items():
         worker.connection.send(0)
         found[name] |= worker.receive(TIMEOUT_SECONDS)
@@ -82,7 +91,29 @@ def contest(task: Task, folder: Path, rounds: int, lap_seconds: float, num_token
         found[name]["tokens_per_cpu_second"] = asdict(Spread.of(speeds[name]))
         ratio = [mine / theirs for mine, theirs in zip(speeds["ours"], speeds[name], strict=True)]
         found[name]["ours_is_faster_by"] = asdict(Spread.of(ratio))
+        found[name]["first_batch"] = {kind: first_batch(opened[name], opened["ours"], kind) for kind in OPENINGS}
     return found
+
+
+Opened = dict[str, tuple[float, float]]
+"""By kind of opening: wall and CPU seconds until the first batch was there."""
+
+
+def turns(names: list[str], rounds: int) -> Iterator[str]:
+    """Every name once per round; who goes first moves on by one."""
+    for number in range(rounds):
+        first = number % len(names)
+        yield from names[first:] + names[:first]
+
+
+def first_batch(times: list[Opened], ours: list[Opened], kind: str) -> dict[str, Any]:
+    """Seconds of one kind of opening over the rounds, and the CPU seconds of ours over them."""
+    ratio = [mine[kind][1] / theirs[kind][1] for mine, theirs in zip(ours, times, strict=True)]
+    return {
+        "seconds": asdict(Spread.of([one[kind][0] for one in times])),
+        "cpu_seconds": asdict(Spread.of([one[kind][1] for one in times])),
+        "ours_takes": asdict(Spread.of(ratio)),
+    }
 
 
 def prepared(name: str, task: Task, folder: Path, num_tokens: int) -> Path:
@@ -95,30 +126,37 @@ def prepared(name: str, task: Task, folder: Path, num_tokens: int) -> Path:
 
 
 def serve(connection: Connection, name: str, task: Task, place: Path) -> None:
-    """One side in its process: opens cold, warm and at a resume, then laps as they are asked for."""
+    """One side in its process: opens in each way as long as it is sent True, then a lap for each number of steps."""
     import torch
 
     torch.set_num_threads(1)
-    read = SIDES[name].read
-    next(read(place, task, 0))  # what is imported on the way is not the loader's time
-    for path in place.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    times = {}
-    for key, skip in (("cold", 0), ("warm", 0), ("resume", RESUME_STEP)):
-        begin, cpu = time.perf_counter(), time.process_time()
-        batches = read(place, task, skip)
-        next(batches)
-        times[f"{key}_seconds"] = time.perf_counter() - begin
-        times[f"{key}_cpu_seconds"] = time.process_time() - cpu
-    connection.send(times | {"probe_seconds": lap(batches, 5) / 5})
+    read = partial(SIDES[name].read, place, task)
+    next(read(0))  # what is imported on the way is not the loader's time
+    connection.send("ready")
+    while connection.recv():
+        connection.send({kind: opening(read, place, kind) for kind in OPENINGS})
+    batches = read(0)
+    next(batches)
+    connection.send(lap(batches, 5) / 5)
     while steps := connection.recv():
         connection.send(lap(batches, steps))
     # not getrusage's: that remembers the parent
     status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
     connection.send({"resident_bytes": peak * 1024})
+
+
+def opening(read: Callable[[int], Iterator[Any]], place: Path, kind: str) -> tuple[float, float]:
+    """Wall and CPU seconds until the first batch of a new loader is there."""
+    gc.collect()  # no loader before it holds its files
+    if kind == "cold":
+        for path in place.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    begin, cpu = time.perf_counter(), time.process_time()
+    next(read(RESUME_STEP if kind == "resume" else 0))
+    return time.perf_counter() - begin, time.process_time() - cpu
 
 
 def lap(batches: Iterator[Any], steps: int) -> float:

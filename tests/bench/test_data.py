@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from bench.data import RESUME_STEP, masking
+from bench.data import OPENINGS, RESUME_STEP, first_batch, masking, opening, turns
 from bench.loaders import BATCH_TOKENS, SIDES, Task, documents, ours, write_ours
 
 NUM_TOKENS = 200_000
@@ -36,3 +36,25 @@ def test_ours_resumes_where_steps_lead_and_masks(tmp_path):
 
 def test_masking_is_measured():
     assert set(masking(1)) == {"length 128", "length 512"}
+
+
+def test_sides_take_turns_and_openings_are_compared_within_a_round(tmp_path):
+    assert list(turns(["a", "b", "c"], 2)) == ["a", "b", "c", "b", "c", "a"]
+    theirs, ours = ([{"warm": (9.0, seconds)} for seconds in cpu] for cpu in ((1.0, 4.0, 2.0), (2.0, 2.0, 2.0)))
+    found = first_batch(theirs, ours, "warm")
+    assert found["cpu_seconds"] == {"median": 2.0, "least": 1.0, "greatest": 4.0}
+    assert found["ours_takes"] == {"median": 1.0, "least": 0.5, "greatest": 2.0}
+
+
+def test_a_resume_skips_steps_and_the_others_none(tmp_path):
+    asked = []
+
+    def read(skip):
+        asked.append(skip)
+        yield None
+
+    (tmp_path / "shard").write_bytes(bytes(10))
+    for kind in OPENINGS:
+        wall, cpu = opening(read, tmp_path, kind)
+        assert wall > 0 <= cpu
+    assert asked == [0, 0, RESUME_STEP]
