@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import typer
 
 from bench.command import run
-from bench.contest import Spread, Worker
+from bench.contest import Spread, Worker, in_turn
 from bench.machine import machine
 
 OURS, OURS_SYNC, NATIVE = "ours, beside training", "ours, waiting", "DeepSpeed native"
@@ -99,12 +99,10 @@ def compete(shape: Any, rounds: int, folder: Path, memory: str) -> dict[str, lis
     try:
         for worker in workers:
             worker.receive(TIMEOUT_SECONDS)
-        for number in range(rounds):
-            first = number % len(workers)
-            for worker in [*workers[first:], *workers[:first]]:
-                os.sync()  # what one side left in the page cache is not written out in another's turn
-                worker.connection.send("turn")
-                turns[worker.name].append(worker.receive(TIMEOUT_SECONDS))
+        for worker in in_turn(workers, rounds):
+            os.sync()  # what one side left in the page cache is not written out in another's turn
+            worker.connection.send("turn")
+            turns[worker.name].append(worker.receive(TIMEOUT_SECONDS))
     finally:
         for worker in workers:
             worker.end()

@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 from engine.errors import PalimpsestError
+
+Side = TypeVar("Side")
 
 END_SECONDS = 5.0
 """What an ended process is given to leave before it is killed."""
@@ -169,11 +171,16 @@ class Spread:
 def run_rounds(contestants: Sequence[Contestant], rounds: int, num_steps: int) -> dict[str, list[Lap]]:
     """Every contestant's laps, one per round; who goes first moves on by one each round."""
     laps: dict[str, list[Lap]] = {contestant.name: [] for contestant in contestants}
-    for number in range(rounds):
-        first = number % len(contestants)
-        for contestant in [*contestants[first:], *contestants[:first]]:
-            laps[contestant.name].append(contestant.lap(num_steps))
+    for contestant in in_turn(contestants, rounds):
+        laps[contestant.name].append(contestant.lap(num_steps))
     return laps
+
+
+def in_turn(sides: Sequence[Side], rounds: int) -> Iterator[Side]:
+    """Every side once per round; who goes first moves on by one."""
+    for number in range(rounds):
+        first = number % len(sides)
+        yield from (*sides[first:], *sides[:first])
 
 
 def ratios(laps: Sequence[Lap], against: Sequence[Lap], clock: str = "cpu_seconds") -> Spread:

@@ -28,7 +28,7 @@ import numpy as np
 import typer
 
 from bench.command import run
-from bench.contest import Spread, Worker
+from bench.contest import Spread, Worker, in_turn
 from bench.loaders import BATCH_TOKENS, SIDES, VOCAB, Task, write_ours
 from bench.machine import machine
 
@@ -73,7 +73,7 @@ def contest(task: Task, folder: Path, rounds: int, lap_seconds: float, num_token
         workers[name] = Worker(name, "spawn", {"OMP_NUM_THREADS": "1"}, serve, name, task, place)
         workers[name].receive(TIMEOUT_SECONDS)
     opened: dict[str, list[Opened]] = {name: [] for name in sides}
-    for name in turns(list(sides), rounds):
+    for name in in_turn(list(sides), rounds):
         workers[name].connection.send(True)
         opened[name].append(workers[name].receive(TIMEOUT_SECONDS))
     steps = {}
@@ -81,7 +81,7 @@ def contest(task: Task, folder: Path, rounds: int, lap_seconds: float, num_token
         worker.connection.send(False)
         steps[name] = max(2, int(lap_seconds / worker.receive(TIMEOUT_SECONDS)))
     speeds: dict[str, list[float]] = {name: [] for name in sides}
-    for name in turns(list(sides), rounds):
+    for name in in_turn(list(sides), rounds):
         workers[name].connection.send(steps[name])
         speeds[name].append(steps[name] * BATCH_TOKENS / workers[name].receive(TIMEOUT_SECONDS))
     for name, worker in workers.items():
@@ -97,13 +97,6 @@ def contest(task: Task, folder: Path, rounds: int, lap_seconds: float, num_token
 
 Opened = dict[str, tuple[float, float]]
 """By kind of opening: wall and CPU seconds until the first batch was there."""
-
-
-def turns(names: list[str], rounds: int) -> Iterator[str]:
-    """Every name once per round; who goes first moves on by one."""
-    for number in range(rounds):
-        first = number % len(names)
-        yield from names[first:] + names[:first]
 
 
 def first_batch(times: list[Opened], ours: list[Opened], kind: str) -> dict[str, Any]:

@@ -77,15 +77,14 @@ def plain(sources: list[str], tokenizer: Path, output: Path) -> int:
     from tokenizers import Tokenizer
 
     model = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    dtype = np.uint32 if model.get_vocab_size() > 2**16 else np.uint16
     count, batch = 0, []
     with output.open("wb") as file:
 
         def flush() -> int:
             encoded = model.encode_batch_fast(batch, add_special_tokens=False)
             for item in encoded:
-                file.write(
-                    np.array([*item.ids, 0], np.uint32 if model.get_vocab_size() > 2**16 else np.uint16).tobytes()
-                )
+                file.write(np.array([*item.ids, 0], dtype).tobytes())
             batch.clear()
             return sum(len(item.ids) + 1 for item in encoded)
 

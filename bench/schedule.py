@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import typer
 
 from bench.command import run
-from bench.contest import Spread, Worker
+from bench.contest import Spread, Worker, in_turn
 from bench.machine import machine
 
 TIMEOUT_SECONDS = 600.0
@@ -111,9 +111,8 @@ def compare(pipe: int, rounds: int, steps: int, small: bool) -> dict[str, Any]:
         worlds = {built: stack.enter_context(world(config, pipe)) for built, config in configs.items()}
         for side in SIDES.values():  # the first step makes what later ones find
             ask(worlds[side.world], Request(side.schedule))
-        for number in range(rounds):
-            for name in rotated(list(SIDES), number):
-                turns[name].append(ask(worlds[SIDES[name].world], Request(SIDES[name].schedule, steps)))
+        for name in in_turn(list(SIDES), rounds):
+            turns[name].append(ask(worlds[SIDES[name].world], Request(SIDES[name].schedule, steps)))
         peaks = {name: ask(worlds[side.world], Request(side.schedule, memory=True)) for name, side in SIDES.items()}
     count = num_micro_batches(base.stages[0].global_batch_size, base.parallel, data_size=1)
     return {name: figures(name, pipe, count, turns, peaks) for name in SIDES}
@@ -143,12 +142,6 @@ def ask(workers: Sequence[Worker], request: Any) -> list[Any]:
     for worker in workers:
         worker.connection.send(request)
     return [worker.receive(TIMEOUT_SECONDS) for worker in workers]
-
-
-def rotated(names: list[str], number: int) -> list[str]:
-    """Who goes first moves on by one each round."""
-    first = number % len(names)
-    return names[first:] + names[:first]
 
 
 def figures(

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from bench.data import OPENINGS, RESUME_STEP, first_batch, masking, opening, turns
+from bench.contest import in_turn
+from bench.data import OPENINGS, RESUME_STEP, first_batch, masking, opening
 from bench.loaders import BATCH_TOKENS, SIDES, Task, documents, ours, write_ours
 
 NUM_TOKENS = 200_000
@@ -39,7 +40,7 @@ def test_masking_is_measured():
 
 
 def test_sides_take_turns_and_openings_are_compared_within_a_round(tmp_path):
-    assert list(turns(["a", "b", "c"], 2)) == ["a", "b", "c", "b", "c", "a"]
+    assert list(in_turn(["a", "b", "c"], 2)) == ["a", "b", "c", "b", "c", "a"]
     theirs, ours = ([{"warm": (9.0, seconds)} for seconds in cpu] for cpu in ((1.0, 4.0, 2.0), (2.0, 2.0, 2.0)))
     found = first_batch(theirs, ours, "warm")
     assert found["cpu_seconds"] == {"median": 2.0, "least": 1.0, "greatest": 4.0}
