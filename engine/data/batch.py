@@ -103,7 +103,7 @@ def make_batches(
     def batch(rows: slice) -> Batch:
         return Batch(
             inputs={name: torch.from_numpy(array[rows]) for name, array in made.inputs.items()},
-            weights={name: float(weights_N[rows].sum()) for name, weights_N in made.weights.items()},
+            weights={name: float(weights_N[rows].sum(dtype=np.float64)) for name, weights_N in made.weights.items()},
             samples_B3=torch.from_numpy(samples_N3[rows]),
             row_weights_B=torch.from_numpy(row_weights_N[rows]),
             domains_B=torch.from_numpy(domains_N[rows]),

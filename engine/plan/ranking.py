@@ -269,7 +269,7 @@ def _shared(tensor: int) -> tuple[bool, ...]:
 
 def _spared(config: RunConfig, cluster: Cluster, shared: tuple[bool, ...]) -> Candidate | None:
     """The layout with as little as it takes to fit into memory: of sequence parallelism, as far as `shared` has it, and
-    of recomputation. Where nothing does with all that spares it, or plain where its states alone are too large.
+    of recomputation. Where nothing does, it has all that spares, or is plain where its states alone are too large.
 
     None where `resolve` refuses it.
     """
