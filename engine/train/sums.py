@@ -46,6 +46,15 @@ class Sums:
         totals = all_reduce(torch.cat((sums_L.double() * counted, told)), self.groups.world).tolist()
         return totals[: len(self.names)], totals[len(self.names) :]
 
+    @staticmethod
+    def scales(weights_L: torch.Tensor) -> torch.Tensor:
+        """Return what the sums of the losses are multiplied by (L, fp64): 1 / weight, and 0 for a loss without targets.
+
+        The scales are rounded to fp32 and multiplied by a number of ranks later on. The reciprocal of a number close
+        to 0 would overflow there, and infinity times the loss, which is 0, is NaN.
+        """
+        return torch.where(weights_L > 0, 1.0 / weights_L, 0.0)
+
     def record(self, losses: list[float], what: str) -> Record:
         """The sum of the losses as `what`, and each under its own name where there are several."""
         found: Record = {what: sum(losses)}

@@ -123,7 +123,7 @@ class Trainer:
             self.feed.step_back()
             return True
         self.heart.beat(state.step, "forward and backward")
-        scales_L = 1.0 / weights_L.clamp(min=torch.finfo(torch.float32).tiny)  # a loss without targets is 0
+        scales_L = self.sums.scales(weights_L)
         # DeepSpeed averages gradients over the data ranks; the factor undoes it.
         sums_L = self.pipeline.train(inputs, (self.groups.zero.size * scales_L).float())
         flags = (float(self.signals.asked), *self.restarts.signals())

@@ -64,3 +64,28 @@ def test_a_tiny_encoder_trains_alike_in_every_layout(corpus: Path, tmp_path: Pat
     found_losses, found_held_out = logged(tmp_path / "changed")
     assert found_losses == pytest.approx(losses, abs=1e-4)
     assert found_held_out == pytest.approx(held_out, abs=1e-4)
+
+
+def without_pairs(trainer: Any) -> None:
+    """No row of any step has a pair to predict."""
+    step = trainer.feed.step
+
+    def step_without_pairs() -> Any:
+        inputs, (tokens, _) = step()
+        for batch in inputs:
+            if "pair_weights_B" in batch:
+                batch["pair_weights_B"].zero_()
+        return inputs, [tokens, 0.0]
+
+    trainer.feed.step = step_without_pairs
+
+
+def test_a_loss_without_targets_is_0_and_leaves_the_others_alone_in_every_layout(corpus: Path, tmp_path: Path) -> None:
+    layouts = {"plain": (1, {}), "ranks": (4, {"sequence": 2, "zero_stage": 2, "micro_batch_size": 1})}
+    for name, (world, layout) in layouts.items():
+        run_ranks(world, train_rank, tree_of(corpus, tmp_path / name, "tiny-bert", 3, **layout), without_pairs)
+    records = {name: [record for record in read_metrics(tmp_path / name) if "loss" in record] for name in layouts}
+    assert [record["pairs_loss"] for record in records["plain"] + records["ranks"]] == [0.0] * 6
+    for key in ("loss", "gradient_norm"):
+        plain, ranks = ([record[key] for record in records[name]] for name in layouts)
+        assert ranks == pytest.approx(plain, abs=1e-4), key
