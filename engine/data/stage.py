@@ -115,7 +115,7 @@ def _weights(data: DataConfig, sets: list[TokenDataset]) -> tuple[int, ...]:
     tokens = [dataset.index.num_tokens for dataset in sets]
     try:
         return whole_parts(tokens if data.temperature == 1 else [count ** (1 / data.temperature) for count in tokens])
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:  # a temperature close to 0 is a large power
         raise DataError(
             f"the sources' tokens do not weigh: {error} ({', '.join(map(str, tokens))} tokens)",
             "no source so much smaller than the others",

@@ -55,7 +55,8 @@ class ModelConfig(Section):
     relative_distance: PositiveInt = 128
     """Distances from here on share a bucket."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    norm_epsilon: PositiveFloat = 1e-5
+    norm_epsilon: float = Field(default=1e-5, ge=1e-37)
+    """Added to the variance in norms; a smaller one is 0 in fp32."""
     norm_bias: bool = True
     """Shifts of layer norms (RMS norms have none)."""
     norm_position: Literal["pre", "post"] = "pre"

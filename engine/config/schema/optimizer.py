@@ -21,7 +21,8 @@ class OptimizerConfig(Section):
     """Peak learning rate."""
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
     beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
-    epsilon: PositiveFloat = 1e-8
+    epsilon: float = Field(default=1e-8, ge=1e-37)
+    """Added to the root of the second moment. A smaller one is 0 in fp32, and a weight without a gradient NaN."""
     momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
     """Muon's (the betas are AdamW's)."""
     weight_decay: NonNegativeFloat = 0.1

@@ -127,6 +127,8 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate"),
         ("optimizer.learning_rate=-1", "optimizer.learning_rate = -1 is not allowed"),
         ("optimizer.beta1=1.0", "optimizer.beta1 = 1.0 is not allowed"),
+        ("optimizer.epsilon=1e-50", "optimizer.epsilon = 1e-50 is not allowed"),  # 0 in fp32
+        ("model.norm_epsilon=1e-50", "model.norm_epsilon = 1e-50 is not allowed"),
         ("stages=[]", "stages = [] is not allowed"),
         ("model=3", "model = 3 is not allowed"),
     ],

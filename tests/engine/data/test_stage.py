@@ -51,6 +51,14 @@ def test_tokens_weigh_to_the_power_of_one_over_the_temperature(folder):
             assert abs(drawn[name] - 10_000 * share / sum(wanted.values())) < 1 + 10_000 / 2**16, (temperature, name)
 
 
+@pytest.mark.parametrize("temperature", [1e-2, 1e-3, 1e-300])
+def test_a_temperature_that_leaves_a_source_nothing_is_refused(folder, temperature):
+    """Small ones are powers that no float holds."""
+    with pytest.raises(DataError, match="the sources' tokens do not weigh") as caught:
+        stage_loader(run := stage(folder, 4, {"temperature": temperature}, small={}, large={}), parts_of(run), 0)
+    assert "raise data.temperature" in caught.value.remedy
+
+
 def test_each_stage_has_weights_of_its_own_over_the_same_shards(folder):
     first, second = (stage(folder, small={"weight": a}, large={"weight": b}) for a, b in ((1, 3), (0.9, 0.1)))
     mixes = [stage_loader(each, parts_of(each), 0).mix(100) for each in (first, second)]
