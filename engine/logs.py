@@ -8,8 +8,14 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 ROOT = "palimpsest"
+PATIENCE_SECONDS = 5.0
+"""A phase of a start that takes longer is named in the log."""
 
 
 def logger(name: str) -> logging.Logger:
@@ -27,3 +33,31 @@ def configure(global_rank: int = 0, world_size: int = 1, verbose: bool = False) 
     root.handlers[:] = [handler]
     root.propagate = False
     root.setLevel(logging.DEBUG if verbose else logging.INFO if speaks else logging.WARNING)
+
+
+@contextmanager
+def phase(name: str, patience_seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
+    """Logs what a process is doing once that takes longer than `patience_seconds`, and at its end how long it took."""
+    log = logger(__name__)
+    if not log.isEnabledFor(logging.INFO):
+        yield
+        return
+    begin = time.monotonic()
+    timer = threading.Timer(patience_seconds, log.info, ("%s ...", name))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        seconds = time.monotonic() - begin
+        if seconds >= patience_seconds:
+            log.info("%s took %s", name, duration(seconds))
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: `40 s`, `12 min`, `3 h 05 min`; whole seconds below two minutes."""
+    if seconds < 119.5:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours:,} h {minutes:02} min" if hours else f"{minutes} min"

@@ -13,7 +13,8 @@ from engine.config.load import load_run
 from engine.config.resolve import check, resolve
 from engine.config.resume import flatten
 from engine.plan.composition import MARKERS, composition_table, example
-from engine.train.metrics import METRICS, PLOT
+from engine.train.metrics import METRICS
+from engine.train.plot import PLOT
 from tests.test_rooms import REPOSITORY, ROWS, room, row, sources
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

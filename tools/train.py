@@ -72,7 +72,8 @@ def _start(run: RunConfig, place: RankPlace) -> Layout:
     try:
         layout = resolve(run, place.world_size)
         check_meeting_point(place, os.environ)
-        prepare_extensions(run.folder, os.environ, first=place.global_rank == 0)
+        with logs.phase("preparing DeepSpeed's extensions"):
+            prepare_extensions(run.folder, os.environ, first=place.global_rank == 0)
     except PalimpsestError as error:
         note_failure(run.folder, place, error.exit_code, error.wrong)
         raise
@@ -85,7 +86,8 @@ def _start(run: RunConfig, place: RankPlace) -> Layout:
 def _train(run: RunConfig, layout: Layout, place: RankPlace, signals: StopSignals, heart: Heartbeat) -> int:
     """Hands over to the trainer, the first import of torch; returns the exit code."""
     try:
-        from engine.train.run import train
+        with logs.phase("importing torch and DeepSpeed"):
+            from engine.train.run import train
 
         return train(run, layout, place, signals, heart)
     except PalimpsestError as error:

@@ -17,12 +17,13 @@ from engine.checkpoint.storage import Place
 from engine.config.schema.run import RunConfig
 from engine.logs import logger
 from engine.train import wandb_files
+from engine.train.console import Terminal
+from engine.train.plot import PLOT, Plot
 
 Record = dict[str, float | int]
 """Numbers by name; `step` counts the steps done. One that is not finite is left out where it is written."""
 
 METRICS = "metrics.jsonl"
-PLOT = "loss.png"
 
 _log = logger(__name__)
 
@@ -109,33 +110,6 @@ class Wandb:
         self._wandb.teardown()  # its process still writes: what comes after (a rollback) may cut the file
 
 
-class Terminal:
-    """One line per record on standard output."""
-
-    def __init__(self, every_steps: int, num_steps: int) -> None:
-        self.every_steps, self.num_steps = every_steps, num_steps
-
-    def write(self, record: Record) -> None:
-        step = int(record["step"])
-        if "validation_loss" in record:
-            print(f"step {step:>6}/{self.num_steps}  held-out loss {record['validation_loss']:.4f}", flush=True)
-        elif "rollback" in record:
-            left_out = record["left_out_to"] - record["left_out_from"]
-            print(f"step {step:>6}/{self.num_steps}  again: rollback {record['rollback']}, {left_out} samples left out")
-        elif step % self.every_steps == 0 or step == self.num_steps or "skipped" in record:
-            left_seconds = (self.num_steps - step) * record["step_seconds"]
-            print(
-                f"step {step:>6}/{self.num_steps}  loss {record.get('loss', math.nan):.4f}  "
-                f"norm {record.get('gradient_norm', math.nan):.3f}  {'skipped  ' if 'skipped' in record else ''}"
-                f"lr {record['learning_rate']:.2e}  {record['tokens_per_second']:,.0f} tok/s  "
-                f"{left_seconds:,.0f} s left",
-                flush=True,
-            )
-
-    def close(self) -> None:
-        pass
-
-
 class Tracker:
     """A sink whose trouble, whatever it is, must not cost the run: it is left out from then on, with a warning."""
 
@@ -173,13 +147,15 @@ class Metrics:
             sink.close()
 
 
-def open_metrics(config: RunConfig, num_steps: int, resumed_at: int) -> Metrics:
+def open_metrics(config: RunConfig, resumed_at: int) -> Metrics:
     """The sinks that a configuration asks for. Rank 0 only."""
-    sinks: list[Sink] = [JsonLines(config.folder, resumed_at), Terminal(config.logging.every_steps, num_steps)]
+    sinks: list[Sink] = [JsonLines(config.folder, resumed_at), Terminal(config.logging.every_steps, config.stages[0])]
     if config.logging.tensorboard:
         sinks.append(Tracker("TensorBoard", lambda: TensorBoard(config.folder, resumed_at)))
     if config.logging.wandb != "off":
         sinks.append(Tracker("wandb", lambda: Wandb(config, resumed_at)))
+    if config.logging.plot:
+        sinks.append(Tracker(PLOT, lambda: Plot(config.folder, METRICS, config.name)))
     return Metrics(sinks)
 
 
@@ -198,26 +174,6 @@ def read_metrics(folder: Place) -> list[dict[str, Any]]:
             break
         records.append(record)
     return records
-
-
-def plot_loss(folder: Path) -> None:
-    """Draws training and held-out loss over steps to `loss.png` in the run folder. Rank 0 only."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    records = read_metrics(folder)
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for key, label, style in (("loss", "training", "-"), ("validation_loss", "held-out", "o--")):
-        points = [(record["step"], record[key]) for record in records if key in record]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(folder / PLOT, dpi=120)
-    plt.close(figure)
 
 
 def _wandb_id(folder: Path) -> str:

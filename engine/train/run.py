@@ -13,6 +13,7 @@ from engine.config.resolve import Layout
 from engine.config.schema.run import RunConfig
 from engine.errors import EXIT_FAILURE, CheckpointError, EnvironmentProblem, PalimpsestError
 from engine.heartbeat import Heartbeat
+from engine.logs import phase
 from engine.outcome import Outcome
 from engine.parallel import zero
 from engine.parallel.collectives import barrier
@@ -30,9 +31,12 @@ def train(config: RunConfig, layout: Layout, place: RankPlace, signals: StopSign
         PalimpsestError: what a user can mend; checkpoints that were committed stay whole.
     """
     device = choose_device(place)
-    connect(place, device)
-    zero.start(device)
-    groups = join_groups(config, layout, place.global_rank)
+    with phase(f"meeting {place.world_size - 1} other ranks"):
+        connect(place, device)
+    with phase("starting DeepSpeed"):
+        zero.start(device)
+    with phase("making the groups of ranks"):
+        groups = join_groups(config, layout, place.global_rank)
     trainer = None
     try:
         trainer = Trainer(config, groups, place, device, signals, heart)
@@ -52,6 +56,9 @@ def train(config: RunConfig, layout: Layout, place: RankPlace, signals: StopSign
     finally:
         if trainer is not None:
             trainer.close()
+    if trainer is not None and trainer.speaks:
+        with contextlib.suppress(OSError):  # words that nobody can read must not cost a run that has ended well
+            print(trainer.summary(code), flush=True)
     disconnect()
     return code
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -17,7 +18,7 @@ from engine.config.schema.run import RunConfig
 from engine.data.shards.damage import DamagedShard
 from engine.errors import EXIT_DONE, EXIT_REQUEUE, DataError, EnvironmentProblem
 from engine.heartbeat import Heartbeat
-from engine.logs import logger
+from engine.logs import logger, phase
 from engine.models.families import family
 from engine.optim.schedules import factor_of_step
 from engine.parallel.agreement import on_all
@@ -28,11 +29,12 @@ from engine.train.build import build_pipeline
 from engine.train.checks import check_invariants
 from engine.train.evaluation import evaluate, is_recorded
 from engine.train.feed import Feed, open_datasets
-from engine.train.metrics import Metrics, Record, open_metrics, plot_loss, read_metrics
+from engine.train.metrics import Metrics, Record, open_metrics, read_metrics
 from engine.train.restart import SHOWN_SAMPLES, Restarts
 from engine.train.signals import Stopping, StopSignals
 from engine.train.stability import REMEDY, Guard, Unstable, Verdict
 from engine.train.state import TrainState
+from engine.train.summary import Spent, process_seconds, summary
 from engine.train.sums import Sums
 
 _log = logger(__name__)
@@ -54,30 +56,40 @@ class Trainer:
         self.run_stage = config.stages[0]
         self.num_steps, self.batches = self.run_stage.num_steps, self.run_stage.batches
         self.sums = Sums(family(config.model).losses(config.model), groups, device)
+        self.spent = Spent()
         self.restarts = Restarts(config, groups, place)
-        self.restarts.claim()
-        training, held_out = on_all(lambda: open_datasets(config, self.run_stage), groups.world, DataError)
-        self.feed = on_all(
-            lambda: Feed(training, held_out, config, self.run_stage, groups, device, lambda: signals.asked),
-            groups.world,
-            DataError,
-        )
-        self.pipeline: Pipeline = build_pipeline(config, self.run_stage, groups, device)
+        with phase("taking the run folder"):
+            self.restarts.claim()
+        with phase("opening the data"):
+            training, held_out = on_all(lambda: open_datasets(config, self.run_stage), groups.world, DataError)
+            self.feed = on_all(
+                lambda: Feed(training, held_out, config, self.run_stage, groups, device, lambda: signals.asked),
+                groups.world,
+                DataError,
+            )
+        with phase("building the model"):
+            self.pipeline: Pipeline = build_pipeline(config, self.run_stage, groups, device)
         self.heart.beat(0, "load")
-        self.state = self._restore()
-        self.restarts.reserve(self.pipeline.engine)
+        with phase("looking for a checkpoint and loading it"):
+            self.state = self._restore()
+        with phase("taking the memory of saves"):
+            self.restarts.reserve(self.pipeline.engine)
         self.speaks = groups.global_rank == 0
-        self.metrics = on_all(self._open_metrics, groups.world, EnvironmentProblem)
+        with phase("opening metrics and trackers"):
+            self.metrics = on_all(self._open_metrics, groups.world, EnvironmentProblem)
 
     def fit(self) -> int:
         """Trains to the end (`EXIT_DONE`) or until a signal (`EXIT_REQUEUE`). Collective over the world."""
         self.feed.start()
+        self.spent.add("start", process_seconds())
         if self.state.step >= self.num_steps:
             _log.info("step %d of %d: nothing left to train", self.state.step, self.num_steps)
         if self._evaluation_is_missing() and self._evaluate():
             return EXIT_REQUEUE
+        first = self.state.step
         while self.state.step < self.num_steps:
-            stop = self._step()
+            with phase("the first step") if self.state.step == first else nullcontext():
+                stop = self._step()
             offending = self.guard.offending()
             if offending is not None and not stop:
                 self._roll_back(offending)
@@ -87,7 +99,8 @@ class Trainer:
                 self._save(wait=stop or last)
             elif _due(self.state.step, self._memory_every_steps):
                 self.heart.beat(self.state.step, "save")
-                self.restarts.keep(self.state, self.pipeline.engine, self.feed.loader)
+                with self.spent.phase("checkpoints"):
+                    self.restarts.keep(self.state, self.pipeline.engine, self.feed.loader)
             if stop and not last:
                 return EXIT_REQUEUE
             if self._evaluates():
@@ -99,16 +112,15 @@ class Trainer:
         return EXIT_DONE
 
     def close(self) -> None:
-        """Ends threads and trackers and draws the loss; safe after an error."""
+        """Ends threads and trackers; safe after an error."""
         self.heart.beat(self.state.step, "end")
         self.restarts.abandon()
         self.feed.close()
         self.metrics.close()
-        if self.speaks and self.config.logging.plot:
-            try:
-                plot_loss(self.config.folder)
-            except Exception as error:  # a picture, whatever its trouble, must not cost the run
-                _log.warning("the loss cannot be drawn: %s", error)
+
+    def summary(self, code: int) -> str:
+        """The last words of a run that ends with this exit code; rank 0 has them all."""
+        return summary(self.config, self.state, self.spent, process_seconds(), code)
 
     def _step(self) -> bool:
         """One step, or none where a rank is to stop and has no data; returns whether any rank was asked to stop."""
@@ -149,6 +161,7 @@ class Trainer:
         if verdict != "accept":
             record["skipped"] = 1
         self.metrics.write(record)
+        self.spent.step(seconds, record["data_wait_seconds"], tokens)
         self.restarts.advance(done, failed)
         return stop > 0
 
@@ -259,26 +272,28 @@ class Trainer:
         if self.feed.held_out is None:
             return False
         step = self.state.step
-        losses = evaluate(
-            self.pipeline,
-            self.feed,
-            self.sums,
-            lambda: self.heart.beat(step, "evaluation"),
-            lambda: self.signals.asked,
-        )
+        with self.spent.phase("evaluation"):
+            losses = evaluate(
+                self.pipeline,
+                self.feed,
+                self.sums,
+                lambda: self.heart.beat(step, "evaluation"),
+                lambda: self.signals.asked,
+            )
         if losses is not None:
             self.metrics.write({"step": step, **self.sums.record(losses, "validation_loss")})
         return losses is None
 
     def _open_metrics(self) -> Metrics:
-        return open_metrics(self.config, self.num_steps, self.state.step) if self.speaks else Metrics([])
+        return open_metrics(self.config, self.state.step) if self.speaks else Metrics([])
 
     def _save(self, wait: bool) -> None:
         if self.state.step == 0:
             return  # stopped before the first step: the next start begins at the same place
         self.heart.beat(self.state.step, "save")
         begin = time.perf_counter()
-        self.restarts.save(self.state, self.pipeline.engine, self.feed.loader, wait)
+        with self.spent.phase("checkpoints"):
+            self.restarts.save(self.state, self.pipeline.engine, self.feed.loader, wait)
         _log.info("step %d was held up by its checkpoint for %.2f s", self.state.step, time.perf_counter() - begin)
 
     def _restore(self) -> TrainState:

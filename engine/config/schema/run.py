@@ -53,7 +53,7 @@ class LoggingConfig(Section):
     wandb: Literal["off", "offline", "online"] = "offline"
     wandb_project: str = "palimpsest"
     plot: bool = True
-    """Draw the loss curve to `loss.png` in the run folder at the end."""
+    """Draw the loss curve to `loss.png` in the run folder, now and then while the run goes on and at the end."""
 
 
 class RunConfig(Section):

@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 from engine.train import metrics, wandb_files
-from engine.train.metrics import METRICS, PLOT, JsonLines, Metrics, TensorBoard, Terminal, plot_loss, read_metrics
+from engine.train.metrics import METRICS, JsonLines, Metrics, TensorBoard, read_metrics
+from engine.train.plot import PLOT
 from tests.distributed.runs import run_config, run_tree
 
 
@@ -35,29 +36,6 @@ def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path):
     assert [item["step"] for item in read_metrics(tmp_path)] == [1]
     JsonLines(tmp_path, resumed_at=5).close()
     assert (tmp_path / METRICS).read_text() == json.dumps(record(1)) + "\n"
-
-
-def test_terminal_shows_what_was_asked_for(capsys):
-    terminal = Terminal(every_steps=2, num_steps=5)
-    for step in range(1, 6):
-        terminal.write(record(step))
-    terminal.write({"step": 5, "validation_loss": 3.25})
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines] == ["2/5", "4/5", "5/5", "5/5"]
-    assert "loss 1.0000" in lines[0]
-    assert "6 s left" in lines[0]
-    assert "held-out loss 3.2500" in lines[-1]
-
-
-def test_terminal_tells_of_every_skipped_step_and_of_rollbacks(capsys):
-    terminal = Terminal(every_steps=100, num_steps=500)
-    skipped = record(7) | {"skipped": 1}
-    del skipped["gradient_norm"]
-    terminal.write(skipped)
-    terminal.write({"step": 4, "rollback": 2, "left_out_from": 32, "left_out_to": 48})
-    lines = capsys.readouterr().out.splitlines()
-    assert "norm nan  skipped  lr" in lines[0]
-    assert lines[1].split(maxsplit=2)[2] == "again: rollback 2, 16 samples left out"
 
 
 def test_numbers_that_are_none_are_left_out(tmp_path):
@@ -155,20 +133,19 @@ def test_a_tracker_that_cannot_start_does_not_cost_the_run(tmp_path, monkeypatch
     monkeypatch.setattr(metrics, "TensorBoard", fail)
     logging.getLogger("palimpsest").propagate = True
     tree = run_tree(tmp_path, tmp_path, logging={"tensorboard": True})
-    opened = metrics.open_metrics(run_config(tree), num_steps=2, resumed_at=0)
+    opened = metrics.open_metrics(run_config(tree), resumed_at=0)
     opened.write(record(1))
     opened.close()
     assert "TensorBoard cannot start and is left out: no such tracker" in caplog.text
     assert [item["step"] for item in read_metrics(tmp_path)] == [1]
 
 
-def test_plot_is_a_png(tmp_path):
-    sink = JsonLines(tmp_path, resumed_at=0)
+def test_the_plot_is_drawn_from_what_was_written(tmp_path):
+    opened = metrics.open_metrics(run_config(run_tree(tmp_path, tmp_path, logging={"plot": True})), resumed_at=0)
     for step in range(1, 9):
-        sink.write(record(step, loss=9 - step))
-    sink.write({"step": 8, "validation_loss": 2.0})
-    sink.close()
-    plot_loss(tmp_path)
+        opened.write(record(step, loss=9 - step))
+    opened.write({"step": 8, "validation_loss": 2.0})
+    opened.close()
     assert (tmp_path / PLOT).read_bytes().startswith(b"\x89PNG")
 
 

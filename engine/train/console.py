@@ -1,0 +1,91 @@
+"""Progress on standard output: a line for each record, with every loss and the time left."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+
+from engine.config.schema.stage import RunStage
+from engine.logs import duration
+
+STEPS_SMOOTHED = 50
+"""Steps over which the speed of a step is smoothed, about."""
+STEPS_BETWEEN = 1000
+"""Steps over which the share of time between steps is smoothed, about: several evaluations and checkpoints."""
+
+
+class Pace:
+    """Seconds that a run stage still takes, evaluations and checkpoints included.
+
+    What a sample takes within steps is smoothed over a few steps. The time between steps (evaluations, checkpoints)
+    comes in bursts, so its ratio to the time within steps is smoothed over many. The first step of a start, in which
+    kernels are compiled, counts only as long as there is no other.
+    """
+
+    def __init__(self, run_stage: RunStage, clock: Callable[[], float] = time.monotonic) -> None:
+        self._batches, self._num_steps, self._clock = run_stage.batches, run_stage.num_steps, clock
+        self._last: float | None = None
+        self._steps = 0
+        self._sample_seconds = 0.0
+        self._within = self._all = 0.0
+
+    def count(self, step: int, step_seconds: float) -> None:
+        """Takes note of the end of a step; call once for each."""
+        now = self._clock()
+        per_sample = step_seconds / self._batches.size(step - 1)
+        weight = max(1 / STEPS_SMOOTHED, 1 / max(self._steps, 1))
+        self._sample_seconds += weight * (per_sample - self._sample_seconds)
+        if self._last is not None:
+            kept = 1 - 1 / STEPS_BETWEEN
+            self._within = kept * self._within + step_seconds
+            self._all = kept * self._all + max(now - self._last, step_seconds)
+        self._last, self._steps = now, self._steps + 1
+
+    def seconds_left(self, step: int) -> float:
+        """Seconds until the last step is done, for a run that stands behind `step` steps."""
+        samples = self._batches.samples(self._num_steps) - self._batches.samples(step)
+        return samples * self._sample_seconds * (self._all / self._within if self._within else 1.0)
+
+
+class Terminal:
+    """A sink of `engine.train.metrics` that prints one line per record on standard output."""
+
+    def __init__(self, every_steps: int, run_stage: RunStage, clock: Callable[[], float] = time.monotonic) -> None:
+        self.every_steps, self.num_steps = every_steps, run_stage.num_steps
+        self._pace = Pace(run_stage, clock)
+
+    def write(self, record: Mapping[str, float]) -> None:
+        step = int(record["step"])
+        at = f"step {step:>6}/{self.num_steps}  "
+        if "validation_loss" in record:
+            print(f"{at}held-out {losses(record, 'validation_loss')}", flush=True)
+        elif "rollback" in record:
+            left_out = record["left_out_to"] - record["left_out_from"]
+            print(f"{at}again: rollback {record['rollback']}, {left_out} samples left out", flush=True)
+        elif "step_seconds" in record:
+            self._pace.count(step, record["step_seconds"])
+            if step % self.every_steps == 0 or step == self.num_steps or "skipped" in record:
+                print(at + self._step(record, step), flush=True)
+
+    def _step(self, record: Mapping[str, float], step: int) -> str:
+        left = f"  {duration(self._pace.seconds_left(step))} left" if step < self.num_steps else ""
+        return (
+            f"{losses(record, 'loss')}  norm {record.get('gradient_norm', math.nan):.3f}  "
+            f"{'skipped  ' if 'skipped' in record else ''}lr {record['learning_rate']:.2e}  "
+            f"{record['tokens_per_second']:,.0f} tok/s{left}"
+        )
+
+    def close(self) -> None:
+        pass
+
+
+def losses(record: Mapping[str, float], key: str) -> str:
+    """The loss under `key`, and in brackets its parts: `NAME_key` of each objective, `key/NAME` of each source."""
+    ended = f"_{key}"
+    parts = {name.removesuffix(ended): name for name in record if name.endswith(ended) and "/" not in name}
+    parts.pop("validation", None)  # `validation_loss` and `NAME_validation_loss` end like a training loss
+    parts = {short: name for short, name in parts.items() if not short.endswith("_validation")}
+    parts |= {name.removeprefix(f"{key}/"): name for name in record if name.startswith(f"{key}/")}
+    shown = ", ".join(f"{short} {record[name]:.4f}" for short, name in parts.items())
+    return f"loss {record.get(key, math.nan):.4f}" + (f" ({shown})" if shown else "")
