@@ -21,6 +21,7 @@ ROWS: list[set[str]] = [
     {"parallel"},
     {"plan"},
     {"config"},
+    {"foreign"},
     {"errors", "logs", "outcome", "heartbeat"},
 ]
 """Top to bottom; a room imports itself and rooms of lower rows."""

@@ -121,7 +121,7 @@ def _progress(path: Place) -> Callable[[list[str]], Iterable[str]]:
     return lambda names: track(names, path.name, console=Console(stderr=True), transient=True)
 
 
-def _other_side(text: str) -> Opened | Mapping[str, torch.Tensor]:
+def _other_side(text: str) -> Opened | Mapping[str, torch.Tensor | None]:
     """A checkpoint, or the weights of a Hugging Face folder by our names."""
     from pathlib import Path
 
@@ -131,9 +131,11 @@ def _other_side(text: str) -> Opened | Mapping[str, torch.Tensor]:
 
     place = place_of(text)
     if isinstance(place, Path) and (place / "config.json").is_file():
-        from engine.checkpoint.interchange.huggingface import from_huggingface
+        from engine.checkpoint.interchange.huggingface import tensors_in
+        from engine.serve.quiet import quiet
 
-        return from_huggingface(place)[1]
+        quiet()
+        return tensors_in(place)
     return Opened(find(place)[0])
 
 

@@ -46,15 +46,14 @@ class Opened:
         return {key_of(state, name): values for state, values in _read(self.path, self.manifest, name).items()}
 
 
-def compare(left: Opened, right: Opened | Mapping[str, torch.Tensor]) -> Iterator[Difference]:
+def compare(left: Opened, right: Opened | Mapping[str, torch.Tensor | None]) -> Iterator[Difference]:
     """Per parameter and state, in order of name. `right` may be weights alone, by logical name: then moments of `left`
-    are passed over."""
+    are passed over, and None stands for a weight that its configuration names and that is not there."""
     theirs = right.manifest.specs.keys() if isinstance(right, Opened) else right.keys()
     for name in sorted(left.manifest.specs.keys() | theirs):
-        if name not in theirs or name not in left.manifest.specs:
-            yield Difference(
-                key_of(WEIGHT, name), 0.0, 0, 0, f"only in the {'first' if name not in theirs else 'second'}"
-            )
+        there = name in theirs and (isinstance(right, Opened) or right[name] is not None)
+        if not there or name not in left.manifest.specs:
+            yield Difference(key_of(WEIGHT, name), 0.0, 0, 0, _where(name in left.manifest.specs, there))
             continue
         ours = left.read(name)
         if isinstance(right, Opened):
@@ -65,9 +64,16 @@ def compare(left: Opened, right: Opened | Mapping[str, torch.Tensor]) -> Iterato
             yield _difference(key, ours.get(key), other.get(key))
 
 
+def _where(in_first: bool, in_second: bool) -> str:
+    """In words the only side that holds a weight; on neither it is one that the second's configuration names."""
+    if in_first or in_second:
+        return f"only in the {'first' if in_first else 'second'}"
+    return "only in the configuration of the second: no file holds it"
+
+
 def _difference(key: str, left: torch.Tensor | None, right: torch.Tensor | None) -> Difference:
     if left is None or right is None:
-        return Difference(key, 0.0, 0, 0, f"only in the {'first' if right is None else 'second'}")
+        return Difference(key, 0.0, 0, 0, _where(left is not None, right is not None))
     if left.shape != right.shape:
         return Difference(key, 0.0, 0, 0, f"{tuple(left.shape)} in the first, {tuple(right.shape)} in the second")
     right = right.float()

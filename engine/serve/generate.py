@@ -60,6 +60,7 @@ def generate(
             **encoded,
             **_settings(sampling),
             pad_token_id=_pad(tokenizer, model),
+            suppress_tokens=_without_text(tokenizer, model.config.vocab_size),
             streamer=streamer,
             use_cache=_caches(model.config),
         )
@@ -94,6 +95,11 @@ def _check_length(config: Any, num_prompt_tokens: int, sampling: Sampling) -> No
 def _pad(tokenizer: Any, model: Any) -> int | None:
     """What fills a row behind its end; one row has nothing to fill, but the library asks."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else model.generation_config.eos_token_id
+
+
+def _without_text(tokenizer: Any, vocab_size: int) -> list[int] | None:
+    """Ids of the rows that pad a vocabulary, which no token stands for; None where there are none."""
+    return sorted(set(range(vocab_size)) - set(tokenizer.get_vocab().values())) or None
 
 
 def _caches(config: Any) -> bool:

@@ -12,14 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from engine.checkpoint.interchange.foreign_model import read_config
 from engine.checkpoint.interchange.huggingface import Names, form_of, read_model, their_names, to_huggingface
 from engine.checkpoint.load import read_state
 from engine.config.schema.model import ModelConfig
 from engine.errors import ConfigError
+from engine.foreign import refuse_custom_code
 from engine.serve.source import Trained, is_trained, open_trained, run_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+_VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json")
+"""One of these is in every folder of a tokenizer that transformers writes."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ def their_form(trained: Trained, tokenizer: Any) -> tuple[PretrainedConfig, dict
     Raises:
         ConfigError: the model has no twin, or the tokenizer has more tokens than the model or lacks one it needs.
     """
-    check_vocabulary(trained.config, trained.tokenizer, tokenizer)
+    check_vocabulary(trained.config.vocab_size, trained.tokenizer, tokenizer)
     padding = _padding_id(trained.config, trained.tokenizer, tokenizer)
     config, state = to_huggingface(trained.config, trained.weights, padding)
     config.dtype = torch.float32
@@ -108,11 +113,14 @@ def read_folder(folder: Path, tokenizer: Path | None = None) -> LanguageModel:
     """The model of a Hugging Face folder, of any architecture that their library has.
 
     Raises:
-        ConfigError: the folder cannot be read.
+        ConfigError: the folder cannot be read, its weights are not those of its configuration, or the tokenizer has
+            more tokens than the model.
     """
-    return LanguageModel(
-        read_model(folder).eval(), read_tokenizer(tokenizer or folder), add_special_tokens=True, origin=str(folder)
-    )
+    read_config(folder)  # configuration and tokenizer before the weights: they fail sooner
+    read = read_tokenizer(tokenizer or folder)
+    model = read_model(folder).eval()
+    check_vocabulary(model.config.vocab_size, tokenizer or folder, read)
+    return LanguageModel(model, read, add_special_tokens=True, origin=str(folder))
 
 
 def read_tokenizer(folder: Path) -> Any:
@@ -123,8 +131,15 @@ def read_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    refuse_custom_code(folder)
+    if not any((folder / name).is_file() for name in _VOCABULARY_FILES):  # transformers would make up an empty one
+        raise ConfigError(
+            f"{folder} holds no tokenizer",
+            "a folder with tokenizer.json",
+            "name the tokenizer's folder with --tokenizer, or copy its files there",
+        )
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library and its parsers raise whatever they like for a damaged file
         raise ConfigError(
             f"{folder} cannot be read as a tokenizer: {(str(error).splitlines() or [''])[0]}",
@@ -133,11 +148,11 @@ def read_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def check_vocabulary(config: ModelConfig, folder: Path, tokenizer: Any) -> None:
-    """Raises `ConfigError` where a tokenizer has ids that the model has no row for."""
-    if len(tokenizer) > config.vocab_size:
+def check_vocabulary(num_rows: int, folder: Path, tokenizer: Any) -> None:
+    """Raises `ConfigError` where a tokenizer has ids that a model of `num_rows` tokens has no row for."""
+    if len(tokenizer) > num_rows:
         raise ConfigError(
-            f"tokenizer {folder} has {len(tokenizer)} tokens, the model {config.vocab_size} rows",
-            f"at most {config.vocab_size} tokens",
-            "name the tokenizer that the run was trained with",
+            f"tokenizer {folder} has {len(tokenizer)} tokens, the model {num_rows} rows",
+            f"at most {num_rows} tokens",
+            "name the tokenizer that the model was trained with",
         )

@@ -13,6 +13,7 @@ import torch
 
 from engine.checkpoint.document import FILE as MANIFEST
 from engine.checkpoint.folder import CHECKPOINTS, committed
+from engine.checkpoint.interchange.foreign_model import check_finite
 from engine.checkpoint.load import read_state, read_weights
 from engine.checkpoint.manifest import CheckpointState
 from engine.checkpoint.verify import verify
@@ -51,7 +52,8 @@ def open_trained(source: Path, tokenizer: Path | None = None) -> Trained:
     `tokenizer` overrides the folder that the run was configured with.
 
     Raises:
-        ConfigError: `source` is neither, or the tokenizer's folder is not there or holds another one.
+        ConfigError: `source` is neither, the tokenizer's folder is not there or holds another one, or weights are NaN
+            or infinite.
         CheckpointError: no checkpoint is whole.
     """
     checkpoint = find_checkpoint(source)
@@ -71,7 +73,9 @@ def open_trained(source: Path, tokenizer: Path | None = None) -> Trained:
             f"a folder of hash {trained_with}, found {tokenizer_hash(folder)}",
             "name the right one with --tokenizer",
         )
-    return Trained(checkpoint, state.step, state.tokens, run.model, folder, read_weights(checkpoint))
+    weights = read_weights(checkpoint)
+    check_finite(weights.items(), checkpoint)
+    return Trained(checkpoint, state.step, state.tokens, run.model, folder, weights)
 
 
 def find_checkpoint(source: Path) -> Path:

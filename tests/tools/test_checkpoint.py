@@ -3,12 +3,14 @@
 import functools
 import http.server
 import io
+import json
 import re
 import threading
 from contextlib import contextmanager
 
 import fsspec
 import pytest
+from safetensors.torch import load_file, save_file
 
 from engine.checkpoint.compare import Opened, compare
 from engine.checkpoint.load import read_weights
@@ -194,6 +196,27 @@ def test_diff_with_a_hugging_face_folder(tmp_path, capsys, form, name, theirs):
     model.save_pretrained(folder)
     assert main(command) == 1
     assert f"model.{name}  2.500e-01  in 1 of {changed.numel()} elements" in capsys.readouterr().out
+
+
+def test_diff_tells_what_a_hugging_face_folder_lacks_and_has_besides(tmp_path, capsys):
+    config = run_config(tmp_path / "run", "llama", tmp_path)
+    save(config, step=5, seed=0)
+    folder = tmp_path / "theirs"
+    twin(config.model, random_weights(config.model, 0)).save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.9.weight"] = state.pop("model.norm.weight")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    command = ["checkpoint", "diff", str(config.folder), str(folder)]
+    assert main(command) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "model.final_norm.weight  only in the first" in lines
+    assert "model.model.layers.9.weight  only in the second" in lines
+
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 5}))
+    assert main(command) == 1
+    out = capsys.readouterr().out
+    assert "layers.4.attention_norm.weight  only in the configuration of the second: no file holds it" in out
 
 
 def test_urls_that_cannot_be_opened_say_what_is_missing(capsys):

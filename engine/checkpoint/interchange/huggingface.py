@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.checkpoint.interchange.bert_forms import BERT, BERT_WITHOUT_PAIRS, MODERN_BERT, ROBERTA
+from engine.checkpoint.interchange.foreign_model import load, read_config
 from engine.checkpoint.interchange.forms import GPT2, LLAMA, Form, Theirs
 from engine.checkpoint.interchange.t5_form import T5
 from engine.config.schema.model import ModelConfig
@@ -86,10 +87,10 @@ def from_huggingface(
     `vocab_multiple` becomes the key of that name, which theirs do not have.
 
     Raises:
-        ConfigError: the folder cannot be read, or its model is none that ours computes.
+        ConfigError: the folder cannot be read, lacks tensors or has others, or its model is none that ours computes.
     """
     if isinstance(source, Path):
-        config = our_config(_read_config(source), vocab_multiple)
+        config = our_config(read_config(source), vocab_multiple)
         source = read_model(source)
     else:
         config = our_config(source.config, vocab_multiple, type(source).__name__)
@@ -97,16 +98,56 @@ def from_huggingface(
     tensors: Tensors = {}
     for spec in family(config).specs(config):
         entry, names = _theirs(config, form, spec)
-        parts = [state[name].detach().float() for name in names]
-        if entry.after_padding:
-            parts = [part[source.config.pad_token_id + 1 :] for part in parts]
-        parts = [part.t() if entry.transposed and part.dim() == 2 else part for part in parts]
-        tensors[spec.name] = torch.cat(parts)  # cat always copies
+        tensors[spec.name] = _ours(entry, [state[name] for name in names], source.config.pad_token_id)
     if form is T5 and config.tie_embeddings and not torch.equal(state["lm_head.weight"], state["shared.weight"]):
         raise ConfigError(
             "lm_head.weight is not shared.weight, although they are tied", "scale_decoder_outputs = false"
         )
     return config, tensors
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor | None]:
+    """The weights that a folder of theirs holds, by logical name, for a comparison.
+
+    None stands for a parameter of its configuration that no file holds whole; a tensor that the model has no place for
+    stands under its own name.
+
+    Raises:
+        ConfigError: the folder cannot be read, or its model is none that ours computes.
+    """
+    theirs = read_config(folder)
+    config = our_config(theirs, vocab_multiple=1)
+    form, loaded = form_of(config), load(folder, _architecture(theirs))
+    state, missing = loaded.model.state_dict(), set(loaded.missing)
+    found: dict[str, torch.Tensor | None] = dict.fromkeys(loaded.unexpected, torch.empty(0))
+    for spec in family(config).specs(config):
+        entry, names = _theirs(config, form, spec)
+        whole = missing.isdisjoint(names)
+        found[spec.name] = _ours(entry, [state[name] for name in names], theirs.pad_token_id) if whole else None
+    return found
+
+
+def _ours(entry: Theirs, parts: list[torch.Tensor], padding_id: int | None) -> torch.Tensor:
+    """The parameter of ours, an fp32 copy, that theirs make up together."""
+    parts = [part.detach().float() for part in parts]
+    if entry.after_padding:
+        assert padding_id is not None, "positions are counted from it on"
+        parts = [part[padding_id + 1 :] for part in parts]
+    return torch.cat([part.t() if entry.transposed and part.dim() == 2 else part for part in parts])  # cat copies
+
+
+def read_model(folder: Path) -> PreTrainedModel:
+    """The model of a Hugging Face folder, of any architecture of theirs, in fp32. No pickle is opened.
+
+    Raises:
+        ConfigError: the folder cannot be read, lacks tensors or has others, or holds values that are not finite.
+    """
+    return load(folder, _architecture(read_config(folder))).check(folder)
+
+
+def _architecture(theirs: PretrainedConfig) -> str:
+    form = _form_of_theirs(theirs)
+    return "AutoModelForCausalLM" if form is None else form.architecture
 
 
 def form_of(config: ModelConfig) -> Form:
@@ -203,38 +244,3 @@ def _tensor_problems(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[s
         elif tuple(tensors[name].shape) != shape:
             yield f"{name} has shape {tuple(tensors[name].shape)} and not {shape}"
     yield from (f"{name} is unknown" for name in tensors if name not in expected)
-
-
-def _read_config(folder: Path) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise _unreadable(folder, error) from error
-
-
-def read_model(folder: Path) -> PreTrainedModel:
-    """The model of a Hugging Face folder, of any architecture of theirs, in fp32. No pickle is opened.
-
-    Raises:
-        ConfigError: the folder cannot be read.
-    """
-    import transformers
-
-    form = _form_of_theirs(_read_config(folder))
-    name = "AutoModelForCausalLM" if form is None else form.architecture
-    try:
-        return getattr(transformers, name).from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
-        )
-    except (OSError, ValueError) as error:
-        raise _unreadable(folder, error) from error
-
-
-def _unreadable(folder: Path, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"{folder} cannot be read as a Hugging Face model: {str(error).splitlines()[0]}",
-        "a folder with config.json and safetensors",
-        "name a folder that `palimpsest convert` or save_pretrained wrote",
-    )

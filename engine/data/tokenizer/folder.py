@@ -20,6 +20,7 @@ import numpy as np
 
 from engine.data.tokenizer.vocabulary import FILL_TOKENS, SENTINEL, Spelling, Vocabulary, packed, word_edges
 from engine.errors import DataError
+from engine.foreign import refuse_custom_code
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -77,10 +78,12 @@ def load_tokenizer(folder: Path | str) -> TextTokenizer:
 
     Raises:
         DataError: a file is missing or damaged, or the end-of-text token is not told or not in the vocabulary.
+        ConfigError: the folder wants code of its own to run.
     """
     from tokenizers import Tokenizer
 
     folder = Path(folder)
+    refuse_custom_code(folder)  # none would run here, but readers of what is trained with it would ask for it
     text, config = _read(folder / MODEL_FILE), _read(folder / CONFIG_FILE)
     tree, settings = _parse(folder / MODEL_FILE, text), _parse(folder / CONFIG_FILE, config)
     try:

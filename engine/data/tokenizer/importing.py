@@ -10,6 +10,7 @@ from pathlib import Path
 from engine.data.tokenizer.folder import TextTokenizer, load_tokenizer
 from engine.data.tokenizer.training import CLASSIFY, MASK, PURPOSE_TOKENS, SEPARATE, Purpose
 from engine.errors import DataError
+from engine.foreign import custom_code, refuse_custom_code
 
 _ROLES = {"cls_token": CLASSIFY, "sep_token": SEPARATE, "mask_token": MASK}
 
@@ -19,13 +20,18 @@ def import_tokenizer(source: str, folder: Path, purpose: Purpose = "causal") -> 
 
     Raises:
         DataError: there is no such tokenizer, it has no fast form, ends no text, or the folder cannot be written.
+        ConfigError: it comes with code of its own.
     """
     from transformers import AutoTokenizer
 
+    if Path(source).is_dir():
+        refuse_custom_code(Path(source))
     try:
-        found = AutoTokenizer.from_pretrained(source)
+        found = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "custom code" in reason:  # transformers' own words, for a name on the hub
+            raise custom_code(source, "transformers has no class for it") from error
         raise DataError(
             f"tokenizer {source} cannot be loaded: {reason}",
             "a tokenizer's name on the hub, or a folder that transformers can load",
@@ -37,6 +43,8 @@ def import_tokenizer(source: str, folder: Path, purpose: Purpose = "causal") -> 
             "one that `tokenizers` can run",
             "train one with `palimpsest tokenizer SOURCE...`",
         )
+    if named := found.init_kwargs.get("auto_map"):
+        raise custom_code(source, f"tokenizer_config.json names it in auto_map: {named}")
     before = set(found.get_vocab())
     _add(found, purpose)
     try:

@@ -7,6 +7,7 @@ import torch
 
 from engine.errors import ConfigError
 from engine.models.values import whole_model
+from engine.serve import source
 from engine.serve.export import export
 from engine.serve.generate import Sampling, generate
 from engine.serve.language_model import open_language_model
@@ -78,3 +79,39 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="cannot be read as a Hugging Face model"):
         open_language_model(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(trained_run, tmp_path):
+    """transformers would make up an empty one from the model's type."""
+    folder = export(open_trained(trained_run.folder), tmp_path / "out").folder
+    for path in folder.glob("*token*"):
+        path.unlink()
+    with pytest.raises(ConfigError, match=r"out holds no tokenizer\n  allowed: a folder with tokenizer.json"):
+        open_language_model(folder)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(trained_run, tmp_path):
+    model = open_language_model(export(open_trained(trained_run.folder), tmp_path / "out").folder).model
+    model.resize_token_embeddings(300)
+    model.save_pretrained(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"out has \d+ tokens, the model 300 rows"):
+        open_language_model(tmp_path / "out")
+
+
+def test_rows_that_pad_a_vocabulary_are_never_drawn(trained_run, tmp_path):
+    """With the head's padding rows made the likeliest by far, text is still text."""
+    folder = export(open_trained(trained_run.folder), tmp_path / "out").folder
+    language_model = open_language_model(folder)
+    num_tokens = len(language_model.tokenizer)
+    before = generate(language_model, PROMPT, Sampling(12, temperature=0))
+    model = language_model.model
+    model.resize_token_embeddings(num_tokens + 28, mean_resizing=False)
+    with torch.no_grad():
+        model.lm_head.weight[num_tokens:] = 100 * model.lm_head.weight[:1].sign()
+    assert generate(language_model, PROMPT, Sampling(12, temperature=0)) == before
+
+
+def test_a_run_whose_weights_are_not_finite_says_so(trained_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "read_weights", lambda _: {"final_norm.bias": torch.tensor([1.0, float("nan")])})
+    with pytest.raises(ConfigError, match=r"weights in .*step-00000005 are not finite: final_norm.bias"):
+        open_language_model(trained_run.folder)
