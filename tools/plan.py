@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from engine.config.load import load_run
+from engine.config.twins import export_warning
 from engine.plan.hardware import ACCELERATORS, cluster
 from engine.plan.plan import make_plan
 from engine.plan.ranking import advise
@@ -29,6 +31,9 @@ def main(
     With --gpu also the seconds of a step, and the layouts of the same world ranked by them.
     """
     run = load_run(config, overrides or [])
+    warning = export_warning(run)
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)
     parallel = run.parallel
     world = world or parallel.pipe * parallel.tensor * parallel.sequence * (parallel.data or 1)
     machine = None if gpu is None else cluster(gpu, world, gpus_per_node)
@@ -37,6 +42,7 @@ def main(
     node_memory = None if run.checkpoint.memory is None else plan.node_memory_bytes(gpus_per_node)
     if as_json:
         tree = plan.as_json() | ({} if advice is None else {"advice": advice.as_json()})
+        tree |= {} if warning is None else {"export_warning": str(warning)}
         print(json.dumps(tree | ({} if node_memory is None else {"node_memory_bytes": node_memory}), indent=1))
         return
     from tools.plan_tables import show

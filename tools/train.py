@@ -20,6 +20,7 @@ from engine.config.load import load_run
 from engine.config.place import RankPlace
 from engine.config.resolve import Layout, resolve
 from engine.config.schema.run import RunConfig
+from engine.config.twins import export_warning
 from engine.errors import EXIT_FAILURE, EnvironmentProblem, PalimpsestError
 from engine.heartbeat import Heartbeat
 from engine.outcome import Outcome
@@ -85,6 +86,8 @@ def _start(run: RunConfig, place: RankPlace) -> Layout:
 
 def _train(run: RunConfig, layout: Layout, place: RankPlace, signals: StopSignals, heart: Heartbeat) -> int:
     """Hands over to the trainer, the first import of torch; returns the exit code."""
+    if place.global_rank == 0 and (warning := export_warning(run)) is not None:
+        logs.logger(__name__).warning("%s", warning)
     try:
         with logs.phase("importing torch and DeepSpeed"):
             from engine.train.run import train

@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from engine.checkpoint.interchange.forms import Form, Problems, Theirs, one, rope_theta, ungrouped
+from engine.checkpoint.interchange.forms import Form, Theirs, one, rope_theta
+from engine.config import twins
 from engine.config.schema.model import ModelConfig
+from engine.config.twins import Problems
 from engine.errors import ConfigError
 
 
@@ -65,17 +67,6 @@ MODERN_BERT_NAMES = {
 
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
 """ModernBERT's kinds of layers."""
-_POST_NORM = {
-    "family": "bert",
-    "position": "learned",
-    "norm": "layernorm",
-    "norm_bias": True,
-    "norm_position": "post",
-    "activation": "gelu",
-    "bias": True,
-    "tie_embeddings": True,
-    "local_attention": None,
-}
 _FIELDS = {
     "vocab_size": "vocab_size",
     "num_layers": "num_hidden_layers",
@@ -96,19 +87,11 @@ def _bert_extras(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _check_bert(config: ModelConfig) -> Problems:
-    problems = ungrouped(config, "BERT")
-    if config.token_types == 0:
-        problems.append(ConfigError("model.token_types = 0", "1 or more in BERT form"))
-    return problems
-
-
 BERT = Form(
-    name="BERT",
+    twin=twins.BERT,
     model_type="bert",
     architecture="BertForPreTraining",
     names=BERT_NAMES,
-    ours=_POST_NORM | {"pair_head": True},
     theirs={
         "hidden_act": ("gelu",),
         "is_decoder": (False,),
@@ -122,23 +105,13 @@ BERT = Form(
         "norm_epsilon": "layer_norm_eps",
     },
     extras=_bert_extras,
-    check=_check_bert,
 )
-
-
-def _check_without_pairs(config: ModelConfig) -> Problems:
-    problems = _check_bert(config)
-    if config.token_types == 1:
-        problems.append(ConfigError("model.token_types = 1", "2 or more in the form of BERT without pairs"))
-    return problems
 
 
 BERT_WITHOUT_PAIRS = replace(
     BERT,
-    name="BERT without pairs",
+    twin=twins.BERT_WITHOUT_PAIRS,
     architecture="BertForMaskedLM",
-    ours=_POST_NORM | {"pair_head": False},
-    check=_check_without_pairs,
 )
 
 
@@ -147,16 +120,14 @@ def _read_roberta(theirs: Any, problems: Problems) -> dict[str, Any]:
 
 
 ROBERTA = Form(
-    name="RoBERTa",
+    twin=twins.ROBERTA,
     model_type="roberta",
     architecture="RobertaForMaskedLM",
     names=ROBERTA_NAMES,
-    ours=_POST_NORM | {"pair_head": False, "token_types": 1},
     theirs=dict(BERT.theirs) | {"type_vocab_size": (1,)},
     fields=_FIELDS | {"norm_epsilon": "layer_norm_eps"},
     extras=lambda config: _bert_extras(config) | {"type_vocab_size": 1},
     read=_read_roberta,
-    check=lambda config: ungrouped(config, "RoBERTa"),
 )
 
 
@@ -214,24 +185,14 @@ def _read_local(theirs: Any, theta: float, problems: Problems) -> dict[str, Any]
 
 
 MODERN_BERT = Form(
-    name="ModernBERT",
+    twin=twins.MODERN_BERT,
     model_type="modernbert",
     architecture="ModernBertForMaskedLM",
     names=MODERN_BERT_NAMES,
-    ours={
-        "family": "bert",
-        "position": "rope",
-        "norm": "layernorm",
-        "norm_position": "pre",
-        "activation": "geglu",
-        "token_types": 0,
-        "pair_head": False,
-    },
     theirs={"hidden_activation": ("gelu",), "classifier_activation": ("gelu",), "decoder_bias": (True,)},
     fields=_FIELDS
     | {"max_positions": "max_position_embeddings", "norm_epsilon": "norm_eps", "norm_bias": "norm_bias"}
     | {"tie_embeddings": "tie_word_embeddings"},
     extras=_modern_extras,
     read=_read_modern,
-    check=lambda config: ungrouped(config, "ModernBERT"),
 )

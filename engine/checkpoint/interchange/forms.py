@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine.config import twins
 from engine.config.schema.model import ModelConfig
-from engine.errors import ConfigError, PalimpsestError
-
-Problems = list[PalimpsestError]
+from engine.config.twins import Problems, Twin
+from engine.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -45,46 +45,33 @@ def numbered(config: ModelConfig, module: str) -> tuple[str, str]:
 class Form:
     """One of the model forms that both sides have.
 
-    `ours` are the values that `ModelConfig` must have, `theirs` the values that theirs may have, and `fields` the
-    fields that carry over (ours -> theirs).
+    `twin` says what `ModelConfig` must be, `theirs` are the values that theirs may have, and `fields` the fields that
+    carry over (ours -> theirs).
     """
 
-    name: str
+    twin: Twin
     model_type: str
     architecture: str
     """Their class with all heads that ours has."""
     names: Mapping[str, Theirs]
     """By what `key` makes of our module's name; what is named with its .weight or .bias comes before its module."""
-    ours: Mapping[str, Any]
     theirs: Mapping[str, tuple[Any, ...]]
     fields: Mapping[str, str]
     extras: Callable[[ModelConfig], dict[str, Any]]
     """What else their configuration says of ours."""
     read: Callable[[Any, Problems], dict[str, Any]] = lambda theirs, problems: {}
     """What else ours says of theirs; adds what ours cannot say to the problems."""
-    check: Callable[[ModelConfig], Problems] = lambda config: []
-    """What else keeps ours from this form."""
     key: Callable[[ModelConfig, str], tuple[str, str]] = numbered
     """The key in `names` of one of our modules, and the number of its layer among theirs."""
+
+    @property
+    def name(self) -> str:
+        return self.twin.name
 
     @property
     def after_padding(self) -> bool:
         """Whether positions are counted from the number of the padding token on."""
         return any(entry.after_padding for entry in self.names.values())
-
-
-def ungrouped(config: ModelConfig, form: str) -> Problems:
-    """The problems of a form in which every head has a key of its own and an even share of the width."""
-    even = config.hidden_size // config.num_heads
-    wanted = {
-        "num_kv_heads": (config.kv_heads, config.num_heads, " (model.num_heads)"),
-        "head_width": (config.head_size, even, ""),
-    }
-    return [
-        ConfigError(f"model.{key} = {found}", f"{value}{what} in {form} form")
-        for key, (found, value, what) in wanted.items()
-        if found != value
-    ]
 
 
 def rope_theta(rope: Mapping[str, Any] | None, problems: Problems) -> float:
@@ -125,18 +112,10 @@ LLAMA_NAMES = {
     "lm_head": one("lm_head"),
 }
 GPT2 = Form(
-    name="GPT-2",
+    twin=twins.GPT2,
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
     names=GPT2_NAMES,
-    ours={
-        "family": "gpt",
-        "position": "learned",
-        "norm": "layernorm",
-        "norm_bias": True,
-        "activation": "gelu_tanh",
-        "bias": True,
-    },
     theirs={
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
         "scale_attn_weights": (True,),
@@ -161,14 +140,12 @@ GPT2 = Form(
         "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,
     },
-    check=lambda config: ungrouped(config, "GPT-2"),
 )
 LLAMA = Form(
-    name="Llama",
+    twin=twins.LLAMA,
     model_type="llama",
     architecture="LlamaForCausalLM",
     names=LLAMA_NAMES,
-    ours={"family": "gpt", "position": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False},
     theirs={"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)},
     fields={
         "vocab_size": "vocab_size",

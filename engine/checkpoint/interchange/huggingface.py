@@ -19,6 +19,7 @@ from engine.checkpoint.interchange.foreign_model import load, read_config
 from engine.checkpoint.interchange.forms import GPT2, LLAMA, Form, Theirs
 from engine.checkpoint.interchange.t5_form import T5
 from engine.config.schema.model import ModelConfig
+from engine.config.twins import nearest
 from engine.errors import CheckpointError, ConfigError, PalimpsestError, report
 from engine.models.families import family
 from engine.parallel.sharding import ParameterSpec
@@ -156,12 +157,10 @@ def form_of(config: ModelConfig) -> Form:
     Raises:
         ConfigError: it is a mix; names the fields that keep it from the nearest form.
     """
-    wrong = {form.name: _mismatches(form, config) for form in FORMS}
-    nearest = min(FORMS, key=lambda form: len(wrong[form.name]))
-    problems = wrong[nearest.name]
+    twin, problems = nearest(config)
     if problems:
-        raise report(problems, f"Hugging Face has no twin of this model (nearest: {nearest.name})")
-    return nearest
+        raise report(problems, f"Hugging Face has no twin of this model (nearest: {twin.name})")
+    return next(form for form in FORMS if form.twin is twin)
 
 
 def our_config(theirs: PretrainedConfig, vocab_multiple: int, architecture: str = "") -> ModelConfig:
@@ -184,7 +183,7 @@ def our_config(theirs: PretrainedConfig, vocab_multiple: int, architecture: str 
     values |= form.read(theirs, problems)
     if problems:
         raise report(problems, f"this {form.name} model has no twin here")
-    return ModelConfig(**values, **form.ours, vocab_multiple=vocab_multiple)
+    return ModelConfig(**values, **form.twin.values, vocab_multiple=vocab_multiple)
 
 
 def _form_of_theirs(theirs: PretrainedConfig, architecture: str = "") -> Form | None:
@@ -192,15 +191,6 @@ def _form_of_theirs(theirs: PretrainedConfig, architecture: str = "") -> Form | 
     forms = [form for form in FORMS if form.model_type == theirs.model_type]
     said = [architecture, *(theirs.architectures or [])]
     return next((form for form in forms if form.architecture in said), forms[0] if forms else None)
-
-
-def _mismatches(form: Form, config: ModelConfig) -> list[PalimpsestError]:
-    problems: list[PalimpsestError] = [
-        ConfigError(f"model.{key} = {getattr(config, key)}", f"{value} in {form.name} form")
-        for key, value in form.ours.items()
-        if getattr(config, key) != value
-    ]
-    return problems + form.check(config)
 
 
 def _their_config(form: Form, config: ModelConfig, padding_id: int | None) -> PretrainedConfig:

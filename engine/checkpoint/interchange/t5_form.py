@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.checkpoint.interchange.forms import Form, Problems, Theirs, numbered, one
+from engine.checkpoint.interchange.forms import Form, Theirs, numbered, one
+from engine.config import twins
 from engine.config.schema.model import ModelConfig
+from engine.config.twins import T5_ACTIVATIONS, Problems
 from engine.errors import ConfigError
 
-ACTIVATIONS = {"relu": "relu", "geglu_tanh": "gated-gelu"}
-"""Ours -> theirs."""
 MAX_POSITIONS = 512
 """Theirs have no longest length; that which the published models were trained with."""
 
@@ -56,22 +56,13 @@ def _key(config: ModelConfig, module: str) -> tuple[str, str]:
     return key.replace("layers.", f"{stack}.", 1), str(own)
 
 
-def _check(config: ModelConfig) -> Problems:
-    problems: Problems = []
-    if config.activation not in ACTIVATIONS:
-        problems.append(
-            ConfigError(f"model.activation = {config.activation}", f"{' or '.join(ACTIVATIONS)} in T5 form")
-        )
-    return problems
-
-
 def _extras(config: ModelConfig) -> dict[str, Any]:
     return {
         "num_layers": config.num_encoder_layers,
         "num_decoder_layers": config.num_layers - config.num_encoder_layers,
         "d_kv": config.head_size,
         "d_ff": config.inner_size,
-        "feed_forward_proj": ACTIVATIONS[config.activation],
+        "feed_forward_proj": T5_ACTIVATIONS[config.activation],
         "tie_word_embeddings": config.tie_embeddings,
         "n_positions": config.max_positions,
         "dropout_rate": 0.0,
@@ -79,7 +70,7 @@ def _extras(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read(theirs: Any, problems: Problems) -> dict[str, Any]:
-    ours = {name: activation for activation, name in ACTIVATIONS.items()}
+    ours = {name: activation for activation, name in T5_ACTIVATIONS.items()}
     if theirs.feed_forward_proj not in ours:
         problems.append(ConfigError(f"feed_forward_proj = {theirs.feed_forward_proj!r}", " or ".join(map(repr, ours))))
     even = theirs.d_model // theirs.num_heads
@@ -94,11 +85,10 @@ def _read(theirs: Any, problems: Problems) -> dict[str, Any]:
 
 
 T5 = Form(
-    name="T5",
+    twin=twins.T5,
     model_type="t5",
     architecture="T5ForConditionalGeneration",
     names=T5_NAMES,
-    ours={"family": "t5", "position": "relative", "norm": "rmsnorm", "norm_bias": True, "bias": False},
     theirs={},
     fields={
         "vocab_size": "vocab_size",
@@ -111,6 +101,5 @@ T5 = Form(
     },
     extras=_extras,
     read=_read,
-    check=_check,
     key=_key,
 )

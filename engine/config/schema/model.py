@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from engine.config.schema.section import Kind, Section
 
+_DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("bert", "learned"): {"token_types": 2, "norm_position": "post", "activation": "gelu"},
+    ("bert", "rope"): {"activation": "geglu"},
+    ("t5", "relative"): {"norm": "rmsnorm", "activation": "relu", "bias": False},
+}
+"""Defaults by family and position where they are not those of GPT-2, so that a family alone is a form that Hugging
+Face's library has, too: BERT, ModernBERT, T5 v1.0."""
+
 
 class ModelConfig(Section):
-    """A decoder in GPT-2 form (the defaults) or Llama form, an encoder in BERT or ModernBERT form, or T5 (see
-    `configs/models`)."""
+    """A decoder in GPT-2 or Llama form, an encoder in BERT, RoBERTa or ModernBERT form, or T5 (see `configs/models`).
+
+    The defaults shown are GPT-2's; `_DEFAULTS` has what other families have instead.
+    """
 
     kinds: ClassVar[dict[str, Kind]] = {"vocab_multiple": "execution"}
 
@@ -41,7 +51,8 @@ class ModelConfig(Section):
     pair_head: bool = False
     """`bert`: a second head says how the two segments of a row belong together (`objective.pairs`)."""
     position: Literal["learned", "rope", "relative"] = "learned"
-    """`relative` (`t5`): a number per head and bucket of distances is added to scores, which are not scaled."""
+    """`relative` (`t5`, and its default): a number per head and bucket of distances is added to scores, which are not
+    scaled."""
     rope_theta: PositiveFloat = 10000.0
     local_attention: int | None = Field(default=None, ge=2, multiple_of=2)
     """`bert`: width of a window: in local layers a token sees what stands at most half of it away, on either side.
@@ -74,6 +85,17 @@ class ModelConfig(Section):
     attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """The same of attention's probabilities; above 0 they are computed one by one, which costs time and memory."""
     init_std: PositiveFloat = 0.02
+
+    @model_validator(mode="before")
+    @classmethod
+    def _family_defaults(cls, given: Any) -> Any:
+        """Fill in the keys that were not given and whose default depends on the family."""
+        if not isinstance(given, dict):
+            return given
+        family = given.get("family")
+        position = given.get("position", "relative" if family == "t5" else "learned")
+        known = isinstance(family, str) and isinstance(position, str)
+        return {"position": position, **(_DEFAULTS.get((family, position), {}) if known else {}), **given}
 
     @property
     def padded_vocab_size(self) -> int:

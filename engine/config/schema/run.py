@@ -64,6 +64,7 @@ class RunConfig(Section):
         "folder": "execution",
         "tokenizer": "execution",
         "checks": "execution",
+        "export": "execution",
     }
 
     name: str = "run"
@@ -85,3 +86,6 @@ class RunConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     checks: bool = False
     """Hold the invariants of parallel training after every step: equal copies are equal, gradients are cleared."""
+    export: Literal["huggingface", "none"] = "huggingface"
+    """Where the trained model is meant to go. `plan` and `train` warn where it has no twin there; `none` silences it.
+    """

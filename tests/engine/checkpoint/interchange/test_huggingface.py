@@ -187,7 +187,7 @@ def test_every_field_of_the_model_is_carried_or_named():
         "bias",
     }  # refused where not equal, or read by a function
     for form, rest in without_meaning:
-        assert {*form.fields, *form.ours, *read, *rest, *neither} == set(ModelConfig.model_fields), form.name
+        assert {*form.fields, *form.twin.values, *read, *rest, *neither} == set(ModelConfig.model_fields), form.name
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,153 @@
+"""The shapes of models that Hugging Face's library computes, too: what an export demands of the model's keys.
+
+No torch and no library of theirs, so that `plan` and the start of a run tell what `convert` would refuse. The names of
+parameters and fields on their side are in `engine.checkpoint.interchange`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.config.schema.model import ModelConfig
+from engine.config.schema.run import RunConfig
+from engine.errors import ConfigError, PalimpsestError
+
+Problems = list[PalimpsestError]
+T5_ACTIVATIONS = {"relu": "relu", "geglu_tanh": "gated-gelu"}
+"""Ours -> theirs."""
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A form of model that both sides compute: the values that the model's keys must have."""
+
+    name: str
+    values: Mapping[str, Any]
+    even_heads: bool = True
+    """Every head has keys of its own and an even share of the width."""
+    choices: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
+    """Further keys, and the test that their values must pass."""
+    allowed: Mapping[str, str] = field(default_factory=dict)
+    """The values that pass, in words."""
+
+    def mismatches(self, model: ModelConfig) -> Problems:
+        """Every key that keeps a model from this form."""
+        wrong = [(key, str(value)) for key, value in self.values.items() if getattr(model, key) != value]
+        wrong += [(key, self.allowed[key]) for key, passes in self.choices.items() if not passes(getattr(model, key))]
+        problems: Problems = [
+            ConfigError(f"model.{key} = {getattr(model, key)}", f"{allowed} in {self.name} form")
+            for key, allowed in wrong
+        ]
+        return problems + (_uneven(model, self.name) if self.even_heads else [])
+
+
+def _uneven(model: ModelConfig, form: str) -> Problems:
+    even = model.hidden_size // model.num_heads
+    found = {
+        "num_kv_heads": (model.kv_heads, model.num_heads, " (model.num_heads)"),
+        "head_width": (model.head_size, even, ""),
+    }
+    return [
+        ConfigError(f"model.{key} = {value}", f"{wanted}{what} in {form} form")
+        for key, (value, wanted, what) in found.items()
+        if value != wanted
+    ]
+
+
+GPT2 = Twin(
+    name="GPT-2",
+    values={
+        "family": "gpt",
+        "position": "learned",
+        "norm": "layernorm",
+        "norm_bias": True,
+        "activation": "gelu_tanh",
+        "bias": True,
+    },
+)
+LLAMA = Twin(
+    name="Llama",
+    values={"family": "gpt", "position": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False},
+    even_heads=False,
+)
+_POST_NORM = {
+    "family": "bert",
+    "position": "learned",
+    "norm": "layernorm",
+    "norm_bias": True,
+    "norm_position": "post",
+    "activation": "gelu",
+    "bias": True,
+    "tie_embeddings": True,
+    "local_attention": None,
+}
+BERT = Twin(
+    name="BERT",
+    values=_POST_NORM | {"pair_head": True},
+    choices={"token_types": lambda count: count >= 1},
+    allowed={"token_types": "1 or more"},
+)
+BERT_WITHOUT_PAIRS = Twin(
+    name="BERT without pairs",
+    values=_POST_NORM | {"pair_head": False},
+    choices={"token_types": lambda count: count >= 2},
+    allowed={"token_types": "2 or more"},
+)
+ROBERTA = Twin(name="RoBERTa", values=_POST_NORM | {"pair_head": False, "token_types": 1})
+MODERN_BERT = Twin(
+    name="ModernBERT",
+    values={
+        "family": "bert",
+        "position": "rope",
+        "norm": "layernorm",
+        "norm_position": "pre",
+        "activation": "geglu",
+        "token_types": 0,
+        "pair_head": False,
+    },
+)
+T5 = Twin(
+    name="T5",
+    values={"family": "t5", "position": "relative", "norm": "rmsnorm", "norm_bias": True, "bias": False},
+    even_heads=False,
+    choices={"activation": lambda name: name in T5_ACTIVATIONS},
+    allowed={"activation": " or ".join(T5_ACTIVATIONS)},
+)
+TWINS = (GPT2, LLAMA, BERT, BERT_WITHOUT_PAIRS, ROBERTA, MODERN_BERT, T5)
+
+_STRUCTURE = ("family", "position", "pair_head")
+"""What decides which form a mix is nearest to, in this order, before the number of keys that differ."""
+
+
+def nearest(model: ModelConfig) -> tuple[Twin, Problems]:
+    """The form that a model is of, or the nearest one, and the keys that keep the model from it."""
+    wrong = {twin.name: twin.mismatches(model) for twin in TWINS}
+
+    def distance(twin: Twin) -> tuple[Any, ...]:
+        differs = [getattr(model, key) != twin.values.get(key, getattr(model, key)) for key in _STRUCTURE]
+        return (*differs, len(wrong[twin.name]))
+
+    found = min(TWINS, key=distance)
+    return found, wrong[found.name]
+
+
+def export_warning(run: RunConfig) -> ConfigError | None:
+    """Return what to tell of a run whose model cannot be exported: the keys that are why; None where it can, or need
+    not.
+    """
+    twin, problems = nearest(run.model)
+    if run.export == "none" or not problems:
+        return None
+    return ConfigError(
+        "this model cannot be exported to Hugging Face, whose library has no twin of it: "
+        + ", ".join(problem.wrong for problem in problems),
+        f"in {twin.name} form, the nearest: "
+        + ", ".join(f"{_key(problem)} {problem.allowed.removesuffix(f' in {twin.name} form')}" for problem in problems),
+        "change these keys before you train, or set export=none if the model need not leave",
+    )
+
+
+def _key(problem: PalimpsestError) -> str:
+    return problem.wrong.partition(" = ")[0]
