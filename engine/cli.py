@@ -8,6 +8,7 @@ own. What a sub-command raises as `PalimpsestError` is printed on standard error
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 from engine import __version__
 from engine.errors import EXIT_DONE, ConfigError, PalimpsestError
+from engine.output import lenient
 
 EXIT_INTERRUPTED = 130
 """What shells use for a command that ended by Ctrl-C: 128 + SIGINT."""
@@ -41,13 +43,20 @@ COMMANDS = {
     "generate": Command("tools.generate:main", "Continue a prompt."),
 }
 
+OUTLIVE_TERMINAL = ("train", "launch")
+"""Commands that go on, or save and stop, where their output cannot be written."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command line (default: this process's) and returns its exit code; never raises SystemExit."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = _skip_local_rank(list(sys.argv[1:] if arguments is None else arguments))
+    with lenient() if set(arguments[:1]) & set(OUTLIVE_TERMINAL) else contextlib.nullcontext():
+        return _main(arguments)
+
+
+def _main(arguments: list[str]) -> int:
     name = ""
     try:
-        arguments = _skip_local_rank(arguments)
         if not arguments or arguments[0] in ("--help", "-h"):
             print(overview())
             return EXIT_DONE

@@ -17,7 +17,7 @@ from engine.config.objective import check_objective
 from engine.config.pipeline import check_gather_within, check_pipeline, check_zero
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.parallel import ParallelConfig
-from engine.config.schema.run import RunConfig
+from engine.config.schema.run import LaunchConfig, RunConfig
 from engine.config.schema.stage import RunStage
 from engine.errors import ConfigError, PalimpsestError, report
 
@@ -74,6 +74,7 @@ def check(config: RunConfig) -> list[PalimpsestError]:
     check_optimizer(config, problems)
     check_stability(config, problems)
     check_keeping(config, problems)
+    _check_limits(config.launch, problems)
     for index, stage in enumerate(config.stages):
         check_time(f"stages.{index}", stage, config, problems)
         _check_stage(index, stage, config.model, problems)
@@ -95,6 +96,22 @@ def num_micro_batches(batch_size: int, parallel: ParallelConfig, data_size: int)
     """Micro-batches that each data rank runs in a step of so many samples; what is missing in the last ones are rows
     of weight 0 (`elastic.pad_batch`)."""
     return -(-batch_size // (parallel.micro_batch_size * data_size))
+
+
+def _check_limits(launch: LaunchConfig, problems: list[PalimpsestError]) -> None:
+    """What one rank may take to start or to save, the others must be able to wait for."""
+    longest = max(launch.start_limit_seconds, launch.save_limit_seconds)
+    if launch.collective_limit_seconds <= longest:
+        problems.append(
+            ConfigError(
+                f"launch.collective_limit_seconds = {launch.collective_limit_seconds:g} with "
+                f"launch.start_limit_seconds = {launch.start_limit_seconds:g} and "
+                f"launch.save_limit_seconds = {launch.save_limit_seconds:g}: ranks would give up waiting for one that "
+                "starts or saves",
+                f"more than {longest:g} seconds",
+                "raise launch.collective_limit_seconds, or lower the other two",
+            )
+        )
 
 
 def _check_parallel(config: RunConfig, problems: list[PalimpsestError]) -> None:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ import torch.distributed as dist
 
 from engine.config.place import RankPlace
 from engine.config.resolve import Layout
+from engine.config.schema.run import LaunchConfig
 from engine.errors import EnvironmentProblem
 from engine.parallel.axes import Axis, Coordinates, Grid
 
-TIMEOUT_SECONDS = 600.0
-"""After which a collective that not all ranks have reached is an error."""
+LIMIT_SECONDS = LaunchConfig().collective_limit_seconds
+"""The default of `launch.collective_limit_seconds`, after which a collective that not all ranks reach is an error."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Groups:
         return self.coordinates.stage == self.layout.pipe - 1
 
 
-def connect(place: RankPlace, device: torch.device, store: Any = None) -> None:
+def connect(place: RankPlace, device: torch.device, store: Any = None, limit_seconds: float = LIMIT_SECONDS) -> None:
     """Meets the other ranks: makes the default process group (NCCL on CUDA, else gloo). Collective over the world.
 
     Without a `store` the ranks meet at `place.master_addr`, and a world of one at no address at all.
@@ -90,7 +92,6 @@ def connect(place: RankPlace, device: torch.device, store: Any = None) -> None:
     """
     if place.master_addr in ("127.0.0.1", "localhost", "::1"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    timeout = timedelta(seconds=TIMEOUT_SECONDS)
     if store is None and place.world_size == 1:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     try:
@@ -100,7 +101,7 @@ def connect(place: RankPlace, device: torch.device, store: Any = None) -> None:
             store=store,
             rank=place.global_rank,
             world_size=place.world_size,
-            timeout=timeout,
+            timeout=timedelta(seconds=limit_seconds),
         )
     except (RuntimeError, ValueError) as error:
         raise EnvironmentProblem(
@@ -123,33 +124,36 @@ def join(
     tied_stages: Iterable[tuple[int, ...]] = (),
     virtual_stages: int = 1,
     gather_within: int | None = None,
+    limit_seconds: float = LIMIT_SECONDS,
 ) -> Groups:
     """Makes all groups of the layout. Collective over the world, after `connect`.
 
     `tied_stages` are the sets of stages that hold a weight together (`engine.plan.cut.tied_stages`), `virtual_stages`
-    the chunks of each stage, `gather_within` the ranks of a second copy of ZeRO-3's weights.
+    the chunks of each stage, `gather_within` the ranks of a second copy of ZeRO-3's weights, `limit_seconds` what a
+    collective of a group may take.
 
     Every rank makes every group in the same order, as `torch.distributed.new_group` wants it.
     """
     grid = Grid(layout)
+    make = partial(_make, global_rank=global_rank, limit_seconds=limit_seconds)
 
     def mine(*axes: Axis) -> Group:
-        return _make(grid.groups(*axes), global_rank)
+        return make(grid.groups(*axes))
 
     pipe_lines = grid.groups("pipe")
     ties = [
-        (stages, _make([[line[stage] for stage in stages] for line in pipe_lines], global_rank, strict=False))
+        (stages, make([[line[stage] for stage in stages] for line in pipe_lines], strict=False))
         for stages in sorted(set(tied_stages))
     ]
     near = None
     if gather_within is not None:
         lines = grid.groups("data", "sequence")
         cuts = range(0, len(lines[0]), gather_within)
-        near = _make([line[first : first + gather_within] for line in lines for first in cuts], global_rank)
-    pipe, pipe_backward = _make(pipe_lines, global_rank), _make(pipe_lines, global_rank)
+        near = make([line[first : first + gather_within] for line in lines for first in cuts])
+    pipe, pipe_backward = make(pipe_lines), make(pipe_lines)
     wrap, wrap_backward = pipe, pipe_backward
     if virtual_stages > 1:
-        wrap, wrap_backward = _make(pipe_lines, global_rank), _make(pipe_lines, global_rank)
+        wrap, wrap_backward = make(pipe_lines), make(pipe_lines)
     return Groups(
         layout=layout,
         grid=grid,
@@ -169,22 +173,24 @@ def join(
     )
 
 
-def join_lines(lines: Iterable[tuple[int, ...]], global_rank: int) -> list[Group | None]:
+def join_lines(
+    lines: Iterable[tuple[int, ...]], global_rank: int, limit_seconds: float = LIMIT_SECONDS
+) -> list[Group | None]:
     """Groups for tensors in host memory (gloo, whatever the world's backend), in the order given; None for those that
     this rank is not in. Collective over the world, after `connect`."""
     groups = []
     for line in lines:
         ranks = tuple(sorted(line))
-        handle = dist.new_group(list(ranks), timeout=timedelta(seconds=TIMEOUT_SECONDS), backend="gloo")
+        handle = dist.new_group(list(ranks), timeout=timedelta(seconds=limit_seconds), backend="gloo")
         groups.append(Group(ranks, ranks.index(global_rank), handle) if global_rank in ranks else None)
     return groups
 
 
-def _make(families: list[list[int]], global_rank: int, strict: bool = True) -> Any:
+def _make(families: list[list[int]], global_rank: int, limit_seconds: float, strict: bool = True) -> Any:
     """The group of `families` that holds this rank; all of them are made, single ranks too (DeepSpeed wants them)."""
     own = None
     for ranks in families:
-        handle = dist.new_group(ranks, timeout=timedelta(seconds=TIMEOUT_SECONDS))
+        handle = dist.new_group(ranks, timeout=timedelta(seconds=limit_seconds))
         if global_rank in ranks:
             own = Group(tuple(ranks), ranks.index(global_rank), handle)
     assert own is not None or not strict

@@ -91,7 +91,8 @@ def join_groups(config: RunConfig, layout: Layout, global_rank: int) -> Groups:
     """The groups of a rank, those of the model's tied weights among them. Collective over the world."""
     parallel = config.parallel
     tied = _tied_stages(config, layout).values()
-    return join(layout, global_rank, tied, parallel.virtual_stages, parallel.gather_within)
+    limit_seconds = config.launch.collective_limit_seconds
+    return join(layout, global_rank, tied, parallel.virtual_stages, parallel.gather_within, limit_seconds)
 
 
 def stage_chunks(config: RunConfig, groups: Groups) -> list[Chunk]:

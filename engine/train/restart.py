@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from engine.checkpoint import document
@@ -29,7 +30,7 @@ from engine.data.loader import Loader
 from engine.errors import CheckpointError, ConfigError, EnvironmentProblem
 from engine.logs import logger
 from engine.parallel.agreement import on_first
-from engine.parallel.groups import Groups
+from engine.parallel.groups import Groups, join_lines
 from engine.parallel.state import Piece
 from engine.parallel.zero import StageEngine
 from engine.train.lock import FolderLock
@@ -60,7 +61,8 @@ class Restarts:
         self._lock = FolderLock(config.folder)
         self._saver = Saver(self.folder, groups, self._prune)
         memory = config.checkpoint.memory
-        self._memory = NodeStore(memory.folder, config.folder, groups, place) if memory else None
+        connect = partial(join_lines, limit_seconds=config.launch.collective_limit_seconds)
+        self._memory = NodeStore(memory.folder, config.folder, groups, place, connect) if memory else None
         self._job_before = place.job
 
     def claim(self) -> None:

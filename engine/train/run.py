@@ -32,7 +32,7 @@ def train(config: RunConfig, layout: Layout, place: RankPlace, signals: StopSign
     """
     device = choose_device(place)
     with phase(f"meeting {place.world_size - 1} other ranks"):
-        connect(place, device)
+        connect(place, device, limit_seconds=config.launch.collective_limit_seconds)
     with phase("starting DeepSpeed"):
         zero.start(device)
     with phase("making the groups of ranks"):

@@ -34,6 +34,9 @@ class LaunchConfig(Section):
     """The same while a run starts or loads, and in its first steps."""
     save_limit_seconds: PositiveFloat = 1800.0
     """The same while a checkpoint is saved, and at the end."""
+    collective_limit_seconds: float = Field(default=3600.0, gt=0, le=1e8)
+    """How long a rank waits for the others, when they meet and in a collective. Longer than `start_limit_seconds` and
+    `save_limit_seconds`: what one rank is allowed, the others must wait for."""
 
 
 class EvaluationConfig(Section):

@@ -56,6 +56,19 @@ def test_micro_batches() -> None:
     [
         (["model.num_heads=5"], 1, "model.num_heads = 5 does not divide model.hidden_size = 64", "1, 2, 4, 8"),
         (
+            ["launch.collective_limit_seconds=1800"],
+            1,
+            "launch.collective_limit_seconds = 1800 with launch.start_limit_seconds = 1800 and "
+            "launch.save_limit_seconds = 1800",
+            "more than 1800 seconds",
+        ),
+        (
+            ["launch.save_limit_seconds=4000"],
+            1,
+            "launch.collective_limit_seconds = 3600 with",
+            "more than 4000 seconds",
+        ),
+        (
             ["model.num_kv_heads=3"],
             1,
             "model.num_kv_heads = 3 does not divide model.num_heads = 4",
