@@ -2,7 +2,7 @@
 
 Invariant: no byte of a file is handed out, nor given to a decompressor, before its size and its whole hash have been
 compared with the index (a truncated memory map would end the process with a bus error). What is unpacked is compared
-again: the array's own hash must hold, too.
+again: the array's own hash must hold, too. A file that has changed since its hash was compared is compared again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import zstandard
 
 from engine.data.shards.damage import DamagedShard
 from engine.data.shards.index import PREPARE_AGAIN, ArrayFile
+from engine.data.shards.open_shards import too_many_files
 from engine.errors import DataError
 
 _BLOCK_BYTES = 1 << 18
@@ -23,22 +24,27 @@ _BLOCK_BYTES = 1 << 18
 _RIGHTS = "check the file's rights"
 
 
-def open_array(folder: Path, array: ArrayFile, is_verified: bool = False) -> np.ndarray:
-    """(length,) the array in its little-endian dtype, read-only.
+Identity = tuple[int, int, int, int]
+"""Device, inode, size and time of the last change of a file (ns): equal as long as nobody wrote to it."""
 
-    `is_verified`: this process has compared the hash of the file before. Raises `DamagedShard` where the file is
-    missing, of another size, or holds other bytes than were written, `DataError` where it cannot be read.
+
+def open_array(folder: Path, array: ArrayFile, verified: Identity | None = None) -> tuple[np.ndarray, Identity]:
+    """(length,) the array in its little-endian dtype, read-only; and the file's identity, now that it is verified.
+
+    `verified` is the identity that the file had when this process compared its hash before, or None. Raises
+    `DamagedShard` where the file is missing, of another size, or holds other bytes than were written, `DataError`
+    where it cannot be read.
     """
     path = folder / array.file
-    _check_size(path, array)
+    found = _check_size(path, array)
     dtype = np.dtype(array.dtype).newbyteorder("<")
     if array.compressed is not None:
-        return np.frombuffer(_unpacked(path, array), dtype)
-    if not is_verified:
+        return np.frombuffer(_unpacked(path, array), dtype), found
+    if found != verified:
         _check_hash(path, array)
     if array.length == 0:  # an empty file cannot be mapped
-        return np.empty(0, dtype)
-    return _mapped(path, array, dtype)
+        return np.empty(0, dtype), found
+    return _mapped(path, array, dtype), found
 
 
 def hash_file(path: Path, offset: int = 0, num_bytes: int | None = None) -> str:
@@ -62,19 +68,20 @@ def _mapped(path: Path, array: ArrayFile, dtype: np.dtype) -> np.ndarray:
                 file.fileno(), before + array.bytes, access=mmap.ACCESS_READ, offset=array.offset - before
             )
     except OSError as error:
-        raise DataError(f"shard {path} cannot be read: {error.strerror}", remedy=_RIGHTS) from error
+        raise _unreadable(path, error) from error
     return np.frombuffer(found, dtype, array.length, before)
 
 
-def _check_size(path: Path, array: ArrayFile) -> None:
+def _check_size(path: Path, array: ArrayFile) -> Identity:
     try:
-        found = path.stat().st_size - array.offset
+        status = path.stat()
     except FileNotFoundError:
         raise DamagedShard(
             f"shard {path} is missing", f"a file of {array.stored_bytes:,} bytes", PREPARE_AGAIN
         ) from None
     except OSError as error:
-        raise DataError(f"shard {path} cannot be read: {error.strerror}", remedy=_RIGHTS) from error
+        raise _unreadable(path, error) from error
+    found = status.st_size - array.offset
     if found < array.stored_bytes or (found > array.stored_bytes and not array.is_stretch):
         what = "truncated" if found < array.stored_bytes else "longer than it was written"
         how = array.dtype if array.compressed is None else f"{array.dtype}, as {array.compressed.method}"
@@ -83,13 +90,14 @@ def _check_size(path: Path, array: ArrayFile) -> None:
             f"{array.stored_bytes:,} bytes ({array.length:,} x {how})",
             PREPARE_AGAIN,
         )
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _check_hash(path: Path, array: ArrayFile) -> None:
     try:
         found = hash_file(path, array.offset, array.bytes)
     except OSError as error:
-        raise DataError(f"shard {path} cannot be read: {error.strerror}", remedy=_RIGHTS) from error
+        raise _unreadable(path, error) from error
     if found != array.xxh3:
         raise _damaged(path, found, array.xxh3)
 
@@ -101,7 +109,7 @@ def _unpacked(path: Path, array: ArrayFile) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"shard {path} cannot be read: {error.strerror}", remedy=_RIGHTS) from error
+        raise _unreadable(path, error) from error
     if (found := xxhash.xxh3_128_hexdigest(content)) != packed.xxh3:
         raise _damaged(path, found, packed.xxh3)
     try:
@@ -113,6 +121,10 @@ def _unpacked(path: Path, array: ArrayFile) -> bytes:
     if (found := xxhash.xxh3_128_hexdigest(plain)) != array.xxh3:
         raise _damaged(path, f"{found} unpacked", array.xxh3)
     return plain
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return too_many_files(error) or DataError(f"shard {path} cannot be read: {error.strerror}", remedy=_RIGHTS)
 
 
 def _damaged(path: Path, found: str, expected: str) -> DamagedShard:

@@ -7,20 +7,24 @@ end with a process is a lock on an open file (flock), which the system takes bac
 - `NAME.partial`, locked exclusively, is being fetched; unlocked, it was left by a process that died, and goes;
 - `NAME`, locked shared, is in use, and is never evicted. It is put in place in one move, when its content is verified.
 
-Invariant: the sizes of all files add up to the limit at most; a claim takes its whole size at once. What a file is
-called and when it is right is the business of `engine.data.shards.remote`. The folder must lie on a disk of this node.
+Invariants: the sizes of all files add up to the limit at most; a claim takes its whole size at once, on the disk, too.
+Nobody waits for room while it holds a file (`before_wait`), and a fetch waits for nothing but the store, so processes
+that share the folder never wait for each other for ever, however small the limit is. What a file is called and when it
+is right is the business of `engine.data.shards.remote`. The folder must lie on a disk of this node.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from engine.data.shards.open_shards import too_many_files
 from engine.errors import DataError
 
 PARTIAL = ".partial"
@@ -28,6 +32,10 @@ LOCK = ".lock"
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.05, 2.0
 _PATIENCE_SECONDS = 600.0
 """How long a full cache is waited for: as long as other ranks take to end their step, at the most."""
+_UNTOUCHED_NS = 10**18
+"""Time of the last change of a file that nobody wrote to since it was put in place (2001-09-09). Any write sets another
+one, however soon it comes, so a changed file is told from the one that was verified."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ShardCache:
@@ -44,11 +52,19 @@ class ShardCache:
                 f"the cache {folder} cannot be made: {error.strerror}", "a writable folder", "change data.cache.folder"
             ) from error
 
-    def open(self, name: str, num_bytes: int, fetch: Callable[[BinaryIO], None]) -> BinaryIO:
+    def open(
+        self,
+        name: str,
+        num_bytes: int,
+        fetch: Callable[[BinaryIO], None],
+        before_wait: Callable[[], None] = lambda: None,
+    ) -> BinaryIO:
         """The file, held until it is closed; `fetch` writes and verifies it where it is not there.
 
+        `before_wait` is called before the process waits for room: it closes the files that the process holds.
+
         Raises:
-            DataError: what `fetch` raises; or there is no room, since all that is there is in use.
+            DataError: what `fetch` raises; the disk is full; or there is no room, since all that is there is in use.
         """
         waited, pause = 0.0, _FIRST_WAIT_SECONDS
         while True:
@@ -64,20 +80,42 @@ class ShardCache:
                     f"data.cache.bytes above {self.limit_bytes:,}",
                     "make it larger: two windows of shards, and one more for ranks that are ahead",
                 )
+            before_wait()
             self._sleep(pause)
             waited, pause = waited + pause, min(2 * pause, _LONGEST_WAIT_SECONDS)
 
     def open_now(self, name: str, num_bytes: int, fetch: Callable[[BinaryIO], None]) -> BinaryIO | None:
         """As `open`, but None where another process is fetching the file or there is no room."""
         while True:
-            if (held := self._hold(name)) is not None:
-                return held
-            claimed = self._claim(name, num_bytes)
-            if claimed is None:
-                if (self.folder / name).exists():
-                    continue  # placed in between
-                return None
-            return self._fetch(name, claimed, fetch)
+            with self._naming(num_bytes):
+                if (held := self._hold(name)) is not None:
+                    return held
+                claimed = self._claim(name, num_bytes)
+                if claimed is None:
+                    if (self.folder / name).exists():
+                        continue  # placed in between
+                    return None
+            return self._fetch(name, claimed, num_bytes, fetch)
+
+    def unwritable(self, error: OSError, num_bytes: int) -> DataError:
+        """The error of a file of so many bytes that cannot be written into the cache."""
+        if error.errno not in _FULL:
+            return too_many_files(error) or DataError(
+                f"the cache {self.folder} cannot be used: {error.strerror or error}",
+                "a folder on a disk of this node that can be read and written",
+                "look at the disk and the folder's rights, or change data.cache.folder",
+            )
+        try:
+            free = os.statvfs(self.folder)
+            left = f"{free.f_bavail * free.f_frsize:,} are free"
+        except OSError:
+            left = "it is full"
+        return DataError(
+            f"the disk of the cache {self.folder} has no room for a shard of {num_bytes:,} bytes: {left}",
+            f"room for data.cache.bytes = {self.limit_bytes:,}",
+            "free some of the disk, make data.cache.bytes smaller (two windows of shards at least), or change "
+            "data.cache.folder",
+        )
 
     def discard(self, name: str) -> None:
         """Takes a file out, whoever holds it: it has been damaged on this disk."""
@@ -101,17 +139,21 @@ class ShardCache:
         if not os.fstat(file.fileno()).st_nlink:  # evicted between the two calls
             file.close()
             return None
-        os.utime(self.folder / name)  # what was used last is evicted last
+        status = os.fstat(file.fileno())
+        with suppress(PermissionError):  # another user's file
+            os.utime(file.fileno(), ns=(time.time_ns(), status.st_mtime_ns))  # what was used last is evicted last
         return file
 
-    def _fetch(self, name: str, file: BinaryIO, fetch: Callable[[BinaryIO], None]) -> BinaryIO:
+    def _fetch(self, name: str, file: BinaryIO, num_bytes: int, fetch: Callable[[BinaryIO], None]) -> BinaryIO:
         partial = self.folder / (name + PARTIAL)
         try:
             fetch(file)
-            file.flush()
-            os.fsync(file.fileno())
-            with self._alone():
-                partial.rename(self.folder / name)
+            with self._naming(num_bytes):
+                file.flush()
+                os.fsync(file.fileno())
+                os.utime(file.fileno(), ns=(time.time_ns(), _UNTOUCHED_NS))
+                with self._alone():
+                    partial.rename(self.folder / name)
         except BaseException:
             partial.unlink(missing_ok=True)
             file.close()
@@ -135,10 +177,34 @@ class ShardCache:
             self._sweep()
             if partial.exists() or not self._make_room(num_bytes):
                 return None
+            return self._reserve(partial, num_bytes)
+
+    def _reserve(self, partial: Path, num_bytes: int) -> BinaryIO | None:
+        """The partial file, of its whole size on the disk; what is not in use makes room for it there. None where
+        files are in use that may make room later.
+
+        Raises:
+            DataError: the disk is full, and no file of the cache takes any of it.
+        """
+        while True:
             file = partial.open("x+b")
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.truncate(num_bytes)
-            return file
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                _allocate(file, num_bytes)
+                return file
+            except OSError as error:
+                partial.unlink()
+                file.close()
+                if error.errno not in _FULL:
+                    raise
+                if not self._evict_one():
+                    if not self._files():
+                        raise self.unwritable(error, num_bytes) from error
+                    return None
+
+    def _evict_one(self) -> bool:
+        """Evicts the file that was unused for longest; whether there was one that is not in use."""
+        return any(_remove_unheld(path) for path, _, _ in self._by_use())
 
     def _wait_for_fetch(self, name: str) -> bool:
         """Returns when nobody is fetching the file any more; false where nobody was."""
@@ -157,12 +223,15 @@ class ShardCache:
     def _make_room(self, num_bytes: int) -> bool:
         """Evicts what is not in use, longest unused first, until `num_bytes` fit; whether they do."""
         left = self.limit_bytes - num_bytes - self._used_bytes()
-        for path, size, _ in sorted(self._files(), key=lambda item: item[2]):
+        for path, size, _ in self._by_use():
             if left >= 0:
                 break
-            if path.suffix != PARTIAL:
-                left += size * _remove_unheld(path)
+            left += size * _remove_unheld(path)
         return left >= 0
+
+    def _by_use(self) -> list[tuple[Path, int, int]]:
+        """(path, bytes, when last used) of the files that are in place, the longest unused first."""
+        return sorted((item for item in self._files() if item[0].suffix != PARTIAL), key=lambda item: item[2])
 
     def _files(self) -> list[tuple[Path, int, int]]:
         """(path, bytes, when last used) of every file."""
@@ -173,14 +242,33 @@ class ShardCache:
                     status = entry.stat()
                 except FileNotFoundError:
                     continue
-                found.append((Path(entry.path), status.st_size, status.st_mtime_ns))
+                found.append((Path(entry.path), status.st_size, status.st_atime_ns))
         return found
+
+    @contextmanager
+    def _naming(self, num_bytes: int) -> Iterator[None]:
+        """Turns what the system refuses inside into an error about the cache."""
+        try:
+            yield
+        except OSError as error:
+            raise self.unwritable(error, num_bytes) from error
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         with (self.folder / LOCK).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _allocate(file: BinaryIO, num_bytes: int) -> None:
+    """Takes the file's whole size on the disk now, so that no write of it finds the disk full. Raises `OSError`."""
+    file.truncate(num_bytes)
+    if num_bytes:
+        try:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # a file system that has no such call
+                raise
 
 
 def _remove_unheld(path: Path) -> bool:

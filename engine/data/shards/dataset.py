@@ -1,12 +1,15 @@
 """Token shards as memory maps, each verified by its hash before the first token of it is used.
 
 Invariant: no process hands out a token of a shard whose hash it has not compared with the index (`arrays` does). Plain
-shards are maps; compressed ones are unpacked in memory, and as many kept as `UNPACKED_BYTES` holds. Which tokens make a
-sample is the business of `engine.data.objectives.packing` and `engine.data.order.stream`.
+shards are maps; compressed ones are unpacked in memory, and as many kept as `UNPACKED_BYTES` holds. A map of a remote
+shard keeps its file in the cache until `release`; before a process waits for room there it releases all that it holds,
+so that processes never wait for each other. Which tokens make a sample is the business of
+`engine.data.objectives.packing` and `engine.data.order.stream`.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,18 +20,24 @@ from typing import BinaryIO
 
 import numpy as np
 
-from engine.data.shards.arrays import open_array
+from engine.data.shards.arrays import Identity, open_array
 from engine.data.shards.cache import ShardCache
 from engine.data.shards.damage import DamagedShard
 from engine.data.shards.index import FILE, PREPARE_AGAIN, ArrayFile, ShardEntry, parse_index, read_index
+from engine.data.shards.open_shards import PROCESS, TooManyFiles
 from engine.data.shards.remote import RemoteFolder, is_remote
 from engine.errors import DataError
 
-OPEN_SHARDS = 128
-"""Shards kept mapped at once: each holds two file descriptors, of which a process often has but 1,024."""
+OPEN_SHARDS = 512
+"""Most shards that a process keeps open at once, over all its data sets: two windows of 16 shards of 16 sources. Fewer
+where the limit of open files has no room for them."""
 
 UNPACKED_BYTES = 4 << 30
-"""Bytes of unpacked shards kept at once; a window of the order should fit, or each of its samples unpacks a shard."""
+"""Bytes of unpacked shards that a process keeps at once; a window of the order should fit, or each of its samples
+unpacks a shard."""
+
+Offsets = tuple[np.ndarray, np.ndarray | None]
+"""`documents` and `sentences` of a shard."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ class TokenDataset:
             assert cache is not None, "resolve() lets no URL without a cache pass"
             self._remote = RemoteFolder(self.location, cache)
             self.folder = cache.folder
-            self.index = parse_index(self._remote.read(FILE), f"{self.location}/{FILE}")
+            self.index = parse_index(self._remote.read_index(), f"{self._remote.url}/{FILE}")
         else:
             self.folder = Path(location)
             self.index = read_index(self.folder)
@@ -79,14 +88,20 @@ class TokenDataset:
                 "the tokenizer that the shards were written with",
                 "name that tokenizer's folder, or prepare the text again with this one",
             )
-        self._verified: set[str] = set()
-        self._open: OrderedDict[int, Shard] = OrderedDict()
-        self._held: dict[int, BinaryIO] = {}
+        self._verified: dict[str, Identity] = {}
+        self._offsets_of: OrderedDict[int, Offsets] = OrderedDict()
+        self._owner = object()
         self._lock = Lock()
+        weakref.finalize(self, PROCESS.forget, self._owner)
 
     @property
     def num_shards(self) -> int:
         return len(self.index.shards)
+
+    @property
+    def _open(self) -> list[int]:
+        """Numbers of the shards that are open."""
+        return PROCESS.numbers(self._owner)
 
     def shard(self, number: int) -> Shard:
         """A shard, verified when this process first opens it.
@@ -96,11 +111,15 @@ class TokenDataset:
             DataError: a file cannot be read.
         """
         with self._lock, _naming(number):
-            found = self._open.pop(number, None)
+            found = PROCESS.get(self._owner, number)
             if found is None:
-                found = self._map(number)
-                self._make_room(self.index.shards[number])
-            self._open[number] = found
+                try:
+                    found, file = self._map(number)
+                except TooManyFiles:  # what else the process opened takes more than was left to it
+                    PROCESS.drop_all()
+                    found, file = self._map(number)
+                num_bytes = _unpacked_bytes(self.index.shards[number])
+                PROCESS.put(self._owner, number, found, file, num_bytes, OPEN_SHARDS, UNPACKED_BYTES)
             return found
 
     @property
@@ -108,11 +127,10 @@ class TokenDataset:
         return self._remote is not None
 
     def release(self) -> None:
-        """Lets the cache evict what this process has open: call when nothing of it is in use. Local shards stay."""
+        """Lets the cache evict what this process has open: call when nothing of it is in use. What needs no file in
+        the cache stays: local shards, and those that are unpacked in memory."""
         if self.is_remote:
-            with self._lock:
-                for number in list(self._open):
-                    self._drop(number)
+            PROCESS.release(self._owner)
 
     def fetch_ahead(self, number: int) -> None:
         """Brings a remote shard into the cache, if there is room and nobody else is at it. Raises as `shard`."""
@@ -124,14 +142,15 @@ class TokenDataset:
         """Verifies every shard; `progress` is told the bytes of each. Raises `DataError` at the first bad one."""
         for number, entry in enumerate(self.index.shards):
             self.shard(number)
+            self.release()
             progress(sum(array.stored_bytes for array in entry.arrays))
 
-    def offsets(self, number: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def offsets(self, number: int) -> Offsets:
         """A shard's `documents` and `sentences` alone: no token is read, and verified like it. Raises as `shard`."""
         with _naming(number):
             return self._both_offsets(number)
 
-    def _both_offsets(self, number: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def _both_offsets(self, number: int) -> Offsets:
         entry = self.index.shards[number]
         documents = self._offsets(entry.documents, entry.num_tokens)
         sentences = None if entry.sentences is None else self._offsets(entry.sentences, entry.num_tokens, documents)
@@ -140,52 +159,60 @@ class TokenDataset:
     def _offsets(self, array: ArrayFile, num_tokens: int, contained: np.ndarray | None = None) -> np.ndarray:
         """Rising offsets with those that they must contain."""
         is_new = array.file not in self._verified
-        found, file = self._array(self.folder, array, not is_new)
+        found, identity, file = self._array(self.folder, array, array.file)
         offsets = found.astype(np.int64)
         if file is not None:
             file.close()
         if is_new:
             _check_offsets(self.folder / array.file, offsets, num_tokens, contained)
-            self._verified.add(array.file)
+        self._verified[array.file] = identity
         return offsets
 
-    def _map(self, number: int) -> Shard:
+    def _map(self, number: int) -> tuple[Shard, BinaryIO | None]:
+        """Opens a shard; also returns the file that keeps it in the cache, where it is mapped there."""
         tokens = self.index.shards[number].tokens
-        folder = self.folder / (self.index.tokens_folder or "")
-        mapped, file = self._array(folder, tokens, tokens.name in self._verified)
-        if file is not None:
-            self._held[number] = file
-        documents, sentences = self._both_offsets(number)
-        self._verified.add(tokens.name)
-        return Shard(tokens.name, mapped, documents, sentences)
+        documents, sentences = self._offsets_of.pop(number, None) or self._both_offsets(number)
+        mapped, identity, file = self._array(self.folder / (self.index.tokens_folder or ""), tokens, tokens.name)
+        if tokens.compressed is not None and file is not None:
+            file.close()  # what is unpacked in memory needs no file
+            file = None
+        if file is not None:  # opened again at each step; its offsets are copies and need not be
+            self._offsets_of[number] = documents, sentences
+            while len(self._offsets_of) > OPEN_SHARDS:
+                self._offsets_of.popitem(last=False)
+        self._verified[tokens.name] = identity
+        return Shard(tokens.name, mapped, documents, sentences), file
 
-    def _array(self, folder: Path, array: ArrayFile, is_verified: bool) -> tuple[np.ndarray, BinaryIO | None]:
-        """An array, and what holds its file in the cache. A file that was damaged there is fetched once more."""
+    def _array(self, folder: Path, array: ArrayFile, name: str) -> tuple[np.ndarray, Identity, BinaryIO | None]:
+        """An array, its file's identity, and what holds the file in the cache. A file that was damaged there is fetched
+        once more."""
         if self._remote is None:
-            return open_array(folder, array, is_verified), None
+            return *self._local_array(folder, array, self._verified.get(name)), None
         for again in (True, False):
-            name, file = self._remote.open(array)
+            cached, file = self._remote.open(array, PROCESS.release)
             try:
-                return open_array(self.folder, replace(array, file=name), is_verified), file
+                return *open_array(self.folder, replace(array, file=cached), self._verified.get(name)), file
             except DamagedShard:
                 file.close()
-                self._remote.cache.discard(name)
+                self._remote.cache.discard(cached)
                 if not again:
                     raise
+            except BaseException:
+                file.close()
+                raise
         raise AssertionError("returned or raised above")
 
-    def _drop(self, number: int) -> None:
-        del self._open[number]
-        if (file := self._held.pop(number, None)) is not None:
-            file.close()
-
-    def _make_room(self, entry: ShardEntry) -> None:
-        """Drops the shards that were not used for longest, until another one has a place."""
-        unpacked = sum(_unpacked_bytes(self.index.shards[number]) for number in self._open)
-        while self._open and (len(self._open) >= OPEN_SHARDS or unpacked + _unpacked_bytes(entry) > UNPACKED_BYTES):
-            dropped = next(iter(self._open))
-            self._drop(dropped)
-            unpacked -= _unpacked_bytes(self.index.shards[dropped])
+    def _local_array(self, folder: Path, array: ArrayFile, verified: Identity | None) -> tuple[np.ndarray, Identity]:
+        try:
+            return open_array(folder, array, verified)
+        except DamagedShard as error:
+            if (self.folder / FILE).exists():
+                raise
+            raise DataError(  # a disk that is away is no damage, which a run might do without for good
+                f"{error.wrong}, and so is {self.folder / FILE}",
+                "the folder as it was when the run began",
+                "look whether its disk is mounted, then train again: the run resumes",
+            ) from error
 
 
 @contextmanager

@@ -1,9 +1,12 @@
 """Data sets at any URL that fsspec knows (s3://, gs://, https://, hdfs://, memory://, ...): whole files, fetched into a
 cache, verified on arrival.
 
-A fetch that fails is tried again, later and later; bytes that are not those of the index are fetched again, too, and
-are damage only when the last attempt brought them. In the cache a file is called after its hash, so data sets that
-share files share their place, and a changed file is another one.
+A fetch that fails is tried again, later and later; bytes that are not those of the index are fetched again, too.
+Invariant: a shard is missing or damaged only where the store itself says so. It is missing where the answer is that
+there is no such file, and damaged where two attempts in a row brought the same wrong bytes. A store that is busy, out
+of reach, that refuses, redirects, or answers with a web page is trouble of the store, and no reason to do without a
+shard. In the cache a file is called after its hash, so data sets that share files share their place, and a changed file
+is another one.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import xxhash
 
 from engine.data.shards.cache import ShardCache
 from engine.data.shards.damage import DamagedShard
+from engine.data.shards.index import FILE as INDEX
 from engine.data.shards.index import PREPARE_AGAIN, ArrayFile
 from engine.errors import DataError
 from engine.logs import logger
@@ -25,6 +29,9 @@ from engine.logs import logger
 Result = TypeVar("Result")
 
 _BLOCK_BYTES = 16 << 20
+_HEAD_BYTES = 512
+_MISSING = (404, 410)
+"""Of http: no such file, and no longer."""
 _log = logger(__name__)
 
 
@@ -45,28 +52,69 @@ class Retry:
         """The result of the first attempt that succeeds.
 
         Raises:
-            DamagedShard: there is no such file, or every attempt brought other bytes than were written.
-            DataError: the last attempt failed, with its reason.
+            MissingFile: the store says that there is no such file.
+            DamagedShard: the last two attempts brought the same bytes, and they are not those that were written.
+            DataError: the last attempt failed, with its reason; or what is wrong is not the store.
         """
-        pause = self.first_pause_seconds
+        pause, wrong = self.first_pause_seconds, None
         for attempt in range(1, self.attempts + 1):
             try:
                 return action()
-            except FileNotFoundError as error:
-                raise DamagedShard(f"{url} is missing", "every file that the index names", PREPARE_AGAIN) from error
-            except Exception as error:  # every file system has exceptions of its own
+            except Exception as raised:  # every file system has exceptions of its own
+                error = told_by_store(raised)
+                if isinstance(error, FileNotFoundError):
+                    raise MissingFile(f"{url} is missing", "every file that the index names", PREPARE_AGAIN) from error
+                if isinstance(error, DataError) and not isinstance(error, DamagedShard):
+                    raise
                 if attempt == self.attempts:
-                    if isinstance(error, DamagedShard):
+                    if isinstance(error, DamagedShard) and (attempt == 1 or wrong == error.wrong):
                         raise
-                    raise DataError(
-                        f"{url} cannot be fetched, {attempt} attempts: {type(error).__name__}: {error}",
-                        "a store that answers",
-                        "check the address, the credentials and the network, then train again: the run resumes",
-                    ) from error
+                    raise _unreachable(url, attempt, error) from error
+                wrong = error.wrong if isinstance(error, DamagedShard) else None
                 _log.warning("%s: attempt %d of %d failed: %s", url, attempt, self.attempts, error)
             self.sleep(pause)
             pause *= 2
         raise AssertionError("no attempt was allowed")
+
+
+class MissingFile(DamagedShard):
+    """A store says that there is no such file."""
+
+
+def told_by_store(error: Exception) -> Exception:
+    """The error behind one of fsspec's, which takes whatever happens while it asks for a file's size over http for a
+    `FileNotFoundError` (and so do others for a bucket that is elsewhere, or was mistyped).
+
+    A `FileNotFoundError` is returned only where the store's own answer was that there is no such file.
+    """
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or cause is None or isinstance(cause, LookupError):
+        return error
+    if not isinstance(cause, Exception):
+        return OSError(repr(cause))
+    response = getattr(cause, "response", None)
+    if isinstance(response, dict):  # botocore's: a code of S3's, or where there is no body the status
+        code = str(response.get("Error", {}).get("Code", ""))
+        return error if code in ("NoSuchKey", *map(str, _MISSING)) else cause
+    if getattr(cause, "status", None) in _MISSING:
+        return error
+    found = told_by_store(cause)
+    return error if isinstance(found, FileNotFoundError) else found
+
+
+def _unreachable(url: str, attempts: int, error: Exception) -> DataError:
+    if isinstance(error, DamagedShard):
+        reason = f"{error.wrong}; the attempt before brought something else"
+    else:
+        reason = f"{type(error).__name__}: {error}"
+    status = getattr(error, "status", None)
+    refused = isinstance(error, PermissionError) or status in (401, 403)
+    return DataError(
+        f"{url} cannot be fetched, {attempts} attempts: {reason}",
+        "a store that answers",
+        ("check the credentials and their rights" if refused else "check the address, the credentials and the network")
+        + ", then train again: the run resumes",
+    )
 
 
 class RemoteFolder:
@@ -79,24 +127,53 @@ class RemoteFolder:
         self.url, self.cache, self._retry = url.rstrip("/"), cache, retry or Retry()
         try:
             self._system, self._root = fsspec.core.url_to_fs(self.url)
-        except (ImportError, ValueError) as error:
+        except Exception as error:  # every file system has exceptions of its own
             raise DataError(
-                f"no file system for {url}: {error}", "a protocol that fsspec knows", "install its package"
+                f"no file system for {url}: {error}",
+                "a protocol that fsspec knows",
+                "check how the URL begins (s3://, gs://, https://, ...), or install the protocol's package",
             ) from error
 
     def read(self, name: str) -> bytes:
         """A small file, not cached. Raises as `Retry.run`."""
-        return self._retry.run(lambda: bytes(self._system.cat_file(self._path(name))), f"{self.url}/{name}")
 
-    def open(self, array: ArrayFile) -> tuple[str, BinaryIO]:
+        def read() -> bytes:
+            content = bytes(self._system.cat_file(self._path(name)))
+            _refuse_page(content[:_HEAD_BYTES])
+            return content
+
+        return self._retry.run(read, f"{self.url}/{name}")
+
+    def read_index(self) -> bytes:
+        """The index of the data set. Raises `DataError` where there is none, with what lies there instead."""
+        try:
+            return self.read(INDEX)
+        except MissingFile as error:
+            parts = [name for name in ("train", "validation") if self._has(f"{name}/{INDEX}")]
+            raise DataError(
+                f"{self.url}/{INDEX} is missing: no token shards lie at this URL",
+                f"the URL of a folder that `palimpsest prepare` wrote, which holds {INDEX}",
+                f"name one of its folders: {', '.join(f'{self.url}/{name}' for name in parts)}"
+                if parts
+                else "check the URL: bucket or host, and every part of the path",
+            ) from error
+
+    def _has(self, name: str) -> bool:
+        try:
+            return bool(self._system.exists(self._path(name)))
+        except Exception:  # advice alone depends on it
+            return False
+
+    def open(self, array: ArrayFile, before_wait: Callable[[], None] = lambda: None) -> tuple[str, BinaryIO]:
         """An array's file in the cache: its name there, and the file that keeps it there until it is closed.
+        `before_wait` as in `ShardCache.open`.
 
         Raises:
             DamagedShard: it is missing, or not what was written, also when it is fetched again.
             DataError: it cannot be fetched, or the cache has no room.
         """
         name, num_bytes, fetch = self._wanted(array)
-        return name, self.cache.open(name, num_bytes, fetch)
+        return name, self.cache.open(name, num_bytes, fetch, before_wait)
 
     def fetch_ahead(self, array: ArrayFile) -> None:
         """Brings a file into the cache, if there is room and nobody else is at it. Raises as `open`."""
@@ -115,23 +192,35 @@ class RemoteFolder:
 
     def _download(self, name: str, xxh3: str, num_bytes: int, target: BinaryIO) -> None:
         """Writes a file whole. Raises `DamagedShard` where it is not what the index says."""
-        digest, found = xxhash.xxh3_128(), 0
+        digest, found, head = xxhash.xxh3_128(), 0, b""
         target.seek(0)
         source: Any = self._system.open(self._path(name), "rb", cache_type="none")
         with source:
             while block := source.read(_BLOCK_BYTES):
                 found += len(block)
+                head = head or bytes(block[:_HEAD_BYTES])
                 if found > num_bytes:  # not a byte more than was claimed
                     break
                 digest.update(block)
-                target.write(block)
+                try:
+                    target.write(block)
+                except OSError as error:
+                    raise self.cache.unwritable(error, num_bytes) from error
+        if found == num_bytes and digest.hexdigest() == xxh3:
+            return
+        url, told = f"{self.url}/{name}", digest.hexdigest()
+        _refuse_page(head)
         if found != num_bytes:
-            what = "truncated" if found < num_bytes else "longer than it was written"
-            raise DamagedShard(f"{self.url}/{name} is {what}", f"{num_bytes:,} bytes", PREPARE_AGAIN)
-        if digest.hexdigest() != xxh3:
-            raise DamagedShard(
-                f"{self.url}/{name} is damaged: its bytes have xxh3 {digest.hexdigest()}", f"xxh3 {xxh3}", PREPARE_AGAIN
-            )
+            what = f"truncated: {found:,} bytes" if found < num_bytes else "longer than it was written"
+            raise DamagedShard(f"{url} is {what}", f"{num_bytes:,} bytes", PREPARE_AGAIN)
+        raise DamagedShard(f"{url} is damaged: its bytes have xxh3 {told}", f"xxh3 {xxh3}", PREPARE_AGAIN)
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
+
+
+def _refuse_page(head: bytes) -> None:
+    """Raises `OSError` where content begins as pages of errors and log-ins do, in HTML or XML."""
+    begin = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if begin.startswith((b"<!doctype", b"<html", b"<?xml", b"<error")):
+        raise OSError(f"a web page came instead of the file: {head.decode(errors='replace')[:80]!r}")

@@ -24,11 +24,16 @@ def made_up_documents(count: int, longest: int = 60, seed: int = 0) -> list[np.n
 
 
 def write_shards(
-    folder: Path, documents: list[np.ndarray], shard_tokens: int = 400, vocab_size: int = VOCABULARY
+    folder: Path,
+    documents: list[np.ndarray],
+    shard_tokens: int = 400,
+    vocab_size: int = VOCABULARY,
+    compression: Compression = "none",
 ) -> TokenDataset:
     """The documents as shards of at most `shard_tokens` tokens."""
     item_bytes = 2 if vocab_size <= 2**16 else 4
-    with ShardWriter(folder, vocab_size, EOS, "tokenizer-hash", shard_tokens * item_bytes) as writer:
+    how = {"shard_bytes": shard_tokens * item_bytes, "compression": compression}
+    with ShardWriter(folder, vocab_size, EOS, "tokenizer-hash", **how) as writer:
         for document in documents:
             writer.add(document)
     return TokenDataset(folder)

@@ -1,7 +1,11 @@
 """No token of a damaged shard is ever handed out, and each kind of damage has its own message."""
 
+import errno
 import json
+import mmap
+import os
 import re
+import resource
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +14,10 @@ import xxhash
 
 import engine.data.shards.arrays
 import engine.data.shards.dataset
+from engine.data.shards.damage import DamagedShard
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.index import FILE, Index, read_index, write_index
+from engine.data.shards.open_shards import OpenShards
 from engine.data.shards.writer import ShardWriter
 from engine.errors import DataError
 from tests.engine.data.corpus import made_up_documents, write_shards
@@ -127,3 +133,76 @@ def test_sentence_offsets_without_a_documents_are_refused_though_their_hash_is_r
     with pytest.raises(DataError, match=r"sentences do not fit their shard") as caught:
         TokenDataset(tmp_path).shard(0)
     assert "each document's among them" in str(caught.value)
+
+
+def test_a_local_shard_that_changes_after_it_was_verified_is_compared_again(folder, monkeypatch):
+    monkeypatch.setattr(engine.data.shards.dataset, "OPEN_SHARDS", 1)
+    dataset = TokenDataset(folder)
+    dataset.shard(0)
+    dataset.shard(1)
+    path = folder / "shard-000000.tokens"
+    flip_bit(path, 4)
+    os.utime(path, ns=(0, 0))  # a clock is coarse: not before its next tick
+    with pytest.raises(DamagedShard, match="is damaged"):
+        dataset.shard(0)
+
+
+def test_a_folder_that_is_gone_is_no_damage_of_its_shards(folder):
+    dataset = TokenDataset(folder)
+    folder.rename(folder.with_name("away"))
+    with pytest.raises(DataError, match=r"shard-000000.* is missing, and so is .*index.json") as caught:
+        dataset.shard(0)
+    assert not isinstance(caught.value, DamagedShard)
+    assert "mounted" in caught.value.remedy
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_the_bound_of_open_shards_is_one_over_all_data_sets_of_the_process(folder, monkeypatch):
+    monkeypatch.setattr(engine.data.shards.dataset, "OPEN_SHARDS", 5)
+    before, datasets = open_files(), [TokenDataset(folder) for _ in range(4)]
+    for number in range(datasets[0].num_shards):
+        for dataset in datasets:
+            assert dataset.shard(number).tokens.size
+            assert open_files() <= before + 5
+    assert sum(len(dataset._open) for dataset in datasets) == 5
+
+
+def test_as_many_shards_are_kept_open_as_the_limit_of_open_files_has_room_for(monkeypatch):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limits = {"now": (1024, 1024)}
+    monkeypatch.setattr(resource, "getrlimit", lambda what: limits["now"])
+    monkeypatch.setattr(resource, "setrlimit", lambda what, limit: limits.update(now=limit))
+    assert OpenShards().most_by_files() == 256
+    limits["now"] = (256, 4096)
+    assert OpenShards().most_by_files() == (4096 - 512) // 2
+    assert limits["now"] == (4096, 4096)
+    limits["now"] = (256, resource.RLIM_INFINITY)
+    assert OpenShards().most_by_files() > 512
+    assert limits["now"] == (65536, resource.RLIM_INFINITY)
+    monkeypatch.undo()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, hard)
+
+
+def test_too_many_open_files_are_told_with_the_limit_and_not_as_rights(folder, monkeypatch):
+    dataset, real, left = TokenDataset(folder), mmap.mmap, [0]
+    dataset.shard(0)
+
+    def refuses(*arguments, **options):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(mmap, "mmap", refuses)
+    left[0] = 1
+    assert dataset.shard(1).tokens.size, "what was open is given up, and it is tried again"
+    assert dataset._open == [1]
+    left[0] = 99
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    with pytest.raises(DataError, match=rf"too many open files: {soft:,} are allowed \(ulimit -n\)") as caught:
+        dataset.shard(2)
+    assert "ulimit -n 65536" in caught.value.remedy
+    assert "rights" not in str(caught.value)

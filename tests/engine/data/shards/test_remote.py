@@ -1,7 +1,10 @@
 """Data sets at URLs: the same batches as from disk, whatever the store, and errors that name shard and reason."""
 
+import errno
 import functools
 import http.server
+import io
+import os
 import threading
 import uuid
 from collections import Counter
@@ -13,6 +16,7 @@ from typing import Any
 import fsspec
 import pytest
 
+import engine.data.shards.arrays
 from engine.data.ahead import FetchAhead
 from engine.data.held_out import HeldOut
 from engine.data.loader import Loader
@@ -210,15 +214,224 @@ def test_a_fetch_is_tried_again_later_and_later_until_the_bytes_are_right(store,
         (b"short", DamagedShard, "is truncated"),
         (b"x" * 5000, DamagedShard, "is longer than it was written"),
         (FileNotFoundError(), DamagedShard, "is missing"),
+        (b"<!DOCTYPE html><title>Sign in", DataError, "cannot be fetched, 4 attempts: OSError: a web page came"),
     ],
 )
 def test_a_fetch_that_fails_names_shard_and_reason_and_leaves_nothing(store, local, tmp_path, failure, error, says):
     array = TokenDataset(local).index.shards[0].tokens
     store.failures = [failure] * 4
-    with pytest.raises(error, match=f"s3://bucket/{array.file} {says}"):
+    with pytest.raises(error, match=f"s3://bucket/{array.file} {says}") as caught:
         remote(ShardCache(tmp_path, 10**6), []).open(array)
+    assert isinstance(caught.value, DamagedShard) == (error is DamagedShard)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     assert store.asked[array.file] == (1 if isinstance(failure, FileNotFoundError) else 4)
+
+
+@pytest.mark.parametrize("last", [OSError("503"), bytes(2 * SHARD_TOKENS)])
+def test_other_bytes_at_each_attempt_or_trouble_at_the_last_are_no_damage(store, local, tmp_path, last):
+    array = TokenDataset(local).index.shards[0].tokens
+    store.failures = [b"short", b"shorte", b"shorter", last]
+    with pytest.raises(DataError, match="cannot be fetched, 4 attempts") as caught:
+        remote(ShardCache(tmp_path, 10**6), []).open(array)
+    assert not isinstance(caught.value, DamagedShard)
+
+
+class Answers(Quiet):
+    """Answers a path that has `shard-000000` in it as it is told, others with the folder's files."""
+
+    status, body, left = 404, b"", 10**6
+    """What to answer; how many times."""
+
+    def do_GET(self) -> None:
+        if "shard-000000" not in self.path or type(self).left <= 0:
+            return super().do_GET()
+        type(self).left -= 1
+        if self.status == 0:
+            self.close_connection = True  # without a word
+            return None
+        self.send_response(self.status)
+        self.send_header("Location", self.path)
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(self.body)
+        return None
+
+    do_HEAD = do_GET
+
+
+@contextmanager
+def answering(folder: Path, status: int, body: bytes = b"", left: int = 10**6) -> Iterator[str]:
+    kind = type("AnswersNow", (Answers,), {"status": status, "body": body, "left": left})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(kind, directory=str(folder))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def opened(url: str, local: Path, folder: Path, attempts: int = 2) -> bytes:
+    """The first shard's tokens."""
+    pauses: list[float] = []
+    far = RemoteFolder(url, ShardCache(folder, 10**6), Retry(attempts, 0.5, pauses.append))
+    name, file = far.open(TokenDataset(local).index.shards[0].tokens)
+    file.close()
+    return (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("status", [0, 302, 401, 403, 429, 500, 502, 503, 504])
+def test_over_http_a_store_that_is_busy_refuses_or_redirects_is_no_missing_shard(local, tmp_path, status):
+    with answering(local, status) as url, pytest.raises(DataError, match="cannot be fetched, 2 attempts") as caught:
+        opened(url, local, tmp_path)
+    assert not isinstance(caught.value, DamagedShard)
+    assert status < 400 or str(status) in caught.value.wrong
+    assert ("credentials and their rights" in caught.value.remedy) == (status in (401, 403))
+    with answering(local, status, left=2) as url:  # a HEAD and a GET: of one attempt
+        assert opened(url, local, tmp_path) == (local / "shard-000000.tokens").read_bytes()
+
+
+def test_over_http_nobody_there_is_no_missing_shard_and_404_and_410_are(local, tmp_path):
+    with answering(local, 404) as url:
+        pass
+    with pytest.raises(DataError, match="cannot be fetched, 2 attempts: ClientConnector") as caught:
+        opened(url, local, tmp_path)
+    assert not isinstance(caught.value, DamagedShard)
+    for status in (404, 410):
+        with answering(local, status) as url, pytest.raises(DamagedShard, match="is missing"):
+            opened(url, local, tmp_path)
+
+
+S3_ERROR = "<?xml version='1.0'?><Error><Code>{}</Code><Message>told by a test</Message></Error>"
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "missing"),
+    [
+        (403, "AccessDenied", False),
+        (403, "ExpiredToken", False),
+        (404, "NoSuchBucket", False),
+        (500, "InternalError", False),
+        (503, "ServiceUnavailable", False),
+        (404, "NoSuchKey", True),
+    ],
+)
+def test_in_s3_a_shard_is_missing_where_the_store_says_that_there_is_no_such_key(
+    local, tmp_path, monkeypatch, status, code, missing
+):
+    pytest.importorskip("s3fs", reason="needs s3fs (pip install -e '.[s3]')")
+    for name, value in (("AWS_MAX_ATTEMPTS", "1"), ("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b")):
+        monkeypatch.setenv(name, value)
+    kind = type("Everything", (Answers,), {"status": status, "body": S3_ERROR.format(code).encode()})
+    monkeypatch.setattr(kind, "path", property(lambda _: "shard-000000", lambda *_: None), raising=False)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        fsspec.filesystem("s3").clear_instance_cache()
+        try:
+            with pytest.raises(DataError) as caught:
+                opened("s3://corpus/train", local, tmp_path)
+        finally:
+            fsspec.filesystem("s3").clear_instance_cache()
+            server.shutdown()
+            thread.join()
+    assert isinstance(caught.value, DamagedShard) == missing, caught.value
+    assert missing or "cannot be fetched, 2 attempts" in caught.value.wrong
+
+
+def test_a_full_cache_disk_is_said_before_anything_is_fetched_and_is_not_the_network(
+    store, local, tmp_path, monkeypatch
+):
+    array = TokenDataset(local).index.shards[0].tokens
+    cache = ShardCache(tmp_path, 10**6)
+
+    def full(descriptor: int, offset: int, num_bytes: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        pauses: list[float] = []
+        with pytest.raises(
+            DataError, match=rf"disk of the cache {tmp_path} has no room for a shard of .* are free"
+        ) as caught:
+            remote(cache, pauses).open(array)
+    assert (store.asked, pauses) == ({}, [])
+    assert "network" not in str(caught.value)
+
+    class Full(io.BytesIO):
+        def write(self, content: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    far = remote(cache, pauses)  # where the file system cannot reserve
+    with pytest.raises(DataError, match="has no room for a shard"):
+        far._retry.run(lambda: far._download(array.file, array.xxh3, array.bytes, Full()), "url")
+    assert pauses == []
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_file_that_changes_in_the_cache_after_it_was_verified_is_noticed_and_fetched_again(store, local, tmp_path):
+    dataset = TokenDataset("s3://bucket", cache=ShardCache(tmp_path, 10**6))
+    right = (local / "shard-000000.tokens").read_bytes()
+    for _ in range(3):
+        assert dataset.shard(0).tokens.tobytes() == right
+        dataset.release()
+    assert store.asked["shard-000000.tokens"] == 1
+    [path] = tmp_path.glob("*.tokens")
+    with path.open("r+b") as file:  # the same file, the same size, at once
+        file.write(b"\1\0\1\0")
+    assert dataset.shard(0).tokens.tobytes() == right
+    assert store.asked["shard-000000.tokens"] == 2
+
+
+def test_compressed_shards_of_a_store_are_unpacked_once_and_their_files_are_free(local, tmp_path, monkeypatch):
+    folder = tmp_path / "zstd"
+    documents = made_up_documents(150)
+    write_shards(folder, documents, shard_tokens=SHARD_TOKENS, compression="zstd")
+    unpacked: list[str] = []
+    real = engine.data.shards.arrays._unpacked
+    monkeypatch.setattr(
+        engine.data.shards.arrays, "_unpacked", lambda path, array: unpacked.append(path.name) or real(path, array)
+    )
+    cache = small_cache(tmp_path / "cache", folder)
+    stream, plain = loader(TokenDataset(f"file://{folder}", cache=cache)), loader(TokenDataset(local))
+    for _ in range(plain.samples_per_epoch() // 12):
+        [[mine], [expected]] = stream.step(0, 1, 12), plain.step(0, 1, 12)
+        assert all(mine.inputs[name].equal(expected.inputs[name]) for name in mine.inputs)
+    packed = [shard.tokens.compressed for shard in TokenDataset(folder).index.shards]
+    assert sorted(unpacked.count(f"{each.xxh3}.zst") for each in packed if each) == [1] * len(packed)
+
+
+def test_a_reader_at_the_least_limit_goes_on_and_holds_nothing_while_it_waits(local, tmp_path):
+    """One shard has room in the cache; a step reads rows of several."""
+    largest = max(max(a.stored_bytes for a in shard.arrays) for shard in TokenDataset(local).index.shards)
+    pauses: list[float] = []
+    cache = ShardCache(tmp_path, largest, pauses.append)
+    stream, plain = loader(TokenDataset(f"file://{local}", cache=cache)), loader(TokenDataset(local))
+    for _ in range(3):
+        [[mine], [expected]] = stream.step(0, 1, 12), plain.step(0, 1, 12)
+        assert all(mine.inputs[name].equal(expected.inputs[name]) for name in mine.inputs)
+    assert pauses
+
+
+def test_two_runs_that_fill_the_cache_do_not_wait_for_each_other(local, tmp_path):
+    """The other run is a second cache object: locks are those of open files. It holds a shard and wants another."""
+    sizes = [shard.tokens.bytes for shard in TokenDataset(local).index.shards]
+    limit = 2 * max(sizes)
+    other = ShardCache(tmp_path, limit)
+    theirs = [other.open("theirs", max(sizes), lambda file: None)]
+
+    def sleep(seconds: float) -> None:
+        assert mine._open == []
+        wanted = other.open_now("theirs too", max(sizes), lambda file: None)  # they get on, too
+        assert wanted is not None
+        for file in (theirs.pop(), wanted):
+            file.close()
+
+    mine = TokenDataset(f"file://{local}", cache=ShardCache(tmp_path, limit, sleep))
+    assert mine.shard(0).tokens.size
+    assert mine.shard(1).tokens.tobytes() == (local / "shard-000001.tokens").read_bytes()
+    assert theirs == []
 
 
 def test_wrong_bytes_of_the_right_length_are_damage(store, local, tmp_path):
@@ -258,11 +471,17 @@ def test_shards_are_fetched_before_they_are_used_in_the_order_of_use(store, loca
 
 def test_an_index_that_is_not_there_or_no_file_system_is_said(tmp_path):
     cache = ShardCache(tmp_path, 10**6)
-    with pytest.raises(DataError, match=r"memory://nothing-here/index.json is missing"):
+    with pytest.raises(DataError, match=r"memory://nothing-here/index.json is missing: no token shards") as caught:
         TokenDataset("memory://nothing-here", cache=cache)
+    assert "check the URL" in caught.value.remedy
+    assert not isinstance(caught.value, DamagedShard)
     with pytest.raises(DataError, match="no file system for nosuch://bucket"):
         TokenDataset("nosuch://bucket", cache=cache)
     system = fsspec.filesystem("memory")
+    system.pipe_file("/prepared/train/index.json", b"{}")
+    with pytest.raises(DataError, match="no token shards") as caught:
+        TokenDataset("memory://prepared", cache=cache)
+    assert caught.value.remedy == "name one of its folders: memory://prepared/train"
     system.pipe_file("/broken/index.json", b"{")
     with pytest.raises(DataError, match=r"memory://broken/index.json is damaged: no JSON"):
         TokenDataset("memory://broken", cache=cache)
