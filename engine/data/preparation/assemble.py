@@ -1,23 +1,25 @@
 """Finished parts -> which documents stay, and the shards of each output folder.
 
-Invariant: what stays and where shards end follows from the documents in their order, never from who encoded them; a
-shard is written by one worker from the parts that hold its documents.
+Invariant: what stays, where it goes and where shards end follows from the documents and their parts alone, never from
+who encoded them; a shard is written by one worker from one stretch of each part.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from engine.data.preparation.near_duplicates import near_duplicates
-from engine.data.preparation.parts import Documents, load
+from engine.data.preparation.comparing import near_duplicates
+from engine.data.preparation.parts import Documents, Records, joined, read, record_begins
+from engine.data.preparation.pool import Pool
+from engine.data.preparation.spread import PartKey, spread_keys, stored_order
 from engine.data.preparation.statistics import Statistics
 from engine.data.shards.index import ShardEntry
 from engine.data.shards.writer import Compression, cut_into_shards, write_shard
-from engine.errors import DataError
 
 Deduplicate = Literal["none", "exact", "near"]
 
@@ -35,74 +37,126 @@ class Removed:
 
 
 @dataclass(frozen=True)
+class PartFile:
+    """A finished part, its place among the chunks of the sources, and what is known of its documents."""
+
+    path: Path
+    key: PartKey
+    domain: str
+    documents: Documents
+    bands: np.ndarray
+    """(n, bands) uint64"""
+
+
+class Corpus:
+    """The documents of all parts, numbered in the order of the sources, and where they lie."""
+
+    def __init__(self, parts: list[PartFile], dtype: np.dtype) -> None:
+        """Tokens lie in the parts as `dtype`."""
+        self.dtype = dtype
+        self.documents = joined([part.documents for part in parts])
+        counts = [part.documents.lengths.size for part in parts]
+        orders = [stored_order(part.key, part.documents.held_out) for part in parts]
+        self._paths = [part.path for part in parts]
+        self._ends = np.cumsum(counts)
+        self._bands = [part.bands for part in parts]
+        self._begins = np.concatenate(
+            [record_begins(part.documents, order, dtype.itemsize) for part, order in zip(parts, orders, strict=True)]
+        )
+        self._keys = np.concatenate([spread_keys(part.key, count) for part, count in zip(parts, counts, strict=True)])
+
+    @property
+    def num_bands(self) -> int:
+        return self._bands[0].shape[1]
+
+    def keys_of_band(self, band: int) -> np.ndarray:
+        """(N,) uint64: the documents' keys of one band."""
+        return np.concatenate([bands[:, band] for bands in self._bands])
+
+    def spread(self, numbers: np.ndarray) -> np.ndarray:
+        """Rising numbers (n,) of documents in the order in which shards take them."""
+        return numbers[np.argsort(self._keys[numbers], kind="stable")]
+
+    def locate(self, numbers: np.ndarray) -> list[tuple[np.ndarray, Records]]:
+        """Of documents (n,): which of them (by place in `numbers`) lie in each part file, and where."""
+        owners = np.searchsorted(self._ends, numbers, side="right")
+        order = np.lexsort((self._begins[numbers], owners))
+        cuts = np.flatnonzero(np.diff(owners[order])) + 1
+        return [
+            (
+                which,
+                Records(
+                    self._paths[owners[which[0]]],
+                    self._begins[numbers[which]],
+                    self.documents.lengths[numbers[which]],
+                    self.documents.sentences[numbers[which]],
+                ),
+            )
+            for which in np.split(order, cuts)
+            if which.size
+        ]
+
+
+@dataclass(frozen=True)
 class ShardTask:
-    """One shard to write: the documents (by number) of each part that it takes."""
+    """One shard to write."""
 
     folder: Path
     number: int
-    pieces: list[tuple[Path, np.ndarray]]
+    num_documents: int
+    pieces: list[tuple[np.ndarray, Records]]
+    """Places in the shard of the documents that each part has of it, and where they lie there."""
+    dtype: np.dtype
     with_sentences: bool
     compression: Compression
 
 
-def removed(documents: Documents, how: Deduplicate, similarity: float) -> Removed:
-    """What is left out of some documents in order; the first of the same stays."""
-    count = documents.lengths.size
+def removed(
+    corpus: Corpus, how: Deduplicate, similarity: float, pool: Pool, progress: Callable[[int, int], None]
+) -> Removed:
+    """What is left out of the documents in order; the first of the same stays. Raises `DataError`."""
+    count = corpus.documents.lengths.size
     exact, near = np.zeros(count, bool), np.zeros(count, bool)
     if how != "none":
-        order = np.lexsort((documents.hashes[:, 1], documents.hashes[:, 0]))  # stable: equal ones keep their order
-        exact[order[1:]] = (documents.hashes[order[1:]] == documents.hashes[order[:-1]]).all(axis=1)
+        hashes = corpus.documents.hashes
+        order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: equal ones keep their order
+        exact[order[1:]] = (hashes[order[1:]] == hashes[order[:-1]]).all(axis=1)
     if how == "near":
-        left = np.flatnonzero(~exact)
-        near[left] = near_duplicates(documents.signatures[left], similarity)
+        shape = (corpus.keys_of_band, corpus.num_bands, corpus.documents.lengths, exact)
+        near = near_duplicates(*shape, corpus.locate, corpus.dtype, similarity, pool, progress)
     return Removed(exact, near)
 
 
+def shard_bounds(corpus: Corpus, chosen: np.ndarray, shard_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `chosen` documents (rising numbers) in the order of their folder, and the first document of each shard."""
+    order = corpus.spread(chosen)
+    return order, cut_into_shards(corpus.documents.lengths[order], shard_tokens)
+
+
 def shard_tasks(
-    folder: Path,
-    parts: list[Path],
-    counts: np.ndarray,
-    documents: Documents,
-    chosen: np.ndarray,
-    shard_tokens: int,
-    with_sentences: bool,
-    compression: Compression,
-) -> list[ShardTask]:
-    """The shards of one folder, made of the `chosen` documents (numbers, rising) of parts with `counts` documents."""
-    bounds = cut_into_shards(documents.lengths[chosen], shard_tokens)
-    ends = np.cumsum(counts)
-    tasks = []
+    folder: Path, corpus: Corpus, order: np.ndarray, bounds: np.ndarray, with_sentences: bool, compression: Compression
+) -> Iterator[ShardTask]:
+    """The shards of one folder, made when they are asked for: together they would name each part for each shard."""
     for number, (first, last) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
-        inside = chosen[first:last]
-        owners = np.searchsorted(ends, inside, side="right")
-        pieces = [
-            (parts[part], inside[owners == part] - (int(ends[part - 1]) if part else 0)) for part in np.unique(owners)
-        ]
-        tasks.append(ShardTask(folder, number, pieces, with_sentences, compression))
-    return tasks
+        pieces = corpus.locate(order[first:last])
+        yield ShardTask(folder, number, last - first, pieces, corpus.dtype, with_sentences, compression)
 
 
 def write(task: ShardTask) -> tuple[Path, int, ShardEntry]:
     """Writes a shard; its folder, number and entry of the index. Raises `DataError`: no room, or a part is damaged."""
-    tokens, lengths, sentences = [], [], []
-    at = 0
-    for path, numbers in task.pieces:
-        part = load(path)
-        if part is None:
-            raise DataError(f"{path} is damaged or gone", "the file as it was written", "run the same command again")
-        mine = np.zeros(part.documents.lengths.size, bool)
-        mine[numbers] = True
-        tokens.append(part.tokens[np.repeat(mine, part.documents.lengths)])
-        lengths.append(part.documents.lengths[mine])
-        firsts = at + np.cumsum(lengths[-1]) - lengths[-1]
-        counts = part.documents.sentences
-        sentences.append(part.sentence_starts[np.repeat(mine, counts)] + np.repeat(firsts, counts[mine]))
-        at += tokens[-1].size
-    starts = np.concatenate(sentences) if task.with_sentences else None
-    joined = np.concatenate(tokens)
-    little = joined.astype(joined.dtype.newbyteorder("<"), copy=False)
-    shape = (little, np.concatenate(lengths), starts)
-    return task.folder, task.number, write_shard(task.folder, task.number, *shape, task.compression)
+    tokens: list[np.ndarray] = [np.empty(0)] * task.num_documents
+    starts: list[np.ndarray] = [np.empty(0)] * task.num_documents
+    for places, records in task.pieces:
+        for place, (ids, sentences) in zip(places.tolist(), read(records, task.dtype), strict=True):
+            tokens[place], starts[place] = ids, sentences
+    lengths = np.array([ids.size for ids in tokens], np.int64)
+    firsts = np.cumsum(lengths) - lengths
+    sentences = None
+    if task.with_sentences:
+        counts = [item.size for item in starts]
+        sentences = np.concatenate(starts).astype(np.int64) + np.repeat(firsts, counts)
+    entry = write_shard(task.folder, task.number, np.concatenate(tokens), lengths, sentences, task.compression)
+    return task.folder, task.number, entry
 
 
 def statistics(documents: Documents, side: np.ndarray, removed: Removed, empty: int) -> Statistics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -9,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from engine.data.preparation.near_duplicates import NUM_PERMUTATIONS, signatures
+from engine.data.preparation.near_duplicates import band_keys
 from engine.data.preparation.parts import Documents, Part, save
 from engine.data.preparation.sentences import sentence_starts, sentences_in_tokens
 from engine.data.preparation.sources import Chunk, parse
+from engine.data.preparation.spread import PartKey, stored_order
 from engine.data.shards.index import token_dtype
 from engine.data.shards.writer import unwritable
 from engine.data.tokenizer.folder import TextTokenizer, load_tokenizer
+
+_CHARACTERS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,8 @@ class EncodeOptions:
     validation_fraction: float
     sentences: str | None = None
     """Language whose rules find the sentences; None finds none."""
-    with_signatures: bool = False
-    """Whether near duplicates will be looked for."""
+    similarity: float | None = None
+    """Of near duplicates; None looks for none."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Task:
     tokenizer_hash: str
     options: EncodeOptions
     path: Path
+    key: PartKey
     place: int
     """Number of the part among all, which travels with its result."""
 
@@ -49,6 +54,7 @@ class Encoded:
 
     place: int
     documents: Documents
+    bands: np.ndarray
     read_bytes: int
 
 
@@ -56,10 +62,10 @@ def encode_to_file(task: Task) -> Encoded:
     """Encodes a chunk and saves the part. Raises `DataError`: from the sources, or no room."""
     part = encode(task.chunk, _tokenizer(task.tokenizer, task.tokenizer_hash), task.options)
     try:
-        save(task.path, part)
+        save(task.path, part, stored_order(task.key, part.documents.held_out))
     except OSError as error:
         raise unwritable(task.path.parent, error) from error
-    return Encoded(task.place, part.documents, task.chunk.read_bytes)
+    return Encoded(task.place, part.documents, part.bands, task.chunk.read_bytes)
 
 
 def encode(chunk: Chunk, tokenizer: TextTokenizer, options: EncodeOptions) -> Part:
@@ -77,13 +83,13 @@ def encode(chunk: Chunk, tokenizer: TextTokenizer, options: EncodeOptions) -> Pa
         text_bytes=np.array([len(content) for content in contents], np.int64),
         unknown=np.array([_unknown(item, tokenizer.unknown_id) for item in ids], np.int64),
         sentences=np.array([item.size for item in sentences] if sentences else [0] * len(ids), np.int64),
-        signatures=signatures(ids, NUM_PERMUTATIONS if options.with_signatures else 0),
         empty=np.array(len(texts) - len(kept)),
     )
     end = np.array([tokenizer.eos_id])
     tokens = np.concatenate([np.empty(0, np.int64), *(piece for item in ids for piece in (item, end))])
     starts = np.concatenate([np.empty(0, np.int64), *sentences])
-    return Part(documents, tokens.astype(token_dtype(tokenizer.vocab_size)), starts)
+    bands = np.empty((len(ids), 0), np.uint64) if options.similarity is None else band_keys(ids, options.similarity)
+    return Part(documents, bands, tokens.astype(token_dtype(tokenizer.vocab_size)), starts)
 
 
 def is_held_out(text: bytes, fraction: float) -> bool:
@@ -95,14 +101,30 @@ def _tokens(
     texts: list[str], tokenizer: TextTokenizer, language: str | None
 ) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
     """Ids of each text, and the first tokens of its sentences where a language is named."""
-    if language is None:
-        return tokenizer.encode(texts), [None] * len(texts)
-    encoded = tokenizer.encode_with_starts(texts)
-    sentences: list[np.ndarray | None] = [
-        sentences_in_tokens(sentence_starts(text, language), starts)
-        for text, (_, starts) in zip(texts, encoded, strict=True)
-    ]
-    return [ids for ids, _ in encoded], sentences
+    ids: list[np.ndarray] = []
+    sentences: list[np.ndarray | None] = []
+    for some in _batches(texts):
+        if language is None:
+            ids += tokenizer.encode(some)
+            sentences += [None] * len(some)
+            continue
+        for text, (tokens, starts) in zip(some, tokenizer.encode_with_starts(some), strict=True):
+            ids.append(tokens)
+            sentences.append(sentences_in_tokens(sentence_starts(text, language), starts))
+    return ids, sentences
+
+
+def _batches(texts: list[str]) -> Iterator[list[str]]:
+    """The texts in order, some at once: the tokenizer's own results take some 200 bytes per token."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _CHARACTERS_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 def _unknown(ids: np.ndarray, unknown_id: int | None) -> int:

@@ -1,10 +1,12 @@
-"""Which documents are nearly the same: MinHash of their runs of tokens, and locality-sensitive hashing.
+"""Which documents may be nearly the same (MinHash of runs of tokens, and locality-sensitive hashing), and which are.
 
 Broder 1997, "On the Resemblance and Containment of Documents"; bands as in Leskovec, Rajaraman and Ullman, "Mining of
 Massive Datasets", 3.4. A document is the set of its runs of `RUN` tokens, so no language needs words; the similarity is
-Jaccard's, estimated from `NUM_PERMUTATIONS` minima, which `rensa` computes. Documents that share a band and whose
-estimate reaches the threshold are joined, and so is what is joined to either; the first of each group stays.
-Invariant: a signature depends on the document alone and the choice on the documents' order alone, never on workers.
+Jaccard's. `NUM_PERMUTATIONS` minima, which `rensa` computes, are cut into bands, and documents that agree in a band are
+candidates. Candidates are compared run by run: an estimate from the minima would blur the threshold by 0.035 (one
+standard deviation), so it decides nothing here. A pair below the threshold is never accepted; one at the threshold is a
+candidate with probability `RECALL` or more.
+Invariant: the keys of bands depend on the document and the threshold alone.
 """
 
 from __future__ import annotations
@@ -17,30 +19,40 @@ SEED = 1
 RECALL = 0.99
 """Least probability that a pair at the threshold shares a band."""
 
-_PAIRS_AT_ONCE = 1 << 16
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 def algorithm() -> str:
-    """What signatures depend on besides the documents, for the recipe."""
+    """What the choice depends on besides the documents and the threshold, for the recipe."""
     from rensa.rensa import RMinHash
 
-    return f"rensa {RMinHash.ALGORITHM_VERSION}, runs of {RUN}, {NUM_PERMUTATIONS} permutations"
+    return f"rensa {RMinHash.ALGORITHM_VERSION}, runs of {RUN}, {NUM_PERMUTATIONS} permutations, candidates compared"
 
 
-def signatures(documents: list[np.ndarray], num_permutations: int) -> np.ndarray:
-    """(documents, num_permutations) uint32 minima of each document's runs; ids (n,), n from 1."""
-    if not documents or not num_permutations:
-        return np.empty((len(documents), num_permutations), np.uint32)
+def band_keys(documents: list[np.ndarray], threshold: float) -> np.ndarray:
+    """(documents, bands) uint64; documents that have a key in common are candidates. Ids (n,), n from 1."""
+    minima = signatures(documents)
+    rows = rows_per_band(threshold)
+    keys = np.zeros((len(documents), NUM_PERMUTATIONS // rows), np.uint64)
+    for band in range(keys.shape[1]):
+        for column in minima[:, band * rows : (band + 1) * rows].T:
+            keys[:, band] = _mixed(keys[:, band] ^ column.astype(np.uint64))
+    return keys
+
+
+def signatures(documents: list[np.ndarray]) -> np.ndarray:
+    """(documents, NUM_PERMUTATIONS) uint32 minima of each document's runs."""
+    if not documents:
+        return np.empty((0, NUM_PERMUTATIONS), np.uint32)
     from rensa.rensa import RMinHash
 
-    runs = [_runs(ids) for ids in documents]
-    offsets = np.concatenate([[0], np.cumsum([item.size for item in runs])]).astype(np.uint64)
-    matrix = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(runs), offsets, num_permutations, SEED)
+    found = [runs(ids) for ids in documents]
+    offsets = np.concatenate([[0], np.cumsum([item.size for item in found])]).astype(np.uint64)
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(found), offsets, NUM_PERMUTATIONS, SEED)
     return np.array(matrix.to_rows(), np.uint32)
 
 
-def _runs(ids: np.ndarray) -> np.ndarray:
+def runs(ids: np.ndarray) -> np.ndarray:
     """uint64 hashes of all runs of `RUN` tokens; a shorter document is one run."""
     width = min(RUN, ids.size)
     words = ids.astype(np.uint64) + np.uint64(1)
@@ -50,60 +62,35 @@ def _runs(ids: np.ndarray) -> np.ndarray:
     return found
 
 
+def similarity(a: np.ndarray, b: np.ndarray) -> float:
+    """Jaccard's similarity of two documents, given as the sorted distinct hashes of their runs."""
+    common = np.intersect1d(a, b, assume_unique=True).size
+    return common / (a.size + b.size - common)
+
+
+def rows_per_band(threshold: float) -> int:
+    """The longest bands with which a pair at the threshold is still seen with probability `RECALL`."""
+    lengths = range(1, NUM_PERMUTATIONS + 1)
+    seen = [1 - (1 - threshold**rows) ** (NUM_PERMUTATIONS // rows) for rows in lengths]
+    return max((rows for rows, probability in zip(lengths, seen, strict=True) if probability >= RECALL), default=1)
+
+
+def candidates(keys_N: np.ndarray) -> np.ndarray:
+    """(pairs, 2) numbers of documents with the same key, the earlier one first, in order.
+
+    Each with the first that has its key and with the one before it; more would be a number of pairs that grows with
+    the square of the documents that share a passage.
+    """
+    order = np.argsort(keys_N, kind="stable")
+    is_first = np.append(True, np.diff(keys_N[order]) != 0)[: order.size]
+    bucket = np.cumsum(is_first) - 1
+    places = np.flatnonzero(~is_first)
+    others = (order[np.flatnonzero(is_first)[bucket[places]]], order[places - 1])
+    codes = np.unique(np.concatenate([other * keys_N.size + order[places] for other in others]))
+    return np.stack(np.divmod(codes, max(1, keys_N.size)), axis=1)
+
+
 def _mixed(words: np.ndarray) -> np.ndarray:
     """Spreads every bit over the word (Fibonacci multiplication with a fold); wraps around as uint64 does."""
     words = words * _MULTIPLIER
     return words ^ (words >> np.uint64(29))
-
-
-def near_duplicates(signatures_NK: np.ndarray, threshold: float) -> np.ndarray:
-    """(N,) bool: documents that are nearly the same as an earlier one of their group. K permutations."""
-    count, permutations = signatures_NK.shape
-    if count < 2:
-        return np.zeros(count, bool)
-    rows = rows_per_band(threshold, permutations)
-    leader = np.arange(count)
-    for first in range(0, permutations - rows + 1, rows):
-        for a, b in _pairs(signatures_NK, signatures_NK[:, first : first + rows], threshold).tolist():
-            _join(leader, a, b)
-    return np.array([_leader(leader, i) != i for i in range(count)], bool)
-
-
-def rows_per_band(threshold: float, permutations: int = NUM_PERMUTATIONS) -> int:
-    """The longest bands with which a pair at the threshold is still seen with probability `RECALL`."""
-    seen = [1 - (1 - threshold**rows) ** (permutations // rows) for rows in range(1, permutations + 1)]
-    return max((rows for rows, probability in enumerate(seen, 1) if probability >= RECALL), default=1)
-
-
-def _pairs(signatures_NK: np.ndarray, band_NR: np.ndarray, threshold: float) -> np.ndarray:
-    """(pairs, 2) documents with the same band whose estimate reaches the threshold: each with the first of its bucket
-    and with the one before."""
-    keys = np.zeros(len(band_NR), np.uint64)
-    for column in band_NR.T:
-        keys = _mixed(keys ^ column.astype(np.uint64))
-    order = np.argsort(keys, kind="stable")
-    begins = np.flatnonzero(np.append(True, np.diff(keys[order]) != 0))
-    bucket = np.repeat(np.arange(begins.size), np.diff(np.append(begins, order.size)))
-    places = np.setdiff1d(np.arange(order.size), begins)
-    others = np.stack([order[begins[bucket[places]]], order[places - 1]], axis=1)
-    pairs = np.unique(np.concatenate([np.stack([other, order[places]], axis=1) for other in others.T]), axis=0)
-    least = threshold * signatures_NK.shape[1]
-    blocks = np.array_split(pairs, len(pairs) // _PAIRS_AT_ONCE + 1)
-    return np.concatenate(
-        [
-            block[np.count_nonzero(signatures_NK[block[:, 0]] == signatures_NK[block[:, 1]], axis=1) >= least]
-            for block in blocks
-        ]
-    )
-
-
-def _join(leader: np.ndarray, a: int, b: int) -> None:
-    a, b = _leader(leader, a), _leader(leader, b)
-    leader[max(a, b)] = min(a, b)
-
-
-def _leader(leader: np.ndarray, item: int) -> int:
-    while leader[item] != item:
-        leader[item] = leader[leader[item]]
-        item = int(leader[item])
-    return item

@@ -19,10 +19,19 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from engine.data.preparation import near_duplicates
-from engine.data.preparation.assemble import Deduplicate, removed, shard_tasks, statistics, write
+from engine.data.preparation import near_duplicates, spread
+from engine.data.preparation.assemble import (
+    Corpus,
+    Deduplicate,
+    PartFile,
+    removed,
+    shard_bounds,
+    shard_tasks,
+    statistics,
+    write,
+)
 from engine.data.preparation.encode import Encoded, EncodeOptions, Task, encode_to_file
-from engine.data.preparation.parts import Documents, joined, load
+from engine.data.preparation.parts import load
 from engine.data.preparation.pool import Pool
 from engine.data.preparation.recipe import (
     RECIPE_FILE,
@@ -37,9 +46,10 @@ from engine.data.preparation.recipe import (
 )
 from engine.data.preparation.sentences import check_language
 from engine.data.preparation.sources import Source, find_sources, named_hash, read_chunks, shelves
+from engine.data.preparation.spread import PartKey
 from engine.data.preparation.statistics import Statistics
 from engine.data.shards.index import FILE as INDEX_FILE
-from engine.data.shards.index import Index, ShardEntry
+from engine.data.shards.index import Index, ShardEntry, token_dtype
 from engine.data.shards.writer import (
     DEFAULT_SHARD_BYTES,
     Compression,
@@ -71,7 +81,7 @@ class PrepareOptions:
     deduplicate: Deduplicate = "none"
     """Leaves out documents with the text of an earlier one (`exact`), or nearly (`near`, which includes exact)."""
     similarity: float = 0.8
-    """Share of the runs of five tokens that near duplicates have in common (Jaccard's)."""
+    """Least share of their runs of five tokens that near duplicates have in common (Jaccard's)."""
     compression: Compression = "none"
     overwrite: bool = False
 
@@ -86,7 +96,7 @@ class Progress:
     kept_tokens: int
     """Tokens that an earlier attempt had finished."""
     done: int
-    """Bytes read, or shards written."""
+    """Bytes read, bands compared, or shards written."""
     total: int
 
 
@@ -97,15 +107,6 @@ class Prepared:
     output: Path
     parts: dict[str, Statistics]
     was_there: bool
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """Part files in the order of their documents, each with its domain."""
-
-    paths: list[Path]
-    domains: list[str]
-    documents: list[Documents]
 
 
 Show = Callable[[Progress], None]
@@ -172,6 +173,7 @@ def _recipe(options: PrepareOptions, tokenizer: TextTokenizer, sources: list[Sou
         "similarity": options.similarity if near else None,
         "signatures": near_duplicates.algorithm() if near else None,
         "compression": options.compression,
+        "order": spread.NAME,
     }
 
 
@@ -201,17 +203,17 @@ def _encode(
     work: Path,
     pool: Pool,
     progress: Show,
-) -> _Parts:
-    """Encodes every chunk that no earlier attempt has finished."""
-    near = options.deduplicate == "near"
+) -> list[PartFile]:
+    """Encodes every chunk that no earlier attempt has finished; the parts in the order of the sources."""
+    near = options.similarity if options.deduplicate == "near" else None
     how = EncodeOptions(options.text_key, options.validation_fraction, options.sentences, near)
-    parts = _Parts([], [], [])
-    found: dict[int, Documents] = {}
+    named: list[tuple[Path, PartKey, str]] = []
+    found: dict[int, Encoded] = {}
     tally = {"documents": 0, "tokens": 0, "kept_tokens": 0, "done": 0}
     total = sum(source.num_bytes for source in sources)
 
     def count(encoded: Encoded, was_there: bool) -> None:
-        found[encoded.place] = encoded.documents
+        found[encoded.place] = encoded
         tokens = int(encoded.documents.lengths.sum())
         tally["documents"] += encoded.documents.lengths.size
         tally["tokens"] += tokens
@@ -225,54 +227,71 @@ def _encode(
             folder = work / f"{order:06d}-{key}"
             folder.mkdir(exist_ok=True)
             for number, chunk in enumerate(read_chunks(shelf, options.text_key, options.blank_line_ends)):
-                place = len(parts.paths)
-                path = folder / f"{number:06d}.part"
-                parts.paths.append(path)
-                parts.domains.append(shelf[0].domain)
+                place, path = len(named), folder / f"{number:06d}.part"
+                named.append((path, (order, number), shelf[0].domain))
                 if (part := load(path)) is not None:
-                    count(Encoded(place, part.documents, chunk.read_bytes), True)
+                    count(Encoded(place, *part, chunk.read_bytes), True)
                 else:
-                    yield Task(chunk, tokenizer.folder, tokenizer.hash, how, path, place)
+                    yield Task(chunk, tokenizer.folder, tokenizer.hash, how, path, (order, number), place)
 
     for encoded in pool.run(encode_to_file, missing()):
         count(encoded, False)
-    parts.documents.extend(found[place] for place in range(len(parts.paths)))
-    return parts
+    return [PartFile(*names, found[place].documents, found[place].bands) for place, names in enumerate(named)]
 
 
 def _assemble(
-    options: PrepareOptions, tokenizer: TextTokenizer, parts: _Parts, work: Path, pool: Pool, progress: Show
+    options: PrepareOptions, tokenizer: TextTokenizer, parts: list[PartFile], work: Path, pool: Pool, progress: Show
 ) -> dict[str, Statistics]:
     """Decides which documents stay and writes them as shards into the working folder."""
-    documents = joined(parts.documents)
-    gone = removed(documents, options.deduplicate, options.similarity)
-    counts = np.array([part.lengths.size for part in parts.documents])
-    domains = list(dict.fromkeys(parts.domains))
-    of_document = np.repeat([domains.index(domain) for domain in parts.domains], counts)
-    tasks, found = [], {}
-    for number, domain in enumerate(domains):
-        empty = sum(
-            int(part.empty) for part, name in zip(parts.documents, parts.domains, strict=True) if name == domain
-        )
-        for side in (TRAIN, VALIDATION) if options.validation_fraction else (TRAIN,):
-            name = f"{side}/{domain}" if domain else side
-            mine = (of_document == number) & (documents.held_out == (side == VALIDATION))
-            found[name] = statistics(documents, mine, gone, empty if side == TRAIN else 0)
-            shape = (tokens_per_shard(options.shard_bytes, tokenizer.vocab_size), options.sentences is not None)
-            chosen = np.flatnonzero(mine & ~gone.any)
-            folder = _new(work, name)
-            start_folder(folder)
-            tasks += shard_tasks(folder, parts.paths, counts, documents, chosen, *shape, options.compression)
+    corpus = Corpus(parts, np.dtype(token_dtype(tokenizer.vocab_size)))
+    documents = corpus.documents
+    counts = (documents.lengths.size, int(documents.lengths.sum()))
+    gone = removed(
+        corpus,
+        options.deduplicate,
+        options.similarity,
+        pool,
+        lambda done, total: progress(Progress("comparing near duplicates", *counts, 0, done, total)),
+    )
+    sides = _sides(options, parts, corpus)
+    found = {name: statistics(documents, mine, gone, empty) for name, (mine, empty) in sides.items()}
     _refuse_empty(options, found)
-    entries: dict[Path, dict[int, ShardEntry]] = {task.folder: {} for task in tasks}
-    tokens = sum(part.tokens for part in found.values())
+    shard_tokens = tokens_per_shard(options.shard_bytes, tokenizer.vocab_size)
+    orders = {
+        _new(work, name): shard_bounds(corpus, np.flatnonzero(mine & ~gone.any), shard_tokens)
+        for name, (mine, _) in sides.items()
+    }
+    for folder in orders:
+        start_folder(folder)
+    tasks = (
+        task
+        for folder, order in orders.items()
+        for task in shard_tasks(folder, corpus, *order, options.sentences is not None, options.compression)
+    )
+    entries: dict[Path, dict[int, ShardEntry]] = {folder: {} for folder in orders}
+    kept = (sum(part.documents for part in found.values()), sum(part.tokens for part in found.values()))
+    total = sum(bounds.size - 1 for _, bounds in orders.values())
     for done, (folder, number, entry) in enumerate(pool.run(write, tasks), 1):
         entries[folder][number] = entry
-        progress(Progress("writing shards", documents.lengths.size, tokens, 0, done, len(tasks)))
+        progress(Progress("writing shards", *kept, 0, done, total))
     for folder, mine in entries.items():
         shards = tuple(mine[number] for number in range(len(mine)))
         shape = (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.hash, shards, tokenizer.vocabulary)
         finish_folder(folder, Index(*shape))
+    return found
+
+
+def _sides(options: PrepareOptions, parts: list[PartFile], corpus: Corpus) -> dict[str, tuple[np.ndarray, int]]:
+    """Of each folder of the output, by name: its documents (n,) bool, and how many without a token it counts."""
+    domains = list(dict.fromkeys(part.domain for part in parts))
+    counts = [part.documents.lengths.size for part in parts]
+    of_document = np.repeat([domains.index(part.domain) for part in parts], counts)
+    found = {}
+    for number, domain in enumerate(domains):
+        empty = sum(int(part.documents.empty) for part in parts if part.domain == domain)
+        for side in (TRAIN, VALIDATION) if options.validation_fraction else (TRAIN,):
+            mine = (of_document == number) & (corpus.documents.held_out == (side == VALIDATION))
+            found[f"{side}/{domain}" if domain else side] = (mine, empty if side == TRAIN else 0)
     return found
 
 

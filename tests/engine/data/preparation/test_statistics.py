@@ -17,7 +17,6 @@ def counted():
         text_bytes=np.array([6, 2, 12, 100, 100, 100]),
         unknown=np.array([1, 1, 3, 9, 9, 9]),
         sentences=np.array([1, 1, 4, 9, 9, 9]),
-        signatures=np.zeros((6, 0), np.uint32),
         empty=np.array(2),
     )
     side = np.array([True, True, True, True, True, False])
