@@ -10,7 +10,8 @@ from engine.parallel.agreement import on_first
 from engine.parallel.collectives import Group
 from engine.parallel.pipeline import Pipeline
 from engine.train.feed import Feed
-from engine.train.metrics import read_metrics
+from engine.train.metrics import is_evaluation
+from engine.train.records import records_of
 from engine.train.sums import Sums
 
 
@@ -35,9 +36,5 @@ def evaluate(
 
 
 def is_recorded(folder: Path, step: int, world: Group) -> bool:
-    """Whether the run's metrics have the held-out loss of a step: what rank 0 finds, on every rank."""
-
-    def recorded() -> bool:
-        return any(record["step"] == step and "validation_loss" in record for record in read_metrics(folder))
-
-    return on_first(recorded, world, EnvironmentProblem)
+    """Return on every rank what rank 0 finds: whether the run's metrics have an evaluation of the step."""
+    return on_first(lambda: any(map(is_evaluation, records_of(folder, step))), world, EnvironmentProblem)

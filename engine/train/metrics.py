@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from engine.checkpoint.storage import Place
 from engine.config.schema.run import RunConfig
 from engine.logs import logger
-from engine.train import wandb_files
+from engine.train import records, wandb_files
 from engine.train.console import Terminal
 from engine.train.plot import PLOT, Plot
-
-Record = dict[str, float | int]
-"""Numbers by name; `step` counts the steps done. One that is not finite is left out where it is written."""
-
-METRICS = "metrics.jsonl"
+from engine.train.records import METRICS, Record
+from engine.train.records import read_metrics as read_metrics
 
 _log = logger(__name__)
 
@@ -39,16 +39,12 @@ class Sink(Protocol):
 class JsonLines:
     """`metrics.jsonl` in the run folder: one record a line, handed to the system at once."""
 
-    def __init__(self, folder: Path, resumed_at: int) -> None:
-        path = folder / METRICS
-        kept = [record for record in read_metrics(folder) if record["step"] <= resumed_at]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        partial.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, folder: Path, resumed_at: int, num_rollbacks: int = 0) -> None:
+        self._file = (folder / METRICS).open("a", encoding="utf-8")
+        records.cut(folder, resumed_at, num_rollbacks)
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(_finite(record)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -56,38 +52,53 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalars under `tensorboard/` in the run folder."""
+    """Scalars under `tensorboard/` in the run folder, one file per start.
+
+    TensorBoard reads the files in the order of their names, and each start hides the steps beyond the one that it
+    resumes at in the files before. torch's writer puts the clock into the name, and a restart may come to a node
+    whose clock is behind; here a new name follows all that are there.
+    """
 
     def __init__(self, folder: Path, resumed_at: int) -> None:
-        from torch.utils.tensorboard.writer import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
+        self._Event, self._Summary = Event, Summary
+        self._writer = RecordWriter(_next_event_file(folder / "tensorboard").open("xb"))
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(step=resumed_at + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, record: Record) -> None:
-        for name, value in record.items():
-            if name != "step":
-                self._writer.add_scalar(name, value, record["step"])
-        self._writer.flush()  # handed to the system: a killed run loses no step that it resumes behind
+        numbers = {name: value for name, value in _finite(record).items() if name != "step"}
+        values = [self._Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._write(self._Event(step=int(record["step"]), summary=self._Summary(value=values)))
 
     def close(self) -> None:
         self._writer.close()
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._writer.write(event.SerializeToString())
+        self._writer.flush()  # handed to the system: a killed run loses no step that it resumes behind
 
 
 class Wandb:
     """A wandb run whose id stays with the run folder, so that a restart continues it.
 
-    Offline, rows beyond the step that the run resumes at are cut, and rows before it that were lost with a killed
-    process are written again. Online, the server keeps the first row that it was sent for a step.
+    Offline, rows from the step that the run resumes at on are cut, and what `metrics.jsonl` has of the steps behind the
+    last row that stays is written again: that row may lack what came after it was written (an evaluation that a signal
+    put off), and a killed process loses rows. Online, the server keeps the first row that it was sent for a step.
     """
 
     def __init__(self, config: RunConfig, resumed_at: int) -> None:
         import wandb
 
         self._wandb = wandb
-        lost: list[Record] = []
+        again: list[Record] = []
         if config.logging.wandb == "offline":
-            kept = wandb_files.cut(config.folder, _wandb_id(config.folder), resumed_at)
-            lost = [record for record in read_metrics(config.folder) if record["step"] not in kept]
+            last_kept = wandb_files.cut(config.folder, _wandb_id(config.folder), resumed_at)
+            again = list(records.records_from(config.folder, last_kept + 1))
         self._run = wandb.init(
             project=config.logging.wandb_project,
             name=config.name,
@@ -98,12 +109,12 @@ class Wandb:
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(console="off", silent=True),
         )
-        for record in lost:
-            if record["step"] <= resumed_at:
-                self.write(record)
+        for record in again:
+            self.write(record)
 
     def write(self, record: Record) -> None:
-        self._run.log({name: value for name, value in record.items() if name != "step"}, step=int(record["step"]))
+        numbers = {name: value for name, value in _finite(record).items() if name != "step"}
+        self._run.log(numbers, step=int(record["step"]))
 
     def close(self) -> None:
         self._run.finish()
@@ -138,20 +149,25 @@ class Metrics:
         self._sinks = sinks
 
     def write(self, record: Record) -> None:
-        known = {name: value for name, value in record.items() if math.isfinite(value)}  # JSON has no NaN
         for sink in self._sinks:
-            sink.write(known)
+            sink.write(record)
 
     def close(self) -> None:
         for sink in self._sinks:
             sink.close()
 
 
-def open_metrics(config: RunConfig, resumed_at: int) -> Metrics:
-    """The sinks that a configuration asks for. Rank 0 only."""
-    sinks: list[Sink] = [JsonLines(config.folder, resumed_at), Terminal(config.logging.every_steps, config.stages[0])]
+def open_metrics(config: RunConfig, resumed_at: int, num_rollbacks: int = 0) -> Metrics:
+    """The sinks that a configuration asks for, for a run that has been rolled back so many times. Rank 0 only."""
+    sinks: list[Sink] = [
+        JsonLines(config.folder, resumed_at, num_rollbacks),
+        Terminal(config.logging.every_steps, config.stages[0]),
+    ]
     if config.logging.tensorboard:
-        sinks.append(Tracker("TensorBoard", lambda: TensorBoard(config.folder, resumed_at)))
+        tensorboard = Tracker("TensorBoard", lambda: TensorBoard(config.folder, resumed_at))
+        for rollback in records.records_from(config.folder, resumed_at + 1):
+            tensorboard.write(rollback)
+        sinks.append(tensorboard)
     if config.logging.wandb != "off":
         sinks.append(Tracker("wandb", lambda: Wandb(config, resumed_at)))
     if config.logging.plot:
@@ -159,21 +175,22 @@ def open_metrics(config: RunConfig, resumed_at: int) -> Metrics:
     return Metrics(sinks)
 
 
-def read_metrics(folder: Place) -> list[dict[str, Any]]:
-    """The records in a run folder's JSON lines, up to the first line that is none (a kill cuts the last one off)."""
-    try:
-        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    records = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-            record["step"] = int(record["step"])
-        except (ValueError, TypeError, KeyError):
-            break
-        records.append(record)
-    return records
+def is_evaluation(record: Record) -> bool:
+    """Return true for the record of an evaluation, whatever its loss was."""
+    return any(name.startswith("validation_") for name in record)
+
+
+def _finite(record: Record) -> Record:
+    return {name: value for name, value in record.items() if math.isfinite(value)}  # JSON has no NaN
+
+
+def _next_event_file(folder: Path) -> Path:
+    """A path whose name follows those of all of TensorBoard's files in the folder; the folder is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = [re.match(r"events\.out\.tfevents\.(\d+)", path.name) for path in folder.iterdir()]
+    newest = max((int(number[1]) for number in numbers if number), default=0)
+    number = max(newest + 1, int(time.time()))
+    return folder / f"events.out.tfevents.{number:010d}.{socket.gethostname()}.{os.getpid()}"
 
 
 def _wandb_id(folder: Path) -> str:

@@ -101,7 +101,7 @@ def read_curves(lines: Iterable[bytes]) -> tuple[Curve, Curve]:
     held_out: Curve = []
     stride, seen = 1, 0
     for line in lines:
-        evaluates = b'"validation_loss"' in line
+        evaluates = b'"validation_' in line
         if not evaluates and b'"learning_rate"' in line:
             seen += 1
             if (seen - 1) % stride:
@@ -112,7 +112,7 @@ def read_curves(lines: Iterable[bytes]) -> tuple[Curve, Curve]:
         except (ValueError, TypeError, KeyError):
             continue
         if evaluates:
-            held_out.append((step, record["validation_loss"]))
+            held_out.append((step, record.get("validation_loss", math.nan)))
         elif "learning_rate" in record:
             training.append((step, record.get("loss", math.nan)))
             if len(training) > MAX_POINTS:

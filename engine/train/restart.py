@@ -34,7 +34,7 @@ from engine.parallel.groups import Groups, join_lines
 from engine.parallel.state import Piece
 from engine.parallel.zero import StageEngine
 from engine.train.lock import FolderLock
-from engine.train.metrics import read_metrics
+from engine.train.records import last_step, metric_of
 from engine.train.state import TrainState
 
 SHOWN_SAMPLES = 1024
@@ -64,6 +64,8 @@ class Restarts:
         connect = partial(join_lines, limit_seconds=config.launch.collective_limit_seconds)
         self._memory = NodeStore(memory.folder, config.folder, groups, place, connect) if memory else None
         self._job_before = place.job
+        self._metric: dict[int, float] = {}
+        """`checkpoint.best_metric` of the committed checkpoints, by step, as far as it has been looked up."""
 
     def claim(self) -> None:
         """Takes the run folder for this start of the run, and writes the configuration there.
@@ -165,6 +167,7 @@ class Restarts:
             CheckpointError: there are checkpoints and none of them verifies, or the newest is of another model.
         """
         self.settle()  # of a run that goes back to it
+        self._metric = {}
         path, spread = self._choose(engine.pieces(), go_back)
         if self._memory is not None:  # what is there and not gone on from is of a past that will not be
             self._memory.keep_only(step_of(path) if path is not None and spread else None)
@@ -233,7 +236,7 @@ class Restarts:
                 "see `palimpsest checkpoint verify`; to start over, use another `folder`",
             )
         every_steps = self.config.checkpoint.every_steps
-        trained = max((record["step"] for record in read_metrics(self.config.folder)), default=0)
+        trained = last_step(self.config.folder)
         if every_steps is not None and trained >= 2 * every_steps:
             raise CheckpointError(
                 f"{self.folder} holds no checkpoint, but this run has trained {trained} steps and saved every "
@@ -260,11 +263,13 @@ class Restarts:
     def _prune(self, newest: Path) -> None:
         """Removes what is not to be kept; `newest` was read back by its writers. On rank 0, in the background."""
         keep = self.config.checkpoint
-        metric = {}
         if keep.keep_best:
-            records = [record for record in read_metrics(self.config.folder) if keep.best_metric in record]
-            metric = {int(record["step"]): record[keep.best_metric] for record in records}
-        prune(self.folder, Retention(keep.keep_last, keep.keep_every, keep.keep_best, metric), newest)
+            steps = [step_of(path) for path in committed(self.folder)]
+            known = {step: self._metric[step] for step in steps if step in self._metric}
+            unknown = [step for step in steps if step not in known]
+            self._metric = known | metric_of(self.config.folder, unknown, keep.best_metric)
+        retention = Retention(keep.keep_last, keep.keep_every, keep.keep_best, self._metric)
+        prune(self.folder, retention, newest)
 
     def _state(self, state: TrainState, engine: StageEngine, loader: Loader) -> CheckpointState:
         return CheckpointState(

@@ -29,7 +29,8 @@ from engine.train.build import build_pipeline
 from engine.train.checks import check_invariants
 from engine.train.evaluation import evaluate, is_recorded
 from engine.train.feed import Feed, open_datasets
-from engine.train.metrics import Metrics, Record, open_metrics, read_metrics
+from engine.train.metrics import Metrics, Record, open_metrics
+from engine.train.records import last_step
 from engine.train.restart import SHOWN_SAMPLES, Restarts
 from engine.train.signals import Stopping, StopSignals
 from engine.train.stability import REMEDY, Guard, Unstable, Verdict
@@ -227,11 +228,11 @@ class Trainer:
             loader.leave_out(*interval)
         self.state = restored.state
         self.state.stability = self.state.stability.after_rollback(rollbacks)
-        self._save(wait=True)
         self.metrics = on_all(self._open_metrics, self.groups.world, EnvironmentProblem)
-        # of the step to come: a restart at this one writes it anew
+        # Before the save: a kill between the two leaves a record that no checkpoint counts, which the next start cuts.
         step = self.state.step + 1
         self.metrics.write({"step": step, "rollback": rollbacks, "left_out_from": first, "left_out_to": end})
+        self._save(wait=True)
         self.feed.start()
         _log.warning(
             "the loss spiked up to step %d: back at step %d, leaving out the samples at %d to %d",
@@ -271,7 +272,7 @@ class Trainer:
         """Records the held-out loss; returns whether any rank was asked to stop, so that the next start has to."""
         if self.feed.held_out is None:
             return False
-        step = self.state.step
+        step, begin = self.state.step, time.perf_counter()
         with self.spent.phase("evaluation"):
             losses = evaluate(
                 self.pipeline,
@@ -281,11 +282,15 @@ class Trainer:
                 lambda: self.signals.asked,
             )
         if losses is not None:
-            self.metrics.write({"step": step, **self.sums.record(losses, "validation_loss")})
+            seconds = time.perf_counter() - begin
+            record = self.sums.record(losses, "validation_loss")
+            self.metrics.write({"step": step, **record, "validation_seconds": seconds})
         return losses is None
 
     def _open_metrics(self) -> Metrics:
-        return open_metrics(self.config, self.state.step) if self.speaks else Metrics([])
+        if not self.speaks:
+            return Metrics([])
+        return open_metrics(self.config, self.state.step, self.state.stability.rollbacks)
 
     def _save(self, wait: bool) -> None:
         if self.state.step == 0:
@@ -300,7 +305,7 @@ class Trainer:
         """Where the run goes on, or its beginning; says what shows that it is the same run."""
         restored = self.restarts.restore(self.pipeline.engine, self.feed.loader)
         if restored is None:
-            if trained := max((record["step"] for record in read_metrics(self.config.folder)), default=0):
+            if trained := last_step(self.config.folder):
                 _log.warning("no checkpoint in %s: its metrics up to step %d are dropped", self.config.folder, trained)
             _log.info("starting at step 0 in layout %s, ZeRO-%d", self.groups.layout, self.config.parallel.zero_stage)
             return TrainState()

@@ -12,6 +12,7 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 BLOCK_BYTES = 32768
 HEADER_BYTES = 7
@@ -21,44 +22,70 @@ FULL, FIRST, LAST = 1, 2, 4
 """Kinds of fragments; those between have another number."""
 
 
-def cut(folder: Path, run_id: str, resumed_at: int) -> set[int]:
-    """Cuts a run's files before their first row beyond the step `resumed_at`; the steps of the rows that stay."""
-    kept: set[int] = set()
+def cut(folder: Path, run_id: str, first: int) -> int:
+    """Cut a run's files before their first row of step `first` or a later one; return the last step that stays, or 0.
+
+    The rows of a file ascend in step, so that few of its blocks are read, however long the run is.
+    """
+    last = 0
     for path in sorted(folder.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb")):
-        for start, step in rows(path):
-            if step > resumed_at:
+        for start, step in rows(path, _last_block_before(path, first)):
+            if step >= first:
                 os.truncate(path, start)
                 break
-            kept.add(step)
-    return kept
+            last = max(last, step)
+    return last
 
 
-def rows(path: Path) -> Iterator[tuple[int, int]]:
-    """(position in the file, step) of each row of the history."""
+def rows(path: Path, block: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield (position in the file, step) of each row of the history that starts in `block` or behind it."""
     from wandb.proto import wandb_internal_pb2
 
-    for start, content in _records(path.read_bytes()):
+    for start, content in _records(path, block):
         record = wandb_internal_pb2.Record()  # pyright: ignore[reportAttributeAccessIssue]
         record.ParseFromString(content)
         if record.HasField("history"):
             yield start, record.history.step.num
 
 
-def _records(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(position, content) of each whole record."""
-    at, start, content = HEADER_BYTES, 0, b""
-    while at + HEADER_BYTES <= len(data):
-        left = BLOCK_BYTES - at % BLOCK_BYTES
-        if left < HEADER_BYTES:
-            at += left  # no fragment begins so near the end of a block
-            continue
-        _, length, kind = _FRAGMENT.unpack_from(data, at)
-        end = at + HEADER_BYTES + length
-        if not kind or end > len(data):
-            return
-        if kind in (FULL, FIRST):
-            start, content = at, b""
-        content += data[at + HEADER_BYTES : end]
-        at = end
-        if kind in (FULL, LAST):
-            yield start, content
+def _last_block_before(path: Path, first: int) -> int:
+    """The last block from which on the next row is of a step below `first`; block 0 where there is none."""
+    low, high = 0, -(-path.stat().st_size // BLOCK_BYTES)
+    while high - low > 1:
+        middle = (low + high) // 2
+        row = next(rows(path, middle), None)
+        if row is None or row[1] >= first:
+            high = middle
+        else:
+            low = middle
+    return low
+
+
+def _records(path: Path, block: int) -> Iterator[tuple[int, bytes]]:
+    """Yield (position, content) of each whole record that starts in `block` or behind it.
+
+    A block begins with a fragment, which may be a later one of a record that started before.
+    """
+    start, content = -1, b""
+    with path.open("rb") as file:
+        for at, kind, part in _fragments(file, block):
+            if kind in (FULL, FIRST):
+                start, content = at, b""
+            content += part
+            if kind in (FULL, LAST) and start >= 0:
+                yield start, content
+
+
+def _fragments(file: BinaryIO, block: int) -> Iterator[tuple[int, int, bytes]]:
+    """Yield (position, kind, content) of each whole fragment from a block on."""
+    file.seek(block * BLOCK_BYTES)
+    while data := file.read(BLOCK_BYTES):
+        at = 0 if block else HEADER_BYTES
+        while at + HEADER_BYTES <= len(data):  # no fragment begins nearer to the end of a block
+            _, length, kind = _FRAGMENT.unpack_from(data, at)
+            end = at + HEADER_BYTES + length
+            if not kind or end > len(data):
+                return
+            yield block * BLOCK_BYTES + at, kind, data[at + HEADER_BYTES : end]
+            at = end
+        block += 1

@@ -106,6 +106,13 @@ def check_rollback(corpus: Path, folder: Path, parallel: dict[str, int]) -> None
     resumed = run_ranks(2, train_rank, tree(corpus, again, parallel))
     assert resumed[0]["started_at"] == 6
     assert (resumed[0]["at_end"], resumed[0]["state"]) == (ranks[0]["at_end"], ranks[0]["state"])
+    assert by_step(again, "rollback") == {4: 1}
+    # nor does one that was killed right after it lose the record of the rollback
+    shutil.rmtree(again / "checkpoints" / "step-00000006")
+    shutil.rmtree(again / "checkpoints" / "step-00000009")
+    restarted = run_ranks(2, train_rank, tree(corpus, again, parallel))
+    assert restarted[0]["started_at"] == 3
+    assert (by_step(again, "left_out_from"), by_step(again, "left_out_to")) == ({4: 32}, {4: 48})
 
 
 def test_after_a_rollback_the_run_is_one_that_never_saw_the_samples(corpus, tmp_path):

@@ -1,6 +1,8 @@
 import json
 import logging
+import math
 import os
+import time
 from pathlib import Path
 
 from engine.train import metrics, wandb_files
@@ -107,7 +109,7 @@ def test_wandb_goes_on_with_the_same_run_and_each_step_once(tmp_path):
     trained(4, range(5, 8))
     assert steps_by_start() == [[1, 2, 3], [4, 5, 6, 7]]
     trained(2, range(3, 5))
-    assert steps_by_start() == [[1, 2], [], [3, 4]]
+    assert steps_by_start() == [[1], [], [2, 3, 4]]
     assert {path.stem for path in tmp_path.glob("wandb/offline-run-*/*.wandb")} == {
         f"run-{(tmp_path / 'wandb-id').read_text()}"
     }
@@ -122,8 +124,32 @@ def test_wandb_rows_in_later_blocks_of_the_log_are_found(tmp_path):
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert path.stat().st_size > 3 * wandb_files.BLOCK_BYTES
     assert [step for _, step in wandb_files.rows(path)] == list(range(1, 501))
-    assert wandb_files.cut(tmp_path, (tmp_path / "wandb-id").read_text(), 400) == set(range(1, 401))
-    assert [step for _, step in wandb_files.rows(path)] == list(range(1, 401))
+    run_id = (tmp_path / "wandb-id").read_text()
+    before, cuts = path.read_bytes(), sorted({499, 400, 3, 2, 1, *range(5, 500, 37)}, reverse=True)
+    for block in range(path.stat().st_size // wandb_files.BLOCK_BYTES + 2):
+        starts = [(at, step) for at, step in wandb_files.rows(path) if at >= block * wandb_files.BLOCK_BYTES]
+        assert list(wandb_files.rows(path, block)) == starts
+    for last in cuts:
+        assert wandb_files.cut(tmp_path, run_id, last + 1) == last
+        assert [step for _, step in wandb_files.rows(path)] == list(range(1, last + 1))
+        assert before.startswith(path.read_bytes())
+    assert wandb_files.cut(tmp_path, run_id, 9) == 1, "nothing is left to cut"
+    assert wandb_files.cut(tmp_path, run_id, 0) == 0
+
+
+def test_wandb_has_one_row_of_a_step_whose_evaluation_came_after_a_restart(tmp_path):
+    """A signal in step 4 puts its evaluation off to the next start."""
+    config = run_config(run_tree(tmp_path, tmp_path, logging={"wandb": "offline"}))
+    opened = metrics.open_metrics(config, resumed_at=0)
+    for step in range(1, 5):
+        opened.write(record(step))
+    opened.close()
+    opened = metrics.open_metrics(config, resumed_at=4)
+    opened.write({"step": 4, "validation_loss": 3.0})
+    opened.write(record(5))
+    opened.close()
+    rows = [step for path in tmp_path.glob("wandb/offline-run-*/*.wandb") for _, step in wandb_files.rows(path)]
+    assert sorted(rows) == [1, 2, 3, 4, 5]
 
 
 def test_a_tracker_that_cannot_start_does_not_cost_the_run(tmp_path, monkeypatch, caplog):
@@ -170,6 +196,80 @@ def test_a_tracker_that_fails_in_the_middle_does_not_cost_the_run(caplog):
     assert caplog.text.count("wandb cannot take a record and is left out: disk quota") == 1
 
 
-def test_a_line_without_a_step_ends_the_records(tmp_path):
-    (tmp_path / METRICS).write_text(json.dumps(record(1)) + "\n{}\n" + json.dumps(record(2)) + "\n")
+def test_a_loss_that_is_no_number_is_shown_and_left_out_of_the_files(tmp_path, capsys):
+    tree = run_tree(tmp_path, tmp_path, logging={"tensorboard": True})
+    opened = metrics.open_metrics(run_config(tree), resumed_at=0)
+    opened.write(record(4, loss=math.nan))
+    opened.write({"step": 4, "validation_loss": math.nan, "validation_seconds": 1.0})
+    opened.write({"step": 5, "validation_loss": math.nan})
+    opened.close()
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split("loss ")[1].split()[0] for line in shown] == ["nan", "nan", "nan"]
+    text = (tmp_path / METRICS).read_text()
+    assert "NaN" not in text
+    assert json.loads(text.splitlines()[1]) == {"step": 4, "validation_seconds": 1.0}
+    assert metrics.is_evaluation(json.loads(text.splitlines()[1]))
+
+
+def test_tensorboard_shows_each_step_once_when_the_clock_goes_back(tmp_path, monkeypatch):
+    """The second start is on a node whose clock is an hour behind, the third begins within the second's second."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    now = 1_700_000_000.0
+    monkeypatch.setattr(time, "time", lambda: now)
+    for resumed_at, clock in ((0, now), (4, now - 3600), (6, now - 3600), (2, now + 5)):
+        now = clock
+        sink = TensorBoard(tmp_path, resumed_at)
+        for step in range(resumed_at + 1, 9):
+            sink.write(record(step, loss=10 * resumed_at + step))
+        sink.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    expected = [(step, float(step)) for step in (1, 2)] + [(step, 20.0 + step) for step in range(3, 9)]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
+
+
+def test_tensorboard_files_follow_those_that_torch_wrote(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    with SummaryWriter(str(tmp_path / "tensorboard")) as earlier:
+        for step in (1, 2, 3):
+            earlier.add_scalar("loss", step, step)
+    sink = TensorBoard(tmp_path, resumed_at=2)
+    sink.write(record(3, loss=30))
+    sink.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_a_rollback_stays_in_the_records_as_long_as_the_state_counts_it(tmp_path):
+    """Back from 8 to 4 and killed; gone on from 4, back from 7 to 2; then an older checkpoint that knows of none."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = run_config(run_tree(tmp_path, tmp_path, logging={"tensorboard": True}))
+
+    def start(resumed_at: int, num_rollbacks: int, *written: dict[str, float | int]) -> list[tuple[int, float]]:
+        opened = metrics.open_metrics(config, resumed_at, num_rollbacks)
+        for one in written:
+            opened.write(one)
+        opened.close()
+        found = [(item["step"], item["rollback"]) for item in read_metrics(tmp_path) if "rollback" in item]
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        shown = events.Scalars("rollback") if "rollback" in events.Tags()["scalars"] else []
+        assert [(event.step, event.value) for event in shown] == found
+        return found
+
+    def rollback(step: int, number: int) -> dict[str, float | int]:
+        return {"step": step, "rollback": number, "left_out_from": 32, "left_out_to": 48}
+
+    start(0, 0, *map(record, range(1, 9)))
+    assert start(4, 1, rollback(5, 1)) == [(5, 1)]
+    assert start(4, 1, *map(record, range(5, 8))) == [(5, 1)]
+    assert start(2, 2, rollback(3, 2)) == [(3, 1), (3, 2)]
+    assert start(2, 1, *map(record, range(3, 5))) == [(3, 1)]
+    assert start(4, 1) == [(3, 1)]
+    assert start(1, 0) == []
     assert [item["step"] for item in read_metrics(tmp_path)] == [1]

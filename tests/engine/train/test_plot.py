@@ -66,6 +66,9 @@ def test_a_loss_that_is_no_number_breaks_the_line():
     assert [step for step, _ in training] == [1, 2, 3, 4]
     assert math.isnan(training[1][1])
     assert isolated(training) == [(1, 3.0)]
+    _, held_out = read_curves(lines({"step": 2, "validation_loss": 3.0}, {"step": 4, "validation_seconds": 1.0}))
+    assert held_out[0] == (2, 3.0)
+    assert math.isnan(held_out[1][1])
     assert isolated([(5, 1.0)]) == [(5, 1.0)], "a single record is drawn as a point"
 
 
