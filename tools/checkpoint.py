@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.progress import track
 from engine.errors import EXIT_FAILURE, CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     import torch
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from engine.checkpoint.manifest import Manifest
     from engine.checkpoint.storage import Place
 
+Result = TypeVar("Result")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 
 Where = Annotated[
@@ -30,31 +32,22 @@ Where = Annotated[
 @app.command("list")
 def list_checkpoints(where: Where) -> None:
     """List checkpoints, newest first, by their manifests; reads none of their data."""
-    from engine.checkpoint.folder import find
-    from engine.checkpoint.load import open_checkpoint
-    from engine.checkpoint.storage import place_of
-
-    for path in find(place_of(where)):
-        try:
-            print(f"{path.name}  {_about(open_checkpoint(path))}")
-        except CheckpointError as problem:
-            print(f"{path.name}  damaged: {problem.wrong}")
+    for path, (about, damage) in _each(where, _read_manifest):
+        print(f"{path.name}  {about}" if not damage else f"{path.name}  damaged: {damage}")
 
 
 @app.command()
 def verify(where: Where) -> None:
     """Read every byte of one checkpoint, or of all of a run, against its hashes; exit code 1 where one is damaged."""
-    from engine.checkpoint.folder import find
-    from engine.checkpoint.storage import place_of
     from engine.checkpoint.verify import verify as damage_of
 
-    found = {}
-    for path in find(place_of(where)):
-        found[path] = damage_of(path, _progress(path))
-        print(f"{path}: {'DAMAGED' if found[path] else 'whole'}")
-        for damage in found[path]:
+    whole = True
+    for path, damages in _each(where, lambda path: damage_of(path, _progress(path))):
+        print(f"{path}: {'DAMAGED' if damages else 'whole'}")
+        for damage in damages:
             print(f"  {damage}")
-    if any(found.values()):
+        whole = whole and not damages
+    if not whole:
         raise typer.Exit(EXIT_FAILURE)
 
 
@@ -93,15 +86,18 @@ def prune(
     yes: Annotated[bool, typer.Option("--yes", help="Remove them; without it, only say which.")] = False,
 ) -> None:
     """Remove what no option keeps; says only what it would do unless --yes is given. The newest that verifies stays."""
-    from engine.checkpoint.folder import CHECKPOINTS, find, remove
+    from engine.checkpoint.folder import find, remove
     from engine.checkpoint.retention import Retention, newest_whole, victims
     from engine.checkpoint.storage import place_of
 
     place = place_of(where)
-    found = find(place)
-    values = _metric(place.parent if place.name == CHECKPOINTS else place, metric) if keep_best else {}
-    retention = Retention(keep_last, keep_every, keep_best, values)
-    verified = newest_whole(found, _progress)
+    retention = Retention(keep_last, keep_every, keep_best, _metric(place, metric) if keep_best else {})
+    found, verified = find(place), None
+    while verified is None:
+        verified, before = newest_whole(found, _progress), found
+        found = find(place)
+        if found == before:  # else a live run has removed what was read, and there is a newer one
+            break
     if verified is None:
         raise CheckpointError(
             f"none of the checkpoints in {where} is whole", "one that verifies", "nothing is removed: mend one by hand"
@@ -115,6 +111,36 @@ def prune(
     print(
         f"{len(found) - len(doomed)} of {len(found)} stay" + ("" if yes or not doomed else "; --yes removes the others")
     )
+
+
+def _each(where: str, read: Callable[[Place], Result]) -> Iterator[tuple[Place, Result]]:
+    """Yield each checkpoint and what `read` returns of it, newest first, without those that a live run removes
+    meanwhile; where it removes them all, there are newer ones."""
+    from engine.checkpoint.folder import find
+    from engine.checkpoint.storage import place_of
+    from engine.checkpoint.verify import Removed
+
+    num_read = 0
+    while not num_read:
+        for path in find(place_of(where)):
+            with suppress(Removed):
+                result = read(path)
+                num_read += 1
+                yield path, result
+
+
+def _read_manifest(path: Place) -> tuple[str, str]:
+    """A line about a checkpoint, or what is wrong with it."""
+    from engine.checkpoint.load import open_checkpoint
+    from engine.checkpoint.verify import identity, still_there
+
+    while True:
+        before = identity(path)
+        try:
+            return _about(open_checkpoint(path)), ""
+        except CheckpointError as problem:
+            if still_there(path, before):
+                return "", problem.wrong
 
 
 def _progress(path: Place) -> Callable[[list[str]], Iterable[str]]:
@@ -139,12 +165,16 @@ def _other_side(text: str) -> Opened | Mapping[str, torch.Tensor | None]:
     return Opened(find(place)[0])
 
 
-def _metric(run: Place, name: str) -> dict[int, float]:
-    from engine.train.metrics import METRICS, read_metrics
+def _metric(place: Place, name: str) -> dict[int, float]:
+    from engine.checkpoint.folder import run_of
+    from engine.train.records import METRICS, read_metrics
 
+    run = run_of(place)
     found = {int(record["step"]): float(record[name]) for record in read_metrics(run) if name in record}
     if not found:
-        raise CheckpointError(f"no {name} in {run / METRICS}", "the metrics of the run", "leave --keep-best out")
+        raise CheckpointError(
+            f"no {name} in {run / METRICS}", "the metrics of the run", "name the run folder, or leave --keep-best out"
+        )
     return found
 
 

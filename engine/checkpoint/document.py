@@ -18,6 +18,7 @@ import xxhash
 
 from engine.checkpoint import claims
 from engine.checkpoint.container import FileRecord, damaged, disk_errors, plain_size
+from engine.checkpoint.folder import step_of, step_path
 from engine.checkpoint.manifest import Manifest
 from engine.checkpoint.storage import MANIFEST, Place
 from engine.errors import CheckpointError
@@ -74,7 +75,19 @@ def read(folder: Place) -> Manifest:
         claims.check(manifest)
     except (KeyError, TypeError, ValueError) as problem:
         raise damaged(path, f"a field is missing or impossible ({problem})") from problem
+    _check_name(folder, manifest)
     return manifest
+
+
+def _check_name(folder: Place, manifest: Manifest) -> None:
+    """Raise `CheckpointError` where the folder's name gives the step of another checkpoint."""
+    step = manifest.state.step
+    if step_of(folder) not in (-1, step):
+        raise CheckpointError(
+            f"{folder / FILE}: it is of step {step}, and the folder's name says step {step_of(folder)}",
+            f"{step_path(Path(), step)}, or a name that gives no step",
+            "rename the folder",
+        )
 
 
 def _is_whole(document: dict[str, Any]) -> bool:

@@ -68,11 +68,13 @@ def committed(folder: AnyPlace) -> list[AnyPlace]:
 def find(place: AnyPlace) -> list[AnyPlace]:
     """The checkpoints that a user means by a run folder, its folder `checkpoints/` or one checkpoint, newest first.
 
+    A folder with a manifest is one checkpoint, whatever its name.
+
     Raises:
         CheckpointError: there is none, or nothing can be read there.
     """
     try:
-        if step_of(place) >= 0 and ((place / MANIFEST).is_file() or place.is_dir()):  # some servers list no folders
+        if (place / MANIFEST).is_file() or (step_of(place) >= 0 and place.is_dir()):  # some servers list no folders
             return [place]
         found = committed(place / CHECKPOINTS) or committed(place)
     except OSError as problem:
@@ -89,6 +91,28 @@ def find(place: AnyPlace) -> list[AnyPlace]:
             "check the path, or train until the first checkpoint is saved",
         )
     return found
+
+
+def run_of(place: Place) -> Place:
+    """The run folder of a place that `find` takes, named from inside or through links, too; `place` where none is.
+
+    A folder is the run of checkpoints where its `checkpoints/` is the folder that they lie in. Links are followed, and
+    left again: where the current folder was entered through one, the shell's PWD says so.
+    """
+    if isinstance(place, Remote):
+        inside = place.parent if step_of(place) >= 0 else place
+        return inside.parent if inside.name == CHECKPOINTS else inside
+    if (place / CHECKPOINTS).is_dir():
+        return place
+    real = place.resolve()
+    inside = real.parent if (real / MANIFEST).is_file() else real
+    entered = Path(os.environ.get("PWD", ""))
+    here = entered if entered.is_dir() and entered.samefile(Path()) else Path()
+    for name in (Path(os.path.abspath(here / place)), real):
+        for run in name.parents[:2]:
+            if (run / CHECKPOINTS).resolve() == inside:
+                return run
+    return place
 
 
 def claim(folder: Path, owner: Owner) -> None:

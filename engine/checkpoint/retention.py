@@ -7,12 +7,13 @@ newer than that, damaged perhaps, is left for the user to look at.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from engine.checkpoint.folder import AnyPlace, committed, remove, step_of
-from engine.checkpoint.verify import verify
+from engine.checkpoint.verify import Removed, verify
 from engine.logs import logger
 
 log = logger(__name__)
@@ -65,8 +66,15 @@ def prune(folder: AnyPlace, retention: Retention, verified: AnyPlace | None) -> 
 
 
 def newest_whole(newest_first: list[AnyPlace], watch: Callable[[Any], Callable] = lambda path: iter) -> AnyPlace | None:
-    """The newest checkpoint that verifies, found by this process alone; None where there is none."""
-    return next((path for path in newest_first if not verify(path, watch(path))), None)
+    """The newest checkpoint that verifies, found by this process alone; None where there is none.
+
+    One that is removed meanwhile is passed over.
+    """
+    for path in newest_first:
+        with contextlib.suppress(Removed):
+            if not verify(path, watch(path)):
+                return path
+    return None
 
 
 def retention_in_words(retention: Retention) -> str:

@@ -111,7 +111,8 @@ def place_of(text: str) -> Place:
     """
     scheme = urlsplit(text).scheme if "://" in text else ""
     if scheme in ("", "file"):
-        return Path(unquote(urlsplit(text).path)) if scheme else Path(text)
+        path = Path(unquote(urlsplit(text).path) if scheme else text)
+        return path if path.name not in ("", "..") else path.resolve()  # names carry meaning here
     import fsspec
 
     try:

@@ -34,11 +34,61 @@ class Damage:
         return f"{self.file}: {self.what}"
 
 
-def verify(path: Place, watch: Callable[[list[str]], Iterable[str]] = iter) -> list[Damage]:
-    """All damage of a checkpoint, by reading every byte of it; empty where it is whole.
+class Removed(CheckpointError):
+    """The checkpoint was removed while it was read, as the retention of a live run does."""
 
-    `watch` hands on the names of the files as they are read, so that a caller can show progress.
+    def __init__(self, path: Place) -> None:
+        super().__init__(f"{path} was removed while it was read", "a checkpoint that stays", "name a newer one")
+
+    def __reduce__(self):
+        return CheckpointError, (self.wrong, self.allowed, self.remedy)
+
+
+def verify(path: Place, watch: Callable[[list[str]], Iterable[str]] = iter) -> list[Damage]:
+    """Return all damage of a checkpoint, found by reading every byte of it; empty where it is whole.
+
+    `watch` hands on the names of the files as they are read, so that a caller can show progress. A checkpoint that is
+    replaced meanwhile by another save of its step is read again.
+
+    Raises:
+        Removed: it was removed meanwhile.
     """
+    while True:
+        before = identity(path)
+        damage = _damage(path, watch)
+        if not damage or still_there(path, before):
+            return damage
+
+
+def identity(path: Place) -> tuple[int, int] | bool:
+    """Tell one saved checkpoint from another at the same place: equal as long as `path` holds the same one.
+
+    False where there is none. Behind a URL, where nothing is replaced, whether there is a manifest.
+    """
+    try:
+        if isinstance(path, Path):
+            about = path.stat()
+            return about.st_dev, about.st_ino
+        return (path / document.FILE).is_file()
+    except FileNotFoundError:
+        return False
+    except OSError:  # a server that is busy or gone, or rights: that is for the reader to say
+        return True
+
+
+def still_there(path: Place, before: tuple[int, int] | bool) -> bool:
+    """Whether `path` holds the checkpoint whose `identity` was `before`; False where another one has replaced it.
+
+    Raises:
+        Removed: it is gone.
+    """
+    now = identity(path)
+    if not now and (before or not path.is_dir()):
+        raise Removed(path)
+    return now == before
+
+
+def _damage(path: Place, watch: Callable[[list[str]], Iterable[str]]) -> list[Damage]:
     try:
         manifest = document.read(path)
     except CheckpointError as problem:

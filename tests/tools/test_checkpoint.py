@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import re
+import shutil
 import threading
 from contextlib import contextmanager
 
@@ -12,7 +13,9 @@ import fsspec
 import pytest
 from safetensors.torch import load_file, save_file
 
+from engine.checkpoint import document
 from engine.checkpoint.compare import Opened, compare
+from engine.checkpoint.folder import remove
 from engine.checkpoint.load import read_weights
 from engine.checkpoint.storage import place_of
 from engine.cli import main
@@ -143,6 +146,118 @@ def test_prune_keeps_what_it_cannot_judge(run, capsys):
     harm(run / "checkpoints" / "step-00000010" / FILE)
     assert main(["checkpoint", "prune", str(run), "--keep-last", "1", "--yes"]) == 1
     assert "nothing is removed" in capsys.readouterr().err
+
+
+def removed_while_read(monkeypatch, run, doomed, commit=None):
+    """Has a live run remove a checkpoint once its manifest has been read, and commit another one."""
+    read, left = document.read, [doomed]
+
+    def reading(folder):
+        manifest = read(folder)
+        if left and folder.name == left[0].name:
+            left.pop()
+            remove(doomed)
+            if commit:
+                commit()
+        return manifest
+
+    monkeypatch.setattr(document, "read", reading)
+
+
+@pytest.mark.parametrize("action", ["list", "verify"])
+def test_what_a_live_run_removes_is_not_damaged(run, capsys, monkeypatch, action):
+    removed_while_read(monkeypatch, run, run / "checkpoints" / "step-00000010")
+    assert main(["checkpoint", action, str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "step-00000020" in out
+    assert "step-00000010" not in out
+
+
+@pytest.mark.parametrize("action", ["list", "verify", "prune"])
+def test_where_all_that_was_found_is_removed_the_newer_ones_are_read(run, tmp_path, capsys, monkeypatch, action):
+    checkpoints = run / "checkpoints"
+    remove(checkpoints / "step-00000010")
+    world = World(layout_of(2, 2, 1), 3, small_model())
+
+    def commit():
+        world.fill(random_state(world.specs, 30))
+        world.save(checkpoints, some_state(30))
+
+    removed_while_read(monkeypatch, run, checkpoints / "step-00000020", commit)
+    assert main(["checkpoint", action, str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "step-00000030" in out
+    assert "DAMAGED" not in out
+    assert "damaged" not in out
+
+
+def test_one_that_is_saved_anew_meanwhile_is_read_again(run, capsys, monkeypatch):
+    """A rollback saves its step over the same step; files of the two are of different sizes."""
+    world = World(layout_of(1, 1, 1), 3, small_model())
+
+    def commit():
+        world.fill(random_state(world.specs, 20))
+        world.save(run / "checkpoints", some_state(20))
+
+    removed_while_read(monkeypatch, run, run / "checkpoints" / "step-00000020", commit)
+    assert main(["checkpoint", "verify", str(run)]) == 0
+    assert capsys.readouterr().out.count(": whole\n") == 2
+
+
+def test_one_under_the_name_of_another_step_is_damaged(run, capsys):
+    wrong = run / "checkpoints" / "step-00000030"
+    shutil.copytree(run / "checkpoints" / "step-00000020", wrong)
+    assert main(["checkpoint", "list", str(run)]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("step-00000030  damaged: ")
+    assert first.endswith("it is of step 20, and the folder's name says step 30")
+    assert main(["checkpoint", "verify", str(run)]) == 1
+    out = capsys.readouterr().out
+    assert f"{wrong}: DAMAGED\n  manifest.json: it is of step 20" in out
+    assert out.count(": whole\n") == 2
+    assert main(["checkpoint", "diff", str(wrong), str(run)]) == 1
+    assert "to do: rename the folder" in capsys.readouterr().err
+    assert main(["checkpoint", "prune", str(run), "--keep-last", "1", "--yes"]) == 0
+    assert "step-00000020 is the newest that verifies" in capsys.readouterr().out
+
+
+def test_one_under_a_name_without_a_step_is_read_as_it_is(run, tmp_path, capsys, monkeypatch):
+    kept = tmp_path / "best model"
+    shutil.copytree(run / "checkpoints" / "step-00000020", kept)
+    (tmp_path / "latest").symlink_to(run / "checkpoints" / "step-00000020")
+    for name in (str(kept), f"file://{kept}".replace(" ", "%20"), str(tmp_path / "latest")):
+        assert main(["checkpoint", "list", name]) == 0
+        assert "12,800 tokens" in capsys.readouterr().out
+        assert main(["checkpoint", "verify", name]) == 0
+        assert main(["checkpoint", "diff", name, str(run)]) == 0
+    monkeypatch.chdir(kept)
+    capsys.readouterr()
+    assert main(["checkpoint", "list", "."]) == 0
+    assert capsys.readouterr().out.startswith("best model  12,800 tokens")
+
+
+@pytest.mark.parametrize("entered", ["run", "checkpoints", "link", "link to checkpoints", "checkpoints elsewhere"])
+def test_prune_finds_the_metrics_of_the_run(run, tmp_path, capsys, monkeypatch, entered):
+    (run / "metrics.jsonl").write_text('{"step": 10, "validation_loss": 1.0}\n{"step": 20, "validation_loss": 2.0}\n')
+    aside = tmp_path / "aside"
+    aside.mkdir()
+    (aside / "metrics.jsonl").write_text('{"step": 20, "validation_loss": 1.0}\n')  # of another run
+    place = run if entered == "run" else run / "checkpoints"
+    if entered.startswith("link"):
+        (aside / "ckpts").symlink_to(run if entered == "link" else place)
+        place = aside / "ckpts"
+    elif entered == "checkpoints elsewhere":
+        place.rename(aside / "moved")
+        place.symlink_to(aside / "moved")
+    options = ["--keep-last", "1", "--keep-best", "1"]
+    assert main(["checkpoint", "prune", str(place), *options]) == 0
+    assert "2 of 2 stay" in capsys.readouterr().out, "the one at step 10 is the best"
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("PWD", str(place))  # as the shell's cd sets it
+    for name in (".", "../" + place.name):
+        if (place / ".." / place.name).exists() or name == ".":
+            assert main(["checkpoint", "prune", name, *options]) == 0
+            assert "2 of 2 stay" in capsys.readouterr().out
 
 
 def test_diff_names_the_largest_differences(run, url, capsys):
