@@ -1,8 +1,10 @@
-"""A tokenizer as a folder that `transformers.AutoTokenizer` loads, named by a hash of what it does.
+"""A tokenizer as a folder of `tokenizer.json` and `tokenizer_config.json`, named by a hash of what it does.
 
-Invariant: the hash depends on the vocabulary and the rules in `tokenizer.json` and on which token ends a text,
-not on paths, formatting or the truncation and padding that somebody left switched on; so a copy has the same hash.
-Encoding here never reads special tokens out of text: a document that spells `<|endoftext|>` is only quoting it.
+This is the only reader: preparation, training, export and generation all split text as `tokenizer.json` says, whatever
+class `tokenizer_config.json` names (`files`).
+Invariant: the hash depends on the vocabulary and the rules in `tokenizer.json` and on which token ends a text, not on
+paths, formatting or the truncation and padding that somebody left switched on; so a copy has the same hash. Encoding
+never reads special tokens out of text (`plain_text`): a document that spells `<|endoftext|>` is only quoting it.
 Training one is in `engine.data.tokenizer.training`. Needs `tokenizers` alone, so that workers start fast.
 """
 
@@ -18,22 +20,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.data.tokenizer import plain_text
+from engine.data.tokenizer.files import CONFIG_FILE, IMPORT, MODEL_FILE, TokenizerFiles, build, read_files
 from engine.data.tokenizer.vocabulary import FILL_TOKENS, SENTINEL, Spelling, Vocabulary, packed, word_edges
 from engine.errors import DataError
 from engine.foreign import refuse_custom_code
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
-MODEL_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
 END_OF_TEXT = "<|endoftext|>"
 """What ends a document in the tokenizers trained here; a foreign one may call it otherwise."""
 
 _ROLES = {"padding": "pad", "classify": "cls", "separate": "sep", "mask": "mask"}
 _PASSING_STATE = ("truncation", "padding")
-_RESTORE = "restore it from a copy"
-_CONVERT = "AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER) writes such a folder"
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,20 @@ class TextTokenizer:
 
     folder: Path
     model: Tokenizer
+    """As in the file: names of tokens, and ids to text."""
+    plain: Tokenizer
+    """Text to ids, without special tokens: `model` with their spelling hidden."""
+    dropping: tuple[Tokenizer, int] | None
+    """For a model that drops what it cannot spell: one that writes a token instead, and the token's id."""
     hash: str
     vocab_size: int
     """Largest id + 1."""
     eos_id: int
     unknown_id: int | None
-    """None where every byte can be spelt."""
+    """None where every byte can be spelt, or where the end of text stands for what is unknown."""
     find_vocabulary: Callable[[], Vocabulary]
+    refused_id: int | None = None
+    """Special token that the model writes for what it cannot spell; text that needs it is refused."""
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -56,21 +63,58 @@ class TextTokenizer:
         return self.find_vocabulary()
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text, int64, nothing added and special tokens in the text taken as plain characters."""
-        encodings = self.model.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, np.int64) for encoding in encodings]
+        """Ids of each text, int64, nothing added and special tokens in the text taken as plain characters.
+
+        Raises:
+            DataError: the tokenizer cannot spell some of the text, and has no unknown token to say so.
+        """
+        return [self._checked(encoding) for encoding in self._run(self.plain.encode_batch_fast, texts)]
 
     def encode_with_starts(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each text the ids, as `encode` gives them, and the character at which each token begins, int64."""
-        encodings = self.model.encode_batch(texts, add_special_tokens=False)
         return [
-            (np.array(item.ids, np.int64), np.array([start for start, _ in item.offsets], np.int64))
-            for item in encodings
+            (self._checked(item), np.array([start for start, _ in item.offsets], np.int64))
+            for item in self._run(self.plain.encode_batch, texts)
         ]
+
+    def unspelt_bytes(self, texts: list[str], ids: list[np.ndarray]) -> np.ndarray:
+        """UTF-8 bytes of each text that no token spells, (n,) int64: unknown to the model, or dropped by it.
+
+        `ids` are those that `encode` gave. Texts without an unknown token cost nothing, unless the model drops text.
+        """
+        found = np.zeros(len(texts), np.int64)
+        if self.dropping is not None:
+            model, unknown, chosen = *self.dropping, list(range(len(texts)))
+        else:
+            model, unknown = self.plain, self.unknown_id
+            chosen = [] if unknown is None else [n for n, item in enumerate(ids) if (item == unknown).any()]
+        for number, encoding in zip(chosen, self._run(model.encode_batch, [texts[n] for n in chosen]), strict=True):
+            found[number] = _bytes_of(texts[number], encoding, unknown)
+        return found
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of some ids, special tokens spelt out."""
         return self.model.decode(ids.tolist(), skip_special_tokens=False)
+
+    def _run(self, encode: Callable[..., list[Encoding]], texts: list[str]) -> list[Encoding]:
+        try:
+            return encode(texts, add_special_tokens=False) if texts else []
+        except Exception as error:  # the library raises plain Exception where the unknown token is missing
+            raise self._unknown(f"it has no token for what is unknown ({error})") from error
+
+    def _checked(self, encoding: Encoding) -> np.ndarray:
+        ids = np.array(encoding.ids, np.int64)
+        if self.refused_id is not None and (ids == self.refused_id).any():
+            name = self.model.id_to_token(self.refused_id)
+            raise self._unknown(f"it would write the special token {name!r} for it")
+        return ids
+
+    def _unknown(self, why: str) -> DataError:
+        return DataError(
+            f"the tokenizer in {self.folder} cannot spell some of the text: {why}",
+            "a tokenizer with an unknown token of its own, or one that spells every byte",
+            "train one with `palimpsest tokenizer SOURCE...`, or name another",
+        )
 
 
 def load_tokenizer(folder: Path | str) -> TextTokenizer:
@@ -80,42 +124,34 @@ def load_tokenizer(folder: Path | str) -> TextTokenizer:
         DataError: a file is missing or damaged, or the end-of-text token is not told or not in the vocabulary.
         ConfigError: the folder wants code of its own to run.
     """
-    from tokenizers import Tokenizer
-
-    folder = Path(folder)
-    refuse_custom_code(folder)  # none would run here, but readers of what is trained with it would ask for it
-    text, config = _read(folder / MODEL_FILE), _read(folder / CONFIG_FILE)
-    tree, settings = _parse(folder / MODEL_FILE, text), _parse(folder / CONFIG_FILE, config)
-    try:
-        model = Tokenizer.from_str(text)
-    except Exception as error:  # the library raises plain Exception
-        raise DataError(
-            f"{folder / MODEL_FILE} is damaged: {error}", "a tokenizer of `tokenizers`", _CONVERT
-        ) from error
-    model.no_truncation()
-    model.no_padding()
-    model.encode_special_tokens = True
-    vocabulary = model.get_vocab(with_added_tokens=True)
-    eos = _end_of_text(folder, settings, vocabulary)
-    unknown = tree.get("model", {}).get("unk_token") or _name(settings.get("unk_token"))
-    unknown_id = vocabulary.get(unknown) if unknown and unknown != eos else None
+    refuse_custom_code(Path(folder))  # none would run here, but readers of what is trained with it would ask for it
+    files = read_files(folder)
+    path = files.folder / MODEL_FILE
+    model = build(files.tree, path)
+    ids = model.get_vocab(with_added_tokens=True)
+    eos = _end_of_text(files, ids)
+    own_unknown = plain_text.unknown_token(files.tree)
+    unknown = own_unknown or files.names.get("unk_token")
+    special = _special_ids(files, ids, {eos, unknown})
+    refused = ids.get(own_unknown) if own_unknown and ids.get(own_unknown) in _roles(files, ids, eos) else None
     return TextTokenizer(
-        folder=folder,
+        folder=files.folder,
         model=model,
-        hash=_hash(tree, eos),
-        vocab_size=max(vocabulary.values()) + 1,
-        eos_id=vocabulary[eos],
-        unknown_id=unknown_id,
-        find_vocabulary=partial(_vocabulary, tree, settings, vocabulary, {vocabulary[eos], unknown_id}),
+        plain=_plain(plain_text.without_spelling(files.tree, special), path),
+        dropping=_dropping(files, special, path),
+        hash=_hash(files.tree, eos),
+        vocab_size=max(ids.values()) + 1,
+        eos_id=ids[eos],
+        unknown_id=ids.get(unknown) if unknown and unknown != eos else None,
+        find_vocabulary=partial(_vocabulary, files, ids, special),
+        refused_id=refused,
     )
 
 
 def tokenizer_hash(folder: Path | str) -> str:
     """Content hash of a tokenizer's folder, 32 hex digits; equal for copies. Raises `DataError`."""
-    folder = Path(folder)
-    tree = _parse(folder / MODEL_FILE, _read(folder / MODEL_FILE))
-    settings = _parse(folder / CONFIG_FILE, _read(folder / CONFIG_FILE))
-    return _hash(tree, _ending(settings))
+    files = read_files(folder)
+    return _hash(files.tree, files.ending)
 
 
 def _hash(tree: dict[str, Any], eos: str | None) -> str:
@@ -124,17 +160,59 @@ def _hash(tree: dict[str, Any], eos: str | None) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _vocabulary(
-    tree: dict[str, Any], settings: dict[str, Any], ids: dict[str, int], others: set[int | None]
-) -> Vocabulary:
-    """What objectives must know; `others` are tokens that are not ordinary though no rule says so."""
-    named = {role: ids.get(_name(settings.get(f"{key}_token")) or "") for role, key in _ROLES.items()}
+def _plain(tree: dict[str, Any], path: Path) -> Tokenizer:
+    model = build(tree, path)
+    model.encode_special_tokens = True
+    return model
+
+
+def _dropping(files: TokenizerFiles, special: set[int], path: Path) -> tuple[Tokenizer, int] | None:
+    if not plain_text.loses_text(hidden := plain_text.without_spelling(files.tree, special)):
+        return None
+    tree, name = plain_text.with_unknown(hidden)
+    model = _plain(tree, path)
+    return model, model.get_vocab()[name]
+
+
+def _bytes_of(text: str, encoding: Encoding, token: int | None) -> int:
+    """UTF-8 bytes of the characters behind one token, each counted once."""
+    inside = {n for i, span in zip(encoding.ids, encoding.offsets, strict=True) if i == token for n in range(*span)}
+    return len("".join(text[n] for n in inside).encode())
+
+
+def _special_ids(files: TokenizerFiles, ids: dict[str, int], others: set[str | None]) -> set[int]:
+    """Ids that no text may become: marked special, or special by their part (`others` among them).
+
+    Raises `DataError` where one of them is a letter that the model needs to spell text.
+    """
+    marked = {token["content"] for token in files.tree.get("added_tokens") or [] if token.get("special")}
+    by_name = {token for token in ids if SENTINEL.fullmatch(token)} | set(FILL_TOKENS)
+    ours = {files.names.get(f"{key}_token") for key in _ROLES.values()}
+    needed = marked | by_name | ours | others
+    if letters := sorted(token for token in needed & ids.keys() if token and plain_text.is_letter(files.tree, token)):
+        raise DataError(
+            f"{files.folder} uses {letters[0]!r} as a special token, but its model spells text with it",
+            "special tokens that stand for no text",
+            f"name others in {CONFIG_FILE}, or train a tokenizer with `palimpsest tokenizer`",
+        )
+    unused = {files.names.get("bos_token")} | files.listed
+    hidden = needed | {token for token in unused if token and not plain_text.is_letter(files.tree, token)}
+    return {ids[token] for token in hidden if token in ids}
+
+
+def _roles(files: TokenizerFiles, ids: dict[str, int], eos: str) -> set[int]:
+    """Ids of the tokens that structure a row: what text must not become even where it is unknown."""
+    named = {files.names.get(f"{key}_token") for key in ("cls", "sep", "mask")} | {eos}
+    return {ids[token] for token in named if token in ids}
+
+
+def _vocabulary(files: TokenizerFiles, ids: dict[str, int], special: set[int]) -> Vocabulary:
+    """What objectives must know of the tokens."""
+    named = {role: ids.get(files.names.get(f"{key}_token", "")) for role, key in _ROLES.items()}
     numbers = {int(found[1]): ids[token] for token in ids if (found := SENTINEL.fullmatch(token))}
     sentinels = tuple(numbers[number] for number in sorted(numbers))
     fill = tuple(ids[token] for token in FILL_TOKENS if token in ids)
-    added = {int(token["id"]) for token in tree.get("added_tokens", []) if token.get("special")}
-    special = added | others | set(named.values()) | set(sentinels) | set(fill)
-    spelling, size = _spelling(tree), max(ids.values()) + 1
+    spelling, size = _spelling(files.tree), max(ids.values()) + 1
     ordinary_V, begins_V, ends_V = np.zeros(size, bool), np.ones(size, bool), np.ones(size, bool)
     for token, number in ids.items():
         if number not in special:
@@ -153,19 +231,14 @@ def _vocabulary(
 
 def _spelling(tree: dict[str, Any]) -> Spelling:
     """How the vocabulary spells the begin of a word."""
-    if tree["model"].get("type") == "WordPiece":
+    if plain_text.model_type(tree) == "WordPiece":
         return "wordpiece"
     return "bytes" if '"ByteLevel"' in json.dumps([tree.get("pre_tokenizer"), tree.get("decoder")]) else "sentencepiece"
 
 
-def _ending(settings: dict[str, Any]) -> str | None:
-    """The token that ends a text; BERT's tokenizers name but a separator."""
-    return _name(settings.get("eos_token")) or _name(settings.get("sep_token"))
-
-
-def _end_of_text(folder: Path, settings: dict[str, Any], vocabulary: dict[str, int]) -> str:
+def _end_of_text(files: TokenizerFiles, vocabulary: dict[str, int]) -> str:
     """The token that ends a document. Raises `DataError` where there is none."""
-    eos = _ending(settings)
+    eos = files.ending
     if eos is None or eos not in vocabulary:
         what = (
             "names neither eos_token nor sep_token"
@@ -173,33 +246,8 @@ def _end_of_text(folder: Path, settings: dict[str, Any], vocabulary: dict[str, i
             else f"names eos_token {eos!r}, which is not in the vocabulary"
         )
         raise DataError(
-            f"{folder / CONFIG_FILE} {what}",
+            f"{files.folder / CONFIG_FILE} {what}",
             "a token of the vocabulary that ends a document",
-            f"write eos_token in {CONFIG_FILE}, or train a tokenizer with `palimpsest tokenizer`",
+            f"write eos_token in {CONFIG_FILE}; {IMPORT}",
         )
     return eos
-
-
-def _name(token: Any) -> str | None:
-    """A token's text; older files write tokens as trees."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        what = f"tokenizer {path.parent} holds no {path.name}" if path.parent.is_dir() else f"no folder {path.parent}"
-        raise DataError(what, f"a folder with {MODEL_FILE} and {CONFIG_FILE}", f"check the path; {_CONVERT}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}", "a text file", _RESTORE) from error
-
-
-def _parse(path: Path, text: str) -> dict[str, Any]:
-    try:
-        tree = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: no JSON ({error})", "the file as written", _RESTORE) from error
-    if not isinstance(tree, dict):
-        raise DataError(f"{path} is damaged: it begins with {text[:20]!r}", "a JSON object", _RESTORE)
-    return tree
