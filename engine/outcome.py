@@ -1,8 +1,8 @@
 """How a run ended, written atomically to its folder: launchers lose exit codes (contract "Outcome").
 
 `outcome.json` holds job, attempt, code, step, the first failing rank and its error; whoever needs to know how
-a run ended reads it first and the exit code second. It is removed when a run starts, so that an old one never
-speaks for a new run.
+a run ended reads it first and the exit code second. Who takes the run folder for a start removes it, so that an old
+one never speaks for a new run; only the owner of the folder writes it (`engine.run_folder`).
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ class Outcome:
     rank: int | None = None
     error: str = ""
 
+    def is_of(self, job: str, attempt: int) -> bool:
+        """Whether it says how that attempt of that job ended."""
+        return (self.job, self.attempt) == (job, attempt)
+
 
 def write(folder: Path, outcome: Outcome) -> None:
-    """Puts the outcome in place in one move, over any that is there; call on one rank."""
+    """Puts the outcome in place in one move, over any but that of a newer attempt of its job; call on one rank."""
+    said = read(folder)
+    if said is not None and said.job == outcome.job and said.attempt > outcome.attempt:
+        return
     partial = folder / f"{FILE}.{os.getpid()}"
     with partial.open("w", encoding="utf-8") as file:
         json.dump(asdict(outcome), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(folder / FILE)
-
-
-def write_failure(folder: Path, outcome: Outcome) -> None:
-    """Writes the outcome of a failure unless another rank was first, or the run has no folder yet; call on any rank."""
-    if folder.is_dir() and read(folder) is None:
-        write(folder, outcome)
 
 
 def read(folder: Path) -> Outcome | None:
@@ -52,5 +53,5 @@ def read(folder: Path) -> Outcome | None:
 
 
 def clear(folder: Path) -> None:
-    """Removes an earlier outcome; call before a run starts. Raises `OSError` where the folder is none, or refuses."""
+    """Removes an earlier outcome; for the owner of the folder. Raises `OSError` where the folder is none."""
     (folder / FILE).unlink(missing_ok=True)

@@ -7,12 +7,15 @@ a guess, since ranks that disagree about the world wait for each other for ever.
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from engine.config.place import RankPlace
 from engine.errors import EnvironmentProblem
+from engine.run_folder import RunFolder, Start
 from launcher.hosts import expand_counts, expand_hosts
 from launcher.ports import free_port, job_port
 
@@ -24,6 +27,8 @@ RUN_FOLDER = "PALIMPSEST_RUN_FOLDER"
 RESTARTS_PER_START = 1000
 """Restarts by torchrun inside one start by Slurm come after those of the start before."""
 LOOPBACK = "127.0.0.1"
+MPIRUN_NAMES = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID")
+"""Variables that the ranks of one mpirun share and two mpiruns do not."""
 
 
 def rank_environment(environ: Environ) -> RankPlace:
@@ -46,19 +51,34 @@ def rank_environment(environ: Environ) -> RankPlace:
             "set MASTER_ADDR on every rank, for example mpirun -x MASTER_ADDR=HOST",
         )
     port = _number(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else None
+    step = "" if is_supervised(environ) else found.step
     return RankPlace(
         global_rank=found.global_rank,
         world_size=found.world_size,
         local_rank=found.local_rank,
         master_addr=address,
-        master_port=port or (free_port() if found.world_size == 1 else job_port(job)),
+        master_port=port or (free_port() if found.world_size == 1 else job_port(job, step)),
         job=job,
         attempt=_attempt(environ),
         local_world_size=found.local_world_size,
         node_rank=found.node_rank,
         num_nodes=found.num_nodes,
         launcher=environ.get(LAUNCHER) or found.launcher,
+        step=step,
     )
+
+
+def is_supervised(environ: Environ) -> bool:
+    """Whether `palimpsest launch` watches over this process."""
+    return bool(environ.get(LAUNCHER))
+
+
+def run_folder(path: Path, place: RankPlace, environ: Environ) -> RunFolder:
+    """The run folder as this rank sees it; not taken yet."""
+    meeting = f"{place.master_addr}:{place.master_port}"
+    mark = "" if is_supervised(environ) else f"step {place.step or 'none'}, {meeting}"
+    one_parent = mark and place.launcher in ("torchrun", "deepspeed")  # both start the ranks of a node from one process
+    return RunFolder(path, Start(place.job, place.attempt, mark), os.getppid() if one_parent else None)
 
 
 def export(place: RankPlace, environ: MutableMapping[str, str]) -> None:
@@ -115,6 +135,8 @@ class _Found:
     num_nodes: int = 1
     master_addr: str = ""
     job: str = "local"
+    step: str = ""
+    """Of torchrun and deepspeed none: their agents may well be several steps of one job."""
 
 
 def _find(environ: Environ) -> _Found:
@@ -125,7 +147,9 @@ def _find(environ: Environ) -> _Found:
     if first.launcher == "environment" and not environ.get(LAUNCHER):
         for reader in speaking[1:]:
             if reader is not _read_pmi:  # its variables are often there beside others, and incomplete
-                _check_agreement(first, reader(environ))
+                other = reader(environ)
+                _check_agreement(first, other)
+                first = replace(first, step=other.step)
     return first
 
 
@@ -162,6 +186,7 @@ def _read_torch(environ: Environ) -> _Found:
 
 def _read_openmpi(environ: Environ) -> _Found:
     world_size = _number(environ, "OMPI_COMM_WORLD_SIZE")
+    job, step = _mpi_job(environ)
     local = _first(environ, ("OMPI_COMM_WORLD_LOCAL_SIZE",), 1)
     return _Found(
         "openmpi",
@@ -172,7 +197,8 @@ def _read_openmpi(environ: Environ) -> _Found:
         node_rank=_first(environ, ("OMPI_COMM_WORLD_NODE_RANK_GLOBAL",), 0),
         num_nodes=-(-world_size // max(local, 1)),
         master_addr=_slurm_first_host(environ),
-        job=_mpi_job(environ),
+        job=job,
+        step=step,
     )
 
 
@@ -197,12 +223,14 @@ def _read_slurm(environ: Environ) -> _Found:
         num_nodes=num_nodes,
         master_addr=_slurm_first_host(environ) if num_nodes > 1 else "",
         job=environ.get("SLURM_JOB_ID", "local"),
+        step=environ.get("SLURM_STEP_ID") or environ.get("SLURM_STEPID") or "",
     )
 
 
 def _read_pmi(environ: Environ) -> _Found:
     """MPICH, Intel MPI and others that start ranks through PMI (hydra), and bare PMIx."""
     world_size = _number(environ, "PMI_SIZE")
+    job, step = _mpi_job(environ)
     local = _first(environ, ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE"), world_size)
     return _Found(
         "pmi",
@@ -212,7 +240,8 @@ def _read_pmi(environ: Environ) -> _Found:
         local_world_size=local,
         num_nodes=-(-world_size // max(local, 1)),
         master_addr=_slurm_first_host(environ),
-        job=_mpi_job(environ),
+        job=job,
+        step=step,
     )
 
 
@@ -279,7 +308,11 @@ def _slurm_first_host(environ: Environ) -> str:
     return expand_hosts(hosts)[0] if hosts else ""
 
 
-def _mpi_job(environ: Environ) -> str:
-    """A name that the ranks of one mpirun share and two mpiruns do not."""
-    names = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_ID")
-    return next((environ[name] for name in names if environ.get(name)), "local")
+def _mpi_job(environ: Environ) -> tuple[str, str]:
+    """Job and step of an mpirun: the cluster's job and the mpirun's own name, or that name alone.
+
+    Slurm's step says nothing here: mpirun starts ranks on its own node without one, and others through one.
+    """
+    own = next((environ[name] for name in MPIRUN_NAMES if environ.get(name)), "")
+    job = next((environ[name] for name in ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID") if environ.get(name)), "")
+    return (job, own) if job else (own or "local", "")

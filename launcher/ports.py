@@ -15,6 +15,8 @@ from engine.errors import EnvironmentProblem
 
 FIRST_PORT, NUM_PORTS = 15000, 15000
 TRIES = 100
+BETWEEN_STEPS = 4001
+"""Distance between the ports of two steps of a job: prime to `NUM_PORTS`, so that 15,000 steps in a row differ."""
 
 
 def free_port() -> int:
@@ -38,7 +40,13 @@ def free_port() -> int:
     )
 
 
-def job_port(job: str) -> int:
-    """A port that is the same on every rank of a job, and most often different for two jobs."""
-    number = int(job) if job.isdigit() else zlib.crc32(job.encode())
-    return FIRST_PORT + number % NUM_PORTS
+def job_port(job: str, step: str = "") -> int:
+    """A port that is the same on every rank of a step of a job, and most often different for two steps or two jobs.
+
+    Jobs and steps are numbered in a row: neighbours of either kind get different ports.
+    """
+    return FIRST_PORT + (_number(job) + BETWEEN_STEPS * _number(step or "0")) % NUM_PORTS
+
+
+def _number(name: str) -> int:
+    return int(name) if name.isdecimal() else zlib.crc32(name.encode())

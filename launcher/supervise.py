@@ -20,6 +20,7 @@ from engine import heartbeat, logs, outcome
 from engine.config.schema.run import LaunchConfig
 from engine.errors import EXIT_DONE, EXIT_REQUEUE, EnvironmentProblem
 from engine.outcome import Outcome
+from engine.run_folder import RunFolder, Start
 from launcher import diagnosis, kernel, processes
 from launcher.children import Child
 from launcher.commands import Command
@@ -51,20 +52,26 @@ def supervise(
     num_ranks: int,
     attempt: int = 0,
     limits: LaunchConfig | None = None,
+    owned: RunFolder | None = None,
 ) -> Verdict:
     """Starts the commands, waits for the end, and says how the run went and with which exit code.
 
-    `job` marks the processes (it is in the commands' environment); `folder` is the run folder, made if missing;
+    `job` marks the processes (it is in the commands' environment); `folder` is the run folder, made if missing, and
+    taken for this attempt, where `owned` holds it from one attempt to the next;
     `num_ranks` is how many ranks the commands lead to. Call from the main thread: it handles the signals of
     `FORWARDED` while it waits. A failure that no rank could tell of is written to `outcome.json`, too.
 
     Raises:
-        EnvironmentProblem: a command cannot be started.
+        EnvironmentProblem: a command cannot be started, or another start of a run uses the folder.
     """
+    if owned is None:
+        with RunFolder(folder, Start(job, attempt)) as own:
+            return supervise(commands, job, folder, num_ranks, attempt, limits, own)
+    owned.take(Start(job, attempt), supervisor=True)
+    owned.clear()
     log_folder = folder / "logs"
     try:
-        log_folder.mkdir(parents=True, exist_ok=True)
-        outcome.clear(folder)
+        log_folder.mkdir(exist_ok=True)
     except OSError as error:
         raise EnvironmentProblem(
             f"run folder {folder} cannot be used: {error.strerror}", "a folder that can be written", "change `folder`"
@@ -84,11 +91,12 @@ def supervise(
             signal.signal(number, handler)
         shutil.rmtree(beats, ignore_errors=True)
     said = outcome.read(folder)
-    verdict = judge(said, ends, watch.first, job, watch.gone, watch.lost, stopping=watch.stopping)
-    if verdict.code not in (EXIT_DONE, EXIT_REQUEUE) and (said is None or (said.job == job and verdict.lost)):
+    verdict = judge(said, ends, watch.first, job, watch.gone, watch.lost, stopping=watch.stopping, attempt=attempt)
+    told = said is not None and said.is_of(job, attempt)
+    if verdict.code not in (EXIT_DONE, EXIT_REQUEUE) and (not told or verdict.lost):
         ranks = sorted(verdict.lost)  # the neighbour that noticed is not the one to name
         found = Outcome(job, attempt, verdict.code, verdict.step, ranks[0] if ranks else None, verdict.words)
-        outcome.write(folder, found)
+        owned.note(found)
     return verdict
 
 
@@ -161,7 +169,8 @@ class _Watch:
             self.first = next((end for end in failed if end.code == -signal.SIGKILL), failed[0])
             _log.warning("%s: ending the others", self.lost.how if self.lost else self.first)
         said = outcome.read(self.folder)
-        if not self._failure_said and said is not None and said.code not in (EXIT_DONE, EXIT_REQUEUE):
+        own = said if said is not None and said.is_of(self.job, self.attempt) else None
+        if not self._failure_said and own is not None and own.code not in (EXIT_DONE, EXIT_REQUEUE):
             self._failure_said = True
             alive = {rank.global_rank for rank in processes.ranks(processes.marked(self.job))}
             self.gone = frozenset(range(self.num_ranks)) - alive

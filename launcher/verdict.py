@@ -70,13 +70,15 @@ def judge(
     gone: frozenset[int] = frozenset(),
     lost: Lost | None = None,
     stopping: bool = False,
+    attempt: int = 0,
 ) -> Verdict:
     """The verdict over a launch whose processes have all ended.
 
     `ends` are in the order of their commands, `first` is the first that failed, if any did; `gone` the ranks that had
-    ended when the outcome of a failure came to light; `lost` the ranks that were seen to be killed or to hang.
+    ended when the outcome of a failure came to light; `lost` the ranks that were seen to be killed or to hang. An
+    outcome of another job or attempt says nothing about this one.
     """
-    own = outcome if outcome is not None and outcome.job == job else None
+    own = outcome if outcome is not None and outcome.is_of(job, attempt) else None
     if lost is not None and (own is None or own.code not in (EXIT_DONE, EXIT_REQUEUE)):
         words = f"failed: {lost.how}"
         if own is not None and own.rank is not None and own.rank not in lost.ranks:
@@ -87,7 +89,8 @@ def judge(
         return _from_outcome(own, ends, gone, stopping)
     about = "no rank has said how the run ended"
     if outcome is not None:
-        about = f"the outcome in the run folder belongs to job {outcome.job}: another run uses the same folder"
+        whose = f"job {outcome.job}" if outcome.job != job else f"attempt {outcome.attempt} of this job"
+        about = f"the outcome in the run folder belongs to {whose}: another run uses the same folder"
     if first is None:
         first = ends[0]
     code = EXIT_FAILURE

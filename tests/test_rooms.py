@@ -21,7 +21,7 @@ ROWS: list[set[str]] = [
     {"parallel"},
     {"plan"},
     {"config"},
-    {"foreign"},
+    {"foreign", "run_folder"},
     {"errors", "logs", "output", "outcome", "heartbeat"},
 ]
 """Top to bottom; a room imports itself and rooms of lower rows."""
@@ -30,7 +30,7 @@ ROWS_WITHIN: dict[str, list[set[str]]] = {
     "data": [{"preparation", ""}, {"objectives"}, {"order"}, {"shards"}, {"tokenizer"}],
 }
 """The same inside of the largest rooms, whose own files are ""."""
-LAUNCHER_MAY = {"launcher", "plan", "config", "errors", "logs", "output", "outcome", "heartbeat"}
+LAUNCHER_MAY = {"launcher", "plan", "config", "run_folder", "errors", "logs", "output", "outcome", "heartbeat"}
 """The launcher runs where torch may not even be installed."""
 MAY_USE_TORCH_DISTRIBUTED = {
     "engine/parallel/groups.py",
@@ -43,6 +43,8 @@ WITHOUT_TORCH = (
     "engine/config/",
     "launcher/",
     "engine/cli.py",
+    "engine/run_folder.py",
+    "engine/outcome.py",
     "engine/errors.py",
     "engine/logs.py",
     "engine/output.py",

@@ -17,7 +17,9 @@ from engine import logs
 from engine.config.load import load_run
 from engine.config.resolve import resolve
 from engine.config.schema.run import RunConfig
-from engine.errors import EXIT_DONE, ConfigError, EnvironmentProblem
+from engine.errors import EXIT_DONE, ConfigError, EnvironmentProblem, PalimpsestError
+from engine.outcome import Outcome
+from engine.run_folder import RunFolder, Start
 from launcher.commands import KINDS, Command, Kind, Wanted, commands
 from launcher.devices import accelerator, names, num_gpus
 from launcher.extensions import prepare_extensions
@@ -64,20 +66,34 @@ def main(
 
 
 def _start(run: RunConfig, wanted: Wanted, to_start: list[Command], restarts: Restarts) -> int:
-    """Attempt after attempt, until one ends well or there is no use in another."""
+    """Take the run folder and start the run; what stops it before any rank is its outcome, too."""
     _refuse_second_launch(run.folder)
+    with RunFolder(run.folder, Start(wanted.job, wanted.attempt)) as owned:
+        try:
+            owned.take(supervisor=True)
+            owned.clear()
+            return _attempts(run, wanted, to_start, restarts, owned)
+        except PalimpsestError as error:
+            start = owned.start
+            owned.note_failure(Outcome(start.job, start.attempt, error.exit_code, 0, None, str(error)))
+            raise
+
+
+def _attempts(run: RunConfig, wanted: Wanted, to_start: list[Command], restarts: Restarts, owned: RunFolder) -> int:
+    """Start attempt after attempt, until one ends well or there is no use in another; returns the exit code."""
     asked = wanted.overrides
     while True:
         prepare_extensions(run.folder, os.environ)
-        attempt = wanted.attempt
-        verdict = supervise(to_start, wanted.job, run.folder, wanted.num_processes, attempt, run.launch)
+        ranks, attempt = wanted.num_processes, wanted.attempt
+        verdict = supervise(to_start, wanted.job, run.folder, ranks, attempt, run.launch, owned)
         refusal = restarts.refusal(verdict)
         if refusal is not None:
             return _tell(run, wanted, verdict, refusal)
         print(f"palimpsest launch: {verdict.words}", file=sys.stderr)
         wanted, world = next_attempt(run, asked, wanted, verdict, free_port(), accelerator())
         where = f"{wanted.num_processes} ranks" if world is None else f"{world.size} ranks ({world.layout})"
-        print(f"palimpsest launch: restart {restarts.used} of {restarts.limit} on {where}", file=sys.stderr, flush=True)
+        said = f"restart {restarts.used} of {restarts.limit} on {where}"
+        print(f"palimpsest launch: {said}", file=sys.stderr, flush=True)
         to_start = commands(wanted)
 
 

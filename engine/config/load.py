@@ -38,6 +38,18 @@ def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
     return parse_run(tree, str(path))
 
 
+def folder_of(path: Path, overrides: list[str] | None = None) -> Path | None:
+    """The run folder that a configuration names which `load_run` refuses; None where it cannot be read."""
+    try:
+        tree = read_tree(path)
+        for override in overrides or []:
+            apply_override(tree, override)
+    except PalimpsestError:
+        return None
+    folder = tree.get("folder")
+    return Path(folder) if isinstance(folder, str) and folder else None
+
+
 def parse_run(tree: Tree, source: str) -> RunConfig:
     """The configuration that a parsed tree describes; `source` names it in errors."""
     try:

@@ -31,3 +31,5 @@ class RankPlace:
     num_nodes: int = 1
     launcher: str = "alone"
     """Who started the ranks: alone, local, torchrun, deepspeed, slurm, openmpi, pmi, or environment (set by hand)."""
+    step: str = ""
+    """The part of the job that these ranks are (a step of a Slurm job, one mpirun); empty where it has no parts."""

@@ -33,7 +33,6 @@ from engine.parallel.agreement import on_first
 from engine.parallel.groups import Groups, join_lines
 from engine.parallel.state import Piece
 from engine.parallel.zero import StageEngine
-from engine.train.lock import FolderLock
 from engine.train.records import last_step, metric_of
 from engine.train.state import TrainState
 
@@ -58,7 +57,6 @@ class Restarts:
     def __init__(self, config: RunConfig, groups: Groups, place: RankPlace) -> None:
         self.config, self.groups, self.place = config, groups, place
         self.folder = config.folder / CHECKPOINTS
-        self._lock = FolderLock(config.folder)
         self._saver = Saver(self.folder, groups, self._prune)
         memory = config.checkpoint.memory
         connect = partial(join_lines, limit_seconds=config.launch.collective_limit_seconds)
@@ -68,14 +66,14 @@ class Restarts:
         """`checkpoint.best_metric` of the committed checkpoints, by step, as far as it has been looked up."""
 
     def claim(self) -> None:
-        """Takes the run folder for this start of the run, and writes the configuration there.
+        """Takes the checkpoints for this start of the run, and writes the configuration to the folder.
+
+        Rank 0's process has taken the folder itself (`engine.run_folder`).
 
         Raises:
-            EnvironmentProblem: another start of a run is using the folder now.
             ConfigError: the folder belongs to a run of another meaning.
             CheckpointError: a newer attempt of the same job owns it.
         """
-        on_first(lambda: self._lock.take(self.place), self.groups.world, EnvironmentProblem)
         on_first(self._compare_config, self.groups.world, ConfigError)
         before = on_first(lambda: owner_of(self.folder), self.groups.world, CheckpointError)
         self._job_before = before.job if before is not None else self.place.job
@@ -146,9 +144,8 @@ class Restarts:
         self._bear(self._saver.settle)
 
     def abandon(self) -> None:
-        """Ends what writes in the background and leaves the folder to others; for the end of a rank, not collective."""
+        """Ends what writes in the background; for the end of a rank, not collective."""
         self._saver.abandon()
-        self._lock.release()
 
     def end(self, state: TrainState) -> None:
         """Gives the nodes' memory back where the disk has what is there; for the end of a run that has not failed."""

@@ -7,7 +7,6 @@ import os
 
 import torch
 
-from engine import outcome
 from engine.config.place import RankPlace
 from engine.config.resolve import Layout
 from engine.config.schema.run import RunConfig
@@ -18,14 +17,19 @@ from engine.outcome import Outcome
 from engine.parallel import zero
 from engine.parallel.collectives import barrier
 from engine.parallel.groups import connect, disconnect
+from engine.run_folder import RunFolder
 from engine.train.build import join_groups
 from engine.train.failures import in_our_words
 from engine.train.signals import StopSignals
 from engine.train.trainer import Trainer
 
 
-def train(config: RunConfig, layout: Layout, place: RankPlace, signals: StopSignals, heart: Heartbeat) -> int:
+def train(
+    config: RunConfig, layout: Layout, place: RankPlace, signals: StopSignals, heart: Heartbeat, folder: RunFolder
+) -> int:
     """Trains to the end of the run, or until a signal; returns the exit code. Every rank of the world calls it.
+
+    Rank 0, or its supervisor, has taken `folder`, the run folder.
 
     Raises:
         PalimpsestError: what a user can mend; checkpoints that were committed stay whole.
@@ -43,12 +47,12 @@ def train(config: RunConfig, layout: Layout, place: RankPlace, signals: StopSign
         code = trainer.fit()
         trainer.restarts.end(trainer.state)
         if place.global_rank == 0:
-            outcome.write(config.folder, Outcome(place.job, place.attempt, code, trainer.state.step))
+            folder.note(Outcome(place.job, place.attempt, code, trainer.state.step))
         barrier(groups.world)  # no rank leaves before the outcome stands: launchers signal the others when one ends
     except Exception as error:
         step = trainer.state.step if trainer is not None else 0
         told = in_our_words(error, place.global_rank, step)
-        _note_failure(config, place, step, told)
+        _note_failure(folder, place, step, told)
         if trainer is not None and isinstance(error, PalimpsestError):
             with contextlib.suppress(CheckpointError):  # raised on every rank or on none: what was trained is not lost
                 trainer.restarts.settle()
@@ -63,10 +67,10 @@ def train(config: RunConfig, layout: Layout, place: RankPlace, signals: StopSign
     return code
 
 
-def _note_failure(config: RunConfig, place: RankPlace, step: int, error: Exception) -> None:
+def _note_failure(folder: RunFolder, place: RankPlace, step: int, error: Exception) -> None:
     ours = isinstance(error, PalimpsestError)
     code, words = (error.exit_code, str(error)) if ours else (EXIT_FAILURE, f"{type(error).__name__}: {error}")
-    outcome.write_failure(config.folder, Outcome(place.job, place.attempt, code, step, place.global_rank, words))
+    folder.note_failure(Outcome(place.job, place.attempt, code, step, place.global_rank, words))
 
 
 def choose_device(place: RankPlace) -> torch.device:

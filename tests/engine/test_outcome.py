@@ -16,6 +16,14 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [FILE], "no partial file is left"
 
 
+def test_a_late_word_of_an_older_attempt_replaces_nothing(tmp_path: Path) -> None:
+    newer = Outcome("job", 1000, 85, 120)
+    outcome.write(tmp_path, newer)
+    outcome.write(tmp_path, Outcome("job", 999, 0, 130))
+    assert outcome.read(tmp_path) == newer
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"job": "x"}', '{"job": "x", "unknown": 1}'])
 def test_what_is_no_outcome_reads_as_none(tmp_path: Path, text: str) -> None:
     (tmp_path / FILE).write_text(text)

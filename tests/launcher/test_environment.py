@@ -74,8 +74,8 @@ def test_alone_gets_a_free_port_of_its_own() -> None:
         (TORCHRUN, RankPlace(5, 8, 1, "10.0.0.1", 4321, "local", 0, 4, 1, 2, "torchrun")),
         (TORCHRUN | {"TORCHELASTIC_RUN_ID": "x7"}, RankPlace(5, 8, 1, "10.0.0.1", 4321, "x7", 0, 4, 1, 2, "torchrun")),
         (DEEPSPEED, RankPlace(3, 4, 1, "10.0.0.1", 4321, "local", 0, 2, 1, 2, "deepspeed")),
-        (SLURM, RankPlace(3, 4, 0, "gpu07", FIRST_PORT + 1234, "1234", 0, 1, 1, 2, "slurm")),
-        (SLURM | MEETING, RankPlace(3, 4, 0, "10.0.0.1", 4321, "1234", 0, 1, 1, 2, "slurm")),
+        (SLURM, RankPlace(3, 4, 0, "gpu07", FIRST_PORT + 1234, "1234", 0, 1, 1, 2, "slurm", "0")),
+        (SLURM | MEETING, RankPlace(3, 4, 0, "10.0.0.1", 4321, "1234", 0, 1, 1, 2, "slurm", "0")),
         (
             OPENMPI,
             RankPlace(1, 2, 1, "127.0.0.1", job_port("prterun-host-77@1"), "prterun-host-77@1", 0, 2, 0, 1, "openmpi"),
@@ -115,6 +115,36 @@ def test_the_innermost_launcher_wins_inside_a_slurm_step(inner: dict[str, str]) 
         alone.launcher,
     )
     assert inside.job == "1234"
+
+
+def test_two_steps_of_a_job_meet_at_two_ports() -> None:
+    steps = [rank_environment(SLURM | {"SLURM_STEP_ID": str(step)}) for step in range(50)]
+    assert len({place.master_port for place in steps}) == 50
+    assert {place.job for place in steps} == {"1234"}
+    assert [place.step for place in steps] == [str(step) for step in range(50)]
+    by_hand = rank_environment(SLURM | {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "gpu07"})
+    assert (by_hand.step, by_hand.master_port) == ("0", steps[0].master_port), "RANK=$SLURM_PROCID, as scripts have it"
+
+
+@pytest.mark.parametrize("cluster", ["SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID"])
+def test_two_mpiruns_of_a_job_meet_at_two_ports(cluster: str) -> None:
+    one, other = (
+        rank_environment(OPENMPI | {cluster: "77", "PMIX_NAMESPACE": f"prterun-host-{pid}@1"}) for pid in (5, 6)
+    )
+    assert one.job == other.job == "77"
+    assert one.master_port != other.master_port
+    assert one.step != other.step
+
+
+def test_an_mpirun_has_one_step_whatever_daemons_started_its_ranks() -> None:
+    """mpirun starts ranks of its own node itself, and others through an srun of its own."""
+    near, far = rank_environment(OPENMPI | MEETING), rank_environment(OPENMPI | MEETING | {"SLURM_STEP_ID": "0"})
+    assert near == far
+
+
+def test_agents_of_torchrun_may_be_several_steps() -> None:
+    inside = [rank_environment(SLURM | TORCHRUN | {"SLURM_STEP_ID": step}) for step in ("0", "1")]
+    assert inside[0] == inside[1]
 
 
 def test_a_batch_script_is_not_a_task() -> None:
@@ -168,7 +198,7 @@ def test_export_makes_any_place_look_like_torchrun() -> None:
     environ: dict[str, str] = {}
     export(place, environ)
     again = rank_environment(environ | {"PALIMPSEST_JOB": place.job, "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2"})
-    assert replace(again, launcher=place.launcher) == place
+    assert replace(again, launcher=place.launcher, step=place.step) == place
 
 
 class TestMeetingPoint:

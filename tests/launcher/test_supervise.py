@@ -173,6 +173,21 @@ def test_an_outcome_of_another_job_is_not_ours(tmp_path: Path, job: str) -> None
     assert "belongs to job other: another run uses the same folder" in verdict.words
 
 
+def test_an_outcome_of_another_start_ends_nobody(tmp_path: Path, job: str) -> None:
+    """What somebody else writes as a failure, of an older attempt or of another job, is not the run's own."""
+    code = """
+ready()
+for other in (dict(job="other", attempt=0), dict(job=os.environ["PALIMPSEST_JOB"], attempt=-1)):
+    failure = other | dict(code=1, step=0, rank=0, error="refused")
+    (folder / "outcome.json").write_text(json.dumps(failure))
+    time.sleep(0.5)
+(folder / "outlived").touch()
+say(0)
+"""
+    assert run_ranks(job, tmp_path, code, WAIT_FOR_OTHER).code == 0
+    assert (tmp_path / "outlived").exists()
+
+
 @pytest.mark.parametrize(("sent", "got"), [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGTERM"), ("SIGUSR1", "SIGUSR1")])
 def test_signals_reach_every_rank_and_a_requeue_comes_back(tmp_path: Path, job: str, sent: str, got: str) -> None:
     save = "on({!r}, lambda: (ready(f'saved-{{rank}}'), {} sys.exit(85))); ready(); linger()"

@@ -3,7 +3,7 @@
 import pytest
 
 from engine.outcome import Outcome
-from launcher.verdict import End, judge
+from launcher.verdict import End, Lost, judge
 
 ALL_WELL = [End("rank-0", 0), End("rank-1", 0)]
 
@@ -33,6 +33,25 @@ def test_exit_codes_come_second() -> None:
     assert judge(Outcome("job", 0, 0, 3), [End("launcher", -15)], None, "job").words == (
         "done at step 3; after that launcher was killed by SIGTERM"
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "whose"),
+    [
+        (Outcome("13", 0, 0, 40), "attempt 0 of this job"),
+        (Outcome("13", 2000, 85, 40), "attempt 2000 of this job"),
+        (Outcome("14", 1000, 0, 40), "job 14"),
+    ],
+)
+def test_an_outcome_of_another_job_or_attempt_says_nothing(said: Outcome, whose: str) -> None:
+    killed = [End("rank-0", -9)]
+    verdict = judge(said, killed, killed[0], "13", attempt=1000)
+    assert verdict.code == 1
+    assert verdict.words.startswith(
+        f"failed: rank-0 was killed by SIGKILL; the outcome in the run folder belongs to {whose}"
+    )
+    lost = Lost(frozenset((0,)), "rank 0 was killed by SIGKILL", 3, "killed by SIGKILL")
+    assert judge(said, killed, killed[0], "13", lost=lost, attempt=1000).lost == {0}
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 85, -9])

@@ -6,6 +6,8 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -95,12 +97,12 @@ def test_default_number_of_ranks(
 def ranks_that(monkeypatch: pytest.MonkeyPatch):
     """Makes `launch` start these scripts in place of ranks."""
 
-    def install(*scripts: str) -> None:
+    def install(*scripts: str, arguments: tuple[str, ...] = ()) -> None:
         from launcher.commands import Command, Wanted, commands
 
         def stand_ins(wanted: Wanted) -> list[Command]:
             return [
-                Command(command.name, (sys.executable, "-S", "-c", script), command.environment)
+                Command(command.name, (sys.executable, "-S", "-c", script, *arguments), command.environment)
                 for command, script in zip(commands(wanted), scripts, strict=True)
             ]
 
@@ -157,6 +159,70 @@ def test_a_run_folder_is_used_by_one_launch_at_a_time(tmp_path: Path, capfd: pyt
     assert f"let it save and stop: kill {left.pid} (kill -9 only" in error
 
 
+@contextmanager
+def held(meeting: str) -> Iterator[int]:
+    """Another process that holds the folder `run` of the current folder for its start of a run, and its number."""
+    script = """
+import sys
+from pathlib import Path
+from engine.run_folder import RunFolder, Start
+with RunFolder(Path("run"), Start("13", 0, f"step 0, {sys.argv[1]}")) as folder:
+    folder.take()
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    command, environment = [sys.executable, "-c", script, meeting], os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process.pid
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_launch_in_a_folder_that_another_start_uses_writes_nothing_there(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The other start may be on another node, without the mark of a launch, and building extensions just now."""
+    lock = tmp_path / "run" / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    with held("node1:15013") as holder:
+        before = contents(tmp_path / "run")
+        assert call("launch", SMOKE, "folder=run") == 1
+        assert contents(tmp_path / "run") == before
+    error = capfd.readouterr().err
+    assert f"run folder run is in use: process {holder} on " in error
+    assert ", job 13" in error
+
+
+def test_a_start_that_is_refused_leaves_the_live_launch_alone(
+    ranks_that, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The rank that is watched over starts `palimpsest train` in its own folder as a user would, then ends well."""
+    rank = f"""
+import json, os, subprocess, sys
+own = ("PALIMPSEST_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
+environment = {{name: value for name, value in os.environ.items() if not name.startswith(own)}}
+refused = subprocess.run(
+    [sys.executable, "-c", "import sys; from engine.cli import main; sys.exit(main(sys.argv[1:]))", *sys.argv[1:]],
+    env=environment | {{"PYTHONPATH": {str(REPOSITORY)!r}}}, capture_output=True, text=True,
+)
+assert refused.returncode == 1 and "run folder run is in use: process" in refused.stderr, refused
+assert not os.path.exists("run/outcome.json")
+said = dict(job=os.environ["PALIMPSEST_JOB"], attempt=0, code=0, step=4, rank=None, error="")
+json.dump(said, open("run/outcome.json", "w"))
+"""
+    ranks_that(rank, arguments=("train", SMOKE, "folder=run"))
+    assert call("launch", SMOKE, "folder=run") == 0, capfd.readouterr().err
+    assert "done at step 4" in capfd.readouterr().out
+    assert (tmp_path / "run" / "running.json").read_text() == ""
+
+
 def test_a_stale_build_lock_is_found_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +234,10 @@ def test_a_stale_build_lock_is_found_before_anything_starts(
     error = capfd.readouterr().err
     assert f"the build lock {lock} was left by a build that was killed" in error
     assert f"rm -r {lock.parent}" in error
+    said = outcome.read(tmp_path / "run")
+    assert said is not None
+    assert (said.code, said.rank) == (1, None)
+    assert "the build lock" in said.error
 
 
 class TestTrain:
@@ -221,9 +291,29 @@ class TestTrain:
         assert done.returncode == 1
         assert "WORLD_SIZE is not set" in done.stderr
 
-    def test_no_folder_is_made_for_a_mistake(self, tmp_path: Path) -> None:
-        assert self.train(SMOKE, "folder=run", "model.num_kv_heads=3").returncode == 2
-        assert not (tmp_path / "run").exists()
+    @pytest.mark.parametrize("mistake", ["model.num_kv_heads=3", "model.num_layer=3", "parallel.tensor=7"])
+    def test_a_mistake_has_an_outcome_whether_the_folder_was_there_or_not(self, mistake: str, tmp_path: Path) -> None:
+        """Launchers lose the 2, and what an earlier start has left, a wish to be started again, would be believed."""
+        for _ in range(2):
+            assert self.train(SMOKE, "folder=run", mistake).returncode == 2
+            said = outcome.read(tmp_path / "run")
+            assert said is not None
+            assert (said.code, said.rank, said.step) == (2, 0, 0)
+            assert mistake.split("=")[0] in said.error
+            outcome.write(tmp_path / "run", Outcome("local", 0, 85, 40))
+
+    def test_in_a_folder_in_use_nothing_is_written(self, tmp_path: Path) -> None:
+        """Whichever rank of the second start it is, and whatever else is wrong with it."""
+        world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4321"}
+        with held("127.0.0.1:4321") as holder:
+            before = contents(tmp_path / "run")
+            for rank in "01":
+                done = self.train(SMOKE, "folder=run", RANK=rank, LOCAL_RANK=rank, SLURM_JOB_ID="14", **world)
+                assert done.returncode == 1
+                assert f"run folder run is in use: process {holder} on " in done.stderr
+                mistaken = self.train(SMOKE, "folder=run", "seed=x", RANK=rank, LOCAL_RANK=rank, **world)
+                assert mistaken.returncode == 2
+            assert contents(tmp_path / "run") == before
 
 
 class TestPlan:
