@@ -27,7 +27,7 @@ class Child:
         try:
             self.popen = subprocess.Popen(
                 command.argv,
-                env={**os.environ, **command.environment, **more},
+                env=command.environment_in(os.environ) | dict(more),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE if shown else self._log,
                 stderr=subprocess.STDOUT,

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 
+from engine.errors import EnvironmentProblem
 from engine.plan.hardware import ACCELERATORS, Accelerator
 
 NO_DEVICES = ("", "-1", "NoDevFiles")
@@ -28,6 +29,26 @@ def names(environ: Mapping[str, str], count: int) -> tuple[str, ...]:
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     every = [name.strip() for name in visible.split(",")] if visible else [str(index) for index in range(count)]
     return tuple(every[:count])
+
+
+def numbers(names: tuple[str, ...], list_gpus: Callable[[], str] | None = None) -> tuple[int, ...]:
+    """The numbers that nvidia-smi gives to GPUs that are named as in CUDA_VISIBLE_DEVICES, sorted.
+
+    Raises:
+        EnvironmentProblem: one is no whole GPU of this node.
+    """
+    listed = [line for line in (list_gpus or nvidia_smi)().splitlines() if line.startswith("GPU ")]
+    found = []
+    for name in names:
+        by_name = [number for number, line in enumerate(listed) if name.startswith("GPU-") and f"(UUID: {name}" in line]
+        if not name.isdecimal() and len(by_name) != 1:
+            raise EnvironmentProblem(
+                f"CUDA_VISIBLE_DEVICES names {name}, which deepspeed cannot be told",
+                "numbers or UUIDs of whole GPUs of this node",
+                "use --launcher local or torchrun, or name GPUs by number",
+            )
+        found.append(int(name) if name.isdecimal() else by_name[0])
+    return tuple(sorted(found))
 
 
 def accelerator(list_gpus: Callable[[], str] | None = None) -> Accelerator | None:

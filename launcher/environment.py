@@ -171,14 +171,17 @@ def _read_torch(environ: Environ) -> _Found:
     local_names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
     local_world_size = next((_number(environ, name) for name in local_names if name in environ), world_size)
     run_id = environ.get("TORCHELASTIC_RUN_ID", "none")
+    own = {"torchrun": "GROUP", "deepspeed": "CROSS"}.get(launcher)  # the other's are left over from around it
+    node_names = (f"{own}_RANK",) if own else ("GROUP_RANK", "CROSS_RANK", "NODE_RANK")
+    size_names = (f"{own}_WORLD_SIZE", f"{own}_SIZE") if own else ("GROUP_WORLD_SIZE", "CROSS_SIZE")
     return _Found(
         launcher or "environment",
         global_rank=_number(environ, "RANK"),
         world_size=world_size,
         local_rank=_number(environ, "LOCAL_RANK") if world_size > 1 or "LOCAL_RANK" in environ else 0,
         local_world_size=local_world_size,
-        node_rank=_first(environ, ("GROUP_RANK", "CROSS_RANK", "NODE_RANK"), 0),
-        num_nodes=_first(environ, ("GROUP_WORLD_SIZE", "CROSS_SIZE"), -(-world_size // max(local_world_size, 1))),
+        node_rank=_first(environ, node_names, 0),
+        num_nodes=_first(environ, size_names, -(-world_size // max(local_world_size, 1))),
         master_addr=environ.get("MASTER_ADDR", ""),
         job=run_id if run_id != "none" else environ.get("SLURM_JOB_ID", "local"),
     )

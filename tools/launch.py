@@ -21,8 +21,9 @@ from engine.errors import EXIT_DONE, ConfigError, EnvironmentProblem, Palimpsest
 from engine.outcome import Outcome
 from engine.run_folder import RunFolder, Start
 from launcher.commands import KINDS, Command, Kind, Wanted, commands
-from launcher.devices import accelerator, names, num_gpus
+from launcher.devices import accelerator, names, num_gpus, numbers
 from launcher.extensions import prepare_extensions
+from launcher.left_over import left_over
 from launcher.ports import free_port
 from launcher.processes import of_run
 from launcher.restarts import Restarts, next_attempt
@@ -128,6 +129,10 @@ def _wanted(run: RunConfig, config: Path, overrides: list[str], kind: Kind, num_
             f"1 to {gpus}",
             "start fewer ranks, or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU",
         )
+    devices = names(os.environ, num_processes) if gpus else ()
+    bus_order = kind == "deepspeed" and not all(name.isdecimal() for name in devices)
+    if kind == "deepspeed":
+        devices = tuple(map(str, numbers(devices)))
     return Wanted(
         config=config,
         overrides=tuple(overrides),
@@ -137,7 +142,9 @@ def _wanted(run: RunConfig, config: Path, overrides: list[str], kind: Kind, num_
         job=f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}",
         master_port=free_port(),
         num_gpus=gpus,
-        devices=names(os.environ, num_processes) if gpus else (),
+        devices=devices,
+        bus_order=bus_order,
+        left_over=left_over(os.environ),
         num_cores=len(os.sched_getaffinity(0)),
         python=sys.executable,
     )

@@ -2,8 +2,9 @@
 
 import pytest
 
+from engine.errors import EnvironmentProblem
 from launcher import devices
-from launcher.devices import num_gpus, nvidia_smi
+from launcher.devices import num_gpus, numbers, nvidia_smi
 
 FOUR = "\n".join(f"GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i})" for i in range(4))
 
@@ -52,3 +53,14 @@ def test_the_kind_of_gpu_that_the_plan_knows(listed: str, kind: str | None) -> N
 )
 def test_names_of_the_gpus_to_use(environ: dict[str, str], found: tuple[str, ...]) -> None:
     assert devices.names(environ, 2) == found
+
+
+@pytest.mark.parametrize(("given", "found"), [(("3", "2"), (2, 3)), (("GPU-3", "1"), (1, 3)), ((), ())])
+def test_numbers_of_gpus_by_name(given: tuple[str, ...], found: tuple[int, ...]) -> None:
+    assert numbers(given, lambda: FOUR) == found
+
+
+@pytest.mark.parametrize("name", ["MIG-1", "GPU-", "GPU-9"])
+def test_what_is_no_whole_gpu_has_no_number(name: str) -> None:
+    with pytest.raises(EnvironmentProblem, match=f"names {name}, which deepspeed cannot be told"):
+        numbers(("0", name), lambda: FOUR)

@@ -142,6 +142,14 @@ def test_an_mpirun_has_one_step_whatever_daemons_started_its_ranks() -> None:
     assert near == far
 
 
+@pytest.mark.parametrize("inner", [TORCHRUN, DEEPSPEED], ids=["torchrun", "deepspeed"])
+def test_what_surrounds_torchrun_and_deepspeed_says_nothing_of_their_nodes(inner: dict[str, str]) -> None:
+    around = {"NODE_RANK": "7", "GROUP_RANK": "5", "GROUP_WORLD_SIZE": "6", "CROSS_RANK": "8", "CROSS_SIZE": "9"}
+    if inner is TORCHRUN:
+        del around["CROSS_SIZE"]
+    assert rank_environment(around | inner) == rank_environment(inner)
+
+
 def test_agents_of_torchrun_may_be_several_steps() -> None:
     inside = [rank_environment(SLURM | TORCHRUN | {"SLURM_STEP_ID": step}) for step in ("0", "1")]
     assert inside[0] == inside[1]

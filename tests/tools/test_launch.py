@@ -49,7 +49,24 @@ def test_dry_run_prints_one_line_per_rank_and_starts_nothing(tmp_path: Path, cap
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("launcher", "program"), [("deepspeed", "/deepspeed --num_gpus=4"), ("torchrun", "/torchrun")])
+def test_a_dry_run_says_which_gpus_and_what_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tools.launch.num_gpus", lambda environ: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,2")
+    monkeypatch.setenv("NODE_RANK", "1")
+    assert call("launch", SMOKE, "--launcher", "deepspeed", "--dry-run") == 0
+    line = capfd.readouterr().out
+    assert line.startswith("env -u CUDA_VISIBLE_DEVICES -u NODE_RANK PALIMPSEST_JOB=")
+    assert "/deepspeed --hostfile=/dev/null --include=localhost:2,3 --master_port=" in line
+    assert call("launch", SMOKE, "--launcher", "torchrun", "--dry-run") == 0
+    assert " CUDA_VISIBLE_DEVICES=3,2 " in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("launcher", "program"),
+    [("deepspeed", "/deepspeed --hostfile=/dev/null --num_gpus=4"), ("torchrun", "/torchrun --nnodes=1")],
+)
 def test_dry_run_of_other_launchers(launcher: str, program: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert call("launch", SMOKE, "--launcher", launcher, "--processes", "4", "--dry-run") == 0
     (line,) = capfd.readouterr().out.splitlines()
