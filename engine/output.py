@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
 
@@ -22,11 +23,14 @@ class Lenient:
         self._stream, self._name, self._failed = stream, name, False
 
     def write(self, text: str) -> int:
-        self._attempt(lambda: self._stream.write(text))
+        encoding = self._stream.encoding or "utf-8"
+        known = text.encode(encoding, "backslashreplace").decode(encoding)  # not every locale has every letter
+        self._attempt(lambda: self._stream.write(known))
         return len(text)
 
-    def writelines(self, lines: list[str]) -> None:
-        self._attempt(lambda: self._stream.writelines(lines))
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     def flush(self) -> None:
         self._attempt(self._stream.flush)
@@ -44,7 +48,7 @@ class Lenient:
                 os.dup2(nowhere, self._stream.fileno())
                 os.close(nowhere)
 
-    def _attempt(self, action: Any) -> None:
+    def _attempt(self, action: Callable[[], object]) -> None:
         try:
             action()
         except OSError as error:
@@ -77,3 +81,13 @@ def lenient() -> Iterator[None]:
 def reader_is_gone() -> bool:
     """Whether a write to standard output or error has found that nobody reads it any more (`train ... | head`)."""
     return any(isinstance(stream, Lenient) and stream.reader_is_gone for stream in (sys.stdout, sys.stderr))
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of `data`, waiting where the descriptor does not block; on `OSError` a part of it may be written."""
+    left = memoryview(data)
+    while left:
+        try:
+            left = left[os.write(descriptor, left) :]
+        except BlockingIOError:
+            select.select([], [descriptor], [])

@@ -122,9 +122,15 @@ class RunFolder:
         return self._named(record) and record.get("parent") == self._parent
 
     def note(self, found: Outcome) -> None:
-        """Write how the run ended, if this start still owns the folder; call on one rank."""
-        if self.is_ours():
-            outcome.write(self.path, found)
+        """Write how the run ended, if this start still owns the folder; call on one rank.
+
+        What cannot be written is dropped: the exit code says it, too.
+        """
+        try:
+            if self.is_ours():
+                outcome.write(self.path, found)
+        except OSError as error:
+            _log.warning("how the run ended cannot be written to %s: %s", self.path, error)
 
     def note_failure(self, found: Outcome) -> None:
         """Write the outcome of a failure, unless another rank of this start was first; call on any rank.

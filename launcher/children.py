@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
-import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from engine.errors import EnvironmentProblem
 from launcher.commands import Command
+from launcher.copying import Copier
 from launcher.verdict import End
 
-TEE_SECONDS = 5.0
+COPY_SECONDS = 5.0
 """How long the last output of a process that has ended is waited for."""
 
 
@@ -23,7 +21,13 @@ class Child:
 
     def __init__(self, command: Command, more: Mapping[str, str], log_folder: Path, shown: bool) -> None:
         self.name = command.name
-        self._log = (log_folder / f"{command.name}.log").open("ab")
+        path = log_folder / f"{command.name}.log"
+        try:
+            self._log = path.open("ab", buffering=0)
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"log {path} cannot be written: {error.strerror}", "a file that can be written", "remove it"
+            ) from error
         try:
             self.popen = subprocess.Popen(
                 command.argv,
@@ -39,23 +43,13 @@ class Child:
                 f"{command.argv[0]} cannot be started: {error.strerror}",
                 remedy="install the package in the environment that runs palimpsest, or use --launcher local",
             ) from error
-        self._tee = threading.Thread(target=self._show, daemon=True) if shown else None
-        if self._tee:
-            self._tee.start()
-
-    def _show(self) -> None:
-        """Copies the output to the terminal and the log until the last process that holds the pipe is gone."""
-        pipe: Any = self.popen.stdout
-        while chunk := pipe.read1(1 << 16):
-            self._log.write(chunk)
-            self._log.flush()
-            sys.stdout.buffer.write(chunk)
-            sys.stdout.buffer.flush()
+        self._copier = Copier(self.popen.stdout, self._log, path) if self.popen.stdout is not None else None
 
     def end(self) -> End:
         """How it ended; waits for that."""
         code = self.popen.wait()
-        if self._tee:
-            self._tee.join(timeout=TEE_SECONDS)
-        self._log.close()
+        if self._copier is not None:
+            self._copier.end(COPY_SECONDS)
+        else:
+            self._log.close()
         return End(self.name, code)

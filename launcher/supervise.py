@@ -101,8 +101,11 @@ def supervise(
 
 
 def last_lines(folder: Path, name: str, count: int = 15) -> str:
-    """The end of one process's log, for a user who would open it next."""
-    text = (folder / "logs" / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+    """The end of one process's log, for a user who would open it next; empty where it cannot be read."""
+    try:
+        text = (folder / "logs" / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
     return "\n".join(text.splitlines()[-count:])
 
 
@@ -209,7 +212,10 @@ class _Watch:
         if not seen:
             return
         report = self.folder / "logs" / f"hang-{self.attempt}.txt"
-        report.write_text(diagnosis.as_text(seen), encoding="utf-8")
+        try:
+            report.write_text(diagnosis.as_text(seen), encoding="utf-8")
+        except OSError as error:
+            _log.warning("%s cannot be written (%s):\n%s", report, error.strerror, diagnosis.as_text(seen))
         culprit, words = diagnosis.suspect(seen), diagnosis.in_words(seen)
         step, phase = (culprit.beat.step, culprit.beat.phase) if culprit.beat else (0, "start")
         how = f"{words}; all stacks: {report}"

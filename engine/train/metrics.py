@@ -14,11 +14,13 @@ import re
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from engine.config.schema.run import RunConfig
 from engine.logs import logger
+from engine.output import write_all
 from engine.train import records, wandb_files
 from engine.train.console import Terminal
 from engine.train.plot import PLOT, Plot
@@ -40,12 +42,16 @@ class JsonLines:
     """`metrics.jsonl` in the run folder: one record a line, handed to the system at once."""
 
     def __init__(self, folder: Path, resumed_at: int, num_rollbacks: int = 0) -> None:
-        self._file = (folder / METRICS).open("a", encoding="utf-8")
+        self._file = (folder / METRICS).open("ab", buffering=0)
         records.cut(folder, resumed_at, num_rollbacks)
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(_finite(record)) + "\n")
-        self._file.flush()
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            write_all(self._file.fileno(), (json.dumps(_finite(record)) + "\n").encode())
+        except OSError:
+            self._file.truncate(end)  # a part of a line would stand before the next one
+            raise
 
     def close(self) -> None:
         self._file.close()
@@ -143,18 +149,30 @@ class Tracker:
 
 
 class Metrics:
-    """All sinks of a run; holds none on ranks other than 0."""
+    """All sinks of a run; holds none on ranks other than 0. What one of them cannot write is dropped, and said once."""
 
     def __init__(self, sinks: list[Sink]) -> None:
         self._sinks = sinks
+        self._failed: set[int] = set()
 
     def write(self, record: Record) -> None:
-        for sink in self._sinks:
-            sink.write(record)
+        for number, sink in enumerate(self._sinks):
+            self._attempt(number, partial(sink.write, record))
 
     def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
+        for number, sink in enumerate(self._sinks):
+            self._attempt(number, sink.close)
+
+    def _attempt(self, number: int, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError as error:
+            if number not in self._failed:
+                self._failed.add(number)
+                # trackers never raise
+                what = "standard output" if isinstance(self._sinks[number], Terminal) else METRICS
+                why = error.strerror or error
+                _log.warning("%s cannot be written (%s): records are dropped until it can", what, why)
 
 
 def open_metrics(config: RunConfig, resumed_at: int, num_rollbacks: int = 0) -> Metrics:

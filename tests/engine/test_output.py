@@ -108,3 +108,12 @@ def test_a_stream_that_is_closed_from_the_start() -> None:
 def test_what_can_be_written_is() -> None:
     code, _, error = run("with output.lenient():\n    print('kept', file=sys.stderr)\nprint('after', file=sys.stderr)")
     assert (code, error) == (0, "kept\nafter\n")
+
+
+def test_letters_that_the_locale_has_not_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    read_end, write_end = os.pipe()
+    code, told, error = run("with output.lenient(): print('\u91cd l\xe4uft')\ntell('went on')", stdout=write_end)
+    os.close(write_end)
+    with open(read_end) as shown:
+        assert (code, told, error, shown.read()) == (0, "went on", "", "\\u91cd l\\xe4uft\n")

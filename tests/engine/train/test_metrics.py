@@ -2,13 +2,18 @@ import json
 import logging
 import math
 import os
+import resource
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from engine.train import metrics, wandb_files
+from engine.train.console import Terminal
 from engine.train.metrics import METRICS, JsonLines, Metrics, TensorBoard, read_metrics
 from engine.train.plot import PLOT
 from tests.distributed.runs import run_config, run_tree
+from tests.engine.train.test_console import stage
 
 
 def record(step: int, loss: float = 1.0) -> dict[str, float | int]:
@@ -38,6 +43,44 @@ def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path):
     assert [item["step"] for item in read_metrics(tmp_path)] == [1]
     JsonLines(tmp_path, resumed_at=5).close()
     assert (tmp_path / METRICS).read_text() == json.dumps(record(1)) + "\n"
+
+
+def test_records_that_cannot_be_written_are_dropped_and_said_once(tmp_path, caplog):
+    """On a disk that is full for two records, which takes a part of each; the file stays one record a line."""
+    logging.getLogger("palimpsest").propagate = True
+    sink = Metrics([JsonLines(tmp_path, resumed_at=0)])
+    sink.write({"step": 1, "loss": 1.0})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / METRICS).stat().st_size + 5, hard))
+    try:
+        sink.write({"step": 2, "loss": 2.0})
+        sink.write({"step": 3, "loss": 3.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    sink.write({"step": 4, "loss": 4.0})
+    sink.close()
+    assert [item["step"] for item in read_metrics(tmp_path)] == [1, 4]
+    assert [item.message for item in caplog.records] == [
+        "metrics.jsonl cannot be written (File too large): records are dropped until it can"
+    ]
+
+
+def test_a_sink_that_fails_keeps_nothing_from_the_others(tmp_path, caplog, monkeypatch):
+    logging.getLogger("palimpsest").propagate = True
+    terminal, lines = Terminal(1, stage(2)), JsonLines(tmp_path, resumed_at=0)
+    sink = Metrics([terminal, lines])
+    full = Path("/dev/full").open("w")  # noqa: SIM115  what it could not write is written once more as it is closed
+    monkeypatch.setattr(sys, "stdout", full)
+    for step in (1, 2):
+        sink.write(record(step))
+    monkeypatch.undo()
+    with suppress(OSError):
+        full.close()
+    sink.close()
+    assert [item["step"] for item in read_metrics(tmp_path)] == [1, 2]
+    assert [item.message for item in caplog.records] == [
+        "standard output cannot be written (No space left on device): records are dropped until it can"
+    ]
 
 
 def test_numbers_that_are_none_are_left_out(tmp_path):
