@@ -129,30 +129,52 @@ def test_a_run_stopped_in_every_place_is_the_run_that_nobody_stopped(corpus, tmp
         assert found[0] == found[1], key
 
 
+def endless_run(corpus: Path, folder: Path) -> Path:
+    """The file of a run that goes on until it is stopped, and saves only then."""
+    stage = run_tree(corpus, folder)["stages"][0] | {"duration": {"steps": 100_000}}
+    tree = run_tree(
+        corpus, folder / "run", stages=[stage], evaluation={"every_steps": None}, checkpoint={"every_steps": None},
+        checks=False,
+    )  # fmt: skip
+    path = folder / "RUN.yaml"
+    path.write_text(json.dumps(tree))
+    return path
+
+
+def command(*arguments: str, stdout: int) -> subprocess.Popen[str]:
+    foreign = ("SLURM_", "OMPI_", "PMI_", "PALIMPSEST_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "engine.cli", *arguments], cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL,
+        stdout=stdout, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def assert_saved(run: Path) -> int:
+    """The step that the outcome names, at which there is a checkpoint."""
+    ended = outcome.read(run)
+    assert ended is not None
+    assert ended.code == EXIT_REQUEUE
+    assert step_path(run / "checkpoints", ended.step).is_dir()
+    return ended.step
+
+
 @pytest.mark.parametrize(
     ("launcher", "signals"),
     [
-        ("local", [signal.SIGTERM]),
+        ("local", [signal.SIGHUP]),
         ("deepspeed", [signal.SIGUSR1, signal.SIGUSR1]),
         ("torchrun", [signal.SIGTERM, signal.SIGTERM]),
     ],
 )
 def test_a_signal_to_the_launch_is_a_checkpoint_and_85(launcher, signals, corpus, tmp_path):
-    stage = run_tree(corpus, tmp_path)["stages"][0] | {"duration": {"steps": 100_000}}
-    tree = run_tree(
-        corpus, tmp_path / "run", stages=[stage], evaluation={"every_steps": None}, checkpoint={"every_steps": None},
-        checks=False,
-    )  # fmt: skip
-    path = tmp_path / "RUN.yaml"
-    path.write_text(json.dumps(tree))
-    foreign = ("SLURM_", "OMPI_", "PMI_", "PALIMPSEST_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "engine.cli", "launch", str(path), "--launcher", launcher, "--processes", "2"]
-    launch = subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    """Its standard output is a pipe that nobody reads, as in `launch ... | tee` after Ctrl-C."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    path = endless_run(corpus, tmp_path)
+    launch = command("launch", str(path), "--launcher", launcher, "--processes", "2", stdout=write_end)
+    os.close(write_end)
     try:
         deadline = time.monotonic() + WAIT_SECONDS
         while not read_metrics(tmp_path / "run") and launch.poll() is None and time.monotonic() < deadline:
@@ -164,8 +186,20 @@ def test_a_signal_to_the_launch_is_a_checkpoint_and_85(launcher, signals, corpus
     finally:
         launch.kill()
     assert launch.returncode == EXIT_REQUEUE, stderr
-    ended = outcome.read(tmp_path / "run")
-    assert ended is not None
-    assert ended.code == EXIT_REQUEUE
-    assert step_path(tmp_path / "run" / "checkpoints", ended.step).is_dir()
-    assert f"saved at step {ended.step} and wants to be started again (exit code 85)" in stderr
+    step = assert_saved(tmp_path / "run")
+    assert f"saved at step {step} and wants to be started again (exit code 85)" in stderr
+
+
+def test_a_pipe_that_breaks_is_a_checkpoint_and_85(corpus, tmp_path):
+    """`train ... | head`, under nobody's watch."""
+    train = command("train", str(endless_run(corpus, tmp_path)), stdout=subprocess.PIPE)
+    try:
+        assert train.stdout is not None
+        assert any(line.startswith("step      1/") for line in train.stdout)
+        train.stdout.close()
+        _, stderr = train.communicate(timeout=WAIT_SECONDS)
+    finally:
+        train.kill()
+    assert train.returncode == EXIT_REQUEUE, stderr
+    assert_saved(tmp_path / "run")
+    assert "nobody reads the output any more: saving at the end of this step" in stderr
