@@ -78,7 +78,9 @@ def supervise(
         ) from error
     beats = Path(tempfile.mkdtemp(prefix="palimpsest-", dir=_memory()))
     watch = _Watch(job, folder, num_ranks, attempt, beats, Watchdog(limits or LaunchConfig()))
-    before = {number: signal.signal(number, watch.on_signal) for number in FORWARDED}
+    # a SIGHUP that is ignored when the process starts stays ignored: that is what nohup means
+    caught = [n for n in FORWARDED if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, watch.on_signal) for number in caught}
     try:
         for command in commands:
             shown = command is commands[0]

@@ -201,6 +201,19 @@ def test_signals_reach_every_rank_and_a_requeue_comes_back(tmp_path: Path, job: 
     assert (tmp_path / "ready-saved-1").exists()
 
 
+def test_nohup_keeps_its_meaning(tmp_path: Path, job: str) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        sender = when_ready(tmp_path, signal.SIGHUP)
+        rank = "on('SIGTERM', lambda: (say(85), sys.exit(85))); ready(); time.sleep(1); say(0)"
+        verdict = run_ranks(job, tmp_path, rank)
+        sender.join()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (verdict.code, verdict.stopping) == (0, False)
+
+
 def test_signals_go_to_ranks_and_not_to_their_launcher(tmp_path: Path, job: str) -> None:
     sender = when_ready(tmp_path, signal.SIGTERM)
     launcher = "on('SIGTERM', lambda: ready('launcher-was-hit'))\nsys.exit(rank_process.wait() and 1)"
