@@ -16,6 +16,8 @@ from engine.checkpoint.interchange.foreign_model import read_config
 from engine.checkpoint.interchange.huggingface import Names, form_of, read_model, their_names, to_huggingface
 from engine.checkpoint.load import read_state
 from engine.config.schema.model import ModelConfig
+from engine.data.tokenizer.files import MODEL_FILE, read_files
+from engine.data.tokenizer.wrapping import wrap_files
 from engine.errors import ConfigError
 from engine.foreign import refuse_custom_code
 from engine.serve.source import Trained, is_trained, open_trained, run_of
@@ -23,7 +25,7 @@ from engine.serve.source import Trained, is_trained, open_trained, run_of
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-_VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json")
+_VOCABULARY_FILES = (MODEL_FILE, "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json")
 """One of these is in every folder of a tokenizer that transformers writes."""
 
 
@@ -124,7 +126,9 @@ def read_folder(folder: Path, tokenizer: Path | None = None) -> LanguageModel:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder in their class.
+    """The tokenizer of a folder in their general class, which splits text as our own reader does.
+
+    Folders without `tokenizer.json` are converted by the class that they name.
 
     Raises:
         ConfigError: there is none that can be read.
@@ -139,6 +143,8 @@ def read_tokenizer(folder: Path) -> Any:
             "name the tokenizer's folder with --tokenizer, or copy its files there",
         )
     try:
+        if (folder / MODEL_FILE).is_file():
+            return wrap_files(read_files(folder, needs_settings=False))
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library and its parsers raise whatever they like for a damaged file
         raise ConfigError(

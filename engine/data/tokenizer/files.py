@@ -53,10 +53,15 @@ class TokenizerFiles:
         return {name for token in tokens if (name := name_of(token))}
 
 
-def read_files(folder: Path | str) -> TokenizerFiles:
-    """Read a tokenizer's folder. Raises `DataError` where a file is missing or damaged."""
+def read_files(folder: Path | str, needs_settings: bool = True) -> TokenizerFiles:
+    """Read a tokenizer's folder; without `needs_settings`, it may lack `tokenizer_config.json`.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
     folder = Path(folder)
-    tree, settings = _parse(folder / MODEL_FILE), _parse(folder / CONFIG_FILE)
+    tree = _parse(folder / MODEL_FILE)
+    settings = _parse(folder / CONFIG_FILE) if needs_settings or (folder / CONFIG_FILE).is_file() else {}
     older = _parse(folder / NAMES_FILE) if (folder / NAMES_FILE).is_file() else {}
     found = {role: name_of(settings.get(role)) or name_of(older.get(role)) for role in NAMED_TOKENS}
     return TokenizerFiles(folder, tree, settings, {role: name for role, name in found.items() if name})

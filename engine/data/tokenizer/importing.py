@@ -1,16 +1,25 @@
 """Takes over a tokenizer of the Hugging Face ecosystem, by name or from a folder, as a folder of ours.
 
-Invariant: text is split as before; what an objective needs besides gets ids behind all that were there.
+Invariant: text is split as `tokenizer.json` says, where the source has one; what an objective needs besides gets ids
+behind all that were there. The class that the source names only tells which tokens are special, and converts sources
+that have no `tokenizer.json`.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from engine.data.tokenizer.files import MODEL_FILE, NAMED_TOKENS, build
 from engine.data.tokenizer.folder import TextTokenizer, load_tokenizer
 from engine.data.tokenizer.training import CLASSIFY, MASK, PURPOSE_TOKENS, SEPARATE, Purpose
+from engine.data.tokenizer.wrapping import KEPT_SETTINGS, wrap
 from engine.errors import DataError
 from engine.foreign import custom_code, refuse_custom_code
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _ROLES = {"cls_token": CLASSIFY, "sep_token": SEPARATE, "mask_token": MASK}
 
@@ -45,18 +54,36 @@ def import_tokenizer(source: str, folder: Path, purpose: Purpose = "causal") -> 
         )
     if named := found.init_kwargs.get("auto_map"):
         raise custom_code(source, f"tokenizer_config.json names it in auto_map: {named}")
-    before = set(found.get_vocab())
-    _add(found, purpose)
+    taken = _as_in_file(source, found)
+    before = set(taken.get_vocab())
+    _add(taken, purpose)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        found.save_pretrained(folder)
+        taken.save_pretrained(folder)
     except OSError as error:
         raise DataError(
             f"cannot write the tokenizer to {folder}: {error.strerror or error}",
             "a writable folder",
             "name another one",
         ) from error
-    return load_tokenizer(folder), sorted(set(found.get_vocab()) - before)
+    return load_tokenizer(folder), sorted(set(taken.get_vocab()) - before)
+
+
+def _as_in_file(source: str, found: Any) -> PreTrainedTokenizerFast:
+    """Return the tokenizer with the splitting of the source's own file, where it has one, and with `found`'s names."""
+    from tokenizers import Tokenizer
+    from transformers.utils.hub import cached_file
+
+    path = cached_file(source, MODEL_FILE, _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        model = Tokenizer.from_str(found.backend_tokenizer.to_str())
+    else:
+        model = build(json.loads(Path(path).read_text(encoding="utf-8")), Path(path))
+    names = {role: str(token) for role in NAMED_TOKENS if (token := getattr(found, role, None)) is not None}
+    if "eos_token" in names and not {names["eos_token"], names.get("sep_token")} & model.get_vocab().keys():
+        model.add_special_tokens([names["eos_token"]])  # documents need an end
+    settings = {key: getattr(found, key, None) for key in KEPT_SETTINGS}
+    return wrap(model, names, set(map(str, found.all_special_tokens)) - set(names.values()), settings)
 
 
 def _add(tokenizer, purpose: Purpose) -> None:

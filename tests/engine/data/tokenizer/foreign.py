@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789<>/[]_|"
 WORDS = [("▁", -3.0), ("▁the", -3.5), ("▁a", -4.0), ("▁rank", -6.0), ("NOTUSED", -8.0)]
@@ -152,3 +152,17 @@ def other_splitting(folder: Path, tokenizer_class: str) -> Path:
     model.add_special_tokens(["</s>", "<pad>"])
     names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "</s>")
     return save(model, folder, tokenizer_class=tokenizer_class, pad_token="<pad>", **names)
+
+
+REBUILT_CLASSES = ("GPT2Tokenizer", "Qwen2Tokenizer", "GPTNeoXTokenizer", "CodeGenTokenizer", "RobertaTokenizer")
+
+
+def cased_bert(folder: Path) -> Path:
+    """BERT that keeps case, in a folder whose settings do not repeat what `tokenizer.json` says."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+    model = Tokenizer(models.WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    model.normalizer = normalizers.BertNormalizer(lowercase=False)
+    model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    model.decoder = decoders.WordPiece()
+    model.add_special_tokens(pieces[:5])
+    return save(model, folder, tokenizer_class="BertTokenizer")
