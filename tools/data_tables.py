@@ -20,10 +20,14 @@ def counts_table(parts: dict[str, Statistics]) -> Table:
         "tokens": [part.tokens for part in parts.values()],
     }
     columns = {name: counts for name, counts in columns.items() if any(counts)}
-    found = Table("part", *columns, "bytes per token", "unknown")
-    for row, (name, part) in enumerate(parts.items()):
+    rates = {"bytes per token": [f"{part.bytes_per_token:.2f}" for part in parts.values()]}
+    rates["unknown"] = [f"{part.unknown_rate:.4%}" for part in parts.values()]
+    if any(part.unspelt_bytes for part in parts.values()):
+        rates["unspelt"] = [f"{part.unspelt_rate:.4%}" for part in parts.values()]
+    found = Table("part", *columns, *rates)
+    for row, name in enumerate(parts):
         figures = [f"{counts[row]:,}" for counts in columns.values()]
-        found.add_row(name, *figures, f"{part.bytes_per_token:.2f}", f"{part.unknown_rate:.4%}")
+        found.add_row(name, *figures, *(rate[row] for rate in rates.values()))
     return found
 
 

@@ -43,6 +43,9 @@ def main(
     blank_line_ends: Annotated[
         bool, typer.Option("--blank-line-ends", help="In text files, an empty line ends a document.")
     ] = False,
+    max_unspelt: Annotated[
+        float, typer.Option(help="Share of the text (bytes) that the tokenizer may fail to spell.")
+    ] = 0.05,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what lies in the output folder.")] = False,
 ) -> None:
     """Write text as token shards with hashes, each document on one side of a held-out split.
@@ -61,6 +64,7 @@ def main(
         deduplicate=deduplicate,
         similarity=similarity,
         compression=compress,
+        max_unspelt=max_unspelt,
         overwrite=overwrite,
     )
     started = time.monotonic()
@@ -86,6 +90,7 @@ def _shown(started: float) -> Iterator[Callable[[HowFar], None]]:
             rate = (now.tokens - now.kept_tokens) / max(1e-9, time.monotonic() - started)
             text = f"{now.doing}: {now.documents:,} documents, {now.tokens / 1e6:,.1f} M tokens"
             text += f", {rate / 1e6:.2f} M tokens/s" if now.doing == "encoding" else ""
+            text += f", {now.unspelt_bytes / now.text_bytes:.2%} unspelt" if now.unspelt_bytes else ""
             progress.update(task, description=text, completed=now.done, total=now.total or None)
             if not console.is_terminal and time.monotonic() - told > _TOLD_EVERY_SECONDS:
                 told = time.monotonic()
@@ -106,6 +111,8 @@ def _print(prepared: Prepared, seconds: float) -> None:
         rate = tokens / max(seconds, 1e-9) / 1e6
         print(f"wrote {tokens:,} tokens to {prepared.output} in {seconds:.1f} s ({rate:.2f} M tokens/s)")
     console.print(counts_table(prepared.parts))
+    if unspelt := sum(part.unspelt_bytes for part in prepared.parts.values()):
+        print(f"{unspelt:,} bytes of the text are lost: the tokenizer cannot spell them (`unspelt` is their share)")
     for name, part in prepared.parts.items():
         console.print(f"tokens per document, {name}:")
         console.print(histogram(part), highlight=False)

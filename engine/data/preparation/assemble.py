@@ -159,8 +159,11 @@ def write(task: ShardTask) -> tuple[Path, int, ShardEntry]:
     return task.folder, task.number, entry
 
 
-def statistics(documents: Documents, side: np.ndarray, removed: Removed, empty: int) -> Statistics:
-    """Counts of the documents of one `side` (n,) bool that stay, and of what was left out of it."""
+def statistics(documents: Documents, side: np.ndarray, removed: Removed, empty: int, empty_unspelt: int) -> Statistics:
+    """Counts of the documents of one `side` (n,) bool that stay, and of what was left out of it.
+
+    `empty` documents without a token, with `empty_unspelt` bytes that no token spells, are counted on this side.
+    """
     kept = np.flatnonzero(side & ~removed.any)
     lengths = documents.lengths[kept]
     powers, counts = np.unique(np.frexp(lengths)[1] - 1, return_counts=True)
@@ -173,6 +176,8 @@ def statistics(documents: Documents, side: np.ndarray, removed: Removed, empty: 
         sentences=int(documents.sentences[kept].sum()),
         exact_duplicates=int(np.count_nonzero(side & removed.exact)),
         near_duplicates=int(np.count_nonzero(side & removed.near)),
+        unspelt_bytes=int(documents.unspelt[kept].sum()) + empty_unspelt,
+        left_out_bytes=empty_unspelt,
     )
     found.lengths.update(dict(zip(powers.tolist(), counts.tolist(), strict=True)))
     return found

@@ -71,7 +71,9 @@ def encode_to_file(task: Task) -> Encoded:
 def encode(chunk: Chunk, tokenizer: TextTokenizer, options: EncodeOptions) -> Part:
     """One chunk encoded; documents without a token are left out and counted. Raises `DataError`."""
     texts = parse(chunk, options.text_key)
-    kept = [item for item in zip(texts, *_tokens(texts, tokenizer, options.sentences), strict=True) if item[1].size]
+    found, sentences_of, unspelt = _tokens(texts, tokenizer, options.sentences)
+    is_kept = np.array([item.size > 0 for item in found], bool)
+    kept = [item for item in zip(texts, found, sentences_of, strict=True) if item[1].size]
     contents = [text.encode() for text, _, _ in kept]
     digests = b"".join(xxhash.xxh3_128_digest(content) for content in contents)
     ids = [ids for _, ids, _ in kept]
@@ -83,7 +85,9 @@ def encode(chunk: Chunk, tokenizer: TextTokenizer, options: EncodeOptions) -> Pa
         text_bytes=np.array([len(content) for content in contents], np.int64),
         unknown=np.array([_unknown(item, tokenizer.unknown_id) for item in ids], np.int64),
         sentences=np.array([item.size for item in sentences] if sentences else [0] * len(ids), np.int64),
+        unspelt=unspelt[is_kept],
         empty=np.array(len(texts) - len(kept)),
+        empty_unspelt=unspelt[~is_kept].sum(),
     )
     end = np.array([tokenizer.eos_id])
     tokens = np.concatenate([np.empty(0, np.int64), *(piece for item in ids for piece in (item, end))])
@@ -99,19 +103,22 @@ def is_held_out(text: bytes, fraction: float) -> bool:
 
 def _tokens(
     texts: list[str], tokenizer: TextTokenizer, language: str | None
-) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
-    """Ids of each text, and the first tokens of its sentences where a language is named."""
+) -> tuple[list[np.ndarray], list[np.ndarray | None], np.ndarray]:
+    """Ids of each text, the first tokens of its sentences where a language is named, and the bytes of each (n,) that
+    no token spells."""
     ids: list[np.ndarray] = []
     sentences: list[np.ndarray | None] = []
+    unspelt = [np.empty(0, np.int64)]
     for some in _batches(texts):
         if language is None:
             ids += tokenizer.encode(some)
             sentences += [None] * len(some)
-            continue
-        for text, (tokens, starts) in zip(some, tokenizer.encode_with_starts(some), strict=True):
-            ids.append(tokens)
-            sentences.append(sentences_in_tokens(sentence_starts(text, language), starts))
-    return ids, sentences
+        else:
+            for text, (tokens, starts) in zip(some, tokenizer.encode_with_starts(some), strict=True):
+                ids.append(tokens)
+                sentences.append(sentences_in_tokens(sentence_starts(text, language), starts))
+        unspelt.append(tokenizer.unspelt_bytes(some, ids[len(ids) - len(some) :]))
+    return ids, sentences, np.concatenate(unspelt)
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:

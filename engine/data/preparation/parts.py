@@ -44,10 +44,14 @@ class Documents:
     """(n,) int64"""
     unknown: np.ndarray
     """(n,) int64 unknown tokens."""
+    unspelt: np.ndarray
+    """(n,) int64 bytes of the text that no token spells."""
     sentences: np.ndarray
     """(n,) int64; 0 where none were asked for."""
     empty: np.ndarray
     """() int64 documents without a token."""
+    empty_unspelt: np.ndarray
+    """() int64 bytes in these that no token spells."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,8 @@ def save(path: Path, part: Part, order: np.ndarray) -> None:
 
 
 def load(path: Path) -> tuple[Documents, np.ndarray] | None:
-    """Everything but the tokens: the documents, and their keys of near duplicates; None where the file is not there or
-    does not verify."""
+    """Everything but the tokens: the documents, and their keys of near duplicates; None where the file is not there,
+    does not verify, or was written by a version that counted less."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -110,6 +114,8 @@ def load(path: Path) -> tuple[Documents, np.ndarray] | None:
         return None
     place = int.from_bytes(content[-_PLACE_BYTES:], "little")
     with np.load(io.BytesIO(content[place:-_PLACE_BYTES])) as arrays:
+        if not {field.name for field in fields(Documents)} <= set(arrays.files):
+            return None
         return Documents(**{field.name: arrays[field.name] for field in fields(Documents)}), arrays["bands"]
 
 
@@ -140,8 +146,8 @@ def read(records: Records, dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.nda
 def joined(parts: list[Documents]) -> Documents:
     """All documents of some parts, in order; one part or more."""
     arrays = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Documents)}
-    empty = np.sum(arrays.pop("empty"))
-    return Documents(**{name: np.concatenate(items) for name, items in arrays.items()}, empty=empty)
+    totals = {name: np.sum(arrays.pop(name)) for name in ("empty", "empty_unspelt")}
+    return Documents(**{name: np.concatenate(items) for name, items in arrays.items()}, **totals)
 
 
 def _record_bytes(lengths: np.ndarray, sentences: np.ndarray, item_bytes: int) -> np.ndarray:

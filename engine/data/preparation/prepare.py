@@ -48,6 +48,7 @@ from engine.data.preparation.sentences import check_language
 from engine.data.preparation.sources import Source, find_sources, named_hash, read_chunks, shelves
 from engine.data.preparation.spread import PartKey
 from engine.data.preparation.statistics import Statistics
+from engine.data.preparation.unspelt import refuse_unspelt, unspelt_before, unspelt_in
 from engine.data.shards.index import FILE as INDEX_FILE
 from engine.data.shards.index import Index, ShardEntry, token_dtype
 from engine.data.shards.writer import (
@@ -64,7 +65,7 @@ from engine.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What to prepare, and how; every field but `overwrite` can change the bytes."""
+    """What to prepare, and how; every field but `max_unspelt` and `overwrite` can change the bytes."""
 
     sources: tuple[str, ...]
     """Files, folders, globs, or `hf:NAME_OR_FOLDER[:CONFIG][@SPLIT]`; all or none with `DOMAIN=` before them."""
@@ -83,6 +84,8 @@ class PrepareOptions:
     similarity: float = 0.8
     """Least share of their runs of five tokens that near duplicates have in common (Jaccard's)."""
     compression: Compression = "none"
+    max_unspelt: float = 0.05
+    """Largest share of the bytes of a domain's text that the tokenizer may fail to spell."""
     overwrite: bool = False
 
 
@@ -98,6 +101,10 @@ class Progress:
     done: int
     """Bytes read, bands compared, or shards written."""
     total: int
+    text_bytes: int = 0
+    """Bytes of the text that has been encoded."""
+    unspelt_bytes: int = 0
+    """Those of them that no token spells."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +136,11 @@ def prepare(options: PrepareOptions, progress: Show = lambda _: None, pool: Pool
         options.output.mkdir(parents=True, exist_ok=True)
         with _alone(options.output):
             if not options.overwrite and (found := complete_before(options.output, recipe)) is not None:
+                refuse_unspelt(unspelt_before(found), options.max_unspelt, tokenizer)
                 return Prepared(options.output, found, was_there=True)
             work = begin(options.output, recipe, options.overwrite)
             parts = _encode(options, tokenizer, sources, hashes, work, pool, progress)
+            refuse_unspelt(unspelt_in(parts), options.max_unspelt, tokenizer)
             counts = _assemble(options, tokenizer, parts, work, pool, progress)
             _put_in_place(options.output, work, recipe, counts)
     except OSError as error:
@@ -146,6 +155,8 @@ def _check(options: PrepareOptions) -> None:
         )
     if not 0 < options.similarity <= 1:
         raise ConfigError(f"--similarity {options.similarity}", "above 0 and up to 1", "0.8 is the default")
+    if not 0 <= options.max_unspelt <= 1:
+        raise ConfigError(f"--max-unspelt {options.max_unspelt}", "from 0 to 1", "0.05 is the default, 1 allows all")
     if options.shard_bytes < 1:
         raise ConfigError(f"shards of {options.shard_bytes} bytes", "1 or more", "name a larger --shard-megabytes")
     if options.sentences is not None:
@@ -209,7 +220,7 @@ def _encode(
     how = EncodeOptions(options.text_key, options.validation_fraction, options.sentences, near)
     named: list[tuple[Path, PartKey, str]] = []
     found: dict[int, Encoded] = {}
-    tally = {"documents": 0, "tokens": 0, "kept_tokens": 0, "done": 0}
+    tally = {"documents": 0, "tokens": 0, "kept_tokens": 0, "done": 0, "text_bytes": 0, "unspelt_bytes": 0}
     total = sum(source.num_bytes for source in sources)
 
     def count(encoded: Encoded, was_there: bool) -> None:
@@ -219,6 +230,9 @@ def _encode(
         tally["tokens"] += tokens
         tally["kept_tokens"] += tokens if was_there else 0
         tally["done"] += encoded.read_bytes
+        lost = int(encoded.documents.empty_unspelt)
+        tally["text_bytes"] += int(encoded.documents.text_bytes.sum()) + lost
+        tally["unspelt_bytes"] += int(encoded.documents.unspelt.sum()) + lost
         progress(Progress("encoding", **tally, total=total))
 
     def missing() -> Iterator[Task]:
@@ -254,7 +268,7 @@ def _assemble(
         lambda done, total: progress(Progress("comparing near duplicates", *counts, 0, done, total)),
     )
     sides = _sides(options, parts, corpus)
-    found = {name: statistics(documents, mine, gone, empty) for name, (mine, empty) in sides.items()}
+    found = {name: statistics(documents, mine, gone, *empty) for name, (mine, empty) in sides.items()}
     _refuse_empty(options, found)
     shard_tokens = tokens_per_shard(options.shard_bytes, tokenizer.vocab_size)
     orders = {
@@ -281,17 +295,21 @@ def _assemble(
     return found
 
 
-def _sides(options: PrepareOptions, parts: list[PartFile], corpus: Corpus) -> dict[str, tuple[np.ndarray, int]]:
-    """Of each folder of the output, by name: its documents (n,) bool, and how many without a token it counts."""
+def _sides(
+    options: PrepareOptions, parts: list[PartFile], corpus: Corpus
+) -> dict[str, tuple[np.ndarray, tuple[int, int]]]:
+    """Of each folder of the output, by name: its documents (n,) bool, and how many without a token it counts, with
+    how many bytes that no token spells."""
     domains = list(dict.fromkeys(part.domain for part in parts))
     counts = [part.documents.lengths.size for part in parts]
     of_document = np.repeat([domains.index(part.domain) for part in parts], counts)
     found = {}
     for number, domain in enumerate(domains):
-        empty = sum(int(part.documents.empty) for part in parts if part.domain == domain)
+        own = [part.documents for part in parts if part.domain == domain]
+        empty = (sum(int(part.empty) for part in own), sum(int(part.empty_unspelt) for part in own))
         for side in (TRAIN, VALIDATION) if options.validation_fraction else (TRAIN,):
             mine = (of_document == number) & (corpus.documents.held_out == (side == VALIDATION))
-            found[f"{side}/{domain}" if domain else side] = (mine, empty if side == TRAIN else 0)
+            found[f"{side}/{domain}" if domain else side] = (mine, empty if side == TRAIN else (0, 0))
     return found
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _COUNTS = ("documents", "empty_documents", "tokens", "text_bytes", "unknown_tokens")
-_LATER = ("sentences", "exact_duplicates", "near_duplicates")
+_LATER = ("sentences", "exact_duplicates", "near_duplicates", "unspelt_bytes", "left_out_bytes")
 """Counts that older reports lack."""
 
 
@@ -27,6 +27,10 @@ class Statistics:
     """Documents that were left out because an earlier one has the same text."""
     near_duplicates: int = 0
     """Documents that were left out because an earlier one is nearly the same."""
+    unspelt_bytes: int = 0
+    """Bytes of text that no token spells: unknown to the tokenizer, or dropped by it."""
+    left_out_bytes: int = 0
+    """Those of them in documents without a token, which `text_bytes` does not count."""
     lengths: Counter[int] = field(default_factory=Counter)
     """Documents by the power of two that their tokens reach: key k counts lengths from 2^k to 2^(k+1) - 1."""
 
@@ -40,9 +44,18 @@ class Statistics:
         """Share of the tokens of text that are unknown."""
         return self.unknown_tokens / max(1, self.tokens - self.documents)
 
+    @property
+    def unspelt_rate(self) -> float:
+        """Share of the bytes of text that no token spells."""
+        return self.unspelt_bytes / max(1, self.text_bytes + self.left_out_bytes)
+
     def to_json(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in _COUNTS + _LATER}
-        rates = {"bytes_per_token": round(self.bytes_per_token, 4), "unknown_rate": round(self.unknown_rate, 8)}
+        rates = {
+            "bytes_per_token": round(self.bytes_per_token, 4),
+            "unknown_rate": round(self.unknown_rate, 8),
+            "unspelt_rate": round(self.unspelt_rate, 8),
+        }
         return counts | rates | {"lengths": {str(power): self.lengths[power] for power in sorted(self.lengths)}}
 
     @classmethod

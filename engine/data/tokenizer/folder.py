@@ -54,6 +54,8 @@ class TextTokenizer:
     unknown_id: int | None
     """None where every byte can be spelt, or where the end of text stands for what is unknown."""
     find_vocabulary: Callable[[], Vocabulary]
+    longest_word: int | None = None
+    """Letters without a blank beyond which WordPiece makes all of them one unknown token."""
     refused_id: int | None = None
     """Special token that the model writes for what it cannot spell; text that needs it is refused."""
 
@@ -91,6 +93,14 @@ class TextTokenizer:
         for number, encoding in zip(chosen, self._run(model.encode_batch, [texts[n] for n in chosen]), strict=True):
             found[number] = _bytes_of(texts[number], encoding, unknown)
         return found
+
+    @property
+    def unknown_becomes(self) -> str:
+        """What happens to text that cannot be spelt, in words."""
+        if self.unknown_id is None or self.dropping is not None:
+            return "it is dropped"
+        longer = "" if self.longest_word is None else f", and so does any run of more than {self.longest_word} letters"
+        return f"it becomes {self.model.id_to_token(self.unknown_id)}{longer}"
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of some ids, special tokens spelt out."""
@@ -144,6 +154,7 @@ def load_tokenizer(folder: Path | str) -> TextTokenizer:
         eos_id=ids[eos],
         unknown_id=ids.get(unknown) if unknown and unknown != eos else None,
         find_vocabulary=partial(_vocabulary, files, ids, special),
+        longest_word=files.tree["model"].get("max_input_chars_per_word"),
         refused_id=refused,
     )
 
@@ -176,8 +187,10 @@ def _dropping(files: TokenizerFiles, special: set[int], path: Path) -> tuple[Tok
 
 def _bytes_of(text: str, encoding: Encoding, token: int | None) -> int:
     """UTF-8 bytes of the characters behind one token, each counted once."""
-    inside = {n for i, span in zip(encoding.ids, encoding.offsets, strict=True) if i == token for n in range(*span)}
-    return len("".join(text[n] for n in inside).encode())
+    offsets = encoding.offsets
+    places = np.flatnonzero(np.array(encoding.ids) == token).tolist()
+    inside = {number for place in places for number in range(*offsets[place])}
+    return len("".join(text[number] for number in inside).encode())
 
 
 def _special_ids(files: TokenizerFiles, ids: dict[str, int], others: set[str | None]) -> set[int]:

@@ -71,8 +71,10 @@ def corpus_of(documents, folder, threshold):
             held_out=np.zeros(count, bool),
             text_bytes=zeros,
             unknown=zeros,
+            unspelt=zeros,
             sentences=zeros,
             empty=np.array(0),
+            empty_unspelt=np.array(0),
         )
         tokens = np.concatenate([np.append(item, EOS) for item in some]) if some else np.empty(0)
         part = Part(known, band_keys(some, threshold), tokens.astype("<u2"), np.empty(0, np.int64))
