@@ -33,6 +33,7 @@ from engine.parallel.agreement import on_first
 from engine.parallel.groups import Groups, join_lines
 from engine.parallel.state import Piece
 from engine.parallel.zero import StageEngine
+from engine.train import saved
 from engine.train.records import last_step, metric_of
 from engine.train.state import TrainState
 
@@ -57,7 +58,7 @@ class Restarts:
     def __init__(self, config: RunConfig, groups: Groups, place: RankPlace) -> None:
         self.config, self.groups, self.place = config, groups, place
         self.folder = config.folder / CHECKPOINTS
-        self._saver = Saver(self.folder, groups, self._prune)
+        self._saver = Saver(self.folder, groups, self._committed)
         memory = config.checkpoint.memory
         connect = partial(join_lines, limit_seconds=config.launch.collective_limit_seconds)
         self._memory = NodeStore(memory.folder, config.folder, groups, place, connect) if memory else None
@@ -80,7 +81,7 @@ class Restarts:
         self._saver.claim(self.place.job, self.place.attempt)
         if self._memory is not None:
             self._memory.claim()
-        on_first(lambda: save_run(self.config, self.config.folder), self.groups.world, EnvironmentProblem)
+        on_first(self._note_start, self.groups.world, EnvironmentProblem)
 
     def reserve(self, engine: StageEngine) -> None:
         """Takes the memory of all saves to come, before the first step.
@@ -210,6 +211,11 @@ class Restarts:
         least_step = step_of(on_disk) + 1 if on_disk is not None else 0
         return Line(meaning_hash(self.config), self._job_before, least_step, least_attempt)
 
+    def _note_start(self) -> None:
+        save_run(self.config, self.config.folder)
+        if on_disk := committed(self.folder):  # of a run that began before commits were noted, or that was copied
+            saved.note(self.config.folder, step_of(on_disk[0]))
+
     def _compare_config(self) -> None:
         """Refuses another meaning where something was trained already, and logs what else has changed."""
         folder = self.config.folder
@@ -222,22 +228,18 @@ class Restarts:
                 _log.warning("changed since this run was started: %s", change)
 
     def _refuse_damaged(self) -> None:
-        """A run whose every checkpoint is damaged, or gone, must not start over in silence.
-
-        One interval may be lost to a kill; a run that has gone on for two had a checkpoint.
-        """
+        """Refuse to start a run over in silence whose every checkpoint is damaged, or gone."""
         if committed(self.folder):
             raise CheckpointError(
                 f"none of the checkpoints in {self.folder} is whole",
                 "at least one that verifies",
                 "see `palimpsest checkpoint verify`; to start over, use another `folder`",
             )
-        every_steps = self.config.checkpoint.every_steps
-        trained = last_step(self.config.folder)
-        if every_steps is not None and trained >= 2 * every_steps:
+        step = saved.newest(self.config.folder)
+        if step is not None:
             raise CheckpointError(
-                f"{self.folder} holds no checkpoint, but this run has trained {trained} steps and saved every "
-                f"{every_steps}: its checkpoints are gone",
+                f"{self.folder} holds no checkpoint, but this run has trained {last_step(self.config.folder)} "
+                f"steps and saved step {step}: its checkpoints are gone",
                 "the checkpoints of the run",
                 "bring them back; to start over, use another `folder`",
             )
@@ -257,8 +259,11 @@ class Restarts:
                 raise
             _log.error("a checkpoint could not be saved, and the run goes on: %s", error)
 
-    def _prune(self, newest: Path) -> None:
-        """Removes what is not to be kept; `newest` was read back by its writers. On rank 0, in the background."""
+    def _committed(self, newest: Path) -> None:
+        """Notes the commit of `newest`, which was read back by its writers, and removes what is not to be kept.
+
+        On rank 0, in the background.
+        """
         keep = self.config.checkpoint
         if keep.keep_best:
             steps = [step_of(path) for path in committed(self.folder)]
@@ -266,7 +271,10 @@ class Restarts:
             unknown = [step for step in steps if step not in known]
             self._metric = known | metric_of(self.config.folder, unknown, keep.best_metric)
         retention = Retention(keep.keep_last, keep.keep_every, keep.keep_best, self._metric)
-        prune(self.folder, retention, newest)
+        try:
+            prune(self.folder, retention, newest)
+        finally:
+            saved.note(self.config.folder, step_of(newest))
 
     def _state(self, state: TrainState, engine: StageEngine, loader: Loader) -> CheckpointState:
         return CheckpointState(

@@ -7,6 +7,7 @@ its own, so the second half starts from what was on the disk and nothing else.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,14 +206,35 @@ def test_damaged_held_out_data_costs_no_training(corpus, tmp_path):
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_start_over(corpus, tmp_path):
-    """Nine steps, saved every three; had it been every five, a kill could have taken the only one."""
+    """Whatever it saves from now on: `checkpoint.every_steps` may have changed since."""
     tree = run_tree(corpus, tmp_path / "run", parallel={"data": 1})
     run_ranks(1, train_rank, tree)
     before = read_metrics(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    with pytest.raises(RankFailed, match=r"has trained 9 steps and saved every 3: its checkpoints are gone"):
-        run_ranks(1, train_rank, tree)
+    for every_steps in (3, 100, None):
+        again = merge(tree, {"checkpoint": {"every_steps": every_steps}})
+        with pytest.raises(RankFailed, match=r"has trained 9 steps and saved step 9: its checkpoints are gone"):
+            run_ranks(1, train_rank, again)
     assert read_metrics(tmp_path / "run") == before
-    again = merge(tree, {"checkpoint": {"every_steps": 5}})
+
+
+def die_in_step_6(trainer: Any) -> None:
+    step = trainer._step
+
+    def step_or_die() -> bool:
+        if trainer.state.step == 5:
+            os._exit(1)
+        return step()
+
+    trainer._step = step_or_die
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(corpus, tmp_path):
+    """Also where it is to save much more often than it was: it has never saved, so nothing of it is gone."""
+    tree = run_tree(corpus, tmp_path / "run", parallel={"data": 1}, checkpoint={"every_steps": None})
+    with pytest.raises(RankFailed, match="died without a word"):
+        run_ranks(1, train_rank, tree, die_in_step_6)
+    assert [record["step"] for record in read_metrics(tmp_path / "run") if "loss" in record] == [1, 2, 3, 4, 5]
+    again = merge(tree, {"checkpoint": {"every_steps": 1}})
     (rank,) = run_ranks(1, train_rank, again)
     assert (rank["code"], rank["started_at"]) == (EXIT_DONE, 0)
