@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import importlib
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 from engine import __version__
-from engine.errors import EXIT_DONE, ConfigError, PalimpsestError
+from engine.errors import EXIT_DONE, EXIT_FAILURE, ConfigError, PalimpsestError
 from engine.output import lenient
 
 EXIT_INTERRUPTED = 130
@@ -71,6 +72,24 @@ def _main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"palimpsest {name}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except (MemoryError, OSError, ImportError, SystemError) as error:
+        if not out_of_memory(error):
+            raise
+        words = "out of memory on this machine\n  to do: free some of it, or raise the limit (ulimit -v)"
+        print(f"palimpsest {name}: {words}", file=sys.stderr)
+        return EXIT_FAILURE
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that this machine has no memory left: a library cannot be mapped, or no object be made."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, ImportError) and ("failed to map segment" in text or "allocate memory" in text))
+        or (isinstance(error, SystemError) and "error return without exception set" in text)  # an import that failed so
+    )
 
 
 def load(name: str) -> Any:

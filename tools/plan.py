@@ -11,24 +11,31 @@ import typer
 
 from engine.config.load import load_run
 from engine.config.twins import export_warning
+from engine.errors import EXIT_USAGE
+from engine.plan.cost import run_cost
 from engine.plan.hardware import ACCELERATORS, cluster
 from engine.plan.plan import make_plan
 from engine.plan.ranking import advise
+from engine.plan.worlds import LARGEST_WORLD
+from tools.plan_inputs import look
 
 KINDS = tuple(ACCELERATORS)
+ASSUMED = "h100-80gb"
 
 
 def main(
     config: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run's configuration.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Keys to change.")] = None,
-    world: Annotated[int | None, typer.Option(min=1, help="Ranks of the run (default: what the layout needs).")] = None,
-    gpu: Annotated[str | None, typer.Option(help=f"Estimate a step and rank layouts for: {', '.join(KINDS)}.")] = None,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="Ranks of a node: with --gpu, checkpoint.memory.")] = 8,
+    world: Annotated[
+        int | None, typer.Option(min=1, max=LARGEST_WORLD, help="Ranks of the run (default: what the layout needs).")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help=f"One of {', '.join(KINDS)} (default: {ASSUMED}).")] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Ranks of a node.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Show layout, parameters, memory, bytes per step and idle time of a run, and what would be refused.
+    """Show what a run takes: steps, time, memory, bytes per step, checkpoints; the best layouts; what would be refused.
 
-    With --gpu also the seconds of a step, and the layouts of the same world ranked by them.
+    Ends with 2 where the run does not fit, or what it reads does not suit it.
     """
     run = load_run(config, overrides or [])
     warning = export_warning(run)
@@ -36,15 +43,18 @@ def main(
         print(f"warning: {warning}", file=sys.stderr)
     parallel = run.parallel
     world = world or parallel.pipe * parallel.tensor * parallel.sequence * (parallel.data or 1)
-    machine = None if gpu is None else cluster(gpu, world, gpus_per_node)
+    machine = cluster(gpu or ASSUMED, world, gpus_per_node)
     plan = make_plan(run, world)
-    advice = None if machine is None else advise(run, plan, machine)
+    advice, cost, inputs = advise(run, plan, machine), run_cost(run, plan.layout, machine), look(run)
     node_memory = None if run.checkpoint.memory is None else plan.node_memory_bytes(gpus_per_node)
     if as_json:
-        tree = plan.as_json() | ({} if advice is None else {"advice": advice.as_json()})
+        tree = {"fits": advice.planned.fits, **plan.as_json(), "cost": cost.as_json(), "advice": advice.as_json(run)}
+        tree |= {"inputs": {"missing": inputs.missing, "wrong": inputs.wrong}}
         tree |= {} if warning is None else {"export_warning": str(warning)}
         print(json.dumps(tree | ({} if node_memory is None else {"node_memory_bytes": node_memory}), indent=1))
-        return
-    from tools.plan_tables import show
+    else:
+        from tools.plan_tables import show
 
-    show(plan, advice, run, node_memory)
+        show(plan, advice, cost, inputs, run, assumed=gpu is None, node_memory=node_memory)
+    if not advice.planned.fits or inputs.wrong:
+        raise typer.Exit(EXIT_USAGE)

@@ -2,48 +2,74 @@
 
 from __future__ import annotations
 
+import json
+
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from engine.config.schema.run import RunConfig
+from engine.logs import duration
+from engine.plan.cost import STORAGE_BYTES_PER_SECOND, Cost
 from engine.plan.elastic import World
 from engine.plan.hardware import GIB
 from engine.plan.plan import Plan
 from engine.plan.ranking import Advice
+from tools.plan_inputs import Inputs
 
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-SHORT = {"gradients": "grads", "activations": "activ.", "weights_within": "near"}
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+SHORT = {"gradients": "grads", "activations": "activ.", "weights_within": "near", "updates_across": "across"}
 """Headings that would not fit 80 columns."""
-MEMORY = ("weights", "master", "moments", "gradients", "bucket", "gathered", "activations", "logits", "total")
-OFFLOADED = ("master", "moments")
-"""Columns that `host` takes the place of."""
-TRAFFIC = ("gradients", "weights", "tensor", "sequence", "pipe", "tie", "total")
 WORLDS_SHOWN = 16
 LAYOUTS_SHOWN = 10
+REFUSED_SHOWN = 6
+"""Layouts that are named of those that one rule forbids."""
 
 
 def show(
     plan: Plan,
-    advice: Advice | None,
+    advice: Advice,
+    cost: Cost,
+    inputs: Inputs,
     run: RunConfig,
+    assumed: bool = False,
     node_memory: int | None = None,
     console: Console | None = None,
 ) -> None:
-    """Prints the whole plan, and the advice where there is some; `node_memory`: bytes that checkpoints take of it."""
+    """Prints a plan. `assumed`: nobody named the accelerator; `node_memory`: bytes that checkpoints take of it."""
     console = console or Console(soft_wrap=False)
-    _summary(plan, run, node_memory, console)
-    memory = (*(name for name in MEMORY if name not in OFFLOADED), "host") if run.parallel.offload != "none" else MEMORY
-    within = ("weights_within",) if run.parallel.gather_within else ()
-    for table in (
-        _stages(plan),
-        _figures(plan, "memory", memory, "memory of one rank with a GPU (activations and logits: estimates)"),
-        _figures(plan, "traffic", (*TRAFFIC, *within), "bytes that one rank sends per step"),
-    ):
+    _verdict(advice, assumed, console)
+    for heading, sentences in (("[bold red]wrong", inputs.wrong), ("[bold]missing", inputs.missing)):
+        for sentence in sentences:
+            console.print(f"{heading}:[/] {escape(sentence)}", soft_wrap=True, highlight=False)
+    console.print()
+    _summary(plan, advice, cost, inputs, run, node_memory, console)
+    for table in (_stages(plan), _memory(plan), _traffic(plan)):
         console.print("", table)
     _neighbours(plan, console)
-    if advice is not None:
-        _advice(advice, console)
+    _advice(advice, run, console)
+
+
+def _verdict(advice: Advice, assumed: bool, console: Console) -> None:
+    """Whether it fits, on one line."""
+    cluster, planned = advice.cluster, advice.planned
+    where = f"{cluster.world_size:,} x {cluster.accelerator.name}"
+    there = cluster.accelerator.memory_bytes / GIB
+    note = " (assumed; --gpu names another)" if assumed else ""
+    if planned.fits:
+        verdict = f"[bold]fits:[/] {planned.memory_bytes / GIB:.3g} of {there:.3g} GiB on {where}{note}"
+    else:
+        needed = f"needs {planned.memory_bytes / GIB:.3g} of {there:.3g} GiB"
+        host = f"; {planned.lack()}" if planned.memory_bytes <= cluster.accelerator.memory_bytes else ""
+        verdict = f"[bold red]does not fit[/] {where}{note}: {needed}{host}"
+    console.print(verdict, soft_wrap=True, highlight=False)
+
+
+def bytes_in_words(num_bytes: int) -> str:
+    """A number of bytes in the unit in which it has at most four digits."""
+    unit_bytes, unit = scale(num_bytes)
+    return f"{num_bytes / unit_bytes:.3g} {unit}"
 
 
 def scale(largest_bytes: int) -> tuple[int, str]:
@@ -54,26 +80,61 @@ def scale(largest_bytes: int) -> tuple[int, str]:
     return 1024**power, UNITS[power]
 
 
-def _summary(plan: Plan, run: RunConfig, node_memory: int | None, console: Console) -> None:
-    stage, parallel = run.stages[0], run.parallel
+def _summary(
+    plan: Plan, advice: Advice, cost: Cost, inputs: Inputs, run: RunConfig, node_memory: int | None, console: Console
+) -> None:
+    stage, parallel, time = run.stages[0], run.parallel, advice.planned.time
+    least, most = time.band
     rows = {
         "layout": f"{plan.layout} on {plan.layout.world_size} ranks, ZeRO-{plan.zero_stage}, {run.precision.dtype}",
         "parameters": f"{plan.parameters:,} ({plan.parameters_in_memory:,} with the vocabulary padded)",
-        "step": f"{stage.batches.largest} samples of {stage.sequence_length} = {plan.tokens:,} tokens, in "
-        f"{plan.num_micro_batches} micro-batches of {parallel.micro_batch_size} on each data rank",
+        "run": f"{cost.steps:,} steps, {cost.tokens:,} tokens",
+        "step": f"{stage.batches.largest:,} samples of {stage.sequence_length:,} = {plan.tokens:,} tokens, in "
+        f"{plan.num_micro_batches:,} micro-batches of {parallel.micro_batch_size} on each data rank"
+        + (" (the largest batch)" if stage.batch_ramp else ""),
+        "step time": f"{time.total:.3g} s ({least:.3g} to {most:.3g}), {time.utilisation:.0%} of the peak, "
+        f"{plan.tokens / time.total:,.0f} tokens/s",
+        "time": _time(cost),
+        "checkpoints": _checkpoints(cost, run),
         "arithmetic": f"{plan.operations_per_token:,} operations per token, {plan.operations:.3g} per step",
         "pipeline": f"{parallel.schedule}, idle {plan.bubble:.1%} of a step",
         "worlds": _some([str(size) for size in plan.worlds]),
         "elastic": _some([_how(world) for world in plan.elastic if world.padded_rows or world.size not in plan.worlds]),
     }
     if node_memory is not None and run.checkpoint.memory is not None:
-        unit_bytes, unit = scale(node_memory)
         folder = run.checkpoint.memory.folder
-        rows["node memory"] = f"at most {node_memory / unit_bytes:.4g} {unit} of {folder} for two generations"
+        rows["node memory"] = f"at most {bytes_in_words(node_memory)} of {folder} for two generations"
+    if inputs.found:
+        rows["data"] = "\n".join(inputs.found)
     table = Table.grid(padding=(0, 2))
     for name, text in rows.items():
-        table.add_row(f"[bold]{name}", text)
+        table.add_row(f"[bold]{name}", escape(text))
     console.print(table)
+
+
+def _time(cost: Cost) -> str:
+    """Of the whole run, and what it is made of."""
+    least, most = (duration(seconds) for seconds in cost.band_seconds)
+    evaluated = ""
+    if cost.evaluation_seconds is None:
+        evaluated = f"; without {cost.evaluations:,} evaluations, for evaluation.max_samples is not set"
+    elif cost.evaluations:
+        evaluated = f", {cost.evaluations:,} evaluations {duration(cost.evaluation_seconds)}"
+    hours = f"{cost.gpu_hours:.3g}" if cost.gpu_hours < 100 else f"{cost.gpu_hours:,.0f}"
+    return (
+        f"{duration(cost.seconds)} ({least} to {most}), {hours} GPU-hours: "
+        f"steps {duration(cost.training_seconds)}{evaluated}"
+    )
+
+
+def _checkpoints(cost: Cost, run: RunConfig) -> str:
+    each, kept = cost.checkpoint_bytes, cost.kept_checkpoints
+    waits = "all of it" if not run.checkpoint.asynchronous else f"{cost.held_up_seconds:.2g} s of it"
+    return (
+        f"{cost.checkpoints:,} of {bytes_in_words(each)}, {kept:,} of them stay ({bytes_in_words(each * kept)}); each "
+        f"takes {cost.checkpoint_seconds:.2g} s at {STORAGE_BYTES_PER_SECOND / 1e9:g} GB/s per node, and the run waits "
+        f"for {waits}"
+    )
 
 
 def _stages(plan: Plan) -> Table:
@@ -87,15 +148,36 @@ def _stages(plan: Plan) -> Table:
     return table
 
 
-def _figures(plan: Plan, attribute: str, names: tuple[str, ...], title: str) -> Table:
-    """One row per pipeline stage, one column per kind of bytes, all in one unit."""
-    figures = [getattr(stage, attribute) for stage in plan.stages]
-    unit_bytes, unit = scale(max(figure.total for figure in figures))
+def _memory(plan: Plan) -> Table:
+    """The parts that add up to what an accelerator has to have, and host memory beside."""
+    title = "memory of one rank's GPU (activations and logits: estimates)"
+    rows = [stage.memory.parts() for stage in plan.stages]
+    hosts = [stage.memory.host for stage in plan.stages]
+    return _figures(title, rows, hosts if any(hosts) else None)
+
+
+def _traffic(plan: Plan) -> Table:
+    rows = [
+        {name: value for name, value in vars(stage.traffic).items() if isinstance(value, int)} for stage in plan.stages
+    ]
+    return _figures("bytes that one rank sends per step", rows)
+
+
+def _figures(title: str, rows: list[dict[str, int]], beside: list[int] | None = None) -> Table:
+    """One row per pipeline stage, one column per kind of bytes that some stage has, all in one unit; the total is the
+    sum of what is shown. `beside` are bytes that do not belong to it."""
+    unit_bytes, unit = scale(max(sum(row.values()) for row in rows))
+    names = [name for name in rows[0] if any(row[name] for row in rows)]
+    largest = max(sum(row.values()) for row in rows) / unit_bytes
+    digits = 3 if largest < 10 else 2 if largest < 100 else 1
     table = _table(f"{title}, in {unit}")
-    for heading in ("stage", *names):
-        table.add_column(SHORT.get(heading, heading), justify="right")
-    for stage, figure in enumerate(figures):
-        table.add_row(str(stage), *(f"{getattr(figure, name) / unit_bytes:.4g}" for name in names))
+    headings = ("stage", *(SHORT.get(name, name) for name in names), "total", *(["host"] if beside is not None else []))
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for stage, row in enumerate(rows):
+        shown = [round(row[name] / unit_bytes, digits) for name in names]
+        shown += [sum(shown), *([beside[stage] / unit_bytes] if beside is not None else [])]
+        table.add_row(str(stage), *(f"{figure:.{digits}f}" for figure in shown))
     return table
 
 
@@ -107,32 +189,23 @@ def _neighbours(plan: Plan, console: Console) -> None:
     if not plan.refused:
         console.print("[bold]refused:[/] no other layout of this world")
         return
-    table = _table(f"refused on {plan.layout.world_size} ranks")
-    table.add_column("layout", no_wrap=True)
-    table.add_column("why")
-    table.add_column("allowed")
+    table = _table(f"refused on {plan.layout.world_size} ranks, each rule once")
+    for heading in ("why", "allowed", "layouts"):
+        table.add_column(heading)
     for refusal in plan.refused:
-        why = "\n".join(problem.wrong for problem in refusal.problems)
-        table.add_row(refusal.layout, why, "\n".join(problem.allowed for problem in refusal.problems))
+        names, more = refusal.layouts[:REFUSED_SHOWN], len(refusal.layouts) - REFUSED_SHOWN
+        layouts = ", ".join(names) + (f" and {more} more" if more > 0 else "")
+        table.add_row(escape(refusal.problem.wrong), escape(refusal.problem.allowed), layouts)
     console.print("", table)
 
 
-def _advice(advice: Advice, console: Console) -> None:
-    """The planned layout's step, then the layouts of the world by their seconds."""
-    cluster, planned = advice.cluster, advice.planned
-    least, most = planned.time.band
-    gib = cluster.accelerator.memory_bytes / GIB
-    console.print()
-    console.print(
-        f"[bold]as planned on {cluster.world_size} {cluster.accelerator.name}, {cluster.per_node} per node:[/] "
-        f"{planned.time.total:.3g} s per step ({least:.3g} to {most:.3g}), "
-        f"{planned.time.utilisation:.0%} of the peak, {planned.memory_bytes / GIB:.3g} of {gib:.3g} GiB"
-        + ("" if planned.fits else " [bold red]does not fit[/]")
-    )
+def _advice(advice: Advice, run: RunConfig, console: Console) -> None:
+    """The layouts of the world by their seconds, and the best one as keys to paste."""
     fitting = [candidate for candidate in advice.ranked if candidate.fits]
+    console.print()
     if fitting and fitting[0].parallel.offload != "none":
         console.print("[bold]nothing fits without parallel.offload=optimizer[/]; the layouts below have it")
-    table = _table("layouts of this world, fastest first (an estimate: see the band above)")
+    table = _table("layouts of this world, fastest first (an estimate: see the range of the step time)")
     for heading in ("layout", "seconds", "GiB", "why"):
         table.add_column(heading, justify="left" if heading in ("layout", "why") else "right")
     for candidate in fitting[:LAYOUTS_SHOWN]:
@@ -140,7 +213,13 @@ def _advice(advice: Advice, console: Console) -> None:
         figures = (f"{candidate.time.total:.3g}", f"{candidate.memory_bytes / GIB:.3g}{held}")
         table.add_row(str(candidate), *figures, candidate.why(fitting[0]))
     if fitting:
-        console.print("", table)
+        console.print(table)
+        console.print("", "[bold]the best of them, for the run file or the command line:[/]", sep="\n")
+        keys = {name: json.dumps(value).strip('"') for name, value in fitting[0].keys(run).items()}
+        pairs = ", ".join(f"{name}: {value}" for name, value in keys.items())
+        overrides = " ".join(f"parallel.{name}={value}" for name, value in keys.items())
+        for line in (f"parallel: {{ {pairs} }}", overrides):
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
     elif advice.ranked:
         nearest = advice.ranked[0]
         console.print(f"[bold]nothing fits:[/] {nearest} comes nearest: {nearest.lack()}")

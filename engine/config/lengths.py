@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable
 from typing import NamedTuple
 
 from engine.config.schema.objective import ObjectiveConfig
@@ -61,9 +63,11 @@ def span_lengths(sequence_length: int, rate: float, mean_span_length: float) -> 
     Sentinels and the end of the text count. One token more adds one or none, so the encoder is always filled
     (`compute_input_and_target_lengths` of the same reference code).
     """
-    read = 2
-    while _corrupted(read + 1, rate, mean_span_length)[0] <= sequence_length:
-        read += 1
+    beyond = 3
+    while _corrupted(beyond, rate, mean_span_length)[0] <= sequence_length:
+        beyond *= 2
+    too_long: Callable[[int], bool] = lambda read: _corrupted(read, rate, mean_span_length)[0] > sequence_length  # noqa: E731
+    read = bisect_left(range(beyond + 1), True, lo=3, key=too_long) - 1
     return SpanLengths(read, *_corrupted(read, rate, mean_span_length))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from engine.config.schema.model import ModelConfig
 from engine.errors import ConfigError, PalimpsestError
 
@@ -110,7 +112,7 @@ def _check_heads(model: ModelConfig, problems: list[PalimpsestError]) -> None:
         problems.append(
             ConfigError(
                 f"model.num_heads = {model.num_heads} does not divide model.hidden_size = {model.hidden_size}",
-                f"one of {divisors(model.hidden_size)}",
+                f"one of {listed(divisors(model.hidden_size))}",
                 "or give model.head_width",
             )
         )
@@ -126,11 +128,17 @@ def _check_heads(model: ModelConfig, problems: list[PalimpsestError]) -> None:
         problems.append(
             ConfigError(
                 f"model.num_kv_heads = {model.kv_heads} does not divide model.num_heads = {model.num_heads}",
-                f"one of {divisors(model.num_heads)}",
+                f"one of {listed(divisors(model.num_heads))}",
             )
         )
 
 
-def divisors(number: int) -> str:
-    """The divisors of a number as text."""
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+def divisors(number: int) -> list[int]:
+    """The divisors of a number, ascending."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return small + [number // divisor for divisor in reversed(small) if divisor * divisor != number]
+
+
+def listed(numbers: list[int]) -> str:
+    """Numbers as text."""
+    return ", ".join(map(str, numbers))

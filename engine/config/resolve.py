@@ -6,13 +6,14 @@ into the configuration: what follows from it is the value `Layout`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from engine.config.course import check_optimizer, check_ramp, check_schedule, check_stability
 from engine.config.keeping import check_keeping
 from engine.config.memory import check_heads, check_offload, check_recompute, check_time
 from engine.config.mixture import check_mixture
-from engine.config.model import check_model, divisors
+from engine.config.model import check_model, divisors, listed
 from engine.config.objective import check_objective
 from engine.config.pipeline import check_gather_within, check_pipeline, check_zero
 from engine.config.schema.model import ModelConfig
@@ -55,6 +56,13 @@ def resolve(config: RunConfig, world_size: int) -> Layout:
 def examine(config: RunConfig, world_size: int) -> tuple[Layout | None, list[PalimpsestError]]:
     """The layout on `world_size` ranks (None where none fits) and every rule that stands in its way."""
     problems = check(config)
+    layout, others = place(config, world_size)
+    return layout, problems + others
+
+
+def place(config: RunConfig, world_size: int) -> tuple[Layout | None, list[PalimpsestError]]:
+    """The layout on `world_size` ranks (None where none fits) and those rules that depend on their number."""
+    problems: list[PalimpsestError] = []
     layout = _layout(config.parallel, world_size, problems)
     if layout is not None:
         check_gather_within(config.parallel, layout.data * layout.sequence, problems)
@@ -118,20 +126,22 @@ def _check_parallel(config: RunConfig, problems: list[PalimpsestError]) -> None:
     model, parallel = config.model, config.parallel
     check_pipeline(model, parallel, problems)
     check_zero(parallel, problems)
-    for key, value in (
-        ("model.num_heads", model.num_heads),
-        ("model.num_kv_heads", model.kv_heads),
-        ("the feed-forward width model.ffn_size", model.inner_size),
-        ("the padded vocabulary", model.padded_vocab_size),
-    ):
-        if value % parallel.tensor:
-            problems.append(
-                ConfigError(
-                    f"parallel.tensor = {parallel.tensor} does not divide {key} = {value}",
-                    f"parallel.tensor one of {divisors(value)}",
-                    "change parallel.tensor or the model",
-                )
+    divided = {"model.num_heads": model.num_heads}
+    if model.num_kv_heads is not None:
+        divided["model.num_kv_heads"] = model.kv_heads
+    divided |= {
+        "the feed-forward width model.ffn_size": model.inner_size,
+        "the padded vocabulary": model.padded_vocab_size,
+    }
+    undivided = [f"{key} = {value}" for key, value in divided.items() if value % parallel.tensor]
+    if undivided:
+        problems.append(
+            ConfigError(
+                f"parallel.tensor = {parallel.tensor} does not divide {' and '.join(undivided)}",
+                f"parallel.tensor one of {listed(divisors(math.gcd(*divided.values())))}",
+                "change parallel.tensor or the model",
             )
+        )
     if parallel.zero_stage == 0 and config.precision.dtype == "bf16":
         problems.append(
             ConfigError(
@@ -187,24 +197,28 @@ def _check_batch(
     index: int, stage: RunStage, config: RunConfig, data_size: int, problems: list[PalimpsestError]
 ) -> None:
     unit = config.parallel.micro_batch_size * data_size
-    sizes = {f"batch_ramp.{n}.size": entry.size for n, entry in enumerate(stage.batch_ramp)}
-    for key, size in (sizes | {"global_batch_size": stage.global_batch_size}).items():
-        if config.elastic.pad_batch:
-            if size < data_size:
-                problems.append(
-                    ConfigError(
-                        f"stages.{index}.{key} = {size} leaves some of {data_size} data ranks without a sample",
-                        f"at most {size} data ranks",
-                        "start fewer ranks, or use more of them for parallel.pipe or parallel.tensor",
-                    )
-                )
-        elif size % unit:
+    keys = {f"stages.{index}.batch_ramp.{n}.size": entry.size for n, entry in enumerate(stage.batch_ramp)}
+    keys[f"stages.{index}.global_batch_size"] = stage.global_batch_size
+    if config.elastic.pad_batch:
+        if small := {key: size for key, size in keys.items() if size < data_size}:
             problems.append(
                 ConfigError(
-                    f"stages.{index}.{key} = {size} is no multiple of micro_batch_size "
-                    f"{config.parallel.micro_batch_size} x data {data_size}",
-                    f"a multiple of {unit}",
-                    "change parallel.micro_batch_size or the number of data ranks, or set elastic.pad_batch=true; the "
-                    "global batch belongs to the run",
+                    f"{_named(small)} leaves some of {data_size} data ranks without a sample",
+                    f"at most {min(small.values())} data ranks",
+                    "start fewer ranks, or use more of them for parallel.pipe or parallel.tensor",
                 )
             )
+    elif uneven := {key: size for key, size in keys.items() if size % unit}:
+        is_no = "is no multiple" if len(uneven) == 1 else "are no multiples"
+        problems.append(
+            ConfigError(
+                f"{_named(uneven)} {is_no} of micro_batch_size {config.parallel.micro_batch_size} x data {data_size}",
+                f"a multiple of {unit}",
+                "change parallel.micro_batch_size or the number of data ranks, or set elastic.pad_batch=true; the "
+                "global batch belongs to the run",
+            )
+        )
+
+
+def _named(sizes: dict[str, int]) -> str:
+    return " and ".join(f"{key} = {size}" for key, size in sizes.items())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from engine.config.lengths import RowLengths
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.parallel import Recompute
@@ -24,10 +26,10 @@ SEEN_BLOCKS = 3
 """That a block of a local layer sees."""
 
 
-def entries(model: ModelConfig, layers: range, is_first: bool, is_last: bool) -> list[Entry]:
+def entries(model: ModelConfig, layers: range, is_first: bool, is_last: bool, inner: bool = True) -> list[Entry]:
     """Parameters of consecutive layers, with the embeddings if first, and the heads if last."""
     found = _embeddings(model) if is_first else []
-    for layer in layers:
+    for layer in layers if inner else ():
         found += layer_entries(model, layer)
     return found + (_heads(model) if is_last else [])
 
@@ -38,6 +40,11 @@ def layer_entries(model: ModelConfig, layer: int) -> list[Entry]:
     if layer > 0 or model.norm_position == "post":
         return found
     return [entry for entry in found if ".attention_norm." not in entry.name]
+
+
+def layer_kind(model: ModelConfig, layer: int) -> Hashable:
+    """The first one may lack a norm; local layers keep and compute less."""
+    return layer == 0 and model.norm_position == "pre", model.reach(layer)
 
 
 def _embeddings(model: ModelConfig) -> list[Entry]:
@@ -67,7 +74,7 @@ def _heads(model: ModelConfig) -> list[Entry]:
 def layer_operations(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
     """Projections, scores and weighted values; in a local layer of the tokens of a window, without what blocks (half as
     many more) and the ends of rows make of it."""
-    matrices = parts.matrix_elements(layer_entries(model, layer))
+    matrices = gpt.layer_matrices(model)
     reach, tokens = model.reach(layer), lengths.tokens
     seen = tokens if reach is None else min(tokens, 2 * reach + 1)
     return tokens * 2 * matrices + parts.score_operations(model, tokens, seen)

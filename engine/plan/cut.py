@@ -10,15 +10,17 @@ size, ZeRO stage or batch; so it is computed once for all the layouts that a pla
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, pairwise
 
 from engine.config.lengths import RowLengths
 from engine.config.schema.model import ModelConfig
 from engine.errors import ConfigError
 from engine.plan.operations import layer_costs
-from engine.plan.parameters import stage_entries
+from engine.plan.parameters import counted_entries
 from engine.plan.parts import Entries
 
 
@@ -29,6 +31,16 @@ class Part:
     layers: range
     first: bool
     last: bool
+
+
+def layers_of(parts: Sequence[Part]) -> Sequence[int]:
+    """Global numbers of the layers of a stage that holds these parts: a range if there is one, else a tuple."""
+    return _layers_of(tuple(parts))
+
+
+@lru_cache(maxsize=4096)
+def _layers_of(parts: tuple[Part, ...]) -> Sequence[int]:
+    return parts[0].layers if len(parts) == 1 else tuple(layer for part in parts for layer in part.layers)
 
 
 def cut(model: ModelConfig, num_parts: int, lengths: RowLengths) -> list[range]:
@@ -62,13 +74,13 @@ def _stage_parts(
 
 
 def entries_of(model: ModelConfig, parts: list[Part]) -> Entries:
-    """Parameters of a stage that holds these parts, each name once."""
+    """Parameters of a stage that holds these parts, each name once, and those of equal layers as one."""
     return _entries_of(model, tuple(parts))
 
 
 @lru_cache(maxsize=1024)
 def _entries_of(model: ModelConfig, parts: tuple[Part, ...]) -> Entries:
-    entries = [entry for part in parts for entry in stage_entries(model, part.layers, part.first, part.last)]
+    entries = [entry for part in parts for entry in counted_entries(model, part.layers, part.first, part.last)]
     return Entries(tuple({entry.name: entry for entry in entries}.values()))
 
 
@@ -91,15 +103,19 @@ def balance(costs: list[int], parts: int) -> list[range]:
     runs are shortest: early stages keep more micro-batches alive. `costs` are positive.
     """
     assert 1 <= parts <= len(costs)
+    sums = (0, *accumulate(costs))
     limit = _smallest_limit(costs, parts)
-    unreachable = (float("inf"), ())
-    # best[i]: (sum of squares, lengths) of costs[i:] in the number of runs reached so far, none above the limit
-    best: list[tuple[float, tuple[int, ...]]] = [unreachable] * len(costs) + [(0, ())]
-    for _ in range(parts):
-        best = [_extend(costs, start, limit, best) for start in range(len(costs))] + [unreachable]
-    lengths = best[0][1]
-    starts = [sum(lengths[:part]) for part in range(parts)]
-    return [range(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+    windows = _windows(sums, parts, limit)
+    squares = {len(costs): 0}
+    """By start, the least sum of squares of the runs from there on."""
+    ends: list[dict[int, int]] = []
+    for starts, ends_allowed in zip(windows[-2::-1], windows[:0:-1], strict=True):
+        squares, best_ends = _extended(sums, limit, starts, ends_allowed, squares)
+        ends.append(best_ends)
+    cuts = [0]
+    for best_ends in reversed(ends):
+        cuts.append(best_ends[cuts[-1]])
+    return [range(start, end) for start, end in pairwise(cuts)]
 
 
 @lru_cache
@@ -108,19 +124,47 @@ def _balanced(costs: tuple[int, ...], parts: int) -> tuple[range, ...]:
     return tuple(balance(list(costs), parts))
 
 
-def _extend(
-    costs: list[int], start: int, limit: int, best: list[tuple[float, tuple[int, ...]]]
-) -> tuple[float, tuple[int, ...]]:
-    """The best cut of costs[start:] that has one run more than those in `best`."""
-    found: tuple[float, tuple[int, ...]] = (float("inf"), ())
-    total = 0
-    for end in range(start + 1, len(costs) + 1):
-        total += costs[end - 1]
-        if total > limit:
-            break
-        squares, lengths = best[end]
-        found = min(found, (squares + total * total, (end - start, *lengths)))
-    return found
+def _windows(sums: Sequence[int], parts: int, limit: int) -> list[range]:
+    """The positions at which each run can start, and the last one end, if no run's sum is to be above the limit.
+
+    What lies before a position has to make so many runs as come before it, and what lies behind it the others.
+    """
+    count = len(sums) - 1
+    latest, earliest = [0], [count]
+    for _ in range(parts):
+        latest.append(bisect_right(sums, sums[latest[-1]] + limit) - 1)
+        earliest.append(bisect_left(sums, sums[earliest[-1]] - limit))
+    return [
+        range(max(before, earliest[parts - before]), min(latest[before], count - (parts - before)) + 1)
+        for before in range(parts + 1)
+    ]
+
+
+def _extended(
+    sums: Sequence[int], limit: int, starts: range, ends: range, squares: dict[int, int]
+) -> tuple[dict[int, int], dict[int, int]]:
+    """The least sum of squares from each of `starts` on, and the end of the run that begins there; `squares` are those
+    from each of `ends` on.
+
+    The smallest best end never falls as the start rises, for squares of sums satisfy the quadrangle inequality; so the
+    best end of the middle start bounds those of both halves (Galil and Park 1992, divide and conquer).
+    """
+    found: dict[int, int] = {}
+    best_ends: dict[int, int] = {}
+    open_spans = [(starts.start, starts.stop, ends.start, ends.stop)]
+    while open_spans:
+        first, stop, low, high = open_spans.pop()
+        if first >= stop:
+            continue
+        middle = (first + stop) // 2
+        before = sums[middle]
+        last = min(high, bisect_right(sums, before + limit))
+        found[middle], end = min(
+            ((sums[end] - before) ** 2 + squares[end], end) for end in range(max(low, middle + 1), last)
+        )
+        best_ends[middle] = end
+        open_spans += ((first, middle, low, end + 1), (middle + 1, stop, end, high))
+    return found, best_ends
 
 
 def _smallest_limit(costs: list[int], parts: int) -> int:

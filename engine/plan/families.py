@@ -6,7 +6,9 @@ different lengths, and a head may see some of a row's tokens only.
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
+from typing import NamedTuple, Protocol, cast
 
 from engine.config.lengths import RowLengths
 from engine.config.schema.model import ModelConfig
@@ -18,8 +20,19 @@ from engine.plan.parts import Entry
 class Figures(Protocol):
     """What a family's file in this room says. `layers` and `layer` are global numbers."""
 
-    def entries(self, model: ModelConfig, layers: range, is_first: bool, is_last: bool) -> list[Entry]:
-        """Parameters of one chunk; a name may come twice where a tied weight is used twice."""
+    def entries(
+        self, model: ModelConfig, layers: range, is_first: bool, is_last: bool, inner: bool = True
+    ) -> list[Entry]:
+        """Parameters of one chunk, those of its layers among them if `inner`; a name may come twice where a tied weight
+        is used twice."""
+        ...
+
+    def layer_entries(self, model: ModelConfig, layer: int) -> list[Entry]:
+        """Parameters of one layer."""
+        ...
+
+    def layer_kind(self, model: ModelConfig, layer: int) -> Hashable:
+        """What the figures of a layer depend on: layers of one kind are equal in all of them."""
         ...
 
     def layer_operations(self, model: ModelConfig, layer: int, lengths: RowLengths) -> int:
@@ -87,6 +100,28 @@ class Figures(Protocol):
 
 
 FAMILIES: dict[str, Figures] = {"gpt": cast(Figures, gpt), "bert": cast(Figures, bert), "t5": cast(Figures, t5)}
+
+
+class Kind(NamedTuple):
+    """Layers that are equal in all figures: one of them, and how many there are."""
+
+    example: int
+    count: int
+
+
+@lru_cache(maxsize=4096)
+def layer_kinds(model: ModelConfig, layers: Sequence[int]) -> tuple[Kind, ...]:
+    """The kinds of some layers, in the order in which they come first. `layers` is a range or a tuple."""
+    family = figures(model)
+    found: dict[Hashable, list[int]] = {}
+    for layer in layers:
+        found.setdefault(family.layer_kind(model, layer), []).append(layer)
+    return tuple(Kind(alike[0], len(alike)) for alike in found.values())
+
+
+def over_layers(model: ModelConfig, layers: Sequence[int], figure: Callable[[int], int]) -> int:
+    """The sum of a figure over layers."""
+    return sum(kind.count * figure(kind.example) for kind in layer_kinds(model, layers))
 
 
 def figures(model: ModelConfig) -> Figures:

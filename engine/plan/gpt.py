@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from functools import lru_cache
+
 from engine.config.lengths import RowLengths
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.parallel import Recompute
@@ -15,7 +18,7 @@ KEY_BYTES = 8
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
-def entries(model: ModelConfig, layers: range, is_first: bool, is_last: bool) -> list[Entry]:
+def entries(model: ModelConfig, layers: range, is_first: bool, is_last: bool, inner: bool = True) -> list[Entry]:
     """Parameters of consecutive layers, with the embedding if first, and the final norm and the head if last."""
     found = []
     if is_first:
@@ -23,7 +26,7 @@ def entries(model: ModelConfig, layers: range, is_first: bool, is_last: bool) ->
         if model.position == "learned":
             shape = (model.max_positions, model.hidden_size)
             found.append(Entry("embed_positions.weight", shape, split=False))
-    for layer in layers:
+    for layer in layers if inner else ():
         found += layer_entries(model, layer)
     if is_last:
         found += parts.norm(model, "final_norm")
@@ -42,11 +45,21 @@ def layer_entries(model: ModelConfig, layer: int) -> list[Entry]:
     ]
 
 
+def layer_kind(model: ModelConfig, layer: int) -> Hashable:
+    """All are of one kind."""
+    return None
+
+
+@lru_cache(maxsize=1024)
+def layer_matrices(model: ModelConfig) -> int:
+    """Elements of the matrices of self-attention and feed-forward part of a layer, equal in all."""
+    return parts.matrix_elements(layer_entries(model, 0))
+
+
 def layer_operations(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
     """Projections, scores and weighted values."""
     tokens = lengths.tokens
-    matrices = parts.matrix_elements(layer_entries(model, layer))
-    return tokens * 2 * matrices + parts.score_operations(model, tokens, tokens)
+    return tokens * 2 * layer_matrices(model) + parts.score_operations(model, tokens, tokens)
 
 
 def embedding_operations(model: ModelConfig, lengths: RowLengths) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
@@ -21,14 +21,22 @@ from engine.config.lengths import RowLengths
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.optimizer import PrecisionConfig
 from engine.config.schema.parallel import ParallelConfig, Recompute
-from engine.plan.families import figures
+from engine.plan.families import figures, layer_kinds
+from engine.plan.hardware import GIB
 from engine.plan.logits import head_bytes
 from engine.plan.parts import Device, Entries, needs_masks
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 MASTER_BYTES = 4
 MOMENTS_BYTES = 8
+"""Adam's two."""
+MOMENTUM_BYTES = 4
+"""Muon's one, of a matrix."""
 HOST_GRADIENT_BYTES = 4
+RESERVED_BYTES = 3 * GIB
+"""Taken by the driver, the libraries and the communicators before a tensor is made."""
+FRAGMENTED_SHARE = 0.10
+"""Of what tensors take: lost between them by the allocator."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,23 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Of all tensors."""
         return self.states + self.gathered + self.activations + self.logits
+
+    @property
+    def needed(self) -> int:
+        """What the accelerator has to have: the tensors, what is lost between them, and what is taken beforehand."""
+        return with_reserve(self.total)
+
+    def parts(self) -> dict[str, int]:
+        """By name, what adds up to `needed`."""
+        held = {name: value for name, value in asdict(self).items() if name != "host"}
+        return held | {"reserve": self.needed - self.total}
+
+
+def with_reserve(tensor_bytes: int) -> int:
+    """Bytes that an accelerator needs for tensors of so many."""
+    return int(tensor_bytes * (1 + FRAGMENTED_SHARE)) + RESERVED_BYTES
 
 
 def states_per_element(parallel: ParallelConfig, data_size: int, precision: PrecisionConfig) -> tuple[Fraction, ...]:
@@ -112,16 +136,19 @@ def stage_memory(
     in_flight: Fraction | int,
     has_head: bool,
     device: Device,
+    single_moments: int = 0,
 ) -> Memory:
     """Memory of one rank of a stage that holds `entries`, with `in_flight` micro-batches of all its layers alive at the
     peak: a fraction where passes of single chunks add up to one. `device` says what attention keeps.
 
     `recomputed` are those of its `layers` that recompute their activations; `segments`: rows hold several documents or
-    padding.
+    padding; `single_moments`: local elements of which the optimizer keeps one moment and not two (Muon).
     """
     numel = entries.local_numel(parallel.tensor)
     per_element = states_per_element(parallel, data_size, precision)
     weights, master, moments, gradients = (-(-numel * one.numerator // one.denominator) for one in per_element)
+    shards = data_size if parallel.zero_stage else 1
+    moments -= single_moments * (MOMENTS_BYTES - MOMENTUM_BYTES) // shards
     if parallel.offload == "optimizer":
         master = moments = 0
     rows, dtype_bytes = parallel.micro_batch_size, DTYPE_BYTES[precision.dtype]
@@ -163,9 +190,7 @@ def activation_bytes(
     Attention never keeps its scores here, as with the kernels of a GPU, unless it has dropout.
     """
     masks = needs_masks(model, precision.dtype, device) if segments else None
-    kept, _, second_run = _kept(
-        model, tuple(layers), tuple(recomputed), lengths, Sharing.of(parallel), parallel.recompute, masks
-    )
+    kept, _, second_run = _kept(model, layers, recomputed, lengths, Sharing.of(parallel), parallel.recompute, masks)
     elements = alive * kept + second_run
     return math.ceil(parallel.micro_batch_size * elements * DTYPE_BYTES[precision.dtype])
 
@@ -178,8 +203,7 @@ def remade_bytes(
     lengths: RowLengths,
 ) -> int:
     """Activations of a micro-batch that the `recomputed` layers do not keep and make again."""
-    layers = tuple(recomputed)
-    _, remade, _ = _kept(model, layers, layers, lengths, Sharing.of(parallel), parallel.recompute, masks=None)
+    _, remade, _ = _kept(model, recomputed, recomputed, lengths, Sharing.of(parallel), parallel.recompute, masks=None)
     return math.ceil(parallel.micro_batch_size * remade * DTYPE_BYTES[precision.dtype])
 
 
@@ -198,8 +222,8 @@ class Sharing(NamedTuple):
 @lru_cache(maxsize=4096)
 def _kept(
     model: ModelConfig,
-    layers: tuple[int, ...],
-    recomputed: tuple[int, ...],
+    layers: Sequence[int],
+    recomputed: Sequence[int],
     lengths: RowLengths,
     sharing: Sharing,
     how: Recompute,
@@ -208,13 +232,20 @@ def _kept(
     """Elements per row that `layers` keep, of which the `recomputed` ones only what `how` says; that those make again;
     and the most that one of them does. `masks`: whether documents are kept apart by masks, None where rows are whole.
     """
-    saved, ranks = figures(model).saved, (sharing.tensor, sharing.shared_by)
+    family, ranks = figures(model), (sharing.tensor, sharing.shared_by)
     own = lengths.shared_by(sharing.sequence)
-    pairs = {layer: 0 if masks is None else figures(model).mask(model, layer, lengths, masks) for layer in layers}
-    plain = {layer: saved(model, layer, own, *ranks) + pairs[layer] for layer in layers}  # pairs: of whole rows
-    kept = plain | {layer: saved(model, layer, own, *ranks, how) for layer in recomputed}
-    remade = [plain[layer] - kept[layer] for layer in recomputed]
-    return sum(kept.values()), sum(remade), max(remade, default=0)
+    again = {family.layer_kind(model, kind.example): kind.count for kind in layer_kinds(model, recomputed)}
+    kept, remade, most = 0, 0, 0
+    for layer, count in layer_kinds(model, layers):
+        pairs = 0 if masks is None else family.mask(model, layer, lengths, masks)  # of whole rows
+        plain = family.saved(model, layer, own, *ranks) + pairs
+        kept += count * plain
+        if repeated := again.get(family.layer_kind(model, layer), 0):
+            spared = plain - family.saved(model, layer, own, *ranks, how)
+            kept -= repeated * spared
+            remade += repeated * spared
+            most = max(most, spared)
+    return kept, remade, most
 
 
 @lru_cache(maxsize=4096)
@@ -224,11 +255,14 @@ def gathered_at_once(entries: Entries, tensor_size: int, recomputes: bool) -> in
     """
     layers: dict[str, int] = {}
     modules: dict[str, int] = {}
+    alike: dict[str, int] = {}
     for entry in entries:
         module, numel = entry.name.rpartition(".")[0], entry.local_numel(tensor_size)
         modules[module] = modules.get(module, 0) + numel
+        alike[module] = entry.count
         if module.startswith("layers."):
             layer = module.split(".")[1]
             layers[layer] = layers.get(layer, 0) + numel
-    *_, second, largest = [0, *sorted(modules.values())]
+    sizes = [numel for module, numel in modules.items() for _ in range(min(alike[module], 2))]
+    *_, second, largest = [0, *sorted(sizes)]
     return max(second + largest, max(layers.values()) + largest if recomputes else 0)

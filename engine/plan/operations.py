@@ -8,6 +8,7 @@ vocabulary is left out of the published kind of figure and kept in what a stage 
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import accumulate
 
 from engine.config.lengths import RowLengths
 from engine.config.schema.model import ModelConfig
@@ -31,6 +32,12 @@ def layer_costs(model: ModelConfig, lengths: RowLengths) -> tuple[int, ...]:
     costs[0] += family.embedding_operations(model, lengths)
     costs[-1] += family.head_operations(model, lengths, model.padded_vocab_size)
     return tuple(costs)
+
+
+@lru_cache
+def costs_before(model: ModelConfig, lengths: RowLengths) -> tuple[int, ...]:
+    """Forward operations per row of all layers before each, and last of all layers, with embedding and head."""
+    return (0, *accumulate(layer_costs(model, lengths)))
 
 
 @lru_cache

@@ -7,8 +7,10 @@ first and last stage are different.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from engine.config.schema.model import ModelConfig
-from engine.plan.families import figures
+from engine.plan.families import figures, layer_kinds
 from engine.plan.parts import Entry
 
 
@@ -23,6 +25,16 @@ def stage_entries(model: ModelConfig, layers: range, is_first: bool, is_last: bo
     return list({entry.name: entry for entry in entries}.values())
 
 
+def counted_entries(model: ModelConfig, layers: range, is_first: bool, is_last: bool) -> list[Entry]:
+    """The same parameters as a family's `entries`, with one entry for those of all layers that are equal."""
+    family = figures(model)
+    found = family.entries(model, layers, is_first, is_last, inner=False)
+    for kind in layer_kinds(model, layers):
+        found += [replace(entry, count=kind.count) for entry in family.layer_entries(model, kind.example)]
+    return found
+
+
 def num_parameters(model: ModelConfig, padded: bool = False) -> int:
     """Parameters of the whole model; the tied matrix counts once, padding rows only if `padded`."""
-    return sum(entry.numel - (0 if padded else entry.padding) for entry in model_entries(model))
+    entries = {entry.name: entry for entry in counted_entries(model, range(model.num_layers), True, True)}.values()
+    return sum((entry.numel - (0 if padded else entry.padding)) * entry.count for entry in entries)

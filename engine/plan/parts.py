@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from engine.config.schema.model import ModelConfig
@@ -29,10 +29,18 @@ class Entry:
     """Divided over the tensor axis; else every tensor rank holds all of it."""
     padding: int = 0
     """Elements that are padding of the vocabulary."""
+    count: int = 1
+    """Parameters that it stands for: this one, and those of equal layers."""
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is the matrix of a linear layer that tensor ranks share: what Muon updates (the twin of
+        `engine.optim.groups.by_muon`)."""
+        return self.split and len(self.shape) == 2 and self.name.startswith("layers.")
 
     def local_numel(self, tensor_size: int) -> int:
         """Elements on one of `tensor_size` ranks."""
@@ -53,10 +61,24 @@ class Entries:
         """Elements of all on one of `tensor_size` ranks, each parameter filled up to a multiple."""
         return _local_numel(self, tensor_size, multiple)
 
+    @cached_property
+    def linear(self) -> Entries:
+        """Those of them that Muon updates."""
+        return Entries(tuple(entry for entry in self.held if entry.is_linear))
+
+    def without(self, names: frozenset[str]) -> Entries:
+        """All but some of them."""
+        return _without(self, names) if names else self
+
+
+@lru_cache(maxsize=4096)
+def _without(entries: Entries, names: frozenset[str]) -> Entries:
+    return Entries(tuple(entry for entry in entries if entry.name not in names))
+
 
 @lru_cache(maxsize=4096)
 def _local_numel(entries: Entries, tensor_size: int, multiple: int) -> int:
-    return sum(-(-entry.local_numel(tensor_size) // multiple) * multiple for entry in entries)
+    return sum(-(-entry.local_numel(tensor_size) // multiple) * multiple * entry.count for entry in entries)
 
 
 def vocabulary(model: ModelConfig, name: str, width: int | None = None) -> Entry:

@@ -11,21 +11,25 @@ from fractions import Fraction
 from typing import Any
 
 from engine.config.lengths import has_segments, held_lengths, row_lengths
-from engine.config.resolve import Layout, num_micro_batches, resolve
+from engine.config.resolve import Layout, examine, num_micro_batches
 from engine.config.schema.run import RunConfig
-from engine.plan.cut import Part, entries_of, stage_parts, tied_stages
+from engine.errors import ConfigError
+from engine.plan.cut import Part, entries_of, layers_of, stage_parts, tied_stages
 from engine.plan.elastic import World, elastic_worlds
-from engine.plan.memory import MASTER_BYTES, MOMENTS_BYTES, Memory, remade_bytes, stage_memory
-from engine.plan.operations import BACKWARD_FACTOR, layer_costs, layer_operations, training_operations
+from engine.plan.families import over_layers
+from engine.plan.memory import MASTER_BYTES, MOMENTS_BYTES, MOMENTUM_BYTES, Memory, remade_bytes, stage_memory
+from engine.plan.operations import BACKWARD_FACTOR, costs_before, layer_operations, training_operations
 from engine.plan.parameters import num_parameters
 from engine.plan.parts import Device
 from engine.plan.pipeline import bubble, in_flight
 from engine.plan.recompute import recomputed_layers
 from engine.plan.traffic import Traffic, stage_traffic
-from engine.plan.worlds import Refusal, neighbours, valid_worlds
+from engine.plan.worlds import LARGEST_WORLD, Refusal, neighbours, refusal, valid_worlds
 
 WORLDS_SHOWN = 64
-"""World sizes are listed up to this, or twice the planned one."""
+"""World sizes are listed up to this, or twice the planned one, ..."""
+LARGEST_LISTED = 4096
+"""... but no further than this, or the planned one."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,12 @@ class StagePlan:
     """On one tensor rank, before ZeRO divides them."""
     updated: int
     """That one rank's optimizer updates."""
+    updated_matrices: int
+    """Those of them that Muon updates."""
+    stored: int
+    """That one rank writes into a checkpoint."""
+    stored_matrices: int
+    """Those of them that Muon updates, of which there is one moment."""
     operations: int
     """Forward, recomputed and backward of one rank per step, padding of the vocabulary included."""
     recomputed_operations: int
@@ -57,9 +67,10 @@ class StagePlan:
 
     @property
     def stored_bytes(self) -> int:
-        """What one rank stores in a checkpoint, at the most: Adam's moments beside its share of fp32 weights. Also the
-        host memory that saves take."""
-        return self.updated * (MASTER_BYTES + MOMENTS_BYTES)
+        """What one rank stores in a checkpoint, at the most: moments beside its share of fp32 weights, of a tied matrix
+        on its first stage alone. Also the host memory that saves take."""
+        one_less = self.stored_matrices * (MOMENTS_BYTES - MOMENTUM_BYTES)
+        return self.stored * (MASTER_BYTES + MOMENTS_BYTES) - one_less
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,11 @@ class Plan:
         return 2 * copies * min(ranks_per_node, world) * largest
 
     @property
+    def memory_bytes(self) -> int:
+        """What the fullest rank's accelerator has to have."""
+        return max(stage.memory.needed for stage in self.stages)
+
+    @property
     def operations_per_token(self) -> int:
         """Of the tokens that a sample is counted by."""
         return self.operations // self.tokens
@@ -103,7 +119,8 @@ class Plan:
         tree = asdict(self)
         tree["operations_per_token"] = self.operations_per_token
         for shown, stage in zip(tree["stages"], self.stages, strict=True):
-            shown["memory"] |= {"states": stage.memory.states, "total": stage.memory.total}
+            shown["memory"] = stage.memory.parts() | {"total": stage.memory.needed}
+            shown["host_bytes"] = stage.memory.host
             shown["traffic"]["total"] = stage.traffic.total
             shown["stored_bytes"] = stage.stored_bytes
         tree["elastic"] = [
@@ -116,8 +133,7 @@ class Plan:
             for world in self.elastic
         ]
         tree["refused"] = [
-            {"layout": refusal.layout, "problems": [str(problem) for problem in refusal.problems]}
-            for refusal in self.refused
+            {"problem": str(refused.problem), "layouts": list(refused.layouts)} for refused in self.refused
         ]
         return tree
 
@@ -128,12 +144,19 @@ def make_plan(config: RunConfig, world_size: int, device: Device = "cuda") -> Pl
     Raises:
         ConfigError: the run cannot start there.
     """
-    layout = resolve(config, world_size)
+    if world_size > LARGEST_WORLD:
+        raise ConfigError(
+            f"a world of {world_size:,} ranks", f"1 to {LARGEST_WORLD:,} ranks", "look at parallel.* and --world"
+        )
+    layout, problems = examine(config, world_size)
+    if problems:
+        raise refusal(config, world_size, problems)
+    assert layout is not None
     run_stage = config.stages[0]
     batch_size = run_stage.batches.largest
     micro_batches = num_micro_batches(batch_size, config.parallel, layout.data)
     fitting, refused = neighbours(config, world_size)
-    largest = max(WORLDS_SHOWN, 2 * world_size)
+    largest = max(WORLDS_SHOWN, min(2 * world_size, LARGEST_LISTED), world_size)
     return Plan(
         layout=layout,
         zero_stage=config.parallel.zero_stage,
@@ -153,7 +176,7 @@ def make_plan(config: RunConfig, world_size: int, device: Device = "cuda") -> Pl
 
 def stage_plans(config: RunConfig, layout: Layout, device: Device = "cuda") -> tuple[StagePlan, ...]:
     """Every pipeline stage of a layout that `resolve` or `examine` gave."""
-    micro_batches = num_micro_batches(config.stages[0].global_batch_size, config.parallel, layout.data)
+    micro_batches = num_micro_batches(config.stages[0].batches.largest, config.parallel, layout.data)
     lengths = row_lengths(config.stages[0])
     stages = stage_parts(config.model, layout.pipe, config.parallel.virtual_stages, lengths)
     return tuple(_stage_plan(config, layout, stage, parts, micro_batches, device) for stage, parts in enumerate(stages))
@@ -163,7 +186,7 @@ def _stage_plan(
     config: RunConfig, layout: Layout, stage: int, parts: list[Part], micro_batches: int, device: Device
 ) -> StagePlan:
     run_stage, lengths = config.stages[0], row_lengths(config.stages[0])
-    layers = [layer for part in parts for layer in part.layers]
+    layers = layers_of(parts)
     entries = entries_of(config.model, parts)
     rows = micro_batches * config.parallel.micro_batch_size
     recomputed = recomputed_layers(config, layout, stage, device)
@@ -176,12 +199,17 @@ def _stage_plan(
         "segments": has_segments(run_stage.data.attention, run_stage.objective),
     }
     per_rank = entries.local_numel(layout.tensor)
-    costs = layer_costs(config.model, lengths)
-    operations, again = (1 + BACKWARD_FACTOR) * sum(costs[layer] for layer in layers), 0
+    costs = costs_before(config.model, lengths)
+    operations = (1 + BACKWARD_FACTOR) * sum(costs[part.layers.stop] - costs[part.layers.start] for part in parts)
+    again = 0
     if config.parallel.recompute == "full":
-        repeated = layer_operations(config.model, lengths)
-        again = sum(repeated[layer] for layer in recomputed)
+        again = over_layers(config.model, recomputed, layer_operations(config.model, lengths).__getitem__)
     share = layout.tensor * layout.sequence
+    ties = tied_stages(config.model, layout.pipe, len(parts), lengths)
+    elsewhere = frozenset(name for name, holders in ties.items() if holders[0] != stage)
+    matrices = entries.linear.local_numel(layout.tensor) if config.optimizer.name == "muon" else 0
+    shards = common["data_size"]
+    held_by = shards if config.parallel.zero_stage else 1
     remade = remade_bytes(config.model, config.parallel, config.precision, recomputed, lengths)
     return StagePlan(
         stage=stage,
@@ -189,7 +217,10 @@ def _stage_plan(
         num_layers=len(layers),
         parameters=entries.local_numel(1),
         parameters_per_rank=per_rank,
-        updated=per_rank if config.parallel.zero_stage == 0 else -(-per_rank // common["data_size"]),
+        updated=-(-per_rank // held_by),
+        updated_matrices=-(-matrices // held_by),
+        stored=-(-entries.without(elsewhere).local_numel(layout.tensor) // shards),
+        stored_matrices=matrices // shards,
         operations=(operations + again) * rows // share,
         recomputed_operations=again * rows // share,
         remade_bytes=remade * micro_batches if config.parallel.recompute == "selective" else 0,
@@ -201,13 +232,15 @@ def _stage_plan(
             in_flight=Fraction(alive, len(parts)),
             has_head=any(part.last for part in parts),
             device=device,
+            single_moments=matrices,
         ),
         traffic=stage_traffic(
             *sections,
             **common,
             parts=parts,
             num_micro_batches=micro_batches,
-            ties=tied_stages(config.model, layout.pipe, len(parts), lengths),
+            ties=ties,
+            muon=config.optimizer.name == "muon",
         ),
         recomputed=len(recomputed),
     )

@@ -10,25 +10,26 @@ Tensor parallelism stays inside a node. What `resolve` refuses is never proposed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any
 
+from engine.config.model import divisors
 from engine.config.resolve import Layout, examine
 from engine.config.schema.parallel import ParallelConfig
 from engine.config.schema.run import RunConfig
 from engine.plan.hardware import GIB, Accelerator, Cluster
-from engine.plan.memory import MASTER_BYTES, MOMENTS_BYTES
+from engine.plan.memory import DTYPE_BYTES, MASTER_BYTES, MOMENTUM_BYTES, with_reserve
+from engine.plan.parameters import num_parameters
 from engine.plan.plan import Plan, stage_plans
 from engine.plan.time import StepTime, step_time
-from engine.plan.worlds import divisors, with_parallel
+from engine.plan.worlds import with_parallel
 
-RESERVED_BYTES = 3 * GIB
-"""Taken by the driver, the libraries and the communicators before a tensor is made."""
-FRAGMENTED_SHARE = 0.10
-"""Of what tensors take: lost between them by the allocator."""
+AXES = ("pipe", "tensor", "zero_stage", "micro_batch_size")
+"""Keys that are always named."""
 LARGEST_MICRO_BATCH = 64
 VIRTUAL_STAGES = (1, 2, 4)
 """Chunks per pipeline stage that are tried."""
@@ -39,8 +40,10 @@ REFINED_FACTOR = 1.5
 """Layouts that take longer than the best one by more are not tried in other forms."""
 SHOWN_SHARE = 0.005
 """A part that differs by less of a step is no reason."""
-LARGEST_WORLD = 4096
+LARGEST_SEARCHED = 4096
 """No world beyond is searched for one that holds a model."""
+LARGEST_PIPE = 256
+"""No more pipeline stages are tried."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,16 @@ class Candidate:
             "utilisation": self.time.utilisation,
         }
 
+    def keys(self, config: RunConfig) -> dict[str, Any]:
+        """Keys of `parallel` that make this layout of a run: the axes, and what differs from the defaults or the run.
+
+        The data axis is left to the world unless the run fixes it.
+        """
+        before, now, plain = (one.model_dump() for one in (config.parallel, self.parallel, ParallelConfig()))
+        if config.parallel.data is None:
+            now["data"] = None
+        return {key: value for key, value in now.items() if key in AXES or value != plain[key] or value != before[key]}
+
     def why(self, best: Candidate) -> str:
         """Against the best layout: how much longer a step takes, and the parts that make the difference.
 
@@ -154,9 +167,17 @@ class Advice:
     larger: tuple[Candidate, ...]
     """The `larger_worlds` where nothing fits without `offload`; those with it where nothing fits at all."""
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain numbers and text."""
-        ranked = [candidate.as_json() | {"why": candidate.why(self.ranked[0])} for candidate in self.ranked]
+    @property
+    def best(self) -> Candidate | None:
+        """The fastest layout of this world that fits."""
+        return self.ranked[0] if self.ranked and self.ranked[0].fits else None
+
+    def as_json(self, config: RunConfig) -> dict[str, Any]:
+        """Plain numbers and text; `keys` are those of `parallel` in the run's configuration."""
+        ranked = [
+            candidate.as_json() | {"why": candidate.why(self.ranked[0]), "keys": candidate.keys(config)}
+            for candidate in self.ranked
+        ]
         larger = [candidate.as_json() for candidate in self.larger]
         return {"planned": self.planned.as_json(), "ranked": ranked, "larger": larger}
 
@@ -165,7 +186,7 @@ def advise(config: RunConfig, plan: Plan, cluster: Cluster) -> Advice:
     """The advice for a run that was planned on the cluster's world."""
     ranked = rank(config, cluster)
     plain = any(candidate.fits and candidate.parallel.offload == "none" for candidate in ranked)
-    larger = [] if plain else larger_worlds(config, cluster, LARGEST_WORLD)
+    larger = [] if plain else larger_worlds(config, cluster, LARGEST_SEARCHED)
     if ranked and ranked[0].fits:
         larger = [one for one in larger if one.parallel.offload == "none"]
     return Advice(cluster, judge(config, plan.layout, cluster), tuple(ranked), tuple(larger))
@@ -205,6 +226,9 @@ def larger_worlds(config: RunConfig, cluster: Cluster, largest: int) -> list[Can
     found: list[Candidate] = []
     size = 2 * cluster.world_size
     while size <= largest:
+        if not _can_hold(config, replace(cluster, world_size=size)):
+            size *= 2
+            continue
         best = next(iter(rank(config, replace(cluster, world_size=size))), None)
         if best is not None and best.fits:
             if best.parallel.offload == "none":
@@ -212,6 +236,18 @@ def larger_worlds(config: RunConfig, cluster: Cluster, largest: int) -> list[Can
             found = found or [best]
         size *= 2
     return found
+
+
+def _can_hold(config: RunConfig, cluster: Cluster) -> bool:
+    """Whether weights and gradients, each held once, and the rest on hosts, leave anything of the accelerators."""
+    precision, accelerator = config.precision, cluster.accelerator
+    on_device = DTYPE_BYTES[precision.dtype] + DTYPE_BYTES[precision.reduce_dtype]
+    per_rank = num_parameters(config.model) // cluster.world_size
+    return (
+        per_rank * on_device < accelerator.memory_bytes
+        and per_rank * (on_device + MASTER_BYTES + MOMENTUM_BYTES)
+        < accelerator.memory_bytes + accelerator.host_memory_bytes
+    )
 
 
 def _of(needed: int, there: int) -> str:
@@ -228,7 +264,8 @@ def _axes(cluster: Cluster) -> Iterator[tuple[int, int, int]]:
     world = cluster.world_size
     for tensor in divisors(min(world, cluster.per_node)):
         for pipe in divisors(world // tensor) if world % tensor == 0 else ():
-            yield pipe, tensor, world // tensor // pipe
+            if pipe <= LARGEST_PIPE:
+                yield pipe, tensor, world // tensor // pipe
 
 
 def _best(config: RunConfig, cluster: Cluster, pipe: int, tensor: int, data: int, zero_stage: int) -> Candidate | None:
@@ -293,8 +330,8 @@ def _spared(config: RunConfig, cluster: Cluster, shared: tuple[bool, ...]) -> Ca
 
 
 def _micro_batch_sizes(config: RunConfig, data: int) -> list[int]:
-    """Powers of two that divide the share of a data rank; none where the ranks do not divide the batch."""
-    share, rest = divmod(config.stages[0].global_batch_size, data)
+    """Powers of two that divide a data rank's share of every batch; none where the ranks do not divide the batches."""
+    share, rest = divmod(math.gcd(*config.stages[0].batches.sizes), data)
     sizes = [2**power for power in range(LARGEST_MICRO_BATCH.bit_length()) if 2**power <= LARGEST_MICRO_BATCH]
     return [] if rest else [size for size in sizes if share % size == 0]
 
@@ -304,8 +341,8 @@ def judge(config: RunConfig, layout: Layout, cluster: Cluster) -> Candidate:
     stages = stage_plans(config, layout)
     tensors = max(stage.memory.total for stage in stages)
     states = max(stage.memory.states for stage in stages)
-    needed, least = (int(held * (1 + FRAGMENTED_SHARE)) + RESERVED_BYTES for held in (tensors, states))
-    on_host = max(stage.memory.host + (MASTER_BYTES + MOMENTS_BYTES) * stage.updated for stage in stages)
+    needed, least = with_reserve(tensors), with_reserve(states)
+    on_host = max(stage.memory.host + stage.stored_bytes for stage in stages)
     return Candidate(
         config.parallel,
         layout,

@@ -5,6 +5,8 @@ Encoder layers are of rows of `lengths.tokens`, decoder layers of rows of `lengt
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from engine.config.lengths import RowLengths
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.parallel import Recompute
@@ -13,14 +15,14 @@ from engine.plan.gpt import EMBEDDING, HEAD, KEY_BYTES, SEGMENT_BYTES
 from engine.plan.parts import Entry
 
 
-def entries(model: ModelConfig, layers: range, is_first: bool, is_last: bool) -> list[Entry]:
+def entries(model: ModelConfig, layers: range, is_first: bool, is_last: bool, inner: bool = True) -> list[Entry]:
     """Parameters of consecutive layers, with the embedding where a stack begins and its norm where it ends."""
     first_of_decoder = model.num_encoder_layers
     found = [parts.vocabulary(model, EMBEDDING)] if is_first or first_of_decoder in layers else []
     for stack, held in (("encoder", layers.start < first_of_decoder), ("decoder", layers.stop > first_of_decoder)):
         if held:
             found.append(Entry(f"{stack}_positions.weight", (model.relative_buckets, model.num_heads), split=True))
-    for layer in layers:
+    for layer in layers if inner else ():
         found += layer_entries(model, layer)
     if first_of_decoder - 1 in layers:
         found += parts.norm(model, "encoder_norm")
@@ -45,10 +47,15 @@ def layer_entries(model: ModelConfig, layer: int) -> list[Entry]:
     ]
 
 
+def layer_kind(model: ModelConfig, layer: int) -> Hashable:
+    """Whether it is the decoder's."""
+    return layer >= model.num_encoder_layers
+
+
 def layer_operations(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
     """Projections, scores and weighted values; keys and values of cross attention are projected from the encoder's."""
     tokens = _tokens(model, layer, lengths)
-    own = tokens * 2 * parts.matrix_elements(gpt.layer_entries(model, layer))
+    own = tokens * 2 * gpt.layer_matrices(model)
     found = own + parts.score_operations(model, tokens, tokens)
     if layer < model.num_encoder_layers:
         return found
@@ -98,8 +105,8 @@ def reduced(model: ModelConfig, layers: range, is_first: bool, is_last: bool, le
     outputs; the gradient of the head's input."""
     first_of_decoder = model.num_encoder_layers
     times = lengths.tokens * is_first + lengths.decoder * (first_of_decoder in layers) + lengths.predicted * is_last
-    for layer in layers:
-        times += 4 * lengths.tokens if layer < first_of_decoder else 6 * lengths.decoder + lengths.tokens
+    encoding = len(range(layers.start, min(layers.stop, first_of_decoder)))
+    times += encoding * 4 * lengths.tokens + (len(layers) - encoding) * (6 * lengths.decoder + lengths.tokens)
     return times * model.hidden_size
 
 

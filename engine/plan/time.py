@@ -84,16 +84,16 @@ def reached_share(width: float, tokens: int) -> float:
 
 
 def step_time(config: RunConfig, layout: Layout, stages: Sequence[StagePlan], cluster: Cluster) -> StepTime:
-    """The estimate for the first run stage of a configuration; `stages` are `stage_plans(config, layout)`."""
+    """The estimate for a step of the largest batch of the first run stage, with its `stage_plans(config, layout)`."""
     run_stage = config.stages[0]
     slowest = max(
         (_stage_time(config, layout, stage, cluster) for stage in stages), key=lambda t: sum(t[:BETWEEN_WAITS])
     )
-    micro_batches = num_micro_batches(run_stage.global_batch_size, config.parallel, layout.data)
+    micro_batches = num_micro_batches(run_stage.batches.largest, config.parallel, layout.data)
     waiting = float(bubble(config.parallel.schedule, layout.pipe, config.parallel.virtual_stages, micro_batches))
     idle = sum(slowest[:BETWEEN_WAITS]) * waiting / (1 - waiting)
     per_row = training_operations(config.model, row_lengths(run_stage))
-    useful = per_row * run_stage.global_batch_size / cluster.world_size
+    useful = per_row * run_stage.batches.largest / cluster.world_size
     reached = useful / (sum(slowest) + idle)
     return StepTime(*slowest, idle=idle, utilisation=reached / cluster.accelerator.bf16_operations_per_second)
 

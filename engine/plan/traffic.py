@@ -7,7 +7,7 @@ and 2: fewer than 2 x data ranks numbers for each group of weight decay.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import lru_cache
@@ -17,13 +17,17 @@ from engine.config.lengths import RowLengths
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.optimizer import PrecisionConfig
 from engine.config.schema.parallel import ParallelConfig
-from engine.plan.cut import Part
-from engine.plan.families import figures
+from engine.plan.cut import Part, layers_of
+from engine.plan.families import figures, over_layers
 from engine.plan.memory import DTYPE_BYTES
+from engine.plan.parameters import counted_entries
 from engine.plan.parts import Entries, Entry
 
 LOSS_REDUCTIONS = 3
 """Per token over the tensor axis: largest logit, sum of exponentials, the target's logit; fp32."""
+
+UPDATE_BYTES = 4
+"""Of an element of Muon's update, fp32."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,10 @@ class Traffic:
     """Neighbouring stages, the last and the first among them: boundary activations, document numbers, and gradients."""
     tie: int
     """Stages that hold a weight together: its gradient."""
+    updates: int = 0
+    """Data and sequence axes: Muon's updates to the ranks that orthogonalise them and back, on average over ranks."""
+    updates_across: int = 0
+    """The same on the tensor axis."""
 
     @property
     def total(self) -> int:
@@ -63,9 +71,10 @@ def stage_traffic(
     num_micro_batches: int,
     segments: bool,
     ties: Mapping[str, tuple[int, ...]],
+    muon: bool = False,
 ) -> Traffic:
     """Traffic of one rank of a stage that holds `parts`, whose parameters are `entries`; `ties` are the stages of those
-    that several hold.
+    that several hold. `muon` updates the matrices.
 
     `recomputed` are the layers among them that recompute their activations. `segments`: rows carry document numbers,
     which travel down the pipeline with the activations.
@@ -87,7 +96,7 @@ def stage_traffic(
         weights = gather_bytes(over_all * dtype_bytes, data_size)
         within = gather_bytes((passes - over_all) * dtype_bytes, parallel.gather_within or 1)
     losses = LOSS_REDUCTIONS * 4 * lengths.predicted if any(part.last for part in parts) else 0
-    passed = _passed(model, tuple(parts), tuple(recomputed), lengths)
+    passed = _passed(model, tuple(parts), recomputed, lengths)
     activations = 2 * (passed.reduced + passed.again)
     partial = 0
     if parallel.shared_by > 1:
@@ -108,6 +117,7 @@ def stage_traffic(
         sequence=gather_bytes(rows * passed.exchanged // parallel.tensor * dtype_bytes, parallel.sequence),
         pipe=rows * sent,
         tie=_tie_bytes(entries, ties, parallel, precision, data_size),
+        **(_muon_bytes(entries, parallel, data_size) if muon else {}),
     )
 
 
@@ -122,21 +132,25 @@ class Passed(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _passed(model: ModelConfig, parts: tuple[Part, ...], recomputed: tuple[int, ...], lengths: RowLengths) -> Passed:
-    family, layers = figures(model), [layer for part in parts for layer in part.layers]
+def _passed(model: ModelConfig, parts: tuple[Part, ...], recomputed: Sequence[int], lengths: RowLengths) -> Passed:
+    family, layers = figures(model), layers_of(parts)
+
+    def total(figure: Callable[[ModelConfig, int, RowLengths], int], of: Sequence[int]) -> int:
+        return over_layers(model, of, lambda layer: figure(model, layer, lengths))
+
     return Passed(
         reduced=sum(family.reduced(model, part.layers, part.first, part.last, lengths) for part in parts),
-        again=sum(family.reduced_again(model, layer, lengths) for layer in recomputed),
+        again=total(family.reduced_again, recomputed),
         # forward, backward, and in the second run of those that recompute
-        exchanged=sum(family.exchanged(model, layer, lengths) for layer in (*layers, *layers, *recomputed)),
-        entered=sum(family.entered(model, layer, lengths) for layer in (*layers, *recomputed)),
+        exchanged=2 * total(family.exchanged, layers) + total(family.exchanged, recomputed),
+        entered=total(family.entered, layers) + total(family.entered, recomputed),
     )
 
 
 @lru_cache(maxsize=4096)
 def _used(model: ModelConfig, parts: tuple[Part, ...], tensor_size: int, filled: int) -> int:
     """Local elements of all modules: of one parameter that two of them use, each gathers its own."""
-    used = [entry for part in parts for entry in figures(model).entries(model, part.layers, part.first, part.last)]
+    used = [entry for part in parts for entry in counted_entries(model, part.layers, part.first, part.last)]
     return Entries(tuple(used)).local_numel(tensor_size, filled)
 
 
@@ -144,7 +158,7 @@ def _used(model: ModelConfig, parts: tuple[Part, ...], tensor_size: int, filled:
 def _partial(model: ModelConfig, entries: Entries) -> int:
     """Elements of parameters that every tensor rank holds and that see a stretch each under sequence parallelism."""
     whole = figures(model).sees_whole_rows
-    return sum(entry.numel for entry in entries if not entry.split and not whole(entry.name))
+    return sum(entry.numel * entry.count for entry in entries if not entry.split and not whole(entry.name))
 
 
 @lru_cache(maxsize=4096)
@@ -199,3 +213,11 @@ def _tie_bytes(
         own = numel if parallel.zero_stage == 0 else -(-numel // data_size)
         total += own * all_reduce_factor(len(ties[entry.name]))
     return int(total * DTYPE_BYTES[precision.reduce_dtype])
+
+
+def _muon_bytes(entries: Entries, parallel: ParallelConfig, data_size: int) -> dict[str, int]:
+    """Updates of matrices in fp32: pieces of all ranks of an axis go to one owner of each, and come back (`Owners` in
+    `engine.optim.muon`). A rank sends the pieces that others own and gives back what it owns of theirs."""
+    owners = data_size if parallel.zero_stage else 1  # ZeRO-0 leaves the whole gradient with every rank
+    share = entries.linear.local_numel(parallel.tensor) * UPDATE_BYTES // owners
+    return {"updates": 2 * gather_bytes(share, owners), "updates_across": 2 * gather_bytes(share, parallel.tensor)}

@@ -2,25 +2,64 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from engine.config.resolve import Layout, examine
+from engine.config.model import divisors
+from engine.config.resolve import Layout, check, examine, place
 from engine.config.schema.run import RunConfig
-from engine.errors import PalimpsestError
+from engine.errors import ConfigError, PalimpsestError, report
+
+LARGEST_WORLD = 2**16
+"""Ranks. No plan is made of more."""
+SHOWN = 16
+"""Worlds that an error names."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A layout that was tried, as overrides, and the rules that it breaks."""
+    """A rule, and the layouts that were tried and break it, as overrides; its numbers are those of the first one."""
 
-    layout: str
-    problems: tuple[PalimpsestError, ...]
+    problem: PalimpsestError
+    layouts: tuple[str, ...]
 
 
 def valid_worlds(config: RunConfig, largest: int) -> list[int]:
     """Every world size up to `largest` on which the configuration can start as it is."""
-    return [world for world in range(1, largest + 1) if not examine(config, world)[1]]
+    if check(config):
+        return []
+    parallel = config.parallel
+    fixed = parallel.pipe * parallel.tensor * parallel.sequence
+    worlds = [fixed * data for data in _data_sizes(config, largest // fixed)]
+    return [world for world in worlds if world <= largest and not place(config, world)[1]]
+
+
+def _data_sizes(config: RunConfig, largest: int) -> Iterable[int]:
+    """Numbers of data ranks, ascending, that are worth asking about: all that can be valid are among them."""
+    sizes = [size for stage in config.stages for size in stage.batches.sizes]
+    if config.parallel.data is not None:
+        return [config.parallel.data]
+    if config.elastic.pad_batch:
+        return range(1, min(largest, *sizes) + 1)
+    return divisors(math.gcd(*sizes))
+
+
+def refusal(config: RunConfig, world_size: int, problems: list[PalimpsestError]) -> ConfigError:
+    """The error of a run that breaks these rules on a world, with worlds on which it would start where there are some.
+
+    Rules that do not depend on the world are named alone: no world mends them.
+    """
+    told = report(problems, f"this run cannot start on {world_size:,} rank{'s' if world_size > 1 else ''}")
+    if check(config):
+        return told
+    worlds = valid_worlds(config, LARGEST_WORLD)
+    nearest = sorted(sorted(worlds, key=lambda world: abs(math.log(world / world_size)))[:SHOWN])
+    shown = ", ".join(map(str, nearest)) + (" and other numbers of" if len(worlds) > SHOWN else "")
+    others = f"as it is, the run starts on {shown} ranks" if worlds else "as it is, the run starts on no world"
+    return ConfigError(told.wrong, told.allowed, f"{told.remedy}; {others}" if told.remedy else others)
 
 
 def with_parallel(config: RunConfig, **changes: Any) -> RunConfig:
@@ -29,12 +68,12 @@ def with_parallel(config: RunConfig, **changes: Any) -> RunConfig:
 
 
 def neighbours(config: RunConfig, world_size: int) -> tuple[list[Layout], list[Refusal]]:
-    """Other ways to use the same world: layouts that would start, and those that would not with the reasons.
+    """Other ways to use the same world: layouts that would start, and the rules that forbid others, each once.
 
     Tried are every other ZeRO stage, and every pipe x tensor that divides the world, with what is left as data ranks.
     """
     fitting: list[Layout] = []
-    refused: list[Refusal] = []
+    refused: dict[str, tuple[PalimpsestError, list[str]]] = {}
     parallel = config.parallel
     for zero_stage in range(4):
         if zero_stage != parallel.zero_stage:
@@ -44,17 +83,24 @@ def neighbours(config: RunConfig, world_size: int) -> tuple[list[Layout], list[R
             if (pipe, tensor) != (parallel.pipe, parallel.tensor):
                 changed = with_parallel(config, pipe=pipe, tensor=tensor, data=None)
                 _try(changed, world_size, f"pipe {pipe} x tensor {tensor}", fitting, refused)
-    return fitting, refused
+    return fitting, [Refusal(problem, tuple(layouts)) for problem, layouts in refused.values()]
 
 
-def _try(config: RunConfig, world_size: int, name: str, fitting: list[Layout] | None, refused: list[Refusal]) -> None:
+def _try(
+    config: RunConfig,
+    world_size: int,
+    name: str,
+    fitting: list[Layout] | None,
+    refused: dict[str, tuple[PalimpsestError, list[str]]],
+) -> None:
     layout, problems = examine(config, world_size)
-    if problems:
-        refused.append(Refusal(name, tuple(problems)))
-    elif fitting is not None and layout is not None:
+    if not problems and fitting is not None and layout is not None:
         fitting.append(layout)
+    for problem in problems:
+        refused.setdefault(cause(problem), (problem, []))[1].append(name)
 
 
-def divisors(number: int) -> list[int]:
-    """All of them, ascending."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+def cause(problem: PalimpsestError) -> str:
+    """What rules that differ in their numbers alone have in common: the key that is wrong, and what may be there."""
+    key = problem.wrong.partition(" = ")[0]
+    return re.sub(r"\d+", "0", f"{key}: {re.sub(r'(, )?[0-9]+', '', problem.allowed)}")

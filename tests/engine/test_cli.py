@@ -1,5 +1,6 @@
 """The command: overview, lazy imports, exit codes."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -144,3 +145,33 @@ def test_every_command_has_its_file(name: str) -> None:
     path = Path(__file__).parents[2] / (module.replace(".", "/") + ".py")
     assert path.is_file()
     assert callable(cli.load(name)) or isinstance(cli.load(name), typer.Typer)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        ImportError("numpy.so: failed to map segment from shared object"),
+        SystemError("error return without exception set"),
+    ],
+)
+def test_out_of_memory_is_one_sentence(error, monkeypatch, capsys):
+    def run(*_):
+        raise error
+
+    monkeypatch.setattr(cli, "run", run)
+    assert cli.main(["plan", "run.yaml"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("palimpsest plan: out of memory on this machine\n  to do:")
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), ImportError("no module"), SystemError("other")])
+def test_other_errors_are_not_taken_for_it(error, monkeypatch):
+    def run(*_):
+        raise error
+
+    monkeypatch.setattr(cli, "run", run)
+    with pytest.raises(type(error)):
+        cli.main(["plan", "run.yaml"])

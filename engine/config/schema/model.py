@@ -16,6 +16,9 @@ _DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
 }
 """Defaults by family and position where they are not those of GPT-2, so that a family alone is a form that Hugging
 Face's library has, too: BERT, ModernBERT, T5 v1.0."""
+LARGEST_DEPTH = 2**14
+LARGEST_WIDTH = 2**30
+"""No model is anywhere near; sizes beyond are slips of a key, and are refused before anything is computed of them."""
 
 
 class ModelConfig(Section):
@@ -28,23 +31,23 @@ class ModelConfig(Section):
 
     family: Literal["gpt", "bert", "t5"] = "gpt"
     """Architecture family: decoders (`gpt`), encoders that predict masked tokens (`bert`), both in one (`t5`)."""
-    vocab_size: PositiveInt
+    vocab_size: int = Field(ge=1, le=LARGEST_WIDTH)
     """Real rows of the embedding: the tokenizer's size or more."""
-    vocab_multiple: PositiveInt = 128
+    vocab_multiple: int = Field(default=128, ge=1, le=LARGEST_WIDTH)
     """The embedding is padded to a multiple of this, for speed and so that tensor parallelism divides it."""
-    num_layers: PositiveInt
+    num_layers: int = Field(ge=1, le=LARGEST_DEPTH)
     """Of an encoder-decoder (`t5`): of both stacks together."""
     num_decoder_layers: PositiveInt | None = None
     """`t5`: how many of them are the decoder's; None means half."""
-    hidden_size: PositiveInt
-    num_heads: PositiveInt
-    head_width: PositiveInt | None = None
+    hidden_size: int = Field(ge=1, le=LARGEST_WIDTH)
+    num_heads: int = Field(ge=1, le=LARGEST_WIDTH)
+    head_width: int | None = Field(default=None, ge=1, le=LARGEST_WIDTH)
     """Width of a head; None means `hidden_size` / `num_heads`."""
     num_kv_heads: PositiveInt | None = None
     """Key and value heads (grouped-query attention); None means `num_heads`."""
-    ffn_size: PositiveInt | None = None
+    ffn_size: int | None = Field(default=None, ge=1, le=LARGEST_WIDTH)
     """Inner width of the feed-forward part; None means 4 x `hidden_size`."""
-    max_positions: PositiveInt = 1024
+    max_positions: int = Field(default=1024, ge=1, le=LARGEST_WIDTH)
     """Longest sequence; rows of the position table when `position` is `learned`."""
     token_types: NonNegativeInt = 0
     """`bert`: kinds of segments that have an embedding, 2 for pairs; 0 means no such embedding."""

@@ -16,7 +16,7 @@ class ParallelConfig(Section):
 
     kind: ClassVar[Kind] = "execution"
 
-    pipe: PositiveInt = 1
+    pipe: int = Field(default=1, ge=1, le=1024)
     """Pipeline stages."""
     tensor: PositiveInt = 1
     """Tensor-parallel ranks."""
@@ -30,7 +30,7 @@ class ParallelConfig(Section):
     """Data-parallel ranks; None means whatever the world leaves."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What ZeRO shards over the data axis: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
-    micro_batch_size: PositiveInt = 1
+    micro_batch_size: int = Field(default=1, ge=1, le=2**16)
     """Samples per forward pass of one data rank."""
     schedule: Literal["1f1b", "gpipe", "zb-h1"] = "1f1b"
     """Order of forward and backward passes in the pipeline (`zb-h1` splits the latter); docs/layouts.md says which one

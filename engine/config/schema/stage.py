@@ -65,9 +65,9 @@ class RunStage(Section):
     name: str = "pretrain"
     objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig
-    sequence_length: PositiveInt
+    sequence_length: int = Field(ge=1, le=2**30)
     """Tokens per sample that the model sees (span corruption: that the encoder sees)."""
-    global_batch_size: PositiveInt
+    global_batch_size: int = Field(ge=1, le=2**30)
     """Samples per step over all ranks; does not change with the layout."""
     batch_ramp: tuple[SmallerBatch, ...] = ()
     """Sizes that come before `global_batch_size`, each until a step or a number of tokens."""

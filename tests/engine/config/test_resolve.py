@@ -85,7 +85,7 @@ def test_micro_batches() -> None:
             ["parallel.tensor=3", "model.hidden_size=66", "model.num_heads=6", "model.ffn_size=66"],
             3,
             "parallel.tensor = 3 does not divide the padded vocabulary = 512",
-            "one of 1, 2, 4, 8, 16, 32, 64, 128, 256, 512",
+            "one of 1, 2",
         ),
         (
             ["parallel.tensor=4", "model.num_kv_heads=2"],
@@ -97,7 +97,7 @@ def test_micro_batches() -> None:
             ["parallel.tensor=4", "model.ffn_size=102"],
             4,
             "parallel.tensor = 4 does not divide the feed-forward width model.ffn_size = 102",
-            "1, 2, 3, 6",
+            "one of 1, 2",
         ),
         (["parallel.zero_stage=0"], 1, "parallel.zero_stage = 0 with precision.dtype = bf16", "zero_stage 1, 2 or 3"),
         (
@@ -170,7 +170,8 @@ def test_a_constant_schedule_has_no_end_to_overrun() -> None:
 
 
 def test_divisors() -> None:
-    assert divisors(12) == "1, 2, 3, 4, 6, 12"
+    for number in range(1, 300):
+        assert divisors(number) == [one for one in range(1, number + 1) if number % one == 0]
 
 
 REPOSITORY = Path(__file__).parents[3]

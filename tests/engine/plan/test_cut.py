@@ -117,3 +117,34 @@ def test_t5_ties_the_embedding_over_three_stages_and_tables_over_those_of_their_
     assert tied_stages(T5, 2, 1, lengths) == {"embed_tokens.weight": (0, 1), "decoder_positions.weight": (0, 1)}
     untied = T5.model_copy(update={"tie_embeddings": False})
     assert tied_stages(untied, 4, 1, lengths)["embed_tokens.weight"] == (0, 1), "where each stack begins"
+
+
+def test_balance_with_one_heavy_end_against_every_cut() -> None:
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([2, 8])))
+    for _ in range(40):
+        length = int(generator.integers(2, 11))
+        costs = [int(cost) for cost in generator.choice([1, 2, 3, 5, 50], length)]
+        for parts in range(1, length + 1):
+            best = min(
+                all_cuts(length, parts),
+                key=lambda cut: (max(sums(costs, cut)), sum(s * s for s in sums(costs, cut)), cut),
+            )
+            assert tuple(len(run) for run in balance(costs, parts)) == best, (costs, parts)
+
+
+def test_ten_thousand_layers_are_cut_without_trying_every_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 runs of 156 or 157 layers: a run can end at few places, and few of them are tried."""
+    tried = 0
+    plain = min
+
+    def counted(*arguments, **named):
+        nonlocal tried
+        if len(arguments) == 1:
+            arguments = (list(arguments[0]),)
+            tried += len(arguments[0])
+        return plain(*arguments, **named)
+
+    monkeypatch.setattr("builtins.min", counted)
+    runs = balance([13, *[10] * 9998, 37], 64)
+    assert {len(run) for run in runs} <= set(range(153, 158))
+    assert tried < 100_000, "10,000 x 64 x 156 is a hundred million"

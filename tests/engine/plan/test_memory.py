@@ -215,3 +215,61 @@ def test_two_generations_on_two_nodes_are_four_times_what_a_node_stores(per_node
     per_rank = -(-num_parameters(run.model, padded=True) // 4) * 12
     assert plan.stages[0].stored_bytes == per_rank
     assert plan.node_memory_bytes(per_node) == held * per_rank
+
+
+MUON: Change = {"optimizer": {"name": "muon"}}
+
+
+def test_muon_keeps_one_moment_of_a_matrix() -> None:
+    """Four layers of 12 D x D matrix elements; everything else keeps Adam's two."""
+    for parallel in ({"zero_stage": 0}, {"zero_stage": 1, "data": 2}, {"zero_stage": 3, "data": 2}):
+        changes: Change = {"parallel": parallel}
+        world, shards = parallel.get("data", 1), parallel.get("data", 1)
+        adam, muon = (make_plan(example(SHORT, changes, form), world).stages[0] for form in ({}, MUON))
+        matrices = 4 * 12 * 64 * 64 // shards
+        assert adam.memory.moments - muon.memory.moments == 4 * matrices
+        assert muon.updated_matrices == matrices
+        assert adam.stored_bytes - muon.stored_bytes == 4 * matrices
+        assert muon.memory.weights == adam.memory.weights
+
+
+def test_a_tied_matrix_is_stored_by_its_first_stage_alone() -> None:
+    tied, untied = (
+        make_plan(example({"parallel": {"pipe": 2, "zero_stage": 1}}, {"model": {"tie_embeddings": tie}}), 2).stages
+        for tie in (True, False)
+    )
+    matrix = 512 * 64 * 12
+    assert tied[1].updated == untied[1].updated, "each stage updates its own copy"
+    assert untied[1].stored_bytes - tied[1].stored_bytes == matrix
+    assert tied[0].stored_bytes == untied[0].stored_bytes
+
+
+def test_parts_add_up_to_what_an_accelerator_needs() -> None:
+    plan = make_plan(example({"parallel": {"pipe": 2, "zero_stage": 3, "offload": "optimizer"}}), 4)
+    for stage in plan.stages:
+        assert sum(stage.memory.parts().values()) == stage.memory.needed
+        assert "host" not in stage.memory.parts()
+    shown = plan.as_json()["stages"]
+    for one in shown:
+        assert sum(value for name, value in one["memory"].items() if name != "total") == one["memory"]["total"]
+    assert plan.memory_bytes == max(one["memory"]["total"] for one in shown)
+
+
+@pytest.mark.parametrize("family", [{}, MODERN, T5], ids=["gpt", "modern", "t5"])
+@pytest.mark.parametrize("how", ["none", "selective", "full"])
+def test_layers_of_one_kind_are_counted_as_each_by_itself(family: Change, how: Any) -> None:
+    """The figures of a stage against sums over its layers, one at a time."""
+    from engine.config.lengths import row_lengths
+    from engine.plan.families import figures
+    from engine.plan.memory import Sharing, _kept
+
+    config = example(family, {"model": family.get("model", {}) | {"num_layers": 8}})
+    one, lengths = figures(config.model), row_lengths(config.stages[0])
+    layers, recomputed = range(1, 8), range(1, 8)[: 0 if how == "none" else 4]
+    plain = {
+        layer: one.saved(config.model, layer, lengths, 2) + one.mask(config.model, layer, lengths) for layer in layers
+    }
+    kept = plain | {layer: one.saved(config.model, layer, lengths, 2, 1, how) for layer in recomputed}
+    spared = [plain[layer] - kept[layer] for layer in recomputed]
+    found = _kept(config.model, layers, recomputed, lengths, Sharing(2, 1, 1), how, masks=True)
+    assert found == (sum(kept.values()), sum(spared), max(spared, default=0))

@@ -6,7 +6,7 @@ from engine.config.lengths import RowLengths
 from engine.config.schema.model import ModelConfig
 from engine.plan import gpt, parts
 from engine.plan.cut import cut
-from engine.plan.parameters import model_entries, num_parameters, stage_entries
+from engine.plan.parameters import counted_entries, model_entries, num_parameters, stage_entries
 
 GPT2 = ModelConfig(vocab_size=50257, num_layers=12, hidden_size=768, num_heads=12)
 LLAMA = ModelConfig(
@@ -105,3 +105,26 @@ def test_stages_together_hold_the_model_and_a_tied_matrix_twice(model: ModelConf
 
 def test_matrices_of_a_gpt2_layer_are_12_squares() -> None:
     assert parts.matrix_elements(gpt.layer_entries(GPT2, 3)) == 12 * 768**2
+
+
+@pytest.mark.parametrize("model", SMALL, ids=FORMS)
+def test_equal_layers_are_counted_as_one_parameter_each(model: ModelConfig) -> None:
+    layers = range(1, model.num_layers)
+    whole = stage_entries(model, layers, is_first=False, is_last=True)
+    counted = {entry.name: entry for entry in counted_entries(model, layers, False, True)}
+    assert sum(entry.count for entry in counted.values()) == len(whole)
+    assert sum(entry.numel * entry.count for entry in counted.values()) == sum(entry.numel for entry in whole)
+    if model.num_layers > 6:
+        assert len(counted) < len(whole)
+
+
+@pytest.mark.parametrize("model", SMALL, ids=FORMS)
+def test_the_matrices_of_muon_are_those_of_the_optimizer(model: ModelConfig) -> None:
+    from engine.config.schema.optimizer import OptimizerConfig
+    from engine.models.families import family
+    from engine.optim.groups import by_muon
+
+    muon = OptimizerConfig(name="muon")
+    updated = {spec.name for spec in family(model).specs(model) if by_muon(spec, muon)}
+    assert {entry.name for entry in model_entries(model) if entry.is_linear} == updated
+    assert updated

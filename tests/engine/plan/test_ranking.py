@@ -15,8 +15,9 @@ from engine.config.resolve import examine
 from engine.config.schema.run import RunConfig
 from engine.errors import ConfigError
 from engine.plan.hardware import GIB, Cluster, cluster
+from engine.plan.memory import FRAGMENTED_SHARE, RESERVED_BYTES
 from engine.plan.plan import make_plan, stage_plans
-from engine.plan.ranking import FRAGMENTED_SHARE, RESERVED_BYTES, Candidate, advise, judge, larger_worlds, rank
+from engine.plan.ranking import Candidate, advise, judge, larger_worlds, rank
 from engine.plan.worlds import with_parallel
 
 RUNS = Path(__file__).parents[3] / "configs" / "runs"
@@ -132,7 +133,9 @@ def test_a_model_that_fits_nowhere_is_given_the_smallest_worlds_that_hold_it():
         best = rank(config, half)[0]
         assert not best.fits or best.parallel.offload == half_offload == "optimizer"
     assert larger_worlds(config, cluster("a100-40gb", 1, 8), 1) == []
-    assert [one["layout"]["data"] for one in advice.as_json()["larger"]] == [one.layout.data for one in advice.larger]
+    assert [one["layout"]["data"] for one in advice.as_json(config)["larger"]] == [
+        one.layout.data for one in advice.larger
+    ]
 
 
 def test_where_nothing_fits_the_offload_that_does_is_named():
@@ -146,7 +149,7 @@ def test_where_nothing_fits_the_offload_that_does_is_named():
     assert "offload optimizer" in str(best)
     assert best.memory_bytes < 80 * GIB < judge(config, best.layout, alone).memory_bytes
     assert 12 * 7e9 < best.host_bytes <= alone.accelerator.host_memory_bytes
-    assert advice.as_json()["ranked"][0]["offload"] == "optimizer"
+    assert advice.as_json(config)["ranked"][0]["offload"] == "optimizer"
     assert [one.parallel.offload for one in advice.larger] == ["none"], "where it would fit without"
     fitting = load_run(RUNS / "gpt2-124m.yaml", ["parallel.offload=optimizer", "parallel.zero_stage=1"])
     advice = advise(fitting, make_plan(fitting, 1), alone)

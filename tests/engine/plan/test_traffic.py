@@ -157,3 +157,22 @@ def test_a_second_copy_leaves_one_gather_per_step_between_the_parts() -> None:
     assert plain.traffic.weights_within == 0
     second = parameters * 4 // 2
     assert near.memory.weights - plain.memory.weights == near.memory.total - plain.memory.total == second
+
+
+def test_muon_exchanges_updates_with_the_owners_of_matrices() -> None:
+    """48 D x D elements in fp32, each piece to its owner and back: by all ranks together (n-1)/n of all, twice."""
+    whole = 4 * 12 * 64 * 64 * 4
+    for parallel, along, across in (
+        ({"zero_stage": 0, "data": 4}, 0, 0),  # every rank has the whole gradient
+        ({"zero_stage": 1, "data": 4}, 2 * whole * 3 // 4 // 4, 0),
+        ({"zero_stage": 3, "data": 2, "sequence": 2}, 2 * whole * 3 // 4 // 4, 0),
+        ({"zero_stage": 1, "tensor": 2}, 0, 2 * whole // 2 // 2),
+        ({"zero_stage": 1, "tensor": 2, "data": 2}, 2 * whole // 2 // 2 // 2, 2 * whole // 2 // 2 // 2),
+    ):
+        world = parallel.get("data", 1) * parallel.get("tensor", 1) * parallel.get("sequence", 1)
+        adam, muon = (
+            make_plan(example({"parallel": parallel, "optimizer": {"name": name}}), world).stages[0].traffic
+            for name in ("adamw", "muon")
+        )
+        assert (muon.updates, muon.updates_across) == (along, across), parallel
+        assert muon.total - adam.total == along + across

@@ -29,9 +29,9 @@ def test_neighbours_say_what_starting_them_would_say() -> None:
         (4, 1),
         (4, 2),
     }
-    assert [refusal.layout for refusal in refused] == ["ZeRO-0", "pipe 1 x tensor 8", "pipe 8 x tensor 1"]
+    assert [refusal.layouts for refusal in refused] == [("ZeRO-0",), ("pipe 1 x tensor 8",), ("pipe 8 x tensor 1",)]
     for layout in fitting:
         assert resolve(with_parallel(run, pipe=layout.pipe, tensor=layout.tensor), 8) == layout
     with pytest.raises(ConfigError) as caught:
         resolve(with_parallel(run, pipe=8), 8)
-    assert refused[-1].problems[0].wrong in caught.value.wrong
+    assert refused[-1].problem.wrong in caught.value.wrong

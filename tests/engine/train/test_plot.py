@@ -1,5 +1,4 @@
 import json
-import logging
 import math
 import threading
 import warnings
@@ -139,13 +138,15 @@ def test_a_step_never_waits_for_a_drawing(tmp_path, monkeypatch):
     assert drawn.count == 2
 
 
-def test_a_drawing_that_fails_costs_one_warning(tmp_path, caplog):
-    logging.getLogger("palimpsest").propagate = True
+def test_a_drawing_that_fails_costs_one_warning(tmp_path, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(plot._log, "warning", lambda words, *values: told.append(words % values))
     sink = Plot(tmp_path, "metrics.jsonl", "run")  # there are no metrics
     sink.write(record(1))
     sink.close()
     sink.close()
-    assert caplog.text.count("loss.png cannot be drawn and is left out") == 1
+    assert len(told) == 1
+    assert told[0].startswith("loss.png cannot be drawn and is left out: ")
 
 
 def test_a_run_without_records_draws_an_empty_picture(tmp_path):

@@ -1,0 +1,161 @@
+"""`palimpsest plan` as a person and a script read it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engine import cli
+from engine.config.load import load_run
+from tests.distributed.runs import write_corpus
+
+RUNS = Path(__file__).parents[2] / "configs" / "runs"
+
+
+def plan(capsys: pytest.CaptureFixture[str], run: str | Path, *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(["plan", str(run if isinstance(run, Path) else RUNS / f"{run}.yaml"), *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_first_line_says_that_it_fits_and_the_rest_what_it_takes(capsys):
+    code, out, _ = plan(capsys, "gpt2-124m", "--world", "8")
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0] == "fits: 9.79 of 80 GiB on 8 x h100-80gb (assumed; --gpu names another)"
+    words = " ".join(out.split())
+    assert "19,074 steps, 10,000,269,312 tokens" in words
+    assert "GPU-hours" in words
+    assert "20 of 1.39 GiB" in words
+    assert "missing: data.train: no folder data/train; `palimpsest prepare` writes it" in lines
+
+
+def test_the_memory_shown_adds_up(capsys):
+    _, out, _ = plan(capsys, "llama-7b", "--world", "8", "parallel.pipe=2")
+    table = out[out.index("memory of one rank's GPU") :].splitlines()
+    for row in table[3:5]:
+        figures = [float(figure) for figure in row.split()[1:]]
+        assert sum(figures[:-1]) == pytest.approx(figures[-1], abs=1e-6)
+
+
+def test_a_run_that_does_not_fit_says_so_first_and_by_its_exit_code(capsys):
+    code, out, _ = plan(capsys, "llama-70b", "--world", "8", "--gpu", "h100-80gb")
+    assert code == 2
+    assert out.splitlines()[0].startswith("does not fit 8 x h100-80gb: needs ")
+    code, out, _ = plan(capsys, "llama-70b", "--world", "8", "--gpu", "h100-80gb", "--json")
+    assert code == 2
+    assert json.loads(out)["fits"] is False
+
+
+def test_the_best_layout_can_be_pasted(capsys, tmp_path):
+    code, out, _ = plan(capsys, "llama-7b", "--world", "8", "--gpu", "h100-80gb")
+    lines = out.splitlines()
+    pasted = lines[lines.index("the best of them, for the run file or the command line:") + 1]
+    overrides = lines[lines.index(pasted) + 1].split()
+    run = tmp_path / "run.yaml"
+    run.write_text(f"include: {RUNS / 'llama-7b.yaml'}\n{pasted}\n", encoding="utf-8")
+    assert load_run(run).parallel == load_run(RUNS / "llama-7b.yaml", overrides).parallel
+    code, out, _ = plan(capsys, run, "--world", "8", "--gpu", "h100-80gb")
+    assert code == 0
+    assert out.startswith("fits: ")
+
+
+def test_each_cause_of_a_refusal_stands_once(capsys):
+    _, out, _ = plan(capsys, "llama-70b", "--world", "64", "--json")
+    zero, tensor = json.loads(out)["refused"]
+    assert zero["layouts"] == ["ZeRO-0"]
+    assert tensor["problem"].startswith("parallel.tensor = 16 does not divide model.num_kv_heads = 8")
+    assert tensor["layouts"] == [
+        f"pipe {pipe} x tensor {tensor}" for pipe in (1, 2, 4) for tensor in (16, 32, 64) if pipe * tensor <= 64
+    ]
+
+
+def test_a_world_that_does_not_do_is_answered_with_worlds_that_do(capsys):
+    code, _, err = plan(capsys, "gpt2-124m", "--world", "7")
+    assert code == 2
+    assert "as it is, the run starts on 1, 2, 4, 8, 16, 32 ranks" in err
+    for world in ("1", "32"):
+        assert plan(capsys, "gpt2-124m", "--world", world)[0] == 0
+    code, _, err = plan(capsys, "gpt2-124m", "--world", "8", "parallel.tensor=8")
+    assert code == 2
+    assert err.count("does not divide") == 1
+    assert "starts on" not in err, "no world mends it"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.num_layers=1000000000",
+        "model.hidden_size=1000000000000",
+        "model.vocab_size=1000000000000000",
+        "model.ffn_size=100000000000000",
+        "model.num_heads=1000000000000",
+        "stages.0.sequence_length=1000000000000",
+        "stages.0.global_batch_size=1000000000000000",
+        "parallel.micro_batch_size=1000000000",
+        "parallel.pipe=1000000",
+        "parallel.data=1000000000000",
+        "parallel.tensor=1000000007",
+    ],
+)
+def test_absurd_sizes_are_refused(capsys, override):
+    code, out, err = plan(capsys, "gpt2-124m", override)
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+
+
+def test_an_absurd_world_is_refused(capsys):
+    assert plan(capsys, "gpt2-124m", "--world", "1000000000")[0] == 2
+
+
+@pytest.mark.parametrize("family", ["gpt2-124m", "modernbert-base", "t5-base"])
+def test_ten_thousand_layers_are_answered(capsys, family):
+    code, out, _ = plan(capsys, family, "--world", "8", "model.num_layers=10000")
+    assert code == 2
+    assert out.startswith("does not fit 8 x h100-80gb")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return folder
+
+
+def of_corpus(corpus: Path, *others: str) -> list[str]:
+    return [
+        f"tokenizer={corpus / 'tokenizer'}",
+        f"stages.0.data.train={corpus / 'train'}",
+        f"stages.0.data.validation={corpus / 'validation'}",
+        *others,
+    ]
+
+
+def test_data_that_is_there_is_counted(capsys, corpus):
+    from engine.data.shards.index import read_index
+
+    code, out, _ = plan(capsys, "gpt2-124m", *of_corpus(corpus))
+    tokens = read_index(corpus / "train").num_tokens
+    words = " ".join(out.split())
+    assert code == 0
+    assert "missing" not in words
+    assert f"has {tokens:,} tokens" in words
+    assert f"reads them {10_000_269_312 / tokens:.3g} times" in words
+    assert "less than a step's 524,288" in words
+
+
+def test_a_vocabulary_that_is_too_small_is_wrong_once(capsys, corpus):
+    code, out, _ = plan(capsys, "gpt2-124m", *of_corpus(corpus, "model.vocab_size=200"))
+    assert code == 2
+    assert out.count("wrong:") == 1
+    assert "model.vocab_size = 200, but the tokenizer" in out
+
+
+def test_data_of_another_tokenizer_is_wrong(capsys, corpus, tmp_path):
+    from engine.data.tokenizer.training import train_tokenizer
+
+    train_tokenizer(["other text, other pieces"] * 20, tmp_path / "other", "bpe", 270, "causal")
+    code, out, _ = plan(capsys, "gpt2-124m", *of_corpus(corpus, f"tokenizer={tmp_path / 'other'}"))
+    assert code == 2
+    assert "wrong: data.train: the shards in" in out
