@@ -64,6 +64,8 @@ def _model(source: Path, output: Path, tokenizer: Path | None) -> None:
         f"{exported.largest_difference:.2e} (allowed {LARGEST_DIFFERENCE:.0e}, largest logit "
         f"{exported.largest_logit:.2f}); every weight is bitwise equal"
     )
+    if exported.num_shard_tokens:
+        print(f"its tokenizer gives {exported.num_shard_tokens:,} tokens of the run's shards again")
 
 
 def _to_dcp(source: Path, output: Path) -> None:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from engine.checkpoint.interchange.huggingface import from_huggingface
 from engine.config.schema.model import ModelConfig
-from engine.errors import CheckpointError, ConfigError, EnvironmentProblem
+from engine.errors import ConfigError, EnvironmentProblem
 from engine.models.values import whole_model
 from engine.serve.language_model import LanguageModel, read_folder, read_tokenizer, their_form
+from engine.serve.same_tokens import differs, same_tokens
 from engine.serve.source import Trained
 
 LARGEST_DIFFERENCE = 1e-4
@@ -53,6 +53,8 @@ class Exported:
     folder: Path
     num_parameters: int
     num_tokens: int
+    num_shard_tokens: int
+    """Tokens of the run's shards that the exported tokenizer gives again."""
     largest_difference: float
     largest_logit: float
 
@@ -108,7 +110,8 @@ def check(trained: Trained, folder: Path, name: Path) -> Exported:
         CheckpointError: anything differs, logits by more than `LARGEST_DIFFERENCE`.
     """
     theirs = read_folder(folder)
-    tokens_BT = _same_tokens(trained, theirs, name)
+    same = same_tokens(trained, folder, name, TEXT)
+    tokens_BT = torch.tensor([same.ids[: min(MAX_TOKENS, trained.config.max_positions)]])
     _same_weights(trained, theirs, name)
     with torch.no_grad():
         ours, inputs = _inputs(trained.config, tokens_BT)
@@ -118,11 +121,12 @@ def check(trained: Trained, folder: Path, name: Path) -> Exported:
         assert found.keys() == made.keys(), f"{list(made)} of ours and {list(output)} of theirs"
         difference = torch.stack([(made[name] - value).abs().max() for name, value in found.items()]).max().item()
     if not difference <= LARGEST_DIFFERENCE:  # so that NaN fails too
-        raise _differs(name, f"its logits are off by {difference:.2e}", f"at most {LARGEST_DIFFERENCE:.0e}")
+        raise differs(name, f"its logits are off by {difference:.2e}", f"at most {LARGEST_DIFFERENCE:.0e}")
     return Exported(
         folder=name,
         num_parameters=sum(value.numel() for value in trained.weights.values()),
         num_tokens=tokens_BT.numel(),
+        num_shard_tokens=same.num_shard_tokens,
         largest_difference=difference,
         largest_logit=made["logits_BTV"].abs().max().item(),
     )
@@ -137,29 +141,8 @@ def _inputs(config: ModelConfig, tokens_BT: torch.Tensor) -> tuple[dict[str, tor
     return ours, {"input_ids": read_BS, "decoder_input_ids": said_BT}
 
 
-def _same_tokens(trained: Trained, theirs: LanguageModel, name: Path) -> torch.Tensor:
-    """tokens_BT of `TEXT`, one row, after both tokenizers have agreed on them."""
-    limit = min(MAX_TOKENS, trained.config.max_positions)
-    expected, found = (_ids(tokenizer) for tokenizer in (read_tokenizer(trained.tokenizer), theirs.tokenizer))
-    if expected != found:
-        raise _differs(name, "its tokenizer cuts text into other tokens", f"those of {trained.tokenizer}")
-    return torch.tensor([expected[:limit]])
-
-
-def _ids(tokenizer: Any) -> list[int]:
-    return tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-
-
 def _same_weights(trained: Trained, theirs: LanguageModel, name: Path) -> None:
     _, weights = from_huggingface(theirs.model)
     for parameter, expected in trained.weights.items():
         if not torch.equal(weights[parameter], expected):
-            raise _differs(name, f"{parameter} has other values", "the checkpoint's, bit for bit")
-
-
-def _differs(name: Path, what: str, allowed: str) -> CheckpointError:
-    return CheckpointError(
-        f"{name} is not the model of the run: {what}",
-        allowed,
-        "the folder was not kept; please report this with the versions of torch and transformers",
-    )
+            raise differs(name, f"{parameter} has other values", "the checkpoint's, bit for bit")

@@ -29,8 +29,8 @@ def one_process() -> Groups:
     return Groups(layout, grid, 0, grid.coordinates(0), **dict.fromkeys(names, ALONE), near=None, ties={})
 
 
-def run_config(folder: Path, form: str, tokenizer: Path) -> RunConfig:
-    stage = {"data": {"train": "t"}, "sequence_length": 32, "global_batch_size": 1, "duration": {"steps": 9}}
+def run_config(folder: Path, form: str, tokenizer: Path, train: Path = Path("t")) -> RunConfig:
+    stage = {"data": {"train": str(train)}, "sequence_length": 32, "global_batch_size": 1, "duration": {"steps": 9}}
     model = (FORMS | BERT_FORMS | T5_FORMS)[form]
     if model.family == "bert":
         stage["objective"] = {"name": "masked", "pairs": "next_sentence" if model.pair_head else "none"}

@@ -85,8 +85,8 @@ def word_piece(folder: Path) -> Path:
 
 def byte_level(**options: Any) -> Tokenizer:
     """Byte-level BPE with a few merges, one of which spells `</s>`, as converted vocabularies have."""
-    pieces = ["</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the", "</", "s>"]
-    merges = [("t", "h"), ("th", "e"), ("<", "/"), ("s", ">"), ("</", "s>")]
+    pieces = ["</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the", "</", "s>", "20"]
+    merges = [("t", "h"), ("th", "e"), ("<", "/"), ("s", ">"), ("</", "s>"), ("2", "0")]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     model = Tokenizer(models.BPE(vocabulary, merges, **options))
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

@@ -1,0 +1,132 @@
+"""Comparison of the tokenizer in an exported folder with our own reader and with the ids in the shards of the run.
+
+Users read the folder with `AutoTokenizer`, which rebuilds some classes by rules of their own, so that is what is
+compared. The documents are those of the shards: their ids as text, split again. A tokenizer that loses something (case,
+blanks) may not give a document's ids again; then both readers still have to split its text alike.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.checkpoint.load import read_state
+from engine.data.shards.dataset import TokenDataset
+from engine.data.shards.remote import is_remote
+from engine.data.tokenizer.folder import TextTokenizer, load_tokenizer
+from engine.errors import CheckpointError, DataError
+from engine.logs import logger
+from engine.serve.source import Trained, run_of
+
+log = logger(__name__)
+
+_DOCUMENTS = 32
+"""Of each data set."""
+_LONGEST = 2048
+"""Tokens of a document that are compared; what its cut end may change is left out of the comparison with its ids."""
+_BEHIND_CUT = 64
+
+
+@dataclass(frozen=True)
+class SameTokens:
+    """What both readers agreed on."""
+
+    ids: list[int]
+    """Of the fixed text."""
+    num_shard_tokens: int
+    """Tokens of the run's shards that the exported tokenizer gives again."""
+
+
+def same_tokens(trained: Trained, folder: Path, name: Path, text: str) -> SameTokens:
+    """Compare the exported tokenizer on `text` and on documents of the run; `name` is how errors call the folder.
+
+    Raises:
+        CheckpointError: it splits text otherwise than our reader, or gives other ids than the shards have.
+    """
+    ours, theirs = load_tokenizer(trained.tokenizer), _their_reader(folder, name)
+    expected = ours.encode([text])[0].tolist()
+    if expected != _ids(theirs, text):
+        raise differs(name, "its tokenizer cuts text into other tokens", f"those of {trained.tokenizer}")
+    compared = [_compare(ours, theirs, ids, trained, name) for ids in _documents(trained, ours)]
+    given = [tokens for tokens in compared if tokens]
+    others = [tokens for tokens in compared if tokens == 0]
+    if len(others) > len(given):
+        raise differs(
+            name,
+            f"its tokenizer gives other ids than the shards of the run have, for {len(others)} of {len(compared)} "
+            "documents",
+            f"the tokenizer that the shards were written with; {trained.tokenizer} is not",
+        )
+    return SameTokens(expected, sum(given))
+
+
+def _their_reader(folder: Path, name: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the library and its parsers raise whatever they like
+        reason = (str(error).splitlines() or [""])[0]
+        raise differs(name, f"transformers cannot read its tokenizer: {reason}", "a folder that it reads") from error
+
+
+def _compare(ours: TextTokenizer, theirs: Any, ids: np.ndarray, trained: Trained, name: Path) -> int | None:
+    """Return how many ids both readers give again; None where that cannot be said, 0 where they are others."""
+    cut = ids[:_LONGEST]
+    if not ours.vocabulary.ordinary_V[cut].all():
+        return None  # what is unknown, and special tokens, have no text
+    text = ours.decode(cut)
+    if any(token in text for token in _special(ours)):
+        return None  # a quotation, which their reader takes for the token
+    again = ours.encode([text])[0]
+    if again.tolist() != _ids(theirs, text):
+        raise differs(name, "its tokenizer cuts a document of the shards into other tokens", f"{trained.tokenizer}'s")
+    end = cut.size if cut.size == ids.size else cut.size - _BEHIND_CUT
+    if np.array_equal(again[:end], cut[:end]):
+        return end
+    return 0 if ours.decode(again) == text else None
+
+
+def _special(tokenizer: TextTokenizer) -> list[str]:
+    names = (tokenizer.model.id_to_token(number) for number in np.flatnonzero(~tokenizer.vocabulary.ordinary_V))
+    return [name for name in names if name]
+
+
+def _documents(trained: Trained, tokenizer: TextTokenizer) -> Iterator[np.ndarray]:
+    """Ids of the first documents of each data set that the run was trained on, without the end of text."""
+    run = run_of(trained.checkpoint, read_state(trained.checkpoint))
+    data = [stage.data for stage in run.stages]
+    places = dict.fromkeys(
+        place for each in data for place in ([each.train] if each.train else [source.path for source in each.sources])
+    )
+    for place in places:
+        if is_remote(place):
+            log.warning("the tokenizer was not compared with the ids in %s: only local shards are read for that", place)
+            continue
+        try:
+            shard = TokenDataset(place, tokenizer.hash).shard(0)
+        except (DataError, IndexError) as error:
+            reason = str(error).splitlines()[0]
+            log.warning("the tokenizer was not compared with the ids in %s: %s", place, reason)
+            continue
+        bounds = shard.documents[: _DOCUMENTS + 1].tolist()
+        for first, end in itertools.pairwise(bounds):
+            yield np.array(shard.tokens[first : end - 1], np.int64)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+
+
+def differs(name: Path, what: str, allowed: str) -> CheckpointError:
+    """Return the error for a folder that is not the model of the run."""
+    return CheckpointError(
+        f"{name} is not the model of the run: {what}",
+        allowed,
+        "the folder was not kept; please report this with the versions of torch and transformers",
+    )
