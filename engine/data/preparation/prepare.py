@@ -175,6 +175,8 @@ def _recipe(options: PrepareOptions, tokenizer: TextTokenizer, sources: list[Sou
         ],
         "tokenizer": str(options.tokenizer),
         "tokenizer_hash": tokenizer.hash,
+        # earlier versions left it to such a model to read special tokens out of text, and wrote no key
+        "special_tokens_in_text": "spelt" if tokenizer.knows_special_spellings else None,
         "validation_fraction": options.validation_fraction,
         "shard_bytes": options.shard_bytes,
         "text_key": options.text_key,

@@ -54,6 +54,8 @@ class TextTokenizer:
     unknown_id: int | None
     """None where every byte can be spelt, or where the end of text stands for what is unknown."""
     find_vocabulary: Callable[[], Vocabulary]
+    special_ids: frozenset[int] = frozenset()
+    """Tokens that no text may become."""
     longest_word: int | None = None
     """Letters without a blank beyond which WordPiece makes all of them one unknown token."""
     refused_id: int | None = None
@@ -93,6 +95,18 @@ class TextTokenizer:
         for number, encoding in zip(chosen, self._run(model.encode_batch, [texts[n] for n in chosen]), strict=True):
             found[number] = _bytes_of(texts[number], encoding, unknown)
         return found
+
+    @cached_property
+    def knows_special_spellings(self) -> bool:
+        """Whether the model itself would read a special token where text spells one, were it not hidden from it."""
+        for number in sorted(self.special_ids - {self.unknown_id}):
+            try:
+                found = self.model.encode(self.model.id_to_token(number), add_special_tokens=False)
+            except Exception:  # the library's, where there is no unknown token
+                continue
+            if number in found.ids:
+                return True
+        return False
 
     @property
     def unknown_becomes(self) -> str:
@@ -137,23 +151,25 @@ def load_tokenizer(folder: Path | str) -> TextTokenizer:
     refuse_custom_code(Path(folder))  # none would run here, but readers of what is trained with it would ask for it
     files = read_files(folder)
     path = files.folder / MODEL_FILE
-    model = build(files.tree, path)
+    model = _plain(build(files.tree, path))
     ids = model.get_vocab(with_added_tokens=True)
     eos = _end_of_text(files, ids)
     own_unknown = plain_text.unknown_token(files.tree)
     unknown = own_unknown or files.names.get("unk_token")
     special = _special_ids(files, ids, {eos, unknown})
+    hidden = plain_text.without_spelling(files.tree, special)
     refused = ids.get(own_unknown) if own_unknown and ids.get(own_unknown) in _roles(files, ids, eos) else None
     return TextTokenizer(
         folder=files.folder,
         model=model,
-        plain=_plain(plain_text.without_spelling(files.tree, special), path),
-        dropping=_dropping(files, special, path),
+        plain=model if hidden is files.tree else _plain(build(hidden, path)),
+        dropping=_dropping(hidden, path),
         hash=_hash(files.tree, eos),
         vocab_size=max(ids.values()) + 1,
         eos_id=ids[eos],
         unknown_id=ids.get(unknown) if unknown and unknown != eos else None,
         find_vocabulary=partial(_vocabulary, files, ids, special),
+        special_ids=frozenset(special),
         longest_word=files.tree["model"].get("max_input_chars_per_word"),
         refused_id=refused,
     )
@@ -171,17 +187,17 @@ def _hash(tree: dict[str, Any], eos: str | None) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _plain(tree: dict[str, Any], path: Path) -> Tokenizer:
-    model = build(tree, path)
+def _plain(model: Tokenizer) -> Tokenizer:
+    """The tokenizer with special tokens no longer cut out of the text before the model sees it."""
     model.encode_special_tokens = True
     return model
 
 
-def _dropping(files: TokenizerFiles, special: set[int], path: Path) -> tuple[Tokenizer, int] | None:
-    if not plain_text.loses_text(hidden := plain_text.without_spelling(files.tree, special)):
+def _dropping(hidden: dict[str, Any], path: Path) -> tuple[Tokenizer, int] | None:
+    if not plain_text.loses_text(hidden):
         return None
     tree, name = plain_text.with_unknown(hidden)
-    model = _plain(tree, path)
+    model = _plain(build(tree, path))
     return model, model.get_vocab()[name]
 
 

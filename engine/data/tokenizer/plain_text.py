@@ -54,7 +54,10 @@ def model_pieces(tree: Tree) -> dict[str, int]:
 
 
 def without_spelling(tree: Tree, ids: Set[int]) -> Tree:
-    """Return the tree with the spelling of these ids, and that of byte pieces, made unreachable for text."""
+    """Return the tree with the spelling of these ids, and that of byte pieces, made unreachable for text.
+
+    It is the same tree where nothing has to change.
+    """
     nonce = secrets.token_hex(16)
     renamed = {piece: f"{nonce}-{number}" for piece, number in model_pieces(tree).items() if number in ids}
     added = [
@@ -63,8 +66,9 @@ def without_spelling(tree: Tree, ids: Set[int]) -> Tree:
         else token
         for token in tree.get("added_tokens") or []
     ]
-    hidden = tree | {"model": _renamed_model(tree, renamed), "added_tokens": added}
-    return _with_bytes_guarded(hidden)
+    if renamed or added != (tree.get("added_tokens") or []):
+        tree = tree | {"model": _renamed_model(tree, renamed), "added_tokens": added}
+    return _with_bytes_guarded(tree)
 
 
 def _renamed_model(tree: Tree, renamed: dict[str, str]) -> Tree:

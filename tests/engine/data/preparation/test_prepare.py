@@ -21,6 +21,7 @@ from engine.data.tokenizer.folder import load_tokenizer
 from engine.data.tokenizer.training import train_tokenizer
 from engine.errors import ConfigError, DataError
 from tests.engine.data.corpus import made_up_texts, write_json_lines
+from tests.engine.data.tokenizer import foreign
 
 
 @pytest.fixture
@@ -119,6 +120,24 @@ def test_an_output_in_the_order_of_earlier_versions_is_kept(options):
     del tree["recipe"]["order"]
     (options.output / RECIPE_FILE).write_text(json.dumps(tree))
     assert prepare(options).was_there
+
+
+@pytest.mark.parametrize("name", ["ours", "T5"])
+def test_an_output_of_an_earlier_version_counts_unless_that_read_special_tokens_out_of_text(options, name, tmp_path):
+    if name == "T5":
+        texts = write_json_lines(tmp_path / "letters.jsonl", ["the rank</s>"] * 50)
+        folder = foreign.class_folder("T5", tmp_path / "t5")
+        options = replace(options, tokenizer=folder, sources=(str(texts),), validation_fraction=0)
+    prepare(options)
+    path = options.output / RECIPE_FILE
+    tree = json.loads(path.read_text())
+    del tree["recipe"]["special_tokens_in_text"]
+    path.write_text(json.dumps(tree))
+    if name == "ours":
+        assert prepare(options).was_there
+        return
+    with pytest.raises(DataError, match="special_tokens_in_text: None -> 'spelt'"):
+        prepare(options)
 
 
 def test_moved_sources_are_the_same_sources(options, tmp_path):
