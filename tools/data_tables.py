@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from rich.table import Table
+from rich.text import Text
 
 from engine.data.preparation.statistics import Statistics
+from engine.data.visible import visible
 
 _BAR_WIDTH = 30
 
@@ -27,7 +29,7 @@ def counts_table(parts: dict[str, Statistics]) -> Table:
     found = Table("part", *columns, *rates)
     for row, name in enumerate(parts):
         figures = [f"{counts[row]:,}" for counts in columns.values()]
-        found.add_row(name, *figures, *(rate[row] for rate in rates.values()))
+        found.add_row(Text(visible(name)), *figures, *(rate[row] for rate in rates.values()))
     return found
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import Progress
 from rich.table import Table
@@ -22,6 +23,7 @@ from engine.data.preparation.statistics import Statistics
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.index import FILE as INDEX_FILE
 from engine.data.tokenizer.folder import TextTokenizer, load_tokenizer
+from engine.data.visible import visible
 from engine.errors import ConfigError, DataError
 from tools.data_tables import counts_table, histogram
 
@@ -135,24 +137,24 @@ def _print_recipe(folder: Path) -> None:
         return
     console = Console()
     for domain, name, size in sources[:_SOURCES_SHOWN]:
-        console.print(f"source {domain + ' = ' if domain else ''}{name}, {size:,} bytes", highlight=False)
+        console.print(Text(visible(f"source {domain + ' = ' if domain else ''}{name}, {size:,} bytes")))
     if len(sources) > _SOURCES_SHOWN:
         console.print(f"and {len(sources) - _SOURCES_SHOWN:,} more sources")
     console.print(counts_table(parts))
     for name, part in parts.items():
-        console.print(f"tokens per document, {name}:\n{histogram(part)}", highlight=False)
+        console.print(Text(f"tokens per document, {name}:\n{histogram(part)}"))
 
 
 def _verify(dataset: TokenDataset) -> None:
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"verifying {dataset.location}", total=dataset.index.num_bytes)
+        task = progress.add_task(escape(visible(f"verifying {dataset.location}")), total=dataset.index.num_bytes)
         dataset.verify(lambda num_bytes: progress.advance(task, num_bytes))
 
 
 def print_counts(dataset: TokenDataset) -> None:
     """Counts of a data set whose shards have been verified."""
     index = dataset.index
-    table = Table(title=str(dataset.location), title_justify="left", show_header=False)
+    table = Table(title=Text(visible(str(dataset.location))), title_justify="left", show_header=False)
     table.add_row("documents", f"{index.num_documents:,}")
     if index.has_sentences:
         table.add_row("sentences", f"{index.num_sentences:,}")
@@ -161,7 +163,7 @@ def print_counts(dataset: TokenDataset) -> None:
     table.add_row("shards", f"{dataset.num_shards:,}, {index.num_bytes:,} bytes{packed}")
     if index.tokens_folder is not None:
         found = sorted({shard.tokens.file for shard in index.shards})
-        table.add_row("tokens lie in", f"{', '.join(found)} in {index.tokens_folder}")
+        table.add_row("tokens lie in", Text(visible(f"{', '.join(found)} in {index.tokens_folder}")))
     table.add_row("hashes", f"{sum(len(shard.arrays) for shard in index.shards):,} files verified (xxh3)")
     table.add_row("tokenizer", index.tokenizer_hash)
     table.add_row("fingerprint", index.fingerprint)
@@ -169,7 +171,7 @@ def print_counts(dataset: TokenDataset) -> None:
 
 
 def _print_sample(title: str, batch: Batch, b: int, tokenizer: TextTokenizer | None) -> None:
-    Console().print(Panel(Text(as_text(batch, b, tokenizer)), title=title, title_align="left"))
+    Console().print(Panel(Text(visible(as_text(batch, b, tokenizer))), title=Text(visible(title)), title_align="left"))
 
 
 def as_text(batch: Batch, b: int, tokenizer: TextTokenizer | None) -> str:

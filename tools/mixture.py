@@ -6,12 +6,16 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from engine.config.load import load_run
+from engine.config.mixture import check_mixture
 from engine.config.schema.stage import RunStage
 from engine.data.loader import Loader
 from engine.data.stage import open_parts, stage_loader
 from engine.data.tokenizer.folder import tokenizer_hash
+from engine.data.visible import visible
+from engine.errors import PalimpsestError, report
 
 
 def show_mixture(run_file: Path, overrides: list[str]) -> None:
@@ -21,6 +25,11 @@ def show_mixture(run_file: Path, overrides: list[str]) -> None:
     cannot be used.
     """
     config = load_run(run_file, overrides)
+    problems: list[PalimpsestError] = []
+    for index, stage in enumerate(config.stages):
+        check_mixture(f"stages.{index}", stage.data, problems)
+    if problems:
+        raise report(problems, f"the data of {run_file} cannot be mixed")
     for stage in config.stages:
         parts = open_parts(stage, tokenizer_hash(config.tokenizer), config.model.vocab_size)
         Console().print(mixture_table(stage, stage_loader(stage, parts, config.seed)))
@@ -30,11 +39,12 @@ def mixture_table(stage: RunStage, loader: Loader) -> Table:
     """Samples of a stage by source: how many, their share, how often that is the whole source, and the asked share."""
     total, weights = stage.batches.samples(stage.num_steps), [part.weight for part in loader.parts]
     table = Table("source", "samples", "share", "weight", "epochs", "tokens of an epoch")
-    table.title, table.title_justify = f"stage {stage.name}: {total:,} samples of {stage.sequence_length:,}", "left"
+    table.title = Text(visible(f"stage {stage.name}: {total:,} samples of {stage.sequence_length:,}"))
+    table.title_justify = "left"
     rows = zip(loader.parts, loader.mix(total), weights, loader.samples_by_source(), strict=True)
     for part, count, weight, epoch in rows:
         table.add_row(
-            part.name or part.dataset.location,
+            Text(visible(part.name or part.dataset.location)),
             f"{count:,}",
             f"{count / total:.4%}",
             f"{weight / sum(weights):.4%}",

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from engine.data.preparation.assemble import Deduplicate
 from engine.data.preparation.pool import available_cpus, workers
@@ -114,5 +115,14 @@ def _print(prepared: Prepared, seconds: float) -> None:
     if unspelt := sum(part.unspelt_bytes for part in prepared.parts.values()):
         print(f"{unspelt:,} bytes of the text are lost: the tokenizer cannot spell them (`unspelt` is their share)")
     for name, part in prepared.parts.items():
-        console.print(f"tokens per document, {name}:")
-        console.print(histogram(part), highlight=False)
+        console.print(Text(f"tokens per document, {name}:\n{histogram(part)}"))
+    _warn_of_single_sentences(prepared)
+
+
+def _warn_of_single_sentences(prepared: Prepared) -> None:
+    names = [name for name, part in prepared.parts.items() if 0 < part.sentences <= part.documents]
+    if names:
+        print(
+            f"each document of {', '.join(names)} is one sentence: objective.pairs needs documents of several, "
+            "and a run with it is refused"
+        )

@@ -166,3 +166,36 @@ def test_a_run_file_that_is_none_is_refused(folder, tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text("folder: x\nstages: 3\n")
     assert main(["inspect-data", str(tmp_path / "bad.yaml")]) == EXIT_USAGE
     assert "stages" in capsys.readouterr().err
+
+
+def test_square_brackets_in_a_path_are_no_markup_and_documents_send_no_escape_sequences(tmp_path, capsys):
+    train_tokenizer(made_up_texts(100), tmp_path / "tokenizer", "bpe", 300)
+    folder = tmp_path / "[b]x[/b]" / "[/red]"
+    folder.mkdir(parents=True)
+    texts = ["red \x1b[31m title \x1b]0;owned\x07 c1 \x9b31m back \u202e end\r"] * 20
+    source = write_json_lines(folder / "[bold]texts.jsonl", texts)
+    prepare(PrepareOptions((f"d={source}",), tmp_path / "tokenizer", folder / "out", 0))
+    assert main(["inspect-data", str(folder / "out"), "--samples", "1"]) == EXIT_DONE
+    printed = capsys.readouterr().out
+    assert not set(printed) & set("\x1b\x07\x9b\u202e\r")
+    joined = "".join(words(printed))
+    assert all(shown in joined for shown in (r"\x1b[31m", r"\x07", r"\x9b31m", r"\u202e"))
+    assert "".join(str(source).split()) in joined
+    assert f"{folder / 'out' / 'train' / 'd'}" in joined
+
+
+@pytest.mark.parametrize("weights", [("1e-320", "1"), ("1_000_000_007", "2"), ("1", ".nan"), ("0", "1"), ("1", "null")])
+def test_weights_that_make_no_mixture_are_refused(folder, tmp_path, capsys, weights):
+    run = tmp_path / "run.yaml"
+    sources = [f"{{ name: n{n}, path: {folder}/train, weight: {weight} }}" for n, weight in enumerate(weights)]
+    run.write_text(
+        f"folder: {tmp_path}/run\ntokenizer: {tmp_path}/tokenizer\n"
+        "model: { vocab_size: 300, num_layers: 1, hidden_size: 16, num_heads: 2, max_positions: 32 }\n"
+        "stages:\n  - sequence_length: 32\n    global_batch_size: 8\n    duration: { steps: 1 }\n"
+        f"    data: {{ sources: [{', '.join(sources)}] }}\n"
+    )
+    assert main(["inspect-data", str(run)]) == EXIT_USAGE
+    told = capsys.readouterr().err
+    assert "stages.0.data.sources" in told
+    assert "weight" in told
+    assert "to do: " in told

@@ -35,6 +35,13 @@ def require(dataset: TokenDataset, sequence_length: int, objective: ObjectiveCon
             "shards with sentences",
             "prepare the text again with --sentences LANGUAGE (and --overwrite)",
         )
+    if objective.pairs != "none" and dataset.index.num_sentences <= dataset.index.num_documents:
+        raise DataError(
+            f"each document in {dataset.location} is one sentence: no sentence has one that follows it, so "
+            f"objective.pairs = {objective.pairs} has nothing to learn",
+            "documents of several sentences",
+            "set objective.pairs=none, or prepare text whose documents are longer",
+        )
 
 
 def _missing(vocabulary: Vocabulary, sequence_length: int, objective: ObjectiveConfig) -> str | None:

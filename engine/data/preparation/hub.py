@@ -1,6 +1,8 @@
 """One text column of a Hugging Face dataset, streamed: from the hub, a local folder, or one saved to disk.
 
-Order is the dataset's own; nothing is downloaded whole. Errors of the library become one `DataError`.
+Order is the dataset's own; nothing is downloaded whole. Every exception of the library and of the readers below it
+becomes one `DataError`: they raise what they please (an `EOFError` of a truncated gzip file, a `RuntimeError` of an
+empty one, pandas' and pyarrow's own classes).
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.errors import ConfigError, DataError
+from engine.errors import ConfigError, DataError, PalimpsestError
 
 HUB_PREFIX = "hf:"
 """A source `hf:NAME_OR_FOLDER[:CONFIG][@SPLIT]` is read through Hugging Face datasets; SPLIT is `train` by default."""
@@ -19,9 +21,8 @@ _SAVED_SPLITS = "dataset_dict.json"
 
 def read_column(source: str, column: str) -> Iterator[str]:
     """The texts of `hf:NAME_OR_FOLDER[:CONFIG][@SPLIT]` in order. Raises `DataError`."""
-    from datasets.exceptions import DatasetsError
-
     path, config, split = split_hub_name(source)
+    number = -1
     try:
         for number, row in enumerate(_rows(path, config, split)):
             if not isinstance(row.get(column), str):
@@ -30,12 +31,20 @@ def read_column(source: str, column: str) -> Iterator[str]:
                     f"row {number} of {source} has no text in column {column!r}", found, "name it with --text-key"
                 )
             yield row[column]
-    except (DatasetsError, OSError, ValueError, KeyError) as error:
+    except PalimpsestError:
+        raise
+    except Exception as error:
+        after = f" after row {number}" if number >= 0 else ""
         raise DataError(
-            f"dataset {source} cannot be read: {error}",
-            "a dataset on the hub, a folder of one, or one saved to disk; @SPLIT one of its splits",
-            "check the name, the config, the split and the network",
+            f"dataset {source} cannot be read{after}: {_reason(error)}",
+            "a dataset on the hub, a folder of one, or one saved to disk, of whole files with the same columns; @SPLIT "
+            "one of its splits",
+            "check the name, the config, the split, the network and the files",
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{error}".strip() or type(error).__name__
 
 
 def local_files(source: str) -> list[Path]:

@@ -19,6 +19,8 @@ SEED = 1
 RECALL = 0.99
 """Least probability that a pair at the threshold shares a band."""
 
+_DOCUMENTS_AT_ONCE = 4096
+"""The library gives minima as lists: some 5 KB per document."""
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -31,12 +33,14 @@ def algorithm() -> str:
 
 def band_keys(documents: list[np.ndarray], threshold: float) -> np.ndarray:
     """(documents, bands) uint64; documents that have a key in common are candidates. Ids (n,), n from 1."""
-    minima = signatures(documents)
     rows = rows_per_band(threshold)
     keys = np.zeros((len(documents), NUM_PERMUTATIONS // rows), np.uint64)
-    for band in range(keys.shape[1]):
-        for column in minima[:, band * rows : (band + 1) * rows].T:
-            keys[:, band] = _mixed(keys[:, band] ^ column.astype(np.uint64))
+    for first in range(0, len(documents), _DOCUMENTS_AT_ONCE):
+        minima = signatures(documents[first : first + _DOCUMENTS_AT_ONCE])
+        some = keys[first : first + _DOCUMENTS_AT_ONCE]
+        for band in range(keys.shape[1]):
+            for column in minima[:, band * rows : (band + 1) * rows].T:
+                some[:, band] = _mixed(some[:, band] ^ column.astype(np.uint64))
     return keys
 
 

@@ -41,6 +41,7 @@ from engine.data.preparation.recipe import (
     begin,
     complete_before,
     parts_before,
+    refuse_foreign,
     remove_tree,
     write_recipe,
 )
@@ -61,6 +62,8 @@ from engine.data.shards.writer import (
 )
 from engine.data.tokenizer.folder import TextTokenizer, load_tokenizer
 from engine.errors import ConfigError, DataError
+
+_BLANK_LINES = "a text file is one document; --blank-line-ends if an empty line ends a document in it; otherwise "
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ def prepare(options: PrepareOptions, progress: Show = lambda _: None, pool: Pool
         EnvironmentProblem: a worker process died.
     """
     _check(options)
+    refuse_foreign(options.output)
     tokenizer = load_tokenizer(options.tokenizer)
     sources = find_sources(options.sources)
     hashes = dict(pool.run(named_hash, sources))
@@ -271,7 +275,11 @@ def _assemble(
     )
     sides = _sides(options, parts, corpus)
     found = {name: statistics(documents, mine, gone, *empty) for name, (mine, empty) in sides.items()}
-    _refuse_empty(options, found)
+    try:
+        _refuse_empty(options, found)
+    except DataError:
+        remove_tree(work)  # what is told to do next is another command, which could not go on with these parts
+        raise
     shard_tokens = tokens_per_shard(options.shard_bytes, tokenizer.vocab_size)
     orders = {
         _new(work, name): shard_bounds(corpus, np.flatnonzero(mine & ~gone.any), shard_tokens)
@@ -342,6 +350,7 @@ def _refuse_empty(options: PrepareOptions, parts: dict[str, Statistics]) -> None
     named = ", ".join(options.sources[:3]) + (" ..." if len(options.sources) > 3 else "")
     if not any(part.documents for part in parts.values()):
         raise DataError(f"there is no text in {named}", "at least one document with a token", "name other sources")
+    total = sum(part.documents for part in parts.values())
     for name, part in parts.items():
         left_out = part.exact_duplicates + part.near_duplicates
         if left_out and not part.documents:
@@ -353,10 +362,19 @@ def _refuse_empty(options: PrepareOptions, parts: dict[str, Statistics]) -> None
             )
         if not part.documents:
             raise DataError(
-                f"no document of {named} falls into {name} with validation fraction {options.validation_fraction}",
+                f"none of {total:,} documents of {named} falls into {name} with validation fraction "
+                f"{options.validation_fraction}",
                 "documents on both sides",
-                "give more text or another --validation-fraction (0 holds nothing out)",
+                _more_documents(options, total),
             )
+
+
+def _more_documents(options: PrepareOptions, total: int) -> str:
+    """What works where one side of the split is empty."""
+    files = [source for source in find_sources(options.sources) if source.kind == "text"]
+    split = "" if options.blank_line_ends or not files else _BLANK_LINES
+    others = ", or name a larger fraction, or more text" if total > 1 else ", or name more text"
+    return f"{split}--validation-fraction 0 holds nothing out{others}"
 
 
 def _unwritable(output: Path, error: OSError) -> DataError:

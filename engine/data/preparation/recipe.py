@@ -24,6 +24,7 @@ PARTS = (TRAIN, VALIDATION)
 WORK = ".unfinished"
 """Where a preparation keeps what is finished of it."""
 PLAN_FILE = "plan.json"
+_OF_A_DISK = "lost+found"
 
 Recipe = dict[str, Any]
 
@@ -60,6 +61,26 @@ def complete_before(output: Path, recipe: Recipe) -> dict[str, Statistics] | Non
     return parts
 
 
+def refuse_foreign(output: Path) -> None:
+    """Raises `DataError` where a folder holds files and nothing that a preparation wrote: it is someone else's."""
+    if not output.is_dir() or any((output / name).exists() for name in (RECIPE_FILE, f"{WORK}/{PLAN_FILE}")):
+        return
+    if parts_before(output):
+        return
+    try:
+        found = [path.name for path in output.iterdir()]
+    except OSError:
+        return  # cannot be written to either, which is told then
+    names = sorted(name for name in found if not name.startswith(".") and name != _OF_A_DISK)
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise DataError(
+            f"{output} holds {', '.join(names[:3])}{more}, which no preparation wrote",
+            "a new or empty folder, or one that `palimpsest prepare` wrote",
+            "name another --output, for example a folder in it",
+        )
+
+
 def parts_before(output: Path) -> list[str]:
     """Folders of shards that lie in an output, complete or not, seen from it."""
     found = [path.parent for name in PARTS for path in (output / name).glob(f"**/{INDEX_FILE}")]
@@ -83,7 +104,7 @@ def begin(output: Path, recipe: Recipe, overwrite: bool) -> Path:
         differences = [f"{key}: {before.get(key)} -> {plan[key]}" for key in plan if before.get(key) != plan[key]]
         if not differences:
             return work
-        if not overwrite:
+        if not overwrite and any(work.glob("*/*.part")):  # nothing is lost where nothing is finished
             raise DataError(
                 f"{output} holds an unfinished output of another command:\n  " + "\n  ".join(differences),
                 "the command that began it",

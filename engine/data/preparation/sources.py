@@ -3,30 +3,23 @@
 Invariant: the order of documents is the order in which the sources are named, sorted by path inside a folder or
 glob, then the order inside a file; where chunks are cut depends on the sources alone. `read_chunks` only cuts files
 into bytes; `parse` (in a worker) decodes JSON and UTF-8, and knows file and line of each document for its errors. What
-is found: JSON lines and text (plain, gzip, zstd), Parquet, and Hugging Face datasets, streamed. `NAME=SOURCE` says to
-which domain a source belongs.
+is found: JSON lines and text (plain or compressed), Parquet, and Hugging Face datasets, streamed; which files these are
+is the business of `files`. `NAME=SOURCE` says to which domain a source belongs.
 """
 
 from __future__ import annotations
 
-import glob
 import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import xxhash
 
 from engine.data.preparation import parquet, text_files
+from engine.data.preparation.files import find_files, matches
 from engine.data.preparation.hub import HUB_PREFIX, local_files, read_column
 from engine.errors import ConfigError, DataError
-
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
-"""What a folder is searched for beside JSON lines; a file that is named itself may be called anything."""
-PARQUET_SUFFIXES = (".parquet", ".pq")
-COMPRESSED_SUFFIXES = (".gz", ".zst")
 
 _DOMAIN = re.compile(r"([A-Za-z][\w-]*)=(.+)", re.DOTALL)
 _JSON_NAMES = {
@@ -38,7 +31,8 @@ _JSON_NAMES = {
     bool: "true or false",
     type(None): "null",
 }
-_SMALLEST_CHUNK, _LARGEST_CHUNK = 1 << 20, 64 << 20
+_SMALLEST_CHUNK, _LARGEST_CHUNK = 1 << 20, 32 << 20
+"""Bytes of text in a chunk, which a worker holds whole; a longer document is a chunk of its own."""
 _CHUNKS_PER_FILE = 32
 _SHELF_BYTES = 4 << 20
 
@@ -73,13 +67,15 @@ def find_sources(names: Iterable[str]) -> list[Source]:
     """The files and datasets that names, folders and globs stand for, in order, each once per domain.
 
     Raises:
-        ConfigError: some names have a domain and others not.
-        DataError: a name that stands for nothing.
+        ConfigError: an empty name; some names have a domain and others not.
+        DataError: a name that stands for nothing, or a file that cannot be read as text.
     """
     found: dict[tuple[str, str], Source] = {}
     for given in names:
         domain, name = split_domain(given)
-        for source in [Source(name, "hub", 0)] if name.startswith(HUB_PREFIX) else _files(name):
+        if not name.strip():
+            raise ConfigError("a source is empty", "a file, a folder, a glob, or hf:NAME_OR_FOLDER", "name one")
+        for source in [Source(name, "hub", 0)] if name.startswith(HUB_PREFIX) else _files(name, given):
             found.setdefault((domain, source.name), replace(source, domain=domain))
     if len({bool(domain) for domain, _ in found}) > 1:
         raise ConfigError(
@@ -89,9 +85,9 @@ def find_sources(names: Iterable[str]) -> list[Source]:
 
 
 def split_domain(given: str) -> tuple[str, str]:
-    """(domain, source) of `NAME=SOURCE`; the domain is empty where none is named, or where such a path exists."""
+    """(domain, source) of `NAME=SOURCE`; the domain is empty where none is named, or where such files exist."""
     found = _DOMAIN.fullmatch(given)
-    return ("", given) if found is None or Path(given).exists() else (found[1], found[2])
+    return ("", given) if found is None or matches(given) else (found[1], found[2])
 
 
 def shelves(sources: list[Source]) -> list[list[Source]]:
@@ -117,7 +113,10 @@ def content_hash(source: Source) -> str:
     """
     if source.kind != "hub":
         return text_files.file_hash(source.name)
-    hashes = [text_files.file_hash(str(path)) for path in local_files(source.name)]
+    paths = local_files(source.name)
+    for path in paths:
+        text_files.refuse_cut_off(str(path))
+    hashes = [text_files.file_hash(str(path)) for path in paths]
     return xxhash.xxh3_128_hexdigest(" ".join([*hashes, source.name]).encode())
 
 
@@ -184,8 +183,10 @@ def _first_texts(shelf: list[Source], text_key: str, blank_line_ends: bool, limi
 
 def parse(chunk: Chunk, text_key: str) -> list[str]:
     """The texts of a chunk's documents. Raises `DataError` naming file and line: no JSON, no text, no UTF-8."""
-    if chunk.kind != "json":
+    if chunk.kind == "text":
         return [_decode(*item) for item in chunk.items]
+    if chunk.kind != "json":
+        return [_decode_row(*item) for item in chunk.items]
     return [
         _json_text(source, number, line, text_key)
         for source, first, content in chunk.items
@@ -194,54 +195,17 @@ def parse(chunk: Chunk, text_key: str) -> list[str]:
     ]
 
 
-def _files(name: str) -> list[Source]:
-    path = Path(name)
-    if path.is_dir():
-        paths = sorted(found for found in path.rglob("*") if _is_wanted(found.relative_to(path), found))
-        if not paths:
-            raise DataError(
-                f"folder {name} holds no text",
-                f"files ending in {', '.join(JSON_SUFFIXES + TEXT_SUFFIXES)}, "
-                f"also with {' or '.join(COMPRESSED_SUFFIXES)}, or in {' or '.join(PARQUET_SUFFIXES)}",
-                "name the files or a glob, or hf:FOLDER for a Hugging Face dataset",
-            )
-    elif path.exists():
-        paths = [path]
-    else:
-        paths = sorted(Path(found) for found in glob.glob(name, recursive=True) if Path(found).is_file())
-        if not paths:
-            raise DataError(
-                f"there is no source {name}", "a file, a folder, a glob, or hf:NAME_OR_FOLDER", "check the path"
-            )
-    return [Source(str(found), _kind(found), found.stat().st_size) for found in paths]
-
-
-def _is_wanted(inside: Path, path: Path) -> bool:
-    hidden = any(part.startswith(".") for part in inside.parts)
-    wanted = _plain_suffix(path) in JSON_SUFFIXES + TEXT_SUFFIXES or _kind(path) == "parquet"
-    return not hidden and wanted and path.is_file()
-
-
-def _kind(path: Path) -> str:
-    if path.suffix.lower() in PARQUET_SUFFIXES:
-        return "parquet"
-    return "json" if _plain_suffix(path) in JSON_SUFFIXES else "text"
-
-
-def _plain_suffix(path: Path) -> str:
-    """The suffix below a compression's."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSED_SUFFIXES:
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
+def _files(name: str, given: str) -> list[Source]:
+    return [Source(str(path), kind, size) for path, kind, size in find_files(name, given)]
 
 
 def _json_text(source: str, number: int, line: bytes, text_key: str) -> str:
     where = f"{source}:{number}"
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where} is no JSON: {error}", "one JSON object a line", "mend or remove the line") from error
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise DataError(f"{where} is no JSON: {reason}", "one JSON object a line", "mend or remove the line") from error
     if not isinstance(row, dict):
         raise DataError(f"{where} is {_JSON_NAMES[type(row)]}", "one JSON object a line", "mend or remove the line")
     if text_key not in row:
@@ -274,4 +238,15 @@ def _decode(source: str, number: int, content: bytes) -> str:
             f"{source}:{line} is no UTF-8: {error.reason} (byte {content[error.start]:#04x})",
             "UTF-8 text",
             "convert the file, for example with iconv",
+        ) from error
+
+
+def _decode_row(source: str, number: int, content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"row {number} of {source} is no UTF-8: {error.reason} (byte {content[error.start]:#04x})",
+            "UTF-8 text",
+            "mend or remove the row",
         ) from error

@@ -480,3 +480,38 @@ def test_a_shelf_of_small_files_makes_one_part(options, tmp_path):
     (tmp_path / "many" / "050.txt").write_bytes(b"\xff")
     with pytest.raises(DataError, match=r"050\.txt:1 is no UTF-8"):
         prepare(replace(options, output=tmp_path / "bad"))
+
+
+def test_foreign_files_are_not_written_among(options, tmp_path):
+    options.output.mkdir()
+    (options.output / "thesis.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match=r"out holds thesis\.txt, which no preparation wrote"):
+            prepare(replace(options, overwrite=overwrite))
+    assert [path.name for path in options.output.iterdir()] == ["thesis.txt"]
+    (options.output / "thesis.txt").rename(options.output / ".hidden")
+    prepare(options)
+    (options.output / "notes.txt").write_text("about what was prepared here")
+    assert prepare(options).was_there
+    assert not prepare(replace(options, overwrite=True)).was_there
+
+
+@pytest.mark.parametrize("blank_line_ends", [False, True])
+def test_what_a_refusal_advises_is_not_refused(options, tmp_path, blank_line_ends):
+    """One document cannot lie on both sides; each remedy that is named works as it is, with no --overwrite."""
+    source = tmp_path / "book.txt"
+    source.write_text("\n\n".join(made_up_texts(100)))
+    book = replace(options, sources=(str(source),))
+    with pytest.raises(DataError, match=r"none of 1 documents of .* falls into validation") as caught:
+        prepare(book)
+    assert "--blank-line-ends if an empty line ends a document" in caught.value.remedy
+    assert "--validation-fraction 0 holds nothing out" in caught.value.remedy
+    prepare(replace(book, blank_line_ends=True) if blank_line_ends else replace(book, validation_fraction=0.0))
+
+
+def test_another_command_begins_anew_where_nothing_was_finished(options):
+    write_json_lines(Path(options.sources[0]), made_up_texts(50), key="body")
+    with pytest.raises(DataError, match="name the key of the text with --text-key"):
+        prepare(options)
+    prepare(replace(options, text_key="body"))
+    assert not (options.output / WORK).exists()

@@ -4,9 +4,11 @@ import gzip
 import json
 import re
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
 
 from engine.data.preparation.hub import split_hub_name
 from engine.data.preparation.sources import (
@@ -206,3 +208,71 @@ def test_the_content_of_a_local_dataset_decides_its_hash(tmp_path):
     assert content_hash(source) == before
     write_json_lines(path, ["b"])
     assert content_hash(source) != before
+
+
+def test_parquet_that_is_no_utf_8_is_named_by_row(tmp_path):
+    broken = pyarrow.Array.from_buffers(
+        pyarrow.string(), 3, [None, pyarrow.py_buffer(np.array([0, 2, 3, 5], "<i4")), pyarrow.py_buffer(b"abc\xff\xfe")]
+    )
+    for column in (broken, broken.dictionary_encode()):
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+        with pytest.raises(DataError, match=r"row 2 of .*a\.parquet is no UTF-8: .* \(byte 0xff\)"):
+            texts_of(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()])
+def test_every_type_of_string_in_parquet_is_text(tmp_path, kind):
+    texts = ["naïve 日本", "", "a string that is too long to be kept inline in a view"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(texts, kind)}), tmp_path / "a.parquet")
+    assert texts_of(tmp_path / "a.parquet") == texts
+
+
+def test_a_byte_order_mark_in_a_row_is_text(tmp_path):
+    texts = ["first", "\ufeffsecond"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    assert texts_of(tmp_path / "a.parquet") == texts
+
+
+def test_a_column_whose_name_has_a_dot_is_not_the_field_of_a_struct(tmp_path):
+    struct, flat = pyarrow.array([{"b": "of the struct"}]), pyarrow.array(["flat"])
+    for names, columns in ((["a", "a.b"], [struct, flat]), (["a.b", "a"], [flat, struct])):
+        pyarrow.parquet.write_table(pyarrow.table(columns, names=names), tmp_path / "a.parquet")
+        assert texts_of(tmp_path / "a.parquet", key="a.b") == ["flat"]
+        with pytest.raises(DataError, match="has no text in a column 'a'\n"):
+            texts_of(tmp_path / "a.parquet", key="a")
+
+
+def test_json_that_is_nested_too_deep_is_named_by_line(tmp_path):
+    for deep in ("[" * 200_000, '{"a":' * 200_000):
+        (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two", "x": ' + deep + "\n")
+        with pytest.raises(DataError, match=r"a\.jsonl:2 is no JSON: it is nested too deep"):
+            texts_of(tmp_path / "a.jsonl")
+
+
+def test_a_glob_may_hold_an_equals_sign(tmp_path, monkeypatch):
+    for name in ("lang=en/a.txt", "lang=de/b.txt"):
+        path = tmp_path / name
+        path.parent.mkdir()
+        path.write_text(name)
+    monkeypatch.chdir(tmp_path)
+    assert texts_of("lang=*/*.txt") == ["lang=de/b.txt", "lang=en/a.txt"]
+    assert texts_of("lang=en/*.txt") == ["lang=en/a.txt"]
+    assert [item.domain for item in find_sources(["english=lang=en/*.txt"])] == ["english"]
+    with pytest.raises(DataError, match=r"there is no source lang=fr/\*\.txt"):
+        find_sources(["lang=fr/*.txt"])
+
+
+def test_an_empty_source_is_not_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("a")
+    for name in ("", " "):
+        with pytest.raises(ConfigError, match="a source is empty"):
+            find_sources([name])
+
+
+def test_no_text_of_a_cut_off_dataset_is_left_out_in_silence(tmp_path):
+    """Where the last whole frame ends a line, the library's reader sees a shorter data set."""
+    frame = zstandard.ZstdCompressor().compress(b'{"text": "a"}\n' * 100)
+    (tmp_path / "train.jsonl.zst").write_bytes(frame + frame[:-5])
+    with pytest.raises(DataError, match=r"train\.jsonl\.zst is damaged: the last zstd frame is cut off"):
+        content_hash(find_sources([f"hf:{tmp_path}"])[0])
