@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,10 +15,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from engine.data.preparation.sources import find_sources, read_texts
 from engine.data.tokenizer.training import Kind, Purpose, train_tokenizer
+from engine.data.tokenizer.writing import UNFINISHED
 from engine.errors import ConfigError
 
 LARGEST_VOCABULARY = 10_000_000
 """Far beyond any use; libraries panic at sizes that do not fit memory."""
+_TOLD_EVERY_SECONDS = 30
 
 
 def main(
@@ -44,7 +49,7 @@ def main(
     if bool(sources) == bool(imported):
         what = "both sources and --import" if sources else "neither sources nor --import"
         raise ConfigError(what, "one of them", "name text to train on, or a tokenizer to take over")
-    if not overwrite and output.is_dir() and any(output.iterdir()):
+    if not overwrite and output.is_dir() and any(path.name != UNFINISHED for path in output.iterdir()):
         raise ConfigError(
             f"{output} holds something already; shards and checkpoints may depend on it",
             "a new or empty folder",
@@ -57,7 +62,7 @@ def main(
     find_sources(sources)  # a wrong name is told before anything is written
     texts = read_texts(sources, text_key, blank_line_ends, max_megabytes * 1_000_000 if max_megabytes else None)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress, _told(progress):
         trained = train_tokenizer(_shown(texts, progress), output, kind, vocab_size, purpose, lowercase)
     print(f"{kind} tokenizer {trained.hash} with {trained.vocab_size:,} tokens in {output}")
     if trained.vocab_size < vocab_size:
@@ -74,6 +79,27 @@ def _import(source: str, output: Path, purpose: Purpose) -> None:
         print(f"added for {purpose}: {named}")
 
 
+@contextmanager
+def _told(progress: Progress) -> Iterator[None]:
+    """Where nobody watches, a line every so often: training is one call into a library."""
+    ended = threading.Event()
+    started = time.monotonic()
+
+    def tell() -> None:
+        while not ended.wait(_TOLD_EVERY_SECONDS):
+            for task in progress.tasks:
+                seconds = time.monotonic() - started
+                progress.console.print(f"{task.description}, {seconds:.0f} s", highlight=False)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    if not progress.console.is_terminal:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
 def _shown(texts: Iterable[str], progress: Progress) -> Iterator[str]:
     """The same texts, counted on the screen."""
     task = progress.add_task("reading text")
@@ -82,4 +108,7 @@ def _shown(texts: Iterable[str], progress: Progress) -> Iterator[str]:
         documents, size = documents + 1, size + len(text)
         progress.update(task, description=f"reading text: {documents:,} documents, {size / 1e6:,.1f} M characters")
         yield text
-    progress.update(task, description=f"training on {documents:,} documents, {size / 1e6:,.1f} M characters")
+    description = f"training on {documents:,} documents, {size / 1e6:,.1f} M characters"
+    progress.update(task, description=description)
+    if not progress.console.is_terminal:
+        progress.console.print(description, highlight=False)

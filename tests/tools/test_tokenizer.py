@@ -1,11 +1,20 @@
 """The command trains, says what it made, and ends with the right exit code when it cannot."""
 
+import io
+import resource
+import threading
+
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 
 from engine.cli import main
 from engine.data.tokenizer.folder import load_tokenizer
+from engine.data.tokenizer.training import SENTENCEPIECE_FILE
+from engine.data.tokenizer.writing import UNFINISHED
 from engine.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USAGE
 from tests.engine.data.corpus import made_up_texts, write_json_lines
+from tools import tokenizer as tool
 
 
 @pytest.fixture
@@ -63,3 +72,65 @@ def test_one_is_taken_over_or_one_is_trained(tmp_path, capsys):
     assert main(["tokenizer", str(source), "--import", ours, "--output", str(tmp_path / "both")]) == EXIT_USAGE
     assert main(["tokenizer", "--import", ours, "--output", taken]) == EXIT_USAGE
     assert "holds something already" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_text_is_read(source, tmp_path, capsys, monkeypatch):
+    def read(*arguments):
+        yield "text"
+        raise AssertionError("the text was read")
+
+    monkeypatch.setattr(tool, "read_texts", read)
+    (tmp_path / "file").write_text("no folder")
+    for output in (tmp_path / "file", tmp_path / "file" / "inside"):
+        assert main(["tokenizer", source, "--output", str(output), "--vocab-size", "300"]) == EXIT_FAILURE
+        assert "cannot write the tokenizer to" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "no folder"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece-bpe"])
+def test_a_full_disk_leaves_no_half_folder(source, tmp_path, capsys, kind):
+    output = tmp_path / "tokenizer"
+    arguments = ["tokenizer", source, "--output", str(output), "--vocab-size", "460", "--kind", kind]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # as a disk that is full after so many bytes
+    try:
+        assert main(arguments) == EXIT_FAILURE
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot write the tokenizer to" in capsys.readouterr().err
+    assert not output.exists()
+    (output / UNFINISHED).mkdir(parents=True)  # as a kill leaves it
+    assert main(arguments) == EXIT_DONE
+    assert UNFINISHED not in [path.name for path in output.iterdir()]
+
+
+def test_overwriting_leaves_nothing_of_another_kind(source, tmp_path):
+    arguments = ["tokenizer", source, "--output", str(tmp_path / "out"), "--vocab-size", "460"]
+    assert main([*arguments, "--kind", "sentencepiece-bpe"]) == EXIT_DONE
+    assert (tmp_path / "out" / SENTENCEPIECE_FILE).exists()
+    assert main([*arguments, "--overwrite"]) == EXIT_DONE
+    assert not (tmp_path / "out" / SENTENCEPIECE_FILE).exists()
+
+
+def test_where_nobody_watches_lines_tell_what_goes_on(source, tmp_path, capsys, monkeypatch):
+    assert main(["tokenizer", source, "--output", str(tmp_path / "out"), "--vocab-size", "300"]) == EXIT_DONE
+    assert "training on 100 documents" in capsys.readouterr().err
+    monkeypatch.setattr(tool, "_TOLD_EVERY_SECONDS", 0.01)
+    told = threading.Event()
+    progress = Progress(console=Console(file=Noting(told)))
+    progress.add_task("training on 5 documents")
+    with tool._told(progress):
+        assert told.wait(60)
+
+
+class Noting(io.StringIO):
+    """A file that tells when a line of progress was written."""
+
+    def __init__(self, told):
+        super().__init__()
+        self.told = told
+
+    def write(self, text):
+        if "training on 5 documents, " in text:
+            self.told.set()
+        return super().write(text)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from engine.data.tokenizer.files import MODEL_FILE, NAMED_TOKENS, build
 from engine.data.tokenizer.folder import TextTokenizer, load_tokenizer
-from engine.data.tokenizer.training import CLASSIFY, MASK, PURPOSE_TOKENS, SEPARATE, Purpose
+from engine.data.tokenizer.training import CLASSIFY, MASK, PURPOSE_TOKENS, SENTENCEPIECE_FILE, SEPARATE, Purpose
 from engine.data.tokenizer.wrapping import KEPT_SETTINGS, wrap
+from engine.data.tokenizer.writing import written_whole
 from engine.errors import DataError
 from engine.foreign import custom_code, refuse_custom_code
 
@@ -57,15 +58,8 @@ def import_tokenizer(source: str, folder: Path, purpose: Purpose = "causal") -> 
     taken = _as_in_file(source, found)
     before = set(taken.get_vocab())
     _add(taken, purpose)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        taken.save_pretrained(folder)
-    except OSError as error:
-        raise DataError(
-            f"cannot write the tokenizer to {folder}: {error.strerror or error}",
-            "a writable folder",
-            "name another one",
-        ) from error
+    with written_whole(folder, replaced=(SENTENCEPIECE_FILE,)) as inner:
+        taken.save_pretrained(inner)
     return load_tokenizer(folder), sorted(set(taken.get_vocab()) - before)
 
 

@@ -21,6 +21,7 @@ from typing import IO, Any, Literal
 
 from engine.data.tokenizer.folder import END_OF_TEXT, TextTokenizer, load_tokenizer
 from engine.data.tokenizer.vocabulary import FILL_TOKENS
+from engine.data.tokenizer.writing import written_whole
 from engine.errors import ConfigError, DataError
 
 Kind = Literal["bpe", "sentencepiece-unigram", "sentencepiece-bpe", "wordpiece"]
@@ -90,20 +91,13 @@ def train_tokenizer(
     if lowercase and kind != "wordpiece":
         raise ConfigError(f"lowercase with a {kind} tokenizer", "wordpiece", "leave it out: this kind keeps the text")
     texts = _not_empty(texts)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        model = _train(texts, folder, kind, vocab_size - len(extra), lowercase)
+    with written_whole(folder, replaced=(SENTENCEPIECE_FILE,)) as inner:
+        model = _train(texts, inner, kind, vocab_size - len(extra), lowercase)
         model.add_special_tokens(extra)
         _frame(model, purpose, kind)
         PreTrainedTokenizerFast(
             tokenizer_object=model, clean_up_tokenization_spaces=False, **_names(kind, purpose)
-        ).save_pretrained(folder)
-    except OSError as error:
-        raise DataError(
-            f"cannot write the tokenizer to {folder}: {error.strerror or error}",
-            "a writable folder",
-            "name another one",
-        ) from error
+        ).save_pretrained(inner)
     return load_tokenizer(folder)
 
 
