@@ -23,6 +23,8 @@ SHORT = {"gradients": "grads", "activations": "activ.", "weights_within": "near"
 """Headings that would not fit 80 columns."""
 WORLDS_SHOWN = 16
 LAYOUTS_SHOWN = 10
+RULED_COLUMNS = 10
+"""With so many columns of bytes there is no room for wider gaps."""
 REFUSED_SHOWN = 6
 """Layouts that are named of those that one rule forbids."""
 
@@ -121,6 +123,7 @@ def _time(cost: Cost) -> str:
     elif cost.evaluations:
         evaluated = f", {cost.evaluations:,} evaluations {duration(cost.evaluation_seconds)}"
     hours = f"{cost.gpu_hours:.3g}" if cost.gpu_hours < 100 else f"{cost.gpu_hours:,.0f}"
+    hours = hours if cost.gpu_hours >= 0.01 else "less than 0.01"
     return (
         f"{duration(cost.seconds)} ({least} to {most}), {hours} GPU-hours: "
         f"steps {duration(cost.training_seconds)}{evaluated}"
@@ -170,8 +173,8 @@ def _figures(title: str, rows: list[dict[str, int]], beside: list[int] | None = 
     names = [name for name in rows[0] if any(row[name] for row in rows)]
     largest = max(sum(row.values()) for row in rows) / unit_bytes
     digits = 3 if largest < 10 else 2 if largest < 100 else 1
-    table = _table(f"{title}, in {unit}")
     headings = ("stage", *(SHORT.get(name, name) for name in names), "total", *(["host"] if beside is not None else []))
+    table = _table(f"{title}, in {unit}", ruled=len(headings) < RULED_COLUMNS)
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for stage, row in enumerate(rows):
@@ -228,13 +231,13 @@ def _advice(advice: Advice, run: RunConfig, console: Console) -> None:
         console.print(f"[bold]smallest larger world, {how} offload:[/] {one.layout.world_size} ranks, {one}")
 
 
-def _table(title: str) -> Table:
-    """A table narrow enough for 80 columns."""
+def _table(title: str, ruled: bool = True) -> Table:
+    """A table narrow enough for 80 columns, with a rule below its headings where there is room."""
     return Table(
         title=title,
         title_justify="left",
         title_style="bold",
-        box=box.SIMPLE,
+        box=box.SIMPLE if ruled else None,
         show_edge=False,
         pad_edge=False,
         collapse_padding=True,

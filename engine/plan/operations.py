@@ -13,6 +13,7 @@ from itertools import accumulate
 from engine.config.lengths import RowLengths
 from engine.config.schema.model import ModelConfig
 from engine.plan.families import figures
+from engine.plan.parts import Entries
 
 BACKWARD_FACTOR = 2
 """A backward pass multiplies twice as much as its forward: by the inputs and by the weights."""
@@ -32,6 +33,16 @@ def layer_costs(model: ModelConfig, lengths: RowLengths) -> tuple[int, ...]:
     costs[0] += family.embedding_operations(model, lengths)
     costs[-1] += family.head_operations(model, lengths, model.padded_vocab_size)
     return tuple(costs)
+
+
+def orthogonal_operations(entries: Entries) -> int:
+    """Operations of Muon's update of the matrices among some parameters: five iterations of three products, of which
+    two are of the matrix and one of its Gram matrix alone (Jordan et al. 2024)."""
+    total = 0
+    for entry in entries.linear:
+        short, long = sorted(entry.shape)
+        total += 5 * (4 * short * short * long + 2 * short**3) * entry.count
+    return total
 
 
 @lru_cache

@@ -18,7 +18,13 @@ from engine.plan.cut import Part, entries_of, layers_of, stage_parts, tied_stage
 from engine.plan.elastic import World, elastic_worlds
 from engine.plan.families import over_layers
 from engine.plan.memory import MASTER_BYTES, MOMENTS_BYTES, MOMENTUM_BYTES, Memory, remade_bytes, stage_memory
-from engine.plan.operations import BACKWARD_FACTOR, costs_before, layer_operations, training_operations
+from engine.plan.operations import (
+    BACKWARD_FACTOR,
+    costs_before,
+    layer_operations,
+    orthogonal_operations,
+    training_operations,
+)
 from engine.plan.parameters import num_parameters
 from engine.plan.parts import Device
 from engine.plan.pipeline import bubble, in_flight
@@ -58,6 +64,8 @@ class StagePlan:
     """What of them is done for the second time: whole layers, where `parallel.recompute` is `full`."""
     remade_bytes: int
     """Activations that are made for the second time per step where it is `selective`, which repeats no product."""
+    update_operations: int
+    """Of one rank in Muon's update of matrices; 0 for AdamW, whose update is a pass over memory."""
     in_flight: int
     """Forward passes of a chunk alive at the peak."""
     memory: Memory
@@ -224,6 +232,7 @@ def _stage_plan(
         operations=(operations + again) * rows // share,
         recomputed_operations=again * rows // share,
         remade_bytes=remade * micro_batches if config.parallel.recompute == "selective" else 0,
+        update_operations=orthogonal_operations(entries) // (held_by * layout.tensor) if matrices else 0,
         in_flight=alive,
         memory=stage_memory(
             *sections,

@@ -51,7 +51,7 @@ class StepTime:
     pipe: float
     data: float
     optimizer: float
-    """The update, where the optimizer's state lies."""
+    """The update, where the optimizer's state lies; Muon's products and exchanges are in it."""
     offload: float
     """Gradients to the host and weights back."""
     idle: float
@@ -78,9 +78,11 @@ class StepTime:
         return {name: seconds / self.total for name, seconds in largest_first}
 
 
-def reached_share(width: float, tokens: int) -> float:
-    """Share of the peak that products of `tokens` rows with matrices of this width reach."""
-    return LARGEST_SHARE * width / (width + HALF_WIDTH) * tokens / (tokens + HALF_TOKENS)
+def reached_share(width: float, tokens: int | None = None) -> float:
+    """Share of the peak that products of `tokens` rows (None: as many as the width, or more) with matrices of this
+    width reach."""
+    of_width = LARGEST_SHARE * width / (width + HALF_WIDTH)
+    return of_width if tokens is None else of_width * tokens / (tokens + HALF_TOKENS)
 
 
 def step_time(config: RunConfig, layout: Layout, stages: Sequence[StagePlan], cluster: Cluster) -> StepTime:
@@ -105,6 +107,12 @@ def _stage_time(config: RunConfig, layout: Layout, stage: StagePlan, cluster: Cl
     tokens = config.parallel.micro_batch_size * config.stages[0].sequence_length // layout.sequence
     speed = accelerator.bf16_operations_per_second * reached_share(width, tokens)
     zero_size = layout.data * layout.sequence
+    update, transfer = optimizer_seconds(stage.updated, config, accelerator)
+    orthogonal = (
+        stage.update_operations / (accelerator.bf16_operations_per_second * reached_share(config.model.hidden_size))
+        + traffic.updates / cluster.bytes_per_second(zero_size, layout.tensor)
+        + traffic.updates_across / cluster.bytes_per_second(layout.tensor, 1)
+    )
     return (
         (stage.operations - stage.recomputed_operations) / speed,
         stage.recomputed_operations / speed + REMADE_PASSES * stage.remade_bytes / accelerator.memory_bytes_per_second,
@@ -113,7 +121,8 @@ def _stage_time(config: RunConfig, layout: Layout, stage: StagePlan, cluster: Cl
         traffic.pipe / cluster.bytes_per_second(layout.pipe, zero_size * layout.tensor),
         (traffic.gradients + traffic.weights) / cluster.bytes_per_second(zero_size, layout.tensor)
         + traffic.weights_within / cluster.bytes_per_second(config.parallel.gather_within or 1, layout.tensor),
-        *optimizer_seconds(stage.updated, config, accelerator),
+        update + orthogonal,
+        transfer,
     )
 
 

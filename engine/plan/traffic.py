@@ -217,7 +217,12 @@ def _tie_bytes(
 
 def _muon_bytes(entries: Entries, parallel: ParallelConfig, data_size: int) -> dict[str, int]:
     """Updates of matrices in fp32: pieces of all ranks of an axis go to one owner of each, and come back (`Owners` in
-    `engine.optim.muon`). A rank sends the pieces that others own and gives back what it owns of theirs."""
+    `engine.optim.muon`). A rank sends the pieces that others own and gives back what it owns of theirs.
+
+    The mean over ranks is exact where each has an equal piece of every matrix: under ZeRO-3, and over the tensor axis.
+    ZeRO-1 and 2 cut all of a stage's parameters in a row, so that some matrices lie with their owner already, and some
+    with none of their pieces.
+    """
     owners = data_size if parallel.zero_stage else 1  # ZeRO-0 leaves the whole gradient with every rank
     share = entries.linear.local_numel(parallel.tensor) * UPDATE_BYTES // owners
     return {"updates": 2 * gather_bytes(share, owners), "updates_across": 2 * gather_bytes(share, parallel.tensor)}

@@ -97,3 +97,21 @@ def test_the_keys_of_a_layout_make_that_layout() -> None:
         pasted = run.model_copy(update={"parallel": run.parallel.model_copy(update=keys)})
         assert resolve(pasted, 8) == candidate.layout
         assert pasted.parallel == candidate.parallel.model_copy(update={"data": None})
+
+
+def test_muon_pays_for_its_products_and_exchanges() -> None:
+    """Per layer, in units of D cubed: five iterations of two products with each matrix and one of its Gram matrix, for
+    query, key and value together, output, up and down. Eight owners share them."""
+    adam, muon = (load_run(RUN, [*SHORT, f"optimizer.name={name}"]) for name in ("adamw", "muon"))
+    (stage,) = stage_plans(muon, resolve(muon, 8))
+    longs = (3, 1, 4, 4)
+    assert stage.update_operations == 12 * 768**3 * sum(5 * (4 * long + 2) for long in longs) // 8
+    assert stage_plans(adam, resolve(adam, 8))[0].update_operations == 0
+    times = [
+        step_time(run, resolve(run, 8), stage_plans(run, resolve(run, 8)), cluster("h100-80gb", 8, 8))
+        for run in (adam, muon)
+    ]
+    link = cluster("h100-80gb", 8, 8).accelerator.link_bytes_per_second
+    products = stage.update_operations / (989e12 * 0.60 * 768 / (768 + 400))
+    assert times[1].optimizer - times[0].optimizer == pytest.approx(products + stage.traffic.updates / link)
+    assert times[1].data == times[0].data
