@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine import __version__
+from engine.config.home import with_homes
 from engine.errors import EXIT_DONE, EXIT_FAILURE, ConfigError, PalimpsestError
 from engine.output import lenient
 
@@ -117,7 +118,10 @@ def run(target: Any, name: str, arguments: list[str]) -> int:
     app = target
     if not isinstance(target, typer.Typer):
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        app.command()(target)
+        app.command()(with_homes(target))
+    for registered in app.registered_commands:
+        if registered.callback is not None:
+            registered.callback = with_homes(registered.callback)
     try:
         app(arguments, prog_name=f"palimpsest {name}")
     except SystemExit as exit_:

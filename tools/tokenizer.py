@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from engine.config.home import expand
 from engine.data.preparation.sources import find_sources, read_texts
 from engine.data.tokenizer.training import Kind, Purpose, train_tokenizer
 from engine.data.tokenizer.writing import UNFINISHED
@@ -56,7 +57,7 @@ def main(
             "name another --output, or --overwrite",
         )
     if imported:
-        _import(imported, output, purpose)
+        _import(expand(imported), output, purpose)
         return
     assert sources
     find_sources(sources)  # a wrong name is told before anything is written

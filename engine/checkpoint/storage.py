@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from engine.config.home import expand
 from engine.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -111,7 +112,7 @@ def place_of(text: str) -> Place:
     """
     scheme = urlsplit(text).scheme if "://" in text else ""
     if scheme in ("", "file"):
-        path = Path(unquote(urlsplit(text).path) if scheme else text)
+        path = Path(unquote(urlsplit(text).path) if scheme else expand(text))
         return path if path.name not in ("", "..") else path.resolve()  # names carry meaning here
     import fsspec
 

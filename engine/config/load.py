@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from engine.config.home import expand, expand_keys
 from engine.config.schema.run import RunConfig
 from engine.errors import ConfigError, PalimpsestError, report
 
@@ -52,6 +53,7 @@ def folder_of(path: Path, overrides: list[str] | None = None) -> Path | None:
 
 def parse_run(tree: Tree, source: str) -> RunConfig:
     """The configuration that a parsed tree describes; `source` names it in errors."""
+    expand_keys(tree)
     try:
         return RunConfig.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
@@ -92,7 +94,7 @@ def read_tree(path: Path, _above: tuple[Path, ...] = ()) -> Tree:
     if not isinstance(includes, (str, list)):
         raise ConfigError(f"{path}: include is {includes!r}", "a file or a list of files", "name files beside this one")
     for name in [includes] if isinstance(includes, str) else includes:
-        merge(merged, read_tree(path.parent / str(name), (*_above, path.resolve())))
+        merge(merged, read_tree(path.parent / expand(str(name), f"{path}: include"), (*_above, path.resolve())))
     return merge(merged, own)
 
 

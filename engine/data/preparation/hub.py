@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from engine.config.home import expand
 from engine.errors import ConfigError, DataError, PalimpsestError
 
 HUB_PREFIX = "hf:"
@@ -59,7 +60,7 @@ def split_hub_name(name: str) -> tuple[str, str | None, str]:
     path, _, config = rest.partition(":")
     if not path:
         raise ConfigError(f"source {name!r} names no dataset", "hf:NAME_OR_FOLDER[:CONFIG][@SPLIT]", "name one")
-    return path, config or None, split or "train"
+    return expand(path), config or None, split or "train"
 
 
 def _rows(path: str, config: str | None, split: str):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import xxhash
 
+from engine.config.home import expand
 from engine.data.preparation import parquet, text_files
 from engine.data.preparation.files import find_files, matches
 from engine.data.preparation.hub import HUB_PREFIX, local_files, read_column
@@ -85,9 +86,12 @@ def find_sources(names: Iterable[str]) -> list[Source]:
 
 
 def split_domain(given: str) -> tuple[str, str]:
-    """(domain, source) of `NAME=SOURCE`; the domain is empty where none is named, or where such files exist."""
-    found = _DOMAIN.fullmatch(given)
-    return ("", given) if found is None or matches(given) else (found[1], found[2])
+    """(domain, source) of `NAME=SOURCE`; the domain is empty where none is named, or where such files exist.
+
+    A leading `~` of the source is the home folder.
+    """
+    found, whole = _DOMAIN.fullmatch(given), expand(given)
+    return ("", whole) if found is None or matches(whole) else (found[1], expand(found[2]))
 
 
 def shelves(sources: list[Source]) -> list[list[Source]]:

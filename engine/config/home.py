@@ -1,0 +1,82 @@
+"""`~` at the beginning of a path: the user's home folder, as in a shell, wherever palimpsest is given a path.
+
+A shell replaces it only at the beginning of a word: not in a run file, in `folder=~/run` or in `--output=~/tokens`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ConfigError
+
+KEYS = (
+    "folder",
+    "tokenizer",
+    "checkpoint.memory.folder",
+    "stages.*.data.train",
+    "stages.*.data.sources.*.path",
+    "stages.*.data.validation",
+    "stages.*.data.validation.*",
+    "stages.*.data.cache.folder",
+)
+"""The keys of a run that are paths, or may be."""
+
+
+def expand(path: str, what: str = "path") -> str:
+    """Return a path with a leading `~` or `~USER` replaced by that home folder, and any other text as it is.
+
+    Raises:
+        ConfigError: there is no such user; `what` is the path's key there.
+    """
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise ConfigError(
+            f"{what} = {path}: there is no home folder {path.split('/')[0]}",
+            "~ for your own home folder, ~NAME for that of a user of this machine",
+            f"write the path out; a folder of that name here is ./{path}",
+        )
+    return found
+
+
+def expand_keys(tree: dict[str, Any]) -> None:
+    """Expand the paths of a run's configuration, in place and before it is validated. Raises `ConfigError`."""
+    for key in KEYS:
+        _expand_at(tree, key.split("."), "")
+
+
+def with_homes(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a command that is called with its paths expanded; its signature stays."""
+    if "expands_homes" in command.__dict__:
+        return command
+
+    @functools.wraps(command)
+    def expanded(**arguments: Any) -> Any:
+        return command(**{name: _in_argument(value, name) for name, value in arguments.items()})
+
+    expanded.__dict__["expands_homes"] = True
+    return expanded
+
+
+def _expand_at(node: Any, keys: list[str], above: str) -> None:
+    key, *deeper = keys
+    if isinstance(node, list) and key == "*":
+        places: list[Any] = list(range(len(node)))
+    elif isinstance(node, dict):
+        places = [name for name in node if key in ("*", name)]
+    else:
+        return
+    for place in places:
+        if deeper:
+            _expand_at(node[place], deeper, f"{above}{place}.")
+        elif isinstance(node[place], str):
+            node[place] = expand(node[place], f"{above}{place}")
+
+
+def _in_argument(value: Any, name: str) -> Any:
+    if isinstance(value, Path):
+        return Path(expand(str(value), name))
+    return [_in_argument(item, name) for item in value] if isinstance(value, list) else value
