@@ -93,7 +93,8 @@ def _compare(ours: TextTokenizer, theirs: Any, ids: np.ndarray, trained: Trained
 
 
 def _special(tokenizer: TextTokenizer) -> list[str]:
-    names = (tokenizer.model.id_to_token(number) for number in np.flatnonzero(~tokenizer.vocabulary.ordinary_V))
+    numbers = np.flatnonzero(~tokenizer.vocabulary.ordinary_V).tolist()
+    names = (tokenizer.model.id_to_token(number) for number in numbers)
     return [name for name in names if name]
 
 
