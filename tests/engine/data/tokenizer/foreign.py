@@ -157,7 +157,7 @@ def other_splitting(folder: Path, tokenizer_class: str) -> Path:
 REBUILT_CLASSES = ("GPT2Tokenizer", "Qwen2Tokenizer", "GPTNeoXTokenizer", "CodeGenTokenizer", "RobertaTokenizer")
 
 
-def cased_bert(folder: Path) -> Path:
+def cased_bert(folder: Path, **names: str) -> Path:
     """BERT that keeps case, in a folder whose settings do not repeat what `tokenizer.json` says."""
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
     model = Tokenizer(models.WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token="[UNK]"))
@@ -165,4 +165,4 @@ def cased_bert(folder: Path) -> Path:
     model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     model.decoder = decoders.WordPiece()
     model.add_special_tokens(pieces[:5])
-    return save(model, folder, tokenizer_class="BertTokenizer")
+    return save(model, folder, tokenizer_class="BertTokenizer", **names)

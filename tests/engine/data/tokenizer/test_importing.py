@@ -141,3 +141,14 @@ def test_a_sentencepiece_model_is_converted_and_splits_as_sentencepiece_does(tmp
         assert not {0, 1} & set(ids.tolist())
         assert not set(taken.vocabulary.sentinels) & set(ids.tolist())
         assert ids.tolist() == theirs.encode(text)
+
+
+@pytest.mark.parametrize("name", foreign.FOLDERS)
+def test_a_folder_is_read_alike_directly_and_taken_over(name, tmp_path):
+    source = foreign.FOLDERS[name](tmp_path / "theirs")
+    direct = load_tokenizer(source)
+    taken, added = import_tokenizer(str(source), tmp_path / "taken")
+    texts = ["the rank  a", "a</s>b [MASK] <0x41> <|fim_prefix|>", "é"]
+    assert [ids.tolist() for ids in taken.encode(texts)] == [ids.tolist() for ids in direct.encode(texts)]
+    assert (added, taken.eos_id, taken.unknown_id) == ([], direct.eos_id, direct.unknown_id)
+    assert taken.vocabulary == direct.vocabulary
