@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import errno
 import importlib
+import itertools
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,8 @@ COMMANDS = {
     "generate": Command("tools.generate:main", "Continue a prompt."),
 }
 
+MAY_BE_EMPTY = ("--prompt",)
+"""Options whose empty value means something."""
 OUTLIVE_TERMINAL = ("train", "launch")
 """Commands that go on, or save and stop, where their output cannot be written."""
 
@@ -66,7 +69,9 @@ def _main(arguments: list[str]) -> int:
             print(f"palimpsest {__version__}")
             return EXIT_DONE
         name, *rest = arguments
-        return run(load(name), name, rest)
+        target = load(name)
+        _refuse_empty(rest)
+        return run(target, name, rest)
     except PalimpsestError as error:
         print(f"palimpsest {name}".rstrip() + f": {error}", file=sys.stderr)
         return error.exit_code
@@ -147,6 +152,23 @@ def _skip_local_rank(arguments: list[str]) -> list[str]:
     if arguments and arguments[0].startswith(("--local_rank=", "--local-rank=")):
         return arguments[1:]
     return arguments
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """Raise `ConfigError` for an empty argument: as a path it would mean the current folder.
+
+    It is what a shell makes of a variable that is not set.
+    """
+    for before, argument in itertools.pairwise(["", *arguments]):
+        option, sign, value = argument.partition("=")
+        if not argument and before not in MAY_BE_EMPTY:
+            raise ConfigError(
+                f"{before} is empty" if before.startswith("--") else "an argument is empty",
+                "a value",
+                "name one (a variable of the shell that is not set leaves an empty argument)",
+            )
+        if sign and not value and option.startswith("--") and option not in MAY_BE_EMPTY:
+            raise ConfigError(f"{option} is empty", "a value", "name one")
 
 
 if __name__ == "__main__":

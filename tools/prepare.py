@@ -39,7 +39,7 @@ def main(
     ] = None,
     compress: Annotated[Compression, typer.Option(help="How shards are stored.")] = "none",
     shard_megabytes: Annotated[float, typer.Option(min=0.001, max=65536, help="Size of a shard (MiB).")] = 64,
-    num_workers: Annotated[int | None, typer.Option("--workers", help="Processes (default: one per CPU).")] = None,
+    num_workers: Annotated[int | None, typer.Option("--workers", help="Processes (one per CPU), 0.5 GiB each.")] = None,
     text_key: Annotated[str, typer.Option(help="Key of the text in JSON lines, Parquet and datasets.")] = "text",
     blank_line_ends: Annotated[
         bool, typer.Option("--blank-line-ends", help="In text files, an empty line ends a document.")

@@ -175,3 +175,22 @@ def test_other_errors_are_not_taken_for_it(error, monkeypatch):
     monkeypatch.setattr(cli, "run", run)
     with pytest.raises(type(error)):
         cli.main(["plan", "run.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("prepare", "", "--tokenizer", "t", "--output", "o"), "an argument is empty"),
+        (("prepare", "a.txt", "--tokenizer", "t", "--output", ""), "--output is empty"),
+        (("prepare", "a.txt", "--tokenizer=", "--output", "o"), "--tokenizer is empty"),
+        (("tokenizer", "a.txt", "--output="), "--output is empty"),
+        (("inspect-data", ""), "an argument is empty"),
+        (("convert", "run", "--output", ""), "--output is empty"),
+        (("checkpoint", "list", ""), "an argument is empty"),
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(arguments, message, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(*arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

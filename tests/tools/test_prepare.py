@@ -88,3 +88,9 @@ def test_no_torch_is_imported_by_the_commands_on_data(module):
     code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_documents_of_one_sentence_are_told(arguments, tmp_path, capsys):
+    write_json_lines(tmp_path / "texts.jsonl", [f"One sentence {n}." for n in range(100)], key="body")
+    assert main([*arguments, "--sentences", "en", "--workers", "1"]) == EXIT_DONE
+    assert "each document of train, validation is one sentence" in capsys.readouterr().out

@@ -89,11 +89,12 @@ def encode(chunk: Chunk, tokenizer: TextTokenizer, options: EncodeOptions) -> Pa
         empty=np.array(len(texts) - len(kept)),
         empty_unspelt=unspelt[~is_kept].sum(),
     )
-    end = np.array([tokenizer.eos_id])
-    tokens = np.concatenate([np.empty(0, np.int64), *(piece for item in ids for piece in (item, end))])
+    dtype = np.dtype(token_dtype(tokenizer.vocab_size))
+    end = np.array([tokenizer.eos_id], dtype)
+    tokens = np.concatenate([end[:0], *(piece for item in ids for piece in (item.astype(dtype), end))])
     starts = np.concatenate([np.empty(0, np.int64), *sentences])
     bands = np.empty((len(ids), 0), np.uint64) if options.similarity is None else band_keys(ids, options.similarity)
-    return Part(documents, bands, tokens.astype(token_dtype(tokenizer.vocab_size)), starts)
+    return Part(documents, bands, tokens, starts)
 
 
 def is_held_out(text: bytes, fraction: float) -> bool:

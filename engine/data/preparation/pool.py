@@ -57,7 +57,8 @@ class Pool:
         except BrokenProcessPool as error:
             raise EnvironmentProblem(
                 "a worker process died, perhaps for lack of memory",
-                remedy="start again with fewer --workers: what is finished is kept",
+                "0.5 GiB for each worker, 1 GiB where documents are very short, more for ones of more than 32 MiB",
+                "start again with fewer --workers: what is finished is kept",
             ) from error
         finally:
             for future in waiting:
