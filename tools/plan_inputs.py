@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine.config.schema.run import RunConfig
 from engine.errors import PalimpsestError
@@ -68,9 +69,22 @@ def _places(config: RunConfig) -> list[tuple[str, str, int | None]]:
     whole = stage.batches.samples(stage.num_steps) * stage.sequence_length
     places: list[tuple[str, str, int | None]] = [] if data.train is None else [("data.train", data.train, whole)]
     places += [(f"data.sources {source.name}", source.path, None) for source in data.sources]
-    if data.validation is not None:
-        places.append(("data.validation", str(data.validation), None))
-    return places
+    return places + [(key, place, None) for key, place in _held_out(data.validation)]
+
+
+def _held_out(named: Any) -> list[tuple[str, str]]:
+    """(key path, folder or URL) of the held-out data: a place, several by name, or a folder of such folders."""
+    if named is None:
+        return []
+    if isinstance(named, dict):
+        return [(f"data.validation {name}", place) for name, place in named.items()]
+    from engine.data.shards.index import FILE
+
+    folder = Path(named)
+    inside = [] if (folder / FILE).exists() else sorted(path.parent for path in folder.glob(f"*/{FILE}"))
+    if not inside or {"train", "validation"} & {path.name for path in inside}:  # the parts of one output
+        return [("data.validation", named)]
+    return [(f"data.validation {path.name}", str(path)) for path in inside]
 
 
 def _tokens(place: str, expected: str | None, needed: int, read_tokens: int | None, config: RunConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Mapping
 
@@ -81,11 +82,14 @@ class Terminal:
 
 
 def losses(record: Mapping[str, float], key: str) -> str:
-    """The loss under `key`, and in brackets its parts: `NAME_key` of each objective, `key/NAME` of each source."""
-    ended = f"_{key}"
-    parts = {name.removesuffix(ended): name for name in record if name.endswith(ended) and "/" not in name}
-    parts.pop("validation", None)  # `validation_loss` and `NAME_validation_loss` end like a training loss
-    parts = {short: name for short, name in parts.items() if not short.endswith("_validation")}
-    parts |= {name.removeprefix(f"{key}/"): name for name in record if name.startswith(f"{key}/")}
-    shown = ", ".join(f"{short} {record[name]:.4f}" for short, name in parts.items())
-    return f"loss {record.get(key, math.nan):.4f}" + (f" ({shown})" if shown else "")
+    """The loss under `key`, and in brackets its parts: `NAME_key` of each objective, `key/NAME` of each source, and
+    `NAME_key/SOURCE` of both."""
+    parts = []
+    for name, value in record.items():
+        found = re.fullmatch(rf"(?:([^/]+)_)?{key}(?:/(.+))?", name)
+        if found is None or name == key:
+            continue
+        objective, source = found.groups()
+        if objective is None or not f"_{objective}".endswith("_validation"):  # a held-out loss is no training loss
+            parts.append(f"{' '.join(filter(None, (source, objective)))} {value:.4f}")
+    return f"loss {record.get(key, math.nan):.4f}" + (f" ({', '.join(parts)})" if parts else "")

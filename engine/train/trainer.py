@@ -85,8 +85,9 @@ class Trainer:
         self.spent.add("start", process_seconds())
         if self.state.step >= self.num_steps:
             _log.info("step %d of %d: nothing left to train", self.state.step, self.num_steps)
-        if self._evaluation_is_missing() and self._evaluate():
-            return EXIT_REQUEUE
+        with phase("the evaluation that the start before did not come to"):
+            if self._evaluation_is_missing() and self._evaluate():
+                return EXIT_REQUEUE
         first = self.state.step
         while self.state.step < self.num_steps:
             with phase("the first step") if self.state.step == first else nullcontext():

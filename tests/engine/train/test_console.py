@@ -68,6 +68,8 @@ def test_every_loss_is_shown():
     held_out = {"validation_loss": 3.0, "mlm_validation_loss": 2.0, "nsp_validation_loss": 1.0, "validation_loss/a": 4}
     assert losses(held_out, "validation_loss") == "loss 3.0000 (mlm 2.0000, nsp 1.0000, a 4.0000)"
     assert losses(trained | held_out, "loss") == losses(trained, "loss")
+    both = {"loss": 3.0, "mlm_loss": 2.0, "loss/a_loss": 2.5, "mlm_loss/web": 1.5, "mlm_validation_loss/web": 9.0}
+    assert losses(both, "loss") == "loss 3.0000 (mlm 2.0000, a_loss 2.5000, web mlm 1.5000)"
 
 
 def test_a_loss_that_is_no_number_is_shown_as_that():
