@@ -3,7 +3,8 @@
 Nothing heavy is imported before a sub-command is known, so `--help` and every usage error answer at once. A launcher
 may put `--local_rank=N` before the sub-command (deepspeed does); it is accepted and ignored, because the environment
 says the same. Sub-commands are functions with typer annotations, or typer applications; they hold no logic of their
-own. What a sub-command raises as `PalimpsestError` is printed on standard error and ends in the exit code of its class.
+own. What a sub-command raises as `PalimpsestError` is printed on standard error and ends in the exit code of its class;
+so does what the machine refuses (output that cannot be written, files, memory, a locale that cannot spell a name).
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import difflib
 import errno
 import importlib
 import itertools
+import os
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 from engine import __version__
 from engine.config.home import with_homes
-from engine.errors import EXIT_DONE, EXIT_FAILURE, ConfigError, PalimpsestError
-from engine.output import lenient
+from engine.errors import EXIT_DONE, EXIT_FAILURE, ConfigError, EnvironmentProblem, PalimpsestError
+from engine.output import failed_stream, lenient, spell_everything, watched
 
 EXIT_INTERRUPTED = 130
 """What shells use for a command that ended by Ctrl-C: 128 + SIGINT."""
@@ -32,17 +34,19 @@ class Command:
 
     target: str
     summary: str
+    interrupted: str = ""
+    """What a user may want to know after Ctrl-C."""
 
 
 COMMANDS = {
-    "tokenizer": Command("tools.tokenizer:main", "Train a tokenizer on text."),
-    "prepare": Command("tools.prepare:main", "Write text as token shards."),
+    "tokenizer": Command("tools.tokenizer:main", "Train a tokenizer on text.", "no tokenizer was written"),
+    "prepare": Command("tools.prepare:main", "Write text as token shards.", "the same command goes on from here"),
     "inspect-data": Command("tools.inspect_data:main", "Show counts and decoded samples of token shards."),
     "plan": Command("tools.plan:main", "Show what a run costs on a world, and what would be refused."),
     "launch": Command("tools.launch:main", "Start the ranks of a run and watch over them."),
     "train": Command("tools.train:main", "Train: what each rank runs, under any launcher or alone."),
     "checkpoint": Command("tools.checkpoint:app", "List and verify checkpoints."),
-    "convert": Command("tools.convert:main", "Write a checkpoint as a Hugging Face folder."),
+    "convert": Command("tools.convert:main", "Write a checkpoint as a Hugging Face folder.", "nothing was written"),
     "generate": Command("tools.generate:main", "Continue a prompt."),
 }
 
@@ -55,7 +59,8 @@ OUTLIVE_TERMINAL = ("train", "launch")
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command line (default: this process's) and returns its exit code; never raises SystemExit."""
     arguments = _skip_local_rank(list(sys.argv[1:] if arguments is None else arguments))
-    with lenient() if set(arguments[:1]) & set(OUTLIVE_TERMINAL) else contextlib.nullcontext():
+    spell_everything()
+    with lenient() if set(arguments[:1]) & set(OUTLIVE_TERMINAL) else watched():
         return _main(arguments)
 
 
@@ -64,26 +69,63 @@ def _main(arguments: list[str]) -> int:
     try:
         if not arguments or arguments[0] in ("--help", "-h"):
             print(overview())
-            return EXIT_DONE
-        if arguments[0] == "--version":
+        elif arguments[0] == "--version":
             print(f"palimpsest {__version__}")
-            return EXIT_DONE
-        name, *rest = arguments
-        target = load(name)
-        _refuse_empty(rest)
-        return run(target, name, rest)
-    except PalimpsestError as error:
-        print(f"palimpsest {name}".rstrip() + f": {error}", file=sys.stderr)
-        return error.exit_code
+        else:
+            name, *rest = arguments
+            target = load(name)
+            _refuse_empty(rest)
+            return run(target, name, rest)
+        sys.stdout.flush()
+        return EXIT_DONE
     except KeyboardInterrupt:
-        print(f"palimpsest {name}: interrupted", file=sys.stderr)
+        hint = COMMANDS[name].interrupted if name in COMMANDS else ""
+        _say(f"palimpsest {name}: interrupted" + (f"; {hint}" if hint else ""))
         return EXIT_INTERRUPTED
-    except (MemoryError, OSError, ImportError, SystemError) as error:
-        if not out_of_memory(error):
-            raise
-        words = "out of memory on this machine\n  to do: free some of it, or raise the limit (ulimit -v)"
-        print(f"palimpsest {name}: {words}", file=sys.stderr)
+    except BrokenPipeError:  # `| head` has read enough
         return EXIT_FAILURE
+    except (PalimpsestError, OSError, MemoryError, ImportError, SystemError, UnicodeEncodeError) as error:
+        problem = error if isinstance(error, PalimpsestError) else _refused_by_the_machine(error)
+        if problem is None:
+            raise
+        _say(f"palimpsest {name}".rstrip() + f": {problem}")
+        return problem.exit_code
+
+
+def _refused_by_the_machine(error: Exception) -> EnvironmentProblem | None:
+    """An error of the machine in three parts; None where it names nothing that a user could mend."""
+    if out_of_memory(error):
+        return EnvironmentProblem(
+            "out of memory on this machine", "", "free some of it, or raise the limit (ulimit -v)"
+        )
+    if isinstance(error, UnicodeEncodeError):
+        return EnvironmentProblem(
+            f"{error.object[error.start : error.end]!a} cannot be spelled in the encoding {error.encoding}",
+            "a UTF-8 locale",
+            "export PYTHONUTF8=1, or LC_ALL=C.UTF-8",
+        )
+    if not isinstance(error, OSError):
+        return None
+    reason = error.strerror or str(error) or type(error).__name__
+    if (stream := failed_stream(error)) is not None:
+        return EnvironmentProblem(
+            f"{stream} cannot be written: {reason}",
+            "a terminal, a pipe that is read, or a file with room",
+            "make room there, or send the output elsewhere",
+        )
+    if error.filename is None:
+        return None
+    return EnvironmentProblem(
+        f"{os.fsdecode(error.filename)!r} cannot be used: {reason}",
+        "a file or folder that can be read and written, on a disk with room",
+        "mend that, or name another one",
+    )
+
+
+def _say(text: str) -> None:
+    """Print on standard error, if that can be written: the exit code tells the rest."""
+    with contextlib.suppress(OSError, AttributeError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -127,11 +169,31 @@ def run(target: Any, name: str, arguments: list[str]) -> int:
     for registered in app.registered_commands:
         if registered.callback is not None:
             registered.callback = with_homes(registered.callback)
+    command = typer.main.get_command(app)
+    flags = _flags(command)
+    for given, value in itertools.pairwise(arguments):
+        if given in flags and value.lower() in ("true", "false"):
+            raise ConfigError(f"{given} {value}", f"{given} without a value, or no {given}", f"leave {value} out")
+    code: int | str | None = EXIT_DONE
     try:
-        app(arguments, prog_name=f"palimpsest {name}")
+        command(arguments, prog_name=f"palimpsest {name}")
     except SystemExit as exit_:
-        return exit_.code if isinstance(exit_.code, int) else EXIT_DONE if exit_.code is None else 1
-    return EXIT_DONE
+        code = exit_.code
+    if code == EXIT_INTERRUPTED:  # typer's, which says nothing
+        raise KeyboardInterrupt
+    if sys.stdout is not None:
+        sys.stdout.flush()  # here and not when the interpreter ends, so that an error has its words
+    return code if isinstance(code, int) else EXIT_DONE if code is None else EXIT_FAILURE
+
+
+def _flags(command: Any) -> set[str]:
+    """The options of a command and its sub-commands that take no value; their help is made to show none."""
+    names = set()
+    for option in command.params:
+        if getattr(option, "is_flag", False):
+            option.metavar = ""
+            names.update(option.opts)
+    return names.union(*map(_flags, getattr(command, "commands", {}).values()))
 
 
 def overview() -> str:

@@ -8,6 +8,7 @@ request to stop (`engine.train.signals`). What has to be written (metrics, check
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import select
 import sys
@@ -15,12 +16,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
 
-class Lenient:
-    """A text stream that drops what the stream below it cannot write; everything else is that stream's."""
+class Watched:
+    """A text stream that remembers the error with which it could not be written; everything else is the stream's."""
 
     def __init__(self, stream: TextIO, name: str) -> None:
-        self.reader_is_gone = False
-        self._stream, self._name, self._failed = stream, name, False
+        self.failure: OSError | None = None
+        self._stream, self._name = stream, name
 
     def write(self, text: str) -> int:
         encoding = self._stream.encoding or "utf-8"
@@ -39,33 +40,59 @@ class Lenient:
         return getattr(self._stream, name)
 
     def leave(self) -> None:
-        """Write what is left, or send it nowhere: the interpreter writes it as it ends, or exits with 120."""
+        """Write what is left, or send it nowhere: the interpreter would write it as it ends, and exit with 120."""
         try:
             self._stream.flush()
+            if self.failure is None:
+                return
         except OSError:
-            with contextlib.suppress(OSError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._stream.fileno())
-                os.close(nowhere)
+            pass
+        with contextlib.suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
 
     def _attempt(self, action: Callable[[], object]) -> None:
         try:
             action()
         except OSError as error:
+            self.failure = error
+            raise
+
+
+class Lenient(Watched):
+    """A text stream that drops what the stream below it cannot write."""
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        super().__init__(stream, name)
+        self.reader_is_gone = False
+
+    def _attempt(self, action: Any) -> None:
+        first = self.failure is None
+        try:
+            super()._attempt(action)
+        except OSError as error:
             self.reader_is_gone |= isinstance(error, BrokenPipeError | ConnectionResetError)
-            first, self._failed = not self._failed, True
             if first:
                 other = sys.stdout if self is sys.stderr else sys.stderr
                 reason = error.strerror or type(error).__name__
                 print(f"{self._name} cannot be written ({reason}): it is dropped", file=other, flush=True)
 
 
+def spell_everything() -> None:
+    """Have standard output and error write characters that their encoding lacks as escapes (\\u4e2d): a locale without
+    UTF-8 and names of files that are no text must not end a command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 @contextlib.contextmanager
-def lenient() -> Iterator[None]:
-    """Put lenient streams in the place of `sys.stdout` and `sys.stderr` (None where a descriptor is closed)."""
+def watched(kind: type[Watched] = Watched) -> Iterator[None]:
+    """Put streams of a kind in the place of `sys.stdout` and `sys.stderr` (None where a descriptor is closed)."""
     before = sys.stdout, sys.stderr
     inside: list[Any] = [
-        None if stream is None else Lenient(stream, name)
+        None if stream is None else kind(stream, name)
         for stream, name in zip(before, ("standard output", "standard error"), strict=True)
     ]
     sys.stdout, sys.stderr = inside
@@ -76,6 +103,17 @@ def lenient() -> Iterator[None]:
             if stream is not None:
                 stream.leave()
         sys.stdout, sys.stderr = before
+
+
+def lenient() -> contextlib.AbstractContextManager[None]:
+    """Put lenient streams in the place of standard output and error."""
+    return watched(Lenient)
+
+
+def failed_stream(error: OSError) -> str | None:
+    """Name of the standard stream that could not be written with this error; None where it came from elsewhere."""
+    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, Watched)]
+    return next((stream._name for stream in streams if stream.failure is error), None)
 
 
 def reader_is_gone() -> bool:

@@ -70,22 +70,25 @@ def _model(source: Path, output: Path, tokenizer: Path | None) -> None:
 
 def _to_dcp(source: Path, output: Path) -> None:
     from engine.checkpoint.interchange.dcp import write_dcp
+    from engine.serve.new_folder import new_folder
     from engine.serve.source import find_checkpoint
 
-    _new_folder(output)
-    checkpoint = find_checkpoint(source)
-    print(f"wrote {output}: {write_dcp(checkpoint, output):,} tensors of {checkpoint.name}, as torch's DCP reads them")
+    with new_folder(output) as partial:
+        checkpoint = find_checkpoint(source)
+        count = write_dcp(checkpoint, partial)
+    print(f"wrote {output}: {count:,} tensors of {checkpoint.name}, as torch's DCP reads them")
 
 
 def _to_universal(source: Path, output: Path, names: str, tokenizer: Path | None) -> None:
     from engine.checkpoint.interchange.universal import logical, write_universal
     from engine.serve.language_model import their_names_of
+    from engine.serve.new_folder import new_folder
     from engine.serve.source import find_checkpoint
 
-    _new_folder(output)
-    checkpoint = find_checkpoint(source)
-    called = logical if names == "ours" else their_names_of(checkpoint, tokenizer)
-    count = write_universal(checkpoint, output, called)
+    with new_folder(output) as partial:
+        checkpoint = find_checkpoint(source)
+        called = logical if names == "ours" else their_names_of(checkpoint, tokenizer)
+        count = write_universal(checkpoint, partial, called)
     print(
         f"wrote {output}: {count:,} parameters of {checkpoint.name} with their moments; DeepSpeed loads them with "
         '{"checkpoint": {"load_universal": true}} in its configuration'
@@ -101,10 +104,10 @@ def _from_deepspeed(source: Path, output: Path, run: Path | None) -> None:
     from engine.config.resume import meaning_hash
     from engine.config.save import save_run
     from engine.models.families import family
+    from engine.serve.new_folder import new_folder
 
     if run is None:
         raise ConfigError("--to run without a run file", "the model that the weights are of", "name it with --run")
-    _new_folder(output)
     config = load_run(run, [f"folder={output}"])
     weights, model = read_weights(source), family(config.model)
     ties = model.ties(config.model)
@@ -116,14 +119,13 @@ def _from_deepspeed(source: Path, output: Path, run: Path | None) -> None:
         config_hash=meaning_hash(config),
         config=config.model_dump(mode="json"),
     )
-    path = write_checkpoint(output / CHECKPOINTS, state, model.specs(config.model), weights)
-    save_run(config, output)
-    print(f"wrote {path}: {len(weights):,} parameters, weights alone; `generate`, `diff` and `convert` read it")
-
-
-def _new_folder(output: Path) -> None:
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise ConfigError(f"{output} holds something already", "a new or empty folder", "name another --output")
+    with new_folder(output) as partial:
+        path = write_checkpoint(partial / CHECKPOINTS, state, model.specs(config.model), weights)
+        save_run(config, partial)
+    print(
+        f"wrote {output / path.relative_to(partial)}: {len(weights):,} parameters, weights alone; "
+        "`generate`, `diff` and `convert` read it"
+    )
 
 
 def _to_megatron(source: Path, output: Path) -> None:
@@ -146,14 +148,14 @@ def _from_megatron(source: Path, output: Path, tokenizer: Path | None) -> None:
     from engine.data.preparation.take_over import take_over
     from engine.data.shards.megatron import prefix_of, read_sequences
     from engine.data.tokenizer.folder import load_tokenizer
+    from engine.serve.new_folder import new_folder
 
     if tokenizer is None:
         raise ConfigError("--to shards without a tokenizer", "the one that the set was made with", "name --tokenizer")
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise DataError(f"{output} holds something already", "a new or empty folder", "name another --output")
-    prefix, loaded = prefix_of(source), load_tokenizer(tokenizer)
-    total = int(read_sequences(prefix).lengths.sum(dtype="int64"))
-    index = take_over(prefix, loaded, output, progress=_progress("hashing", total))
+    with new_folder(output) as partial:
+        prefix, loaded = prefix_of(source), load_tokenizer(tokenizer)
+        total = int(read_sequences(prefix).lengths.sum(dtype="int64"))
+        index = take_over(prefix, loaded, partial, progress=_progress("hashing", total))
     print(
         f"{output} is an index of {prefix}.bin, which stays where it is: {index.num_tokens:,} tokens ({index.dtype}), "
         f"{index.num_documents:,} documents, {len(index.shards):,} shards, hashed"

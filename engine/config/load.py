@@ -22,6 +22,12 @@ from engine.config.schema.run import RunConfig
 from engine.errors import ConfigError, PalimpsestError, report
 
 Tree = dict[str, Any]
+LARGEST_BYTES = 1 << 20
+"""Of a file; real ones have a few thousand."""
+DEEPEST = 64
+"""Sections within sections; the schema has less than ten."""
+MOST_VALUES = 100_000
+"""Of a file, with what its aliases repeat; the largest mixtures have a few thousand."""
 _QUOTED = re.compile(r"'([^']*)'")
 
 
@@ -70,24 +76,31 @@ def read_tree(path: Path, _above: tuple[Path, ...] = ()) -> Tree:
     if path.resolve() in _above:
         raise ConfigError(f"configuration {path} includes itself", remedy="remove the include")
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(LARGEST_BYTES + 1)
+        text = data.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"configuration {path} cannot be read: {_reason(error)}",
             "a YAML file",
             "name an existing file, for example configs/smoke/gpt2.yaml",
         ) from None
-    try:
-        own = YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
+    if len(data) > LARGEST_BYTES:
         raise ConfigError(
-            f"configuration {path} is not valid YAML: {_one_line(error)}", "YAML 1.2, each key once", "mend that line"
-        ) from None
+            f"configuration {path} has more than {LARGEST_BYTES:,} bytes", "a run's configuration", "name another file"
+        )
+    own = _parse_yaml(text, f"configuration {path}", included=bool(_above))
     if not isinstance(own, dict):
         raise ConfigError(
             f"configuration {path} holds {type(own).__name__}",
             "sections of keys and values",
             "see configs/smoke/gpt2.yaml",
+        )
+    if _above and own and not own.keys() & {"include", *RunConfig.model_fields}:
+        raise ConfigError(
+            f"{path}, included by {_above[-1]}, is no configuration: it has none of its sections",
+            ", ".join(sorted(RunConfig.model_fields)),
+            "include another file",
         )
     merged: Tree = {}
     includes = own.pop("include", [])
@@ -96,6 +109,52 @@ def read_tree(path: Path, _above: tuple[Path, ...] = ()) -> Tree:
     for name in [includes] if isinstance(includes, str) else includes:
         merge(merged, read_tree(path.parent / expand(str(name), f"{path}: include"), (*_above, path.resolve())))
     return merge(merged, own)
+
+
+def _parse_yaml(text: str, what: str, included: bool = False) -> Any:
+    """The value of a YAML text; `what` names it in errors, which quote nothing of a file that was `included`: whoever
+    wrote the run file need not have the right to read it.
+
+    Raises:
+        ConfigError: it is no YAML, or nested or repeated beyond any configuration.
+    """
+    try:
+        value = YAML(typ="safe", pure=True).load(text)
+    except RecursionError:
+        raise _too_large(what, f"is nested more than {DEEPEST} deep") from None
+    except YAMLError as error:
+        where = _place(error) if included else _one_line(error)
+        raise ConfigError(f"{what} is not valid YAML: {where}", "YAML 1.2, each key once", "mend that line") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # 2001-99-99, !!int x
+        detail = "" if included else f" ({error})"
+        raise ConfigError(
+            f"{what} has a value that is none{detail}", "numbers, text, lists and sections", "put text in quotes"
+        ) from None
+    _check_size(value, what)
+    return value
+
+
+def _check_size(value: Any, what: str) -> None:
+    """Raise `ConfigError` where a value is nested or, with what its aliases repeat, larger than any configuration."""
+    num_values, open_values = 0, [(value, 0)]
+    while open_values:
+        value, depth = open_values.pop()
+        num_values += 1
+        if depth > DEEPEST:
+            raise _too_large(what, f"is nested more than {DEEPEST} deep, or is circular")
+        if num_values > MOST_VALUES:
+            raise _too_large(what, f"has more than {MOST_VALUES:,} values with what its aliases (*name) repeat")
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+        open_values.extend((one, depth + 1) for one in inside)
+
+
+def _too_large(what: str, how: str) -> ConfigError:
+    return ConfigError(f"{what} {how}", "the sections of a run", "see configs/smoke/gpt2.yaml")
+
+
+def _place(error: YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}, column {mark.column + 1}" if mark is not None else "its characters are no text"
 
 
 def merge(below: Tree, above: Tree) -> Tree:
@@ -115,10 +174,7 @@ def apply_override(tree: Tree, override: str) -> None:
         raise ConfigError(
             f"override {override!r} has no value", "section.key=value", "for example optimizer.learning_rate=1e-4"
         )
-    try:
-        value = YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
-        raise ConfigError(f"override {override!r} is not valid YAML: {_one_line(error)}") from None
+    value = _parse_yaml(text, f"override {override!r}")
     *parents, last = path.split(".")
     node: Any = tree
     for part in parents:

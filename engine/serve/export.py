@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 
 from engine.checkpoint.interchange.huggingface import from_huggingface
 from engine.config.schema.model import ModelConfig
-from engine.errors import ConfigError, EnvironmentProblem
 from engine.models.values import whole_model
 from engine.serve.language_model import LanguageModel, read_folder, read_tokenizer, their_form
+from engine.serve.new_folder import new_folder
 from engine.serve.same_tokens import differs, same_tokens
 from engine.serve.source import Trained
 
@@ -67,24 +67,12 @@ def export(trained: Trained, output: Path) -> Exported:
         CheckpointError: what their library loads is not the same model.
         EnvironmentProblem: the folder cannot be written.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"output {output} exists", "a new or empty folder", "name another, or remove it first")
-    partial = output.resolve().with_name(f".{output.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_folder(trained, partial)
-        exported = check(trained, partial, output)
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-    except (OSError, SafetensorError) as error:  # theirs, where the disk is full
-        raise EnvironmentProblem(
-            f"{output} cannot be written: {error}", "a writable folder with room", "name another --output"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return exported
+    with new_folder(output) as partial:
+        try:
+            write_folder(trained, partial)
+        except SafetensorError as error:  # theirs, where the disk is full
+            raise OSError(str(error)) from error
+        return check(trained, partial, output)
 
 
 def write_folder(trained: Trained, folder: Path) -> None:

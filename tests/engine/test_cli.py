@@ -1,6 +1,7 @@
 """The command: overview, lazy imports, exit codes."""
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -111,13 +112,103 @@ def test_usage_errors(stand_in, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--fast" in capsys.readouterr().err
 
 
-def test_ctrl_c_is_no_traceback(stand_in, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["tokenizer", "prepare", "convert", "train", "checkpoint"])
+def test_ctrl_c_is_told(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> None:
         raise KeyboardInterrupt
 
+    hint = cli.COMMANDS[name].interrupted
+    monkeypatch.setitem(sys.modules, "stand_in", SimpleNamespace(main=main))
+    monkeypatch.setitem(cli.COMMANDS, name, cli.Command("stand_in:main", "Stand in.", hint))
+    assert call(name) == 130
+    assert capsys.readouterr().err.strip() == f"palimpsest {name}: interrupted" + (f"; {hint}" if hint else "")
+    assert bool(hint) == (name in ("tokenizer", "prepare", "convert"))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/data/x"), "'/data/x' cannot be used: Permission denied"),
+        (OSError(28, "No space left on device", b"/data/\xff"), "No space left on device"),
+        (
+            UnicodeEncodeError("ascii", "a中b", 1, 2, "not in range"),
+            r"'\u4e2d' cannot be spelled in the encoding ascii",
+        ),
+    ],
+)
+def test_what_the_machine_refuses_is_one_clear_error(stand_in, capsys, error: Exception, said: str) -> None:
+    def main() -> None:
+        raise error
+
     stand_in(main)
-    assert call("train") in (1, 130)  # typer answers by itself, by version
-    assert "Traceback" not in capsys.readouterr().err
+    assert call("train") == 1
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert "allowed: " in shown
+    assert "to do: " in shown
+
+
+def test_an_error_of_a_device_that_no_user_named_keeps_its_traceback(stand_in) -> None:
+    def main() -> None:
+        raise OSError(28, "No space left on device")
+
+    stand_in(main)
+    with pytest.raises(OSError, match="No space"):
+        call("train")
+
+
+SHOW = "from engine.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
+
+
+def shell(arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    line = f"{sys.executable} -c '{SHOW}' {arguments}"
+    return subprocess.run(
+        line, shell=True, capture_output=True, text=True, env={**os.environ, **(environment or {})}, check=False
+    )
+
+
+@pytest.mark.parametrize("arguments", ["--help", "plan --help", "plan configs/runs/gpt2-124m.yaml"])
+def test_standard_output_on_a_full_device(arguments: str) -> None:
+    done = shell(f"{arguments} > /dev/full")
+    assert done.returncode == 1
+    assert "standard output cannot be written: No space left on device\n  allowed: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_standard_error_on_a_full_device_keeps_the_exit_code() -> None:
+    assert shell("plan not-there.yaml 2> /dev/full").returncode == 2
+
+
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    done = shell("plan configs/runs/gpt2-124m.yaml | true")
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+def test_a_locale_that_cannot_spell_a_name_shows_its_code_points(tmp_path: Path) -> None:
+    done = shell(f"plan {tmp_path}/语料.yaml", {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 2
+    assert r"\u8bed\u6599.yaml cannot be read" in done.stderr
+
+
+@pytest.mark.parametrize("typed", [["--fast", "true"], ["x", "--fast", "False"]])
+def test_a_flag_takes_no_value(stand_in, capsys: pytest.CaptureFixture[str], typed: list[str]) -> None:
+    def main(
+        names: Annotated[list[str] | None, typer.Argument()] = None,
+        fast: Annotated[bool, typer.Option("--fast")] = False,
+        speed: Annotated[str, typer.Option()] = "",
+    ) -> None: ...
+
+    stand_in(main)
+    assert call("train", *typed) == 2
+    shown = capsys.readouterr().err
+    assert f"--fast {typed[-1]}" in shown
+    assert f"leave {typed[-1]} out" in shown
+    assert call("train", "--speed", "true") == 0
+    capsys.readouterr()
+    assert call("train", "--help") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "--fast" in line]
+    assert "bool" not in line.lower()
 
 
 def test_errors_that_are_ours_to_mend_keep_their_traceback(stand_in) -> None:
@@ -194,3 +285,17 @@ def test_an_empty_path_is_not_the_current_folder(arguments, message, tmp_path, m
     assert call(*arguments) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("folder", ["file/below", "file"])
+def test_a_run_folder_that_cannot_be_used_is_told_before_torch_is_imported(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").write_text("x")
+    run = f"configs/smoke/gpt2.yaml folder={tmp_path / folder}"
+    script = (
+        f"import sys\nfrom engine.cli import main\ncode = main(['train', *{run.split()!r}])\n"
+        "print(code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-2:] == ["1", "False"]
+    assert f"run folder {tmp_path / folder} cannot be used: " in done.stderr
+    assert "Traceback" not in done.stderr

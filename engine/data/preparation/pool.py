@@ -17,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, TypeVar
 
 from engine.errors import ConfigError, EnvironmentProblem
@@ -82,8 +83,7 @@ def workers(count: int) -> Iterator[Pool | None]:
         yield Pool(1)
     else:
         # spawned, not forked: the tokenizer's own threads do not survive a fork
-        context = multiprocessing.get_context("spawn")
-        executor = ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker)
+        executor = ProcessPoolExecutor(count, mp_context=_Context(), initializer=_start_worker)
         try:
             yield Pool(count, executor)
         finally:
@@ -121,6 +121,20 @@ def _ranks(world_size: int) -> Iterator[Pool | None]:
         )
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
         yield None if executor is None else Pool(world_size - 1, executor)
+
+
+class _Worker(SpawnProcess):
+    def start(self) -> None:
+        """Start with SIGINT blocked, which a process inherits: Ctrl-C while it imports must not print a traceback."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Context(SpawnContext):
+    Process = _Worker
 
 
 def _start_worker() -> None:

@@ -200,3 +200,61 @@ def test_a_wrong_entry_does_not_make_its_list_too_short(tmp_path: Path) -> None:
 def test_numbers_are_finite_and_trees_end(tmp_path: Path) -> None:
     assert "optimizer.learning_rate" in message(write(tmp_path, MINIMAL), "optimizer.learning_rate=1e400")
     assert "ircular" in message(write(tmp_path, MINIMAL + "name: &a [*a]"))
+
+
+def bomb(depth: int) -> str:
+    """Text whose value has 9 ** depth entries."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, depth)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: " + "[" * 3000 + "]" * 3000, "is nested more than 64 deep"),
+        ("a: " + "[" * 100 + "]" * 100, "is nested more than 64 deep"),
+        ("a: &a [*a]", "is circular"),
+        (bomb(12), "has more than 100,000 values with what its aliases"),
+        ("# " + "x" * (1 << 20), "has more than 1,048,576 bytes"),
+        ("a: 2001-99-99", "has a value that is none (month must be in 1..12)"),
+        ("a: !!int x", "has a value that is none"),
+        ("a: " + "1" * 5000, "has a value that is none"),
+    ],
+)
+def test_files_beyond_any_configuration_are_refused_by_size(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_run(path)
+    assert expected in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_overrides_beyond_any_configuration_are_refused_by_size(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("seed: 1")
+    with pytest.raises(ConfigError, match="is nested more than 64 deep"):
+        load_run(path, ["stages=" + "[" * 500 + "]" * 500])
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "root:x:hunter2",
+        "hunter2: [",
+        "- hunter2\n- b",
+        "password: hunter2",
+        "a: hunter2\na: hunter2",
+        "a: !hunter2 x",
+        "{hunter2: 3",
+    ],
+)
+def test_an_included_file_that_is_no_configuration_is_not_echoed(tmp_path: Path, secret: str) -> None:
+    (tmp_path / "other").write_text(secret)
+    path = tmp_path / "run.yaml"
+    path.write_text("include: other\nseed: 1")
+    with pytest.raises(ConfigError) as caught:
+        load_run(path)
+    assert str(tmp_path / "other") in str(caught.value)
+    assert "hunter2" not in str(caught.value)

@@ -1,0 +1,44 @@
+"""A folder that is there whole or not at all: written beside its place, and moved there at the end."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from engine.errors import ConfigError, EnvironmentProblem
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `output` that takes its place when the block ends well, and is removed otherwise.
+
+    What a killed process left there is removed first.
+
+    Raises:
+        ConfigError: `output` holds something.
+        EnvironmentProblem: it cannot be written.
+    """
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise ConfigError(
+            f"output {output} exists and holds something already",
+            "a new or empty folder",
+            "name another, or remove it first",
+        )
+    partial = output.resolve().with_name(f".{output.resolve().name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if output.is_dir():
+            output.rmdir()
+        partial.rename(output)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{output} cannot be written: {error.strerror or error}",
+            "a writable folder with room",
+            "name another --output",
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
