@@ -9,6 +9,7 @@ of kills: finished parts verify and are not made again. An output made from some
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
@@ -134,11 +135,13 @@ def prepare(options: PrepareOptions, progress: Show = lambda _: None, pool: Pool
     refuse_foreign(options.output)
     tokenizer = load_tokenizer(options.tokenizer)
     sources = find_sources(options.sources)
-    hashes = dict(pool.run(named_hash, sources))
-    recipe = _recipe(options, tokenizer, sources, hashes)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
+        if not os.access(options.output, os.W_OK):  # told before the sources are read for their hashes
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         with _alone(options.output):
+            hashes = dict(pool.run(named_hash, sources))
+            recipe = _recipe(options, tokenizer, sources, hashes)
             if not options.overwrite and (found := complete_before(options.output, recipe)) is not None:
                 refuse_unspelt(unspelt_before(found), options.max_unspelt, tokenizer)
                 return Prepared(options.output, found, was_there=True)

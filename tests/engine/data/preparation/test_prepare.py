@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -257,6 +258,18 @@ def test_an_output_that_cannot_be_written_is_refused(options):
     options.output.write_text("a file")
     with pytest.raises(DataError, match=r"cannot write to .*out"):
         prepare(options)
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_sources_are_read(options, monkeypatch):
+    options.output.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != options.output)
+
+    class Unused(Pool):
+        def run(self, function, items):
+            raise AssertionError("the sources were read")
+
+    with pytest.raises(DataError, match=r"cannot write to .*out: Permission denied"):
+        prepare(options, pool=Unused(1))
 
 
 def test_a_tokenizer_of_sentencepiece_prepares_too(options, tmp_path):
