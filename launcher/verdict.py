@@ -122,11 +122,11 @@ def _blame(outcome: Outcome, gone: frozenset[int]) -> str:
     if _only_missed(outcome, gone):
         missing = ", ".join(map(str, sorted(gone)))
         return f"rank {missing} was gone already, without a word; rank {outcome.rank} then: "
-    if outcome.rank is None or outcome.error.startswith("rank "):
+    if outcome.rank is None or outcome.error.startswith(("rank ", "ranks ")):
         return ""  # an error that all ranks agreed on says whose it is
     return f"rank {outcome.rank} first: "
 
 
 def _only_missed(outcome: Outcome, gone: frozenset[int]) -> bool:
-    said_whose = outcome.rank is None or outcome.error.startswith("rank ")
+    said_whose = outcome.rank is None or outcome.error.startswith(("rank ", "ranks "))
     return bool(gone) and not said_whose and outcome.rank not in gone

@@ -7,7 +7,7 @@ one is handed it. A collective over a group of one rank is free and works withou
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -82,26 +82,35 @@ class Groups:
         return self.coordinates.stage == self.layout.pipe - 1
 
 
-def connect(place: RankPlace, device: torch.device, store: Any = None, limit_seconds: float = LIMIT_SECONDS) -> None:
+def connect(
+    place: RankPlace,
+    device: torch.device,
+    store: Any = None,
+    limit_seconds: float = LIMIT_SECONDS,
+    agree: Callable[[Any], None] = lambda store: None,
+) -> None:
     """Meets the other ranks: makes the default process group (NCCL on CUDA, else gloo). Collective over the world.
 
-    Without a `store` the ranks meet at `place.master_addr`, and a world of one at no address at all.
+    Without a `store` the ranks meet at `place.master_addr`, and a world of one at no address at all. `agree` is called
+    with the store before the group is made.
 
     Raises:
         EnvironmentProblem: the ranks did not all arrive.
     """
     if place.master_addr in ("127.0.0.1", "localhost", "::1"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if store is None and place.world_size == 1:
-        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    limit = timedelta(seconds=limit_seconds)
     try:
+        store = store if store is not None else _store(place, limit)
+        store.set_timeout(limit)
+        # torchrun's store outlives a restart of its workers
+        agree(_within(f"palimpsest/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store))
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
-            init_method="env://" if store is None else None,
-            store=store,
+            store=_within("default_pg", store),
             rank=place.global_rank,
             world_size=place.world_size,
-            timeout=timedelta(seconds=limit_seconds),
+            timeout=limit,
         )
     except (RuntimeError, ValueError) as error:
         raise EnvironmentProblem(
@@ -110,6 +119,21 @@ def connect(place: RankPlace, device: torch.device, store: Any = None, limit_sec
             "all ranks reach that host and port",
             "check the address, the port and the network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)",
         ) from error
+
+
+def _store(place: RankPlace, limit: timedelta) -> Any:
+    """Where the ranks meet: rank 0 opens it at the address in the environment, or torchrun's agent has."""
+    if place.world_size == 1:
+        return dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    meeting = dist.rendezvous(  # pyright: ignore[reportPrivateImportUsage]
+        "env://", place.global_rank, place.world_size, timeout=limit
+    )
+    store, _, _ = next(iter(meeting))
+    return store
+
+
+def _within(prefix: str, store: Any) -> Any:
+    return dist.PrefixStore(prefix, store)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def disconnect() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from typing import Any
 
 import torch
 
@@ -17,8 +18,10 @@ from engine.outcome import Outcome
 from engine.parallel import zero
 from engine.parallel.collectives import barrier
 from engine.parallel.groups import connect, disconnect
+from engine.parallel.meeting import agree
 from engine.run_folder import RunFolder
 from engine.train.build import join_groups
+from engine.train.facts import facts_of_start, gpu_of
 from engine.train.failures import in_our_words
 from engine.train.signals import StopSignals
 from engine.train.trainer import Trainer
@@ -36,7 +39,7 @@ def train(
     """
     device = choose_device(place)
     with phase(f"meeting {place.world_size - 1} other ranks"):
-        connect(place, device, limit_seconds=config.launch.collective_limit_seconds)
+        meet(config, place, device, folder)
     with phase("starting DeepSpeed"):
         zero.start(device)
     with phase("making the groups of ranks"):
@@ -65,6 +68,23 @@ def train(
             print(trainer.summary(code), flush=True)
     disconnect()
     return code
+
+
+def meet(config: RunConfig, place: RankPlace, device: torch.device, folder: RunFolder) -> None:
+    """Meet the other ranks, and end together with them where they were started differently.
+
+    Raises:
+        Disagreement: ranks differ in what all must have in common.
+        EnvironmentProblem: they did not all arrive.
+    """
+    limit_seconds = config.launch.collective_limit_seconds
+    facts = facts_of_start(config, place, device)
+
+    def compare(store: Any) -> None:
+        agree(store, place.global_rank, place.world_size, facts, limit_seconds, gpu_of(device))
+
+    connect(place, device, limit_seconds=limit_seconds, agree=compare)
+    folder.met = True
 
 
 def _note_failure(folder: RunFolder, place: RankPlace, step: int, error: Exception) -> None:

@@ -24,10 +24,12 @@ from engine.optim.schedules import factor_of_step
 from engine.parallel.agreement import on_all
 from engine.parallel.boundary import Tensors
 from engine.parallel.groups import Groups
+from engine.parallel.meeting import agree_over
 from engine.parallel.pipeline import Pipeline
 from engine.train.build import build_pipeline
 from engine.train.checks import check_invariants
 from engine.train.evaluation import evaluate, is_recorded
+from engine.train.facts import facts_of_data
 from engine.train.feed import Feed, open_datasets
 from engine.train.metrics import Metrics, Record, open_metrics
 from engine.train.records import last_step
@@ -63,6 +65,8 @@ class Trainer:
             self.restarts.claim()
         with phase("opening the data"):
             training, held_out = on_all(lambda: open_datasets(config, self.run_stage), groups.world, DataError)
+            facts = on_all(lambda: facts_of_data(config, training, held_out), groups.world, DataError)
+            agree_over(groups.world, facts)
             self.feed = on_all(
                 lambda: Feed(training, held_out, config, self.run_stage, groups, device, lambda: signals.asked),
                 groups.world,

@@ -43,7 +43,12 @@ def run_commands(world_size: int, *arguments: str) -> list[tuple[int, str]]:
 
     The environment is the one that torchrun sets. A rank's process ends with its command, as it would alone.
     """
-    return _run(world_size, _command, (free_port(), list(arguments)))
+    return run_different([list(arguments)] * world_size)
+
+
+def run_different(commands: list[list[str]]) -> list[tuple[int, str]]:
+    """The same for a world whose ranks are given different arguments."""
+    return _run(len(commands), _command, (free_port(), commands))
 
 
 def _run(world_size: int, body: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
@@ -119,10 +124,10 @@ def _in_connected_world(
     return function(place, *arguments)
 
 
-def _command(folder: Path, global_rank: int, world_size: int, port: int, arguments: list[str]) -> tuple[int, str]:
+def _command(folder: Path, global_rank: int, world_size: int, port: int, commands: list[list[str]]) -> tuple[int, str]:
     from engine import cli
 
     os.environ.update(LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
-        code = cli.main(arguments)
+        code = cli.main(commands[global_rank])
     return code, stderr.getvalue()

@@ -1,0 +1,73 @@
+"""What the ranks of a run must have in common (contract "Agreement"): facts of one rank, compared with rank 0's."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import engine
+from engine.checkpoint.manifest import library_versions
+from engine.config.place import RankPlace
+from engine.config.resume import flatten
+from engine.config.schema.run import RunConfig
+from engine.data.shards.dataset import TokenDataset
+from engine.data.source import Part
+from engine.data.tokenizer.folder import tokenizer_hash
+
+PACKAGES = ("engine", "launcher", "tools")
+
+
+def facts_of_start(config: RunConfig, place: RankPlace, device: torch.device) -> dict[str, Any]:
+    """What is known before the ranks meet; every key of the configuration, whatever its kind, is a fact."""
+    keys = {key: value for key, (_, value) in flatten(config).items() if key != "folder"}
+    versions = {f"version of {name}": number for name, number in library_versions().items()}
+    return {
+        "job": place.job,
+        "step": place.step,
+        "attempt": place.attempt,
+        "world size": place.world_size,
+        "run folder": str(config.folder.absolute()),
+        "device": device.type,
+        "hash of Palimpsest's code": code_hash(),
+        "version of CUDA": torch.version.cuda,
+        **versions,
+        **keys,
+    }
+
+
+def facts_of_data(config: RunConfig, training: list[Part], held_out: TokenDataset | None) -> dict[str, Any]:
+    """What is known once the data is open."""
+    sources = {f"data fingerprint{f' of {part.name}' * bool(part.name)}": part.dataset.fingerprint for part in training}
+    return {
+        **sources,
+        **{f"weight of {part.name or 'the data'}": part.weight for part in training},
+        "held-out data fingerprint": held_out.fingerprint if held_out is not None else None,
+        "tokenizer": tokenizer_hash(config.tokenizer),
+    }
+
+
+def gpu_of(device: torch.device) -> str:
+    """A name that this rank's GPU has on every rank that sees it; empty for the CPU.
+
+    Parts of a GPU (MIG) are told apart by the name under which this rank sees its own.
+    """
+    if device.type != "cuda":
+        return ""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    part = visible if visible.startswith("MIG-") and "," not in visible else ""
+    return f"{torch.cuda.get_device_properties(device).uuid}{part and f' {part}'}"
+
+
+@cache
+def code_hash() -> str:
+    """Hash of the sources of Palimpsest that this process runs, as 16 hex digits."""
+    root = Path(engine.__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
