@@ -8,8 +8,12 @@ from typing import Any
 
 import torch
 
+from engine.data.tokenizer.wrapping import unspelt_bytes
 from engine.errors import ConfigError
+from engine.logs import logger
 from engine.serve.language_model import LanguageModel
+
+log = logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ def generate(
         return_token_type_ids=False,
     ).to(model.device)
     _check_length(model.config, encoded["input_ids"].shape[1], sampling)
+    if lost := unspelt_bytes(tokenizer, prompt):
+        log.warning("the tokenizer cannot spell %d of the prompt's %d bytes", lost, len(prompt.encode()))
     streamer = _streamer(tokenizer, on_text) if on_text else None
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(sampling.seed)

@@ -93,7 +93,7 @@ class TextTokenizer:
             model, unknown = self.plain, self.unknown_id
             chosen = [] if unknown is None else [n for n, item in enumerate(ids) if (item == unknown).any()]
         for number, encoding in zip(chosen, self._run(model.encode_batch, [texts[n] for n in chosen]), strict=True):
-            found[number] = _bytes_of(texts[number], encoding, unknown)
+            found[number] = plain_text.bytes_of(texts[number], encoding, unknown)
         return found
 
     @cached_property
@@ -199,14 +199,6 @@ def _dropping(hidden: dict[str, Any], path: Path) -> tuple[Tokenizer, int] | Non
     tree, name = plain_text.with_unknown(hidden)
     model = _plain(build(tree, path))
     return model, model.get_vocab()[name]
-
-
-def _bytes_of(text: str, encoding: Encoding, token: int | None) -> int:
-    """UTF-8 bytes of the characters behind one token, each counted once."""
-    offsets = encoding.offsets
-    places = np.flatnonzero(np.array(encoding.ids) == token).tolist()
-    inside = {number for place in places for number in range(*offsets[place])}
-    return len("".join(text[number] for number in inside).encode())
 
 
 def _special_ids(files: TokenizerFiles, ids: dict[str, int], others: set[str | None]) -> set[int]:

@@ -15,7 +15,10 @@ import math
 import re
 import secrets
 from collections.abc import Set
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 Tree = dict[str, Any]
 
@@ -162,3 +165,11 @@ def _letters() -> list[str]:
     from tokenizers import pre_tokenizers
 
     return pre_tokenizers.ByteLevel.alphabet()
+
+
+def bytes_of(text: str, encoding: Encoding, token: int | None) -> int:
+    """Count the UTF-8 bytes of the characters behind one token, each character once."""
+    offsets = encoding.offsets
+    places = [place for place, number in enumerate(encoding.ids) if number == token]
+    inside = {number for place in places for number in range(*offsets[place])}
+    return len("".join(text[number] for number in inside).encode())

@@ -7,9 +7,12 @@ class, which keeps everything, and adds no token.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Set
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.data.tokenizer import plain_text
 from engine.data.tokenizer.files import MODEL_FILE, TokenizerFiles, build
 
 if TYPE_CHECKING:
@@ -43,3 +46,15 @@ def wrap(
 def wrap_files(files: TokenizerFiles) -> PreTrainedTokenizerFast:
     """Wrap the tokenizer of a folder. Raises `DataError` where `tokenizer.json` is damaged."""
     return wrap(build(files.tree, files.folder / MODEL_FILE), files.names, files.listed, files.settings)
+
+
+def unspelt_bytes(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
+    """Count the UTF-8 bytes of a text that are unknown to a tokenizer, or dropped by it."""
+    model = tokenizer.backend_tokenizer
+    tree = json.loads(model.to_str())
+    name = plain_text.unknown_token(tree)
+    if plain_text.loses_text(tree):
+        tree, name = plain_text.with_unknown(tree)
+        model = build(tree, Path(tokenizer.name_or_path))
+    unknown = None if name is None else model.token_to_id(name)
+    return plain_text.bytes_of(text, model.encode(text, add_special_tokens=False), unknown)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
+from engine.data.tokenizer.wrapping import wrap
 from engine.errors import ConfigError
 from engine.models.values import whole_model
 from engine.serve import source
@@ -115,3 +119,16 @@ def test_a_run_whose_weights_are_not_finite_says_so(trained_run, tmp_path, monke
     monkeypatch.setattr(source, "read_weights", lambda _: {"final_norm.bias": torch.tensor([1.0, float("nan")])})
     with pytest.raises(ConfigError, match=r"weights in .*step-00000005 are not finite: final_norm.bias"):
         open_language_model(trained_run.folder)
+
+
+def test_what_of_a_prompt_cannot_be_spelt_is_told(trained_run, caplog):
+    model = open_language_model(trained_run.folder)
+    generate(model, PROMPT, Sampling(2))
+    assert not caplog.records
+    letters = Tokenizer(models.BPE({"</s>": 0, "a": 1, "b": 2, "[UNK]": 3}, [], unk_token=None))
+    unknown = Tokenizer(models.BPE({"</s>": 0, "a": 1, "b": 2, "[UNK]": 3}, [], unk_token="[UNK]"))
+    for tokenizer in (letters, unknown):
+        caplog.clear()
+        wrapped = wrap(tokenizer, {"eos_token": "</s>"}, set(), {})
+        generate(replace(model, tokenizer=wrapped), "a日b", Sampling(2))
+        assert "cannot spell 3 of the prompt's 5 bytes" in caplog.text
