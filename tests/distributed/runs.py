@@ -39,23 +39,25 @@ def write_corpus(folder: Path, purpose: Purpose = "causal") -> None:
 
 def write_sentences(folder: Path, kind: Kind, vocab_size: int, purpose: Purpose) -> None:
     """A tokenizer for an objective, and folders `train` and `validation` of shards that know where sentences end."""
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "text").mkdir(parents=True, exist_ok=True)
     names = ("the ink", "a scraped page", "one thrifty monk", "Heiberg", "this codex", "the prayer book")
     says = ("fades", "was read again", "hides older lines", "bites into parchment", "is a palimpsest")
     texts = []
     for number in range(120):
         sentences = [f"{names[(number * 7 + i) % 6].capitalize()} {says[(number + 3 * i) % 5]}." for i in range(6)]
         texts.append(" ".join(sentences))
-        (folder / f"{number:03}.txt").write_text(texts[-1], encoding="utf-8")
+        (folder / "text" / f"{number:03}.txt").write_text(texts[-1], encoding="utf-8")
     train_tokenizer(texts, folder / "tokenizer", kind, vocab_size, purpose)
     options = PrepareOptions(
-        sources=(str(folder / "*.txt"),),
+        sources=(str(folder / "text" / "*.txt"),),
         tokenizer=folder / "tokenizer",
-        output=folder,
+        output=folder / "tokens",  # `prepare` keeps out of folders that hold something else
         validation_fraction=0.2,
         sentences="en",
     )
     prepare(options)
+    for side in ("train", "validation"):
+        (folder / "tokens" / side).rename(folder / side)
 
 
 def run_tree(corpus: Path, folder: Path, **changes: Any) -> Tree:
