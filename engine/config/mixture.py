@@ -12,6 +12,7 @@ from engine.errors import ConfigError, PalimpsestError
 LONGEST_PERIOD = 2**16
 """Weights whose sum would be larger are rounded to so many parts."""
 
+LONGEST_NAME = 64
 MOST_SOURCES = 16
 """Each has a place in the loader's state, which stays below 1 KiB."""
 
@@ -42,6 +43,19 @@ def check_mixture(key: str, data: DataConfig, problems: list[PalimpsestError]) -
         )
         for item in sorted({item for item in names if names.count(item) > 1})
     ]
+    problems += [
+        ConfigError(
+            f"{name}.{key}: {item!r} is no name",
+            "1 to 64 printable characters, no space at either end: metrics use it (loss/NAME)",
+            "give it another name",
+        )
+        for key, item in _names(data)
+        if not (item.isprintable() and item == item.strip() and 0 < len(item) <= LONGEST_NAME)
+    ]
+    if data.validation == {}:
+        problems.append(
+            ConfigError(f"{name}.validation is empty", "NAME: FOLDER, or one folder", "name one, or leave it out")
+        )
     weights = [source.weight for source in sources if source.weight is not None]
     if 0 < len(weights) < len(sources):
         missing = [source.name for source in sources if source.weight is None]
@@ -57,9 +71,15 @@ def check_mixture(key: str, data: DataConfig, problems: list[PalimpsestError]) -
             whole_parts(weights)
         except ValueError as error:
             problems.append(
-                ConfigError(f"{name}.sources: {error}", f"weights of 1/{LONGEST_PERIOD:,} or more", "change them")
+                ConfigError(
+                    f"{name}.sources: {error} ({', '.join(f'{item.name}: {item.weight:g}' for item in sources)})",
+                    f"finite weights of 1/{LONGEST_PERIOD:,} of their sum or more",
+                    "change the weights",
+                )
             )
-    urls = [place for place in (data.train, data.validation, *(source.path for source in sources)) if _is_url(place)]
+    urls = [
+        place for place in (data.train, *data.validation_places, *(source.path for source in sources)) if _is_url(place)
+    ]
     if urls and data.cache is None:
         problems.append(
             ConfigError(
@@ -78,6 +98,12 @@ def check_mixture(key: str, data: DataConfig, problems: list[PalimpsestError]) -
         )
 
 
+def _names(data: DataConfig) -> list[tuple[str, str]]:
+    """(key, name) of everything in a stage's data that metrics name."""
+    held_out = data.validation if isinstance(data.validation, dict) else {}
+    return [("sources", source.name) for source in data.sources] + [("validation", item) for item in held_out]
+
+
 def _is_url(place: str | None) -> bool:
     return place is not None and "://" in place
 
@@ -89,9 +115,9 @@ def whole_parts(weights: Sequence[float], longest: int = LONGEST_PERIOD) -> tupl
     Raises:
         ValueError: a weight is not positive, or less than half a part of the whole.
     """
+    if not all(0 < weight < math.inf for weight in weights):
+        raise ValueError("a weight is no finite number above 0")
     exact = [Fraction(str(weight)) for weight in weights]
-    if any(weight <= 0 for weight in exact):
-        raise ValueError("a weight is not above 0")
     scale = math.lcm(*(weight.denominator for weight in exact))
     parts = [int(weight * scale) for weight in exact]
     divisor = math.gcd(*parts)

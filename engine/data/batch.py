@@ -46,6 +46,8 @@ class Batch:
     where documents see each other and padding is seen by none that counts."""
     weights: dict[str, float]
     """Weight of all targets by loss: this micro-batch's part of each denominator."""
+    row_target_weights: dict[str, np.ndarray]
+    """(B,) weight of each row's targets by loss: what `weights` is the sum of."""
     samples_B3: torch.Tensor
     """int64 (epoch, window, slot) of each row; -1 for a row that stands for nothing."""
     row_weights_B: torch.Tensor
@@ -66,6 +68,10 @@ class Batch:
     def document_lengths(self) -> tuple[torch.Tensor, ...]:
         """int32 places of each document of each row, padding last; each adds up to T (S where there is an encoder)."""
         return tuple(torch.bincount(row).int() for row in self.documents)
+
+    def weights_by_domain(self, name: str, num_domains: int) -> np.ndarray:
+        """(num_domains,) fp64 weight of the targets of a loss in the rows of each domain."""
+        return np.bincount(self.domains_B.numpy(), self.row_target_weights[name], num_domains)
 
     @property
     def num_rows(self) -> int:
@@ -104,6 +110,7 @@ def make_batches(
         return Batch(
             inputs={name: torch.from_numpy(array[rows]) for name, array in made.inputs.items()},
             weights={name: float(weights_N[rows].sum(dtype=np.float64)) for name, weights_N in made.weights.items()},
+            row_target_weights={name: weights_N[rows] for name, weights_N in made.weights.items()},
             samples_B3=torch.from_numpy(samples_N3[rows]),
             row_weights_B=torch.from_numpy(row_weights_N[rows]),
             domains_B=torch.from_numpy(domains_N[rows]),

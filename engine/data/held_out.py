@@ -1,8 +1,12 @@
-"""Held-out samples: each once over all ranks, in file order, masked the same in every run."""
+"""Held-out samples of one data set or several: each once over all ranks, in file order, masked the same in every run.
+
+A data set's samples and masks do not depend on the others, so its loss is the one that it has alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -17,40 +21,62 @@ EVALUATION_SEED = 0
 """Held-out samples are masked the same in every run, whatever its seed, so that their losses compare."""
 
 
+HeldOutSet = tuple[str, TokenDataset]
+"""A name, which is empty where there is but one data set and it has none; and the data set."""
+
+
 class HeldOut:
-    """Held-out samples in file order, each once over all ranks; the address of a sample is (0, shard, row)."""
+    """Held-out samples in the order of the data sets and of their files, each once over all ranks; the address of a
+    sample in its data set is (0, shard, row)."""
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        sets: TokenDataset | Sequence[HeldOutSet],
         sequence_length: int,
         attention: Attention,
         max_samples: int | None = None,
         packing: PackingName = "concatenate",
         objective: ObjectiveConfig | None = None,
     ) -> None:
-        """`max_samples` takes the first so many. Raises `DataError` where the data set holds not one sample, or lacks
-        what the objective needs."""
+        """`max_samples` takes the first so many of each data set. Raises `DataError` where a data set holds not one
+        sample, or lacks what the objective needs."""
 
         def sampler(dataset: TokenDataset, seed: int) -> Sampler:
             return make_sampler(dataset, sequence_length, seed, attention, packing, objective)
 
-        self._source = Source(0, Part(dataset), sampler, EVALUATION_SEED, window_shards=1)
-        self._source.refuse_empty()
-        self._ends = np.cumsum(self._source.count(np.arange(dataset.num_shards)))
-        self.num_samples = min(int(self._ends[-1]), max_samples or int(self._ends[-1]))
+        named = [("", sets)] if isinstance(sets, TokenDataset) else list(sets)
+        self.names = tuple(name for name, _ in named if name)
+        """Of the data sets; empty where the only one has none."""
+        self._sources = [
+            Source(k, Part(dataset), sampler, EVALUATION_SEED, window_shards=1) for k, (_, dataset) in enumerate(named)
+        ]
+        for source in self._sources:
+            source.refuse_empty()
+        self._ends = [np.cumsum(source.count(np.arange(source.dataset.num_shards))) for source in self._sources]
+        sizes = [min(int(ends[-1]), max_samples or int(ends[-1])) for ends in self._ends]
+        self._starts = np.array([0, *itertools.accumulate(sizes)])
+        self.num_samples = sum(sizes)
 
     def batches(self, data_rank: int, data_size: int, micro_batch_size: int) -> Iterator[Batch]:
-        """This data rank's micro-batches. Every rank gets the same number of them, of the same shape; what is missing
-        at the end are rows of weight 0. Raises `DataError` where a shard is damaged."""
+        """This data rank's micro-batches, whose `domains_B` are numbers of data sets. Every rank gets the same number
+        of them, of the same shape; what is missing at the end are rows of weight 0. Raises `DataError` where a shard is
+        damaged."""
         for rows in micro_batch_rows(self.num_samples, data_rank, data_size, micro_batch_size):
-            shards = np.searchsorted(self._ends, rows, side="right")
-            places = np.stack([shards, rows - np.where(shards > 0, self._ends[shards - 1], 0)], axis=1)
+            domains = np.searchsorted(self._starts, rows, side="right") - 1
+            places = np.empty((len(rows), 2), np.int64)
+            for k in np.unique(domains).tolist():
+                places[domains == k] = self._places(k, rows[domains == k] - self._starts[k])
             addresses = np.concatenate([np.zeros((len(rows), 1), np.int64), places], axis=1)
-            domains = np.zeros(len(rows), np.int64)
-            yield from make_batches([self._source], domains, addresses, places, 1, micro_batch_size)
-            self._source.dataset.release()
+            yield from make_batches(self._sources, domains, addresses, places, 1, micro_batch_size)
+            for source in self._sources:
+                source.dataset.release()
 
     def num_batches(self, data_size: int, micro_batch_size: int) -> int:
         """Micro-batches that each data rank gets."""
         return -(-self.num_samples // (micro_batch_size * data_size))
+
+    def _places(self, k: int, rows: np.ndarray) -> np.ndarray:
+        """(rows, 2) shard and row of the samples of a data set by their numbers in it."""
+        ends = self._ends[k]
+        shards = np.searchsorted(ends, rows, side="right")
+        return np.stack([shards, rows - np.where(shards > 0, ends[shards - 1], 0)], axis=1)

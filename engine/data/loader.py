@@ -61,6 +61,8 @@ class _Step(NamedTuple):
     batches: list[Batch]
     after: Cursor
     num_samples: int
+    passed_over: tuple[int, ...]
+    """Samples of lost shards that were drawn and left out in it, by source; empty where no shard is lost."""
 
 
 class Loader:
@@ -93,6 +95,9 @@ class Loader:
         self._cursor = Cursor(0, (START,) * len(self.parts))
         self._samples = 0
         self._lost: tuple[Damage, ...] = ()
+        self._passed_over = (0,) * len(self.parts)
+        """By source, samples at positions that are not left out which were not trained on: those of lost shards; less
+        those that were trained on before their positions were left out."""
         self._ahead: deque[_Step] = deque()
         self._steps_together = 1
         reuse_freed_memory()
@@ -137,6 +142,34 @@ class Loader:
             return {}
         return {part.name: count for part, count in zip(self.parts, self.mix(self.position), strict=True)}
 
+    def trained(self) -> dict[str, int]:
+        """Samples trained on so far by source: those drawn but for those left out. Empty where there is but one."""
+        if len(self.parts) == 1:
+            return {}
+        counts_K = self._offered(0, self.position) - np.array(self._passed_over)
+        return {part.name: count for part, count in zip(self.parts, counts_K.tolist(), strict=True)}
+
+    def _offered(self, first: int, end: int) -> np.ndarray:
+        """(K,) samples of each source at the positions [first, end) that are not left out by position."""
+        counts = self._drawing.mixing.counts
+        counts_K = counts(end) - counts(first)
+        for left, right in self.left_out:
+            if max(left, first) < min(right, end):
+                counts_K = counts_K - counts(min(right, end)) + counts(max(left, first))
+        return counts_K
+
+    def _passed(self, before: Cursor, taken: Samples, after: Cursor) -> tuple[int, ...]:
+        """Samples of lost shards between two places, by source."""
+        if not self._lost or len(self.parts) == 1:
+            return ()
+        taken_K = np.bincount(taken.sources_N, minlength=len(self.parts))
+        return tuple((self._offered(before.position, after.position) - taken_K).tolist())
+
+    def _advance(self, after: Cursor, num_samples: int, passed_over: tuple[int, ...]) -> None:
+        self._cursor, self._samples = after, self._samples + num_samples
+        if passed_over:
+            self._passed_over = tuple(map(sum, zip(self._passed_over, passed_over, strict=True)))
+
     def mix(self, position: int) -> list[int]:
         """Samples of each source before a position of the stream (at most `num_samples`)."""
         return self._drawing.mixing.counts(position).tolist()
@@ -148,7 +181,11 @@ class Loader:
 
     def leave_out(self, first: int, end: int) -> None:
         """Passes over the samples at the positions from `first` to before `end`, as far as they are still to come."""
+        before_K = self._offered(0, self.position)
         self._drawing = replace(self._drawing, left_out=merged([*self.left_out, (first, end)]))
+        if len(self.parts) > 1:  # what is trained on already stays counted
+            passed_over = self._offered(0, self.position) - before_K + np.array(self._passed_over)
+            self._passed_over = tuple(passed_over.tolist())
 
     @property
     def lost(self) -> tuple[Damage, ...]:
@@ -182,6 +219,7 @@ class Loader:
             "places": [list(place) for place in self._cursor.places],
             "left_out": [list(interval) for interval in self.left_out],
             "lost": [[*damage[:2], int(damage.counted)] for damage in self._lost],
+            **({"passed_over": list(self._passed_over)} if any(self._passed_over) else {}),
         } | self._identity()
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -205,12 +243,15 @@ class Loader:
             checked = tuple(source.order.check(place) for source, place in zip(sources, places, strict=True))
             left_out = merged((int(first), int(end)) for first, end in state["left_out"])
             cursor, samples = Cursor(int(state["position"]), checked), int(state["samples"])
+            passed_over = tuple(int(count) for count in state.get("passed_over", [0] * len(self.parts)))
+            if len(passed_over) != len(self.parts):
+                raise ValueError(f"passed_over has {len(passed_over)} numbers for {len(self.parts)} sources")
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"the saved loader state is damaged: {error}", "the state as saved", "resume from another checkpoint"
             ) from error
         self._lost, self._drawing = lost, replace(self._drawing, sources=sources, left_out=left_out)
-        self._cursor, self._samples = cursor, samples
+        self._cursor, self._samples, self._passed_over = cursor, samples, passed_over
 
     def next_sample_ids(self, count: int) -> list[SampleId]:
         """Addresses of the next `count` samples, each in its source; they stay the next ones."""
@@ -239,14 +280,13 @@ class Loader:
         if not self._ahead or self._ahead[0][:3] != (self._drawing, self._cursor, ranks):
             self._read_ahead(ranks)
         step = self._ahead.popleft()
-        self._cursor, self._samples = step.after, self._samples + step.num_samples
+        self._advance(step.after, step.num_samples, step.passed_over)
         return step.batches
 
     def skip(self) -> None:
         """Advances by one global batch and reads no token."""
-        count = self.batch_size
-        _, self._cursor = self._drawing.take(self._cursor, count)
-        self._samples += count
+        taken, after = self._drawing.take(self._cursor, self.batch_size)
+        self._advance(after, taken.size, self._passed(self._cursor, taken, after))
 
     def coming(self) -> list[tuple[TokenDataset, int]]:
         """The remote shards of the windows that the next samples are in, and of those after them, by (data set, shard
@@ -297,7 +337,15 @@ class Loader:
             part.dataset.release()
         left = iter(batches)
         return deque(
-            _Step(self._drawing, cursor, ranks, list(islice(left, -(-taken.size // stride))), after, taken.size)
+            _Step(
+                self._drawing,
+                cursor,
+                ranks,
+                list(islice(left, -(-taken.size // stride))),
+                after,
+                taken.size,
+                self._passed(cursor, taken, after),
+            )
             for cursor, taken, after in steps
         )
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from engine.config.mixture import whole_parts
 from engine.config.schema.data import DataConfig
 from engine.config.schema.stage import RunStage
+from engine.data.held_out import HeldOutSet
 from engine.data.loader import Loader
 from engine.data.shards.cache import ShardCache
 from engine.data.shards.dataset import TokenDataset
+from engine.data.shards.index import FILE
+from engine.data.shards.remote import RemoteFolder, is_remote
 from engine.data.source import Part
 from engine.errors import DataError
+
+PARTS = ("train", "validation")
+"""Folders that `palimpsest prepare` writes."""
 
 
 def open_parts(run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int) -> list[Part]:
@@ -38,10 +46,33 @@ def open_parts(run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int)
     ]
 
 
-def open_held_out(run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int) -> TokenDataset | None:
-    """The held-out data of a stage; None where it has none. Raises as `open_parts`."""
-    folder = run_stage.data.validation
-    return None if folder is None else _open(run_stage.data, folder, tokenizer_hash, vocab_size)
+def open_held_out(run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int) -> list[HeldOutSet] | None:
+    """The held-out data sets of a stage by name; None where it has none. Raises as `open_parts`."""
+    data = run_stage.data
+    if data.validation is None:
+        return None
+    places = data.validation if isinstance(data.validation, dict) else _places_of(data.validation, data)
+    opened = [(name, _open(data, place, tokenizer_hash, vocab_size)) for name, place in places.items()]
+    _refuse_other_tokens([dataset for _, dataset in opened])
+    return opened
+
+
+def _places_of(place: str, data: DataConfig) -> dict[str, str]:
+    """The data sets that one folder or URL stands for, by name: itself (without a name), or each sub-folder that holds
+    shards. The two parts of what `palimpsest prepare` wrote are no domains: one of them is trained on."""
+    if is_remote(place):
+        assert data.cache is not None, "resolve() lets no URL without a cache pass"
+        names = RemoteFolder(place, ShardCache(data.cache.folder, data.cache.bytes)).data_sets()
+    else:
+        names = [] if (Path(place) / FILE).exists() else sorted({path.name for path in _with_shards(Path(place))})
+    if not names or set(PARTS) & set(names):
+        return {"": place}
+    return {name: f"{place.rstrip('/')}/{name}" for name in names}
+
+
+def _with_shards(folder: Path) -> list[Path]:
+    """Sub-folders with an index, or with shards whose index is missing, which opening them says."""
+    return [path.parent for pattern in (FILE, "shard-000000.tokens*") for path in folder.glob(f"*/{pattern}")]
 
 
 def stage_loader(run_stage: RunStage, parts: list[Part], seed: int) -> Loader:
@@ -101,8 +132,8 @@ def _refuse_other_tokens(sets: list[TokenDataset]) -> None:
     for other in sets[1:]:
         if other.index.tokenizer_hash != first.index.tokenizer_hash:
             raise DataError(
-                f"{other.folder} was written with tokenizer {other.index.tokenizer_hash}, "
-                f"{first.folder} with {first.index.tokenizer_hash}",
+                f"{other.location} was written with tokenizer {other.index.tokenizer_hash}, "
+                f"{first.location} with {first.index.tokenizer_hash}",
                 "one tokenizer for all sources",
                 "prepare one of them again",
             )

@@ -22,7 +22,7 @@ from engine.models.dropout import KEYS, drops
 from engine.models.dropout import make as make_dropout
 from engine.models.heads import VocabularyHead
 from engine.models.layers import TransformerLayer, layer_sharding, norm
-from engine.parallel.boundary import Boundary, Field, Tensors
+from engine.parallel.boundary import ROW_LOSSES, Boundary, Field, Tensors
 from engine.parallel.functions import PLAIN, Functions
 from engine.parallel.sharding import VOCABULARY, ParameterSpec, Table, describe
 
@@ -71,6 +71,7 @@ class Stage(nn.Module):
         weights_BM: torch.Tensor | None = None,
         pair_targets_B: torch.Tensor | None = None,
         pair_weights_B: torch.Tensor | None = None,
+        by_row: bool = False,
     ) -> Tensors:
         """What the stage makes of one micro-batch.
 
@@ -80,7 +81,7 @@ class Stage(nn.Module):
         among the given tokens, and pairs are read from the first of these. The last stage returns
         `losses_L` (fp32 weighted sums: of the tokens at `masked_BM` and, with a pair head, of the rows' pairs);
         without `targets_BM` it returns `logits_BTV` over the real vocabulary (of all tokens; on one tensor-parallel
-        rank only) and, with a pair head, `pair_logits_BC`.
+        rank only) and, with a pair head, `pair_logits_BC`. With `by_row` it also returns `row_losses_BL`.
         """
         if hidden_BTD is None:
             assert tokens_BT is not None, "the first stage takes tokens, the others hidden states"
@@ -102,13 +103,16 @@ class Stage(nn.Module):
         assert masked_BM is not None, "targets come with the places of what is masked"
         # Places behind a row's last masked token are 0 and weigh nothing.
         x_BMD = x_BTD.gather(1, masked_BM.unsqueeze(-1).expand(-1, -1, x_BTD.size(-1)))
-        losses = [self.lm_head(self.transform(x_BMD), targets_BM, weights_BM)]
+        loss, of_rows = self.lm_head.losses(self.transform(x_BMD), targets_BM, weights_BM, by_row)
+        losses, losses_B = [loss], [of_rows]
         if self.config.pair_head:
             assert pair_targets_B is not None
             assert pair_weights_B is not None
             loss_B = F.cross_entropy(self.pair_logits(x_BTD).float(), pair_targets_B, reduction="none")
             losses.append((loss_B * pair_weights_B).sum())
-        return {"losses_L": torch.stack(losses)}
+            losses_B.append((loss_B * pair_weights_B).detach())
+        made = {"losses_L": torch.stack(losses)}
+        return made | ({ROW_LOSSES: torch.stack([each for each in losses_B if each is not None], 1)} if by_row else {})
 
     def embed(
         self, tokens_BT: torch.Tensor, token_types_BT: torch.Tensor | None, segments_BT: torch.Tensor | None

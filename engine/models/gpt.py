@@ -20,7 +20,7 @@ from engine.models.dropout import KEYS, drops
 from engine.models.dropout import make as make_dropout
 from engine.models.heads import VocabularyHead
 from engine.models.layers import TransformerLayer, layer_sharding, norm
-from engine.parallel.boundary import Boundary, Field, Tensors
+from engine.parallel.boundary import ROW_LOSSES, Boundary, Field, Tensors
 from engine.parallel.functions import PLAIN, Functions
 from engine.parallel.sharding import VOCABULARY, ParameterSpec, Table, describe
 
@@ -53,6 +53,7 @@ class Stage(nn.Module):
         dropout_keys_B: torch.Tensor | None = None,
         targets_BT: torch.Tensor | None = None,
         weights_BT: torch.Tensor | None = None,
+        by_row: bool = False,
     ) -> Tensors:
         """What the stage makes of one micro-batch.
 
@@ -60,7 +61,7 @@ class Stage(nn.Module):
         numbers the documents of a whole row; None means that it is one document. `dropout_keys_B` (int64) are the
         rows' keys; None means no dropout. The last stage returns `losses_L`, the fp32 weighted sum of the tokens'
         losses (L = 1), or `logits_BTV` over the real vocabulary (B, T, vocab_size) where `targets_BT` is None (on one
-        tensor-parallel rank only); every other stage `hidden_BTD`.
+        tensor-parallel rank only); every other stage `hidden_BTD`. With `by_row` it also returns `row_losses_BL`.
         """
         if hidden_BTD is None:
             assert tokens_BT is not None, "the first stage takes tokens, the others hidden states"
@@ -77,7 +78,8 @@ class Stage(nn.Module):
         x_BTD = self.functions.whole_rows(self.final_norm(x_BTD))
         if targets_BT is None:
             return {"logits_BTV": self.lm_head(x_BTD)}
-        return {"losses_L": self.lm_head(x_BTD, targets_BT, weights_BT).reshape(1)}
+        loss, loss_B = self.lm_head.losses(x_BTD, targets_BT, weights_BT, by_row)
+        return {"losses_L": loss.reshape(1)} | ({} if loss_B is None else {ROW_LOSSES: loss_B.unsqueeze(1)})
 
     def embed(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None) -> torch.Tensor:
         """hidden_BTD of the tokens; learned positions start again with each document, as they would alone."""

@@ -30,14 +30,28 @@ class VocabularyHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(padded_vocab_size)) if bias else None
 
     def forward(
-        self, hidden: torch.Tensor, targets: torch.Tensor | None = None, weights: torch.Tensor | None = None
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+        into: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The fp32 weighted sum of the tokens' losses, or logits (..., vocab_size) where `targets` is None.
 
         `hidden` is (..., D); `targets` (int64) and `weights` have its shape without D. Logits are whole on one
-        tensor-parallel rank only.
+        tensor-parallel rank only. `into` is filled with the tokens' weighted losses.
         """
         if targets is None:
             return F.linear(hidden, self.weight, self.bias)[..., : self.vocab_size]
         assert weights is not None, "targets come with weights"
-        return self.functions.linear_cross_entropy(hidden, self.weight, self.bias, targets, weights, self.vocab_size)
+        given = (hidden, self.weight, self.bias, targets, weights, self.vocab_size)
+        return self.functions.linear_cross_entropy(*given, **({} if into is None else {"into": into}))
+
+    def losses(
+        self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, by_row: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The sum as `forward` returns it, and where asked for its part of each row, (B,) without a gradient."""
+        if not by_row:
+            return self(hidden, targets, weights), None
+        into = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
+        return self(hidden, targets, weights, into), into.flatten(1).sum(1)

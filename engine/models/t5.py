@@ -35,7 +35,7 @@ from engine.models.dropout import make as make_dropout
 from engine.models.heads import VocabularyHead
 from engine.models.layers import TransformerLayer, feed_forward, layer_sharding, norm
 from engine.models.relative import RelativePositions, masked
-from engine.parallel.boundary import Boundary, Field, Tensors
+from engine.parallel.boundary import ROW_LOSSES, Boundary, Field, Tensors
 from engine.parallel.functions import PLAIN, Functions
 from engine.parallel.sharding import HEADS, ROW, VOCABULARY, ParameterSpec, Table, column, describe
 
@@ -129,6 +129,7 @@ class Stage(nn.Module):
         dropout_keys_B: torch.Tensor | None = None,
         targets_BT: torch.Tensor | None = None,
         weights_BT: torch.Tensor | None = None,
+        by_row: bool = False,
     ) -> Tensors:
         """What the stage makes of one micro-batch.
 
@@ -136,7 +137,7 @@ class Stage(nn.Module):
         encoder, `encoded_BSD` behind it, with `hidden_BTD` inside the decoder. Segments number the documents of a whole
         row; None means that it is one. `dropout_keys_B` (int64) are the rows' keys; None means no dropout. Returns what
         the next stage receives; the last stage `losses_L` (fp32, L = 1), or `logits_BTV` over the real vocabulary where
-        `targets_BT` is None (on one tensor-parallel rank only).
+        `targets_BT` is None (on one tensor-parallel rank only). With `by_row` it also returns `row_losses_BL`.
         """
         embedded = self.embed(tokens_BS, decoder_tokens_BT)
         if self.encoder:
@@ -171,7 +172,8 @@ class Stage(nn.Module):
             x_BTD = x_BTD * self.config.hidden_size**-0.5
         if targets_BT is None:
             return {"logits_BTV": self.lm_head(x_BTD)}
-        return {"losses_L": self.lm_head(x_BTD, targets_BT, weights_BT).reshape(1)}
+        loss, loss_B = self.lm_head.losses(x_BTD, targets_BT, weights_BT, by_row)
+        return {"losses_L": loss.reshape(1)} | ({} if loss_B is None else {ROW_LOSSES: loss_B.unsqueeze(1)})
 
     def embed(self, *tokens: torch.Tensor | None) -> list[torch.Tensor]:
         """Hidden states of those tokens that are given, in one look-up: ZeRO-3 gathers a module once per call.

@@ -13,6 +13,12 @@ Tensors = dict[str, torch.Tensor]
 """Tensors by the keyword of the chunk that takes them, or by the name under which a chunk returns them."""
 
 
+DOMAINS = "domains_B"
+"""What a micro-batch's inputs call the numbers of its rows' domains (int64)."""
+ROW_LOSSES = "row_losses_BL"
+"""What a last chunk returns of its rows where it is asked `by_row`: their parts of `losses_L`, without gradients."""
+
+
 @dataclass(frozen=True)
 class Field:
     """One tensor of a boundary; a gradient comes back for it if `differentiable`."""

@@ -29,6 +29,7 @@ def linear_cross_entropy(
     weights: torch.Tensor,
     vocab_size: int,
     group: Group = ALONE,
+    into: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum over tokens of weight x cross entropy of `hidden @ weight_VD.T + bias_V`, a scalar in fp32 or wider.
 
@@ -37,6 +38,8 @@ def linear_cross_entropy(
 
     Over more than one rank each holds V consecutive rows of the weight, and the result is equal on all of them. The
     gradient of `hidden` is then this rank's part of a sum over `group`. Collective over `group`, in the forward pass.
+
+    `into` (contiguous, of the shape of `targets`) is filled with the tokens' terms of the sum, which carry no gradient.
     """
     return _LinearCrossEntropy.apply(  # type: ignore[no-any-return]
         hidden.flatten(0, -2),
@@ -47,6 +50,7 @@ def linear_cross_entropy(
         vocab_size,
         group,
         torch.is_grad_enabled(),
+        None if into is None else into.view(-1),
     )
 
 
@@ -62,6 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         vocab_size: int,
         group: Group,
         differentiate: bool,
+        into_N: torch.Tensor | None,
     ) -> torch.Tensor:
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         num_rows, first_column = len(weight_VD), group.position * len(weight_VD)
@@ -84,7 +89,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             foreign_C = (columns_C < 0) | (columns_C >= real)
             columns_C1 = columns_C.masked_fill(foreign_C, 0).unsqueeze(-1)
             target_C = logs_CV.gather(-1, columns_C1).squeeze(-1).masked_fill(foreign_C, 0.0)
-            total -= (all_reduce(target_C, group) * weights_C).sum()
+            weighted_C = all_reduce(target_C, group) * weights_C
+            total -= weighted_C.sum()
+            if into_N is not None:
+                into_N[rows] = -weighted_C
             if grad_hidden_ND is None or grad_weight_VD is None:
                 del logs_CV
                 continue
@@ -106,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         # in place: torch refuses a second backward, which would find them scaled
         grad_bias_V = None if bias_V is None else bias_V.mul_(grads[0]).to(bias_dtype)
-        return hidden_ND.mul_(grads[0]), weight_VD.mul_(grads[0]).to(weight_dtype), grad_bias_V, *[None] * 5
+        return hidden_ND.mul_(grads[0]), weight_VD.mul_(grads[0]).to(weight_dtype), grad_bias_V, *[None] * 6
 
 
 def _log_softmax(logits_CV: torch.Tensor, dtype: torch.dtype, group: Group) -> torch.Tensor:

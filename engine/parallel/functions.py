@@ -56,11 +56,9 @@ class Attention(Protocol):
     ) -> torch.Tensor: ...
 
 
-LinearCrossEntropy = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, int], torch.Tensor
-]
-"""(hidden, weight_VD, bias_V or None, targets, weights, vocab_size) -> fp32 scalar, the weighted sum of the tokens'
-losses; see `engine.parallel.cross_entropy`."""
+LinearCrossEntropy = Callable[..., torch.Tensor]
+"""(hidden, weight_VD, bias_V or None, targets, weights, vocab_size, into=None) -> fp32 scalar, the weighted sum of the
+tokens' losses; see `engine.parallel.cross_entropy`."""
 
 
 def attention(

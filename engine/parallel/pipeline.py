@@ -5,7 +5,7 @@ to the first on two groups more: each direction has its own communicator, a send
 no schedule here can deadlock. Not here: which micro-batch a sample is in (`engine.data`), what a chunk computes
 (`engine.models`), gradients and weights (`zero`).
 
-Legend: L losses.
+Legend: B batch, L losses, K domains.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.nn import functional as F
 
-from engine.parallel.boundary import Boundary, Field, Tensors, differentiable
+from engine.parallel.boundary import DOMAINS, ROW_LOSSES, Boundary, Field, Tensors, differentiable
 from engine.parallel.collectives import Work, receive, send
 from engine.parallel.deferral import PutOff
 from engine.parallel.groups import Group, Groups
@@ -45,6 +47,21 @@ class Ports:
     wanted: frozenset[str]
     incoming: Boundary
     outgoing: Boundary
+
+
+class DomainSums:
+    """Losses of the rows of each domain, added up over the micro-batches of a pass: `total_KL`, fp64, K domains.
+
+    All 0 unless on the last stage. A micro-batch says in `domains_B` (int64) which domain each row belongs to.
+    """
+
+    def __init__(self, num_domains: int, num_losses: int, device: torch.device) -> None:
+        self.total_KL = torch.zeros(num_domains, num_losses, dtype=torch.float64, device=device)
+
+    def add(self, domains_B: torch.Tensor, losses_BL: torch.Tensor) -> None:
+        """Adds the losses of a micro-batch's rows. Sums over one dim, in one order, on a GPU, too."""
+        of_BK1 = F.one_hot(domains_B, len(self.total_KL)).double().unsqueeze(2)
+        self.total_KL += (of_BK1 * losses_BL.double().unsqueeze(1)).sum(0)
 
 
 class Pipeline:
@@ -78,33 +95,44 @@ class Pipeline:
             receive(scalar, groups.wrap, groups.wrap.size - 1)
             send(scalar, groups.wrap_backward, groups.wrap.size - 1).wait()
 
-    def train(self, inputs: list[Tensors], loss_scales_L: torch.Tensor) -> torch.Tensor:
+    def train(
+        self, inputs: list[Tensors], loss_scales_L: torch.Tensor, by_domain: DomainSums | None = None
+    ) -> torch.Tensor:
         """Forward and backward of one step; returns the micro-batches' summed losses (L,), 0 unless on the last stage.
 
         `inputs` are the keywords of the stage's chunks per micro-batch, on the device. The gradient that flows back is
-        that of the losses times `loss_scales_L` (fp32 on the device), added up.
+        that of the losses times `loss_scales_L` (fp32 on the device), added up. The losses of each domain are added to
+        `by_domain`, where it is given.
         """
         order = instructions(self.schedule, self.groups.coordinates.stage, *self.sizes, len(inputs))
-        return self._run(order, inputs, loss_scales_L)
+        return self._run(order, inputs, loss_scales_L, by_domain)
 
     @torch.no_grad()
-    def evaluate(self, inputs: list[Tensors]) -> torch.Tensor:
-        """Forward only; returns the micro-batches' summed losses (L,), 0 unless on the last stage."""
-        total_L = self._run(forward_only(*self.sizes, len(inputs)), inputs, loss_scales_L=None)
+    def evaluate(self, inputs: list[Tensors], by_domain: DomainSums | None = None) -> torch.Tensor:
+        """Forward only; returns the micro-batches' summed losses (L,), 0 unless on the last stage. `by_domain` as in
+        `train`."""
+        total_L = self._run(forward_only(*self.sizes, len(inputs)), inputs, None, by_domain)
         self.engine.free_weights()
         return total_L
 
     def _run(
-        self, order: Iterable[Instruction], inputs: list[Tensors], loss_scales_L: torch.Tensor | None
+        self,
+        order: Iterable[Instruction],
+        inputs: list[Tensors],
+        loss_scales_L: torch.Tensor | None,
+        by_domain: DomainSums | None,
     ) -> torch.Tensor:
         total_L = torch.zeros(self.num_losses, dtype=torch.float32, device=self.engine.device)
         left = len(inputs) * len(self.ports)
         for instruction in order:
             match instruction:
                 case Forward(chunk=chunk, micro_batch=micro_batch):
-                    made = self._forward(chunk, micro_batch, inputs[micro_batch], keep=loss_scales_L is not None)
+                    keep, by_row = loss_scales_L is not None, by_domain is not None
+                    made = self._forward(chunk, micro_batch, inputs[micro_batch], keep, by_row)
                     if not self.ports[chunk].outgoing:
                         total_L += made["losses_L"].detach()
+                        if by_domain is not None:
+                            by_domain.add(inputs[micro_batch][DOMAINS], made[ROW_LOSSES])
                 case Backward(chunk=chunk, micro_batch=micro_batch):
                     left -= 1
                     self._backward(chunk, micro_batch, loss_scales_L, is_last=left == 0)
@@ -117,8 +145,9 @@ class Pipeline:
             self._sent.popleft()[0].wait()
         return total_L
 
-    def _forward(self, chunk: int, micro_batch: int, inputs: Tensors, keep: bool) -> Tensors:
+    def _forward(self, chunk: int, micro_batch: int, inputs: Tensors, keep: bool, by_row: bool) -> Tensors:
         ports = self.ports[chunk]
+        asked: dict[str, Any] = {"by_row": True} if by_row and not ports.outgoing else {}
         own = {name: tensor for name, tensor in inputs.items() if name in ports.wanted}
         received = {
             name: self._receive(field, forward=True)
@@ -128,7 +157,7 @@ class Pipeline:
         if keep:
             for name in differentiable(ports.incoming):
                 received[name].requires_grad_(True)
-        made = self.engine.forward(chunk, received | own)
+        made = self.engine.forward(chunk, received | own | asked)
         handed_on = received | own | made
         for name, field in ports.outgoing.items():
             if keep or field.evaluated:

@@ -175,9 +175,11 @@ def vocabulary_cross_entropy(
     weights: torch.Tensor,
     vocab_size: int,
     group: Group,
+    into: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`linear_cross_entropy` where each rank holds some rows of the weight. Collective over `group`, both ways."""
-    return linear_cross_entropy(_apply(_Copy, hidden, group), weight_VD, bias_V, targets, weights, vocab_size, group)
+    copied = _apply(_Copy, hidden, group)
+    return linear_cross_entropy(copied, weight_VD, bias_V, targets, weights, vocab_size, group, into)
 
 
 def shard(

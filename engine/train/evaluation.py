@@ -5,34 +5,45 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from engine.errors import EnvironmentProblem
 from engine.parallel.agreement import on_first
 from engine.parallel.collectives import Group
 from engine.parallel.pipeline import Pipeline
 from engine.train.feed import Feed
-from engine.train.metrics import is_evaluation
+from engine.train.metrics import Record, is_evaluation
 from engine.train.records import records_of
-from engine.train.sums import Sums
+from engine.train.sums import Sums, means
+
+VALIDATION_LOSS = "validation_loss"
 
 
 def evaluate(
     pipeline: Pipeline, feed: Feed, sums: Sums, beat: Callable[[], None], asked: Callable[[], bool]
-) -> list[float] | None:
-    """The mean of each loss over its held-out targets (0 where it has none), or None where a rank is `asked` to stop.
+) -> Record | None:
+    """The record of `validation_loss`, the mean over all held-out targets, and of `validation_loss/NAME` of each data
+    set that has a name; or None where a rank is `asked` to stop.
 
     `beat` is called before each chunk. Collective over the world.
     """
-    losses, weights = [0.0] * len(sums.names), [0.0] * len(sums.names)
+    assert feed.held_out is not None
+    names = feed.held_out.names
+    shape = (1 + len(names), len(sums.names))  # of all data sets, then of each
+    losses, weights = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
     chunks = feed.held_out_chunks()
     for _ in range(feed.num_held_out_chunks):
         beat()
-        inputs, weights_L = sums.of_weights(lambda: next(chunks))
-        found, (stop,) = sums.of_losses(pipeline.evaluate(inputs), (float(asked()),))
+        inputs, weights_L, weights_KL = sums.of_weights(lambda: next(chunks), len(names))
+        by_domain = sums.by_domain(len(names))
+        sums_L = pipeline.evaluate(inputs, **({} if by_domain is None else {"by_domain": by_domain}))
+        found, (stop,), found_KL = sums.of_losses(sums_L, (float(asked()),), by_domain)
         if stop:
             return None
-        losses = [total + one for total, one in zip(losses, found, strict=True)]
-        weights = [total + one for total, one in zip(weights, weights_L.tolist(), strict=True)]
-    return [loss / weight if weight else 0.0 for loss, weight in zip(losses, weights, strict=True)]
+        losses += torch.cat((torch.tensor([found], dtype=torch.float64), found_KL.cpu()))
+        weights += torch.cat((weights_L.unsqueeze(0), weights_KL)).cpu()
+    record = sums.record(means(losses[0].tolist(), weights[0].tolist()), VALIDATION_LOSS)
+    return record | sums.record_domains(names, losses[1:], weights[1:], VALIDATION_LOSS)
 
 
 def is_recorded(folder: Path, step: int, world: Group) -> bool:

@@ -1,8 +1,9 @@
 """This rank's share of the data, as the keywords of its pipeline stage, on its device.
 
-What a stage needs is its family's to say; ranks that need nothing read nothing and only advance the loader.
+What a stage needs is its family's to say; ranks that need nothing read nothing and only advance the loader. Where there
+are several sources, or held-out data sets, the last stage's rows say which they are of (`DOMAINS`).
 
-Legend: L losses.
+Legend: L losses, K domains (sources, or held-out data sets; 0 where losses are not told apart).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 
+import numpy as np
 import torch
 
 from engine.config.resolve import num_micro_batches
@@ -18,17 +20,16 @@ from engine.config.schema.parallel import ParallelConfig
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
 from engine.data.batch import Batch
-from engine.data.held_out import HeldOut
+from engine.data.held_out import HeldOut, HeldOutSet
 from engine.data.objectives.draws import dropout_keys
 from engine.data.prefetch import Prefetcher
 from engine.data.shards.damage import Damage
-from engine.data.shards.dataset import TokenDataset
 from engine.data.source import Part
 from engine.data.stage import open_held_out, open_parts, stage_loader
 from engine.data.tokenizer.folder import tokenizer_hash
 from engine.models.dropout import KEYS
 from engine.models.families import family
-from engine.parallel.boundary import Tensors
+from engine.parallel.boundary import DOMAINS, Tensors
 from engine.parallel.groups import Groups
 from engine.train.build import stage_chunks
 from engine.train.signals import Stopping
@@ -40,7 +41,7 @@ EVALUATION_CHUNK = 8
 """Micro-batches that one evaluation pass sends through the pipeline."""
 
 
-def open_datasets(config: RunConfig, run_stage: RunStage) -> tuple[list[Part], TokenDataset | None]:
+def open_datasets(config: RunConfig, run_stage: RunStage) -> tuple[list[Part], list[HeldOutSet] | None]:
     """Training and held-out shards, checked against the run's tokenizer. Raises as `open_parts`."""
     checked = (tokenizer_hash(config.tokenizer), config.model.vocab_size)
     return open_parts(run_stage, *checked), open_held_out(run_stage, *checked)
@@ -52,7 +53,7 @@ class Feed:
     def __init__(
         self,
         training: list[Part],
-        held_out: TokenDataset | None,
+        held_out: list[HeldOutSet] | None,
         config: RunConfig,
         run_stage: RunStage,
         groups: Groups,
@@ -72,7 +73,10 @@ class Feed:
             else HeldOut(held_out, length, data.attention, most, data.packing, run_stage.objective)
         )
         self.losses = family(config.model).losses(config.model)
+        self.domains = tuple(part.name for part in training) if len(training) > 1 else ()
+        """Sources whose losses are told apart; none where there is but one."""
         kind, chunks = family(config.model), stage_chunks(config, groups)
+        self._is_last = any(chunk.last for chunk in chunks)
         self.wanted = frozenset[str]().union(*(kind.wanted(config.model, chunk) for chunk in chunks))
         """Keywords of this rank's chunks that come from the data."""
         self.wait_seconds = 0.0
@@ -94,8 +98,8 @@ class Feed:
             self._prefetcher = Prefetcher(self.loader, *shape, cut=self._own_inputs, gpu=gpu)
 
     def step(self) -> tuple[list[Tensors], list[float]]:
-        """The stage's inputs of the next step, and the weight of this data rank's targets by loss (L; 0 where it
-        reads none).
+        """The stage's inputs of the next step, and the weight of this data rank's targets by loss (0 where it reads
+        none): L of all rows, then L of each domain's.
 
         Raises:
             Stopping: this rank was asked to before its data had come.
@@ -114,7 +118,7 @@ class Feed:
             batches = self._prefetcher.step()
             inputs = [batch.inputs for batch in batches]
         self.wait_seconds = time.perf_counter() - begin
-        return inputs, self._weights(batches)
+        return inputs, self._weights(batches, len(self.domains))
 
     def quarantine(self, damage: Damage) -> None:
         """Takes back the last `step`, on whatever rank it failed or not, and does without a shard from it on.
@@ -147,7 +151,7 @@ class Feed:
             left -= size
             chunk = list(islice(batches, size)) if self.reads else []
             inputs = [self._moved(batch) for batch in chunk] if self.reads else [{} for _ in range(size)]
-            yield inputs, self._weights(chunk)
+            yield inputs, self._weights(chunk, len(self.held_out.names))
 
     def _num_held_out_batches(self) -> int:
         assert self.held_out is not None
@@ -171,12 +175,18 @@ class Feed:
                 samples = torch.cat((batch.domains_B[:, None].long(), samples), dim=1)
             inputs = inputs | {KEYS: torch.from_numpy(dropout_keys(self.seed, step, samples.numpy()))}
         wanted = {name: tensor for name, tensor in inputs.items() if name in self.wanted}
-        return own_part(wanted, self.run_stage.sequence_length, self.parallel.time_ranks, self.groups.sequence)
+        own = own_part(wanted, self.run_stage.sequence_length, self.parallel.time_ranks, self.groups.sequence)
+        domains = self.domains if step is not None else self.held_out is not None and self.held_out.names
+        return own | ({DOMAINS: batch.domains_B.long()} if domains and self._is_last else {})
 
     def _moved(self, batch: Batch) -> Tensors:
         """A held-out batch's, on this rank's device."""
         return {name: tensor.to(self.device) for name, tensor in self._own_inputs(batch, step=None).items()}
 
-    def _weights(self, batches: list[Batch]) -> list[float]:
-        """(L,) weight of the targets of all batches, by loss."""
-        return [sum(batch.weights[name] for batch in batches) for name in self.losses]
+    def _weights(self, batches: list[Batch], num_domains: int) -> list[float]:
+        """(L + K * L,) weight of the targets of all batches, by loss, then by domain and loss."""
+        all_L = [sum(batch.weights[name] for batch in batches) for name in self.losses]
+        of_KL = np.zeros((num_domains, len(self.losses)))
+        for batch in batches if num_domains else ():
+            of_KL += np.stack([batch.weights_by_domain(name, num_domains) for name in self.losses], axis=1)
+        return [*all_L, *of_KL.ravel().tolist()]

@@ -11,40 +11,58 @@ from engine.errors import DataError, PalimpsestError
 from engine.parallel.boundary import Tensors
 from engine.parallel.collectives import all_reduce, first_error
 from engine.parallel.groups import Groups
+from engine.parallel.pipeline import DomainSums
 from engine.train.metrics import Record
 
 
 class Sums:
-    """Sums over the world, equal on every rank. Losses are L, in the order of `names`."""
+    """Sums over the world, equal on every rank. Losses are L, in the order of `names`; K domains, whose sums travel in
+    the same collectives."""
 
     def __init__(self, names: tuple[str, ...], groups: Groups, device: torch.device) -> None:
         self.names, self.groups, self.device = names, groups, device
 
-    def of_weights(self, read: Callable[[], tuple[list[Tensors], list[float]]]) -> tuple[list[Tensors], torch.Tensor]:
-        """This rank's inputs, and the weight of all ranks' targets by loss (L, fp64). Collective over the world.
+    def of_weights(
+        self, read: Callable[[], tuple[list[Tensors], list[float]]], num_domains: int = 0
+    ) -> tuple[list[Tensors], torch.Tensor, torch.Tensor]:
+        """This rank's inputs, the weight of all ranks' targets by loss (L, fp64), and by domain and loss (K, L).
+        `read` returns this rank's of both in a row. Collective over the world.
 
         Raises:
             PalimpsestError: what a rank met that could not read its share, on every rank.
         """
-        inputs, counted, error = [], [0.0] * len(self.names), None
+        num_losses = len(self.names)
+        size = num_losses * (1 + num_domains)
+        inputs, counted, error = [], [0.0] * size, None
         try:
             inputs, own = read()
             if self.groups.is_last_stage and self.groups.tensor.position == self.groups.sequence.position == 0:
                 counted = own
         except PalimpsestError as problem:
-            counted, error = [math.nan] * len(self.names), problem  # travels with the sum: no collective more
-        weights_L = all_reduce(torch.tensor(counted, dtype=torch.float64, device=self.device), self.groups.world)
-        if math.isnan(weights_L[0].item()):
+            counted, error = [math.nan] * size, problem  # travels with the sum: no collective more
+        weights = all_reduce(torch.tensor(counted, dtype=torch.float64, device=self.device), self.groups.world)
+        if math.isnan(weights[0].item()):
             failed = first_error(error, self.groups.world)
             raise failed if failed is not None else DataError("the weights of this step's targets are not numbers")
-        return inputs, weights_L
+        return inputs, weights[:num_losses], weights[num_losses:].view(num_domains, num_losses)
 
-    def of_losses(self, sums_L: torch.Tensor, flags: tuple[float, ...] = ()) -> tuple[list[float], list[float]]:
-        """Sums over ranks: of the last stages' losses, and of what each rank has to tell. Collective over the world."""
+    def by_domain(self, num_domains: int) -> DomainSums | None:
+        """What a pass adds the losses of each domain to; None where they are not told apart."""
+        return DomainSums(num_domains, len(self.names), self.device) if num_domains else None
+
+    def of_losses(
+        self, sums_L: torch.Tensor, flags: tuple[float, ...] = (), by_domain: DomainSums | None = None
+    ) -> tuple[list[float], list[float], torch.Tensor]:
+        """Sums over ranks: of the last stages' losses, of what each rank has to tell, and of the losses by domain
+        (K, L). Collective over the world."""
         counted = float(self.groups.tensor.position == 0)  # the losses are 0 on all stages but the last
         told = torch.tensor(flags, dtype=torch.float64, device=self.device)
-        totals = all_reduce(torch.cat((sums_L.double() * counted, told)), self.groups.world).tolist()
-        return totals[: len(self.names)], totals[len(self.names) :]
+        own = [sums_L.double() * counted, told]
+        if by_domain is not None:
+            own.append(by_domain.total_KL.flatten() * counted)
+        totals = all_reduce(torch.cat(own), self.groups.world)
+        losses, (begin, end) = totals[: len(self.names)], (len(self.names), len(self.names) + len(flags))
+        return losses.tolist(), totals[begin:end].tolist(), totals[end:].view(-1, len(self.names))
 
     @staticmethod
     def scales(weights_L: torch.Tensor) -> torch.Tensor:
@@ -61,3 +79,18 @@ class Sums:
         if len(losses) > 1:
             found |= {f"{name}_{what}": loss for name, loss in zip(self.names, losses, strict=True)}
         return found
+
+    def record_domains(
+        self, names: tuple[str, ...], sums_KL: torch.Tensor, weights_KL: torch.Tensor, what: str
+    ) -> Record:
+        """The losses of each domain as `WHAT/NAME`, each over its own targets; no entry of one without targets."""
+        found: Record = {}
+        for name, sums, weights in zip(names, sums_KL.tolist(), weights_KL.tolist(), strict=True):
+            if any(weights):
+                found |= self.record(means(sums, weights), f"{what}/{name}")
+        return found
+
+
+def means(sums: list[float], weights: list[float]) -> list[float]:
+    """The mean of each loss over its targets; 0 where it has none."""
+    return [loss / weight if weight else 0.0 for loss, weight in zip(sums, weights, strict=True)]

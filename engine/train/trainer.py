@@ -136,23 +136,26 @@ class Trainer:
         position = self.feed.loader.position
         self.heart.beat(state.step, "data")
         try:
-            inputs, weights_L = self._read()
+            inputs, weights_L, weights_KL = self._read()
         except Stopping:
             self.feed.step_back()
             return True
         self.heart.beat(state.step, "forward and backward")
         scales_L = self.sums.scales(weights_L)
         # DeepSpeed averages gradients over the data ranks; the factor undoes it.
-        sums_L = self.pipeline.train(inputs, (self.groups.zero.size * scales_L).float())
+        scales, by_domain = (self.groups.zero.size * scales_L).float(), self.sums.by_domain(len(weights_KL))
+        apart = {} if by_domain is None else {"by_domain": by_domain}
+        sums_L = self.pipeline.train(inputs, scales, **apart)
         flags = (float(self.signals.asked), *self.restarts.signals())
         self.heart.beat(state.step, "loss")
-        losses, (stop, done, failed) = self.sums.of_losses(sums_L * scales_L, flags)
+        losses, (stop, done, failed), sums_KL = self.sums.of_losses(sums_L * scales_L, flags, by_domain)
         verdict, gradient_norm = self._update(sum(losses), position, learning_rate)
         tokens = self._count_step(sum(losses), updated=verdict == "accept")
         seconds = time.perf_counter() - begin
         record: Record = {
             "step": state.step,
             **self.sums.record(losses, "loss"),
+            **self.sums.record_domains(self.feed.domains, sums_KL, weights_KL, "loss"),
             "gradient_norm": gradient_norm,
             "learning_rate": learning_rate,
             "samples": state.samples,
@@ -162,6 +165,8 @@ class Trainer:
             "data_wait_seconds": self.feed.wait_seconds,
         }
         record |= {f"{name}_samples": count for name, count in self.feed.loader.drawn().items()}
+        length = self.run_stage.sequence_length
+        record |= {f"tokens/{name}": count * length for name, count in self.feed.loader.trained().items()}
         if lost := len(self.feed.loader.lost):
             record["lost_shards"] = lost
         if verdict != "accept":
@@ -247,15 +252,15 @@ class Trainer:
             end - 1,
         )
 
-    def _read(self) -> tuple[list[Tensors], torch.Tensor]:
-        """Inputs and weights of the next step; where the configuration says so, without the shards that turn out to be
-        damaged.
+    def _read(self) -> tuple[list[Tensors], torch.Tensor, torch.Tensor]:
+        """Inputs and weights of the next step, of all rows and by domain; where the configuration says so, without the
+        shards that turn out to be damaged.
 
         All ranks raise the same error, so all leave out the same shard. Collective over the world.
         """
         while True:
             try:
-                return self.sums.of_weights(self.feed.step)
+                return self.sums.of_weights(self.feed.step, len(self.feed.domains))
             except DamagedShard as error:
                 if error.damage is None or self.run_stage.data.on_damage == "fail":
                     raise
@@ -279,18 +284,16 @@ class Trainer:
             return False
         step, begin = self.state.step, time.perf_counter()
         with self.spent.phase("evaluation"):
-            losses = evaluate(
+            found = evaluate(
                 self.pipeline,
                 self.feed,
                 self.sums,
                 lambda: self.heart.beat(step, "evaluation"),
                 lambda: self.signals.asked,
             )
-        if losses is not None:
-            seconds = time.perf_counter() - begin
-            record = self.sums.record(losses, "validation_loss")
-            self.metrics.write({"step": step, **record, "validation_seconds": seconds})
-        return losses is None
+        if found is not None:
+            self.metrics.write({"step": step, **found, "validation_seconds": time.perf_counter() - begin})
+        return found is None
 
     def _open_metrics(self) -> Metrics:
         if not self.speaks:

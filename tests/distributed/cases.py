@@ -211,6 +211,7 @@ class Result:
 
 def run_rank(place: RankPlace, case: Case) -> tuple[list[float], list[float], list[tuple[str, np.ndarray, np.ndarray]]]:
     """One rank of a run: losses, norms, and its pieces as (name, indices in the whole parameter, values)."""
+    from engine.parallel.pipeline import DomainSums
     from engine.train.build import build_pipeline, join_groups
     from engine.train.checks import check_invariants
 
@@ -221,7 +222,10 @@ def run_rank(place: RankPlace, case: Case) -> tuple[list[float], list[float], li
     for step in range(NUM_STEPS):
         batch = global_batch(step, case.attention, case.model)
         weights_L = weights(batch)
-        losses_L = pipeline.train(stage_inputs(batch, case, groups), groups.zero.size / weights_L)
+        by_domain = DomainSums(3, len(weights_L), torch.device("cpu")) if step % 2 else None
+        losses_L = pipeline.train(stage_inputs(batch, case, groups), groups.zero.size / weights_L, by_domain)
+        if by_domain is not None:  # sums of the same fp32 terms in another order
+            assert torch.allclose(by_domain.total_KL.sum(0).float(), losses_L, rtol=1e-5, atol=1e-5)
         norms.append(pipeline.engine.step(LEARNING_RATE))
         check_invariants(pipeline.engine, groups)
         counted_L = losses_L.double() * (groups.tensor.position == 0)
@@ -254,6 +258,7 @@ def stage_inputs(batch: Tensors, case: Case, groups: Groups) -> list[Tensors]:
     }
     given = {name: tensor for name, tensor in batch.items() if name in names}
     own = own_part(given, LENGTH, config.parallel.time_ranks, groups.sequence)
+    own["domains_B"] = torch.arange(GLOBAL_BATCH) % 3
     return [
         {name: tensor[first : first + size] for name, tensor in own.items()}
         for first in range(groups.coordinates.data_rank * size, GLOBAL_BATCH, size * case.data)

@@ -16,7 +16,8 @@ class DataSource(Section):
     kinds: ClassVar[dict[str, Kind]] = {"path": "execution"}
 
     name: str = Field(min_length=1, max_length=64)
-    """What metrics call it. Part of the seed of its order: sources do not move one another."""
+    """What metrics call it (`loss/NAME`, `tokens/NAME`). Part of the seed of its order: sources do not move one
+    another."""
     path: str
     """Folder of token shards that `palimpsest prepare` wrote, or its URL."""
     weight: PositiveFloat | None = None
@@ -60,8 +61,10 @@ class DataConfig(Section):
     temperature: PositiveFloat = 1.0
     """Of sources without weights: each weighs its tokens to the power of 1 / temperature. 1 is in proportion, more is
     closer to equal shares."""
-    validation: str | None = None
-    """Folder of held-out token shards, or its URL."""
+    validation: str | dict[str, str] | None = None
+    """Folder of held-out token shards, or its URL; or several by name. A folder of such folders, as `palimpsest
+    prepare` writes one per domain, is that mapping: the names are those of the sub-folders. Metrics have
+    `validation_loss` over all targets, and `validation_loss/NAME` of each name."""
     cache: CacheConfig | None = None
     """Needed where a folder is a URL."""
     window_shards: PositiveInt = 16
@@ -75,3 +78,10 @@ class DataConfig(Section):
     """What to do where a shard of the training data turns out to be damaged or missing. `fail`: end the run, on all
     ranks. `quarantine`: all ranks do without its samples from that step on, say so, and keep it in mind over
     restarts."""
+
+    @property
+    def validation_places(self) -> tuple[str, ...]:
+        """Every folder or URL of held-out data as it is named."""
+        if self.validation is None:
+            return ()
+        return (self.validation,) if isinstance(self.validation, str) else tuple(self.validation.values())

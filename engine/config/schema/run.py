@@ -45,7 +45,7 @@ class EvaluationConfig(Section):
     every_steps: PositiveInt | None = None
     """Held-out loss after every so many steps, and at the end; None means at the end only."""
     max_samples: PositiveInt | None = None
-    """Held-out samples used; None means all."""
+    """Held-out samples used of each held-out data set; None means all."""
 
 
 class LoggingConfig(Section):

@@ -158,6 +158,17 @@ class RemoteFolder:
                 else "check the URL: bucket or host, and every part of the path",
             ) from error
 
+    def data_sets(self) -> list[str]:
+        """Names of the folders of token shards right under the URL; none where it is one itself, where the store lists
+        nothing, or is in trouble, which opening the URL says."""
+        if self._has(INDEX):
+            return []
+        try:
+            found = [path.rstrip("/").rpartition("/")[2] for path in self._system.ls(self._root, detail=False)]
+        except Exception:  # every file system has exceptions of its own
+            return []
+        return sorted(name for name in set(found) if name and self._has(f"{name}/{INDEX}"))
+
     def _has(self, name: str) -> bool:
         try:
             return bool(self._system.exists(self._path(name)))

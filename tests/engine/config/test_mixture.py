@@ -7,7 +7,7 @@ import pytest
 
 from engine.config.load import parse_run
 from engine.config.resolve import check
-from engine.config.resume import flatten
+from engine.config.resume import compare, flatten
 from engine.config.schema.run import RunConfig
 
 
@@ -35,6 +35,11 @@ def source(name: str, **keys: Any) -> dict[str, Any]:
         ({"sources": [source("b", weight=1), source("c", weight=1e-9)]}, "less than 1/65,536 of the sum"),
         ({"sources": [source(str(n)) for n in range(17)]}, "17 sources; allowed: 16 at most"),
         ({"sources": [source("b", weight=1)], "temperature": 2}, "temperature = 2.0 with weights"),
+        ({"sources": [source("b", weight=1), source("c", weight=1e-12)]}, "of the sum (b: 1, c: 1e-12)"),
+        ({"sources": [source("b\n")]}, "data.sources: 'b\\n' is no name; allowed: 1 to 64 printable"),
+        ({"train": "a", "validation": {"en": "x", " zh": "y"}}, "data.validation: ' zh' is no name"),
+        ({"train": "a", "validation": {}}, "data.validation is empty"),
+        ({"train": "a", "validation": {"b": "s3://b"}}, "data.cache is missing, and s3://b is a URL"),
         ({"train": "s3://bucket/a"}, "data.cache is missing, and s3://bucket/a is a URL"),
         ({"sources": [source("a"), {"name": "b", "path": "gs://b"}]}, "data.cache is missing, and gs://b is a URL"),
         ({"train": "a", "temperature": 2}, "temperature = 2.0 without sources"),
@@ -43,6 +48,14 @@ def source(name: str, **keys: Any) -> dict[str, Any]:
 def test_what_cannot_be_mixed_is_refused(data, says):
     [problem] = check(config(**data))
     assert says in str(problem).replace("\n  ", "; ")
+
+
+def test_held_out_data_is_a_folder_or_folders_by_name_and_free_to_change():
+    one, several = config(train="a", validation="b"), config(train="a", validation={"en": "b", "zh": "c"})
+    assert several.stages[0].data.validation == {"en": "b", "zh": "c"}
+    assert several.stages[0].data.validation_places == ("b", "c")
+    [change] = compare(one, several)
+    assert (change.key, change.kind) == ("stages.0.data.validation", "execution")
 
 
 def test_folders_may_move_and_shares_may_not_change():

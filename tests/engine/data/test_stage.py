@@ -1,5 +1,6 @@
 """What a stage of a run makes of its sources: their weights, ends and refusals."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from engine.config.schema.stage import RunStage
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.writer import ShardWriter
-from engine.data.stage import open_parts, stage_loader
+from engine.data.stage import open_held_out, open_parts, stage_loader
 from engine.errors import DataError
 from tests.engine.data.corpus import EOS, VOCABULARY, made_up_documents, write_shards
 
@@ -96,6 +97,33 @@ def test_a_cache_for_less_than_two_windows_is_refused_and_what_it_needs_is_said(
     with pytest.raises(DataError, match=f"less than two windows of 2 shards\n  allowed: {needed:,} or more"):
         parts_of(of(needed - 1))
     assert len(parts_of(of(needed))) == 1
+
+
+def held_out(validation: Any, tmp_path: Path | None = None) -> dict[str, str]:
+    """Location of each held-out data set by name."""
+    cache = None if tmp_path is None else {"folder": str(tmp_path / "cache"), "bytes": 10**6}
+    run_stage = stage(Path(), data={"sources": [], "train": "unused", "validation": validation, "cache": cache})
+    found = open_held_out(run_stage, None, VOCABULARY)
+    assert found is not None
+    return {name: dataset.location for name, dataset in found}
+
+
+def test_a_folder_of_data_sets_is_the_mapping_of_its_sub_folders(folder, tmp_path):
+    expected = {name: str(folder / name) for name in sorted(DOCUMENTS)}
+    assert held_out(str(folder)) == expected
+    assert held_out(expected) == expected
+    assert held_out(str(folder / "small")) == {"": str(folder / "small")}
+    assert held_out(f"file://{folder}/", tmp_path) == {name: f"file://{place}" for name, place in expected.items()}
+    (folder / "notes").mkdir(exist_ok=True)
+    assert held_out(str(folder)) == expected, "a folder without shards is none"
+    shutil.copytree(folder / "small", tmp_path / "part" / "train")
+    with pytest.raises(DataError, match=r"part holds no index.json") as caught:
+        held_out(str(tmp_path / "part"))
+    assert caught.value.remedy == "name one of its folders: train"
+    shutil.copytree(folder, tmp_path / "unfinished")
+    (tmp_path / "unfinished" / "middle" / "index.json").unlink()
+    with pytest.raises(DataError, match=r"middle holds no index.json"):
+        held_out(str(tmp_path / "unfinished"))
 
 
 def test_sources_of_other_tokens_are_refused(folder, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.data.batch import Batch
 from engine.data.loader import MOST_LOST, Loader
 from engine.data.shards.damage import Damage, DamagedShard
 from engine.data.shards.dataset import TokenDataset
@@ -124,6 +125,19 @@ def step_of_all(ranks: list[Loader], micro_batch_size: int) -> Counter[tuple[str
             rank.lose(damages[0])
 
 
+def step_without_damage(stream: Loader, other: Loader) -> list[Batch]:
+    """A step, for which both loaders do without what turns out to be damaged."""
+    for _ in range(3):
+        try:
+            return stream.step(0, 1, 12)
+        except DamagedShard as error:
+            found = error.damage
+        if found is not None:
+            stream.lose(found)
+            other.lose(found)
+    raise AssertionError("a shard that is lost was read again")
+
+
 def damaged(tmp_path: Path, suffixes: list[str]) -> Path:
     """Shards of which two have lost a file each."""
     whole = write_shards(tmp_path / "whole", made_up_documents(90), shard_tokens=300)
@@ -133,6 +147,30 @@ def damaged(tmp_path: Path, suffixes: list[str]) -> Path:
         path = folder / f"shard-{number:06d}.{suffix}"
         path.write_bytes(b"\xff" * path.stat().st_size)
     return folder
+
+
+def test_samples_trained_on_are_counted_by_source_whatever_is_left_out_or_lost(tmp_path):
+    other = write_shards(tmp_path / "other", made_up_documents(60, seed=1), shard_tokens=300)
+    parts = [Part(TokenDataset(damaged(tmp_path, ["tokens"])), "a", 2), Part(other, "b", 1)]
+    stream, counted = Loader(parts, 16, 12, 3, 4, "document"), np.zeros(2, np.int64)
+    assert stream.trained() == {"a": 0, "b": 0}
+    skipping = stream.clone()
+    for step in range(40):
+        if step == 3:
+            for each in (stream, skipping):
+                each.leave_out(30, 31)  # trained on before
+                each.leave_out(60, 95)
+        batches = step_without_damage(stream, skipping)
+        skipping.skip()
+        for batch in batches:
+            counted += np.bincount(batch.domains_B[batch.samples_B3[:, 0] >= 0], minlength=2)
+        assert list(stream.trained().values()) == counted.tolist() == list(skipping.trained().values())
+        restored = Loader(parts, 16, 12, 3, 4, "document")
+        restored.restore(json.loads(json.dumps(stream.state())))
+        assert restored.trained() == stream.trained()
+        assert stream.state() == skipping.state()
+    assert len(stream.lost) == 2
+    assert sum(stream.trained().values()) == stream.samples
 
 
 @pytest.mark.parametrize(
