@@ -6,6 +6,8 @@ exit code of the command (`EXIT_*`), so that no command decides it again.
 
 from __future__ import annotations
 
+from engine.redact import redact
+
 EXIT_DONE = 0
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -23,6 +25,7 @@ class PalimpsestError(Exception):
     exit_code = EXIT_FAILURE
 
     def __init__(self, wrong: str, allowed: str = "", remedy: str = "") -> None:
+        wrong, allowed, remedy = redact(wrong), redact(allowed), redact(remedy)
         self.wrong, self.allowed, self.remedy = wrong, allowed, remedy
         parts = [wrong]
         if allowed:

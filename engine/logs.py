@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from engine.redact import redact
+
 ROOT = "palimpsest"
 PATIENCE_SECONDS = 5.0
 """A phase of a start that takes longer is named in the log."""
@@ -23,12 +25,17 @@ def logger(name: str) -> logging.Logger:
     return logging.getLogger(f"{ROOT}.{name}")
 
 
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
 def configure(global_rank: int = 0, world_size: int = 1, verbose: bool = False) -> None:
     """Sends the package's logs to standard error; call once per process, before the first message."""
     speaks = global_rank == 0
     where = f" [rank {global_rank}]" if world_size > 1 else ""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname).1s{where} %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Formatter(f"%(asctime)s %(levelname).1s{where} %(message)s", "%H:%M:%S"))
     root = logging.getLogger(ROOT)
     root.handlers[:] = [handler]
     root.propagate = False

@@ -12,6 +12,8 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from engine.redact import redacted
+
 FILE = "outcome.json"
 
 
@@ -38,7 +40,7 @@ def write(folder: Path, outcome: Outcome) -> None:
         return
     partial = folder / f"{FILE}.{os.getpid()}"
     with partial.open("w", encoding="utf-8") as file:
-        json.dump(asdict(outcome), file, indent=1)
+        json.dump(redacted(asdict(outcome)), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(folder / FILE)

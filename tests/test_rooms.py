@@ -23,6 +23,7 @@ ROWS: list[set[str]] = [
     {"config"},
     {"foreign", "run_folder"},
     {"errors", "logs", "output", "outcome", "heartbeat"},
+    {"redact"},
 ]
 """Top to bottom; a room imports itself and rooms of lower rows."""
 ROWS_WITHIN: dict[str, list[set[str]]] = {
@@ -30,20 +31,39 @@ ROWS_WITHIN: dict[str, list[set[str]]] = {
     "data": [{"preparation", ""}, {"objectives"}, {"order"}, {"shards"}, {"tokenizer"}],
 }
 """The same inside of the largest rooms, whose own files are ""."""
-LAUNCHER_MAY = {"launcher", "plan", "config", "run_folder", "errors", "logs", "output", "outcome", "heartbeat"}
+LAUNCHER_MAY = {
+    "launcher",
+    "plan",
+    "config",
+    "run_folder",
+    "errors",
+    "redact",
+    "logs",
+    "output",
+    "outcome",
+    "heartbeat",
+}
 """The launcher runs where torch may not even be installed."""
 MAY_USE_TORCH_DISTRIBUTED = {
     "engine/parallel/groups.py",
     "engine/parallel/collectives.py",
     "engine/checkpoint/interchange/dcp.py",  # writes the files of torch.distributed.checkpoint, over no communicator
 }
-LOWEST = ("engine/errors.py", "engine/logs.py", "engine/output.py", "engine/outcome.py", "engine/heartbeat.py")
+LOWEST = (
+    "engine/errors.py",
+    "engine/redact.py",
+    "engine/logs.py",
+    "engine/output.py",
+    "engine/outcome.py",
+    "engine/heartbeat.py",
+)
 WITHOUT_TORCH = (
     "engine/plan/",
     "engine/config/",
     "launcher/",
     "engine/cli.py",
     "engine/run_folder.py",
+    "engine/redact.py",
     "engine/outcome.py",
     "engine/errors.py",
     "engine/logs.py",

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import track
 
 from engine.errors import EXIT_FAILURE, CheckpointError
+from engine.redact import redact
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,7 +44,7 @@ def verify(where: Where) -> None:
 
     whole = True
     for path, damages in _each(where, lambda path: damage_of(path, _progress(path))):
-        print(f"{path}: {'DAMAGED' if damages else 'whole'}")
+        print(f"{redact(str(path))}: {'DAMAGED' if damages else 'whole'}")
         for damage in damages:
             print(f"  {damage}")
         whole = whole and not damages

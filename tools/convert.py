@@ -104,6 +104,7 @@ def _from_deepspeed(source: Path, output: Path, run: Path | None) -> None:
     from engine.config.resume import meaning_hash
     from engine.config.save import save_run
     from engine.models.families import family
+    from engine.redact import redacted
     from engine.serve.new_folder import new_folder
 
     if run is None:
@@ -117,7 +118,7 @@ def _from_deepspeed(source: Path, output: Path, run: Path | None) -> None:
         tokens=0,
         zero_stage=config.parallel.zero_stage,
         config_hash=meaning_hash(config),
-        config=config.model_dump(mode="json"),
+        config=redacted(config.model_dump(mode="json")),
     )
     with new_folder(output) as partial:
         path = write_checkpoint(partial / CHECKPOINTS, state, model.specs(config.model), weights)

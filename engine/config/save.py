@@ -8,6 +8,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from engine.config.schema.run import RunConfig
+from engine.redact import redacted
 
 FILE = "config.yaml"
 """Its name in a run folder."""
@@ -20,5 +21,5 @@ def save_run(config: RunConfig, folder: Path) -> None:
         yaml = YAML(typ="safe", pure=True)
         yaml.default_flow_style = False
         yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-        yaml.dump(config.model_dump(mode="json", exclude_none=True), file)
+        yaml.dump(redacted(config.model_dump(mode="json", exclude_none=True)), file)
     partial.replace(folder / FILE)

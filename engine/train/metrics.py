@@ -12,6 +12,7 @@ import math
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +22,7 @@ from typing import Any, Protocol
 from engine.config.schema.run import RunConfig
 from engine.logs import logger
 from engine.output import write_all
+from engine.redact import redacted
 from engine.train import records, wandb_files
 from engine.train.console import Terminal
 from engine.train.plot import PLOT, Plot
@@ -105,16 +107,20 @@ class Wandb:
         if config.logging.wandb == "offline":
             last_kept = wandb_files.cut(config.folder, _wandb_id(config.folder), resumed_at)
             again = list(records.records_from(config.folder, last_kept + 1))
-        self._run = wandb.init(
-            project=config.logging.wandb_project,
-            name=config.name,
-            id=_wandb_id(config.folder),
-            resume="allow" if config.logging.wandb == "online" else None,
-            mode=config.logging.wandb if config.logging.wandb != "off" else "disabled",
-            dir=str(config.folder),
-            config=config.model_dump(mode="json"),
-            settings=wandb.Settings(console="off", silent=True),
-        )
+        arguments, sys.argv = sys.argv, redacted(sys.argv)  # wandb records the command line
+        try:
+            self._run = wandb.init(
+                project=config.logging.wandb_project,
+                name=config.name,
+                id=_wandb_id(config.folder),
+                resume="allow" if config.logging.wandb == "online" else None,
+                mode=config.logging.wandb if config.logging.wandb != "off" else "disabled",
+                dir=str(config.folder),
+                config=redacted(config.model_dump(mode="json")),
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        finally:
+            sys.argv = arguments
         for record in again:
             self.write(record)
 

@@ -33,6 +33,7 @@ from engine.parallel.agreement import on_first
 from engine.parallel.groups import Groups, join_lines
 from engine.parallel.state import Piece
 from engine.parallel.zero import StageEngine
+from engine.redact import redacted
 from engine.train import saved
 from engine.train.records import last_step, metric_of
 from engine.train.state import TrainState
@@ -282,7 +283,7 @@ class Restarts:
             tokens=state.tokens,
             zero_stage=self.config.parallel.zero_stage,
             config_hash=meaning_hash(self.config),
-            config=self.config.model_dump(mode="json"),
+            config=redacted(self.config.model_dump(mode="json")),
             sections={
                 "progress": state.section(),
                 "loader": loader.state(),
