@@ -13,13 +13,15 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 KEY := $(shell (pwd; cat pyproject.toml tools/environment.sh) | sha256sum | cut -c 1-16)
 RUNTIME := .venv/.installed-$(KEY)
 DEVELOPMENT := .venv/.installed-$(KEY)-dev
+BENCH := .venv/.installed-$(KEY)-bench
 
-.PHONY: help demo test test-all check clean distclean
+.PHONY: help demo test test-all bench check clean distclean
 
 help:
 	@echo 'make demo       set up, then train a small GPT on real text, kill it, resume it elsewhere, let it talk'
 	@echo 'make test       set up, then lint, types and the tests'
 	@echo 'make test-all   the same with the long matrices (PART=2/4: the second of four parts of them)'
+	@echo 'make bench      set up what benchmarks need beside (python -m bench.step, ...)'
 	@echo 'make clean      remove what demo and tests left; make distclean: the environment, too'
 
 demo: $(RUNTIME)
@@ -44,6 +46,11 @@ $(RUNTIME):
 
 $(DEVELOPMENT): $(RUNTIME)
 	@bash tools/environment.sh '$@' dev
+
+bench: $(BENCH)
+
+$(BENCH): $(RUNTIME)
+	@bash tools/environment.sh '$@' bench
 
 clean:
 	rm -rf .demo .pytest_cache .ruff_cache build dist
