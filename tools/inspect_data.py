@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,12 +17,15 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from engine.config.home import expand
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.objectives.sampling import PackingName
 from engine.data.preparation.recipe import PARTS, RECIPE_FILE
 from engine.data.preparation.statistics import Statistics
+from engine.data.shards.cache import ShardCache
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.index import FILE as INDEX_FILE
+from engine.data.shards.remote import RemoteFolder, is_remote
 from engine.data.tokenizer.folder import TextTokenizer, load_tokenizer
 from engine.data.visible import visible
 from engine.errors import ConfigError, DataError
@@ -36,11 +40,15 @@ Objective = Literal["causal", "fill_in_the_middle", "masked", "span_corruption"]
 PairKind = Literal["none", "next_sentence", "sentence_order"]
 MaskUnit = Literal["token", "word", "span"]
 _SOURCES_SHOWN = 20
+_CACHE_BYTES = 1 << 30
+"""Of the temporary folder that shards of a URL are fetched into."""
 BOUNDARY = "──── next document ────"
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(metavar="DIR_OR_RUN.yaml", help="Shards, what prepare wrote, or a run.")],
+    place: Annotated[
+        str, typer.Argument(metavar="DIR_URL_OR_RUN.yaml", help="Shards, what prepare wrote, or a run.")
+    ],  # a path would lose a slash of a URL
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Of a run: keys to change.")
     ] = None,
@@ -60,22 +68,47 @@ def main(
     Of a run file, show what the run draws from each source: samples, shares and epochs. It takes keys to change, as
     `train` does, and no options.
     """
-    if folder.is_file():
+    folder = Path(expand(place))
+    if not is_remote(place) and folder.is_file():
         from tools.mixture import show_mixture
 
         show_mixture(folder, overrides or [])
         return
     if overrides:
         raise ConfigError(
-            f"{folder} is no run file, and {overrides[0]!r} a key to change",
+            f"{place} is no run file, and {overrides[0]!r} a key to change",
             "a folder alone, or a run file and its keys",
             "leave the keys out, or check the path of the run file",
         )
-    loaded = _tokenizer(folder, tokenizer)
-    _print_recipe(folder)
     shown = ObjectiveConfig(name=objective, pairs=pairs, mask_unit=mask_unit)
-    for part in parts_of(folder):
-        dataset = TokenDataset(part, loaded.hash if loaded else None)
+    with tempfile.TemporaryDirectory(prefix="inspect-data-") as cache:
+        if is_remote(place):
+            loaded = None if tokenizer is None else load_tokenizer(tokenizer)
+            parts = [(url, _open_url(url, Path(cache), loaded)) for url in _parts_of_url(place, Path(cache))]
+        else:
+            loaded = _tokenizer(folder, tokenizer)
+            _print_recipe(folder)
+            parts = [
+                (
+                    str(part.relative_to(folder)) if part != folder else part.name,
+                    TokenDataset(part, loaded.hash if loaded else None),
+                )
+                for part in parts_of(folder)
+            ]
+        _show(parts, loaded, samples, sequence_length, seed, packing, shown)
+
+
+def _show(
+    parts: list[tuple[str, TokenDataset]],
+    loaded: TextTokenizer | None,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+    packing: PackingName,
+    shown: ObjectiveConfig,
+) -> None:
+    """Verifies data sets by the name that each is shown with; prints their counts and first samples."""
+    for name, dataset in parts:
         _verify(dataset)
         print_counts(dataset)
         if samples:
@@ -83,7 +116,28 @@ def main(
 
             batch = first_samples(dataset, sequence_length, seed, samples, packing, shown)
             for b, place in enumerate(batch.sources):
-                _print_sample(f"{part.relative_to(folder) if part != folder else part.name} {place}", batch, b, loaded)
+                _print_sample(f"{name} {place}", batch, b, loaded)
+
+
+def _parts_of_url(url: str, cache: Path) -> list[str]:
+    """The data sets that a URL stands for: itself, those under it, and under the parts that prepare wrote."""
+    whole = RemoteFolder(url, ShardCache(cache, _CACHE_BYTES))
+    found = [f"{whole.url}/{name}" for name in whole.data_sets()]
+    for part in PARTS:
+        if f"{whole.url}/{part}" not in found:
+            below = RemoteFolder(f"{whole.url}/{part}", ShardCache(cache, _CACHE_BYTES))
+            found += [f"{below.url}/{name}" for name in below.data_sets()]
+    return found or [url]
+
+
+def _open_url(url: str, folder: Path, tokenizer: TextTokenizer | None) -> TokenDataset:
+    """A data set whose shards are fetched into a folder that has room for the largest of them."""
+    cache = ShardCache(folder, _CACHE_BYTES)
+    dataset = TokenDataset(url, tokenizer.hash if tokenizer else None, cache)
+    cache.limit_bytes = max(
+        [_CACHE_BYTES, *(array.stored_bytes for shard in dataset.index.shards for array in shard.arrays)]
+    )
+    return dataset
 
 
 def parts_of(folder: Path) -> list[Path]:

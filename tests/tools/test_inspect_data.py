@@ -199,3 +199,20 @@ def test_weights_that_make_no_mixture_are_refused(folder, tmp_path, capsys, weig
     assert "stages.0.data.sources" in told
     assert "weight" in told
     assert "to do: " in told
+
+
+def test_a_url_is_inspected_as_the_folder_is_and_prepare_writes_to_none(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tools.inspect_data._CACHE_BYTES", 5000)  # shards have 2,000
+    assert main(["inspect-data", f"file://{folder}", "--samples", "1", "--sequence-length", "64"]) == EXIT_DONE
+    printed = capsys.readouterr().out
+    for part in ("train", "validation"):
+        index = TokenDataset(folder / part).index
+        assert f"{index.num_tokens:,} (uint16, vocabulary 300)" in printed
+        assert index.fingerprint in printed
+    assert main(["inspect-data", "memory://nothing-there"]) == EXIT_FAILURE
+    assert "no token shards lie at this URL" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    given = [str(tmp_path / "texts.jsonl"), "--tokenizer", str(tmp_path / "tokenizer")]
+    assert main(["prepare", *given, "--output", "s3://bucket/tokens"]) == EXIT_USAGE
+    assert "is a URL" in capsys.readouterr().err
+    assert not (tmp_path / "s3:").exists()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -168,6 +169,12 @@ def _check(options: PrepareOptions) -> None:
         raise ConfigError(f"shards of {options.shard_bytes} bytes", "1 or more", "name a larger --shard-megabytes")
     if options.sentences is not None:
         check_language(options.sentences)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(options.output)):  # a path has lost one of a URL's slashes
+        raise ConfigError(
+            f"--output {options.output} is a URL",
+            "a folder on a disk",
+            "write to a folder and copy that to the store, index.json last; a run reads it there by its URL",
+        )
     if not options.sources:
         raise ConfigError("no source is named", "files, folders, globs, or hf:NAME_OR_FOLDER", "name one")
 

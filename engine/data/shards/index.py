@@ -249,7 +249,9 @@ def _checked(tree: dict[str, Any], path: Path | str) -> Index:
 def _read_tree(folder: Path, path: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise DataError(
-            f"no folder of token shards at {folder}", "a folder that `palimpsest prepare` wrote", "check the path"
+            f"no folder of token shards at {folder}",
+            "a folder that `palimpsest prepare` wrote, or its URL (s3://..., https://...)",
+            "check the path" + ("; a URL has two slashes behind its colon" if ":/" in str(folder) else ""),
         )
     try:
         content = path.read_bytes()
