@@ -1,12 +1,14 @@
 """`~` at the beginning of a path: the user's home folder, as in a shell, wherever palimpsest is given a path.
 
 A shell replaces it only at the beginning of a word: not in a run file, in `folder=~/run` or in `--output=~/tokens`.
+Where a path has to lie on a disk, a URL is refused: it would make a folder that is named `s3:`.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ KEYS = (
     "stages.*.data.cache.folder",
 )
 """The keys of a run that are paths, or may be."""
+ON_DISK = ("folder", "tokenizer", "checkpoint.memory.folder", "stages.*.data.cache.folder")
+"""Those of them that are never URLs."""
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` has taken one of the two slashes
 
 
 def expand(path: str, what: str = "path") -> str:
@@ -42,10 +47,24 @@ def expand(path: str, what: str = "path") -> str:
     return found
 
 
+def refuse_url(path: str, what: str) -> str:
+    """Return a path that has to lie on a disk. Raises `ConfigError` where it is a URL."""
+    if _URL.match(path):
+        raise ConfigError(
+            f"{what} = {path} is a URL",
+            "a path on a disk",
+            f"name a folder, and copy between it and the store with the store's own tool; a folder of that name here "
+            f"is ./{path}",
+        )
+    return path
+
+
 def expand_keys(tree: dict[str, Any]) -> None:
     """Expand the paths of a run's configuration, in place and before it is validated. Raises `ConfigError`."""
     for key in KEYS:
-        _expand_at(tree, key.split("."), "")
+        _change_at(tree, key.split("."), "", expand)
+    for key in ON_DISK:
+        _change_at(tree, key.split("."), "", refuse_url)
 
 
 def with_homes(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,7 +80,7 @@ def with_homes(command: Callable[..., Any]) -> Callable[..., Any]:
     return expanded
 
 
-def _expand_at(node: Any, keys: list[str], above: str) -> None:
+def _change_at(node: Any, keys: list[str], above: str, change: Callable[[str, str], str]) -> None:
     key, *deeper = keys
     if isinstance(node, list) and key == "*":
         places: list[Any] = list(range(len(node)))
@@ -71,12 +90,12 @@ def _expand_at(node: Any, keys: list[str], above: str) -> None:
         return
     for place in places:
         if deeper:
-            _expand_at(node[place], deeper, f"{above}{place}.")
+            _change_at(node[place], deeper, f"{above}{place}.", change)
         elif isinstance(node[place], str):
-            node[place] = expand(node[place], f"{above}{place}")
+            node[place] = change(node[place], f"{above}{place}")
 
 
 def _in_argument(value: Any, name: str) -> Any:
     if isinstance(value, Path):
-        return Path(expand(str(value), name))
+        return Path(expand(refuse_url(str(value), name), name))
     return [_in_argument(item, name) for item in value] if isinstance(value, list) else value

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from engine.config.home import refuse_url
 from engine.data.preparation import near_duplicates, spread
 from engine.data.preparation.assemble import (
     Corpus,
@@ -169,12 +169,7 @@ def _check(options: PrepareOptions) -> None:
         raise ConfigError(f"shards of {options.shard_bytes} bytes", "1 or more", "name a larger --shard-megabytes")
     if options.sentences is not None:
         check_language(options.sentences)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(options.output)):  # a path has lost one of a URL's slashes
-        raise ConfigError(
-            f"--output {options.output} is a URL",
-            "a folder on a disk",
-            "write to a folder and copy that to the store, index.json last; a run reads it there by its URL",
-        )
+    refuse_url(str(options.output), "--output")
     if not options.sources:
         raise ConfigError("no source is named", "files, folders, globs, or hf:NAME_OR_FOLDER", "name one")
 

@@ -124,3 +124,18 @@ def test_paths_that_may_be_something_else(at_home: Path) -> None:
     assert split_domain("web=~/text") == ("web", f"{at_home}/text")
     assert split_domain("a/~b=c") == ("", "a/~b=c")
     assert split_hub_name("hf:~/set@train")[0] == f"{at_home}/set"
+
+
+@pytest.mark.parametrize("key", home.ON_DISK)
+def test_a_url_is_refused_where_a_path_has_to_lie_on_a_disk(key):
+    *above, last = key.split(".")
+    tree: Any = {last: "s3://bucket/run"}
+    for name in reversed(above):
+        tree = [tree] if name == "*" else {name: tree}
+    with pytest.raises(ConfigError, match=rf"{last} = s3://bucket/run is a URL") as caught:
+        home.expand_keys(tree)
+    assert "./s3:" in caught.value.remedy
+    home.expand_keys({"stages": [{"data": {"train": "s3://bucket/train", "validation": {"a": "gs://b"}}}]})
+    assert home.with_homes(lambda output: output)(output=Path("C:")) == Path("C:")
+    with pytest.raises(ConfigError, match="output = s3:/bucket/out is a URL"):
+        home.with_homes(lambda output: output)(output=Path("s3://bucket/out"))
