@@ -15,13 +15,17 @@ RUNTIME := .venv/.installed-$(KEY)
 DEVELOPMENT := .venv/.installed-$(KEY)-dev
 BENCH := .venv/.installed-$(KEY)-bench
 
-.PHONY: help demo test test-all bench check clean distclean
+OLD := .cache/readers/4.57
+READER := .cache/readers/.installed-$(shell (echo '$(KEY)'; cat tests/readers/environment.sh) | sha256sum | cut -c 1-16)
+
+.PHONY: help demo test test-all test-readers bench check clean distclean
 
 help:
 	@echo 'make demo       set up, then train a small GPT on real text, kill it, resume it elsewhere, let it talk'
 	@echo 'make test       set up, then lint, types and the tests'
 	@echo 'make test-all   the same with the long matrices (PART=2/4: the second of four parts of them)'
 	@echo 'make bench      set up what benchmarks need beside (python -m bench.step, ...)'
+	@echo 'make test-readers  what convert writes, read by the oldest transformers that is supported and by the newest'
 	@echo 'make clean      remove what demo and tests left; make distclean: the environment, too'
 
 demo: $(RUNTIME)
@@ -34,6 +38,15 @@ test: check
 test-all: check
 	@echo '== pytest, long matrices included'
 	@.venv/bin/python -m pytest -q
+
+test-readers: export HF_HUB_OFFLINE := 1
+test-readers: export OMP_NUM_THREADS := 1
+test-readers: $(RUNTIME) $(READER)
+	@echo '== exports of every form and tokenizer'
+	@rm -rf build/readers
+	@.venv/bin/python -m tests.readers.write build/readers
+	@$(OLD)/bin/python tests/readers/read.py build/readers
+	@.venv/bin/python tests/readers/read.py build/readers
 
 check: $(DEVELOPMENT)
 	@echo '== ruff check, ruff format, pyright'
@@ -52,9 +65,12 @@ bench: $(BENCH)
 $(BENCH): $(RUNTIME)
 	@bash tools/environment.sh '$@' bench
 
+$(READER): $(RUNTIME)
+	@bash tests/readers/environment.sh '$(OLD)' '$@'
+
 clean:
 	rm -rf .demo .pytest_cache .ruff_cache build dist
 	find engine launcher tools tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean
-	rm -rf .venv palimpsest.egg-info
+	rm -rf .venv .cache/readers palimpsest.egg-info

@@ -27,13 +27,18 @@ def main(
     tokenizer: Annotated[
         Path | None, typer.Option(help="The tokenizer's folder: needed for shards, else if it was moved.")
     ] = None,
+    license_id: Annotated[
+        str | None, typer.Option("--license", help="The model's license, for the card of --to huggingface.")
+    ] = None,
 ) -> None:
     """Checkpoint -> Hugging Face (fp32, logits compared), torch's DCP or DeepSpeed's universal checkpoint; DeepSpeed's
     checkpoint -> run (weights); shards -> Megatron; Megatron -> shards, without a copy."""
     if names != "ours" and to != "universal":
         raise ConfigError(f"--names {names} with --to {to}", "--names with --to universal", "leave it out")
+    if license_id is not None and to != "huggingface":
+        raise ConfigError(f"--license with --to {to}", "--license with --to huggingface", "leave it out")
     if to == "huggingface":
-        _model(source, output, tokenizer)
+        _model(source, output, tokenizer, license_id)
     elif to == "dcp":
         _to_dcp(source, output)
     elif to == "universal":
@@ -46,18 +51,20 @@ def main(
         _from_megatron(source, output, tokenizer)
 
 
-def _model(source: Path, output: Path, tokenizer: Path | None) -> None:
+def _model(source: Path, output: Path, tokenizer: Path | None, license_id: str | None) -> None:
     from engine.logs import configure
+    from engine.serve.card import check_license
     from engine.serve.export import LARGEST_DIFFERENCE, export
     from engine.serve.quiet import quiet
     from engine.serve.source import open_trained
 
     configure()
     quiet()
+    license_id = None if license_id is None else check_license(license_id)
     print(f"reading and verifying {source}", flush=True)
     trained = open_trained(source, tokenizer)
     print(f"writing {output} from {trained.checkpoint.name} and reading it back", flush=True)
-    exported = export(trained, output)
+    exported = export(trained, output, license_id)
     print(
         f"wrote {exported.folder}: {exported.num_parameters:,} parameters of step {trained.step} (huggingface, fp32)\n"
         f"transformers agrees on {exported.num_tokens} tokens: largest logit difference "

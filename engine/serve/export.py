@@ -6,20 +6,25 @@ forward pass on real text and on every weight; so a folder that exists is right,
 
 from __future__ import annotations
 
-import shutil
+import json
+import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from engine.checkpoint.interchange.huggingface import from_huggingface
+from engine.checkpoint.interchange.older_readers import older_spellings
 from engine.config.schema.model import ModelConfig
 from engine.models.values import whole_model
-from engine.serve.language_model import LanguageModel, read_folder, read_tokenizer, their_form
+from engine.serve.card import model_card
+from engine.serve.language_model import LanguageModel, caches, read_folder, read_tokenizer, their_form
 from engine.serve.new_folder import new_folder
 from engine.serve.same_tokens import differs, same_tokens
 from engine.serve.source import Trained
+from engine.serve.tokenizer_files import write_tokenizer
 
 LARGEST_DIFFERENCE = 1e-4
 """Between a logit of ours and of theirs, both computed in fp32 from the same weights."""
@@ -59,8 +64,9 @@ class Exported:
     largest_logit: float
 
 
-def export(trained: Trained, output: Path) -> Exported:
-    """Writes config.json, safetensors (fp32), the tokenizer and, of what generates, generation_config.json; reads back.
+def export(trained: Trained, output: Path, license_id: str | None = None) -> Exported:
+    """Writes config.json, safetensors (fp32), the tokenizer, a model card and, of what generates,
+    generation_config.json; reads back.
 
     Raises:
         ConfigError: `output` is taken, or the model has no twin in Hugging Face's library.
@@ -69,26 +75,36 @@ def export(trained: Trained, output: Path) -> Exported:
     """
     with new_folder(output) as partial:
         try:
-            write_folder(trained, partial)
+            write_folder(trained, partial, license_id)
         except SafetensorError as error:  # theirs, where the disk is full
             raise OSError(str(error)) from error
         return check(trained, partial, output)
 
 
-def write_folder(trained: Trained, folder: Path) -> None:
+def write_folder(trained: Trained, folder: Path, license_id: str | None = None) -> None:
     """Writes all files of the model into an existing folder."""
     from huggingface_hub import save_torch_state_dict
     from transformers import GenerationConfig
 
-    config, state = their_form(trained, read_tokenizer(trained.tokenizer))
+    write_tokenizer(trained.tokenizer, folder, trained.config)
+    config, state = their_form(trained, read_tokenizer(folder))
     config.save_pretrained(folder)
+    _add_fields(folder / "config.json", older_spellings(trained.config))
     if trained.config.family != "bert":
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
+        generation = GenerationConfig.from_model_config(config)
+        generation.use_cache = caches(config)
+        generation.save_pretrained(folder)
     save_torch_state_dict(state, folder, filename_pattern="model{suffix}.safetensors", metadata={"format": "pt"})
-    for path in sorted(trained.tokenizer.iterdir()):
-        # The tokenizer's own folder may hold more than it needs, but nothing that would replace the model's files.
-        if path.is_file() and not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
+    (folder / "README.md").write_text(model_card(trained, config, license_id), encoding="utf-8")
+    mode = (folder / "README.md").stat().st_mode  # as the user's umask has it; safetensors writes for its owner alone
+    for path in folder.iterdir():
+        path.chmod(stat.S_IMODE(mode))
+
+
+def _add_fields(path: Path, fields: dict[str, Any]) -> None:
+    """Adds fields to a file of JSON; a field that is there already gets this value."""
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(tree | fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def check(trained: Trained, folder: Path, name: Path) -> Exported:

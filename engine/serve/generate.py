@@ -11,7 +11,7 @@ import torch
 from engine.data.tokenizer.wrapping import unspelt_bytes
 from engine.errors import ConfigError
 from engine.logs import logger
-from engine.serve.language_model import LanguageModel
+from engine.serve.language_model import LanguageModel, caches
 
 log = logger(__name__)
 
@@ -53,7 +53,6 @@ def generate(
     encoded = tokenizer(
         prompt,
         return_tensors="pt",
-        add_special_tokens=language_model.add_special_tokens,
         return_token_type_ids=False,
     ).to(model.device)
     _check_length(model.config, encoded["input_ids"].shape[1], sampling)
@@ -68,7 +67,7 @@ def generate(
             pad_token_id=_pad(tokenizer, model),
             suppress_tokens=_without_text(tokenizer, model.config.vocab_size),
             streamer=streamer,
-            use_cache=_caches(model.config),
+            use_cache=caches(model.config),
         )
     return tokenizer.decode(ids_BT[0], skip_special_tokens=True)
 
@@ -106,11 +105,6 @@ def _pad(tokenizer: Any, model: Any) -> int | None:
 def _without_text(tokenizer: Any, vocab_size: int) -> list[int] | None:
     """Ids of the rows that pad a vocabulary, which no token stands for; None where there are none."""
     return sorted(set(range(vocab_size)) - set(tokenizer.get_vocab().values())) or None
-
-
-def _caches(config: Any) -> bool:
-    """transformers 5 makes a decoder's cache as deep as the encoder."""
-    return not config.is_encoder_decoder or config.num_decoder_layers == config.num_layers
 
 
 def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:

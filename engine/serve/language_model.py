@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from engine.data.tokenizer.wrapping import wrap_files
 from engine.errors import ConfigError
 from engine.foreign import refuse_custom_code
 from engine.serve.source import Trained, is_trained, open_trained, run_of
+from engine.serve.tokenizer_files import write_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -31,12 +33,11 @@ _VOCABULARY_FILES = (MODEL_FILE, "vocab.json", "vocab.txt", "tokenizer.model", "
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """`model` computes in fp32 and in evaluation mode. `origin` says in words where it comes from."""
+    """`model` computes in fp32 and in evaluation mode. `tokenizer` frames a text as the rows of training were.
+    `origin` says in words where it comes from."""
 
     model: PreTrainedModel
     tokenizer: Any
-    add_special_tokens: bool
-    """Whether a prompt begins and ends as the tokenizer says; our token shards are written without."""
     origin: str
 
 
@@ -63,12 +64,14 @@ def from_trained(trained: Trained) -> LanguageModel:
     """A run's model in their classes, in memory."""
     import transformers
 
-    tokenizer = read_tokenizer(trained.tokenizer)
+    with TemporaryDirectory() as folder:  # as `convert` would write it, so that run and folder say the same
+        write_tokenizer(trained.tokenizer, Path(folder), trained.config)
+        tokenizer = read_tokenizer(Path(folder))
     config, state = their_form(trained, tokenizer)
     kind = getattr(transformers, (config.architectures or [])[0])
     model = kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     origin = f"step {trained.step} of {trained.checkpoint.parent.parent.resolve().name}"
-    return LanguageModel(model.eval(), tokenizer, add_special_tokens=False, origin=origin)
+    return LanguageModel(model.eval(), tokenizer, origin)
 
 
 def their_form(trained: Trained, tokenizer: Any) -> tuple[PretrainedConfig, dict[str, torch.Tensor]]:
@@ -86,6 +89,11 @@ def their_form(trained: Trained, tokenizer: Any) -> tuple[PretrainedConfig, dict
     if config.is_encoder_decoder:
         config.decoder_start_token_id = config.pad_token_id  # as span corruption shifts its targets
     return config, state
+
+
+def caches(config: PretrainedConfig) -> bool:
+    """Return whether generation may cache: transformers 5 makes a decoder's cache as deep as the encoder."""
+    return not config.is_encoder_decoder or config.num_decoder_layers == config.num_layers
 
 
 def their_names_of(checkpoint: Path, tokenizer: Path | None = None) -> Names:
@@ -122,7 +130,7 @@ def read_folder(folder: Path, tokenizer: Path | None = None) -> LanguageModel:
     read = read_tokenizer(tokenizer or folder)
     model = read_model(folder).eval()
     check_vocabulary(model.config.vocab_size, tokenizer or folder, read)
-    return LanguageModel(model, read, add_special_tokens=True, origin=str(folder))
+    return LanguageModel(model, read, str(folder))
 
 
 def read_tokenizer(folder: Path) -> Any:

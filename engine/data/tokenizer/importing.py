@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.data.tokenizer.files import MODEL_FILE, NAMED_TOKENS, build
 from engine.data.tokenizer.folder import TextTokenizer, load_tokenizer
+from engine.data.tokenizer.portable import make_portable
 from engine.data.tokenizer.training import CLASSIFY, MASK, PURPOSE_TOKENS, SENTENCEPIECE_FILE, SEPARATE, Purpose
 from engine.data.tokenizer.wrapping import KEPT_SETTINGS, wrap
 from engine.data.tokenizer.writing import written_whole
@@ -60,6 +61,7 @@ def import_tokenizer(source: str, folder: Path, purpose: Purpose = "causal") -> 
     _add(taken, purpose)
     with written_whole(folder, replaced=(SENTENCEPIECE_FILE,)) as inner:
         taken.save_pretrained(inner)
+        make_portable(inner)
     return load_tokenizer(folder), sorted(set(taken.get_vocab()) - before)
 
 

@@ -20,6 +20,7 @@ from tempfile import TemporaryFile
 from typing import IO, Any, Literal
 
 from engine.data.tokenizer.folder import END_OF_TEXT, TextTokenizer, load_tokenizer
+from engine.data.tokenizer.portable import make_portable
 from engine.data.tokenizer.vocabulary import FILL_TOKENS
 from engine.data.tokenizer.writing import written_whole
 from engine.errors import ConfigError, DataError
@@ -98,6 +99,7 @@ def train_tokenizer(
         PreTrainedTokenizerFast(
             tokenizer_object=model, clean_up_tokenization_spaces=False, **_names(kind, purpose)
         ).save_pretrained(inner)
+        make_portable(inner)
     return load_tokenizer(folder)
 
 

@@ -53,8 +53,8 @@ def test_the_defaults_of_a_family_have_a_twin_and_make_a_run(model, form):
 
 def test_given_keys_win_over_those_of_the_family():
     given = {"norm_position": "pre", "activation": "gelu_tanh", "token_types": 0}
-    assert ModelConfig(**SIZES, family="bert", **given).model_dump().items() >= given.items()
-    whole = ModelConfig(**SIZES, family="bert")
+    assert ModelConfig.model_validate(SIZES | {"family": "bert"} | given).model_dump().items() >= given.items()
+    whole = ModelConfig.model_validate(SIZES | {"family": "bert"})
     assert ModelConfig.model_validate_json(whole.model_dump_json(), strict=True) == whole
 
 
@@ -149,4 +149,4 @@ def test_train_says_it_before_torch_is_imported(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("path", sorted(MODELS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_no_shipped_model_is_a_mix(path):
-    assert nearest(ModelConfig(**read_tree(path)["model"]))[1] == []
+    assert nearest(ModelConfig.model_validate(read_tree(path)["model"]))[1] == []

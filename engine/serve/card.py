@@ -1,0 +1,183 @@
+"""The model card (`README.md`) of an exported folder: where the model comes from, in numbers that the run recorded.
+
+Nothing is claimed that is not recorded: what a checkpoint that was moved out of its run no longer shows is said to be
+missing.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ruamel.yaml import YAML
+
+from engine import __version__
+from engine.checkpoint.folder import CHECKPOINTS
+from engine.checkpoint.interchange.older_readers import OLDEST
+from engine.checkpoint.load import read_state
+from engine.checkpoint.manifest import CheckpointState
+from engine.config.schema.run import RunConfig
+from engine.config.schema.stage import RunStage
+from engine.errors import ConfigError
+from engine.serve.source import Trained, run_of
+from engine.train.metrics import METRICS
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+_CREDENTIALS = re.compile(r"(://)[^/@\s]+@|[?#][^\s'\"]*")
+"""The parts of a URL that may hold a password or a signature."""
+_PIPELINES = {"gpt": "text-generation", "bert": "fill-mask", "t5": "text2text-generation"}
+_CLASSES = {"gpt": "AutoModelForCausalLM", "bert": "AutoModelForMaskedLM", "t5": "AutoModelForSeq2SeqLM"}
+_UNTIED_T5 = (
+    "Its output projection is not the embedding. transformers 5 takes every T5 for tied: `tie_weights()` and "
+    "`resize_token_embeddings()` overwrite the projection there, so do not call them."
+)
+
+
+def check_license(name: str) -> str:
+    """Return a license's identifier as the hub writes it, in lower case.
+
+    Raises:
+        ConfigError: it cannot be one.
+    """
+    if _LICENSE.fullmatch(name.lower()) is None:
+        raise ConfigError(
+            f"--license {name!r}",
+            "an identifier of letters, digits, '.', '+' and '-', such as apache-2.0, mit or cc-by-4.0",
+            "use the SPDX identifier, or `other` for a license that has none",
+        )
+    return name.lower()
+
+
+def model_card(trained: Trained, theirs: PretrainedConfig, license_id: str | None) -> str:
+    """Return the text of the card, with the metadata that the hub reads at its head."""
+    state = read_state(trained.checkpoint)
+    run = run_of(trained.checkpoint, state)
+    family = run.model.family
+    metadata: dict[str, Any] = {} if license_id is None else {"license": license_id}
+    metadata |= {"library_name": "transformers", "pipeline_tag": _PIPELINES[family], "tags": ["palimpsest"]}
+    parts = [
+        f"---\n{_yaml(metadata)}---",
+        f"# {' '.join(run.name.split())}",
+        f"A {theirs.architectures[0]} that was pretrained with Palimpsest {__version__}; weights in fp32.",  # type: ignore[index]
+        *([_UNTIED_T5] if family == "t5" and not run.model.tie_embeddings else []),
+        _usage(_CLASSES[family]),
+        "## Source\n\n" + _table(("", ""), _source(trained, run, state, license_id)),
+        "## Training data\n\n" + _data(trained, run, state),
+        "## Held-out loss\n\n" + _losses(trained),
+        f"## Configuration\n\n```yaml\n{_yaml(_without_secrets(run.model_dump(mode='json', exclude_none=True)))}```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _usage(name: str) -> str:
+    return (
+        f"```python\nfrom transformers import AutoTokenizer, {name}\n\n"
+        f"tokenizer = AutoTokenizer.from_pretrained(FOLDER)\nmodel = {name}.from_pretrained(FOLDER)\n```\n\n"
+        f"Reads alike under transformers {OLDEST} and newer. The tokenizer frames a text as training did and, with "
+        "`truncation=True`, cuts it at the model's positions."
+    )
+
+
+def _source(
+    trained: Trained, run: RunConfig, state: CheckpointState, license_id: str | None
+) -> Iterator[tuple[str, str]]:
+    yield "run", run.name
+    yield "checkpoint", f"step {trained.step:,}"
+    yield "tokens", f"{trained.tokens:,}"
+    yield "parameters", f"{sum(value.numel() for value in trained.weights.values()):,}"
+    yield "configuration hash", state.config_hash
+    yield "tokenizer hash", state.sections.get("tokenizer", {}).get("hash", "not recorded")
+    yield "seed", str(run.seed)
+    yield "license", license_id or "not stated (`palimpsest convert --license`)"
+    yield "versions", ", ".join(f"{name} {version}" for name, version in state.versions.items())
+
+
+def _data(trained: Trained, run: RunConfig, state: CheckpointState) -> str:
+    """Tokens and fingerprints of each source, of the stage that the checkpoint is of."""
+    loader = state.sections.get("loader", {})
+    stage = _stage_of(run, state)
+    if stage.data.train is not None:
+        rows = [("train", stage.data.train, f"{trained.tokens:,}", loader.get("fingerprint", "not recorded"))]
+    else:
+        seen, prints = _tokens_by_source(trained, stage), str(loader.get("sources", "")).split()
+        prints += ["not recorded"] * (len(stage.data.sources) - len(prints))
+        rows = [
+            (source.name, source.path, seen.get(source.name, "not recorded"), fingerprint)
+            for source, fingerprint in zip(stage.data.sources, prints, strict=True)
+        ]
+        rows.append(("all", "", f"{trained.tokens:,}", loader.get("fingerprint", "not recorded")))
+    return _table(("source", "folder", "tokens seen", "fingerprint"), _without_secrets(rows))
+
+
+def _stage_of(run: RunConfig, state: CheckpointState) -> RunStage:
+    name = state.sections.get("scheduler", {}).get("stage")
+    return next((stage for stage in run.stages if stage.name == name), run.stages[0])
+
+
+def _tokens_by_source(trained: Trained, stage: RunStage) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for record in _records(trained):
+        for source in stage.data.sources:
+            samples = record.get(f"{source.name}_samples")
+            if (tokens := record.get(f"tokens/{source.name}")) is not None:
+                found[source.name] = f"{tokens:,}"
+            elif samples is not None:
+                found[source.name] = f"{samples * stage.sequence_length:,}"
+    return found
+
+
+def _losses(trained: Trained) -> str:
+    """The newest held-out losses up to the checkpoint's step."""
+    newest: dict[str, Any] = {}
+    for record in _records(trained):
+        if any(name.startswith("validation_loss") for name in record):
+            newest = record
+    rows = [(name, f"{newest['step']:,}", f"{value:.6f}") for name, value in newest.items() if "validation" in name]
+    return _table(("metric", "step", "value"), rows) if rows else "None is recorded."
+
+
+def _records(trained: Trained) -> Iterator[dict[str, Any]]:
+    """The run's records up to the checkpoint's step, none where the checkpoint lies outside of its run; lines that are
+    damaged are passed over."""
+    checkpoint: Path = trained.checkpoint.resolve()
+    path = checkpoint.parent.parent / METRICS
+    if checkpoint.parent.name != CHECKPOINTS or not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and record.get("step", trained.step + 1) <= trained.step:
+                yield record
+
+
+def _without_secrets(tree: Any) -> Any:
+    """The same tree of text with passwords and signatures taken out of URLs."""
+    if isinstance(tree, dict):
+        return {key: _without_secrets(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_without_secrets(value) for value in tree]
+    return _CREDENTIALS.sub(r"\1", tree) if isinstance(tree, str) and "://" in tree else tree
+
+
+def _table(head: tuple[str, ...], rows: Any) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    cells = [[" ".join(cell.replace("|", r"\|").split()) for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _yaml(tree: dict[str, Any]) -> str:
+    text, yaml = io.StringIO(), YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.dump(tree, text)
+    return text.getvalue()

@@ -1,0 +1,46 @@
+"""The fields that readers before transformers 5 look for, as their own classes name them; read by them in
+`make test-readers`."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.checkpoint.interchange.older_readers import older_spellings
+from tests.engine.models.tiny import BERT_FORMS, FORMS, T5_FORMS, tiny
+
+ALL = FORMS | BERT_FORMS | T5_FORMS
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ("gpt2", {"n_ctx": 128}),
+        ("llama", {"rope_theta": 10000.0}),
+        ("llama-tied", {"rope_theta": 100.0}),
+        ("bert", {}),
+        ("roberta", {}),
+        (
+            "modernbert",
+            {"global_attn_every_n_layers": 3, "global_rope_theta": 160000.0, "local_rope_theta": 10000.0},
+        ),
+        ("modernbert-wide", {"global_attn_every_n_layers": 2, "global_rope_theta": 160000.0, "local_rope_theta": 50.0}),
+        ("modernbert-biased", {"global_attn_every_n_layers": 3, "global_rope_theta": 100.0, "local_rope_theta": 100.0}),
+        (
+            "modernbert-global",
+            {"global_attn_every_n_layers": 1, "global_rope_theta": 160000.0, "local_rope_theta": 160000.0},
+        ),
+        ("t5", {"tie_word_embeddings": True}),
+        ("t5-v1.1", {"tie_word_embeddings": False}),
+    ],
+)
+def test_both_spellings_are_written(form, expected):
+    assert older_spellings(ALL[form]) == {"torch_dtype": "float32"} | expected
+
+
+def test_every_layer_is_of_the_kind_that_the_older_field_makes_it():
+    """Theirs: a layer is local where its number is no multiple of global_attn_every_n_layers."""
+    for model in (ALL["modernbert"], ALL["modernbert-global"], tiny("modernbert", global_every=4, num_layers=9)):
+        every = older_spellings(model)["global_attn_every_n_layers"]
+        assert [layer % every != 0 for layer in range(model.num_layers)] == [
+            model.reach(layer) is not None for layer in range(model.num_layers)
+        ]
