@@ -15,7 +15,7 @@ from engine.checkpoint.manifest import library_versions
 from engine.config.place import RankPlace
 from engine.config.resume import flatten
 from engine.config.schema.run import RunConfig
-from engine.data.shards.dataset import TokenDataset
+from engine.data.held_out import HeldOutSet
 from engine.data.source import Part
 from engine.data.tokenizer.folder import tokenizer_hash
 
@@ -40,13 +40,13 @@ def facts_of_start(config: RunConfig, place: RankPlace, device: torch.device) ->
     }
 
 
-def facts_of_data(config: RunConfig, training: list[Part], held_out: TokenDataset | None) -> dict[str, Any]:
+def facts_of_data(config: RunConfig, training: list[Part], held_out: list[HeldOutSet] | None) -> dict[str, Any]:
     """What is known once the data is open."""
     sources = {f"data fingerprint{f' of {part.name}' * bool(part.name)}": part.dataset.fingerprint for part in training}
     return {
         **sources,
         **{f"weight of {part.name or 'the data'}": part.weight for part in training},
-        "held-out data fingerprint": held_out.fingerprint if held_out is not None else None,
+        "held-out data fingerprints": {name: dataset.fingerprint for name, dataset in held_out or []},
         "tokenizer": tokenizer_hash(config.tokenizer),
     }
 
