@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def with_homes(command: Callable[..., Any]) -> Callable[..., Any]:
     return expanded
 
 
-def _change_at(node: Any, keys: list[str], above: str, change: Callable[[str, str], str]) -> None:
+def _change_at(node: Any, keys: Sequence[str], above: str, change: Callable[[str, str], str]) -> None:
     key, *deeper = keys
     if isinstance(node, list) and key == "*":
         places: list[Any] = list(range(len(node)))
