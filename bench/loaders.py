@@ -114,14 +114,16 @@ def ours(folder: Path, task: Task, skip: int) -> Iterator[Any]:
     from engine.config.schema.objective import ObjectiveConfig
     from engine.data.loader import Loader
     from engine.data.shards.dataset import TokenDataset
+    from engine.data.stream import Stream
 
     objective = ObjectiveConfig(name="masked" if task.model == "bert" else "causal")
-    loader = Loader(TokenDataset(folder), task.length, task.rows, SEED, 16, "document", "concatenate", objective)
+    stream = Stream(TokenDataset(folder), task.length, task.rows, SEED, 16, "document", "concatenate", objective)
     if skip:
-        fast = loader.clone()
+        fast = stream.clone()
         fast.leave_out(0, (skip - 1) * task.rows)
         fast.skip()
-        loader.restore({**fast.state(), "left_out": []})
+        stream.restore({**fast.state(), "left_out": []})
+    loader = Loader(stream)
     while True:
         yield loader.step(0, 1, task.rows)[0]
 

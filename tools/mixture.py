@@ -11,8 +11,8 @@ from rich.text import Text
 from engine.config.load import load_run
 from engine.config.mixture import check_mixture
 from engine.config.schema.stage import RunStage
-from engine.data.loader import Loader
-from engine.data.stage import open_parts, stage_loader
+from engine.data.stage import open_parts, stage_stream
+from engine.data.stream import Stream
 from engine.data.tokenizer.folder import tokenizer_hash
 from engine.data.visible import visible
 from engine.errors import PalimpsestError, report
@@ -32,16 +32,16 @@ def show_mixture(run_file: Path, overrides: list[str]) -> None:
         raise report(problems, f"the data of {run_file} cannot be mixed")
     for stage in config.stages:
         parts = open_parts(stage, tokenizer_hash(config.tokenizer), config.model.vocab_size)
-        Console().print(mixture_table(stage, stage_loader(stage, parts, config.seed)))
+        Console().print(mixture_table(stage, stage_stream(stage, parts, config.seed)))
 
 
-def mixture_table(stage: RunStage, loader: Loader) -> Table:
+def mixture_table(stage: RunStage, stream: Stream) -> Table:
     """Samples of a stage by source: how many, their share, how often that is the whole source, and the asked share."""
-    total, weights = stage.batches.samples(stage.num_steps), [part.weight for part in loader.parts]
+    total, weights = stage.batches.samples(stage.num_steps), [part.weight for part in stream.parts]
     table = Table("source", "samples", "share", "weight", "epochs", "tokens of an epoch")
     table.title = Text(visible(f"stage {stage.name}: {total:,} samples of {stage.sequence_length:,}"))
     table.title_justify = "left"
-    rows = zip(loader.parts, loader.mix(total), weights, loader.samples_by_source(), strict=True)
+    rows = zip(stream.parts, stream.mix(total), weights, stream.samples_by_source(), strict=True)
     for part, count, weight, epoch in rows:
         table.add_row(
             Text(visible(part.name or part.dataset.location)),

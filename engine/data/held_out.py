@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.batch import Batch, make_batches
 from engine.data.loader import micro_batch_rows
-from engine.data.objectives.sampling import Attention, PackingName, Sampler, make_sampler
+from engine.data.objectives.sampling import Attention, PackingName, make_sampler
+from engine.data.order.sample_order import SampleOrder
 from engine.data.shards.dataset import TokenDataset
 from engine.data.source import Part, Source
 
@@ -41,18 +43,18 @@ class HeldOut:
         """`max_samples` takes the first so many of each data set. Raises `DataError` where a data set holds not one
         sample, or lacks what the objective needs."""
 
-        def sampler(dataset: TokenDataset, seed: int) -> Sampler:
-            return make_sampler(dataset, sequence_length, seed, attention, packing, objective)
+        def source(number: int, dataset: TokenDataset) -> Source:
+            sampler = make_sampler(dataset, sequence_length, EVALUATION_SEED, attention, packing, objective)
+            order = partial(SampleOrder, dataset.num_shards, seed=EVALUATION_SEED, window_shards=1)
+            return Source(number, Part(dataset), sampler, order)
 
         named = [("", sets)] if isinstance(sets, TokenDataset) else list(sets)
         self.names = tuple(name for name, _ in named if name)
         """Of the data sets; empty where the only one has none."""
-        self._sources = [
-            Source(k, Part(dataset), sampler, EVALUATION_SEED, window_shards=1) for k, (_, dataset) in enumerate(named)
-        ]
-        for source in self._sources:
-            source.refuse_empty()
-        self._ends = [np.cumsum(source.count(np.arange(source.dataset.num_shards))) for source in self._sources]
+        self._sources = [source(number, dataset) for number, (_, dataset) in enumerate(named)]
+        for opened in self._sources:
+            opened.refuse_empty()
+        self._ends = [np.cumsum(opened.count(np.arange(opened.dataset.num_shards))) for opened in self._sources]
         sizes = [min(int(ends[-1]), max_samples or int(ends[-1])) for ends in self._ends]
         self._starts = np.array([0, *itertools.accumulate(sizes)])
         self.num_samples = sum(sizes)

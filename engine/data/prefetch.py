@@ -1,8 +1,9 @@
 """Reads the next steps in a thread while the current one trains: what the rank needs of them, on its way to its device.
 
-Invariant: the loader that was handed in describes what was consumed, never what was read ahead; the thread works
-on a clone of it. An error of the thread is raised by the call that would have returned its batches, and again by
-every later one. The thread ends with `close` (or the context), even where nobody consumes.
+Invariant: the stream that was handed in stands behind what was consumed, never behind what was read ahead; the thread
+works on a clone of it, and each step that it reads says how far the stream has come behind it. An error of the thread
+is raised by the call that would have returned its batches, and again by every later one. The thread ends with `close`
+(or the context), even where nobody consumes.
 """
 
 from __future__ import annotations
@@ -11,17 +12,18 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from threading import Condition, Thread
+from typing import NamedTuple
 
 import torch
 
-from engine.data.ahead import FetchAhead
 from engine.data.batch import Batch
-from engine.data.loader import Loader, State
-from engine.data.order.stream import SampleId
+from engine.data.loader import Loader
+from engine.data.shard_fetcher import ShardFetcher
+from engine.data.stream import Progress, State, Stream
 from engine.data.upload import Inputs, Upload, Uploader
 
 DEPTH = 2
-"""Steps that may lie ready."""
+"""Steps that may wait for the consumer."""
 
 Cut = Callable[[Batch, int], Inputs]
 """What a rank needs of a micro-batch of a step (by its number), on the CPU; the reading thread calls it."""
@@ -32,12 +34,20 @@ def whole(batch: Batch, step: int) -> Inputs:
     return batch.inputs
 
 
+class _Ready(NamedTuple):
+    """A step that was read, and how far the stream has come behind it."""
+
+    batches: list[Batch]
+    upload: Upload | None
+    after: Progress
+
+
 class Prefetcher:
-    """A `Loader` for one data rank, some steps ahead; `state` and the sample ids are the consumer's."""
+    """Reads a stream for one data rank, some steps ahead of its consumer."""
 
     def __init__(
         self,
-        loader: Loader,
+        stream: Stream,
         data_rank: int,
         data_size: int,
         micro_batch_size: int,
@@ -46,7 +56,7 @@ class Prefetcher:
         gpu: torch.device | None = None,
     ) -> None:
         """Batches' inputs are what `cut` returns, copied to the `gpu` (if any) while that computes."""
-        self._loader = loader
+        self._stream = stream
         self._cut, self._gpu = cut, gpu
         self._shape = (data_rank, data_size, micro_batch_size)
         self._depth = depth
@@ -63,33 +73,21 @@ class Prefetcher:
             if not self._ready:
                 assert self._error is not None
                 raise self._error
-            batches, upload = self._ready.popleft()
+            ready = self._ready.popleft()
             self._changed.notify_all()
-        self._loader.skip()
-        return batches if upload is None else _with_inputs(batches, upload.arrive())
+        self._stream.advance_to(ready.after)
+        return ready.batches if ready.upload is None else _with_inputs(ready.batches, ready.upload.arrive())
 
     def wait(self, seconds: float) -> bool:
         """Whether `step` would return (or raise) at once; waits for that for so long at most."""
         with self._changed:
             return bool(self._changed.wait_for(lambda: self._ready or self._error, seconds))
 
-    def state(self) -> State:
-        """State after the last step that was consumed."""
-        return self._loader.state()
-
     def restore(self, state: State) -> None:
-        """Goes on at a saved state; what was read ahead is dropped. Raises `DataError` as `Loader.restore` does."""
+        """Go on at a saved state; what was read ahead is dropped. Raises `DataError` as `Stream.restore` does."""
         self.close()
-        self._loader.restore(state)
+        self._stream.restore(state)
         self._start()
-
-    def next_sample_ids(self, count: int) -> list[SampleId]:
-        """Addresses of the next samples that `step` will return (over all ranks)."""
-        return self._loader.next_sample_ids(count)
-
-    def sample_hash(self, count: int) -> str:
-        """`Loader.sample_hash` of the next samples that `step` will return (over all ranks)."""
-        return self._loader.sample_hash(count)
 
     def close(self) -> None:
         """Ends the thread and waits for it; safe to call twice."""
@@ -106,26 +104,26 @@ class Prefetcher:
 
     def _start(self) -> None:
         self._changed = Condition()
-        self._ready: deque[tuple[list[Batch], Upload | None]] = deque()
+        self._ready: deque[_Ready] = deque()
         self._error: BaseException | None = None
         self._closed = False
         # a daemon, so that a process which forgets to close can still end
-        self._thread = Thread(target=self._read_ahead, args=(self._loader.clone(),), name="prefetch", daemon=True)
+        self._thread = Thread(target=self._read_ahead, args=(self._stream.clone(),), name="prefetch", daemon=True)
         self._thread.start()
 
-    def _read_ahead(self, loader: Loader) -> None:
-        ahead = FetchAhead()
+    def _read_ahead(self, stream: Stream) -> None:
+        fetcher = ShardFetcher()
         try:
-            self._read_steps(loader, ahead)
+            self._read_steps(stream, fetcher)
         except BaseException as error:  # whatever it is, the consumer must hear of it
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
         finally:
-            ahead.close()
+            fetcher.close()
 
-    def _read_steps(self, loader: Loader, ahead: FetchAhead) -> None:
-        uploader = None
+    def _read_steps(self, stream: Stream, fetcher: ShardFetcher) -> None:
+        loader, uploader = Loader(stream), None
         if self._gpu is not None:
             torch.cuda.set_device(self._gpu)  # a thread begins on GPU 0, and page-locking would make a context there
             uploader = Uploader(self._gpu)
@@ -134,13 +132,13 @@ class Prefetcher:
                 self._changed.wait_for(lambda: self._closed or len(self._ready) < self._depth)
                 if self._closed:
                     return
-            ahead.want(loader.coming())
-            step = loader.batches.steps(loader.samples)
+            fetcher.want(stream.coming_shards())
+            step = stream.num_steps
             batches = loader.step(*self._shape)
             batches = _with_inputs(batches, [self._cut(batch, step) for batch in batches])
             upload = uploader.send([batch.inputs for batch in batches]) if uploader is not None else None
             with self._changed:
-                self._ready.append((batches, upload))
+                self._ready.append(_Ready(batches, upload, stream.progress))
                 self._changed.notify_all()
 
 

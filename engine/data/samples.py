@@ -7,6 +7,7 @@ from engine.data.batch import Batch
 from engine.data.loader import Loader
 from engine.data.objectives.sampling import PackingName
 from engine.data.shards.dataset import TokenDataset
+from engine.data.stream import Stream
 
 WINDOW_SHARDS = 16
 """The default of `DataConfig.window_shards`."""
@@ -22,5 +23,5 @@ def first_samples(
 ) -> Batch:
     """The first `count` samples (1 or more) of epoch 0, or all where it has fewer. Raises `DataError`."""
     shape = (WINDOW_SHARDS, "document", packing, objective)
-    count = min(count, Loader(dataset, sequence_length, 1, seed, *shape).samples_per_epoch())
-    return Loader(dataset, sequence_length, count, seed, *shape).step(0, 1, count)[0]
+    count = min(count, Stream(dataset, sequence_length, 1, seed, *shape).samples_per_epoch())
+    return Loader(Stream(dataset, sequence_length, count, seed, *shape)).step(0, 1, count)[0]

@@ -12,15 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.data.objectives.sampling import Sampler
-from engine.data.order.stream import SampleId, SampleOrder
+from engine.data.order.sample_order import CountRows, Order, SampleId
 from engine.data.shards.damage import Damage, DamagedShard
 from engine.data.shards.dataset import TokenDataset
 from engine.errors import DataError
 
 PURPOSE_SOURCE = int.from_bytes(b"source")
-
-MakeSampler = Callable[[TokenDataset, int], Sampler]
-"""(data set, seed) -> sampler."""
 
 
 @dataclass(frozen=True)
@@ -38,33 +35,25 @@ class Part:
 
 
 class Source:
-    """One part of a stream, ready to be read."""
+    """One part of a stream with the order of its samples, ready to be read."""
 
     def __init__(
         self,
         number: int,
         part: Part,
-        make_sampler: MakeSampler,
-        seed: int,
-        window_shards: int,
+        sampler: Sampler,
+        order: Callable[[CountRows], Order],
         lost: tuple[Damage, ...] = (),
     ) -> None:
-        """`lost` are damages of this source. Raises `DataError` where the data set lacks what the sampler needs."""
-        self.number, self.part, self.dataset = number, part, part.dataset
-        self._arguments = (make_sampler, seed, window_shards)
-        own = _own_seed(seed, part.name)
-        self.sampler = make_sampler(part.dataset, own)
-        self.lost = np.array(sorted(damage.shard for damage in lost), np.int64)
-        self._uncounted = np.array([damage.shard for damage in lost if not damage.counted], np.int64)
-        self.order = SampleOrder(part.dataset.num_shards, self.count, own, window_shards)
-
-    def again(self, lost: tuple[Damage, ...]) -> Source:
-        """The same without those shards, sharing nothing but the opened data set."""
-        mine = tuple(damage for damage in lost if damage.source == self.number)
-        return Source(self.number, self.part, *self._arguments, mine)
+        """`order` is given how many rows each shard has; of `lost` only the damages of this source count."""
+        mine = [damage for damage in lost if damage.source == number]
+        self.number, self.part, self.dataset, self.sampler = number, part, part.dataset, sampler
+        self.lost = np.array(sorted(damage.shard for damage in mine), np.int64)
+        self._uncounted = np.array([damage.shard for damage in mine if not damage.counted], np.int64)
+        self.order = order(self.count)
 
     def count(self, shards: np.ndarray) -> np.ndarray:
-        """(n,) int64 rows of shards (n,). Raises `DamagedShard` where they cannot be counted."""
+        """Return the rows of shards (n,), (n,) int64. Raises `DamagedShard` where they cannot be counted."""
         counts = np.zeros(shards.size, np.int64)
         counted = ~np.isin(shards, self._uncounted)
         try:
@@ -81,8 +70,8 @@ class Source:
             limits.append(int(self.part.epochs * self.count(np.arange(self.dataset.num_shards)).sum()))
         return min((limit for limit in limits if limit is not None), default=None)
 
-    def refuse_lost(self, places_N2: np.ndarray) -> np.ndarray:
-        """(N,) bool: the places that are not in a lost shard."""
+    def is_kept(self, places_N2: np.ndarray) -> np.ndarray:
+        """Return for each place (shard and row) whether its shard is not lost, (N,) bool."""
         return ~np.isin(places_N2[:, 0], self.lost)
 
     def refuse_mid_window(self, damage: Damage, here: SampleId) -> None:
@@ -114,8 +103,8 @@ class Source:
         )
 
 
-def _own_seed(seed: int, name: str) -> int:
-    """The seed of a source: the run's where there is but one, else one that its name takes part in."""
+def source_seed(seed: int, name: str) -> int:
+    """Return the seed of a source: the run's where there is but one, else one that depends on its name, too."""
     if not name:
         return seed
     words = np.random.SeedSequence((seed, PURPOSE_SOURCE, int.from_bytes(name.encode()))).generate_state(2, np.uint32)

@@ -1,4 +1,4 @@
-"""The data of a run stage, opened as its configuration says: data sets, their shares, and the loader over them."""
+"""The data of a run stage, opened as its configuration says: data sets, their shares, and the stream over them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from engine.config.mixture import whole_parts
 from engine.config.schema.data import DataConfig
 from engine.config.schema.stage import RunStage
 from engine.data.held_out import HeldOutSet
-from engine.data.loader import Loader
 from engine.data.shards.cache import ShardCache
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.index import FILE
 from engine.data.shards.remote import RemoteFolder, is_remote
 from engine.data.source import Part
+from engine.data.stream import Stream
 from engine.errors import DataError
 
 PARTS = ("train", "validation")
@@ -75,10 +75,10 @@ def _with_shards(folder: Path) -> list[Path]:
     return [path.parent for pattern in (FILE, "shard-000000.tokens*") for path in folder.glob(f"*/{pattern}")]
 
 
-def stage_loader(run_stage: RunStage, parts: list[Part], seed: int) -> Loader:
-    """The stage's loader at its beginning. Raises `DataError` where the data does not serve the stage."""
+def stage_stream(run_stage: RunStage, parts: list[Part], seed: int) -> Stream:
+    """Return the stage's stream at its beginning. Raises `DataError` where the data does not serve the stage."""
     data = run_stage.data
-    loader = Loader(
+    stream = Stream(
         parts,
         run_stage.sequence_length,
         run_stage.batches,
@@ -89,13 +89,13 @@ def stage_loader(run_stage: RunStage, parts: list[Part], seed: int) -> Loader:
         run_stage.objective,
     )
     wanted = run_stage.batches.samples(run_stage.num_steps)
-    if loader.num_samples is not None and loader.num_samples < wanted:
+    if stream.num_samples is not None and stream.num_samples < wanted:
         raise DataError(
-            f"stage {run_stage.name} trains on {wanted:,} samples, but its sources end after {loader.num_samples:,}",
+            f"stage {run_stage.name} trains on {wanted:,} samples, but its sources end after {stream.num_samples:,}",
             f"{wanted:,} samples or more",
             "raise data.sources.*.epochs or max_tokens, or shorten the stage",
         )
-    return loader
+    return stream
 
 
 def _open(data: DataConfig, folder: str, tokenizer_hash: str | None, vocab_size: int) -> TokenDataset:

@@ -1,6 +1,6 @@
 """This rank's share of the data, as the keywords of its pipeline stage, on its device.
 
-What a stage needs is its family's to say; ranks that need nothing read nothing and only advance the loader. Where there
+What a stage needs is its family's to say; ranks that need nothing read nothing and only advance the stream. Where there
 are several sources, or held-out data sets, the last stage's rows say which they are of (`DOMAINS`).
 
 Legend: L losses, K domains (sources, or held-out data sets; 0 where losses are not told apart).
@@ -25,7 +25,7 @@ from engine.data.objectives.draws import dropout_keys
 from engine.data.prefetch import Prefetcher
 from engine.data.shards.damage import Damage
 from engine.data.source import Part
-from engine.data.stage import open_held_out, open_parts, stage_loader
+from engine.data.stage import open_held_out, open_parts, stage_stream
 from engine.data.tokenizer.folder import tokenizer_hash
 from engine.models.dropout import KEYS
 from engine.models.families import family
@@ -48,7 +48,7 @@ def open_datasets(config: RunConfig, run_stage: RunStage) -> tuple[list[Part], l
 
 
 class Feed:
-    """Batches for one rank; `loader` is the state that a checkpoint keeps. Close it to end its thread."""
+    """Batches for one rank; a checkpoint keeps the state of its `stream`. Close it to end its thread."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Feed:
         self.groups, self.device, self.run_stage, self.seed = groups, device, run_stage, config.seed
         self.parallel: ParallelConfig = config.parallel
         data, length = run_stage.data, run_stage.sequence_length
-        self.loader = stage_loader(run_stage, training, config.seed)
+        self.stream = stage_stream(run_stage, training, config.seed)
         most = config.evaluation.max_samples
         self.held_out = (
             None
@@ -82,7 +82,7 @@ class Feed:
         self.wait_seconds = 0.0
         """Time that the last `step` waited for data."""
         self._prefetcher: Prefetcher | None = None
-        self._before = self.loader.state()
+        self._before = self.stream.progress
 
     @property
     def reads(self) -> bool:
@@ -90,12 +90,12 @@ class Feed:
         return bool(self.wanted)
 
     def start(self) -> None:
-        """Begins to read ahead; call when the loader stands where training goes on."""
+        """Begins to read ahead; call when the stream stands where training goes on."""
         if self.reads:
             coordinates, layout = self.groups.coordinates, self.groups.layout
             shape = (coordinates.data_rank, layout.data, self.parallel.micro_batch_size)
             gpu = self.device if self.device.type == "cuda" else None
-            self._prefetcher = Prefetcher(self.loader, *shape, cut=self._own_inputs, gpu=gpu)
+            self._prefetcher = Prefetcher(self.stream, *shape, cut=self._own_inputs, gpu=gpu)
 
     def step(self) -> tuple[list[Tensors], list[float]]:
         """The stage's inputs of the next step, and the weight of this data rank's targets by loss (0 where it reads
@@ -105,10 +105,10 @@ class Feed:
             Stopping: this rank was asked to before its data had come.
         """
         begin = time.perf_counter()
-        self._before = self.loader.state()
+        self._before = self.stream.progress
         if self._prefetcher is None:
-            count = num_micro_batches(self.loader.batch_size, self.parallel, self.groups.layout.data)
-            self.loader.skip()
+            count = num_micro_batches(self.stream.batch_size, self.parallel, self.groups.layout.data)
+            self.stream.skip()
             batches: list[Batch] = []
             inputs: list[Tensors] = [{} for _ in range(count)]
         else:
@@ -126,13 +126,13 @@ class Feed:
         Every rank calls it alike. Raises `DataError` where the data cannot do without it.
         """
         self.close()
-        self.loader.restore(self._before)
-        self.loader.lose(damage)
+        self.stream.advance_to(self._before)
+        self.stream.lose(damage)
         self.start()
 
     def step_back(self) -> None:
-        """Makes the loader forget the last `step`, on a rank that had its data when another one was told to stop."""
-        self.loader.restore(self._before)
+        """Makes the stream forget the last `step`, on a rank that had its data when another one was told to stop."""
+        self.stream.advance_to(self._before)
 
     @property
     def num_held_out_chunks(self) -> int:
@@ -171,7 +171,7 @@ class Feed:
         inputs = batch.inputs
         if step is not None and KEYS in self.wanted:
             samples = batch.samples_B3
-            if len(self.loader.parts) > 1:  # sources have addresses of their own
+            if len(self.stream.parts) > 1:  # sources have addresses of their own
                 samples = torch.cat((batch.domains_B[:, None].long(), samples), dim=1)
             inputs = inputs | {KEYS: torch.from_numpy(dropout_keys(self.seed, step, samples.numpy()))}
         wanted = {name: tensor for name, tensor in inputs.items() if name in self.wanted}

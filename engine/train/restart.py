@@ -26,7 +26,7 @@ from engine.config.place import RankPlace
 from engine.config.resume import compare, meaning_hash, refuse_new_meaning
 from engine.config.save import FILE, save_run
 from engine.config.schema.run import RunConfig
-from engine.data.loader import Loader
+from engine.data.stream import Stream
 from engine.errors import CheckpointError, ConfigError, EnvironmentProblem
 from engine.logs import logger
 from engine.parallel.agreement import on_first
@@ -94,7 +94,7 @@ class Restarts:
         if self._memory is not None:
             self._memory.check_room(num_bytes)
 
-    def save(self, state: TrainState, engine: StageEngine, loader: Loader, wait: bool) -> None:
+    def save(self, state: TrainState, engine: StageEngine, stream: Stream, wait: bool) -> None:
         """Begins a checkpoint, once the one before has ended; with `wait`, or where it is asked for, ends it, too.
 
         Raises:
@@ -104,22 +104,22 @@ class Restarts:
         self._bear(self._saver.settle)
 
         def begin() -> None:
-            self._begin(state, engine, loader)
+            self._begin(state, engine, stream)
             if wait or not self.config.checkpoint.asynchronous:
                 self._saver.settle()
 
         begin() if wait else self._bear(begin)
 
-    def keep(self, state: TrainState, engine: StageEngine, loader: Loader) -> None:
+    def keep(self, state: TrainState, engine: StageEngine, stream: Stream) -> None:
         """Begins a checkpoint in the nodes' memory, except where another one is under way."""
         if self._saver.in_flight is None:
-            self._bear(lambda: self._begin(state, engine, loader, self._memory), optional=True)
+            self._bear(lambda: self._begin(state, engine, stream, self._memory), optional=True)
 
-    def _begin(self, state: TrainState, engine: StageEngine, loader: Loader, store: Store | None = None) -> None:
+    def _begin(self, state: TrainState, engine: StageEngine, stream: Stream, store: Store | None = None) -> None:
         self._saver.begin(
             engine.pieces(),
             engine.placements(),
-            self._state(state, engine, loader),
+            self._state(state, engine, stream),
             self.place.job,
             self.place.attempt,
             store,
@@ -157,8 +157,8 @@ class Restarts:
         if on_disk and step_of(on_disk[0]) >= state.step:
             self._memory.end()
 
-    def restore(self, engine: StageEngine, loader: Loader, go_back: bool = False) -> Restored | None:
-        """Loads the newest verified checkpoint into engine and loader; None where the run has none.
+    def restore(self, engine: StageEngine, stream: Stream, go_back: bool = False) -> Restored | None:
+        """Loads the newest verified checkpoint into engine and stream; None where the run has none.
 
         With `go_back` it is one on the disk, and what the nodes' memory has of the steps since is dropped.
 
@@ -183,7 +183,7 @@ class Restarts:
         engine.refresh()
         state = TrainState.from_section(manifest.state.sections["progress"])
         engine.set_updates(state.updates)
-        loader.restore(manifest.state.sections["loader"])
+        stream.restore(manifest.state.sections["loader"])
         return Restored(state, manifest, path)
 
     def _choose(self, pieces: list[Piece], go_back: bool) -> tuple[Path | None, bool]:
@@ -277,7 +277,7 @@ class Restarts:
         finally:
             saved.note(self.config.folder, step_of(newest))
 
-    def _state(self, state: TrainState, engine: StageEngine, loader: Loader) -> CheckpointState:
+    def _state(self, state: TrainState, engine: StageEngine, stream: Stream) -> CheckpointState:
         return CheckpointState(
             step=state.step,
             tokens=state.tokens,
@@ -286,8 +286,8 @@ class Restarts:
             config=redacted(self.config.model_dump(mode="json")),
             sections={
                 "progress": state.section(),
-                "loader": loader.state(),
-                "tokenizer": {"hash": loader.parts[0].dataset.index.tokenizer_hash},
+                "loader": stream.state(),
+                "tokenizer": {"hash": stream.parts[0].dataset.index.tokenizer_hash},
                 "rng": {"seed": self.config.seed},
                 "scheduler": {"stage": self.config.stages[0].name, "step": state.step},
             },

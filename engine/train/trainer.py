@@ -106,7 +106,7 @@ class Trainer:
             elif _due(self.state.step, self._memory_every_steps):
                 self.heart.beat(self.state.step, "save")
                 with self.spent.phase("checkpoints"):
-                    self.restarts.keep(self.state, self.pipeline.engine, self.feed.loader)
+                    self.restarts.keep(self.state, self.pipeline.engine, self.feed.stream)
             if stop and not last:
                 return EXIT_REQUEUE
             if self._evaluates():
@@ -133,7 +133,7 @@ class Trainer:
         begin = time.perf_counter()
         state = self.state
         learning_rate = self.config.optimizer.learning_rate * factor_of_step(self.run_stage, state.step)
-        position = self.feed.loader.position
+        position = self.feed.stream.position
         self.heart.beat(state.step, "data")
         try:
             inputs, weights_L, weights_KL = self._read()
@@ -164,10 +164,10 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "data_wait_seconds": self.feed.wait_seconds,
         }
-        record |= {f"{name}_samples": count for name, count in self.feed.loader.drawn().items()}
+        record |= {f"{name}_samples": count for name, count in self.feed.stream.drawn().items()}
         length = self.run_stage.sequence_length
-        record |= {f"tokens/{name}": count * length for name, count in self.feed.loader.trained().items()}
-        if lost := len(self.feed.loader.lost):
+        record |= {f"tokens/{name}": count * length for name, count in self.feed.stream.trained().items()}
+        if lost := len(self.feed.stream.lost):
             record["lost_shards"] = lost
         if verdict != "accept":
             record["skipped"] = 1
@@ -225,17 +225,17 @@ class Trainer:
             Unstable: there is no checkpoint.
         """
         self.heart.beat(self.state.step, "load")
-        loader, rollbacks, spiked = self.feed.loader, self.state.stability.rollbacks + 1, self.state.step
-        left_out, end = loader.left_out, loader.position
+        stream, rollbacks, spiked = self.feed.stream, self.state.stability.rollbacks + 1, self.state.step
+        left_out, end = stream.left_out, stream.position
         self.feed.close()
         self.metrics.close()
-        restored = self.restarts.restore(self.pipeline.engine, loader, go_back=True)
+        restored = self.restarts.restore(self.pipeline.engine, stream, go_back=True)
         if restored is None:
             raise Unstable(
                 f"step {spiked}: the loss spikes before the first checkpoint", "a checkpoint to go back to", REMEDY
             )
         for interval in (*left_out, (first, end)):
-            loader.leave_out(*interval)
+            stream.leave_out(*interval)
         self.state = restored.state
         self.state.stability = self.state.stability.after_rollback(rollbacks)
         self.metrics = on_all(self._open_metrics, self.groups.world, EnvironmentProblem)
@@ -306,12 +306,12 @@ class Trainer:
         self.heart.beat(self.state.step, "save")
         begin = time.perf_counter()
         with self.spent.phase("checkpoints"):
-            self.restarts.save(self.state, self.pipeline.engine, self.feed.loader, wait)
+            self.restarts.save(self.state, self.pipeline.engine, self.feed.stream, wait)
         _log.info("step %d was held up by its checkpoint for %.2f s", self.state.step, time.perf_counter() - begin)
 
     def _restore(self) -> TrainState:
         """Where the run goes on, or its beginning; says what shows that it is the same run."""
-        restored = self.restarts.restore(self.pipeline.engine, self.feed.loader)
+        restored = self.restarts.restore(self.pipeline.engine, self.feed.stream)
         if restored is None:
             if trained := last_step(self.config.folder):
                 _log.warning("no checkpoint in %s: its metrics up to step %d are dropped", self.config.folder, trained)
@@ -330,9 +330,9 @@ class Trainer:
         )
         _log.info(
             "next samples %s, hash of the next %d: %s",
-            [tuple(sample) for sample in self.feed.loader.next_sample_ids(3)],
+            [tuple(sample) for sample in self.feed.stream.next_sample_ids(3)],
             SHOWN_SAMPLES,
-            self.feed.loader.sample_hash(SHOWN_SAMPLES),
+            self.feed.stream.sample_hash(SHOWN_SAMPLES),
         )
         return state
 

@@ -12,7 +12,8 @@ from engine.config.schema.run import RunConfig
 from engine.data.held_out import HeldOut
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.writer import ShardWriter
-from engine.data.stage import open_parts, stage_loader
+from engine.data.loader import Loader
+from engine.data.stage import open_parts, stage_stream
 from engine.data.tokenizer.folder import tokenizer_hash
 from engine.models.families import family
 from engine.models.initial import initial_value
@@ -106,7 +107,8 @@ def first_step(config: RunConfig) -> tuple[dict[str, float], dict[str, float]]:
     specs, ties = {spec.name: spec for spec in kind.specs(config.model)}, kind.ties(config.model)
     model = kind.build(config.model)
     fill(model, lambda name: initial_value(specs[ties.get(name, name)], config.model, config.seed))
-    [batch] = stage_loader(stage, open_parts(stage, None, config.model.vocab_size), config.seed).step(0, 1, 8)
+    stream = stage_stream(stage, open_parts(stage, None, config.model.vocab_size), config.seed)
+    [batch] = Loader(stream).step(0, 1, 8)
     losses, weights = {}, {}
     for number, name in enumerate(SIZES):
         rows = batch.domains_B == number

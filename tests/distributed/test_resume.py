@@ -20,7 +20,7 @@ from engine.checkpoint.folder import step_path
 from engine.checkpoint.load import open_checkpoint
 from engine.config.load import merge, parse_run
 from engine.config.place import RankPlace
-from engine.data.stage import open_parts, stage_loader
+from engine.data.stage import open_parts, stage_stream
 from engine.errors import EXIT_DONE
 from engine.logs import ROOT
 from engine.train.metrics import read_metrics
@@ -124,18 +124,18 @@ def train_and_tell(place: RankPlace, tree: dict[str, Any]) -> list[str]:
 
 
 def test_a_resume_tells_its_next_samples_and_their_hash(whole, tmp_path):
-    """In another world; against a loader that has skipped three steps."""
+    """In another world; against a stream that has skipped three steps."""
     run = whole("zero2")
     folder = tmp_path / "again"
     shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns("step-00000006", "step-00000009"))
     tree = run.tree | {"folder": str(folder), "parallel": {"micro_batch_size": 2}}
     (told,) = run_ranks(1, train_and_tell, tree)
     [stage] = parse_run(tree, "test").stages
-    loader = stage_loader(stage, open_parts(stage, None, 300), tree["seed"])
+    stream = stage_stream(stage, open_parts(stage, None, 300), tree["seed"])
     for _ in range(3):
-        loader.skip()
-    samples = [tuple(sample) for sample in loader.next_sample_ids(3)]
-    assert f"next samples {samples}, hash of the next 1024: {loader.sample_hash(1024)}" in told
+        stream.skip()
+    samples = [tuple(sample) for sample in stream.next_sample_ids(3)]
+    assert f"next samples {samples}, hash of the next 1024: {stream.sample_hash(1024)}" in told
 
 
 @pytest.mark.parametrize("layout", OTHERS)

@@ -37,18 +37,18 @@ STABILITY = {
 
 def poison(trainer: Any, large: tuple[int, ...], nan: tuple[int, ...], left_out: tuple[int, int] | None = None) -> None:
     """Makes steps with these samples go wrong, and leaves out others."""
-    loader, feed, train = trainer.feed.loader, trainer.feed.step, trainer.pipeline.train
-    here = loader.position
-    ids = loader.next_sample_ids(200)
+    stream, feed, train = trainer.feed.stream, trainer.feed.step, trainer.pipeline.train
+    here = stream.position
+    ids = stream.next_sample_ids(200)
     too_large = {ids[position - here] for position in large}
     not_a_number = {ids[position - here] for position in nan}
     factor = 1.0
     if left_out:
-        loader.leave_out(*left_out)
+        stream.leave_out(*left_out)
 
     def step():
         nonlocal factor
-        samples = set(loader.next_sample_ids(loader.batch_size))
+        samples = set(stream.next_sample_ids(stream.batch_size))
         factor = float("nan") if samples & not_a_number else 1e6 if samples & too_large else 1.0
         return feed()
 

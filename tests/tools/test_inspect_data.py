@@ -11,7 +11,7 @@ from engine.config.load import load_run
 from engine.data.preparation.prepare import PrepareOptions, prepare
 from engine.data.samples import first_samples
 from engine.data.shards.dataset import TokenDataset
-from engine.data.stage import open_parts, stage_loader
+from engine.data.stage import open_parts, stage_stream
 from engine.data.tokenizer.training import train_tokenizer
 from engine.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USAGE
 from tests.engine.data.corpus import made_up_texts, write_json_lines
@@ -144,8 +144,8 @@ stages:
     assert main(["inspect-data", str(run)]) == EXIT_DONE
     config = load_run(run)
     stage = config.stages[0]
-    loader = stage_loader(stage, open_parts(stage, None, 300), config.seed)
-    drawn, epochs = Counter(loader.next_sources(200)), loader.samples_by_source()
+    stream = stage_stream(stage, open_parts(stage, None, 300), config.seed)
+    drawn, epochs = Counter(stream.next_sources(200)), stream.samples_by_source()
     assert 0 < drawn[1] < 50, "the limit of b shows"
     printed = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
     shown = {name.strip(): [cell.strip() for cell in cells] for name, *cells in printed}

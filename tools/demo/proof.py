@@ -56,7 +56,7 @@ def expect(folder: Path) -> Expected:
     from engine.checkpoint.folder import CHECKPOINTS, committed
     from engine.config.load import load_run
     from engine.config.save import FILE
-    from engine.data.stage import open_parts, stage_loader
+    from engine.data.stage import open_parts, stage_stream
 
     paths = committed(folder / CHECKPOINTS)
     if not paths:
@@ -65,16 +65,16 @@ def expect(folder: Path) -> Expected:
     config = load_run(folder / FILE)
     run_stage = config.stages[0]
     parts = open_parts(run_stage, None, config.model.vocab_size)
-    loader = stage_loader(run_stage, parts, config.seed)
-    counted = loader.clone()
-    loader.restore(sections["loader"])
+    stream = stage_stream(run_stage, parts, config.seed)
+    counted = stream.clone()
+    stream.restore(sections["loader"])
     for _ in range(sections["progress"]["step"]):
         counted.skip()
-    if counted.state() != loader.state():
+    if counted.state() != stream.state():
         raise DemoFailed(f"{paths[0]}: its loader state is not where {sections['progress']['step']} steps lead")
-    ids = [tuple(sample) for sample in loader.next_sample_ids(3)]
+    ids = [tuple(sample) for sample in stream.next_sample_ids(3)]
     progress = sections["progress"]
-    return Expected(paths[0].name, progress["step"], progress["loss"], str(ids), loader.sample_hash(HASHED_SAMPLES))
+    return Expected(paths[0].name, progress["step"], progress["loss"], str(ids), stream.sample_hash(HASHED_SAMPLES))
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

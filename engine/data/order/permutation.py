@@ -2,7 +2,7 @@
 
 Invariant: for every key, `Permutation` is a bijection of range(size), and index -> image depends on (size, key)
 alone. Hence order survives restarts and any number of ranks. It is a shuffle, not a cipher: do not keep secrets
-with it. What is permuted (shards, then slots of a window) is the business of `engine.data.order.stream`.
+with it. What is permuted (shards, then slots of a window) is the business of `engine.data.order.sample_order`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Invariant: no process hands out a token of a shard whose hash it has not compare
 shards are maps; compressed ones are unpacked in memory, and as many kept as `UNPACKED_BYTES` holds. A map of a remote
 shard keeps its file in the cache until `release`; before a process waits for room there it releases all that it holds,
 so that processes never wait for each other. Which tokens make a sample is the business of
-`engine.data.objectives.packing` and `engine.data.order.stream`.
+`engine.data.objectives.packing` and `engine.data.order.sample_order`.
 """
 
 from __future__ import annotations

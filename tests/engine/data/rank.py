@@ -12,6 +12,7 @@ from engine.data.loader import Loader
 from engine.data.shards.cache import ShardCache
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.remote import RemoteFolder
+from engine.data.stream import Stream
 
 State = dict[str, Any]
 _server: Any = multiprocessing.get_context("forkserver")
@@ -68,12 +69,12 @@ def _serve(
         download(self, name, xxh3, num_bytes, target)
 
     RemoteFolder._download = counted
-    loaders = [Loader(TokenDataset(location, cache=cache), **arguments) for _ in ranks]
+    loaders = [Loader(Stream(TokenDataset(location, cache=cache), **arguments)) for _ in ranks]
     if state is not None:
         for loader in loaders:
-            loader.restore(state)
+            loader.stream.restore(state)
     while True:
         connection.recv()
         batches = [b for rank, loader in zip(ranks, loaders, strict=True) for b in loader.step(rank, world_size, 1)]
         samples = [tuple(sample) for b in batches for sample in b.samples_B3.tolist() if sample[0] >= 0]
-        connection.send({"samples": samples, "state": loaders[0].state(), "fetched": len(fetched)})
+        connection.send({"samples": samples, "state": loaders[0].stream.state(), "fetched": len(fetched)})

@@ -14,9 +14,10 @@ import pytest
 from engine.config.ramp import Ramp
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.loader import Loader
-from engine.data.order.stream import SampleOrder
+from engine.data.order.sample_order import SampleOrder
 from engine.data.shards.dataset import TokenDataset
 from engine.data.source import Part
+from engine.data.stream import Stream
 from engine.errors import DataError
 from tests.engine.data.corpus import write_sentences
 from tests.engine.data.rank import Ranks
@@ -52,7 +53,7 @@ def fresh(folders, case: str, mixed: bool) -> Loader:
     sets = [TokenDataset(folders / str(number)) for number in range(3)]
     parts = [Part(item, name, weight) for item, name, weight in zip(sets, "abc", (3, 1, 2), strict=True)]
     how: dict[str, Any] = {"packing": packing, "objective": ObjectiveConfig.model_validate(objective)}
-    return Loader(parts if mixed else sets[0], 32, RAMP, 1, 3, "document", **how)
+    return Loader(Stream(parts if mixed else sets[0], 32, RAMP, 1, 3, "document", **how))
 
 
 def rows_of(ranks: list[Loader], micro_batch_size: int) -> Counter[tuple[Any, ...]]:
@@ -72,32 +73,32 @@ def rows_of(ranks: list[Loader], micro_batch_size: int) -> Counter[tuple[Any, ..
 )
 def test_worlds_of_8_6_1_and_4_consume_what_one_process_does(folders, case, mixed):
     alone = fresh(folders, case, mixed)
-    epoch = alone.samples_per_epoch()
-    state = json.loads(json.dumps(alone.state()))
+    epoch = alone.stream.samples_per_epoch()
+    state = json.loads(json.dumps(alone.stream.state()))
     seen: list[tuple[Any, ...]] = []
     num_steps, turn = 0, 0
-    while alone.position < 2 * epoch + 60:
+    while alone.stream.position < 2 * epoch + 60:
         data_size, micro_batch_size = WORLDS[turn % 4]
         ranks = [fresh(folders, case, mixed) for _ in range(data_size)]
         for rank in ranks:
-            rank.restore(state)
+            rank.stream.restore(state)
         if turn == 2:
-            for stream in (alone, *ranks):
-                stream.leave_out(*HOLE)
+            for reader in (alone, *ranks):
+                reader.stream.leave_out(*HOLE)
         for _ in range(1 + turn % 2):
             expected = rows_of([alone], 24)
             assert rows_of(ranks, micro_batch_size) == expected, (num_steps, data_size)
             seen += [row[:2] for row in expected]
             num_steps += 1
-        states = [json.dumps(rank.state()) for rank in ranks]
-        assert set(states) == {json.dumps(alone.state())}
+        states = [json.dumps(rank.stream.state()) for rank in ranks]
+        assert set(states) == {json.dumps(alone.stream.state())}
         assert len(states[0]) < 1024
         state = json.loads(states[0])
         rows_of(ranks, micro_batch_size)  # read ahead, and lost with the kill
         turn += 1
     assert set(Counter(seen).values()) == {1}
     if not mixed:
-        order = fresh(folders, case, mixed).next_sample_ids(2 * epoch)
+        order = fresh(folders, case, mixed).stream.next_sample_ids(2 * epoch)
         first = {address for _, address in seen if address[0] == 0}
         left_out = set(order[slice(*HOLE)])
         assert first == {tuple(sample) for sample in order[:epoch]} - {tuple(sample) for sample in left_out}
@@ -107,8 +108,8 @@ def test_processes_of_8_6_1_and_4_ranks_that_are_killed_consume_what_one_does(fo
     """Each world is a process, killed in the middle of a step; the next one knows what the last whole step said."""
     how: dict[str, Any] = {"sequence_length": 32, "global_batch_size": 24, "seed": 1, "window_shards": 3}
     how["attention"] = "document"
-    alone = Loader(TokenDataset(folders / "0"), **how)
-    epoch, state, seen = alone.samples_per_epoch(), None, Counter()
+    alone = Loader(Stream(TokenDataset(folders / "0"), **how))
+    epoch, state, seen = alone.stream.samples_per_epoch(), None, Counter()
     for world_size in (8, 6, 1, 4):
         ranks = Ranks(str(folders / "0"), list(range(world_size)), world_size, state, **how)
         for _ in range(-(-epoch // (4 * 24))):
@@ -117,7 +118,7 @@ def test_processes_of_8_6_1_and_4_ranks_that_are_killed_consume_what_one_does(fo
             [expected] = alone.step(0, 1, 24)
             assert sorted(told["samples"]) == sorted(map(tuple, expected.samples_B3.tolist()))
             state = told["state"]
-            assert state == alone.state()
+            assert state == alone.stream.state()
             seen.update(told["samples"])
         ranks.go()
         ranks.kill()
@@ -143,17 +144,17 @@ def test_resuming_costs_the_same_at_any_step(folders, packing, monkeypatch):
         counted(owner, name)
 
     def resume(state) -> Counter[str]:
-        stream = Loader(TokenDataset(folders / "0"), 32, 24, 1, 3, "document", packing)
-        stream.restore(state)
+        reader = Loader(Stream(TokenDataset(folders / "0"), 32, 24, 1, 3, "document", packing))
+        reader.stream.restore(state)
         work.clear()
-        stream.restore(state)
-        stream.sample_hash(24)
+        reader.stream.restore(state)
+        reader.stream.sample_hash(24)
         return Counter(work)
 
-    near = Loader(TokenDataset(folders / "0"), 32, 24, 1, 3, "document", packing)
-    near.skip()
-    state = near.state()
-    far = state | {"position": 10**12, "samples": 10**12, "places": [[10**10, *near.next_sample_ids(1)[0][1:]]]}
+    near = Loader(Stream(TokenDataset(folders / "0"), 32, 24, 1, 3, "document", packing))
+    near.stream.skip()
+    state = near.stream.state()
+    far = state | {"position": 10**12, "samples": 10**12, "places": [[10**10, *near.stream.next_sample_ids(1)[0][1:]]]}
     costs = [resume(state), resume(far)]
     assert costs[0]["shard"] == costs[1]["shard"] == 0
     assert max(costs[0].values()) < 12
@@ -164,21 +165,21 @@ def test_resuming_costs_the_same_at_any_step(folders, packing, monkeypatch):
 def test_a_mixture_whose_data_has_changed_is_refused_and_the_folder_is_named(folders, tmp_path):
     sets = [TokenDataset(folders / "0"), TokenDataset(folders / "1")]
     parts = [Part(item, name) for item, name in zip(sets, "ab", strict=True)]
-    state = Loader(parts, 32, 24, 1, 3, "document").state()
+    state = Stream(parts, 32, 24, 1, 3, "document").state()
     other = write_sentences(tmp_path, 21, seed=1)
-    changed = Loader([parts[0], Part(other, "b")], 32, 24, 1, 3, "document")
+    changed = Loader(Stream([parts[0], Part(other, "b")], 32, 24, 1, 3, "document"))
     with pytest.raises(DataError, match="fingerprint") as caught:
-        changed.restore(state)
+        changed.stream.restore(state)
     assert f"(data set {tmp_path})" in str(caught.value)
-    heavier = Loader([parts[0], Part(sets[1], "b", 2)], 32, 24, 1, 3, "document")
+    heavier = Loader(Stream([parts[0], Part(sets[1], "b", 2)], 32, 24, 1, 3, "document"))
     with pytest.raises(DataError, match="mixture = "):
-        heavier.restore(state)
+        heavier.stream.restore(state)
 
 
 def test_the_largest_state_is_less_than_a_kibibyte(folders):
     dataset = TokenDataset(folders / "0")
     parts = [Part(dataset, f"source {number}", number + 1) for number in range(16)]
-    stream = Loader(parts, 32, 4096, 2**63, 128, "document", "best_fit", ObjectiveConfig(name="masked"))
-    state = stream.state() | {"position": 10**11, "samples": 10**11, "places": [[9, 10**3, 10**6]] * 16}
+    reader = Loader(Stream(parts, 32, 4096, 2**63, 128, "document", "best_fit", ObjectiveConfig(name="masked")))
+    state = reader.stream.state() | {"position": 10**11, "samples": 10**11, "places": [[9, 10**3, 10**6]] * 16}
     state |= {"left_out": [[10**10, 10**10]] * 8, "lost": [[15, 10**4, 1]] * 8}
     assert len(json.dumps(state, separators=(",", ":"))) < 1024

@@ -14,9 +14,10 @@ from engine.config.schema.objective import ObjectiveConfig
 from engine.data import loader as loader_module
 from engine.data.held_out import HeldOut
 from engine.data.loader import Loader
-from engine.data.order.stream import SampleId
+from engine.data.order.sample_order import SampleId
 from engine.data.shards.damage import Damage
 from engine.data.shards.dataset import TokenDataset
+from engine.data.stream import Stream
 from engine.errors import DataError
 from tests.engine.data.corpus import EOS, made_up_documents, write_sentences, write_shards
 
@@ -31,7 +32,7 @@ def dataset(tmp_path_factory) -> TokenDataset:
 def loader(dataset, **changes) -> Loader:
     defaults = {"sequence_length": LENGTH, "global_batch_size": 12, "seed": 3, "window_shards": 4}
     arguments: dict[str, Any] = {**defaults, "attention": "document", **changes}
-    return Loader(dataset, **arguments)
+    return Loader(Stream(dataset, **arguments))
 
 
 def rows_of(batches):
@@ -52,13 +53,13 @@ def test_a_step_holds_the_same_samples_in_every_layout(dataset, data_size, micro
         # micro-batch after micro-batch, rank after rank, is the order of the global batch
         merged = [row for micro in zip(*parts, strict=True) for batch in micro for row in rows_of([batch])]
         assert merged == whole
-    assert all(rank.state() == alone.state() for rank in ranks)
+    assert all(rank.stream.state() == alone.stream.state() for rank in ranks)
 
 
 def test_each_sample_comes_once_per_epoch_and_epochs_follow_one_another(dataset):
-    stream = loader(dataset, global_batch_size=7)
-    epoch = stream.samples_per_epoch()
-    seen = [source for _ in range(3 * epoch // 7 + 1) for batch in stream.step(0, 1, 7) for source in batch.sources]
+    reader = loader(dataset, global_batch_size=7)
+    epoch = reader.stream.samples_per_epoch()
+    seen = [source for _ in range(3 * epoch // 7 + 1) for batch in reader.step(0, 1, 7) for source in batch.sources]
     assert set(Counter(seen[:epoch]).values()) == {1}
     assert sorted(seen[:epoch]) == sorted(seen[epoch : 2 * epoch])
     assert seen[:epoch] != seen[epoch : 2 * epoch]
@@ -99,36 +100,36 @@ def test_types_and_shapes_of_a_batch(dataset):
 def test_a_restored_loader_goes_on_where_the_other_was(dataset, steps):
     first = loader(dataset)
     for _ in range(steps):
-        first.skip()
-    state = json.loads(json.dumps(first.state()))
+        first.stream.skip()
+    state = json.loads(json.dumps(first.stream.state()))
     assert len(json.dumps(state)) < 1024
     second = loader(dataset)
-    second.restore(state)
-    assert second.samples == 12 * steps
-    assert second.next_sample_ids(30) == first.next_sample_ids(30)
-    assert second.sample_hash(100) == first.sample_hash(100)
+    second.stream.restore(state)
+    assert second.stream.samples == 12 * steps
+    assert second.stream.next_sample_ids(30) == first.stream.next_sample_ids(30)
+    assert second.stream.sample_hash(100) == first.stream.sample_hash(100)
     for _ in range(3):
         assert list(rows_of(second.step(0, 1, 12))) == list(rows_of(first.step(0, 1, 12)))
 
 
 def test_skipping_equals_stepping_and_looking_ahead_changes_nothing(dataset):
     stepping, skipping = loader(dataset), loader(dataset)
-    ahead = stepping.next_sample_ids(24)
-    proof = stepping.sample_hash(24)
+    ahead = stepping.stream.next_sample_ids(24)
+    proof = stepping.stream.sample_hash(24)
     taken = []
     for _ in range(2):
         taken += [sample for sample, _, _ in rows_of(stepping.step(0, 1, 12))]
-        skipping.skip()
+        skipping.stream.skip()
     assert taken == ahead
-    assert stepping.state() == skipping.state()
-    assert stepping.sample_hash(24) != proof
+    assert stepping.stream.state() == skipping.stream.state()
+    assert stepping.stream.sample_hash(24) != proof
 
 
 def test_the_hash_of_the_next_samples_follows_the_order_not_the_addresses_alone(dataset):
     one, other = loader(dataset), loader(dataset, seed=4)
     # of the first shard window only sizes differ between seeds; the first address is (0, 0, 0) for both
-    assert one.next_sample_ids(1) == other.next_sample_ids(1)
-    assert one.sample_hash(1) != other.sample_hash(1)
+    assert one.stream.next_sample_ids(1) == other.stream.next_sample_ids(1)
+    assert one.stream.sample_hash(1) != other.stream.sample_hash(1)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_the_hash_of_the_next_samples_follows_the_order_not_the_addresses_alone(
 )
 def test_a_state_of_another_order_is_refused_and_both_are_named(dataset, changes, message):
     with pytest.raises(DataError, match=message) as caught:
-        loader(dataset, **changes).restore(loader(dataset).state())
+        loader(dataset, **changes).stream.restore(loader(dataset).stream.state())
     assert "to do: restore it, or start a new run" in str(caught.value)
 
 
@@ -151,7 +152,7 @@ def test_a_state_of_other_data_is_refused_and_both_are_named(dataset, tmp_path):
     other = write_shards(tmp_path, made_up_documents(91), shard_tokens=300)
     both = f"fingerprint = '{dataset.fingerprint}', this run has '{other.fingerprint}'"
     with pytest.raises(DataError, match=re.escape(both)):
-        loader(other).restore(loader(dataset).state())
+        loader(other).stream.restore(loader(dataset).stream.state())
 
 
 @pytest.mark.parametrize(
@@ -168,12 +169,12 @@ def test_a_state_of_other_data_is_refused_and_both_are_named(dataset, tmp_path):
     ],
 )
 def test_a_damaged_state_is_refused_and_changes_nothing(dataset, damage):
-    stream = loader(dataset)
-    stream.skip()
-    before = stream.state()
+    reader = loader(dataset)
+    reader.stream.skip()
+    before = reader.stream.state()
     with pytest.raises(DataError, match="the saved loader state is damaged"):
-        stream.restore(loader(dataset).state() | damage)
-    assert stream.state() == before
+        reader.stream.restore(loader(dataset).stream.state() | damage)
+    assert reader.stream.state() == before
 
 
 def test_a_ramp_moves_no_sample(dataset):
@@ -183,7 +184,7 @@ def test_a_ramp_moves_no_sample(dataset):
     sizes, taken = [], []
     for _ in range(7):
         again = loader(dataset, global_batch_size=ramp)
-        again.restore(json.loads(json.dumps(ramped.state())))
+        again.stream.restore(json.loads(json.dumps(ramped.stream.state())))
         rows = list(rows_of(ramped.step(0, 1, 3)))
         assert list(rows_of(again.step(0, 1, 3))) == rows
         sizes.append(len(rows))
@@ -195,41 +196,42 @@ def test_a_ramp_moves_no_sample(dataset):
 def test_samples_left_out_are_passed_over_and_nothing_else_moves(dataset):
     """Intervals against a plain list: inside a step, over several steps, behind, adjoining, over the epoch's end."""
     plain = loader(dataset, global_batch_size=1)
-    order = plain.next_sample_ids(2 * plain.samples_per_epoch())
-    holes = [(2, 5), (14, 40), (40, 41), (70, 71), (plain.samples_per_epoch() - 3, plain.samples_per_epoch() + 4)]
-    stream = loader(dataset)
-    stream.step(0, 1, 12)
+    epoch = plain.stream.samples_per_epoch()
+    order = plain.stream.next_sample_ids(2 * epoch)
+    holes = [(2, 5), (14, 40), (40, 41), (70, 71), (epoch - 3, epoch + 4)]
+    reader = loader(dataset)
+    reader.step(0, 1, 12)
     for hole in reversed(holes):
-        stream.leave_out(*hole)
-    assert stream.left_out == ((2, 5), (14, 41), *holes[3:])
+        reader.stream.leave_out(*hole)
+    assert reader.stream.left_out == ((2, 5), (14, 41), *holes[3:])
     left = [sample for n, sample in enumerate(order) if n >= 12 and not any(a <= n < b for a, b in holes)]
-    assert stream.next_sample_ids(60) == left[:60]
-    taken, skipping = [], stream.clone()
-    for _ in range(plain.samples_per_epoch() // 12):
+    assert reader.stream.next_sample_ids(60) == left[:60]
+    taken, skipping = [], reader.stream.clone()
+    for _ in range(epoch // 12):
         restored = loader(dataset)
-        restored.restore(json.loads(json.dumps(stream.state())))
-        assert restored.sample_hash(50) == stream.sample_hash(50)
-        taken += [SampleId(*sample) for sample, _, _ in rows_of(stream.step(0, 1, 12))]
+        restored.stream.restore(json.loads(json.dumps(reader.stream.state())))
+        assert restored.stream.sample_hash(50) == reader.stream.sample_hash(50)
+        taken += [SampleId(*sample) for sample, _, _ in rows_of(reader.step(0, 1, 12))]
         skipping.skip()
-        assert stream.state() == skipping.state()
+        assert reader.stream.state() == skipping.state()
     assert taken == left[: len(taken)]
-    assert stream.samples == 12 + len(taken)
-    assert order[stream.position] == left[len(taken)]
-    assert len(json.dumps(stream.state())) < 1024
+    assert reader.stream.samples == 12 + len(taken)
+    assert order[reader.stream.position] == left[len(taken)]
+    assert len(json.dumps(reader.stream.state())) < 1024
 
 
-def change(stream: Loader, step: int) -> None:
+def change(reader: Loader, step: int) -> None:
     """Something that a run may do between two of its steps."""
-    state = stream.state()
+    state = reader.stream.state()
     if step % 5 == 2:
-        stream.leave_out(stream.position + 7, stream.position + 9)
+        reader.stream.leave_out(reader.stream.position + 7, reader.stream.position + 9)
     elif step % 5 == 3:
-        stream.skip()
+        reader.stream.skip()
     elif step % 5 == 4:
-        stream.step(0, 1, 12)
-        stream.restore(state)
+        reader.step(0, 1, 12)
+        reader.stream.restore(state)
     elif step == 11:
-        stream.lose(Damage(0, 1, counted=True))
+        reader.stream.lose(Damage(0, 1, counted=True))
 
 
 @pytest.mark.parametrize("most_tokens", [1, 5 * LENGTH, 1 << 17])
@@ -239,20 +241,20 @@ def test_steps_read_together_are_those_read_alone(tmp_path, monkeypatch, most_to
     monkeypatch.setattr(loader_module, "MOST_TOKENS", most_tokens)
     data = write_sentences(tmp_path, 70, shard_tokens=300)
     shape = {"global_batch_size": Ramp((4, 12, 6), (0, 5, 30)), "objective": ObjectiveConfig(name=objective)}
-    stream = loader(data, **shape)
+    reader = loader(data, **shape)
     for step in range(40):
-        change(stream, step)
+        change(reader, step)
         fresh = loader(data, **shape)
-        fresh.restore(json.loads(json.dumps(stream.state())))
+        fresh.stream.restore(json.loads(json.dumps(reader.stream.state())))
         ranks = (0, 1, 12) if step < 15 else (step // 25, 2, 2)
-        for mine, alone in zip(stream.step(*ranks), fresh.step(*ranks), strict=True):
+        for mine, alone in zip(reader.step(*ranks), fresh.step(*ranks), strict=True):
             assert mine.weights == alone.weights
             assert mine.sources == alone.sources
             for name in ("samples_B3", "row_weights_B", "domains_B", "documents"):
                 assert getattr(mine, name).equal(getattr(alone, name))
             assert mine.inputs.keys() == alone.inputs.keys()
             assert all(mine.inputs[name].equal(alone.inputs[name]) for name in mine.inputs)
-        assert stream.state() == fresh.state()
+        assert reader.stream.state() == fresh.stream.state()
 
 
 def test_damage_is_met_at_the_step_that_needs_the_shard(tmp_path):
@@ -263,25 +265,25 @@ def test_damage_is_met_at_the_step_that_needs_the_shard(tmp_path):
     first, name = [(step, *new) for step in range(4, 12) if (new := used[step] - set.union(*used[:step]))][-1]
     path = tmp_path / name
     path.write_bytes(bytes(path.stat().st_size))
-    stream = loader(TokenDataset(tmp_path), window_shards=1)
+    reader = loader(TokenDataset(tmp_path), window_shards=1)
     for _ in range(first):
-        stream.step(0, 1, 12)
+        reader.step(0, 1, 12)
     for _ in range(2):
-        before = stream.state()
+        before = reader.stream.state()
         with pytest.raises(DataError, match=f"{path.name} is damaged"):
-            stream.step(0, 1, 12)
-        assert stream.state() == before
+            reader.step(0, 1, 12)
+        assert reader.stream.state() == before
 
 
 def test_a_step_that_fails_does_not_advance(tmp_path):
     data = write_shards(tmp_path, made_up_documents(30), shard_tokens=300)
     for path in tmp_path.glob("*.tokens"):
         path.write_bytes(b"\xff" * path.stat().st_size)
-    stream = loader(data)
-    before = stream.state()
+    reader = loader(data)
+    before = reader.stream.state()
     with pytest.raises(DataError, match="is damaged"):
-        stream.step(0, 1, 12)
-    assert stream.state() == before
+        reader.step(0, 1, 12)
+    assert reader.stream.state() == before
 
 
 def test_an_empty_data_set_is_refused(tmp_path):

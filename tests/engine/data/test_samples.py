@@ -3,12 +3,13 @@
 from engine.config.schema.data import DataConfig
 from engine.data.loader import Loader
 from engine.data.samples import WINDOW_SHARDS, first_samples
+from engine.data.stream import Stream
 from tests.engine.data.corpus import made_up_documents, write_shards
 
 
 def test_the_first_samples_are_the_loaders(tmp_path):
     dataset = write_shards(tmp_path, made_up_documents(40), shard_tokens=200)
-    [batch] = Loader(dataset, 16, 6, 5, WINDOW_SHARDS, "document").step(0, 1, 6)
+    [batch] = Loader(Stream(dataset, 16, 6, 5, WINDOW_SHARDS, "document")).step(0, 1, 6)
     shown = first_samples(dataset, 16, seed=5, count=6)
     assert shown.sources == batch.sources
     assert shown.inputs["tokens_BT"].equal(batch.inputs["tokens_BT"])

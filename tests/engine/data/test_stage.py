@@ -9,7 +9,7 @@ import pytest
 from engine.config.schema.stage import RunStage
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.writer import ShardWriter
-from engine.data.stage import open_held_out, open_parts, stage_loader
+from engine.data.stage import open_held_out, open_parts, stage_stream
 from engine.errors import DataError
 from tests.engine.data.corpus import EOS, VOCABULARY, made_up_documents, write_shards
 
@@ -46,7 +46,7 @@ def test_tokens_weigh_to_the_power_of_one_over_the_temperature(folder):
         run_stage = stage(folder, 400, {"temperature": temperature}, small={}, middle={}, large={})
         parts = parts_of(run_stage)
         wanted = {name: count ** (1 / temperature) for name, count in tokens.items()}
-        drawn = dict(zip(wanted, stage_loader(run_stage, parts, 0).mix(10_000), strict=True))
+        drawn = dict(zip(wanted, stage_stream(run_stage, parts, 0).mix(10_000), strict=True))
         for name, share in wanted.items():
             # counts are off by less than one sample, weights by 1/65,536 of their sum
             assert abs(drawn[name] - 10_000 * share / sum(wanted.values())) < 1 + 10_000 / 2**16, (temperature, name)
@@ -56,15 +56,15 @@ def test_tokens_weigh_to_the_power_of_one_over_the_temperature(folder):
 def test_a_temperature_that_leaves_a_source_nothing_is_refused(folder, temperature):
     """Small ones are powers that no float holds."""
     with pytest.raises(DataError, match="the sources' tokens do not weigh") as caught:
-        stage_loader(run := stage(folder, 4, {"temperature": temperature}, small={}, large={}), parts_of(run), 0)
+        stage_stream(run := stage(folder, 4, {"temperature": temperature}, small={}, large={}), parts_of(run), 0)
     assert "raise data.temperature" in caught.value.remedy
 
 
 def test_each_stage_has_weights_of_its_own_over_the_same_shards(folder):
     first, second = (stage(folder, small={"weight": a}, large={"weight": b}) for a, b in ((1, 3), (0.9, 0.1)))
-    mixes = [stage_loader(each, parts_of(each), 0).mix(100) for each in (first, second)]
+    mixes = [stage_stream(each, parts_of(each), 0).mix(100) for each in (first, second)]
     assert mixes == [[25, 75], [90, 10]]
-    addresses = [stage_loader(each, parts_of(each), 0).next_sample_ids(100) for each in (first, second)]
+    addresses = [stage_stream(each, parts_of(each), 0).next_sample_ids(100) for each in (first, second)]
     assert len(set(addresses[0]) & set(addresses[1])) > 25, "the order inside a source is not the weights'"
 
 
@@ -72,9 +72,9 @@ def test_a_source_ends_after_its_epochs_or_tokens_and_the_others_go_on(folder):
     run_stage = stage(
         folder, 400, small={"weight": 1, "epochs": 1.5}, middle={"weight": 1, "max_tokens": 1600}, large={"weight": 1}
     )
-    loader = stage_loader(run_stage, parts_of(run_stage), 0)
-    small, middle, large = loader.mix(10_000)
-    assert small == round(1.5 * loader.samples_by_source()[0])
+    stream = stage_stream(run_stage, parts_of(run_stage), 0)
+    small, middle, large = stream.mix(10_000)
+    assert small == round(1.5 * stream.samples_by_source()[0])
     assert middle == 1600 // 16
     assert small + middle + large == 10_000
 
@@ -82,7 +82,7 @@ def test_a_source_ends_after_its_epochs_or_tokens_and_the_others_go_on(folder):
 def test_a_stage_that_needs_more_than_its_sources_give_is_refused(folder):
     run_stage = stage(folder, 1000, small={"weight": 1, "epochs": 1})
     with pytest.raises(DataError, match=r"trains on 25,000 samples, but its sources end after \d+\n") as caught:
-        stage_loader(run_stage, parts_of(run_stage), 0)
+        stage_stream(run_stage, parts_of(run_stage), 0)
     assert "raise data.sources.*.epochs" in caught.value.remedy
 
 

@@ -11,7 +11,7 @@ from engine.data.batch import Batch
 from engine.data.loader import Loader
 from engine.data.shards.dataset import TokenDataset
 from engine.data.source import Part
-from engine.data.stage import stage_loader
+from engine.data.stage import stage_stream
 from engine.train.feed import Feed
 from tests.distributed.runs import LENGTH, run_tree
 from tests.engine.checkpoint.worlds import fake_groups
@@ -31,7 +31,7 @@ def make_feed(folder: Path, layout: Layout, global_rank: int, device: torch.devi
     [stage] = config.stages
     groups = fake_groups(layout, global_rank)
     feed = Feed([Part(dataset)], None, config, stage, groups, device)
-    return feed, stage_loader(stage, [Part(dataset)], config.seed)
+    return feed, Loader(stage_stream(stage, [Part(dataset)], config.seed))
 
 
 def stretch(batch: Batch, position: int, size: int) -> dict[str, torch.Tensor]:
@@ -92,7 +92,7 @@ def test_only_ranks_that_need_tokens_read_them_and_the_others_count_steps(tmp_pa
         feed.close()
         needed.append((feed.reads, bool(read), *({*given} for given in inputs[:1]), sum(weights) > 0))
         assert len(inputs) == 4, "micro-batches, with something in them or not"
-        states.append(feed.loader.state())
+        states.append(feed.stream.state())
     assert needed == [
         (True, True, {"tokens_BT", "segments_BT"}, True),
         (False, False, set(), False),

@@ -12,6 +12,7 @@ from engine.data.held_out import HeldOut
 from engine.data.loader import Loader
 from engine.data.objectives.sampling import Attention
 from engine.data.shards.dataset import TokenDataset
+from engine.data.stream import Stream
 from engine.errors import DataError
 from tests.engine.data.corpus import EOS, FILL, SPECIAL, made_up_documents, write_sentences, write_shards
 
@@ -41,7 +42,7 @@ def case(request):
 
 
 def loader(dataset, case, attention: Attention = "document", seed=1):
-    return Loader(dataset, LENGTH, 12, seed, 4, attention, **case)
+    return Loader(Stream(dataset, LENGTH, 12, seed, 4, attention, **case))
 
 
 def rows_of(batches):
@@ -66,23 +67,23 @@ def test_rows_and_masks_do_not_move_under_another_world_size(dataset, case):
             for data_rank, rank in enumerate(ranks):
                 parts |= rows_of(rank.step(data_rank, size, micro))
             assert parts == whole
-    assert alone.samples_per_epoch() > 0
+    assert alone.stream.samples_per_epoch() > 0
 
 
 def test_a_restored_loader_goes_on_with_the_same_rows(dataset, case):
     first = loader(dataset, case)
     for _ in range(9):
-        first.skip()
+        first.stream.skip()
     other = loader(dataset, case)
-    other.restore(first.state())
-    assert other.sample_hash(50) == first.sample_hash(50)
+    other.stream.restore(first.stream.state())
+    assert other.stream.sample_hash(50) == first.stream.sample_hash(50)
     assert rows_of(other.step(0, 1, 12)) == rows_of(first.step(0, 1, 12))
 
 
 def test_each_epoch_visits_each_row_once(dataset, case):
-    stream = Loader(dataset, LENGTH, 1, 0, 4, "document", **case)
-    total = stream.samples_per_epoch()
-    epochs = [[batch.sources[0] for _ in range(total) for batch in stream.step(0, 1, 1)] for _ in range(2)]
+    reader = Loader(Stream(dataset, LENGTH, 1, 0, 4, "document", **case))
+    total = reader.stream.samples_per_epoch()
+    epochs = [[batch.sources[0] for _ in range(total) for batch in reader.step(0, 1, 1)] for _ in range(2)]
     assert len(set(epochs[0])) == total
     assert sorted(epochs[0]) == sorted(epochs[1])
 
@@ -184,7 +185,7 @@ def test_documents_are_rearranged_at_the_rate_and_hold_the_same_tokens(tmp_path)
 def test_shards_of_an_older_prepare_are_refused(tmp_path):
     old = write_shards(tmp_path, made_up_documents(20))
     with pytest.raises(DataError, match="do not say which tokens are special") as caught:
-        Loader(old, LENGTH, 1, 0, 4, "document", objective=ObjectiveConfig(name="masked"))
+        Loader(Stream(old, LENGTH, 1, 0, 4, "document", objective=ObjectiveConfig(name="masked")))
     assert "prepare the text again with --overwrite" in str(caught.value)
 
 
@@ -196,7 +197,7 @@ def test_what_the_shards_lack_is_named_with_the_remedy(dataset, monkeypatch):
         shards = changes.get("shards", index.shards)
         monkeypatch.setattr(dataset, "index", replace(index, vocabulary=vocabulary, shards=shards))
         with pytest.raises(DataError) as caught:
-            Loader(dataset, LENGTH, 1, 0, 4, "document", objective=ObjectiveConfig.model_validate(objective))
+            Loader(Stream(dataset, LENGTH, 1, 0, 4, "document", objective=ObjectiveConfig.model_validate(objective)))
         return str(caught.value)
 
     assert "has no mask token" in refused({"name": "masked"}, mask=None)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from engine.data.order.permutation import Permutation
-from engine.data.order.stream import START, SampleOrder
+from engine.data.order.sample_order import START, SampleOrder
 
 KEYS = 24
 SIZE = 3000  # no power of two: cycle walking takes part
@@ -15,7 +15,7 @@ SIZE = 3000  # no power of two: cycle walking takes part
 MEASURE = """
 import sys
 import numpy as np
-from engine.data.order.stream import START, SampleOrder
+from engine.data.order.sample_order import START, SampleOrder
 
 samples, rows = int(sys.argv[1]), 32_768
 order = SampleOrder(-(-samples // rows), lambda shards: np.full(shards.size, rows), 0, 16)

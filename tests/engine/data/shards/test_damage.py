@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from engine.data.batch import Batch
-from engine.data.loader import MOST_LOST, Loader
+from engine.data.loader import Loader
 from engine.data.shards.damage import Damage, DamagedShard
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.index import Index, read_index
 from engine.data.source import Part
+from engine.data.stream import MOST_LOST, Stream
 from engine.errors import DataError
 from tests.engine.data.corpus import made_up_documents, write_sentences, write_shards
 
@@ -95,11 +96,11 @@ def test_the_error_says_which_shard_also_to_another_process(tmp_path):
 
 def loader(folder: Path, **changes: Any) -> Loader:
     arguments: dict[str, Any] = {"sequence_length": 16, "global_batch_size": 12, "seed": 3, "window_shards": 4}
-    return Loader(TokenDataset(folder), **{**arguments, "attention": "document", **changes})
+    return Loader(Stream(TokenDataset(folder), **{**arguments, "attention": "document", **changes}))
 
 
-def read(stream: Loader, data_rank: int, data_size: int, micro_batch_size: int) -> list[tuple[str, bytes]]:
-    batches = stream.step(data_rank, data_size, micro_batch_size)
+def read(reader: Loader, data_rank: int, data_size: int, micro_batch_size: int) -> list[tuple[str, bytes]]:
+    batches = reader.step(data_rank, data_size, micro_batch_size)
     return [
         (source, batch.inputs["tokens_BT"][b].numpy().tobytes())
         for batch in batches
@@ -110,7 +111,7 @@ def read(stream: Loader, data_rank: int, data_size: int, micro_batch_size: int) 
 def step_of_all(ranks: list[Loader], micro_batch_size: int) -> Counter[tuple[str, bytes]]:
     """A step of a world of loaders as the trainer takes it: the first damage is everyone's, and all try again."""
     while True:
-        before = ranks[0].state()
+        before = ranks[0].stream.state()
         rows: Counter[tuple[str, bytes]] = Counter()
         damages = []
         for data_rank, rank in enumerate(ranks):
@@ -121,19 +122,19 @@ def step_of_all(ranks: list[Loader], micro_batch_size: int) -> Counter[tuple[str
         if not damages:
             return rows
         for rank in ranks:
-            rank.restore(before)
-            rank.lose(damages[0])
+            rank.stream.restore(before)
+            rank.stream.lose(damages[0])
 
 
-def step_without_damage(stream: Loader, other: Loader) -> list[Batch]:
-    """A step, for which both loaders do without what turns out to be damaged."""
+def step_without_damage(reader: Loader, other: Stream) -> list[Batch]:
+    """A step, for which both streams do without what turns out to be damaged."""
     for _ in range(3):
         try:
-            return stream.step(0, 1, 12)
+            return reader.step(0, 1, 12)
         except DamagedShard as error:
             found = error.damage
         if found is not None:
-            stream.lose(found)
+            reader.stream.lose(found)
             other.lose(found)
     raise AssertionError("a shard that is lost was read again")
 
@@ -152,7 +153,8 @@ def damaged(tmp_path: Path, suffixes: list[str]) -> Path:
 def test_samples_trained_on_are_counted_by_source_whatever_is_left_out_or_lost(tmp_path):
     other = write_shards(tmp_path / "other", made_up_documents(60, seed=1), shard_tokens=300)
     parts = [Part(TokenDataset(damaged(tmp_path, ["tokens"])), "a", 2), Part(other, "b", 1)]
-    stream, counted = Loader(parts, 16, 12, 3, 4, "document"), np.zeros(2, np.int64)
+    reader, counted = Loader(Stream(parts, 16, 12, 3, 4, "document")), np.zeros(2, np.int64)
+    stream = reader.stream
     assert stream.trained() == {"a": 0, "b": 0}
     skipping = stream.clone()
     for step in range(40):
@@ -160,12 +162,12 @@ def test_samples_trained_on_are_counted_by_source_whatever_is_left_out_or_lost(t
             for each in (stream, skipping):
                 each.leave_out(30, 31)  # trained on before
                 each.leave_out(60, 95)
-        batches = step_without_damage(stream, skipping)
+        batches = step_without_damage(reader, skipping)
         skipping.skip()
         for batch in batches:
             counted += np.bincount(batch.domains_B[batch.samples_B3[:, 0] >= 0], minlength=2)
         assert list(stream.trained().values()) == counted.tolist() == list(skipping.trained().values())
-        restored = Loader(parts, 16, 12, 3, 4, "document")
+        restored = Stream(parts, 16, 12, 3, 4, "document")
         restored.restore(json.loads(json.dumps(stream.state())))
         assert restored.trained() == stream.trained()
         assert stream.state() == skipping.state()
@@ -180,27 +182,27 @@ def test_samples_trained_on_are_counted_by_source_whatever_is_left_out_or_lost(t
 def test_without_damaged_shards_steps_are_the_same_in_every_layout_and_over_restarts(tmp_path, packing, suffixes):
     folder = damaged(tmp_path, suffixes)
     alone, steps, states = [loader(folder, packing=packing)], [], []
-    num_steps = 3 * loader(tmp_path / "whole", packing=packing).samples_per_epoch() // 24  # an epoch and a half
+    num_steps = 3 * loader(tmp_path / "whole", packing=packing).stream.samples_per_epoch() // 24  # an epoch and a half
     for _ in range(num_steps):
-        states.append(json.loads(json.dumps(alone[0].state())))
+        states.append(json.loads(json.dumps(alone[0].stream.state())))
         steps.append(step_of_all(alone, 12))
-    assert {damage.shard for damage in alone[0].lost} == {1, 6}
+    assert {damage.shard for damage in alone[0].stream.lost} == {1, 6}
     assert max(len(json.dumps(state)) for state in states) < 1024
     seen = {source for step in steps for source, _ in step}
     assert not [source for source in seen if source.startswith(("shard-000001", "shard-000006"))]
     for data_size, micro_batch_size, start in ((3, 2, 0), (2, 3, num_steps // 2)):
         ranks = [loader(folder, packing=packing) for _ in range(data_size)]
         for rank in ranks:
-            rank.restore(states[start])
+            rank.stream.restore(states[start])
         for number in range(start, num_steps):
-            assert ranks[0].state() == states[number]
+            assert ranks[0].stream.state() == states[number]
             assert step_of_all(ranks, micro_batch_size) == steps[number], number
 
 
 def test_what_is_left_comes_once_per_epoch_in_the_order_of_the_whole(tmp_path):
     folder = damaged(tmp_path, ["tokens"])
     whole, ranks = loader(tmp_path / "whole"), [loader(folder)]
-    num_steps = whole.samples_per_epoch() // 12 - 2
+    num_steps = whole.stream.samples_per_epoch() // 12 - 2
     order = [source for _ in range(2 * num_steps) for source, _ in read(whole, 0, 1, 12)]
     taken = [source for _ in range(num_steps) for source, _ in step_of_all(ranks, 12).elements()]
     expected = [source for source in order if not source.startswith(("shard-000001", "shard-000006"))]
@@ -210,42 +212,42 @@ def test_what_is_left_comes_once_per_epoch_in_the_order_of_the_whole(tmp_path):
 
 def test_a_window_that_has_begun_cannot_lose_the_count_of_its_rows(tmp_path):
     whole = write_shards(tmp_path, made_up_documents(90), shard_tokens=300)
-    stream = loader(tmp_path, packing="best_fit")
-    stream.step(0, 1, 12)
-    shard = int(stream._drawing.sources[0].order.shards(0, 0)[0])
+    reader = loader(tmp_path, packing="best_fit")
+    reader.step(0, 1, 12)
+    shard = int(reader.stream.order.sources[0].order.shards(0, 0)[0])
     path = tmp_path / f"shard-{shard:06d}.documents"
     path.unlink()
     with pytest.raises(DataError, match="samples of its window are trained on already"):
-        stream.lose(Damage(0, shard, counted=False))
-    first = stream._drawing.sources[0].order.shards(0, 0)
+        reader.stream.lose(Damage(0, shard, counted=False))
+    first = reader.stream.order.sources[0].order.shards(0, 0)
     later = [number for number in range(whole.num_shards) if number not in first]
-    stream.lose(Damage(0, later[0], counted=False))
-    assert stream.lost == (Damage(0, later[0], False),)
+    reader.stream.lose(Damage(0, later[0], counted=False))
+    assert reader.stream.lost == (Damage(0, later[0], False),)
 
 
 def test_damage_has_an_end(tmp_path):
     write_shards(tmp_path, made_up_documents(300), shard_tokens=150)
-    stream = loader(tmp_path)
+    reader = loader(tmp_path)
     for shard in range(MOST_LOST):
-        stream.lose(Damage(0, shard, True))
+        reader.stream.lose(Damage(0, shard, True))
     with pytest.raises(DataError, match=f"more than {MOST_LOST} shards are damaged"):
-        stream.lose(Damage(0, MOST_LOST, True))
+        reader.stream.lose(Damage(0, MOST_LOST, True))
     write_shards(tmp_path / "few", made_up_documents(12), shard_tokens=300)
     few = loader(tmp_path / "few")
-    assert few.parts[0].dataset.num_shards == 2
-    few.lose(Damage(0, 0, True))
+    assert few.stream.parts[0].dataset.num_shards == 2
+    few.stream.lose(Damage(0, 0, True))
     with pytest.raises(DataError, match=r"holds no sample: .* 2 damaged shards"):
-        few.lose(Damage(0, 1, True))
+        few.stream.lose(Damage(0, 1, True))
 
 
 def test_a_mixture_loses_a_shard_of_one_source_alone(tmp_path):
     for name in ("a", "b"):
         write_shards(tmp_path / name, made_up_documents(40), shard_tokens=300)
     parts = [Part(TokenDataset(tmp_path / name), name, 1) for name in ("a", "b")]
-    stream = Loader(parts, 16, 12, 3, 4, "document")
+    reader = Loader(Stream(parts, 16, 12, 3, 4, "document"))
     (tmp_path / "b" / "shard-000001.tokens").unlink()
-    ranks = [stream]
+    ranks = [reader]
     for _ in range(12):
         rows = step_of_all(ranks, 12)
-    assert stream.lost == (Damage(1, 1, True),)
+    assert reader.stream.lost == (Damage(1, 1, True),)
     assert rows

@@ -15,6 +15,7 @@ from engine.data.preparation.take_over import take_over
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.megatron import prefix_of, read_sequences, write_indexed_dataset
 from engine.data.shards.writer import ShardWriter
+from engine.data.stream import Stream
 from engine.data.tokenizer.folder import load_tokenizer
 from engine.errors import DataError
 from tests.engine.data.corpus import EOS, made_up_documents, write_shards
@@ -115,7 +116,7 @@ def test_a_set_is_trained_on_where_it_lies_as_if_it_had_been_prepared(tmp_path, 
     assert taken.index.vocabulary == tokenizer.vocabulary
     prepared = write_shards(tmp_path / "prepared", documents, 400, tokenizer.vocab_size)
     assert taken.num_shards == prepared.num_shards > 3
-    one, other = (Loader(dataset, 16, 8, 5, 2, "document") for dataset in (taken, prepared))
+    one, other = (Loader(Stream(dataset, 16, 8, 5, 2, "document")) for dataset in (taken, prepared))
     for _ in range(30):
         [a], [b] = one.step(0, 1, 8), other.step(0, 1, 8)
         assert all(np.array_equal(a.inputs[name], b.inputs[name]) for name in b.inputs)

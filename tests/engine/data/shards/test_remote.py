@@ -17,14 +17,15 @@ import fsspec
 import pytest
 
 import engine.data.shards.arrays
-from engine.data.ahead import FetchAhead
 from engine.data.held_out import HeldOut
 from engine.data.loader import Loader
 from engine.data.prefetch import Prefetcher
+from engine.data.shard_fetcher import ShardFetcher
 from engine.data.shards.cache import ShardCache
 from engine.data.shards.damage import DamagedShard
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.remote import RemoteFolder, Retry
+from engine.data.stream import Stream
 from engine.errors import DataError
 from tests.engine.data.corpus import made_up_documents, write_shards
 from tests.engine.data.rank import Ranks
@@ -92,7 +93,7 @@ def in_s3(folder: Path) -> Iterator[str]:
 
 
 def loader(dataset: TokenDataset) -> Loader:
-    return Loader(dataset, 16, 12, 3, 4, "document", "best_fit")
+    return Loader(Stream(dataset, 16, 12, 3, 4, "document", "best_fit"))
 
 
 def small_cache(folder: Path, local: Path, shards: float = 8.0) -> ShardCache:
@@ -108,11 +109,11 @@ def test_batches_from_a_store_are_those_from_disk_and_the_cache_keeps_its_limit(
         cache = small_cache(tmp_path / "cache", local)
         dataset = TokenDataset(url, "tokenizer-hash", cache)
         assert dataset.num_shards > 14
-        assert dataset.fingerprint == plain.fingerprint
-        stream = loader(dataset)
-        assert stream.state() == plain.state()
-        with Prefetcher(stream, 0, 1, 12) as ahead:
-            for _ in range(2 * plain.samples_per_epoch() // 12):
+        assert dataset.fingerprint == plain.stream.fingerprint
+        reader = loader(dataset)
+        assert reader.stream.state() == plain.stream.state()
+        with Prefetcher(reader.stream, 0, 1, 12) as ahead:
+            for _ in range(2 * plain.stream.samples_per_epoch() // 12):
                 [[mine], [expected]] = ahead.step(), plain.step(0, 1, 12)
                 assert mine.sources == expected.sources
                 assert all(mine.inputs[name].equal(expected.inputs[name]) for name in mine.inputs)
@@ -129,7 +130,7 @@ def test_ranks_of_a_node_share_what_one_fetched_from_s3_and_the_limit_holds(loca
     Of an epoch every file is fetched once: the cache has room for two windows.
     """
     how: dict[str, Any] = {"sequence_length": 16, "global_batch_size": 12, "seed": 3, "window_shards": 4}
-    alone = Loader(TokenDataset(local), **how, attention="document")
+    alone = Loader(Stream(TokenDataset(local), **how, attention="document"))
     cache, over, done = small_cache(tmp_path / "cache", local), [], threading.Event()
 
     def watch() -> None:
@@ -142,7 +143,7 @@ def test_ranks_of_a_node_share_what_one_fetched_from_s3_and_the_limit_holds(loca
         watcher = threading.Thread(target=watch)
         watcher.start()
         try:
-            for _ in range(alone.samples_per_epoch() // 12):
+            for _ in range(alone.stream.samples_per_epoch() // 12):
                 for rank in ranks:
                     rank.go()
                 told = [rank.told() for rank in ranks]
@@ -395,7 +396,7 @@ def test_compressed_shards_of_a_store_are_unpacked_once_and_their_files_are_free
     )
     cache = small_cache(tmp_path / "cache", folder)
     stream, plain = loader(TokenDataset(f"file://{folder}", cache=cache)), loader(TokenDataset(local))
-    for _ in range(plain.samples_per_epoch() // 12):
+    for _ in range(plain.stream.samples_per_epoch() // 12):
         [[mine], [expected]] = stream.step(0, 1, 12), plain.step(0, 1, 12)
         assert all(mine.inputs[name].equal(expected.inputs[name]) for name in mine.inputs)
     packed = [shard.tokens.compressed for shard in TokenDataset(folder).index.shards]
@@ -454,18 +455,18 @@ def test_a_file_damaged_in_the_cache_is_fetched_once_more(store, local, tmp_path
 
 def test_shards_are_fetched_before_they_are_used_in_the_order_of_use(store, local, tmp_path):
     dataset = TokenDataset("s3://bucket", cache=small_cache(tmp_path, local))
-    stream = loader(dataset)
-    coming = [number for _, number in stream.coming()]
-    order = stream._drawing.sources[0].order
+    reader = loader(dataset)
+    coming = [number for _, number in reader.stream.coming_shards()]
+    order = reader.stream.order.sources[0].order
     assert coming == [*order.shards(0, 0), *order.shards(0, 1)]
-    ahead = FetchAhead()
-    ahead.want(stream.coming())
+    ahead = ShardFetcher()
+    ahead.want(reader.stream.coming_shards())
     wanted = {array.file for number in coming for array in dataset.index.shards[number].arrays}
     while not wanted <= set(store.asked):
         threading.Event().wait(0.01)
     ahead.close()
     asked = Counter(store.asked)
-    stream.step(0, 1, 12)
+    reader.step(0, 1, 12)
     assert {name for name in store.asked if store.asked[name] > asked[name]} <= wanted
 
 

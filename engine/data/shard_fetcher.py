@@ -18,7 +18,7 @@ Item = tuple[TokenDataset, int]
 _log = logger(__name__)
 
 
-class FetchAhead:
+class ShardFetcher:
     """Threads that fetch what is wanted; they begin with the first wish."""
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""Which samples come next: the mixture gives the source of each position, the source's order the sample.
+"""The order of samples over all sources: the mixture gives the source of each position, that source's order the sample.
 
-Invariant: what is drawn behind a place is a function of (sources, weights, samples left out, shards lost, place) alone,
-and reads no token. What is trained on in a step is `engine.data.loader`'s business.
+Invariant: the samples behind a place are a function of (sources, weights, samples left out, shards lost, place) alone;
+no token is read. `engine.data.stream` keeps the place of a run.
 
 N samples, K sources.
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.data.order.mixing import Mixing
-from engine.data.order.stream import SampleId
+from engine.data.order.sample_order import SampleId
 from engine.data.source import Source
 from engine.errors import DataError
 
@@ -56,8 +56,8 @@ class Samples(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Drawing:
-    """The stream of samples that a run draws from."""
+class MixedOrder:
+    """The samples of a run, one position after the other, without those that it leaves out or has lost."""
 
     sources: tuple[Source, ...]
     mixing: Mixing
@@ -65,14 +65,15 @@ class Drawing:
     """Samples that are passed over, by position: disjoint, in order."""
 
     def take(self, cursor: Cursor, count: int) -> tuple[Samples, Cursor]:
-        """The next `count` samples that are neither left out nor in a lost shard, and the place behind the last.
+        """Return the next `count` samples that are neither left out nor in a lost shard, and the place behind the last.
 
-        Raises `DataError` where the data ends before.
+        Raises:
+            DataError: the data ends before.
         """
         kept: list[Samples] = []
         while count:
             cursor, reach = self._past_left_out(cursor)
-            found, cursor = self._stretch(cursor, min(count, reach or count))
+            found, cursor = self._in_a_row(cursor, min(count, reach or count))
             if any(source.lost.size for source in self.sources):
                 found = found.at(self._is_kept(found))
             kept.append(found)
@@ -80,7 +81,7 @@ class Drawing:
         return Samples.joined(kept or [Samples(np.empty(0, np.int64), np.empty((0, 3), np.int64))]), cursor
 
     def places(self, samples: Samples) -> np.ndarray:
-        """(N, 2) int64: shard and row of the samples, those of a source in the order in which it gives them."""
+        """Return shard and row of the samples, (N, 2) int64; those of a source stand in its order."""
         if len(self.sources) == 1:
             return self.sources[0].order.places_at(samples.addresses_N3)
         places_N2 = np.empty((samples.size, 2), np.int64)
@@ -90,7 +91,7 @@ class Drawing:
         return places_N2
 
     def _past_left_out(self, cursor: Cursor) -> tuple[Cursor, int | None]:
-        """The first place from here on that is not left out, and how many are not from there on; None without end."""
+        """Return the next place that is not left out, and how many samples follow until one is (None: without end)."""
         for first, end in self.left_out:
             if cursor.position < first:
                 return cursor, first - cursor.position
@@ -99,8 +100,8 @@ class Drawing:
                 cursor = Cursor(end, self._advanced(cursor.places, counts_K.tolist()))
         return cursor, None
 
-    def _stretch(self, cursor: Cursor, count: int) -> tuple[Samples, Cursor]:
-        """`count` samples in a row, whatever they are."""
+    def _in_a_row(self, cursor: Cursor, count: int) -> tuple[Samples, Cursor]:
+        """Return the next `count` samples, those in lost shards included, and the place behind them."""
         end = cursor.position + count
         if self.mixing.num_samples is not None and end > self.mixing.num_samples:
             raise DataError(
@@ -130,7 +131,7 @@ class Drawing:
         places_N2, kept_N = self.places(samples), np.empty(samples.size, bool)
         for source in self.sources:
             mine = samples.sources_N == source.number
-            kept_N[mine] = source.refuse_lost(places_N2[mine])
+            kept_N[mine] = source.is_kept(places_N2[mine])
         return kept_N
 
 

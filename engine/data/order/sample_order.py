@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -48,12 +48,40 @@ START = SampleId(0, 0, 0)
 """Where a run begins."""
 
 
+class Order(Protocol):
+    """The samples of one source, one after the other without end, each at a place of its own (`SampleId`)."""
+
+    def after(self, sample: SampleId, count: int) -> SampleId:
+        """Return the sample that follows `count` samples after another."""
+        ...
+
+    def check(self, sample: SampleId) -> SampleId:
+        """Return the same address. Raises `ValueError` where there is no such sample."""
+        ...
+
+    def addresses(self, sample: SampleId, count: int) -> np.ndarray:
+        """Return epoch, window and slot of `count` samples from one on, (count, 3) int64."""
+        ...
+
+    def places_at(self, addresses: np.ndarray) -> np.ndarray:
+        """Return shard and row of the samples at rising addresses (n, 3), (n, 2) int64."""
+        ...
+
+    def shards(self, epoch: int, window: int) -> np.ndarray:
+        """Return the numbers of the shards that the samples of a window lie in, (shards,) int64."""
+        ...
+
+    def shards_ahead(self, sample: SampleId, windows: int) -> np.ndarray:
+        """Return the numbers of the shards of the window that comes so many windows after a sample's."""
+        ...
+
+
 class _Window(NamedTuple):
     shards: np.ndarray  # (shards,) int64: shard numbers in this epoch's order
     ends: np.ndarray  # (shards,) int64: rows of the window up to the end of each shard
 
 
-class SampleOrder:
+class SampleOrder(Order):
     """Order of all samples of a data set, epoch after epoch.
 
     A sample is an address; the one after a window's last is the first of the next window that has any. Methods take

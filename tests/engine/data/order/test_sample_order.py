@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine.data.order.stream import START, SampleId, SampleOrder
+from engine.data.order.sample_order import START, SampleId, SampleOrder
 
 ROWS = np.array([5, 0, 3, 7, 1, 4, 0, 6, 2, 8])
 TOTAL = int(ROWS.sum())

@@ -1,0 +1,352 @@
+"""The stream of samples that a run stage trains on: where it stands, and everything that decides what comes next.
+
+Invariant: which samples a step trains on depends on (sources and their weights, objective, seed, sequence length,
+window_shards, samples before it, samples left out) alone, never on the ranks, the micro-batch size or restarts; each
+sample comes exactly once per epoch of its source, but for those that a rollback or a damaged shard left out. Every rank
+holds a `Stream`, also one that reads no token. Its state is a few integers. Nothing here reads tokens or needs torch:
+`engine.data.loader` reads what a stream names.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from engine.config.mixture import MOST_SOURCES
+from engine.config.ramp import Ramp
+from engine.config.schema.objective import ObjectiveConfig
+from engine.data.mixed_order import Cursor, Interval, MixedOrder, Samples, merged
+from engine.data.objectives.sampling import Attention, PackingName, make_sampler
+from engine.data.order.mixing import Mixing
+from engine.data.order.sample_order import START, VERSION, SampleId, SampleOrder
+from engine.data.shards.damage import Damage
+from engine.data.shards.dataset import TokenDataset
+from engine.data.source import Part, Source, source_seed
+from engine.errors import DataError
+
+State = dict[str, Any]
+"""Loader state of a checkpoint: JSON of less than 1 KiB, equal on all ranks."""
+
+MOST_LOST = 16
+"""Damaged shards that a run does without; more are no accident, and the state is bounded."""
+
+
+class Progress(NamedTuple):
+    """How far a stream has come: the next sample, and the samples trained on so far by the whole run."""
+
+    cursor: Cursor
+    samples: int
+    passed_over: tuple[int, ...]
+    """By source, samples at positions that are not left out which were not trained on: those of lost shards; less
+    those that were trained on before their positions were left out."""
+
+
+class Step(NamedTuple):
+    """The samples of one step that is to come, and how far the stream has come before and after it."""
+
+    before: Progress
+    samples: Samples
+    after: Progress
+
+
+class Stream:
+    """The global batches over one data set or a mixture of them, epoch after epoch."""
+
+    def __init__(
+        self,
+        parts: TokenDataset | Sequence[Part],
+        sequence_length: int,
+        global_batch_size: int | Ramp,
+        seed: int,
+        window_shards: int,
+        attention: Attention,
+        packing: PackingName = "concatenate",
+        objective: ObjectiveConfig | None = None,
+    ) -> None:
+        """Open the stream at its beginning.
+
+        Raises:
+            DataError: a data set holds not one sample, or lacks what the objective needs.
+        """
+        self.parts = (Part(parts),) if isinstance(parts, TokenDataset) else tuple(parts)
+        assert len(self.parts) <= MOST_SOURCES, "resolve() lets no more pass"
+        self.sequence_length, self.seed, self.window_shards = sequence_length, seed, window_shards
+        self.attention: Attention = attention
+        self.packing: PackingName = packing
+        self.objective = objective or ObjectiveConfig()
+        self.batches = Ramp((global_batch_size,)) if isinstance(global_batch_size, int) else global_batch_size
+        sources = self._open_sources(())
+        for source in sources:
+            source.refuse_empty()
+        mixing = Mixing([part.weight for part in self.parts], [source.limit() for source in sources])
+        self._order = MixedOrder(sources, mixing)
+        self._progress = Progress(Cursor(0, (START,) * len(self.parts)), 0, (0,) * len(self.parts))
+        self._lost: tuple[Damage, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the data sets hold, wherever they lie."""
+        found = [part.dataset.fingerprint for part in self.parts]
+        return found[0] if len(found) == 1 else hashlib.sha256(" ".join(found).encode()).hexdigest()[:32]
+
+    def samples_per_epoch(self) -> int:
+        """Return the samples of one epoch of all sources. Where packing decides their number, reads all offsets."""
+        return sum(self.samples_by_source())
+
+    def samples_by_source(self) -> list[int]:
+        """Return the samples of one epoch of each source. Reads as `samples_per_epoch`."""
+        return [int(source.count(np.arange(source.dataset.num_shards)).sum()) for source in self._order.sources]
+
+    @property
+    def num_samples(self) -> int | None:
+        """Length of the whole stream; None without end."""
+        return self._order.mixing.num_samples
+
+    @property
+    def order(self) -> MixedOrder:
+        """The order of all samples; another object after every change of what is left out or lost."""
+        return self._order
+
+    @property
+    def progress(self) -> Progress:
+        """How far the stream has come; `advance_to` takes it, on a clone, too."""
+        return self._progress
+
+    @property
+    def samples(self) -> int:
+        """Samples trained on so far by the whole run."""
+        return self._progress.samples
+
+    @property
+    def position(self) -> int:
+        """Samples passed so far: those trained on and those left out."""
+        return self._progress.cursor.position
+
+    @property
+    def num_steps(self) -> int:
+        """Steps done so far."""
+        return self.batches.steps(self.samples)
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of the next step."""
+        return self.batches.size(self.num_steps)
+
+    def drawn(self) -> dict[str, int]:
+        """Return the samples passed so far by source; empty where there is but one."""
+        if len(self.parts) == 1:
+            return {}
+        return {part.name: count for part, count in zip(self.parts, self.mix(self.position), strict=True)}
+
+    def trained(self) -> dict[str, int]:
+        """Return the samples trained on so far by source: those passed but for those left out or lost. Empty where
+        there is but one source."""
+        if len(self.parts) == 1:
+            return {}
+        counts_K = self._offered(0, self.position) - np.array(self._progress.passed_over)
+        return {part.name: count for part, count in zip(self.parts, counts_K.tolist(), strict=True)}
+
+    def mix(self, position: int) -> list[int]:
+        """Return the samples of each source before a position (at most `num_samples`)."""
+        return self._order.mixing.counts(position).tolist()
+
+    @property
+    def left_out(self) -> tuple[Interval, ...]:
+        """The samples that the run leaves out, by position: disjoint, in order."""
+        return self._order.left_out
+
+    def leave_out(self, first: int, end: int) -> None:
+        """Skip samples at positions [first, end), as far as they are still to come."""
+        before_K = self._offered(0, self.position)
+        self._order = replace(self._order, left_out=merged([*self.left_out, (first, end)]))
+        if len(self.parts) > 1:  # what is trained on already stays counted
+            passed_over = self._offered(0, self.position) - before_K + np.array(self._progress.passed_over)
+            self._progress = self._progress._replace(passed_over=tuple(passed_over.tolist()))
+
+    @property
+    def lost(self) -> tuple[Damage, ...]:
+        """The shards that the run does without, each from the samples on that were next when it was lost."""
+        return self._lost
+
+    def lose(self, damage: Damage) -> None:
+        """Do without a damaged shard from the next sample on. Every rank that holds this stream calls it alike.
+
+        Raises:
+            DataError: more than `MOST_LOST` shards are damaged, none is left, or what is left cannot be counted.
+        """
+        source = self._order.sources[damage.source]
+        if len(self._lost) == MOST_LOST:
+            raise DataError(
+                f"more than {MOST_LOST} shards are damaged, the last in {source.dataset.location}",
+                f"{MOST_LOST} at most",
+                "look at the disk, and restore the shards from a copy",
+            )
+        source.refuse_mid_window(damage, self._progress.cursor.places[damage.source])
+        lost = tuple(sorted({*self._lost, damage}))
+        sources = self._open_sources(lost)
+        sources[damage.source].refuse_empty()
+        self._lost, self._order = lost, replace(self._order, sources=sources)
+
+    def coming_steps(self) -> Iterator[Step]:
+        """Yield the next steps, each drawn when it is asked for; the stream itself stays where it is.
+
+        Raises:
+            DataError: the data ends before.
+        """
+        before = self._progress
+        while True:
+            size = self.batches.size(self.batches.steps(before.samples))
+            samples, cursor = self._order.take(before.cursor, size)
+            after = Progress(cursor, before.samples + size, self._passed_over(before, samples, cursor))
+            yield Step(before, samples, after)
+            before = after
+
+    def advance_to(self, progress: Progress) -> None:
+        """Go on behind a step of this stream or a clone."""
+        self._progress = progress
+
+    def skip(self) -> None:
+        """Advance by one global batch."""
+        self.advance_to(next(self.coming_steps()).after)
+
+    def coming_shards(self) -> list[tuple[TokenDataset, int]]:
+        """Return the remote shards of the windows in use and of those after them, as (data set, shard number) in the
+        order of their use."""
+        found: list[tuple[TokenDataset, int]] = []
+        places = self._progress.cursor.places
+        for ahead in (0, 1):
+            for source, place in zip(self._order.sources, places, strict=True):
+                if source.dataset.is_remote:
+                    numbers = source.order.shards_ahead(place, ahead).tolist()
+                    found += [(source.dataset, number) for number in numbers if number not in source.lost]
+        return found
+
+    def next_sample_ids(self, count: int) -> list[SampleId]:
+        """Return the addresses of the next `count` samples, each in its source; they stay the next ones."""
+        return [SampleId(*row) for row in self._next(count).addresses_N3.tolist()]
+
+    def next_sources(self, count: int) -> list[int]:
+        """Return the numbers of the sources of the next `count` samples."""
+        return self._next(count).sources_N.tolist()
+
+    def sample_hash(self, count: int) -> str:
+        """Return a short hash of the next `count` samples: their addresses, and source, shard and row of each."""
+        taken = self._next(count)
+        columns = [taken.addresses_N3, self._order.places(taken)]
+        if len(self.parts) > 1:
+            columns.append(taken.sources_N[:, None])
+        content = np.concatenate(columns, axis=1).astype("<i8").tobytes()
+        return hashlib.sha256(self.fingerprint.encode() + content).hexdigest()[:16]
+
+    def state(self) -> State:
+        """Return where the next sample is, and what must not have changed when this is restored."""
+        return {
+            "position": self.position,
+            "samples": self.samples,
+            "places": [list(place) for place in self._progress.cursor.places],
+            "left_out": [list(interval) for interval in self.left_out],
+            "lost": [[*damage[:2], int(damage.counted)] for damage in self._lost],
+            **({"passed_over": list(self._progress.passed_over)} if any(self._progress.passed_over) else {}),
+        } | self._identity()
+
+    def restore(self, state: State) -> None:
+        """Go on at a saved state; O(shards) and one window of each source, whatever the position.
+
+        Raises:
+            DataError: the state belongs to other data, another order, or is damaged; nothing has changed then.
+        """
+        for key, now in self._identity().items():
+            if state.get(key) != now:
+                raise DataError(
+                    f"the saved loader state has {key} = {state.get(key)!r}, this run has {now!r} "
+                    f"(data set {self._changed(state)})",
+                    f"{key} = {state.get(key)!r}, as when the state was saved",
+                    "restore it, or start a new run in another folder",
+                )
+        try:
+            lost = tuple(Damage(int(source), int(shard), bool(counted)) for source, shard, counted in state["lost"])
+            sources = self._open_sources(lost)
+            places = tuple(SampleId(*map(int, place)) for place in state["places"])
+            checked = tuple(source.order.check(place) for source, place in zip(sources, places, strict=True))
+            left_out = merged((int(first), int(end)) for first, end in state["left_out"])
+            passed_over = tuple(int(count) for count in state.get("passed_over", [0] * len(self.parts)))
+            if len(passed_over) != len(self.parts):
+                raise ValueError(f"passed_over has {len(passed_over)} numbers for {len(self.parts)} sources")
+            progress = Progress(Cursor(int(state["position"]), checked), int(state["samples"]), passed_over)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"the saved loader state is damaged: {error}", "the state as saved", "resume from another checkpoint"
+            ) from error
+        self._lost, self._order = lost, replace(self._order, sources=sources, left_out=left_out)
+        self._progress = progress
+
+    def clone(self) -> Stream:
+        """Return another stream that stands where this one does, over the same opened data sets, for another thread."""
+        other = copy.copy(self)
+        other._order = replace(self._order, sources=self._open_sources(self._lost))
+        return other
+
+    def _offered(self, first: int, end: int) -> np.ndarray:
+        """Return the samples of each source at the positions [first, end) that are not left out, (K,) int64."""
+        counts = self._order.mixing.counts
+        counts_K = counts(end) - counts(first)
+        for left, right in self.left_out:
+            if max(left, first) < min(right, end):
+                counts_K = counts_K - counts(min(right, end)) + counts(max(left, first))
+        return counts_K
+
+    def _passed_over(self, before: Progress, samples: Samples, after: Cursor) -> tuple[int, ...]:
+        """Return `Progress.passed_over` behind the samples that were taken between two places."""
+        if not self._lost or len(self.parts) == 1:
+            return before.passed_over
+        taken_K = np.bincount(samples.sources_N, minlength=len(self.parts))
+        passed_K = self._offered(before.cursor.position, after.position) - taken_K
+        return tuple((np.array(before.passed_over) + passed_K).tolist())
+
+    def _next(self, count: int) -> Samples:
+        return self._order.take(self._progress.cursor, count)[0]
+
+    def _open_sources(self, lost: tuple[Damage, ...]) -> tuple[Source, ...]:
+        """Return the sources without the shards that are lost, sharing nothing but the opened data sets."""
+        return tuple(self._open_source(number, part, lost) for number, part in enumerate(self.parts))
+
+    def _open_source(self, number: int, part: Part, lost: tuple[Damage, ...]) -> Source:
+        seed, dataset = source_seed(self.seed, part.name), part.dataset
+        sampler = make_sampler(dataset, self.sequence_length, seed, self.attention, self.packing, self.objective)
+        order = partial(SampleOrder, dataset.num_shards, seed=seed, window_shards=self.window_shards)
+        return Source(number, part, sampler, order, lost)
+
+    def _identity(self) -> State:
+        identity = {
+            "version": VERSION,
+            "fingerprint": self.fingerprint,
+            "sequence_length": self.sequence_length,
+            "seed": self.seed,
+            "window_shards": self.window_shards,
+            "attention": self.attention,
+            "packing": self.packing,
+            "objective": f"{self.objective.name} {_short_hash(self.objective.model_dump())}",
+        }
+        if len(self.parts) > 1:
+            shares = [[part.name, part.weight, part.epochs, part.max_samples] for part in self.parts]
+            identity["mixture"] = _short_hash(shares)
+            identity["sources"] = " ".join(part.dataset.fingerprint[:6] for part in self.parts)
+        return identity
+
+    def _changed(self, state: State) -> str:
+        """Return the folders whose data is not that of a state; all where that cannot be told."""
+        before = str(state.get("sources", "")).split()
+        pairs = list(zip(self.parts, before, strict=False)) if len(before) == len(self.parts) > 1 else []
+        changed = [part for part, fingerprint in pairs if not part.dataset.fingerprint.startswith(fingerprint)]
+        return ", ".join(str(part.dataset.location) for part in changed or self.parts)
+
+
+def _short_hash(tree: Any) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
