@@ -38,8 +38,8 @@ def trained(place: RankPlace, trees: list[dict[str, Any]]) -> str:
 
 def test_other_data_under_the_same_name_ends_both_ranks(tmp_path):
     """As on a disk that is not shared: rank 1 finds other documents where rank 0 finds its own."""
-    for name, purpose in (("corpus", "causal"), ("other", "masked")):
-        write_corpus(tmp_path / name, purpose)
+    write_corpus(tmp_path / "corpus", "causal")
+    write_corpus(tmp_path / "other", "masked")
     trees = [run_tree(tmp_path / name, tmp_path / "run", model={"vocab_size": 320}) for name in ("corpus", "other")]
     first, second = run_ranks(2, trained, trees)
     assert first == second

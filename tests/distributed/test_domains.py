@@ -10,9 +10,9 @@ import torch
 
 from engine.config.schema.run import RunConfig
 from engine.data.held_out import HeldOut
+from engine.data.loader import Loader
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.writer import ShardWriter
-from engine.data.loader import Loader
 from engine.data.stage import open_parts, stage_stream
 from engine.data.tokenizer.folder import tokenizer_hash
 from engine.models.families import family

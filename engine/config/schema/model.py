@@ -97,8 +97,9 @@ class ModelConfig(Section):
             return given
         family = given.get("family")
         position = given.get("position", "relative" if family == "t5" else "learned")
-        known = isinstance(family, str) and isinstance(position, str)
-        return {"position": position, **(_DEFAULTS.get((family, position), {}) if known else {}), **given}
+        known = isinstance(family, str) and isinstance(position, str)  # what is neither is refused by its field
+        defaults = _DEFAULTS.get((str(family), str(position)), {}) if known else {}
+        return {"position": position, **defaults, **given}
 
     @property
     def padded_vocab_size(self) -> int:

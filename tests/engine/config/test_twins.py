@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from typing import Any
 
 import pytest
 
@@ -52,7 +53,7 @@ def test_the_defaults_of_a_family_have_a_twin_and_make_a_run(model, form):
 
 
 def test_given_keys_win_over_those_of_the_family():
-    given = {"norm_position": "pre", "activation": "gelu_tanh", "token_types": 0}
+    given: dict[str, Any] = {"norm_position": "pre", "activation": "gelu_tanh", "token_types": 0}
     assert ModelConfig.model_validate(SIZES | {"family": "bert"} | given).model_dump().items() >= given.items()
     whole = ModelConfig.model_validate(SIZES | {"family": "bert"})
     assert ModelConfig.model_validate_json(whole.model_dump_json(), strict=True) == whole

@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from torch.distributed import HashStore, PrefixStore
+from torch._C._distributed_c10d import HashStore, PrefixStore
 
 from engine.errors import EXIT_USAGE, EnvironmentProblem
 from engine.parallel import meeting
