@@ -44,7 +44,7 @@ def documents(shards: Path) -> list[list[int]]:
     return [part[:-1].tolist() for part in np.split(shard.tokens, shard.documents[1:-1])]
 
 
-@pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "Qwen2Tokenizer"])
+@pytest.mark.parametrize("tokenizer_class", ["GPT2Tokenizer", "Qwen2Tokenizer", "RobertaTokenizer"])
 def test_a_folder_that_was_named_directly_is_exported_with_the_splitting_of_its_shards(tokenizer_class, tmp_path):
     tokenizer = foreign.other_splitting(tmp_path / "tokenizer", tokenizer_class)
     shards = prepared(tmp_path, tokenizer)
@@ -68,6 +68,29 @@ def test_a_folder_that_was_named_directly_is_exported_with_the_splitting_of_its_
         for place in (trained.checkpoint, exported.folder)
     }
     assert len(texts) == 1
+
+
+def test_a_cased_bert_is_exported_with_its_case(tmp_path):
+    names = {"sep_token": "[SEP]", "unk_token": "[UNK]", "pad_token": "[PAD]"}
+    tokenizer = foreign.cased_bert(tmp_path / "tokenizer", **names)
+    source = write_json_lines(tmp_path / "texts.jsonl", ["THE RANK OF aB", "x y Z"])
+    prepare(PrepareOptions((str(source),), tokenizer, tmp_path / "tokens", validation_fraction=0))
+    exported = export(trained_on(tmp_path, tokenizer, tmp_path / "tokens" / "train"), tmp_path / "out")
+    theirs = AutoTokenizer.from_pretrained(exported.folder)
+    assert [theirs(text, add_special_tokens=False)["input_ids"] for text in ("THE RANK OF aB", "x y Z")] == documents(
+        tmp_path / "tokens" / "train"
+    )
+    assert exported.num_shard_tokens > 0
+
+
+@pytest.mark.parametrize("name", ["T5", "XLM-R", "CamemBERT"])
+def test_unigram_classes_are_exported_with_their_splitting(name, tmp_path):
+    tokenizer = foreign.class_folder(name, tmp_path / "tokenizer")
+    texts = ["the rank a", "rank <s9>", "a 12 the"]
+    source = write_json_lines(tmp_path / "texts.jsonl", texts)
+    prepare(PrepareOptions((str(source),), tokenizer, tmp_path / "tokens", validation_fraction=0))
+    exported = export(trained_on(tmp_path, tokenizer, tmp_path / "tokens" / "train"), tmp_path / "out")
+    assert exported.num_shard_tokens == sum(map(len, documents(tmp_path / "tokens" / "train"))) > 0
 
 
 def test_shards_that_another_splitting_wrote_are_noticed(tmp_path):
