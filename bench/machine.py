@@ -11,9 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from launcher.devices import multiplies_bf16
+
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "triton", "numpy")
-NATIVE_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-"""Flags of /proc/cpuinfo (x86, x86 with tiles, Arm) that stand for bf16 products in hardware."""
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -25,22 +25,12 @@ def machine(threads: int) -> dict[str, Any]:
         "processor": model.group(1) if model else platform.machine(),
         "cores": os.cpu_count(),
         "threads": threads,
-        "native_bf16": native_bf16(cpuinfo),
+        "native_bf16": multiplies_bf16(cpuinfo),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
     }
-
-
-def native_bf16(cpuinfo: str | None = None) -> bool:
-    """Whether this processor multiplies bf16 in hardware (without it bf16 is slower than fp32)."""
-    text = _cpuinfo() if cpuinfo is None else cpuinfo
-    return any(
-        NATIVE_BF16_FLAGS.intersection(line.split(":", 1)[1].split())
-        for line in text.splitlines()
-        if line.startswith(("flags", "Features"))
-    )
 
 
 def _cpuinfo() -> str:

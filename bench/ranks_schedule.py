@@ -78,7 +78,7 @@ def train(pipeline: Pipeline, inputs: list[Tensors], schedule: Schedule, learnin
 
     begin = time.perf_counter()
     order = instructions(schedule, pipeline.groups.coordinates.stage, *pipeline.sizes, len(inputs))
-    pipeline._run(traced(order), inputs, torch.full((pipeline.num_losses,), 1e-3))
+    pipeline._run(traced(order), inputs, torch.full((pipeline.num_losses,), 1e-3), by_domain=None)
     seconds = time.perf_counter() - begin
     pipeline.engine.step(learning_rate)
     return Step(spans, seconds, held[0])

@@ -20,7 +20,8 @@ import typer
 
 from bench.command import run
 from bench.contest import Contestant, ContestFailed, Lap, Spread, ratios, run_rounds
-from bench.machine import machine, native_bf16
+from bench.machine import machine
+from launcher.devices import multiplies_bf16
 
 TRAINER, PLAIN, MODULES = "transformers Trainer", "plain torch", "our modules, plain loop"
 CHECK_STEPS = 5
@@ -84,7 +85,7 @@ def wanted(choice: PrecisionChoice) -> list[str]:
     """Precisions to run; bf16 only where it is asked for by name or native."""
     if choice is not PrecisionChoice.ALL:
         return [choice.value]
-    return ["fp32", "bf16"] if native_bf16() else ["fp32"]
+    return ["fp32", "bf16"] if multiplies_bf16() else ["fp32"]
 
 
 def sides(shape: Any, precision: str, threads: int) -> dict[str, Callable[[], Contestant]]:

@@ -1,16 +1,34 @@
-"""How many GPUs this node offers to a run, asked without torch."""
+"""The GPUs that this node offers to a run, and whether its processors compute in bf16; asked without torch."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from engine.errors import EnvironmentProblem
 from engine.plan.hardware import ACCELERATORS, Accelerator
 
 NO_DEVICES = ("", "-1", "NoDevFiles")
 """Values of CUDA_VISIBLE_DEVICES that hide every GPU; Slurm writes the last one."""
+
+NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"}
+"""Flags of processors (x86 and Arm) that multiply bf16 themselves."""
+
+
+def multiplies_bf16(cpuinfo: str | None = None) -> bool:
+    """Return whether the processor that `cpuinfo` describes (None: this node's) multiplies bf16 in hardware.
+
+    Others emulate it, many times slower than fp32.
+    """
+    if cpuinfo is None:
+        try:
+            cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        except OSError:
+            return False
+    lines = (line for line in cpuinfo.splitlines() if line.startswith(("flags", "Features")))
+    return any(NATIVE_BF16.intersection(line.split()) for line in lines)
 
 
 def num_gpus(environ: Mapping[str, str], list_gpus: Callable[[], str] | None = None) -> int:

@@ -28,7 +28,7 @@ from engine.heartbeat import Heartbeat
 from engine.outcome import Outcome
 from engine.run_folder import RunFolder
 from engine.train.signals import StopSignals
-from launcher.devices import num_gpus
+from launcher.devices import multiplies_bf16, num_gpus
 from launcher.environment import check_meeting_point, export, is_supervised, rank_environment, run_folder
 from launcher.extensions import prepare_extensions
 
@@ -108,6 +108,10 @@ def _start(run: RunConfig, place: RankPlace) -> Layout:
     export(place, os.environ)
     if not num_gpus(os.environ):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would guess the same, with a warning per rank
+        if place.global_rank == 0 and run.precision.dtype == "bf16" and not multiplies_bf16():
+            logs.logger(__name__).warning(
+                "this processor emulates bf16, many times slower than fp32: set precision.dtype=fp32"
+            )
     return layout
 
 

@@ -8,7 +8,6 @@ import pytest
 from bench import step
 from bench.command import run
 from bench.contest import Contestant, ContestFailed, Lap, Spread, ratios, run_rounds
-from bench.machine import native_bf16
 from engine.errors import EXIT_FAILURE
 
 
@@ -122,16 +121,3 @@ def test_the_command_shows_errors_without_a_traceback(capsys, monkeypatch):
         run(main)
     assert ended.value.code == EXIT_FAILURE
     assert capsys.readouterr().err == "error: this is wrong\n  allowed: that is allowed\n  to do: do this\n"
-
-
-@pytest.mark.parametrize(
-    ("cpuinfo", "native"),
-    [
-        ("flags\t\t: fpu avx512f avx512_bf16 sse", True),
-        ("Features\t: fp asimd bf16", True),
-        ("flags\t\t: fpu avx2 avx512f\nmodel name: bf16", False),
-        ("", False),
-    ],
-)
-def test_bf16_is_native_where_the_processor_says_so(cpuinfo, native):
-    assert native_bf16(cpuinfo) is native

@@ -4,7 +4,7 @@ import pytest
 
 from engine.errors import EnvironmentProblem
 from launcher import devices
-from launcher.devices import num_gpus, numbers, nvidia_smi
+from launcher.devices import multiplies_bf16, num_gpus, numbers, nvidia_smi
 
 FOUR = "\n".join(f"GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i})" for i in range(4))
 
@@ -64,3 +64,16 @@ def test_numbers_of_gpus_by_name(given: tuple[str, ...], found: tuple[int, ...])
 def test_what_is_no_whole_gpu_has_no_number(name: str) -> None:
     with pytest.raises(EnvironmentProblem, match=f"names {name}, which deepspeed cannot be told"):
         numbers(("0", name), lambda: FOUR)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "native"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16 sse", True),
+        ("Features\t: fp asimd bf16", True),
+        ("flags\t\t: fpu avx2 avx512f\nmodel name: bf16", False),
+        ("", False),
+    ],
+)
+def test_bf16_is_native_where_the_processor_says_so(cpuinfo, native):
+    assert multiplies_bf16(cpuinfo) is native

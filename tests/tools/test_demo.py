@@ -22,7 +22,6 @@ from tools.demo.sizes import (
     MOST_STEPS,
     STARTS_TO_COME,
     STEPS_BEYOND,
-    precision,
     sizes,
 )
 
@@ -97,13 +96,6 @@ def test_the_kill_comes_between_two_checkpoints(seconds: float) -> None:
     assert found.steps % found.checkpoint_every == 0
     assert found.checkpoint_every * KILLED_AFTER < found.kill_at < found.checkpoint_every * (KILLED_AFTER + 1)
     assert found.kill_at - found.checkpoint_every * KILLED_AFTER == STEPS_BEYOND
-
-
-def test_precision_follows_the_processor() -> None:
-    assert precision("processor : 0\nflags\t\t: fpu avx512f avx512_bf16 vme\n") == "bf16"
-    assert precision("Features\t: fp asimd bf16\n") == "bf16"
-    assert precision("flags : fpu avx2\nmodel name : bf16\n") == "fp32"
-    assert precision("") == "fp32"
 
 
 # the run

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine.errors import EXIT_DONE, PalimpsestError
+from launcher.devices import multiplies_bf16
 from tools.demo import proof, sizes
 from tools.demo.commands import Commands
 from tools.demo.text import collect
@@ -80,12 +81,10 @@ class Demo:
         self.commands.run("inspect-data", output, "--samples", "1", "--sequence-length", "128")
 
     def plan(self) -> None:
-        cpuinfo = Path("/proc/cpuinfo")
-        kind = sizes.precision(cpuinfo.read_text(errors="replace") if cpuinfo.exists() else "")
-        if kind == "fp32":
+        self.kind = "bf16" if multiplies_bf16() else "fp32"
+        if self.kind == "fp32":
             print("this processor has no bf16 of its own: the run uses fp32")
             self.precision = ("precision.dtype=fp32",)
-        self.kind = kind
         self.commands.run("plan", CONFIG, *self.precision, "--world", "2")
 
     def timing(self) -> None:

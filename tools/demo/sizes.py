@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import median
-from typing import Literal
 
 GOAL_SECONDS = 300.0
 """What the demonstration aims at from its start to its end, installation apart."""
@@ -25,8 +24,6 @@ STARTS_TO_COME = 4
 """Launches and commands that are still to come, each counted as long as a launch takes to start."""
 BESIDE_STEPS = 1.25
 """Evaluation, checkpoints and the dearer one of the two layouts, as a factor on the steps' own time."""
-NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"}
-"""Flags of processors (x86 and Arm) that multiply bf16 themselves."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +44,3 @@ def sizes(step_seconds: list[float], start_seconds: float, elapsed_seconds: floa
     steps = min(max(fitting, FEWEST_STEPS), MOST_STEPS)
     checkpoint_every = steps // NUM_CHECKPOINTS
     return Sizes(checkpoint_every * NUM_CHECKPOINTS, checkpoint_every, checkpoint_every * KILLED_AFTER + STEPS_BEYOND)
-
-
-def precision(cpuinfo: str) -> Literal["bf16", "fp32"]:
-    """What the processor that `/proc/cpuinfo` describes is quick at."""
-    flags = {flag for line in cpuinfo.splitlines() if line.startswith(("flags", "Features")) for flag in line.split()}
-    return "bf16" if flags & NATIVE_BF16 else "fp32"

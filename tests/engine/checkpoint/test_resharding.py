@@ -27,7 +27,8 @@ from engine.models.families import FAMILIES, family
 from engine.optim.groups import parameter_groups
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.state import Placement
-from engine.plan.cut import entries_of, stage_parts, tied_stages
+from engine.plan.cut import stage_parts, tied_stages
+from engine.plan.parameters import stage_entries
 from tests.engine.checkpoint.worlds import parts
 
 PAIRS, LARGEST_WORLD, SEED = 5000, 1024, 31
@@ -82,7 +83,7 @@ def specs_of(model: str) -> dict[str, ParameterSpec]:
 def stages_of(model: str, pipe: int, virtual: int) -> tuple[list[list[str]], Mapping[str, tuple[int, ...]]]:
     """Names per stage, and the stages of what several hold."""
     held = [
-        [entry.name for entry in entries_of(MODELS[model], chunks)]
+        list(dict.fromkeys(e.name for c in chunks for e in stage_entries(MODELS[model], c.layers, c.first, c.last)))
         for chunks in stage_parts(MODELS[model], pipe, virtual, LENGTHS)
     ]
     return held, tied_stages(MODELS[model], pipe, virtual, LENGTHS)

@@ -69,6 +69,6 @@ def test_weights_become_whole_numbers():
     assert LONGEST_PERIOD % sum(rounded) == 0
     exact = np.array([1234567, 7654321, 99999]) / (1234567 + 7654321 + 99999)
     assert np.abs(np.array(rounded) / sum(rounded) - exact).max() < 1 / LONGEST_PERIOD
-    for weights, message in (([1.0, -1.0], "not above 0"), ([1.0, 1e-7], "less than 1/65,536 of the sum")):
+    for weights, message in (([1.0, -1.0], "no finite number above 0"), ([1.0, 1e-7], "less than 1/65,536 of the sum")):
         with pytest.raises(ValueError, match=message):
             whole_parts(weights)
