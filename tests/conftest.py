@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from engine.logs import ROOT
 
 FOLDER = Path(__file__).parents[1] / "build"
 LARGEST_MATRIX = 150
@@ -42,6 +46,17 @@ def check_matrix(items: list[pytest.Item]) -> None:
             f"{len(long)} cases are marked `matrix`; allowed: {LARGEST_MATRIX}; drop those that the covering in "
             "tests/distributed/covering.py has"
         )
+
+
+@pytest.fixture(autouse=True)
+def package_logger() -> Iterator[None]:
+    """Leave the package's logger as it was: a command run in a test configures it for the whole process."""
+    root = logging.getLogger(ROOT)
+    handlers, level, propagate = [*root.handlers], root.level, root.propagate
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    root.propagate = propagate
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` deselects
