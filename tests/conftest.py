@@ -49,14 +49,17 @@ def check_matrix(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def package_logger() -> Iterator[None]:
-    """Leave the package's logger as it was: a command run in a test configures it for the whole process."""
-    root = logging.getLogger(ROOT)
+def process_state() -> Iterator[None]:
+    """Leave the package's logger and the environment as they were: commands that tests run in this process set both."""
+    root, environment = logging.getLogger(ROOT), dict(os.environ)
     handlers, level, propagate = [*root.handlers], root.level, root.propagate
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
     root.propagate = propagate
+    for name in os.environ.keys() - environment.keys() - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    os.environ.update(environment)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` deselects

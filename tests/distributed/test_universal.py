@@ -207,7 +207,7 @@ def test_positions_behind_padding_rows_follow_the_tokenizer(saved, tmp_path, cap
     _, run, _ = saved("roberta")
     command = ["convert", str(run), "--to", "universal", "--names", "huggingface", "--output", str(tmp_path / "u")]
     assert main(command) == 2
-    assert "cannot be read as a tokenizer" in capsys.readouterr().err
+    assert "holds no tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "u").exists()
 
 
@@ -269,7 +269,11 @@ def test_wrong_places_are_refused(checkpoint, tmp_path, capsys):
         ((tmp_path / "no", "--to", "universal", "--output", tmp_path / "new"), 2, "is not there"),
         ((full, "--to", "universal", "--output", tmp_path / "new"), 2, "holds neither checkpoints/ nor manifest.json"),
         ((checkpoint, "--to", "dcp", "--names", "huggingface", "--output", tmp_path / "new"), 2, "with --to dcp"),
-        ((checkpoint, "--to", "universal", "--output", full / "something" / "new"), 1, "cannot write"),
+        (
+            (checkpoint, "--to", "universal", "--output", full / "something" / "new"),
+            1,
+            "cannot be written: Not a directory",
+        ),
     ]:
         assert (found := convert(*arguments))[0] == code, found
         assert said in found[1]

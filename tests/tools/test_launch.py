@@ -1,6 +1,5 @@
-"""`palimpsest launch`, `plan` and `train` from the outside, as far as no torch is needed."""
+"""`palimpsest launch` and `train` from the outside, as far as no torch is needed."""
 
-import json
 import os
 import shlex
 import signal
@@ -331,75 +330,6 @@ class TestTrain:
                 mistaken = self.train(SMOKE, "folder=run", "seed=x", RANK=rank, LOCAL_RANK=rank, **world)
                 assert mistaken.returncode == 2
             assert contents(tmp_path / "run") == before
-
-
-class TestPlan:
-    def test_tables(self, capsys: pytest.CaptureFixture[str]) -> None:
-        path = str(REPOSITORY / "configs/smoke/zero3-pipe.yaml")
-        assert call("plan", path, "--world", "4") == 0
-        shown = capsys.readouterr().out
-        for part in (
-            "pipe 2 x data 2",
-            "ZeRO-3",
-            "idle 33.3%",
-            "gathered",
-            "bytes that one rank sends",
-            "refused on 4",
-        ):
-            assert part in shown
-        assert max(map(len, shown.splitlines())) <= 80
-
-    def test_what_lies_elsewhere_has_a_column_of_its_own(self, capsys: pytest.CaptureFixture[str]) -> None:
-        near = ("parallel.zero_stage=3", "parallel.gather_within=2", "parallel.offload=optimizer")
-        assert call("plan", SMOKE, "--world", "4", *near) == 0
-        shown = capsys.readouterr().out
-        assert " host" in shown
-        assert "moments" not in shown
-        assert "near" in shown
-        assert max(map(len, shown.splitlines())) <= 80
-        assert call("plan", SMOKE, "--world", "4", "parallel.zero_stage=3") == 0
-        assert "host" not in capsys.readouterr().out
-        assert call("plan", SMOKE, "--world", "4", *near[:2], "parallel.data=4", "parallel.gather_within=4") == 2
-        assert "parallel.gather_within = 4 does not cut the 4 data x sequence ranks" in capsys.readouterr().err
-        assert call("plan", SMOKE, "parallel.gather_within=1") == 2
-        assert "parallel.gather_within" in capsys.readouterr().err
-        assert call("plan", SMOKE, "parallel.offload=weights") == 2
-        assert "parallel.offload" in capsys.readouterr().err
-
-    def test_json_holds_the_same(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert call("plan", SMOKE, "parallel.pipe=2", "--json") == 0
-        tree = json.loads(capsys.readouterr().out)
-        assert tree["layout"] == {"pipe": 2, "data": 1, "sequence": 1, "tensor": 1}
-        assert len(tree["stages"]) == 2
-        for stage in tree["stages"]:
-            assert stage["memory"]["total"] >= stage["memory"]["states"] > 0
-            assert stage["traffic"]["total"] == sum(v for k, v in stage["traffic"].items() if k != "total")
-        assert tree["operations"] == tree["operations_per_token"] * tree["tokens"]
-        assert all(refusal["problems"] for refusal in tree["refused"])
-
-    def test_a_cluster_adds_seconds_and_a_ranking(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert call("plan", SMOKE, "--world", "4", "--gpu", "h100-80gb", "--json") == 0
-        advice = json.loads(capsys.readouterr().out)["advice"]
-        least, most = advice["planned"]["band_seconds"]
-        assert least < advice["planned"]["seconds"] < most
-        seconds = [candidate["seconds"] for candidate in advice["ranked"] if candidate["fits"]]
-        assert seconds == sorted(seconds)
-        assert len(seconds) > 3
-        assert call("plan", SMOKE, "--world", "4", "--gpu", "h100-80gb") == 0
-        shown = capsys.readouterr().out
-        assert "as planned on 4 h100-80gb" in shown
-        assert max(map(len, shown.splitlines())) <= 80
-        assert call("plan", SMOKE, "--gpu", "tpu") == 2
-        assert "--gpu tpu is not known" in capsys.readouterr().err
-
-    def test_a_world_that_does_not_fit(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert call("plan", SMOKE, "parallel.pipe=2", "--world", "3") == 2
-        assert "a world of 3 does not fit pipe 2" in capsys.readouterr().err
-
-    def test_units(self) -> None:
-        from tools.plan_tables import scale
-
-        assert [scale(n) for n in (0, 1023, 1024, 5 * 1024**3)] == [(1, "B"), (1, "B"), (1024, "KiB"), (1024**3, "GiB")]
 
 
 def test_signals_are_the_ones_that_clusters_send() -> None:

@@ -8,8 +8,11 @@ import pytest
 from engine import cli
 from engine.config.load import load_run
 from tests.distributed.runs import write_corpus
+from tools.plan_tables import scale
 
 RUNS = Path(__file__).parents[2] / "configs" / "runs"
+SMOKE = RUNS.parent / "smoke"
+GPT2 = SMOKE / "gpt2.yaml"
 
 
 def plan(capsys: pytest.CaptureFixture[str], run: str | Path, *arguments: str) -> tuple[int, str, str]:
@@ -159,3 +162,75 @@ def test_data_of_another_tokenizer_is_wrong(capsys, corpus, tmp_path):
     code, out, _ = plan(capsys, "gpt2-124m", *of_corpus(corpus, f"tokenizer={tmp_path / 'other'}"))
     assert code == 2
     assert "wrong: data.train: the shards in" in out
+
+
+def table_width(shown: str) -> int:
+    """The longest line that is neither a missing input nor keys to paste."""
+    pasted = ("missing: ", "parallel", "parallel: ")
+    return max(len(line) for line in shown.splitlines() if not line.startswith(pasted))
+
+
+def test_tables_fit_a_terminal(capsys):
+    code, shown, _ = plan(capsys, SMOKE / "zero3-pipe.yaml", "--world", "4")
+    assert code == 0
+    for part in ("pipe 2 x data 2", "ZeRO-3", "idle 33.3%", "gathered", "bytes that one rank sends", "refused"):
+        assert part in shown
+    assert table_width(shown) <= 80
+
+
+def test_what_lies_elsewhere_has_a_column_of_its_own(capsys):
+    near = ("parallel.zero_stage=3", "parallel.gather_within=2", "parallel.offload=optimizer")
+    code, shown, _ = plan(capsys, GPT2, "--world", "4", *near)
+    assert code == 0
+    assert " host" in shown
+    assert "moments" not in shown
+    assert "near" in shown
+    assert table_width(shown) <= 80
+    assert "host" not in plan(capsys, GPT2, "--world", "4", "parallel.zero_stage=3")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ("--world", "4", "parallel.zero_stage=3", "parallel.data=4", "parallel.gather_within=4"),
+            "parallel.gather_within = 4 does not cut the 4 data x sequence ranks",
+        ),
+        (("parallel.gather_within=1",), "parallel.gather_within"),
+        (("parallel.offload=weights",), "parallel.offload"),
+        (("parallel.pipe=2", "--world", "3"), "a world of 3 does not fit pipe 2"),
+        (("--gpu", "tpu"), "--gpu tpu is not known"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(capsys, arguments, said):
+    code, _, error = plan(capsys, GPT2, *arguments)
+    assert code == 2
+    assert said in error
+
+
+def test_json_holds_the_same(capsys):
+    code, out, _ = plan(capsys, GPT2, "parallel.pipe=2", "--json")
+    tree = json.loads(out)
+    assert code == 0
+    assert tree["layout"] == {"pipe": 2, "data": 1, "sequence": 1, "tensor": 1}
+    assert len(tree["stages"]) == 2
+    for stage in tree["stages"]:
+        for parts in (stage["memory"], stage["traffic"]):
+            assert parts["total"] == sum(value for key, value in parts.items() if key not in ("total", "host_bytes"))
+    assert tree["operations"] == tree["operations_per_token"] * tree["tokens"]
+    assert all(refusal["problems"] for refusal in tree["refused"])
+
+
+def test_layouts_are_ranked_by_seconds(capsys):
+    code, out, _ = plan(capsys, GPT2, "--world", "4", "--gpu", "h100-80gb", "--json")
+    advice = json.loads(out)["advice"]
+    least, most = advice["planned"]["band_seconds"]
+    assert code == 0
+    assert least < advice["planned"]["seconds"] < most
+    seconds = [candidate["seconds"] for candidate in advice["ranked"] if candidate["fits"]]
+    assert seconds == sorted(seconds)
+    assert len(seconds) > 3
+
+
+def test_units():
+    assert [scale(n) for n in (0, 1023, 1024, 5 * 1024**3)] == [(1, "B"), (1, "B"), (1024, "KiB"), (1024**3, "GiB")]

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,15 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+@pytest.fixture
+def heard_hangup() -> Iterator[None]:
+    """SIGHUP with its default meaning, under nohup, too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heard_hangup")
 @pytest.mark.parametrize("number", signals.STOP)
 def test_a_signal_asks_to_stop_and_is_only_caught_inside(number: signal.Signals) -> None:
     before, descriptors = signal.getsignal(number), len(os.listdir("/proc/self/fd"))
