@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,14 @@ def process_state() -> Iterator[None]:
     for name in os.environ.keys() - environment.keys() - {"PYTEST_CURRENT_TEST"}:
         del os.environ[name]
     os.environ.update(environment)
+
+
+@pytest.fixture
+def heard_hangup() -> Iterator[None]:
+    """SIGHUP with its default meaning in this process and those that it starts, also where pytest runs under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` deselects

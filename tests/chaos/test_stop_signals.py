@@ -160,6 +160,7 @@ def assert_saved(run: Path) -> int:
     return ended.step
 
 
+@pytest.mark.usefixtures("heard_hangup")
 @pytest.mark.parametrize(
     ("launcher", "signals"),
     [
