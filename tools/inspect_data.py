@@ -29,6 +29,7 @@ from engine.data.shards.remote import RemoteFolder, is_remote
 from engine.data.tokenizer.folder import TextTokenizer, load_tokenizer
 from engine.data.visible import visible
 from engine.errors import ConfigError, DataError
+from engine.redact import redact
 from tools.data_tables import counts_table, histogram
 
 if TYPE_CHECKING:  # torch would make --help slow
@@ -191,7 +192,7 @@ def _print_recipe(folder: Path) -> None:
         return
     console = Console()
     for domain, name, size in sources[:_SOURCES_SHOWN]:
-        console.print(Text(visible(f"source {domain + ' = ' if domain else ''}{name}, {size:,} bytes")))
+        console.print(Text(visible(f"source {domain + ' = ' if domain else ''}{redact(str(name))}, {size:,} bytes")))
     if len(sources) > _SOURCES_SHOWN:
         console.print(f"and {len(sources) - _SOURCES_SHOWN:,} more sources")
     console.print(counts_table(parts))
@@ -201,14 +202,16 @@ def _print_recipe(folder: Path) -> None:
 
 def _verify(dataset: TokenDataset) -> None:
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(escape(visible(f"verifying {dataset.location}")), total=dataset.index.num_bytes)
+        task = progress.add_task(
+            escape(visible(f"verifying {redact(str(dataset.location))}")), total=dataset.index.num_bytes
+        )
         dataset.verify(lambda num_bytes: progress.advance(task, num_bytes))
 
 
 def print_counts(dataset: TokenDataset) -> None:
     """Counts of a data set whose shards have been verified."""
     index = dataset.index
-    table = Table(title=Text(visible(str(dataset.location))), title_justify="left", show_header=False)
+    table = Table(title=Text(visible(redact(str(dataset.location)))), title_justify="left", show_header=False)
     table.add_row("documents", f"{index.num_documents:,}")
     if index.has_sentences:
         table.add_row("sentences", f"{index.num_sentences:,}")
@@ -217,7 +220,7 @@ def print_counts(dataset: TokenDataset) -> None:
     table.add_row("shards", f"{dataset.num_shards:,}, {index.num_bytes:,} bytes{packed}")
     if index.tokens_folder is not None:
         found = sorted({shard.tokens.file for shard in index.shards})
-        table.add_row("tokens lie in", Text(visible(f"{', '.join(found)} in {index.tokens_folder}")))
+        table.add_row("tokens lie in", Text(visible(f"{', '.join(found)} in {redact(str(index.tokens_folder))}")))
     table.add_row("hashes", f"{sum(len(shard.arrays) for shard in index.shards):,} files verified (xxh3)")
     table.add_row("tokenizer", index.tokenizer_hash)
     table.add_row("fingerprint", index.fingerprint)

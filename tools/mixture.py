@@ -16,6 +16,7 @@ from engine.data.stream import Stream
 from engine.data.tokenizer.folder import tokenizer_hash
 from engine.data.visible import visible
 from engine.errors import PalimpsestError, report
+from engine.redact import redact
 
 
 def show_mixture(run_file: Path, overrides: list[str]) -> None:
@@ -44,7 +45,7 @@ def mixture_table(stage: RunStage, stream: Stream) -> Table:
     rows = zip(stream.parts, stream.mix(total), weights, stream.samples_by_source(), strict=True)
     for part, count, weight, epoch in rows:
         table.add_row(
-            Text(visible(part.name or part.dataset.location)),
+            Text(visible(part.name or redact(str(part.dataset.location)))),
             f"{count:,}",
             f"{count / total:.4%}",
             f"{weight / sum(weights):.4%}",

@@ -23,6 +23,7 @@ from engine.checkpoint.manifest import CheckpointState
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
 from engine.errors import ConfigError
+from engine.redact import redacted
 from engine.serve.source import Trained, run_of
 from engine.train.metrics import METRICS
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-_CREDENTIALS = re.compile(r"(://)[^/@\s]+@|[?#][^\s'\"]*")
-"""The parts of a URL that may hold a password or a signature."""
 _PIPELINES = {"gpt": "text-generation", "bert": "fill-mask", "t5": "text2text-generation"}
 _CLASSES = {"gpt": "AutoModelForCausalLM", "bert": "AutoModelForMaskedLM", "t5": "AutoModelForSeq2SeqLM"}
 _UNTIED_T5 = (
@@ -71,7 +70,7 @@ def model_card(trained: Trained, theirs: PretrainedConfig, license_id: str | Non
         "## Source\n\n" + _table(("", ""), _source(trained, run, state, license_id)),
         "## Training data\n\n" + _data(trained, run, state),
         "## Held-out loss\n\n" + _losses(trained),
-        f"## Configuration\n\n```yaml\n{_yaml(_without_secrets(run.model_dump(mode='json', exclude_none=True)))}```",
+        f"## Configuration\n\n```yaml\n{_yaml(redacted(run.model_dump(mode='json', exclude_none=True)))}```",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -113,7 +112,7 @@ def _data(trained: Trained, run: RunConfig, state: CheckpointState) -> str:
             for source, fingerprint in zip(stage.data.sources, prints, strict=True)
         ]
         rows.append(("all", "", f"{trained.tokens:,}", loader.get("fingerprint", "not recorded")))
-    return _table(("source", "folder", "tokens seen", "fingerprint"), _without_secrets(rows))
+    return _table(("source", "folder", "tokens seen", "fingerprint"), redacted(rows))
 
 
 def _stage_of(run: RunConfig, state: CheckpointState) -> RunStage:
@@ -158,15 +157,6 @@ def _records(trained: Trained) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(record, dict) and record.get("step", trained.step + 1) <= trained.step:
                 yield record
-
-
-def _without_secrets(tree: Any) -> Any:
-    """The same tree of text with passwords and signatures taken out of URLs."""
-    if isinstance(tree, dict):
-        return {key: _without_secrets(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_without_secrets(value) for value in tree]
-    return _CREDENTIALS.sub(r"\1", tree) if isinstance(tree, str) and "://" in tree else tree
 
 
 def _table(head: tuple[str, ...], rows: Any) -> str:

@@ -64,7 +64,7 @@ def test_the_card_tells_source_data_losses_configuration_and_license(mixture, tm
     assert "| run | two \\| sources |" in body
     assert "| checkpoint | step 4 |" in body
     assert "| license | apache-2.0 |" in body
-    assert "| books | https://host/books | 960 | aaaaaa |" in body  # 30 samples of 32 tokens
+    assert "| books | https://host/books?signature=*** | 960 | aaaaaa |" in body  # 30 samples of 32 tokens
     assert "| code | shards/code | 320 | bbbbbb |" in body
     assert f"| all |  | 128 | {'f' * 32} |" in body
     assert "| validation_loss | 4 | 4.250000 |" in body
@@ -73,7 +73,7 @@ def test_the_card_tells_source_data_losses_configuration_and_license(mixture, tm
     assert "1.000000" not in body
     shown = YAML(typ="safe").load(body.partition("```yaml\n")[2].partition("```")[0])
     assert shown["model"]["hidden_size"] == 64
-    for secret in ("secret", "user:", "signature"):
+    for secret in ("secret", "user:", "=hidden"):
         assert secret not in card
 
 
