@@ -6,12 +6,14 @@ warning at most. Here every such tensor is an error by name, and so are values t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 
 from engine.errors import ConfigError
 from engine.foreign import refuse_custom_code
@@ -128,7 +130,25 @@ def load(folder: Path, architecture: str) -> Loaded:
             "the shapes that config.json says",
             "mend config.json (vocab_size counts the rows of a padded vocabulary, too), or take the right files",
         )
-    return Loaded(model, tuple(sorted(info["missing_keys"])), tuple(sorted(info["unexpected_keys"])))
+    missing = info["missing_keys"] | _lost_head(folder, model)
+    return Loaded(model, tuple(sorted(missing)), tuple(sorted(info["unexpected_keys"])))
+
+
+def _lost_head(folder: Path, model: PreTrainedModel) -> set[str]:
+    """Return the head's weight where config.json says that it is not tied and no file holds it.
+
+    transformers 5 ties every T5 whose head is missing, whatever config.json says.
+    """
+    head = model.get_output_embeddings()
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if head is None or settings.get("tie_word_embeddings") is not False:
+        return set()
+    name = next(f"{name}.weight" for name, module in model.named_modules() if module is head)
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118  a reader of a file, no mapping
+                return set()
+    return {name}
 
 
 def _names(names: tuple[str, ...]) -> str:

@@ -63,6 +63,7 @@ HEADS = {
     "bert": "cls.seq_relationship.weight",
     "roberta": "lm_head.dense.weight",
     "modernbert": "head.dense.weight",
+    "t5-v1.1": "lm_head.weight",
 }
 
 
@@ -70,6 +71,8 @@ HEADS = {
 def test_a_missing_head_is_named(folder_of, form):
     folder = folder_of(form)
     alter(folder, lambda state: state.pop(HEADS[form]))
+    if form == "t5-v1.1":  # as `palimpsest convert` writes it; save_pretrained calls every T5 tied
+        configure(folder, tie_word_embeddings=False)
     with pytest.raises(ConfigError, match=rf"no file holds {HEADS[form]}\n"):
         read_model(folder)
 
