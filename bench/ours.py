@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from bench.contest import Turns
-from engine.config.place import RankPlace
+from engine.config.rank_environment import RankEnvironment
 from engine.config.resolve import resolve
 from engine.config.schema.data import DataConfig
 from engine.config.schema.model import ModelConfig
@@ -75,7 +75,7 @@ class Ours:
         self, shape: Shape, zero_stage: int, precision: Precision, seed: int = 0, offload: Offload = "none"
     ) -> None:
         os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1")  # DeepSpeed asks for them
-        place = RankPlace()
+        place = RankEnvironment()
         self.shape, self.device = shape, choose_device(place)
         self.config = run_config(shape, zero_stage, precision, seed, offload)
         connect(place, self.device)

@@ -21,7 +21,7 @@ from bench.ours import DISTINCT_STEPS, OPTIMIZER, Precision, Shape, micro_batche
 from engine.config.schema.model import ModelConfig
 from engine.models.gpt import specs
 from engine.models.initial import initial_value
-from engine.models.values import whole_model
+from engine.models.materialize import whole_model
 from engine.optim.groups import weight_decay
 
 Loss = Callable[[torch.Tensor], torch.Tensor]

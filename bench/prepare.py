@@ -21,9 +21,9 @@ import typer
 
 from bench.command import run
 from bench.machine import machine
-from engine.data.preparation.prepare import PrepareOptions, prepare
-from engine.data.preparation.sentences import sentence_starts
-from engine.data.preparation.sources import read_texts
+from engine.corpus.prepare import PrepareOptions, prepare
+from engine.corpus.sentences import sentence_starts
+from engine.corpus.sources import read_texts
 
 _BATCH = 256
 

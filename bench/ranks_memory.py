@@ -21,13 +21,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.ranks import join
 from engine.config.lengths import row_lengths
-from engine.config.place import RankPlace
+from engine.config.rank_environment import RankEnvironment
 from engine.config.resolve import num_micro_batches, resolve
 from engine.config.schema.run import RunConfig
 from engine.models.families import family
 from engine.parallel.boundary import Tensors
 from engine.train.build import build_pipeline, join_groups, stage_chunks
-from engine.train.stretch import own_part
+from engine.train.sequence_slices import own_part
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ def hooked(work: Callable[[], T]) -> tuple[tuple[int, int, int], T]:
     return running_sums(size for _, size in sorted(events, key=lambda event: event[0])), made
 
 
-def train(config: RunConfig, place: RankPlace, device: torch.device) -> None:
+def train(config: RunConfig, place: RankEnvironment, device: torch.device) -> None:
     """Builds the engine, marks that it stands, and trains on random rows."""
     groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
     pipeline = build_pipeline(config, config.stages[0], groups, device)

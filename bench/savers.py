@@ -138,10 +138,10 @@ class MemorySide(OurSide):
 
     def __init__(self, shape: Shape, memory: str, folder: str) -> None:
         from engine.checkpoint.node_memory.node_store import NodeStore
-        from engine.config.place import RankPlace
+        from engine.config.rank_environment import RankEnvironment
 
         super().__init__(shape, True)
-        self.store: Any = NodeStore(Path(memory), Path(folder), self.ours.groups, RankPlace())
+        self.store: Any = NodeStore(Path(memory), Path(folder), self.ours.groups, RankEnvironment())
         self.store.claim()
 
 
@@ -173,10 +173,10 @@ class DcpSide:
     def __init__(self, shape: Shape, asynchronous: bool) -> None:
         from bench.ours import OPTIMIZER, tokens_of_step
         from bench.plain import PlainGPT
-        from engine.config.place import RankPlace
+        from engine.config.rank_environment import RankEnvironment
         from engine.parallel.groups import connect
 
-        connect(RankPlace(), torch.device("cpu"))  # its asynchronous save wants a process group
+        connect(RankEnvironment(), torch.device("cpu"))  # its asynchronous save wants a process group
         self.asynchronous, self.written = asynchronous, None
         self.model = PlainGPT(shape.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=OPTIMIZER.learning_rate, fused=True)

@@ -1,4 +1,4 @@
-"""Which rank this process is: the variables of every launcher, read into one `RankPlace`.
+"""Which rank this process is: the variables of every launcher, read into one `RankEnvironment`.
 
 Each launcher has a reader of its own; the innermost launcher wins, because torchrun, deepspeed and mpirun all run
 inside Slurm jobs. Invariant: a place is whole or there is none. A missing or contradictory variable is an error, never
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine.config.place import RankPlace
+from engine.config.rank_environment import RankEnvironment
 from engine.errors import EnvironmentProblem
 from engine.run_folder import RunFolder, Start
 from launcher.hosts import expand_counts, expand_hosts
@@ -31,7 +31,7 @@ MPIRUN_NAMES = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID")
 """Variables that the ranks of one mpirun share and two mpiruns do not."""
 
 
-def rank_environment(environ: Environ) -> RankPlace:
+def rank_environment(environ: Environ) -> RankEnvironment:
     """The place of this process, from the variables of whoever started it; alone if nobody left any.
 
     A process alone is given a free port, so that two runs on one node do not meet.
@@ -52,7 +52,7 @@ def rank_environment(environ: Environ) -> RankPlace:
         )
     port = _number(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else None
     step = "" if is_supervised(environ) else found.step
-    return RankPlace(
+    return RankEnvironment(
         global_rank=found.global_rank,
         world_size=found.world_size,
         local_rank=found.local_rank,
@@ -73,7 +73,7 @@ def is_supervised(environ: Environ) -> bool:
     return bool(environ.get(LAUNCHER))
 
 
-def run_folder(path: Path, place: RankPlace, environ: Environ) -> RunFolder:
+def run_folder(path: Path, place: RankEnvironment, environ: Environ) -> RunFolder:
     """The run folder as this rank sees it; not taken yet."""
     meeting = f"{place.master_addr}:{place.master_port}"
     mark = "" if is_supervised(environ) else f"step {place.step or 'none'}, {meeting}"
@@ -81,7 +81,7 @@ def run_folder(path: Path, place: RankPlace, environ: Environ) -> RunFolder:
     return RunFolder(path, Start(place.job, place.attempt, mark), os.getppid() if one_parent else None)
 
 
-def export(place: RankPlace, environ: MutableMapping[str, str]) -> None:
+def export(place: RankEnvironment, environ: MutableMapping[str, str]) -> None:
     """Writes the variables that torch and DeepSpeed read, whoever started the ranks."""
     environ.update(
         RANK=str(place.global_rank),
@@ -94,7 +94,7 @@ def export(place: RankPlace, environ: MutableMapping[str, str]) -> None:
 
 
 def check_meeting_point(
-    place: RankPlace, environ: Environ, resolve: Callable[[str], str] = socket.gethostbyname
+    place: RankEnvironment, environ: Environ, resolve: Callable[[str], str] = socket.gethostbyname
 ) -> None:
     """Refuses addresses with which ranks on several nodes would wait for each other in silence.
 
@@ -248,13 +248,19 @@ def _read_pmi(environ: Environ) -> _Found:
     )
 
 
+def _left_by_singleton(environ: Environ) -> bool:
+    """True in a child of a process that called MPI_Init without mpirun: Open MPI gives itself a rank of a world of one
+    and leaves it in the environment."""
+    return environ.get("OMPI_MCA_ess") == "singleton"
+
+
 READERS: list[tuple[Callable[[Environ], bool], Callable[[Environ], _Found]]] = [
     (lambda e: "RANK" in e or ("WORLD_SIZE" in e and "LOCAL_RANK" in e), _read_torch),
     (lambda e: "OMPI_COMM_WORLD_RANK" in e or "OMPI_COMM_WORLD_SIZE" in e, _read_openmpi),
     (lambda e: "MPI_LOCALRANKID" in e, _read_pmi),
     # a batch script and a login shell carry SLURM_PROCID too: a task of a step alone has the step's number
     (lambda e: "SLURM_PROCID" in e and ("SLURM_STEP_ID" in e or "SLURM_STEPID" in e), _read_slurm),
-    (lambda e: "PMI_RANK" in e or "PMIX_RANK" in e, _read_pmi),
+    (lambda e: "PMI_RANK" in e or ("PMIX_RANK" in e and not _left_by_singleton(e)), _read_pmi),
 ]
 """(does this launcher speak here, what it says), innermost launcher first."""
 

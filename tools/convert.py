@@ -153,7 +153,7 @@ def _to_megatron(source: Path, output: Path) -> None:
 
 
 def _from_megatron(source: Path, output: Path, tokenizer: Path | None) -> None:
-    from engine.data.preparation.take_over import take_over
+    from engine.corpus.megatron_import import take_over
     from engine.data.shards.megatron import prefix_of, read_sequences
     from engine.data.tokenizer.folder import load_tokenizer
     from engine.serve.new_folder import new_folder

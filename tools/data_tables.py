@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
-from engine.data.preparation.statistics import Statistics
+from engine.corpus.statistics import Statistics
 from engine.data.visible import visible
 
 _BAR_WIDTH = 30

@@ -19,9 +19,9 @@ from rich.text import Text
 
 from engine.config.home import expand
 from engine.config.schema.objective import ObjectiveConfig
+from engine.corpus.recipe import PARTS, RECIPE_FILE
+from engine.corpus.statistics import Statistics
 from engine.data.objectives.sampling import PackingName
-from engine.data.preparation.recipe import PARTS, RECIPE_FILE
-from engine.data.preparation.statistics import Statistics
 from engine.data.shards.cache import ShardCache
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.index import FILE as INDEX_FILE

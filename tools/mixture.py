@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.config.load import load_run
-from engine.config.mixture import check_mixture
+from engine.config.rules.data import check_mixture
 from engine.config.schema.stage import RunStage
 from engine.data.stage import open_parts, stage_stream
 from engine.data.stream import Stream

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from engine.data.preparation.assemble import Deduplicate
-from engine.data.preparation.pool import available_cpus, workers
-from engine.data.preparation.prepare import Prepared, PrepareOptions, prepare
-from engine.data.preparation.prepare import Progress as HowFar
+from engine.corpus.assemble import Deduplicate
+from engine.corpus.pool import available_cpus, workers
+from engine.corpus.prepare import Prepared, PrepareOptions, prepare
+from engine.corpus.prepare import Progress as HowFar
 from engine.data.shards.writer import Compression
 from tools.data_tables import counts_table, histogram
 

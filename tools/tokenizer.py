@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from engine.config.home import expand
-from engine.data.preparation.sources import find_sources, read_texts
-from engine.data.tokenizer.training import Kind, Purpose, train_tokenizer
-from engine.data.tokenizer.writing import UNFINISHED
+from engine.corpus.sources import find_sources, read_texts
+from engine.corpus.tokenizer_folder import UNFINISHED
+from engine.corpus.tokenizer_training import Kind, Purpose, train_tokenizer
 from engine.errors import ConfigError
 
 LARGEST_VOCABULARY = 10_000_000
@@ -71,7 +71,7 @@ def main(
 
 
 def _import(source: str, output: Path, purpose: Purpose) -> None:
-    from engine.data.tokenizer.importing import import_tokenizer
+    from engine.corpus.tokenizer_import import import_tokenizer
 
     taken, added = import_tokenizer(source, output, purpose)
     print(f"took over {source}: tokenizer {taken.hash} with {taken.vocab_size:,} tokens in {output}")

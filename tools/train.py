@@ -19,7 +19,7 @@ import typer
 
 from engine import logs
 from engine.config.load import folder_of, load_run
-from engine.config.place import RankPlace
+from engine.config.rank_environment import RankEnvironment
 from engine.config.resolve import Layout, resolve
 from engine.config.schema.run import RunConfig
 from engine.config.twins import export_warning
@@ -41,7 +41,7 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Keys to change.")] = None,
 ) -> None:
     """Train a model; an existing run folder is resumed from its newest verified checkpoint."""
-    place: RankPlace | None = None
+    place: RankEnvironment | None = None
     try:
         place = rank_environment(os.environ)
         logs.configure(place.global_rank, place.world_size)
@@ -57,7 +57,7 @@ def main(
     raise typer.Exit(code)
 
 
-def _run(config: Path, overrides: list[str], place: RankPlace, signals: StopSignals, heart: Heartbeat) -> int:
+def _run(config: Path, overrides: list[str], place: RankEnvironment, signals: StopSignals, heart: Heartbeat) -> int:
     """Take the run folder and train; returns the exit code. What goes wrong outside of training is noted there, too."""
     try:
         run = load_run(config, overrides)
@@ -77,7 +77,7 @@ def _run(config: Path, overrides: list[str], place: RankPlace, signals: StopSign
             raise
 
 
-def _note_failure(folder: RunFolder, place: RankPlace, error: Exception) -> None:
+def _note_failure(folder: RunFolder, place: RankEnvironment, error: Exception) -> None:
     """Note a failure outside of the training loop, at step 0; the loop has noted its own, with its step."""
     code, words = EXIT_FAILURE, f"{type(error).__name__}: {error}"
     if isinstance(error, PalimpsestError):
@@ -89,7 +89,7 @@ def _note_failure(folder: RunFolder, place: RankPlace, error: Exception) -> None
     folder.note_failure(Outcome(place.job, place.attempt, code, 0, place.global_rank, words))
 
 
-def _enter(folder: RunFolder, place: RankPlace) -> None:
+def _enter(folder: RunFolder, place: RankEnvironment) -> None:
     """Take the run folder on rank 0, without what an earlier start said there; the others leave if it is in use."""
     if place.global_rank > 0:
         folder.refuse_other()
@@ -99,7 +99,7 @@ def _enter(folder: RunFolder, place: RankPlace) -> None:
         folder.clear()
 
 
-def _start(run: RunConfig, place: RankPlace) -> Layout:
+def _start(run: RunConfig, place: RankEnvironment) -> Layout:
     """The layout, with the environment made ready for torch."""
     layout = resolve(run, place.world_size)
     check_meeting_point(place, os.environ)
@@ -116,7 +116,7 @@ def _start(run: RunConfig, place: RankPlace) -> Layout:
 
 
 def _train(
-    run: RunConfig, layout: Layout, place: RankPlace, signals: StopSignals, heart: Heartbeat, folder: RunFolder
+    run: RunConfig, layout: Layout, place: RankEnvironment, signals: StopSignals, heart: Heartbeat, folder: RunFolder
 ) -> int:
     """Hands over to the trainer, the first import of torch; returns the exit code."""
     if place.global_rank == 0 and (warning := export_warning(run)) is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.checkpoint import document
+from engine.checkpoint import manifest_json as document
 from engine.checkpoint.container import ITEM_BYTES, Container, damaged
 from engine.checkpoint.geometry import Box, dims, flat_index, flat_span, strides
 from engine.checkpoint.manifest import WEIGHT, CheckpointState, Manifest, key_of, match, moment_state

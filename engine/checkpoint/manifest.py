@@ -1,7 +1,7 @@
 """The manifest as values: what a checkpoint holds, of what, and where a run stood when it was written.
 
 Its size does not grow with the number of ranks, but for one short line per file: where each piece lies follows
-from a `Placement` per parameter. Reading and writing it as JSON is `engine.checkpoint.document`.
+from a `Placement` per parameter. Reading and writing it as JSON is `engine.checkpoint.manifest_json`.
 """
 
 from __future__ import annotations

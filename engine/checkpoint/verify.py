@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.checkpoint import document
+from engine.checkpoint import manifest_json as document
 from engine.checkpoint.container import file_digest
 from engine.checkpoint.load import Files
 from engine.checkpoint.manifest import Manifest

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from engine.config.course import check_optimizer, check_ramp, check_schedule, check_stability
-from engine.config.keeping import check_keeping
-from engine.config.memory import check_heads, check_offload, check_recompute, check_time
-from engine.config.mixture import check_mixture
-from engine.config.model import check_model, divisors, listed
-from engine.config.objective import check_objective
-from engine.config.pipeline import check_gather_within, check_pipeline, check_zero
+from engine.config.rules.checkpoint import check_keeping
+from engine.config.rules.data import check_mixture
+from engine.config.rules.memory import check_heads, check_offload, check_recompute, check_time
+from engine.config.rules.model import check_model, divisors, listed
+from engine.config.rules.objective import check_objective
+from engine.config.rules.parallel import check_gather_within, check_pipeline, check_zero
+from engine.config.rules.stage import check_optimizer, check_ramp, check_schedule, check_stability
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.parallel import ParallelConfig
 from engine.config.schema.run import LaunchConfig, RunConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine.config.mixture import whole_parts
+from engine.config.rules.data import whole_parts
 from engine.config.schema.data import DataConfig
 from engine.config.schema.stage import RunStage
 from engine.data.held_out import HeldOutSet

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.config.mixture import MOST_SOURCES
 from engine.config.ramp import Ramp
+from engine.config.rules.data import MOST_SOURCES
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.mixed_order import Cursor, Interval, MixedOrder, Samples, merged
 from engine.data.objectives.sampling import Attention, PackingName, make_sampler

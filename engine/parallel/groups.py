@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.config.place import RankPlace
+from engine.config.rank_environment import RankEnvironment
 from engine.config.resolve import Layout
 from engine.config.schema.run import LaunchConfig
 from engine.errors import EnvironmentProblem
@@ -83,7 +83,7 @@ class Groups:
 
 
 def connect(
-    place: RankPlace,
+    place: RankEnvironment,
     device: torch.device,
     store: Any = None,
     limit_seconds: float = LIMIT_SECONDS,
@@ -121,7 +121,7 @@ def connect(
         ) from error
 
 
-def _store(place: RankPlace, limit: timedelta) -> Any:
+def _store(place: RankEnvironment, limit: timedelta) -> Any:
     """Where the ranks meet: rank 0 opens it at the address in the environment, or torchrun's agent has."""
     if place.world_size == 1:
         return dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]

@@ -17,8 +17,8 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from engine.config.model import divisors
 from engine.config.resolve import Layout, examine
+from engine.config.rules.model import divisors
 from engine.config.schema.parallel import ParallelConfig
 from engine.config.schema.run import RunConfig
 from engine.plan.hardware import GIB, Accelerator, Cluster

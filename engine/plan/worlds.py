@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from engine.config.model import divisors
 from engine.config.resolve import Layout, check, examine, place
+from engine.config.rules.model import divisors
 from engine.config.schema.run import RunConfig
 from engine.errors import ConfigError, PalimpsestError, report
 

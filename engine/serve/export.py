@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from engine.checkpoint.interchange.huggingface import from_huggingface
 from engine.checkpoint.interchange.older_readers import older_spellings
 from engine.config.schema.model import ModelConfig
-from engine.models.values import whole_model
+from engine.models.materialize import whole_model
 from engine.serve.card import model_card
 from engine.serve.language_model import LanguageModel, caches, read_folder, read_tokenizer, their_form
 from engine.serve.new_folder import new_folder

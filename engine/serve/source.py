@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint.document import FILE as MANIFEST
 from engine.checkpoint.folder import CHECKPOINTS, committed
 from engine.checkpoint.interchange.foreign_model import check_finite
 from engine.checkpoint.load import read_state, read_weights
 from engine.checkpoint.manifest import CheckpointState
+from engine.checkpoint.manifest_json import FILE as MANIFEST
 from engine.checkpoint.verify import verify
 from engine.config.load import load_run, parse_run
 from engine.config.schema.model import ModelConfig

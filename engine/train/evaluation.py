@@ -14,7 +14,7 @@ from engine.parallel.pipeline import Pipeline
 from engine.train.feed import Feed
 from engine.train.metrics import Record, is_evaluation
 from engine.train.records import records_of
-from engine.train.sums import Sums, means
+from engine.train.step_totals import Sums, means
 
 VALIDATION_LOSS = "validation_loss"
 

@@ -12,7 +12,7 @@ import torch
 
 import engine
 from engine.checkpoint.manifest import library_versions
-from engine.config.place import RankPlace
+from engine.config.rank_environment import RankEnvironment
 from engine.config.resume import flatten
 from engine.config.schema.run import RunConfig
 from engine.data.held_out import HeldOutSet
@@ -22,7 +22,7 @@ from engine.data.tokenizer.folder import tokenizer_hash
 PACKAGES = ("engine", "launcher", "tools")
 
 
-def facts_of_start(config: RunConfig, place: RankPlace, device: torch.device) -> dict[str, Any]:
+def facts_of_start(config: RunConfig, place: RankEnvironment, device: torch.device) -> dict[str, Any]:
     """What is known before the ranks meet; every key of the configuration, whatever its kind, is a fact."""
     keys = {key: value for key, (_, value) in flatten(config).items() if key != "folder"}
     versions = {f"version of {name}": number for name, number in library_versions().items()}

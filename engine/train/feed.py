@@ -32,8 +32,8 @@ from engine.models.families import family
 from engine.parallel.boundary import DOMAINS, Tensors
 from engine.parallel.groups import Groups
 from engine.train.build import stage_chunks
+from engine.train.sequence_slices import own_part
 from engine.train.signals import Stopping
-from engine.train.stretch import own_part
 
 LOOK_SECONDS = 0.2
 """How often a rank that waits for data looks whether it is to stop."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from engine.checkpoint import document
+from engine.checkpoint import manifest_json as document
 from engine.checkpoint.folder import CHECKPOINTS, Superseded, committed, owner_of, step_of
 from engine.checkpoint.load import load
 from engine.checkpoint.manifest import CheckpointState, Manifest
@@ -22,7 +22,7 @@ from engine.checkpoint.saver import Saver
 from engine.checkpoint.stores import Store
 from engine.checkpoint.verify import is_whole
 from engine.config.load import load_run
-from engine.config.place import RankPlace
+from engine.config.rank_environment import RankEnvironment
 from engine.config.resume import compare, meaning_hash, refuse_new_meaning
 from engine.config.save import FILE, save_run
 from engine.config.schema.run import RunConfig
@@ -56,7 +56,7 @@ class Restored:
 class Restarts:
     """The checkpoints of one run, for one rank. Every method is collective over the world."""
 
-    def __init__(self, config: RunConfig, groups: Groups, place: RankPlace) -> None:
+    def __init__(self, config: RunConfig, groups: Groups, place: RankEnvironment) -> None:
         self.config, self.groups, self.place = config, groups, place
         self.folder = config.folder / CHECKPOINTS
         self._saver = Saver(self.folder, groups, self._committed)

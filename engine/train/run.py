@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from engine.config.place import RankPlace
+from engine.config.rank_environment import RankEnvironment
 from engine.config.resolve import Layout
 from engine.config.schema.run import RunConfig
 from engine.errors import EXIT_FAILURE, CheckpointError, EnvironmentProblem, PalimpsestError
@@ -28,7 +28,7 @@ from engine.train.trainer import Trainer
 
 
 def train(
-    config: RunConfig, layout: Layout, place: RankPlace, signals: StopSignals, heart: Heartbeat, folder: RunFolder
+    config: RunConfig, layout: Layout, place: RankEnvironment, signals: StopSignals, heart: Heartbeat, folder: RunFolder
 ) -> int:
     """Trains to the end of the run, or until a signal; returns the exit code. Every rank of the world calls it.
 
@@ -70,7 +70,7 @@ def train(
     return code
 
 
-def meet(config: RunConfig, place: RankPlace, device: torch.device, folder: RunFolder) -> None:
+def meet(config: RunConfig, place: RankEnvironment, device: torch.device, folder: RunFolder) -> None:
     """Meet the other ranks, and end together with them where they were started differently.
 
     Raises:
@@ -87,13 +87,13 @@ def meet(config: RunConfig, place: RankPlace, device: torch.device, folder: RunF
     folder.met = True
 
 
-def _note_failure(folder: RunFolder, place: RankPlace, step: int, error: Exception) -> None:
+def _note_failure(folder: RunFolder, place: RankEnvironment, step: int, error: Exception) -> None:
     ours = isinstance(error, PalimpsestError)
     code, words = (error.exit_code, str(error)) if ours else (EXIT_FAILURE, f"{type(error).__name__}: {error}")
     folder.note_failure(Outcome(place.job, place.attempt, code, step, place.global_rank, words))
 
 
-def choose_device(place: RankPlace) -> torch.device:
+def choose_device(place: RankEnvironment) -> torch.device:
     """This rank's GPU where there is one and DeepSpeed is not told to use the CPU.
 
     Clusters show a task either all GPUs of its node or its own alone, which then has index 0.

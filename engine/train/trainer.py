@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from engine.config.place import RankPlace
+from engine.config.rank_environment import RankEnvironment
 from engine.config.schema.run import RunConfig
 from engine.data.shards.damage import DamagedShard
 from engine.errors import EXIT_DONE, EXIT_REQUEUE, DataError, EnvironmentProblem
@@ -37,8 +37,8 @@ from engine.train.restart import SHOWN_SAMPLES, Restarts
 from engine.train.signals import Stopping, StopSignals
 from engine.train.stability import REMEDY, Guard, Unstable, Verdict
 from engine.train.state import TrainState
+from engine.train.step_totals import Sums
 from engine.train.summary import Spent, process_seconds, summary
-from engine.train.sums import Sums
 
 _log = logger(__name__)
 
@@ -50,7 +50,7 @@ class Trainer:
         self,
         config: RunConfig,
         groups: Groups,
-        place: RankPlace,
+        place: RankEnvironment,
         device: torch.device,
         signals: StopSignals,
         heart: Heartbeat,

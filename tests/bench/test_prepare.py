@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from bench import prepare
-from engine.data.preparation.prepare import PrepareOptions
-from engine.data.preparation.prepare import prepare as prepare_data
+from engine.corpus.prepare import PrepareOptions
+from engine.corpus.prepare import prepare as prepare_data
+from engine.corpus.tokenizer_training import train_tokenizer
 from engine.data.shards.dataset import TokenDataset
-from engine.data.tokenizer.training import train_tokenizer
 from tests.engine.data.corpus import made_up_texts, write_json_lines
 
 

@@ -20,7 +20,7 @@ import pytest
 
 from engine.checkpoint.folder import Owner, claim, committed, step_of
 from engine.checkpoint.node_memory.node_folder import folder_of
-from engine.config.place import RankPlace
+from engine.config.rank_environment import RankEnvironment
 from engine.errors import EXIT_DONE
 from engine.train.metrics import read_metrics
 from tests.distributed.ranks import RankFailed, run_ranks
@@ -52,7 +52,7 @@ def tree(corpus: Path, folder: Path, memory: Path | None, **parallel: int) -> di
 
 
 def on_nodes(
-    place: RankPlace, config: dict[str, Any], attempt: int, dies: int | None, disk: Path, goes_back: bool = False
+    place: RankEnvironment, config: dict[str, Any], attempt: int, dies: int | None, disk: Path, goes_back: bool = False
 ) -> dict[str, Any]:
     """One rank of a run on nodes of two ranks; `dies`: the node that is lost after `DIES_AFTER` steps, or, with
     `goes_back`, once it has gone back to the disk as after spikes.

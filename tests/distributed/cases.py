@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from engine.config.load import parse_run, read_tree
-from engine.config.place import RankPlace
+from engine.config.rank_environment import RankEnvironment
 from engine.config.resolve import resolve
 from engine.config.schema.run import RunConfig
 from engine.models.families import family
@@ -209,7 +209,9 @@ class Result:
     weights: dict[str, np.ndarray]
 
 
-def run_rank(place: RankPlace, case: Case) -> tuple[list[float], list[float], list[tuple[str, np.ndarray, np.ndarray]]]:
+def run_rank(
+    place: RankEnvironment, case: Case
+) -> tuple[list[float], list[float], list[tuple[str, np.ndarray, np.ndarray]]]:
     """One rank of a run: losses, norms, and its pieces as (name, indices in the whole parameter, values)."""
     from engine.parallel.pipeline import DomainSums
     from engine.train.build import build_pipeline, join_groups
@@ -250,7 +252,7 @@ def run_rank(place: RankPlace, case: Case) -> tuple[list[float], list[float], li
 def stage_inputs(batch: Tensors, case: Case, groups: Groups) -> list[Tensors]:
     """This rank's keywords per micro-batch: rows go to data ranks in turn, a micro-batch at a time."""
     from engine.train.build import stage_chunks
-    from engine.train.stretch import own_part
+    from engine.train.sequence_slices import own_part
 
     config, size = config_of(case), case.micro_batch_size
     names = {

@@ -16,7 +16,7 @@ import torch
 from engine.config.schema.model import ModelConfig
 from engine.models.families import family
 from engine.models.initial import initial_value
-from engine.models.values import fill
+from engine.models.materialize import fill
 from engine.optim.groups import weight_decay
 from tests.distributed.batches import global_batch, weights
 from tests.distributed.cases import CLIP_NORM, LEARNING_RATE, NUM_STEPS, Case, Result, config_of

@@ -112,12 +112,12 @@ def _in_connected_world(
     import torch
     import torch.distributed as dist
 
-    from engine.config.place import RankPlace
+    from engine.config.rank_environment import RankEnvironment
     from engine.parallel import zero
     from engine.parallel.groups import connect
 
     torch.set_num_threads(1)
-    place = RankPlace(global_rank=global_rank, world_size=world_size, local_rank=global_rank)
+    place = RankEnvironment(global_rank=global_rank, world_size=world_size, local_rank=global_rank)
     store = dist.FileStore(str(folder / "store"), world_size)  # pyright: ignore[reportPrivateImportUsage]
     connect(place, torch.device("cpu"), store)
     zero.start(torch.device("cpu"))

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from engine.config.load import merge, parse_run
-from engine.config.place import RankPlace
+from engine.config.rank_environment import RankEnvironment
 from engine.config.resolve import resolve
 from engine.config.schema.run import RunConfig
-from engine.data.preparation.prepare import PrepareOptions, prepare
+from engine.corpus.prepare import PrepareOptions, prepare
+from engine.corpus.tokenizer_training import PURPOSE_TOKENS, Kind, Purpose, train_tokenizer
 from engine.data.shards.writer import ShardWriter
 from engine.data.tokenizer.folder import tokenizer_hash
-from engine.data.tokenizer.training import PURPOSE_TOKENS, Kind, Purpose, train_tokenizer
 from engine.errors import PalimpsestError
 from engine.heartbeat import Heartbeat
 
@@ -95,7 +95,9 @@ def run_config(tree: Tree) -> RunConfig:
     return parse_run(tree, "test run")
 
 
-def train_rank(place: RankPlace, tree: Tree, prepare: Callable[[Any], None] = lambda trainer: None) -> dict[str, Any]:
+def train_rank(
+    place: RankEnvironment, tree: Tree, prepare: Callable[[Any], None] = lambda trainer: None
+) -> dict[str, Any]:
     """One rank of a run: its exit code, the state's fingerprint right after the start and at the end.
 
     `prepare` is handed the trainer before its first step.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine import outcome
-from engine.config.place import RankPlace
+from engine.config.rank_environment import RankEnvironment
 from engine.config.save import save_run
 from engine.errors import EXIT_USAGE
 from engine.parallel.meeting import Disagreement
@@ -28,7 +28,7 @@ def test_another_learning_rate_ends_both_ranks(tmp_path):
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["outcome.json", "running.json"]
 
 
-def trained(place: RankPlace, trees: list[dict[str, Any]]) -> str:
+def trained(place: RankEnvironment, trees: list[dict[str, Any]]) -> str:
     try:
         train_rank(place, trees[place.global_rank])
     except Disagreement as error:

@@ -17,7 +17,7 @@ from engine.data.stage import open_parts, stage_stream
 from engine.data.tokenizer.folder import tokenizer_hash
 from engine.models.families import family
 from engine.models.initial import initial_value
-from engine.models.values import fill
+from engine.models.materialize import fill
 from engine.train.metrics import read_metrics
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import LENGTH, run_config, run_tree, train_rank, write_corpus

@@ -10,7 +10,7 @@ import torch
 from engine.models.dropout import KEYS
 from engine.models.families import family
 from engine.models.initial import initial_value
-from engine.models.values import fill
+from engine.models.materialize import fill
 from tests.distributed.cases import Case, config_of, global_batch, stage_inputs
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_parity import check

@@ -39,7 +39,7 @@ import torch
 
 from engine.config.load import load_run
 from engine.models.families import family
-from engine.models.values import fill
+from engine.models.materialize import fill
 from tests import conftest
 from tests.distributed.cases import (
     LEARNING_RATE,

@@ -19,7 +19,7 @@ import pytest
 from engine.checkpoint.fingerprint import fingerprint_of_checkpoint
 from engine.checkpoint.folder import step_path
 from engine.checkpoint.load import open_checkpoint
-from engine.config.place import RankPlace
+from engine.config.rank_environment import RankEnvironment
 from engine.errors import EXIT_DONE
 from engine.train.metrics import read_metrics
 from tests.distributed.pairs import (
@@ -76,7 +76,7 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-def watched_rank(place: RankPlace, tree: dict[str, Any]) -> dict[str, Any]:
+def watched_rank(place: RankEnvironment, tree: dict[str, Any]) -> dict[str, Any]:
     """`train_rank`, and what loading took: bytes read, bytes of this rank's own elements, memory."""
     from engine.checkpoint import load as loading
     from engine.train.restart import Restarts

@@ -19,7 +19,7 @@ from engine.checkpoint.fingerprint import fingerprint_of_checkpoint
 from engine.checkpoint.folder import step_path
 from engine.checkpoint.load import open_checkpoint
 from engine.config.load import merge, parse_run
-from engine.config.place import RankPlace
+from engine.config.rank_environment import RankEnvironment
 from engine.data.stage import open_parts, stage_stream
 from engine.errors import EXIT_DONE
 from engine.logs import ROOT
@@ -108,7 +108,7 @@ def test_same_layout_goes_on_bitwise(layout, whole, tmp_path):
         assert values(tmp_path / "again", key) == values(run.folder, key)
 
 
-def train_and_tell(place: RankPlace, tree: dict[str, Any]) -> list[str]:
+def train_and_tell(place: RankEnvironment, tree: dict[str, Any]) -> list[str]:
     """What a rank's trainer logs."""
     told: list[str] = []
 

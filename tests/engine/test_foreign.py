@@ -9,9 +9,9 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from engine.checkpoint.interchange.huggingface import from_huggingface, tensors_in
+from engine.corpus.tokenizer_import import import_tokenizer
+from engine.corpus.tokenizer_training import train_tokenizer
 from engine.data.tokenizer.folder import load_tokenizer
-from engine.data.tokenizer.importing import import_tokenizer
-from engine.data.tokenizer.training import train_tokenizer
 from engine.errors import ConfigError
 from engine.foreign import refuse_custom_code
 from engine.serve.language_model import open_language_model, read_tokenizer

@@ -13,7 +13,7 @@ from launcher import diagnosis
 from launcher.diagnosis import Frame, Seen, as_text, in_words, suspect, take_stack
 
 C10D = "torch/distributed/distributed_c10d.py"
-REDUCING = (Frame("all_reduce", C10D, 3000), Frame("of_losses", "engine/train/sums.py", 46))
+REDUCING = (Frame("all_reduce", C10D, 3000), Frame("of_losses", "engine/train/step_totals.py", 46))
 COMPUTING = (Frame("linear", "torch/nn/functional.py", 5), Frame("forward", "engine/models/gpt.py", 10))
 
 
@@ -58,7 +58,7 @@ def test_the_report_has_every_stack() -> None:
     assert text == (
         "rank 0: silent for 30.0 s in step 8 (loss), process state S\n"
         f"    all_reduce ({C10D}:3000)\n"
-        "    of_losses (engine/train/sums.py:46)\n\n"
+        "    of_losses (engine/train/step_totals.py:46)\n\n"
         "rank 1: silent for 30.0 s in step 8 (loss), process state S\n"
         "    no stack: gone\n"
     )

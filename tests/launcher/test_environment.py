@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from engine.config.place import RankPlace
+from engine.config.rank_environment import RankEnvironment
 from engine.errors import EnvironmentProblem
 from launcher.environment import check_meeting_point, export, rank_environment
 from launcher.ports import FIRST_PORT, NUM_PORTS, job_port
@@ -65,31 +65,36 @@ def test_alone_gets_a_free_port_of_its_own() -> None:
     place = rank_environment({})
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", place.master_port))
-    assert replace(place, master_port=1) == RankPlace(master_port=1)
+    assert replace(place, master_port=1) == RankEnvironment(master_port=1)
 
 
 @pytest.mark.parametrize(
     ("environ", "expected"),
     [
-        (TORCHRUN, RankPlace(5, 8, 1, "10.0.0.1", 4321, "local", 0, 4, 1, 2, "torchrun")),
-        (TORCHRUN | {"TORCHELASTIC_RUN_ID": "x7"}, RankPlace(5, 8, 1, "10.0.0.1", 4321, "x7", 0, 4, 1, 2, "torchrun")),
-        (DEEPSPEED, RankPlace(3, 4, 1, "10.0.0.1", 4321, "local", 0, 2, 1, 2, "deepspeed")),
-        (SLURM, RankPlace(3, 4, 0, "gpu07", FIRST_PORT + 1234, "1234", 0, 1, 1, 2, "slurm", "0")),
-        (SLURM | MEETING, RankPlace(3, 4, 0, "10.0.0.1", 4321, "1234", 0, 1, 1, 2, "slurm", "0")),
+        (TORCHRUN, RankEnvironment(5, 8, 1, "10.0.0.1", 4321, "local", 0, 4, 1, 2, "torchrun")),
+        (
+            TORCHRUN | {"TORCHELASTIC_RUN_ID": "x7"},
+            RankEnvironment(5, 8, 1, "10.0.0.1", 4321, "x7", 0, 4, 1, 2, "torchrun"),
+        ),
+        (DEEPSPEED, RankEnvironment(3, 4, 1, "10.0.0.1", 4321, "local", 0, 2, 1, 2, "deepspeed")),
+        (SLURM, RankEnvironment(3, 4, 0, "gpu07", FIRST_PORT + 1234, "1234", 0, 1, 1, 2, "slurm", "0")),
+        (SLURM | MEETING, RankEnvironment(3, 4, 0, "10.0.0.1", 4321, "1234", 0, 1, 1, 2, "slurm", "0")),
         (
             OPENMPI,
-            RankPlace(1, 2, 1, "127.0.0.1", job_port("prterun-host-77@1"), "prterun-host-77@1", 0, 2, 0, 1, "openmpi"),
+            RankEnvironment(
+                1, 2, 1, "127.0.0.1", job_port("prterun-host-77@1"), "prterun-host-77@1", 0, 2, 0, 1, "openmpi"
+            ),
         ),
-        (HYDRA, RankPlace(2, 4, 2, "127.0.0.1", job_port("local"), "local", 0, 4, 0, 1, "pmi")),
+        (HYDRA, RankEnvironment(2, 4, 2, "127.0.0.1", job_port("local"), "local", 0, 4, 0, 1, "pmi")),
         (
             {"PALIMPSEST_LAUNCHER": "local", "PALIMPSEST_JOB": "j", "PALIMPSEST_ATTEMPT": "2", "RANK": "1"}
             | {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **MEETING},
-            RankPlace(1, 2, 1, "10.0.0.1", 4321, "j", 2, 2, 0, 1, "local"),
+            RankEnvironment(1, 2, 1, "10.0.0.1", 4321, "j", 2, 2, 0, 1, "local"),
         ),
     ],
     ids=["torchrun", "torchrun with an id", "deepspeed", "srun", "srun, host given", "mpirun", "hydra", "local"],
 )
-def test_every_launcher(environ: dict[str, str], expected: RankPlace) -> None:
+def test_every_launcher(environ: dict[str, str], expected: RankEnvironment) -> None:
     assert rank_environment(environ) == expected
 
 
@@ -169,6 +174,17 @@ def test_a_later_start_has_a_higher_attempt() -> None:
     assert attempts == sorted(set(attempts))
 
 
+def test_a_child_of_a_process_that_called_mpi_init_alone_is_no_rank_of_it() -> None:
+    """What Open MPI 4.1 leaves in the environment of a program that imported mpi4py without mpirun."""
+    left = {
+        "PMIX_RANK": "0",
+        "PMIX_NAMESPACE": "1592197121",
+        "OMPI_MCA_ess": "singleton",
+        "OMPI_APP_CTX_NUM_PROCS": "1",
+    }
+    assert rank_environment(left).launcher == "alone"
+
+
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
@@ -210,7 +226,7 @@ def test_export_makes_any_place_look_like_torchrun() -> None:
 
 
 class TestMeetingPoint:
-    PLACE = RankPlace(0, 2, 0, "node1", num_nodes=2)
+    PLACE = RankEnvironment(0, 2, 0, "node1", num_nodes=2)
 
     def test_one_node_may_meet_on_loopback(self) -> None:
         check_meeting_point(replace(self.PLACE, num_nodes=1), {}, lambda _: "127.0.0.1")

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from engine.data.tokenizer.importing import import_tokenizer
-from engine.data.tokenizer.training import train_tokenizer
+from engine.corpus.tokenizer_import import import_tokenizer
+from engine.corpus.tokenizer_training import train_tokenizer
 from engine.serve.export import TEXT
 
 OURS = (

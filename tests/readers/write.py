@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from engine.config.schema.model import ModelConfig
 from engine.data.tokenizer.folder import TextTokenizer, load_tokenizer
-from engine.models.values import whole_model
+from engine.models.materialize import whole_model
 from engine.serve.export import export
 from engine.serve.source import Trained, open_trained
 from tests.engine.models.tiny import BERT_FORMS, FORMS, T5_FORMS

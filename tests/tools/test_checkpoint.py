@@ -13,7 +13,7 @@ import fsspec
 import pytest
 from safetensors.torch import load_file, save_file
 
-from engine.checkpoint import document
+from engine.checkpoint import manifest_json as document
 from engine.checkpoint.compare import Opened, compare
 from engine.checkpoint.folder import remove
 from engine.checkpoint.load import read_weights

@@ -8,11 +8,11 @@ import pytest
 
 from engine.cli import main
 from engine.config.load import load_run
-from engine.data.preparation.prepare import PrepareOptions, prepare
+from engine.corpus.prepare import PrepareOptions, prepare
+from engine.corpus.tokenizer_training import train_tokenizer
 from engine.data.samples import first_samples
 from engine.data.shards.dataset import TokenDataset
 from engine.data.stage import open_parts, stage_stream
-from engine.data.tokenizer.training import train_tokenizer
 from engine.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USAGE
 from tests.engine.data.corpus import made_up_texts, write_json_lines
 from tools.inspect_data import BOUNDARY

@@ -156,7 +156,7 @@ def test_a_vocabulary_that_is_too_small_is_wrong_once(capsys, corpus):
 
 
 def test_data_of_another_tokenizer_is_wrong(capsys, corpus, tmp_path):
-    from engine.data.tokenizer.training import train_tokenizer
+    from engine.corpus.tokenizer_training import train_tokenizer
 
     train_tokenizer(["other text, other pieces"] * 20, tmp_path / "other", "bpe", 270, "causal")
     code, out, _ = plan(capsys, "gpt2-124m", *of_corpus(corpus, f"tokenizer={tmp_path / 'other'}"))

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from engine.cli import main
-from engine.data.preparation.statistics import Statistics
+from engine.corpus.statistics import Statistics
+from engine.corpus.tokenizer_training import train_tokenizer
 from engine.data.shards.dataset import TokenDataset
-from engine.data.tokenizer.training import train_tokenizer
 from engine.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USAGE
 from tests.engine.data.corpus import made_up_texts, write_json_lines
 from tools import prepare as tool

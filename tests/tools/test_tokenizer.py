@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from engine.cli import main
+from engine.corpus.tokenizer_folder import UNFINISHED
+from engine.corpus.tokenizer_training import SENTENCEPIECE_FILE
 from engine.data.tokenizer.folder import load_tokenizer
-from engine.data.tokenizer.training import SENTENCEPIECE_FILE
-from engine.data.tokenizer.writing import UNFINISHED
 from engine.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USAGE
 from tests.engine.data.corpus import made_up_texts, write_json_lines
 from tools import tokenizer as tool

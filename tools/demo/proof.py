@@ -52,7 +52,7 @@ def expect(folder: Path) -> Expected:
     Raises:
         DemoFailed: there is no checkpoint, or its loader state is not where that many steps lead.
     """
-    from engine.checkpoint import document
+    from engine.checkpoint import manifest_json as document
     from engine.checkpoint.folder import CHECKPOINTS, committed
     from engine.config.load import load_run
     from engine.config.save import FILE

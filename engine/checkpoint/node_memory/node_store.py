@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from engine.checkpoint import document
+from engine.checkpoint import manifest_json as document
 from engine.checkpoint.background import Background
 from engine.checkpoint.folder import Owner, check_owner, committed, partial_path, publish, remove, step_of, step_path
 from engine.checkpoint.manifest import Manifest
@@ -29,7 +29,7 @@ from engine.checkpoint.node_memory.node_folder import check_room, drop, folder_o
 from engine.checkpoint.save import Written, write_staged
 from engine.checkpoint.staging import Staged
 from engine.checkpoint.stores import GoingOn, Save
-from engine.config.place import RankPlace
+from engine.config.rank_environment import RankEnvironment
 from engine.errors import CheckpointError, EnvironmentProblem
 from engine.logs import logger
 from engine.parallel import collectives
@@ -50,7 +50,7 @@ class NodeStore:
         base: Path,
         run: Path,
         groups: Groups,
-        place: RankPlace,
+        place: RankEnvironment,
         connect: Callable[[list[tuple[int, ...]], int], list[Group | None]] = join_lines,
     ) -> None:
         """`base` is a folder in memory, `run` the run folder; `connect` makes the groups along the ring."""

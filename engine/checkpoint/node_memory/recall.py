@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint import document
+from engine.checkpoint import manifest_json as document
 from engine.checkpoint.container import disk_errors, file_digest
 from engine.checkpoint.folder import committed, remove, step_of, step_path
 from engine.checkpoint.load import files_needed

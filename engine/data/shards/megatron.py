@@ -5,7 +5,7 @@ The layout is megatron-core's IndexedDataset, version 1: `.bin` holds the tokens
 indices uint64), then int32 lengths of the sequences, int64 places of their first bytes, int64 document indices
 (sequences before each document, and all of them). All little-endian. A sequence is a document, or one sentence of it
 where `preprocess_data.py --split-sentences` wrote it; documents end with the end-of-text token as our own do.
-How a set becomes training data without a copy is in `engine.data.preparation.take_over`.
+How a set becomes training data without a copy is in `engine.corpus.megatron_import`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ class `tokenizer_config.json` names (`files`).
 Invariant: the hash depends on the vocabulary and the rules in `tokenizer.json` and on which token ends a text, not on
 paths, formatting or the truncation and padding that somebody left switched on; so a copy has the same hash. Encoding
 never reads special tokens out of text (`plain_text`): a document that spells `<|endoftext|>` is only quoting it.
-Training one is in `engine.data.tokenizer.training`. Needs `tokenizers` alone, so that workers start fast.
+Training one is in `engine.corpus.tokenizer_training`. Needs `tokenizers` alone, so that workers start fast.
 """
 
 from __future__ import annotations

@@ -29,11 +29,11 @@ from engine.parallel.sharding import ParameterSpec
 from engine.parallel.state import ParameterGroup, Part, Piece, Placement
 from engine.parallel.zero.adapter import Engine, Topology, scalar_of
 from engine.parallel.zero.gathering import Gathering
+from engine.parallel.zero.gradient_norm import WholeGradients
 from engine.parallel.zero.gradients import Accumulator
 from engine.parallel.zero.offload import host_state
 from engine.parallel.zero.optimizers import FlatShards, Named, PartitionedShards, has_gradient, shards
 from engine.parallel.zero.stage3 import Cures, partition_empty, replace_parameters
-from engine.parallel.zero.whole import WholeGradients
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 

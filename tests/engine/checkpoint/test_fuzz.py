@@ -14,7 +14,7 @@ import tracemalloc
 
 import pytest
 
-from engine.checkpoint import document
+from engine.checkpoint import manifest_json as document
 from engine.checkpoint.load import Files, load_pieces, open_checkpoint, read_weights
 from engine.errors import CheckpointError
 from tests.engine.checkpoint.worlds import World, layout_of, random_state, small_model, some_state

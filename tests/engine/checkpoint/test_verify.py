@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from engine.checkpoint import document
+from engine.checkpoint import manifest_json as document
 from engine.checkpoint.folder import committed
 from engine.checkpoint.verify import is_whole, verify, verify_files
 from tests.engine.checkpoint.threads import ThreadedRanks

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from engine.config.load import apply_override, parse_run
-from engine.config.model import divisors
 from engine.config.resolve import Layout, examine, num_micro_batches, resolve
+from engine.config.rules.model import divisors
 from engine.config.schema.run import RunConfig
 from engine.errors import ConfigError
 

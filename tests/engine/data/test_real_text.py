@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.data.preparation.sentences import sentence_starts
-from engine.data.tokenizer.training import SMALLEST_VOCABULARY, train_tokenizer
+from engine.corpus.sentences import sentence_starts
+from engine.corpus.tokenizer_training import SMALLEST_VOCABULARY, train_tokenizer
 
 CORPUS = Path(__file__).parents[4] / "shared" / "data" / "corpus"
 pytestmark = pytest.mark.skipif(not CORPUS.is_dir(), reason=f"there is no {CORPUS}")

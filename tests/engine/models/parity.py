@@ -18,7 +18,7 @@ from engine.checkpoint.interchange.huggingface import from_huggingface
 from engine.config.schema.model import ModelConfig
 from engine.models.chunk import Chunk
 from engine.models.families import family
-from engine.models.values import fill, whole_model
+from engine.models.materialize import fill, whole_model
 
 TOLERANCE = 40**0.5 * 256**0.5 * 2**-24
 

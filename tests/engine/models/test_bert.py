@@ -13,7 +13,7 @@ from engine.config.schema.model import ModelConfig
 from engine.models.bert import EMBEDDING, HEAD, build, losses, sharding, specs, ties, wanted
 from engine.models.chunk import Chunk
 from engine.models.initial import initial_value
-from engine.models.values import whole_model
+from engine.models.materialize import whole_model
 from engine.parallel.sharding import lookup
 from tests.engine.models.parity import assert_near, build_stages, cut, gradient_of, gradients_of, their_gradients
 from tests.engine.models.tiny import BERT_FORMS, random_weights, twin

@@ -5,7 +5,7 @@ import torch
 
 from engine.models.families import family
 from engine.models.initial import initial_value
-from engine.models.values import fill
+from engine.models.materialize import fill
 from tests.distributed.batches import GLOBAL_BATCH, global_batch
 from tests.distributed.cases import Case, config_of
 

@@ -12,7 +12,7 @@ from engine.config.schema.model import ModelConfig
 from engine.data.objectives.draws import dropout_keys
 from engine.models.attention import view
 from engine.models.dropout import ATTENTION, FFN_OUTPUT, KEYS, NUM_SITES, Dropout, drops, make
-from engine.models.values import whole_model
+from engine.models.materialize import whole_model
 from engine.parallel.functions import attention
 from engine.parallel.recompute import recompute
 from tests.engine.models.parity import assert_near, gradient_of

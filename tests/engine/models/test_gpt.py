@@ -15,7 +15,7 @@ from engine.config.schema.model import ModelConfig
 from engine.models.attention import view
 from engine.models.chunk import Chunk
 from engine.models.gpt import EMBEDDING, HEAD, build, sharding, specs, ties
-from engine.models.values import whole_model
+from engine.models.materialize import whole_model
 from engine.parallel.boundary import Tensors
 from engine.parallel.functions import Functions
 from engine.parallel.functions import attention as plain_attention

@@ -28,8 +28,8 @@ from engine.models.dropout import (
     Dropout,
 )
 from engine.models.dropout import EMBEDDING as EMBEDDED
+from engine.models.materialize import fill, whole_model
 from engine.models.t5 import EMBEDDING, HEAD, Stage, boundary, build, sharding, specs, ties, wanted
-from engine.models.values import fill, whole_model
 from engine.parallel.boundary import Tensors
 from engine.parallel.sharding import lookup
 from tests.engine.models.tiny import T5_FORMS, random_weights, twin

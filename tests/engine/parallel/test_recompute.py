@@ -15,7 +15,7 @@ from engine.config.schema.model import ModelConfig
 from engine.config.schema.parallel import Recompute
 from engine.models import gpt
 from engine.models.attention import view
-from engine.models.values import fill
+from engine.models.materialize import fill
 from engine.parallel.recompute import KEPT, recompute
 from engine.plan import gpt as figures
 

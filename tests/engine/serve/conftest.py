@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.config.schema.run import RunConfig
-from engine.data.tokenizer.training import train_tokenizer
+from engine.corpus.tokenizer_training import train_tokenizer
 from engine.serve.export import TEXT
 from tests.engine.serve.runs import run_config, save
 

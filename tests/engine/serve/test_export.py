@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from engine.checkpoint.interchange.huggingface import from_huggingface
-from engine.data.tokenizer.training import train_tokenizer
+from engine.corpus.tokenizer_training import train_tokenizer
 from engine.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
-from engine.models.values import whole_model
+from engine.models.materialize import whole_model
 from engine.serve import export as module
 from engine.serve.export import TEXT, export
 from engine.serve.generate import Sampling, generate

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 
 from engine.data.tokenizer.wrapping import wrap
 from engine.errors import ConfigError
-from engine.models.values import whole_model
+from engine.models.materialize import whole_model
 from engine.serve import source
 from engine.serve.export import export
 from engine.serve.generate import Sampling, generate

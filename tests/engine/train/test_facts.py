@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.config.place import RankPlace
+from engine.config.rank_environment import RankEnvironment
 from engine.config.resume import flatten
 from engine.parallel.meeting import compare
 from engine.train import facts
@@ -15,10 +15,10 @@ from engine.train.facts import code_hash, facts_of_start
 from tests.distributed.runs import run_config, run_tree
 
 CPU = torch.device("cpu")
-PLACE = RankPlace(0, 2, job="13", step="0")
+PLACE = RankEnvironment(0, 2, job="13", step="0")
 
 
-def of(place: RankPlace = PLACE, folder: Path = Path("run"), **changes: Any) -> dict[str, Any]:
+def of(place: RankEnvironment = PLACE, folder: Path = Path("run"), **changes: Any) -> dict[str, Any]:
     return facts_of_start(run_config(run_tree(Path("corpus"), folder, **changes)), place, CPU)
 
 

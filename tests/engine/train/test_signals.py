@@ -81,7 +81,7 @@ def test_output_that_nobody_reads_asks_to_stop(monkeypatch: pytest.MonkeyPatch) 
 
 MEETS = """
 import sys, torch
-from engine.config.place import RankPlace
+from engine.config.rank_environment import RankEnvironment
 from engine.parallel.groups import connect
 from engine.train import signals
 
@@ -91,7 +91,7 @@ import os
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 with signals.StopSignals():
     print("ready", flush=True)
-    connect(RankPlace(global_rank=rank, world_size=2, local_rank=rank, master_port=port), torch.device("cpu"))
+    connect(RankEnvironment(global_rank=rank, world_size=2, local_rank=rank, master_port=port), torch.device("cpu"))
     print("met", flush=True)
     if rank == 0:
         torch.distributed.barrier()

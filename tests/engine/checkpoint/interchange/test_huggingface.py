@@ -24,10 +24,10 @@ from engine.checkpoint.interchange.bert_forms import BERT, BERT_WITHOUT_PAIRS, M
 from engine.checkpoint.interchange.forms import GPT2, LLAMA, Form
 from engine.checkpoint.interchange.huggingface import form_of, from_huggingface, our_config, to_huggingface
 from engine.checkpoint.interchange.t5_form import T5
-from engine.config.model import ONLY
+from engine.config.rules.model import ONLY
 from engine.config.schema.model import ModelConfig
 from engine.errors import CheckpointError, ConfigError
-from engine.models.values import whole_model
+from engine.models.materialize import whole_model
 from tests.engine.models.tiny import BERT_FORMS, FORMS, random_weights, tiny, twin
 
 TOKENS_BT = torch.arange(60).reshape(2, 30) * 7 % 500

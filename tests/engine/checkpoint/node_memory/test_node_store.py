@@ -17,7 +17,7 @@ from engine.checkpoint.node_memory import node_folder, node_store, passing
 from engine.checkpoint.node_memory.node_store import NodeStore
 from engine.checkpoint.node_memory.recall import Line, Recall
 from engine.checkpoint.saver import Saver
-from engine.config.place import RankPlace
+from engine.config.rank_environment import RankEnvironment
 from engine.errors import CheckpointError, EnvironmentProblem
 from engine.parallel.groups import Group
 from tests.engine.checkpoint.threads import ThreadedRanks
@@ -56,7 +56,7 @@ class Job:
         self.stores = self.all(self._store)
 
     def _store(self, rank):
-        place = RankPlace(rank, self.size, node_rank=self.on[rank], job=self.job, attempt=self.attempt)
+        place = RankEnvironment(rank, self.size, node_rank=self.on[rank], job=self.job, attempt=self.attempt)
         store = NodeStore(self.base, self.run_folder, self.world.groups[rank], place, groups_of)
         store.claim()
         return store

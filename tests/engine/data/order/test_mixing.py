@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from engine.config.mixture import LONGEST_PERIOD, whole_parts
+from engine.config.rules.data import LONGEST_PERIOD, whole_parts
 from engine.data.order.mixing import Mixing
 
 

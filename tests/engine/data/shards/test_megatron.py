@@ -10,8 +10,8 @@ import struct
 import numpy as np
 import pytest
 
+from engine.corpus.megatron_import import take_over
 from engine.data.loader import Loader
-from engine.data.preparation.take_over import take_over
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.megatron import prefix_of, read_sequences, write_indexed_dataset
 from engine.data.shards.writer import ShardWriter

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from engine.corpus.tokenizer_training import train_tokenizer
 from engine.data.tokenizer.files import NAMED_TOKENS, TokenizerFiles, name_of
 from engine.data.tokenizer.folder import load_tokenizer, tokenizer_hash
 from engine.data.tokenizer.portable import make_portable, portable_settings
-from engine.data.tokenizer.training import train_tokenizer
 from tests.engine.data.corpus import made_up_texts
 
 TREE = {

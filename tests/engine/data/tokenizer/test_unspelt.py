@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from engine.corpus.tokenizer_training import train_tokenizer
 from engine.data.tokenizer.folder import load_tokenizer
-from engine.data.tokenizer.training import train_tokenizer
 from tests.engine.data.corpus import made_up_texts
 from tests.engine.data.tokenizer import foreign
 

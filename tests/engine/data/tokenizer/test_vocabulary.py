@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import normalizers, pre_tokenizers
 
-from engine.data.tokenizer.training import PURPOSE_TOKENS, train_tokenizer
+from engine.corpus.tokenizer_training import PURPOSE_TOKENS, train_tokenizer
 from engine.data.tokenizer.vocabulary import Vocabulary, word_edges
 from tests.engine.data.corpus import made_up_texts
 

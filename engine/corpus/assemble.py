@@ -1,0 +1,183 @@
+"""Finished parts -> which documents stay, and the shards of each output folder.
+
+Invariant: what stays, where it goes and where shards end follows from the documents and their parts alone, never from
+who encoded them; a shard is written by one worker from one stretch of each part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from engine.corpus.near_duplicate_pairs import near_duplicates
+from engine.corpus.parts import Documents, Records, joined, read, record_begins
+from engine.corpus.pool import Pool
+from engine.corpus.spread import PartKey, spread_keys, stored_order
+from engine.corpus.statistics import Statistics
+from engine.data.shards.index import ShardEntry
+from engine.data.shards.writer import Compression, cut_into_shards, write_shard
+
+Deduplicate = Literal["none", "exact", "near"]
+
+
+@dataclass(frozen=True)
+class Removed:
+    """(n,) bool each: documents that are left out because an earlier one is the same, or nearly."""
+
+    exact: np.ndarray
+    near: np.ndarray
+
+    @property
+    def any(self) -> np.ndarray:
+        return self.exact | self.near
+
+
+@dataclass(frozen=True)
+class PartFile:
+    """A finished part, its place among the chunks of the sources, and what is known of its documents."""
+
+    path: Path
+    key: PartKey
+    domain: str
+    documents: Documents
+    bands: np.ndarray
+    """(n, bands) uint64"""
+
+
+class Corpus:
+    """The documents of all parts, numbered in the order of the sources, and where they lie."""
+
+    def __init__(self, parts: list[PartFile], dtype: np.dtype) -> None:
+        """Tokens lie in the parts as `dtype`."""
+        self.dtype = dtype
+        self.documents = joined([part.documents for part in parts])
+        counts = [part.documents.lengths.size for part in parts]
+        orders = [stored_order(part.key, part.documents.held_out) for part in parts]
+        self._paths = [part.path for part in parts]
+        self._ends = np.cumsum(counts)
+        self._bands = [part.bands for part in parts]
+        self._begins = np.concatenate(
+            [record_begins(part.documents, order, dtype.itemsize) for part, order in zip(parts, orders, strict=True)]
+        )
+        self._keys = np.concatenate([spread_keys(part.key, count) for part, count in zip(parts, counts, strict=True)])
+
+    @property
+    def num_bands(self) -> int:
+        return self._bands[0].shape[1]
+
+    def keys_of_band(self, band: int) -> np.ndarray:
+        """(N,) uint64: the documents' keys of one band."""
+        return np.concatenate([bands[:, band] for bands in self._bands])
+
+    def spread(self, numbers: np.ndarray) -> np.ndarray:
+        """Rising numbers (n,) of documents in the order in which shards take them."""
+        return numbers[np.argsort(self._keys[numbers], kind="stable")]
+
+    def locate(self, numbers: np.ndarray) -> list[tuple[np.ndarray, Records]]:
+        """Of documents (n,): which of them (by place in `numbers`) lie in each part file, and where."""
+        owners = np.searchsorted(self._ends, numbers, side="right")
+        order = np.lexsort((self._begins[numbers], owners))
+        cuts = np.flatnonzero(np.diff(owners[order])) + 1
+        return [
+            (
+                which,
+                Records(
+                    self._paths[owners[which[0]]],
+                    self._begins[numbers[which]],
+                    self.documents.lengths[numbers[which]],
+                    self.documents.sentences[numbers[which]],
+                ),
+            )
+            for which in np.split(order, cuts)
+            if which.size
+        ]
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to write."""
+
+    folder: Path
+    number: int
+    num_documents: int
+    pieces: list[tuple[np.ndarray, Records]]
+    """Places in the shard of the documents that each part has of it, and where they lie there."""
+    dtype: np.dtype
+    with_sentences: bool
+    compression: Compression
+
+
+def removed(
+    corpus: Corpus, how: Deduplicate, similarity: float, pool: Pool, progress: Callable[[int, int], None]
+) -> Removed:
+    """What is left out of the documents in order; the first of the same stays. Raises `DataError`."""
+    count = corpus.documents.lengths.size
+    exact, near = np.zeros(count, bool), np.zeros(count, bool)
+    if how != "none":
+        hashes = corpus.documents.hashes
+        order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: equal ones keep their order
+        exact[order[1:]] = (hashes[order[1:]] == hashes[order[:-1]]).all(axis=1)
+    if how == "near":
+        shape = (corpus.keys_of_band, corpus.num_bands, corpus.documents.lengths, exact)
+        near = near_duplicates(*shape, corpus.locate, corpus.dtype, similarity, pool, progress)
+    return Removed(exact, near)
+
+
+def shard_bounds(corpus: Corpus, chosen: np.ndarray, shard_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `chosen` documents (rising numbers) in the order of their folder, and the first document of each shard."""
+    order = corpus.spread(chosen)
+    return order, cut_into_shards(corpus.documents.lengths[order], shard_tokens)
+
+
+def shard_tasks(
+    folder: Path, corpus: Corpus, order: np.ndarray, bounds: np.ndarray, with_sentences: bool, compression: Compression
+) -> Iterator[ShardTask]:
+    """The shards of one folder, made when they are asked for: together they would name each part for each shard."""
+    for number, (first, last) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
+        pieces = corpus.locate(order[first:last])
+        yield ShardTask(folder, number, last - first, pieces, corpus.dtype, with_sentences, compression)
+
+
+def write(task: ShardTask) -> tuple[Path, int, ShardEntry]:
+    """Writes a shard; its folder, number and entry of the index. Raises `DataError`: no room, or a part is damaged."""
+    tokens: list[np.ndarray] = [np.empty(0)] * task.num_documents
+    starts: list[np.ndarray] = [np.empty(0)] * task.num_documents
+    for places, records in task.pieces:
+        for place, (ids, sentences) in zip(places.tolist(), read(records, task.dtype), strict=True):
+            tokens[place], starts[place] = ids, sentences
+    lengths = np.array([ids.size for ids in tokens], np.int64)
+    firsts = np.cumsum(lengths) - lengths
+    sentences = None
+    if task.with_sentences:
+        counts = [item.size for item in starts]
+        sentences = np.concatenate(starts).astype(np.int64) + np.repeat(firsts, counts)
+    entry = write_shard(task.folder, task.number, np.concatenate(tokens), lengths, sentences, task.compression)
+    return task.folder, task.number, entry
+
+
+def statistics(documents: Documents, side: np.ndarray, removed: Removed, empty: int, empty_unspelt: int) -> Statistics:
+    """Counts of the documents of one `side` (n,) bool that stay, and of what was left out of it.
+
+    `empty` documents without a token, with `empty_unspelt` bytes that no token spells, are counted on this side.
+    """
+    kept = np.flatnonzero(side & ~removed.any)
+    lengths = documents.lengths[kept]
+    powers, counts = np.unique(np.frexp(lengths)[1] - 1, return_counts=True)
+    found = Statistics(
+        documents=kept.size,
+        empty_documents=empty,
+        tokens=int(lengths.sum()),
+        text_bytes=int(documents.text_bytes[kept].sum()),
+        unknown_tokens=int(documents.unknown[kept].sum()),
+        sentences=int(documents.sentences[kept].sum()),
+        exact_duplicates=int(np.count_nonzero(side & removed.exact)),
+        near_duplicates=int(np.count_nonzero(side & removed.near)),
+        unspelt_bytes=int(documents.unspelt[kept].sum()) + empty_unspelt,
+        left_out_bytes=empty_unspelt,
+    )
+    found.lengths.update(dict(zip(powers.tolist(), counts.tolist(), strict=True)))
+    return found

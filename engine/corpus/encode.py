@@ -1,0 +1,147 @@
+"""A chunk of raw documents -> token ids and all that is asked of documents: one function of the chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from engine.corpus.near_duplicates import band_keys
+from engine.corpus.parts import Documents, Part, save
+from engine.corpus.sentences import sentence_starts, sentences_in_tokens
+from engine.corpus.sources import Chunk, parse
+from engine.corpus.spread import PartKey, stored_order
+from engine.data.shards.index import token_dtype
+from engine.data.shards.writer import unwritable
+from engine.data.tokenizer.folder import TextTokenizer, load_tokenizer
+
+_CHARACTERS_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How documents become tokens."""
+
+    text_key: str
+    validation_fraction: float
+    sentences: str | None = None
+    """Language whose rules find the sentences; None finds none."""
+    similarity: float | None = None
+    """Of near duplicates; None looks for none."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One chunk to encode, and the file to put it into."""
+
+    chunk: Chunk
+    tokenizer: Path
+    tokenizer_hash: str
+    options: EncodeOptions
+    path: Path
+    key: PartKey
+    place: int
+    """Number of the part among all, which travels with its result."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What is known of a part that is on disk now."""
+
+    place: int
+    documents: Documents
+    bands: np.ndarray
+    read_bytes: int
+
+
+def encode_to_file(task: Task) -> Encoded:
+    """Encodes a chunk and saves the part. Raises `DataError`: from the sources, or no room."""
+    part = encode(task.chunk, _tokenizer(task.tokenizer, task.tokenizer_hash), task.options)
+    try:
+        save(task.path, part, stored_order(task.key, part.documents.held_out))
+    except OSError as error:
+        raise unwritable(task.path.parent, error) from error
+    return Encoded(task.place, part.documents, part.bands, task.chunk.read_bytes)
+
+
+def encode(chunk: Chunk, tokenizer: TextTokenizer, options: EncodeOptions) -> Part:
+    """One chunk encoded; documents without a token are left out and counted. Raises `DataError`."""
+    texts = parse(chunk, options.text_key)
+    found, sentences_of, unspelt = _tokens(texts, tokenizer, options.sentences)
+    is_kept = np.array([item.size > 0 for item in found], bool)
+    kept = [item for item in zip(texts, found, sentences_of, strict=True) if item[1].size]
+    contents = [text.encode() for text, _, _ in kept]
+    digests = b"".join(xxhash.xxh3_128_digest(content) for content in contents)
+    ids = [ids for _, ids, _ in kept]
+    sentences = [starts for _, _, starts in kept if starts is not None]
+    documents = Documents(
+        lengths=np.array([item.size + 1 for item in ids], np.int64),
+        hashes=np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 2),
+        held_out=np.array([is_held_out(content, options.validation_fraction) for content in contents], bool),
+        text_bytes=np.array([len(content) for content in contents], np.int64),
+        unknown=np.array([_unknown(item, tokenizer.unknown_id) for item in ids], np.int64),
+        sentences=np.array([item.size for item in sentences] if sentences else [0] * len(ids), np.int64),
+        unspelt=unspelt[is_kept],
+        empty=np.array(len(texts) - len(kept)),
+        empty_unspelt=unspelt[~is_kept].sum(),
+    )
+    dtype = np.dtype(token_dtype(tokenizer.vocab_size))
+    end = np.array([tokenizer.eos_id], dtype)
+    tokens = np.concatenate([end[:0], *(piece for item in ids for piece in (item.astype(dtype), end))])
+    starts = np.concatenate([np.empty(0, np.int64), *sentences])
+    bands = np.empty((len(ids), 0), np.uint64) if options.similarity is None else band_keys(ids, options.similarity)
+    return Part(documents, bands, tokens, starts)
+
+
+def is_held_out(text: bytes, fraction: float) -> bool:
+    """Whether a document belongs to the held-out part: a function of its text, so duplicates stay together."""
+    return xxhash.xxh3_64_intdigest(text) < int(fraction * 2**64)
+
+
+def _tokens(
+    texts: list[str], tokenizer: TextTokenizer, language: str | None
+) -> tuple[list[np.ndarray], list[np.ndarray | None], np.ndarray]:
+    """Ids of each text, the first tokens of its sentences where a language is named, and the bytes of each (n,) that
+    no token spells."""
+    ids: list[np.ndarray] = []
+    sentences: list[np.ndarray | None] = []
+    unspelt = [np.empty(0, np.int64)]
+    for some in _batches(texts):
+        if language is None:
+            ids += tokenizer.encode(some)
+            sentences += [None] * len(some)
+        else:
+            for text, (tokens, starts) in zip(some, tokenizer.encode_with_starts(some), strict=True):
+                ids.append(tokens)
+                sentences.append(sentences_in_tokens(sentence_starts(text, language), starts))
+        unspelt.append(tokenizer.unspelt_bytes(some, ids[len(ids) - len(some) :]))
+    return ids, sentences, np.concatenate(unspelt)
+
+
+def _batches(texts: list[str]) -> Iterator[list[str]]:
+    """The texts in order, some at once: the tokenizer's own results take some 200 bytes per token."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _CHARACTERS_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _unknown(ids: np.ndarray, unknown_id: int | None) -> int:
+    return 0 if unknown_id is None else int(np.count_nonzero(ids == unknown_id))
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(folder: Path, tokenizer_hash: str) -> TextTokenizer:
+    """Loaded once per process; another one in the same folder has another hash."""
+    loaded = load_tokenizer(folder)
+    assert loaded.hash == tokenizer_hash, "the tokenizer changed while it was used"
+    return loaded

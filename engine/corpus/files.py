@@ -1,0 +1,183 @@
+"""The files that a path, a folder or a glob stands for, and how each is read: as JSON lines, text or Parquet.
+
+A folder is searched for names that tell their kind; links to folders are followed. A file that is named itself, or by a
+glob, may be called anything: JSON lines without a suffix (`part-00000`) are known by their first line, and what is no
+text, or packed in a way that is not read here, is refused instead of being taken for a document. Invariant: paths are
+sorted, and a folder that is reached twice is read once.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from pathlib import Path
+
+from engine.corpus import text_files
+from engine.data.shards.open_shards import too_many_files
+from engine.errors import DataError
+
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
+"""What a folder is searched for beside JSON lines; a file that is named itself may be called anything."""
+PARQUET_SUFFIXES = (".parquet", ".pq")
+UNREAD_SUFFIXES = (
+    ".lz4",
+    ".sz",
+    ".snappy",
+    ".br",
+    ".lzo",
+    ".z",
+    ".7z",
+    ".rar",
+    ".zip",
+    ".tar",
+    ".tgz",
+    ".tbz2",
+    ".txz",
+)
+"""Of archives, and of compressions that are not read here."""
+_BEGINNINGS = {
+    b"\x1f\x8b": ("a gzip file", ".gz"),
+    b"\x28\xb5\x2f\xfd": ("a zstd file", ".zst"),
+    b"BZh": ("a bzip2 file", ".bz2"),
+    b"\xfd7zXZ\x00": ("an xz file", ".xz"),
+    b"\x04\x22\x4d\x18": ("an lz4 file", ""),
+    b"PK\x03\x04": ("a zip file", ""),
+    b"PAR1": ("a Parquet file", ".parquet"),
+    b"ARROW1": ("an Arrow file", ""),
+}
+"""First bytes of files that are no plain text: what they are, and the suffix by which such files are read (or none)."""
+_TAR_AT, _TAR = 257, b"ustar"
+_LONGEST_FIRST_LINE = 1 << 20
+
+Found = tuple[Path, str, int]
+"""A file, its kind (`json`, `text` or `parquet`), and its size in bytes."""
+
+
+def find_files(name: str, given: str) -> list[Found]:
+    """The files that a name stands for. `given` is what the user wrote, for messages. Raises `DataError`."""
+    path = Path(name)
+    if path.is_dir():
+        return [_described(found) for found in _in_folder(path)]
+    paths = [path] if path.exists() else sorted(Path(found) for found in glob.glob(name, recursive=True))
+    paths = [found for found in paths if not found.is_dir()]
+    if not paths:
+        raise DataError(
+            f"there is no source {given}", "a file, a folder, a glob, or hf:NAME_OR_FOLDER", "check the path"
+        )
+    return [_described(found, named=True) for found in paths]
+
+
+def matches(name: str) -> bool:
+    """Whether a name is a path that exists, or a glob of some."""
+    return Path(name).exists() or bool(glob.glob(name, recursive=True))
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    """The text below a folder, sorted. Raises `DataError` where there is none, or some cannot be read."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [path for name in names if not name.startswith(".") and _is_wanted(path := Path(place, name))]
+    if not found:
+        raise DataError(
+            f"folder {folder} holds no text",
+            f"files ending in {', '.join(JSON_SUFFIXES + TEXT_SUFFIXES)}, "
+            f"also with {', '.join(text_files.SUFFIXES)}, or in {' or '.join(PARQUET_SUFFIXES)}",
+            "name the files or a glob, or hf:FOLDER for a Hugging Face dataset",
+        )
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise too_many_files(error) or DataError(
+        f"{error.filename} cannot be read: {error.strerror or error}", "a readable folder", "check it and its rights"
+    ) from error
+
+
+def _is_wanted(path: Path) -> bool:
+    """Whether a file of a folder is read. Raises `DataError` for text that would be left out."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if len(suffixes) > 1 and suffixes[-1] in UNREAD_SUFFIXES and suffixes[-2] in JSON_SUFFIXES + TEXT_SUFFIXES:
+        raise _unread(path, suffixes[-1])
+    wanted = _plain_suffix(path) in JSON_SUFFIXES + TEXT_SUFFIXES or _suffix(path) in PARQUET_SUFFIXES
+    return wanted and (path.is_file() or _leads_nowhere(path))
+
+
+def _described(path: Path, named: bool = False) -> Found:
+    """Raises `DataError` for what is no text; a name that tells no kind is looked into."""
+    if _leads_nowhere(path):
+        raise DataError(f"{path} is a link to {path.readlink()}, which is not there", "a file", "restore or remove it")
+    try:
+        if _suffix(path) in PARQUET_SUFFIXES:
+            return path, "parquet", path.stat().st_size
+        kind = "json" if _plain_suffix(path) in JSON_SUFFIXES else "text"
+        if named:
+            kind = _looked_into(path, kind)
+        return path, kind, path.stat().st_size
+    except OSError as error:
+        if problem := too_many_files(error):
+            raise problem from error
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}", "a readable file", "check it and its rights"
+        ) from error
+
+
+def _leads_nowhere(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
+
+
+def _looked_into(path: Path, kind: str) -> str:
+    """The kind of a file that is named itself. Raises `DataError` for what is no text."""
+    if _suffix(path) in UNREAD_SUFFIXES or _plain_suffix(path) in UNREAD_SUFFIXES:
+        raise _unread(path, _suffix(path))
+    if not path.is_file():  # a pipe is read once
+        return kind
+    head = text_files.head(str(path), _LONGEST_FIRST_LINE)
+    for beginning, (what, suffix) in _BEGINNINGS.items():
+        if head.startswith(beginning):
+            remedy = f"call it {path.name}{suffix}" if suffix else "unpack it"
+            raise DataError(f"{path} is {what}", "plain text, or a name that tells what it is", remedy)
+    if head[_TAR_AT:].startswith(_TAR):
+        raise _unread(path, ".tar")
+    known = _plain_suffix(path) in JSON_SUFFIXES + TEXT_SUFFIXES
+    return "json" if not known and _is_json_line(head) else kind
+
+
+def _is_json_line(head: bytes) -> bool:
+    """Whether a file begins with a line that is a JSON object."""
+    line, end, _ = head.lstrip().partition(b"\n")
+    if not line.startswith(b"{"):
+        return False
+    if not end and len(head) == _LONGEST_FIRST_LINE:
+        return line.startswith(b'{"')  # too long to be read whole
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _unread(path: Path, suffix: str) -> DataError:
+    return DataError(
+        f"{path} is packed in a way that is not read here ({suffix})",
+        f"plain text, or a file that ends in {', '.join(text_files.SUFFIXES)}",
+        "unpack it, or pack it with gzip, zstd, bzip2 or xz",
+    )
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix.lower()
+
+
+def _plain_suffix(path: Path) -> str:
+    """The suffix below a compression's."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in text_files.SUFFIXES:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""

@@ -1,0 +1,96 @@
+"""Candidates of near duplicates, compared run by run by any worker: which documents are left out.
+
+A document is left out where an earlier one, left out itself or not, has the similarity asked for or more. Bands are
+worked through one after the other, so that a pair that has been decided is not compared again; pairs go to workers in
+batches of bounded size.
+Invariant: what is left out follows from the documents in their order, never from workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.corpus.near_duplicates import candidates, runs, similarity
+from engine.corpus.parts import Records, read
+from engine.corpus.pool import Pool
+
+_TOKENS_AT_ONCE = 4 << 20
+"""Tokens of the documents of one batch, which a worker holds; one pair may have more."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Pairs to compare, and the documents that they are of."""
+
+    numbers_P2: np.ndarray
+    """Numbers of the documents among all."""
+    places_P2: np.ndarray
+    """The same documents, counted in `records` from the first record on."""
+    records: list[Records]
+    dtype: np.dtype
+    threshold: float
+
+
+LocateRecords = Callable[[np.ndarray], list[tuple[np.ndarray, Records]]]
+"""(n,) rising numbers of documents -> which of these (by place) lie in each part file, and where."""
+
+
+def near_duplicates(
+    keys_of_band: Callable[[int], np.ndarray],
+    num_bands: int,
+    lengths: np.ndarray,
+    left_out: np.ndarray,
+    locate: LocateRecords,
+    dtype: np.dtype,
+    threshold: float,
+    pool: Pool,
+    progress: Callable[[int, int], None],
+) -> np.ndarray:
+    """(N,) bool: documents that are nearly the same as an earlier one. Those that are `left_out` (N,) take no part.
+
+    `keys_of_band` gives the keys (N,) of a band; `progress` is told bands done and in all. Raises `DataError`.
+    """
+    left = np.flatnonzero(~left_out)
+    near = np.zeros(left_out.size, bool)
+    rejected = np.empty(0, np.int64)
+    for band in range(num_bands):
+        pairs = left[candidates(keys_of_band(band)[left])]
+        codes = pairs @ np.array([left_out.size, 1])
+        pairs = pairs[~near[pairs[:, 1]] & ~np.isin(codes, rejected)]
+        tasks = _batches(pairs, lengths, locate, dtype, threshold)
+        others = []
+        for compared, same in pool.run(compare, tasks):
+            near[compared[same, 1]] = True
+            others.append(compared[~same] @ np.array([left_out.size, 1]))
+        rejected = np.concatenate([rejected, *others])
+        progress(band + 1, num_bands)
+    return near
+
+
+def compare(task: Comparison) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs (P, 2), and which of them (P,) reach the threshold. Raises `DataError`: a part is damaged or gone."""
+    documents = [ids for records in task.records for ids, _ in read(records, task.dtype)]
+    found = [np.unique(runs(ids[:-1])) for ids in documents]  # without the end of text
+    same = [similarity(found[a], found[b]) >= task.threshold for a, b in task.places_P2.tolist()]
+    return task.numbers_P2, np.array(same, bool)
+
+
+def _batches(
+    pairs: np.ndarray, lengths: np.ndarray, locate: LocateRecords, dtype: np.dtype, threshold: float
+) -> Iterator[Comparison]:
+    """The pairs (P, 2), those of one earlier document side by side, in batches of so many tokens."""
+    ends = np.cumsum(lengths[pairs].sum(axis=1))
+    first = 0
+    while first < len(pairs):
+        before = int(ends[first - 1]) if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, before + _TOKENS_AT_ONCE, side="right")))
+        numbers = np.unique(pairs[first:last])
+        located = locate(numbers)
+        place = np.empty(numbers.size, np.int64)
+        place[np.concatenate([which for which, _ in located])] = np.arange(numbers.size)
+        places = place[np.searchsorted(numbers, pairs[first:last])]
+        yield Comparison(pairs[first:last], places, [records for _, records in located], dtype, threshold)
+        first = last

@@ -1,0 +1,191 @@
+"""A chunk of a corpus as token ids in a file of its own: what a preparation has finished, and finds again after a kill.
+
+A part file is the XXH3-128 of the rest, one record per document, an npz of what is known of the documents, and the
+place of that npz. Records lie in the order in which shards take them (`engine.corpus.spread`), so that a
+shard reads one stretch of each part; each begins with a hash of its own, because a stretch cannot be checked by the
+hash of the whole. Everything that is known of documents is in the order of the source, documents without a token left
+out.
+
+Invariant: a part file is moved into place whole; one that does not verify counts as not there.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from engine.errors import DataError
+
+_DIGEST_BYTES = 16
+_RECORD_DIGEST_BYTES = 8
+_SENTENCE_DTYPE = np.dtype("<u4")
+_PLACE_BYTES = 8
+_LARGEST_GAP_BYTES = 1 << 16
+"""Records that lie nearer to each other than this are read in one go."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What is known of n documents without their tokens."""
+
+    lengths: np.ndarray
+    """(n,) int64 tokens, ends of text included."""
+    hashes: np.ndarray
+    """(n, 2) uint64: XXH3-128 of the text."""
+    held_out: np.ndarray
+    """(n,) bool"""
+    text_bytes: np.ndarray
+    """(n,) int64"""
+    unknown: np.ndarray
+    """(n,) int64 unknown tokens."""
+    unspelt: np.ndarray
+    """(n,) int64 bytes of the text that no token spells."""
+    sentences: np.ndarray
+    """(n,) int64; 0 where none were asked for."""
+    empty: np.ndarray
+    """() int64 documents without a token."""
+    empty_unspelt: np.ndarray
+    """() int64 bytes in these that no token spells."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The documents with their tokens, in the order of the source."""
+
+    documents: Documents
+    bands: np.ndarray
+    """(n, bands) uint64 keys of near duplicates, or (n, 0) where none are looked for."""
+    tokens: np.ndarray
+    """Of all documents, in the type in which they are written."""
+    sentence_starts: np.ndarray
+    """int64 first tokens of all sentences within their documents."""
+
+
+@dataclass(frozen=True)
+class Records:
+    """Some documents in a part file, by rising place."""
+
+    path: Path
+    begins: np.ndarray
+    """(n,) int64 bytes at which their records begin."""
+    lengths: np.ndarray
+    """(n,) int64 tokens."""
+    sentences: np.ndarray
+    """(n,) int64"""
+
+
+def save(path: Path, part: Part, order: np.ndarray) -> None:
+    """Puts the part in place, its records in the given order (n,) of documents. Raises `OSError`."""
+    arrays = {field.name: getattr(part.documents, field.name) for field in fields(Documents)}
+    known = io.BytesIO()
+    np.savez(known, bands=part.bands, **arrays)
+    content = io.BytesIO()
+    content.write(bytes(_DIGEST_BYTES))
+    _write_records(content, part, order)
+    place = content.tell()
+    content.write(known.getbuffer())
+    content.write(place.to_bytes(_PLACE_BYTES, "little"))
+    view = content.getbuffer()
+    view[:_DIGEST_BYTES] = xxhash.xxh3_128_digest(view[_DIGEST_BYTES:])
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            file.write(view)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: Path) -> tuple[Documents, np.ndarray] | None:
+    """Everything but the tokens: the documents, and their keys of near duplicates; None where the file is not there,
+    does not verify, or was written by a version that counted less."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    body = memoryview(content)[_DIGEST_BYTES:]
+    if len(body) < _PLACE_BYTES or xxhash.xxh3_128_digest(body) != content[:_DIGEST_BYTES]:
+        return None
+    place = int.from_bytes(content[-_PLACE_BYTES:], "little")
+    with np.load(io.BytesIO(content[place:-_PLACE_BYTES])) as arrays:
+        if not {field.name for field in fields(Documents)} <= set(arrays.files):
+            return None
+        return Documents(**{field.name: arrays[field.name] for field in fields(Documents)}), arrays["bands"]
+
+
+def record_begins(documents: Documents, order: np.ndarray, item_bytes: int) -> np.ndarray:
+    """(n,) int64: byte of the part file at which each document's record begins, for records in that order."""
+    sizes = _record_bytes(documents.lengths, documents.sentences, item_bytes)[order]
+    begins = np.empty(sizes.size, np.int64)
+    begins[order] = _DIGEST_BYTES + np.cumsum(sizes) - sizes
+    return begins
+
+
+def read(records: Records, dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Tokens, and first tokens of sentences, of each of the documents. Raises `DataError`: damaged or gone."""
+    sizes = _record_bytes(records.lengths, records.sentences, dtype.itemsize)
+    ends = records.begins + sizes
+    stretches = np.flatnonzero(np.append(True, records.begins[1:] - ends[:-1] > _LARGEST_GAP_BYTES))
+    try:
+        with records.path.open("rb") as file:
+            for first, last in zip(stretches, np.append(stretches[1:], sizes.size), strict=True):
+                start = int(records.begins[first])
+                file.seek(start)
+                content = file.read(int(ends[last - 1]) - start)
+                yield from _parse(records, content, start, int(first), int(last), dtype)
+    except OSError as error:
+        raise _damaged(records.path) from error
+
+
+def joined(parts: list[Documents]) -> Documents:
+    """All documents of some parts, in order; one part or more."""
+    arrays = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Documents)}
+    totals = {name: np.sum(arrays.pop(name)) for name in ("empty", "empty_unspelt")}
+    return Documents(**{name: np.concatenate(items) for name, items in arrays.items()}, **totals)
+
+
+def _record_bytes(lengths: np.ndarray, sentences: np.ndarray, item_bytes: int) -> np.ndarray:
+    return _RECORD_DIGEST_BYTES + lengths * item_bytes + sentences * _SENTENCE_DTYPE.itemsize
+
+
+def _write_records(content: io.BytesIO, part: Part, order: np.ndarray) -> None:
+    tokens = memoryview(part.tokens.tobytes())
+    starts = memoryview(part.sentence_starts.astype(_SENTENCE_DTYPE).tobytes())
+    token_ends = np.cumsum(part.documents.lengths) * part.tokens.itemsize
+    start_ends = np.cumsum(part.documents.sentences) * _SENTENCE_DTYPE.itemsize
+    token_bounds, start_bounds = [0, *token_ends.tolist()], [0, *start_ends.tolist()]
+    for number in order.tolist():
+        body = tokens[token_bounds[number] : token_bounds[number + 1]]
+        behind = starts[start_bounds[number] : start_bounds[number + 1]]
+        content.write(_record_digest(body, behind))
+        content.write(body)
+        content.write(behind)
+
+
+def _record_digest(tokens: memoryview, starts: memoryview) -> bytes:
+    return xxhash.xxh3_64_digest(tokens, seed=xxhash.xxh3_64_intdigest(starts) if len(starts) else 0)
+
+
+def _parse(
+    records: Records, content: bytes, start: int, first: int, last: int, dtype: np.dtype
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The documents `first` to before `last`, whose bytes begin at byte `start` of the file."""
+    view = memoryview(content)
+    rows = (array[first:last].tolist() for array in (records.begins - start, records.lengths, records.sentences))
+    for begin, length, sentences in zip(*rows, strict=True):
+        at = begin + _RECORD_DIGEST_BYTES
+        middle = at + length * dtype.itemsize
+        tokens, starts = view[at:middle], view[middle : middle + sentences * _SENTENCE_DTYPE.itemsize]
+        if len(tokens) != middle - at or _record_digest(tokens, starts) != view[begin:at]:
+            raise _damaged(records.path)
+        yield np.frombuffer(tokens, dtype), np.frombuffer(starts, _SENTENCE_DTYPE)
+
+
+def _damaged(path: Path) -> DataError:
+    return DataError(f"{path} is damaged or gone", "the file as it was written", "run the same command again")

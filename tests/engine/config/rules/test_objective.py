@@ -1,0 +1,91 @@
+"""Objectives that a model or a packing cannot serve are refused before anything starts, each with its reason."""
+
+import pytest
+
+from engine.config.rules.objective import OBJECTIVES, check_objective
+from engine.config.schema.model import ModelConfig
+from engine.config.schema.objective import ObjectiveConfig
+from engine.config.schema.stage import RunStage
+from engine.errors import ConfigError
+
+MODEL = ModelConfig(vocab_size=10, num_layers=1, hidden_size=4, num_heads=1)
+
+
+def problems(family, objective, sequence_length=64, pair_head=None, **data):
+    """What the rules say; the model has a head for pairs where the objective has pairs, unless told otherwise."""
+    stage = RunStage.model_validate(
+        {
+            "data": {"train": "x"} | data,
+            "objective": objective,
+            "sequence_length": sequence_length,
+            "global_batch_size": 1,
+            "duration": {"steps": 1},
+        }
+    )
+    found = []
+    has_head = stage.objective.pairs != "none" if pair_head is None else pair_head
+    check_objective("stages.0", stage, MODEL.model_copy(update={"family": family, "pair_head": has_head}), found)
+    assert all(isinstance(problem, ConfigError) for problem in found)
+    return [str(problem) for problem in found]
+
+
+@pytest.mark.parametrize("family", OBJECTIVES)
+@pytest.mark.parametrize("name", [name for names in OBJECTIVES.values() for name in names])
+def test_each_family_has_its_objectives(family, name):
+    found = problems(family, name)
+    if name in OBJECTIVES[family]:
+        assert not found
+    else:
+        [message] = found
+        assert f"stages.0.objective.name = {name} with model.family = {family}" in message
+        assert OBJECTIVES[family][0] in message
+
+
+@pytest.mark.parametrize(
+    ("family", "objective", "message"),
+    [
+        ("gpt", {"pairs": "next_sentence"}, "objective.pairs = next_sentence with stages.0.objective.name = causal"),
+        ("gpt", {"rate": 0.3}, "objective.rate = 0.3 with"),
+        ("t5", {"name": "span_corruption", "mask_share": 0.5}, "objective.mask_share = 0.5 with"),
+        ("bert", {"name": "masked", "mean_span_length": 4.0}, "objective.mean_span_length = 4.0 with"),
+        ("bert", {"name": "masked", "mask_share": 0.9, "random_share": 0.2}, "objective.random_share = 0.2"),
+    ],
+)
+def test_keys_that_are_not_used_or_do_not_add_up_are_refused(family, objective, message):
+    assert any(message in problem for problem in problems(family, objective))
+
+
+@pytest.mark.parametrize(("pairs", "pair_head"), [("sentence_order", False), ("none", True)])
+def test_pairs_and_their_head_come_together(pairs, pair_head):
+    [message] = problems("bert", {"name": "masked", "pairs": pairs}, pair_head=pair_head)
+    assert f"stages.0.objective.pairs = {pairs} with model.pair_head = {pair_head}\n  allowed: pairs with" in message
+
+
+def test_spans_of_masks_have_a_mean_length():
+    assert not problems("bert", {"name": "masked", "mask_unit": "span", "mean_span_length": 4.0})
+
+
+@pytest.mark.parametrize(
+    ("family", "objective", "shortest"),
+    [("gpt", "causal", 1), ("bert", "masked", 3), ("bert", {"name": "masked", "pairs": "sentence_order"}, 5)],
+)
+def test_rows_have_room_for_special_tokens(family, objective, shortest):
+    assert not problems(family, objective, shortest)
+    if shortest > 1:
+        [message] = problems(family, objective, shortest - 1)
+        assert f"stages.0.sequence_length = {shortest - 1}" in message
+
+
+def test_whole_documents_are_packed_for_objectives_that_can_read_them():
+    assert not problems("gpt", "causal", packing="best_fit")
+    assert not problems("bert", "masked", packing="best_fit")
+    for family, objective in (("t5", "span_corruption"), ("bert", {"name": "masked", "pairs": "next_sentence"})):
+        [message] = problems(family, objective, packing="best_fit")
+        assert "stages.0.data.packing = best_fit with objective" in message
+    [message] = problems("gpt", "causal", packing="best_fit", attention="row")
+    assert "stages.0.data.attention = row" in message
+
+
+def test_names_of_objectives_are_those_of_the_schema():
+    names = {name for names in OBJECTIVES.values() for name in names}
+    assert {ObjectiveConfig.model_validate(name).name for name in names} == names
