@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.checkpoint import manifest_json as document
+from engine.checkpoint import manifest_json
 from engine.checkpoint.container import ITEM_BYTES, Container, damaged
 from engine.checkpoint.geometry import Box, dims, flat_index, flat_span, strides
 from engine.checkpoint.manifest import WEIGHT, CheckpointState, Manifest, key_of, match, moment_state
@@ -32,8 +32,8 @@ def open_checkpoint(path: Place) -> Manifest:
     Raises:
         CheckpointError: it is absent, damaged or claims what cannot be.
     """
-    manifest = document.read(path)
-    document.check_sizes(manifest, path)
+    manifest = manifest_json.read(path)
+    manifest_json.check_sizes(manifest, path)
     return manifest
 
 
@@ -57,7 +57,7 @@ def load(
     everywhere = [spec for stage in collectives.gather_objects(specs, groups.pipe) for spec in stage]
 
     def fill() -> Manifest:
-        manifest = document.read(path) if spread else open_checkpoint(path)
+        manifest = manifest_json.read(path) if spread else open_checkpoint(path)
         match(manifest, everywhere)
         load_pieces(path, manifest, pieces, groups.coordinates.tensor_rank, groups.layout.tensor)
         return manifest
@@ -131,7 +131,7 @@ class Files:
     def file(self, name: str) -> Container:
         """The file of that name; raises `CheckpointError` where it is absent or not of its recorded size."""
         if name not in self._open:
-            document.check_size(self.manifest.files[name], self.path / name)
+            manifest_json.check_size(self.manifest.files[name], self.path / name)
             self._open[name] = Container(self.path / name)
         return self._open[name]
 

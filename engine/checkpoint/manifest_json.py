@@ -16,7 +16,7 @@ from typing import Any
 
 import xxhash
 
-from engine.checkpoint import manifest_checks as claims
+from engine.checkpoint import manifest_checks
 from engine.checkpoint.container import FileRecord, damaged, disk_errors, plain_size
 from engine.checkpoint.folder import step_of, step_path
 from engine.checkpoint.manifest import Manifest
@@ -71,8 +71,8 @@ def read(folder: Place) -> Manifest:
     if not _is_whole(document):
         raise damaged(path, "its content is not what its own hash says")
     try:
-        manifest = claims.parse(document)
-        claims.check(manifest)
+        manifest = manifest_checks.parse(document)
+        manifest_checks.check(manifest)
     except (KeyError, TypeError, ValueError) as problem:
         raise damaged(path, f"a field is missing or impossible ({problem})") from problem
     _check_name(folder, manifest)

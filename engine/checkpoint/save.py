@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint import container, document
+from engine.checkpoint import container, manifest_json
 from engine.checkpoint.folder import Owner, check_owner, publish, step_path
 from engine.checkpoint.manifest import CheckpointState, Manifest, join_placements
 from engine.checkpoint.staging import Staged
@@ -113,8 +113,8 @@ def commit(partial: Path, manifest: Manifest) -> Path:
         CheckpointError: a newer start of the run owns the folder, or the file system refuses.
     """
     owner = Owner(manifest.job, manifest.attempt)
-    document.write(manifest, partial)
-    document.check_sizes(document.read(partial), partial)
+    manifest_json.write(manifest, partial)
+    manifest_json.check_sizes(manifest_json.read(partial), partial)
     target = step_path(partial.parent, manifest.state.step)
     check_owner(partial.parent, owner)  # last, as close to the rename as can be
     publish(partial, target)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.checkpoint import manifest_json as document
+from engine.checkpoint import manifest_json
 from engine.checkpoint.container import file_digest
 from engine.checkpoint.load import Files
 from engine.checkpoint.manifest import Manifest
@@ -69,7 +69,7 @@ def identity(path: Place) -> tuple[int, int] | bool:
         if isinstance(path, Path):
             about = path.stat()
             return about.st_dev, about.st_ino
-        return (path / document.FILE).is_file()
+        return (path / manifest_json.FILE).is_file()
     except FileNotFoundError:
         return False
     except OSError:  # a server that is busy or gone, or rights: that is for the reader to say
@@ -90,9 +90,9 @@ def still_there(path: Place, before: tuple[int, int] | bool) -> bool:
 
 def _damage(path: Place, watch: Callable[[list[str]], Iterable[str]]) -> list[Damage]:
     try:
-        manifest = document.read(path)
+        manifest = manifest_json.read(path)
     except CheckpointError as problem:
-        return [Damage(document.FILE, _reason(problem))]
+        return [Damage(manifest_json.FILE, _reason(problem))]
     return verify_files(path, manifest, watch(list(manifest.files)))
 
 
@@ -105,7 +105,7 @@ def verify_files(path: Place, manifest: Manifest, names: Iterable[str]) -> list[
 def _verify_file(files: Files, name: str) -> Damage | None:
     path, record = files.path / name, files.manifest.files[name]
     try:
-        document.check_size(record, path)
+        manifest_json.check_size(record, path)
         whole = file_digest(path) == record.xxh3
         files.check_file(name)
     except CheckpointError as problem:
@@ -138,9 +138,9 @@ def is_whole(path: Path, groups: Groups) -> bool:
 def _verify_together(path: Path, groups: Groups) -> list[Damage]:
     world = groups.world
     try:
-        manifest = document.read(path)
+        manifest = manifest_json.read(path)
         mine = verify_files(path, manifest, list(manifest.files)[world.position :: world.size])
     except CheckpointError as problem:
-        mine = [Damage(document.FILE, _reason(problem))]
+        mine = [Damage(manifest_json.FILE, _reason(problem))]
     found = [damage for damages in collectives.gather_objects(mine, world) for damage in damages]
     return sorted(set(found), key=str)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from engine.checkpoint import manifest_json as document
+from engine.checkpoint import manifest_json
 from engine.checkpoint.folder import CHECKPOINTS, Superseded, committed, owner_of, step_of
 from engine.checkpoint.load import load
 from engine.checkpoint.manifest import CheckpointState, Manifest
@@ -203,7 +203,7 @@ class Restarts:
 
         def attempt() -> int:
             try:
-                manifest = document.read(on_disk) if on_disk is not None else None
+                manifest = manifest_json.read(on_disk) if on_disk is not None else None
             except CheckpointError:  # damaged, as will be said when it is its turn
                 return 0
             return manifest.attempt if manifest is not None and manifest.job == self._job_before else 0

@@ -13,7 +13,7 @@ import fsspec
 import pytest
 from safetensors.torch import load_file, save_file
 
-from engine.checkpoint import manifest_json as document
+from engine.checkpoint import manifest_json
 from engine.checkpoint.compare import Opened, compare
 from engine.checkpoint.folder import remove
 from engine.checkpoint.load import read_weights
@@ -150,7 +150,7 @@ def test_prune_keeps_what_it_cannot_judge(run, capsys):
 
 def removed_while_read(monkeypatch, run, doomed, commit=None):
     """Has a live run remove a checkpoint once its manifest has been read, and commit another one."""
-    read, left = document.read, [doomed]
+    read, left = manifest_json.read, [doomed]
 
     def reading(folder):
         manifest = read(folder)
@@ -161,7 +161,7 @@ def removed_while_read(monkeypatch, run, doomed, commit=None):
                 commit()
         return manifest
 
-    monkeypatch.setattr(document, "read", reading)
+    monkeypatch.setattr(manifest_json, "read", reading)
 
 
 @pytest.mark.parametrize("action", ["list", "verify"])

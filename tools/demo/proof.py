@@ -52,7 +52,7 @@ def expect(folder: Path) -> Expected:
     Raises:
         DemoFailed: there is no checkpoint, or its loader state is not where that many steps lead.
     """
-    from engine.checkpoint import manifest_json as document
+    from engine.checkpoint import manifest_json
     from engine.checkpoint.folder import CHECKPOINTS, committed
     from engine.config.load import load_run
     from engine.config.save import FILE
@@ -61,7 +61,7 @@ def expect(folder: Path) -> Expected:
     paths = committed(folder / CHECKPOINTS)
     if not paths:
         raise DemoFailed(f"{folder / CHECKPOINTS} holds no checkpoint", "at least one when the run is killed")
-    sections = document.read(paths[0]).state.sections
+    sections = manifest_json.read(paths[0]).state.sections
     config = load_run(folder / FILE)
     run_stage = config.stages[0]
     parts = open_parts(run_stage, None, config.model.vocab_size)

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from engine.checkpoint import manifest_json as document
+from engine.checkpoint import manifest_json
 from engine.checkpoint.background import Background
 from engine.checkpoint.folder import Owner, check_owner, committed, partial_path, publish, remove, step_of, step_path
 from engine.checkpoint.manifest import Manifest
@@ -161,7 +161,7 @@ class NodeStore:
     def _pass_on(self, save: Save, manifest: Manifest, reports: list[Written]) -> Path:
         """Sends this rank's file to its keeper and receives those that it keeps; returns when they are verified."""
         if self.acts_for_node:
-            document.write(manifest, save.partial)
+            manifest_json.write(manifest, save.partial)
         works, arriving = [], []
         for rank in self.nodes.kept_by(self.rank):
             record = reports[rank].record

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint import manifest_json as document
+from engine.checkpoint import manifest_json
 from engine.checkpoint.container import disk_errors, file_digest
 from engine.checkpoint.folder import committed, remove, step_of, step_path
 from engine.checkpoint.load import files_needed
@@ -72,8 +72,8 @@ class Recall:
         found = {}
         for path in committed(self._store.folder):
             try:
-                manifest = document.read(path)
-                digest = file_digest(path / document.FILE)
+                manifest = manifest_json.read(path)
+                digest = file_digest(path / manifest_json.FILE)
             except (CheckpointError, OSError) as problem:
                 log.warning("node %d: step %d in memory is passed over: %s", self._store.node, step_of(path), problem)
                 continue
@@ -105,7 +105,9 @@ class Recall:
         source = next(node for node, own in enumerate(self._held) if generation in own)
         first = self._store.nodes.first_ranks[source]
         path = step_path(self._store.folder, generation.step)
-        read = on_all(lambda: document.read(path) if self._store.rank == first else None, self._world, CheckpointError)
+        read = on_all(
+            lambda: manifest_json.read(path) if self._store.rank == first else None, self._world, CheckpointError
+        )
         return collectives.broadcast_object(read, self._world, first)
 
     def _held_by_node(self, generation: Generation) -> list[set[str]]:
@@ -148,7 +150,7 @@ class Recall:
                 remove(path)  # another attempt's of this step, or damaged
                 with disk_errors(path):
                     path.mkdir()
-                document.write(manifest, path)
+                manifest_json.write(manifest, path)
             for record in arriving:
                 passing.take_room(path / f".{record.name}", record.num_bytes)
 

@@ -14,7 +14,7 @@ import tracemalloc
 
 import pytest
 
-from engine.checkpoint import manifest_json as document
+from engine.checkpoint import manifest_json
 from engine.checkpoint.load import Files, load_pieces, open_checkpoint, read_weights
 from engine.errors import CheckpointError
 from tests.engine.checkpoint.worlds import World, layout_of, random_state, small_model, some_state
@@ -71,8 +71,8 @@ def change(content, draw):
 
 def write(folder, content):
     content = {name: value for name, value in content.items() if name != "xxh3"}
-    content["xxh3"] = document.document_hash(content)
-    (folder / document.FILE).write_text(json.dumps(content), encoding="utf-8")
+    content["xxh3"] = manifest_json.document_hash(content)
+    (folder / manifest_json.FILE).write_text(json.dumps(content), encoding="utf-8")
 
 
 def try_to_load(folder):
@@ -88,7 +88,7 @@ def try_to_load(folder):
 
 def test_no_claim_of_a_manifest_is_believed_unless_it_is_true(saved):
     draw, believed = random.Random(7), 0
-    content = json.loads((saved / document.FILE).read_text())
+    content = json.loads((saved / manifest_json.FILE).read_text())
     tracemalloc.start()
     for _ in range(FUZZED):
         write(saved, change(content, draw))
@@ -101,13 +101,13 @@ def test_no_claim_of_a_manifest_is_believed_unless_it_is_true(saved):
 
 def test_no_byte_of_a_manifest_or_a_header_can_do_more_than_be_refused(saved, tmp_path):
     draw = random.Random(8)
-    names = [document.FILE, *(path.name for path in saved.glob("*.safetensors"))]
+    names = [manifest_json.FILE, *(path.name for path in saved.glob("*.safetensors"))]
     for _ in range(300):
         folder = tmp_path / "copy"
         shutil.copytree(saved, folder)
         path = folder / draw.choice(names)
         raw = bytearray(path.read_bytes())
-        header = len(raw) if path.name == document.FILE else 8 + struct.unpack("<Q", raw[:8])[0]
+        header = len(raw) if path.name == manifest_json.FILE else 8 + struct.unpack("<Q", raw[:8])[0]
         for _ in range(draw.randint(1, 4)):
             raw[draw.randrange(header)] = draw.randrange(256)
         path.write_bytes(raw)
@@ -131,13 +131,13 @@ def test_what_is_no_plain_file_is_not_opened(saved, tmp_path, name, kind):
 
 
 def test_a_manifest_of_unreasonable_size_is_not_read(saved):
-    os.truncate(saved / document.FILE, document.MAX_BYTES + 1)
+    os.truncate(saved / manifest_json.FILE, manifest_json.MAX_BYTES + 1)
     with pytest.raises(CheckpointError, match="more than"):
         open_checkpoint(saved)
 
 
 def test_names_cannot_leave_the_folder(saved):
-    content = json.loads((saved / document.FILE).read_text())
+    content = json.loads((saved / manifest_json.FILE).read_text())
     for name in ("../x.safetensors", "/etc/passwd", "a/b", "..", "stage-00-data-0000-tensor-00.safetensors/../x", ""):
         changed = copy.deepcopy(content)
         changed["files"][0][0] = name

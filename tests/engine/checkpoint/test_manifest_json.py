@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from engine.checkpoint import manifest_json as document
+from engine.checkpoint import manifest_json
 from engine.checkpoint.container import FileRecord
 from engine.checkpoint.folder import Owner
 from engine.checkpoint.load import open_checkpoint, read_weights
@@ -29,16 +29,16 @@ def saved(tmp_path):
 
 def tamper(path, change):
     """Changes a manifest and gives it a valid hash again: a liar, not an accident."""
-    where = path / document.FILE
+    where = path / manifest_json.FILE
     content = json.loads(where.read_text())
     del content["xxh3"]
     change(content)
-    content["xxh3"] = document.document_hash(content)
+    content["xxh3"] = manifest_json.document_hash(content)
     where.write_text(json.dumps(content))
 
 
 def test_it_comes_back_as_it_was(saved):
-    manifest = document.read(saved)
+    manifest = manifest_json.read(saved)
     world = World(layout_of(2, 2, 2), 3, small_model())
     assert manifest.placements == join_placements(world.placements)
     assert manifest.layout == world.layout
@@ -46,13 +46,13 @@ def test_it_comes_back_as_it_was(saved):
     assert manifest.state == state
     assert manifest.moments == ("exp_avg", "exp_avg_sq")
     assert (manifest.job, manifest.attempt) == ("job", 0)
-    assert document.render(manifest) == (saved / document.FILE).read_text()
+    assert manifest_json.render(manifest) == (saved / manifest_json.FILE).read_text()
 
 
 def test_the_hash_is_of_the_canonical_json(saved):
-    content = json.loads((saved / document.FILE).read_text())
+    content = json.loads((saved / manifest_json.FILE).read_text())
     claimed = content.pop("xxh3")
-    assert claimed == document.document_hash(dict(reversed(content.items())))
+    assert claimed == manifest_json.document_hash(dict(reversed(content.items())))
 
 
 def of_world(data):
@@ -65,15 +65,15 @@ def of_world(data):
 
 
 def test_only_the_list_of_files_grows_with_ranks():
-    few, many = (json.loads(document.render(of_world(data))) for data in (2, 1024))
+    few, many = (json.loads(manifest_json.render(of_world(data))) for data in (2, 1024))
     assert few["parameters"].keys() == many["parameters"].keys()
     assert len(json.dumps(many["parameters"])) <= len(json.dumps(few["parameters"]))
-    grown = len(document.render(of_world(1024))) - len(document.render(of_world(2)))
+    grown = len(manifest_json.render(of_world(1024))) - len(manifest_json.render(of_world(2)))
     assert grown <= 1022 * 150, "one line of at most 150 bytes per writer"
 
 
 def test_every_flipped_bit_pattern_of_the_manifest_is_noticed(saved):
-    where = saved / document.FILE
+    where = saved / manifest_json.FILE
     raw = where.read_bytes()
     content = json.loads(raw)
     for at in range(0, len(raw), 41):
@@ -86,7 +86,7 @@ def test_every_flipped_bit_pattern_of_the_manifest_is_noticed(saved):
             same = False
         if not same:
             with pytest.raises(CheckpointError):
-                document.read(saved)
+                manifest_json.read(saved)
 
 
 @pytest.mark.parametrize(
@@ -101,18 +101,18 @@ def test_every_flipped_bit_pattern_of_the_manifest_is_noticed(saved):
     ],
 )
 def test_what_is_no_manifest_is_refused(saved, text, what):
-    where = saved / document.FILE
+    where = saved / manifest_json.FILE
     where.unlink()
     if text is not None:
         where.write_text(text)
     with pytest.raises(CheckpointError, match=what):
-        document.read(saved)
+        manifest_json.read(saved)
 
 
 def test_another_version_says_what_to_do(saved):
     tamper(saved, lambda content: content.update(version=2))
     with pytest.raises(CheckpointError, match="version 2") as caught:
-        document.read(saved)
+        manifest_json.read(saved)
     assert caught.value.remedy == "update palimpsest"
 
 
@@ -196,17 +196,17 @@ def test_a_partition_of_crumbs_costs_no_time(saved):
 
 @pytest.mark.parametrize("value", [{1: 2}, {"a": float("nan")}, {"a": [object()]}, {"a": {"b": b"bytes"}}])
 def test_a_section_that_is_not_json_is_named(saved, value):
-    manifest = document.read(saved)
+    manifest = manifest_json.read(saved)
     state = dataclasses.replace(manifest.state, sections={"loader": value})
     with pytest.raises(CheckpointError, match=r"section loader.*cannot go into a checkpoint") as caught:
-        document.render(dataclasses.replace(manifest, state=state))
+        manifest_json.render(dataclasses.replace(manifest, state=state))
     assert caught.value.allowed.startswith("JSON")
 
 
 def test_unusual_text_and_tuples_survive(saved):
-    manifest: Manifest = document.read(saved)
+    manifest: Manifest = manifest_json.read(saved)
     sections = {"a": {"text": 'é "quoted" \\ \n \ud800', "tuple": (1, 2.5e-300)}}
     state = dataclasses.replace(manifest.state, sections=sections)
-    (saved / document.FILE).unlink()
-    document.write(dataclasses.replace(manifest, state=state), saved)
-    assert document.read(saved).state.sections == {"a": {**sections["a"], "tuple": [1, 2.5e-300]}}
+    (saved / manifest_json.FILE).unlink()
+    manifest_json.write(dataclasses.replace(manifest, state=state), saved)
+    assert manifest_json.read(saved).state.sections == {"a": {**sections["a"], "tuple": [1, 2.5e-300]}}

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from engine.checkpoint import manifest_json as document
+from engine.checkpoint import manifest_json
 from engine.checkpoint.folder import committed
 from engine.checkpoint.verify import is_whole, verify, verify_files
 from tests.engine.checkpoint.threads import ThreadedRanks
@@ -47,9 +47,13 @@ def cut(path):
 
 
 DAMAGES = {
-    "a missing manifest": (lambda c: (c / document.FILE).unlink(), document.FILE, "there is none"),
-    "a manifest cut short": (lambda c: cut_half(c / document.FILE), document.FILE, "not JSON"),
-    "a flipped byte of the manifest": (lambda c: flip_number(c / document.FILE), document.FILE, "its own hash"),
+    "a missing manifest": (lambda c: (c / manifest_json.FILE).unlink(), manifest_json.FILE, "there is none"),
+    "a manifest cut short": (lambda c: cut_half(c / manifest_json.FILE), manifest_json.FILE, "not JSON"),
+    "a flipped byte of the manifest": (
+        lambda c: flip_number(c / manifest_json.FILE),
+        manifest_json.FILE,
+        "its own hash",
+    ),
     "a missing file": (lambda c: (c / FILE).unlink(), FILE, "cannot be read"),
     "a file cut short": (lambda c: cut(c / FILE), FILE, "the manifest says"),
     "an empty file": (lambda c: (c / FILE).write_bytes(b""), FILE, "0 bytes, the manifest says"),
@@ -86,7 +90,7 @@ def test_damage_is_named_and_passed_over(checkpoints, damage, caplog, monkeypatc
 
 def test_every_byte_of_a_file_counts(checkpoints):
     path = checkpoints[0] / FILE
-    manifest = document.read(checkpoints[0])
+    manifest = manifest_json.read(checkpoints[0])
     for at in range(0, path.stat().st_size, 61):
         flip(path, at)
         assert [damage.file for damage in verify_files(checkpoints[0], manifest, [FILE])] == [FILE]
