@@ -92,7 +92,7 @@ def tree_of(pipe: int, schedule: str, chunks: int, small: bool) -> dict[str, Any
             "pipe": pipe,
             "data": 1,
             "schedule": schedule,
-            "virtual_stages": chunks,
+            "chunks_per_stage": chunks,
             "micro_batch_size": 2,
         },
     }

@@ -1,4 +1,4 @@
-"""Which consecutive part of a model one pipeline stage (or virtual stage) holds, and the rows that pass through it."""
+"""Which consecutive part of a model one pipeline stage holds, and the rows that pass through it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The chunks (virtual stages) that one pipeline stage holds, as one module for one engine.
+"""The chunks that one pipeline stage holds, as one module for one engine.
 
 An engine drives one module; here that module holds every chunk and runs the one that is asked for. Inside it a
 parameter's name has the chunk's number in front, so `logical_names` says which parameter of the model each one is. A

@@ -146,13 +146,13 @@ def join(
     layout: Layout,
     global_rank: int,
     tied_stages: Iterable[tuple[int, ...]] = (),
-    virtual_stages: int = 1,
+    chunks_per_stage: int = 1,
     gather_within: int | None = None,
     limit_seconds: float = LIMIT_SECONDS,
 ) -> Groups:
     """Makes all groups of the layout. Collective over the world, after `connect`.
 
-    `tied_stages` are the sets of stages that hold a weight together (`engine.plan.cut.tied_stages`), `virtual_stages`
+    `tied_stages` are the sets of stages that hold a weight together (`engine.plan.cut.tied_stages`), `chunks_per_stage`
     the chunks of each stage, `gather_within` the ranks of a second copy of ZeRO-3's weights, `limit_seconds` what a
     collective of a group may take.
 
@@ -176,7 +176,7 @@ def join(
         near = make([line[first : first + gather_within] for line in lines for first in cuts])
     pipe, pipe_backward = make(pipe_lines), make(pipe_lines)
     wrap, wrap_backward = pipe, pipe_backward
-    if virtual_stages > 1:
+    if chunks_per_stage > 1:
         wrap, wrap_backward = make(pipe_lines), make(pipe_lines)
     return Groups(
         layout=layout,

@@ -1,6 +1,6 @@
 """Pipeline schedules as generators of instructions: what one stage does, in order, for the micro-batches of a step.
 
-Pure: no tensor, no communicator. A stage owns `num_chunks` chunks (virtual stages); chunk c of stage s is part
+Pure: no tensor, no communicator. A stage owns `num_chunks` chunks; chunk c of stage s is part
 c * num_stages + s of the model, so that the last stage hands chunk c to the first stage's chunk c + 1 (Narayanan et al.
 2021, section 2.2). An instruction carries the chunk and the micro-batch it is about. Every stage runs its forward
 passes in one order and its backward passes in one order, so messages between two stages arrive as they are received.

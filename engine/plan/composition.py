@@ -83,7 +83,7 @@ USES: dict[str, Change] = {
     "pipe 2 x tensor 2 x data 2": {"parallel": {"pipe": 2, "tensor": 2, "data": 2}},
     "pipe 2, GPipe": {"parallel": {"pipe": 2, "schedule": "gpipe"}},
     "pipe 2, ZB-H1": {"parallel": {"pipe": 2, "schedule": "zb-h1"}},
-    "pipe 2 x 2 virtual": {"parallel": {"pipe": 2, "virtual_stages": 2}},
+    "pipe 2 x 2 chunks": {"parallel": {"pipe": 2, "chunks_per_stage": 2}},
     "fp32": {"precision": {"dtype": "fp32"}},
     "bf16": {"precision": {"dtype": "bf16"}},
     "bf16, reduced in bf16": {"precision": {"dtype": "bf16", "reduce_dtype": "bf16"}},
@@ -108,9 +108,9 @@ USES: dict[str, Change] = {
 }
 REFUSED: dict[str, Change] = {
     "more pipeline stages than layers": {"parallel": {"pipe": 8}},
-    "virtual stages without a pipeline": {"parallel": {"virtual_stages": 2}},
-    "virtual stages under GPipe": {"parallel": {"pipe": 2, "virtual_stages": 2, "schedule": "gpipe"}},
-    "more parts than layers": {"parallel": {"pipe": 2, "virtual_stages": 3}},
+    "chunks per stage without a pipeline": {"parallel": {"chunks_per_stage": 2}},
+    "chunks per stage under GPipe": {"parallel": {"pipe": 2, "chunks_per_stage": 2, "schedule": "gpipe"}},
+    "more chunks than layers": {"parallel": {"pipe": 2, "chunks_per_stage": 3}},
     "tensor ranks that do not divide the heads": {"parallel": {"tensor": 3}},
     "Muon with its state on the host": {"parallel": {"offload": "optimizer"}, "optimizer": {"name": "muon"}},
     "a second copy of the weights among all ranks": {"parallel": {"zero_stage": 3, "data": 2, "gather_within": 2}},

@@ -1,6 +1,6 @@
 """The cut: which consecutive layers each part of the model holds, so that the slowest part is as fast as it can be.
 
-A pipeline stage holds one part, or several as its chunks (virtual stages): see `stage_parts`. Training and `palimpsest
+A pipeline stage holds one part, or several as its chunks: see `stage_parts`. Training and `palimpsest
 plan` call the same `cut`. The cost of a layer is its forward operations per row; the embedding is counted with the
 first layer and the head with the last, as they live there, so the cut is a partition of one list of numbers into
 runs. Invariant: the runs are consecutive, cover every layer once, and none is empty. A cut depends on the model, the
@@ -49,26 +49,27 @@ def cut(model: ModelConfig, num_parts: int, lengths: RowLengths) -> list[range]:
     The first part also holds the embedding, the last one the final norm and the head.
 
     Raises:
-        ConfigError: there are more parts than layers.
+        ConfigError: there are more chunks than layers.
     """
     if not 1 <= num_parts <= model.num_layers:
         raise ConfigError(
-            f"parallel.pipe x parallel.virtual_stages = {num_parts} does not fit model.num_layers = {model.num_layers}",
+            f"parallel.pipe x parallel.chunks_per_stage = {num_parts} "
+            f"does not fit model.num_layers = {model.num_layers}",
             f"1 to {model.num_layers}",
         )
     return list(_balanced(layer_costs(model, lengths), num_parts))
 
 
-def stage_parts(model: ModelConfig, pipe: int, virtual_stages: int, lengths: RowLengths) -> list[list[Part]]:
+def stage_parts(model: ModelConfig, pipe: int, chunks_per_stage: int, lengths: RowLengths) -> list[list[Part]]:
     """The parts of every stage: its chunk c is part c * pipe + stage (Narayanan et al. 2021, section 2.2)."""
-    return [list(parts) for parts in _stage_parts(model, pipe, virtual_stages, lengths)]
+    return [list(parts) for parts in _stage_parts(model, pipe, chunks_per_stage, lengths)]
 
 
 @lru_cache
 def _stage_parts(
-    model: ModelConfig, pipe: int, virtual_stages: int, lengths: RowLengths
+    model: ModelConfig, pipe: int, chunks_per_stage: int, lengths: RowLengths
 ) -> tuple[tuple[Part, ...], ...]:
-    runs = cut(model, pipe * virtual_stages, lengths)
+    runs = cut(model, pipe * chunks_per_stage, lengths)
     parts = tuple(Part(run, first=number == 0, last=number == len(runs) - 1) for number, run in enumerate(runs))
     return tuple(parts[stage::pipe] for stage in range(pipe))
 
@@ -86,11 +87,11 @@ def _entries_of(model: ModelConfig, parts: tuple[Part, ...]) -> Entries:
 
 @lru_cache
 def tied_stages(
-    model: ModelConfig, pipe: int, virtual_stages: int, lengths: RowLengths
+    model: ModelConfig, pipe: int, chunks_per_stage: int, lengths: RowLengths
 ) -> Mapping[str, tuple[int, ...]]:
     """The stages, ascending, of every parameter that more than one pipeline stage holds, by logical name."""
     holders: dict[str, list[int]] = {}
-    for stage, parts in enumerate(stage_parts(model, pipe, virtual_stages, lengths)):
+    for stage, parts in enumerate(stage_parts(model, pipe, chunks_per_stage, lengths)):
         for entry in entries_of(model, parts):
             holders.setdefault(entry.name, []).append(stage)
     return {name: tuple(stages) for name, stages in holders.items() if len(stages) > 1}

@@ -1,6 +1,6 @@
 """What a pipeline schedule costs: idle time, and what is alive at once. The formulas of `engine.parallel.schedule`.
 
-Letters as in Narayanan et al. 2021: p stages, v chunks (virtual stages) of each, m micro-batches.
+Letters as in Narayanan et al. 2021: p stages, v chunks per stage, m micro-batches.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal
 Schedule = Literal["1f1b", "gpipe", "zb-h1"]
 
 
-def bubble(schedule: Schedule, pipe: int, virtual_stages: int, num_micro_batches: int) -> Fraction:
+def bubble(schedule: Schedule, pipe: int, chunks_per_stage: int, num_micro_batches: int) -> Fraction:
     """Share of a step in which a stage waits: (p-1) / (v m + p-1), with v = 1 for 1F1B and GPipe.
 
     Narayanan et al. 2021, section 2.2, with the whole step (not its busy part) as denominator, where all chunks take
@@ -22,13 +22,13 @@ def bubble(schedule: Schedule, pipe: int, virtual_stages: int, num_micro_batches
     if schedule == "zb-h1":
         idle = 2 * (pipe - 1) - (min(num_micro_batches, pipe) - 1)
         return Fraction(idle, 3 * num_micro_batches + idle)
-    if virtual_stages == 1:
+    if chunks_per_stage == 1:
         return Fraction(pipe - 1, num_micro_batches + pipe - 1)
     filled = -(-num_micro_batches // pipe) * pipe
-    return 1 - Fraction(virtual_stages * num_micro_batches, virtual_stages * filled + pipe - 1)
+    return 1 - Fraction(chunks_per_stage * num_micro_batches, chunks_per_stage * filled + pipe - 1)
 
 
-def in_flight(schedule: Schedule, stage: int, pipe: int, virtual_stages: int, num_micro_batches: int) -> int:
+def in_flight(schedule: Schedule, stage: int, pipe: int, chunks_per_stage: int, num_micro_batches: int) -> int:
     """Forward passes of a chunk whose activations a stage holds at its peak; a bound where p does not divide m.
 
     One more than those that a stage begins with: p-1-s for 1F1B, 2(p-1-s) + (v-1)p interleaved, all for GPipe.
@@ -38,6 +38,6 @@ def in_flight(schedule: Schedule, stage: int, pipe: int, virtual_stages: int, nu
         return min(pipe, num_micro_batches)
     if schedule == "gpipe":
         return num_micro_batches
-    if virtual_stages == 1:
+    if chunks_per_stage == 1:
         return min(pipe - stage, num_micro_batches)
-    return min(2 * (pipe - 1 - stage) + (virtual_stages - 1) * pipe + 1, virtual_stages * num_micro_batches)
+    return min(2 * (pipe - 1 - stage) + (chunks_per_stage - 1) * pipe + 1, chunks_per_stage * num_micro_batches)

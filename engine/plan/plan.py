@@ -173,7 +173,7 @@ def make_plan(config: RunConfig, world_size: int, device: Device = "cuda") -> Pl
         num_micro_batches=micro_batches,
         tokens=batch_size * run_stage.sequence_length,
         operations=batch_size * training_operations(config.model, row_lengths(run_stage)),
-        bubble=float(bubble(config.parallel.schedule, layout.pipe, config.parallel.virtual_stages, micro_batches)),
+        bubble=float(bubble(config.parallel.schedule, layout.pipe, config.parallel.chunks_per_stage, micro_batches)),
         stages=stage_plans(config, layout, device),
         worlds=tuple(valid_worlds(config, largest)),
         elastic=tuple(elastic_worlds(config, largest)),
@@ -186,7 +186,7 @@ def stage_plans(config: RunConfig, layout: Layout, device: Device = "cuda") -> t
     """Every pipeline stage of a layout that `resolve` or `examine` gave."""
     micro_batches = num_micro_batches(config.stages[0].batches.largest, config.parallel, layout.data)
     lengths = row_lengths(config.stages[0])
-    stages = stage_parts(config.model, layout.pipe, config.parallel.virtual_stages, lengths)
+    stages = stage_parts(config.model, layout.pipe, config.parallel.chunks_per_stage, lengths)
     return tuple(_stage_plan(config, layout, stage, parts, micro_batches, device) for stage, parts in enumerate(stages))
 
 

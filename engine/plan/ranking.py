@@ -31,7 +31,7 @@ from engine.plan.worlds import with_parallel
 AXES = ("pipe", "tensor", "zero_stage", "micro_batch_size")
 """Keys that are always named."""
 LARGEST_MICRO_BATCH = 64
-VIRTUAL_STAGES = (1, 2, 4)
+CHUNKS_PER_STAGE = (1, 2, 4)
 """Chunks per pipeline stage that are tried."""
 RECOMPUTE = ("none", "selective", "full")
 """From what costs least to what spares most."""
@@ -97,7 +97,7 @@ class Candidate:
         return (
             f"ZeRO-{parallel.zero_stage}, pipe {layout.pipe} x tensor {layout.tensor} x data {layout.data}, "
             f"micro-batch {parallel.micro_batch_size}"
-            + (f", {parallel.virtual_stages} virtual stages" if parallel.virtual_stages > 1 else "")
+            + (f", {parallel.chunks_per_stage} chunks per stage" if parallel.chunks_per_stage > 1 else "")
             + (", sequence parallel" if parallel.sequence_parallel else "")
             + (f", recompute {parallel.recompute}" if parallel.recompute != "none" else "")
             + (f", offload {parallel.offload}" if parallel.offload != "none" else "")
@@ -109,7 +109,7 @@ class Candidate:
             "layout": asdict(self.layout),
             "zero_stage": self.parallel.zero_stage,
             "micro_batch_size": self.parallel.micro_batch_size,
-            "virtual_stages": self.parallel.virtual_stages,
+            "chunks_per_stage": self.parallel.chunks_per_stage,
             "sequence_parallel": self.parallel.sequence_parallel,
             "recompute": self.parallel.recompute,
             "offload": self.parallel.offload,
@@ -276,7 +276,7 @@ def _best(config: RunConfig, cluster: Cluster, pipe: int, tensor: int, data: int
         gather = within = None
     elif within is not None and (data % within or data == within):
         within = None
-    axes = {"pipe": pipe, "tensor": tensor, "data": data, "virtual_stages": 1}
+    axes = {"pipe": pipe, "tensor": tensor, "data": data, "chunks_per_stage": 1}
     zero = {"zero_stage": zero_stage, "gather": gather, "gather_within": within}
     for size in _micro_batch_sizes(config, data):
         tried = with_parallel(config, **axes, **zero, micro_batch_size=size)
@@ -291,9 +291,9 @@ def _best(config: RunConfig, cluster: Cluster, pipe: int, tensor: int, data: int
 
 def _refined(config: RunConfig, candidate: Candidate, cluster: Cluster) -> Iterator[Candidate]:
     """The same layout with other numbers of chunks per stage, with sequence parallelism and without."""
-    chunks = VIRTUAL_STAGES if candidate.layout.pipe > 1 else (1,)
-    for virtual_stages, shared in product(chunks, _shared(candidate.layout.tensor)):
-        parallel = candidate.parallel.model_copy(update={"virtual_stages": virtual_stages})
+    chunks = CHUNKS_PER_STAGE if candidate.layout.pipe > 1 else (1,)
+    for chunks_per_stage, shared in product(chunks, _shared(candidate.layout.tensor)):
+        parallel = candidate.parallel.model_copy(update={"chunks_per_stage": chunks_per_stage})
         found = _spared(config.model_copy(update={"parallel": parallel}), cluster, (shared,))
         if found is not None:
             yield found

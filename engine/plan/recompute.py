@@ -22,7 +22,7 @@ from engine.plan.pipeline import in_flight
 def recomputed_layers(config: RunConfig, layout: Layout, stage: int, device: Device) -> Sequence[int]:
     """Global numbers of the layers of a stage that recompute on a device; none where `parallel.recompute` is `none`."""
     parallel, lengths = config.parallel, held_lengths(config.stages[0], config.parallel)
-    parts = stage_parts(config.model, layout.pipe, parallel.virtual_stages, row_lengths(config.stages[0]))[stage]
+    parts = stage_parts(config.model, layout.pipe, parallel.chunks_per_stage, row_lengths(config.stages[0]))[stage]
     layers = layers_of(parts)
     if parallel.recompute == "none":
         return layers[:0]

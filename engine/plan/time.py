@@ -92,7 +92,7 @@ def step_time(config: RunConfig, layout: Layout, stages: Sequence[StagePlan], cl
         (_stage_time(config, layout, stage, cluster) for stage in stages), key=lambda t: sum(t[:BETWEEN_WAITS])
     )
     micro_batches = num_micro_batches(run_stage.batches.largest, config.parallel, layout.data)
-    waiting = float(bubble(config.parallel.schedule, layout.pipe, config.parallel.virtual_stages, micro_batches))
+    waiting = float(bubble(config.parallel.schedule, layout.pipe, config.parallel.chunks_per_stage, micro_batches))
     idle = sum(slowest[:BETWEEN_WAITS]) * waiting / (1 - waiting)
     per_row = training_operations(config.model, row_lengths(run_stage))
     useful = per_row * run_stage.batches.largest / cluster.world_size

@@ -92,18 +92,18 @@ def join_groups(config: RunConfig, layout: Layout, global_rank: int) -> Groups:
     parallel = config.parallel
     tied = _tied_stages(config, layout).values()
     limit_seconds = config.launch.collective_limit_seconds
-    return join(layout, global_rank, tied, parallel.virtual_stages, parallel.gather_within, limit_seconds)
+    return join(layout, global_rank, tied, parallel.chunks_per_stage, parallel.gather_within, limit_seconds)
 
 
 def stage_chunks(config: RunConfig, groups: Groups) -> list[Chunk]:
     """The parts of the model that this rank's pipeline stage holds; cut by the lengths of the first run stage."""
-    sizes = (groups.layout.pipe, config.parallel.virtual_stages)
+    sizes = (groups.layout.pipe, config.parallel.chunks_per_stage)
     parts = stage_parts(config.model, *sizes, row_lengths(config.stages[0]))[groups.coordinates.stage]
     return [Chunk(part.layers, part.first, part.last) for part in parts]
 
 
 def _tied_stages(config: RunConfig, layout: Layout) -> Mapping[str, tuple[int, ...]]:
-    return tied_stages(config.model, layout.pipe, config.parallel.virtual_stages, row_lengths(config.stages[0]))
+    return tied_stages(config.model, layout.pipe, config.parallel.chunks_per_stage, row_lengths(config.stages[0]))
 
 
 def _ports(model: ModelConfig, chunk: Chunk, rows: Rows) -> Ports:

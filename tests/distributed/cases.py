@@ -126,7 +126,7 @@ class Case:
     dtype: str = "fp32"
     reduce_dtype: str = "fp32"
     optimizer: str = "adamw"
-    virtual_stages: int = 1
+    chunks_per_stage: int = 1
     recompute: str = "none"
     recompute_layers: int | None = None
     gather: str | None = None
@@ -185,7 +185,7 @@ def config_of(case: Case) -> RunConfig:
                 "zero_stage": case.zero_stage,
                 "micro_batch_size": case.micro_batch_size,
                 "schedule": case.schedule,
-                "virtual_stages": case.virtual_stages,
+                "chunks_per_stage": case.chunks_per_stage,
                 "recompute": case.recompute,
                 "recompute_layers": case.recompute_layers,
                 "gather": case.gather,

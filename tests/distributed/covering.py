@@ -135,7 +135,7 @@ def values_of(case: Case) -> Choice:
         "model": case.model.removesuffix(DROPOUT),
         "dropout": case.model.endswith(DROPOUT),
         "layout": (case.pipe, case.tensor, case.data),
-        "schedule": (case.schedule, case.virtual_stages),
+        "schedule": (case.schedule, case.chunks_per_stage),
     }
     return {name: composed[name] if name in composed else getattr(case, name) for name in FACTORS}
 
@@ -256,7 +256,7 @@ def accepted(case: Case) -> bool:
 
 def case_of(choice: Choice) -> Case:
     """The case that has these values."""
-    (pipe, tensor, data), (schedule, virtual_stages) = choice["layout"], choice["schedule"]
+    (pipe, tensor, data), (schedule, chunks_per_stage) = choice["layout"], choice["schedule"]
     composed = ("model", "dropout", "layout", "schedule")
     return Case(
         model=choice["model"] + DROPOUT * choice["dropout"],
@@ -264,6 +264,6 @@ def case_of(choice: Choice) -> Case:
         tensor=tensor,
         data=data,
         schedule=schedule,
-        virtual_stages=virtual_stages,
+        chunks_per_stage=chunks_per_stage,
         **{name: value for name, value in choice.items() if name not in composed},
     )

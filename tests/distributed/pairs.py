@@ -31,7 +31,7 @@ SIDE: dict[str, tuple[Any, ...]] = {
     "tensor": (1, 2),
     "data": (1, 2),
     "sequence": (1, 2),
-    "virtual_stages": (1, 2),
+    "chunks_per_stage": (1, 2),
     "offload": ("none", "optimizer"),
 }
 FACTORS: dict[str, tuple[Any, ...]] = {
@@ -41,7 +41,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     **{f"{side} {name}": values for side in SIDES for name, values in SIDE.items()},
 }
 RULED = (
-    ("model", "pipe", "tensor", "sequence", "data", "virtual_stages"),
+    ("model", "pipe", "tensor", "sequence", "data", "chunks_per_stage"),
     ("dtype", "optimizer", "zero_stage", "offload"),
 )
 """Factors that rules of `engine.config` read together: it is asked about these parts, of which there are few. A test

@@ -39,7 +39,7 @@ def markdown(rows: list[Row]) -> str:
 
 def schedule(case: Case) -> str:
     """The schedule, and the precision and optimizer where they are not fp32 and AdamW."""
-    chunks = f", {case.virtual_stages} chunks" if case.virtual_stages > 1 else ""
+    chunks = f", {case.chunks_per_stage} chunks" if case.chunks_per_stage > 1 else ""
     others = [name for name in (case.dtype, case.optimizer) if name not in ("fp32", "adamw")]
     return ", ".join([case.schedule + chunks, *others])
 

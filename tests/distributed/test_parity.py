@@ -327,7 +327,7 @@ def test_parts_of_the_covering_start_about_as_many_ranks():
 
 
 def test_the_parity_table_has_the_largest_of_its_cases():
-    case = Case("t5", zero_stage=3, pipe=2, virtual_stages=2)
+    case = Case("t5", zero_stage=3, pipe=2, chunks_per_stage=2)
     rows = [Row(case, 1e-6, 2e-7, 3e-5), Row(dataclasses.replace(case, decay=False), 2e-6, 1e-7, 4e-5)]
     line = "| t5 | ZeRO-3, pipe 2 x tensor 1 x data 1 | 1f1b, 2 chunks | 2 | 2.0e-06 | 2.0e-07 | 4.0e-05 |"
     short = "| t5 | 1f1b, 2 chunks | 2 | 2.0e-06 | 2.0e-07 | 4.0e-05 |"

@@ -55,8 +55,8 @@ def test_the_pairs_are_24_and_cover_every_two_values_that_can_be() -> None:
     impossible = {
         (("dtype", "bf16"), ("first zero_stage", 0)),
         (("dtype", "bf16"), ("second zero_stage", 0)),
-        (("first pipe", 1), ("first virtual_stages", 2)),
-        (("second pipe", 1), ("second virtual_stages", 2)),
+        (("first pipe", 1), ("first chunks_per_stage", 2)),
+        (("second pipe", 1), ("second chunks_per_stage", 2)),
         (("first zero_stage", 0), ("first offload", "optimizer")),
         (("second zero_stage", 0), ("second offload", "optimizer")),
         (("optimizer", "muon"), ("first offload", "optimizer")),

@@ -38,7 +38,7 @@ PRECISION = {"bf16": {"dtype": "bf16"}}
 OTHERS: dict[str, dict[str, int]] = {
     "zero0": {"zero_stage": 3, "tensor": 2},
     "zero1": {"zero_stage": 2, "data": 2, "micro_batch_size": 4},
-    "zero2": {"zero_stage": 3, "pipe": 2, "virtual_stages": 2},
+    "zero2": {"zero_stage": 3, "pipe": 2, "chunks_per_stage": 2},
     "zero3": {"zero_stage": 1, "tensor": 2},
 }
 

@@ -17,8 +17,8 @@ DEEP = "gpt2-deep"  # six layers: four parts of it are uneven
 @pytest.mark.parametrize(
     "case",
     [
-        Case(DEEP, zero_stage=3, pipe=2, data=2, virtual_stages=2),
-        Case(DEEP, zero_stage=1, pipe=3, virtual_stages=2),  # 8 micro-batches: a multiple of 3 and two more
+        Case(DEEP, zero_stage=3, pipe=2, data=2, chunks_per_stage=2),
+        Case(DEEP, zero_stage=1, pipe=3, chunks_per_stage=2),  # 8 micro-batches: a multiple of 3 and two more
     ],
     ids=str,
 )
@@ -29,7 +29,7 @@ def test_chunks_equal_plain_torch(case: Case):
 @pytest.mark.parametrize(
     "case",
     [
-        Case(DEEP, zero_stage=3, pipe=2, data=2, virtual_stages=2, gather="step", reduce="step"),
+        Case(DEEP, zero_stage=3, pipe=2, data=2, chunks_per_stage=2, gather="step", reduce="step"),
         Case("llama", zero_stage=2, data=2, reduce="step"),
     ],
     ids=str,
@@ -68,7 +68,7 @@ def evaluate(place: Any, case: Case) -> float:
 
 
 def test_evaluation_goes_through_every_chunk():
-    case = Case(DEEP, zero_stage=3, pipe=2, virtual_stages=3)
+    case = Case(DEEP, zero_stage=3, pipe=2, chunks_per_stage=3)
     weight = global_batch(0, case.attention)["weights_BT"].sum().item()
     sums = run_ranks(2, evaluate, case)
     assert sums[0] == 0.0

@@ -9,7 +9,7 @@ from engine.errors import ConfigError, PalimpsestError
 
 def check_pipeline(model: ModelConfig, parallel: ParallelConfig, problems: list[PalimpsestError]) -> None:
     """Adds every rule of the pipeline that the configuration breaks."""
-    pipe, virtual_stages, num_layers = parallel.pipe, parallel.virtual_stages, model.num_layers
+    pipe, chunks_per_stage, num_layers = parallel.pipe, parallel.chunks_per_stage, model.num_layers
     if parallel.schedule == "zb-h1" and not parallel.reduces_per_step:
         problems.append(
             ConfigError(
@@ -24,30 +24,30 @@ def check_pipeline(model: ModelConfig, parallel: ParallelConfig, problems: list[
         problems.append(
             ConfigError(f"parallel.pipe = {pipe} is more than model.num_layers = {num_layers}", f"1 to {num_layers}")
         )
-    if virtual_stages == 1:
+    if chunks_per_stage == 1:
         return
     if pipe == 1:
         problems.append(
             ConfigError(
-                f"parallel.virtual_stages = {virtual_stages} with parallel.pipe = 1",
-                "virtual_stages 1 without a pipeline",
+                f"parallel.chunks_per_stage = {chunks_per_stage} with parallel.pipe = 1",
+                "chunks_per_stage 1 without a pipeline",
                 "leave it out, or set parallel.pipe to 2 or more",
             )
         )
-    elif pipe <= num_layers < pipe * virtual_stages:
+    elif pipe <= num_layers < pipe * chunks_per_stage:
         problems.append(
             ConfigError(
-                f"parallel.pipe = {pipe} x parallel.virtual_stages = {virtual_stages} are more parts than "
+                f"parallel.pipe = {pipe} x parallel.chunks_per_stage = {chunks_per_stage} are more chunks than "
                 f"model.num_layers = {num_layers}",
-                f"virtual_stages 1 to {num_layers // pipe} with this pipe",
+                f"chunks_per_stage 1 to {num_layers // pipe} with this pipe",
             )
         )
     if parallel.schedule != "1f1b":
         problems.append(
             ConfigError(
-                f"parallel.virtual_stages = {virtual_stages} with parallel.schedule = {parallel.schedule}",
+                f"parallel.chunks_per_stage = {chunks_per_stage} with parallel.schedule = {parallel.schedule}",
                 "schedule 1f1b, which interleaves the chunks",
-                "set parallel.schedule=1f1b or parallel.virtual_stages=1",
+                "set parallel.schedule=1f1b or parallel.chunks_per_stage=1",
             )
         )
 

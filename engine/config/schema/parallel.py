@@ -35,7 +35,7 @@ class ParallelConfig(Section):
     schedule: Literal["1f1b", "gpipe", "zb-h1"] = "1f1b"
     """Order of forward and backward passes in the pipeline (`zb-h1` splits the latter); docs/layouts.md says which one
     when."""
-    virtual_stages: PositiveInt = 1
+    chunks_per_stage: PositiveInt = 1
     """Chunks of the model that each pipeline stage holds; with several, `1f1b` is interleaved 1F1B."""
     recompute: Recompute = "none"
     """Activation checkpointing: what layers keep for the backward pass. `none`: everything; `selective`: the results of

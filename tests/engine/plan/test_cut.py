@@ -72,17 +72,17 @@ def test_more_stages_than_layers(pipe: int) -> None:
     with pytest.raises(ConfigError) as caught:
         cut(GPT2, pipe, LENGTHS)
     assert str(caught.value) == (
-        f"parallel.pipe x parallel.virtual_stages = {pipe} does not fit model.num_layers = 12\n  allowed: 1 to 12"
+        f"parallel.pipe x parallel.chunks_per_stage = {pipe} does not fit model.num_layers = 12\n  allowed: 1 to 12"
     )
 
 
-@pytest.mark.parametrize(("pipe", "virtual_stages"), [(1, 1), (4, 1), (2, 3), (3, 2)])
-def test_stages_hold_every_part_once_and_hand_them_round(pipe: int, virtual_stages: int) -> None:
-    stages = stage_parts(GPT2, pipe, virtual_stages, LENGTHS)
-    round_by_round = [parts[chunk] for chunk in range(virtual_stages) for parts in stages]
-    assert [part.layers for part in round_by_round] == cut(GPT2, pipe * virtual_stages, LENGTHS)
-    assert [part.first for part in round_by_round] == [True] + [False] * (pipe * virtual_stages - 1)
-    assert [part.last for part in round_by_round] == [False] * (pipe * virtual_stages - 1) + [True]
+@pytest.mark.parametrize(("pipe", "chunks_per_stage"), [(1, 1), (4, 1), (2, 3), (3, 2)])
+def test_stages_hold_every_part_once_and_hand_them_round(pipe: int, chunks_per_stage: int) -> None:
+    stages = stage_parts(GPT2, pipe, chunks_per_stage, LENGTHS)
+    round_by_round = [parts[chunk] for chunk in range(chunks_per_stage) for parts in stages]
+    assert [part.layers for part in round_by_round] == cut(GPT2, pipe * chunks_per_stage, LENGTHS)
+    assert [part.first for part in round_by_round] == [True] + [False] * (pipe * chunks_per_stage - 1)
+    assert [part.last for part in round_by_round] == [False] * (pipe * chunks_per_stage - 1) + [True]
 
 
 def test_a_tie_is_between_stages_and_not_between_parts() -> None:

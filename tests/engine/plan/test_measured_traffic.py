@@ -31,7 +31,7 @@ matrix = pytest.mark.matrix
         pytest.param(Case("bert", zero_stage=3, tensor=2, data=4, gather_within=2, recompute="full"), marks=matrix),
         pytest.param(Case(zero_stage=3, pipe=2, data=2, reduce="step"), marks=matrix),
         pytest.param(Case(zero_stage=2, data=2, reduce="step"), marks=matrix),
-        pytest.param(Case("gpt2-deep", zero_stage=3, pipe=2, data=2, virtual_stages=3, reduce="step"), marks=matrix),
+        pytest.param(Case("gpt2-deep", zero_stage=3, pipe=2, data=2, chunks_per_stage=3, reduce="step"), marks=matrix),
         pytest.param(Case("gpt2-deep", zero_stage=3, pipe=4, data=2, gather="step", attention="row"), marks=matrix),
         Case("bert", zero_stage=1, pipe=2, tensor=2),
         Case("t5", zero_stage=1, pipe=3, tensor=2),

@@ -35,8 +35,8 @@ def test_what_is_proposed_can_start_and_fits_and_comes_fastest_first():
     ranked = rank(config, cluster("a100-40gb", 16, 8))
     fitting = [candidate for candidate in ranked if candidate.fits]
     assert len(fitting) > 5
-    assert any(candidate.parallel.virtual_stages > 1 for candidate in fitting)
-    assert all(candidate.parallel.virtual_stages == 1 for candidate in ranked if candidate.layout.pipe == 1)
+    assert any(candidate.parallel.chunks_per_stage > 1 for candidate in fitting)
+    assert all(candidate.parallel.chunks_per_stage == 1 for candidate in ranked if candidate.layout.pipe == 1)
     for candidate in fitting:
         tried = config.model_copy(update={"parallel": candidate.parallel})
         layout, problems = examine(tried, 16)
@@ -109,7 +109,7 @@ def _all_forms(config: RunConfig, machine: Cluster) -> Iterator[Candidate]:
             keys = {"pipe": pipe, "tensor": tensor, "data": 4 // (pipe * tensor) or 1, "zero_stage": zero_stage}
             options = {
                 "micro_batch_size": size,
-                "virtual_stages": chunks,
+                "chunks_per_stage": chunks,
                 "recompute": how,
                 "sequence_parallel": shared,
             }

@@ -70,10 +70,10 @@ def test_pipe_axis() -> None:
     ]
 
 
-def test_virtual_stages_send_as_often_as_parts_meet() -> None:
+def test_chunks_per_stage_send_as_often_as_parts_meet() -> None:
     """Four parts on two stages: the first sends two chunks on and one back, the second one on and two back."""
     activation, segments = 64 * 64 * 4, 64 * 4
-    stages = plan(2, pipe=2, virtual_stages=2).stages
+    stages = plan(2, pipe=2, chunks_per_stage=2).stages
     assert [stage.traffic.pipe for stage in stages] == [
         24 * (3 * activation + 2 * segments),
         24 * (3 * activation + segments),

@@ -10,15 +10,15 @@ from engine.plan.composition import problems_of
 @pytest.mark.parametrize(
     ("parallel", "wrong", "allowed"),
     [
-        ({"virtual_stages": 2}, "parallel.virtual_stages = 2 with parallel.pipe = 1", "virtual_stages 1"),
+        ({"chunks_per_stage": 2}, "parallel.chunks_per_stage = 2 with parallel.pipe = 1", "chunks_per_stage 1"),
         (
-            {"pipe": 2, "virtual_stages": 3},
-            "parallel.pipe = 2 x parallel.virtual_stages = 3 are more parts than model.num_layers = 4",
-            "virtual_stages 1 to 2",
+            {"pipe": 2, "chunks_per_stage": 3},
+            "parallel.pipe = 2 x parallel.chunks_per_stage = 3 are more chunks than model.num_layers = 4",
+            "chunks_per_stage 1 to 2",
         ),
         (
-            {"pipe": 2, "virtual_stages": 2, "schedule": "gpipe"},
-            "parallel.virtual_stages = 2 with parallel.schedule = gpipe",
+            {"pipe": 2, "chunks_per_stage": 2, "schedule": "gpipe"},
+            "parallel.chunks_per_stage = 2 with parallel.schedule = gpipe",
             "schedule 1f1b",
         ),
         (
@@ -33,7 +33,7 @@ from engine.plan.composition import problems_of
             "step or micro_batch with 2 and 3",
         ),
         ({"pipe": 5}, "parallel.pipe = 5 is more than model.num_layers = 4", "1 to 4"),
-        ({"pipe": 5, "virtual_stages": 2}, "parallel.pipe = 5 is more than model.num_layers = 4", "1 to 4"),
+        ({"pipe": 5, "chunks_per_stage": 2}, "parallel.pipe = 5 is more than model.num_layers = 4", "1 to 4"),
     ],
 )
 def test_each_rule(parallel: dict, wrong: str, allowed: str) -> None:
@@ -43,8 +43,8 @@ def test_each_rule(parallel: dict, wrong: str, allowed: str) -> None:
 
 
 def test_what_fits() -> None:
-    for pipe, virtual_stages in ((2, 1), (2, 2), (4, 1)):
-        assert not problems_of({"parallel": {"pipe": pipe, "virtual_stages": virtual_stages}})
+    for pipe, chunks_per_stage in ((2, 1), (2, 2), (4, 1)):
+        assert not problems_of({"parallel": {"pipe": pipe, "chunks_per_stage": chunks_per_stage}})
     for zero_stage, keys in ((0, {"reduce": "step"}), (2, {"reduce": "step"}), (3, {"gather": "step"})):
         assert not problems_of({"parallel": {"zero_stage": zero_stage, **keys}})
         assert not problems_of(
