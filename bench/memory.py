@@ -116,14 +116,14 @@ def measure(tree: Tree) -> dict[str, Any]:
     from engine.config.load import parse_run
     from engine.config.resolve import resolve
     from engine.parallel.axes import Grid
-    from engine.plan.plan import stage_plans
+    from engine.plan.plan import run_stage_plans
 
     config = parse_run(tree, "bench.memory")
     parallel = config.parallel
     world_size = parallel.pipe * parallel.tensor * parallel.sequence * (parallel.data or 1)
     layout = resolve(config, world_size)
     grid = Grid(layout)
-    plans = stage_plans(config, layout, "cpu")
+    (planned,) = run_stage_plans(config, layout, "cpu")
     with tempfile.TemporaryDirectory() as folder:
         workers = [
             Worker(
@@ -145,7 +145,7 @@ def measure(tree: Tree) -> dict[str, Any]:
                 worker.end()
     ranks = []
     for number, found in enumerate(measured):
-        memory = plans[grid.coordinates(number).stage].memory
+        memory = planned.stages[grid.coordinates(number).stage].memory
         total = memory.total + memory.host  # on a CPU the host is the device
         ranks.append(
             {

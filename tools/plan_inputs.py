@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.config.schema.run import RunConfig
 from engine.errors import PalimpsestError
@@ -41,14 +41,15 @@ def look(config: RunConfig) -> Inputs:
                 f"model.vocab_size = {config.model.vocab_size:,}, but the tokenizer {config.tokenizer} has {needed:,} "
                 f"tokens; allowed: {needed:,} or more"
             )
-    for key, place, read_tokens in _places(config):
-        if "://" in place:
-            found.append(f"{key}: {place} is not looked at")
-        elif not Path(place).exists():
-            missing.append(f"{key}: no folder {place}; `palimpsest prepare` writes it")
+    for folder in _folders(config):
+        key, location = folder.key, folder.location
+        if "://" in location:
+            found.append(f"{key}: {location} is not looked at")
+        elif not Path(location).exists():
+            missing.append(f"{key}: no folder {location}; `palimpsest prepare` writes it")
         else:
             try:
-                found.append(f"{key}: {place} has {_tokens(place, expected, needed, read_tokens, config)}")
+                found.append(f"{key}: {location} has {_tokens(folder, expected, needed, config)}")
             except PalimpsestError as error:
                 wrong.append(f"{key}: {error.wrong}")
     return Inputs(tuple(found), tuple(missing), tuple(wrong))
@@ -62,22 +63,37 @@ def _tokenizer(config: RunConfig) -> tuple[str, int]:
     return tokenizer.hash, tokenizer.vocab_size
 
 
-def _places(config: RunConfig) -> list[tuple[str, str, int | None]]:
-    """(key path, folder or URL, tokens read over the run) of the data; None where sources mix or it is held out."""
-    stage = config.stages[0]
-    data = stage.data
-    whole = stage.batches.samples(stage.num_steps) * stage.sequence_length
-    places: list[tuple[str, str, int | None]] = [] if data.train is None else [("data.train", data.train, whole)]
-    places += [(f"data.sources {source.name}", source.path, None) for source in data.sources]
-    return places + [(key, place, None) for key, place in _held_out(data.validation)]
+class Folder(NamedTuple):
+    """One data set of a run stage."""
+
+    key: str
+    location: str
+    read_tokens: int | None
+    """Tokens read over the run stage; None where sources mix, or the data is held out."""
+    step_tokens: int
+    """Tokens of a step of the run stage."""
+
+
+def _folders(config: RunConfig) -> list[Folder]:
+    """Return the data of all run stages, with the key of each; `stages.N` stands before it where there are several."""
+    found = []
+    for number, run_stage in enumerate(config.stages):
+        prefix = f"stages.{number}." if len(config.stages) > 1 else ""
+        data, length = run_stage.data, run_stage.sequence_length
+        whole, step = run_stage.batches.samples(run_stage.num_steps) * length, run_stage.batches.largest * length
+        keys: list[tuple[str, str, int | None]] = [] if data.train is None else [("data.train", data.train, whole)]
+        keys += [(f"data.sources {source.name}", source.path, None) for source in data.sources]
+        keys += [(key, location, None) for key, location in _held_out(data.validation)]
+        found += [Folder(prefix + key, location, read_tokens, step) for key, location, read_tokens in keys]
+    return found
 
 
 def _held_out(named: Any) -> list[tuple[str, str]]:
-    """(key path, folder or URL) of the held-out data: a place, several by name, or a folder of such folders."""
+    """Return (key path, folder or URL) of the held-out data: one location, several by name, or a folder of folders."""
     if named is None:
         return []
     if isinstance(named, dict):
-        return [(f"data.validation {name}", place) for name, place in named.items()]
+        return [(f"data.validation {name}", location) for name, location in named.items()]
     from engine.data.shards.index import FILE
 
     folder = Path(named)
@@ -87,22 +103,22 @@ def _held_out(named: Any) -> list[tuple[str, str]]:
     return [(f"data.validation {path.name}", str(path)) for path in inside]
 
 
-def _tokens(place: str, expected: str | None, needed: int, read_tokens: int | None, config: RunConfig) -> str:
+def _tokens(folder: Folder, expected: str | None, needed: int, config: RunConfig) -> str:
     """Tokens of a folder of shards, and how often they are read. Raises `DataError`."""
     from engine.data.shards.dataset import TokenDataset
     from engine.errors import DataError
 
-    index = TokenDataset(place, expected).index
+    location = folder.location
+    index = TokenDataset(location, expected).index
     if index.vocab_size > max(needed, config.model.vocab_size):
         raise DataError(
-            f"the shards in {place} have {index.vocab_size:,} tokens in their vocabulary, model.vocab_size = "
+            f"the shards in {location} have {index.vocab_size:,} tokens in their vocabulary, model.vocab_size = "
             f"{config.model.vocab_size:,}"
         )
     text = f"{index.num_tokens:,} tokens in {len(index.shards):,} shards"
-    if read_tokens is None:
+    if folder.read_tokens is None:
         return text
     if not index.num_tokens:
-        raise DataError(f"{place} has no tokens")
-    step = config.stages[0].batches.largest * config.stages[0].sequence_length
-    small = f"; that is less than a step's {step:,}" if index.num_tokens < step else ""
-    return f"{text}; the run reads them {read_tokens / index.num_tokens:.3g} times{small}"
+        raise DataError(f"{location} has no tokens")
+    small = f"; that is less than a step's {folder.step_tokens:,}" if index.num_tokens < folder.step_tokens else ""
+    return f"{text}; the run reads them {folder.read_tokens / index.num_tokens:.3g} times{small}"

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from engine.config.schema.run import RunConfig
 from engine.logs import duration
-from engine.plan.cost import STORAGE_BYTES_PER_SECOND, Cost
+from engine.plan.cost import SECONDS_PER_HOUR, STORAGE_BYTES_PER_SECOND, Cost
 from engine.plan.elastic import World
 from engine.plan.hardware import GIB
 from engine.plan.plan import Plan
@@ -46,7 +46,9 @@ def show(
         for sentence in sentences:
             console.print(f"{heading}:[/] {escape(sentence)}", soft_wrap=True, highlight=False)
     console.print()
-    _summary(plan, advice, cost, inputs, run, node_memory, console)
+    _summary(plan, cost, inputs, run, node_memory, console)
+    if len(plan.run_stages) > 1:
+        console.print("", _run_stages(plan, cost, run))
     for table in (_stages(plan), _memory(plan), _traffic(plan)):
         console.print("", table)
     _neighbours(plan, console)
@@ -82,24 +84,26 @@ def scale(largest_bytes: int) -> tuple[int, str]:
     return 1024**power, UNITS[power]
 
 
-def _summary(
-    plan: Plan, advice: Advice, cost: Cost, inputs: Inputs, run: RunConfig, node_memory: int | None, console: Console
-) -> None:
-    stage, parallel, time = run.stages[0], run.parallel, advice.planned.time
+def _summary(plan: Plan, cost: Cost, inputs: Inputs, run: RunConfig, node_memory: int | None, console: Console) -> None:
+    """Print the figures of the run; those of a step are of the run stage that needs the most memory."""
+    planned, parallel = plan.largest, run.parallel
+    number = plan.run_stages.index(planned)
+    stage, time = run.stages[number], cost.run_stages[number].step
     least, most = time.band
+    several = f" of {planned.name}" if len(plan.run_stages) > 1 else ""
     rows = {
         "layout": f"{plan.layout} on {plan.layout.world_size} ranks, ZeRO-{plan.zero_stage}, {run.precision.dtype}",
         "parameters": f"{plan.parameters:,} ({plan.parameters_in_memory:,} with the vocabulary padded)",
         "run": f"{cost.steps:,} steps, {cost.tokens:,} tokens",
-        "step": f"{stage.batches.largest:,} samples of {stage.sequence_length:,} = {plan.tokens:,} tokens, in "
-        f"{plan.num_micro_batches:,} micro-batches of {parallel.micro_batch_size} on each data rank"
+        f"step{several}": f"{stage.batches.largest:,} samples of {stage.sequence_length:,} = {planned.tokens:,} "
+        f"tokens, in {planned.num_micro_batches:,} micro-batches of {parallel.micro_batch_size} on each data rank"
         + (" (the largest batch)" if stage.batch_ramp else ""),
         "step time": f"{time.total:.3g} s ({least:.3g} to {most:.3g}), {time.utilisation:.0%} of the peak, "
-        f"{plan.tokens / time.total:,.0f} tokens/s",
+        f"{planned.tokens / time.total:,.0f} tokens/s",
         "time": _time(cost),
         "checkpoints": _checkpoints(cost, run),
-        "arithmetic": f"{plan.operations_per_token:,} operations per token, {plan.operations:.3g} per step",
-        "pipeline": f"{parallel.schedule}, idle {plan.bubble:.1%} of a step",
+        "arithmetic": f"{planned.operations_per_token:,} operations per token, {planned.operations:.3g} per step",
+        "pipeline": f"{parallel.schedule}, idle {planned.bubble:.1%} of a step",
         "worlds": _some([str(size) for size in plan.worlds]),
         "elastic": _some([_how(world) for world in plan.elastic if world.padded_rows or world.size not in plan.worlds]),
     }
@@ -122,10 +126,8 @@ def _time(cost: Cost) -> str:
         evaluated = f"; without {cost.evaluations:,} evaluations, for evaluation.max_samples is not set"
     elif cost.evaluations:
         evaluated = f", {cost.evaluations:,} evaluations {duration(cost.evaluation_seconds)}"
-    hours = f"{cost.gpu_hours:.3g}" if cost.gpu_hours < 100 else f"{cost.gpu_hours:,.0f}"
-    hours = hours if cost.gpu_hours >= 0.01 else "less than 0.01"
     return (
-        f"{duration(cost.seconds)} ({least} to {most}), {hours} GPU-hours: "
+        f"{duration(cost.seconds)} ({least} to {most}), {_hours(cost.gpu_hours)} GPU-hours: "
         f"steps {duration(cost.training_seconds)}{evaluated}"
     )
 
@@ -138,6 +140,33 @@ def _checkpoints(cost: Cost, run: RunConfig) -> str:
         f"takes {cost.checkpoint_seconds:.2g} s at {STORAGE_BYTES_PER_SECOND / 1e9:g} GB/s per node, and the run waits "
         f"for {waits}"
     )
+
+
+def _run_stages(plan: Plan, cost: Cost, run: RunConfig) -> Table:
+    """A row per run stage; the one that the tables below describe, which needs the most memory, is marked."""
+    table = _table(f"run stages; {plan.largest.name} needs the most memory, the tables below are of it")
+    for heading in ("run stage", "steps", "tokens", "batch", "length", "s/step", "time", "GPU-hours", "GiB"):
+        table.add_column(heading, justify="left" if heading == "run stage" else "right", no_wrap=True)
+    for stage, planned, costs in zip(run.stages, plan.run_stages, cost.run_stages, strict=True):
+        table.add_row(
+            escape(planned.name) + (" *" if planned is plan.largest else ""),
+            f"{costs.steps:,}",
+            f"{costs.tokens:.3g}",
+            f"{stage.batches.largest:,}",
+            f"{stage.sequence_length:,}",
+            f"{costs.step.total:.3g}",
+            duration(costs.seconds),
+            _hours(costs.seconds * cost.ranks / SECONDS_PER_HOUR),
+            f"{planned.memory_bytes / GIB:.3g}",
+        )
+    return table
+
+
+def _hours(hours: float) -> str:
+    """GPU-hours in words."""
+    if hours < 0.01:
+        return "less than 0.01"
+    return f"{hours:.3g}" if hours < 100 else f"{hours:,.0f}"
 
 
 def _stages(plan: Plan) -> Table:

@@ -47,6 +47,12 @@ def resolve(config: RunConfig, world_size: int) -> Layout:
         ConfigError: every rule that the configuration or the world breaks, in one report.
     """
     layout, problems = examine(config, world_size)
+    if len(config.stages) > 1:
+        problems.append(
+            ConfigError(
+                f"stages: {len(config.stages)} stages", "one stage for now", "run the later stages as runs of their own"
+            )
+        )
     if problems:
         raise report(problems, f"this run cannot start on {world_size} rank{'s' if world_size > 1 else ''}")
     assert layout is not None
@@ -91,12 +97,6 @@ def check(config: RunConfig) -> list[PalimpsestError]:
         ConfigError(f"stages: the name {name!r} is used twice", "a different name for each stage")
         for name in sorted({name for name in names if names.count(name) > 1})
     ]
-    if len(config.stages) > 1:
-        problems.append(
-            ConfigError(
-                f"stages: {len(config.stages)} stages", "one stage for now", "run the later stages as runs of their own"
-            )
-        )
     return problems
 
 

@@ -1,26 +1,61 @@
 """What a whole run costs on a cluster: steps, tokens, seconds, accelerator-hours, and what its checkpoints take.
 
-A step of each batch size of a ramp is estimated by itself. An evaluation is the forward pass of its samples, a third of
-a step's arithmetic for as many. Of a checkpoint the run waits for the copy to host memory, or for all of it where saves
-are synchronous, and at the end; how fast storage is cannot be known, so one figure stands for all of it.
+A run costs the sum of its run stages, and a step of each batch size of a ramp is estimated by itself. An evaluation is
+the forward pass of its samples, a third of a step's arithmetic for as many; one falls due at the end of every run
+stage. Of a checkpoint the run waits for the copy to host memory, or for all of it where saves are synchronous, and at
+the end; how fast storage is cannot be known, so one figure stands for all of it.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 from engine.config.resolve import Layout
 from engine.config.schema.run import RunConfig
+from engine.config.schema.stage import RunStage
 from engine.plan.hardware import Cluster
 from engine.plan.memory import MASTER_BYTES, MOMENTS_BYTES, MOMENTUM_BYTES
 from engine.plan.parameters import counted_entries, num_parameters
 from engine.plan.plan import StagePlan, stage_plans
-from engine.plan.time import BAND, step_time
+from engine.plan.run_stages import PipelineCut, pipeline_cut
+from engine.plan.time import BAND, StepTime, step_time
 
 STORAGE_BYTES_PER_SECOND = 2e9
 """That a node writes to shared storage: what a busy parallel file system leaves to one of many."""
 SECONDS_PER_HOUR = 3600
+TOTALS = (
+    "steps",
+    "tokens",
+    "training_seconds",
+    "evaluations",
+    "evaluation_seconds",
+    "seconds",
+    "band_seconds",
+    "gpu_hours",
+)
+"""Properties of a `Cost` that its JSON has, too."""
+
+
+@dataclass(frozen=True)
+class RunStageCost:
+    """Steps and seconds of one run stage."""
+
+    name: str
+    steps: int
+    tokens: int
+    step: StepTime
+    """A step of its largest batch."""
+    training_seconds: float
+    evaluations: int
+    evaluation_seconds: float | None
+    """None where the number of held-out samples is not known (`evaluation.max_samples`)."""
+
+    @property
+    def seconds(self) -> float:
+        """Training and evaluations as far as they are known, without checkpoints."""
+        return self.training_seconds + (self.evaluation_seconds or 0.0)
 
 
 @dataclass(frozen=True)
@@ -28,12 +63,7 @@ class Cost:
     """Of a whole run, on `ranks` accelerators."""
 
     ranks: int
-    steps: int
-    tokens: int
-    training_seconds: float
-    evaluations: int
-    evaluation_seconds: float | None
-    """None where the number of held-out samples is not known (`evaluation.max_samples`)."""
+    run_stages: tuple[RunStageCost, ...]
     checkpoints: int
     checkpoint_bytes: int
     """Of one: every real parameter once in fp32, a tied one, too, and its moments."""
@@ -45,12 +75,34 @@ class Cost:
     """On the disk at the end."""
 
     @property
+    def steps(self) -> int:
+        return sum(run_stage.steps for run_stage in self.run_stages)
+
+    @property
+    def tokens(self) -> int:
+        return sum(run_stage.tokens for run_stage in self.run_stages)
+
+    @property
+    def training_seconds(self) -> float:
+        return sum(run_stage.training_seconds for run_stage in self.run_stages)
+
+    @property
+    def evaluations(self) -> int:
+        return sum(run_stage.evaluations for run_stage in self.run_stages)
+
+    @property
+    def evaluation_seconds(self) -> float | None:
+        """None where some run stage's are not known."""
+        seconds = [run_stage.evaluation_seconds for run_stage in self.run_stages]
+        known = [value for value in seconds if value is not None]
+        return sum(known) if len(known) == len(seconds) else None
+
+    @property
     def seconds(self) -> float:
         """All of it."""
         last = self.checkpoint_seconds - self.held_up_seconds  # the run ends with the commit of the last one
         return (
-            self.training_seconds
-            + (self.evaluation_seconds or 0.0)
+            sum(run_stage.seconds for run_stage in self.run_stages)
             + self.checkpoints * self.held_up_seconds
             + max(last, 0.0)
         )
@@ -66,33 +118,49 @@ class Cost:
 
     def as_json(self) -> dict[str, Any]:
         """Plain numbers."""
-        totals = {"seconds": self.seconds, "band_seconds": self.band_seconds, "gpu_hours": self.gpu_hours}
-        return asdict(self) | totals
+        return asdict(self) | {name: getattr(self, name) for name in TOTALS}
 
 
 def run_cost(config: RunConfig, layout: Layout, cluster: Cluster) -> Cost:
-    """The cost of a run in a layout that `resolve` or `examine` gave."""
-    run_stage, evaluation, every = config.stages[0], config.evaluation, config.checkpoint.every_steps
-    steps = run_stage.num_steps
-    stages = stage_plans(config, layout)
-    training = sum(
-        count * step_time(sized, layout, stage_plans(sized, layout), cluster).total
-        for count, sized in _by_batch(config)
+    """Return the cost of a run in a layout that `resolve` or `examine` gave."""
+    cut = pipeline_cut(config, layout, "cuda")
+    ends = list(accumulate(run_stage.num_steps for run_stage in config.stages))
+    run_stages = tuple(
+        _run_stage_cost(config, run_stage, end, layout, cut, cluster)
+        for run_stage, end in zip(config.stages, ends, strict=True)
     )
-    evaluations = _count(steps, evaluation.every_steps) if run_stage.data.validation is not None else 0
-    copied, written = _checkpoint_seconds(stages, cluster)
+    steps = ends[-1]
+    copied, written = _checkpoint_seconds(stage_plans(config, config.stages[-1], layout, cut), cluster)
     return Cost(
         ranks=layout.world_size,
-        steps=steps,
-        tokens=run_stage.batches.samples(steps) * run_stage.sequence_length,
-        training_seconds=training,
-        evaluations=evaluations,
-        evaluation_seconds=_evaluation_seconds(config, layout, stages, cluster, evaluations),
-        checkpoints=_count(steps, every),
+        run_stages=run_stages,
+        checkpoints=_due(0, steps, config.checkpoint.every_steps),
         checkpoint_bytes=checkpoint_bytes(config),
         checkpoint_seconds=copied + written,
         held_up_seconds=copied if config.checkpoint.asynchronous else copied + written,
         kept_checkpoints=_kept(config, steps),
+    )
+
+
+def _run_stage_cost(
+    config: RunConfig, run_stage: RunStage, end: int, layout: Layout, cut: PipelineCut, cluster: Cluster
+) -> RunStageCost:
+    """The cost of a run stage that ends with the run's step `end`."""
+
+    def time_of(sized: RunStage) -> StepTime:
+        return step_time(config, sized, layout, stage_plans(config, sized, layout, cut), cluster)
+
+    steps, largest = run_stage.num_steps, time_of(run_stage)
+    validated = run_stage.data.validation is not None
+    evaluations = _due(end - steps, end, config.evaluation.every_steps) if validated else 0
+    return RunStageCost(
+        name=run_stage.name,
+        steps=steps,
+        tokens=run_stage.batches.samples(steps) * run_stage.sequence_length,
+        step=largest,
+        training_seconds=sum(count * time_of(sized).total for count, sized in _by_batch(run_stage)),
+        evaluations=evaluations,
+        evaluation_seconds=_evaluation_seconds(config, run_stage, largest, evaluations),
     )
 
 
@@ -105,28 +173,30 @@ def checkpoint_bytes(config: RunConfig) -> int:
     return num_parameters(model) * (MASTER_BYTES + MOMENTS_BYTES) - matrices * (MOMENTS_BYTES - MOMENTUM_BYTES)
 
 
-def _by_batch(config: RunConfig) -> list[tuple[int, RunConfig]]:
-    """(steps, configuration without a ramp) of each batch size that the run comes to."""
-    run_stage, found = config.stages[0], []
-    ramp = run_stage.batches
+def _by_batch(run_stage: RunStage) -> list[tuple[int, RunStage]]:
+    """(steps, run stage without a ramp) of each batch size that a run stage comes to."""
+    ramp, found = run_stage.batches, []
     ends = (*ramp.first_steps[1:], run_stage.num_steps)
     for size, first, end in zip(ramp.sizes, ramp.first_steps, ends, strict=True):
         count = min(end, run_stage.num_steps) - first
         if count > 0:
-            only = run_stage.model_copy(update={"global_batch_size": size, "batch_ramp": ()})
-            found.append((count, config.model_copy(update={"stages": (only,)})))
+            found.append((count, run_stage.model_copy(update={"global_batch_size": size, "batch_ramp": ()})))
     return found
 
 
-def _count(steps: int, every: int | None) -> int:
-    """How often something happens that is due after every so many steps and at the end."""
-    return 1 if every is None else -(-steps // every)
+def _due(first: int, end: int, every: int | None) -> int:
+    """Occasions, of those after every so many steps of the run, that fall on the steps (first, end], and one at `end`.
+
+    >>> _due(10, 25, 10)  # after steps 20 and 25
+    2
+    """
+    return 1 if every is None else -(-end // every) - first // every
 
 
 def _kept(config: RunConfig, steps: int) -> int:
     """Checkpoints that retention leaves: the newest, the best, and those of every so many steps."""
     checkpoint = config.checkpoint
-    saved = _count(steps, checkpoint.every_steps)
+    saved = _due(0, steps, checkpoint.every_steps)
     for_ever = steps // checkpoint.keep_every if checkpoint.keep_every is not None else 0
     return min(saved, checkpoint.keep_last + checkpoint.keep_best + for_ever)
 
@@ -138,14 +208,11 @@ def _checkpoint_seconds(stages: tuple[StagePlan, ...], cluster: Cluster) -> tupl
     return largest / cluster.accelerator.host_link_bytes_per_second, on_node / STORAGE_BYTES_PER_SECOND
 
 
-def _evaluation_seconds(
-    config: RunConfig, layout: Layout, stages: tuple[StagePlan, ...], cluster: Cluster, evaluations: int
-) -> float | None:
+def _evaluation_seconds(config: RunConfig, run_stage: RunStage, step: StepTime, evaluations: int) -> float | None:
     samples = config.evaluation.max_samples
     if not evaluations:
         return 0.0
     if samples is None:
         return None
-    time = step_time(config, layout, stages, cluster)
-    forward = (time.arithmetic + time.tensor + time.pipe + time.idle) / 3
-    return evaluations * forward * samples / config.stages[0].batches.largest
+    forward = (step.arithmetic + step.tensor + step.pipe + step.idle) / 3
+    return evaluations * forward * samples / run_stage.batches.largest

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from engine.config.resolve import Layout, examine, num_micro_batches
+from engine.config.resolve import Layout, examine
 from engine.config.schema.parallel import ParallelConfig
 from engine.config.schema.run import RunConfig
 from engine.plan.worlds import with_parallel
@@ -26,7 +26,7 @@ class World:
     parallel: ParallelConfig
     layout: Layout
     padded_rows: int
-    """Rows of weight 0 in a step of the largest batch."""
+    """Rows of weight 0 in a step of a run stage's largest batch; of several run stages, the most."""
 
     @property
     def size(self) -> int:
@@ -71,10 +71,11 @@ def _micro_batch_sizes(config: RunConfig, data: int) -> list[int]:
 
 def describe(config: RunConfig, layout: Layout) -> World:
     """The world of a layout that is valid for the configuration."""
-    size = config.stages[0].batches.largest
-    count = num_micro_batches(size, config.parallel, layout.data)
-    return World(config.parallel, layout, count * config.parallel.micro_batch_size * layout.data - size)
+    sizes = [run_stage.batches.largest for run_stage in config.stages]
+    padded = [_rows(size, config.parallel.micro_batch_size, layout.data) - size for size in sizes]
+    return World(config.parallel, layout, max(padded))
 
 
 def _rows(size: int, micro_batch_size: int, data: int) -> int:
+    """Rows of the micro-batches that a batch of so many samples is filled up to."""
     return -(-size // (micro_batch_size * data)) * micro_batch_size * data

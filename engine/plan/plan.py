@@ -1,23 +1,24 @@
 """The plan of a run on a world: every figure of this room put together for one layout. Pure arithmetic.
 
-Stages differ in layers and parameters, so memory and traffic are per pipeline stage; all ranks of a stage are alike
-(padding of partitions, a few elements, is left out).
+A run has run stages (parts of its duration), each with its own rows and batches; a layout has pipeline stages (groups
+of ranks), each with its own layers. Memory, operations and traffic are figures of a pipeline stage during a run stage;
+all ranks of a pipeline stage are alike (padding of partitions, a few elements, is left out).
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from typing import Any
 
 from engine.config.lengths import has_segments, held_lengths, row_lengths
 from engine.config.resolve import Layout, examine, num_micro_batches
 from engine.config.schema.run import RunConfig
+from engine.config.schema.stage import RunStage
 from engine.errors import ConfigError
-from engine.plan.cut import Part, entries_of, layers_of, stage_parts, tied_stages
+from engine.plan.cut import entries_of, layers_of
 from engine.plan.elastic import World, elastic_worlds
 from engine.plan.families import over_layers
-from engine.plan.memory import MASTER_BYTES, MOMENTS_BYTES, MOMENTUM_BYTES, Memory, remade_bytes, stage_memory
+from engine.plan.memory import MASTER_BYTES, MOMENTS_BYTES, MOMENTUM_BYTES, Memory, remade_bytes
 from engine.plan.operations import (
     BACKWARD_FACTOR,
     costs_before,
@@ -27,8 +28,8 @@ from engine.plan.operations import (
 )
 from engine.plan.parameters import num_parameters
 from engine.plan.parts import Device
-from engine.plan.pipeline import bubble, in_flight
-from engine.plan.recompute import recomputed_layers
+from engine.plan.pipeline import bubble
+from engine.plan.run_stages import PipelineCut, passes_alive, pipeline_cut, pipeline_memory
 from engine.plan.traffic import Traffic, stage_traffic
 from engine.plan.worlds import LARGEST_WORLD, Refusal, neighbours, refusal, valid_worlds
 
@@ -80,10 +81,52 @@ class StagePlan:
         one_less = self.stored_matrices * (MOMENTS_BYTES - MOMENTUM_BYTES)
         return self.stored * (MASTER_BYTES + MOMENTS_BYTES) - one_less
 
+    def as_json(self) -> dict[str, Any]:
+        """Plain numbers; the parts of the memory add up to its total."""
+        return asdict(self) | {
+            "memory": self.memory.parts() | {"total": self.memory.needed},
+            "host_bytes": self.memory.host,
+            "traffic": asdict(self.traffic) | {"total": self.traffic.total},
+            "stored_bytes": self.stored_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class RunStagePlan:
+    """One run stage in a layout, per step; with a ramp, the step of its largest batch."""
+
+    name: str
+    num_micro_batches: int
+    tokens: int
+    operations: int
+    """Floating-point operations on all ranks, as utilisation counts them."""
+    bubble: float
+    """Share of a step in which a pipeline stage waits for others."""
+    stages: tuple[StagePlan, ...]
+    """The pipeline stages."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that the fullest rank's accelerator has to have."""
+        return max(stage.memory.needed for stage in self.stages)
+
+    @property
+    def operations_per_token(self) -> int:
+        """Operations per token of the rows, as `tokens` counts them."""
+        return self.operations // self.tokens
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain numbers and text."""
+        return asdict(self) | {
+            "operations_per_token": self.operations_per_token,
+            "memory_bytes": self.memory_bytes,
+            "stages": [stage.as_json() for stage in self.stages],
+        }
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run costs on a world, per step where nothing else is said; with a ramp, the step of the largest batch."""
+    """What a run costs on a world."""
 
     layout: Layout
     zero_stage: int
@@ -91,18 +134,27 @@ class Plan:
     """Real ones: a tied matrix once, no padding."""
     parameters_in_memory: int
     """With padding."""
-    num_micro_batches: int
-    tokens: int
-    operations: int
-    """Floating-point operations on all ranks, as utilisation counts them."""
-    bubble: float
-    stages: tuple[StagePlan, ...]
+    run_stages: tuple[RunStagePlan, ...]
     worlds: tuple[int, ...]
     """In which the run starts as it is."""
     elastic: tuple[World, ...]
     """In which it can go on with another data axis: those and more."""
     fitting: tuple[Layout, ...]
     refused: tuple[Refusal, ...]
+
+    @property
+    def largest(self) -> RunStagePlan:
+        """The run stage that needs the most memory on the fullest rank, then on all; the first of equal ones."""
+
+        def needed(run_stage: RunStagePlan) -> tuple[int, int]:
+            return run_stage.memory_bytes, sum(stage.memory.needed for stage in run_stage.stages)
+
+        return max(self.run_stages, key=needed)
+
+    @property
+    def stages(self) -> tuple[StagePlan, ...]:
+        """The pipeline stages during the run stage that needs the most memory."""
+        return self.largest.stages
 
     def node_memory_bytes(self, ranks_per_node: int) -> int:
         """What `checkpoint.memory` takes of a node's memory at the most: two generations, and with several nodes each
@@ -114,23 +166,14 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """What the fullest rank's accelerator has to have."""
-        return max(stage.memory.needed for stage in self.stages)
-
-    @property
-    def operations_per_token(self) -> int:
-        """Of the tokens that a sample is counted by."""
-        return self.operations // self.tokens
+        """Bytes that the fullest rank's accelerator has to have in the run stage that needs the most."""
+        return self.largest.memory_bytes
 
     def as_json(self) -> dict[str, Any]:
-        """Plain numbers and text."""
-        tree = asdict(self)
-        tree["operations_per_token"] = self.operations_per_token
-        for shown, stage in zip(tree["stages"], self.stages, strict=True):
-            shown["memory"] = stage.memory.parts() | {"total": stage.memory.needed}
-            shown["host_bytes"] = stage.memory.host
-            shown["traffic"]["total"] = stage.traffic.total
-            shown["stored_bytes"] = stage.stored_bytes
+        """Plain numbers and text: the figures of the run stage that needs the most memory, and those of each."""
+        tree = asdict(self) | {"run_stages": [run_stage.as_json() for run_stage in self.run_stages]}
+        tree |= {name: value for name, value in self.largest.as_json().items() if name not in ("name", "memory_bytes")}
+        tree["largest_run_stage"] = self.largest.name
         tree["elastic"] = [
             {
                 "size": world.size,
@@ -160,9 +203,6 @@ def make_plan(config: RunConfig, world_size: int, device: Device = "cuda") -> Pl
     if problems:
         raise refusal(config, world_size, problems)
     assert layout is not None
-    run_stage = config.stages[0]
-    batch_size = run_stage.batches.largest
-    micro_batches = num_micro_batches(batch_size, config.parallel, layout.data)
     fitting, refused = neighbours(config, world_size)
     largest = max(WORLDS_SHOWN, min(2 * world_size, LARGEST_LISTED), world_size)
     return Plan(
@@ -170,11 +210,7 @@ def make_plan(config: RunConfig, world_size: int, device: Device = "cuda") -> Pl
         zero_stage=config.parallel.zero_stage,
         parameters=num_parameters(config.model),
         parameters_in_memory=num_parameters(config.model, padded=True),
-        num_micro_batches=micro_batches,
-        tokens=batch_size * run_stage.sequence_length,
-        operations=batch_size * training_operations(config.model, row_lengths(run_stage)),
-        bubble=float(bubble(config.parallel.schedule, layout.pipe, config.parallel.chunks_per_stage, micro_batches)),
-        stages=stage_plans(config, layout, device),
+        run_stages=run_stage_plans(config, layout, device),
         worlds=tuple(valid_worlds(config, largest)),
         elastic=tuple(elastic_worlds(config, largest)),
         fitting=tuple(fitting),
@@ -182,30 +218,43 @@ def make_plan(config: RunConfig, world_size: int, device: Device = "cuda") -> Pl
     )
 
 
-def stage_plans(config: RunConfig, layout: Layout, device: Device = "cuda") -> tuple[StagePlan, ...]:
-    """Every pipeline stage of a layout that `resolve` or `examine` gave."""
-    micro_batches = num_micro_batches(config.stages[0].batches.largest, config.parallel, layout.data)
-    lengths = row_lengths(config.stages[0])
-    stages = stage_parts(config.model, layout.pipe, config.parallel.chunks_per_stage, lengths)
-    return tuple(_stage_plan(config, layout, stage, parts, micro_batches, device) for stage, parts in enumerate(stages))
+def run_stage_plans(config: RunConfig, layout: Layout, device: Device = "cuda") -> tuple[RunStagePlan, ...]:
+    """Return the plan of every run stage in a layout that `resolve` or `examine` gave."""
+    cut = pipeline_cut(config, layout, device)
+    return tuple(_run_stage_plan(config, run_stage, layout, cut, device) for run_stage in config.stages)
+
+
+def _run_stage_plan(
+    config: RunConfig, run_stage: RunStage, layout: Layout, cut: PipelineCut, device: Device
+) -> RunStagePlan:
+    batch_size, parallel = run_stage.batches.largest, config.parallel
+    micro_batches = num_micro_batches(batch_size, parallel, layout.data)
+    return RunStagePlan(
+        name=run_stage.name,
+        num_micro_batches=micro_batches,
+        tokens=batch_size * run_stage.sequence_length,
+        operations=batch_size * training_operations(config.model, row_lengths(run_stage)),
+        bubble=float(bubble(parallel.schedule, layout.pipe, parallel.chunks_per_stage, micro_batches)),
+        stages=stage_plans(config, run_stage, layout, cut, device),
+    )
+
+
+def stage_plans(
+    config: RunConfig, run_stage: RunStage, layout: Layout, cut: PipelineCut, device: Device = "cuda"
+) -> tuple[StagePlan, ...]:
+    """Return the plan of every pipeline stage during a run stage, with the run's `pipeline_cut`."""
+    memory = pipeline_memory(config, run_stage, layout, cut.chunks, cut.recomputed, device)
+    return tuple(_stage_plan(config, run_stage, layout, stage, cut, held) for stage, held in enumerate(memory))
 
 
 def _stage_plan(
-    config: RunConfig, layout: Layout, stage: int, parts: list[Part], micro_batches: int, device: Device
+    config: RunConfig, run_stage: RunStage, layout: Layout, stage: int, cut: PipelineCut, memory: Memory
 ) -> StagePlan:
-    run_stage, lengths = config.stages[0], row_lengths(config.stages[0])
+    lengths, parts, recomputed = row_lengths(run_stage), list(cut.chunks[stage]), cut.recomputed[stage]
+    micro_batches = num_micro_batches(run_stage.batches.largest, config.parallel, layout.data)
     layers = layers_of(parts)
     entries = entries_of(config.model, parts)
     rows = micro_batches * config.parallel.micro_batch_size
-    recomputed = recomputed_layers(config, layout, stage, device)
-    alive = in_flight(config.parallel.schedule, stage, layout.pipe, len(parts), micro_batches)
-    sections = (config.model, config.parallel, config.precision, entries)
-    common: dict[str, Any] = {
-        "recomputed": recomputed,
-        "data_size": layout.data * layout.sequence,
-        "lengths": held_lengths(run_stage, config.parallel),
-        "segments": has_segments(run_stage.data.attention, run_stage.objective),
-    }
     per_rank = entries.local_numel(layout.tensor)
     costs = costs_before(config.model, lengths)
     operations = (1 + BACKWARD_FACTOR) * sum(costs[part.layers.stop] - costs[part.layers.start] for part in parts)
@@ -213,10 +262,9 @@ def _stage_plan(
     if config.parallel.recompute == "full":
         again = over_layers(config.model, recomputed, layer_operations(config.model, lengths).__getitem__)
     share = layout.tensor * layout.sequence
-    ties = tied_stages(config.model, layout.pipe, len(parts), lengths)
-    elsewhere = frozenset(name for name, holders in ties.items() if holders[0] != stage)
+    elsewhere = frozenset(name for name, holders in cut.ties.items() if holders[0] != stage)
     matrices = entries.linear.local_numel(layout.tensor) if config.optimizer.name == "muon" else 0
-    shards = common["data_size"]
+    shards = layout.data * layout.sequence
     held_by = shards if config.parallel.zero_stage else 1
     remade = remade_bytes(config.model, config.parallel, config.precision, recomputed, lengths)
     return StagePlan(
@@ -233,22 +281,20 @@ def _stage_plan(
         recomputed_operations=again * rows // share,
         remade_bytes=remade * micro_batches if config.parallel.recompute == "selective" else 0,
         update_operations=orthogonal_operations(entries) // (held_by * layout.tensor) if matrices else 0,
-        in_flight=alive,
-        memory=stage_memory(
-            *sections,
-            **common,
-            layers=layers,
-            in_flight=Fraction(alive, len(parts)),
-            has_head=any(part.last for part in parts),
-            device=device,
-            single_moments=matrices,
-        ),
+        in_flight=passes_alive(config, run_stage, layout, stage, len(parts)),
+        memory=memory,
         traffic=stage_traffic(
-            *sections,
-            **common,
+            config.model,
+            config.parallel,
+            config.precision,
+            entries,
+            recomputed=recomputed,
+            data_size=shards,
+            lengths=held_lengths(run_stage, config.parallel),
+            segments=has_segments(run_stage.data.attention, run_stage.objective),
             parts=parts,
             num_micro_batches=micro_batches,
-            ties=ties,
+            ties=cut.ties,
             muon=config.optimizer.name == "muon",
         ),
         recomputed=len(recomputed),

@@ -24,8 +24,8 @@ from engine.config.schema.run import RunConfig
 from engine.plan.hardware import GIB, Accelerator, Cluster
 from engine.plan.memory import DTYPE_BYTES, MASTER_BYTES, MOMENTUM_BYTES, with_reserve
 from engine.plan.parameters import num_parameters
-from engine.plan.plan import Plan, stage_plans
-from engine.plan.time import StepTime, step_time
+from engine.plan.plan import Plan, run_stage_plans
+from engine.plan.time import StepTime, mean_step_time
 from engine.plan.worlds import with_parallel
 
 AXES = ("pipe", "tensor", "zero_stage", "micro_batch_size")
@@ -53,7 +53,7 @@ class Candidate:
     parallel: ParallelConfig
     layout: Layout
     memory_bytes: int
-    """Of the fullest rank, with what is reserved and lost."""
+    """Of the fullest rank in the run stage that needs the most, with what is reserved and lost."""
     host_bytes: int
     """The same in host memory: offloaded state, and the copy that a save takes."""
     states_bytes: int
@@ -61,6 +61,7 @@ class Candidate:
     plain_bytes: int
     """What the layout would need without what it takes to fit: sequence parallelism, recomputation."""
     time: StepTime
+    """Mean step of the run; with one run stage, the step of its largest batch."""
     accelerator: Accelerator
 
     @property
@@ -330,15 +331,16 @@ def _spared(config: RunConfig, cluster: Cluster, shared: tuple[bool, ...]) -> Ca
 
 
 def _micro_batch_sizes(config: RunConfig, data: int) -> list[int]:
-    """Powers of two that divide a data rank's share of every batch; none where the ranks do not divide the batches."""
-    share, rest = divmod(math.gcd(*config.stages[0].batches.sizes), data)
+    """Powers of two that divide a data rank's share of every batch; none where the ranks do not divide some batch."""
+    share, rest = divmod(math.gcd(*(size for stage in config.stages for size in stage.batches.sizes)), data)
     sizes = [2**power for power in range(LARGEST_MICRO_BATCH.bit_length()) if 2**power <= LARGEST_MICRO_BATCH]
     return [] if rest else [size for size in sizes if share % size == 0]
 
 
 def judge(config: RunConfig, layout: Layout, cluster: Cluster) -> Candidate:
     """What a cluster makes of one layout, which `resolve` or `examine` gave."""
-    stages = stage_plans(config, layout)
+    run_stages = run_stage_plans(config, layout)
+    stages = [stage for run_stage in run_stages for stage in run_stage.stages]
     tensors = max(stage.memory.total for stage in stages)
     states = max(stage.memory.states for stage in stages)
     needed, least = with_reserve(tensors), with_reserve(states)
@@ -350,6 +352,6 @@ def judge(config: RunConfig, layout: Layout, cluster: Cluster) -> Candidate:
         on_host,
         least,
         needed,
-        step_time(config, layout, stages, cluster),
+        mean_step_time(config, layout, run_stages, cluster),
         cluster.accelerator,
     )

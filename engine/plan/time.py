@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from engine.config.lengths import row_lengths
 from engine.config.resolve import Layout, num_micro_batches
 from engine.config.schema.run import RunConfig
+from engine.config.schema.stage import RunStage
 from engine.plan.hardware import Accelerator, Cluster
 from engine.plan.memory import DTYPE_BYTES, HOST_GRADIENT_BYTES
 from engine.plan.operations import training_operations
 from engine.plan.pipeline import bubble
-from engine.plan.plan import StagePlan
+from engine.plan.plan import RunStagePlan, StagePlan
 
 LARGEST_SHARE = 0.60
 """Of the peak, for matrix products of unlimited size."""
@@ -85,11 +86,31 @@ def reached_share(width: float, tokens: int | None = None) -> float:
     return of_width if tokens is None else of_width * tokens / (tokens + HALF_TOKENS)
 
 
-def step_time(config: RunConfig, layout: Layout, stages: Sequence[StagePlan], cluster: Cluster) -> StepTime:
-    """The estimate for a step of the largest batch of the first run stage, with its `stage_plans(config, layout)`."""
-    run_stage = config.stages[0]
+def mean_step_time(config: RunConfig, layout: Layout, run_stages: Sequence[RunStagePlan], cluster: Cluster) -> StepTime:
+    """Return the mean step of a run, each run stage weighted by its steps, with the run's `run_stage_plans`.
+
+    A step of a run stage counts as one of its largest batch. Utilisation is that of the whole time.
+    """
+    num_steps = sum(run_stage.num_steps for run_stage in config.stages)
+    weights = [run_stage.num_steps / num_steps for run_stage in config.stages]
+    times = [
+        step_time(config, run_stage, layout, planned.stages, cluster)
+        for run_stage, planned in zip(config.stages, run_stages, strict=True)
+    ]
+    if len(times) == 1:
+        return times[0]
+    seconds = {name: sum(w * time.parts()[name] for w, time in zip(weights, times, strict=True)) for name in PARTS}
+    useful = sum(w * time.utilisation * time.total for w, time in zip(weights, times, strict=True))
+    return StepTime(**seconds, utilisation=useful / sum(seconds.values()))
+
+
+def step_time(
+    config: RunConfig, run_stage: RunStage, layout: Layout, stages: Sequence[StagePlan], cluster: Cluster
+) -> StepTime:
+    """Return the estimate for a step of the largest batch of a run stage, with its `stage_plans`."""
     slowest = max(
-        (_stage_time(config, layout, stage, cluster) for stage in stages), key=lambda t: sum(t[:BETWEEN_WAITS])
+        (_stage_time(config, run_stage, layout, stage, cluster) for stage in stages),
+        key=lambda t: sum(t[:BETWEEN_WAITS]),
     )
     micro_batches = num_micro_batches(run_stage.batches.largest, config.parallel, layout.data)
     waiting = float(bubble(config.parallel.schedule, layout.pipe, config.parallel.chunks_per_stage, micro_batches))
@@ -100,11 +121,13 @@ def step_time(config: RunConfig, layout: Layout, stages: Sequence[StagePlan], cl
     return StepTime(*slowest, idle=idle, utilisation=reached / cluster.accelerator.bf16_operations_per_second)
 
 
-def _stage_time(config: RunConfig, layout: Layout, stage: StagePlan, cluster: Cluster) -> tuple[float, ...]:
+def _stage_time(
+    config: RunConfig, run_stage: RunStage, layout: Layout, stage: StagePlan, cluster: Cluster
+) -> tuple[float, ...]:
     """(arithmetic, recompute, tensor, pipe, data, optimizer, offload) seconds of one rank of a stage."""
     accelerator, traffic = cluster.accelerator, stage.traffic
     width = config.model.hidden_size / layout.tensor**0.5
-    tokens = config.parallel.micro_batch_size * config.stages[0].sequence_length // layout.sequence
+    tokens = config.parallel.micro_batch_size * run_stage.sequence_length // layout.sequence
     speed = accelerator.bf16_operations_per_second * reached_share(width, tokens)
     zero_size = layout.data * layout.sequence
     update, transfer = optimizer_seconds(stage.updated, config, accelerator)

@@ -35,7 +35,7 @@ from engine.parallel.ulysses import sequence_attention
 from engine.parallel.zero import StageEngine
 from engine.plan.cut import stage_parts, tied_stages
 from engine.plan.families import figures
-from engine.plan.recompute import recomputed_layers
+from engine.plan.run_stages import recomputed_layers
 
 
 def build_pipeline(config: RunConfig, run_stage: RunStage, groups: Groups, device: torch.device) -> Pipeline:

@@ -1,6 +1,7 @@
 """`palimpsest plan` as a person and a script read it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,50 @@ def test_ten_thousand_layers_are_answered(capsys, family):
     code, out, _ = plan(capsys, family, "--world", "8", "model.num_layers=10000")
     assert code == 2
     assert out.startswith("does not fit 8 x h100-80gb")
+
+
+@pytest.fixture
+def several(tmp_path: Path) -> Path:
+    """A run file of two run stages, the second with the longer rows."""
+    tree = load_run(RUNS / "gpt2-124m.yaml", ["parallel.micro_batch_size=8", "stages.0.schedule={}"]).model_dump(
+        mode="json"
+    )
+    stage = tree["stages"][0]
+    tree["stages"] = [
+        stage | {"name": "short", "sequence_length": 256, "duration": {"steps": 70}},
+        stage | {"name": "long", "duration": {"steps": 30}},
+    ]
+    file = tmp_path / "several.json"
+    file.write_text(json.dumps(tree), encoding="utf-8")
+    return file
+
+
+def test_a_run_of_several_stages_has_a_line_for_each(capsys, several):
+    code, out, err = plan(capsys, several, "--world", "8")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    (title,) = [
+        number for number, line in enumerate(lines) if line.startswith("run stages; long needs the most memory")
+    ]
+    short, long = lines[title + 3 : title + 5]
+    assert short.split()[:5] == ["short", "70", "9.18e+06", "512", "256"]
+    assert long.split()[:6] == ["long", "*", "30", "1.57e+07", "512", "1,024"]
+    memory = re.search(r"fits: ([0-9.]+) of 80 GiB", lines[0])
+    assert memory is not None
+    assert long.split()[-1] == memory[1]
+    assert "100 steps, 24,903,680 tokens" in " ".join(out.split())
+    assert "missing: stages.1.data.train: no folder data/train; `palimpsest prepare` writes it" in lines
+    code, out, _ = plan(capsys, "gpt2-124m", "--world", "8")
+    assert "run stages" not in out, "one needs no table"
+
+
+def test_a_script_reads_each_run_stage(capsys, several):
+    _, out, _ = plan(capsys, several, "--world", "8", "--json")
+    tree = json.loads(out)
+    assert tree["largest_run_stage"] == "long"
+    assert [stage["name"] for stage in tree["run_stages"]] == ["short", "long"]
+    assert [stage["steps"] for stage in tree["cost"]["run_stages"]] == [70, 30]
+    assert tree["advice"]["planned"]["memory_bytes"] == max(stage["memory_bytes"] for stage in tree["run_stages"])
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from engine.config.resolve import resolve
 from engine.config.schema.run import RunConfig
 from engine.plan.cost import STORAGE_BYTES_PER_SECOND, Cost, checkpoint_bytes, run_cost
 from engine.plan.hardware import cluster
-from engine.plan.plan import make_plan, stage_plans
+from engine.plan.plan import make_plan, run_stage_plans
 from engine.plan.ranking import advise
-from engine.plan.time import step_time
+from engine.plan.time import mean_step_time
 
 RUN = Path(__file__).parents[3] / "configs" / "runs" / "gpt2-124m.yaml"
 SHORT = ["stages.0.duration={steps: 100}", "stages.0.schedule={}", "checkpoint.every_steps=30", "evaluation={}"]
@@ -24,7 +24,7 @@ def cost(*overrides: str, world: int = 8) -> tuple[RunConfig, Cost]:
 
 def seconds_of(run: RunConfig, world: int = 8) -> float:
     layout = resolve(run, world)
-    return step_time(run, layout, stage_plans(run, layout), cluster("h100-80gb", world, 8)).total
+    return mean_step_time(run, layout, run_stage_plans(run, layout), cluster("h100-80gb", world, 8)).total
 
 
 def test_a_constant_batch_costs_steps_times_a_step() -> None:
@@ -47,7 +47,8 @@ def test_a_ramp_costs_what_its_steps_do(sizes: tuple[int, int]) -> None:
     assert found.tokens == (40 * first + 60 * then) * 1024
     largest = make_plan(load_run(RUN, [*SHORT]), 8)
     plan = make_plan(run, 8)
-    assert (plan.tokens, plan.num_micro_batches) == (largest.tokens, largest.num_micro_batches), "the largest batch"
+    (planned,), (expected,) = plan.run_stages, largest.run_stages
+    assert (planned.tokens, planned.num_micro_batches) == (expected.tokens, expected.num_micro_batches)
     assert [stage.operations for stage in plan.stages] == [stage.operations for stage in largest.stages]
     assert [stage.traffic for stage in plan.stages] == [stage.traffic for stage in largest.stages]
     assert seconds_of(run) == pytest.approx(seconds_of(load_run(RUN, SHORT)))
@@ -103,12 +104,12 @@ def test_muon_pays_for_its_products_and_exchanges() -> None:
     """Per layer, in units of D cubed: five iterations of two products with each matrix and one of its Gram matrix, for
     query, key and value together, output, up and down. Eight owners share them."""
     adam, muon = (load_run(RUN, [*SHORT, f"optimizer.name={name}"]) for name in ("adamw", "muon"))
-    (stage,) = stage_plans(muon, resolve(muon, 8))
+    (stage,) = run_stage_plans(muon, resolve(muon, 8))[0].stages
     longs = (3, 1, 4, 4)
     assert stage.update_operations == 12 * 768**3 * sum(5 * (4 * long + 2) for long in longs) // 8
-    assert stage_plans(adam, resolve(adam, 8))[0].update_operations == 0
+    assert run_stage_plans(adam, resolve(adam, 8))[0].stages[0].update_operations == 0
     times = [
-        step_time(run, resolve(run, 8), stage_plans(run, resolve(run, 8)), cluster("h100-80gb", 8, 8))
+        mean_step_time(run, resolve(run, 8), run_stage_plans(run, resolve(run, 8)), cluster("h100-80gb", 8, 8))
         for run in (adam, muon)
     ]
     link = cluster("h100-80gb", 8, 8).accelerator.link_bytes_per_second

@@ -16,7 +16,7 @@ from engine.config.schema.run import RunConfig
 from engine.errors import ConfigError
 from engine.plan.hardware import GIB, Cluster, cluster
 from engine.plan.memory import FRAGMENTED_SHARE, RESERVED_BYTES
-from engine.plan.plan import make_plan, stage_plans
+from engine.plan.plan import make_plan, run_stage_plans
 from engine.plan.ranking import Candidate, advise, judge, larger_worlds, rank
 from engine.plan.worlds import with_parallel
 
@@ -42,7 +42,7 @@ def test_what_is_proposed_can_start_and_fits_and_comes_fastest_first():
         layout, problems = examine(tried, 16)
         assert problems == []
         assert layout == candidate.layout
-        fullest = max(stage.memory.total for stage in stage_plans(tried, candidate.layout))
+        fullest = max(stage.memory.total for stage in run_stage_plans(tried, candidate.layout)[0].stages)
         assert fullest * (1 + FRAGMENTED_SHARE) + RESERVED_BYTES <= 40 * 2**30
         assert candidate.layout.tensor <= 8, "tensor parallelism stays inside a node"
     seconds = [candidate.time.total for candidate in fitting]

@@ -17,8 +17,8 @@ from engine.config.schema.parallel import ParallelConfig
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import Duration, RunStage
 from engine.plan.hardware import cluster
-from engine.plan.plan import stage_plans
-from engine.plan.time import BAND, StepTime, step_time
+from engine.plan.plan import run_stage_plans
+from engine.plan.time import BAND, StepTime, mean_step_time
 
 GPT = {"vocab_size": 50257, "max_positions": 1024}
 LLAMA = {"position": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "tie_embeddings": False}
@@ -95,7 +95,7 @@ def estimate(model: dict[str, Any], parallel: dict[str, Any], world: int, batch:
         parallel=ParallelConfig(**parallel),
     )
     layout = resolve(config, world)
-    return step_time(config, layout, stage_plans(config, layout), cluster(gpu, world, 8))
+    return mean_step_time(config, layout, run_stage_plans(config, layout), cluster(gpu, world, 8))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -6,7 +6,7 @@ from engine.config.resolve import resolve
 from engine.plan.composition import example, problems_of
 from engine.plan.hardware import GIB
 from engine.plan.plan import make_plan
-from engine.plan.recompute import recomputed_layers
+from engine.plan.run_stages import recomputed_layers
 
 TOKEN = 64 * 4
 """Bytes of a token's hidden state in the example."""
