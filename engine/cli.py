@@ -45,6 +45,8 @@ COMMANDS = {
     "plan": Command("tools.plan:main", "Show what a run costs on a world, and what would be refused."),
     "launch": Command("tools.launch:main", "Start the ranks of a run and watch over them."),
     "train": Command("tools.train:main", "Train: what each rank runs, under any launcher or alone."),
+    "status": Command("tools.status:main", "Show where runs stand, also while they go on."),
+    "compare": Command("tools.compare:main", "Compare the metrics of runs, and say where they part."),
     "checkpoint": Command("tools.checkpoint:app", "List and verify checkpoints."),
     "convert": Command("tools.convert:main", "Write a checkpoint as a Hugging Face folder.", "nothing was written"),
     "generate": Command("tools.generate:main", "Continue a prompt."),

@@ -47,6 +47,31 @@ class Start:
     `palimpsest launch`, whose jobs have unique names."""
 
 
+@dataclass(frozen=True)
+class FolderUser:
+    """Start that uses a run folder now, as `running.json` names it; without a name where it has just begun."""
+
+    job: str = ""
+    attempt: int = 0
+    host: str = ""
+    pid: int = 0
+    confirmed: bool = True
+    """False where the file system does not tell whether the name's process still holds the folder."""
+
+
+def current_user(path: Path) -> FolderUser | None:
+    """Return the start that uses the run folder `path`, None where no process holds it.
+
+    For a process that does not hold the folder itself: its locks would go with the handle that is closed here.
+    """
+    folder = RunFolder(path, Start("", 0))
+    record, held = folder._read(), folder._is_held()
+    if held is False or (held is None and not record):
+        return None
+    names = {key: record[key] for key in ("job", "attempt", "host", "pid") if key in record}
+    return FolderUser(**names, confirmed=held is True)
+
+
 class RunFolder:
     """A run folder, as one process of a start sees it. Rank 0, or the supervisor, takes it; see `is_ours`."""
 

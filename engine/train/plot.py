@@ -76,11 +76,7 @@ def draw(folder: Path, source: str, name: str) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for curve, label, style in ((training, "training", "-"), (held_out, "held-out", "o--")):
-        if not curve:
-            continue
-        (line,) = axes.plot(*zip(*curve, strict=True), style, label=label, markersize=4, linewidth=1.2)
-        if alone := isolated(curve):
-            axes.plot(*zip(*alone, strict=True), "o", markersize=4, color=line.get_color())
+        draw_curve(axes, curve, style, label)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     text, families = title(name)
     axes.set_title(text, parse_math=False, fontfamily=families)
@@ -90,6 +86,15 @@ def draw(folder: Path, source: str, name: str) -> None:
     partial = folder / f"{PLOT}.partial"
     figure.savefig(partial, dpi=120, format="png", metadata={"Title": name})
     partial.replace(folder / PLOT)  # who looks at it meanwhile sees a whole picture
+
+
+def draw_curve(axes: Any, curve: Curve, style: str, label: str, color: str | None = None) -> None:
+    """Draw one curve; a point that no line reaches is drawn as a dot."""
+    if not curve:
+        return
+    (line,) = axes.plot(*zip(*curve, strict=True), style, label=label, markersize=4, linewidth=1.2, color=color)
+    if alone := isolated(curve):
+        axes.plot(*zip(*alone, strict=True), "o", markersize=4, color=line.get_color())
 
 
 def read_curves(lines: Iterable[bytes]) -> tuple[Curve, Curve]:
@@ -119,6 +124,16 @@ def read_curves(lines: Iterable[bytes]) -> tuple[Curve, Curve]:
                 del training[1::2]
                 stride *= 2
     return training, held_out
+
+
+def best(curve: Curve) -> tuple[int, float] | None:
+    """Return step and value of the smallest loss; None where there is none."""
+    return min((point for point in curve if math.isfinite(point[1])), key=lambda point: point[1], default=None)
+
+
+def final(curve: Curve) -> tuple[int, float] | None:
+    """Return step and value of the newest loss that is finite; None where there is none."""
+    return next((point for point in reversed(curve) if math.isfinite(point[1])), None)
 
 
 def isolated(curve: Curve) -> Curve:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from engine.config.schema.run import RunConfig
 from engine.errors import EXIT_DONE
 from engine.logs import duration
 from engine.train.metrics import METRICS
-from engine.train.plot import PLOT, Curve, read_curves
+from engine.train.plot import PLOT, best, read_curves
 from engine.train.state import TrainState
 
 
@@ -69,11 +68,6 @@ def summary(config: RunConfig, state: TrainState, spent: Spent, total_seconds: f
     width = max(map(len, rows)) + 2
     lines = [f"  {name:<{width}}{text}" for name, text in rows.items() if text]
     return "\n".join([f"run {config.name} in {config.folder}", *lines])
-
-
-def best(held_out: Curve) -> tuple[int, float] | None:
-    """Step and value of the smallest held-out loss; None where there is none."""
-    return min((point for point in held_out if math.isfinite(point[1])), key=lambda point: point[1], default=None)
 
 
 def _held_out(folder: Path) -> str:
