@@ -1,10 +1,6 @@
 """The README says what is: its tables, links, commands and run file are held to the code."""
 
-import os
 import re
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -19,44 +15,13 @@ from engine.config.resume import flatten
 from engine.plan.composition import MARKERS, composition_table, example
 from engine.train.metrics import METRICS
 from engine.train.plot import PLOT
-from tests.test_rooms import REPOSITORY, ROWS, room, row, sources
-
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-
-
-def section(title: str) -> str:
-    """The text under a heading."""
-    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-
-
-def table(title: str) -> list[list[str]]:
-    """Cells of the section's first table, without its head."""
-    lines = [line for line in section(title).splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-
-
-def named(cell: str) -> list[str]:
-    """What a cell puts between backticks."""
-    return re.findall(r"`([^`]+)`", cell)
+from tests.readme import README, REPOSITORY, named, section, table
 
 
 def test_the_composition_table_is_the_rules_own() -> None:
     start, end = MARKERS
     assert README.count(start) == README.count(end) == 1
     assert README.partition(start)[2].partition(end)[0].strip() == composition_table()
-
-
-def test_the_map_has_every_room_in_its_row() -> None:
-    shown = {path: int(number) for number, rooms, _ in table("Map of rooms") for path in named(rooms)}
-    assert all((REPOSITORY / path).exists() for path in shown)
-    by_room = {Path(path).stem: number for path, number in shown.items()}
-    found = {room(source.removesuffix(".py").replace("/", ".").removesuffix(".__init__")) for source in sources()}
-    assert set(by_room) == found - {None}
-    for upper in by_room:
-        for lower in by_room:
-            if row(upper) < row(lower) and (upper, lower) != ("tools", "launcher"):
-                assert by_room[upper] < by_room[lower], (upper, lower)
-    assert len(ROWS) > 1
 
 
 def test_every_command_is_named_and_no_other() -> None:
@@ -68,25 +33,6 @@ def test_every_command_is_named_and_no_other() -> None:
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)\)", README))))
 def test_links_lead_somewhere(link: str) -> None:
     assert (REPOSITORY / link).exists()
-
-
-def test_its_first_lines_lead_from_text_to_a_model(tmp_path: Path) -> None:
-    """As typed into a shell, on prose of the standard library; only the activation and the number of steps differ."""
-    text = tmp_path / "my-text"
-    text.mkdir()
-    for name in ("argparse", "json/decoder", "random", "statistics", "typing", "zipfile"):
-        source = Path(sysconfig.get_path("stdlib")) / f"{name}.py"
-        (text / f"{source.stem}.txt").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    shown = section("From your own text to a model").partition("```console\n")[2].partition("```")[0]
-    lines = shown.replace("source .venv/bin/activate", f"PATH={Path(sys.executable).parent}:$PATH")
-    lines = lines.replace("steps: 200", "steps: 6").replace("warmup: 20", "warmup: 2")
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        ["bash", "-euc", lines], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "my" / "model" / "model.safetensors").is_file()
-    assert "Once upon a time" in done.stdout
 
 
 def test_the_run_file_starts_on_a_node_of_eight(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[1]
+from tests.readme import REPOSITORY, named, table
+
 ROWS: list[set[str]] = [
     {"cli"},
     {"tools"},
@@ -141,6 +142,19 @@ def test_imports_inside_of_a_room_run_downwards(source: str) -> None:
 def test_every_room_is_in_the_table() -> None:
     found = {room(dotted(source)) for source in sources()} - {None}
     assert found <= set().union(*ROWS)
+
+
+def test_the_map_has_every_room_in_its_row() -> None:
+    shown = {path: int(number) for number, rooms, _ in table("Map of rooms") for path in named(rooms)}
+    assert all((REPOSITORY / path).exists() for path in shown)
+    by_room = {Path(path).stem: number for path, number in shown.items()}
+    found = {room(source.removesuffix(".py").replace("/", ".").removesuffix(".__init__")) for source in sources()}
+    assert set(by_room) == found - {None}
+    for upper in by_room:
+        for lower in by_room:
+            if row(upper) < row(lower) and (upper, lower) != ("tools", "launcher"):
+                assert by_room[upper] < by_room[lower], (upper, lower)
+    assert len(ROWS) > 1
 
 
 @pytest.mark.parametrize("source", [source for source in sources() if source not in MAY_USE_TORCH_DISTRIBUTED])
