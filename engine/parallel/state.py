@@ -83,6 +83,8 @@ class ParameterGroup:
     """Whether each tensor rank finds a part of their gradients: replicated, and seeing a stretch of the rows' time."""
     matrices: bool = False
     """Whether Muon updates them: weights of linear layers."""
+    rate_factors: tuple[float, ...] = ()
+    """Factor of the learning rate in each run stage; 1 in those that are not named."""
 
     @property
     def moments(self) -> tuple[str, ...]:

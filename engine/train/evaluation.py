@@ -2,21 +2,61 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from engine.errors import EnvironmentProblem
+from engine.logs import phase
 from engine.parallel.agreement import on_first
 from engine.parallel.collectives import Group
 from engine.parallel.pipeline import Pipeline
 from engine.train.feed import Feed
+from engine.train.hooks import Hook, Run
 from engine.train.metrics import Record, is_evaluation
 from engine.train.records import records_of
 from engine.train.step_totals import Sums, means
 
 VALIDATION_LOSS = "validation_loss"
+
+
+class Validation(Hook):
+    """Records the validation loss after every `evaluation.every_steps` steps and at the end of a run stage."""
+
+    def start(self, run: Run) -> bool:
+        """Make up for the evaluation that the start before did not come to."""
+        step = run.state.step
+        with phase("the evaluation that the start before did not come to"):
+            missing = step > 0 and self._is_due(run) and not is_recorded(run.config.folder, step, run.groups.world)
+            return missing and self._evaluate(run)
+
+    def between_steps(self, run: Run) -> bool:
+        return self._is_due(run) and self._evaluate(run)
+
+    @staticmethod
+    def _is_due(run: Run) -> bool:
+        every_steps = run.config.evaluation.every_steps
+        return run.ends_run_stage or (every_steps is not None and run.state.step % every_steps == 0)
+
+    @staticmethod
+    def _evaluate(run: Run) -> bool:
+        """Return True if any rank was asked to stop meanwhile, so that the next start has to evaluate."""
+        if run.feed.held_out is None:
+            return False
+        step, begin = run.state.step, time.perf_counter()
+        with run.spent.phase("evaluation"):
+            found = evaluate(
+                run.pipeline,
+                run.feed,
+                run.sums,
+                lambda: run.heart.beat(step, "evaluation"),
+                lambda: run.signals.asked,
+            )
+        if found is not None:
+            run.write({"step": step, **found, "validation_seconds": time.perf_counter() - begin})
+        return found is None
 
 
 def evaluate(

@@ -6,10 +6,11 @@ change and are logged, `execution` keys (the layout among them) are free.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from engine.checkpoint import manifest_json
 from engine.checkpoint.folder import CHECKPOINTS, Superseded, committed, owner_of, step_of
@@ -26,7 +27,6 @@ from engine.config.rank_environment import RankEnvironment
 from engine.config.resume import compare, meaning_hash, refuse_new_meaning
 from engine.config.save import FILE, save_run
 from engine.config.schema.run import RunConfig
-from engine.data.stream import Stream
 from engine.errors import CheckpointError, ConfigError, EnvironmentProblem
 from engine.logs import logger
 from engine.parallel.agreement import on_first
@@ -44,13 +44,22 @@ SHOWN_SAMPLES = 1024
 _log = logger(__name__)
 
 
+Sections = Mapping[str, Any]
+"""What the parts of a run keep in a checkpoint, by name: JSON, equal on every rank."""
+
+
 @dataclass(frozen=True)
 class Restored:
-    """Where a run goes on."""
+    """State from which a run goes on."""
 
     state: TrainState
     manifest: Manifest
     path: Path
+
+    @property
+    def sections(self) -> Sections:
+        """Everything that parts of the run have kept."""
+        return self.manifest.state.sections
 
 
 class Restarts:
@@ -64,6 +73,8 @@ class Restarts:
         connect = partial(join_lines, limit_seconds=config.launch.collective_limit_seconds)
         self._memory = NodeStore(memory.folder, config.folder, groups, place, connect) if memory else None
         self._job_before = place.job
+        self.begun_step: int | None = None
+        """Step of the last checkpoint that was begun on the disk."""
         self._metric: dict[int, float] = {}
         """`checkpoint.best_metric` of the committed checkpoints, by step, as far as it has been looked up."""
 
@@ -94,7 +105,7 @@ class Restarts:
         if self._memory is not None:
             self._memory.check_room(num_bytes)
 
-    def save(self, state: TrainState, engine: StageEngine, stream: Stream, wait: bool) -> None:
+    def save(self, state: TrainState, engine: StageEngine, sections: Sections, wait: bool) -> None:
         """Begins a checkpoint, once the one before has ended; with `wait`, or where it is asked for, ends it, too.
 
         Raises:
@@ -104,22 +115,23 @@ class Restarts:
         self._bear(self._saver.settle)
 
         def begin() -> None:
-            self._begin(state, engine, stream)
+            self.begun_step = state.step
+            self._begin(state, engine, sections)
             if wait or not self.config.checkpoint.asynchronous:
                 self._saver.settle()
 
         begin() if wait else self._bear(begin)
 
-    def keep(self, state: TrainState, engine: StageEngine, stream: Stream) -> None:
+    def keep(self, state: TrainState, engine: StageEngine, sections: Sections) -> None:
         """Begins a checkpoint in the nodes' memory, except where another one is under way."""
         if self._saver.in_flight is None:
-            self._bear(lambda: self._begin(state, engine, stream, self._memory), optional=True)
+            self._bear(lambda: self._begin(state, engine, sections, self._memory), optional=True)
 
-    def _begin(self, state: TrainState, engine: StageEngine, stream: Stream, store: Store | None = None) -> None:
+    def _begin(self, state: TrainState, engine: StageEngine, sections: Sections, store: Store | None = None) -> None:
         self._saver.begin(
             engine.pieces(),
             engine.placements(),
-            self._state(state, engine, stream),
+            self._state(state, engine, sections),
             self.place.job,
             self.place.attempt,
             store,
@@ -157,8 +169,8 @@ class Restarts:
         if on_disk and step_of(on_disk[0]) >= state.step:
             self._memory.end()
 
-    def restore(self, engine: StageEngine, stream: Stream, go_back: bool = False) -> Restored | None:
-        """Loads the newest verified checkpoint into engine and stream; None where the run has none.
+    def restore(self, engine: StageEngine, go_back: bool = False) -> Restored | None:
+        """Load the newest verified checkpoint into the engine; None means that the run has none.
 
         With `go_back` it is one on the disk, and what the nodes' memory has of the steps since is dropped.
 
@@ -183,7 +195,6 @@ class Restarts:
         engine.refresh()
         state = TrainState.from_section(manifest.state.sections["progress"])
         engine.set_updates(state.updates)
-        stream.restore(manifest.state.sections["loader"])
         return Restored(state, manifest, path)
 
     def _choose(self, pieces: list[Piece], go_back: bool) -> tuple[Path | None, bool]:
@@ -222,9 +233,9 @@ class Restarts:
         folder = self.config.folder
         if not committed(self.folder) or not (folder / FILE).exists():
             return
-        changes = compare(load_run(folder / FILE), self.config)
-        refuse_new_meaning(changes, str(folder))
-        for change in changes:
+        before = load_run(folder / FILE)
+        refuse_new_meaning(before, self.config, str(folder))
+        for change in compare(before, self.config, run_stage=0):
             if change.kind == "schedule":
                 _log.warning("changed since this run was started: %s", change)
 
@@ -277,20 +288,14 @@ class Restarts:
         finally:
             saved.note(self.config.folder, step_of(newest))
 
-    def _state(self, state: TrainState, engine: StageEngine, stream: Stream) -> CheckpointState:
+    def _state(self, state: TrainState, engine: StageEngine, sections: Sections) -> CheckpointState:
         return CheckpointState(
             step=state.step,
             tokens=state.tokens,
             zero_stage=self.config.parallel.zero_stage,
             config_hash=meaning_hash(self.config),
             config=redacted(self.config.model_dump(mode="json")),
-            sections={
-                "progress": state.section(),
-                "loader": stream.state(),
-                "tokenizer": {"hash": stream.parts[0].dataset.index.tokenizer_hash},
-                "rng": {"seed": self.config.seed},
-                "scheduler": {"stage": self.config.stages[0].name, "step": state.step},
-            },
+            sections={"progress": state.section(), **sections},
             hyperparameters=self._hyperparameters(engine),
         )
 

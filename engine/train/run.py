@@ -63,7 +63,7 @@ def train(
     finally:
         if trainer is not None:
             trainer.close()
-    if trainer is not None and trainer.speaks:
+    if trainer is not None and trainer.is_main_rank:
         with contextlib.suppress(OSError):  # words that nobody can read must not cost a run that has ended well
             print(trainer.summary(code), flush=True)
     disconnect()

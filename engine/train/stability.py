@@ -1,14 +1,14 @@
 """Which steps are taken: a step that is not finite or a spike is skipped, and after many spikes the run goes back.
 
-Every rank judges from the same all-reduced loss and norm, so all decide alike and nothing is sent. What the
-judgement remembers is plain numbers in the train state: a restart judges as the run that never stopped.
+Every rank judges from the same all-reduced loss and norm, so all decide alike and nothing is sent. What the guard
+remembers is plain numbers in a section of the checkpoint: a restart judges as the run that never stopped.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from engine.config.schema.optimizer import StabilityConfig
@@ -36,18 +36,20 @@ class StabilityState:
     """Steps skipped in a row up to now."""
     spikes: list[tuple[int, int]] = field(default_factory=list)
     """(step, position of its first sample) of each spike within the last `rollback_steps` steps."""
-    rollbacks: int = 0
-    """Rollbacks made."""
+
+    def section(self) -> dict[str, Any]:
+        """Return the state as a checkpoint stores it."""
+        return asdict(self)
 
     @classmethod
     def from_section(cls, section: dict[str, Any]) -> StabilityState:
-        """The state of a checkpoint's section."""
+        """Return the state of a checkpoint's section."""
         spikes = [(step, position) for step, position in section["spikes"]]
-        return cls(section["losses"], section["norms"], section["skips"], spikes, section["rollbacks"])
+        return cls(section["losses"], section["norms"], section["skips"], spikes)
 
-    def after_rollback(self, rollbacks: int) -> StabilityState:
-        """This state, of a checkpoint, when the run has gone back to it for the so-manieth time."""
-        return replace(self, spikes=[], skips=0, rollbacks=rollbacks)
+    def after_rollback(self) -> StabilityState:
+        """Return this state, which a checkpoint held, for a run that has gone back to that checkpoint."""
+        return replace(self, spikes=[], skips=0)
 
 
 class Guard:
@@ -57,7 +59,7 @@ class Guard:
         self.config, self.state = config, state
 
     def judge(self, step: int, position: int, loss: float, norm: float) -> Verdict:
-        """Whether `step` (from 0), whose first sample has that position in the stream, may change the weights.
+        """Return the verdict on `step` (from 0), whose first sample has that position in the stream.
 
         Raises:
             NotFinite: loss or norm is not finite, and `non_finite` is `stop`.
@@ -83,8 +85,10 @@ class Guard:
             )
         return verdict
 
-    def offending(self) -> int | None:
-        """The position from which samples are to be left out in a rollback; None while there is no need of one.
+    def offending(self, rollbacks: int) -> int | None:
+        """Return the position from which a rollback has to leave out samples; None means that none is needed.
+
+        `rollbacks` are those that the run has made.
 
         Raises:
             Unstable: it would be one rollback more than `max_rollbacks`.
@@ -92,7 +96,7 @@ class Guard:
         wanted, most = self.config.rollback_spikes, self.config.max_rollbacks
         if wanted is None or len(self.state.spikes) < wanted:
             return None
-        if self.state.rollbacks == most:
+        if rollbacks >= most:
             raise Unstable(
                 f"step {self.state.spikes[-1][0] + 1}: the loss still spikes after {most} rollbacks",
                 f"stability.max_rollbacks = {most} at most",

@@ -9,31 +9,39 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from engine.train.stability import StabilityState
-
 
 @dataclass
 class TrainState:
     """Counts of a run; equal on every rank."""
 
     step: int = 0
-    """Steps done."""
+    """Steps done, over all run stages."""
+    run_stage: int = 0
+    """Number of the run stage in which the run stands. Once its steps are done, the next step is the first one of the
+    next run stage, if there is one."""
+    stage_step: int = 0
+    """Steps done of that run stage."""
     updates: int = 0
-    """Weight updates done: what Adam's bias correction counts. Less than `step` where steps were skipped."""
+    """Weight updates done since the moments began at zero, as Adam's bias correction counts them: less than `step`
+    where steps were skipped or a run stage has reset the optimizer."""
     samples: int = 0
     """Samples trained on; those that a rollback left out stand in the loader's state."""
     tokens: int = 0
     """Tokens trained on, padding included."""
     loss: float | None = None
     """Training loss of the last step that had a finite one, so that a restart can show where it goes on."""
-    stability: StabilityState = field(default_factory=StabilityState)
+    rollbacks: int = 0
+    """Times that the run went back to a checkpoint after spikes of the loss."""
+    left_out_later: list[tuple[int, int, int]] = field(default_factory=list)
+    """(number of a run stage, first, end) of samples that a run stage has to leave out which has not begun yet, since a
+    rollback took the run back to the one before it."""
 
     def section(self) -> dict[str, Any]:
-        """The state as a checkpoint stores it."""
+        """Return the state as a checkpoint stores it."""
         return asdict(self)
 
     @classmethod
     def from_section(cls, section: dict[str, Any]) -> TrainState:
-        """The state of a checkpoint's section."""
-        stability = StabilityState.from_section(section["stability"])
-        return cls(**{name: value for name, value in section.items() if name != "stability"}, stability=stability)
+        """Return the state of a checkpoint's section."""
+        later = [(number, first, end) for number, first, end in section["left_out_later"]]
+        return cls(**{**section, "left_out_later": later})

@@ -1,7 +1,8 @@
-"""One rank of a run: builds, restores or begins, goes step by step, evaluates, saves, and goes back past spikes.
+"""One rank of a run: builds, restores or begins, and goes step by step to the end.
 
-The loop reads top to bottom in `Trainer.fit`. Every rank goes through the same calls in the same order; what only
-one rank does (metrics, messages) waits for nobody.
+The loop reads top to bottom in `Trainer.fit`; heartbeat, signals and saves are in it, and everything else that happens
+around a step is a hook (`engine.train.hooks`). Every rank goes through the same calls in the same order; what only one
+rank does (metrics, messages) waits for nobody.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import math
 import time
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 
 from engine.config.rank_environment import RankEnvironment
 from engine.config.schema.run import RunConfig
 from engine.data.shards.damage import DamagedShard
-from engine.errors import EXIT_DONE, EXIT_REQUEUE, DataError, EnvironmentProblem
+from engine.errors import EXIT_DONE, EXIT_REQUEUE, DataError
 from engine.heartbeat import Heartbeat
 from engine.logs import logger, phase
 from engine.models.families import family
@@ -28,14 +30,14 @@ from engine.parallel.meeting import agree_over
 from engine.parallel.pipeline import Pipeline
 from engine.train.build import build_pipeline
 from engine.train.checks import check_invariants
-from engine.train.evaluation import evaluate, is_recorded
 from engine.train.facts import facts_of_data
 from engine.train.feed import Feed, open_datasets
-from engine.train.metrics import Metrics, Record, open_metrics
-from engine.train.records import last_step
-from engine.train.restart import SHOWN_SAMPLES, Restarts
+from engine.train.hooks import Hooks, Update
+from engine.train.records import Record, last_step
+from engine.train.restart import SHOWN_SAMPLES, Restarts, Restored
 from engine.train.signals import Stopping, StopSignals
-from engine.train.stability import REMEDY, Guard, Unstable, Verdict
+from engine.train.stability import REMEDY, Unstable
+from engine.train.standard_hooks import standard_hooks
 from engine.train.state import TrainState
 from engine.train.step_totals import Sums
 from engine.train.summary import Spent, process_seconds, summary
@@ -74,47 +76,47 @@ class Trainer:
             )
         with phase("building the model"):
             self.pipeline: Pipeline = build_pipeline(config, self.run_stage, groups, device)
+        self.hooks = Hooks(standard_hooks(config))
         self.heart.beat(0, "load")
         with phase("looking for a checkpoint and loading it"):
-            self.state = self._restore()
+            self.state = TrainState()
+            self._restore()
         with phase("taking the memory of saves"):
             self.restarts.reserve(self.pipeline.engine)
-        self.speaks = groups.global_rank == 0
-        with phase("opening metrics and trackers"):
-            self.metrics = on_all(self._open_metrics, groups.world, EnvironmentProblem)
+
+    @property
+    def is_main_rank(self) -> bool:
+        """True on global rank 0."""
+        return self.groups.global_rank == 0
+
+    @property
+    def ends_run_stage(self) -> bool:
+        """True where no step of the run stage is left."""
+        return self.state.step >= self.num_steps
 
     def fit(self) -> int:
-        """Trains to the end (`EXIT_DONE`) or until a signal (`EXIT_REQUEUE`). Collective over the world."""
+        """Train to the end (`EXIT_DONE`) or until a signal (`EXIT_REQUEUE`). Collective over the world."""
         self.feed.start()
         self.spent.add("start", process_seconds())
-        if self.state.step >= self.num_steps:
+        if self.ends_run_stage:
             _log.info("step %d of %d: nothing left to train", self.state.step, self.num_steps)
-        with phase("the evaluation that the start before did not come to"):
-            if self._evaluation_is_missing() and self._evaluate():
-                return EXIT_REQUEUE
+        if self.hooks.start(self):
+            return EXIT_REQUEUE
         first = self.state.step
-        while self.state.step < self.num_steps:
+        while not self.ends_run_stage:
             with phase("the first step") if self.state.step == first else nullcontext():
                 stop = self._step()
-            offending = self.guard.offending()
-            if offending is not None and not stop:
-                self._roll_back(offending)
+            if not stop and self.hooks.roll_back(self):
                 continue
-            last = self.state.step == self.num_steps
-            if stop or last or _due(self.state.step, self.config.checkpoint.every_steps):
-                self._save(wait=stop or last)
-            elif _due(self.state.step, self._memory_every_steps):
-                self.heart.beat(self.state.step, "save")
-                with self.spent.phase("checkpoints"):
-                    self.restarts.keep(self.state, self.pipeline.engine, self.feed.stream)
+            last = self.ends_run_stage
+            if stop or last or self._save_is_due():
+                self.save(wait=stop or last)
             if stop and not last:
                 return EXIT_REQUEUE
-            if self._evaluates():
-                stop = self._evaluate()
-                if stop and not last:
-                    self._save(wait=True)
-                if stop:
-                    return EXIT_REQUEUE
+            if self.hooks.between_steps(self):
+                if not last:
+                    self.save(wait=True)
+                return EXIT_REQUEUE
         return EXIT_DONE
 
     def close(self) -> None:
@@ -122,7 +124,7 @@ class Trainer:
         self.heart.beat(self.state.step, "end")
         self.restarts.abandon()
         self.feed.close()
-        self.metrics.close()
+        self.hooks.close()
 
     def summary(self, code: int) -> str:
         """The last words of a run that ends with this exit code; rank 0 has them all."""
@@ -149,8 +151,8 @@ class Trainer:
         flags = (float(self.signals.asked), *self.restarts.signals())
         self.heart.beat(state.step, "loss")
         losses, (stop, done, failed), sums_KL = self.sums.of_losses(sums_L * scales_L, flags, by_domain)
-        verdict, gradient_norm = self._update(sum(losses), position, learning_rate)
-        tokens = self._count_step(sum(losses), updated=verdict == "accept")
+        updated, gradient_norm = self._update(sum(losses), position, learning_rate)
+        tokens = self._count_step(sum(losses), updated)
         seconds = time.perf_counter() - begin
         record: Record = {
             "step": state.step,
@@ -164,36 +166,28 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "data_wait_seconds": self.feed.wait_seconds,
         }
-        record |= {f"{name}_samples": count for name, count in self.feed.stream.drawn().items()}
-        length = self.run_stage.sequence_length
-        record |= {f"tokens/{name}": count * length for name, count in self.feed.stream.trained().items()}
-        if lost := len(self.feed.stream.lost):
-            record["lost_shards"] = lost
-        if verdict != "accept":
-            record["skipped"] = 1
-        self.metrics.write(record)
+        self.write(record | self.hooks.after_step(self))
         self.spent.step(seconds, record["data_wait_seconds"], tokens)
         self.restarts.advance(done, failed)
         return stop > 0
 
-    def _update(self, loss: float, position: int, learning_rate: float) -> tuple[Verdict, float]:
-        """Updates the weights if the step is found to be sound; returns what it was found to be, and the gradient's
-        norm. `position` is that of the step's first sample. Collective over the world."""
-        step = self.state.step
-        verdicts: list[Verdict] = []
+    def _update(self, loss: float, position: int, learning_rate: float) -> tuple[bool, float]:
+        """Update the weights if all hooks accept that; return whether they did, and the gradient's norm. `position` is
+        that of the step's first sample. Collective over the world."""
+        step, engine = self.state.step, self.pipeline.engine
+        accepted: list[bool] = []
 
         def accept(norm: float) -> bool:
             self.restarts.hold_update()
-            verdicts.append(self.guard.judge(step, position, loss, norm))
-            return verdicts[0] == "accept"
+            update = Update(step, position, loss, norm, learning_rate, engine.gradient_shards)
+            accepted.append(self.hooks.before_update(self, update))
+            return accepted[0]
 
         self.heart.beat(step, "optimizer step")
-        gradient_norm = self.pipeline.engine.step(learning_rate, accept)
+        gradient_norm = engine.step(learning_rate, accept)
         if self.config.checks:
-            check_invariants(self.pipeline.engine, self.groups)
-        if verdicts[0] != "accept":
-            _log.warning("step %d is skipped: loss %.6g, gradient norm %.6g", step + 1, loss, gradient_norm)
-        return verdicts[0], gradient_norm
+            check_invariants(engine, self.groups)
+        return accepted[0], gradient_norm
 
     def _count_step(self, loss: float, updated: bool) -> int:
         """Moves the state past a step; returns its tokens."""
@@ -206,51 +200,31 @@ class Trainer:
             state.loss = loss
         return samples * self.run_stage.sequence_length
 
-    @property
-    def _memory_every_steps(self) -> int | None:
-        memory = self.config.checkpoint.memory
-        return memory.every_steps if memory is not None else None
+    def write(self, record: Record) -> None:
+        """Hand a record to all hooks."""
+        self.hooks.take_record(record)
 
-    @property
-    def guard(self) -> Guard:
-        """Judges steps, by what `state` remembers of those before."""
-        return Guard(self.config.stability, self.state.stability)
-
-    def _roll_back(self, first: int) -> None:
-        """Goes back to the newest whole checkpoint, and leaves out the samples from position `first` to the last drawn.
-
-        What is left out is saved at once, so that a restart knows of it. Collective over the world.
+    def go_back(self, first: int) -> None:
+        """Load the newest whole checkpoint on the disk, and leave out the samples from position `first` to the last one
+        drawn. Counts the rollback. Collective over the world.
 
         Raises:
             Unstable: there is no checkpoint.
         """
         self.heart.beat(self.state.step, "load")
-        stream, rollbacks, spiked = self.feed.stream, self.state.stability.rollbacks + 1, self.state.step
-        left_out, end = stream.left_out, stream.position
+        stream, rollbacks, spiked = self.feed.stream, self.state.rollbacks + 1, self.state.step
+        left_out = (*stream.left_out, (first, stream.position))
         self.feed.close()
-        self.metrics.close()
-        restored = self.restarts.restore(self.pipeline.engine, stream, go_back=True)
+        restored = self.restarts.restore(self.pipeline.engine, go_back=True)
         if restored is None:
             raise Unstable(
                 f"step {spiked}: the loss spikes before the first checkpoint", "a checkpoint to go back to", REMEDY
             )
-        for interval in (*left_out, (first, end)):
+        self._take(restored)
+        self.state.rollbacks = rollbacks
+        for interval in left_out:
             stream.leave_out(*interval)
-        self.state = restored.state
-        self.state.stability = self.state.stability.after_rollback(rollbacks)
-        self.metrics = on_all(self._open_metrics, self.groups.world, EnvironmentProblem)
-        # Before the save: a kill between the two leaves a record that no checkpoint counts, which the next start cuts.
-        step = self.state.step + 1
-        self.metrics.write({"step": step, "rollback": rollbacks, "left_out_from": first, "left_out_to": end})
-        self._save(wait=True)
-        self.feed.start()
-        _log.warning(
-            "the loss spiked up to step %d: back at step %d, leaving out the samples at %d to %d",
-            spiked,
-            self.state.step,
-            first,
-            end - 1,
-        )
+        self.hooks.after_rollback(self)
 
     def _read(self) -> tuple[list[Tensors], torch.Tensor, torch.Tensor]:
         """Inputs and weights of the next step, of all rows and by domain; where the configuration says so, without the
@@ -268,55 +242,50 @@ class Trainer:
                 on_all(partial(self.feed.quarantine, damage), self.groups.world, DataError)
                 _log.warning("from step %d on without a damaged shard: %s", self.state.step + 1, error.wrong)
 
-    def _evaluates(self) -> bool:
-        """Whether there is an evaluation where the run stands."""
-        step = self.state.step
-        return step >= self.num_steps or _due(step, self.config.evaluation.every_steps)
-
-    def _evaluation_is_missing(self) -> bool:
-        """Whether the run was ended between the step where it stands and the evaluation that belonged there."""
-        step, world = self.state.step, self.groups.world
-        return step > 0 and self._evaluates() and not is_recorded(self.config.folder, step, world)
-
-    def _evaluate(self) -> bool:
-        """Records the held-out loss; returns whether any rank was asked to stop, so that the next start has to."""
-        if self.feed.held_out is None:
-            return False
-        step, begin = self.state.step, time.perf_counter()
-        with self.spent.phase("evaluation"):
-            found = evaluate(
-                self.pipeline,
-                self.feed,
-                self.sums,
-                lambda: self.heart.beat(step, "evaluation"),
-                lambda: self.signals.asked,
-            )
-        if found is not None:
-            self.metrics.write({"step": step, **found, "validation_seconds": time.perf_counter() - begin})
-        return found is None
-
-    def _open_metrics(self) -> Metrics:
-        if not self.speaks:
-            return Metrics([])
-        return open_metrics(self.config, self.state.step, self.state.stability.rollbacks)
-
-    def _save(self, wait: bool) -> None:
+    def save(self, wait: bool) -> None:
+        """Begin a checkpoint; with `wait`, end it, too. Collective over the world."""
         if self.state.step == 0:
             return  # stopped before the first step: the next start begins at the same place
         self.heart.beat(self.state.step, "save")
         begin = time.perf_counter()
         with self.spent.phase("checkpoints"):
-            self.restarts.save(self.state, self.pipeline.engine, self.feed.stream, wait)
+            self.restarts.save(self.state, self.pipeline.engine, self._sections(), wait)
         _log.info("step %d was held up by its checkpoint for %.2f s", self.state.step, time.perf_counter() - begin)
 
-    def _restore(self) -> TrainState:
-        """Where the run goes on, or its beginning; says what shows that it is the same run."""
-        restored = self.restarts.restore(self.pipeline.engine, self.feed.stream)
+    def save_in_memory(self) -> None:
+        """Begin a checkpoint in the nodes' memory, except while another one is under way. Collective over the world."""
+        self.heart.beat(self.state.step, "save")
+        with self.spent.phase("checkpoints"):
+            self.restarts.keep(self.state, self.pipeline.engine, self._sections())
+
+    def _save_is_due(self) -> bool:
+        every_steps = self.config.checkpoint.every_steps
+        return every_steps is not None and self.state.step % every_steps == 0
+
+    def _sections(self) -> dict[str, Any]:
+        """Return what the parts of the run keep in a checkpoint, by name."""
+        stream = self.feed.stream
+        return {
+            "loader": stream.state(),
+            "tokenizer": {"hash": stream.parts[0].dataset.index.tokenizer_hash},
+            **self.hooks.sections(),
+        }
+
+    def _take(self, restored: Restored) -> None:
+        """Go on from what was loaded."""
+        self.state = restored.state
+        self.feed.stream.restore(restored.sections["loader"])
+        self.hooks.restore(restored.sections)
+
+    def _restore(self) -> None:
+        """Go on from the newest whole checkpoint, where there is one; tell what shows that it is the same run."""
+        restored = self.restarts.restore(self.pipeline.engine)
         if restored is None:
             if trained := last_step(self.config.folder):
                 _log.warning("no checkpoint in %s: its metrics up to step %d are dropped", self.config.folder, trained)
             _log.info("starting at step 0 in layout %s, ZeRO-%d", self.groups.layout, self.config.parallel.zero_stage)
-            return TrainState()
+            return
+        self._take(restored)
         saved, state = restored.manifest, restored.state
         _log.info(
             "resuming from %s: step %d, loss %.4f; saved in layout %s, ZeRO-%d, going on in layout %s, ZeRO-%d",
@@ -334,8 +303,3 @@ class Trainer:
             SHOWN_SAMPLES,
             self.feed.stream.sample_hash(SHOWN_SAMPLES),
         )
-        return state
-
-
-def _due(step: int, every_steps: int | None) -> bool:
-    return every_steps is not None and step % every_steps == 0

@@ -130,6 +130,7 @@ class StageEngine:
         self._deferral = Deferral(module) if parallel.schedule == "zb-h1" else None
         self._whole = WholeGradients(self._shards, parameter_groups, groups, self.zero_stage, device)
         self._gradients_begun = False
+        self._rate_factors = [1.0] * len(parameter_groups)
         self._norm = torch.zeros((), device=device)
         if self.zero_stage in (1, 2):
             self._engine.optimizer.scaled_global_norm = lambda norm_type=2: self._norm
@@ -213,14 +214,16 @@ class StageEngine:
     def step(self, learning_rate: float, accept: Callable[[float], bool] = finite) -> float:
         """Clips, updates the weights, clears the gradients; returns the global gradient norm before clipping.
 
+        `learning_rate` is that of parameters whose factor is 1.
+
         Where `accept(norm)` is False (on every rank alike), the gradients are discarded and weights and optimizer
         state stay as they are, bit for bit. Collective over the world.
 
         Raises:
             NotFinite, or what else `accept` raises: on every rank, before any weight changed.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        for group, factor in zip(self.optimizer.param_groups, self._rate_factors, strict=True):
+            group["lr"] = factor * learning_rate
         self._norm = self._whole.complete()
         norm = self._norm.item()
         if not accept(norm):
@@ -239,6 +242,13 @@ class StageEngine:
     def pieces(self) -> list[Piece]:
         """Live views of all master weights and moments that this rank holds."""
         return list(self._shards.pieces())
+
+    def gradient_shards(self) -> Iterator[tuple[ParameterSpec, int, torch.Tensor]]:
+        """Yield (parameter, first element, gradient) of what this rank holds of the reduced gradients, flat.
+
+        For what `accept` of `step` looks at: summed over the whole batch, ties and tensor ranks, and not clipped.
+        """
+        return self._shards.gradient_shards()
 
     def placements(self) -> list[Placement]:
         """Where every parameter of this stage lies, on all of its ranks."""
@@ -277,6 +287,19 @@ class StageEngine:
     def refresh(self) -> None:
         """Makes the working weights follow the master weights, after those were written. Collective over the world."""
         self._shards.refresh()
+
+    def begin_run_stage(self, number: int) -> None:
+        """Take the factors of the learning rate of run stage `number` (from 0)."""
+        self._rate_factors = [
+            group.rate_factors[number] if group.rate_factors else 1.0 for group in self.parameter_groups
+        ]
+
+    def reset_moments(self) -> None:
+        """Set all moments to zero, as before the first update."""
+        for piece in self.pieces():
+            for moment in piece.moments.values():
+                moment.zero_()
+        self.set_updates(0)
 
     def set_updates(self, count: int) -> None:
         """Tells Adam how many updates its moments have seen (bias correction)."""

@@ -7,7 +7,9 @@ the ones in use, so that another release fails at the start and not in the middl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +32,24 @@ class Shards(Protocol):
     def gradients(self) -> Iterator[tuple[int, torch.Tensor]]:
         """(group, tensor) for every reduced gradient tensor of this rank; valid between last backward and step."""
         ...
+
+    def gradient_lists(self) -> Iterator[Sequence[torch.Tensor]]:
+        """Yield, for each tensor of `parts`, its reduced gradient in pieces that follow one another."""
+        ...
+
+    def gradient_shards(self) -> Iterator[tuple[ParameterSpec, int, torch.Tensor]]:
+        """Yield (parameter, first element, gradient) of each parameter shard, as `pieces` does for weights.
+
+        Valid where `gradients` is. Views, in the dtype in which gradients are reduced.
+        """
+        for (_, parts), grads in zip(self.parts(), self.gradient_lists(), strict=True):
+            # A part lies in one of the pieces: DeepSpeed cuts them between parameters, or not at all. Sizes 3 and 5
+            # begin at 0 and 3, so the part at offset 4 is element 1 of the second.
+            begins = [0, *accumulate(grad.numel() for grad in grads)]
+            for spec, start, offset, length in parts:
+                if length > 0:
+                    number = bisect_right(begins, offset) - 1
+                    yield spec, start, grads[number].view(-1).narrow(0, offset - begins[number], length)
 
     def held_gradients(self) -> set[int]:
         """Groups of which the optimizer holds reduced gradients; between steps there are none."""
@@ -101,6 +121,9 @@ class WholeShards(Shards):
                 assert parameter.grad is not None
                 yield index, parameter.grad
 
+    def gradient_lists(self) -> Iterator[Sequence[torch.Tensor]]:
+        yield from ([grad] for _, grad in self.gradients())
+
     def held_gradients(self) -> set[int]:
         return set()  # they are the parameters' own
 
@@ -139,9 +162,13 @@ class FlatShards(Shards):
             prepare_state(optimizer, flat, settings["moments"])
 
     def gradients(self) -> Iterator[tuple[int, torch.Tensor]]:
+        for index, grads in enumerate(self.gradient_lists()):
+            yield from ((index, grad) for grad in grads)
+
+    def gradient_lists(self) -> Iterator[Sequence[torch.Tensor]]:
         for index in range(len(self.groups)):
             held = self.zero.averaged_gradients[index]
-            yield from ((index, tensor) for tensor in ([held] if isinstance(held, torch.Tensor) else held))
+            yield [held] if isinstance(held, torch.Tensor) else held
 
     def held_gradients(self) -> set[int]:
         return {index for index, held in self.zero.averaged_gradients.items() if held is not None}
@@ -202,6 +229,9 @@ class PartitionedShards(Shards):
     def gradients(self) -> Iterator[tuple[int, torch.Tensor]]:
         for sub_group, held in self.zero.averaged_gradients.items():
             yield from ((self.zero.sub_group_to_group_id[sub_group], tensor) for tensor in held)
+
+    def gradient_lists(self) -> Iterator[Sequence[torch.Tensor]]:
+        yield from (self.zero.averaged_gradients[number] for number in range(len(self.zero.fp16_groups)))
 
     def held_gradients(self) -> set[int]:
         return {self.zero.sub_group_to_group_id[i] for i, held in self.zero.averaged_gradients.items() if held}

@@ -1,0 +1,228 @@
+"""Hooks: parts of a run that the training loop calls at fixed points, on every rank and in one fixed order.
+
+    start                  the run stands where it goes on
+    begin_run_stage        the data of a run stage is open
+        before_update      gradients are reduced, weights are as they were; may refuse the update
+        after_step         the step is counted; returns additions to its record
+        take_record        a record is complete: a step's, or another hook's
+        roll_back          may take the run back to a checkpoint
+        after_rollback     the run stands at an earlier step again
+        between_steps      the step is recorded and, where that was due, saved
+    end_run_stage          the last step of a run stage is saved
+    close                  the run ends, in an error, too
+
+There are no priorities: the order is that of the list `Hooks` is given, and `close` goes through it backwards. What one
+rank alone does (writing metrics) must not wait for the others; what is collective happens on all ranks, since all make
+the same calls. A hook that has something to remember over a restart names a section of the checkpoint; sharded
+tensors are moments of a parameter shard, not part of a section.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from engine.config.schema.run import RunConfig
+from engine.config.schema.stage import RunStage
+from engine.heartbeat import Heartbeat
+from engine.parallel.groups import Groups
+from engine.parallel.pipeline import Pipeline
+from engine.parallel.sharding import ParameterSpec
+from engine.train.feed import Feed
+from engine.train.records import Record
+from engine.train.restart import Restarts
+from engine.train.signals import StopSignals
+from engine.train.state import TrainState
+from engine.train.step_totals import Sums
+from engine.train.summary import Spent
+
+
+class Run(Protocol):
+    """The run as hooks see it: this rank's trainer."""
+
+    config: RunConfig
+    groups: Groups
+    state: TrainState
+    signals: StopSignals
+    heart: Heartbeat
+    sums: Sums
+    spent: Spent
+    restarts: Restarts
+
+    @property
+    def run_stage(self) -> RunStage:
+        """The run stage in which the run stands."""
+        ...
+
+    @property
+    def feed(self) -> Feed:
+        """Batches of that run stage."""
+        ...
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """This rank's part of the model, for the rows of that run stage."""
+        ...
+
+    @property
+    def is_main_rank(self) -> bool:
+        """True on global rank 0."""
+        ...
+
+    @property
+    def ends_run_stage(self) -> bool:
+        """True where no step of the run stage is left."""
+        ...
+
+    def write(self, record: Record) -> None:
+        """Hand a record to all hooks."""
+        ...
+
+    def save(self, wait: bool) -> None:
+        """Begin a checkpoint; with `wait`, end it, too. Collective over the world."""
+        ...
+
+    def save_in_memory(self) -> None:
+        """Begin a checkpoint in the nodes' memory, except while another one is under way. Collective over the world."""
+        ...
+
+    def go_back(self, first: int) -> None:
+        """Load the newest whole checkpoint on the disk, and leave out the samples from position `first` to the last one
+        drawn. Counts the rollback. Collective over the world."""
+        ...
+
+
+GradientShard = tuple[ParameterSpec, int, torch.Tensor]
+"""(parameter, first element, gradient): a flat range of this rank's tensor-parallel part of a parameter's gradient,
+over the whole global batch and before clipping. A view: read it, or change it in place."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """A step whose gradients are known and whose weights are not updated; equal on every rank but for `gradients`."""
+
+    step: int
+    """Counted from 0 over the whole run."""
+    position: int
+    """Position of the step's first sample in the stream of the run stage."""
+    loss: float
+    gradient_norm: float
+    """L2 norm of the whole model's gradient before clipping."""
+    learning_rate: float
+    gradients: Callable[[], Iterator[GradientShard]]
+    """Yields what this rank holds of the gradient. Under ZeRO-0 every data rank holds the same."""
+
+
+class Hook:
+    """Base of all hooks: does nothing at any point."""
+
+    section: ClassVar[str | None] = None
+    """Name of what the hook keeps in checkpoints. None means that it keeps nothing."""
+
+    def start(self, run: Run) -> bool:
+        """Begin; return True if any rank was asked to stop meanwhile."""
+        return False
+
+    def begin_run_stage(self, run: Run) -> None:
+        """Take note of a run stage whose first step is next."""
+
+    def end_run_stage(self, run: Run) -> None:
+        """Take note of a run stage whose last step is done, evaluated and saved."""
+
+    def before_update(self, run: Run, update: Update) -> bool:
+        """Return True if the weights may be updated, on all ranks alike."""
+        return True
+
+    def after_step(self, run: Run) -> Record:
+        """Return additions to the record of the step that was just counted."""
+        return {}
+
+    def take_record(self, record: Record) -> None:
+        """Take a complete record."""
+
+    def roll_back(self, run: Run) -> bool:
+        """Take the run back to a checkpoint if the steps so far demand it; return True if that was done."""
+        return False
+
+    def after_rollback(self, run: Run) -> None:
+        """Take note of a state, sections included, that was loaded from an earlier checkpoint."""
+
+    def between_steps(self, run: Run) -> bool:
+        """Do what belongs between two steps; return True if any rank was asked to stop meanwhile."""
+        return False
+
+    def state(self) -> dict[str, Any]:
+        """Return the section of a checkpoint, as JSON, equal on every rank."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a section as `state` returned it; not called where the run begins."""
+
+    def close(self) -> None:
+        """End; safe after an error, and to call twice."""
+
+
+class Hooks:
+    """The hooks of a run in their order. Each method calls all of them."""
+
+    def __init__(self, hooks: Sequence[Hook]) -> None:
+        self._hooks = tuple(hooks)
+        names = [hook.section for hook in hooks if hook.section is not None]
+        assert len(set(names)) == len(names), f"two hooks keep the same section: {names}"
+
+    def start(self, run: Run) -> bool:
+        """Return True if any rank was asked to stop meanwhile; hooks after it do not start then."""
+        return any(hook.start(run) for hook in self._hooks)
+
+    def begin_run_stage(self, run: Run) -> None:
+        for hook in self._hooks:
+            hook.begin_run_stage(run)
+
+    def end_run_stage(self, run: Run) -> None:
+        for hook in self._hooks:
+            hook.end_run_stage(run)
+
+    def before_update(self, run: Run, update: Update) -> bool:
+        """Return True if every hook accepts the update; each is asked, whatever those before it said."""
+        answers = [hook.before_update(run, update) for hook in self._hooks]
+        return all(answers)
+
+    def after_step(self, run: Run) -> Record:
+        """Return the additions of all hooks to the record of a step."""
+        added: Record = {}
+        for hook in self._hooks:
+            added |= hook.after_step(run)
+        return added
+
+    def take_record(self, record: Record) -> None:
+        for hook in self._hooks:
+            hook.take_record(record)
+
+    def roll_back(self, run: Run) -> bool:
+        """Return True if one of the hooks took the run back; those after it are not asked then."""
+        return any(hook.roll_back(run) for hook in self._hooks)
+
+    def after_rollback(self, run: Run) -> None:
+        for hook in self._hooks:
+            hook.after_rollback(run)
+
+    def between_steps(self, run: Run) -> bool:
+        """Return True if any rank was asked to stop meanwhile; hooks after it are left out then."""
+        return any(hook.between_steps(run) for hook in self._hooks)
+
+    def sections(self) -> dict[str, Any]:
+        """Return what hooks keep in a checkpoint, by name."""
+        return {hook.section: hook.state() for hook in self._hooks if hook.section is not None}
+
+    def restore(self, sections: Mapping[str, Any]) -> None:
+        """Hand every hook its section; a hook that a checkpoint knows nothing of begins anew."""
+        for hook in self._hooks:
+            if hook.section is not None and hook.section in sections:
+                hook.restore(sections[hook.section])
+
+    def close(self) -> None:
+        for hook in reversed(self._hooks):
+            hook.close()

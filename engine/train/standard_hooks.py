@@ -1,0 +1,75 @@
+"""The hooks of every run, in their order, and the two small ones among them: metrics, and checkpoints in memory."""
+
+from __future__ import annotations
+
+from engine.config.schema.run import RunConfig
+from engine.errors import EnvironmentProblem
+from engine.logs import phase
+from engine.parallel.agreement import on_all
+from engine.train.evaluation import Validation
+from engine.train.hooks import Hook, Run
+from engine.train.metrics import Metrics, open_metrics
+from engine.train.records import Record
+from engine.train.rollback import Stability
+
+
+def standard_hooks(config: RunConfig) -> list[Hook]:
+    """Return the hooks of a run in the order in which they are called.
+
+    Metrics come first: what other hooks record has to find the files open, and cut at the step where the run goes on.
+    Validation comes last: a checkpoint does not wait for it.
+    """
+    return [Recorder(), Stability(config.stability), MemoryCheckpoints(config), Validation()]
+
+
+class Recorder(Hook):
+    """Writes records where the run's numbers go (`engine.train.metrics`), and adds the counts of its data to them."""
+
+    def __init__(self) -> None:
+        self._metrics = Metrics([])
+
+    def start(self, run: Run) -> bool:
+        """Open what the configuration asks for, on the main rank."""
+        with phase("opening metrics and trackers"):
+            self._metrics = on_all(lambda: self._open(run), run.groups.world, EnvironmentProblem)
+        return False
+
+    def after_step(self, run: Run) -> Record:
+        """Return the samples and tokens of each source, and the shards that the run does without."""
+        stream, length = run.feed.stream, run.run_stage.sequence_length
+        added: Record = {f"{name}_samples": count for name, count in stream.drawn().items()}
+        added |= {f"tokens/{name}": count * length for name, count in stream.trained().items()}
+        return added | ({"lost_shards": len(stream.lost)} if stream.lost else {})
+
+    def take_record(self, record: Record) -> None:
+        self._metrics.write(record)
+
+    def after_rollback(self, run: Run) -> None:
+        """Open everything anew, so that the steps which will come again stand once."""
+        self._metrics.close()
+        self._metrics = on_all(lambda: self._open(run), run.groups.world, EnvironmentProblem)
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._metrics = Metrics([])
+
+    @staticmethod
+    def _open(run: Run) -> Metrics:
+        if not run.is_main_rank:
+            return Metrics([])
+        return open_metrics(run.config, run.state.step, run.state.rollbacks)
+
+
+class MemoryCheckpoints(Hook):
+    """Begins a checkpoint in the nodes' memory after every `checkpoint.memory.every_steps` steps."""
+
+    def __init__(self, config: RunConfig) -> None:
+        memory = config.checkpoint.memory
+        self._every_steps = memory.every_steps if memory is not None else None
+
+    def between_steps(self, run: Run) -> bool:
+        """Begin one where it is due, except after a step that the disk has."""
+        step = run.state.step
+        if self._every_steps is not None and step % self._every_steps == 0 and run.restarts.begun_step != step:
+            run.save_in_memory()
+        return False
