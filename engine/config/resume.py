@@ -1,7 +1,8 @@
-"""What a changed configuration means for a run that goes on (contract "Config on resume").
+"""The meaning of a changed configuration for a run that goes on (contract "Config on resume").
 
-Only keys of kind `meaning` enter the hash that a checkpoint carries. A `schedule` key may change and is logged,
-an `execution` key is free.
+Only keys of kind `meaning` enter the hash that a checkpoint carries. A `schedule` key may change and is logged, an
+`execution` key is free. The hash covers the run's own keys and those of the run stages up to the one in which the run
+stands: what comes later may still be changed or appended, and a run stage that is completed may not change at all.
 """
 
 from __future__ import annotations
@@ -49,31 +50,65 @@ def flatten(section: Section, prefix: str = "") -> dict[str, tuple[Kind, Any]]:
     return leaves
 
 
-def meaning_hash(config: RunConfig) -> str:
-    """Hash of the keys that make a run what it is, as 16 hex digits."""
-    meaning = {key: value for key, (kind, value) in flatten(config).items() if kind == "meaning"}
+def meaning_hash(config: RunConfig, run_stage: int = 0) -> str:
+    """Return the hash, 16 hex digits, of the keys that make a run up to run stage number `run_stage` what it is."""
+    leaves = flatten(config)
+    meaning = {
+        key: value for key, (kind, value) in leaves.items() if kind == "meaning" and _run_stage_of(key) <= run_stage
+    }
     text = json.dumps(meaning, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def compare(before: RunConfig, after: RunConfig) -> list[Change]:
-    """Every key that differs."""
+def compare(before: RunConfig, after: RunConfig, run_stage: int | None = None) -> list[Change]:
+    """Return every key that differs, outside of the run stages that come after number `run_stage`.
+
+    None compares all run stages.
+    """
     old, new = flatten(before), flatten(after)
     absent: tuple[Kind, Any] = ("meaning", None)
     changes = []
     for key in sorted(old.keys() | new.keys()):
         (kind, was), (kind_after, is_now) = old.get(key, absent), new.get(key, absent)
-        if was != is_now:
+        later = run_stage is not None and _run_stage_of(key) > run_stage
+        if was != is_now and not later:
             changes.append(Change(key, kind if key in old else kind_after, was, is_now))
     return changes
 
 
-def refuse_new_meaning(changes: list[Change], folder: str) -> None:
-    """Raises `ConfigError` naming every changed key that would make another run of the one in `folder`."""
-    refused = [change for change in changes if change.kind == "meaning"]
+def refuse_new_meaning(before: RunConfig, after: RunConfig, folder: str, run_stage: int = 0) -> None:
+    """Refuse a configuration that would make another run of the one in `folder`, which stands in number `run_stage`.
+
+    Raises:
+        ConfigError: naming each completed run stage that is not as it was, and every other key of kind `meaning`.
+    """
+    if len(after.stages) <= run_stage:
+        missing = [stage.name for stage in before.stages[len(after.stages) : run_stage + 1]]
+        refused = [f"run stage {name!r} is missing, and it has been trained" for name in missing]
+    else:
+        refused = []
+    changes = compare(before, after, min(run_stage, len(after.stages) - 1))
+    completed: dict[int, list[str]] = {}
+    for change in changes:
+        number = _run_stage_of(change.key)
+        if 0 <= number < run_stage and change.kind != "execution":
+            completed.setdefault(number, []).append(str(change).removeprefix(f"stages.{number}."))
+        elif change.kind == "meaning":
+            refused.append(str(change))
+    refused += [
+        f"run stage {before.stages[number].name!r} is completed and cannot change: {', '.join(found)}"
+        for number, found in sorted(completed.items())
+    ]
     if refused:
         raise ConfigError(
-            f"run folder {folder} belongs to another run:\n  " + "\n  ".join(str(change) for change in refused),
-            "changes of layout, launcher, logging (free) and of the schedule (logged)",
-            "restore these keys, or start afresh with another `folder`",
+            f"run folder {folder} belongs to another run:\n  " + "\n  ".join(refused),
+            "changes of layout, launcher, logging (free), of the schedule (logged), and of run stages that have not "
+            "begun",
+            "restore what is named here, or start afresh with another `folder`",
         )
+
+
+def _run_stage_of(key: str) -> int:
+    """Return the number of the run stage that a dotted key belongs to; -1 for a key of the whole run."""
+    section, _, rest = key.partition(".")
+    return int(rest.partition(".")[0]) if section == "stages" else -1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from engine.config.rules.data import whole_parts
 from engine.config.schema.data import DataConfig
 from engine.config.schema.stage import RunStage
@@ -16,8 +18,21 @@ from engine.data.source import Part
 from engine.data.stream import Stream
 from engine.errors import DataError
 
+PURPOSE_RUN_STAGE = int.from_bytes(b"run stage")
 PARTS = ("train", "validation")
 """Folders that `palimpsest prepare` writes."""
+
+
+def run_stage_seed(seed: int, number: int) -> int:
+    """Return the seed of the order, the masks and the dropout of run stage `number` (from 0) of a run.
+
+    The first one has the run's own. The later ones have their own, so that a run stage over data which an earlier one
+    has seen does not begin with the same samples.
+    """
+    if number == 0:
+        return seed
+    words = np.random.SeedSequence((seed, PURPOSE_RUN_STAGE, number)).generate_state(2, np.uint32)
+    return int(words[0]) << 32 | int(words[1])
 
 
 def open_parts(run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int) -> list[Part]:

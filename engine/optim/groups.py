@@ -8,12 +8,15 @@ checkpoint never depends on the number or order of groups.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Container, Iterable, Mapping
+import math
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from engine.config.schema.optimizer import OptimizerConfig
+from engine.config.schema.stage import RunStage
+from engine.errors import ConfigError
 from engine.optim.muon import Muon
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.state import ParameterGroup
@@ -23,6 +26,37 @@ def weight_decay(name: str, config: OptimizerConfig) -> float:
     """The weight decay of one parameter, by its logical name."""
     exempt = any(fnmatch.fnmatchcase(name, pattern) for pattern in config.no_decay)
     return 0.0 if exempt else config.weight_decay
+
+
+def rate_factors(name: str, run_stages: Sequence[RunStage]) -> tuple[float, ...]:
+    """Return the factor of the learning rate of one parameter, by its logical name, in each run stage."""
+    return tuple(
+        math.prod(
+            factor for pattern, factor in run_stage.learning_rate_factors.items() if fnmatch.fnmatchcase(name, pattern)
+        )
+        for run_stage in run_stages
+    )
+
+
+def refuse_unmatched(run_stages: Sequence[RunStage], names: Iterable[str]) -> None:
+    """Refuse a pattern that matches none of the model's parameters.
+
+    Raises:
+        ConfigError: naming each such pattern.
+    """
+    known = list(names)
+    unmatched = [
+        f"stages.{number}.learning_rate_factors: the pattern {pattern!r} matches no parameter"
+        for number, run_stage in enumerate(run_stages)
+        for pattern in run_stage.learning_rate_factors
+        if not fnmatch.filter(known, pattern)
+    ]
+    if unmatched:
+        raise ConfigError(
+            "\n  ".join(unmatched),
+            f"patterns of parameters' names, such as {known[0]}, {known[-1]}",
+            "correct the pattern: `layers.0.*` means the first layer",
+        )
 
 
 def by_muon(spec: ParameterSpec, config: OptimizerConfig) -> bool:
@@ -35,14 +69,16 @@ def parameter_groups(
     config: OptimizerConfig,
     tied: Mapping[str, tuple[int, ...]] | None = None,
     partial: Container[str] = (),
+    run_stages: Sequence[RunStage] = (),
 ) -> list[ParameterGroup]:
     """The stage's parameters, in groups that are never empty.
 
     `tied` gives the stages of parameters that other stages hold too; ties of different stages share no group. Of the
-    `partial` ones each tensor rank finds a part of the gradient.
+    `partial` ones each tensor rank finds a part of the gradient. Parameters of one group have the same factor of the
+    learning rate in each of the `run_stages`, so that groups stay as they are from one to the next.
     """
     stages = tied or {}
-    grouped: dict[tuple[float, bool, tuple[int, ...], bool, bool], list[ParameterSpec]] = {}
+    grouped: dict[tuple[float, bool, tuple[int, ...], bool, bool, tuple[float, ...]], list[ParameterSpec]] = {}
     for spec in specs:
         key = (
             weight_decay(spec.name, config),
@@ -50,14 +86,15 @@ def parameter_groups(
             stages.get(spec.name, ()),
             spec.name in partial,
             by_muon(spec, config),
+            rate_factors(spec.name, run_stages),
         )
         grouped.setdefault(key, []).append(spec)
-    for (_, _, holders, _, _), members in grouped.items():
+    for (_, _, holders, _, _, _), members in grouped.items():
         if holders:
             members.sort(key=lambda spec: spec.name)  # stages meet their parameters in different orders
     return [
-        ParameterGroup(tuple(members), decay, replicated, holders, summed, matrices)
-        for (decay, replicated, holders, summed, matrices), members in sorted(grouped.items())
+        ParameterGroup(tuple(members), decay, replicated, holders, summed, matrices, factors)
+        for (decay, replicated, holders, summed, matrices, factors), members in sorted(grouped.items())
     ]
 
 

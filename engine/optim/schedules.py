@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 
+from engine.config.schema.optimizer import OptimizerConfig
 from engine.config.schema.stage import RunStage, ScheduleConfig
 
 
+def learning_rate(optimizer: OptimizerConfig, run_stage: RunStage, step: int) -> float:
+    """Return the learning rate of `step` (from 0) of a run stage, for parameters whose factor is 1."""
+    peak = run_stage.schedule.learning_rate
+    return (optimizer.learning_rate if peak is None else peak) * factor_of_step(run_stage, step)
+
+
 def factor_of_step(run_stage: RunStage, step: int) -> float:
-    """What the peak learning rate is multiplied by in `step` (from 0) of a run stage."""
+    """Return the factor of the peak learning rate in `step` (from 0) of a run stage."""
     schedule, batches = run_stage.schedule, run_stage.batches
     done, length = step + 1, run_stage.num_steps
     if schedule.unit == "tokens":

@@ -78,6 +78,7 @@ class RunConfig(Section):
     tokenizer: Path
     """Folder of the tokenizer that the shards were written with."""
     stages: tuple[RunStage, ...] = Field(min_length=1)
+    """Run stages, one after the other. Later ones may be appended to a run that has begun."""
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: PrecisionConfig = PrecisionConfig()
     stability: StabilityConfig = StabilityConfig()
@@ -92,3 +93,8 @@ class RunConfig(Section):
     export: Literal["huggingface", "none"] = "huggingface"
     """Where the trained model is meant to go. `plan` and `train` warn where it has no twin there; `none` silences it.
     """
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all run stages together."""
+        return sum(run_stage.num_steps for run_stage in self.stages)

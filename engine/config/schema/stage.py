@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from engine.config.ramp import Ramp, make_ramp
 from engine.config.schema.data import DataConfig
@@ -23,11 +23,15 @@ class Duration(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning rate over a run stage, as a factor of `optimizer.learning_rate`; `engine.optim.schedules` has the
-    formulas. Every shape begins with a linear warm-up; a key that a shape does not use keeps its default."""
+    """Learning rate over a run stage, as a factor of its peak; `engine.optim.schedules` has the formulas.
+
+    Every shape begins with a linear warm-up; a key that a shape does not use keeps its default.
+    """
 
     kind: ClassVar[Kind] = "schedule"
 
+    learning_rate: PositiveFloat | None = None
+    """Peak learning rate of the run stage. None means `optimizer.learning_rate`."""
     shape: Literal["constant", "linear", "cosine", "wsd", "infinite", "rewarm"] = "cosine"
     """`wsd`: warm-up, constant, decay at the end. `infinite`: warm-up, cool-down to a constant, constant, anneal at the
     end. `rewarm`: a cosine that goes on from the factor where an earlier run ended."""
@@ -62,7 +66,10 @@ class SmallerBatch(Section):
 class RunStage(Section):
     """One stage of a run: its data, its batch and its length."""
 
+    kinds: ClassVar[dict[str, Kind]] = {"learning_rate_factors": "schedule"}
+
     name: str = "pretrain"
+    """Name of the run stage, different from those of the others."""
     objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig
     sequence_length: int = Field(ge=1, le=2**30)
@@ -73,6 +80,11 @@ class RunStage(Section):
     """Sizes that come before `global_batch_size`, each until a step or a number of tokens."""
     duration: Duration
     schedule: ScheduleConfig = ScheduleConfig()
+    learning_rate_factors: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Factors of the learning rate by name pattern (shell style, as `optimizer.no_decay`) of parameters. A parameter
+    that several patterns match takes the product of their factors; one that none matches has factor 1."""
+    optimizer_state: Literal["keep", "reset"] = "keep"
+    """Moments of the optimizer at the beginning of the run stage: kept from the one before, or set to zero."""
 
     @property
     def batches(self) -> Ramp:

@@ -12,7 +12,7 @@ import pytest
 from engine.cli import main
 from engine.config.load import parse_run, read_tree
 from engine.config.resolve import check
-from engine.config.resume import compare, meaning_hash, refuse_new_meaning
+from engine.config.resume import meaning_hash, refuse_new_meaning
 from engine.config.schema.model import ModelConfig
 from engine.config.twins import T5, TWINS, export_warning, nearest
 from engine.errors import ConfigError
@@ -107,13 +107,13 @@ def right_value(form: str, key: str):
 def test_the_key_is_free_on_resume():
     before, after = run_of({}), run_of({}, export="none")
     assert meaning_hash(before) == meaning_hash(after)
-    refuse_new_meaning(compare(before, after), "f")
+    refuse_new_meaning(before, after, "f")
 
 
 def test_a_run_that_had_other_defaults_is_refused_by_key_name():
     before = run_of({"family": "bert", "norm_position": "pre", "activation": "gelu_tanh", "token_types": 0})
     with pytest.raises(ConfigError, match=r"model.activation: 'gelu_tanh' -> 'gelu'(.|\n)*model.norm_position"):
-        refuse_new_meaning(compare(before, run_of({"family": "bert"})), "f")
+        refuse_new_meaning(before, run_of({"family": "bert"}), "f")
 
 
 @pytest.mark.parametrize("export", ["huggingface", "none"])

@@ -2,8 +2,10 @@ import pytest
 
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.optimizer import OptimizerConfig
+from engine.errors import ConfigError
 from engine.models import gpt
-from engine.optim.groups import parameter_groups, weight_decay
+from engine.optim.groups import parameter_groups, refuse_unmatched, weight_decay
+from tests.engine.config.test_resolve import config
 
 MODEL = ModelConfig(vocab_size=50, num_layers=2, hidden_size=8, num_heads=2)
 CONFIG = OptimizerConfig(weight_decay=0.1)
@@ -42,3 +44,33 @@ def test_groups_do_not_depend_on_which_other_parameters_a_stage_holds():
     first = parameter_groups([specs["embed_tokens.weight"], specs["embed_positions.weight"]], CONFIG, tied)
     last = parameter_groups([specs["final_norm.weight"], specs["embed_tokens.weight"]], CONFIG, tied)
     assert [group for group in first if group.tied] == [group for group in last if group.tied]
+
+
+def stages(*factors):
+    [stage] = config().stages
+    return [stage.model_copy(update={"learning_rate_factors": held}) for held in factors]
+
+
+def test_learning_rate_factors_split_groups_alike_in_all_run_stages():
+    """Groups do not change from one run stage to the next, only their factors do."""
+    run_stages = stages({}, {"layers.0.*": 0.5, "*.bias": 0.1})
+    groups = parameter_groups(gpt.specs(MODEL), CONFIG, run_stages=run_stages)
+    factors = {spec.name: group.rate_factors for group in groups for spec in group.specs}
+    assert factors["final_norm.weight"] == (1, 1)
+    assert factors["layers.0.attention.qkv_proj.weight"] == (1, 0.5)
+    assert factors["layers.1.attention.qkv_proj.bias"] == (1, 0.1)
+    assert factors["layers.0.attention.qkv_proj.bias"] == (1, pytest.approx(0.05)), "the product of both patterns"
+    assert len(factors) == len(list(gpt.specs(MODEL)))
+
+
+def test_without_factors_groups_are_as_they_were():
+    assert [group.specs for group in parameter_groups(gpt.specs(MODEL), CONFIG)] == [
+        group.specs for group in parameter_groups(gpt.specs(MODEL), CONFIG, run_stages=stages({}, {}))
+    ]
+
+
+def test_a_pattern_that_matches_nothing_is_an_error():
+    names = [spec.name for spec in gpt.specs(MODEL)]
+    refuse_unmatched(stages({"layers.0.*": 0.5}), names)
+    with pytest.raises(ConfigError, match=r"stages.1.learning_rate_factors: the pattern 'layer.0.\*' matches no"):
+        refuse_unmatched(stages({}, {"layer.0.*": 0.5, "*.bias": 2.0}), names)

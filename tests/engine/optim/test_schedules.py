@@ -5,7 +5,7 @@ import math
 import pytest
 
 from engine.config.schema.stage import ScheduleConfig
-from engine.optim.schedules import factor, factor_of_step
+from engine.optim.schedules import factor, factor_of_step, learning_rate
 from tests.engine.config.test_resolve import config
 
 
@@ -120,3 +120,10 @@ def test_with_a_ramp_tokens_follow_the_batch():
     done = [sum(sizes[: step + 1]) for step in range(6)]
     expected = [0.5, 1.0, *(1 - (samples - 12) / (84 - 12) for samples in done[2:])]
     assert [factor_of_step(run_stage, step) for step in range(6)] == pytest.approx(expected)
+
+
+def test_a_run_stage_may_have_a_peak_of_its_own():
+    run = config("optimizer.learning_rate=1e-3", "stages.0.schedule.shape=constant")
+    own = config("optimizer.learning_rate=1e-3", "stages.0.schedule={shape: constant, learning_rate: 4e-4}")
+    assert learning_rate(run.optimizer, run.stages[0], 3) == 1e-3
+    assert learning_rate(own.optimizer, own.stages[0], 3) == 4e-4
