@@ -4,7 +4,8 @@ The j-th sample of a global batch belongs to data rank (j // micro_batch_size) %
 j // (micro_batch_size * data_size). With 2 data ranks and micro-batches of 3, samples 0 to 2 of a batch of 12 are rank
 0's first micro-batch, 3 to 5 rank 1's first, 6 to 8 rank 0's second. Which samples these are is the stream's business
 (`engine.data.stream`); reading changes only when. Some steps are read together, which costs hardly more than one.
-`engine.data.prefetch` reads in a thread.
+`engine.data.prefetch` reads in a thread. Steps that are read and not trained on yet wait in one place: the loader's or
+the prefetcher's.
 """
 
 from __future__ import annotations
@@ -30,14 +31,42 @@ Ranks = tuple[int, int, int]
 """Data rank, data ranks, and rows of a micro-batch."""
 
 
-class _Read(NamedTuple):
-    """A step that was read, and what it was read for."""
+class ReadStep(NamedTuple):
+    """A step that was read, and how far the stream has come before and after it."""
 
-    order: MixedOrder
-    ranks: Ranks
     before: Progress
     batches: list[Batch]
     after: Progress
+
+
+class StepReader:
+    """Reads the next steps of a stream, some together; keeps none of them.
+
+    Who keeps them decides when the next ones are read: `Loader` when it has none left, `engine.data.prefetch` as soon
+    as few are waiting.
+    """
+
+    def __init__(self) -> None:
+        self._steps_together = 1
+        reuse_freed_memory()
+
+    def read(self, stream: Stream, ranks: Ranks) -> list[ReadStep]:
+        """Return one or more steps from the next on: twice as many as the last time while all goes well.
+
+        The stream stays where it is.
+
+        Raises:
+            DataError: a shard of the next step is damaged. What is wrong with a later step is raised when it is due.
+        """
+        try:
+            found = _read(stream, ranks, self._steps_together)
+            self._steps_together = min(2 * self._steps_together, MOST_STEPS)
+        except DataError:
+            if self._steps_together == 1:
+                raise
+            self._steps_together = 1
+            found = _read(stream, ranks, 1)
+        return found
 
 
 class Loader:
@@ -45,9 +74,9 @@ class Loader:
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
-        self._read_steps: deque[_Read] = deque()
-        self._steps_together = 1
-        reuse_freed_memory()
+        self._reader = StepReader()
+        self._waiting: deque[ReadStep] = deque()
+        self._read_for: tuple[MixedOrder, Ranks] | None = None
 
     def step(self, data_rank: int, data_size: int, micro_batch_size: int) -> list[Batch]:
         """Return this data rank's micro-batches of the next global batch; the stream advances behind it.
@@ -57,61 +86,49 @@ class Loader:
         Raises:
             DataError: a shard is damaged; the stream has not advanced then.
         """
-        ranks = (data_rank, data_size, micro_batch_size)
-        expected = (self.stream.order, ranks, self.stream.progress)
-        if not self._read_steps or self._read_steps[0][:3] != expected:
-            self._read_more(ranks)
-        step = self._read_steps.popleft()
+        wanted = (self.stream.order, (data_rank, data_size, micro_batch_size))
+        is_next = self._waiting and self._waiting[0].before == self.stream.progress
+        if not is_next or self._read_for != wanted:
+            self._waiting, self._read_for = deque(self._reader.read(self.stream, wanted[1])), wanted
+        step = self._waiting.popleft()
         self.stream.advance_to(step.after)
         return step.batches
 
-    def _read_more(self, ranks: Ranks) -> None:
-        """Read the next steps: twice as many as the last time while all goes well."""
-        try:
-            self._read_steps = self._read(ranks, self._steps_together)
-            self._steps_together = min(2 * self._steps_together, MOST_STEPS)
-        except DataError:
-            if self._steps_together == 1:
-                raise
-            self._steps_together = 1  # what is wrong with a later step is said when it is due
-            self._read_steps = self._read(ranks, 1)
 
-    def _read(self, ranks: Ranks, most_steps: int) -> deque[_Read]:
-        """Read up to `most_steps` steps from the next on."""
-        order, row_tokens = self.stream.order, self.stream.sequence_length
-        _, data_size, micro_batch_size = ranks
-        stride = data_size * micro_batch_size
-        steps = self._next_steps(most_steps, stride, max(1, MOST_TOKENS * data_size // row_tokens))
-        samples = Samples.joined([step.samples for step in steps])
-        rows, together = micro_batch_rows(samples.size, *ranks), max(1, MOST_TOKENS // (micro_batch_size * row_tokens))
-        batches: list[Batch] = []
-        for group in (rows[first : first + together] for first in range(0, len(rows), together)):
-            mine = samples.at(np.concatenate(group))
-            places_N2 = order.places(mine)
-            batches += make_batches(order.sources, *mine, places_N2, len(group), micro_batch_size)
-        for source in order.sources:
-            source.dataset.release()
-        left = iter(batches)
-        return deque(
-            _Read(order, ranks, step.before, list(islice(left, -(-step.samples.size // stride))), step.after)
-            for step in steps
-        )
+def _read(stream: Stream, ranks: Ranks, most_steps: int) -> list[ReadStep]:
+    """Read up to `most_steps` steps from the next on."""
+    order, row_tokens = stream.order, stream.sequence_length
+    _, data_size, micro_batch_size = ranks
+    stride = data_size * micro_batch_size
+    steps = _next_steps(stream, most_steps, stride, max(1, MOST_TOKENS * data_size // row_tokens))
+    samples = Samples.joined([step.samples for step in steps])
+    rows, together = micro_batch_rows(samples.size, *ranks), max(1, MOST_TOKENS // (micro_batch_size * row_tokens))
+    batches: list[Batch] = []
+    for group in (rows[first : first + together] for first in range(0, len(rows), together)):
+        mine = samples.at(np.concatenate(group))
+        places_N2 = order.places(mine)
+        batches += make_batches(order.sources, *mine, places_N2, len(group), micro_batch_size)
+    for source in order.sources:
+        source.dataset.release()
+    left = iter(batches)
+    return [ReadStep(step.before, list(islice(left, -(-step.samples.size // stride))), step.after) for step in steps]
 
-    def _next_steps(self, most_steps: int, stride: int, enough: int) -> list[Step]:
-        """Return the next steps, until they have `enough` samples.
 
-        No step follows one that leaves a window, so that no more shards are in use than without reading together, nor
-        one whose last micro-batch is not full, which is one that `stride` does not divide.
-        """
-        found: list[Step] = []
-        count = 0
-        for step in islice(self.stream.coming_steps(), most_steps):
-            found.append(step)
-            count += step.samples.size
-            left_window = step.after.cursor.windows != self.stream.progress.cursor.windows
-            if left_window or count >= enough or count % stride:
-                break
-        return found
+def _next_steps(stream: Stream, most_steps: int, stride: int, enough: int) -> list[Step]:
+    """Return the next steps, until they have `enough` samples.
+
+    No step follows one that leaves a window, so that no more shards are in use than without reading together, nor
+    one whose last micro-batch is not full, which is one that `stride` does not divide.
+    """
+    found: list[Step] = []
+    count = 0
+    for step in islice(stream.coming_steps(), most_steps):
+        found.append(step)
+        count += step.samples.size
+        left_window = step.after.cursor.windows != stream.progress.cursor.windows
+        if left_window or count >= enough or count % stride:
+            break
+    return found
 
 
 def micro_batch_rows(num_samples: int, data_rank: int, data_size: int, micro_batch_size: int) -> list[np.ndarray]:

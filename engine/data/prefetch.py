@@ -17,13 +17,13 @@ from typing import NamedTuple
 import torch
 
 from engine.data.batch import Batch
-from engine.data.loader import Loader
+from engine.data.loader import ReadStep, StepReader
 from engine.data.shard_fetcher import ShardFetcher
-from engine.data.stream import Progress, State, Stream
+from engine.data.stream import State, Stream
 from engine.data.upload import Inputs, Upload, Uploader
 
 DEPTH = 2
-"""Steps that may wait for the consumer."""
+"""Steps that wait for the consumer while no more are read. Short steps are read some at a time, and then wait all."""
 
 Cut = Callable[[Batch, int], Inputs]
 """What a rank needs of a micro-batch of a step (by its number), on the CPU; the reading thread calls it."""
@@ -35,11 +35,10 @@ def whole(batch: Batch, step: int) -> Inputs:
 
 
 class _Ready(NamedTuple):
-    """A step that was read, and how far the stream has come behind it."""
+    """A step that was read, and its inputs on their way to the GPU."""
 
-    batches: list[Batch]
+    step: ReadStep
     upload: Upload | None
-    after: Progress
 
 
 class Prefetcher:
@@ -58,7 +57,7 @@ class Prefetcher:
         """Batches' inputs are what `cut` returns, copied to the `gpu` (if any) while that computes."""
         self._stream = stream
         self._cut, self._gpu = cut, gpu
-        self._shape = (data_rank, data_size, micro_batch_size)
+        self._ranks = (data_rank, data_size, micro_batch_size)
         self._depth = depth
         self._start()
 
@@ -75,8 +74,9 @@ class Prefetcher:
                 raise self._error
             ready = self._ready.popleft()
             self._changed.notify_all()
-        self._stream.advance_to(ready.after)
-        return ready.batches if ready.upload is None else _with_inputs(ready.batches, ready.upload.arrive())
+        batches = ready.step.batches
+        self._stream.advance_to(ready.step.after)
+        return batches if ready.upload is None else _with_inputs(batches, ready.upload.arrive())
 
     def wait(self, seconds: float) -> bool:
         """Whether `step` would return (or raise) at once; waits for that for so long at most."""
@@ -123,7 +123,7 @@ class Prefetcher:
             fetcher.close()
 
     def _read_steps(self, stream: Stream, fetcher: ShardFetcher) -> None:
-        loader, uploader = Loader(stream), None
+        reader, uploader = StepReader(), None
         if self._gpu is not None:
             torch.cuda.set_device(self._gpu)  # a thread begins on GPU 0, and page-locking would make a context there
             uploader = Uploader(self._gpu)
@@ -133,13 +133,14 @@ class Prefetcher:
                 if self._closed:
                     return
             fetcher.want(stream.coming_shards())
-            step = stream.num_steps
-            batches = loader.step(*self._shape)
-            batches = _with_inputs(batches, [self._cut(batch, step) for batch in batches])
-            upload = uploader.send([batch.inputs for batch in batches]) if uploader is not None else None
-            with self._changed:
-                self._ready.append(_Ready(batches, upload, stream.progress))
-                self._changed.notify_all()
+            for read in reader.read(stream, self._ranks):
+                step = stream.num_steps
+                batches = _with_inputs(read.batches, [self._cut(batch, step) for batch in read.batches])
+                upload = uploader.send([batch.inputs for batch in batches]) if uploader is not None else None
+                stream.advance_to(read.after)
+                with self._changed:
+                    self._ready.append(_Ready(read._replace(batches=batches), upload))
+                    self._changed.notify_all()
 
 
 def _with_inputs(batches: list[Batch], inputs: list[Inputs]) -> list[Batch]:

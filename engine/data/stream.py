@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from engine.config.schema.objective import ObjectiveConfig
 from engine.data.mixed_order import Cursor, Interval, MixedOrder, Samples, merged
 from engine.data.objectives.sampling import Attention, PackingName, make_sampler
 from engine.data.order.mixing import Mixing
-from engine.data.order.sample_order import START, VERSION, SampleId, SampleOrder
+from engine.data.order.sample_order import START, VERSION, CountRows, Order, SampleId, SampleOrder
 from engine.data.shards.damage import Damage
 from engine.data.shards.dataset import TokenDataset
 from engine.data.source import Part, Source, source_seed
@@ -232,10 +232,6 @@ class Stream:
         """Return the addresses of the next `count` samples, each in its source; they stay the next ones."""
         return [SampleId(*row) for row in self._next(count).addresses_N3.tolist()]
 
-    def next_sources(self, count: int) -> list[int]:
-        """Return the numbers of the sources of the next `count` samples."""
-        return self._next(count).sources_N.tolist()
-
     def sample_hash(self, count: int) -> str:
         """Return a short hash of the next `count` samples: their addresses, and source, shard and row of each."""
         taken = self._next(count)
@@ -320,8 +316,11 @@ class Stream:
     def _open_source(self, number: int, part: Part, lost: tuple[Damage, ...]) -> Source:
         seed, dataset = source_seed(self.seed, part.name), part.dataset
         sampler = make_sampler(dataset, self.sequence_length, seed, self.attention, self.packing, self.objective)
-        order = partial(SampleOrder, dataset.num_shards, seed=seed, window_shards=self.window_shards)
-        return Source(number, part, sampler, order, lost)
+        return Source(number, part, sampler, self._make_order(part, seed), lost)
+
+    def _make_order(self, part: Part, seed: int) -> Callable[[CountRows], Order]:
+        """Return what makes the order of a source once its rows can be counted."""
+        return partial(SampleOrder, part.dataset.num_shards, seed=seed, window_shards=self.window_shards)
 
     def _identity(self) -> State:
         identity = {

@@ -10,6 +10,7 @@ from engine.cli import main
 from engine.config.load import load_run
 from engine.corpus.prepare import PrepareOptions, prepare
 from engine.corpus.tokenizer_training import train_tokenizer
+from engine.data.loader import Loader
 from engine.data.samples import first_samples
 from engine.data.shards.dataset import TokenDataset
 from engine.data.stage import open_parts, stage_stream
@@ -145,7 +146,8 @@ stages:
     config = load_run(run)
     stage = config.stages[0]
     stream = stage_stream(stage, open_parts(stage, None, 300), config.seed)
-    drawn, epochs = Counter(stream.next_sources(200)), stream.samples_by_source()
+    epochs, loader = stream.samples_by_source(), Loader(stream)
+    drawn = Counter(number for _ in range(25) for batch in loader.step(0, 1, 8) for number in batch.domains_B.tolist())
     assert 0 < drawn[1] < 50, "the limit of b shows"
     printed = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
     shown = {name.strip(): [cell.strip() for cell in cells] for name, *cells in printed}

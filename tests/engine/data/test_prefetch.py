@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from engine.data.loader import Loader
+from engine.data.loader import Loader, StepReader
 from engine.data.mixed_order import MixedOrder
 from engine.data.prefetch import Prefetcher
 from engine.data.shards.dataset import TokenDataset
@@ -72,20 +72,27 @@ def test_restoring_drops_what_was_read_ahead(tmp_path):
         assert len(threads()) == 1
 
 
-def test_at_most_depth_steps_lie_ready(tmp_path, monkeypatch):
-    count = threading.Semaphore(0)
-    real = Loader.step
+@pytest.mark.parametrize("depth", [1, 4])
+def test_no_more_is_read_while_depth_steps_wait(tmp_path, monkeypatch, depth):
+    """Steps that were read together wait in the one queue: there is no other."""
+    sizes, told = [], threading.Condition()
+    real = StepReader.read
 
-    def counting(self, *arguments):
-        count.release()
-        return real(self, *arguments)
+    def counting(*arguments):
+        steps = real(*arguments)
+        with told:
+            sizes.append(len(steps))
+            told.notify_all()
+        return steps
 
-    monkeypatch.setattr(Loader, "step", counting)
-    with Prefetcher(open_stream(tmp_path), 0, 1, 4, depth=2):
-        assert count.acquire(timeout=30)
-        assert count.acquire(timeout=30)
-        # the thread now waits for room: a third step would have to follow at once
-        assert not count.acquire(timeout=0.2)
+    monkeypatch.setattr(StepReader, "read", counting)
+    with Prefetcher(open_stream(tmp_path), 0, 1, 4, depth=depth) as ahead:
+        for taken in range(12):
+            with told:
+                assert told.wait_for(lambda: sum(sizes) - taken >= depth, 30)  # noqa: B023
+                # one more would have to follow at once
+                assert not told.wait_for(lambda: sum(sizes[:-1]) - taken >= depth, 0.05)  # noqa: B023
+            ahead.step()
 
 
 def test_an_error_is_raised_when_its_batch_is_due_and_again_later(tmp_path):
