@@ -23,7 +23,7 @@ from bench.command import run
 from bench.machine import machine
 from engine.corpus.prepare import PrepareOptions, prepare
 from engine.corpus.sentences import sentence_starts
-from engine.corpus.sources import read_texts
+from engine.corpus.sources.chunks import read_texts
 
 _BATCH = 256
 

@@ -153,7 +153,7 @@ def _to_megatron(source: Path, output: Path) -> None:
 
 
 def _from_megatron(source: Path, output: Path, tokenizer: Path | None) -> None:
-    from engine.corpus.megatron_import import take_over
+    from engine.corpus.megatron_import import import_megatron
     from engine.data.shards.megatron import prefix_of, read_sequences
     from engine.data.tokenizer.folder import load_tokenizer
     from engine.serve.new_folder import new_folder
@@ -163,7 +163,7 @@ def _from_megatron(source: Path, output: Path, tokenizer: Path | None) -> None:
     with new_folder(output) as partial:
         prefix, loaded = prefix_of(source), load_tokenizer(tokenizer)
         total = int(read_sequences(prefix).lengths.sum(dtype="int64"))
-        index = take_over(prefix, loaded, partial, progress=_progress("hashing", total))
+        index = import_megatron(prefix, loaded, partial, progress=_progress("hashing", total))
     print(
         f"{output} is an index of {prefix}.bin, which stays where it is: {index.num_tokens:,} tokens ({index.dtype}), "
         f"{index.num_documents:,} documents, {len(index.shards):,} shards, hashed"

@@ -113,7 +113,7 @@ def _show(
         _verify(dataset)
         print_counts(dataset)
         if samples:
-            from engine.data.samples import first_samples
+            from engine.data.loader import first_samples
 
             batch = first_samples(dataset, sequence_length, seed, samples, packing, shown)
             for b, place in enumerate(batch.sources):

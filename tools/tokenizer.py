@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from engine.config.home import expand
-from engine.corpus.sources import find_sources, read_texts
+from engine.corpus.sources.chunks import find_sources, read_texts
 from engine.corpus.tokenizer_folder import UNFINISHED
-from engine.corpus.tokenizer_training import Kind, Purpose, train_tokenizer
+from engine.corpus.tokenizer_training import Purpose, TokenizerKind, train_tokenizer
 from engine.errors import ConfigError
 
 LARGEST_VOCABULARY = 10_000_000
@@ -33,7 +33,7 @@ def main(
         str | None,
         typer.Option("--import", metavar="NAME_OR_FOLDER", help="Take over this Hugging Face tokenizer instead."),
     ] = None,
-    kind: Annotated[Kind, typer.Option(help="What to train.")] = "bpe",
+    kind: Annotated[TokenizerKind, typer.Option(help="What to train.")] = "bpe",
     vocab_size: Annotated[int, typer.Option(max=LARGEST_VOCABULARY, help="Tokens, special ones included.")] = 32000,
     purpose: Annotated[Purpose, typer.Option(help="Objective whose special tokens are added.")] = "causal",
     lowercase: Annotated[bool, typer.Option("--lowercase", help="Drop case and accents (wordpiece).")] = False,

@@ -13,10 +13,10 @@ from typing import Literal
 
 import numpy as np
 
-from engine.corpus.near_duplicate_pairs import near_duplicates
-from engine.corpus.parts import Documents, Records, joined, read, record_begins
+from engine.corpus.encoded_chunks import Documents, Records, joined, read, record_begins
+from engine.corpus.near_duplicates import near_duplicates
 from engine.corpus.pool import Pool
-from engine.corpus.spread import PartKey, spread_keys, stored_order
+from engine.corpus.spread import ChunkKey, spread_keys, stored_order
 from engine.corpus.statistics import Statistics
 from engine.data.shards.index import ShardEntry
 from engine.data.shards.writer import Compression, cut_into_shards, write_shard
@@ -37,11 +37,11 @@ class Removed:
 
 
 @dataclass(frozen=True)
-class PartFile:
+class EncodedFile:
     """A finished part, its place among the chunks of the sources, and what is known of its documents."""
 
     path: Path
-    key: PartKey
+    key: ChunkKey
     domain: str
     documents: Documents
     bands: np.ndarray
@@ -51,12 +51,12 @@ class PartFile:
 class Corpus:
     """The documents of all parts, numbered in the order of the sources, and where they lie."""
 
-    def __init__(self, parts: list[PartFile], dtype: np.dtype) -> None:
+    def __init__(self, parts: list[EncodedFile], dtype: np.dtype) -> None:
         """Tokens lie in the parts as `dtype`."""
         self.dtype = dtype
         self.documents = joined([part.documents for part in parts])
         counts = [part.documents.lengths.size for part in parts]
-        orders = [stored_order(part.key, part.documents.held_out) for part in parts]
+        orders = [stored_order(part.key, part.documents.is_validation) for part in parts]
         self._paths = [part.path for part in parts]
         self._ends = np.cumsum(counts)
         self._bands = [part.bands for part in parts]

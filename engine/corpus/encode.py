@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from engine.corpus.near_duplicates import band_keys
-from engine.corpus.parts import Documents, Part, save
+from engine.corpus.encoded_chunks import Documents, EncodedChunk, save
+from engine.corpus.minhash import band_keys
 from engine.corpus.sentences import sentence_starts, sentences_in_tokens
-from engine.corpus.sources import Chunk, parse
-from engine.corpus.spread import PartKey, stored_order
+from engine.corpus.sources.chunks import TextChunk, parse
+from engine.corpus.spread import ChunkKey, stored_order
 from engine.data.shards.index import token_dtype
 from engine.data.shards.writer import unwritable
 from engine.data.tokenizer.folder import TextTokenizer, load_tokenizer
@@ -38,12 +38,12 @@ class EncodeOptions:
 class Task:
     """One chunk to encode, and the file to put it into."""
 
-    chunk: Chunk
+    chunk: TextChunk
     tokenizer: Path
     tokenizer_hash: str
     options: EncodeOptions
     path: Path
-    key: PartKey
+    key: ChunkKey
     place: int
     """Number of the part among all, which travels with its result."""
 
@@ -62,13 +62,13 @@ def encode_to_file(task: Task) -> Encoded:
     """Encodes a chunk and saves the part. Raises `DataError`: from the sources, or no room."""
     part = encode(task.chunk, _tokenizer(task.tokenizer, task.tokenizer_hash), task.options)
     try:
-        save(task.path, part, stored_order(task.key, part.documents.held_out))
+        save(task.path, part, stored_order(task.key, part.documents.is_validation))
     except OSError as error:
         raise unwritable(task.path.parent, error) from error
     return Encoded(task.place, part.documents, part.bands, task.chunk.read_bytes)
 
 
-def encode(chunk: Chunk, tokenizer: TextTokenizer, options: EncodeOptions) -> Part:
+def encode(chunk: TextChunk, tokenizer: TextTokenizer, options: EncodeOptions) -> EncodedChunk:
     """One chunk encoded; documents without a token are left out and counted. Raises `DataError`."""
     texts = parse(chunk, options.text_key)
     found, sentences_of, unspelt = _tokens(texts, tokenizer, options.sentences)
@@ -81,7 +81,9 @@ def encode(chunk: Chunk, tokenizer: TextTokenizer, options: EncodeOptions) -> Pa
     documents = Documents(
         lengths=np.array([item.size + 1 for item in ids], np.int64),
         hashes=np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 2),
-        held_out=np.array([is_held_out(content, options.validation_fraction) for content in contents], bool),
+        is_validation=np.array(
+            [belongs_to_validation(content, options.validation_fraction) for content in contents], bool
+        ),
         text_bytes=np.array([len(content) for content in contents], np.int64),
         unknown=np.array([_unknown(item, tokenizer.unknown_id) for item in ids], np.int64),
         sentences=np.array([item.size for item in sentences] if sentences else [0] * len(ids), np.int64),
@@ -94,10 +96,10 @@ def encode(chunk: Chunk, tokenizer: TextTokenizer, options: EncodeOptions) -> Pa
     tokens = np.concatenate([end[:0], *(piece for item in ids for piece in (item.astype(dtype), end))])
     starts = np.concatenate([np.empty(0, np.int64), *sentences])
     bands = np.empty((len(ids), 0), np.uint64) if options.similarity is None else band_keys(ids, options.similarity)
-    return Part(documents, bands, tokens, starts)
+    return EncodedChunk(documents, bands, tokens, starts)
 
 
-def is_held_out(text: bytes, fraction: float) -> bool:
+def belongs_to_validation(text: bytes, fraction: float) -> bool:
     """Whether a document belongs to the held-out part: a function of its text, so duplicates stay together."""
     return xxhash.xxh3_64_intdigest(text) < int(fraction * 2**64)
 

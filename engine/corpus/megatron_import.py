@@ -27,7 +27,7 @@ from engine.data.shards.writer import (
 from engine.data.tokenizer.folder import TextTokenizer
 
 
-def take_over(
+def import_megatron(
     prefix: Path,
     tokenizer: TextTokenizer,
     output: Path,

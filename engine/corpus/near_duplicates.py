@@ -1,100 +1,96 @@
-"""Which documents may be nearly the same (MinHash of runs of tokens, and locality-sensitive hashing), and which are.
+"""Candidates of near duplicates, compared run by run by any worker: which documents are left out.
 
-Broder 1997, "On the Resemblance and Containment of Documents"; bands as in Leskovec, Rajaraman and Ullman, "Mining of
-Massive Datasets", 3.4. A document is the set of its runs of `RUN` tokens, so no language needs words; the similarity is
-Jaccard's. `NUM_PERMUTATIONS` minima, which `rensa` computes, are cut into bands, and documents that agree in a band are
-candidates. Candidates are compared run by run: an estimate from the minima would blur the threshold by 0.035 (one
-standard deviation), so it decides nothing here. A pair below the threshold is never accepted; one at the threshold is a
-candidate with probability `RECALL` or more.
-Invariant: the keys of bands depend on the document and the threshold alone.
+A document is left out where an earlier one, left out itself or not, has the similarity asked for or more. Bands are
+worked through one after the other, so that a pair that has been decided is not compared again; pairs go to workers in
+batches of bounded size.
+Invariant: what is left out follows from the documents in their order, never from workers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
 import numpy as np
 
-RUN = 5
-NUM_PERMUTATIONS = 128
-SEED = 1
-RECALL = 0.99
-"""Least probability that a pair at the threshold shares a band."""
+from engine.corpus.encoded_chunks import Records, read
+from engine.corpus.minhash import candidates, runs, similarity
+from engine.corpus.pool import Pool
 
-_DOCUMENTS_AT_ONCE = 4096
-"""The library gives minima as lists: some 5 KB per document."""
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+_TOKENS_AT_ONCE = 4 << 20
+"""Tokens of the documents of one batch, which a worker holds; one pair may have more."""
 
 
-def algorithm() -> str:
-    """What the choice depends on besides the documents and the threshold, for the recipe."""
-    from rensa.rensa import RMinHash
+@dataclass(frozen=True)
+class Comparison:
+    """Pairs to compare, and the documents that they are of."""
 
-    return f"rensa {RMinHash.ALGORITHM_VERSION}, runs of {RUN}, {NUM_PERMUTATIONS} permutations, candidates compared"
-
-
-def band_keys(documents: list[np.ndarray], threshold: float) -> np.ndarray:
-    """(documents, bands) uint64; documents that have a key in common are candidates. Ids (n,), n from 1."""
-    rows = rows_per_band(threshold)
-    keys = np.zeros((len(documents), NUM_PERMUTATIONS // rows), np.uint64)
-    for first in range(0, len(documents), _DOCUMENTS_AT_ONCE):
-        minima = signatures(documents[first : first + _DOCUMENTS_AT_ONCE])
-        some = keys[first : first + _DOCUMENTS_AT_ONCE]
-        for band in range(keys.shape[1]):
-            for column in minima[:, band * rows : (band + 1) * rows].T:
-                some[:, band] = _mixed(some[:, band] ^ column.astype(np.uint64))
-    return keys
+    numbers_P2: np.ndarray
+    """Numbers of the documents among all."""
+    places_P2: np.ndarray
+    """The same documents, counted in `records` from the first record on."""
+    records: list[Records]
+    dtype: np.dtype
+    threshold: float
 
 
-def signatures(documents: list[np.ndarray]) -> np.ndarray:
-    """(documents, NUM_PERMUTATIONS) uint32 minima of each document's runs."""
-    if not documents:
-        return np.empty((0, NUM_PERMUTATIONS), np.uint32)
-    from rensa.rensa import RMinHash
-
-    found = [runs(ids) for ids in documents]
-    offsets = np.concatenate([[0], np.cumsum([item.size for item in found])]).astype(np.uint64)
-    matrix = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(found), offsets, NUM_PERMUTATIONS, SEED)
-    return np.array(matrix.to_rows(), np.uint32)
+LocateRecords = Callable[[np.ndarray], list[tuple[np.ndarray, Records]]]
+"""(n,) rising numbers of documents -> which of these (by place) lie in each part file, and where."""
 
 
-def runs(ids: np.ndarray) -> np.ndarray:
-    """uint64 hashes of all runs of `RUN` tokens; a shorter document is one run."""
-    width = min(RUN, ids.size)
-    words = ids.astype(np.uint64) + np.uint64(1)
-    found = np.zeros(ids.size - width + 1, np.uint64)
-    for at in range(width):
-        found = _mixed(found ^ words[at : at + found.size])
-    return found
+def near_duplicates(
+    keys_of_band: Callable[[int], np.ndarray],
+    num_bands: int,
+    lengths: np.ndarray,
+    left_out: np.ndarray,
+    locate: LocateRecords,
+    dtype: np.dtype,
+    threshold: float,
+    pool: Pool,
+    progress: Callable[[int, int], None],
+) -> np.ndarray:
+    """(N,) bool: documents that are nearly the same as an earlier one. Those that are `left_out` (N,) take no part.
 
-
-def similarity(a: np.ndarray, b: np.ndarray) -> float:
-    """Jaccard's similarity of two documents, given as the sorted distinct hashes of their runs."""
-    common = np.intersect1d(a, b, assume_unique=True).size
-    return common / (a.size + b.size - common)
-
-
-def rows_per_band(threshold: float) -> int:
-    """The longest bands with which a pair at the threshold is still seen with probability `RECALL`."""
-    lengths = range(1, NUM_PERMUTATIONS + 1)
-    seen = [1 - (1 - threshold**rows) ** (NUM_PERMUTATIONS // rows) for rows in lengths]
-    return max((rows for rows, probability in zip(lengths, seen, strict=True) if probability >= RECALL), default=1)
-
-
-def candidates(keys_N: np.ndarray) -> np.ndarray:
-    """(pairs, 2) numbers of documents with the same key, the earlier one first, in order.
-
-    Each with the first that has its key and with the one before it; more would be a number of pairs that grows with
-    the square of the documents that share a passage.
+    `keys_of_band` gives the keys (N,) of a band; `progress` is told bands done and in all. Raises `DataError`.
     """
-    order = np.argsort(keys_N, kind="stable")
-    is_first = np.append(True, np.diff(keys_N[order]) != 0)[: order.size]
-    bucket = np.cumsum(is_first) - 1
-    places = np.flatnonzero(~is_first)
-    others = (order[np.flatnonzero(is_first)[bucket[places]]], order[places - 1])
-    codes = np.unique(np.concatenate([other * keys_N.size + order[places] for other in others]))
-    return np.stack(np.divmod(codes, max(1, keys_N.size)), axis=1)
+    left = np.flatnonzero(~left_out)
+    near = np.zeros(left_out.size, bool)
+    rejected = np.empty(0, np.int64)
+    for band in range(num_bands):
+        pairs = left[candidates(keys_of_band(band)[left])]
+        codes = pairs @ np.array([left_out.size, 1])
+        pairs = pairs[~near[pairs[:, 1]] & ~np.isin(codes, rejected)]
+        tasks = _batches(pairs, lengths, locate, dtype, threshold)
+        others = []
+        for compared, same in pool.run(compare, tasks):
+            near[compared[same, 1]] = True
+            others.append(compared[~same] @ np.array([left_out.size, 1]))
+        rejected = np.concatenate([rejected, *others])
+        progress(band + 1, num_bands)
+    return near
 
 
-def _mixed(words: np.ndarray) -> np.ndarray:
-    """Spreads every bit over the word (Fibonacci multiplication with a fold); wraps around as uint64 does."""
-    words = words * _MULTIPLIER
-    return words ^ (words >> np.uint64(29))
+def compare(task: Comparison) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs (P, 2), and which of them (P,) reach the threshold. Raises `DataError`: a part is damaged or gone."""
+    documents = [ids for records in task.records for ids, _ in read(records, task.dtype)]
+    found = [np.unique(runs(ids[:-1])) for ids in documents]  # without the end of text
+    same = [similarity(found[a], found[b]) >= task.threshold for a, b in task.places_P2.tolist()]
+    return task.numbers_P2, np.array(same, bool)
+
+
+def _batches(
+    pairs: np.ndarray, lengths: np.ndarray, locate: LocateRecords, dtype: np.dtype, threshold: float
+) -> Iterator[Comparison]:
+    """The pairs (P, 2), those of one earlier document side by side, in batches of so many tokens."""
+    ends = np.cumsum(lengths[pairs].sum(axis=1))
+    first = 0
+    while first < len(pairs):
+        before = int(ends[first - 1]) if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, before + _TOKENS_AT_ONCE, side="right")))
+        numbers = np.unique(pairs[first:last])
+        located = locate(numbers)
+        place = np.empty(numbers.size, np.int64)
+        place[np.concatenate([which for which, _ in located])] = np.arange(numbers.size)
+        places = place[np.searchsorted(numbers, pairs[first:last])]
+        yield Comparison(pairs[first:last], places, [records for _, records in located], dtype, threshold)
+        first = last

@@ -21,11 +21,11 @@ import numpy as np
 import xxhash
 
 from engine.config.home import refuse_url
-from engine.corpus import near_duplicates, spread
+from engine.corpus import minhash, spread
 from engine.corpus.assemble import (
     Corpus,
     Deduplicate,
-    PartFile,
+    EncodedFile,
     removed,
     shard_bounds,
     shard_tasks,
@@ -33,7 +33,7 @@ from engine.corpus.assemble import (
     write,
 )
 from engine.corpus.encode import Encoded, EncodeOptions, Task, encode_to_file
-from engine.corpus.parts import load
+from engine.corpus.encoded_chunks import load
 from engine.corpus.pool import Pool
 from engine.corpus.recipe import (
     RECIPE_FILE,
@@ -48,8 +48,8 @@ from engine.corpus.recipe import (
     write_recipe,
 )
 from engine.corpus.sentences import check_language
-from engine.corpus.sources import Source, find_sources, named_hash, read_chunks, shelves
-from engine.corpus.spread import PartKey
+from engine.corpus.sources.chunks import Source, find_sources, named_hash, read_chunks, shelves
+from engine.corpus.spread import ChunkKey
 from engine.corpus.statistics import Statistics
 from engine.corpus.unspelt import refuse_unspelt, unspelt_before, unspelt_in
 from engine.data.shards.index import FILE as INDEX_FILE
@@ -193,7 +193,7 @@ def _recipe(options: PrepareOptions, tokenizer: TextTokenizer, sources: list[Sou
         "sentences": options.sentences,
         "deduplicate": options.deduplicate,
         "similarity": options.similarity if near else None,
-        "signatures": near_duplicates.algorithm() if near else None,
+        "signatures": minhash.algorithm() if near else None,
         "compression": options.compression,
         "order": spread.NAME,
     }
@@ -225,11 +225,11 @@ def _encode(
     work: Path,
     pool: Pool,
     progress: Show,
-) -> list[PartFile]:
+) -> list[EncodedFile]:
     """Encodes every chunk that no earlier attempt has finished; the parts in the order of the sources."""
     near = options.similarity if options.deduplicate == "near" else None
     how = EncodeOptions(options.text_key, options.validation_fraction, options.sentences, near)
-    named: list[tuple[Path, PartKey, str]] = []
+    named: list[tuple[Path, ChunkKey, str]] = []
     found: dict[int, Encoded] = {}
     tally = {"documents": 0, "tokens": 0, "kept_tokens": 0, "done": 0, "text_bytes": 0, "unspelt_bytes": 0}
     total = sum(source.num_bytes for source in sources)
@@ -261,11 +261,11 @@ def _encode(
 
     for encoded in pool.run(encode_to_file, missing()):
         count(encoded, False)
-    return [PartFile(*names, found[place].documents, found[place].bands) for place, names in enumerate(named)]
+    return [EncodedFile(*names, found[place].documents, found[place].bands) for place, names in enumerate(named)]
 
 
 def _assemble(
-    options: PrepareOptions, tokenizer: TextTokenizer, parts: list[PartFile], work: Path, pool: Pool, progress: Show
+    options: PrepareOptions, tokenizer: TextTokenizer, parts: list[EncodedFile], work: Path, pool: Pool, progress: Show
 ) -> dict[str, Statistics]:
     """Decides which documents stay and writes them as shards into the working folder."""
     corpus = Corpus(parts, np.dtype(token_dtype(tokenizer.vocab_size)))
@@ -311,7 +311,7 @@ def _assemble(
 
 
 def _sides(
-    options: PrepareOptions, parts: list[PartFile], corpus: Corpus
+    options: PrepareOptions, parts: list[EncodedFile], corpus: Corpus
 ) -> dict[str, tuple[np.ndarray, tuple[int, int]]]:
     """Of each folder of the output, by name: its documents (n,) bool, and how many without a token it counts, with
     how many bytes that no token spells."""
@@ -323,7 +323,7 @@ def _sides(
         own = [part.documents for part in parts if part.domain == domain]
         empty = (sum(int(part.empty) for part in own), sum(int(part.empty_unspelt) for part in own))
         for side in (TRAIN, VALIDATION) if options.validation_fraction else (TRAIN,):
-            mine = (of_document == number) & (corpus.documents.held_out == (side == VALIDATION))
+            mine = (of_document == number) & (corpus.documents.is_validation == (side == VALIDATION))
             found[f"{side}/{domain}" if domain else side] = (mine, empty if side == TRAIN else (0, 0))
     return found
 

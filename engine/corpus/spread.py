@@ -22,16 +22,16 @@ NAME = "spread over shards, version 1"
 PURPOSE_SPREAD = int.from_bytes(b"spread")
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
-PartKey = tuple[int, int]
+ChunkKey = tuple[int, int]
 """Number of the shelf of sources, and of the chunk in it."""
 
 
-def spread_keys(part: PartKey, count: int) -> np.ndarray:
+def spread_keys(part: ChunkKey, count: int) -> np.ndarray:
     """(count,) uint64: keys of a part's documents."""
     seed = np.random.SeedSequence((PURPOSE_SPREAD, *part)).generate_state(1, np.uint64)
     return mix_array(seed + np.arange(1, count + 1, dtype=np.uint64) * _GAMMA)
 
 
-def stored_order(part: PartKey, held_out: np.ndarray) -> np.ndarray:
+def stored_order(part: ChunkKey, is_validation: np.ndarray) -> np.ndarray:
     """(n,) int64: a part's documents in the order of its file, first those to train on, each side by rising key."""
-    return np.lexsort((spread_keys(part, held_out.size), held_out))
+    return np.lexsort((spread_keys(part, is_validation.size), is_validation))

@@ -25,7 +25,7 @@ from engine.data.tokenizer.portable import make_portable
 from engine.data.tokenizer.vocabulary import FILL_TOKENS
 from engine.errors import ConfigError, DataError
 
-Kind = Literal["bpe", "sentencepiece-unigram", "sentencepiece-bpe", "wordpiece"]
+TokenizerKind = Literal["bpe", "sentencepiece-unigram", "sentencepiece-bpe", "wordpiece"]
 Purpose = Literal["causal", "fill_in_the_middle", "masked", "span_corruption"]
 """The objective that a tokenizer is for."""
 
@@ -67,7 +67,7 @@ it in characters is always possible and always likelier."""
 def train_tokenizer(
     texts: Iterable[str],
     folder: Path,
-    kind: Kind,
+    kind: TokenizerKind,
     vocab_size: int,
     purpose: Purpose = "causal",
     lowercase: bool = False,
@@ -103,7 +103,7 @@ def train_tokenizer(
     return load_tokenizer(folder)
 
 
-def _train(texts: Iterable[str], folder: Path, kind: Kind, vocab_size: int, lowercase: bool):
+def _train(texts: Iterable[str], folder: Path, kind: TokenizerKind, vocab_size: int, lowercase: bool):
     if kind == "bpe":
         return _byte_level_bpe(texts, vocab_size)
     if kind == "wordpiece":
@@ -113,7 +113,7 @@ def _train(texts: Iterable[str], folder: Path, kind: Kind, vocab_size: int, lowe
     return from_sentencepiece(content, kind)
 
 
-def _names(kind: Kind, purpose: Purpose) -> dict[str, Any]:
+def _names(kind: TokenizerKind, purpose: Purpose) -> dict[str, Any]:
     """Which token plays which part, in the words of transformers."""
     marks: dict[str, Any] = {"cls_token": CLASSIFY, "sep_token": SEPARATE, "mask_token": MASK}
     marks["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
@@ -123,7 +123,7 @@ def _names(kind: Kind, purpose: Purpose) -> dict[str, Any]:
     return names | (marks if purpose == "masked" else {})
 
 
-def _frame(model, purpose: Purpose, kind: Kind) -> None:
+def _frame(model, purpose: Purpose, kind: TokenizerKind) -> None:
     """What transformers puts around a text for a user who fine-tunes; `prepare` adds nothing."""
     from tokenizers import processors
 
@@ -201,7 +201,7 @@ def _byte_level_bpe(texts: Iterable[str], vocab_size: int):
     return tokenizer
 
 
-def _sentencepiece(texts: Iterable[str], kind: Kind, vocab_size: int) -> bytes:
+def _sentencepiece(texts: Iterable[str], kind: TokenizerKind, vocab_size: int) -> bytes:
     """A trained SentencePiece model, serialised."""
     import sentencepiece
 
@@ -250,7 +250,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
                 yield line[start : start + _LONGEST_LINE_BYTES].replace("\0", "")
 
 
-def from_sentencepiece(content: bytes, kind: Kind):
+def from_sentencepiece(content: bytes, kind: TokenizerKind):
     """A `tokenizers.Tokenizer` that splits as the SentencePiece model does (one trained by this file).
 
     Pieces keep their ids. For BPE, SentencePiece stores scores where `tokenizers` wants merges: the better of two

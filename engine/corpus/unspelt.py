@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from engine.corpus.assemble import PartFile
+from engine.corpus.assemble import EncodedFile
 from engine.corpus.statistics import Statistics
 from engine.data.tokenizer.folder import TextTokenizer
 from engine.errors import DataError
@@ -19,7 +19,7 @@ class Unspelt:
     lost: int = 0
 
 
-def unspelt_in(parts: list[PartFile]) -> dict[str, Unspelt]:
+def unspelt_in(parts: list[EncodedFile]) -> dict[str, Unspelt]:
     """Count the text of each domain, duplicates and held-out documents among it."""
     found: dict[str, Unspelt] = defaultdict(Unspelt)
     for part in parts:

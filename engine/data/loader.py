@@ -16,8 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engine.config.schema.objective import ObjectiveConfig
 from engine.data.batch import Batch, make_batches, reuse_freed_memory
 from engine.data.mixed_order import MixedOrder, Samples
+from engine.data.objectives.sampling import PackingName
+from engine.data.shards.dataset import TokenDataset
 from engine.data.stream import Progress, Step, Stream
 from engine.errors import DataError
 
@@ -26,6 +29,8 @@ MOST_STEPS = 8
 MOST_TOKENS = 1 << 17
 """Tokens of a rank that are made into batches together, and from which on no further step is read with others: enough
 that the calls of numpy hardly count, little enough to stay in a cache."""
+WINDOW_SHARDS = 16
+"""The default of `DataConfig.window_shards`."""
 
 Ranks = tuple[int, int, int]
 """Data rank, data ranks, and rows of a micro-batch."""
@@ -136,3 +141,21 @@ def micro_batch_rows(num_samples: int, data_rank: int, data_size: int, micro_bat
     stride = micro_batch_size * data_size
     firsts = range(data_rank * micro_batch_size, -(-num_samples // stride) * stride, stride)
     return [np.arange(first, max(first, min(first + micro_batch_size, num_samples))) for first in firsts]
+
+
+def first_samples(
+    dataset: TokenDataset,
+    sequence_length: int,
+    seed: int,
+    count: int,
+    packing: PackingName = "concatenate",
+    objective: ObjectiveConfig | None = None,
+) -> Batch:
+    """Return the first `count` samples (1 or more) of epoch 0, or all where it has fewer, as training makes them.
+
+    Raises:
+        DataError: the data set holds no sample, or lacks what the objective needs.
+    """
+    shape = (WINDOW_SHARDS, "document", packing, objective)
+    count = min(count, Stream(dataset, sequence_length, 1, seed, *shape).samples_per_epoch())
+    return Loader(Stream(dataset, sequence_length, count, seed, *shape)).step(0, 1, count)[0]

@@ -21,7 +21,7 @@ PURPOSE_SOURCE = int.from_bytes(b"source")
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightedDataset:
     """A data set and its share of the stream."""
 
     dataset: TokenDataset
@@ -40,7 +40,7 @@ class Source:
     def __init__(
         self,
         number: int,
-        part: Part,
+        part: WeightedDataset,
         sampler: Sampler,
         order: Callable[[CountRows], Order],
         lost: tuple[Damage, ...] = (),

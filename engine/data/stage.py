@@ -9,13 +9,13 @@ import numpy as np
 from engine.config.rules.data import whole_parts
 from engine.config.schema.data import DataConfig
 from engine.config.schema.stage import RunStage
-from engine.data.held_out import HeldOutSet
 from engine.data.shards.cache import ShardCache
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.index import FILE
 from engine.data.shards.remote import RemoteFolder, is_remote
-from engine.data.source import Part
+from engine.data.source import WeightedDataset
 from engine.data.stream import Stream
+from engine.data.validation import ValidationSet
 from engine.errors import DataError
 
 PURPOSE_RUN_STAGE = int.from_bytes(b"run stage")
@@ -35,7 +35,7 @@ def run_stage_seed(seed: int, number: int) -> int:
     return int(words[0]) << 32 | int(words[1])
 
 
-def open_parts(run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int) -> list[Part]:
+def open_parts(run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int) -> list[WeightedDataset]:
     """The training data of a stage, with weights.
 
     Raises:
@@ -45,12 +45,12 @@ def open_parts(run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int)
     if data.train is not None:
         dataset = _open(data, data.train, tokenizer_hash, vocab_size)
         _refuse_small_cache(data, [dataset])
-        return [Part(dataset)]
+        return [WeightedDataset(dataset)]
     sets = [_open(data, source.path, tokenizer_hash, vocab_size) for source in data.sources]
     _refuse_other_tokens(sets)
     _refuse_small_cache(data, sets)
     return [
-        Part(
+        WeightedDataset(
             dataset,
             source.name,
             weight,
@@ -61,7 +61,7 @@ def open_parts(run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int)
     ]
 
 
-def open_held_out(run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int) -> list[HeldOutSet] | None:
+def open_validation(run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int) -> list[ValidationSet] | None:
     """The held-out data sets of a stage by name; None where it has none. Raises as `open_parts`."""
     data = run_stage.data
     if data.validation is None:
@@ -90,7 +90,7 @@ def _with_shards(folder: Path) -> list[Path]:
     return [path.parent for pattern in (FILE, "shard-000000.tokens*") for path in folder.glob(f"*/{pattern}")]
 
 
-def stage_stream(run_stage: RunStage, parts: list[Part], seed: int) -> Stream:
+def stage_stream(run_stage: RunStage, parts: list[WeightedDataset], seed: int) -> Stream:
     """Return the stage's stream at its beginning. Raises `DataError` where the data does not serve the stage."""
     data = run_stage.data
     stream = Stream(

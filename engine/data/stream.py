@@ -28,7 +28,7 @@ from engine.data.order.mixing import Mixing
 from engine.data.order.sample_order import START, VERSION, CountRows, Order, SampleId, SampleOrder
 from engine.data.shards.damage import Damage
 from engine.data.shards.dataset import TokenDataset
-from engine.data.source import Part, Source, source_seed
+from engine.data.source import Source, WeightedDataset, source_seed
 from engine.errors import DataError
 
 State = dict[str, Any]
@@ -61,7 +61,7 @@ class Stream:
 
     def __init__(
         self,
-        parts: TokenDataset | Sequence[Part],
+        parts: TokenDataset | Sequence[WeightedDataset],
         sequence_length: int,
         global_batch_size: int | Ramp,
         seed: int,
@@ -75,7 +75,7 @@ class Stream:
         Raises:
             DataError: a data set holds not one sample, or lacks what the objective needs.
         """
-        self.parts = (Part(parts),) if isinstance(parts, TokenDataset) else tuple(parts)
+        self.parts = (WeightedDataset(parts),) if isinstance(parts, TokenDataset) else tuple(parts)
         assert len(self.parts) <= MOST_SOURCES, "resolve() lets no more pass"
         self.sequence_length, self.seed, self.window_shards = sequence_length, seed, window_shards
         self.attention: Attention = attention
@@ -313,12 +313,12 @@ class Stream:
         """Return the sources without the shards that are lost, sharing nothing but the opened data sets."""
         return tuple(self._open_source(number, part, lost) for number, part in enumerate(self.parts))
 
-    def _open_source(self, number: int, part: Part, lost: tuple[Damage, ...]) -> Source:
+    def _open_source(self, number: int, part: WeightedDataset, lost: tuple[Damage, ...]) -> Source:
         seed, dataset = source_seed(self.seed, part.name), part.dataset
         sampler = make_sampler(dataset, self.sequence_length, seed, self.attention, self.packing, self.objective)
         return Source(number, part, sampler, self._make_order(part, seed), lost)
 
-    def _make_order(self, part: Part, seed: int) -> Callable[[CountRows], Order]:
+    def _make_order(self, part: WeightedDataset, seed: int) -> Callable[[CountRows], Order]:
         """Return what makes the order of a source once its rows can be counted."""
         return partial(SampleOrder, part.dataset.num_shards, seed=seed, window_shards=self.window_shards)
 

@@ -15,9 +15,9 @@ from engine.checkpoint.manifest import library_versions
 from engine.config.rank_environment import RankEnvironment
 from engine.config.resume import flatten
 from engine.config.schema.run import RunConfig
-from engine.data.held_out import HeldOutSet
-from engine.data.source import Part
+from engine.data.source import WeightedDataset
 from engine.data.tokenizer.folder import tokenizer_hash
+from engine.data.validation import ValidationSet
 
 PACKAGES = ("engine", "launcher", "tools")
 
@@ -40,7 +40,9 @@ def facts_of_start(config: RunConfig, place: RankEnvironment, device: torch.devi
     }
 
 
-def facts_of_data(config: RunConfig, training: list[Part], held_out: list[HeldOutSet] | None) -> dict[str, Any]:
+def facts_of_data(
+    config: RunConfig, training: list[WeightedDataset], held_out: list[ValidationSet] | None
+) -> dict[str, Any]:
     """What is known once the data is open."""
     sources = {f"data fingerprint{f' of {part.name}' * bool(part.name)}": part.dataset.fingerprint for part in training}
     return {

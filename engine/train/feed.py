@@ -20,13 +20,13 @@ from engine.config.schema.parallel import ParallelConfig
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
 from engine.data.batch import Batch
-from engine.data.held_out import HeldOut, HeldOutSet
 from engine.data.objectives.draws import dropout_keys
 from engine.data.prefetch import Prefetcher
 from engine.data.shards.damage import Damage
-from engine.data.source import Part
-from engine.data.stage import open_held_out, open_parts, stage_stream
+from engine.data.source import WeightedDataset
+from engine.data.stage import open_parts, open_validation, stage_stream
 from engine.data.tokenizer.folder import tokenizer_hash
+from engine.data.validation import ValidationSamples, ValidationSet
 from engine.models.dropout import KEYS
 from engine.models.families import family
 from engine.parallel.boundary import DOMAINS, Tensors
@@ -41,10 +41,10 @@ EVALUATION_CHUNK = 8
 """Micro-batches that one evaluation pass sends through the pipeline."""
 
 
-def open_datasets(config: RunConfig, run_stage: RunStage) -> tuple[list[Part], list[HeldOutSet] | None]:
+def open_datasets(config: RunConfig, run_stage: RunStage) -> tuple[list[WeightedDataset], list[ValidationSet] | None]:
     """Training and held-out shards, checked against the run's tokenizer. Raises as `open_parts`."""
     checked = (tokenizer_hash(config.tokenizer), config.model.vocab_size)
-    return open_parts(run_stage, *checked), open_held_out(run_stage, *checked)
+    return open_parts(run_stage, *checked), open_validation(run_stage, *checked)
 
 
 class Feed:
@@ -52,8 +52,8 @@ class Feed:
 
     def __init__(
         self,
-        training: list[Part],
-        held_out: list[HeldOutSet] | None,
+        training: list[WeightedDataset],
+        held_out: list[ValidationSet] | None,
         config: RunConfig,
         run_stage: RunStage,
         groups: Groups,
@@ -70,7 +70,7 @@ class Feed:
         self.held_out = (
             None
             if held_out is None
-            else HeldOut(held_out, length, data.attention, most, data.packing, run_stage.objective)
+            else ValidationSamples(held_out, length, data.attention, most, data.packing, run_stage.objective)
         )
         self.losses = family(config.model).losses(config.model)
         self.domains = tuple(part.name for part in training) if len(training) > 1 else ()

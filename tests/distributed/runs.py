@@ -13,7 +13,7 @@ from engine.config.rank_environment import RankEnvironment
 from engine.config.resolve import resolve
 from engine.config.schema.run import RunConfig
 from engine.corpus.prepare import PrepareOptions, prepare
-from engine.corpus.tokenizer_training import PURPOSE_TOKENS, Kind, Purpose, train_tokenizer
+from engine.corpus.tokenizer_training import PURPOSE_TOKENS, Purpose, TokenizerKind, train_tokenizer
 from engine.data.shards.writer import ShardWriter
 from engine.data.tokenizer.folder import tokenizer_hash
 from engine.errors import PalimpsestError
@@ -37,7 +37,7 @@ def write_corpus(folder: Path, purpose: Purpose = "causal") -> None:
                 writer.add(np.append(tokens, tokenizer.eos_id))
 
 
-def write_sentences(folder: Path, kind: Kind, vocab_size: int, purpose: Purpose) -> None:
+def write_sentences(folder: Path, kind: TokenizerKind, vocab_size: int, purpose: Purpose) -> None:
     """A tokenizer for an objective, and folders `train` and `validation` of shards that know where sentences end."""
     (folder / "text").mkdir(parents=True, exist_ok=True)
     names = ("the ink", "a scraped page", "one thrifty monk", "Heiberg", "this codex", "the prayer book")

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from engine.config.schema.run import RunConfig
-from engine.data.held_out import HeldOut
 from engine.data.loader import Loader
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.writer import ShardWriter
 from engine.data.stage import open_parts, stage_stream
 from engine.data.tokenizer.folder import tokenizer_hash
+from engine.data.validation import ValidationSamples
 from engine.models.families import family
 from engine.models.initial import initial_value
 from engine.models.materialize import fill
@@ -97,7 +97,7 @@ def test_losses_by_source_and_by_held_out_data_set_in_any_layout(corpus, tmp_pat
 
 def held_out_targets(config: RunConfig, place: str) -> float:
     data = config.stages[0].data
-    batches = HeldOut(TokenDataset(place), LENGTH, data.attention).batches(0, 1, 4)
+    batches = ValidationSamples(TokenDataset(place), LENGTH, data.attention).batches(0, 1, 4)
     return sum(float(batch.inputs["weights_BT"].sum()) for batch in batches)
 
 

@@ -10,8 +10,7 @@ from engine.cli import main
 from engine.config.load import load_run
 from engine.corpus.prepare import PrepareOptions, prepare
 from engine.corpus.tokenizer_training import train_tokenizer
-from engine.data.loader import Loader
-from engine.data.samples import first_samples
+from engine.data.loader import Loader, first_samples
 from engine.data.shards.dataset import TokenDataset
 from engine.data.stage import open_parts, stage_stream
 from engine.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USAGE

@@ -17,8 +17,8 @@ from engine.checkpoint.storage import place_of
 from engine.config import home
 from engine.config.load import load_run
 from engine.config.schema.run import RunConfig
-from engine.corpus.hub import split_hub_name
-from engine.corpus.sources import split_domain
+from engine.corpus.sources.chunks import split_domain
+from engine.corpus.sources.hub import split_hub_name
 from engine.errors import ConfigError
 
 OTHERS = {

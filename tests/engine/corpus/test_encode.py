@@ -5,10 +5,10 @@ import pytest
 import xxhash
 
 import engine.corpus.encode
-import engine.corpus.parts
-from engine.corpus.encode import EncodeOptions, Task, encode, encode_to_file, is_held_out
-from engine.corpus.parts import Records, load, read, record_begins, save
-from engine.corpus.sources import Chunk
+import engine.corpus.encoded_chunks
+from engine.corpus.encode import EncodeOptions, Task, belongs_to_validation, encode, encode_to_file
+from engine.corpus.encoded_chunks import Records, load, read, record_begins, save
+from engine.corpus.sources.chunks import TextChunk
 from engine.corpus.spread import stored_order
 from engine.data.tokenizer.folder import load_tokenizer
 from engine.errors import DataError
@@ -16,7 +16,7 @@ from tests.engine.data.corpus import made_up_texts
 
 
 def chunk_of(texts):
-    return Chunk("text", [("made up", number, text.encode()) for number, text in enumerate(texts, 1)], 5)
+    return TextChunk("text", [("made up", number, text.encode()) for number, text in enumerate(texts, 1)], 5)
 
 
 def test_documents_are_what_the_tokenizer_gives(tokenizer_folder):
@@ -28,7 +28,7 @@ def test_documents_are_what_the_tokenizer_gives(tokenizer_folder):
     assert part.documents.text_bytes.tolist() == [len(text.encode()) for text in texts]
     digests = [xxhash.xxh3_128_intdigest(text.encode()) for text in texts]
     assert [(int(high) << 64) + int(low) for high, low in part.documents.hashes] == digests
-    assert part.documents.held_out.tolist() == [is_held_out(text.encode(), 0.3) for text in texts]
+    assert part.documents.is_validation.tolist() == [belongs_to_validation(text.encode(), 0.3) for text in texts]
     assert part.bands.shape == (50, 0)
 
 
@@ -70,11 +70,11 @@ def test_a_part_comes_back_from_its_file_or_not_at_all(tokenizer_folder, tmp_pat
 
 @pytest.mark.parametrize("language", [None, "en"])
 def test_documents_of_a_part_are_read_one_by_one_and_verified(tokenizer_folder, tmp_path, monkeypatch, language):
-    monkeypatch.setattr(engine.corpus.parts, "_LARGEST_GAP_BYTES", 100)  # several stretches
+    monkeypatch.setattr(engine.corpus.encoded_chunks, "_LARGEST_GAP_BYTES", 100)  # several stretches
     tokenizer, texts = load_tokenizer(tokenizer_folder), [f"One. {text} Two." for text in made_up_texts(60)]
     part = encode(chunk_of(texts), tokenizer, EncodeOptions("text", 0.3, language))
-    order = stored_order((3, 5), part.documents.held_out)
-    assert part.documents.held_out[order].tolist() == sorted(part.documents.held_out)
+    order = stored_order((3, 5), part.documents.is_validation)
+    assert part.documents.is_validation[order].tolist() == sorted(part.documents.is_validation)
     save(tmp_path / "a.part", part, order)
     begins = record_begins(part.documents, order, part.tokens.itemsize)
     wanted = order[::7]
@@ -105,10 +105,10 @@ def test_a_part_that_cannot_be_written_is_told(tokenizer_folder, tmp_path):
 
 def test_the_held_out_part_follows_the_text_alone_and_has_its_share():
     texts = [str(number).encode() for number in range(20_000)]
-    held_out = [is_held_out(text, 0.1) for text in texts]
-    assert held_out == [xxhash.xxh3_64(text).intdigest() / 2**64 < 0.1 for text in texts]
+    is_validation = [belongs_to_validation(text, 0.1) for text in texts]
+    assert is_validation == [xxhash.xxh3_64(text).intdigest() / 2**64 < 0.1 for text in texts]
     # binomial: standard deviation sqrt(n p (1 - p)), five of them
-    assert abs(sum(held_out) - 2000) < 5 * (20_000 * 0.1 * 0.9) ** 0.5
+    assert abs(sum(is_validation) - 2000) < 5 * (20_000 * 0.1 * 0.9) ** 0.5
     # a larger share holds out the same documents and more
-    assert all(is_held_out(text, 0.2) for text, out in zip(texts, held_out, strict=True) if out)
-    assert not any(is_held_out(text, 0.0) for text in texts)
+    assert all(belongs_to_validation(text, 0.2) for text, out in zip(texts, is_validation, strict=True) if out)
+    assert not any(belongs_to_validation(text, 0.0) for text in texts)

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from engine.corpus import near_duplicate_pairs
-from engine.corpus.assemble import Corpus, PartFile, removed
-from engine.corpus.near_duplicates import (
+from engine.corpus import near_duplicates
+from engine.corpus.assemble import Corpus, EncodedFile, removed
+from engine.corpus.encoded_chunks import Documents, EncodedChunk, save
+from engine.corpus.minhash import (
     NUM_PERMUTATIONS,
     RECALL,
     RUN,
@@ -16,7 +17,6 @@ from engine.corpus.near_duplicates import (
     signatures,
     similarity,
 )
-from engine.corpus.parts import Documents, Part, save
 from engine.corpus.pool import Pool
 from engine.corpus.spread import stored_order
 from engine.errors import DataError
@@ -68,7 +68,7 @@ def corpus_of(documents, folder, threshold):
         known = Documents(
             lengths=np.array([item.size + 1 for item in some], np.int64),
             hashes=np.arange(2 * count, dtype=np.uint64).reshape(count, 2) + np.uint64(10**6 * number),
-            held_out=np.zeros(count, bool),
+            is_validation=np.zeros(count, bool),
             text_bytes=zeros,
             unknown=zeros,
             unspelt=zeros,
@@ -77,10 +77,10 @@ def corpus_of(documents, folder, threshold):
             empty_unspelt=np.array(0),
         )
         tokens = np.concatenate([np.append(item, EOS) for item in some]) if some else np.empty(0)
-        part = Part(known, band_keys(some, threshold), tokens.astype("<u2"), np.empty(0, np.int64))
+        part = EncodedChunk(known, band_keys(some, threshold), tokens.astype("<u2"), np.empty(0, np.int64))
         path = folder / f"{number}.part"
-        save(path, part, stored_order((number, 0), known.held_out))
-        parts.append(PartFile(path, (number, 0), "", known, part.bands))
+        save(path, part, stored_order((number, 0), known.is_validation))
+        parts.append(EncodedFile(path, (number, 0), "", known, part.bands))
     return Corpus(parts, np.dtype("<u2"))
 
 
@@ -156,19 +156,19 @@ def test_the_threshold_means_what_it_says(tmp_path, threshold):
 def test_batches_of_any_size_and_bands_in_turn_decide_the_same(tmp_path, monkeypatch):
     documents = [item for seed in range(6) for item in variants(seed)]
     expected = left_out(documents, tmp_path, 0.7)
-    monkeypatch.setattr(near_duplicate_pairs, "_TOKENS_AT_ONCE", 1)
+    monkeypatch.setattr(near_duplicates, "_TOKENS_AT_ONCE", 1)
     assert np.array_equal(left_out(documents, tmp_path, 0.7), expected)
 
 
 def test_no_pair_is_compared_twice(tmp_path, monkeypatch):
     seen = []
-    real = near_duplicate_pairs.compare
+    real = near_duplicates.compare
 
     def compare(task):
         seen.extend(map(tuple, task.numbers_P2.tolist()))
         return real(task)
 
-    monkeypatch.setattr(near_duplicate_pairs, "compare", compare)
+    monkeypatch.setattr(near_duplicates, "compare", compare)
     left_out(variants(), tmp_path, 0.8)
     assert len(seen) == len(set(seen)) > 0
 

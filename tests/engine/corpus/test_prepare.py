@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import engine.corpus.encode
-import engine.corpus.sources
-from engine.corpus.encode import is_held_out
+import engine.corpus.sources.chunks
+from engine.corpus.encode import belongs_to_validation
 from engine.corpus.pool import Pool, workers
 from engine.corpus.prepare import PrepareOptions, Progress, prepare
 from engine.corpus.recipe import PARTS, RECIPE_FILE, WORK
@@ -56,7 +56,7 @@ def test_every_document_lands_on_one_side_and_whole(options):
     train, validation = (texts_in(options.output / part, tokenizer) for part in PARTS)
     texts = made_up_texts(200)
     assert sorted(train + validation) == sorted(texts)
-    assert sorted(validation) == sorted(text for text in texts if is_held_out(text.encode(), 0.2))
+    assert sorted(validation) == sorted(text for text in texts if belongs_to_validation(text.encode(), 0.2))
     assert 10 < len(validation) < 80
     for part, found in (("train", train), ("validation", validation)):
         assert prepared.parts[part].documents == len(found) == TokenDataset(options.output / part).index.num_documents
@@ -374,8 +374,8 @@ def test_nearly_the_same_text_comes_once_whatever_the_workers(options, tmp_path)
 @pytest.fixture
 def in_parts(options, tmp_path, monkeypatch) -> PrepareOptions:
     """The preparation of four files that make two parts or more each."""
-    monkeypatch.setattr(engine.corpus.sources, "_SHELF_BYTES", 1)
-    monkeypatch.setattr(engine.corpus.sources, "_SMALLEST_CHUNK", 5000)
+    monkeypatch.setattr(engine.corpus.sources.chunks, "_SHELF_BYTES", 1)
+    monkeypatch.setattr(engine.corpus.sources.chunks, "_SMALLEST_CHUNK", 5000)
     paths = [tmp_path / f"large-{number}.jsonl" for number in range(4)]
     for number, path in enumerate(paths):
         write_json_lines(path, made_up_texts(100, number))

@@ -5,7 +5,7 @@ import pytest
 
 from engine.corpus.encode import EncodeOptions, encode
 from engine.corpus.sentences import check_language, sentence_starts, sentences_in_tokens
-from engine.corpus.sources import Chunk
+from engine.corpus.sources.chunks import TextChunk
 from engine.data.tokenizer.folder import load_tokenizer
 from engine.errors import ConfigError
 
@@ -40,7 +40,7 @@ def test_tokens_belong_to_the_sentence_in_which_they_begin():
 def test_the_tokens_are_the_same_with_and_without(tokenizer_folder, language):
     tokenizer = load_tokenizer(tokenizer_folder)
     texts = ["".join(ENGLISH), "".join(CHINESE), "x"]
-    chunk = Chunk("text", [("here", number, text.encode()) for number, text in enumerate(texts, 2)], 1)
+    chunk = TextChunk("text", [("here", number, text.encode()) for number, text in enumerate(texts, 2)], 1)
     encoded = encode(chunk, tokenizer, EncodeOptions("text", 0.0, language))
     documents = np.split(encoded.tokens, np.cumsum(encoded.documents.lengths)[:-1])
     assert [tokenizer.decode(ids[:-1]) for ids in documents] == texts

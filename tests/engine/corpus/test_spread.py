@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import engine.corpus.sources
+import engine.corpus.sources.chunks
 from engine.corpus.prepare import PrepareOptions, prepare
 from engine.corpus.spread import PURPOSE_SPREAD, spread_keys, stored_order
 from engine.data.shards.dataset import TokenDataset
@@ -33,19 +33,19 @@ def test_keys_are_the_numbers_of_splitmix64():
 
 
 def test_a_part_stores_each_side_by_rising_key():
-    held_out = np.random.default_rng(0).random(100) < 0.3
-    order, keys = stored_order((0, 1), held_out), spread_keys((0, 1), 100)
+    is_validation = np.random.default_rng(0).random(100) < 0.3
+    order, keys = stored_order((0, 1), is_validation), spread_keys((0, 1), 100)
     assert sorted(order.tolist()) == list(range(100))
-    assert held_out[order].tolist() == sorted(held_out.tolist())
+    assert is_validation[order].tolist() == sorted(is_validation.tolist())
     for side in (True, False):
-        mine = order[held_out[order] == side]
+        mine = order[is_validation[order] == side]
         assert keys[mine].tolist() == sorted(keys[mine].tolist())
 
 
 @pytest.fixture
 def sorted_by_source(tokenizer_folder, tmp_path, monkeypatch) -> PrepareOptions:
     """Two sources one behind the other, one document of ten from the first, in parts of some hundred documents."""
-    monkeypatch.setattr(engine.corpus.sources, "_SMALLEST_CHUNK", 10_000)
+    monkeypatch.setattr(engine.corpus.sources.chunks, "_SMALLEST_CHUNK", 10_000)
     first = write_json_lines(tmp_path / "a.jsonl", ["a" * 20] * 400)
     second = write_json_lines(tmp_path / "b.jsonl", ["b" * 20] * 3600)
     return PrepareOptions((str(first), str(second)), tokenizer_folder, tmp_path / "out", 0, shard_bytes=840)
@@ -67,7 +67,7 @@ def test_sources_that_lie_one_behind_the_other_mix_as_by_a_full_shuffle(sorted_b
 
 def test_the_order_is_that_of_the_keys_over_all_parts(tokenizer_folder, tmp_path, monkeypatch):
     """Two files of one part each, and what is left out or held out moves nothing."""
-    monkeypatch.setattr(engine.corpus.sources, "_SHELF_BYTES", 1)
+    monkeypatch.setattr(engine.corpus.sources.chunks, "_SHELF_BYTES", 1)
     texts = [made_up_texts(60, seed) for seed in (1, 2)]
     names = tuple(str(write_json_lines(tmp_path / f"{n}.jsonl", some)) for n, some in enumerate(texts))
     options = PrepareOptions(names, tokenizer_folder, tmp_path / "out", 0.3, shard_bytes=1000)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from engine.corpus.assemble import Removed, statistics
-from engine.corpus.parts import Documents
+from engine.corpus.encoded_chunks import Documents
 from engine.corpus.statistics import Statistics
 
 
@@ -13,7 +13,7 @@ def counted():
     documents = Documents(
         lengths=np.array([3, 2, 8, 5, 4, 1024]),
         hashes=np.zeros((6, 2), np.uint64),
-        held_out=np.zeros(6, bool),
+        is_validation=np.zeros(6, bool),
         text_bytes=np.array([6, 2, 12, 100, 100, 100]),
         unknown=np.array([1, 1, 3, 9, 9, 9]),
         unspelt=np.array([2, 0, 3, 99, 99, 99]),

@@ -6,7 +6,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer, BertTokenizer
 
-from engine.corpus.sources import read_texts
+from engine.corpus.sources.chunks import read_texts
 from engine.corpus.tokenizer_training import (
     PURPOSE_TOKENS,
     SENTENCEPIECE_FILE,

@@ -16,7 +16,7 @@ from engine.config.schema.objective import ObjectiveConfig
 from engine.data.loader import Loader
 from engine.data.order.sample_order import SampleOrder
 from engine.data.shards.dataset import TokenDataset
-from engine.data.source import Part
+from engine.data.source import WeightedDataset
 from engine.data.stream import Stream
 from engine.errors import DataError
 from tests.engine.data.corpus import write_sentences
@@ -51,7 +51,7 @@ def fresh(folders, case: str, mixed: bool) -> Loader:
     """A loader as a new process makes it."""
     objective, packing = CASES[case]
     sets = [TokenDataset(folders / str(number)) for number in range(3)]
-    parts = [Part(item, name, weight) for item, name, weight in zip(sets, "abc", (3, 1, 2), strict=True)]
+    parts = [WeightedDataset(item, name, weight) for item, name, weight in zip(sets, "abc", (3, 1, 2), strict=True)]
     how: dict[str, Any] = {"packing": packing, "objective": ObjectiveConfig.model_validate(objective)}
     return Loader(Stream(parts if mixed else sets[0], 32, RAMP, 1, 3, "document", **how))
 
@@ -164,21 +164,21 @@ def test_resuming_costs_the_same_at_any_step(folders, packing, monkeypatch):
 
 def test_a_mixture_whose_data_has_changed_is_refused_and_the_folder_is_named(folders, tmp_path):
     sets = [TokenDataset(folders / "0"), TokenDataset(folders / "1")]
-    parts = [Part(item, name) for item, name in zip(sets, "ab", strict=True)]
+    parts = [WeightedDataset(item, name) for item, name in zip(sets, "ab", strict=True)]
     state = Stream(parts, 32, 24, 1, 3, "document").state()
     other = write_sentences(tmp_path, 21, seed=1)
-    changed = Loader(Stream([parts[0], Part(other, "b")], 32, 24, 1, 3, "document"))
+    changed = Loader(Stream([parts[0], WeightedDataset(other, "b")], 32, 24, 1, 3, "document"))
     with pytest.raises(DataError, match="fingerprint") as caught:
         changed.stream.restore(state)
     assert f"(data set {tmp_path})" in str(caught.value)
-    heavier = Loader(Stream([parts[0], Part(sets[1], "b", 2)], 32, 24, 1, 3, "document"))
+    heavier = Loader(Stream([parts[0], WeightedDataset(sets[1], "b", 2)], 32, 24, 1, 3, "document"))
     with pytest.raises(DataError, match="mixture = "):
         heavier.stream.restore(state)
 
 
 def test_the_largest_state_is_less_than_a_kibibyte(folders):
     dataset = TokenDataset(folders / "0")
-    parts = [Part(dataset, f"source {number}", number + 1) for number in range(16)]
+    parts = [WeightedDataset(dataset, f"source {number}", number + 1) for number in range(16)]
     reader = Loader(Stream(parts, 32, 4096, 2**63, 128, "document", "best_fit", ObjectiveConfig(name="masked")))
     state = reader.stream.state() | {"position": 10**11, "samples": 10**11, "places": [[9, 10**3, 10**6]] * 16}
     state |= {"left_out": [[10**10, 10**10]] * 8, "lost": [[15, 10**4, 1]] * 8}

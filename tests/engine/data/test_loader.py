@@ -12,12 +12,12 @@ import torch
 from engine.config.ramp import Ramp
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data import loader as loader_module
-from engine.data.held_out import HeldOut
 from engine.data.loader import Loader
 from engine.data.order.sample_order import SampleId
 from engine.data.shards.damage import Damage
 from engine.data.shards.dataset import TokenDataset
 from engine.data.stream import Stream
+from engine.data.validation import ValidationSamples
 from engine.errors import DataError
 from tests.engine.data.corpus import EOS, made_up_documents, write_sentences, write_shards
 
@@ -296,7 +296,7 @@ def test_an_empty_data_set_is_refused(tmp_path):
 def test_evaluation_sees_each_sample_once_with_the_same_weight_in_every_layout(
     dataset, data_size, micro_batch_size, max_samples
 ):
-    held_out = HeldOut(dataset, LENGTH, "document", max_samples)
+    held_out = ValidationSamples(dataset, LENGTH, "document", max_samples)
 
     def batches(rank, size, micro):
         return list(held_out.batches(rank, size, micro))
@@ -312,7 +312,7 @@ def test_evaluation_sees_each_sample_once_with_the_same_weight_in_every_layout(
 
 
 def test_a_missing_sample_is_a_row_of_weight_0(dataset):
-    last = list(HeldOut(dataset, LENGTH, "document", max_samples=9).batches(1, 2, 4))[-1]
+    last = list(ValidationSamples(dataset, LENGTH, "document", max_samples=9).batches(1, 2, 4))[-1]
     assert last.samples_B3.unique().tolist() == [-1]
     assert last.row_weights_B.tolist() == [0, 0, 0, 0]
     assert not last.inputs["weights_BT"].any()

@@ -12,7 +12,7 @@ from engine.data.order.sample_order import CountRows, Order, SampleId
 from engine.data.prefetch import Prefetcher
 from engine.data.shards.damage import Damage
 from engine.data.shards.dataset import TokenDataset
-from engine.data.source import Part
+from engine.data.source import WeightedDataset
 from engine.data.stream import Stream
 from tests.engine.data.corpus import made_up_documents, write_shards
 
@@ -54,7 +54,7 @@ class LastFirst(Order):
 class OtherStream(Stream):
     """Reads every source but "b" in the toy's order."""
 
-    def _make_order(self, part: Part, seed: int) -> Callable[[CountRows], Order]:
+    def _make_order(self, part: WeightedDataset, seed: int) -> Callable[[CountRows], Order]:
         if part.name == "b":
             return super()._make_order(part, seed)
         return lambda count_rows: LastFirst(part.dataset.num_shards, count_rows)
@@ -69,7 +69,7 @@ def sets(tmp_path_factory) -> list[TokenDataset]:
 
 
 def opened(sets: list[TokenDataset], kind: type[Stream] = OtherStream) -> Stream:
-    parts = [Part(dataset, name, weight) for dataset, name, weight in zip(sets, "ab", (2, 1), strict=False)]
+    parts = [WeightedDataset(dataset, name, weight) for dataset, name, weight in zip(sets, "ab", (2, 1), strict=False)]
     return kind(parts if len(parts) > 1 else sets[0], LENGTH, BATCH, 3, 2, "document")
 
 

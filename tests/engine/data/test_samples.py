@@ -1,8 +1,7 @@
 """What is shown as the first samples is what a loader with the same seed trains on first."""
 
 from engine.config.schema.data import DataConfig
-from engine.data.loader import Loader
-from engine.data.samples import WINDOW_SHARDS, first_samples
+from engine.data.loader import WINDOW_SHARDS, Loader, first_samples
 from engine.data.stream import Stream
 from tests.engine.data.corpus import made_up_documents, write_shards
 

@@ -9,7 +9,7 @@ import pytest
 from engine.config.schema.stage import RunStage
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.writer import ShardWriter
-from engine.data.stage import open_held_out, open_parts, stage_stream
+from engine.data.stage import open_parts, open_validation, stage_stream
 from engine.errors import DataError
 from tests.engine.data.corpus import EOS, VOCABULARY, made_up_documents, write_shards
 
@@ -103,7 +103,7 @@ def held_out(validation: Any, tmp_path: Path | None = None) -> dict[str, str]:
     """Location of each held-out data set by name."""
     cache = None if tmp_path is None else {"folder": str(tmp_path / "cache"), "bytes": 10**6}
     run_stage = stage(Path(), data={"sources": [], "train": "unused", "validation": validation, "cache": cache})
-    found = open_held_out(run_stage, None, VOCABULARY)
+    found = open_validation(run_stage, None, VOCABULARY)
     assert found is not None
     return {name: dataset.location for name, dataset in found}
 

@@ -11,7 +11,7 @@ from engine.data.batch import Batch
 from engine.data.loader import MOST_STEPS, Loader
 from engine.data.prefetch import DEPTH
 from engine.data.shards.dataset import TokenDataset
-from engine.data.source import Part
+from engine.data.source import WeightedDataset
 from engine.data.stage import stage_stream
 from engine.train.feed import Feed
 from tests.distributed.runs import LENGTH, run_tree
@@ -31,8 +31,8 @@ def make_feed(folder: Path, layout: Layout, global_rank: int, device: torch.devi
     config = parse_run(tree, "test")
     [stage] = config.stages
     groups = fake_groups(layout, global_rank)
-    feed = Feed([Part(dataset)], None, config, stage, groups, device)
-    return feed, Loader(stage_stream(stage, [Part(dataset)], config.seed))
+    feed = Feed([WeightedDataset(dataset)], None, config, stage, groups, device)
+    return feed, Loader(stage_stream(stage, [WeightedDataset(dataset)], config.seed))
 
 
 def stretch(batch: Batch, position: int, size: int) -> dict[str, torch.Tensor]:

@@ -6,8 +6,8 @@ import torch
 
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.objective import ObjectiveConfig
-from engine.data.held_out import HeldOut
 from engine.data.objectives.best_fit import BestFit, best_fit_decreasing
+from engine.data.validation import ValidationSamples
 from engine.models.families import family
 from tests.engine.data.corpus import VOCABULARY, made_up_documents, write_sentences, write_shards
 
@@ -63,7 +63,9 @@ def test_successors_are_the_tokens_behind(tmp_path):
     for document in documents:
         for one, other in zip(document[:-1].tolist(), document[1:].tolist(), strict=True):
             follow.setdefault(one, set()).add(other)
-    for batch in HeldOut(write_shards(tmp_path, documents), 32, "document", packing="best_fit").batches(0, 1, 8):
+    for batch in ValidationSamples(write_shards(tmp_path, documents), 32, "document", packing="best_fit").batches(
+        0, 1, 8
+    ):
         weights = batch.inputs["weights_BT"] > 0
         pairs = zip(
             batch.inputs["tokens_BT"][weights].tolist(), batch.inputs["targets_BT"][weights].tolist(), strict=True
@@ -75,7 +77,7 @@ def test_a_masked_document_stands_whole_behind_its_own_mark(tmp_path):
     dataset = write_sentences(tmp_path, 40, shard_tokens=2000)
     objective = ObjectiveConfig(name="masked", mask_share=0.0, random_share=0.0)  # seen as they are
     parts = []
-    for batch in HeldOut(dataset, 128, "document", packing="best_fit", objective=objective).batches(0, 1, 4):
+    for batch in ValidationSamples(dataset, 128, "document", packing="best_fit", objective=objective).batches(0, 1, 4):
         for tokens, lengths, source in zip(
             batch.inputs["tokens_BT"], batch.document_lengths, batch.sources, strict=True
         ):
@@ -110,7 +112,7 @@ def test_each_document_has_the_loss_that_it_has_alone(tmp_path, position):
             tokens = torch.from_numpy(document.astype(np.int64))[None]
             alone[tuple(document[:-1].tolist())] = loss(tokens[:, :-1], tokens[:, 1:], torch.ones(1, document.size - 1))
         seen = 0
-        for batch in HeldOut(dataset, 96, "document", packing="best_fit").batches(0, 1, 4):
+        for batch in ValidationSamples(dataset, 96, "document", packing="best_fit").batches(0, 1, 4):
             tokens, segments = batch.inputs["tokens_BT"], batch.inputs["segments_BT"]
             for b, lengths in enumerate(batch.document_lengths):
                 for number in range(len(lengths)):

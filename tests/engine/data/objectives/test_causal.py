@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from engine.data.held_out import HeldOut
 from engine.data.objectives.causal import causal
 from engine.data.objectives.packing import Row
+from engine.data.validation import ValidationSamples
 from tests.engine.data.corpus import EOS, made_up_documents, write_shards
 
 
@@ -25,7 +25,7 @@ def test_total_weight_is_the_number_of_targets_of_the_corpus(tmp_path, attention
     documents = made_up_documents(50)
     dataset = write_shards(tmp_path, documents, shard_tokens=200)
     total = 0.0
-    for batch in HeldOut(dataset, 16, attention, packing=packing).batches(0, 1, 4):
+    for batch in ValidationSamples(dataset, 16, attention, packing=packing).batches(0, 1, 4):
         weights, tokens = batch.inputs["weights_BT"], batch.inputs["tokens_BT"]
         total += batch.weights["causal"]
         assert batch.weights["causal"] == weights.sum()

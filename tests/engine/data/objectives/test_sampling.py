@@ -8,11 +8,11 @@ import torch
 
 from engine.config.lengths import num_masked, span_lengths
 from engine.config.schema.objective import ObjectiveConfig
-from engine.data.held_out import HeldOut
 from engine.data.loader import Loader
 from engine.data.objectives.sampling import Attention
 from engine.data.shards.dataset import TokenDataset
 from engine.data.stream import Stream
+from engine.data.validation import ValidationSamples
 from engine.errors import DataError
 from tests.engine.data.corpus import EOS, FILL, SPECIAL, made_up_documents, write_sentences, write_shards
 
@@ -89,7 +89,7 @@ def test_each_epoch_visits_each_row_once(dataset, case):
 
 
 def test_held_out_samples_are_the_same_in_every_layout_and_for_every_seed(dataset, case):
-    held_out = HeldOut(dataset, LENGTH, "document", **case)
+    held_out = ValidationSamples(dataset, LENGTH, "document", **case)
     whole = list(held_out.batches(0, 1, 5))
     for size, micro in ((2, 3), (3, 1)):
         parts = [batch for rank in range(size) for batch in held_out.batches(rank, size, micro)]
@@ -129,7 +129,7 @@ def test_types_shapes_and_weights(dataset, case, attention):
 
 
 def test_a_row_that_stands_for_nothing_weighs_nothing(dataset, case):
-    last = list(HeldOut(dataset, LENGTH, "document", max_samples=9, **case).batches(1, 2, 4))[-1]
+    last = list(ValidationSamples(dataset, LENGTH, "document", max_samples=9, **case).batches(1, 2, 4))[-1]
     assert last.sources == ("",) * 4
     assert not any(last.weights.values())
     assert not any(tensor.any() for name, tensor in last.inputs.items() if "weights" in name)
@@ -159,7 +159,7 @@ def test_documents_are_rearranged_at_the_rate_and_hold_the_same_tokens(tmp_path)
     for rate in (0.0, 0.3, 1.0):
         objective = ObjectiveConfig(name="fill_in_the_middle", fill_rate=rate)
         whole = rearranged = suffix_first = 0
-        for batch in HeldOut(dataset, 512, "document", objective=objective).batches(0, 1, 1):
+        for batch in ValidationSamples(dataset, 512, "document", objective=objective).batches(0, 1, 1):
             tokens = batch.inputs["tokens_BT"][0].tolist()
             for part in "".join(f"{t} " for t in tokens).split(f" {EOS} ")[1:-1]:
                 ids = [int(token) for token in part.split()]

@@ -16,7 +16,7 @@ from engine.data.loader import Loader
 from engine.data.shards.damage import Damage, DamagedShard
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.index import Index, read_index
-from engine.data.source import Part
+from engine.data.source import WeightedDataset
 from engine.data.stream import MOST_LOST, Stream
 from engine.errors import DataError
 from tests.engine.data.corpus import made_up_documents, write_sentences, write_shards
@@ -152,7 +152,7 @@ def damaged(tmp_path: Path, suffixes: list[str]) -> Path:
 
 def test_samples_trained_on_are_counted_by_source_whatever_is_left_out_or_lost(tmp_path):
     other = write_shards(tmp_path / "other", made_up_documents(60, seed=1), shard_tokens=300)
-    parts = [Part(TokenDataset(damaged(tmp_path, ["tokens"])), "a", 2), Part(other, "b", 1)]
+    parts = [WeightedDataset(TokenDataset(damaged(tmp_path, ["tokens"])), "a", 2), WeightedDataset(other, "b", 1)]
     reader, counted = Loader(Stream(parts, 16, 12, 3, 4, "document")), np.zeros(2, np.int64)
     stream = reader.stream
     assert stream.trained() == {"a": 0, "b": 0}
@@ -243,7 +243,7 @@ def test_damage_has_an_end(tmp_path):
 def test_a_mixture_loses_a_shard_of_one_source_alone(tmp_path):
     for name in ("a", "b"):
         write_shards(tmp_path / name, made_up_documents(40), shard_tokens=300)
-    parts = [Part(TokenDataset(tmp_path / name), name, 1) for name in ("a", "b")]
+    parts = [WeightedDataset(TokenDataset(tmp_path / name), name, 1) for name in ("a", "b")]
     reader = Loader(Stream(parts, 16, 12, 3, 4, "document"))
     (tmp_path / "b" / "shard-000001.tokens").unlink()
     ranks = [reader]

@@ -10,7 +10,7 @@ import struct
 import numpy as np
 import pytest
 
-from engine.corpus.megatron_import import take_over
+from engine.corpus.megatron_import import import_megatron
 from engine.data.loader import Loader
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.megatron import prefix_of, read_sequences, write_indexed_dataset
@@ -109,7 +109,7 @@ def test_a_set_is_trained_on_where_it_lies_as_if_it_had_been_prepared(tmp_path, 
     assert tokenizer.eos_id == EOS
     (tmp_path / "theirs").mkdir()
     prefix = write_by_hand(tmp_path / "theirs" / "set", [[document] for document in documents], dtype)
-    index = take_over(prefix, tokenizer, tmp_path / "taken", shard_bytes=400 * np.dtype(dtype).itemsize)
+    index = import_megatron(prefix, tokenizer, tmp_path / "taken", shard_bytes=400 * np.dtype(dtype).itemsize)
     assert index.num_bytes > sum(path.stat().st_size for path in (tmp_path / "taken").glob("shard-*"))
     assert not list((tmp_path / "taken").glob("*.tokens"))
     taken = TokenDataset(tmp_path / "taken", tokenizer.hash)
@@ -129,7 +129,7 @@ def test_a_set_is_trained_on_where_it_lies_as_if_it_had_been_prepared(tmp_path, 
 def test_sentences_come_along_and_there_and_back_is_the_same(tmp_path, tokenizer):
     documents = made_up(tokenizer)
     prefix = write_by_hand(tmp_path / "set", [split(document) for document in documents], "uint16")
-    take_over(prefix, tokenizer, tmp_path / "taken", shard_bytes=800)
+    import_megatron(prefix, tokenizer, tmp_path / "taken", shard_bytes=800)
     taken = TokenDataset(tmp_path / "taken")
     assert taken.index.has_sentences
     assert taken.index.num_sentences == sum(len(split(document)) for document in documents)
@@ -139,7 +139,7 @@ def test_sentences_come_along_and_there_and_back_is_the_same(tmp_path, tokenizer
 
 def test_a_bin_that_changes_later_is_a_damaged_shard(tmp_path, tokenizer):
     prefix = write_by_hand(tmp_path / "set", [[document] for document in made_up(tokenizer)], "uint16")
-    take_over(prefix, tokenizer, tmp_path / "taken", shard_bytes=800)
+    import_megatron(prefix, tokenizer, tmp_path / "taken", shard_bytes=800)
     path = tmp_path / "set.bin"
     content = path.read_bytes()
     path.write_bytes(content + b"more")
@@ -157,7 +157,7 @@ def test_a_bin_that_changes_later_is_a_damaged_shard(tmp_path, tokenizer):
 
 def test_sets_that_do_not_fit_are_refused(tmp_path, tokenizer):
     def taken(documents):
-        take_over(write_by_hand(tmp_path / "set", documents), tokenizer, tmp_path / "taken")
+        import_megatron(write_by_hand(tmp_path / "set", documents), tokenizer, tmp_path / "taken")
 
     with pytest.raises(DataError, match=r"1 of 2 documents .* do not end with token 0") as caught:
         taken([[[1, 2, 0]], [[3, 4]]])

@@ -17,7 +17,6 @@ import fsspec
 import pytest
 
 import engine.data.shards.arrays
-from engine.data.held_out import HeldOut
 from engine.data.loader import Loader
 from engine.data.prefetch import Prefetcher
 from engine.data.shard_fetcher import ShardFetcher
@@ -26,6 +25,7 @@ from engine.data.shards.damage import DamagedShard
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.remote import RemoteFolder, Retry
 from engine.data.stream import Stream
+from engine.data.validation import ValidationSamples
 from engine.errors import DataError
 from tests.engine.data.corpus import made_up_documents, write_shards
 from tests.engine.data.rank import Ranks
@@ -118,8 +118,8 @@ def test_batches_from_a_store_are_those_from_disk_and_the_cache_keeps_its_limit(
                 assert mine.sources == expected.sources
                 assert all(mine.inputs[name].equal(expected.inputs[name]) for name in mine.inputs)
                 assert cache.used_bytes() <= cache.limit_bytes
-        held_out = HeldOut(dataset, 16, "document")
-        expected = HeldOut(TokenDataset(local), 16, "document")
+        held_out = ValidationSamples(dataset, 16, "document")
+        expected = ValidationSamples(TokenDataset(local), 16, "document")
         sums = [sum(b.weights["causal"] for b in item.batches(0, 1, 8)) for item in (held_out, expected)]
         assert sums[0] == sums[1]
 

@@ -1,7 +1,7 @@
 """Files of text, plain or compressed, as lines, paragraphs or one whole: bytes, with how far the file was read.
 
 Compression is told by the name (`SUFFIXES`). Invariant: a file that is cut off or damaged is an error that names
-it, never a shorter text. Decoding is the business of `engine.corpus.sources`.
+it, never a shorter text. Decoding is the business of `engine.corpus.sources.chunks`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BLOCK_BYTES = 1 << 20
 _LARGEST_WINDOW_BYTES = 1 << 31
 """Of zstd; `zstd --long=31` writes it. The library's own limit is 128 MiB."""
 
-Piece = tuple[int, bytes, int]
+RawDocument = tuple[int, bytes, int]
 """Number of the first line (from 1), content, and bytes of the file (as it lies there) that were read so far."""
 
 
@@ -57,14 +57,14 @@ def refuse_cut_off(name: str) -> None:
                 pass
 
 
-def lines(name: str) -> Iterator[Piece]:
+def lines(name: str) -> Iterator[RawDocument]:
     """Each line of the decompressed text, its end included. Raises `DataError`."""
     with _opened(name) as file:
         for number, line in enumerate(_decompressed(name, file), start=1):
             yield number, line, file.tell()
 
 
-def blocks(name: str, num_bytes: int) -> Iterator[Piece]:
+def blocks(name: str, num_bytes: int) -> Iterator[RawDocument]:
     """The decompressed text in blocks of at least `num_bytes`, each ending with a line. Raises `DataError`."""
     number = 1
     with _opened(name) as file:
@@ -75,13 +75,13 @@ def blocks(name: str, num_bytes: int) -> Iterator[Piece]:
             number += block.count(b"\n")
 
 
-def whole(name: str) -> Iterator[Piece]:
+def whole(name: str) -> Iterator[RawDocument]:
     """The whole decompressed text as one piece. Raises `DataError`."""
     with _opened(name) as file:
         yield 1, _decompressed(name, file).read(), file.tell()
 
 
-def paragraphs(name: str) -> Iterator[Piece]:
+def paragraphs(name: str) -> Iterator[RawDocument]:
     """Stretches of lines that are not empty, the empty ones between them dropped. Raises `DataError`."""
     held: list[bytes] = []
     first, read = 1, 0

@@ -4,9 +4,9 @@ import gzip
 
 import pytest
 
-from engine.corpus import hub
-from engine.corpus.hub import read_column
-from engine.corpus.sources import read_texts
+from engine.corpus.sources import hub
+from engine.corpus.sources.chunks import read_texts
+from engine.corpus.sources.hub import read_column
 from engine.errors import DataError
 from tests.engine.data.corpus import made_up_texts, write_json_lines
 

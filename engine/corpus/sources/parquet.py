@@ -1,6 +1,6 @@
 """One text column of a Parquet file, row by row, as bytes. Errors of the library become one `DataError` with its name.
 
-Decoding is the business of `engine.corpus.sources`.
+Decoding is the business of `engine.corpus.sources.chunks`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from engine.errors import DataError
 
 _ROWS_AT_ONCE = 1024
 
-Piece = tuple[int, bytes, int]
+RawDocument = tuple[int, bytes, int]
 """Number of the row (from 0), its text, and bytes of the file that were read so far."""
 
 
-def rows(name: str, column: str) -> Iterator[Piece]:
+def rows(name: str, column: str) -> Iterator[RawDocument]:
     """The texts of a column in order. Raises `DataError`: damaged, no such column, no text in it."""
     import pyarrow
     from pyarrow import parquet

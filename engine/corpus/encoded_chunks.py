@@ -38,7 +38,7 @@ class Documents:
     """(n,) int64 tokens, ends of text included."""
     hashes: np.ndarray
     """(n, 2) uint64: XXH3-128 of the text."""
-    held_out: np.ndarray
+    is_validation: np.ndarray
     """(n,) bool"""
     text_bytes: np.ndarray
     """(n,) int64"""
@@ -55,7 +55,7 @@ class Documents:
 
 
 @dataclass(frozen=True)
-class Part:
+class EncodedChunk:
     """The documents with their tokens, in the order of the source."""
 
     documents: Documents
@@ -80,7 +80,7 @@ class Records:
     """(n,) int64"""
 
 
-def save(path: Path, part: Part, order: np.ndarray) -> None:
+def save(path: Path, part: EncodedChunk, order: np.ndarray) -> None:
     """Puts the part in place, its records in the given order (n,) of documents. Raises `OSError`."""
     arrays = {field.name: getattr(part.documents, field.name) for field in fields(Documents)}
     known = io.BytesIO()
@@ -154,7 +154,7 @@ def _record_bytes(lengths: np.ndarray, sentences: np.ndarray, item_bytes: int) -
     return _RECORD_DIGEST_BYTES + lengths * item_bytes + sentences * _SENTENCE_DTYPE.itemsize
 
 
-def _write_records(content: io.BytesIO, part: Part, order: np.ndarray) -> None:
+def _write_records(content: io.BytesIO, part: EncodedChunk, order: np.ndarray) -> None:
     tokens = memoryview(part.tokens.tobytes())
     starts = memoryview(part.sentence_starts.astype(_SENTENCE_DTYPE).tobytes())
     token_ends = np.cumsum(part.documents.lengths) * part.tokens.itemsize

@@ -17,23 +17,23 @@ from engine.data.loader import micro_batch_rows
 from engine.data.objectives.sampling import Attention, PackingName, make_sampler
 from engine.data.order.sample_order import SampleOrder
 from engine.data.shards.dataset import TokenDataset
-from engine.data.source import Part, Source
+from engine.data.source import Source, WeightedDataset
 
 EVALUATION_SEED = 0
 """Held-out samples are masked the same in every run, whatever its seed, so that their losses compare."""
 
 
-HeldOutSet = tuple[str, TokenDataset]
+ValidationSet = tuple[str, TokenDataset]
 """A name, which is empty where there is but one data set and it has none; and the data set."""
 
 
-class HeldOut:
+class ValidationSamples:
     """Held-out samples in the order of the data sets and of their files, each once over all ranks; the address of a
     sample in its data set is (0, shard, row)."""
 
     def __init__(
         self,
-        sets: TokenDataset | Sequence[HeldOutSet],
+        sets: TokenDataset | Sequence[ValidationSet],
         sequence_length: int,
         attention: Attention,
         max_samples: int | None = None,
@@ -46,7 +46,7 @@ class HeldOut:
         def source(number: int, dataset: TokenDataset) -> Source:
             sampler = make_sampler(dataset, sequence_length, EVALUATION_SEED, attention, packing, objective)
             order = partial(SampleOrder, dataset.num_shards, seed=EVALUATION_SEED, window_shards=1)
-            return Source(number, Part(dataset), sampler, order)
+            return Source(number, WeightedDataset(dataset), sampler, order)
 
         named = [("", sets)] if isinstance(sets, TokenDataset) else list(sets)
         self.names = tuple(name for name, _ in named if name)

@@ -13,7 +13,7 @@ import json
 import os
 from pathlib import Path
 
-from engine.corpus import text_files
+from engine.corpus.sources import text_files
 from engine.data.shards.open_shards import too_many_files
 from engine.errors import DataError
 

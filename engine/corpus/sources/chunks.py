@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 import xxhash
 
 from engine.config.home import expand
-from engine.corpus import parquet, text_files
-from engine.corpus.files import find_files, matches
-from engine.corpus.hub import HUB_PREFIX, local_files, read_column
+from engine.corpus.sources import parquet, text_files
+from engine.corpus.sources.files import find_files, matches
+from engine.corpus.sources.hub import HUB_PREFIX, local_files, read_column
 from engine.errors import ConfigError, DataError
 
 _DOMAIN = re.compile(r"([A-Za-z][\w-]*)=(.+)", re.DOTALL)
@@ -52,7 +52,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class TextChunk:
     """Some documents of sources of one kind as they lie there.
 
     Items are (source, line number from 1 or row, bytes): of JSON many whole lines, otherwise one document.
@@ -129,7 +129,7 @@ def named_hash(source: Source) -> tuple[str, str]:
     return source.name, content_hash(source)
 
 
-def read_chunks(shelf: list[Source], text_key: str, blank_line_ends: bool) -> Iterator[Chunk]:
+def read_chunks(shelf: list[Source], text_key: str, blank_line_ends: bool) -> Iterator[TextChunk]:
     """The documents of some sources of one kind in order.
 
     `text_key` names the column of a dataset; with `blank_line_ends` a text file holds many documents, each ended by an
@@ -145,13 +145,13 @@ def read_chunks(shelf: list[Source], text_key: str, blank_line_ends: bool) -> It
             size += len(content)
             read, before = read + so_far - before, so_far
             if size >= limit:
-                yield Chunk(source.kind, items, read)
+                yield TextChunk(source.kind, items, read)
                 items, size, read = [], 0, 0
         read += source.num_bytes - before
-    yield Chunk(shelf[-1].kind, items, read)
+    yield TextChunk(shelf[-1].kind, items, read)
 
 
-def _rows(source: Source, text_key: str, blank_line_ends: bool, limit: int) -> Iterator[text_files.Piece]:
+def _rows(source: Source, text_key: str, blank_line_ends: bool, limit: int) -> Iterator[text_files.RawDocument]:
     if source.kind == "hub":
         return ((number, text.encode(), 0) for number, text in enumerate(read_column(source.name, text_key)))
     if source.kind == "parquet":
@@ -185,7 +185,7 @@ def _first_texts(shelf: list[Source], text_key: str, blank_line_ends: bool, limi
                 return
 
 
-def parse(chunk: Chunk, text_key: str) -> list[str]:
+def parse(chunk: TextChunk, text_key: str) -> list[str]:
     """The texts of a chunk's documents. Raises `DataError` naming file and line: no JSON, no text, no UTF-8."""
     if chunk.kind == "text":
         return [_decode(*item) for item in chunk.items]

@@ -10,9 +10,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from engine.corpus.hub import split_hub_name
-from engine.corpus.sources import (
-    Chunk,
+from engine.corpus.sources.chunks import (
+    TextChunk,
     content_hash,
     find_sources,
     parse,
@@ -21,6 +20,7 @@ from engine.corpus.sources import (
     shelves,
     split_domain,
 )
+from engine.corpus.sources.hub import split_hub_name
 from engine.errors import ConfigError, DataError
 from tests.engine.data.corpus import made_up_texts, write_json_lines
 
@@ -144,8 +144,8 @@ def test_names_of_hub_datasets():
 
 def test_a_chunk_is_parsed_by_its_kind():
     content = json.dumps({"text": "inner"}).encode()
-    assert parse(Chunk("json", [("s", 1, content)], 0), "text") == ["inner"]
-    assert parse(Chunk("text", [("s", 1, content)], 0), "text") == [content.decode()]
+    assert parse(TextChunk("json", [("s", 1, content)], 0), "text") == ["inner"]
+    assert parse(TextChunk("text", [("s", 1, content)], 0), "text") == [content.decode()]
 
 
 def test_a_domain_stands_before_its_source(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import gzip
 import pytest
 import zstandard
 
-from engine.corpus import text_files
+from engine.corpus.sources import text_files
 from engine.errors import DataError
 
 CONTENT = b"one\ntwo\n\n\nthree\r\nfour\r\n\r\nlast without end"

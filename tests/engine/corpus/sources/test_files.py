@@ -12,8 +12,8 @@ import tarfile
 import pytest
 import zstandard
 
-from engine.corpus import text_files
-from engine.corpus.files import find_files
+from engine.corpus.sources import text_files
+from engine.corpus.sources.files import find_files
 from engine.errors import DataError
 
 ROWS = b"".join(json.dumps({"text": f"row {n}"}).encode() + b"\n" for n in range(3))

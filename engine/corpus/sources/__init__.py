@@ -1,0 +1,1 @@
+"""Text in its many places to chunks of raw documents: files, compression, Parquet, Hugging Face datasets."""
