@@ -1,8 +1,9 @@
-"""Command lines that start the ranks of a run on this node: pure functions from what is wanted to argv and environment.
+"""Command lines that start the ranks of a run: pure functions from what is wanted to argv and environment.
 
-Three kinds: `local` (we start every rank ourselves), `deepspeed` and `torchrun` (they do). All of them end in the same
-`palimpsest train RUN.yaml key=value...` on every rank. Only variables that a kind adds are named, so that a dry run
-prints a line that a shell takes.
+`Wanted` is one attempt of a run on all its ranks, `Node` what one node has for those that it holds. Three kinds:
+`local` (we start every rank ourselves), `deepspeed` and `torchrun` (they do). All of them end in the same `palimpsest
+train RUN.yaml key=value...` on every rank. Only variables that a kind adds are named, so that a dry run prints a line
+that a shell takes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from launcher.environment import ATTEMPT, JOB, LAUNCHER, RUN_FOLDER
+from launcher.environment import ATTEMPT, JOB, LAUNCHER, LOOPBACK, RUN_FOLDER
 
 Kind = Literal["local", "deepspeed", "torchrun"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -22,22 +23,31 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be started on this node."""
+    """One attempt of a run, on however many nodes."""
 
     config: Path
     overrides: tuple[str, ...]
     folder: Path
     """The run folder."""
     kind: Kind
-    num_processes: int
+    world_size: int
     job: str
     master_port: int
+    master_addr: str = LOOPBACK
     attempt: int = 0
+
+
+@dataclass(frozen=True)
+class Node:
+    """Ranks of an attempt that one node holds, and what they find there."""
+
+    ranks: range
+    """Global numbers."""
     num_gpus: int = 0
     devices: tuple[str, ...] = ()
     """Names of the GPUs to use, as in CUDA_VISIBLE_DEVICES, one per rank; empty for all that are visible."""
     bus_order: bool = False
-    """Whether `devices` are numbers in the order of the bus, as nvidia-smi counts them."""
+    """True if `devices` are numbers in the order of the bus, as nvidia-smi counts them."""
     left_over: tuple[str, ...] = ()
     """Variables in the environment of `palimpsest launch` that the ranks must not see."""
     num_cores: int = 1
@@ -67,36 +77,38 @@ class Command:
         return {name: value for name, value in environ.items() if name not in self.dropped} | self.environment
 
 
-def commands(wanted: Wanted) -> list[Command]:
-    """What to start: one command per rank for `local`, one in all for the others."""
+def commands(wanted: Wanted, node: Node) -> list[Command]:
+    """Return what a node has to start: one command per rank for `local`, one in all for the others."""
     if wanted.kind == "local":
-        return [_local(wanted, rank) for rank in range(wanted.num_processes)]
-    return [_deepspeed(wanted) if wanted.kind == "deepspeed" else _torchrun(wanted)]
+        return [_local(wanted, node, local_rank) for local_rank in range(len(node.ranks))]
+    return [_deepspeed(wanted, node) if wanted.kind == "deepspeed" else _torchrun(wanted, node)]
 
 
-def _local(wanted: Wanted, global_rank: int) -> Command:
-    environment = _common(wanted) | {
+def _local(wanted: Wanted, node: Node, local_rank: int) -> Command:
+    global_rank = node.ranks[local_rank]
+    environment = _common(wanted, node) | {
         "RANK": str(global_rank),
-        "WORLD_SIZE": str(wanted.num_processes),
-        "LOCAL_RANK": str(global_rank),
-        "LOCAL_WORLD_SIZE": str(wanted.num_processes),
-        "MASTER_ADDR": "127.0.0.1",
+        "WORLD_SIZE": str(wanted.world_size),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(len(node.ranks)),
+        "MASTER_ADDR": wanted.master_addr,
         "MASTER_PORT": str(wanted.master_port),
     }
-    argv = (wanted.python, "-u", "-m", *_train(wanted))
-    return Command(f"rank-{global_rank}", argv, environment, _dropped(wanted, environment))
+    argv = (node.python, "-u", "-m", *_train(wanted))
+    return Command(f"rank-{global_rank}", argv, environment, _dropped(node, environment))
 
 
-def _deepspeed(wanted: Wanted) -> Command:
-    """deepspeed drops CUDA_VISIBLE_DEVICES where it is told how many GPUs to use: it is told which ones instead.
+def _deepspeed(wanted: Wanted, node: Node) -> Command:
+    """Return the command of deepspeed's runner, which starts ranks on this node alone.
 
-    A hostfile that the system keeps in its usual place would take the ranks to other nodes, through ssh.
+    deepspeed drops CUDA_VISIBLE_DEVICES where it is told how many GPUs to use: it is told which ones instead. A
+    hostfile that the system keeps in its usual place would take the ranks to other nodes, through ssh.
     """
-    which = f"--num_gpus={wanted.num_processes}"
-    if wanted.devices:
-        which = f"--include=localhost:{','.join(wanted.devices)}"
+    which = f"--num_gpus={len(node.ranks)}"
+    if node.devices:
+        which = f"--include=localhost:{','.join(node.devices)}"
     argv = (
-        program("deepspeed", wanted.python),
+        program("deepspeed", node.python),
         f"--hostfile={os.devnull}",
         which,
         f"--master_port={wanted.master_port}",
@@ -104,50 +116,51 @@ def _deepspeed(wanted: Wanted) -> Command:
         "--module",
         *_train(wanted),
     )
-    environment = _common(wanted)
+    environment = _common(wanted, node)
     visible = environment.pop("CUDA_VISIBLE_DEVICES", None)
-    dropped = (*(["CUDA_VISIBLE_DEVICES"] if visible else []), *_dropped(wanted, environment))
-    if wanted.bus_order:
+    dropped = (*(["CUDA_VISIBLE_DEVICES"] if visible else []), *_dropped(node, environment))
+    if node.bus_order:
         environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     return Command("launcher", argv, environment, dropped)
 
 
-def _torchrun(wanted: Wanted) -> Command:
+def _torchrun(wanted: Wanted, node: Node) -> Command:
+    """Return the command of a torchrun that starts ranks on this node alone."""
     argv = (
-        program("torchrun", wanted.python),
+        program("torchrun", node.python),
         "--nnodes=1",
         "--node-rank=0",
-        f"--nproc-per-node={wanted.num_processes}",
-        "--master-addr=127.0.0.1",
+        f"--nproc-per-node={len(node.ranks)}",
+        f"--master-addr={wanted.master_addr}",
         f"--master-port={wanted.master_port}",
         "-m",
         *_train(wanted),
     )
-    environment = _common(wanted)
-    return Command("launcher", argv, environment, _dropped(wanted, environment))
+    environment = _common(wanted, node)
+    return Command("launcher", argv, environment, _dropped(node, environment))
 
 
 def _train(wanted: Wanted) -> tuple[str, ...]:
     return ("engine.cli", "train", str(wanted.config), *wanted.overrides)
 
 
-def _dropped(wanted: Wanted, environment: dict[str, str]) -> tuple[str, ...]:
-    return tuple(name for name in wanted.left_over if name not in environment)
+def _dropped(node: Node, environment: dict[str, str]) -> tuple[str, ...]:
+    return tuple(name for name in node.left_over if name not in environment)
 
 
-def _common(wanted: Wanted) -> dict[str, str]:
+def _common(wanted: Wanted, node: Node) -> dict[str, str]:
     """Variables of every kind. Without a GPU DeepSpeed is told so, or its launcher looks for one and gives up."""
     environment = {
         JOB: wanted.job,
         ATTEMPT: str(wanted.attempt),
         LAUNCHER: wanted.kind,
         RUN_FOLDER: str(wanted.folder.absolute()),
-        "OMP_NUM_THREADS": str(max(wanted.num_cores // wanted.num_processes, 1)),
+        "OMP_NUM_THREADS": str(max(node.num_cores // len(node.ranks), 1)),
     }
-    if wanted.num_gpus == 0:
+    if node.num_gpus == 0:
         environment["DS_ACCELERATOR"] = "cpu"
-    elif wanted.devices:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(wanted.devices)
+    elif node.devices:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(node.devices)
     return environment
 
 

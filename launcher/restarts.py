@@ -13,7 +13,7 @@ from engine.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USAGE
 from engine.plan.elastic import World
 from engine.plan.hardware import Accelerator
 from engine.plan.shrink import UNKNOWN, world_for
-from launcher.commands import Wanted
+from launcher.commands import Node, Wanted
 from launcher.verdict import Verdict
 
 
@@ -47,22 +47,22 @@ def next_attempt(
     run: RunConfig,
     asked: tuple[str, ...],
     wanted: Wanted,
+    node: Node,
     verdict: Verdict,
     master_port: int,
     accelerator: Accelerator | None = None,
-) -> tuple[Wanted, World | None]:
-    """What to start after `wanted` has failed: the same, or less by the ranks that were lost.
+) -> tuple[Wanted, Node, World | None]:
+    """Return what to start after `wanted` has failed on its only node: the same, or less by the ranks that were lost.
 
     `asked` are the user's own overrides, which are in `run`. The world is None where it stays: where no rank was lost,
     and where no smaller world is valid. `accelerator` is the GPUs' kind, where it is known.
     """
     again = replace(wanted, attempt=wanted.attempt + 1, master_port=master_port)
     if not verdict.lost:
-        return again, None
-    world = world_for(run, wanted.num_processes - len(verdict.lost), accelerator or UNKNOWN)
+        return again, node, None
+    world = world_for(run, wanted.world_size - len(verdict.lost), accelerator or UNKNOWN)
     if world is None:
-        return again, None
-    places = [place for rank, place in enumerate(wanted.devices) if rank not in verdict.lost]
-    overrides = (*asked, *world.overrides(run))
-    devices = tuple(places[: world.size])
-    return replace(again, num_processes=world.size, overrides=overrides, devices=devices), world
+        return again, node, None
+    remaining = [device for rank, device in zip(node.ranks, node.devices, strict=False) if rank not in verdict.lost]
+    again = replace(again, world_size=world.size, overrides=(*asked, *world.overrides(run)))
+    return again, replace(node, ranks=range(world.size), devices=tuple(remaining[: world.size])), world

@@ -1,9 +1,9 @@
-"""Watching over one launch on this node: start, show, pass signals on, end what is left, and say how it ended.
+"""Supervision of the processes of one attempt on one node: start, show, pass signals on, end what is left, report.
 
-Launchers lose exit codes and signals, so signals go to the ranks and never to a launcher, and how the run ended is read
-from `outcome.json` first and from exit codes second (contract "Outcome"). What the ranks cannot say themselves, because
-they were killed or hang, is said here, in words and in `outcome.json`. Invariant: when `supervise` returns, no process
-of the launch is alive. One attempt, one node; nothing here knows torch.
+Launchers lose signals, so signals go to the ranks and never to a launcher (contract "Outcome"). What the ranks cannot
+say themselves, because they were killed or hang, is in the `NodeReport`; what the run concludes from it, and what is
+written to `outcome.json`, is up to `launcher.attempts`. Invariant: when `supervise` returns, no process of the attempt
+is alive on this node. Nothing here knows torch.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from typing import Any
 from engine import heartbeat, logs, outcome
 from engine.config.schema.run import LaunchConfig
 from engine.errors import EXIT_DONE, EXIT_REQUEUE, EnvironmentProblem
-from engine.outcome import Outcome
-from engine.run_folder import RunFolder, Start
+from engine.run_folder import RunFolder
 from launcher import diagnosis, kernel, processes
 from launcher.children import Child
 from launcher.commands import Command
-from launcher.verdict import End, Lost, Verdict, judge
+from launcher.verdict import End, Lost, NodeReport
 from launcher.watchdog import Watchdog
 
 POLL_SECONDS = 0.1
@@ -47,37 +46,30 @@ _log = logs.logger(__name__)
 
 def supervise(
     commands: list[Command],
-    job: str,
-    folder: Path,
+    owned: RunFolder,
     num_ranks: int,
-    attempt: int = 0,
     limits: LaunchConfig | None = None,
-    owned: RunFolder | None = None,
-) -> Verdict:
-    """Starts the commands, waits for the end, and says how the run went and with which exit code.
+) -> NodeReport:
+    """Start the commands of one attempt, wait for the end of their processes, and return what was seen of them.
 
-    `job` marks the processes (it is in the commands' environment); `folder` is the run folder, made if missing, and
-    taken for this attempt, where `owned` holds it from one attempt to the next;
-    `num_ranks` is how many ranks the commands lead to. Call from the main thread: it handles the signals of
-    `FORWARDED` while it waits. A failure that no rank could tell of is written to `outcome.json`, too.
+    `owned` is the run folder, taken for the attempt; its job marks the processes (it is in the commands' environment).
+    `num_ranks` is how many ranks the commands lead to. Call from the main thread: it handles the signals of `FORWARDED`
+    while it waits.
 
     Raises:
-        EnvironmentProblem: a command cannot be started, or another start of a run uses the folder.
+        EnvironmentProblem: a command cannot be started, or the folder of the logs cannot be written.
     """
-    if owned is None:
-        with RunFolder(folder, Start(job, attempt)) as own:
-            return supervise(commands, job, folder, num_ranks, attempt, limits, own)
-    owned.take(Start(job, attempt), supervisor=True)
-    owned.clear()
-    log_folder = folder / "logs"
+    start, log_folder = owned.start, owned.path / "logs"
     try:
         log_folder.mkdir(exist_ok=True)
     except OSError as error:
         raise EnvironmentProblem(
-            f"run folder {folder} cannot be used: {error.strerror}", "a folder that can be written", "change `folder`"
+            f"run folder {owned.path} cannot be used: {error.strerror}",
+            "a folder that can be written",
+            "change `folder`",
         ) from error
     beats = Path(tempfile.mkdtemp(prefix="palimpsest-", dir=_memory()))
-    watch = _Watch(job, folder, num_ranks, attempt, beats, Watchdog(limits or LaunchConfig()))
+    watch = _Watch(start.job, owned.path, num_ranks, start.attempt, beats, Watchdog(limits or LaunchConfig()))
     # a SIGHUP that is ignored when the process starts stays ignored: that is what nohup means
     caught = [n for n in FORWARDED if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, watch.on_signal) for number in caught}
@@ -87,19 +79,12 @@ def supervise(
             watch.children.append(Child(command, {heartbeat.VARIABLE: str(beats)}, log_folder, shown))
         watch.wait()
     finally:
-        processes.send(processes.marked(job), signal.SIGKILL)
-        ends = [child.end() for child in watch.children]
+        processes.send(processes.marked(start.job), signal.SIGKILL)
+        ends = tuple(child.end() for child in watch.children)
         for number, handler in before.items():
             signal.signal(number, handler)
         shutil.rmtree(beats, ignore_errors=True)
-    said = outcome.read(folder)
-    verdict = judge(said, ends, watch.first, job, watch.gone, watch.lost, stopping=watch.stopping, attempt=attempt)
-    told = said is not None and said.is_of(job, attempt)
-    if verdict.code not in (EXIT_DONE, EXIT_REQUEUE) and (not told or verdict.lost):
-        ranks = sorted(verdict.lost)  # the neighbour that noticed is not the one to name
-        found = Outcome(job, attempt, verdict.code, verdict.step, ranks[0] if ranks else None, verdict.words)
-        owned.note(found)
-    return verdict
+    return NodeReport(ends, watch.first, watch.gone, watch.lost, watch.stopping)
 
 
 def last_lines(folder: Path, name: str, count: int = 15) -> str:
@@ -118,7 +103,7 @@ def _memory() -> str | None:
 
 @dataclass
 class _Watch:
-    """What is known about a launch while it runs."""
+    """State of the processes of an attempt on this node, and signals that have arrived."""
 
     job: str
     folder: Path

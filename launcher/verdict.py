@@ -46,6 +46,22 @@ class Lost:
 
 
 @dataclass(frozen=True)
+class NodeReport:
+    """An attempt as one node saw it, once all processes there have ended."""
+
+    ends: tuple[End, ...]
+    """In the order of their commands."""
+    first: End | None = None
+    """The first that failed; None if none did."""
+    gone: frozenset[int] = frozenset()
+    """Ranks that had ended when the outcome of a failure came to light."""
+    lost: Lost | None = None
+    """Ranks that were killed, or hang."""
+    stopping: bool = False
+    """Somebody asked the run to stop."""
+
+
+@dataclass(frozen=True)
 class Verdict:
     """Exit code of the launch, what to tell the user, and the process whose log tells more (if any)."""
 
@@ -62,22 +78,12 @@ class Verdict:
     """Somebody had asked the run to stop."""
 
 
-def judge(
-    outcome: Outcome | None,
-    ends: list[End],
-    first: End | None,
-    job: str,
-    gone: frozenset[int] = frozenset(),
-    lost: Lost | None = None,
-    stopping: bool = False,
-    attempt: int = 0,
-) -> Verdict:
-    """The verdict over a launch whose processes have all ended.
+def judge(outcome: Outcome | None, report: NodeReport, job: str, attempt: int = 0) -> Verdict:
+    """Return the verdict over an attempt whose processes have all ended.
 
-    `ends` are in the order of their commands, `first` is the first that failed, if any did; `gone` the ranks that had
-    ended when the outcome of a failure came to light; `lost` the ranks that were seen to be killed or to hang. An
-    outcome of another job or attempt says nothing about this one.
+    An outcome of another job or attempt says nothing about this one.
     """
+    lost, stopping = report.lost, report.stopping
     own = outcome if outcome is not None and outcome.is_of(job, attempt) else None
     if lost is not None and (own is None or own.code not in (EXIT_DONE, EXIT_REQUEUE)):
         words = f"failed: {lost.how}"
@@ -86,13 +92,12 @@ def judge(
         step = max(lost.step, own.step) if own is not None else lost.step
         return Verdict(EXIT_FAILURE, words, None, step, lost.ranks, lost.cause, stopping)
     if own is not None:
-        return _from_outcome(own, ends, gone, stopping)
+        return _from_outcome(own, report)
     about = "no rank has said how the run ended"
     if outcome is not None:
         whose = f"job {outcome.job}" if outcome.job != job else f"attempt {outcome.attempt} of this job"
         about = f"the outcome in the run folder belongs to {whose}: another run uses the same folder"
-    if first is None:
-        first = ends[0]
+    first = report.first or report.ends[0]
     code = EXIT_FAILURE
     if first.name != "launcher" and first.code == EXIT_USAGE:
         code = EXIT_USAGE  # our own process: nobody stands between its exit code and us
@@ -101,7 +106,8 @@ def judge(
     return Verdict(code, f"failed: {first}{vanished}; {about}", first.name, cause=cause, stopping=stopping)
 
 
-def _from_outcome(outcome: Outcome, ends: list[End], gone: frozenset[int], stopping: bool) -> Verdict:
+def _from_outcome(outcome: Outcome, report: NodeReport) -> Verdict:
+    gone, stopping = report.gone, report.stopping
     if outcome.code == EXIT_DONE:
         words = f"done at step {outcome.step}"
     elif outcome.code == EXIT_REQUEUE:
@@ -111,7 +117,7 @@ def _from_outcome(outcome: Outcome, ends: list[End], gone: frozenset[int], stopp
         lost = gone if _only_missed(outcome, gone) else frozenset()
         cause = "gone without a word" if lost else re.sub(r"rank \d+", "a rank", outcome.error)
         return Verdict(outcome.code, words, None, outcome.step, lost, cause, stopping)
-    others = [end for end in ends if end.code not in (EXIT_DONE, outcome.code)]
+    others = [end for end in report.ends if end.code not in (EXIT_DONE, outcome.code)]
     if others:
         words += f"; after that {others[0]}"
     return Verdict(outcome.code, words, step=outcome.step, stopping=stopping)

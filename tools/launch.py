@@ -17,18 +17,15 @@ from engine import logs
 from engine.config.load import load_run
 from engine.config.resolve import resolve
 from engine.config.schema.run import RunConfig
-from engine.errors import EXIT_DONE, ConfigError, EnvironmentProblem, PalimpsestError
-from engine.outcome import Outcome
-from engine.run_folder import RunFolder, Start
-from launcher.commands import KINDS, Command, Kind, Wanted, commands
-from launcher.devices import accelerator, names, num_gpus, numbers
-from launcher.extensions import prepare_extensions
+from engine.errors import EXIT_DONE, ConfigError, EnvironmentProblem
+from launcher.attempts import Ending, run_attempts
+from launcher.commands import KINDS, Kind, Node, Wanted, commands
+from launcher.devices import names, num_gpus, numbers
 from launcher.left_over import left_over
 from launcher.ports import free_port
 from launcher.processes import of_run
-from launcher.restarts import Restarts, next_attempt
-from launcher.supervise import last_lines, supervise
-from launcher.verdict import Verdict
+from launcher.restarts import Restarts
+from launcher.supervise import last_lines
 
 
 def main(
@@ -54,58 +51,42 @@ def main(
     logs.configure()
     run = load_run(config, overrides or [])
     gpus = num_gpus(os.environ)
-    wanted = _wanted(run, config, overrides or [], _kind(launcher), processes or _default_processes(run, gpus), gpus)
-    layout = resolve(run, wanted.num_processes)
-    to_start = commands(wanted)
+    kind, ranks = _kind(launcher), processes or _default_processes(run, gpus)
+    node = _node(kind, ranks, gpus)
+    wanted = Wanted(
+        config=config,
+        overrides=tuple(overrides or []),
+        folder=run.folder,
+        kind=kind,
+        world_size=ranks,
+        job=f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}",
+        master_port=free_port(),
+    )
+    layout = resolve(run, wanted.world_size)
+    to_start = commands(wanted, node)
     for command in to_start if dry_run else to_start[:1]:
         print(command, flush=True)
     if dry_run:
         return
-    logs.logger(__name__).info("%d ranks (%s), run folder %s", wanted.num_processes, layout, run.folder)
+    logs.logger(__name__).info("%d ranks (%s), run folder %s", wanted.world_size, layout, run.folder)
     limit = run.launch.restarts if restarts is None else restarts
-    raise typer.Exit(_start(run, wanted, to_start, Restarts(limit)))
-
-
-def _start(run: RunConfig, wanted: Wanted, to_start: list[Command], restarts: Restarts) -> int:
-    """Take the run folder and start the run; what stops it before any rank is its outcome, too."""
     _refuse_second_launch(run.folder)
-    with RunFolder(run.folder, Start(wanted.job, wanted.attempt)) as owned:
-        try:
-            owned.take(supervisor=True)
-            owned.clear()
-            return _attempts(run, wanted, to_start, restarts, owned)
-        except PalimpsestError as error:
-            start = owned.start
-            owned.note_failure(Outcome(start.job, start.attempt, error.exit_code, 0, None, str(error)))
-            raise
+    raise typer.Exit(_tell(run, kind, run_attempts(run, wanted, node, Restarts(limit), _say)))
 
 
-def _attempts(run: RunConfig, wanted: Wanted, to_start: list[Command], restarts: Restarts, owned: RunFolder) -> int:
-    """Start attempt after attempt, until one ends well or there is no use in another; returns the exit code."""
-    asked = wanted.overrides
-    while True:
-        prepare_extensions(run.folder, os.environ)
-        ranks, attempt = wanted.num_processes, wanted.attempt
-        verdict = supervise(to_start, wanted.job, run.folder, ranks, attempt, run.launch, owned)
-        refusal = restarts.refusal(verdict)
-        if refusal is not None:
-            return _tell(run, wanted, verdict, refusal)
-        print(f"palimpsest launch: {verdict.words}", file=sys.stderr)
-        wanted, world = next_attempt(run, asked, wanted, verdict, free_port(), accelerator())
-        where = f"{wanted.num_processes} ranks" if world is None else f"{world.size} ranks ({world.layout})"
-        said = f"restart {restarts.used} of {restarts.limit} on {where}"
-        print(f"palimpsest launch: {said}", file=sys.stderr, flush=True)
-        to_start = commands(wanted)
+def _say(words: str) -> None:
+    print(f"palimpsest launch: {words}", file=sys.stderr, flush=True)
 
 
-def _tell(run: RunConfig, wanted: Wanted, verdict: Verdict, refusal: str) -> int:
-    """Says how the launch ended; returns its exit code."""
-    if verdict.look_at is not None and wanted.kind == "local" and verdict.look_at != "rank-0":
+def _tell(run: RunConfig, kind: Kind, ending: Ending) -> int:
+    """Say how the launch ended; return its exit code."""
+    verdict = ending.verdict
+    if verdict.look_at is not None and kind == "local" and verdict.look_at != "rank-0":
         print(last_lines(run.folder, verdict.look_at), file=sys.stderr)
     stream = sys.stdout if verdict.code == EXIT_DONE else sys.stderr
     print(f"palimpsest launch: {verdict.words}", file=stream)
-    if refusal:
-        print(f"  {refusal}", file=stream)
+    if ending.refusal:
+        print(f"  {ending.refusal}", file=stream)
     if verdict.look_at is not None:
         print(f"  to do: read {run.folder / 'logs' / verdict.look_at}.log", file=stream)
     return verdict.code
@@ -122,7 +103,12 @@ def _refuse_second_launch(folder: Path) -> None:
         )
 
 
-def _wanted(run: RunConfig, config: Path, overrides: list[str], kind: Kind, num_processes: int, gpus: int) -> Wanted:
+def _node(kind: Kind, num_processes: int, gpus: int) -> Node:
+    """Return this node, with all ranks of the run on it.
+
+    Raises:
+        EnvironmentProblem: it has GPUs, but fewer than ranks.
+    """
     if 0 < gpus < num_processes:
         raise EnvironmentProblem(
             f"--processes = {num_processes}, but this node offers {gpus} GPUs",
@@ -133,14 +119,8 @@ def _wanted(run: RunConfig, config: Path, overrides: list[str], kind: Kind, num_
     bus_order = kind == "deepspeed" and not all(name.isdecimal() for name in devices)
     if kind == "deepspeed":
         devices = tuple(map(str, numbers(devices)))
-    return Wanted(
-        config=config,
-        overrides=tuple(overrides),
-        folder=run.folder,
-        kind=kind,
-        num_processes=num_processes,
-        job=f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}",
-        master_port=free_port(),
+    return Node(
+        ranks=range(num_processes),
         num_gpus=gpus,
         devices=devices,
         bus_order=bus_order,

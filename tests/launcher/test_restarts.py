@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from engine.plan.composition import example
-from launcher.commands import Wanted
+from launcher.commands import Node, Wanted
 from launcher.restarts import Restarts, next_attempt
 from launcher.verdict import Verdict
 
@@ -13,9 +13,8 @@ KILLED = Verdict(1, "failed", step=7, lost=frozenset((2,)), cause="killed by SIG
 RAISED = Verdict(1, "failed", step=7, cause="a rank: bad shard")
 
 
-def wanted(num_processes: int = 4, **changes) -> Wanted:
-    shape = {"kind": "local", "num_processes": num_processes, "job": "job", "master_port": 1000, **changes}
-    return Wanted(config=Path("RUN.yaml"), overrides=("seed=1",), folder=Path("run"), **shape)
+def wanted(world_size: int = 4) -> Wanted:
+    return Wanted(Path("RUN.yaml"), ("seed=1",), Path("run"), "local", world_size, "job", 1000)
 
 
 @pytest.mark.parametrize("code", [0, 85])
@@ -54,28 +53,31 @@ def test_a_run_that_was_asked_to_stop_is_not_started_again() -> None:
 
 
 def test_an_exception_loses_no_rank() -> None:
-    again, world = next_attempt(example(), ("seed=1",), wanted(), RAISED, 2000)
+    node = Node(range(4))
+    again, node_again, world = next_attempt(example(), ("seed=1",), wanted(), node, RAISED, 2000)
     assert world is None
-    assert (again.num_processes, again.attempt, again.master_port) == (4, 1, 2000)
+    assert (again.world_size, again.attempt, again.master_port) == (4, 1, 2000)
+    assert node_again == node
     assert again.overrides == ("seed=1",)
 
 
 def test_a_killed_rank_takes_its_device_along_and_the_data_axis_shrinks() -> None:
-    before = wanted(8, num_gpus=8, devices=tuple("01234567"))
+    before, node = wanted(8), Node(range(8), num_gpus=8, devices=tuple("01234567"))
     run = example({"parallel": {"pipe": 2, "micro_batch_size": 2}})
-    again, world = next_attempt(run, ("seed=1",), before, KILLED, 2000)
+    again, node, world = next_attempt(run, ("seed=1",), before, node, KILLED, 2000)
     assert world is not None
     assert str(world.layout) == "pipe 2 x data 3 x sequence 1 x tensor 1"
-    assert again.num_processes == 6
-    assert again.devices == tuple("013456"), "the lost one and one that no layout needs"
+    assert (again.world_size, node.ranks) == (6, range(6))
+    assert node.devices == tuple("013456"), "the lost one and one that no layout needs"
     assert again.overrides == ("seed=1", "parallel.data=3")
-    once_more, _ = next_attempt(run, ("seed=1",), again, KILLED, 3000)
+    once_more, node, _ = next_attempt(run, ("seed=1",), again, node, KILLED, 3000)
     assert once_more.overrides == ("seed=1", "parallel.data=2")
-    assert (once_more.num_processes, once_more.attempt) == (4, 2)
-    assert once_more.devices == tuple("0145")
+    assert (once_more.world_size, once_more.attempt) == (4, 2)
+    assert node.devices == tuple("0145")
 
 
 def test_where_no_smaller_world_is_valid_it_stays() -> None:
-    again, world = next_attempt(example({"parallel": {"pipe": 4}}), (), wanted(), KILLED, 2000)
+    run = example({"parallel": {"pipe": 4}})
+    again, node, world = next_attempt(run, (), wanted(), Node(range(4)), KILLED, 2000)
     assert world is None
-    assert again.num_processes == 4
+    assert (again.world_size, node.ranks) == (4, range(4))

@@ -12,9 +12,12 @@ import pytest
 from engine import outcome
 from engine.errors import EnvironmentProblem
 from engine.outcome import Outcome
+from engine.run_folder import RunFolder, Start
 from launcher import processes, supervise
+from launcher.attempts import attempt
 from launcher.commands import Command
 from launcher.environment import JOB
+from launcher.verdict import Verdict
 
 WAIT_SECONDS = 20
 """Upper bound of every wait; nothing waits that long unless the test fails."""
@@ -58,18 +61,26 @@ def stand_in(name: str, job: str, folder: Path, code: str, **environment: str) -
     )
 
 
-def run_ranks(job: str, folder: Path, *codes: str) -> supervise.Verdict:
+def run_ranks(job: str, folder: Path, *codes: str) -> Verdict:
     commands = [stand_in(f"rank-{rank}", job, folder, code, RANK=str(rank)) for rank, code in enumerate(codes)]
-    return supervise.supervise(commands, job, folder, len(commands))
+    return run_commands(job, folder, commands, len(commands))
 
 
-def run_launcher(job: str, folder: Path, launcher: str, rank: str) -> supervise.Verdict:
+def run_commands(job: str, folder: Path, commands: list[Command], num_ranks: int) -> Verdict:
+    """One attempt, as `palimpsest launch` makes it."""
+    with RunFolder(folder, Start(job, 0)) as owned:
+        owned.take(supervisor=True)
+        owned.clear()
+        return attempt(commands, owned, num_ranks)
+
+
+def run_launcher(job: str, folder: Path, launcher: str, rank: str) -> Verdict:
     """One launcher that starts one rank, as deepspeed and torchrun do."""
     start = f"""
 rank_process = subprocess.Popen([sys.executable, "-S", "-c", {PROLOGUE + rank!r}], env={{**os.environ, "RANK": "0"}})
 while not (folder / "ready-0").exists(): time.sleep(0.01)
 """
-    return supervise.supervise([stand_in("launcher", job, folder, start + launcher)], job, folder, 1)
+    return run_commands(job, folder, [stand_in("launcher", job, folder, start + launcher)], 1)
 
 
 def when_ready(folder: Path, *signals: signal.Signals, pause_seconds: float = 0.5) -> threading.Thread:
@@ -262,7 +273,7 @@ def test_a_launcher_that_ends_well_is_not_believed(tmp_path: Path, job: str) -> 
 def test_a_program_that_is_not_there(tmp_path: Path, job: str) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(EnvironmentProblem) as caught:
-        supervise.supervise([Command("launcher", ("/no/such/deepspeed",), {JOB: job})], job, tmp_path, 1)
+        run_commands(job, tmp_path, [Command("launcher", ("/no/such/deepspeed",), {JOB: job})], 1)
     assert caught.value.wrong == "/no/such/deepspeed cannot be started: No such file or directory"
     assert "use --launcher local" in caught.value.remedy
     assert signal.getsignal(signal.SIGTERM) is handler

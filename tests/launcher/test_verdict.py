@@ -1,11 +1,17 @@
 """Verdicts over outcomes and exit codes."""
 
+from dataclasses import replace
+
 import pytest
 
 from engine.outcome import Outcome
-from launcher.verdict import End, Lost, judge
+from launcher.verdict import End, Lost, NodeReport, judge
 
-ALL_WELL = [End("rank-0", 0), End("rank-1", 0)]
+ALL_WELL = (End("rank-0", 0), End("rank-1", 0))
+
+
+def failed(end: End) -> NodeReport:
+    return NodeReport((end,), end)
 
 
 @pytest.mark.parametrize(
@@ -23,14 +29,14 @@ ALL_WELL = [End("rank-0", 0), End("rank-1", 0)]
     ],
 )
 def test_failures_that_were_said(outcome: Outcome, gone: tuple[int, ...], words: str) -> None:
-    verdict = judge(outcome, ALL_WELL, None, "job", frozenset(gone))
+    verdict = judge(outcome, NodeReport(ALL_WELL, gone=frozenset(gone)), "job")
     assert (verdict.code, verdict.words) == (outcome.code, words)
 
 
 def test_exit_codes_come_second() -> None:
-    verdict = judge(Outcome("job", 0, 85, 3), [End("launcher", 1)], End("launcher", 1), "job")
+    verdict = judge(Outcome("job", 0, 85, 3), failed(End("launcher", 1)), "job")
     assert verdict.code == 85
-    assert judge(Outcome("job", 0, 0, 3), [End("launcher", -15)], None, "job").words == (
+    assert judge(Outcome("job", 0, 0, 3), NodeReport((End("launcher", -15),)), "job").words == (
         "done at step 3; after that launcher was killed by SIGTERM"
     )
 
@@ -44,19 +50,19 @@ def test_exit_codes_come_second() -> None:
     ],
 )
 def test_an_outcome_of_another_job_or_attempt_says_nothing(said: Outcome, whose: str) -> None:
-    killed = [End("rank-0", -9)]
-    verdict = judge(said, killed, killed[0], "13", attempt=1000)
+    killed = failed(End("rank-0", -9))
+    verdict = judge(said, killed, "13", attempt=1000)
     assert verdict.code == 1
     assert verdict.words.startswith(
         f"failed: rank-0 was killed by SIGKILL; the outcome in the run folder belongs to {whose}"
     )
     lost = Lost(frozenset((0,)), "rank 0 was killed by SIGKILL", 3, "killed by SIGKILL")
-    assert judge(said, killed, killed[0], "13", lost=lost, attempt=1000).lost == {0}
+    assert judge(said, replace(killed, lost=lost), "13", attempt=1000).lost == {0}
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 85, -9])
 def test_a_launchers_exit_code_alone_is_never_success(code: int) -> None:
-    verdict = judge(None, [End("launcher", code)], None, "job")
+    verdict = judge(None, NodeReport((End("launcher", code),)), "job")
     assert verdict.code == 1
     assert "no rank has said how the run ended" in verdict.words
 
@@ -66,6 +72,6 @@ def test_a_rank_that_lost_a_neighbour_is_not_the_one_that_was_lost() -> None:
     from engine.train.failures import in_our_words
 
     told = str(in_our_words(RuntimeError("Connection closed by peer"), global_rank=0, step=3))
-    verdict = judge(Outcome("job", 0, 1, 3, 0, told), [End("launcher", 1)], None, "job", frozenset((1,)))
+    verdict = judge(Outcome("job", 0, 1, 3, 0, told), NodeReport((End("launcher", 1),), gone=frozenset((1,))), "job")
     assert verdict.lost == {1}
     assert verdict.words.startswith("failed at step 3: rank 1 was gone already, without a word; rank 0 then: lost a")

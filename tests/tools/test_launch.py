@@ -114,15 +114,15 @@ def ranks_that(monkeypatch: pytest.MonkeyPatch):
     """Makes `launch` start these scripts in place of ranks."""
 
     def install(*scripts: str, arguments: tuple[str, ...] = ()) -> None:
-        from launcher.commands import Command, Wanted, commands
+        from launcher.commands import Command, Node, Wanted, commands
 
-        def stand_ins(wanted: Wanted) -> list[Command]:
+        def stand_ins(wanted: Wanted, node: Node) -> list[Command]:
             return [
                 Command(command.name, (sys.executable, "-S", "-c", script, *arguments), command.environment)
-                for command, script in zip(commands(wanted), scripts, strict=True)
+                for command, script in zip(commands(wanted, node), scripts, strict=True)
             ]
 
-        monkeypatch.setattr("tools.launch.commands", stand_ins)
+        monkeypatch.setattr("launcher.attempts.commands", stand_ins)
 
     return install
 

@@ -1,0 +1,85 @@
+"""The attempts of one launch: each is supervised, judged, and followed by another one where that helps.
+
+What a node saw of an attempt (`NodeReport`) and what the run concludes from it are apart. The outcome that the ranks
+left in the run folder is read first and exit codes second (contract "Outcome"); where no rank could write one, it is
+written here. Nothing here prints: `tell` takes the lines for the user.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine import outcome
+from engine.config.schema.run import LaunchConfig, RunConfig
+from engine.errors import EXIT_DONE, EXIT_REQUEUE, PalimpsestError
+from engine.outcome import Outcome
+from engine.run_folder import RunFolder, Start
+from launcher.commands import Command, Node, Wanted, commands
+from launcher.devices import accelerator
+from launcher.extensions import prepare_extensions
+from launcher.ports import free_port
+from launcher.restarts import Restarts, next_attempt
+from launcher.supervise import supervise
+from launcher.verdict import NodeReport, Verdict, judge
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The verdict over the last attempt of a launch, and why there is no further one (empty where none was due)."""
+
+    verdict: Verdict
+    refusal: str
+
+
+def run_attempts(run: RunConfig, wanted: Wanted, node: Node, restarts: Restarts, tell: Callable[[str], None]) -> Ending:
+    """Take the run folder, start attempt after attempt on this node, and return how the last one ended.
+
+    Raises:
+        PalimpsestError: nothing could be started; that is the outcome in the run folder, too, if it could be taken.
+    """
+    with RunFolder(run.folder, Start(wanted.job, wanted.attempt)) as owned:
+        try:
+            owned.take(supervisor=True)
+            owned.clear()
+            return _loop(run, wanted, node, restarts, owned, tell)
+        except PalimpsestError as error:
+            start = owned.start
+            owned.note_failure(Outcome(start.job, start.attempt, error.exit_code, 0, None, str(error)))
+            raise
+
+
+def _loop(
+    run: RunConfig, wanted: Wanted, node: Node, restarts: Restarts, owned: RunFolder, tell: Callable[[str], None]
+) -> Ending:
+    asked = wanted.overrides
+    while True:
+        prepare_extensions(run.folder, os.environ)
+        verdict = attempt(commands(wanted, node), owned, wanted.world_size, run.launch)
+        refusal = restarts.refusal(verdict)
+        if refusal is not None:
+            return Ending(verdict, refusal)
+        tell(verdict.words)
+        wanted, node, world = next_attempt(run, asked, wanted, node, verdict, free_port(), accelerator())
+        where = f"{wanted.world_size} ranks" if world is None else f"{world.size} ranks ({world.layout})"
+        tell(f"restart {restarts.used} of {restarts.limit} on {where}")
+        owned.take(Start(wanted.job, wanted.attempt), supervisor=True)
+        owned.clear()
+
+
+def attempt(to_start: list[Command], owned: RunFolder, num_ranks: int, limits: LaunchConfig | None = None) -> Verdict:
+    """Supervise one attempt, for which the run folder is taken and cleared, and return the verdict over it."""
+    return conclude(owned, supervise(to_start, owned, num_ranks, limits))
+
+
+def conclude(owned: RunFolder, report: NodeReport) -> Verdict:
+    """Return the verdict over an attempt; a failure that no rank could tell of is written to `outcome.json`."""
+    job, number = owned.start.job, owned.start.attempt
+    said = outcome.read(owned.path)
+    verdict = judge(said, report, job, number)
+    told = said is not None and said.is_of(job, number)
+    if verdict.code not in (EXIT_DONE, EXIT_REQUEUE) and (not told or verdict.lost):
+        ranks = sorted(verdict.lost)  # the neighbour that noticed is not the one to name
+        owned.note(Outcome(job, number, verdict.code, verdict.step, ranks[0] if ranks else None, verdict.words))
+    return verdict
