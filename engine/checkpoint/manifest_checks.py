@@ -22,21 +22,25 @@ MAX_RANKS = 1 << 24
 _ROLES = get_args(Role)
 
 
-def parse(document: dict[str, Any]) -> Manifest:
-    """The manifest that a document describes; raises `KeyError`, `TypeError` or `ValueError` where it is none."""
-    topology = dict(document["topology"])
+def parse(content: dict[str, Any]) -> Manifest:
+    """Return the manifest that the JSON content describes.
+
+    Raises:
+        KeyError, TypeError or ValueError: it describes none.
+    """
+    topology = dict(content["topology"])
     zero_stage = _whole(topology.pop("zero_stage"), "zero_stage")
     layout = Layout(**{axis: _whole(topology[axis], axis, least=1) for axis in ("pipe", "data", "sequence", "tensor")})
     state = CheckpointState(
-        step=_whole(document["step"], "step"),
-        tokens=_whole(document["tokens"], "tokens"),
+        step=_whole(content["step"], "step"),
+        tokens=_whole(content["tokens"], "tokens"),
         zero_stage=zero_stage,
-        config_hash=_text(document["config_hash"], "config_hash"),
-        **{name: _object(document[name], name) for name in ("config", "sections", "hyperparameters", "versions")},
+        config_hash=_text(content["config_hash"], "config_hash"),
+        **{name: _object(content[name], name) for name in ("config", "sections", "hyperparameters", "versions")},
     )
-    parameters = _object(document["parameters"], "parameters")
-    moments = tuple(_text(moment, "moments") for moment in document["moments"])
-    records = [FileRecord(_text(n, "file"), _whole(b, n), _text(h, n)) for n, b, h in document["files"]]
+    parameters = _object(content["parameters"], "parameters")
+    moments = tuple(_text(moment, "moments") for moment in content["moments"])
+    records = [FileRecord(_text(n, "file"), _whole(b, n), _text(h, n)) for n, b, h in content["files"]]
     files = {record.name: record for record in records}
     _require(len(files) == len(records), "a file is listed twice")
     return Manifest(
@@ -45,8 +49,8 @@ def parse(document: dict[str, Any]) -> Manifest:
         placements={name: _placement(name, value, moments) for name, value in parameters.items()},
         moments=moments,
         files=files,
-        job=_text(document["job"], "job"),
-        attempt=_whole(document["attempt"], "attempt"),
+        job=_text(content["job"], "job"),
+        attempt=_whole(content["attempt"], "attempt"),
     )
 
 

@@ -57,21 +57,21 @@ def read(folder: Place) -> Manifest:
     try:
         if plain_size(path) > MAX_BYTES:
             raise damaged(path, f"more than {MAX_BYTES} bytes")
-        document = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as problem:
         raise damaged(path, "there is none: the save was not finished, or this is no checkpoint") from problem
     except OSError as problem:
         raise damaged(path, f"cannot be read ({problem.strerror})") from problem
     except (ValueError, RecursionError) as problem:
         raise damaged(path, "it is not JSON") from problem
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise damaged(path, f"it is no {FORMAT} manifest")
-    if document.get("version") != VERSION:
-        raise CheckpointError(f"{path}: version {document.get('version')!r}", f"version {VERSION}", "update palimpsest")
-    if not _is_whole(document):
+    if content.get("version") != VERSION:
+        raise CheckpointError(f"{path}: version {content.get('version')!r}", f"version {VERSION}", "update palimpsest")
+    if not _is_whole(content):
         raise damaged(path, "its content is not what its own hash says")
     try:
-        manifest = manifest_checks.parse(document)
+        manifest = manifest_checks.parse(content)
         manifest_checks.check(manifest)
     except (KeyError, TypeError, ValueError) as problem:
         raise damaged(path, f"a field is missing or impossible ({problem})") from problem
@@ -90,9 +90,9 @@ def _check_name(folder: Place, manifest: Manifest) -> None:
         )
 
 
-def _is_whole(document: dict[str, Any]) -> bool:
+def _is_whole(content: dict[str, Any]) -> bool:
     try:
-        return document.pop("xxh3", None) == document_hash(document)
+        return content.pop("xxh3", None) == content_hash(content)
     except ValueError:  # NaN, which no manifest holds
         return False
 
@@ -113,9 +113,9 @@ def check_size(record: FileRecord, path: Place) -> None:
         raise damaged(path, f"{num_bytes} bytes, the manifest says {record.num_bytes}")
 
 
-def document_hash(document: dict[str, Any]) -> str:
-    """xxh3 (64 bit, hex) of a document's canonical JSON."""
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+def content_hash(content: dict[str, Any]) -> str:
+    """xxh3 (64 bit, hex) of the manifest's canonical JSON."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return xxhash.xxh3_64(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -125,9 +125,9 @@ def render(manifest: Manifest) -> str:
         check_json(section, f"section {name}")
     check_json(manifest.state.config, "config")
     check_json(manifest.state.hyperparameters, "hyperparameters")
-    document = _document(manifest)
-    document["xxh3"] = document_hash(json.loads(json.dumps(document)))
-    fields = [f"{json.dumps(name)}: {_entries(name, value)}" for name, value in document.items()]
+    content = _content(manifest)
+    content["xxh3"] = content_hash(json.loads(json.dumps(content)))
+    fields = [f"{json.dumps(name)}: {_entries(name, value)}" for name, value in content.items()]
     return "{\n" + ",\n".join(fields) + "\n}\n"
 
 
@@ -163,7 +163,7 @@ def _entries(name: str, value: Any) -> str:
     return "[\n " + ",\n ".join(json.dumps(item) for item in value) + "\n]"
 
 
-def _document(manifest: Manifest) -> dict[str, Any]:
+def _content(manifest: Manifest) -> dict[str, Any]:
     state, layout = manifest.state, manifest.layout
     return {
         "format": FORMAT,

@@ -71,7 +71,7 @@ def change(content, draw):
 
 def write(folder, content):
     content = {name: value for name, value in content.items() if name != "xxh3"}
-    content["xxh3"] = manifest_json.document_hash(content)
+    content["xxh3"] = manifest_json.content_hash(content)
     (folder / manifest_json.FILE).write_text(json.dumps(content), encoding="utf-8")
 
 

@@ -33,7 +33,7 @@ def tamper(path, change):
     content = json.loads(where.read_text())
     del content["xxh3"]
     change(content)
-    content["xxh3"] = manifest_json.document_hash(content)
+    content["xxh3"] = manifest_json.content_hash(content)
     where.write_text(json.dumps(content))
 
 
@@ -52,7 +52,7 @@ def test_it_comes_back_as_it_was(saved):
 def test_the_hash_is_of_the_canonical_json(saved):
     content = json.loads((saved / manifest_json.FILE).read_text())
     claimed = content.pop("xxh3")
-    assert claimed == manifest_json.document_hash(dict(reversed(content.items())))
+    assert claimed == manifest_json.content_hash(dict(reversed(content.items())))
 
 
 def of_world(data):
