@@ -95,11 +95,13 @@ def _to_universal(source: Path, output: Path, names: str, tokenizer: Path | None
     with new_folder(output) as partial:
         checkpoint = find_checkpoint(source)
         called = logical if names == "ours" else their_names_of(checkpoint, tokenizer)
-        count = write_universal(checkpoint, partial, called)
+        count, left_out = write_universal(checkpoint, partial, called)
     print(
         f"wrote {output}: {count:,} parameters of {checkpoint.name} with their moments; DeepSpeed loads them with "
         '{"checkpoint": {"load_universal": true}} in its configuration'
     )
+    if left_out:
+        print(f"left out: {', '.join(left_out)} of every parameter; DeepSpeed loads Adam's moments alone")
 
 
 def _from_deepspeed(source: Path, output: Path, run: Path | None) -> None:

@@ -7,6 +7,7 @@ hashes are the business of `engine.checkpoint.verify`, once, before a checkpoint
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,14 @@ from engine.checkpoint.manifest import WEIGHT, CheckpointState, Manifest, key_of
 from engine.checkpoint.storage import Place
 from engine.checkpoint.writers import Need, Transfer, Writer, stored_numel, transfers
 from engine.errors import CheckpointError
+from engine.logs import logger
 from engine.parallel import collectives
 from engine.parallel.agreement import on_all
 from engine.parallel.groups import Groups
 from engine.parallel.sharding import ParameterSpec, Shape
 from engine.parallel.state import Piece, Placement
+
+log = logger(__name__)
 
 
 def open_checkpoint(path: Place) -> Manifest:
@@ -43,37 +47,61 @@ def read_state(path: Place) -> CheckpointState:
 
 
 def load(
-    path: Path, groups: Groups, pieces: list[Piece], placements: list[Placement], spread: bool = False
+    path: Path,
+    groups: Groups,
+    pieces: list[Piece],
+    placements: list[Placement],
+    spread: bool = False,
+    zero_moments: Collection[str] = (),
 ) -> Manifest:
     """Fills every rank's live pieces from a checkpoint of any layout. Collective over `groups.world`.
 
     `placements` are those of this rank's stage; together they must name the very parameters of the checkpoint.
     `spread`: its files are spread over several such folders, and `path` has those that this rank needs.
+    `zero_moments` are set to zero where the checkpoint has none of that name. Moments of the checkpoint that no piece
+    carries are left out, and logged.
 
     Raises:
         CheckpointError: the same on every rank.
     """
-    specs = [placement.spec for placement in placements]
-    everywhere = [spec for stage in collectives.gather_objects(specs, groups.pipe) for spec in stage]
+    own = [(placement.spec, placement.moments) for placement in placements]
+    everywhere = [one for stage in collectives.gather_objects(own, groups.pipe) for one in stage]
 
     def fill() -> Manifest:
         manifest = manifest_json.read(path) if spread else open_checkpoint(path)
-        match(manifest, everywhere)
-        load_pieces(path, manifest, pieces, groups.coordinates.tensor_rank, groups.layout.tensor)
+        match(manifest, [spec for spec, _ in everywhere])
+        load_pieces(path, manifest, pieces, groups.coordinates.tensor_rank, groups.layout.tensor, zero_moments)
         return manifest
 
-    return on_all(fill, groups.world, CheckpointError)
+    manifest = on_all(fill, groups.world, CheckpointError)
+    if groups.world.position == 0:
+        _tell_moments(path, manifest, {moment for _, moments in everywhere for moment in moments})
+    return manifest
 
 
-def files_needed(manifest: Manifest, pieces: list[Piece], tensor_rank: int, tensor_size: int) -> set[str]:
-    """Names of the files that `load_pieces` will read.
+def _tell_moments(path: Path, manifest: Manifest, asked: set[str]) -> None:
+    """Log the moments that only the checkpoint or only this run has."""
+    if left_out := sorted(set(manifest.moments) - asked):
+        log.warning("%s holds moments that this run does not keep: %s; they are left out", path, ", ".join(left_out))
+    if zero := sorted(asked - set(manifest.moments)):
+        log.warning("%s holds no %s of the parameters: it begins at zero", path, ", ".join(zero))
+
+
+def files_needed(
+    manifest: Manifest,
+    pieces: list[Piece],
+    tensor_rank: int,
+    tensor_size: int,
+    zero_moments: Collection[str] = (),
+) -> set[str]:
+    """Return the names of the files that `load_pieces` will read.
 
     Raises:
         CheckpointError: as `load_pieces`, where a parameter or moment is not in the checkpoint.
     """
     names = set()
     for piece in pieces:
-        _check_piece(manifest, piece)
+        _check_piece(manifest, piece, zero_moments)
         saved = manifest.placements[piece.spec.name]
         need = Need(piece.spec, piece.start, piece.length, tensor_rank, tensor_size)
         copies = transfers(need, saved, manifest.data_size, manifest.layout.tensor)
@@ -82,18 +110,24 @@ def files_needed(manifest: Manifest, pieces: list[Piece], tensor_rank: int, tens
 
 
 def load_pieces(
-    path: Place, manifest: Manifest, pieces: list[Piece], tensor_rank: int = 0, tensor_size: int = 1
+    path: Place,
+    manifest: Manifest,
+    pieces: list[Piece],
+    tensor_rank: int = 0,
+    tensor_size: int = 1,
+    zero_moments: Collection[str] = (),
 ) -> int:
-    """Fills live pieces, with those moments that they carry; returns how many bytes were read.
+    """Fill live pieces, with those moments that they carry; return how many bytes were read.
 
-    Padded rows become 0. `tensor_rank` of `tensor_size` says whose local part the pieces are ranges of.
+    Padded rows become 0, and so do `zero_moments` that the checkpoint does not hold. `tensor_rank` of `tensor_size`
+    says whose local part the pieces are ranges of.
 
     Raises:
         CheckpointError: a parameter or moment is not in the checkpoint or has another shape, or a file is damaged.
     """
     files = Files(path, manifest)
     for piece in pieces:
-        _check_piece(manifest, piece)
+        _check_piece(manifest, piece, zero_moments)
     return sum(_fill(piece, files, tensor_rank, tensor_size) for piece in pieces)
 
 
@@ -172,15 +206,19 @@ def _fill(piece: Piece, files: Files, tensor_rank: int, tensor_size: int) -> int
     if found != need.real_length:
         raise damaged(files.path, f"{piece.spec.name}: {found} of {need.real_length} elements are in no file")
     targets = {WEIGHT: piece.weight} | {moment_state(name): values for name, values in piece.moments.items()}
+    held = set(files.manifest.states_of(piece.spec.name))
     source_shape = dims(saved.spec.local_shape(files.manifest.layout.tensor))
     target_shape = dims(piece.spec.local_shape(tensor_size))
     with torch.no_grad():
         for state, target in targets.items():
+            if state not in held:
+                target.zero_()
+                continue
             target[need.real_length :].zero_()
             for copy in copies:
                 source = _source(copy, files, state, saved, source_shape)
                 _window(target, copy.target, target_shape, piece.start).copy_(source)
-    return found * ITEM_BYTES * len(targets)
+    return found * ITEM_BYTES * len(targets.keys() & held)
 
 
 def _source(copy: Transfer, files: Files, state: str, saved: Placement, shape: Shape) -> torch.Tensor:
@@ -196,7 +234,8 @@ def _window(flat: torch.Tensor, box: Box, shape: Shape, start: int) -> torch.Ten
     return flat.as_strided(box.size, strides(shape), offset)
 
 
-def _check_piece(manifest: Manifest, piece: Piece) -> None:
+def _check_piece(manifest: Manifest, piece: Piece, zero_moments: Collection[str]) -> None:
+    """Raise `CheckpointError` where a checkpoint does not hold a piece's parameter or a moment that it needs."""
     match_one = manifest.specs.get(piece.spec.name)
     if match_one is None:
         raise CheckpointError(
@@ -206,7 +245,7 @@ def _check_piece(manifest: Manifest, piece: Piece) -> None:
     if match_one.stored_shape != piece.spec.stored_shape:
         match(manifest, [*(s for n, s in manifest.specs.items() if n != piece.spec.name), piece.spec])
     held = [moment for moment in manifest.moments if moment in manifest.placements[piece.spec.name].moments]
-    absent = sorted(set(piece.moments) - set(held))
+    absent = sorted(set(piece.moments) - set(held) - set(zero_moments))
     if absent:
         raise CheckpointError(
             f"{piece.spec.name}: the checkpoint holds no {', '.join(absent)}",

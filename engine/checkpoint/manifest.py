@@ -25,7 +25,7 @@ LIBRARIES = ("palimpsest", "torch", "deepspeed", "numpy", "safetensors", "xxhash
 
 
 def moment_state(moment: str) -> str:
-    """State name of one of `engine.parallel.state.MOMENTS`."""
+    """Return the state name of a moment: an optimizer's, or one that was added to the engine."""
     return f"optim.{moment}"
 
 
@@ -64,7 +64,7 @@ class CheckpointState:
     config: dict[str, Any] = field(default_factory=dict)
     """The resolved configuration."""
     sections: dict[str, Any] = field(default_factory=dict)
-    """State of the run's other parts by name: loader, rng, scheduler, metrics, ..."""
+    """State of the run's other parts by name; see `engine.checkpoint.sections`."""
     hyperparameters: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Optimizer settings by parameter name."""
     versions: dict[str, str] = field(default_factory=library_versions)

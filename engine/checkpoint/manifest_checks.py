@@ -40,6 +40,7 @@ def parse(content: dict[str, Any]) -> Manifest:
     )
     parameters = _object(content["parameters"], "parameters")
     moments = tuple(_text(moment, "moments") for moment in content["moments"])
+    _require(all(moment.isidentifier() for moment in moments), f"moments {moments}")
     records = [FileRecord(_text(n, "file"), _whole(b, n), _text(h, n)) for n, b, h in content["files"]]
     files = {record.name: record for record in records}
     _require(len(files) == len(records), "a file is listed twice")

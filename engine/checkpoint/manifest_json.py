@@ -26,11 +26,26 @@ from engine.parallel.state import Placement
 
 FILE = MANIFEST
 FORMAT = "palimpsest-checkpoint"
-VERSION = 1
+VERSION = 2
 MAX_BYTES = 1 << 28
 """Some hundred thousand files and parameters take a tenth of it."""
 _LONG = ("parameters", "files", "hyperparameters")
 """Fields with one line per entry."""
+
+
+class OtherVersion(CheckpointError):
+    """The checkpoint is of a version of the format that is not read here."""
+
+    def __init__(self, path: Place, version: object) -> None:
+        is_older = isinstance(version, int) and version < VERSION
+        super().__init__(
+            f"{path}: it is of version {version!r} of the checkpoint format",
+            f"version {VERSION}",
+            "go on with the palimpsest that saved it, or start afresh" if is_older else "update palimpsest",
+        )
+
+    def __reduce__(self):
+        return CheckpointError, (self.wrong, self.allowed, self.remedy)
 
 
 def write(manifest: Manifest, folder: Path) -> None:
@@ -67,7 +82,7 @@ def read(folder: Place) -> Manifest:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise damaged(path, f"it is no {FORMAT} manifest")
     if content.get("version") != VERSION:
-        raise CheckpointError(f"{path}: version {content.get('version')!r}", f"version {VERSION}", "update palimpsest")
+        raise OtherVersion(path, content.get("version"))
     if not _is_whole(content):
         raise damaged(path, "its content is not what its own hash says")
     try:

@@ -27,8 +27,9 @@ rank holds nothing of it."""
 class Piece:
     """A live flat range of this rank's tensor-parallel part of one parameter.
 
-    `start` counts elements of the flattened (row-major) local part; `weight` is the fp32 master and each moment
-    (`MOMENTS` or `MOMENTUM`) has the same length. All are 1-D views: writing to them changes the engine.
+    `start` counts elements of the flattened (row-major) local part; `weight` is the fp32 master and each moment (the
+    optimizer's, and those that were added to the engine) has the same length. All are 1-D views: writing to them
+    changes the engine.
     """
 
     spec: ParameterSpec
@@ -57,7 +58,7 @@ class Placement:
     offset: int
     partition: int
     moments: tuple[str, ...] = MOMENTS
-    """What the optimizer keeps of it, beside the weight."""
+    """Names of what is kept of it beside the weight: the optimizer's moments, and those that were added."""
 
     def range_of(self, data_rank: int, local_numel: int) -> tuple[int, int]:
         """(start, length) of a data rank's piece; length 0 where it holds nothing."""

@@ -101,7 +101,7 @@ def _source(
 def _data(trained: Trained, run: RunConfig, state: CheckpointState) -> str:
     """Tokens and fingerprints of each source, of the stage that the checkpoint is of."""
     loader = state.sections.get("loader", {})
-    stage = _stage_of(run, state)
+    stage = _stage_of(run, trained.step)
     if stage.data.train is not None:
         rows = [("train", stage.data.train, f"{trained.tokens:,}", loader.get("fingerprint", "not recorded"))]
     else:
@@ -115,9 +115,13 @@ def _data(trained: Trained, run: RunConfig, state: CheckpointState) -> str:
     return _table(("source", "folder", "tokens seen", "fingerprint"), redacted(rows))
 
 
-def _stage_of(run: RunConfig, state: CheckpointState) -> RunStage:
-    name = state.sections.get("scheduler", {}).get("stage")
-    return next((stage for stage in run.stages if stage.name == name), run.stages[0])
+def _stage_of(run: RunConfig, step: int) -> RunStage:
+    """Return the run stage in which a step, counted over the whole run, was done."""
+    for stage in run.stages:
+        if step <= stage.num_steps:
+            return stage
+        step -= stage.num_steps
+    return run.stages[-1]
 
 
 def _tokens_by_source(trained: Trained, stage: RunStage) -> dict[str, str]:

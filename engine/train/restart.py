@@ -31,7 +31,6 @@ from engine.errors import CheckpointError, ConfigError, EnvironmentProblem
 from engine.logs import logger
 from engine.parallel.agreement import on_first
 from engine.parallel.groups import Groups, join_lines
-from engine.parallel.state import Piece
 from engine.parallel.zero import StageEngine
 from engine.redact import redacted
 from engine.train import saved
@@ -179,13 +178,13 @@ class Restarts:
         """
         self.settle()  # of a run that goes back to it
         self._metric = {}
-        path, spread = self._choose(engine.pieces(), go_back)
+        path, spread = self._choose(engine, go_back)
         if self._memory is not None:  # what is there and not gone on from is of a past that will not be
             self._memory.keep_only(step_of(path) if path is not None and spread else None)
         if path is None:
             on_first(self._refuse_damaged, self.groups.world, CheckpointError)
             return None
-        manifest = load(path, self.groups, engine.pieces(), engine.placements(), spread)
+        manifest = load(path, self.groups, engine.pieces(), engine.placements(), spread, engine.zero_moments)
         if manifest.state.config_hash != meaning_hash(self.config):
             raise CheckpointError(
                 f"{path} was saved by a run of another meaning",
@@ -197,13 +196,14 @@ class Restarts:
         engine.set_updates(state.updates)
         return Restored(state, manifest, path)
 
-    def _choose(self, pieces: list[Piece], go_back: bool) -> tuple[Path | None, bool]:
+    def _choose(self, engine: StageEngine, go_back: bool) -> tuple[Path | None, bool]:
         """The checkpoint to load, and whether it is spread over the nodes' memory; the newer place is looked at first,
         and the disk's files only where memory has nothing newer."""
         on_disk = on_first(lambda: committed(self.folder), self.groups.world, CheckpointError)
         recall = Recall(self._memory) if self._memory is not None and not go_back else None
+        wanted = engine.pieces(), engine.zero_moments
         for path in [*on_disk, None]:
-            if recall is not None and (found := recall.newest(self._line(path), pieces)) is not None:
+            if recall is not None and (found := recall.newest(self._line(path), *wanted)) is not None:
                 return found, True
             if path is not None and is_whole(path, self.groups):
                 return path, False
@@ -241,7 +241,8 @@ class Restarts:
 
     def _refuse_damaged(self) -> None:
         """Refuse to start a run over in silence whose every checkpoint is damaged, or gone."""
-        if committed(self.folder):
+        if on_disk := committed(self.folder):
+            _refuse_other_version(on_disk[0])
             raise CheckpointError(
                 f"none of the checkpoints in {self.folder} is whole",
                 "at least one that verifies",
@@ -303,3 +304,13 @@ class Restarts:
         return {
             spec.name: {"weight_decay": group.weight_decay} for group in engine.parameter_groups for spec in group.specs
         }
+
+
+def _refuse_other_version(path: Path) -> None:
+    """Raise `OtherVersion` for a checkpoint of another version of the format; other damage is told elsewhere."""
+    try:
+        manifest_json.read(path)
+    except manifest_json.OtherVersion:
+        raise
+    except CheckpointError:
+        return

@@ -85,8 +85,8 @@ def watched_rank(place: RankEnvironment, tree: dict[str, Any]) -> dict[str, Any]
     load_pieces, restore = loading.load_pieces, Restarts.restore
     found: dict[str, Any] = {}
 
-    def load_and_count(path: Any, manifest: Any, pieces: Any, tensor_rank: int = 0, tensor_size: int = 1) -> int:
-        read = load_pieces(path, manifest, pieces, tensor_rank, tensor_size)
+    def load_and_count(path: Any, manifest: Any, pieces: Any, tensor_rank: int, tensor_size: int, zero: Any) -> int:
+        read = load_pieces(path, manifest, pieces, tensor_rank, tensor_size, zero)
         sizes = [real_length(piece, tensor_rank, tensor_size) * 4 * (1 + len(piece.moments)) for piece in pieces]
         found.update(read=read, own=sum(sizes))
         found["shard"] = sum(piece.length * 4 * (1 + len(piece.moments)) for piece in pieces)

@@ -223,7 +223,7 @@ def test_no_more_than_one_parameter_is_in_memory(tmp_path):
     alive = Alive()
     tracemalloc.start()
     with alive:
-        assert write_universal(path, tmp_path / "universal") == 8
+        assert write_universal(path, tmp_path / "universal") == (8, [])
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert largest <= alive.peak <= 1.34 * largest  # and a third: the next weight before the last moment is gone

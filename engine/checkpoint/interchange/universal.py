@@ -38,14 +38,17 @@ def logical(spec: ParameterSpec, values: torch.Tensor) -> dict[str, torch.Tensor
     return {spec.name: values}
 
 
-def write_universal(path: Place, output: Path, names: Names = logical) -> int:
-    """Writes a checkpoint into `output`, a new or empty folder; returns the number of parameters on the other side.
+def write_universal(path: Place, output: Path, names: Names = logical) -> tuple[int, list[str]]:
+    """Write a checkpoint into `output`, a new or empty folder.
+
+    Returns the number of parameters on the other side, and the names of moments that are left out.
 
     Raises:
-        CheckpointError: it is damaged, holds other moments than Adam's for some parameter, or cannot be written.
+        CheckpointError: it is damaged, lacks a moment of Adam's for some parameter, or cannot be written.
     """
     opened = Opened(path)
     check_moments(opened.manifest)
+    left_out = [moment for moment in opened.manifest.moments if moment not in MOMENTS]
     folder, step, count = output / path.name, opened.manifest.state.step, 0
     for name, spec in opened.manifest.specs.items():
         states = opened.read(name)
@@ -62,12 +65,13 @@ def write_universal(path: Place, output: Path, names: Names = logical) -> int:
         _save(_model_states(step), folder / f"{prefix}mp_rank_00_model_states.pt")
     with disk_errors(output):
         (output / LATEST).write_text(path.name, encoding="utf-8")
-    return count
+    return count, left_out
 
 
 def check_moments(manifest: Manifest) -> None:
-    """Raises `CheckpointError` unless every parameter has Adam's two moments and no others."""
-    odd = {name: states for name in manifest.specs if (states := manifest.states_of(name)) != _STATES}
+    """Raise `CheckpointError` unless every parameter has Adam's two moments."""
+    states_of = {name: manifest.states_of(name) for name in manifest.specs}
+    odd = {name: states for name, states in states_of.items() if not set(_STATES) <= set(states)}
     if odd:
         name, states = next(iter(odd.items()))
         held = ", ".join(state.removeprefix("optim.") for state in states[1:]) or "no moments"

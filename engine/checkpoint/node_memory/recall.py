@@ -8,6 +8,7 @@ on no node any more, the words say so, and the next older generation, or the dis
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,12 @@ class Recall:
         self._held: list[dict[Generation, set[str]]] = [told[rank] for rank in store.nodes.first_ranks]
         self._left = newest_first(self._held)
 
-    def newest(self, line: Line, pieces: list[Piece]) -> Path | None:
+    def newest(self, line: Line, pieces: list[Piece], zero_moments: Collection[str] = ()) -> Path | None:
         """The folder of the newest generation of `line`, from which each rank can load its pieces; None without one."""
         while self._left and self._left[0].step >= line.least_step:
             generation = self._left.pop(0)
             try:
-                return self._bring(generation, line, pieces)
+                return self._bring(generation, line, pieces, zero_moments)
             except CheckpointError as problem:
                 if self._world.position == 0:
                     log.warning("step %d in the nodes' memory is passed over: %s", generation.step, problem)
@@ -81,7 +82,7 @@ class Recall:
             found[Generation(manifest.state.step, manifest.attempt, digest)] = names
         return found
 
-    def _bring(self, generation: Generation, line: Line, pieces: list[Piece]) -> Path:
+    def _bring(self, generation: Generation, line: Line, pieces: list[Piece], zero_moments: Collection[str]) -> Path:
         """Verifies a generation and passes its files to where they are needed.
 
         Raises:
@@ -94,7 +95,9 @@ class Recall:
         held = self._verify(manifest, held)
         self._check_held(manifest, held, " and unharmed")
         rank_and_size = (self._store.groups.coordinates.tensor_rank, self._store.groups.layout.tensor)
-        mine = on_all(lambda: files_needed(manifest, pieces, *rank_and_size), self._world, CheckpointError)
+        mine = on_all(
+            lambda: files_needed(manifest, pieces, *rank_and_size, zero_moments), self._world, CheckpointError
+        )
         by_rank = collectives.gather_objects(mine, self._world)
         needed = [set().union(*(by_rank[rank] for rank in ranks)) for ranks in self._store.nodes.ranks]
         self._pass(manifest, deliveries(needed, held), generation in self._held[self._store.node])

@@ -85,6 +85,8 @@ class StageEngine:
         device: torch.device,
     ) -> None:
         self.groups, self.device, self.parameter_groups = groups, device, parameter_groups
+        self.added_moments: dict[str, bool] = {}
+        """Moments beside the optimizer's own, and whether a checkpoint may lack them."""
         self.zero_stage: int = config["zero_optimization"]["stage"]
         self.dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
         self.clip_norm: float = config["gradient_clipping"]
@@ -254,10 +256,28 @@ class StageEngine:
         """Where every parameter of this stage lies, on all of its ranks."""
         own = (self.groups.coordinates.stage,)
         groups = {spec.name: group for group in self.parameter_groups for spec in group.specs}
+        moments = {name: (*group.moments, *self.added_moments) for name, group in groups.items()}
         return [
-            Placement(spec, groups[spec.name].tied or own, offset, partition, groups[spec.name].moments)
+            Placement(spec, groups[spec.name].tied or own, offset, partition, moments[spec.name])
             for spec, offset, partition in self._shards.placements()
         ]
+
+    def add_moment(self, name: str, begins_at_zero: bool) -> None:
+        """Keep another fp32 value per element of every parameter (an average of weights, Fisher information).
+
+        It is sharded as the optimizer's moments are, zero at first, and part of checkpoints. With `begins_at_zero` a
+        checkpoint without it can be loaded and leaves it at zero. Call on every rank, before anything is loaded.
+        """
+        taken = {"step", *self.added_moments, *(moment for group in self.parameter_groups for moment in group.moments)}
+        assert name.isidentifier(), name
+        assert name not in taken, f"{name} is there already"
+        self._shards.add_moment(name)
+        self.added_moments[name] = begins_at_zero
+
+    @property
+    def zero_moments(self) -> frozenset[str]:
+        """Added moments that a checkpoint may lack."""
+        return frozenset(name for name, begins_at_zero in self.added_moments.items() if begins_at_zero)
 
     def working_weights(self) -> Iterator[tuple[ParameterSpec, torch.Tensor]]:
         """The weights that the module computes with, where each rank holds them whole: none under ZeRO-3."""

@@ -68,6 +68,11 @@ class Shards(Protocol):
                     moments = {name: state.narrow(0, offset, length) for name, state in states.items()}
                     yield Piece(spec, start, held.detach().view(-1).narrow(0, offset, length), moments)
 
+    def add_moment(self, name: str) -> None:
+        """Keep another fp32 value per element of each parameter, zero at first, beside the optimizer's own moments."""
+        for held, _ in self.parts():
+            self.optimizer.state[held][name] = torch.zeros_like(held, memory_format=torch.preserve_format)
+
     def placements(self) -> Iterator[tuple[ParameterSpec, int, int]]:
         """(parameter, offset, partition) as `Placement` describes them."""
         ...

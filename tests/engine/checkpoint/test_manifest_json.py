@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 
 import pytest
 
@@ -97,7 +98,7 @@ def test_every_flipped_bit_pattern_of_the_manifest_is_noticed(saved):
         ("[" * 100_000, "it is not JSON"),
         ("[]", "it is no palimpsest-checkpoint manifest"),
         ('{"format": "other"}', "it is no palimpsest-checkpoint manifest"),
-        ('{"format": "palimpsest-checkpoint", "version": 1, "x": NaN}', "its own hash"),
+        ('{"format": "palimpsest-checkpoint", "version": 2, "x": NaN}', "its own hash"),
     ],
 )
 def test_what_is_no_manifest_is_refused(saved, text, what):
@@ -109,11 +110,17 @@ def test_what_is_no_manifest_is_refused(saved, text, what):
         manifest_json.read(saved)
 
 
-def test_another_version_says_what_to_do(saved):
-    tamper(saved, lambda content: content.update(version=2))
-    with pytest.raises(CheckpointError, match="version 2") as caught:
+@pytest.mark.parametrize(
+    ("version", "remedy"),
+    [(1, "go on with the palimpsest that saved it, or start afresh"), (3, "update palimpsest")],
+)
+def test_another_version_says_what_to_do(saved, version, remedy):
+    tamper(saved, lambda content: content.update(version=version))
+    with pytest.raises(CheckpointError, match=f"it is of version {version} of the checkpoint format") as caught:
         manifest_json.read(saved)
-    assert caught.value.remedy == "update palimpsest"
+    assert (caught.value.allowed, caught.value.remedy) == ("version 2", remedy)
+    again = pickle.loads(pickle.dumps(caught.value))  # as it travels between ranks
+    assert (str(again), again.remedy) == (str(caught.value), remedy)
 
 
 def put(*keys_and_value):

@@ -71,10 +71,10 @@ def parts(spec: ParameterSpec, tensor_size: int) -> list[np.ndarray]:
     return [np.concatenate([block[rank] for block in blocks], axis=dim) for rank in range(tensor_size)]
 
 
-def random_state(specs: list[ParameterSpec], seed: int) -> Whole:
+def random_state(specs: list[ParameterSpec], seed: int, moments: tuple[str, ...] = MOMENTS) -> Whole:
     """Random weights and moments, of the stored shapes."""
     generator = np.random.default_rng(np.random.SeedSequence([seed, 0xC4EC]))
-    states = ["model", *map(moment_state, MOMENTS)]
+    states = ["model", *map(moment_state, moments)]
     return {
         key_of(state, spec.name): generator.standard_normal(spec.stored_shape, dtype=np.float32)
         for state in states
@@ -89,6 +89,7 @@ class World:
     layout: Layout
     zero_stage: int
     specs: list[ParameterSpec]
+    moments: tuple[str, ...] = MOMENTS
 
     def __post_init__(self) -> None:
         self.grid = Grid(self.layout)
@@ -115,7 +116,7 @@ class World:
             for spec in group:
                 local = spec.local_numel(tensor)
                 where = {0: (0, local), 3: (0, -(-local // data))}.get(self.zero_stage, (offset, shared))
-                placements.append(Placement(spec, self.stages[spec.name], *where))
+                placements.append(Placement(spec, self.stages[spec.name], *where, self.moments))
                 offset += local
         return placements
 
@@ -126,8 +127,8 @@ class World:
             low = 0 if self.zero_stage == 0 else writer.data_rank * placement.partition - placement.offset
             start, stop = max(low, 0), min(low + placement.partition, local)
             if start < stop:
-                flat = torch.full((3, stop - start), torch.nan)
-                pieces.append(Piece(placement.spec, start, flat[0], dict(zip(MOMENTS, flat[1:], strict=True))))
+                flat = torch.full((1 + len(self.moments), stop - start), torch.nan)
+                pieces.append(Piece(placement.spec, start, flat[0], dict(zip(self.moments, flat[1:], strict=True))))
         return pieces
 
     def fill(self, whole: Whole) -> None:
@@ -210,7 +211,7 @@ def some_state(step: int = 1) -> CheckpointState:
         zero_stage=3,
         config_hash="0123456789abcdef",
         config={"seed": 7, "model": {"num_layers": 2}},
-        sections={"loader": {"window": 3, "slot": 17}, "scheduler": {"factor": 0.1 + 0.2}},
+        sections={"loader": {"window": 3, "slot": 17}, "schedule": {"factor": 0.1 + 0.2}},
     )
 
 

@@ -17,10 +17,7 @@ from engine.serve.export import export
 from engine.serve.source import open_trained
 from tests.engine.serve.runs import run_config, save
 
-SECTIONS = {
-    "loader": {"fingerprint": "f" * 32, "sources": "aaaaaa bbbbbb"},
-    "scheduler": {"stage": "pretrain", "step": 4},
-}
+SECTIONS = {"loader": {"fingerprint": "f" * 32, "sources": "aaaaaa bbbbbb"}}
 
 
 @pytest.fixture

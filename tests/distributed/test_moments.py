@@ -1,0 +1,69 @@
+"""A moment that is added to an engine is saved by one ZeRO stage and layout, and loaded into another one's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint.folder import step_path
+from engine.checkpoint.manifest import CheckpointState
+from engine.config.rank_environment import RankEnvironment
+from engine.config.resolve import resolve
+from tests.distributed.cases import LEARNING_RATE, Case, config_of, global_batch, stage_inputs
+from tests.distributed.ranks import run_ranks
+
+
+def build(place: RankEnvironment, case: Case):
+    from engine.train.build import build_pipeline, join_groups
+
+    config = config_of(case)
+    groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
+    return groups, build_pipeline(config, config.stages[0], groups, torch.device("cpu"))
+
+
+def save_before_and_after(place: RankEnvironment, case: Case, folder: Path) -> str:
+    """Step 1 is saved without the moment, step 2 with half of each weight in it."""
+    from engine.checkpoint.fingerprint import fingerprint
+    from engine.checkpoint.saver import Saver
+
+    groups, pipeline = build(place, case)
+    engine, saver = pipeline.engine, Saver(folder, groups)
+    for step in (1, 2):
+        if step == 2:
+            engine.add_moment("ema", begins_at_zero=True)
+        for piece in engine.pieces():
+            if step == 2:
+                piece.moments["ema"].copy_(piece.weight * 0.5)
+        state = CheckpointState(step, 0, case.zero_stage, "meaning")
+        saver.save(engine.pieces(), engine.placements(), state, "job", 0)
+    return fingerprint(engine.pieces(), engine.placements(), groups)
+
+
+def load_both(place: RankEnvironment, case: Case, folder: Path) -> str:
+    from engine.checkpoint.fingerprint import fingerprint
+    from engine.checkpoint.load import load
+
+    groups, pipeline = build(place, case)
+    engine = pipeline.engine
+    engine.add_moment("ema", begins_at_zero=True)
+    for piece in engine.pieces():
+        piece.moments["ema"].fill_(7)
+    for step, factor in ((1, 0.0), (2, 0.5)):
+        path = step_path(folder, step)
+        load(path, groups, engine.pieces(), engine.placements(), zero_moments=engine.zero_moments)
+        for piece in engine.pieces():
+            assert torch.equal(piece.moments["ema"], piece.weight * factor), piece.spec.name
+    found = fingerprint(engine.pieces(), engine.placements(), groups)
+    engine.refresh()
+    before = [piece.moments["ema"].clone() for piece in engine.pieces()]
+    pipeline.train(stage_inputs(global_batch(0, case.attention), case, groups), torch.tensor([0.1]))
+    engine.step(LEARNING_RATE)  # the optimizer leaves alone what is not its own
+    assert all(torch.equal(p.moments["ema"], old) for p, old in zip(engine.pieces(), before, strict=True))
+    return found
+
+
+def test_it_goes_from_zero1_over_data_ranks_into_zero3_over_a_pipeline(tmp_path):
+    folder = tmp_path / "checkpoints"
+    saved = run_ranks(2, save_before_and_after, Case(zero_stage=1, data=2), folder)
+    assert run_ranks(2, load_both, Case(zero_stage=3, pipe=2), folder) == saved
