@@ -22,6 +22,7 @@ import typer
 from bench.command import run
 from bench.contest import ContestFailed, Worker
 from bench.machine import machine
+from engine.atomic import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 CASE_SECONDS = {"correctness": 90.0, "speed": 120.0}
@@ -139,10 +140,8 @@ def default_path(device: str, date: str) -> Path:
 
 
 def write(result: dict[str, Any], path: Path) -> None:
-    """Writes everything found so far; a reader never sees half a file."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Write everything found so far; a reader never sees half a file."""
+    write_atomically(path, json.dumps(result, indent=1) + "\n")
 
 
 def short(found: dict[str, Any]) -> str:

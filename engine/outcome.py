@@ -8,10 +8,10 @@ one never speaks for a new run; only the owner of the folder writes it (`engine.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from engine.atomic import write_atomically
 from engine.redact import redacted
 
 FILE = "outcome.json"
@@ -38,12 +38,7 @@ def write(folder: Path, outcome: Outcome) -> None:
     said = read(folder)
     if said is not None and said.job == outcome.job and said.attempt > outcome.attempt:
         return
-    partial = folder / f"{FILE}.{os.getpid()}"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(redacted(asdict(outcome)), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / FILE)
+    write_atomically(folder / FILE, json.dumps(redacted(asdict(outcome)), indent=1))
 
 
 def read(folder: Path) -> Outcome | None:

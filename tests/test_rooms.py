@@ -25,7 +25,7 @@ ROWS: list[set[str]] = [
     {"config"},
     {"foreign", "run_folder"},
     {"errors", "logs", "output", "outcome", "heartbeat"},
-    {"redact"},
+    {"redact", "atomic"},
 ]
 """Top to bottom; a room imports itself and rooms of lower rows."""
 ROWS_WITHIN: dict[str, list[set[str]]] = {
@@ -40,6 +40,7 @@ LAUNCHER_MAY = {
     "run_folder",
     "errors",
     "redact",
+    "atomic",
     "logs",
     "output",
     "outcome",
@@ -52,6 +53,7 @@ MAY_USE_TORCH_DISTRIBUTED = {
     "engine/checkpoint/interchange/dcp.py",  # writes the files of torch.distributed.checkpoint, over no communicator
 }
 LOWEST = (
+    "engine/atomic.py",
     "engine/errors.py",
     "engine/redact.py",
     "engine/logs.py",
@@ -65,6 +67,7 @@ WITHOUT_TORCH = (
     "launcher/",
     "engine/cli.py",
     "engine/run_folder.py",
+    "engine/atomic.py",
     "engine/redact.py",
     "engine/outcome.py",
     "engine/errors.py",

@@ -140,9 +140,10 @@ def _from_deepspeed(source: Path, output: Path, run: Path | None) -> None:
 
 def _to_megatron(source: Path, output: Path) -> None:
     from engine.data.shards.dataset import TokenDataset
-    from engine.data.shards.megatron import file_of, prefix_of, write_indexed_dataset
+    from engine.data.shards.megatron import file_of, prefix_of, sweep_unfinished, write_indexed_dataset
 
     prefix = prefix_of(output)
+    sweep_unfinished(prefix)
     if found := [path.name for suffix in ("bin", "idx") if (path := file_of(prefix, suffix)).exists()]:
         raise DataError(f"{prefix.parent} holds {' and '.join(found)} already", "a new PREFIX", "name another --output")
     dataset = TokenDataset(source)

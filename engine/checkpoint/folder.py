@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from engine.atomic import sync_folder, write_atomically
 from engine.checkpoint.container import disk_errors
 from engine.checkpoint.storage import MANIFEST, Place, Remote
 from engine.errors import CheckpointError
@@ -127,10 +128,7 @@ def claim(folder: Path, owner: Owner) -> None:
         current = owner_of(folder)
         if current is not None and current.job == owner.job and current.attempt > owner.attempt:
             raise _stale(folder, current, owner)
-        partial = folder / f".{_OWNER}.{os.getpid()}"
-        partial.write_text(json.dumps(asdict(owner)), encoding="utf-8")
-        partial.replace(folder / _OWNER)
-        sync(folder)
+        write_atomically(folder / _OWNER, json.dumps(asdict(owner)))
         sweep(folder)
 
 
@@ -164,13 +162,13 @@ def publish(partial: Path, target: Path) -> None:
     The older one steps aside first; `sweep` puts it back should this process die between the two moves.
     """
     with disk_errors(target):
-        sync(partial)
+        sync_folder(partial)
         aside = target.with_name(f".{target.name}.replaced")
         if target.exists():
             shutil.rmtree(aside, ignore_errors=True)
             target.rename(aside)
         partial.rename(target)
-        sync(target.parent)
+        sync_folder(target.parent)
         shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -200,12 +198,3 @@ def remove(path: Place) -> None:
         except FileNotFoundError:  # another process was faster
             return
         shutil.rmtree(doomed, ignore_errors=True)  # a sweep may be at it, too; what stays, the next one clears
-
-
-def sync(folder: Path) -> None:
-    """Returns when the folder's list of names is on the disk."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

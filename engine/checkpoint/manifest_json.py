@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from engine.atomic import write_atomically
 from engine.checkpoint import manifest_checks
 from engine.checkpoint.container import FileRecord, damaged, disk_errors, plain_size
 from engine.checkpoint.folder import step_of, step_path
@@ -49,17 +49,15 @@ class OtherVersion(CheckpointError):
 
 
 def write(manifest: Manifest, folder: Path) -> None:
-    """Writes `manifest.json` into a folder and returns when it is on the disk.
+    """Write `manifest.json` into a folder; return when it is on the disk.
 
     Raises:
         CheckpointError: a section is not JSON, or the file system refuses.
     """
     text = render(manifest)
     path = folder / FILE
-    with disk_errors(path), path.open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    with disk_errors(path):
+        write_atomically(path, text)
 
 
 def read(folder: Place) -> Manifest:

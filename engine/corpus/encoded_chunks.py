@@ -12,7 +12,6 @@ Invariant: a part file is moved into place whole; one that does not verify count
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from engine.atomic import replacing
 from engine.errors import DataError
 
 _DIGEST_BYTES = 16
@@ -93,13 +93,8 @@ def save(path: Path, part: EncodedChunk, order: np.ndarray) -> None:
     content.write(place.to_bytes(_PLACE_BYTES, "little"))
     view = content.getbuffer()
     view[:_DIGEST_BYTES] = xxhash.xxh3_128_digest(view[_DIGEST_BYTES:])
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(view)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(view)
 
 
 def load(path: Path) -> tuple[Documents, np.ndarray] | None:

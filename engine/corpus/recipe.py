@@ -11,10 +11,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from engine.atomic import write_atomically
 from engine.corpus.statistics import Statistics
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.index import FILE as INDEX_FILE
-from engine.data.shards.index import write_atomically
 from engine.errors import DataError
 
 RECIPE_FILE = "prepare.json"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from engine.atomic import sync_folder
 from engine.errors import ConfigError, EnvironmentProblem
 
 
@@ -34,6 +35,7 @@ def new_folder(output: Path) -> Iterator[Path]:
         if output.is_dir():
             output.rmdir()
         partial.rename(output)
+        sync_folder(output.resolve().parent)
     except OSError as error:
         raise EnvironmentProblem(
             f"{output} cannot be written: {error.strerror or error}",

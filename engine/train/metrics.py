@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from engine.atomic import write_atomically
 from engine.config.schema.run import RunConfig
 from engine.logs import logger
 from engine.output import write_all
@@ -223,5 +224,5 @@ def _wandb_id(folder: Path) -> str:
     if not path.exists():
         import uuid
 
-        path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        write_atomically(path, uuid.uuid4().hex[:12])
     return path.read_text(encoding="utf-8").strip()

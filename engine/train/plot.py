@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from engine.atomic import replacing
 from engine.logs import logger
 
 PLOT = "loss.png"
@@ -83,9 +84,8 @@ def draw(folder: Path, source: str, name: str) -> None:
     axes.grid(alpha=0.3)
     if training or held_out:
         axes.legend()
-    partial = folder / f"{PLOT}.partial"
-    figure.savefig(partial, dpi=120, format="png", metadata={"Title": name})
-    partial.replace(folder / PLOT)  # who looks at it meanwhile sees a whole picture
+    with replacing(folder / PLOT) as file:  # who looks at it meanwhile sees a whole picture
+        figure.savefig(file, dpi=120, format="png", metadata={"Title": name})
 
 
 def draw_curve(axes: Any, curve: Curve, style: str, label: str, color: str | None = None) -> None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from engine.atomic import write_atomically
+
 FILE = "saved.json"
 
 
 def note(folder: Path, step: int) -> None:
     """Note a committed checkpoint; call on one rank. Raises `OSError` where that cannot be written."""
-    partial = folder / f"{FILE}.partial"
-    partial.write_text(json.dumps({"step": step}), encoding="utf-8")
-    partial.replace(folder / FILE)
+    write_atomically(folder / FILE, json.dumps({"step": step}))
 
 
 def newest(folder: Path) -> int | None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from engine.atomic import write_atomically
 from engine.data.tokenizer.vocabulary import Vocabulary
 from engine.errors import DataError
 
@@ -192,29 +192,6 @@ def write_index(folder: Path, index: Index) -> None:
         "shards": [shard.to_json() for shard in index.shards],
     }
     write_atomically(folder / FILE, json.dumps(tree, indent=1) + "\n")
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Puts a whole file in place in one move, on disk before the move and the move on disk after it."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Waits until the folder's names are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_index(folder: Path) -> Index:

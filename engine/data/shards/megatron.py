@@ -10,17 +10,15 @@ How a set becomes training data without a copy is in `engine.corpus.megatron_imp
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from engine.atomic import replacing, sweep, write_atomically
 from engine.data.shards.dataset import Shard, TokenDataset
-from engine.data.shards.index import sync_folder, write_atomically
 from engine.errors import DataError
 
 HEADER = b"MMIDIDX\x00\x00"
@@ -86,40 +84,41 @@ def read_sequences(prefix: Path) -> Sequences:
     return sequences
 
 
+def sweep_unfinished(prefix: Path) -> None:
+    """Remove what a killed `write_indexed_dataset` has left at a prefix, and nothing else. Raises `OSError`."""
+    if sweep(file_of(prefix, "bin")) and not file_of(prefix, "bin").exists():
+        file_of(prefix, "idx").unlink(missing_ok=True)
+    sweep(file_of(prefix, "idx"))
+
+
 def write_indexed_dataset(dataset: TokenDataset, prefix: Path, progress: Progress = lambda tokens: None) -> Sequences:
-    """Writes a data set as `PREFIX.bin` and `PREFIX.idx`, the index last; one sequence per sentence where the data
-    set has sentences, otherwise per document.
+    """Write a data set as `PREFIX.bin` and `PREFIX.idx`: one sequence per sentence where the data set has sentences,
+    otherwise per document. Each file is there whole or not at all.
 
     The bytes are those that megatron-core's builder writes. Raises `DataError`: a damaged shard, no room.
     """
     dtype = "uint16" if dataset.index.vocab_size <= _LARGEST_UINT16_VOCABULARY else "int32"
     lengths, counts = [], []
-    partial = file_of(prefix, "bin").with_name(f"{prefix.name}.bin.partial")
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         file_of(prefix, "idx").unlink(missing_ok=True)
-        with partial.open("wb") as file:
+        with replacing(file_of(prefix, "bin")) as file:
             for shard in _shards(dataset):
                 file.write(shard.tokens.astype(np.dtype(dtype).newbyteorder("<")).tobytes())
                 starts = shard.documents if shard.sentences is None else shard.sentences
                 lengths.append(np.diff(starts))
                 counts.append(np.diff(np.searchsorted(starts, shard.documents)))
                 progress(shard.tokens.size)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(file_of(prefix, "bin"))
-        sequences = Sequences(dtype, _joined(lengths), np.concatenate([[0], np.cumsum(_joined(counts))]))
-        write_atomically(file_of(prefix, "idx"), _idx(sequences))
-        sync_folder(prefix.parent)
+            sequences = Sequences(dtype, _joined(lengths), np.concatenate([[0], np.cumsum(_joined(counts))]))
+            # Before the .bin takes its name: a kill between the two leaves a mark by which `sweep_unfinished` knows
+            # that this .idx is ours.
+            write_atomically(file_of(prefix, "idx"), _idx(sequences))
     except OSError as error:
         raise DataError(
             f"cannot write {prefix}.bin and .idx: {error.strerror or error}",
             f"a writable place with room for {dataset.index.num_tokens * np.dtype(dtype).itemsize:,} bytes",
             "make room or name another --output",
         ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
     return sequences
 
 

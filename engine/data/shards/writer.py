@@ -16,6 +16,7 @@ import numpy as np
 import xxhash
 import zstandard
 
+from engine.atomic import sync_folder
 from engine.data.shards.index import (
     COMPRESSION,
     FILE,
@@ -24,7 +25,6 @@ from engine.data.shards.index import (
     Compressed,
     Index,
     ShardEntry,
-    sync_folder,
     token_dtype,
     write_index,
 )
