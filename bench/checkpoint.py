@@ -60,12 +60,12 @@ def main(
 def make_shape(small: bool) -> Any:
     """8 layers, width 512, 29 million parameters: 0.35 GB of weights and moments; a toy of it if `small`."""
     from bench.ours import Shape
-    from engine.config.schema.model import ModelConfig
+    from engine.config.schema.model import GPTConfig
 
     if small:
-        model = ModelConfig(vocab_size=250, num_layers=2, hidden_size=32, num_heads=2, max_positions=32)
+        model = GPTConfig(vocab_size=250, num_layers=2, hidden_size=32, num_heads=2, max_positions=32)
         return Shape(model, length=32, rows=2, micro_rows=2)
-    model = ModelConfig(vocab_size=8192, num_layers=8, hidden_size=512, num_heads=8, max_positions=128)
+    model = GPTConfig(vocab_size=8192, num_layers=8, hidden_size=512, num_heads=8, max_positions=128)
     return Shape(model, length=128, rows=2, micro_rows=2)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.ours import Offload, Ours, Precision, Shape
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import GPTConfig
 
 STEPS = 6
 FP32_LOSS, FP32_NORM = 1e-4, 1e-3
@@ -42,9 +42,9 @@ OFFLOADED: dict[Offload, str] = {"none": "", "optimizer": ", offload"}
 def shape(toy: bool) -> Shape:
     """GPT-2 in form, small enough for the CPU, with a padded vocabulary and head size 64."""
     if toy:
-        model = ModelConfig(vocab_size=250, num_layers=2, hidden_size=32, num_heads=2, max_positions=32)
+        model = GPTConfig(vocab_size=250, num_layers=2, hidden_size=32, num_heads=2, max_positions=32)
         return Shape(model, length=32, rows=4, micro_rows=2)
-    model = ModelConfig(vocab_size=4000, num_layers=4, hidden_size=256, num_heads=4, max_positions=128)
+    model = GPTConfig(vocab_size=4000, num_layers=4, hidden_size=256, num_heads=4, max_positions=128)
     return Shape(model, length=128, rows=16, micro_rows=8)
 
 

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity
 from bench.contest import Spread
 from bench.ours import Ours, Precision, Shape, micro_batches, tokens_of_step
 from engine.config.lengths import RowLengths
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import GPTConfig, ModelConfig
 from engine.plan.operations import training_operations
 
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -39,7 +39,7 @@ def peak_operations(device_name: str) -> float | None:
 
 def gpt2(num_layers: int, hidden_size: int, num_heads: int) -> ModelConfig:
     """GPT-2 at one of its sizes (Radford et al. 2019, table 2)."""
-    return ModelConfig(vocab_size=50257, num_layers=num_layers, hidden_size=hidden_size, num_heads=num_heads)
+    return GPTConfig(vocab_size=50257, num_layers=num_layers, hidden_size=hidden_size, num_heads=num_heads)
 
 
 MODELS: dict[str, tuple[ModelConfig, int, tuple[int, ...]]] = {
@@ -48,7 +48,7 @@ MODELS: dict[str, tuple[ModelConfig, int, tuple[int, ...]]] = {
     "1.5B": (gpt2(48, 1600, 25), 128, (4, 8, 16)),
 }
 """Model, samples of 1,024 tokens per step, and micro-batch sizes to try."""
-TOY = (ModelConfig(vocab_size=250, num_layers=2, hidden_size=32, num_heads=2, max_positions=32), 4, (1, 2))
+TOY = (GPTConfig(vocab_size=250, num_layers=2, hidden_size=32, num_heads=2, max_positions=32), 4, (1, 2))
 
 
 def cases(peak: float | None, toy: bool) -> list[tuple[str, tuple[Any, ...]]]:

@@ -72,12 +72,12 @@ def main(
 def make_shape(small: bool) -> Any:
     """6 layers, width 384, length 256, vocabulary 8,192 and 1,024 tokens per step; a toy of it if `small`."""
     from bench.ours import Shape
-    from engine.config.schema.model import ModelConfig
+    from engine.config.schema.model import GPTConfig
 
     if small:
-        model = ModelConfig(vocab_size=250, num_layers=2, hidden_size=32, num_heads=2, max_positions=32)
+        model = GPTConfig(vocab_size=250, num_layers=2, hidden_size=32, num_heads=2, max_positions=32)
         return Shape(model, length=32, rows=4, micro_rows=4)
-    model = ModelConfig(vocab_size=8192, num_layers=6, hidden_size=384, num_heads=6, max_positions=256)
+    model = GPTConfig(vocab_size=8192, num_layers=6, hidden_size=384, num_heads=6, max_positions=256)
     return Shape(model, length=256, rows=4, micro_rows=4)
 
 

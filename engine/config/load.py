@@ -10,15 +10,17 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from engine.config.home import expand, expand_keys
 from engine.config.schema.run import RunConfig
+from engine.config.schema.section import Section
 from engine.errors import ConfigError, PalimpsestError, report
 
 Tree = dict[str, Any]
@@ -201,43 +203,97 @@ def _index(node: list[Any], part: str, override: str) -> int:
 
 
 def _causes(items: list[Any]) -> list[Any]:
-    """Pydantic's errors without those that only follow from another: a list whose entries are wrong is not short."""
+    """Pydantic's errors without those that only follow from another: a list whose entries are wrong is not short, and a
+    default that is made of a wrong value is not wrong."""
     wrong_inside = {item["loc"][:depth] for item in items for depth in range(len(item["loc"]))}
-    return [item for item in items if item["type"] != "too_short" or item["loc"] not in wrong_inside]
+    return [
+        item
+        for item in items
+        if item["type"] != "default_factory_not_called"
+        and (item["type"] != "too_short" or item["loc"] not in wrong_inside)
+    ]
 
 
 def _explain(item: Any) -> ConfigError:
     """One of pydantic's errors in the project's three parts."""
-    location = [str(part) for part in item["loc"]]
-    path = ".".join(location) or "the whole file"
+    keys, section = _walk(item["loc"])
+    path = ".".join(keys) or "the whole file"
     if item["type"] == "extra_forbidden":
-        names = _known_keys(location[:-1])
-        near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else "remove it"
-        return ConfigError(f"unknown key {path}", ", ".join(names), hint)
+        return _unknown_key(keys, section)
     if item["type"] == "missing":
         return ConfigError(f"{path} is missing", remedy=f"write {path} in the file or on the command line")
-    value = item.get("input")
+    value, allowed = item.get("input"), item["msg"][0].lower() + item["msg"][1:]
+    if item["type"] == "union_tag_invalid":  # the key that says which of several sections this is
+        path, value, allowed = f"{path}.{section.told_apart_by}", item["ctx"]["tag"], item["ctx"]["expected_tags"]
     shown = "" if isinstance(value, dict) else f" = {value!r}"
-    allowed = item["msg"][0].lower() + item["msg"][1:]
-    choices = _QUOTED.findall(allowed) if item["type"] == "literal_error" else []
+    choices = _QUOTED.findall(allowed) if item["type"] in ("literal_error", "union_tag_invalid") else []
     near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
     remedy = f"did you mean {near[0]}?" if near else f"change {path} in the file or on the command line"
     return ConfigError(f"{path}{shown} is not allowed", allowed, remedy)
 
 
-def _known_keys(path: list[str]) -> list[str]:
-    """Names of the fields of the section at a path of keys and list positions."""
-    section: Any = RunConfig
-    for part in path:
-        if part.isdigit():
-            continue
-        section = next(_sections_in(section.model_fields[part].annotation), section)
-    return sorted(section.model_fields)
+def _unknown_key(keys: list[str], section: type[Section]) -> ConfigError:
+    """An unknown key, with the keys of its section, and the nearest of them or the other section that has it."""
+    *above, name = keys
+    key, names = section.told_apart_by, sorted(section.model_fields)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    others = [other for other in _alternatives(above) if name in other.model_fields]
+    if others:
+        has_it = " or ".join(_tag(other) for other in others)
+        hint = f"leave it out: {'.'.join([*above, key])} = {has_it} has it"
+    else:
+        hint = f"did you mean {near[0]}?" if near else "remove it"
+    of = f" of {key} {_tag(section)}" if key else ""
+    return ConfigError(f"unknown key {'.'.join(keys)}{of}", ", ".join(names), hint)
 
 
-def _sections_in(annotation: Any):
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _walk(location: Sequence[str | int]) -> tuple[list[str], type[Section]]:
+    """Return the keys and list positions of one of pydantic's locations, and the section that the last one is in.
+
+    Where several sections or types may stand in one place, pydantic puts into the location which of them it tried:
+    ("model", "bert", "token_typs") is model.token_typs.
+    """
+    keys: list[str] = []
+    section: type[Section] = RunConfig
+    tried: list[type[Section]] = []
+    skips = False
+    for part in location:
+        if skips:  # "str" or "dict[str,str]"
+            skips = False
+        elif part in map(_tag, tried):
+            section, tried = next(one for one in tried if _tag(one) == part), []
+        else:
+            keys.append(str(part))
+            if part in section.model_fields:
+                annotation = section.model_fields[str(part)].annotation
+                found = list(_sections_in(annotation))
+                section, tried = (found[0] if found else section), found if len(found) > 1 else []
+                skips = not found and len({str, dict} & {get_origin(one) or one for one in get_args(annotation)}) > 1
+    return keys, section
+
+
+def _alternatives(keys: list[str]) -> list[type[Section]]:
+    """Return the sections of which one may stand at these keys."""
+    found: list[type[Section]] = [RunConfig]
+    for key in keys:
+        if not key.isdigit():
+            inner = [one for section in found if key in section.model_fields for one in _in_field(section, key)]
+            found = inner or found
+    return found
+
+
+def _in_field(section: type[Section], key: str) -> Iterator[type[Section]]:
+    return _sections_in(section.model_fields[key].annotation)
+
+
+def _tag(section: type[Section]) -> str:
+    """Value of the key that tells a section from those that may stand in its place."""
+    key = section.told_apart_by
+    return get_args(section.model_fields[key].annotation)[0] if key else ""
+
+
+def _sections_in(annotation: Any) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
     for inner in get_args(annotation):
         yield from _sections_in(inner)

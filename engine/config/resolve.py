@@ -127,10 +127,10 @@ def _check_parallel(config: RunConfig, problems: list[PalimpsestError]) -> None:
     check_pipeline(model, parallel, problems)
     check_zero(parallel, problems)
     divided = {"model.num_heads": model.num_heads}
-    if model.num_kv_heads is not None:
-        divided["model.num_kv_heads"] = model.kv_heads
+    if model.num_kv_heads != model.num_heads:
+        divided["model.num_kv_heads"] = model.num_kv_heads
     divided |= {
-        "the feed-forward width model.ffn_size": model.inner_size,
+        "model.feed_forward_size": model.feed_forward_size,
         "the padded vocabulary": model.padded_vocab_size,
     }
     undivided = [f"{key} = {value}" for key, value in divided.items() if value % parallel.tensor]

@@ -46,8 +46,8 @@ class Twin:
 def _uneven(model: ModelConfig, form: str) -> Problems:
     even = model.hidden_size // model.num_heads
     found = {
-        "num_kv_heads": (model.kv_heads, model.num_heads, " (model.num_heads)"),
-        "head_width": (model.head_size, even, ""),
+        "num_kv_heads": (model.num_kv_heads, model.num_heads, " (model.num_heads)"),
+        "head_size": (model.head_size, even, ""),
     }
     return [
         ConfigError(f"model.{key} = {value}", f"{wanted}{what} in {form} form")
@@ -110,26 +110,28 @@ MODERN_BERT = Twin(
 )
 T5 = Twin(
     name="T5",
-    values={"family": "t5", "position": "relative", "norm": "rmsnorm", "norm_bias": True, "bias": False},
+    values={"family": "t5", "norm": "rmsnorm", "norm_bias": True, "bias": False},
     even_heads=False,
     choices={"activation": lambda name: name in T5_ACTIVATIONS},
     allowed={"activation": " or ".join(T5_ACTIVATIONS)},
 )
 TWINS = (GPT2, LLAMA, BERT, BERT_WITHOUT_PAIRS, ROBERTA, MODERN_BERT, T5)
 
-_STRUCTURE = ("family", "position", "pair_head")
-"""What decides which form a mix is nearest to, in this order, before the number of keys that differ."""
+_STRUCTURE = ("position", "pair_head")
+"""Keys that decide which form of its family a mix is nearest to, in this order, before the number of keys that
+differ."""
 
 
 def nearest(model: ModelConfig) -> tuple[Twin, Problems]:
-    """The form that a model is of, or the nearest one, and the keys that keep the model from it."""
-    wrong = {twin.name: twin.mismatches(model) for twin in TWINS}
+    """Return the form that a model is of, or the nearest one, and the keys that keep the model from it."""
+    of_family = [twin for twin in TWINS if twin.values["family"] == model.family]
+    wrong = {twin.name: twin.mismatches(model) for twin in of_family}
 
     def distance(twin: Twin) -> tuple[Any, ...]:
-        differs = [getattr(model, key) != twin.values.get(key, getattr(model, key)) for key in _STRUCTURE]
+        differs = [key in twin.values and getattr(model, key) != twin.values[key] for key in _STRUCTURE]
         return (*differs, len(wrong[twin.name]))
 
-    found = min(TWINS, key=distance)
+    found = min(of_family, key=distance)
     return found, wrong[found.name]
 
 

@@ -75,9 +75,9 @@ def view(
     else:
         drops = dropout is not None and config.attention_dropout > 0
         mask = None if segments_BT is None else _inside(config, x_BTD, segments_BT, bidirectional, drops)
-    if config.position != "rope":
+    theta = config.rotary_theta(reach)
+    if theta is None:
         return View(mask, None, None, dropout)
-    theta = config.rope_theta if reach is None else config.local_rope_theta or config.rope_theta
     num_given = time.given(x_BTD)
     tables = rotary_tables(num_given, config.head_size, theta, x_BTD.device, time.first(num_given))
     return View(mask, *tables, dropout)
@@ -162,10 +162,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.layer, self.tensor_rank = layer, functions.tensor_rank
         self.head_size = config.head_size
-        self.queries_per_kv = config.num_heads // config.kv_heads
+        self.queries_per_kv = config.num_heads // config.num_kv_heads
         self.attention, self.scale = functions.attention, config.score_scale
         query_width = config.num_heads * config.head_size
-        kv_width = config.kv_heads * config.head_size
+        kv_width = config.num_kv_heads * config.head_size
         self.qkv_proj = nn.Linear(config.hidden_size, query_width + 2 * kv_width, bias=config.bias)
         self.out_proj = nn.Linear(query_width, config.hidden_size, bias=config.bias)
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import BERTConfig
 from engine.models.attention import positions_in_document, view
 from engine.models.chunk import Chunk, Rows, whole
 from engine.models.dropout import EMBEDDING as EMBEDDED
@@ -33,13 +33,13 @@ PAIR_KINDS = 2
 class Stage(nn.Module):
     """Consecutive layers, with the embeddings on the first stage, the heads on the last."""
 
-    def __init__(self, config: ModelConfig, chunk: Chunk, functions: Functions) -> None:
+    def __init__(self, config: BERTConfig, chunk: Chunk, functions: Functions) -> None:
         super().__init__()
         self.config, self.chunk, self.functions = config, chunk, functions
         width = config.hidden_size
         if chunk.first:
             self.embed_tokens = nn.Embedding(config.padded_vocab_size, width)
-            if config.position == "learned":
+            if config.position_table:
                 self.embed_positions = nn.Embedding(config.max_positions, width)
             if config.token_types:
                 self.embed_types = nn.Embedding(config.token_types, width)
@@ -48,7 +48,7 @@ class Stage(nn.Module):
             {str(index): TransformerLayer(config, functions, index, normed=index == 0) for index in chunk.layers}
         )
         if chunk.last:
-            self.final_norm = norm(config) if config.norm_position == "pre" else nn.Identity()
+            self.final_norm = norm(config) if not config.post_norm else nn.Identity()
             self.head_transform = nn.Linear(width, width, bias=config.bias)
             self.head_norm = norm(config)
             self.lm_head = VocabularyHead(width, config.vocab_size, config.padded_vocab_size, functions, bias=True)
@@ -119,7 +119,7 @@ class Stage(nn.Module):
     ) -> torch.Tensor:
         """hidden_BTD of the tokens; learned positions start again with each document, as they would alone."""
         hidden_BTD = self.embed_tokens(tokens_BT)
-        if self.config.position == "learned":
+        if self.config.position_table:
             if segments_BT is None:
                 num_given = tokens_BT.size(1)
                 positions = torch.arange(num_given, device=tokens_BT.device) + self.functions.time.first(num_given)
@@ -140,34 +140,34 @@ class Stage(nn.Module):
         return self.pair_head(torch.tanh(self.pooler(hidden_BTD[:, 0])))
 
 
-def build(config: ModelConfig, chunk: Chunk | None = None, functions: Functions = PLAIN) -> Stage:
+def build(config: BERTConfig, chunk: Chunk | None = None, functions: Functions = PLAIN) -> Stage:
     """The modules of one chunk (None: the whole model), on the device context that is active; values come later."""
     return Stage(config, chunk or whole(config.num_layers), functions)
 
 
-def sharding(config: ModelConfig) -> Table:
+def sharding(config: BERTConfig) -> Table:
     """How the parameters of the whole model lie over the tensor axis; what is not named is replicated."""
     return {EMBEDDING: VOCABULARY, **layer_sharding(config), "lm_head.*": VOCABULARY}
 
 
-def specs(config: ModelConfig) -> list[ParameterSpec]:
+def specs(config: BERTConfig) -> list[ParameterSpec]:
     """Every parameter of the whole model by logical name, in the model's order; a tied head is not there."""
     with torch.device("meta"):
         model = build(config)
     return describe(model.named_parameters(), sharding(config), config.vocab_size)
 
 
-def ties(config: ModelConfig) -> dict[str, str]:
+def ties(config: BERTConfig) -> dict[str, str]:
     """Local name -> logical name of parameters that a stage holds under another name (the tied head)."""
     return {HEAD: EMBEDDING} if config.tie_embeddings else {}
 
 
-def losses(config: ModelConfig) -> tuple[str, ...]:
+def losses(config: BERTConfig) -> tuple[str, ...]:
     """Masked tokens and, with a pair head, pairs."""
     return ("mlm", "pairs") if config.pair_head else ("mlm",)
 
 
-def wanted(config: ModelConfig, chunk: Chunk) -> frozenset[str]:
+def wanted(config: BERTConfig, chunk: Chunk) -> frozenset[str]:
     """Keywords of the chunk that come from the data."""
     found: set[str] = set()
     if chunk.first:
@@ -179,7 +179,7 @@ def wanted(config: ModelConfig, chunk: Chunk) -> frozenset[str]:
     return frozenset(found)
 
 
-def boundary(config: ModelConfig, layer: int, rows: Rows) -> Boundary:
+def boundary(config: BERTConfig, layer: int, rows: Rows) -> Boundary:
     """What a chunk receives from the one before it: hidden states, document numbers for attention, keys of dropout."""
     held = (rows.num_rows, rows.length // rows.shared_by, config.hidden_size)
     received: Boundary = {"hidden_BTD": Field(held, rows.dtype, differentiable=True)}

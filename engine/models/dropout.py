@@ -63,7 +63,7 @@ class Dropout:
     def _inner(self, layer: int, x_BTF: torch.Tensor) -> torch.Tensor:
         shape = x_BTF.shape[1:]
         firsts = (self.first_given, self.tensor_rank * shape[1])
-        places = _places(shape, firsts, (0, self.config.inner_size), x_BTF.device)
+        places = _places(shape, firsts, (0, self.config.feed_forward_size), x_BTF.device)
         return _drop(x_BTF, places, self.config.dropout, self.keys_B, layer, FFN_INNER)
 
     def probabilities(self, layer: int, first_head: int, site: int = ATTENTION) -> Drop | None:

@@ -35,7 +35,7 @@ class Stage(nn.Module):
         self.config, self.chunk, self.functions = config, chunk, functions
         if chunk.first:
             self.embed_tokens = nn.Embedding(config.padded_vocab_size, config.hidden_size)
-            if config.position == "learned":
+            if config.position_table:
                 self.embed_positions = nn.Embedding(config.max_positions, config.hidden_size)
         self.layers = nn.ModuleDict({str(index): TransformerLayer(config, functions, index) for index in chunk.layers})
         if chunk.last:
@@ -84,7 +84,7 @@ class Stage(nn.Module):
     def embed(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None) -> torch.Tensor:
         """hidden_BTD of the tokens; learned positions start again with each document, as they would alone."""
         hidden_BTD = self.embed_tokens(tokens_BT)
-        if self.config.position != "learned":
+        if not self.config.position_table:
             return hidden_BTD
         if segments_BT is None:
             num_given = tokens_BT.size(1)

@@ -14,7 +14,7 @@ import math
 import numpy as np
 import torch
 
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import BERTConfig, GPTConfig, ModelConfig
 from engine.parallel.sharding import ParameterSpec
 
 PURPOSE = 0x1A17
@@ -42,7 +42,8 @@ def initial_value(spec: ParameterSpec, config: ModelConfig, seed: int) -> torch.
 
 
 def _deviation(kind: str, config: ModelConfig) -> float:
-    residual = kind in ("out_proj", "down_proj") and config.norm_position == "pre"
+    assert isinstance(config, GPTConfig | BERTConfig)
+    residual = kind in ("out_proj", "down_proj") and not config.post_norm
     return config.init_std / math.sqrt(2 * config.num_layers) if residual else config.init_std
 
 

@@ -77,8 +77,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.up_proj = nn.Linear(config.hidden_size, config.inner_size, bias=config.bias)
-        self.down_proj = nn.Linear(config.inner_size, config.hidden_size, bias=config.bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.feed_forward_size, bias=config.bias)
+        self.down_proj = nn.Linear(config.feed_forward_size, config.hidden_size, bias=config.bias)
 
     def forward(self, x_BTD: torch.Tensor, drop: InnerDrop | None = None) -> torch.Tensor:
         """(B, T, D) -> (B, T, D); `drop` sets some inner features to 0."""
@@ -92,8 +92,8 @@ class GatedFeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.inner_size, bias=config.bias)
-        self.down_proj = nn.Linear(config.inner_size, config.hidden_size, bias=config.bias)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.feed_forward_size, bias=config.bias)
+        self.down_proj = nn.Linear(config.feed_forward_size, config.hidden_size, bias=config.bias)
 
     def forward(self, x_BTD: torch.Tensor, drop: InnerDrop | None = None) -> torch.Tensor:
         """(B, T, D) -> (B, T, D); `drop` sets some inner features to 0."""
@@ -117,7 +117,7 @@ class TransformerLayer(nn.Module):
     def __init__(self, config: ModelConfig, functions: Functions, number: int, normed: bool = False) -> None:
         super().__init__()
         self.number = number
-        self.post = config.norm_position == "post"
+        self.post = config.post_norm
         self.attention_norm = nn.Identity() if normed and not self.post else norm(config)
         self.attention = SelfAttention(config, functions, number)
         self.ffn_norm = norm(config)
@@ -138,8 +138,8 @@ class TransformerLayer(nn.Module):
 
 def layer_sharding(config: ModelConfig) -> Table:
     """How the parameters of layers lie over the tensor axis."""
-    query_width, kv_width = config.num_heads * config.head_size, config.kv_heads * config.head_size
-    inner = (config.inner_size,) * (2 if config.gated else 1)
+    query_width, kv_width = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    inner = (config.feed_forward_size,) * (2 if config.gated else 1)
     return {
         "layers.*.attention.qkv_proj.*": column(query_width, kv_width, kv_width),
         "layers.*.attention.out_proj.weight": ROW,

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import T5Config
 from engine.parallel.functions import PLAIN, Time
 
 
@@ -27,7 +27,7 @@ class RelativePositions(nn.Module):
     same columns and take those of the heads that they see rows of: gradients that ZeRO adds up.
     """
 
-    def __init__(self, config: ModelConfig, bidirectional: bool) -> None:
+    def __init__(self, config: T5Config, bidirectional: bool) -> None:
         super().__init__()
         self.bidirectional, self.distance = bidirectional, config.relative_distance
         self.weight = nn.Parameter(torch.zeros(config.relative_buckets, config.num_heads))

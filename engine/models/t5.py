@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import T5Config
 from engine.models.attention import SelfAttention, View
 from engine.models.chunk import Chunk, Rows, whole
 from engine.models.dropout import (
@@ -45,7 +45,7 @@ EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 class CrossAttention(nn.Module):
     """Queries from the decoder, fused keys and values from what the encoder made."""
 
-    def __init__(self, config: ModelConfig, functions: Functions, layer: int) -> None:
+    def __init__(self, config: T5Config, functions: Functions, layer: int) -> None:
         super().__init__()
         self.layer, self.tensor_rank = layer, functions.tensor_rank
         self.head_size, self.scale, self.attention = config.head_size, config.score_scale, functions.attention
@@ -67,7 +67,7 @@ class CrossAttention(nn.Module):
 class CrossLayer(nn.Module):
     """A layer of the decoder: self-attention, attention to the encoder, feed-forward, each behind a norm of its own."""
 
-    def __init__(self, config: ModelConfig, functions: Functions, number: int) -> None:
+    def __init__(self, config: T5Config, functions: Functions, number: int) -> None:
         super().__init__()
         self.number = number
         self.attention_norm = norm(config)
@@ -92,7 +92,7 @@ class CrossLayer(nn.Module):
 class Stage(nn.Module):
     """Consecutive layers of both stacks, with what belongs to where the stacks begin and end."""
 
-    def __init__(self, config: ModelConfig, chunk: Chunk, functions: Functions) -> None:
+    def __init__(self, config: T5Config, chunk: Chunk, functions: Functions) -> None:
         super().__init__()
         self.config, self.chunk, self.functions = config, chunk, functions
         self.encoder, self.decoder = stacks(config, chunk)
@@ -200,7 +200,7 @@ class Stage(nn.Module):
         return View(bias_BHTT, None, None, make_dropout(self.config, keys_B, x_BTD, self.functions))
 
 
-def stacks(config: ModelConfig, chunk: Chunk) -> tuple[range, range]:
+def stacks(config: T5Config, chunk: Chunk) -> tuple[range, range]:
     """The chunk's layers of the encoder and of the decoder, by global index."""
     border = min(max(config.num_encoder_layers, chunk.layers.start), chunk.layers.stop)
     return range(chunk.layers.start, border), range(border, chunk.layers.stop)
@@ -220,7 +220,7 @@ def cross_mask(
     return (decoder_segments_BT[:, :, None] == segments_BS[:, None, :])[:, None]
 
 
-def build(config: ModelConfig, chunk: Chunk | None = None, functions: Functions = PLAIN) -> Stage:
+def build(config: T5Config, chunk: Chunk | None = None, functions: Functions = PLAIN) -> Stage:
     """The modules of one chunk (None: the whole model), on the device context that is active.
 
     Build under `torch.device("meta")` and give the values afterwards (`engine.models.initial`).
@@ -228,7 +228,7 @@ def build(config: ModelConfig, chunk: Chunk | None = None, functions: Functions 
     return Stage(config, chunk or whole(config.num_layers), functions)
 
 
-def sharding(config: ModelConfig) -> Table:
+def sharding(config: T5Config) -> Table:
     """How the parameters of the whole model lie over the tensor axis; what is not named is replicated."""
     heads = config.num_heads * config.head_size
     return {
@@ -242,24 +242,24 @@ def sharding(config: ModelConfig) -> Table:
     }
 
 
-def specs(config: ModelConfig) -> list[ParameterSpec]:
+def specs(config: T5Config) -> list[ParameterSpec]:
     """Every parameter of the whole model by logical name, in the model's order; a tied head is not there."""
     with torch.device("meta"):
         model = build(config)
     return describe(model.named_parameters(), sharding(config), config.vocab_size)
 
 
-def ties(config: ModelConfig) -> dict[str, str]:
+def ties(config: T5Config) -> dict[str, str]:
     """Local name -> logical name of the tied head, which a stage without an embedding holds under its own name."""
     return {HEAD: EMBEDDING} if config.tie_embeddings else {}
 
 
-def losses(config: ModelConfig) -> tuple[str, ...]:
+def losses(config: T5Config) -> tuple[str, ...]:
     """One: what the decoder says next."""
     return ("span",)
 
 
-def wanted(config: ModelConfig, chunk: Chunk) -> frozenset[str]:
+def wanted(config: T5Config, chunk: Chunk) -> frozenset[str]:
     """Keywords of the chunk that come from the data."""
     names: set[str] = set()
     if chunk.first:
@@ -271,7 +271,7 @@ def wanted(config: ModelConfig, chunk: Chunk) -> frozenset[str]:
     return frozenset(names)
 
 
-def boundary(config: ModelConfig, layer: int, rows: Rows) -> Boundary:
+def boundary(config: T5Config, layer: int, rows: Rows) -> Boundary:
     """What the chunk that begins with `layer` receives: inside the encoder its hidden states, else what it made; inside
     the decoder that one's hidden states too; the document numbers of what it receives; and keys of dropout."""
     encoder, decoder = (rows.num_rows, rows.length), (rows.num_rows, rows.decoder_length)

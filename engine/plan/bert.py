@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from engine.config.lengths import RowLengths
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import BERTConfig
 from engine.config.schema.parallel import Recompute
 from engine.plan import gpt, parts
 from engine.plan.gpt import (
@@ -26,7 +26,7 @@ SEEN_BLOCKS = 3
 """That a block of a local layer sees."""
 
 
-def entries(model: ModelConfig, layers: range, is_first: bool, is_last: bool, inner: bool = True) -> list[Entry]:
+def entries(model: BERTConfig, layers: range, is_first: bool, is_last: bool, inner: bool = True) -> list[Entry]:
     """Parameters of consecutive layers, with the embeddings if first, and the heads if last."""
     found = _embeddings(model) if is_first else []
     for layer in layers if inner else ():
@@ -34,31 +34,31 @@ def entries(model: ModelConfig, layers: range, is_first: bool, is_last: bool, in
     return found + (_heads(model) if is_last else [])
 
 
-def layer_entries(model: ModelConfig, layer: int) -> list[Entry]:
+def layer_entries(model: BERTConfig, layer: int) -> list[Entry]:
     """Parameters of a layer; the first of a pre-norm encoder has no norm before its attention."""
     found = gpt.layer_entries(model, layer)
-    if layer > 0 or model.norm_position == "post":
+    if layer > 0 or model.post_norm:
         return found
     return [entry for entry in found if ".attention_norm." not in entry.name]
 
 
-def layer_kind(model: ModelConfig, layer: int) -> Hashable:
+def layer_kind(model: BERTConfig, layer: int) -> Hashable:
     """The first one may lack a norm; local layers keep and compute less."""
-    return layer == 0 and model.norm_position == "pre", model.reach(layer)
+    return layer == 0 and not model.post_norm, model.reach(layer)
 
 
-def _embeddings(model: ModelConfig) -> list[Entry]:
+def _embeddings(model: BERTConfig) -> list[Entry]:
     found = [parts.vocabulary(model, EMBEDDING)]
-    if model.position == "learned":
+    if model.position_table:
         found.append(Entry("embed_positions.weight", (model.max_positions, model.hidden_size), split=False))
     if model.token_types:
         found.append(Entry("embed_types.weight", (model.token_types, model.hidden_size), split=False))
     return found + parts.norm(model, "embed_norm")
 
 
-def _heads(model: ModelConfig) -> list[Entry]:
+def _heads(model: BERTConfig) -> list[Entry]:
     width = model.hidden_size
-    found = parts.norm(model, "final_norm") if model.norm_position == "pre" else []
+    found = parts.norm(model, "final_norm") if not model.post_norm else []
     found += parts.linear("head_transform", width, width, bias=model.bias, split=False)
     found += parts.norm(model, "head_norm")
     found += [
@@ -71,7 +71,7 @@ def _heads(model: ModelConfig) -> list[Entry]:
     return found
 
 
-def layer_operations(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+def layer_operations(model: BERTConfig, layer: int, lengths: RowLengths) -> int:
     """Projections, scores and weighted values; in a local layer of the tokens of a window, without what blocks (half as
     many more) and the ends of rows make of it."""
     matrices = gpt.layer_matrices(model)
@@ -80,12 +80,12 @@ def layer_operations(model: ModelConfig, layer: int, lengths: RowLengths) -> int
     return tokens * 2 * matrices + parts.score_operations(model, tokens, seen)
 
 
-def embedding_operations(model: ModelConfig, lengths: RowLengths) -> int:
+def embedding_operations(model: BERTConfig, lengths: RowLengths) -> int:
     """Lookups and their sums."""
     return gpt.embedding_operations(model, lengths) + lengths.tokens * model.hidden_size * (model.token_types > 0)
 
 
-def head_operations(model: ModelConfig, lengths: RowLengths, vocab_size: int) -> int:
+def head_operations(model: BERTConfig, lengths: RowLengths, vocab_size: int) -> int:
     """Transform and projection of the masked tokens; of pairs one token of a row."""
     width = model.hidden_size
     pairs = 2 * width * (width + PAIR_KINDS) if model.pair_head else 0
@@ -93,7 +93,7 @@ def head_operations(model: ModelConfig, lengths: RowLengths, vocab_size: int) ->
 
 
 def saved(
-    model: ModelConfig,
+    model: BERTConfig,
     layer: int,
     lengths: RowLengths,
     tensor_size: int,
@@ -105,11 +105,11 @@ def saved(
     if recompute != "none":
         return kept
     if _in_blocks(model, layer, lengths):  # keys and values three times: as each of three blocks sees them
-        kept += 4 * lengths.tokens * model.kv_heads * model.head_size // tensor_size
-    return kept if model.norm_position == "pre" else kept - lengths.tokens * model.hidden_size // time_size
+        kept += 4 * lengths.tokens * model.num_kv_heads * model.head_size // tensor_size
+    return kept if not model.post_norm else kept - lengths.tokens * model.hidden_size // time_size
 
 
-def mask(model: ModelConfig, layer: int, lengths: RowLengths, masks: bool = True) -> int:
+def mask(model: BERTConfig, layer: int, lengths: RowLengths, masks: bool = True) -> int:
     """A number for each query and each key that its block sees: of the whole row, or of three blocks. A local layer has
     them on every device."""
     if _in_blocks(model, layer, lengths):
@@ -117,15 +117,15 @@ def mask(model: ModelConfig, layer: int, lengths: RowLengths, masks: bool = True
     return lengths.tokens**2 if masks or model.reach(layer) is not None else 0
 
 
-def _in_blocks(model: ModelConfig, layer: int, lengths: RowLengths) -> bool:
+def _in_blocks(model: BERTConfig, layer: int, lengths: RowLengths) -> bool:
     """Whether a layer computes attention in blocks as wide as it reaches (`engine.models.attention.local_mask`)."""
     reach = model.reach(layer)
     return reach is not None and model.attention_dropout == 0 and lengths.tokens > SEEN_BLOCKS * reach
 
 
-def reduced_again(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+def reduced_again(model: BERTConfig, layer: int, lengths: RowLengths) -> int:
     """As in a GPT; a post-norm layer ends with a norm, whose backward pass wants the feed-forward part's sum, too."""
-    return gpt.reduced_again(model, layer, lengths) * (2 if model.norm_position == "post" else 1)
+    return gpt.reduced_again(model, layer, lengths) * (2 if model.post_norm else 1)
 
 
 def sees_whole_rows(name: str) -> bool:

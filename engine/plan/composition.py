@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.config.resolve import examine
 from engine.config.schema.data import DataConfig
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import make_model
 from engine.config.schema.objective import ObjectiveConfig
 from engine.config.schema.optimizer import OptimizerConfig, PrecisionConfig
 from engine.config.schema.parallel import ParallelConfig
@@ -63,7 +63,6 @@ MODERN: Change = {
 T5: Change = {
     "model": {
         "family": "t5",
-        "position": "relative",
         "norm": "rmsnorm",
         "activation": "relu",
         "bias": False,
@@ -158,7 +157,7 @@ def example(*changes: Change) -> RunConfig:
     return RunConfig(
         folder=Path("runs/example"),
         tokenizer=Path("data/tokenizer"),
-        model=ModelConfig(**{**model, **section("model")}),
+        model=make_model(**{**model, **section("model")}),
         stages=(stage,),
         optimizer=OptimizerConfig(**section("optimizer")),
         precision=PrecisionConfig(**{"dtype": "fp32", **section("precision")}),

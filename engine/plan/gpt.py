@@ -23,7 +23,7 @@ def entries(model: ModelConfig, layers: range, is_first: bool, is_last: bool, in
     found = []
     if is_first:
         found.append(parts.vocabulary(model, EMBEDDING))
-        if model.position == "learned":
+        if model.position_table:
             shape = (model.max_positions, model.hidden_size)
             found.append(Entry("embed_positions.weight", shape, split=False))
     for layer in layers if inner else ():
@@ -64,7 +64,7 @@ def layer_operations(model: ModelConfig, layer: int, lengths: RowLengths) -> int
 
 def embedding_operations(model: ModelConfig, lengths: RowLengths) -> int:
     """A lookup, and a sum where positions are learned."""
-    return lengths.tokens * model.hidden_size * (2 if model.position == "learned" else 1)
+    return lengths.tokens * model.hidden_size * (2 if model.position_table else 1)
 
 
 def head_operations(model: ModelConfig, lengths: RowLengths, vocab_size: int) -> int:

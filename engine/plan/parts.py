@@ -119,16 +119,16 @@ def self_attention(model: ModelConfig, name: str) -> list[Entry]:
 def feed_forward(model: ModelConfig, name: str) -> list[Entry]:
     """Feed-forward part, gated or not."""
     up = "gate_up_proj" if model.gated else "up_proj"
-    inner = model.inner_size * (2 if model.gated else 1)
+    inner = model.feed_forward_size * (2 if model.gated else 1)
     return [
         *linear(f"{name}.{up}", inner, model.hidden_size, bias=model.bias, bias_split=True),
-        *linear(f"{name}.down_proj", model.hidden_size, model.inner_size, bias=model.bias),
+        *linear(f"{name}.down_proj", model.hidden_size, model.feed_forward_size, bias=model.bias),
     ]
 
 
 def qkv_width(model: ModelConfig) -> int:
     """Outputs of the fused projection."""
-    return (model.num_heads + 2 * model.kv_heads) * model.head_size
+    return (model.num_heads + 2 * model.num_kv_heads) * model.head_size
 
 
 def matrix_elements(entries: list[Entry]) -> int:
@@ -165,16 +165,16 @@ def needs_masks(model: ModelConfig, dtype: str, device: Device) -> bool:
 
 def saved_by_feed_forward(model: ModelConfig, num_tokens: int, tensor_size: int) -> int:
     """The same of the feed-forward part: before and after its activation (gated: the activated gate as well)."""
-    return num_tokens * model.inner_size * (4 if model.gated else 2) // tensor_size
+    return num_tokens * model.feed_forward_size * (4 if model.gated else 2) // tensor_size
 
 
 def exchanged(model: ModelConfig, num_tokens: int) -> int:
     """Elements of self-attention's queries, keys, values and results."""
-    return num_tokens * 2 * (model.num_heads + model.kv_heads) * model.head_size
+    return num_tokens * 2 * (model.num_heads + model.num_kv_heads) * model.head_size
 
 
 def kept_products(model: ModelConfig, num_tokens: int, tensor_size: int) -> int:
     """Elements of what self-attention and a feed-forward part keep under selective recomputation and tensor
     parallelism splits: queries, keys, values, the attention output, and what enters the activation."""
-    inner = model.inner_size * (2 if model.gated else 1)
+    inner = model.feed_forward_size * (2 if model.gated else 1)
     return num_tokens * (qkv_width(model) + model.num_heads * model.head_size + inner) // tensor_size

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from engine.config.lengths import RowLengths
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import T5Config
 from engine.config.schema.parallel import Recompute
 from engine.plan import gpt, parts
 from engine.plan.gpt import EMBEDDING, HEAD, KEY_BYTES, SEGMENT_BYTES
 from engine.plan.parts import Entry
 
 
-def entries(model: ModelConfig, layers: range, is_first: bool, is_last: bool, inner: bool = True) -> list[Entry]:
+def entries(model: T5Config, layers: range, is_first: bool, is_last: bool, inner: bool = True) -> list[Entry]:
     """Parameters of consecutive layers, with the embedding where a stack begins and its norm where it ends."""
     first_of_decoder = model.num_encoder_layers
     found = [parts.vocabulary(model, EMBEDDING)] if is_first or first_of_decoder in layers else []
@@ -32,7 +32,7 @@ def entries(model: ModelConfig, layers: range, is_first: bool, is_last: bool, in
     return found
 
 
-def layer_entries(model: ModelConfig, layer: int) -> list[Entry]:
+def layer_entries(model: T5Config, layer: int) -> list[Entry]:
     """Parameters of a layer; those of the decoder have cross attention."""
     found = gpt.layer_entries(model, layer)
     if layer < model.num_encoder_layers:
@@ -47,12 +47,12 @@ def layer_entries(model: ModelConfig, layer: int) -> list[Entry]:
     ]
 
 
-def layer_kind(model: ModelConfig, layer: int) -> Hashable:
+def layer_kind(model: T5Config, layer: int) -> Hashable:
     """Whether it is the decoder's."""
     return layer >= model.num_encoder_layers
 
 
-def layer_operations(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+def layer_operations(model: T5Config, layer: int, lengths: RowLengths) -> int:
     """Projections, scores and weighted values; keys and values of cross attention are projected from the encoder's."""
     tokens = _tokens(model, layer, lengths)
     own = tokens * 2 * gpt.layer_matrices(model)
@@ -63,18 +63,18 @@ def layer_operations(model: ModelConfig, layer: int, lengths: RowLengths) -> int
     return found + 4 * square * (tokens + lengths.tokens) + parts.score_operations(model, tokens, lengths.tokens)
 
 
-def embedding_operations(model: ModelConfig, lengths: RowLengths) -> int:
+def embedding_operations(model: T5Config, lengths: RowLengths) -> int:
     """A look-up (the decoder's, elsewhere, is as small)."""
     return lengths.tokens * model.hidden_size
 
 
-def head_operations(model: ModelConfig, lengths: RowLengths, vocab_size: int) -> int:
+def head_operations(model: T5Config, lengths: RowLengths, vocab_size: int) -> int:
     """The output projection."""
     return lengths.predicted * 2 * model.hidden_size * vocab_size
 
 
 def saved(
-    model: ModelConfig,
+    model: T5Config,
     layer: int,
     lengths: RowLengths,
     tensor_size: int,
@@ -94,13 +94,13 @@ def saved(
     return found + cross + (whole if recompute == "selective" else 2 * whole)
 
 
-def mask(model: ModelConfig, layer: int, lengths: RowLengths, masks: bool = True) -> int:
+def mask(model: T5Config, layer: int, lengths: RowLengths, masks: bool = True) -> int:
     """Cross attention's, in the decoder, on every device; what is added to other scores is made once for all layers of
     a stack (and left out, as the probabilities are that a CPU, which has no kernel for it, keeps)."""
     return lengths.decoder * lengths.tokens if layer >= model.num_encoder_layers else 0
 
 
-def reduced(model: ModelConfig, layers: range, is_first: bool, is_last: bool, lengths: RowLengths) -> int:
+def reduced(model: T5Config, layers: range, is_first: bool, is_last: bool, lengths: RowLengths) -> int:
     """Four times per layer, in the decoder twice more and once the gradient of what the encoder made; the embeddings'
     outputs; the gradient of the head's input."""
     first_of_decoder = model.num_encoder_layers
@@ -110,13 +110,13 @@ def reduced(model: ModelConfig, layers: range, is_first: bool, is_last: bool, le
     return times * model.hidden_size
 
 
-def reduced_again(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+def reduced_again(model: T5Config, layer: int, lengths: RowLengths) -> int:
     """What attention, in the decoder each of both, adds to the residual stream."""
     times = 1 if layer < model.num_encoder_layers else 2
     return times * _tokens(model, layer, lengths) * model.hidden_size
 
 
-def entered(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+def entered(model: T5Config, layer: int, lengths: RowLengths) -> int:
     """What self-attention and the feed-forward part read; in the decoder the queries of cross attention, and its keys
     and values."""
     if layer < model.num_encoder_layers:
@@ -124,34 +124,34 @@ def entered(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
     return (3 * lengths.decoder + lengths.tokens) * model.hidden_size
 
 
-def exchanged(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+def exchanged(model: T5Config, layer: int, lengths: RowLengths) -> int:
     """All four of self-attention, in the decoder those of cross attention as well."""
     tokens = _tokens(model, layer, lengths)
     cross = 2 * (tokens + lengths.tokens) * _heads(model) if layer >= model.num_encoder_layers else 0
     return parts.exchanged(model, tokens) + cross
 
 
-def boundary(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+def boundary(model: T5Config, layer: int, lengths: RowLengths) -> int:
     """Hidden states, inside the decoder those of both stacks."""
     return _received(model, layer, lengths) * model.hidden_size
 
 
-def carried_bytes(model: ModelConfig, layer: int, lengths: RowLengths, segments: bool) -> int:
+def carried_bytes(model: T5Config, layer: int, lengths: RowLengths, segments: bool) -> int:
     """Document numbers of the same, and a key of dropout."""
     keys = KEY_BYTES if model.dropout or model.attention_dropout else 0
     return (_received(model, layer, lengths) * SEGMENT_BYTES if segments else 0) + keys
 
 
-def _received(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+def _received(model: T5Config, layer: int, lengths: RowLengths) -> int:
     """Tokens of which the chunk that begins with a layer receives the hidden states."""
     return lengths.tokens + (lengths.decoder if layer > model.num_encoder_layers else 0)
 
 
-def _tokens(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
+def _tokens(model: T5Config, layer: int, lengths: RowLengths) -> int:
     return lengths.tokens if layer < model.num_encoder_layers else lengths.decoder
 
 
-def _heads(model: ModelConfig) -> int:
+def _heads(model: T5Config) -> int:
     """Outputs of all heads."""
     return model.num_heads * model.head_size
 

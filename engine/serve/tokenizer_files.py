@@ -54,7 +54,7 @@ def write_tokenizer(source: Path, folder: Path, model: ModelConfig) -> None:
 
 def _of_model(tokenizer: TextTokenizer, model: ModelConfig) -> dict[str, Any]:
     """Settings that depend on the model."""
-    types = ["token_type_ids"] if model.family == "bert" and model.token_types > 1 else []
+    types = ["token_type_ids"] if model.tells_segments_apart else []
     found: dict[str, Any] = {
         "model_max_length": model.max_positions,
         "model_input_names": ["input_ids", *types, "attention_mask"],
@@ -77,7 +77,7 @@ def _framed(tree: dict[str, Any], tokenizer: TextTokenizer, model: ModelConfig) 
     known = tokenizer.vocabulary
     if frame or known.classify is None or known.separate is None:
         return tree
-    return tree | {"post_processor": _template(tokenizer, ["classify"], ["separate"], model.token_types > 1)}
+    return tree | {"post_processor": _template(tokenizer, ["classify"], ["separate"], model.tells_segments_apart)}
 
 
 def _without_frame(post_processor: dict[str, Any]) -> dict[str, Any] | None:

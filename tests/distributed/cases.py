@@ -34,7 +34,7 @@ LAYOUTS = ((1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 2, 1), (2, 2, 1), (2, 1, 2), (2,
 GPT2 = {"num_layers": 3, "hidden_size": 16, "num_heads": 4, "max_positions": 16}
 LLAMA = GPT2 | {
     "num_kv_heads": 2,
-    "ffn_size": 32,
+    "feed_forward_size": 32,
     "position": "rope",
     "norm": "rmsnorm",
     "activation": "swiglu",
@@ -50,7 +50,7 @@ BERT = GPT2 | {
 }
 MODERN_BERT = GPT2 | {
     "family": "bert",
-    "ffn_size": 24,
+    "feed_forward_size": 24,
     "position": "rope",
     "norm_bias": False,
     "activation": "geglu",
@@ -63,9 +63,8 @@ T5 = GPT2 | {
     "family": "t5",
     "num_layers": 5,
     "num_decoder_layers": 3,
-    "head_width": 6,
-    "ffn_size": 24,
-    "position": "relative",
+    "head_size": 6,
+    "feed_forward_size": 24,
     "relative_buckets": 8,
     "relative_distance": 9,
     "norm": "rmsnorm",
@@ -90,7 +89,14 @@ DROPOUT = "-dropout"
 """Behind the name of a model: the same one with dropout."""
 MODELS |= {name + DROPOUT: model | {"dropout": 0.1, "attention_dropout": 0.2} for name, model in MODELS.items()}
 SHIPPED = Path(__file__).parents[2] / "configs" / "models"
-SMALL = {"num_layers": 4, "hidden_size": 16, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 24, "max_positions": 16}
+SMALL = {
+    "num_layers": 4,
+    "hidden_size": 16,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "feed_forward_size": 24,
+    "max_positions": 16,
+}
 SMALL |= {"dropout": 0.0, "attention_dropout": 0.0, "local_attention": 4}
 SMALL |= {"relative_buckets": 8, "relative_distance": 9, "num_decoder_layers": 2}
 

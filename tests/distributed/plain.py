@@ -90,11 +90,11 @@ class PlainMuon:
     def __init__(self, model: ModelConfig, matrices: dict[str, torch.nn.Parameter], decay: float) -> None:
         self.matrices, self.decay = matrices, decay
         self.momenta = {name: torch.zeros_like(p) for name, p in matrices.items()}
-        heads, pairs = model.num_heads * model.head_size, model.kv_heads * model.head_size
+        heads, pairs = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
         self.fused = {
             "qkv_proj": [heads, pairs, pairs],
             "kv_proj": [heads, heads],
-            "gate_up_proj": [model.inner_size, model.inner_size],
+            "gate_up_proj": [model.feed_forward_size, model.feed_forward_size],
         }
         """Rows of the projections that one matrix holds, each orthogonalised by itself."""
 

@@ -161,7 +161,7 @@ def key_biases(name: str, case: Case) -> np.ndarray:
     mask = np.zeros(shape, bool)
     if name.endswith("qkv_proj.bias"):
         first = model.num_heads * model.head_size
-        mask[first : first + model.kv_heads * model.head_size] = True
+        mask[first : first + model.num_kv_heads * model.head_size] = True
     return mask
 
 

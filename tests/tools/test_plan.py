@@ -92,7 +92,7 @@ def test_a_world_that_does_not_do_is_answered_with_worlds_that_do(capsys):
         "model.num_layers=1000000000",
         "model.hidden_size=1000000000000",
         "model.vocab_size=1000000000000000",
-        "model.ffn_size=100000000000000",
+        "model.feed_forward_size=100000000000000",
         "model.num_heads=1000000000000",
         "stages.0.sequence_length=1000000000000",
         "stages.0.global_batch_size=1000000000000000",

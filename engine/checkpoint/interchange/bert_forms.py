@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.checkpoint.interchange.forms import Form, Theirs, one, rope_theta
 from engine.config import twins
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import BERTConfig
 from engine.config.twins import Problems
 from engine.errors import ConfigError
 
@@ -72,15 +72,15 @@ _FIELDS = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
     "num_heads": "num_attention_heads",
-    "ffn_size": "intermediate_size",
+    "feed_forward_size": "intermediate_size",
     "init_std": "initializer_range",
 }
 
 
-def _bert_extras(config: ModelConfig) -> dict[str, Any]:
+def _bert_extras(config: BERTConfig) -> dict[str, Any]:
     return {
         "tie_word_embeddings": True,
-        "intermediate_size": config.inner_size,
+        "intermediate_size": config.feed_forward_size,
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
@@ -131,9 +131,9 @@ ROBERTA = Form(
 )
 
 
-def _modern_extras(config: ModelConfig) -> dict[str, Any]:
+def _modern_extras(config: BERTConfig) -> dict[str, Any]:
     return {
-        "intermediate_size": config.inner_size,
+        "intermediate_size": config.feed_forward_size,
         "hidden_activation": "gelu",
         "classifier_activation": "gelu",
         "norm_bias": config.norm_bias,

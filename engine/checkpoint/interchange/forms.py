@@ -57,11 +57,11 @@ class Form:
     """By what `key` makes of our module's name; what is named with its .weight or .bias comes before its module."""
     theirs: Mapping[str, tuple[Any, ...]]
     fields: Mapping[str, str]
-    extras: Callable[[ModelConfig], dict[str, Any]]
+    extras: Callable[[Any], dict[str, Any]]
     """What else their configuration says of ours."""
     read: Callable[[Any, Problems], dict[str, Any]] = lambda theirs, problems: {}
     """What else ours says of theirs; adds what ours cannot say to the problems."""
-    key: Callable[[ModelConfig, str], tuple[str, str]] = numbered
+    key: Callable[[Any, str], tuple[str, str]] = numbered
     """The key in `names` of one of our modules, and the number of its layer among theirs."""
 
     @property
@@ -85,7 +85,7 @@ def rope_theta(rope: Mapping[str, Any] | None, problems: Problems) -> float:
 def _read_llama(theirs: Any, problems: Problems) -> dict[str, Any]:
     even, width = theirs.hidden_size // theirs.num_attention_heads, getattr(theirs, "head_dim", None)
     theta = rope_theta(getattr(theirs, "rope_parameters", None), problems)
-    return {"rope_theta": theta, "head_width": None if width == even else width}
+    return {"rope_theta": theta, "head_size": width or even}
 
 
 GPT2_NAMES = {
@@ -127,14 +127,14 @@ GPT2 = Form(
         "num_layers": "n_layer",
         "hidden_size": "n_embd",
         "num_heads": "n_head",
-        "ffn_size": "n_inner",
+        "feed_forward_size": "n_inner",
         "max_positions": "n_positions",
         "norm_epsilon": "layer_norm_epsilon",
         "tie_embeddings": "tie_word_embeddings",
         "init_std": "initializer_range",
     },
     extras=lambda config: {
-        "n_inner": config.inner_size,
+        "n_inner": config.feed_forward_size,
         "activation_function": "gelu_new",
         "resid_pdrop": 0.0,
         "embd_pdrop": 0.0,
@@ -153,15 +153,15 @@ LLAMA = Form(
         "hidden_size": "hidden_size",
         "num_heads": "num_attention_heads",
         "num_kv_heads": "num_key_value_heads",
-        "ffn_size": "intermediate_size",
+        "feed_forward_size": "intermediate_size",
         "max_positions": "max_position_embeddings",
         "norm_epsilon": "rms_norm_eps",
         "tie_embeddings": "tie_word_embeddings",
         "init_std": "initializer_range",
     },
     extras=lambda config: {
-        "num_key_value_heads": config.kv_heads,
-        "intermediate_size": config.inner_size,
+        "num_key_value_heads": config.num_kv_heads,
+        "intermediate_size": config.feed_forward_size,
         "head_dim": config.head_size,
         "hidden_act": "silu",
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},

@@ -18,7 +18,7 @@ from engine.checkpoint.interchange.bert_forms import BERT, BERT_WITHOUT_PAIRS, M
 from engine.checkpoint.interchange.foreign_model import load, read_config
 from engine.checkpoint.interchange.forms import GPT2, LLAMA, Form, Theirs
 from engine.checkpoint.interchange.t5_form import T5
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import ModelConfig, make_model
 from engine.config.twins import nearest
 from engine.errors import CheckpointError, ConfigError, PalimpsestError, report
 from engine.models.families import family
@@ -183,7 +183,7 @@ def our_config(theirs: PretrainedConfig, vocab_multiple: int, architecture: str 
     values |= form.read(theirs, problems)
     if problems:
         raise report(problems, f"this {form.name} model has no twin here")
-    return ModelConfig(**values, **form.twin.values, vocab_multiple=vocab_multiple)
+    return make_model(**values, **form.twin.values, vocab_multiple=vocab_multiple)
 
 
 def _form_of_theirs(theirs: PretrainedConfig, architecture: str = "") -> Form | None:

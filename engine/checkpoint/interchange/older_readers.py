@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine.config import twins
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import BERTConfig, ModelConfig
 
 OLDEST = "4.57"
 """The oldest transformers that reads our exports, as `make test-readers` holds: the last series before 5."""
@@ -23,8 +23,8 @@ def older_spellings(model: ModelConfig) -> dict[str, Any]:
     if twin is twins.GPT2:
         fields["n_ctx"] = model.max_positions  # llama.cpp
     elif twin is twins.LLAMA:
-        fields["rope_theta"] = model.rope_theta
-    elif twin is twins.MODERN_BERT:
+        fields["rope_theta"] = model.rotary_theta(None)
+    elif twin is twins.MODERN_BERT and isinstance(model, BERTConfig):
         fields |= _modern_bert(model)
     elif twin is twins.T5:
         # transformers 5 says in scale_decoder_outputs what this field said before, and calls every T5 tied
@@ -32,7 +32,7 @@ def older_spellings(model: ModelConfig) -> dict[str, Any]:
     return fields
 
 
-def _modern_bert(model: ModelConfig) -> dict[str, Any]:
+def _modern_bert(model: BERTConfig) -> dict[str, Any]:
     is_local = model.local_attention is not None
     return {
         "global_attn_every_n_layers": model.global_every if is_local else 1,

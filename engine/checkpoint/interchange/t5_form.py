@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.checkpoint.interchange.forms import Form, Theirs, numbered, one
 from engine.config import twins
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import T5Config
 from engine.config.twins import T5_ACTIVATIONS, Problems
 from engine.errors import ConfigError
 
@@ -47,7 +47,7 @@ T5_NAMES = {
 }
 
 
-def _key(config: ModelConfig, module: str) -> tuple[str, str]:
+def _key(config: T5Config, module: str) -> tuple[str, str]:
     key, number = numbered(config, module)
     if not number:
         return key, number
@@ -56,12 +56,12 @@ def _key(config: ModelConfig, module: str) -> tuple[str, str]:
     return key.replace("layers.", f"{stack}.", 1), str(own)
 
 
-def _extras(config: ModelConfig) -> dict[str, Any]:
+def _extras(config: T5Config) -> dict[str, Any]:
     return {
         "num_layers": config.num_encoder_layers,
         "num_decoder_layers": config.num_layers - config.num_encoder_layers,
         "d_kv": config.head_size,
-        "d_ff": config.inner_size,
+        "d_ff": config.feed_forward_size,
         "feed_forward_proj": T5_ACTIVATIONS[config.activation],
         "tie_word_embeddings": config.tie_embeddings,
         "n_positions": config.max_positions,
@@ -73,11 +73,10 @@ def _read(theirs: Any, problems: Problems) -> dict[str, Any]:
     ours = {name: activation for activation, name in T5_ACTIVATIONS.items()}
     if theirs.feed_forward_proj not in ours:
         problems.append(ConfigError(f"feed_forward_proj = {theirs.feed_forward_proj!r}", " or ".join(map(repr, ours))))
-    even = theirs.d_model // theirs.num_heads
     return {
         "num_layers": theirs.num_layers + theirs.num_decoder_layers,
         "num_decoder_layers": theirs.num_decoder_layers,
-        "head_width": None if theirs.d_kv == even else theirs.d_kv,
+        "head_size": theirs.d_kv,
         "activation": ours.get(theirs.feed_forward_proj, "relu"),
         "tie_embeddings": theirs.scale_decoder_outputs,
         "max_positions": getattr(theirs, "n_positions", MAX_POSITIONS),
@@ -94,7 +93,7 @@ T5 = Form(
         "vocab_size": "vocab_size",
         "hidden_size": "d_model",
         "num_heads": "num_heads",
-        "ffn_size": "d_ff",
+        "feed_forward_size": "d_ff",
         "relative_buckets": "relative_attention_num_buckets",
         "relative_distance": "relative_attention_max_distance",
         "norm_epsilon": "layer_norm_epsilon",

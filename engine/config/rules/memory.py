@@ -69,13 +69,13 @@ def check_time(key: str, stage: RunStage, config: RunConfig, problems: list[Pali
 def check_heads(config: RunConfig, problems: list[PalimpsestError]) -> None:
     """Ranks of the sequence axis share the heads of a tensor rank while they see whole rows."""
     model, parallel = config.model, config.parallel
-    if parallel.sequence > 1 and model.kv_heads % (parallel.tensor * parallel.sequence):
+    if parallel.sequence > 1 and model.num_kv_heads % (parallel.tensor * parallel.sequence):
         ranks = f"tensor {parallel.tensor} x sequence {parallel.sequence}"
         problems.append(
             ConfigError(
-                f"parallel.sequence = {parallel.sequence}: {ranks} does not divide the {model.kv_heads} "
+                f"parallel.sequence = {parallel.sequence}: {ranks} does not divide the {model.num_kv_heads} "
                 "key/value heads of the model",
-                f"tensor x sequence a divisor of {model.kv_heads}",
+                f"tensor x sequence a divisor of {model.num_kv_heads}",
                 "change parallel.sequence, parallel.tensor or model.num_kv_heads",
             )
         )

@@ -1,105 +1,79 @@
-"""The model's section: its family, its sizes and the form of its parts."""
+"""The model's section: a class per family of models, with what all of them share in `ModelConfig`.
+
+A run file's `model` section is one of these classes, told apart by its key `family`: a key of another family is an
+unknown one. The defaults are those of a published model of the family (GPT-2, BERT, T5 version 1.0), so that a family
+and its sizes are a model that Hugging Face's library has, too.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag, TypeAdapter, model_validator
 
 from engine.config.schema.section import Kind, Section
 
-_DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
-    ("bert", "learned"): {"token_types": 2, "norm_position": "post", "activation": "gelu"},
-    ("bert", "rope"): {"activation": "geglu"},
-    ("t5", "relative"): {"norm": "rmsnorm", "activation": "relu", "bias": False},
-}
-"""Defaults by family and position where they are not those of GPT-2, so that a family alone is a form that Hugging
-Face's library has, too: BERT, ModernBERT, T5 v1.0."""
+FamilyName = Literal["gpt", "bert", "t5"]
+Activation = Literal["gelu_tanh", "gelu", "relu", "swiglu", "geglu", "geglu_tanh"]
+Norm = Literal["layernorm", "rmsnorm"]
+
 LARGEST_DEPTH = 2**14
 LARGEST_WIDTH = 2**30
 """No model is anywhere near; sizes beyond are slips of a key, and are refused before anything is computed of them."""
 
 
 class ModelConfig(Section):
-    """A decoder in GPT-2 or Llama form, an encoder in BERT, RoBERTa or ModernBERT form, or T5 (see `configs/models`).
+    """The keys that every family has. Not a model by itself: `make_model` makes one of its family's class.
 
-    The defaults shown are GPT-2's; `_DEFAULTS` has what other families have instead.
+    What code that serves several families asks of a model beside these keys is a property here, which a family
+    overrides.
     """
 
     kinds: ClassVar[dict[str, Kind]] = {"vocab_multiple": "execution"}
+    told_apart_by: ClassVar[str] = "family"
 
-    family: Literal["gpt", "bert", "t5"] = "gpt"
-    """Architecture family: decoders (`gpt`), encoders that predict masked tokens (`bert`), both in one (`t5`)."""
+    family: FamilyName
+    """Architecture family: decoders (`gpt`), encoders that predict masked tokens (`bert`), or an encoder and a decoder
+    (`t5`)."""
     vocab_size: int = Field(ge=1, le=LARGEST_WIDTH)
-    """Real rows of the embedding: the tokenizer's size or more."""
+    """Number of real rows of the embedding: the tokenizer's size or more."""
     vocab_multiple: int = Field(default=128, ge=1, le=LARGEST_WIDTH)
-    """The embedding is padded to a multiple of this, for speed and so that tensor parallelism divides it."""
+    """Number that the rows of the embedding are padded to a multiple of, for speed and for tensor parallelism."""
     num_layers: int = Field(ge=1, le=LARGEST_DEPTH)
-    """Of an encoder-decoder (`t5`): of both stacks together."""
-    num_decoder_layers: PositiveInt | None = None
-    """`t5`: how many of them are the decoder's; None means half."""
+    """Number of layers; of an encoder-decoder (`t5`), those of both stacks together."""
     hidden_size: int = Field(ge=1, le=LARGEST_WIDTH)
+    """Width of the hidden states."""
     num_heads: int = Field(ge=1, le=LARGEST_WIDTH)
-    head_width: int | None = Field(default=None, ge=1, le=LARGEST_WIDTH)
-    """Width of a head; None means `hidden_size` / `num_heads`."""
-    num_kv_heads: PositiveInt | None = None
-    """Key and value heads (grouped-query attention); None means `num_heads`."""
-    ffn_size: int | None = Field(default=None, ge=1, le=LARGEST_WIDTH)
-    """Inner width of the feed-forward part; None means 4 x `hidden_size`."""
+    """Number of attention heads (query heads, under grouped-query attention)."""
+    head_size: int = Field(
+        default_factory=lambda data: max(1, data["hidden_size"] // data["num_heads"]), ge=1, le=LARGEST_WIDTH
+    )
+    """Width of one attention head; `hidden_size` / `num_heads` where it is left out."""
+    num_kv_heads: PositiveInt = Field(default_factory=lambda data: data["num_heads"])
+    """Number of key and value heads (grouped-query attention); `num_heads` where it is left out."""
+    feed_forward_size: int = Field(default_factory=lambda data: 4 * data["hidden_size"], ge=1, le=4 * LARGEST_WIDTH)
+    """Width inside of the feed-forward part; 4 x `hidden_size` where it is left out."""
     max_positions: int = Field(default=1024, ge=1, le=LARGEST_WIDTH)
-    """Longest sequence; rows of the position table when `position` is `learned`."""
-    token_types: NonNegativeInt = 0
-    """`bert`: kinds of segments that have an embedding, 2 for pairs; 0 means no such embedding."""
-    pair_head: bool = False
-    """`bert`: a second head says how the two segments of a row belong together (`objective.pairs`)."""
-    position: Literal["learned", "rope", "relative"] = "learned"
-    """`relative` (`t5`, and its default): a number per head and bucket of distances is added to scores, which are not
-    scaled."""
-    rope_theta: PositiveFloat = 10000.0
-    local_attention: int | None = Field(default=None, ge=2, multiple_of=2)
-    """`bert`: width of a window: in local layers a token sees what stands at most half of it away, on either side.
-    None: every layer is global."""
-    global_every: int = Field(default=3, ge=2)
-    """With `local_attention`: one in so many layers, the first one to begin with, is global; the others are local."""
-    local_rope_theta: PositiveFloat | None = None
-    """`rope_theta` of local layers; None means the same."""
-    relative_buckets: int = Field(default=32, ge=4, multiple_of=4)
-    """Buckets of distances, in the encoder half of them for each direction."""
-    relative_distance: PositiveInt = 128
-    """Distances from here on share a bucket."""
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Largest number of tokens in a sequence, and of rows in the position table where positions are learned."""
+    norm: Norm = "layernorm"
+    """Kind of the norms: layer norms, or RMS norms (no mean and no shift)."""
     norm_epsilon: float = Field(default=1e-5, ge=1e-37)
-    """Added to the variance in norms; a smaller one is 0 in fp32."""
+    """Number added to the variance in norms; a smaller one than 1e-37 is 0 in fp32."""
     norm_bias: bool = True
     """Shifts of layer norms (RMS norms have none)."""
-    norm_position: Literal["pre", "post"] = "pre"
-    """`pre`: each part of a layer adds to the residual stream what it makes of its norm; `post` (`bert`): the sum of a
-    part and its input is normalised."""
-    activation: Literal["gelu_tanh", "gelu", "relu", "swiglu", "geglu", "geglu_tanh"] = "gelu_tanh"
-    """Of the feed-forward part; the last three multiply what they make by a gate."""
+    activation: Activation = "gelu_tanh"
+    """Activation of the feed-forward part; `swiglu`, `geglu` and `geglu_tanh` multiply its result by a gate."""
     bias: bool = True
-    """Biases in linear layers."""
+    """Biases of the linear layers."""
     tie_embeddings: bool = True
-    """The output projection is the token embedding."""
+    """One matrix for the token embedding and the output projection."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of hidden states that training sets to 0: of the embedding, and of what each part of a layer makes. Keyed
-    by (seed, step, sample, layer, site), so equal in every layout."""
+    """Share of the hidden states that training sets to 0: of the embedding's, and of the result of each part of a
+    layer. Keyed by (seed, step, sample, layer, site), so it is equal in every layout."""
     attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """The same of attention's probabilities; above 0 they are computed one by one, which costs time and memory."""
-    init_std: PositiveFloat = 0.02
-
-    @model_validator(mode="before")
-    @classmethod
-    def _family_defaults(cls, given: Any) -> Any:
-        """Fill in the keys that were not given and whose default depends on the family."""
-        if not isinstance(given, dict):
-            return given
-        family = given.get("family")
-        position = given.get("position", "relative" if family == "t5" else "learned")
-        known = isinstance(family, str) and isinstance(position, str)  # what is neither is refused by its field
-        defaults = _DEFAULTS.get((str(family), str(position)), {}) if known else {}
-        return {"position": position, **defaults, **given}
+    """Share of the attention probabilities that training sets to 0; above 0 they are computed one by one, which costs
+    time and memory."""
 
     @property
     def padded_vocab_size(self) -> int:
@@ -107,40 +81,179 @@ class ModelConfig(Section):
         return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
 
     @property
-    def kv_heads(self) -> int:
-        return self.num_kv_heads or self.num_heads
+    def gated(self) -> bool:
+        """True if the feed-forward part multiplies its result by a gate."""
+        return self.activation in ("swiglu", "geglu", "geglu_tanh")
 
     @property
-    def head_size(self) -> int:
-        return self.head_width or self.hidden_size // self.num_heads
+    def position_table(self) -> bool:
+        """True if each position has an embedding of its own."""
+        return False
+
+    @property
+    def post_norm(self) -> bool:
+        """True if norms follow the residual sums and do not precede the parts of a layer."""
+        return False
 
     @property
     def score_scale(self) -> float | None:
         """Factor of attention scores; None means head_size ** -0.5."""
-        return 1.0 if self.position == "relative" else None
+        return None
+
+    @property
+    def tells_segments_apart(self) -> bool:
+        """True if the two segments of a pair have embeddings of their own."""
+        return False
 
     def reach(self, layer: int) -> int | None:
-        """How far away, at most, a token of a layer sees another one; None means no such limit."""
+        """Largest distance of the tokens that a token of a layer sees; None means no limit."""
+        del layer
+        return None
+
+    def rotary_theta(self, reach: int | None) -> float | None:
+        """Base of the rotary frequencies of layers with a `reach`; None means no rotary positions."""
+        del reach
+        return None
+
+    if TYPE_CHECKING:  # pydantic gives it to frozen models, which type checkers do not see
+
+        def __hash__(self) -> int: ...
+
+
+class GPTConfig(ModelConfig):
+    """A decoder in GPT-2 form (the defaults) or in Llama form (see `configs/models`)."""
+
+    __hash__ = ModelConfig.__hash__
+
+    family: Literal["gpt"] = "gpt"
+    """Architecture family: a decoder."""
+    position: Literal["learned", "rope"] = "learned"
+    """Kind of positions: a table of learned embeddings, or rotations of queries and keys."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary frequencies."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights."""
+
+    @property
+    def position_table(self) -> bool:
+        return self.position == "learned"
+
+    def rotary_theta(self, reach: int | None) -> float | None:
+        del reach
+        return self.rope_theta if self.position == "rope" else None
+
+
+class BERTConfig(ModelConfig):
+    """An encoder in BERT or RoBERTa form, or, with `position: rope`, in ModernBERT form (see `configs/models`)."""
+
+    __hash__ = ModelConfig.__hash__
+
+    family: Literal["bert"]
+    """Architecture family: an encoder that predicts masked tokens."""
+    position: Literal["learned", "rope"] = "learned"
+    """Kind of positions: a table of learned embeddings, or rotations of queries and keys."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary frequencies (of global layers, where there are local ones)."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights."""
+    activation: Activation = "gelu"
+    """Activation of the feed-forward part; `geglu` where `position` is `rope`. `swiglu`, `geglu` and `geglu_tanh`
+    multiply its result by a gate."""
+    token_types: NonNegativeInt = 2
+    """Number of kinds of segments that have an embedding, 2 for pairs; 0 (where `position` is `rope`) means no such
+    embedding."""
+    pair_head: bool = False
+    """A second head, which predicts how the two segments of a row belong together (`objective.pairs`)."""
+    norm_position: Literal["pre", "post"] = "post"
+    """Place of the norms. `pre` (where `position` is `rope`): each part of a layer reads the normalised residual
+    stream and adds to the stream itself; `post`: the sum of a part and its input is normalised."""
+    local_attention: int | None = Field(default=None, ge=2, multiple_of=2)
+    """Width in tokens of the window of local layers: a token sees what stands at most half of it away, on either side.
+    None means that every layer is global."""
+    global_every: int = Field(default=3, ge=2)
+    """Number of layers of which one, the first, is global and the others local; with `local_attention`."""
+    local_rope_theta: PositiveFloat | None = None
+    """Base of the rotary frequencies of local layers; None means `rope_theta`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _modern_defaults(cls, given: Any) -> Any:
+        """Fill in ModernBERT's defaults where positions are rotary."""
+        if isinstance(given, dict) and given.get("position") == "rope":
+            return {"activation": "geglu", "token_types": 0, "norm_position": "pre", **given}
+        return given
+
+    @property
+    def position_table(self) -> bool:
+        return self.position == "learned"
+
+    @property
+    def post_norm(self) -> bool:
+        return self.norm_position == "post"
+
+    @property
+    def tells_segments_apart(self) -> bool:
+        return self.token_types > 1
+
+    def reach(self, layer: int) -> int | None:
         if self.local_attention is None or layer % self.global_every == 0:
             return None
         return self.local_attention // 2
 
+    def rotary_theta(self, reach: int | None) -> float | None:
+        if self.position != "rope":
+            return None
+        return self.rope_theta if reach is None else self.local_rope_theta or self.rope_theta
+
+
+class T5Config(ModelConfig):
+    """An encoder and a decoder in T5 form, version 1.0 (the defaults) or 1.1 (see `configs/models`).
+
+    Positions are relative: a number per head and bucket of distances is added to scores, which are not scaled.
+    Initial weights have standard deviations of their own (`engine.models.initial`).
+    """
+
+    __hash__ = ModelConfig.__hash__
+
+    family: Literal["t5"]
+    """Architecture family: an encoder and a decoder."""
+    norm: Norm = "rmsnorm"
+    """Kind of the norms: layer norms, or RMS norms (no mean and no shift)."""
+    activation: Activation = "relu"
+    """Activation of the feed-forward part; `swiglu`, `geglu` and `geglu_tanh` multiply its result by a gate."""
+    bias: bool = False
+    """Biases of the linear layers."""
+    num_decoder_layers: PositiveInt = Field(default_factory=lambda data: max(1, data["num_layers"] // 2))
+    """Number of the layers that are the decoder's; half of them where it is left out."""
+    relative_buckets: int = Field(default=32, ge=4, multiple_of=4)
+    """Number of buckets of distances; in the encoder half of them for each direction."""
+    relative_distance: PositiveInt = 128
+    """Distance in tokens from which on all distances share a bucket."""
+
+    @property
+    def score_scale(self) -> float | None:
+        return 1.0
+
     @property
     def num_encoder_layers(self) -> int:
-        """Layers before those of the decoder, of an encoder-decoder."""
-        return self.num_layers - (self.num_decoder_layers or self.num_layers // 2)
+        """Layers before those of the decoder."""
+        return self.num_layers - self.num_decoder_layers
 
-    @property
-    def inner_size(self) -> int:
-        return self.ffn_size or 4 * self.hidden_size
 
-    @property
-    def gated(self) -> bool:
-        """Whether the feed-forward part multiplies what it makes by a gate."""
-        return self.activation in ("swiglu", "geglu", "geglu_tanh")
+def _family(given: Any) -> str:
+    """The family that a `model` section names; GPT's where it names none."""
+    return str(given.get("family", "gpt")) if isinstance(given, dict) else getattr(given, "family", "gpt")
 
-    if TYPE_CHECKING:
 
-        def __hash__(self) -> int:
-            """Of all values: pydantic gives it to frozen models, which type checkers do not see."""
-            ...
+AnyModelConfig = Annotated[
+    Annotated[GPTConfig, Tag("gpt")] | Annotated[BERTConfig, Tag("bert")] | Annotated[T5Config, Tag("t5")],
+    Discriminator(_family),
+]
+"""A `model` section of any family."""
+
+_ANY: TypeAdapter[GPTConfig | BERTConfig | T5Config] = TypeAdapter(AnyModelConfig)
+
+
+def make_model(**keys: Any) -> GPTConfig | BERTConfig | T5Config:
+    """Return the section of the family that these keys name (GPT's where they name none)."""
+    return _ANY.validate_python(keys)

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from engine.config.schema.checkpoint import CheckpointConfig
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import AnyModelConfig
 from engine.config.schema.optimizer import OptimizerConfig, PrecisionConfig, StabilityConfig
 from engine.config.schema.parallel import ElasticConfig, ParallelConfig
 from engine.config.schema.section import Kind, Section
@@ -74,7 +74,7 @@ class RunConfig(Section):
     folder: Path
     """Run folder: checkpoints, metrics, logs, outcome. Training again with the same folder resumes."""
     seed: NonNegativeInt = 0
-    model: ModelConfig
+    model: AnyModelConfig
     tokenizer: Path
     """Folder of the tokenizer that the shards were written with."""
     stages: tuple[RunStage, ...] = Field(min_length=1)

@@ -24,3 +24,5 @@ class Section(BaseModel):
     """What a change of this section's keys means on resume."""
     kinds: ClassVar[dict[str, Kind]] = {}
     """Keys of this section whose kind is another one."""
+    told_apart_by: ClassVar[str] = ""
+    """Key that tells this section from others that may stand in its place; empty where there are none."""

@@ -21,7 +21,7 @@ import pytest
 from engine.checkpoint.geometry import dims, flat_index, strides
 from engine.checkpoint.writers import Need, Writer, stored_range, transfers, writers_of
 from engine.config.lengths import RowLengths
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import ModelConfig, make_model
 from engine.config.schema.optimizer import OptimizerConfig
 from engine.models.families import FAMILIES, family
 from engine.optim.groups import parameter_groups
@@ -39,7 +39,7 @@ LLAMA: dict[str, Any] = {
     "activation": "swiglu",
     "bias": False,
     "num_kv_heads": 8,
-    "ffn_size": 48,
+    "feed_forward_size": 48,
 }
 LENGTHS = RowLengths(8, 8, 8)
 
@@ -52,7 +52,7 @@ def models() -> dict[str, ModelConfig]:
             for tied in (True, False):
                 tree = SIZE | form | {"family": name, "tie_embeddings": tied, "vocab_multiple": 16}
                 kind = f"{name}{'-llama' if form else ''}{'-tied' if tied else ''}"
-                found[kind] = ModelConfig.model_validate(tree)
+                found[kind] = make_model(**tree)
     return found
 
 
@@ -114,7 +114,7 @@ def indices(spec: ParameterSpec, tensor_size: int) -> list[np.ndarray]:
 
 def draw_layout(draw: random.Random, model: str) -> Saved:
     """Any layout that fits the model and the largest world; small and large data sizes alike often."""
-    tensor = draw.choice([size for size in (1, 2, 4, 8) if MODELS[model].kv_heads % size == 0])
+    tensor = draw.choice([size for size in (1, 2, 4, 8) if MODELS[model].num_kv_heads % size == 0])
     pipe = draw.choice([1, 2, 3, 4, 5, 8, 16])
     virtual = draw.choice([size for size in (1, 2, 3, 4) if pipe * size <= MODELS[model].num_layers]) if pipe > 1 else 1
     room = LARGEST_WORLD // (pipe * tensor)

@@ -80,6 +80,40 @@ def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
     assert "beta1, beta2, clip_norm" in text
 
 
+def test_unknown_key_of_a_model_names_the_keys_of_its_family_and_the_nearest(tmp_path: Path) -> None:
+    text = message(write(tmp_path, MINIMAL), "model.family=bert", "model.token_typs=2")
+    assert "unknown key model.token_typs of family bert\n" in text
+    assert "to do: did you mean token_types?" in text
+    assert "pair_head" in text
+    assert "relative_buckets" not in text
+
+
+def test_key_of_another_family_is_unknown_and_names_that_family(tmp_path: Path) -> None:
+    text = message(write(tmp_path, MINIMAL), "model.token_types=2")
+    assert "unknown key model.token_types of family gpt\n" in text
+    assert "to do: leave it out: model.family = bert has it" in text
+    assert "model.family = gpt or bert has it" in message(
+        write(tmp_path, MINIMAL), "model.family=t5", "model.position=rope"
+    )
+
+
+def test_unknown_family_names_the_nearest(tmp_path: Path) -> None:
+    text = message(write(tmp_path, MINIMAL), "model.family=brt")
+    assert "model.family = 'brt' is not allowed\n  allowed: 'gpt', 'bert', 't5'\n  to do: did you mean bert?" in text
+
+
+def test_default_made_of_a_wrong_value_is_not_reported(tmp_path: Path) -> None:
+    text = message(write(tmp_path, MINIMAL), "model.hidden_size=wide")
+    assert "model.hidden_size = 'wide' is not allowed" in text
+    assert "head_size" not in text
+
+
+def test_key_of_several_types_is_named_without_them(tmp_path: Path) -> None:
+    text = message(write(tmp_path, MINIMAL), "stages.0.data.validation.web=3")
+    assert "stages.0.data.validation.web = 3 is not allowed" in text
+    assert "dict[" not in text
+
+
 def test_unknown_key_inside_a_list(tmp_path: Path) -> None:
     text = message(write(tmp_path, MINIMAL), "stages.0.data.tarin=x")
     assert "unknown key stages.0.data.tarin" in text

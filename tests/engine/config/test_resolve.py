@@ -82,7 +82,7 @@ def test_micro_batches() -> None:
         ),
         (["parallel.pipe=5"], 5, "parallel.pipe = 5 is more than model.num_layers = 4", "1 to 4"),
         (
-            ["parallel.tensor=3", "model.hidden_size=66", "model.num_heads=6", "model.ffn_size=66"],
+            ["parallel.tensor=3", "model.hidden_size=66", "model.num_heads=6", "model.feed_forward_size=66"],
             3,
             "parallel.tensor = 3 does not divide the padded vocabulary = 512",
             "one of 1, 2",
@@ -94,9 +94,9 @@ def test_micro_batches() -> None:
             "one of 1, 2",
         ),
         (
-            ["parallel.tensor=4", "model.ffn_size=102"],
+            ["parallel.tensor=4", "model.feed_forward_size=102"],
             4,
-            "parallel.tensor = 4 does not divide the feed-forward width model.ffn_size = 102",
+            "parallel.tensor = 4 does not divide model.feed_forward_size = 102",
             "one of 1, 2",
         ),
         (["parallel.zero_stage=0"], 1, "parallel.zero_stage = 0 with precision.dtype = bf16", "zero_stage 1, 2 or 3"),

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import make_model
 from engine.data.objectives.draws import dropout_keys
 from engine.models.attention import view
 from engine.models.dropout import ATTENTION, FFN_OUTPUT, KEYS, NUM_SITES, Dropout, drops, make
@@ -19,7 +19,7 @@ from tests.engine.models.parity import assert_near, gradient_of
 from tests.engine.models.tiny import BERT_FORMS, FORMS, T5_FORMS, random_weights
 
 RATE = 0.3
-CONFIG = ModelConfig(
+CONFIG = make_model(
     vocab_size=500, num_layers=4, hidden_size=64, num_heads=4, max_positions=128, dropout=RATE, attention_dropout=RATE
 )
 ROWS = 6
@@ -135,7 +135,7 @@ def test_written_out_attention_is_the_kernel_s_where_nothing_is_dropped(causal):
 
 
 def test_the_feed_forward_part_of_a_tensor_rank_has_its_features_masks():
-    config = CONFIG.model_copy(update={"family": "t5"})
+    config = make_model(**(CONFIG.model_dump(exclude={"position", "rope_theta", "init_std"}) | {"family": "t5"}))
     assert Dropout(CONFIG, KEYS_B).inner(0) is None, "GPT and BERT drop what it makes alone"
     whole, part = Dropout(config, KEYS_B).inner(3), Dropout(config, KEYS_B, first_given=4, tensor_rank=2).inner(3)
     assert whole is not None

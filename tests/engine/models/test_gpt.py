@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import GPTConfig
 from engine.models.attention import view
 from engine.models.chunk import Chunk
 from engine.models.gpt import EMBEDDING, HEAD, build, sharding, specs, ties
@@ -149,7 +149,7 @@ def test_every_parameter_has_a_spec_and_every_pattern_a_parameter(config):
 
 
 def test_a_tied_head_is_one_parameter_on_one_stage_and_a_named_copy_on_two():
-    config = ModelConfig(vocab_size=10, num_layers=2, hidden_size=8, num_heads=2, max_positions=4)
+    config = GPTConfig(vocab_size=10, num_layers=2, hidden_size=8, num_heads=2, max_positions=4)
     whole = build(config)
     assert whole.lm_head.weight is whole.embed_tokens.weight
     assert HEAD not in dict(whole.named_parameters())
@@ -193,7 +193,7 @@ def test_attention_and_loss_come_from_the_functions_that_it_was_built_with(confi
 
     model = whole_model(config, random_weights(config), Functions(attention, linear_cross_entropy=linear_cross_entropy))
     assert loss_of(model(**batch)).item() == config.vocab_size
-    assert calls == [((4, 16), (config.kv_heads, 16), None)] * config.num_layers
+    assert calls == [((4, 16), (config.num_kv_heads, 16), None)] * config.num_layers
 
 
 def test_bf16_stays_near_fp32(config, batch):

@@ -52,7 +52,7 @@ def test_sizes_are_those_of_gpt2(config):
 
 def test_t5_starts_with_deviations_of_its_own():
     """Fan-in everywhere, so that what a layer makes has size 1; queries smaller, since scores are not scaled."""
-    config = T5_FORMS["t5-v1.1"].model_copy(update={"hidden_size": 64, "ffn_size": 256, "head_width": 36})
+    config = T5_FORMS["t5-v1.1"].model_copy(update={"hidden_size": 64, "feed_forward_size": 256, "head_size": 36})
     heads = 4 * 36
     expected = {
         "embed_tokens.weight": [(500, 1.0)],

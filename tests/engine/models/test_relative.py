@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import T5Config
 from engine.models.relative import RelativePositions, buckets, masked
 
 
@@ -22,8 +22,8 @@ def test_buckets_are_those_of_the_published_code(bidirectional, num_buckets, lon
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_bias_and_gradient_are_those_of_a_look_up_for_each_pair(bidirectional):
-    config = ModelConfig(
-        vocab_size=9, num_layers=2, hidden_size=6, num_heads=3, relative_buckets=8, relative_distance=9
+    config = T5Config(
+        family="t5", vocab_size=9, num_layers=2, hidden_size=6, num_heads=3, relative_buckets=8, relative_distance=9
     )
     positions = RelativePositions(config, bidirectional)
     torch.nn.init.normal_(positions.weight, generator=torch.Generator().manual_seed(0))

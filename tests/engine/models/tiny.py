@@ -10,7 +10,7 @@ import transformers
 
 from engine.checkpoint.interchange.huggingface import form_of, to_huggingface
 from engine.config.load import read_tree
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import ModelConfig, make_model
 from engine.models.families import family
 from engine.models.gpt import EMBEDDING, HEAD
 
@@ -19,20 +19,20 @@ MODELS = Path(__file__).parents[3] / "configs" / "models"
 
 def tiny(form: str, **changes) -> ModelConfig:
     """The tiny model of a form with some keys changed."""
-    return ModelConfig(**{**read_tree(MODELS / f"tiny-{form}.yaml")["model"], **changes})
+    return make_model(**{**read_tree(MODELS / f"tiny-{form}.yaml")["model"], **changes})
 
 
 # The second of each form also leaves the values that both libraries have by default.
 FORMS = {
     "gpt2": tiny("gpt2"),
-    "gpt2-untied": tiny("gpt2", tie_embeddings=False, ffn_size=192, norm_epsilon=1e-3),
+    "gpt2-untied": tiny("gpt2", tie_embeddings=False, feed_forward_size=192, norm_epsilon=1e-3),
     "llama": tiny("llama"),
     "llama-tied": tiny("llama", tie_embeddings=True, num_kv_heads=4, rope_theta=100.0, norm_epsilon=1e-3),
 }
 
 BERT_FORMS = {
     "bert": tiny("bert"),
-    "bert-wide": tiny("bert", ffn_size=192, norm_epsilon=1e-3, token_types=3),
+    "bert-wide": tiny("bert", feed_forward_size=192, norm_epsilon=1e-3, token_types=3),
     "bert-without-pairs": tiny("bert", pair_head=False),
     "roberta": tiny("bert", pair_head=False, token_types=1),
     "modernbert": tiny("modernbert"),
@@ -45,7 +45,7 @@ BERT_FORMS = {
 
 T5_FORMS = {
     "t5": tiny("t5"),
-    "t5-v1.1": tiny("t5", tie_embeddings=False, activation="geglu_tanh", num_decoder_layers=None, norm_epsilon=1e-3),
+    "t5-v1.1": tiny("t5", tie_embeddings=False, activation="geglu_tanh", num_decoder_layers=2, norm_epsilon=1e-3),
 }
 
 

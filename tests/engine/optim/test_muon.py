@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import GPTConfig
 from engine.config.schema.optimizer import OptimizerConfig
 from engine.models import gpt
 from engine.optim.groups import make_optimizer, parameter_groups
@@ -62,7 +62,7 @@ def test_a_block_costs_what_its_own_shape_costs():
 
 
 def test_linear_layers_alone_are_matrices():
-    model = ModelConfig(vocab_size=50, num_layers=2, hidden_size=8, num_heads=2, tie_embeddings=False)
+    model = GPTConfig(vocab_size=50, num_layers=2, hidden_size=8, num_heads=2, tie_embeddings=False)
     groups = parameter_groups(gpt.specs(model), OptimizerConfig(name="muon"))
     names = {spec.name for group in groups if group.matrices for spec in group.specs}
     parts = ("attention.qkv_proj", "attention.out_proj", "ffn.up_proj", "ffn.down_proj")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import GPTConfig, make_model
 from engine.models.attention import document_mask, view
 from engine.models.gpt import build
 from engine.parallel import packed
@@ -120,7 +120,7 @@ def test_the_kernel_of_a_gpu(dtype, head_size, capability, varlen_is_there, expe
 
 def test_a_model_of_packed_rows_asks_for_no_mask_where_a_kernel_is_there(monkeypatch):
     """The whole way from segments to losses and gradients; the kernel is the stand-in."""
-    config = ModelConfig(vocab_size=50, num_layers=2, hidden_size=32, num_heads=2, max_positions=16)
+    config = GPTConfig(vocab_size=50, num_layers=2, hidden_size=32, num_heads=2, max_positions=16)
     model = build(config)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -151,7 +151,7 @@ def test_a_model_of_packed_rows_asks_for_no_mask_where_a_kernel_is_there(monkeyp
 def test_where_dropout_works_on_probabilities_there_is_a_mask(monkeypatch):
     monkeypatch.setattr("engine.models.attention.kernel", lambda *arguments: "varlen")
     shape = {"vocab_size": 50, "num_layers": 1, "hidden_size": 32, "num_heads": 2, "max_positions": 16}
-    config = ModelConfig.model_validate(shape | {"attention_dropout": 0.1})
+    config = make_model(**(shape | {"attention_dropout": 0.1}))
     dropped = view(config, torch.empty(4, 16, 32), SEGMENTS_BT, dropout=object())  # type: ignore[arg-type]
     assert isinstance(dropped.mask_B1TT, torch.Tensor)
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.config.lengths import RowLengths
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import ModelConfig, make_model
 from engine.config.schema.parallel import Recompute
 from engine.models import gpt
 from engine.models.attention import view
@@ -57,7 +57,7 @@ class Storages(TorchDispatchMode):
 
 
 def make(form: str, how: Recompute, dtype: torch.dtype) -> tuple[ModelConfig, torch.nn.Module]:
-    config = ModelConfig(vocab_size=64, max_positions=LENGTH, **FORMS[form])
+    config = make_model(vocab_size=64, max_positions=LENGTH, **FORMS[form])
     stage = gpt.build(config)
     generator = torch.Generator().manual_seed(0)
     shapes = {name: parameter.shape for name, parameter in stage.named_parameters()}
@@ -87,7 +87,7 @@ def run(form: str, how: Recompute, dtype: torch.dtype) -> tuple[int, list[torch.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_layer_keeps_what_the_plan_says(form: str, dtype: torch.dtype) -> None:
     """To the byte, but for the softmax's normaliser: one fp32 number per head and token."""
-    config = ModelConfig(vocab_size=64, **FORMS[form])
+    config = make_model(vocab_size=64, **FORMS[form])
     lengths = RowLengths(LENGTH, LENGTH)
     own = NUM_ROWS * LENGTH * config.hidden_size * dtype.itemsize
     normaliser = NUM_ROWS * LENGTH * config.num_heads * 4

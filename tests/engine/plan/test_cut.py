@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from engine.config.lengths import RowLengths
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import GPTConfig, T5Config
 from engine.errors import ConfigError
 from engine.plan.cut import balance, cut, stage_parts, tied_stages
 from engine.plan.operations import layer_costs
 
-GPT2 = ModelConfig(vocab_size=50257, num_layers=12, hidden_size=768, num_heads=12)
+GPT2 = GPTConfig(vocab_size=50257, num_layers=12, hidden_size=768, num_heads=12)
 LENGTHS = RowLengths(1024, predicted=1024)
 
 
@@ -56,7 +56,7 @@ def test_a_head_that_predicts_few_tokens_takes_no_layers() -> None:
 
 
 def test_equal_layers_without_a_heavy_head_are_shared_evenly() -> None:
-    wide = ModelConfig(vocab_size=1, vocab_multiple=1, num_layers=8, hidden_size=1024, num_heads=8)
+    wide = GPTConfig(vocab_size=1, vocab_multiple=1, num_layers=8, hidden_size=1024, num_heads=8)
     assert [len(layers) for layers in cut(wide, 4, LENGTHS)] == [2, 2, 2, 2]
     assert [len(layers) for layers in cut(wide, 3, LENGTHS)] == [2, 3, 3], "the first stage holds more micro-batches"
 
@@ -91,14 +91,13 @@ def test_a_tie_is_between_stages_and_not_between_parts() -> None:
     assert tied_stages(GPT2, 1, 1, LENGTHS) == {}
 
 
-T5 = ModelConfig(
+T5 = T5Config(
     family="t5",
     vocab_size=64,
     num_layers=5,
     num_decoder_layers=3,
     hidden_size=16,
     num_heads=4,
-    position="relative",
 )
 
 

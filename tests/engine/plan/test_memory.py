@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from engine.config.lengths import RowLengths
+from engine.config.schema.model import BERTConfig
 from engine.config.schema.parallel import ParallelConfig
 from engine.plan import bert, gpt
 from engine.plan.composition import MODERN, T5, Change, example
@@ -136,9 +137,9 @@ def test_every_layer_keeps_who_sees_whom() -> None:
         ({}, False),
         ({"precision": {"dtype": "fp32"}}, True),
         ({"model": {"attention_dropout": 0.1}}, True),
-        ({"model": {"head_width": 20}}, True),  # neither a multiple of 8 nor a power of 2
-        ({"model": {"head_width": 24}}, False),  # flash attention
-        ({"model": {"head_width": 512}}, False),  # flex attention
+        ({"model": {"head_size": 20}}, True),  # neither a multiple of 8 nor a power of 2
+        ({"model": {"head_size": 24}}, False),  # flash attention
+        ({"model": {"head_size": 512}}, False),  # flex attention
     ],
 )
 def test_a_gpu_keeps_who_sees_whom_only_where_no_kernel_does_without(changes: Change, keeps: bool) -> None:
@@ -165,6 +166,7 @@ def test_t5_adds_its_positions_to_scores_on_a_gpu_too() -> None:
 def test_a_local_layer_keeps_what_three_blocks_see() -> None:
     """reach 4 in rows of 64: 12 numbers per query and not 64, and keys and values three times."""
     model = example({"model": {"family": "bert", "local_attention": 8, "position": "rope"}}).model
+    assert isinstance(model, BERTConfig)
     lengths = RowLengths(64, predicted=10)
     assert [bert.mask(model, layer, lengths) for layer in range(4)] == [64 * 64, 64 * 12, 64 * 12, 64 * 64]
     kept = [bert.saved(model, layer, lengths, 1) for layer in range(2)]

@@ -3,10 +3,10 @@
 import pytest
 
 from engine.config.lengths import RowLengths
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import GPTConfig
 from engine.plan.operations import training_operations
 
-GPT2 = ModelConfig(vocab_size=50257, num_layers=12, hidden_size=768, num_heads=12)
+GPT2 = GPTConfig(vocab_size=50257, num_layers=12, hidden_size=768, num_heads=12)
 
 
 def test_six_times_parameters_and_attention() -> None:
@@ -22,10 +22,16 @@ def test_a_forward_pass_multiplies_as_often_as_counted(form: str) -> None:
 
     from engine.models import gpt
 
-    model = ModelConfig(vocab_size=128, num_layers=2, hidden_size=32, num_heads=4, max_positions=16)
+    model = GPTConfig(vocab_size=128, num_layers=2, hidden_size=32, num_heads=4, max_positions=16)
     if form == "llama":
         model = model.model_copy(
-            update={"num_kv_heads": 2, "ffn_size": 48, "position": "rope", "norm": "rmsnorm", "activation": "swiglu"}
+            update={
+                "num_kv_heads": 2,
+                "feed_forward_size": 48,
+                "position": "rope",
+                "norm": "rmsnorm",
+                "activation": "swiglu",
+            }
         )
     stage = gpt.build(model)
     tokens_BT = torch.zeros((2, 16), dtype=torch.int64)
@@ -41,7 +47,7 @@ def test_a_local_layer_multiplies_what_its_window_has(length: int) -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from engine.models import bert
+    from engine.models.families import family
     from engine.plan.families import figures
     from tests.engine.models.tiny import BERT_FORMS
 
@@ -51,7 +57,7 @@ def test_a_local_layer_multiplies_what_its_window_has(length: int) -> None:
     layers = [figures(model).layer_operations(model, layer, lengths) for layer in range(4)]
     assert layers[0] - layers[1] == scores * (length - 9)
     assert layers[0] == layers[3]
-    stage = bert.build(model)
+    stage = family(model).build(model)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         stage(tokens_BT=torch.zeros((2, length), dtype=torch.int64))
     head = 2 * model.hidden_size * length * (model.hidden_size + model.padded_vocab_size)
@@ -62,12 +68,12 @@ def test_a_forward_pass_of_t5_multiplies_as_often_as_counted() -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from engine.models import t5
+    from engine.models.families import family
     from tests.engine.models.tiny import T5_FORMS
 
     model = T5_FORMS["t5"].model_copy(update={"vocab_multiple": 1})
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        t5.build(model)(
+        family(model).build(model)(
             tokens_BS=torch.zeros((2, 16), dtype=torch.int64), decoder_tokens_BT=torch.zeros((2, 7), dtype=torch.int64)
         )
     forward = training_operations(model, RowLengths(16, predicted=7, decoder=7)) // 3

@@ -3,47 +3,53 @@
 import pytest
 
 from engine.config.lengths import RowLengths
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import GPTConfig, ModelConfig, T5Config, make_model
 from engine.plan import gpt, parts
 from engine.plan.cut import cut
 from engine.plan.parameters import counted_entries, model_entries, num_parameters, stage_entries
 
-GPT2 = ModelConfig(vocab_size=50257, num_layers=12, hidden_size=768, num_heads=12)
-LLAMA = ModelConfig(
+GPT2 = GPTConfig(vocab_size=50257, num_layers=12, hidden_size=768, num_heads=12)
+LLAMA = GPTConfig(
     vocab_size=32000,
     num_layers=22,
     hidden_size=2048,
     num_heads=32,
     num_kv_heads=4,
-    ffn_size=5632,
+    feed_forward_size=5632,
     position="rope",
     norm="rmsnorm",
     activation="swiglu",
     bias=False,
     tie_embeddings=False,
 )
-T5 = ModelConfig(
+T5 = T5Config(
     family="t5",
     vocab_size=32128,
     num_layers=24,
     hidden_size=768,
     num_heads=12,
-    ffn_size=3072,
-    position="relative",
+    feed_forward_size=3072,
     norm="rmsnorm",
     activation="relu",
     bias=False,
 )
 SMALL = [
-    ModelConfig(vocab_size=500, num_layers=3, hidden_size=32, num_heads=4),
-    ModelConfig(vocab_size=500, num_layers=2, hidden_size=32, num_heads=4, bias=False, tie_embeddings=False),
+    GPTConfig(vocab_size=500, num_layers=3, hidden_size=32, num_heads=4),
+    GPTConfig(vocab_size=500, num_layers=2, hidden_size=32, num_heads=4, bias=False, tie_embeddings=False),
     LLAMA.model_copy(
-        update={"vocab_size": 300, "num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2}
-        | {"ffn_size": 48}
+        update={
+            "vocab_size": 300,
+            "num_layers": 2,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_size": 8,
+        }
+        | {"feed_forward_size": 48}
     ),
     *(
-        ModelConfig.model_validate(
-            {"family": "bert", "vocab_size": 500, "num_layers": 3, "hidden_size": 32, "num_heads": 4} | changes
+        make_model(
+            **{"family": "bert", "vocab_size": 500, "num_layers": 3, "hidden_size": 32, "num_heads": 4} | changes
         )
         for changes in (
             {"norm_position": "post", "token_types": 2, "pair_head": True, "activation": "gelu"},
@@ -51,8 +57,15 @@ SMALL = [
         )
     ),
     T5.model_copy(
-        update={"vocab_size": 300, "num_layers": 5, "num_decoder_layers": 2, "hidden_size": 32, "num_heads": 4}
-        | {"head_width": 6, "activation": "geglu_tanh", "tie_embeddings": False, "ffn_size": 40}
+        update={
+            "vocab_size": 300,
+            "num_layers": 5,
+            "num_decoder_layers": 2,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "num_kv_heads": 4,
+        }
+        | {"head_size": 6, "activation": "geglu_tanh", "tie_embeddings": False, "feed_forward_size": 40}
     ),
 ]
 FORMS = ["gpt2 form", "untied", "llama form", "bert form", "modern encoder", "t5"]
@@ -62,11 +75,14 @@ FORMS = ["gpt2 form", "untied", "llama form", "bert form", "modern encoder", "t5
     ("model", "published"),
     [
         (GPT2, 124_439_808),
-        (GPT2.model_copy(update={"num_layers": 24, "hidden_size": 1024, "num_heads": 16}), 354_823_168),
-        (GPT2.model_copy(update={"num_layers": 48, "hidden_size": 1600, "num_heads": 25}), 1_557_611_200),
+        (GPTConfig(vocab_size=50257, num_layers=24, hidden_size=1024, num_heads=16), 354_823_168),
+        (GPTConfig(vocab_size=50257, num_layers=48, hidden_size=1600, num_heads=25), 1_557_611_200),
         (LLAMA, 1_100_048_384),
         (T5, 222_903_552),
-        (T5.model_copy(update={"activation": "geglu_tanh", "ffn_size": 2048, "tie_embeddings": False}), 247_577_856),
+        (
+            T5.model_copy(update={"activation": "geglu_tanh", "feed_forward_size": 2048, "tie_embeddings": False}),
+            247_577_856,
+        ),
     ],
     ids=["gpt2", "gpt2-medium", "gpt2-xl", "tinyllama", "t5-base", "t5-v1.1-base"],
 )

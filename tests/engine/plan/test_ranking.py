@@ -26,7 +26,7 @@ LARGE = [
     "model.hidden_size=8192",
     "model.num_heads=64",
     "model.num_kv_heads=8",
-    "model.ffn_size=28672",
+    "model.feed_forward_size=28672",
 ]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from engine.config.resolve import resolve
 from engine.config.schema.data import DataConfig
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import make_model
 from engine.config.schema.parallel import ParallelConfig
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import Duration, RunStage
@@ -68,7 +68,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], int, int, float]] = {
             "hidden_size": 4096,
             "num_heads": 32,
             "num_kv_heads": 8,
-            "ffn_size": 14336,
+            "feed_forward_size": 14336,
             "max_positions": 8192,
         },
         {"zero_stage": 3, "micro_batch_size": 1},
@@ -80,7 +80,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], int, int, float]] = {
 
 
 def estimate(model: dict[str, Any], parallel: dict[str, Any], world: int, batch: int, gpu: str) -> StepTime:
-    shape = ModelConfig(**model)
+    shape = make_model(**model)
     stage = RunStage(
         data=DataConfig(train="data"),
         sequence_length=shape.max_positions,

@@ -82,7 +82,7 @@ def test_chunks_per_stage_send_as_often_as_parts_meet() -> None:
 
 
 T5: Change = {
-    "model": {"family": "t5", "position": "relative", "norm": "rmsnorm", "bias": False},
+    "model": {"family": "t5", "norm": "rmsnorm", "bias": False},
     "objective": {"name": "span_corruption"},
 }
 """Rows of 64 tokens; its decoder's are of 14."""

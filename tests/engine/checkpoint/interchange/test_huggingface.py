@@ -24,8 +24,8 @@ from engine.checkpoint.interchange.bert_forms import BERT, BERT_WITHOUT_PAIRS, M
 from engine.checkpoint.interchange.forms import GPT2, LLAMA, Form
 from engine.checkpoint.interchange.huggingface import form_of, from_huggingface, our_config, to_huggingface
 from engine.checkpoint.interchange.t5_form import T5
-from engine.config.rules.model import ONLY
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import BERTConfig, GPTConfig, ModelConfig
+from engine.config.schema.model import T5Config as OurT5Config
 from engine.errors import CheckpointError, ConfigError
 from engine.models.materialize import whole_model
 from tests.engine.models.tiny import BERT_FORMS, FORMS, random_weights, tiny, twin
@@ -116,7 +116,7 @@ def test_positions_of_roberta_begin_behind_the_padding_token():
     [
         (tiny("gpt2", norm="rmsnorm"), r"nearest: GPT-2\): model.norm = rmsnorm\n  allowed: layernorm in GPT-2 form"),
         (tiny("gpt2", num_kv_heads=2), r"model.num_kv_heads = 2\n  allowed: 4 \(model.num_heads\) in GPT-2 form"),
-        (tiny("gpt2", head_width=8), r"model.head_width = 8\n  allowed: 16 in GPT-2 form"),
+        (tiny("gpt2", head_size=8), r"model.head_size = 8\n  allowed: 16 in GPT-2 form"),
         (tiny("t5", activation="swiglu"), "model.activation = swiglu\n  allowed: relu or geglu_tanh in T5 form"),
         (tiny("llama", bias=True), r"nearest: Llama\): model.bias = True\n  allowed: False in Llama form"),
         (tiny("llama", activation="gelu_tanh", position="learned", bias=True), "nearest: GPT-2.*: 2 problems"),
@@ -162,32 +162,30 @@ def test_what_ours_does_not_compute_is_refused(theirs, message):
         our_config(theirs, 128)
 
 
-OF_LOCAL = {"global_every", "local_rope_theta"}
-OF_T5 = {key for key, families in ONLY.items() if families == ("t5",)}
-
-
 def test_every_field_of_the_model_is_carried_or_named():
-    """A new key of `ModelConfig` must say what it means for the twins."""
+    """A new key of a family's section must say what it means for the twins."""
     neither = {"vocab_multiple", "dropout", "attention_dropout"}
-    without_meaning: list[tuple[Form, set[str]]] = [
-        (GPT2, {*ONLY, "rope_theta"}),
-        (LLAMA, {*ONLY, "norm_bias"}),
-        *((form, {"rope_theta", *OF_LOCAL, *OF_T5}) for form in (BERT, BERT_WITHOUT_PAIRS, ROBERTA)),
-        (MODERN_BERT, {"local_attention", *OF_LOCAL, *OF_T5}),
-        (T5, {*ONLY, "rope_theta", "init_std"}),
+    local = {"local_attention", "global_every", "local_rope_theta"}
+    without_meaning: list[tuple[Form, type[ModelConfig], set[str]]] = [
+        (GPT2, GPTConfig, {"rope_theta"}),
+        (LLAMA, GPTConfig, {"norm_bias"}),
+        *((form, BERTConfig, {"rope_theta", *local}) for form in (BERT, BERT_WITHOUT_PAIRS, ROBERTA)),
+        (MODERN_BERT, BERTConfig, local),
+        (T5, OurT5Config, {"num_decoder_layers"}),
     ]
     read = {
         "num_layers",
         "activation",
         "tie_embeddings",
-        "head_width",
+        "head_size",
         "num_kv_heads",
         "max_positions",
-        "rope_theta",
         "bias",
     }  # refused where not equal, or read by a function
-    for form, rest in without_meaning:
-        assert {*form.fields, *form.twin.values, *read, *rest, *neither} == set(ModelConfig.model_fields), form.name
+    for form, section, rest in without_meaning:
+        rotary = {"rope_theta"} if form in (LLAMA, MODERN_BERT) else set()
+        named = {*form.fields, *form.twin.values, *read, *rotary, *rest, *neither}
+        assert named == set(section.model_fields), form.name
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def test_ranks_that_share_a_row_divide_its_length() -> None:
 
 
 def test_every_family_shares_the_time_of_its_rows() -> None:
-    t5 = {"family": "t5", "position": "relative", "norm": "rmsnorm", "bias": False}
+    t5 = {"family": "t5", "norm": "rmsnorm", "bias": False}
     for parallel in ({"tensor": 2, "sequence_parallel": True}, {"sequence": 4}):
         assert not problems_of({"model": t5, "objective": {"name": "span_corruption"}, "parallel": parallel})
         assert not problems_of({"model": {"family": "bert"}, "objective": {"name": "masked"}, "parallel": parallel})

@@ -3,12 +3,12 @@
 import pytest
 
 from engine.config.rules.objective import OBJECTIVES, check_objective
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import GPTConfig
 from engine.config.schema.objective import ObjectiveConfig
 from engine.config.schema.stage import RunStage
 from engine.errors import ConfigError
 
-MODEL = ModelConfig(vocab_size=10, num_layers=1, hidden_size=4, num_heads=1)
+MODEL = GPTConfig(vocab_size=10, num_layers=1, hidden_size=4, num_heads=1)
 
 
 def problems(family, objective, sequence_length=64, pair_head=None, **data):

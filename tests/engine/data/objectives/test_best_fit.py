@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import make_model
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.objectives.best_fit import BestFit, best_fit_decreasing
 from engine.data.validation import ValidationSamples
@@ -94,7 +94,7 @@ def test_each_document_has_the_loss_that_it_has_alone(tmp_path, position):
     """Sums of at most 60 fp32 losses of about 7: rounding stays below 60 * 7 * 2^-24 * a few, far within 1e-5 each."""
     documents = made_up_documents(30)
     dataset = write_shards(tmp_path, documents)
-    config = ModelConfig(
+    config = make_model(
         vocab_size=VOCABULARY, num_layers=2, hidden_size=32, num_heads=4, max_positions=128, position=position
     )
     model = family(config).build(config)
