@@ -20,7 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.ranks import join
-from engine.config.lengths import row_lengths
+from engine.config.objectives import row_lengths
 from engine.config.rank_environment import RankEnvironment
 from engine.config.resolve import num_micro_batches, resolve
 from engine.config.schema.run import RunConfig

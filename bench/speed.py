@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity
 
 from bench.contest import Spread
 from bench.ours import Ours, Precision, Shape, micro_batches, tokens_of_step
-from engine.config.lengths import RowLengths
+from engine.config.objectives import RowLengths
 from engine.config.schema.model import GPTConfig, ModelConfig
 from engine.plan.operations import training_operations
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
@@ -18,10 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.config.home import expand
-from engine.config.schema.objective import ObjectiveConfig
+from engine.config.schema.data import PackingName
+from engine.config.schema.objective import MaskUnit, ObjectiveConfig, ObjectiveName, Pairs
 from engine.corpus.recipe import PARTS, RECIPE_FILE
 from engine.corpus.statistics import Statistics
-from engine.data.objectives.sampling import PackingName
 from engine.data.shards.cache import ShardCache
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.index import FILE as INDEX_FILE
@@ -37,9 +37,6 @@ if TYPE_CHECKING:  # torch would make --help slow
 
     from engine.data.batch import Batch
 
-Objective = Literal["causal", "fill_in_the_middle", "masked", "span_corruption"]
-PairKind = Literal["none", "next_sentence", "sentence_order"]
-MaskUnit = Literal["token", "word", "span"]
 _SOURCES_SHOWN = 20
 _CACHE_BYTES = 1 << 30
 """Of the temporary folder that shards of a URL are fetched into."""
@@ -58,9 +55,9 @@ def main(
     ] = None,
     samples: Annotated[int, typer.Option(min=0, help="Samples to show of each part.")] = 2,
     sequence_length: Annotated[int, typer.Option(min=5, help="Tokens per sample.")] = 256,
-    objective: Annotated[Objective, typer.Option(help="Show the rows of this objective.")] = "causal",
-    pairs: Annotated[PairKind, typer.Option(help="Of masked: the kind of pairs.")] = "none",
-    mask_unit: Annotated[MaskUnit, typer.Option(help="Of masked: what is masked as a whole.")] = "token",
+    objective: Annotated[ObjectiveName, typer.Option(help="Show the rows of this objective.")] = "causal",
+    pairs: Annotated[Pairs, typer.Option(help="Kind of the pairs (masked).")] = "none",
+    mask_unit: Annotated[MaskUnit, typer.Option(help="Unit that is masked as a whole (masked).")] = "token",
     packing: Annotated[PackingName, typer.Option(help="How documents share rows.")] = "concatenate",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order that the samples are the first of.")] = 0,
 ) -> None:

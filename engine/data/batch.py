@@ -17,7 +17,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from engine.data.objectives.sampling import Made, Sampler
+from engine.data.objectives.rows import SampledRows
+from engine.data.objectives.sampling import Sampler
 from engine.data.shards.damage import Damage, DamagedShard
 from engine.data.shards.dataset import TokenDataset
 
@@ -136,7 +137,9 @@ def _names(sources: Sequence[Rows], domains: np.ndarray, places: np.ndarray, num
     return (*names, *[""] * (num_rows - len(names)))
 
 
-def _made(sources: Sequence[Rows], domains: np.ndarray, places: np.ndarray, samples: np.ndarray, num_rows: int) -> Made:
+def _made(
+    sources: Sequence[Rows], domains: np.ndarray, places: np.ndarray, samples: np.ndarray, num_rows: int
+) -> SampledRows:
     """The rows as their sources make them, in the order asked for."""
     present = (np.unique(domains).tolist() if len(sources) > 1 else []) or [0]
     if len(present) == 1:
@@ -148,14 +151,16 @@ def _made(sources: Sequence[Rows], domains: np.ndarray, places: np.ndarray, samp
         for domain, rows in zip(present, which, strict=True)
     ]
     order = np.argsort(np.concatenate(which))
-    return Made(
+    return SampledRows(
         {name: np.concatenate([part.inputs[name] for part in parts])[order] for name in parts[0].inputs},
         {name: np.concatenate([part.weights[name] for part in parts])[order] for name in parts[0].weights},
         np.concatenate([part.documents for part in parts])[order],
     )
 
 
-def _of_one(sources: Sequence[Rows], domain: int, places: np.ndarray, samples: np.ndarray, num_rows: int) -> Made:
+def _of_one(
+    sources: Sequence[Rows], domain: int, places: np.ndarray, samples: np.ndarray, num_rows: int
+) -> SampledRows:
     try:
         return sources[domain].sampler.make(samples, places, num_rows)
     except DamagedShard as error:

@@ -21,9 +21,10 @@ import numpy as np
 
 from engine.config.ramp import Ramp
 from engine.config.rules.data import MOST_SOURCES
+from engine.config.schema.data import Attention, PackingName
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.mixed_order import Cursor, Interval, MixedOrder, Samples, merged
-from engine.data.objectives.sampling import Attention, PackingName, make_sampler
+from engine.data.objectives.sampling import make_sampler
 from engine.data.order.mixing import Mixing
 from engine.data.order.sample_order import START, VERSION, CountRows, Order, SampleId, SampleOrder
 from engine.data.shards.damage import Damage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from engine.config.lengths import RowLengths
+from engine.config.objectives import RowLengths
 from engine.config.schema.model import BERTConfig
 from engine.config.schema.parallel import Recompute
 from engine.plan import gpt, parts

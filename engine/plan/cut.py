@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
-from engine.config.lengths import RowLengths
+from engine.config.objectives import RowLengths
 from engine.config.schema.model import ModelConfig
 from engine.errors import ConfigError
 from engine.plan.operations import layer_costs

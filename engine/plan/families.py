@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 from typing import NamedTuple, Protocol, cast
 
-from engine.config.lengths import RowLengths
+from engine.config.objectives import RowLengths
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.parallel import Recompute
 from engine.plan import bert, gpt, t5

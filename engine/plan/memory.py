@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from engine.config.deepspeed import reduce_bucket_elements
-from engine.config.lengths import RowLengths
+from engine.config.objectives import RowLengths
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.optimizer import PrecisionConfig
 from engine.config.schema.parallel import ParallelConfig, Recompute

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from engine.config.lengths import has_segments, held_lengths, row_lengths
+from engine.config.objectives import has_segments, held_lengths, row_lengths
 from engine.config.resolve import Layout, examine, num_micro_batches
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage

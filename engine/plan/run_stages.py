@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from engine.config.lengths import RowLengths, has_segments, held_lengths, row_lengths
+from engine.config.objectives import RowLengths, has_segments, held_lengths, row_lengths
 from engine.config.resolve import Layout, num_micro_batches
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage

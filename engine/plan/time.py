@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.config.lengths import row_lengths
+from engine.config.objectives import row_lengths
 from engine.config.resolve import Layout, num_micro_batches
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage

@@ -13,7 +13,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from engine.config.lengths import RowLengths
+from engine.config.objectives import RowLengths
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.optimizer import PrecisionConfig
 from engine.config.schema.parallel import ParallelConfig

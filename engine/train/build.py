@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from engine.config.deepspeed import deepspeed_config
-from engine.config.lengths import has_segments, held_lengths, row_lengths
+from engine.config.objectives import has_segments, held_lengths, row_lengths
 from engine.config.resolve import Layout, num_micro_batches
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.parallel import ParallelConfig

@@ -16,7 +16,7 @@ from engine.parallel.groups import Group
 SHARED = ("tokens_BT", "token_types_BT", "tokens_BS", "decoder_tokens_BT", "targets_BT", "weights_BT")
 """Keywords with something for each token, of which a rank is given its stretch."""
 FILLED = ("decoder_tokens_BT", "decoder_segments_BT", "targets_BT", "weights_BT")
-"""Keywords of a decoder's rows, the only ones whose length the ranks need not divide (`engine.config.lengths`)."""
+"""Keywords of a decoder's rows, the only ones whose length the ranks need not divide (`engine.config.objectives`)."""
 
 
 def own_part(inputs: Tensors, row_length: int, time_ranks: int, sequence: Group) -> Tensors:

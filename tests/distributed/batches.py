@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from engine.config.lengths import span_lengths
+from engine.config.objectives import span_lengths
 from engine.data.objectives.draws import dropout_keys
 from engine.parallel.boundary import Tensors
 

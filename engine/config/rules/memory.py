@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.config.lengths import row_lengths
+from engine.config.objectives import row_lengths
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
 from engine.errors import ConfigError, PalimpsestError
@@ -52,7 +52,7 @@ def check_offload(config: RunConfig, problems: list[PalimpsestError]) -> None:
 
 def check_time(key: str, stage: RunStage, config: RunConfig, problems: list[PalimpsestError]) -> None:
     """Ranks that share the time of a row divide its length. That of a decoder's rows follows from it: they are filled
-    up (`engine.config.lengths.held_lengths`)."""
+    up (`engine.config.objectives.held_lengths`)."""
     parallel = config.parallel
     ranks, length = parallel.time_ranks, row_lengths(stage).tokens
     if length % ranks:

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from engine.config.schema.model import ModelConfig
+from engine.config.objectives import OBJECTIVES
+from engine.config.schema.model import BERTConfig, ModelConfig
 from engine.config.schema.objective import ObjectiveConfig
 from engine.config.schema.stage import RunStage
 from engine.errors import ConfigError, PalimpsestError
-
-OBJECTIVES = {"gpt": ("causal", "fill_in_the_middle"), "bert": ("masked",), "t5": ("span_corruption",)}
-"""What each family of models is trained on."""
-
-_USED = {
-    "causal": (),
-    "fill_in_the_middle": ("fill_rate", "suffix_first_share"),
-    "masked": ("pairs", "rate", "mask_unit", "mask_share", "random_share"),
-    "span_corruption": ("rate", "mean_span_length"),
-}
 
 
 def check_objective(key: str, stage: RunStage, model: ModelConfig, problems: list[PalimpsestError]) -> None:
     """Every rule that the objective of the stage at `key` breaks."""
     objective, name = stage.objective, f"{key}.objective"
-    allowed = OBJECTIVES[model.family]
-    if objective.name not in allowed:
+    entry = OBJECTIVES[objective.name]
+    if entry.family != model.family:
         problems.append(
             ConfigError(
                 f"{name}.name = {objective.name} with model.family = {model.family}",
-                " or ".join(allowed),
+                " or ".join(other for other, one in OBJECTIVES.items() if one.family == model.family),
                 "change the objective or the model",
             )
         )
-    used = _USED[objective.name] + (("mean_span_length",) if objective.mask_unit == "span" else ())
+    used = entry.keys + (("mean_span_length",) if objective.mask_unit == "span" else ())
     problems += [
         ConfigError(
             f"{name}.{field} = {getattr(objective, field)} with {name}.name = {objective.name}, which does not use it",
@@ -47,7 +38,7 @@ def check_objective(key: str, stage: RunStage, model: ModelConfig, problems: lis
                 "1 or less together",
             )
         )
-    if objective.name == "masked" and (objective.pairs != "none") != model.pair_head:
+    if isinstance(model, BERTConfig) and (objective.pairs != "none") != model.pair_head and "pairs" in entry.keys:
         problems.append(
             ConfigError(
                 f"{name}.pairs = {objective.pairs} with model.pair_head = {model.pair_head}",
@@ -60,7 +51,8 @@ def check_objective(key: str, stage: RunStage, model: ModelConfig, problems: lis
 
 def _check_rows(key: str, stage: RunStage, problems: list[PalimpsestError]) -> None:
     objective, data = stage.objective, stage.data
-    shortest = 5 if objective.pairs != "none" else {"masked": 3, "span_corruption": 3}.get(objective.name, 1)
+    entry = OBJECTIVES[objective.name]
+    shortest = entry.shortest + 2 if objective.pairs != "none" else entry.shortest  # a separator, a second segment
     if stage.sequence_length < shortest:
         problems.append(
             ConfigError(
@@ -77,8 +69,7 @@ def _check_rows(key: str, stage: RunStage, problems: list[PalimpsestError]) -> N
                 "documents that were packed whole do not belong together",
             )
         )
-    whole = objective.name == "causal" or (objective.name == "masked" and objective.pairs == "none")
-    if data.packing == "best_fit" and not whole:
+    if data.packing == "best_fit" and not (entry.packs_documents and objective.pairs == "none"):
         what = objective.name if objective.pairs == "none" else f"{objective.name} with pairs"
         problems.append(
             ConfigError(

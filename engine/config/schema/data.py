@@ -9,6 +9,9 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from engine.config.schema.section import Kind, Section
 
+Attention = Literal["document", "row"]
+PackingName = Literal["concatenate", "best_fit"]
+
 
 class DataSource(Section):
     """One data set of a mixture."""
@@ -69,9 +72,9 @@ class DataConfig(Section):
     """Needed where a folder is a URL."""
     window_shards: PositiveInt = 16
     """Samples are shuffled inside windows of this many (shuffled) shards."""
-    attention: Literal["document", "row"] = "document"
+    attention: Attention = "document"
     """`document`: attention and targets stay inside a document; `row`: documents of one row see each other."""
-    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    packing: PackingName = "concatenate"
     """`concatenate`: rows are consecutive stretches of a shard; `best_fit`: documents (longer ones in parts) stay
     whole, each in the row where least room is left."""
     on_damage: Literal["fail", "quarantine"] = "fail"

@@ -1,4 +1,4 @@
-"""The section of what a run stage learns to predict."""
+"""The section of a run stage's objective: what it learns to predict."""
 
 from __future__ import annotations
 
@@ -8,27 +8,36 @@ from pydantic import Field, model_validator
 
 from engine.config.schema.section import Section
 
+ObjectiveName = Literal["causal", "fill_in_the_middle", "masked", "span_corruption"]
+"""Names of the objectives; `engine.config.objectives.OBJECTIVES` says what each of them is."""
+PairKind = Literal["next_sentence", "sentence_order"]
+Pairs = Literal["none", PairKind]
+MaskUnit = Literal["token", "word", "span"]
+
 
 class ObjectiveConfig(Section):
-    """What is predicted from what. `objective: NAME` alone stands for `objective: {name: NAME}`."""
+    """The objective of a run stage and its settings. `objective: NAME` alone stands for `objective: {name: NAME}`."""
 
-    name: Literal["causal", "fill_in_the_middle", "masked", "span_corruption"] = "causal"
-    pairs: Literal["none", "next_sentence", "sentence_order"] = "none"
-    """`masked`: rows are pairs of segments; which kind of pair is predicted, too."""
+    name: ObjectiveName = "causal"
+    """Name of the objective: the next token (`causal`), or the next token with documents rearranged
+    (`fill_in_the_middle`), masked tokens (`masked`), or spans of the text (`span_corruption`)."""
+    pairs: Pairs = "none"
+    """Kind of the pairs of segments that rows are made of (`masked`); how a pair belongs together is predicted, too."""
     rate: float = Field(default=0.15, gt=0.0, lt=1.0)
-    """Share of the tokens that is masked (`masked`) or corrupted (`span_corruption`)."""
-    mask_unit: Literal["token", "word", "span"] = "token"
-    """`masked`: what is masked as a whole."""
+    """Share of the tokens that are masked (`masked`) or corrupted (`span_corruption`)."""
+    mask_unit: MaskUnit = "token"
+    """Unit of the text that is masked as a whole (`masked`)."""
     mask_share: float = Field(default=0.8, ge=0.0, le=1.0)
-    """Of the masked tokens, how many the model sees as the mask token; the rest but `random_share` it sees as are."""
+    """Share of the masked tokens that the model sees as the mask token; it sees all but these and `random_share` of
+    them unchanged."""
     random_share: float = Field(default=0.1, ge=0.0, le=1.0)
-    """Of the masked tokens, how many the model sees as a random token."""
+    """Share of the masked tokens that the model sees as a random token."""
     mean_span_length: float = Field(default=3.0, ge=1.0)
-    """Mean length of a span, in tokens."""
+    """Mean length of a span, in tokens (`span_corruption`, and `masked` with `mask_unit: span`)."""
     fill_rate: float = Field(default=0.5, ge=0.0, le=1.0)
-    """`fill_in_the_middle`: share of the documents that are rearranged."""
+    """Share of the documents that are rearranged (`fill_in_the_middle`)."""
     suffix_first_share: float = Field(default=0.5, ge=0.0, le=1.0)
-    """Of these, how many have the suffix before the prefix."""
+    """Share of the rearranged documents that have the suffix before the prefix."""
 
     @model_validator(mode="before")
     @classmethod

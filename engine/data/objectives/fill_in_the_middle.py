@@ -10,23 +10,50 @@ from __future__ import annotations
 import numpy as np
 
 from engine.config.schema.objective import ObjectiveConfig
+from engine.data.objectives.causal import CausalSampler
 from engine.data.objectives.draws import below, halves
 from engine.data.objectives.packing import Row
+from engine.data.objectives.sampling import SamplerContext
 from engine.data.tokenizer.vocabulary import Vocabulary
 
 SHORTEST = 3
 """Tokens that a document needs to be cut in three."""
 
 
+def missing(vocabulary: Vocabulary, sequence_length: int, objective: ObjectiveConfig) -> str | None:
+    """Return the special tokens that a tokenizer lacks, in words; None where it has all."""
+    del sequence_length, objective
+    return None if vocabulary.fill else "marks of prefix, middle and suffix"
+
+
+def make_sampler(context: SamplerContext) -> CausalSampler:
+    """Return the sampler of a data set."""
+    return _Sampler(context)
+
+
+class _Sampler(CausalSampler):
+    """Causal rows, with some of their documents rearranged."""
+
+    def read(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int):
+        rows = [self.row(place) for place in places.tolist()]
+        context = self.context
+        drawn = context.words(samples_B3, len(rows), num_words(context.length)) if rows else np.empty((0, 0))
+        changed = [
+            rearrange(row, context.length, context.objective, context.vocabulary, self.eos_id, drawn[b])
+            for b, row in enumerate(rows)
+        ]
+        return self.laid_out(changed, num_rows)
+
+
 def num_words(length: int) -> int:
-    """Random words of a row: two for each of its documents."""
+    """Number of random words of a row: two for each of its documents."""
     return 2 * (length + 1)
 
 
 def rearrange(
     row: Row, length: int, objective: ObjectiveConfig, vocabulary: Vocabulary, eos_id: int, words_W: np.ndarray
 ) -> Row:
-    """The row with some of its documents rearranged; it holds at most `length` tokens."""
+    """Return the row with some of its documents rearranged, cut to at most `length` tokens."""
     assert row.successors is not None
     stretch = np.append(row.tokens, row.successors[-1:]).astype(np.int64)
     drawn = halves(words_W[None])[0].reshape(-1, 4)
@@ -41,7 +68,7 @@ def rearrange(
 def _rearranged(
     part: np.ndarray, objective: ObjectiveConfig, vocabulary: Vocabulary, eos_id: int, drawn: np.ndarray
 ) -> np.ndarray:
-    """One document; `drawn` are four uint32: whether, which order, and the two cuts."""
+    """Return one document; `drawn` are four uint32: is it rearranged, in which order, and the two cuts."""
     text, end = (part[:-1], part[-1:]) if part[-1] == eos_id else (part, part[:0])
     if text.size < SHORTEST or drawn[0] >= round(objective.fill_rate * 2**32):
         return part

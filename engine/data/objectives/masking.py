@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.config.lengths import num_masked
+from engine.config.objectives import num_masked
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.objectives.draws import below, choose, halves, order
 from engine.data.objectives.spans import noise_mask

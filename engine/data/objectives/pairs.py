@@ -12,14 +12,14 @@ capacity, seed, epoch, shard). A segment that is left alone in its document is j
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from engine.config.schema.objective import PairKind
 from engine.data.objectives.draws import PURPOSE_PAIRS, below, halves, words
 from engine.data.shards.dataset import TokenDataset
 
-Kind = Literal["next_sentence", "sentence_order"]
 IN_ORDER, OTHER = 0, 1
 """The labels, as in Hugging Face: the second segment follows the first, or is random or swapped."""
 NONE = -1
@@ -50,10 +50,10 @@ class Pairs:
 
     name = "pairs"
 
-    def __init__(self, dataset: TokenDataset, capacity: int, kind: Kind, seed: int) -> None:
+    def __init__(self, dataset: TokenDataset, capacity: int, kind: PairKind, seed: int) -> None:
         """`capacity`: tokens of both segments together. The shards have sentences."""
         self._dataset, self._capacity, self._seed = dataset, capacity, seed
-        self._kind: Kind = kind
+        self._kind: PairKind = kind
         self._segments: OrderedDict[int, Segments] = OrderedDict()
         self._arrangements: OrderedDict[tuple[int, int], Arrangement] = OrderedDict()
 
@@ -135,7 +135,7 @@ def _with_even_ends(firsts: np.ndarray, starts: np.ndarray, ends: np.ndarray, ow
     return np.sort(np.concatenate([firsts, halves_at]))
 
 
-def arrange(segments: Segments, kind: Kind, seed: int, epoch: int, shard: int) -> Arrangement:
+def arrange(segments: Segments, kind: PairKind, seed: int, epoch: int, shard: int) -> Arrangement:
     """The samples of a shard in an epoch."""
     joined, lone = segments.firsts, segments.lone
     drawn = words(seed, PURPOSE_PAIRS, np.array([[epoch, shard, 0]]), 2 * segments.bounds.shape[0] + 2)[0]

@@ -15,8 +15,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.config.lengths import SpanLengths, noise
+from engine.config.objectives import SpanLengths, noise, span_lengths
+from engine.config.schema.objective import ObjectiveConfig
+from engine.data.objectives.draws import halves
+from engine.data.objectives.packing import Concatenation
+from engine.data.objectives.rows import RowBuffer, SampledRows
+from engine.data.objectives.sampling import SamplerContext
 from engine.data.objectives.spans import noise_mask
+from engine.data.tokenizer.vocabulary import Vocabulary
 
 
 class Corrupted(NamedTuple):
@@ -28,6 +34,50 @@ class Corrupted(NamedTuple):
     decoder_segments_BT: np.ndarray
     targets_BT: np.ndarray
     weights_BT: np.ndarray
+
+
+def missing(vocabulary: Vocabulary, sequence_length: int, objective: ObjectiveConfig) -> str | None:
+    """Return the special tokens that a tokenizer lacks, in words; None where it has all."""
+    lengths = span_lengths(sequence_length, objective.rate, objective.mean_span_length)
+    _, spans = noise(lengths.read, objective.rate, objective.mean_span_length)
+    return None if spans <= len(vocabulary.sentinels) else f"{spans} sentinels (it has {len(vocabulary.sentinels)})"
+
+
+def make_sampler(context: SamplerContext) -> _Sampler:
+    """Return the sampler of a data set."""
+    return _Sampler(context)
+
+
+class _Sampler:
+    """T5's rows: consecutive text, as much as fills the encoder once spans are sentinels."""
+
+    def __init__(self, context: SamplerContext) -> None:
+        self._context, objective = context, context.objective
+        self._lengths = span_lengths(context.length, objective.rate, objective.mean_span_length)
+        self._packing = Concatenation(context.dataset, self._lengths.read, "text")
+        self.count = self._packing.count
+
+    def make(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int) -> SampledRows:
+        context, objective, read = self._context, self._context.objective, self._lengths.read
+        buffer = RowBuffer.empty(num_rows, read, context.padding_id)
+        for b, (number, row_number) in enumerate(places.tolist()):
+            row = self._packing.row(context.shard(number), number, row_number)
+            buffer.write(b, row.tokens, row.starts)
+        drawn = halves(context.words(samples_B3, num_rows, num_words(self._lengths)))[:, :read]
+        documents = buffer.documents_BT if context.attention == "document" else np.zeros((num_rows, read), np.int32)
+        made = corrupt(
+            buffer.tokens_BT,
+            buffer.totals_B,
+            documents,
+            drawn,
+            objective.rate,
+            objective.mean_span_length,
+            self._lengths,
+            context.vocabulary.sentinels,
+            context.dataset.index.eos_id,
+            context.padding_id,
+        )
+        return SampledRows(made._asdict(), {"span": made.weights_BT.sum(axis=1)}, made.segments_BS)
 
 
 def num_words(lengths: SpanLengths) -> int:

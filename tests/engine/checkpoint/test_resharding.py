@@ -20,7 +20,7 @@ import pytest
 
 from engine.checkpoint.geometry import dims, flat_index, strides
 from engine.checkpoint.writers import Need, Writer, stored_range, transfers, writers_of
-from engine.config.lengths import RowLengths
+from engine.config.objectives import RowLengths
 from engine.config.schema.model import ModelConfig, make_model
 from engine.config.schema.optimizer import OptimizerConfig
 from engine.models.families import FAMILIES, family

@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine.config.lengths import RowLengths
+from engine.config.objectives import RowLengths
 from engine.config.schema.model import ModelConfig, make_model
 from engine.config.schema.parallel import Recompute
 from engine.models import gpt

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from engine.config.lengths import RowLengths
+from engine.config.objectives import RowLengths
 from engine.config.schema.model import GPTConfig, T5Config
 from engine.errors import ConfigError
 from engine.plan.cut import balance, cut, stage_parts, tied_stages

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from engine.config.lengths import RowLengths
+from engine.config.objectives import RowLengths
 from engine.config.schema.model import BERTConfig
 from engine.config.schema.parallel import ParallelConfig
 from engine.plan import bert, gpt
@@ -261,7 +261,7 @@ def test_parts_add_up_to_what_an_accelerator_needs() -> None:
 @pytest.mark.parametrize("how", ["none", "selective", "full"])
 def test_layers_of_one_kind_are_counted_as_each_by_itself(family: Change, how: Any) -> None:
     """The figures of a stage against sums over its layers, one at a time."""
-    from engine.config.lengths import row_lengths
+    from engine.config.objectives import row_lengths
     from engine.plan.families import figures
     from engine.plan.memory import Sharing, _kept
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.config.lengths import RowLengths
+from engine.config.objectives import RowLengths
 from engine.config.schema.model import GPTConfig
 from engine.plan.operations import training_operations
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.config.lengths import RowLengths
+from engine.config.objectives import RowLengths
 from engine.config.schema.model import GPTConfig, ModelConfig, T5Config, make_model
 from engine.plan import gpt, parts
 from engine.plan.cut import cut

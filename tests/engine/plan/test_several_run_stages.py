@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.config.lengths import row_lengths
 from engine.config.load import load_run, parse_run
+from engine.config.objectives import row_lengths
 from engine.config.resolve import Layout, examine
 from engine.config.schema.parallel import ElasticConfig
 from engine.config.schema.run import RunConfig

@@ -3,20 +3,42 @@
 import numpy as np
 import pytest
 
-from engine.data.objectives.causal import causal
-from engine.data.objectives.packing import Row
+from engine.config.schema.objective import ObjectiveConfig
+from engine.data.objectives.causal import CausalSampler
+from engine.data.objectives.sampling import SamplerContext
 from engine.data.validation import ValidationSamples
 from tests.engine.data.corpus import EOS, made_up_documents, write_shards
 
 
-def test_a_row_by_hand():
-    stretch = np.array([5, 6, EOS, 7, EOS, 8], np.uint16)
-    row = Row(stretch[:-1], stretch[1:], np.array([3]), np.array([2, 4]))
-    for inside, expected in ((True, [1, 1, 0, 1, 0, 0, 0, 0]), (False, [1, 1, 1, 1, 1, 0, 0, 0])):
-        targets, weights = np.zeros((1, 8), np.int64), np.zeros((1, 8), np.float32)
-        causal([row], targets, weights, inside)
-        assert targets[0].tolist() == [6, EOS, 7, EOS, 8, 0, 0, 0]
-        assert weights[0].tolist() == expected
+def sampler_of(folder, documents, attention, length=8):
+    return CausalSampler(
+        SamplerContext(write_shards(folder, documents), length, 0, attention, "concatenate", ObjectiveConfig())
+    )
+
+
+@pytest.mark.parametrize(("attention", "expected"), [("document", [1, 1, 0, 1, 0]), ("row", [1, 1, 1, 1, 1])])
+def test_a_row_by_hand(tmp_path, attention, expected):
+    documents = [np.array([5, 6, EOS]), np.array([7, EOS]), np.array([8])]
+    made = sampler_of(tmp_path, documents, attention).make(np.zeros((1, 3), np.int64), np.zeros((1, 2), np.int64), 2)
+    assert made.inputs["tokens_BT"][0, :5].tolist() == [5, 6, EOS, 7, EOS]
+    assert made.inputs["targets_BT"][0, :5].tolist() == [6, EOS, 7, EOS, 8]
+    assert made.inputs["weights_BT"].tolist() == [[*expected, 0, 0, 0], [0] * 8], "padding and padding rows weigh 0"
+    assert made.weights["causal"].tolist() == [sum(expected), 0]
+    assert made.documents.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2], [0] * 8]
+
+
+@pytest.mark.parametrize("attention", ["document", "row"])
+def test_rows_that_are_read_at_once_are_those_read_one_by_one(tmp_path, attention):
+    sampler = sampler_of(tmp_path, made_up_documents(20), attention, 16)
+    places = np.array([[0, row] for row in range(int(sampler.count(np.array([0]))[0]))])
+    together = sampler.make(np.zeros((0, 3), np.int64), places, len(places) + 1)
+    rows = [sampler.row(place) for place in places.tolist()]
+    sampler.read = lambda *arguments: sampler.laid_out(rows, len(places) + 1)
+    one_by_one = sampler.make(np.zeros((0, 3), np.int64), places, len(places) + 1)
+    for name, values in together.inputs.items():
+        assert np.array_equal(values, one_by_one.inputs[name]), name
+    assert np.array_equal(together.weights["causal"], one_by_one.weights["causal"])
+    assert np.array_equal(together.documents, one_by_one.documents)
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from engine.config.schema.objective import ObjectiveConfig
-from engine.data.objectives.requirements import require
+from engine.data.objectives.sampling import require
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.writer import ShardWriter
 from engine.errors import DataError

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config.lengths import num_masked, span_lengths
+from engine.config.objectives import num_masked, span_lengths
+from engine.config.schema.data import Attention
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.loader import Loader
-from engine.data.objectives.sampling import Attention
 from engine.data.shards.dataset import TokenDataset
 from engine.data.stream import Stream
 from engine.data.validation import ValidationSamples

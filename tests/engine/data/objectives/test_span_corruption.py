@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine.config.lengths import noise, span_lengths
+from engine.config.objectives import noise, span_lengths
 from engine.data.objectives.span_corruption import corrupt
 
 LENGTHS = span_lengths(40, 0.3, 3.0)

@@ -1,8 +1,11 @@
 """Lengths of span corruption against brute force and against T5's own figures."""
 
+from typing import get_args
+
 import pytest
 
-from engine.config.lengths import (
+from engine.config.objectives import (
+    OBJECTIVES,
     RowLengths,
     has_segments,
     held_lengths,
@@ -12,7 +15,8 @@ from engine.config.lengths import (
     span_lengths,
 )
 from engine.config.schema.data import DataConfig
-from engine.config.schema.objective import ObjectiveConfig
+from engine.config.schema.model import FamilyName
+from engine.config.schema.objective import ObjectiveConfig, ObjectiveName
 from engine.config.schema.parallel import ParallelConfig
 from engine.config.schema.stage import Duration, RunStage
 
@@ -80,3 +84,12 @@ def test_a_decoder_s_rows_are_filled_up_for_those_who_share_their_time():
 def test_an_objective_may_be_written_as_its_name_alone():
     whole = {"data": {"train": "x"}, "sequence_length": 8, "global_batch_size": 1, "duration": {"steps": 1}}
     assert RunStage.model_validate(whole | {"objective": "masked"}).objective == ObjectiveConfig(name="masked")
+
+
+def test_every_name_has_an_entry_whose_keys_exist_and_a_family_that_exists():
+    assert tuple(OBJECTIVES) == get_args(ObjectiveName)
+    for name, entry in OBJECTIVES.items():
+        assert {*entry.keys} <= ObjectiveConfig.model_fields.keys(), name
+    assert {entry.family for entry in OBJECTIVES.values()} == {*get_args(FamilyName)}
+    used = {key for entry in OBJECTIVES.values() for key in entry.keys}
+    assert ObjectiveConfig.model_fields.keys() - used == {"name"}, "a key that no objective uses"

@@ -1,0 +1,154 @@
+"""The objectives: which families they train, which keys they use, and how long the parts of their rows are. Pure.
+
+`OBJECTIVES` is the table; whatever differs between objectives outside of `engine.data.objectives` stands in its
+entries. To add one: its name and its keys in `engine.config.schema.objective`, an entry here, a sampler
+`engine/data/objectives/NAME.py`, and tests.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from engine.config.schema.data import Attention
+from engine.config.schema.model import FamilyName
+from engine.config.schema.objective import ObjectiveConfig, ObjectiveName
+from engine.config.schema.parallel import ParallelConfig
+from engine.config.schema.stage import RunStage
+
+
+class RowLengths(NamedTuple):
+    """Numbers of tokens in a row of a run stage."""
+
+    tokens: int
+    """Tokens that the model (where there is a decoder, the encoder) sees."""
+    predicted: int
+    """Tokens that the head computes the loss of."""
+    decoder: int = 0
+    """Tokens that the decoder sees; 0 where there is none."""
+
+    def shared_by(self, ranks: int) -> RowLengths:
+        """Return the lengths on one of `ranks` ranks that share the sequence dimension of a row."""
+        return RowLengths(*(length // ranks for length in self))
+
+    def filled(self, ranks: int) -> RowLengths:
+        """Return the lengths with the decoder's rounded up to a multiple of `ranks`: no key sets it, and it follows
+        from the others, so nobody could choose one that divides."""
+        if self.decoder == 0:
+            return self
+        decoder = -(-self.decoder // ranks) * ranks
+        return self._replace(predicted=decoder, decoder=decoder)
+
+
+class SpanLengths(NamedTuple):
+    """Numbers of tokens in a row of span corruption."""
+
+    read: int
+    """Tokens of text, before spans become sentinels."""
+    encoder: int
+    """Length that the encoder's row is padded to."""
+    decoder: int
+    """Length that the decoder's row is padded to."""
+
+
+def num_masked(num_tokens: int, rate: float) -> int:
+    """Return the number of masked tokens of a row: the share rounded, at least one (Devlin et al. 2019, their code)."""
+    return max(1, round(num_tokens * rate))
+
+
+def noise(num_tokens: int, rate: float, mean_span_length: float) -> tuple[int, int]:
+    """Return (tokens, spans) of noise among 2 tokens or more, with at least as many tokens outside of spans as spans.
+
+    Raffel et al. 2020, "Exploring the Limits of Transfer Learning", reference code (`random_spans_noise_mask`), but
+    that there are never more spans than tokens between them.
+    """
+    tokens = min(max(round(num_tokens * rate), 1), num_tokens - 1)
+    spans = max(round(tokens / mean_span_length), 1)
+    return tokens, min(spans, num_tokens - tokens)
+
+
+def span_lengths(sequence_length: int, rate: float, mean_span_length: float) -> SpanLengths:
+    """Return how many tokens fit an encoder of `sequence_length` (3 or more) once their spans are sentinels.
+
+    Sentinels and the end of the text count. One token more adds one or none, so the encoder is always filled
+    (`compute_input_and_target_lengths` of the same reference code).
+    """
+    beyond = 3
+    while _corrupted(beyond, rate, mean_span_length)[0] <= sequence_length:
+        beyond *= 2
+    too_long: Callable[[int], bool] = lambda read: _corrupted(read, rate, mean_span_length)[0] > sequence_length  # noqa: E731
+    read = bisect_left(range(beyond + 1), True, lo=3, key=too_long) - 1
+    return SpanLengths(read, *_corrupted(read, rate, mean_span_length))
+
+
+def _corrupted(num_tokens: int, rate: float, mean_span_length: float) -> tuple[int, int]:
+    tokens, spans = noise(num_tokens, rate, mean_span_length)
+    return num_tokens - tokens + spans + 1, tokens + spans + 1
+
+
+def _causal_lengths(length: int, objective: ObjectiveConfig) -> RowLengths:
+    del objective
+    return RowLengths(length, length)
+
+
+def _masked_lengths(length: int, objective: ObjectiveConfig) -> RowLengths:
+    return RowLengths(length, num_masked(length, objective.rate))
+
+
+def _span_lengths(length: int, objective: ObjectiveConfig) -> RowLengths:
+    decoder = span_lengths(length, objective.rate, objective.mean_span_length).decoder
+    return RowLengths(length, decoder, decoder)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An entry of the table."""
+
+    family: FamilyName
+    """Family of models that it trains."""
+    keys: tuple[str, ...]
+    """Keys of `stages.N.objective` that it uses, beside `name`."""
+    lengths: Callable[[int, ObjectiveConfig], RowLengths]
+    """Lengths of a row, as a function of the stage's `sequence_length`."""
+    shortest: int = 1
+    """Smallest `sequence_length`, with room for special tokens."""
+    packs_documents: bool = False
+    """Whole documents may be packed into rows (`data.packing: best_fit`)."""
+    sees_padding: bool = False
+    """Tokens see what stands behind them, so rows need segments that tell padding apart."""
+    special_tokens: bool = True
+    """The tokenizer needs special tokens beside the end of the text."""
+
+
+OBJECTIVES: Mapping[ObjectiveName, Objective] = {
+    "causal": Objective("gpt", (), _causal_lengths, packs_documents=True, special_tokens=False),
+    "fill_in_the_middle": Objective("gpt", ("fill_rate", "suffix_first_share"), _causal_lengths),
+    "masked": Objective(
+        "bert",
+        ("pairs", "rate", "mask_unit", "mask_share", "random_share"),
+        _masked_lengths,
+        shortest=3,
+        packs_documents=True,
+        sees_padding=True,
+    ),
+    "span_corruption": Objective("t5", ("rate", "mean_span_length"), _span_lengths, shortest=3, sees_padding=True),
+}
+"""Every objective by its name."""
+
+
+def row_lengths(stage: RunStage) -> RowLengths:
+    """Return the lengths of a stage's rows."""
+    return OBJECTIVES[stage.objective.name].lengths(stage.sequence_length, stage.objective)
+
+
+def held_lengths(stage: RunStage, parallel: ParallelConfig) -> RowLengths:
+    """Return the lengths of a stage's rows as a layout holds them: a decoder's filled up to a multiple of
+    `time_ranks`."""
+    return row_lengths(stage).filled(parallel.time_ranks)
+
+
+def has_segments(attention: Attention, objective: ObjectiveConfig) -> bool:
+    """Return True if rows carry segments: documents must not see each other, or padding could be seen."""
+    return attention == "document" or OBJECTIVES[objective.name].sees_padding

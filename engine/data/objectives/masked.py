@@ -1,0 +1,125 @@
+"""The masked objective: some tokens are hidden from the model and predicted, and, with pairs, how segments belong.
+
+What is masked is chosen in `engine.data.objectives.masking`, pairs in `engine.data.objectives.pairs`.
+
+B batch (rows), T sequence length, N rows that are read at once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.config.schema.objective import ObjectiveConfig
+from engine.data.objectives import masking
+from engine.data.objectives.best_fit import BestFit
+from engine.data.objectives.packing import Concatenation, Packing, Row
+from engine.data.objectives.pairs import Pairs
+from engine.data.objectives.rows import RowBuffer, SampledRows
+from engine.data.objectives.sampling import Sampler, SamplerContext
+from engine.data.tokenizer.vocabulary import Vocabulary
+
+
+def missing(vocabulary: Vocabulary, sequence_length: int, objective: ObjectiveConfig) -> str | None:
+    """Return the special tokens that a tokenizer lacks, in words; None where it has all."""
+    del sequence_length
+    if vocabulary.mask is None:
+        return "mask token"
+    framed = vocabulary.classify is not None and vocabulary.separate is not None
+    return None if framed or objective.pairs == "none" else "tokens for [CLS] and [SEP]"
+
+
+def make_sampler(context: SamplerContext) -> Sampler:
+    """Return the sampler of a data set."""
+    return _PairSampler(context) if context.objective.pairs != "none" else _MaskedSampler(context)
+
+
+class _MaskedSampler:
+    """Masked tokens without pairs. A stretch stands between [CLS] and [SEP], a whole document behind [CLS], where the
+    tokenizer has them."""
+
+    def __init__(self, context: SamplerContext) -> None:
+        self._context, vocabulary = context, context.vocabulary
+        self._whole = context.packing == "best_fit"
+        self._head = [] if vocabulary.classify is None else [vocabulary.classify]
+        self._tail = [] if self._whole or not self._head or vocabulary.separate is None else [vocabulary.separate]
+        self._packing: Packing = (
+            BestFit(context.dataset, context.length, lookahead=False, extra=len(self._head))
+            if self._whole
+            else Concatenation(context.dataset, context.length - len(self._head) - len(self._tail), "all")
+        )
+        self.count = self._packing.count
+
+    def make(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int) -> SampledRows:
+        buffer = RowBuffer.empty(num_rows, self._context.length, self._context.padding_id)
+        if isinstance(self._packing, Concatenation):
+            self._write_together(buffer, self._packing, places)
+            places = places[:0]
+        for b, (number, row_number) in enumerate(places.tolist()):
+            row = self._packing.row(self._context.shard(number), number, row_number)
+            buffer.write(b, *self._framed(row))
+        inputs, weights = _masked(self._context, buffer, samples_B3)
+        return SampledRows(inputs, weights, buffer.documents_BT)
+
+    def _write_together(self, buffer: RowBuffer, packing: Concatenation, places: np.ndarray) -> None:
+        """Write all rows at once, each between its head and its tail."""
+        if not len(places):
+            return
+        head, rows, count = len(self._head), np.arange(len(places)), len(places)
+        body_NT = buffer.tokens_BT[:count, head : head + packing.capacity]
+        read = packing.stretches(self._context.shard, places, body_NT)
+        buffer.tokens_BT[:count, :head] = self._head
+        for offset, token in enumerate(self._tail):
+            buffer.tokens_BT[rows, head + read.sizes_N + offset] = token
+        buffer.totals_B[:count] = head + read.sizes_N + len(self._tail)
+        buffer.begin(read.rows, read.places + head)
+
+    def _framed(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of whole documents, each behind its head, and where they begin: with the head 9, documents
+        [1, 2] and [3] are [9, 1, 2, 9, 3], and the second begins at 3."""
+        tokens = (
+            np.insert(row.tokens.astype(np.int64), np.append(0, row.starts), self._head) if self._head else row.tokens
+        )
+        return tokens, row.starts + len(self._head) * np.arange(1, row.starts.size + 1)
+
+
+class _PairSampler:
+    """Masked tokens and pairs: [CLS] first [SEP] second [SEP], or [CLS] first [SEP]."""
+
+    def __init__(self, context: SamplerContext) -> None:
+        assert context.objective.pairs != "none"
+        self._context = context
+        self._pairs = Pairs(context.dataset, context.length - 3, context.objective.pairs, context.seed)
+        self.count = self._pairs.count
+
+    def make(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int) -> SampledRows:
+        context, vocabulary = self._context, self._context.vocabulary
+        buffer = RowBuffer.empty(num_rows, context.length, context.padding_id)
+        types_BT = np.zeros(buffer.tokens_BT.shape, np.int64)
+        labels_B, weights_B = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.float32)
+        for b, (number, row) in enumerate(places.tolist()):
+            shard = context.shard(number)
+            segments, labels_B[b], weights_B[b] = self._pairs.pair(number, row, int(samples_B3[b, 0]))
+            at = 1
+            buffer.tokens_BT[b, 0] = vocabulary.classify
+            for order, (start, end) in enumerate(segments):
+                stop = at + end - start
+                buffer.tokens_BT[b, at:stop] = shard.tokens[start:end]
+                buffer.tokens_BT[b, stop] = vocabulary.separate
+                types_BT[b, at : stop + 1] = order
+                at = stop + 1
+            buffer.totals_B[b] = at
+        inputs, weights = _masked(context, buffer, samples_B3)
+        inputs |= {"token_types_BT": types_BT, "pair_targets_B": labels_B, "pair_weights_B": weights_B}
+        weights["pairs"] = weights_B
+        return SampledRows(inputs, weights, buffer.documents_BT)
+
+
+def _masked(
+    context: SamplerContext, buffer: RowBuffer, samples_B3: np.ndarray
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Mask tokens in the buffer and return the inputs and weights of its rows."""
+    length, objective = context.length, context.objective
+    drawn = context.words(samples_B3, len(buffer.totals_B), masking.num_words(length, objective.rate))
+    made = masking.mask(buffer.tokens_BT, buffer.real_BT, buffer.starts_BT, objective, context.vocabulary, drawn)
+    inputs = {"tokens_BT": buffer.tokens_BT, "segments_BT": context.segments(buffer), **made._asdict()}
+    return inputs, {"mlm": made.weights_BM.sum(axis=1)}
