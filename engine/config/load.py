@@ -260,7 +260,7 @@ def _walk(location: Sequence[str | int]) -> tuple[list[str], type[Section]]:
     for part in location:
         if skips:  # "str" or "dict[str,str]"
             skips = False
-        elif part in map(_tag, tried):
+        elif part in [_tag(one) for one in tried]:
             section, tried = next(one for one in tried if _tag(one) == part), []
         else:
             keys.append(str(part))

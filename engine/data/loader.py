@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engine.config.schema.data import PackingName
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.batch import Batch, make_batches, reuse_freed_memory
 from engine.data.mixed_order import MixedOrder, Samples
-from engine.config.schema.data import PackingName
 from engine.data.shards.dataset import TokenDataset
 from engine.data.stream import Progress, Step, Stream
 from engine.errors import DataError

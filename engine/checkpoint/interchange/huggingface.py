@@ -180,6 +180,7 @@ def our_config(theirs: PretrainedConfig, vocab_multiple: int, architecture: str 
         if getattr(theirs, name, allowed[0]) not in allowed
     ]
     values: dict[str, Any] = {ours: getattr(theirs, name) for ours, name in form.fields.items()}
+    values = {key: value for key, value in values.items() if value is not None}  # None is their word for a default
     values |= form.read(theirs, problems)
     if problems:
         raise report(problems, f"this {form.name} model has no twin here")

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from engine.config.schema.model import ModelConfig
 from engine.models.bert import EMBEDDING, HEAD, build, losses, sharding, specs, ties, wanted
 from engine.models.chunk import Chunk
+from engine.models.families import family
 from engine.models.initial import initial_value
 from engine.models.materialize import whole_model
 from engine.parallel.sharding import lookup
@@ -197,7 +198,7 @@ def test_padded_vocabulary_changes_nothing(config, batch):
 
 def test_no_projection_is_scaled_down_where_every_sum_is_normalised():
     for form, std in (("bert", 0.02), ("modernbert", 0.02 / 8**0.5)):
-        by_name = {spec.name: spec for spec in specs(BERT_FORMS[form])}
+        by_name = {spec.name: spec for spec in family(BERT_FORMS[form]).specs(BERT_FORMS[form])}
         value = initial_value(by_name["layers.1.attention.out_proj.weight"], BERT_FORMS[form], seed=0)
         assert abs(value.std().item() / std - 1) < 5 / (2 * value.numel()) ** 0.5
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from engine.models import t5
+from engine.models.families import family
 from engine.models.gpt import specs
 from engine.models.initial import initial_value
 from tests.engine.models.tiny import T5_FORMS
@@ -65,7 +65,7 @@ def test_t5_starts_with_deviations_of_its_own():
         "layers.4.ffn.gate_up_proj.weight": [(512, 1 / 8)],
         "layers.0.ffn.down_proj.weight": [(64, 1 / 16)],
     }
-    by_name = {spec.name: spec for spec in t5.specs(config)}
+    by_name = {spec.name: spec for spec in family(config).specs(config)}
     for name, blocks in expected.items():
         value = initial_value(by_name[name], config, seed=0)[: by_name[name].real_rows]
         for (_, std), block in zip(blocks, value.split([rows for rows, _ in blocks]), strict=True):

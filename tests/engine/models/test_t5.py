@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.checkpoint.interchange.huggingface import from_huggingface, to_huggingface
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import T5Config
 from engine.errors import ConfigError
 from engine.models.chunk import Chunk, Rows
 from engine.models.dropout import (
@@ -39,7 +39,7 @@ S, T = 24, 13
 
 
 @pytest.fixture(params=T5_FORMS)
-def config(request) -> ModelConfig:
+def config(request) -> T5Config:
     return T5_FORMS[request.param]
 
 
@@ -139,7 +139,7 @@ def test_dropout_is_where_the_twin_has_it(config, batch, monkeypatch):
     assert (logits_BTV - ours(**seen)["logits_BTV"]).abs().max() > 0.01
 
 
-def their_places(config: ModelConfig) -> list[tuple[int, int]]:
+def their_places(config: T5Config) -> list[tuple[int, int]]:
     """(layer, site) of each of theirs, in the order in which a forward pass comes by."""
     border = config.num_encoder_layers
     places = [(-1, EMBEDDED)]
@@ -189,7 +189,7 @@ def cuts(num_layers: int, num_stages: int) -> list[list[Chunk]]:
     ]
 
 
-def build_stages(config: ModelConfig, whole: torch.nn.Module, chunks: list[Chunk]) -> list[Stage]:
+def build_stages(config: T5Config, whole: torch.nn.Module, chunks: list[Chunk]) -> list[Stage]:
     values = {name: parameter.detach() for name, parameter in whole.named_parameters()}
     renamed, stages = ties(config), []
     for chunk in chunks:
