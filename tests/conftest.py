@@ -63,6 +63,16 @@ def process_state() -> Iterator[None]:
     os.environ.update(environment)
 
 
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer and the token shards of `run_tree`, written once; do not change them."""
+    from tests.distributed.runs import write_corpus
+
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return folder
+
+
 @pytest.fixture
 def heard_hangup() -> Iterator[None]:
     """SIGHUP with its default meaning in this process and those that it starts, also where pytest runs under nohup."""
