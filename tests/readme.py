@@ -1,15 +1,20 @@
-"""README.md as text, by section and by table."""
+"""README.md, CONTRIBUTING.md and the pages of docs/ as text, by section and by table."""
 
 import re
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
+
+
+def text_of(page: str) -> str:
+    return (REPOSITORY / page).read_text(encoding="utf-8")
 
 
 def section(title: str) -> str:
-    """Return the text under a heading."""
-    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    """Return the text under a heading of the first page that has it; the README comes first."""
+    found = next(text for text in map(text_of, PAGES) if f"\n## {title}\n" in text)
+    return found.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 
 def table(title: str) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""The README says what is: its tables, links, commands and run file are held to the code."""
+"""README, CONTRIBUTING.md and docs/ say what is: tables, links, paths, commands and run file are held to the code."""
 
 import re
 from pathlib import Path
@@ -15,24 +15,54 @@ from engine.config.resume import flatten
 from engine.plan.composition import MARKERS, composition_table, example
 from engine.train.metrics import METRICS
 from engine.train.plot import PLOT
-from tests.readme import README, REPOSITORY, named, section, table
+from tests.readme import PAGES, REPOSITORY, named, section, table, text_of
+
+LARGEST_README = 180
+"""Lines; what is longer is a page of its own."""
+FOLDERS = "engine|launcher|tools|tests|bench|configs|docs"
 
 
 def test_the_composition_table_is_the_rules_own() -> None:
     start, end = MARKERS
-    assert README.count(start) == README.count(end) == 1
-    assert README.partition(start)[2].partition(end)[0].strip() == composition_table()
+    layouts = text_of("docs/layouts.md")
+    assert layouts.count(start) == layouts.count(end) == 1
+    assert layouts.partition(start)[2].partition(end)[0].strip() == composition_table()
+
+
+def test_the_readme_is_read_at_one_sitting() -> None:
+    assert len(text_of("README.md").splitlines()) <= LARGEST_README
 
 
 def test_every_command_is_named_and_no_other() -> None:
     assert [named(cells[0]) for cells in table("The command")] == [[f"palimpsest {name}"] for name in COMMANDS]
-    used = set(re.findall(r"palimpsest ([a-z-]+)(?= [A-Za-z-]+[./]|`| SECTION)", README))
-    assert used <= COMMANDS.keys()
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)\)", README))))
-def test_links_lead_somewhere(link: str) -> None:
-    assert (REPOSITORY / link).exists()
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_links_paths_and_modules_are_there(page: str) -> None:
+    """A path or a module is what stands between backticks and begins with a folder of the repository."""
+    text = text_of(page)
+    assert set(re.findall(r"palimpsest ([a-z-]+)(?= [A-Za-z-]+[./]|`| SECTION)", text)) <= COMMANDS.keys()
+    for link in re.findall(r"\]\((?!https?:)([^)#\s]+)[^)]*\)", text):
+        assert ((REPOSITORY / page).parent / link).exists(), link
+    for path, name in re.findall(rf"`((?:{FOLDERS})/[\w./-]*)(?:::(\w+))?`", text):
+        assert (REPOSITORY / path).exists(), path
+        assert not name or f"def {name}(" in text_of(path), f"{path}::{name}"
+    for module in re.findall(r"`((?:engine|launcher|tools|bench)(?:\.\w+)+)`", text):
+        assert defines(module), module
+
+
+def defines(dotted: str) -> bool:
+    """Return True for a module of ours, or a name that one has."""
+    path, (parent, _, name) = dotted.replace(".", "/"), dotted.replace(".", "/").rpartition("/")
+    if (REPOSITORY / f"{path}.py").exists() or (REPOSITORY / path / "__init__.py").exists():
+        return True
+    file = REPOSITORY / f"{parent}.py"
+    return file.exists() and re.search(rf"^(def|class) {name}\b|^{name}\b", file.read_text("utf-8"), re.M) is not None
+
+
+@pytest.mark.parametrize("dotted", ["engine.nowhere", "engine.errors.Nothing", "tools.plan.nothing"])
+def test_a_module_that_is_not_there_is_seen(dotted: str) -> None:
+    assert not defines(dotted)
 
 
 def test_the_run_file_starts_on_a_node_of_eight(tmp_path: Path) -> None:
@@ -70,4 +100,4 @@ def test_names_in_the_run_folder() -> None:
 
 def test_make_knows_what_the_readme_tells_to_type() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    assert set(re.findall(r"make ([a-z-]+)\b", README)) & targets >= {"demo", "test", "test-all", "clean"}
+    assert set(re.findall(r"make ([a-z-]+)\b", text_of("README.md"))) & targets >= {"demo", "test", "test-all", "clean"}

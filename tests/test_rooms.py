@@ -14,6 +14,7 @@ ROWS: list[set[str]] = [
     {"cli"},
     {"tools"},
     {"launcher"},
+    {"library"},
     {"tasks", "serve"},
     {"train"},
     {"checkpoint", "continual"},

@@ -21,7 +21,7 @@ from engine.config.schema.stage import Duration, RunStage
 from engine.errors import PalimpsestError
 
 MARKERS = ("<!-- composition -->", "<!-- /composition -->")
-"""The README holds the table between these."""
+"""Lines of docs/layouts.md that the table stands between."""
 
 Change = dict[str, dict[str, Any]]
 """Section -> keys that differ from the example."""
