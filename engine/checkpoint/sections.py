@@ -1,13 +1,13 @@
 """Sections of a checkpoint: what the parts of a run keep over a restart, as JSON, registered by name.
 
-A part of a run (the loader, a hook) registers a `Section`, so that checkpoints know no part and parts no checkpoint.
-A save asks every section for its state, a load hands each its own again. What a checkpoint lacks, or holds and nobody
-asks for, is told: neither may pass in silence. Sharded tensors are moments of a parameter shard, no section.
+A part of a run (a hook, say) registers a `Section`, so that checkpoints know no part and parts no checkpoint. A save
+asks every section for its state, a load hands each its own again. What a checkpoint lacks, or holds and nobody asks
+for, is told: neither may pass in silence. Sharded tensors are moments of a parameter shard, no section.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 from engine.errors import CheckpointError
@@ -15,11 +15,6 @@ from engine.errors import CheckpointError
 
 class Section(Protocol):
     """One part of a run that keeps something in checkpoints."""
-
-    name: str
-    """Key in the manifest's `sections`."""
-    begins_anew: bool
-    """True if a checkpoint without this section can be loaded: the part then begins as in a new run."""
 
     def state(self) -> Any:
         """Return JSON, equal on every rank."""
@@ -31,17 +26,21 @@ class Section(Protocol):
 
 
 class Sections:
-    """The registered sections of a run, in the order of registration."""
+    """The registered sections of a run by name, in the order of registration."""
 
-    def __init__(self, *sections: Section) -> None:
+    def __init__(self) -> None:
         self._sections: dict[str, Section] = {}
-        for section in sections:
-            self.register(section)
+        self._new: set[str] = set()
 
-    def register(self, section: Section) -> None:
-        """Add a section; its name must be free."""
-        assert section.name not in self._sections, f"two parts of the run keep the section {section.name!r}"
-        self._sections[section.name] = section
+    def register(self, name: str, section: Section, begins_anew: bool = False) -> None:
+        """Add a section under a name that is free.
+
+        With `begins_anew` a checkpoint without it can be loaded: the part of the run then begins as in a new run.
+        """
+        assert name not in self._sections, f"two parts of the run keep the section {name!r}"
+        self._sections[name] = section
+        if begins_anew:
+            self._new.add(name)
 
     def state(self) -> dict[str, Any]:
         """Return every section's state by name."""
@@ -56,18 +55,22 @@ class Sections:
         Raises:
             CheckpointError: the checkpoint lacks sections that cannot begin anew; nothing is restored then.
         """
-        absent = [name for name in self._sections if name not in saved]
-        needed = [name for name in absent if not self._sections[name].begins_anew]
-        if needed:
-            raise CheckpointError(
-                f"{checkpoint} has no section {', '.join(needed)}",
-                f"a checkpoint with the sections {', '.join(self._sections)}",
-                "use a checkpoint of this run and this version of palimpsest",
-            )
-        for name in absent:
+        check_sections(saved, [name for name in self._sections if name not in self._new], checkpoint)
+        for name in sorted(self._sections.keys() - saved.keys()):
             tell(f"{checkpoint} has no section {name}: that part of the run begins anew")
         for name in sorted(saved.keys() - self._sections.keys()):
             tell(f"{checkpoint} has a section {name} that no part of this run keeps: it is dropped")
         for name, section in self._sections.items():
             if name in saved:
                 section.restore(saved[name])
+
+
+def check_sections(saved: Mapping[str, Any], needed: Collection[str], checkpoint: object) -> None:
+    """Raise `CheckpointError` where a checkpoint lacks a section without which no run can go on."""
+    absent = [name for name in needed if name not in saved]
+    if absent:
+        raise CheckpointError(
+            f"{checkpoint} has no section {', '.join(absent)}",
+            f"a checkpoint with the sections {', '.join(needed)}",
+            "use a checkpoint that `palimpsest train` has saved; one of weights alone serves convert and generate",
+        )

@@ -25,19 +25,23 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from engine.checkpoint.sections import Sections
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
 from engine.heartbeat import Heartbeat
+from engine.logs import logger
 from engine.parallel.groups import Groups
 from engine.parallel.pipeline import Pipeline
 from engine.parallel.sharding import ParameterSpec
 from engine.train.feed import Feed
 from engine.train.records import Record
-from engine.train.restart import Restarts
+from engine.train.restart import RUN_SECTIONS, Restarts
 from engine.train.signals import StopSignals
 from engine.train.state import TrainState
 from engine.train.step_totals import Sums
 from engine.train.summary import Spent
+
+_log = logger(__name__)
 
 
 class Run(Protocol):
@@ -170,8 +174,10 @@ class Hooks:
 
     def __init__(self, hooks: Sequence[Hook]) -> None:
         self._hooks = tuple(hooks)
-        names = [hook.section for hook in hooks if hook.section is not None]
-        assert len(set(names)) == len(names), f"two hooks keep the same section: {names}"
+        self._kept = Sections()
+        for hook in hooks:
+            if hook.section is not None:
+                self._kept.register(hook.section, hook, begins_anew=True)
 
     def start(self, run: Run) -> bool:
         """Return True if any rank was asked to stop meanwhile; hooks after it do not start then."""
@@ -215,13 +221,12 @@ class Hooks:
 
     def sections(self) -> dict[str, Any]:
         """Return what hooks keep in a checkpoint, by name."""
-        return {hook.section: hook.state() for hook in self._hooks if hook.section is not None}
+        return self._kept.state()
 
     def restore(self, sections: Mapping[str, Any]) -> None:
-        """Hand every hook its section; a hook that a checkpoint knows nothing of begins anew."""
-        for hook in self._hooks:
-            if hook.section is not None and hook.section in sections:
-                hook.restore(sections[hook.section])
+        """Hand every hook its section; tell which ones the checkpoint lacks, and which ones no hook keeps."""
+        of_hooks = {name: state for name, state in sections.items() if name not in RUN_SECTIONS}
+        self._kept.restore(of_hooks, "the checkpoint", _log.info)
 
     def close(self) -> None:
         for hook in reversed(self._hooks):

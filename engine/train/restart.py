@@ -20,6 +20,7 @@ from engine.checkpoint.node_memory.node_store import NodeStore
 from engine.checkpoint.node_memory.recall import Line, Recall
 from engine.checkpoint.retention import Retention, prune
 from engine.checkpoint.saver import Saver
+from engine.checkpoint.sections import check_sections
 from engine.checkpoint.stores import Store
 from engine.checkpoint.verify import is_whole
 from engine.config.load import load_run
@@ -37,6 +38,8 @@ from engine.train import saved
 from engine.train.records import last_step, metric_of
 from engine.train.state import TrainState
 
+RUN_SECTIONS = ("progress", "loader", "tokenizer")
+"""Sections of the run itself; all others are kept by hooks."""
 SHOWN_SAMPLES = 1024
 """Samples whose ids are hashed into the proof that a restart prints."""
 
@@ -192,6 +195,7 @@ class Restarts:
                 "start afresh with another `folder`",
             )
         engine.refresh()
+        check_sections(manifest.state.sections, RUN_SECTIONS, path)
         state = TrainState.from_section(manifest.state.sections["progress"])
         engine.set_updates(state.updates)
         return Restored(state, manifest, path)
