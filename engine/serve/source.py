@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
+from engine.checkpoint import manifest_json
 from engine.checkpoint.folder import CHECKPOINTS, committed
 from engine.checkpoint.interchange.foreign_model import check_finite
 from engine.checkpoint.load import read_state, read_weights
 from engine.checkpoint.manifest import CheckpointState
-from engine.checkpoint.manifest_json import FILE as MANIFEST
+from engine.checkpoint.storage import MANIFEST
 from engine.checkpoint.verify import verify
 from engine.config.load import load_run, parse_run
 from engine.config.schema.model import ModelConfig
@@ -105,6 +106,7 @@ def find_checkpoint(source: Path) -> Path:
 
 
 def _whole(checkpoint: Path) -> Path:
+    manifest_json.read(checkpoint)  # says more of a wrong version or name than a list of damage does
     damage = verify(checkpoint)
     if damage:
         more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""

@@ -61,6 +61,24 @@ def test_errors_end_in_their_exit_codes_and_say_what_to_do(run_folder, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_under_another_steps_name_is_refused(run_folder, tmp_path, capsys):
+    misnamed = tmp_path / "step-00000009"
+    shutil.copytree(run_folder / "checkpoints" / "step-00000004", misnamed)
+    commands = [["generate", str(misnamed), "--prompt", "x"]]
+    commands += [
+        ["convert", str(misnamed), "--to", to, "--output", str(tmp_path / "out")]
+        for to in ("huggingface", "dcp", "universal")
+    ]
+    for command in commands:
+        assert main(command) == EXIT_FAILURE
+        said = capsys.readouterr().err
+        assert "it is of step 4, and the folder's name says step 9" in said
+        assert "to do: rename the folder" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000009"]
+    misnamed.rename(tmp_path / "best")  # a name that gives no step is any checkpoint's
+    assert main(["convert", str(tmp_path / "best"), "--to", "dcp", "--output", str(tmp_path / "out")]) == EXIT_DONE
+
+
 @pytest.mark.parametrize("name", ["convert", "generate"])
 def test_help_imports_no_torch(name):
     code = f"import sys; from engine.cli import main; main(['{name}', '--help']); assert 'torch' not in sys.modules"
