@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.checkpoint.container import FileRecord
+from engine.checkpoint.mismatch import check_tensors
 from engine.checkpoint.writers import Writer, stored_range, writers_of
 from engine.config.resolve import Layout
-from engine.errors import CheckpointError
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.state import Placement
 
@@ -119,27 +119,13 @@ class Manifest:
 
 
 def match(manifest: Manifest, specs: Iterable[ParameterSpec]) -> None:
-    """Checks that a checkpoint holds exactly the parameters of a whole model, in these stored shapes.
+    """Check that a checkpoint holds exactly the parameters of a whole model, in these stored shapes.
 
     Raises:
         CheckpointError: naming each parameter that is missing, unknown or of another shape.
     """
-    wanted = {spec.name: spec.stored_shape for spec in specs}
     held = {name: spec.stored_shape for name, spec in manifest.specs.items()}
-    problems = [f"{name}: not in the checkpoint" for name in wanted.keys() - held.keys()]
-    problems += [f"{name}: not in the model" for name in held.keys() - wanted.keys()]
-    problems += [
-        f"{name}: {held[name]} in the checkpoint, {wanted[name]} in the model"
-        for name in wanted.keys() & held.keys()
-        if wanted[name] != held[name]
-    ]
-    if problems:
-        shown = sorted(problems)[:20] + (["..."] if len(problems) > 20 else [])
-        raise CheckpointError(
-            "the checkpoint is of another model:\n  " + "\n  ".join(shown),
-            "the same parameters in the same shapes",
-            "use the model configuration that the checkpoint was saved with",
-        )
+    check_tensors(held, {spec.name: spec.stored_shape for spec in specs}, "the checkpoint")
 
 
 def join_placements(by_stage: list[list[Placement]]) -> dict[str, Placement]:

@@ -8,7 +8,7 @@ real vocabulary rows travel. Dropout does not: it is 0 on both sides. Nothing he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,10 @@ from engine.checkpoint.interchange.bert_forms import BERT, BERT_WITHOUT_PAIRS, M
 from engine.checkpoint.interchange.foreign_model import load, read_config
 from engine.checkpoint.interchange.forms import GPT2, LLAMA, Form, Theirs
 from engine.checkpoint.interchange.t5_form import T5
+from engine.checkpoint.mismatch import check_tensors
 from engine.config.schema.model import ModelConfig, make_model
 from engine.config.twins import nearest
-from engine.errors import CheckpointError, ConfigError, PalimpsestError, report
+from engine.errors import ConfigError, PalimpsestError, report
 from engine.models.families import family
 from engine.parallel.sharding import ParameterSpec
 
@@ -46,7 +47,8 @@ def to_huggingface(
         CheckpointError: parameters are missing, unknown or of another shape than the configuration says.
     """
     form = form_of(config)
-    _check_tensors(config, tensors)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    check_tensors(shapes, {spec.name: spec.stored_shape for spec in family(config).specs(config)}, "the source")
     theirs = _their_config(form, config, padding_id)
     state: Tensors = {}
     for spec in family(config).specs(config):
@@ -214,24 +216,3 @@ def _theirs(config: ModelConfig, form: Form, spec: ParameterSpec) -> tuple[Their
     key, layer = form.key(config, module)
     entry = form.names.get(f"{key}.{kind}") or form.names[key]
     return entry, [f"{name.replace('#', layer)}.{kind}" for name in entry.modules]
-
-
-def _check_tensors(config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> None:
-    expected = {spec.name: spec.stored_shape for spec in family(config).specs(config)}
-    problems = list(_tensor_problems(expected, tensors))
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise CheckpointError(
-            f"the weights do not belong to this model: {'; '.join(problems[:3])}{more}",
-            "the parameters of the configuration, whole and without padding",
-            "convert with the configuration that the run was trained with",
-        )
-
-
-def _tensor_problems(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
-    for name, shape in expected.items():
-        if name not in tensors:
-            yield f"{name} is missing"
-        elif tuple(tensors[name].shape) != shape:
-            yield f"{name} has shape {tuple(tensors[name].shape)} and not {shape}"
-    yield from (f"{name} is unknown" for name in tensors if name not in expected)

@@ -10,11 +10,11 @@ import torch
 
 from engine.checkpoint.folder import Owner, claim, partial_path
 from engine.checkpoint.manifest import CheckpointState
+from engine.checkpoint.mismatch import check_tensors
 from engine.checkpoint.save import StageTable, build_manifest, commit, prepare, write_staged
 from engine.checkpoint.staging import HostBuffer, stage_pieces
 from engine.checkpoint.writers import Writer
 from engine.config.resolve import Layout
-from engine.errors import CheckpointError
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.state import Piece, Placement
 
@@ -28,7 +28,8 @@ def write_checkpoint(
         CheckpointError: the weights are not those of `specs`; every name and shape that differs is told.
     """
     known = list(specs)
-    _check_names({spec.name: spec.stored_shape for spec in known}, weights)
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    check_tensors(found, {spec.name: spec.stored_shape for spec in known}, "the source")
     pieces, placements = [], []
     for spec in known:
         whole = ParameterSpec(spec.name, spec.stored_shape)
@@ -42,19 +43,3 @@ def write_checkpoint(
     written = write_staged(staged, partial, state.step)
     table = StageTable(placements, {})
     return commit(partial, build_manifest(state, Layout(1, 1, 1, 1), [table], [written], owner))
-
-
-def _check_names(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, torch.Tensor]) -> None:
-    problems = [f"{name}: not among the weights" for name in sorted(expected.keys() - weights.keys())]
-    problems += [f"{name}: not in the model" for name in sorted(weights.keys() - expected.keys())]
-    problems += [
-        f"{name}: {tuple(weights[name].shape)} given, {shape} in the model"
-        for name, shape in expected.items()
-        if name in weights and tuple(weights[name].shape) != shape
-    ]
-    if problems:
-        raise CheckpointError(
-            "the weights are of another model:\n  " + "\n  ".join(problems[:20]),
-            "the parameters of the run's model, by their logical names, without padded rows",
-            "use the run file of the model that was trained",
-        )
