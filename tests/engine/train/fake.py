@@ -53,19 +53,30 @@ class FakeEngine:
         self.weight_W = torch.zeros(WIDTH)
         self.moments = {name: torch.zeros(WIDTH) for name in MOMENTS}
         self.gradient_W: torch.Tensor | None = None
+        self.zero_moments: frozenset[str] = frozenset()
         self.updates = 0
         """Updates that `set_updates` told of, and those since."""
 
     def step(self, learning_rate: float, accept: Callable[[float], bool] = finite) -> float:
         """Update the weight unless `accept(norm)` is False; return the gradient's norm and drop the gradient."""
         assert self.gradient_W is not None, "a step follows a backward pass"
-        gradient_W, self.gradient_W = self.gradient_W, None
-        norm = gradient_W.norm().item()
+        norm = self.gradient_W.norm().item()
         if accept(norm):
-            momentum_W = self.moments["exp_avg"].mul_(0.5).add_(gradient_W)
+            momentum_W = self.moments["exp_avg"].mul_(0.5).add_(self.gradient_W)
             self.weight_W.sub_(learning_rate * momentum_W)
             self.updates += 1
+        self.gradient_W = None
         return norm
+
+    def gradient_shards(self) -> Iterator[tuple[ParameterSpec, int, torch.Tensor]]:
+        """Yield the parameter, its first element and its gradient, for what `accept` looks at."""
+        assert self.gradient_W is not None
+        yield self.spec, 0, self.gradient_W
+
+    def add_moment(self, name: str, begins_at_zero: bool) -> None:
+        """Keep another value per element, which checkpoints hold."""
+        self.moments[name] = torch.zeros(WIDTH)
+        self.zero_moments |= {name} if begins_at_zero else set()
 
     def pieces(self) -> list[Piece]:
         """Return live views of the weight and its moments."""
@@ -73,7 +84,7 @@ class FakeEngine:
 
     def placements(self) -> list[Placement]:
         """Return where the parameter lies: whole on the only rank."""
-        return [Placement(self.spec, (0,), 0, WIDTH)]
+        return [Placement(self.spec, (0,), 0, WIDTH, tuple(self.moments))]
 
     def working_weights(self) -> Iterator[tuple[ParameterSpec, torch.Tensor]]:
         """Yield the weight, which is its own master."""

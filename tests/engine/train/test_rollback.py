@@ -52,7 +52,7 @@ def test_after_a_rollback_the_run_is_one_that_never_saw_the_samples(corpus, pois
 def test_what_was_skipped_and_left_out_is_recorded_and_saved(poisoned):
     folder, run = poisoned
     state = run.state
-    assert (state.step, state.updates, state.samples, state.stability.rollbacks) == (9, 8, 72, 1)
+    assert (state.step, state.updates, state.samples, state.rollbacks) == (9, 8, 72, 1)
     # 16 samples left out before it: the sample at 60 is in the step that ends as step 6
     assert values(folder, "skipped") == {6: 1}
     assert 6 not in values(folder, "gradient_norm"), "a norm that is not a number is no number in the metrics"
@@ -61,7 +61,7 @@ def test_what_was_skipped_and_left_out_is_recorded_and_saved(poisoned):
     for step in (3, 6, 9):
         sections = read_state(step_path(folder / "checkpoints", step)).sections
         assert sections["loader"]["left_out"] == [[32, 48]]
-        assert sections["progress"]["stability"]["rollbacks"] == 1
+        assert sections["progress"]["rollbacks"] == 1
 
 
 def test_a_restart_after_a_rollback_goes_on_as_the_run_did(corpus, poisoned, tmp_path):

@@ -219,7 +219,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_over(whole, tmp_pat
 
 
 def test_a_run_that_died_goes_back_to_its_checkpoint_and_writes_each_step_once(whole, tmp_path):
-    tree = whole.tree_in(tmp_path / "run")
+    tree = whole.tree_in(tmp_path / "run", checkpoint={"asynchronous": False})
     with pytest.raises(Killed):
         fake_run(tree, die_in_step_6)
     again = fake_run(tree)
