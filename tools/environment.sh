@@ -116,6 +116,9 @@ if [ -z "$extra" ]; then
     install 'installing deepspeed, transformers and the rest' --no-build-isolation -e .
 else
     install "installing what $extra needs" --no-build-isolation -e ".[$extra]"
+    if [ "$extra" = bench ]; then # pyproject.toml says why
+        install 'installing litdata without torchvision' --no-deps 'litdata>=0.2.50'
+    fi
 fi
 mend_programs
 rm -f .venv/.installed-*"${extra:+-$extra}"

@@ -1,6 +1,7 @@
 """The loaders that bench.data compares do the same work: rows of the same tokens, shifted or masked."""
 
 import itertools
+import tomllib
 
 import numpy as np
 import pytest
@@ -8,13 +9,16 @@ import pytest
 from bench.contest import in_turn
 from bench.data import OPENINGS, RESUME_STEP, first_batch, masking, opening
 from bench.loaders import BATCH_TOKENS, SIDES, Task, documents, ours, write_ours
+from tests.readme import REPOSITORY
 
 NUM_TOKENS = 200_000
 
 
-@pytest.mark.parametrize("name", ["torch memmap", "datasets map", "datasets iterable"])
+@pytest.mark.parametrize("name", ["torch memmap", "datasets map", "datasets iterable", "litdata"])
 def test_a_peer_yields_rows_of_the_corpus(name, tmp_path):
     side, task = SIDES[name], Task("gpt", 128)
+    if not side.is_installed:
+        pytest.skip("needs `make bench`")
     side.write(tmp_path, NUM_TOKENS, *((129,) if side.by_width else ()))
     flat = np.concatenate(list(documents(NUM_TOKENS)))
     rows = {flat[start : start + 129].tobytes() for start in range(0, flat.size - 129, 129 if side.by_width else 128)}
@@ -23,6 +27,14 @@ def test_a_peer_yields_rows_of_the_corpus(name, tmp_path):
         assert inputs.numel() == BATCH_TOKENS
         both = np.concatenate([inputs.numpy(), targets.numpy()[:, -1:]], axis=1).astype(np.uint16)
         assert {row.tobytes() for row in both} <= rows
+
+
+def test_what_is_installed_for_benchmarks_brings_no_torchvision():
+    """Its usual build beside the CPU build of torch keeps transformers from importing a model."""
+    with (REPOSITORY / "pyproject.toml").open("rb") as file:
+        extra = tomllib.load(file)["project"]["optional-dependencies"]["bench"]
+    assert not [line for line in extra if line.startswith(("litdata", "torchvision", "mosaicml", "timm"))]
+    assert "--no-deps 'litdata" in (REPOSITORY / "tools" / "environment.sh").read_text(encoding="utf-8")
 
 
 def test_ours_resumes_where_steps_lead_and_masks(tmp_path):
