@@ -11,7 +11,7 @@ from rich.text import Text
 from engine.config.load import load_run
 from engine.config.rules.data import check_mixture
 from engine.config.schema.stage import RunStage
-from engine.data.stage import open_parts, stage_stream
+from engine.data.stage import open_parts, run_stage_seed, stage_stream
 from engine.data.stream import Stream
 from engine.data.tokenizer.folder import tokenizer_hash
 from engine.data.visible import visible
@@ -31,9 +31,9 @@ def show_mixture(run_file: Path, overrides: list[str]) -> None:
         check_mixture(f"stages.{index}", stage.data, problems)
     if problems:
         raise report(problems, f"the data of {run_file} cannot be mixed")
-    for stage in config.stages:
+    for index, stage in enumerate(config.stages):
         parts = open_parts(stage, tokenizer_hash(config.tokenizer), config.model.vocab_size)
-        Console().print(mixture_table(stage, stage_stream(stage, parts, config.seed)))
+        Console().print(mixture_table(stage, stage_stream(stage, parts, run_stage_seed(config.seed, index))))
 
 
 def mixture_table(stage: RunStage, stream: Stream) -> Table:

@@ -15,7 +15,7 @@ from engine.config.rules.memory import check_heads, check_offload, check_recompu
 from engine.config.rules.model import check_model, divisors, listed
 from engine.config.rules.objective import check_objective
 from engine.config.rules.parallel import check_gather_within, check_pipeline, check_zero
-from engine.config.rules.stage import check_optimizer, check_ramp, check_schedule, check_stability
+from engine.config.rules.stage import check_optimizer, check_ramp, check_run_stages, check_schedule, check_stability
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.parallel import ParallelConfig
 from engine.config.schema.run import LaunchConfig, RunConfig
@@ -47,12 +47,6 @@ def resolve(config: RunConfig, world_size: int) -> Layout:
         ConfigError: every rule that the configuration or the world breaks, in one report.
     """
     layout, problems = examine(config, world_size)
-    if len(config.stages) > 1:
-        problems.append(
-            ConfigError(
-                f"stages: {len(config.stages)} stages", "one stage for now", "run the later stages as runs of their own"
-            )
-        )
     if problems:
         raise report(problems, f"this run cannot start on {world_size} rank{'s' if world_size > 1 else ''}")
     assert layout is not None
@@ -92,11 +86,7 @@ def check(config: RunConfig) -> list[PalimpsestError]:
     for index, stage in enumerate(config.stages):
         check_time(f"stages.{index}", stage, config, problems)
         _check_stage(index, stage, config.model, problems)
-    names = [stage.name for stage in config.stages]
-    problems += [
-        ConfigError(f"stages: the name {name!r} is used twice", "a different name for each stage")
-        for name in sorted({name for name in names if names.count(name) > 1})
-    ]
+    check_run_stages(config, problems)
     return problems
 
 

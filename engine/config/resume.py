@@ -60,6 +60,11 @@ def meaning_hash(config: RunConfig, run_stage: int = 0) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def meaning_hashes(config: RunConfig) -> list[str]:
+    """Return the hash of the meaning up to each run stage, in their order."""
+    return [meaning_hash(config, number) for number in range(len(config.stages))]
+
+
 def compare(before: RunConfig, after: RunConfig, run_stage: int | None = None) -> list[Change]:
     """Return every key that differs, outside of the run stages that come after number `run_stage`.
 

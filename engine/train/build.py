@@ -23,7 +23,7 @@ from engine.config.schema.stage import RunStage
 from engine.models.chunk import Chunk, Rows
 from engine.models.families import family
 from engine.models.initial import initial_value
-from engine.optim.groups import make_optimizer, parameter_groups
+from engine.optim.groups import make_optimizer, parameter_groups, refuse_unmatched
 from engine.parallel.chunks import Chunks
 from engine.parallel.functions import PLAIN, Functions, Time
 from engine.parallel.groups import Groups, join
@@ -43,20 +43,26 @@ def build_pipeline(config: RunConfig, run_stage: RunStage, groups: Groups, devic
     model = config.model
     engine = build_engine(config, run_stage, groups, device)
     engine.fill(partial(initial_value, config=model, seed=config.seed))
-    rows = micro_batch_rows(config, run_stage, engine.dtype)
     return Pipeline(
         engine,
         groups,
-        [_ports(model, chunk, rows) for chunk in stage_chunks(config, groups)],
+        stage_ports(config, run_stage, groups, engine.dtype),
         num_losses=len(family(model).losses(model)),
         schedule=config.parallel.schedule,
     )
+
+
+def stage_ports(config: RunConfig, run_stage: RunStage, groups: Groups, dtype: torch.dtype) -> list[Ports]:
+    """Return what goes into and out of each chunk of this rank, for the rows of a run stage."""
+    rows = micro_batch_rows(config, run_stage, dtype)
+    return [_ports(config.model, chunk, rows) for chunk in stage_chunks(config, groups)]
 
 
 def build_engine(config: RunConfig, run_stage: RunStage, groups: Groups, device: torch.device) -> StageEngine:
     """This rank's stage under ZeRO, its weights still zero. Collective over the world."""
     model, kind = config.model, family(config.model)
     specs = {spec.name: spec for spec in kind.specs(model)}
+    refuse_unmatched(config.stages, specs)
     with torch.device("meta"):
         chunks = [
             kind.build(model, chunk, _functions(config.parallel, groups)) for chunk in stage_chunks(config, groups)
@@ -71,7 +77,7 @@ def build_engine(config: RunConfig, run_stage: RunStage, groups: Groups, device:
     tied = _tied_stages(config, groups.layout)
     return StageEngine(
         stage,
-        parameter_groups([specs[name] for name in names], config.optimizer, tied, partial_gradients),
+        parameter_groups([specs[name] for name in names], config.optimizer, tied, partial_gradients, config.stages),
         logical_names,
         partial(make_optimizer, config=config.optimizer),
         deepspeed_config(

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 
-from engine.config.schema.stage import RunStage
+from engine.config.schema.run import RunConfig
 from engine.logs import duration
 
 STEPS_SMOOTHED = 50
@@ -17,26 +17,26 @@ STEPS_BETWEEN = 1000
 
 
 class Pace:
-    """Seconds that a run stage still takes, evaluations and checkpoints included.
+    """Seconds that a run still takes, all its run stages, evaluations and checkpoints included.
 
-    What a sample takes within steps is smoothed over a few steps. The time between steps (evaluations, checkpoints)
+    What a token takes within steps is smoothed over a few steps. The time between steps (evaluations, checkpoints)
     comes in bursts, so its ratio to the time within steps is smoothed over many. The first step of a start, in which
     kernels are compiled, counts only as long as there is no other.
     """
 
-    def __init__(self, run_stage: RunStage, clock: Callable[[], float] = time.monotonic) -> None:
-        self._batches, self._num_steps, self._clock = run_stage.batches, run_stage.num_steps, clock
+    def __init__(self, config: RunConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self._tokens, self._num_steps, self._clock = config.tokens, config.num_steps, clock
         self._last: float | None = None
         self._steps = 0
-        self._sample_seconds = 0.0
+        self._token_seconds = 0.0
         self._within = self._all = 0.0
 
     def count(self, step: int, step_seconds: float) -> None:
         """Takes note of the end of a step; call once for each."""
         now = self._clock()
-        per_sample = step_seconds / self._batches.size(step - 1)
+        per_token = step_seconds / max(self._tokens(step) - self._tokens(step - 1), 1)
         weight = max(1 / STEPS_SMOOTHED, 1 / max(self._steps, 1))
-        self._sample_seconds += weight * (per_sample - self._sample_seconds)
+        self._token_seconds += weight * (per_token - self._token_seconds)
         if self._last is not None:
             kept = 1 - 1 / STEPS_BETWEEN
             self._within = kept * self._within + step_seconds
@@ -45,16 +45,16 @@ class Pace:
 
     def seconds_left(self, step: int) -> float:
         """Seconds until the last step is done, for a run that stands behind `step` steps."""
-        samples = self._batches.samples(self._num_steps) - self._batches.samples(step)
-        return samples * self._sample_seconds * (self._all / self._within if self._within else 1.0)
+        tokens = self._tokens(self._num_steps) - self._tokens(step)
+        return tokens * self._token_seconds * (self._all / self._within if self._within else 1.0)
 
 
 class Terminal:
     """A sink of `engine.train.metrics` that prints one line per record on standard output."""
 
-    def __init__(self, every_steps: int, run_stage: RunStage, clock: Callable[[], float] = time.monotonic) -> None:
-        self.every_steps, self.num_steps = every_steps, run_stage.num_steps
-        self._pace = Pace(run_stage, clock)
+    def __init__(self, config: RunConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self.every_steps, self.num_steps = config.logging.every_steps, config.num_steps
+        self._pace = Pace(config, clock)
 
     def write(self, record: Mapping[str, float]) -> None:
         step = int(record["step"])

@@ -16,7 +16,6 @@ from engine.config.rank_environment import RankEnvironment
 from engine.config.resume import flatten
 from engine.config.schema.run import RunConfig
 from engine.data.source import WeightedDataset
-from engine.data.tokenizer.folder import tokenizer_hash
 from engine.data.validation import ValidationSet
 
 PACKAGES = ("engine", "launcher", "tools")
@@ -40,16 +39,13 @@ def facts_of_start(config: RunConfig, place: RankEnvironment, device: torch.devi
     }
 
 
-def facts_of_data(
-    config: RunConfig, training: list[WeightedDataset], held_out: list[ValidationSet] | None
-) -> dict[str, Any]:
-    """What is known once the data is open."""
+def facts_of_data(training: list[WeightedDataset], held_out: list[ValidationSet] | None) -> dict[str, Any]:
+    """Return what is known once the data of a run stage is open."""
     sources = {f"data fingerprint{f' of {part.name}' * bool(part.name)}": part.dataset.fingerprint for part in training}
     return {
         **sources,
         **{f"weight of {part.name or 'the data'}": part.weight for part in training},
         "held-out data fingerprints": {name: dataset.fingerprint for name, dataset in held_out or []},
-        "tokenizer": tokenizer_hash(config.tokenizer),
     }
 
 

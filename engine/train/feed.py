@@ -18,14 +18,12 @@ import torch
 from engine.config.resolve import num_micro_batches
 from engine.config.schema.parallel import ParallelConfig
 from engine.config.schema.run import RunConfig
-from engine.config.schema.stage import RunStage
 from engine.data.batch import Batch
 from engine.data.objectives.draws import dropout_keys
 from engine.data.prefetch import Prefetcher
 from engine.data.shards.damage import Damage
 from engine.data.source import WeightedDataset
-from engine.data.stage import open_parts, open_validation, stage_stream
-from engine.data.tokenizer.folder import tokenizer_hash
+from engine.data.stage import run_stage_seed, stage_stream
 from engine.data.validation import ValidationSamples, ValidationSet
 from engine.models.dropout import KEYS
 from engine.models.families import family
@@ -41,12 +39,6 @@ EVALUATION_CHUNK = 8
 """Micro-batches that one evaluation pass sends through the pipeline."""
 
 
-def open_datasets(config: RunConfig, run_stage: RunStage) -> tuple[list[WeightedDataset], list[ValidationSet] | None]:
-    """Training and held-out shards, checked against the run's tokenizer. Raises as `open_parts`."""
-    checked = (tokenizer_hash(config.tokenizer), config.model.vocab_size)
-    return open_parts(run_stage, *checked), open_validation(run_stage, *checked)
-
-
 class Feed:
     """Batches for one rank; a checkpoint keeps the state of its `stream`. Close it to end its thread."""
 
@@ -55,17 +47,20 @@ class Feed:
         training: list[WeightedDataset],
         held_out: list[ValidationSet] | None,
         config: RunConfig,
-        run_stage: RunStage,
+        number: int,
         groups: Groups,
         device: torch.device,
         asked: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`asked()` says whether this rank is to stop."""
+        """Make the feed of run stage `number` (from 0); `asked()` says whether this rank is to stop."""
         self._asked = asked
-        self.groups, self.device, self.run_stage, self.seed = groups, device, run_stage, config.seed
+        self.groups, self.device = groups, device
+        self.run_stage = run_stage = config.stages[number]
+        self.seed = run_stage_seed(config.seed, number)
+        """Seed of the run stage's order, masks and dropout."""
         self.parallel: ParallelConfig = config.parallel
         data, length = run_stage.data, run_stage.sequence_length
-        self.stream = stage_stream(run_stage, training, config.seed)
+        self.stream = stage_stream(run_stage, training, self.seed)
         most = config.evaluation.max_samples
         self.held_out = (
             None

@@ -131,10 +131,11 @@ class Hook:
         return False
 
     def begin_run_stage(self, run: Run) -> None:
-        """Take note of a run stage whose first step is next."""
+        """Take note of a run stage that was opened: at its beginning (`run.state.stage_step` is 0), and by each start
+        that goes on inside of it."""
 
     def end_run_stage(self, run: Run) -> None:
-        """Take note of a run stage whose last step is done, evaluated and saved."""
+        """Take note of a run stage whose last step is done and evaluated, and whose last save has begun."""
 
     def before_update(self, run: Run, update: Update) -> bool:
         """Return True if the weights may be updated, on all ranks alike."""

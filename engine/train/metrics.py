@@ -7,6 +7,7 @@ under the same name.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -186,7 +187,7 @@ def open_metrics(config: RunConfig, resumed_at: int, num_rollbacks: int = 0) -> 
     """The sinks that a configuration asks for, for a run that has been rolled back so many times. Rank 0 only."""
     sinks: list[Sink] = [
         JsonLines(config.folder, resumed_at, num_rollbacks),
-        Terminal(config.logging.every_steps, config.stages[0]),
+        Terminal(config),
     ]
     if config.logging.tensorboard:
         tensorboard = Tracker("TensorBoard", lambda: TensorBoard(config.folder, resumed_at))
@@ -196,8 +197,14 @@ def open_metrics(config: RunConfig, resumed_at: int, num_rollbacks: int = 0) -> 
     if config.logging.wandb != "off":
         sinks.append(Tracker("wandb", lambda: Wandb(config, resumed_at)))
     if config.logging.plot:
-        sinks.append(Tracker(PLOT, lambda: Plot(config.folder, METRICS, config.name)))
+        sinks.append(Tracker(PLOT, lambda: Plot(config.folder, METRICS, config.name, run_stage_borders(config))))
     return Metrics(sinks)
+
+
+def run_stage_borders(config: RunConfig) -> dict[int, str]:
+    """Return the name of each run stage but the first, by the number of steps that come before it."""
+    ends = itertools.accumulate(run_stage.num_steps for run_stage in config.stages)
+    return {end: later.name for end, later in zip(ends, config.stages[1:], strict=False)}
 
 
 def is_evaluation(record: Record) -> bool:

@@ -11,8 +11,9 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from engine.atomic import replacing
@@ -36,8 +37,15 @@ Curve = list[tuple[int, float]]
 class Plot:
     """A sink of `engine.train.metrics` that draws the records written so far, now and then and at the end."""
 
-    def __init__(self, folder: Path, source: str, name: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._draw = lambda: draw(folder, source, name)
+    def __init__(
+        self,
+        folder: Path,
+        source: str,
+        name: str,
+        borders: Mapping[int, str] = MappingProxyType({}),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._draw = lambda: draw(folder, source, name, borders)
         self._clock, self._due = clock, -math.inf
         self._thread: threading.Thread | None = None
         self._failed = False
@@ -68,8 +76,11 @@ class Plot:
         self._due = end + max(EVERY_SECONDS, IDLE_FACTOR * (end - begin))
 
 
-def draw(folder: Path, source: str, name: str) -> None:
-    """Draws the records in the file `source` of a run folder, titled by the run's name."""
+def draw(folder: Path, source: str, name: str, borders: Mapping[int, str] = MappingProxyType({})) -> None:
+    """Draw the records in the file `source` of a run folder, titled by the run's name.
+
+    `borders` are the names of run stages by the number of steps before them; those that have begun get a faint line.
+    """
     from matplotlib.figure import Figure  # no pyplot: its figures are shared between threads
 
     with (folder / source).open("rb") as lines:
@@ -78,6 +89,14 @@ def draw(folder: Path, source: str, name: str) -> None:
     axes = figure.add_subplot()
     for curve, label, style in ((training, "training", "-"), (held_out, "held-out", "o--")):
         draw_curve(axes, curve, style, label)
+    last = max((step for step, _ in training), default=0)
+    for border, run_stage in borders.items():
+        if border <= last:
+            axes.axvline(border, color="gray", linewidth=0.8, alpha=0.4, linestyle="--")
+            axes.annotate(
+                title(run_stage)[0], (border, 0.98), xycoords=("data", "axes fraction"), xytext=(3, 0), fontsize=7,
+                textcoords="offset points", va="top", alpha=0.6, parse_math=False,
+            )  # fmt: skip
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     text, families = title(name)
     axes.set_title(text, parse_math=False, fontfamily=families)

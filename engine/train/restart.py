@@ -25,7 +25,7 @@ from engine.checkpoint.stores import Store
 from engine.checkpoint.verify import is_whole
 from engine.config.load import load_run
 from engine.config.rank_environment import RankEnvironment
-from engine.config.resume import compare, meaning_hash, refuse_new_meaning
+from engine.config.resume import compare, meaning_hash, meaning_hashes, refuse_new_meaning
 from engine.config.save import FILE, save_run
 from engine.config.schema.run import RunConfig
 from engine.errors import CheckpointError, ConfigError, EnvironmentProblem
@@ -80,8 +80,11 @@ class Restarts:
         self._metric: dict[int, float] = {}
         """`checkpoint.best_metric` of the committed checkpoints, by step, as far as it has been looked up."""
 
-    def claim(self) -> None:
-        """Takes the checkpoints for this start of the run, and writes the configuration to the folder.
+    def claim(self) -> TrainState:
+        """Take the checkpoints for this start of the run, and write the configuration to the folder.
+
+        Returns the state of the newest checkpoint on the disk, a new one where there is none: about where the run goes
+        on, before anything is loaded.
 
         Rank 0's process has taken the folder itself (`engine.run_folder`).
 
@@ -89,13 +92,15 @@ class Restarts:
             ConfigError: the folder belongs to a run of another meaning.
             CheckpointError: a newer attempt of the same job owns it.
         """
-        on_first(self._compare_config, self.groups.world, ConfigError)
+        state = on_first(self._newest_state, self.groups.world, CheckpointError)
+        on_first(lambda: self._compare_config(state.run_stage), self.groups.world, ConfigError)
         before = on_first(lambda: owner_of(self.folder), self.groups.world, CheckpointError)
         self._job_before = before.job if before is not None else self.place.job
         self._saver.claim(self.place.job, self.place.attempt)
         if self._memory is not None:
             self._memory.claim()
         on_first(self._note_start, self.groups.world, EnvironmentProblem)
+        return state
 
     def reserve(self, engine: StageEngine) -> None:
         """Takes the memory of all saves to come, before the first step.
@@ -188,15 +193,16 @@ class Restarts:
             on_first(self._refuse_damaged, self.groups.world, CheckpointError)
             return None
         manifest = load(path, self.groups, engine.pieces(), engine.placements(), spread, engine.zero_moments)
-        if manifest.state.config_hash != meaning_hash(self.config):
+        check_sections(manifest.state.sections, RUN_SECTIONS, path)
+        state = TrainState.from_section(manifest.state.sections["progress"])
+        meanings = meaning_hashes(self.config)
+        if state.run_stage >= len(meanings) or manifest.state.config_hash != meanings[state.run_stage]:
             raise CheckpointError(
                 f"{path} was saved by a run of another meaning",
                 "the same model, data, seed and batch",
                 "start afresh with another `folder`",
             )
         engine.refresh()
-        check_sections(manifest.state.sections, RUN_SECTIONS, path)
-        state = TrainState.from_section(manifest.state.sections["progress"])
         engine.set_updates(state.updates)
         return Restored(state, manifest, path)
 
@@ -225,21 +231,35 @@ class Restarts:
 
         least_attempt = on_first(attempt, self.groups.world, CheckpointError)
         least_step = step_of(on_disk) + 1 if on_disk is not None else 0
-        return Line(meaning_hash(self.config), self._job_before, least_step, least_attempt)
+        return Line(frozenset(meaning_hashes(self.config)), self._job_before, least_step, least_attempt)
 
     def _note_start(self) -> None:
         save_run(self.config, self.config.folder)
         if on_disk := committed(self.folder):  # of a run that began before commits were noted, or that was copied
             saved.note(self.config.folder, step_of(on_disk[0]))
 
-    def _compare_config(self) -> None:
-        """Refuses another meaning where something was trained already, and logs what else has changed."""
+    def _newest_state(self) -> TrainState:
+        """Return the state of the newest checkpoint on the disk whose manifest can be read."""
+        for path in committed(self.folder):
+            try:
+                sections = manifest_json.read(path).state.sections
+            except CheckpointError:  # damaged, as will be said when it is its turn
+                continue
+            if "progress" in sections:
+                return TrainState.from_section(sections["progress"])
+        return TrainState()
+
+    def _compare_config(self, run_stage: int) -> None:
+        """Refuse another meaning where something was trained already, and log what else has changed.
+
+        `run_stage` is the number of the run stage in which the run stands.
+        """
         folder = self.config.folder
         if not committed(self.folder) or not (folder / FILE).exists():
             return
         before = load_run(folder / FILE)
-        refuse_new_meaning(before, self.config, str(folder))
-        for change in compare(before, self.config, run_stage=0):
+        refuse_new_meaning(before, self.config, str(folder), run_stage)
+        for change in compare(before, self.config, run_stage):
             if change.kind == "schedule":
                 _log.warning("changed since this run was started: %s", change)
 
@@ -298,7 +318,7 @@ class Restarts:
             step=state.step,
             tokens=state.tokens,
             zero_stage=self.config.parallel.zero_stage,
-            config_hash=meaning_hash(self.config),
+            config_hash=meaning_hash(self.config, state.run_stage),
             config=redacted(self.config.model_dump(mode="json")),
             sections={"progress": state.section(), **sections},
             hyperparameters=self._hyperparameters(engine),

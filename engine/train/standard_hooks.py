@@ -35,10 +35,13 @@ class Recorder(Hook):
         return False
 
     def after_step(self, run: Run) -> Record:
-        """Return the samples and tokens of each source, and the shards that the run does without."""
+        """Return the samples and tokens of each source in this run stage, the shards that it does without, and the
+        number of the run stage where there are several."""
         stream, length = run.feed.stream, run.run_stage.sequence_length
         added: Record = {f"{name}_samples": count for name, count in stream.drawn().items()}
         added |= {f"tokens/{name}": count * length for name, count in stream.trained().items()}
+        if len(run.config.stages) > 1:
+            added["run_stage"] = run.state.run_stage
         return added | ({"lost_shards": len(stream.lost)} if stream.lost else {})
 
     def take_record(self, record: Record) -> None:

@@ -54,7 +54,7 @@ def process_seconds() -> float:
 
 def summary(config: RunConfig, state: TrainState, spent: Spent, total_seconds: float, code: int) -> str:
     """The last words of a run that ends with `code`, as lines of text; `total_seconds` are those of this start."""
-    num_steps = config.stages[0].num_steps
+    num_steps = config.num_steps
     how = "done" if code == EXIT_DONE else "saved; start it again to go on"
     rows = {
         "trained": f"{state.step:,} of {num_steps:,} steps, {state.tokens:,} tokens ({how})",

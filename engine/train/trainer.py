@@ -17,26 +17,27 @@ import torch
 
 from engine.config.rank_environment import RankEnvironment
 from engine.config.schema.run import RunConfig
+from engine.config.schema.stage import RunStage
 from engine.data.shards.damage import DamagedShard
 from engine.errors import EXIT_DONE, EXIT_REQUEUE, DataError
 from engine.heartbeat import Heartbeat
 from engine.logs import logger, phase
 from engine.models.families import family
-from engine.optim.schedules import factor_of_step
+from engine.optim.schedules import learning_rate
 from engine.parallel.agreement import on_all
 from engine.parallel.boundary import Tensors
 from engine.parallel.groups import Groups
-from engine.parallel.meeting import agree_over
 from engine.parallel.pipeline import Pipeline
-from engine.train.build import build_pipeline
+from engine.train.build import build_pipeline, stage_ports
 from engine.train.checks import check_invariants
-from engine.train.facts import facts_of_data
-from engine.train.feed import Feed, open_datasets
+from engine.train.evaluation import is_recorded
+from engine.train.feed import Feed
 from engine.train.hooks import Hooks, Update
 from engine.train.records import Record, last_step
 from engine.train.restart import SHOWN_SAMPLES, Restarts, Restored
 from engine.train.signals import Stopping, StopSignals
 from engine.train.stability import REMEDY, Unstable
+from engine.train.stage_run import RunData, StageRun
 from engine.train.standard_hooks import standard_hooks
 from engine.train.state import TrainState
 from engine.train.step_totals import Sums
@@ -58,72 +59,88 @@ class Trainer:
         heart: Heartbeat,
     ) -> None:
         self.config, self.groups, self.device, self.signals, self.heart = config, groups, device, signals, heart
-        self.run_stage = config.stages[0]
-        self.num_steps, self.batches = self.run_stage.num_steps, self.run_stage.batches
         self.sums = Sums(family(config.model).losses(config.model), groups, device)
         self.spent = Spent()
         self.restarts = Restarts(config, groups, place)
-        with phase("taking the run folder"):
-            self.restarts.claim()
-        with phase("opening the data"):
-            training, held_out = on_all(lambda: open_datasets(config, self.run_stage), groups.world, DataError)
-            facts = on_all(lambda: facts_of_data(config, training, held_out), groups.world, DataError)
-            agree_over(groups.world, facts)
-            self.feed = on_all(
-                lambda: Feed(training, held_out, config, self.run_stage, groups, device, lambda: signals.asked),
-                groups.world,
-                DataError,
-            )
-        with phase("building the model"):
-            self.pipeline: Pipeline = build_pipeline(config, self.run_stage, groups, device)
         self.hooks = Hooks(standard_hooks(config))
+        with phase("taking the run folder"):
+            self.state = self.restarts.claim()
+        with phase("opening the data"):
+            self._data = RunData(config, groups)
+            first = self.state.run_stage + (self.ends_run_stage and not self.is_done)
+            self._data.open(range(first, len(config.stages)))
+        with phase("building the model"):
+            self.pipeline: Pipeline = build_pipeline(config, config.stages[first], groups, device)
+        self.stage: StageRun | None = None
         self.heart.beat(0, "load")
         with phase("looking for a checkpoint and loading it"):
-            self.state = TrainState()
             self._restore()
         with phase("taking the memory of saves"):
             self.restarts.reserve(self.pipeline.engine)
+
+    @property
+    def run_stage(self) -> RunStage:
+        """The run stage in which the run stands."""
+        return self.config.stages[self.state.run_stage]
+
+    @property
+    def feed(self) -> Feed:
+        """Batches of that run stage."""
+        assert self.stage is not None, "opened when the trainer is made"
+        return self.stage.feed
+
+    @property
+    def ends_run_stage(self) -> bool:
+        """True where no step of the run stage is left."""
+        return self.state.stage_step >= self.run_stage.num_steps
+
+    @property
+    def is_done(self) -> bool:
+        """True where no step of the run is left."""
+        return self.ends_run_stage and self.state.run_stage + 1 == len(self.config.stages)
 
     @property
     def is_main_rank(self) -> bool:
         """True on global rank 0."""
         return self.groups.global_rank == 0
 
-    @property
-    def ends_run_stage(self) -> bool:
-        """True where no step of the run stage is left."""
-        return self.state.step >= self.num_steps
-
     def fit(self) -> int:
         """Train to the end (`EXIT_DONE`) or until a signal (`EXIT_REQUEUE`). Collective over the world."""
         self.feed.start()
         self.spent.add("start", process_seconds())
-        if self.ends_run_stage:
-            _log.info("step %d of %d: nothing left to train", self.state.step, self.num_steps)
+        if self.is_done:
+            _log.info("step %d of %d: nothing left to train", self.state.step, self.config.num_steps)
         if self.hooks.start(self):
             return EXIT_REQUEUE
+        self.hooks.begin_run_stage(self)
         first = self.state.step
-        while not self.ends_run_stage:
+        while not self.is_done:
+            if self.ends_run_stage:
+                self._begin_run_stage(self.state.run_stage + 1)
+                self.feed.start()
+                self.hooks.begin_run_stage(self)
             with phase("the first step") if self.state.step == first else nullcontext():
                 stop = self._step()
             if not stop and self.hooks.roll_back(self):
                 continue
-            last = self.ends_run_stage
-            if stop or last or self._save_is_due():
-                self.save(wait=stop or last)
-            if stop and not last:
+            if stop or self.ends_run_stage or self._save_is_due():
+                self.save(wait=stop or self.is_done)
+            if stop and not self.is_done:
                 return EXIT_REQUEUE
             if self.hooks.between_steps(self):
-                if not last:
+                if not self.is_done:
                     self.save(wait=True)
                 return EXIT_REQUEUE
+            if self.ends_run_stage:
+                self.hooks.end_run_stage(self)
         return EXIT_DONE
 
     def close(self) -> None:
         """Ends threads and trackers; safe after an error."""
         self.heart.beat(self.state.step, "end")
         self.restarts.abandon()
-        self.feed.close()
+        if self.stage is not None:
+            self.stage.close()
         self.hooks.close()
 
     def summary(self, code: int) -> str:
@@ -134,7 +151,7 @@ class Trainer:
         """One step, or none where a rank is to stop and has no data; returns whether any rank was asked to stop."""
         begin = time.perf_counter()
         state = self.state
-        learning_rate = self.config.optimizer.learning_rate * factor_of_step(self.run_stage, state.step)
+        rate = learning_rate(self.config.optimizer, self.run_stage, state.stage_step)
         position = self.feed.stream.position
         self.heart.beat(state.step, "data")
         try:
@@ -151,7 +168,7 @@ class Trainer:
         flags = (float(self.signals.asked), *self.restarts.signals())
         self.heart.beat(state.step, "loss")
         losses, (stop, done, failed), sums_KL = self.sums.of_losses(sums_L * scales_L, flags, by_domain)
-        updated, gradient_norm = self._update(sum(losses), position, learning_rate)
+        updated, gradient_norm = self._update(sum(losses), position, rate)
         tokens = self._count_step(sum(losses), updated)
         seconds = time.perf_counter() - begin
         record: Record = {
@@ -159,7 +176,7 @@ class Trainer:
             **self.sums.record(losses, "loss"),
             **self.sums.record_domains(self.feed.domains, sums_KL, weights_KL, "loss"),
             "gradient_norm": gradient_norm,
-            "learning_rate": learning_rate,
+            "learning_rate": rate,
             "samples": state.samples,
             "tokens": state.tokens,
             "step_seconds": seconds,
@@ -171,7 +188,7 @@ class Trainer:
         self.restarts.advance(done, failed)
         return stop > 0
 
-    def _update(self, loss: float, position: int, learning_rate: float) -> tuple[bool, float]:
+    def _update(self, loss: float, position: int, rate: float) -> tuple[bool, float]:
         """Update the weights if all hooks accept that; return whether they did, and the gradient's norm. `position` is
         that of the step's first sample. Collective over the world."""
         step, engine = self.state.step, self.pipeline.engine
@@ -179,20 +196,21 @@ class Trainer:
 
         def accept(norm: float) -> bool:
             self.restarts.hold_update()
-            update = Update(step, position, loss, norm, learning_rate, engine.gradient_shards)
+            update = Update(step, position, loss, norm, rate, engine.gradient_shards)
             accepted.append(self.hooks.before_update(self, update))
             return accepted[0]
 
         self.heart.beat(step, "optimizer step")
-        gradient_norm = engine.step(learning_rate, accept)
+        gradient_norm = engine.step(rate, accept)
         if self.config.checks:
             check_invariants(engine, self.groups)
         return accepted[0], gradient_norm
 
     def _count_step(self, loss: float, updated: bool) -> int:
         """Moves the state past a step; returns its tokens."""
-        state, samples = self.state, self.batches.size(self.state.step)
+        state, samples = self.state, self.run_stage.batches.size(self.state.stage_step)
         state.step += 1
+        state.stage_step += 1
         state.updates += updated
         state.samples += samples
         state.tokens += samples * self.run_stage.sequence_length
@@ -212,8 +230,8 @@ class Trainer:
             Unstable: there is no checkpoint.
         """
         self.heart.beat(self.state.step, "load")
-        stream, rollbacks, spiked = self.feed.stream, self.state.rollbacks + 1, self.state.step
-        left_out = (*stream.left_out, (first, stream.position))
+        stream, before, spiked = self.feed.stream, self.state.run_stage, self.state.step
+        rollbacks, left_out = self.state.rollbacks + 1, (*stream.left_out, (first, stream.position))
         self.feed.close()
         restored = self.restarts.restore(self.pipeline.engine, go_back=True)
         if restored is None:
@@ -222,8 +240,9 @@ class Trainer:
             )
         self._take(restored)
         self.state.rollbacks = rollbacks
-        for interval in left_out:
-            stream.leave_out(*interval)
+        # positions count within a run stage, and the checkpoint may be of the one before
+        self.state.left_out_later += [(before, *interval) for interval in left_out]
+        self._leave_out()
         self.hooks.after_rollback(self)
 
     def _read(self) -> tuple[list[Tensors], torch.Tensor, torch.Tensor]:
@@ -272,10 +291,59 @@ class Trainer:
         }
 
     def _take(self, restored: Restored) -> None:
-        """Go on from what was loaded."""
+        """Go on from what was loaded, exactly between two run stages in the later one.
+
+        The data of the earlier one may be gone by then; only an evaluation that it lacks has to open it again.
+        """
         self.state = restored.state
-        self.feed.stream.restore(restored.sections["loader"])
         self.hooks.restore(restored.sections)
+        if self.ends_run_stage and not self.is_done and self._is_evaluated():
+            self._begin_run_stage(self.state.run_stage + 1)
+        else:
+            self._open_run_stage()
+            self.feed.stream.restore(restored.sections["loader"])
+
+    def _is_evaluated(self) -> bool:
+        """Return True if no evaluation is missing where the run stands. Collective over the world."""
+        no_data = self.run_stage.data.validation is None
+        return no_data or is_recorded(self.config.folder, self.state.step, self.groups.world)
+
+    def _begin_run_stage(self, number: int) -> None:
+        """Go over from the end of a run stage to the beginning of the next one, `number`. Collective over the world."""
+        self.state.run_stage, self.state.stage_step = number, 0
+        self._open_run_stage().rewind()
+        self._leave_out()
+        if self.run_stage.optimizer_state == "reset":
+            self.restarts.hold_update()  # a save may still copy the moments
+            self.pipeline.engine.reset_moments()
+            self.state.updates = 0
+        if number > 0:
+            _log.info("run stage %s begins at step %d", self.run_stage.name, self.state.step)
+
+    def _open_run_stage(self) -> StageRun:
+        """Open the run stage in which the run stands, if it is not open, and close another one. Collective over the
+        world."""
+        number, groups = self.state.run_stage, self.groups
+        if self.stage is not None:
+            if self.stage.number == number:
+                return self.stage
+            self.stage.close()
+        datasets = self._data.take(number)
+        self.stage = on_all(
+            lambda: StageRun(number, self.config, datasets, groups, self.device, lambda: self.signals.asked),
+            groups.world,
+            DataError,
+        )
+        self.pipeline.ports = stage_ports(self.config, self.run_stage, groups, self.pipeline.engine.dtype)
+        self.pipeline.engine.begin_run_stage(number)
+        return self.stage
+
+    def _leave_out(self) -> None:
+        """Tell the stream of the samples that this run stage has to leave out since a rollback out of it."""
+        later, number = self.state.left_out_later, self.state.run_stage
+        for _, first, end in (interval for interval in later if interval[0] == number):
+            self.feed.stream.leave_out(first, end)
+        self.state.left_out_later = [interval for interval in later if interval[0] != number]
 
     def _restore(self) -> None:
         """Go on from the newest whole checkpoint, where there is one; tell what shows that it is the same run."""
@@ -283,6 +351,8 @@ class Trainer:
         if restored is None:
             if trained := last_step(self.config.folder):
                 _log.warning("no checkpoint in %s: its metrics up to step %d are dropped", self.config.folder, trained)
+            self.state = TrainState()
+            self._begin_run_stage(0)
             _log.info("starting at step 0 in layout %s, ZeRO-%d", self.groups.layout, self.config.parallel.zero_stage)
             return
         self._take(restored)

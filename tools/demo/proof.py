@@ -56,24 +56,24 @@ def expect(folder: Path) -> Expected:
     from engine.checkpoint.folder import CHECKPOINTS, committed
     from engine.config.load import load_run
     from engine.config.save import FILE
-    from engine.data.stage import open_parts, stage_stream
+    from engine.data.stage import open_parts, run_stage_seed, stage_stream
 
     paths = committed(folder / CHECKPOINTS)
     if not paths:
         raise DemoFailed(f"{folder / CHECKPOINTS} holds no checkpoint", "at least one when the run is killed")
     sections = manifest_json.read(paths[0]).state.sections
     config = load_run(folder / FILE)
-    run_stage = config.stages[0]
+    progress = sections["progress"]
+    run_stage, seed = config.stages[progress["run_stage"]], run_stage_seed(config.seed, progress["run_stage"])
     parts = open_parts(run_stage, None, config.model.vocab_size)
-    stream = stage_stream(run_stage, parts, config.seed)
+    stream = stage_stream(run_stage, parts, seed)
     counted = stream.clone()
     stream.restore(sections["loader"])
-    for _ in range(sections["progress"]["step"]):
+    for _ in range(progress["stage_step"]):
         counted.skip()
     if counted.state() != stream.state():
-        raise DemoFailed(f"{paths[0]}: its loader state is not where {sections['progress']['step']} steps lead")
+        raise DemoFailed(f"{paths[0]}: its loader state is not where {progress['stage_step']} steps lead")
     ids = [tuple(sample) for sample in stream.next_sample_ids(3)]
-    progress = sections["progress"]
     return Expected(paths[0].name, progress["step"], progress["loss"], str(ids), stream.sample_hash(HASHED_SAMPLES))
 
 

@@ -36,8 +36,8 @@ log = logger(__name__)
 class Line:
     """What a generation has to belong to: one that is not of it is left alone, and said."""
 
-    meaning: str
-    """Hash of the configuration's keys of kind meaning."""
+    meanings: frozenset[str]
+    """Hashes of the configuration's keys of kind meaning, up to each of its run stages."""
     job: str
     """The one that used the run folder last: another one's state may be of a past that it has gone back behind."""
     least_step: int
@@ -190,10 +190,10 @@ class Recall:
 
 def _check_line(manifest: Manifest, line: Line) -> None:
     """Raises `CheckpointError` for a generation of another run, or of a start that the run has left behind."""
-    if manifest.state.config_hash != line.meaning or manifest.job != line.job:
+    if manifest.state.config_hash not in line.meanings or manifest.job != line.job:
         raise CheckpointError(
             f"it is of job {manifest.job!r} and configuration {manifest.state.config_hash}",
-            f"job {line.job!r}, which used the run folder last, and configuration {line.meaning}",
+            f"job {line.job!r}, which used the run folder last, and configuration {', '.join(sorted(line.meanings))}",
         )
     if manifest.attempt < line.least_attempt:
         raise CheckpointError(

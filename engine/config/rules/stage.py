@@ -21,6 +21,23 @@ OPTIONS = {
 """Keys of `schedule` that a shape uses, beside those that all do."""
 
 
+def check_run_stages(config: RunConfig, problems: list[PalimpsestError]) -> None:
+    """Require a name of its own of each run stage, and something before a stage that resets the optimizer."""
+    names = [run_stage.name for run_stage in config.stages]
+    problems += [
+        ConfigError(f"stages: the name {name!r} is used twice", "a different name for each stage")
+        for name in sorted({name for name in names if names.count(name) > 1})
+    ]
+    if config.stages[0].optimizer_state == "reset":
+        problems.append(
+            ConfigError(
+                "stages.0.optimizer_state = reset: no run stage comes before it",
+                "keep",
+                "leave it out, or set it later",
+            )
+        )
+
+
 def check_ramp(key: str, stage: RunStage, problems: list[PalimpsestError]) -> bool:
     """Whether each size of a batch-size ramp ends at one place, which is after the end of the one before."""
     found = len(problems)

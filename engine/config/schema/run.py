@@ -98,3 +98,12 @@ class RunConfig(Section):
     def num_steps(self) -> int:
         """Steps of all run stages together."""
         return sum(run_stage.num_steps for run_stage in self.stages)
+
+    def tokens(self, steps: int) -> int:
+        """Return the tokens, padding included, of the first `steps` steps."""
+        found = 0
+        for run_stage in self.stages:
+            within = min(steps, run_stage.num_steps)
+            found += run_stage.batches.samples(within) * run_stage.sequence_length
+            steps -= within
+        return found

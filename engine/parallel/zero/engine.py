@@ -315,10 +315,11 @@ class StageEngine:
         ]
 
     def reset_moments(self) -> None:
-        """Set all moments to zero, as before the first update."""
+        """Set the optimizer's moments to zero, as before the first update; added ones stay."""
         for piece in self.pieces():
-            for moment in piece.moments.values():
-                moment.zero_()
+            for name, moment in piece.moments.items():
+                if name not in self.added_moments:
+                    moment.zero_()
         self.set_updates(0)
 
     def set_updates(self, count: int) -> None:

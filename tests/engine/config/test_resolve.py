@@ -8,6 +8,7 @@ import pytest
 from engine.config.load import apply_override, parse_run
 from engine.config.resolve import Layout, examine, num_micro_batches, resolve
 from engine.config.rules.model import divisors
+from engine.config.schema.objective import ObjectiveConfig
 from engine.config.schema.run import RunConfig
 from engine.errors import ConfigError
 
@@ -145,14 +146,31 @@ def test_each_rule(overrides: list[str], world_size: int, wrong: str, allowed: s
     assert (layout is None) == ("does not fit" in wrong)
 
 
-def test_stages_are_told_apart_and_are_one_for_now() -> None:
-    stage = config().model_dump(mode="json")["stages"][0]
-    run = config().model_copy(update={"stages": config().stages * 2})
-    assert stage["name"] == "pretrain"
+def test_run_stages_have_names_of_their_own():
+    run = config()
+    twice = run.model_copy(update={"stages": run.stages * 2})
+    with pytest.raises(ConfigError, match="stages: the name 'pretrain' is used twice"):
+        resolve(twice, 1)
+    [stage] = run.stages
+    named = run.model_copy(update={"stages": (stage, stage.model_copy(update={"name": "more"}))})
+    assert resolve(named, 1) == Layout(1, 1, 1, 1)
+
+
+def test_the_rules_hold_for_every_run_stage():
+    """What cannot follow in the later one is told with its own key."""
+    run = config()
+    [stage] = run.stages
+    other = {"name": "more", "sequence_length": 256, "objective": ObjectiveConfig(name="masked")}
+    long = run.model_copy(update={"stages": (stage, stage.model_copy(update=other))})
     with pytest.raises(ConfigError) as caught:
-        resolve(run, 1)
-    assert "1. stages: the name 'pretrain' is used twice" in str(caught.value)
-    assert "2. stages: 2 stages" in str(caught.value)
+        resolve(long, 1)
+    assert "stages.1.sequence_length = 256 is more than model.max_positions = 128" in str(caught.value)
+    assert "stages.1.objective.name = masked with model.family = gpt" in str(caught.value)
+
+
+def test_the_first_run_stage_has_no_optimizer_state_to_reset():
+    with pytest.raises(ConfigError, match=r"stages.0.optimizer_state = reset: no run stage comes before it"):
+        resolve(config("stages.0.optimizer_state=reset"), 1)
 
 
 def test_every_problem_is_in_one_report() -> None:

@@ -97,6 +97,15 @@ class FakeEngine:
     def refresh(self) -> None:
         """Do nothing: the working weight is the master weight."""
 
+    def begin_run_stage(self, number: int) -> None:
+        """Do nothing: there are no factors of the learning rate."""
+
+    def reset_moments(self) -> None:
+        """Set the optimizer's moments to zero."""
+        for name in MOMENTS:
+            self.moments[name].zero_()
+        self.updates = 0
+
     def set_updates(self, count: int) -> None:
         """Take over the number of updates of a checkpoint."""
         self.updates = count

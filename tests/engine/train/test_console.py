@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
-from engine.config.schema.data import DataConfig
-from engine.config.schema.stage import Duration, RunStage, SmallerBatch
+from engine.config.load import parse_run
+from engine.config.schema.run import RunConfig
 from engine.train.console import Pace, Terminal, losses
 
 
@@ -15,14 +15,20 @@ class Clock:
         return self.seconds
 
 
-def stage(steps: int, **changes: Any) -> RunStage:
-    sizes: dict[str, Any] = {"global_batch_size": 4} | changes
-    return RunStage(
-        data=DataConfig(train="data"),
-        sequence_length=8,
-        duration=Duration(steps=steps),
-        **sizes,
-    )
+def stage(steps: int, **changes: Any) -> dict[str, Any]:
+    sizes = {"sequence_length": 8, "global_batch_size": 4} | changes
+    return {"data": {"train": "data"}, "duration": {"steps": steps}, **sizes}
+
+
+def run(*stages: dict[str, Any], every_steps: int = 1) -> RunConfig:
+    tree = {
+        "folder": "run",
+        "tokenizer": "tokenizer",
+        "model": {"vocab_size": 64, "num_layers": 1, "hidden_size": 8, "num_heads": 1, "max_positions": 64},
+        "stages": [{"name": name} | each for name, each in zip("abc", stages, strict=False)],
+        "logging": {"every_steps": every_steps},
+    }
+    return parse_run(tree, "test")
 
 
 def record(step: int, loss: float = 1.0, seconds: float = 2.0) -> dict[str, float | int]:
@@ -38,7 +44,7 @@ def record(step: int, loss: float = 1.0, seconds: float = 2.0) -> dict[str, floa
 
 def test_terminal_shows_what_was_asked_for(capsys):
     clock = Clock()
-    terminal = Terminal(every_steps=2, run_stage=stage(5), clock=clock)
+    terminal = Terminal(run(stage(5), every_steps=2), clock)
     for step in range(1, 6):
         clock.seconds += 2.0
         terminal.write(record(step))
@@ -52,7 +58,7 @@ def test_terminal_shows_what_was_asked_for(capsys):
 
 
 def test_terminal_tells_of_every_skipped_step_and_of_rollbacks(capsys):
-    terminal = Terminal(every_steps=100, run_stage=stage(500))
+    terminal = Terminal(run(stage(500), every_steps=100))
     skipped = record(7) | {"skipped": 1}
     del skipped["gradient_norm"]
     terminal.write(skipped)
@@ -78,7 +84,7 @@ def test_a_loss_that_is_no_number_is_shown_as_that():
 
 def test_time_left_counts_evaluations_and_checkpoints():
     """Steps of 1 s, and 30 s beside after every 60: a quarter of the time, half as much again as the steps take."""
-    clock, pace = Clock(), Pace(stage(100_000))
+    clock, pace = Clock(), Pace(run(stage(100_000)))
     pace._clock = clock
     for step in range(1, 6001):
         clock.seconds += 1.0
@@ -89,7 +95,7 @@ def test_time_left_counts_evaluations_and_checkpoints():
 
 
 def test_a_slow_step_moves_the_estimate_little_and_the_first_one_not_at_all():
-    clock, pace = Clock(), Pace(stage(1000))
+    clock, pace = Clock(), Pace(run(stage(1000)))
     pace._clock = clock
     for step, seconds in enumerate([300.0] + [1.0] * 99, start=1):
         clock.seconds += seconds
@@ -102,10 +108,23 @@ def test_a_slow_step_moves_the_estimate_little_and_the_first_one_not_at_all():
 
 def test_time_left_follows_a_ramp():
     """Steps of 2 samples take 2 s; those of 8 to come take 8 s."""
-    run_stage = stage(20, global_batch_size=8, batch_ramp=(SmallerBatch(size=2, until_step=10),))
-    clock, pace = Clock(), Pace(run_stage)
+    ramped = stage(20, global_batch_size=8, batch_ramp=[{"size": 2, "until_step": 10}])
+    clock, pace = Clock(), Pace(run(ramped))
     pace._clock = clock
     for step in range(1, 6):
         clock.seconds += 2.0
         pace.count(step, 2.0)
     assert pace.seconds_left(5) == pytest.approx(5 * 2 + 10 * 8)
+
+
+def test_time_left_and_steps_are_those_of_all_run_stages(capsys):
+    """Ten steps of 4 x 8 tokens at 2 s, then five of 8 x 16 tokens, each four times as long."""
+    config = run(stage(10), stage(5, sequence_length=16, global_batch_size=8))
+    clock, pace = Clock(), Pace(config)
+    pace._clock = clock
+    for step in range(1, 6):
+        clock.seconds += 2.0
+        pace.count(step, 2.0)
+    assert pace.seconds_left(5) == pytest.approx(5 * 2 + 5 * 8)
+    Terminal(config).write(record(11))
+    assert capsys.readouterr().out.startswith("step     11/15  ")

@@ -31,7 +31,7 @@ def make_feed(folder: Path, layout: Layout, global_rank: int, device: torch.devi
     config = parse_run(tree, "test")
     [stage] = config.stages
     groups = fake_groups(layout, global_rank)
-    feed = Feed([WeightedDataset(dataset)], None, config, stage, groups, device)
+    feed = Feed([WeightedDataset(dataset)], None, config, 0, groups, device)
     return feed, Loader(stage_stream(stage, [WeightedDataset(dataset)], config.seed))
 
 

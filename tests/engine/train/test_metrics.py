@@ -13,7 +13,7 @@ from engine.train.console import Terminal
 from engine.train.metrics import METRICS, JsonLines, Metrics, TensorBoard, read_metrics
 from engine.train.plot import PLOT
 from tests.distributed.runs import run_config, run_tree
-from tests.engine.train.test_console import stage
+from tests.engine.train.test_console import run, stage
 
 
 def record(step: int, loss: float = 1.0) -> dict[str, float | int]:
@@ -67,7 +67,7 @@ def test_records_that_cannot_be_written_are_dropped_and_said_once(tmp_path, capl
 
 def test_a_sink_that_fails_keeps_nothing_from_the_others(tmp_path, caplog, monkeypatch):
     logging.getLogger("palimpsest").propagate = True
-    terminal, lines = Terminal(1, stage(2)), JsonLines(tmp_path, resumed_at=0)
+    terminal, lines = Terminal(run(stage(2))), JsonLines(tmp_path, resumed_at=0)
     sink = Metrics([terminal, lines])
     full = Path("/dev/full").open("w")  # noqa: SIM115  what it could not write is written once more as it is closed
     monkeypatch.setattr(sys, "stdout", full)

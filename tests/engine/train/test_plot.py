@@ -100,7 +100,7 @@ class Drawn:
         self.go.set()
         monkeypatch.setattr(plot, "draw", self)
 
-    def __call__(self, folder, source, name) -> None:
+    def __call__(self, folder, source, name, borders) -> None:
         self.count += 1
         self.begun.set()
         assert self.go.wait(60)

@@ -23,7 +23,7 @@ from engine.parallel.groups import Group
 from tests.engine.checkpoint.threads import ThreadedRanks
 from tests.engine.checkpoint.worlds import World, layout_of, random_state, small_model, some_state
 
-LINE = Line(some_state().config_hash, "job", 0, 0)
+LINE = Line(frozenset({some_state().config_hash}), "job", 0, 0)
 
 
 @pytest.fixture
@@ -208,7 +208,7 @@ def test_a_damaged_manifest_is_as_good_as_none(base, ranks, said):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"meaning": "another"}, "and configuration another"),
+        ({"meanings": frozenset({"another"})}, "and configuration another"),
         ({"job": "another"}, "job 'another'"),
         ({"least_attempt": 1}, "attempt 1 has saved to the disk since"),
     ],

@@ -1,0 +1,97 @@
+"""A run stage while it is trained: its data sets, stream and feed, opened at its beginning and closed at its end.
+
+The model is built once for all run stages. The data of those that are to come is opened when the run starts, so that
+what is wrong with it is told then and not weeks later; the data of completed run stages may be gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from engine.config.schema.run import RunConfig
+from engine.data.source import WeightedDataset
+from engine.data.stage import open_parts, open_validation, run_stage_seed, stage_stream
+from engine.data.tokenizer.folder import tokenizer_hash
+from engine.data.validation import ValidationSet
+from engine.errors import DataError
+from engine.parallel.agreement import on_all
+from engine.parallel.groups import Groups
+from engine.parallel.meeting import agree_over
+from engine.train.facts import facts_of_data
+from engine.train.feed import Feed
+
+
+class Datasets(NamedTuple):
+    """Opened data of a run stage, checked against the run's tokenizer."""
+
+    training: list[WeightedDataset]
+    validation: list[ValidationSet] | None
+
+
+class RunData:
+    """The data of a run's stages, opened when it is needed. Methods are collective over the world."""
+
+    def __init__(self, config: RunConfig, groups: Groups) -> None:
+        self._config, self._groups = config, groups
+        self._opened: dict[int, Datasets] = {}
+
+    def open(self, numbers: Sequence[int]) -> None:
+        """Open the data of run stages, and end where it does not serve them or is not the same on all ranks.
+
+        Raises:
+            DataError: missing, damaged, written with another tokenizer, or too short, on every rank.
+            Disagreement: ranks have different data.
+        """
+        world = self._groups.world
+        opened = on_all(lambda: {number: self._open(number) for number in numbers}, world, DataError)
+        facts = on_all(lambda: self._facts(opened), world, DataError)
+        agree_over(world, facts)
+        self._opened |= opened
+
+    def take(self, number: int) -> Datasets:
+        """Return the data of a run stage, which nobody takes a second time."""
+        if number not in self._opened:
+            self.open([number])
+        return self._opened.pop(number)
+
+    def _open(self, number: int) -> Datasets:
+        config, run_stage = self._config, self._config.stages[number]
+        checked = (tokenizer_hash(config.tokenizer), config.model.vocab_size)
+        found = Datasets(open_parts(run_stage, *checked), open_validation(run_stage, *checked))
+        stage_stream(run_stage, found.training, run_stage_seed(config.seed, number))  # long enough, and not empty
+        return found
+
+    def _facts(self, opened: dict[int, Datasets]) -> dict[str, object]:
+        facts: dict[str, object] = {"tokenizer": tokenizer_hash(self._config.tokenizer)}
+        for number, datasets in opened.items():
+            where = f"run stage {self._config.stages[number].name}: " if len(self._config.stages) > 1 else ""
+            facts |= {where + name: fact for name, fact in facts_of_data(*datasets).items()}
+        return facts
+
+
+class StageRun:
+    """One run stage of a run. Close it to end the thread that reads its data."""
+
+    def __init__(
+        self,
+        number: int,
+        config: RunConfig,
+        datasets: Datasets,
+        groups: Groups,
+        device: torch.device,
+        stop_requested: Callable[[], bool],
+    ) -> None:
+        self.number, self.run_stage = number, config.stages[number]
+        self.feed = Feed(*datasets, config, number, groups, device, stop_requested)
+        self._beginning = self.feed.stream.state()
+
+    def rewind(self) -> None:
+        """Put the stream at its beginning; call while nothing is read."""
+        self.feed.stream.restore(self._beginning)
+
+    def close(self) -> None:
+        """End the reading thread; safe to call twice."""
+        self.feed.close()

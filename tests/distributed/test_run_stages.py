@@ -1,0 +1,162 @@
+"""Runs of two stages are the same run in every layout, killed in either stage and between them, too.
+
+The second stage has rows of another length, another batch and a schedule of its own. The reference is the run in one
+process. Layouts differ by rounding alone, which over six steps of these models leaves a loss within 2e-6, as derived in
+`test_parity`; the tests of the loop itself, which need no ranks, are tests/engine/train/test_run_stages.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.errors import EXIT_DONE
+from engine.train.metrics import read_metrics
+from tests.distributed.cases import MODELS
+from tests.distributed.pairs import OBJECTIVES, VOCAB
+from tests.distributed.ranks import RankFailed, run_ranks
+from tests.distributed.runs import LENGTH, run_tree, train_rank, write_corpus, write_sentences
+
+BORDER, LAST = 3, 6
+matrix = pytest.mark.matrix
+SECOND: dict[str, dict[str, Any]] = {
+    "gpt2-dropout": {"learning_rate_factors": {"layers.0.*": 0.5, "*.bias": 2.0}},
+    "bert": {"data": {"attention": "row"}},
+    "t5": {"optimizer_state": "reset"},
+}
+"""By model, what the second stage has beside its length and its batch."""
+LAYOUTS = (
+    ("gpt2-dropout", {"zero_stage": 3, "pipe": 2, "data": 2}),
+    pytest.param("gpt2-dropout", {"zero_stage": 1, "tensor": 2, "data": 2}, marks=matrix),
+    ("bert", {"zero_stage": 1, "pipe": 2}),
+    pytest.param("bert", {"zero_stage": 2, "data": 2, "micro_batch_size": 1}, marks=matrix),
+    ("t5", {"zero_stage": 3, "tensor": 2}),
+    pytest.param("t5", {"zero_stage": 2, "pipe": 2, "data": 2}, marks=matrix),
+)
+WORLDS = (
+    {"zero_stage": 1, "data": 2},
+    {"zero_stage": 3, "pipe": 2},
+    {"zero_stage": 2, "tensor": 2},
+    {"zero_stage": 0},
+)
+"""Layouts in turn, between them a kill: in the first stage, between the two, and in the second stage."""
+KILLS = (1, BORDER, 4)
+"""Steps (from 0) in which a rank is killed."""
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder per family."""
+    folder = tmp_path_factory.mktemp("corpora")
+    (folder / "gpt").mkdir()
+    write_corpus(folder / "gpt")
+    write_sentences(folder / "bert", "wordpiece", VOCAB["bert"], "masked")
+    write_sentences(folder / "t5", "bpe", VOCAB["t5"], "span_corruption")
+    return folder
+
+
+def two_stages(corpora: Path, folder: Path, model: str, parallel: dict[str, Any]) -> dict[str, Any]:
+    shape = MODELS[model] | {"max_positions": LENGTH, "num_layers": 4}
+    family = shape.get("family", "gpt")
+    tree = run_tree(
+        corpora / family,
+        folder,
+        model=shape | {"vocab_size": VOCAB[family]},
+        parallel=parallel,
+        optimizer={"learning_rate": 2e-3, "epsilon": 1e-5},
+        evaluation={"every_steps": None},
+        checkpoint={"every_steps": 1},
+    )
+    [stage] = tree["stages"]
+    stage |= {"objective": OBJECTIVES[family], "duration": {"steps": BORDER}}
+    other = SECOND[model]
+    second = stage | other | {"data": stage["data"] | other.get("data", {}), "name": "second"}
+    second |= {"sequence_length": 3 * LENGTH // 4, "global_batch_size": 4}
+    second |= {"schedule": {"shape": "constant", "learning_rate": 1e-3}}
+    return tree | {"stages": [stage | {"name": "first"}, second]}
+
+
+def world_size(parallel: dict[str, Any]) -> int:
+    return parallel.get("pipe", 1) * parallel.get("tensor", 1) * parallel.get("data", 1)
+
+
+def values(folder: Path, key: str) -> dict[int, float]:
+    return {record["step"]: record[key] for record in read_metrics(folder) if key in record}
+
+
+@pytest.fixture(scope="module")
+def alone(corpora, tmp_path_factory):
+    """The run of a model in one process, made once; and its samples by step."""
+    made: dict[str, Path] = {}
+
+    def run(model: str) -> Path:
+        if model not in made:
+            folder = tmp_path_factory.mktemp(model) / "run"
+            prepare = partial(watch, log=folder.parent / "samples", kills=None)
+            (rank,) = run_ranks(1, train_rank, two_stages(corpora, folder, model, {}), prepare)
+            assert (rank["code"], rank["state"].run_stage) == (EXIT_DONE, 1)
+            made[model] = folder
+        return made[model]
+
+    return run
+
+
+@pytest.mark.parametrize(("model", "parallel"), LAYOUTS)
+def test_two_stages_are_the_run_of_one_process(corpora, alone, tmp_path, model, parallel):
+    tree = two_stages(corpora, tmp_path / "run", model, parallel)
+    ranks = run_ranks(world_size(parallel), train_rank, tree)
+    assert {rank["code"] for rank in ranks} == {EXIT_DONE}
+    check_equal(tmp_path / "run", alone(model))
+
+
+def check_equal(folder: Path, expected: Path) -> None:
+    assert [*values(folder, "loss")] == list(range(1, LAST + 1))
+    assert [*values(folder, "validation_loss")] == [BORDER, LAST]
+    for key in ("loss", "validation_loss"):
+        assert values(folder, key) == pytest.approx(values(expected, key), rel=0, abs=2e-6), key
+    for key in ("samples", "tokens", "learning_rate", "run_stage"):
+        assert values(folder, key) == values(expected, key), key
+
+
+def watch(trainer: Any, log: Path, kills: int | None) -> None:
+    """Note the samples of each step in `log`, on rank 0, and kill the last rank in step `kills`."""
+    step, groups = trainer._step, trainer.groups
+
+    def watched() -> bool:
+        stream, number = trainer.feed.stream, trainer.state.step
+        ids = stream.next_sample_ids(stream.batch_size)
+        if number == kills and groups.global_rank == groups.world.size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        stop = step()
+        if groups.global_rank == 0:
+            with log.open("a") as file:
+                file.write(json.dumps([number, ids]) + "\n")
+        return stop
+
+    trainer._step = watched
+
+
+def samples_by_step(log: Path) -> dict[int, Any]:
+    return dict(json.loads(line) for line in log.read_text().splitlines())
+
+
+def test_kills_in_both_stages_and_between_them_in_changing_layouts(corpora, alone, tmp_path):
+    model, folder, log = "gpt2-dropout", tmp_path / "run", tmp_path / "samples"
+    for parallel, kills in zip(WORLDS, (*KILLS, None), strict=True):
+        tree = two_stages(corpora, folder, model, parallel) | {"checks": False}
+        tree["checkpoint"] |= {"asynchronous": False}  # what a step saved is there when the next one is killed
+        prepare = partial(watch, log=log, kills=kills)
+        if kills is None:
+            ranks = run_ranks(world_size(parallel), train_rank, tree, prepare)
+            assert {rank["started_at"] for rank in ranks} == {KILLS[-1]}
+        else:
+            with pytest.raises(RankFailed):
+                run_ranks(world_size(parallel), train_rank, tree, prepare)
+    check_equal(folder, alone(model))
+    assert samples_by_step(log) == samples_by_step(alone(model).parent / "samples")
