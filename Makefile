@@ -18,11 +18,16 @@ BENCH := .venv/.installed-$(KEY)-bench
 OLD := .cache/readers/4.57
 READER := .cache/readers/.installed-$(shell (echo '$(KEY)'; cat tests/readers/environment.sh) | sha256sum | cut -c 1-16)
 
-.PHONY: help demo test test-all test-readers bench check clean distclean
+# As many tests side by side as there are cores; those that start processes one at a time (tests/conftest.py).
+# One thread for each: sums of tiny tensors gain nothing from more, and threads that spin slow the other tests down.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n logical --maxprocesses 8 --dist loadgroup
+
+.PHONY: help demo fast test test-all test-readers bench check clean distclean
 
 help:
 	@echo 'make demo       set up, then train a small GPT on real text, kill it, resume it elsewhere, let it talk'
 	@echo 'make test       set up, then lint, types and the tests'
+	@echo 'make fast       the tests that start no process'
 	@echo 'make test-all   the same with the long matrices (PART=2/4: the second of four parts of them)'
 	@echo 'make bench      set up what benchmarks need beside (python -m bench.step, ...)'
 	@echo 'make test-readers  what convert writes, read by the oldest transformers that is supported and by the newest'
@@ -33,11 +38,14 @@ demo: $(RUNTIME)
 
 test: check
 	@echo '== pytest'
-	@.venv/bin/python -m pytest -q -m 'not matrix'
+	@$(PYTEST) -m 'not matrix'
+
+fast: $(DEVELOPMENT)
+	@$(PYTEST) -m 'not matrix and not ranks'
 
 test-all: check
 	@echo '== pytest, long matrices included'
-	@.venv/bin/python -m pytest -q
+	@$(PYTEST)
 
 test-readers: export HF_HUB_OFFLINE := 1
 test-readers: export OMP_NUM_THREADS := 1

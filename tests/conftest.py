@@ -1,4 +1,8 @@
-"""What concerns a whole run of the tests: how long the matrices may be, a part of them only, and the parity table."""
+"""A whole run of the tests: which of them start processes, how long the matrices may be, and the parity table.
+
+Tests side by side (pytest-xdist, `--dist loadgroup`): a file's tests stay on one worker, in order, so that what they
+share is made once; all tests that start processes are one group: one of them runs at a time, beside the pure ones.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,15 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 from engine.logs import ROOT
 
 FOLDER = Path(__file__).parents[1] / "build"
+TABLE = pytest.StashKey[Path]()
 LARGEST_MATRIX = 150
 """Long cases of what a layout computes and costs; the files below hold the long ones of checkpoints, kills and loss."""
 ELSEWHERE = (
@@ -23,6 +30,12 @@ ELSEWHERE = (
     "tests/distributed/test_resharding.py",
     "tests/distributed/test_universal.py",
 )
+
+
+STARTS_PROCESSES = ("tests/bench/", "tests/chaos/", "tests/distributed/")
+"""Folders whose every test is marked `ranks`; others are by what their module imports."""
+SERVERS = ("subprocess", "multiprocessing", "tests.distributed.ranks", "tests.engine.data.rank")
+"""Modules from which a test that starts processes imports something."""
 
 
 def part() -> tuple[int, int]:
@@ -47,6 +60,26 @@ def check_matrix(items: list[pytest.Item]) -> None:
             f"{len(long)} cases are marked `matrix`; allowed: {LARGEST_MATRIX}; drop those that the covering in "
             "tests/distributed/covering.py has"
         )
+
+
+def starts_processes(item: pytest.Item) -> bool:
+    """Return True if a test's folder or its module's imports say that it starts processes."""
+    if item.nodeid.startswith(STARTS_PROCESSES):
+        return True
+    values = vars(getattr(item, "module", None) or item).values()
+    sources = {
+        value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", "") for value in values
+    }
+    return not sources.isdisjoint(SERVERS)
+
+
+def put_in_groups(items: list[pytest.Item]) -> None:
+    """Mark the tests that start processes as `ranks`, and say which tests have to run on one worker."""
+    for item in items:
+        ranks = starts_processes(item)
+        if ranks:
+            item.add_marker(pytest.mark.ranks)
+        item.add_marker(pytest.mark.xdist_group("ranks" if ranks else item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +117,7 @@ def heard_hangup() -> Iterator[None]:
 @pytest.hookimpl(tryfirst=True)  # before `-m` deselects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     check_matrix(items)
+    put_in_groups(items)
     number, parts = part()
     kept, dropped, long = [], [], 0
     for item in items:
@@ -97,7 +131,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the parity table, in the process that ran its cases."""
     table = sys.modules.get("tests.distributed.table")
     if table is None or not table.ROWS:
         return
@@ -105,4 +140,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     path = FOLDER / ("parity.md" if parts == 1 else f"parity-{number}-of-{parts}.md")
     path.parent.mkdir(exist_ok=True)
     path.write_text(table.markdown(table.ROWS), encoding="utf-8")
-    terminalreporter.write_line(f"parity table: {path}")
+    session.config.stash[TABLE] = path
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist
+        session.config.workeroutput["parity table"] = str(path)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a worker wrote."""
+    if path := getattr(node, "workeroutput", {}).get("parity table"):
+        node.config.stash[TABLE] = Path(path)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if path := config.stash.get(TABLE, None):
+        terminalreporter.write_line(f"parity table: {path}")

@@ -1,14 +1,13 @@
 """Who may import whom: downwards only, by the table of rooms; read from the source, so lazy imports count, too."""
 
 import ast
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.readme import REPOSITORY, named, table
+from tests.sources import dotted, sources
 
 ROWS: list[set[str]] = [
     {"cli"},
@@ -62,26 +61,6 @@ LOWEST = (
     "engine/outcome.py",
     "engine/heartbeat.py",
 )
-WITHOUT_TORCH = (
-    "engine/plan/",
-    "engine/config/",
-    "launcher/",
-    "engine/cli.py",
-    "engine/run_folder.py",
-    "engine/atomic.py",
-    "engine/redact.py",
-    "engine/outcome.py",
-    "engine/errors.py",
-    "engine/logs.py",
-    "engine/output.py",
-    "engine/heartbeat.py",
-)
-WITHOUT_TORCH_TOOLS = ("tools/plan.py", "tools/plan_tables.py", "tools/launch.py", "tools/train.py")
-
-
-def sources() -> list[str]:
-    paths = [path for top in ("engine", "launcher", "tools") for path in (REPOSITORY / top).rglob("*.py")]
-    return sorted(str(path.relative_to(REPOSITORY)) for path in paths)
 
 
 def room(module: str) -> str | None:
@@ -103,10 +82,6 @@ def imports(source: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{source}: imports are absolute"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def dotted(source: str) -> str:
-    return source.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
 
 
 @pytest.mark.parametrize("source", sources())
@@ -168,19 +143,6 @@ def test_torch_distributed_has_two_doors(source: str) -> None:
     for node in ast.walk(ast.parse((REPOSITORY / source).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and ast.unparse(node).startswith(("torch.distributed", "deepspeed.comm")):
             raise AssertionError(f"{source}:{node.lineno} uses {ast.unparse(node)}")
-
-
-def test_what_a_login_node_runs_imports_no_torch() -> None:
-    """In a fresh interpreter: importing all of it leaves torch and other heavy packages out."""
-    modules = [dotted(source) for source in sources() if source.startswith(WITHOUT_TORCH)]
-    modules += [dotted(source) for source in WITHOUT_TORCH_TOOLS]
-    heavy = ("torch", "deepspeed", "transformers", "datasets", "pandas", "pyarrow", "matplotlib", "numpy")
-    script = (
-        f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\n"
-        f"print([name for name in {heavy!r} if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 def test_the_test_itself_sees_what_it_looks_for() -> None:

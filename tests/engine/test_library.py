@@ -18,7 +18,7 @@ from engine.models.families import family
 from engine.models.initial import initial_value
 from engine.serve.export import TEXT
 from tests.engine.serve.runs import run_config, save
-from tests.test_rooms import REPOSITORY
+from tests.readme import REPOSITORY
 
 PAGE = (REPOSITORY / "docs" / "library.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

@@ -6,7 +6,7 @@ from pathlib import Path
 from engine.config import save
 from engine.config.load import load_run
 from engine.train.records import METRICS
-from tests.test_rooms import REPOSITORY
+from tests.readme import REPOSITORY
 
 
 def make_run(folder: Path, num_steps: int = 6, *changes: str, losses: dict[int, float] | None = None) -> Path:

@@ -13,7 +13,7 @@ from engine.config import save
 from engine.outcome import Outcome
 from engine.run_folder import FILE, RunFolder, Start
 from engine.train.records import METRICS
-from tests.test_rooms import REPOSITORY
+from tests.readme import REPOSITORY
 from tests.tools.run_folders import make_run
 
 USER = """
