@@ -39,6 +39,8 @@ class Command:
 
 
 COMMANDS = {
+    "init": Command("tools.init:main", "Write a first run file, by options or questions.", "nothing was written"),
+    "schema": Command("tools.schema:main", "Print the JSON schema of run files, for editors."),
     "tokenizer": Command("tools.tokenizer:main", "Train a tokenizer on text.", "no tokenizer was written"),
     "prepare": Command("tools.prepare:main", "Write text as token shards.", "the same command goes on from here"),
     "inspect-data": Command("tools.inspect_data:main", "Show counts and decoded samples of token shards."),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config.schema.run import RunConfig
-from engine.config.schema.section import Kind, Section
+from engine.config.schema.section import KeyKind, Section
 from engine.errors import ConfigError
 
 
@@ -22,7 +22,7 @@ class Change:
     """One key that differs between the saved and the new configuration."""
 
     key: str
-    kind: Kind
+    kind: KeyKind
     before: Any
     after: Any
 
@@ -30,12 +30,12 @@ class Change:
         return f"{self.key}: {self.before!r} -> {self.after!r}"
 
 
-def flatten(section: Section, prefix: str = "") -> dict[str, tuple[Kind, Any]]:
+def flatten(section: Section, prefix: str = "") -> dict[str, tuple[KeyKind, Any]]:
     """Every leaf of a configuration as dotted key -> (kind, JSON value).
 
     A key's kind is its section's, unless the section gives it another one.
     """
-    leaves: dict[str, tuple[Kind, Any]] = {}
+    leaves: dict[str, tuple[KeyKind, Any]] = {}
     dumped = section.model_dump(mode="json")
     for name in type(section).model_fields:
         value = getattr(section, name)
@@ -71,7 +71,7 @@ def compare(before: RunConfig, after: RunConfig, run_stage: int | None = None) -
     None compares all run stages.
     """
     old, new = flatten(before), flatten(after)
-    absent: tuple[Kind, Any] = ("meaning", None)
+    absent: tuple[KeyKind, Any] = ("meaning", None)
     changes = []
     for key in sorted(old.keys() | new.keys()):
         (kind, was), (kind_after, is_now) = old.get(key, absent), new.get(key, absent)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag, TypeAdapter, model_validator
 
-from engine.config.schema.section import Kind, Section
+from engine.config.schema.section import KeyKind, Section
 
 FamilyName = Literal["gpt", "bert", "t5"]
 Activation = Literal["gelu_tanh", "gelu", "relu", "swiglu", "geglu", "geglu_tanh"]
@@ -30,7 +30,7 @@ class ModelConfig(Section):
     overrides.
     """
 
-    kinds: ClassVar[dict[str, Kind]] = {"vocab_multiple": "execution"}
+    kinds: ClassVar[dict[str, KeyKind]] = {"vocab_multiple": "execution"}
     told_apart_by: ClassVar[str] = "family"
 
     family: FamilyName

@@ -15,54 +15,65 @@ from engine.config.schema.checkpoint import CheckpointConfig
 from engine.config.schema.model import AnyModelConfig
 from engine.config.schema.optimizer import OptimizerConfig, PrecisionConfig, StabilityConfig
 from engine.config.schema.parallel import ElasticConfig, ParallelConfig
-from engine.config.schema.section import Kind, Section
+from engine.config.schema.section import KeyKind, Section
 from engine.config.schema.stage import RunStage
 
 
 class LaunchConfig(Section):
-    """How `palimpsest launch` watches over the ranks: when it takes one for hung, and how often it restarts them."""
+    """Supervision by `palimpsest launch`: when it takes a rank for hung, and how often it restarts the ranks."""
 
-    kind: ClassVar[Kind] = "execution"
+    kind: ClassVar[KeyKind] = "execution"
 
     restarts: NonNegativeInt = 0
-    """Restarts after a failure; one more failure ends the launch."""
+    """Number of restarts after a failure; one more failure ends the launch."""
     step_limit_seconds: PositiveFloat = 300.0
-    """A rank that gives no sign of life for so long within a step or a part of an evaluation hangs, or ..."""
+    """Seconds without a sign of life, within a step or a part of an evaluation, after which a rank counts as hung,
+    unless `step_limit_factor` allows more."""
     step_limit_factor: PositiveFloat = 20.0
-    """... for so many times the usual step, whichever is longer."""
+    """Multiple of the usual step's time after which a rank counts as hung, where that is longer than
+    `step_limit_seconds`."""
     start_limit_seconds: PositiveFloat = 1800.0
-    """The same while a run starts or loads, and in its first steps."""
+    """Seconds without a sign of life after which a rank counts as hung while a run starts or loads, and in its first
+    steps."""
     save_limit_seconds: PositiveFloat = 1800.0
-    """The same while a checkpoint is saved, and at the end."""
+    """Seconds without a sign of life after which a rank counts as hung while a checkpoint is saved, and at the end."""
     collective_limit_seconds: float = Field(default=3600.0, gt=0, le=1e8)
-    """How long a rank waits for the others, when they meet and in a collective. Longer than `start_limit_seconds` and
-    `save_limit_seconds`: what one rank is allowed, the others must wait for."""
+    """Seconds that a rank waits for the others, when they meet and in a collective. Longer than `start_limit_seconds`
+    and `save_limit_seconds`: what one rank is allowed, the others must wait for."""
 
 
 class EvaluationConfig(Section):
-    kind: ClassVar[Kind] = "execution"
+    """Evaluation on held-out data during training."""
+
+    kind: ClassVar[KeyKind] = "execution"
 
     every_steps: PositiveInt | None = None
-    """Held-out loss after every so many steps, and at the end; None means at the end only."""
+    """Number of steps from one evaluation to the next; there is one at the end, too. None means at the end only."""
     max_samples: PositiveInt | None = None
-    """Held-out samples used of each held-out data set; None means all."""
+    """Number of samples used of each validation set. None means all."""
 
 
 class LoggingConfig(Section):
-    kind: ClassVar[Kind] = "execution"
+    """Metrics: how often they are written, and where to."""
+
+    kind: ClassVar[KeyKind] = "execution"
 
     every_steps: PositiveInt = 1
+    """Number of steps from one line of metrics to the next."""
     tensorboard: bool = True
+    """TensorBoard event files in the run folder."""
     wandb: Literal["off", "offline", "online"] = "offline"
+    """Weights & Biases: no run there, one in files that can be sent later, or one that is sent at once."""
     wandb_project: str = "palimpsest"
+    """Name of the project in Weights & Biases."""
     plot: bool = True
-    """Draw the loss curve to `loss.png` in the run folder, now and then while the run goes on and at the end."""
+    """Plot of the loss curve, `loss.png` in the run folder, drawn now and then while the run goes on and at the end."""
 
 
 class RunConfig(Section):
     """Everything that `palimpsest train` needs to know; saved, resolved, in the run folder."""
 
-    kinds: ClassVar[dict[str, Kind]] = {
+    kinds: ClassVar[dict[str, KeyKind]] = {
         "name": "execution",
         "folder": "execution",
         "tokenizer": "execution",
@@ -71,28 +82,40 @@ class RunConfig(Section):
     }
 
     name: str = "run"
+    """Name of the run, in metrics and messages."""
     folder: Path
     """Run folder: checkpoints, metrics, logs, outcome. Training again with the same folder resumes."""
     seed: NonNegativeInt = 0
+    """Seed of everything that is random: initial weights, order of the samples, masks, dropout."""
     model: AnyModelConfig
+    """Model: its family, its sizes and the form of its parts."""
     tokenizer: Path
     """Folder of the tokenizer that the shards were written with."""
     stages: tuple[RunStage, ...] = Field(min_length=1)
     """Run stages, one after the other. Later ones may be appended to a run that has begun."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer and its settings."""
     precision: PrecisionConfig = PrecisionConfig()
+    """Number formats."""
     stability: StabilityConfig = StabilityConfig()
+    """Reaction to steps that go wrong."""
     parallel: ParallelConfig = ParallelConfig()
+    """Layout: how the ranks share the work."""
     elastic: ElasticConfig = ElasticConfig()
+    """Changes that follow a change of the number of ranks."""
     launch: LaunchConfig = LaunchConfig()
+    """Supervision by `palimpsest launch`."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """Evaluation on held-out data."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints: when they are saved, and which of them stay."""
     logging: LoggingConfig = LoggingConfig()
+    """Metrics and where they go."""
     checks: bool = False
-    """Hold the invariants of parallel training after every step: equal copies are equal, gradients are cleared."""
+    """Checks of the invariants of parallel training after every step: equal copies are equal, gradients are cleared."""
     export: Literal["huggingface", "none"] = "huggingface"
-    """Where the trained model is meant to go. `plan` and `train` warn where it has no twin there; `none` silences it.
-    """
+    """Library that the trained model is meant for. `plan` and `train` warn where it has no twin of the model; `none`
+    silences them."""
 
     @property
     def num_steps(self) -> int:

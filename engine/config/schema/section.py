@@ -1,4 +1,4 @@
-"""What every section of a configuration is: plain frozen values, and a kind per key.
+"""Base of the sections of a configuration: plain frozen values, and a kind per key.
 
 A kind says what a change of the key means on resume (contract "Config on resume"): `meaning` (a change makes another
 run), `schedule` (may change, is logged) or `execution` (free: layout, launcher, logging).
@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Kind = Literal["meaning", "schedule", "execution"]
+KeyKind = Literal["meaning", "schedule", "execution"]
 
 
 class Section(BaseModel):
@@ -20,9 +20,9 @@ class Section(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
 
-    kind: ClassVar[Kind] = "meaning"
-    """What a change of this section's keys means on resume."""
-    kinds: ClassVar[dict[str, Kind]] = {}
-    """Keys of this section whose kind is another one."""
+    kind: ClassVar[KeyKind] = "meaning"
+    """Kind of this section's keys."""
+    kinds: ClassVar[dict[str, KeyKind]] = {}
+    """Kinds of those keys of this section that have another one."""
     told_apart_by: ClassVar[str] = ""
     """Key that tells this section from others that may stand in its place; empty where there are none."""

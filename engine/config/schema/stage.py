@@ -10,16 +10,18 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from engine.config.ramp import Ramp, make_ramp
 from engine.config.schema.data import DataConfig
 from engine.config.schema.objective import ObjectiveConfig
-from engine.config.schema.section import Kind, Section
+from engine.config.schema.section import KeyKind, Section
 
 
 class Duration(Section):
-    """How long a run stage lasts: steps or tokens, not both."""
+    """Length of a run stage, in steps or in tokens, not both."""
 
-    kind: ClassVar[Kind] = "schedule"
+    kind: ClassVar[KeyKind] = "schedule"
 
     steps: PositiveInt | None = None
+    """Number of optimizer steps. None means that `tokens` says how long the run stage is."""
     tokens: PositiveInt | None = None
+    """Number of tokens, rounded up to whole steps. None means that `steps` says how long the run stage is."""
 
 
 class ScheduleConfig(Section):
@@ -28,22 +30,23 @@ class ScheduleConfig(Section):
     Every shape begins with a linear warm-up; a key that a shape does not use keeps its default.
     """
 
-    kind: ClassVar[Kind] = "schedule"
+    kind: ClassVar[KeyKind] = "schedule"
 
     learning_rate: PositiveFloat | None = None
     """Peak learning rate of the run stage. None means `optimizer.learning_rate`."""
     shape: Literal["constant", "linear", "cosine", "wsd", "infinite", "rewarm"] = "cosine"
-    """`wsd`: warm-up, constant, decay at the end. `infinite`: warm-up, cool-down to a constant, constant, anneal at the
-    end. `rewarm`: a cosine that goes on from the factor where an earlier run ended."""
+    """Shape of the learning rate. `wsd`: warm-up, constant, decay at the end. `infinite`: warm-up, cool-down to a
+    constant, constant, anneal at the end. `rewarm`: a cosine that goes on from the factor where an earlier run ended.
+    """
     unit: Literal["steps", "tokens"] = "steps"
-    """What the lengths below are counted in."""
+    """Unit of the lengths below."""
     warmup: NonNegativeInt = 0
-    """Length of the warm-up."""
+    """Length of the warm-up, in `unit`."""
     decay: PositiveInt | None = None
-    """Length of the decay. `linear`, `cosine` and `rewarm` decay after the warm-up, and None means to the end of the
-    stage; `wsd` and `infinite` decay at the end of the stage, and it has to be given."""
+    """Length of the decay, in `unit`. None means to the end of the run stage (`linear`, `cosine` and `rewarm`, which
+    decay after the warm-up); `wsd` and `infinite`, which decay at the end, need a length."""
     cooldown: NonNegativeInt = 0
-    """Length of the cool-down (`infinite`)."""
+    """Length of the cool-down, in `unit` (`infinite`)."""
     initial_factor: float = Field(default=0.0, ge=0.0, le=1.0)
     """Factor that the warm-up begins at (`rewarm`)."""
     constant_factor: float = Field(default=0.5, ge=0.0, le=1.0)
@@ -53,33 +56,39 @@ class ScheduleConfig(Section):
 
 
 class SmallerBatch(Section):
-    """One entry of a batch-size ramp: a size, and until where it holds."""
+    """One entry of a batch-size ramp: a size, and the end of its use."""
 
     size: PositiveInt
-    """Samples per step."""
+    """Number of samples per step."""
     until_step: PositiveInt | None = None
-    """The number of steps done at which the next size begins."""
+    """Number of finished steps of the run stage at which the next size begins. None means that `until_tokens` says it.
+    """
     until_tokens: PositiveInt | None = None
-    """The next size begins with the first step before which so many tokens are consumed."""
+    """Number of consumed tokens of the run stage from which on a step has the next size. None means that `until_step`
+    says it."""
 
 
 class RunStage(Section):
     """One stage of a run: its data, its batch and its length."""
 
-    kinds: ClassVar[dict[str, Kind]] = {"learning_rate_factors": "schedule"}
+    kinds: ClassVar[dict[str, KeyKind]] = {"learning_rate_factors": "schedule"}
 
     name: str = "pretrain"
     """Name of the run stage, different from those of the others."""
     objective: ObjectiveConfig = ObjectiveConfig()
+    """Objective: what the model learns to predict; a name alone takes the objective's defaults."""
     data: DataConfig
+    """Data: which token shards the run stage reads, and how documents share a row."""
     sequence_length: int = Field(ge=1, le=2**30)
-    """Tokens per sample that the model sees (span corruption: that the encoder sees)."""
+    """Number of tokens per sample that the model sees (span corruption: that the encoder sees)."""
     global_batch_size: int = Field(ge=1, le=2**30)
-    """Samples per step over all ranks; does not change with the layout."""
+    """Number of samples per step over all ranks; it does not change with the layout."""
     batch_ramp: tuple[SmallerBatch, ...] = ()
-    """Sizes that come before `global_batch_size`, each until a step or a number of tokens."""
+    """Batch sizes that come before `global_batch_size`, each until a step or a number of tokens."""
     duration: Duration
+    """Length of the run stage, in steps or in tokens."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """Learning rate over the run stage."""
     learning_rate_factors: dict[str, PositiveFloat] = Field(default_factory=dict)
     """Factors of the learning rate by name pattern (shell style, as `optimizer.no_decay`) of parameters. A parameter
     that several patterns match takes the product of their factors; one that none matches has factor 1."""

@@ -194,7 +194,7 @@ def test_divisors() -> None:
 
 REPOSITORY = Path(__file__).parents[3]
 WORLDS = {"zero3-pipe": 2, "gpt2-124m": 8, "llama-1b": 16, "bert-base": 8}
-RUNS = sorted([*REPOSITORY.glob("configs/smoke/*.yaml"), *REPOSITORY.glob("configs/runs/*.yaml")])
+RUNS = sorted(path for folder in ("smoke", "runs", "examples") for path in REPOSITORY.glob(f"configs/{folder}/*.yaml"))
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -203,3 +203,32 @@ def test_every_run_that_is_shipped_resolves(path: Path) -> None:
 
     run = load_run(path)
     assert resolve(run, WORLDS.get(path.stem, run.parallel.pipe * run.parallel.tensor * (run.parallel.data or 1)))
+
+
+SHOWN = {
+    "batch-ramp": ["stages.0.batch_ramp"],
+    "gather-and-reduce": ["parallel.gather_within", "parallel.reduce"],
+    "memory-checkpoints": ["checkpoint.memory"],
+    "mixture": ["stages.0.data.sources"],
+    "recompute-budget": ["parallel.activation_gib"],
+    "rollback": ["stability.rollback_spikes"],
+    "url-cache": ["stages.0.data.cache"],
+    "wsd": ["stages.0.schedule.decay"],
+}
+"""Keys that an example is there to show."""
+
+
+def test_each_example_has_comments_and_the_keys_that_it_shows() -> None:
+    from engine.config.load import load_run
+
+    examples = {path.stem: path for path in RUNS if path.parent.name == "examples"}
+    assert examples.keys() == SHOWN.keys()
+    for name, path in examples.items():
+        lines, run = path.read_text(encoding="utf-8").splitlines(), load_run(path)
+        assert lines[0].startswith("# ")
+        assert sum("#" in line for line in lines) >= 4, name
+        for key in SHOWN[name]:
+            value: object = run
+            for part in key.split("."):
+                value = value[int(part)] if isinstance(value, tuple) else getattr(value, part)
+            assert value, f"{name}: {key}"
