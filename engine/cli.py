@@ -25,7 +25,7 @@ from engine.errors import EXIT_DONE, EXIT_FAILURE, ConfigError, EnvironmentProbl
 from engine.output import failed_stream, lenient, spell_everything, watched
 
 EXIT_INTERRUPTED = 130
-"""What shells use for a command that ended by Ctrl-C: 128 + SIGINT."""
+"""Exit code of a command that ended by Ctrl-C, as in shells: 128 + SIGINT."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Command:
     target: str
     summary: str
     interrupted: str = ""
-    """What a user may want to know after Ctrl-C."""
+    """Words for a user after Ctrl-C."""
 
 
 COMMANDS = {
@@ -61,7 +61,7 @@ OUTLIVE_TERMINAL = ("train", "launch")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command line (default: this process's) and returns its exit code; never raises SystemExit."""
+    """Run one command line (default: this process's) and return its exit code; never raise SystemExit."""
     arguments = _skip_local_rank(list(sys.argv[1:] if arguments is None else arguments))
     spell_everything()
     with lenient() if set(arguments[:1]) & set(OUTLIVE_TERMINAL) else watched():
@@ -97,7 +97,7 @@ def _main(arguments: list[str]) -> int:
 
 
 def _refused_by_the_machine(error: Exception) -> EnvironmentProblem | None:
-    """An error of the machine in three parts; None where it names nothing that a user could mend."""
+    """Return an error of the machine in three parts; None where it names nothing that a user could mend."""
     if out_of_memory(error):
         return EnvironmentProblem(
             "out of memory on this machine", "", "free some of it, or raise the limit (ulimit -v)"
@@ -133,7 +133,7 @@ def _say(text: str) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that this machine has no memory left: a library cannot be mapped, or no object be made."""
+    """Return True if an error says that this machine has no memory left: for a library, or for an object."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     text = str(error)
@@ -145,7 +145,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def load(name: str) -> Any:
-    """The function or typer application of a sub-command.
+    """Return the function or typer application of a sub-command.
 
     Raises:
         ConfigError: no sub-command has this name.
@@ -163,7 +163,7 @@ def load(name: str) -> Any:
 
 
 def run(target: Any, name: str, arguments: list[str]) -> int:
-    """Parses the arguments of a sub-command and calls it; returns the exit code."""
+    """Parse the arguments of a sub-command and call it; return the exit code."""
     import typer
 
     app = target
@@ -191,7 +191,7 @@ def run(target: Any, name: str, arguments: list[str]) -> int:
 
 
 def _flags(command: Any) -> set[str]:
-    """The options of a command and its sub-commands that take no value; their help is made to show none."""
+    """Return the options of a command and its sub-commands that take no value, and make their help show none."""
     names = set()
     for option in command.params:
         if getattr(option, "is_flag", False):
@@ -201,7 +201,7 @@ def _flags(command: Any) -> set[str]:
 
 
 def overview() -> str:
-    """The text of `palimpsest --help`."""
+    """Return the text of `palimpsest --help`."""
     width = max(map(len, COMMANDS)) + 2
     rows = "\n".join(f"  {name:<{width}}{command.summary}" for name, command in COMMANDS.items())
     return (
@@ -214,7 +214,7 @@ def overview() -> str:
 
 
 def _skip_local_rank(arguments: list[str]) -> list[str]:
-    """The arguments without a leading `--local_rank=N`."""
+    """Return the arguments without a leading `--local_rank=N`."""
     if arguments and arguments[0].startswith(("--local_rank=", "--local-rank=")):
         return arguments[1:]
     return arguments

@@ -25,16 +25,16 @@ from engine.errors import ConfigError, PalimpsestError, report
 
 Tree = dict[str, Any]
 LARGEST_BYTES = 1 << 20
-"""Of a file; real ones have a few thousand."""
+"""Largest size of a file; real ones have a few thousand bytes."""
 DEEPEST = 64
 """Sections within sections; the schema has less than ten."""
 MOST_VALUES = 100_000
-"""Of a file, with what its aliases repeat; the largest mixtures have a few thousand."""
+"""Largest number of values in a file, with what its aliases repeat; the largest mixtures have a few thousand."""
 _QUOTED = re.compile(r"'([^']*)'")
 
 
 def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
-    """The configuration in `path` with the command line's overrides, validated field by field.
+    """Return the configuration in `path` with the command line's overrides, validated field by field.
 
     Rules that join fields are `engine.config.resolve.check`.
 
@@ -48,7 +48,7 @@ def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
 
 
 def folder_of(path: Path, overrides: list[str] | None = None) -> Path | None:
-    """The run folder that a configuration names which `load_run` refuses; None where it cannot be read."""
+    """Return the run folder of a configuration that `load_run` refuses; None where it cannot be read."""
     try:
         tree = read_tree(path)
         for override in overrides or []:
@@ -60,7 +60,7 @@ def folder_of(path: Path, overrides: list[str] | None = None) -> Path | None:
 
 
 def parse_run(tree: Tree, source: str) -> RunConfig:
-    """The configuration that a parsed tree describes; `source` names it in errors."""
+    """Return the configuration that a parsed tree describes; `source` names it in errors."""
     expand_keys(tree)
     try:
         return RunConfig.model_validate_json(json.dumps(tree), strict=True)
@@ -74,7 +74,7 @@ def parse_run(tree: Tree, source: str) -> RunConfig:
 
 
 def read_tree(path: Path, _above: tuple[Path, ...] = ()) -> Tree:
-    """The YAML file as nested dictionaries, its includes merged below it."""
+    """Return the YAML file as nested dictionaries, its includes merged below it."""
     if path.resolve() in _above:
         raise ConfigError(f"configuration {path} includes itself", remedy="remove the include")
     try:
@@ -114,8 +114,9 @@ def read_tree(path: Path, _above: tuple[Path, ...] = ()) -> Tree:
 
 
 def _parse_yaml(text: str, what: str, included: bool = False) -> Any:
-    """The value of a YAML text; `what` names it in errors, which quote nothing of a file that was `included`: whoever
-    wrote the run file need not have the right to read it.
+    """Return the value of a YAML text; `what` names it in errors.
+
+    They quote nothing of a file that was `included`: whoever wrote the run file need not have the right to read it.
 
     Raises:
         ConfigError: it is no YAML, or nested or repeated beyond any configuration.
@@ -170,7 +171,7 @@ def merge(below: Tree, above: Tree) -> Tree:
 
 
 def apply_override(tree: Tree, override: str) -> None:
-    """Sets `section.key=value` in the tree; the value is YAML, and numbers in the path index lists."""
+    """Set `section.key=value` in the tree; the value is YAML, and numbers in the path index lists."""
     path, separator, text = override.partition("=")
     if not separator or not path:
         raise ConfigError(

@@ -19,17 +19,17 @@ class Ramp:
     first_steps: tuple[int, ...] = (0,)
 
     def size(self, step: int) -> int:
-        """Samples of a step (from 0)."""
+        """Return the number of samples of a step (from 0)."""
         return self.sizes[bisect_right(self.first_steps, step) - 1]
 
     def samples(self, steps: int) -> int:
-        """Samples of the first `steps` steps together."""
+        """Return the number of samples of the first `steps` steps together."""
         ends = (*self.first_steps[1:], steps)
         spans = zip(self.sizes, self.first_steps, ends, strict=True)
         return sum(size * max(min(end, steps) - first, 0) for size, first, end in spans)
 
     def steps(self, samples: int) -> int:
-        """The fewest steps that train on at least `samples` samples; inverse of `samples` at the end of every step."""
+        """Return the fewest steps that train on `samples` samples or more: the inverse of `samples` at step ends."""
         for size, first, end in zip(self.sizes, self.first_steps, self.first_steps[1:], strict=False):
             if self.samples(end) >= samples:
                 return first + -(-max(samples - self.samples(first), 0) // size)
@@ -42,8 +42,10 @@ class Ramp:
 
 
 def make_ramp(smaller: Iterable[tuple[int, int, int]], final_size: int) -> Ramp:
-    """The ramp of (size, until step, until sample) entries before `final_size`: a size ends with the first step before
-    which that many steps are done and that many samples consumed."""
+    """Return the ramp of (size, until step, until sample) entries before `final_size`.
+
+    A size ends with the first step before which that many steps are done and that many samples consumed.
+    """
     sizes: tuple[int, ...] = ()
     first_steps: tuple[int, ...] = (0,)
     for size, until_step, until_sample in smaller:

@@ -1,4 +1,4 @@
-"""Where one process of a run stands: a value, found by `launcher.environment`, handed to `engine.train`.
+"""The environment of one rank: a value, found by `launcher.environment`, handed to `engine.train`.
 
 It says nothing about axes (`engine.parallel.axes` does): only which rank this is, on which node, where the ranks
 meet, and which attempt of which job they belong to. Every rank of a world differs in `global_rank`, `local_rank`
@@ -24,12 +24,12 @@ class RankEnvironment:
     job: str = "local"
     """Name of the job (a cluster's job number, or the launcher's own), equal on every rank and in every attempt."""
     attempt: int = 0
-    """How often the job was started before: an older attempt never commits over a newer one."""
+    """Number of earlier starts of the job: an older attempt never commits over a newer one."""
     local_world_size: int = 1
     """Ranks on this node."""
     node_rank: int = 0
     num_nodes: int = 1
     launcher: str = "alone"
-    """Who started the ranks: alone, local, torchrun, deepspeed, slurm, openmpi, pmi, or environment (set by hand)."""
+    """Launcher of the ranks: alone, local, torchrun, deepspeed, slurm, openmpi, pmi, or environment (set by hand)."""
     step: str = ""
     """The part of the job that these ranks are (a step of a Slurm job, one mpirun); empty where it has no parts."""

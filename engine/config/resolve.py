@@ -11,10 +11,17 @@ from dataclasses import dataclass
 
 from engine.config.rules.checkpoint import check_keeping
 from engine.config.rules.data import check_mixture
-from engine.config.rules.memory import check_heads, check_offload, check_recompute, check_time
 from engine.config.rules.model import check_model, divisors, listed
 from engine.config.rules.objective import check_objective
-from engine.config.rules.parallel import check_gather_within, check_pipeline, check_zero
+from engine.config.rules.parallel import (
+    check_gather_within,
+    check_heads,
+    check_offload,
+    check_pipeline,
+    check_recompute,
+    check_time,
+    check_zero,
+)
 from engine.config.rules.stage import check_optimizer, check_ramp, check_run_stages, check_schedule, check_stability
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.parallel import ParallelConfig
@@ -41,7 +48,7 @@ class Layout:
 
 
 def resolve(config: RunConfig, world_size: int) -> Layout:
-    """The layout of `config` on `world_size` ranks.
+    """Return the layout of `config` on `world_size` ranks.
 
     Raises:
         ConfigError: every rule that the configuration or the world breaks, in one report.
@@ -54,14 +61,14 @@ def resolve(config: RunConfig, world_size: int) -> Layout:
 
 
 def examine(config: RunConfig, world_size: int) -> tuple[Layout | None, list[PalimpsestError]]:
-    """The layout on `world_size` ranks (None where none fits) and every rule that stands in its way."""
+    """Return the layout on `world_size` ranks (None where none fits) and every rule that stands in its way."""
     problems = check(config)
     layout, others = place(config, world_size)
     return layout, problems + others
 
 
 def place(config: RunConfig, world_size: int) -> tuple[Layout | None, list[PalimpsestError]]:
-    """The layout on `world_size` ranks (None where none fits) and those rules that depend on their number."""
+    """Return the layout on `world_size` ranks (None where none fits) and the broken rules that depend on it."""
     problems: list[PalimpsestError] = []
     layout = _layout(config.parallel, world_size, problems)
     if layout is not None:
@@ -72,7 +79,7 @@ def place(config: RunConfig, world_size: int) -> tuple[Layout | None, list[Palim
 
 
 def check(config: RunConfig) -> list[PalimpsestError]:
-    """Every rule that the configuration breaks whatever the world size."""
+    """Return every rule that the configuration breaks whatever the world size."""
     problems: list[PalimpsestError] = []
     check_model(config.model, problems)
     _check_parallel(config, problems)
@@ -97,7 +104,7 @@ def num_micro_batches(batch_size: int, parallel: ParallelConfig, data_size: int)
 
 
 def _check_limits(launch: LaunchConfig, problems: list[PalimpsestError]) -> None:
-    """What one rank may take to start or to save, the others must be able to wait for."""
+    """Hold the others' patience to be longer than one rank may take to start or to save."""
     longest = max(launch.start_limit_seconds, launch.save_limit_seconds)
     if launch.collective_limit_seconds <= longest:
         problems.append(

@@ -7,7 +7,7 @@ from engine.errors import ConfigError, PalimpsestError
 
 
 def check_keeping(config: RunConfig, problems: list[PalimpsestError]) -> None:
-    """Retention asks for steps that are saved, and for a metric that each of them has; memory for other steps."""
+    """Add the rules of retention and of checkpoints in memory: which steps there are, and which have a metric."""
     checkpoint, every = config.checkpoint, config.checkpoint.every_steps
     if checkpoint.keep_every is not None and (every is None or checkpoint.keep_every % every):
         problems.append(

@@ -18,7 +18,7 @@ MOST_SOURCES = 16
 
 
 def check_mixture(key: str, data: DataConfig, problems: list[PalimpsestError]) -> None:
-    """Every rule that the sources of a stage's data break; `key` is the stage's."""
+    """Add every rule that the data of the run stage at `key` breaks."""
     sources, name = data.sources, f"{key}.data"
     if (data.train is None) == (not sources):
         problems.append(
@@ -109,8 +109,9 @@ def _is_url(place: str | None) -> bool:
 
 
 def whole_parts(weights: Sequence[float], longest: int = LONGEST_PERIOD) -> tuple[int, ...]:
-    """The weights (as their decimals stand) as whole numbers without a common divisor: exact where these add up to at
-    most `longest`, else rounded (largest remainders) to that sum.
+    """Return the weights (as their decimals stand) as whole numbers without a common divisor.
+
+    They are exact where these add up to at most `longest`, else rounded (largest remainders) to that sum.
 
     Raises:
         ValueError: a weight is not positive, or less than half a part of the whole.

@@ -10,7 +10,7 @@ from engine.errors import ConfigError, PalimpsestError
 
 
 def check_objective(key: str, stage: RunStage, model: ModelConfig, problems: list[PalimpsestError]) -> None:
-    """Every rule that the objective of the stage at `key` breaks."""
+    """Add every rule that the objective of the run stage at `key` breaks."""
     objective, name = stage.objective, f"{key}.objective"
     entry = OBJECTIVES[objective.name]
     if entry.family != model.family:

@@ -1,14 +1,20 @@
-"""Rules of pipeline and ZeRO: what stages, chunks and schedule, gathers and reductions ask of each other."""
+"""Rules of the layout: pipeline, ZeRO, the memory that a layout saves, and the axes along a row's tokens.
+
+Part of `engine.config.resolve`, which reports every problem at once.
+"""
 
 from __future__ import annotations
 
+from engine.config.objectives import row_lengths
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.parallel import ParallelConfig
+from engine.config.schema.run import RunConfig
+from engine.config.schema.stage import RunStage
 from engine.errors import ConfigError, PalimpsestError
 
 
 def check_pipeline(model: ModelConfig, parallel: ParallelConfig, problems: list[PalimpsestError]) -> None:
-    """Adds every rule of the pipeline that the configuration breaks."""
+    """Add every rule of the pipeline that the configuration breaks."""
     pipe, chunks_per_stage, num_layers = parallel.pipe, parallel.chunks_per_stage, model.num_layers
     if parallel.schedule == "zb-h1" and not parallel.reduces_per_step:
         problems.append(
@@ -53,7 +59,7 @@ def check_pipeline(model: ModelConfig, parallel: ParallelConfig, problems: list[
 
 
 def check_zero(parallel: ParallelConfig, problems: list[PalimpsestError]) -> None:
-    """Adds every rule of gathers and reductions that the configuration breaks."""
+    """Add every rule of gathers and reductions that the configuration breaks."""
     zero_stage = parallel.zero_stage
     if parallel.gather is not None and zero_stage < 3:
         problems.append(
@@ -85,7 +91,7 @@ def check_zero(parallel: ParallelConfig, problems: list[PalimpsestError]) -> Non
 
 
 def check_gather_within(parallel: ParallelConfig, zero_size: int, problems: list[PalimpsestError]) -> None:
-    """Adds the rule that the ranks which ZeRO shards over (data x sequence) fall into several equal parts."""
+    """Add the rule that the ranks which ZeRO shards over (data x sequence) fall into several equal parts."""
     within = parallel.gather_within
     if within is not None and (zero_size % within or zero_size == within):
         parts = [size for size in range(2, zero_size) if zero_size % size == 0]
@@ -95,5 +101,80 @@ def check_gather_within(parallel: ParallelConfig, zero_size: int, problems: list
                 "equal parts",
                 f"one of {', '.join(map(str, parts))}" if parts else "no gather_within with so few ranks",
                 "change it, or leave it out: then every gather goes over all ranks",
+            )
+        )
+
+
+def check_recompute(config: RunConfig, problems: list[PalimpsestError]) -> None:
+    """Add the rules of recomputation: a number of layers or a budget of bytes, where layers recompute at all."""
+    parallel = config.parallel
+    given = [key for key in ("recompute_layers", "activation_gib") if getattr(parallel, key) is not None]
+    if given and parallel.recompute == "none":
+        problems.append(
+            ConfigError(
+                f"parallel.{given[0]} = {getattr(parallel, given[0])} with parallel.recompute = none",
+                "recompute selective or full with it",
+                f"set parallel.recompute=full, or leave {given[0]} out",
+            )
+        )
+    if len(given) > 1:
+        problems.append(
+            ConfigError("parallel.recompute_layers and parallel.activation_gib", "one of them", "leave one out")
+        )
+
+
+def check_offload(config: RunConfig, problems: list[PalimpsestError]) -> None:
+    """Add the rules of offloading: ZeRO shards the state, and the host can update it."""
+    if config.parallel.offload == "none":
+        return
+    if config.parallel.zero_stage == 0:
+        problems.append(
+            ConfigError(
+                "parallel.offload = optimizer with parallel.zero_stage = 0: DeepSpeed offloads the copies that ZeRO "
+                "makes, and there are none",
+                "zero_stage 1, 2 or 3 with offload",
+                "set parallel.zero_stage=1: the same numbers",
+            )
+        )
+    if config.optimizer.name == "muon":
+        problems.append(
+            ConfigError(
+                "parallel.offload = optimizer with optimizer.name = muon: matrices are orthogonalised on the "
+                "accelerator, and ranks exchange their pieces there",
+                "offload with adamw",
+                "leave parallel.offload out",
+            )
+        )
+
+
+def check_time(key: str, stage: RunStage, config: RunConfig, problems: list[PalimpsestError]) -> None:
+    """Add the rule that the ranks which share a row's tokens divide its length.
+
+    A decoder's rows need no rule: they are filled up (`engine.config.objectives.held_lengths`).
+    """
+    parallel = config.parallel
+    ranks, length = parallel.time_ranks, row_lengths(stage).tokens
+    if length % ranks:
+        problems.append(
+            ConfigError(
+                f"{key}.sequence_length = {length} does not divide by the {ranks} ranks that share the time of a row "
+                f"(parallel.sequence = {parallel.sequence}, {parallel.shared_by} tensor ranks by sequence_parallel)",
+                f"a multiple of {ranks}",
+                "change the length, parallel.sequence or parallel.tensor",
+            )
+        )
+
+
+def check_heads(config: RunConfig, problems: list[PalimpsestError]) -> None:
+    """Add the rule that the ranks of the sequence axis divide the heads of a tensor rank, for attention."""
+    model, parallel = config.model, config.parallel
+    if parallel.sequence > 1 and model.num_kv_heads % (parallel.tensor * parallel.sequence):
+        ranks = f"tensor {parallel.tensor} x sequence {parallel.sequence}"
+        problems.append(
+            ConfigError(
+                f"parallel.sequence = {parallel.sequence}: {ranks} does not divide the {model.num_kv_heads} "
+                "key/value heads of the model",
+                f"tensor x sequence a divisor of {model.num_kv_heads}",
+                "change parallel.sequence, parallel.tensor or model.num_kv_heads",
             )
         )

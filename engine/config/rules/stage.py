@@ -39,7 +39,7 @@ def check_run_stages(config: RunConfig, problems: list[PalimpsestError]) -> None
 
 
 def check_ramp(key: str, stage: RunStage, problems: list[PalimpsestError]) -> bool:
-    """Whether each size of a batch-size ramp ends at one place, which is after the end of the one before."""
+    """Return True if each size of a batch-size ramp has one end, which is after the end of the one before."""
     found = len(problems)
     first_steps = stage.batches.first_steps
     for index, entry in enumerate(stage.batch_ramp):
@@ -59,7 +59,7 @@ def check_ramp(key: str, stage: RunStage, problems: list[PalimpsestError]) -> bo
 
 
 def check_schedule(key: str, stage: RunStage, problems: list[PalimpsestError]) -> None:
-    """Every key that the schedule's shape has no use for, and phases that do not fit into the stage."""
+    """Add the keys that the schedule's shape has no use for, and phases that do not fit into the run stage."""
     schedule, fields = stage.schedule, ScheduleConfig.model_fields
     options = OPTIONS[schedule.shape]
     for name in ("decay", "cooldown", "initial_factor", "constant_factor", "final_factor"):
@@ -113,7 +113,7 @@ def _check_lengths(key: str, stage: RunStage, problems: list[PalimpsestError]) -
 
 
 def check_optimizer(config: RunConfig, problems: list[PalimpsestError]) -> None:
-    """A key of one optimizer does nothing under the other."""
+    """Add the keys of one optimizer that are set under the other, where they do nothing."""
     optimizer, default = config.optimizer, OptimizerConfig.model_fields["momentum"].default
     if optimizer.name == "adamw" and optimizer.momentum != default:
         problems.append(
@@ -126,7 +126,7 @@ def check_optimizer(config: RunConfig, problems: list[PalimpsestError]) -> None:
 
 
 def check_stability(config: RunConfig, problems: list[PalimpsestError]) -> None:
-    """A rollback needs spikes to count and checkpoints to go back to."""
+    """Add the rules of a rollback: it needs spikes to count and checkpoints to go back to."""
     stability = config.stability
     if stability.rollback_spikes is None:
         return

@@ -1,1 +1,1 @@
-"""What a run's configuration holds: each field is documented where it stands. `run` has all of it."""
+"""The sections of a run's configuration: each field is documented where it stands. Begin with `run`."""

@@ -86,7 +86,7 @@ class DataConfig(Section):
 
     @property
     def validation_places(self) -> tuple[str, ...]:
-        """Every folder or URL of held-out data as it is named."""
+        """The folders and URLs of held-out data."""
         if self.validation is None:
             return ()
         return (self.validation,) if isinstance(self.validation, str) else tuple(self.validation.values())

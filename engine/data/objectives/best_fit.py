@@ -60,10 +60,14 @@ class BestFit:
 
 
 def plan(documents: np.ndarray, capacity: int, lookahead: bool, extra: int) -> _Plan:
-    """The rows of a shard with these document offsets (documents + 1,)."""
+    """Return the rows of a shard with these document offsets (documents + 1,).
+
+    Example: documents of 5 and 2 tokens with room for 3 are pieces of 3, 2 and 2, each in a row of its own.
+    """
     sizes = np.diff(documents) - lookahead
     room = capacity - extra
     parts = -(-sizes // room)  # of each document
+    # the document of each piece, and the piece's number within it: parts [2, 1] are [0, 0, 1] and [0, 1, 0]
     which = np.repeat(np.arange(sizes.size), parts)
     part = np.arange(which.size) - np.repeat(np.cumsum(parts) - parts, parts)
     starts = documents[which] + part * room
@@ -83,6 +87,7 @@ def best_fit_decreasing(costs: np.ndarray, capacity: int) -> np.ndarray:
     for item in np.argsort(-costs, kind="stable").tolist():
         cost = values[item]
         if enough := open_rooms >> cost:
+            # the lowest bit that is set, at `cost` or above: the smallest room that is large enough
             room = cost + (enough & -enough).bit_length() - 1
             chosen = by_room[room].pop()
             if not by_room[room]:

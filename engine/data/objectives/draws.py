@@ -20,7 +20,7 @@ from engine.data.order.permutation import mix_array
 PURPOSE_OBJECTIVE = int.from_bytes(b"mask")
 """Masks, spans and splits of a sample."""
 PURPOSE_PAIRS = int.from_bytes(b"pairs")
-"""Which second segments are exchanged."""
+"""Second segments that are exchanged."""
 PURPOSE_DROPOUT = int.from_bytes(b"dropout")
 
 _WORDS_PER_COUNT = 4
@@ -76,7 +76,7 @@ def below(words32: np.ndarray, limits: np.ndarray | int) -> np.ndarray:
 
 
 def dropout_keys(seed: int, step: int, samples_B3: np.ndarray) -> np.ndarray:
-    """(B,) int64, any bits: what dropout in each row of a step is keyed by. Rows that stand for nothing have keys, too.
+    """(B,) int64, any bits: the keys of dropout in each row of a step. Padding rows have keys, too.
 
     A pure function of seed, step and the samples' addresses.
     """

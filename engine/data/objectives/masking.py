@@ -32,7 +32,7 @@ class Masked(NamedTuple):
 
 
 def num_words(length: int, rate: float) -> int:
-    """Random words that a row of T tokens needs: half a one for each token, and one for each masked token."""
+    """Return the number of random words of a row of T tokens: half a one for each, and one for each masked one."""
     return -(-length // 2) + num_masked(length, rate)
 
 
@@ -44,7 +44,7 @@ def mask(
     vocabulary: Vocabulary,
     words_BW: np.ndarray,
 ) -> Masked:
-    """Chooses tokens, and writes into `tokens_BT` (int64) what the model sees instead.
+    """Choose tokens, and write into `tokens_BT` (int64) what the model sees instead.
 
     `real_BT` is false in padding, `starts_BT` true where a document (or segment) begins; `words_BW` are the rows'
     random words. Rows without an ordinary token have no targets.
@@ -96,7 +96,7 @@ def _replace(
     objective: ObjectiveConfig,
     vocabulary: Vocabulary,
 ) -> None:
-    """Writes masks and random tokens at `flat` places over all rows; `actions` and `drawn` are uint32, one of each per
+    """Write masks and random tokens at `flat` places over all rows; `actions` and `drawn` are uint32, one of each per
     masked token."""
     shares = np.array([objective.mask_share, objective.mask_share + objective.random_share])
     as_mask, as_other = np.minimum(np.round(shares * 2**32), 2**32).astype(np.uint64)

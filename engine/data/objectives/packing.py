@@ -18,7 +18,7 @@ import numpy as np
 from engine.data.shards.dataset import Shard, TokenDataset
 
 Reads = Literal["successors", "all", "text"]
-"""What rows are made of: tokens with their successors, all tokens, or all but the ends of text."""
+"""Tokens that rows are made of: tokens with their successors, all tokens, or all but the ends of text."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Row:
     ends: np.ndarray
 
     def documents(self) -> list[np.ndarray]:
-        """The tokens, document by document."""
+        """Return the tokens, document by document."""
         return np.split(self.tokens, self.starts)
 
     def document_lengths(self, length: int) -> np.ndarray:
@@ -65,7 +65,7 @@ class Packing(Protocol):
         ...
 
     def row(self, shard: Shard, number: int, row: int) -> Row:
-        """A row of a shard; `number` is the shard's."""
+        """Return a row of a shard; `number` is the shard's."""
         ...
 
 
@@ -90,7 +90,7 @@ class Concatenation:
         return _text_row(shard, start, self.capacity) if self.reads == "text" else self._stretch(shard, start)
 
     def stretches(self, shards: Callable[[int], Shard], places_N2: np.ndarray, into_NW: np.ndarray) -> Stretches:
-        """Reads rows (shard, row) together into an array of any integers, as many times faster as there are rows; none
+        """Read rows (shard, row) together into an array of any integers, as many times faster as there are rows; none
         of the text alone.
 
         W is the capacity, and one more with successors. `shards` opens a shard by its number.
@@ -121,7 +121,7 @@ def _copy_rows(
     sizes_N: np.ndarray,
     into_NW: np.ndarray,
 ) -> dict[int, Shard]:
-    """Copies stretches to rows, those of a shard in one call, but for short ones; the shards that they are in."""
+    """Copy stretches to rows, those of a shard in one call but for short ones, and return the opened shards."""
     width, opened = into_NW.shape[1], {}
     order = np.argsort(numbers_N, kind="stable")
     cuts = [0, *(np.flatnonzero(np.diff(numbers_N[order])) + 1).tolist(), order.size]
@@ -142,8 +142,10 @@ def _copy_rows(
 
 
 class _Boundaries:
-    """Where documents begin in the shards that are in use, counted over the tokens of all shards of a data set: so one
-    search serves all rows of a batch, in however many shards they are."""
+    """Beginnings of documents in the shards that are in use, counted over the tokens of all shards of a data set.
+
+    So one search serves all rows of a batch, in however many shards they are.
+    """
 
     def __init__(self, num_tokens: np.ndarray) -> None:
         self.firsts = np.cumsum(num_tokens) - num_tokens
@@ -157,14 +159,16 @@ class _Boundaries:
         if not self._known.keys() >= shards.keys():
             self._learn(shards)
         self._used.update(shards)
+        # example: boundaries [0, 5, 9, 20], a row of tokens 3 to 10: those in (3, 10] are entries 1 and 2 (5 and 9)
         firsts_N, ends_N = np.searchsorted(self._all, np.stack((starts_N, lasts_N)), side="right")
         counts_N = ends_N - firsts_N
         ends = np.cumsum(counts_N)
+        # the ranges [first, end) of all rows one behind the other: counts [2, 1] from firsts [1, 3] are [1, 2, 3]
         which = np.arange(ends[-1] if ends.size else 0) + np.repeat(firsts_N - ends + counts_N, counts_N)
         return np.repeat(np.arange(counts_N.size), counts_N), self._all[which]
 
     def _learn(self, shards: dict[int, Shard]) -> None:
-        """Takes in new shards, and forgets those that were not used since it last did."""
+        """Take in new shards, and forget those that were not used since it last did."""
         known = {number: found for number, found in self._known.items() if number in self._used}
         known |= {number: shard.documents + self.firsts[number] for number, shard in shards.items()}
         self._known, self._used = known, set()
@@ -173,7 +177,8 @@ class _Boundaries:
 
 def _text_row(shard: Shard, start: int, capacity: int) -> Row:
     """`capacity` tokens from the `start`-th on, ends of text neither read nor counted."""
-    firsts = shard.documents - np.arange(shard.documents.size)  # of each document, and the end
+    # first tokens of the documents, and the end, where no end of text is counted: lengths 3, 2 give [0, 2, 3]
+    firsts = shard.documents - np.arange(shard.documents.size)
     end = min(start + capacity, int(firsts[-1]))
     one = int(np.searchsorted(firsts, start, side="right")) - 1
     other = int(np.searchsorted(firsts, end, side="left"))
@@ -185,7 +190,10 @@ def _text_row(shard: Shard, start: int, capacity: int) -> Row:
 
 
 def num_rows(num_tokens: np.ndarray, capacity: int, reads: Reads) -> np.ndarray:
-    """Rows of shards of so many tokens (int64): for successors ceil((n - 1) / capacity), and as many for text, where
-    a row of one token could not be corrupted; otherwise ceil(n / capacity)."""
+    """Return the number of rows of shards of so many tokens (int64).
+
+    For successors ceil((n - 1) / capacity), and as many for text, where a row of one token could not be corrupted;
+    otherwise ceil(n / capacity).
+    """
     left = num_tokens.astype(np.int64) - (reads != "all")
     return np.maximum(0, -(-left // capacity))

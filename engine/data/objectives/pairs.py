@@ -62,14 +62,14 @@ class Pairs:
         return np.array([self._count(self.segments(number)) for number in shards.tolist()], np.int64)
 
     def pair(self, number: int, row: int, epoch: int) -> tuple[list[tuple[int, int]], int, bool]:
-        """Bounds in the shard of the one or two segments of a sample, its label, and whether that counts."""
+        """Return the bounds in the shard of the one or two segments of a sample, its label, and whether that counts."""
         bounds = self.segments(number).bounds
         first, second, labels, labelled = self._arranged(number, epoch)
         chosen = [segment for segment in (int(first[row]), int(second[row])) if segment != NONE]
         return [tuple(bounds[segment].tolist()) for segment in chosen], int(labels[row]), bool(labelled[row])
 
     def segments(self, number: int) -> Segments:
-        """The segments of a shard. Raises `DataError` where its offsets are damaged."""
+        """Return the segments of a shard. Raises `DataError` where its offsets are damaged."""
         found = self._segments.get(number)
         if found is None:
             documents, sentences = self._dataset.offsets(number)
@@ -94,7 +94,7 @@ class Pairs:
 
 
 def cut(documents: np.ndarray, sentences: np.ndarray, limit: int) -> Segments:
-    """A shard's segments of at most `limit` tokens; longer sentences are cut, ends of text are left out."""
+    """Return a shard's segments of at most `limit` tokens; longer sentences are cut, ends of text are left out."""
     starts, ends = _sentence_parts(documents, sentences, limit)
     owners = np.searchsorted(documents, starts, side="right") - 1
     last = np.searchsorted(owners, owners, side="right")  # (parts,): the first part of the next document
@@ -136,7 +136,7 @@ def _with_even_ends(firsts: np.ndarray, starts: np.ndarray, ends: np.ndarray, ow
 
 
 def arrange(segments: Segments, kind: PairKind, seed: int, epoch: int, shard: int) -> Arrangement:
-    """The samples of a shard in an epoch."""
+    """Return the samples of a shard in an epoch."""
     joined, lone = segments.firsts, segments.lone
     drawn = words(seed, PURPOSE_PAIRS, np.array([[epoch, shard, 0]]), 2 * segments.bounds.shape[0] + 2)[0]
     keys, document_keys = np.array_split(drawn[2:], 2)

@@ -1,4 +1,4 @@
-"""From a run stage's objective to the rows of a micro-batch: the sampler, and what it needs of the shards.
+"""Samplers: a run stage's objective made into rows of a micro-batch, and its needs checked against the shards.
 
 A sampler counts the samples of shards, and makes the model's inputs of those it is asked for. Each objective has a
 file of its own beside this one, named after it, with its sampler. Invariant: a sample's inputs are a function of
@@ -33,7 +33,7 @@ class Sampler(Protocol):
         ...
 
     def make(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int) -> SampledRows:
-        """The rows of the samples (shard, row) at `places`, filled up to `num_rows` with padding rows.
+        """Return the rows of the samples (shard, row) at `places`, filled up to `num_rows` with padding rows.
 
         Raises `DataError` where a shard is damaged.
         """
@@ -42,7 +42,7 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class SamplerContext:
-    """What every sampler is made from."""
+    """The data set, lengths and settings that a sampler is made from."""
 
     dataset: TokenDataset
     length: int

@@ -81,7 +81,7 @@ class _Sampler:
 
 
 def num_words(lengths: SpanLengths) -> int:
-    """Random words that a row needs: half a one for each token read."""
+    """Return the number of random words that a row needs: half a one for each token read."""
     return -(-lengths.read // 2)
 
 
@@ -97,7 +97,7 @@ def corrupt(
     eos_id: int,
     padding_id: int,
 ) -> Corrupted:
-    """The rows corrupted; row b reads the first `totals_B` of its tokens (int64): none, if it stands for nothing.
+    """Return the rows corrupted; row b reads the first `totals_B` of its tokens (int64), a padding row none.
 
     `documents_BR` numbers the document of each token within its row, from 0: all 0 where documents see each other.
     """
@@ -142,7 +142,7 @@ def _amounts(totals_B: np.ndarray, rate: float, mean_span_length: float) -> tupl
 def _owners(
     heads_BR: np.ndarray, noise_BR: np.ndarray, documents_BR: np.ndarray, sentinels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The document in which the span at each token begins, and its sentinel, counted from 0 in each document."""
+    """Return the document in which the span at each token begins, and its sentinel, counted from 0 in each document."""
     places_R = np.arange(heads_BR.shape[1])
     head_BR = np.maximum.accumulate(np.where(heads_BR, places_R, 0), axis=1)
     owners_BR = np.take_along_axis(documents_BR, head_BR, axis=1)
@@ -165,9 +165,9 @@ def _rows(
     end: int,
     padding: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The used values of each row moved to its front, then `end`, then padding; and the segments of these."""
+    """Return the used values of each row moved to its front, then `end`, then padding; and the segments of these."""
     rows, places = np.nonzero(used)
-    at = np.arange(rows.size) - np.searchsorted(rows, rows)
+    at = np.arange(rows.size) - np.searchsorted(rows, rows)  # rows [0, 0, 2] are filled at [0, 1, 0]
     counts_B = np.bincount(rows, minlength=len(used))
     moved = np.full((len(used), length), padding, np.int64)
     moved[rows, at] = values[rows, places]

@@ -29,6 +29,7 @@ def noise_mask(keys_BT: np.ndarray, totals_B: np.ndarray, noise_B: np.ndarray, s
     kept_lengths = _parts(keys_BT, allowed, kept_B, spans_B, noise_B)
     turns = np.stack((kept_lengths, noise_lengths), axis=-1).reshape(num_rows, -1)
     edges = np.cumsum(turns, axis=1)
+    # the spans' edges flip between kept and noise: lengths 2, 1, 1, 2 have edges 2, 3, 4, 6 and the noise is 2, 4, 5
     edges = np.where(edges < totals_B[:, None], edges, length)  # what lies at or behind the end changes nothing
     flat = (np.arange(num_rows)[:, None] * (length + 1) + edges).ravel()
     flips = np.bincount(flat, minlength=num_rows * (length + 1)).reshape(num_rows, -1)[:, :length]
