@@ -28,7 +28,8 @@ def cut(folder: Path, run_id: str, first: int) -> int:
     The rows of a file ascend in step, so that few of its blocks are read, however long the run is.
     """
     last = 0
-    for path in sorted(folder.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb")):
+    # The folder of a start in the same second as another one ends in -1, -2, ...
+    for path in sorted(folder.glob(f"wandb/offline-run-*-{run_id}*/run-{run_id}.wandb")):
         for start, step in rows(path, _last_block_before(path, first)):
             if step >= first:
                 os.truncate(path, start)

@@ -37,8 +37,17 @@ Heartbeat(Path({str(tmp_path)!r}), 0).beat(5, "save")
 
 
 @pytest.mark.parametrize("environ", [{}, {VARIABLE: ""}, {VARIABLE: "/no/such/folder"}])
-def test_without_a_supervisor_nothing_is_written(environ: dict[str, str]) -> None:
-    Heartbeat.of(environ, 0).beat(1, "data")
+def test_without_a_supervisor_nothing_is_written(
+    environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file is opened, neither here nor anywhere else."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "write_bytes", lambda path, data: pytest.fail(f"{path} is written"))
+    monkeypatch.setattr(Path, "open", lambda path, *mode: pytest.fail(f"{path} is opened"))
+    heart = Heartbeat.of(environ, 0)
+    heart.beat(1, "data")
+    assert not list(tmp_path.iterdir())
+    assert not Path("/no/such/folder").exists()
 
 
 @pytest.mark.parametrize(

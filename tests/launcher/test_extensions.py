@@ -42,8 +42,10 @@ def test_any_lock_in_the_runs_own_folder_is_stale_before_it_starts(tmp_path: Pat
 
 
 def test_a_lock_that_another_rank_may_hold_is_left_alone(tmp_path: Path) -> None:
-    lock_in(tmp_path / "extensions")
+    lock = lock_in(tmp_path / "extensions")
+    before = lock.stat(), sorted(lock.parent.iterdir())
     prepare_extensions(tmp_path, {}, first=False)
+    assert (lock.stat(), sorted(lock.parent.iterdir())) == before
 
 
 def test_an_old_lock_in_a_shared_folder_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 from engine.train import metrics, wandb_files
 from engine.train.console import Terminal
@@ -122,8 +123,12 @@ def test_tensorboard_loses_nothing_with_a_killed_process(tmp_path):
     ]  # fmt: skip
 
 
-def test_wandb_goes_on_with_the_same_run_and_each_step_once(tmp_path):
-    """Killed in step 6 after the checkpoint of step 4, with row 4 not yet on the disk; then rolled back to 2."""
+def test_wandb_goes_on_with_the_same_run_and_each_step_once(tmp_path, monkeypatch):
+    """Killed in step 6 after the checkpoint of step 4, with row 4 not yet on the disk; then rolled back to 2.
+
+    All starts are in one second, where wandb gives their folders further names.
+    """
+    monkeypatch.setattr("wandb.sdk.wandb_init.time", SimpleNamespace(**vars(time) | {"time": lambda: 1.7e9}))
     config = run_config(run_tree(tmp_path, tmp_path, logging={"wandb": "offline"}))
 
     def trained(resumed_at: int, steps: range) -> None:
