@@ -21,7 +21,8 @@ import typer
 
 from bench.command import run
 from bench.machine import machine
-from engine.corpus.prepare import PrepareOptions, prepare
+from engine.corpus.options import PrepareOptions
+from engine.corpus.prepare import prepare
 from engine.corpus.sentences import sentence_starts
 from engine.corpus.sources.chunks import read_texts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +15,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.text import Text
 
 from engine.corpus.assemble import Deduplicate
+from engine.corpus.options import PrepareOptions
+from engine.corpus.options import Progress as HowFar
 from engine.corpus.pool import available_cpus, workers
-from engine.corpus.prepare import Prepared, PrepareOptions, prepare
-from engine.corpus.prepare import Progress as HowFar
+from engine.corpus.prepare import Prepared, prepare
+from engine.corpus.sources.chunks import told_foreign
 from engine.data.shards.writer import Compression
 from tools.data_tables import counts_table, histogram
 
@@ -72,6 +75,8 @@ def main(
     with workers(available_cpus() if num_workers is None else num_workers) as pool:
         if pool is None:
             return
+        if (told := told_foreign(sources)) is not None:
+            print(told, file=sys.stderr)
         with _shown(started) as show:
             prepared = prepare(options, show, pool)
     _print(prepared, time.monotonic() - started)

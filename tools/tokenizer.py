@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from engine.config.home import expand
-from engine.corpus.sources.chunks import find_sources, read_texts
+from engine.corpus.sources.chunks import find_sources, read_texts, told_foreign
 from engine.corpus.tokenizer_folder import UNFINISHED
 from engine.corpus.tokenizer_training import Purpose, TokenizerKind, train_tokenizer
 from engine.errors import ConfigError
@@ -61,6 +62,8 @@ def main(
         return
     assert sources
     find_sources(sources)  # a wrong name is told before anything is written
+    if (told := told_foreign(sources)) is not None:
+        print(told, file=sys.stderr)
     texts = read_texts(sources, text_key, blank_line_ends, max_megabytes * 1_000_000 if max_megabytes else None)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress, _told(progress):

@@ -58,7 +58,7 @@ class Pool:
         except BrokenProcessPool as error:
             raise EnvironmentProblem(
                 "a worker process died, perhaps for lack of memory",
-                "0.5 GiB for each worker, 1 GiB where documents are very short, more for ones of more than 32 MiB",
+                "0.5 GiB for each worker, 1 GiB where documents are very short, 0.5 KiB for each token of a long one",
                 "start again with fewer --workers: what is finished is kept",
             ) from error
         finally:

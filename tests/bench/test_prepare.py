@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import prepare
-from engine.corpus.prepare import PrepareOptions
+from engine.corpus.options import PrepareOptions
 from engine.corpus.prepare import prepare as prepare_data
 from engine.corpus.tokenizer_training import train_tokenizer
 from engine.data.shards.dataset import TokenDataset

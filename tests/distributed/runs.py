@@ -12,7 +12,8 @@ from engine.config.load import merge, parse_run
 from engine.config.rank_environment import RankEnvironment
 from engine.config.resolve import resolve
 from engine.config.schema.run import RunConfig
-from engine.corpus.prepare import PrepareOptions, prepare
+from engine.corpus.options import PrepareOptions
+from engine.corpus.prepare import prepare
 from engine.corpus.tokenizer_training import PURPOSE_TOKENS, Purpose, TokenizerKind, train_tokenizer
 from engine.data.shards.writer import ShardWriter
 from engine.data.tokenizer.folder import tokenizer_hash

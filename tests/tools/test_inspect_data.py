@@ -8,7 +8,8 @@ import pytest
 
 from engine.cli import main
 from engine.config.load import load_run
-from engine.corpus.prepare import PrepareOptions, prepare
+from engine.corpus.options import PrepareOptions
+from engine.corpus.prepare import prepare
 from engine.corpus.tokenizer_training import train_tokenizer
 from engine.data.loader import Loader, first_samples
 from engine.data.shards.dataset import TokenDataset

@@ -18,8 +18,9 @@ import xxhash
 
 from engine.config.home import expand
 from engine.corpus.sources import parquet, text_files
-from engine.corpus.sources.files import find_files, matches
+from engine.corpus.sources.files import find_files, foreign_files, matches
 from engine.corpus.sources.hub import HUB_PREFIX, local_files, read_column
+from engine.data.visible import visible
 from engine.errors import ConfigError, DataError
 
 _DOMAIN = re.compile(r"([A-Za-z][\w-]*)=(.+)", re.DOTALL)
@@ -32,7 +33,7 @@ _JSON_NAMES = {
     bool: "true or false",
     type(None): "null",
 }
-_SMALLEST_CHUNK, _LARGEST_CHUNK = 1 << 20, 32 << 20
+_SMALLEST_CHUNK, LARGEST_CHUNK = 1 << 20, 32 << 20
 """Bytes of text in a chunk, which a worker holds whole; a longer document is a chunk of its own."""
 _CHUNKS_PER_FILE = 32
 _SHELF_BYTES = 4 << 20
@@ -85,6 +86,19 @@ def find_sources(names: Iterable[str]) -> list[Source]:
     return list(found.values())
 
 
+def told_foreign(names: Iterable[str]) -> str | None:
+    """Return a line about the files in folders that are no sources, since their names tell no kind of text; None where
+    there is none."""
+    found = [path for given in names for path in foreign_files(split_domain(given)[1])]
+    if not found:
+        return None
+    first = ", ".join(visible(str(path)) for path in found[:3]) + (f" and {len(found) - 3:,} more" * (len(found) > 3))
+    return (
+        f"not read: {len(found):,} file{'s' * (len(found) > 1)} in folders, whose names end in no suffix of text "
+        f"({first}); a file that is named itself, or by a glob, is read"
+    )
+
+
 def split_domain(given: str) -> tuple[str, str]:
     """(domain, source) of `NAME=SOURCE`; the domain is empty where none is named, or where such files exist.
 
@@ -135,7 +149,7 @@ def read_chunks(shelf: list[Source], text_key: str, blank_line_ends: bool) -> It
     `text_key` names the column of a dataset; with `blank_line_ends` a text file holds many documents, each ended by an
     empty line. Raises `DataError`: unreadable, damaged compression, unknown dataset or column.
     """
-    limit = min(max(sum(source.num_bytes for source in shelf) // _CHUNKS_PER_FILE, _SMALLEST_CHUNK), _LARGEST_CHUNK)
+    limit = min(max(sum(source.num_bytes for source in shelf) // _CHUNKS_PER_FILE, _SMALLEST_CHUNK), LARGEST_CHUNK)
     items: list[tuple[str, int, bytes]] = []
     size = read = 0
     for source in shelf:

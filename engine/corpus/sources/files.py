@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from engine.corpus.sources import text_files
@@ -74,17 +75,16 @@ def matches(name: str) -> bool:
     return Path(name).exists() or bool(glob.glob(name, recursive=True))
 
 
+def foreign_files(name: str) -> list[Path]:
+    """Return the files of a folder that are not read, since their names tell no kind of text; none of a file."""
+    return (
+        [path for path in _walk(Path(name)) if not _is_wanted(path) and path.is_file()] if Path(name).is_dir() else []
+    )
+
+
 def _in_folder(folder: Path) -> list[Path]:
-    """The text below a folder, sorted. Raises `DataError` where there is none, or some cannot be read."""
-    found: list[Path] = []
-    seen: set[str] = set()
-    for place, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if (real := os.path.realpath(place)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        found += [path for name in names if not name.startswith(".") and _is_wanted(path := Path(place, name))]
+    """Return the text below a folder, sorted. Raises `DataError` where there is none, or some cannot be read."""
+    found = sorted(path for path in _walk(folder) if _is_wanted(path))
     if not found:
         raise DataError(
             f"folder {folder} holds no text",
@@ -92,7 +92,19 @@ def _in_folder(folder: Path) -> list[Path]:
             f"also with {', '.join(text_files.SUFFIXES)}, or in {' or '.join(PARQUET_SUFFIXES)}",
             "name the files or a glob, or hf:FOLDER for a Hugging Face dataset",
         )
-    return sorted(found)
+    return found
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder, hidden ones left out; a folder that links reach twice is looked into once."""
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place, name) for name in sorted(names) if not name.startswith("."))
 
 
 def _raise(error: OSError) -> None:

@@ -7,8 +7,9 @@ empty one, pandas' and pyarrow's own classes).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from engine.config.home import expand
 from engine.errors import ConfigError, DataError, PalimpsestError
@@ -25,7 +26,7 @@ def read_column(source: str, column: str) -> Iterator[str]:
     path, config, split = split_hub_name(source)
     number = -1
     try:
-        for number, row in enumerate(_rows(path, config, split)):
+        for number, row in enumerate(_rows(path, config, split, column)):
             if not isinstance(row.get(column), str):
                 found = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items())
                 raise DataError(
@@ -63,11 +64,30 @@ def split_hub_name(name: str) -> tuple[str, str | None, str]:
     return expand(path), config or None, split or "train"
 
 
-def _rows(path: str, config: str | None, split: str):
+def _rows(path: str, config: str | None, split: str, column: str) -> Iterable[dict[str, Any]]:
     import datasets
 
     if (Path(path) / _SAVED_TO_DISK).is_file():
-        return datasets.load_from_disk(path)
+        return datasets.load_from_disk(path)  # pyright: ignore[reportReturnType]
     if (Path(path) / _SAVED_SPLITS).is_file():
-        return datasets.load_from_disk(path)[split]
-    return datasets.load_dataset(path, config, split=split, streaming=True)
+        return datasets.load_from_disk(path)[split]  # pyright: ignore[reportReturnType]
+    builder: Any = datasets.load_dataset_builder(path, config)
+    _read_alone(builder, column)
+    return builder.as_streaming_dataset(split=split)
+
+
+def _read_alone(builder: Any, column: str) -> None:
+    """Keep a column of each table that a builder reads, where it has that column.
+
+    A builder takes the types of all columns from the first table that it reads, and casts the others to them. So a
+    number that turns into a string after a hundred thousand rows ends the reading, in a column that nobody asked for,
+    and selecting a column afterwards is too late: `_cast_table` is where every builder of the library casts.
+    """
+    cast = builder._cast_table
+
+    def select(table: Any, *arguments: Any, **options: Any) -> Any:
+        return table.select([column]) if column in table.column_names else cast(table, *arguments, **options)
+
+    builder._cast_table = select
+    if builder.info.features is not None and column in builder.info.features:
+        builder.info.features = type(builder.info.features)({column: builder.info.features[column]})

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.corpus.prepare import PrepareOptions, prepare
+from engine.cli import EXIT_INTERRUPTED
+from engine.corpus.options import PrepareOptions
+from engine.corpus.prepare import prepare
 from engine.corpus.recipe import WORK
 from tests.engine.data.corpus import made_up_texts, write_json_lines
 
@@ -68,6 +70,28 @@ def test_a_kill_costs_what_was_under_way_and_leaves_no_worker(options, expected,
         time.sleep(0.05)
     done = subprocess.run([*command(options, output), "--workers", "1"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert files_of(output) == expected
+
+
+def test_ctrl_c_ends_the_command_and_its_workers_in_words_and_the_same_command_goes_on(options, expected, tmp_path):
+    """The signal goes to the whole group, as a terminal sends it: the workers leave the word to their parent."""
+    output = tmp_path / "out"
+    with (tmp_path / "said").open("w+") as said:
+        process = subprocess.Popen(
+            [*command(options, output), "--workers", "2"], start_new_session=True, stdout=said, stderr=said
+        )
+        while not list(output.glob(f"{WORK}/*/*.part")):
+            assert process.poll() is None, "it ended before it could be interrupted"
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait() == EXIT_INTERRUPTED
+        while has_processes(process.pid):
+            time.sleep(0.05)
+        said.seek(0)
+        text = said.read()
+    assert "Traceback" not in text
+    assert "interrupted" in text
+    prepare(replace(options, deduplicate="near", output=output))
     assert files_of(output) == expected
 
 

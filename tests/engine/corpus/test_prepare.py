@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import os
 import re
 import subprocess
@@ -12,10 +13,12 @@ from pathlib import Path
 import pytest
 
 import engine.corpus.encode
+import engine.corpus.encode_sources
 import engine.corpus.sources.chunks
 from engine.corpus.encode import belongs_to_validation
+from engine.corpus.options import PrepareOptions, Progress
 from engine.corpus.pool import Pool, workers
-from engine.corpus.prepare import PrepareOptions, Progress, prepare
+from engine.corpus.prepare import prepare
 from engine.corpus.recipe import PARTS, RECIPE_FILE, WORK
 from engine.corpus.tokenizer_training import train_tokenizer
 from engine.data.shards.dataset import TokenDataset
@@ -528,3 +531,15 @@ def test_another_command_begins_anew_where_nothing_was_finished(options):
         prepare(options)
     prepare(replace(options, text_key="body"))
     assert not (options.output / WORK).exists()
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_the_memory_for_a_document_that_is_longer_than_a_chunk_is_told(options, tmp_path, monkeypatch, caplog, suffix):
+    monkeypatch.setattr(engine.corpus.encode_sources, "LARGEST_CHUNK", 1 << 16)
+    monkeypatch.setattr(logging.getLogger("palimpsest"), "propagate", True)
+    text = " ".join(made_up_texts(10_000))[: 1 << 18]
+    path = tmp_path / f"long.{suffix}"
+    path.write_text(text if suffix == "txt" else json.dumps({"text": text}) + "\n")
+    prepare(replace(options, sources=(str(path),), output=tmp_path / "out", validation_fraction=0.0))
+    [told] = [record.getMessage() for record in caplog.records if "encoded whole" in record.getMessage()]
+    assert told.startswith(f"{path}:1 is a document of 0 MiB")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import engine.corpus.sources.chunks
-from engine.corpus.prepare import PrepareOptions, prepare
+from engine.corpus.options import PrepareOptions
+from engine.corpus.prepare import prepare
 from engine.corpus.spread import PURPOSE_SPREAD, spread_keys, stored_order
 from engine.data.shards.dataset import TokenDataset
 from engine.data.tokenizer.folder import load_tokenizer

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from engine.cli import main
-from engine.corpus.prepare import PrepareOptions, prepare
+from engine.corpus.options import PrepareOptions
+from engine.corpus.prepare import prepare
 from engine.corpus.tokenizer_training import train_tokenizer
 from engine.data.shards.dataset import TokenDataset
 from engine.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USAGE, ConfigError, DataError

@@ -10,7 +10,8 @@ import pytest
 from tokenizers import models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from engine.corpus.prepare import PrepareOptions, prepare
+from engine.corpus.options import PrepareOptions
+from engine.corpus.prepare import prepare
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.writer import ShardWriter
 from engine.data.tokenizer.folder import load_tokenizer

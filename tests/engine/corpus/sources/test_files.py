@@ -13,6 +13,7 @@ import pytest
 import zstandard
 
 from engine.corpus.sources import text_files
+from engine.corpus.sources.chunks import told_foreign
 from engine.corpus.sources.files import find_files
 from engine.errors import DataError
 
@@ -133,3 +134,16 @@ def test_too_many_open_files_are_not_blamed_on_rights(tmp_path, monkeypatch):
         with pytest.raises(DataError, match=rf"too many open files: {soft:,} are allowed \(ulimit -n\)") as caught:
             read(str(tmp_path / "a.txt"))
         assert "rights" not in str(caught.value)
+
+
+def test_files_of_foreign_names_in_a_folder_are_told(tmp_path):
+    """With their number and the first names; not hidden ones, and none where files are named themselves."""
+    folder = tmp_path / "texts"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("a.jsonl", "b.log", "c", "d.html", "deep/e.xml", ".hidden"):
+        (folder / name).write_text('{"text": "a"}\n')
+    told = told_foreign([f"en={folder}"])
+    assert told is not None
+    assert told.startswith("not read: 4 files in folders")
+    assert f"{folder / 'b.log'}, {folder / 'c'}, {folder / 'd.html'} and 1 more" in told
+    assert told_foreign([f"en={folder}/*.log", f"en={folder}/a.jsonl", "hf:somewhere"]) is None

@@ -73,7 +73,7 @@ def test_every_failure_below_the_library_is_one_clear_error(datasets, tmp_path):
 def test_a_failure_in_the_middle_tells_the_row_before(datasets, monkeypatch, error):
     """As where a column has another type in a later block."""
 
-    def rows(path, config, split):
+    def rows(path, config, split, column):
         yield from ({"text": "a"} for _ in range(5))
         raise error
 
@@ -82,3 +82,17 @@ def test_a_failure_in_the_middle_tells_the_row_before(datasets, monkeypatch, err
         DataError, match=f"dataset hf:x cannot be read after row 4: {str(error) or type(error).__name__}"
     ):
         list(read_column("hf:x", "text"))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_a_column_that_nobody_reads_may_change_its_type_or_vanish(datasets, tmp_path, suffix):
+    """In another file, whose types are not those of the first; a cast of all columns would end there."""
+    texts = [[f"{name} {number}" for number in range(20)] for name in "abc"]
+    others = ([*range(20)], ["late"] * 20, None)
+    for number, (column, other) in enumerate(zip(texts, others, strict=True)):
+        data = datasets.Dataset.from_dict({"text": column} | ({"n": other} if other is not None else {"m": column}))
+        path = tmp_path / f"train-{number}.{suffix}"
+        {"jsonl": data.to_json, "csv": data.to_csv, "parquet": data.to_parquet}[suffix](path)
+    assert list(read_column(f"hf:{tmp_path}", "text")) == [text for column in texts for text in column]
+    with pytest.raises(DataError, match=r"has no text in column 'n'|cannot be read after row"):
+        list(read_column(f"hf:{tmp_path}", "n"))

@@ -6,7 +6,10 @@ import mmap
 import os
 import re
 import resource
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -206,3 +209,43 @@ def test_too_many_open_files_are_told_with_the_limit_and_not_as_rights(folder, m
         dataset.shard(2)
     assert "ulimit -n 65536" in caught.value.remedy
     assert "rights" not in str(caught.value)
+
+
+MIXTURE = """
+import resource, sys
+from pathlib import Path
+hard = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+from engine.data.loader import Loader
+from engine.data.shards.cache import ShardCache
+from engine.data.shards.dataset import TokenDataset
+from engine.data.source import WeightedDataset
+from engine.data.stream import Stream
+folder = Path(sys.argv[1])
+cache = ShardCache(folder / "cache", 10**8)
+sets = [TokenDataset(f"file://{folder}/{k}" if k % 2 else folder / str(k), cache=cache) for k in range(16)]
+stream = Stream([WeightedDataset(data, f"s{k}") for k, data in enumerate(sets)], 8, 64, 1, 48, "document")
+loader, most = Loader(stream), 0
+for _ in range(60):
+    batches = loader.step(0, 1, 64)
+    most = max(most, len(list(Path("/proc/self/fd").iterdir())))
+print(most, stream.sample_hash(50))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts the open files of a process in /proc")
+def test_a_mixture_of_16_sources_reads_on_under_ulimit_n_1024(tmp_path):
+    """768 shards in windows of 48, half of them through a cache: hard limit 1024, or raised as far as it goes."""
+    for number in range(16):
+        documents = made_up_documents(48, longest=12, seed=number)
+        write_shards(tmp_path / str(number), documents, shard_tokens=1)
+    ends = set()
+    for hard in (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]):
+        done = subprocess.run(
+            [sys.executable, "-c", MIXTURE, str(tmp_path), str(hard)], capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        most, end = done.stdout.split()
+        assert int(most) < 1024 or hard > 1024
+        ends.add(end)
+    assert len(ends) == 1

@@ -5,11 +5,13 @@ import functools
 import http.server
 import io
 import os
+import shutil
+import subprocess
 import threading
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +162,28 @@ def test_ranks_of_a_node_share_what_one_fetched_from_s3_and_the_limit_holds(loca
     assert sum(fetched) == files, fetched
     assert min(fetched) < files / 2
     assert not over
+
+
+def test_many_ranks_at_the_least_limit_of_the_cache_all_get_on(local, tmp_path):
+    """Room for two windows of two shards, and six processes that move freely, so that they stand in other windows."""
+    how: dict[str, Any] = {"sequence_length": 16, "global_batch_size": 12, "seed": 3, "window_shards": 2}
+    sizes = sorted(sum(array.stored_bytes for array in shard.arrays) for shard in TokenDataset(local).index.shards)
+    cache = ShardCache(tmp_path / "cache", sum(sizes[-4:]))
+    alone = Loader(Stream(TokenDataset(local), **how, attention="document"))
+    steps = alone.stream.samples_per_epoch() // 12
+    expected = [sorted(map(tuple, alone.step(0, 1, 12)[0].samples_B3.tolist())) for _ in range(steps)]
+    ranks = [Ranks(f"file://{local}", [rank], 6, cache=cache, **how, attention="document") for rank in range(6)]
+    try:
+        for rank in ranks:
+            for _ in range(steps):
+                rank.go()
+        told = [[rank.told()["samples"] for _ in range(steps)] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for step, samples in enumerate(expected):
+        assert sorted(sample for rank in told for sample in rank[step]) == samples
+    assert cache.used_bytes() <= cache.limit_bytes
 
 
 class Store:
@@ -314,6 +338,8 @@ S3_ERROR = "<?xml version='1.0'?><Error><Code>{}</Code><Message>told by a test</
         (404, "NoSuchBucket", False),
         (500, "InternalError", False),
         (503, "ServiceUnavailable", False),
+        (301, "PermanentRedirect", False),
+        (307, "TemporaryRedirect", False),
         (404, "NoSuchKey", True),
     ],
 )
@@ -369,6 +395,38 @@ def test_a_full_cache_disk_is_said_before_anything_is_fetched_and_is_not_the_net
         far._retry.run(lambda: far._download(array.file, array.xxh3, array.bytes, Full()), "url")
     assert pauses == []
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of its own of 64 KiB, which needs the right to mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mounted, capture_output=True, check=False).returncode:
+        pytest.skip("this user may mount no tmpfs: the other tests of a full disk play one")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_cache_disk_that_is_really_full_is_said_and_goes_on_once_there_is_room(small_disk, local, store):
+    array = TokenDataset(local).index.shards[0].tokens
+    filler = small_disk / "filler"
+    with pytest.raises(OSError, match="No space left"), filler.open("wb") as file:
+        file.write(bytes(1 << 17))
+    pauses: list[float] = []
+    cache = small_disk / "cache"
+    filler.write_bytes(bytes(filler.stat().st_size - 4096))
+    far = remote(ShardCache(cache, 10**6), pauses)
+    with filler.open("ab") as file, suppress(OSError):
+        file.write(bytes(1 << 17))
+    with pytest.raises(DataError, match=r"has no room for a shard of .* bytes: 0 are free"):
+        far.open(array)
+    assert (pauses, store.asked) == ([], {})
+    filler.unlink()
+    name, file = remote(ShardCache(cache, 10**6), pauses).open(array)
+    assert (cache / name).read_bytes() == (local / array.file).read_bytes()
+    file.close()
 
 
 def test_a_file_that_changes_in_the_cache_after_it_was_verified_is_noticed_and_fetched_again(store, local, tmp_path):
