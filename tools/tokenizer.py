@@ -85,7 +85,7 @@ def _import(source: str, output: Path, purpose: Purpose) -> None:
 
 @contextmanager
 def _told(progress: Progress) -> Iterator[None]:
-    """Where nobody watches, a line every so often: training is one call into a library."""
+    """Print a line every so often where nobody watches: training is one call into a library."""
     ended = threading.Event()
     started = time.monotonic()
 
@@ -105,7 +105,7 @@ def _told(progress: Progress) -> Iterator[None]:
 
 
 def _shown(texts: Iterable[str], progress: Progress) -> Iterator[str]:
-    """The same texts, counted on the screen."""
+    """Yield the texts, and count them on the screen."""
     task = progress.add_task("reading text")
     documents = size = 0
     for text in texts:

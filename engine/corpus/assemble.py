@@ -1,4 +1,4 @@
-"""Finished parts -> which documents stay, and the shards of each output folder.
+"""Encoded chunks to documents that stay, and to the shards of each output folder.
 
 Invariant: what stays, where it goes and where shards end follows from the documents and their parts alone, never from
 who encoded them; a shard is written by one worker from one stretch of each part.
@@ -74,11 +74,12 @@ class Corpus:
         return np.concatenate([bands[:, band] for bands in self._bands])
 
     def spread(self, numbers: np.ndarray) -> np.ndarray:
-        """Rising numbers (n,) of documents in the order in which shards take them."""
+        """Return rising numbers (n,) of documents in the order in which shards take them."""
         return numbers[np.argsort(self._keys[numbers], kind="stable")]
 
     def locate(self, numbers: np.ndarray) -> list[tuple[np.ndarray, Records]]:
-        """Of documents (n,): which of them (by place in `numbers`) lie in each part file, and where."""
+        """Return for each file which documents of `numbers` (n,) it holds (by place in `numbers`), and where."""
+        # ends of files (3, 5): documents 0 to 2 are of file 0, 3 and 4 of file 1; sorted by file, then by place in it
         owners = np.searchsorted(self._ends, numbers, side="right")
         order = np.lexsort((self._begins[numbers], owners))
         cuts = np.flatnonzero(np.diff(owners[order])) + 1
@@ -114,11 +115,12 @@ class ShardTask:
 def removed(
     corpus: Corpus, how: Deduplicate, similarity: float, pool: Pool, progress: Callable[[int, int], None]
 ) -> Removed:
-    """What is left out of the documents in order; the first of the same stays. Raises `DataError`."""
+    """Return the documents that are left out; the first of equal ones stays. Raises `DataError`."""
     count = corpus.documents.lengths.size
     exact, near = np.zeros(count, bool), np.zeros(count, bool)
     if how != "none":
         hashes = corpus.documents.hashes
+        # neighbours in the order of their hashes: all but the first of a run of equal ones go
         order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: equal ones keep their order
         exact[order[1:]] = (hashes[order[1:]] == hashes[order[:-1]]).all(axis=1)
     if how == "near":
@@ -143,7 +145,10 @@ def shard_tasks(
 
 
 def write(task: ShardTask) -> tuple[Path, int, ShardEntry]:
-    """Writes a shard; its folder, number and entry of the index. Raises `DataError`: no room, or a part is damaged."""
+    """Write a shard; return its folder, number and entry of the index.
+
+    Raises `DataError`: no room, or a part is damaged.
+    """
     tokens: list[np.ndarray] = [np.empty(0)] * task.num_documents
     starts: list[np.ndarray] = [np.empty(0)] * task.num_documents
     for places, records in task.pieces:

@@ -1,4 +1,4 @@
-"""A chunk of raw documents -> token ids and all that is asked of documents: one function of the chunk."""
+"""A chunk of raw documents to token ids and facts about the documents: one function of the chunk."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _CHARACTERS_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How documents become tokens."""
+    """Options that decide how documents become tokens."""
 
     text_key: str
     validation_fraction: float
     sentences: str | None = None
     """Language whose rules find the sentences; None finds none."""
     similarity: float | None = None
-    """Of near duplicates; None looks for none."""
+    """Similarity of near duplicates; None looks for none."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What is known of a part that is on disk now."""
+    """Facts about an encoded chunk that is on disk now."""
 
     place: int
     documents: Documents
@@ -59,7 +59,7 @@ class Encoded:
 
 
 def encode_to_file(task: Task) -> Encoded:
-    """Encodes a chunk and saves the part. Raises `DataError`: from the sources, or no room."""
+    """Encode a chunk and save it. Raises `DataError`: from the sources, or no room."""
     part = encode(task.chunk, _tokenizer(task.tokenizer, task.tokenizer_hash), task.options)
     try:
         save(task.path, part, stored_order(task.key, part.documents.is_validation))
@@ -69,7 +69,7 @@ def encode_to_file(task: Task) -> Encoded:
 
 
 def encode(chunk: TextChunk, tokenizer: TextTokenizer, options: EncodeOptions) -> EncodedChunk:
-    """One chunk encoded; documents without a token are left out and counted. Raises `DataError`."""
+    """Encode one chunk; documents without a token are left out and counted. Raises `DataError`."""
     texts = parse(chunk, options.text_key)
     found, sentences_of, unspelt = _tokens(texts, tokenizer, options.sentences)
     is_kept = np.array([item.size > 0 for item in found], bool)
@@ -100,7 +100,7 @@ def encode(chunk: TextChunk, tokenizer: TextTokenizer, options: EncodeOptions) -
 
 
 def belongs_to_validation(text: bytes, fraction: float) -> bool:
-    """Whether a document belongs to the held-out part: a function of its text, so duplicates stay together."""
+    """Return True if a document belongs to the validation side: a function of its text, so duplicates stay together."""
     return xxhash.xxh3_64_intdigest(text) < int(fraction * 2**64)
 
 

@@ -32,7 +32,7 @@ _LARGEST_GAP_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Documents:
-    """What is known of n documents without their tokens."""
+    """Facts about n documents, without their tokens."""
 
     lengths: np.ndarray
     """(n,) int64 tokens, ends of text included."""
@@ -62,7 +62,7 @@ class EncodedChunk:
     bands: np.ndarray
     """(n, bands) uint64 keys of near duplicates, or (n, 0) where none are looked for."""
     tokens: np.ndarray
-    """Of all documents, in the type in which they are written."""
+    """Tokens of all documents, in the type in which they are written."""
     sentence_starts: np.ndarray
     """int64 first tokens of all sentences within their documents."""
 
@@ -81,7 +81,7 @@ class Records:
 
 
 def save(path: Path, part: EncodedChunk, order: np.ndarray) -> None:
-    """Puts the part in place, its records in the given order (n,) of documents. Raises `OSError`."""
+    """Put the encoded chunk in place, its records in the given order (n,) of documents. Raises `OSError`."""
     arrays = {field.name: getattr(part.documents, field.name) for field in fields(Documents)}
     known = io.BytesIO()
     np.savez(known, bands=part.bands, **arrays)
@@ -98,8 +98,10 @@ def save(path: Path, part: EncodedChunk, order: np.ndarray) -> None:
 
 
 def load(path: Path) -> tuple[Documents, np.ndarray] | None:
-    """Everything but the tokens: the documents, and their keys of near duplicates; None where the file is not there,
-    does not verify, or was written by a version that counted less."""
+    """Return everything but the tokens: the documents, and their keys of near duplicates.
+
+    None where the file is not there, does not verify, or was written by a version that counted less.
+    """
     try:
         content = path.read_bytes()
     except OSError:
@@ -116,6 +118,7 @@ def load(path: Path) -> tuple[Documents, np.ndarray] | None:
 
 def record_begins(documents: Documents, order: np.ndarray, item_bytes: int) -> np.ndarray:
     """(n,) int64: byte of the part file at which each document's record begins, for records in that order."""
+    # sizes (10, 20) stored in order (1, 0): document 1 begins at the digest's end, 16, document 0 at 16 + 20 = 36
     sizes = _record_bytes(documents.lengths, documents.sentences, item_bytes)[order]
     begins = np.empty(sizes.size, np.int64)
     begins[order] = _DIGEST_BYTES + np.cumsum(sizes) - sizes

@@ -1,4 +1,4 @@
-"""Which documents may be nearly the same (MinHash of runs of tokens, and locality-sensitive hashing), and which are.
+"""Candidates of near duplicates (MinHash of runs of tokens, and locality-sensitive hashing), and their similarity.
 
 Broder 1997, "On the Resemblance and Containment of Documents"; bands as in Leskovec, Rajaraman and Ullman, "Mining of
 Massive Datasets", 3.4. A document is the set of its runs of `RUN` tokens, so no language needs words; the similarity is
@@ -25,7 +25,7 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 def algorithm() -> str:
-    """What the choice depends on besides the documents and the threshold, for the recipe."""
+    """Return a name of everything that the choice depends on besides documents and threshold, for the recipe."""
     from rensa.rensa import RMinHash
 
     return f"rensa {RMinHash.ALGORITHM_VERSION}, runs of {RUN}, {NUM_PERMUTATIONS} permutations, candidates compared"
@@ -39,6 +39,7 @@ def band_keys(documents: list[np.ndarray], threshold: float) -> np.ndarray:
         minima = signatures(documents[first : first + _DOCUMENTS_AT_ONCE])
         some = keys[first : first + _DOCUMENTS_AT_ONCE]
         for band in range(keys.shape[1]):
+            # a band's key is a hash of its minima in order: equal only where all of them are
             for column in minima[:, band * rows : (band + 1) * rows].T:
                 some[:, band] = _mixed(some[:, band] ^ column.astype(np.uint64))
     return keys
@@ -85,6 +86,8 @@ def candidates(keys_N: np.ndarray) -> np.ndarray:
     Each with the first that has its key and with the one before it; more would be a number of pairs that grows with
     the square of the documents that share a passage.
     """
+    # keys (7, 5, 7, 7): order (1, 0, 2, 3), firsts at places 0 and 1, buckets (0, 1, 1, 1). Places 2 and 3 hold
+    # documents 2 and 3: pairs with the first of their bucket (0, 2), (0, 3), and with the one before (0, 2), (2, 3)
     order = np.argsort(keys_N, kind="stable")
     is_first = np.append(True, np.diff(keys_N[order]) != 0)[: order.size]
     bucket = np.cumsum(is_first) - 1

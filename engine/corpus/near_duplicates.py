@@ -28,7 +28,7 @@ class Comparison:
     numbers_P2: np.ndarray
     """Numbers of the documents among all."""
     places_P2: np.ndarray
-    """The same documents, counted in `records` from the first record on."""
+    """Numbers of the documents in `records`, counted from the first record on."""
     records: list[Records]
     dtype: np.dtype
     threshold: float
@@ -58,6 +58,7 @@ def near_duplicates(
     rejected = np.empty(0, np.int64)
     for band in range(num_bands):
         pairs = left[candidates(keys_of_band(band)[left])]
+        # a pair as one number, a * N + b, so that sets of pairs are compared by np.isin
         codes = pairs @ np.array([left_out.size, 1])
         pairs = pairs[~near[pairs[:, 1]] & ~np.isin(codes, rejected)]
         tasks = _batches(pairs, lengths, locate, dtype, threshold)

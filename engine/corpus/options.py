@@ -15,7 +15,7 @@ from engine.errors import ConfigError
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What to prepare, and how; every field but `max_unspelt` and `overwrite` can change the bytes."""
+    """Sources, output and options of a preparation; all but `max_unspelt` and `overwrite` can change the bytes."""
 
     sources: tuple[str, ...]
     """Files, folders, globs, or `hf:NAME_OR_FOLDER[:CONFIG][@SPLIT]`; all or none with `DOMAIN=` before them."""
@@ -41,7 +41,7 @@ class PrepareOptions:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a preparation is; bytes are those of the sources as they lie there (0 in all when unknown)."""
+    """Progress of a preparation; bytes are those of the sources as they lie there (0 in all when unknown)."""
 
     doing: str
     documents: int

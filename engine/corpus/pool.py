@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 _ITEMS_PER_WORKER = 3
 _WORLD_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-"""Where MPI's launchers say how many ranks there are."""
+"""Environment variables in which MPI's launchers say how many ranks there are."""
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def prepare(options: PrepareOptions, progress: Show = lambda _: None, pool: Pool
 
 
 def _recipe(options: PrepareOptions, tokenizer: TextTokenizer, sources: list[Source], hashes: dict[str, str]) -> Recipe:
-    """What decides the bytes of the output; sources count by content, their names are kept for the reader."""
+    """Return all that decides the bytes of the output; sources count by content, names are kept for the reader."""
     near = options.deduplicate == "near"
     return {
         "sources": [
@@ -98,7 +98,7 @@ def _recipe(options: PrepareOptions, tokenizer: TextTokenizer, sources: list[Sou
 
 @contextmanager
 def _alone(output: Path) -> Iterator[None]:
-    """Holds the output folder for one preparation at a time. Raises `DataError` where another one holds it."""
+    """Hold the output folder for one preparation at a time. Raises `DataError` where another one holds it."""
     descriptor = os.open(output, os.O_RDONLY)
     try:
         try:

@@ -22,7 +22,7 @@ VERSION = 1
 TRAIN, VALIDATION = "train", "validation"
 PARTS = (TRAIN, VALIDATION)
 WORK = ".unfinished"
-"""Where a preparation keeps what is finished of it."""
+"""Folder in which a preparation keeps what is finished of it."""
 PLAN_FILE = "plan.json"
 _OF_A_DISK = "lost+found"
 
@@ -30,7 +30,7 @@ Recipe = dict[str, Any]
 
 
 def write_recipe(output: Path, recipe: Recipe, parts: dict[str, Statistics]) -> None:
-    """Makes an output complete. Raises `OSError`."""
+    """Make an output complete. Raises `OSError`."""
     report = {name: statistics.to_json() for name, statistics in parts.items()}
     tree = {"version": VERSION, "recipe": recipe, "report": report}
     write_atomically(output / RECIPE_FILE, json.dumps(tree, indent=1) + "\n")
@@ -62,7 +62,7 @@ def complete_before(output: Path, recipe: Recipe) -> dict[str, Statistics] | Non
 
 
 def refuse_foreign(output: Path) -> None:
-    """Raises `DataError` where a folder holds files and nothing that a preparation wrote: it is someone else's."""
+    """Raise `DataError` where a folder holds files and nothing that a preparation wrote: it is someone else's."""
     if not output.is_dir() or any((output / name).exists() for name in (RECIPE_FILE, f"{WORK}/{PLAN_FILE}")):
         return
     if parts_before(output):
@@ -132,12 +132,12 @@ def _differences(before: Recipe, recipe: Recipe) -> list[str]:
 
 
 def _unset(value: Any) -> Any:
-    """What recipes said before they had a key: its default."""
+    """Return the value that a recipe without a key stands for: the key's default."""
     return "none" if value in ("none", "exact", "near", "zstd") else None
 
 
 def _compared(key: str, value: Any) -> Any:
-    """What counts of a recipe's value: contents, not names and places."""
+    """Return the part of a recipe's value that is compared: contents, not names and locations."""
     if key == "tokenizer":
         return None  # the hash tells
     if key == "order":

@@ -1,4 +1,4 @@
-"""Where sentences begin, in characters and in tokens.
+"""First characters and first tokens of sentences.
 
 The rules are those of `sentencex` (Wikimedia's, abbreviations of some 300 languages; Chinese, Japanese and other
 full stops end a sentence in every language). Invariant: sentences cover their document, and finding them changes no

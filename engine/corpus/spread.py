@@ -28,6 +28,7 @@ ChunkKey = tuple[int, int]
 
 def spread_keys(part: ChunkKey, count: int) -> np.ndarray:
     """(count,) uint64: keys of a part's documents."""
+    # splitmix64 is a hash of seed + n * gamma: the n-th number without those before it
     seed = np.random.SeedSequence((PURPOSE_SPREAD, *part)).generate_state(1, np.uint64)
     return mix_array(seed + np.arange(1, count + 1, dtype=np.uint64) * _GAMMA)
 

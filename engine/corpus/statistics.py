@@ -1,4 +1,4 @@
-"""What a corpus is made of; counts of parts add up to the counts of the whole."""
+"""Counts over the documents of a corpus; those of parts add up to the counts of the whole."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from engine.errors import DataError
 
 UNFINISHED = ".unfinished"
-"""Where files lie until all are written; left behind by a kill, it is removed by the next start."""
+"""Folder of the files until all are written; left behind by a kill, it is removed by the next start."""
 
 
 @contextmanager

@@ -42,10 +42,10 @@ PURPOSE_TOKENS: dict[Purpose, tuple[str, ...]] = {
     "masked": (CLASSIFY, SEPARATE, MASK),
     "span_corruption": tuple(f"<extra_id_{number}>" for number in reversed(range(NUM_SENTINELS))),
 }
-"""What an objective needs besides, in the order of the ids; T5's sentinels descend."""
+"""Further tokens that an objective needs, in the order of the ids; T5's sentinels descend."""
 _REQUIRED_CHARACTERS = "".join(map(chr, range(33, 127)))
-"""What a SentencePiece vocabulary always spells: printable ASCII, so that the names of special and byte pieces can
-be spelt too, and quoting one is never the same as using it."""
+"""Characters that a SentencePiece vocabulary always spells: printable ASCII, so that the names of special and byte
+pieces can be spelt too, and quoting one is never the same as using it."""
 _BASE = 256 + len(SPECIAL_TOKENS)
 SMALLEST_VOCABULARY: dict[str, int] = {
     "bpe": _BASE + 1,
@@ -115,7 +115,7 @@ def _train(texts: Iterable[str], folder: Path, kind: TokenizerKind, vocab_size: 
 
 
 def _names(kind: TokenizerKind, purpose: Purpose) -> dict[str, Any]:
-    """Which token plays which part, in the words of transformers."""
+    """Return the token of each role, by the role's name in transformers."""
     marks: dict[str, Any] = {"cls_token": CLASSIFY, "sep_token": SEPARATE, "mask_token": MASK}
     marks["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     if kind == "wordpiece":
@@ -125,7 +125,7 @@ def _names(kind: TokenizerKind, purpose: Purpose) -> dict[str, Any]:
 
 
 def _frame(model, purpose: Purpose, kind: TokenizerKind) -> None:
-    """What transformers puts around a text for a user who fine-tunes; `prepare` adds nothing."""
+    """Set what transformers puts around a text for a user who fine-tunes; `prepare` adds nothing."""
     from tokenizers import processors
 
     if kind == "wordpiece" or purpose == "masked":
@@ -181,7 +181,7 @@ def _alphabet(texts: Iterable[str], tokenizer, limit: int, spool: IO[str]) -> li
 
 
 def _joins(tokenizer, character: str) -> bool:
-    """Whether a character stays in the word before it."""
+    """Return True if a character stays in the word before it."""
     text = tokenizer.normalizer.normalize_str(f"a{character}")
     return len(tokenizer.pre_tokenizer.pre_tokenize_str(text)) == 1
 
@@ -295,7 +295,7 @@ def _merges(pieces: list[str], normal: list[int]) -> list[tuple[str, str]]:
 
 
 def _not_empty(texts: Iterable[str]) -> Iterator[str]:
-    """The same texts. Raises `DataError` (when the training begins to read) where there are none."""
+    """Yield the texts. Raises `DataError` (when the training begins to read) where there are none."""
     iterator = iter(texts)
     first = next((text for text in iterator if text.strip()), None)
     if first is None:

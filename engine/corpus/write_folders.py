@@ -78,8 +78,8 @@ def write_folders(
 def _sides(
     options: PrepareOptions, parts: list[EncodedFile], corpus: Corpus
 ) -> dict[str, tuple[np.ndarray, tuple[int, int]]]:
-    """Of each folder of the output, by name: its documents (n,) bool, and how many without a token it counts, with
-    how many bytes that no token spells."""
+    """Return each folder's documents (n,) bool by the folder's name, and the documents without a token that it counts,
+    with their bytes that no token spells."""
     domains = list(dict.fromkeys(part.domain for part in parts))
     counts = [part.documents.lengths.size for part in parts]
     of_document = np.repeat([domains.index(part.domain) for part in parts], counts)
@@ -94,7 +94,7 @@ def _sides(
 
 
 def _new(work: Path, name: str) -> Path:
-    """Where a folder of the output lies until all of them are whole."""
+    """Return the path of a folder of the output until all of them are whole."""
     return work / "whole" / name
 
 
@@ -143,7 +143,7 @@ def _refuse_empty(options: PrepareOptions, parts: dict[str, Statistics]) -> None
 
 
 def _more_documents(options: PrepareOptions, total: int) -> str:
-    """What works where one side of the split is empty."""
+    """Return the remedy where one side of the split is empty."""
     files = [source for source in find_sources(options.sources) if source.kind == "text"]
     split = "" if options.blank_line_ends or not files else _BLANK_LINES
     others = ", or name a larger fraction, or more text" if total > 1 else ", or name more text"

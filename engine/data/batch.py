@@ -1,10 +1,10 @@
 """A micro-batch as torch tensors on the CPU, made from rows of the corpus.
 
 Everything that training asks of a row travels with it: where it came from, what it weighs, which documents share
-it. Invariant: a batch always has B rows; a row that stands for nothing has weight 0, sample id -1 and padding.
+it. Invariant: a batch always has B rows; a padding row has weight 0, sample id -1 and padding.
 Moving it to a device is not done here.
 
-B batch (rows), T time (sequence length), S time of an encoder, M most masked tokens of a row.
+B batch (rows), T sequence dimension, S sequence dimension of an encoder, M most masked tokens of a row.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from engine.data.shards.dataset import TokenDataset
 
 
 class Rows(Protocol):
-    """Where rows come from."""
+    """A data set and the sampler that makes its rows."""
 
     @property
     def dataset(self) -> TokenDataset: ...
@@ -38,7 +38,7 @@ class Batch:
     """One micro-batch of one data rank."""
 
     inputs: dict[str, torch.Tensor]
-    """What the model takes, by its keywords; the weight of a row is in the weights of its targets, and 0 is no target.
+    """Tensors for the model, by its keywords; the weight of a row is in the weights of its targets, and 0 is no target.
 
     Causal: `tokens_BT`, `targets_BT` (int64), `weights_BT` (float32). Masked: `tokens_BT`, `masked_BM` (positions),
     `targets_BM` (int64), `weights_BM`; with pairs also `token_types_BT`, `pair_targets_B` (int64), `pair_weights_B`.
@@ -50,7 +50,7 @@ class Batch:
     row_target_weights: dict[str, np.ndarray]
     """(B,) weight of each row's targets by loss: what `weights` is the sum of."""
     samples_B3: torch.Tensor
-    """int64 (epoch, window, slot) of each row; -1 for a row that stands for nothing."""
+    """int64 (epoch, window, slot) of each row; -1 for a padding row."""
     row_weights_B: torch.Tensor
     """float32 weight of each row, already in the weights of its targets."""
     domains_B: torch.Tensor
@@ -62,7 +62,7 @@ class Batch:
 
     @cached_property
     def sources(self) -> tuple[str, ...]:
-        """Shard and row that each row came from, for messages and ledgers; empty where it stands for nothing."""
+        """Shard and row that each row came from, for messages and ledgers; empty for a padding row."""
         return self.name_sources()
 
     @cached_property
@@ -80,7 +80,7 @@ class Batch:
 
 
 def reuse_freed_memory() -> None:
-    """Lets the C library keep the memory of batches that are done with for the next ones.
+    """Let the C library keep the memory of batches that are done with for the next ones.
 
     glibc returns blocks to the system that are larger than any which it saw freed (mallopt(3), M_MMAP_THRESHOLD), and
     being given fresh pages for each batch takes longer than filling them. So it is shown a large one.
@@ -96,8 +96,8 @@ def make_batches(
     num_batches: int,
     num_rows: int,
 ) -> list[Batch]:
-    """Micro-batches of `num_rows`, one behind the other, of the samples (rows, 3) of the sources `domains` (rows,),
-    which lie at `places` (rows, 2); what is missing at the end are rows of weight 0.
+    """Return micro-batches of `num_rows`, one behind the other, of the samples (rows, 3) of the sources `domains`
+    (rows,), which lie at `places` (rows, 2); what is missing at the end are padding rows.
 
     All rows are made together, and each batch is a view of them. Raises `DamagedShard` where a shard is damaged.
     """
@@ -130,7 +130,7 @@ def _filled(rows: np.ndarray, num_rows: int, value: int, dtype: type[np.generic]
 
 
 def _names(sources: Sequence[Rows], domains: np.ndarray, places: np.ndarray, num_rows: int) -> tuple[str, ...]:
-    """Shard and row of each row, empty where it stands for nothing."""
+    """Shard and row of each row, empty for a padding row."""
     rows = zip(domains.tolist(), places.tolist(), strict=True)
     shards = [source.dataset.index.shards for source in sources]
     names = [f"{shards[domain][number].tokens.name}:{row}" for domain, (number, row) in rows]
@@ -150,6 +150,7 @@ def _made(
         _of_one(sources, domain, places[rows[rows < len(places)]], samples[rows[rows < len(places)]], rows.size)
         for domain, rows in zip(present, which, strict=True)
     ]
+    # rows of sources (0, 1, 0): which = (0, 2), (1). The parts side by side are rows 0, 2, 1; argsort puts them back
     order = np.argsort(np.concatenate(which))
     return SampledRows(
         {name: np.concatenate([part.inputs[name] for part in parts])[order] for name in parts[0].inputs},

@@ -109,12 +109,14 @@ def _read(stream: Stream, ranks: Ranks, most_steps: int) -> list[ReadStep]:
     samples = Samples.joined([step.samples for step in steps])
     rows, together = micro_batch_rows(samples.size, *ranks), max(1, MOST_TOKENS // (micro_batch_size * row_tokens))
     batches: list[Batch] = []
+    # rows are made for some micro-batches at a time: a step of a million tokens would leave the cache between passes
     for group in (rows[first : first + together] for first in range(0, len(rows), together)):
         mine = samples.at(np.concatenate(group))
         places_N2 = order.places(mine)
         batches += make_batches(order.sources, *mine, places_N2, len(group), micro_batch_size)
     for source in order.sources:
         source.dataset.release()
+    # batches of all steps in one list: each step takes its own number of them off the front
     left = iter(batches)
     return [ReadStep(step.before, list(islice(left, -(-step.samples.size // stride))), step.after) for step in steps]
 

@@ -46,7 +46,7 @@ class Samples(NamedTuple):
         return self.sources_N.size
 
     def at(self, which: np.ndarray) -> Samples:
-        """Those at some numbers, or where `which` is true."""
+        """Return the samples at some numbers, or where `which` is true."""
         return Samples(self.sources_N[which], self.addresses_N3[which])
 
     @classmethod
@@ -77,7 +77,7 @@ class MixedOrder:
             if any(source.lost.size for source in self.sources):
                 found = found.at(self._is_kept(found))
             kept.append(found)
-            count -= found.size
+            count -= found.size  # those in lost shards are made up for by the samples that follow
         return Samples.joined(kept or [Samples(np.empty(0, np.int64), np.empty((0, 3), np.int64))]), cursor
 
     def places(self, samples: Samples) -> np.ndarray:
@@ -96,6 +96,7 @@ class MixedOrder:
             if cursor.position < first:
                 return cursor, first - cursor.position
             if cursor.position < end:
+                # each source moves on by what it would have given: nothing after the interval depends on leaving it out
                 counts_K = self.mixing.counts(end) - self.mixing.counts(cursor.position)
                 cursor = Cursor(end, self._advanced(cursor.places, counts_K.tolist()))
         return cursor, None
@@ -114,6 +115,7 @@ class MixedOrder:
             (place,), order = cursor.places, self.sources[0].order
             found = Samples(np.zeros(count, np.int64), order.addresses(place, count))
             return found, Cursor(end, (order.after(place, count),))
+        # sources_N (0, 1, 0): source 0 gives its next two samples to rows 0 and 2, source 1 its next one to row 1
         sources_N = self.mixing.of(cursor.position, count)
         addresses_N3, counts = np.empty((count, 3), np.int64), []
         for source, place in zip(self.sources, cursor.places, strict=True):
@@ -127,7 +129,7 @@ class MixedOrder:
         return tuple(source.order.after(place, count) if count else place for source, place, count in steps)
 
     def _is_kept(self, samples: Samples) -> np.ndarray:
-        """(N,) bool: samples that are in no lost shard."""
+        """Return True for samples that are in no lost shard, (N,) bool."""
         places_N2, kept_N = self.places(samples), np.empty(samples.size, bool)
         for source in self.sources:
             mine = samples.sources_N == source.number
@@ -136,7 +138,7 @@ class MixedOrder:
 
 
 def merged(intervals: Iterable[Interval]) -> tuple[Interval, ...]:
-    """The same positions as disjoint intervals in order, with a gap between any two."""
+    """Return the positions as disjoint intervals in order, with a gap between any two."""
     found: list[Interval] = []
     for first, end in sorted(intervals):
         if found and first <= found[-1][1]:

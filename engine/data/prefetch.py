@@ -26,11 +26,11 @@ DEPTH = 2
 """Steps that wait for the consumer while no more are read. Short steps are read some at a time, and then wait all."""
 
 Cut = Callable[[Batch, int], Inputs]
-"""What a rank needs of a micro-batch of a step (by its number), on the CPU; the reading thread calls it."""
+"""Makes a rank's inputs of a micro-batch and the number of its step, on the CPU; the reading thread calls it."""
 
 
 def whole(batch: Batch, step: int) -> Inputs:
-    """All of it."""
+    """Return all inputs of a batch."""
     return batch.inputs
 
 
@@ -62,7 +62,7 @@ class Prefetcher:
         self._start()
 
     def step(self) -> list[Batch]:
-        """This rank's micro-batches of the next global batch; waits until they are read. Raises what reading did.
+        """Return this rank's micro-batches of the next global batch once they are read. Raises what reading did.
 
         On a GPU its current stream, and not the host, waits until they have arrived.
         """
@@ -79,7 +79,7 @@ class Prefetcher:
         return batches if ready.upload is None else _with_inputs(batches, ready.upload.arrive())
 
     def wait(self, seconds: float) -> bool:
-        """Whether `step` would return (or raise) at once; waits for that for so long at most."""
+        """Return True once `step` would return (or raise) at once, False if that takes longer than `seconds`."""
         with self._changed:
             return bool(self._changed.wait_for(lambda: self._ready or self._error, seconds))
 
@@ -90,7 +90,7 @@ class Prefetcher:
         self._start()
 
     def close(self) -> None:
-        """Ends the thread and waits for it; safe to call twice."""
+        """End the thread and wait for it; safe to call twice."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

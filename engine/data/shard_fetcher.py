@@ -19,7 +19,7 @@ _log = logger(__name__)
 
 
 class ShardFetcher:
-    """Threads that fetch what is wanted; they begin with the first wish."""
+    """Threads that fetch wanted shards; they begin with the first call of `want`."""
 
     def __init__(self) -> None:
         self._changed = Condition()
@@ -29,7 +29,7 @@ class ShardFetcher:
         self._threads: list[Thread] = []
 
     def want(self, items: list[Item]) -> None:
-        """Fetches these, in this order; what was wanted before and is not any more is given up."""
+        """Fetch these shards, in this order; those that are not wanted any more are given up."""
         keys = [(id(dataset), number) for dataset, number in items]
         with self._changed:
             waiting = {(id(dataset), number) for dataset, number in self._pending}
@@ -42,7 +42,7 @@ class ShardFetcher:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Ends the threads, each after the file that it is at; does not wait for them."""
+        """End the threads, each after the file that it is at; does not wait for them."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -64,7 +64,7 @@ class Source:
         return counts
 
     def limit(self) -> int | None:
-        """Samples that it gives at most. With `epochs`, counts the rows of all shards."""
+        """Return the samples that it gives at most. With `epochs`, counts the rows of all shards."""
         limits = [self.part.max_samples]
         if self.part.epochs is not None:
             limits.append(int(self.part.epochs * self.count(np.arange(self.dataset.num_shards)).sum()))
@@ -75,7 +75,7 @@ class Source:
         return ~np.isin(places_N2[:, 0], self.lost)
 
     def refuse_mid_window(self, damage: Damage, here: SampleId) -> None:
-        """Raises `DataError` where a window has begun whose rows can no longer be counted."""
+        """Raise `DataError` where a window has begun whose rows can no longer be counted."""
         begun = here.slot > 0 and damage.shard in self.order.shards(here.epoch, here.window)
         if begun and not damage.counted:
             name = self.dataset.index.shards[damage.shard].documents.file
@@ -87,7 +87,7 @@ class Source:
             )
 
     def refuse_empty(self) -> None:
-        """Raises `DataError` where no shard is left that has a sample; looks no further than the first that has one."""
+        """Raise `DataError` where no shard is left that has a sample; looks no further than the first that has one."""
         for number in np.setdiff1d(np.arange(self.dataset.num_shards), self.lost).tolist():
             try:
                 if int(self.count(np.array([number]))[0]):

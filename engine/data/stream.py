@@ -40,12 +40,12 @@ MOST_LOST = 16
 
 
 class Progress(NamedTuple):
-    """How far a stream has come: the next sample, and the samples trained on so far by the whole run."""
+    """Progress of a stream: the next sample, and the samples trained on so far by the whole run."""
 
     cursor: Cursor
     samples: int
     passed_over: tuple[int, ...]
-    """By source, samples at positions that are not left out which were not trained on: those of lost shards; less
+    """Samples of each source at positions that are not left out which were not trained on: those of lost shards; less
     those that were trained on before their positions were left out."""
 
 
@@ -117,7 +117,7 @@ class Stream:
 
     @property
     def progress(self) -> Progress:
-        """How far the stream has come; `advance_to` takes it, on a clone, too."""
+        """Progress of the stream; `advance_to` takes it, on a clone, too."""
         return self._progress
 
     @property
@@ -165,6 +165,7 @@ class Stream:
 
     def leave_out(self, first: int, end: int) -> None:
         """Skip samples at positions [first, end), as far as they are still to come."""
+        # an interval may reach back behind the position: those samples are trained on, and stay counted as such
         before_K = self._offered(0, self.position)
         self._order = replace(self._order, left_out=merged([*self.left_out, (first, end)]))
         if len(self.parts) > 1:  # what is trained on already stays counted
@@ -286,6 +287,7 @@ class Stream:
 
     def clone(self) -> Stream:
         """Return another stream that stands where this one does, over the same opened data sets, for another thread."""
+        # orders remember blocks and windows, which no two threads may write; everything else never changes in place
         other = copy.copy(self)
         other._order = replace(self._order, sources=self._open_sources(self._lost))
         return other
@@ -294,6 +296,7 @@ class Stream:
         """Return the samples of each source at the positions [first, end) that are not left out, (K,) int64."""
         counts = self._order.mixing.counts
         counts_K = counts(end) - counts(first)
+        # counts of [first, end) less those of its intersection with each left-out interval
         for left, right in self.left_out:
             if max(left, first) < min(right, end):
                 counts_K = counts_K - counts(min(right, end)) + counts(max(left, first))
@@ -303,6 +306,7 @@ class Stream:
         """Return `Progress.passed_over` behind the samples that were taken between two places."""
         if not self._lost or len(self.parts) == 1:
             return before.passed_over
+        # positions passed less samples taken: what lay in lost shards, (K,)
         taken_K = np.bincount(samples.sources_N, minlength=len(self.parts))
         passed_K = self._offered(before.cursor.position, after.position) - taken_K
         return tuple((np.array(before.passed_over) + passed_K).tolist())

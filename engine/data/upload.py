@@ -21,7 +21,7 @@ Inputs = dict[str, torch.Tensor]
 NUM_BLOCKS = 2
 """One is written while the other is copied."""
 _ALIGNMENT_BYTES = 256
-"""Where each tensor begins, as torch's own allocator has it."""
+"""Multiple of bytes at which each tensor begins, as torch's own allocator has it."""
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Uploader:
         self._blocks = itertools.cycle([_Block(empty, torch.cuda.Event(blocking=True)) for _ in range(NUM_BLOCKS)])
 
     def send(self, batches: list[Inputs]) -> Upload:
-        """Starts the copy of a step's micro-batches; waits for the one before the last."""
+        """Start the copy of a step's micro-batches; waits for the one before the last."""
         starts, num_bytes = _places(batches)
         block = next(self._blocks)
         block.copied.synchronize()

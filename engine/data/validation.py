@@ -61,10 +61,13 @@ class ValidationSamples:
         self.num_samples = sum(sizes)
 
     def batches(self, data_rank: int, data_size: int, micro_batch_size: int) -> Iterator[Batch]:
-        """This data rank's micro-batches, whose `domains_B` are numbers of data sets. Every rank gets the same number
-        of them, of the same shape; what is missing at the end are rows of weight 0. Raises `DataError` where a shard is
-        damaged."""
+        """Yield this data rank's micro-batches, whose `domains_B` are numbers of data sets.
+
+        Every rank gets the same number of them, of the same shape; what is missing at the end are padding rows. Raises
+        `DataError` where a shard is damaged.
+        """
         for rows in micro_batch_rows(self.num_samples, data_rank, data_size, micro_batch_size):
+            # data sets of 5 and 3 samples: starts (0, 5, 8); sample 5 is the first of the second, number 1
             domains = np.searchsorted(self._starts, rows, side="right") - 1
             places = np.empty((len(rows), 2), np.int64)
             for k in np.unique(domains).tolist():
@@ -75,11 +78,11 @@ class ValidationSamples:
                 source.dataset.release()
 
     def num_batches(self, data_size: int, micro_batch_size: int) -> int:
-        """Micro-batches that each data rank gets."""
+        """Return the number of micro-batches that each data rank gets."""
         return -(-self.num_samples // (micro_batch_size * data_size))
 
     def _places(self, k: int, rows: np.ndarray) -> np.ndarray:
-        """(rows, 2) shard and row of the samples of a data set by their numbers in it."""
+        """Return shard and row of the samples of a data set by their numbers in it, (rows, 2)."""
         ends = self._ends[k]
         shards = np.searchsorted(ends, rows, side="right")
         return np.stack([shards, rows - np.where(shards > 0, ends[shards - 1], 0)], axis=1)

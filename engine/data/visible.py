@@ -12,5 +12,5 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u206
 
 
 def visible(text: str) -> str:
-    """The text with control characters other than tabs and line ends spelt out (`\\x1b`)."""
+    """Return the text with control characters other than tabs and line ends spelt out (`\\x1b`)."""
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -62,7 +62,7 @@ class TextChunk:
     kind: str
     items: list[tuple[str, int, bytes]]
     read_bytes: int
-    """What was read for it, in bytes of the files as they lie there."""
+    """Bytes of the files, as they lie there, that were read for it."""
 
 
 def find_sources(names: Iterable[str]) -> list[Source]:

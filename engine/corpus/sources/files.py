@@ -20,7 +20,7 @@ from engine.errors import DataError
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
-"""What a folder is searched for beside JSON lines; a file that is named itself may be called anything."""
+"""Suffixes that a folder is searched for beside JSON lines; a file that is named itself may be called anything."""
 PARQUET_SUFFIXES = (".parquet", ".pq")
 UNREAD_SUFFIXES = (
     ".lz4",
@@ -37,7 +37,7 @@ UNREAD_SUFFIXES = (
     ".tbz2",
     ".txz",
 )
-"""Of archives, and of compressions that are not read here."""
+"""Suffixes of archives, and of compressions that are not read here."""
 _BEGINNINGS = {
     b"\x1f\x8b": ("a gzip file", ".gz"),
     b"\x28\xb5\x2f\xfd": ("a zstd file", ".zst"),
@@ -71,7 +71,7 @@ def find_files(name: str, given: str) -> list[Found]:
 
 
 def matches(name: str) -> bool:
-    """Whether a name is a path that exists, or a glob of some."""
+    """Return True if a name is a path that exists, or a glob of some."""
     return Path(name).exists() or bool(glob.glob(name, recursive=True))
 
 
@@ -114,7 +114,7 @@ def _raise(error: OSError) -> None:
 
 
 def _is_wanted(path: Path) -> bool:
-    """Whether a file of a folder is read. Raises `DataError` for text that would be left out."""
+    """Return True if a file of a folder is read. Raises `DataError` for text that would be left out."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if len(suffixes) > 1 and suffixes[-1] in UNREAD_SUFFIXES and suffixes[-2] in JSON_SUFFIXES + TEXT_SUFFIXES:
         raise _unread(path, suffixes[-1])
@@ -163,7 +163,7 @@ def _looked_into(path: Path, kind: str) -> str:
 
 
 def _is_json_line(head: bytes) -> bool:
-    """Whether a file begins with a line that is a JSON object."""
+    """Return True if a file begins with a line that is a JSON object."""
     line, end, _ = head.lstrip().partition(b"\n")
     if not line.startswith(b"{"):
         return False

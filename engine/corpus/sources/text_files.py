@@ -23,11 +23,11 @@ from engine.data.shards.open_shards import too_many_files
 from engine.errors import DataError
 
 SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
-"""Of compressed files that are read."""
+"""Suffixes of compressed files that are read."""
 
 _BLOCK_BYTES = 1 << 20
 _LARGEST_WINDOW_BYTES = 1 << 31
-"""Of zstd; `zstd --long=31` writes it. The library's own limit is 128 MiB."""
+"""Longest window of zstd; `zstd --long=31` writes it. The library's own limit is 128 MiB."""
 
 RawDocument = tuple[int, bytes, int]
 """Number of the first line (from 1), content, and bytes of the file (as it lies there) that were read so far."""

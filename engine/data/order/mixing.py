@@ -1,4 +1,4 @@
-"""Which source each sample of a mixture comes from: a pure function of its position in the stream.
+"""Source of each sample of a mixture: a pure function of its position in the stream.
 
 Weights are whole numbers; their sum is the period after which every source has given exactly its weight, and inside
 a period samples are spread by earliest deadline (Tijdeman 1980, "The chairman assignment problem"; as unit jobs with
@@ -36,6 +36,8 @@ class Mixing:
         self._segments: list[_Segment] = []
         start, counts, left = 0, np.zeros(len(parts), np.int64), list(parts)
         while any(left):
+            # weights 6 and 4, of which the second gives 40 samples at most: period 5 (3 + 2) up to position 100, where
+            # it has given its 40; then a segment in which the first gives every sample
             divisor = math.gcd(*left)
             current = tuple(part // divisor for part in left)
             end = _end(start, counts, current, limits)
@@ -66,6 +68,7 @@ class Mixing:
     def counts(self, position: int) -> np.ndarray:
         """(K,) int64: samples of each source before a position."""
         segment = self._segment(position)
+        # whole periods give each source exactly its weight; only the rest of one is counted
         periods, rest = divmod(position - segment.start, sum(segment.parts))
         inside = np.bincount(_spread(segment.parts)[:rest], minlength=len(segment.parts))
         return segment.counts_K + periods * np.array(segment.parts, np.int64) + inside
@@ -79,6 +82,7 @@ def _end(start: int, counts_K: np.ndarray, parts: tuple[int, ...], limits: Seque
     ends = []
     for k, (part, limit) in enumerate(zip(parts, limits, strict=True)):
         if part and limit is not None:
+            # the last sample of source k is number `limit - 1`: so many whole periods, then its `rest`-th in one
             periods, rest = divmod(limit - int(counts_K[k]) - 1, part)
             place = int(np.flatnonzero(_spread(parts) == k)[rest])
             ends.append(start + periods * sum(parts) + place + 1)
@@ -92,6 +96,8 @@ def _spread(parts: tuple[int, ...]) -> np.ndarray:
     Job j of source k may run from floor(j / share) on and must have run by ceil((j + 1) / share); the earliest deadline
     runs first. All fit, so at every place each source is less than one sample from its share.
     """
+    # parts (3, 1), period 4: the jobs of source 0 may run from 0, 1, 2 on and are due by 2, 3, 4; that of source 1 from
+    # 0 on, due by 4. Of two that are due together the lower number runs: the table is (0, 0, 0, 1)
     period = sum(parts)
     table = np.empty(period, np.uint8 if len(parts) <= 256 else np.int64)
     waiting = [(0, k, 0) for k, part in enumerate(parts) if part]  # (release, source, job)

@@ -36,6 +36,7 @@ class Permutation:
         """`size` from 1 to `LARGEST_SIZE`; `key` any non-negative integers, by custom (seed, purpose, ...)."""
         assert 1 <= size <= LARGEST_SIZE, size
         self.size = size
+        # halves of equal width, or a round could not swap them: at most one bit more than `size` needs
         self._half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
         self._half_mask = (1 << self._half_bits) - 1
         self._round_keys: list[int] = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64).tolist()
@@ -51,6 +52,7 @@ class Permutation:
             return np.array([self(index) for index in indices.ravel().tolist()], np.int64).reshape(indices.shape)
         # uint64 throughout: one int64 in an expression would promote it to float64 and repeat samples beyond 2**53
         values = self._encrypt_array(indices.astype(np.uint64).ravel())
+        # at most three quarters are outside at first, and a share of them after each walk: a few walks of the rest
         outside = np.flatnonzero(values >= np.uint64(self.size))
         while outside.size > _FEW:
             values[outside] = self._encrypt_array(values[outside])
@@ -66,6 +68,9 @@ class Permutation:
         return value
 
     def _encrypt(self, value: int) -> int:
+        # size 10: 4 bits, halves of 2. 9 = 0b10_01: left 2, right 1. A round whose mix of 1 ends in 0b11 makes left 1
+        # and right 2 ^ 3 = 1. Both can be computed back from (1, 1) and the key, whatever the mix is: hence a bijection
+        # of range(16), and `_walk` one of range(10).
         left, right = value >> self._half_bits, value & self._half_mask
         for key in self._round_keys:
             left, right = right, left ^ (_mix(right + key) & self._half_mask)

@@ -1,4 +1,4 @@
-"""The order of samples: a place in the run -> (epoch, window, slot) -> (shard, row), a pure function.
+"""The order of samples: a position of the run -> (epoch, window, slot) -> (shard, row), a pure function.
 
 Shards are permuted per epoch and cut into windows of `window_shards`; the rows of a window are permuted among
 themselves. So a reader keeps one window of shards at hand and the mixing is that of as many live shards, with
@@ -23,7 +23,7 @@ VERSION = 1
 
 PURPOSE_SHARDS = int.from_bytes(b"shards")
 PURPOSE_SLOTS = int.from_bytes(b"slots")
-"""What a permutation is for: part of its key, so that no two of them share a stream."""
+"""Purpose of a permutation: part of its key, so that no two of them share a stream."""
 
 _BLOCK_SLOTS = 1024
 """Slots whose places are computed together: steps follow one another, and a call for few costs nearly as much. More
@@ -45,7 +45,7 @@ class SampleId(NamedTuple):
 
 
 START = SampleId(0, 0, 0)
-"""Where a run begins."""
+"""Address at which a run begins."""
 
 
 class Order(Protocol):
@@ -115,7 +115,7 @@ class SampleOrder(Order):
         return SampleId(epoch, window, slot)
 
     def check(self, sample: SampleId) -> SampleId:
-        """The same address. Raises `ValueError` where there is no such sample (and it is not where a run begins)."""
+        """Return the address. Raises `ValueError` where there is no such sample (and it is not `START`)."""
         if sample.epoch < 0 or not 0 <= sample.window < self.num_windows:
             raise ValueError(f"epoch {sample.epoch}, window {sample.window} of {self.num_windows}")
         size = self.size(sample.epoch, sample.window)
@@ -141,6 +141,7 @@ class SampleOrder(Order):
         windows = addresses[:, :2]
         if len(windows) and windows[0].tolist() == windows[-1].tolist():  # as nearly always
             return self._places_in_window(int(windows[0, 0]), int(windows[0, 1]), addresses[:, 2])
+        # (n - 1, 2) -> rows at which (epoch, window) changes: addresses rise, so each window is one run
         cuts = np.flatnonzero((windows[1:] != windows[:-1]).any(axis=1)) + 1
         edges = [0, *cuts.tolist(), len(addresses)]
         parts = [
@@ -157,6 +158,7 @@ class SampleOrder(Order):
 
     def shards_ahead(self, sample: SampleId, windows: int) -> np.ndarray:
         """(shards,) int64: shards of the window that comes so many windows after a sample's."""
+        # the last window of an epoch is followed by the first of the next
         epochs, window = divmod(sample.window + windows, self.num_windows)
         return self.shards(sample.epoch + epochs, window)
 
@@ -175,6 +177,7 @@ class SampleOrder(Order):
             return np.empty((0, 2), np.int64)
         first, last = int(slots[0]) // _BLOCK_SLOTS, int(slots[-1]) // _BLOCK_SLOTS
         parts = [self._block(epoch, window, number) for number in range(first, last + 1)]
+        # slots 1020 to 1030 of blocks of 1024: blocks 0 and 1, seen from the beginning of block 0
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return whole[slots - first * _BLOCK_SLOTS]
 
@@ -185,6 +188,8 @@ class SampleOrder(Order):
             shards, ends = self._window(epoch, window)
             slots = np.arange(number * _BLOCK_SLOTS, min((number + 1) * _BLOCK_SLOTS, int(ends[-1])))
             images = Permutation(int(ends[-1]), (self._seed, PURPOSE_SLOTS, epoch, window)).of(slots)
+            # shards (7, 2) of 3 and 2 rows: ends (3, 5). Image 3 is behind 1 end, so it is row 3 - 3 = 0 of shard 2;
+            # `right`, since an image that equals an end is the first row of the next shard
             which = np.searchsorted(ends, images, side="right")
             starts = np.concatenate([[0], ends[:-1]])
             found = np.stack([shards[which], images - starts[which]], axis=1)

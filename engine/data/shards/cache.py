@@ -31,7 +31,7 @@ PARTIAL = ".partial"
 LOCK = ".lock"
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.05, 2.0
 _PATIENCE_SECONDS = 600.0
-"""How long a full cache is waited for: as long as other ranks take to end their step, at the most."""
+"""Seconds that a full cache is waited for: at the most what other ranks take to end their step."""
 _UNTOUCHED_NS = 10**18
 """Time of the last change of a file that nobody wrote to since it was put in place (2001-09-09). Any write sets another
 one, however soon it comes, so a changed file is told from the one that was verified."""
@@ -85,7 +85,7 @@ class ShardCache:
             waited, pause = waited + pause, min(2 * pause, _LONGEST_WAIT_SECONDS)
 
     def open_now(self, name: str, num_bytes: int, fetch: Callable[[BinaryIO], None]) -> BinaryIO | None:
-        """As `open`, but None where another process is fetching the file or there is no room."""
+        """Return the file as `open` does, but None where another process is fetching the file or there is no room."""
         while True:
             with self._naming(num_bytes):
                 if (held := self._hold(name)) is not None:

@@ -14,7 +14,7 @@ class Damage(NamedTuple):
     """Number of the source in the mixture; 0 while there is but one."""
     shard: int
     counted: bool
-    """Whether its rows could be counted: then they keep their places and are passed over. Where not, because packing
+    """True if its rows could be counted: then they keep their addresses and are passed over. Where not, because packing
     needs offsets that are damaged, the shard counts as empty in every window that begins from now on."""
 
 
@@ -22,9 +22,9 @@ class DamagedShard(DataError):
     """A file of a shard is missing, or its bytes are not those that were written."""
 
     number: int = -1
-    """Of the shard in its data set, once that is known."""
+    """Number of the shard in its data set, once that is known."""
     damage: Damage | None = None
-    """What a loader would have to do without; None where that is nobody's choice (held-out data)."""
+    """The damage that a loader would have to do without; None where it cannot (held-out data)."""
 
     def __reduce__(self):
         return type(self), (self.wrong, self.allowed, self.remedy), self.__dict__

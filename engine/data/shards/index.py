@@ -30,7 +30,7 @@ FORMAT = "palimpsest token shards"
 VERSIONS = (1, 2)
 TOKEN_DTYPES = ("uint16", "uint32")
 FOREIGN_DTYPES = ("uint8", "int16", "uint16", "int32", "int64")
-"""What tokens of other formats may be written as."""
+"""Types in which tokens of other formats may be written."""
 OFFSET_DTYPE = "uint64"
 COMPRESSION: Literal["zstd"] = "zstd"
 ITEM_BYTES = {"uint8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4, "int64": 8, "uint64": 8}
@@ -61,22 +61,22 @@ class ArrayFile:
     compressed: Compressed | None = None
     """None where the file holds the array as it is."""
     offset: int = 0
-    """Where the array begins in its file, in bytes."""
+    """Byte of the file at which the array begins."""
     is_stretch: bool = False
     """The file is foreign and may go on behind the array."""
 
     @property
     def name(self) -> str:
-        """What to call it: the file, and where in it a stretch begins."""
+        """Name for messages: the file, and where in it a stretch begins."""
         return f"{self.file}@{self.offset}" if self.is_stretch else self.file
 
     @property
     def stored_bytes(self) -> int:
-        """What it takes on disk."""
+        """Bytes on disk."""
         return self.bytes if self.compressed is None else self.compressed.bytes
 
     def to_json(self) -> dict[str, Any]:
-        """What is the rule is left out, so that a plain array is written as ever."""
+        """Return the JSON form, without the keys that say nothing special, so that a plain array is written as ever."""
         tree = asdict(self)
         return {key: value for key, value in tree.items() if value or key not in _UNUSUAL}
 
@@ -136,7 +136,7 @@ class Index:
 
     @property
     def dtype(self) -> str:
-        """What tokens are written as."""
+        """Type in which tokens are written."""
         return self.shards[0].tokens.dtype if self.shards else token_dtype(self.vocab_size)
 
     @property
@@ -172,12 +172,12 @@ class Index:
 
 
 def token_dtype(vocab_size: int) -> str:
-    """The narrowest type that holds every token id."""
+    """Return the narrowest type that holds every token id."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 def write_index(folder: Path, index: Index) -> None:
-    """Puts the index in place in one move, after everything it names is on disk. Raises `OSError`."""
+    """Put the index in place in one move, after everything it names is on disk. Raises `OSError`."""
     tree = {
         "format": FORMAT,
         "version": index.version,
@@ -195,7 +195,7 @@ def write_index(folder: Path, index: Index) -> None:
 
 
 def read_index(folder: Path) -> Index:
-    """The index of a folder of shards, checked against itself.
+    """Return the index of a folder of shards, checked against itself.
 
     Raises:
         DataError: no folder, no index, an index of another format or version, or one that contradicts itself.
@@ -204,7 +204,7 @@ def read_index(folder: Path) -> Index:
 
 
 def parse_index(content: bytes, place: str) -> Index:
-    """The index in a file's content; `place` names it in errors. Raises `DataError` as `read_index`."""
+    """Return the index in a file's content; `place` names it in errors. Raises `DataError` as `read_index`."""
     return _checked(_load(content, place), place)
 
 
@@ -251,7 +251,7 @@ def _load(content: bytes, path: Path | str) -> dict[str, Any]:
 
 @contextmanager
 def _damage(path: Path | str) -> Iterator[None]:
-    """Turns what parsing stumbles over into one error about the file."""
+    """Turn errors of parsing into one about the file."""
     try:
         yield
     except KeyError as error:
@@ -261,7 +261,7 @@ def _damage(path: Path | str) -> Iterator[None]:
 
 
 def _parse(tree: dict[str, Any]) -> Index:
-    """The index in a tree. Raises `KeyError`, `TypeError` or `ValueError` where it contradicts itself."""
+    """Return the index in a tree. Raises `KeyError`, `TypeError` or `ValueError` where it contradicts itself."""
     foreign = tree.get("tokens_folder")
     index = Index(
         vocab_size=_whole(tree["vocab_size"], "vocab_size"),

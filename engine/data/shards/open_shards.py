@@ -148,4 +148,4 @@ class OpenShards:
 
 
 PROCESS = OpenShards()
-"""Of this process. It is shared by all data sets, as the limit of open files is."""
+"""The open shards of this process, shared by all data sets, as the limit of open files is."""

@@ -31,12 +31,12 @@ Result = TypeVar("Result")
 _BLOCK_BYTES = 16 << 20
 _HEAD_BYTES = 512
 _MISSING = (404, 410)
-"""Of http: no such file, and no longer."""
+"""Status codes of http for a file that is not there, or not any longer."""
 _log = logger(__name__)
 
 
 def is_remote(location: str) -> bool:
-    """Whether a data folder is a URL."""
+    """Return True if a data folder is a URL."""
     return "://" in location
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MODEL_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 NAMES_FILE = "special_tokens_map.json"
-"""Where older folders name their special tokens."""
+"""File in which older folders name their special tokens."""
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 LISTED_TOKENS = ("additional_special_tokens", "extra_special_tokens")
 
@@ -29,7 +29,7 @@ _RESTORE = "restore it from a copy"
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What lies in a tokenizer's folder, parsed."""
+    """The files of a tokenizer's folder, parsed."""
 
     folder: Path
     tree: dict[str, Any]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
-"""What ends a document in the tokenizers trained here; a foreign one may call it otherwise."""
+"""Token that ends a document in the tokenizers trained here; a foreign one may call it otherwise."""
 
 _ROLES = {"padding": "pad", "classify": "cls", "separate": "sep", "mask": "mask"}
 _PASSING_STATE = ("truncation", "padding")
@@ -42,7 +42,7 @@ class TextTokenizer:
 
     folder: Path
     model: Tokenizer
-    """As in the file: names of tokens, and ids to text."""
+    """Tokenizer as in the file: names of tokens, and ids to text."""
     plain: Tokenizer
     """Text to ids, without special tokens: `model` with their spelling hidden."""
     dropping: tuple[Tokenizer, int] | None
@@ -63,7 +63,7 @@ class TextTokenizer:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """What objectives must know of the tokens. Looks at each of them once: not a matter of every worker."""
+        """Facts about the tokens that objectives need. Looks at each of them once: not a matter of every worker."""
         return self.find_vocabulary()
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
@@ -75,7 +75,7 @@ class TextTokenizer:
         return [self._checked(encoding) for encoding in self._run(self.plain.encode_batch_fast, texts)]
 
     def encode_with_starts(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of each text the ids, as `encode` gives them, and the character at which each token begins, int64."""
+        """Return for each text the ids, as `encode` gives them, and the character at which each token begins, int64."""
         return [
             (self._checked(item), np.array([start for start, _ in item.offsets], np.int64))
             for item in self._run(self.plain.encode_batch, texts)
@@ -98,7 +98,7 @@ class TextTokenizer:
 
     @cached_property
     def knows_special_spellings(self) -> bool:
-        """Whether the model itself would read a special token where text spells one, were it not hidden from it."""
+        """True if the model itself would read a special token where text spells one, were it not hidden from it."""
         for number in sorted(self.special_ids - {self.unknown_id}):
             try:
                 found = self.model.encode(self.model.id_to_token(number), add_special_tokens=False)
@@ -110,7 +110,7 @@ class TextTokenizer:
 
     @property
     def unknown_becomes(self) -> str:
-        """What happens to text that cannot be spelt, in words."""
+        """Words for what happens to text that cannot be spelt."""
         if self.unknown_id is None or self.dropping is not None:
             return "it is dropped"
         longer = "" if self.longest_word is None else f", and so does any run of more than {self.longest_word} letters"
@@ -228,7 +228,7 @@ def _roles(files: TokenizerFiles, ids: dict[str, int], eos: str) -> set[int]:
 
 
 def _vocabulary(files: TokenizerFiles, ids: dict[str, int], special: set[int]) -> Vocabulary:
-    """What objectives must know of the tokens."""
+    """Return the facts about the tokens that objectives need."""
     named = {role: ids.get(files.names.get(f"{key}_token", "")) for role, key in _ROLES.items()}
     numbers = {int(found[1]): ids[token] for token in ids if (found := SENTINEL.fullmatch(token))}
     sentinels = tuple(numbers[number] for number in sorted(numbers))
@@ -251,7 +251,7 @@ def _vocabulary(files: TokenizerFiles, ids: dict[str, int], special: set[int]) -
 
 
 def _spelling(tree: dict[str, Any]) -> Spelling:
-    """How the vocabulary spells the begin of a word."""
+    """Return how the vocabulary spells the begin of a word."""
     if plain_text.model_type(tree) == "WordPiece":
         return "wordpiece"
     return "bytes" if '"ByteLevel"' in json.dumps([tree.get("pre_tokenizer"), tree.get("decoder")]) else "sentencepiece"

@@ -16,7 +16,7 @@ from engine.data.tokenizer.files import CONFIG_FILE, TokenizerFiles, read_files
 
 CLASS = "PreTrainedTokenizerFast"
 _KEPT = ("model_max_length", "model_input_names", "padding_side", "truncation_side", "chat_template")
-"""What else is taken over; all other keys are arguments of classes that rebuild the tokenizer."""
+"""Further keys that are kept; all others are arguments of classes that rebuild the tokenizer."""
 _NO_LIMIT = 10**9
 """transformers writes 10**30 as the longest length where there is none."""
 

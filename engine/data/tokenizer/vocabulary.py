@@ -1,4 +1,4 @@
-"""What objectives must know of a tokenizer's tokens: the special ones by role, the ordinary ones, where words begin.
+"""Facts about a tokenizer's tokens that objectives need: special ones by role, ordinary ones, and begins of words.
 
 It travels in the index of the shards, so that training needs no tokenizer. Invariant: what is not ordinary is never
 masked, corrupted or drawn.
@@ -20,11 +20,11 @@ import numpy as np
 SENTINEL = re.compile(r"<extra_id_(\d+)>")
 """T5's names (Raffel et al. 2020); number 0 is used first and has the highest id."""
 FILL_TOKENS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
-"""What fill-in-the-middle marks its parts with (Bavarian et al. 2022)."""
+"""Tokens with which fill-in-the-middle marks its parts (Bavarian et al. 2022)."""
 ROLES = ("padding", "classify", "separate", "mask")
 
 Spelling = Literal["wordpiece", "sentencepiece", "bytes"]
-"""How a vocabulary writes that a token begins a word: `##` where it does not, a leading U+2581, or a leading blank."""
+"""Spelling of a token that begins a word: no leading `##`, a leading U+2581, or a leading blank."""
 
 _IDEOGRAPHS = ("CJK UNIFIED", "CJK COMPAT", "HIRAGANA", "KATAKANA")
 _BITS = ("ordinary", "begins_word", "ends_word")
@@ -78,7 +78,7 @@ class Vocabulary:
 
     @classmethod
     def from_json(cls, tree: dict[str, Any], size: int) -> Vocabulary:
-        """What `to_json` wrote, of so many tokens. Raises `KeyError`, `TypeError` or `ValueError`."""
+        """Return what `to_json` wrote, of so many tokens. Raises `KeyError`, `TypeError` or `ValueError`."""
         roles = {role: None if tree[role] is None else int(tree[role]) for role in ROLES}
         sentinels, fill = tuple(map(int, tree["sentinels"])), tuple(map(int, tree["fill"]))
         ids = [number for number in (*roles.values(), *sentinels, *fill) if number is not None]
@@ -103,7 +103,7 @@ def _unpacked(content: bytes, size: int) -> np.ndarray:
 
 
 def word_edges(token: str, spelling: Spelling) -> tuple[bool, bool]:
-    """Whether a word begins with a token whatever stands before it, and whether one begins behind it.
+    """Return two flags: a word begins with a token whatever stands before it, and whether one begins behind it.
 
     WordPiece says so itself. Elsewhere a word goes on only between letters, digits and marks of scripts that put
     blanks between words: punctuation, ideographs and emoji are words by themselves, as WordPiece's splitter has it. A

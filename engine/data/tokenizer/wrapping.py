@@ -27,7 +27,7 @@ KEPT_SETTINGS = (
     "clean_up_tokenization_spaces",
     "chat_template",
 )
-"""What else users of a tokenizer rely on; none of it splits text."""
+"""Further keys that users of a tokenizer rely on; none of them splits text."""
 
 
 def wrap(
