@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.corpus.prepare import PrepareOptions, prepare
+from engine.corpus.options import PrepareOptions
+from engine.corpus.prepare import prepare
 from engine.corpus.tokenizer_training import train_tokenizer
 from tests.engine.data.corpus import made_up_texts, write_json_lines
 from tests.engine.serve.runs import run_config, save
