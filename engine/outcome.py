@@ -42,10 +42,11 @@ def write(folder: Path, outcome: Outcome) -> None:
 
 
 def read(folder: Path) -> Outcome | None:
-    """The outcome in a run folder, or None where the run has written none (still running, or killed)."""
+    """Return the outcome in a run folder, or None where the run has written none (still running, or killed) that can
+    be read."""
     try:
         return Outcome(**json.loads((folder / FILE).read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError):
         return None
 
 

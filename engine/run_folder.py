@@ -12,6 +12,7 @@ that process's locks: an owner reads the file through the handle that holds them
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -75,9 +76,10 @@ def current_user(path: Path) -> FolderUser | None:
 class RunFolder:
     """A run folder, as one process of a start sees it. Rank 0, or the supervisor, takes it; see `is_ours`."""
 
-    def __init__(self, path: Path, start: Start, parent: int | None = None) -> None:
-        """`parent` is the parent process that all ranks of this start on one host share, where they do."""
-        self.path, self.start, self._parent = path, start, parent
+    def __init__(self, path: Path, start: Start, parent: int | None = None, aside: Path | None = None) -> None:
+        """`parent` is the parent process that all ranks of this start on one host share, where they do; `aside` a
+        folder of the supervisor on this node, in memory, which takes an outcome that the run folder does not."""
+        self.path, self.start, self._parent, self._aside = path, start, parent, aside
         self.met = False
         """Whether this rank has met rank 0, which holds the folder, and agreed with it."""
         self._handle: int | None = None
@@ -146,16 +148,20 @@ class RunFolder:
             return self._named(record)
         return self._named(record) and record.get("parent") == self._parent
 
-    def note(self, found: Outcome) -> None:
+    def note(self, found: Outcome) -> OSError | None:
         """Write how the run ended, if this start still owns the folder; call on one rank.
 
-        What cannot be written is dropped: the exit code says it, too.
+        What cannot be written is left to the supervisor, where there is one; the exit code says it, too. The reason is
+        returned.
         """
         try:
             if self.is_ours():
                 outcome.write(self.path, found)
         except OSError as error:
-            _log.warning("how the run ended cannot be written to %s: %s", self.path, error)
+            _log.warning("the outcome of the run cannot be written to %s: %s", self.path, error)
+            self._set_aside(found)
+            return error
+        return None
 
     def note_failure(self, found: Outcome) -> None:
         """Write the outcome of a failure, unless another rank of this start was first; call on any rank.
@@ -169,8 +175,17 @@ class RunFolder:
             said = outcome.read(self.path)
             if self.is_ours() and (said is None or (before and not said.is_of(found.job, found.attempt))):
                 outcome.write(self.path, found)
-        except (OSError, EnvironmentProblem) as error:
-            _log.warning("how this rank failed cannot be written to %s: %s", self.path, error)
+        except OSError as error:
+            _log.warning("the failure of this rank cannot be written to %s: %s", self.path, error)
+            self._set_aside(found)
+        except EnvironmentProblem as error:
+            _log.warning("the failure of this rank cannot be written to %s: %s", self.path, error)
+
+    def _set_aside(self, found: Outcome) -> None:
+        """Leave an outcome to the supervisor; the first rank to do so is the one that is read."""
+        if self._aside is not None and outcome.read(self._aside) is None:
+            with contextlib.suppress(OSError):
+                outcome.write(self._aside, found)
 
     def release(self) -> None:
         """Let others in; safe to call twice. A supervised rank leaves the name to its supervisor."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine import outcome
 from engine.config.schema.run import LaunchConfig, RunConfig
@@ -74,12 +74,22 @@ def attempt(to_start: list[Command], owned: RunFolder, num_ranks: int, limits: L
 
 
 def conclude(owned: RunFolder, report: NodeReport) -> Verdict:
-    """Return the verdict over an attempt; a failure that no rank could tell of is written to `outcome.json`."""
+    """Return the verdict over an attempt.
+
+    A failure that no rank could tell of is written to `outcome.json`, and so is an outcome that a rank could not write
+    there. Where that fails here, too, the verdict says so: what reads the file later finds none.
+    """
     job, number = owned.start.job, owned.start.attempt
     said = outcome.read(owned.path)
-    verdict = judge(said, report, job, number)
     told = said is not None and said.is_of(job, number)
-    if verdict.code not in (EXIT_DONE, EXIT_REQUEUE) and (not told or verdict.lost):
+    aside = report.aside if report.aside is not None and report.aside.is_of(job, number) else None
+    verdict = judge(said if told or aside is None else aside, report, job, number)
+    found = None if told else aside
+    if verdict.code not in (EXIT_DONE, EXIT_REQUEUE) and (verdict.lost or not (told or aside)):
         ranks = sorted(verdict.lost)  # the neighbour that noticed is not the one to name
-        owned.note(Outcome(job, number, verdict.code, verdict.step, ranks[0] if ranks else None, verdict.words))
-    return verdict
+        found = Outcome(job, number, verdict.code, verdict.step, ranks[0] if ranks else None, verdict.words)
+    error = owned.note(found) if found is not None else None
+    if error is None:
+        return verdict
+    lacking = f"{owned.path / outcome.FILE} cannot be written: {error.strerror or error}"
+    return replace(verdict, words=f"{verdict.words}; {lacking}")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from engine import heartbeat
 from engine.config.rank_environment import RankEnvironment
 from engine.errors import EnvironmentProblem
 from engine.run_folder import RunFolder, Start
@@ -78,7 +79,13 @@ def run_folder(path: Path, place: RankEnvironment, environ: Environ) -> RunFolde
     meeting = f"{place.master_addr}:{place.master_port}"
     mark = "" if is_supervised(environ) else f"step {place.step or 'none'}, {meeting}"
     one_parent = mark and place.launcher in ("torchrun", "deepspeed")  # both start the ranks of a node from one process
-    return RunFolder(path, Start(place.job, place.attempt, mark), os.getppid() if one_parent else None)
+    beats = Path(environ.get(heartbeat.VARIABLE) or "/nowhere")
+    return RunFolder(
+        path,
+        Start(place.job, place.attempt, mark),
+        parent=os.getppid() if one_parent else None,
+        aside=beats if is_supervised(environ) and beats.is_dir() else None,
+    )
 
 
 def export(place: RankEnvironment, environ: MutableMapping[str, str]) -> None:

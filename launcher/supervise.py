@@ -83,8 +83,9 @@ def supervise(
         ends = tuple(child.end() for child in watch.children)
         for number, handler in before.items():
             signal.signal(number, handler)
+        aside = outcome.read(beats)
         shutil.rmtree(beats, ignore_errors=True)
-    return NodeReport(ends, watch.first, watch.gone, watch.lost, watch.stopping)
+    return NodeReport(ends, watch.first, watch.gone, watch.lost, watch.stopping, aside)
 
 
 def last_lines(folder: Path, name: str, count: int = 15) -> str:
@@ -158,8 +159,8 @@ class _Watch:
             self._notice_killed()
             self.first = next((end for end in failed if end.code == -signal.SIGKILL), failed[0])
             _log.warning("%s: ending the others", self.lost.how if self.lost else self.first)
-        said = outcome.read(self.folder)
-        own = said if said is not None and said.is_of(self.job, self.attempt) else None
+        said = (outcome.read(folder) for folder in (self.folder, self.heartbeats))
+        own = next((one for one in said if one is not None and one.is_of(self.job, self.attempt)), None)
         if not self._failure_said and own is not None and own.code not in (EXIT_DONE, EXIT_REQUEUE):
             self._failure_said = True
             alive = {rank.global_rank for rank in processes.ranks(processes.marked(self.job))}

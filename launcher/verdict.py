@@ -59,6 +59,8 @@ class NodeReport:
     """Ranks that were killed, or hang."""
     stopping: bool = False
     """Somebody asked the run to stop."""
+    aside: Outcome | None = None
+    """Outcome that a rank could not write to the run folder."""
 
 
 @dataclass(frozen=True)

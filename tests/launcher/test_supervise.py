@@ -169,6 +169,56 @@ def test_a_mistake_of_the_user_keeps_its_exit_code(tmp_path: Path, job: str) -> 
     assert run_ranks(job, tmp_path, "sys.exit(2)", "sys.exit(2)").code == 2
 
 
+UNWRITABLE = """
+sys.path.insert(0, {root!r})
+from engine import heartbeat
+from engine.outcome import Outcome
+from engine.run_folder import RunFolder, Start
+(folder / "outcome.json").mkdir()  # stands for a disk that is full just now
+rank_0 = RunFolder(folder, Start(os.environ["PALIMPSEST_JOB"], 0), aside=Path(os.environ[heartbeat.VARIABLE]))
+rank_0.take()
+rank_0.{call}(Outcome(os.environ["PALIMPSEST_JOB"], 0, {code}, 7, {rank}, {error!r}))
+{after}
+sys.exit({code})
+"""
+ROOT = str(Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "rank", "error", "words"),
+    [
+        ("note", 0, None, "", "done at step 7"),
+        ("note", 85, None, "", "saved at step 7 and wants to be started again (exit code 85)"),
+        ("note_failure", 1, 0, "bad shard", "failed at step 7: rank 0 first: bad shard"),
+    ],
+)
+@pytest.mark.parametrize("room_again", [False, True])
+def test_an_outcome_that_a_rank_cannot_write_is_told_all_the_same(
+    tmp_path: Path, job: str, call: str, code: int, rank: int | None, error: str, words: str, room_again: bool
+) -> None:
+    """The rank leaves it to the supervisor, which tries again and says where that fails, too."""
+    after = "(folder / 'outcome.json').rmdir()" if room_again else ""
+    script = UNWRITABLE.format(root=ROOT, call=call, code=code, rank=rank, error=error, after=after)
+    verdict = run_ranks(job, tmp_path, script)
+    assert verdict.code == code
+    if room_again:
+        assert verdict.words == words
+        said = outcome.read(tmp_path)
+        assert said is not None
+        assert (said.code, said.step, said.error) == (code, 7, error)
+    else:
+        assert verdict.words == f"{words}; {tmp_path / 'outcome.json'} cannot be written: Is a directory"
+
+
+def test_a_failure_that_nobody_can_write_says_so(tmp_path: Path, job: str) -> None:
+    verdict = run_ranks(job, tmp_path, "(folder / 'outcome.json').mkdir(); sys.exit(3)")
+    assert verdict.code == 1
+    assert verdict.words == (
+        "failed: rank-0 ended with exit code 3; no rank has said how the run ended; "
+        f"{tmp_path / 'outcome.json'} cannot be written: Is a directory"
+    )
+
+
 def test_an_old_outcome_never_speaks_for_a_new_run(tmp_path: Path, job: str) -> None:
     outcome.write(tmp_path, Outcome(job, 0, 0, 100))
     verdict = run_ranks(job, tmp_path, "pass")
