@@ -23,6 +23,7 @@ from engine import __version__
 from engine.config.home import with_homes
 from engine.errors import EXIT_DONE, EXIT_FAILURE, ConfigError, EnvironmentProblem, PalimpsestError
 from engine.output import failed_stream, lenient, spell_everything, watched
+from engine.redact import redact_process
 
 EXIT_INTERRUPTED = 130
 """Exit code of a command that ended by Ctrl-C, as in shells: 128 + SIGINT."""
@@ -64,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command line (default: this process's) and return its exit code; never raise SystemExit."""
     arguments = _skip_local_rank(list(sys.argv[1:] if arguments is None else arguments))
     spell_everything()
+    redact_process()
     with lenient() if set(arguments[:1]) & set(OUTLIVE_TERMINAL) else watched():
         return _main(arguments)
 

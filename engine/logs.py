@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from engine.redact import redact
+from engine.redact import redact_process
 
 ROOT = "palimpsest"
 PATIENCE_SECONDS = 5.0
@@ -25,17 +25,13 @@ def logger(name: str) -> logging.Logger:
     return logging.getLogger(f"{ROOT}.{name}")
 
 
-class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
-
-
 def configure(global_rank: int = 0, world_size: int = 1, verbose: bool = False) -> None:
-    """Sends the package's logs to standard error; call once per process, before the first message."""
+    """Send the package's logs to standard error; call once per process, before the first message."""
+    redact_process()
     speaks = global_rank == 0
     where = f" [rank {global_rank}]" if world_size > 1 else ""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter(f"%(asctime)s %(levelname).1s{where} %(message)s", "%H:%M:%S"))
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname).1s{where} %(message)s", "%H:%M:%S"))
     root = logging.getLogger(ROOT)
     root.handlers[:] = [handler]
     root.propagate = False

@@ -1,12 +1,19 @@
 """Credentials in URLs: they are taken out of all that is written or said.
 
 A run gets its credentials from the environment or from fsspec's own configuration. Where a URL holds some all the same,
-it is used as it stands, and `redact` cleans the copies of it in files, errors and logs.
+it is used as it stands, and `redact` cleans the copies of it in files, errors and logs. `redact_process` does so with
+what Python and other libraries say: tracebacks, warnings, and log records of any logger with any handler.
 """
 
 from __future__ import annotations
 
+import logging
 import re
+import sys
+import threading
+import traceback
+import warnings
+from types import TracebackType
 from typing import Any
 
 _URL = re.compile(r"[A-Za-z][\w+.-]*://[^\s'\"<>]+")
@@ -31,3 +38,40 @@ def redacted(tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return [redacted(value) for value in tree]
     return redact(tree) if isinstance(tree, str) else tree
+
+
+def redact_process() -> None:
+    """Free all tracebacks, warnings and log records of this process of credentials; may be called again."""
+    logging.setLogRecordFactory(_Record)
+    if warnings.formatwarning is not _format_warning:
+        warnings.formatwarning = _format_warning
+    sys.excepthook = _print_exception
+    sys.unraisablehook = lambda told: _print_exception(told.exc_type, told.exc_value, told.exc_traceback)
+    threading.excepthook = lambda told: _print_exception(told.exc_type, told.exc_value, told.exc_traceback)
+
+
+class _Record(logging.LogRecord):
+    """A log record whose texts are redacted before any handler, also one of another library, formats them."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        if isinstance(self.exc_info, tuple) and self.exc_info[0] is not None:
+            # formatters take this text where it is there, and make their own of `exc_info` where it is not
+            self.exc_text = redact("".join(traceback.format_exception(*self.exc_info)).rstrip("\n"))
+        if self.stack_info:
+            self.stack_info = redact(self.stack_info)
+
+    def getMessage(self) -> str:
+        return redact(super().getMessage())
+
+
+_plain_format_warning = warnings.formatwarning
+
+
+def _format_warning(message: Warning | str, *arguments: Any, **keywords: Any) -> str:
+    return redact(_plain_format_warning(message, *arguments, **keywords))
+
+
+def _print_exception(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    if kind is not SystemExit and sys.stderr is not None:
+        sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))

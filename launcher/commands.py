@@ -8,6 +8,7 @@ that a shell takes.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Mapping
@@ -15,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from launcher.environment import ATTEMPT, JOB, LAUNCHER, LOOPBACK, RUN_FOLDER
+from engine.redact import redact
+from launcher.environment import ATTEMPT, JOB, LAUNCHER, LOOPBACK, OVERRIDES, RUN_FOLDER
 
 Kind = Literal["local", "deepspeed", "torchrun"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -67,10 +69,10 @@ class Command:
     """Variables that are taken out of it before."""
 
     def __str__(self) -> str:
-        """A line for a shell."""
+        """A line for a shell, without credentials."""
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         without = ["env", *(f"-u {name}" for name in self.dropped)] if self.dropped else []
-        return " ".join([*without, *variables, shlex.join(self.argv)])
+        return redact(" ".join([*without, *variables, shlex.join(self.argv)]))
 
     def environment_in(self, environ: Mapping[str, str]) -> dict[str, str]:
         """The whole environment of the process, where that of `palimpsest launch` is `environ`."""
@@ -141,7 +143,13 @@ def _torchrun(wanted: Wanted, node: Node) -> Command:
 
 
 def _train(wanted: Wanted) -> tuple[str, ...]:
-    return ("engine.cli", "train", str(wanted.config), *wanted.overrides)
+    shown = () if _hides(wanted) else wanted.overrides
+    return ("engine.cli", "train", str(wanted.config), *shown)
+
+
+def _hides(wanted: Wanted) -> bool:
+    """Return True if overrides hold credentials; then none is on the command line, for their order matters."""
+    return any(redact(override) != override for override in wanted.overrides)
 
 
 def _dropped(node: Node, environment: dict[str, str]) -> tuple[str, ...]:
@@ -157,6 +165,8 @@ def _common(wanted: Wanted, node: Node) -> dict[str, str]:
         RUN_FOLDER: str(wanted.folder.absolute()),
         "OMP_NUM_THREADS": str(max(node.num_cores // len(node.ranks), 1)),
     }
+    if _hides(wanted):
+        environment[OVERRIDES] = json.dumps(wanted.overrides)
     if node.num_gpus == 0:
         environment["DS_ACCELERATOR"] = "cpu"
     elif node.devices:

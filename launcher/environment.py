@@ -7,6 +7,7 @@ a guess, since ranks that disagree about the world wait for each other for ever.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Callable, Mapping, MutableMapping
@@ -24,7 +25,9 @@ Environ = Mapping[str, str]
 
 JOB, ATTEMPT, LAUNCHER = "PALIMPSEST_JOB", "PALIMPSEST_ATTEMPT", "PALIMPSEST_LAUNCHER"
 RUN_FOLDER = "PALIMPSEST_RUN_FOLDER"
-"""What `palimpsest launch` tells its ranks beside the usual variables."""
+"""Variables by which `palimpsest launch` tells its ranks more than the usual ones do."""
+OVERRIDES = "PALIMPSEST_OVERRIDES"
+"""Overrides that hold credentials, as a JSON list: all users of a node see command lines, variables only the owner."""
 RESTARTS_PER_START = 1000
 """Restarts by torchrun inside one start by Slurm come after those of the start before."""
 LOOPBACK = "127.0.0.1"
@@ -67,6 +70,11 @@ def rank_environment(environ: Environ) -> RankEnvironment:
         launcher=environ.get(LAUNCHER) or found.launcher,
         step=step,
     )
+
+
+def hidden_overrides(environ: Environ) -> list[str]:
+    """Return the overrides that `palimpsest launch` keeps out of the command line; most often none."""
+    return json.loads(environ.get(OVERRIDES) or "[]")
 
 
 def is_supervised(environ: Environ) -> bool:

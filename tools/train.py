@@ -29,7 +29,14 @@ from engine.outcome import Outcome
 from engine.run_folder import RunFolder
 from engine.train.signals import StopSignals
 from launcher.devices import multiplies_bf16, num_gpus
-from launcher.environment import check_meeting_point, export, is_supervised, rank_environment, run_folder
+from launcher.environment import (
+    check_meeting_point,
+    export,
+    hidden_overrides,
+    is_supervised,
+    rank_environment,
+    run_folder,
+)
 from launcher.extensions import prepare_extensions
 
 RANK_0_FIRST_SECONDS = 2.0
@@ -48,7 +55,7 @@ def main(
         with StopSignals() as signals:  # from here on: a signal during the imports below must not kill this rank
             heart = Heartbeat.of(os.environ, place.global_rank)
             heart.beat(0, "start")
-            code = _run(config, overrides or [], place, signals, heart)
+            code = _run(config, [*(overrides or []), *hidden_overrides(os.environ)], place, signals, heart)
     except PalimpsestError as error:
         if place is not None and place.global_rank > 0:
             print(f"palimpsest train [rank {place.global_rank}]: {error.wrong.splitlines()[0]}", file=sys.stderr)

@@ -1,6 +1,12 @@
+import functools
+import http.server
 import json
 import logging
 import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +15,7 @@ from engine.config.save import FILE, save_run
 from engine.errors import DataError
 from engine.outcome import Outcome
 from engine.redact import redact, redacted
-from tests.distributed.runs import run_config, run_tree
+from tests.distributed.runs import run_config, run_tree, write_corpus
 
 
 @pytest.mark.parametrize(
@@ -31,6 +37,7 @@ def test_credentials_are_taken_out_of_urls(text, expected):
     assert redacted({"a": [text, 1, None], "b": (text,)}) == {"a": [expected, 1, None], "b": [expected]}
 
 
+ROOT = str(Path(__file__).parents[2])
 SECRET = "https://user:hunter2@127.0.0.1/tokens?token=hunter2"
 
 
@@ -46,6 +53,88 @@ def test_errors_and_logs_hold_no_credentials(capsys):
     said = capsys.readouterr().err
     assert "127.0.0.1/tokens" in said
     assert "hunter2" not in said
+
+
+ELSEWHERE = """
+import logging, sys, threading, warnings
+from engine import cli
+cli.main(["--version"])
+url = sys.argv[1]
+own = logging.getLogger("some.library")
+own.addHandler(logging.StreamHandler(sys.stdout))
+own.warning("retrying %s", url)
+logging.getLogger("another").error({"url": url})  # nobody has set a handler up for it
+try:
+    raise OSError(url)
+except OSError:
+    own.exception("failed", stack_info=True)
+warnings.warn(f"{url} is slow")
+def fail():
+    raise OSError(url)
+thread = threading.Thread(target=fail)
+thread.start()
+thread.join()
+class Leaving:
+    def __del__(self):
+        raise OSError(url)
+Leaving()
+try:
+    raise KeyError(url)
+except KeyError as error:
+    raise ValueError("no luck") from error
+"""
+
+
+def test_tracebacks_warnings_and_other_libraries_say_no_credentials():
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, SECRET], env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    said = done.stdout + done.stderr
+    assert "hunter2" not in said
+    assert done.stdout.count("127.0.0.1/tokens") == 2, "the record and its traceback"
+    assert done.stderr.count("127.0.0.1/tokens") == 5
+    assert done.stderr.count("Traceback (most recent call last)") == 4
+    assert "ValueError: no luck" in done.stderr
+
+
+class Guarded(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder to whoever has the right header."""
+
+    def send_head(self):
+        if self.headers["Authorization"] == "Bearer hunter2":
+            return super().send_head()
+        self.send_error(401)
+        return None
+
+    def log_message(self, *_):
+        pass
+
+
+def test_credentials_from_fsspecs_configuration_are_used_and_said_nowhere(tmp_path):
+    write_corpus(tmp_path / "store")
+    work = tmp_path / "work"
+    work.mkdir()
+    kind = functools.partial(Guarded, directory=str(tmp_path / "store"))
+    said = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for secret in ("Bearer hunter2", "Bearer hunter22"):
+            own = {"FSSPEC_HTTP": json.dumps({"client_kwargs": {"headers": {"Authorization": secret}}})}
+            done = subprocess.run(
+                [sys.executable, "-m", "engine.cli", "inspect-data", f"http://127.0.0.1:{server.server_port}/train"],
+                env=os.environ | own | {"PYTHONPATH": ROOT},
+                cwd=work,
+                capture_output=True,
+                text=True,
+            )
+            said.append((done.returncode, done.stdout + done.stderr))
+        server.shutdown()
+    (well, _), (refused, words) = said
+    assert (well, refused) == (0, 1), said
+    assert "401" in words
+    assert all("hunter2" not in text for _, text in said)
+    assert all(b"hunter2" not in path.read_bytes() for path in work.rglob("*") if path.is_file())
 
 
 def test_files_of_a_run_hold_no_credentials(tmp_path, monkeypatch):

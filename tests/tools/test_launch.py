@@ -1,10 +1,12 @@
 """`palimpsest launch` and `train` from the outside, as far as no torch is needed."""
 
+import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,6 +127,101 @@ def ranks_that(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr("launcher.attempts.commands", stand_ins)
 
     return install
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Makes `launch` take a script for the interpreter that ranks are started with, arguments and all."""
+
+    def install(script: str) -> Path:
+        program = tmp_path / "bin" / "python"
+        program.parent.mkdir()
+        program.write_text(f"#!{sys.executable} -S\n{script}", encoding="utf-8")
+        program.chmod(0o755)
+        monkeypatch.setattr("sys.executable", str(program))
+        return program
+
+    return install
+
+
+def test_credentials_in_overrides_reach_the_ranks_and_nobody_else(
+    interpreter, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Every user of a node sees the command lines of its processes; only the owner sees their variables."""
+    interpreter(
+        "import json, os, sys\n"
+        "given = json.loads(os.environ['PALIMPSEST_OVERRIDES'])\n"
+        "assert given[0] == 'folder=run' and 'hunter2' in given[1], given\n"
+        "print(open('/proc/self/cmdline').read().split(chr(0)))\n"
+        "said = dict(job=os.environ['PALIMPSEST_JOB'], attempt=0, code=0, step=4, rank=None, error='')\n"
+        "json.dump(said, open('run/outcome.json', 'w'))\n"
+    )
+    secret = "stages.0.data.train=https://user:hunter2@127.0.0.1/tokens?token=hunter2"
+    overrides = ("folder=run", secret, "stages.0.data.cache={folder: cache, bytes: 1_000_000_000}")
+    for launcher in ("local", "torchrun", "deepspeed"):
+        assert call("launch", SMOKE, *overrides, "--launcher", launcher, "--dry-run") == 0
+    assert call("launch", SMOKE, *overrides) == 0
+    captured = capfd.readouterr()
+    assert "'-m', 'engine.cli', 'train'" in captured.out, "the command line is in the log"
+    assert "hunter2" not in captured.out + captured.err
+    for path, text in contents(tmp_path / "run").items():
+        assert b"hunter2" not in text, path
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["tee", "tee of both"])
+def test_ctrl_c_in_a_pipeline_saves_and_ends_with_85(interpreter, tmp_path: Path, both: bool) -> None:
+    """A terminal sends SIGINT to `launch` and to the `tee` behind it, which dies: what is said then has no reader."""
+    program = interpreter(
+        "import json, os, signal, sys, time\n"
+        f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "from engine.heartbeat import Heartbeat\n"
+        "def save(*_):\n"
+        "    for _ in range(4000):\n"
+        "        print('saving ' + 64 * '.', flush=True)  # more than a pipe holds\n"
+        "    said = dict(job=os.environ['PALIMPSEST_JOB'], attempt=0, code=85, step=4, rank=None, error='')\n"
+        "    json.dump(said, open('run/outcome.json', 'w'))\n"
+        "    sys.exit(85)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "Heartbeat.of(os.environ, 0).beat(4, 'data')\n"
+        "print('ready', flush=True)\n"
+        "while True: time.sleep(60)\n"
+    )
+    python = os.path.realpath("/proc/self/exe")
+    driver = f"import sys; sys.executable = {str(program)!r}; from engine.cli import main; sys.exit(main(sys.argv[1:]))"
+    with (tmp_path / "errors").open("wb") as errors:
+        launch = subprocess.Popen(
+            [python, "-c", driver, "launch", SMOKE, "folder=run"],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if both else errors,
+            process_group=0,
+        )
+    try:
+        # the group is the one that a shell gives to a pipeline in the foreground
+        said = tmp_path / "said"
+        tee = subprocess.Popen(
+            ["tee", str(said)], stdin=launch.stdout, stdout=subprocess.DEVNULL, process_group=launch.pid
+        )
+        assert launch.stdout is not None
+        launch.stdout.close()
+        deadline = time.monotonic() + 100
+        while not (said.exists() and b"ready" in said.read_bytes()):
+            assert time.monotonic() < deadline
+            assert launch.poll() is None
+            time.sleep(0.05)
+        os.killpg(launch.pid, signal.SIGINT)
+        assert tee.wait(timeout=100) == -signal.SIGINT
+        assert launch.wait(timeout=100) == 85
+    finally:
+        launch.kill()
+    ended = outcome.read(tmp_path / "run")
+    assert ended is not None
+    assert (ended.code, ended.step) == (85, 4)
+    log = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+    assert log.count("saving") == 4000, "the log has all of it"
+    if not both:
+        last = (tmp_path / "errors").read_text().splitlines()[-1]
+        assert last == "palimpsest launch: saved at step 4 and wants to be started again (exit code 85)"
 
 
 def test_the_outcome_is_the_exit_code(ranks_that, capfd: pytest.CaptureFixture[str]) -> None:
@@ -301,6 +398,12 @@ class TestTrain:
         said = outcome.read(tmp_path / "run")
         assert said is not None
         assert said.error == "first"
+
+    def test_overrides_that_launch_hides_are_read(self) -> None:
+        hidden = json.dumps(["model.num_layer=3"])
+        done = self.train(SMOKE, PALIMPSEST_OVERRIDES=hidden, PALIMPSEST_LAUNCHER="local")
+        assert done.returncode == 2
+        assert "did you mean num_layers?" in done.stderr
 
     def test_a_launcher_that_says_half(self) -> None:
         done = self.train(SMOKE, RANK="0")
