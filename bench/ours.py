@@ -28,7 +28,7 @@ from engine.config.schema.stage import Duration, RunStage
 from engine.parallel import zero
 from engine.parallel.boundary import Tensors
 from engine.parallel.groups import connect
-from engine.train.build import build_pipeline, join_groups
+from engine.train.build import build_pipeline, join_groups, stage_spec
 from engine.train.run import choose_device
 
 TOKENS_PURPOSE = 0xBE9C
@@ -81,7 +81,9 @@ class Ours:
         connect(place, self.device)
         zero.start(self.device)
         self.groups = join_groups(self.config, resolve(self.config, 1), 0)
-        self.pipeline = build_pipeline(self.config, self.config.stages[0], self.groups, self.device)
+        self.pipeline = build_pipeline(
+            self.config, stage_spec(self.config, self.config.stages[0], self.groups), self.groups, self.device
+        )
 
     def step(
         self, inputs: list[Tensors], num_targets: int, accept: Callable[[float], bool] = zero.finite

@@ -24,9 +24,8 @@ from engine.config.objectives import row_lengths
 from engine.config.rank_environment import RankEnvironment
 from engine.config.resolve import num_micro_batches, resolve
 from engine.config.schema.run import RunConfig
-from engine.models.families import family
 from engine.parallel.boundary import Tensors
-from engine.train.build import build_pipeline, join_groups, stage_chunks
+from engine.train.build import build_pipeline, join_groups, stage_spec
 from engine.train.sequence_slices import own_part
 
 T = TypeVar("T")
@@ -78,21 +77,17 @@ def hooked(work: Callable[[], T]) -> tuple[tuple[int, int, int], T]:
 def train(config: RunConfig, place: RankEnvironment, device: torch.device) -> None:
     """Builds the engine, marks that it stands, and trains on random rows."""
     groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
-    pipeline = build_pipeline(config, config.stages[0], groups, device)
+    pipeline = build_pipeline(config, stage_spec(config, config.stages[0], groups), groups, device)
     with record_function(BUILT):
         pass
-    kind, count = (
-        family(config.model),
-        num_micro_batches(config.stages[0].global_batch_size, config.parallel, groups.layout.data),
-    )
-    names = {name for chunk in stage_chunks(config, groups) for name in kind.wanted(config.model, chunk)}
+    count = num_micro_batches(config.stages[0].global_batch_size, config.parallel, groups.layout.data)
     length = row_lengths(config.stages[0]).tokens
     generator = torch.Generator().manual_seed(groups.coordinates.data_rank)
     for _ in range(NUM_STEPS):
         batches = [random_rows(config, generator) for _ in range(count)]
-        inputs = [{name: tensor for name, tensor in batch.items() if name in names} for batch in batches]
+        inputs = [{name: tensor for name, tensor in batch.items() if name in pipeline.spec.inputs} for batch in batches]
         inputs = [own_part(batch, length, config.parallel.time_ranks, groups.sequence) for batch in inputs]
-        scales_L = torch.full((len(kind.losses(config.model)),), 1e-3)
+        scales_L = torch.full((pipeline.num_losses,), 1e-3)
         pipeline.train(inputs, scales_L)
         pipeline.engine.step(config.optimizer.learning_rate)
 

@@ -20,11 +20,10 @@ from bench.ranks_memory import BUILT, hooked, random_rows
 from bench.replay import Spans
 from engine.config.resolve import num_micro_batches, resolve
 from engine.config.schema.run import RunConfig
-from engine.models.families import family
 from engine.parallel.boundary import Tensors
 from engine.parallel.pipeline import Pipeline
 from engine.parallel.schedule import Instruction, Schedule, instructions
-from engine.train.build import build_pipeline, join_groups, stage_chunks
+from engine.train.build import build_pipeline, join_groups, stage_spec
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,11 @@ def rank(connection: Connection, config: RunConfig, folder: str, global_rank: in
     """Says `ready`, then answers each `Request` with its `Step`s or bytes, until it is None."""
     _, device = join(folder, global_rank, world_size)
     groups = join_groups(config, resolve(config, world_size), global_rank)
-    pipeline = build_pipeline(config, config.stages[0], groups, device)
-    wanted = {
-        name for chunk in stage_chunks(config, groups) for name in family(config.model).wanted(config.model, chunk)
-    }
+    pipeline = build_pipeline(config, stage_spec(config, config.stages[0], groups), groups, device)
     count = num_micro_batches(config.stages[0].global_batch_size, config.parallel, groups.layout.data)
     generator = torch.Generator().manual_seed(0)
     rows = [random_rows(config, generator) for _ in range(count)]
-    inputs = [{name: tensor for name, tensor in row.items() if name in wanted} for row in rows]
+    inputs = [{name: tensor for name, tensor in row.items() if name in pipeline.spec.inputs} for row in rows]
     connection.send("ready")
     while (request := connection.recv()) is not None:
         work = partial(train, pipeline, inputs, request.schedule, config.optimizer.learning_rate)

@@ -10,32 +10,102 @@ Legend: B batch, T time, D width, V vocabulary, M most masked tokens of a row, C
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import cast
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from engine.config.schema.model import BERTConfig
 from engine.models.attention import positions_in_document, view
-from engine.models.chunk import Chunk, Rows, whole
 from engine.models.dropout import EMBEDDING as EMBEDDED
 from engine.models.dropout import KEYS, drops
 from engine.models.dropout import make as make_dropout
-from engine.models.heads import VocabularyHead
+from engine.models.heads import Head, VocabularyHead, attach
 from engine.models.layers import TransformerLayer, layer_sharding, norm
-from engine.parallel.boundary import ROW_LOSSES, Boundary, Field, Tensors
+from engine.parallel.boundary import ROW_LOSSES, Boundary, Field, MicroBatchShape, Tensors
 from engine.parallel.functions import PLAIN, Functions
 from engine.parallel.sharding import VOCABULARY, ParameterSpec, Table, describe
+from engine.plan.cut import ModelChunk, whole_model
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 PAIR_KINDS = 2
 
 
+@dataclass(frozen=True)
+class MaskedHead:
+    """Predicts the masked tokens and, with `model.pair_head`, whether a row's pair is in order."""
+
+    config: BERTConfig
+    sharding: Table = field(default_factory=lambda: {"lm_head.*": VOCABULARY})
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Masked tokens and, with a pair head, pairs."""
+        return ("mlm", "pairs") if self.config.pair_head else ("mlm",)
+
+    @property
+    def inputs(self) -> frozenset[str]:
+        """Positions of the masked tokens (`masked_BM`), and targets and weights of each loss."""
+        pairs = {"pair_targets_B", "pair_weights_B"} if self.config.pair_head else set()
+        return frozenset({"masked_BM", "targets_BM", "weights_BM"} | pairs)
+
+    def modules(self, functions: Functions) -> dict[str, nn.Module]:
+        """Make the transformation of a token's hidden state and its output projection, and the head of pairs."""
+        config, width = self.config, self.config.hidden_size
+        modules: dict[str, nn.Module] = {
+            "head_transform": nn.Linear(width, width, bias=config.bias),
+            "head_norm": norm(config),
+            "lm_head": VocabularyHead(width, config.vocab_size, config.padded_vocab_size, functions, bias=True),
+        }
+        if config.pair_head:
+            modules |= {"pooler": nn.Linear(width, width), "pair_head": nn.Linear(width, PAIR_KINDS)}
+        return modules
+
+    def outputs(self, chunk: nn.Module, hidden_BTD: torch.Tensor, given: Tensors, by_row: bool) -> Tensors:
+        """Compute `losses_L` (of the masked tokens and the pairs), or without targets logits.
+
+        Those are `logits_BTV` over the real vocabulary (of all tokens; on one tensor-parallel rank only) and, with a
+        pair head, `pair_logits_BC`. Positions count among the given tokens; pairs are read from the first of these.
+        """
+        lm_head = cast(VocabularyHead, chunk.get_submodule("lm_head"))
+        if "targets_BM" not in given:
+            outputs = {"logits_BTV": lm_head(self._transformed(chunk, hidden_BTD))}
+            return outputs | ({"pair_logits_BC": self._pair_logits(chunk, hidden_BTD)} if self.config.pair_head else {})
+        # Positions behind a row's last masked token are 0 and weigh nothing: (B, M) -> (B, M, D).
+        positions_BMD = given["masked_BM"].unsqueeze(-1).expand(-1, -1, hidden_BTD.size(-1))
+        hidden_BMD = self._transformed(chunk, hidden_BTD.gather(1, positions_BMD))
+        loss, loss_B = lm_head.losses(hidden_BMD, given["targets_BM"], given["weights_BM"], by_row)
+        losses, losses_B = [loss], [loss_B]
+        if self.config.pair_head:
+            logits_BC = self._pair_logits(chunk, hidden_BTD).float()
+            loss_B = F.cross_entropy(logits_BC, given["pair_targets_B"], reduction="none") * given["pair_weights_B"]
+            losses.append(loss_B.sum())
+            losses_B.append(loss_B.detach())
+        outputs = {"losses_L": torch.stack(losses)}
+        rows = [each for each in losses_B if each is not None]
+        return outputs | ({ROW_LOSSES: torch.stack(rows, 1)} if by_row else {})
+
+    @staticmethod
+    def _transformed(chunk: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Prepare hidden states for the output projection, (..., D) -> (..., D)."""
+        transformed = F.gelu(chunk.get_submodule("head_transform")(hidden))
+        return chunk.get_submodule("head_norm")(transformed)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _pair_logits(chunk: nn.Module, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """Return logits_BC of the rows' pairs, read from their first tokens: 0 in order, 1 random or swapped."""
+        pooled_BD = torch.tanh(chunk.get_submodule("pooler")(hidden_BTD[:, 0]))
+        return chunk.get_submodule("pair_head")(pooled_BD)  # type: ignore[no-any-return]
+
+
 class Stage(nn.Module):
     """Consecutive layers, with the embeddings on the first stage, the heads on the last."""
 
-    def __init__(self, config: BERTConfig, chunk: Chunk, functions: Functions) -> None:
+    def __init__(self, config: BERTConfig, chunk: ModelChunk, functions: Functions, head: Head) -> None:
         super().__init__()
-        self.config, self.chunk, self.functions = config, chunk, functions
+        self.config, self.chunk, self.functions, self.head = config, chunk, functions, head
         width = config.hidden_size
         if chunk.first:
             self.embed_tokens = nn.Embedding(config.padded_vocab_size, width)
@@ -49,14 +119,7 @@ class Stage(nn.Module):
         )
         if chunk.last:
             self.final_norm = norm(config) if not config.post_norm else nn.Identity()
-            self.head_transform = nn.Linear(width, width, bias=config.bias)
-            self.head_norm = norm(config)
-            self.lm_head = VocabularyHead(width, config.vocab_size, config.padded_vocab_size, functions, bias=True)
-            if config.tie_embeddings and chunk.first:
-                self.lm_head.weight = self.embed_tokens.weight
-            if config.pair_head:
-                self.pooler = nn.Linear(width, width)
-                self.pair_head = nn.Linear(width, PAIR_KINDS)
+            attach(self, head, functions, ties(config))
 
     def forward(
         self,
@@ -66,22 +129,15 @@ class Stage(nn.Module):
         hidden_BTD: torch.Tensor | None = None,
         segments_BT: torch.Tensor | None = None,
         dropout_keys_B: torch.Tensor | None = None,
-        masked_BM: torch.Tensor | None = None,
-        targets_BM: torch.Tensor | None = None,
-        weights_BM: torch.Tensor | None = None,
-        pair_targets_B: torch.Tensor | None = None,
-        pair_weights_B: torch.Tensor | None = None,
         by_row: bool = False,
+        **given: torch.Tensor,
     ) -> Tensors:
-        """What the stage makes of one micro-batch.
+        """Run the chunk on one micro-batch.
 
-        The first stage takes `tokens_BT` and `token_types_BT` (int64; None means type 0), the others `hidden_BTD` of
-        the stage before. `segments_BT` numbers the documents of a whole row, padding being one; None means that the row
-        is one document. `dropout_keys_B` (int64) are the rows' keys; None means no dropout. `masked_BM` are places
-        among the given tokens, and pairs are read from the first of these. The last stage returns
-        `losses_L` (fp32 weighted sums: of the tokens at `masked_BM` and, with a pair head, of the rows' pairs);
-        without `targets_BM` it returns `logits_BTV` over the real vocabulary (of all tokens; on one tensor-parallel
-        rank only) and, with a pair head, `pair_logits_BC`. With `by_row` it also returns `row_losses_BL`.
+        The first chunk takes `tokens_BT` and `token_types_BT` (int64; None means type 0), the others `hidden_BTD` of
+        the chunk before. `segments_BT` numbers the documents of a whole row, padding being one; None means that the row
+        is one document. `dropout_keys_B` (int64) are the rows' keys; None means no dropout. `given` is for the head.
+        Returns `hidden_BTD`, from the last chunk what its head does.
         """
         if hidden_BTD is None:
             assert tokens_BT is not None, "the first stage takes tokens, the others hidden states"
@@ -97,22 +153,7 @@ class Stage(nn.Module):
         if not self.chunk.last:
             return {"hidden_BTD": x_BTD}
         x_BTD = self.functions.whole_rows(self.final_norm(x_BTD))
-        if targets_BM is None:
-            made = {"logits_BTV": self.lm_head(self.transform(x_BTD))}
-            return made | ({"pair_logits_BC": self.pair_logits(x_BTD)} if self.config.pair_head else {})
-        assert masked_BM is not None, "targets come with the places of what is masked"
-        # Places behind a row's last masked token are 0 and weigh nothing.
-        x_BMD = x_BTD.gather(1, masked_BM.unsqueeze(-1).expand(-1, -1, x_BTD.size(-1)))
-        loss, of_rows = self.lm_head.losses(self.transform(x_BMD), targets_BM, weights_BM, by_row)
-        losses, losses_B = [loss], [of_rows]
-        if self.config.pair_head:
-            assert pair_targets_B is not None
-            assert pair_weights_B is not None
-            loss_B = F.cross_entropy(self.pair_logits(x_BTD).float(), pair_targets_B, reduction="none")
-            losses.append((loss_B * pair_weights_B).sum())
-            losses_B.append((loss_B * pair_weights_B).detach())
-        made = {"losses_L": torch.stack(losses)}
-        return made | ({ROW_LOSSES: torch.stack([each for each in losses_B if each is not None], 1)} if by_row else {})
+        return self.head.outputs(self, x_BTD, given, by_row)
 
     def embed(
         self, tokens_BT: torch.Tensor, token_types_BT: torch.Tensor | None, segments_BT: torch.Tensor | None
@@ -131,30 +172,28 @@ class Stage(nn.Module):
             hidden_BTD = hidden_BTD + self.embed_types(types_BT)
         return self.embed_norm(hidden_BTD)
 
-    def transform(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., D) -> (..., D): what the head over the vocabulary is given of a token's hidden state."""
-        return self.head_norm(F.gelu(self.head_transform(hidden)))
 
-    def pair_logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """logits_BC of the rows' pairs, read from their first tokens: 0 in order, 1 random or swapped."""
-        return self.pair_head(torch.tanh(self.pooler(hidden_BTD[:, 0])))
+def build(
+    config: BERTConfig, chunk: ModelChunk | None = None, functions: Functions = PLAIN, head: Head | None = None
+) -> Stage:
+    """Build the modules of one chunk (None means the whole model), on the device context that is active.
 
-
-def build(config: BERTConfig, chunk: Chunk | None = None, functions: Functions = PLAIN) -> Stage:
-    """The modules of one chunk (None: the whole model), on the device context that is active; values come later."""
-    return Stage(config, chunk or whole(config.num_layers), functions)
+    Build under `torch.device("meta")` and give the values afterwards (`engine.models.initial`): the values that plain
+    torch modules start with are not the model's. `head` None means the one of pretraining.
+    """
+    return Stage(config, chunk or whole_model(config), functions, head or pretraining_head(config))
 
 
-def sharding(config: BERTConfig) -> Table:
-    """How the parameters of the whole model lie over the tensor axis; what is not named is replicated."""
-    return {EMBEDDING: VOCABULARY, **layer_sharding(config), "lm_head.*": VOCABULARY}
+def sharding(config: BERTConfig, head: Head | None = None) -> Table:
+    """Return how the parameters of the whole model are split over the tensor axis; the others are replicated."""
+    return {EMBEDDING: VOCABULARY, **layer_sharding(config)} | (head or pretraining_head(config)).sharding
 
 
-def specs(config: BERTConfig) -> list[ParameterSpec]:
-    """Every parameter of the whole model by logical name, in the model's order; a tied head is not there."""
+def specs(config: BERTConfig, head: Head | None = None) -> list[ParameterSpec]:
+    """Describe every parameter of the whole model by logical name, in the model's order; a tied head is not there."""
     with torch.device("meta"):
-        model = build(config)
-    return describe(model.named_parameters(), sharding(config), config.vocab_size)
+        model = build(config, head=head)
+    return describe(model.named_parameters(), sharding(config, head), config.vocab_size)
 
 
 def ties(config: BERTConfig) -> dict[str, str]:
@@ -162,24 +201,21 @@ def ties(config: BERTConfig) -> dict[str, str]:
     return {HEAD: EMBEDDING} if config.tie_embeddings else {}
 
 
-def losses(config: BERTConfig) -> tuple[str, ...]:
-    """Masked tokens and, with a pair head, pairs."""
-    return ("mlm", "pairs") if config.pair_head else ("mlm",)
+def pretraining_head(config: BERTConfig) -> Head:
+    """Return the head that predicts masked tokens and, with `model.pair_head`, pairs."""
+    return MaskedHead(config)
 
 
-def wanted(config: BERTConfig, chunk: Chunk) -> frozenset[str]:
-    """Keywords of the chunk that come from the data."""
+def inputs(config: BERTConfig, chunk: ModelChunk, head: Head | None = None) -> frozenset[str]:
+    """Return the keywords of the chunk that come from the data."""
     found: set[str] = set()
     if chunk.first:
         found |= {"tokens_BT", "segments_BT"} | ({"token_types_BT"} if config.token_types > 1 else set())
         found |= {KEYS} if drops(config) else set()
-    if chunk.last:
-        found |= {"masked_BM", "targets_BM", "weights_BM"}
-        found |= {"pair_targets_B", "pair_weights_B"} if config.pair_head else set()
-    return frozenset(found)
+    return frozenset(found) | ((head or pretraining_head(config)).inputs if chunk.last else frozenset())
 
 
-def boundary(config: BERTConfig, layer: int, rows: Rows) -> Boundary:
+def boundary(config: BERTConfig, layer: int, rows: MicroBatchShape) -> Boundary:
     """What a chunk receives from the one before it: hidden states, document numbers for attention, keys of dropout."""
     held = (rows.num_rows, rows.length // rows.shared_by, config.hidden_size)
     received: Boundary = {"hidden_BTD": Field(held, rows.dtype, differentiable=True)}

@@ -1,7 +1,4 @@
-"""The families of models, by `ModelConfig.family`: the one place that knows them all.
-
-Legend: L losses of the objective.
-"""
+"""The families of models, by `ModelConfig.family`: the one place that knows them all."""
 
 from __future__ import annotations
 
@@ -11,46 +8,52 @@ from torch import nn
 
 from engine.config.schema.model import ModelConfig
 from engine.models import bert, gpt, t5
-from engine.models.chunk import Chunk, Rows
-from engine.parallel.boundary import Boundary
+from engine.models.heads import Head
+from engine.parallel.boundary import Boundary, MicroBatchShape
 from engine.parallel.functions import PLAIN, Functions
 from engine.parallel.sharding import ParameterSpec, Table
+from engine.plan.cut import ModelChunk
 
 
 class Family(Protocol):
-    """What the module of a family exports.
+    """Functions that the module of a family exports. `head` None means the head of pretraining.
 
-    A chunk's `forward` takes keywords alone and returns a dict of what it made: the boundary's tensors; from the last
-    chunk `losses_L` (fp32, the weighted sum of each loss in the order of `losses`), or `logits_BTV` where it is given
-    no targets. Tensors of a boundary that a chunk did not make are passed on as they came.
+    A chunk's `forward` takes keywords alone and returns tensors by name: those of the boundary behind it, from the last
+    chunk those of its head. Tensors of a boundary that a chunk did not make are passed on as they came.
     """
 
-    def build(self, config: ModelConfig, chunk: Chunk | None = None, functions: Functions = PLAIN) -> nn.Module:
-        """The modules of one chunk (None: the whole model), on the device context that is active."""
+    def build(
+        self,
+        config: ModelConfig,
+        chunk: ModelChunk | None = None,
+        functions: Functions = PLAIN,
+        head: Head | None = None,
+    ) -> nn.Module:
+        """Build the modules of one chunk (None means the whole model), on the device context that is active."""
         ...
 
-    def sharding(self, config: ModelConfig) -> Table:
-        """How the parameters of the whole model lie over the tensor axis; what is not named is replicated."""
+    def pretraining_head(self, config: ModelConfig) -> Head:
+        """Return the head over the vocabulary that the family is pretrained with."""
         ...
 
-    def specs(self, config: ModelConfig) -> list[ParameterSpec]:
-        """Every parameter of the whole model by logical name, in the model's order; a tied one once."""
+    def sharding(self, config: ModelConfig, head: Head | None = None) -> Table:
+        """Return how the parameters of the whole model are split over the tensor axis; the others are replicated."""
+        ...
+
+    def specs(self, config: ModelConfig, head: Head | None = None) -> list[ParameterSpec]:
+        """Describe every parameter of the whole model by logical name, in the model's order; a tied one once."""
         ...
 
     def ties(self, config: ModelConfig) -> dict[str, str]:
-        """Local name -> logical name of parameters that a chunk may hold under another name."""
+        """Return local name -> logical name of parameters that a chunk may hold under another name."""
         ...
 
-    def losses(self, config: ModelConfig) -> tuple[str, ...]:
-        """Names of the losses, each with a denominator of its own."""
+    def inputs(self, config: ModelConfig, chunk: ModelChunk, head: Head | None = None) -> frozenset[str]:
+        """Return the keywords of the chunk that come from the data."""
         ...
 
-    def wanted(self, config: ModelConfig, chunk: Chunk) -> frozenset[str]:
-        """Keywords of the chunk that come from the data."""
-        ...
-
-    def boundary(self, config: ModelConfig, layer: int, rows: Rows) -> Boundary:
-        """What the chunk that begins with the global `layer` (above 0) receives from the one before it."""
+    def boundary(self, config: ModelConfig, layer: int, rows: MicroBatchShape) -> Boundary:
+        """Return the tensors that the chunk which begins with the global `layer` (above 0) receives."""
         ...
 
 
@@ -58,5 +61,5 @@ FAMILIES: dict[str, Family] = {"gpt": cast(Family, gpt), "bert": cast(Family, be
 
 
 def family(config: ModelConfig) -> Family:
-    """The family of a configuration."""
+    """Return the family of a configuration."""
     return FAMILIES[config.family]

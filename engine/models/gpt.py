@@ -14,15 +14,15 @@ from torch import nn
 
 from engine.config.schema.model import ModelConfig
 from engine.models.attention import positions_in_document, view
-from engine.models.chunk import Chunk, Rows, whole
 from engine.models.dropout import EMBEDDING as EMBEDDED
 from engine.models.dropout import KEYS, drops
 from engine.models.dropout import make as make_dropout
-from engine.models.heads import VocabularyHead
+from engine.models.heads import Head, LanguageModelHead, attach
 from engine.models.layers import TransformerLayer, layer_sharding, norm
-from engine.parallel.boundary import ROW_LOSSES, Boundary, Field, Tensors
+from engine.parallel.boundary import Boundary, Field, MicroBatchShape, Tensors
 from engine.parallel.functions import PLAIN, Functions
 from engine.parallel.sharding import VOCABULARY, ParameterSpec, Table, describe
+from engine.plan.cut import ModelChunk, whole_model
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
@@ -30,9 +30,9 @@ EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 class Stage(nn.Module):
     """Consecutive layers, with the embedding on the first stage, the final norm and the head on the last."""
 
-    def __init__(self, config: ModelConfig, chunk: Chunk, functions: Functions) -> None:
+    def __init__(self, config: ModelConfig, chunk: ModelChunk, functions: Functions, head: Head) -> None:
         super().__init__()
-        self.config, self.chunk, self.functions = config, chunk, functions
+        self.config, self.chunk, self.functions, self.head = config, chunk, functions, head
         if chunk.first:
             self.embed_tokens = nn.Embedding(config.padded_vocab_size, config.hidden_size)
             if config.position_table:
@@ -40,9 +40,7 @@ class Stage(nn.Module):
         self.layers = nn.ModuleDict({str(index): TransformerLayer(config, functions, index) for index in chunk.layers})
         if chunk.last:
             self.final_norm = norm(config)
-            self.lm_head = VocabularyHead(config.hidden_size, config.vocab_size, config.padded_vocab_size, functions)
-            if config.tie_embeddings and chunk.first:
-                self.lm_head.weight = self.embed_tokens.weight
+            attach(self, head, functions, ties(config))
 
     def forward(
         self,
@@ -51,17 +49,14 @@ class Stage(nn.Module):
         hidden_BTD: torch.Tensor | None = None,
         segments_BT: torch.Tensor | None = None,
         dropout_keys_B: torch.Tensor | None = None,
-        targets_BT: torch.Tensor | None = None,
-        weights_BT: torch.Tensor | None = None,
         by_row: bool = False,
+        **given: torch.Tensor,
     ) -> Tensors:
-        """What the stage makes of one micro-batch.
+        """Run the chunk on one micro-batch.
 
-        The first stage takes `tokens_BT` (int64), the others `hidden_BTD` of the stage before. `segments_BT`
-        numbers the documents of a whole row; None means that it is one document. `dropout_keys_B` (int64) are the
-        rows' keys; None means no dropout. The last stage returns `losses_L`, the fp32 weighted sum of the tokens'
-        losses (L = 1), or `logits_BTV` over the real vocabulary (B, T, vocab_size) where `targets_BT` is None (on one
-        tensor-parallel rank only); every other stage `hidden_BTD`. With `by_row` it also returns `row_losses_BL`.
+        The first chunk takes `tokens_BT` (int64), the others `hidden_BTD` of the chunk before. `segments_BT` numbers
+        the documents of a whole row; None means that it is one document. `dropout_keys_B` (int64) are the rows' keys;
+        None means no dropout. `given` is for the head. Returns `hidden_BTD`, from the last chunk what its head does.
         """
         if hidden_BTD is None:
             assert tokens_BT is not None, "the first stage takes tokens, the others hidden states"
@@ -76,10 +71,7 @@ class Stage(nn.Module):
         if not self.chunk.last:
             return {"hidden_BTD": x_BTD}
         x_BTD = self.functions.whole_rows(self.final_norm(x_BTD))
-        if targets_BT is None:
-            return {"logits_BTV": self.lm_head(x_BTD)}
-        loss, loss_B = self.lm_head.losses(x_BTD, targets_BT, weights_BT, by_row)
-        return {"losses_L": loss.reshape(1)} | ({} if loss_B is None else {ROW_LOSSES: loss_B.unsqueeze(1)})
+        return self.head.outputs(self, x_BTD, given, by_row)
 
     def embed(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None) -> torch.Tensor:
         """hidden_BTD of the tokens; learned positions start again with each document, as they would alone."""
@@ -94,25 +86,27 @@ class Stage(nn.Module):
         return hidden_BTD + self.embed_positions(positions)
 
 
-def build(config: ModelConfig, chunk: Chunk | None = None, functions: Functions = PLAIN) -> Stage:
-    """The modules of one chunk (None: the whole model), on the device context that is active.
+def build(
+    config: ModelConfig, chunk: ModelChunk | None = None, functions: Functions = PLAIN, head: Head | None = None
+) -> Stage:
+    """Build the modules of one chunk (None means the whole model), on the device context that is active.
 
-    Build under `torch.device("meta")` and give the values afterwards (`engine.models.initial`): the values that
-    plain torch modules start with are not the model's.
+    Build under `torch.device("meta")` and give the values afterwards (`engine.models.initial`): the values that plain
+    torch modules start with are not the model's. `head` None means the one of pretraining.
     """
-    return Stage(config, chunk or whole(config.num_layers), functions)
+    return Stage(config, chunk or whole_model(config), functions, head or pretraining_head(config))
 
 
-def sharding(config: ModelConfig) -> Table:
-    """How the parameters of the whole model lie over the tensor axis; what is not named is replicated."""
-    return {EMBEDDING: VOCABULARY, **layer_sharding(config), HEAD: VOCABULARY}
+def sharding(config: ModelConfig, head: Head | None = None) -> Table:
+    """Return how the parameters of the whole model are split over the tensor axis; the others are replicated."""
+    return {EMBEDDING: VOCABULARY, **layer_sharding(config)} | (head or pretraining_head(config)).sharding
 
 
-def specs(config: ModelConfig) -> list[ParameterSpec]:
-    """Every parameter of the whole model by logical name, in the model's order; a tied head is not there."""
+def specs(config: ModelConfig, head: Head | None = None) -> list[ParameterSpec]:
+    """Describe every parameter of the whole model by logical name, in the model's order; a tied head is not there."""
     with torch.device("meta"):
-        model = build(config)
-    return describe(model.named_parameters(), sharding(config), config.vocab_size)
+        model = build(config, head=head)
+    return describe(model.named_parameters(), sharding(config, head), config.vocab_size)
 
 
 def ties(config: ModelConfig) -> dict[str, str]:
@@ -124,19 +118,18 @@ def ties(config: ModelConfig) -> dict[str, str]:
     return {HEAD: EMBEDDING} if config.tie_embeddings else {}
 
 
-def losses(config: ModelConfig) -> tuple[str, ...]:
-    """One: the successor of each token."""
-    return ("causal",)
+def pretraining_head(config: ModelConfig) -> Head:
+    """Return the head that predicts the successor of each token."""
+    return LanguageModelHead(config, "causal")
 
 
-def wanted(config: ModelConfig, chunk: Chunk) -> frozenset[str]:
-    """Keywords of the chunk that come from the data."""
+def inputs(config: ModelConfig, chunk: ModelChunk, head: Head | None = None) -> frozenset[str]:
+    """Return the keywords of the chunk that come from the data."""
     first = {"tokens_BT", "segments_BT"} | ({KEYS} if drops(config) else set()) if chunk.first else set()
-    last = {"targets_BT", "weights_BT"} if chunk.last else set()
-    return frozenset(first | last)
+    return frozenset(first) | ((head or pretraining_head(config)).inputs if chunk.last else frozenset())
 
 
-def boundary(config: ModelConfig, layer: int, rows: Rows) -> Boundary:
+def boundary(config: ModelConfig, layer: int, rows: MicroBatchShape) -> Boundary:
     """What a chunk receives from the one before it: hidden states, document numbers for attention, keys of dropout."""
     held = (rows.num_rows, rows.length // rows.shared_by, config.hidden_size)
     received: Boundary = {"hidden_BTD": Field(held, rows.dtype, differentiable=True)}

@@ -1,15 +1,56 @@
-"""The head over the vocabulary: the one module that owns the output projection, for logits and for the loss.
+"""Heads: what stands behind a model's last layer and makes its losses. A family is built with the head it is given.
 
-Legend: D width, V vocabulary (padded; local under tensor parallelism).
+`VocabularyHead` is the one module that owns an output projection, for logits and for the loss. A `Head` is a value that
+says which modules the last chunk gets, which data they need and what they return.
+
+Legend: B batch, T tokens of a row, D width, V vocabulary (padded; local under tensor parallelism), L losses.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from engine.config.schema.model import ModelConfig
+from engine.parallel.boundary import ROW_LOSSES, Tensors
 from engine.parallel.functions import Functions
+from engine.parallel.sharding import VOCABULARY, Table
+
+
+class Head(Protocol):
+    """The end of a model, as a value: its modules belong to the last chunk, under their own logical names."""
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Names of the losses, each with a denominator of its own."""
+        ...
+
+    @property
+    def inputs(self) -> frozenset[str]:
+        """Keywords of the last chunk that come from the data for the head."""
+        ...
+
+    @property
+    def sharding(self) -> Table:
+        """How the modules' parameters are split over the tensor axis; one that is not named is replicated."""
+        ...
+
+    def modules(self, functions: Functions) -> dict[str, nn.Module]:
+        """Make the modules, by the name they get in the last chunk, on the device context that is active."""
+        ...
+
+    def outputs(self, chunk: nn.Module, hidden_BTD: torch.Tensor, given: Tensors, by_row: bool) -> Tensors:
+        """Compute the losses, or without targets the logits, from whole rows of the last layer's hidden states.
+
+        `chunk` has the modules as attributes; `given` are those of the `inputs` that there are. Returns `losses_L`
+        (fp32, the weighted sum of each loss), with `by_row` also `row_losses_BL`.
+        """
+        ...
 
 
 class VocabularyHead(nn.Module):
@@ -36,7 +77,7 @@ class VocabularyHead(nn.Module):
         weights: torch.Tensor | None = None,
         into: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The fp32 weighted sum of the tokens' losses, or logits (..., vocab_size) where `targets` is None.
+        """Return the fp32 weighted sum of the tokens' losses, or logits (..., vocab_size) where `targets` is None.
 
         `hidden` is (..., D); `targets` (int64) and `weights` have its shape without D. Logits are whole on one
         tensor-parallel rank only. `into` is filled with the tokens' weighted losses.
@@ -50,8 +91,50 @@ class VocabularyHead(nn.Module):
     def losses(
         self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, by_row: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The sum as `forward` returns it, and where asked for its part of each row, (B,) without a gradient."""
+        """Return the sum as `forward` does, and `by_row` the part of it that each row has, (B,) without a gradient."""
         if not by_row:
             return self(hidden, targets, weights), None
         into = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
         return self(hidden, targets, weights, into), into.flatten(1).sum(1)
+
+
+@dataclass(frozen=True)
+class LanguageModelHead:
+    """Predicts a token at every position: the vocabulary head alone."""
+
+    config: ModelConfig
+    loss: str
+    scale: float = 1.0
+    """Factor of the hidden states."""
+    inputs: frozenset[str] = frozenset({"targets_BT", "weights_BT"})
+    sharding: Table = field(default_factory=lambda: {"lm_head.weight": VOCABULARY})
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The one loss."""
+        return (self.loss,)
+
+    def modules(self, functions: Functions) -> dict[str, nn.Module]:
+        """Make `lm_head`."""
+        sizes = (self.config.hidden_size, self.config.vocab_size, self.config.padded_vocab_size)
+        return {"lm_head": VocabularyHead(*sizes, functions)}
+
+    def outputs(self, chunk: nn.Module, hidden_BTD: torch.Tensor, given: Tensors, by_row: bool) -> Tensors:
+        """Compute `losses_L` (L = 1), or `logits_BTV` over the real vocabulary (on one tensor-parallel rank only)."""
+        lm_head = cast(VocabularyHead, chunk.get_submodule("lm_head"))
+        hidden_BTD = hidden_BTD if self.scale == 1.0 else hidden_BTD * self.scale
+        if "targets_BT" not in given:
+            return {"logits_BTV": lm_head(hidden_BTD)}
+        loss, loss_B = lm_head.losses(hidden_BTD, given["targets_BT"], given["weights_BT"], by_row)
+        return {"losses_L": loss.reshape(1)} | ({} if loss_B is None else {ROW_LOSSES: loss_B.unsqueeze(1)})
+
+
+def attach(chunk: nn.Module, head: Head, functions: Functions, ties: Mapping[str, str]) -> None:
+    """Give the last chunk the modules of its head; a weight that is tied to one of this chunk becomes that one."""
+    for name, module in head.modules(functions).items():
+        chunk.add_module(name, module)
+    held = dict(chunk.named_parameters())
+    for name, logical in ties.items():
+        if name in held and logical in held:
+            owner, _, attribute = name.rpartition(".")
+            setattr(chunk.get_submodule(owner), attribute, held[logical])

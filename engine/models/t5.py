@@ -20,7 +20,6 @@ from torch import nn
 
 from engine.config.schema.model import T5Config
 from engine.models.attention import SelfAttention, View
-from engine.models.chunk import Chunk, Rows, whole
 from engine.models.dropout import (
     ATTENTION_OUTPUT,
     CROSS_ATTENTION,
@@ -32,12 +31,13 @@ from engine.models.dropout import (
 )
 from engine.models.dropout import EMBEDDING as EMBEDDED
 from engine.models.dropout import make as make_dropout
-from engine.models.heads import VocabularyHead
+from engine.models.heads import Head, LanguageModelHead, attach
 from engine.models.layers import TransformerLayer, feed_forward, layer_sharding, norm
 from engine.models.relative import RelativePositions, masked
-from engine.parallel.boundary import ROW_LOSSES, Boundary, Field, Tensors
+from engine.parallel.boundary import Boundary, Field, MicroBatchShape, Tensors
 from engine.parallel.functions import PLAIN, Functions
 from engine.parallel.sharding import HEADS, ROW, VOCABULARY, ParameterSpec, Table, column, describe
+from engine.plan.cut import ModelChunk, whole_model
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
@@ -92,9 +92,9 @@ class CrossLayer(nn.Module):
 class Stage(nn.Module):
     """Consecutive layers of both stacks, with what belongs to where the stacks begin and end."""
 
-    def __init__(self, config: T5Config, chunk: Chunk, functions: Functions) -> None:
+    def __init__(self, config: T5Config, chunk: ModelChunk, functions: Functions, head: Head) -> None:
         super().__init__()
-        self.config, self.chunk, self.functions = config, chunk, functions
+        self.config, self.chunk, self.functions, self.head = config, chunk, functions, head
         self.encoder, self.decoder = stacks(config, chunk)
         first_of_decoder = config.num_encoder_layers
         self.begins_decoder = first_of_decoder in chunk.layers
@@ -112,9 +112,7 @@ class Stage(nn.Module):
             self.encoder_norm = norm(config)
         if chunk.last:
             self.final_norm = norm(config)
-            self.lm_head = VocabularyHead(config.hidden_size, config.vocab_size, config.padded_vocab_size, functions)
-            if config.tie_embeddings and hasattr(self, "embed_tokens"):
-                self.lm_head.weight = self.embed_tokens.weight
+            attach(self, head, functions, ties(config))
 
     def forward(
         self,
@@ -127,17 +125,15 @@ class Stage(nn.Module):
         segments_BS: torch.Tensor | None = None,
         decoder_segments_BT: torch.Tensor | None = None,
         dropout_keys_B: torch.Tensor | None = None,
-        targets_BT: torch.Tensor | None = None,
-        weights_BT: torch.Tensor | None = None,
         by_row: bool = False,
+        **given: torch.Tensor,
     ) -> Tensors:
-        """What the stage makes of one micro-batch.
+        """Run the chunk on one micro-batch.
 
-        Tokens (int64) go to where a stack begins; hidden states come from the stage before: `hidden_BSD` inside the
+        Tokens (int64) go to where a stack begins; hidden states come from the chunk before: `hidden_BSD` inside the
         encoder, `encoded_BSD` behind it, with `hidden_BTD` inside the decoder. Segments number the documents of a whole
-        row; None means that it is one. `dropout_keys_B` (int64) are the rows' keys; None means no dropout. Returns what
-        the next stage receives; the last stage `losses_L` (fp32, L = 1), or `logits_BTV` over the real vocabulary where
-        `targets_BT` is None (on one tensor-parallel rank only). With `by_row` it also returns `row_losses_BL`.
+        row; None means that it is one. `dropout_keys_B` (int64) are the rows' keys; None means no dropout. `given` is
+        for the head. Returns what the next chunk receives, from the last one what its head does.
         """
         embedded = self.embed(tokens_BS, decoder_tokens_BT)
         if self.encoder:
@@ -166,14 +162,7 @@ class Stage(nn.Module):
         if not self.chunk.last:
             return {"encoded_BSD": encoded_BSD, "hidden_BTD": x_BTD}
         x_BTD = self.functions.whole_rows(seen.dropped(self.final_norm(x_BTD), self.decoder[-1], STACK_OUTPUT))
-        if (
-            self.config.tie_embeddings
-        ):  # v1.0: else the embedding's numbers of size 1 would make logits of size D ** 0.5
-            x_BTD = x_BTD * self.config.hidden_size**-0.5
-        if targets_BT is None:
-            return {"logits_BTV": self.lm_head(x_BTD)}
-        loss, loss_B = self.lm_head.losses(x_BTD, targets_BT, weights_BT, by_row)
-        return {"losses_L": loss.reshape(1)} | ({} if loss_B is None else {ROW_LOSSES: loss_B.unsqueeze(1)})
+        return self.head.outputs(self, x_BTD, given, by_row)
 
     def embed(self, *tokens: torch.Tensor | None) -> list[torch.Tensor]:
         """Hidden states of those tokens that are given, in one look-up: ZeRO-3 gathers a module once per call.
@@ -200,7 +189,7 @@ class Stage(nn.Module):
         return View(bias_BHTT, None, None, make_dropout(self.config, keys_B, x_BTD, self.functions))
 
 
-def stacks(config: T5Config, chunk: Chunk) -> tuple[range, range]:
+def stacks(config: T5Config, chunk: ModelChunk) -> tuple[range, range]:
     """The chunk's layers of the encoder and of the decoder, by global index."""
     border = min(max(config.num_encoder_layers, chunk.layers.start), chunk.layers.stop)
     return range(chunk.layers.start, border), range(border, chunk.layers.stop)
@@ -220,16 +209,19 @@ def cross_mask(
     return (decoder_segments_BT[:, :, None] == segments_BS[:, None, :])[:, None]
 
 
-def build(config: T5Config, chunk: Chunk | None = None, functions: Functions = PLAIN) -> Stage:
-    """The modules of one chunk (None: the whole model), on the device context that is active.
+def build(
+    config: T5Config, chunk: ModelChunk | None = None, functions: Functions = PLAIN, head: Head | None = None
+) -> Stage:
+    """Build the modules of one chunk (None means the whole model), on the device context that is active.
 
-    Build under `torch.device("meta")` and give the values afterwards (`engine.models.initial`).
+    Build under `torch.device("meta")` and give the values afterwards (`engine.models.initial`): the values that plain
+    torch modules start with are not the model's. `head` None means the one of pretraining.
     """
-    return Stage(config, chunk or whole(config.num_layers), functions)
+    return Stage(config, chunk or whole_model(config), functions, head or pretraining_head(config))
 
 
-def sharding(config: T5Config) -> Table:
-    """How the parameters of the whole model lie over the tensor axis; what is not named is replicated."""
+def sharding(config: T5Config, head: Head | None = None) -> Table:
+    """Return how the parameters of the whole model are split over the tensor axis; the others are replicated."""
     heads = config.num_heads * config.head_size
     return {
         EMBEDDING: VOCABULARY,
@@ -238,15 +230,14 @@ def sharding(config: T5Config) -> Table:
         "layers.*.cross_attention.q_proj.*": column(heads),
         "layers.*.cross_attention.kv_proj.*": column(heads, heads),
         "layers.*.cross_attention.out_proj.weight": ROW,
-        HEAD: VOCABULARY,
-    }
+    } | (head or pretraining_head(config)).sharding
 
 
-def specs(config: T5Config) -> list[ParameterSpec]:
-    """Every parameter of the whole model by logical name, in the model's order; a tied head is not there."""
+def specs(config: T5Config, head: Head | None = None) -> list[ParameterSpec]:
+    """Describe every parameter of the whole model by logical name, in the model's order; a tied head is not there."""
     with torch.device("meta"):
-        model = build(config)
-    return describe(model.named_parameters(), sharding(config), config.vocab_size)
+        model = build(config, head=head)
+    return describe(model.named_parameters(), sharding(config, head), config.vocab_size)
 
 
 def ties(config: T5Config) -> dict[str, str]:
@@ -254,24 +245,23 @@ def ties(config: T5Config) -> dict[str, str]:
     return {HEAD: EMBEDDING} if config.tie_embeddings else {}
 
 
-def losses(config: T5Config) -> tuple[str, ...]:
-    """One: what the decoder says next."""
-    return ("span",)
+def pretraining_head(config: T5Config) -> Head:
+    """Return the head that predicts the decoder's next token."""
+    # v1.0: without the factor the embedding's numbers, of size 1, would make logits of size D ** 0.5.
+    return LanguageModelHead(config, "span", config.hidden_size**-0.5 if config.tie_embeddings else 1.0)
 
 
-def wanted(config: T5Config, chunk: Chunk) -> frozenset[str]:
-    """Keywords of the chunk that come from the data."""
+def inputs(config: T5Config, chunk: ModelChunk, head: Head | None = None) -> frozenset[str]:
+    """Return the keywords of the chunk that come from the data."""
     names: set[str] = set()
     if chunk.first:
         names |= {"tokens_BS", "segments_BS"} | ({KEYS} if drops(config) else set())
     if config.num_encoder_layers in chunk.layers:
         names |= {"decoder_tokens_BT", "decoder_segments_BT"}
-    if chunk.last:
-        names |= {"targets_BT", "weights_BT"}
-    return frozenset(names)
+    return frozenset(names) | ((head or pretraining_head(config)).inputs if chunk.last else frozenset())
 
 
-def boundary(config: T5Config, layer: int, rows: Rows) -> Boundary:
+def boundary(config: T5Config, layer: int, rows: MicroBatchShape) -> Boundary:
     """What the chunk that begins with `layer` receives: inside the encoder its hidden states, else what it made; inside
     the decoder that one's hidden states too; the document numbers of what it receives; and keys of dropout."""
     encoder, decoder = (rows.num_rows, rows.length), (rows.num_rows, rows.decoder_length)

@@ -1,4 +1,4 @@
-"""What crosses from one chunk of the model to the next: a named dict of tensors whose shapes and dtypes are fixed.
+"""Tensors that cross from one chunk of the model to the next: a named dict whose shapes and dtypes are fixed.
 
 Fixed before the first step, so nothing is negotiated at run time. The names are the keywords of the next chunk.
 """
@@ -14,9 +14,26 @@ Tensors = dict[str, torch.Tensor]
 
 
 DOMAINS = "domains_B"
-"""What a micro-batch's inputs call the numbers of its rows' domains (int64)."""
+"""Name of the domain numbers (int64) of a micro-batch's rows, among its inputs."""
 ROW_LOSSES = "row_losses_BL"
-"""What a last chunk returns of its rows where it is asked `by_row`: their parts of `losses_L`, without gradients."""
+"""Name of the rows' parts of `losses_L`, without gradients, that a last chunk returns where it is asked `by_row`."""
+
+
+@dataclass(frozen=True)
+class MicroBatchShape:
+    """The rows of a micro-batch, which the tensors of a boundary are sized by."""
+
+    num_rows: int
+    length: int
+    """Tokens of a row (of the encoder, where there is one)."""
+    dtype: torch.dtype
+    """Of activations."""
+    segments: bool
+    """True if rows hold several documents, whose numbers travel along."""
+    decoder_length: int = 0
+    """Tokens of a decoder's row."""
+    shared_by: int = 1
+    """Ranks that share the sequence dimension of a row's hidden states; document numbers travel whole."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +44,11 @@ class Field:
     dtype: torch.dtype
     differentiable: bool
     evaluated: bool = True
-    """Whether it travels in evaluation, too."""
+    """True if it travels in evaluation, too."""
 
 
 Boundary = dict[str, Field]
-"""What one chunk hands to the next, by the name of the next chunk's keyword."""
+"""Fields that one chunk hands to the next, by the keyword of the next chunk."""
 
 
 def differentiable(boundary: Boundary) -> list[str]:

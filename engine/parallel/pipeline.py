@@ -11,14 +11,13 @@ Legend: B batch, L losses, K domains.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from engine.parallel.boundary import DOMAINS, ROW_LOSSES, Boundary, Field, Tensors, differentiable
+from engine.parallel.boundary import DOMAINS, ROW_LOSSES, Field, Tensors, differentiable
 from engine.parallel.collectives import Work, receive, send
 from engine.parallel.deferral import PutOff
 from engine.parallel.groups import Group, Groups
@@ -32,21 +31,8 @@ from engine.parallel.schedule import (
     forward_only,
     instructions,
 )
+from engine.parallel.stage import PipelineStageSpec
 from engine.parallel.zero import StageEngine
-
-
-@dataclass(frozen=True)
-class Ports:
-    """What goes into and out of one chunk.
-
-    `wanted` are its keywords that come from the data, `incoming` what it receives from the chunk before it (nothing
-    where it is the first) and `outgoing` what it hands to the next one (nothing where it is the last, which makes the
-    losses). What a chunk did not make of `outgoing` it passes on as it came.
-    """
-
-    wanted: frozenset[str]
-    incoming: Boundary
-    outgoing: Boundary
 
 
 class DomainSums:
@@ -67,13 +53,13 @@ class DomainSums:
 class Pipeline:
     """One stage of the pipeline; every rank of the world runs one, in step. Methods are collective over the pipe."""
 
-    def __init__(
-        self, engine: StageEngine, groups: Groups, ports: Sequence[Ports], num_losses: int, schedule: Schedule
-    ) -> None:
-        self.engine, self.groups, self.ports = engine, groups, ports
-        self.num_losses = num_losses
+    def __init__(self, engine: StageEngine, groups: Groups, spec: PipelineStageSpec, schedule: Schedule) -> None:
+        self.engine, self.groups = engine, groups
+        self.spec = spec
+        """Of the run stage that is trained: set it anew at the beginning of each."""
+        self.num_losses = len(spec.losses)
         self.schedule: Schedule = schedule
-        self.sizes = (groups.layout.pipe, len(ports))
+        self.sizes = (groups.layout.pipe, len(spec.ports))
         """Stages, and chunks of each."""
         self._live: dict[tuple[int, int], tuple[Tensors, Tensors]] = {}
         self._put_off: dict[tuple[int, int], PutOff] = {}
@@ -88,10 +74,10 @@ class Pipeline:
                 receive(scalar, group, group.position - step)
             if 0 <= group.position + step < group.size:
                 send(scalar, group, group.position + step).wait()
-        if len(self.ports) > 1 and groups.is_last_stage:
+        if len(self.spec.ports) > 1 and groups.is_last_stage:
             send(scalar, groups.wrap, 0).wait()
             receive(scalar, groups.wrap_backward, 0)
-        elif len(self.ports) > 1 and groups.is_first_stage:
+        elif len(self.spec.ports) > 1 and groups.is_first_stage:
             receive(scalar, groups.wrap, groups.wrap.size - 1)
             send(scalar, groups.wrap_backward, groups.wrap.size - 1).wait()
 
@@ -123,13 +109,13 @@ class Pipeline:
         by_domain: DomainSums | None,
     ) -> torch.Tensor:
         total_L = torch.zeros(self.num_losses, dtype=torch.float32, device=self.engine.device)
-        left = len(inputs) * len(self.ports)
+        left = len(inputs) * len(self.spec.ports)
         for instruction in order:
             match instruction:
                 case Forward(chunk=chunk, micro_batch=micro_batch):
                     keep, by_row = loss_scales_L is not None, by_domain is not None
                     made = self._forward(chunk, micro_batch, inputs[micro_batch], keep, by_row)
-                    if not self.ports[chunk].outgoing:
+                    if not self.spec.ports[chunk].outgoing:
                         total_L += made["losses_L"].detach()
                         if by_domain is not None:
                             by_domain.add(inputs[micro_batch][DOMAINS], made[ROW_LOSSES])
@@ -146,9 +132,9 @@ class Pipeline:
         return total_L
 
     def _forward(self, chunk: int, micro_batch: int, inputs: Tensors, keep: bool, by_row: bool) -> Tensors:
-        ports = self.ports[chunk]
+        ports = self.spec.ports[chunk]
         asked: dict[str, Any] = {"by_row": True} if by_row and not ports.outgoing else {}
-        own = {name: tensor for name, tensor in inputs.items() if name in ports.wanted}
+        own = {name: tensor for name, tensor in inputs.items() if name in ports.inputs}
         received = {
             name: self._receive(field, forward=True)
             for name, field in ports.incoming.items()
@@ -169,7 +155,7 @@ class Pipeline:
     def _backward(self, chunk: int, micro_batch: int, loss_scales_L: torch.Tensor | None, is_last: bool | None) -> None:
         """A whole backward pass, or where `is_last` is None the part that the stage before waits for."""
         assert loss_scales_L is not None
-        ports = self.ports[chunk]
+        ports = self.spec.ports[chunk]
         received, made = self._live.pop((chunk, micro_batch))
         grads = {name: self._receive(ports.outgoing[name], forward=False) for name in differentiable(ports.outgoing)}
         if not ports.outgoing:

@@ -15,6 +15,7 @@ split along them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -183,7 +184,11 @@ def vocabulary_cross_entropy(
 
 
 def shard(
-    module: nn.Module, specs: dict[str, ParameterSpec], ties: dict[str, str], group: Group, stretches: bool = False
+    module: nn.Module,
+    specs: Mapping[str, ParameterSpec],
+    ties: Mapping[str, str],
+    group: Group,
+    stretches: bool = False,
 ) -> None:
     """Swaps the layers of `module` (on the meta device, whole) for this rank's parts, in place.
 

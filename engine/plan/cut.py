@@ -1,11 +1,11 @@
-"""The cut: which consecutive layers each part of the model holds, so that the slowest part is as fast as it can be.
+"""The cut: which consecutive layers each chunk of the model holds, so that the slowest chunk is as fast as it can be.
 
-A pipeline stage holds one part, or several as its chunks: see `stage_parts`. Training and `palimpsest
-plan` call the same `cut`. The cost of a layer is its forward operations per row; the embedding is counted with the
-first layer and the head with the last, as they live there, so the cut is a partition of one list of numbers into
-runs. Invariant: the runs are consecutive, cover every layer once, and none is empty. A cut depends on the model, the
-lengths of a row (a head that predicts some tokens only costs less) and the number of parts alone, never on the data
-size, ZeRO stage or batch; so it is computed once for all the layouts that a plan compares.
+A pipeline stage holds one chunk, or several (`parallel.chunks_per_stage`). Training and `palimpsest plan` call the same
+`stage_chunks`. The cost of a layer is its forward operations per row; the embedding is counted with the first layer and
+the head with the last, as they live there, so the cut is a partition of one list of numbers into runs. Invariant: the
+runs are consecutive, cover every layer once, and none is empty. A cut depends on the model, the lengths of a row (a
+head that predicts some tokens only costs less) and the number of chunks alone, never on the data size, ZeRO stage or
+batch; so it is computed once for all the layouts that a plan compares.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from engine.plan.parts import Entries
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelChunk:
     """Consecutive layers by global number, with the embedding if `first`, and the final norm and the head if `last`."""
 
     layers: range
@@ -33,80 +33,85 @@ class Part:
     last: bool
 
 
-def layers_of(parts: Sequence[Part]) -> Sequence[int]:
-    """Global numbers of the layers of a stage that holds these parts: a range if there is one, else a tuple."""
-    return _layers_of(tuple(parts))
+def whole_model(model: ModelConfig) -> ModelChunk:
+    """Return the chunk that is the whole model."""
+    return ModelChunk(range(model.num_layers), first=True, last=True)
+
+
+def layers_of(chunks: Sequence[ModelChunk]) -> Sequence[int]:
+    """Return the global numbers of the layers of a stage with these chunks: a range for one chunk, else a tuple."""
+    return _layers_of(tuple(chunks))
 
 
 @lru_cache(maxsize=4096)
-def _layers_of(parts: tuple[Part, ...]) -> Sequence[int]:
-    return parts[0].layers if len(parts) == 1 else tuple(layer for part in parts for layer in part.layers)
+def _layers_of(chunks: tuple[ModelChunk, ...]) -> Sequence[int]:
+    return chunks[0].layers if len(chunks) == 1 else tuple(layer for chunk in chunks for layer in chunk.layers)
 
 
-def cut(model: ModelConfig, num_parts: int, lengths: RowLengths) -> list[range]:
-    """Global layer numbers of every part, in order.
-
-    The first part also holds the embedding, the last one the final norm and the head.
+def cut_layers(model: ModelConfig, num_chunks: int, lengths: RowLengths) -> list[range]:
+    """Return the global layer numbers of every chunk of the model, in order.
 
     Raises:
         ConfigError: there are more chunks than layers.
     """
-    if not 1 <= num_parts <= model.num_layers:
+    if not 1 <= num_chunks <= model.num_layers:
         raise ConfigError(
-            f"parallel.pipe x parallel.chunks_per_stage = {num_parts} "
+            f"parallel.pipe x parallel.chunks_per_stage = {num_chunks} "
             f"does not fit model.num_layers = {model.num_layers}",
             f"1 to {model.num_layers}",
         )
-    return list(_balanced(layer_costs(model, lengths), num_parts))
-
-
-def stage_parts(model: ModelConfig, pipe: int, chunks_per_stage: int, lengths: RowLengths) -> list[list[Part]]:
-    """The parts of every stage: its chunk c is part c * pipe + stage (Narayanan et al. 2021, section 2.2)."""
-    return [list(parts) for parts in _stage_parts(model, pipe, chunks_per_stage, lengths)]
+    return list(_balanced(layer_costs(model, lengths), num_chunks))
 
 
 @lru_cache
-def _stage_parts(
+def stage_chunks(
     model: ModelConfig, pipe: int, chunks_per_stage: int, lengths: RowLengths
-) -> tuple[tuple[Part, ...], ...]:
-    runs = cut(model, pipe * chunks_per_stage, lengths)
-    parts = tuple(Part(run, first=number == 0, last=number == len(runs) - 1) for number, run in enumerate(runs))
-    return tuple(parts[stage::pipe] for stage in range(pipe))
+) -> tuple[tuple[ModelChunk, ...], ...]:
+    """Cut the model into the chunks of every pipeline stage (Narayanan et al. 2021, section 2.2).
 
+    Chunk c of a stage is chunk c * pipe + stage of the model: 8 chunks on 4 stages are (0, 4), (1, 5), (2, 6), (3, 7).
 
-def entries_of(model: ModelConfig, parts: list[Part]) -> Entries:
-    """Parameters of a stage that holds these parts, each name once, and those of equal layers as one."""
-    return _entries_of(model, tuple(parts))
-
-
-@lru_cache(maxsize=1024)
-def _entries_of(model: ModelConfig, parts: tuple[Part, ...]) -> Entries:
-    entries = [entry for part in parts for entry in counted_entries(model, part.layers, part.first, part.last)]
-    return Entries(tuple({entry.name: entry for entry in entries}.values()))
+    Raises:
+        ConfigError: there are more chunks than layers.
+    """
+    runs = cut_layers(model, pipe * chunks_per_stage, lengths)
+    chunks = tuple(ModelChunk(run, first=number == 0, last=number == len(runs) - 1) for number, run in enumerate(runs))
+    return tuple(chunks[stage::pipe] for stage in range(pipe))
 
 
 @lru_cache
 def tied_stages(
     model: ModelConfig, pipe: int, chunks_per_stage: int, lengths: RowLengths
 ) -> Mapping[str, tuple[int, ...]]:
-    """The stages, ascending, of every parameter that more than one pipeline stage holds, by logical name."""
+    """Return the stages (ascending) of every parameter that more than one of them holds, by logical name."""
     holders: dict[str, list[int]] = {}
-    for stage, parts in enumerate(stage_parts(model, pipe, chunks_per_stage, lengths)):
-        for entry in entries_of(model, parts):
+    for stage, chunks in enumerate(stage_chunks(model, pipe, chunks_per_stage, lengths)):
+        for entry in entries_of(model, chunks):
             holders.setdefault(entry.name, []).append(stage)
     return {name: tuple(stages) for name, stages in holders.items() if len(stages) > 1}
 
 
-def balance(costs: list[int], parts: int) -> list[range]:
+def entries_of(model: ModelConfig, chunks: Sequence[ModelChunk]) -> Entries:
+    """Return the parameters of a stage with these chunks, each name once, and those of equal layers as one."""
+    return _entries_of(model, tuple(chunks))
+
+
+@lru_cache(maxsize=1024)
+def _entries_of(model: ModelConfig, chunks: tuple[ModelChunk, ...]) -> Entries:
+    entries = [entry for chunk in chunks for entry in counted_entries(model, chunk.layers, chunk.first, chunk.last)]
+    return Entries(tuple({entry.name: entry for entry in entries}.values()))
+
+
+def balance(costs: list[int], num_runs: int) -> list[range]:
     """`costs` cut into consecutive, non-empty runs whose largest sum is as small as possible.
 
     Among such cuts the one with the smallest sum of squares (the most even), and among those the one whose early
     runs are shortest: early stages keep more micro-batches alive. `costs` are positive.
     """
-    assert 1 <= parts <= len(costs)
+    assert 1 <= num_runs <= len(costs)
     sums = (0, *accumulate(costs))
-    limit = _smallest_limit(costs, parts)
-    windows = _windows(sums, parts, limit)
+    limit = _smallest_limit(costs, num_runs)
+    windows = _windows(sums, num_runs, limit)
     squares = {len(costs): 0}
     """By start, the least sum of squares of the runs from there on."""
     ends: list[dict[int, int]] = []
@@ -120,24 +125,24 @@ def balance(costs: list[int], parts: int) -> list[range]:
 
 
 @lru_cache
-def _balanced(costs: tuple[int, ...], parts: int) -> tuple[range, ...]:
+def _balanced(costs: tuple[int, ...], num_runs: int) -> tuple[range, ...]:
     """`balance`, remembered: a ranking asks for few cuts, many times."""
-    return tuple(balance(list(costs), parts))
+    return tuple(balance(list(costs), num_runs))
 
 
-def _windows(sums: Sequence[int], parts: int, limit: int) -> list[range]:
+def _windows(sums: Sequence[int], num_runs: int, limit: int) -> list[range]:
     """The positions at which each run can start, and the last one end, if no run's sum is to be above the limit.
 
     What lies before a position has to make so many runs as come before it, and what lies behind it the others.
     """
     count = len(sums) - 1
     latest, earliest = [0], [count]
-    for _ in range(parts):
+    for _ in range(num_runs):
         latest.append(bisect_right(sums, sums[latest[-1]] + limit) - 1)
         earliest.append(bisect_left(sums, sums[earliest[-1]] - limit))
     return [
-        range(max(before, earliest[parts - before]), min(latest[before], count - (parts - before)) + 1)
-        for before in range(parts + 1)
+        range(max(before, earliest[num_runs - before]), min(latest[before], count - (num_runs - before)) + 1)
+        for before in range(num_runs + 1)
     ]
 
 
@@ -168,12 +173,12 @@ def _extended(
     return found, best_ends
 
 
-def _smallest_limit(costs: list[int], parts: int) -> int:
-    """The smallest largest sum of `parts` runs, by bisection: filling each run greedily needs the fewest runs."""
+def _smallest_limit(costs: list[int], num_runs: int) -> int:
+    """The smallest largest sum of `num_runs` runs, by bisection: filling each run greedily needs the fewest runs."""
     low, high = max(costs), sum(costs)
     while low < high:
         middle = (low + high) // 2
-        if _runs_needed(costs, middle) <= parts:
+        if _runs_needed(costs, middle) <= num_runs:
             high = middle
         else:
             low = middle + 1

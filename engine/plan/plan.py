@@ -250,14 +250,14 @@ def stage_plans(
 def _stage_plan(
     config: RunConfig, run_stage: RunStage, layout: Layout, stage: int, cut: PipelineCut, memory: Memory
 ) -> StagePlan:
-    lengths, parts, recomputed = row_lengths(run_stage), list(cut.chunks[stage]), cut.recomputed[stage]
+    lengths, chunks, recomputed = row_lengths(run_stage), cut.chunks[stage], cut.recomputed[stage]
     micro_batches = num_micro_batches(run_stage.batches.largest, config.parallel, layout.data)
-    layers = layers_of(parts)
-    entries = entries_of(config.model, parts)
+    layers = layers_of(chunks)
+    entries = entries_of(config.model, chunks)
     rows = micro_batches * config.parallel.micro_batch_size
     per_rank = entries.local_numel(layout.tensor)
     costs = costs_before(config.model, lengths)
-    operations = (1 + BACKWARD_FACTOR) * sum(costs[part.layers.stop] - costs[part.layers.start] for part in parts)
+    operations = (1 + BACKWARD_FACTOR) * sum(costs[chunk.layers.stop] - costs[chunk.layers.start] for chunk in chunks)
     again = 0
     if config.parallel.recompute == "full":
         again = over_layers(config.model, recomputed, layer_operations(config.model, lengths).__getitem__)
@@ -269,7 +269,7 @@ def _stage_plan(
     remade = remade_bytes(config.model, config.parallel, config.precision, recomputed, lengths)
     return StagePlan(
         stage=stage,
-        chunks=tuple((part.layers.start, part.layers.stop - 1) for part in parts),
+        chunks=tuple((chunk.layers.start, chunk.layers.stop - 1) for chunk in chunks),
         num_layers=len(layers),
         parameters=entries.local_numel(1),
         parameters_per_rank=per_rank,
@@ -281,7 +281,7 @@ def _stage_plan(
         recomputed_operations=again * rows // share,
         remade_bytes=remade * micro_batches if config.parallel.recompute == "selective" else 0,
         update_operations=orthogonal_operations(entries) // (held_by * layout.tensor) if matrices else 0,
-        in_flight=passes_alive(config, run_stage, layout, stage, len(parts)),
+        in_flight=passes_alive(config, run_stage, layout, stage, len(chunks)),
         memory=memory,
         traffic=stage_traffic(
             config.model,
@@ -292,7 +292,7 @@ def _stage_plan(
             data_size=shards,
             lengths=held_lengths(run_stage, config.parallel),
             segments=has_segments(run_stage.data.attention, run_stage.objective),
-            parts=parts,
+            chunks=chunks,
             num_micro_batches=micro_batches,
             ties=cut.ties,
             muon=config.optimizer.name == "muon",

@@ -16,13 +16,13 @@ from engine.config.objectives import RowLengths, has_segments, held_lengths, row
 from engine.config.resolve import Layout, num_micro_batches
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
-from engine.plan.cut import Part, entries_of, layers_of, stage_parts, tied_stages
+from engine.plan.cut import ModelChunk, entries_of, layers_of, stage_chunks, tied_stages
 from engine.plan.hardware import GIB
 from engine.plan.memory import Memory, activation_bytes, stage_memory
 from engine.plan.parts import Device
 from engine.plan.pipeline import in_flight
 
-Chunks = Sequence[Sequence[Part]]
+StageChunks = Sequence[Sequence[ModelChunk]]
 """Chunks of every pipeline stage."""
 
 
@@ -30,7 +30,7 @@ Chunks = Sequence[Sequence[Part]]
 class PipelineCut:
     """The model on the pipeline stages, the same in every run stage."""
 
-    chunks: Chunks
+    chunks: StageChunks
     recomputed: tuple[Sequence[int], ...]
     """Global numbers of the layers of each pipeline stage that recompute their activations."""
     ties: Mapping[str, tuple[int, ...]]
@@ -44,7 +44,7 @@ def pipeline_cut(config: RunConfig, layout: Layout, device: Device) -> PipelineC
     device have in common.
     """
     lengths = cut_lengths(config, layout)
-    chunks = stage_parts(config.model, layout.pipe, config.parallel.chunks_per_stage, lengths)
+    chunks = stage_chunks(config.model, layout.pipe, config.parallel.chunks_per_stage, lengths)
     return PipelineCut(
         chunks=chunks,
         recomputed=_recomputed(config, layout, chunks, device),
@@ -84,30 +84,30 @@ def pipeline_memory(
     config: RunConfig,
     run_stage: RunStage,
     layout: Layout,
-    chunks: Chunks,
+    chunks: StageChunks,
     recomputed: Sequence[Sequence[int]],
     device: Device,
 ) -> list[Memory]:
     """Return the memory of one rank of every pipeline stage during a run stage."""
     muon = config.optimizer.name == "muon"
-    held = [entries_of(config.model, list(parts)) for parts in chunks]
+    entries_by_stage = [entries_of(config.model, held) for held in chunks]
     return [
         stage_memory(
             config.model,
             config.parallel,
             config.precision,
             entries,
-            layers=layers_of(parts),
+            layers=layers_of(held),
             recomputed=recomputed[stage],
             data_size=layout.data * layout.sequence,
             lengths=held_lengths(run_stage, config.parallel),
             segments=has_segments(run_stage.data.attention, run_stage.objective),
-            in_flight=_alive(config, run_stage, layout, stage, len(parts)),
-            has_head=any(part.last for part in parts),
+            in_flight=_alive(config, run_stage, layout, stage, len(held)),
+            has_head=any(chunk.last for chunk in held),
             device=device,
             single_moments=entries.linear.local_numel(layout.tensor) if muon else 0,
         )
-        for stage, (parts, entries) in enumerate(zip(chunks, held, strict=True))
+        for stage, (held, entries) in enumerate(zip(chunks, entries_by_stage, strict=True))
     ]
 
 
@@ -125,7 +125,7 @@ def _alive(config: RunConfig, run_stage: RunStage, layout: Layout, stage: int, n
 def _bytes_needed(config: RunConfig, layout: Layout, lengths: RowLengths) -> dict[RowLengths, tuple[int, int]]:
     """(fullest GPU, sum of a GPU of every pipeline stage) in bytes under the cut for such rows, by the row lengths of
     the run stages; of run stages with equal ones the most."""
-    chunks = stage_parts(config.model, layout.pipe, config.parallel.chunks_per_stage, lengths)
+    chunks = stage_chunks(config.model, layout.pipe, config.parallel.chunks_per_stage, lengths)
     recomputed = _recomputed(config, layout, chunks, "cuda")
     needed: dict[RowLengths, tuple[int, int]] = {}
     for run_stage in config.stages:
@@ -136,20 +136,20 @@ def _bytes_needed(config: RunConfig, layout: Layout, lengths: RowLengths) -> dic
     return needed
 
 
-def _recomputed(config: RunConfig, layout: Layout, chunks: Chunks, device: Device) -> tuple[Sequence[int], ...]:
+def _recomputed(config: RunConfig, layout: Layout, chunks: StageChunks, device: Device) -> tuple[Sequence[int], ...]:
     """Layers of every pipeline stage that recompute: the most that any run stage asks for."""
     found = []
-    for stage, parts in enumerate(chunks):
-        counts = (_num_recomputed(config, run_stage, layout, stage, parts, device) for run_stage in config.stages)
-        found.append(layers_of(parts)[: max(counts)])
+    for stage, held in enumerate(chunks):
+        counts = (_num_recomputed(config, run_stage, layout, stage, held, device) for run_stage in config.stages)
+        found.append(layers_of(held)[: max(counts)])
     return tuple(found)
 
 
 def _num_recomputed(
-    config: RunConfig, run_stage: RunStage, layout: Layout, stage: int, parts: Sequence[Part], device: Device
+    config: RunConfig, run_stage: RunStage, layout: Layout, stage: int, held: Sequence[ModelChunk], device: Device
 ) -> int:
     """Layers of a pipeline stage that a run stage alone would recompute."""
-    parallel, layers = config.parallel, layers_of(parts)
+    parallel, layers = config.parallel, layers_of(held)
     if parallel.recompute == "none":
         return 0
     if parallel.activation_gib is None:
@@ -157,7 +157,7 @@ def _num_recomputed(
         return len(layers) if wanted is None else min(wanted, len(layers))
     lengths = held_lengths(run_stage, parallel)
     segments = has_segments(run_stage.data.attention, run_stage.objective)
-    alive = _alive(config, run_stage, layout, stage, len(parts))
+    alive = _alive(config, run_stage, layout, stage, len(held))
     budget = parallel.activation_gib * GIB
 
     def fits(count: int) -> bool:

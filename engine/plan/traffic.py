@@ -17,7 +17,7 @@ from engine.config.objectives import RowLengths
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.optimizer import PrecisionConfig
 from engine.config.schema.parallel import ParallelConfig
-from engine.plan.cut import Part, layers_of
+from engine.plan.cut import ModelChunk, layers_of
 from engine.plan.families import figures, over_layers
 from engine.plan.memory import DTYPE_BYTES
 from engine.plan.parameters import counted_entries
@@ -64,7 +64,7 @@ def stage_traffic(
     precision: PrecisionConfig,
     entries: Entries,
     *,
-    parts: Sequence[Part],
+    chunks: Sequence[ModelChunk],
     recomputed: Sequence[int],
     data_size: int,
     lengths: RowLengths,
@@ -73,8 +73,9 @@ def stage_traffic(
     ties: Mapping[str, tuple[int, ...]],
     muon: bool = False,
 ) -> Traffic:
-    """Traffic of one rank of a stage that holds `parts`, whose parameters are `entries`; `ties` are the stages of those
-    that several hold. `muon` updates the matrices.
+    """Return the traffic of one rank of a stage that holds `chunks`, whose parameters are `entries`.
+
+    `ties` are the stages of those that several hold. `muon` updates the matrices.
 
     `recomputed` are the layers among them that recompute their activations. `segments`: rows carry document numbers,
     which travel down the pipeline with the activations.
@@ -83,7 +84,7 @@ def stage_traffic(
     filled = data_size if parallel.zero_stage == 3 else 1  # up to what its ranks divide, parameter by parameter
     numel = entries.local_numel(parallel.tensor, filled)
     rows, dtype_bytes = num_micro_batches * parallel.micro_batch_size, DTYPE_BYTES[precision.dtype]
-    up, down = [part.layers.start for part in parts if not part.first], [p.layers.stop for p in parts if not p.last]
+    up, down = [c.layers.start for c in chunks if not c.first], [c.layers.stop for c in chunks if not c.last]
     carried = sum(family.carried_bytes(model, layer, lengths, segments) for layer in down)
     lengths = lengths.shared_by(parallel.sequence)  # document numbers alone are whole
     sent = sum(family.boundary(model, layer, lengths) for layer in (*up, *down)) * dtype_bytes // parallel.shared_by
@@ -91,18 +92,18 @@ def stage_traffic(
     gradients, weights = zero_bytes(numel, parallel, data_size, precision, num_micro_batches)
     within = 0
     if parallel.zero_stage == 3 and not parallel.gathers_per_step:
-        passes = 2 * num_micro_batches * _used(model, tuple(parts), parallel.tensor, filled)
+        passes = 2 * num_micro_batches * _used(model, tuple(chunks), parallel.tensor, filled)
         over_all = numel if parallel.gather_within else passes  # each parameter once, or every pass
         weights = gather_bytes(over_all * dtype_bytes, data_size)
         within = gather_bytes((passes - over_all) * dtype_bytes, parallel.gather_within or 1)
-    losses = LOSS_REDUCTIONS * 4 * lengths.predicted if any(part.last for part in parts) else 0
-    passed = _passed(model, tuple(parts), recomputed, lengths)
+    losses = LOSS_REDUCTIONS * 4 * lengths.predicted if any(chunk.last for chunk in chunks) else 0
+    passed = _passed(model, tuple(chunks), recomputed, lengths)
     activations = 2 * (passed.reduced + passed.again)
     partial = 0
     if parallel.shared_by > 1:
         # an all-reduce is a gather and a scatter; beside, what enters is gathered once more backward, and in a second
         # run, which only scatters what leaves; the head reads whole rows
-        read = (lengths.decoder or lengths.tokens) * model.hidden_size if any(part.last for part in parts) else 0
+        read = (lengths.decoder or lengths.tokens) * model.hidden_size if any(chunk.last for chunk in chunks) else 0
         activations += passed.entered - passed.again + read
         partial = _partial(model, entries)
         partial = partial if parallel.zero_stage == 0 else -(-partial // data_size)
@@ -132,14 +133,16 @@ class Passed(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _passed(model: ModelConfig, parts: tuple[Part, ...], recomputed: Sequence[int], lengths: RowLengths) -> Passed:
-    family, layers = figures(model), layers_of(parts)
+def _passed(
+    model: ModelConfig, chunks: tuple[ModelChunk, ...], recomputed: Sequence[int], lengths: RowLengths
+) -> Passed:
+    family, layers = figures(model), layers_of(chunks)
 
     def total(figure: Callable[[ModelConfig, int, RowLengths], int], of: Sequence[int]) -> int:
         return over_layers(model, of, lambda layer: figure(model, layer, lengths))
 
     return Passed(
-        reduced=sum(family.reduced(model, part.layers, part.first, part.last, lengths) for part in parts),
+        reduced=sum(family.reduced(model, chunk.layers, chunk.first, chunk.last, lengths) for chunk in chunks),
         again=total(family.reduced_again, recomputed),
         # forward, backward, and in the second run of those that recompute
         exchanged=2 * total(family.exchanged, layers) + total(family.exchanged, recomputed),
@@ -148,9 +151,9 @@ def _passed(model: ModelConfig, parts: tuple[Part, ...], recomputed: Sequence[in
 
 
 @lru_cache(maxsize=4096)
-def _used(model: ModelConfig, parts: tuple[Part, ...], tensor_size: int, filled: int) -> int:
+def _used(model: ModelConfig, chunks: tuple[ModelChunk, ...], tensor_size: int, filled: int) -> int:
     """Local elements of all modules: of one parameter that two of them use, each gathers its own."""
-    used = [entry for part in parts for entry in counted_entries(model, part.layers, part.first, part.last)]
+    used = [entry for chunk in chunks for entry in counted_entries(model, chunk.layers, chunk.first, chunk.last)]
     return Entries(tuple(used)).local_numel(tensor_size, filled)
 
 

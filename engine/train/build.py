@@ -1,12 +1,12 @@
 """From a configuration to this rank's pipeline stage, ready to train: the one place where the rooms meet.
 
-cut (plan) -> chunks on the meta device (models) -> tensor-sharded (parallel) -> parameter groups (optim) -> ZeRO engine
-with initial weights -> schedule. Tests build through the same function.
+cut (plan) -> specification of the stage -> chunks on the meta device (models) -> tensor-sharded (parallel) -> parameter
+groups (optim) -> ZeRO engine with initial weights -> schedule. Tests and benchmarks build through the same functions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -14,78 +14,93 @@ import torch
 from torch import nn
 
 from engine.config.deepspeed import deepspeed_config
-from engine.config.objectives import has_segments, held_lengths, row_lengths
+from engine.config.objectives import RowLengths, has_segments, held_lengths
 from engine.config.resolve import Layout, num_micro_batches
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.parallel import ParallelConfig
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
-from engine.models.chunk import Chunk, Rows
 from engine.models.families import family
 from engine.models.initial import initial_value
 from engine.optim.groups import make_optimizer, parameter_groups, refuse_unmatched
-from engine.parallel.chunks import Chunks
+from engine.parallel.boundary import MicroBatchShape
 from engine.parallel.functions import PLAIN, Functions, Time
 from engine.parallel.groups import Groups, join
-from engine.parallel.pipeline import Pipeline, Ports
+from engine.parallel.pipeline import Pipeline
 from engine.parallel.recompute import recompute
 from engine.parallel.sharding import ParameterSpec
+from engine.parallel.stage import PipelineStageSpec, Ports, StageModule
 from engine.parallel.tensor import shard, vocabulary_cross_entropy, whole_rows
 from engine.parallel.ulysses import sequence_attention
 from engine.parallel.zero import StageEngine
-from engine.plan.cut import stage_parts, tied_stages
+from engine.plan.cut import ModelChunk, stage_chunks, tied_stages
 from engine.plan.families import figures
-from engine.plan.run_stages import recomputed_layers
+from engine.plan.run_stages import cut_lengths, recomputed_layers
 
 
-def build_pipeline(config: RunConfig, run_stage: RunStage, groups: Groups, device: torch.device) -> Pipeline:
-    """This rank's stage with its initial weights and its schedule. Collective over the world."""
-    model = config.model
-    engine = build_engine(config, run_stage, groups, device)
-    engine.fill(partial(initial_value, config=model, seed=config.seed))
-    return Pipeline(
-        engine,
-        groups,
-        stage_ports(config, run_stage, groups, engine.dtype),
-        num_losses=len(family(model).losses(model)),
-        schedule=config.parallel.schedule,
+def join_groups(config: RunConfig, layout: Layout, global_rank: int) -> Groups:
+    """Make the groups of a rank, those of the model's tied weights among them. Collective over the world."""
+    parallel = config.parallel
+    tied = tied_stages(*_cut(config, layout)).values()
+    limit_seconds = config.launch.collective_limit_seconds
+    return join(layout, global_rank, tied, parallel.chunks_per_stage, parallel.gather_within, limit_seconds)
+
+
+def stage_spec(config: RunConfig, run_stage: RunStage, groups: Groups) -> PipelineStageSpec:
+    """Specify this rank's pipeline stage for one run stage; its chunks are those of every run stage of the run."""
+    model, kind = config.model, family(config.model)
+    head, cut, rows = kind.pretraining_head(model), _cut(config, groups.layout), micro_batch_shape(config, run_stage)
+
+    def ports(chunk: ModelChunk) -> Ports:
+        return Ports(
+            inputs=kind.inputs(model, chunk, head),
+            incoming={} if chunk.first else kind.boundary(model, chunk.layers.start, rows),
+            outgoing={} if chunk.last else kind.boundary(model, chunk.layers.stop, rows),
+        )
+
+    chunks = stage_chunks(*cut)[groups.coordinates.stage]
+    return PipelineStageSpec(
+        run_stage=run_stage,
+        rows=rows,
+        chunks=chunks,
+        ports=tuple(map(ports, chunks)),
+        parameters={spec.name: spec for spec in kind.specs(model, head)},
+        aliases=kind.ties(model),
+        tied_stages=tied_stages(*cut),
+        losses=head.losses,
     )
 
 
-def stage_ports(config: RunConfig, run_stage: RunStage, groups: Groups, dtype: torch.dtype) -> list[Ports]:
-    """Return what goes into and out of each chunk of this rank, for the rows of a run stage."""
-    rows = micro_batch_rows(config, run_stage, dtype)
-    return [_ports(config.model, chunk, rows) for chunk in stage_chunks(config, groups)]
+def build_pipeline(config: RunConfig, spec: PipelineStageSpec, groups: Groups, device: torch.device) -> Pipeline:
+    """Build this rank's pipeline stage with its initial weights and its schedule. Collective over the world."""
+    engine = build_engine(config, spec, groups, device)
+    engine.fill(partial(initial_value, config=config.model, seed=config.seed))
+    return Pipeline(engine, groups, spec, config.parallel.schedule)
 
 
-def build_engine(config: RunConfig, run_stage: RunStage, groups: Groups, device: torch.device) -> StageEngine:
-    """This rank's stage under ZeRO, its weights still zero. Collective over the world."""
-    model, kind = config.model, family(config.model)
-    specs = {spec.name: spec for spec in kind.specs(model)}
-    refuse_unmatched(config.stages, specs)
+def build_engine(config: RunConfig, spec: PipelineStageSpec, groups: Groups, device: torch.device) -> StageEngine:
+    """Build this rank's pipeline stage under ZeRO, its weights still zero. Collective over the world."""
+    functions, kind = _functions(config.parallel, groups), family(config.model)
+    head = kind.pretraining_head(config.model)
+    refuse_unmatched(config.stages, spec.parameters)
     with torch.device("meta"):
-        chunks = [
-            kind.build(model, chunk, _functions(config.parallel, groups)) for chunk in stage_chunks(config, groups)
-        ]
-    stage = Chunks(chunks, kind.ties(model))
-    logical_names = stage.logical_names(kind.ties(model))
-    shard(stage, specs, logical_names, groups.tensor, stretches=config.parallel.shared_by > 1)
+        chunks = [kind.build(config.model, chunk, functions, head) for chunk in spec.chunks]
+    stage = StageModule(chunks, spec.aliases)
+    shard(stage, spec.parameters, stage.logical_names, groups.tensor, stretches=config.parallel.shared_by > 1)
     on = "cuda" if device.type == "cuda" else "cpu"
     _recompute(config, chunks, recomputed_layers(config, groups.layout, groups.coordinates.stage, on))
-    names = [logical_names[name] for name, _ in stage.named_parameters()]
-    partial_gradients = _partial_gradients(config, specs.values())
-    tied = _tied_stages(config, groups.layout)
+    held = [spec.parameters[stage.logical_names[name]] for name, _ in stage.named_parameters()]
+    partial_gradients = _partial_gradients(config, spec.parameters.values())
     return StageEngine(
         stage,
-        parameter_groups([specs[name] for name in names], config.optimizer, tied, partial_gradients, config.stages),
-        logical_names,
+        parameter_groups(held, config.optimizer, spec.tied_stages, partial_gradients, config.stages),
         partial(make_optimizer, config=config.optimizer),
         deepspeed_config(
             config.parallel,
             config.precision,
             config.optimizer,
-            num_micro_batches(run_stage.batches.largest, config.parallel, groups.layout.data),
-            sum(specs[name].local_numel(groups.tensor.size) for name in names),
+            num_micro_batches(spec.run_stage.batches.largest, config.parallel, groups.layout.data),
+            sum(parameter.local_numel(groups.tensor.size) for parameter in held),
         ),
         config.parallel,
         groups,
@@ -93,40 +108,17 @@ def build_engine(config: RunConfig, run_stage: RunStage, groups: Groups, device:
     )
 
 
-def join_groups(config: RunConfig, layout: Layout, global_rank: int) -> Groups:
-    """The groups of a rank, those of the model's tied weights among them. Collective over the world."""
-    parallel = config.parallel
-    tied = _tied_stages(config, layout).values()
-    limit_seconds = config.launch.collective_limit_seconds
-    return join(layout, global_rank, tied, parallel.chunks_per_stage, parallel.gather_within, limit_seconds)
+def _cut(config: RunConfig, layout: Layout) -> tuple[ModelConfig, int, int, RowLengths]:
+    """Return the arguments of `stage_chunks` and `tied_stages`: the cut is one for all run stages."""
+    return config.model, layout.pipe, config.parallel.chunks_per_stage, cut_lengths(config, layout)
 
 
-def stage_chunks(config: RunConfig, groups: Groups) -> list[Chunk]:
-    """The parts of the model that this rank's pipeline stage holds; cut by the lengths of the first run stage."""
-    sizes = (groups.layout.pipe, config.parallel.chunks_per_stage)
-    parts = stage_parts(config.model, *sizes, row_lengths(config.stages[0]))[groups.coordinates.stage]
-    return [Chunk(part.layers, part.first, part.last) for part in parts]
-
-
-def _tied_stages(config: RunConfig, layout: Layout) -> Mapping[str, tuple[int, ...]]:
-    return tied_stages(config.model, layout.pipe, config.parallel.chunks_per_stage, row_lengths(config.stages[0]))
-
-
-def _ports(model: ModelConfig, chunk: Chunk, rows: Rows) -> Ports:
-    kind = family(model)
-    return Ports(
-        wanted=kind.wanted(model, chunk),
-        incoming={} if chunk.first else kind.boundary(model, chunk.layers.start, rows),
-        outgoing={} if chunk.last else kind.boundary(model, chunk.layers.stop, rows),
-    )
-
-
-def micro_batch_rows(config: RunConfig, run_stage: RunStage, dtype: torch.dtype) -> Rows:
-    """The shape of the rows that pass through the stages."""
-    return Rows(
+def micro_batch_shape(config: RunConfig, run_stage: RunStage) -> MicroBatchShape:
+    """Return the shape of the rows that pass through the pipeline stages."""
+    return MicroBatchShape(
         num_rows=config.parallel.micro_batch_size,
         length=run_stage.sequence_length,
-        dtype=dtype,
+        dtype=torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32,
         segments=has_segments(run_stage.data.attention, run_stage.objective),
         decoder_length=held_lengths(run_stage, config.parallel).decoder,
         shared_by=config.parallel.time_ranks,
@@ -146,16 +138,20 @@ def _functions(parallel: ParallelConfig, groups: Groups) -> Functions:
     return replace(functions, time=time)
 
 
-def _partial_gradients(config: RunConfig, specs: Iterable[ParameterSpec]) -> frozenset[str]:
-    """The parameters that every tensor rank holds whole and sees a stretch of the rows' time of."""
+def _partial_gradients(config: RunConfig, parameters: Iterable[ParameterSpec]) -> frozenset[str]:
+    """Return the parameters that every tensor rank holds whole and computes a part of the gradient of.
+
+    Under sequence parallelism a rank sees a slice of each row between the blocks, so a norm there has a part of its
+    gradient on every rank; heads see whole rows.
+    """
     if config.parallel.shared_by == 1:
         return frozenset()
-    replicated = [spec.name for spec in specs if spec.sharding.dim is None]
+    replicated = [spec.name for spec in parameters if spec.sharding.dim is None]
     return frozenset(name for name in replicated if not figures(config.model).sees_whole_rows(name))
 
 
 def _recompute(config: RunConfig, chunks: Sequence[nn.Module], layers: Container[int]) -> None:
-    """Makes the chunks' layers of these global numbers recompute; a family keeps its layers in `layers`."""
+    """Make the chunks' layers of these global numbers recompute; a family keeps its layers in `layers`."""
     if config.parallel.recompute != "none":
         held = [item for chunk in chunks for item in chunk.get_submodule("layers").named_children()]
         recompute([layer for number, layer in held if int(number) in layers], config.parallel.recompute)

@@ -26,10 +26,9 @@ from engine.data.source import WeightedDataset
 from engine.data.stage import run_stage_seed, stage_stream
 from engine.data.validation import ValidationSamples, ValidationSet
 from engine.models.dropout import KEYS
-from engine.models.families import family
 from engine.parallel.boundary import DOMAINS, Tensors
 from engine.parallel.groups import Groups
-from engine.train.build import stage_chunks
+from engine.parallel.stage import PipelineStageSpec
 from engine.train.sequence_slices import own_part
 from engine.train.signals import Stopping
 
@@ -50,6 +49,7 @@ class Feed:
         number: int,
         groups: Groups,
         device: torch.device,
+        spec: PipelineStageSpec,
         asked: Callable[[], bool] = lambda: False,
     ) -> None:
         """Make the feed of run stage `number` (from 0); `asked()` says whether this rank is to stop."""
@@ -67,12 +67,11 @@ class Feed:
             if held_out is None
             else ValidationSamples(held_out, length, data.attention, most, data.packing, run_stage.objective)
         )
-        self.losses = family(config.model).losses(config.model)
+        self.losses = spec.losses
         self.domains = tuple(part.name for part in training) if len(training) > 1 else ()
         """Sources whose losses are told apart; none where there is but one."""
-        kind, chunks = family(config.model), stage_chunks(config, groups)
-        self._is_last = any(chunk.last for chunk in chunks)
-        self.wanted = frozenset[str]().union(*(kind.wanted(config.model, chunk) for chunk in chunks))
+        self._has_head = spec.has_head
+        self.inputs = spec.inputs
         """Keywords of this rank's chunks that come from the data."""
         self.wait_seconds = 0.0
         """Time that the last `step` waited for data."""
@@ -82,7 +81,7 @@ class Feed:
     @property
     def reads(self) -> bool:
         """Whether this rank's stage needs anything of the data."""
-        return bool(self.wanted)
+        return bool(self.inputs)
 
     def start(self) -> None:
         """Begins to read ahead; call when the stream stands where training goes on."""
@@ -164,15 +163,15 @@ class Feed:
         For the reading thread, too: it reads what does not change.
         """
         inputs = batch.inputs
-        if step is not None and KEYS in self.wanted:
+        if step is not None and KEYS in self.inputs:
             samples = batch.samples_B3
             if len(self.stream.parts) > 1:  # sources have addresses of their own
                 samples = torch.cat((batch.domains_B[:, None].long(), samples), dim=1)
             inputs = inputs | {KEYS: torch.from_numpy(dropout_keys(self.seed, step, samples.numpy()))}
-        wanted = {name: tensor for name, tensor in inputs.items() if name in self.wanted}
-        own = own_part(wanted, self.run_stage.sequence_length, self.parallel.time_ranks, self.groups.sequence)
+        taken = {name: tensor for name, tensor in inputs.items() if name in self.inputs}
+        own = own_part(taken, self.run_stage.sequence_length, self.parallel.time_ranks, self.groups.sequence)
         domains = self.domains if step is not None else self.held_out is not None and self.held_out.names
-        return own | ({DOMAINS: batch.domains_B.long()} if domains and self._is_last else {})
+        return own | ({DOMAINS: batch.domains_B.long()} if domains and self._has_head else {})
 
     def _moved(self, batch: Batch) -> Tensors:
         """A held-out batch's, on this rank's device."""

@@ -20,6 +20,7 @@ from engine.errors import DataError
 from engine.parallel.agreement import on_all
 from engine.parallel.groups import Groups
 from engine.parallel.meeting import agree_over
+from engine.train.build import stage_spec
 from engine.train.facts import facts_of_data
 from engine.train.feed import Feed
 
@@ -85,7 +86,8 @@ class StageRun:
         stop_requested: Callable[[], bool],
     ) -> None:
         self.number, self.run_stage = number, config.stages[number]
-        self.feed = Feed(*datasets, config, number, groups, device, stop_requested)
+        self.spec = stage_spec(config, self.run_stage, groups)
+        self.feed = Feed(*datasets, config, number, groups, device, self.spec, stop_requested)
         self._beginning = self.feed.stream.state()
 
     def rewind(self) -> None:

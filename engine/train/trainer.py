@@ -22,13 +22,12 @@ from engine.data.shards.damage import DamagedShard
 from engine.errors import EXIT_DONE, EXIT_REQUEUE, DataError
 from engine.heartbeat import Heartbeat
 from engine.logs import logger, phase
-from engine.models.families import family
 from engine.optim.schedules import learning_rate
 from engine.parallel.agreement import on_all
 from engine.parallel.boundary import Tensors
 from engine.parallel.groups import Groups
 from engine.parallel.pipeline import Pipeline
-from engine.train.build import build_pipeline, stage_ports
+from engine.train.build import build_pipeline, stage_spec
 from engine.train.checks import check_invariants
 from engine.train.evaluation import is_recorded
 from engine.train.feed import Feed
@@ -59,7 +58,6 @@ class Trainer:
         heart: Heartbeat,
     ) -> None:
         self.config, self.groups, self.device, self.signals, self.heart = config, groups, device, signals, heart
-        self.sums = Sums(family(config.model).losses(config.model), groups, device)
         self.spent = Spent()
         self.restarts = Restarts(config, groups, place)
         self.hooks = Hooks(standard_hooks(config))
@@ -70,7 +68,9 @@ class Trainer:
             first = self.state.run_stage + (self.ends_run_stage and not self.is_done)
             self._data.open(range(first, len(config.stages)))
         with phase("building the model"):
-            self.pipeline: Pipeline = build_pipeline(config, config.stages[first], groups, device)
+            spec = stage_spec(config, config.stages[first], groups)
+            self.pipeline: Pipeline = build_pipeline(config, spec, groups, device)
+        self.sums = Sums(spec.losses, groups, device)
         self.stage: StageRun | None = None
         self.heart.beat(0, "load")
         with phase("looking for a checkpoint and loading it"):
@@ -334,7 +334,7 @@ class Trainer:
             groups.world,
             DataError,
         )
-        self.pipeline.ports = stage_ports(self.config, self.run_stage, groups, self.pipeline.engine.dtype)
+        self.pipeline.spec = self.stage.spec
         self.pipeline.engine.begin_run_stage(number)
         return self.stage
 

@@ -220,12 +220,12 @@ def run_rank(
 ) -> tuple[list[float], list[float], list[tuple[str, np.ndarray, np.ndarray]]]:
     """One rank of a run: losses, norms, and its pieces as (name, indices in the whole parameter, values)."""
     from engine.parallel.pipeline import DomainSums
-    from engine.train.build import build_pipeline, join_groups
+    from engine.train.build import build_pipeline, join_groups, stage_spec
     from engine.train.checks import check_invariants
 
     config = config_of(case)
     groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
-    pipeline = build_pipeline(config, config.stages[0], groups, torch.device("cpu"))
+    pipeline = build_pipeline(config, stage_spec(config, config.stages[0], groups), groups, torch.device("cpu"))
     losses, norms = [], []
     for step in range(NUM_STEPS):
         batch = global_batch(step, case.attention, case.model)
@@ -257,14 +257,12 @@ def run_rank(
 
 def stage_inputs(batch: Tensors, case: Case, groups: Groups) -> list[Tensors]:
     """This rank's keywords per micro-batch: rows go to data ranks in turn, a micro-batch at a time."""
-    from engine.train.build import stage_chunks
+    from engine.train.build import stage_spec
     from engine.train.sequence_slices import own_part
 
     config, size = config_of(case), case.micro_batch_size
-    names = {
-        name for chunk in stage_chunks(config, groups) for name in family(config.model).wanted(config.model, chunk)
-    }
-    given = {name: tensor for name, tensor in batch.items() if name in names}
+    inputs = stage_spec(config, config.stages[0], groups).inputs
+    given = {name: tensor for name, tensor in batch.items() if name in inputs}
     own = own_part(given, LENGTH, config.parallel.time_ranks, groups.sequence)
     own["domains_B"] = torch.arange(GLOBAL_BATCH) % 3
     return [

@@ -28,11 +28,11 @@ def test_a_copy_between_four_ranks_equals_plain_torch() -> None:
 def steps_anew(place: Any, case: Case) -> tuple[bool, list[int]]:
     """Whether a step repeats bit for bit after its weights and moments were set back, with a pass between that has
     copies made of the newer weights; and the ranks of this rank's copy."""
-    from engine.train.build import build_pipeline, join_groups
+    from engine.train.build import build_pipeline, join_groups, stage_spec
 
     config = config_of(case)
     groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
-    pipeline = build_pipeline(config, config.stages[0], groups, torch.device("cpu"))
+    pipeline = build_pipeline(config, stage_spec(config, config.stages[0], groups), groups, torch.device("cpu"))
     engine = pipeline.engine
     inputs = stage_inputs(global_batch(0, case.attention, case.model), case, groups)
 

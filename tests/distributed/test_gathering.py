@@ -72,11 +72,11 @@ class Events:
 
 def watch(place: Any, case: Case) -> dict[str, Any]:
     """Events of the last step, and elements of whole weights: at the peak, after the step, of modules, of the stage."""
-    from engine.train.build import build_pipeline, join_groups
+    from engine.train.build import build_pipeline, join_groups, stage_spec
 
     config = config_of(case)
     groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
-    pipeline = build_pipeline(config, config.stages[0], groups, torch.device("cpu"))
+    pipeline = build_pipeline(config, stage_spec(config, config.stages[0], groups), groups, torch.device("cpu"))
     seen = Events(pipeline)
     for step in range(STEPS):
         seen.events.clear()

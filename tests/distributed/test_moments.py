@@ -15,11 +15,11 @@ from tests.distributed.ranks import run_ranks
 
 
 def build(place: RankEnvironment, case: Case):
-    from engine.train.build import build_pipeline, join_groups
+    from engine.train.build import build_pipeline, join_groups, stage_spec
 
     config = config_of(case)
     groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
-    return groups, build_pipeline(config, config.stages[0], groups, torch.device("cpu"))
+    return groups, build_pipeline(config, stage_spec(config, config.stages[0], groups), groups, torch.device("cpu"))
 
 
 def save_before_and_after(place: RankEnvironment, case: Case, folder: Path) -> str:

@@ -12,11 +12,11 @@ from tests.distributed.ranks import run_ranks
 
 
 def poisoned_step(place, case: Case) -> str:
-    from engine.train.build import build_pipeline, join_groups
+    from engine.train.build import build_pipeline, join_groups, stage_spec
 
     config = config_of(case)
     groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
-    pipeline = build_pipeline(config, config.stages[0], groups, torch.device("cpu"))
+    pipeline = build_pipeline(config, stage_spec(config, config.stages[0], groups), groups, torch.device("cpu"))
     before = [piece.weight.clone() for piece in pipeline.engine.pieces()]
     batch = global_batch(0, case.attention)
     batch["weights_BT"][-1, 0] = torch.nan  # the last row: one data rank's, one stage's
@@ -29,11 +29,11 @@ def poisoned_step(place, case: Case) -> str:
 
 def discarded_steps(place, case: Case) -> None:
     """Step 0; steps 1 (finite) and 2 (not) discarded; step 3. And step 3 again from the state after step 0."""
-    from engine.train.build import build_pipeline, join_groups
+    from engine.train.build import build_pipeline, join_groups, stage_spec
 
     config = config_of(case)
     groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
-    pipeline = build_pipeline(config, config.stages[0], groups, torch.device("cpu"))
+    pipeline = build_pipeline(config, stage_spec(config, config.stages[0], groups), groups, torch.device("cpu"))
     engine = pipeline.engine
 
     def step(number: int, accept=lambda norm: True, poison: float = 1.0) -> None:

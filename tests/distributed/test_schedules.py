@@ -55,11 +55,11 @@ def evaluate(place: Any, case: Case) -> float:
     import torch
 
     from engine.config.resolve import resolve
-    from engine.train.build import build_pipeline, join_groups
+    from engine.train.build import build_pipeline, join_groups, stage_spec
 
     config = config_of(case)
     groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
-    pipeline = build_pipeline(config, config.stages[0], groups, torch.device("cpu"))
+    pipeline = build_pipeline(config, stage_spec(config, config.stages[0], groups), groups, torch.device("cpu"))
     inputs = stage_inputs(global_batch(0, case.attention), case, groups)
     before = pipeline.evaluate(inputs)
     pipeline.train(inputs, torch.tensor(0.0))

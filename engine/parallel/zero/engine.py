@@ -22,10 +22,10 @@ from torch import nn
 from engine.config.schema.parallel import ParallelConfig
 from engine.errors import PalimpsestError
 from engine.parallel.boundary import Tensors
-from engine.parallel.chunks import Chunks
 from engine.parallel.deferral import Deferral, PutOff, gradients
 from engine.parallel.groups import Group, Groups
 from engine.parallel.sharding import ParameterSpec
+from engine.parallel.stage import StageModule
 from engine.parallel.state import ParameterGroup, Part, Piece, Placement
 from engine.parallel.zero.adapter import Engine, Topology, scalar_of
 from engine.parallel.zero.gathering import Gathering
@@ -70,14 +70,13 @@ class StageEngine:
     """A pipeline stage's weights, gradients and optimizer under one ZeRO stage. Every rank of the world makes one.
 
     `module` is the stage on the meta device, already tensor-sharded, and `parameter_groups` covers its parameters by
-    logical name (`logical_names` gives that of each name in the module). Weights are zero until `fill`.
+    logical name. Weights are zero until `fill`.
     """
 
     def __init__(
         self,
-        module: Chunks,
+        module: StageModule,
         parameter_groups: list[ParameterGroup],
-        logical_names: dict[str, str],
         make_optimizer: MakeOptimizer,
         config: dict[str, Any],
         parallel: ParallelConfig,
@@ -99,7 +98,7 @@ class StageEngine:
             partition_empty(module, self.dtype, device, topology, config, near)
         else:
             replace_parameters(module, lambda p: nn.Parameter(torch.zeros(p.shape, dtype=self.dtype, device=device)))
-        self._named = named = _by_group(module, parameter_groups, logical_names)
+        self._named = named = _by_group(module, parameter_groups)
         self.optimizer = make_optimizer(
             [
                 {
@@ -354,9 +353,9 @@ class StageEngine:
         return 1.0 / ((self._norm + 1e-6) / self.clip_norm).clamp(min=1.0) if self.clip_norm > 0 else None
 
 
-def _by_group(module: nn.Module, parameter_groups: Iterable[ParameterGroup], logical_names: dict[str, str]) -> Named:
+def _by_group(module: StageModule, parameter_groups: Iterable[ParameterGroup]) -> Named:
     """The module's parameters in the order of the groups; every parameter is in exactly one."""
-    by_name = {logical_names[name]: parameter for name, parameter in module.named_parameters()}
+    by_name = {module.logical_names[name]: parameter for name, parameter in module.named_parameters()}
     named = [[(spec, by_name.pop(spec.name)) for spec in group.specs] for group in parameter_groups]
     assert not by_name, f"in no parameter group: {', '.join(by_name)}"
     return named

@@ -27,7 +27,7 @@ from engine.models.families import FAMILIES, family
 from engine.optim.groups import parameter_groups
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.state import Placement
-from engine.plan.cut import stage_parts, tied_stages
+from engine.plan.cut import stage_chunks, tied_stages
 from engine.plan.parameters import stage_entries
 from tests.engine.checkpoint.worlds import parts
 
@@ -84,7 +84,7 @@ def stages_of(model: str, pipe: int, virtual: int) -> tuple[list[list[str]], Map
     """Names per stage, and the stages of what several hold."""
     held = [
         list(dict.fromkeys(e.name for c in chunks for e in stage_entries(MODELS[model], c.layers, c.first, c.last)))
-        for chunks in stage_parts(MODELS[model], pipe, virtual, LENGTHS)
+        for chunks in stage_chunks(MODELS[model], pipe, virtual, LENGTHS)
     ]
     return held, tied_stages(MODELS[model], pipe, virtual, LENGTHS)
 

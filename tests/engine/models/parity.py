@@ -16,9 +16,9 @@ from torch import nn
 
 from engine.checkpoint.interchange.huggingface import from_huggingface
 from engine.config.schema.model import ModelConfig
-from engine.models.chunk import Chunk
 from engine.models.families import family
 from engine.models.materialize import fill, whole_model
+from engine.plan.cut import ModelChunk
 
 TOLERANCE = 40**0.5 * 256**0.5 * 2**-24
 
@@ -42,11 +42,11 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor, what: str = "") -> 
     assert distance <= bound, f"{what}: {distance:.2e} > {bound:.2e}"
 
 
-def cut(config: ModelConfig, num_stages: int) -> list[Chunk]:
+def cut(config: ModelConfig, num_stages: int) -> list[ModelChunk]:
     """Chunks of about as many layers each."""
     bounds = [round(i * config.num_layers / num_stages) for i in range(num_stages + 1)]
     return [
-        Chunk(range(start, end), first=i == 0, last=i == num_stages - 1)
+        ModelChunk(range(start, end), first=i == 0, last=i == num_stages - 1)
         for i, (start, end) in enumerate(itertools.pairwise(bounds))
     ]
 

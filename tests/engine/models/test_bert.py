@@ -10,12 +10,12 @@ import torch
 from torch.nn import functional as F
 
 from engine.config.schema.model import ModelConfig
-from engine.models.bert import EMBEDDING, HEAD, build, losses, sharding, specs, ties, wanted
-from engine.models.chunk import Chunk
+from engine.models.bert import EMBEDDING, HEAD, build, inputs, pretraining_head, sharding, specs, ties
 from engine.models.families import family
 from engine.models.initial import initial_value
 from engine.models.materialize import whole_model
 from engine.parallel.sharding import lookup
+from engine.plan.cut import ModelChunk
 from tests.engine.models.parity import assert_near, build_stages, cut, gradient_of, gradients_of, their_gradients
 from tests.engine.models.tiny import BERT_FORMS, random_weights, twin
 
@@ -68,8 +68,8 @@ def their_losses(output, batch: Batch) -> torch.Tensor:
 def test_logits_losses_and_gradients_equal_those_of_the_twin(config, batch):
     weights = random_weights(config)
     ours, theirs = whole_model(config, weights), twin(config, weights)
-    inputs = {name: batch[name] for name in ("tokens_BT", "token_types_BT", "segments_BT") if name in batch}
-    made, output = ours(**inputs), theirs_of(theirs, batch)
+    given = {name: batch[name] for name in ("tokens_BT", "token_types_BT", "segments_BT") if name in batch}
+    made, output = ours(**given), theirs_of(theirs, batch)
     real_BT = batch["segments_BT"] == 0
     their_logits_BTV = output["prediction_logits" if config.pair_head else "logits"]
     assert made["logits_BTV"].shape == their_logits_BTV.shape == (2, 24, config.vocab_size)
@@ -79,7 +79,7 @@ def test_logits_losses_and_gradients_equal_those_of_the_twin(config, batch):
 
     losses_L, expected_L = ours(**batch)["losses_L"], their_losses(output, batch)
     assert losses_L.dtype == torch.float32
-    assert len(losses_L) == len(losses(config))
+    assert len(losses_L) == len(pretraining_head(config).losses)
     assert_near(losses_L, expected_L, "losses")
     scales_L = torch.tensor([1.0, 3.0])[: len(losses_L)]  # each loss has a denominator of its own
     (losses_L * scales_L).sum().backward()
@@ -103,11 +103,11 @@ def test_stages_in_a_row_equal_the_whole(config, batch, num_stages):
     chunks = cut(config, num_stages)
     made: Batch = {}
     for stage, chunk in zip(stages, chunks, strict=True):
-        own = {name: value for name, value in batch.items() if name in wanted(config, chunk)}
+        own = {name: value for name, value in batch.items() if name in inputs(config, chunk)}
         made = stage(**(made | own | {"segments_BT": batch["segments_BT"]}))
     assert torch.equal(made["losses_L"], expected_L)
-    assert set.union(*(set(wanted(config, chunk)) for chunk in chunks)) == batch.keys()
-    assert wanted(config, Chunk(range(1, 2), first=False, last=False)) == frozenset()
+    assert set.union(*(set(inputs(config, chunk)) for chunk in chunks)) == batch.keys()
+    assert inputs(config, ModelChunk(range(1, 2), first=False, last=False)) == frozenset()
     made["losses_L"].sum().backward()
     gradients, expected = gradients_of(stages, config), dict(whole.named_parameters())
     assert gradients.keys() == expected.keys()
@@ -151,8 +151,8 @@ def test_layers_are_local_but_for_the_first_of_every_so_many():
 
 def test_a_token_sees_what_comes_behind_it_and_no_padding(config, batch):
     model = whole_model(config, random_weights(config))
-    inputs = {name: batch[name] for name in ("tokens_BT", "segments_BT")}
-    before = model(**inputs)["logits_BTV"]
+    given = {name: batch[name] for name in ("tokens_BT", "segments_BT")}
+    before = model(**given)["logits_BTV"]
     changed = batch["tokens_BT"].clone()
     changed[0, 23], changed[1, 23] = 7, 7  # a token, and padding
     after = model(tokens_BT=changed, segments_BT=batch["segments_BT"])["logits_BTV"]

@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 from engine.config.schema.model import GPTConfig
 from engine.models.attention import view
-from engine.models.chunk import Chunk
 from engine.models.gpt import EMBEDDING, HEAD, build, sharding, specs, ties
 from engine.models.materialize import whole_model
 from engine.parallel.boundary import Tensors
 from engine.parallel.functions import Functions
 from engine.parallel.functions import attention as plain_attention
 from engine.parallel.sharding import ParameterSpec, lookup
+from engine.plan.cut import ModelChunk
 from tests.engine.models.parity import TOLERANCE, assert_near, build_stages, gradient_of, gradients_of, their_gradients
 from tests.engine.models.tiny import random_weights, twin
 
@@ -151,9 +151,9 @@ def test_every_parameter_has_a_spec_and_every_pattern_a_parameter(config):
 def test_a_tied_head_is_one_parameter_on_one_stage_and_a_named_copy_on_two():
     config = GPTConfig(vocab_size=10, num_layers=2, hidden_size=8, num_heads=2, max_positions=4)
     whole = build(config)
-    assert whole.lm_head.weight is whole.embed_tokens.weight
+    assert whole.get_parameter(HEAD) is whole.embed_tokens.weight
     assert HEAD not in dict(whole.named_parameters())
-    last = build(config, Chunk(range(1, 2), first=False, last=True))
+    last = build(config, ModelChunk(range(1, 2), first=False, last=True))
     assert HEAD in dict(last.named_parameters())
     assert ties(config) == {HEAD: EMBEDDING}
     assert ties(config.model_copy(update={"tie_embeddings": False})) == {}

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from engine.checkpoint.interchange.huggingface import from_huggingface, to_huggingface
 from engine.config.schema.model import T5Config
 from engine.errors import ConfigError
-from engine.models.chunk import Chunk, Rows
 from engine.models.dropout import (
     ATTENTION,
     ATTENTION_OUTPUT,
@@ -29,9 +28,10 @@ from engine.models.dropout import (
 )
 from engine.models.dropout import EMBEDDING as EMBEDDED
 from engine.models.materialize import fill, whole_model
-from engine.models.t5 import EMBEDDING, HEAD, Stage, boundary, build, sharding, specs, ties, wanted
-from engine.parallel.boundary import Tensors
+from engine.models.t5 import EMBEDDING, HEAD, Stage, boundary, build, inputs, sharding, specs, ties
+from engine.parallel.boundary import MicroBatchShape, Tensors
 from engine.parallel.sharding import lookup
+from engine.plan.cut import ModelChunk
 from tests.engine.models.tiny import T5_FORMS, random_weights, twin
 
 TOLERANCE = 4 * 40**0.5 * 256**0.5 * 2**-24
@@ -180,16 +180,16 @@ def test_configurations_carry_over():
     assert not theirs.scale_decoder_outputs
 
 
-def cuts(num_layers: int, num_stages: int) -> list[list[Chunk]]:
+def cuts(num_layers: int, num_stages: int) -> list[list[ModelChunk]]:
     """Every way to cut."""
     ends = [(0, *inner, num_layers) for inner in itertools.combinations(range(1, num_layers), num_stages - 1)]
     return [
-        [Chunk(range(a, b), first=a == 0, last=b == num_layers) for a, b in itertools.pairwise(bounds)]
+        [ModelChunk(range(a, b), first=a == 0, last=b == num_layers) for a, b in itertools.pairwise(bounds)]
         for bounds in ends
     ]
 
 
-def build_stages(config: T5Config, whole: torch.nn.Module, chunks: list[Chunk]) -> list[Stage]:
+def build_stages(config: T5Config, whole: torch.nn.Module, chunks: list[ModelChunk]) -> list[Stage]:
     values = {name: parameter.detach() for name, parameter in whole.named_parameters()}
     renamed, stages = ties(config), []
     for chunk in chunks:
@@ -205,7 +205,7 @@ def test_stages_in_a_row_equal_the_whole_wherever_they_are_cut(config, batch, nu
     whole = whole_model(config, random_weights(config))
     expected = whole(**batch)["losses_L"]
     expected.backward()
-    rows = Rows(2, S, torch.float32, segments=True, decoder_length=T)
+    rows = MicroBatchShape(2, S, torch.float32, segments=True, decoder_length=T)
     for chunks in cuts(config.num_layers, num_stages):
         stages = build_stages(config, whole, chunks)
         handed_on: Tensors = {}
@@ -217,7 +217,7 @@ def test_stages_in_a_row_equal_the_whole_wherever_they_are_cut(config, batch, nu
                 for name, field in fields.items():
                     assert (field.shape, field.dtype) == (tuple(handed_on[name].shape), handed_on[name].dtype), name
                     assert field.differentiable == handed_on[name].is_floating_point()
-            handed_on |= {name: batch[name] for name in wanted(config, chunk)}
+            handed_on |= {name: batch[name] for name in inputs(config, chunk)}
             handed_on |= stage(**handed_on)
         assert torch.equal(handed_on["losses_L"], expected)
         handed_on["losses_L"].backward()

@@ -84,11 +84,11 @@ def bytes_of_a_step(place: Any, case: Case) -> dict[str, int]:
     from deepspeed.comm import comm
 
     from engine.config.resolve import resolve
-    from engine.train.build import build_pipeline, join_groups
+    from engine.train.build import build_pipeline, join_groups, stage_spec
 
     config, sent, counting = config_of(case), Counter[str](), [False]
     groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
-    pipeline = build_pipeline(config, config.stages[0], groups, torch.device("cpu"))
+    pipeline = build_pipeline(config, stage_spec(config, config.stages[0], groups), groups, torch.device("cpu"))
 
     def count(owner: Any, name: str, kind: str, factor: Callable[[int], Any]) -> None:
         original = getattr(owner, name)

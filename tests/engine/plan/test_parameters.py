@@ -5,7 +5,7 @@ import pytest
 from engine.config.objectives import RowLengths
 from engine.config.schema.model import GPTConfig, ModelConfig, T5Config, make_model
 from engine.plan import gpt, parts
-from engine.plan.cut import cut
+from engine.plan.cut import cut_layers
 from engine.plan.parameters import counted_entries, model_entries, num_parameters, stage_entries
 
 GPT2 = GPTConfig(vocab_size=50257, num_layers=12, hidden_size=768, num_heads=12)
@@ -113,7 +113,7 @@ def test_stages_together_hold_the_model_and_a_tied_matrix_twice(model: ModelConf
     whole = sum(entry.numel for entry in model_entries(model))
     stages = [
         stage_entries(model, layers, is_first=stage == 0, is_last=stage == 1)
-        for stage, layers in enumerate(cut(model, 2, RowLengths(1024, predicted=1024)))
+        for stage, layers in enumerate(cut_layers(model, 2, RowLengths(1024, predicted=1024)))
     ]
     twice = model.padded_vocab_size * model.hidden_size if model.tie_embeddings else 0
     assert sum(entry.numel for entries in stages for entry in entries) == whole + twice

@@ -13,6 +13,7 @@ from engine.data.prefetch import DEPTH
 from engine.data.shards.dataset import TokenDataset
 from engine.data.source import WeightedDataset
 from engine.data.stage import stage_stream
+from engine.train.build import stage_spec
 from engine.train.feed import Feed
 from tests.distributed.runs import LENGTH, run_tree
 from tests.engine.checkpoint.worlds import fake_groups
@@ -31,7 +32,7 @@ def make_feed(folder: Path, layout: Layout, global_rank: int, device: torch.devi
     config = parse_run(tree, "test")
     [stage] = config.stages
     groups = fake_groups(layout, global_rank)
-    feed = Feed([WeightedDataset(dataset)], None, config, 0, groups, device)
+    feed = Feed([WeightedDataset(dataset)], None, config, 0, groups, device, stage_spec(config, stage, groups))
     return feed, Loader(stage_stream(stage, [WeightedDataset(dataset)], config.seed))
 
 
@@ -55,7 +56,7 @@ def test_inputs_come_through_page_locked_memory_and_nobody_reads_or_writes_too_e
             expected = plain.step(0, 1, 2)
             for given, batch in zip(inputs, expected, strict=True):
                 gpu.use(given)
-                assert set(given) == feed.wanted & set(batch.inputs)
+                assert set(given) == feed.inputs & set(batch.inputs)
                 own = stretch(batch, global_rank, sequence)
                 assert all(tensor.equal(own[name]) for name, tensor in given.items())
     finally:
