@@ -116,7 +116,7 @@ def _column(run: RunMetrics) -> dict[str, str]:
 
 
 def _comparison(first: str, other: str, found: Comparison, tolerance: float) -> list[str]:
-    """Return what tells a run from the first one, as lines of text."""
+    """Return the differences between a run and the first one as lines of text."""
     lines = ["", f"{other} beside {first}"]
     if not found.common_steps:
         lines.append("  they have no step in common")
@@ -140,5 +140,5 @@ def _parting(found: Parting | None) -> str:
 
 
 def _clean(text: str) -> str:
-    """Return the text as a terminal may show it: names in a run's files are a stranger's."""
+    """Return the text on one line, without control characters and credentials; anybody may have written it."""
     return visible(redact(text)).replace("\n", " ")

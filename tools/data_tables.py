@@ -1,4 +1,4 @@
-"""What a corpus is made of, as a reader sees it: counts as a table, lengths as bars."""
+"""Statistics of a corpus for the terminal: counts as a table, lengths as bars."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BAR_WIDTH = 30
 
 
 def counts_table(parts: dict[str, Statistics]) -> Table:
-    """Counts of folders of shards; columns that are 0 everywhere are left out."""
+    """Return the counts of folders of shards as a table; columns that are 0 everywhere are left out."""
     columns = {
         "documents": [part.documents for part in parts.values()],
         "empty": [part.empty_documents for part in parts.values()],
@@ -34,7 +34,7 @@ def counts_table(parts: dict[str, Statistics]) -> Table:
 
 
 def histogram(part: Statistics) -> str:
-    """Documents by length, one line per power of two."""
+    """Return the number of documents by length as lines of text, one per power of two."""
     largest = max(part.lengths.values(), default=1)
     lines = []
     for power in range(min(part.lengths, default=0), max(part.lengths, default=-1) + 1):

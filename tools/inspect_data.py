@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # torch would make --help slow
 
 _SOURCES_SHOWN = 20
 _CACHE_BYTES = 1 << 30
-"""Of the temporary folder that shards of a URL are fetched into."""
+"""Size limit of the temporary folder that shards of a URL are fetched into."""
 BOUNDARY = "──── next document ────"
 
 
@@ -48,7 +48,7 @@ def main(
         str, typer.Argument(metavar="DIR_URL_OR_RUN.yaml", help="Shards, what prepare wrote, or a run.")
     ],  # a path would lose a slash of a URL
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Of a run: keys to change.")
+        list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Keys of the run to change.")
     ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Folder of the tokenizer (default: the one that prepare noted).")
@@ -59,11 +59,11 @@ def main(
     pairs: Annotated[Pairs, typer.Option(help="Kind of the pairs (masked).")] = "none",
     mask_unit: Annotated[MaskUnit, typer.Option(help="Unit that is masked as a whole (masked).")] = "token",
     packing: Annotated[PackingName, typer.Option(help="How documents share rows.")] = "concatenate",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the order that the samples are the first of.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of the samples.")] = 0,
 ) -> None:
     """Verify every hash, then show counts and the first samples that a run with this seed would see.
 
-    Of a run file, show what the run draws from each source: samples, shares and epochs. It takes keys to change, as
+    For a run file, show what the run draws from each source: samples, shares and epochs. It takes keys to change, as
     `train` does, and no options.
     """
     folder = Path(expand(place))
@@ -105,7 +105,7 @@ def _show(
     packing: PackingName,
     shown: ObjectiveConfig,
 ) -> None:
-    """Verifies data sets by the name that each is shown with; prints their counts and first samples."""
+    """Verify data sets, each under the name that it is shown with; print their counts and first samples."""
     for name, dataset in parts:
         _verify(dataset)
         print_counts(dataset)
@@ -118,7 +118,7 @@ def _show(
 
 
 def _parts_of_url(url: str, cache: Path) -> list[str]:
-    """The data sets that a URL stands for: itself, those under it, and under the parts that prepare wrote."""
+    """Return the data sets that a URL stands for: itself, or those below it and below the parts that prepare wrote."""
     whole = RemoteFolder(url, ShardCache(cache, _CACHE_BYTES))
     found = [f"{whole.url}/{name}" for name in whole.data_sets()]
     for part in PARTS:
@@ -129,7 +129,7 @@ def _parts_of_url(url: str, cache: Path) -> list[str]:
 
 
 def _open_url(url: str, folder: Path, tokenizer: TextTokenizer | None) -> TokenDataset:
-    """A data set whose shards are fetched into a folder that has room for the largest of them."""
+    """Return a data set whose shards are fetched into a folder that has room for the largest of them."""
     cache = ShardCache(folder, _CACHE_BYTES)
     dataset = TokenDataset(url, tokenizer.hash if tokenizer else None, cache)
     cache.limit_bytes = max(
@@ -139,7 +139,7 @@ def _open_url(url: str, folder: Path, tokenizer: TextTokenizer | None) -> TokenD
 
 
 def parts_of(folder: Path) -> list[Path]:
-    """The folders of shards that a folder stands for: itself, or the parts that prepare wrote into it.
+    """Return the folders of shards that a folder stands for: itself, or the parts that prepare wrote into it.
 
     Raises:
         DataError: a part that the recipe speaks of is not there.
@@ -156,7 +156,7 @@ def parts_of(folder: Path) -> list[Path]:
 
 
 def _noted_parts(folder: Path) -> list[str]:
-    """The parts that the folder's recipe reports on; none where there is no recipe that can be read."""
+    """Return the parts that the folder's recipe reports on; none where there is no recipe that can be read."""
     try:
         report = json.loads((folder / RECIPE_FILE).read_bytes())["report"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -165,7 +165,7 @@ def _noted_parts(folder: Path) -> list[str]:
 
 
 def _tokenizer(folder: Path, named: Path | None) -> TextTokenizer | None:
-    """The named tokenizer, else the one in the recipe if it is still there, else None."""
+    """Return the named tokenizer, else the one in the recipe if it is still there, else None."""
     if named is not None:
         return load_tokenizer(named)
     for recipe in (folder / RECIPE_FILE, folder.parent / RECIPE_FILE, folder.parent.parent / RECIPE_FILE):
@@ -180,7 +180,7 @@ def _tokenizer(folder: Path, named: Path | None) -> TextTokenizer | None:
 
 
 def _print_recipe(folder: Path) -> None:
-    """What prepare noted of the sources, and the lengths that it counted; nothing where it noted nothing."""
+    """Print the sources and lengths that prepare noted; nothing where it noted none."""
     try:
         tree = json.loads((folder / RECIPE_FILE).read_bytes())
         sources = [(item.get("domain", ""), item["name"], item["bytes"]) for item in tree["recipe"]["sources"]]
@@ -206,7 +206,7 @@ def _verify(dataset: TokenDataset) -> None:
 
 
 def print_counts(dataset: TokenDataset) -> None:
-    """Counts of a data set whose shards have been verified."""
+    """Print the counts of a data set whose shards have been verified."""
     index = dataset.index
     table = Table(title=Text(visible(redact(str(dataset.location)))), title_justify="left", show_header=False)
     table.add_row("documents", f"{index.num_documents:,}")
@@ -217,7 +217,7 @@ def print_counts(dataset: TokenDataset) -> None:
     table.add_row("shards", f"{dataset.num_shards:,}, {index.num_bytes:,} bytes{packed}")
     if index.tokens_folder is not None:
         found = sorted({shard.tokens.file for shard in index.shards})
-        table.add_row("tokens lie in", Text(visible(f"{', '.join(found)} in {redact(str(index.tokens_folder))}")))
+        table.add_row("tokens in", Text(visible(f"{', '.join(found)} in {redact(str(index.tokens_folder))}")))
     table.add_row("hashes", f"{sum(len(shard.arrays) for shard in index.shards):,} files verified (xxh3)")
     table.add_row("tokenizer", index.tokenizer_hash)
     table.add_row("fingerprint", index.fingerprint)
@@ -229,7 +229,7 @@ def _print_sample(title: str, batch: Batch, b: int, tokenizer: TextTokenizer | N
 
 
 def as_text(batch: Batch, b: int, tokenizer: TextTokenizer | None) -> str:
-    """Row b as a reader sees it: its documents, and what is to be predicted where that is not plain."""
+    """Return row b as text: its documents, and what is to be predicted where that is not simply the next token."""
     row = {name: tensor[b].numpy() for name, tensor in batch.inputs.items()}
     if "decoder_tokens_BT" in row:
         seen = _documents(row["tokens_BS"], batch.document_lengths[b], len(row["tokens_BS"]), tokenizer)
@@ -250,7 +250,7 @@ def as_text(batch: Batch, b: int, tokenizer: TextTokenizer | None) -> str:
 
 
 def _documents(ids: np.ndarray, lengths: torch.Tensor, end: int, tokenizer: TextTokenizer | None) -> str:
-    """The documents of the first `end` tokens of a row."""
+    """Return the documents of the first `end` tokens of a row, with a line between them."""
     edges = np.minimum(np.concatenate([[0], np.cumsum(lengths.numpy())]), end)
     parts = [_shown(ids[start:stop], tokenizer) for start, stop in itertools.pairwise(edges.tolist()) if stop > start]
     return f"\n{BOUNDARY}\n".join(parts)

@@ -1,4 +1,4 @@
-"""What a run draws from each of its sources, exactly: the mix that its weights, epochs and limits come to."""
+"""Exact number of samples that a run draws from each of its sources, by their weights, epochs and limits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from engine.redact import redact
 
 
 def show_mixture(run_file: Path, overrides: list[str]) -> None:
-    """Prints, for each stage of a run with some keys changed, the samples of each source.
+    """Print the samples of each source for each run stage of a run, with some keys changed.
 
     Reads indices (and offsets where packing needs them), no token. Raises `PalimpsestError` where the file or its data
     cannot be used.
@@ -37,7 +37,7 @@ def show_mixture(run_file: Path, overrides: list[str]) -> None:
 
 
 def mixture_table(stage: RunStage, stream: Stream) -> Table:
-    """Samples of a stage by source: how many, their share, how often that is the whole source, and the asked share."""
+    """Return a table of a run stage by source: samples, their share, the weight asked for, and epochs of the source."""
     total, weights = stage.batches.samples(stage.num_steps), [part.weight for part in stream.parts]
     table = Table("source", "samples", "share", "weight", "epochs", "tokens of an epoch")
     table.title = Text(visible(f"stage {stage.name}: {total:,} samples of {stage.sequence_length:,}"))

@@ -1,4 +1,4 @@
-"""`palimpsest prepare`: writes text as token shards, in a part to train on and a part held out."""
+"""`palimpsest prepare`: writes text as token shards, for training and for validation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def main(
     deduplicate: Annotated[
         Deduplicate, typer.Option(help="Leave out documents with the text of an earlier one, or nearly.")
     ] = "none",
-    similarity: Annotated[float, typer.Option(help="Of near duplicates: what they have in common (Jaccard).")] = 0.8,
+    similarity: Annotated[float, typer.Option(help="Jaccard similarity of near duplicates, at least.")] = 0.8,
     sentences: Annotated[
         str | None, typer.Option(metavar="LANGUAGE", help="Find sentences, which pairs need: en, zh, ...")
     ] = None,
@@ -50,11 +50,11 @@ def main(
     max_unspelt: Annotated[
         float, typer.Option(help="Share of the text (bytes) that the tokenizer may fail to spell.")
     ] = 0.05,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what lies in the output folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
 ) -> None:
-    """Write text as token shards with hashes, each document on one side of a held-out split.
+    """Write text as token shards with hashes; each document goes to training or to validation.
 
-    After a kill the same command goes on where it was. Under mpirun or srun, rank 0 reads and the others encode.
+    After a kill the same command continues where it was. Under mpirun or srun, rank 0 reads and the others encode.
     """
     options = PrepareOptions(
         sources=tuple(sources),
@@ -84,7 +84,7 @@ def main(
 
 @contextmanager
 def _shown(started: float) -> Iterator[Callable[[HowFar], None]]:
-    """A bar with rate and estimate on a terminal, a line every so often elsewhere."""
+    """Show a bar with rate and estimate on a terminal, and a line every so often elsewhere."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     told = started
@@ -112,7 +112,7 @@ def _print(prepared: Prepared, seconds: float) -> None:
     console = Console()
     tokens = sum(part.tokens for part in prepared.parts.values())
     if prepared.was_there:
-        print(f"{prepared.output} was made from the same before: {tokens:,} tokens, hashes verified, nothing to do")
+        print(f"{prepared.output} was made from the same before: {tokens:,} tokens, hashes verified; nothing to do")
     else:
         rate = tokens / max(seconds, 1e-9) / 1e6
         print(f"wrote {tokens:,} tokens to {prepared.output} in {seconds:.1f} s ({rate:.2f} M tokens/s)")

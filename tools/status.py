@@ -49,7 +49,7 @@ def main(
 
 
 def folder_of(place: Path) -> Path:
-    """Return the folder that is meant: that of a run file is the one which it names."""
+    """Return `place`, or the run folder that it names if it is a run file."""
     if not place.is_file():
         return place
     from engine.config.load import load_run
@@ -141,5 +141,5 @@ def _table(found: list[RunStatus]) -> str:
 
 
 def _clean(text: str) -> str:
-    """Return the text as a terminal may show it, on one line: what a run's files hold is a stranger's."""
+    """Return the text on one line, without control characters and credentials; anybody may have written it."""
     return visible(redact(text)).replace("\n", " ").replace("\t", " ")

@@ -70,7 +70,7 @@ def main(
         trained = train_tokenizer(_shown(texts, progress), output, kind, vocab_size, purpose, lowercase)
     print(f"{kind} tokenizer {trained.hash} with {trained.vocab_size:,} tokens in {output}")
     if trained.vocab_size < vocab_size:
-        print(f"{vocab_size:,} tokens were asked for: the text carries no more")
+        print(f"fewer than the {vocab_size:,} tokens asked for: the text has no more")
 
 
 def _import(source: str, output: Path, purpose: Purpose) -> None:

@@ -67,7 +67,7 @@ class RunStatus:
     checkpoint_step: int | None
     user: FolderUser | None
     outcome: Outcome | None
-    """How the last attempt ended."""
+    """Outcome of the last attempt; None while it runs, or where it was killed."""
     config_problem: str | None
     """Reason why the configuration in the folder cannot be read: `num_steps` and what follows from it are unknown."""
 

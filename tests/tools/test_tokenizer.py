@@ -32,7 +32,7 @@ def test_it_trains_and_tells_what_it_made(source, tmp_path, capsys):
 def test_it_tells_when_the_text_carries_fewer_tokens_than_asked(source, tmp_path, capsys):
     output = tmp_path / "tokenizer"
     assert main(["tokenizer", source, "--output", str(output), "--vocab-size", "30000"]) == EXIT_DONE
-    assert "30,000 tokens were asked for: the text carries no more" in capsys.readouterr().out
+    assert "fewer than the 30,000 tokens asked for: the text has no more" in capsys.readouterr().out
     assert load_tokenizer(output).vocab_size < 30000
 
 

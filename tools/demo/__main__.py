@@ -1,7 +1,7 @@
 """`make demo`: text, tokens, plan, training, SIGKILL, another layout, Hugging Face, a prompt; then a summary.
 
-Everything is done by the public command; this file only says in which order, kills the run, and holds the proof next
-to what it expects. It works in `.demo/` of the checkout and starts afresh each time.
+Everything is done by the public command; this file only says in which order, kills the run, and compares what it
+sees with what it expects. It works in `.demo/` of the checkout and starts afresh each time.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PROMPT = 'def read_lines(path):\n    """Return the'
 
 
 class Demo:
-    """The stages in order; each prints its heading, and its wall time goes into the summary."""
+    """The parts of the demonstration in order; each prints its heading, and its wall time goes into the summary."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
@@ -50,21 +50,21 @@ class Demo:
         self.commands = Commands(WORK / "logs")
         self.precision: tuple[str, ...] = ()
 
-    def stage(self, title: str, work: Callable[[], None]) -> None:
+    def part(self, title: str, work: Callable[[], None]) -> None:
         print(f"\n== {len(self.seconds) + 1}. {title}", flush=True)
         begin = time.monotonic()
         work()
         self.seconds.append((title, time.monotonic() - begin))
 
     def run(self) -> None:
-        self.stage("text: what this Python installation carries", self.text)
-        self.stage("tokens: tokenizer, shards, a look at them", self.tokens)
-        self.stage("plan: what the run will cost, and what would be refused", self.plan)
-        self.stage("timing: how many steps fit on this machine", self.timing)
-        self.stage("training: ZeRO-3 x two pipeline stages, until SIGKILL", self.train)
-        self.stage("resuming: the same run as ZeRO-1 x tensor 2", self.resume)
-        self.stage("export: a Hugging Face folder, compared with our model", self.export)
-        self.stage("generation: the model continues a prompt", self.generate)
+        self.part("text: what this Python installation carries", self.text)
+        self.part("tokens: tokenizer, shards, a look at them", self.tokens)
+        self.part("plan: what the run will cost, and what would be refused", self.plan)
+        self.part("timing: how many steps fit on this machine", self.timing)
+        self.part("training: ZeRO-3 x two pipeline stages, until SIGKILL", self.train)
+        self.part("resuming: the same run as ZeRO-1 x tensor 2", self.resume)
+        self.part("export: a Hugging Face folder, compared with our model", self.export)
+        self.part("generation: the model continues a prompt", self.generate)
         self.summary()
 
     def text(self) -> None:
@@ -115,7 +115,7 @@ class Demo:
         )
 
     def _kill_when_due(self, process: subprocess.Popen[bytes]) -> bool:
-        """Ends every process of the launch at once when the run is far enough; whether it did."""
+        """End every process of the launch at once when the run is far enough; return True if it did."""
         done = proof.losses(RUN)
         if not done or max(done) < self.sizes.kill_at:
             return False
@@ -128,7 +128,9 @@ class Demo:
         compared = proof.compare(self.killed, proof.losses(RUN), self.expected.step)
         print("\n" + proof.as_text(self.expected, said, compared))
         proof.check(self.expected, said, compared, proof.TOLERANCES[self.kind])
-        print("the resumed run is the same run: same samples next, same losses but for rounding")
+        print(
+            "the resumed run is the same run: it takes the same samples next, and its losses differ by rounding alone"
+        )
 
     def export(self) -> None:
         self.commands.run("convert", str(RUN), "--output", str(WORK / "huggingface"))
@@ -160,7 +162,7 @@ ARTEFACTS = (
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to a launch and to all that it has started, as if the machine had died."""
+    """Send SIGKILL to a launch and to all that it has started, as if the machine had died."""
     from launcher.processes import of_run, send
 
     process.kill()
@@ -170,7 +172,7 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def main() -> int:
-    """Runs the demonstration in the checkout; returns its exit code."""
+    """Run the demonstration in the checkout; return its exit code."""
     os.chdir(ROOT)
     shutil.rmtree(WORK, ignore_errors=True)
     (WORK / "logs").mkdir(parents=True)

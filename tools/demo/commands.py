@@ -1,6 +1,6 @@
 """One command of the demonstration at a time: shown as a user would type it, its output on the screen and in a log.
 
-A command that fails ends the demonstration with its name and the path of its log. What commands do is not known here.
+A command that fails ends the demonstration with its name and the path of its log.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import BinaryIO
 from engine.errors import PalimpsestError
 
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-"""The same on every machine: the CPU, no network, and output as it comes."""
+"""Variables that make every machine alike: the CPU, no network, and output as it comes."""
 POLL_SECONDS = 0.05
 QUIET_SECONDS = 2.0
 """After so long without output a terminal shows that the command still works."""
@@ -34,16 +34,16 @@ class DemoFailed(PalimpsestError):
 
 @dataclass
 class Commands:
-    """Runs `palimpsest` commands in the current folder; `log_folder` gets one file each, numbered."""
+    """Runner of `palimpsest` commands in the current folder, each with a numbered file in `log_folder`."""
 
     log_folder: Path
     _count: int = 0
 
     def run(self, *arguments: str, watch: Watch | None = None) -> str:
-        """Runs `palimpsest ARGUMENTS` to its end; returns what it printed.
+        """Run `palimpsest ARGUMENTS` to its end; return what it printed.
 
-        `watch` is asked many times a second; once it has said True the command was meant to be killed, and its exit
-        code is not looked at.
+        `watch` is called many times a second; once it has returned True, the command has been killed on purpose, and
+        its exit code does not matter.
 
         Raises:
             DemoFailed: exit code other than 0, or a command that `watch` waited for in vain.
@@ -78,7 +78,7 @@ class Commands:
 
 
 def _follow(process: subprocess.Popen[bytes], log: BinaryIO, watch: Watch | None) -> bool:
-    """Copies output to terminal and log until the last process that holds the pipe is gone; whether it was killed."""
+    """Copy output to terminal and log until no process holds the pipe; return True if the command was killed."""
     assert process.stdout is not None
     descriptor, killed, started = process.stdout.fileno(), False, time.monotonic()
     heard = started
@@ -100,6 +100,6 @@ def _follow(process: subprocess.Popen[bytes], log: BinaryIO, watch: Watch | None
 
 
 def _wipe(heard: float) -> None:
-    """Takes the line away that says that a command still works."""
+    """Remove the line which says that a command still works."""
     if sys.stdout.isatty() and time.monotonic() - heard > QUIET_SECONDS:
         print("\r\033[K", end="", flush=True)

@@ -17,25 +17,25 @@ from tools.demo.commands import DemoFailed
 TOLERANCES = {"bf16": 2.0**-6, "fp32": 1e-4}
 """Largest difference of a step's loss. bf16: a logit between 4 and 8 is rounded by up to half of its spacing 2^-5."""
 HASHED_SAMPLES = 1024
-"""How many of the next samples a resumed run hashes (`engine.train.restart`, which would import DeepSpeed here)."""
+"""Number of the next samples that a resumed run hashes: that of `engine.train.restart`, which imports DeepSpeed."""
 _REPORTED = re.compile(r"next samples (\[.*?\]), hash of the next (\d+): ([0-9a-f]+)")
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Where the newest checkpoint says that the run goes on."""
+    """Point at which the newest checkpoint says that the run continues."""
 
     checkpoint: str
     step: int
     loss: float
     samples: str
-    """The first ids, as the resumed run prints them."""
+    """The first addresses, as the resumed run prints them."""
     hash: str
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One step that both runs did."""
+    """Losses of one step that both runs did."""
 
     step: int
     killed: float
@@ -47,7 +47,7 @@ class Compared:
 
 
 def expect(folder: Path) -> Expected:
-    """What a run that goes on from the newest checkpoint of a run folder has to report.
+    """Return what a run that resumes from the newest checkpoint of a run folder has to report.
 
     Raises:
         DemoFailed: there is no checkpoint, or its loader state is not where that many steps lead.
@@ -78,7 +78,7 @@ def expect(folder: Path) -> Expected:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """The records in a run folder's JSON lines; a line that is being written or was cut off is left out."""
+    """Return the records in a run folder's JSON lines; a line that is being written or was cut off is left out."""
     path = folder / "metrics.jsonl"
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -90,12 +90,12 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """Training loss by step."""
+    """Return the training loss by step."""
     return {record["step"]: record["loss"] for record in records(folder) if "loss" in record}
 
 
 def reported(output: str) -> tuple[str, str]:
-    """(first sample ids, hash) that a resumed run has printed.
+    """Return the (first sample addresses, hash) that a resumed run has printed.
 
     Raises:
         DemoFailed: it has printed none.
@@ -107,12 +107,12 @@ def reported(output: str) -> tuple[str, str]:
 
 
 def compare(killed: dict[int, float], resumed: dict[int, float], after: int) -> list[Compared]:
-    """The steps beyond a checkpoint that both runs did, in order."""
+    """Return the steps after a checkpoint that both runs did, in order."""
     return [Compared(step, killed[step], resumed[step]) for step in sorted(killed) if step > after and step in resumed]
 
 
 def as_text(expected: Expected, said: tuple[str, str], compared: list[Compared]) -> str:
-    """What is expected and what was seen, side by side."""
+    """Return what is expected and what was reported, side by side, as lines of text."""
     lines = [
         f"proof: {expected.checkpoint}, loss {expected.loss:.4f}",
         f"next samples (epoch, window, slot)   expected {expected.samples}",
@@ -127,7 +127,7 @@ def as_text(expected: Expected, said: tuple[str, str], compared: list[Compared])
 
 
 def check(expected: Expected, said: tuple[str, str], compared: list[Compared], tolerance: float) -> None:
-    """Raises `DemoFailed` naming what does not agree."""
+    """Raise `DemoFailed` naming what does not agree."""
     if said != (expected.samples, expected.hash):
         raise DemoFailed(
             f"the resumed run takes samples {said[0]} next, hash {said[1]}",

@@ -1,4 +1,4 @@
-"""How much the demonstration does on this machine: steps from a short timing, precision from the processor. Pure.
+"""Size of the demonstration on this machine: steps from a short timing. Pure.
 
 A slower machine does fewer steps rather than taking longer. The reserve covers what is still to come beside the steps:
 two launches, each about as long to start as the timing run was, and export and generation.
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from statistics import median
 
 GOAL_SECONDS = 300.0
-"""What the demonstration aims at from its start to its end, installation apart."""
+"""Seconds that the demonstration aims to take from its start to its end, without installation."""
 FEWEST_STEPS, MOST_STEPS = 40, 400
 """Enough to see the loss fall and to be killed between two checkpoints; about one pass over the text."""
 NUM_CHECKPOINTS = 4
 KILLED_AFTER = 2
-"""Checkpoints that are there when the run is killed."""
+"""Number of checkpoints that exist when the run is killed."""
 STEPS_BEYOND = 5
 """Steps that both runs do, so that their losses can be compared."""
 WARM_UP_STEPS = 2
@@ -23,7 +23,7 @@ WARM_UP_STEPS = 2
 STARTS_TO_COME = 4
 """Launches and commands that are still to come, each counted as long as a launch takes to start."""
 BESIDE_STEPS = 1.25
-"""Evaluation, checkpoints and the dearer one of the two layouts, as a factor on the steps' own time."""
+"""Factor on the steps' own time that covers evaluation, checkpoints and the slower one of the two layouts."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Sizes:
 
 
 def sizes(step_seconds: list[float], start_seconds: float, elapsed_seconds: float) -> Sizes:
-    """What fits into the goal, given the times of a few steps, the time to start a run, and the time gone by."""
+    """Return what fits into the goal, given the times of a few steps, the time to start a run, and the time gone by."""
     left_seconds = GOAL_SECONDS - elapsed_seconds - STARTS_TO_COME * start_seconds
     one = median(step_seconds[WARM_UP_STEPS:] or step_seconds) * BESIDE_STEPS
     fitting = int(max(left_seconds, 0.0) / one)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SOURCE_BYTES = 5_000_000
-"""Source of so many bytes; the modules that are left give docstrings."""
+"""Bytes of source; the modules that are left give docstrings."""
 TOTAL_BYTES = 8_000_000
 PASSED_OVER = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "lib2to3", "__pycache__"}
 """Folders of other people's code, tests, and tables that are no text."""
@@ -27,7 +27,7 @@ Document = tuple[str, str]
 
 
 def collect(folder: Path) -> dict[str, int]:
-    """Writes `topics.jsonl`, `source.jsonl` and `docstrings.jsonl` into a folder; bytes of text by file name."""
+    """Write `topics.jsonl`, `source.jsonl` and `docstrings.jsonl` into a folder; return the bytes of text of each."""
     folder.mkdir(parents=True, exist_ok=True)
     left = TOTAL_BYTES
     sizes = {}
@@ -39,7 +39,7 @@ def collect(folder: Path) -> dict[str, int]:
 
 
 def topics() -> list[Document]:
-    """What `help()` says about the language; empty where the distribution leaves it out."""
+    """Return the topics of `help()` about the language; none where the distribution leaves them out."""
     try:
         from pydoc_data.topics import topics as found  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -48,7 +48,7 @@ def topics() -> list[Document]:
 
 
 def modules(library: Path, source_bytes: int = SOURCE_BYTES) -> list[tuple[str, list[Document]]]:
-    """The library's modules in an order that mixes them: the first ones as source, the others as docstrings."""
+    """Return the library's modules in an order that mixes them: the first ones as source, the others as docstrings."""
     source: list[Document] = []
     docstrings: list[Document] = []
     taken = 0
@@ -63,7 +63,7 @@ def modules(library: Path, source_bytes: int = SOURCE_BYTES) -> list[tuple[str, 
 
 
 def docstrings_of(source: str) -> Iterator[str]:
-    """The docstrings of a module, its classes and functions, as they stand; none where it does not parse."""
+    """Yield the docstrings of a module, its classes and functions, unchanged; none where it does not parse."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
@@ -76,7 +76,7 @@ def docstrings_of(source: str) -> Iterator[str]:
 
 
 def _shuffled(library: Path) -> Iterator[Document]:
-    """(path inside the library, text) of every module that is read, ordered by the hash of its path."""
+    """Yield (path inside the library, text) of every module that can be read, ordered by the hash of its path."""
     names = [path.relative_to(library) for path in library.rglob("*.py")]
     wanted = [name for name in names if not PASSED_OVER.intersection(name.parts) and "pydoc_data" not in name.parts]
     for name in sorted(wanted, key=lambda name: hashlib.sha256(name.as_posix().encode()).digest()):
@@ -87,7 +87,7 @@ def _shuffled(library: Path) -> Iterator[Document]:
 
 
 def _write(path: Path, documents: list[Document], most_bytes: int) -> int:
-    """Writes documents as JSON lines until so many bytes of text are full; how many there are."""
+    """Write documents as JSON lines, at most so many bytes of text; return how many were written."""
     total = 0
     with path.open("w", encoding="utf-8") as file:
         for name, text in documents:
