@@ -21,7 +21,7 @@ from engine.config.schema.run import RunConfig
 from engine.data.batch import Batch
 from engine.data.loader import Loader
 from engine.data.shards.dataset import TokenDataset
-from engine.data.stage import open_parts, stage_stream
+from engine.data.stage import open_parts, run_stage_seed, stage_stream
 from engine.data.tokenizer.folder import tokenizer_hash
 from engine.models.families import family
 from engine.models.initial import initial_value
@@ -99,10 +99,8 @@ def build_model(config: ModelConfig, seed: int = 0) -> nn.Module:
     Its `forward` takes the inputs of a `Batch` as keywords. It returns a dictionary with `losses_L`, the weighted sum
     of each loss; without targets, `logits_BTV` of a model that predicts every token.
     """
-    values = {spec.name: initial_value(spec, config, seed) for spec in family(config).specs(config)}
-    return whole_model(
-        config, {spec.name: values[spec.name][: spec.real_rows] for spec in family(config).specs(config)}
-    )
+    specs = family(config).specs(config)
+    return whole_model(config, {spec.name: initial_value(spec, config, seed)[: spec.real_rows] for spec in specs})
 
 
 def documents(folder: Path | str) -> Iterator[np.ndarray]:
@@ -121,14 +119,14 @@ def documents(folder: Path | str) -> Iterator[np.ndarray]:
 
 
 def global_batches(run: RunConfig, run_stage: int = 0) -> Iterator[Batch]:
-    """Yield the global batch of each step of a run stage, its samples in their order, in one piece.
+    """Yield the global batch of each step of a run stage (from 0), its samples in their order, in one piece.
 
     Raises:
         DataError: data or tokenizer are missing, damaged, or do not belong together.
     """
     stage = run.stages[run_stage]
     parts = open_parts(stage, tokenizer_hash(run.tokenizer), run.model.vocab_size)
-    loader = Loader(stage_stream(stage, parts, run.seed))
+    loader = Loader(stage_stream(stage, parts, run_stage_seed(run.seed, run_stage)))
     for step in range(stage.num_steps):
         (batch,) = loader.step(0, 1, stage.batches.size(step))
         yield batch

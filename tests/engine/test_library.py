@@ -13,6 +13,7 @@ from engine.config.save import save_run
 from engine.corpus.tokenizer_training import train_tokenizer
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.writer import ShardWriter
+from engine.data.stage import open_parts, run_stage_seed, stage_stream
 from engine.data.tokenizer.folder import load_tokenizer
 from engine.models.families import family
 from engine.models.initial import initial_value
@@ -81,3 +82,13 @@ def test_global_batches_are_those_of_all_steps(folder):
     assert {batch.num_rows for batch in batches} == {2}
     addresses = {tuple(sample) for batch in batches for sample in batch.samples_B3.tolist()}
     assert len(addresses) == 2 * len(batches), "each sample once"
+
+
+def test_a_later_run_stage_has_an_order_of_its_own(folder):
+    run = library.load_run(folder / "my" / "run" / "config.yaml")
+    run = run.model_copy(update={"stages": run.stages * 2})
+    first, second = (next(library.global_batches(run, number)) for number in range(2))
+    parts = open_parts(run.stages[1], None, run.model.vocab_size)
+    expected = stage_stream(run.stages[1], parts, run_stage_seed(run.seed, 1)).next_sample_ids(1)
+    assert second.samples_B3.tolist() == [list(sample) for sample in expected]
+    assert not first.inputs["tokens_BT"].equal(second.inputs["tokens_BT"])
