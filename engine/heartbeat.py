@@ -17,7 +17,7 @@ from typing import Literal, get_args
 
 VARIABLE = "PALIMPSEST_HEARTBEATS"
 Phase = Literal["start", "load", "data", "forward and backward", "loss", "optimizer step", "evaluation", "save", "end"]
-"""What a rank does: from one beat to the next. `loss` is the sum over all ranks, `optimizer step` begins with the
+"""Phase of a rank, from one beat to the next. `loss` is the sum over all ranks, `optimizer step` begins with the
 global gradient norm; gradients are reduced inside the backward pass."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
 _BEAT = struct.Struct("<4q")

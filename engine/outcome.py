@@ -1,4 +1,4 @@
-"""How a run ended, written atomically to its folder: launchers lose exit codes (contract "Outcome").
+"""The outcome of a run, written atomically to its folder: launchers lose exit codes (contract "Outcome").
 
 `outcome.json` holds job, attempt, code, step, the first failing rank and its error; whoever needs to know how
 a run ended reads it first and the exit code second. Who takes the run folder for a start removes it, so that an old
@@ -29,7 +29,7 @@ class Outcome:
     error: str = ""
 
     def is_of(self, job: str, attempt: int) -> bool:
-        """Whether it says how that attempt of that job ended."""
+        """Return True if it says how that attempt of that job ended."""
         return (self.job, self.attempt) == (job, attempt)
 
 

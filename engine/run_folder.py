@@ -44,7 +44,7 @@ class Start:
     job: str
     attempt: int
     mark: str = ""
-    """What tells this start from another of the same job and attempt: its step and where its ranks meet. Empty under
+    """Step and meeting point of the ranks, which tell this start from another of the same job and attempt. Empty under
     `palimpsest launch`, whose jobs have unique names."""
 
 
@@ -93,7 +93,7 @@ class RunFolder:
 
     @property
     def is_taken(self) -> bool:
-        """Whether this process has taken the folder."""
+        """True if this process has taken the folder."""
         return self._handle is not None
 
     def take(self, start: Start | None = None, supervisor: bool = False) -> None:
@@ -136,7 +136,7 @@ class RunFolder:
             raise self._in_use(record)
 
     def is_ours(self) -> bool:
-        """Whether this start owns the folder, so that this process may write there.
+        """Return True if this start owns the folder, so that this process may write there.
 
         Who has taken it knows, as long as no newer attempt has taken it since. Another rank goes by the name in the
         folder; until it has met rank 0, a start of the same name on this host under another parent is not its own.
@@ -216,7 +216,7 @@ class RunFolder:
         return True
 
     def _is_held(self) -> bool | None:
-        """Whether another process has locked the folder; None where that cannot be found out."""
+        """Return True if another process has locked the folder; None where that cannot be found out."""
         try:
             with (self.path / FILE).open("rb") as file:
                 asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
@@ -230,14 +230,14 @@ class RunFolder:
         return asdict(self.start) == {key: record.get(key) for key in asdict(self.start)}
 
     def _follows(self, record: dict[str, Any]) -> bool:
-        """Whether this start is a newer attempt of the same job."""
+        """Return True if this start is a newer attempt of the same job."""
         return record.get("job") == self.start.job and record.get("attempt", 0) < self.start.attempt
 
     def _is_supervised_by(self, record: dict[str, Any]) -> bool:
         return not self.start.mark and self._named(record)
 
     def _read(self) -> dict[str, Any]:
-        """Who owns the folder; empty where nobody does, or nobody can tell."""
+        """Return the record of the owner; empty where nobody does, or nobody can tell."""
         try:
             if self._handle is not None:
                 return _parse(os.pread(self._handle, 1 << 16, 0))

@@ -13,7 +13,7 @@ from launcher.copying import Copier
 from launcher.verdict import End
 
 COPY_SECONDS = 5.0
-"""How long the last output of a process that has ended is waited for."""
+"""Seconds that the last output of a process that has ended is waited for."""
 
 
 class Child:
@@ -46,7 +46,7 @@ class Child:
         self._copier = Copier(self.popen.stdout, self._log, path) if self.popen.stdout is not None else None
 
     def end(self) -> End:
-        """How it ended; waits for that."""
+        """Wait for its end and return it."""
         code = self.popen.wait()
         if self._copier is not None:
             self._copier.end(COPY_SECONDS)

@@ -17,7 +17,7 @@ from engine.output import write_all
 
 CHUNK_BYTES = 1 << 16
 MOST_WAITING_BYTES = 1 << 22
-"""What waits at most for a terminal that does not take it; more is dropped."""
+"""Most bytes that wait for a terminal that does not take them; more is dropped."""
 
 _log = logger(__name__)
 

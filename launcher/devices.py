@@ -43,7 +43,7 @@ def num_gpus(environ: Mapping[str, str], list_gpus: Callable[[], str] | None = N
 
 
 def names(environ: Mapping[str, str], count: int) -> tuple[str, ...]:
-    """What to call the first `count` GPUs that ranks may use in CUDA_VISIBLE_DEVICES."""
+    """Return the names of the first `count` GPUs that ranks may use in CUDA_VISIBLE_DEVICES."""
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     every = [name.strip() for name in visible.split(",")] if visible else [str(index) for index in range(count)]
     return tuple(every[:count])
@@ -80,7 +80,7 @@ def accelerator(list_gpus: Callable[[], str] | None = None) -> Accelerator | Non
 
 
 def nvidia_smi() -> str:
-    """What `nvidia-smi -L` prints, one line per GPU; nothing where there is no driver."""
+    """Return the output of `nvidia-smi -L`, one line per GPU; nothing where there is no driver."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return ""

@@ -1,4 +1,4 @@
-"""What the ranks of a run that hangs are doing, taken from outside, and in words: who holds up the others, and where.
+"""Diagnosis of a run that hangs, taken from outside, in words: who holds up the others, and where.
 
 Stacks come from py-spy, which reads a process's memory without its help, so that a stopped one answers, too. It needs
 the right to trace (root, CAP_SYS_PTRACE, or a process of the same user where the kernel allows it); where that is
@@ -47,7 +47,7 @@ class Seen:
     beat: Beat | None
     silent_seconds: float
     stack: tuple[Frame, ...] = ()
-    """Of the main thread, innermost call first; empty where it could not be taken."""
+    """Stack of the main thread, innermost call first; empty where it could not be taken."""
     refused: str = ""
     """Why it could not."""
 

@@ -1,4 +1,4 @@
-"""Which rank this process is: the variables of every launcher, read into one `RankEnvironment`.
+"""Rank of this process: the variables of every launcher, read into one `RankEnvironment`.
 
 Each launcher has a reader of its own; the innermost launcher wins, because torchrun, deepspeed and mpirun all run
 inside Slurm jobs. Invariant: a place is whole or there is none. A missing or contradictory variable is an error, never
@@ -78,7 +78,7 @@ def hidden_overrides(environ: Environ) -> list[str]:
 
 
 def is_supervised(environ: Environ) -> bool:
-    """Whether `palimpsest launch` watches over this process."""
+    """Return True if `palimpsest launch` watches over this process."""
     return bool(environ.get(LAUNCHER))
 
 
@@ -139,7 +139,7 @@ def check_meeting_point(
 
 @dataclass(frozen=True)
 class _Found:
-    """What one launcher says; an empty `master_addr` means that it says nothing."""
+    """Place of this process as one launcher gives it; an empty `master_addr` means that it says nothing."""
 
     launcher: str
     global_rank: int
@@ -151,7 +151,7 @@ class _Found:
     master_addr: str = ""
     job: str = "local"
     step: str = ""
-    """Of torchrun and deepspeed none: their agents may well be several steps of one job."""
+    """Step of a Slurm job; none under torchrun and deepspeed: their agents may well be several steps of one job."""
 
 
 def _find(environ: Environ) -> _Found:

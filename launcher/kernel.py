@@ -1,4 +1,4 @@
-"""What the kernel says of its own doing."""
+"""The kernel's own counters."""
 
 from __future__ import annotations
 

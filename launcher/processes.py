@@ -32,7 +32,7 @@ def marked(job: str) -> list[Process]:
 
 
 def of_run(folder: Path) -> list[Process]:
-    """The same for any job that was launched in a run folder."""
+    """Return every live process of this user for any job that was launched in a run folder."""
     return _with(f"{RUN_FOLDER}={folder.absolute()}")
 
 

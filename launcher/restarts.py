@@ -1,4 +1,4 @@
-"""Whether a launch that failed is worth another attempt, and on which ranks. Pure.
+"""The choice of another attempt after a failure, and of its ranks. Pure.
 
 Killed and hanging ranks are lost: their place is not used again. An exception loses no rank. Two failures of the same
 cause at the same step are one that would come a third time.

@@ -28,7 +28,7 @@ from launcher.watchdog import Watchdog
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 5.0
-"""How long the others have to end by themselves once a rank has failed or their launcher is gone."""
+"""Seconds that the others have to end by themselves once a rank has failed or their launcher is gone."""
 SAME_SIGNAL_SECONDS = 5.0
 """Signals so soon after the first are part of it: clusters and terminals send several."""
 LISTENING_SECONDS = 10.0
@@ -133,7 +133,7 @@ class _Watch:
 
     @property
     def stopping(self) -> bool:
-        """Whether somebody asked the run to stop."""
+        """True if somebody asked the run to stop."""
         return self._signalled_at is not None
 
     def wait(self) -> None:

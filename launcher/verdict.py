@@ -1,4 +1,4 @@
-"""How a launch ended, in words and as an exit code: the outcome first, exit codes second. Pure.
+"""The end of an attempt in words and as an exit code: the outcome first, exit codes second. Pure.
 
 An exit code is what is left when no rank could say anything, and then it is never taken as success: a launcher whose
 ranks were killed may well exit 0.
@@ -16,7 +16,7 @@ from engine.outcome import Outcome
 
 @dataclass(frozen=True)
 class End:
-    """How one process that we started ended; a negative code is the signal that killed it."""
+    """The end of one process that we started; a negative code is the signal that killed it."""
 
     name: str
     code: int
@@ -42,7 +42,7 @@ class Lost:
     step: int
     """Steps done."""
     cause: str
-    """The same for two failures of the same kind, whichever rank it was."""
+    """Text that two failures of the same kind share, whichever rank it was."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Verdict:
     lost: frozenset[int] = frozenset()
     """Ranks whose place is not to be used again."""
     cause: str = ""
-    """What two failures have in common where they are the same; empty where nothing failed."""
+    """Text that two failures share where they are the same; empty where nothing failed."""
     stopping: bool = False
     """Somebody had asked the run to stop."""
 

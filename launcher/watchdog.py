@@ -1,4 +1,4 @@
-"""Which rank hangs: decided from heartbeats alone, pure. Whose fault it is, `launcher.diagnosis` says.
+"""Choice of the rank that hangs: decided from heartbeats alone, pure. Whose fault it is, `launcher.diagnosis` says.
 
 Silence is counted in the supervisor's own waking time, so that a node that was suspended, or a supervisor that was
 stopped together with its ranks, wakes up to no false alarm. The limit follows the phase that a rank is in; within a
@@ -30,7 +30,7 @@ class _Watched:
 
 @dataclass
 class Watchdog:
-    """What is known of the ranks' silence in one attempt."""
+    """Knowledge of the ranks' silence in one attempt."""
 
     limits: LaunchConfig
     ranks: dict[int, _Watched] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Watchdog:
         return max(silent)[1] if silent else None
 
     def limit_seconds(self, phase: Phase) -> float:
-        """How long a rank may be silent in a phase."""
+        """Return the seconds that a rank may be silent in a phase."""
         limits, usual = self.limits, self.usual_step_seconds
         if phase in SAVING:
             return limits.save_limit_seconds

@@ -1,4 +1,4 @@
-"""What of a run's tokenizer and data is there, and whether it suits the model: what `train` would say, at once.
+"""Check of a run's tokenizer and data, as far as they are there: problems that `train` would report, told at once.
 
 Only tokenizers and indexes are read, of folders on this machine; what lies at a URL is not looked at.
 """

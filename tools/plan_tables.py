@@ -56,7 +56,7 @@ def show(
 
 
 def _verdict(advice: Advice, assumed: bool, console: Console) -> None:
-    """Whether it fits, on one line."""
+    """Print on one line if the run fits."""
     cluster, planned = advice.cluster, advice.planned
     where = f"{cluster.world_size:,} x {cluster.accelerator.name}"
     there = cluster.accelerator.memory_bytes / GIB
@@ -119,7 +119,7 @@ def _summary(plan: Plan, cost: Cost, inputs: Inputs, run: RunConfig, node_memory
 
 
 def _time(cost: Cost) -> str:
-    """Of the whole run, and what it is made of."""
+    """Return the time of the whole run and its parts, in words."""
     least, most = (duration(seconds) for seconds in cost.band_seconds)
     evaluated = ""
     if cost.evaluation_seconds is None:

@@ -40,7 +40,7 @@ from launcher.environment import (
 from launcher.extensions import prepare_extensions
 
 RANK_0_FIRST_SECONDS = 2.0
-"""How long the other ranks keep a mistake to themselves."""
+"""Seconds that the other ranks keep a mistake to themselves."""
 
 
 def main(

@@ -100,7 +100,7 @@ def saved(
     time_size: int = 1,
     recompute: Recompute = "none",
 ) -> int:
-    """As in a GPT, but that a post-norm layer keeps no input beside its norm's output (4 D and not 5 D whole)."""
+    """Return the count as in a GPT; a post-norm layer keeps no input beside its norm's output (4 D whole, not 5)."""
     kept = gpt.saved(model, layer, lengths, tensor_size, time_size, recompute)
     if recompute != "none":
         return kept
@@ -118,13 +118,13 @@ def mask(model: BERTConfig, layer: int, lengths: RowLengths, masks: bool = True)
 
 
 def _in_blocks(model: BERTConfig, layer: int, lengths: RowLengths) -> bool:
-    """Whether a layer computes attention in blocks as wide as it reaches (`engine.models.attention.local_mask`)."""
+    """Return True if a layer computes attention in blocks of its reach (`engine.models.attention.local_mask`)."""
     reach = model.reach(layer)
     return reach is not None and model.attention_dropout == 0 and lengths.tokens > SEEN_BLOCKS * reach
 
 
 def reduced_again(model: BERTConfig, layer: int, lengths: RowLengths) -> int:
-    """As in a GPT; a post-norm layer ends with a norm, whose backward pass wants the feed-forward part's sum, too."""
+    """Return the count as in a GPT; the norm at the end of a post-norm layer wants the feed-forward part's sum, too."""
     return gpt.reduced_again(model, layer, lengths) * (2 if model.post_norm else 1)
 
 

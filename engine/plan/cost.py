@@ -1,4 +1,4 @@
-"""What a whole run costs on a cluster: steps, tokens, seconds, accelerator-hours, and what its checkpoints take.
+"""Cost of a whole run on a cluster: steps, tokens, seconds, accelerator-hours, and what its checkpoints take.
 
 A run costs the sum of its run stages, and a step of each batch size of a ramp is estimated by itself. An evaluation is
 the forward pass of its samples, a third of a step's arithmetic for as many; one falls due at the end of every run
@@ -60,17 +60,17 @@ class RunStageCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a whole run, on `ranks` accelerators."""
+    """Cost of a whole run on `ranks` accelerators."""
 
     ranks: int
     run_stages: tuple[RunStageCost, ...]
     checkpoints: int
     checkpoint_bytes: int
-    """Of one: every real parameter once in fp32, a tied one, too, and its moments."""
+    """Bytes of one: every real parameter once in fp32, a tied one, too, and its moments."""
     checkpoint_seconds: float
-    """From the beginning of a save to its commit."""
+    """Seconds from the beginning of a save to its commit."""
     held_up_seconds: float
-    """Of them, those that the run waits for each."""
+    """Seconds of these that the run waits, for each checkpoint."""
     kept_checkpoints: int
     """On the disk at the end."""
 

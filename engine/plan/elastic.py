@@ -33,7 +33,7 @@ class World:
         return self.layout.world_size
 
     def overrides(self, config: RunConfig) -> list[str]:
-        """What has to be said on a command line to start `config` here."""
+        """Return the overrides with which `config` starts here."""
         before, now = config.parallel.model_dump(), self.parallel.model_dump()
         return [f"parallel.{key}={_as_typed(value)}" for key, value in now.items() if value != before[key]]
 

@@ -18,7 +18,7 @@ from engine.plan.parts import Entry
 
 
 class Figures(Protocol):
-    """What a family's file in this room says. `layers` and `layer` are global numbers."""
+    """Figures that a family's file in this room gives. `layers` and `layer` are global numbers."""
 
     def entries(
         self, model: ModelConfig, layers: range, is_first: bool, is_last: bool, inner: bool = True
@@ -32,7 +32,7 @@ class Figures(Protocol):
         ...
 
     def layer_kind(self, model: ModelConfig, layer: int) -> Hashable:
-        """What the figures of a layer depend on: layers of one kind are equal in all of them."""
+        """Everything that the figures of a layer depend on: layers of one kind are equal in all of them."""
         ...
 
     def layer_operations(self, model: ModelConfig, layer: int, lengths: RowLengths) -> int:
@@ -87,7 +87,7 @@ class Figures(Protocol):
         ...
 
     def sees_whole_rows(self, name: str) -> bool:
-        """Whether a parameter, held alike by all tensor ranks, sees whole rows under sequence parallelism: in heads."""
+        """Return True if a parameter that tensor ranks hold alike sees whole rows under sequence parallelism."""
         ...
 
     def boundary(self, model: ModelConfig, layer: int, lengths: RowLengths) -> int:

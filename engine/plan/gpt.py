@@ -108,12 +108,12 @@ def reduced(model: ModelConfig, layers: range, is_first: bool, is_last: bool, le
 
 
 def reduced_again(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
-    """What attention adds to the residual stream."""
+    """Elements that attention adds to the residual stream."""
     return lengths.tokens * model.hidden_size
 
 
 def entered(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
-    """What attention reads, and what the feed-forward part does."""
+    """Elements that attention reads, and those that the feed-forward part reads."""
     return 2 * lengths.tokens * model.hidden_size
 
 

@@ -1,4 +1,4 @@
-"""What a plan has to know of a cluster: the accelerator's figures and how many share a node.
+"""Clusters as a plan knows them: the accelerator's figures and how many share a node.
 
 Bandwidths are per accelerator and direction, as the collectives of a ring see them. An accelerator's own figures are
 those of NVIDIA's data sheet for its SXM form: dense bf16 without sparsity, half of the NVLink bandwidth, which counts
@@ -30,9 +30,9 @@ class Accelerator:
     network_bytes_per_second: float
     """To other nodes, one direction."""
     host_memory_bytes: int
-    """Of its reference node, divided by the node's accelerators; so are the next two."""
+    """Memory of its reference node, divided by the node's accelerators; so are the next two."""
     host_bytes_per_second: float
-    """Of the host's memory."""
+    """Bandwidth of the host's memory."""
     host_link_bytes_per_second: float
     """Between host and accelerator (PCIe), one direction."""
 
@@ -90,7 +90,7 @@ class Cluster:
         return max(1, min(group_size, self.per_node // stride))
 
     def bytes_per_second(self, group_size: int, stride: int) -> float:
-        """What one rank of such a group sends to the next one of a ring, while every other group does the same.
+        """Bytes per second that a rank of such a group sends to the next one of a ring while all groups do the same.
 
         Inside a node the link's; across nodes the cards of a node carry one flow for each group that leaves it, and a
         group with several ranks on a node uses the cards of them all.

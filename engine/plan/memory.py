@@ -36,7 +36,7 @@ HOST_GRADIENT_BYTES = 4
 RESERVED_BYTES = 3 * GIB
 """Taken by the driver, the libraries and the communicators before a tensor is made."""
 FRAGMENTED_SHARE = 0.10
-"""Of what tensors take: lost between them by the allocator."""
+"""Share of what tensors take that is lost between them by the allocator."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +62,21 @@ class Memory:
 
     @property
     def states(self) -> int:
-        """What does not depend on the batch."""
+        """Bytes that do not depend on the batch."""
         return self.weights + self.master + self.moments + self.gradients + self.bucket
 
     @property
     def total(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         return self.states + self.gathered + self.activations + self.logits
 
     @property
     def needed(self) -> int:
-        """What the accelerator has to have: the tensors, what is lost between them, and what is taken beforehand."""
+        """Bytes that the accelerator has to have: the tensors, those lost between them, and those taken beforehand."""
         return with_reserve(self.total)
 
     def parts(self) -> dict[str, int]:
-        """By name, what adds up to `needed`."""
+        """Return the bytes by name that add up to `needed`."""
         held = {name: value for name, value in asdict(self).items() if name != "host"}
         return held | {"reserve": self.needed - self.total}
 
@@ -185,7 +185,7 @@ def activation_bytes(
     alive: Fraction | int,
     device: Device,
 ) -> int:
-    """What `alive` micro-batches keep of `layers`, and what one of the `recomputed` has in its second run beside.
+    """Bytes that `alive` micro-batches keep of `layers`, and what one of the `recomputed` has in its second run beside.
 
     Attention never keeps its scores here, as with the kernels of a GPU, unless it has dropout.
     """

@@ -26,7 +26,7 @@ def stage_entries(model: ModelConfig, layers: range, is_first: bool, is_last: bo
 
 
 def counted_entries(model: ModelConfig, layers: range, is_first: bool, is_last: bool) -> list[Entry]:
-    """The same parameters as a family's `entries`, with one entry for those of all layers that are equal."""
+    """Return the same parameters as a family's `entries`, with one entry for those of all layers that are equal."""
     family = figures(model)
     found = family.entries(model, layers, is_first, is_last, inner=False)
     for kind in layer_kinds(model, layers):

@@ -1,4 +1,4 @@
-"""What the families of models share, in numbers: parameters, operations and saved activations of their common parts.
+"""Figures that the families of models share: parameters, operations and saved activations of their common parts.
 
 The torch-free twin of `engine.models.layers`: a family (`engine.plan.gpt`, ...) puts its figures together from these.
 """
@@ -14,9 +14,9 @@ from typing import Literal
 from engine.config.schema.model import ModelConfig
 
 Device = Literal["cpu", "cuda"]
-"""What a run computes on."""
+"""Kind of device that a run computes on."""
 LARGEST_HEAD = 256
-"""Of flash attention over documents, in multiples of 8."""
+"""Largest head of flash attention over documents, in multiples of 8."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Entry:
 
     @property
     def is_linear(self) -> bool:
-        """Whether it is the matrix of a linear layer that tensor ranks share: what Muon updates (the twin of
+        """True if it is the matrix of a linear layer that tensor ranks share: what Muon updates (the twin of
         `engine.optim.groups.by_muon`)."""
         return self.split and len(self.shape) == 2 and self.name.startswith("layers.")
 
@@ -155,8 +155,8 @@ def saved_probabilities(model: ModelConfig, num_queries: int, num_keys: int, ten
 
 
 def needs_masks(model: ModelConfig, dtype: str, device: Device) -> bool:
-    """Whether attention inside documents is told who sees whom by a mask of every pair of tokens: everywhere but on a
-    GPU whose kernels do without, in bf16 and without dropout. The twin of `engine.parallel.packed.kernel` for the GPUs
+    """Return True if attention inside documents takes a mask of every pair of tokens: everywhere but on a GPU
+    whose kernels do without, in bf16 and without dropout. The twin of `engine.parallel.packed.kernel` for the GPUs
     of `engine.plan.hardware` (compute capability 8.0 or higher)."""
     head = model.head_size
     flash, flex = head % 8 == 0 and head <= LARGEST_HEAD, head >= 16 and head & (head - 1) == 0
@@ -164,7 +164,7 @@ def needs_masks(model: ModelConfig, dtype: str, device: Device) -> bool:
 
 
 def saved_by_feed_forward(model: ModelConfig, num_tokens: int, tensor_size: int) -> int:
-    """The same of the feed-forward part: before and after its activation (gated: the activated gate as well)."""
+    """Elements that the feed-forward part saves: before and after its activation (gated: the activated gate, too)."""
     return num_tokens * model.feed_forward_size * (4 if model.gated else 2) // tensor_size
 
 

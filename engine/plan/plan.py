@@ -62,11 +62,11 @@ class StagePlan:
     operations: int
     """Forward, recomputed and backward of one rank per step, padding of the vocabulary included."""
     recomputed_operations: int
-    """What of them is done for the second time: whole layers, where `parallel.recompute` is `full`."""
+    """Those of them that are done for the second time: whole layers, where `parallel.recompute` is `full`."""
     remade_bytes: int
     """Activations that are made for the second time per step where it is `selective`, which repeats no product."""
     update_operations: int
-    """Of one rank in Muon's update of matrices; 0 for AdamW, whose update is a pass over memory."""
+    """Operations of one rank in Muon's update of matrices; 0 for AdamW, whose update is a pass over memory."""
     in_flight: int
     """Forward passes of a chunk alive at the peak."""
     memory: Memory
@@ -76,8 +76,9 @@ class StagePlan:
 
     @property
     def stored_bytes(self) -> int:
-        """What one rank stores in a checkpoint, at the most: moments beside its share of fp32 weights, of a tied matrix
-        on its first stage alone. Also the host memory that saves take."""
+        """Bytes that one rank stores in a checkpoint, at the most: moments beside its share of fp32 weights.
+
+        A tied matrix counts on its first stage alone. Also the host memory that saves take."""
         one_less = self.stored_matrices * (MOMENTS_BYTES - MOMENTUM_BYTES)
         return self.stored * (MASTER_BYTES + MOMENTS_BYTES) - one_less
 
@@ -126,7 +127,7 @@ class RunStagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run costs on a world."""
+    """Cost of a run on a world."""
 
     layout: Layout
     zero_stage: int
@@ -136,9 +137,9 @@ class Plan:
     """With padding."""
     run_stages: tuple[RunStagePlan, ...]
     worlds: tuple[int, ...]
-    """In which the run starts as it is."""
+    """World sizes in which the run starts as it is."""
     elastic: tuple[World, ...]
-    """In which it can go on with another data axis: those and more."""
+    """Worlds in which it can go on with another data axis: those and more."""
     fitting: tuple[Layout, ...]
     refused: tuple[Refusal, ...]
 
@@ -157,8 +158,10 @@ class Plan:
         return self.largest.stages
 
     def node_memory_bytes(self, ranks_per_node: int) -> int:
-        """What `checkpoint.memory` takes of a node's memory at the most: two generations, and with several nodes each
-        with a copy of the files of another node. Ranks of the stage that stores most on every node."""
+        """Return the bytes that `checkpoint.memory` takes of a node's memory at the most: two generations.
+
+        With several nodes each has a copy of the files of another one, too. Counted are ranks of the stage that stores
+        most on every node."""
         world = self.layout.world_size
         copies = 2 if world > ranks_per_node else 1
         largest = max(stage.stored_bytes for stage in self.stages)

@@ -34,7 +34,7 @@ LARGEST_MICRO_BATCH = 64
 CHUNKS_PER_STAGE = (1, 2, 4)
 """Chunks per pipeline stage that are tried."""
 RECOMPUTE = ("none", "selective", "full")
-"""From what costs least to what spares most."""
+"""Ways to recompute, from the cheapest to the one that spares most memory."""
 OFFLOAD = ("none", "optimizer")
 REFINED_FACTOR = 1.5
 """Layouts that take longer than the best one by more are not tried in other forms."""
@@ -53,20 +53,20 @@ class Candidate:
     parallel: ParallelConfig
     layout: Layout
     memory_bytes: int
-    """Of the fullest rank in the run stage that needs the most, with what is reserved and lost."""
+    """Bytes of the fullest rank in the run stage that needs the most, with what is reserved and lost."""
     host_bytes: int
-    """The same in host memory: offloaded state, and the copy that a save takes."""
+    """Bytes of the fullest rank in host memory: offloaded state, and the copy that a save takes."""
     states_bytes: int
-    """The same without activations and the loss, which can be spared."""
+    """Bytes without activations and the loss, which can be spared."""
     plain_bytes: int
-    """What the layout would need without what it takes to fit: sequence parallelism, recomputation."""
+    """Bytes that the layout would need without what it takes to fit: sequence parallelism, recomputation."""
     time: StepTime
     """Mean step of the run; with one run stage, the step of its largest batch."""
     accelerator: Accelerator
 
     @property
     def holds_states(self) -> bool:
-        """Whether the accelerator and its host hold what nothing spares but other axes or `offload`."""
+        """True if the accelerator and its host hold what nothing spares but other axes or `offload`."""
         accelerator = self.accelerator
         return self.states_bytes <= accelerator.memory_bytes and self.host_bytes <= accelerator.host_memory_bytes
 
@@ -76,8 +76,7 @@ class Candidate:
 
     @property
     def need(self) -> float:
-        """What it needs of the memory that it lacks most, over what there is; of the states alone where those are too
-        large."""
+        """Share that it needs of the memory that it lacks most; of the states alone where those are too large."""
         needed = self.memory_bytes if self.holds_states else self.states_bytes
         return max(needed / self.accelerator.memory_bytes, self.host_bytes / self.accelerator.host_memory_bytes)
 
@@ -144,7 +143,7 @@ class Candidate:
 
     @property
     def spares(self) -> bool:
-        """Whether it takes something to fit."""
+        """True if it takes something to fit."""
         return self.plain_bytes > self.memory_bytes
 
     def _costs(self, best: Candidate) -> str:
@@ -160,7 +159,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Advice:
-    """What a cluster makes of a run: the planned layout's step, and the layouts of the same world, best first."""
+    """Layouts of a run on a cluster: the planned layout's step, and the layouts of the same world, best first."""
 
     cluster: Cluster
     planned: Candidate
@@ -209,7 +208,7 @@ def rank(config: RunConfig, cluster: Cluster) -> list[Candidate]:
 
 
 def _rank(config: RunConfig, cluster: Cluster) -> list[Candidate]:
-    """The same for one place of the optimizer's state."""
+    """Rank the layouts for one location of the optimizer's state."""
     cuts = [_best(config, cluster, *axes, zero_stage) for axes in _axes(cluster) for zero_stage in range(4)]
     best = [candidate for candidate in cuts if candidate is not None]
     fastest = min((one.time.total for one in best if one.fits), default=0.0)
@@ -240,7 +239,7 @@ def larger_worlds(config: RunConfig, cluster: Cluster, largest: int) -> list[Can
 
 
 def _can_hold(config: RunConfig, cluster: Cluster) -> bool:
-    """Whether weights and gradients, each held once, and the rest on hosts, leave anything of the accelerators."""
+    """Return True if weights and gradients, each held once, with the rest on hosts, do not fill the accelerators."""
     precision, accelerator = config.precision, cluster.accelerator
     on_device = DTYPE_BYTES[precision.dtype] + DTYPE_BYTES[precision.reduce_dtype]
     per_rank = num_parameters(config.model) // cluster.world_size
@@ -291,7 +290,7 @@ def _best(config: RunConfig, cluster: Cluster, pipe: int, tensor: int, data: int
 
 
 def _refined(config: RunConfig, candidate: Candidate, cluster: Cluster) -> Iterator[Candidate]:
-    """The same layout with other numbers of chunks per stage, with sequence parallelism and without."""
+    """Yield the same layout with other numbers of chunks per stage, with sequence parallelism and without."""
     chunks = CHUNKS_PER_STAGE if candidate.layout.pipe > 1 else (1,)
     for chunks_per_stage, shared in product(chunks, _shared(candidate.layout.tensor)):
         parallel = candidate.parallel.model_copy(update={"chunks_per_stage": chunks_per_stage})
@@ -338,7 +337,7 @@ def _micro_batch_sizes(config: RunConfig, data: int) -> list[int]:
 
 
 def judge(config: RunConfig, layout: Layout, cluster: Cluster) -> Candidate:
-    """What a cluster makes of one layout, which `resolve` or `examine` gave."""
+    """Return the candidate that a cluster makes of one layout, which `resolve` or `examine` gave."""
     run_stages = run_stage_plans(config, layout)
     stages = [stage for run_stage in run_stages for stage in run_stage.stages]
     tensors = max(stage.memory.total for stage in stages)

@@ -48,7 +48,7 @@ def layer_entries(model: T5Config, layer: int) -> list[Entry]:
 
 
 def layer_kind(model: T5Config, layer: int) -> Hashable:
-    """Whether it is the decoder's."""
+    """Return True if it is the decoder's."""
     return layer >= model.num_encoder_layers
 
 
@@ -81,8 +81,9 @@ def saved(
     time_size: int = 1,
     recompute: Recompute = "none",
 ) -> int:
-    """As in a GPT; cross attention adds its norm's input and output (with products kept only, its own output), and
-    queries, output, keys and values."""
+    """Return the count as in a GPT, with that of cross attention.
+
+    It adds its norm's input and output (with products kept only, its own output), queries, output, keys and values."""
     tokens = _tokens(model, layer, lengths)
     found = gpt.saved(model, layer, RowLengths(tokens, tokens), tensor_size, time_size, recompute)
     if layer < model.num_encoder_layers or recompute == "full":
@@ -111,14 +112,14 @@ def reduced(model: T5Config, layers: range, is_first: bool, is_last: bool, lengt
 
 
 def reduced_again(model: T5Config, layer: int, lengths: RowLengths) -> int:
-    """What attention, in the decoder each of both, adds to the residual stream."""
+    """Elements that attention, in the decoder each of both, adds to the residual stream."""
     times = 1 if layer < model.num_encoder_layers else 2
     return times * _tokens(model, layer, lengths) * model.hidden_size
 
 
 def entered(model: T5Config, layer: int, lengths: RowLengths) -> int:
-    """What self-attention and the feed-forward part read; in the decoder the queries of cross attention, and its keys
-    and values."""
+    """Elements that self-attention and the feed-forward part read, and in the decoder queries, keys and values of cross
+    attention."""
     if layer < model.num_encoder_layers:
         return 2 * lengths.tokens * model.hidden_size
     return (3 * lengths.decoder + lengths.tokens) * model.hidden_size

@@ -22,7 +22,7 @@ from engine.plan.pipeline import bubble
 from engine.plan.plan import RunStagePlan, StagePlan
 
 LARGEST_SHARE = 0.60
-"""Of the peak, for matrix products of unlimited size."""
+"""Share of the peak for matrix products of unlimited size."""
 HALF_TOKENS = 256
 """Tokens of a micro-batch at which half of that is reached: smaller ones do not fill the machine."""
 HALF_WIDTH = 400
@@ -47,7 +47,7 @@ class StepTime:
 
     arithmetic: float
     recompute: float
-    """What is done for the second time: whole layers under `recompute: full`; under `selective` a pass over memory."""
+    """Work done for the second time: whole layers under `recompute: full`; under `selective` a pass over memory."""
     tensor: float
     pipe: float
     data: float

@@ -27,7 +27,7 @@ LOSS_REDUCTIONS = 3
 """Per token over the tensor axis: largest logit, sum of exponentials, the target's logit; fp32."""
 
 UPDATE_BYTES = 4
-"""Of an element of Muon's update, fp32."""
+"""Bytes of an element of Muon's update, fp32."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Traffic:
     weights: int
     """Data axis: updated weights (ZeRO-1, 2), or weights gathered for each pass (ZeRO-3)."""
     weights_within: int
-    """The same between the ranks of `gather_within`."""
+    """Data axis: weights exchanged between the ranks of `gather_within`."""
     tensor: int
     """Tensor axis: activations and their gradients; and of parameters that see a stretch."""
     sequence: int
@@ -51,7 +51,7 @@ class Traffic:
     updates: int = 0
     """Data and sequence axes: Muon's updates to the ranks that orthogonalise them and back, on average over ranks."""
     updates_across: int = 0
-    """The same on the tensor axis."""
+    """Tensor axis: Muon's updates."""
 
     @property
     def total(self) -> int:
@@ -188,7 +188,7 @@ def zero_bytes(
 
 
 def gather_bytes(total_bytes: int, size: int) -> int:
-    """What each of `size` ranks sends to gather or scatter so many bytes; an all-reduce is both."""
+    """Bytes that each of `size` ranks sends to gather or scatter so many bytes; an all-reduce is both."""
     return total_bytes * (size - 1) // size
 
 
@@ -198,7 +198,7 @@ def gather_factor(size: int) -> Fraction:
 
 
 def all_reduce_factor(size: int) -> Fraction:
-    """The same for an all-reduce."""
+    """Bytes that each rank sends for an all-reduce."""
     return 2 * gather_factor(size)
 
 

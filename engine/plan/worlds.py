@@ -101,6 +101,6 @@ def _try(
 
 
 def cause(problem: PalimpsestError) -> str:
-    """What rules that differ in their numbers alone have in common: the key that is wrong, and what may be there."""
+    """Return the text that rules that differ in numbers alone share: the key that is wrong, and what is allowed."""
     key = problem.wrong.partition(" = ")[0]
     return re.sub(r"\d+", "0", f"{key}: {re.sub(r'(, )?[0-9]+', '', problem.allowed)}")
