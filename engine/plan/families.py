@@ -102,7 +102,7 @@ class Figures(Protocol):
 FAMILIES: dict[str, Figures] = {"gpt": cast(Figures, gpt), "bert": cast(Figures, bert), "t5": cast(Figures, t5)}
 
 
-class Kind(NamedTuple):
+class LayerKind(NamedTuple):
     """Layers that are equal in all figures: one of them, and how many there are."""
 
     example: int
@@ -110,13 +110,13 @@ class Kind(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def layer_kinds(model: ModelConfig, layers: Sequence[int]) -> tuple[Kind, ...]:
+def layer_kinds(model: ModelConfig, layers: Sequence[int]) -> tuple[LayerKind, ...]:
     """The kinds of some layers, in the order in which they come first. `layers` is a range or a tuple."""
     family = figures(model)
     found: dict[Hashable, list[int]] = {}
     for layer in layers:
         found.setdefault(family.layer_kind(model, layer), []).append(layer)
-    return tuple(Kind(alike[0], len(alike)) for alike in found.values())
+    return tuple(LayerKind(alike[0], len(alike)) for alike in found.values())
 
 
 def over_layers(model: ModelConfig, layers: Sequence[int], figure: Callable[[int], int]) -> int:
