@@ -142,7 +142,7 @@ class MemorySide(OurSide):
 
         super().__init__(shape, True)
         self.store: Any = NodeStore(Path(memory), Path(folder), self.ours.groups, RankEnvironment())
-        self.store.claim()
+        self.store.acquire()
 
 
 class DeepSpeedSide:

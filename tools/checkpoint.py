@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from engine.checkpoint.compare import Difference, Opened
     from engine.checkpoint.manifest import Manifest
-    from engine.checkpoint.storage import Place
+    from engine.checkpoint.storage import Location
 
 Result = TypeVar("Result")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
@@ -61,9 +61,9 @@ def diff(
     """Show the largest difference per parameter; exit code 1 where anything differs. Of a run, its newest is taken."""
     from engine.checkpoint.compare import Opened, compare
     from engine.checkpoint.folder import find
-    from engine.checkpoint.storage import place_of
+    from engine.checkpoint.storage import location_of
 
-    left = Opened(find(place_of(first))[0])
+    left = Opened(find(location_of(first))[0])
     found = list(compare(left, _other_side(second)))
     different = [one for one in found if one.problem or one.num_different]
     for one in sorted(different, key=_rank)[:limit]:
@@ -89,14 +89,14 @@ def prune(
     """Remove what no option keeps; says only what it would do unless --yes is given. The newest that verifies stays."""
     from engine.checkpoint.folder import find, remove
     from engine.checkpoint.retention import Retention, newest_whole, victims
-    from engine.checkpoint.storage import place_of
+    from engine.checkpoint.storage import location_of
 
-    place = place_of(where)
-    retention = Retention(keep_last, keep_every, keep_best, _metric(place, metric) if keep_best else {})
-    found, verified = find(place), None
+    location = location_of(where)
+    retention = Retention(keep_last, keep_every, keep_best, _metric(location, metric) if keep_best else {})
+    found, verified = find(location), None
     while verified is None:
         verified, before = newest_whole(found, _progress), found
-        found = find(place)
+        found = find(location)
         if found == before:  # else a live run has removed what was read, and there is a newer one
             break
     if verified is None:
@@ -114,23 +114,23 @@ def prune(
     )
 
 
-def _each(where: str, read: Callable[[Place], Result]) -> Iterator[tuple[Place, Result]]:
+def _each(where: str, read: Callable[[Location], Result]) -> Iterator[tuple[Location, Result]]:
     """Yield each checkpoint and what `read` returns of it, newest first, without those that a live run removes
     meanwhile; where it removes them all, there are newer ones."""
     from engine.checkpoint.folder import find
-    from engine.checkpoint.storage import place_of
+    from engine.checkpoint.storage import location_of
     from engine.checkpoint.verify import Removed
 
     num_read = 0
     while not num_read:
-        for path in find(place_of(where)):
+        for path in find(location_of(where)):
             with suppress(Removed):
                 result = read(path)
                 num_read += 1
                 yield path, result
 
 
-def _read_manifest(path: Place) -> tuple[str, str]:
+def _read_manifest(path: Location) -> tuple[str, str]:
     """A line about a checkpoint, or what is wrong with it."""
     from engine.checkpoint.load import open_checkpoint
     from engine.checkpoint.verify import identity, still_there
@@ -144,7 +144,7 @@ def _read_manifest(path: Place) -> tuple[str, str]:
                 return "", problem.wrong
 
 
-def _progress(path: Place) -> Callable[[list[str]], Iterable[str]]:
+def _progress(path: Location) -> Callable[[list[str]], Iterable[str]]:
     return lambda names: track(names, path.name, console=Console(stderr=True), transient=True)
 
 
@@ -154,23 +154,23 @@ def _other_side(text: str) -> Opened | Mapping[str, torch.Tensor | None]:
 
     from engine.checkpoint.compare import Opened
     from engine.checkpoint.folder import find
-    from engine.checkpoint.storage import place_of
+    from engine.checkpoint.storage import location_of
 
-    place = place_of(text)
-    if isinstance(place, Path) and (place / "config.json").is_file():
+    location = location_of(text)
+    if isinstance(location, Path) and (location / "config.json").is_file():
         from engine.checkpoint.interchange.huggingface import tensors_in
         from engine.serve.quiet import quiet
 
         quiet()
-        return tensors_in(place)
-    return Opened(find(place)[0])
+        return tensors_in(location)
+    return Opened(find(location)[0])
 
 
-def _metric(place: Place, name: str) -> dict[int, float]:
+def _metric(location: Location, name: str) -> dict[int, float]:
     from engine.checkpoint.folder import run_of
     from engine.train.records import METRICS, read_metrics
 
-    run = run_of(place)
+    run = run_of(location)
     found = {int(record["step"]): float(record[name]) for record in read_metrics(run) if name in record}
     if not found:
         raise CheckpointError(
@@ -180,7 +180,7 @@ def _metric(place: Place, name: str) -> dict[int, float]:
 
 
 def _rank(one: Difference) -> tuple[bool, bool, float]:
-    """What cannot be compared first, then NaN, then the largest."""
+    """Return the sort key: what cannot be compared comes first, then NaN, then the largest difference."""
     return (not one.problem, one.largest == one.largest, -one.largest)
 
 

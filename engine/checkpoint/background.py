@@ -12,15 +12,15 @@ from typing import Generic, TypeVar
 Result = TypeVar("Result")
 
 
-class CalledOff(Exception):
-    """The function ended early because `Background.call_off` asked it to; no error of its own."""
+class Cancelled(Exception):
+    """The function ended early because `Background.cancel` asked it to; no error of its own."""
 
 
 class Background(Generic[Result]):
-    """Runs `function(called_off)` at once; it should look at that event now and then and raise `CalledOff`."""
+    """Runs `function(cancelled)` at once; it should look at that event now and then and raise `Cancelled`."""
 
     def __init__(self, function: Callable[[threading.Event], Result], name: str) -> None:
-        self._called_off = threading.Event()
+        self._cancelled = threading.Event()
         self._result: Result | None = None
         self._error: BaseException | None = None
         self._ended = threading.Event()
@@ -32,17 +32,17 @@ class Background(Generic[Result]):
 
     @property
     def done(self) -> bool:
-        """Whether it has returned or raised."""
+        """True once the function has returned or raised."""
         return self._ended.is_set()
 
     @property
     def failed(self) -> bool:
-        """Whether it has raised."""
+        """True once the function has raised."""
         return self.done and self._error is not None
 
-    def call_off(self) -> None:
+    def cancel(self) -> None:
         """Asks the function to end; returns when it has."""
-        self._called_off.set()
+        self._cancelled.set()
         self._ended.wait()
 
     def result(self) -> Result:
@@ -55,7 +55,7 @@ class Background(Generic[Result]):
     def _run(self, function: Callable[[threading.Event], Result]) -> None:
         error: BaseException | None = None
         try:
-            self._result = function(self._called_off)
+            self._result = function(self._cancelled)
         except BaseException as problem:  # whatever ends the thread is told to whoever asks for its result
             error = problem
         self._end(error)

@@ -12,7 +12,7 @@ import torch
 
 from engine.checkpoint.load import Files, load_pieces, open_checkpoint
 from engine.checkpoint.manifest import WEIGHT, Manifest, key_of, moment_state
-from engine.checkpoint.storage import Place
+from engine.checkpoint.storage import Location
 from engine.checkpoint.writers import stored_numel
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.state import Piece
@@ -36,7 +36,7 @@ class Difference:
 class Opened:
     """A checkpoint whose parameters are read one at a time."""
 
-    def __init__(self, path: Place) -> None:
+    def __init__(self, path: Location) -> None:
         """Raises `CheckpointError` where it is damaged or its files do not hold what its manifest says."""
         self.path, self.manifest = path, open_checkpoint(path)
         Files(path, self.manifest).check_all()
@@ -84,7 +84,7 @@ def _difference(key: str, left: torch.Tensor | None, right: torch.Tensor | None)
     return Difference(key, largest, different, left.numel())
 
 
-def _read(path: Place, manifest: Manifest, name: str) -> dict[str, torch.Tensor]:
+def _read(path: Location, manifest: Manifest, name: str) -> dict[str, torch.Tensor]:
     placement = manifest.placements[name]
     whole = ParameterSpec(name, placement.spec.stored_shape)
     numel = stored_numel(whole)

@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from engine.checkpoint.storage import Place, Remote
+from engine.checkpoint.storage import Location, Remote
 from engine.errors import CheckpointError
 
 CHUNK_BYTES = 8 << 20
 """Bytes written and hashed at a time."""
 MAX_HEADER_BYTES = 100 << 20
-"""As in the safetensors library."""
+"""Longest header that is read; the limit of the safetensors library."""
 FORMAT = "palimpsest-pieces 1"
 ITEM_BYTES = 4
 LONGEST_FRAME = 1 << 12
@@ -46,13 +46,14 @@ class Entry:
     tensor_rank: int
     tensor_size: int
 
-    def place(self) -> list[int]:
+    def coordinates(self) -> list[int]:
+        """Return the numbers that a header has of an entry, in their order."""
         return [self.start, self.length, self.tensor_rank, self.tensor_size]
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What the manifest says of a file: its size and the xxh3 (64 bit, hex) of all its bytes."""
+    """Size of a file, and the xxh3 (64 bit, hex) of all its bytes, as the manifest has them."""
 
     name: str
     num_bytes: int
@@ -66,7 +67,7 @@ def header_bytes(entries: list[Entry], data: np.ndarray, about: dict[str, Any]) 
     at = 0
     for entry in entries:
         part = data[at : at + entry.length]
-        pieces[entry.key] = [*entry.place(), digest(part)]
+        pieces[entry.key] = [*entry.coordinates(), digest(part)]
         offsets = [at * ITEM_BYTES, (at + entry.length) * ITEM_BYTES]
         header[entry.key] = {"dtype": "F32", "shape": [entry.length], "data_offsets": offsets}
         at += entry.length
@@ -82,10 +83,12 @@ def longest_entry(key: str) -> int:
     return 2 * len(json.dumps(json.dumps(key))) + 9 * 21 + 128
 
 
-def write(path: Path, header: bytes, data: np.ndarray, going_on: Callable[[], None] = lambda: None) -> FileRecord:
+def write(
+    path: Path, header: bytes, data: np.ndarray, check_cancelled: Callable[[], None] = lambda: None
+) -> FileRecord:
     """Writes header and data, hashed on the way, and returns when they are on the disk and read back alike.
 
-    `going_on` is called before each chunk; what it raises ends the write.
+    `check_cancelled` is called before each chunk; what it raises ends the write.
 
     Raises:
         CheckpointError: the file system is full or refuses, or gives back something else.
@@ -94,7 +97,7 @@ def write(path: Path, header: bytes, data: np.ndarray, going_on: Callable[[], No
     with disk_errors(path), path.open("xb", buffering=0) as file:
         for block in (memoryview(header), _bytes_of(data)):
             for at in range(0, len(block), CHUNK_BYTES):
-                going_on()
+                check_cancelled()
                 chunk = block[at : at + CHUNK_BYTES]
                 hasher.update(chunk)
                 _write_all(file.write, chunk)
@@ -111,7 +114,7 @@ def _write_all(write: Callable[[memoryview], int | None], chunk: memoryview) -> 
 
 
 @contextlib.contextmanager
-def disk_errors(path: Place) -> Iterator[None]:
+def disk_errors(path: Location) -> Iterator[None]:
     """Turns an `OSError` while writing at `path` into a `CheckpointError` that says what to do."""
     try:
         yield
@@ -129,7 +132,7 @@ def disk_errors(path: Place) -> Iterator[None]:
 class Container:
     """A file of pieces: its entries by key, and their elements; a local file is mapped and read where it is touched."""
 
-    def __init__(self, path: Place) -> None:
+    def __init__(self, path: Location) -> None:
         """Raises `CheckpointError` where the file is absent, cut short or its header does not hold."""
         self.path = path
         header, self._data_start, self.num_bytes = _read_header(path)
@@ -175,11 +178,11 @@ class Container:
             raise ValueError("its list of pieces is not its list of tensors")
         at = 0
         for key, tensor in header.items():
-            *place, self.digests[key] = pieces[key]
-            entry = Entry(key, *place)
+            *coordinates, self.digests[key] = pieces[key]
+            entry = Entry(key, *coordinates)
             begin, end = tensor["data_offsets"]
             if tensor["dtype"] != "F32" or tensor["shape"] != [entry.length] or begin != at:
-                raise ValueError(f"{key}: dtype, shape or place")
+                raise ValueError(f"{key}: dtype, shape or offsets")
             if entry.length <= 0 or end - begin != entry.length * ITEM_BYTES:
                 raise ValueError(f"{key}: {entry.length} elements in {end - begin} bytes")
             self.entries[key], self._offsets[key], at = entry, begin, end
@@ -187,7 +190,7 @@ class Container:
             raise ValueError(f"{self._data_start + at} bytes announced, {self.num_bytes} there")
 
 
-def _read_header(path: Place) -> tuple[dict[str, Any], int, int]:
+def _read_header(path: Location) -> tuple[dict[str, Any], int, int]:
     """(header, where the data starts, bytes of the file)."""
     try:
         num_bytes = plain_size(path)
@@ -208,7 +211,7 @@ def _read_header(path: Place) -> tuple[dict[str, Any], int, int]:
     return header, 8 + length, num_bytes
 
 
-def plain_size(path: Place) -> int:
+def plain_size(path: Location) -> int:
     """Bytes of a plain file; raises `OSError`, or `CheckpointError` for a link (it may lead out of the checkpoint) and
     whatever else is no plain file (a pipe would be waited for)."""
     if isinstance(path, Remote):
@@ -219,7 +222,7 @@ def plain_size(path: Place) -> int:
     return found.st_size
 
 
-def damaged(path: Place, what: str) -> CheckpointError:
+def damaged(path: Location, what: str) -> CheckpointError:
     """The error for a file of a checkpoint that cannot be trusted."""
     return CheckpointError(
         f"{path}: {what}",
@@ -227,7 +230,7 @@ def damaged(path: Place, what: str) -> CheckpointError:
     )
 
 
-def file_digest(path: Place) -> str:
+def file_digest(path: Location) -> str:
     """xxh3 (64 bit, hex) of a whole file, read in chunks; raises `OSError`."""
     hasher = xxhash.xxh3_64()
     with path.open("rb") as file:

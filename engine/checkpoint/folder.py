@@ -18,10 +18,10 @@ from typing import TypeVar
 
 from engine.atomic import sync_folder, write_atomically
 from engine.checkpoint.container import disk_errors
-from engine.checkpoint.storage import MANIFEST, Place, Remote
+from engine.checkpoint.storage import MANIFEST, Location, Remote
 from engine.errors import CheckpointError
 
-AnyPlace = TypeVar("AnyPlace", Path, Remote, Place)
+AnyLocation = TypeVar("AnyLocation", Path, Remote, Location)
 CHECKPOINTS = "checkpoints"
 """Its name in a run folder."""
 _OWNER = "owner.json"
@@ -30,7 +30,7 @@ _PASSING = re.compile(r"\.step-.*\.(partial|replaced|removed)")
 
 
 class Superseded(CheckpointError):
-    """Another start of the run has claimed its checkpoints: this one must end."""
+    """Another start of the run has acquired its checkpoints: this one must end."""
 
 
 @dataclass(frozen=True)
@@ -42,31 +42,31 @@ class Owner:
 
 
 def step_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies once it is committed."""
+    """Return the folder of the committed checkpoint of a step."""
     return folder / f"step-{step:08d}"
 
 
 def partial_path(folder: Path, step: int, owner: Owner) -> Path:
-    """Where it is written before that."""
+    """Return the folder that a checkpoint is written into before it is committed."""
     job = re.sub(r"[^A-Za-z0-9_.]", "_", owner.job)
     return folder / f".step-{step:08d}.{job}-{owner.attempt}.partial"
 
 
-def step_of(path: Place) -> int:
+def step_of(path: Location) -> int:
     """The step in a checkpoint's name, or -1 for a folder of another name."""
     found = _COMMITTED.fullmatch(path.name)
     return int(found.group(1)) if found else -1
 
 
-def committed(folder: AnyPlace) -> list[AnyPlace]:
+def committed(folder: AnyLocation) -> list[AnyLocation]:
     """The committed checkpoints, newest first; none where there is no such folder. Says nothing of their health."""
     if not folder.is_dir():
         return []
-    found: list[AnyPlace] = [path for path in folder.iterdir() if step_of(path) >= 0]  # type: ignore[misc]
+    found: list[AnyLocation] = [path for path in folder.iterdir() if step_of(path) >= 0]  # type: ignore[misc]
     return sorted(found, key=step_of, reverse=True)
 
 
-def find(place: AnyPlace) -> list[AnyPlace]:
+def find(location: AnyLocation) -> list[AnyLocation]:
     """The checkpoints that a user means by a run folder, its folder `checkpoints/` or one checkpoint, newest first.
 
     A folder with a manifest is one checkpoint, whatever its name.
@@ -75,49 +75,53 @@ def find(place: AnyPlace) -> list[AnyPlace]:
         CheckpointError: there is none, or nothing can be read there.
     """
     try:
-        if (place / MANIFEST).is_file() or (step_of(place) >= 0 and place.is_dir()):  # some servers list no folders
-            return [place]
-        found = committed(place / CHECKPOINTS) or committed(place)
+        if (location / MANIFEST).is_file() or (
+            step_of(location) >= 0 and location.is_dir()
+        ):  # some servers list no folders
+            return [location]
+        found = committed(location / CHECKPOINTS) or committed(location)
     except OSError as problem:
         raise CheckpointError(
-            f"{place} cannot be read: {problem.strerror or problem}",
-            "a place that can be read from here",
+            f"{location} cannot be read: {problem.strerror or problem}",
+            "a folder or URL that can be read from here",
             "check the path or URL, the server and your permissions",
         ) from problem
     if not found:
-        listed = " behind a server that lists folders" if isinstance(place, Remote) else ""
+        listed = " behind a server that lists folders" if isinstance(location, Remote) else ""
         raise CheckpointError(
-            f"{place} holds no checkpoint",
+            f"{location} holds no checkpoint",
             f"a run folder, its folder {CHECKPOINTS}/{listed}, or one checkpoint step-N",
             "check the path, or train until the first checkpoint is saved",
         )
     return found
 
 
-def run_of(place: Place) -> Place:
-    """The run folder of a place that `find` takes, named from inside or through links, too; `place` where none is.
+def run_of(location: Location) -> Location:
+    """Return the run folder of a location that `find` takes, named from inside or through links, too.
+
+    Returns `location` itself where it belongs to no run.
 
     A folder is the run of checkpoints where its `checkpoints/` is the folder that they lie in. Links are followed, and
     left again: where the current folder was entered through one, the shell's PWD says so.
     """
-    if isinstance(place, Remote):
-        inside = place.parent if step_of(place) >= 0 else place
+    if isinstance(location, Remote):
+        inside = location.parent if step_of(location) >= 0 else location
         return inside.parent if inside.name == CHECKPOINTS else inside
-    if (place / CHECKPOINTS).is_dir():
-        return place
-    real = place.resolve()
+    if (location / CHECKPOINTS).is_dir():
+        return location
+    real = location.resolve()
     inside = real.parent if (real / MANIFEST).is_file() else real
     entered = Path(os.environ.get("PWD", ""))
     here = entered if entered.is_dir() and entered.samefile(Path()) else Path()
-    for name in (Path(os.path.abspath(here / place)), real):
+    for name in (Path(os.path.abspath(here / location)), real):
         for run in name.parents[:2]:
             if (run / CHECKPOINTS).resolve() == inside:
                 return run
-    return place
+    return location
 
 
-def claim(folder: Path, owner: Owner) -> None:
-    """Makes `owner` the one that may commit, and clears what an earlier start left half done.
+def acquire(folder: Path, owner: Owner) -> None:
+    """Make `owner` the one that may commit, and clear what an earlier start left half done.
 
     Raises:
         Superseded: a newer attempt of the same job owns the folder.
@@ -133,7 +137,7 @@ def claim(folder: Path, owner: Owner) -> None:
 
 
 def owner_of(folder: Path) -> Owner | None:
-    """Who may commit; None where nobody has claimed the folder or the claim cannot be read."""
+    """Return the owner of the folder, who may commit; None if it has none, or the file cannot be read."""
     try:
         return Owner(**json.loads((folder / _OWNER).read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):
@@ -141,7 +145,7 @@ def owner_of(folder: Path) -> Owner | None:
 
 
 def check_owner(folder: Path, owner: Owner) -> None:
-    """Raises `Superseded` where another start of the run has claimed the folder since."""
+    """Raises `Superseded` where another start of the run has acquired the folder since."""
     current = owner_of(folder)
     if current != owner:
         raise _stale(folder, current, owner)
@@ -185,7 +189,7 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def remove(path: Place) -> None:
+def remove(path: Location) -> None:
     """Removes a committed checkpoint, if it is there; at no moment is a half-removed one among the committed."""
     if isinstance(path, Remote):
         with disk_errors(path):

@@ -16,7 +16,7 @@ from engine.parallel.sharding import ParameterSpec, Shape
 
 @dataclass(frozen=True)
 class Box:
-    """The elements whose index is in [start, start + size) along every dimension; never empty."""
+    """Elements whose index is in [start, start + size) along every dimension; never empty."""
 
     start: Shape
     size: Shape
@@ -26,24 +26,24 @@ class Box:
         return math.prod(self.size)
 
     def meet(self, other: Box) -> Box | None:
-        """What both boxes hold, or None where they are disjoint."""
+        """Return the intersection of two boxes, or None if they are disjoint."""
         start = tuple(map(max, self.start, other.start))
         ends = zip(self.start, self.size, other.start, other.size, strict=True)
         size = tuple(min(a + m, b + n) - low for low, (a, m, b, n) in zip(start, ends, strict=True))
         return Box(start, size) if min(size) > 0 else None
 
     def clip(self, dim: int, start: int, length: int) -> Box | None:
-        """What lies in [start, start + length) along `dim`, or None."""
+        """Return the part of the box within [start, start + length) along `dim`, or None."""
         low = max(self.start[dim], start)
         high = min(self.start[dim] + self.size[dim], start + length)
         return Box(_put(self.start, dim, low), _put(self.size, dim, high - low)) if high > low else None
 
     def move(self, dim: int, by: int) -> Box:
-        """The same box, `by` further along `dim`."""
+        """Return the box shifted along `dim` by `by` elements."""
         return Box(_put(self.start, dim, self.start[dim] + by), self.size)
 
     def carry(self, before: Box, after: Box) -> Box:
-        """This box after the translation that takes `before` to `after`."""
+        """Return the box shifted as `before` has to be to become `after`."""
         steps = zip(self.start, before.start, after.start, strict=True)
         return Box(tuple(here + b - a for here, a, b in steps), self.size)
 

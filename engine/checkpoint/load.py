@@ -17,7 +17,7 @@ from engine.checkpoint import manifest_json
 from engine.checkpoint.container import ITEM_BYTES, Container, damaged
 from engine.checkpoint.geometry import Box, dims, flat_index, flat_span, strides
 from engine.checkpoint.manifest import WEIGHT, CheckpointState, Manifest, key_of, match, moment_state
-from engine.checkpoint.storage import Place
+from engine.checkpoint.storage import Location
 from engine.checkpoint.writers import Need, Transfer, Writer, stored_numel, transfers
 from engine.errors import CheckpointError
 from engine.logs import logger
@@ -30,7 +30,7 @@ from engine.parallel.state import Piece, Placement
 log = logger(__name__)
 
 
-def open_checkpoint(path: Place) -> Manifest:
+def open_checkpoint(path: Location) -> Manifest:
     """The manifest of a checkpoint, checked against itself and the sizes of its files.
 
     Raises:
@@ -41,7 +41,7 @@ def open_checkpoint(path: Place) -> Manifest:
     return manifest
 
 
-def read_state(path: Place) -> CheckpointState:
+def read_state(path: Location) -> CheckpointState:
     """The part of a checkpoint that is not tensors; raises as `open_checkpoint`."""
     return open_checkpoint(path).state
 
@@ -110,7 +110,7 @@ def files_needed(
 
 
 def load_pieces(
-    path: Place,
+    path: Location,
     manifest: Manifest,
     pieces: list[Piece],
     tensor_rank: int = 0,
@@ -131,7 +131,7 @@ def load_pieces(
     return sum(_fill(piece, files, tensor_rank, tensor_size) for piece in pieces)
 
 
-def read_weights(path: Place) -> dict[str, torch.Tensor]:
+def read_weights(path: Location) -> dict[str, torch.Tensor]:
     """All fp32 weights by logical name in their stored shapes (no padding), in this process's memory.
 
     Raises:
@@ -148,15 +148,15 @@ def read_weights(path: Place) -> dict[str, torch.Tensor]:
 
 
 class Files:
-    """The files of one checkpoint, each opened when it is first needed and held against the manifest."""
+    """The files of one checkpoint, each opened when it is first needed and compared with the manifest."""
 
-    def __init__(self, path: Place, manifest: Manifest) -> None:
+    def __init__(self, path: Location, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
         self._open: dict[str, Container] = {}
 
     def values(self, state: str, name: str, writer: Writer, first: int = 0, count: int | None = None) -> np.ndarray:
-        """What a writer stored of a parameter's state, or `count` elements of it: flat fp32, mapped if it is local;
+        """Return `count` elements (all by default) of what a writer stored of a parameter: flat fp32, mapped if local;
         element 0 is the beginning of the writer's stored range."""
         file = self.file(writer.file_name)
         self._check(file, state, name, writer)
@@ -192,8 +192,8 @@ class Files:
         split = self.manifest.placements[name].spec.sharding.dim is not None
         owner = [writer.tensor_rank, self.manifest.layout.tensor] if split else [0, 1]
         wanted = [*self.manifest.range_of(name, writer), *owner]
-        if entry is None or entry.place() != wanted:
-            found = entry.place() if entry else "nothing"
+        if entry is None or entry.coordinates() != wanted:
+            found = entry.coordinates() if entry else "nothing"
             raise damaged(file.path, f"{key_of(state, name)} is {found}, the manifest asks for {wanted}")
 
 

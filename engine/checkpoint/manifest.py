@@ -83,7 +83,7 @@ class Manifest:
     """All moments stored beside the weights, in order; each parameter has those of its placement. Empty for weights
     alone."""
     files: dict[str, FileRecord]
-    """By name; only ranks that stored something have one."""
+    """Files by name; only ranks that stored something have one."""
     job: str
     attempt: int
 

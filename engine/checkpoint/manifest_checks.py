@@ -1,4 +1,4 @@
-"""What a manifest may claim: from JSON to values, every name, size and number of writers held against the others.
+"""Checks of a manifest: JSON becomes values, and every name, size and number of writers has to agree with the others.
 
 A manifest is data from outside. After `parse` and `check`, file names cannot leave the folder, the parameters fit
 into the bytes of the files, and the files are exactly those of the layout; that the files really have these
@@ -81,7 +81,7 @@ def _placement(name: str, value: dict[str, Any], moments: tuple[str, ...]) -> Pl
 
 
 def check(manifest: Manifest) -> None:
-    """Holds the parts of a manifest against each other, cheaply whatever they claim; raises `ValueError`."""
+    """Check that the parts of a manifest agree, at little cost whatever they say. Raises `ValueError`."""
     layout, data_size = manifest.layout, manifest.data_size
     _require(layout.world_size <= MAX_RANKS, f"{layout.world_size} ranks")
     _require(len(set(manifest.moments)) == len(manifest.moments), "a moment is listed twice")

@@ -1,7 +1,7 @@
-"""The manifest as JSON: canonical, with a hash of its own, and believed only after every claim has been checked.
+"""The manifest as JSON: canonical, with a hash of its own, and used only after every field has been checked.
 
 The hash is the xxh3 of the canonical JSON (sorted keys, no spaces) of all fields but `xxh3` itself, so that
-layout on the page is free: one line per parameter and per file, for human readers. What the fields may claim is
+layout on the page is free: one line per parameter and per file, for human readers. The fields are
 checked by `engine.checkpoint.manifest_checks`.
 """
 
@@ -20,7 +20,7 @@ from engine.checkpoint import manifest_checks
 from engine.checkpoint.container import FileRecord, damaged, disk_errors, plain_size
 from engine.checkpoint.folder import step_of, step_path
 from engine.checkpoint.manifest import Manifest
-from engine.checkpoint.storage import MANIFEST, Place
+from engine.checkpoint.storage import MANIFEST, Location
 from engine.errors import CheckpointError
 from engine.parallel.state import Placement
 
@@ -36,7 +36,7 @@ _LONG = ("parameters", "files", "hyperparameters")
 class OtherVersion(CheckpointError):
     """The checkpoint is of a version of the format that is not read here."""
 
-    def __init__(self, path: Place, version: object) -> None:
+    def __init__(self, path: Location, version: object) -> None:
         is_older = isinstance(version, int) and version < VERSION
         super().__init__(
             f"{path}: it is of version {version!r} of the checkpoint format",
@@ -60,11 +60,11 @@ def write(manifest: Manifest, folder: Path) -> None:
         write_atomically(path, text)
 
 
-def read(folder: Place) -> Manifest:
+def read(folder: Location) -> Manifest:
     """The manifest of a checkpoint folder, checked against itself and against the sizes of the files.
 
     Raises:
-        CheckpointError: it is absent, damaged, of another version, or claims what cannot be.
+        CheckpointError: it is absent, damaged, of another version, or describes what cannot be.
     """
     path = folder / FILE
     try:
@@ -92,7 +92,7 @@ def read(folder: Place) -> Manifest:
     return manifest
 
 
-def _check_name(folder: Place, manifest: Manifest) -> None:
+def _check_name(folder: Location, manifest: Manifest) -> None:
     """Raise `CheckpointError` where the folder's name gives the step of another checkpoint."""
     step = manifest.state.step
     if step_of(folder) not in (-1, step):
@@ -110,13 +110,13 @@ def _is_whole(content: dict[str, Any]) -> bool:
         return False
 
 
-def check_sizes(manifest: Manifest, folder: Place) -> None:
+def check_sizes(manifest: Manifest, folder: Location) -> None:
     """Holds every file's real size against the manifest; raises `CheckpointError` for the first that differs."""
     for record in manifest.files.values():
         check_size(record, folder / record.name)
 
 
-def check_size(record: FileRecord, path: Place) -> None:
+def check_size(record: FileRecord, path: Location) -> None:
     """Raises `CheckpointError` where a file is absent or of another size than its record says."""
     try:
         num_bytes = plain_size(path)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.checkpoint.folder import AnyPlace, committed, remove, step_of
+from engine.checkpoint.folder import AnyLocation, committed, remove, step_of
 from engine.checkpoint.verify import Removed, verify
 from engine.logs import logger
 
@@ -21,18 +21,18 @@ log = logger(__name__)
 
 @dataclass(frozen=True)
 class Retention:
-    """What stays: a checkpoint that any of the rules keeps."""
+    """Rules of retention: a checkpoint stays if any of them keeps it."""
 
     keep_last: int
-    """So many of the newest; at least 1."""
+    """Number of newest checkpoints that stay; at least 1."""
     keep_every: int | None = None
-    """Those of every step that is a multiple."""
+    """Checkpoints of steps that are a multiple stay. None means that no multiple does."""
     keep_best: int = 0
-    """So many with the least metric, among those that have one."""
+    """Number of checkpoints with the least metric that stay, among those that have one."""
     metric: Mapping[int, float] = field(default_factory=dict)
-    """By step; smaller is better."""
+    """Metric by step; smaller is better."""
 
-    def keeps(self, newest_first: list[AnyPlace]) -> set[AnyPlace]:
+    def keeps(self, newest_first: list[AnyLocation]) -> set[AnyLocation]:
         """Those that stay."""
         assert self.keep_last >= 1
         kept = set(newest_first[: self.keep_last])
@@ -42,7 +42,7 @@ class Retention:
         return kept | set(sorted(judged, key=lambda path: self.metric[step_of(path)])[: self.keep_best])
 
 
-def victims(newest_first: list[AnyPlace], retention: Retention, verified: AnyPlace | None) -> list[AnyPlace]:
+def victims(newest_first: list[AnyLocation], retention: Retention, verified: AnyLocation | None) -> list[AnyLocation]:
     """The checkpoints to remove, oldest first; none where nothing verifies, and none newer than `verified`."""
     if verified is None:
         return []
@@ -50,7 +50,7 @@ def victims(newest_first: list[AnyPlace], retention: Retention, verified: AnyPla
     return [path for path in reversed(newest_first) if path not in kept and step_of(path) < step_of(verified)]
 
 
-def prune(folder: AnyPlace, retention: Retention, verified: AnyPlace | None) -> list[AnyPlace]:
+def prune(folder: AnyLocation, retention: Retention, verified: AnyLocation | None) -> list[AnyLocation]:
     """Removes what `retention` does not keep; returns what was removed. Any process may call it at any time.
 
     `verified` is the newest checkpoint whose bytes have been held against their hashes.
@@ -65,7 +65,9 @@ def prune(folder: AnyPlace, retention: Retention, verified: AnyPlace | None) -> 
     return doomed
 
 
-def newest_whole(newest_first: list[AnyPlace], watch: Callable[[Any], Callable] = lambda path: iter) -> AnyPlace | None:
+def newest_whole(
+    newest_first: list[AnyLocation], watch: Callable[[Any], Callable] = lambda path: iter
+) -> AnyLocation | None:
     """The newest checkpoint that verifies, found by this process alone; None where there is none.
 
     One that is removed meanwhile is passed over.
@@ -78,7 +80,7 @@ def newest_whole(newest_first: list[AnyPlace], watch: Callable[[Any], Callable] 
 
 
 def retention_in_words(retention: Retention) -> str:
-    """What is kept, for a message."""
+    """Return the rules in words, for a message."""
     words = [f"the last {retention.keep_last}"]
     words += [f"every {retention.keep_every} steps"] if retention.keep_every is not None else []
     words += [f"the best {retention.keep_best}"] if retention.keep_best else []

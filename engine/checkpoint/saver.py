@@ -19,12 +19,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.checkpoint.background import Background, CalledOff
+from engine.checkpoint.background import Background, Cancelled
 from engine.checkpoint.folder import Owner
 from engine.checkpoint.manifest import CheckpointState
-from engine.checkpoint.save import StageTable, Written
 from engine.checkpoint.staging import HostBuffer, Staged, reserve_for, stage_pieces
-from engine.checkpoint.stores import DiskStore, Save, Store
+from engine.checkpoint.stores import DiskStore, Save, StageTable, Store, Written
 from engine.checkpoint.writers import Writer
 from engine.errors import CheckpointError, PalimpsestError
 from engine.parallel import collectives
@@ -44,7 +43,7 @@ class _Flight:
     committing: bool = False
     """Every rank has written."""
     commit: Background[Path] | None = None
-    """What this rank does once all have written; None where that is nothing."""
+    """Work of this rank once all have written; None if it has none."""
 
 
 class Saver:
@@ -68,10 +67,10 @@ class Saver:
         return self._flight.save.step if self._flight else None
 
     def goes_to(self, store: Store | None) -> bool:
-        """Whether a save is in flight, and to this store."""
+        """Return True if a save to this store is in flight."""
         return self._flight is not None and self._flight.store is store
 
-    def claim(self, job: str, attempt: int) -> None:
+    def acquire(self, job: str, attempt: int) -> None:
         """Makes this start of the run the only one that may commit. Collective over `groups.world`.
 
         Call when the run starts, before anything is loaded; `begin` does it where it was not called.
@@ -82,7 +81,7 @@ class Saver:
         """
         owner = Owner(job, attempt)
         if owner != self._owner:
-            self.disk.claim(owner)
+            self.disk.acquire(owner)
             self._owner = owner
 
     def reserve(self, pieces: list[Piece], placements: list[Placement]) -> int:
@@ -117,7 +116,7 @@ class Saver:
             CheckpointError: the same on every rank; earlier checkpoints are untouched and nothing half done remains.
         """
         assert self._flight is None, "settle the save before"
-        self.claim(job, attempt)
+        self.acquire(job, attempt)
         groups, owner, store = self.groups, Owner(job, attempt), store or self.disk
         writer = Writer.of(groups)
         staged = on_all(
@@ -130,12 +129,12 @@ class Saver:
         save = Save(state, owner, store.partial(state.step, owner), tables, sizes)
         store.prepare(save)
 
-        def write(called_off: threading.Event) -> Written:
-            def going_on() -> None:
-                if called_off.is_set():
-                    raise CalledOff
+        def write(cancelled: threading.Event) -> Written:
+            def check_cancelled() -> None:
+                if cancelled.is_set():
+                    raise Cancelled
 
-            return store.write(save, staged, bool(pieces), going_on)
+            return store.write(save, staged, bool(pieces), check_cancelled)
 
         self._flight = _Flight(save, store, staged, Background(write, f"checkpoint-{state.step}"))
 
@@ -168,7 +167,7 @@ class Saver:
         if flight.committing:
             return self._conclude(flight) if everywhere else None
         if failed:
-            flight.writing.call_off()
+            flight.writing.cancel()
         if failed or everywhere:
             self._collect(flight)
         return None
@@ -190,7 +189,7 @@ class Saver:
         """Gives the save in flight up, if it still writes; for a rank that ends in an error. Not collective."""
         flight, self._flight = self._flight, None
         if flight is not None:
-            flight.writing.call_off()
+            flight.writing.cancel()
         if flight is not None and flight.commit is not None:
             flight.store.give_up(flight.commit)
 
@@ -200,7 +199,7 @@ class Saver:
         def report() -> Written | None:
             try:
                 return flight.writing.result()
-            except CalledOff:  # another rank has failed, and its error is the one to tell
+            except Cancelled:  # another rank has failed, and its error is the one to tell
                 return None
 
         try:

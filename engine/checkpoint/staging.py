@@ -20,7 +20,7 @@ from engine.parallel.state import Piece, Placement
 
 
 class Staged:
-    """What one rank will write. `data` is flat fp32 and holds the entries one after the other, once `wait` returns."""
+    """Content of the file of one rank. `data` is flat fp32 and holds the entries in order, once `wait` returns."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class HostBuffer:
 
     @property
     def stream(self) -> torch.cuda.Stream:
-        """What copies from this process's GPU run on."""
+        """CUDA stream on which copies from this process's GPU run."""
         if self._stream is None:
             self._stream = torch.cuda.Stream()
         return self._stream

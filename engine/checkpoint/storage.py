@@ -1,4 +1,4 @@
-"""Where checkpoints are read from: a local folder, or one behind a URL that fsspec knows (s3://, gs://, ...).
+"""Locations of checkpoints: a local folder, or one behind a URL that fsspec knows (s3://, gs://, ...).
 
 `Remote` has the part of `pathlib.Path` that reading uses, so the rest of this room does not ask which of both it
 holds. Checkpoints are saved to a shared file system: a rename is atomic there, and a commit is a rename.
@@ -100,12 +100,12 @@ class Remote:
                 self._fs.rm(self._path, recursive=True)
 
 
-Place = Path | Remote
-"""Where a checkpoint, or a folder of them, lies."""
+Location = Path | Remote
+"""Location of a checkpoint, or of a folder of them."""
 
 
-def place_of(text: str) -> Place:
-    """The place that a path or a URL names.
+def location_of(text: str) -> Location:
+    """Return the location that a path or a URL names.
 
     Raises:
         CheckpointError: there is no file system for this URL.

@@ -1,32 +1,132 @@
-"""Where a save goes: what is done there before its files are written, and what makes it stand once they all are.
+"""Stores of saves: the work before files are written, writing one rank's file, and the commit once all are there.
 
-`engine.checkpoint.saver` drives one save at a time through a `Store`. Invariant: the collectives of a store are those
-of its methods that say so; what runs in the background uses none.
+`engine.checkpoint.saver` drives one save at a time through a `Store`. Invariants: a folder `step-N` is whole or does
+not exist, since files go into a folder that is no checkpoint yet and the commit adds the manifest and renames it; the
+collectives of a store are those of its methods that say so; what runs in the background uses none.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from engine.checkpoint import container, manifest_json
 from engine.checkpoint.background import Background
-from engine.checkpoint.folder import Owner, claim, partial_path
-from engine.checkpoint.manifest import CheckpointState, Manifest
-from engine.checkpoint.save import StageTable, Written, build_manifest, commit, prepare, write_staged
+from engine.checkpoint.folder import Owner, acquire, check_owner, partial_path, publish, step_path
+from engine.checkpoint.manifest import CheckpointState, Manifest, join_placements
 from engine.checkpoint.staging import Staged
 from engine.config.resolve import Layout
 from engine.errors import CheckpointError
 from engine.logs import logger
 from engine.parallel.agreement import on_first
 from engine.parallel.groups import Groups
+from engine.parallel.state import Placement
 
 log = logger(__name__)
-GoingOn = Callable[[], None]
-"""Raises where the write is to end early."""
+CheckCancelled = Callable[[], None]
+"""Raises `Cancelled` if the write is to end early; called between two chunks."""
+BLOCK_BYTES = 4096
+"""Files take whole blocks of the file system."""
+
+
+@dataclass(frozen=True)
+class StageTable:
+    """Placements and optimizer settings of the parameters of one pipeline stage."""
+
+    placements: list[Placement]
+    hyperparameters: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """One rank's report to the commit; no record where it stored nothing."""
+
+    record: container.FileRecord | None
+    moments: tuple[str, ...] | None
+    """None where it holds no piece at all."""
+
+
+def prepare(partial: Path, sizes: list[int]) -> None:
+    """Makes the folder that ranks write into, where the file system has room for files of these data sizes.
+
+    Raises:
+        CheckpointError: there is no room, or the file system refuses. Call on one rank.
+    """
+    with container.disk_errors(partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        room = os.statvfs(partial.parent)
+        # Headers and manifest are small beside the data; one per cent and a few blocks per file cover them.
+        wanted = sum(size + size // 100 + 4 * BLOCK_BYTES for size in sizes if size)
+        if room.f_bavail * room.f_frsize < wanted:
+            raise CheckpointError(
+                f"no space left for {partial}: the checkpoint takes {wanted} bytes, "
+                f"{room.f_bavail * room.f_frsize} are free",
+                remedy="free some space or lower checkpoint.keep_last, then train again; earlier checkpoints are whole",
+            )
+        partial.mkdir()
+
+
+def write_staged(
+    staged: Staged,
+    partial: Path,
+    step: int,
+    holds_pieces: bool = True,
+    check_cancelled: Callable[[], None] = lambda: None,
+) -> Written:
+    """Writes this rank's file, hashed on the way; returns when it is on the disk. Each rank calls it for itself.
+
+    What `check_cancelled` raises between two chunks ends the write.
+    """
+    record = None
+    staged.wait()
+    if staged.entries:
+        about = {**staged.writer._asdict(), "step": step}
+        header = container.header_bytes(staged.entries, staged.data, about)
+        record = container.write(partial / staged.writer.file_name, header, staged.data, check_cancelled)
+    return Written(record, staged.moments if holds_pieces else None)
+
+
+def build_manifest(
+    state: CheckpointState, layout: Layout, tables: list[StageTable], reports: list[Written], owner: Owner
+) -> Manifest:
+    """The manifest from one table per pipeline stage (in order) and one report per rank.
+
+    Raises:
+        CheckpointError: some ranks stored moments and others none.
+    """
+    stored = {report.moments for report in reports if report.moments is not None}
+    if () in stored and len(stored) > 1:
+        raise CheckpointError(f"some ranks carry no moments, others {sorted(stored - {()})}")
+    hyperparameters = {name: values for table in tables for name, values in table.hyperparameters.items()}
+    return Manifest(
+        state=replace(state, hyperparameters=hyperparameters),
+        layout=layout,
+        placements=join_placements([table.placements for table in tables]),
+        moments=tuple(sorted({moment for moments in stored for moment in moments})),
+        files={report.record.name: report.record for report in reports if report.record is not None},
+        job=owner.job,
+        attempt=owner.attempt,
+    )
+
+
+def commit(partial: Path, manifest: Manifest) -> Path:
+    """Writes the manifest and moves the folder to its place, in one rename. Call on one rank, when all have written.
+
+    Raises:
+        CheckpointError: a newer start of the run owns the folder, or the file system refuses.
+    """
+    owner = Owner(manifest.job, manifest.attempt)
+    manifest_json.write(manifest, partial)
+    manifest_json.check_sizes(manifest_json.read(partial), partial)
+    target = step_path(partial.parent, manifest.state.step)
+    check_owner(partial.parent, owner)  # last, as close to the rename as can be
+    publish(partial, target)
+    return target
 
 
 @dataclass(frozen=True)
@@ -68,7 +168,7 @@ class Store(Protocol):
         """Makes that folder, where there is room for the files. Collective."""
         ...
 
-    def write(self, save: Save, staged: Staged, holds_pieces: bool, going_on: GoingOn) -> Written:
+    def write(self, save: Save, staged: Staged, holds_pieces: bool, check_cancelled: CheckCancelled) -> Written:
         """Writes this rank's file, in the background."""
         ...
 
@@ -97,9 +197,9 @@ class DiskStore:
         self._groups = groups
         self._after_commit = after_commit
 
-    def claim(self, owner: Owner) -> None:
+    def acquire(self, owner: Owner) -> None:
         """Makes `owner` the only one that may commit. Collective over the world."""
-        on_first(lambda: claim(self.folder, owner), self._groups.world, CheckpointError)
+        on_first(lambda: acquire(self.folder, owner), self._groups.world, CheckpointError)
 
     def partial(self, step: int, owner: Owner) -> Path:
         return partial_path(self.folder, step, owner)
@@ -107,8 +207,8 @@ class DiskStore:
     def prepare(self, save: Save) -> None:
         on_first(lambda: prepare(save.partial, save.data_bytes), self._groups.world, CheckpointError)
 
-    def write(self, save: Save, staged: Staged, holds_pieces: bool, going_on: GoingOn) -> Written:
-        return write_staged(staged, save.partial, save.step, holds_pieces, going_on)
+    def write(self, save: Save, staged: Staged, holds_pieces: bool, check_cancelled: CheckCancelled) -> Written:
+        return write_staged(staged, save.partial, save.step, holds_pieces, check_cancelled)
 
     def clear(self, save: Save) -> None:
         on_first(lambda: shutil.rmtree(save.partial, ignore_errors=True), self._groups.world, CheckpointError)
@@ -122,7 +222,7 @@ class DiskStore:
         return on_first(lambda: commit.result() if commit else save.partial, self._groups.world, CheckpointError)
 
     def give_up(self, commit: Background[Path]) -> None:
-        commit.call_off()  # takes no notice: a commit that has begun is carried to its end
+        commit.cancel()  # takes no notice: a commit that has begun is carried to its end
 
     def _commit(self, save: Save, reports: list[Written]) -> Path:
         try:

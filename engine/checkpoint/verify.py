@@ -14,7 +14,7 @@ from engine.checkpoint import manifest_json
 from engine.checkpoint.container import file_digest
 from engine.checkpoint.load import Files
 from engine.checkpoint.manifest import Manifest
-from engine.checkpoint.storage import Place
+from engine.checkpoint.storage import Location
 from engine.errors import CheckpointError
 from engine.logs import logger
 from engine.parallel import collectives
@@ -37,14 +37,14 @@ class Damage:
 class Removed(CheckpointError):
     """The checkpoint was removed while it was read, as the retention of a live run does."""
 
-    def __init__(self, path: Place) -> None:
+    def __init__(self, path: Location) -> None:
         super().__init__(f"{path} was removed while it was read", "a checkpoint that stays", "name a newer one")
 
     def __reduce__(self):
         return CheckpointError, (self.wrong, self.allowed, self.remedy)
 
 
-def verify(path: Place, watch: Callable[[list[str]], Iterable[str]] = iter) -> list[Damage]:
+def verify(path: Location, watch: Callable[[list[str]], Iterable[str]] = iter) -> list[Damage]:
     """Return all damage of a checkpoint, found by reading every byte of it; empty where it is whole.
 
     `watch` hands on the names of the files as they are read, so that a caller can show progress. A checkpoint that is
@@ -60,7 +60,7 @@ def verify(path: Place, watch: Callable[[list[str]], Iterable[str]] = iter) -> l
             return damage
 
 
-def identity(path: Place) -> tuple[int, int] | bool:
+def identity(path: Location) -> tuple[int, int] | bool:
     """Tell one saved checkpoint from another at the same place: equal as long as `path` holds the same one.
 
     False where there is none. Behind a URL, where nothing is replaced, whether there is a manifest.
@@ -76,8 +76,8 @@ def identity(path: Place) -> tuple[int, int] | bool:
         return True
 
 
-def still_there(path: Place, before: tuple[int, int] | bool) -> bool:
-    """Whether `path` holds the checkpoint whose `identity` was `before`; False where another one has replaced it.
+def still_there(path: Location, before: tuple[int, int] | bool) -> bool:
+    """Return True if `path` holds the checkpoint whose `identity` was `before`, False if another one has replaced it.
 
     Raises:
         Removed: it is gone.
@@ -88,7 +88,7 @@ def still_there(path: Place, before: tuple[int, int] | bool) -> bool:
     return now == before
 
 
-def _damage(path: Place, watch: Callable[[list[str]], Iterable[str]]) -> list[Damage]:
+def _damage(path: Location, watch: Callable[[list[str]], Iterable[str]]) -> list[Damage]:
     try:
         manifest = manifest_json.read(path)
     except CheckpointError as problem:
@@ -96,7 +96,7 @@ def _damage(path: Place, watch: Callable[[list[str]], Iterable[str]]) -> list[Da
     return verify_files(path, manifest, watch(list(manifest.files)))
 
 
-def verify_files(path: Place, manifest: Manifest, names: Iterable[str]) -> list[Damage]:
+def verify_files(path: Location, manifest: Manifest, names: Iterable[str]) -> list[Damage]:
     """The damage among some files of a checkpoint whose manifest has been read."""
     files = Files(path, manifest)
     return [damage for name in names if (damage := _verify_file(files, name)) is not None]
@@ -126,7 +126,7 @@ def _reason(problem: CheckpointError) -> str:
 
 
 def is_whole(path: Path, groups: Groups) -> bool:
-    """Whether a checkpoint verifies; each rank reads its share of the files, and rank 0 logs what is damaged.
+    """Return True if a checkpoint verifies; each rank reads its share of the files, and rank 0 logs what is damaged.
     Collective over `groups.world`."""
     damage = _verify_together(path, groups)
     if damage and groups.world.position == 0:

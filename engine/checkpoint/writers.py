@@ -1,4 +1,4 @@
-"""Which rank stores which flat range of which parameter, and where a loading rank finds what it needs.
+"""Flat ranges that each rank stores of each parameter, and the copies that fill what a loading rank needs.
 
 The rule is a formula over `Placement` and coordinates, never a table: a tied parameter is stored by its first
 stage, a replicated one by tensor rank 0, padding by nobody, and each data rank stores its own range. Here
@@ -87,7 +87,7 @@ class Need:
 
     @property
     def real_length(self) -> int:
-        """How many of its first elements are real; the rest is padding."""
+        """Number of its first elements that are real; the rest is padding."""
         return min(max(real_numel(self.spec, self.tensor_rank, self.tensor_size) - self.start, 0), self.length)
 
 

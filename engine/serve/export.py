@@ -34,9 +34,9 @@ THEIR_LOGITS = (
     ("logits_BTV", "prediction_logits"),
     ("pair_logits_BC", "seq_relationship_logits"),
 )
-"""What each head makes, ours and theirs."""
+"""Names of the output of each head, ours and theirs."""
 MAX_TOKENS = 512
-"""Of the text that both sides read."""
+"""Longest part of the text that both sides read, in tokens."""
 
 TEXT = """A palimpsest is a page whose first writing was scraped away so that it could be used again. What was \
 written before can still be read beneath the new lines: ink bites into parchment, and monks were thrifty but not \
@@ -53,7 +53,7 @@ Nul n'est censé l'ignorer; 再利用された羊皮紙; ἀπὸ τοῦ πάλ
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how far both sides are apart on `num_tokens` tokens of text."""
+    """Summary of an export, with the distance between both sides on `num_tokens` tokens of text."""
 
     folder: Path
     num_parameters: int

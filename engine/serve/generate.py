@@ -18,7 +18,7 @@ log = logger(__name__)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. `temperature` 0 takes the likeliest token each time; `top_k` 0 draws from all."""
+    """Settings of the draw of tokens. `temperature` 0 takes the likeliest token each time; `top_k` 0 draws from all."""
 
     max_new_tokens: int = 100
     temperature: float = 0.8
@@ -98,7 +98,7 @@ def _check_length(config: Any, num_prompt_tokens: int, sampling: Sampling) -> No
 
 
 def _pad(tokenizer: Any, model: Any) -> int | None:
-    """What fills a row behind its end; one row has nothing to fill, but the library asks."""
+    """Return the token behind the end of a row; a single row has none, but the library asks for it."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else model.generation_config.eos_token_id
 
 

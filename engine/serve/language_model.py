@@ -97,7 +97,7 @@ def caches(config: PretrainedConfig) -> bool:
 
 
 def their_names_of(checkpoint: Path, tokenizer: Path | None = None) -> Names:
-    """How Hugging Face calls the parameters of a checkpoint's model, and the parts that they are in there.
+    """Return the names that Hugging Face has for the parameters of a checkpoint's model, part by part.
 
     Raises:
         ConfigError: the model has no twin, or counts positions from the padding token of a tokenizer that has none.

@@ -26,7 +26,7 @@ from engine.serve.source import Trained, run_of
 log = logger(__name__)
 
 _DOCUMENTS = 32
-"""Of each data set."""
+"""Documents of each data set that are compared."""
 _LONGEST = 2048
 """Tokens of a document that are compared; what its cut end may change is left out of the comparison with its ids."""
 _BEHIND_CUT = 64
@@ -34,10 +34,10 @@ _BEHIND_CUT = 64
 
 @dataclass(frozen=True)
 class SameTokens:
-    """What both readers agreed on."""
+    """Token ids on which both readers agree."""
 
     ids: list[int]
-    """Of the fixed text."""
+    """Token ids of the fixed text."""
     num_shard_tokens: int
     """Tokens of the run's shards that the exported tokenizer gives again."""
 

@@ -1,4 +1,4 @@
-"""What a user points at when a trained model is wanted: a run folder or one of its checkpoints.
+"""Trained models as a user names them: a run folder or one of its checkpoints.
 
 A run folder means its newest whole checkpoint. Every byte is verified before it is used. The model's
 configuration is the checkpoint's own, so that a checkpoint that was moved out of its run still opens.
@@ -43,7 +43,7 @@ class Trained:
 
 
 def is_trained(source: Path) -> bool:
-    """Whether a folder is a run or a checkpoint, by what lies in it; says nothing of its health."""
+    """Return True if a folder looks like a run or a checkpoint; says nothing of its health."""
     return (source / MANIFEST).is_file() or (source / CHECKPOINTS).is_dir()
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from engine.checkpoint.storage import Place
+from engine.checkpoint.storage import Location
 
 Record = dict[str, float | int]
 """Numbers by name; `step` counts the steps done. A number that is not finite is left out of the file."""
@@ -29,7 +29,7 @@ class _Line(NamedTuple):
     end: int
 
 
-def read_metrics(folder: Place) -> list[dict[str, Any]]:
+def read_metrics(folder: Location) -> list[dict[str, Any]]:
     """All records of a run folder, oldest first; none where there is no file."""
     try:
         with (folder / METRICS).open("rb") as file:

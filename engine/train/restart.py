@@ -17,7 +17,7 @@ from engine.checkpoint.folder import CHECKPOINTS, Superseded, committed, owner_o
 from engine.checkpoint.load import load
 from engine.checkpoint.manifest import CheckpointState, Manifest
 from engine.checkpoint.node_memory.node_store import NodeStore
-from engine.checkpoint.node_memory.recall import Line, Recall
+from engine.checkpoint.node_memory.recall import Eligibility, Recall
 from engine.checkpoint.retention import Retention, prune
 from engine.checkpoint.saver import Saver
 from engine.checkpoint.sections import check_sections
@@ -47,7 +47,7 @@ _log = logger(__name__)
 
 
 Sections = Mapping[str, Any]
-"""What the parts of a run keep in a checkpoint, by name: JSON, equal on every rank."""
+"""State that parts of a run keep in a checkpoint, by name: JSON, equal on every rank."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Restarts:
         self._metric: dict[int, float] = {}
         """`checkpoint.best_metric` of the committed checkpoints, by step, as far as it has been looked up."""
 
-    def claim(self) -> TrainState:
+    def acquire(self) -> TrainState:
         """Take the checkpoints for this start of the run, and write the configuration to the folder.
 
         Returns the state of the newest checkpoint on the disk, a new one where there is none: about where the run goes
@@ -96,9 +96,9 @@ class Restarts:
         on_first(lambda: self._compare_config(state.run_stage), self.groups.world, ConfigError)
         before = on_first(lambda: owner_of(self.folder), self.groups.world, CheckpointError)
         self._job_before = before.job if before is not None else self.place.job
-        self._saver.claim(self.place.job, self.place.attempt)
+        self._saver.acquire(self.place.job, self.place.attempt)
         if self._memory is not None:
-            self._memory.claim()
+            self._memory.acquire()
         on_first(self._note_start, self.groups.world, EnvironmentProblem)
         return state
 
@@ -119,7 +119,7 @@ class Restarts:
             CheckpointError: it failed, or the one before; with `checkpoint.on_failure: continue` only where `wait`
                 asks for a checkpoint that is there.
         """
-        self._bear(self._saver.settle)
+        self._tolerate(self._saver.settle)
 
         def begin() -> None:
             self.begun_step = state.step
@@ -127,12 +127,12 @@ class Restarts:
             if wait or not self.config.checkpoint.asynchronous:
                 self._saver.settle()
 
-        begin() if wait else self._bear(begin)
+        begin() if wait else self._tolerate(begin)
 
     def keep(self, state: TrainState, engine: StageEngine, sections: Sections) -> None:
         """Begins a checkpoint in the nodes' memory, except where another one is under way."""
         if self._saver.in_flight is None:
-            self._bear(lambda: self._begin(state, engine, sections, self._memory), optional=True)
+            self._tolerate(lambda: self._begin(state, engine, sections, self._memory), optional=True)
 
     def _begin(self, state: TrainState, engine: StageEngine, sections: Sections, store: Store | None = None) -> None:
         self._saver.begin(
@@ -149,7 +149,7 @@ class Restarts:
         self._saver.hold_update()
 
     def signals(self) -> tuple[float, float]:
-        """What this rank has to tell of the save in flight; `advance` wants the sums over the world."""
+        """Return this rank's report on the save in flight; `advance` takes the sums over the world."""
         return self._saver.signals()
 
     def advance(self, done: float, failed: float) -> None:
@@ -158,11 +158,11 @@ class Restarts:
         Raises:
             CheckpointError: it failed, and `checkpoint.on_failure` is `stop`.
         """
-        self._bear(lambda: self._saver.advance(done, failed))
+        self._tolerate(lambda: self._saver.advance(done, failed))
 
     def settle(self) -> None:
         """Waits for the save in flight and its commit; raises as `advance`."""
-        self._bear(self._saver.settle)
+        self._tolerate(self._saver.settle)
 
     def abandon(self) -> None:
         """Ends what writes in the background; for the end of a rank, not collective."""
@@ -213,14 +213,14 @@ class Restarts:
         recall = Recall(self._memory) if self._memory is not None and not go_back else None
         wanted = engine.pieces(), engine.zero_moments
         for path in [*on_disk, None]:
-            if recall is not None and (found := recall.newest(self._line(path), *wanted)) is not None:
+            if recall is not None and (found := recall.newest(self._eligible(path), *wanted)) is not None:
                 return found, True
             if path is not None and is_whole(path, self.groups):
                 return path, False
         return None, False
 
-    def _line(self, on_disk: Path | None) -> Line:
-        """What a generation has to be to be gone on from in place of `on_disk`. Collective over the world."""
+    def _eligible(self, on_disk: Path | None) -> Eligibility:
+        """Return the conditions under which a generation is taken instead of `on_disk`. Collective over the world."""
 
         def attempt() -> int:
             try:
@@ -231,7 +231,7 @@ class Restarts:
 
         least_attempt = on_first(attempt, self.groups.world, CheckpointError)
         least_step = step_of(on_disk) + 1 if on_disk is not None else 0
-        return Line(frozenset(meaning_hashes(self.config)), self._job_before, least_step, least_attempt)
+        return Eligibility(frozenset(meaning_hashes(self.config)), self._job_before, least_step, least_attempt)
 
     def _note_start(self) -> None:
         save_run(self.config, self.config.folder)
@@ -281,8 +281,8 @@ class Restarts:
                 "bring them back; to start over, use another `folder`",
             )
 
-    def _bear(self, action: Callable[[], object], optional: bool = False) -> None:
-        """Calls what may fail to save; where the run goes on without, every rank's log says so."""
+    def _tolerate(self, action: Callable[[], object], optional: bool = False) -> None:
+        """Call an action that may fail to save; log the failure where the run goes on without that checkpoint."""
         optional = optional or self._saver.goes_to(self._memory)
         try:
             action()

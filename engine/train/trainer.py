@@ -62,7 +62,7 @@ class Trainer:
         self.restarts = Restarts(config, groups, place)
         self.hooks = Hooks(standard_hooks(config))
         with phase("taking the run folder"):
-            self.state = self.restarts.claim()
+            self.state = self.restarts.acquire()
         with phase("opening the data"):
             self._data = RunData(config, groups)
             first = self.state.run_stage + (self.ends_run_stage and not self.is_done)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from engine.checkpoint.folder import Owner, claim, committed, step_of
+from engine.checkpoint.folder import Owner, acquire, committed, step_of
 from engine.checkpoint.node_memory.node_folder import folder_of
 from engine.config.rank_environment import RankEnvironment
 from engine.errors import EXIT_DONE
@@ -119,7 +119,7 @@ def test_memory_that_cannot_be_gone_on_from_falls_back_to_the_disk(corpus, tmp_p
     kept = [step_of(path) for path in committed(folder_of(memory, run, 0))]
     assert kept[:1] == ([] if harm == "rollback" else [DIES_AFTER])
     if harm == "another job between":
-        claim(run / "checkpoints", Owner("another", 0))
+        acquire(run / "checkpoints", Owner("another", 0))
     elif harm == "damage":
         for path in memory.glob("*/step-*/stage-*"):  # also the generation before, if its dropping was cut short
             raw = bytearray(path.read_bytes())

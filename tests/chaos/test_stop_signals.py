@@ -39,9 +39,9 @@ def corpus(tmp_path_factory) -> Path:
 
 def while_saving(trainer: Any) -> None:
     """The writers of step 3's checkpoint wait until the signal, which comes in step 4, has been seen."""
-    from engine.checkpoint import save
+    from engine.checkpoint import container
 
-    write, train = save.container.write, trainer.pipeline.train
+    write, train = container.write, trainer.pipeline.train
 
     def slow(*arguments: Any) -> Any:
         deadline = time.monotonic() + WAIT_SECONDS
@@ -56,7 +56,7 @@ def while_saving(trainer: Any) -> None:
             os.kill(os.getpid(), signal.SIGUSR1)  # so soon after the first it is part of it
         return train(*arguments)
 
-    save.container.write = slow
+    container.write = slow
     trainer.pipeline.train = train_and_signal
     trainer.signals.__enter__()
 

@@ -113,7 +113,7 @@ def _save_on(connection: Connection, world: World, rank: int, folder: Path, atte
     collectives.gather_objects = gather
     collectives.broadcast_object = lambda value, group, source=0: gather(value, group)[source]
     saver = Saver(folder, world.groups[rank], lambda path: prune(folder, Retention(2), path))
-    saver.claim("job", attempt)
+    saver.acquire("job", attempt)
     step = start
     while True:
         step += 1

@@ -17,7 +17,7 @@ from engine.checkpoint import manifest_json
 from engine.checkpoint.compare import Opened, compare
 from engine.checkpoint.folder import remove
 from engine.checkpoint.load import read_weights
-from engine.checkpoint.storage import place_of
+from engine.checkpoint.storage import location_of
 from engine.cli import main
 from engine.errors import CheckpointError
 from tests.engine.checkpoint.worlds import World, layout_of, random_state, small_model, some_state
@@ -116,7 +116,7 @@ def test_urls_are_listed_and_verified(url, run, capsys):
 
 def test_weights_behind_a_url_are_those_on_the_disk(url, run):
     here = read_weights(run / "checkpoints" / "step-00000020")
-    there = read_weights(place_of(f"{url}/checkpoints/step-00000020"))
+    there = read_weights(location_of(f"{url}/checkpoints/step-00000020"))
     assert here.keys() == there.keys()
     assert all((here[name] == there[name]).all() for name in here)
 
@@ -340,7 +340,7 @@ def test_urls_that_cannot_be_opened_say_what_is_missing(capsys):
     assert "nonsense" in error
     assert "to do:" in error
     with pytest.raises(CheckpointError, match="nonsense"):
-        place_of("nonsense://bucket/run")
+        location_of("nonsense://bucket/run")
 
 
 def test_a_remote_file_that_is_cut_short_is_damage(run, capsys):
@@ -429,7 +429,7 @@ def test_over_http_nothing_is_pruned(run, capsys):
 @pytest.mark.parametrize(
     ("refusal", "wrong", "allowed"),
     [
-        (403, "cannot be read: ClientResponseError: 403", "a place that can be read"),
+        (403, "cannot be read: ClientResponseError: 403", "a folder or URL that can be read"),
         (404, "holds no checkpoint", "behind a server that lists folders, or one checkpoint step-N"),
     ],
 )

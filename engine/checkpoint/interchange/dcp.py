@@ -12,11 +12,11 @@ from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from engine.checkpoint.compare import Opened
-from engine.checkpoint.storage import Place
+from engine.checkpoint.storage import Location
 from engine.errors import CheckpointError
 
 
-def write_dcp(path: Place, output: Path) -> int:
+def write_dcp(path: Location, output: Path) -> int:
     """A checkpoint as torch's distributed checkpoint: the same names, whole tensors; returns how many.
 
     `torch.distributed.checkpoint.load` reads it into any sharding: `{"model.<parameter>": tensor, ...}`.

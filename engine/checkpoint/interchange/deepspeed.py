@@ -88,7 +88,7 @@ def _interleaved(shapes: list[dict[str, Any]], buffers: list[Any]) -> Iterator[t
 
 
 def _open(path: Path) -> dict[str, Any]:
-    """What a file holds, built from tensors, plain containers and `ALLOWED`."""
+    """Return the content of a file, built from tensors, plain containers and `ALLOWED` alone."""
     allowed = []
     for name in ALLOWED:
         module, _, attribute = name.rpartition(".")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, torch.Tensor]
 Names = Callable[[ParameterSpec, torch.Tensor], Tensors]
-"""What a parameter of ours or a moment of it (stored shape) is called on another side, where it may be in parts."""
+"""Function from a parameter or a moment of it (stored shape) to its parts by the names of another format."""
 FORMS = (GPT2, LLAMA, BERT, BERT_WITHOUT_PAIRS, ROBERTA, MODERN_BERT, T5)
 
 
@@ -57,7 +57,7 @@ def to_huggingface(
 
 
 def their_names(config: ModelConfig, padding_id: int | None = None) -> Names:
-    """What `to_huggingface` does of all parameters, for one at a time.
+    """Return a function that does for one parameter at a time what `to_huggingface` does for all.
 
     Raises:
         ConfigError: the model is not exactly of one of the forms.

@@ -21,7 +21,7 @@ from engine.checkpoint.compare import Opened
 from engine.checkpoint.container import damaged, disk_errors
 from engine.checkpoint.interchange.huggingface import Names
 from engine.checkpoint.manifest import WEIGHT, Manifest, key_of, moment_state
-from engine.checkpoint.storage import MANIFEST, Place
+from engine.checkpoint.storage import MANIFEST, Location
 from engine.errors import CheckpointError
 from engine.parallel.sharding import ParameterSpec
 
@@ -38,7 +38,7 @@ def logical(spec: ParameterSpec, values: torch.Tensor) -> dict[str, torch.Tensor
     return {spec.name: values}
 
 
-def write_universal(path: Place, output: Path, names: Names = logical) -> tuple[int, list[str]]:
+def write_universal(path: Location, output: Path, names: Names = logical) -> tuple[int, list[str]]:
     """Write a checkpoint into `output`, a new or empty folder.
 
     Returns the number of parameters on the other side, and the names of moments that are left out.
@@ -83,7 +83,7 @@ def check_moments(manifest: Manifest) -> None:
         )
 
 
-def _check_name(path: Place, name: str) -> None:
+def _check_name(path: Location, name: str) -> None:
     """A parameter's name becomes that of a folder: it may not lead elsewhere."""
     if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
         raise damaged(path / MANIFEST, f"the parameter name {name!r} is not that of a folder")
@@ -93,7 +93,7 @@ _STATES = (WEIGHT, *map(moment_state, MOMENTS))
 
 
 def _step(step: int) -> torch.Tensor:
-    """As torch's Adam keeps it."""
+    """Return the step in the form in which torch's Adam keeps it."""
     return torch.tensor(float(step))
 
 

@@ -1,4 +1,4 @@
-"""From whole weights, whoever trained them, to a checkpoint of ours: in one process, which holds all of them."""
+"""Checkpoints made of whole weights from elsewhere, in one process that holds all of them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint.folder import Owner, claim, partial_path
+from engine.checkpoint.folder import Owner, acquire, partial_path
 from engine.checkpoint.manifest import CheckpointState
 from engine.checkpoint.mismatch import check_tensors
-from engine.checkpoint.save import StageTable, build_manifest, commit, prepare, write_staged
 from engine.checkpoint.staging import HostBuffer, stage_pieces
+from engine.checkpoint.stores import StageTable, build_manifest, commit, prepare, write_staged
 from engine.checkpoint.writers import Writer
 from engine.config.resolve import Layout
 from engine.parallel.sharding import ParameterSpec
@@ -36,7 +36,7 @@ def write_checkpoint(
         pieces.append(Piece(whole, 0, weights[spec.name].detach().float().contiguous().view(-1)))
         placements.append(Placement(whole, (0,), 0, math.prod(whole.shape)))
     owner = Owner("convert", 0)
-    claim(folder, owner)
+    acquire(folder, owner)
     staged = stage_pieces(pieces, placements, Writer(0, 0, 0), 1, HostBuffer())
     partial = partial_path(folder, state.step, owner)
     prepare(partial, [staged.num_bytes])

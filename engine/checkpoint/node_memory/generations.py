@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, order=True)
 class Generation:
-    """What tells one from another: newer ones are greater."""
+    """Identity of a generation; newer ones are greater."""
 
     step: int
     attempt: int
@@ -41,7 +41,7 @@ def lost(files: Iterable[str], held: Sequence[Collection[str]]) -> list[str]:
 
 
 def deliveries(needed: Sequence[Collection[str]], held: Sequence[Collection[str]]) -> list[Delivery]:
-    """What brings to each node the files that its ranks will read; the work is shared out over those who have them.
+    """Return the deliveries after which each node has the files that its ranks will read, spread over their holders.
 
     `needed` and `held` are by node; each needed file is held by some node.
     """

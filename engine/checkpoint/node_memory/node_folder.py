@@ -20,8 +20,8 @@ from typing import Any
 import xxhash
 
 from engine.checkpoint.container import disk_errors
-from engine.checkpoint.folder import Owner, claim
-from engine.checkpoint.save import BLOCK_BYTES
+from engine.checkpoint.folder import Owner, acquire
+from engine.checkpoint.stores import BLOCK_BYTES
 from engine.errors import EnvironmentProblem
 
 RUN_FILE = "run.json"
@@ -59,7 +59,7 @@ def take(folder: Path, run: Path, owner: Owner) -> Any:
             "one of this user's own, mode 700",
             "have it removed, or name another checkpoint.memory.folder",
         )
-    claim(folder, owner)
+    acquire(folder, owner)
     with disk_errors(folder):
         file = (folder / RUN_FILE).open("a+", encoding="utf-8")
         _lock(file)

@@ -26,9 +26,8 @@ from engine.checkpoint.folder import Owner, check_owner, committed, partial_path
 from engine.checkpoint.manifest import Manifest
 from engine.checkpoint.node_memory import passing
 from engine.checkpoint.node_memory.node_folder import check_room, drop, folder_of, free_bytes, left_behind, take
-from engine.checkpoint.save import Written, write_staged
 from engine.checkpoint.staging import Staged
-from engine.checkpoint.stores import GoingOn, Save
+from engine.checkpoint.stores import CheckCancelled, Save, Written, write_staged
 from engine.config.rank_environment import RankEnvironment
 from engine.errors import CheckpointError, EnvironmentProblem
 from engine.logs import logger
@@ -65,7 +64,7 @@ class NodeStore:
         self._lock: object = None
         self._dropping: Background[None] | None = None
 
-    def claim(self) -> None:
+    def acquire(self) -> None:
         """Takes every node's folder for this start of the run; says what others have left there.
 
         Raises:
@@ -104,12 +103,12 @@ class NodeStore:
 
         self.on_nodes(make)
 
-    def write(self, save: Save, staged: Staged, holds_pieces: bool, going_on: GoingOn) -> Written:
+    def write(self, save: Save, staged: Staged, holds_pieces: bool, check_cancelled: CheckCancelled) -> Written:
         """Also takes the room of the copies that will come. Not collective."""
         for rank in self.nodes.kept_by(self.rank):
             if save.data_bytes[rank]:
                 passing.take_room(_arriving(save, rank), sum(save.sizes[rank]))
-        return write_staged(staged, save.partial, save.step, holds_pieces, going_on)
+        return write_staged(staged, save.partial, save.step, holds_pieces, check_cancelled)
 
     def clear(self, save: Save) -> None:
         self.on_nodes(lambda: shutil.rmtree(save.partial, ignore_errors=True))
@@ -197,7 +196,7 @@ class NodeStore:
 
 
 def _arriving(save: Save, rank: int) -> Path:
-    """Where the file of another node's rank is received."""
+    """Return the path at which the file of another node's rank is received."""
     return save.partial / f".from-{rank}"
 
 

@@ -33,8 +33,8 @@ log = logger(__name__)
 
 
 @dataclass(frozen=True)
-class Line:
-    """What a generation has to belong to: one that is not of it is left alone, and said."""
+class Eligibility:
+    """Conditions under which a run may go on from a generation; others are left alone, which is logged."""
 
     meanings: frozenset[str]
     """Hashes of the configuration's keys of kind meaning, up to each of its run stages."""
@@ -57,19 +57,22 @@ class Recall:
         self._held: list[dict[Generation, set[str]]] = [told[rank] for rank in store.nodes.first_ranks]
         self._left = newest_first(self._held)
 
-    def newest(self, line: Line, pieces: list[Piece], zero_moments: Collection[str] = ()) -> Path | None:
-        """The folder of the newest generation of `line`, from which each rank can load its pieces; None without one."""
-        while self._left and self._left[0].step >= line.least_step:
+    def newest(self, eligible: Eligibility, pieces: list[Piece], zero_moments: Collection[str] = ()) -> Path | None:
+        """Return the folder of the newest eligible generation, from which each rank can load its pieces.
+
+        None means that there is none.
+        """
+        while self._left and self._left[0].step >= eligible.least_step:
             generation = self._left.pop(0)
             try:
-                return self._bring(generation, line, pieces, zero_moments)
+                return self._bring(generation, eligible, pieces, zero_moments)
             except CheckpointError as problem:
                 if self._world.position == 0:
                     log.warning("step %d in the nodes' memory is passed over: %s", generation.step, problem)
         return None
 
     def _own(self) -> dict[Generation, set[str]]:
-        """What this node has, by name; its bytes are looked at later."""
+        """Return the names of the files of each generation on this node; their bytes are verified later."""
         found = {}
         for path in committed(self._store.folder):
             try:
@@ -82,14 +85,16 @@ class Recall:
             found[Generation(manifest.state.step, manifest.attempt, digest)] = names
         return found
 
-    def _bring(self, generation: Generation, line: Line, pieces: list[Piece], zero_moments: Collection[str]) -> Path:
+    def _bring(
+        self, generation: Generation, eligible: Eligibility, pieces: list[Piece], zero_moments: Collection[str]
+    ) -> Path:
         """Verifies a generation and passes its files to where they are needed.
 
         Raises:
             CheckpointError: it cannot be used; the same on every rank.
         """
         manifest = self._manifest(generation)
-        _check_line(manifest, line)
+        _check_eligible(manifest, eligible)
         held = self._held_by_node(generation)
         self._check_held(manifest, held)
         held = self._verify(manifest, held)
@@ -104,7 +109,7 @@ class Recall:
         return step_path(self._store.folder, generation.step)
 
     def _manifest(self, generation: Generation) -> Manifest:
-        """As a node that has it hands it to all."""
+        """Return the manifest of a generation on every rank, read by a node that has it."""
         source = next(node for node, own in enumerate(self._held) if generation in own)
         first = self._store.nodes.first_ranks[source]
         path = step_path(self._store.folder, generation.step)
@@ -117,7 +122,7 @@ class Recall:
         return [own.get(generation, set()) for own in self._held]
 
     def _verify(self, manifest: Manifest, held: list[set[str]]) -> list[set[str]]:
-        """What each node has and is whole, by reading all of it; a node's ranks share the reading."""
+        """Return the names of the whole files on each node, by reading all of them; a node's ranks share the work."""
         store = self._store
         position, ranks = store.nodes.position(store.rank), store.nodes.ranks[store.node]
         names = sorted(held[store.node])[position :: len(ranks)]
@@ -188,15 +193,16 @@ class Recall:
             raise problems[0]
 
 
-def _check_line(manifest: Manifest, line: Line) -> None:
+def _check_eligible(manifest: Manifest, eligible: Eligibility) -> None:
     """Raises `CheckpointError` for a generation of another run, or of a start that the run has left behind."""
-    if manifest.state.config_hash not in line.meanings or manifest.job != line.job:
+    if manifest.state.config_hash not in eligible.meanings or manifest.job != eligible.job:
+        meanings = ", ".join(sorted(eligible.meanings))
         raise CheckpointError(
             f"it is of job {manifest.job!r} and configuration {manifest.state.config_hash}",
-            f"job {line.job!r}, which used the run folder last, and configuration {', '.join(sorted(line.meanings))}",
+            f"job {eligible.job!r}, which used the run folder last, and configuration {meanings}",
         )
-    if manifest.attempt < line.least_attempt:
+    if manifest.attempt < eligible.least_attempt:
         raise CheckpointError(
-            f"it is of attempt {manifest.attempt}, and attempt {line.least_attempt} has saved to the disk since",
-            f"attempt {line.least_attempt} or later",
+            f"it is of attempt {manifest.attempt}, and attempt {eligible.least_attempt} has saved to the disk since",
+            f"attempt {eligible.least_attempt} or later",
         )

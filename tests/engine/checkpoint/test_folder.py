@@ -8,8 +8,8 @@ import pytest
 from engine.checkpoint import folder as folders
 from engine.checkpoint.folder import (
     Owner,
+    acquire,
     check_owner,
-    claim,
     committed,
     find,
     owner_of,
@@ -47,16 +47,16 @@ def test_partial_names_hold_whatever_a_job_is_called(tmp_path):
 
 
 def test_an_older_attempt_cannot_claim(tmp_path):
-    claim(tmp_path, Owner("job", 3))
+    acquire(tmp_path, Owner("job", 3))
     with pytest.raises(CheckpointError, match=r"belongs to job 'job' attempt 3, this is job 'job' attempt 2") as caught:
-        claim(tmp_path, Owner("job", 2))
+        acquire(tmp_path, Owner("job", 2))
     assert "goes on elsewhere" in caught.value.remedy
     assert owner_of(tmp_path) == Owner("job", 3)
 
 
 def test_another_job_takes_over_and_the_first_loses_the_right(tmp_path):
-    claim(tmp_path, Owner("first", 9))
-    claim(tmp_path, Owner("second", 0))
+    acquire(tmp_path, Owner("first", 9))
+    acquire(tmp_path, Owner("second", 0))
     check_owner(tmp_path, Owner("second", 0))
     with pytest.raises(CheckpointError, match="belongs to job 'second' attempt 0"):
         check_owner(tmp_path, Owner("first", 9))
@@ -66,7 +66,7 @@ def test_without_a_readable_claim_nobody_may_commit_but_anybody_may_claim(tmp_pa
     (tmp_path / "owner.json").write_text("{torn")
     with pytest.raises(CheckpointError, match="belongs to nobody"):
         check_owner(tmp_path, Owner("job", 0))
-    claim(tmp_path, Owner("job", 0))
+    acquire(tmp_path, Owner("job", 0))
     check_owner(tmp_path, Owner("job", 0))
 
 
@@ -106,7 +106,7 @@ def test_claim_clears_what_a_killed_start_left(tmp_path):
     make(tmp_path / ".step-00000003.replaced", "old")
     make(step_path(tmp_path, 3), "new")
     (tmp_path / "notes.txt").write_text("mine")
-    claim(tmp_path, Owner("job", 1))
+    acquire(tmp_path, Owner("job", 1))
     assert sorted(os.listdir(tmp_path)) == ["notes.txt", "owner.json", "step-00000003"]
     assert (step_path(tmp_path, 3) / "manifest.json").read_text() == "new"
     assert json.loads((tmp_path / "owner.json").read_text()) == {"job": "job", "attempt": 1}

@@ -11,7 +11,7 @@ from engine.checkpoint.container import FileRecord
 from engine.checkpoint.folder import Owner
 from engine.checkpoint.load import open_checkpoint, read_weights
 from engine.checkpoint.manifest import Manifest, join_placements
-from engine.checkpoint.save import StageTable, build_manifest
+from engine.checkpoint.stores import StageTable, build_manifest
 from engine.checkpoint.writers import Writer
 from engine.errors import CheckpointError
 from tests.engine.checkpoint.worlds import World, layout_of, random_state, small_model, some_state

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.checkpoint import container, save, saver, stores
+from engine.checkpoint import container, saver, stores
 from engine.checkpoint.folder import Owner, committed
 from engine.checkpoint.load import load_pieces, open_checkpoint
 from engine.checkpoint.saver import Saver
@@ -131,7 +131,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
         (stores, "prepare", 1, RuntimeError("bug"), "RuntimeError: bug"),
         (saver, "stage_pieces", 4, MemoryError(), "MemoryError"),
         (stores, "commit", 1, CheckpointError("refused", "this", "that"), "refused"),
-        (save, "publish", 1, OSError(errno.EIO, "Input/output error"), "OSError"),
+        (stores, "publish", 1, OSError(errno.EIO, "Input/output error"), "OSError"),
     ],
 )
 def test_any_ranks_error_is_everybodys_and_leaves_no_trace(
@@ -158,7 +158,7 @@ def test_too_little_room_is_found_before_anything_is_written(tmp_path, world, sa
     class Room:
         f_bavail, f_frsize = 3, 4096
 
-    monkeypatch.setattr(save.os, "statvfs", lambda path: Room)
+    monkeypatch.setattr(stores.os, "statvfs", lambda path: Room)
     errors = saved_by_all(world, savers, ranks)
     assert len({str(error) for error in errors}) == 1
     assert "12288 are free" in str(errors[0])
@@ -192,7 +192,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(small_disk, world, rank
         class Room:
             f_bavail, f_frsize = 1 << 30, 4096
 
-        monkeypatch.setattr(save.os, "statvfs", lambda path: Room)
+        monkeypatch.setattr(stores.os, "statvfs", lambda path: Room)
     errors = saved_by_all(world, savers, ranks, step=2)
     assert len({str(error) for error in errors}) == 1
     assert "no space left for" in str(errors[0])
@@ -205,7 +205,7 @@ def test_a_stale_attempt_cannot_commit(tmp_path, world, ranks):
     old = [Saver(tmp_path, groups) for groups in world.groups]
     new = [Saver(tmp_path, groups) for groups in world.groups]
     saved_by_all(world, old, ranks, step=1, attempt=0)
-    ranks.run(8, lambda rank: new[rank].claim("job", 1))
+    ranks.run(8, lambda rank: new[rank].acquire("job", 1))
     errors = saved_by_all(world, old, ranks, step=2, attempt=0)
     assert len({str(error) for error in errors}) == 1
     assert "belongs to job 'job' attempt 1, this is job 'job' attempt 0" in str(errors[0])
@@ -269,9 +269,9 @@ def test_pieces_with_different_moments_are_refused():
     pieces = [Piece(SPEC, 0, torch.zeros(4), {"exp_avg": torch.zeros(4)}), Piece(other, 0, torch.zeros(4))]
     with pytest.raises(CheckpointError, match=r"p carries the moments \['exp_avg'\], its placement says"):
         stage_pieces(pieces, [PLACE, Placement(other, (0,), 0, 4)], Writer(0, 0, 0), 1, HostBuffer())
-    reports = [save.Written(None, ("exp_avg",)), save.Written(None, None), save.Written(None, ())]
+    reports = [stores.Written(None, ("exp_avg",)), stores.Written(None, None), stores.Written(None, ())]
     with pytest.raises(CheckpointError, match="some ranks carry no moments, others"):
-        save.build_manifest(some_state(), layout_of(1, 3, 1), [], reports, Owner("j", 0))
+        stores.build_manifest(some_state(), layout_of(1, 3, 1), [], reports, Owner("j", 0))
 
 
 def test_a_section_that_is_not_json_fails_the_save_everywhere(tmp_path, world, savers, ranks):

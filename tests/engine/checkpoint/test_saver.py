@@ -12,9 +12,9 @@ import pytest
 from engine.checkpoint import container, saver
 from engine.checkpoint.folder import Superseded, committed
 from engine.checkpoint.load import load_pieces, open_checkpoint
-from engine.checkpoint.save import write_staged
 from engine.checkpoint.saver import Saver
 from engine.checkpoint.staging import HostBuffer, stage_pieces
+from engine.checkpoint.stores import write_staged
 from engine.checkpoint.verify import verify
 from engine.checkpoint.writers import Writer
 from engine.errors import CheckpointError
@@ -117,13 +117,13 @@ class OneRankFails:
         self.failed = threading.Event()
         monkeypatch.setattr(container, "write", self.write)
 
-    def write(self, path, header, data, going_on=lambda: None):
+    def write(self, path, header, data, check_cancelled=lambda: None):
         if path.name.startswith("stage-00-data-0001"):
             self.failed.set()
             raise self.error
         assert self.failed.wait(PATIENCE_SECONDS)
         while True:  # a disk so slow that only being called off ends it
-            going_on()
+            check_cancelled()
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ class OneRankFails:
     ],
 )
 def test_a_failed_write_is_every_ranks_error_at_the_next_step(tmp_path, world, savers, ranks, monkeypatch, error):
-    first = ranks.run(4, lambda rank: savers[rank].claim("job", 0))
+    first = ranks.run(4, lambda rank: savers[rank].acquire("job", 0))
     assert first == [None] * 4
     with monkeypatch.context() as patched:
         OneRankFails(patched, error)
@@ -152,7 +152,7 @@ def test_a_failed_write_is_every_ranks_error_at_the_next_step(tmp_path, world, s
 
 
 def test_the_wait_at_the_end_hears_of_a_failure_too(tmp_path, world, savers, ranks, monkeypatch):
-    ranks.run(4, lambda rank: savers[rank].claim("job", 0))
+    ranks.run(4, lambda rank: savers[rank].acquire("job", 0))
     monkeypatch.setattr(container.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
     assert begin(world, savers, ranks) == [None] * 4
     errors = ranks.run(4, lambda rank: savers[rank].settle())

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.checkpoint.folder import Owner, claim, partial_path
+from engine.checkpoint.folder import Owner, acquire, partial_path
 from engine.checkpoint.manifest import CheckpointState, key_of, moment_state
-from engine.checkpoint.save import StageTable, build_manifest, commit, prepare, write_staged
 from engine.checkpoint.staging import HostBuffer, stage_pieces
+from engine.checkpoint.stores import StageTable, build_manifest, commit, prepare, write_staged
 from engine.checkpoint.writers import Writer
 from engine.config.resolve import Layout
 from engine.parallel.axes import Grid
@@ -157,7 +157,7 @@ class World:
 
     def save(self, folder: Path, state: CheckpointState, owner: Owner = Owner("job", 0)) -> Path:  # noqa: B008
         """The steps of `Saver.save` for every rank in turn."""
-        claim(folder, owner)
+        acquire(folder, owner)
         tensor = self.layout.tensor
         staged = [
             stage_pieces(pieces, self.placements[writer.stage], writer, tensor, HostBuffer())

@@ -13,7 +13,7 @@ import typer
 from pydantic import BaseModel
 
 from engine import cli
-from engine.checkpoint.storage import place_of
+from engine.checkpoint.storage import location_of
 from engine.config import home
 from engine.config.load import load_run
 from engine.config.schema.run import RunConfig
@@ -119,7 +119,7 @@ def test_a_command_names_the_home_folder_and_not_a_tilde(at_home: Path, capsys: 
 
 
 def test_paths_that_may_be_something_else(at_home: Path) -> None:
-    assert place_of("~/run") == at_home / "run"
+    assert location_of("~/run") == at_home / "run"
     assert split_domain("~/text/*.txt") == ("", f"{at_home}/text/*.txt")
     assert split_domain("web=~/text") == ("web", f"{at_home}/text")
     assert split_domain("a/~b=c") == ("", "a/~b=c")

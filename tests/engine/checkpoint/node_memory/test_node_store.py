@@ -15,7 +15,7 @@ from engine.checkpoint.folder import Superseded, committed, step_of, step_path
 from engine.checkpoint.load import load
 from engine.checkpoint.node_memory import node_folder, node_store, passing
 from engine.checkpoint.node_memory.node_store import NodeStore
-from engine.checkpoint.node_memory.recall import Line, Recall
+from engine.checkpoint.node_memory.recall import Eligibility, Recall
 from engine.checkpoint.saver import Saver
 from engine.config.rank_environment import RankEnvironment
 from engine.errors import CheckpointError, EnvironmentProblem
@@ -23,7 +23,7 @@ from engine.parallel.groups import Group
 from tests.engine.checkpoint.threads import ThreadedRanks
 from tests.engine.checkpoint.worlds import World, layout_of, random_state, small_model, some_state
 
-LINE = Line(frozenset({some_state().config_hash}), "job", 0, 0)
+LINE = Eligibility(frozenset({some_state().config_hash}), "job", 0, 0)
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ class Job:
     def _store(self, rank):
         place = RankEnvironment(rank, self.size, node_rank=self.on[rank], job=self.job, attempt=self.attempt)
         store = NodeStore(self.base, self.run_folder, self.world.groups[rank], place, groups_of)
-        store.claim()
+        store.acquire()
         return store
 
     def all(self, function):
