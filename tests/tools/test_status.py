@@ -13,6 +13,7 @@ from engine.config import save
 from engine.outcome import Outcome
 from engine.run_folder import FILE, RunFolder, Start
 from engine.train.records import METRICS
+from engine.train.run_status import read_config
 from tests.readme import REPOSITORY
 from tests.tools.run_folders import make_run
 
@@ -133,6 +134,18 @@ def test_a_configuration_that_cannot_be_read_hides_only_what_follows_from_it(tmp
     assert (found["step"], found["num_steps"], found["seconds_left"]) == (6, None, None)
     assert "old_section" in found["config_problem"]
     assert "configuration" in "\n".join(lines(capsys, folder))
+
+
+@pytest.mark.parametrize(("num_steps", "number", "name"), [(9, 1, "first"), (10, 2, "second"), (12, 2, "second")])
+def test_a_run_of_two_stages_stands_in_the_one_of_its_next_step(tmp_path, capsys, num_steps, number, name):
+    folder = make_run(tmp_path / "one", num_steps)
+    config = read_config(folder)
+    stages = tuple(config.stages[0].model_copy(update={"name": name}) for name in ("first", "second"))
+    save.save_run(config.model_copy(update={"stages": stages}), folder)
+    (found,) = status(capsys, folder)
+    assert (found["run_stage_number"], found["num_run_stages"], found["run_stage"]) == (number, 2, name)
+    assert found["num_steps"] == 20
+    assert found["seconds_left"] == pytest.approx((20 - num_steps) * (1 + 0.5 / num_steps))
 
 
 def test_several_runs_have_a_line_each(tmp_path, capsys):
