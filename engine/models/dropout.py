@@ -103,6 +103,8 @@ def _places(
 ) -> torch.Tensor:
     """int32 number of each element in its row, row-major over the whole `sizes` (the first is never asked for), of the
     part of `shape` that begins at `firsts`. It may wrap around beyond 2^32 elements: such masks repeat."""
+    # Of rows 4 features wide, the part that begins at (2, 1) with shape (2, 3) has the numbers
+    # [[9, 10, 11], [13, 14, 15]]: position x 4 + feature, wherever the part is computed.
     places = torch.zeros((), dtype=torch.int32, device=device)
     for dim, (length, first, size) in enumerate(zip(shape, firsts, sizes, strict=True)):
         indices = torch.arange(first, first + length, dtype=torch.int32, device=device)
@@ -117,6 +119,7 @@ def _drop(
     low_B, high_B = (
         key_B.view(-1, *[1] * places.dim()) for key_B in _site_keys(keys_B, (layer + 1) * NUM_SITES + site)
     )
+    # (B, *places) by broadcasting. The lowest 31 bits are compared, since torch compares int32 as signed numbers.
     bits = _mix32(_mix32(places ^ low_B) ^ high_B)
     dropped = (bits & 0x7FFFFFFF) < int(rate * 2**31)
     return x.masked_fill(dropped, 0.0) * (1.0 / (1.0 - rate))

@@ -80,11 +80,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden_ND), size):
             rows = slice(start, start + size)
             hidden_CD, weights_C = hidden_ND[rows], weights_N[rows].to(wide)
-            logits_CV = F.linear(hidden_CD, used_VD, used_V)
+            logits_CV = F.linear(hidden_CD, used_VD, used_V)  # (C, V): all of the logits that exist at a time
             if first_column >= vocab_size:
                 logits_CV.fill_(-torch.inf)
             logs_CV = _log_softmax(logits_CV, wide, group)
             del logits_CV
+            # Rank 1 of two with V = 100 holds columns 100 to 199: target 130 is its column 30, target 7 is foreign.
             columns_C = targets_N[rows] - first_column
             foreign_C = (columns_C < 0) | (columns_C >= real)
             columns_C1 = columns_C.masked_fill(foreign_C, 0).unsqueeze(-1)
@@ -97,6 +98,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 del logs_CV
                 continue
             ones_C1 = (~foreign_C).to(wide).unsqueeze(-1)
+            # d loss / d logits = weight x (softmax - one-hot of the target), made in place of the log-softmax. Where
+            # the target is foreign, 0 is added to column 0, so that no row needs a branch.
             wide_CV = logs_CV.exp_().scatter_add_(-1, columns_C1, -ones_C1).mul_(weights_C.unsqueeze(-1))
             grad_CV = wide_CV.to(hidden_ND.dtype)
             torch.mm(grad_CV, used_VD, out=grad_hidden_ND[rows])
@@ -122,6 +125,7 @@ def _log_softmax(logits_CV: torch.Tensor, dtype: torch.dtype, group: Group) -> t
     if group.size == 1:
         return torch.log_softmax(logits_CV, -1, dtype=dtype)
     shifted_CV = logits_CV.to(dtype)
+    # log softmax = x - max - log(sum(exp(x - max))), with maximum and sum over the columns of all ranks.
     shifted_CV = shifted_CV - all_reduce(shifted_CV.amax(-1), group, "max").unsqueeze(-1)
     total_C = all_reduce(shifted_CV.exp().sum(-1), group)
     return shifted_CV.sub_(total_C.log_().unsqueeze(-1))

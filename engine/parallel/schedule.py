@@ -104,7 +104,7 @@ def _interleaved(stage: int, num_stages: int, num_chunks: int, num_micro_batches
     The published order wants a multiple of the stages. Others are filled up with micro-batches whose instructions
     are left out again: what is left keeps its order and needs nothing of what was left out.
     """
-    filled = -(-num_micro_batches // num_stages) * num_stages
+    filled = -(-num_micro_batches // num_stages) * num_stages  # 5 micro-batches on 4 stages are filled up to 8
     sizes = (num_stages, num_chunks, filled)
     warmup = 2 * (num_stages - 1 - stage) + (num_chunks - 1) * num_stages
     for instruction in _alternate(forward_passes(*sizes), backward_passes(*sizes), warmup):

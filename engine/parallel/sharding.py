@@ -91,6 +91,7 @@ class ParameterSpec:
 
     def extents(self, tensor_rank: int, tensor_size: int) -> Iterator[tuple[int, int, int]]:
         """Runs (start in the whole, start in the part, length) along the split dimension, one per block."""
+        # Blocks (4, 2, 2) on rank 1 of 2 give (2, 0, 2), (5, 2, 1), (7, 3, 1): the second half of each of q, k and v.
         whole = part = 0
         for block in self.blocks():
             share = block // tensor_size

@@ -145,6 +145,7 @@ class VocabularyEmbedding(nn.Embedding):
         self.group, self.stretches = group, stretches
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        # A token of another rank's rows looks up row 0 here and is set to 0: the sum over ranks has one term per token.
         local_BT = input - self.group.position * self.num_embeddings
         foreign_BT = (local_BT < 0) | (local_BT >= self.num_embeddings)
         rows_BTD = F.embedding(local_BT.masked_fill(foreign_BT, 0), self.weight)

@@ -53,5 +53,8 @@ def sequence_attention(
     """
     if drop is not None:
         drop = partial(drop, first_head=group.position * (q_BTHK.size(HEADS) // group.size))
+    # (B, T / n, H, K) -> (B, T, H / n, K): with n = 2 and 4 heads, rank 0 gets heads 0 and 1 of the whole row, rank 1
+    # heads 2 and 3. Attention needs all positions of a head, and no two heads need each other.
     rows = [_Exchange.apply(x, group, HEADS, TIME) for x in (q_BTHK, k_BTGK, v_BTGK)]
+    # (B, T, H / n, K) -> (B, T / n, H, K): the exchange with both dims swapped is its own inverse.
     return _Exchange.apply(attention(*rows, mask, scale, drop), group, TIME, HEADS)  # type: ignore[no-any-return]

@@ -91,6 +91,7 @@ class Cures:
         require(coordinator, "reset_step", "is_complete_trace", "is_record_trace", "release_sub_module")
         require(engine.optimizer, "clear_backward_seen_flag", "grad_partitions_flat_buffer")
         self.optimizer = engine.optimizer
+        # With several forward passes in flight no recorded order of modules ever matches, so none is recorded.
         # Called at each forward; it would start the trace and compare it with ranks that run other modules.
         coordinator.reset_step = lambda: None
         coordinator.release_sub_module = _kept_while_recomputed(coordinator.release_sub_module)
@@ -113,6 +114,7 @@ class Cures:
         The first backward of a step replaces the gradients of what it went through, and the later ones add: those
         of the other chunks would be added to the last step's.
         """
+        # Stale sums lie in this buffer: DeepSpeed overwrites only the slices of modules that the pass came to.
         if is_first:
             self.optimizer.grad_partitions_flat_buffer.zero_()
         # modules whose second run ended early did not leave DeepSpeed's stack of running modules
