@@ -77,7 +77,9 @@ def two_stages(corpora: Path, folder: Path, model: str, parallel: dict[str, Any]
     stage |= {"objective": OBJECTIVES[family], "duration": {"steps": BORDER}}
     other = SECOND[model]
     second = stage | other | {"data": stage["data"] | other.get("data", {}), "name": "second"}
-    second |= {"sequence_length": 3 * LENGTH // 4, "global_batch_size": 4}
+    lengths = (LENGTH, 3 * LENGTH // 4)  # the cut is made for the longer one
+    stage["sequence_length"], second["sequence_length"] = reversed(lengths) if family == "bert" else lengths
+    second |= {"global_batch_size": 4}
     second |= {"schedule": {"shape": "constant", "learning_rate": 1e-3}}
     return tree | {"stages": [stage | {"name": "first"}, second]}
 
@@ -149,8 +151,8 @@ def samples_by_step(log: Path) -> dict[int, Any]:
 def test_kills_in_both_stages_and_between_them_in_changing_layouts(corpora, alone, tmp_path):
     model, folder, log = "gpt2-dropout", tmp_path / "run", tmp_path / "samples"
     for parallel, kills in zip(WORLDS, (*KILLS, None), strict=True):
-        tree = two_stages(corpora, folder, model, parallel) | {"checks": False}
-        tree["checkpoint"] |= {"asynchronous": False}  # what a step saved is there when the next one is killed
+        tree = two_stages(corpora, folder, model, parallel)
+        tree["checkpoint"]["asynchronous"] = False  # what a step saved is there when the next one is killed
         prepare = partial(watch, log=log, kills=kills)
         if kills is None:
             ranks = run_ranks(world_size(parallel), train_rank, tree, prepare)
