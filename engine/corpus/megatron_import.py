@@ -34,7 +34,7 @@ def import_megatron(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Index:
-    """Writes a folder of token shards that are stretches of `PREFIX.bin`, and returns its index.
+    """Write a folder of token shards that are stretches of `PREFIX.bin`, and returns its index.
 
     Reads every token twice, to look at it and for the hashes, and tells `progress` the tokens of each shard. Raises
     `DataError`: a set that is damaged or was not made with this tokenizer, documents without an end-of-text, an output

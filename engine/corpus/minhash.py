@@ -98,6 +98,6 @@ def candidates(keys_N: np.ndarray) -> np.ndarray:
 
 
 def _mixed(words: np.ndarray) -> np.ndarray:
-    """Spreads every bit over the word (Fibonacci multiplication with a fold); wraps around as uint64 does."""
+    """Spread every bit over the word (Fibonacci multiplication with a fold); wraps around as uint64 does."""
     words = words * _MULTIPLIER
     return words ^ (words >> np.uint64(29))

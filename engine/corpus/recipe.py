@@ -117,7 +117,7 @@ def begin(output: Path, recipe: Recipe, overwrite: bool) -> Path:
 
 
 def remove_tree(folder: Path) -> None:
-    """Removes a working folder, what tells its command first. Raises `OSError`."""
+    """Remove a working folder, what tells its command first. Raises `OSError`."""
     (folder / PLAN_FILE).unlink(missing_ok=True)
     if folder.exists():
         shutil.rmtree(folder)

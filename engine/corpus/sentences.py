@@ -17,7 +17,7 @@ LANGUAGE = re.compile(r"[a-z]{2,3}(-[a-z]+)*")
 
 
 def check_language(language: str) -> None:
-    """Raises `ConfigError` for what is no language code; unknown languages fall back to the nearest known rules."""
+    """Raise `ConfigError` for what is no language code; unknown languages fall back to the nearest known rules."""
     if not LANGUAGE.fullmatch(language):
         raise ConfigError(f"sentences in language {language!r}", "a code such as en or zh", "name the main language")
 

@@ -83,7 +83,7 @@ def _as_in_file(source: str, found: Any) -> PreTrainedTokenizerFast:
 
 
 def _add(tokenizer, purpose: Purpose) -> None:
-    """Gives the tokenizer what the objective needs and it lacks."""
+    """Give the tokenizer what the objective needs and it lacks."""
     if purpose == "masked":
         missing = {role: token for role, token in _ROLES.items() if getattr(tokenizer, role) is None}
         if missing:

@@ -73,7 +73,7 @@ def train_tokenizer(
     purpose: Purpose = "causal",
     lowercase: bool = False,
 ) -> TextTokenizer:
-    """Trains a tokenizer on some texts, saves it as a folder and returns it as loaded from there.
+    """Train a tokenizer on some texts, saves it as a folder and returns it as loaded from there.
 
     `purpose` adds the tokens that the objective needs; WordPiece always has BERT's. `lowercase` (WordPiece alone)
     drops case and accents. A small corpus may carry fewer tokens than asked for: see the result's `vocab_size`.

@@ -27,12 +27,12 @@ class Cursor(NamedTuple):
     """A place in the stream: samples drawn so far, and the next sample of each source."""
 
     position: int
-    places: tuple[SampleId, ...]
+    addresses: tuple[SampleId, ...]
 
     @property
     def windows(self) -> list[tuple[int, ...]]:
         """(epoch, window) that the next sample of each source is in, or was the last of."""
-        return [place[:2] for place in self.places]
+        return [address[:2] for address in self.addresses]
 
 
 class Samples(NamedTuple):
@@ -98,7 +98,7 @@ class MixedOrder:
             if cursor.position < end:
                 # each source moves on by what it would have given: nothing after the interval depends on leaving it out
                 counts_K = self.mixing.counts(end) - self.mixing.counts(cursor.position)
-                cursor = Cursor(end, self._advanced(cursor.places, counts_K.tolist()))
+                cursor = Cursor(end, self._advanced(cursor.addresses, counts_K.tolist()))
         return cursor, None
 
     def _in_a_row(self, cursor: Cursor, count: int) -> tuple[Samples, Cursor]:
@@ -112,17 +112,17 @@ class MixedOrder:
                 "raise data.sources.*.epochs or max_tokens, or shorten the stage",
             )
         if len(self.sources) == 1:
-            (place,), order = cursor.places, self.sources[0].order
-            found = Samples(np.zeros(count, np.int64), order.addresses(place, count))
-            return found, Cursor(end, (order.after(place, count),))
+            (address,), order = cursor.addresses, self.sources[0].order
+            found = Samples(np.zeros(count, np.int64), order.addresses(address, count))
+            return found, Cursor(end, (order.after(address, count),))
         # sources_N (0, 1, 0): source 0 gives its next two samples to rows 0 and 2, source 1 its next one to row 1
         sources_N = self.mixing.of(cursor.position, count)
         addresses_N3, counts = np.empty((count, 3), np.int64), []
-        for source, place in zip(self.sources, cursor.places, strict=True):
+        for source, place in zip(self.sources, cursor.addresses, strict=True):
             mine = np.flatnonzero(sources_N == source.number)
             addresses_N3[mine] = source.order.addresses(place, mine.size)
             counts.append(mine.size)
-        return Samples(sources_N, addresses_N3), Cursor(end, self._advanced(cursor.places, counts))
+        return Samples(sources_N, addresses_N3), Cursor(end, self._advanced(cursor.addresses, counts))
 
     def _advanced(self, places: tuple[SampleId, ...], counts: list[int]) -> tuple[SampleId, ...]:
         steps = zip(self.sources, places, counts, strict=True)

@@ -190,7 +190,7 @@ class Stream:
                 f"{MOST_LOST} at most",
                 "look at the disk, and restore the shards from a copy",
             )
-        source.refuse_mid_window(damage, self._progress.cursor.places[damage.source])
+        source.refuse_mid_window(damage, self._progress.cursor.addresses[damage.source])
         lost = tuple(sorted({*self._lost, damage}))
         sources = self._open_sources(lost)
         sources[damage.source].refuse_empty()
@@ -222,7 +222,7 @@ class Stream:
         """Return the remote shards of the windows in use and of those after them, as (data set, shard number) in the
         order of their use."""
         found: list[tuple[TokenDataset, int]] = []
-        places = self._progress.cursor.places
+        places = self._progress.cursor.addresses
         for ahead in (0, 1):
             for source, place in zip(self._order.sources, places, strict=True):
                 if source.dataset.is_remote:
@@ -248,7 +248,7 @@ class Stream:
         return {
             "position": self.position,
             "samples": self.samples,
-            "places": [list(place) for place in self._progress.cursor.places],
+            "places": [list(place) for place in self._progress.cursor.addresses],
             "left_out": [list(interval) for interval in self.left_out],
             "lost": [[*damage[:2], int(damage.counted)] for damage in self._lost],
             **({"passed_over": list(self._progress.passed_over)} if any(self._progress.passed_over) else {}),

@@ -123,7 +123,7 @@ def _is_wanted(path: Path) -> bool:
 
 
 def _described(path: Path, named: bool = False) -> Found:
-    """Raises `DataError` for what is no text; a name that tells no kind is looked into."""
+    """Raise `DataError` for what is no text; a name that tells no kind is looked into."""
     if _leads_nowhere(path):
         raise DataError(f"{path} is a link to {path.readlink()}, which is not there", "a file", "restore or remove it")
     try:

@@ -49,7 +49,7 @@ def head(name: str, num_bytes: int) -> bytes:
 
 
 def refuse_cut_off(name: str) -> None:
-    """Raises `DataError` for a zstd file that is cut off or damaged: readers of other libraries see a shorter text."""
+    """Raise `DataError` for a zstd file that is cut off or damaged: readers of other libraries see a shorter text."""
     if _suffix(name) == ".zst":
         with _opened(name) as file:
             text = _decompressed(name, file)

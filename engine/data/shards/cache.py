@@ -118,7 +118,7 @@ class ShardCache:
         )
 
     def discard(self, name: str) -> None:
-        """Takes a file out, whoever holds it: it has been damaged on this disk."""
+        """Take a file out, whoever holds it: it has been damaged on this disk."""
         (self.folder / name).unlink(missing_ok=True)
 
     def used_bytes(self) -> int:
@@ -207,7 +207,7 @@ class ShardCache:
         return any(_remove_unheld(path) for path, _, _ in self._by_use())
 
     def _wait_for_fetch(self, name: str) -> bool:
-        """Returns when nobody is fetching the file any more; false where nobody was."""
+        """Wait until nobody is fetching the file any more; return False where nobody was."""
         try:
             with (self.folder / (name + PARTIAL)).open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH)
@@ -216,7 +216,7 @@ class ShardCache:
             return False
 
     def _sweep(self) -> None:
-        """Removes what processes left that died while they fetched."""
+        """Remove what processes left that died while they fetched."""
         for path in self.folder.glob("*" + PARTIAL):
             _remove_unheld(path)
 
@@ -261,7 +261,7 @@ class ShardCache:
 
 
 def _allocate(file: BinaryIO, num_bytes: int) -> None:
-    """Takes the file's whole size on the disk now, so that no write of it finds the disk full. Raises `OSError`."""
+    """Take the file's whole size on the disk now, so that no write of it finds the disk full. Raises `OSError`."""
     file.truncate(num_bytes)
     if num_bytes:
         try:
@@ -272,7 +272,7 @@ def _allocate(file: BinaryIO, num_bytes: int) -> None:
 
 
 def _remove_unheld(path: Path) -> bool:
-    """Removes a file that nobody holds; whether it did."""
+    """Remove a file unless somebody holds it; return True if it did."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

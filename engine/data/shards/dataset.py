@@ -127,13 +127,13 @@ class TokenDataset:
         return self._remote is not None
 
     def release(self) -> None:
-        """Lets the cache evict what this process has open: call when nothing of it is in use. What needs no file in
+        """Let the cache evict what this process has open: call when nothing of it is in use. What needs no file in
         the cache stays: local shards, and those that are unpacked in memory."""
         if self.is_remote:
             PROCESS.release(self._owner)
 
     def fetch_ahead(self, number: int) -> None:
-        """Brings a remote shard into the cache, if there is room and nobody else is at it. Raises as `shard`."""
+        """Bring a remote shard into the cache, if there is room and nobody else is at it. Raises as `shard`."""
         assert self._remote is not None
         for array in self.index.shards[number].arrays:
             self._remote.fetch_ahead(array)

@@ -185,6 +185,6 @@ def unreadable(path: Path, error: OSError) -> DataError:
 
 
 def refuse_if(condition: bool, wrong: str, allowed: str, remedy: str) -> None:
-    """Raises `DataError` where the condition holds."""
+    """Raise `DataError` where the condition holds."""
     if condition:
         raise DataError(wrong, allowed, remedy)

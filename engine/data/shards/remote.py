@@ -187,7 +187,7 @@ class RemoteFolder:
         return name, self.cache.open(name, num_bytes, fetch, before_wait)
 
     def fetch_ahead(self, array: ArrayFile) -> None:
-        """Brings a file into the cache, if there is room and nobody else is at it. Raises as `open`."""
+        """Bring a file into the cache, if there is room and nobody else is at it. Raises as `open`."""
         held = self.cache.open_now(*self._wanted(array))
         if held is not None:
             held.close()
@@ -202,7 +202,7 @@ class RemoteFolder:
         return f"{xxh3}{PurePosixPath(array.file).suffix}", array.stored_bytes, fetch
 
     def _download(self, name: str, xxh3: str, num_bytes: int, target: BinaryIO) -> None:
-        """Writes a file whole. Raises `DamagedShard` where it is not what the index says."""
+        """Write a file whole. Raises `DamagedShard` where it is not what the index says."""
         digest, found, head = xxhash.xxh3_128(), 0, b""
         target.seek(0)
         source: Any = self._system.open(self._path(name), "rb", cache_type="none")
@@ -231,7 +231,7 @@ class RemoteFolder:
 
 
 def _refuse_page(head: bytes) -> None:
-    """Raises `OSError` where content begins as pages of errors and log-ins do, in HTML or XML."""
+    """Raise `OSError` where content begins as pages of errors and log-ins do, in HTML or XML."""
     begin = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if begin.startswith((b"<!doctype", b"<html", b"<?xml", b"<error")):
         raise OSError(f"a web page came instead of the file: {head.decode(errors='replace')[:80]!r}")

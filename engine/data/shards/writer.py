@@ -133,7 +133,7 @@ def write_shard(
     sentences: np.ndarray | None,
     compression: Compression,
 ) -> ShardEntry:
-    """Writes the arrays of one shard: `tokens` in their final dtype, the `lengths` of its documents, and the first
+    """Write the arrays of one shard: `tokens` in their final dtype, the `lengths` of its documents, and the first
     tokens of all its sentences. Raises `DataError` when they cannot be written."""
     try:
         return ShardEntry(
@@ -148,13 +148,13 @@ def write_shard(
 
 
 def write_offsets(folder: Path, number: int, kind: str, offsets: np.ndarray, compression: Compression) -> ArrayFile:
-    """Writes offsets of a shard, the last one being its number of tokens. Raises `OSError`."""
+    """Write offsets of a shard, the last one being its number of tokens. Raises `OSError`."""
     array = offsets.astype(np.dtype(OFFSET_DTYPE).newbyteorder("<"))
     return write_array(folder, f"shard-{number:06d}.{kind}", array, compression)
 
 
 def write_array(folder: Path, name: str, array: np.ndarray, compression: Compression) -> ArrayFile:
-    """Writes a little-endian array, on disk when this returns. Raises `OSError`."""
+    """Write a little-endian array, on disk when this returns. Raises `OSError`."""
     content = plain = array.tobytes()
     packed = None
     if compression == COMPRESSION:
@@ -169,7 +169,7 @@ def write_array(folder: Path, name: str, array: np.ndarray, compression: Compres
 
 
 def start_folder(folder: Path) -> None:
-    """Makes a folder for shards; removes an earlier index and its shards. Raises `DataError`."""
+    """Make a folder for shards; removes an earlier index and its shards. Raises `DataError`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)
@@ -178,7 +178,7 @@ def start_folder(folder: Path) -> None:
 
 
 def finish_folder(folder: Path, index: Index) -> None:
-    """Writes the index of shards that lie there, which makes the folder complete. Raises `DataError`."""
+    """Write the index of shards that lie there, which makes the folder complete. Raises `DataError`."""
     try:
         sync_folder(folder)
         write_index(folder, index)
@@ -187,7 +187,7 @@ def finish_folder(folder: Path, index: Index) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Removes an earlier index and its shards, the index first, and nothing else. Raises `OSError`."""
+    """Remove an earlier index and its shards, the index first, and nothing else. Raises `OSError`."""
     (folder / FILE).unlink(missing_ok=True)
     for path in folder.iterdir():
         if _OURS.fullmatch(path.name):

@@ -122,7 +122,10 @@ def word_edges(token: str, spelling: Spelling) -> tuple[bool, bool]:
 
 
 def _begins(content: bytes) -> bool:
-    """Of UTF-8 that may begin or end inside a character; a part of a character of two bytes counts as a letter."""
+    """Return True if the first character of UTF-8, which may be cut at both ends, is no letter.
+
+    Part of a character of two bytes counts as a letter.
+    """
     width = _width(content[0])
     if width == 0 or (width == 2 and len(content) < 2):
         return False
