@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine import __version__
-from engine.config.home import with_homes
+from engine.config.paths import with_homes
 from engine.errors import EXIT_DONE, EXIT_FAILURE, ConfigError, EnvironmentProblem, PalimpsestError
 from engine.output import failed_stream, lenient, spell_everything, watched
 from engine.redact import redact_process

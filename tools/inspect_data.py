@@ -17,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from engine.config.home import expand
+from engine.config.paths import expand
 from engine.config.schema.data import PackingName
 from engine.config.schema.objective import MaskUnit, ObjectiveConfig, ObjectiveName, Pairs
 from engine.corpus.recipe import PARTS, RECIPE_FILE

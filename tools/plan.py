@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
+from engine.config.huggingface_forms import export_warning
 from engine.config.load import load_run
-from engine.config.twins import export_warning
 from engine.errors import EXIT_USAGE
 from engine.plan.cost import run_cost
 from engine.plan.hardware import ACCELERATORS, cluster

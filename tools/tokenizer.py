@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from engine.config.home import expand
+from engine.config.paths import expand
 from engine.corpus.sources.chunks import find_sources, read_texts, told_foreign
 from engine.corpus.tokenizer_folder import UNFINISHED
 from engine.corpus.tokenizer_training import Purpose, TokenizerKind, train_tokenizer

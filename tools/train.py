@@ -18,11 +18,11 @@ from typing import Annotated
 import typer
 
 from engine import logs
+from engine.config.huggingface_forms import export_warning
 from engine.config.load import folder_of, load_run
 from engine.config.rank_environment import RankEnvironment
 from engine.config.resolve import Layout, resolve
 from engine.config.schema.run import RunConfig
-from engine.config.twins import export_warning
 from engine.errors import EXIT_FAILURE, EnvironmentProblem, PalimpsestError
 from engine.heartbeat import Heartbeat
 from engine.outcome import Outcome

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from engine.config.home import expand
+from engine.config.paths import expand
 from engine.errors import CheckpointError
 
 MANIFEST = "manifest.json"

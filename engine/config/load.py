@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from engine.config.home import expand, expand_keys
+from engine.config.paths import expand, expand_keys
 from engine.config.schema.run import RunConfig
 from engine.config.schema.section import Section
 from engine.errors import ConfigError, PalimpsestError, report

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.config.home import refuse_url
+from engine.config.paths import refuse_url
 from engine.corpus.assemble import Deduplicate
 from engine.corpus.sentences import check_language
 from engine.data.shards.writer import DEFAULT_SHARD_BYTES, Compression

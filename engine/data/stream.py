@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.config.ramp import Ramp
+from engine.config.batch_ramp import Ramp
 from engine.config.rules.data import MOST_SOURCES
 from engine.config.schema.data import Attention, PackingName
 from engine.config.schema.objective import ObjectiveConfig

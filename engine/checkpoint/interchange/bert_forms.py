@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from engine.checkpoint.interchange.forms import Form, Theirs, one, rope_theta
-from engine.config import twins
+from engine.config import huggingface_forms
+from engine.config.huggingface_forms import Problems
 from engine.config.schema.model import BERTConfig
-from engine.config.twins import Problems
 from engine.errors import ConfigError
 
 
@@ -88,7 +88,7 @@ def _bert_extras(config: BERTConfig) -> dict[str, Any]:
 
 
 BERT = Form(
-    twin=twins.BERT,
+    twin=huggingface_forms.BERT,
     model_type="bert",
     architecture="BertForPreTraining",
     names=BERT_NAMES,
@@ -110,7 +110,7 @@ BERT = Form(
 
 BERT_WITHOUT_PAIRS = replace(
     BERT,
-    twin=twins.BERT_WITHOUT_PAIRS,
+    twin=huggingface_forms.BERT_WITHOUT_PAIRS,
     architecture="BertForMaskedLM",
 )
 
@@ -120,7 +120,7 @@ def _read_roberta(theirs: Any, problems: Problems) -> dict[str, Any]:
 
 
 ROBERTA = Form(
-    twin=twins.ROBERTA,
+    twin=huggingface_forms.ROBERTA,
     model_type="roberta",
     architecture="RobertaForMaskedLM",
     names=ROBERTA_NAMES,
@@ -185,7 +185,7 @@ def _read_local(theirs: Any, theta: float, problems: Problems) -> dict[str, Any]
 
 
 MODERN_BERT = Form(
-    twin=twins.MODERN_BERT,
+    twin=huggingface_forms.MODERN_BERT,
     model_type="modernbert",
     architecture="ModernBertForMaskedLM",
     names=MODERN_BERT_NAMES,

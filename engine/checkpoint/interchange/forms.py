@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.config import twins
+from engine.config import huggingface_forms
+from engine.config.huggingface_forms import Problems, Twin
 from engine.config.schema.model import ModelConfig
-from engine.config.twins import Problems, Twin
 from engine.errors import ConfigError
 
 
@@ -112,7 +112,7 @@ LLAMA_NAMES = {
     "lm_head": one("lm_head"),
 }
 GPT2 = Form(
-    twin=twins.GPT2,
+    twin=huggingface_forms.GPT2,
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
     names=GPT2_NAMES,
@@ -142,7 +142,7 @@ GPT2 = Form(
     },
 )
 LLAMA = Form(
-    twin=twins.LLAMA,
+    twin=huggingface_forms.LLAMA,
     model_type="llama",
     architecture="LlamaForCausalLM",
     names=LLAMA_NAMES,

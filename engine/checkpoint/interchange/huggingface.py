@@ -19,8 +19,8 @@ from engine.checkpoint.interchange.foreign_model import load, read_config
 from engine.checkpoint.interchange.forms import GPT2, LLAMA, Form, Theirs
 from engine.checkpoint.interchange.t5_form import T5
 from engine.checkpoint.mismatch import check_tensors
+from engine.config.huggingface_forms import nearest
 from engine.config.schema.model import ModelConfig, make_model
-from engine.config.twins import nearest
 from engine.errors import ConfigError, PalimpsestError, report
 from engine.models.families import family
 from engine.parallel.sharding import ParameterSpec

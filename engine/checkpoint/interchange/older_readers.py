@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.config import twins
+from engine.config import huggingface_forms
 from engine.config.schema.model import BERTConfig, ModelConfig
 
 OLDEST = "4.57"
@@ -18,15 +18,15 @@ OLDEST = "4.57"
 
 def older_spellings(model: ModelConfig) -> dict[str, Any]:
     """Return the fields that `config.json` has besides those that transformers 5 writes."""
-    twin, _ = twins.nearest(model)
+    twin, _ = huggingface_forms.nearest(model)
     fields: dict[str, Any] = {"torch_dtype": "float32"}
-    if twin is twins.GPT2:
+    if twin is huggingface_forms.GPT2:
         fields["n_ctx"] = model.max_positions  # llama.cpp
-    elif twin is twins.LLAMA:
+    elif twin is huggingface_forms.LLAMA:
         fields["rope_theta"] = model.rotary_theta(None)
-    elif twin is twins.MODERN_BERT and isinstance(model, BERTConfig):
+    elif twin is huggingface_forms.MODERN_BERT and isinstance(model, BERTConfig):
         fields |= _modern_bert(model)
-    elif twin is twins.T5:
+    elif twin is huggingface_forms.T5:
         # transformers 5 says in scale_decoder_outputs what this field said before, and calls every T5 tied
         fields["tie_word_embeddings"] = model.tie_embeddings
     return fields

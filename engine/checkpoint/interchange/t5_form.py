@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from engine.checkpoint.interchange.forms import Form, Theirs, numbered, one
-from engine.config import twins
+from engine.config import huggingface_forms
+from engine.config.huggingface_forms import T5_ACTIVATIONS, Problems
 from engine.config.schema.model import T5Config
-from engine.config.twins import T5_ACTIVATIONS, Problems
 from engine.errors import ConfigError
 
 MAX_POSITIONS = 512
@@ -84,7 +84,7 @@ def _read(theirs: Any, problems: Problems) -> dict[str, Any]:
 
 
 T5 = Form(
-    twin=twins.T5,
+    twin=huggingface_forms.T5,
     model_type="t5",
     architecture="T5ForConditionalGeneration",
     names=T5_NAMES,

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from engine.config.ramp import Ramp, make_ramp
+from engine.config.batch_ramp import Ramp, make_ramp
 from engine.config.schema.data import DataConfig
 from engine.config.schema.objective import ObjectiveConfig
 from engine.config.schema.section import KeyKind, Section

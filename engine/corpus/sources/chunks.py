@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import xxhash
 
-from engine.config.home import expand
+from engine.config.paths import expand
 from engine.corpus.sources import parquet, text_files
 from engine.corpus.sources.files import find_files, foreign_files, matches
 from engine.corpus.sources.hub import HUB_PREFIX, local_files, read_column

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.config.home import expand
+from engine.config.paths import expand
 from engine.errors import ConfigError, DataError, PalimpsestError
 
 HUB_PREFIX = "hf:"

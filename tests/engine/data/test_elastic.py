@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from engine.config.ramp import Ramp
+from engine.config.batch_ramp import Ramp
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.loader import Loader
 from engine.data.order.sample_order import SampleOrder

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config.ramp import Ramp
+from engine.config.batch_ramp import Ramp
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data import loader as loader_module
 from engine.data.loader import Loader

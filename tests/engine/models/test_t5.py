@@ -39,7 +39,7 @@ S, T = 24, 13
 
 
 @pytest.fixture(params=T5_FORMS)
-def config(request) -> T5Config:
+def config(request):
     return T5_FORMS[request.param]
 
 

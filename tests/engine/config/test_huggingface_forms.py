@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from engine.cli import main
+from engine.config.huggingface_forms import T5, TWINS, export_warning, nearest
 from engine.config.load import parse_run, read_tree
 from engine.config.resolve import check
 from engine.config.resume import meaning_hash, refuse_new_meaning
 from engine.config.schema.model import BERTConfig, make_model
-from engine.config.twins import T5, TWINS, export_warning, nearest
 from engine.errors import ConfigError
 from tests.engine.models.tiny import BERT_FORMS, FORMS, MODELS, T5_FORMS
 

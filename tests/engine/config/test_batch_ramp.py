@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from engine.config.ramp import Ramp, make_ramp
+from engine.config.batch_ramp import Ramp, make_ramp
 
 RAMPS = [
     Ramp((5,)),

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from engine import cli
 from engine.checkpoint.storage import location_of
-from engine.config import home
+from engine.config import paths
 from engine.config.load import load_run
 from engine.config.schema.run import RunConfig
 from engine.corpus.sources.chunks import split_domain
@@ -50,7 +50,7 @@ def paths_in(annotation: Any, key: str) -> Iterator[str]:
 
 
 def test_every_path_of_the_schema_is_among_the_keys() -> None:
-    assert set(paths_in(RunConfig, "")) == set(home.KEYS) - OTHERS
+    assert set(paths_in(RunConfig, "")) == set(paths.KEYS) - OTHERS
 
 
 def test_every_key(at_home: Path) -> None:
@@ -62,7 +62,7 @@ def test_every_key(at_home: Path) -> None:
         "stages": [{"data": data}, {"data": {"validation": "~/g"}}],
     }
     tree |= {"checkpoint": {"memory": {"folder": "~/h"}}, "model": None}
-    home.expand_keys(tree)
+    paths.expand_keys(tree)
     assert json.dumps(tree).count(str(at_home)) == 7
     assert data == {
         "train": f"{at_home}/a",
@@ -86,7 +86,7 @@ def test_a_file_its_includes_and_overrides(at_home: Path, tmp_path: Path) -> Non
 
 def test_a_user_who_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        home.expand_keys({"stages": [{"data": {"train": "~no-such-user/x"}}]})
+        paths.expand_keys({"stages": [{"data": {"train": "~no-such-user/x"}}]})
     assert caught.value.wrong == "stages.0.data.train = ~no-such-user/x: there is no home folder ~no-such-user"
     assert "./~no-such-user/x" in caught.value.remedy
 
@@ -126,16 +126,16 @@ def test_paths_that_may_be_something_else(at_home: Path) -> None:
     assert split_hub_name("hf:~/set@train")[0] == f"{at_home}/set"
 
 
-@pytest.mark.parametrize("key", home.ON_DISK)
+@pytest.mark.parametrize("key", paths.ON_DISK)
 def test_a_url_is_refused_where_a_path_has_to_lie_on_a_disk(key):
     *above, last = key.split(".")
     tree: Any = {last: "s3://bucket/run"}
     for name in reversed(above):
         tree = [tree] if name == "*" else {name: tree}
     with pytest.raises(ConfigError, match=rf"{last} = s3://bucket/run is a URL") as caught:
-        home.expand_keys(tree)
+        paths.expand_keys(tree)
     assert "./s3:" in caught.value.remedy
-    home.expand_keys({"stages": [{"data": {"train": "s3://bucket/train", "validation": {"a": "gs://b"}}}]})
-    assert home.with_homes(lambda output: output)(output=Path("C:")) == Path("C:")
+    paths.expand_keys({"stages": [{"data": {"train": "s3://bucket/train", "validation": {"a": "gs://b"}}}]})
+    assert paths.with_homes(lambda output: output)(output=Path("C:")) == Path("C:")
     with pytest.raises(ConfigError, match="output = s3:/bucket/out is a URL"):
-        home.with_homes(lambda output: output)(output=Path("s3://bucket/out"))
+        paths.with_homes(lambda output: output)(output=Path("s3://bucket/out"))
