@@ -28,12 +28,12 @@ def test_a_row_by_hand(tmp_path, attention, expected):
 
 
 @pytest.mark.parametrize("attention", ["document", "row"])
-def test_rows_that_are_read_at_once_are_those_read_one_by_one(tmp_path, attention):
+def test_rows_that_are_read_at_once_are_those_read_one_by_one(tmp_path, monkeypatch, attention):
     sampler = sampler_of(tmp_path, made_up_documents(20), attention, 16)
     places = np.array([[0, row] for row in range(int(sampler.count(np.array([0]))[0]))])
     together = sampler.make(np.zeros((0, 3), np.int64), places, len(places) + 1)
     rows = [sampler.row(place) for place in places.tolist()]
-    sampler.read = lambda *arguments: sampler.laid_out(rows, len(places) + 1)
+    monkeypatch.setattr(sampler, "read", lambda *arguments: sampler.laid_out(rows, len(places) + 1))
     one_by_one = sampler.make(np.zeros((0, 3), np.int64), places, len(places) + 1)
     for name, values in together.inputs.items():
         assert np.array_equal(values, one_by_one.inputs[name]), name
