@@ -28,7 +28,7 @@ def check_run_stages(config: RunConfig, problems: list[PalimpsestError]) -> None
         ConfigError(f"stages: the name {name!r} is used twice", "a different name for each stage")
         for name in sorted({name for name in names if names.count(name) > 1})
     ]
-    if config.stages[0].optimizer_state == "reset":
+    if next(iter(config.stages)).optimizer_state == "reset":
         problems.append(
             ConfigError(
                 "stages.0.optimizer_state = reset: no run stage comes before it",
