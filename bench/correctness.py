@@ -115,18 +115,20 @@ def save_and_load(ours: Ours) -> dict[str, Any]:
 
     def facts() -> tuple[str, float]:
         loss = ours.pipeline.evaluate(ours.inputs(STEPS)) / ours.shape.num_targets
-        return fingerprint(engine.pieces(), engine.placements(), groups), loss.item()
+        return fingerprint(engine.parameter_shards(), engine.placements(), groups), loss.item()
 
     saved = facts()
     with tempfile.TemporaryDirectory() as folder:
         state = CheckpointState(step=STEPS, tokens=0, zero_stage=engine.zero_stage, config_hash="bench")
-        path = Saver(Path(folder) / "checkpoints", groups).save(engine.pieces(), engine.placements(), state, "bench", 0)
+        path = Saver(Path(folder) / "checkpoints", groups).save(
+            engine.parameter_shards(), engine.placements(), state, "bench", 0
+        )
         engine.fill(lambda spec: torch.zeros(spec.shape))
-        for piece in engine.pieces():
-            for moment in piece.moments.values():
+        for shard in engine.parameter_shards():
+            for moment in shard.moments.values():
                 moment.zero_()
         wiped = facts()
-        load(path, groups, engine.pieces(), engine.placements())
+        load(path, groups, engine.parameter_shards(), engine.placements())
         engine.refresh()
     return {"saved": saved, "wiped": wiped, "loaded": facts()}
 

@@ -20,7 +20,7 @@ from bench.contest import Turns
 from engine.config.rank_environment import RankEnvironment
 from engine.config.resolve import resolve
 from engine.config.schema.data import DataConfig
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import AnyModelConfig
 from engine.config.schema.optimizer import OptimizerConfig, PrecisionConfig
 from engine.config.schema.parallel import ParallelConfig
 from engine.config.schema.run import RunConfig
@@ -42,7 +42,7 @@ Offload = Literal["none", "optimizer"]
 class Shape:
     """A model and its batch: `rows` samples of `length` tokens per step, `micro_rows` of them per forward pass."""
 
-    model: ModelConfig
+    model: AnyModelConfig
     length: int
     rows: int
     micro_rows: int

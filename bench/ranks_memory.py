@@ -86,7 +86,7 @@ def train(config: RunConfig, place: RankEnvironment, device: torch.device) -> No
     for _ in range(NUM_STEPS):
         batches = [random_rows(config, generator) for _ in range(count)]
         inputs = [{name: tensor for name, tensor in batch.items() if name in pipeline.spec.inputs} for batch in batches]
-        inputs = [own_part(batch, length, config.parallel.time_ranks, groups.sequence) for batch in inputs]
+        inputs = [own_part(batch, length, config.parallel.sequence_ranks, groups.sequence) for batch in inputs]
         scales_L = torch.full((pipeline.num_losses,), 1e-3)
         pipeline.train(inputs, scales_L)
         pipeline.engine.step(config.optimizer.learning_rate)

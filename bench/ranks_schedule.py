@@ -70,7 +70,7 @@ def train(pipeline: Pipeline, inputs: list[Tensors], schedule: Schedule, learnin
             begin = time.thread_time()
             yield instruction
             spans.append((instruction, time.thread_time() - begin))
-            held[0] = max(held[0], len(pipeline._live) + len(pipeline._put_off))
+            held[0] = max(held[0], len(pipeline._live) + len(pipeline._deferred))
 
     begin = time.perf_counter()
     order = instructions(schedule, pipeline.groups.coordinates.stage, *pipeline.sizes, len(inputs))

@@ -130,7 +130,7 @@ class OurSide:
         return True
 
     def _state(self) -> tuple[Any, Any]:
-        return self.ours.pipeline.engine.pieces(), self.ours.pipeline.engine.placements()
+        return self.ours.pipeline.engine.parameter_shards(), self.ours.pipeline.engine.placements()
 
 
 class MemorySide(OurSide):

@@ -73,13 +73,15 @@ def starts_processes(item: pytest.Item) -> bool:
     return not sources.isdisjoint(SERVERS)
 
 
-def put_in_groups(items: list[pytest.Item]) -> None:
-    """Mark the tests that start processes as `ranks`, and say which tests have to run on one worker."""
-    for item in items:
-        ranks = starts_processes(item)
-        if ranks:
-            item.add_marker(pytest.mark.ranks)
-        item.add_marker(pytest.mark.xdist_group("ranks" if ranks else item.nodeid.partition("::")[0]))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark a test that starts processes as `ranks`, and say which tests have to run on one worker.
+
+    Here and not in `pytest_collection_modifyitems`: pytest-xdist reads the groups there, before ours is called.
+    """
+    ranks = starts_processes(item)
+    if ranks:
+        item.add_marker(pytest.mark.ranks)
+    item.add_marker(pytest.mark.xdist_group("ranks" if ranks else item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +119,6 @@ def heard_hangup() -> Iterator[None]:
 @pytest.hookimpl(tryfirst=True)  # before `-m` deselects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     check_matrix(items)
-    put_in_groups(items)
     number, parts = part()
     kept, dropped, long = [], [], 0
     for item in items:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.checkpoint.load import Files, load_pieces, open_checkpoint
+from engine.checkpoint.load import Files, load_shards, open_checkpoint
 from engine.checkpoint.manifest import WEIGHT, Manifest, key_of, moment_state
 from engine.checkpoint.storage import Location
 from engine.checkpoint.writers import stored_numel
 from engine.parallel.sharding import ParameterSpec
-from engine.parallel.state import Piece
+from engine.parallel.state import ParameterShard
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ def _read(path: Location, manifest: Manifest, name: str) -> dict[str, torch.Tens
     placement = manifest.placements[name]
     whole = ParameterSpec(name, placement.spec.stored_shape)
     numel = stored_numel(whole)
-    piece = Piece(whole, 0, torch.empty(numel), {moment: torch.empty(numel) for moment in placement.moments})
+    shard = ParameterShard(whole, 0, torch.empty(numel), {moment: torch.empty(numel) for moment in placement.moments})
     if not manifest.moments:
-        piece = Piece(whole, 0, piece.weight)
-    load_pieces(path, manifest, [piece])
-    states = {WEIGHT: piece.weight} | {moment_state(moment): values for moment, values in piece.moments.items()}
+        shard = ParameterShard(whole, 0, shard.weight)
+    load_shards(path, manifest, [shard])
+    states = {WEIGHT: shard.weight} | {moment_state(moment): values for moment, values in shard.moments.items()}
     return {state: values.view(whole.shape) for state, values in states.items()}

@@ -1,7 +1,7 @@
-"""One writer's file: a safetensors file of flat fp32 pieces whose header says what each is, so it stands alone.
+"""One writer's file: a safetensors file of flat fp32 shards whose header says what each is, so it stands alone.
 
-Layout: 8 bytes header length (little endian), JSON header, then the pieces one after the other. The header's
-`__metadata__` lists per piece its start, length, tensor rank and size and the xxh3 of its bytes. Written here and
+Layout: 8 bytes header length (little endian), JSON header, then the shards one after the other. The header's
+`__metadata__` lists per shard its start, length, tensor rank and size and the xxh3 of its bytes. Written here and
 not by the safetensors library so that it is hashed while it is written; any safetensors reader opens it. Reading
 maps a local file, asks for byte ranges of a remote one, and checks every offset first, so nothing a header says can
 reach outside the file.
@@ -30,7 +30,7 @@ CHUNK_BYTES = 8 << 20
 """Bytes written and hashed at a time."""
 MAX_HEADER_BYTES = 100 << 20
 """Longest header that is read; the limit of the safetensors library."""
-FORMAT = "palimpsest-pieces 1"
+FORMAT = "palimpsest-shards 1"
 ITEM_BYTES = 4
 LONGEST_FRAME = 1 << 12
 """Bytes of a header without its entries: its length, the braces, format, writer and step."""
@@ -63,16 +63,16 @@ class FileRecord:
 def header_bytes(entries: list[Entry], data: np.ndarray, about: dict[str, Any]) -> bytes:
     """The file's first bytes for `data`, a flat fp32 array that holds the entries one after the other."""
     header: dict[str, Any] = {}
-    pieces: dict[str, list[int | str]] = {}
+    shards: dict[str, list[int | str]] = {}
     at = 0
     for entry in entries:
         part = data[at : at + entry.length]
-        pieces[entry.key] = [*entry.coordinates(), digest(part)]
+        shards[entry.key] = [*entry.coordinates(), digest(part)]
         offsets = [at * ITEM_BYTES, (at + entry.length) * ITEM_BYTES]
         header[entry.key] = {"dtype": "F32", "shape": [entry.length], "data_offsets": offsets}
         at += entry.length
     assert at == data.size, "the buffer holds exactly the entries"
-    header["__metadata__"] = {"format": FORMAT, "about": compact(about), "pieces": compact(pieces)}
+    header["__metadata__"] = {"format": FORMAT, "about": compact(about), "pieces": compact(shards)}
     text = compact(header).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
@@ -130,7 +130,7 @@ def disk_errors(path: Location) -> Iterator[None]:
 
 
 class Container:
-    """A file of pieces: its entries by key, and their elements; a local file is mapped and read where it is touched."""
+    """A file of shards: its entries by key, and their elements; a local file is mapped and read where it is touched."""
 
     def __init__(self, path: Location) -> None:
         """Raises `CheckpointError` where the file is absent, cut short or its header does not hold."""
@@ -142,7 +142,7 @@ class Container:
         try:
             self._parse(header)
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as problem:
-            raise damaged(path, f"its header is not that of a file of pieces ({problem!r})") from problem
+            raise damaged(path, f"its header is not that of a file of shards ({problem!r})") from problem
         self._map: np.ndarray | None = None
 
     def values(self, key: str, first: int = 0, count: int | None = None) -> np.ndarray:
@@ -173,12 +173,12 @@ class Container:
         about = header.pop("__metadata__")
         if about["format"] != FORMAT:
             raise ValueError(f"format {about['format']!r}")
-        pieces = json.loads(about["pieces"])
-        if pieces.keys() != header.keys():
-            raise ValueError("its list of pieces is not its list of tensors")
+        shards = json.loads(about["pieces"])
+        if shards.keys() != header.keys():
+            raise ValueError("its list of shards is not its list of tensors")
         at = 0
         for key, tensor in header.items():
-            *coordinates, self.digests[key] = pieces[key]
+            *coordinates, self.digests[key] = shards[key]
             entry = Entry(key, *coordinates)
             begin, end = tensor["data_offsets"]
             if tensor["dtype"] != "F32" or tensor["shape"] != [entry.length] or begin != at:

@@ -16,35 +16,35 @@ import xxhash
 from engine.checkpoint.geometry import Box, dims, flat_boxes, flat_index, strides, to_whole
 from engine.checkpoint.load import Files
 from engine.checkpoint.manifest import WEIGHT, Manifest, key_of, moment_state
-from engine.checkpoint.staging import stored_pieces
+from engine.checkpoint.staging import stored_shards
 from engine.checkpoint.writers import Writer, writers_of
 from engine.parallel import collectives
 from engine.parallel.groups import Groups
 from engine.parallel.sharding import ParameterSpec
-from engine.parallel.state import Piece, Placement
+from engine.parallel.state import ParameterShard, Placement
 
 _CHUNK = 1 << 20
 """Elements mixed at a time, so that little memory is used."""
 _MASK = (1 << 64) - 1
 
 
-def fingerprint(pieces: list[Piece], placements: list[Placement], groups: Groups) -> str:
+def fingerprint(shards: list[ParameterShard], placements: list[Placement], groups: Groups) -> str:
     """16 hex digits over every weight and moment of the run, each counted once. Collective over `groups.world`.
 
     Under ZeRO-0 the copies beyond the first data rank's are not looked at.
     """
-    own = partial_sum(pieces, placements, Writer.of(groups), groups.layout.tensor)
+    own = partial_sum(shards, placements, Writer.of(groups), groups.layout.tensor)
     return combine(collectives.gather_objects(own, groups.world))
 
 
-def partial_sum(pieces: list[Piece], placements: list[Placement], writer: Writer, tensor_size: int) -> int:
+def partial_sum(shards: list[ParameterShard], placements: list[Placement], writer: Writer, tensor_size: int) -> int:
     """One rank's share of the fingerprint: the elements that it would store."""
     total = 0
-    for piece, length in stored_pieces(pieces, placements, writer, tensor_size):
-        states = {WEIGHT: piece.weight} | {moment_state(name): values for name, values in piece.moments.items()}
+    for shard, length in stored_shards(shards, placements, writer, tensor_size):
+        states = {WEIGHT: shard.weight} | {moment_state(name): values for name, values in shard.moments.items()}
         for state, values in states.items():
             flat = values[:length].detach()
-            total += range_sum(state, piece.spec, piece.start, flat, writer.tensor_rank, tensor_size)
+            total += range_sum(state, shard.spec, shard.start, flat, writer.tensor_rank, tensor_size)
     return total & _MASK
 
 

@@ -1,7 +1,7 @@
-"""Loading into any layout: each rank reads just the byte ranges that its live pieces need, with no gather.
+"""Loading into any layout: each rank reads just the byte ranges that its live shards need, with no gather.
 
 Which file holds what follows from the manifest's placements; each file's own header has to agree before a byte of
-it is used. Invariant: after a load each element of a piece is the one saved, or 0 where it is padding. Content
+it is used. Invariant: after a load each element of a shard is the one saved, or 0 where it is padding. Content
 hashes are the business of `engine.checkpoint.verify`, once, before a checkpoint is chosen.
 """
 
@@ -25,7 +25,7 @@ from engine.parallel import collectives
 from engine.parallel.agreement import on_all
 from engine.parallel.groups import Groups
 from engine.parallel.sharding import ParameterSpec, Shape
-from engine.parallel.state import Piece, Placement
+from engine.parallel.state import ParameterShard, Placement
 
 log = logger(__name__)
 
@@ -49,16 +49,16 @@ def read_state(path: Location) -> CheckpointState:
 def load(
     path: Path,
     groups: Groups,
-    pieces: list[Piece],
+    shards: list[ParameterShard],
     placements: list[Placement],
     spread: bool = False,
     zero_moments: Collection[str] = (),
 ) -> Manifest:
-    """Fills every rank's live pieces from a checkpoint of any layout. Collective over `groups.world`.
+    """Fills every rank's live shards from a checkpoint of any layout. Collective over `groups.world`.
 
     `placements` are those of this rank's stage; together they must name the very parameters of the checkpoint.
     `spread`: its files are spread over several such folders, and `path` has those that this rank needs.
-    `zero_moments` are set to zero where the checkpoint has none of that name. Moments of the checkpoint that no piece
+    `zero_moments` are set to zero where the checkpoint has none of that name. Moments of the checkpoint that no shard
     carries are left out, and logged.
 
     Raises:
@@ -70,7 +70,7 @@ def load(
     def fill() -> Manifest:
         manifest = manifest_json.read(path) if spread else open_checkpoint(path)
         match(manifest, [spec for spec, _ in everywhere])
-        load_pieces(path, manifest, pieces, groups.coordinates.tensor_rank, groups.layout.tensor, zero_moments)
+        load_shards(path, manifest, shards, groups.coordinates.tensor_rank, groups.layout.tensor, zero_moments)
         return manifest
 
     manifest = on_all(fill, groups.world, CheckpointError)
@@ -89,62 +89,62 @@ def _tell_moments(path: Path, manifest: Manifest, asked: set[str]) -> None:
 
 def files_needed(
     manifest: Manifest,
-    pieces: list[Piece],
+    shards: list[ParameterShard],
     tensor_rank: int,
     tensor_size: int,
     zero_moments: Collection[str] = (),
 ) -> set[str]:
-    """Return the names of the files that `load_pieces` will read.
+    """Return the names of the files that `load_shards` will read.
 
     Raises:
-        CheckpointError: as `load_pieces`, where a parameter or moment is not in the checkpoint.
+        CheckpointError: as `load_shards`, where a parameter or moment is not in the checkpoint.
     """
     names = set()
-    for piece in pieces:
-        _check_piece(manifest, piece, zero_moments)
-        saved = manifest.placements[piece.spec.name]
-        need = Need(piece.spec, piece.start, piece.length, tensor_rank, tensor_size)
+    for shard in shards:
+        _check_shard(manifest, shard, zero_moments)
+        saved = manifest.placements[shard.spec.name]
+        need = Need(shard.spec, shard.start, shard.length, tensor_rank, tensor_size)
         copies = transfers(need, saved, manifest.data_size, manifest.layout.tensor)
         names |= {copy.writer.file_name for copy in copies}
     return names
 
 
-def load_pieces(
+def load_shards(
     path: Location,
     manifest: Manifest,
-    pieces: list[Piece],
+    shards: list[ParameterShard],
     tensor_rank: int = 0,
     tensor_size: int = 1,
     zero_moments: Collection[str] = (),
 ) -> int:
-    """Fill live pieces, with those moments that they carry; return how many bytes were read.
+    """Fill live shards, with those moments that they carry; return how many bytes were read.
 
     Padded rows become 0, and so do `zero_moments` that the checkpoint does not hold. `tensor_rank` of `tensor_size`
-    says whose local part the pieces are ranges of.
+    says whose local part the shards are ranges of.
 
     Raises:
         CheckpointError: a parameter or moment is not in the checkpoint or has another shape, or a file is damaged.
     """
     files = Files(path, manifest)
-    for piece in pieces:
-        _check_piece(manifest, piece, zero_moments)
-    return sum(_fill(piece, files, tensor_rank, tensor_size) for piece in pieces)
+    for shard in shards:
+        _check_shard(manifest, shard, zero_moments)
+    return sum(_fill(shard, files, tensor_rank, tensor_size) for shard in shards)
 
 
 def read_weights(path: Location) -> dict[str, torch.Tensor]:
     """All fp32 weights by logical name in their stored shapes (no padding), in this process's memory.
 
     Raises:
-        CheckpointError: as `open_checkpoint` and `load_pieces`.
+        CheckpointError: as `open_checkpoint` and `load_shards`.
     """
     manifest = open_checkpoint(path)
     Files(path, manifest).check_all()  # every element is backed by bytes on the disk before memory is taken
-    pieces = []
+    shards = []
     for name, spec in manifest.specs.items():
         whole = ParameterSpec(name, spec.stored_shape)
-        pieces.append(Piece(whole, 0, torch.empty(stored_numel(spec), dtype=torch.float32)))
-    load_pieces(path, manifest, pieces)
-    return {piece.spec.name: piece.weight.view(piece.spec.shape) for piece in pieces}
+        shards.append(ParameterShard(whole, 0, torch.empty(stored_numel(spec), dtype=torch.float32)))
+    load_shards(path, manifest, shards)
+    return {shard.spec.name: shard.weight.view(shard.spec.shape) for shard in shards}
 
 
 class Files:
@@ -170,19 +170,19 @@ class Files:
         return self._open[name]
 
     def check_all(self) -> None:
-        """Raises `CheckpointError` unless every file holds exactly the pieces that the placements ask of it."""
+        """Raises `CheckpointError` unless every file holds exactly the shards that the placements ask of it."""
         for file_name in self.manifest.files:
             self.check_file(file_name)
 
     def check_file(self, file_name: str) -> None:
-        """Raises `CheckpointError` unless a file holds exactly the pieces that the placements ask of it."""
+        """Raises `CheckpointError` unless a file holds exactly the shards that the placements ask of it."""
         file, writer = self.file(file_name), Writer.parse(file_name)
         assert writer is not None, "a manifest that was read has no other names"
         names = [name for name in self.manifest.placements if self.manifest.range_of(name, writer)[1]]
         keys = {key_of(state, name) for name in names for state in self.manifest.states_of(name)}
         odd = sorted(keys ^ file.entries.keys())
         if odd:
-            raise damaged(file.path, f"its pieces are not those of the manifest: {odd[:4]}")
+            raise damaged(file.path, f"its shards are not those of the manifest: {odd[:4]}")
         for name in names:
             for state in self.manifest.states_of(name):
                 self._check(file, state, name, writer)
@@ -197,18 +197,18 @@ class Files:
             raise damaged(file.path, f"{key_of(state, name)} is {found}, the manifest asks for {wanted}")
 
 
-def _fill(piece: Piece, files: Files, tensor_rank: int, tensor_size: int) -> int:
-    """Fills one piece and its moments; returns the bytes read."""
-    saved = files.manifest.placements[piece.spec.name]
-    need = Need(piece.spec, piece.start, piece.length, tensor_rank, tensor_size)
+def _fill(shard: ParameterShard, files: Files, tensor_rank: int, tensor_size: int) -> int:
+    """Fills one shard and its moments; returns the bytes read."""
+    saved = files.manifest.placements[shard.spec.name]
+    need = Need(shard.spec, shard.start, shard.length, tensor_rank, tensor_size)
     copies = list(transfers(need, saved, files.manifest.data_size, files.manifest.layout.tensor))
     found = sum(copy.source.numel for copy in copies)
     if found != need.real_length:
-        raise damaged(files.path, f"{piece.spec.name}: {found} of {need.real_length} elements are in no file")
-    targets = {WEIGHT: piece.weight} | {moment_state(name): values for name, values in piece.moments.items()}
-    held = set(files.manifest.states_of(piece.spec.name))
+        raise damaged(files.path, f"{shard.spec.name}: {found} of {need.real_length} elements are in no file")
+    targets = {WEIGHT: shard.weight} | {moment_state(name): values for name, values in shard.moments.items()}
+    held = set(files.manifest.states_of(shard.spec.name))
     source_shape = dims(saved.spec.local_shape(files.manifest.layout.tensor))
-    target_shape = dims(piece.spec.local_shape(tensor_size))
+    target_shape = dims(shard.spec.local_shape(tensor_size))
     with torch.no_grad():
         for state, target in targets.items():
             if state not in held:
@@ -217,7 +217,7 @@ def _fill(piece: Piece, files: Files, tensor_rank: int, tensor_size: int) -> int
             target[need.real_length :].zero_()
             for copy in copies:
                 source = _source(copy, files, state, saved, source_shape)
-                _window(target, copy.target, target_shape, piece.start).copy_(source)
+                _window(target, copy.target, target_shape, shard.start).copy_(source)
     return found * ITEM_BYTES * len(targets.keys() & held)
 
 
@@ -234,21 +234,21 @@ def _window(flat: torch.Tensor, box: Box, shape: Shape, start: int) -> torch.Ten
     return flat.as_strided(box.size, strides(shape), offset)
 
 
-def _check_piece(manifest: Manifest, piece: Piece, zero_moments: Collection[str]) -> None:
-    """Raise `CheckpointError` where a checkpoint does not hold a piece's parameter or a moment that it needs."""
-    match_one = manifest.specs.get(piece.spec.name)
+def _check_shard(manifest: Manifest, shard: ParameterShard, zero_moments: Collection[str]) -> None:
+    """Raise `CheckpointError` where a checkpoint does not hold a shard's parameter or a moment that it needs."""
+    match_one = manifest.specs.get(shard.spec.name)
     if match_one is None:
         raise CheckpointError(
-            f"the checkpoint does not hold {piece.spec.name}",
+            f"the checkpoint does not hold {shard.spec.name}",
             remedy="use the model configuration that the checkpoint was saved with",
         )
-    if match_one.stored_shape != piece.spec.stored_shape:
-        match(manifest, [*(s for n, s in manifest.specs.items() if n != piece.spec.name), piece.spec])
-    held = [moment for moment in manifest.moments if moment in manifest.placements[piece.spec.name].moments]
-    absent = sorted(set(piece.moments) - set(held) - set(zero_moments))
+    if match_one.stored_shape != shard.spec.stored_shape:
+        match(manifest, [*(s for n, s in manifest.specs.items() if n != shard.spec.name), shard.spec])
+    held = [moment for moment in manifest.moments if moment in manifest.placements[shard.spec.name].moments]
+    absent = sorted(set(shard.moments) - set(held) - set(zero_moments))
     if absent:
         raise CheckpointError(
-            f"{piece.spec.name}: the checkpoint holds no {', '.join(absent)}",
+            f"{shard.spec.name}: the checkpoint holds no {', '.join(absent)}",
             f"moments among {held}",
             "load the weights alone, or use a checkpoint that was saved after the optimizer was made",
         )

@@ -1,6 +1,6 @@
 """The manifest as values: what a checkpoint holds, of what, and where a run stood when it was written.
 
-Its size does not grow with the number of ranks, but for one short line per file: where each piece lies follows
+Its size does not grow with the number of ranks, but for one short line per file: where each shard lies follows
 from a `Placement` per parameter. Reading and writing it as JSON is `engine.checkpoint.manifest_json`.
 """
 
@@ -78,7 +78,7 @@ class Manifest:
     layout: Layout
     """The layout that saved."""
     placements: dict[str, Placement]
-    """Per parameter of the whole model, by logical name: where its pieces lie over the ranks that saved."""
+    """Per parameter of the whole model, by logical name: where its shards lie over the ranks that saved."""
     moments: tuple[str, ...]
     """All moments stored beside the weights, in order; each parameter has those of its placement. Empty for weights
     alone."""

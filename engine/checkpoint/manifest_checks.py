@@ -108,9 +108,9 @@ def _check_bytes(manifest: Manifest) -> None:
     expected = manifest.expected()
     odd = sorted(expected.keys() ^ manifest.files.keys())
     _require(not odd, f"files that are listed and those that the layout has differ: {odd[:4]}")
-    for name, pieces in expected.items():
-        claimed = sum(length * num_states[held] for held, (_, length) in pieces.items()) * ITEM_BYTES
-        _require(claimed < manifest.files[name].num_bytes, f"{name}: pieces of {claimed} bytes")
+    for name, shards in expected.items():
+        claimed = sum(length * num_states[held] for held, (_, length) in shards.items()) * ITEM_BYTES
+        _require(claimed < manifest.files[name].num_bytes, f"{name}: shards of {claimed} bytes")
 
 
 def _require(holds: bool, what: str) -> None:

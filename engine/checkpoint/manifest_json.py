@@ -164,7 +164,7 @@ def _not_json(what: str) -> CheckpointError:
     return CheckpointError(
         f"{what} cannot go into a checkpoint",
         "JSON: text, finite numbers, true, false, null, lists, and objects with text keys",
-        "write it as numbers or text; tensors belong into pieces",
+        "write it as numbers or text; tensors belong into parameter shards",
     )
 
 

@@ -22,14 +22,14 @@ from pathlib import Path
 from engine.checkpoint.background import Background, Cancelled
 from engine.checkpoint.folder import Owner
 from engine.checkpoint.manifest import CheckpointState
-from engine.checkpoint.staging import HostBuffer, Staged, reserve_for, stage_pieces
+from engine.checkpoint.staging import HostBuffer, Staged, reserve_for, stage_shards
 from engine.checkpoint.stores import DiskStore, Save, StageTable, Store, Written
 from engine.checkpoint.writers import Writer
 from engine.errors import CheckpointError, PalimpsestError
 from engine.parallel import collectives
 from engine.parallel.agreement import on_all
 from engine.parallel.groups import Groups
-from engine.parallel.state import Piece, Placement
+from engine.parallel.state import ParameterShard, Placement
 
 
 @dataclass
@@ -84,22 +84,27 @@ class Saver:
             self.disk.acquire(owner)
             self._owner = owner
 
-    def reserve(self, pieces: list[Piece], placements: list[Placement]) -> int:
+    def reserve(self, shards: list[ParameterShard], placements: list[Placement]) -> int:
         """Takes the host memory of all saves to come, before the first step; returns its bytes."""
-        return reserve_for(pieces, placements, Writer.of(self.groups), self.groups.layout.tensor, self._buffer)
+        return reserve_for(shards, placements, Writer.of(self.groups), self.groups.layout.tensor, self._buffer)
 
     def save(
-        self, pieces: list[Piece], placements: list[Placement], state: CheckpointState, job: str, attempt: int
+        self,
+        shards: list[ParameterShard],
+        placements: list[Placement],
+        state: CheckpointState,
+        job: str,
+        attempt: int,
     ) -> Path:
         """The folder of the committed checkpoint: `begin` and `settle`."""
-        self.begin(pieces, placements, state, job, attempt)
+        self.begin(shards, placements, state, job, attempt)
         path = self.settle()
         assert path is not None, "a save has begun"
         return path
 
     def begin(
         self,
-        pieces: list[Piece],
+        shards: list[ParameterShard],
         placements: list[Placement],
         state: CheckpointState,
         job: str,
@@ -109,7 +114,7 @@ class Saver:
         """Stages and starts writing, to the disk or another store. Collective over `groups.world`; no other save may
         be in flight.
 
-        `pieces` are all live pieces of this rank and `placements` all parameters of its pipeline stage; what each
+        `shards` are all live shards of this rank and `placements` all parameters of its pipeline stage; what each
         rank stores of them follows from the placements. Call `hold_update` before the next update of the weights.
 
         Raises:
@@ -120,7 +125,7 @@ class Saver:
         groups, owner, store = self.groups, Owner(job, attempt), store or self.disk
         writer = Writer.of(groups)
         staged = on_all(
-            lambda: stage_pieces(pieces, placements, writer, groups.layout.tensor, self._buffer),
+            lambda: stage_shards(shards, placements, writer, groups.layout.tensor, self._buffer),
             groups.world,
             CheckpointError,
         )
@@ -134,7 +139,7 @@ class Saver:
                 if cancelled.is_set():
                     raise Cancelled
 
-            return store.write(save, staged, bool(pieces), check_cancelled)
+            return store.write(save, staged, bool(shards), check_cancelled)
 
         self._flight = _Flight(save, store, staged, Background(write, f"checkpoint-{state.step}"))
 

@@ -1,4 +1,4 @@
-"""Staging, the first step of a save: live pieces are copied into one host buffer that is kept for the next save.
+"""Staging, the first step of a save: live shards are copied into one host buffer that is kept for the next save.
 
 The copies run beside the next forward and backward pass, from a GPU on a stream of their own, from the CPU in the
 thread that writes: the next update has to wait for them (`Staged.hold_update`), and so has whoever reads the buffer
@@ -16,7 +16,7 @@ from engine.checkpoint.container import ITEM_BYTES, LONGEST_FRAME, Entry, longes
 from engine.checkpoint.manifest import WEIGHT, key_of, moment_state
 from engine.checkpoint.writers import Writer, stored_range
 from engine.errors import CheckpointError
-from engine.parallel.state import Piece, Placement
+from engine.parallel.state import ParameterShard, Placement
 
 
 class Staged:
@@ -79,7 +79,7 @@ class Staged:
 
 
 class HostBuffer:
-    """Host memory that is taken once and used for every save; page-locked where the pieces are on a GPU."""
+    """Host memory that is taken once and used for every save; page-locked where the shards are on a GPU."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
@@ -100,88 +100,96 @@ class HostBuffer:
         return self._buffer[:numel]
 
 
-def stored_pieces(
-    pieces: list[Piece], placements: list[Placement], writer: Writer, tensor_size: int
-) -> list[tuple[Piece, int]]:
-    """The pieces that this rank stores, each with how many of its elements (the rest is padding), in order of name.
+def stored_shards(
+    shards: list[ParameterShard], placements: list[Placement], writer: Writer, tensor_size: int
+) -> list[tuple[ParameterShard, int]]:
+    """The shards that this rank stores, each with how many of its elements (the rest is padding), in order of name.
 
     Raises:
-        CheckpointError: a piece that the placements ask of this rank is absent or is another range.
+        CheckpointError: a shard that the placements ask of this rank is absent or is another range.
     """
-    live = {piece.spec.name: piece for piece in pieces}
+    live = {shard.spec.name: shard for shard in shards}
     strange = live.keys() - {placement.spec.name for placement in placements}
     if strange:
-        raise CheckpointError(f"pieces without a placement: {sorted(strange)[:5]}")
+        raise CheckpointError(f"shards without a placement: {sorted(strange)[:5]}")
     stored = []
     for placement in sorted(placements, key=lambda placement: placement.spec.name):
         start, length = stored_range(placement, writer, tensor_size)
         if length == 0:
             continue
-        piece = live.get(placement.spec.name)
-        if piece is None or piece.start != start or piece.length < length:
-            held = f"[{piece.start}, {piece.start + piece.length})" if piece else "nothing"
+        shard = live.get(placement.spec.name)
+        if shard is None or shard.start != start or shard.length < length:
+            held = f"[{shard.start}, {shard.start + shard.length})" if shard else "nothing"
             raise CheckpointError(
                 f"{placement.spec.name}: {writer} should hold [{start}, {start + length}) and holds {held}",
-                remedy="report this: the engine's pieces and placements disagree",
+                remedy="report this: the engine's shards and placements disagree",
             )
-        stored.append((piece, length))
+        stored.append((shard, length))
     return stored
 
 
 def reserve_for(
-    pieces: list[Piece], placements: list[Placement], writer: Writer, tensor_size: int, buffer: HostBuffer
+    shards: list[ParameterShard],
+    placements: list[Placement],
+    writer: Writer,
+    tensor_size: int,
+    buffer: HostBuffer,
 ) -> int:
-    """Takes the memory that `stage_pieces` will need, and touches it; returns its bytes."""
-    stored = stored_pieces(pieces, placements, writer, tensor_size)
-    numel = sum(length * (1 + len(piece.moments)) for piece, length in stored)
-    buffer.reserve(numel, pinned=any(piece.weight.is_cuda for piece, _ in stored))
+    """Takes the memory that `stage_shards` will need, and touches it; returns its bytes."""
+    stored = stored_shards(shards, placements, writer, tensor_size)
+    numel = sum(length * (1 + len(shard.moments)) for shard, length in stored)
+    buffer.reserve(numel, pinned=any(shard.weight.is_cuda for shard, _ in stored))
     return numel * ITEM_BYTES
 
 
-def stage_pieces(
-    pieces: list[Piece], placements: list[Placement], writer: Writer, tensor_size: int, buffer: HostBuffer
+def stage_shards(
+    shards: list[ParameterShard],
+    placements: list[Placement],
+    writer: Writer,
+    tensor_size: int,
+    buffer: HostBuffer,
 ) -> Staged:
     """Finds what this rank stores and begins to copy it into the buffer; see `Staged` for when the copies are done.
 
     Raises:
-        CheckpointError: as `stored_pieces`, and where pieces carry other moments than their placements say (all of
+        CheckpointError: as `stored_shards`, and where shards carry other moments than their placements say (all of
             them may carry none), or are not flat fp32.
     """
-    stored = stored_pieces(pieces, placements, writer, tensor_size)
-    moments = _moments(pieces, placements)
+    stored = stored_shards(shards, placements, writer, tensor_size)
+    moments = _moments(shards, placements)
     entries, sources = [], []
     for moment in (None, *moments):
         state = WEIGHT if moment is None else moment_state(moment)
         rank_and_size = (writer.tensor_rank, tensor_size)
-        for piece, length in stored:
-            if moment is not None and moment not in piece.moments:
+        for shard, length in stored:
+            if moment is not None and moment not in shard.moments:
                 continue
-            values = piece.weight if moment is None else piece.moments[moment]
-            _check_flat(values, piece, state)
-            place = rank_and_size if piece.spec.sharding.dim is not None else (0, 1)
-            entries.append(Entry(key_of(state, piece.spec.name), piece.start, length, *place))
+            values = shard.weight if moment is None else shard.moments[moment]
+            _check_flat(values, shard, state)
+            place = rank_and_size if shard.spec.sharding.dim is not None else (0, 1)
+            entries.append(Entry(key_of(state, shard.spec.name), shard.start, length, *place))
             sources.append(values[:length])
     return Staged(writer, entries, moments, sources, buffer)
 
 
-def _moments(pieces: list[Piece], placements: list[Placement]) -> tuple[str, ...]:
-    """All moments that some piece carries, in order of name."""
-    if not any(piece.moments for piece in pieces):
+def _moments(shards: list[ParameterShard], placements: list[Placement]) -> tuple[str, ...]:
+    """All moments that some shard carries, in order of name."""
+    if not any(shard.moments for shard in shards):
         return ()
     expected = {placement.spec.name: set(placement.moments) for placement in placements}
-    for piece in pieces:
-        if piece.moments.keys() != expected[piece.spec.name]:
+    for shard in shards:
+        if shard.moments.keys() != expected[shard.spec.name]:
             raise CheckpointError(
-                f"{piece.spec.name} carries the moments {sorted(piece.moments)}, "
-                f"its placement says {sorted(expected[piece.spec.name])}"
+                f"{shard.spec.name} carries the moments {sorted(shard.moments)}, "
+                f"its placement says {sorted(expected[shard.spec.name])}"
             )
-    return tuple(sorted({moment for piece in pieces for moment in piece.moments}))
+    return tuple(sorted({moment for shard in shards for moment in shard.moments}))
 
 
-def _check_flat(values: torch.Tensor, piece: Piece, state: str) -> None:
+def _check_flat(values: torch.Tensor, shard: ParameterShard, state: str) -> None:
     flat = values.dim() == 1 and values.is_contiguous() and values.dtype == torch.float32
-    if not flat or values.numel() != piece.length:
+    if not flat or values.numel() != shard.length:
         raise CheckpointError(
-            f"{key_of(state, piece.spec.name)}: a piece of shape {tuple(values.shape)}, {values.dtype}",
-            f"a flat contiguous float32 view of {piece.length} elements",
+            f"{key_of(state, shard.spec.name)}: a shard of shape {tuple(values.shape)}, {values.dtype}",
+            f"a flat contiguous float32 view of {shard.length} elements",
         )

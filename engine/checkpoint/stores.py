@@ -48,7 +48,7 @@ class Written:
 
     record: container.FileRecord | None
     moments: tuple[str, ...] | None
-    """None where it holds no piece at all."""
+    """None where it holds no shard at all."""
 
 
 def prepare(partial: Path, sizes: list[int]) -> None:
@@ -75,7 +75,7 @@ def write_staged(
     staged: Staged,
     partial: Path,
     step: int,
-    holds_pieces: bool = True,
+    holds_shards: bool = True,
     check_cancelled: Callable[[], None] = lambda: None,
 ) -> Written:
     """Writes this rank's file, hashed on the way; returns when it is on the disk. Each rank calls it for itself.
@@ -88,7 +88,7 @@ def write_staged(
         about = {**staged.writer._asdict(), "step": step}
         header = container.header_bytes(staged.entries, staged.data, about)
         record = container.write(partial / staged.writer.file_name, header, staged.data, check_cancelled)
-    return Written(record, staged.moments if holds_pieces else None)
+    return Written(record, staged.moments if holds_shards else None)
 
 
 def build_manifest(
@@ -168,7 +168,7 @@ class Store(Protocol):
         """Makes that folder, where there is room for the files. Collective."""
         ...
 
-    def write(self, save: Save, staged: Staged, holds_pieces: bool, check_cancelled: CheckCancelled) -> Written:
+    def write(self, save: Save, staged: Staged, holds_shards: bool, check_cancelled: CheckCancelled) -> Written:
         """Writes this rank's file, in the background."""
         ...
 
@@ -207,8 +207,8 @@ class DiskStore:
     def prepare(self, save: Save) -> None:
         on_first(lambda: prepare(save.partial, save.data_bytes), self._groups.world, CheckpointError)
 
-    def write(self, save: Save, staged: Staged, holds_pieces: bool, check_cancelled: CheckCancelled) -> Written:
-        return write_staged(staged, save.partial, save.step, holds_pieces, check_cancelled)
+    def write(self, save: Save, staged: Staged, holds_shards: bool, check_cancelled: CheckCancelled) -> Written:
+        return write_staged(staged, save.partial, save.step, holds_shards, check_cancelled)
 
     def clear(self, save: Save) -> None:
         on_first(lambda: shutil.rmtree(save.partial, ignore_errors=True), self._groups.world, CheckpointError)

@@ -1,6 +1,6 @@
 """Verification: every byte of a checkpoint against the hashes that were taken while it was written.
 
-`verify` runs offline in one process and names each damaged file and the pieces in it; `is_whole` shares out the files
+`verify` runs offline in one process and names each damaged file and the shards in it; `is_whole` shares out the files
 of one checkpoint over the ranks of a run. Neither changes anything.
 """
 
@@ -114,8 +114,8 @@ def _verify_file(files: Files, name: str) -> Damage | None:
         return Damage(name, f"cannot be read ({problem.strerror})")
     if whole:
         return None
-    pieces = files.file(name).damaged_entries()
-    where = f"in {', '.join(pieces[:8])}{', ...' if len(pieces) > 8 else ''}" if pieces else "in its header"
+    shards = files.file(name).damaged_entries()
+    where = f"in {', '.join(shards[:8])}{', ...' if len(shards) > 8 else ''}" if shards else "in its header"
     return Damage(name, f"bytes {where} are not those that were written (xxh3 differs)")
 
 

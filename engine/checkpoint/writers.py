@@ -111,9 +111,9 @@ def transfers(need: Need, saved: Placement, data_size: int, tensor_size: int) ->
         for target, whole in to_whole(spec, box, need.tensor_rank, need.tensor_size):
             for tensor_rank in tensor_ranks(saved.spec, tensor_size):
                 for source, shared in to_local(saved.spec, whole, tensor_rank, tensor_size):
-                    for writer, piece in _stored(source, saved, tensor_rank, data_size, tensor_size):
-                        there = piece.carry(source, shared).carry(whole, target)
-                        yield Transfer(writer, piece, there)
+                    for writer, shard in _stored(source, saved, tensor_rank, data_size, tensor_size):
+                        there = shard.carry(source, shared).carry(whole, target)
+                        yield Transfer(writer, shard, there)
 
 
 def _stored(

@@ -146,7 +146,7 @@ def row_lengths(stage: RunStage) -> RowLengths:
 def held_lengths(stage: RunStage, parallel: ParallelConfig) -> RowLengths:
     """Return the lengths of a stage's rows as a layout holds them: a decoder's filled up to a multiple of
     `time_ranks`."""
-    return row_lengths(stage).filled(parallel.time_ranks)
+    return row_lengths(stage).filled(parallel.sequence_ranks)
 
 
 def has_segments(attention: Attention, objective: ObjectiveConfig) -> bool:

@@ -19,7 +19,7 @@ from engine.config.rules.parallel import (
     check_offload,
     check_pipeline,
     check_recompute,
-    check_time,
+    check_sequence,
     check_zero,
 )
 from engine.config.rules.stage import check_optimizer, check_ramp, check_run_stages, check_schedule, check_stability
@@ -91,7 +91,7 @@ def check(config: RunConfig) -> list[PalimpsestError]:
     check_keeping(config, problems)
     _check_limits(config.launch, problems)
     for index, stage in enumerate(config.stages):
-        check_time(f"stages.{index}", stage, config, problems)
+        check_sequence(f"stages.{index}", stage, config, problems)
         _check_stage(index, stage, config.model, problems)
     check_run_stages(config, problems)
     return problems

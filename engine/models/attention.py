@@ -17,7 +17,7 @@ from torch import nn
 
 from engine.config.schema.model import ModelConfig
 from engine.models.dropout import ATTENTION, Dropout
-from engine.parallel.functions import PLAIN, Band, Drop, Functions, Mask, Time
+from engine.parallel.functions import PLAIN, Band, Drop, Functions, Mask, SequenceSlice
 from engine.parallel.packed import Documents, kernel
 
 NEIGHBOURS = 3
@@ -57,7 +57,7 @@ def view(
     x_BTD: torch.Tensor,
     segments_BT: torch.Tensor | None,
     bidirectional: bool = False,
-    time: Time = PLAIN.time,
+    sequence_slice: SequenceSlice = PLAIN.sequence_slice,
     dropout: Dropout | None = None,
     reach: int | None = None,
 ) -> View:
@@ -68,7 +68,7 @@ def view(
     and with `reach` none further away than that (`ModelConfig.reach`).
     """
     if segments_BT is None and bidirectional:
-        segments_BT = torch.zeros((1, time.whole(x_BTD)), dtype=torch.int32, device=x_BTD.device)
+        segments_BT = torch.zeros((1, sequence_slice.whole(x_BTD)), dtype=torch.int32, device=x_BTD.device)
     if reach is not None:
         assert segments_BT is not None, "causal layers are global"
         mask = local_mask(segments_BT, reach, in_blocks=dropout is None or config.attention_dropout == 0)
@@ -78,8 +78,8 @@ def view(
     theta = config.rotary_theta(reach)
     if theta is None:
         return View(mask, None, None, dropout)
-    num_given = time.given(x_BTD)
-    tables = rotary_tables(num_given, config.head_size, theta, x_BTD.device, time.first(num_given))
+    num_given = sequence_slice.given(x_BTD)
+    tables = rotary_tables(num_given, config.head_size, theta, x_BTD.device, sequence_slice.first(num_given))
     return View(mask, *tables, dropout)
 
 

@@ -144,7 +144,7 @@ class Stage(nn.Module):
             hidden_BTD = self.embed(tokens_BT, token_types_BT, segments_BT)
         x_BTD: torch.Tensor = hidden_BTD
         dropout = make_dropout(self.config, dropout_keys_B, x_BTD, self.functions)
-        made_with = (self.config, x_BTD, segments_BT, True, self.functions.time, dropout)
+        made_with = (self.config, x_BTD, segments_BT, True, self.functions.sequence_slice, dropout)
         views = {reach: view(*made_with, reach) for reach in {self.config.reach(layer) for layer in self.chunk.layers}}
         if self.chunk.first and dropout is not None:
             x_BTD = dropout.hidden(x_BTD, -1, EMBEDDED)
@@ -163,9 +163,11 @@ class Stage(nn.Module):
         if self.config.position_table:
             if segments_BT is None:
                 num_given = tokens_BT.size(1)
-                positions = torch.arange(num_given, device=tokens_BT.device) + self.functions.time.first(num_given)
+                positions = torch.arange(num_given, device=tokens_BT.device) + self.functions.sequence_slice.first(
+                    num_given
+                )
             else:
-                positions = self.functions.time.own(positions_in_document(segments_BT))  # (B, T)
+                positions = self.functions.sequence_slice.own(positions_in_document(segments_BT))  # (B, T)
             hidden_BTD = hidden_BTD + self.embed_positions(positions)
         if self.config.token_types:
             types_BT = torch.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT

@@ -36,7 +36,7 @@ class Dropout:
     """What is dropped in the rows of one micro-batch.
 
     `first_position`: where this rank's hidden states begin; `first_given`: where the tokens do that its layers are
-    given (`engine.parallel.functions.Time`).
+    given (`engine.parallel.functions.SequenceSlice`).
     """
 
     config: ModelConfig
@@ -94,7 +94,7 @@ def make(
     """The dropout of a micro-batch with these keys and hidden states; None where it has none."""
     if keys_B is None:
         return None
-    first_given = functions.time.first(functions.time.given(x_BTD))
+    first_given = functions.sequence_slice.first(functions.sequence_slice.given(x_BTD))
     return Dropout(config, keys_B, functions.first_held(x_BTD), first_given, functions.tensor_rank)
 
 

@@ -63,7 +63,7 @@ class Stage(nn.Module):
             hidden_BTD = self.embed(tokens_BT, segments_BT)
         x_BTD: torch.Tensor = hidden_BTD
         dropout = make_dropout(self.config, dropout_keys_B, x_BTD, self.functions)
-        seen = view(self.config, x_BTD, segments_BT, time=self.functions.time, dropout=dropout)
+        seen = view(self.config, x_BTD, segments_BT, sequence_slice=self.functions.sequence_slice, dropout=dropout)
         if self.chunk.first:
             x_BTD = seen.dropped(x_BTD, -1, EMBEDDED)
         for layer in self.layers.values():
@@ -80,9 +80,11 @@ class Stage(nn.Module):
             return hidden_BTD
         if segments_BT is None:
             num_given = tokens_BT.size(1)
-            positions = torch.arange(num_given, device=tokens_BT.device) + self.functions.time.first(num_given)  # (T,)
+            positions = torch.arange(num_given, device=tokens_BT.device) + self.functions.sequence_slice.first(
+                num_given
+            )  # (T,)
         else:
-            positions = self.functions.time.own(positions_in_document(segments_BT))  # (B, T)
+            positions = self.functions.sequence_slice.own(positions_in_document(segments_BT))  # (B, T)
         return hidden_BTD + self.embed_positions(positions)
 
 

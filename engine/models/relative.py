@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.config.schema.model import T5Config
-from engine.parallel.functions import PLAIN, Time
+from engine.parallel.functions import PLAIN, SequenceSlice
 
 
 class RelativePositions(nn.Module):
@@ -32,12 +32,12 @@ class RelativePositions(nn.Module):
         self.bidirectional, self.distance = bidirectional, config.relative_distance
         self.weight = nn.Parameter(torch.zeros(config.relative_buckets, config.num_heads))
 
-    def forward(self, num_positions: int, time: Time = PLAIN.time) -> torch.Tensor:
+    def forward(self, num_positions: int, sequence_slice: SequenceSlice = PLAIN.sequence_slice) -> torch.Tensor:
         """bias_1HTT of the scores in whole rows: query (first T) against key (second T), for the heads that this rank's
         attention sees."""
         distances_R = torch.arange(1 - num_positions, num_positions, device=self.weight.device)
         buckets_R = buckets(distances_R, self.bidirectional, len(self.weight), self.distance)
-        values_HR = time.own(F.embedding(buckets_R, self.weight)).T
+        values_HR = sequence_slice.own(F.embedding(buckets_R, self.weight)).T
         # Row i is the window of T distances that begins with -i: T x T numbers are never looked up one by one.
         return values_HR.unfold(1, num_positions, 1).flip(1).unsqueeze(0)
 

@@ -7,8 +7,8 @@ layer makes is normed there and goes, as `encoded_BSD`, through all chunks of th
 
 Up to three stages share the embedding (`embed_tokens` on the first and where the decoder begins, the tied head on the
 last), and every stage with layers of a stack has that stack's table. Where ranks share the time of rows they share
-both stacks' (`engine.parallel.functions.Time`). Dropout is where the paper has it (section 2.1), so that the embedding
-of the decoder counts as what the last encoder layer hands on.
+both stacks' (`engine.parallel.functions.SequenceSlice`). Dropout is where the paper has it (section 2.1), so that the
+embedding of the decoder counts as what the last encoder layer hands on.
 
 Legend: B batch, S time of the encoder, T time of the decoder, D width, H heads (local), V vocabulary, L losses.
 """
@@ -153,9 +153,13 @@ class Stage(nn.Module):
         seen = self.view(x_BTD, self.decoder_positions, decoder_segments_BT, dropout_keys_B)
         if hidden_BTD is None:
             x_BTD = seen.dropped(x_BTD, self.decoder[0] - 1, EMBEDDED)
-        time = self.functions.time
+        sequence_slice = self.functions.sequence_slice
         mask_B1TS = cross_mask(
-            decoder_segments_BT, segments_BS, time.whole(x_BTD), time.whole(encoded_BSD), x_BTD.device
+            decoder_segments_BT,
+            segments_BS,
+            sequence_slice.whole(x_BTD),
+            sequence_slice.whole(encoded_BSD),
+            x_BTD.device,
         )
         for index in self.decoder:
             x_BTD = self.layers[str(index)](x_BTD, seen, encoded_BSD, mask_B1TS)
@@ -172,7 +176,7 @@ class Stage(nn.Module):
         given = [some for some in tokens if some is not None]
         if not given:
             return []
-        ranks = self.functions.time.shared_by
+        ranks = self.functions.sequence_slice.shared_by
         together = torch.cat([some.unflatten(1, (ranks, -1)) for some in given], dim=2).flatten(1)
         return list(self.embed_tokens(together).split([some.size(1) // ranks for some in given], dim=1))
 
@@ -184,8 +188,10 @@ class Stage(nn.Module):
         keys_B: torch.Tensor | None,
     ) -> View:
         """The view of a stack with these hidden states and this table."""
-        time = self.functions.time
-        bias_BHTT = masked(positions(time.whole(x_BTD), time), segments_BT, causal=not positions.bidirectional)
+        sequence_slice = self.functions.sequence_slice
+        bias_BHTT = masked(
+            positions(sequence_slice.whole(x_BTD), sequence_slice), segments_BT, causal=not positions.bidirectional
+        )
         return View(bias_BHTT, None, None, make_dropout(self.config, keys_B, x_BTD, self.functions))
 
 

@@ -1,8 +1,8 @@
 """Muon: momentum, orthogonalised, for the matrices of linear layers; AdamW for everything else (Jordan et al. 2024).
 
 The update of a matrix needs all of it, and each rank holds a flat range of its tensor-parallel part. So momentum is
-kept where the weight is, and per step the update's pieces go to one owner per matrix, which orthogonalises it and sends
-the pieces back: every matrix is computed once, and each rank owns its share of the work. Fused projections are
+kept where the weight is, and per step the update's shards go to one owner per matrix, which orthogonalises it and sends
+the shards back: every matrix is computed once, and each rank owns its share of the work. Fused projections are
 orthogonalised block by block, each as the matrix that it is. Updates are scaled to the size of AdamW's (Liu et al.
 2025, Muon is Scalable for LLM Training, section 2.2), so that learning rate and weight decay carry over.
 """
@@ -18,7 +18,7 @@ import torch
 from engine.parallel.collectives import exchange
 from engine.parallel.groups import ALONE, Group
 from engine.parallel.sharding import ParameterSpec
-from engine.parallel.state import Part, Placement
+from engine.parallel.state import Placement, ShardRange
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -32,13 +32,13 @@ class Muon(torch.optim.AdamW):
     def __init__(self, groups: list[dict[str, Any]], momentum: float, **adamw: Any) -> None:
         super().__init__(groups, **adamw)
         self.momentum = momentum
-        self._parts: dict[int, list[Part]] = {}
+        self._parts: dict[int, list[ShardRange]] = {}
         self._placements: dict[str, Placement] = {}
         self._zero = self._tensor = ALONE
 
     def attach(
         self,
-        parts: Iterable[tuple[torch.Tensor, list[Part]]],
+        parts: Iterable[tuple[torch.Tensor, list[ShardRange]]],
         placements: list[Placement],
         zero: Group,
         tensor: Group,
@@ -83,7 +83,7 @@ class Muon(torch.optim.AdamW):
             weight.mul_(1.0 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
     def _orthogonal(self, specs: list[ParameterSpec], pieces: list[torch.Tensor]) -> list[torch.Tensor]:
-        """This rank's pieces of the scaled, orthogonalised updates, from its pieces of the updates."""
+        """This rank's shards of the scaled, orthogonalised updates, from its shards of the updates."""
         zero, tensor = self._zero, self._tensor
         lengths = [self._lengths(spec) for spec in specs]
         by_data_rank = Owners([cost(spec) for spec in specs], lengths, zero)
@@ -111,9 +111,9 @@ class Muon(torch.optim.AdamW):
 
 
 class Owners:
-    """Which rank of a group computes each of some tensors that all its ranks hold pieces of, balanced by cost.
+    """Which rank of a group computes each of some tensors that all its ranks hold shards of, balanced by cost.
 
-    `lengths` gives the length of every rank's piece by tensor. Both methods are collective over the group.
+    `lengths` gives the length of every rank's shard by tensor. Both methods are collective over the group.
     """
 
     def __init__(self, costs: list[int], lengths: list[list[int]], group: Group) -> None:
@@ -127,7 +127,7 @@ class Owners:
         self.mine = [index for index in self.order if self.owners[index] == group.position]
 
     def gather(self, pieces: list[torch.Tensor]) -> dict[int, list[torch.Tensor]]:
-        """By tensor that this rank owns: the flat pieces of all ranks, in order."""
+        """By tensor that this rank owns: the flat shards of all ranks, in order."""
         if self.group.size == 1 or not pieces:
             return {index: [pieces[index]] for index in self.mine}
         received = exchange(torch.cat([pieces[index] for index in self.order]), *self._sizes(), self.group)
@@ -136,7 +136,7 @@ class Owners:
         return {index: parts[number :: len(self.mine)] for number, index in enumerate(self.mine)}
 
     def scatter(self, pieces: dict[int, list[torch.Tensor]], like: list[torch.Tensor]) -> list[torch.Tensor]:
-        """This rank's piece of every tensor, from what the owners have for all ranks: inverse of `gather` of `like`."""
+        """This rank's shard of every tensor, from what the owners have for all ranks: inverse of `gather` of `like`."""
         if self.group.size == 1 or not like:
             return [pieces[index][0] for index in range(len(self.owners))]
         outgoing, incoming = self._sizes()

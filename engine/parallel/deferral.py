@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-PutOff = list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]]
+DeferredGradients = list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]]
 """(weight, input, gradient of the output) of each product of a backward pass."""
 
 
@@ -25,24 +25,24 @@ class Deferral:
     """Puts off the weight gradients of the linear layers of a module, in place."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._put_off: PutOff = []
-        mode = _Products(lambda *product: self._put_off.append(product))
+        self._deferred: DeferredGradients = []
+        mode = _Products(lambda *product: self._deferred.append(product))
         for layer in module.modules():
             if isinstance(layer, nn.Linear):
                 layer.forward = partial(_run, mode, layer.forward)
 
-    def take(self) -> PutOff:
+    def take(self) -> DeferredGradients:
         """What was put off since the last call."""
-        taken, self._put_off = self._put_off, []
+        taken, self._deferred = self._deferred, []
         return taken
 
 
 class _Products(TorchFunctionMode):
     """Swaps `F.linear` with a parameter for `_Linear`, whatever a layer does before and after it."""
 
-    def __init__(self, put_off: Callable[..., None]) -> None:
+    def __init__(self, deferred: Callable[..., None]) -> None:
         super().__init__()
-        self._put_off = put_off
+        self._deferred = deferred
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -52,7 +52,7 @@ class _Products(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _linear(self, input: torch.Tensor, weight: nn.Parameter, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return _Linear.apply(input, weight, bias, self._put_off)  # type: ignore[no-any-return]
+        return _Linear.apply(input, weight, bias, self._deferred)  # type: ignore[no-any-return]
 
 
 def _run(mode: TorchFunctionMode, forward: Callable[[torch.Tensor], torch.Tensor], input: torch.Tensor) -> torch.Tensor:
@@ -63,25 +63,25 @@ def _run(mode: TorchFunctionMode, forward: Callable[[torch.Tensor], torch.Tensor
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, input: torch.Tensor, weight: nn.Parameter, bias: torch.Tensor | None, put_off: Callable[..., None]
+        ctx: Any, input: torch.Tensor, weight: nn.Parameter, bias: torch.Tensor | None, deferred: Callable[..., None]
     ) -> torch.Tensor:
         ctx.save_for_backward(input)
         # The parameter itself: ZeRO-3 frees what it holds and gathers it again before the backward pass.
-        ctx.weight, ctx.put_off = weight, put_off
+        ctx.weight, ctx.deferred = weight, deferred
         return F.linear(input, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (input,), (grad,) = ctx.saved_tensors, grads
-        ctx.put_off(ctx.weight, input, grad)
+        ctx.deferred(ctx.weight, input, grad)
         grad_input = grad @ ctx.weight if ctx.needs_input_grad[0] else None
         grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         return grad_input, None, grad_bias, None
 
 
 @torch.no_grad()
-def gradients(put_off: PutOff) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+def gradients(deferred: DeferredGradients) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
     """(weight, its gradient) of each product; needs the weights' values no more. Empties the list as it goes."""
-    while put_off:
-        weight, input, grad = put_off.pop()
+    while deferred:
+        weight, input, grad = deferred.pop()
         yield weight, grad.flatten(0, -2).T @ input.flatten(0, -2)

@@ -140,7 +140,7 @@ def _same(hidden: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Time:
+class SequenceSlice:
     """Which tokens of a row a model is given and which hidden states it holds, where ranks share the rows' time.
 
     Of `size` equal stretches it is given the tokens, targets and weights of one, `position`; document numbers it is
@@ -180,14 +180,14 @@ class Functions:
     linear_cross_entropy: LinearCrossEntropy = linear_cross_entropy
     whole_rows: Callable[[torch.Tensor], torch.Tensor] = _same
     """Hidden states of all given tokens, (B, T, D), from those held between the blocks; for heads."""
-    time: Time = Time()
+    sequence_slice: SequenceSlice = SequenceSlice()
     tensor_rank: int = 0
     """This rank holds the heads number `tensor_rank` times its own many, and those behind."""
 
     def first_held(self, hidden_BTD: torch.Tensor) -> int:
         """Where the first of the hidden states that are held stands in its row."""
-        within = self.tensor_rank * hidden_BTD.size(1) if self.time.shared_by > 1 else 0
-        return self.time.first(self.time.given(hidden_BTD)) + within
+        within = self.tensor_rank * hidden_BTD.size(1) if self.sequence_slice.shared_by > 1 else 0
+        return self.sequence_slice.first(self.sequence_slice.given(hidden_BTD)) + within
 
 
 PLAIN = Functions()

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from engine.parallel.boundary import DOMAINS, ROW_LOSSES, Field, Tensors, differentiable
 from engine.parallel.collectives import Work, receive, send
-from engine.parallel.deferral import PutOff
+from engine.parallel.deferral import DeferredGradients
 from engine.parallel.groups import Group, Groups
 from engine.parallel.schedule import (
     Backward,
@@ -62,7 +62,7 @@ class Pipeline:
         self.sizes = (groups.layout.pipe, len(spec.ports))
         """Stages, and chunks of each."""
         self._live: dict[tuple[int, int], tuple[Tensors, Tensors]] = {}
-        self._put_off: dict[tuple[int, int], PutOff] = {}
+        self._deferred: dict[tuple[int, int], DeferredGradients] = {}
         self._sent: deque[tuple[Work, torch.Tensor]] = deque()
         self._meet_neighbours()
 
@@ -126,7 +126,7 @@ class Pipeline:
                     self._backward(chunk, micro_batch, loss_scales_L, is_last=None)
                 case BackwardWeight(chunk=chunk, micro_batch=micro_batch):
                     left -= 1
-                    self.engine.backward_weight(self._put_off.pop((chunk, micro_batch)), is_last=left == 0)
+                    self.engine.backward_weight(self._deferred.pop((chunk, micro_batch)), is_last=left == 0)
         while self._sent:
             self._sent.popleft()[0].wait()
         return total_L
@@ -162,7 +162,7 @@ class Pipeline:
             grads = {"losses_L": loss_scales_L.to(torch.float32).expand(self.num_losses)}
         from_outputs = (chunk, [made[name] for name in grads], list(grads.values()))
         if is_last is None:
-            self._put_off[chunk, micro_batch] = self.engine.backward_input(*from_outputs)
+            self._deferred[chunk, micro_batch] = self.engine.backward_input(*from_outputs)
         else:
             self.engine.backward(*from_outputs, is_last)
         for name in differentiable(ports.incoming):

@@ -1,7 +1,7 @@
 """What an engine holds of the model's state, named: the seam between ZeRO and checkpoints.
 
-A checkpoint never asks which ZeRO stage, pipeline stage or tensor rank wrote it: it sees pieces of named
-parameters, and a placement per parameter from which the piece of any rank follows.
+A checkpoint never asks which ZeRO stage, pipeline stage or tensor rank wrote it: it sees shards of named
+parameters, and a placement per parameter from which the shard of any rank follows.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ MOMENTUM = ("momentum_buffer",)
 """Muon's."""
 
 
-Part = tuple[ParameterSpec, int, int, int]
+ShardRange = tuple[ParameterSpec, int, int, int]
 """(parameter, first element of its flattened local part, offset in the optimizer's tensor, length); length 0 where this
 rank holds nothing of it."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParameterShard:
     """A live flat range of this rank's tensor-parallel part of one parameter.
 
     `start` counts elements of the flattened (row-major) local part; `weight` is the fp32 master and each moment (the
@@ -48,7 +48,7 @@ class Placement:
     [d * partition - offset, (d + 1) * partition - offset) of the flattened local part, cut to its length.
 
     ZeRO-0: offset 0, partition = the local length (so data rank 0 holds it all, and copies on other data ranks
-    are not pieces). ZeRO-3: offset 0, partition = the parameter's own. ZeRO-1 and 2: offset in the padded flat
+    are not shards). ZeRO-3: offset 0, partition = the parameter's own. ZeRO-1 and 2: offset in the padded flat
     buffer of its parameter group. A replicated parameter is written by tensor rank 0 alone, a tied one by the
     first of its pipeline stages.
     """
@@ -61,7 +61,7 @@ class Placement:
     """Names of what is kept of it beside the weight: the optimizer's moments, and those that were added."""
 
     def range_of(self, data_rank: int, local_numel: int) -> tuple[int, int]:
-        """(start, length) of a data rank's piece; length 0 where it holds nothing."""
+        """(start, length) of a data rank's shard; length 0 where it holds nothing."""
         start = max(data_rank * self.partition - self.offset, 0)
         end = min((data_rank + 1) * self.partition - self.offset, local_numel)
         return (start, max(end - start, 0)) if end > start else (0, 0)

@@ -5,9 +5,9 @@ model's sharding table gives its weight. Two conjugate operators carry the commu
 sum backward) at the entrance of a column-parallel layer and `_Sum` (sum forward, identity backward) at the exit of
 a row-parallel one. Activations between blocks and the parameters of norms are equal on all tensor ranks.
 
-With sequence parallelism (Korthikanti et al. 2022, section 4.2.2) each tensor rank holds a stretch of the rows' time
+With sequence parallelism (Korthikanti et al. 2022, section 4.2.2) each tensor rank holds a slice of the sequence
 between the blocks: gathered at the entrance, and summed and scattered at the exit. Norms, residual sums and the biases
-of row-parallel layers then see a stretch, so the gradients of those parameters have to be summed over the group.
+of row-parallel layers then see a slice, so the gradients of those parameters have to be summed over the group.
 
 Legend: B batch, T time, D width, I and O features in and out, V vocabulary; O, I and V are local where a layer is
 split along them.
@@ -27,7 +27,7 @@ from engine.parallel.cross_entropy import linear_cross_entropy
 from engine.parallel.groups import Group
 from engine.parallel.sharding import ParameterSpec
 
-TIME = 1
+SEQUENCE_DIM = 1
 """The dim of time in (B, T, D)."""
 
 
@@ -57,33 +57,33 @@ class _Sum(torch.autograd.Function):
 
 
 class _SumScatter(torch.autograd.Function):
-    """Sum over the tensor group forward, of which each rank keeps its stretch of time; gather backward."""
+    """Sum over the tensor group forward, of which each rank keeps its slice of the sequence; gather backward."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
         ctx.group = group
-        return reduce_scatter_along(x, group, TIME)
+        return reduce_scatter_along(x, group, SEQUENCE_DIM)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return gather_along(grads[0], ctx.group, TIME), None
+        return gather_along(grads[0], ctx.group, SEQUENCE_DIM), None
 
 
 class _Whole(torch.autograd.Function):
-    """Gathers the stretches forward; backward each rank keeps its own: the gradient is equal on all ranks."""
+    """Gathers the slices forward; backward each rank keeps its own: the gradient is equal on all ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
         ctx.group = group
-        return gather_along(x, group, TIME)
+        return gather_along(x, group, SEQUENCE_DIM)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return _stretch(grads[0], ctx.group, TIME), None
+        return _own_slice(grads[0], ctx.group, SEQUENCE_DIM), None
 
 
 class _GatheredLinear(torch.autograd.Function):
-    """A column-parallel layer of the gathered stretches. It keeps its own stretch only and gathers once more backward
+    """A column-parallel layer of the gathered slices. It keeps its own slice only and gathers once more backward
     (Korthikanti et al. 2022, section 4.2.2, equation 7)."""
 
     @staticmethod
@@ -92,29 +92,29 @@ class _GatheredLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.group, ctx.has_bias = group, bias is not None
-        return F.linear(gather_along(x, group, TIME), weight, bias)
+        return F.linear(gather_along(x, group, SEQUENCE_DIM), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        grad_x = reduce_scatter_along(grads[0] @ weight, ctx.group, TIME)
+        grad_x = reduce_scatter_along(grads[0] @ weight, ctx.group, SEQUENCE_DIM)
         grad = grads[0].flatten(0, -2)
-        grad_weight = grad.T @ gather_along(x, ctx.group, TIME).flatten(0, -2)
+        grad_weight = grad.T @ gather_along(x, ctx.group, SEQUENCE_DIM).flatten(0, -2)
         return grad_x, grad_weight, grad.sum(0) if ctx.has_bias else None, None
 
 
 class ColumnLinear(nn.Linear):
     """`nn.Linear` that holds some of the output features: (B, T, D) -> (B, T, O local).
 
-    With `stretches` it is given this rank's stretch, (B, T / group, D).
+    With `sequence_parallel` it is given this rank's slice, (B, T / group, D).
     """
 
-    def __init__(self, whole: nn.Linear, out_features: int, group: Group, stretches: bool) -> None:
+    def __init__(self, whole: nn.Linear, out_features: int, group: Group, sequence_parallel: bool) -> None:
         super().__init__(whole.in_features, out_features, bias=whole.bias is not None, device="meta")
-        self.group, self.stretches = group, stretches
+        self.group, self.sequence_parallel = group, sequence_parallel
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.stretches:
+        if self.sequence_parallel:
             return _apply(_GatheredLinear, input, self.weight, self.bias, self.group)
         return F.linear(_apply(_Copy, input, self.group), self.weight, self.bias)
 
@@ -122,50 +122,51 @@ class ColumnLinear(nn.Linear):
 class RowLinear(nn.Linear):
     """`nn.Linear` that holds some of the input features: (B, T, I local) -> (B, T, D), equal on all tensor ranks.
 
-    The bias is whole on every rank and added once, after the sum. With `stretches` it returns this rank's stretch.
+    The bias is whole on every rank and added once, after the sum. With `sequence_parallel` it returns this rank's
+    slice.
     """
 
-    def __init__(self, whole: nn.Linear, in_features: int, group: Group, stretches: bool) -> None:
+    def __init__(self, whole: nn.Linear, in_features: int, group: Group, sequence_parallel: bool) -> None:
         super().__init__(in_features, whole.out_features, bias=whole.bias is not None, device="meta")
-        self.group, self.stretches = group, stretches
+        self.group, self.sequence_parallel = group, sequence_parallel
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        total = _apply(_SumScatter if self.stretches else _Sum, F.linear(input, self.weight), self.group)
+        total = _apply(_SumScatter if self.sequence_parallel else _Sum, F.linear(input, self.weight), self.group)
         return total if self.bias is None else total + self.bias
 
 
 class VocabularyEmbedding(nn.Embedding):
     """`nn.Embedding` that holds some of the rows: (B, T) -> (B, T, D), equal on all tensor ranks.
 
-    With `stretches` it returns this rank's stretch.
+    With `sequence_parallel` it returns this rank's slice.
     """
 
-    def __init__(self, whole: nn.Embedding, num_rows: int, group: Group, stretches: bool) -> None:
+    def __init__(self, whole: nn.Embedding, num_rows: int, group: Group, sequence_parallel: bool) -> None:
         super().__init__(num_rows, whole.embedding_dim, device="meta")
-        self.group, self.stretches = group, stretches
+        self.group, self.sequence_parallel = group, sequence_parallel
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         # A token of another rank's rows looks up row 0 here and is set to 0: the sum over ranks has one term per token.
         local_BT = input - self.group.position * self.num_embeddings
         foreign_BT = (local_BT < 0) | (local_BT >= self.num_embeddings)
         rows_BTD = F.embedding(local_BT.masked_fill(foreign_BT, 0), self.weight)
-        exit = _SumScatter if self.stretches else _Sum
+        exit = _SumScatter if self.sequence_parallel else _Sum
         return _apply(exit, rows_BTD.masked_fill(foreign_BT.unsqueeze(-1), 0.0), self.group)
 
 
-class StretchEmbedding(nn.Embedding):
-    """`nn.Embedding`, whole on every tensor rank, of this rank's stretch: (..., T) -> (..., T / group, D)."""
+class SequenceParallelEmbedding(nn.Embedding):
+    """`nn.Embedding`, whole on every tensor rank, of this rank's slice: (..., T) -> (..., T / group, D)."""
 
     def __init__(self, whole: nn.Embedding, group: Group) -> None:
         super().__init__(whole.num_embeddings, whole.embedding_dim, device="meta")
         self.group = group
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.embedding(_stretch(input, self.group, -1), self.weight)
+        return F.embedding(_own_slice(input, self.group, -1), self.weight)
 
 
 def whole_rows(hidden: torch.Tensor, group: Group) -> torch.Tensor:
-    """(B, T, D) from every tensor rank's stretch; what is made of it has to be equal on all of them. Collective."""
+    """(B, T, D) from every tensor rank's slice; what is made of it has to be equal on all of them. Collective."""
     return _apply(_Whole, hidden, group)
 
 
@@ -189,14 +190,14 @@ def shard(
     specs: Mapping[str, ParameterSpec],
     ties: Mapping[str, str],
     group: Group,
-    stretches: bool = False,
+    sequence_parallel: bool = False,
 ) -> None:
     """Swaps the layers of `module` (on the meta device, whole) for this rank's parts, in place.
 
     `specs` are the whole model's parameters by logical name and `ties` maps local to logical names. Parameters that
     were one before the swap are one after it. A module of another kind keeps its class and has its split parameters
-    cut: it communicates through the functions that it was built with. With `stretches` the hidden states between the
-    blocks are this rank's stretch of the rows' time (sequence parallelism). Does nothing over one rank.
+    cut: it communicates through the functions that it was built with. With `sequence_parallel` the hidden states
+    between the blocks are this rank's slice of the sequence (sequence parallelism). Does nothing over one rank.
     """
     if group.size == 1:
         return
@@ -204,7 +205,7 @@ def shard(
     for name, layer in list(module.named_modules(remove_duplicate=False)):
         if isinstance(layer, (nn.Linear, nn.Embedding)):
             local = f"{name}.weight"
-            part = _part(layer, specs[ties.get(local, local)], group, stretches)
+            part = _part(layer, specs[ties.get(local, local)], group, sequence_parallel)
             if part is not None:
                 part.weight = swapped.setdefault(layer.weight, part.weight)
                 parent, _, attribute = name.rpartition(".")
@@ -219,20 +220,22 @@ def shard(
 
 
 def _part(
-    layer: nn.Linear | nn.Embedding, spec: ParameterSpec, group: Group, stretches: bool
+    layer: nn.Linear | nn.Embedding, spec: ParameterSpec, group: Group, sequence_parallel: bool
 ) -> nn.Linear | nn.Embedding | None:
     role = spec.sharding.role
     if role == "replicated":
-        return StretchEmbedding(layer, group) if stretches and isinstance(layer, nn.Embedding) else None
+        return (
+            SequenceParallelEmbedding(layer, group) if sequence_parallel and isinstance(layer, nn.Embedding) else None
+        )
     rows, *columns = spec.local_shape(group.size)
     if isinstance(layer, nn.Embedding):
-        return VocabularyEmbedding(layer, rows, group, stretches)
+        return VocabularyEmbedding(layer, rows, group, sequence_parallel)
     if role == "row":
-        return RowLinear(layer, columns[0], group, stretches)
-    return ColumnLinear(layer, rows, group, stretches)
+        return RowLinear(layer, columns[0], group, sequence_parallel)
+    return ColumnLinear(layer, rows, group, sequence_parallel)
 
 
-def _stretch(tensor: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
+def _own_slice(tensor: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
     """This rank's part along `dim`, a view."""
     return tensor.unflatten(dim, (group.size, -1)).select(dim if dim >= 0 else dim - 1, group.position)
 

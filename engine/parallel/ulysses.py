@@ -47,9 +47,9 @@ def sequence_attention(
 ) -> torch.Tensor:
     """`attention` of this rank's stretch, out_BTHK. Collective over `group`.
 
-    `mask` is of whole rows: a `Band`, (B, 1, T, T), or with a number for each head inside (`Time.own`). Keys may be of
-    other rows than queries, of which each rank has a stretch, too. The group's size divides G, so that a query head
-    meets its key/value head on one rank.
+    `mask` is of whole rows: a `Band`, (B, 1, T, T), or with a number for each head inside (`SequenceSlice.own`).
+    Keys may be of other rows than queries, of which each rank has a stretch, too. The group's size divides G, so that
+    a query head meets its key/value head on one rank.
     """
     if drop is not None:
         drop = partial(drop, first_head=group.position * (q_BTHK.size(HEADS) // group.size))

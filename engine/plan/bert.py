@@ -97,16 +97,16 @@ def saved(
     layer: int,
     lengths: RowLengths,
     tensor_size: int,
-    time_size: int = 1,
+    sequence_size: int = 1,
     recompute: Recompute = "none",
 ) -> int:
     """Return the count as in a GPT; a post-norm layer keeps no input beside its norm's output (4 D whole, not 5)."""
-    kept = gpt.saved(model, layer, lengths, tensor_size, time_size, recompute)
+    kept = gpt.saved(model, layer, lengths, tensor_size, sequence_size, recompute)
     if recompute != "none":
         return kept
     if _in_blocks(model, layer, lengths):  # keys and values three times: as each of three blocks sees them
         kept += 4 * lengths.tokens * model.num_kv_heads * model.head_size // tensor_size
-    return kept if not model.post_norm else kept - lengths.tokens * model.hidden_size // time_size
+    return kept if not model.post_norm else kept - lengths.tokens * model.hidden_size // sequence_size
 
 
 def mask(model: BERTConfig, layer: int, lengths: RowLengths, masks: bool = True) -> int:

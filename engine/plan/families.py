@@ -53,7 +53,7 @@ class Figures(Protocol):
         layer: int,
         lengths: RowLengths,
         tensor_size: int,
-        time_size: int = 1,
+        sequence_size: int = 1,
         recompute: Recompute = "none",
     ) -> int:
         """Elements that a layer keeps for its backward pass, on one tensor rank.

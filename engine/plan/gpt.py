@@ -77,14 +77,14 @@ def saved(
     layer: int,
     lengths: RowLengths,
     tensor_size: int,
-    time_size: int = 1,
+    sequence_size: int = 1,
     recompute: Recompute = "none",
 ) -> int:
     """Whole on every tensor rank: both norms' inputs and outputs (4 D in fp32; 6 D in bf16, for the inputs are kept in
     fp32; 5 D for both). Split: attention and feed-forward part. For GPT-2 on one rank: 17 D; 11 D with products kept
     only; 1 D with the input only."""
     whole = lengths.tokens * model.hidden_size
-    stretch = whole // time_size
+    stretch = whole // sequence_size
     if recompute == "full":
         return stretch
     if recompute == "selective":  # products are kept before they are summed and scattered

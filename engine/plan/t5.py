@@ -78,17 +78,17 @@ def saved(
     layer: int,
     lengths: RowLengths,
     tensor_size: int,
-    time_size: int = 1,
+    sequence_size: int = 1,
     recompute: Recompute = "none",
 ) -> int:
     """Return the count as in a GPT, with that of cross attention.
 
     It adds its norm's input and output (with products kept only, its own output), queries, output, keys and values."""
     tokens = _tokens(model, layer, lengths)
-    found = gpt.saved(model, layer, RowLengths(tokens, tokens), tensor_size, time_size, recompute)
+    found = gpt.saved(model, layer, RowLengths(tokens, tokens), tensor_size, sequence_size, recompute)
     if layer < model.num_encoder_layers or recompute == "full":
         return found
-    whole = tokens * model.hidden_size // time_size
+    whole = tokens * model.hidden_size // sequence_size
     cross = 2 * (tokens + lengths.tokens) * _heads(model) // tensor_size
     if recompute == "none":
         cross += parts.saved_probabilities(model, tokens, lengths.tokens, tensor_size)

@@ -24,7 +24,7 @@ from engine.models.families import family
 from engine.models.initial import initial_value
 from engine.optim.groups import make_optimizer, parameter_groups, refuse_unmatched
 from engine.parallel.boundary import MicroBatchShape
-from engine.parallel.functions import PLAIN, Functions, Time
+from engine.parallel.functions import PLAIN, Functions, SequenceSlice
 from engine.parallel.groups import Groups, join
 from engine.parallel.pipeline import Pipeline
 from engine.parallel.recompute import recompute
@@ -86,7 +86,7 @@ def build_engine(config: RunConfig, spec: PipelineStageSpec, groups: Groups, dev
     with torch.device("meta"):
         chunks = [kind.build(config.model, chunk, functions, head) for chunk in spec.chunks]
     stage = StageModule(chunks, spec.aliases)
-    shard(stage, spec.parameters, stage.logical_names, groups.tensor, stretches=config.parallel.shared_by > 1)
+    shard(stage, spec.parameters, stage.logical_names, groups.tensor, sequence_parallel=config.parallel.shared_by > 1)
     on = "cuda" if device.type == "cuda" else "cpu"
     _recompute(config, chunks, recomputed_layers(config, groups.layout, groups.coordinates.stage, on))
     held = [spec.parameters[stage.logical_names[name]] for name, _ in stage.named_parameters()]
@@ -121,7 +121,7 @@ def micro_batch_shape(config: RunConfig, run_stage: RunStage) -> MicroBatchShape
         dtype=torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32,
         segments=has_segments(run_stage.data.attention, run_stage.objective),
         decoder_length=held_lengths(run_stage, config.parallel).decoder,
-        shared_by=config.parallel.time_ranks,
+        shared_by=config.parallel.sequence_ranks,
     )
 
 
@@ -134,8 +134,8 @@ def _functions(parallel: ParallelConfig, groups: Groups) -> Functions:
         functions = replace(functions, whole_rows=partial(whole_rows, group=groups.tensor))
     if parallel.sequence > 1:
         functions = replace(functions, attention=partial(sequence_attention, group=groups.sequence))
-    time = Time(groups.sequence.position, groups.sequence.size, parallel.shared_by)
-    return replace(functions, time=time)
+    sequence_slice = SequenceSlice(groups.sequence.position, groups.sequence.size, parallel.shared_by)
+    return replace(functions, sequence_slice=sequence_slice)
 
 
 def _partial_gradients(config: RunConfig, parameters: Iterable[ParameterSpec]) -> frozenset[str]:

@@ -15,7 +15,7 @@ import xxhash
 from engine.errors import PalimpsestError
 from engine.parallel.collectives import first_error, gather_objects
 from engine.parallel.groups import Group, Groups
-from engine.parallel.state import Piece
+from engine.parallel.state import ParameterShard
 from engine.parallel.zero import StageEngine
 
 Copies = dict[str, torch.Tensor]
@@ -52,20 +52,20 @@ def check_invariants(engine: StageEngine, groups: Groups) -> None:
 
 def _shared(engine: StageEngine, groups: Groups) -> Iterator[tuple[str, Group, Copies]]:
     """(relation, group, copies) of all that the ranks of a group hold alike, in the same order on each of them."""
-    pieces = engine.pieces()
+    shards = engine.parameter_shards()
     working = {f"{spec.name} (working weights)": weight for spec, weight in engine.working_weights()}
-    yield "data ranks", groups.zero, _states(pieces) if engine.zero_stage == 0 else working
-    yield "tensor ranks", groups.tensor, _states(piece for piece in pieces if piece.spec.sharding.dim is None)
+    yield "data ranks", groups.zero, _states(shards) if engine.zero_stage == 0 else working
+    yield "tensor ranks", groups.tensor, _states(shard for shard in shards if shard.spec.sharding.dim is None)
     for stages, group in sorted(groups.ties.items()):
         tied = {spec.name for held in engine.parameter_groups if held.tied == stages for spec in held.specs}
-        yield "the stages of a tie", group, _states(piece for piece in pieces if piece.spec.name in tied)
+        yield "the stages of a tie", group, _states(shard for shard in shards if shard.spec.name in tied)
 
 
-def _states(pieces: Iterator[Piece] | list[Piece]) -> Copies:
+def _states(shards: Iterator[ParameterShard] | list[ParameterShard]) -> Copies:
     copies: Copies = {}
-    for piece in pieces:
-        copies[f"{piece.spec.name} (master weights)"] = piece.weight
-        copies |= {f"{piece.spec.name} ({moment})": values for moment, values in piece.moments.items()}
+    for shard in shards:
+        copies[f"{shard.spec.name} (master weights)"] = shard.weight
+        copies |= {f"{shard.spec.name} ({moment})": values for moment, values in shard.moments.items()}
     return copies
 
 

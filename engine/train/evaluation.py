@@ -43,7 +43,7 @@ class Validation(Hook):
     @staticmethod
     def _evaluate(run: Run) -> bool:
         """Return True if any rank was asked to stop meanwhile, so that the next start has to evaluate."""
-        if run.feed.held_out is None:
+        if run.feed.validation is None:
             return False
         step, begin = run.state.step, time.perf_counter()
         with run.spent.phase("evaluation"):
@@ -52,7 +52,7 @@ class Validation(Hook):
                 run.feed,
                 run.sums,
                 lambda: run.heart.beat(step, "evaluation"),
-                lambda: run.signals.asked,
+                lambda: run.signals.stop_requested,
             )
         if found is not None:
             run.write({"step": step, **found, "validation_seconds": time.perf_counter() - begin})
@@ -67,12 +67,12 @@ def evaluate(
 
     `beat` is called before each chunk. Collective over the world.
     """
-    assert feed.held_out is not None
-    names = feed.held_out.names
+    assert feed.validation is not None
+    names = feed.validation.names
     shape = (1 + len(names), len(sums.names))  # of all data sets, then of each
     losses, weights = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
-    chunks = feed.held_out_chunks()
-    for _ in range(feed.num_held_out_chunks):
+    chunks = feed.validation_chunks()
+    for _ in range(feed.num_validation_chunks):
         beat()
         inputs, weights_L, weights_KL = sums.of_weights(lambda: next(chunks), len(names))
         by_domain = sums.by_domain(len(names))

@@ -39,13 +39,13 @@ def facts_of_start(config: RunConfig, place: RankEnvironment, device: torch.devi
     }
 
 
-def facts_of_data(training: list[WeightedDataset], held_out: list[ValidationSet] | None) -> dict[str, Any]:
+def facts_of_data(training: list[WeightedDataset], validation: list[ValidationSet] | None) -> dict[str, Any]:
     """Return what is known once the data of a run stage is open."""
     sources = {f"data fingerprint{f' of {part.name}' * bool(part.name)}": part.dataset.fingerprint for part in training}
     return {
         **sources,
         **{f"weight of {part.name or 'the data'}": part.weight for part in training},
-        "held-out data fingerprints": {name: dataset.fingerprint for name, dataset in held_out or []},
+        "held-out data fingerprints": {name: dataset.fingerprint for name, dataset in validation or []},
     }
 
 

@@ -19,7 +19,7 @@ class LostNeighbour(EnvironmentProblem):
     """Another rank went away; which one and why, the launcher and that rank's log know better."""
 
 
-def in_our_words(error: Exception, global_rank: int, step: int) -> Exception:
+def translate_error(error: Exception, global_rank: int, step: int) -> Exception:
     """The error as a user should read it: itself, or one of ours for what it stands for."""
     if isinstance(error, PalimpsestError):
         return error

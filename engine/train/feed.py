@@ -44,7 +44,7 @@ class Feed:
     def __init__(
         self,
         training: list[WeightedDataset],
-        held_out: list[ValidationSet] | None,
+        validation: list[ValidationSet] | None,
         config: RunConfig,
         number: int,
         groups: Groups,
@@ -62,10 +62,10 @@ class Feed:
         data, length = run_stage.data, run_stage.sequence_length
         self.stream = stage_stream(run_stage, training, self.seed)
         most = config.evaluation.max_samples
-        self.held_out = (
+        self.validation = (
             None
-            if held_out is None
-            else ValidationSamples(held_out, length, data.attention, most, data.packing, run_stage.objective)
+            if validation is None
+            else ValidationSamples(validation, length, data.attention, most, data.packing, run_stage.objective)
         )
         self.losses = spec.losses
         self.domains = tuple(part.name for part in training) if len(training) > 1 else ()
@@ -129,27 +129,27 @@ class Feed:
         self.stream.advance_to(self._before)
 
     @property
-    def num_held_out_chunks(self) -> int:
-        """How often `held_out_chunks` yields: the same on every rank."""
-        return -(-self._num_held_out_batches() // EVALUATION_CHUNK)
+    def num_validation_chunks(self) -> int:
+        """How often `validation_chunks` yields: the same on every rank."""
+        return -(-self._num_validation_batches() // EVALUATION_CHUNK)
 
-    def held_out_chunks(self) -> Iterator[tuple[list[Tensors], list[float]]]:
+    def validation_chunks(self) -> Iterator[tuple[list[Tensors], list[float]]]:
         """(inputs, weights) of the held-out samples, a chunk of micro-batches at a time. Raises as it reads."""
-        assert self.held_out is not None
-        batches = self.held_out.batches(
+        assert self.validation is not None
+        batches = self.validation.batches(
             self.groups.coordinates.data_rank, self.groups.layout.data, self.parallel.micro_batch_size
         )
-        left = self._num_held_out_batches()
+        left = self._num_validation_batches()
         while left > 0:
             size = min(EVALUATION_CHUNK, left)
             left -= size
             chunk = list(islice(batches, size)) if self.reads else []
             inputs = [self._moved(batch) for batch in chunk] if self.reads else [{} for _ in range(size)]
-            yield inputs, self._weights(chunk, len(self.held_out.names))
+            yield inputs, self._weights(chunk, len(self.validation.names))
 
-    def _num_held_out_batches(self) -> int:
-        assert self.held_out is not None
-        return self.held_out.num_batches(self.groups.layout.data, self.parallel.micro_batch_size)
+    def _num_validation_batches(self) -> int:
+        assert self.validation is not None
+        return self.validation.num_batches(self.groups.layout.data, self.parallel.micro_batch_size)
 
     def close(self) -> None:
         """Ends the reading thread; safe to call twice."""
@@ -169,8 +169,8 @@ class Feed:
                 samples = torch.cat((batch.domains_B[:, None].long(), samples), dim=1)
             inputs = inputs | {KEYS: torch.from_numpy(dropout_keys(self.seed, step, samples.numpy()))}
         taken = {name: tensor for name, tensor in inputs.items() if name in self.inputs}
-        own = own_part(taken, self.run_stage.sequence_length, self.parallel.time_ranks, self.groups.sequence)
-        domains = self.domains if step is not None else self.held_out is not None and self.held_out.names
+        own = own_part(taken, self.run_stage.sequence_length, self.parallel.sequence_ranks, self.groups.sequence)
+        domains = self.domains if step is not None else self.validation is not None and self.validation.names
         return own | ({DOMAINS: batch.domains_B.long()} if domains and self._has_head else {})
 
     def _moved(self, batch: Batch) -> Tensors:

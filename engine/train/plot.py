@@ -84,10 +84,10 @@ def draw(folder: Path, source: str, name: str, borders: Mapping[int, str] = Mapp
     from matplotlib.figure import Figure  # no pyplot: its figures are shared between threads
 
     with (folder / source).open("rb") as lines:
-        training, held_out = read_curves(lines)
+        training, validation = read_curves(lines)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for curve, label, style in ((training, "training", "-"), (held_out, "held-out", "o--")):
+    for curve, label, style in ((training, "training", "-"), (validation, "held-out", "o--")):
         draw_curve(axes, curve, style, label)
     last = max((step for step, _ in training), default=0)
     for border, run_stage in borders.items():
@@ -101,7 +101,7 @@ def draw(folder: Path, source: str, name: str, borders: Mapping[int, str] = Mapp
     text, families = title(name)
     axes.set_title(text, parse_math=False, fontfamily=families)
     axes.grid(alpha=0.3)
-    if training or held_out:
+    if training or validation:
         axes.legend()
     with replacing(folder / PLOT) as file:  # who looks at it meanwhile sees a whole picture
         figure.savefig(file, dpi=120, format="png", metadata={"Title": name})
@@ -122,7 +122,7 @@ def read_curves(lines: Iterable[bytes]) -> tuple[Curve, Curve]:
     Lines that are no record (a kill cuts the last one off) are left out; those that are thinned out are not parsed.
     """
     training: Curve = []
-    held_out: Curve = []
+    validation: Curve = []
     stride, seen = 1, 0
     for line in lines:
         evaluates = b'"validation_' in line
@@ -136,13 +136,13 @@ def read_curves(lines: Iterable[bytes]) -> tuple[Curve, Curve]:
         except (ValueError, TypeError, KeyError):
             continue
         if evaluates:
-            held_out.append((step, record.get("validation_loss", math.nan)))
+            validation.append((step, record.get("validation_loss", math.nan)))
         elif "learning_rate" in record:
             training.append((step, record.get("loss", math.nan)))
             if len(training) > MAX_POINTS:
                 del training[1::2]
                 stride *= 2
-    return training, held_out
+    return training, validation
 
 
 def best(curve: Curve) -> tuple[int, float] | None:

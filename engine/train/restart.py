@@ -108,7 +108,7 @@ class Restarts:
         Raises:
             EnvironmentProblem: the nodes' memory has no room for the generations that `checkpoint.memory` asks for.
         """
-        num_bytes = self._saver.reserve(engine.pieces(), engine.placements())
+        num_bytes = self._saver.reserve(engine.parameter_shards(), engine.placements())
         if self._memory is not None:
             self._memory.check_room(num_bytes)
 
@@ -136,7 +136,7 @@ class Restarts:
 
     def _begin(self, state: TrainState, engine: StageEngine, sections: Sections, store: Store | None = None) -> None:
         self._saver.begin(
-            engine.pieces(),
+            engine.parameter_shards(),
             engine.placements(),
             self._state(state, engine, sections),
             self.place.job,
@@ -192,7 +192,7 @@ class Restarts:
         if path is None:
             on_first(self._refuse_damaged, self.groups.world, CheckpointError)
             return None
-        manifest = load(path, self.groups, engine.pieces(), engine.placements(), spread, engine.zero_moments)
+        manifest = load(path, self.groups, engine.parameter_shards(), engine.placements(), spread, engine.zero_moments)
         check_sections(manifest.state.sections, RUN_SECTIONS, path)
         state = TrainState.from_section(manifest.state.sections["progress"])
         meanings = meaning_hashes(self.config)
@@ -211,7 +211,7 @@ class Restarts:
         and the disk's files only where memory has nothing newer."""
         on_disk = on_first(lambda: committed(self.folder), self.groups.world, CheckpointError)
         recall = Recall(self._memory) if self._memory is not None and not go_back else None
-        wanted = engine.pieces(), engine.zero_moments
+        wanted = engine.parameter_shards(), engine.zero_moments
         for path in [*on_disk, None]:
             if recall is not None and (found := recall.newest(self._eligible(path), *wanted)) is not None:
                 return found, True

@@ -22,7 +22,7 @@ from engine.parallel.meeting import agree
 from engine.run_folder import RunFolder
 from engine.train.build import join_groups
 from engine.train.facts import facts_of_start, gpu_of
-from engine.train.failures import in_our_words
+from engine.train.failures import translate_error
 from engine.train.signals import StopSignals
 from engine.train.trainer import Trainer
 
@@ -54,7 +54,7 @@ def train(
         barrier(groups.world)  # no rank leaves before the outcome stands: launchers signal the others when one ends
     except Exception as error:
         step = trainer.state.step if trainer is not None else 0
-        told = in_our_words(error, place.global_rank, step)
+        told = translate_error(error, place.global_rank, step)
         _note_failure(folder, place, step, told)
         if trainer is not None and isinstance(error, PalimpsestError):
             with contextlib.suppress(CheckpointError):  # raised on every rank or on none: what was trained is not lost

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from engine.parallel.boundary import Tensors
-from engine.parallel.functions import Time
+from engine.parallel.functions import SequenceSlice
 from engine.parallel.groups import Group
 
 SHARED = ("tokens_BT", "token_types_BT", "tokens_BS", "decoder_tokens_BT", "targets_BT", "weights_BT")
@@ -19,19 +19,23 @@ FILLED = ("decoder_tokens_BT", "decoder_segments_BT", "targets_BT", "weights_BT"
 """Keywords of a decoder's rows, the only ones whose length the ranks need not divide (`engine.config.objectives`)."""
 
 
-def own_part(inputs: Tensors, row_length: int, time_ranks: int, sequence: Group) -> Tensors:
+def own_part(inputs: Tensors, row_length: int, sequence_ranks: int, sequence: Group) -> Tensors:
     """The part of one rank of the sequence axis; views where that is possible.
 
     `row_length` counts the tokens of a row (of the encoder, where there is one), `time_ranks` those who share it.
     """
-    given = {name: _filled(name, tensor, time_ranks) if name in FILLED else tensor for name, tensor in inputs.items()}
+    given = {
+        name: _filled(name, tensor, sequence_ranks) if name in FILLED else tensor for name, tensor in inputs.items()
+    }
     if sequence.size == 1:
         return given
-    time = Time(sequence.position, sequence.size)
-    given = {name: time.own(tensor) if name in SHARED else tensor for name, tensor in given.items()}
+    sequence_slice = SequenceSlice(sequence.position, sequence.size)
+    given = {name: sequence_slice.own(tensor) if name in SHARED else tensor for name, tensor in given.items()}
     if "masked_BM" in given:
         length = row_length // sequence.size
-        given |= _own_masked(given["masked_BM"], given["targets_BM"], given["weights_BM"], time.first(length), length)
+        given |= _own_masked(
+            given["masked_BM"], given["targets_BM"], given["weights_BM"], sequence_slice.first(length), length
+        )
     if "pair_weights_B" in given and sequence.position > 0:
         given["pair_weights_B"] = torch.zeros_like(given["pair_weights_B"])
     return given

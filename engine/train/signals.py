@@ -46,7 +46,7 @@ class StopSignals:
         self._first_seconds: float | None = None
 
     @property
-    def asked(self) -> bool:
+    def stop_requested(self) -> bool:
         if not self._asked and output.reader_is_gone():
             self._asked = True
             _log.warning("nobody reads the output any more: saving at the end of this step, then stopping")

@@ -59,7 +59,7 @@ def summary(config: RunConfig, state: TrainState, spent: Spent, total_seconds: f
     rows = {
         "trained": f"{state.step:,} of {num_steps:,} steps, {state.tokens:,} tokens ({how})",
         "training loss": f"{state.loss:.4f}" if state.loss is not None else "",
-        "held-out loss": _held_out(config.folder),
+        "held-out loss": _validation(config.folder),
         "throughput": _throughput(spent, total_seconds),
         "time": _time(spent, total_seconds),
         **_newest(config.folder),
@@ -70,16 +70,16 @@ def summary(config: RunConfig, state: TrainState, spent: Spent, total_seconds: f
     return "\n".join([f"run {config.name} in {config.folder}", *lines])
 
 
-def _held_out(folder: Path) -> str:
+def _validation(folder: Path) -> str:
     try:
         with (folder / METRICS).open("rb") as lines:
-            held_out = read_curves(lines)[1]
+            validation = read_curves(lines)[1]
     except OSError:
         return ""
-    smallest = best(held_out)
+    smallest = best(validation)
     if smallest is None:
         return ""
-    return f"best {smallest[1]:.4f} at step {smallest[0]:,}, last {held_out[-1][1]:.4f} at step {held_out[-1][0]:,}"
+    return f"best {smallest[1]:.4f} at step {smallest[0]:,}, last {validation[-1][1]:.4f} at step {validation[-1][0]:,}"
 
 
 def _throughput(spent: Spent, total_seconds: float) -> str:

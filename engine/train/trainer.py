@@ -165,7 +165,7 @@ class Trainer:
         scales, by_domain = (self.groups.zero.size * scales_L).float(), self.sums.by_domain(len(weights_KL))
         apart = {} if by_domain is None else {"by_domain": by_domain}
         sums_L = self.pipeline.train(inputs, scales, **apart)
-        flags = (float(self.signals.asked), *self.restarts.signals())
+        flags = (float(self.signals.stop_requested), *self.restarts.signals())
         self.heart.beat(state.step, "loss")
         losses, (stop, done, failed), sums_KL = self.sums.of_losses(sums_L * scales_L, flags, by_domain)
         updated, gradient_norm = self._update(sum(losses), position, rate)
@@ -330,7 +330,7 @@ class Trainer:
             self.stage.close()
         datasets = self._data.take(number)
         self.stage = on_all(
-            lambda: StageRun(number, self.config, datasets, groups, self.device, lambda: self.signals.asked),
+            lambda: StageRun(number, self.config, datasets, groups, self.device, lambda: self.signals.stop_requested),
             groups.world,
             DataError,
         )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from engine.checkpoint.folder import committed, step_of
-from engine.checkpoint.load import load_pieces, open_checkpoint
+from engine.checkpoint.load import load_shards, open_checkpoint
 from engine.checkpoint.retention import Retention, newest_whole, prune
 from engine.checkpoint.saver import Saver
 from engine.parallel import collectives
@@ -97,7 +97,7 @@ def check_content(folder: Path, step: int) -> None:
         return
     world = World(layout_of(1, 1, 1), 3, small_model())
     path = next(path for path in committed(folder) if step_of(path) == step)
-    load_pieces(path, open_checkpoint(path), world.pieces[0])
+    load_shards(path, open_checkpoint(path), world.shards[0])
     world.check(random_state(world.specs, step))
 
 
@@ -118,7 +118,7 @@ def _save_on(connection: Connection, world: World, rank: int, folder: Path, atte
     while True:
         step += 1
         world.fill(random_state(world.specs, step))
-        saver.begin(world.pieces[rank], world.placements_of(rank), some_state(step), "job", attempt)
+        saver.begin(world.shards[rank], world.placements_of(rank), some_state(step), "job", attempt)
         connection.send(("begun", (), step))
         saver.hold_update()
         while saver.in_flight is not None:

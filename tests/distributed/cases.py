@@ -218,7 +218,7 @@ class Result:
 def run_rank(
     place: RankEnvironment, case: Case
 ) -> tuple[list[float], list[float], list[tuple[str, np.ndarray, np.ndarray]]]:
-    """One rank of a run: losses, norms, and its pieces as (name, indices in the whole parameter, values)."""
+    """One rank of a run: losses, norms, and its shards as (name, indices in the whole parameter, values)."""
     from engine.parallel.pipeline import DomainSums
     from engine.train.build import build_pipeline, join_groups, stage_spec
     from engine.train.checks import check_invariants
@@ -244,15 +244,15 @@ def run_rank(
         ).flatten()
         for spec in family(config.model).specs(config.model)
     }
-    pieces = [
+    shards = [
         (
-            piece.spec.name,
-            indices[piece.spec.name][piece.start : piece.start + piece.length].numpy(),
-            piece.weight.numpy().copy(),
+            shard.spec.name,
+            indices[shard.spec.name][shard.start : shard.start + shard.length].numpy(),
+            shard.weight.numpy().copy(),
         )
-        for piece in pipeline.engine.pieces()
+        for shard in pipeline.engine.parameter_shards()
     ]
-    return losses, norms, pieces
+    return losses, norms, shards
 
 
 def stage_inputs(batch: Tensors, case: Case, groups: Groups) -> list[Tensors]:
@@ -263,7 +263,7 @@ def stage_inputs(batch: Tensors, case: Case, groups: Groups) -> list[Tensors]:
     config, size = config_of(case), case.micro_batch_size
     inputs = stage_spec(config, config.stages[0], groups).inputs
     given = {name: tensor for name, tensor in batch.items() if name in inputs}
-    own = own_part(given, LENGTH, config.parallel.time_ranks, groups.sequence)
+    own = own_part(given, LENGTH, config.parallel.sequence_ranks, groups.sequence)
     own["domains_B"] = torch.arange(GLOBAL_BATCH) % 3
     return [
         {name: tensor[first : first + size] for name, tensor in own.items()}
@@ -272,14 +272,14 @@ def stage_inputs(batch: Tensors, case: Case, groups: Groups) -> list[Tensors]:
 
 
 def join_results(case: Case, ranks: list[Any]) -> Result:
-    """One result from every rank's; each rank must have seen the same losses, and the pieces must cover everything."""
+    """One result from every rank's; each rank must have seen the same losses, and the shards must cover everything."""
     for losses, norms, _ in ranks:
         assert (losses, norms) == (ranks[0][0], ranks[0][1]), "ranks disagree"
     model, weights = config_of(case).model, {}
     for spec in family(model).specs(model):
         flat = np.full(int(np.prod(spec.shape)), np.nan, np.float32)
-        for _, _, pieces in ranks:
-            for name, indices, values in pieces:
+        for _, _, shards in ranks:
+            for name, indices, values in shards:
                 if name == spec.name:
                     held = flat[indices]
                     copies = np.isnan(held) | (held == values)

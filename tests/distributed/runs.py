@@ -116,7 +116,7 @@ def train_rank(
     engine = trainer.pipeline.engine
 
     def held() -> str:
-        return fingerprint(engine.pieces(), engine.placements(), groups)
+        return fingerprint(engine.parameter_shards(), engine.placements(), groups)
 
     started_at, at_start = trainer.state.step, held()
     prepare(trainer)

@@ -17,11 +17,15 @@ Break = Callable[[Pipeline], torch.Tensor]
 
 
 def master(name: str) -> Break:
-    return lambda pipeline: next(piece.weight for piece in pipeline.engine.pieces() if piece.spec.name == name)
+    return lambda pipeline: next(
+        shard.weight for shard in pipeline.engine.parameter_shards() if shard.spec.name == name
+    )
 
 
 def moment(name: str) -> Break:
-    return lambda pipeline: next(p.moments["exp_avg"] for p in pipeline.engine.pieces() if p.spec.name == name)
+    return lambda pipeline: next(
+        p.moments["exp_avg"] for p in pipeline.engine.parameter_shards() if p.spec.name == name
+    )
 
 
 def working(name: str) -> Break:

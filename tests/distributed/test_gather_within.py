@@ -37,7 +37,7 @@ def steps_anew(place: Any, case: Case) -> tuple[bool, list[int]]:
     inputs = stage_inputs(global_batch(0, case.attention, case.model), case, groups)
 
     def state() -> list[torch.Tensor]:
-        return [t for piece in engine.pieces() for t in (piece.weight, *piece.moments.values())]
+        return [t for shard in engine.parameter_shards() for t in (shard.weight, *shard.moments.values())]
 
     def step() -> list[torch.Tensor]:
         pipeline.train(inputs, torch.tensor([0.1]))

@@ -42,7 +42,7 @@ def one_step(place: RankEnvironment, case: Case) -> tuple[float, list[tuple[str,
         return True
 
     norm = pipeline.engine.step(LEARNING_RATE, accept)
-    shards = {(piece.spec.name, piece.start, piece.length) for piece in pipeline.engine.pieces()}
+    shards = {(shard.spec.name, shard.start, shard.length) for shard in pipeline.engine.parameter_shards()}
     assert {(name, len(values)) for name, _, values in found} == {(name, length) for name, _, length in shards}
     return norm, found
 

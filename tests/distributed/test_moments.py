@@ -32,12 +32,12 @@ def save_before_and_after(place: RankEnvironment, case: Case, folder: Path) -> s
     for step in (1, 2):
         if step == 2:
             engine.add_moment("ema", begins_at_zero=True)
-        for piece in engine.pieces():
+        for shard in engine.parameter_shards():
             if step == 2:
-                piece.moments["ema"].copy_(piece.weight * 0.5)
+                shard.moments["ema"].copy_(shard.weight * 0.5)
         state = CheckpointState(step, 0, case.zero_stage, "meaning")
-        saver.save(engine.pieces(), engine.placements(), state, "job", 0)
-    return fingerprint(engine.pieces(), engine.placements(), groups)
+        saver.save(engine.parameter_shards(), engine.placements(), state, "job", 0)
+    return fingerprint(engine.parameter_shards(), engine.placements(), groups)
 
 
 def load_both(place: RankEnvironment, case: Case, folder: Path) -> str:
@@ -47,19 +47,19 @@ def load_both(place: RankEnvironment, case: Case, folder: Path) -> str:
     groups, pipeline = build(place, case)
     engine = pipeline.engine
     engine.add_moment("ema", begins_at_zero=True)
-    for piece in engine.pieces():
-        piece.moments["ema"].fill_(7)
+    for shard in engine.parameter_shards():
+        shard.moments["ema"].fill_(7)
     for step, factor in ((1, 0.0), (2, 0.5)):
         path = step_path(folder, step)
-        load(path, groups, engine.pieces(), engine.placements(), zero_moments=engine.zero_moments)
-        for piece in engine.pieces():
-            assert torch.equal(piece.moments["ema"], piece.weight * factor), piece.spec.name
-    found = fingerprint(engine.pieces(), engine.placements(), groups)
+        load(path, groups, engine.parameter_shards(), engine.placements(), zero_moments=engine.zero_moments)
+        for shard in engine.parameter_shards():
+            assert torch.equal(shard.moments["ema"], shard.weight * factor), shard.spec.name
+    found = fingerprint(engine.parameter_shards(), engine.placements(), groups)
     engine.refresh()
-    before = [piece.moments["ema"].clone() for piece in engine.pieces()]
+    before = [shard.moments["ema"].clone() for shard in engine.parameter_shards()]
     pipeline.train(stage_inputs(global_batch(0, case.attention), case, groups), torch.tensor([0.1]))
     engine.step(LEARNING_RATE)  # the optimizer leaves alone what is not its own
-    assert all(torch.equal(p.moments["ema"], old) for p, old in zip(engine.pieces(), before, strict=True))
+    assert all(torch.equal(p.moments["ema"], old) for p, old in zip(engine.parameter_shards(), before, strict=True))
     return found
 
 

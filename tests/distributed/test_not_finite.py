@@ -17,13 +17,15 @@ def poisoned_step(place, case: Case) -> str:
     config = config_of(case)
     groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
     pipeline = build_pipeline(config, stage_spec(config, config.stages[0], groups), groups, torch.device("cpu"))
-    before = [piece.weight.clone() for piece in pipeline.engine.pieces()]
+    before = [shard.weight.clone() for shard in pipeline.engine.parameter_shards()]
     batch = global_batch(0, case.attention)
     batch["weights_BT"][-1, 0] = torch.nan  # the last row: one data rank's, one stage's
     pipeline.train(stage_inputs(batch, case, groups), torch.tensor(1.0))
     with pytest.raises(NotFinite) as raised:
         pipeline.engine.step(LEARNING_RATE)
-    assert all(torch.equal(held, piece.weight) for held, piece in zip(before, pipeline.engine.pieces(), strict=True))
+    assert all(
+        torch.equal(held, shard.weight) for held, shard in zip(before, pipeline.engine.parameter_shards(), strict=True)
+    )
     return raised.value.wrong
 
 
@@ -43,7 +45,7 @@ def discarded_steps(place, case: Case) -> None:
         engine.step(LEARNING_RATE, accept)
 
     def state() -> list[torch.Tensor]:
-        return [t.clone() for piece in engine.pieces() for t in (piece.weight, *piece.moments.values())]
+        return [t.clone() for shard in engine.parameter_shards() for t in (shard.weight, *shard.moments.values())]
 
     step(0)
     before = state()
@@ -53,7 +55,7 @@ def discarded_steps(place, case: Case) -> None:
     step(3)
     found = state()
     assert not all(map(torch.equal, before, found))
-    held = [t for piece in engine.pieces() for t in (piece.weight, *piece.moments.values())]
+    held = [t for shard in engine.parameter_shards() for t in (shard.weight, *shard.moments.values())]
     for tensor, value in zip(held, before, strict=True):
         tensor.copy_(value)
     engine.refresh()

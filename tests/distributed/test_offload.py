@@ -67,8 +67,8 @@ def steps_of_both(place: Any, case: Case) -> list[list[str]]:
                 watch(host, events)
             norms.append(pipeline.engine.step(LEARNING_RATE))
             check_invariants(pipeline.engine, groups)
-        pieces = pipeline.engine.pieces()
-        ends.append((norms, [t.clone() for piece in pieces for t in (piece.weight, *piece.moments.values())]))
+        shards = pipeline.engine.parameter_shards()
+        ends.append((norms, [t.clone() for shard in shards for t in (shard.weight, *shard.moments.values())]))
     assert ends[0][0] == ends[1][0]
     assert all(map(torch.equal, ends[0][1], ends[1][1]))
     return events

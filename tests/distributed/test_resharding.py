@@ -82,14 +82,14 @@ def watched_rank(place: RankEnvironment, tree: dict[str, Any]) -> dict[str, Any]
     from engine.train.restart import Restarts
     from tests.engine.checkpoint.memory import Alive
 
-    load_pieces, restore = loading.load_pieces, Restarts.restore
+    load_shards, restore = loading.load_shards, Restarts.restore
     found: dict[str, Any] = {}
 
-    def load_and_count(path: Any, manifest: Any, pieces: Any, tensor_rank: int, tensor_size: int, zero: Any) -> int:
-        read = load_pieces(path, manifest, pieces, tensor_rank, tensor_size, zero)
-        sizes = [real_length(piece, tensor_rank, tensor_size) * 4 * (1 + len(piece.moments)) for piece in pieces]
+    def load_and_count(path: Any, manifest: Any, shards: Any, tensor_rank: int, tensor_size: int, zero: Any) -> int:
+        read = load_shards(path, manifest, shards, tensor_rank, tensor_size, zero)
+        sizes = [real_length(shard, tensor_rank, tensor_size) * 4 * (1 + len(shard.moments)) for shard in shards]
         found.update(read=read, own=sum(sizes))
-        found["shard"] = sum(piece.length * 4 * (1 + len(piece.moments)) for piece in pieces)
+        found["shard"] = sum(shard.length * 4 * (1 + len(shard.moments)) for shard in shards)
         found["largest"] = max(math.prod(spec.shape) for spec in manifest.specs.values()) * 4
         return read
 
@@ -99,19 +99,19 @@ def watched_rank(place: RankEnvironment, tree: dict[str, Any]) -> dict[str, Any]
         found["peak"] = alive.peak
         return restored
 
-    loading.load_pieces = load_and_count  # this process ends with the run
+    loading.load_shards = load_and_count  # this process ends with the run
     setattr(Restarts, "restore", restore_and_watch)  # noqa: B010
     return train_rank(place, tree) | {"load": found}
 
 
-def real_length(piece: Any, tensor_rank: int, tensor_size: int) -> int:
-    """Elements of a piece that are no padded rows: those have the largest numbers, on the last tensor ranks."""
-    rows, real = piece.spec.shape[0], piece.spec.stored_shape[0]
+def real_length(shard: Any, tensor_rank: int, tensor_size: int) -> int:
+    """Elements of a shard that are no padded rows: those have the largest numbers, on the last tensor ranks."""
+    rows, real = shard.spec.shape[0], shard.spec.stored_shape[0]
     if rows == real:
-        return piece.length
-    local, width = rows // tensor_size, math.prod(piece.spec.shape[1:])
+        return shard.length
+    local, width = rows // tensor_size, math.prod(shard.spec.shape[1:])
     mine = min(max(real - tensor_rank * local, 0), local) * width
-    return min(max(mine - piece.start, 0), piece.length)
+    return min(max(mine - shard.start, 0), shard.length)
 
 
 def run(tree: dict[str, Any], ranks: int) -> list[dict[str, Any]]:

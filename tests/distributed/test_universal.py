@@ -242,7 +242,7 @@ def test_what_deepspeed_does_not_load_is_refused(tmp_path):
         write_universal(path, tmp_path / "universal")
     bare = World(layout_of(1, 1, 1), 0, small_model())
     bare.fill(whole)
-    bare.pieces = [[dataclasses.replace(piece, moments={}) for piece in pieces] for pieces in bare.pieces]
+    bare.shards = [[dataclasses.replace(shard, moments={}) for shard in shards] for shards in bare.shards]
     path = bare.save(tmp_path / "bare", some_state(5))
     with pytest.raises(CheckpointError, match=r"has no moments \(as 15 of 15 parameters\)") as caught:
         write_universal(path, tmp_path / "universal")

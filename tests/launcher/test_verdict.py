@@ -69,9 +69,9 @@ def test_a_launchers_exit_code_alone_is_never_success(code: int) -> None:
 
 def test_a_rank_that_lost_a_neighbour_is_not_the_one_that_was_lost() -> None:
     """As the trainer words it (`engine.train.failures`): it must not read like an error that all ranks agreed on."""
-    from engine.train.failures import in_our_words
+    from engine.train.failures import translate_error
 
-    told = str(in_our_words(RuntimeError("Connection closed by peer"), global_rank=0, step=3))
+    told = str(translate_error(RuntimeError("Connection closed by peer"), global_rank=0, step=3))
     verdict = judge(Outcome("job", 0, 1, 3, 0, told), NodeReport((End("launcher", 1),), gone=frozenset((1,))), "job")
     assert verdict.lost == {1}
     assert verdict.words.startswith("failed at step 3: rank 1 was gone already, without a word; rank 0 then: lost a")

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import BERTConfig, ModelConfig
 from engine.data.tokenizer.folder import TextTokenizer, load_tokenizer
 from engine.models.materialize import whole_model
 from engine.serve.export import export
@@ -111,7 +111,7 @@ def described(trained: Trained, tokenizer: TextTokenizer) -> dict[str, Any]:
         "ids": ids,
         "framed": [framed(config, tokenizer, [found]) for found in ids],
         "pair": framed(config, tokenizer, ids[:2]),
-        "token_types": config.family == "bert" and config.token_types > 1,
+        "token_types": isinstance(config, BERTConfig) and config.token_types > 1,
         "max_length": config.max_positions,
         "end": None if config.family == "bert" else tokenizer.eos_id,
         "dtype": "float32",
@@ -128,6 +128,7 @@ def framed(config: ModelConfig, tokenizer: TextTokenizer, parts: list[list[int]]
         return [number for part in parts for number in part]
     if config.family == "t5":
         return [*parts[0], tokenizer.eos_id] if len(parts) == 1 else None
+    assert isinstance(config, BERTConfig)
     known = tokenizer.vocabulary
     if len(parts) > 1 and config.token_types < 2:
         return None

@@ -11,12 +11,12 @@ import torch
 from engine.checkpoint.folder import Owner, acquire, partial_path
 from engine.checkpoint.manifest import CheckpointState
 from engine.checkpoint.mismatch import check_tensors
-from engine.checkpoint.staging import HostBuffer, stage_pieces
+from engine.checkpoint.staging import HostBuffer, stage_shards
 from engine.checkpoint.stores import StageTable, build_manifest, commit, prepare, write_staged
 from engine.checkpoint.writers import Writer
 from engine.config.resolve import Layout
 from engine.parallel.sharding import ParameterSpec
-from engine.parallel.state import Piece, Placement
+from engine.parallel.state import ParameterShard, Placement
 
 
 def write_checkpoint(
@@ -30,14 +30,14 @@ def write_checkpoint(
     known = list(specs)
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
     check_tensors(found, {spec.name: spec.stored_shape for spec in known}, "the source")
-    pieces, placements = [], []
+    shards, placements = [], []
     for spec in known:
         whole = ParameterSpec(spec.name, spec.stored_shape)
-        pieces.append(Piece(whole, 0, weights[spec.name].detach().float().contiguous().view(-1)))
+        shards.append(ParameterShard(whole, 0, weights[spec.name].detach().float().contiguous().view(-1)))
         placements.append(Placement(whole, (0,), 0, math.prod(whole.shape)))
     owner = Owner("convert", 0)
     acquire(folder, owner)
-    staged = stage_pieces(pieces, placements, Writer(0, 0, 0), 1, HostBuffer())
+    staged = stage_shards(shards, placements, Writer(0, 0, 0), 1, HostBuffer())
     partial = partial_path(folder, state.step, owner)
     prepare(partial, [staged.num_bytes])
     written = write_staged(staged, partial, state.step)

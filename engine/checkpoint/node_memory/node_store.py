@@ -103,12 +103,12 @@ class NodeStore:
 
         self.on_nodes(make)
 
-    def write(self, save: Save, staged: Staged, holds_pieces: bool, check_cancelled: CheckCancelled) -> Written:
+    def write(self, save: Save, staged: Staged, holds_shards: bool, check_cancelled: CheckCancelled) -> Written:
         """Also takes the room of the copies that will come. Not collective."""
         for rank in self.nodes.kept_by(self.rank):
             if save.data_bytes[rank]:
                 passing.take_room(_arriving(save, rank), sum(save.sizes[rank]))
-        return write_staged(staged, save.partial, save.step, holds_pieces, check_cancelled)
+        return write_staged(staged, save.partial, save.step, holds_shards, check_cancelled)
 
     def clear(self, save: Save) -> None:
         self.on_nodes(lambda: shutil.rmtree(save.partial, ignore_errors=True))

@@ -27,7 +27,7 @@ from engine.errors import CheckpointError
 from engine.logs import logger
 from engine.parallel import collectives
 from engine.parallel.agreement import on_all
-from engine.parallel.state import Piece
+from engine.parallel.state import ParameterShard
 
 log = logger(__name__)
 
@@ -57,15 +57,17 @@ class Recall:
         self._held: list[dict[Generation, set[str]]] = [told[rank] for rank in store.nodes.first_ranks]
         self._left = newest_first(self._held)
 
-    def newest(self, eligible: Eligibility, pieces: list[Piece], zero_moments: Collection[str] = ()) -> Path | None:
-        """Return the folder of the newest eligible generation, from which each rank can load its pieces.
+    def newest(
+        self, eligible: Eligibility, shards: list[ParameterShard], zero_moments: Collection[str] = ()
+    ) -> Path | None:
+        """Return the folder of the newest eligible generation, from which each rank can load its shards.
 
         None means that there is none.
         """
         while self._left and self._left[0].step >= eligible.least_step:
             generation = self._left.pop(0)
             try:
-                return self._bring(generation, eligible, pieces, zero_moments)
+                return self._bring(generation, eligible, shards, zero_moments)
             except CheckpointError as problem:
                 if self._world.position == 0:
                     log.warning("step %d in the nodes' memory is passed over: %s", generation.step, problem)
@@ -86,7 +88,11 @@ class Recall:
         return found
 
     def _bring(
-        self, generation: Generation, eligible: Eligibility, pieces: list[Piece], zero_moments: Collection[str]
+        self,
+        generation: Generation,
+        eligible: Eligibility,
+        shards: list[ParameterShard],
+        zero_moments: Collection[str],
     ) -> Path:
         """Verifies a generation and passes its files to where they are needed.
 
@@ -101,7 +107,7 @@ class Recall:
         self._check_held(manifest, held, " and unharmed")
         rank_and_size = (self._store.groups.coordinates.tensor_rank, self._store.groups.layout.tensor)
         mine = on_all(
-            lambda: files_needed(manifest, pieces, *rank_and_size, zero_moments), self._world, CheckpointError
+            lambda: files_needed(manifest, shards, *rank_and_size, zero_moments), self._world, CheckpointError
         )
         by_rank = collectives.gather_objects(mine, self._world)
         needed = [set().union(*(by_rank[rank] for rank in ranks)) for ranks in self._store.nodes.ranks]

@@ -147,13 +147,13 @@ def check_offload(config: RunConfig, problems: list[PalimpsestError]) -> None:
         )
 
 
-def check_time(key: str, stage: RunStage, config: RunConfig, problems: list[PalimpsestError]) -> None:
+def check_sequence(key: str, stage: RunStage, config: RunConfig, problems: list[PalimpsestError]) -> None:
     """Add the rule that the ranks which share a row's tokens divide its length.
 
     A decoder's rows need no rule: they are filled up (`engine.config.objectives.held_lengths`).
     """
     parallel = config.parallel
-    ranks, length = parallel.time_ranks, row_lengths(stage).tokens
+    ranks, length = parallel.sequence_ranks, row_lengths(stage).tokens
     if length % ranks:
         problems.append(
             ConfigError(

@@ -66,7 +66,7 @@ class ParallelConfig(Section):
         return self.tensor if self.sequence_parallel else 1
 
     @property
-    def time_ranks(self) -> int:
+    def sequence_ranks(self) -> int:
         """Ranks that share the time of a row's hidden states, on both axes."""
         return self.shared_by * self.sequence
 

@@ -22,18 +22,18 @@ from torch import nn
 from engine.config.schema.parallel import ParallelConfig
 from engine.errors import PalimpsestError
 from engine.parallel.boundary import Tensors
-from engine.parallel.deferral import Deferral, PutOff, gradients
+from engine.parallel.deferral import Deferral, DeferredGradients, gradients
 from engine.parallel.groups import Group, Groups
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.stage import StageModule
-from engine.parallel.state import ParameterGroup, Part, Piece, Placement
+from engine.parallel.state import ParameterGroup, ParameterShard, Placement, ShardRange
 from engine.parallel.zero.adapter import Engine, Topology, scalar_of
 from engine.parallel.zero.gathering import Gathering
 from engine.parallel.zero.gradient_norm import WholeGradients
 from engine.parallel.zero.gradients import Accumulator
 from engine.parallel.zero.offload import host_state
 from engine.parallel.zero.optimizers import FlatShards, Named, PartitionedShards, has_gradient, shards
-from engine.parallel.zero.stage3 import Cures, partition_empty, replace_parameters
+from engine.parallel.zero.stage3 import DeepSpeedPatches, partition_empty, replace_parameters
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -43,7 +43,11 @@ class ShardOptimizer(Protocol):
     """An optimizer that has to know which parameters lie in the tensors that it updates, and who has the rest."""
 
     def attach(
-        self, parts: Iterable[tuple[torch.Tensor, list[Part]]], placements: list[Placement], zero: Group, tensor: Group
+        self,
+        ranges: Iterable[tuple[torch.Tensor, list[ShardRange]]],
+        placements: list[Placement],
+        zero: Group,
+        tensor: Group,
     ) -> None: ...
 
 
@@ -124,8 +128,8 @@ class StageEngine:
         self._shards = shards(self.zero_stage, self._engine, self.optimizer, named, groups.zero.position)
         if isinstance(self.optimizer, ShardOptimizer):
             zero = groups.zero if self.zero_stage > 0 else Group((groups.global_rank,), 0)
-            self.optimizer.attach(self._shards.parts(), self.placements(), zero, groups.tensor)
-        self._cures = Cures(self._engine) if self.zero_stage == 3 else None
+            self.optimizer.attach(self._shards.ranges(), self.placements(), zero, groups.tensor)
+        self._patches = DeepSpeedPatches(self._engine) if self.zero_stage == 3 else None
         self._gathering = Gathering(self._engine, parallel.gathers_per_step) if self.zero_stage == 3 else None
         self._accumulator = self._make_accumulator(config) if parallel.reduces_per_step else None
         self._deferral = Deferral(module) if parallel.schedule == "zb-h1" else None
@@ -142,8 +146,8 @@ class StageEngine:
         """What a chunk makes of one micro-batch, by name. Collective over the ZeRO group under ZeRO-3."""
         with self._pass(chunk, backward=False):
             made = self._engine(chunk=chunk, inputs=inputs)
-        if self._cures and torch.is_grad_enabled():
-            self._cures.after_forward(chunk)
+        if self._patches and torch.is_grad_enabled():
+            self._patches.after_forward(chunk)
         return made
 
     def backward(
@@ -158,8 +162,8 @@ class StageEngine:
         if self.zero_stage > 0:
             # Set by the forward pass only; without it a backward that follows a backward replaces gradients.
             self._engine.optimizer.clear_backward_seen_flag()
-        if self._cures:
-            self._cures.before_backward(chunk, is_first=not self._gradients_begun)
+        if self._patches:
+            self._patches.before_backward(chunk, is_first=not self._gradients_begun)
         self._gradients_begun = not is_last
         with self._pass(chunk, backward=True):
             self._engine.backward(scalar_of(outputs, grads), scale_wrt_gas=False)
@@ -167,20 +171,22 @@ class StageEngine:
         if is_last:
             self._reduce()
 
-    def backward_input(self, chunk: int, outputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> PutOff:
+    def backward_input(
+        self, chunk: int, outputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]
+    ) -> DeferredGradients:
         """`backward` without the gradients of linear layers' weights; returns what they are made of.
 
         For the schedule that splits backward passes. Collective over the ZeRO group.
         """
         assert self._deferral is not None
         self.backward(chunk, outputs, grads, is_last=False)
-        put_off = self._deferral.take()
-        assert put_off, "every chunk has linear layers, whose weight gradients come later"
-        return put_off
+        deferred = self._deferral.take()
+        assert deferred, "every chunk has linear layers, whose weight gradients come later"
+        return deferred
 
-    def backward_weight(self, put_off: PutOff, is_last: bool) -> None:
+    def backward_weight(self, deferred: DeferredGradients, is_last: bool) -> None:
         """The rest of a backward pass. Collective over the ZeRO group where `is_last` marks the last one of a step."""
-        for weight, grad in gradients(put_off):
+        for weight, grad in gradients(deferred):
             if self._accumulator:
                 self._accumulator.add(weight, grad)
             else:
@@ -240,9 +246,9 @@ class StageEngine:
             self._accumulator.clear()
         return norm
 
-    def pieces(self) -> list[Piece]:
+    def parameter_shards(self) -> list[ParameterShard]:
         """Live views of all master weights and moments that this rank holds."""
-        return list(self._shards.pieces())
+        return list(self._shards.parameter_shards())
 
     def gradient_shards(self) -> Iterator[tuple[ParameterSpec, int, torch.Tensor]]:
         """Yield (parameter, first element, gradient) of what this rank holds of the reduced gradients, flat.
@@ -298,9 +304,9 @@ class StageEngine:
         Collective over the world.
         """
         rank, size = self.groups.tensor.position, self.groups.tensor.size
-        for piece in self._shards.pieces():
-            local = piece.spec.part(value(piece.spec), rank, size).reshape(-1)
-            piece.weight.copy_(local[piece.start : piece.start + piece.length])
+        for shard in self._shards.parameter_shards():
+            local = shard.spec.part(value(shard.spec), rank, size).reshape(-1)
+            shard.weight.copy_(local[shard.start : shard.start + shard.length])
         self.refresh()
 
     def refresh(self) -> None:
@@ -315,8 +321,8 @@ class StageEngine:
 
     def reset_moments(self) -> None:
         """Set the optimizer's moments to zero, as before the first update; added ones stay."""
-        for piece in self.pieces():
-            for name, moment in piece.moments.items():
+        for shard in self.parameter_shards():
+            for name, moment in shard.moments.items():
                 if name not in self.added_moments:
                     moment.zero_()
         self.set_updates(0)

@@ -26,22 +26,22 @@ class Accumulator:
         require(engine.optimizer, "_coalesce_grad_reduction", "averaged_gradients")
         engine.optimizer._coalesce_grad_reduction = True
         self._buffers: list[torch.Tensor] = []
-        self._places: dict[int, torch.Tensor] = {}
-        for places, size in shards.whole_gradients(zero.size):
+        self._views: dict[int, torch.Tensor] = {}
+        for views, size in shards.whole_gradients(zero.size):
             buffer = torch.zeros(size, dtype=dtype, device=engine.device)
             self._buffers.append(buffer)
-            for parameter, shape, stride, start in places:
-                self._places[id(parameter)] = buffer.as_strided(shape, stride, start)
+            for parameter, shape, stride, start in views:
+                self._views[id(parameter)] = buffer.as_strided(shape, stride, start)
                 parameter.register_post_accumulate_grad_hook(self._take)
 
     def add(self, parameter: torch.nn.Parameter, grad: torch.Tensor) -> None:
         """Adds a whole gradient of a parameter; its own dtype may be narrower."""
-        flat, place = grad.reshape(-1), self._places[id(parameter)]
-        width = place.size(1)
+        flat, view = grad.reshape(-1), self._views[id(parameter)]
+        width = view.size(1)
         full, rest = divmod(flat.numel(), width)
-        place[:full].add_(flat[: full * width].view(full, width))
+        view[:full].add_(flat[: full * width].view(full, width))
         if rest:
-            place[full, :rest].add_(flat[full * width :])
+            view[full, :rest].add_(flat[full * width :])
 
     def reduce(self) -> None:
         """Gives the optimizer this rank's share of the average over data ranks. Collective over the ZeRO group."""
@@ -57,7 +57,7 @@ class Accumulator:
 
     def holds(self, parameter: torch.nn.Parameter) -> bool:
         """Whether a gradient of a parameter is left."""
-        return bool(self._places[id(parameter)].any())
+        return bool(self._views[id(parameter)].any())
 
     def _take(self, parameter: torch.Tensor) -> None:
         assert isinstance(parameter, torch.nn.Parameter)

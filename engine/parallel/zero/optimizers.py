@@ -16,11 +16,11 @@ import torch
 
 from engine.errors import EnvironmentProblem
 from engine.parallel.sharding import ParameterSpec
-from engine.parallel.state import Part, Piece
+from engine.parallel.state import ParameterShard, ShardRange
 
 Named = list[list[tuple[ParameterSpec, torch.nn.Parameter]]]
 """Parameters of each group, in the order in which the optimizer was given them."""
-Place = tuple[torch.nn.Parameter, tuple[int, int], tuple[int, int], int]
+GradientView = tuple[torch.nn.Parameter, tuple[int, int], tuple[int, int], int]
 """(parameter, shape, stride, start) of its whole gradient in a flat buffer, as rows of which the last may be short."""
 
 
@@ -34,19 +34,19 @@ class Shards(Protocol):
         ...
 
     def gradient_lists(self) -> Iterator[Sequence[torch.Tensor]]:
-        """Yield, for each tensor of `parts`, its reduced gradient in pieces that follow one another."""
+        """Yield, for each tensor of `parts`, its reduced gradient in shards that follow one another."""
         ...
 
     def gradient_shards(self) -> Iterator[tuple[ParameterSpec, int, torch.Tensor]]:
-        """Yield (parameter, first element, gradient) of each parameter shard, as `pieces` does for weights.
+        """Yield (parameter, first element, gradient) of each parameter shard, as `shards` does for weights.
 
         Valid where `gradients` is. Views, in the dtype in which gradients are reduced.
         """
-        for (_, parts), grads in zip(self.parts(), self.gradient_lists(), strict=True):
-            # A part lies in one of the pieces: DeepSpeed cuts them between parameters, or not at all. Sizes 3 and 5
+        for (_, ranges), grads in zip(self.ranges(), self.gradient_lists(), strict=True):
+            # A part lies in one of the shards: DeepSpeed cuts them between parameters, or not at all. Sizes 3 and 5
             # begin at 0 and 3, so the part at offset 4 is element 1 of the second.
             begins = [0, *accumulate(grad.numel() for grad in grads)]
-            for spec, start, offset, length in parts:
+            for spec, start, offset, length in ranges:
                 if length > 0:
                     number = bisect_right(begins, offset) - 1
                     yield spec, start, grads[number].view(-1).narrow(0, offset - begins[number], length)
@@ -55,22 +55,22 @@ class Shards(Protocol):
         """Groups of which the optimizer holds reduced gradients; between steps there are none."""
         ...
 
-    def parts(self) -> Iterator[tuple[torch.Tensor, list[Part]]]:
+    def ranges(self) -> Iterator[tuple[torch.Tensor, list[ShardRange]]]:
         """Each tensor that the optimizer updates, with what lies in it; the same parameters on every data rank."""
         ...
 
-    def pieces(self) -> Iterator[Piece]:
+    def parameter_shards(self) -> Iterator[ParameterShard]:
         """Live views of this rank's master weights and moments."""
-        for held, parts in self.parts():
+        for held, ranges in self.ranges():
             states = {name: state.view(-1) for name, state in self.optimizer.state[held].items() if name != "step"}
-            for spec, start, offset, length in parts:
+            for spec, start, offset, length in ranges:
                 if length > 0:
                     moments = {name: state.narrow(0, offset, length) for name, state in states.items()}
-                    yield Piece(spec, start, held.detach().view(-1).narrow(0, offset, length), moments)
+                    yield ParameterShard(spec, start, held.detach().view(-1).narrow(0, offset, length), moments)
 
     def add_moment(self, name: str) -> None:
         """Keep another fp32 value per element of each parameter, zero at first, beside the optimizer's own moments."""
-        for held, _ in self.parts():
+        for held, _ in self.ranges():
             self.optimizer.state[held][name] = torch.zeros_like(held, memory_format=torch.preserve_format)
 
     def placements(self) -> Iterator[tuple[ParameterSpec, int, int]]:
@@ -132,7 +132,7 @@ class WholeShards(Shards):
     def held_gradients(self) -> set[int]:
         return set()  # they are the parameters' own
 
-    def parts(self) -> Iterator[tuple[torch.Tensor, list[Part]]]:
+    def ranges(self) -> Iterator[tuple[torch.Tensor, list[ShardRange]]]:
         for group in self.groups:
             yield from ((parameter, [(spec, 0, 0, parameter.numel())]) for spec, parameter in group)
 
@@ -178,15 +178,15 @@ class FlatShards(Shards):
     def held_gradients(self) -> set[int]:
         return {index for index, held in self.zero.averaged_gradients.items() if held is not None}
 
-    def parts(self) -> Iterator[tuple[torch.Tensor, list[Part]]]:
+    def ranges(self) -> Iterator[tuple[torch.Tensor, list[ShardRange]]]:
         for index, group in enumerate(self.groups):
-            flat, parts = self.zero.single_partition_of_fp32_groups[index], []
+            flat, ranges = self.zero.single_partition_of_fp32_groups[index], []
             first = self.data_rank * self.zero.partition_size[index]
             for (spec, parameter), offset in zip(group, self.zero.round_robin_bit16_offsets[index], strict=True):
                 start = max(first - offset, 0)
                 end = min(first + flat.numel() - offset, parameter.numel())
-                parts.append((spec, start, offset + start - first, end - start) if start < end else (spec, 0, 0, 0))
-            yield flat, parts
+                ranges.append((spec, start, offset + start - first, end - start) if start < end else (spec, 0, 0, 0))
+            yield flat, ranges
 
     def placements(self) -> Iterator[tuple[ParameterSpec, int, int]]:
         for index, group in enumerate(self.groups):
@@ -196,15 +196,15 @@ class FlatShards(Shards):
     def refresh(self) -> None:
         self.zero.update_lp_params()
 
-    def whole_gradients(self, data_size: int) -> Iterator[tuple[list[Place], int]]:
+    def whole_gradients(self, data_size: int) -> Iterator[tuple[list[GradientView], int]]:
         """(places, elements) of a buffer per group: the padded flat buffer that the shards are slices of."""
         for index, group in enumerate(self.groups):
             offsets = self.zero.round_robin_bit16_offsets[index]
-            places: list[Place] = [
+            views: list[GradientView] = [
                 (parameter, (1, parameter.numel()), (parameter.numel(), 1), offset)
                 for (_, parameter), offset in zip(group, offsets, strict=True)
             ]
-            yield places, self.zero.partition_size[index] * data_size
+            yield views, self.zero.partition_size[index] * data_size
 
     def split(self, shares: list[torch.Tensor]) -> Iterator[tuple[int, list[torch.Tensor]]]:
         """(group, what DeepSpeed holds of its reduced gradients) from this rank's share of each buffer."""
@@ -241,16 +241,16 @@ class PartitionedShards(Shards):
     def held_gradients(self) -> set[int]:
         return {self.zero.sub_group_to_group_id[i] for i, held in self.zero.averaged_gradients.items() if held}
 
-    def parts(self) -> Iterator[tuple[torch.Tensor, list[Part]]]:
+    def ranges(self) -> Iterator[tuple[torch.Tensor, list[ShardRange]]]:
         for flat, parameters in zip(self.zero.fp32_partitioned_groups_flat, self.zero.fp16_groups, strict=True):
-            offset, parts = 0, []
+            offset, ranges = 0, []
             for parameter in parameters:
                 partition = parameter.partition_numel()
                 start = self.data_rank * partition
                 length = max(min(partition, parameter.ds_numel - start), 0)
-                parts.append((self.specs[id(parameter)], start, offset, length))
+                ranges.append((self.specs[id(parameter)], start, offset, length))
                 offset += partition
-            yield flat, parts
+            yield flat, ranges
 
     def placements(self) -> Iterator[tuple[ParameterSpec, int, int]]:
         for parameters in self.zero.fp16_groups:
@@ -268,17 +268,17 @@ class PartitionedShards(Shards):
         buffer: torch.Tensor = self.zero.grad_partitions_flat_buffer
         return buffer
 
-    def whole_gradients(self, data_size: int) -> Iterator[tuple[list[Place], int]]:
+    def whole_gradients(self, data_size: int) -> Iterator[tuple[list[GradientView], int]]:
         """(places, elements) of one buffer (data ranks, elements of a rank): each parameter is some columns of it."""
         parameters = [parameter for sub_group in self.zero.fp16_groups for parameter in sub_group]
         total = sum(parameter.partition_numel() for parameter in parameters)
-        places: list[Place] = []
+        views: list[GradientView] = []
         start = 0
         for parameter in parameters:
             width = parameter.partition_numel()
-            places.append((parameter, (data_size, width), (total, 1), start))
+            views.append((parameter, (data_size, width), (total, 1), start))
             start += width
-        yield places, data_size * total
+        yield views, data_size * total
 
     def split(self, shares: list[torch.Tensor]) -> Iterator[tuple[int, list[torch.Tensor]]]:
         """(sub-group, what DeepSpeed holds of its reduced gradients) from this rank's share of the buffer."""

@@ -83,7 +83,7 @@ def _kept_while_recomputed(release: Any) -> Any:
     return release_after_use
 
 
-class Cures:
+class DeepSpeedPatches:
     """What has to be done to a ZeRO-3 engine once, and before each of its backward passes."""
 
     def __init__(self, engine: Any) -> None:

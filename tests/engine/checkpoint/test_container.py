@@ -38,9 +38,9 @@ def test_the_safetensors_library_reads_it(path):
     with safe_open(path, framework="np") as file:
         assert set(file.keys()) == {entry.key for entry in ENTRIES}
         assert file.get_tensor("model.b").tolist() == [3, 4, 5, 6]
-        pieces = json.loads(file.metadata()["pieces"])
-        assert pieces["optim.exp_avg.a"][:4] == [5, 3, 1, 2]
-        assert pieces["optim.exp_avg.a"][4] == xxhash.xxh3_64_hexdigest(DATA[7:].tobytes())
+        shards = json.loads(file.metadata()["pieces"])
+        assert shards["optim.exp_avg.a"][:4] == [5, 3, 1, 2]
+        assert shards["optim.exp_avg.a"][4] == xxhash.xxh3_64_hexdigest(DATA[7:].tobytes())
         assert json.loads(file.metadata()["about"]) == {"stage": 0}
 
 
@@ -61,7 +61,7 @@ def test_the_record_is_of_the_bytes_on_the_disk(tmp_path, monkeypatch):
     assert file_digest(where) == record.xxh3
 
 
-def test_a_flipped_byte_is_traced_to_its_piece(path):
+def test_a_flipped_byte_is_traced_to_its_shard(path):
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 0x10
     path.write_bytes(raw)
@@ -84,14 +84,14 @@ def test_a_file_cut_short_is_refused(path, size):
         lambda header: header["model.b"].update(dtype="F64"),
         lambda header: header.pop("model.b"),
         lambda header: header.pop("__metadata__"),
-        lambda header: header["__metadata__"].update(pieces="[]"),
+        lambda header: header["__metadata__"].update(shards="[]"),
         lambda header: header["__metadata__"].update(format="other"),
         lambda header: header.update({"model.b": 7}),
     ],
 )
 def test_a_header_that_does_not_hold_is_refused(path, change):
     rewrite(path, change)
-    with pytest.raises(CheckpointError, match="its header is not that of a file of pieces") as caught:
+    with pytest.raises(CheckpointError, match="its header is not that of a file of shards") as caught:
         Container(path)
     assert "palimpsest checkpoint verify" in caught.value.remedy
 

@@ -19,8 +19,8 @@ def of(layout, zero_stage, whole, change=None):
     if change is not None:
         change(world)
     tensor = world.layout.tensor
-    ranks = zip(world.writers, world.pieces, strict=True)
-    return combine([partial_sum(pieces, world.placements[w.stage], w, tensor) for w, pieces in ranks])
+    ranks = zip(world.writers, world.shards, strict=True)
+    return combine([partial_sum(shards, world.placements[w.stage], w, tensor) for w, shards in ranks])
 
 
 def test_it_is_equal_in_every_layout(monkeypatch):
@@ -49,7 +49,7 @@ def test_it_is_the_sum_over_elements_one_by_one():
 
 
 def first(world):
-    return next(piece for piece in world.pieces[0] if piece.spec.name.endswith("qkv_proj.weight"))
+    return next(shard for shard in world.shards[0] if shard.spec.name.endswith("qkv_proj.weight"))
 
 
 def one_bit(world):
@@ -65,18 +65,18 @@ def moment(world):
 
 
 def exchanged_moments(world):
-    piece = first(world)
-    held = piece.moments["exp_avg"].clone()
-    piece.moments["exp_avg"].copy_(piece.moments["exp_avg_sq"])
-    piece.moments["exp_avg_sq"].copy_(held)
+    shard = first(world)
+    held = shard.moments["exp_avg"].clone()
+    shard.moments["exp_avg"].copy_(shard.moments["exp_avg_sq"])
+    shard.moments["exp_avg_sq"].copy_(held)
 
 
 def no_moments(world):
-    world.pieces = [[dataclasses.replace(piece, moments={}) for piece in pieces] for pieces in world.pieces]
+    world.shards = [[dataclasses.replace(shard, moments={}) for shard in shards] for shards in world.shards]
 
 
 def exchanged_layers(world):
-    norms = [piece for piece in world.pieces[0] if piece.spec.name.endswith("attention_norm.weight")]
+    norms = [shard for shard in world.shards[0] if shard.spec.name.endswith("attention_norm.weight")]
     held = norms[0].weight.clone()
     norms[0].weight.copy_(norms[1].weight)
     norms[1].weight.copy_(held)
@@ -90,10 +90,10 @@ def test_it_sees_a_change(change):
 
 def test_it_does_not_see_padding():
     def pad(world):
-        for pieces in world.pieces:
-            for piece in pieces:
-                if piece.spec.real_rows:
-                    piece.weight[max(13 * 6 - piece.start, 0) :] = 9.0
+        for shards in world.shards:
+            for shard in shards:
+                if shard.spec.real_rows:
+                    shard.weight[max(13 * 6 - shard.start, 0) :] = 9.0
 
     whole = random_state(small_model(), 0)
     assert of((1, 2, 1), 3, whole, pad) == of((1, 2, 1), 3, whole)
@@ -105,6 +105,6 @@ def test_ranks_agree(monkeypatch):
     world.fill(whole)
 
     def run(rank):
-        return fingerprint(world.pieces[rank], world.placements_of(rank), world.groups[rank])
+        return fingerprint(world.shards[rank], world.placements_of(rank), world.groups[rank])
 
     assert set(ThreadedRanks(monkeypatch).run(4, run)) == {of((1, 1, 1), 0, whole)}

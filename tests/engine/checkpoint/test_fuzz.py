@@ -15,7 +15,7 @@ import tracemalloc
 import pytest
 
 from engine.checkpoint import manifest_json
-from engine.checkpoint.load import Files, load_pieces, open_checkpoint, read_weights
+from engine.checkpoint.load import Files, load_shards, open_checkpoint, read_weights
 from engine.errors import CheckpointError
 from tests.engine.checkpoint.worlds import World, layout_of, random_state, small_model, some_state
 
@@ -157,5 +157,5 @@ def test_loading_opens_no_pickle(saved, monkeypatch):
     for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
         monkeypatch.setattr(module, name, refuse)
     world = World(layout_of(1, 1, 1), 3, small_model())
-    load_pieces(saved, open_checkpoint(saved), world.pieces[0])
+    load_shards(saved, open_checkpoint(saved), world.shards[0])
     world.check(random_state(world.specs, 0))

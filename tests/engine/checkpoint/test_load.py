@@ -10,12 +10,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.checkpoint.fingerprint import combine, fingerprint_of_checkpoint, partial_sum
-from engine.checkpoint.load import Files, load, load_pieces, open_checkpoint, read_state, read_weights
+from engine.checkpoint.load import Files, load, load_shards, open_checkpoint, read_state, read_weights
 from engine.checkpoint.manifest import match
 from engine.errors import CheckpointError
 from engine.parallel.groups import Groups
 from engine.parallel.sharding import ROW, VOCABULARY, ParameterSpec
-from engine.parallel.state import MOMENTUM, Piece
+from engine.parallel.state import MOMENTUM, ParameterShard
 from tests.engine.checkpoint.threads import ThreadedRanks
 from tests.engine.checkpoint.worlds import World, fake_groups, layout_of, random_state, small_model, some_state
 
@@ -26,14 +26,14 @@ PAIRS = [(CASES[i], CASES[(i * 7 + 5) % len(CASES)]) for i in range(len(CASES))]
 
 def fingerprint_of(world):
     tensor = world.layout.tensor
-    ranks = zip(world.writers, world.pieces, strict=True)
-    return combine([partial_sum(pieces, world.placements[w.stage], w, tensor) for w, pieces in ranks])
+    ranks = zip(world.writers, world.shards, strict=True)
+    return combine([partial_sum(shards, world.placements[w.stage], w, tensor) for w, shards in ranks])
 
 
 def load_world(path, world):
     manifest = open_checkpoint(path)
-    ranks = zip(world.writers, world.pieces, strict=True)
-    return [load_pieces(path, manifest, pieces, w.tensor_rank, world.layout.tensor) for w, pieces in ranks]
+    ranks = zip(world.writers, world.shards, strict=True)
+    return [load_shards(path, manifest, shards, w.tensor_rank, world.layout.tensor) for w, shards in ranks]
 
 
 @pytest.mark.parametrize(("before", "after"), PAIRS)
@@ -46,18 +46,18 @@ def test_any_layout_loads_what_any_other_saved(tmp_path, before, after):
     num_bytes = load_world(path, new)
     new.check(whole)
     assert fingerprint_of(new) == fingerprint_of(old) == fingerprint_of_checkpoint(path, open_checkpoint(path))
-    # Each rank reads what its own pieces need and no more.
-    real = [sum(_real(piece, w, new) for piece in pieces) for w, pieces in zip(new.writers, new.pieces, strict=True)]
+    # Each rank reads what its own shards need and no more.
+    real = [sum(_real(shard, w, new) for shard in shards) for w, shards in zip(new.writers, new.shards, strict=True)]
     assert num_bytes == [12 * count for count in real]
 
 
-def _real(piece, writer, world):
+def _real(shard, writer, world):
     need = world.placements[writer.stage]
-    assert any(placement.spec == piece.spec for placement in need)
-    padded = np.zeros(piece.spec.shape, dtype=bool)
-    padded[: piece.spec.stored_shape[0]] = True
-    local = piece.spec.part(torch.from_numpy(padded), writer.tensor_rank, world.layout.tensor).reshape(-1)
-    return int(local[piece.start : piece.start + piece.length].sum())
+    assert any(placement.spec == shard.spec for placement in need)
+    padded = np.zeros(shard.spec.shape, dtype=bool)
+    padded[: shard.spec.stored_shape[0]] = True
+    local = shard.spec.part(torch.from_numpy(padded), writer.tensor_rank, world.layout.tensor).reshape(-1)
+    return int(local[shard.start : shard.start + shard.length].sum())
 
 
 def test_random_sharded_layouts_round_trip(tmp_path):
@@ -111,13 +111,13 @@ def test_a_state_without_moments_is_saved_and_asks_for_none(tmp_path):
     world = World(layout_of(1, 2, 1), 3, small_model())
     whole = random_state(world.specs, 2)
     world.fill(whole)
-    world.pieces = [[dataclasses.replace(piece, moments={}) for piece in pieces] for pieces in world.pieces]
+    world.shards = [[dataclasses.replace(shard, moments={}) for shard in shards] for shards in world.shards]
     path = world.save(tmp_path, some_state())
     again = World(layout_of(1, 1, 1), 3, world.specs)
     with pytest.raises(CheckpointError, match=r"holds no exp_avg, exp_avg_sq") as caught:
         load_world(path, again)
     assert caught.value.remedy
-    again.pieces = [[dataclasses.replace(piece, moments={}) for piece in again.pieces[0]]]
+    again.shards = [[dataclasses.replace(shard, moments={}) for shard in again.shards[0]]]
     load_world(path, again)
     again.check(whole)
 
@@ -128,10 +128,10 @@ def muon(world: World) -> World:
     def is_matrix(spec):
         return len(spec.shape) == 2 and spec.sharding.role in ("column", "row")
 
-    def with_momentum(piece):
-        return dataclasses.replace(piece, moments={"momentum_buffer": piece.moments["exp_avg"]})
+    def with_momentum(shard):
+        return dataclasses.replace(shard, moments={"momentum_buffer": shard.moments["exp_avg"]})
 
-    world.pieces = [[with_momentum(p) if is_matrix(p.spec) else p for p in pieces] for pieces in world.pieces]
+    world.shards = [[with_momentum(p) if is_matrix(p.spec) else p for p in shards] for shards in world.shards]
     world.placements = [
         [dataclasses.replace(p, moments=MOMENTUM) if is_matrix(p.spec) else p for p in placements]
         for placements in world.placements
@@ -154,7 +154,7 @@ def test_each_parameter_has_the_moments_of_its_optimizer_in_any_layout(tmp_path,
     again = muon(World(layout_of(1, 3, 1), 2, world.specs))
     load_world(path, again)
     again.check(whole)
-    own = [partial_sum(p, world.placements[w.stage], w, 2) for p, w in zip(world.pieces, world.writers, strict=True)]
+    own = [partial_sum(p, world.placements[w.stage], w, 2) for p, w in zip(world.shards, world.writers, strict=True)]
     assert fingerprint_of_checkpoint(path, manifest) == combine(own)
     with pytest.raises(CheckpointError, match="holds no exp_avg, exp_avg_sq") as caught:
         load_world(path, World(layout_of(1, 1, 1), 0, world.specs))
@@ -169,15 +169,15 @@ def saved(tmp_path):
 
 
 def test_an_unknown_parameter_is_named(saved):
-    piece = Piece(ParameterSpec("strange.weight", (2,)), 0, torch.zeros(2))
+    shard = ParameterShard(ParameterSpec("strange.weight", (2,)), 0, torch.zeros(2))
     with pytest.raises(CheckpointError, match=r"does not hold strange\.weight"):
-        load_pieces(saved, open_checkpoint(saved), [piece])
+        load_shards(saved, open_checkpoint(saved), [shard])
 
 
 def test_another_shape_is_named_with_both(saved):
-    piece = Piece(ParameterSpec("final_norm.weight", (4,)), 0, torch.zeros(4))
+    shard = ParameterShard(ParameterSpec("final_norm.weight", (4,)), 0, torch.zeros(4))
     with pytest.raises(CheckpointError, match=r"final_norm\.weight: \(6,\) in the checkpoint, \(4,\) in the model"):
-        load_pieces(saved, open_checkpoint(saved), [piece])
+        load_shards(saved, open_checkpoint(saved), [shard])
 
 
 def test_a_whole_model_that_differs_is_reported_at_once(saved):
@@ -197,7 +197,7 @@ def test_a_file_that_is_another_ranks_is_refused(saved):
         read_weights(saved)
 
 
-def test_a_file_with_foreign_pieces_is_refused(tmp_path):
+def test_a_file_with_foreign_shards_is_refused(tmp_path):
     paths = []
     for seed, specs in enumerate((small_model(), [ParameterSpec("final_norm.weight", (6,))])):
         world = World(layout_of(1, 1, 1), 3, specs)
@@ -208,10 +208,10 @@ def test_a_file_with_foreign_pieces_is_refused(tmp_path):
     record = dataclasses.replace(manifest.files[name], num_bytes=(paths[1] / name).stat().st_size)
     (paths[0] / name).write_bytes((paths[1] / name).read_bytes())
     lying = dataclasses.replace(manifest, files={name: record})
-    with pytest.raises(CheckpointError, match="its pieces are not those of the manifest"):
+    with pytest.raises(CheckpointError, match="its shards are not those of the manifest"):
         Files(paths[0], lying).check_all()
     with pytest.raises(CheckpointError, match="nothing, the manifest asks for"):
-        load_pieces(paths[0], lying, [Piece(small_model()[0], 0, torch.zeros(96))])
+        load_shards(paths[0], lying, [ParameterShard(small_model()[0], 0, torch.zeros(96))])
 
 
 def test_load_on_all_ranks_agrees_on_an_error(saved, monkeypatch):
@@ -221,7 +221,7 @@ def test_load_on_all_ranks_agrees_on_an_error(saved, monkeypatch):
 
     def run(rank):
         groups: Groups = fake_groups(world.layout, rank)
-        return load(saved, groups, world.pieces[rank], world.placements_of(rank))
+        return load(saved, groups, world.shards[rank], world.placements_of(rank))
 
     assert {manifest.state.step for manifest in ranks.run(4, run)} == {1}
     world.check(whole)
@@ -237,7 +237,7 @@ def test_a_stage_that_lacks_a_parameter_is_found_on_every_rank(saved, monkeypatc
 
     def run(rank):
         placements = [p for p in world.placements_of(rank) if p.spec.name != "final_norm.weight"]
-        return load(saved, fake_groups(world.layout, rank), world.pieces[rank], placements)
+        return load(saved, fake_groups(world.layout, rank), world.shards[rank], placements)
 
     for error in ThreadedRanks(monkeypatch).run(2, run):
         assert "final_norm.weight: not in the model" in str(error)
@@ -275,10 +275,10 @@ def test_loading_takes_less_memory_than_the_largest_parameter(tmp_path, before, 
     with Allocations() as allocated:
         torch.zeros(3).as_strided((1,), (1,), 1).copy_(torch.ones(1))  # what torch imports for it is no load's memory
     assert allocated.num_bytes == 16
-    for writer, pieces in zip(new.writers, new.pieces, strict=True):
+    for writer, shards in zip(new.writers, new.shards, strict=True):
         tracemalloc.start()
         with Allocations() as allocated:
-            load_pieces(path, manifest, pieces, writer.tensor_rank, new.layout.tensor)
+            load_shards(path, manifest, shards, writer.tensor_rank, new.layout.tensor)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak + allocated.num_bytes < 512 * 512 * 4

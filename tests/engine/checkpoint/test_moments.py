@@ -12,7 +12,7 @@ from engine.checkpoint.compare import Opened, compare
 from engine.checkpoint.fingerprint import combine, fingerprint_of_checkpoint, partial_sum
 from engine.checkpoint.interchange.dcp import write_dcp
 from engine.checkpoint.interchange.universal import write_universal
-from engine.checkpoint.load import files_needed, load, load_pieces, open_checkpoint
+from engine.checkpoint.load import files_needed, load, load_shards, open_checkpoint
 from engine.checkpoint.verify import verify
 from engine.errors import CheckpointError
 from engine.logs import ROOT
@@ -43,12 +43,12 @@ def empty(case, moments):
 
 def load_world(path, world, zero_moments=()):
     manifest = open_checkpoint(path)
-    for writer, pieces in zip(world.writers, world.pieces, strict=True):
-        load_pieces(path, manifest, pieces, writer.tensor_rank, world.layout.tensor, zero_moments)
+    for writer, shards in zip(world.writers, world.shards, strict=True):
+        load_shards(path, manifest, shards, writer.tensor_rank, world.layout.tensor, zero_moments)
 
 
 def fingerprint_of(world):
-    ranks = zip(world.writers, world.pieces, strict=True)
+    ranks = zip(world.writers, world.shards, strict=True)
     return combine([partial_sum(p, world.placements[w.stage], w, world.layout.tensor) for w, p in ranks])
 
 
@@ -81,8 +81,8 @@ def test_which_files_a_rank_needs_does_not_depend_on_it(tmp_path, whole):
     manifest = open_checkpoint(filled(CASES[1], MOMENTS, whole).save(tmp_path, some_state()))
     world = empty(CASES[1], THREE)
     with pytest.raises(CheckpointError, match="the checkpoint holds no ema"):
-        files_needed(manifest, world.pieces[0], 0, 1)
-    assert files_needed(manifest, world.pieces[0], 0, 1, {"ema"}) == {world.writers[0].file_name}
+        files_needed(manifest, world.shards[0], 0, 1)
+    assert files_needed(manifest, world.shards[0], 0, 1, {"ema"}) == {world.writers[0].file_name}
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_what_only_one_side_has_is_told_once(tmp_path, whole, monkeypatch, caplo
 
     def run(rank):
         groups = fake_groups(world.layout, rank)
-        return load(path, groups, world.pieces[rank], world.placements_of(rank), zero_moments={"ema"})
+        return load(path, groups, world.shards[rank], world.placements_of(rank), zero_moments={"ema"})
 
     assert {manifest.state.step for manifest in ThreadedRanks(monkeypatch).run(4, run)} == {1}
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]

@@ -3,7 +3,7 @@ element, what the ranks of the other need.
 
 Three statements, each against an array of indices that is cut by slicing (`worlds.parts`), never by the code under
 test: the writers' ranges hold every real element of a parameter exactly once; a reading rank's transfers fill every
-real element of its piece exactly once; and what comes is the index that belongs there. Per pair a few parameters and
+real element of its shard exactly once; and what comes is the index that belongs there. Per pair a few parameters and
 a few reading ranks are drawn, so that every kind of parameter meets every kind of layout many times over the pairs.
 """
 
@@ -137,21 +137,21 @@ def check_stored_once(saved: Saved, placement: Placement) -> dict[Writer, np.nda
 def check_read(
     saved: Saved, stored: dict[Writer, np.ndarray], reader: Saved, name: str, data: int, tensor: int
 ) -> None:
-    """A reading rank's piece of a parameter comes out of the writers' files, each real element once."""
+    """A reading rank's shard of a parameter comes out of the writers' files, each real element once."""
     spec, source = specs_of(reader.model)[name], saved.placements()[name]
     start, length = reader.placements()[name].range_of(data, spec.local_numel(reader.tensor))
     expected = indices(spec, reader.tensor)[tensor][start : start + length]
     real = expected < math.prod(spec.stored_shape)  # padding is the last rows
-    piece, times = np.full(length, -1), np.zeros(length, dtype=np.int64)
+    shard, times = np.full(length, -1), np.zeros(length, dtype=np.int64)
     shape, source_shape = dims(spec.local_shape(reader.tensor)), dims(spec.local_shape(saved.tensor))
     need = Need(spec, start, length, tensor, reader.tensor)
     for copy in transfers(need, source, saved.data, saved.tensor):
         begin, _ = stored_range(source, copy.writer, saved.tensor)
         target = _positions(copy.target.start, copy.target.size, shape) - start
-        piece[target] = stored[copy.writer][_positions(copy.source.start, copy.source.size, source_shape) - begin]
+        shard[target] = stored[copy.writer][_positions(copy.source.start, copy.source.size, source_shape) - begin]
         np.add.at(times, target, 1)
     assert np.array_equal(times, real.astype(np.int64)), (saved, reader, name)
-    assert np.array_equal(piece[real], expected[real]), (saved, reader, name)
+    assert np.array_equal(shard[real], expected[real]), (saved, reader, name)
 
 
 def _positions(start: tuple[int, ...], size: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:

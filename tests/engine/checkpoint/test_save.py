@@ -12,14 +12,14 @@ import torch
 
 from engine.checkpoint import container, saver, stores
 from engine.checkpoint.folder import Owner, committed
-from engine.checkpoint.load import load_pieces, open_checkpoint
+from engine.checkpoint.load import load_shards, open_checkpoint
 from engine.checkpoint.saver import Saver
-from engine.checkpoint.staging import HostBuffer, stage_pieces
+from engine.checkpoint.staging import HostBuffer, stage_shards
 from engine.checkpoint.verify import verify
 from engine.checkpoint.writers import Writer
 from engine.errors import CheckpointError
 from engine.parallel.sharding import ParameterSpec
-from engine.parallel.state import Piece, Placement
+from engine.parallel.state import ParameterShard, Placement
 from tests.engine.checkpoint.threads import ThreadedRanks
 from tests.engine.checkpoint.worlds import World, layout_of, random_state, small_model, some_state
 
@@ -30,7 +30,7 @@ def saved_by_all(world, savers, ranks, step=1, job="job", attempt=0):
     def run(rank):
         settings = {p.spec.name: {"lr": 0.1, "stage": world.writers[rank].stage} for p in world.placements_of(rank)}
         state = dataclasses.replace(some_state(step), hyperparameters=settings)
-        return savers[rank].save(world.pieces[rank], world.placements_of(rank), state, job, attempt)
+        return savers[rank].save(world.shards[rank], world.placements_of(rank), state, job, attempt)
 
     return ranks.run(world.layout.world_size, run)
 
@@ -69,7 +69,7 @@ def test_ranks_save_together_what_can_be_loaded(tmp_path, ranks, layout, zero_st
     assert settings["final_norm.weight"]["stage"] == layout[0] - 1
     assert sorted(os.listdir(tmp_path)) == ["owner.json", "step-00000001"]
     again = World(layout_of(1, 1, 1), 3, world.specs)
-    load_pieces(results[0], manifest, again.pieces[0])
+    load_shards(results[0], manifest, again.shards[0])
     again.check(random_state(world.specs, 0))
 
 
@@ -95,12 +95,12 @@ def test_the_host_buffer_is_taken_once(tmp_path, ranks):
 def test_training_may_go_on_once_staged(tmp_path):
     """The update waits for the copies, which run in another thread; then nothing of what was staged changes."""
     world = filled((1, 1, 1), 3)
-    staged = stage_pieces(world.pieces[0], world.placements[0], Writer(0, 0, 0), 1, HostBuffer())
-    copied = torch.cat([piece.weight for piece in sorted(world.pieces[0], key=lambda piece: piece.spec.name)])
+    staged = stage_shards(world.shards[0], world.placements[0], Writer(0, 0, 0), 1, HostBuffer())
+    copied = torch.cat([shard.weight for shard in sorted(world.shards[0], key=lambda shard: shard.spec.name)])
     threading.Timer(0.05, staged.wait).start()
     staged.hold_update()
-    for piece in world.pieces[0]:
-        piece.weight.zero_()
+    for shard in world.shards[0]:
+        shard.weight.zero_()
     real = copied[copied != 0].numpy()  # padding is not staged
     assert np.array_equal(staged.data[: real.size], real)
 
@@ -236,7 +236,7 @@ def test_the_same_step_again_replaces(tmp_path, world, savers, ranks):
     world.fill(random_state(world.specs, 1))
     path = saved_by_all(world, savers, ranks)[0]
     again = World(layout_of(1, 1, 1), 3, world.specs)
-    load_pieces(path, open_checkpoint(path), again.pieces[0])
+    load_shards(path, open_checkpoint(path), again.shards[0])
     again.check(random_state(world.specs, 1))
 
 
@@ -248,27 +248,30 @@ PLACE = Placement(SPEC, (0,), 0, 4)
     ("pieces", "what"),
     [
         ([], r"p: Writer.* should hold \[0, 4\) and holds nothing"),
-        ([Piece(SPEC, 1, torch.zeros(3))], r"holds \[1, 4\)"),
-        ([Piece(SPEC, 0, torch.zeros(2))], r"holds \[0, 2\)"),
-        ([Piece(ParameterSpec("q", (4,)), 0, torch.zeros(4))], r"without a placement: \['q'\]"),
-        ([Piece(SPEC, 0, torch.zeros(4, dtype=torch.float64))], r"float64"),
-        ([Piece(SPEC, 0, torch.zeros(8)[::2])], r"a piece of shape"),
+        ([ParameterShard(SPEC, 1, torch.zeros(3))], r"holds \[1, 4\)"),
+        ([ParameterShard(SPEC, 0, torch.zeros(2))], r"holds \[0, 2\)"),
+        ([ParameterShard(ParameterSpec("q", (4,)), 0, torch.zeros(4))], r"without a placement: \['q'\]"),
+        ([ParameterShard(SPEC, 0, torch.zeros(4, dtype=torch.float64))], r"float64"),
+        ([ParameterShard(SPEC, 0, torch.zeros(8)[::2])], r"a shard of shape"),
         (
-            [Piece(SPEC, 0, torch.zeros(4), {"exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(4)})],
-            r"exp_avg\.p: a piece of shape \(3,\)",
+            [ParameterShard(SPEC, 0, torch.zeros(4), {"exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(4)})],
+            r"exp_avg\.p: a shard of shape \(3,\)",
         ),
     ],
 )
-def test_pieces_that_do_not_fit_their_placement_are_refused(pieces, what):
+def test_shards_that_do_not_fit_their_placement_are_refused(shards, what):
     with pytest.raises(CheckpointError, match=what):
-        stage_pieces(pieces, [PLACE], Writer(0, 0, 0), 1, HostBuffer())
+        stage_shards(shards, [PLACE], Writer(0, 0, 0), 1, HostBuffer())
 
 
-def test_pieces_with_different_moments_are_refused():
+def test_shards_with_different_moments_are_refused():
     other = ParameterSpec("q", (4,))
-    pieces = [Piece(SPEC, 0, torch.zeros(4), {"exp_avg": torch.zeros(4)}), Piece(other, 0, torch.zeros(4))]
+    shards = [
+        ParameterShard(SPEC, 0, torch.zeros(4), {"exp_avg": torch.zeros(4)}),
+        ParameterShard(other, 0, torch.zeros(4)),
+    ]
     with pytest.raises(CheckpointError, match=r"p carries the moments \['exp_avg'\], its placement says"):
-        stage_pieces(pieces, [PLACE, Placement(other, (0,), 0, 4)], Writer(0, 0, 0), 1, HostBuffer())
+        stage_shards(shards, [PLACE, Placement(other, (0,), 0, 4)], Writer(0, 0, 0), 1, HostBuffer())
     reports = [stores.Written(None, ("exp_avg",)), stores.Written(None, None), stores.Written(None, ())]
     with pytest.raises(CheckpointError, match="some ranks carry no moments, others"):
         stores.build_manifest(some_state(), layout_of(1, 3, 1), [], reports, Owner("j", 0))
@@ -277,7 +280,7 @@ def test_pieces_with_different_moments_are_refused():
 def test_a_section_that_is_not_json_fails_the_save_everywhere(tmp_path, world, savers, ranks):
     def run(rank):
         state = dataclasses.replace(some_state(), sections={"rng": {"state": b"bytes"}})
-        return savers[rank].save(world.pieces[rank], world.placements_of(rank), state, "job", 0)
+        return savers[rank].save(world.shards[rank], world.placements_of(rank), state, "job", 0)
 
     errors = ranks.run(8, run)
     assert all("section rng.state: b'bytes' (bytes) cannot go into a checkpoint" in str(error) for error in errors)

@@ -11,9 +11,9 @@ import pytest
 
 from engine.checkpoint import container, saver
 from engine.checkpoint.folder import Superseded, committed
-from engine.checkpoint.load import load_pieces, open_checkpoint
+from engine.checkpoint.load import load_shards, open_checkpoint
 from engine.checkpoint.saver import Saver
-from engine.checkpoint.staging import HostBuffer, stage_pieces
+from engine.checkpoint.staging import HostBuffer, stage_shards
 from engine.checkpoint.stores import write_staged
 from engine.checkpoint.verify import verify
 from engine.checkpoint.writers import Writer
@@ -59,7 +59,7 @@ def ranks(monkeypatch):
 
 def begin(world, savers, ranks, step=1):
     def run(rank):
-        savers[rank].begin(world.pieces[rank], world.placements_of(rank), some_state(step), "job", 0)
+        savers[rank].begin(world.shards[rank], world.placements_of(rank), some_state(step), "job", 0)
 
     return ranks.run(world.layout.world_size, run)
 
@@ -89,7 +89,7 @@ def test_training_goes_on_while_it_is_written_and_the_commit_follows(tmp_path, w
     assert set(steps(world, savers, ranks)) == {tmp_path / "step-00000001"}
     assert {each.in_flight for each in savers} == {None}
     again = World(layout_of(1, 1, 1), 3, world.specs)
-    load_pieces(tmp_path / "step-00000001", open_checkpoint(tmp_path / "step-00000001"), again.pieces[0])
+    load_shards(tmp_path / "step-00000001", open_checkpoint(tmp_path / "step-00000001"), again.shards[0])
     again.check(random_state(world.specs, 1))
     assert sorted(os.listdir(tmp_path)) == ["owner.json", "step-00000001"]
 
@@ -221,11 +221,11 @@ def test_memory_is_one_copy_taken_before_the_first_save(tmp_path):
     world.fill(random_state(specs, 1))
     shard_bytes = 3 * 4 * 4 * 1024 * 1024
     buffer = HostBuffer()
-    saver.reserve_for(world.pieces[0], world.placements[0], Writer(0, 0, 0), 1, buffer)
+    saver.reserve_for(world.shards[0], world.placements[0], Writer(0, 0, 0), 1, buffer)
     taken = buffer.reserve(0).untyped_storage()
     assert taken.nbytes() == shard_bytes
     tracemalloc.start()
-    staged = stage_pieces(world.pieces[0], world.placements[0], Writer(0, 0, 0), 1, buffer)
+    staged = stage_shards(world.shards[0], world.placements[0], Writer(0, 0, 0), 1, buffer)
     write_staged(staged, tmp_path, 1)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

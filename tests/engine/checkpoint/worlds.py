@@ -1,6 +1,6 @@
 """A small model's state on the ranks of any layout, cut by an index array and not by the code under test.
 
-`World` plays all ranks in one process: pieces and placements per rank under a ZeRO stage, filled from whole
+`World` plays all ranks in one process: shards and placements per rank under a ZeRO stage, filled from whole
 tensors. `parts` cuts a local part by slicing and concatenating an array of flat indices: the independent witness.
 """
 
@@ -15,14 +15,14 @@ import torch
 
 from engine.checkpoint.folder import Owner, acquire, partial_path
 from engine.checkpoint.manifest import CheckpointState, key_of, moment_state
-from engine.checkpoint.staging import HostBuffer, stage_pieces
+from engine.checkpoint.staging import HostBuffer, stage_shards
 from engine.checkpoint.stores import StageTable, build_manifest, commit, prepare, write_staged
 from engine.checkpoint.writers import Writer
 from engine.config.resolve import Layout
 from engine.parallel.axes import Grid
 from engine.parallel.groups import Group, Groups
 from engine.parallel.sharding import ROW, VOCABULARY, ParameterSpec, column
-from engine.parallel.state import MOMENTS, Piece, Placement
+from engine.parallel.state import MOMENTS, ParameterShard, Placement
 
 Whole = dict[str, np.ndarray]
 """Key of a state's parameter -> fp32 array of the stored shape."""
@@ -98,7 +98,7 @@ class World:
         num_layers = len({spec.name.split(".")[1] for spec in self.specs if spec.name.startswith("layers.")})
         self.stages = {spec.name: stages_of(spec.name, self.layout.pipe, num_layers) for spec in self.specs}
         self.placements = [self._placements(stage) for stage in range(self.layout.pipe)]
-        self.pieces = [self._pieces(writer) for writer in self.writers]
+        self.shards = [self._shards(writer) for writer in self.writers]
 
     def placements_of(self, global_rank: int) -> list[Placement]:
         return self.placements[self.writers[global_rank].stage]
@@ -120,48 +120,50 @@ class World:
                 offset += local
         return placements
 
-    def _pieces(self, writer: Writer) -> list[Piece]:
-        pieces = []
+    def _shards(self, writer: Writer) -> list[ParameterShard]:
+        shards = []
         for placement in self.placements[writer.stage]:
             local = placement.spec.local_numel(self.layout.tensor)
             low = 0 if self.zero_stage == 0 else writer.data_rank * placement.partition - placement.offset
             start, stop = max(low, 0), min(low + placement.partition, local)
             if start < stop:
                 flat = torch.full((1 + len(self.moments), stop - start), torch.nan)
-                pieces.append(Piece(placement.spec, start, flat[0], dict(zip(self.moments, flat[1:], strict=True))))
-        return pieces
+                shards.append(
+                    ParameterShard(placement.spec, start, flat[0], dict(zip(self.moments, flat[1:], strict=True)))
+                )
+        return shards
 
     def fill(self, whole: Whole) -> None:
-        """Gives every piece its elements of the whole tensors; padding gets 0."""
-        for writer, pieces in zip(self.writers, self.pieces, strict=True):
-            for piece in pieces:
-                for state, target in views(piece).items():
-                    target.copy_(torch.from_numpy(self._expected(piece, state, writer, whole)))
+        """Gives every shard its elements of the whole tensors; padding gets 0."""
+        for writer, shards in zip(self.writers, self.shards, strict=True):
+            for shard in shards:
+                for state, target in views(shard).items():
+                    target.copy_(torch.from_numpy(self._expected(shard, state, writer, whole)))
 
     def check(self, whole: Whole) -> None:
-        """Asserts that every piece holds, bit for bit, its elements of the whole tensors, and 0 in its padding."""
-        for writer, pieces in zip(self.writers, self.pieces, strict=True):
-            for piece in pieces:
-                for state, target in views(piece).items():
-                    expected = self._expected(piece, state, writer, whole)
+        """Asserts that every shard holds, bit for bit, its elements of the whole tensors, and 0 in its padding."""
+        for writer, shards in zip(self.writers, self.shards, strict=True):
+            for shard in shards:
+                for state, target in views(shard).items():
+                    expected = self._expected(shard, state, writer, whole)
                     assert np.array_equal(target.numpy().view(np.uint32), expected.view(np.uint32)), (
-                        f"{key_of(state, piece.spec.name)} of {writer} under {self}"
+                        f"{key_of(state, shard.spec.name)} of {writer} under {self}"
                     )
 
-    def _expected(self, piece: Piece, state: str, writer: Writer, whole: Whole) -> np.ndarray:
-        spec = piece.spec
+    def _expected(self, shard: ParameterShard, state: str, writer: Writer, whole: Whole) -> np.ndarray:
+        spec = shard.spec
         padded = np.zeros(spec.shape, dtype=np.float32)
         padded[: spec.stored_shape[0]] = whole[key_of(state, spec.name)]
         local = parts(spec, self.layout.tensor)[writer.tensor_rank].ravel()
-        return padded.ravel()[local[piece.start : piece.start + piece.length]]
+        return padded.ravel()[local[shard.start : shard.start + shard.length]]
 
     def save(self, folder: Path, state: CheckpointState, owner: Owner = Owner("job", 0)) -> Path:  # noqa: B008
         """The steps of `Saver.save` for every rank in turn."""
         acquire(folder, owner)
         tensor = self.layout.tensor
         staged = [
-            stage_pieces(pieces, self.placements[writer.stage], writer, tensor, HostBuffer())
-            for writer, pieces in zip(self.writers, self.pieces, strict=True)
+            stage_shards(shards, self.placements[writer.stage], writer, tensor, HostBuffer())
+            for writer, shards in zip(self.writers, self.shards, strict=True)
         ]
         partial = partial_path(folder, state.step, owner)
         prepare(partial, [each.num_bytes for each in staged])
@@ -171,9 +173,9 @@ class World:
         return commit(partial, build_manifest(state, self.layout, tables, reports, owner))
 
 
-def views(piece: Piece) -> dict[str, torch.Tensor]:
-    """A piece's live views by state."""
-    return {"model": piece.weight} | {moment_state(name): values for name, values in piece.moments.items()}
+def views(shard: ParameterShard) -> dict[str, torch.Tensor]:
+    """A shard's live views by state."""
+    return {"model": shard.weight} | {moment_state(name): values for name, values in shard.moments.items()}
 
 
 def fake_groups(layout: Layout, global_rank: int) -> Groups:

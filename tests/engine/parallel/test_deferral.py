@@ -24,10 +24,10 @@ def test_put_off_gradients_are_the_plain_ones() -> None:
     names = {parameter: name for name, parameter in split.named_parameters()}
     early = {names[parameter] for parameter in names if parameter.grad is not None}
     assert early == {"0.bias", "1.weight", "1.bias"}
-    put_off = deferral.take()
-    late = {names[weight]: grad for weight, grad in gradients(put_off)}
+    deferred = deferral.take()
+    late = {names[weight]: grad for weight, grad in gradients(deferred)}
     assert late.keys() == {"0.weight", "2.weight"}
-    assert not put_off, "what gradients are made of is freed as they are made"
+    assert not deferred, "what gradients are made of is freed as they are made"
     assert deferral.take() == []
     for name, parameter in plain.named_parameters():
         found = late[name] if name in late else split.get_parameter(name).grad

@@ -42,7 +42,7 @@ def test_parts_put_together_are_the_whole(spec, size):
         return
     shares = [block // size for block in (spec.sharding.blocks or (spec.shape[dim],))]
     split = [part.split(shares, dim) for part in parts]
-    joined = torch.cat([piece for block in zip(*split, strict=True) for piece in block], dim)
+    joined = torch.cat([shard for block in zip(*split, strict=True) for shard in block], dim)
     assert joined.equal(whole)
 
 

@@ -12,12 +12,13 @@ from engine.checkpoint.saver import Saver
 from engine.config.load import parse_run
 from engine.config.resolve import Layout
 from engine.config.resume import meaning_hash
+from engine.config.schema.model import BERTConfig
 from engine.config.schema.run import RunConfig
 from engine.models.families import family
 from engine.parallel.axes import Grid
 from engine.parallel.groups import ALONE, Groups
 from engine.parallel.sharding import ParameterSpec
-from engine.parallel.state import Piece, Placement
+from engine.parallel.state import ParameterShard, Placement
 from tests.engine.models.tiny import BERT_FORMS, FORMS, T5_FORMS, random_weights
 
 
@@ -32,7 +33,7 @@ def one_process() -> Groups:
 def run_config(folder: Path, form: str, tokenizer: Path, train: Path = Path("t")) -> RunConfig:
     stage = {"data": {"train": str(train)}, "sequence_length": 32, "global_batch_size": 1, "duration": {"steps": 9}}
     model = (FORMS | BERT_FORMS | T5_FORMS)[form]
-    if model.family == "bert":
+    if isinstance(model, BERTConfig):
         stage["objective"] = {"name": "masked", "pairs": "next_sentence" if model.pair_head else "none"}
     if model.family == "t5":
         stage["objective"] = "span_corruption"
@@ -55,13 +56,13 @@ def save(
     moments: dict[str, dict[str, torch.Tensor]] | None = None,
 ) -> None:
     """Saves a checkpoint of random weights, padded as an engine holds them, and of these moments, if any."""
-    weights, pieces, placements = random_weights(config.model, seed), [], []
+    weights, shards, placements = random_weights(config.model, seed), [], []
     for spec in family(config.model).specs(config.model):
         own = {moment: _padded(spec, values[spec.name]) for moment, values in (moments or {}).items()}
-        pieces.append(Piece(spec, 0, _padded(spec, weights[spec.name]), own))
-        placements.append(Placement(spec, stages=(0,), offset=0, partition=pieces[-1].length))
+        shards.append(ParameterShard(spec, 0, _padded(spec, weights[spec.name]), own))
+        placements.append(Placement(spec, stages=(0,), offset=0, partition=shards[-1].length))
     state = CheckpointState(step, 32 * step, 0, meaning_hash(config), config.model_dump(mode="json"), sections or {})
-    Saver(config.folder / "checkpoints", one_process()).save(pieces, placements, state, "test", 0)
+    Saver(config.folder / "checkpoints", one_process()).save(shards, placements, state, "test", 0)
 
 
 def _padded(spec: ParameterSpec, values: torch.Tensor) -> torch.Tensor:

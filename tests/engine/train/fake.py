@@ -27,7 +27,7 @@ from engine.parallel.boundary import DOMAINS, Tensors
 from engine.parallel.groups import Groups
 from engine.parallel.pipeline import DomainSums
 from engine.parallel.sharding import ParameterSpec
-from engine.parallel.state import MOMENTS, ParameterGroup, Piece, Placement
+from engine.parallel.state import MOMENTS, ParameterGroup, ParameterShard, Placement
 from engine.parallel.zero.engine import finite
 from engine.train.metrics import read_metrics
 from engine.train.signals import StopSignals
@@ -78,9 +78,9 @@ class FakeEngine:
         self.moments[name] = torch.zeros(WIDTH)
         self.zero_moments |= {name} if begins_at_zero else set()
 
-    def pieces(self) -> list[Piece]:
+    def parameter_shards(self) -> list[ParameterShard]:
         """Return live views of the weight and its moments."""
-        return [Piece(self.spec, 0, self.weight_W, self.moments)]
+        return [ParameterShard(self.spec, 0, self.weight_W, self.moments)]
 
     def placements(self) -> list[Placement]:
         """Return where the parameter lies: whole on the only rank."""
@@ -181,7 +181,7 @@ def fake_run(tree: Tree, prepare: Callable[[Any], None] = lambda trainer: None, 
         engine = trainer.pipeline.engine
 
         def held() -> str:
-            return fingerprint(engine.pieces(), engine.placements(), trainer.groups)
+            return fingerprint(engine.parameter_shards(), engine.placements(), trainer.groups)
 
         started_at, at_start = trainer.state.step, held()
         prepare(trainer)

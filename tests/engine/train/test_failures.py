@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import DataError, EnvironmentProblem
-from engine.train.failures import LostNeighbour, in_our_words
+from engine.train.failures import LostNeighbour, translate_error
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).parents[3]
     ],
 )
 def test_a_lost_neighbour_is_one_sentence(text: str) -> None:
-    told = in_our_words(RuntimeError(text), global_rank=2, step=6)
+    told = translate_error(RuntimeError(text), global_rank=2, step=6)
     assert isinstance(told, LostNeighbour)
     assert told.wrong == "lost a neighbour in step 7: another rank, or the network to it, is gone"
     assert "logs/" in told.remedy
@@ -44,9 +44,9 @@ except Exception as error:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert done.stdout.startswith("EnvironmentProblem rank 1 is out of memory in step 4: RuntimeError: ")
     assert "lower parallel.micro_batch_size" in done.stdout
-    assert isinstance(in_our_words(MemoryError(), 0, 0), EnvironmentProblem)
+    assert isinstance(translate_error(MemoryError(), 0, 0), EnvironmentProblem)
 
 
 @pytest.mark.parametrize("error", [DataError("out of memory"), ValueError("nothing we know"), KeyError("x")])
 def test_everything_else_stays_what_it_is(error: Exception) -> None:
-    assert in_our_words(error, 0, 0) is error
+    assert translate_error(error, 0, 0) is error

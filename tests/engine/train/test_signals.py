@@ -36,9 +36,9 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def test_a_signal_asks_to_stop_and_is_only_caught_inside(number: signal.Signals) -> None:
     before, descriptors = signal.getsignal(number), len(os.listdir("/proc/self/fd"))
     with StopSignals() as stop:
-        assert not stop.asked
+        assert not stop.stop_requested
         os.kill(os.getpid(), number)
-        assert stop.asked
+        assert stop.stop_requested
     assert signal.getsignal(number) is before
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
@@ -50,7 +50,7 @@ def test_signals_close_together_count_as_one_and_a_later_one_ends_the_process(mo
     stop._count(signal.SIGTERM)
     clock[0] += signals.SAME_SIGNAL_SECONDS - 0.1
     stop._count(signal.SIGUSR1)
-    assert stop.asked
+    assert stop.stop_requested
     assert not ended
     clock[0] += 0.2
     stop._count(signal.SIGTERM)
@@ -62,7 +62,7 @@ def test_nohup_keeps_its_meaning() -> None:
     try:
         with StopSignals() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert not stop.asked
+            assert not stop.stop_requested
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -73,9 +73,9 @@ def test_output_that_nobody_reads_asks_to_stop(monkeypatch: pytest.MonkeyPatch) 
     os.close(read_end)
     with open(write_end, "w") as broken, monkeypatch.context() as patch, StopSignals() as stop:
         patch.setattr(sys, "stdout", output.Lenient(broken, "standard output"))
-        assert not stop.asked
+        assert not stop.stop_requested
         print("a line", flush=True)
-        assert stop.asked
+        assert stop.stop_requested
         sys.stdout.leave()  # type: ignore[attr-defined]
 
 

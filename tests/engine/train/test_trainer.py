@@ -29,7 +29,7 @@ class StopAfter:
     """Signals of a rank that is to stop once it has done `step` steps, and has come to `phase` if one is given."""
 
     def __init__(self, step: int, phase: str | None = None) -> None:
-        self.step, self.phase, self.asked = step, phase, False
+        self.step, self.phase, self.stop_requested = step, phase, False
 
     def prepare(self, trainer: Any) -> None:
         """Watch the trainer's beats, which say where it is."""
@@ -37,7 +37,7 @@ class StopAfter:
 
         def watch(step: int, phase: str) -> None:
             beat(step, phase)
-            self.asked |= step >= self.step and self.phase in (None, phase)
+            self.stop_requested |= step >= self.step and self.phase in (None, phase)
 
         trainer.heart.beat = watch
 
@@ -126,7 +126,7 @@ def test_a_stop_while_data_is_waited_for_saves_the_step_before(whole, tmp_path, 
     tree, run = whole.tree_in(tmp_path / "run"), whole.run
     with monkeypatch.context() as patched:
         wait = Prefetcher.wait
-        patched.setattr(Prefetcher, "wait", lambda self, seconds: not signals.asked and wait(self, seconds))
+        patched.setattr(Prefetcher, "wait", lambda self, seconds: not signals.stop_requested and wait(self, seconds))
         signals = StopAfter(4, "data")
         stopped = fake_run(tree, signals.prepare, signals=signals)
     assert (stopped.code, stopped.state.step) == (EXIT_REQUEUE, 4)

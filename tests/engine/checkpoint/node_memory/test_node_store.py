@@ -75,9 +75,9 @@ class Job:
         self.world.fill(random_state(self.world.specs, step))
 
         def one(rank):
-            pieces, placements = self.world.pieces[rank], self.world.placements_of(rank)
+            shards, placements = self.world.shards[rank], self.world.placements_of(rank)
             saver = self.savers[rank]
-            saver.begin(pieces, placements, some_state(step), self.job, self.attempt, self.stores[rank])
+            saver.begin(shards, placements, some_state(step), self.job, self.attempt, self.stores[rank])
             return saver.settle()
 
         return self.all(one)
@@ -92,10 +92,10 @@ class Job:
         """The step that the run goes on from, loaded and checked; None without one."""
 
         def one(rank):
-            pieces, placements = self.world.pieces[rank], self.world.placements_of(rank)
-            found = Recall(self.stores[rank]).newest(line, pieces)
+            shards, placements = self.world.shards[rank], self.world.placements_of(rank)
+            found = Recall(self.stores[rank]).newest(line, shards)
             if found is not None:
-                load(found, self.world.groups[rank], pieces, placements, spread=True)
+                load(found, self.world.groups[rank], shards, placements, spread=True)
             return found
 
         found = self.all(one)
