@@ -37,7 +37,7 @@ def peak_operations(device_name: str) -> float | None:
     return next((peak for part, peak in PEAKS.items() if part in device_name), None)
 
 
-def gpt2(num_layers: int, hidden_size: int, num_heads: int) -> ModelConfig:
+def gpt2(num_layers: int, hidden_size: int, num_heads: int) -> GPTConfig:
     """GPT-2 at one of its sizes (Radford et al. 2019, table 2)."""
     return GPTConfig(vocab_size=50257, num_layers=num_layers, hidden_size=hidden_size, num_heads=num_heads)
 

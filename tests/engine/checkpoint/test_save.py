@@ -129,7 +129,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
         (container.os, "fsync", 9, FULL, "no space left for"),  # the manifest's, after the eight files'
         (container, "_write_all", 5, OSError(errno.EIO, "Input/output error"), "cannot write"),
         (stores, "prepare", 1, RuntimeError("bug"), "RuntimeError: bug"),
-        (saver, "stage_pieces", 4, MemoryError(), "MemoryError"),
+        (saver, "stage_shards", 4, MemoryError(), "MemoryError"),
         (stores, "commit", 1, CheckpointError("refused", "this", "that"), "refused"),
         (stores, "publish", 1, OSError(errno.EIO, "Input/output error"), "OSError"),
     ],
@@ -245,7 +245,7 @@ PLACE = Placement(SPEC, (0,), 0, 4)
 
 
 @pytest.mark.parametrize(
-    ("pieces", "what"),
+    ("shards", "what"),
     [
         ([], r"p: Writer.* should hold \[0, 4\) and holds nothing"),
         ([ParameterShard(SPEC, 1, torch.zeros(3))], r"holds \[1, 4\)"),
