@@ -1,5 +1,5 @@
-"""What DeepSpeed is given: a process, the groups it asks for, an engine of one kind, and a scalar to begin a backward
-pass with."""
+"""Inputs that DeepSpeed needs: an initialised process, process groups, an engine with one kind of ZeRO optimizer, and a
+scalar from which a backward pass starts."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from engine.parallel.groups import Groups
 
 
 def start(device: torch.device) -> None:
-    """Readies DeepSpeed in this process, after `groups.connect`; builds no extension on a CPU.
+    """Initialise DeepSpeed in this process, after `groups.connect`; build no extension on a CPU.
 
     DeepSpeed would compile a shared-memory collective there (minutes, and a lock that a killed build leaves behind);
     gloo does without.
     """
     if device.type == "cpu":
+        # DeepSpeed's build looks its operations up in this table; one that is marked incompatible is never compiled.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # torch 2.13 renames collectives that DeepSpeed calls; each rank would say so several times
@@ -30,11 +31,12 @@ def start(device: torch.device) -> None:
 
 
 class Topology:
-    """What DeepSpeed asks of its `mpu`. Everything that is not data is one "model" axis to it."""
+    """The `mpu` object of DeepSpeed, with the methods that it calls. Every axis but data is one "model" axis to it."""
 
     def __init__(self, groups: Groups) -> None:
         self.groups = groups
 
+    # Data x sequence, not data alone: ranks of the sequence axis hold equal weights too, so ZeRO shards over both.
     def get_data_parallel_group(self) -> Any:
         return self.groups.zero.handle
 
@@ -62,12 +64,13 @@ class Engine(deepspeed.DeepSpeedEngine):
     """
 
     def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> Any:
+        # Called although its answer is dropped under ZeRO: it also checks that ZeRO supports the optimizer.
         wrapper = super()._do_optimizer_sanity_check(basic_optimizer)
         return ZERO_OPTIMIZATION if self.zero_optimization() else wrapper
 
 
 def scalar_of(outputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A scalar whose backward pass hands each of the `outputs` its gradient: DeepSpeed's `backward` wants a scalar."""
+    """Return a scalar whose backward pass gives each of the `outputs` its gradient, for DeepSpeed's `backward`."""
     return _Emit.apply(grads, *outputs)  # type: ignore[return-value]
 
 
@@ -75,8 +78,10 @@ class _Emit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grads: Sequence[torch.Tensor], *outputs: torch.Tensor) -> torch.Tensor:
         ctx.grads = grads
+        # Its value is never read: 0 cannot overflow, whatever the dtype of the outputs.
         return outputs[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        # The scalar's own gradient (DeepSpeed's loss scale, 1 in fp32 and bf16) is ignored: `grads` are final.
         return None, *ctx.grads

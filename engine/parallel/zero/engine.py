@@ -2,8 +2,9 @@
 
 DeepSpeed's own `PipelineEngine` refuses ZeRO-2 and 3. Here each rank gives its stage to an engine of its own, ZeRO
 runs over the stage's data ranks, and `engine.parallel.pipeline` decides which micro-batch goes forward or backward.
-What DeepSpeed gets wrong in this use is put right here (gradients of a backward that follows a backward, and of one
-that starts from a received gradient), in `whole` (its gradient norm, tied embeddings on two stages) and in `stage3`.
+DeepSpeed's behaviour that is wrong in this use is corrected here (gradients of a backward that follows a backward, and
+of one that starts from a received gradient), in `gradient_norm` (the norm, tied embeddings on two stages) and in
+`stage3`.
 Gradients are averaged over data ranks by DeepSpeed; the caller's loss scale undoes it (contract "Loss").
 """
 
@@ -40,7 +41,7 @@ MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 @runtime_checkable
 class ShardOptimizer(Protocol):
-    """An optimizer that has to know which parameters lie in the tensors that it updates, and who has the rest."""
+    """An optimizer that needs to know which parameters its tensors hold, and which ranks hold the rest of them."""
 
     def attach(
         self,
@@ -56,10 +57,10 @@ class NotFinite(PalimpsestError):
 
 
 def finite(norm: float) -> bool:
-    """Accepts a gradient norm that is a number.
+    """Accept every finite gradient norm.
 
     Raises:
-        NotFinite: it is not.
+        NotFinite: the norm is infinite or not a number.
     """
     if not math.isfinite(norm):
         raise NotFinite(
@@ -71,7 +72,7 @@ def finite(norm: float) -> bool:
 
 
 class StageEngine:
-    """A pipeline stage's weights, gradients and optimizer under one ZeRO stage. Every rank of the world makes one.
+    """Weights, gradients and optimizer of one pipeline stage under one ZeRO stage. Every rank of the world makes one.
 
     `module` is the stage on the meta device, already tensor-sharded, and `parameter_groups` covers its parameters by
     logical name. Weights are zero until `fill`.
@@ -94,7 +95,8 @@ class StageEngine:
         self.dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
         self.clip_norm: float = config["gradient_clipping"]
         if self.zero_stage == 0 or parallel.offload == "optimizer":
-            # clipped here: DeepSpeed's norm would miss other stages, and offloaded it would clip on the host
+            # Clipped in `step` instead: without ZeRO the norm of DeepSpeed would miss other pipeline stages, and
+            # offloaded gradients would be clipped on the host.
             config = config | {"gradient_clipping": 0.0}
         topology = Topology(groups)
         if self.zero_stage == 3:
@@ -114,6 +116,7 @@ class StageEngine:
                 for group, described in zip(named, parameter_groups, strict=True)
             ]
         )
+        # The class itself, not `deepspeed.initialize`, which would choose DeepSpeed's own engine class.
         self._engine: Any = Engine(
             args=None,
             model=module,
@@ -127,6 +130,7 @@ class StageEngine:
         self._host = host_state(self.zero_stage, self._engine, device) if offloaded else None
         self._shards = shards(self.zero_stage, self._engine, self.optimizer, named, groups.zero.position)
         if isinstance(self.optimizer, ShardOptimizer):
+            # Under ZeRO-0 every data rank holds whole tensors: there is nobody to exchange shards with.
             zero = groups.zero if self.zero_stage > 0 else Group((groups.global_rank,), 0)
             self.optimizer.attach(self._shards.ranges(), self.placements(), zero, groups.tensor)
         self._patches = DeepSpeedPatches(self._engine) if self.zero_stage == 3 else None
@@ -137,13 +141,15 @@ class StageEngine:
         self._gradients_begun = False
         self._rate_factors = [1.0] * len(parameter_groups)
         self._norm = torch.zeros((), device=device)
+        # DeepSpeed's own norm does not know pipeline stages and their tied weights. Its step reads `self._norm` in its
+        # place, which `StageEngine.step` has computed over the whole model.
         if self.zero_stage in (1, 2):
             self._engine.optimizer.scaled_global_norm = lambda norm_type=2: self._norm
         elif self.zero_stage == 3:
             self._engine.optimizer._get_norm_groups = lambda: [self._norm]
 
     def forward(self, chunk: int, inputs: Tensors) -> Tensors:
-        """What a chunk makes of one micro-batch, by name. Collective over the ZeRO group under ZeRO-3."""
+        """Run a chunk on one micro-batch; return its outputs by name. Collective over the ZeRO group under ZeRO-3."""
         with self._pass(chunk, backward=False):
             made = self._engine(chunk=chunk, inputs=inputs)
         if self._patches and torch.is_grad_enabled():
@@ -153,19 +159,22 @@ class StageEngine:
     def backward(
         self, chunk: int, outputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], is_last: bool
     ) -> None:
-        """Backward of a chunk from the gradient of each of its `outputs`. Collective over the ZeRO group.
+        """Run the backward pass of a chunk from the gradient of each of its `outputs`. Collective over the ZeRO group.
 
-        `is_last` marks the last backward of a step, after which gradients are whole.
+        `is_last` marks the last backward of a step, after which gradients are reduced.
         """
+        # Set explicitly: DeepSpeed would derive the boundary from its own count of micro-steps.
         self._engine.set_gradient_accumulation_boundary(is_last)
         self._engine.inside_no_sync_ctxt = self._accumulator is not None  # then DeepSpeed reduces nothing
         if self.zero_stage > 0:
-            # Set by the forward pass only; without it a backward that follows a backward replaces gradients.
+            # DeepSpeed calls this at each forward pass only. It counts the micro-step, and a second backward with the
+            # same count replaces the gradients of the first instead of adding to them.
             self._engine.optimizer.clear_backward_seen_flag()
         if self._patches:
             self._patches.before_backward(chunk, is_first=not self._gradients_begun)
         self._gradients_begun = not is_last
         with self._pass(chunk, backward=True):
+            # No division by accumulation steps: the caller's loss scale already holds the whole batch's denominator.
             self._engine.backward(scalar_of(outputs, grads), scale_wrt_gas=False)
         self._engine.inside_no_sync_ctxt = False
         if is_last:
@@ -174,7 +183,7 @@ class StageEngine:
     def backward_input(
         self, chunk: int, outputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]
     ) -> DeferredGradients:
-        """`backward` without the gradients of linear layers' weights; returns what they are made of.
+        """Run `backward` without the gradients of linear layers' weights; return the operands of these gradients.
 
         For the schedule that splits backward passes. Collective over the ZeRO group.
         """
@@ -185,7 +194,10 @@ class StageEngine:
         return deferred
 
     def backward_weight(self, deferred: DeferredGradients, is_last: bool) -> None:
-        """The rest of a backward pass. Collective over the ZeRO group where `is_last` marks the last one of a step."""
+        """Compute the deferred weight gradients of a backward pass.
+
+        `is_last` marks the last one of a step, after which gradients are reduced: then collective over the ZeRO group.
+        """
         for weight, grad in gradients(deferred):
             if self._accumulator:
                 self._accumulator.add(weight, grad)
@@ -196,11 +208,12 @@ class StageEngine:
             self._engine.set_gradient_accumulation_boundary(True)
             self._reduce()
             if not self._accumulator:
+                # DeepSpeed reduces in its backward pass, which was over before these gradients existed.
                 self._engine.allreduce_gradients()
 
     @contextlib.contextmanager
     def _pass(self, chunk: int, backward: bool) -> Iterator[None]:
-        """Around a pass of a chunk."""
+        """Open and close the gathering of weights around a pass of a chunk."""
         if self._gathering:
             self._gathering.begin(chunk, backward)
         yield
@@ -208,18 +221,18 @@ class StageEngine:
             self._gathering.end()
 
     def _reduce(self) -> None:
-        """After the last gradient of a step."""
+        """Free gathered weights and reduce accumulated gradients, after the last gradient of a step."""
         self.free_weights()
         if self._accumulator:
             self._accumulator.reduce()
 
     def free_weights(self) -> None:
-        """Frees weights that ZeRO-3 gathered once for many passes (`gather: step`); call after the last of them."""
+        """Free weights that ZeRO-3 gathered once for many passes (`gather: step`); call after the last of them."""
         if self._gathering:
             self._gathering.free()
 
     def step(self, learning_rate: float, accept: Callable[[float], bool] = finite) -> float:
-        """Clips, updates the weights, clears the gradients; returns the global gradient norm before clipping.
+        """Clip, update the weights and clear the gradients; return the global gradient norm before clipping.
 
         `learning_rate` is that of parameters whose factor is 1.
 
@@ -232,6 +245,7 @@ class StageEngine:
         for group, factor in zip(self.optimizer.param_groups, self._rate_factors, strict=True):
             group["lr"] = factor * learning_rate
         self._norm = self._whole.complete()
+        # The host waits for the device here. The norm is equal on all ranks, so all of them accept it or none does.
         norm = self._norm.item()
         if not accept(norm):
             self._discard()
@@ -247,7 +261,7 @@ class StageEngine:
         return norm
 
     def parameter_shards(self) -> list[ParameterShard]:
-        """Live views of all master weights and moments that this rank holds."""
+        """Return live views of all master weights and moments that this rank holds."""
         return list(self._shards.parameter_shards())
 
     def gradient_shards(self) -> Iterator[tuple[ParameterSpec, int, torch.Tensor]]:
@@ -258,7 +272,7 @@ class StageEngine:
         return self._shards.gradient_shards()
 
     def placements(self) -> list[Placement]:
-        """Where every parameter of this stage lies, on all of its ranks."""
+        """Return the placement of every parameter of this stage on all of the stage's ranks."""
         own = (self.groups.coordinates.stage,)
         groups = {spec.name: group for group in self.parameter_groups for spec in group.specs}
         moments = {name: (*group.moments, *self.added_moments) for name, group in groups.items()}
@@ -285,12 +299,15 @@ class StageEngine:
         return frozenset(name for name, begins_at_zero in self.added_moments.items() if begins_at_zero)
 
     def working_weights(self) -> Iterator[tuple[ParameterSpec, torch.Tensor]]:
-        """The weights that the module computes with, where each rank holds them whole: none under ZeRO-3."""
+        """Yield (parameter, weight that the module computes with) where each rank holds it whole: none under ZeRO-3."""
         if self.zero_stage < 3:
             yield from ((spec, parameter.data) for group in self._named for spec, parameter in group)
 
     def uncleared_gradients(self) -> list[str]:
-        """Names of the parameters (or of a group's first one) whose gradients were not cleared; call between steps."""
+        """Return the names of the parameters (or of a group's first one) whose gradients were not cleared.
+
+        Call between steps.
+        """
         held, parameters = self._accumulator, [one for group in self._named for one in group]
         found = {
             spec.name for spec, parameter in parameters if has_gradient(parameter) or (held and held.holds(parameter))
@@ -299,18 +316,19 @@ class StageEngine:
         return sorted(found)
 
     def fill(self, value: Callable[[ParameterSpec], torch.Tensor]) -> None:
-        """Gives every parameter the whole tensor `value(spec)` (fp32, of `spec.shape`), one at a time; moments stay.
+        """Set every parameter to the whole tensor `value(spec)` (fp32, of `spec.shape`), one at a time; moments stay.
 
         Collective over the world.
         """
         rank, size = self.groups.tensor.position, self.groups.tensor.size
         for shard in self._shards.parameter_shards():
+            # The whole tensor, of which this rank keeps its range: values then cannot depend on the layout.
             local = shard.spec.part(value(shard.spec), rank, size).reshape(-1)
             shard.weight.copy_(local[shard.start : shard.start + shard.length])
         self.refresh()
 
     def refresh(self) -> None:
-        """Makes the working weights follow the master weights, after those were written. Collective over the world."""
+        """Copy the master weights to the working weights, after the former were written. Collective over the world."""
         self._shards.refresh()
 
     def begin_run_stage(self, number: int) -> None:
@@ -328,19 +346,23 @@ class StageEngine:
         self.set_updates(0)
 
     def set_updates(self, count: int) -> None:
-        """Tells Adam how many updates its moments have seen (bias correction)."""
+        """Set the number of updates that Adam's moments have seen (for its bias correction)."""
         for state in self.optimizer.state.values():
             state["step"].fill_(float(count))
 
     def _make_accumulator(self, config: dict[str, Any]) -> Accumulator | None:
-        """Where gradients are added up for one reduction per step; DeepSpeed does it by itself for ZeRO-0."""
+        """Make the buffers of `reduce: step`; None under ZeRO-0, where DeepSpeed itself reduces once per step."""
         if not isinstance(self._shards, FlatShards | PartitionedShards):
             return None
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config["data_types"]["grad_accum_dtype"]]
         return Accumulator(self._engine, self._shards, self.groups.zero, dtype)
 
     def _discard(self) -> None:
-        """Clears the gradients of a step that is not taken, the way DeepSpeed does after an overflow."""
+        """Clear the gradients of a step that is not taken.
+
+        Under ZeRO by DeepSpeed's own step with a norm of infinity: after an overflow it clears gradients and leaves
+        weights and moments alone.
+        """
         if self.zero_stage == 0:
             self._engine.zero_grad()
             return
@@ -355,12 +377,13 @@ class StageEngine:
         assert self._engine.optimizer.overflow, "DeepSpeed discards a step whose norm is not finite"
 
     def _clip_factor(self) -> torch.Tensor | None:
-        """What clipping multiplies gradients by, as DeepSpeed computes it; None without clipping."""
+        """Return the factor of clipping, computed as DeepSpeed does; None without clipping."""
+        # On the device, without a branch on the norm: 1 where the norm is below the limit. 1e-6 is DeepSpeed's.
         return 1.0 / ((self._norm + 1e-6) / self.clip_norm).clamp(min=1.0) if self.clip_norm > 0 else None
 
 
 def _by_group(module: StageModule, parameter_groups: Iterable[ParameterGroup]) -> Named:
-    """The module's parameters in the order of the groups; every parameter is in exactly one."""
+    """Return the module's parameters in the order of the groups; every parameter is in exactly one."""
     by_name = {module.logical_names[name]: parameter for name, parameter in module.named_parameters()}
     named = [[(spec, by_name.pop(spec.name)) for spec in group.specs] for group in parameter_groups]
     assert not by_name, f"in no parameter group: {', '.join(by_name)}"

@@ -1,4 +1,4 @@
-"""Gradients made whole over the axes that ZeRO knows nothing of: tensor ranks and pipeline stages; and their norm."""
+"""Sums of gradients over the axes that ZeRO does not know (tensor ranks and pipeline stages), and their global norm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.parallel.zero.optimizers import Shards
 
 
 class WholeGradients:
-    """The gradients that a stage's shards hold when the data ranks have reduced them, once per step."""
+    """Completes the gradients that a stage's shards hold once the data ranks have reduced them, once per step."""
 
     def __init__(
         self,
@@ -27,43 +27,48 @@ class WholeGradients:
         self._zero_stage, self._device = zero_stage, device
 
     def complete(self) -> torch.Tensor:
-        """Adds up, in place, what ranks found of one gradient between them; returns the norm of the whole model's
-        gradient (scalar, fp32). Collective over the world."""
+        """Sum partial and tied gradients over their ranks in place; return the norm of the whole model's gradient.
+
+        The norm is a scalar in fp32. Collective over the world.
+        """
         self._sum_partial()
         self._sum_tied()
         return self._norm()
 
     def _sum_partial(self) -> None:
-        """Adds up what the tensor ranks found of the gradients of which each finds a part. Collective over tensor."""
+        """Sum partial gradients (see `ParameterGroup.partial`) over the tensor group. Collective over `tensor`."""
         found = self._shards.gradients()
         parts = [grad for index, grad in found if self._parameter_groups[index].partial and grad.numel()]
         if parts:
+            # One collective for all of them: most are norms and biases, each of which alone would be mostly latency.
             whole = all_reduce(torch.cat([part.view(-1) for part in parts]), self._groups.tensor)
             for part, total in zip(parts, whole.split([part.numel() for part in parts]), strict=True):
                 part.view(-1).copy_(total)
 
     def _sum_tied(self) -> None:
-        """A tied weight's gradient is the sum of what its stages found. Collective over each of `groups.ties`.
+        """Sum the gradient of each tied weight over its stages. Collective over each of `groups.ties`.
 
-        Groups of parameters stand in one order on all stages, so that no two of these collectives wait crosswise.
+        Parameter groups have the same order on all stages, so that no two of these collectives deadlock.
         """
         for index, grad in sorted(self._shards.gradients(), key=lambda held: held[0]):
             if stages := self._parameter_groups[index].tied:
                 all_reduce(grad, self._groups.ties[stages])
 
     def _norm(self) -> torch.Tensor:
-        """L2 norm of the whole model's gradient, each element counted once. Collective over the world."""
+        """Return the L2 norm of the whole model's gradient, each element counted once. Collective over the world."""
         counted = [grad for index, grad in self._shards.gradients() if self._counts(self._parameter_groups[index])]
         squares = torch.zeros((), dtype=torch.float64, device=self._device)
         if counted:
+            # fp32 within a tensor, fp64 across tensors and ranks: the sum hardly depends on how ranks cut the model.
             norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in counted]
             squares += torch.stack(norms).double().square().sum()
         return all_reduce(squares, self._groups.world).sqrt().float()
 
     def _counts(self, group: ParameterGroup) -> bool:
-        """Whether this rank's gradients of a group are its own, and not a copy that another rank counts."""
+        """Return True if this rank's gradients of a group are its own, and not a copy that another rank counts."""
         if group.tied and self._groups.coordinates.stage != group.tied[0]:
             return False
         if group.replicated and self._groups.tensor.position > 0:
             return False
+        # ZeRO-1 to 3 cut gradients over the data ranks, ZeRO-0 leaves each of them a copy.
         return self._zero_stage > 0 or self._groups.zero.position == 0

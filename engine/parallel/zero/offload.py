@@ -1,10 +1,10 @@
-"""Optimizer state in host memory: `offload: optimizer`. Master weights and moments lie there, and are updated there.
+"""Optimizer state in host memory: `offload: optimizer`. Master weights and moments are kept and updated there.
 
-DeepSpeed's own offload allocates them (page-locked), and its step hands the updated weights back. What it would do
-with gradients is left aside: it moves them to the host and back at every micro-batch, and what it then holds is not
-where norm and ties look for it. Here gradients stay on the device until the step, as they do without offload, so norm,
-clipping, ties and accumulation are the same. Then each parameter group's share goes to the host once, on a stream of
-its own: the copy of one group runs beside the update of the one before, and so does the copy of its new weights back.
+DeepSpeed's own offload allocates them (page-locked), and its step copies the updated weights back. Its handling of
+gradients is not used: it moves them to the host and back at every micro-batch, and then holds them where norm and ties
+do not look. Here gradients stay on the device until the step, as they do without offload, so norm, clipping, ties and
+accumulation are the same. Then each parameter group's share goes to the host once, on a stream of its own: the copy of
+one group overlaps the update of the one before, and so does the copy of its new weights back.
 
 On a CPU the host is the device: the same code with plain copies.
 """
@@ -21,12 +21,12 @@ from engine.parallel.zero.optimizers import require
 
 
 class HostState:
-    """Takes DeepSpeed's offload out of its backward pass, and feeds it in its step."""
+    """Switches DeepSpeed's offload off in its backward pass, and supplies it with gradients in its step."""
 
     flag: str
     """DeepSpeed's switch: on while it allocates and steps, off while gradients are made."""
     masters: list[torch.Tensor]
-    """By group: fp32, on the host, each with its gradient beside it."""
+    """fp32 master weights of each group (sub-group under ZeRO-3), on the host, with their gradients in `.grad`."""
 
     def __init__(self, engine: Any, device: torch.device) -> None:
         self.zero, self.device = engine.optimizer, device
@@ -35,13 +35,15 @@ class HostState:
         self._arrived: dict[int, torch.cuda.Event] = {}
         self._update = self.zero._optimizer_step
         self.zero._optimizer_step = self._update_when_there
-        self.zero.unscale_and_clip_grads = lambda *_: None  # clipped on the device
+        # The gradients were scaled on their way to the host (`_copy`); doing it again would clip twice.
+        self.zero.unscale_and_clip_grads = lambda *_: None
         self.accelerator: Any = get_accelerator()
+        # The device of DeepSpeed's gradient buffers; with its offload on it is the host.
         self.zero.device = self.accelerator.current_device_name()
         setattr(self.zero, self.flag, False)
 
     def step(self, scale: torch.Tensor | None, take: Callable[[], None]) -> None:
-        """Sends the gradients, times `scale`, and lets DeepSpeed `take` its step. Gradients are used up."""
+        """Send the gradients times `scale` to the host, and call `take`, DeepSpeed's step. Gradients are used up."""
         self._send(scale)
         setattr(self.zero, self.flag, True)
         try:
@@ -50,11 +52,12 @@ class HostState:
             setattr(self.zero, self.flag, False)
 
     def _send(self, scale: torch.Tensor | None) -> None:
-        """Begins the copies of all groups, in the order in which they are updated."""
+        """Start the copies of all groups, in the order in which they are updated."""
         if self._stream is None:
             for index in range(len(self.masters)):
                 self._copy(index, scale)
             return
+        # The gradients must be complete before the copies read them.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             for index in range(len(self.masters)):
@@ -73,9 +76,12 @@ class HostState:
             at += source.numel()
 
     def _update_when_there(self, index: int) -> None:
-        """In the place of DeepSpeed's update of a group."""
+        """Wait for a group's gradients, free those on the device, and update the group.
+
+        Replaces DeepSpeed's update of a group, and calls it.
+        """
         if event := self._arrived.pop(index, None):
-            event.synchronize()
+            event.synchronize()  # the host waits, not a stream: the update runs on the CPU
         self.zero.averaged_gradients[index] = None
         self._update(index)
 
@@ -90,9 +96,11 @@ class FlatHostState(HostState):
         zero = self.zero
         require(zero, "single_partition_of_fp32_groups", "_offload_gradient_safety_enabled", "contiguous_gradients")
         self.masters = zero.single_partition_of_fp32_groups
+        # Events that protect the gradient copies of DeepSpeed's backward pass, which do not happen here.
         zero._offload_gradient_safety_enabled = False
+        # DeepSpeed turns this on with its offload, whatever the configuration says.
         zero.contiguous_gradients = engine.zero_contiguous_gradients()
-        # each as large as the largest parameter, for gradients that would come and go
+        # Buffers for those copies, each as large as the largest parameter.
         zero.temp_grad_buffer_for_gpu_offload = zero.temp_grad_buffer_for_cpu_offload = None
 
 
@@ -108,16 +116,21 @@ class PartitionedHostState(HostState):
         require(zero, "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat", "grad_partitions_flat_buffer")
         require(zero, partitions, "inf_or_nan_tracker", "_unflatten_partitioned_parameters")
         self.masters = zero.fp32_partitioned_groups_flat
+        # Allocated on the host while DeepSpeed's switch was on; the backward pass needs them on the device.
         zero.inf_or_nan_tracker = zero.inf_or_nan_tracker.to(device)
         zero.grad_partitions_flat_buffer = zero.grad_partitions_flat_buffer.to(device)
         for name, held in getattr(zero, partitions).items():
+            # A view of the old buffer: its offset and length say which part of the new one takes its place.
             own = zero.grad_partitions_flat_buffer.narrow(0, held.storage_offset(), held.numel())
             getattr(zero, partitions)[name] = own
         self._on_their_way = [self._page_locked(index) for index in range(len(self.masters))]
         zero._reassign_or_swap_out_partitioned_parameters = self._hand_back
 
     def _page_locked(self, index: int) -> torch.Tensor:
-        """What the device copies a group's new weights from: in their dtype; the master itself where that is fp32."""
+        """Return page-locked memory from which a group's new weights are copied to the device, in their dtype.
+
+        It is the master itself where the weights are fp32.
+        """
         pin, master = self.accelerator.pin_memory, self.masters[index]
         dtype = self.zero.fp16_partitioned_groups_flat[index].dtype
         if dtype == master.dtype:
@@ -126,14 +139,18 @@ class PartitionedHostState(HostState):
         return pin(torch.empty(master.shape, dtype=dtype))
 
     def _hand_back(self, index: int) -> None:
-        """In the place of DeepSpeed's, which copies from pageable memory and in fp32."""
+        """Copy a group's new weights to the device.
+
+        Replaces DeepSpeed's method, which copies from pageable memory and in fp32.
+        """
         source = self._on_their_way[index]
         if source is not self.masters[index]:
+            # Cast on the host: half the bytes cross the bus, and page-locked memory lets the copy run by itself.
             source.copy_(self.masters[index].data)
         self.zero.fp16_partitioned_groups_flat[index].data.copy_(source.data, non_blocking=True)
         self.zero._unflatten_partitioned_parameters(index)
 
 
 def host_state(zero_stage: int, engine: Any, device: torch.device) -> HostState:
-    """For an engine that DeepSpeed made with `offload_optimizer`; call before gradients are made."""
+    """Make the host state of an engine built with DeepSpeed's `offload_optimizer`; call before any backward pass."""
     return (PartitionedHostState if zero_stage == 3 else FlatHostState)(engine, device)

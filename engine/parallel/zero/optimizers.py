@@ -1,8 +1,8 @@
-"""What DeepSpeed's optimizers hold, by parameter: reduced gradients, fp32 master weights, moments.
+"""State of DeepSpeed's optimizers by parameter: reduced gradients, fp32 master weights, moments.
 
-Three shapes of the same thing: ZeRO-0 keeps whole parameters, ZeRO-1 and 2 a partition of one padded flat buffer
-per parameter group, ZeRO-3 a partition of each parameter. All are DeepSpeed's private attributes; `require` names
-the ones in use, so that another release fails at the start and not in the middle of a run.
+Three layouts of it: ZeRO-0 keeps whole parameters, ZeRO-1 and 2 a partition of one padded flat buffer per parameter
+group, ZeRO-3 a partition of each parameter. All are DeepSpeed's private attributes; `require` names the ones in use,
+so that another release fails at the start and not in the middle of a run.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ GradientView = tuple[torch.nn.Parameter, tuple[int, int], tuple[int, int], int]
 
 
 class Shards(Protocol):
-    """What one rank's optimizer holds, whatever the ZeRO stage."""
+    """Shards that one rank's optimizer holds, whatever the ZeRO stage."""
 
     optimizer: torch.optim.Optimizer
 
     def gradients(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """(group, tensor) for every reduced gradient tensor of this rank; valid between last backward and step."""
+        """Yield (group, tensor) for each reduced gradient tensor of this rank; valid between last backward and step."""
         ...
 
     def gradient_lists(self) -> Iterator[Sequence[torch.Tensor]]:
-        """Yield, for each tensor of `parts`, its reduced gradient in shards that follow one another."""
+        """Yield, for each tensor of `ranges`, its reduced gradient as consecutive tensors."""
         ...
 
     def gradient_shards(self) -> Iterator[tuple[ParameterSpec, int, torch.Tensor]]:
-        """Yield (parameter, first element, gradient) of each parameter shard, as `shards` does for weights.
+        """Yield (parameter, first element, gradient) of each parameter shard; `parameter_shards` does it for weights.
 
         Valid where `gradients` is. Views, in the dtype in which gradients are reduced.
         """
         for (_, ranges), grads in zip(self.ranges(), self.gradient_lists(), strict=True):
-            # A part lies in one of the shards: DeepSpeed cuts them between parameters, or not at all. Sizes 3 and 5
-            # begin at 0 and 3, so the part at offset 4 is element 1 of the second.
+            # A range lies in one of the tensors: DeepSpeed cuts them between parameters, or not at all. Sizes 3 and 5
+            # begin at 0 and 3, so the range at offset 4 begins with element 1 of the second.
             begins = [0, *accumulate(grad.numel() for grad in grads)]
             for spec, start, offset, length in ranges:
                 if length > 0:
@@ -52,16 +52,20 @@ class Shards(Protocol):
                     yield spec, start, grads[number].view(-1).narrow(0, offset - begins[number], length)
 
     def held_gradients(self) -> set[int]:
-        """Groups of which the optimizer holds reduced gradients; between steps there are none."""
+        """Return the groups of which the optimizer holds reduced gradients; between steps there are none."""
         ...
 
     def ranges(self) -> Iterator[tuple[torch.Tensor, list[ShardRange]]]:
-        """Each tensor that the optimizer updates, with what lies in it; the same parameters on every data rank."""
+        """Yield each tensor that the optimizer updates, with its shard ranges.
+
+        Every data rank yields the same parameters in the same order, with length 0 where it holds nothing of one.
+        """
         ...
 
     def parameter_shards(self) -> Iterator[ParameterShard]:
-        """Live views of this rank's master weights and moments."""
+        """Yield live views of this rank's master weights and moments."""
         for held, ranges in self.ranges():
+            # "step" is a scalar, equal for all parameters; `StageEngine.set_updates` restores it.
             states = {name: state.view(-1) for name, state in self.optimizer.state[held].items() if name != "step"}
             for spec, start, offset, length in ranges:
                 if length > 0:
@@ -74,16 +78,20 @@ class Shards(Protocol):
             self.optimizer.state[held][name] = torch.zeros_like(held, memory_format=torch.preserve_format)
 
     def placements(self) -> Iterator[tuple[ParameterSpec, int, int]]:
-        """(parameter, offset, partition) as `Placement` describes them."""
+        """Yield (parameter, offset, partition) as `Placement` defines them."""
         ...
 
     def refresh(self) -> None:
-        """Copies the master weights into the working weights. Collective over the ZeRO group."""
+        """Copy the master weights into the working weights. Collective over the ZeRO group."""
         ...
 
 
 def require(thing: Any, *names: str) -> None:
-    """Raises `EnvironmentProblem` unless `thing` has every attribute named."""
+    """Check that `thing` has every attribute named.
+
+    Raises:
+        EnvironmentProblem: it does not, so this is another release of DeepSpeed.
+    """
     missing = [name for name in names if not hasattr(thing, name)]
     if missing:
         raise EnvironmentProblem(
@@ -96,9 +104,10 @@ def require(thing: Any, *names: str) -> None:
 def prepare_state(
     optimizer: torch.optim.Optimizer, flat: torch.Tensor, moments: tuple[str, ...]
 ) -> dict[str, torch.Tensor]:
-    """The optimizer's state for one tensor, made now and not at the first step: it can be saved and loaded at once."""
+    """Return the optimizer's state for one tensor, made now and not at the first step: it can be loaded before that."""
     state = optimizer.state[flat]
     if not state:
+        # A tensor on the parameter's device, as torch's fused AdamW wants it.
         state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
         for moment in moments:
             state[moment] = torch.zeros_like(flat, memory_format=torch.preserve_format)
@@ -106,7 +115,7 @@ def prepare_state(
 
 
 def has_gradient(parameter: torch.nn.Parameter) -> bool:
-    """Whether a gradient is left on a parameter, DeepSpeed's own attribute for it included."""
+    """Return True if a gradient is left on a parameter, or in DeepSpeed's own attribute for it (`grad_accum`)."""
     held = (parameter.grad, getattr(parameter, "grad_accum", None))
     return any(gradient is not None and bool(gradient.any()) for gradient in held)
 
@@ -142,14 +151,14 @@ class WholeShards(Shards):
                 yield spec, 0, parameter.numel()
 
     def refresh(self) -> None:
-        """Nothing: the working weights are the master weights."""
+        """Do nothing: the working weights are the master weights."""
 
 
 class FlatShards(Shards):
     """ZeRO-1 and 2: each data rank holds one slice of every group's padded flat buffer."""
 
     reduced = None
-    """DeepSpeed has no place for reduced gradients between two steps."""
+    """None: DeepSpeed keeps no buffer for reduced gradients between two steps, so each reduction makes one."""
 
     def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, groups: Named, data_rank: int) -> None:
         self.zero, self.optimizer, self.groups, self.data_rank = engine.optimizer, optimizer, groups, data_rank
@@ -173,6 +182,7 @@ class FlatShards(Shards):
     def gradient_lists(self) -> Iterator[Sequence[torch.Tensor]]:
         for index in range(len(self.groups)):
             held = self.zero.averaged_gradients[index]
+            # One flat tensor or a list of them, depending on DeepSpeed's path (accumulation in one buffer or not).
             yield [held] if isinstance(held, torch.Tensor) else held
 
     def held_gradients(self) -> set[int]:
@@ -181,6 +191,8 @@ class FlatShards(Shards):
     def ranges(self) -> Iterator[tuple[torch.Tensor, list[ShardRange]]]:
         for index, group in enumerate(self.groups):
             flat, ranges = self.zero.single_partition_of_fp32_groups[index], []
+            # Partitions of 6, parameters at offsets 0 and 4 with 4 and 8 elements: data rank 1 holds the buffer from 6
+            # to 12, so nothing of the first and (start 2, offset 0, length 6) of the second.
             first = self.data_rank * self.zero.partition_size[index]
             for (spec, parameter), offset in zip(group, self.zero.round_robin_bit16_offsets[index], strict=True):
                 start = max(first - offset, 0)
@@ -197,7 +209,7 @@ class FlatShards(Shards):
         self.zero.update_lp_params()
 
     def whole_gradients(self, data_size: int) -> Iterator[tuple[list[GradientView], int]]:
-        """(places, elements) of a buffer per group: the padded flat buffer that the shards are slices of."""
+        """Yield (views, elements) of a buffer per group, laid out as the padded flat buffer of the shards."""
         for index, group in enumerate(self.groups):
             offsets = self.zero.round_robin_bit16_offsets[index]
             views: list[GradientView] = [
@@ -207,7 +219,7 @@ class FlatShards(Shards):
             yield views, self.zero.partition_size[index] * data_size
 
     def split(self, shares: list[torch.Tensor]) -> Iterator[tuple[int, list[torch.Tensor]]]:
-        """(group, what DeepSpeed holds of its reduced gradients) from this rank's share of each buffer."""
+        """Yield (group, its entry of DeepSpeed's `averaged_gradients`) from this rank's share of each buffer."""
         yield from ((index, [share]) for index, share in enumerate(shares))
 
 
@@ -245,6 +257,8 @@ class PartitionedShards(Shards):
         for flat, parameters in zip(self.zero.fp32_partitioned_groups_flat, self.zero.fp16_groups, strict=True):
             offset, ranges = 0, []
             for parameter in parameters:
+                # All partitions of a parameter are equally long; the last ones may be shorter in real elements, or
+                # empty: 5 elements on 4 ranks are partitions of 2 that hold 2, 2, 1 and 0.
                 partition = parameter.partition_numel()
                 start = self.data_rank * partition
                 length = max(min(partition, parameter.ds_numel - start), 0)
@@ -260,16 +274,18 @@ class PartitionedShards(Shards):
     def refresh(self) -> None:
         for sub_group in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(sub_group)
-        self.zero.invalidate_secondary_tensor()  # copies of `gather_within`, of the weights that were
+        self.zero.invalidate_secondary_tensor()  # second copies (`gather_within`), which hold the old weights
 
     @property
     def reduced(self) -> torch.Tensor:
-        """Where DeepSpeed keeps the reduced gradients of all partitions, in their order."""
+        """The flat buffer in which DeepSpeed keeps the reduced gradients of all partitions, in their order."""
         buffer: torch.Tensor = self.zero.grad_partitions_flat_buffer
         return buffer
 
     def whole_gradients(self, data_size: int) -> Iterator[tuple[list[GradientView], int]]:
-        """(places, elements) of one buffer (data ranks, elements of a rank): each parameter is some columns of it."""
+        """Yield (views, elements) of one buffer (data ranks, elements of a rank): a parameter is some columns of it."""
+        # Partitions of 2 and 3 elements on 2 ranks: the buffer is (2, 5), the first parameter columns 0 and 1, the
+        # second columns 2 to 4. A reduce-scatter gives rank r row r, which is the order of its own flat buffer.
         parameters = [parameter for sub_group in self.zero.fp16_groups for parameter in sub_group]
         total = sum(parameter.partition_numel() for parameter in parameters)
         views: list[GradientView] = []
@@ -281,7 +297,7 @@ class PartitionedShards(Shards):
         yield views, data_size * total
 
     def split(self, shares: list[torch.Tensor]) -> Iterator[tuple[int, list[torch.Tensor]]]:
-        """(sub-group, what DeepSpeed holds of its reduced gradients) from this rank's share of the buffer."""
+        """Yield (sub-group, its entry of DeepSpeed's `averaged_gradients`) from this rank's share of the buffer."""
         (share,) = shares
         start = 0
         for sub_group, parameters in enumerate(self.zero.fp16_groups):
@@ -293,7 +309,7 @@ class PartitionedShards(Shards):
 
 
 def shards(zero_stage: int, engine: Any, optimizer: torch.optim.Optimizer, groups: Named, data_rank: int) -> Shards:
-    """What this rank's optimizer holds, for one ZeRO stage."""
+    """Return the view of this rank's optimizer state that fits the ZeRO stage."""
     if zero_stage == 0:
         return WholeShards(optimizer, groups)
     if zero_stage == 3:

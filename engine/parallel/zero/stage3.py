@@ -1,4 +1,4 @@
-"""ZeRO-3 under a pipeline: what DeepSpeed assumes of one forward followed by one backward, undone.
+"""Patches of DeepSpeed's ZeRO-3 for a pipeline, where one forward pass is not followed by its backward pass.
 
 DeepSpeed records the order of modules in a forward and backward pass, checks over the whole world that all ranks
 recorded the same one, and counts down per module when its backward is over. Stages of a pipeline run different
@@ -23,17 +23,17 @@ from engine.parallel.zero.optimizers import require
 def partition_empty(
     module: nn.Module, dtype: torch.dtype, device: torch.device, mpu: Any, config: dict, near: Any = None
 ) -> None:
-    """Replaces every (meta) parameter by one that is already partitioned, one at a time: never a whole stage in memory.
+    """Replace every (meta) parameter by one that is already partitioned, one at a time: never a whole stage in memory.
 
     `near` is the process group of the ranks that keep a second copy between them. DeepSpeed would cut such groups out
     of consecutive ranks of the world, whatever the axes, and it asks the group of its module for size and position.
 
-    Their values are zero; `StageEngine.fill` gives them theirs. Parameters that modules share stay shared.
+    The values are zero until `StageEngine.fill`. Parameters that modules share stay shared.
     """
     require(ds_groups, "_ZERO_PARAM_INTRA_PARALLEL_GROUP")
     ds_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = near
     context = deepspeed.zero.Init(
-        module=nn.Module(),
+        module=nn.Module(),  # empty: `made` converts the parameters one at a time, off the meta device
         data_parallel_group=mpu.get_data_parallel_group(),
         zero_param_parallel_group=near,
         config_dict_or_path=config,
@@ -41,7 +41,8 @@ def partition_empty(
         mpu=mpu,
     )
     require(context, "_convert_to_deepspeed_param")
-    # DeepSpeed's forward adds the bias in place, to a product that selective recomputation has kept.
+    # DeepSpeed's forward adds the bias in place, to a product that selective recomputation has kept: the second run
+    # would add it once more.
     LinearFunctionForZeroStage3.forward = staticmethod(_linear)
 
     def made(meta: nn.Parameter) -> nn.Parameter:
@@ -54,12 +55,12 @@ def partition_empty(
 
 
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`torch.nn.functional.linear`, whose name DeepSpeed has taken."""
+    """Compute `torch.nn.functional.linear`, under whose name DeepSpeed has put its own function."""
     return torch._C._nn.linear(input, weight, bias)  # type: ignore[attr-defined]
 
 
 def replace_parameters(module: nn.Module, made: Any) -> None:
-    """Puts `made(parameter)` in the place of each parameter; those that are one stay one."""
+    """Replace each parameter by `made(parameter)`; parameters that modules share stay shared."""
     new: dict[int, nn.Parameter] = {}
     for owner in module.modules():
         for name, parameter in list(owner._parameters.items()):
@@ -70,12 +71,13 @@ def replace_parameters(module: nn.Module, made: Any) -> None:
 
 
 def _kept_while_recomputed(release: Any) -> Any:
-    """Weights that a layer gathers to run once more in the backward pass stay until that has used them.
+    """Wrap DeepSpeed's release so that weights gathered for a recomputation stay until the backward pass has used them.
 
-    Released after the second run they would be gone under a backward pass that had begun, and gathered a third time.
+    Released after the second run they would be missing in a backward pass that has begun, and gathered a third time.
     """
 
     def release_after_use(module: nn.Module, forward: bool = False) -> None:
+        # torch numbers the backward pass under way, -1 outside of one: a forward inside of it is a recomputation.
         recomputing = forward and torch._C._current_graph_task_id() != -1
         if not recomputing:
             release(module, forward=forward)
@@ -84,22 +86,22 @@ def _kept_while_recomputed(release: Any) -> Any:
 
 
 class DeepSpeedPatches:
-    """What has to be done to a ZeRO-3 engine once, and before each of its backward passes."""
+    """Patches of a ZeRO-3 engine: some applied once, some before each of its backward passes."""
 
     def __init__(self, engine: Any) -> None:
         coordinator = engine.optimizer.parameter_offload.param_coordinator
         require(coordinator, "reset_step", "is_complete_trace", "is_record_trace", "release_sub_module")
         require(engine.optimizer, "clear_backward_seen_flag", "grad_partitions_flat_buffer")
         self.optimizer = engine.optimizer
+        # Called at each forward pass, where it would start the trace and compare it with ranks that run other modules.
         # With several forward passes in flight no recorded order of modules ever matches, so none is recorded.
-        # Called at each forward; it would start the trace and compare it with ranks that run other modules.
         coordinator.reset_step = lambda: None
         coordinator.release_sub_module = _kept_while_recomputed(coordinator.release_sub_module)
         self.chunks = engine.module.chunks
         self._countdowns: dict[int, list[tuple[nn.Module, int]]] = {}
 
     def after_forward(self, chunk: int) -> None:
-        """Remembers how many gradients end each module's backward: the same number at every forward pass."""
+        """Record the number of gradients that end each module's backward: the same at every forward pass."""
         if chunk not in self._countdowns:
             self._countdowns[chunk] = [
                 (module, module.__dict__["ds_grads_remaining"])
@@ -109,15 +111,16 @@ class DeepSpeedPatches:
             assert self._countdowns[chunk], "DeepSpeed counts gradients in Module.ds_grads_remaining"
 
     def before_backward(self, chunk: int, is_first: bool) -> None:
-        """Sets the chunk's countdowns, which every later forward pass of it has reset.
+        """Set the chunk's countdowns, which every later forward pass of it has reset.
 
-        The first backward of a step replaces the gradients of what it went through, and the later ones add: those
-        of the other chunks would be added to the last step's.
+        `is_first` marks the first backward of a step. DeepSpeed then replaces the gradients of the modules it ran
+        through; later backwards add, so those of other chunks would be added to the last step's.
         """
-        # Stale sums lie in this buffer: DeepSpeed overwrites only the slices of modules that the pass came to.
+        # The buffer holds the last step's sums: DeepSpeed overwrites only the slices of modules that the pass reached.
         if is_first:
             self.optimizer.grad_partitions_flat_buffer.zero_()
-        # modules whose second run ended early did not leave DeepSpeed's stack of running modules
+        # Modules whose second run ended early did not leave DeepSpeed's stack of running modules. The engine's module,
+        # which DeepSpeed puts there at the start, stays.
         del parameter_offload.FWD_MODULE_STACK[1:]
         for module, count in self._countdowns[chunk]:
             module.ds_grads_remaining = count  # type: ignore[assignment]
