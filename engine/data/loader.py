@@ -53,7 +53,7 @@ class StepReader:
 
     def __init__(self) -> None:
         self._steps_together = 1
-        reuse_freed_memory()
+        reuse_freed_memory()  # before the first batch, for all batches of the process
 
     def read(self, stream: Stream, ranks: Ranks) -> list[ReadStep]:
         """Return one or more steps from the next on: twice as many as the last time while all goes well.
@@ -64,9 +64,11 @@ class StepReader:
             DataError: a shard of the next step is damaged. What is wrong with a later step is raised when it is due.
         """
         try:
+            # 1, 2, 4, 8: the first step of a run does not wait until seven more are read
             found = _read(stream, ranks, self._steps_together)
             self._steps_together = min(2 * self._steps_together, MOST_STEPS)
         except DataError:
+            # the fault may lie in a later step: read the next one alone, and meet the fault when its step is due
             if self._steps_together == 1:
                 raise
             self._steps_together = 1
@@ -93,6 +95,8 @@ class Loader:
         """
         wanted = (self.stream.order, (data_rank, data_size, micro_batch_size))
         is_next = self._waiting and self._waiting[0].before == self.stream.progress
+        # steps read together are valid for one order, one position and one set of ranks; a rollback changes the first
+        # two
         if not is_next or self._read_for != wanted:
             self._waiting, self._read_for = deque(self._reader.read(self.stream, wanted[1])), wanted
         step = self._waiting.popleft()
@@ -115,6 +119,7 @@ def _read(stream: Stream, ranks: Ranks, most_steps: int) -> list[ReadStep]:
         places_N2 = order.places(mine)
         batches += make_batches(order.sources, *mine, places_N2, len(group), micro_batch_size)
     for source in order.sources:
+        # batches are copies: from here on the cache may evict these shards
         source.dataset.release()
     # batches of all steps in one list: each step takes its own number of them off the front
     left = iter(batches)
@@ -141,6 +146,7 @@ def _next_steps(stream: Stream, most_steps: int, stride: int, enough: int) -> li
 def micro_batch_rows(num_samples: int, data_rank: int, data_size: int, micro_batch_size: int) -> list[np.ndarray]:
     """Return the numbers of the samples in each micro-batch of a data rank; the last ones may be short or empty."""
     stride = micro_batch_size * data_size
+    # 10 samples, 2 data ranks, micro-batches of 3: stride 6; rank 0 gets 0 to 2 and 6 to 8, rank 1 gets 3 to 5 and 9
     firsts = range(data_rank * micro_batch_size, -(-num_samples // stride) * stride, stride)
     return [np.arange(first, max(first, min(first + micro_batch_size, num_samples))) for first in firsts]
 

@@ -1,7 +1,7 @@
 """The order of samples over all sources: the mixture gives the source of each position, that source's order the sample.
 
-Invariant: the samples behind a place are a function of (sources, weights, samples left out, shards lost, place) alone;
-no token is read. `engine.data.stream` keeps the place of a run.
+Invariant: the samples after a cursor are a function of (sources, weights, samples left out, shards lost, cursor) alone;
+no token is read. `engine.data.stream` keeps the cursor of a run.
 
 N samples, K sources.
 """
@@ -24,7 +24,7 @@ Interval = tuple[int, int]
 
 
 class Cursor(NamedTuple):
-    """A place in the stream: samples drawn so far, and the next sample of each source."""
+    """A position in the stream: samples drawn so far, and the address of the next sample of each source."""
 
     position: int
     addresses: tuple[SampleId, ...]
@@ -51,7 +51,7 @@ class Samples(NamedTuple):
 
     @classmethod
     def joined(cls, parts: list[Samples]) -> Samples:
-        """All samples of one or more parts."""
+        """Return all samples of one or more parts, in order."""
         return parts[0] if len(parts) == 1 else cls(*map(np.concatenate, zip(*parts, strict=True)))
 
 
@@ -72,6 +72,7 @@ class MixedOrder:
         """
         kept: list[Samples] = []
         while count:
+            # each round ends at the next left-out interval, or has fewer samples than asked for because of lost shards
             cursor, reach = self._past_left_out(cursor)
             found, cursor = self._in_a_row(cursor, min(count, reach or count))
             if any(source.lost.size for source in self.sources):
@@ -126,6 +127,7 @@ class MixedOrder:
 
     def _advanced(self, places: tuple[SampleId, ...], counts: list[int]) -> tuple[SampleId, ...]:
         steps = zip(self.sources, places, counts, strict=True)
+        # a source that gave nothing keeps its address: `after` may have to read the offsets of its window
         return tuple(source.order.after(place, count) if count else place for source, place, count in steps)
 
     def _is_kept(self, samples: Samples) -> np.ndarray:
@@ -141,6 +143,7 @@ def merged(intervals: Iterable[Interval]) -> tuple[Interval, ...]:
     """Return the positions as disjoint intervals in order, with a gap between any two."""
     found: list[Interval] = []
     for first, end in sorted(intervals):
+        # (0, 3), (3, 5), (7, 9) become (0, 5), (7, 9): intervals that touch are one
         if found and first <= found[-1][1]:
             found[-1] = (found[-1][0], max(found[-1][1], end))
         elif first < end:

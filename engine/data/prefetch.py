@@ -71,10 +71,12 @@ class Prefetcher:
             self._changed.wait_for(lambda: self._ready or self._error)
             if not self._ready:
                 assert self._error is not None
+                # kept, not cleared: every later call raises it again
                 raise self._error
             ready = self._ready.popleft()
             self._changed.notify_all()
         batches = ready.step.batches
+        # only now: a checkpoint that is saved before this call must not count steps that were merely read
         self._stream.advance_to(ready.step.after)
         return batches if ready.upload is None else _with_inputs(batches, ready.upload.arrive())
 
@@ -86,6 +88,7 @@ class Prefetcher:
     def restore(self, state: State) -> None:
         """Go on at a saved state; what was read ahead is dropped. Raises `DataError` as `Stream.restore` does."""
         self.close()
+        # the thread has ended: it works on a clone from before, whose steps must not be handed out after this
         self._stream.restore(state)
         self._start()
 
@@ -132,8 +135,10 @@ class Prefetcher:
                 self._changed.wait_for(lambda: self._closed or len(self._ready) < self._depth)
                 if self._closed:
                     return
+            # before the step is read: these shards are fetched while it is
             fetcher.want(stream.coming_shards())
             for read in reader.read(stream, self._ranks):
+                # the clone advances step by step, so that `cut` is told the step that each batch is for
                 step = stream.num_steps
                 batches = _with_inputs(read.batches, [self._cut(batch, step) for batch in read.batches])
                 upload = uploader.send([batch.inputs for batch in batches]) if uploader is not None else None

@@ -1,4 +1,4 @@
-"""The stream of samples that a run stage trains on: where it stands, and everything that decides what comes next.
+"""The stream of samples that a run stage trains on: its position, and everything that decides the next samples.
 
 Invariant: which samples a step trains on depends on (sources and their weights, objective, seed, sequence length,
 window_shards, samples before it, samples left out) alone, never on the ranks, the micro-batch size or restarts; each
@@ -36,7 +36,7 @@ State = dict[str, Any]
 """Loader state of a checkpoint: JSON of less than 1 KiB, equal on all ranks."""
 
 MOST_LOST = 16
-"""Damaged shards that a run does without; more are no accident, and the state is bounded."""
+"""Most damaged shards that a run does without: more are no accident, and the state must stay small."""
 
 
 class Progress(NamedTuple):
@@ -86,6 +86,8 @@ class Stream:
         sources = self._open_sources(())
         for source in sources:
             source.refuse_empty()
+        # `limit` of a source with `epochs` counts the rows of all its shards; best fit then reads all document offsets
+        # here
         mixing = Mixing([part.weight for part in self.parts], [source.limit() for source in sources])
         self._order = MixedOrder(sources, mixing)
         self._progress = Progress(Cursor(0, (START,) * len(self.parts)), 0, (0,) * len(self.parts))
@@ -174,7 +176,7 @@ class Stream:
 
     @property
     def lost(self) -> tuple[Damage, ...]:
-        """The shards that the run does without, each from the samples on that were next when it was lost."""
+        """The shards that the run does without, each from the sample on that was next when it was lost."""
         return self._lost
 
     def lose(self, damage: Damage) -> None:
@@ -190,7 +192,9 @@ class Stream:
                 f"{MOST_LOST} at most",
                 "look at the disk, and restore the shards from a copy",
             )
+        # without its rows a shard counts as empty, which would renumber the slots of a window that has begun
         source.refuse_mid_window(damage, self._progress.cursor.addresses[damage.source])
+        # sorted and without repetition: ranks that meet two damages in different orders save equal states
         lost = tuple(sorted({*self._lost, damage}))
         sources = self._open_sources(lost)
         sources[damage.source].refuse_empty()
@@ -204,6 +208,7 @@ class Stream:
         """
         before = self._progress
         while True:
+            # the ramp follows the samples trained on, not the position: samples that are left out do not move it
             size = self.batches.size(self.batches.steps(before.samples))
             samples, cursor = self._order.take(before.cursor, size)
             after = Progress(cursor, before.samples + size, self._passed_over(before, samples, cursor))
@@ -211,7 +216,7 @@ class Stream:
             before = after
 
     def advance_to(self, progress: Progress) -> None:
-        """Go on behind a step of this stream or a clone."""
+        """Continue after a step of this stream or of a clone."""
         self._progress = progress
 
     def skip(self) -> None:
@@ -223,6 +228,7 @@ class Stream:
         order of their use."""
         found: list[tuple[TokenDataset, int]] = []
         places = self._progress.cursor.addresses
+        # the windows in use of all sources first, then the next ones: shards are fetched in this order
         for ahead in (0, 1):
             for source, place in zip(self._order.sources, places, strict=True):
                 if source.dataset.is_remote:
@@ -240,17 +246,18 @@ class Stream:
         columns = [taken.addresses_N3, self._order.places(taken)]
         if len(self.parts) > 1:
             columns.append(taken.sources_N[:, None])
-        content = np.concatenate(columns, axis=1).astype("<i8").tobytes()
+        content = np.concatenate(columns, axis=1).astype("<i8").tobytes()  # little-endian on every machine
         return hashlib.sha256(self.fingerprint.encode() + content).hexdigest()[:16]
 
     def state(self) -> State:
-        """Return where the next sample is, and what must not have changed when this is restored."""
+        """Return the position of the next sample, and all that must not have changed when this is restored."""
         return {
             "position": self.position,
             "samples": self.samples,
             "places": [list(place) for place in self._progress.cursor.addresses],
             "left_out": [list(interval) for interval in self.left_out],
             "lost": [[*damage[:2], int(damage.counted)] for damage in self._lost],
+            # no key where all are 0, as in states that were written before the key existed
             **({"passed_over": list(self._progress.passed_over)} if any(self._progress.passed_over) else {}),
         } | self._identity()
 
@@ -269,6 +276,7 @@ class Stream:
                     "restore it, or start a new run in another folder",
                 )
         try:
+            # everything is built and checked before the first assignment: a refused state changes nothing
             lost = tuple(Damage(int(source), int(shard), bool(counted)) for source, shard, counted in state["lost"])
             sources = self._open_sources(lost)
             places = tuple(SampleId(*map(int, place)) for place in state["places"])
@@ -303,7 +311,7 @@ class Stream:
         return counts_K
 
     def _passed_over(self, before: Progress, samples: Samples, after: Cursor) -> tuple[int, ...]:
-        """Return `Progress.passed_over` behind the samples that were taken between two places."""
+        """Return `Progress.passed_over` after the samples that were taken between two positions."""
         if not self._lost or len(self.parts) == 1:
             return before.passed_over
         # positions passed less samples taken: what lay in lost shards, (K,)
@@ -324,7 +332,7 @@ class Stream:
         return Source(number, part, sampler, self._make_order(part, seed), lost)
 
     def _make_order(self, part: WeightedDataset, seed: int) -> Callable[[CountRows], Order]:
-        """Return what makes the order of a source once its rows can be counted."""
+        """Return the function that makes the order of a source, given one that counts the rows of shards."""
         return partial(SampleOrder, part.dataset.num_shards, seed=seed, window_shards=self.window_shards)
 
     def _identity(self) -> State:
@@ -341,6 +349,7 @@ class Stream:
         if len(self.parts) > 1:
             shares = [[part.name, part.weight, part.epochs, part.max_samples] for part in self.parts]
             identity["mixture"] = _short_hash(shares)
+            # six digits of each suffice to name the source that changed; `fingerprint` covers all of them in full
             identity["sources"] = " ".join(part.dataset.fingerprint[:6] for part in self.parts)
         return identity
 

@@ -41,7 +41,7 @@ class Upload:
     copied: torch.cuda.Event
 
     def arrive(self) -> list[Inputs]:
-        """The inputs, for what the calling thread puts on the GPU's current stream from here on."""
+        """Return the inputs, for the work that the calling thread puts on the GPU's current stream from here on."""
         computing = torch.cuda.current_stream(self.memory_S.device)
         computing.wait_event(self.copied)
         self.memory_S.record_stream(computing)  # it was allocated for the copying stream: not to be reused before
@@ -62,14 +62,18 @@ class Uploader:
         """Start the copy of a step's micro-batches; waits for the one before the last."""
         starts, num_bytes = _places(batches)
         block = next(self._blocks)
+        # the last copy from this block must be done before it is overwritten; an event without a record counts as done
         block.copied.synchronize()
         if block.memory_S.numel() < num_bytes:
+            # grown, never shrunk: page-locking is slow, and the steps of a run are nearly of one size
             block.memory_S = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
         host_S = block.memory_S[:num_bytes]
         for batch, views in zip(batches, _views(batches, host_S, starts), strict=True):
             for name, tensor in batch.items():
                 views[name].copy_(tensor)
         with torch.cuda.stream(self._stream):
+            # allocated under the copying stream: the caching allocator reuses memory in the order of the stream it
+            # belongs to
             memory_S = torch.empty(num_bytes, dtype=torch.uint8, device=self._gpu)
             memory_S.copy_(host_S, non_blocking=True)
             block.copied = torch.cuda.Event(blocking=True)  # the last one's is still in the hands of who computes
@@ -78,15 +82,16 @@ class Uploader:
 
 
 def _places(batches: list[Inputs]) -> tuple[list[int], int]:
-    """First byte of each tensor, batch after batch, and the bytes of all."""
+    """Return the first byte of each tensor, batch after batch, and the bytes of all."""
     sizes = [tensor.numel() * tensor.element_size() for batch in batches for tensor in batch.values()]
+    # tensors of 10 and 300 bytes begin at 0 and 256, and all end at 768
     padded = [math.ceil(size / _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for size in sizes]
     *starts, end = itertools.accumulate(padded, initial=0)
     return starts, end
 
 
 def _views(batches: list[Inputs], memory_S: torch.Tensor, starts: list[int]) -> list[Inputs]:
-    """Tensors of the batches' names, shapes and types that lie in `memory_S` (uint8)."""
+    """Return views of `memory_S` (uint8) with the names, shapes and types of the batches' tensors."""
     places = iter(starts)
 
     def view(tensor: torch.Tensor) -> torch.Tensor:

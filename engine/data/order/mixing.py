@@ -4,7 +4,7 @@ Weights are whole numbers; their sum is the period after which every source has 
 a period samples are spread by earliest deadline (Tijdeman 1980, "The chairman assignment problem"; as unit jobs with
 windows: Baruah et al. 1996, "Proportionate progress"). Invariant: between any position and the last at which a source
 ran dry, each source has given its exact share to within less than one sample. A source that reaches its limit gives
-no more; the others go on in their proportions. Addresses inside a source are the business of `stream`.
+no more; the others go on in their proportions. Addresses inside a source are the business of `sample_order`.
 
 K sources.
 """
@@ -78,7 +78,7 @@ class Mixing:
 
 
 def _end(start: int, counts_K: np.ndarray, parts: tuple[int, ...], limits: Sequence[int | None]) -> int | None:
-    """The position behind the first sample with which a source reaches its limit."""
+    """Return the position after the first sample with which a source reaches its limit; None where none ever does."""
     ends = []
     for k, (part, limit) in enumerate(zip(parts, limits, strict=True)):
         if part and limit is not None:
@@ -91,7 +91,7 @@ def _end(start: int, counts_K: np.ndarray, parts: tuple[int, ...], limits: Seque
 
 @lru_cache(maxsize=64)
 def _spread(parts: tuple[int, ...]) -> np.ndarray:
-    """(sum of parts,) uint8 or int64: the source of each place of a period.
+    """(sum of parts,) uint8 or int64: the source of each position in a period.
 
     Job j of source k may run from floor(j / share) on and must have run by ceil((j + 1) / share); the earliest deadline
     runs first. All fit, so at every place each source is less than one sample from its share.

@@ -42,12 +42,12 @@ class Permutation:
         self._round_keys: list[int] = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64).tolist()
 
     def __call__(self, index: int) -> int:
-        """The image of one index, in plain integers."""
+        """Return the image of one index, in plain integers."""
         assert 0 <= index < self.size, (index, self.size)
         return self._walk(self._encrypt(index))
 
     def of(self, indices: np.ndarray) -> np.ndarray:
-        """The images of an array of indices, as int64 of the same shape; equal to calling on each."""
+        """Return the images of an array of indices, int64 of its shape; equal to a call for each index."""
         if indices.size <= _FEW:
             return np.array([self(index) for index in indices.ravel().tolist()], np.int64).reshape(indices.shape)
         # uint64 throughout: one int64 in an expression would promote it to float64 and repeat samples beyond 2**53
@@ -62,7 +62,7 @@ class Permutation:
         return values.astype(np.int64).reshape(indices.shape)
 
     def _walk(self, value: int) -> int:
-        """The first of a value and its successive images that is in the domain."""
+        """Return the first of a value and its successive images that is in the domain (cycle walking)."""
         while value >= self.size:
             value = self._encrypt(value)
         return value
@@ -85,7 +85,7 @@ class Permutation:
 
 
 def _mix(word: int) -> int:
-    """splitmix64's finaliser of one integer modulo 2**64: every input bit reaches every output bit."""
+    """Apply splitmix64's finaliser to one integer modulo 2**64: every input bit reaches every output bit."""
     word &= _MASK
     word = (word ^ word >> 30) * _MULTIPLIERS[0] & _MASK
     word = (word ^ word >> 27) * _MULTIPLIERS[1] & _MASK
@@ -93,7 +93,7 @@ def _mix(word: int) -> int:
 
 
 def mix_array(words: np.ndarray) -> np.ndarray:
-    """`_mix` of each word of a uint64 array; numpy's arrays wrap around as the modulus asks."""
+    """Apply `_mix` to each word of a uint64 array, which wraps around modulo 2**64 by itself."""
     words = (words ^ words >> np.uint64(30)) * np.uint64(_MULTIPLIERS[0])
     words = (words ^ words >> np.uint64(27)) * np.uint64(_MULTIPLIERS[1])
     return words ^ words >> np.uint64(31)

@@ -29,7 +29,7 @@ _BLOCK_SLOTS = 1024
 """Slots whose places are computed together: steps follow one another, and a call for few costs nearly as much. More
 would hold up the first batch."""
 _BLOCKS_KEPT = 16
-_EPOCHS_KEPT = 2
+_EPOCHS_KEPT = 2  # the one in use, and the next, whose first windows are read ahead
 _WINDOWS_KEPT = 8
 
 CountRows = Callable[[np.ndarray], np.ndarray]
@@ -49,7 +49,7 @@ START = SampleId(0, 0, 0)
 
 
 class Order(Protocol):
-    """The samples of one source, one after the other without end, each at a place of its own (`SampleId`)."""
+    """The samples of one source, one after the other without end, each with an address of its own (`SampleId`)."""
 
     def after(self, sample: SampleId, count: int) -> SampleId:
         """Return the sample that follows `count` samples after another."""
@@ -106,9 +106,10 @@ class SampleOrder(Order):
         return int(ends[-1])
 
     def after(self, sample: SampleId, count: int) -> SampleId:
-        """The sample that follows `count` samples after another: itself for 0, if it is one."""
+        """Return the sample that follows `count` samples after another: itself for 0, if it is one."""
         epoch, window, slot = sample
         slot += count
+        # also steps over windows without a row: no slot is below a size of 0
         while slot >= (size := self.size(epoch, window)):
             slot -= size
             epoch, window = (epoch, window + 1) if window + 1 < self.num_windows else (epoch + 1, 0)
@@ -119,6 +120,7 @@ class SampleOrder(Order):
         if sample.epoch < 0 or not 0 <= sample.window < self.num_windows:
             raise ValueError(f"epoch {sample.epoch}, window {sample.window} of {self.num_windows}")
         size = self.size(sample.epoch, sample.window)
+        # a run that has read nothing stands at START, also where the first window has no row
         if not 0 <= sample.slot < size and sample != START:
             raise ValueError(f"slot {sample.slot} of {size}")
         return sample
@@ -163,8 +165,9 @@ class SampleOrder(Order):
         return self.shards(sample.epoch + epochs, window)
 
     def _runs(self, sample: SampleId, count: int) -> Iterator[tuple[SampleId, int]]:
-        """(first sample, how many) of each window that the samples of a stretch fall into."""
+        """Yield (first sample, number of samples) of each window that `count` samples from one on fall into."""
         while count:
+            # the last round may have ended at a window's end, which is no sample's address
             sample = self.after(sample, 0)
             taken = min(self.size(sample.epoch, sample.window) - sample.slot, count)
             yield sample, taken
@@ -199,7 +202,7 @@ class SampleOrder(Order):
         return found
 
     def _window(self, epoch: int, window: int) -> _Window:
-        """The shards and rows of a window: counted once, then remembered for a while."""
+        """Return the shards and rows of a window: counted once, then remembered for a while."""
         found = self._windows.get((epoch, window))
         if found is None:
             shards = self.shards(epoch, window)

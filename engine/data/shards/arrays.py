@@ -29,7 +29,7 @@ Identity = tuple[int, int, int, int]
 
 
 def open_array(folder: Path, array: ArrayFile, verified: Identity | None = None) -> tuple[np.ndarray, Identity]:
-    """(length,) the array in its little-endian dtype, read-only; and the file's identity, now that it is verified.
+    """Return the array (length,) in its little-endian dtype, read-only, and the identity of its file, now verified.
 
     `verified` is the identity that the file had when this process compared its hash before, or None. Raises
     `DamagedShard` where the file is missing, of another size, or holds other bytes than were written, `DataError`
@@ -48,7 +48,7 @@ def open_array(folder: Path, array: ArrayFile, verified: Identity | None = None)
 
 
 def hash_file(path: Path, offset: int = 0, num_bytes: int | None = None) -> str:
-    """XXH3-128 in hex of a file's bytes, or of a stretch of them. Raises `OSError`."""
+    """Return the XXH3-128 in hex of a file's bytes, or of `num_bytes` from `offset` on. Raises `OSError`."""
     digest = xxhash.xxh3_128()
     block, left = memoryview(bytearray(_BLOCK_BYTES)), num_bytes
     with path.open("rb", buffering=0) as file:
@@ -61,6 +61,7 @@ def hash_file(path: Path, offset: int = 0, num_bytes: int | None = None) -> str:
 
 def _mapped(path: Path, array: ArrayFile, dtype: np.dtype) -> np.ndarray:
     """A plain array over the map: numpy's memmap objects take longer to make, and at every slice."""
+    # a map may begin at a multiple of the page size alone: begin before the array, and skip the rest
     before = array.offset % mmap.ALLOCATIONGRANULARITY
     try:
         with path.open("rb", buffering=0) as file:

@@ -59,7 +59,7 @@ class ShardCache:
         fetch: Callable[[BinaryIO], None],
         before_wait: Callable[[], None] = lambda: None,
     ) -> BinaryIO:
-        """The file, held until it is closed; `fetch` writes and verifies it where it is not there.
+        """Return the file, held until it is closed; `fetch` writes and verifies it where it is not there.
 
         `before_wait` is called before the process waits for room: it closes the files that the process holds.
 
@@ -71,6 +71,7 @@ class ShardCache:
             found = self.open_now(name, num_bytes, fetch)
             if found is not None:
                 return found
+            # somebody was fetching it, and has finished or failed: look again
             if self._wait_for_fetch(name):
                 continue
             if waited >= _PATIENCE_SECONDS:
@@ -80,6 +81,7 @@ class ShardCache:
                     f"data.cache.bytes above {self.limit_bytes:,}",
                     "make it larger: two windows of shards, and one more for ranks that are ahead",
                 )
+            # or processes that hold files, each waiting for the others' room, would wait for ever
             before_wait()
             self._sleep(pause)
             waited, pause = waited + pause, min(2 * pause, _LONGEST_WAIT_SECONDS)
@@ -98,7 +100,7 @@ class ShardCache:
             return self._fetch(name, claimed, num_bytes, fetch)
 
     def unwritable(self, error: OSError, num_bytes: int) -> DataError:
-        """The error of a file of so many bytes that cannot be written into the cache."""
+        """Return the error of a file of so many bytes that cannot be written into the cache."""
         if error.errno not in _FULL:
             return too_many_files(error) or DataError(
                 f"the cache {self.folder} cannot be used: {error.strerror or error}",
@@ -130,12 +132,13 @@ class ShardCache:
         return sum(size for _, size, _ in self._files())
 
     def _hold(self, name: str) -> BinaryIO | None:
-        """The file under a shared lock; None where it is not there."""
+        """Return the file under a shared lock; None where it is not there."""
         try:
             file = (self.folder / name).open("rb", buffering=0)
         except FileNotFoundError:
             return None
         fcntl.flock(file, fcntl.LOCK_SH)
+        # `_remove_unheld` may have held the lock that was waited for
         if not os.fstat(file.fileno()).st_nlink:  # evicted between the two calls
             file.close()
             return None
@@ -151,8 +154,10 @@ class ShardCache:
             with self._naming(num_bytes):
                 file.flush()
                 os.fsync(file.fileno())
+                # used last now, and written to never again: see `_UNTOUCHED_NS`
                 os.utime(file.fileno(), ns=(time.time_ns(), _UNTOUCHED_NS))
                 with self._alone():
+                    # under `.lock`, so that no other process counts or claims it between the two names
                     partial.rename(self.folder / name)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -163,7 +168,7 @@ class ShardCache:
         return file
 
     def _claim(self, name: str, num_bytes: int) -> BinaryIO | None:
-        """The partial file, locked exclusively and of its whole size; None where another has it or there is no room."""
+        """Return the partial file, exclusively locked, at its whole size; None if another has it or no room is left."""
         if num_bytes > self.limit_bytes:
             raise DataError(
                 f"the cache {self.folder} holds {self.limit_bytes:,} bytes, a shard has {num_bytes:,}",
@@ -174,14 +179,16 @@ class ShardCache:
             if (self.folder / name).exists():
                 return None
             partial = self.folder / (name + PARTIAL)
+            # first, since what dead processes left takes room
             self._sweep()
+            # a partial file that is still there after the sweep belongs to a living process
             if partial.exists() or not self._make_room(num_bytes):
                 return None
             return self._reserve(partial, num_bytes)
 
     def _reserve(self, partial: Path, num_bytes: int) -> BinaryIO | None:
-        """The partial file, of its whole size on the disk; what is not in use makes room for it there. None where
-        files are in use that may make room later.
+        """Return the partial file at its whole size on the disk, evicting unused files to make room. None where files
+        are in use that may make room later.
 
         Raises:
             DataError: the disk is full, and no file of the cache takes any of it.
@@ -203,7 +210,8 @@ class ShardCache:
                     return None
 
     def _evict_one(self) -> bool:
-        """Evicts the file that was unused for longest; whether there was one that is not in use."""
+        """Evict the file that was unused for longest; return False if all are in use."""
+        # `any` stops at the first that could be removed
         return any(_remove_unheld(path) for path, _, _ in self._by_use())
 
     def _wait_for_fetch(self, name: str) -> bool:
@@ -221,7 +229,7 @@ class ShardCache:
             _remove_unheld(path)
 
     def _make_room(self, num_bytes: int) -> bool:
-        """Evicts what is not in use, longest unused first, until `num_bytes` fit; whether they do."""
+        """Evict unused files, the longest unused first, until `num_bytes` fit; return True if they do."""
         left = self.limit_bytes - num_bytes - self._used_bytes()
         for path, size, _ in self._by_use():
             if left >= 0:
@@ -230,11 +238,11 @@ class ShardCache:
         return left >= 0
 
     def _by_use(self) -> list[tuple[Path, int, int]]:
-        """(path, bytes, when last used) of the files that are in place, the longest unused first."""
+        """Return (path, bytes, time of last use) of the files in place, the longest unused first."""
         return sorted((item for item in self._files() if item[0].suffix != PARTIAL), key=lambda item: item[2])
 
     def _files(self) -> list[tuple[Path, int, int]]:
-        """(path, bytes, when last used) of every file."""
+        """Return (path, bytes, time of last use) of every file."""
         found = []
         for entry in os.scandir(self.folder):
             if entry.name != LOCK:
@@ -242,12 +250,13 @@ class ShardCache:
                     status = entry.stat()
                 except FileNotFoundError:
                     continue
+                # the access time is the one that `_hold` sets: reading sets none where a disk is mounted with noatime
                 found.append((Path(entry.path), status.st_size, status.st_atime_ns))
         return found
 
     @contextmanager
     def _naming(self, num_bytes: int) -> Iterator[None]:
-        """Turns what the system refuses inside into an error about the cache."""
+        """Turn an `OSError` inside into a `DataError` about the cache."""
         try:
             yield
         except OSError as error:
@@ -262,6 +271,7 @@ class ShardCache:
 
 def _allocate(file: BinaryIO, num_bytes: int) -> None:
     """Take the file's whole size on the disk now, so that no write of it finds the disk full. Raises `OSError`."""
+    # truncate sets the size that `_used_bytes` adds up, posix_fallocate takes the blocks
     file.truncate(num_bytes)
     if num_bytes:
         try:
@@ -276,6 +286,8 @@ def _remove_unheld(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # under the lock: who opened the file before it went finds no link left once the lock is theirs, and looks
+            # again
             path.unlink()
     except (FileNotFoundError, BlockingIOError):
         return False

@@ -64,7 +64,7 @@ class TokenDataset:
     def __init__(
         self, location: Path | str, tokenizer_hash: str | None = None, cache: ShardCache | None = None
     ) -> None:
-        """With a `tokenizer_hash`, shards of another tokenizer are refused. A URL needs a `cache`.
+        """Read the index; with a `tokenizer_hash`, refuse shards of another tokenizer. A URL needs a `cache`.
 
         Raises:
             DataError: the index is missing, damaged, of another version, or of another tokenizer.
@@ -92,6 +92,8 @@ class TokenDataset:
         self._offsets_of: OrderedDict[int, Offsets] = OrderedDict()
         self._owner = object()
         self._lock = Lock()
+        # `PROCESS` holds the open shards by `_owner`, which does not refer back: the data set can be collected, and
+        # they go
         weakref.finalize(self, PROCESS.forget, self._owner)
 
     @property
@@ -104,7 +106,7 @@ class TokenDataset:
         return PROCESS.numbers(self._owner)
 
     def shard(self, number: int) -> Shard:
-        """A shard, verified when this process first opens it.
+        """Return a shard, verified when this process first opens it.
 
         Raises:
             DamagedShard: a file of it is missing, of another size, or its bytes are not those that were written.
@@ -139,14 +141,14 @@ class TokenDataset:
             self._remote.fetch_ahead(array)
 
     def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
-        """Verifies every shard; `progress` is told the bytes of each. Raises `DataError` at the first bad one."""
+        """Verify every shard; `progress` is told the bytes of each. Raises `DataError` at the first bad one."""
         for number, entry in enumerate(self.index.shards):
             self.shard(number)
             self.release()
             progress(sum(array.stored_bytes for array in entry.arrays))
 
     def offsets(self, number: int) -> Offsets:
-        """A shard's `documents` and `sentences` alone: no token is read, and verified like it. Raises as `shard`."""
+        """Return a shard's `documents` and `sentences`, verified; no token is read. Raises as `shard`."""
         with _naming(number):
             return self._both_offsets(number)
 
@@ -157,9 +159,10 @@ class TokenDataset:
         return documents, sentences
 
     def _offsets(self, array: ArrayFile, num_tokens: int, contained: np.ndarray | None = None) -> np.ndarray:
-        """Rising offsets with those that they must contain."""
+        """Return verified rising offsets; `contained` are offsets that must be among them."""
         is_new = array.file not in self._verified
         found, identity, file = self._array(self.folder, array, array.file)
+        # a copy, so that the file may be closed at once
         offsets = found.astype(np.int64)
         if file is not None:
             file.close()
@@ -169,7 +172,7 @@ class TokenDataset:
         return offsets
 
     def _map(self, number: int) -> tuple[Shard, BinaryIO | None]:
-        """Opens a shard; also returns the file that keeps it in the cache, where it is mapped there."""
+        """Open a shard; return it, and the file that keeps it in the cache where it is mapped there."""
         tokens = self.index.shards[number].tokens
         documents, sentences = self._offsets_of.pop(number, None) or self._both_offsets(number)
         mapped, identity, file = self._array(self.folder / (self.index.tokens_folder or ""), tokens, tokens.name)
@@ -184,10 +187,11 @@ class TokenDataset:
         return Shard(tokens.name, mapped, documents, sentences), file
 
     def _array(self, folder: Path, array: ArrayFile, name: str) -> tuple[np.ndarray, Identity, BinaryIO | None]:
-        """An array, its file's identity, and what holds the file in the cache. A file that was damaged there is fetched
-        once more."""
+        """Return an array, its file's identity, and the open file that keeps it in the cache. A file that was damaged
+        there is fetched once more."""
         if self._remote is None:
             return *self._local_array(folder, array, self._verified.get(name)), None
+        # a copy that was damaged in the cache is fetched once more: the fault may be this disk's and not the store's
         for again in (True, False):
             cached, file = self._remote.open(array, PROCESS.release)
             try:
@@ -197,6 +201,7 @@ class TokenDataset:
                 self._remote.cache.discard(cached)
                 if not again:
                     raise
+            # an open file is a lock: left open, the cache could never evict it
             except BaseException:
                 file.close()
                 raise
@@ -206,6 +211,8 @@ class TokenDataset:
         try:
             return open_array(folder, array, verified)
         except DamagedShard as error:
+            # with the index gone, too, the whole folder is away: a run that lost its shards one by one would go on
+            # without data
             if (self.folder / FILE).exists():
                 raise
             raise DataError(  # a disk that is away is no damage, which a run might do without for good
@@ -217,7 +224,7 @@ class TokenDataset:
 
 @contextmanager
 def _naming(number: int) -> Iterator[None]:
-    """Damage that is found inside is that of this shard."""
+    """Set the number of the shard in a `DamagedShard` that is raised inside."""
     try:
         yield
     except DamagedShard as error:
@@ -226,12 +233,12 @@ def _naming(number: int) -> Iterator[None]:
 
 
 def _unpacked_bytes(entry: ShardEntry) -> int:
-    """Memory that an open shard takes beside maps."""
+    """Return the bytes of memory that an open shard takes besides its maps."""
     return 0 if entry.tokens.compressed is None else entry.tokens.bytes
 
 
 def _check_offsets(path: Path, offsets: np.ndarray, num_tokens: int, contained: np.ndarray | None) -> None:
-    """Refuses offsets that no writer of ours makes, though their hash is right."""
+    """Raise `DamagedShard` for offsets that no writer of ours makes, though their hash is right."""
     rising = (
         offsets.size > 0 and offsets[0] == 0 and offsets[-1] == num_tokens and not (offsets[1:] < offsets[:-1]).any()
     )

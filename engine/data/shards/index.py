@@ -2,10 +2,10 @@
 
 A shard is a set of named flat arrays: `tokens`, `documents` (offsets of the documents' first tokens, then the number
 of tokens) and, where asked for, `sentences` (the same of sentences, in which those of the documents appear again).
-Each array is a file of its own, plain or compressed; the tokens may also be a stretch of a foreign file that lies
-elsewhere (`tokens_folder`). A later version may add arrays to the table: this reader ignores names it does not know,
-and the version of a folder is the lowest whose readers understand it: 1, or 2 where something is compressed or lies
-elsewhere.
+Each array is a file of its own, plain or compressed; the tokens may also be a range of bytes of a foreign file that
+lies elsewhere (`tokens_folder`). A later version may add arrays to the table: this reader ignores names that it does
+not know, and the version of a folder is the lowest whose readers understand it: 1, or 2 where something is compressed
+or lies elsewhere.
 Invariant: the index is written last, in one move, so a folder with an index is complete. Reading the arrays is the
 business of `engine.data.shards.arrays`.
 """
@@ -37,6 +37,7 @@ ITEM_BYTES = {"uint8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4, "int
 PREPARE_AGAIN = "write the folder again with `palimpsest prepare --overwrite`, or restore it from a copy"
 
 
+# keys that are left out where they hold their default: a plain array is written as version 1 wrote it
 _UNUSUAL = ("compressed", "offset", "is_stretch")
 
 
@@ -67,7 +68,7 @@ class ArrayFile:
 
     @property
     def name(self) -> str:
-        """Name for messages: the file, and where in it a stretch begins."""
+        """Name for messages: the file, and the byte at which a range of it begins."""
         return f"{self.file}@{self.offset}" if self.is_stretch else self.file
 
     @property
@@ -76,7 +77,7 @@ class ArrayFile:
         return self.bytes if self.compressed is None else self.compressed.bytes
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON form, without the keys that say nothing special, so that a plain array is written as ever."""
+        """Return the JSON form, without the keys that hold their default."""
         tree = asdict(self)
         return {key: value for key, value in tree.items() if value or key not in _UNUSUAL}
 
@@ -165,6 +166,7 @@ class Index:
         """
         content = [[shard.tokens.length, *(array.xxh3 for array in shard.arrays)] for shard in self.shards]
         whole = [self.tokenizer_hash, self.eos_id, self.vocab_size, content]
+        # folders from before vocabularies were recorded keep the fingerprint that they were written with
         if self.vocabulary is not None:
             whole.append(self.vocabulary.to_json())
         text = json.dumps(whole, separators=(",", ":"))
@@ -173,6 +175,7 @@ class Index:
 
 def token_dtype(vocab_size: int) -> str:
     """Return the narrowest type that holds every token id."""
+    # ids run from 0 to vocab_size - 1, so that 2**16 tokens still fit
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
@@ -228,6 +231,7 @@ def _read_tree(folder: Path, path: Path) -> dict[str, Any]:
         raise DataError(
             f"no folder of token shards at {folder}",
             "a folder that `palimpsest prepare` wrote, or its URL (s3://..., https://...)",
+            # Path turns "s3://bucket" into "s3:/bucket"
             "check the path" + ("; a URL has two slashes behind its colon" if ":/" in str(folder) else ""),
         )
     try:
@@ -246,6 +250,7 @@ def _load(content: bytes, path: Path | str) -> dict[str, Any]:
         tree = json.loads(content)
     except ValueError as error:
         raise DataError(f"{path} is damaged: no JSON ({error})", "the file as written", PREPARE_AGAIN) from error
+    # anything but an object has no format, which `_checked` reports
     return tree if isinstance(tree, dict) else {}
 
 
@@ -321,6 +326,7 @@ def _array(item: dict[str, Any], where: str, dtypes: tuple[str, ...]) -> ArrayFi
         raise ValueError(f"{where}.dtype is {array.dtype!r}, expected {' or '.join(dtypes)}")
     if array.bytes != array.length * ITEM_BYTES[array.dtype]:
         raise ValueError(f"{where} has {array.bytes} bytes for {array.length} items of {array.dtype}")
+    # an index from elsewhere must not lead out of its folder
     if Path(array.file).name != array.file:
         raise ValueError(f"{where}.file {array.file!r} is no plain file name")
     return array
@@ -335,6 +341,7 @@ def _compressed(item: dict[str, Any] | None, where: str) -> Compressed | None:
 
 
 def _whole(value: Any, where: str) -> int:
+    # not isinstance: JSON's true and false are instances of int
     if type(value) is not int or value < 0:
         raise ValueError(f"{where} is {value!r}, expected a whole number")
     return value

@@ -26,13 +26,14 @@ VERSION = 1
 _DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
 _CODES = {name: code for code, name in _DTYPES.items()}
 _TOKENS = ("uint8", "int16", "uint16", "int32", "int64")
+# magic, version, dtype code, number of sequences, length of the document indices
 _HEAD = struct.Struct("<9sQBQQ")
 _LARGEST_UINT16_VOCABULARY = 65499
-"""Above it Megatron writes int32."""
+"""Largest vocabulary that Megatron writes as uint16 (`DType.optimal_dtype`: below 65,500); above it, int32."""
 _PREPROCESS = "write it again with Megatron's preprocess_data.py"
 
 Progress = Callable[[int], None]
-"""Told the tokens of each stretch or shard that is done."""
+"""Called with the tokens of each shard that is done."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,12 @@ class Sequences:
 
 
 def prefix_of(path: Path) -> Path:
-    """PREFIX, however a set was named: by itself, or by one of its files."""
+    """Return PREFIX of a set that is named by PREFIX itself or by one of its two files."""
     return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
 
 
 def read_sequences(prefix: Path) -> Sequences:
-    """The `.idx` of a set, checked against itself and against the size of the `.bin`.
+    """Return the `.idx` of a set, checked against itself and against the size of the `.bin`.
 
     Raises:
         DataError: a file is missing, of another format or version, truncated, or contradicts itself.
@@ -73,6 +74,7 @@ def read_sequences(prefix: Path) -> Sequences:
             _PREPROCESS,
         )
     at, parts = _HEAD.size, []
+    # lengths, first bytes and document indices, one array behind the other
     for dtype, count in (("<i4", num_sequences), ("<i8", num_sequences), ("<i8", num_documents)):
         end = at + count * np.dtype(dtype).itemsize
         if end > len(content):
@@ -107,6 +109,7 @@ def write_indexed_dataset(dataset: TokenDataset, prefix: Path, progress: Progres
                 file.write(shard.tokens.astype(np.dtype(dtype).newbyteorder("<")).tobytes())
                 starts = shard.documents if shard.sentences is None else shard.sentences
                 lengths.append(np.diff(starts))
+                # sentences from 0, 2, 5 to 7 and documents from 0, 5 to 7: searchsorted [0, 2, 3], counts [2, 1]
                 counts.append(np.diff(np.searchsorted(starts, shard.documents)))
                 progress(shard.tokens.size)
             sequences = Sequences(dtype, _joined(lengths), np.concatenate([[0], np.cumsum(_joined(counts))]))
@@ -133,6 +136,7 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 
 def _idx(sequences: Sequences) -> bytes:
     lengths = sequences.lengths.astype("<i4")
+    # int64 as Megatron has it: lengths (3, 2, 4) of uint16 begin at bytes 0, 6 and 10
     pointers = np.cumsum(lengths, dtype="<i8")[:-1] * np.dtype(sequences.dtype).itemsize
     places = np.concatenate([np.zeros(min(1, lengths.size), "<i8"), pointers.astype("<i8")])
     head = _HEAD.pack(HEADER, VERSION, _CODES[sequences.dtype], lengths.size, sequences.documents.size)
@@ -140,9 +144,11 @@ def _idx(sequences: Sequences) -> bytes:
 
 
 def _check(prefix: Path, sequences: Sequences, pointers: np.ndarray) -> None:
-    """Refuses what is not the plain concatenation of its sequences, grouped into documents."""
+    """Raise `DataError` for a set that is not the plain concatenation of its sequences, grouped into documents."""
     path, lengths, documents = file_of(prefix, "idx"), sequences.lengths.astype(np.int64), sequences.documents
     item_bytes = np.dtype(sequences.dtype).itemsize
+    # sequences may lie anywhere in Megatron's format; ranges of the file are shards only if they lie one behind the
+    # other
     follow = np.array_equal(pointers, (np.cumsum(lengths) - lengths) * item_bytes)
     rise = documents.size > 0 and documents[0] == 0 and documents[-1] == lengths.size
     rise = bool(rise and np.all(np.diff(documents) >= 0))
@@ -165,7 +171,7 @@ def _check(prefix: Path, sequences: Sequences, pointers: np.ndarray) -> None:
 
 
 def file_of(prefix: Path, suffix: str) -> Path:
-    """One of the two files of a set: `bin` or `idx`."""
+    """Return the path of one of the two files of a set: `bin` or `idx`."""
     return prefix.with_name(f"{prefix.name}.{suffix}")
 
 

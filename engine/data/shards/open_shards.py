@@ -40,10 +40,11 @@ def raise_file_limit() -> int:
 
 
 def too_many_files(error: OSError) -> TooManyFiles | None:
-    """An error that names the limit of open files, where that is what `error` is about."""
+    """Return an error that names the limit of open files; None if `error` is about something else."""
     if error.errno not in (errno.EMFILE, errno.ENFILE):
         return None
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # EMFILE is the process's limit, ENFILE that of the whole system
     if error.errno == errno.ENFILE:
         return TooManyFiles(
             f"the system has too many open files: {error.filename or error.strerror}",
@@ -67,7 +68,7 @@ class _Entry:
 
 
 class OpenShards:
-    """Least recently used shards are dropped first. Keys are (owner, number). Safe to share between threads."""
+    """Open shards by (owner, number); the least recently used are dropped first. Safe to share between threads."""
 
     def __init__(self) -> None:
         self._entries: OrderedDict[tuple[Hashable, int], _Entry] = OrderedDict()
@@ -97,11 +98,13 @@ class OpenShards:
         """Keep a shard open; drop others where there are more than `most_shards` or `most_bytes` of unpacked ones."""
         most = max(1, min(most_shards, self.most_by_files()))
         with self._lock:
+            # here, since a finalizer may run in a thread that holds the lock
             while self._gone:
                 self._forget(self._gone.popleft())
             self._drop((owner, number))
             unpacked = sum(entry.num_bytes for entry in self._entries.values())
             for key, entry in list(self._entries.items()):
+                # the least recently used first; a map goes only for the number's sake, an unpacked shard for either
                 if len(self._entries) < most and unpacked + num_bytes <= most_bytes:
                     break
                 if len(self._entries) >= most or entry.num_bytes:
@@ -110,7 +113,7 @@ class OpenShards:
             self._entries[owner, number] = _Entry(shard, file, num_bytes)
 
     def numbers(self, owner: Hashable) -> list[int]:
-        """Numbers of an owner's open shards, the least recently used first."""
+        """Return the numbers of an owner's open shards, the least recently used first."""
         with self._lock:
             return [number for whose, number in self._entries if whose == owner]
 
@@ -132,7 +135,7 @@ class OpenShards:
                 self._drop(key)
 
     def most_by_files(self) -> int:
-        """Shards for which the limit of open files has room: each takes two, its map and its file in the cache."""
+        """Return the number of shards that fit the limit of open files: each takes two, its map and its cached file."""
         if self._most is None:
             self._most = max(_FEWEST_SHARDS, (raise_file_limit() - _OTHER_FILES) // 2)
         return self._most

@@ -49,7 +49,7 @@ class Retry:
     sleep: Callable[[float], None] = time.sleep
 
     def run(self, action: Callable[[], Result], url: str) -> Result:
-        """The result of the first attempt that succeeds.
+        """Return the result of the first attempt that succeeds.
 
         Raises:
             MissingFile: the store says that there is no such file.
@@ -64,9 +64,11 @@ class Retry:
                 error = told_by_store(raised)
                 if isinstance(error, FileNotFoundError):
                     raise MissingFile(f"{url} is missing", "every file that the index names", PREPARE_AGAIN) from error
+                # a full disk, for one, which no further attempt makes larger
                 if isinstance(error, DataError) and not isinstance(error, DamagedShard):
                     raise
                 if attempt == self.attempts:
+                    # the same wrong bytes twice in a row are what the store holds; different ones are damage on the way
                     if isinstance(error, DamagedShard) and (attempt == 1 or wrong == error.wrong):
                         raise
                     raise _unreachable(url, attempt, error) from error
@@ -82,15 +84,17 @@ class MissingFile(DamagedShard):
 
 
 def told_by_store(error: Exception) -> Exception:
-    """The error behind one of fsspec's, which takes whatever happens while it asks for a file's size over http for a
-    `FileNotFoundError` (and so do others for a bucket that is elsewhere, or was mistyped).
+    """Return the error behind one of fsspec's, which raises `FileNotFoundError` for anything that goes wrong while it
+    asks for a file's size over http (as do others for a bucket that is elsewhere, or was mistyped).
 
     A `FileNotFoundError` is returned only where the store's own answer was that there is no such file.
     """
     cause = error.__cause__
+    # a LookupError as the cause is a file system in memory or an archive saying that it has no such name
     if not isinstance(error, FileNotFoundError) or cause is None or isinstance(cause, LookupError):
         return error
     if not isinstance(cause, Exception):
+        # asyncio.CancelledError, for one, which is no Exception and must not be raised on as the reason
         return OSError(repr(cause))
     response = getattr(cause, "response", None)
     if isinstance(response, dict):  # botocore's: a code of S3's, or where there is no body the status
@@ -121,7 +125,7 @@ class RemoteFolder:
     """The files of a data set at a URL, through a cache."""
 
     def __init__(self, url: str, cache: ShardCache, retry: Retry | None = None) -> None:
-        """Reads nothing. Raises `DataError` where no file system is known for the URL."""
+        """Read nothing yet. Raises `DataError` where no file system is known for the URL."""
         import fsspec  # with what it brings along, not for who reads a local folder
 
         self.url, self.cache, self._retry = url.rstrip("/"), cache, retry or Retry()
@@ -135,7 +139,7 @@ class RemoteFolder:
             ) from error
 
     def read(self, name: str) -> bytes:
-        """A small file, not cached. Raises as `Retry.run`."""
+        """Return the content of a small file, not cached. Raises as `Retry.run`."""
 
         def read() -> bytes:
             content = bytes(self._system.cat_file(self._path(name)))
@@ -145,7 +149,7 @@ class RemoteFolder:
         return self._retry.run(read, f"{self.url}/{name}")
 
     def read_index(self) -> bytes:
-        """The index of the data set. Raises `DataError` where there is none, with what lies there instead."""
+        """Return the index of the data set. Raises `DataError` where there is none, naming what lies there instead."""
         try:
             return self.read(INDEX)
         except MissingFile as error:
@@ -159,8 +163,8 @@ class RemoteFolder:
             ) from error
 
     def data_sets(self) -> list[str]:
-        """Names of the folders of token shards right under the URL; none where it is one itself, where the store lists
-        nothing, or is in trouble, which opening the URL says."""
+        """Return the names of the folders of token shards right under the URL, sorted; none where it is one itself, or
+        where the store lists nothing or fails, which opening the URL reports."""
         if self._has(INDEX):
             return []
         try:
@@ -176,7 +180,7 @@ class RemoteFolder:
             return False
 
     def open(self, array: ArrayFile, before_wait: Callable[[], None] = lambda: None) -> tuple[str, BinaryIO]:
-        """An array's file in the cache: its name there, and the file that keeps it there until it is closed.
+        """Return the name of an array's file in the cache, and the open file that keeps it there until it is closed.
         `before_wait` as in `ShardCache.open`.
 
         Raises:
@@ -204,7 +208,9 @@ class RemoteFolder:
     def _download(self, name: str, xxh3: str, num_bytes: int, target: BinaryIO) -> None:
         """Write a file whole. Raises `DamagedShard` where it is not what the index says."""
         digest, found, head = xxhash.xxh3_128(), 0, b""
+        # an attempt before may have broken off in the middle; the file keeps its whole size, so the rest is overwritten
         target.seek(0)
+        # no cache of fsspec's: blocks are read once, from front to back
         source: Any = self._system.open(self._path(name), "rb", cache_type="none")
         with source:
             while block := source.read(_BLOCK_BYTES):
@@ -219,6 +225,7 @@ class RemoteFolder:
                     raise self.cache.unwritable(error, num_bytes) from error
         if found == num_bytes and digest.hexdigest() == xxh3:
             return
+        # pages first: a log-in page in place of the file is no damage of the shard
         url, told = f"{self.url}/{name}", digest.hexdigest()
         _refuse_page(head)
         if found != num_bytes:

@@ -34,14 +34,14 @@ from engine.errors import DataError
 Compression = Literal["none", "zstd"]
 
 DEFAULT_SHARD_BYTES = 64 << 20
-ZSTD_LEVEL = 3
+ZSTD_LEVEL = 3  # zstd's own default
 SUFFIXES: dict[Compression, str] = {"none": "", "zstd": ".zst"}
 
 _OURS = re.compile(r"shard-\d{6,}\.(tokens|documents|sentences)(\.zst)?|index\.json(\.\d+)?")
 
 
 class ShardWriter:
-    """Writes documents into a folder; use as a context, whose clean end writes the index.
+    """Writer of documents into a folder; use as a context, whose clean end writes the index.
 
     A shard ends before the document that would make it longer than `shard_bytes`; a longer document has a shard
     of its own, so no document is ever cut. An earlier index is removed at the start: until the end, the folder
@@ -79,7 +79,7 @@ class ShardWriter:
             finish_folder(self.folder, self.index)
 
     def add(self, tokens: np.ndarray, sentences: np.ndarray | None = None) -> None:
-        """Appends one document's tokens, its end-of-text included. Raises `DataError` when the disk is full.
+        """Append one document's tokens, its end-of-text included. Raises `DataError` when the disk is full.
 
         `sentences` are the positions of their first tokens, rising from 0: given for every document or for none.
         """
@@ -87,6 +87,7 @@ class ShardWriter:
         assert 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size
         if self._pending and self._pending_tokens + tokens.size > self._shard_tokens:
             self._close_shard()
+        # narrow at once: a pending document takes two or four bytes per token, not eight
         self._pending.append(tokens.astype(self._dtype))
         self._pending_sentences.append(None if sentences is None else sentences + self._pending_tokens)
         self._pending_tokens += tokens.size
@@ -107,7 +108,7 @@ class ShardWriter:
 
 
 def tokens_per_shard(shard_bytes: int, vocab_size: int) -> int:
-    """Most tokens of a shard that holds more than one document."""
+    """Return the most tokens of a shard that holds more than one document."""
     return max(1, shard_bytes // np.dtype(token_dtype(vocab_size)).itemsize)
 
 
@@ -116,6 +117,7 @@ def cut_into_shards(lengths: np.ndarray, shard_tokens: int) -> np.ndarray:
 
     A shard takes documents while they fit, and at least one.
     """
+    # lengths (3, 4, 5) with room for 8: ends (3, 7, 12), bounds [0, 2, 3]: shards of 7 and 5 tokens
     ends = np.cumsum(lengths)
     bounds = [0]
     while bounds[-1] < lengths.size:
@@ -159,11 +161,13 @@ def write_array(folder: Path, name: str, array: np.ndarray, compression: Compres
     packed = None
     if compression == COMPRESSION:
         content = zstandard.ZstdCompressor(ZSTD_LEVEL).compress(plain)
+        # two hashes: that of the file verifies a download, that of the array what was unpacked from it
         packed = Compressed(COMPRESSION, len(content), xxhash.xxh3_128_hexdigest(content))
     path = folder / f"{name}{SUFFIXES[compression]}"
     with path.open("wb") as file:
         file.write(content)
         file.flush()
+        # before the index names it: after a power failure an index must not name files that are empty
         os.fsync(file.fileno())
     return ArrayFile(path.name, array.dtype.name, array.size, len(plain), xxhash.xxh3_128_hexdigest(plain), packed)
 
