@@ -23,7 +23,7 @@ __all__ = ["boundary", "carried_bytes", "entered", "exchanged", "reduced"]
 
 PAIR_KINDS = 2
 SEEN_BLOCKS = 3
-"""That a block of a local layer sees."""
+"""Blocks of keys that a block of queries sees in a local layer: its own and both neighbours."""
 
 
 def entries(model: BERTConfig, layers: range, is_first: bool, is_last: bool, inner: bool = True) -> list[Entry]:
@@ -43,7 +43,7 @@ def layer_entries(model: BERTConfig, layer: int) -> list[Entry]:
 
 
 def layer_kind(model: BERTConfig, layer: int) -> Hashable:
-    """The first one may lack a norm; local layers keep and compute less."""
+    """Return the kind: the first layer may lack a norm, and local layers keep and compute less."""
     return layer == 0 and not model.post_norm, model.reach(layer)
 
 
@@ -72,8 +72,9 @@ def _heads(model: BERTConfig) -> list[Entry]:
 
 
 def layer_operations(model: BERTConfig, layer: int, lengths: RowLengths) -> int:
-    """Projections, scores and weighted values; in a local layer of the tokens of a window, without what blocks (half as
-    many more) and the ends of rows make of it."""
+    """Forward operations of projections, scores and weighted values.
+
+    A local layer counts the keys of a window: blocks compute half as many more, and the ends of rows fewer."""
     matrices = gpt.layer_matrices(model)
     reach, tokens = model.reach(layer), lengths.tokens
     seen = tokens if reach is None else min(tokens, 2 * reach + 1)
@@ -81,13 +82,14 @@ def layer_operations(model: BERTConfig, layer: int, lengths: RowLengths) -> int:
 
 
 def embedding_operations(model: BERTConfig, lengths: RowLengths) -> int:
-    """Lookups and their sums."""
+    """Forward operations of lookups and their sums."""
     return gpt.embedding_operations(model, lengths) + lengths.tokens * model.hidden_size * (model.token_types > 0)
 
 
 def head_operations(model: BERTConfig, lengths: RowLengths, vocab_size: int) -> int:
-    """Transform and projection of the masked tokens; of pairs one token of a row."""
+    """Forward operations of transform and projection for the masked tokens, and of the pair head for one token."""
     width = model.hidden_size
+    # The pooler's square matrix and the classifier, for the first token of a row alone.
     pairs = 2 * width * (width + PAIR_KINDS) if model.pair_head else 0
     return lengths.predicted * 2 * width * (width + vocab_size) + pairs
 
@@ -110,8 +112,8 @@ def saved(
 
 
 def mask(model: BERTConfig, layer: int, lengths: RowLengths, masks: bool = True) -> int:
-    """A number for each query and each key that its block sees: of the whole row, or of three blocks. A local layer has
-    them on every device."""
+    """Elements of the mask: a number for each query and each key that its block sees, of the whole row or of three
+    blocks. A local layer has them on every device."""
     if _in_blocks(model, layer, lengths):
         return lengths.tokens * SEEN_BLOCKS * (model.reach(layer) or 0)
     return lengths.tokens**2 if masks or model.reach(layer) is not None else 0
@@ -120,6 +122,7 @@ def mask(model: BERTConfig, layer: int, lengths: RowLengths, masks: bool = True)
 def _in_blocks(model: BERTConfig, layer: int, lengths: RowLengths) -> bool:
     """Return True if a layer computes attention in blocks of its reach (`engine.models.attention.local_mask`)."""
     reach = model.reach(layer)
+    # A row of three blocks or fewer would see all of itself, so it is not cut.
     return reach is not None and model.attention_dropout == 0 and lengths.tokens > SEEN_BLOCKS * reach
 
 
@@ -129,5 +132,5 @@ def reduced_again(model: BERTConfig, layer: int, lengths: RowLengths) -> int:
 
 
 def sees_whole_rows(name: str) -> bool:
-    """The heads': what they read is gathered before them."""
+    """Return True for the heads' parameters: their input is gathered before them."""
     return name.startswith(("head_", "pooler.", "pair_head."))

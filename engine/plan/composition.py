@@ -171,6 +171,7 @@ def _cell(problems: list[PalimpsestError], reasons: list[PalimpsestError]) -> st
         return "yes"
     numbers = []
     for problem in problems:
+        # Reasons are equal where their text is: the list is short, and errors have no equality of their own.
         known = [str(reason) for reason in reasons]
         if str(problem) not in known:
             reasons.append(problem)

@@ -23,7 +23,7 @@ from engine.plan.run_stages import PipelineCut, pipeline_cut
 from engine.plan.time import BAND, StepTime, step_time
 
 STORAGE_BYTES_PER_SECOND = 2e9
-"""That a node writes to shared storage: what a busy parallel file system leaves to one of many."""
+"""Bytes per second that a node writes to shared storage: its share of a busy parallel file system."""
 SECONDS_PER_HOUR = 3600
 TOTALS = (
     "steps",
@@ -72,7 +72,7 @@ class Cost:
     held_up_seconds: float
     """Seconds of these that the run waits, for each checkpoint."""
     kept_checkpoints: int
-    """On the disk at the end."""
+    """Checkpoints on the disk at the end."""
 
     @property
     def steps(self) -> int:
@@ -99,7 +99,7 @@ class Cost:
 
     @property
     def seconds(self) -> float:
-        """All of it."""
+        """Seconds of training, evaluations, and waits for checkpoints."""
         last = self.checkpoint_seconds - self.held_up_seconds  # the run ends with the commit of the last one
         return (
             sum(run_stage.seconds for run_stage in self.run_stages)
@@ -109,7 +109,7 @@ class Cost:
 
     @property
     def band_seconds(self) -> tuple[float, float]:
-        """Least and most, as far as published runs go."""
+        """Least and most seconds, as far as published runs go."""
         return self.seconds / BAND, self.seconds * BAND
 
     @property
@@ -130,6 +130,7 @@ def run_cost(config: RunConfig, layout: Layout, cluster: Cluster) -> Cost:
         for run_stage, end in zip(config.stages, ends, strict=True)
     )
     steps = ends[-1]
+    # Any run stage would do: what a rank stores depends on the cut, which all of them share.
     copied, written = _checkpoint_seconds(stage_plans(config, config.stages[-1], layout, cut), cluster)
     return Cost(
         ranks=layout.world_size,
@@ -169,6 +170,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
     model, matrices = config.model, 0
     if config.optimizer.name == "muon":
         entries = counted_entries(model, range(model.num_layers), True, True)
+        # Muon keeps one moment of each of these, not Adam's two. Whole shapes: ranks store each parameter once.
         matrices = sum(entry.numel * entry.count for entry in entries if entry.is_linear)
     return num_parameters(model) * (MASTER_BYTES + MOMENTS_BYTES) - matrices * (MOMENTS_BYTES - MOMENTUM_BYTES)
 
@@ -176,6 +178,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
 def _by_batch(run_stage: RunStage) -> list[tuple[int, RunStage]]:
     """(steps, run stage without a ramp) of each batch size that a run stage comes to."""
     ramp, found = run_stage.batches, []
+    # Each size ends where the next one begins; a ramp may be longer than its run stage, so ends are cut off there.
     ends = (*ramp.first_steps[1:], run_stage.num_steps)
     for size, first, end in zip(ramp.sizes, ramp.first_steps, ends, strict=True):
         count = min(end, run_stage.num_steps) - first
@@ -198,6 +201,7 @@ def _kept(config: RunConfig, steps: int) -> int:
     checkpoint = config.checkpoint
     saved = _due(0, steps, checkpoint.every_steps)
     for_ever = steps // checkpoint.keep_every if checkpoint.keep_every is not None else 0
+    # An upper bound: one checkpoint may be among the last, the best and the periodic ones at once.
     return min(saved, checkpoint.keep_last + checkpoint.keep_best + for_ever)
 
 
@@ -205,6 +209,7 @@ def _checkpoint_seconds(stages: tuple[StagePlan, ...], cluster: Cluster) -> tupl
     """(copy to host memory, writing) of the fullest rank and of a node full of its like."""
     largest = max(stage.stored_bytes for stage in stages)
     on_node = largest * min(cluster.per_node, cluster.world_size)
+    # Each rank has a link to host memory of its own, but all ranks of a node share its way to storage.
     return largest / cluster.accelerator.host_link_bytes_per_second, on_node / STORAGE_BYTES_PER_SECOND
 
 
@@ -214,5 +219,6 @@ def _evaluation_seconds(config: RunConfig, run_stage: RunStage, step: StepTime, 
         return 0.0
     if samples is None:
         return None
+    # Forward is one of three parts, as backward multiplies twice as much; no gradients, no optimizer.
     forward = (step.arithmetic + step.tensor + step.pipe + step.idle) / 3
     return evaluations * forward * samples / run_stage.batches.largest

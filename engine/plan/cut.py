@@ -1,4 +1,4 @@
-"""The cut: which consecutive layers each chunk of the model holds, so that the slowest chunk is as fast as it can be.
+"""The cut of a model into chunks of consecutive layers, such that the slowest chunk is as fast as it can be.
 
 A pipeline stage holds one chunk, or several (`parallel.chunks_per_stage`). Training and `palimpsest plan` call the same
 `stage_chunks`. The cost of a layer is its forward operations per row; the embedding is counted with the first layer and
@@ -76,6 +76,7 @@ def stage_chunks(
     """
     runs = cut_layers(model, pipe * chunks_per_stage, lengths)
     chunks = tuple(ModelChunk(run, first=number == 0, last=number == len(runs) - 1) for number, run in enumerate(runs))
+    # Strided and not consecutive: a micro-batch visits all stages v times, which divides the bubble by v.
     return tuple(chunks[stage::pipe] for stage in range(pipe))
 
 
@@ -103,22 +104,28 @@ def _entries_of(model: ModelConfig, chunks: tuple[ModelChunk, ...]) -> Entries:
 
 
 def balance(costs: list[int], num_runs: int) -> list[range]:
-    """`costs` cut into consecutive, non-empty runs whose largest sum is as small as possible.
+    """Cut `costs` into consecutive, non-empty runs whose largest sum is as small as possible.
 
     Among such cuts the one with the smallest sum of squares (the most even), and among those the one whose early
     runs are shortest: early stages keep more micro-batches alive. `costs` are positive.
+
+    Costs 3, 1, 1, 1, 2 in three runs: the smallest largest sum is 3, and (3) (1, 1) (1, 2) is chosen over
+    (3) (1, 1, 1) (2), which has equal squares and a longer second run.
     """
     assert 1 <= num_runs <= len(costs)
     sums = (0, *accumulate(costs))
+    # First the best largest sum, then the most even of the cuts that reach it, by dynamic programming from the end.
     limit = _smallest_limit(costs, num_runs)
     windows = _windows(sums, num_runs, limit)
     squares = {len(costs): 0}
     """By start, the least sum of squares of the runs from there on."""
     ends: list[dict[int, int]] = []
+    # Runs from the last to the first: the starts of run r are the ends of run r - 1.
     for starts, ends_allowed in zip(windows[-2::-1], windows[:0:-1], strict=True):
         squares, best_ends = _extended(sums, limit, starts, ends_allowed, squares)
         ends.append(best_ends)
     cuts = [0]
+    # The tables were made backwards; following the best ends from 0 on gives the cut.
     for best_ends in reversed(ends):
         cuts.append(best_ends[cuts[-1]])
     return [range(start, end) for start, end in pairwise(cuts)]
@@ -131,16 +138,18 @@ def _balanced(costs: tuple[int, ...], num_runs: int) -> tuple[range, ...]:
 
 
 def _windows(sums: Sequence[int], num_runs: int, limit: int) -> list[range]:
-    """The positions at which each run can start, and the last one end, if no run's sum is to be above the limit.
+    """Positions at which each run can start, and the last one end, if no run's sum is to be above the limit.
 
-    What lies before a position has to make so many runs as come before it, and what lies behind it the others.
+    The items before a position have to fill the runs that come before it, and the items behind it the others.
     """
     count = len(sums) - 1
     latest, earliest = [0], [count]
     for _ in range(num_runs):
+        # Greedy from both ends: the furthest that so many full runs reach, and the nearest from which so many suffice.
         latest.append(bisect_right(sums, sums[latest[-1]] + limit) - 1)
         earliest.append(bisect_left(sums, sums[earliest[-1]] - limit))
     return [
+        # No run is empty: `before` runs take at least `before` items, and the rest leave one for each of theirs.
         range(max(before, earliest[num_runs - before]), min(latest[before], count - (num_runs - before)) + 1)
         for before in range(num_runs + 1)
     ]
@@ -157,6 +166,7 @@ def _extended(
     """
     found: dict[int, int] = {}
     best_ends: dict[int, int] = {}
+    # A stack and no recursion: spans of starts that are still open, each with the ends that may be best there.
     open_spans = [(starts.start, starts.stop, ends.start, ends.stop)]
     while open_spans:
         first, stop, low, high = open_spans.pop()
@@ -169,12 +179,14 @@ def _extended(
             ((sums[end] - before) ** 2 + squares[end], end) for end in range(max(low, middle + 1), last)
         )
         best_ends[middle] = end
+        # Monotone best ends: to the left of `middle` none lies beyond `end`, to the right none before it.
         open_spans += ((first, middle, low, end + 1), (middle + 1, stop, end, high))
     return found, best_ends
 
 
 def _smallest_limit(costs: list[int], num_runs: int) -> int:
     """The smallest largest sum of `num_runs` runs, by bisection: filling each run greedily needs the fewest runs."""
+    # Costs are whole numbers, so the bisection ends at the exact limit.
     low, high = max(costs), sum(costs)
     while low < high:
         middle = (low + high) // 2

@@ -1,4 +1,4 @@
-"""Worlds that a run can go on in when ranks are lost or won: the global batch stays, the layout gives way.
+"""Worlds in which a run can go on when ranks are lost or won: the global batch stays, the layout changes.
 
 For each world the data axis takes what pipe and tensor leave, and the micro-batch is the largest up to the configured
 one with which micro-batch x accumulation x data makes the global batch: a smaller one takes less memory, never more.
@@ -55,6 +55,7 @@ def _by_data(config: RunConfig, data: int) -> World | None:
     for micro_batch_size in _micro_batch_sizes(config, data):
         tried = with_parallel(config, data=data, micro_batch_size=micro_batch_size)
         layout, problems = examine(tried, fixed * data)
+        # Sizes come best first, so the first valid one decides.
         if layout is not None and not problems:
             return describe(tried, layout)
     return None
@@ -65,6 +66,7 @@ def _micro_batch_sizes(config: RunConfig, data: int) -> list[int]:
     sizes = [size for stage in config.stages for size in stage.batches.sizes]
     tried = range(config.parallel.micro_batch_size, 0, -1)
     if config.elastic.pad_batch:
+        # `sorted` is stable and `tried` descends: among equal numbers of rows the largest micro-batch comes first.
         return sorted(tried, key=lambda micro_batch_size: sum(_rows(size, micro_batch_size, data) for size in sizes))
     return [micro_batch_size for micro_batch_size in tried if math.gcd(*sizes) % (micro_batch_size * data) == 0]
 
@@ -77,5 +79,5 @@ def describe(config: RunConfig, layout: Layout) -> World:
 
 
 def _rows(size: int, micro_batch_size: int, data: int) -> int:
-    """Rows of the micro-batches that a batch of so many samples is filled up to."""
+    """Number of rows that a batch of `size` samples is padded to: 10 samples in micro-batches of 2 on 3 ranks, 12."""
     return -(-size // (micro_batch_size * data)) * micro_batch_size * data

@@ -18,7 +18,7 @@ from engine.plan.parts import Entry
 
 
 class Figures(Protocol):
-    """Figures that a family's file in this room gives. `layers` and `layer` are global numbers."""
+    """Figures that a family's module in this package gives. `layers` and `layer` are global numbers."""
 
     def entries(
         self, model: ModelConfig, layers: range, is_first: bool, is_last: bool, inner: bool = True
@@ -58,15 +58,17 @@ class Figures(Protocol):
     ) -> int:
         """Elements that a layer keeps for its backward pass, on one tensor rank.
 
-        `time_size` ranks share what tensor parallelism does not split (sequence parallelism). `recompute` is "full"
-        for a layer that keeps its input, "selective" for one that keeps its matrix products and attention, too.
+        `sequence_size` ranks share the tokens of what tensor parallelism does not split (sequence parallelism).
+        `recompute` is "full" for a layer that keeps its input, "selective" for one that keeps its matrix products and
+        attention, too.
         """
         ...
 
     def mask(self, model: ModelConfig, layer: int, lengths: RowLengths, masks: bool = True) -> int:
-        """Elements that a layer keeps of who sees whom, where rows hold several documents or padding: the kernels of
-        attention add a number to each score, and each layer makes them from truth values. `masks`: the device has no
-        kernel that does without (`engine.plan.parts.needs_masks`)."""
+        """Elements of the attention mask that a layer keeps, where rows hold several documents or padding.
+
+        The kernels of attention add a number to each score, and each layer makes these from truth values. `masks` is
+        True if the device has no kernel that does without (`engine.plan.parts.needs_masks`)."""
         ...
 
     def reduced(self, model: ModelConfig, layers: range, is_first: bool, is_last: bool, lengths: RowLengths) -> int:
@@ -82,8 +84,8 @@ class Figures(Protocol):
         ...
 
     def exchanged(self, model: ModelConfig, layer: int, lengths: RowLengths) -> int:
-        """Elements of queries, keys, values and results of a layer's attention, of which ranks exchange heads for time
-        (Ulysses)."""
+        """Elements of queries, keys, values and results of a layer's attention, of which ranks exchange heads for
+        tokens (Jacobs et al. 2023, Ulysses)."""
         ...
 
     def sees_whole_rows(self, name: str) -> bool:
@@ -95,10 +97,13 @@ class Figures(Protocol):
         ...
 
     def carried_bytes(self, model: ModelConfig, layer: int, lengths: RowLengths, segments: bool) -> int:
-        """Bytes that it receives beside, and sends no gradients of; `segments`: rows hold several documents."""
+        """Bytes without gradients that the chunk which begins with `layer` receives: document numbers, dropout keys.
+
+        `segments` is True if rows hold several documents."""
         ...
 
 
+# Modules have the protocol's functions without `self`; the cast says what pyright cannot infer.
 FAMILIES: dict[str, Figures] = {"gpt": cast(Figures, gpt), "bert": cast(Figures, bert), "t5": cast(Figures, t5)}
 
 
@@ -121,6 +126,7 @@ def layer_kinds(model: ModelConfig, layers: Sequence[int]) -> tuple[LayerKind, .
 
 def over_layers(model: ModelConfig, layers: Sequence[int], figure: Callable[[int], int]) -> int:
     """The sum of a figure over layers."""
+    # One call per kind instead of one per layer: a ranking asks for these sums thousands of times.
     return sum(kind.count * figure(kind.example) for kind in layer_kinds(model, layers))
 
 

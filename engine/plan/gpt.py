@@ -46,7 +46,7 @@ def layer_entries(model: ModelConfig, layer: int) -> list[Entry]:
 
 
 def layer_kind(model: ModelConfig, layer: int) -> Hashable:
-    """All are of one kind."""
+    """Return the one kind that all layers are of."""
     return None
 
 
@@ -57,18 +57,18 @@ def layer_matrices(model: ModelConfig) -> int:
 
 
 def layer_operations(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
-    """Projections, scores and weighted values."""
+    """Forward operations of projections, scores and weighted values."""
     tokens = lengths.tokens
     return tokens * 2 * layer_matrices(model) + parts.score_operations(model, tokens, tokens)
 
 
 def embedding_operations(model: ModelConfig, lengths: RowLengths) -> int:
-    """A lookup, and a sum where positions are learned."""
+    """Forward operations of a lookup, and of a sum where positions are learned."""
     return lengths.tokens * model.hidden_size * (2 if model.position_table else 1)
 
 
 def head_operations(model: ModelConfig, lengths: RowLengths, vocab_size: int) -> int:
-    """The output projection."""
+    """Forward operations of the output projection."""
     return lengths.predicted * 2 * model.hidden_size * vocab_size
 
 
@@ -80,11 +80,14 @@ def saved(
     sequence_size: int = 1,
     recompute: Recompute = "none",
 ) -> int:
-    """Whole on every tensor rank: both norms' inputs and outputs (4 D in fp32; 6 D in bf16, for the inputs are kept in
+    """Elements per row that a layer keeps, T x these multiples of D.
+
+    Whole on every tensor rank: both norms' inputs and outputs (4 D in fp32; 6 D in bf16, for the inputs are kept in
     fp32; 5 D for both). Split: attention and feed-forward part. For GPT-2 on one rank: 17 D; 11 D with products kept
-    only; 1 D with the input only."""
+    only; 1 D with the input only.
+    """
     whole = lengths.tokens * model.hidden_size
-    stretch = whole // sequence_size
+    stretch = whole // sequence_size  # tokens of one tensor rank under sequence parallelism
     if recompute == "full":
         return stretch
     if recompute == "selective":  # products are kept before they are summed and scattered
@@ -97,12 +100,14 @@ def saved(
 
 
 def mask(model: ModelConfig, layer: int, lengths: RowLengths, masks: bool = True) -> int:
-    """A number for each query and key, where documents are kept apart by masks."""
+    """Elements of the mask: a number for each query and key, where documents are kept apart by masks."""
     return lengths.tokens**2 if masks else 0
 
 
 def reduced(model: ModelConfig, layers: range, is_first: bool, is_last: bool, lengths: RowLengths) -> int:
-    """Four times per layer; the embedding's output; the gradient of the head's input."""
+    """Elements that a chunk all-reduces: four times per layer; the embedding's output; the head's input gradient."""
+    # Attention and feed-forward part each sum their output forward and the gradient of their input backward
+    # (Shoeybi et al. 2019, section 3, f and g).
     times = lengths.tokens * (4 * len(layers) + is_first) + lengths.predicted * is_last
     return times * model.hidden_size
 
@@ -118,21 +123,21 @@ def entered(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
 
 
 def exchanged(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
-    """All four of self-attention."""
+    """Elements of self-attention's queries, keys, values and results."""
     return parts.exchanged(model, lengths.tokens)
 
 
 def sees_whole_rows(name: str) -> bool:
-    """None of the parameters that tensor ranks hold alike does."""
+    """Return False: none of the parameters that tensor ranks hold alike sees whole rows."""
     return False
 
 
 def boundary(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
-    """Hidden states."""
+    """Elements of a row's hidden states."""
     return lengths.tokens * model.hidden_size
 
 
 def carried_bytes(model: ModelConfig, layer: int, lengths: RowLengths, segments: bool) -> int:
-    """Document numbers, and a key of dropout."""
+    """Bytes of a row's document numbers and of its dropout key."""
     keys = KEY_BYTES if model.dropout or model.attention_dropout else 0
     return (lengths.tokens * SEGMENT_BYTES if segments else 0) + keys

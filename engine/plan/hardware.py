@@ -47,7 +47,8 @@ def _host_memory(num_dimms: int, dimm_gib: int) -> int:
 
 
 def _ddr(transfers_per_second: float) -> float:
-    """Bytes per second of the same: two processors with eight channels each, of 8 bytes (JEDEC DDR4, DDR5)."""
+    """Bytes per second of host memory per accelerator: two processors with eight channels each, of 8 bytes (JEDEC
+    DDR4, DDR5)."""
     return 2 * 8 * 8 * transfers_per_second / NODE
 
 
@@ -87,6 +88,7 @@ class Cluster:
 
     def ranks_per_node(self, group_size: int, stride: int) -> int:
         """Ranks of one node in a group of `group_size` ranks that stand `stride` apart."""
+        # At least the rank itself: with a stride of a node or more, each rank of the group is on a node of its own.
         return max(1, min(group_size, self.per_node // stride))
 
     def bytes_per_second(self, group_size: int, stride: int) -> float:
@@ -94,6 +96,9 @@ class Cluster:
 
         Inside a node the link's; across nodes the cards of a node carry one flow for each group that leaves it, and a
         group with several ranks on a node uses the cards of them all.
+
+        On nodes of eight A100: a data group with one rank per node (stride 8) has one card's 25 GB/s, a group of 4
+        with two ranks per node (stride 4) 50 GB/s, and a group of 16 over two nodes (stride 1) 200 GB/s.
         """
         accelerator, inside = self.accelerator, self.ranks_per_node(group_size, stride)
         if inside == group_size:

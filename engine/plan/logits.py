@@ -33,7 +33,10 @@ def head_bytes(model: ModelConfig, parallel: ParallelConfig, rows: int, dtype_by
     columns = model.padded_vocab_size // parallel.tensor
     weight = columns * model.hidden_size
     logits, narrow = min(rows, rows_at_a_time(columns)) * columns, dtype_bytes < WIDE_BYTES
+    # The logits, their softmax in fp32, and one more fp32 buffer: the widened logits, or the exponentials that tensor
+    # ranks sum over the vocabulary.
     softmax = logits * (dtype_bytes + WIDE_BYTES * (2 if narrow or parallel.tensor > 1 else 1))
+    # The softmax, its narrow copy that multiplies, and the product; in fp32 it is added in place by the kernel.
     product = logits * (WIDE_BYTES + dtype_bytes) + weight * dtype_bytes if narrow else 0
     kept = rows * model.hidden_size * dtype_bytes + weight * WIDE_BYTES
     return alive * kept + max(softmax, product)

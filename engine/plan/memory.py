@@ -33,10 +33,11 @@ MOMENTS_BYTES = 8
 MOMENTUM_BYTES = 4
 """Muon's one, of a matrix."""
 HOST_GRADIENT_BYTES = 4
+"""Bytes of a gradient on its way to the host's optimizer, fp32."""
 RESERVED_BYTES = 3 * GIB
-"""Taken by the driver, the libraries and the communicators before a tensor is made."""
+"""Bytes that the driver, the libraries and the communicators take before a tensor is made."""
 FRAGMENTED_SHARE = 0.10
-"""Share of what tensors take that is lost between them by the allocator."""
+"""Bytes lost between tensors in the allocator, as a share of the tensors' own."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Memory:
 
 
 def with_reserve(tensor_bytes: int) -> int:
-    """Bytes that an accelerator needs for tensors of so many."""
+    """Return the bytes that an accelerator needs for `tensor_bytes` of tensors."""
     return int(tensor_bytes * (1 + FRAGMENTED_SHARE)) + RESERVED_BYTES
 
 
@@ -99,9 +100,13 @@ def states_per_element(parallel: ParallelConfig, data_size: int, precision: Prec
 def _states_per_element(
     zero_stage: int, reduces_per_step: bool, data_size: int, weight_bytes: int, gradient_bytes: int
 ) -> tuple[Fraction, ...]:
+    # Fractions, for 1 / data_size of a few bytes is no whole number; they are rounded up once, over all elements.
+    # bf16 with fp32 gradients on 4 data ranks: ZeRO-1 (2, 1, 2, 4 + 1), ZeRO-3 (1/2, 1, 2, 1) bytes per parameter.
     share, weights, gradients = Fraction(1, data_size), Fraction(weight_bytes), Fraction(gradient_bytes)
     if zero_stage == 0:
+        # ZeRO-0 trains in fp32 only (`engine.config.resolve`), so the working copy is the master.
         return weights, Fraction(0), Fraction(MOMENTS_BYTES), gradients
+    # The optimizer reads the reduced share from a buffer of its own; one rank alone reads its whole gradient there.
     reduced = gradients * share if data_size > 1 or zero_stage == 3 else Fraction(0)
     return (
         weights * share if zero_stage == 3 else weights,
@@ -148,16 +153,20 @@ def stage_memory(
     per_element = states_per_element(parallel, data_size, precision)
     weights, master, moments, gradients = (-(-numel * one.numerator // one.denominator) for one in per_element)
     shards = data_size if parallel.zero_stage else 1
+    # `states_per_element` counts Adam's two moments everywhere; Muon keeps one of each matrix.
     moments -= single_moments * (MOMENTS_BYTES - MOMENTUM_BYTES) // shards
     if parallel.offload == "optimizer":
         master = moments = 0
     rows, dtype_bytes = parallel.micro_batch_size, DTYPE_BYTES[precision.dtype]
+    # hpZ's second copy, split over the ranks of one group only (Wang et al. 2023).
     second = -(-numel * dtype_bytes // parallel.gather_within) if parallel.gather_within else 0
+    # The head's tokens are split over the sequence axis; tensor ranks gather rows and split the vocabulary instead.
     predicted = rows * lengths.predicted // parallel.sequence if has_head else 0
     bucket_bytes = {2: dtype_bytes, 3: DTYPE_BYTES[precision.reduce_dtype]}.get(parallel.zero_stage, 0)
     bucket = 0 if parallel.reduces_per_step else reduce_bucket_elements(numel) * bucket_bytes
     gathered = 0
     if parallel.zero_stage == 3:
+        # Local elements: with `gather: step` all weights of the stage stay gathered until its end.
         gathered = numel if parallel.gathers_per_step else gathered_at_once(entries, parallel.tensor, bool(recomputed))
     return Memory(
         weights=weights + second,
@@ -191,6 +200,7 @@ def activation_bytes(
     """
     masks = needs_masks(model, precision.dtype, device) if segments else None
     kept, _, second_run = _kept(model, layers, recomputed, lengths, Sharing.of(parallel), parallel.recompute, masks)
+    # Kept activations multiply with the micro-batches alive, the second run does not: one layer runs at a time.
     elements = alive * kept + second_run
     return math.ceil(parallel.micro_batch_size * elements * DTYPE_BYTES[precision.dtype])
 
@@ -229,11 +239,14 @@ def _kept(
     how: Recompute,
     masks: bool | None,
 ) -> tuple[int, int, int]:
-    """Elements per row that `layers` keep, of which the `recomputed` ones only what `how` says; that those make again;
-    and the most that one of them does. `masks`: whether documents are kept apart by masks, None where rows are whole.
+    """Elements per row that (`layers` keep, the `recomputed` ones make again, one of these makes again at the most).
+
+    The `recomputed` ones keep only what `how` says. `masks` is True if documents are kept apart by masks, and None
+    where rows hold one document each.
     """
     family, ranks = figures(model), (sharing.tensor, sharing.shared_by)
     own = lengths.shared_by(sharing.sequence)
+    # By kind and not by layer: a stage has a few kinds however deep it is. `recomputed` is a subset of `layers`.
     again = {family.layer_kind(model, kind.example): kind.count for kind in layer_kinds(model, recomputed)}
     kept, remade, most = 0, 0, 0
     for layer, count in layer_kinds(model, layers):
@@ -250,8 +263,10 @@ def _kept(
 
 @lru_cache(maxsize=4096)
 def gathered_at_once(entries: Entries, tensor_size: int, recomputes: bool) -> int:
-    """Local elements that ZeRO-3 gathers at once, at most: the two largest modules, for one is gathered while the one
-    before it computes, or a layer whose second run holds its weights until its backward pass is over, and a module.
+    """Largest number of local elements that ZeRO-3 holds gathered at once.
+
+    That is the two largest modules, for one is gathered while the one before it computes; or one layer, whose second
+    run holds its weights until its backward pass is over, and one module.
     """
     layers: dict[str, int] = {}
     modules: dict[str, int] = {}
@@ -263,6 +278,8 @@ def gathered_at_once(entries: Entries, tensor_size: int, recomputes: bool) -> in
         if module.startswith("layers."):
             layer = module.split(".")[1]
             layers[layer] = layers.get(layer, 0) + numel
+    # An entry stands for all equal layers (`count`); the two largest modules may both be of one kind, but no more.
     sizes = [numel for module, numel in modules.items() for _ in range(min(alike[module], 2))]
+    # The 0 is the second one of a stage that has a single module.
     *_, second, largest = [0, *sorted(sizes)]
     return max(second + largest, max(layers.values()) + largest if recomputes else 0)

@@ -30,6 +30,7 @@ def layer_costs(model: ModelConfig, lengths: RowLengths) -> tuple[int, ...]:
     """Forward operations per row of each layer, with embedding and head at the ends."""
     family = figures(model)
     costs = list(layer_operations(model, lengths))
+    # In units of whole layers the ends are uneven: a head over a large vocabulary costs as much as several layers.
     costs[0] += family.embedding_operations(model, lengths)
     costs[-1] += family.head_operations(model, lengths, model.padded_vocab_size)
     return tuple(costs)
@@ -40,6 +41,7 @@ def orthogonal_operations(entries: Entries) -> int:
     two are of the matrix and one of its Gram matrix alone (Jordan et al. 2024)."""
     total = 0
     for entry in entries.linear:
+        # With X (s, l), s <= l, an iteration is A = X X^T, A A, and B X: 2 s^2 l + 2 s^3 + 2 s^2 l operations.
         short, long = sorted(entry.shape)
         total += 5 * (4 * short * short * long + 2 * short**3) * entry.count
     return total

@@ -22,6 +22,7 @@ def model_entries(model: ModelConfig) -> list[Entry]:
 def stage_entries(model: ModelConfig, layers: range, is_first: bool, is_last: bool) -> list[Entry]:
     """Parameters of one pipeline stage, each name once."""
     entries = figures(model).entries(model, layers, is_first, is_last)
+    # A dictionary keeps the order of the first occurrence, and one entry of a tied matrix.
     return list({entry.name: entry for entry in entries}.values())
 
 

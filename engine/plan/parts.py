@@ -78,6 +78,7 @@ def _without(entries: Entries, names: frozenset[str]) -> Entries:
 
 @lru_cache(maxsize=4096)
 def _local_numel(entries: Entries, tensor_size: int, multiple: int) -> int:
+    # Ceiling to a multiple without floats: -(-5 // 4) * 4 = 8.
     return sum(-(-entry.local_numel(tensor_size) // multiple) * multiple * entry.count for entry in entries)
 
 
@@ -151,6 +152,8 @@ def saved_by_attention(model: ModelConfig, num_tokens: int, tensor_size: int) ->
 
 def saved_probabilities(model: ModelConfig, num_queries: int, num_keys: int, tensor_size: int) -> int:
     """Elements of probabilities and of what dropout made of them; none without dropout."""
+    # Two copies of an element and one byte of mask, as elements of 4 bytes: 2 + 1/4 = 9/4. In bf16 the mask is 1/2 of
+    # an element, which is left out.
     return 9 * model.num_heads * num_queries * num_keys // 4 // tensor_size if model.attention_dropout else 0
 
 
@@ -159,6 +162,7 @@ def needs_masks(model: ModelConfig, dtype: str, device: Device) -> bool:
     whose kernels do without, in bf16 and without dropout. The twin of `engine.parallel.packed.kernel` for the GPUs
     of `engine.plan.hardware` (compute capability 8.0 or higher)."""
     head = model.head_size
+    # Flash attention takes heads in multiples of 8; flex attention takes powers of two from 16 on (`n & (n-1) == 0`).
     flash, flex = head % 8 == 0 and head <= LARGEST_HEAD, head >= 16 and head & (head - 1) == 0
     return device == "cpu" or dtype != "bf16" or model.attention_dropout > 0 or not (flash or flex)
 

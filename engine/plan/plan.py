@@ -52,15 +52,15 @@ class StagePlan:
     parameters_per_rank: int
     """On one tensor rank, before ZeRO divides them."""
     updated: int
-    """That one rank's optimizer updates."""
+    """Parameters that one rank's optimizer updates."""
     updated_matrices: int
     """Those of them that Muon updates."""
     stored: int
-    """That one rank writes into a checkpoint."""
+    """Parameters that one rank writes into a checkpoint."""
     stored_matrices: int
     """Those of them that Muon updates, of which there is one moment."""
     operations: int
-    """Forward, recomputed and backward of one rank per step, padding of the vocabulary included."""
+    """Forward, recomputed and backward operations of one rank per step, padding of the vocabulary included."""
     recomputed_operations: int
     """Those of them that are done for the second time: whole layers, where `parallel.recompute` is `full`."""
     remade_bytes: int
@@ -132,9 +132,9 @@ class Plan:
     layout: Layout
     zero_stage: int
     parameters: int
-    """Real ones: a tied matrix once, no padding."""
+    """Parameters of the model: a tied matrix once, without padding."""
     parameters_in_memory: int
-    """With padding."""
+    """Parameters with the padding of the vocabulary."""
     run_stages: tuple[RunStagePlan, ...]
     worlds: tuple[int, ...]
     """World sizes in which the run starts as it is."""
@@ -193,7 +193,7 @@ class Plan:
 
 
 def make_plan(config: RunConfig, world_size: int, device: Device = "cuda") -> Plan:
-    """The plan of `config` on `world_size` ranks, each with a GPU if nothing else is said.
+    """Return the plan of `config` on `world_size` ranks, each with a GPU if nothing else is said.
 
     Raises:
         ConfigError: the run cannot start there.
@@ -260,11 +260,13 @@ def _stage_plan(
     rows = micro_batches * config.parallel.micro_batch_size
     per_rank = entries.local_numel(layout.tensor)
     costs = costs_before(config.model, lengths)
+    # Differences of prefix sums, so that a chunk costs two look-ups however many layers it has.
     operations = (1 + BACKWARD_FACTOR) * sum(costs[chunk.layers.stop] - costs[chunk.layers.start] for chunk in chunks)
     again = 0
     if config.parallel.recompute == "full":
         again = over_layers(config.model, recomputed, layer_operations(config.model, lengths).__getitem__)
     share = layout.tensor * layout.sequence
+    # A tied parameter is stored by the first of its stages alone.
     elsewhere = frozenset(name for name, holders in cut.ties.items() if holders[0] != stage)
     matrices = entries.linear.local_numel(layout.tensor) if config.optimizer.name == "muon" else 0
     shards = layout.data * layout.sequence

@@ -1,10 +1,10 @@
-"""Layouts for a model and a cluster, best first, and in words what each pays for.
+"""Layouts for a model and a cluster, ranked by their estimated step time, each with the reasons for its rank.
 
 Every way to cut the world into pipe x tensor x data under every ZeRO stage is tried with each micro-batch size that
-divides the global batch. What does not fit into memory is tried with what spares it, the cheapest first: tensor ranks
-that share the time between the blocks (sequence parallelism), then layers that recompute. Of those that fit the fastest
-by `step_time` is kept, and the best of these are tried with several chunks per pipeline stage, with sequence
-parallelism and without. Where nothing fits, all of it is tried once more with the optimizer's state in host memory.
+divides the global batch. A layout that does not fit into memory is tried with the options that save memory, the
+cheapest first: sequence parallelism, then recomputation. Of those that fit the fastest by `step_time` is kept, and the
+best of these are tried with several chunks per pipeline stage, with sequence parallelism and without. Where nothing
+fits, all of it is tried once more with the optimizer's state in host memory.
 Tensor parallelism stays inside a node. What `resolve` refuses is never proposed.
 """
 
@@ -31,19 +31,20 @@ from engine.plan.worlds import with_parallel
 AXES = ("pipe", "tensor", "zero_stage", "micro_batch_size")
 """Keys that are always named."""
 LARGEST_MICRO_BATCH = 64
+"""Largest micro-batch, in samples, that is tried."""
 CHUNKS_PER_STAGE = (1, 2, 4)
 """Chunks per pipeline stage that are tried."""
 RECOMPUTE = ("none", "selective", "full")
 """Ways to recompute, from the cheapest to the one that spares most memory."""
 OFFLOAD = ("none", "optimizer")
 REFINED_FACTOR = 1.5
-"""Layouts that take longer than the best one by more are not tried in other forms."""
+"""Layouts slower than the fastest by more than this factor are not refined (chunks, sequence parallelism)."""
 SHOWN_SHARE = 0.005
-"""A part that differs by less of a step is no reason."""
+"""Smallest difference, as a share of the best step, that counts as a reason."""
 LARGEST_SEARCHED = 4096
-"""No world beyond is searched for one that holds a model."""
+"""Largest world, in ranks, that is searched for one that holds the model."""
 LARGEST_PIPE = 256
-"""No more pipeline stages are tried."""
+"""Largest number of pipeline stages that is tried."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,17 @@ class Candidate:
     host_bytes: int
     """Bytes of the fullest rank in host memory: offloaded state, and the copy that a save takes."""
     states_bytes: int
-    """Bytes without activations and the loss, which can be spared."""
+    """Bytes of the states alone; activations and the loss, which recomputation and small micro-batches reduce, are
+    left out."""
     plain_bytes: int
-    """Bytes that the layout would need without what it takes to fit: sequence parallelism, recomputation."""
+    """Bytes that the layout would need without the options that make it fit: sequence parallelism, recomputation."""
     time: StepTime
     """Mean step of the run; with one run stage, the step of its largest batch."""
     accelerator: Accelerator
 
     @property
     def holds_states(self) -> bool:
-        """True if the accelerator and its host hold what nothing spares but other axes or `offload`."""
+        """True if the accelerator and its host hold the states, which only other axes or `offload` reduce."""
         accelerator = self.accelerator
         return self.states_bytes <= accelerator.memory_bytes and self.host_bytes <= accelerator.host_memory_bytes
 
@@ -76,12 +78,14 @@ class Candidate:
 
     @property
     def need(self) -> float:
-        """Share that it needs of the memory that it lacks most; of the states alone where those are too large."""
+        """Needed bytes over available bytes, of the device or the host, whichever is scarcer; above 1 it does not fit.
+
+        Of the states alone where those are too large already."""
         needed = self.memory_bytes if self.holds_states else self.states_bytes
         return max(needed / self.accelerator.memory_bytes, self.host_bytes / self.accelerator.host_memory_bytes)
 
     def lack(self) -> str:
-        """Why it does not fit."""
+        """Return the reasons why it does not fit, as text; empty where it fits."""
         device, host = self.accelerator.memory_bytes, self.accelerator.host_memory_bytes
         lacks = []
         if self.states_bytes > device:
@@ -124,34 +128,38 @@ class Candidate:
         }
 
     def keys(self, config: RunConfig) -> dict[str, Any]:
-        """Keys of `parallel` that make this layout of a run: the axes, and what differs from the defaults or the run.
+        """Return the keys of `parallel` that a run sets for this layout: the axes, and all that differ from the
+        defaults or from the run.
 
         The data axis is left to the world unless the run fixes it.
         """
         before, now, plain = (one.model_dump() for one in (config.parallel, self.parallel, ParallelConfig()))
         if config.parallel.data is None:
+            # A number of data ranks in the run file would tie it to this world; left out, each start derives it.
             now["data"] = None
         return {key: value for key, value in now.items() if key in AXES or value != plain[key] or value != before[key]}
 
     def why(self, best: Candidate) -> str:
-        """Against the best layout: how much longer a step takes, and the parts that make the difference.
+        """Return how much longer a step takes than the best layout's, and the parts that make the difference, as text.
 
-        More arithmetic for the same work means uneven stages, or products too small to fill the machine. What spares
-        memory is there because the layout would not fit without it.
+        More arithmetic for the same work means uneven stages, or products too small to fill the machine. Options that
+        save memory are there because the layout would not fit without them.
         """
         return self._costs(best) + (f"; {self.plain_bytes / GIB:.0f} GiB if plain" if self.spares else "")
 
     @property
     def spares(self) -> bool:
-        """True if it takes something to fit."""
+        """True if it uses an option that saves memory, without which it would not fit."""
         return self.plain_bytes > self.memory_bytes
 
     def _costs(self, best: Candidate) -> str:
         if self is best:
+            # `shares` is sorted, so the first two are the largest costs beside the useful work.
             costs = [f"{name} {share:.1%}" for name, share in self.time.shares().items() if name != "arithmetic"]
             return f"fastest; beside arithmetic: {', '.join(costs[:2])}"
         whole = best.time.total
         more = {name: (seconds - best.time.parts()[name]) / whole for name, seconds in self.time.parts().items()}
+        # Shares are of the best layout's step, so the reasons and the total (`self / best - 1`) are in one unit.
         grown = sorted((share, name) for name, share in more.items() if share >= SHOWN_SHARE)
         reasons = ", ".join(f"{name} {share:+.1%}" for share, name in reversed(grown[-2:])) or "as fast"
         return f"{self.time.total / whole - 1:+.1%}: {reasons}"
@@ -183,20 +191,21 @@ class Advice:
 
 
 def advise(config: RunConfig, plan: Plan, cluster: Cluster) -> Advice:
-    """The advice for a run that was planned on the cluster's world."""
+    """Return the advice for a run that was planned on the cluster's world."""
     ranked = rank(config, cluster)
     plain = any(candidate.fits and candidate.parallel.offload == "none" for candidate in ranked)
     larger = [] if plain else larger_worlds(config, cluster, LARGEST_SEARCHED)
     if ranked and ranked[0].fits:
+        # This world already runs with `offload`, so a larger one that needs it as well is no improvement.
         larger = [one for one in larger if one.parallel.offload == "none"]
     return Advice(cluster, judge(config, plan.layout, cluster), tuple(ranked), tuple(larger))
 
 
 def rank(config: RunConfig, cluster: Cluster) -> list[Candidate]:
-    """The best candidate of every (pipe, tensor, ZeRO stage), those that fit first, fastest first; where none does
-    without, those with the optimizer's state in host memory.
+    """Return the best candidate of every (pipe, tensor, ZeRO stage), those that fit first, fastest first.
 
-    Where none fits at all, both, and first of them the one that needs the least over what there is.
+    Where none fits, those with the optimizer's state in host memory. Where none of these fits either, both lists
+    together, first the candidate that exceeds its memory by the smallest factor.
     """
     found: list[Candidate] = []
     for offload in OFFLOAD:
@@ -212,6 +221,7 @@ def _rank(config: RunConfig, cluster: Cluster) -> list[Candidate]:
     cuts = [_best(config, cluster, *axes, zero_stage) for axes in _axes(cluster) for zero_stage in range(4)]
     best = [candidate for candidate in cuts if candidate is not None]
     fastest = min((one.time.total for one in best if one.fits), default=0.0)
+    # Refining judges up to six forms of a layout; layouts that start out much slower are left as they are.
     limit = REFINED_FACTOR * fastest
     refined = [
         min((one, *_refined(config, one, cluster)), key=_order) if one.fits and one.time.total <= limit else one
@@ -221,11 +231,14 @@ def _rank(config: RunConfig, cluster: Cluster) -> list[Candidate]:
 
 
 def larger_worlds(config: RunConfig, cluster: Cluster, largest: int) -> list[Candidate]:
-    """The best layout of the smallest world (doubling the cluster's own) that holds the run without `offload`, behind
-    that of the smallest one that does with it, if something does."""
+    """Return the best layout of the smallest larger world (doubling the cluster's own) that holds the run.
+
+    Where a smaller of these worlds holds it with `offload` only, that one's best layout comes first.
+    """
     found: list[Candidate] = []
     size = 2 * cluster.world_size
     while size <= largest:
+        # A ranking judges thousands of layouts; this bound is one division, and skips worlds that no layout can save.
         if not _can_hold(config, replace(cluster, world_size=size)):
             size *= 2
             continue
@@ -233,7 +246,7 @@ def larger_worlds(config: RunConfig, cluster: Cluster, largest: int) -> list[Can
         if best is not None and best.fits:
             if best.parallel.offload == "none":
                 return [*found, best]
-            found = found or [best]
+            found = found or [best]  # keep the smallest world with `offload`, and look on for one without
         size *= 2
     return found
 
@@ -241,6 +254,8 @@ def larger_worlds(config: RunConfig, cluster: Cluster, largest: int) -> list[Can
 def _can_hold(config: RunConfig, cluster: Cluster) -> bool:
     """Return True if weights and gradients, each held once, with the rest on hosts, do not fill the accelerators."""
     precision, accelerator = config.precision, cluster.accelerator
+    # A lower bound that no layout beats: ZeRO-3 over all ranks, no activations, all optimizer state offloaded. It
+    # takes one moment (Muon's 4 bytes) and not Adam's two, so that it holds for both optimizers.
     on_device = DTYPE_BYTES[precision.dtype] + DTYPE_BYTES[precision.reduce_dtype]
     per_rank = num_parameters(config.model) // cluster.world_size
     return (
@@ -256,12 +271,15 @@ def _of(needed: int, there: int) -> str:
 
 def _order(candidate: Candidate) -> tuple[bool, bool, float]:
     fits = candidate.fits
+    # False sorts before True: those that fit by seconds, then those whose states fit, then the rest by shortage.
     return not fits, not candidate.holds_states, candidate.time.total if fits else candidate.need
 
 
 def _axes(cluster: Cluster) -> Iterator[tuple[int, int, int]]:
     """(pipe, tensor, data) of every cut of the world; tensor ranks fit into a node."""
     world = cluster.world_size
+    # Tensor ranks exchange activations several times per layer, which only the links inside a node are fast enough
+    # for (Narayanan et al. 2021, section 3.2); groups whose size divides a node's never straddle two nodes.
     for tensor in divisors(min(world, cluster.per_node)):
         for pipe in divisors(world // tensor) if world % tensor == 0 else ():
             if pipe <= LARGEST_PIPE:
@@ -272,6 +290,7 @@ def _best(config: RunConfig, cluster: Cluster, pipe: int, tensor: int, data: int
     """The best micro-batch size of a cut, one chunk per stage; None where `resolve` refuses all."""
     best = None
     gather, within = config.parallel.gather, config.parallel.gather_within
+    # `gather` and `gather_within` are ZeRO-3's alone, and hpZ's groups have to divide the data ranks and be fewer.
     if zero_stage < 3:
         gather = within = None
     elif within is not None and (data % within or data == within):
@@ -315,12 +334,16 @@ def _spared(config: RunConfig, cluster: Cluster, shared: tuple[bool, ...]) -> Ca
     layouts = {one: layout for one, (layout, problems) in examined.items() if layout is not None and not problems}
     if not layouts:
         return None
+    # False < True: `first` is without sequence parallelism where that is valid, `last` with it.
     first, last = min(layouts), max(layouts)
+    # From the fastest to the one that saves most memory: plain, then sequence parallel, then with recomputation.
     ways = list(dict.fromkeys([(first, "none"), *((last, how) for how in RECOMPUTE)]))
     judged = [
         partial(judge, with_parallel(plain, sequence_parallel=one, recompute=how), layouts[one], cluster)
         for one, how in ways
     ]
+    # Judging is the cost of a ranking, so the ends come first: plain settles most layouts, and where even the
+    # leanest does not fit, none between them can.
     candidate = judged[0]()
     if candidate.fits or not candidate.holds_states:
         return candidate
@@ -330,7 +353,10 @@ def _spared(config: RunConfig, cluster: Cluster, shared: tuple[bool, ...]) -> Ca
 
 
 def _micro_batch_sizes(config: RunConfig, data: int) -> list[int]:
-    """Powers of two that divide a data rank's share of every batch; none where the ranks do not divide some batch."""
+    """Powers of two that divide a data rank's share of every batch; none where the ranks do not divide some batch.
+
+    Batches of 96 and 64 on 4 data ranks: gcd 32, a share of 8 samples, and sizes 1, 2, 4 and 8.
+    """
     share, rest = divmod(math.gcd(*(size for stage in config.stages for size in stage.batches.sizes)), data)
     sizes = [2**power for power in range(LARGEST_MICRO_BATCH.bit_length()) if 2**power <= LARGEST_MICRO_BATCH]
     return [] if rest else [size for size in sizes if share % size == 0]
@@ -342,6 +368,7 @@ def judge(config: RunConfig, layout: Layout, cluster: Cluster) -> Candidate:
     stages = [stage for run_stage in run_stages for stage in run_stage.stages]
     tensors = max(stage.memory.total for stage in stages)
     states = max(stage.memory.states for stage in stages)
+    # The fullest rank of any stage decides. Device and host are maxima of their own: they may be of different stages.
     needed, least = with_reserve(tensors), with_reserve(states)
     on_host = max(stage.memory.host + stage.stored_bytes for stage in stages)
     return Candidate(

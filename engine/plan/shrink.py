@@ -22,6 +22,7 @@ def world_for(config: RunConfig, num_ranks: int, accelerator: Accelerator = UNKN
         worlds = elastic_worlds(config, num_ranks)
         return worlds[-1] if worlds else None
     for size in range(num_ranks, 0, -1):
+        # A restart stays on one node (`launcher.restarts`), so all ranks share its links.
         ranked = rank(config, Cluster(accelerator, size, per_node=size))
         if ranked:
             return describe(with_parallel(config, **ranked[0].parallel.model_dump()), ranked[0].layout)

@@ -1,4 +1,4 @@
-"""An estimate of the seconds of a step on a cluster, and how far published runs lie from such estimates.
+"""An estimate of the seconds of a step on a cluster, and its error against published runs.
 
 The parts are added up: arithmetic at the share of the peak that matrix products of this width reach, the idle time of
 the pipeline, the optimizer's pass over memory, and bytes on the links; nothing counts as hidden behind arithmetic.
@@ -29,13 +29,15 @@ HALF_WIDTH = 400
 """Width at which half of that is reached. Tensor parallelism divides one side of each product: its width counts as
 hidden size / sqrt(tensor ranks)."""
 BAND = 1.3
+"""Largest ratio between a published run's step and its estimate, either way."""
 OPTIMIZER_BYTES = 28
-"""Read and written per parameter that a rank updates: gradient, master weight and two moments, in fp32."""
+"""Bytes read and written per parameter that a rank updates: gradient (4), and master weight and two moments, each read
+and written (8 each), in fp32."""
 HOST_COPY_BYTES = 8
-"""Beside these, with `offload`, of the host's memory: the gradient that comes, and the master that is read for the
-working copy, which comes on top in its dtype."""
+"""Further bytes of the host's memory per parameter with `offload`: the gradient that arrives (4), and the master that
+is read for the working copy (4), which is written in its own dtype."""
 REMADE_PASSES = 3
-"""Over what `selective` makes again: two operands read, a result written."""
+"""Passes over memory for each byte that `selective` makes again: two operands read, a result written."""
 PARTS = ("arithmetic", "recompute", "tensor", "pipe", "data", "optimizer", "offload", "idle")
 BETWEEN_WAITS = PARTS.index("pipe") + 1
 """Parts that lie between the waits of the pipeline: all up to its own traffic."""
@@ -92,6 +94,7 @@ def mean_step_time(config: RunConfig, layout: Layout, run_stages: Sequence[RunSt
     A step of a run stage counts as one of its largest batch. Utilisation is that of the whole time.
     """
     num_steps = sum(run_stage.num_steps for run_stage in config.stages)
+    # Weighted by steps and not by tokens: what is averaged is seconds per step.
     weights = [run_stage.num_steps / num_steps for run_stage in config.stages]
     times = [
         step_time(config, run_stage, layout, planned.stages, cluster)
@@ -100,6 +103,7 @@ def mean_step_time(config: RunConfig, layout: Layout, run_stages: Sequence[RunSt
     if len(times) == 1:
         return times[0]
     seconds = {name: sum(w * time.parts()[name] for w, time in zip(weights, times, strict=True)) for name in PARTS}
+    # Utilisation x seconds is proportional to useful operations, which add up; utilisations alone do not.
     useful = sum(w * time.utilisation * time.total for w, time in zip(weights, times, strict=True))
     return StepTime(**seconds, utilisation=useful / sum(seconds.values()))
 
@@ -108,14 +112,17 @@ def step_time(
     config: RunConfig, run_stage: RunStage, layout: Layout, stages: Sequence[StagePlan], cluster: Cluster
 ) -> StepTime:
     """Return the estimate for a step of the largest batch of a run stage, with its `stage_plans`."""
+    # The slowest stage sets the beat of the whole pipeline; the optimizer's part comes once, after the last wait.
     slowest = max(
         (_stage_time(config, run_stage, layout, stage, cluster) for stage in stages),
         key=lambda t: sum(t[:BETWEEN_WAITS]),
     )
     micro_batches = num_micro_batches(run_stage.batches.largest, config.parallel, layout.data)
     waiting = float(bubble(config.parallel.schedule, layout.pipe, config.parallel.chunks_per_stage, micro_batches))
+    # `waiting` is a share of busy and idle time together: w = idle / (busy + idle).
     idle = sum(slowest[:BETWEEN_WAITS]) * waiting / (1 - waiting)
     per_row = training_operations(config.model, row_lengths(run_stage))
+    # Without recomputation and vocabulary padding, as MFU is published (Chowdhery et al. 2022, appendix B).
     useful = per_row * run_stage.batches.largest / cluster.world_size
     reached = useful / (sum(slowest) + idle)
     return StepTime(*slowest, idle=idle, utilisation=reached / cluster.accelerator.bf16_operations_per_second)
@@ -126,9 +133,11 @@ def _stage_time(
 ) -> tuple[float, ...]:
     """(arithmetic, recompute, tensor, pipe, data, optimizer, offload) seconds of one rank of a stage."""
     accelerator, traffic = cluster.accelerator, stage.traffic
+    # The geometric mean of a product's two sides, of which tensor parallelism divides one.
     width = config.model.hidden_size / layout.tensor**0.5
     tokens = config.parallel.micro_batch_size * run_stage.sequence_length // layout.sequence
     speed = accelerator.bf16_operations_per_second * reached_share(width, tokens)
+    # ZeRO shards over both axes; their ranks stand `tensor` apart, for tensor is the innermost axis.
     zero_size = layout.data * layout.sequence
     update, transfer = optimizer_seconds(stage.updated, config, accelerator)
     orthogonal = (
@@ -138,6 +147,7 @@ def _stage_time(
     )
     return (
         (stage.operations - stage.recomputed_operations) / speed,
+        # `full` repeats products, `selective` only passes over memory; the other summand is 0.
         stage.recomputed_operations / speed + REMADE_PASSES * stage.remade_bytes / accelerator.memory_bytes_per_second,
         traffic.tensor / cluster.bytes_per_second(layout.tensor, 1)
         + traffic.sequence / cluster.bytes_per_second(layout.sequence, layout.tensor),

@@ -35,15 +35,15 @@ class Traffic:
     """Bytes that one rank of a stage sends per step."""
 
     gradients: int
-    """Data axis: gradients to those who update them."""
+    """Data axis: gradients to the ranks that update them."""
     weights: int
     """Data axis: updated weights (ZeRO-1, 2), or weights gathered for each pass (ZeRO-3)."""
     weights_within: int
     """Data axis: weights exchanged between the ranks of `gather_within`."""
     tensor: int
-    """Tensor axis: activations and their gradients; and of parameters that see a stretch."""
+    """Tensor axis: activations and their gradients; and gradients of parameters that see a rank's tokens only."""
     sequence: int
-    """Sequence axis: heads against time around attention, and back."""
+    """Sequence axis: the exchange of heads for tokens around attention, and back (Ulysses)."""
     pipe: int
     """Neighbouring stages, the last and the first among them: boundary activations, document numbers, and gradients."""
     tie: int
@@ -84,21 +84,25 @@ def stage_traffic(
     filled = data_size if parallel.zero_stage == 3 else 1  # up to what its ranks divide, parameter by parameter
     numel = entries.local_numel(parallel.tensor, filled)
     rows, dtype_bytes = num_micro_batches * parallel.micro_batch_size, DTYPE_BYTES[precision.dtype]
+    # A boundary is named by the layer behind it. Up: gradients of a chunk's input; down: its output, to the next chunk.
     up, down = [c.layers.start for c in chunks if not c.first], [c.layers.stop for c in chunks if not c.last]
     carried = sum(family.carried_bytes(model, layer, lengths, segments) for layer in down)
     lengths = lengths.shared_by(parallel.sequence)  # document numbers alone are whole
+    # Every tensor rank sends to its neighbour: all of a whole hidden state, or its own tokens of a shared one.
     sent = sum(family.boundary(model, layer, lengths) for layer in (*up, *down)) * dtype_bytes // parallel.shared_by
     sent += carried
     gradients, weights = zero_bytes(numel, parallel, data_size, precision, num_micro_batches)
     within = 0
     if parallel.zero_stage == 3 and not parallel.gathers_per_step:
+        # Weights are dropped after each use: gathered for the forward and for the backward pass of every micro-batch.
         passes = 2 * num_micro_batches * _used(model, tuple(chunks), parallel.tensor, filled)
         over_all = numel if parallel.gather_within else passes  # each parameter once, or every pass
         weights = gather_bytes(over_all * dtype_bytes, data_size)
         within = gather_bytes((passes - over_all) * dtype_bytes, parallel.gather_within or 1)
+    # Three fp32 numbers per predicted token stand for the vocabulary's logits, which are never gathered.
     losses = LOSS_REDUCTIONS * 4 * lengths.predicted if any(chunk.last for chunk in chunks) else 0
     passed = _passed(model, tuple(chunks), recomputed, lengths)
-    activations = 2 * (passed.reduced + passed.again)
+    activations = 2 * (passed.reduced + passed.again)  # an all-reduce is two rounds, each of (n-1)/n of the tensor
     partial = 0
     if parallel.shared_by > 1:
         # an all-reduce is a gather and a scatter; beside, what enters is gathered once more backward, and in a second
@@ -106,6 +110,7 @@ def stage_traffic(
         read = (lengths.decoder or lengths.tokens) * model.hidden_size if any(chunk.last for chunk in chunks) else 0
         activations += passed.entered - passed.again + read
         partial = _partial(model, entries)
+        # From ZeRO-1 on gradients are scattered over the data axis first, and each rank reduces its shard only.
         partial = partial if parallel.zero_stage == 0 else -(-partial // data_size)
     return Traffic(
         gradients=gradients,
@@ -145,6 +150,7 @@ def _passed(
         reduced=sum(family.reduced(model, chunk.layers, chunk.first, chunk.last, lengths) for chunk in chunks),
         again=total(family.reduced_again, recomputed),
         # forward, backward, and in the second run of those that recompute
+        # an all-to-all sends (n-1)/n of its tensor as a gather does:
         exchanged=2 * total(family.exchanged, layers) + total(family.exchanged, recomputed),
         entered=total(family.entered, layers) + total(family.entered, recomputed),
     )
@@ -152,14 +158,16 @@ def _passed(
 
 @lru_cache(maxsize=4096)
 def _used(model: ModelConfig, chunks: tuple[ModelChunk, ...], tensor_size: int, filled: int) -> int:
-    """Local elements of all modules: of one parameter that two of them use, each gathers its own."""
+    """Local elements of all modules; a parameter that two of them use counts twice, because each gathers it."""
     used = [entry for chunk in chunks for entry in counted_entries(model, chunk.layers, chunk.first, chunk.last)]
     return Entries(tuple(used)).local_numel(tensor_size, filled)
 
 
 @lru_cache(maxsize=4096)
 def _partial(model: ModelConfig, entries: Entries) -> int:
-    """Elements of parameters that every tensor rank holds and that see a stretch each under sequence parallelism."""
+    """Elements of parameters that every tensor rank holds and that see its own tokens only (sequence parallelism).
+
+    Their gradients are sums over the row, so the tensor ranks all-reduce them."""
     whole = figures(model).sees_whole_rows
     return sum(entry.numel * entry.count for entry in entries if not entry.split and not whole(entry.name))
 
@@ -172,13 +180,14 @@ def _named(entries: Entries, names: tuple[str, ...]) -> tuple[Entry, ...]:
 def zero_bytes(
     numel: int, parallel: ParallelConfig, data_size: int, precision: PrecisionConfig, num_micro_batches: int
 ) -> tuple[int, int]:
-    """Bytes for (gradients, weights) over the data axis, for `numel` local parameters.
+    """Return the bytes for (gradients, weights) over the data axis, for `numel` local parameters.
 
     Gradients: ZeRO-0 all-reduces them, the others scatter them once per step or per micro-batch; for ZeRO-2 per
     micro-batch DeepSpeed all-reduces. Weights: ZeRO-1 and 2 gather the updated ones, ZeRO-3 all of them once per step,
     or twice per micro-batch.
     """
     reductions = 1 if parallel.reduces_per_step else num_micro_batches
+    # Forward and backward: DeepSpeed frees a weight after either (`stage3_max_reuse_distance` is 0).
     gathers = 1 if parallel.gathers_per_step or parallel.zero_stage < 3 else 2 * num_micro_batches
     gradient_bytes = numel * DTYPE_BYTES[precision.reduce_dtype]
     weight_bytes = numel * DTYPE_BYTES[precision.dtype]
@@ -188,7 +197,7 @@ def zero_bytes(
 
 
 def gather_bytes(total_bytes: int, size: int) -> int:
-    """Bytes that each of `size` ranks sends to gather or scatter so many bytes; an all-reduce is both."""
+    """Return the bytes that each of `size` ranks sends to gather or scatter so many bytes; an all-reduce is both."""
     return total_bytes * (size - 1) // size
 
 
@@ -198,7 +207,7 @@ def gather_factor(size: int) -> Fraction:
 
 
 def all_reduce_factor(size: int) -> Fraction:
-    """Bytes that each rank sends for an all-reduce."""
+    """Bytes that each rank sends for an all-reduce, as a multiple of the tensor's: 2 (n-1) / n."""
     return 2 * gather_factor(size)
 
 
@@ -209,7 +218,7 @@ def _tie_bytes(
     precision: PrecisionConfig,
     data_size: int,
 ) -> int:
-    """The stages of a tie all-reduce the gradient of what each rank updates of it."""
+    """Bytes that a rank sends so that the stages of each tie sum its gradient: of the shard that the rank updates."""
     total = Fraction(0)
     for entry in _named(entries, tuple(ties)):
         numel = entry.local_numel(parallel.tensor)
@@ -219,13 +228,14 @@ def _tie_bytes(
 
 
 def _muon_bytes(entries: Entries, parallel: ParallelConfig, data_size: int) -> dict[str, int]:
-    """Updates of matrices in fp32: pieces of all ranks of an axis go to one owner of each, and come back (`Owners` in
-    `engine.optim.muon`). A rank sends the pieces that others own and gives back what it owns of theirs.
+    """Bytes of Muon's updates, fp32: the shards of a matrix go to its one owner and come back (`Owners` in
+    `engine.optim.muon`). A rank sends the shards that others own and returns those of its own matrices.
 
-    The mean over ranks is exact where each has an equal piece of every matrix: under ZeRO-3, and over the tensor axis.
-    ZeRO-1 and 2 cut all of a stage's parameters in a row, so that some matrices lie with their owner already, and some
-    with none of their pieces.
+    The mean over ranks is exact where each has an equal shard of every matrix: under ZeRO-3, and over the tensor axis.
+    ZeRO-1 and 2 cut all of a stage's parameters in a row, so that some matrices lie with their owner whole, and the
+    owner of others holds none of them.
     """
     owners = data_size if parallel.zero_stage else 1  # ZeRO-0 leaves the whole gradient with every rank
     share = entries.linear.local_numel(parallel.tensor) * UPDATE_BYTES // owners
+    # Twice: there and back. Over the ZeRO ranks a tensor rank's part is completed, over the tensor axis the matrix.
     return {"updates": 2 * gather_bytes(share, owners), "updates_across": 2 * gather_bytes(share, parallel.tensor)}

@@ -43,6 +43,7 @@ def _data_sizes(config: RunConfig, largest: int) -> Iterable[int]:
     if config.parallel.data is not None:
         return [config.parallel.data]
     if config.elastic.pad_batch:
+        # Any number of ranks divides a padded batch, as long as each rank has a sample of its own.
         return range(1, min(largest, *sizes) + 1)
     return divisors(math.gcd(*sizes))
 
@@ -56,6 +57,7 @@ def refusal(config: RunConfig, world_size: int, problems: list[PalimpsestError])
     if check(config):
         return told
     worlds = valid_worlds(config, LARGEST_WORLD)
+    # Near in ratio and not in difference: from 8 ranks, 4 and 16 are equally far.
     nearest = sorted(sorted(worlds, key=lambda world: abs(math.log(world / world_size)))[:SHOWN])
     shown = ", ".join(map(str, nearest)) + (" and other numbers of" if len(worlds) > SHOWN else "")
     others = f"as it is, the run starts on {shown} ranks" if worlds else "as it is, the run starts on no world"
@@ -75,6 +77,7 @@ def neighbours(config: RunConfig, world_size: int) -> tuple[list[Layout], list[R
     fitting: list[Layout] = []
     refused: dict[str, tuple[PalimpsestError, list[str]]] = {}
     parallel = config.parallel
+    # A changed ZeRO stage keeps the layout, so only its refusals are of interest (`fitting` is None).
     for zero_stage in range(4):
         if zero_stage != parallel.zero_stage:
             _try(with_parallel(config, zero_stage=zero_stage), world_size, f"ZeRO-{zero_stage}", None, refused)
@@ -102,5 +105,6 @@ def _try(
 
 def cause(problem: PalimpsestError) -> str:
     """Return the text that rules that differ in numbers alone share: the key that is wrong, and what is allowed."""
+    # "parallel.tensor = 3 does not divide ..., one of 1, 2, 4" and the same with other numbers are one rule to a user.
     key = problem.wrong.partition(" = ")[0]
     return re.sub(r"\d+", "0", f"{key}: {re.sub(r'(, )?[0-9]+', '', problem.allowed)}")
