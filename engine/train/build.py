@@ -1,6 +1,6 @@
-"""From a configuration to this rank's pipeline stage, ready to train: the one place where the rooms meet.
+"""Build a rank's pipeline stage from the configuration, ready to train: this file alone joins all packages.
 
-cut (plan) -> specification of the stage -> chunks on the meta device (models) -> tensor-sharded (parallel) -> parameter
+Cut (plan) -> specification of the stage -> chunks on the meta device (models) -> tensor-sharded (parallel) -> parameter
 groups (optim) -> ZeRO engine with initial weights -> schedule. Tests and benchmarks build through the same functions.
 """
 
@@ -83,6 +83,7 @@ def build_engine(config: RunConfig, spec: PipelineStageSpec, groups: Groups, dev
     functions, kind = _functions(config.parallel, groups), family(config.model)
     head = kind.pretraining_head(config.model)
     refuse_unmatched(config.stages, spec.parameters)
+    # Whole weights take no memory on the meta device; each rank allocates after `shard` has cut them to its part.
     with torch.device("meta"):
         chunks = [kind.build(config.model, chunk, functions, head) for chunk in spec.chunks]
     stage = StageModule(chunks, spec.aliases)
@@ -99,7 +100,9 @@ def build_engine(config: RunConfig, spec: PipelineStageSpec, groups: Groups, dev
             config.parallel,
             config.precision,
             config.optimizer,
+            # DeepSpeed takes one number for the whole run; with a batch ramp the real one of a step is at most this.
             num_micro_batches(spec.run_stage.batches.largest, config.parallel, groups.layout.data),
+            # sizes DeepSpeed's reduction buckets
             sum(parameter.local_numel(groups.tensor.size) for parameter in held),
         ),
         config.parallel,
@@ -128,11 +131,14 @@ def micro_batch_shape(config: RunConfig, run_stage: RunStage) -> MicroBatchShape
 def _functions(parallel: ParallelConfig, groups: Groups) -> Functions:
     functions = PLAIN
     if parallel.tensor > 1:
+        # Each tensor rank has the logits of a slice of the vocabulary (Shoeybi et al. 2019, Megatron-LM).
         loss = partial(vocabulary_cross_entropy, group=groups.tensor)
         functions = replace(functions, linear_cross_entropy=loss, tensor_rank=groups.tensor.position)
     if parallel.shared_by > 1:
+        # sequence parallelism along the tensor axis (Korthikanti et al. 2022)
         functions = replace(functions, whole_rows=partial(whole_rows, group=groups.tensor))
     if parallel.sequence > 1:
+        # all-to-all from tokens to heads and back around attention (Jacobs et al. 2023, DeepSpeed Ulysses)
         functions = replace(functions, attention=partial(sequence_attention, group=groups.sequence))
     sequence_slice = SequenceSlice(groups.sequence.position, groups.sequence.size, parallel.shared_by)
     return replace(functions, sequence_slice=sequence_slice)
@@ -146,6 +152,7 @@ def _partial_gradients(config: RunConfig, parameters: Iterable[ParameterSpec]) -
     """
     if config.parallel.shared_by == 1:
         return frozenset()
+    # A split parameter's gradient is whole on the rank that holds it; only replicated ones need a sum over the ranks.
     replicated = [spec.name for spec in parameters if spec.sharding.dim is None]
     return frozenset(name for name in replicated if not figures(config.model).sees_whole_rows(name))
 
@@ -153,5 +160,6 @@ def _partial_gradients(config: RunConfig, parameters: Iterable[ParameterSpec]) -
 def _recompute(config: RunConfig, chunks: Sequence[nn.Module], layers: Container[int]) -> None:
     """Make the chunks' layers of these global numbers recompute; a family keeps its layers in `layers`."""
     if config.parallel.recompute != "none":
+        # Names of children are global layer numbers: those of a second stage may begin at "4".
         held = [item for chunk in chunks for item in chunk.get_submodule("layers").named_children()]
         recompute([layer for number, layer in held if int(number) in layers], config.parallel.recompute)

@@ -27,7 +27,7 @@ class InvariantBroken(PalimpsestError):
 
 
 def check_invariants(engine: StageEngine, groups: Groups) -> None:
-    """Call between two steps. Collective over the world.
+    """Check that copies are equal and that no gradient is left. Call between two steps. Collective over the world.
 
     Raises:
         InvariantBroken: on every rank; names each parameter that broke one, and the ranks.
@@ -35,6 +35,7 @@ def check_invariants(engine: StageEngine, groups: Groups) -> None:
     problems = [
         f"rank {groups.global_rank}: the gradient of {name} was not cleared" for name in engine.uncleared_gradients()
     ]
+    # Every rank goes on to the last comparison whatever it has found: each gathers hashes over its group.
     for relation, group, copies in _shared(engine, groups):
         problems += _differences(relation, group, copies)
     error = None
@@ -45,17 +46,20 @@ def check_invariants(engine: StageEngine, groups: Groups) -> None:
             "equal copies on every rank, and no gradient between steps",
             "resume from the last checkpoint; if it comes back on other machines, report it",
         )
+    # The ranks of one group may have found a problem that no other rank knows of.
     failed = first_error(error, groups.world)
     if failed is not None:
         raise failed
 
 
 def _shared(engine: StageEngine, groups: Groups) -> Iterator[tuple[str, Group, Copies]]:
-    """(relation, group, copies) of all that the ranks of a group hold alike, in the same order on each of them."""
+    """Yield (relation, group, copies) of all that ranks of a group hold alike, in the same order on each of them."""
     shards = engine.parameter_shards()
     working = {f"{spec.name} (working weights)": weight for spec, weight in engine.working_weights()}
+    # Under ZeRO-1 to 3 each data rank holds a range of its own of the state: only working weights are alike.
     yield "data ranks", groups.zero, _states(shards) if engine.zero_stage == 0 else working
     yield "tensor ranks", groups.tensor, _states(shard for shard in shards if shard.spec.sharding.dim is None)
+    # sorted: a stage may be in several ties, and their collectives need one order
     for stages, group in sorted(groups.ties.items()):
         tied = {spec.name for held in engine.parameter_groups if held.tied == stages for spec in held.specs}
         yield "the stages of a tie", group, _states(shard for shard in shards if shard.spec.name in tied)
@@ -73,6 +77,7 @@ def _differences(relation: str, group: Group, copies: Copies) -> list[str]:
     """One line per tensor that the ranks hold differently. Collective over `group`."""
     if group.size == 1:
         return []
+    # 16 hex digits per tensor travel, not the tensor.
     hashes = gather_objects({what: _hash(tensor) for what, tensor in copies.items()}, group)
     lines = []
     for what in sorted(set().union(*hashes)):
@@ -86,4 +91,5 @@ def _differences(relation: str, group: Group, copies: Copies) -> list[str]:
 
 
 def _hash(tensor: torch.Tensor) -> str:
+    # Hashed as bytes: NaNs of equal bits are equal, 0.0 and -0.0 are not.
     return xxhash.xxh3_64(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data).hexdigest()

@@ -32,12 +32,15 @@ class Pace:
         self._within = self._all = 0.0
 
     def count(self, step: int, step_seconds: float) -> None:
-        """Takes note of the end of a step; call once for each."""
+        """Note the end of a step; call once for each."""
         now = self._clock()
         per_token = step_seconds / max(self._tokens(step) - self._tokens(step - 1), 1)
+        # Weights 1, 1, 1/2, 1/3, ...: the second step replaces the first (compilation), then the plain mean of all but
+        # the first up to 50 steps, and an exponential mean from there on.
         weight = max(1 / STEPS_SMOOTHED, 1 / max(self._steps, 1))
         self._token_seconds += weight * (per_token - self._token_seconds)
         if self._last is not None:
+            # Sums, not a mean of ratios: one long evaluation counts by its seconds.
             kept = 1 - 1 / STEPS_BETWEEN
             self._within = kept * self._within + step_seconds
             self._all = kept * self._all + max(now - self._last, step_seconds)
@@ -58,6 +61,7 @@ class Terminal:
 
     def write(self, record: Mapping[str, float]) -> None:
         step = int(record["step"])
+        # The kind of a record is told by its keys: the three kinds share none of these.
         at = f"step {step:>6}/{self.num_steps}  "
         if "validation_loss" in record:
             print(f"{at}held-out {losses(record, 'validation_loss')}", flush=True)
@@ -82,10 +86,13 @@ class Terminal:
 
 
 def losses(record: Mapping[str, float], key: str) -> str:
-    """The loss under `key`, and in brackets its parts: `NAME_key` of each objective, `key/NAME` of each source, and
-    `NAME_key/SOURCE` of both."""
+    """Return the loss under `key` as text, and in brackets its parts.
+
+    Parts are `NAME_key` of each objective, `key/NAME` of each source, and `NAME_key/SOURCE` of both.
+    """
     parts = []
     for name, value in record.items():
+        # For key "loss": "loss/code" -> (None, code), "mlm_loss" -> (mlm, None), "mlm_loss/code" -> (mlm, code).
         found = re.fullmatch(rf"(?:([^/]+)_)?{key}(?:/(.+))?", name)
         if found is None or name == key:
             continue

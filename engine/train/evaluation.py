@@ -1,4 +1,4 @@
-"""The held-out loss: over every held-out target once, the same in every layout."""
+"""Validation loss: the mean over every target of the held-out data, each counted once, the same in every layout."""
 
 from __future__ import annotations
 
@@ -62,24 +62,28 @@ class Validation(Hook):
 def evaluate(
     pipeline: Pipeline, feed: Feed, sums: Sums, beat: Callable[[], None], asked: Callable[[], bool]
 ) -> Record | None:
-    """The record of `validation_loss`, the mean over all held-out targets, and of `validation_loss/NAME` of each data
-    set that has a name; or None where a rank is `asked` to stop.
+    """Return the record of `validation_loss`, the mean over all validation targets, and of `validation_loss/NAME` of
+    each data set that has a name; or None where a rank is `asked` to stop.
 
     `beat` is called before each chunk. Collective over the world.
     """
     assert feed.validation is not None
     names = feed.validation.names
     shape = (1 + len(names), len(sums.names))  # of all data sets, then of each
+    # fp64, and divided once at the end: the mean of the chunks' means would weigh a short last chunk too much.
     losses, weights = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
     chunks = feed.validation_chunks()
     for _ in range(feed.num_validation_chunks):
         beat()
+        # Every rank draws exactly `num_validation_chunks` times, also one that reads nothing: each turn is collective.
         inputs, weights_L, weights_KL = sums.of_weights(lambda: next(chunks), len(names))
         by_domain = sums.by_domain(len(names))
         sums_L = pipeline.evaluate(inputs, **({} if by_domain is None else {"by_domain": by_domain}))
+        # The request to stop travels with the losses, so all ranks leave the loop after the same chunk.
         found, (stop,), found_KL = sums.of_losses(sums_L, (float(asked()),), by_domain)
         if stop:
             return None
+        # (1, L) over (K, L)
         losses += torch.cat((torch.tensor([found], dtype=torch.float64), found_KL.cpu()))
         weights += torch.cat((weights_L.unsqueeze(0), weights_KL)).cpu()
     record = sums.record(means(losses[0].tolist(), weights[0].tolist()), VALIDATION_LOSS)
@@ -87,5 +91,5 @@ def evaluate(
 
 
 def is_recorded(folder: Path, step: int, world: Group) -> bool:
-    """Return on every rank what rank 0 finds: whether the run's metrics have an evaluation of the step."""
+    """Return True if the run's metrics have an evaluation of the step, as rank 0 finds. Collective over `world`."""
     return on_first(lambda: any(map(is_evaluation, records_of(folder, step))), world, EnvironmentProblem)

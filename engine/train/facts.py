@@ -1,4 +1,4 @@
-"""What the ranks of a run must have in common (contract "Agreement"): facts of one rank, compared with rank 0's."""
+"""Facts that all ranks of a run must have in common (contract "Agreement"); each rank's are compared with rank 0's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ PACKAGES = ("engine", "launcher", "tools")
 
 
 def facts_of_start(config: RunConfig, place: RankEnvironment, device: torch.device) -> dict[str, Any]:
-    """What is known before the ranks meet; every key of the configuration, whatever its kind, is a fact."""
+    """Return what is known before the ranks meet; every key of the configuration, whatever its kind, is a fact."""
+    # `folder` is compared as an absolute path below: ranks may be started in different working directories.
     keys = {key: value for key, (_, value) in flatten(config).items() if key != "folder"}
     versions = {f"version of {name}": number for name, number in library_versions().items()}
     return {
@@ -50,13 +51,14 @@ def facts_of_data(training: list[WeightedDataset], validation: list[ValidationSe
 
 
 def gpu_of(device: torch.device) -> str:
-    """A name that this rank's GPU has on every rank that sees it; empty for the CPU.
+    """Return a name that this rank's GPU has on every rank that sees it; empty for the CPU.
 
     Parts of a GPU (MIG) are told apart by the name under which this rank sees its own.
     """
     if device.type != "cuda":
         return ""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    # Parts of one GPU (MIG) report the same UUID: without the name two ranks would seem to share a GPU.
     part = visible if visible.startswith("MIG-") and "," not in visible else ""
     return f"{torch.cuda.get_device_properties(device).uuid}{part and f' {part}'}"
 
@@ -66,6 +68,7 @@ def code_hash() -> str:
     """Hash of the sources of Palimpsest that this process runs, as 16 hex digits."""
     root = Path(engine.__file__).parents[1]
     digest = hashlib.sha256()
+    # Name and content, each ended by a zero byte: no renaming or moving of text between files keeps the hash.
     for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Failures that libraries tell in their own words, in ours: a neighbour that is gone, and memory that is not there."""
+"""Translation of library errors into ours: a neighbour that is gone, and memory that is exhausted."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from engine.errors import EnvironmentProblem, PalimpsestError
 
+# Matched by text: gloo, NCCL and torch's store raise a plain RuntimeError for all of these.
 _LOST = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|gloo/transport|Socket Timeout|NCCL communicator was aborted"
     r"|NCCL error|remote process exited|Timed out waiting|failed to recv|Connection refused"
@@ -20,7 +21,7 @@ class LostNeighbour(EnvironmentProblem):
 
 
 def translate_error(error: Exception, global_rank: int, step: int) -> Exception:
-    """The error as a user should read it: itself, or one of ours for what it stands for."""
+    """Return the error as a user should read it: itself, or one of ours for what it stands for."""
     if isinstance(error, PalimpsestError):
         return error
     text = f"{type(error).__name__}: {error}"

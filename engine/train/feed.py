@@ -1,9 +1,9 @@
 """This rank's share of the data, as the keywords of its pipeline stage, on its device.
 
-What a stage needs is its family's to say; ranks that need nothing read nothing and only advance the stream. Where there
-are several sources, or held-out data sets, the last stage's rows say which they are of (`DOMAINS`).
+The family names the inputs of a stage; ranks that need none read nothing and only advance the stream. Where there are
+several sources, or validation sets, the last stage's rows say which they are of (`DOMAINS`).
 
-Legend: L losses, K domains (sources, or held-out data sets; 0 where losses are not told apart).
+Legend: L losses, K domains (sources, or validation sets; 0 where losses are not told apart).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from engine.train.sequence_slices import own_part
 from engine.train.signals import Stopping
 
 LOOK_SECONDS = 0.2
-"""How often a rank that waits for data looks whether it is to stop."""
+"""Seconds between two looks at a request to stop, on a rank that waits for data."""
 EVALUATION_CHUNK = 8
 """Micro-batches that one evaluation pass sends through the pipeline."""
 
@@ -52,7 +52,7 @@ class Feed:
         spec: PipelineStageSpec,
         asked: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Make the feed of run stage `number` (from 0); `asked()` says whether this rank is to stop."""
+        """Make the feed of run stage `number` (from 0); `asked()` is True once this rank is to stop."""
         self._asked = asked
         self.groups, self.device = groups, device
         self.run_stage = run_stage = config.stages[number]
@@ -80,11 +80,11 @@ class Feed:
 
     @property
     def reads(self) -> bool:
-        """Whether this rank's stage needs anything of the data."""
+        """True if this rank's stage takes any input from the data."""
         return bool(self.inputs)
 
     def start(self) -> None:
-        """Begins to read ahead; call when the stream stands where training goes on."""
+        """Begin to read ahead; call when the stream stands where training goes on."""
         if self.reads:
             coordinates, layout = self.groups.coordinates, self.groups.layout
             shape = (coordinates.data_rank, layout.data, self.parallel.micro_batch_size)
@@ -92,20 +92,22 @@ class Feed:
             self._prefetcher = Prefetcher(self.stream, *shape, cut=self._own_inputs, gpu=gpu)
 
     def step(self) -> tuple[list[Tensors], list[float]]:
-        """The stage's inputs of the next step, and the weight of this data rank's targets by loss (0 where it reads
-        none): L of all rows, then L of each domain's.
+        """Return the stage's inputs of the next step, and the weight of this data rank's targets by loss (0 where it
+        reads none): L of all rows, then L of each domain's.
 
         Raises:
             Stopping: this rank was asked to before its data had come.
         """
         begin = time.perf_counter()
         self._before = self.stream.progress
+        # Middle stages under pipeline parallelism: their inputs come from the stage before, but the stream moves on.
         if self._prefetcher is None:
             count = num_micro_batches(self.stream.batch_size, self.parallel, self.groups.layout.data)
             self.stream.skip()
             batches: list[Batch] = []
             inputs: list[Tensors] = [{} for _ in range(count)]
         else:
+            # A wait without end would not see a signal: a rank whose storage hangs must still stop with the others.
             while not self._prefetcher.wait(LOOK_SECONDS):
                 if self._asked():
                     raise Stopping("a signal came while this rank waited for its data")
@@ -115,26 +117,28 @@ class Feed:
         return inputs, self._weights(batches, len(self.domains))
 
     def quarantine(self, damage: Damage) -> None:
-        """Takes back the last `step`, on whatever rank it failed or not, and does without a shard from it on.
+        """Take back the last `step`, whether it failed on this rank or not, and do without a shard from it on.
 
         Every rank calls it alike. Raises `DataError` where the data cannot do without it.
         """
+        # What was read ahead may hold rows of the lost shard, so reading starts again.
         self.close()
         self.stream.advance_to(self._before)
         self.stream.lose(damage)
         self.start()
 
     def step_back(self) -> None:
-        """Makes the stream forget the last `step`, on a rank that had its data when another one was told to stop."""
+        """Make the stream forget the last `step`, on a rank that had its data when another one was told to stop."""
         self.stream.advance_to(self._before)
 
     @property
     def num_validation_chunks(self) -> int:
-        """How often `validation_chunks` yields: the same on every rank."""
+        """Number of chunks that `validation_chunks` yields, the same on every rank."""
+        # rounded up
         return -(-self._num_validation_batches() // EVALUATION_CHUNK)
 
     def validation_chunks(self) -> Iterator[tuple[list[Tensors], list[float]]]:
-        """(inputs, weights) of the held-out samples, a chunk of micro-batches at a time. Raises as it reads."""
+        """Yield (inputs, weights) of the validation samples, a chunk of micro-batches at a time. Raises as it reads."""
         assert self.validation is not None
         batches = self.validation.batches(
             self.groups.coordinates.data_rank, self.groups.layout.data, self.parallel.micro_batch_size
@@ -152,35 +156,38 @@ class Feed:
         return self.validation.num_batches(self.groups.layout.data, self.parallel.micro_batch_size)
 
     def close(self) -> None:
-        """Ends the reading thread; safe to call twice."""
+        """End the reading thread; safe to call twice."""
         if self._prefetcher is not None:
             self._prefetcher.close()
             self._prefetcher = None
 
     def _own_inputs(self, batch: Batch, step: int | None) -> Tensors:
-        """This rank's part of what its stage takes of a batch, on the CPU; keys of dropout in a step of training alone.
+        """Return this rank's part of what its stage takes of a batch, on the CPU; keys of dropout in training alone.
 
-        For the reading thread, too: it reads what does not change.
+        The reading thread calls it, too: nothing that it reads here changes. A validation batch has no `step`.
         """
         inputs = batch.inputs
         if step is not None and KEYS in self.inputs:
             samples = batch.samples_B3
             if len(self.stream.parts) > 1:  # sources have addresses of their own
+                # (B, 3) -> (B, 4)
                 samples = torch.cat((batch.domains_B[:, None].long(), samples), dim=1)
             inputs = inputs | {KEYS: torch.from_numpy(dropout_keys(self.seed, step, samples.numpy()))}
+        # Cut before the upload: a rank's GPU gets its slice of the sequence and not whole rows.
         taken = {name: tensor for name, tensor in inputs.items() if name in self.inputs}
         own = own_part(taken, self.run_stage.sequence_length, self.parallel.sequence_ranks, self.groups.sequence)
         domains = self.domains if step is not None else self.validation is not None and self.validation.names
         return own | ({DOMAINS: batch.domains_B.long()} if domains and self._has_head else {})
 
     def _moved(self, batch: Batch) -> Tensors:
-        """A held-out batch's, on this rank's device."""
+        """Return this rank's inputs of a validation batch, on its device."""
         return {name: tensor.to(self.device) for name, tensor in self._own_inputs(batch, step=None).items()}
 
     def _weights(self, batches: list[Batch], num_domains: int) -> list[float]:
-        """(L + K * L,) weight of the targets of all batches, by loss, then by domain and loss."""
+        """Return the weight of the targets of all batches, by loss, then by domain and loss: (L + K * L,)."""
         all_L = [sum(batch.weights[name] for batch in batches) for name in self.losses]
         of_KL = np.zeros((num_domains, len(self.losses)))
         for batch in batches if num_domains else ():
+            # one (K,) per loss -> (K, L)
             of_KL += np.stack([batch.weights_by_domain(name, num_domains) for name in self.losses], axis=1)
         return [*all_L, *of_KL.ravel().tolist()]

@@ -178,10 +178,12 @@ class Hooks:
         self._kept = Sections()
         for hook in hooks:
             if hook.section is not None:
+                # A checkpoint from before a hook existed, or was switched on, can still be loaded.
                 self._kept.register(hook.section, hook, begins_anew=True)
 
     def start(self, run: Run) -> bool:
-        """Return True if any rank was asked to stop meanwhile; hooks after it do not start then."""
+        """Start the hooks; return True if any rank was asked to stop meanwhile: hooks after that one do not start."""
+        # `any` stops at the first True, as is meant: the answer is the same on every rank.
         return any(hook.start(run) for hook in self._hooks)
 
     def begin_run_stage(self, run: Run) -> None:
@@ -194,6 +196,7 @@ class Hooks:
 
     def before_update(self, run: Run, update: Update) -> bool:
         """Return True if every hook accepts the update; each is asked, whatever those before it said."""
+        # A list: `all` over a generator would stop at the first False, and each hook has to see every step.
         answers = [hook.before_update(run, update) for hook in self._hooks]
         return all(answers)
 
@@ -230,5 +233,6 @@ class Hooks:
         self._kept.restore(of_hooks, "the checkpoint", _log.info)
 
     def close(self) -> None:
+        # Backwards, so that the recorder, which is first, closes after the hooks that write to it.
         for hook in reversed(self._hooks):
             hook.close()

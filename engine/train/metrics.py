@@ -1,4 +1,4 @@
-"""Where a run's numbers go: the terminal, JSON lines, TensorBoard, wandb, and a plot of the loss.
+"""Sinks of a run's records: the terminal, JSON lines, TensorBoard, wandb, and a plot of the loss.
 
 One record per step and one per evaluation, written by rank 0 alone. Over restarts each step stands once: what lies
 beyond the step that a run resumes at is cut from the JSON lines, hidden in TensorBoard, and the wandb run goes on
@@ -35,7 +35,7 @@ _log = logger(__name__)
 
 
 class Sink(Protocol):
-    """One place where records go."""
+    """One destination of records."""
 
     def write(self, record: Record) -> None: ...
 
@@ -76,7 +76,9 @@ class TensorBoard:
 
         self._Event, self._Summary = Event, Summary
         self._writer = RecordWriter(_next_event_file(folder / "tensorboard").open("xb"))
+        # the version event that TensorBoard's readers expect first
         self._write(Event(file_version="brain.Event:2"))
+        # TensorBoard discards what it has read of this step and later ones: a resumed run repeats them.
         self._write(Event(step=resumed_at + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, record: Record) -> None:
@@ -115,10 +117,12 @@ class Wandb:
                 project=config.logging.wandb_project,
                 name=config.name,
                 id=_wandb_id(config.folder),
+                # offline, wandb ignores it: the files are joined by their id when they are synced
                 resume="allow" if config.logging.wandb == "online" else None,
                 mode=config.logging.wandb if config.logging.wandb != "off" else "disabled",
                 dir=str(config.folder),
                 config=redacted(config.model_dump(mode="json")),
+                # wandb would else wrap standard output and error, which `engine.output` has done already.
                 settings=wandb.Settings(console="off", silent=True),
             )
         finally:
@@ -151,6 +155,7 @@ class Tracker:
     def _attempt(self, what: str, action: Callable[[], object]) -> None:
         try:
             action()
+        # Not a narrower class: trackers raise classes of their own, and none is worth a training run.
         except Exception as error:
             _log.warning("%s cannot %s and is left out: %s", self._name, what, error)
             self._sink = None
@@ -184,13 +189,14 @@ class Metrics:
 
 
 def open_metrics(config: RunConfig, resumed_at: int, num_rollbacks: int = 0) -> Metrics:
-    """The sinks that a configuration asks for, for a run that has been rolled back so many times. Rank 0 only."""
+    """Open the sinks that a configuration asks for. `num_rollbacks` are those of the run so far. Rank 0 only."""
     sinks: list[Sink] = [
         JsonLines(config.folder, resumed_at, num_rollbacks),
         Terminal(config),
     ]
     if config.logging.tensorboard:
         tensorboard = Tracker("TensorBoard", lambda: TensorBoard(config.folder, resumed_at))
+        # The records of rollbacks that `records.cut` has kept beyond this step: START hides them in the older files.
         for rollback in records.records_from(config.folder, resumed_at + 1):
             tensorboard.write(rollback)
         sinks.append(tensorboard)
@@ -208,7 +214,7 @@ def run_stage_borders(config: RunConfig) -> dict[int, str]:
 
 
 def is_evaluation(record: Record) -> bool:
-    """Return true for the record of an evaluation, whatever its loss was."""
+    """Return True for the record of an evaluation, even if its loss was not finite."""
     return any(name.startswith("validation_") for name in record)
 
 
@@ -217,16 +223,17 @@ def _finite(record: Record) -> Record:
 
 
 def _next_event_file(folder: Path) -> Path:
-    """A path whose name follows those of all of TensorBoard's files in the folder; the folder is made."""
+    """Return a path whose name follows those of all of TensorBoard's files in the folder; make the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     numbers = [re.match(r"events\.out\.tfevents\.(\d+)", path.name) for path in folder.iterdir()]
     newest = max((int(number[1]) for number in numbers if number), default=0)
+    # 10 digits, as torch's writer has: names then sort as their numbers do.
     number = max(newest + 1, int(time.time()))
     return folder / f"events.out.tfevents.{number:010d}.{socket.gethostname()}.{os.getpid()}"
 
 
 def _wandb_id(folder: Path) -> str:
-    """An id that stays with the run folder; made once, when the folder is new."""
+    """Return an id that stays with the run folder; made once, when the folder is new."""
     path = folder / "wandb-id"
     if not path.exists():
         import uuid

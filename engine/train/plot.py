@@ -1,4 +1,4 @@
-"""`loss.png` in the run folder: training and held-out loss over steps, drawn by a thread while the run goes on.
+"""`loss.png` in the run folder: training and validation loss over steps, drawn by a thread while the run goes on.
 
 The picture is made from `metrics.jsonl`, so that it shows what earlier starts of the run have recorded. Reading keeps a
 bounded number of points however long the run is, and a drawing waits until it is cheap beside the time since the last
@@ -21,9 +21,9 @@ from engine.logs import logger
 
 PLOT = "loss.png"
 EVERY_SECONDS = 30.0
-"""Least time between the ends of two drawings."""
+"""Seconds from the end of a drawing to the next, at the least."""
 IDLE_FACTOR = 50.0
-"""A drawing is followed by so many times its own seconds without one."""
+"""Pause after a drawing, as a multiple of the seconds that it took: drawing takes at most 2 % of the time."""
 MAX_POINTS = 4096
 """Points of the training loss that are drawn; of a longer run every second, fourth, ... record is."""
 MAX_TITLE = 80
@@ -51,7 +51,7 @@ class Plot:
         self._failed = False
 
     def write(self, record: dict[str, Any]) -> None:
-        """Starts a drawing if none is under way and the last one is long enough ago."""
+        """Start a drawing if none is under way and the last one is long enough ago."""
         if self._thread is not None and not self._thread.is_alive():
             self._thread = None
         if self._thread is None and self._clock() >= self._due and not self._failed:
@@ -59,7 +59,7 @@ class Plot:
             self._thread.start()
 
     def close(self) -> None:
-        """Draws everything; returns when it is done."""
+        """Draw everything; return when it is done."""
         if self._thread is not None:
             self._thread.join()
         if not self._failed:
@@ -117,7 +117,7 @@ def draw_curve(axes: Any, curve: Curve, style: str, label: str, color: str | Non
 
 
 def read_curves(lines: Iterable[bytes]) -> tuple[Curve, Curve]:
-    """Training and held-out loss in lines of JSON, the former thinned to `MAX_POINTS` evenly spaced records.
+    """Return training and validation loss in lines of JSON, the former thinned to `MAX_POINTS` evenly spaced records.
 
     Lines that are no record (a kill cuts the last one off) are left out; those that are thinned out are not parsed.
     """
@@ -125,6 +125,7 @@ def read_curves(lines: Iterable[bytes]) -> tuple[Curve, Curve]:
     validation: Curve = []
     stride, seen = 1, 0
     for line in lines:
+        # Looked for as bytes: parsing JSON is what takes the time, and of a long run most lines are skipped here.
         evaluates = b'"validation_' in line
         if not evaluates and b'"learning_rate"' in line:
             seen += 1
@@ -140,6 +141,7 @@ def read_curves(lines: Iterable[bytes]) -> tuple[Curve, Curve]:
         elif "learning_rate" in record:
             training.append((step, record.get("loss", math.nan)))
             if len(training) > MAX_POINTS:
+                # With at most 4 points, of records 0 to 4 the records 0, 2, 4 stay, and the next one taken is 6.
                 del training[1::2]
                 stride *= 2
     return training, validation
@@ -156,7 +158,8 @@ def final(curve: Curve) -> tuple[int, float] | None:
 
 
 def isolated(curve: Curve) -> Curve:
-    """The points of a curve that no line reaches, since both neighbours are missing or NaN."""
+    """Return the points of a curve that no line reaches, since both neighbours are missing or NaN."""
+    # padded by one on each side: values[i] and values[i + 2] are the neighbours of curve[i]
     values = [math.nan, *(value for _, value in curve), math.nan]
     return [
         point
@@ -166,7 +169,7 @@ def isolated(curve: Curve) -> Curve:
 
 
 def title(name: str) -> tuple[str, list[str]]:
-    """The name as it can be drawn, and the font families to draw it with.
+    """Return the name as it can be drawn, and the font families to draw it with.
 
     Characters that the default font lacks are looked for in the other installed fonts; those that none has are
     romanised.
@@ -180,12 +183,13 @@ def title(name: str) -> tuple[str, list[str]]:
 
 
 def _families(text: str) -> tuple[list[str], set[str]]:
-    """Installed font families that draw the text together, the default first, and the characters that none has."""
+    """Return font families that draw the text together, the default first, and the characters that none has."""
     from matplotlib import font_manager, ft2font
 
     found, missing = [], set(text) - {" "}
     default = font_manager.FontProperties()
     paths = [font_manager.findfont(default), *(entry.fname for entry in font_manager.fontManager.ttflist)]
+    # dict.fromkeys: without repetitions, in order, the default font first
     for path in dict.fromkeys(paths):
         if found and not missing:
             break

@@ -30,7 +30,7 @@ class _Line(NamedTuple):
 
 
 def read_metrics(folder: Location) -> list[dict[str, Any]]:
-    """All records of a run folder, oldest first; none where there is no file."""
+    """Return all records of a run folder, oldest first; none where there is no file."""
     try:
         with (folder / METRICS).open("rb") as file:
             return [record for line in file if (record := _parse(line)) is not None]
@@ -52,7 +52,7 @@ def records_from(folder: Path, step: int) -> Iterator[dict[str, Any]]:
 
 
 def records_of(folder: Path, step: int) -> list[dict[str, Any]]:
-    """The records of one step."""
+    """Return the records of one step."""
     found = []
     for record in records_from(folder, step):
         if record["step"] != step:
@@ -62,7 +62,7 @@ def records_of(folder: Path, step: int) -> list[dict[str, Any]]:
 
 
 def last_step(folder: Path) -> int:
-    """The step of the newest record; 0 where there is none."""
+    """Return the step of the newest record; 0 where there is none."""
     try:
         with (folder / METRICS).open("rb") as file:
             _, newest = _find(file, math.inf)
@@ -72,7 +72,7 @@ def last_step(folder: Path) -> int:
 
 
 def metric_of(folder: Path, steps: Iterable[int], name: str) -> dict[int, float]:
-    """The metric `name` of those of `steps` that have one."""
+    """Return the metric `name` by step, of those of `steps` that have one."""
     return {step: record[name] for step in steps for record in records_of(folder, step) if name in record}
 
 
@@ -88,7 +88,9 @@ def cut(folder: Path, resumed_at: int, num_rollbacks: int) -> None:
         kept = b""
         while (line := _next_line(file)) is not None:
             if line.record.get("rollback", math.inf) <= num_rollbacks:
+                # moved to the next step, so that the file stays in ascending order
                 kept += json.dumps(line.record | {"step": resumed_at + 1}).encode() + b"\n"
+        # A kill between a line and its newline leaves a record that parses: end that line first.
         if newest is not None and not _ends_a_line(file, start):
             kept = b"\n" + kept
         file.seek(start)
@@ -97,14 +99,17 @@ def cut(folder: Path, resumed_at: int, num_rollbacks: int) -> None:
 
 
 def _find(file: BinaryIO, step: float) -> tuple[int, dict[str, Any] | None]:
-    """Position of the first record of `step` or a later one (the end of the last record where there is none), and the
-    record before it.
+    """Return the position of the first record of `step` or a later one, and the record before it.
+
+    The position is the end of the last record where there is no such record.
 
     Invariant: every record before `low` is of an earlier step, and every one that starts at `high` or behind is not.
     """
     low, high, before = 0, file.seek(0, os.SEEK_END), None
     while low < high:
         middle = (low + high) // 2
+        # From one byte earlier, so that a line that starts exactly at `middle` is not skipped: lines of 10 bytes and
+        # middle = 20 read the newline at 19 and then the line at 20; middle = 21 reads on to the line at 30.
         file.seek(max(0, middle - 1))
         if middle:
             file.readline()  # to the first line that starts at `middle` or behind it
@@ -117,7 +122,7 @@ def _find(file: BinaryIO, step: float) -> tuple[int, dict[str, Any] | None]:
 
 
 def _next_line(file: BinaryIO) -> _Line | None:
-    """The next line that is a record; None at the end of the file."""
+    """Return the next line that is a record; None at the end of the file."""
     while text := file.readline():
         if (record := _parse(text)) is not None:
             return _Line(record, file.tell())
@@ -128,7 +133,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
         record["step"] = int(record["step"])
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):  # a kill or a full disk leaves any bytes
         return None
     return record
 

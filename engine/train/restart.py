@@ -1,7 +1,7 @@
-"""Saving a run and taking it up again: what goes into a checkpoint, and what must agree when one is loaded.
+"""Saving a run and taking it up again: content of a checkpoint, and what must agree when one is loaded.
 
-Who may go on from whom is the contract "Config on resume": keys of kind `meaning` must be equal, `schedule` keys may
-change and are logged, `execution` keys (the layout among them) are free.
+The contract "Config on resume" says which runs may go on from a checkpoint: keys of kind `meaning` must be equal,
+`schedule` keys may change and are logged, `execution` keys (the layout among them) are free.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ class Restarts:
         """
         state = on_first(self._newest_state, self.groups.world, CheckpointError)
         on_first(lambda: self._compare_config(state.run_stage), self.groups.world, ConfigError)
+        # Read before this start becomes the owner: generations in memory are of the job that used the folder last.
         before = on_first(lambda: owner_of(self.folder), self.groups.world, CheckpointError)
         self._job_before = before.job if before is not None else self.place.job
         self._saver.acquire(self.place.job, self.place.attempt)
@@ -103,7 +104,7 @@ class Restarts:
         return state
 
     def reserve(self, engine: StageEngine) -> None:
-        """Takes the memory of all saves to come, before the first step.
+        """Take the memory of all saves to come, before the first step.
 
         Raises:
             EnvironmentProblem: the nodes' memory has no room for the generations that `checkpoint.memory` asks for.
@@ -113,12 +114,13 @@ class Restarts:
             self._memory.check_room(num_bytes)
 
     def save(self, state: TrainState, engine: StageEngine, sections: Sections, wait: bool) -> None:
-        """Begins a checkpoint, once the one before has ended; with `wait`, or where it is asked for, ends it, too.
+        """Begin a checkpoint once the one before has ended; with `wait`, or unless saves are asynchronous, end it, too.
 
         Raises:
             CheckpointError: it failed, or the one before; with `checkpoint.on_failure: continue` only where `wait`
                 asks for a checkpoint that is there.
         """
+        # One host buffer serves all saves, so the one before has to be out of it.
         self._tolerate(self._saver.settle)
 
         def begin() -> None:
@@ -127,10 +129,12 @@ class Restarts:
             if wait or not self.config.checkpoint.asynchronous:
                 self._saver.settle()
 
+        # A caller that waits needs the checkpoint itself (the run ends, or has just left out samples), so it fails.
         begin() if wait else self._tolerate(begin)
 
     def keep(self, state: TrainState, engine: StageEngine, sections: Sections) -> None:
-        """Begins a checkpoint in the nodes' memory, except where another one is under way."""
+        """Begin a checkpoint in the nodes' memory, except where another one is under way."""
+        # Equal on every rank, so all begin or none does. A skipped one is made up for by the next.
         if self._saver.in_flight is None:
             self._tolerate(lambda: self._begin(state, engine, sections, self._memory), optional=True)
 
@@ -145,7 +149,7 @@ class Restarts:
         )
 
     def hold_update(self) -> None:
-        """Call before the weights of a step change: what a save still copies has to be what it was."""
+        """Hold the next update until the save in flight has copied the weights; call before each update."""
         self._saver.hold_update()
 
     def signals(self) -> tuple[float, float]:
@@ -153,7 +157,7 @@ class Restarts:
         return self._saver.signals()
 
     def advance(self, done: float, failed: float) -> None:
-        """Takes the save in flight on; call after each step.
+        """Advance the save in flight; call after each step.
 
         Raises:
             CheckpointError: it failed, and `checkpoint.on_failure` is `stop`.
@@ -161,18 +165,19 @@ class Restarts:
         self._tolerate(lambda: self._saver.advance(done, failed))
 
     def settle(self) -> None:
-        """Waits for the save in flight and its commit; raises as `advance`."""
+        """Wait for the save in flight and its commit; raises as `advance`."""
         self._tolerate(self._saver.settle)
 
     def abandon(self) -> None:
-        """Ends what writes in the background; for the end of a rank, not collective."""
+        """End what writes in the background; for the end of a rank, not collective."""
         self._saver.abandon()
 
     def end(self, state: TrainState) -> None:
-        """Gives the nodes' memory back where the disk has what is there; for the end of a run that has not failed."""
+        """Give the nodes' memory back if the disk has the newest state; for the end of a run that has not failed."""
         if self._memory is None:
             return
         on_disk = on_first(lambda: committed(self.folder), self.groups.world, CheckpointError)
+        # After a failed last save the memory holds the only copy of the newest steps.
         if on_disk and step_of(on_disk[0]) >= state.step:
             self._memory.end()
 
@@ -185,6 +190,7 @@ class Restarts:
             CheckpointError: there are checkpoints and none of them verifies, or the newest is of another model.
         """
         self.settle()  # of a run that goes back to it
+        # The steps since are trained again, on other samples after a rollback: their metrics change.
         self._metric = {}
         path, spread = self._choose(engine, go_back)
         if self._memory is not None:  # what is there and not gone on from is of a past that will not be
@@ -202,16 +208,21 @@ class Restarts:
                 "the same model, data, seed and batch",
                 "start afresh with another `folder`",
             )
+        # the working weights (bf16, say) from the fp32 master weights that were just loaded
         engine.refresh()
+        # the count of Adam's bias correction, which is no tensor of a shard
         engine.set_updates(state.updates)
         return Restored(state, manifest, path)
 
     def _choose(self, engine: StageEngine, go_back: bool) -> tuple[Path | None, bool]:
-        """The checkpoint to load, and whether it is spread over the nodes' memory; the newer place is looked at first,
-        and the disk's files only where memory has nothing newer."""
+        """Return the checkpoint to load, and True if it is spread over the nodes' memory.
+
+        The disk's files are read only where memory has nothing newer.
+        """
         on_disk = on_first(lambda: committed(self.folder), self.groups.world, CheckpointError)
         recall = Recall(self._memory) if self._memory is not None and not go_back else None
         wanted = engine.parameter_shards(), engine.zero_moments
+        # Newest first. For each on the disk, memory is asked for something newer; None: for anything at all.
         for path in [*on_disk, None]:
             if recall is not None and (found := recall.newest(self._eligible(path), *wanted)) is not None:
                 return found, True
@@ -229,6 +240,7 @@ class Restarts:
                 return 0
             return manifest.attempt if manifest is not None and manifest.job == self._job_before else 0
 
+        # A start after a rollback trains a step again, with other samples: what an earlier attempt has of it is stale.
         least_attempt = on_first(attempt, self.groups.world, CheckpointError)
         least_step = step_of(on_disk) + 1 if on_disk is not None else 0
         return Eligibility(frozenset(meaning_hashes(self.config)), self._job_before, least_step, least_attempt)
@@ -283,9 +295,11 @@ class Restarts:
 
     def _tolerate(self, action: Callable[[], object], optional: bool = False) -> None:
         """Call an action that may fail to save; log the failure where the run goes on without that checkpoint."""
+        # asked before the action, which may end the save in flight
         optional = optional or self._saver.goes_to(self._memory)
         try:
             action()
+        # Another start trains this run by now: going on would do its work a second time.
         except Superseded:
             raise
         except CheckpointError as error:
@@ -297,7 +311,7 @@ class Restarts:
             _log.error("a checkpoint could not be saved, and the run goes on: %s", error)
 
     def _committed(self, newest: Path) -> None:
-        """Notes the commit of `newest`, which was read back by its writers, and removes what is not to be kept.
+        """Note the commit of `newest`, which was read back by its writers, and remove what is not to be kept.
 
         On rank 0, in the background.
         """
@@ -305,11 +319,13 @@ class Restarts:
         if keep.keep_best:
             steps = [step_of(path) for path in committed(self.folder)]
             known = {step: self._metric[step] for step in steps if step in self._metric}
+            # Each is looked up once: a commit costs the same however many checkpoints stay.
             unknown = [step for step in steps if step not in known]
             self._metric = known | metric_of(self.config.folder, unknown, keep.best_metric)
         retention = Retention(keep.keep_last, keep.keep_every, keep.keep_best, self._metric)
         try:
             prune(self.folder, retention, newest)
+        # also where the removal fails: the new checkpoint stands
         finally:
             saved.note(self.config.folder, step_of(newest))
 

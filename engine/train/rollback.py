@@ -46,12 +46,14 @@ class Stability(Hook):
         first = self.guard.offending(run.state.rollbacks)
         if first is None:
             return False
+        # before going back, which moves both
         spiked, end = run.state.step, run.feed.stream.position
         run.go_back(first)
         # Before the save: a kill between the two leaves a record that no checkpoint counts, which the next start cuts.
         step, rollbacks = run.state.step + 1, run.state.rollbacks
         run.write({"step": step, "rollback": rollbacks, "left_out_from": first, "left_out_to": end})
         run.save(wait=True)
+        # `go_back` has stopped reading ahead
         run.feed.start()
         _log.warning(
             "the loss spiked up to step %d: back at step %d, leaving out the samples at %d to %d",

@@ -1,4 +1,4 @@
-"""A run from start to end, as every rank lives it: meet, train, say how it ended."""
+"""One rank of a run from start to end: meet the other ranks, train, report the outcome."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from engine.train.trainer import Trainer
 def train(
     config: RunConfig, layout: Layout, place: RankEnvironment, signals: StopSignals, heart: Heartbeat, folder: RunFolder
 ) -> int:
-    """Trains to the end of the run, or until a signal; returns the exit code. Every rank of the world calls it.
+    """Train to the end of the run, or until a signal; return the exit code. Every rank of the world calls it.
 
     Rank 0, or its supervisor, has taken `folder`, the run folder.
 
@@ -59,6 +59,7 @@ def train(
         if trainer is not None and isinstance(error, PalimpsestError):
             with contextlib.suppress(CheckpointError):  # raised on every rank or on none: what was trained is not lost
                 trainer.restarts.settle()
+        # An error that was ours already keeps its own cause: it cannot be the cause of itself.
         raise told from (error if told is not error else error.__cause__)
     finally:
         if trainer is not None:
@@ -83,6 +84,8 @@ def meet(config: RunConfig, place: RankEnvironment, device: torch.device, folder
     def compare(store: Any) -> None:
         agree(store, place.global_rank, place.world_size, facts, limit_seconds, gpu_of(device))
 
+    # Compared over the store, before a process group exists: ranks that were started with other layouts would wait
+    # for each other in the first collective until its timeout.
     connect(place, device, limit_seconds=limit_seconds, agree=compare)
     folder.met = True
 
@@ -94,7 +97,7 @@ def _note_failure(folder: RunFolder, place: RankEnvironment, step: int, error: E
 
 
 def choose_device(place: RankEnvironment) -> torch.device:
-    """This rank's GPU where there is one and DeepSpeed is not told to use the CPU.
+    """Return this rank's GPU, or the CPU where there is none or DeepSpeed is told to use it (DS_ACCELERATOR=cpu).
 
     Clusters show a task either all GPUs of its node or its own alone, which then has index 0.
 
@@ -110,6 +113,7 @@ def choose_device(place: RankEnvironment) -> torch.device:
             f"at most {count} ranks on this node, or one visible GPU for each",
             "start fewer ranks, or look at CUDA_VISIBLE_DEVICES",
         )
+    # One visible GPU: the cluster has given each task its own, and all of them call it 0.
     index = place.local_rank if count > 1 else 0
     os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed takes its device from there
     torch.cuda.set_device(index)

@@ -1,6 +1,6 @@
 """Metrics of several runs side by side, and the first step at which they part.
 
-Every run is compared with the first one, step by step, in what training computes: whatever a record holds but times.
+Every run is compared with the first one, step by step, in all numbers that training computes, so in all but times.
 Two runs on one layout are equal bit for bit, so the first exact difference names the step where something happened; on
 other layouts sums are rounded in another order, and the first step whose loss differs by more than a tolerance does.
 Runs that still go on are read as far as they are. Nothing here imports torch.
@@ -112,6 +112,7 @@ def compare_runs(first: RunMetrics, other: RunMetrics, tolerance: float) -> Comp
     for step, left, right in _common_steps(first.folder, other.folder):
         num_common += "step" in left and "step" in right
         for kind in left.keys() & right.keys():
+            # The first of each kind stays; two comparisons, since the last bits may part long before the losses do.
             parted = parted or _parting(step, left[kind], right[kind], None)
             beyond = beyond or _parting(step, left[kind], right[kind], tolerance)
         if parted and beyond:
@@ -149,6 +150,8 @@ def _common_steps(first: Path, other: Path) -> Iterator[tuple[int, _ByKind, _ByK
     while here is not None and there is not None:
         if here[0] == there[0]:
             yield here[0], here[1], there[1]
+        # Merge of two ascending sequences: whichever is behind goes on, and both where they are equal.
+        # Kept, since `here` may be the next step by the time of the second comparison.
         behind = here[0]
         if behind <= there[0]:
             here = next(left, None)
@@ -169,10 +172,12 @@ def _kind(record: Record) -> str:
 
 def _parting(step: int, left: Record, right: Record, tolerance: float | None) -> Parting | None:
     """Return the first number of two records that differs: by any bit, or a loss by more than a tolerance."""
+    # names of both, without repetitions, in the order of the records: the same name is reported on each call
     for name in dict.fromkeys((*left, *right)):
         if name in TIMES or (tolerance is not None and not _is_loss(name)):
             continue
         first, other = left.get(name), right.get(name)
+        # None, a number that was not finite, equals None alone.
         if first != other and not _close(first, other, tolerance or 0.0):
             return Parting(step, name, first, other)
     return None
@@ -186,6 +191,7 @@ def _is_loss(name: str) -> bool:
 def _close(first: float | None, other: float | None, tolerance: float) -> bool:
     if first is None or other is None:
         return False
+    # Relative and symmetric. With tolerance 0 unequal numbers are never close.
     return abs(first - other) <= tolerance * max(abs(first), abs(other))
 
 
@@ -199,6 +205,7 @@ def draw(runs: list[RunMetrics], labels: list[str], path: Path) -> None:
     axes = figure.add_subplot()
     shown: list[tuple[str, list[str]]] = []
     for number, (run, label) in enumerate(zip(runs, labels, strict=True)):
+        # ceiling of steps / MAX_POINTS, so that at most MAX_POINTS stay
         thinned = run.training[:: -(-len(run.training) // MAX_POINTS)]
         for curve, style, text in ((thinned, "-", label), (run.validation, "o--", f"{label}, validation")):
             if curve:

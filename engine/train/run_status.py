@@ -100,6 +100,7 @@ def read_status(folder: Path) -> RunStatus:
     """Return the status of the run in `folder`; whatever is missing or damaged there is None."""
     config, problem = _read_config(folder)
     newest = records.last_step(folder)
+    # A window of records, not the file: a run of a million steps is read as fast as a new one.
     found = list(records.records_from(folder, max(newest - WINDOW_STEPS, 0)))
     steps = [record for record in found if "step_seconds" in record]
     validation = next((record for record in reversed(found) if "validation_loss" in record), {})
@@ -177,16 +178,17 @@ def _was_used(folder: Path) -> bool:
 
 
 def _run_stage(config: RunConfig | None, step: int) -> tuple[int | None, str | None]:
-    """Number (from 1) and name of the run stage that the step after `step` belongs to; of the last one at the end."""
+    """Return number (from 1) and name of the run stage of the step after `step`; of the last one at the end."""
     if config is None:
         return None, None
     ends = list(itertools.accumulate(stage.num_steps for stage in config.stages))
+    # Ends 10 and 30: step 9 -> 0, step 10 -> 1 (its next step is the second's first), step 30 -> 2, cut to 1.
     index = min(bisect.bisect_right(ends, step), len(ends) - 1)
     return index + 1, config.stages[index].name
 
 
 def _speed(steps: list[dict[str, Any]]) -> float | None:
-    """Tokens per second of a usual recent step: a median, so that a start's first step (kernels) does not count."""
+    """Tokens per second of a usual recent step: a median, so that a start's first step (compilation) does not count."""
     speeds = [record["tokens_per_second"] for record in steps[-RECENT_STEPS:] if "tokens_per_second" in record]
     return statistics.median(speeds) if speeds else None
 
@@ -199,6 +201,7 @@ def _seconds_left(
         return None
     total = sum(stage.batches.samples(stage.num_steps) * stage.sequence_length for stage in config.stages)
     between = math.fsum(record.get("validation_seconds", 0.0) for record in found)
+    # Each second within steps costs `between / within` seconds of evaluation on top.
     return max(total - last["tokens"], 0) / speed * (1 + between / within)
 
 

@@ -20,7 +20,7 @@ def note(folder: Path, step: int) -> None:
 
 
 def newest(folder: Path) -> int | None:
-    """The step of the newest checkpoint that the run has committed; None where it has committed none."""
+    """Return the step of the newest checkpoint that the run has committed; None where it has committed none."""
     try:
         return int(json.loads((folder / FILE).read_text(encoding="utf-8"))["step"])
     except (FileNotFoundError, ValueError, TypeError, KeyError):

@@ -1,8 +1,10 @@
-"""What a rank is given of whole rows where ranks share their time: on the sequence axis, and along the tensor axis.
+"""Inputs of one rank from whole rows, where ranks share the sequence dimension (sequence and tensor axis).
 
-Document numbers stay whole, for attention; of tokens and targets a rank of the sequence axis has its stretch. Of masked
-tokens it has those in its stretch, fewer or more of them; pairs, which are read from a row's first token, belong to the
+Document numbers stay whole, for attention; of tokens and targets a rank of the sequence axis has its slice. Of masked
+tokens it has those in its slice, fewer or more of them; pairs, which are read from a row's first token, belong to the
 first rank: the others compute them with weight 0, so that all ranks run the same modules.
+
+Legend: B rows, T tokens of a row (S of an encoder's), M masked positions.
 """
 
 from __future__ import annotations
@@ -14,15 +16,16 @@ from engine.parallel.functions import SequenceSlice
 from engine.parallel.groups import Group
 
 SHARED = ("tokens_BT", "token_types_BT", "tokens_BS", "decoder_tokens_BT", "targets_BT", "weights_BT")
-"""Keywords with something for each token, of which a rank is given its stretch."""
+"""Keywords with one entry per token, of which a rank is given its slice."""
 FILLED = ("decoder_tokens_BT", "decoder_segments_BT", "targets_BT", "weights_BT")
 """Keywords of a decoder's rows, the only ones whose length the ranks need not divide (`engine.config.objectives`)."""
 
 
 def own_part(inputs: Tensors, row_length: int, sequence_ranks: int, sequence: Group) -> Tensors:
-    """The part of one rank of the sequence axis; views where that is possible.
+    """Return the inputs of one rank of the sequence axis; views where that is possible.
 
-    `row_length` counts the tokens of a row (of the encoder, where there is one), `time_ranks` those who share it.
+    `row_length` is the number of tokens of a row (of the encoder, where there is one), `sequence_ranks` the number of
+    ranks that share it.
     """
     given = {
         name: _filled(name, tensor, sequence_ranks) if name in FILLED else tensor for name, tensor in inputs.items()
@@ -36,19 +39,23 @@ def own_part(inputs: Tensors, row_length: int, sequence_ranks: int, sequence: Gr
         given |= _own_masked(
             given["masked_BM"], given["targets_BM"], given["weights_BM"], sequence_slice.first(length), length
         )
+    # All ranks run the pair head, and so the collectives inside of it; only one of them may count the loss.
     if "pair_weights_B" in given and sequence.position > 0:
         given["pair_weights_B"] = torch.zeros_like(given["pair_weights_B"])
     return given
 
 
 def _filled(name: str, tensor_BT: torch.Tensor, ranks: int) -> torch.Tensor:
-    """Rows as long as `ranks` can share them: with targets that weigh nothing, behind all others.
+    """Return rows padded to a multiple of `ranks`, with targets of weight 0 behind all others.
 
-    They are of the last place's document, whose part of the encoder they see: never nothing at all.
+    The padding belongs to the document of the last token, whose part of the encoder it sees: a query that saw no key
+    at all would have a softmax of NaN.
     """
+    # -10 % 4 = 2: a row of 10 tokens becomes one of 12 for 4 ranks
     missing = -tensor_BT.size(1) % ranks
     if missing == 0:
         return tensor_BT
+    # (B, T) and (B, missing) -> (B, T + missing)
     last_B1 = tensor_BT[:, -1:]
     filling = last_B1 if name == "decoder_segments_BT" else torch.zeros_like(last_B1)
     return torch.cat((tensor_BT, filling.expand(-1, missing)), dim=1)
@@ -57,9 +64,16 @@ def _filled(name: str, tensor_BT: torch.Tensor, ranks: int) -> torch.Tensor:
 def _own_masked(
     places_BM: torch.Tensor, targets_BM: torch.Tensor, weights_BM: torch.Tensor, first: int, length: int
 ) -> Tensors:
-    """The masked tokens of a stretch, as many columns as its fullest row has; what is left are places 0 of weight 0."""
+    """Return the masked tokens of a slice, in as many columns as its fullest row needs.
+
+    Unused entries are position 0 with weight 0.
+    """
+    # Tokens 4 to 7, places [[1, 5, 6, 9], [0, 4, 9, 10]]: the first row has two inside and the second one, so
+    # most = 2, order = [[1, 2], [1, 0]], and masked_BM = [[1, 2], [0, 0]], of which the last has weight 0.
     inside_BM = (places_BM >= first) & (places_BM < first + length) & (weights_BM != 0)
+    # at least one column: every rank runs the head, also one whose slice has no masked token
     most = max(int(inside_BM.sum(1).max()), 1)
+    # stable: masked tokens keep their order within the row
     order_BM = inside_BM.int().argsort(dim=1, descending=True, stable=True)[:, :most]
     outside_BM = ~inside_BM.gather(1, order_BM)
     return {

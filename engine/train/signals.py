@@ -35,7 +35,7 @@ class Stopping(PalimpsestError):
 
 
 class StopSignals:
-    """While entered, catches `STOP`; `asked` says whether one has come to this rank. Enter it in the main thread.
+    """Catch `STOP` while entered; `stop_requested` is True once one has come. Enter it in the main thread.
 
     A standard output or error whose reader is gone (`train ... | head`) counts as a signal, as it does elsewhere
     (SIGPIPE). A SIGHUP that is ignored when the process starts stays ignored: that is what nohup means.
@@ -57,6 +57,7 @@ class StopSignals:
         os.set_blocking(self._write_end, False)  # as `set_wakeup_fd` wants it
         self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         caught = [number for number in STOP if not (number == signal.SIGHUP and _is_ignored(number))]
+        # The interpreter writes to the pipe only for signals that have a handler in Python.
         self._before = {number: signal.signal(number, self._on_signal) for number in caught}
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._thread.start()
@@ -65,6 +66,7 @@ class StopSignals:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        # before the pipe is closed: its descriptor may be another file's the moment after
         signal.set_wakeup_fd(self._wakeup_before)
         os.write(self._write_end, _END)
         self._thread.join()
@@ -72,7 +74,7 @@ class StopSignals:
         os.close(self._write_end)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Sets the flag where the main thread is free to; counting is the thread's, which knows when a signal came."""
+        """Set the flag where the main thread is free to; the thread does the counting: it knows when a signal came."""
         self._asked = True
 
     def _watch(self) -> None:
@@ -89,6 +91,7 @@ class StopSignals:
             threading.Thread(target=_log.warning, args=(words,), daemon=True).start()
         elif now - self._first_seconds > SAME_SIGNAL_SECONDS:
             _say(f"second {number.name}: ending at once\n")
+            # not sys.exit: this is not the main thread, which may never come back from a collective
             os._exit(EXIT_FAILURE)
 
 

@@ -1,4 +1,4 @@
-"""Which steps are taken: a step that is not finite or a spike is skipped, and after many spikes the run goes back.
+"""Judgement of steps: one that is not finite or a spike is skipped, and after many spikes the run goes back.
 
 Every rank judges from the same all-reduced loss and norm, so all decide alike and nothing is sent. What the guard
 remembers is plain numbers in a section of the checkpoint: a restart judges as the run that never stopped.
@@ -22,15 +22,15 @@ REMEDY = "look at the data or lower optimizer.learning_rate, then train again fr
 
 
 class Unstable(PalimpsestError):
-    """More steps were skipped, or more rollbacks made, than the configuration bears."""
+    """More steps were skipped, or more rollbacks made, than the configuration allows."""
 
 
 @dataclass
 class StabilityState:
-    """What the next verdicts depend on; equal on every rank."""
+    """State that the next verdicts depend on; equal on every rank."""
 
     losses: list[float] = field(default_factory=list)
-    """Of the last accepted steps, oldest first, and so on; kept where spikes are looked for."""
+    """Losses of the last accepted steps, oldest first; `norms` likewise. Empty unless spikes are looked for."""
     norms: list[float] = field(default_factory=list)
     skips: int = 0
     """Steps skipped in a row up to now."""
@@ -44,6 +44,7 @@ class StabilityState:
     @classmethod
     def from_section(cls, section: dict[str, Any]) -> StabilityState:
         """Return the state of a checkpoint's section."""
+        # JSON has no tuples: they come back as lists.
         spikes = [(step, position) for step, position in section["spikes"]]
         return cls(section["losses"], section["norms"], section["skips"], spikes)
 
@@ -53,7 +54,7 @@ class StabilityState:
 
 
 class Guard:
-    """Judges one step after another and keeps the state."""
+    """Judge of one step after another; keeps the state."""
 
     def __init__(self, config: StabilityConfig, state: StabilityState) -> None:
         self.config, self.state = config, state
@@ -68,6 +69,7 @@ class Guard:
         verdict = self._verdict(loss, norm)
         state, config = self.state, self.config
         if verdict == "accept":
+            # Only accepted steps enter the window: a spike would raise mean and deviation, and hide the next one.
             state.skips = 0
             if config.spike_sigma is not None:
                 state.losses = [*state.losses, loss][-config.window :]
@@ -76,6 +78,7 @@ class Guard:
         state.skips += 1
         if verdict == "spike":
             state.spikes.append((step, position))
+        # With rollback_steps = 10, a spike at step 25 is counted together with those of steps 16 to 24.
         state.spikes = [spike for spike in state.spikes if spike[0] > step - config.rollback_steps]
         if state.skips > config.max_skips:
             raise Unstable(
@@ -102,20 +105,23 @@ class Guard:
                 f"stability.max_rollbacks = {most} at most",
                 REMEDY,
             )
+        # Back to before the first of them: the samples of all spikes are left out, and those between.
         return self.state.spikes[0][1]
 
     def _verdict(self, loss: float, norm: float) -> Verdict:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             if self.config.non_finite == "skip":
                 return "not_finite"
+            # raises where the norm is to blame; what remains is the loss
             finite(norm)
             raise NotFinite(f"the loss is {loss}", "a finite number", "look at the batch's data and the model")
         high = self._is_high(loss, self.state.losses) or self._is_high(norm, self.state.norms)
         return "spike" if high else "accept"
 
     def _is_high(self, value: float, before: list[float]) -> bool:
-        """More than `spike_sigma` standard deviations above the mean of a full window."""
+        """Return True for a value more than `spike_sigma` standard deviations above the mean of a full window."""
         sigma = self.config.spike_sigma
+        # The loss falls fast at first: over a short window its deviation says nothing yet.
         if sigma is None or len(before) < self.config.window:
             return False
         return value > statistics.fmean(before) + sigma * statistics.pstdev(before)

@@ -1,7 +1,7 @@
 """A run stage while it is trained: its data sets, stream and feed, opened at its beginning and closed at its end.
 
-The model is built once for all run stages. The data of those that are to come is opened when the run starts, so that
-what is wrong with it is told then and not weeks later; the data of completed run stages may be gone.
+The model is built once for all run stages. The data of those to come is opened when the run starts, so that a problem
+with it is reported then and not weeks later; the data of completed run stages may be gone.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class RunData:
         """
         world = self._groups.world
         opened = on_all(lambda: {number: self._open(number) for number in numbers}, world, DataError)
+        # Apart from `opened`: fingerprints are compared only once every rank has its data.
         facts = on_all(lambda: self._facts(opened), world, DataError)
         agree_over(world, facts)
         self._opened |= opened
@@ -56,6 +57,7 @@ class RunData:
         """Return the data of a run stage, which nobody takes a second time."""
         if number not in self._opened:
             self.open([number])
+        # popped: closed files and maps of completed run stages are not held to the end of the run
         return self._opened.pop(number)
 
     def _open(self, number: int) -> Datasets:

@@ -42,6 +42,7 @@ class Recorder(Hook):
         added |= {f"tokens/{name}": count * length for name, count in stream.trained().items()}
         if len(run.config.stages) > 1:
             added["run_stage"] = run.state.run_stage
+        # Absent where nothing is lost: a column of zeros in every record would only be noise.
         return added | ({"lost_shards": len(stream.lost)} if stream.lost else {})
 
     def take_record(self, record: Record) -> None:

@@ -1,4 +1,4 @@
-"""Where a run stands: the half of its state that is not tensors, as plain numbers.
+"""Train state of a run: the half of its state that is not tensors, as plain numbers.
 
 Everything random is a pure function of (seed, position), so a restart needs the numbers below and the loader's few
 integers, and no generator's state.
@@ -43,5 +43,6 @@ class TrainState:
     @classmethod
     def from_section(cls, section: dict[str, Any]) -> TrainState:
         """Return the state of a checkpoint's section."""
+        # JSON has no tuples: they come back as lists.
         later = [(number, first, end) for number, first, end in section["left_out_later"]]
         return cls(**{**section, "left_out_later": later})

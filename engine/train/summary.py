@@ -1,4 +1,4 @@
-"""What a run comes to, for its last words: losses, speed, time by phase, and where everything lies."""
+"""Summary of a run, printed at its end: losses, speed, time by phase, and the paths of its files."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Spent:
         self._clock = clock
         self.seconds: dict[str, float] = {}
         self.data_seconds = 0.0
-        """Of the steps: waiting for data."""
+        """Seconds of the steps that were spent waiting for data."""
         self.tokens = 0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Counts the time of a block to a phase."""
+        """Count the time of a block to a phase."""
         begin = self._clock()
         try:
             yield
@@ -41,7 +41,7 @@ class Spent:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def step(self, seconds: float, data_seconds: float, tokens: int) -> None:
-        """Counts one step."""
+        """Count one step."""
         self.add("steps", seconds)
         self.data_seconds += data_seconds
         self.tokens += tokens
@@ -49,11 +49,12 @@ class Spent:
 
 def process_seconds() -> float:
     """Seconds since this process began, imports included."""
+    # Two clocks, of the process table and of the system: after a correction the difference may be negative.
     return max(time.time() - psutil.Process().create_time(), 0.0)
 
 
 def summary(config: RunConfig, state: TrainState, spent: Spent, total_seconds: float, code: int) -> str:
-    """The last words of a run that ends with `code`, as lines of text; `total_seconds` are those of this start."""
+    """Return the summary of a run that ends with `code`, as lines of text; `total_seconds` are those of this start."""
     num_steps = config.num_steps
     how = "done" if code == EXIT_DONE else "saved; start it again to go on"
     rows = {

@@ -1,8 +1,8 @@
 """One rank of a run: builds, restores or begins, and goes step by step to the end.
 
 The loop reads top to bottom in `Trainer.fit`; heartbeat, signals and saves are in it, and everything else that happens
-around a step is a hook (`engine.train.hooks`). Every rank goes through the same calls in the same order; what only one
-rank does (metrics, messages) waits for nobody.
+around a step is a hook (`engine.train.hooks`). Every rank makes the same calls in the same order; work of one rank
+alone (metrics, messages) waits for nobody.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _log = logger(__name__)
 
 
 class Trainer:
-    """One rank of a run. `state` is where the run stands, equal on every rank."""
+    """One rank of a run. `state` counts what is done, equal on every rank."""
 
     def __init__(
         self,
@@ -65,6 +65,7 @@ class Trainer:
             self.state = self.restarts.acquire()
         with phase("opening the data"):
             self._data = RunData(config, groups)
+            # A checkpoint at the end of a run stage goes on in the next one: the data of the completed one may be gone.
             first = self.state.run_stage + (self.ends_run_stage and not self.is_done)
             self._data.open(range(first, len(config.stages)))
         with phase("building the model"):
@@ -72,6 +73,7 @@ class Trainer:
             self.pipeline: Pipeline = build_pipeline(config, spec, groups, device)
         self.sums = Sums(spec.losses, groups, device)
         self.stage: StageRun | None = None
+        # A long phase without a beat counts as a hang, so the supervisor has to know what this one is.
         self.heart.beat(0, "load")
         with phase("looking for a checkpoint and loading it"):
             self._restore()
@@ -121,12 +123,15 @@ class Trainer:
                 self.hooks.begin_run_stage(self)
             with phase("the first step") if self.state.step == first else nullcontext():
                 stop = self._step()
+            # Before a save that is due: a state after spikes is not one to keep.
             if not stop and self.hooks.roll_back(self):
                 continue
             if stop or self.ends_run_stage or self._save_is_due():
                 self.save(wait=stop or self.is_done)
+            # Time is short after a signal: an evaluation that is due here is made up for by the next start.
             if stop and not self.is_done:
                 return EXIT_REQUEUE
+            # A signal came during an evaluation: the step may have no checkpoint yet.
             if self.hooks.between_steps(self):
                 if not self.is_done:
                     self.save(wait=True)
@@ -136,7 +141,7 @@ class Trainer:
         return EXIT_DONE
 
     def close(self) -> None:
-        """Ends threads and trackers; safe after an error."""
+        """End threads and trackers; safe after an error."""
         self.heart.beat(self.state.step, "end")
         self.restarts.abandon()
         if self.stage is not None:
@@ -144,19 +149,21 @@ class Trainer:
         self.hooks.close()
 
     def summary(self, code: int) -> str:
-        """The last words of a run that ends with this exit code; rank 0 has them all."""
+        """Return the summary of a run that ends with this exit code; only rank 0 has all of it."""
         return summary(self.config, self.state, self.spent, process_seconds(), code)
 
     def _step(self) -> bool:
-        """One step, or none where a rank is to stop and has no data; returns whether any rank was asked to stop."""
+        """Take one step, or none where a rank is to stop and has no data; return True if any rank was asked to stop."""
         begin = time.perf_counter()
         state = self.state
         rate = learning_rate(self.config.optimizer, self.run_stage, state.stage_step)
+        # before reading, which moves the stream past the step's samples
         position = self.feed.stream.position
         self.heart.beat(state.step, "data")
         try:
             inputs, weights_L, weights_KL = self._read()
         except Stopping:
+            # Another rank may have had its data: all of them go back to before the step, which the next start repeats.
             self.feed.step_back()
             return True
         self.heart.beat(state.step, "forward and backward")
@@ -165,8 +172,10 @@ class Trainer:
         scales, by_domain = (self.groups.zero.size * scales_L).float(), self.sums.by_domain(len(weights_KL))
         apart = {} if by_domain is None else {"by_domain": by_domain}
         sums_L = self.pipeline.train(inputs, scales, **apart)
+        # Stop requests and reports on the save in flight travel in the all-reduce of the losses: no collective more.
         flags = (float(self.signals.stop_requested), *self.restarts.signals())
         self.heart.beat(state.step, "loss")
+        # fp64 (L,): a mean over all targets of the batch, whatever the layout
         losses, (stop, done, failed), sums_KL = self.sums.of_losses(sums_L * scales_L, flags, by_domain)
         updated, gradient_norm = self._update(sum(losses), position, rate)
         tokens = self._count_step(sum(losses), updated)
@@ -189,12 +198,15 @@ class Trainer:
         return stop > 0
 
     def _update(self, loss: float, position: int, rate: float) -> tuple[bool, float]:
-        """Update the weights if all hooks accept that; return whether they did, and the gradient's norm. `position` is
-        that of the step's first sample. Collective over the world."""
+        """Update the weights if all hooks accept that; return (updated, norm of the gradient).
+
+        `position` is that of the step's first sample. Collective over the world.
+        """
         step, engine = self.state.step, self.pipeline.engine
         accepted: list[bool] = []
 
         def accept(norm: float) -> bool:
+            # Only here, after backward: until now the save in flight has copied beside the computation.
             self.restarts.hold_update()
             update = Update(step, position, loss, norm, rate, engine.gradient_shards)
             accepted.append(self.hooks.before_update(self, update))
@@ -207,13 +219,14 @@ class Trainer:
         return accepted[0], gradient_norm
 
     def _count_step(self, loss: float, updated: bool) -> int:
-        """Moves the state past a step; returns its tokens."""
+        """Move the state past a step; return its tokens."""
         state, samples = self.state, self.run_stage.batches.size(self.state.stage_step)
         state.step += 1
         state.stage_step += 1
         state.updates += updated
         state.samples += samples
         state.tokens += samples * self.run_stage.sequence_length
+        # The state goes into JSON, which has no NaN.
         if math.isfinite(loss):
             state.loss = loss
         return samples * self.run_stage.sequence_length
@@ -231,7 +244,9 @@ class Trainer:
         """
         self.heart.beat(self.state.step, "load")
         stream, before, spiked = self.feed.stream, self.state.run_stage, self.state.step
+        # Taken before loading, which replaces both: earlier rollbacks stay in force.
         rollbacks, left_out = self.state.rollbacks + 1, (*stream.left_out, (first, stream.position))
+        # The reading thread must not draw from a stream that is about to move back.
         self.feed.close()
         restored = self.restarts.restore(self.pipeline.engine, go_back=True)
         if restored is None:
@@ -246,8 +261,9 @@ class Trainer:
         self.hooks.after_rollback(self)
 
     def _read(self) -> tuple[list[Tensors], torch.Tensor, torch.Tensor]:
-        """Inputs and weights of the next step, of all rows and by domain; where the configuration says so, without the
-        shards that turn out to be damaged.
+        """Return inputs and weights of the next step, of all rows and by domain.
+
+        Where the configuration says so, it does without the shards that turn out to be damaged.
 
         All ranks raise the same error, so all leave out the same shard. Collective over the world.
         """

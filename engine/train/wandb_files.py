@@ -16,7 +16,8 @@ from typing import BinaryIO
 
 BLOCK_BYTES = 32768
 HEADER_BYTES = 7
-"""Of the file, and of each fragment."""
+"""Bytes of the header of the file (":W&B", a magic number, a version), and of the header of each fragment."""
+# CRC-32, length, kind: 4 + 2 + 1 bytes, little endian
 _FRAGMENT = struct.Struct("<IHB")
 FULL, FIRST, LAST = 1, 2, 4
 """Kinds of fragments; those between have another number."""
@@ -32,6 +33,7 @@ def cut(folder: Path, run_id: str, first: int) -> int:
     for path in sorted(folder.glob(f"wandb/offline-run-*-{run_id}*/run-{run_id}.wandb")):
         for start, step in rows(path, _last_block_before(path, first)):
             if step >= first:
+                # At the start of a record, never inside: wandb reads what is before it.
                 os.truncate(path, start)
                 break
             last = max(last, step)
@@ -50,7 +52,8 @@ def rows(path: Path, block: int = 0) -> Iterator[tuple[int, int]]:
 
 
 def _last_block_before(path: Path, first: int) -> int:
-    """The last block from which on the next row is of a step below `first`; block 0 where there is none."""
+    """Return the last block from which on the next row is of a step below `first`; block 0 where there is none."""
+    # Invariant: `low` is 0 or such a block, and from `high` on every row is of step `first` or later, or there is none.
     low, high = 0, -(-path.stat().st_size // BLOCK_BYTES)
     while high - low > 1:
         middle = (low + high) // 2
@@ -73,6 +76,7 @@ def _records(path: Path, block: int) -> Iterator[tuple[int, bytes]]:
             if kind in (FULL, FIRST):
                 start, content = at, b""
             content += part
+            # start < 0: the rest of a record that began in a block that is not read
             if kind in (FULL, LAST) and start >= 0:
                 yield start, content
 
@@ -81,10 +85,12 @@ def _fragments(file: BinaryIO, block: int) -> Iterator[tuple[int, int, bytes]]:
     """Yield (position, kind, content) of each whole fragment from a block on."""
     file.seek(block * BLOCK_BYTES)
     while data := file.read(BLOCK_BYTES):
+        # Only the file's first block begins with the file's header.
         at = 0 if block else HEADER_BYTES
         while at + HEADER_BYTES <= len(data):  # no fragment begins nearer to the end of a block
             _, length, kind = _FRAGMENT.unpack_from(data, at)
             end = at + HEADER_BYTES + length
+            # Zeros behind the end (a file system may leave some), or a fragment cut off by a kill: the log ends here.
             if not kind or end > len(data):
                 return
             yield block * BLOCK_BYTES + at, kind, data[at + HEADER_BYTES : end]
