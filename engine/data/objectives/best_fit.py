@@ -47,6 +47,7 @@ class BestFit:
         if not self._lookahead:
             return Row(tokens, None, starts, starts - 1)
         successors = np.concatenate([shard.tokens[start + 1 : start + length + 1] for start, length in spans])
+        # no `ends`: a piece holds only tokens whose successor is in its own document
         return Row(tokens, successors, starts, np.empty(0, np.int64))
 
     def _plan(self, number: int) -> _Plan:
@@ -64,7 +65,7 @@ def plan(documents: np.ndarray, capacity: int, lookahead: bool, extra: int) -> _
 
     Example: documents of 5 and 2 tokens with room for 3 are pieces of 3, 2 and 2, each in a row of its own.
     """
-    sizes = np.diff(documents) - lookahead
+    sizes = np.diff(documents) - lookahead  # with lookahead, a document's last token is a target alone
     room = capacity - extra
     parts = -(-sizes // room)  # of each document
     # the document of each piece, and the piece's number within it: parts [2, 1] are [0, 0, 1] and [0, 1, 0]
@@ -73,6 +74,7 @@ def plan(documents: np.ndarray, capacity: int, lookahead: bool, extra: int) -> _
     starts = documents[which] + part * room
     lengths = np.minimum(room, sizes[which] - part * room)
     bins = best_fit_decreasing(lengths + extra, capacity)
+    # by row, then the longest piece first; bins (0, 0, 1) in that order make rows [0, 2, 3]
     order = np.lexsort((starts, -lengths, bins))
     rows = np.searchsorted(bins[order], np.arange(bins.max(initial=-1) + 2))
     return _Plan(starts[order], lengths[order], rows)
@@ -80,10 +82,13 @@ def plan(documents: np.ndarray, capacity: int, lookahead: bool, extra: int) -> _
 
 def best_fit_decreasing(costs: np.ndarray, capacity: int) -> np.ndarray:
     """(n,) int64 bin of each item: items by falling cost, each into the bin with the least room that is enough."""
+    # costs (5, 4, 3, 3), capacity 8: 5 and 4 open bins 0 and 1, rooms 3 and 4; the first 3 fits bin 0 best, the second
+    # bin 1
     bins = np.empty(costs.size, np.int64)
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
     open_rooms = count = 0  # bit r is set where a bin has room r
     values = costs.tolist()
+    # stable: of equal costs the earlier comes first, on every machine
     for item in np.argsort(-costs, kind="stable").tolist():
         cost = values[item]
         if enough := open_rooms >> cost:

@@ -1,11 +1,11 @@
 """Random words of a sample: a pure function of (seed, purpose, epoch, window, slot), whoever reads it and when.
 
 Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") is counter-based. Its key is made of
-(seed, purpose, epoch, window), and the samples of a window own stretches of its counter, one behind the other; so
+(seed, purpose, epoch, window), and the samples of a window own ranges of its counter, one behind the other; so
 a micro-batch, whose samples follow one another, is drawn in one call. Invariant: neither the number of ranks nor
 the micro-batch size, the order of calls or a restart changes a word.
 
-B batch (rows), W words per row, T time.
+B batch (rows), W words per row, T sequence dimension.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _LARGEST = 2**32 - 1
 
 def words(seed: int, purpose: int, samples_B3: np.ndarray, num_words: int) -> np.ndarray:
     """(B, num_words) uint64 uniform words of the samples (epoch, window, slot), none of them negative."""
+    # one value of Philox's counter gives four words: 6 words take 2 values, so slot 5 begins at value 10
     counts = -(-num_words // _WORDS_PER_COUNT)
     drawn = np.empty((len(samples_B3), counts * _WORDS_PER_COUNT), np.uint64)
     for start, end in _runs(samples_B3):
@@ -71,7 +72,10 @@ def halves(words_BW: np.ndarray) -> np.ndarray:
 
 
 def below(words32: np.ndarray, limits: np.ndarray | int) -> np.ndarray:
-    """int64 from 0 to limit - 1 of each uint32 word (Lemire 2019); one result is likelier by less than limit / 2^32."""
+    """int64 from 0 to limit - 1 of each uint32 word; one result is likelier than another by less than limit / 2^32.
+
+    Lemire 2019, "Fast Random Integer Generation in an Interval", without its rejection step.
+    """
     return (words32.astype(np.uint64) * np.asarray(limits, np.uint64) >> np.uint64(32)).astype(np.int64)
 
 
@@ -82,6 +86,7 @@ def dropout_keys(seed: int, step: int, samples_B3: np.ndarray) -> np.ndarray:
     """
     base = np.random.SeedSequence((seed, PURPOSE_DROPOUT, step)).generate_state(1, np.uint64)
     keys_B = np.repeat(base, len(samples_B3))
+    # plus 2^64 divided by the golden ratio, since the mix of 0 is 0
     for column in samples_B3.T:
         keys_B = mix_array(keys_B ^ mix_array(column.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)))
     return keys_B.view(np.int64)
@@ -93,7 +98,7 @@ def _key(seed: int, purpose: int, epoch: int, window: int) -> np.ndarray:
 
 
 def _runs(samples_B3: np.ndarray) -> list[tuple[int, int]]:
-    """(first, end) of the stretches of rows whose slots follow one another in one window."""
+    """Return (first, end) of the runs of rows whose slots follow one another in one window."""
     if not len(samples_B3):
         return []
     steps = np.diff(samples_B3, axis=0)

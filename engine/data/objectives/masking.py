@@ -6,7 +6,7 @@ What is masked as a whole is a token, a word (whole-word masking of the referenc
 Raffel et al. 2020, seen as mask or not as a whole as in Joshi et al. 2020. Only ordinary tokens are masked or drawn.
 Pure functions of tokens and random words, over a whole micro-batch at once.
 
-B batch (rows), T time (sequence length), M most masked tokens of a row, V vocabulary.
+B batch (rows), T sequence dimension, M most masked tokens of a row, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Masked(NamedTuple):
 
 
 def num_words(length: int, rate: float) -> int:
-    """Return the number of random words of a row of T tokens: half a one for each, and one for each masked one."""
+    """Return the number of random words of a row of T tokens: half a word for each, and one for each masked one."""
     return -(-length // 2) + num_masked(length, rate)
 
 
@@ -51,6 +51,7 @@ def mask(
     """
     length = tokens_BT.shape[1]
     most = num_masked(length, objective.rate)
+    # (B, T) a key for each token; then, for each masked token, two words: its action, and its random token
     keys_BT, rest = halves(words_BW[:, : -(-length // 2)])[:, :length], halves(words_BW[:, -(-length // 2) :])
     allowed_BT = vocabulary.ordinary_V.take(tokens_BT) & real_BT
     others_B = np.bincount(np.flatnonzero(~allowed_BT) // length, minlength=len(tokens_BT))  # few: fast to count
@@ -66,10 +67,11 @@ def mask(
     flat = np.flatnonzero(chosen_BT)
     found_B = np.diff(np.searchsorted(flat, np.arange(len(tokens_BT) + 1) * length))
     rows = np.repeat(np.arange(len(tokens_BT)), found_B)
+    # number of each within its row: found (2, 1) are numbered (0, 1, 0)
     places = np.arange(flat.size) - np.repeat(np.cumsum(found_B) - found_B, found_B)
     masked_BM = np.zeros((len(tokens_BT), most), np.int64)
     targets_BM, weights_BM = np.zeros_like(masked_BM), np.zeros(masked_BM.shape, np.float32)
-    slots = rows * most + places
+    slots = rows * most + places  # (B, M) flattened
     masked_BM.put(slots, flat - rows * length)
     targets_BM.put(slots, tokens_BT.take(flat))
     weights_BM.put(slots, 1.0)
@@ -84,7 +86,7 @@ def mask(
 
 @lru_cache(maxsize=16)
 def _wanted(length: int, rate: float) -> np.ndarray:
-    """(T + 1,) masked tokens of a row by its ordinary ones: a table, so that numbers are rounded as everywhere."""
+    """(T + 1,) masked tokens of a row by its number of ordinary ones: a table of `num_masked`, to round alike."""
     return np.array([0, *(num_masked(count, rate) for count in range(1, length + 1))])
 
 
@@ -99,6 +101,7 @@ def _replace(
     """Write masks and random tokens at `flat` places over all rows; `actions` and `drawn` are uint32, one of each per
     masked token."""
     shares = np.array([objective.mask_share, objective.mask_share + objective.random_share])
+    # shares as limits of a uint32: 0.8 is below 3,435,973,837. In uint64, since a share of 1 is 2^32 itself
     as_mask, as_other = np.minimum(np.round(shares * 2**32), 2**32).astype(np.uint64)
     assert vocabulary.mask is not None, "checked when the sampler was made"
     ordinary = vocabulary.ordinary_ids
@@ -128,6 +131,7 @@ def choose_words(
     flat = (np.arange(num_rows)[:, None] * length + numbers_BT)[allowed_BT]
     sizes_BW = np.bincount(flat, minlength=num_rows * length).reshape(num_rows, length)
     which_BW = np.take_along_axis(numbers_BT, ordered_BW, axis=1)
+    # columns behind a row's last word are given a size that never fits
     in_order = np.arange(ordered_BW.shape[1]) < begins_BT.sum(axis=1)[:, None]
     sizes_BW = np.where(in_order, np.take_along_axis(sizes_BW, which_BW, axis=1), length + 1)
     taken_BW = np.zeros(sizes_BW.shape, bool)
@@ -146,13 +150,16 @@ def choose_words(
     rows = np.broadcast_to(np.arange(num_rows)[:, None], taken_BW.shape)[taken_BW]
     word_taken = np.zeros((num_rows, length), bool)
     word_taken[rows, which_BW[taken_BW]] = True
+    # number -1 stands before a row's first word, where nothing is allowed: any index does
     return allowed_BT & np.take_along_axis(word_taken, np.maximum(numbers_BT, 0), axis=1)
 
 
 def _choose_spans(keys_BT: np.ndarray, allowed_BT: np.ndarray, counts_B: np.ndarray, mean_length: float) -> np.ndarray:
     """bool: spans over the allowed places of each row, which stand side by side for the purpose."""
     totals_B = allowed_BT.sum(axis=1)
+    # no more spans than tokens between them, or two of them would be one
     spans_B = np.clip(np.round(counts_B / mean_length).astype(np.int64), 1, np.maximum(1, totals_B - counts_B))
     dense_BT = noise_mask(keys_BT, totals_B, counts_B, spans_B)
+    # allowed (1, 0, 1, 1) stand side by side at (0, 0, 1, 2)
     places_BT = np.maximum(np.cumsum(allowed_BT, axis=1) - 1, 0)
     return allowed_BT & np.take_along_axis(dense_BT, places_BT, axis=1)

@@ -1,9 +1,10 @@
-"""Packing by concatenation: which stretch of a shard a row is, and where documents begin in it.
+"""Packing by concatenation: the tokens of a shard that make up a row, and the beginnings of documents in it.
 
-Row i of a shard holds the i-th stretch of `capacity` tokens; the last may be short. What is read depends on the
-objective: tokens that have a successor (with it, so that every token but the shard's first follows another exactly
-once), all tokens, or all but the ends of text. Rows never leave their shard. What is predicted is the objective's
-business. Packing whole documents is in `engine.data.objectives.best_fit`, pairs in `engine.data.objectives.pairs`.
+Row i of a shard holds its tokens [i * capacity, (i + 1) * capacity); the last row may be short. What is read depends
+on the objective: tokens that have a successor (with it, so that every token but the shard's first follows another
+exactly once), all tokens, or all but the ends of text. Rows never leave their shard. What is predicted is the
+objective's business. Packing whole documents is in `engine.data.objectives.best_fit`, pairs in
+`engine.data.objectives.pairs`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Reads = Literal["successors", "all", "text"]
 class Row:
     """Tokens for one row.
 
-    `tokens` (n,), n from 1 to the row's capacity, and `successors` (n,), the token behind each, or None where none is
+    `tokens` (n,), n from 1 to the row's capacity, and `successors` (n,), the token after each, or None where none is
     asked for; both may be views into the shard. `starts` (k,) int64, rising, from 1 to n - 1: positions at which
     another document (or part of one) begins; the row's first may have begun in an earlier row. `ends` (m,) int64:
     positions whose successor lies in another document.
@@ -41,7 +42,8 @@ class Row:
         return np.split(self.tokens, self.starts)
 
     def document_lengths(self, length: int) -> np.ndarray:
-        """(documents,) int32 places of each in a row of `length`, padding last where there is any."""
+        """Return the positions of each document in a row of `length`, (documents,) int32, padding last if any."""
+        # 5 tokens in a row of 8, documents that begin at 0 and 3: edges 0, 3, 5, 8, lengths 3, 2 and 3 (padding)
         padding = [self.tokens.size] if self.tokens.size < length else []
         return np.diff(np.concatenate([[0], self.starts, padding, [length]])).astype(np.int32)
 
@@ -97,8 +99,9 @@ class Concatenation:
         """
         assert self.reads != "text"
         numbers_N, starts_N = places_N2[:, 0], places_N2[:, 1] * self.capacity
-        sizes_N = np.minimum(into_NW.shape[1], self._tokens[numbers_N] - starts_N)
+        sizes_N = np.minimum(into_NW.shape[1], self._tokens[numbers_N] - starts_N)  # W, less in the last row of a shard
         opened = _copy_rows(shards, numbers_N, starts_N, sizes_N, into_NW)
+        # from a position in the shard to one among the tokens of all shards
         starts_N += self._boundaries.firsts[numbers_N]
         rows, begins = self._boundaries.inside(opened, starts_N, starts_N + sizes_N - 1)
         return Stretches(sizes_N, rows, begins - starts_N[rows])
@@ -106,11 +109,13 @@ class Concatenation:
     def _stretch(self, shard: Shard, start: int) -> Row:
         lookahead = self.reads == "successors"
         tokens = shard.tokens[start : start + self.capacity + lookahead]
+        # `right`: a document that begins with the row itself is no boundary inside of it
         first, last = np.searchsorted(shard.documents, (start, start + tokens.size - 1), side="right")
         begins = shard.documents[first:last] - start
         if not lookahead:
             return Row(tokens, None, begins, begins - 1)
         assert tokens.size >= 2, "num_rows() counts no row without a target"
+        # a document that begins with the last successor ends a prediction, but begins behind the row's own tokens
         return Row(tokens[:-1], tokens[1:], begins[begins < tokens.size - 1], begins - 1)
 
 
@@ -121,8 +126,9 @@ def _copy_rows(
     sizes_N: np.ndarray,
     into_NW: np.ndarray,
 ) -> dict[int, Shard]:
-    """Copy stretches to rows, those of a shard in one call but for short ones, and return the opened shards."""
+    """Copy tokens into rows, those of a shard in one call except for short ones, and return the opened shards."""
     width, opened = into_NW.shape[1], {}
+    # rows by shard, and the places at which the shard changes: shards (5, 2, 5) have order (1, 0, 2), cuts (0, 1, 3)
     order = np.argsort(numbers_N, kind="stable")
     cuts = [0, *(np.flatnonzero(np.diff(numbers_N[order])) + 1).tolist(), order.size]
     short = sizes_N < width
@@ -135,7 +141,8 @@ def _copy_rows(
                 into_NW[row, : sizes_N[row]] = tokens[starts_N[row] : starts_N[row] + sizes_N[row]]
             mine = mine[~short[mine]]
         if mine.size:
-            # a row from every place on, as a view: made by hand, for as_strided takes longer than the copy
+            # a row from every position on, as a view: 10 tokens, width 4: (7, 4), row i is tokens i to i + 3. Made by
+            # hand, since as_strided takes longer than the copy
             shape, step = (tokens.size - width + 1, width), tokens.strides[0]
             into_NW[mine] = np.ndarray(shape, tokens.dtype, tokens, 0, (step, step))[starts_N[mine]]
     return opened
@@ -155,7 +162,7 @@ class _Boundaries:
         self._all = np.empty(0, np.int64)
 
     def inside(self, shards: dict[int, Shard], starts_N: np.ndarray, lasts_N: np.ndarray) -> tuple[np.ndarray, ...]:
-        """(row, place) of the documents that begin behind `starts_N` and up to `lasts_N`; rows lie in these shards."""
+        """Return (row, position) of the documents that begin after `starts_N` and up to `lasts_N`, in these shards."""
         if not self._known.keys() >= shards.keys():
             self._learn(shards)
         self._used.update(shards)
@@ -172,11 +179,12 @@ class _Boundaries:
         known = {number: found for number, found in self._known.items() if number in self._used}
         known |= {number: shard.documents + self.firsts[number] for number, shard in shards.items()}
         self._known, self._used = known, set()
+        # by shard number, so that the whole is sorted, as searchsorted needs it
         self._all = np.concatenate([known[number] for number in sorted(known)])
 
 
 def _text_row(shard: Shard, start: int, capacity: int) -> Row:
-    """`capacity` tokens from the `start`-th on, ends of text neither read nor counted."""
+    """Return the row of `capacity` tokens from the `start`-th on, ends of text neither read nor counted."""
     # first tokens of the documents, and the end, where no end of text is counted: lengths 3, 2 give [0, 2, 3]
     firsts = shard.documents - np.arange(shard.documents.size)
     end = min(start + capacity, int(firsts[-1]))
@@ -184,6 +192,7 @@ def _text_row(shard: Shard, start: int, capacity: int) -> Row:
     other = int(np.searchsorted(firsts, end, side="left"))
     edges = np.clip(firsts[one : other + 1], start, end)
     parts = [shard.tokens[a + d : b + d] for d, a, b in zip(range(one, other), edges[:-1], edges[1:], strict=True)]
+    # unique: a document without text begins where the next one does
     inner = np.unique(edges[1:-1] - start)
     starts = inner[(inner > 0) & (inner < end - start)]
     return Row(np.concatenate(parts), None, starts, starts - 1)
@@ -195,5 +204,6 @@ def num_rows(num_tokens: np.ndarray, capacity: int, reads: Reads) -> np.ndarray:
     For successors ceil((n - 1) / capacity), and as many for text, where a row of one token could not be corrupted;
     otherwise ceil(n / capacity).
     """
+    # a shard's last token has no successor, so one token less can be read
     left = num_tokens.astype(np.int64) - (reads != "all")
     return np.maximum(0, -(-left // capacity))

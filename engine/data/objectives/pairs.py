@@ -1,4 +1,4 @@
-"""Pairs of segments for BERT: which sentences of a shard make sample i, and which second segments are exchanged.
+"""Pairs of segments for BERT: the sentences of a shard that make sample i, and the exchange of second segments.
 
 Documents are cut into segments of consecutive sentences, each at most half of what a row holds, so that any two fit
 together and nothing is ever cut off; two segments that follow one another make a sample. In each epoch half of the
@@ -98,6 +98,7 @@ def cut(documents: np.ndarray, sentences: np.ndarray, limit: int) -> Segments:
     starts, ends = _sentence_parts(documents, sentences, limit)
     owners = np.searchsorted(documents, starts, side="right") - 1
     last = np.searchsorted(owners, owners, side="right")  # (parts,): the first part of the next document
+    # (parts,): for a segment that begins with a part, the first part that is no longer in it
     following = np.minimum(np.searchsorted(ends, starts + limit, side="right"), last).tolist()
     heads, part = [], 0
     while part < starts.size:
@@ -107,16 +108,19 @@ def cut(documents: np.ndarray, sentences: np.ndarray, limit: int) -> Segments:
     bounds = np.stack([starts[firsts], ends[np.append(firsts[1:], starts.size) - 1]], axis=1)
     owner = owners[firsts]
     begin = np.searchsorted(owner, owner, side="left")
-    place = np.arange(owner.size) - begin
+    place = np.arange(owner.size) - begin  # number of the segment within its document
     has_next = np.append(owner[1:] == owner[:-1], False)[: owner.size]
+    # segments 0, 1 and 2 of a document: 0 and 1 make a sample, 2 is left alone
     even = place % 2 == 0
     return Segments(bounds, owner, np.flatnonzero(even & has_next), np.flatnonzero(even & ~has_next))
 
 
 def _sentence_parts(documents: np.ndarray, sentences: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """(first tokens, ends) of all sentences, long ones in parts of at most `limit` tokens."""
+    # a document's last sentence without its end of text; what is then empty is no sentence
     starts, ends = sentences[:-1], sentences[1:] - np.isin(sentences[1:], documents[1:])
     starts, ends = starts[ends > starts], ends[ends > starts]
+    # sentences of 5 and 2 tokens, limit 3: counts (2, 1), parts (0, 1, 0), of 3, 2 and 2 tokens
     counts = -(-(ends - starts) // limit)
     part = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     cuts = np.repeat(starts, counts) + part * limit
@@ -124,13 +128,14 @@ def _sentence_parts(documents: np.ndarray, sentences: np.ndarray, limit: int) ->
 
 
 def _with_even_ends(firsts: np.ndarray, starts: np.ndarray, ends: np.ndarray, owners: np.ndarray) -> np.ndarray:
-    """The segments' first parts, the last segment of a document with an odd number cut in two if it has two parts."""
+    """Return the segments' first parts; a document's last odd segment is cut in two if it has two parts or more."""
     owner = owners[firsts]
     stops = np.append(firsts[1:], starts.size)
     is_last = np.append(owner[1:] != owner[:-1], True)[: owner.size]
     place = np.arange(owner.size) - np.searchsorted(owner, owner, side="left")
     odd = np.flatnonzero(is_last & (place % 2 == 0) & (stops - firsts > 1))
     middles = (starts[firsts[odd]] + ends[stops[odd] - 1]) // 2
+    # at least one part on each side
     halves_at = np.clip(np.searchsorted(starts, middles), firsts[odd] + 1, stops[odd] - 1)
     return np.sort(np.concatenate([firsts, halves_at]))
 
@@ -139,8 +144,10 @@ def arrange(segments: Segments, kind: PairKind, seed: int, epoch: int, shard: in
     """Return the samples of a shard in an epoch."""
     joined, lone = segments.firsts, segments.lone
     drawn = words(seed, PURPOSE_PAIRS, np.array([[epoch, shard, 0]]), 2 * segments.bounds.shape[0] + 2)[0]
+    # the first word turns the circle of `_exchanged`; then one key for each segment, and one for each document
     keys, document_keys = np.array_split(drawn[2:], 2)
     if kind == "sentence_order":
+        # the highest bit is a fair coin
         swapped = np.append(keys[joined] >> np.uint64(63) == 1, np.zeros(lone.size, bool))
         first, second = np.append(joined, lone), np.append(joined + 1, np.full(lone.size, NONE))
         first, second = np.where(swapped, second, first), np.where(swapped, first, second)
@@ -150,6 +157,7 @@ def arrange(segments: Segments, kind: PairKind, seed: int, epoch: int, shard: in
     first = np.concatenate([joined, lone[: lone.size - couples]])
     second = np.concatenate([joined + 1, lone[lone.size - couples :], np.full(lone.size - 2 * couples, NONE)])
     labels = np.concatenate([np.full(joined.size, IN_ORDER), np.full(first.size - joined.size, OTHER)])
+    # half of all samples are to be random; couples of lone segments are that already
     wanted = min(max(first.size // 2 - couples, 0), joined.size)
     chosen = np.argsort(keys[joined], kind="stable")[:wanted]
     moved, partners = _exchanged(
@@ -164,18 +172,20 @@ def _exchanged(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(samples, the samples whose second segments they take): a permutation, no two of one document.
 
-    Samples stand in a circle, those of a document side by side, documents in random order; everyone looks further by
-    one random number, from the size of the largest document to all but that. A document with more than half of the
+    Samples stand in a circle, those of a document side by side, documents in random order; all move on by the same
+    random number, from the size of the largest document to all but that. A document with more than half of the
     chosen samples has the rest stay in order.
     """
     which = documents[chosen]
     counts = np.bincount(which, minlength=1)
     too_many = 2 * int(counts.max()) - chosen.size
+    # more than half: without `too_many` of them, the document has exactly half of what is left
     if too_many > 0:
         chosen = np.delete(chosen, np.flatnonzero(which == counts.argmax())[-too_many:])
     if not chosen.size:
         return chosen, chosen
     largest = int(np.bincount(documents[chosen]).max())
     circle = chosen[np.lexsort((keys[chosen], document_keys[documents[chosen]]))]
+    # `largest` or more leads out of the own document, circle.size - largest or less does not lead back into it
     further = largest + int(below(drawn[:1], circle.size - 2 * largest + 1)[0])
     return circle, np.roll(circle, -further)

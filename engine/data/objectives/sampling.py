@@ -61,6 +61,7 @@ class SamplerContext:
     def padding_id(self) -> int:
         index = self.dataset.index
         found = index.vocabulary.padding if index.vocabulary is not None else None
+        # ends of text pad for a tokenizer that has no padding token
         return index.eos_id if found is None else found
 
     def shard(self, number: int) -> Shard:
@@ -144,4 +145,5 @@ def _require_sentences(dataset: TokenDataset, objective: ObjectiveConfig) -> Non
 
 
 def _module(objective: ObjectiveConfig) -> ObjectiveModule:
+    # imported when it is used, by the objective's name: a new objective is a new file
     return cast(ObjectiveModule, importlib.import_module(f"engine.data.objectives.{objective.name}"))

@@ -81,7 +81,7 @@ class _Sampler:
 
 
 def num_words(lengths: SpanLengths) -> int:
-    """Return the number of random words that a row needs: half a one for each token read."""
+    """Return the number of random words that a row needs: half a word for each token read."""
     return -(-lengths.read // 2)
 
 
@@ -104,9 +104,10 @@ def corrupt(
     noise_B, spans_B = _amounts(totals_B, rate, mean_span_length)
     noise_BR = noise_mask(keys_BR, totals_B, noise_B, spans_B)
     real_BR = np.arange(tokens_BR.shape[1]) < totals_B[:, None]
-    before_BR = np.pad(noise_BR[:, :-1], ((0, 0), (1, 0)))
+    before_BR = np.pad(noise_BR[:, :-1], ((0, 0), (1, 0)))  # noise at the token before
     heads_BR = noise_BR & ~before_BR
     owners_BR, marks_BR = _owners(heads_BR, noise_BR, documents_BR, np.array(sentinels, np.int64))
+    # document of each row's last token; a padding row has 0
     last_B = np.where(totals_B > 0, np.take_along_axis(documents_BR, np.maximum(totals_B - 1, 0)[:, None], 1)[:, 0], 0)
     # the encoder: what is kept, and a sentinel at each head
     seen_BR = np.where(heads_BR, marks_BR, tokens_BR)
@@ -124,6 +125,7 @@ def corrupt(
     rest = (totals_B, last_B, last_B)
     targets_BT, decoder_segments_BT = _rows(lengths.decoder, used, pairs, owners, *rest, eos_id, padding_id)
     weights_BT, _ = _rows(lengths.decoder, used, own, owners, *rest, 1, 0)
+    # shifted right, and padding at the first place of each document: no target of another document is seen
     decoder_tokens_BT = np.pad(targets_BT[:, :-1], ((0, 0), (1, 0)), constant_values=padding_id)
     anew = np.pad(np.diff(decoder_segments_BT, axis=1) != 0, ((0, 0), (1, 0)), constant_values=True)
     decoder_tokens_BT[anew] = padding_id
@@ -133,7 +135,7 @@ def corrupt(
 
 
 def _amounts(totals_B: np.ndarray, rate: float, mean_span_length: float) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and spans of noise of each row."""
+    """Return the tokens and the spans of noise of each row, (B,) int64 each."""
     found = [noise(total, rate, mean_span_length) if total else (0, 0) for total in totals_B.tolist()]
     amounts = np.array(found, np.int64).reshape(-1, 2)
     return amounts[:, 0], amounts[:, 1]

@@ -4,7 +4,7 @@ Raffel et al. 2020, "Exploring the Limits of Transfer Learning", reference code 
 what is between it are both cut at random into as many parts, every way to cut equally likely, and the parts take
 turns, what is kept first.
 
-B batch (rows), T time, W spans of the row that has most.
+B batch (rows), T sequence dimension, W spans of the row that has most.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def noise_mask(keys_BT: np.ndarray, totals_B: np.ndarray, noise_B: np.ndarray, s
     noise_lengths = _parts(keys_BT, places_T < noise_B[:, None] - 1, noise_B, spans_B, np.zeros_like(noise_B))
     allowed = (places_T >= noise_B[:, None]) & (places_T < totals_B[:, None] - 1)
     kept_lengths = _parts(keys_BT, allowed, kept_B, spans_B, noise_B)
+    # (B, W) twice -> (B, 2 W): kept, noise, kept, noise, ...
     turns = np.stack((kept_lengths, noise_lengths), axis=-1).reshape(num_rows, -1)
     edges = np.cumsum(turns, axis=1)
     # the spans' edges flip between kept and noise: lengths 2, 1, 1, 2 have edges 2, 3, 4, 6 and the noise is 2, 4, 5
@@ -48,5 +49,6 @@ def _parts(
     chosen_BT = choose(keys_BT, allowed_BT, cuts_B)
     rows, places = np.nonzero(chosen_BT)
     ends = np.broadcast_to(totals_B[:, None], (len(keys_BT), most)).copy()
+    # cuts behind items 1 and 2 (from 0) of 5: ends (2, 3, 5), lengths (2, 1, 2)
     ends[rows, np.arange(rows.size) - np.searchsorted(rows, rows)] = places - first_B[rows] + 1
     return np.diff(ends, axis=1, prepend=0)

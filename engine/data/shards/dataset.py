@@ -92,8 +92,7 @@ class TokenDataset:
         self._offsets_of: OrderedDict[int, Offsets] = OrderedDict()
         self._owner = object()
         self._lock = Lock()
-        # `PROCESS` holds the open shards by `_owner`, which does not refer back: the data set can be collected, and
-        # they go
+        # `PROCESS` holds the open shards by `_owner`, which does not refer back, so that the data set can be collected
         weakref.finalize(self, PROCESS.forget, self._owner)
 
     @property
@@ -211,8 +210,7 @@ class TokenDataset:
         try:
             return open_array(folder, array, verified)
         except DamagedShard as error:
-            # with the index gone, too, the whole folder is away: a run that lost its shards one by one would go on
-            # without data
+            # without the index, too, the whole folder is away; doing without its shards one by one would be no remedy
             if (self.folder / FILE).exists():
                 raise
             raise DataError(  # a disk that is away is no damage, which a run might do without for good

@@ -94,7 +94,7 @@ def told_by_store(error: Exception) -> Exception:
     if not isinstance(error, FileNotFoundError) or cause is None or isinstance(cause, LookupError):
         return error
     if not isinstance(cause, Exception):
-        # asyncio.CancelledError, for one, which is no Exception and must not be raised on as the reason
+        # asyncio.CancelledError, for one, is no Exception: reported as an OSError, it is tried again
         return OSError(repr(cause))
     response = getattr(cause, "response", None)
     if isinstance(response, dict):  # botocore's: a code of S3's, or where there is no body the status

@@ -67,7 +67,7 @@ class TextTokenizer:
         return self.find_vocabulary()
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text, int64, nothing added and special tokens in the text taken as plain characters.
+        """Return the ids of each text, int64, nothing added and special tokens in the text taken as plain characters.
 
         Raises:
             DataError: the tokenizer cannot spell some of the text, and has no unknown token to say so.
@@ -82,7 +82,7 @@ class TextTokenizer:
         ]
 
     def unspelt_bytes(self, texts: list[str], ids: list[np.ndarray]) -> np.ndarray:
-        """UTF-8 bytes of each text that no token spells, (n,) int64: unknown to the model, or dropped by it.
+        """Return the UTF-8 bytes of each text that no token spells, (n,) int64: unknown to the model, or dropped by it.
 
         `ids` are those that `encode` gave. Texts without an unknown token cost nothing, unless the model drops text.
         """
@@ -110,14 +110,14 @@ class TextTokenizer:
 
     @property
     def unknown_becomes(self) -> str:
-        """Words for what happens to text that cannot be spelt."""
+        """Explanation for messages of what happens to text that cannot be spelt."""
         if self.unknown_id is None or self.dropping is not None:
             return "it is dropped"
         longer = "" if self.longest_word is None else f", and so does any run of more than {self.longest_word} letters"
         return f"it becomes {self.model.id_to_token(self.unknown_id)}{longer}"
 
     def decode(self, ids: np.ndarray) -> str:
-        """The text of some ids, special tokens spelt out."""
+        """Return the text of some ids, special tokens spelt out."""
         return self.model.decode(ids.tolist(), skip_special_tokens=False)
 
     def _run(self, encode: Callable[..., list[Encoding]], texts: list[str]) -> list[Encoding]:
@@ -142,7 +142,7 @@ class TextTokenizer:
 
 
 def load_tokenizer(folder: Path | str) -> TextTokenizer:
-    """The tokenizer in a folder.
+    """Return the tokenizer in a folder.
 
     Raises:
         DataError: a file is missing or damaged, or the end-of-text token is not told or not in the vocabulary.
@@ -157,6 +157,7 @@ def load_tokenizer(folder: Path | str) -> TextTokenizer:
     own_unknown = plain_text.unknown_token(files.tree)
     unknown = own_unknown or files.names.get("unk_token")
     special = _special_ids(files, ids, {eos, unknown})
+    # the same object where nothing has to be hidden; then one tokenizer serves both ways
     hidden = plain_text.without_spelling(files.tree, special)
     refused = ids.get(own_unknown) if own_unknown and ids.get(own_unknown) in _roles(files, ids, eos) else None
     return TextTokenizer(
@@ -165,8 +166,9 @@ def load_tokenizer(folder: Path | str) -> TextTokenizer:
         plain=model if hidden is files.tree else _plain(build(hidden, path)),
         dropping=_dropping(hidden, path),
         hash=_hash(files.tree, eos),
-        vocab_size=max(ids.values()) + 1,
+        vocab_size=max(ids.values()) + 1,  # not len(ids): ids may have gaps
         eos_id=ids[eos],
+        # GPT-2 names its end of text as the unknown token, too; it spells every byte and never writes it
         unknown_id=ids.get(unknown) if unknown and unknown != eos else None,
         find_vocabulary=partial(_vocabulary, files, ids, special),
         special_ids=frozenset(special),
@@ -176,19 +178,20 @@ def load_tokenizer(folder: Path | str) -> TextTokenizer:
 
 
 def tokenizer_hash(folder: Path | str) -> str:
-    """Content hash of a tokenizer's folder, 32 hex digits; equal for copies. Raises `DataError`."""
+    """Return the content hash of a tokenizer's folder, 32 hex digits; equal for copies. Raises `DataError`."""
     files = read_files(folder)
     return _hash(files.tree, files.ending)
 
 
 def _hash(tree: dict[str, Any], eos: str | None) -> str:
+    # keys are sorted below, so that formatting does not count, either
     content = {key: value for key, value in tree.items() if key not in _PASSING_STATE}
     text = json.dumps([content, eos], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _plain(model: Tokenizer) -> Tokenizer:
-    """The tokenizer with special tokens no longer cut out of the text before the model sees it."""
+    """Return the tokenizer, which from now on cuts no special tokens out of the text before the model sees it."""
     model.encode_special_tokens = True
     return model
 
@@ -202,7 +205,7 @@ def _dropping(hidden: dict[str, Any], path: Path) -> tuple[Tokenizer, int] | Non
 
 
 def _special_ids(files: TokenizerFiles, ids: dict[str, int], others: set[str | None]) -> set[int]:
-    """Ids that no text may become: marked special, or special by their part (`others` among them).
+    """Return the ids that no text may become: marked special, or special by their role (`others` among them).
 
     Raises `DataError` where one of them is a letter that the model needs to spell text.
     """
@@ -216,13 +219,14 @@ def _special_ids(files: TokenizerFiles, ids: dict[str, int], others: set[str | N
             "special tokens that stand for no text",
             f"name others in {CONFIG_FILE}, or train a tokenizer with `palimpsest tokenizer`",
         )
+    # tokens that our rows never hold are hidden, too, but not at the cost of text that needs them
     unused = {files.names.get("bos_token")} | files.listed
     hidden = needed | {token for token in unused if token and not plain_text.is_letter(files.tree, token)}
     return {ids[token] for token in hidden if token in ids}
 
 
 def _roles(files: TokenizerFiles, ids: dict[str, int], eos: str) -> set[int]:
-    """Ids of the tokens that structure a row: what text must not become even where it is unknown."""
+    """Return the ids of tokens that structure a row, which text must not become even where it is unknown."""
     named = {files.names.get(f"{key}_token") for key in ("cls", "sep", "mask")} | {eos}
     return {ids[token] for token in named if token in ids}
 
@@ -234,6 +238,7 @@ def _vocabulary(files: TokenizerFiles, ids: dict[str, int], special: set[int]) -
     sentinels = tuple(numbers[number] for number in sorted(numbers))
     fill = tuple(ids[token] for token in FILL_TOKENS if token in ids)
     spelling, size = _spelling(files.tree), max(ids.values()) + 1
+    # ids that name nothing, and special tokens, are no text, and separate the words beside them
     ordinary_V, begins_V, ends_V = np.zeros(size, bool), np.ones(size, bool), np.ones(size, bool)
     for token, number in ids.items():
         if number not in special:
@@ -254,11 +259,12 @@ def _spelling(tree: dict[str, Any]) -> Spelling:
     """Return how the vocabulary spells the begin of a word."""
     if plain_text.model_type(tree) == "WordPiece":
         return "wordpiece"
+    # in the whole tree, since it may stand alone or anywhere in a Sequence
     return "bytes" if '"ByteLevel"' in json.dumps([tree.get("pre_tokenizer"), tree.get("decoder")]) else "sentencepiece"
 
 
 def _end_of_text(files: TokenizerFiles, vocabulary: dict[str, int]) -> str:
-    """The token that ends a document. Raises `DataError` where there is none."""
+    """Return the token that ends a document. Raises `DataError` where there is none."""
     eos = files.ending
     if eos is None or eos not in vocabulary:
         what = (

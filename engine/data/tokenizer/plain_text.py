@@ -1,9 +1,9 @@
-"""Rewrites a `tokenizer.json` so that text never becomes a special token, or so that lost characters are visible.
+"""Changes to a `tokenizer.json`: text never becomes a special token, or characters that are lost become visible.
 
 `encode_special_tokens` of `tokenizers` covers only tokens that are marked special and cut out of the text before the
 model sees it. The model itself may still know their spelling: Unigram has `</s>` among its pieces, WordLevel looks up
 whole words, BPE may have merges that end in it. So the spelling of these tokens is replaced, everywhere the model could
-find it, by a random name that no text contains. Ids and all other pieces stay, and with them the ids of all other text.
+find it, by a random name that no text contains. Ids and all other pieces stay, and so do the ids of all other text.
 
 A tree is a parsed `tokenizer.json`; trees are never changed in place.
 """
@@ -61,6 +61,7 @@ def without_spelling(tree: Tree, ids: Set[int]) -> Tree:
 
     It is the same tree where nothing has to change.
     """
+    # random at every load, so that no text can hold it; it exists in memory alone, and no hash sees it
     nonce = secrets.token_hex(16)
     renamed = {piece: f"{nonce}-{number}" for piece, number in model_pieces(tree).items() if number in ids}
     added = [
@@ -83,6 +84,7 @@ def _renamed_model(tree: Tree, renamed: dict[str, str]) -> Tree:
     if model.get("unk_token") in renamed:
         model["unk_token"] = renamed[model["unk_token"]]
     if renamed and model_type(tree) == "BPE":
+        # a merge that leads to or from a hidden piece would spell it again
         model["merges"] = [merge for merge in model["merges"] if not renamed.keys() & set(_parts(model, merge))]
     return model
 
@@ -113,16 +115,17 @@ def _finds_bytes(tree: Tree) -> bool:
         return False
     if model_type(tree) != "Unigram":
         return bool(model.get("ignore_merges"))  # otherwise only merges lead to pieces, and none to these
+    # Unigram takes the likeliest split: one byte piece against the six characters of its name
     scores = dict(model["vocab"])
     of_bytes = max((score for piece, score in scores.items() if BYTE_PIECE.fullmatch(piece)), default=-math.inf)
     single = {letter: scores.get(letter, -math.inf) for letter in "<0x>123456789ABCDEF"}
-    digit = min(score for letter, score in single.items() if letter not in "<x>")
+    digit = min(score for letter, score in single.items() if letter not in "<x>")  # the least likely one
     # characters in pieces of their own are likelier in the tokenizers that are trained here
     return of_bytes > single["<"] + single["0"] + single["x"] + 2 * digit + single[">"]
 
 
 def loses_text(tree: Tree) -> bool:
-    """Return whether the model drops what it cannot spell: BPE that has neither an unknown token nor every byte."""
+    """Return True if the model drops what it cannot spell: BPE with neither an unknown token nor every byte."""
     model = tree["model"]
     if model_type(tree) != "BPE" or unknown_token(tree) is not None:
         return False
@@ -132,6 +135,7 @@ def loses_text(tree: Tree) -> bool:
         return False
     if not _is_byte_level(tree):
         return True
+    # a letter may stand at the begin, inside or at the end of a word, or be all of it: each form is a piece of its own
     forms = [(first, last) for first in {"", prefix} for last in {"", suffix}]
     return not all(first + letter + last in pieces for letter in _letters() for first, last in forms)
 
@@ -141,11 +145,12 @@ def with_unknown(tree: Tree) -> tuple[Tree, str]:
     name = secrets.token_hex(16)
     model = dict(tree["model"])
     model["vocab"] = model["vocab"] | {name: max(model["vocab"].values(), default=-1) + 1}
+    # not fused: each lost character has offsets of its own, which `bytes_of` reads
     return tree | {"model": model | {"unk_token": name, "fuse_unk": False}}, name
 
 
 def is_letter(tree: Tree, token: str) -> bool:
-    """Return whether text that holds this single character would be lost if the token were hidden (BPE alone)."""
+    """Return True if text that holds this single character would be lost if the token were hidden (BPE alone)."""
     model = tree["model"]
     return (
         model_type(tree) == "BPE"

@@ -68,7 +68,7 @@ class Vocabulary:
 
     @cached_property
     def ordinary_ids(self) -> np.ndarray:
-        """The ordinary tokens, int64, rising."""
+        """Ordinary tokens, int64, rising."""
         return np.flatnonzero(self.ordinary_V)
 
     def to_json(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class Vocabulary:
 
 
 def packed(bits_V: np.ndarray) -> bytes:
-    """Eight flags a byte."""
+    """Return the flags packed, eight to a byte."""
     return np.packbits(bits_V).tobytes()
 
 
@@ -103,7 +103,7 @@ def _unpacked(content: bytes, size: int) -> np.ndarray:
 
 
 def word_edges(token: str, spelling: Spelling) -> tuple[bool, bool]:
-    """Return two flags: a word begins with a token whatever stands before it, and whether one begins behind it.
+    """Return (begins, ends): a word begins with the token whatever stands before it; one begins after it.
 
     WordPiece says so itself. Elsewhere a word goes on only between letters, digits and marks of scripts that put
     blanks between words: punctuation, ideographs and emoji are words by themselves, as WordPiece's splitter has it. A
@@ -114,9 +114,11 @@ def word_edges(token: str, spelling: Spelling) -> tuple[bool, bool]:
     if spelling == "wordpiece":
         return not token.startswith("##"), False
     if spelling == "sentencepiece":
+        # a byte piece begins a character unless it is a continuation byte, 0b10xxxxxx
         if byte := _BYTE.fullmatch(token):
             return int(byte[1], 16) & 0xC0 != 0x80, False
         return not _is_wordlike(token[:1]), token != "▁" and not _is_wordlike(token[-1:])
+    # added tokens are spelt as text, whose characters may stand for no byte: taken as blanks, which separate words
     content = bytes(_BYTES.get(character, 0x20) for character in token)
     return _begins(content), content != b" " and _ends(content)
 
@@ -140,19 +142,20 @@ def _ends(content: bytes) -> bool:
 
 
 def _width(byte: int) -> int:
-    """Bytes of the UTF-8 character that a byte begins; 0 where it begins none."""
+    """Return the number of bytes of the UTF-8 character that a byte begins; 0 for a continuation byte."""
     return 1 if byte < 0x80 else 0 if byte < 0xC0 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
 
 
 def _is_wordlike(character: str) -> bool:
-    """Letters, digits and marks, but for those that are words by themselves."""
+    """Return True for letters, digits and marks, except for those of scripts without blanks between words."""
     wordlike = bool(character) and unicodedata.category(character)[0] in "LNM"
     return wordlike and not unicodedata.name(character, "").startswith(_IDEOGRAPHS)
 
 
 def _characters_of_bytes() -> dict[str, int]:
-    """The printable character that byte-level BPE writes for each byte, reversed (Radford et al. 2019)."""
+    """Return the byte behind each printable character of byte-level BPE (Radford et al. 2019, `bytes_to_unicode`)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    # blanks and control bytes are written as characters from 256 on: 0x20, the 33rd of them, as U+0120
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 

@@ -38,6 +38,7 @@ def wrap(
 
     known = model.get_vocab(with_added_tokens=True)
     kept = {key: settings[key] for key in KEPT_SETTINGS if settings.get(key) is not None}
+    # transformers would add an unknown token with a new id, for which the trained model has no embedding
     roles = {role: token for role, token in names.items() if token in known}
     extra = sorted(token for token in listed if token in known)
     return PreTrainedTokenizerFast(tokenizer_object=model, extra_special_tokens=extra, **kept, **roles)
