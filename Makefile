@@ -20,7 +20,7 @@ READER := .cache/readers/.installed-$(shell (echo '$(KEY)'; cat tests/readers/en
 
 # As many tests side by side as there are cores; those that start processes one at a time (tests/conftest.py).
 # One thread for each: sums of tiny tensors gain nothing from more, and threads that spin slow the other tests down.
-PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n logical --maxprocesses 8 --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n logical --maxprocesses 8 --dist loadscope
 
 .PHONY: help demo fast test test-all test-readers bench check clean distclean
 

@@ -1,6 +1,6 @@
 """A whole run of the tests: which of them start processes, how long the matrices may be, and the parity table.
 
-Tests side by side (pytest-xdist, `--dist loadgroup`): a file's tests stay on one worker, in order, so that what they
+Tests side by side (pytest-xdist): a file's tests stay on one worker, in order, so that what they
 share is made once; all tests that start processes are one group: one of them runs at a time, beside the pure ones.
 """
 
@@ -12,13 +12,14 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from engine.logs import ROOT
+from tests.sources import imports
 
 FOLDER = Path(__file__).parents[1] / "build"
 TABLE = pytest.StashKey[Path]()
@@ -62,26 +63,37 @@ def check_matrix(items: list[pytest.Item]) -> None:
         )
 
 
-def starts_processes(item: pytest.Item) -> bool:
-    """Return True if a test's folder or its module's imports say that it starts processes."""
-    if item.nodeid.startswith(STARTS_PROCESSES):
+@cache
+def starts_processes(source: str) -> bool:
+    """Return True if a test file's folder or its imports say that it starts processes; `source` is below the root."""
+    if source.startswith(STARTS_PROCESSES):
         return True
-    values = vars(getattr(item, "module", None) or item).values()
-    sources = {
-        value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", "") for value in values
-    }
-    return not sources.isdisjoint(SERVERS)
+    return any(name.startswith(SERVERS) for name in imports(source))
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark a test that starts processes as `ranks`, and say which tests have to run on one worker.
-
-    Here and not in `pytest_collection_modifyitems`: pytest-xdist reads the groups there, before ours is called.
-    """
-    ranks = starts_processes(item)
-    if ranks:
+    """Mark a test that starts processes as `ranks`."""
+    if starts_processes(source_of(item.nodeid)):
         item.add_marker(pytest.mark.ranks)
-    item.add_marker(pytest.mark.xdist_group("ranks" if ranks else item.nodeid.partition("::")[0]))
+
+
+def source_of(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Return a scheduler that gives a file's tests to one worker, and all that start processes to one worker, too.
+
+    Its own `--dist loadgroup` does this by rewriting test ids, which pytest 9.2 no longer lets it do.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ranks" if starts_processes(source_of(nodeid)) else source_of(nodeid)
+
+    return Scheduler(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,7 @@
-"""Source files of the packages, and their modules' names."""
+"""Source files of the packages, their modules' names, and what they import."""
+
+import ast
+from collections.abc import Iterator
 
 from tests.readme import REPOSITORY
 
@@ -12,3 +15,13 @@ def sources() -> list[str]:
 def dotted(source: str) -> str:
     """Return the module's dotted name."""
     return source.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+
+def imports(source: str) -> Iterator[str]:
+    """Every module that a file names in an import, at any depth, with the names taken from it."""
+    for node in ast.walk(ast.parse((REPOSITORY / source).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)

@@ -1,13 +1,12 @@
 """Who may import whom: downwards only, by the table of rooms; read from the source, so lazy imports count, too."""
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.readme import REPOSITORY, named, table
-from tests.sources import dotted, sources
+from tests.sources import dotted, imports, sources
 
 ROWS: list[set[str]] = [
     {"cli"},
@@ -72,16 +71,6 @@ def room(module: str) -> str | None:
 def row(name: str) -> int:
     (found,) = [number for number, rooms in enumerate(ROWS) if name in rooms]
     return found
-
-
-def imports(source: str) -> Iterator[str]:
-    """Every module that a file names in an import, at any depth, with the names taken from it."""
-    for node in ast.walk(ast.parse((REPOSITORY / source).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{source}: imports are absolute"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 @pytest.mark.parametrize("source", sources())
