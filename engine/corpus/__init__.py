@@ -1,1 +1,1 @@
-"""Text to folders of token shards: sources, parsing, encoding, duplicates, assembly."""
+"""Preparation of text as folders of token shards: sources, parsing, encoding, duplicates, assembly."""

@@ -1,7 +1,7 @@
 """Encoded chunks to documents that stay, and to the shards of each output folder.
 
-Invariant: what stays, where it goes and where shards end follows from the documents and their parts alone, never from
-who encoded them; a shard is written by one worker from one stretch of each part.
+Invariant: which documents stay, their folders and the ends of shards follow from the documents and their part files
+alone, never from the worker that encoded them; a shard is written by one worker from one range of each part file.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Removed:
 
 @dataclass(frozen=True)
 class EncodedFile:
-    """A finished part, its place among the chunks of the sources, and what is known of its documents."""
+    """A finished part file, its place among the chunks of the sources, and the facts about its documents."""
 
     path: Path
     key: ChunkKey
@@ -130,7 +130,7 @@ def removed(
 
 
 def shard_bounds(corpus: Corpus, chosen: np.ndarray, shard_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `chosen` documents (rising numbers) in the order of their folder, and the first document of each shard."""
+    """Return the `chosen` documents (rising numbers) in the order of their folder, and the first one of each shard."""
     order = corpus.spread(chosen)
     return order, cut_into_shards(corpus.documents.lengths[order], shard_tokens)
 
@@ -138,8 +138,9 @@ def shard_bounds(corpus: Corpus, chosen: np.ndarray, shard_tokens: int) -> tuple
 def shard_tasks(
     folder: Path, corpus: Corpus, order: np.ndarray, bounds: np.ndarray, with_sentences: bool, compression: Compression
 ) -> Iterator[ShardTask]:
-    """The shards of one folder, made when they are asked for: together they would name each part for each shard."""
+    """Yield the shards of one folder one by one: all together they would name each part file once for each shard."""
     for number, (first, last) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
+        # a generator's body: each shard's places are looked up when a worker is free, not before
         pieces = corpus.locate(order[first:last])
         yield ShardTask(folder, number, last - first, pieces, corpus.dtype, with_sentences, compression)
 
@@ -155,22 +156,24 @@ def write(task: ShardTask) -> tuple[Path, int, ShardEntry]:
         for place, (ids, sentences) in zip(places.tolist(), read(records, task.dtype), strict=True):
             tokens[place], starts[place] = ids, sentences
     lengths = np.array([ids.size for ids in tokens], np.int64)
-    firsts = np.cumsum(lengths) - lengths
+    firsts = np.cumsum(lengths) - lengths  # first token of each document in the shard
     sentences = None
     if task.with_sentences:
         counts = [item.size for item in starts]
+        # from positions in the documents to positions in the shard
         sentences = np.concatenate(starts).astype(np.int64) + np.repeat(firsts, counts)
     entry = write_shard(task.folder, task.number, np.concatenate(tokens), lengths, sentences, task.compression)
     return task.folder, task.number, entry
 
 
 def statistics(documents: Documents, side: np.ndarray, removed: Removed, empty: int, empty_unspelt: int) -> Statistics:
-    """Counts of the documents of one `side` (n,) bool that stay, and of what was left out of it.
+    """Return the counts of the documents of one `side` (n,) bool that stay, and of those left out of it.
 
     `empty` documents without a token, with `empty_unspelt` bytes that no token spells, are counted on this side.
     """
     kept = np.flatnonzero(side & ~removed.any)
     lengths = documents.lengths[kept]
+    # frexp gives m * 2^e with m from 0.5 to 1, so e - 1 is the power of two at or below: 5 has 2, 8 has 3
     powers, counts = np.unique(np.frexp(lengths)[1] - 1, return_counts=True)
     found = Statistics(
         documents=kept.size,

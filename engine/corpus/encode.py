@@ -1,4 +1,4 @@
-"""A chunk of raw documents to token ids and facts about the documents: one function of the chunk."""
+"""Encoding of a chunk of raw documents as token ids and facts about the documents: a function of the chunk alone."""
 
 from __future__ import annotations
 
@@ -75,10 +75,12 @@ def encode(chunk: TextChunk, tokenizer: TextTokenizer, options: EncodeOptions) -
     is_kept = np.array([item.size > 0 for item in found], bool)
     kept = [item for item in zip(texts, found, sentences_of, strict=True) if item[1].size]
     contents = [text.encode() for text, _, _ in kept]
+    # xxHash's canonical digests are big-endian on every machine
     digests = b"".join(xxhash.xxh3_128_digest(content) for content in contents)
     ids = [ids for _, ids, _ in kept]
     sentences = [starts for _, _, starts in kept if starts is not None]
     documents = Documents(
+        # and the end of text
         lengths=np.array([item.size + 1 for item in ids], np.int64),
         hashes=np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 2),
         is_validation=np.array(
@@ -93,6 +95,7 @@ def encode(chunk: TextChunk, tokenizer: TextTokenizer, options: EncodeOptions) -
     )
     dtype = np.dtype(token_dtype(tokenizer.vocab_size))
     end = np.array([tokenizer.eos_id], dtype)
+    # `end[:0]` gives the type where no document is left; an end of text stands behind each document
     tokens = np.concatenate([end[:0], *(piece for item in ids for piece in (item.astype(dtype), end))])
     starts = np.concatenate([np.empty(0, np.int64), *sentences])
     bands = np.empty((len(ids), 0), np.uint64) if options.similarity is None else band_keys(ids, options.similarity)
@@ -101,14 +104,15 @@ def encode(chunk: TextChunk, tokenizer: TextTokenizer, options: EncodeOptions) -
 
 def belongs_to_validation(text: bytes, fraction: float) -> bool:
     """Return True if a document belongs to the validation side: a function of its text, so duplicates stay together."""
+    # the hash of a text is uniform over [0, 2^64)
     return xxhash.xxh3_64_intdigest(text) < int(fraction * 2**64)
 
 
 def _tokens(
     texts: list[str], tokenizer: TextTokenizer, language: str | None
 ) -> tuple[list[np.ndarray], list[np.ndarray | None], np.ndarray]:
-    """Ids of each text, the first tokens of its sentences where a language is named, and the bytes of each (n,) that
-    no token spells."""
+    """Return the ids of each text, the first tokens of its sentences where a language is named, and the bytes of each
+    text (n,) that no token spells."""
     ids: list[np.ndarray] = []
     sentences: list[np.ndarray | None] = []
     unspelt = [np.empty(0, np.int64)]
@@ -125,7 +129,7 @@ def _tokens(
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:
-    """The texts in order, some at once: the tokenizer's own results take some 200 bytes per token."""
+    """Yield the texts in order, some at once: the tokenizer's own results take some 200 bytes per token."""
     batch: list[str] = []
     size = 0
     for text in texts:
@@ -143,7 +147,7 @@ def _unknown(ids: np.ndarray, unknown_id: int | None) -> int:
 
 @lru_cache(maxsize=1)
 def _tokenizer(folder: Path, tokenizer_hash: str) -> TextTokenizer:
-    """Loaded once per process; another one in the same folder has another hash."""
+    """Return the tokenizer, loaded once per process; the hash tells a later one in the same folder from it."""
     loaded = load_tokenizer(folder)
     assert loaded.hash == tokenizer_hash, "the tokenizer changed while it was used"
     return loaded

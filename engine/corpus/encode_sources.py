@@ -1,4 +1,4 @@
-"""All chunks of the sources to encoded chunks on disk, by any worker; what an earlier attempt finished is kept."""
+"""Encoding of all chunks of the sources to part files, by any worker; those of an earlier attempt are kept."""
 
 from __future__ import annotations
 
@@ -59,18 +59,21 @@ def encode_sources(
 
     def missing() -> Iterator[Task]:
         for order, shelf in enumerate(shelves(sources)):
+            # named by content: a source that has changed since the last attempt does not find its old parts
             key = xxhash.xxh3_64_hexdigest(" ".join(hashes[source.name] for source in shelf).encode())
             folder = work / f"{order:06d}-{key}"
             folder.mkdir(exist_ok=True)
             for number, chunk in enumerate(read_chunks(shelf, options.text_key, options.blank_line_ends)):
                 place, path = len(named), folder / f"{number:06d}.part"
                 named.append((path, (order, number), shelf[0].domain))
+                # a part that an earlier attempt finished; one that does not verify is encoded again
                 if (part := load(path)) is not None:
                     count(Encoded(place, *part, chunk.read_bytes), True)
                 else:
                     _tell_long_document(chunk)
                     yield Task(chunk, tokenizer.folder, tokenizer.hash, how, path, (order, number), place)
 
+    # `missing` is read as workers become free: no more chunks are in memory than they need
     for encoded in pool.run(encode_to_file, missing()):
         count(encoded, False)
     return [EncodedFile(*names, found[place].documents, found[place].bands) for place, names in enumerate(named)]

@@ -1,8 +1,8 @@
-"""A chunk of a corpus as token ids in a file of its own: what a preparation has finished, and finds again after a kill.
+"""A chunk of a corpus as token ids in a file of its own, which a preparation finds again after a kill.
 
-A part file is the XXH3-128 of the rest, one record per document, an npz of what is known of the documents, and the
-place of that npz. Records lie in the order in which shards take them (`engine.corpus.spread`), so that a
-shard reads one stretch of each part; each begins with a hash of its own, because a stretch cannot be checked by the
+A part file is the XXH3-128 of the rest, one record per document, an npz of the facts about the documents, and the
+byte at which that npz begins. Records lie in the order in which shards take them (`engine.corpus.spread`), so that a
+shard reads one range of each part; each begins with a hash of its own, because a range cannot be checked by the
 hash of the whole. Everything that is known of documents is in the order of the source, documents without a token left
 out.
 
@@ -92,6 +92,7 @@ def save(path: Path, part: EncodedChunk, order: np.ndarray) -> None:
     content.write(known.getbuffer())
     content.write(place.to_bytes(_PLACE_BYTES, "little"))
     view = content.getbuffer()
+    # last, into the room that was left for it at the front
     view[:_DIGEST_BYTES] = xxhash.xxh3_128_digest(view[_DIGEST_BYTES:])
     with replacing(path) as file:
         file.write(view)
@@ -111,6 +112,7 @@ def load(path: Path) -> tuple[Documents, np.ndarray] | None:
         return None
     place = int.from_bytes(content[-_PLACE_BYTES:], "little")
     with np.load(io.BytesIO(content[place:-_PLACE_BYTES])) as arrays:
+        # a part of an earlier version is made again, as if it were not there
         if not {field.name for field in fields(Documents)} <= set(arrays.files):
             return None
         return Documents(**{field.name: arrays[field.name] for field in fields(Documents)}), arrays["bands"]
@@ -126,9 +128,10 @@ def record_begins(documents: Documents, order: np.ndarray, item_bytes: int) -> n
 
 
 def read(records: Records, dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens, and first tokens of sentences, of each of the documents. Raises `DataError`: damaged or gone."""
+    """Yield the tokens, and the first tokens of sentences, of each document. Raises `DataError`: damaged or gone."""
     sizes = _record_bytes(records.lengths, records.sentences, dtype.itemsize)
     ends = records.begins + sizes
+    # records [first, last) of one read: a new one begins where the gap before a record is large
     stretches = np.flatnonzero(np.append(True, records.begins[1:] - ends[:-1] > _LARGEST_GAP_BYTES))
     try:
         with records.path.open("rb") as file:
@@ -142,7 +145,7 @@ def read(records: Records, dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.nda
 
 
 def joined(parts: list[Documents]) -> Documents:
-    """All documents of some parts, in order; one part or more."""
+    """Return all documents of one or more parts, in order."""
     arrays = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Documents)}
     totals = {name: np.sum(arrays.pop(name)) for name in ("empty", "empty_unspelt")}
     return Documents(**{name: np.concatenate(items) for name, items in arrays.items()}, **totals)
@@ -167,19 +170,21 @@ def _write_records(content: io.BytesIO, part: EncodedChunk, order: np.ndarray) -
 
 
 def _record_digest(tokens: memoryview, starts: memoryview) -> bytes:
+    # one digest of both arrays, without joining them first
     return xxhash.xxh3_64_digest(tokens, seed=xxhash.xxh3_64_intdigest(starts) if len(starts) else 0)
 
 
 def _parse(
     records: Records, content: bytes, start: int, first: int, last: int, dtype: np.dtype
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The documents `first` to before `last`, whose bytes begin at byte `start` of the file."""
+    """Yield the documents [first, last), from content that begins at byte `start` of the file."""
     view = memoryview(content)
     rows = (array[first:last].tolist() for array in (records.begins - start, records.lengths, records.sentences))
     for begin, length, sentences in zip(*rows, strict=True):
         at = begin + _RECORD_DIGEST_BYTES
         middle = at + length * dtype.itemsize
         tokens, starts = view[at:middle], view[middle : middle + sentences * _SENTENCE_DTYPE.itemsize]
+        # a file that was cut off gives short slices, no error
         if len(tokens) != middle - at or _record_digest(tokens, starts) != view[begin:at]:
             raise _damaged(records.path)
         yield np.frombuffer(tokens, dtype), np.frombuffer(starts, _SENTENCE_DTYPE)

@@ -1,8 +1,8 @@
-"""Takes an indexed data set of Megatron's as token shards, without a copy.
+"""Import of an indexed data set of Megatron's as token shards, without a copy.
 
-The folder that is written holds an index and the offsets; the tokens of its shards are stretches of the `.bin`, which
-stays where it is. So the set has the order, windows and hashes of any other. Invariant: the hashes are of the day it
-was taken over, and a `.bin` that changes after it is refused like a damaged shard.
+The folder that is written holds an index and the offsets; the tokens of its shards are ranges of the `.bin`, which
+stays at its location. So the set has the order, windows and hashes of any other. Invariant: the hashes are those of the
+day of the import, and a `.bin` that changes later is refused like a damaged shard.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def import_megatron(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Index:
-    """Write a folder of token shards that are stretches of `PREFIX.bin`, and returns its index.
+    """Write a folder of token shards that are ranges of `PREFIX.bin`, and return its index.
 
     Reads every token twice, to look at it and for the hashes, and tells `progress` the tokens of each shard. Raises
     `DataError`: a set that is damaged or was not made with this tokenizer, documents without an end-of-text, an output
@@ -44,8 +44,10 @@ def import_megatron(
     ends = np.concatenate([[0], np.cumsum(sequences.lengths, dtype=np.int64)])
     documents = np.unique(ends[sequences.documents])  # empty ones are none
     refuse_if(documents.size < 2, f"{prefix} holds no token", "at least one document", "name another set")
+    # as many sequences as documents: none was split into sentences. Unique, since an empty sentence is none
     sentences = None if ends.size == sequences.documents.size else np.unique(ends)
     path = file_of(prefix, "bin")
+    # larger than memory, perhaps: each shard's tokens are read when they are checked and hashed
     tokens = np.memmap(path, np.dtype(sequences.dtype).newbyteorder("<"), mode="r")
     start_folder(output)
     shards = []
@@ -59,6 +61,7 @@ def import_megatron(
             progress(stretch.length)
     except OSError as error:
         raise unwritable(output, error) from error
+    # seen from the index, so that both folders may be moved together
     elsewhere = os.path.relpath(path.parent.resolve(), output.resolve())
     shape = (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.hash, tuple(shards), tokenizer.vocabulary)
     index = Index(*shape, tokens_folder=elsewhere)
@@ -86,7 +89,7 @@ def _check_tokens(path: Path, tokens: np.ndarray, documents: np.ndarray, tokeniz
 
 
 def _stretch(path: Path, dtype: str, first: int, end: int) -> ArrayFile:
-    """Tokens `first` to before `end` of a `.bin`."""
+    """Return the entry of tokens [first, end) of a `.bin`, hashed. Raises `DataError` where it cannot be read."""
     item_bytes = np.dtype(dtype).itemsize
     offset, size = first * item_bytes, (end - first) * item_bytes
     try:
@@ -99,9 +102,10 @@ def _stretch(path: Path, dtype: str, first: int, end: int) -> ArrayFile:
 def _write_offsets(
     output: Path, number: int, documents: np.ndarray, sentences: np.ndarray | None
 ) -> tuple[ArrayFile, ArrayFile | None]:
-    """Offsets of a shard's documents, and of those sentences that lie in it. Raises `OSError`."""
+    """Write the offsets of a shard's documents, and of the sentences in it. Raises `OSError`."""
     written = write_offsets(output, number, "documents", documents - documents[0], "none")
     if sentences is None:
         return written, None
+    # both ends are documents' boundaries, and so are among the sentences
     low, high = np.searchsorted(sentences, (documents[0], documents[-1]))
     return written, write_offsets(output, number, "sentences", sentences[low : high + 1] - documents[0], "none")

@@ -60,6 +60,7 @@ def signatures(documents: list[np.ndarray]) -> np.ndarray:
 def runs(ids: np.ndarray) -> np.ndarray:
     """uint64 hashes of all runs of `RUN` tokens; a shorter document is one run."""
     width = min(RUN, ids.size)
+    # plus 1, since the hash of 0 is 0: runs of token 0 would be equal at any length
     words = ids.astype(np.uint64) + np.uint64(1)
     found = np.zeros(ids.size - width + 1, np.uint64)
     for at in range(width):
@@ -68,14 +69,15 @@ def runs(ids: np.ndarray) -> np.ndarray:
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> float:
-    """Jaccard's similarity of two documents, given as the sorted distinct hashes of their runs."""
+    """Return the Jaccard similarity of two documents, given as the sorted distinct hashes of their runs."""
     common = np.intersect1d(a, b, assume_unique=True).size
     return common / (a.size + b.size - common)
 
 
 def rows_per_band(threshold: float) -> int:
-    """The longest bands with which a pair at the threshold is still seen with probability `RECALL`."""
+    """Return the most rows of a band with which a pair at the threshold is still found with probability `RECALL`."""
     lengths = range(1, NUM_PERMUTATIONS + 1)
+    # 128 minima, threshold 0.8: bands of 6 minima, of which there are 21
     seen = [1 - (1 - threshold**rows) ** (NUM_PERMUTATIONS // rows) for rows in lengths]
     return max((rows for rows, probability in zip(lengths, seen, strict=True) if probability >= RECALL), default=1)
 

@@ -1,4 +1,4 @@
-"""Candidates of near duplicates, compared run by run by any worker: which documents are left out.
+"""Near duplicates: candidates compared run by run, by any worker, and the documents that are left out.
 
 A document is left out where an earlier one, left out itself or not, has the similarity asked for or more. Bands are
 worked through one after the other, so that a pair that has been decided is not compared again; pairs go to workers in
@@ -57,9 +57,10 @@ def near_duplicates(
     near = np.zeros(left_out.size, bool)
     rejected = np.empty(0, np.int64)
     for band in range(num_bands):
-        pairs = left[candidates(keys_of_band(band)[left])]
+        pairs = left[candidates(keys_of_band(band)[left])]  # (pairs, 2), numbers among all documents
         # a pair as one number, a * N + b, so that sets of pairs are compared by np.isin
         codes = pairs @ np.array([left_out.size, 1])
+        # a later document that an earlier band has decided, or a pair that was rejected, is not compared again
         pairs = pairs[~near[pairs[:, 1]] & ~np.isin(codes, rejected)]
         tasks = _batches(pairs, lengths, locate, dtype, threshold)
         others = []
@@ -72,7 +73,7 @@ def near_duplicates(
 
 
 def compare(task: Comparison) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs (P, 2), and which of them (P,) reach the threshold. Raises `DataError`: a part is damaged or gone."""
+    """Return the pairs (P, 2), and True for those that reach the threshold (P,). Raises `DataError`: a damaged part."""
     documents = [ids for records in task.records for ids, _ in read(records, task.dtype)]
     found = [np.unique(runs(ids[:-1])) for ids in documents]  # without the end of text
     same = [similarity(found[a], found[b]) >= task.threshold for a, b in task.places_P2.tolist()]
@@ -82,7 +83,7 @@ def compare(task: Comparison) -> tuple[np.ndarray, np.ndarray]:
 def _batches(
     pairs: np.ndarray, lengths: np.ndarray, locate: LocateRecords, dtype: np.dtype, threshold: float
 ) -> Iterator[Comparison]:
-    """The pairs (P, 2), those of one earlier document side by side, in batches of so many tokens."""
+    """Yield the pairs (P, 2), those of one earlier document side by side, in batches of `_TOKENS_AT_ONCE` tokens."""
     ends = np.cumsum(lengths[pairs].sum(axis=1))
     first = 0
     while first < len(pairs):
@@ -91,6 +92,7 @@ def _batches(
         numbers = np.unique(pairs[first:last])
         located = locate(numbers)
         place = np.empty(numbers.size, np.int64)
+        # `locate` sorts by part file: place in `numbers` -> place among the records that `compare` reads
         place[np.concatenate([which for which, _ in located])] = np.arange(numbers.size)
         places = place[np.searchsorted(numbers, pairs[first:last])]
         yield Comparison(pairs[first:last], places, [records for _, records in located], dtype, threshold)

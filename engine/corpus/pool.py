@@ -25,7 +25,7 @@ from engine.errors import ConfigError, EnvironmentProblem
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_ITEMS_PER_WORKER = 3
+_ITEMS_PER_WORKER = 3  # one in work, and two that wait while this process reads the next
 _WORLD_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 """Environment variables in which MPI's launchers say how many ranks there are."""
 
@@ -38,7 +38,7 @@ class Pool:
     executor: Executor | Any = None
 
     def run(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """`function` of each item, as they are finished.
+        """Yield `function` of each item, in the order in which they finish.
 
         Raises what reading `items` or the function raises, and `EnvironmentProblem` where a worker process died.
         """
@@ -62,13 +62,14 @@ class Pool:
                 "start again with fewer --workers: what is finished is kept",
             ) from error
         finally:
+            # also where the consumer stops early: nothing that is queued begins any more
             for future in waiting:
                 future.cancel()
 
 
 @contextmanager
 def workers(count: int) -> Iterator[Pool | None]:
-    """A pool of `count` processes, or of all ranks but the first of an MPI world.
+    """Yield a pool of `count` processes, or of all ranks but the first of an MPI world.
 
     None on the other ranks of such a world, once the first one has ended: there is nothing left to do there.
     Raises `ConfigError` for fewer than one, `EnvironmentProblem` where MPI cannot be used.
@@ -91,12 +92,12 @@ def workers(count: int) -> Iterator[Pool | None]:
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use."""
+    """Return the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _world_size() -> int:
-    """Ranks of the MPI world that this process was started in, 1 where it was not."""
+    """Return the number of ranks of the MPI world that this process was started in; 1 outside of one."""
     sizes = [int(os.environ[name]) for name in _WORLD_SIZES if os.environ.get(name, "").isdigit()]
     return max(sizes, default=1)
 
@@ -143,7 +144,7 @@ def _start_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed cannot end its workers; so they watch it."""
+    """End this process once its parent has ended: a parent that was killed cannot end its workers."""
     parent: Any = multiprocessing.parent_process()
     connection.wait([parent.sentinel])
-    os._exit(1)
+    os._exit(1)  # sys.exit would end this thread alone

@@ -1,4 +1,4 @@
-"""Text -> folders of token shards, to train on and held out, and a recipe that says what they were made from.
+"""Preparation of text as folders of token shards, for training and validation, with a recipe of their making.
 
 Three steps: every chunk of the sources is encoded into a part file, by any worker; which documents stay is decided
 over all of them, in their order; every shard is written from the parts, by any worker. Invariant: the same sources (by
@@ -58,11 +58,13 @@ def prepare(options: PrepareOptions, progress: Show = lambda _: None, pool: Pool
         with _alone(options.output):
             hashes = dict(pool.run(named_hash, sources))
             recipe = _recipe(options, tokenizer, sources, hashes)
+            # an output of the same recipe is kept, but its share of unspelt text is held to today's limit
             if not options.overwrite and (found := complete_before(options.output, recipe)) is not None:
                 refuse_unspelt(unspelt_before(found), options.max_unspelt, tokenizer)
                 return Prepared(options.output, found, was_there=True)
             work = begin(options.output, recipe, options.overwrite)
             parts = encode_sources(options, tokenizer, sources, hashes, work, pool, progress)
+            # after encoding, before any shard: the parts are kept for a higher limit
             refuse_unspelt(unspelt_in(parts), options.max_unspelt, tokenizer)
             counts = write_folders(options, tokenizer, parts, work, pool, progress)
             put_in_place(options.output, work, recipe, counts)
@@ -99,6 +101,7 @@ def _recipe(options: PrepareOptions, tokenizer: TextTokenizer, sources: list[Sou
 @contextmanager
 def _alone(output: Path) -> Iterator[None]:
     """Hold the output folder for one preparation at a time. Raises `DataError` where another one holds it."""
+    # the folder itself is locked: no lock file is left in an output
     descriptor = os.open(output, os.O_RDONLY)
     try:
         try:

@@ -1,4 +1,4 @@
-"""`prepare.json`: what an output was made from, and what came of it; and how a second preparation meets a first one.
+"""`prepare.json`: the recipe and the counts of an output, and what a second preparation does with a first one's.
 
 Invariant: `prepare.json` is written last, so a folder that has one is complete. An unfinished output has `PLAN_FILE`
 in its working folder instead; only the same command goes on with it.
@@ -37,7 +37,7 @@ def write_recipe(output: Path, recipe: Recipe, parts: dict[str, Statistics]) -> 
 
 
 def complete_before(output: Path, recipe: Recipe) -> dict[str, Statistics] | None:
-    """The counts of a complete output that was made from the same, verified; None where there is no complete one.
+    """Return the counts of a complete output of the same recipe, verified; None where there is no complete one.
 
     Raises `DataError` where another output is in the way, or this one is damaged.
     """
@@ -82,18 +82,19 @@ def refuse_foreign(output: Path) -> None:
 
 
 def parts_before(output: Path) -> list[str]:
-    """Folders of shards that lie in an output, complete or not, seen from it."""
+    """Return the folders of shards in an output, complete or not, relative to it."""
     found = [path.parent for name in PARTS for path in (output / name).glob(f"**/{INDEX_FILE}")]
     return sorted(str(path.relative_to(output)) for path in found)
 
 
 def begin(output: Path, recipe: Recipe, overwrite: bool) -> Path:
-    """The working folder, new or that of the same command. Raises `DataError` for another one's, and `OSError`.
+    """Return the working folder, new or that of the same command. Raises `DataError` for another one's, and `OSError`.
 
     Sources count by name here: one that was mended since has parts of its own, and those of the others are kept.
     """
     work = output / WORK
     path = work / PLAN_FILE
+    # by name alone: the parts of sources that have not changed are found by content in their folders
     plan = recipe | {"sources": [[item["domain"], item["name"]] for item in recipe["sources"]]}
     del plan["tokenizer"]  # the hash tells
     if path.exists():
@@ -117,7 +118,7 @@ def begin(output: Path, recipe: Recipe, overwrite: bool) -> Path:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a working folder, what tells its command first. Raises `OSError`."""
+    """Remove a working folder, the file that identifies its command first. Raises `OSError`."""
     (folder / PLAN_FILE).unlink(missing_ok=True)
     if folder.exists():
         shutil.rmtree(folder)

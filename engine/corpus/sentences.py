@@ -23,18 +23,19 @@ def check_language(language: str) -> None:
 
 
 def sentence_starts(text: str, language: str) -> np.ndarray:
-    """Characters at which the sentences of a text begin, int64, rising from 0; no sentence is blank."""
+    """Return the characters at which the sentences of a text begin, int64, rising from 0; no sentence is blank."""
     from sentencex import get_sentence_boundaries  # pyright: ignore[reportAttributeAccessIssue]  # compiled, untyped
 
     starts = [item["start_index"] for item in get_sentence_boundaries(language, text) if item["text"].strip()]
-    return np.array([0, *starts[1:]], np.int64)
+    return np.array([0, *starts[1:]], np.int64)  # blanks before the first sentence are its own
 
 
 def sentences_in_tokens(starts: np.ndarray, token_starts: np.ndarray) -> np.ndarray:
-    """The first token of each sentence, int64, rising from 0.
+    """Return the first token of each sentence, int64, rising from 0.
 
     `starts` are the sentences' characters, `token_starts` (n,) the characters at which the tokens begin. A token
     across a boundary belongs to the earlier sentence; a sentence without a token of its own is none.
     """
+    # sentences from characters 0 and 6, tokens from 0, 3, 5 and 8: first tokens 0 and 3; the one at 5 crosses over
     firsts = np.unique(np.searchsorted(token_starts, starts))
     return np.concatenate([[0], firsts[(firsts > 0) & (firsts < token_starts.size)]])

@@ -30,7 +30,7 @@ class Statistics:
     unspelt_bytes: int = 0
     """Bytes of text that no token spells: unknown to the tokenizer, or dropped by it."""
     left_out_bytes: int = 0
-    """Those of them in documents without a token, which `text_bytes` does not count."""
+    """Bytes among `unspelt_bytes` in documents without a token, which `text_bytes` does not count."""
     lengths: Counter[int] = field(default_factory=Counter)
     """Documents by the power of two that their tokens reach: key k counts lengths from 2^k to 2^(k+1) - 1."""
 
@@ -60,7 +60,7 @@ class Statistics:
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Statistics:
-        """The counts that `to_json` wrote. Raises `KeyError`, `TypeError`, `ValueError` or `AttributeError`."""
+        """Return the counts that `to_json` wrote. Raises `KeyError`, `TypeError`, `ValueError` or `AttributeError`."""
         lengths = Counter({int(power): int(count) for power, count in tree["lengths"].items()})
         counts = {name: int(tree[name]) for name in _COUNTS} | {name: int(tree.get(name, 0)) for name in _LATER}
         return cls(**counts, lengths=lengths)

@@ -1,6 +1,6 @@
-"""A tokenizer's folder is written whole or not at all: into a folder inside it first, then moved file by file.
+"""Writing of a tokenizer's folder as a whole: into a folder inside it first, then moved file by file.
 
-That the folder can be written is known before the text is read, since the inner folder is made at once.
+A folder that cannot be written is found out before the text is read, since the inner folder is made at once.
 """
 
 from __future__ import annotations

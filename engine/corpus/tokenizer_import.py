@@ -1,7 +1,7 @@
-"""Takes over a tokenizer of the Hugging Face ecosystem, by name or from a folder, as a folder of ours.
+"""Import of a tokenizer of the Hugging Face ecosystem, by name or from a folder, as a folder of ours.
 
 Invariant: text is split as `tokenizer.json` says, where the source has one; what an objective needs besides gets ids
-behind all that were there. The class that the source names only tells which tokens are special, and converts sources
+after all that were there. The class that the source names only tells which tokens are special, and converts sources
 that have no `tokenizer.json`.
 """
 
@@ -27,7 +27,7 @@ _ROLES = {"cls_token": CLASSIFY, "sep_token": SEPARATE, "mask_token": MASK}
 
 
 def import_tokenizer(source: str, folder: Path, purpose: Purpose = "causal") -> tuple[TextTokenizer, list[str]]:
-    """Saves the tokenizer into a folder; returns it as loaded from there, and the tokens that were added.
+    """Save the tokenizer into a folder; return it as loaded from there, and the tokens that were added.
 
     Raises:
         DataError: there is no such tokenizer, it has no fast form, ends no text, or the folder cannot be written.
@@ -70,6 +70,7 @@ def _as_in_file(source: str, found: Any) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer
     from transformers.utils.hub import cached_file
 
+    # None where the source has none; the class that transformers chose may have rebuilt it by rules of its own
     path = cached_file(source, MODEL_FILE, _raise_exceptions_for_missing_entries=False)
     if path is None:
         model = Tokenizer.from_str(found.backend_tokenizer.to_str())

@@ -1,4 +1,4 @@
-"""Trains tokenizers: byte-level BPE, SentencePiece unigram or BPE, and WordPiece, each saved for `transformers`.
+"""Training of tokenizers: byte-level BPE, SentencePiece unigram or BPE, and WordPiece, each saved for `transformers`.
 
 Invariant: the same texts and options give the same files. All kinds but WordPiece spell every byte, keep text as it
 is (no normalisation, runs of spaces and line ends included), and share the first ids: 0 ends a text, 1 pads, 2 is
@@ -73,7 +73,7 @@ def train_tokenizer(
     purpose: Purpose = "causal",
     lowercase: bool = False,
 ) -> TextTokenizer:
-    """Train a tokenizer on some texts, saves it as a folder and returns it as loaded from there.
+    """Train a tokenizer on some texts, save it as a folder and return it as loaded from there.
 
     `purpose` adds the tokens that the objective needs; WordPiece always has BERT's. `lowercase` (WordPiece alone)
     drops case and accents. A small corpus may carry fewer tokens than asked for: see the result's `vocab_size`.
@@ -140,7 +140,11 @@ def _frame(model, purpose: Purpose, kind: TokenizerKind) -> None:
 
 
 def _wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool):
-    """The library numbers the pieces inside words as its hash tables hand them out; so they are numbered before."""
+    """Return a trained WordPiece tokenizer.
+
+    The library numbers the pieces inside words in the order of its hash tables, which differs from run to run; so they
+    are numbered here, before training.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     def untrained(vocabulary: dict[str, int] | None = None) -> Tokenizer:
@@ -156,6 +160,7 @@ def _wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool):
         room = vocab_size - len(WORDPIECE_TOKENS) - len(alphabet) - 1
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size,
+            # special tokens are numbered in the order given
             special_tokens=[*WORDPIECE_TOKENS, *inside[:room]],
             initial_alphabet=alphabet,
             limit_alphabet=len(alphabet),
@@ -164,13 +169,14 @@ def _wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool):
         spool.seek(0)
         learner = untrained()
         learner.train_from_iterator((json.loads(line) for line in spool), trainer)
+    # the vocabulary alone: the pieces inside words are ordinary tokens again
     tokenizer = untrained(learner.get_vocab(with_added_tokens=False))
     tokenizer.add_special_tokens(list(WORDPIECE_TOKENS))
     return tokenizer
 
 
 def _alphabet(texts: Iterable[str], tokenizer, limit: int, spool: IO[str]) -> list[str]:
-    """The required characters and the commonest others, `limit` together or a little more; keeps the texts."""
+    """Return the required characters and the commonest others, about `limit` together; write the texts to `spool`."""
     counts: Counter[str] = Counter()
     for text in texts:
         spool.write(json.dumps(text) + _LINE_END)
@@ -195,6 +201,7 @@ def _byte_level_bpe(texts: Iterable[str], vocab_size: int):
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
+        # all 256 bytes, also those that the corpus does not hold
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -203,7 +210,7 @@ def _byte_level_bpe(texts: Iterable[str], vocab_size: int):
 
 
 def _sentencepiece(texts: Iterable[str], kind: TokenizerKind, vocab_size: int) -> bytes:
-    """A trained SentencePiece model, serialised."""
+    """Return a trained SentencePiece model, serialised."""
     import sentencepiece
 
     content = io.BytesIO()
@@ -213,23 +220,23 @@ def _sentencepiece(texts: Iterable[str], kind: TokenizerKind, vocab_size: int) -
             model_writer=content,
             model_type=kind.removeprefix("sentencepiece-"),
             vocab_size=vocab_size,
-            hard_vocab_limit=False,
+            hard_vocab_limit=False,  # a small corpus may carry fewer pieces
             character_coverage=0.9999,
             required_chars=_REQUIRED_CHARACTERS,
             byte_fallback=True,
-            normalization_rule_name="identity",
+            normalization_rule_name="identity",  # this and the next three: the text comes back as it was
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             add_dummy_prefix=False,
-            user_defined_symbols=[_LINE_END],
-            max_sentence_length=4 * _LONGEST_LINE_BYTES,
+            user_defined_symbols=[_LINE_END],  # a piece from the start: the trainer is given lines without their ends
+            max_sentence_length=4 * _LONGEST_LINE_BYTES,  # in bytes, of which a character takes at most four
             eos_id=0,
             eos_piece=END_OF_TEXT,
             pad_id=1,
             pad_piece=PADDING,
             unk_id=2,
             unk_piece=UNKNOWN,
-            bos_id=-1,
+            bos_id=-1,  # none: nothing is put before a text
             num_threads=1,  # sums of floats in one order, hence the same pieces everywhere
             minloglevel=2,
         )
@@ -243,7 +250,7 @@ def _sentencepiece(texts: Iterable[str], kind: TokenizerKind, vocab_size: int) -
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Lines of the texts without their ends, long ones in parts: SentencePiece drops overlong sentences."""
+    """Yield the lines of the texts without their ends, long ones in parts: SentencePiece drops overlong sentences."""
     for text in texts:
         for line in text.split(_LINE_END):
             for start in range(0, len(line), _LONGEST_LINE_BYTES):
@@ -252,7 +259,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def from_sentencepiece(content: bytes, kind: TokenizerKind):
-    """A `tokenizers.Tokenizer` that splits as the SentencePiece model does (one trained by this file).
+    """Return a `tokenizers.Tokenizer` that splits as the SentencePiece model does (one trained by this file).
 
     Pieces keep their ids. For BPE, SentencePiece stores scores where `tokenizers` wants merges: the better of two
     merges is the one whose result has the lower id, so a piece's merges are its splits into two known pieces, in
@@ -289,6 +296,7 @@ def _merges(pieces: list[str], normal: list[int]) -> list[tuple[str, str]]:
     for i in normal:
         piece = pieces[i]
         splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        # pieces a, b, c, ab, abc: ab comes from (a, b); abc from (ab, c) alone, since bc is no piece
         inner = [(known[left], known[right]) for left, right in splits if left in known and right in known]
         merges += [(pieces[left], pieces[right]) for left, right in sorted(inner)]
     return merges
@@ -297,6 +305,7 @@ def _merges(pieces: list[str], normal: list[int]) -> list[tuple[str, str]]:
 def _not_empty(texts: Iterable[str]) -> Iterator[str]:
     """Yield the texts. Raises `DataError` (when the training begins to read) where there are none."""
     iterator = iter(texts)
+    # blank texts are passed over: a trainer that sees no word fails in words of its own
     first = next((text for text in iterator if text.strip()), None)
     if first is None:
         raise DataError("there is no text to train a tokenizer on", "at least one document", "name other sources")

@@ -1,6 +1,6 @@
-"""Encoded chunks to the folders of the output: which documents stay, where they go, and their shards.
+"""Writing of encoded chunks as the folders of the output: the documents that stay, their folder, and their shards.
 
-The folders are written whole into the working folder, and then moved to where they belong.
+The folders are written whole into the working folder, and then moved to their location.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ def _sides(
         empty = (sum(int(part.empty) for part in own), sum(int(part.empty_unspelt) for part in own))
         for side in (TRAIN, VALIDATION) if options.validation_fraction else (TRAIN,):
             mine = (of_document == number) & (corpus.documents.is_validation == (side == VALIDATION))
+            # documents without a token belong to no side: counted once, on the training side
             found[f"{side}/{domain}" if domain else side] = (mine, empty if side == TRAIN else (0, 0))
     return found
 
@@ -99,13 +100,14 @@ def _new(work: Path, name: str) -> Path:
 
 
 def put_in_place(output: Path, work: Path, recipe: Recipe, counts: dict[str, Statistics]) -> None:
-    """Move the whole output to where it belongs: what was there before goes first, the recipe comes last.
+    """Move the whole output to its location: an earlier output is removed first, the recipe is written last.
 
     Raises `OSError`.
     """
     (output / RECIPE_FILE).unlink(missing_ok=True)
     for name in parts_before(output):
         sweep(output / name)
+        # also `train` above an empty `train/DOMAIN`; a folder with files of others stays
         for folder in (output / name, (output / name).parent):
             if folder != output and not any(folder.iterdir()):
                 folder.rmdir()
@@ -113,6 +115,7 @@ def put_in_place(output: Path, work: Path, recipe: Recipe, counts: dict[str, Sta
         target = output / name
         target.mkdir(parents=True, exist_ok=True)
         sweep(target)
+        # the index last: until it is there, the folder counts as unfinished
         for path in sorted(_new(work, name).iterdir(), key=lambda path: path.name == INDEX_FILE):
             path.replace(target / path.name)
     write_recipe(output, recipe, counts)

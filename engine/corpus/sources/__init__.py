@@ -1,1 +1,1 @@
-"""Text in its many places to chunks of raw documents: files, compression, Parquet, Hugging Face datasets."""
+"""Sources of text, cut into chunks of raw documents: files, compression, Parquet, Hugging Face datasets."""

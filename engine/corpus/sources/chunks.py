@@ -1,9 +1,9 @@
-"""Text in its many places -> raw documents in a fixed order, in chunks that workers parse.
+"""Sources of text as raw documents in a fixed order, in chunks that workers parse.
 
 Invariant: the order of documents is the order in which the sources are named, sorted by path inside a folder or
 glob, then the order inside a file; where chunks are cut depends on the sources alone. `read_chunks` only cuts files
-into bytes; `parse` (in a worker) decodes JSON and UTF-8, and knows file and line of each document for its errors. What
-is found: JSON lines and text (plain or compressed), Parquet, and Hugging Face datasets, streamed; which files these are
+into bytes; `parse` (in a worker) decodes JSON and UTF-8, and knows file and line of each document for its errors. Kinds
+of sources: JSON lines and text (plain or compressed), Parquet, and Hugging Face datasets, streamed; finding the files
 is the business of `files`. `NAME=SOURCE` says to which domain a source belongs.
 """
 
@@ -66,7 +66,7 @@ class TextChunk:
 
 
 def find_sources(names: Iterable[str]) -> list[Source]:
-    """The files and datasets that names, folders and globs stand for, in order, each once per domain.
+    """Return the files and datasets that names, folders and globs stand for, in order, each once per domain.
 
     Raises:
         ConfigError: an empty name; some names have a domain and others not.
@@ -100,7 +100,7 @@ def told_foreign(names: Iterable[str]) -> str | None:
 
 
 def split_domain(given: str) -> tuple[str, str]:
-    """(domain, source) of `NAME=SOURCE`; the domain is empty where none is named, or where such files exist.
+    """Return (domain, source) of `NAME=SOURCE`; the domain is empty if none is named, or if such a file exists.
 
     A leading `~` of the source is the home folder.
     """
@@ -109,7 +109,7 @@ def split_domain(given: str) -> tuple[str, str]:
 
 
 def shelves(sources: list[Source]) -> list[list[Source]]:
-    """The sources in order, small ones of one kind and domain together, so that they make no chunk each."""
+    """Return the sources in order, small ones of one kind and domain grouped, so that they share chunks."""
     found: list[list[Source]] = []
     size = 0
     for source in sources:
@@ -120,12 +120,13 @@ def shelves(sources: list[Source]) -> list[list[Source]]:
             found[-1].append(source)
         else:
             found.append([source])
+            # a hub dataset has no known size: a full shelf, to which nothing is added
             size = source.num_bytes if source.num_bytes else _SHELF_BYTES
     return found
 
 
 def content_hash(source: Source) -> str:
-    """XXH3-128 in hex of a file as it lies there, or of a local dataset's files; of the name alone for one on the hub.
+    """Return the XXH3-128 in hex of a file as stored, or of a local dataset's files; of its name alone on the hub.
 
     Raises `DataError`.
     """
@@ -139,16 +140,17 @@ def content_hash(source: Source) -> str:
 
 
 def named_hash(source: Source) -> tuple[str, str]:
-    """(name, `content_hash`) of a source, for results that come in no order. Raises `DataError`."""
+    """Return (name, `content_hash`) of a source, for results that come in no order. Raises `DataError`."""
     return source.name, content_hash(source)
 
 
 def read_chunks(shelf: list[Source], text_key: str, blank_line_ends: bool) -> Iterator[TextChunk]:
-    """The documents of some sources of one kind in order.
+    """Yield the documents of some sources of one kind in order, as chunks.
 
     `text_key` names the column of a dataset; with `blank_line_ends` a text file holds many documents, each ended by an
     empty line. Raises `DataError`: unreadable, damaged compression, unknown dataset or column.
     """
+    # a 32nd of the files, so that small corpora also make chunks for many workers
     limit = min(max(sum(source.num_bytes for source in shelf) // _CHUNKS_PER_FILE, _SMALLEST_CHUNK), LARGEST_CHUNK)
     items: list[tuple[str, int, bytes]] = []
     size = read = 0
@@ -157,10 +159,12 @@ def read_chunks(shelf: list[Source], text_key: str, blank_line_ends: bool) -> It
         for number, content, so_far in _rows(source, text_key, blank_line_ends, limit):
             items.append((source.name, number, content))
             size += len(content)
+            # `so_far` counts the bytes of this file, `read` those of the shelf since the last chunk
             read, before = read + so_far - before, so_far
             if size >= limit:
                 yield TextChunk(source.kind, items, read)
                 items, size, read = [], 0, 0
+        # the rest of a file without further documents, such as blank lines at its end
         read += source.num_bytes - before
     yield TextChunk(shelf[-1].kind, items, read)
 
@@ -178,7 +182,7 @@ def _rows(source: Source, text_key: str, blank_line_ends: bool, limit: int) -> I
 def read_texts(
     names: Iterable[str], text_key: str, blank_line_ends: bool, max_bytes: int | None = None
 ) -> Iterator[str]:
-    """The texts of all documents that names stand for, in order.
+    """Yield the texts of all documents that names stand for, in order.
 
     With `max_bytes` (of UTF-8) the first texts of each source, as many as its share of the files' bytes allows: so
     every source is heard. Raises `DataError` as `find_sources`, `read_chunks` and `parse` do.
@@ -200,7 +204,7 @@ def _first_texts(shelf: list[Source], text_key: str, blank_line_ends: bool, limi
 
 
 def parse(chunk: TextChunk, text_key: str) -> list[str]:
-    """The texts of a chunk's documents. Raises `DataError` naming file and line: no JSON, no text, no UTF-8."""
+    """Return the texts of a chunk's documents. Raises `DataError` naming file and line: no JSON, no text, no UTF-8."""
     if chunk.kind == "text":
         return [_decode(*item) for item in chunk.items]
     if chunk.kind != "json":
@@ -239,7 +243,7 @@ def _json_text(source: str, number: int, line: bytes, text_key: str) -> str:
 
 
 def _without_surrogates(where: str, text: str) -> str:
-    """The text, if it can be written: JSON may escape half of a surrogate pair, which is no character."""
+    """Return the text, if UTF-8 can hold it: JSON may escape half of a surrogate pair, which is no character."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -249,6 +253,7 @@ def _without_surrogates(where: str, text: str) -> str:
 
 def _decode(source: str, number: int, content: bytes) -> str:
     try:
+        # a byte order mark is one at the beginning of a file only
         return content.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         line = number + content[: error.start].count(b"\n")

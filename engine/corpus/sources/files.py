@@ -1,4 +1,4 @@
-"""The files that a path, a folder or a glob stands for, and how each is read: as JSON lines, text or Parquet.
+"""Files that a path, a folder or a glob stands for, and the kind of each: JSON lines, text or Parquet.
 
 A folder is searched for names that tell their kind; links to folders are followed. A file that is named itself, or by a
 glob, may be called anything: JSON lines without a suffix (`part-00000`) are known by their first line, and what is no
@@ -49,6 +49,7 @@ _BEGINNINGS = {
     b"ARROW1": ("an Arrow file", ""),
 }
 """First bytes of files that are no plain text: what they are, and the suffix by which such files are read (or none)."""
+# an archive of tar begins with a file name; its magic is at byte 257 of the header
 _TAR_AT, _TAR = 257, b"ustar"
 _LONGEST_FIRST_LINE = 1 << 20
 
@@ -57,7 +58,7 @@ Found = tuple[Path, str, int]
 
 
 def find_files(name: str, given: str) -> list[Found]:
-    """The files that a name stands for. `given` is what the user wrote, for messages. Raises `DataError`."""
+    """Return the files that a name stands for. `given` is the user's own spelling, for messages. Raises `DataError`."""
     path = Path(name)
     if path.is_dir():
         return [_described(found) for found in _in_folder(path)]
@@ -99,6 +100,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     """Yield the files below a folder, hidden ones left out; a folder that links reach twice is looked into once."""
     seen: set[str] = set()
     for place, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        # in place: os.walk goes down into what is left in this list, in its order
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if (real := os.path.realpath(place)) in seen:
             folders.clear()
@@ -123,7 +125,7 @@ def _is_wanted(path: Path) -> bool:
 
 
 def _described(path: Path, named: bool = False) -> Found:
-    """Raise `DataError` for what is no text; a name that tells no kind is looked into."""
+    """Return a file, its kind and its size; a `named` one is looked into. Raises `DataError` if it is no text."""
     if _leads_nowhere(path):
         raise DataError(f"{path} is a link to {path.readlink()}, which is not there", "a file", "restore or remove it")
     try:
@@ -146,7 +148,7 @@ def _leads_nowhere(path: Path) -> bool:
 
 
 def _looked_into(path: Path, kind: str) -> str:
-    """The kind of a file that is named itself. Raises `DataError` for what is no text."""
+    """Return the kind of a file that was named itself, by its content. Raises `DataError` if it is no text."""
     if _suffix(path) in UNREAD_SUFFIXES or _plain_suffix(path) in UNREAD_SUFFIXES:
         raise _unread(path, _suffix(path))
     if not path.is_file():  # a pipe is read once
@@ -167,6 +169,7 @@ def _is_json_line(head: bytes) -> bool:
     line, end, _ = head.lstrip().partition(b"\n")
     if not line.startswith(b"{"):
         return False
+    # a first line that was cut off cannot be parsed
     if not end and len(head) == _LONGEST_FIRST_LINE:
         return line.startswith(b'{"')  # too long to be read whole
     try:
@@ -188,7 +191,7 @@ def _suffix(path: Path) -> str:
 
 
 def _plain_suffix(path: Path) -> str:
-    """The suffix below a compression's."""
+    """Return the suffix before that of a compression: `.jsonl` of `a.jsonl.gz`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in text_files.SUFFIXES:
         suffixes.pop()

@@ -22,7 +22,7 @@ _SAVED_SPLITS = "dataset_dict.json"
 
 
 def read_column(source: str, column: str) -> Iterator[str]:
-    """The texts of `hf:NAME_OR_FOLDER[:CONFIG][@SPLIT]` in order. Raises `DataError`."""
+    """Yield the texts of `hf:NAME_OR_FOLDER[:CONFIG][@SPLIT]` in order. Raises `DataError`."""
     path, config, split = split_hub_name(source)
     number = -1
     try:
@@ -50,13 +50,13 @@ def _reason(error: Exception) -> str:
 
 
 def local_files(source: str) -> list[Path]:
-    """The files of a local dataset, sorted; none of one on the hub."""
+    """Return the files of a local dataset, sorted; none of one on the hub."""
     folder = Path(split_hub_name(source)[0])
     return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
 
 
 def split_hub_name(name: str) -> tuple[str, str | None, str]:
-    """(name or folder, config or None, split) of a source `hf:...`. Raises `ConfigError` where no name is left."""
+    """Return (name or folder, config or None, split) of a source `hf:...`. Raises `ConfigError` without a name."""
     rest, _, split = name.removeprefix(HUB_PREFIX).partition("@")
     path, _, config = rest.partition(":")
     if not path:

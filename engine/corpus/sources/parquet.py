@@ -18,7 +18,7 @@ RawDocument = tuple[int, bytes, int]
 
 
 def rows(name: str, column: str) -> Iterator[RawDocument]:
-    """The texts of a column in order. Raises `DataError`: damaged, no such column, no text in it."""
+    """Yield the texts of a column in order. Raises `DataError`: damaged, no such column, no text in it."""
     import pyarrow
     from pyarrow import parquet
 
@@ -42,12 +42,13 @@ def rows(name: str, column: str) -> Iterator[RawDocument]:
 
 
 def _as_bytes(column) -> list[bytes | None]:
-    """Texts as they lie in the file: files that other programs wrote may hold strings that are no UTF-8."""
+    """Return texts as they are stored: files that other programs wrote may hold strings that are no UTF-8."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     is_view = pyarrow.types.is_string_view(column.type)
+    # a cast to binary does not decode; large_binary takes strings of either offset width, views need views
     return column.cast(pyarrow.binary_view() if is_view else pyarrow.large_binary()).to_pylist()
 
 

@@ -1,4 +1,4 @@
-"""Files of text, plain or compressed, as lines, paragraphs or one whole: bytes, with how far the file was read.
+"""Files of text, plain or compressed, as lines, paragraphs or one whole: bytes, and the bytes of the file read so far.
 
 Compression is told by the name (`SUFFIXES`). Invariant: a file that is cut off or damaged is an error that names
 it, never a shorter text. Decoding is the business of `engine.corpus.sources.chunks`.
@@ -34,7 +34,7 @@ RawDocument = tuple[int, bytes, int]
 
 
 def file_hash(name: str) -> str:
-    """XXH3-128 of a file as it lies there, in hex. Raises `DataError`."""
+    """Return the XXH3-128 of a file as it is stored, in hex. Raises `DataError`."""
     digest = xxhash.xxh3_128()
     with _opened(name) as file:
         while block := file.read(_BLOCK_BYTES):
@@ -43,7 +43,7 @@ def file_hash(name: str) -> str:
 
 
 def head(name: str, num_bytes: int) -> bytes:
-    """The first bytes of the decompressed text. Raises `DataError`."""
+    """Return the first bytes of the decompressed text. Raises `DataError`."""
     with _opened(name) as file:
         return _decompressed(name, file).read(num_bytes)
 
@@ -58,31 +58,33 @@ def refuse_cut_off(name: str) -> None:
 
 
 def lines(name: str) -> Iterator[RawDocument]:
-    """Each line of the decompressed text, its end included. Raises `DataError`."""
+    """Yield each line of the decompressed text, its end included. Raises `DataError`."""
     with _opened(name) as file:
         for number, line in enumerate(_decompressed(name, file), start=1):
+            # `file` is the compressed one: its position is the progress, in bytes as they are stored
             yield number, line, file.tell()
 
 
 def blocks(name: str, num_bytes: int) -> Iterator[RawDocument]:
-    """The decompressed text in blocks of at least `num_bytes`, each ending with a line. Raises `DataError`."""
+    """Yield the decompressed text in blocks of at least `num_bytes`, each ending with a line. Raises `DataError`."""
     number = 1
     with _opened(name) as file:
         text = _decompressed(name, file)
         while block := text.read(num_bytes):
+            # up to the end of the line that the block's end has cut
             block += text.readline()
             yield number, block, file.tell()
             number += block.count(b"\n")
 
 
 def whole(name: str) -> Iterator[RawDocument]:
-    """The whole decompressed text as one piece. Raises `DataError`."""
+    """Yield the whole decompressed text once. Raises `DataError`."""
     with _opened(name) as file:
         yield 1, _decompressed(name, file).read(), file.tell()
 
 
 def paragraphs(name: str) -> Iterator[RawDocument]:
-    """Stretches of lines that are not empty, the empty ones between them dropped. Raises `DataError`."""
+    """Yield the runs of lines that are not empty, the empty ones between them dropped. Raises `DataError`."""
     held: list[bytes] = []
     first, read = 1, 0
     for number, line, read in lines(name):
@@ -98,7 +100,7 @@ def paragraphs(name: str) -> Iterator[RawDocument]:
 
 @contextmanager
 def _opened(name: str) -> Iterator[IO[bytes]]:
-    """The file as it lies there; what goes wrong while it is read becomes a `DataError` that names it."""
+    """Yield the file as it is stored; an error of reading becomes a `DataError` that names it."""
     try:
         with Path(name).open("rb") as file:
             yield file
@@ -158,6 +160,8 @@ class _ZstdFrames(io.RawIOBase):
                 self._frame or zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW_BYTES).decompressobj()
             )
             self._ready = memoryview(self._frame.decompress(block))
+            # bytes after the end of a frame begin the next one: files may hold several, as `cat a.zst b.zst` writes
+            # them
             self._left = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
                 self._frame = None

@@ -86,7 +86,7 @@ def dropout_keys(seed: int, step: int, samples_B3: np.ndarray) -> np.ndarray:
     """
     base = np.random.SeedSequence((seed, PURPOSE_DROPOUT, step)).generate_state(1, np.uint64)
     keys_B = np.repeat(base, len(samples_B3))
-    # plus 2^64 divided by the golden ratio, since the mix of 0 is 0
+    # 2^64 divided by the golden ratio is added, since the mix of 0 is 0
     for column in samples_B3.T:
         keys_B = mix_array(keys_B ^ mix_array(column.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)))
     return keys_B.view(np.int64)
