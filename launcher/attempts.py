@@ -27,7 +27,7 @@ from launcher.verdict import NodeReport, Verdict, judge
 
 @dataclass(frozen=True)
 class Ending:
-    """The verdict over the last attempt of a launch, and why there is no further one (empty where none was due)."""
+    """The verdict over the last attempt of a launch, and the reason for no further one (empty where none was due)."""
 
     verdict: Verdict
     refusal: str
@@ -41,6 +41,7 @@ def run_attempts(run: RunConfig, wanted: Wanted, node: Node, restarts: Restarts,
     """
     with RunFolder(run.folder, Start(wanted.job, wanted.attempt)) as owned:
         try:
+            # Taken before anything is cleared: what is there may belong to a run that still goes on.
             owned.take(supervisor=True)
             owned.clear()
             return _loop(run, wanted, node, restarts, owned, tell)
@@ -64,6 +65,7 @@ def _loop(
         wanted, node, world = next_attempt(run, asked, wanted, node, verdict, free_port(), accelerator())
         where = f"{wanted.world_size} ranks" if world is None else f"{world.size} ranks ({world.layout})"
         tell(f"restart {restarts.used} of {restarts.limit} on {where}")
+        # The same handle takes the folder for the next attempt, so that no other launch slips in between.
         owned.take(Start(wanted.job, wanted.attempt), supervisor=True)
         owned.clear()
 
@@ -85,6 +87,7 @@ def conclude(owned: RunFolder, report: NodeReport) -> Verdict:
     aside = report.aside if report.aside is not None and report.aside.is_of(job, number) else None
     verdict = judge(said if told or aside is None else aside, report, job, number)
     found = None if told else aside
+    # A rank's own word stays, except where ranks were lost: then it only tells of a neighbour that was missed.
     if verdict.code not in (EXIT_DONE, EXIT_REQUEUE) and (verdict.lost or not (told or aside)):
         ranks = sorted(verdict.lost)  # the neighbour that noticed is not the one to name
         found = Outcome(job, number, verdict.code, verdict.step, ranks[0] if ranks else None, verdict.words)

@@ -13,7 +13,7 @@ from launcher.copying import Copier
 from launcher.verdict import End
 
 COPY_SECONDS = 5.0
-"""Seconds that the last output of a process that has ended is waited for."""
+"""Seconds to wait for the last output of a process that has ended; a grandchild may hold the pipe open."""
 
 
 class Child:
@@ -23,7 +23,7 @@ class Child:
         self.name = command.name
         path = log_folder / f"{command.name}.log"
         try:
-            self._log = path.open("ab", buffering=0)
+            self._log = path.open("ab", buffering=0)  # a restart goes on in the log
         except OSError as error:
             raise EnvironmentProblem(
                 f"log {path} cannot be written: {error.strerror}", "a file that can be written", "remove it"
@@ -32,6 +32,7 @@ class Child:
             self.popen = subprocess.Popen(
                 command.argv,
                 env=command.environment_in(os.environ) | dict(more),
+                # A rank that asked on the terminal would wait for an answer that goes to all of them.
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE if shown else self._log,
                 stderr=subprocess.STDOUT,

@@ -41,7 +41,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Node:
-    """Ranks of an attempt that one node holds, and what they find there."""
+    """Ranks of an attempt on one node, with the devices and cores that they use."""
 
     ranks: range
     """Global numbers."""
@@ -69,13 +69,13 @@ class Command:
     """Variables that are taken out of it before."""
 
     def __str__(self) -> str:
-        """A line for a shell, without credentials."""
+        """Return a line for a shell, without credentials."""
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         without = ["env", *(f"-u {name}" for name in self.dropped)] if self.dropped else []
         return redact(" ".join([*without, *variables, shlex.join(self.argv)]))
 
     def environment_in(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """The whole environment of the process, where that of `palimpsest launch` is `environ`."""
+        """Return the whole environment of the process, where that of `palimpsest launch` is `environ`."""
         return {name: value for name, value in environ.items() if name not in self.dropped} | self.environment
 
 
@@ -96,6 +96,7 @@ def _local(wanted: Wanted, node: Node, local_rank: int) -> Command:
         "MASTER_ADDR": wanted.master_addr,
         "MASTER_PORT": str(wanted.master_port),
     }
+    # Unbuffered, so that what a rank printed before it was killed is in its log.
     argv = (node.python, "-u", "-m", *_train(wanted))
     return Command(f"rank-{global_rank}", argv, environment, _dropped(node, environment))
 
@@ -119,6 +120,7 @@ def _deepspeed(wanted: Wanted, node: Node) -> Command:
         *_train(wanted),
     )
     environment = _common(wanted, node)
+    # deepspeed ignores the variable beside `--include`, with a warning; its numbers are of all GPUs of the node.
     visible = environment.pop("CUDA_VISIBLE_DEVICES", None)
     dropped = (*(["CUDA_VISIBLE_DEVICES"] if visible else []), *_dropped(node, environment))
     if node.bus_order:
@@ -130,6 +132,7 @@ def _torchrun(wanted: Wanted, node: Node) -> Command:
     """Return the command of a torchrun that starts ranks on this node alone."""
     argv = (
         program("torchrun", node.python),
+        # Not `--standalone`, which would choose a port of its own.
         "--nnodes=1",
         "--node-rank=0",
         f"--nproc-per-node={len(node.ranks)}",
@@ -157,17 +160,19 @@ def _dropped(node: Node, environment: dict[str, str]) -> tuple[str, ...]:
 
 
 def _common(wanted: Wanted, node: Node) -> dict[str, str]:
-    """Variables of every kind. Without a GPU DeepSpeed is told so, or its launcher looks for one and gives up."""
+    """Return the variables that every kind of launcher gets."""
     environment = {
         JOB: wanted.job,
         ATTEMPT: str(wanted.attempt),
         LAUNCHER: wanted.kind,
         RUN_FOLDER: str(wanted.folder.absolute()),
+        # Each rank would start a thread per core of the node; on a CPU that many ranks slow each other down.
         "OMP_NUM_THREADS": str(max(node.num_cores // len(node.ranks), 1)),
     }
     if _hides(wanted):
         environment[OVERRIDES] = json.dumps(wanted.overrides)
     if node.num_gpus == 0:
+        # Without it deepspeed's launcher looks for a GPU and gives up.
         environment["DS_ACCELERATOR"] = "cpu"
     elif node.devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(node.devices)
@@ -175,6 +180,7 @@ def _common(wanted: Wanted, node: Node) -> dict[str, str]:
 
 
 def program(name: str, python: str) -> str:
-    """The launcher's program beside the interpreter, so that no other environment's is taken."""
+    """Return the path of a program beside the interpreter, so that no other environment's is taken."""
     beside = Path(python).parent / name
+    # "python" alone has no folder; its programs are then found on PATH, as it is.
     return str(beside) if beside.is_absolute() else name

@@ -42,8 +42,10 @@ class Copier:
 
     def _read(self) -> None:
         with self._log:
+            # `read1` returns what is there; `read` would wait for a full chunk, and the terminal would lag behind.
             while chunk := self._pipe.read1(CHUNK_BYTES):
                 try:
+                    # The log first: it is complete even where the terminal takes nothing.
                     write_all(self._log.fileno(), chunk)
                 except OSError as error:
                     self._tell(str(self._path), error.strerror or str(error))
@@ -54,6 +56,7 @@ class Copier:
 
     def _hand_over(self, chunk: bytes) -> None:
         with self._changed:
+            # Dropped and not waited for: a rank that waits for a terminal would hold up all others in a collective.
             fits = len(self._waiting) + len(chunk) <= MOST_WAITING_BYTES
             if fits:
                 self._waiting += chunk
@@ -67,6 +70,7 @@ class Copier:
                 self._changed.wait_for(lambda: self._waiting or self._ended)
                 if not self._waiting:
                     return
+                # Taken under the lock and written outside of it: a stopped terminal (Ctrl-S) must not stop the reader.
                 taken, self._waiting = bytes(self._waiting), bytearray()
             try:
                 if sys.stdout is not None:

@@ -1,4 +1,4 @@
-"""The GPUs that this node offers to a run, and whether its processors compute in bf16; asked without torch."""
+"""GPUs that this node offers to a run, and its processors' support of bf16; found without torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"}
 
 
 def multiplies_bf16(cpuinfo: str | None = None) -> bool:
-    """Return whether the processor that `cpuinfo` describes (None: this node's) multiplies bf16 in hardware.
+    """Return True if the processor that `cpuinfo` describes (None: this node's) multiplies bf16 in hardware.
 
     Others emulate it, many times slower than fp32.
     """
@@ -32,13 +32,14 @@ def multiplies_bf16(cpuinfo: str | None = None) -> bool:
 
 
 def num_gpus(environ: Mapping[str, str], list_gpus: Callable[[], str] | None = None) -> int:
-    """GPUs that ranks on this node may use: those of CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists."""
+    """Number of GPUs that ranks on this node may use: those of CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists."""
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in NO_DEVICES:
         return 0
     installed = sum(line.startswith("GPU ") for line in (list_gpus or nvidia_smi)().splitlines())
     if visible is None:
         return installed
+    # The variable may name more than there are, where it was written for another node.
     return min(len([name for name in visible.split(",") if name.strip()]), installed)
 
 
@@ -50,7 +51,7 @@ def names(environ: Mapping[str, str], count: int) -> tuple[str, ...]:
 
 
 def numbers(names: tuple[str, ...], list_gpus: Callable[[], str] | None = None) -> tuple[int, ...]:
-    """The numbers that nvidia-smi gives to GPUs that are named as in CUDA_VISIBLE_DEVICES, sorted.
+    """Return the numbers that nvidia-smi gives to GPUs that are named as in CUDA_VISIBLE_DEVICES, sorted.
 
     Raises:
         EnvironmentProblem: one is no whole GPU of this node.
@@ -58,6 +59,7 @@ def numbers(names: tuple[str, ...], list_gpus: Callable[[], str] | None = None) 
     listed = [line for line in (list_gpus or nvidia_smi)().splitlines() if line.startswith("GPU ")]
     found = []
     for name in names:
+        # A line is "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-5ee6...)"; CUDA takes any prefix of a UUID that is unique.
         by_name = [number for number, line in enumerate(listed) if name.startswith("GPU-") and f"(UUID: {name}" in line]
         if not name.isdecimal() and len(by_name) != 1:
             raise EnvironmentProblem(
@@ -70,9 +72,10 @@ def numbers(names: tuple[str, ...], list_gpus: Callable[[], str] | None = None) 
 
 
 def accelerator(list_gpus: Callable[[], str] | None = None) -> Accelerator | None:
-    """The kind of this node's first GPU, where the plan knows it."""
+    """Return the kind of this node's first GPU; None where the plan does not know it."""
     first = (list_gpus or nvidia_smi)().partition("\n")[0].upper()
     for kind in ACCELERATORS.values():
+        # "h100-80gb" is ("H100", "80"). A100 is sold with 40 and with 80 GB, which its name in the list tells apart.
         words = kind.name.upper().removesuffix("GB").split("-")
         if words[0] in first and (words[0] != "A100" or f"{words[1]}GB" in first):
             return kind

@@ -1,4 +1,4 @@
-"""Diagnosis of a run that hangs, taken from outside, in words: who holds up the others, and where.
+"""Diagnosis of a run that hangs, taken from outside: the rank that holds up the others, and its position, in words.
 
 Stacks come from py-spy, which reads a process's memory without its help, so that a stopped one answers, too. It needs
 the right to trace (root, CAP_SYS_PTRACE, or a process of the same user where the kernel allows it); where that is
@@ -19,15 +19,18 @@ from launcher.commands import program
 from launcher.processes import Process, state_of
 
 STACK_SECONDS = 5.0
+"""Seconds that py-spy may take for one process."""
 ATTEMPTS = 5
-"""A running process may be read in mid-change; then it is read again."""
+"""Number of tries to read a stack: a running process may be read in mid-change."""
 COLLECTIVE_FILES = ("torch/distributed/distributed_c10d.py", "engine/parallel/collectives.py")
+"""Ends of the paths of files whose functions are collectives."""
 STOPPED = "Tt"
+"""Letters of the kernel for a process that is stopped: by a signal, by a tracer."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One call; `line` is where it stands."""
+    """One call of a stack, at `line`."""
 
     function: str
     file: str
@@ -49,11 +52,12 @@ class Seen:
     stack: tuple[Frame, ...] = ()
     """Stack of the main thread, innermost call first; empty where it could not be taken."""
     refused: str = ""
-    """Why it could not."""
+    """Reason for which the stack could not be taken."""
 
     @property
     def collective(self) -> str | None:
         """The collective (or exchange with a neighbour) that the rank is in."""
+        # The innermost public function, of torch's file before ours: `all_reduce`, and no helper below it.
         found = (frame for end in COLLECTIVE_FILES for frame in self.stack if frame.file.endswith(end))
         return next((frame.function for frame in found if not frame.function.startswith("_")), None)
 
@@ -64,7 +68,7 @@ class Seen:
 
 
 def look_at(ranks: list[Process], beats: dict[int, Beat | None], silent_seconds: dict[int, float]) -> list[Seen]:
-    """Every rank as it is now; takes a few seconds at most."""
+    """Return every rank as it is now; takes a few seconds at most."""
 
     def one(process: Process) -> Seen:
         global_rank = process.global_rank or 0
@@ -72,12 +76,14 @@ def look_at(ranks: list[Process], beats: dict[int, Beat | None], silent_seconds:
         state, silent = state_of(process.pid), silent_seconds.get(global_rank, 0.0)
         return Seen(global_rank, state, beats.get(global_rank), silent, stack, refused)
 
+    # Together, so that the stacks are of about the same moment and eight slow ones do not add up.
     with ThreadPoolExecutor(max_workers=8) as pool:
         return list(pool.map(one, ranks))
 
 
 def take_stack(pid: int) -> tuple[tuple[Frame, ...], str]:
-    """The stack of a process's main thread, and why there is none."""
+    """Return the stack of a process's main thread, and the reason where there is none."""
+    # Read without pausing the process, which is therefore met in mid-change now and then (`ATTEMPTS`).
     command = [program("py-spy", sys.executable), "dump", "--nonblocking", "--json", "--pid", str(pid)]
     refused = ""
     for _ in range(ATTEMPTS):
@@ -94,10 +100,13 @@ def take_stack(pid: int) -> tuple[tuple[Frame, ...], str]:
 
 
 def suspect(seen: list[Seen]) -> Seen:
-    """The rank that most likely holds up the others: stopped, else outside of every collective while others wait in
-    one, else the one that came least far, else the one silent for longest."""
+    """Return the rank that most likely holds up the others.
+
+    That is one that is stopped, else one outside of every collective while others wait in one, else the one with the
+    fewest steps, else the one silent for longest."""
 
     def innocence(rank: Seen) -> tuple[bool, bool, int, float]:
+        # Without a stack nothing speaks against the rank. False sorts before True: the least innocent comes first.
         waits = rank.collective is not None or not rank.stack
         return rank.state not in STOPPED, waits, rank.beat.step if rank.beat else -1, -rank.silent_seconds
 
@@ -105,7 +114,7 @@ def suspect(seen: list[Seen]) -> Seen:
 
 
 def in_words(seen: list[Seen]) -> str:
-    """One sentence for a user: who hangs, since when, where, and what the others wait in."""
+    """Return one sentence for a user: the rank that hangs, since when, where, and what the others wait in."""
     culprit = suspect(seen)
     words = f"rank {culprit.global_rank} hangs: silent for {culprit.silent_seconds:.0f} s {culprit.where}"
     if culprit.state in STOPPED:
@@ -120,6 +129,7 @@ def in_words(seen: list[Seen]) -> str:
     for rank in seen:
         if rank is not culprit:
             where = ("waits", f"in {rank.collective}") if rank.collective else ("is", rank.where)
+            # Ranks that are in one place share a phrase: most of a large world waits in the same collective.
             others.setdefault(where, []).append(rank.global_rank)
     for (verb, where), ranks in others.items():
         one = len(ranks) == 1
@@ -129,7 +139,7 @@ def in_words(seen: list[Seen]) -> str:
 
 
 def as_text(seen: list[Seen]) -> str:
-    """Every rank with its whole stack, for a file."""
+    """Return every rank with its whole stack, for a file."""
     parts = []
     for rank in seen:
         head = (
@@ -141,7 +151,7 @@ def as_text(seen: list[Seen]) -> str:
 
 
 def _main_thread(text: str, pid: int) -> tuple[Frame, ...]:
-    """Frames of the main thread in py-spy's JSON: the thread whose number is the process's, or that is named so."""
+    """Return the frames of the main thread in py-spy's JSON: the thread that has the process's number, or that name."""
     try:
         threads = json.loads(text)
     except ValueError:
@@ -153,7 +163,7 @@ def _main_thread(text: str, pid: int) -> tuple[Frame, ...]:
 
 
 def _short(file: str) -> str:
-    """A path from the package on."""
+    """Return a path from the package on."""
     parts = Path(file).parts
     for top in ("site-packages", "engine", "launcher", "tests"):
         if top in parts[:-1]:

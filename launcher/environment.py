@@ -1,8 +1,9 @@
 """Rank of this process: the variables of every launcher, read into one `RankEnvironment`.
 
 Each launcher has a reader of its own; the innermost launcher wins, because torchrun, deepspeed and mpirun all run
-inside Slurm jobs. Invariant: a place is whole or there is none. A missing or contradictory variable is an error, never
-a guess, since ranks that disagree about the world wait for each other for ever. `os.environ` is read by the caller.
+inside Slurm jobs. Invariant: a rank environment is complete or there is none. A missing or contradictory variable is an
+error, never a guess, since ranks that disagree about the world wait for each other for ever. `os.environ` is read by
+the caller.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ Environ = Mapping[str, str]
 
 JOB, ATTEMPT, LAUNCHER = "PALIMPSEST_JOB", "PALIMPSEST_ATTEMPT", "PALIMPSEST_LAUNCHER"
 RUN_FOLDER = "PALIMPSEST_RUN_FOLDER"
-"""Variables by which `palimpsest launch` tells its ranks more than the usual ones do."""
+"""Variables of `palimpsest launch` alone, beside RANK, WORLD_SIZE and the other usual ones."""
 OVERRIDES = "PALIMPSEST_OVERRIDES"
 """Overrides that hold credentials, as a JSON list: all users of a node see command lines, variables only the owner."""
 RESTARTS_PER_START = 1000
-"""Restarts by torchrun inside one start by Slurm come after those of the start before."""
+"""Attempt numbers reserved for each start by Slurm: restarts by torchrun inside of it count on from there."""
 LOOPBACK = "127.0.0.1"
 MPIRUN_NAMES = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID")
 """Variables that the ranks of one mpirun share and two mpiruns do not."""
 
 
 def rank_environment(environ: Environ) -> RankEnvironment:
-    """The place of this process, from the variables of whoever started it; alone if nobody left any.
+    """Return the rank environment of this process, from the variables of its launcher; alone where there are none.
 
     A process alone is given a free port, so that two runs on one node do not meet.
 
@@ -47,6 +48,7 @@ def rank_environment(environ: Environ) -> RankEnvironment:
     _check(found)
     job = environ.get(JOB) or found.job
     several = found.num_nodes > 1
+    # The user's own variable wins: only they know which of a node's networks the others reach.
     address = environ.get("MASTER_ADDR") or found.master_addr or ("" if several else LOOPBACK)
     if not address:
         raise EnvironmentProblem(
@@ -54,7 +56,9 @@ def rank_environment(environ: Environ) -> RankEnvironment:
             "the host name of rank 0's node",
             "set MASTER_ADDR on every rank, for example mpirun -x MASTER_ADDR=HOST",
         )
+    # Ranks cannot agree on a free port before they have met, so theirs follows from the names that they share.
     port = _number(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else None
+    # A supervised job has a name that no other start has, so its ranks need no step to be told apart.
     step = "" if is_supervised(environ) else found.step
     return RankEnvironment(
         global_rank=found.global_rank,
@@ -83,7 +87,7 @@ def is_supervised(environ: Environ) -> bool:
 
 
 def run_folder(path: Path, place: RankEnvironment, environ: Environ) -> RunFolder:
-    """The run folder as this rank sees it; not taken yet."""
+    """Return the run folder as this rank sees it; not taken yet."""
     meeting = f"{place.master_addr}:{place.master_port}"
     mark = "" if is_supervised(environ) else f"step {place.step or 'none'}, {meeting}"
     one_parent = mark and place.launcher in ("torchrun", "deepspeed")  # both start the ranks of a node from one process
@@ -97,7 +101,7 @@ def run_folder(path: Path, place: RankEnvironment, environ: Environ) -> RunFolde
 
 
 def export(place: RankEnvironment, environ: MutableMapping[str, str]) -> None:
-    """Writes the variables that torch and DeepSpeed read, whoever started the ranks."""
+    """Write the variables that torch and DeepSpeed read, whichever launcher started the ranks."""
     environ.update(
         RANK=str(place.global_rank),
         WORLD_SIZE=str(place.world_size),
@@ -111,7 +115,7 @@ def export(place: RankEnvironment, environ: MutableMapping[str, str]) -> None:
 def check_meeting_point(
     place: RankEnvironment, environ: Environ, resolve: Callable[[str], str] = socket.gethostbyname
 ) -> None:
-    """Refuses addresses with which ranks on several nodes would wait for each other in silence.
+    """Refuse addresses with which ranks on several nodes would wait for each other in silence.
 
     Raises:
         EnvironmentProblem: rank 0's host, or this host's own name, resolves to loopback or to nothing.
@@ -119,6 +123,7 @@ def check_meeting_point(
     if place.num_nodes == 1:
         return
     names = {"MASTER_ADDR": place.master_addr}
+    # Gloo binds to the address of the host's own name unless it is given an interface; Debian gives it 127.0.1.1.
     if not environ.get("GLOO_SOCKET_IFNAME"):
         names["this host's name"] = socket.gethostname()
     for what, name in names.items():
@@ -139,7 +144,7 @@ def check_meeting_point(
 
 @dataclass(frozen=True)
 class _Found:
-    """Place of this process as one launcher gives it; an empty `master_addr` means that it says nothing."""
+    """Rank of this process as one launcher gives it; an empty `master_addr` means that it gives no address."""
 
     launcher: str
     global_rank: int
@@ -158,6 +163,7 @@ def _find(environ: Environ) -> _Found:
     speaking = [reader for speaks, reader in READERS if speaks(environ)]
     if not speaking:
         return _Found("alone", 0, 1, 0, 1)
+    # Slurm's and mpirun's variables reach the ranks of a torchrun inside of them, never the other way round.
     first = speaking[0](environ)
     if first.launcher == "environment" and not environ.get(LAUNCHER):
         for reader in speaking[1:]:
@@ -169,7 +175,11 @@ def _find(environ: Environ) -> _Found:
 
 
 def _check_agreement(by_hand: _Found, other: _Found) -> None:
-    """Refuses RANK and WORLD_SIZE left over in a shell from which another launcher then started the ranks."""
+    """Refuse RANK and WORLD_SIZE left over in a shell from which another launcher then started the ranks.
+
+    Raises:
+        EnvironmentProblem: both launchers are told, and they disagree.
+    """
     if (other.global_rank, other.world_size) != (by_hand.global_rank, by_hand.world_size):
         raise EnvironmentProblem(
             f"RANK = {by_hand.global_rank} and WORLD_SIZE = {by_hand.world_size} contradict {other.launcher}, which "
@@ -180,11 +190,13 @@ def _check_agreement(by_hand: _Found, other: _Found) -> None:
 
 
 def _read_torch(environ: Environ) -> _Found:
-    """RANK and WORLD_SIZE: torchrun, deepspeed, `palimpsest launch`, or a script of the user's own."""
+    """Read RANK and WORLD_SIZE: torchrun, deepspeed, `palimpsest launch`, or a script of the user's own."""
+    # CROSS_SIZE is deepspeed's name for the number of nodes; nobody else sets it.
     launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "deepspeed" if "CROSS_SIZE" in environ else ""
     world_size = _number(environ, "WORLD_SIZE")
     local_names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
     local_world_size = next((_number(environ, name) for name in local_names if name in environ), world_size)
+    # "none" is torchrun's default where --rdzv-id is not given, equal for all runs.
     run_id = environ.get("TORCHELASTIC_RUN_ID", "none")
     own = {"torchrun": "GROUP", "deepspeed": "CROSS"}.get(launcher)  # the other's are left over from around it
     node_names = (f"{own}_RANK",) if own else ("GROUP_RANK", "CROSS_RANK", "NODE_RANK")
@@ -196,6 +208,7 @@ def _read_torch(environ: Environ) -> _Found:
         local_rank=_number(environ, "LOCAL_RANK") if world_size > 1 or "LOCAL_RANK" in environ else 0,
         local_world_size=local_world_size,
         node_rank=_first(environ, node_names, 0),
+        # Without a variable the nodes are as many as their ranks make, a last one with fewer ranks included.
         num_nodes=_first(environ, size_names, -(-world_size // max(local_world_size, 1))),
         master_addr=environ.get("MASTER_ADDR", ""),
         job=run_id if run_id != "none" else environ.get("SLURM_JOB_ID", "local"),
@@ -221,11 +234,12 @@ def _read_openmpi(environ: Environ) -> _Found:
 
 
 def _read_slurm(environ: Environ) -> _Found:
-    """One rank per task of an `srun` step."""
+    """Read one rank per task of an `srun` step."""
     world_size = _first(environ, ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), None)
     num_nodes = _first(environ, ("SLURM_STEP_NUM_NODES", "SLURM_NNODES"), 1)
     node_rank = _first(environ, ("SLURM_NODEID",), 0)
     per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE")
+    # Without Slurm's list every node is taken to hold an even share, rounded up.
     counts = expand_counts(per_node) if per_node else [-(-world_size // max(num_nodes, 1))] * num_nodes
     if node_rank >= len(counts):
         raise EnvironmentProblem(
@@ -246,7 +260,7 @@ def _read_slurm(environ: Environ) -> _Found:
 
 
 def _read_pmi(environ: Environ) -> _Found:
-    """MPICH, Intel MPI and others that start ranks through PMI (hydra), and bare PMIx."""
+    """Read MPICH, Intel MPI and others that start ranks through PMI (hydra), and bare PMIx."""
     world_size = _number(environ, "PMI_SIZE")
     job, step = _mpi_job(environ)
     local = _first(environ, ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE"), world_size)
@@ -254,6 +268,7 @@ def _read_pmi(environ: Environ) -> _Found:
         "pmi",
         global_rank=_first(environ, ("PMI_RANK", "PMIX_RANK"), None),
         world_size=world_size,
+        # With several ranks a missing local rank is an error: all of them would take the first GPU.
         local_rank=_first(environ, ("MPI_LOCALRANKID", "PMI_LOCAL_RANK"), None if world_size > 1 else 0),
         local_world_size=local,
         num_nodes=-(-world_size // max(local, 1)),
@@ -277,11 +292,11 @@ READERS: list[tuple[Callable[[Environ], bool], Callable[[Environ], _Found]]] = [
     (lambda e: "SLURM_PROCID" in e and ("SLURM_STEP_ID" in e or "SLURM_STEPID" in e), _read_slurm),
     (lambda e: "PMI_RANK" in e or ("PMIX_RANK" in e and not _left_by_singleton(e)), _read_pmi),
 ]
-"""(does this launcher speak here, what it says), innermost launcher first."""
+"""(test for a launcher's variables, its reader), innermost launcher first."""
 
 
 def _check(found: _Found) -> None:
-    """Refuses numbers that no world has."""
+    """Refuse numbers that no world has. Raises `EnvironmentProblem`."""
     pairs = [
         ("rank", found.global_rank, found.world_size, "world size"),
         ("local rank", found.local_rank, found.local_world_size, "ranks on this node"),
@@ -313,7 +328,7 @@ def _number(environ: Environ, name: str) -> int:
 
 
 def _first(environ: Environ, names: tuple[str, ...], default: int | None) -> int:
-    """The first of several variables that is set; with no default the first one is demanded."""
+    """Return the first of several variables that is set; without a default the first one is required."""
     for name in names:
         if environ.get(name):
             return _number(environ, name)
@@ -324,6 +339,7 @@ def _attempt(environ: Environ) -> int:
     if environ.get(ATTEMPT):
         return _number(environ, ATTEMPT)
     restarts = _first(environ, ("SLURM_RESTART_COUNT",), 0)
+    # A number that only grows, so that no earlier attempt can commit over this one: restart 2 of start 1 is 1002.
     return restarts * RESTARTS_PER_START + _first(environ, ("TORCHELASTIC_RESTART_COUNT",), 0)
 
 
@@ -333,7 +349,7 @@ def _slurm_first_host(environ: Environ) -> str:
 
 
 def _mpi_job(environ: Environ) -> tuple[str, str]:
-    """Job and step of an mpirun: the cluster's job and the mpirun's own name, or that name alone.
+    """Return (job, step) of an mpirun: the cluster's job and the mpirun's own name, or that name alone.
 
     Slurm's step says nothing here: mpirun starts ranks on its own node without one, and others through one.
     """

@@ -17,13 +17,13 @@ from engine.errors import EnvironmentProblem
 
 VARIABLE = "TORCH_EXTENSIONS_DIR"
 STALE_SECONDS = 600.0
-"""A build writes files all the time; one that has written nothing for so long is dead."""
+"""Seconds without a new file after which a build counts as dead: a live one writes all the time."""
 
 _log = logs.logger(__name__)
 
 
 def prepare_extensions(run_folder: Path, environ: MutableMapping[str, str], first: bool = True) -> None:
-    """Names the run's own build folder to torch unless the user names one, and refuses stale locks in it.
+    """Name the run's own build folder to torch unless the user names one, and refuse stale locks in it.
 
     `first`: no other rank of this run can be building yet, so any lock in the run's own folder is a stale one.
 
@@ -35,6 +35,7 @@ def prepare_extensions(run_folder: Path, environ: MutableMapping[str, str], firs
     in_use = []
     for lock in locks(folder):
         idle_seconds = _idle_seconds(lock.parent)
+        # A folder that the user names may be shared with other runs, whose builds are alive as long as they write.
         if (first and folder == own.absolute()) or idle_seconds > STALE_SECONDS:
             raise EnvironmentProblem(
                 f"the build lock {lock} was left by a build that was killed ({idle_seconds / 60:.0f} minutes idle)",
@@ -47,7 +48,7 @@ def prepare_extensions(run_folder: Path, environ: MutableMapping[str, str], firs
 
 
 def locks(folder: Path) -> list[Path]:
-    """The build locks under a cache folder (torch keeps each extension in a folder one or two levels down)."""
+    """Return the build locks under a cache folder (torch keeps each extension one or two levels down)."""
     return sorted([*folder.glob("*/lock"), *folder.glob("*/*/lock")])
 
 

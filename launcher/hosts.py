@@ -8,7 +8,9 @@ from engine.errors import EnvironmentProblem
 
 
 def expand_hosts(text: str) -> list[str]:
-    """Every host of a Slurm host list, in order; ranges keep their leading zeros.
+    """Return every host of a Slurm host list, in order; ranges keep their leading zeros.
+
+    `node[01-03,7],gpu1` is node01, node02, node03, node7, gpu1.
 
     Raises:
         EnvironmentProblem: the text is no host list.
@@ -20,7 +22,7 @@ def expand_hosts(text: str) -> list[str]:
 
 
 def expand_counts(text: str) -> list[int]:
-    """Tasks on every node, from Slurm's `2(x3),1`.
+    """Return the tasks on every node: Slurm's `2(x3),1` is 2, 2, 2, 1.
 
     Raises:
         EnvironmentProblem: the text is no such list.
@@ -37,11 +39,12 @@ def expand_counts(text: str) -> list[int]:
 
 
 def _split_outside_brackets(text: str) -> list[str]:
+    # A comma inside brackets is one that meets a "]" before any "[".
     return [item for item in re.split(r",(?![^\[]*\])", text.strip()) if item]
 
 
 def _expand_item(item: str, text: str) -> list[str]:
-    """The hosts of one item; several brackets multiply, the last one varies fastest."""
+    """Return the hosts of one item; several brackets multiply, the last one varies fastest."""
     match = re.fullmatch(r"([^\[\]]*)(?:\[([^\[\]]+)\](.*))?", item)
     if match is None:
         raise _not_a_list(text)

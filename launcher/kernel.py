@@ -8,7 +8,7 @@ VMSTAT = Path("/proc/vmstat")
 
 
 def num_killed_for_memory() -> int:
-    """Processes that the kernel has killed for want of memory since the node is up; 0 where it does not say."""
+    """Number of processes that the kernel has killed for want of memory since the node is up; 0 if it is not known."""
     try:
         lines = VMSTAT.read_text(encoding="ascii").splitlines()
     except OSError:

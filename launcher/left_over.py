@@ -1,7 +1,7 @@
-"""Variables by which another launcher has told a place, and which ranks of `palimpsest launch` must not see.
+"""Variables of other launchers about ranks and nodes, which ranks of `palimpsest launch` must not see.
 
-`launch` starts every rank of one node itself: what a pod's operator, an outer torchrun or an mpirun says of nodes and
-ranks is about another world. What says nothing of a rank's place (SLURM_JOB_ID, NCCL_*) stays.
+`launch` starts every rank of one node itself: the nodes and ranks of a pod's operator, an outer torchrun or an mpirun
+are about another world. Variables that say nothing of a rank (SLURM_JOB_ID, NCCL_*) stay.
 """
 
 from __future__ import annotations
@@ -30,5 +30,5 @@ PREFIXES = ("TORCHELASTIC_", "PET_", "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "MPI_L
 
 
 def left_over(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """The names of such variables in an environment, sorted."""
+    """Return the names of such variables in an environment, sorted."""
     return tuple(sorted(name for name in environ if name in NAMES or name.startswith(PREFIXES)))

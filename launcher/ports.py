@@ -20,15 +20,17 @@ BETWEEN_STEPS = 4001
 
 
 def free_port() -> int:
-    """A port drawn among those that nobody uses now on this node; taken only when somebody binds it.
+    """Draw a port among those that no program uses now on this node; it stays free until somebody binds it.
 
     Raises:
         EnvironmentProblem: a hundred in a row are taken.
     """
     for _ in range(TRIES):
+        # `secrets` and not `random`: a seeded process would draw the same port as its twin.
         port = FIRST_PORT + secrets.randbelow(NUM_PORTS)
         with socket.socket() as probe:
             try:
+                # Without SO_REUSEADDR, so that a port whose last connections still drain counts as taken.
                 probe.bind(("", port))
             except OSError:
                 continue
@@ -41,12 +43,14 @@ def free_port() -> int:
 
 
 def job_port(job: str, step: str = "") -> int:
-    """A port that is the same on every rank of a step of a job, and most often different for two steps or two jobs.
+    """Return a port that is equal on every rank of a step of a job, and most often different for two steps or jobs.
 
-    Jobs and steps are numbered in a row: neighbours of either kind get different ports.
+    Jobs and steps are numbered in a row: neighbours of either kind get different ports. Step 0 of job 1234 has port
+    16234, step 1 20235, and step 0 of job 1235 has port 16235.
     """
     return FIRST_PORT + (_number(job) + BETWEEN_STEPS * _number(step or "0")) % NUM_PORTS
 
 
 def _number(name: str) -> int:
+    # crc32 and not `hash`, which differs from process to process.
     return int(name) if name.isdecimal() else zlib.crc32(name.encode())

@@ -27,7 +27,7 @@ class Process:
 
 
 def marked(job: str) -> list[Process]:
-    """Every live process of this user that was started with this job's name, this process excepted."""
+    """Return every live process of this user that was started with this job's name, this process excepted."""
     return _with(f"{JOB}={job}")
 
 
@@ -47,14 +47,15 @@ def _with(variable: str) -> list[Process]:
 
 
 def ranks(processes: list[Process]) -> list[Process]:
-    """The ranks among the processes of a launch, by global rank."""
+    """Return the ranks among the processes of a launch, by global rank."""
     with_rank = {process.pid for process in processes if process.global_rank is not None}
+    # A data loader worker's parent is a rank, or another worker: both have RANK.
     tops = [process for process in processes if process.pid in with_rank and process.parent not in with_rank]
     return sorted(tops, key=lambda process: process.global_rank or 0)
 
 
 def send(processes: list[Process], number: signal.Signals) -> None:
-    """Sends a signal to each process that still lives."""
+    """Send a signal to each process that still lives."""
     for process in processes:
         try:
             os.kill(process.pid, number)
@@ -63,7 +64,7 @@ def send(processes: list[Process], number: signal.Signals) -> None:
 
 
 def state_of(pid: int) -> str:
-    """The kernel's letter for a process's state (R, S, D, T, ...); X where it is gone."""
+    """Return the kernel's letter for a process's state (R, S, D, T, ...); X where it is gone."""
     try:
         return _state_and_parent(PROC / str(pid))[0]
     except (OSError, ValueError):
@@ -77,7 +78,7 @@ def _state_and_parent(entry: Path) -> tuple[str, str]:
 
 
 def _read(entry: Path, variable: bytes) -> Process | None:
-    """The process behind `/proc/PID`, or None where it is not ours, has not this variable, or is gone by now."""
+    """Return the process behind `/proc/PID`; None where it is another user's, lacks this variable, or is gone."""
     try:
         variables = (entry / "environ").read_bytes().split(b"\0")
         if variable not in variables:
@@ -85,6 +86,7 @@ def _read(entry: Path, variable: bytes) -> Process | None:
         state, parent = _state_and_parent(entry)
     except (OSError, ValueError):
         return None
+    # A zombie has ended and only waits for its parent to read the exit code; signals do nothing to it.
     if state in "ZX":
         return None
     own = [value[5:] for value in variables if value.startswith(b"RANK=")]

@@ -1,7 +1,7 @@
 """The choice of another attempt after a failure, and of its ranks. Pure.
 
-Killed and hanging ranks are lost: their place is not used again. An exception loses no rank. Two failures of the same
-cause at the same step are one that would come a third time.
+Killed and hanging ranks are lost: their devices are not used again. An exception loses no rank. Two failures of the
+same cause at the same step are one that would come a third time.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from launcher.verdict import Verdict
 
 @dataclass
 class Restarts:
-    """The restarts of one launch: at most `limit`."""
+    """Count of the restarts of one launch, at most `limit`, and the failure before the newest one."""
 
     limit: int
     used: int = 0
     _last: tuple[int, str] | None = None
 
     def refusal(self, verdict: Verdict) -> str | None:
-        """Why there is no further attempt; None where there is one, which is then counted."""
+        """Return the reason for no further attempt, as text; None where there is one, which is then counted."""
         if verdict.code in (EXIT_DONE, EXIT_REQUEUE):
             return ""
         if verdict.code == EXIT_USAGE or self.limit == 0:
             return "not restarted" if self.limit else ""
         if verdict.stopping:
             return "not restarted: it was asked to stop"
+        # Step and cause, without ranks: a bad sample fails at its step wherever it is trained, a bad device does not.
         failure = (verdict.step, verdict.cause)
         if failure == self._last:
             return f"not restarted: step {verdict.step} has failed twice in the same way, and would again"
@@ -64,5 +65,7 @@ def next_attempt(
     if world is None:
         return again, node, None
     remaining = [device for rank, device in zip(node.ranks, node.devices, strict=False) if rank not in verdict.lost]
+    # From the user's overrides and not from the last attempt's, whose layout was for a larger world; later ones win.
     again = replace(again, world_size=world.size, overrides=(*asked, *world.overrides(run)))
+    # Ranks are numbered anew from 0; a world may be smaller than the ranks that remain, and leave some devices idle.
     return again, replace(node, ranks=range(world.size), devices=tuple(remaining[: world.size])), world

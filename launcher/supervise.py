@@ -27,12 +27,13 @@ from launcher.verdict import End, Lost, NodeReport
 from launcher.watchdog import Watchdog
 
 POLL_SECONDS = 0.1
+"""Seconds between two looks at the processes."""
 GRACE_SECONDS = 5.0
 """Seconds that the others have to end by themselves once a rank has failed or their launcher is gone."""
 SAME_SIGNAL_SECONDS = 5.0
-"""Signals so soon after the first are part of it: clusters and terminals send several."""
+"""Seconds after the first signal in which others count as part of it: clusters and terminals send several."""
 LISTENING_SECONDS = 10.0
-"""A rank that has given no sign of life for so long after a signal is sent it all the same."""
+"""Seconds after which ranks are sent a signal even if some have given no sign of life."""
 FORWARDED = {
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGHUP: signal.SIGTERM,
@@ -76,20 +77,24 @@ def supervise(
     try:
         for command in commands:
             shown = command is commands[0]
+            # Added one by one: where a later command cannot be started, `finally` ends those before it.
             watch.children.append(Child(command, {heartbeat.VARIABLE: str(beats)}, log_folder, shown))
         watch.wait()
     finally:
+        # By their mark and not by parentage: ranks that have outlived their launcher are ended, too.
         processes.send(processes.marked(start.job), signal.SIGKILL)
         ends = tuple(child.end() for child in watch.children)
+        # Only now: a signal meanwhile would end this process and leave the children unread.
         for number, handler in before.items():
             signal.signal(number, handler)
+        # The outcome that a rank could not write to the run folder (a full disk) is read before its folder goes.
         aside = outcome.read(beats)
         shutil.rmtree(beats, ignore_errors=True)
     return NodeReport(ends, watch.first, watch.gone, watch.lost, watch.stopping, aside)
 
 
 def last_lines(folder: Path, name: str, count: int = 15) -> str:
-    """The end of one process's log, for a user who would open it next; empty where it cannot be read."""
+    """Return the end of one process's log, for a user who would open it next; empty where it cannot be read."""
     try:
         text = (folder / "logs" / f"{name}.log").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -98,7 +103,7 @@ def last_lines(folder: Path, name: str, count: int = 15) -> str:
 
 
 def _memory() -> str | None:
-    """A folder in memory, where there is one: heartbeats are for as long as the node is up."""
+    """Return a folder in memory, where there is one: heartbeats are for as long as the node is up."""
     return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
@@ -126,9 +131,10 @@ class _Watch:
     _unsent: list[signal.Signals] = field(default_factory=list)
     _looked_at: float = field(default_factory=time.monotonic)
     _deadline: float | None = None
-    """When whatever still runs is killed."""
+    """Time on the monotonic clock at which all that still runs is killed; None while nothing has failed."""
 
     def on_signal(self, number: int, _frame: Any) -> None:
+        # A handler may run between any two instructions, so it only notes; `_handle_signals` acts.
         self._signals.append(signal.Signals(number))
 
     @property
@@ -137,7 +143,7 @@ class _Watch:
         return self._signalled_at is not None
 
     def wait(self) -> None:
-        """Returns when every process has ended, or when the rest is to be killed."""
+        """Return when every process has ended, or when the rest is to be killed."""
         while self._anything_alive():
             self._handle_signals()
             self._notice_failures()
@@ -148,28 +154,31 @@ class _Watch:
         self._notice_killed()
 
     def _anything_alive(self) -> bool:
-        """Also true for ranks that have outlived their launcher."""
+        """Return True if a process runs, also for ranks that have outlived their launcher."""
         return any(child.popen.poll() is None for child in self.children) or bool(processes.marked(self.job))
 
     def _notice_failures(self) -> None:
-        """Starts the clock of the others as soon as one process has failed, and names it."""
+        """Start the clock of the others as soon as one process has failed, and name it."""
         ends = self._ends()
         failed = [end for end in ends if end.code not in (EXIT_DONE, EXIT_REQUEUE)]
         if self.first is None and failed:
             self._notice_killed()
+            # Several may have ended between two looks: a killed one is the cause, the others missed it in a collective.
             self.first = next((end for end in failed if end.code == -signal.SIGKILL), failed[0])
             _log.warning("%s: ending the others", self.lost.how if self.lost else self.first)
+        # A rank that has failed says so before it ends; interpreters of large runs take seconds to end.
         said = (outcome.read(folder) for folder in (self.folder, self.heartbeats))
         own = next((one for one in said if one is not None and one.is_of(self.job, self.attempt)), None)
         if not self._failure_said and own is not None and own.code not in (EXIT_DONE, EXIT_REQUEUE):
             self._failure_said = True
             alive = {rank.global_rank for rank in processes.ranks(processes.marked(self.job))}
+            # Ranks that had vanished before the first word of a failure are its cause, not its consequence.
             self.gone = frozenset(range(self.num_ranks)) - alive
         if self._deadline is None and (failed or self._failure_said or len(ends) == len(self.children)):
             self._deadline = time.monotonic() + GRACE_SECONDS
 
     def _notice_killed(self) -> None:
-        """Ranks of ours that were killed by SIGKILL, which is none of our doing yet."""
+        """Record the ranks that were killed by SIGKILL, which the supervisor has not sent yet."""
         killed = [end for end in self._ends() if end.code == -signal.SIGKILL and end.global_rank is not None]
         if self.lost is not None or not killed:
             return
@@ -178,6 +187,7 @@ class _Watch:
             f"rank {rank} was killed by SIGKILL" + (f" {beat.where}" if beat is not None else "")
             for rank, beat in beats.items()
         ]
+        # The counter is the node's: the kernel may have killed another user's process, so it is told and not concluded.
         memory = kernel.num_killed_for_memory() - self._killed_before
         if memory > 0:
             told.append(f"the kernel has killed for want of memory meanwhile ({memory} times on this node)")
@@ -186,8 +196,9 @@ class _Watch:
         self.lost = Lost(ranks, "; ".join(told), max(steps, default=0), "killed by SIGKILL")
 
     def _notice_hangs(self) -> None:
-        """Names the rank that holds up the others, with everybody's stack, and ends them all at once."""
+        """Name the rank that holds up the others, with everybody's stack, and end them all at once."""
         now = time.monotonic()
+        # The time is taken before the deadline is looked at, so that no part of it counts twice.
         seconds, self._looked_at = now - self._looked_at, now
         if self._deadline is not None:
             return
@@ -211,7 +222,7 @@ class _Watch:
         _log.warning("%s: ending the ranks\n%s", words, "\n".join(f"    {frame}" for frame in culprit.stack))
 
     def _handle_signals(self) -> None:
-        """Passes each kind of signal on once; one that comes later ends the run at once."""
+        """Pass the first signal on to the ranks; one that comes later ends the run at once."""
         now = time.monotonic()
         while self._signals:
             number = self._signals.pop(0)
@@ -226,9 +237,10 @@ class _Watch:
             processes.send(ranks, self._unsent.pop())
 
     def _listening(self, now: float) -> list[processes.Process]:
-        """The ranks, once they are there to hear a signal: one that comes before their handlers would kill them."""
+        """Return the ranks, once they are there to hear a signal: one before their handlers would kill them."""
         ranks = processes.ranks(processes.marked(self.job))
         listening = [rank for rank in ranks if heartbeat.read(self.heartbeats, rank.global_rank or 0)]
+        # A rank gives its first sign of life once its handlers are set (`tools.train`).
         waited = now - (self._signalled_at or now) > LISTENING_SECONDS
         return ranks if waited or len(listening) == self.num_ranks else []
 

@@ -73,7 +73,7 @@ class Verdict:
     step: int = 0
     """Steps done."""
     lost: frozenset[int] = frozenset()
-    """Ranks whose place is not to be used again."""
+    """Ranks whose devices are not to be used again."""
     cause: str = ""
     """Text that two failures share where they are the same; empty where nothing failed."""
     stopping: bool = False
@@ -87,6 +87,7 @@ def judge(outcome: Outcome | None, report: NodeReport, job: str, attempt: int = 
     """
     lost, stopping = report.lost, report.stopping
     own = outcome if outcome is not None and outcome.is_of(job, attempt) else None
+    # Ranks killed after the run had saved and said so do not turn its success into a failure.
     if lost is not None and (own is None or own.code not in (EXIT_DONE, EXIT_REQUEUE)):
         words = f"failed: {lost.how}"
         if own is not None and own.rank is not None and own.rank not in lost.ranks:
@@ -99,11 +100,13 @@ def judge(outcome: Outcome | None, report: NodeReport, job: str, attempt: int = 
     if outcome is not None:
         whose = f"job {outcome.job}" if outcome.job != job else f"attempt {outcome.attempt} of this job"
         about = f"the outcome in the run folder belongs to {whose}: another run uses the same folder"
+    # No rank has said anything, so this is a failure even if all exit codes are 0.
     first = report.first or report.ends[0]
     code = EXIT_FAILURE
     if first.name != "launcher" and first.code == EXIT_USAGE:
         code = EXIT_USAGE  # our own process: nobody stands between its exit code and us
     vanished = "; its ranks were ended" if first.name == "launcher" and first.code < 0 else ""
+    # Without the rank's number: a failure that moves from rank to rank is still the same one.
     cause = re.sub(r"^rank-\d+ ", "", str(first))
     return Verdict(code, f"failed: {first}{vanished}; {about}", first.name, cause=cause, stopping=stopping)
 
@@ -116,6 +119,7 @@ def _from_outcome(outcome: Outcome, report: NodeReport) -> Verdict:
         words = f"saved at step {outcome.step} and wants to be started again (exit code {EXIT_REQUEUE})"
     else:
         words = f"failed at step {outcome.step}: {_blame(outcome, gone)}{outcome.error}"
+        # They ended without an exit code that we see (their launcher has it), so they count as killed.
         lost = gone if _only_missed(outcome, gone) else frozenset()
         cause = "gone without a word" if lost else re.sub(r"rank \d+", "a rank", outcome.error)
         return Verdict(outcome.code, words, None, outcome.step, lost, cause, stopping)
@@ -126,7 +130,9 @@ def _from_outcome(outcome: Outcome, report: NodeReport) -> Verdict:
 
 
 def _blame(outcome: Outcome, gone: frozenset[int]) -> str:
-    """Whose failure it was: a rank that could still write may only have missed one that was killed."""
+    """Return the beginning of a sentence that names the failed rank.
+
+    A rank that could still write its outcome may only have missed one that was killed."""
     if _only_missed(outcome, gone):
         missing = ", ".join(map(str, sorted(gone)))
         return f"rank {missing} was gone already, without a word; rank {outcome.rank} then: "
@@ -136,5 +142,6 @@ def _blame(outcome: Outcome, gone: frozenset[int]) -> str:
 
 
 def _only_missed(outcome: Outcome, gone: frozenset[int]) -> bool:
+    # Errors that all ranks agree on begin with the rank that they are about.
     said_whose = outcome.rank is None or outcome.error.startswith(("rank ", "ranks "))
     return bool(gone) and not said_whose and outcome.rank not in gone

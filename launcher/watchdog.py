@@ -1,4 +1,4 @@
-"""Choice of the rank that hangs: decided from heartbeats alone, pure. Whose fault it is, `launcher.diagnosis` says.
+"""Detection of a hanging rank from heartbeats alone, pure; `launcher.diagnosis` finds the rank that is the cause.
 
 Silence is counted in the supervisor's own waking time, so that a node that was suspended, or a supervisor that was
 stopped together with its ranks, wakes up to no false alarm. The limit follows the phase that a rank is in; within a
@@ -19,7 +19,7 @@ SAVING: frozenset[Phase] = frozenset(("save", "end"))
 STEPS_TO_KNOW = 3
 """Steps after which the usual one is known: the first are slow (memory, kernels, connections)."""
 LONGEST_TICK_SECONDS = 1.0
-"""More than this between two looks means that the supervisor itself was held up."""
+"""Largest number of seconds of silence that one look adds; a longer gap means that the supervisor was held up."""
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Watchdog:
     _step_began: Beat | None = None
 
     def look(self, beats: dict[int, Beat | None], seconds: float) -> int | None:
-        """A rank that has been silent for too long, or None; `seconds` are those since the last look.
+        """Return a rank that has been silent for too long, or None; `seconds` are those since the last look.
 
         A rank without a beat is not judged: it has not come so far, and its process is watched otherwise.
         """
@@ -54,6 +54,7 @@ class Watchdog:
             for global_rank, watched in self.ranks.items()
             if watched.beat is not None and watched.silent_seconds > self.limit_seconds(watched.beat.phase)
         ]
+        # Any of them would do to raise the alarm: all ranks are looked at then.
         return max(silent)[1] if silent else None
 
     def limit_seconds(self, phase: Phase) -> float:
@@ -62,6 +63,7 @@ class Watchdog:
         if phase in SAVING:
             return limits.save_limit_seconds
         if phase in STARTING or usual is None:
+            # Also for steps while the usual one is unknown: the first ones compile kernels and open connections.
             return max(limits.start_limit_seconds, limits.step_limit_seconds)
         return max(limits.step_limit_seconds, limits.step_limit_factor * usual)
 
@@ -76,7 +78,8 @@ class Watchdog:
         return max((watched.beat.step for watched in self.ranks.values() if watched.beat is not None), default=None)
 
     def _learn(self, before: Beat | None, now: Beat | None) -> None:
-        """Takes the time from one step's beginning to the next one's, of whichever rank is seen to go on."""
+        """Record the time from one step's beginning to the next one's, of whichever rank is seen to go on."""
+        # A run that loads again (a rollback) would count the loading as a step.
         if now is None or now.phase in STARTING:
             self._step_began = None
             return
@@ -84,5 +87,6 @@ class Watchdog:
         if began is None or now.step > began.step:
             if began is not None and now.step > began.step:
                 count = now.step - began.step
+                # Several steps may pass between two looks: each gets an even share, so that the median weighs steps.
                 self._step_seconds.extend([(now.seconds - began.seconds) / count] * count)
             self._step_began = now

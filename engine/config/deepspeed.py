@@ -13,9 +13,10 @@ from engine.config.schema.optimizer import OptimizerConfig, PrecisionConfig
 from engine.config.schema.parallel import ParallelConfig
 
 EVERYTHING = 10**12
-"""More elements than any stage holds: DeepSpeed's thresholds that should never cut anything."""
+"""Value of thresholds that must never be reached: more elements than any stage holds, more steps than any run."""
 
 LARGEST_BUCKET = 500_000_000
+"""Elements of DeepSpeed's own default bucket."""
 
 
 def reduce_bucket_elements(num_elements: int) -> int:
@@ -38,8 +39,10 @@ def deepspeed_config(
     zero: dict[str, Any] = {"stage": parallel.zero_stage, "reduce_bucket_size": bucket}
     if parallel.zero_stage in (1, 2):
         zero |= {
+            # Each gradient goes to its owner alone, and not to all ranks.
             "reduce_scatter": True,
             "overlap_comm": False,
+            # ZeRO-1 reduces once per step, outside of DeepSpeed's buckets, which this setting is about.
             "contiguous_gradients": parallel.zero_stage == 2,
             "round_robin_gradients": False,
         }
@@ -47,6 +50,8 @@ def deepspeed_config(
         zero |= {
             "overlap_comm": False,
             "contiguous_gradients": True,
+            # No prefetch and no reuse: both follow a trace of one forward and backward pass, which a pipeline has not
+            # (`engine.parallel.zero.stage3`). Nothing persists, so that every parameter is sharded alike.
             "stage3_prefetch_bucket_size": 0,
             "stage3_param_persistence_threshold": 0,
             "stage3_max_live_parameters": EVERYTHING,
@@ -56,14 +61,18 @@ def deepspeed_config(
             "zero_hpz_partition_size": parallel.gather_within or 1,
         }
     if parallel.offload == "optimizer":
+        # Pinned memory: copies between host and device run at the link's speed, and beside computation.
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     config: dict[str, Any] = {
+        # DeepSpeed derives its batch size from these two; the schedule here decides when a step ends.
         "train_micro_batch_size_per_gpu": parallel.micro_batch_size,
         "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": optimizer.clip_norm,
         "zero_optimization": zero,
+        # Muon and AdamW here are no classes of DeepSpeed's, and for offload it would demand its own CPU Adam.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        # Metrics are written by `engine.train`.
         "steps_per_print": EVERYTHING,
         "wall_clock_breakdown": False,
         "data_types": {"grad_accum_dtype": precision.reduce_dtype},

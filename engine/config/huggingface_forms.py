@@ -129,6 +129,7 @@ def nearest(model: ModelConfig) -> tuple[Twin, Problems]:
 
     def distance(twin: Twin) -> tuple[Any, ...]:
         differs = [key in twin.values and getattr(model, key) != twin.values[key] for key in _STRUCTURE]
+        # Tuples sort by the structure first: learned positions are never nearest to a form with rotary ones.
         return (*differs, len(wrong[twin.name]))
 
     found = min(of_family, key=distance)

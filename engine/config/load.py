@@ -27,9 +27,9 @@ Tree = dict[str, Any]
 LARGEST_BYTES = 1 << 20
 """Largest size of a file; real ones have a few thousand bytes."""
 DEEPEST = 64
-"""Sections within sections; the schema has less than ten."""
+"""Largest depth of sections within sections; the schema has less than ten."""
 MOST_VALUES = 100_000
-"""Largest number of values in a file, with what its aliases repeat; the largest mixtures have a few thousand."""
+"""Largest number of values in a file, counting what its aliases repeat; the largest mixtures have a few thousand."""
 _QUOTED = re.compile(r"'([^']*)'")
 
 
@@ -63,9 +63,11 @@ def parse_run(tree: Tree, source: str) -> RunConfig:
     """Return the configuration that a parsed tree describes; `source` names it in errors."""
     expand_keys(tree)
     try:
+        # Strict, so that "8" is no number. Through JSON, where strict mode takes lists for tuples and text for paths.
         return RunConfig.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         problems: list[PalimpsestError] = [_explain(item) for item in _causes(error.errors())]
+        # `from None`: pydantic's own report would stand above ours with the same problems in other words.
         raise report(problems, f"configuration {source}") from None
     except (TypeError, ValueError) as error:  # dates, keys that are no text, anchors that hold themselves
         raise ConfigError(
@@ -75,10 +77,12 @@ def parse_run(tree: Tree, source: str) -> RunConfig:
 
 def read_tree(path: Path, _above: tuple[Path, ...] = ()) -> Tree:
     """Return the YAML file as nested dictionaries, its includes merged below it."""
+    # Only the chain above is looked at: two files may include a common third one.
     if path.resolve() in _above:
         raise ConfigError(f"configuration {path} includes itself", remedy="remove the include")
     try:
         with path.open("rb") as file:
+            # One byte more than allowed is enough to know, and a device or a pipe cannot fill the memory.
             data = file.read(LARGEST_BYTES + 1)
         text = data.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -98,6 +102,7 @@ def read_tree(path: Path, _above: tuple[Path, ...] = ()) -> Tree:
             "sections of keys and values",
             "see configs/smoke/gpt2.yaml",
         )
+    # A typing error in `include` may name any YAML file; its keys would be reported as unknown ones of the run file.
     if _above and own and not own.keys() & {"include", *RunConfig.model_fields}:
         raise ConfigError(
             f"{path}, included by {_above[-1]}, is no configuration: it has none of its sections",
@@ -122,6 +127,7 @@ def _parse_yaml(text: str, what: str, included: bool = False) -> Any:
         ConfigError: it is no YAML, or nested or repeated beyond any configuration.
     """
     try:
+        # `safe` makes no Python objects of tags; `pure` is one parser everywhere, with or without the C library.
         value = YAML(typ="safe", pure=True).load(text)
     except RecursionError:
         raise _too_large(what, f"is nested more than {DEEPEST} deep") from None
@@ -139,6 +145,8 @@ def _parse_yaml(text: str, what: str, included: bool = False) -> Any:
 
 def _check_size(value: Any, what: str) -> None:
     """Raise `ConfigError` where a value is nested or, with what its aliases repeat, larger than any configuration."""
+    # A stack and no recursion, which a deep file would exhaust. Aliases share one object, so a few hundred bytes can
+    # stand for billions of values ("billion laughs"): each is counted as often as it is reached.
     num_values, open_values = 0, [(value, 0)]
     while open_values:
         value, depth = open_values.pop()
@@ -191,6 +199,7 @@ def apply_override(tree: Tree, override: str) -> None:
 def _child(node: Any, part: str, override: str) -> Any:
     if isinstance(node, list):
         return node[_index(node, part, override)]
+    # Sections that the file leaves out come to be here; a wrong name among them is pydantic's to report.
     child = node.setdefault(part, {})
     if not isinstance(child, (dict, list)):
         raise ConfigError(f"override {override!r}: {part} is the value {child!r}, not a section")
@@ -206,6 +215,7 @@ def _index(node: list[Any], part: str, override: str) -> int:
 def _causes(items: list[Any]) -> list[Any]:
     """Pydantic's errors without those that only follow from another: a list whose entries are wrong is not short, and a
     default that is made of a wrong value is not wrong."""
+    # ("stages", 0, "data") makes (), ("stages",) and ("stages", 0) locations that something inside is wrong of.
     wrong_inside = {item["loc"][:depth] for item in items for depth in range(len(item["loc"]))}
     return [
         item
@@ -226,6 +236,7 @@ def _explain(item: Any) -> ConfigError:
     value, allowed = item.get("input"), item["msg"][0].lower() + item["msg"][1:]
     if item["type"] == "union_tag_invalid":  # the key that says which of several sections this is
         path, value, allowed = f"{path}.{section.told_apart_by}", item["ctx"]["tag"], item["ctx"]["expected_tags"]
+    # A whole section would fill the screen.
     shown = "" if isinstance(value, dict) else f" = {value!r}"
     choices = _QUOTED.findall(allowed) if item["type"] in ("literal_error", "union_tag_invalid") else []
     near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
@@ -237,6 +248,7 @@ def _unknown_key(keys: list[str], section: type[Section]) -> ConfigError:
     """An unknown key, with the keys of its section, and the nearest of them or the other section that has it."""
     *above, name = keys
     key, names = section.told_apart_by, sorted(section.model_fields)
+    # The cutoff finds slips of two or three letters: "learning_rat" but not "rate" for "learning_rate".
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     others = [other for other in _alternatives(above) if name in other.model_fields]
     if others:
@@ -269,6 +281,7 @@ def _walk(location: Sequence[str | int]) -> tuple[list[str], type[Section]]:
                 annotation = section.model_fields[str(part)].annotation
                 found = list(_sections_in(annotation))
                 section, tried = (found[0] if found else section), found if len(found) > 1 else []
+                # Of `str | dict[str, str]` (data.validation) pydantic names the branch that it tried next.
                 skips = not found and len({str, dict} & {get_origin(one) or one for one in get_args(annotation)}) > 1
     return keys, section
 
@@ -279,6 +292,7 @@ def _alternatives(keys: list[str]) -> list[type[Section]]:
     for key in keys:
         if not key.isdigit():
             inner = [one for section in found if key in section.model_fields for one in _in_field(section, key)]
+            # A wrong key in between keeps the sections above it, which are still worth a hint.
             found = inner or found
     return found
 
@@ -305,6 +319,7 @@ def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kept = []
     for line in lines:
+        # ruamel ends its message about a repeated key with the way to allow it.
         if line.startswith(("To suppress", "Duplicate keys")):
             break
         kept.append(line)

@@ -76,6 +76,7 @@ def with_homes(command: Callable[..., Any]) -> Callable[..., Any]:
     def expanded(**arguments: Any) -> Any:
         return command(**{name: _in_argument(value, name) for name, value in arguments.items()})
 
+    # A typer application keeps its wrapped commands: called again in one process, it is not wrapped once more.
     expanded.__dict__["expands_homes"] = True
     return expanded
 
@@ -83,6 +84,7 @@ def with_homes(command: Callable[..., Any]) -> Callable[..., Any]:
 def _change_at(node: Any, keys: Sequence[str], above: str, change: Callable[[str, str], str]) -> None:
     key, *deeper = keys
     if isinstance(node, list) and key == "*":
+        # Before validation a node may be anything: what does not have the expected form is left to pydantic.
         places: list[Any] = list(range(len(node)))
     elif isinstance(node, dict):
         places = [name for name in node if key in ("*", name)]

@@ -100,11 +100,12 @@ def check(config: RunConfig) -> list[PalimpsestError]:
 def num_micro_batches(batch_size: int, parallel: ParallelConfig, data_size: int) -> int:
     """Micro-batches that each data rank runs in a step of so many samples; what is missing in the last ones are rows
     of weight 0 (`elastic.pad_batch`)."""
+    # Rounded up: 10 samples in micro-batches of 2 on 3 ranks are 2 micro-batches each, with 2 rows of weight 0.
     return -(-batch_size // (parallel.micro_batch_size * data_size))
 
 
 def _check_limits(launch: LaunchConfig, problems: list[PalimpsestError]) -> None:
-    """Hold the others' patience to be longer than one rank may take to start or to save."""
+    """Add the rule that collectives wait for longer than one rank may take to start or to save."""
     longest = max(launch.start_limit_seconds, launch.save_limit_seconds)
     if launch.collective_limit_seconds <= longest:
         problems.append(
@@ -126,6 +127,7 @@ def _check_parallel(config: RunConfig, problems: list[PalimpsestError]) -> None:
     divided = {"model.num_heads": model.num_heads}
     if model.num_kv_heads != model.num_heads:
         divided["model.num_kv_heads"] = model.num_kv_heads
+    # Each of these is a dimension that tensor ranks split evenly: heads, feed-forward columns, vocabulary rows.
     divided |= {
         "model.feed_forward_size": model.feed_forward_size,
         "the padded vocabulary": model.padded_vocab_size,
@@ -135,6 +137,7 @@ def _check_parallel(config: RunConfig, problems: list[PalimpsestError]) -> None:
         problems.append(
             ConfigError(
                 f"parallel.tensor = {parallel.tensor} does not divide {' and '.join(undivided)}",
+                # Whatever divides all of them divides their greatest common divisor.
                 f"parallel.tensor one of {listed(divisors(math.gcd(*divided.values())))}",
                 "change parallel.tensor or the model",
             )
@@ -166,6 +169,7 @@ def _check_stage(index: int, stage: RunStage, model: ModelConfig, problems: list
         )
     check_mixture(key, stage.data, problems)
     check_objective(key, stage, model, problems)
+    # Neither or both; without a length the rules below cannot count steps.
     if (stage.duration.steps is None) == (stage.duration.tokens is None):
         problems.append(ConfigError(f"{key}.duration", "exactly one of steps and tokens"))
         return
@@ -175,6 +179,7 @@ def _check_stage(index: int, stage: RunStage, model: ModelConfig, problems: list
 
 def _layout(parallel: ParallelConfig, world_size: int, problems: list[PalimpsestError]) -> Layout | None:
     fixed = parallel.pipe * parallel.tensor * parallel.sequence
+    # 0 where the world is too small for the other axes; the product then differs from the world as well.
     data = parallel.data or world_size // fixed
     if data < 1 or data * fixed != world_size:
         shape = f"pipe {parallel.pipe} x tensor {parallel.tensor}"
@@ -197,6 +202,7 @@ def _check_batch(
     keys = {f"stages.{index}.batch_ramp.{n}.size": entry.size for n, entry in enumerate(stage.batch_ramp)}
     keys[f"stages.{index}.global_batch_size"] = stage.global_batch_size
     if config.elastic.pad_batch:
+        # Padding evens out the last micro-batch, but a rank with padding rows alone would never train.
         if small := {key: size for key, size in keys.items() if size < data_size}:
             problems.append(
                 ConfigError(

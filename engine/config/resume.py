@@ -46,6 +46,7 @@ def flatten(section: Section, prefix: str = "") -> dict[str, tuple[KeyKind, Any]
             for index, item in enumerate(value):
                 leaves |= flatten(item, f"{path}.{index}.")
         else:
+            # The JSON value and not the Python one, so that a path or a tuple compares equal after a load.
             leaves[path] = (section.kinds.get(name, section.kind), dumped[name])
     return leaves
 
@@ -56,6 +57,7 @@ def meaning_hash(config: RunConfig, run_stage: int = 0) -> str:
     meaning = {
         key: value for key, (kind, value) in leaves.items() if kind == "meaning" and _run_stage_of(key) <= run_stage
     }
+    # One text for one meaning: the order of keys in the file and blanks do not enter the hash.
     text = json.dumps(meaning, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -71,6 +73,7 @@ def compare(before: RunConfig, after: RunConfig, run_stage: int | None = None) -
     None compares all run stages.
     """
     old, new = flatten(before), flatten(after)
+    # A key that only one of them has (another family, one run stage more) takes the kind that the other side gives it.
     absent: tuple[KeyKind, Any] = ("meaning", None)
     changes = []
     for key in sorted(old.keys() | new.keys()):
@@ -87,6 +90,7 @@ def refuse_new_meaning(before: RunConfig, after: RunConfig, folder: str, run_sta
     Raises:
         ConfigError: naming each completed run stage that is not as it was, and every other key of kind `meaning`.
     """
+    # `number` of a key of the whole run is -1, which is neither completed nor later than any run stage.
     if len(after.stages) <= run_stage:
         missing = [stage.name for stage in before.stages[len(after.stages) : run_stage + 1]]
         refused = [f"run stage {name!r} is missing, and it has been trained" for name in missing]

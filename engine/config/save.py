@@ -17,6 +17,7 @@ FILE = "config.yaml"
 
 def save_run(config: RunConfig, folder: Path) -> None:
     """Put the configuration in the run folder, over any that is there; call on one rank. Raises `OSError`."""
+    # Block style in the schema's order, for people read this file; credentials in URLs are taken out.
     text, yaml = io.StringIO(), YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]

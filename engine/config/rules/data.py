@@ -118,6 +118,7 @@ def whole_parts(weights: Sequence[float], longest: int = LONGEST_PERIOD) -> tupl
     """
     if not all(0 < weight < math.inf for weight in weights):
         raise ValueError("a weight is no finite number above 0")
+    # Through text: 0.1 is 1/10 to whoever wrote it, and not the nearest binary fraction. (0.7, 0.2, 0.1) is (7, 2, 1).
     exact = [Fraction(str(weight)) for weight in weights]
     scale = math.lcm(*(weight.denominator for weight in exact))
     parts = [int(weight * scale) for weight in exact]
@@ -126,6 +127,8 @@ def whole_parts(weights: Sequence[float], longest: int = LONGEST_PERIOD) -> tupl
     if (total := sum(parts)) > longest:
         exact = [Fraction(part * longest, total) for part in parts]
         parts = [int(share) for share in exact]
+        # Rounded down, the parts lack less than one each; those with the largest remainders get one more (Hare quota).
+        # Equal remainders go by position, so that every rank and every start finds the same numbers.
         by_remainder = sorted(range(len(exact)), key=lambda k: (parts[k] - exact[k], k))
         for k in by_remainder[: longest - sum(parts)]:
             parts[k] += 1

@@ -35,6 +35,7 @@ def check_model(model: ModelConfig, problems: list[PalimpsestError]) -> None:
 
 
 def _check_heads(model: ModelConfig, problems: list[PalimpsestError]) -> None:
+    # A head size that is written out needs no even share of the width (Llama and T5 forms have some that are not).
     if "head_size" not in model.model_fields_set and model.hidden_size % model.num_heads:
         problems.append(
             ConfigError(
@@ -82,6 +83,7 @@ def _check_encoder_decoder(model: T5Config, problems: list[PalimpsestError]) -> 
                 "num_layers counts both",
             )
         )
+    # Beyond half of the buckets their widths grow logarithmically up to this distance, which has to lie further.
     if model.relative_distance <= model.relative_buckets // 2:
         problems.append(
             ConfigError(
@@ -104,6 +106,7 @@ def _check_encoder_decoder(model: T5Config, problems: list[PalimpsestError]) -> 
 def divisors(number: int) -> list[int]:
     """Return the divisors of a number, ascending."""
     small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    # Divisors come in pairs around the root, which a square number has once: 12 is 1, 2, 3 and 4, 6, 12.
     return small + [number // divisor for divisor in reversed(small) if divisor * divisor != number]
 
 

@@ -86,6 +86,7 @@ def _check_lengths(key: str, stage: RunStage, problems: list[PalimpsestError]) -
                 f"a length in {schedule.unit}",
             )
         )
+    # The anneal multiplies by (final / constant) to the power of its progress.
     if schedule.shape == "infinite" and min(schedule.constant_factor, schedule.final_factor) == 0:
         name = "constant_factor" if schedule.constant_factor == 0 else "final_factor"
         problems.append(

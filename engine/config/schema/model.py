@@ -180,6 +180,7 @@ class BERTConfig(ModelConfig):
     def _modern_defaults(cls, given: Any) -> Any:
         """Fill in ModernBERT's defaults where positions are rotary."""
         if isinstance(given, dict) and given.get("position") == "rope":
+            # Before the given keys, which win.
             return {"activation": "geglu", "token_types": 0, "norm_position": "pre", **given}
         return given
 

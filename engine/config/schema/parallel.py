@@ -62,12 +62,12 @@ class ParallelConfig(Section):
 
     @property
     def shared_by(self) -> int:
-        """Tensor ranks that share the time of hidden states between the blocks."""
+        """Tensor ranks that share the sequence dimension of hidden states between the blocks."""
         return self.tensor if self.sequence_parallel else 1
 
     @property
     def sequence_ranks(self) -> int:
-        """Ranks that share the time of a row's hidden states, on both axes."""
+        """Ranks that share the sequence dimension of a row's hidden states, on both axes."""
         return self.shared_by * self.sequence
 
     @property

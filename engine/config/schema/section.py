@@ -16,6 +16,8 @@ KeyKind = Literal["meaning", "schedule", "execution"]
 class Section(BaseModel):
     """Base of every section: frozen, no unknown keys, no silent conversion from text to number."""
 
+    # Frozen, because a configuration that changes under a run is no record of it; defaults are validated as well, for a
+    # default factory may compute one from wrong values.
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
