@@ -1,4 +1,4 @@
-"""Fail on every rank or on none: an action that some or all ranks take, and one error that all of them raise.
+"""Failure on every rank or on none: an action that some or all ranks take, and one error that all of them raise.
 
 A rank that raised alone would leave the others waiting in the next collective until a timeout.
 """
@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 def on_all(action: Callable[[], Result], group: Group, unexpected: type[PalimpsestError]) -> Result:
-    """This rank's result of `action`. Collective over `group`.
+    """Run `action` on every rank and return this rank's result. Collective over `group`.
 
     Raises:
         PalimpsestError: the error of the first rank that failed, the same on every rank; an error of no class of
@@ -25,16 +25,18 @@ def on_all(action: Callable[[], Result], group: Group, unexpected: type[Palimpse
     result, error = _attempt(action, group, unexpected)
     failed = collectives.first_error(error, group)
     if failed is not None:
+        # A cause is lost when an error is pickled to other ranks; this rank's own, where it has one, is chained here.
         raise failed from (error.__cause__ if error is not None else None)
     return result  # type: ignore[return-value]  # no error, so there is a result
 
 
 def on_first(action: Callable[[], Result], group: Group, unexpected: type[PalimpsestError]) -> Result:
-    """The result of `action` as the group's first rank found it, on every rank. Collective over `group`.
+    """Run `action` on the group's first rank and return its result on every rank. Collective over `group`.
 
     Raises:
-        PalimpsestError: its error, the same on every rank; one of no class of ours becomes `unexpected`.
+        PalimpsestError: that rank's error, the same on every rank; one of no class of ours becomes `unexpected`.
     """
+    # Result and error in one broadcast, so that the other ranks leave it with one or the other.
     result, error = _attempt(action, group, unexpected) if group.position == 0 else (None, None)
     result, failed = collectives.broadcast_object((result, error), group)
     if failed is not None:

@@ -1,6 +1,6 @@
-"""Tensors that cross from one chunk of the model to the next: a named dict whose shapes and dtypes are fixed.
+"""Tensors that cross from one chunk of the model to the next: a named dict with fixed shapes and dtypes.
 
-Fixed before the first step, so nothing is negotiated at run time. The names are the keywords of the next chunk.
+They are fixed before the first step, so that a receiver allocates without asking. Names are keywords of the next chunk.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ Tensors = dict[str, torch.Tensor]
 DOMAINS = "domains_B"
 """Name of the domain numbers (int64) of a micro-batch's rows, among its inputs."""
 ROW_LOSSES = "row_losses_BL"
-"""Name of the rows' parts of `losses_L`, without gradients, that a last chunk returns where it is asked `by_row`."""
+"""Name of the rows' shares of `losses_L`, without gradients, that a last chunk returns if called with `by_row`."""
 
 
 @dataclass(frozen=True)
 class MicroBatchShape:
-    """The rows of a micro-batch, which the tensors of a boundary are sized by."""
+    """Sizes of a micro-batch, from which the shapes of a boundary's tensors follow."""
 
     num_rows: int
     length: int
     """Tokens of a row (of the encoder, where there is one)."""
     dtype: torch.dtype
-    """Of activations."""
+    """Dtype of activations."""
     segments: bool
     """True if rows hold several documents, whose numbers travel along."""
     decoder_length: int = 0
     """Tokens of a decoder's row."""
     shared_by: int = 1
-    """Ranks that share the sequence dimension of a row's hidden states; document numbers travel whole."""
+    """Number of ranks that share the sequence dimension of a row's hidden states; document numbers travel whole."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Field:
     dtype: torch.dtype
     differentiable: bool
     evaluated: bool = True
-    """True if it travels in evaluation, too."""
+    """True if it is sent in evaluation, too."""
 
 
 Boundary = dict[str, Field]
@@ -52,5 +52,6 @@ Boundary = dict[str, Field]
 
 
 def differentiable(boundary: Boundary) -> list[str]:
-    """The names for which gradients come back, in the boundary's order."""
+    """Return the names for which gradients come back, in the boundary's order."""
+    # Both sides of a boundary send and receive in this order: messages carry no names.
     return [name for name, field in boundary.items() if field.differentiable]

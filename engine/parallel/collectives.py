@@ -10,18 +10,18 @@ import torch.distributed as dist
 from engine.parallel.groups import Group
 
 Work = dist.Work
-"""A send under way; `wait()` returns when its tensor may be reused."""
+"""A send or receive under way; `wait()` returns when its tensor may be reused or read."""
 
 
 def all_reduce(tensor: torch.Tensor, group: Group, op: str = "sum") -> torch.Tensor:
-    """Reduces `tensor` in place over the group ("sum", "max" or "min"). Collective over `group`."""
+    """Reduce `tensor` in place over the group ("sum", "max" or "min") and return it. Collective over `group`."""
     if group.size > 1:
         dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op.upper()), group=group.handle)
     return tensor
 
 
 def reduce_scatter(tensor: torch.Tensor, group: Group, share: torch.Tensor | None = None) -> torch.Tensor:
-    """This rank's share of the sum of a flat tensor over the group: one of `group.size` equal runs, in rank order.
+    """Return this rank's share of the sum of a flat tensor over the group: one of `group.size` equal runs, in order.
 
     It is written to `share`, or to a new tensor. Collective over `group`; over one rank it is the tensor itself.
     """
@@ -33,18 +33,21 @@ def reduce_scatter(tensor: torch.Tensor, group: Group, share: torch.Tensor | Non
 
 
 def gather_along(tensor: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
-    """The ranks' tensors, alike in shape, joined along `dim` in group order. Collective over `group`."""
+    """Return the ranks' tensors, alike in shape, joined along `dim` in group order. Collective over `group`."""
     if group.size == 1:
         return tensor
+    # With n ranks and dim 1: n x (B, T, D) -> (n, B, T, D) -> (B, n, T, D) -> (B, n T, D). Torch gathers along dim 0
+    # only; its variant with a list of outputs would copy each of them.
     parts = tensor.new_empty((group.size, *tensor.shape))
     dist.all_gather_into_tensor(parts.view(-1), tensor.contiguous().view(-1), group=group.handle)
     return parts.movedim(0, dim).flatten(dim, dim + 1)
 
 
 def reduce_scatter_along(tensor: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
-    """This rank's part along `dim` of the ranks' sum; they are cut in group order, evenly. Collective over `group`."""
+    """Return this rank's part of the ranks' sum, cut evenly along `dim` in group order. Collective over `group`."""
     if group.size == 1:
         return tensor
+    # (B, T, D) -> (B, n, T / n, D) -> (n, B, T / n, D), of which rank r receives the sum of row r.
     parts = tensor.unflatten(dim, (group.size, -1)).movedim(dim, 0).contiguous()
     own = torch.empty_like(parts[0])
     dist.reduce_scatter_tensor(own.view(-1), parts.view(-1), group=group.handle)
@@ -52,7 +55,7 @@ def reduce_scatter_along(tensor: torch.Tensor, group: Group, dim: int) -> torch.
 
 
 def all_to_all(tensor: torch.Tensor, group: Group, split_dim: int, join_dim: int) -> torch.Tensor:
-    """Cuts `tensor` evenly along `split_dim`, sends a part to each rank, joins what comes along `join_dim`.
+    """Cut `tensor` evenly along `split_dim`, send a part to each rank and join the parts received along `join_dim`.
 
     Collective over `group`; with the two dims exchanged it is its own inverse.
     """
@@ -65,7 +68,7 @@ def all_to_all(tensor: torch.Tensor, group: Group, split_dim: int, join_dim: int
 
 
 def exchange(tensor: torch.Tensor, sizes: list[int], received: list[int], group: Group) -> torch.Tensor:
-    """Sends `sizes[r]` elements of a flat tensor to each rank r in order; returns what came, `received[r]` from r.
+    """Send `sizes[r]` elements of a flat tensor to each rank r in order; return those received, `received[r]` from r.
 
     Collective over `group`.
     """
@@ -75,7 +78,7 @@ def exchange(tensor: torch.Tensor, sizes: list[int], received: list[int], group:
 
 
 def broadcast_object(value: Any, group: Group, source: int = 0) -> Any:
-    """The object of the rank at position `source`, on every rank. Collective over `group`."""
+    """Return the object of the rank at position `source` on every rank. Collective over `group`."""
     if group.size == 1:
         return value
     box = [value]
@@ -84,7 +87,7 @@ def broadcast_object(value: Any, group: Group, source: int = 0) -> Any:
 
 
 def gather_objects(value: Any, group: Group) -> list[Any]:
-    """Every rank's object in group order, on every rank. Collective over `group`; for small objects."""
+    """Return every rank's object in group order, on every rank. Collective over `group`; for small objects."""
     if group.size == 1:
         return [value]
     values: list[Any] = [None] * group.size
@@ -93,31 +96,31 @@ def gather_objects(value: Any, group: Group) -> list[Any]:
 
 
 def send(tensor: torch.Tensor, group: Group, position: int) -> dist.Work:
-    """Starts sending to the rank at `position` and returns at once; keep `tensor` until the work is waited for."""
+    """Start sending to the rank at `position` and return at once; keep `tensor` until the work is waited for."""
     work = dist.isend(tensor, dst=group.ranks[position], group=group.handle)
     assert work is not None
     return work
 
 
 def start_receiving(tensor: torch.Tensor, group: Group, position: int) -> dist.Work:
-    """Starts filling `tensor` from the rank at `position` and returns at once; wait for the work."""
+    """Start filling `tensor` from the rank at `position` and return at once; wait for the work."""
     work = dist.irecv(tensor, src=group.ranks[position], group=group.handle)
     assert work is not None
     return work
 
 
 def receive(tensor: torch.Tensor, group: Group, position: int) -> torch.Tensor:
-    """Fills `tensor` from the rank at `position`; on CUDA the stream waits, not the host."""
+    """Fill `tensor` from the rank at `position`; on CUDA the stream waits, not the host."""
     start_receiving(tensor, group, position).wait()
     return tensor
 
 
 def barrier(group: Group) -> None:
-    """Returns when every rank has arrived. Collective over `group`."""
+    """Return when every rank has arrived. Collective over `group`."""
     if group.size > 1:
         dist.barrier(group=group.handle)
 
 
 def first_error(error: Exception | None, group: Group) -> Exception | None:
-    """The error of the first rank that has one, on every rank. Collective over `group`: fail on all or on none."""
+    """Return the error of the first rank that has one, on every rank. Collective over `group`: all fail or none."""
     return next((found for found in gather_objects(error, group) if found is not None), None)

@@ -1,8 +1,8 @@
-"""The output projection and its cross entropy in one, a few rows at a time: the logits of a batch never exist.
+"""Output projection and cross entropy in one function, a few rows at a time: the logits of a batch never exist.
 
 For a vocabulary far wider than the model, logits are the largest tensor of a training step. The projection, the
-softmax and both gradients of some rows are computed together in the forward pass, and what is kept for the backward
-pass is the gradient of the input and of the weight (Hsu et al. 2024, Liger Kernel, section 3.2, in plain torch; Wijmans
+softmax and both gradients of some rows are computed together in the forward pass, which keeps the gradients of the
+input and of the weight for the backward pass (Hsu et al. 2024, Liger Kernel, section 3.2, in plain torch; Wijmans
 et al. 2024, Cut Cross-Entropy, keep less and compute the logits once more). The backward pass only scales them, so the
 scale may differ at each step. Under ZeRO-3 the weight is needed in the forward pass alone.
 
@@ -31,7 +31,7 @@ def linear_cross_entropy(
     group: Group = ALONE,
     into: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sum over tokens of weight x cross entropy of `hidden @ weight_VD.T + bias_V`, a scalar in fp32 or wider.
+    """Return the sum over tokens of weight x cross entropy of `hidden @ weight_VD.T + bias_V`, in fp32 or wider.
 
     `hidden` is (..., D), `targets` (int64) and `weights` have its shape without D. Columns from `vocab_size` on never
     enter the softmax. Softmax and sums are in fp32, the weight's gradient too until all rows are in it.
@@ -49,7 +49,7 @@ def linear_cross_entropy(
         weights.flatten(),
         vocab_size,
         group,
-        torch.is_grad_enabled(),
+        torch.is_grad_enabled(),  # asked here: inside of a function's forward pass it is always off
         None if into is None else into.view(-1),
     )
 
@@ -81,6 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + size)
             hidden_CD, weights_C = hidden_ND[rows], weights_N[rows].to(wide)
             logits_CV = F.linear(hidden_CD, used_VD, used_V)  # (C, V): all of the logits that exist at a time
+            # A rank with nothing but padding still joins the collectives, with a column that no softmax sees.
             if first_column >= vocab_size:
                 logits_CV.fill_(-torch.inf)
             logs_CV = _log_softmax(logits_CV, wide, group)
@@ -90,6 +91,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             foreign_C = (columns_C < 0) | (columns_C >= real)
             columns_C1 = columns_C.masked_fill(foreign_C, 0).unsqueeze(-1)
             target_C = logs_CV.gather(-1, columns_C1).squeeze(-1).masked_fill(foreign_C, 0.0)
+            # One rank has the target's log-probability, the others add 0.
             weighted_C = all_reduce(target_C, group) * weights_C
             total -= weighted_C.sum()
             if into_N is not None:
@@ -102,6 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # the target is foreign, 0 is added to column 0, so that no row needs a branch.
             wide_CV = logs_CV.exp_().scatter_add_(-1, columns_C1, -ones_C1).mul_(weights_C.unsqueeze(-1))
             grad_CV = wide_CV.to(hidden_ND.dtype)
+            # Of this rank's columns only, so the hidden states' gradient is a part of a sum over the group.
             torch.mm(grad_CV, used_VD, out=grad_hidden_ND[rows])
             _add_product(grad_weight_VD[:real], grad_CV.T, hidden_CD)
             if grad_bias_V is not None:
@@ -115,13 +118,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         hidden_ND, weight_VD, bias_V = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
-        # in place: torch refuses a second backward, which would find them scaled
+        # In place, which spares a copy of both: torch refuses a second backward pass, which would find them scaled.
         grad_bias_V = None if bias_V is None else bias_V.mul_(grads[0]).to(bias_dtype)
         return hidden_ND.mul_(grads[0]), weight_VD.mul_(grads[0]).to(weight_dtype), grad_bias_V, *[None] * 6
 
 
 def _log_softmax(logits_CV: torch.Tensor, dtype: torch.dtype, group: Group) -> torch.Tensor:
-    """Logarithm of the softmax over all columns of the group, for those that are here."""
+    """Return the logarithm of the softmax over all columns of the group, for the columns on this rank."""
     if group.size == 1:
         return torch.log_softmax(logits_CV, -1, dtype=dtype)
     shifted_CV = logits_CV.to(dtype)
@@ -132,8 +135,8 @@ def _log_softmax(logits_CV: torch.Tensor, dtype: torch.dtype, group: Group) -> t
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """`total += a @ b`, where the total may be of a wider dtype."""
+    """Compute `total += a @ b`, where the total may be of a wider dtype."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b)  # no product in memory; torch has no such operation for two dtypes
     else:
         total += a @ b

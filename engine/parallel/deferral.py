@@ -1,9 +1,9 @@
-"""Weight gradients of linear layers put off, so that a backward pass hands on the gradient of its input sooner.
+"""Deferred weight gradients of linear layers, so that a backward pass hands on the gradient of its input sooner.
 
 In every linear layer (tensor-parallel ones are such) the product with the weight becomes one whose backward pass
-computes the gradients of its input and bias, and remembers what the weight's gradient is made of. `gradients` makes it
+computes the gradients of its input and bias, and keeps the operands of the weight's gradient. `gradients` computes it
 later: the same products of the same numbers. Other parameters (norms, embeddings, the fused head, whose gradient the
-forward pass made) get theirs at once. For the zero-bubble schedule (Qi et al. 2023).
+forward pass computed) get theirs at once. For the zero-bubble schedule (Qi et al. 2023).
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ DeferredGradients = list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]]
 
 
 class Deferral:
-    """Puts off the weight gradients of the linear layers of a module, in place."""
+    """Defers the weight gradients of the linear layers of a module, in place."""
 
     def __init__(self, module: nn.Module) -> None:
         self._deferred: DeferredGradients = []
         mode = _Products(lambda *product: self._deferred.append(product))
         for layer in module.modules():
+            # Wrapped, not replaced: a tensor-parallel layer communicates around the product, in its own `forward`.
             if isinstance(layer, nn.Linear):
                 layer.forward = partial(_run, mode, layer.forward)
 
     def take(self) -> DeferredGradients:
-        """What was put off since the last call."""
+        """Return what was deferred since the last call."""
         taken, self._deferred = self._deferred, []
         return taken
 
 
 class _Products(TorchFunctionMode):
-    """Swaps `F.linear` with a parameter for `_Linear`, whatever a layer does before and after it."""
+    """Replaces `F.linear` by `_Linear`, whatever a layer does before and after it."""
 
     def __init__(self, deferred: Callable[..., None]) -> None:
         super().__init__()
@@ -66,7 +67,8 @@ class _Linear(torch.autograd.Function):
         ctx: Any, input: torch.Tensor, weight: nn.Parameter, bias: torch.Tensor | None, deferred: Callable[..., None]
     ) -> torch.Tensor:
         ctx.save_for_backward(input)
-        # The parameter itself: ZeRO-3 frees what it holds and gathers it again before the backward pass.
+        # The parameter itself: ZeRO-3 frees its values after the forward pass and gathers them again before the
+        # backward pass.
         ctx.weight, ctx.deferred = weight, deferred
         return F.linear(input, weight, bias)
 
@@ -74,6 +76,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (input,), (grad,) = ctx.saved_tensors, grads
         ctx.deferred(ctx.weight, input, grad)
+        # (..., O) x (O, I) -> (..., I). None for the weight: its hooks run all the same and find no gradient, which
+        # `zero.gradients` allows for and DeepSpeed's own do not.
         grad_input = grad @ ctx.weight if ctx.needs_input_grad[0] else None
         grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         return grad_input, None, grad_bias, None
@@ -81,7 +85,8 @@ class _Linear(torch.autograd.Function):
 
 @torch.no_grad()
 def gradients(deferred: DeferredGradients) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
-    """(weight, its gradient) of each product; needs the weights' values no more. Empties the list as it goes."""
+    """Yield (weight, its gradient) of each product; the weights' values are not needed. Empties the list."""
     while deferred:
-        weight, input, grad = deferred.pop()
+        weight, input, grad = deferred.pop()  # so that both operands are freed before the next product
+        # (O, tokens) x (tokens, I) -> (O, I)
         yield weight, grad.flatten(0, -2).T @ input.flatten(0, -2)

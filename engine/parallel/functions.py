@@ -1,7 +1,7 @@
-"""The functions that a model receives instead of a process group: attention and the loss over the vocabulary.
+"""Functions that a model receives instead of a process group: attention and the loss over the vocabulary.
 
-A model calls them with what its own rank holds. The plain versions here are right wherever one rank holds all
-heads and the whole vocabulary; tensor parallelism passes others. Nothing here communicates.
+A model calls them with its own rank's tensors. The plain versions here are right wherever one rank holds all heads and
+the whole vocabulary; tensor parallelism passes others. Nothing here communicates.
 
 Legend: B batch, T time, D width, H heads, G key/value heads, K head size, V vocabulary (all of it, padding included);
 N blocks of R tokens, S = 3 R tokens that a block sees.
@@ -20,17 +20,17 @@ from engine.parallel.cross_entropy import linear_cross_entropy
 from engine.parallel.packed import Documents, packed_attention
 
 Drop = Callable[..., torch.Tensor]
-"""(probabilities_BHTT, first_head=0) -> the same with some of them 0. A function of attention that works on some of the
-heads that it was called with says which is its first."""
+"""(probabilities_BHTT, first_head=0) -> probabilities_BHTT with some of them 0. An attention function that works on
+some of the heads that it was called with passes the number of its first one."""
 
 
 @dataclass(frozen=True)
 class Band:
-    """Who sees whom in a row where nobody sees further than R tokens: a row is cut into blocks of R, each of which sees
-    the block before it, itself and the one behind it.
+    """Mask of rows in which no token attends further than R tokens: a row is cut into blocks of R, each of which
+    attends to the block before it, itself and the one behind it.
 
-    `mask_BNRS` is true where a query sees a key (B may be 1). Rows are filled up to N blocks; what is filled in sees
-    something, too, and is seen by no token of the row.
+    `mask_BNRS` is true where a query sees a key (B may be 1). Rows are filled up to N blocks; padding sees some key,
+    too (a softmax over none would be NaN), and no token of the row sees padding.
     """
 
     mask_BNRS: torch.Tensor
@@ -76,6 +76,7 @@ def attention(
     Keys may be of another length than queries. With `drop` probabilities exist one by one, else the fastest kernel is
     taken.
     """
+    # Documents and bands never hold a mask of T x T; `drop` needs every probability in memory.
     if isinstance(mask, Documents):
         assert drop is None, "what drops probabilities is given a mask"
         return packed_attention(q_BTHK, k_BTGK, v_BTGK, mask, scale)
@@ -99,14 +100,19 @@ def attention(
 def _banded_attention(
     q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, band: Band, scale: float | None
 ) -> torch.Tensor:
-    """The same block by block: each is a row of its own for the kernel, so time and memory grow with T alone."""
+    """Compute attention block by block: each is a row of its own for the kernel, so time and memory grow with T alone.
+
+    Beltagy et al. 2020, Longformer, section 3.1. With T = 5 and R = 2 the row is filled up to the blocks (0, 1),
+    (2, 3), (4, -), and the second one sees the keys 0 to 5, of which 5 is padding.
+    """
     num_rows, length = q_BTHK.shape[:2]
     num_blocks, reach = band.mask_BNRS.shape[1:3]
     missing = num_blocks * reach - length
     q_NRHK = F.pad(q_BTHK, (0, 0, 0, 0, 0, missing)).unflatten(1, (num_blocks, reach)).flatten(0, 1)
 
     def seen(x_BTGK: torch.Tensor) -> torch.Tensor:
-        """(B N, S, G, K): what each block sees."""
+        """Return the keys or values that each block sees, (B, T, G, K) -> (B N, S, G, K)."""
+        # One block of padding on either side, so that the first and the last block have neighbours as well.
         filled = F.pad(x_BTGK, (0, 0, 0, 0, reach, missing + reach)).unflatten(1, (num_blocks + 2, reach))
         return torch.cat((filled[:, :-2], filled[:, 1:-1], filled[:, 2:]), dim=2).flatten(0, 1)
 
@@ -123,7 +129,7 @@ def _explicit_attention(
     scale: float | None,
     drop: Drop,
 ) -> torch.Tensor:
-    """The same, written out; the softmax is in fp32."""
+    """Compute attention with one tensor operation per step, for `drop`; the softmax is in fp32."""
     shared_by = q_BTHK.size(2) // k_BTGK.size(2)
     k_BHTK, v_BHTK = (x_BTGK.repeat_interleave(shared_by, 2).transpose(1, 2) for x_BTGK in (k_BTGK, v_BTGK))
     scores_BHTT = q_BTHK.transpose(1, 2) @ k_BHTK.transpose(2, 3) * (scale or q_BTHK.size(-1) ** -0.5)
@@ -131,6 +137,7 @@ def _explicit_attention(
         mask = torch.ones(scores_BHTT.shape[2:], dtype=torch.bool, device=scores_BHTT.device).tril()
     seen = mask.dtype == torch.bool
     scores_BHTT = scores_BHTT.masked_fill(~mask, -torch.inf) if seen else scores_BHTT + mask
+    # Dropped after the softmax and not normalised again: `drop` scales what is left, so that the mean stays.
     probabilities_BHTT = torch.softmax(scores_BHTT, -1, dtype=torch.float32).to(v_BHTK.dtype)
     return (drop(probabilities_BHTT) @ v_BHTK).transpose(1, 2)
 
@@ -141,10 +148,12 @@ def _same(hidden: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class SequenceSlice:
-    """Which tokens of a row a model is given and which hidden states it holds, where ranks share the rows' time.
+    """Slice of a row's tokens that a model is given, and of hidden states that it holds, under sequence parallelism.
 
-    Of `size` equal stretches it is given the tokens, targets and weights of one, `position`; document numbers it is
-    given whole. Of that stretch it holds one `shared_by`-th as hidden states between the blocks.
+    Rows are cut into `size` equal slices. A rank is given the tokens, targets and weights of slice `position`, and all
+    document numbers. Between the blocks it holds one `shared_by`-th of its slice as hidden states.
+
+    Row of 8 tokens, `size` 2, `shared_by` 2: position 1 is given tokens 4 to 7, and its tensor rank 1 holds 6 and 7.
     """
 
     position: int = 0
@@ -152,21 +161,25 @@ class SequenceSlice:
     shared_by: int = 1
 
     def given(self, hidden_BTD: torch.Tensor) -> int:
-        """Tokens that a model is given of a row, from the hidden states that it holds: those that attention gets."""
+        """Return the number of a row's tokens that a model is given, from the hidden states that it holds.
+
+        Attention gets as many.
+        """
         return hidden_BTD.size(1) * self.shared_by
 
     def whole(self, hidden_BTD: torch.Tensor) -> int:
-        """Tokens of the row."""
+        """Return the number of tokens of the whole row."""
         return self.given(hidden_BTD) * self.size
 
     def first(self, num_given: int) -> int:
-        """Where the first of the given tokens stands in the row."""
+        """Return the position in the row of the first of the given tokens."""
         return self.position * num_given
 
     def own(self, whole_BT: torch.Tensor) -> torch.Tensor:
-        """The given tokens' part of what holds a number for each token of the row; a view.
+        """Return the given tokens' slice of a tensor with a number for each token of the row; a view.
 
-        Of numbers for each of this rank's heads: those of the heads that its attention sees, which then sees the row.
+        Also for a tensor with a number for each of this rank's heads: attention of the sequence axis (`ulysses`) works
+        on the `position`-th part of the heads for whole rows, cut in the same way.
         """
         length = whole_BT.size(-1) // self.size
         return whole_BT.narrow(-1, self.position * length, length)
@@ -174,18 +187,18 @@ class SequenceSlice:
 
 @dataclass(frozen=True)
 class Functions:
-    """What `engine.models` is built with."""
+    """Functions and numbers that depend on the layout, with which `engine.models` builds a model."""
 
     attention: Attention = attention
     linear_cross_entropy: LinearCrossEntropy = linear_cross_entropy
     whole_rows: Callable[[torch.Tensor], torch.Tensor] = _same
-    """Hidden states of all given tokens, (B, T, D), from those held between the blocks; for heads."""
+    """Return hidden states of all given tokens, (B, T, D), from those held between the blocks; for heads."""
     sequence_slice: SequenceSlice = SequenceSlice()
     tensor_rank: int = 0
-    """This rank holds the heads number `tensor_rank` times its own many, and those behind."""
+    """Position on the tensor axis. With n heads on this rank its first one has the global number `tensor_rank` x n."""
 
     def first_held(self, hidden_BTD: torch.Tensor) -> int:
-        """Where the first of the hidden states that are held stands in its row."""
+        """Return the position in the row of the first of the hidden states that this rank holds."""
         within = self.tensor_rank * hidden_BTD.size(1) if self.sequence_slice.shared_by > 1 else 0
         return self.sequence_slice.first(self.sequence_slice.given(hidden_BTD)) + within
 

@@ -1,7 +1,7 @@
-"""Process groups as a value: which ranks this rank talks to along each axis, and through what.
+"""Process groups as a value: the ranks that this rank communicates with along each axis, and their communicators.
 
-Nothing here is global: `connect` meets the other ranks, `join` makes the groups, once per process, and whoever needs
-one is handed it. A collective over a group of one rank is free and works without `torch.distributed`.
+Nothing here is global: `connect` meets the other ranks, `join` makes the groups, once per process, and code that needs
+one receives it. A collective over a group of one rank is free and works without `torch.distributed`.
 """
 
 from __future__ import annotations
@@ -54,24 +54,25 @@ class Groups:
     coordinates: Coordinates
     world: Group
     zero: Group
-    """Data x sequence: what ZeRO shards over."""
+    """Data x sequence: the ranks that ZeRO shards over, since all of them hold the same weights."""
     near: Group | None
     """The neighbours in `zero` that keep a second copy of its weights between them (`gather_within`), if any do."""
     sequence: Group
     tensor: Group
     pipe: Group
     pipe_backward: Group
-    """The same ranks as `pipe` through a communicator of its own: gradients travel on it, activations on `pipe`,
-    so that neither waits for the other."""
+    """The ranks of `pipe` with a communicator of their own: gradients travel on it, activations on `pipe`, so that
+    neither waits for the other."""
     wrap: Group
     wrap_backward: Group
-    """The same again for what the last stage hands to the first one's next chunk, and its gradients: the way round
-    has communicators of its own, for with two stages it joins the same ranks. With one chunk each they are `pipe` and
-    `pipe_backward`, and nobody uses them."""
+    """The ranks of `pipe` once more: activations from the last stage to the first one's next chunk, and their
+    gradients. These have communicators of their own because with two stages they join the same two ranks as `pipe`.
+    With one chunk per stage they are `pipe` and `pipe_backward`, and are not used."""
     model: Group
     """Pipe x tensor: the ranks that hold one copy of the model together."""
     ties: dict[tuple[int, ...], Group]
-    """By set of stages that hold a tied weight: those stages' ranks at this rank's place, where it is one of them."""
+    """Group of each set of stages that hold a tied weight: their ranks at this rank's position on the other axes.
+    Only sets that this rank's stage belongs to."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -89,21 +90,22 @@ def connect(
     limit_seconds: float = LIMIT_SECONDS,
     agree: Callable[[Any], None] = lambda store: None,
 ) -> None:
-    """Meets the other ranks: makes the default process group (NCCL on CUDA, else gloo). Collective over the world.
+    """Meet the other ranks and make the default process group (NCCL on CUDA, else gloo). Collective over the world.
 
-    Without a `store` the ranks meet at `place.master_addr`, and a world of one at no address at all. `agree` is called
-    with the store before the group is made.
+    Without a `store` the ranks meet at `place.master_addr`; a world of one needs no address. `agree` is called with the
+    store before the group is made.
 
     Raises:
         EnvironmentProblem: the ranks did not all arrive.
     """
+    # Gloo would take the interface that the host name resolves to, which need not be reachable.
     if place.master_addr in ("127.0.0.1", "localhost", "::1"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     limit = timedelta(seconds=limit_seconds)
     try:
         store = store if store is not None else _store(place, limit)
         store.set_timeout(limit)
-        # torchrun's store outlives a restart of its workers
+        # torchrun's store outlives a restart of its workers: a prefix per restart hides the keys of the last one.
         agree(_within(f"palimpsest/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store))
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
@@ -122,8 +124,9 @@ def connect(
 
 
 def _store(place: RankEnvironment, limit: timedelta) -> Any:
-    """Where the ranks meet: rank 0 opens it at the address in the environment, or torchrun's agent has."""
+    """Return the store where the ranks meet: rank 0 opens it at the address in the environment, or torchrun's agent."""
     if place.world_size == 1:
+        # In memory: several runs of one rank on a machine need no port each.
         return dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     meeting = dist.rendezvous(  # pyright: ignore[reportPrivateImportUsage]
         "env://", place.global_rank, place.world_size, timeout=limit
@@ -137,7 +140,7 @@ def _within(prefix: str, store: Any) -> Any:
 
 
 def disconnect() -> None:
-    """Leaves the default process group, if there is one."""
+    """Leave the default process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -150,13 +153,13 @@ def join(
     gather_within: int | None = None,
     limit_seconds: float = LIMIT_SECONDS,
 ) -> Groups:
-    """Makes all groups of the layout. Collective over the world, after `connect`.
+    """Make all groups of the layout. Collective over the world, after `connect`.
 
     `tied_stages` are the sets of stages that hold a weight together (`engine.plan.cut.tied_stages`), `chunks_per_stage`
     the chunks of each stage, `gather_within` the ranks of a second copy of ZeRO-3's weights, `limit_seconds` what a
     collective of a group may take.
 
-    Every rank makes every group in the same order, as `torch.distributed.new_group` wants it.
+    Every rank makes every group in the same order, as `torch.distributed.new_group` requires.
     """
     grid = Grid(layout)
     make = partial(_make, global_rank=global_rank, limit_seconds=limit_seconds)
@@ -171,6 +174,7 @@ def join(
     ]
     near = None
     if gather_within is not None:
+        # The ZeRO group (0, 2, 4, 6) with gather_within 2 gives (0, 2) and (4, 6): neighbours in it, not in the world.
         lines = grid.groups("data", "sequence")
         cuts = range(0, len(lines[0]), gather_within)
         near = make([line[first : first + gather_within] for line in lines for first in cuts])
@@ -200,8 +204,10 @@ def join(
 def join_lines(
     lines: Iterable[tuple[int, ...]], global_rank: int, limit_seconds: float = LIMIT_SECONDS
 ) -> list[Group | None]:
-    """Groups for tensors in host memory (gloo, whatever the world's backend), in the order given; None for those that
-    this rank is not in. Collective over the world, after `connect`."""
+    """Make groups for tensors in host memory (gloo, whatever the world's backend), in the order given.
+
+    None for those that this rank is not in. Collective over the world, after `connect`.
+    """
     groups = []
     for line in lines:
         ranks = tuple(sorted(line))
@@ -211,7 +217,10 @@ def join_lines(
 
 
 def _make(families: list[list[int]], global_rank: int, limit_seconds: float, strict: bool = True) -> Any:
-    """The group of `families` that holds this rank; all of them are made, single ranks too (DeepSpeed wants them)."""
+    """Return the group of `families` that holds this rank. All of them are made, single ranks too (DeepSpeed asks).
+
+    With `strict` False the rank may be in none of them, and None is returned.
+    """
     own = None
     for ranks in families:
         handle = dist.new_group(ranks, timeout=timedelta(seconds=limit_seconds))

@@ -1,9 +1,12 @@
-"""What the ranks of a world must have in common, compared before anything is built (contract "Agreement").
+"""Comparison of the facts that all ranks of a world must share, before anything is built (contract "Agreement").
 
 Every rank compares its facts with rank 0's through the store where they meet, before there is a process group: ranks of
 two starts at one port, of other library versions or of another world would otherwise wait for each other inside of a
-library. Whoever differs says so in the store; rank 0 collects that and publishes it, and all ranks end with the same
-error. What is known only later (the data) is compared over the world's group, by `agree_over`.
+library. A rank that differs reports it in the store; rank 0 collects the reports and publishes them, and all ranks end
+with the same error. Facts known only later (the data) are compared over the world's group, by `agree_over`.
+
+Keys of the store: `arrived/R` (counter per rank), `facts` (rank 0's), `gpu/UUID` (its first rank), `differ` (number of
+reports), `differs/N` (a report), `compared` (ranks that are through), `found` (all reports), `heard` (ranks told).
 """
 
 from __future__ import annotations
@@ -18,12 +21,13 @@ from engine.parallel import collectives
 from engine.parallel.groups import Group
 
 Facts = Mapping[str, Any]
-"""JSON values by what they are, in words or as the key of a configuration."""
+"""JSON values by name: a description in words, or the key of a configuration."""
 POLL_SECONDS = 0.05
+"""Seconds between two looks into the store."""
 SETTLE_SECONDS = 2.0
-"""How long rank 0 waits for others to say what they differ in, once one has."""
+"""Seconds that rank 0 waits for further reports once there is one, and for the others to read the result."""
 SHOWN = 20
-"""Lines of differences that an error holds."""
+"""Lines of differences that an error shows at most."""
 _ABSENT = "nothing"
 
 
@@ -32,7 +36,7 @@ class Disagreement(ConfigError):
 
 
 class Store(Protocol):
-    """What is used of `torch.distributed.Store`; `get` waits until there is a value."""
+    """The part of `torch.distributed.Store` in use; `get` waits until there is a value."""
 
     def get(self, key: str, /) -> bytes: ...
     def set(self, key: str, value: str, /) -> None: ...
@@ -47,19 +51,23 @@ def agree(store: Store, global_rank: int, world_size: int, facts: Facts, limit_s
         Disagreement: ranks differ, or two use one GPU; the same on every rank.
         EnvironmentProblem: this rank is there already, or some have not come after `limit_seconds`.
     """
+    # `add` is atomic and returns the new value: of two starts at one port the second finds 2.
     if store.add(f"arrived/{global_rank}", 1) > 1:
         raise EnvironmentProblem(
             f"rank {global_rank} of {world_size} has met the others already: another start meets at the same place",
             "a port of its own for each start",
             "end the other start, or give this one another MASTER_PORT",
         )
+    # Through JSON and back, as rank 0's facts come: a tuple would differ from the list that it becomes.
     own = json.loads(json.dumps(dict(facts)))
     if global_rank == 0:
         store.set("facts", json.dumps(own))
     differences = compare(own, json.loads(store.get("facts")))
+    # The first rank to name a GPU gets its own number back, any later one that of the first.
     if gpu and (first := int(store.compare_set(f"gpu/{gpu}", "", str(global_rank)))) != global_rank:
         differences.append((f"GPU {gpu} of rank {first}", "used", "used, too"))
     if differences:
+        # Reported before "compared": once that counter is full, every report is there.
         store.set(f"differs/{store.add('differ', 1)}", json.dumps([global_rank, differences]))
     store.add("compared", 1)
     if global_rank == 0:
@@ -67,7 +75,8 @@ def agree(store: Store, global_rank: int, world_size: int, facts: Facts, limit_s
     found = json.loads(store.get("found"))
     if found:
         store.add("heard", 1)
-        if global_rank == 0:  # whose process may keep the store: it stays until the others have heard
+        # Rank 0's process may host the store: it stays until the others have read the result, or gave up.
+        if global_rank == 0:
             _wait(lambda: store.add("heard", 0) >= store.add("compared", 0), SETTLE_SECONDS)
         raise told(found)
 
@@ -85,14 +94,15 @@ def agree_over(group: Group, facts: Facts) -> None:
 
 
 def compare(own: Facts, first: Facts) -> list[tuple[str, Any, Any]]:
-    """(what, rank 0's value, this rank's) of all that differs, sorted."""
+    """Return (name, rank 0's value, this rank's) of all facts that differ, sorted by name."""
     names = sorted(own.keys() | first.keys())
     pairs = [(name, first.get(name, _ABSENT), own.get(name, _ABSENT)) for name in names]
     return [(name, theirs, value) for name, theirs, value in pairs if theirs != value]
 
 
 def told(found: list[tuple[int, list[tuple[str, Any, Any]]]]) -> Disagreement:
-    """The error that names which ranks differ from rank 0 in what, value against value."""
+    """Make the error that names the ranks that differ from rank 0, with both values of each fact."""
+    # Ranks with the same difference share a line: a thousand ranks of another version are one.
     ranks: dict[tuple[str, str, str], list[int]] = {}
     for global_rank, differences in sorted(found):
         for name, first, own in differences:
@@ -112,11 +122,12 @@ def told(found: list[tuple[int, list[tuple[str, Any, Any]]]]) -> Disagreement:
 
 
 def _collect(store: Store, world_size: int, limit_seconds: float) -> list[Any]:
-    """What the ranks have found, on rank 0: all of them, or those that come soon after one has found something."""
+    """Collect the reports on rank 0: those of all ranks, or those that come soon after the first one."""
 
     def all_compared() -> bool:
         return store.add("compared", 0) >= world_size
 
+    # Adding 0 reads a counter without waiting for it to exist, which `get` would do.
     _wait(lambda: all_compared() or store.add("differ", 0) > 0, limit_seconds)
     count = store.add("differ", 0)
     if count:

@@ -1,10 +1,10 @@
-"""Attention that stays inside the documents of packed rows, on a GPU, without a mask of every pair of tokens.
+"""Attention inside the documents of packed rows, on a GPU, without a mask of every pair of tokens.
 
-`kernel` says what a device can do: "varlen" (flash attention over the documents, one behind the other), "flex"
-(torch's compiled block masks, where torch is too old for the first), or "mask" (scaled dot products under a boolean
-mask, `engine.models.attention.document_mask`): a CPU has neither of the others with a gradient, fp32 on a GPU is there
-for comparisons, and dropout and T5's biases need the scores one by one. Who makes the view of a micro-batch asks once
-and hands out `Documents` instead of a mask.
+`kernel` selects by device: "varlen" (flash attention over the documents, one behind the other; Dao 2023,
+FlashAttention-2), "flex" (torch's compiled block masks, where torch is too old for the first; Dong et al. 2024), or
+"mask" (scaled dot products under a boolean mask, `engine.models.attention.document_mask`): a CPU has neither of the
+others with a gradient, fp32 on a GPU is there for comparisons, and dropout and T5's biases need the scores one by one.
+The view of a micro-batch is made with `Documents` instead of a mask wherever there is a kernel.
 
 Legend: B batch, T time, H heads, G key/value heads, K head size, N tokens of all rows (B T).
 """
@@ -24,16 +24,17 @@ from engine.logs import logger
 Kernel = Literal["varlen", "flex", "mask"]
 
 LARGEST_HEAD = 256
-"""Of flash attention, in multiples of 8."""
+"""Largest head size of flash attention, which takes multiples of 8."""
 
 _log = logger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """Which tokens see each other: those of one document and, unless `bidirectional`, not those behind.
+    """Visibility in packed rows: a token sees those of its own document and, unless `bidirectional`, none behind it.
 
-    `segments_BT` counts documents within a row, rising; padding is one, too.
+    `segments_BT` counts documents within a row, rising; padding is one, too. Equal only to itself (`eq=False`): tensors
+    do not compare to one truth value.
     """
 
     segments_BT: torch.Tensor
@@ -41,7 +42,11 @@ class Documents:
 
     @cached_property
     def bounds(self) -> torch.Tensor:
-        """(documents + 1,) int32: first of the N tokens of each document of all rows, then N. The host waits for it."""
+        """First of the N tokens of each document of all rows, then N: (documents + 1,) int32. The host waits for it.
+
+        Once per micro-batch: the layers share it.
+        """
+        # Rows [[0, 0, 1], [0, 1, 1]] give 0, 2, 3, 4, 6: column 0 always begins a document, so none crosses rows.
         first_BT = torch.ones_like(self.segments_BT, dtype=torch.bool)
         first_BT[:, 1:] = self.segments_BT[:, 1:] != self.segments_BT[:, :-1]
         starts = first_BT.flatten().nonzero().flatten()
@@ -49,7 +54,7 @@ class Documents:
 
     @cached_property
     def block_mask(self) -> Any:
-        """The same for flex attention."""
+        """The block mask of flex attention."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         segments_BT, bidirectional = self.segments_BT, self.bidirectional
@@ -59,12 +64,13 @@ class Documents:
             return same if bidirectional else same & (query >= key)
 
         num_rows, length = segments_BT.shape
+        # One mask for all heads (None), of whole blocks that are all seen, all hidden, or mixed.
         return create_block_mask(sees, num_rows, None, length, length, device=segments_BT.device)
 
 
 @lru_cache(maxsize=16)
 def kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> Kernel:
-    """What attention inside documents is computed by; on a GPU says so once."""
+    """Return the kernel of attention inside documents; on a GPU log the choice once."""
     if device.type != "cuda":
         return "mask"
     found, why = _kernel(device, dtype, head_size)
@@ -79,7 +85,7 @@ def _kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[K
         return "mask", "other kernels need an NVIDIA GPU of compute capability 8.0 or higher"
     if _varlen_attn() is not None and head_size % 8 == 0 and head_size <= LARGEST_HEAD:
         return "varlen", "flash attention, no mask in memory"
-    if head_size >= 16 and head_size & (head_size - 1) == 0:
+    if head_size >= 16 and head_size & (head_size - 1) == 0:  # flex compiles for powers of 2 from 16 on
         return "flex", f"torch {torch.__version__} has no varlen_attn for this"
     return "mask", "no kernel for this head size"
 
@@ -91,7 +97,7 @@ def packed_attention(
     documents: Documents,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Softmax attention inside documents, out_BTHK, by the kernel of the queries' device; that is not "mask"."""
+    """Compute softmax attention inside documents, out_BTHK, by the kernel of the queries' device (never "mask")."""
     by = kernel(q_BTHK.device, q_BTHK.dtype, q_BTHK.size(-1))
     return (varlen if by == "varlen" else flex)(q_BTHK, k_BTGK, v_BTGK, documents, scale)
 
@@ -99,7 +105,7 @@ def packed_attention(
 def varlen(
     q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, documents: Documents, scale: float | None
 ) -> torch.Tensor:
-    """By flash attention over all documents as one long row; out_BTHK."""
+    """Compute out_BTHK by flash attention over all documents as one long row."""
     attend, (num_rows, length) = _varlen_attn(), q_BTHK.shape[:2]
     assert attend is not None, "kernel() has looked"
     bounds = documents.bounds
@@ -107,10 +113,10 @@ def varlen(
         *(x.flatten(0, 1) for x in (q_BTHK, k_BTGK, v_BTGK)),
         bounds,
         bounds,
-        length,  # no document is longer than its row: exact would cost another wait
+        length,  # no document is longer than its row; the exact maximum would cost another wait of the host
         length,
         scale=scale,
-        window_size=(-1, -1) if documents.bidirectional else (-1, 0),
+        window_size=(-1, -1) if documents.bidirectional else (-1, 0),  # keys before and behind; -1 is all of them
         enable_gqa=q_BTHK.size(2) != k_BTGK.size(2),
     )
     return out_NHK.unflatten(0, (num_rows, length))
@@ -119,7 +125,7 @@ def varlen(
 def flex(
     q_BTHK: torch.Tensor, k_BTGK: torch.Tensor, v_BTGK: torch.Tensor, documents: Documents, scale: float | None
 ) -> torch.Tensor:
-    """By flex attention, compiled on a GPU; out_BTHK. On a CPU forward only, which is what tests need."""
+    """Compute out_BTHK by flex attention, compiled on a GPU. On a CPU forward only, which is enough for tests."""
     from torch.nn.attention.flex_attention import flex_attention
 
     attend: Callable[..., Any] = _compiled_flex() if q_BTHK.is_cuda else flex_attention
@@ -134,7 +140,7 @@ def flex(
 
 @lru_cache(maxsize=1)
 def _varlen_attn() -> Callable[..., Any] | None:
-    """torch's, None where it is not there or knows no windows and shared heads (before torch 2.12 or so)."""
+    """Return torch's `varlen_attn`, or None if it lacks windows and shared heads (before torch 2.12 or so)."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

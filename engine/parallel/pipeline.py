@@ -1,8 +1,8 @@
-"""Runs a schedule over one stage's engine: forwards and backwards of a step's micro-batches, and what crosses stages.
+"""Execution of a schedule on one stage's engine: passes of a step's micro-batches, and messages between stages.
 
-Activations travel on `groups.pipe`, their gradients on `groups.pipe_backward`, and what goes from the last stage round
-to the first on two groups more: each direction has its own communicator, a send never waits for another direction, and
-no schedule here can deadlock. Not here: which micro-batch a sample is in (`engine.data`), what a chunk computes
+Activations travel on `groups.pipe`, their gradients on `groups.pipe_backward`, and messages between the last stage and
+the first on two groups more: each direction has its own communicator, a send never waits for another direction, and no
+schedule here can deadlock. Not here: which micro-batch a sample is in (`engine.data`), what a chunk computes
 (`engine.models`), gradients and weights (`zero`).
 
 Legend: B batch, L losses, K domains.
@@ -38,14 +38,15 @@ from engine.parallel.zero import StageEngine
 class DomainSums:
     """Losses of the rows of each domain, added up over the micro-batches of a pass: `total_KL`, fp64, K domains.
 
-    All 0 unless on the last stage. A micro-batch says in `domains_B` (int64) which domain each row belongs to.
+    All 0 unless on the last stage. The domain of each row is in the micro-batch's `domains_B` (int64).
     """
 
     def __init__(self, num_domains: int, num_losses: int, device: torch.device) -> None:
         self.total_KL = torch.zeros(num_domains, num_losses, dtype=torch.float64, device=device)
 
     def add(self, domains_B: torch.Tensor, losses_BL: torch.Tensor) -> None:
-        """Adds the losses of a micro-batch's rows. Sums over one dim, in one order, on a GPU, too."""
+        """Add the losses of a micro-batch's rows."""
+        # (B, K, 1) x (B, 1, L) -> (B, K, L) -> (K, L). Not `index_add_`, whose order of sums on a GPU is not fixed.
         of_BK1 = F.one_hot(domains_B, len(self.total_KL)).double().unsqueeze(2)
         self.total_KL += (of_BK1 * losses_BL.double().unsqueeze(1)).sum(0)
 
@@ -56,18 +57,23 @@ class Pipeline:
     def __init__(self, engine: StageEngine, groups: Groups, spec: PipelineStageSpec, schedule: Schedule) -> None:
         self.engine, self.groups = engine, groups
         self.spec = spec
-        """Of the run stage that is trained: set it anew at the beginning of each."""
+        """Specification during the present run stage; the caller replaces it at the beginning of each."""
         self.num_losses = len(spec.losses)
         self.schedule: Schedule = schedule
         self.sizes = (groups.layout.pipe, len(spec.ports))
-        """Stages, and chunks of each."""
+        """Number of stages, and of chunks of each."""
+        # By (chunk, micro-batch): tensors received and returned by forward passes whose backward is yet to come.
         self._live: dict[tuple[int, int], tuple[Tensors, Tensors]] = {}
         self._deferred: dict[tuple[int, int], DeferredGradients] = {}
+        # A tensor must live until its send is complete; nothing else refers to most of them.
         self._sent: deque[tuple[Work, torch.Tensor]] = deque()
         self._meet_neighbours()
 
     def _meet_neighbours(self) -> None:
-        """One scalar each way, so that communicators which are made at their first use are not made in mid-schedule."""
+        """Send one scalar each way, so that communicators which are made at their first use exist before the schedule.
+
+        NCCL makes them in a rendezvous of both sides; in mid-schedule the two could be in different places.
+        """
         groups, scalar = self.groups, torch.zeros((), device=self.engine.device)
         for group, step in ((groups.pipe, 1), (groups.pipe_backward, -1)):
             if 0 <= group.position - step < group.size:
@@ -84,10 +90,10 @@ class Pipeline:
     def train(
         self, inputs: list[Tensors], loss_scales_L: torch.Tensor, by_domain: DomainSums | None = None
     ) -> torch.Tensor:
-        """Forward and backward of one step; returns the micro-batches' summed losses (L,), 0 unless on the last stage.
+        """Run all passes of one step; return the micro-batches' summed losses (L,), 0 unless on the last stage.
 
         `inputs` are the keywords of the stage's chunks per micro-batch, on the device. The gradient that flows back is
-        that of the losses times `loss_scales_L` (fp32 on the device), added up. The losses of each domain are added to
+        that of the sum of losses times `loss_scales_L` (fp32 on the device). The losses of each domain are added to
         `by_domain`, where it is given.
         """
         order = instructions(self.schedule, self.groups.coordinates.stage, *self.sizes, len(inputs))
@@ -95,8 +101,10 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, inputs: list[Tensors], by_domain: DomainSums | None = None) -> torch.Tensor:
-        """Forward only; returns the micro-batches' summed losses (L,), 0 unless on the last stage. `by_domain` as in
-        `train`."""
+        """Run forward passes only; return the micro-batches' summed losses (L,), 0 unless on the last stage.
+
+        `by_domain` as in `train`.
+        """
         total_L = self._run(forward_only(*self.sizes, len(inputs)), inputs, None, by_domain)
         self.engine.free_weights()
         return total_L
@@ -109,6 +117,7 @@ class Pipeline:
         by_domain: DomainSums | None,
     ) -> torch.Tensor:
         total_L = torch.zeros(self.num_losses, dtype=torch.float32, device=self.engine.device)
+        # Passes that still add to gradients. The engine reduces in the last one, whatever chunk and micro-batch it is.
         left = len(inputs) * len(self.spec.ports)
         for instruction in order:
             match instruction:
@@ -127,7 +136,7 @@ class Pipeline:
                 case BackwardWeight(chunk=chunk, micro_batch=micro_batch):
                     left -= 1
                     self.engine.backward_weight(self._deferred.pop((chunk, micro_batch)), is_last=left == 0)
-        while self._sent:
+        while self._sent:  # no tensor outlives its step
             self._sent.popleft()[0].wait()
         return total_L
 
@@ -141,9 +150,11 @@ class Pipeline:
             if keep or field.evaluated
         }
         if keep:
+            # Leaves of this stage's graph: their `.grad` is what the stage before receives.
             for name in differentiable(ports.incoming):
                 received[name].requires_grad_(True)
         made = self.engine.forward(chunk, received | own | asked)
+        # What the chunk did not return is passed on as it came, such as document numbers.
         handed_on = received | own | made
         for name, field in ports.outgoing.items():
             if keep or field.evaluated:
@@ -153,12 +164,12 @@ class Pipeline:
         return made
 
     def _backward(self, chunk: int, micro_batch: int, loss_scales_L: torch.Tensor | None, is_last: bool | None) -> None:
-        """A whole backward pass, or where `is_last` is None the part that the stage before waits for."""
+        """Run a whole backward pass, or with `is_last` None the part of it that the stage before waits for."""
         assert loss_scales_L is not None
         ports = self.spec.ports[chunk]
         received, made = self._live.pop((chunk, micro_batch))
         grads = {name: self._receive(ports.outgoing[name], forward=False) for name in differentiable(ports.outgoing)}
-        if not ports.outgoing:
+        if not ports.outgoing:  # the last chunk: the backward pass starts from its losses
             grads = {"losses_L": loss_scales_L.to(torch.float32).expand(self.num_losses)}
         from_outputs = (chunk, [made[name] for name in grads], list(grads.values()))
         if is_last is None:
@@ -184,7 +195,8 @@ class Pipeline:
         self._sent.append((send(tensor, group, position), tensor))
 
     def _link(self, forward: bool, ahead: bool) -> Group:
-        """The group of what goes forward or backward between this stage and the one ahead of it, or behind it."""
+        """Return the group of messages in one direction between this stage and the one `ahead` of it, or behind it."""
+        # The stage ahead of the last one is the first, and the one behind the first is the last.
         groups = self.groups
         if groups.is_last_stage if ahead else groups.is_first_stage:
             return groups.wrap if forward else groups.wrap_backward

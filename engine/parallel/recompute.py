@@ -1,9 +1,9 @@
-"""Activation checkpointing (Chen et al. 2016): a layer keeps little for its backward pass and is run once more there.
+"""Activation checkpointing (Chen et al. 2016): a layer keeps little for its backward pass and runs once more there.
 
-`full` keeps the layer's input. `selective` also keeps what matrix products and attention made, which are most of the
-arithmetic, and runs norms, activation functions, rotations and residual sums again; scores and their softmax are kept
-in neither (Korthikanti et al. 2022, section 4, recompute no more than these). The numbers are the same bit for bit.
-Collectives inside a layer are run again, too, on all ranks of their group alike.
+`full` keeps the layer's input. `selective` also keeps the results of matrix products and attention, which are most of
+the arithmetic, and runs norms, activation functions, rotations and residual sums again; scores and their softmax are
+kept in neither (Korthikanti et al. 2022, section 4, recompute no more than these). Values are the same bit for bit.
+Collectives inside a layer run again, too, on all ranks of their group alike.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ KEPT = {
     "aten::_scaled_dot_product_fused_attention_overrideable",
     "torch_attn::_varlen_attn",
 }
-"""Operations whose results `selective` keeps. Batched products are not among them: they would be scores."""
+"""Operations whose results `selective` keeps, by the names that a dispatch mode sees. Batched products are not among
+them: they would be scores."""
 
 
 def recompute(layers: Iterable[nn.Module], how: Recompute) -> None:
-    """Makes each of the `layers` keep little, in place; nothing changes where no gradient is asked for.
+    """Make each of the `layers` recompute, in place; without gradients (evaluation) nothing changes.
 
-    The second run ends with the last tensor that the backward pass wants: in a pre-norm layer before the last product
+    The second run ends with the last tensor that the backward pass needs: in a pre-norm layer before the last product
     and its sum over tensor ranks, in a post-norm layer with that sum.
     """
     for layer in layers:
@@ -51,7 +52,7 @@ def _run(forward: Callable[..., Any], how: Recompute, *arguments: Any, **named: 
     return checkpoint(
         forward,
         *arguments,
-        use_reentrant=False,
+        use_reentrant=False,  # the older kind has no `context_fn`, and runs the backward pass inside of another one
         preserve_rng_state=False,  # no layer draws from a generator: dropout is keyed
         **selective,
         **named,
@@ -59,19 +60,22 @@ def _run(forward: Callable[..., Any], how: Recompute, *arguments: Any, **named: 
 
 
 Results = deque[tuple[str, Any]]
-"""(operation, what it made), in the order in which they were made."""
+"""(operation, its result), in the order of the first run."""
 
 
 def _keeping_and_reusing() -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    """What the first and the second run of a layer are under."""
+    """Return the modes under which a layer's first and second run take place; called once per forward pass."""
     results: Results = deque()
     return _Keep(results), _Reuse(results)
 
 
 class _Mode(TorchDispatchMode):
-    """torch's own contexts for this (`create_selective_checkpoint_contexts`) want every operation of the first run in
-    the second, and none besides. Under ZeRO-3 the second run gathers weights that the first found gathered, or none
-    that it gathered ahead for the next layer; so these look at nothing but what is kept."""
+    """Base of both modes.
+
+    torch's own contexts for this (`create_selective_checkpoint_contexts`) require every operation of the first run in
+    the second, and no other. Under ZeRO-3 the second run gathers weights that the first found gathered, or none that
+    it gathered ahead for the next layer; so these modes look at kept operations only.
+    """
 
     def __init__(self, results: Results) -> None:
         super().__init__()
@@ -79,7 +83,7 @@ class _Mode(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """What is compiled stays compiled under it."""
+        """Return True: compiled code (flex attention) stays compiled under the mode."""
         return True
 
 
@@ -96,6 +100,7 @@ class _Reuse(_Mode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.name() not in KEPT:
             return func(*args, **(kwargs or {}))
+        # In the first run's order: kept operations are those of the layer itself, which runs the same way twice.
         name, made = self.results.popleft()
         assert name == func.name(), f"the first run computed {name} where the second computes {func.name()}"
         return made

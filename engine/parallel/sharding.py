@@ -1,8 +1,8 @@
-"""Which part of a parameter a tensor-parallel rank holds: a table from name pattern to `Sharding`. Pure arithmetic.
+"""Division of parameters among tensor-parallel ranks: a table from name pattern to `Sharding`. Pure arithmetic.
 
 One table per model family (`sharding(config)` in `engine.models`) serves the construction of tensor-parallel
-layers, initial weights, checkpoints and conversion. A fused projection is described by its sub-blocks: each block
-is split by itself, so that rank t of T holds part t of every block.
+layers, initial weights, checkpoints and conversion. A fused projection is described by its sub-blocks: each block is
+split by itself, so that rank t of n holds the t-th of n equal parts of every block.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Role = Literal["column", "row", "vocabulary", "heads", "replicated"]
 
 @dataclass(frozen=True)
 class Sharding:
-    """How one parameter lies over the tensor axis.
+    """Division of one parameter over the tensor axis.
 
-    `role` is what the layer does with it; `dim` the split dimension (None: every rank holds all of it); `blocks`
-    the sizes of the sub-blocks along `dim` (empty: one block).
+    `role` is its use in the layer; `dim` the split dimension (None: every rank holds all of it); `blocks` the sizes of
+    the sub-blocks along `dim` (empty: one block).
     """
 
     role: Role
@@ -36,11 +36,11 @@ REPLICATED = Sharding("replicated")
 ROW = Sharding("row", dim=1)
 VOCABULARY = Sharding("vocabulary", dim=0)
 HEADS = Sharding("heads", dim=1)
-"""A number per head and row: each rank has those of its own heads."""
+"""A matrix (rows, heads), such as T5's relative positions: each rank has the columns of its own heads."""
 
 
 def column(*blocks: int) -> Sharding:
-    """Split along the output features, in the given sub-blocks."""
+    """Return the sharding along the output features, in the given sub-blocks."""
     return Sharding("column", dim=0, blocks=blocks)
 
 
@@ -49,7 +49,7 @@ Table = dict[str, Sharding]
 
 
 def lookup(table: Table, name: str) -> Sharding:
-    """The sharding of the parameter `name`; patterns must not overlap."""
+    """Return the sharding of the parameter `name`; patterns must not overlap."""
     found = [sharding for pattern, sharding in table.items() if fnmatch.fnmatchcase(name, pattern)]
     assert len(found) <= 1, f"{name} matches {len(found)} patterns of the sharding table"
     return found[0] if found else REPLICATED
@@ -59,8 +59,8 @@ def lookup(table: Table, name: str) -> Sharding:
 class ParameterSpec:
     """One parameter of the whole model, whatever the layout.
 
-    `shape` is what all tensor ranks together hold in memory; `real_rows` (vocabulary only) how many of its rows
-    are real: the others are padding, always zero and never stored.
+    `shape` is that of all tensor ranks' parts together in memory; `real_rows` (vocabulary only) the number of its rows
+    that are real: the others are padding, always zero and never stored.
     """
 
     name: str
@@ -74,12 +74,12 @@ class ParameterSpec:
         return self.shape if self.real_rows is None else (self.real_rows, *self.shape[1:])
 
     def blocks(self) -> tuple[int, ...]:
-        """Sizes of the sub-blocks along the split dimension."""
+        """Return the sizes of the sub-blocks along the split dimension."""
         assert self.sharding.dim is not None
         return self.sharding.blocks or (self.shape[self.sharding.dim],)
 
     def local_shape(self, tensor_size: int) -> Shape:
-        """Shape of the part that each of `tensor_size` ranks holds."""
+        """Return the shape of the part that each of `tensor_size` ranks holds."""
         dim = self.sharding.dim
         if dim is None:
             return self.shape
@@ -90,7 +90,7 @@ class ParameterSpec:
         return math.prod(self.local_shape(tensor_size))
 
     def extents(self, tensor_rank: int, tensor_size: int) -> Iterator[tuple[int, int, int]]:
-        """Runs (start in the whole, start in the part, length) along the split dimension, one per block."""
+        """Yield (start in the whole, start in the part, length) along the split dimension for each block."""
         # Blocks (4, 2, 2) on rank 1 of 2 give (2, 0, 2), (5, 2, 1), (7, 3, 1): the second half of each of q, k and v.
         whole = part = 0
         for block in self.blocks():
@@ -100,10 +100,11 @@ class ParameterSpec:
             part += share
 
     def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """The whole tensor (of `shape`) from the part of every tensor rank in order; inverse of `part`."""
+        """Return the whole tensor (of `shape`) from the part of every tensor rank in order; inverse of `part`."""
         dim = self.sharding.dim
         if dim is None or len(parts) == 1:
             return parts[0]
+        # Not `torch.cat(parts)`: with several blocks the ranks' parts alternate, q0 q1 k0 k1 v0 v1.
         whole = parts[0].new_empty(self.shape)
         for rank, part in enumerate(parts):
             for start, own, length in self.extents(rank, len(parts)):
@@ -111,7 +112,7 @@ class ParameterSpec:
         return whole
 
     def part(self, whole: torch.Tensor, tensor_rank: int, tensor_size: int) -> torch.Tensor:
-        """The part of `whole` (of `shape`) that one rank holds; a view where that is possible."""
+        """Return the part of `whole` (of `shape`) that one rank holds; a view where that is possible."""
         dim = self.sharding.dim
         if dim is None or tensor_size == 1:
             return whole
@@ -120,7 +121,7 @@ class ParameterSpec:
 
 
 def describe(named: Iterable[tuple[str, torch.Tensor]], table: Table, vocab_size: int) -> list[ParameterSpec]:
-    """The parameters of a whole model, given by logical name, in their order."""
+    """Return the specifications of a whole model's parameters, given by logical name, in their order."""
     found = []
     for name, parameter in named:
         sharding = lookup(table, name)

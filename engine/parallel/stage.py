@@ -1,7 +1,7 @@
-"""One pipeline stage: what it holds of the model and exchanges with data and neighbours, and its chunks as one module.
+"""One pipeline stage: its parameters, its inputs and outputs, and its chunks as one module.
 
-An engine drives one module; here that module holds every chunk of the stage and runs the one that is asked for. Inside
-it a parameter's name has the chunk's number in front, so `StageModule.logical_names` gives the name in the whole model.
+An engine drives one module; here that module holds every chunk of the stage and runs one of them per call. Inside it a
+parameter's name begins with the chunk's number, so `StageModule.logical_names` gives the name in the whole model.
 A weight that several chunks of a stage use is one `Parameter`: one gradient, one optimizer state.
 """
 
@@ -27,12 +27,12 @@ class Ports:
     incoming: Boundary
     """Tensors received from the chunk before; empty for the model's first chunk."""
     outgoing: Boundary
-    """Tensors handed to the next chunk, those passed on as they came included; empty for the last, which has losses."""
+    """Tensors sent to the next chunk, including those passed on unchanged; empty for the last, which has losses."""
 
 
 @dataclass(frozen=True)
 class PipelineStageSpec:
-    """One pipeline stage during one run stage: made once, and taken by engine, pipeline and feed.
+    """Specification of one pipeline stage during one run stage, shared by engine, pipeline and feed.
 
     Only `run_stage`, `rows` and the shapes of the `ports` differ between the run stages of a run.
     """
@@ -40,9 +40,9 @@ class PipelineStageSpec:
     run_stage: RunStage
     rows: MicroBatchShape
     chunks: tuple[ModelChunk, ...]
-    """In the model's order."""
+    """Chunks of the stage in the model's order."""
     ports: tuple[Ports, ...]
-    """By chunk."""
+    """Ports of each chunk."""
     parameters: Mapping[str, ParameterSpec]
     """Every parameter of the whole model, by logical name."""
     aliases: Mapping[str, str]
@@ -84,6 +84,8 @@ class StageModule(nn.Module):
 
     def _share(self) -> None:
         """Make parameters of one logical name one `Parameter`: the first one."""
+        # Such as embedding and tied head in the first and last chunk of one stage: their gradients then add up by
+        # themselves, and ZeRO sees one parameter.
         found: dict[str, nn.Parameter] = {}
         for name, logical in self.logical_names.items():
             owner_name, _, attribute = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""What an engine holds of the model's state, named: the seam between ZeRO and checkpoints.
+"""Named shards of the model's state that an engine holds: the interface between ZeRO and checkpoints.
 
 A checkpoint never asks which ZeRO stage, pipeline stage or tensor rank wrote it: it sees shards of named
 parameters, and a placement per parameter from which the shard of any rank follows.
@@ -44,8 +44,10 @@ class ParameterShard:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one parameter lies, for every rank: data rank d holds the elements
+    """Distribution of one parameter over the ranks: data rank d holds the elements
     [d * partition - offset, (d + 1) * partition - offset) of the flattened local part, cut to its length.
+
+    With offset 4, partition 6 and 8 elements, data rank 0 holds elements 0 and 1, data rank 1 elements 2 to 7.
 
     ZeRO-0: offset 0, partition = the local length (so data rank 0 holds it all, and copies on other data ranks
     are not shards). ZeRO-3: offset 0, partition = the parameter's own. ZeRO-1 and 2: offset in the padded flat
@@ -58,10 +60,10 @@ class Placement:
     offset: int
     partition: int
     moments: tuple[str, ...] = MOMENTS
-    """Names of what is kept of it beside the weight: the optimizer's moments, and those that were added."""
+    """Names of the values kept beside the weight: the optimizer's moments, and those that were added."""
 
     def range_of(self, data_rank: int, local_numel: int) -> tuple[int, int]:
-        """(start, length) of a data rank's shard; length 0 where it holds nothing."""
+        """Return (start, length) of a data rank's shard; length 0 where it holds nothing."""
         start = max(data_rank * self.partition - self.offset, 0)
         end = min((data_rank + 1) * self.partition - self.offset, local_numel)
         return (start, max(end - start, 0)) if end > start else (0, 0)
@@ -81,13 +83,14 @@ class ParameterGroup:
     replicated: bool
     tied: tuple[int, ...] = ()
     partial: bool = False
-    """Whether each tensor rank finds a part of their gradients: replicated, and seeing a stretch of the rows' time."""
+    """True if each tensor rank computes a part of their gradients: they are replicated, and a rank applies them to its
+    slice of the sequence only."""
     matrices: bool = False
-    """Whether Muon updates them: weights of linear layers."""
+    """True if Muon updates them: weights of linear layers."""
     rate_factors: tuple[float, ...] = ()
     """Factor of the learning rate in each run stage; 1 in those that are not named."""
 
     @property
     def moments(self) -> tuple[str, ...]:
-        """What the optimizer keeps of each, beside the weight."""
+        """Names of the values that the optimizer keeps of each parameter beside the weight."""
         return MOMENTUM if self.matrices else MOMENTS

@@ -1,4 +1,4 @@
-"""Tensor parallelism (Shoeybi et al. 2019, Megatron-LM): swaps the layers of a plain module for sharded ones.
+"""Tensor parallelism (Shoeybi et al. 2019, Megatron-LM): replaces the layers of a plain module by sharded ones.
 
 `shard` walks a module that knows no process group and replaces each `Linear` and `Embedding` by the role that the
 model's sharding table gives its weight. Two conjugate operators carry the communication: `_Copy` (identity forward,
@@ -28,7 +28,7 @@ from engine.parallel.groups import Group
 from engine.parallel.sharding import ParameterSpec
 
 SEQUENCE_DIM = 1
-"""The dim of time in (B, T, D)."""
+"""Sequence dimension of (B, T, D)."""
 
 
 class _Copy(torch.autograd.Function):
@@ -37,10 +37,11 @@ class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
         ctx.group = group
-        return x.view_as(x)
+        return x.view_as(x)  # a view: torch handles an input that is returned unchanged in a way of its own
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        # Reduced in place, so cloned first: autograd may hand the same gradient to somebody else.
         return all_reduce(grads[0].contiguous().clone(), ctx.group), None
 
 
@@ -57,7 +58,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _SumScatter(torch.autograd.Function):
-    """Sum over the tensor group forward, of which each rank keeps its slice of the sequence; gather backward."""
+    """Sum over the tensor group forward, each rank keeping its slice of the sequence; gather backward."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
@@ -70,7 +71,7 @@ class _SumScatter(torch.autograd.Function):
 
 
 class _Whole(torch.autograd.Function):
-    """Gathers the slices forward; backward each rank keeps its own: the gradient is equal on all ranks."""
+    """Gather of the slices forward; backward each rank keeps its own slice: the gradient is equal on all ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
@@ -83,7 +84,7 @@ class _Whole(torch.autograd.Function):
 
 
 class _GatheredLinear(torch.autograd.Function):
-    """A column-parallel layer of the gathered slices. It keeps its own slice only and gathers once more backward
+    """Column-parallel product with the gathered slices. Only the own slice is kept, and gathered once more backward
     (Korthikanti et al. 2022, section 4.2.2, equation 7)."""
 
     @staticmethod
@@ -97,6 +98,7 @@ class _GatheredLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, weight = ctx.saved_tensors
+        # Each rank has the part of the input's gradient that its output features give: (B, T, D) -> (B, T / n, D).
         grad_x = reduce_scatter_along(grads[0] @ weight, ctx.group, SEQUENCE_DIM)
         grad = grads[0].flatten(0, -2)
         grad_weight = grad.T @ gather_along(x, ctx.group, SEQUENCE_DIM).flatten(0, -2)
@@ -104,7 +106,7 @@ class _GatheredLinear(torch.autograd.Function):
 
 
 class ColumnLinear(nn.Linear):
-    """`nn.Linear` that holds some of the output features: (B, T, D) -> (B, T, O local).
+    """`nn.Linear` that holds some of the output features: (B, T, D) -> (B, T, O), O local.
 
     With `sequence_parallel` it is given this rank's slice, (B, T / group, D).
     """
@@ -120,7 +122,7 @@ class ColumnLinear(nn.Linear):
 
 
 class RowLinear(nn.Linear):
-    """`nn.Linear` that holds some of the input features: (B, T, I local) -> (B, T, D), equal on all tensor ranks.
+    """`nn.Linear` that holds some of the input features: (B, T, I), I local, -> (B, T, D), equal on all tensor ranks.
 
     The bias is whole on every rank and added once, after the sum. With `sequence_parallel` it returns this rank's
     slice.
@@ -155,7 +157,7 @@ class VocabularyEmbedding(nn.Embedding):
 
 
 class SequenceParallelEmbedding(nn.Embedding):
-    """`nn.Embedding`, whole on every tensor rank, of this rank's slice: (..., T) -> (..., T / group, D)."""
+    """`nn.Embedding`, whole on every tensor rank, that looks up this rank's slice: (..., T) -> (..., T / group, D)."""
 
     def __init__(self, whole: nn.Embedding, group: Group) -> None:
         super().__init__(whole.num_embeddings, whole.embedding_dim, device="meta")
@@ -166,7 +168,10 @@ class SequenceParallelEmbedding(nn.Embedding):
 
 
 def whole_rows(hidden: torch.Tensor, group: Group) -> torch.Tensor:
-    """(B, T, D) from every tensor rank's slice; what is made of it has to be equal on all of them. Collective."""
+    """Return (B, T, D) from every tensor rank's slice. Collective over `group`.
+
+    The caller must compute the same from it on all ranks: the gradient is not summed.
+    """
     return _apply(_Whole, hidden, group)
 
 
@@ -180,7 +185,8 @@ def vocabulary_cross_entropy(
     group: Group,
     into: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`linear_cross_entropy` where each rank holds some rows of the weight. Collective over `group`, both ways."""
+    """Compute `linear_cross_entropy` with some rows of the weight on each rank. Collective over `group`, both ways."""
+    # Backward each rank has the part of the hidden states' gradient that its columns give; `_Copy` sums them.
     copied = _apply(_Copy, hidden, group)
     return linear_cross_entropy(copied, weight_VD, bias_V, targets, weights, vocab_size, group, into)
 
@@ -192,16 +198,17 @@ def shard(
     group: Group,
     sequence_parallel: bool = False,
 ) -> None:
-    """Swaps the layers of `module` (on the meta device, whole) for this rank's parts, in place.
+    """Replace the layers of `module` (on the meta device, whole) by this rank's parts, in place.
 
     `specs` are the whole model's parameters by logical name and `ties` maps local to logical names. Parameters that
-    were one before the swap are one after it. A module of another kind keeps its class and has its split parameters
-    cut: it communicates through the functions that it was built with. With `sequence_parallel` the hidden states
-    between the blocks are this rank's slice of the sequence (sequence parallelism). Does nothing over one rank.
+    modules share stay shared. A module of another kind keeps its class and has its split parameters cut: it
+    communicates through the functions that it was built with. With `sequence_parallel` the hidden states between the
+    blocks are this rank's slice of the sequence. Does nothing over one rank.
     """
     if group.size == 1:
         return
     swapped: dict[torch.Tensor, torch.Tensor] = {}
+    # Duplicates too: a module that stands in two places is replaced in both, its weight once.
     for name, layer in list(module.named_modules(remove_duplicate=False)):
         if isinstance(layer, (nn.Linear, nn.Embedding)):
             local = f"{name}.weight"
@@ -236,10 +243,11 @@ def _part(
 
 
 def _own_slice(tensor: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
-    """This rank's part along `dim`, a view."""
+    """Return this rank's part along `dim`, a view."""
+    # Unflattening shifts a negative dim by one: -1 of (B, T) is cut to (B, n, T / n), whose n is dim -2.
     return tensor.unflatten(dim, (group.size, -1)).select(dim if dim >= 0 else dim - 1, group.position)
 
 
 def _apply(function: type[torch.autograd.Function], *arguments: Any) -> torch.Tensor:
-    """`function.apply` with the type that torch's stubs leave out."""
+    """Call `function.apply`, with the type that torch's stubs leave out."""
     return function.apply(*arguments)  # type: ignore[no-any-return]

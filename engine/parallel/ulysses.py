@@ -1,10 +1,11 @@
-"""Attention over rows whose time is shared by the ranks of the sequence axis (Jacobs et al. 2023, DeepSpeed-Ulysses).
+"""Attention over rows that the ranks of the sequence axis share (Jacobs et al. 2023, DeepSpeed-Ulysses).
 
-Each rank makes queries, keys and values of its stretch for all heads that it has. One exchange gives it the whole row
-for some of these heads, where attention is as ever, and another gives it the results of its stretch for all of them.
+Each rank computes queries, keys and values of its slice of the sequence for all heads that it has. One exchange gives
+it the whole row for some of these heads, where attention is as usual, and another returns the results of its slice for
+all of them.
 
-Legend: B batch, T time, H heads, G key/value heads, K head size; T is a stretch outside and the row inside, H and G
-are a part inside.
+Legend: B batch, T time, H heads, G key/value heads, K head size. Outside of the exchanges T is a slice and H and G are
+all heads of the rank; between them T is the row and H and G are a part of these heads.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from engine.parallel.functions import Drop, Mask, attention
 from engine.parallel.groups import Group
 
 TIME, HEADS = 1, 2
-"""Dims of (B, T, H, K)."""
+"""Sequence dimension and dimension of heads in (B, T, H, K)."""
 
 
 class _Exchange(torch.autograd.Function):
-    """Cuts one dim and joins another over the group; the gradient goes the way back."""
+    """All-to-all that cuts one dim and joins another over the group; the gradient takes the opposite exchange."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Group, cut: int, join: int) -> torch.Tensor:
@@ -45,13 +46,14 @@ def sequence_attention(
     *,
     group: Group,
 ) -> torch.Tensor:
-    """`attention` of this rank's stretch, out_BTHK. Collective over `group`.
+    """Compute `attention` of this rank's slice, out_BTHK. Collective over `group`.
 
-    `mask` is of whole rows: a `Band`, (B, 1, T, T), or with a number for each head inside (`SequenceSlice.own`).
-    Keys may be of other rows than queries, of which each rank has a stretch, too. The group's size divides G, so that
-    a query head meets its key/value head on one rank.
+    `mask` is of whole rows: a `Band`, (B, 1, T, T), or with a number for each head that attention works on here
+    (`SequenceSlice.own`). Keys may be of other rows than queries (cross-attention), cut into slices, too. The group's
+    size divides G, so that a query head meets its key/value head on one rank.
     """
     if drop is not None:
+        # Dropout is numbered by global heads: this rank's part begins at its share of the given heads.
         drop = partial(drop, first_head=group.position * (q_BTHK.size(HEADS) // group.size))
     # (B, T / n, H, K) -> (B, T, H / n, K): with n = 2 and 4 heads, rank 0 gets heads 0 and 1 of the whole row, rank 1
     # heads 2 and 3. Attention needs all positions of a head, and no two heads need each other.
