@@ -1,4 +1,4 @@
-"""What can go wrong for a user, in three parts: what is wrong, what is allowed, what to do next.
+"""Errors that a user can meet, each in three parts: what is wrong, what is allowed, what to do next.
 
 Every error a user can meet is one of these classes; programmer invariants are `assert`. The class carries the
 exit code of the command (`EXIT_*`), so that no command decides it again.
@@ -11,6 +11,7 @@ from engine.redact import redact
 EXIT_DONE = 0
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
+# None of the codes of shells (1, 2, from 126 on) or of sysexits.h (64 to 78).
 EXIT_REQUEUE = 85
 """Saved, and wants to be started again (pre-emption, time limit)."""
 
@@ -25,6 +26,7 @@ class PalimpsestError(Exception):
     exit_code = EXIT_FAILURE
 
     def __init__(self, wrong: str, allowed: str = "", remedy: str = "") -> None:
+        # Here, since every message passes through: a URL in it may carry a password.
         wrong, allowed, remedy = redact(wrong), redact(allowed), redact(remedy)
         self.wrong, self.allowed, self.remedy = wrong, allowed, remedy
         parts = [wrong]
@@ -57,7 +59,7 @@ class EnvironmentProblem(PalimpsestError):
 
 
 def report(problems: list[PalimpsestError], heading: str) -> ConfigError:
-    """One error that holds every problem of a list, numbered, so that a user mends them in one pass."""
+    """Return one error that holds every problem of a list, numbered, so that a user fixes them in one pass."""
     if len(problems) == 1:
         only = problems[0]
         return ConfigError(f"{heading}: {only.wrong}", only.allowed, only.remedy)

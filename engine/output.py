@@ -1,4 +1,4 @@
-"""Standard output and error that never cost a run: what cannot be written to them is dropped, and said once.
+"""Standard output and error that never cost a run: text that cannot be written is dropped, and a warning says so once.
 
 A terminal that is closed, `| head` and a full disk make every print raise, a library's, too. `lenient` puts streams in
 place that drop what they cannot write. They keep in mind whether their reader has gone: to a run that trains this is a
@@ -48,6 +48,7 @@ class Watched:
         except OSError:
             pass
         with contextlib.suppress(OSError):
+            # The buffer still holds text. With /dev/null under the descriptor the interpreter's own flush succeeds.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
@@ -74,14 +75,17 @@ class Lenient(Watched):
         except OSError as error:
             self.reader_is_gone |= isinstance(error, BrokenPipeError | ConnectionResetError)
             if first:
+                # Told on the other stream, which may be lenient, too: it drops this line in the worst case.
                 other = sys.stdout if self is sys.stderr else sys.stderr
                 reason = error.strerror or type(error).__name__
                 print(f"{self._name} cannot be written ({reason}): it is dropped", file=other, flush=True)
 
 
 def spell_everything() -> None:
-    """Have standard output and error write characters that their encoding lacks as escapes (\\u4e2d): a locale without
-    UTF-8 and names of files that are no text must not end a command."""
+    """Have standard output and error write characters that their encoding lacks as escapes (\\u4e2d).
+
+    A locale without UTF-8, and file names that are no text, must not end a command.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -89,8 +93,9 @@ def spell_everything() -> None:
 
 @contextlib.contextmanager
 def watched(kind: type[Watched] = Watched) -> Iterator[None]:
-    """Put streams of a kind in the place of `sys.stdout` and `sys.stderr` (None where a descriptor is closed)."""
+    """Replace `sys.stdout` and `sys.stderr` by streams of a kind (None stays: that descriptor is closed)."""
     before = sys.stdout, sys.stderr
+    # None: Python's own value for a closed descriptor, as under some daemons.
     inside: list[Any] = [
         None if stream is None else kind(stream, name)
         for stream, name in zip(before, ("standard output", "standard error"), strict=True)
@@ -106,18 +111,19 @@ def watched(kind: type[Watched] = Watched) -> Iterator[None]:
 
 
 def lenient() -> contextlib.AbstractContextManager[None]:
-    """Put lenient streams in the place of standard output and error."""
+    """Replace standard output and error by lenient streams."""
     return watched(Lenient)
 
 
 def failed_stream(error: OSError) -> str | None:
     """Name of the standard stream that could not be written with this error; None where it came from elsewhere."""
     streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, Watched)]
+    # By identity: another file may have failed with an equal error.
     return next((stream._name for stream in streams if stream.failure is error), None)
 
 
 def reader_is_gone() -> bool:
-    """Whether a write to standard output or error has found that nobody reads it any more (`train ... | head`)."""
+    """Return True if a write to standard output or error has found its reader gone (`train ... | head`)."""
     return any(isinstance(stream, Lenient) and stream.reader_is_gone for stream in (sys.stdout, sys.stderr))
 
 
@@ -127,5 +133,6 @@ def write_all(descriptor: int, data: bytes) -> None:
     while left:
         try:
             left = left[os.write(descriptor, left) :]
+        # A pipe that another program has set non-blocking and that is full: wait for its reader.
         except BlockingIOError:
             select.select([], [descriptor], [])

@@ -1,4 +1,4 @@
-"""A function in a thread of its own: what a save does beside the training. It may use no collective.
+"""A function in a thread of its own: the work of a save beside the training. It may use no collective.
 
 The thread is a daemon: a process that ends in an error does not wait for a disk that hangs.
 """
@@ -23,6 +23,7 @@ class Background(Generic[Result]):
         self._cancelled = threading.Event()
         self._result: Result | None = None
         self._error: BaseException | None = None
+        # An event and not `thread.join`: it is also set where no thread could be started.
         self._ended = threading.Event()
         thread = threading.Thread(target=self._run, args=(function,), name=name, daemon=True)
         try:
@@ -41,12 +42,13 @@ class Background(Generic[Result]):
         return self.done and self._error is not None
 
     def cancel(self) -> None:
-        """Asks the function to end; returns when it has."""
+        """Ask the function to end; return when it has."""
+        # A thread cannot be killed: the function has to look at the event itself.
         self._cancelled.set()
         self._ended.wait()
 
     def result(self) -> Result:
-        """Waits for the function; returns what it returned or raises what it raised."""
+        """Wait for the function; return its result or raise its error."""
         self._ended.wait()
         if self._error is not None:
             raise self._error

@@ -30,25 +30,28 @@ class Difference:
     """Elements that differ bitwise."""
     numel: int
     problem: str = ""
-    """Why they cannot be compared."""
+    """Reason why they cannot be compared; empty where they can."""
 
 
 class Opened:
     """A checkpoint whose parameters are read one at a time."""
 
     def __init__(self, path: Location) -> None:
-        """Raises `CheckpointError` where it is damaged or its files do not hold what its manifest says."""
+        """Open a checkpoint. Raises `CheckpointError` where it is damaged or its files are not as its manifest says."""
         self.path, self.manifest = path, open_checkpoint(path)
         Files(path, self.manifest).check_all()
 
     def read(self, name: str) -> dict[str, torch.Tensor]:
-        """All states of a parameter by key, whole, in its stored shape."""
+        """Return all states of a parameter by key, whole, in its stored shape."""
         return {key_of(state, name): values for state, values in _read(self.path, self.manifest, name).items()}
 
 
 def compare(left: Opened, right: Opened | Mapping[str, torch.Tensor | None]) -> Iterator[Difference]:
-    """Per parameter and state, in order of name. `right` may be weights alone, by logical name: then moments of `left`
-    are passed over, and None stands for a weight that its configuration names and that is not there."""
+    """Yield the difference of each parameter and state, in order of name.
+
+    `right` may be weights alone, by logical name: then moments of `left` are passed over, and None stands for a weight
+    that its configuration names and that is not there.
+    """
     theirs = right.manifest.specs.keys() if isinstance(right, Opened) else right.keys()
     for name in sorted(left.manifest.specs.keys() | theirs):
         there = name in theirs and (isinstance(right, Opened) or right[name] is not None)
@@ -65,7 +68,7 @@ def compare(left: Opened, right: Opened | Mapping[str, torch.Tensor | None]) -> 
 
 
 def _where(in_first: bool, in_second: bool) -> str:
-    """In words the only side that holds a weight; on neither it is one that the second's configuration names."""
+    """Name the only side that holds a weight; on neither it is one that the second's configuration names."""
     if in_first or in_second:
         return f"only in the {'first' if in_first else 'second'}"
     return "only in the configuration of the second: no file holds it"
@@ -76,9 +79,11 @@ def _difference(key: str, left: torch.Tensor | None, right: torch.Tensor | None)
         return Difference(key, 0.0, 0, 0, _where(left is not None, right is not None))
     if left.shape != right.shape:
         return Difference(key, 0.0, 0, 0, f"{tuple(left.shape)} in the first, {tuple(right.shape)} in the second")
+    # exact: other weights are at most fp32
     right = right.float()
     distance = (left.double() - right.double()).abs()
     distance[left == right] = 0.0  # equal infinities
+    # As bits, so that equal NaNs are equal and 0.0 differs from -0.0.
     different = int((left.contiguous().view(torch.int32) != right.contiguous().view(torch.int32)).sum())
     largest = float(distance.max()) if distance.numel() else 0.0
     return Difference(key, largest, different, left.numel())
@@ -86,6 +91,7 @@ def _difference(key: str, left: torch.Tensor | None, right: torch.Tensor | None)
 
 def _read(path: Location, manifest: Manifest, name: str) -> dict[str, torch.Tensor]:
     placement = manifest.placements[name]
+    # One rank that holds everything: the ordinary load puts the saved ranges together.
     whole = ParameterSpec(name, placement.spec.stored_shape)
     numel = stored_numel(whole)
     shard = ParameterShard(whole, 0, torch.empty(numel), {moment: torch.empty(numel) for moment in placement.moments})

@@ -29,8 +29,9 @@ from engine.errors import CheckpointError
 CHUNK_BYTES = 8 << 20
 """Bytes written and hashed at a time."""
 MAX_HEADER_BYTES = 100 << 20
-"""Longest header that is read; the limit of the safetensors library."""
+"""Bytes of the longest header that is read: the limit of the safetensors library."""
 FORMAT = "palimpsest-shards 1"
+# fp32; a shard in another dtype is no valid entry
 ITEM_BYTES = 4
 LONGEST_FRAME = 1 << 12
 """Bytes of a header without its entries: its length, the braces, format, writer and step."""
@@ -61,7 +62,7 @@ class FileRecord:
 
 
 def header_bytes(entries: list[Entry], data: np.ndarray, about: dict[str, Any]) -> bytes:
-    """The file's first bytes for `data`, a flat fp32 array that holds the entries one after the other."""
+    """Return the file's first bytes for `data`, a flat fp32 array that holds the entries one after the other."""
     header: dict[str, Any] = {}
     shards: dict[str, list[int | str]] = {}
     at = 0
@@ -72,8 +73,10 @@ def header_bytes(entries: list[Entry], data: np.ndarray, about: dict[str, Any]) 
         header[entry.key] = {"dtype": "F32", "shape": [entry.length], "data_offsets": offsets}
         at += entry.length
     assert at == data.size, "the buffer holds exactly the entries"
+    # safetensors allows text alone as metadata: nested JSON.
     header["__metadata__"] = {"format": FORMAT, "about": compact(about), "pieces": compact(shards)}
     text = compact(header).encode()
+    # to a multiple of 8 bytes, as safetensors does: the data begin aligned (-13 % 8 = 3 spaces)
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
@@ -86,7 +89,7 @@ def longest_entry(key: str) -> int:
 def write(
     path: Path, header: bytes, data: np.ndarray, check_cancelled: Callable[[], None] = lambda: None
 ) -> FileRecord:
-    """Writes header and data, hashed on the way, and returns when they are on the disk and read back alike.
+    """Write header and data, hashed on the way, and return when they are on the disk and read back alike.
 
     `check_cancelled` is called before each chunk; what it raises ends the write.
 
@@ -94,6 +97,7 @@ def write(
         CheckpointError: the file system is full or refuses, or gives back something else.
     """
     hasher = xxhash.xxh3_64()
+    # x: a file of this name can only be another writer's. Unbuffered: the chunks are large enough.
     with disk_errors(path), path.open("xb", buffering=0) as file:
         for block in (memoryview(header), _bytes_of(data)):
             for at in range(0, len(block), CHUNK_BYTES):
@@ -101,7 +105,9 @@ def write(
                 chunk = block[at : at + CHUNK_BYTES]
                 hasher.update(chunk)
                 _write_all(file.write, chunk)
+        # before the commit renames the folder: a name must not outlive a crash that its data do not
         os.fsync(file.fileno())
+    # The hash is of memory as it was written, so it tells of what the file system has made of it.
     with disk_errors(path):
         if file_digest(path) != hasher.hexdigest():
             raise damaged(path, "it reads otherwise than it was written")
@@ -115,7 +121,7 @@ def _write_all(write: Callable[[memoryview], int | None], chunk: memoryview) -> 
 
 @contextlib.contextmanager
 def disk_errors(path: Location) -> Iterator[None]:
-    """Turns an `OSError` while writing at `path` into a `CheckpointError` that says what to do."""
+    """Turn an `OSError` while writing at `path` into a `CheckpointError` that says what to do."""
     try:
         yield
     except OSError as problem:
@@ -133,7 +139,7 @@ class Container:
     """A file of shards: its entries by key, and their elements; a local file is mapped and read where it is touched."""
 
     def __init__(self, path: Location) -> None:
-        """Raises `CheckpointError` where the file is absent, cut short or its header does not hold."""
+        """Read the header. Raises `CheckpointError` where the file is absent, cut short or its header is wrong."""
         self.path = path
         header, self._data_start, self.num_bytes = _read_header(path)
         self._offsets: dict[str, int] = {}
@@ -146,7 +152,7 @@ class Container:
         self._map: np.ndarray | None = None
 
     def values(self, key: str, first: int = 0, count: int | None = None) -> np.ndarray:
-        """`count` elements of an entry from `first` on (all by default): flat fp32; a write stays in memory.
+        """Return `count` elements of an entry from `first` on (all by default): flat fp32; a write stays in memory.
 
         Raises:
             CheckpointError: a remote file cannot be read.
@@ -158,15 +164,17 @@ class Container:
         stop = start + count * ITEM_BYTES
         if isinstance(self.path, Remote):
             try:
+                # bytearray: an array over bytes could not be written to, as torch wants
                 return np.frombuffer(bytearray(self.path.read_range(start, stop)), dtype=np.float32)
             except OSError as problem:
                 raise damaged(self.path, f"cannot be read ({problem.strerror})") from problem
         if self._map is None:
+            # mode c: private pages. torch wants memory that could be written to, and the file must stay as it is.
             self._map = np.memmap(self.path, dtype=np.uint8, mode="c", offset=0, shape=(self.num_bytes,))
         return self._map[start:stop].view(np.float32)
 
     def damaged_entries(self) -> list[str]:
-        """Keys of the entries whose bytes are not those that were written. Reads the whole file."""
+        """Return keys of the entries whose bytes are not those that were written. Reads the whole file."""
         return [key for key in self.entries if digest(self.values(key)) != self.digests[key]]
 
     def _parse(self, header: dict[str, Any]) -> None:
@@ -181,6 +189,7 @@ class Container:
             *coordinates, self.digests[key] = shards[key]
             entry = Entry(key, *coordinates)
             begin, end = tensor["data_offsets"]
+            # `begin != at`: entries follow each other without gap or overlap, and the last ends with the file (below).
             if tensor["dtype"] != "F32" or tensor["shape"] != [entry.length] or begin != at:
                 raise ValueError(f"{key}: dtype, shape or offsets")
             if entry.length <= 0 or end - begin != entry.length * ITEM_BYTES:
@@ -191,7 +200,7 @@ class Container:
 
 
 def _read_header(path: Location) -> tuple[dict[str, Any], int, int]:
-    """(header, where the data starts, bytes of the file)."""
+    """Return (header, position of the data, bytes of the file)."""
     try:
         num_bytes = plain_size(path)
         with path.open("rb") as file:
@@ -199,6 +208,7 @@ def _read_header(path: Location) -> tuple[dict[str, Any], int, int]:
             if len(prefix) < 8:
                 raise damaged(path, f"{num_bytes} bytes are too few for a header")
             (length,) = struct.unpack("<Q", prefix)
+            # before reading: the length is the file's claim, and `read` would take that much memory
             if length > min(MAX_HEADER_BYTES, num_bytes - 8):
                 raise damaged(path, f"a header of {length} bytes in a file of {num_bytes}")
             header = json.loads(file.read(length))
@@ -212,10 +222,15 @@ def _read_header(path: Location) -> tuple[dict[str, Any], int, int]:
 
 
 def plain_size(path: Location) -> int:
-    """Bytes of a plain file; raises `OSError`, or `CheckpointError` for a link (it may lead out of the checkpoint) and
-    whatever else is no plain file (a pipe would be waited for)."""
+    """Return the bytes of a plain file.
+
+    Raises:
+        OSError: it cannot be read.
+        CheckpointError: it is a link (it may lead out of the checkpoint), or no plain file (a pipe would block).
+    """
     if isinstance(path, Remote):
         return path.stat().st_size
+    # lstat, not stat: a link is to be seen, not followed
     found = path.lstat()
     if not stat.S_ISREG(found.st_mode):
         raise damaged(path, "it is a link or no plain file")
@@ -223,7 +238,7 @@ def plain_size(path: Location) -> int:
 
 
 def damaged(path: Location, what: str) -> CheckpointError:
-    """The error for a file of a checkpoint that cannot be trusted."""
+    """Return the error for a file of a checkpoint that cannot be trusted."""
     return CheckpointError(
         f"{path}: {what}",
         remedy=f"`palimpsest checkpoint verify {path.parent}` names all damage; use an older checkpoint",
@@ -249,5 +264,5 @@ def _bytes_of(values: np.ndarray) -> memoryview:
 
 
 def compact(value: Any) -> str:
-    """JSON without spaces."""
+    """Return a value as JSON without spaces."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False)

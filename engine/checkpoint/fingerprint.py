@@ -24,12 +24,12 @@ from engine.parallel.sharding import ParameterSpec
 from engine.parallel.state import ParameterShard, Placement
 
 _CHUNK = 1 << 20
-"""Elements mixed at a time, so that little memory is used."""
+"""Elements mixed at a time: 8 MiB for each of a few arrays of 64-bit numbers."""
 _MASK = (1 << 64) - 1
 
 
 def fingerprint(shards: list[ParameterShard], placements: list[Placement], groups: Groups) -> str:
-    """16 hex digits over every weight and moment of the run, each counted once. Collective over `groups.world`.
+    """Return 16 hex digits over every weight and moment of the run, each counted once. Collective over `groups.world`.
 
     Under ZeRO-0 the copies beyond the first data rank's are not looked at.
     """
@@ -38,7 +38,7 @@ def fingerprint(shards: list[ParameterShard], placements: list[Placement], group
 
 
 def partial_sum(shards: list[ParameterShard], placements: list[Placement], writer: Writer, tensor_size: int) -> int:
-    """One rank's share of the fingerprint: the elements that it would store."""
+    """Return one rank's share of the fingerprint: the sum over the elements that it would store."""
     total = 0
     for shard, length in stored_shards(shards, placements, writer, tensor_size):
         states = {WEIGHT: shard.weight} | {moment_state(name): values for name, values in shard.moments.items()}
@@ -49,12 +49,13 @@ def partial_sum(shards: list[ParameterShard], placements: list[Placement], write
 
 
 def combine(sums: list[int]) -> str:
-    """The fingerprint from every rank's share."""
+    """Return the fingerprint from every rank's share."""
+    # Python's integers do not wrap by themselves.
     return f"{sum(sums) & _MASK:016x}"
 
 
 def fingerprint_of_checkpoint(path: Path, manifest: Manifest) -> str:
-    """The fingerprint of what a checkpoint holds, by reading all of it; equals that of the state it was saved from."""
+    """Return the fingerprint of a checkpoint by reading all of it; equals that of the state it was saved from."""
     files, tensor_size = Files(path, manifest), manifest.layout.tensor
     sums = []
     for name, placement in manifest.placements.items():
@@ -75,8 +76,11 @@ def range_sum(
     total = 0
     for at in range(0, flat.numel(), _CHUNK):
         bits = flat[at : at + _CHUNK].cpu().numpy().view(np.uint32)
+        # flat range of the local part -> boxes of it -> boxes of the whole parameter, whose indices no layout changes
         for box in flat_boxes(local, start + at, bits.size):
             for part, whole in to_whole(spec, box, tensor_rank, tensor_size):
+                # A box of row-major storage is a strided view: `bits` has the flat local elements from start + at on.
+                # Local shape (3, 4), start + at = 2, box from (1, 0) of size (1, 4): offset 4 - 2 = 2, elements 4 to 7.
                 offset = flat_index(part.start, local) - start - at
                 values = np.lib.stride_tricks.as_strided(
                     bits[offset:], part.size, [stride * bits.itemsize for stride in strides(local)], writeable=False
@@ -87,6 +91,7 @@ def range_sum(
 
 def _indices(box: Box, shape: tuple[int, ...]) -> np.ndarray:
     """Index in the flattened whole parameter of every element of a box, uint64, of the box's size."""
+    # Sum over dimensions of index * stride, by broadcasting: (n0, 1) + (1, n1) -> (n0, n1).
     result = np.zeros((1,) * len(shape), dtype=np.uint64)
     for dim, stride in enumerate(strides(shape)):
         along = np.arange(box.start[dim], box.start[dim] + box.size[dim], dtype=np.uint64) * np.uint64(stride)
@@ -95,11 +100,13 @@ def _indices(box: Box, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _mix(key: np.uint64, index: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """A 64-bit hash per element of (key, index, bits); arithmetic modulo 2**64."""
+    """Return a 64-bit hash per element of (key, index, bits); arithmetic modulo 2**64."""
+    # Two rounds: with one, (index + 1, bits) and (index, bits ^ 1) could have the same hash.
     return _finalise(_finalise(index + key) ^ bits.astype(np.uint64))
 
 
 def _finalise(z: np.ndarray) -> np.ndarray:
+    # 2**64 / golden ratio, so that 0 is not mapped to 0; arrays of uint64 wrap without a warning
     z = z + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -23,8 +23,9 @@ from engine.errors import CheckpointError
 
 AnyLocation = TypeVar("AnyLocation", Path, Remote, Location)
 CHECKPOINTS = "checkpoints"
-"""Its name in a run folder."""
+"""Name of the folder in a run folder."""
 _OWNER = "owner.json"
+# 8 digits or more, so that names sort as steps do up to 10**8 steps
 _COMMITTED = re.compile(r"step-(\d{8,})")
 _PASSING = re.compile(r"\.step-.*\.(partial|replaced|removed)")
 
@@ -48,18 +49,19 @@ def step_path(folder: Path, step: int) -> Path:
 
 def partial_path(folder: Path, step: int, owner: Owner) -> Path:
     """Return the folder that a checkpoint is written into before it is committed."""
+    # A job's name comes from the scheduler, and may hold a slash.
     job = re.sub(r"[^A-Za-z0-9_.]", "_", owner.job)
     return folder / f".step-{step:08d}.{job}-{owner.attempt}.partial"
 
 
 def step_of(path: Location) -> int:
-    """The step in a checkpoint's name, or -1 for a folder of another name."""
+    """Return the step in a checkpoint's name, or -1 for a folder of another name."""
     found = _COMMITTED.fullmatch(path.name)
     return int(found.group(1)) if found else -1
 
 
 def committed(folder: AnyLocation) -> list[AnyLocation]:
-    """The committed checkpoints, newest first; none where there is no such folder. Says nothing of their health."""
+    """Return the committed checkpoints, newest first, verified or not; none where there is no such folder."""
     if not folder.is_dir():
         return []
     found: list[AnyLocation] = [path for path in folder.iterdir() if step_of(path) >= 0]  # type: ignore[misc]
@@ -67,7 +69,7 @@ def committed(folder: AnyLocation) -> list[AnyLocation]:
 
 
 def find(location: AnyLocation) -> list[AnyLocation]:
-    """The checkpoints that a user means by a run folder, its folder `checkpoints/` or one checkpoint, newest first.
+    """Return the checkpoints of a run folder, of its folder `checkpoints/`, or the one that is named, newest first.
 
     A folder with a manifest is one checkpoint, whatever its name.
 
@@ -111,8 +113,10 @@ def run_of(location: Location) -> Location:
         return location
     real = location.resolve()
     inside = real.parent if (real / MANIFEST).is_file() else real
+    # The kernel knows the current folder by its real path; the shell remembers the link. PWD may be stale, so check it.
     entered = Path(os.environ.get("PWD", ""))
     here = entered if entered.is_dir() and entered.samefile(Path()) else Path()
+    # abspath and not resolve: it joins `..` without following links
     for name in (Path(os.path.abspath(here / location)), real):
         for run in name.parents[:2]:
             if (run / CHECKPOINTS).resolve() == inside:
@@ -130,8 +134,10 @@ def acquire(folder: Path, owner: Owner) -> None:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         current = owner_of(folder)
+        # Attempts count within one job; another job is another decision of the user, and takes over.
         if current is not None and current.job == owner.job and current.attempt > owner.attempt:
             raise _stale(folder, current, owner)
+        # before the sweep: what a superseded start still writes can no longer be committed
         write_atomically(folder / _OWNER, json.dumps(asdict(owner)))
         sweep(folder)
 
@@ -145,7 +151,7 @@ def owner_of(folder: Path) -> Owner | None:
 
 
 def check_owner(folder: Path, owner: Owner) -> None:
-    """Raises `Superseded` where another start of the run has acquired the folder since."""
+    """Raise `Superseded` where another start of the run has acquired the folder since."""
     current = owner_of(folder)
     if current != owner:
         raise _stale(folder, current, owner)
@@ -161,12 +167,14 @@ def _stale(folder: Path, current: Owner | None, owner: Owner) -> Superseded:
 
 
 def publish(partial: Path, target: Path) -> None:
-    """Puts a finished checkpoint in its place, over one of the same step that an earlier start left there.
+    """Move a finished checkpoint to its name, over one of the same step that an earlier start left there.
 
     The older one steps aside first; `sweep` puts it back should this process die between the two moves.
     """
     with disk_errors(target):
+        # The entries of the folder first, then the rename: after a crash there is a whole checkpoint or none.
         sync_folder(partial)
+        # A rename cannot replace a folder that is not empty.
         aside = target.with_name(f".{target.name}.replaced")
         if target.exists():
             shutil.rmtree(aside, ignore_errors=True)
@@ -177,12 +185,13 @@ def publish(partial: Path, target: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Clears what a killed process left: half-written and half-removed checkpoints go, a replaced one comes back."""
+    """Clear what a killed process left: half-written and half-removed checkpoints go, a replaced one comes back."""
     for path in folder.iterdir():
         found = _PASSING.fullmatch(path.name)
         if not found:
             continue
         target = path.with_name(path.name[1:].removesuffix(".replaced"))
+        # Died between the two renames of `publish`: the older checkpoint of this step is the only one.
         if found.group(1) == "replaced" and not target.exists():
             path.rename(target)
         else:
@@ -190,11 +199,12 @@ def sweep(folder: Path) -> None:
 
 
 def remove(path: Location) -> None:
-    """Removes a committed checkpoint, if it is there; at no moment is a half-removed one among the committed."""
+    """Remove a committed checkpoint, if it is there; at no moment is a half-removed one among the committed."""
     if isinstance(path, Remote):
         with disk_errors(path):
             path.remove_tree()
         return
+    # Unique per process and call: two that remove at the same time do not meet.
     doomed = path.with_name(f".{path.name}.{os.getpid()}-{time.monotonic_ns()}.removed")
     with disk_errors(path):
         try:

@@ -31,7 +31,7 @@ log = logger(__name__)
 
 
 def open_checkpoint(path: Location) -> Manifest:
-    """The manifest of a checkpoint, checked against itself and the sizes of its files.
+    """Return the manifest of a checkpoint, checked against itself and the sizes of its files.
 
     Raises:
         CheckpointError: it is absent, damaged or claims what cannot be.
@@ -42,7 +42,7 @@ def open_checkpoint(path: Location) -> Manifest:
 
 
 def read_state(path: Location) -> CheckpointState:
-    """The part of a checkpoint that is not tensors; raises as `open_checkpoint`."""
+    """Return the part of a checkpoint that is not tensors; raises as `open_checkpoint`."""
     return open_checkpoint(path).state
 
 
@@ -54,7 +54,7 @@ def load(
     spread: bool = False,
     zero_moments: Collection[str] = (),
 ) -> Manifest:
-    """Fills every rank's live shards from a checkpoint of any layout. Collective over `groups.world`.
+    """Fill every rank's live shards from a checkpoint of any layout. Collective over `groups.world`.
 
     `placements` are those of this rank's stage; together they must name the very parameters of the checkpoint.
     `spread`: its files are spread over several such folders, and `path` has those that this rank needs.
@@ -65,6 +65,7 @@ def load(
         CheckpointError: the same on every rank.
     """
     own = [(placement.spec, placement.moments) for placement in placements]
+    # Only along the pipeline: ranks that differ in any other coordinate hold the same parameters.
     everywhere = [one for stage in collectives.gather_objects(own, groups.pipe) for one in stage]
 
     def fill() -> Manifest:
@@ -126,13 +127,14 @@ def load_shards(
         CheckpointError: a parameter or moment is not in the checkpoint or has another shape, or a file is damaged.
     """
     files = Files(path, manifest)
+    # All are checked before the first is filled: a mismatch leaves the live state as it was.
     for shard in shards:
         _check_shard(manifest, shard, zero_moments)
     return sum(_fill(shard, files, tensor_rank, tensor_size) for shard in shards)
 
 
 def read_weights(path: Location) -> dict[str, torch.Tensor]:
-    """All fp32 weights by logical name in their stored shapes (no padding), in this process's memory.
+    """Return all fp32 weights by logical name in their stored shapes (no padding), in this process's memory.
 
     Raises:
         CheckpointError: as `open_checkpoint` and `load_shards`.
@@ -163,19 +165,19 @@ class Files:
         return file.values(key_of(state, name), first, count)
 
     def file(self, name: str) -> Container:
-        """The file of that name; raises `CheckpointError` where it is absent or not of its recorded size."""
+        """Return the file of that name; raises `CheckpointError` where it is absent or not of its recorded size."""
         if name not in self._open:
             manifest_json.check_size(self.manifest.files[name], self.path / name)
             self._open[name] = Container(self.path / name)
         return self._open[name]
 
     def check_all(self) -> None:
-        """Raises `CheckpointError` unless every file holds exactly the shards that the placements ask of it."""
+        """Raise `CheckpointError` unless every file holds exactly the shards that the placements ask of it."""
         for file_name in self.manifest.files:
             self.check_file(file_name)
 
     def check_file(self, file_name: str) -> None:
-        """Raises `CheckpointError` unless a file holds exactly the shards that the placements ask of it."""
+        """Raise `CheckpointError` unless a file holds exactly the shards that the placements ask of it."""
         file, writer = self.file(file_name), Writer.parse(file_name)
         assert writer is not None, "a manifest that was read has no other names"
         names = [name for name in self.manifest.placements if self.manifest.range_of(name, writer)[1]]
@@ -190,6 +192,7 @@ class Files:
     def _check(self, file: Container, state: str, name: str, writer: Writer) -> None:
         entry = file.entries.get(key_of(state, name))
         split = self.manifest.placements[name].spec.sharding.dim is not None
+        # A parameter that is not split is stored by tensor rank 0, as the only part of one.
         owner = [writer.tensor_rank, self.manifest.layout.tensor] if split else [0, 1]
         wanted = [*self.manifest.range_of(name, writer), *owner]
         if entry is None or entry.coordinates() != wanted:
@@ -198,11 +201,12 @@ class Files:
 
 
 def _fill(shard: ParameterShard, files: Files, tensor_rank: int, tensor_size: int) -> int:
-    """Fills one shard and its moments; returns the bytes read."""
+    """Fill one shard and its moments; return the bytes read."""
     saved = files.manifest.placements[shard.spec.name]
     need = Need(shard.spec, shard.start, shard.length, tensor_rank, tensor_size)
     copies = list(transfers(need, saved, files.manifest.data_size, files.manifest.layout.tensor))
     found = sum(copy.source.numel for copy in copies)
+    # Every real element has to come from some file: what no copy covers would keep its initial value in silence.
     if found != need.real_length:
         raise damaged(files.path, f"{shard.spec.name}: {found} of {need.real_length} elements are in no file")
     targets = {WEIGHT: shard.weight} | {moment_state(name): values for name, values in shard.moments.items()}
@@ -214,22 +218,26 @@ def _fill(shard: ParameterShard, files: Files, tensor_rank: int, tensor_size: in
             if state not in held:
                 target.zero_()
                 continue
+            # padding rows of the vocabulary, which no file holds
             target[need.real_length :].zero_()
             for copy in copies:
                 source = _source(copy, files, state, saved, source_shape)
+                # the only copy: from mapped pages of the file into the live shard, on whatever device
                 _window(target, copy.target, target_shape, shard.start).copy_(source)
     return found * ITEM_BYTES * len(targets.keys() & held)
 
 
 def _source(copy: Transfer, files: Files, state: str, saved: Placement, shape: Shape) -> torch.Tensor:
     start, _ = files.manifest.range_of(saved.spec.name, copy.writer)
+    # Reads the span from the box's first to its last element, with the gaps between its rows.
     first, last = flat_span(copy.source, shape)
     values = files.values(state, saved.spec.name, copy.writer, first - start, last - first + 1)
     return _window(torch.from_numpy(values), copy.source, shape, first)
 
 
 def _window(flat: torch.Tensor, box: Box, shape: Shape, start: int) -> torch.Tensor:
-    """The box of a local part of `shape` as a view of `flat`, which holds its flat range from `start` on."""
+    """Return the box of a local part of `shape` as a view of `flat`, which holds its flat range from `start` on."""
+    # as_strided counts from the beginning of the storage, and `flat` may be a view into a larger buffer.
     offset = flat.storage_offset() + flat_index(box.start, shape) - start
     return flat.as_strided(box.size, strides(shape), offset)
 
@@ -243,6 +251,7 @@ def _check_shard(manifest: Manifest, shard: ParameterShard, zero_moments: Collec
             remedy="use the model configuration that the checkpoint was saved with",
         )
     if match_one.stored_shape != shard.spec.stored_shape:
+        # the manifest's own specs with this one exchanged, so that `match` reports this shape alone
         match(manifest, [*(s for n, s in manifest.specs.items() if n != shard.spec.name), shard.spec])
     held = [moment for moment in manifest.moments if moment in manifest.placements[shard.spec.name].moments]
     absent = sorted(set(shard.moments) - set(held) - set(zero_moments))

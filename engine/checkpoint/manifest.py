@@ -1,4 +1,4 @@
-"""The manifest as values: what a checkpoint holds, of what, and where a run stood when it was written.
+"""The manifest as values: content of a checkpoint, its files, and the state of the run when it was written.
 
 Its size does not grow with the number of ranks, but for one short line per file: where each shard lies follows
 from a `Placement` per parameter. Reading and writing it as JSON is `engine.checkpoint.manifest_json`.
@@ -35,7 +35,7 @@ def key_of(state: str, parameter: str) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that shape a checkpoint; those not installed are left out."""
+    """Return versions of Python and of the libraries that shape a checkpoint; those not installed are left out."""
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -58,7 +58,7 @@ class CheckpointState:
     tokens: int
     """Tokens consumed."""
     zero_stage: int
-    """Under which ZeRO stage it was saved; for information, loading does not ask."""
+    """ZeRO stage under which it was saved; for information, loading does not depend on it."""
     config_hash: str
     """Hash of the configuration's keys of kind meaning."""
     config: dict[str, Any] = field(default_factory=dict)
@@ -76,9 +76,9 @@ class Manifest:
 
     state: CheckpointState
     layout: Layout
-    """The layout that saved."""
+    """Layout of the run that saved."""
     placements: dict[str, Placement]
-    """Per parameter of the whole model, by logical name: where its shards lie over the ranks that saved."""
+    """Placement of each parameter of the whole model over the ranks that saved, by logical name."""
     moments: tuple[str, ...]
     """All moments stored beside the weights, in order; each parameter has those of its placement. Empty for weights
     alone."""
@@ -88,13 +88,14 @@ class Manifest:
     attempt: int
 
     def states_of(self, name: str) -> tuple[str, ...]:
-        """Names of a parameter's states, weights first, in the order in which files hold them."""
+        """Return names of a parameter's states, weights first, in the order in which files hold them."""
         own = self.placements[name].moments
         return (WEIGHT, *(moment_state(moment) for moment in self.moments if moment in own))
 
     @property
     def data_size(self) -> int:
-        """Ranks that ZeRO sharded over."""
+        """Number of ranks that ZeRO sharded over."""
+        # Ranks of the sequence axis hold the same weights as well, so ZeRO shards over both axes.
         return self.layout.data * self.layout.sequence
 
     @property
@@ -106,7 +107,7 @@ class Manifest:
         return sum(record.num_bytes for record in self.files.values())
 
     def expected(self) -> dict[str, dict[str, tuple[int, int]]]:
-        """Per file name the ranges (start, length) that it must hold by parameter name: the formula, written out."""
+        """Return the ranges (start, length) that each file must hold, by file name and parameter name."""
         files: dict[str, dict[str, tuple[int, int]]] = {}
         for name, placement in self.placements.items():
             for writer in writers_of(placement, self.data_size, self.layout.tensor):
@@ -114,7 +115,7 @@ class Manifest:
         return files
 
     def range_of(self, name: str, writer: Writer) -> tuple[int, int]:
-        """(start, length) that a writer stores of a parameter."""
+        """Return (start, length) that a writer stores of a parameter."""
         return stored_range(self.placements[name], writer, self.layout.tensor)
 
 
@@ -129,13 +130,14 @@ def match(manifest: Manifest, specs: Iterable[ParameterSpec]) -> None:
 
 
 def join_placements(by_stage: list[list[Placement]]) -> dict[str, Placement]:
-    """One placement per parameter of the model from every stage's own; a tied one as its first stage has it."""
+    """Return one placement per parameter from those of every pipeline stage; a tied one as its first stage has it."""
     joined: dict[str, Placement] = {}
     for stage, placements in enumerate(by_stage):
         for placement in placements:
             name = placement.spec.name
             assert stage in placement.stages, f"{name}: stage {stage} is not among {placement.stages}"
             assert name not in joined or joined[name].spec == placement.spec, f"{name}: the stages disagree"
+            # the stage that stores it (`writers.stored_range`)
             if stage == placement.stages[0]:
                 joined[name] = placement
     return joined

@@ -18,7 +18,7 @@ from engine.parallel.sharding import ParameterSpec, Role, Sharding
 from engine.parallel.state import Placement
 
 MAX_RANKS = 1 << 24
-"""No world is larger; bounds every loop over ranks."""
+"""Largest world that a manifest may claim; bounds every loop over ranks."""
 _ROLES = get_args(Role)
 
 
@@ -40,6 +40,7 @@ def parse(content: dict[str, Any]) -> Manifest:
     )
     parameters = _object(content["parameters"], "parameters")
     moments = tuple(_text(moment, "moments") for moment in content["moments"])
+    # a moment's name is part of keys and, converted, of file names
     _require(all(moment.isidentifier() for moment in moments), f"moments {moments}")
     records = [FileRecord(_text(n, "file"), _whole(b, n), _text(h, n)) for n, b, h in content["files"]]
     files = {record.name: record for record in records}
@@ -70,6 +71,7 @@ def _placement(name: str, value: dict[str, Any], moments: tuple[str, ...]) -> Pl
         blocks = tuple(_whole(block, f"{name}: blocks", least=1) for block in value["blocks"])
         _require(sum(blocks) == shape[dim], f"{name}: blocks {blocks} of a dimension of {shape[dim]}")
         _require(real_rows is None or len(blocks) == 1, f"{name}: padded rows of a fused parameter")
+        # one block is the whole dimension, which a spec writes as ()
         blocks = blocks if len(blocks) > 1 else ()
     spec = ParameterSpec(name, shape, Sharding(value["role"], dim, blocks), real_rows)
     stages = tuple(_whole(stage, f"{name}: stages") for stage in value["stages"])
@@ -81,12 +83,13 @@ def _placement(name: str, value: dict[str, Any], moments: tuple[str, ...]) -> Pl
 
 
 def check(manifest: Manifest) -> None:
-    """Check that the parts of a manifest agree, at little cost whatever they say. Raises `ValueError`."""
+    """Check that the parts of a manifest agree, at little cost whatever they claim. Raises `ValueError`."""
     layout, data_size = manifest.layout, manifest.data_size
     _require(layout.world_size <= MAX_RANKS, f"{layout.world_size} ranks")
     _require(len(set(manifest.moments)) == len(manifest.moments), "a moment is listed twice")
     for name in manifest.files:
         writer = Writer.parse(name)
+        # each coordinate is below the size of its axis
         if writer is None or any(map(int.__ge__, writer, (layout.pipe, data_size, layout.tensor))):
             raise ValueError(f"{name!r} is no file of this layout")
     for name, placement in manifest.placements.items():
@@ -95,8 +98,10 @@ def check(manifest: Manifest) -> None:
         split = spec.sharding.dim is not None
         _require(not split or all(b % layout.tensor == 0 for b in spec.blocks()), f"{name}: {layout.tensor} ranks")
         local = spec.local_numel(layout.tensor)
+        # The ranges of all data ranks together reach the end of the local part.
         _require(data_size * placement.partition - placement.offset >= local, f"{name}: partition")
         holders = data_ranks(placement, 0, max(real_numel(spec, 0, layout.tensor) - 1, 0), data_size)
+        # Before `expected` goes through all writers: a tiny partition would make that loop as long as a parameter.
         _require(len(holders) <= max(len(manifest.files), 1), f"{name}: more writers than there are files")
     _check_bytes(manifest)
 
@@ -110,6 +115,7 @@ def _check_bytes(manifest: Manifest) -> None:
     _require(not odd, f"files that are listed and those that the layout has differ: {odd[:4]}")
     for name, shards in expected.items():
         claimed = sum(length * num_states[held] for held, (_, length) in shards.items()) * ITEM_BYTES
+        # < and not ==: a file also has its header
         _require(claimed < manifest.files[name].num_bytes, f"{name}: shards of {claimed} bytes")
 
 
@@ -119,6 +125,7 @@ def _require(holds: bool, what: str) -> None:
 
 
 def _whole(value: Any, where: str, least: int = 0) -> int:
+    # True is an int to Python.
     _require(isinstance(value, int) and not isinstance(value, bool) and value >= least, f"{where}: {value!r}")
     return value
 

@@ -28,7 +28,7 @@ FILE = MANIFEST
 FORMAT = "palimpsest-checkpoint"
 VERSION = 2
 MAX_BYTES = 1 << 28
-"""Some hundred thousand files and parameters take a tenth of it."""
+"""Bytes of the longest manifest that is read; some hundred thousand files and parameters take a tenth of it."""
 _LONG = ("parameters", "files", "hyperparameters")
 """Fields with one line per entry."""
 
@@ -44,6 +44,7 @@ class OtherVersion(CheckpointError):
             "go on with the palimpsest that saved it, or start afresh" if is_older else "update palimpsest",
         )
 
+    # Errors travel between ranks as pickles, and unpickling would call this `__init__` with three texts.
     def __reduce__(self):
         return CheckpointError, (self.wrong, self.allowed, self.remedy)
 
@@ -61,7 +62,7 @@ def write(manifest: Manifest, folder: Path) -> None:
 
 
 def read(folder: Location) -> Manifest:
-    """The manifest of a checkpoint folder, checked against itself and against the sizes of the files.
+    """Return the manifest of a checkpoint folder, checked against itself and against the sizes of the files.
 
     Raises:
         CheckpointError: it is absent, damaged, of another version, or describes what cannot be.
@@ -81,6 +82,7 @@ def read(folder: Location) -> Manifest:
         raise damaged(path, f"it is no {FORMAT} manifest")
     if content.get("version") != VERSION:
         raise OtherVersion(path, content.get("version"))
+    # after the version, which another format may hash differently
     if not _is_whole(content):
         raise damaged(path, "its content is not what its own hash says")
     try:
@@ -111,13 +113,13 @@ def _is_whole(content: dict[str, Any]) -> bool:
 
 
 def check_sizes(manifest: Manifest, folder: Location) -> None:
-    """Holds every file's real size against the manifest; raises `CheckpointError` for the first that differs."""
+    """Compare every file's real size with the manifest; raises `CheckpointError` for the first that differs."""
     for record in manifest.files.values():
         check_size(record, folder / record.name)
 
 
 def check_size(record: FileRecord, path: Location) -> None:
-    """Raises `CheckpointError` where a file is absent or of another size than its record says."""
+    """Raise `CheckpointError` where a file is absent or of another size than its record says."""
     try:
         num_bytes = plain_size(path)
     except OSError as problem:
@@ -128,24 +130,26 @@ def check_size(record: FileRecord, path: Location) -> None:
 
 def content_hash(content: dict[str, Any]) -> str:
     """xxh3 (64 bit, hex) of the manifest's canonical JSON."""
+    # surrogatepass: a path that is not UTF-8 has lone surrogates in Python, which plain UTF-8 refuses.
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return xxhash.xxh3_64(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def render(manifest: Manifest) -> str:
-    """The manifest's text, its hash included."""
+    """Return the manifest's text, its hash included."""
     for name, section in manifest.state.sections.items():
         check_json(section, f"section {name}")
     check_json(manifest.state.config, "config")
     check_json(manifest.state.hyperparameters, "hyperparameters")
     content = _content(manifest)
+    # of what a reader will see once it has parsed the text
     content["xxh3"] = content_hash(json.loads(json.dumps(content)))
     fields = [f"{json.dumps(name)}: {_entries(name, value)}" for name, value in content.items()]
     return "{\n" + ",\n".join(fields) + "\n}\n"
 
 
 def check_json(value: Any, where: str) -> None:
-    """Raises `CheckpointError` where a value would not come back from JSON as it is (tuples come back as lists)."""
+    """Raise `CheckpointError` where a value would not come back from JSON as it is (tuples come back as lists)."""
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
@@ -205,6 +209,7 @@ def _parameter(manifest: Manifest, placement: Placement) -> dict[str, Any]:
     if spec.sharding.dim is not None:
         described |= {"dim": spec.sharding.dim, "blocks": list(spec.blocks())}
     moments = [moment for moment in manifest.moments if moment in placement.moments]
+    # Left out where a parameter has all of them: most have, and the manifest is read by people, too.
     if moments != list(manifest.moments):
         described["moments"] = moments
     return {

@@ -33,7 +33,7 @@ class Retention:
     """Metric by step; smaller is better."""
 
     def keeps(self, newest_first: list[AnyLocation]) -> set[AnyLocation]:
-        """Those that stay."""
+        """Return the checkpoints that stay."""
         assert self.keep_last >= 1
         kept = set(newest_first[: self.keep_last])
         if self.keep_every is not None:
@@ -43,15 +43,16 @@ class Retention:
 
 
 def victims(newest_first: list[AnyLocation], retention: Retention, verified: AnyLocation | None) -> list[AnyLocation]:
-    """The checkpoints to remove, oldest first; none where nothing verifies, and none newer than `verified`."""
+    """Return the checkpoints to remove, oldest first; none where nothing verifies, and none newer than `verified`."""
     if verified is None:
         return []
     kept = retention.keeps(newest_first)
+    # Oldest first: if this is cut short, the newer ones are there.
     return [path for path in reversed(newest_first) if path not in kept and step_of(path) < step_of(verified)]
 
 
 def prune(folder: AnyLocation, retention: Retention, verified: AnyLocation | None) -> list[AnyLocation]:
-    """Removes what `retention` does not keep; returns what was removed. Any process may call it at any time.
+    """Remove what `retention` does not keep; return what was removed. Any process may call it at any time.
 
     `verified` is the newest checkpoint whose bytes have been held against their hashes.
 
@@ -68,11 +69,12 @@ def prune(folder: AnyLocation, retention: Retention, verified: AnyLocation | Non
 def newest_whole(
     newest_first: list[AnyLocation], watch: Callable[[Any], Callable] = lambda path: iter
 ) -> AnyLocation | None:
-    """The newest checkpoint that verifies, found by this process alone; None where there is none.
+    """Return the newest checkpoint that verifies, found by this process alone; None where there is none.
 
     One that is removed meanwhile is passed over.
     """
     for path in newest_first:
+        # a run that trains meanwhile removes what it no longer keeps
         with contextlib.suppress(Removed):
             if not verify(path, watch(path)):
                 return path

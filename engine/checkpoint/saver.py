@@ -41,7 +41,7 @@ class _Flight:
     staged: Staged
     writing: Background[Written]
     committing: bool = False
-    """Every rank has written."""
+    """True once every rank has written."""
     commit: Background[Path] | None = None
     """Work of this rank once all have written; None if it has none."""
 
@@ -63,7 +63,7 @@ class Saver:
 
     @property
     def in_flight(self) -> int | None:
-        """The step whose save has begun and not ended."""
+        """Step whose save has begun and not ended; None where there is none."""
         return self._flight.save.step if self._flight else None
 
     def goes_to(self, store: Store | None) -> bool:
@@ -71,7 +71,7 @@ class Saver:
         return self._flight is not None and self._flight.store is store
 
     def acquire(self, job: str, attempt: int) -> None:
-        """Makes this start of the run the only one that may commit. Collective over `groups.world`.
+        """Make this start of the run the only one that may commit. Collective over `groups.world`.
 
         Call when the run starts, before anything is loaded; `begin` does it where it was not called.
 
@@ -85,7 +85,7 @@ class Saver:
             self._owner = owner
 
     def reserve(self, shards: list[ParameterShard], placements: list[Placement]) -> int:
-        """Takes the host memory of all saves to come, before the first step; returns its bytes."""
+        """Take the host memory of all saves to come, before the first step; return its bytes."""
         return reserve_for(shards, placements, Writer.of(self.groups), self.groups.layout.tensor, self._buffer)
 
     def save(
@@ -96,7 +96,7 @@ class Saver:
         job: str,
         attempt: int,
     ) -> Path:
-        """The folder of the committed checkpoint: `begin` and `settle`."""
+        """Save and wait (`begin`, then `settle`); return the folder of the committed checkpoint."""
         self.begin(shards, placements, state, job, attempt)
         path = self.settle()
         assert path is not None, "a save has begun"
@@ -111,8 +111,9 @@ class Saver:
         attempt: int,
         store: Store | None = None,
     ) -> None:
-        """Stages and starts writing, to the disk or another store. Collective over `groups.world`; no other save may
-        be in flight.
+        """Stage and start writing, to the disk or another store; no other save may be in flight.
+
+        Collective over `groups.world`.
 
         `shards` are all live shards of this rank and `placements` all parameters of its pipeline stage; what each
         rank stores of them follows from the placements. Call `hold_update` before the next update of the weights.
@@ -130,6 +131,7 @@ class Saver:
             CheckpointError,
         )
         tables = collectives.gather_objects(StageTable(placements, state.hyperparameters), groups.pipe)
+        # Every rank has every size: a store checks room for all files before the first is begun.
         sizes = collectives.gather_objects((staged.num_bytes, staged.most_header_bytes), groups.world)
         save = Save(state, owner, store.partial(state.step, owner), tables, sizes)
         store.prepare(save)
@@ -144,21 +146,23 @@ class Saver:
         self._flight = _Flight(save, store, staged, Background(write, f"checkpoint-{state.step}"))
 
     def hold_update(self) -> None:
-        """Keeps the next update of weights and moments from overtaking the copies of a save that has begun."""
+        """Keep the next update of weights and moments from overtaking the copies of a save that has begun."""
+        # What is written was copied before: no copy is left to wait for.
         if self._flight is not None and not self._flight.writing.done:
             self._flight.staged.hold_update()
 
     def signals(self) -> tuple[float, float]:
-        """(done, failed), each 0 or 1: what this rank has to tell of the save in flight. Sum them over the world."""
+        """Return this rank's report on the save in flight, (done, failed), each 0 or 1. Sum them over the world."""
         flight = self._flight
         if flight is None:
             return 0.0, 0.0
+        # Most ranks have nothing to commit; they are done at once, and the sum reaches the world's size with the last.
         if flight.committing:
             return float(flight.commit is None or flight.commit.done), 0.0
         return float(flight.writing.done), float(flight.writing.failed)
 
     def advance(self, done: float, failed: float) -> Path | None:
-        """Takes the save one step on where the sums of all ranks' `signals` say so; its folder once it is committed.
+        """Advance the save where the sums of all ranks' `signals` say so; return its folder once it is committed.
 
         Collective over `groups.world` (of small objects, twice per save; most calls do nothing).
 
@@ -171,6 +175,7 @@ class Saver:
         everywhere = done == self.groups.world.size
         if flight.committing:
             return self._conclude(flight) if everywhere else None
+        # One rank failed: the others stop between two chunks, so that nobody waits for gigabytes that are of no use.
         if failed:
             flight.writing.cancel()
         if failed or everywhere:
@@ -178,7 +183,7 @@ class Saver:
         return None
 
     def settle(self) -> Path | None:
-        """Waits for the save in flight; its folder, or None where there is none. Collective over `groups.world`.
+        """Wait for the save in flight; return its folder, or None where there is none. Collective over `groups.world`.
 
         Raises:
             CheckpointError: as `advance`.
@@ -191,7 +196,8 @@ class Saver:
         return self._conclude(flight)
 
     def abandon(self) -> None:
-        """Gives the save in flight up, if it still writes; for a rank that ends in an error. Not collective."""
+        """Abandon the save in flight, if it still writes; for a rank that ends in an error. Not collective."""
+        # Taken first: a second call, from another path of an error, finds nothing.
         flight, self._flight = self._flight, None
         if flight is not None:
             flight.writing.cancel()
@@ -199,7 +205,7 @@ class Saver:
             flight.store.give_up(flight.commit)
 
     def _collect(self, flight: _Flight) -> None:
-        """Hands every rank's report to the store, which starts the commit."""
+        """Hand every rank's report to the store, which starts the commit."""
 
         def report() -> Written | None:
             try:

@@ -49,22 +49,26 @@ class Staged:
 
     @property
     def most_header_bytes(self) -> int:
-        """No header of these entries is longer; it can be made only when the data are there to be hashed."""
+        """Upper bound of the header's bytes; the header can be made only when the data are there to be hashed."""
         return sum(longest_entry(entry.key) for entry in self.entries) + LONGEST_FRAME
 
     def wait(self) -> None:
-        """Returns when `data` is whole; from the CPU it is this call that copies. Call in one thread."""
+        """Return when `data` is whole; from the CPU it is this call that copies. Call in one thread."""
         try:
             if self._on_gpu is not None:
                 self._on_gpu.synchronize()
             else:
                 self._copy()
         finally:
+            # also after an error, or the training thread would wait for ever
             self._copied.set()
 
     def hold_update(self) -> None:
-        """Keeps weights and moments as they are until they are copied: on a GPU, what is launched from now on waits,
-        and the host goes on; on the CPU this returns when another thread's `wait` has copied."""
+        """Keep weights and moments as they are until they are copied.
+
+        On a GPU, what is launched from now on waits and the host goes on; on the CPU this returns when another thread's
+        `wait` has copied.
+        """
         if self._on_gpu is not None:
             torch.cuda.current_stream().wait_event(self._on_gpu)
         else:
@@ -75,6 +79,7 @@ class Staged:
         for source in self._sources:
             self._target[at : at + source.numel()].copy_(source.detach(), non_blocking=source.is_cuda)
             at += source.numel()
+        # Views of live shards: kept, they would hold a replaced state in memory.
         self._sources = []
 
 
@@ -93,9 +98,11 @@ class HostBuffer:
         return self._stream
 
     def reserve(self, numel: int, pinned: bool = False) -> torch.Tensor:
-        """A flat fp32 tensor of `numel` elements; call before the first step so that no save has to touch new pages."""
+        """Return a flat fp32 tensor of `numel` elements; call before the first step: then no save takes new pages."""
         if self._buffer.numel() < numel:
             self._buffer = torch.empty(0)  # give the old one back first
+            # zeros and not empty: every page is written to, and so taken, now. A GPU copies to page-locked memory alone
+            # without holding up the host.
             self._buffer = torch.zeros(numel, dtype=torch.float32, pin_memory=pinned)
         return self._buffer[:numel]
 
@@ -103,12 +110,13 @@ class HostBuffer:
 def stored_shards(
     shards: list[ParameterShard], placements: list[Placement], writer: Writer, tensor_size: int
 ) -> list[tuple[ParameterShard, int]]:
-    """The shards that this rank stores, each with how many of its elements (the rest is padding), in order of name.
+    """Return (shard, number of its real elements) of each shard that this rank stores, in order of name.
 
     Raises:
         CheckpointError: a shard that the placements ask of this rank is absent or is another range.
     """
     live = {shard.spec.name: shard for shard in shards}
+    # A shard that no placement names would be in no file, and nobody would miss it before a load.
     strange = live.keys() - {placement.spec.name for placement in placements}
     if strange:
         raise CheckpointError(f"shards without a placement: {sorted(strange)[:5]}")
@@ -135,7 +143,7 @@ def reserve_for(
     tensor_size: int,
     buffer: HostBuffer,
 ) -> int:
-    """Takes the memory that `stage_shards` will need, and touches it; returns its bytes."""
+    """Take the memory that `stage_shards` will need, and touch it; return its bytes."""
     stored = stored_shards(shards, placements, writer, tensor_size)
     numel = sum(length * (1 + len(shard.moments)) for shard, length in stored)
     buffer.reserve(numel, pinned=any(shard.weight.is_cuda for shard, _ in stored))
@@ -149,7 +157,7 @@ def stage_shards(
     tensor_size: int,
     buffer: HostBuffer,
 ) -> Staged:
-    """Finds what this rank stores and begins to copy it into the buffer; see `Staged` for when the copies are done.
+    """Find what this rank stores and begin to copy it into the buffer; see `Staged` for when the copies are done.
 
     Raises:
         CheckpointError: as `stored_shards`, and where shards carry other moments than their placements say (all of
@@ -158,6 +166,7 @@ def stage_shards(
     stored = stored_shards(shards, placements, writer, tensor_size)
     moments = _moments(shards, placements)
     entries, sources = [], []
+    # All weights, then each moment: a load of weights alone reads one run of bytes.
     for moment in (None, *moments):
         state = WEIGHT if moment is None else moment_state(moment)
         rank_and_size = (writer.tensor_rank, tensor_size)
@@ -166,6 +175,7 @@ def stage_shards(
                 continue
             values = shard.weight if moment is None else shard.moments[moment]
             _check_flat(values, shard, state)
+            # A parameter that is whole on every tensor rank is stored as part 0 of 1, under whatever tensor size.
             place = rank_and_size if shard.spec.sharding.dim is not None else (0, 1)
             entries.append(Entry(key_of(state, shard.spec.name), shard.start, length, *place))
             sources.append(values[:length])
@@ -173,7 +183,7 @@ def stage_shards(
 
 
 def _moments(shards: list[ParameterShard], placements: list[Placement]) -> tuple[str, ...]:
-    """All moments that some shard carries, in order of name."""
+    """Return all moments that some shard carries, in order of name."""
     if not any(shard.moments for shard in shards):
         return ()
     expected = {placement.spec.name: set(placement.moments) for placement in placements}

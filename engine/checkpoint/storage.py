@@ -73,7 +73,7 @@ class Remote:
             return self._fs.cat_file(self._path).decode(encoding)
 
     def read_range(self, start: int, stop: int) -> bytes:
-        """The bytes [start, stop).
+        """Return the bytes [start, stop).
 
         Raises:
             OSError: fewer bytes came.
@@ -81,18 +81,20 @@ class Remote:
         """
         with _os_errors():
             content = self._fs.cat_file(self._path, start=start, end=stop)
+        # A plain HTTP server ignores the header Range and answers 200 with the whole file.
         if len(content) > stop - start:
             raise CheckpointError(
                 f"{self}: asked for {stop - start} bytes of it, the server sends all {len(content)}",
                 "a server that answers requests for ranges of bytes",
                 "copy the checkpoint to a disk, or let another server hand it out; `list` and `verify` need no ranges",
             )
+        # fsspec returns what there is where a file is shorter than it was said to be.
         if len(content) != stop - start:
             raise OSError(errno.EIO, f"asked for bytes {start} to {stop}, {len(content)} came")
         return content
 
     def remove_tree(self) -> None:
-        """Removes a checkpoint, its manifest first: what is left when this is cut short is no checkpoint."""
+        """Remove a checkpoint, its manifest first: what is left when this is cut short is no checkpoint."""
         with _os_errors():
             if self._fs.exists(f"{self._path}/{MANIFEST}"):
                 self._fs.rm_file(f"{self._path}/{MANIFEST}")
@@ -114,6 +116,7 @@ def location_of(text: str) -> Location:
     if scheme in ("", "file"):
         path = Path(unquote(urlsplit(text).path) if scheme else expand(text))
         return path if path.name not in ("", "..") else path.resolve()  # names carry meaning here
+    # Imported here: most runs have local folders alone, and the import takes a while.
     import fsspec
 
     try:
@@ -129,9 +132,10 @@ def location_of(text: str) -> Location:
 
 @contextlib.contextmanager
 def _os_errors() -> Iterator[None]:
-    """Whatever a file system's library raises, as `OSError`: each has classes of its own."""
+    """Turn whatever a file system's library raises into `OSError`: each library has classes of its own."""
     try:
         yield
+    # kept as it is: FileNotFoundError means something to the callers
     except OSError:
         raise
     except Exception as error:

@@ -30,6 +30,7 @@ from engine.parallel.state import Placement
 log = logger(__name__)
 CheckCancelled = Callable[[], None]
 """Raises `Cancelled` if the write is to end early; called between two chunks."""
+# 4 KiB: the default of ext4 and XFS, and the page of a tmpfs
 BLOCK_BYTES = 4096
 """Files take whole blocks of the file system."""
 
@@ -48,16 +49,17 @@ class Written:
 
     record: container.FileRecord | None
     moments: tuple[str, ...] | None
-    """None where it holds no shard at all."""
+    """Names of the moments that it stored; None where it holds no shard at all."""
 
 
 def prepare(partial: Path, sizes: list[int]) -> None:
-    """Makes the folder that ranks write into, where the file system has room for files of these data sizes.
+    """Make the folder that ranks write into, where the file system has room for files of these data sizes.
 
     Raises:
         CheckpointError: there is no room, or the file system refuses. Call on one rank.
     """
     with container.disk_errors(partial):
+        # A save of this very name may have been cut short before.
         shutil.rmtree(partial, ignore_errors=True)
         room = os.statvfs(partial.parent)
         # Headers and manifest are small beside the data; one per cent and a few blocks per file cover them.
@@ -78,11 +80,12 @@ def write_staged(
     holds_shards: bool = True,
     check_cancelled: Callable[[], None] = lambda: None,
 ) -> Written:
-    """Writes this rank's file, hashed on the way; returns when it is on the disk. Each rank calls it for itself.
+    """Write this rank's file, hashed on the way; return when it is on the disk. Each rank calls it for itself.
 
     What `check_cancelled` raises between two chunks ends the write.
     """
     record = None
+    # also where there is nothing to write: `hold_update` waits for it
     staged.wait()
     if staged.entries:
         about = {**staged.writer._asdict(), "step": step}
@@ -94,14 +97,16 @@ def write_staged(
 def build_manifest(
     state: CheckpointState, layout: Layout, tables: list[StageTable], reports: list[Written], owner: Owner
 ) -> Manifest:
-    """The manifest from one table per pipeline stage (in order) and one report per rank.
+    """Return the manifest from one table per pipeline stage (in order) and one report per rank.
 
     Raises:
         CheckpointError: some ranks stored moments and others none.
     """
     stored = {report.moments for report in reports if report.moments is not None}
+    # (): shards without moments, a save of weights alone; stages of one run may differ in moments, not in having any.
     if () in stored and len(stored) > 1:
         raise CheckpointError(f"some ranks carry no moments, others {sorted(stored - {()})}")
+    # A tied parameter is on several stages, with the same settings.
     hyperparameters = {name: values for table in tables for name, values in table.hyperparameters.items()}
     return Manifest(
         state=replace(state, hyperparameters=hyperparameters),
@@ -115,13 +120,14 @@ def build_manifest(
 
 
 def commit(partial: Path, manifest: Manifest) -> Path:
-    """Writes the manifest and moves the folder to its place, in one rename. Call on one rank, when all have written.
+    """Write the manifest and rename the folder to its final name. Call on one rank, when all have written.
 
     Raises:
         CheckpointError: a newer start of the run owns the folder, or the file system refuses.
     """
     owner = Owner(manifest.job, manifest.attempt)
     manifest_json.write(manifest, partial)
+    # Read back from the disk: what a restart could not read must fail here, while the older checkpoints are kept.
     manifest_json.check_sizes(manifest_json.read(partial), partial)
     target = step_path(partial.parent, manifest.state.step)
     check_owner(partial.parent, owner)  # last, as close to the rename as can be
@@ -136,10 +142,10 @@ class Save:
     state: CheckpointState
     owner: Owner
     partial: Path
-    """The folder that its files are written into; no checkpoint yet."""
+    """Folder that its files are written into; no checkpoint yet."""
     tables: list[StageTable]
     sizes: list[tuple[int, int]]
-    """Per rank the bytes of its data, and the most that its file's header takes."""
+    """Bytes of each rank's data, and the most that its file's header takes, by global rank."""
     began_seconds: float = field(default_factory=time.perf_counter)
 
     @property
@@ -148,44 +154,47 @@ class Save:
 
     @property
     def data_bytes(self) -> list[int]:
-        """Per rank."""
+        """Bytes of each rank's data."""
         return [data for data, _ in self.sizes]
 
     def manifest(self, layout: Layout, reports: list[Written]) -> Manifest:
-        """Raises `CheckpointError` where some ranks stored moments and others none."""
+        """Return the manifest. Raises `CheckpointError` where some ranks stored moments and others none."""
         return build_manifest(self.state, layout, self.tables, reports, self.owner)
 
 
 class Store(Protocol):
-    """A place for saves. Every rank calls every method, in this order; those that say so are collective over the
-    world, and raise `CheckpointError`, the same on every rank, with nothing half done left behind."""
+    """A destination of saves. Every rank calls every method, in this order.
+
+    Those that say so are collective over the world, and raise `CheckpointError`, the same on every rank, with nothing
+    half done left behind.
+    """
 
     def partial(self, step: int, owner: Owner) -> Path:
-        """The folder that this rank's file is written into."""
+        """Return the folder that this rank's file is written into."""
         ...
 
     def prepare(self, save: Save) -> None:
-        """Makes that folder, where there is room for the files. Collective."""
+        """Make that folder, where there is room for the files. Collective."""
         ...
 
     def write(self, save: Save, staged: Staged, holds_shards: bool, check_cancelled: CheckCancelled) -> Written:
-        """Writes this rank's file, in the background."""
+        """Write this rank's file, in the background."""
         ...
 
     def clear(self, save: Save) -> None:
-        """Removes what a save that failed has left. Collective."""
+        """Remove what a save that failed has left. Collective."""
         ...
 
     def start_commit(self, save: Save, reports: list[Written]) -> Background[Path] | None:
-        """Starts what this rank has to do once every rank has written. Collective."""
+        """Start this rank's part of the commit, once every rank has written. Collective."""
         ...
 
     def conclude(self, save: Save, commit: Background[Path] | None) -> Path:
-        """The folder of the save, which stands from here on; called when every rank's commit is done. Collective."""
+        """Return the folder of the save, which is valid from now on; call once every commit is done. Collective."""
         ...
 
     def give_up(self, commit: Background[Path]) -> None:
-        """For a rank that ends in an error meanwhile. Not collective."""
+        """Give up a commit, on a rank that ends in an error meanwhile. Not collective."""
         ...
 
 
@@ -198,7 +207,7 @@ class DiskStore:
         self._after_commit = after_commit
 
     def acquire(self, owner: Owner) -> None:
-        """Makes `owner` the only one that may commit. Collective over the world."""
+        """Make `owner` the only one that may commit. Collective over the world."""
         on_first(lambda: acquire(self.folder, owner), self._groups.world, CheckpointError)
 
     def partial(self, step: int, owner: Owner) -> Path:

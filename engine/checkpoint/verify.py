@@ -25,7 +25,7 @@ log = logger(__name__)
 
 @dataclass(frozen=True)
 class Damage:
-    """One damaged file of a checkpoint, and what is wrong with it."""
+    """One damaged file of a checkpoint, and the kind of damage."""
 
     file: str
     what: str
@@ -56,14 +56,15 @@ def verify(path: Location, watch: Callable[[list[str]], Iterable[str]] = iter) -
     while True:
         before = identity(path)
         damage = _damage(path, watch)
+        # Found whole: its bytes were those of one checkpoint, whatever happened since. Damage may come of reading two.
         if not damage or still_there(path, before):
             return damage
 
 
 def identity(path: Location) -> tuple[int, int] | bool:
-    """Tell one saved checkpoint from another at the same place: equal as long as `path` holds the same one.
+    """Tell one saved checkpoint from another at the same path: equal as long as `path` holds the same one.
 
-    False where there is none. Behind a URL, where nothing is replaced, whether there is a manifest.
+    False where there is none. Behind a URL, where nothing is replaced, True if there is a manifest.
     """
     try:
         if isinstance(path, Path):
@@ -97,7 +98,7 @@ def _damage(path: Location, watch: Callable[[list[str]], Iterable[str]]) -> list
 
 
 def verify_files(path: Location, manifest: Manifest, names: Iterable[str]) -> list[Damage]:
-    """The damage among some files of a checkpoint whose manifest has been read."""
+    """Return the damage among some files of a checkpoint whose manifest has been read."""
     files = Files(path, manifest)
     return [damage for name in names if (damage := _verify_file(files, name)) is not None]
 
@@ -106,6 +107,7 @@ def _verify_file(files: Files, name: str) -> Damage | None:
     path, record = files.path / name, files.manifest.files[name]
     try:
         manifest_json.check_size(record, path)
+        # Both, always: a hash that is right says nothing of a manifest that asks the file for other shards.
         whole = file_digest(path) == record.xxh3
         files.check_file(name)
     except CheckpointError as problem:
@@ -114,13 +116,14 @@ def _verify_file(files: Files, name: str) -> Damage | None:
         return Damage(name, f"cannot be read ({problem.strerror})")
     if whole:
         return None
+    # Only now, as it reads the file a second time: per shard, so that a user knows what is lost.
     shards = files.file(name).damaged_entries()
     where = f"in {', '.join(shards[:8])}{', ...' if len(shards) > 8 else ''}" if shards else "in its header"
     return Damage(name, f"bytes {where} are not those that were written (xxh3 differs)")
 
 
 def _reason(problem: CheckpointError) -> str:
-    """The first part of an error, without the path that it begins with."""
+    """Return the first part of an error, without the path that it begins with."""
     head, separator, what = problem.wrong.partition(": ")
     return what if separator and "/" in head else problem.wrong
 
@@ -140,7 +143,9 @@ def _verify_together(path: Path, groups: Groups) -> list[Damage]:
     try:
         manifest = manifest_json.read(path)
         mine = verify_files(path, manifest, list(manifest.files)[world.position :: world.size])
+    # No return here: the other ranks wait in the gather below.
     except CheckpointError as problem:
         mine = [Damage(manifest_json.FILE, _reason(problem))]
     found = [damage for damages in collectives.gather_objects(mine, world) for damage in damages]
+    # a damaged manifest is found by every rank
     return sorted(set(found), key=str)

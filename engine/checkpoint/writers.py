@@ -35,32 +35,34 @@ class Writer(NamedTuple):
 
     @classmethod
     def of(cls, groups: Groups) -> Writer:
-        """The writer that this rank is."""
+        """Return the writer that this rank is."""
         return cls(groups.coordinates.stage, groups.zero.position, groups.coordinates.tensor_rank)
 
     @classmethod
     def parse(cls, file_name: str) -> Writer | None:
-        """The writer of a file, or None where the name is not exactly one that a writer gives."""
+        """Return the writer of a file, or None where the name is not exactly one that a writer gives."""
         found = _NAME.fullmatch(file_name)
         writer = cls(*map(int, found.groups())) if found else None
+        # Written anew and compared: stage-00 and stage-000 would parse to the same writer.
         return writer if writer is not None and writer.file_name == file_name else None
 
 
 def stored_range(placement: Placement, writer: Writer, tensor_size: int) -> tuple[int, int]:
-    """(start, length) of what a writer stores of the flattened local part; length 0 where it stores nothing."""
+    """Return (start, length) of what a writer stores of the flattened local part; length 0 where it stores nothing."""
     spec = placement.spec
+    # One writer for each copy: tied weights by their first stage, replicated ones by tensor rank 0.
     if writer.stage != placement.stages[0] or (spec.sharding.dim is None and writer.tensor_rank > 0):
         return 0, 0
     return placement.range_of(writer.data_rank, real_numel(spec, writer.tensor_rank, tensor_size))
 
 
 def tensor_ranks(spec: ParameterSpec, tensor_size: int) -> range:
-    """The tensor ranks that store something of a parameter."""
+    """Return the tensor ranks that store something of a parameter."""
     return range(1 if spec.sharding.dim is None else tensor_size)
 
 
 def writers_of(placement: Placement, data_size: int, tensor_size: int) -> Iterator[Writer]:
-    """Every writer that stores something of a parameter; as many steps as there are such writers."""
+    """Yield every writer that stores something of a parameter; as many steps as there are such writers."""
     for tensor_rank in tensor_ranks(placement.spec, tensor_size):
         numel = real_numel(placement.spec, tensor_rank, tensor_size)
         if numel:
@@ -69,7 +71,9 @@ def writers_of(placement: Placement, data_size: int, tensor_size: int) -> Iterat
 
 
 def data_ranks(placement: Placement, first: int, last: int, data_size: int) -> range:
-    """The data ranks whose ranges meet the flat positions [first, last] of a local part."""
+    """Return the data ranks whose ranges meet the flat positions [first, last] of a local part."""
+    # Rank d holds [d * partition - offset, (d + 1) * partition - offset). With partition 10 and offset 3 rank 0 holds
+    # [0, 7) and rank 1 [7, 17), so positions 5 to 12 give (5 + 3) // 10 = 0 to (12 + 3) // 10 = 1.
     low = (first + placement.offset) // placement.partition
     high = (last + placement.offset) // placement.partition
     return range(low, min(high + 1, data_size))
@@ -101,17 +105,20 @@ class Transfer:
 
 
 def transfers(need: Need, saved: Placement, data_size: int, tensor_size: int) -> Iterator[Transfer]:
-    """The copies that fill the real elements of `need` from what ranks of another layout have stored.
+    """Yield the copies that fill the real elements of `need` from what ranks of another layout have stored.
 
     `data_size` and `tensor_size` are those of the layout that saved. Each real element is copied exactly once.
     """
     spec = need.spec
+    # reader's local part -> whole parameter -> saved local parts -> flat ranges of writers; `carry` then shifts each
+    # box that is left back to the reader's coordinates.
     boxes = flat_boxes(dims(spec.local_shape(need.tensor_size)), need.start, need.real_length)
     for box in boxes:
         for target, whole in to_whole(spec, box, need.tensor_rank, need.tensor_size):
             for tensor_rank in tensor_ranks(saved.spec, tensor_size):
                 for source, shared in to_local(saved.spec, whole, tensor_rank, tensor_size):
                     for writer, shard in _stored(source, saved, tensor_rank, data_size, tensor_size):
+                        # saved local part -> whole -> reader's local part
                         there = shard.carry(source, shared).carry(whole, target)
                         yield Transfer(writer, shard, there)
 
@@ -119,11 +126,12 @@ def transfers(need: Need, saved: Placement, data_size: int, tensor_size: int) ->
 def _stored(
     box: Box, saved: Placement, tensor_rank: int, data_size: int, tensor_size: int
 ) -> Iterator[tuple[Writer, Box]]:
-    """The parts of a box of a saved local part, with the writer of each."""
+    """Yield the parts of a box of a saved local part, with the writer of each."""
     shape = dims(saved.spec.local_shape(tensor_size))
     first, last = flat_span(box, shape)
     for data_rank in data_ranks(saved, first, last, data_size):
         writer = Writer(saved.stages[0], data_rank, tensor_rank)
+        # Boxes of one range are disjoint, and ranges of two writers, too, so no element is copied twice.
         for held in flat_boxes(shape, *stored_range(saved, writer, tensor_size)):
             shared = box.meet(held)
             if shared is not None:
@@ -131,5 +139,5 @@ def _stored(
 
 
 def stored_numel(spec: ParameterSpec) -> int:
-    """Elements of a parameter in a checkpoint."""
+    """Number of elements of a parameter in a checkpoint."""
     return math.prod(spec.stored_shape)

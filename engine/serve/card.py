@@ -99,13 +99,14 @@ def _source(
 
 
 def _data(trained: Trained, run: RunConfig, state: CheckpointState) -> str:
-    """Tokens and fingerprints of each source, of the stage that the checkpoint is of."""
+    """Return tokens and fingerprints of each source, in the run stage of the checkpoint, as a table."""
     loader = state.sections.get("loader", {})
     stage = _stage_of(run, trained.step)
     if stage.data.train is not None:
         rows = [("train", stage.data.train, f"{trained.tokens:,}", loader.get("fingerprint", "not recorded"))]
     else:
         seen, prints = _tokens_by_source(trained, stage), str(loader.get("sources", "")).split()
+        # A checkpoint may lack the fingerprints of its sources.
         prints += ["not recorded"] * (len(stage.data.sources) - len(prints))
         rows = [
             (source.name, source.path, seen.get(source.name, "not recorded"), fingerprint)
@@ -130,14 +131,16 @@ def _tokens_by_source(trained: Trained, stage: RunStage) -> dict[str, str]:
         for source in stage.data.sources:
             samples = record.get(f"{source.name}_samples")
             if (tokens := record.get(f"tokens/{source.name}")) is not None:
+                # Counts grow: the last record up to the checkpoint's step stands.
                 found[source.name] = f"{tokens:,}"
+            # a record without tokens by source: whole rows, padding included
             elif samples is not None:
                 found[source.name] = f"{samples * stage.sequence_length:,}"
     return found
 
 
 def _losses(trained: Trained) -> str:
-    """The newest held-out losses up to the checkpoint's step."""
+    """Return the newest validation losses up to the checkpoint's step, as a table."""
     newest: dict[str, Any] = {}
     for record in _records(trained):
         if any(name.startswith("validation_loss") for name in record):
@@ -147,8 +150,10 @@ def _losses(trained: Trained) -> str:
 
 
 def _records(trained: Trained) -> Iterator[dict[str, Any]]:
-    """The run's records up to the checkpoint's step, none where the checkpoint lies outside of its run; lines that are
-    damaged are passed over."""
+    """Yield the run's records up to the checkpoint's step; none where the checkpoint lies outside of its run.
+
+    Damaged lines are skipped.
+    """
     checkpoint: Path = trained.checkpoint.resolve()
     path = checkpoint.parent.parent / METRICS
     if checkpoint.parent.name != CHECKPOINTS or not path.is_file():
@@ -159,12 +164,14 @@ def _records(trained: Trained) -> Iterator[dict[str, Any]]:
                 record = json.loads(line)
             except ValueError:
                 continue
+            # A record without a step counts as too late.
             if isinstance(record, dict) and record.get("step", trained.step + 1) <= trained.step:
                 yield record
 
 
 def _table(head: tuple[str, ...], rows: Any) -> str:
     lines = [head, ("---",) * len(head), *rows]
+    # A name may hold a bar or a line break, either of which would end the cell.
     cells = [[" ".join(cell.replace("|", r"\|").split()) for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 

@@ -27,7 +27,7 @@ from engine.serve.source import Trained
 from engine.serve.tokenizer_files import write_tokenizer
 
 LARGEST_DIFFERENCE = 1e-4
-"""Between a logit of ours and of theirs, both computed in fp32 from the same weights."""
+"""Largest difference between a logit of ours and of theirs, both computed in fp32 from the same weights."""
 
 THEIR_LOGITS = (
     ("logits_BTV", "logits"),
@@ -65,8 +65,10 @@ class Exported:
 
 
 def export(trained: Trained, output: Path, license_id: str | None = None) -> Exported:
-    """Writes config.json, safetensors (fp32), the tokenizer, a model card and, of what generates,
-    generation_config.json; reads back.
+    """Write a Hugging Face folder and read it back.
+
+    It holds config.json, safetensors (fp32), the tokenizer, a model card and, for a model that generates,
+    generation_config.json.
 
     Raises:
         ConfigError: `output` is taken, or the model has no twin in Hugging Face's library.
@@ -82,16 +84,18 @@ def export(trained: Trained, output: Path, license_id: str | None = None) -> Exp
 
 
 def write_folder(trained: Trained, folder: Path, license_id: str | None = None) -> None:
-    """Writes all files of the model into an existing folder."""
+    """Write all files of the model into an existing folder."""
     from huggingface_hub import save_torch_state_dict
     from transformers import GenerationConfig
 
+    # The tokenizer first: its special tokens go into the configuration.
     write_tokenizer(trained.tokenizer, folder, trained.config)
     config, state = their_form(trained, read_tokenizer(folder))
     config.save_pretrained(folder)
     _add_fields(folder / "config.json", older_spellings(trained.config))
     if trained.config.family != "bert":
         generation = GenerationConfig.from_model_config(config)
+        # what generate() does with this folder by default
         generation.use_cache = caches(config)
         generation.save_pretrained(folder)
     save_torch_state_dict(state, folder, filename_pattern="model{suffix}.safetensors", metadata={"format": "pt"})
@@ -102,13 +106,13 @@ def write_folder(trained: Trained, folder: Path, license_id: str | None = None) 
 
 
 def _add_fields(path: Path, fields: dict[str, Any]) -> None:
-    """Adds fields to a file of JSON; a field that is there already gets this value."""
+    """Add fields to a file of JSON; a field that is there already gets this value."""
     tree = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(tree | fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def check(trained: Trained, folder: Path, name: Path) -> Exported:
-    """Reads the folder back and compares tokens, weights and logits; `name` is how errors call it.
+    """Read the folder back and compare tokens, weights and logits; `name` is how errors call it.
 
     Raises:
         CheckpointError: anything differs, logits by more than `LARGEST_DIFFERENCE`.
@@ -116,6 +120,7 @@ def check(trained: Trained, folder: Path, name: Path) -> Exported:
     theirs = read_folder(folder)
     same = same_tokens(trained, folder, name, TEXT)
     tokens_BT = torch.tensor([same.ids[: min(MAX_TOKENS, trained.config.max_positions)]])
+    # Logits cannot show everything: rows of tokens that are not in the text, for one.
     _same_weights(trained, theirs, name)
     with torch.no_grad():
         ours, inputs = _inputs(trained.config, tokens_BT)
@@ -137,9 +142,10 @@ def check(trained: Trained, folder: Path, name: Path) -> Exported:
 
 
 def _inputs(config: ModelConfig, tokens_BT: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Keywords of ours and of theirs; an encoder-decoder reads the first half of the tokens and says the second."""
+    """Return keywords of ours and of theirs; an encoder-decoder reads the first half of the tokens, then the second."""
     if config.family != "t5":
         return {"tokens_BT": tokens_BT}, {"input_ids": tokens_BT}
+    # (B, T) -> (B, S) and (B, T - S), S the larger half
     read_BS, said_BT = tokens_BT.tensor_split(2, dim=1)
     ours = {"tokens_BS": read_BS, "decoder_tokens_BT": said_BT}
     return ours, {"input_ids": read_BS, "decoder_input_ids": said_BT}

@@ -29,9 +29,9 @@ class Sampling:
 def generate(
     language_model: LanguageModel, prompt: str, sampling: Sampling, on_text: Callable[[str], None] | None = None
 ) -> str:
-    """The prompt and its continuation as text; stops at the end of a document.
+    """Return the prompt and its continuation as text; stop at the end of a document.
 
-    `on_text` is given the text piece by piece as it is made, the prompt first. The process's random state is left
+    `on_text` is called with each bit of text as it is made, the prompt first. The process's random state is left
     as it was found.
 
     Raises:
@@ -53,18 +53,21 @@ def generate(
     encoded = tokenizer(
         prompt,
         return_tensors="pt",
+        # a decoder has none, and would refuse the argument
         return_token_type_ids=False,
     ).to(model.device)
     _check_length(model.config, encoded["input_ids"].shape[1], sampling)
     if lost := unspelt_bytes(tokenizer, prompt):
         log.warning("the tokenizer cannot spell %d of the prompt's %d bytes", lost, len(prompt.encode()))
     streamer = _streamer(tokenizer, on_text) if on_text else None
+    # transformers draws from torch's global generators; a library call must not leave them seeded.
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(sampling.seed)
         ids_BT = model.generate(
             **encoded,
             **_settings(sampling),
             pad_token_id=_pad(tokenizer, model),
+            # Padded rows of the vocabulary have logits, too: drawn, they would decode to nothing.
             suppress_tokens=_without_text(tokenizer, model.config.vocab_size),
             streamer=streamer,
             use_cache=caches(model.config),
@@ -73,6 +76,7 @@ def generate(
 
 
 def _settings(sampling: Sampling) -> dict[str, Any]:
+    # not temperature=0.0, by which transformers refuses to divide
     if sampling.temperature == 0:
         return {"max_new_tokens": sampling.max_new_tokens, "do_sample": False}
     return {
@@ -87,6 +91,7 @@ def _check_length(config: Any, num_prompt_tokens: int, sampling: Sampling) -> No
     if num_prompt_tokens == 0:
         raise ConfigError("the prompt is empty", "at least one token of text", "give some text with --prompt")
     limit = getattr(config, "max_position_embeddings", None)
+    # Relative positions (T5) have no limit.
     room = None if limit is None else limit - num_prompt_tokens
     if room is not None and sampling.max_new_tokens > room:
         raise ConfigError(
@@ -103,7 +108,7 @@ def _pad(tokenizer: Any, model: Any) -> int | None:
 
 
 def _without_text(tokenizer: Any, vocab_size: int) -> list[int] | None:
-    """Ids of the rows that pad a vocabulary, which no token stands for; None where there are none."""
+    """Return ids of the rows that pad a vocabulary, which no token stands for; None where there are none."""
     return sorted(set(range(vocab_size)) - set(tokenizer.get_vocab().values())) or None
 
 

@@ -42,7 +42,7 @@ class LanguageModel:
 
 
 def open_language_model(source: Path, tokenizer: Path | None = None) -> LanguageModel:
-    """The model in a run folder (newest whole checkpoint), a checkpoint folder or a Hugging Face folder.
+    """Return the model in a run folder (newest whole checkpoint), a checkpoint folder or a Hugging Face folder.
 
     Raises:
         ConfigError: `source` is none of them, or its model has no twin in Hugging Face's library.
@@ -61,7 +61,7 @@ def open_language_model(source: Path, tokenizer: Path | None = None) -> Language
 
 
 def from_trained(trained: Trained) -> LanguageModel:
-    """A run's model in their classes, in memory."""
+    """Return a run's model in Hugging Face's classes, made in memory."""
     import transformers
 
     with TemporaryDirectory() as folder:  # as `convert` would write it, so that run and folder say the same
@@ -75,7 +75,7 @@ def from_trained(trained: Trained) -> LanguageModel:
 
 
 def their_form(trained: Trained, tokenizer: Any) -> tuple[PretrainedConfig, dict[str, torch.Tensor]]:
-    """Their configuration, with the tokenizer's special tokens, and state dictionary.
+    """Return their configuration, with the tokenizer's special tokens, and state dictionary.
 
     Raises:
         ConfigError: the model has no twin, or the tokenizer has more tokens than the model or lacks one it needs.
@@ -92,7 +92,7 @@ def their_form(trained: Trained, tokenizer: Any) -> tuple[PretrainedConfig, dict
 
 
 def caches(config: PretrainedConfig) -> bool:
-    """Return whether generation may cache: transformers 5 makes a decoder's cache as deep as the encoder."""
+    """Return True if generation may cache: transformers 5 makes a decoder's cache as deep as the encoder."""
     return not config.is_encoder_decoder or config.num_decoder_layers == config.num_layers
 
 
@@ -103,6 +103,7 @@ def their_names_of(checkpoint: Path, tokenizer: Path | None = None) -> Names:
         ConfigError: the model has no twin, or counts positions from the padding token of a tokenizer that has none.
     """
     run = run_of(checkpoint, read_state(checkpoint))
+    # Without positions from the padding token on, the tokenizer need not be there at all.
     if not form_of(run.model).after_padding:
         return their_names(run.model)
     folder = tokenizer or run.tokenizer
@@ -120,7 +121,7 @@ def _padding_id(config: ModelConfig, folder: Path, tokenizer: Any) -> int | None
 
 
 def read_folder(folder: Path, tokenizer: Path | None = None) -> LanguageModel:
-    """The model of a Hugging Face folder, of any architecture that their library has.
+    """Return the model of a Hugging Face folder, of any architecture that their library has.
 
     Raises:
         ConfigError: the folder cannot be read, its weights are not those of its configuration, or the tokenizer has
@@ -134,7 +135,7 @@ def read_folder(folder: Path, tokenizer: Path | None = None) -> LanguageModel:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder in their general class, which splits text as our own reader does.
+    """Return the tokenizer of a folder in their general class, which splits text as our own reader does.
 
     Folders without `tokenizer.json` are converted by the class that they name.
 
@@ -151,6 +152,7 @@ def read_tokenizer(folder: Path) -> Any:
             "name the tokenizer's folder with --tokenizer, or copy its files there",
         )
     try:
+        # AutoTokenizer would rebuild some classes by rules of their own, and split text otherwise (`same_tokens`).
         if (folder / MODEL_FILE).is_file():
             return wrap_files(read_files(folder, needs_settings=False))
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -163,7 +165,7 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def check_vocabulary(num_rows: int, folder: Path, tokenizer: Any) -> None:
-    """Raises `ConfigError` where a tokenizer has ids that a model of `num_rows` tokens has no row for."""
+    """Raise `ConfigError` where a tokenizer has ids that a model of `num_rows` tokens has no row for."""
     if len(tokenizer) > num_rows:
         raise ConfigError(
             f"tokenizer {folder} has {len(tokenizer)} tokens, the model {num_rows} rows",

@@ -27,12 +27,14 @@ def new_folder(output: Path) -> Iterator[Path]:
             "a new or empty folder",
             "name another, or remove it first",
         )
+    # Beside it, so on the same file system: the rename at the end copies nothing.
     partial = output.resolve().with_name(f".{output.resolve().name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
         if output.is_dir():
+            # empty, as checked; a folder that has been filled meanwhile stays, and this raises
             output.rmdir()
         partial.rename(output)
         sync_folder(output.resolve().parent)
@@ -42,5 +44,6 @@ def new_folder(output: Path) -> Iterator[Path]:
             "a writable folder with room",
             "name another --output",
         ) from error
+    # after the rename there is nothing of this name
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def quiet() -> None:
-    """No progress bars for loads of a moment, no messages below an error."""
+    """Switch off progress bars and all messages below an error."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

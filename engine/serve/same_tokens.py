@@ -26,9 +26,10 @@ from engine.serve.source import Trained, run_of
 log = logger(__name__)
 
 _DOCUMENTS = 32
-"""Documents of each data set that are compared."""
+"""Number of documents of each data set that are compared."""
 _LONGEST = 2048
-"""Tokens of a document that are compared; what its cut end may change is left out of the comparison with its ids."""
+"""Tokens of a document that are compared."""
+# A text that is cut ends in other tokens than the whole one: merges may reach over the cut. The last 64 do not count.
 _BEHIND_CUT = 64
 
 
@@ -55,6 +56,7 @@ def same_tokens(trained: Trained, folder: Path, name: Path, text: str) -> SameTo
     compared = [_compare(ours, theirs, ids, trained, name) for ids in _documents(trained, ours)]
     given = [tokens for tokens in compared if tokens]
     others = [tokens for tokens in compared if tokens == 0]
+    # Some may differ: a shard's text may not be what decoding gives back. Most differ only under another tokenizer.
     if len(others) > len(given):
         raise differs(
             name,
@@ -87,6 +89,7 @@ def _compare(ours: TextTokenizer, theirs: Any, ids: np.ndarray, trained: Trained
     if again.tolist() != _ids(theirs, text):
         raise differs(name, "its tokenizer cuts a document of the shards into other tokens", f"{trained.tokenizer}'s")
     end = cut.size if cut.size == ids.size else cut.size - _BEHIND_CUT
+    # equal text, other ids: another tokenizer (0); other text: the tokenizer loses something, which says nothing (None)
     if np.array_equal(again[:end], cut[:end]):
         return end
     return 0 if ours.decode(again) == text else None
@@ -99,7 +102,7 @@ def _special(tokenizer: TextTokenizer) -> list[str]:
 
 
 def _documents(trained: Trained, tokenizer: TextTokenizer) -> Iterator[np.ndarray]:
-    """Ids of the first documents of each data set that the run was trained on, without the end of text."""
+    """Yield ids of the first documents of each data set that the run was trained on, without the end of text."""
     run = run_of(trained.checkpoint, read_state(trained.checkpoint))
     data = [stage.data for stage in run.stages]
     places = dict.fromkeys(
@@ -117,6 +120,7 @@ def _documents(trained: Trained, tokenizer: TextTokenizer) -> Iterator[np.ndarra
             continue
         bounds = shard.documents[: _DOCUMENTS + 1].tolist()
         for first, end in itertools.pairwise(bounds):
+            # without the end of text, which is the last token of each document
             yield np.array(shard.tokens[first : end - 1], np.int64)
 
 

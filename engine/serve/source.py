@@ -48,7 +48,7 @@ def is_trained(source: Path) -> bool:
 
 
 def open_trained(source: Path, tokenizer: Path | None = None) -> Trained:
-    """The newest whole model of a run folder, or the one of a checkpoint folder.
+    """Return the newest whole model of a run folder, or the one of a checkpoint folder.
 
     `tokenizer` overrides the folder that the run was configured with.
 
@@ -74,13 +74,14 @@ def open_trained(source: Path, tokenizer: Path | None = None) -> Trained:
             f"a folder of hash {trained_with}, found {tokenizer_hash(folder)}",
             "name the right one with --tokenizer",
         )
+    # last: whatever else is wrong is found before gigabytes are read
     weights = read_weights(checkpoint)
     check_finite(weights.items(), checkpoint)
     return Trained(checkpoint, state.step, state.tokens, run.model, folder, weights)
 
 
 def find_checkpoint(source: Path) -> Path:
-    """The verified checkpoint that `source` means; what is passed over is logged.
+    """Return the verified checkpoint of `source`; checkpoints that are passed over are logged.
 
     Raises:
         ConfigError: `source` is neither a run folder nor a checkpoint.
@@ -117,7 +118,8 @@ def _whole(checkpoint: Path) -> Path:
 
 
 def run_of(checkpoint: Path, state: CheckpointState) -> RunConfig:
-    """The configuration in the checkpoint or, where it carries none, of the run folder around it."""
+    """Return the configuration in the checkpoint or, where it carries none, of the run folder around it."""
+    # empty in a checkpoint that was not saved by a run
     if state.config:
         return parse_run(state.config, f"in {checkpoint / MANIFEST}")
     return load_run(checkpoint.parent.parent / RUN_CONFIG)

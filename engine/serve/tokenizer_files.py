@@ -1,4 +1,4 @@
-"""The tokenizer in an exported folder: what a user gets from `AutoTokenizer` without any option fits the model.
+"""The tokenizer in an exported folder: `AutoTokenizer` without any option fits the model.
 
 A text is framed as the rows of training were: nothing around it for decoders, the end token behind it for the encoder
 of T5, [CLS] and [SEP] for encoders. Texts are cut at the model's positions, and token types are made only for models
@@ -26,7 +26,7 @@ SIDE_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-"""Files of a tokenizer besides these two, for readers that do not take `tokenizer.json`."""
+"""Further files of a tokenizer, for readers that do not take `tokenizer.json`."""
 _PASSING_STATE = ("truncation", "padding")
 _ADDING = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
 """Post-processors that put special tokens around a text."""
@@ -53,7 +53,7 @@ def write_tokenizer(source: Path, folder: Path, model: ModelConfig) -> None:
 
 
 def _of_model(tokenizer: TextTokenizer, model: ModelConfig) -> dict[str, Any]:
-    """Settings that depend on the model."""
+    """Return settings that depend on the model."""
     types = ["token_type_ids"] if model.tells_segments_apart else []
     found: dict[str, Any] = {
         "model_max_length": model.max_positions,
@@ -65,8 +65,10 @@ def _of_model(tokenizer: TextTokenizer, model: ModelConfig) -> dict[str, Any]:
 
 
 def _framed(tree: dict[str, Any], tokenizer: TextTokenizer, model: ModelConfig) -> dict[str, Any]:
-    """`tokenizer.json` that frames texts as training did; as it is, wherever it does so already."""
+    """Return a `tokenizer.json` that frames texts as training did; unchanged where it does so already."""
+    # Both set to null: they are left over from whoever called the tokenizer last, and are not a part of it.
     tree = tree | dict.fromkeys(set(_PASSING_STATE) & tree.keys())
+    # Tried out, not read from the tree: the types of post-processors nest, and more than one adds tokens.
     encoded = tokenizer.model.encode("a", add_special_tokens=True)
     frame = [number for number, is_added in zip(encoded.ids, encoded.special_tokens_mask, strict=True) if is_added]
     if model.family == "gpt":
@@ -81,15 +83,17 @@ def _framed(tree: dict[str, Any], tokenizer: TextTokenizer, model: ModelConfig) 
 
 
 def _without_frame(post_processor: dict[str, Any]) -> dict[str, Any] | None:
-    """The post-processor without what adds tokens; None where nothing is left."""
+    """Return the post-processor without what adds tokens; None where nothing is left."""
     parts = post_processor["processors"] if post_processor["type"] == "Sequence" else [post_processor]
     kept = [part for part in parts if part["type"] not in _ADDING]
     return {"type": "Sequence", "processors": kept} if kept else None
 
 
 def _template(tokenizer: TextTokenizer, head: list[str], tail: list[str], has_types: bool = False) -> dict[str, Any]:
-    """A post-processor that puts tokens, named by their role, before and behind a text; `tail` is behind both of a
-    pair."""
+    """Return a post-processor that puts tokens, named by their role, before and behind a text.
+
+    Of a pair, `tail` is behind both texts.
+    """
     known = tokenizer.vocabulary
     ids = {"end": tokenizer.eos_id, "classify": known.classify, "separate": known.separate}
     text = {role: tokenizer.model.id_to_token(ids[role]) for role in (*head, *tail)}
@@ -101,6 +105,7 @@ def _template(tokenizer: TextTokenizer, head: list[str], tail: list[str], has_ty
         return [{"Sequence": {"id": name, "type_id": kind}}]
 
     single = [*special(head, 0), *sequence("A", 0), *special(tail, 0)]
+    # BERT: type 1 for the second text of a pair; models without token types have 0 alone
     second = int(has_types)
     tokens = {token: {"id": token, "ids": [ids[role]], "tokens": [token]} for role, token in text.items()}
     return {

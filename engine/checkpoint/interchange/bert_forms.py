@@ -17,7 +17,7 @@ from engine.errors import ConfigError
 
 
 def _encoder(name: str) -> dict[str, Theirs]:
-    """Names of embeddings and layers that BERT and RoBERTa share."""
+    """Return names of embeddings and layers that BERT and RoBERTa share."""
     layer = f"{name}.encoder.layer.#"
     return {
         "embed_tokens": one(f"{name}.embeddings.word_embeddings"),
@@ -116,6 +116,7 @@ BERT_WITHOUT_PAIRS = replace(
 
 
 def _read_roberta(theirs: Any, problems: Problems) -> dict[str, Any]:
+    # 514 of roberta-base are 512 and the rows 0 and 1, up to that of its padding token, number 1
     return {"max_positions": theirs.max_position_embeddings - theirs.pad_token_id - 1}
 
 
@@ -144,6 +145,7 @@ def _modern_extras(config: BERTConfig) -> dict[str, Any]:
         "layer_types": [GLOBAL if config.reach(layer) is None else LOCAL for layer in range(config.num_layers)],
         "rope_parameters": {
             GLOBAL: {"rope_type": "default", "rope_theta": config.rope_theta},
+            # None is ours for "as the global layers"; theirs has a number for each kind.
             LOCAL: {"rope_type": "default", "rope_theta": config.local_rope_theta or config.rope_theta},
         },
         **({} if config.local_attention is None else {"local_attention": config.local_attention}),
@@ -162,10 +164,11 @@ def _read_modern(theirs: Any, problems: Problems) -> dict[str, Any]:
 
 
 def _read_local(theirs: Any, theta: float, problems: Problems) -> dict[str, Any]:
-    """What says which layers are local, and of them; nothing where none is."""
+    """Return our keys of local layers: window, order and rotary base; empty where no layer is local."""
     kinds = list(theirs.layer_types)
     if LOCAL not in kinds:
         return {}
+    # Global layers come first of every n: n = 3 is [GLOBAL, LOCAL, LOCAL, GLOBAL, ...]. The least n that fits is ours.
     every = next(
         (n for n in range(2, len(kinds) + 1) if kinds == [LOCAL if i % n else GLOBAL for i in range(len(kinds))]), 0
     )

@@ -17,7 +17,7 @@ from engine.errors import CheckpointError
 
 
 def write_dcp(path: Location, output: Path) -> int:
-    """A checkpoint as torch's distributed checkpoint: the same names, whole tensors; returns how many.
+    """Write a checkpoint as torch's distributed checkpoint, with the same names and whole tensors; return their number.
 
     `torch.distributed.checkpoint.load` reads it into any sharding: `{"model.<parameter>": tensor, ...}`.
 

@@ -1,4 +1,4 @@
-"""The fp32 master weights of a checkpoint that DeepSpeed itself wrote (ZeRO 1 to 3), read without running what it says.
+"""The fp32 master weights of a checkpoint that DeepSpeed itself wrote (ZeRO 1 to 3), read without running any of it.
 
 Such files are pickles. They are opened with torch's restricted unpickler alone (`weights_only`), which builds tensors,
 plain containers and the classes of `ALLOWED`, all of them plain records; anything else in a file is an error, and
@@ -35,7 +35,7 @@ Weights = dict[str, torch.Tensor]
 
 
 def read_weights(place: Path) -> Weights:
-    """fp32 weights by the names of the module that was saved; tied ones under each of their names.
+    """Return fp32 weights by the names of the module that was saved; tied ones under each of their names.
 
     `place` is the folder of one checkpoint, or the folder above, whose `latest` names one.
 
@@ -47,11 +47,14 @@ def read_weights(place: Path) -> Weights:
     models = _by_rank(folder, _MODEL)
     if not optimizers or not models:
         raise _unusable(folder, "no file of model states, or none of optimizer states: ZeRO 1 to 3 have both")
+    # Any rank's will do: shapes and names are equal in all.
     model = _open(models[min(models)])
     try:
         states = [_open(optimizers[rank])["optimizer_state_dict"] for rank in sorted(optimizers)]
         stage, count = int(states[0]["zero_stage"]), states[0]["partition_count"]
+        # one number per parameter group under ZeRO-1 and 2
         count = max(count) if isinstance(count, list) else int(count)
+        # A missing rank's range would shift everything behind it in a joined buffer, in silence.
         if sorted(optimizers) != list(range(count)):
             raise _unusable(folder, f"optimizer states of ranks {sorted(optimizers)}, it was saved by {count}")
         key = "single_partition_of_fp32_groups" if stage <= 2 else "fp32_flat_groups"
@@ -67,21 +70,23 @@ def read_weights(place: Path) -> Weights:
 
 
 def _joined(shapes: list[dict[str, Any]], buffers: list[Any], paddings: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """ZeRO-1 and 2: a group's buffers of all ranks, joined, hold its parameters one after the other."""
+    """Yield the weights of ZeRO-1 and 2: a group's buffers of all ranks, joined, hold its parameters in order."""
     for number, group in enumerate(shapes):
         flat, at = torch.cat([rank[number].detach().float() for rank in buffers]), 0
         for index, (name, shape) in enumerate(group.items()):
             numel = math.prod(shape)
+            # clone: a view would keep the whole joined buffer in memory
             yield name, flat[at : at + numel].view(shape).clone()
             at += numel + (int(paddings[number][index]) if paddings is not None else 0)
 
 
 def _interleaved(shapes: list[dict[str, Any]], buffers: list[Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """ZeRO-3: a rank's buffers, joined, hold its equal share of each parameter, padded at the end."""
+    """Yield the weights of ZeRO-3: a rank's joined buffers hold an equal share of each parameter, padded at the end."""
     flats, at = [torch.cat([group.detach().float() for group in rank]) for rank in buffers], 0
     for group in shapes:
         for name, shape in group.items():
             numel = math.prod(shape)
+            # 10 elements on 4 ranks: shares of 3, and the last rank holds 1 and 2 of padding, which [:numel] cuts off.
             share = -(-numel // len(flats))
             yield name, torch.cat([flat[at : at + share] for flat in flats])[:numel].view(shape)
             at += share
@@ -95,6 +100,7 @@ def _open(path: Path) -> dict[str, Any]:
         allowed.append(getattr(importlib.import_module(module), attribute))
     try:
         with torch.serialization.safe_globals(allowed):
+            # mmap: of a file of optimizer states only the fp32 weights are read, not the moments
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, RuntimeError, EOFError) as error:
         raise _unusable(path, f"it cannot be read ({str(error).splitlines()[0]})") from error
@@ -112,6 +118,7 @@ def _tag(place: Path) -> Path:
     if not latest.is_file():
         return place
     name = latest.read_text(encoding="utf-8").strip()
+    # text from a file: it may not lead out of the folder
     if not name or Path(name).name != name:
         raise _unusable(place, f"its file `latest` names {name!r}")
     return place / name

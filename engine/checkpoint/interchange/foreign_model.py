@@ -115,6 +115,7 @@ def load(folder: Path, architecture: str) -> Loaded:
             folder,
             dtype=torch.float32,
             local_files_only=True,
+            # never a pickle, even where one lies beside the safetensors
             use_safetensors=True,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # told below, by name; the library's own report is a table on stderr
@@ -130,6 +131,7 @@ def load(folder: Path, architecture: str) -> Loaded:
             "the shapes that config.json says",
             "mend config.json (vocab_size counts the rows of a padded vocabulary, too), or take the right files",
         )
+    # transformers has filled these with random numbers by now.
     missing = info["missing_keys"] | _lost_head(folder, model)
     return Loaded(model, tuple(sorted(missing)), tuple(sorted(info["unexpected_keys"])))
 

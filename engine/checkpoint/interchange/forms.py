@@ -1,4 +1,4 @@
-"""The model forms that both Hugging Face and this engine have: what their configurations and parameters are called.
+"""The model forms that both Hugging Face and this engine have: names of their configuration fields and parameters.
 
 Tables alone; `engine.checkpoint.interchange.huggingface` reads them in both directions.
 """
@@ -18,13 +18,13 @@ from engine.errors import ConfigError
 
 @dataclass(frozen=True)
 class Theirs:
-    """Modules whose parameters, one after the other along the outputs, are ours."""
+    """Modules of theirs whose parameters, joined along the output dimension, make up one of ours."""
 
     modules: tuple[str, ...]
     transposed: bool = False
-    """Weights are (in, out)."""
+    """True if their weights are (in, out), as in GPT-2's Conv1D; ours are (out, in)."""
     after_padding: bool = False
-    """Rows up to that of the number of the padding token stand before ours."""
+    """True if their table begins with the rows 0 to the number of the padding token, which ours does not have."""
 
 
 def one(module: str) -> Theirs:
@@ -36,7 +36,8 @@ def conv1d(module: str) -> Theirs:
 
 
 def numbered(config: ModelConfig, module: str) -> tuple[str, str]:
-    """A module's name with # for the number of its layer, and that number ("" where it has none)."""
+    """Return a module's name with # for the number of its layer, and that number ("" where it has none)."""
+    # layers.3.ffn.up_proj -> ("layers.#.ffn.up_proj", "3")
     number = next(iter(re.findall(r"\.(\d+)\.", module)), "")
     return re.sub(r"\.\d+\.", ".#.", module), number
 
@@ -52,17 +53,17 @@ class Form:
     twin: Twin
     model_type: str
     architecture: str
-    """Their class with all heads that ours has."""
+    """Name of their class that has all heads of ours."""
     names: Mapping[str, Theirs]
-    """By what `key` makes of our module's name; what is named with its .weight or .bias comes before its module."""
+    """Their modules by the key of ours (`key`); an entry with .weight or .bias takes precedence over its module."""
     theirs: Mapping[str, tuple[Any, ...]]
     fields: Mapping[str, str]
     extras: Callable[[Any], dict[str, Any]]
-    """What else their configuration says of ours."""
+    """Function from our configuration to the fields of theirs beyond `fields`."""
     read: Callable[[Any, Problems], dict[str, Any]] = lambda theirs, problems: {}
-    """What else ours says of theirs; adds what ours cannot say to the problems."""
+    """Function from their configuration to our keys beyond `fields`; adds what ours cannot express to the problems."""
     key: Callable[[Any, str], tuple[str, str]] = numbered
-    """The key in `names` of one of our modules, and the number of its layer among theirs."""
+    """Function from one of our modules to its key in `names` and the number of its layer among theirs."""
 
     @property
     def name(self) -> str:
@@ -70,7 +71,7 @@ class Form:
 
     @property
     def after_padding(self) -> bool:
-        """Whether positions are counted from the number of the padding token on."""
+        """True if positions are counted from the number of the padding token on."""
         return any(entry.after_padding for entry in self.names.values())
 
 
@@ -83,6 +84,7 @@ def rope_theta(rope: Mapping[str, Any] | None, problems: Problems) -> float:
 
 
 def _read_llama(theirs: Any, problems: Problems) -> dict[str, Any]:
+    # `head_dim` came later: older configurations of Llama do not have it, and newer ones may leave it None.
     even, width = theirs.hidden_size // theirs.num_attention_heads, getattr(theirs, "head_dim", None)
     theta = rope_theta(getattr(theirs, "rope_parameters", None), problems)
     return {"rope_theta": theta, "head_size": width or even}

@@ -77,7 +77,9 @@ def _their_tensors(
     for name, part in zip(names, parts, strict=True):
         if entry.after_padding:
             assert padding_id is not None, f"{form.name} counts positions from it on"
+            # Padding token 1: two rows of zeros, and our position 0 is their row 2.
             part = torch.cat([part.new_zeros(padding_id + 1, *part.shape[1:]), part])
+        # biases (1-D) have no orientation
         state[name] = part.t().contiguous() if entry.transposed and part.dim() == 2 else part.contiguous()
     return state
 
@@ -102,6 +104,7 @@ def from_huggingface(
     for spec in family(config).specs(config):
         entry, names = _theirs(config, form, spec)
         tensors[spec.name] = _ours(entry, [state[name] for name in names], source.config.pad_token_id)
+    # transformers loads such a file as it is, although the configuration says tied (`t5_form`).
     if form is T5 and config.tie_embeddings and not torch.equal(state["lm_head.weight"], state["shared.weight"]):
         raise ConfigError(
             "lm_head.weight is not shared.weight, although they are tied", "scale_decoder_outputs = false"
@@ -110,7 +113,7 @@ def from_huggingface(
 
 
 def tensors_in(folder: Path) -> dict[str, torch.Tensor | None]:
-    """The weights that a folder of theirs holds, by logical name, for a comparison.
+    """Return the weights that a folder of theirs holds, by logical name, for a comparison.
 
     None stands for a parameter of its configuration that no file holds whole; a tensor that the model has no place for
     stands under its own name.
@@ -119,6 +122,7 @@ def tensors_in(folder: Path) -> dict[str, torch.Tensor | None]:
         ConfigError: the folder cannot be read, or its model is none that ours computes.
     """
     theirs = read_config(folder)
+    # No padding: stored rows are all that is compared.
     config = our_config(theirs, vocab_multiple=1)
     form, loaded = form_of(config), load(folder, _architecture(theirs))
     state, missing = loaded.model.state_dict(), set(loaded.missing)
@@ -131,7 +135,7 @@ def tensors_in(folder: Path) -> dict[str, torch.Tensor | None]:
 
 
 def _ours(entry: Theirs, parts: list[torch.Tensor], padding_id: int | None) -> torch.Tensor:
-    """The parameter of ours, an fp32 copy, that theirs make up together."""
+    """Return the parameter of ours, an fp32 copy, that theirs make up together."""
     parts = [part.detach().float() for part in parts]
     if entry.after_padding:
         assert padding_id is not None, "positions are counted from it on"
@@ -140,7 +144,7 @@ def _ours(entry: Theirs, parts: list[torch.Tensor], padding_id: int | None) -> t
 
 
 def read_model(folder: Path) -> PreTrainedModel:
-    """The model of a Hugging Face folder, of any architecture of theirs, in fp32. No pickle is opened.
+    """Return the model of a Hugging Face folder, of any architecture of theirs, in fp32. No pickle is opened.
 
     Raises:
         ConfigError: the folder cannot be read, lacks tensors or has others, or holds values that are not finite.
@@ -154,7 +158,7 @@ def _architecture(theirs: PretrainedConfig) -> str:
 
 
 def form_of(config: ModelConfig) -> Form:
-    """The form that a configuration is exactly of.
+    """Return the form that a configuration matches exactly.
 
     Raises:
         ConfigError: it is a mix; names the fields that keep it from the nearest form.
@@ -166,7 +170,7 @@ def form_of(config: ModelConfig) -> Form:
 
 
 def our_config(theirs: PretrainedConfig, vocab_multiple: int, architecture: str = "") -> ModelConfig:
-    """The `ModelConfig` that computes what their configuration does, of a model of the class `architecture`.
+    """Return the `ModelConfig` that computes what their configuration does, of a model of the class `architecture`.
 
     Raises:
         ConfigError: there is none; names the fields.
@@ -179,6 +183,7 @@ def our_config(theirs: PretrainedConfig, vocab_multiple: int, architecture: str 
     problems: list[PalimpsestError] = [
         ConfigError(f"{name} = {getattr(theirs, name)!r}", " or ".join(map(repr, allowed)))
         for name, allowed in form.theirs.items()
+        # A field that their class does not have cannot ask for anything else.
         if getattr(theirs, name, allowed[0]) not in allowed
     ]
     values: dict[str, Any] = {ours: getattr(theirs, name) for ours, name in form.fields.items()}
@@ -190,7 +195,7 @@ def our_config(theirs: PretrainedConfig, vocab_multiple: int, architecture: str 
 
 
 def _form_of_theirs(theirs: PretrainedConfig, architecture: str = "") -> Form | None:
-    """The form of their type; of several the one of the class that the model is of, or says it is of."""
+    """Return the form of their model type; of several, that of the class, given or named in the configuration."""
     forms = [form for form in FORMS if form.model_type == theirs.model_type]
     said = [architecture, *(theirs.architectures or [])]
     return next((form for form in forms if form.architecture in said), forms[0] if forms else None)
@@ -206,13 +211,15 @@ def _their_config(form: Form, config: ModelConfig, padding_id: int | None) -> Pr
     if padding_id is not None:
         theirs.pad_token_id = padding_id
     if form.after_padding:
+        # 512 positions and padding token 1 make 514, as in roberta-base
         theirs.max_position_embeddings = config.max_positions + theirs.pad_token_id + 1
     return theirs
 
 
 def _theirs(config: ModelConfig, form: Form, spec: ParameterSpec) -> tuple[Theirs, list[str]]:
-    """The entry of one of our parameters, and the names of those of theirs that it is made of."""
+    """Return the table entry of one of our parameters, and the names of those of theirs that it is made of."""
     module, _, kind = spec.name.rpartition(".")
     key, layer = form.key(config, module)
+    # Some biases of theirs belong to another module than the weight (BERT's `cls.predictions`).
     entry = form.names.get(f"{key}.{kind}") or form.names[key]
     return entry, [f"{name.replace('#', layer)}.{kind}" for name in entry.modules]

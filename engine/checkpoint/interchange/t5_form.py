@@ -15,12 +15,13 @@ from engine.config.schema.model import T5Config
 from engine.errors import ConfigError
 
 MAX_POSITIONS = 512
-"""Theirs have no longest length; that which the published models were trained with."""
+"""Default number of positions: theirs have no limit, and the published models were trained with this length."""
 
 
 _ENCODER, _DECODER = "encoder.block.#.layer", "decoder.block.#.layer"
 T5_NAMES = {
     "embed_tokens": one("shared"),
+    # One table of relative positions per stack, which theirs keep in the stack's first layer.
     "encoder_positions": one("encoder.block.0.layer.0.SelfAttention.relative_attention_bias"),
     "decoder_positions": one("decoder.block.0.layer.0.SelfAttention.relative_attention_bias"),
     "encoder.#.attention_norm": one(f"{_ENCODER}.0.layer_norm"),
@@ -51,6 +52,7 @@ def _key(config: T5Config, module: str) -> tuple[str, str]:
     key, number = numbered(config, module)
     if not number:
         return key, number
+    # Ours count through both stacks: with 6 encoder layers, layer 7 is the decoder's layer 1.
     layer, first = int(number), config.num_encoder_layers
     stack, own = ("encoder", layer) if layer < first else ("decoder", layer - first)
     return key.replace("layers.", f"{stack}.", 1), str(own)

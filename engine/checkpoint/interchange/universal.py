@@ -26,15 +26,15 @@ from engine.errors import CheckpointError
 from engine.parallel.sharding import ParameterSpec
 
 LATEST = "latest_universal"
-"""Names the checkpoint in a folder that DeepSpeed loads; written last."""
+"""File that names the checkpoint in a folder that DeepSpeed loads; written last."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""All that DeepSpeed's loader knows under ZeRO-3."""
+"""Moments that DeepSpeed's loader knows under ZeRO-3."""
 MOST_GROUPS = 1024
-"""DeepSpeed passes over its own groups from the first on that the file has no entry for."""
+"""Number of empty groups in the file: DeepSpeed skips its own groups from the first on that has no entry there."""
 
 
 def logical(spec: ParameterSpec, values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Our own names."""
+    """Return a tensor under its name here."""
     return {spec.name: values}
 
 
@@ -53,14 +53,17 @@ def write_universal(path: Location, output: Path, names: Names = logical) -> tup
     for name, spec in opened.manifest.specs.items():
         states = opened.read(name)
         for key, file in ((WEIGHT, "fp32"), *((moment_state(moment), moment) for moment in MOMENTS)):
+            # popped, so that each state is let go once it is written
             parts = names(spec, states.pop(key_of(key, name)))
             for theirs, part in parts.items():
                 _check_name(path, theirs)
                 _save({"param": _own(part)}, folder / "zero" / theirs / f"{file}.pt")
                 if key == WEIGHT:
+                    # once per parameter, not per state
                     _save(_step(step), folder / "zero" / theirs / "step.pt")
                     count += 1
     _save(_optimizer_state(step), folder / "zero" / "optimizer_state.pt")
+    # ZeRO-3 looks for the second name, the others for the first.
     for prefix in ("", "zero_pp_rank_0_"):
         _save(_model_states(step), folder / f"{prefix}mp_rank_00_model_states.pt")
     with disk_errors(output):
@@ -84,7 +87,7 @@ def check_moments(manifest: Manifest) -> None:
 
 
 def _check_name(path: Location, name: str) -> None:
-    """A parameter's name becomes that of a folder: it may not lead elsewhere."""
+    """Raise `CheckpointError` for a name that is no folder's: it becomes one, and may not lead elsewhere."""
     if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
         raise damaged(path / MANIFEST, f"the parameter name {name!r} is not that of a folder")
 
@@ -108,7 +111,7 @@ def _optimizer_state(step: int) -> dict[str, Any]:
 
 
 def _model_states(step: int) -> dict[str, Any]:
-    """Counters; the weights are in `zero/`. Learning rate schedules of DeepSpeed's own count steps from -1 on."""
+    """Return the counters; the weights are in `zero/`. DeepSpeed's learning rate schedules count steps from -1 on."""
     return {
         "module": {},
         "dp_world_size": 1,
@@ -120,7 +123,7 @@ def _model_states(step: int) -> dict[str, Any]:
 
 
 def _own(values: torch.Tensor) -> torch.Tensor:
-    """In memory of its own: `torch.save` writes the whole of what a view looks at."""
+    """Return values in memory of their own: `torch.save` writes the whole storage under a view."""
     return values if values.untyped_storage().nbytes() == values.nbytes and values.is_contiguous() else values.clone()
 
 

@@ -22,7 +22,7 @@ from engine.parallel.state import ParameterShard, Placement
 def write_checkpoint(
     folder: Path, state: CheckpointState, specs: Iterable[ParameterSpec], weights: Mapping[str, torch.Tensor]
 ) -> Path:
-    """A checkpoint of weights alone in a folder `checkpoints/`; returns its path.
+    """Write a checkpoint of weights alone into a folder `checkpoints/`; return its path.
 
     Raises:
         CheckpointError: the weights are not those of `specs`; every name and shape that differs is told.
@@ -34,7 +34,9 @@ def write_checkpoint(
     for spec in known:
         whole = ParameterSpec(spec.name, spec.stored_shape)
         shards.append(ParameterShard(whole, 0, weights[spec.name].detach().float().contiguous().view(-1)))
+        # one stage, and one data rank whose range is all of it: the layout of a single process
         placements.append(Placement(whole, (0,), 0, math.prod(whole.shape)))
+    # `commit` asks for an owner; there is no scheduler here.
     owner = Owner("convert", 0)
     acquire(folder, owner)
     staged = stage_shards(shards, placements, Writer(0, 0, 0), 1, HostBuffer())

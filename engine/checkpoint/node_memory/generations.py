@@ -1,4 +1,4 @@
-"""Generations in the memory of nodes: which one a run goes on from, and which file goes where for that. Pure.
+"""Generations in the memory of nodes: their order, their lost files, and the deliveries that a load needs. Pure.
 
 A generation is one checkpoint whose files are spread over the nodes, each on the node that wrote it and on the next.
 Nodes come and go: a generation can be used where each of its files is on some node.
@@ -31,12 +31,13 @@ class Delivery:
 
 
 def newest_first(held: Sequence[Collection[Generation]]) -> list[Generation]:
-    """All generations that some node has something of; `held` is by node."""
+    """Return all generations that some node has something of; `held` is by node."""
+    # by step, then attempt; the hash of the manifest tells two with equal numbers apart
     return sorted({generation for node in held for generation in node}, reverse=True)
 
 
 def lost(files: Iterable[str], held: Sequence[Collection[str]]) -> list[str]:
-    """The files that no node has; `held` is by node."""
+    """Return the files that no node has; `held` is by node."""
     return [name for name in files if not any(name in node for node in held)]
 
 
@@ -49,6 +50,7 @@ def deliveries(needed: Sequence[Collection[str]], held: Sequence[Collection[str]
     found = []
     for target, names in enumerate(needed):
         for name in sorted(set(names) - set(held[target])):
+            # The holder that has given the fewest files so far, or the first of these: every rank makes the same plan.
             source = min((node for node, own in enumerate(held) if name in own), key=lambda node: (given[node], node))
             given[source] += 1
             found.append(Delivery(name, source, target))

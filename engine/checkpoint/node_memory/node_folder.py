@@ -25,20 +25,20 @@ from engine.checkpoint.stores import BLOCK_BYTES
 from engine.errors import EnvironmentProblem
 
 RUN_FILE = "run.json"
-"""Says in the folder whose it is; locked for as long as its process lives."""
+"""File in the folder that names its run; locked for as long as its process lives."""
 GENERATIONS = 2
-"""That are there at the same time, at the most."""
+"""Largest number of generations that are there at the same time: one whole, one being written."""
 _PREFIX = "palimpsest-memory"
 
 
 def folder_of(base: Path, run: Path, on_host: int) -> Path:
-    """A node's folder; `on_host` tells apart nodes that are played on one machine."""
+    """Return a node's folder; `on_host` tells apart nodes that are simulated on one machine."""
     key = xxhash.xxh3_64_hexdigest(str(run.absolute()).encode())
     return base / f"{_PREFIX}-{os.getuid()}-{key}-{on_host}"
 
 
 def take(folder: Path, run: Path, owner: Owner) -> Any:
-    """Claims the folder for this start of the run, and makes it where it is not there; returns its lock, to be kept.
+    """Acquire the folder for this start of the run, made if it is not there; return its lock, which has to be kept.
 
     Raises:
         EnvironmentProblem: there is no such memory, or the folder is somebody else's.
@@ -51,6 +51,7 @@ def take(folder: Path, run: Path, owner: Owner) -> Any:
             "mount one (tmpfs), name another, or leave checkpoint.memory out",
         )
     with disk_errors(folder):
+        # /dev/shm is writable for everybody: checked below, since somebody else may have made this very name.
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
@@ -63,6 +64,7 @@ def take(folder: Path, run: Path, owner: Owner) -> Any:
     with disk_errors(folder):
         file = (folder / RUN_FILE).open("a+", encoding="utf-8")
         _lock(file)
+        # a+ and then truncate, after the lock: w would clear the note of a process that still holds it
         file.truncate(0)
         file.write(json.dumps({"run": str(run.absolute()), "job": owner.job}))
         file.flush()
@@ -70,8 +72,9 @@ def take(folder: Path, run: Path, owner: Owner) -> Any:
 
 
 def left_behind(own: Path) -> list[str]:
-    """In words, the folders of this user beside `own` whose processes are gone: they hold memory until removed."""
+    """Describe the folders of this user beside `own` whose processes are gone: they hold memory until removed."""
     pattern = re.compile(rf"{_PREFIX}-{os.getuid()}-[0-9a-f]{{16}}-\d+")
+    # all of this run's folders on this host, whatever their `on_host`
     mine = own.name.rpartition("-")[0]
     found = []
     for path in sorted(own.parent.iterdir()):
@@ -83,12 +86,13 @@ def left_behind(own: Path) -> list[str]:
 
 
 def check_room(folder: Path, sizes: Iterable[int]) -> None:
-    """Refuses a node whose memory cannot hold two generations of files of these sizes.
+    """Refuse a node whose memory cannot hold two generations of files of these sizes.
 
     Raises:
         EnvironmentProblem: with how many bytes are wanted and free.
     """
     wanted = GENERATIONS * sum(size + 4 * BLOCK_BYTES for size in sizes)
+    # what lies there is a generation of this run, which the new ones take the place of
     free = free_bytes(folder) + used_bytes(folder)
     if free < wanted:
         raise EnvironmentProblem(
@@ -117,7 +121,7 @@ def used_bytes(folder: Path) -> int:
 
 
 def drop(folder: Path) -> None:
-    """Gives the memory back."""
+    """Remove the folder, which gives its memory back."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -131,6 +135,7 @@ def _is_alive(folder: Path) -> bool:
 
 def _lock(file: Any) -> bool:
     try:
+        # The kernel lets a lock go when its process ends, however it ends; a pid in a file may be another process's.
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False

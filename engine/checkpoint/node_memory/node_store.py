@@ -41,8 +41,8 @@ Result = TypeVar("Result")
 
 
 class NodeStore:
-    """The generations of one run, as one rank sees them. Every method that is not said to be otherwise is collective
-    over the world."""
+    """The generations of one run, as one rank sees them. Methods are collective over the world unless they say
+    otherwise."""
 
     def __init__(
         self,
@@ -52,12 +52,13 @@ class NodeStore:
         place: RankEnvironment,
         connect: Callable[[list[tuple[int, ...]], int], list[Group | None]] = join_lines,
     ) -> None:
-        """`base` is a folder in memory, `run` the run folder; `connect` makes the groups along the ring."""
+        """Make the store. `base` is a folder in memory, `run` the run folder; `connect` makes the ring's groups."""
         identities = collectives.gather_objects((socket.gethostname(), place.node_rank), groups.world)
         self.nodes, self.groups = Nodes.of(identities), groups
         self.rank = groups.world.ranks[groups.world.position]
         self.node = self.nodes.node_of(self.rank)
         self.acts_for_node = self.nodes.first_ranks[self.node] == self.rank
+        # Groups of their own: the ring's messages must not meet those of the training in one communicator.
         self.lines = connect(self.nodes.lines(), self.rank) if self.nodes.count > 1 else []
         self.owner = Owner(place.job, place.attempt)
         self.run, self.folder = run, folder_of(base, run, self.nodes.on_host[self.node])
@@ -65,7 +66,7 @@ class NodeStore:
         self._dropping: Background[None] | None = None
 
     def acquire(self) -> None:
-        """Takes every node's folder for this start of the run; says what others have left there.
+        """Acquire every node's folder for this start of the run; log what others have left there.
 
         Raises:
             EnvironmentProblem: a node has no such memory.
@@ -78,11 +79,12 @@ class NodeStore:
             log.info("checkpoints in the memory of one node outlive its processes, not the node")
 
     def check_room(self, num_bytes: int) -> None:
-        """Before the first step: `num_bytes` is what this rank stores.
+        """Check the room for two generations, before the first step; `num_bytes` are those that this rank stores.
 
         Raises:
             EnvironmentProblem: a node's memory does not hold two generations.
         """
+        # one per cent for header and manifest, as in `stores.prepare`
         sizes = collectives.gather_objects(num_bytes + num_bytes // 100, self.groups.world)
         held = [sizes[rank] for rank in self._held_here()]
         self.on_nodes(lambda: check_room(self.folder, held), EnvironmentProblem)
@@ -94,6 +96,7 @@ class NodeStore:
         wanted = sum(map(sum, (save.sizes[rank] for rank in self._held_here())))
 
         def make() -> None:
+            # The older generation may still be on its way out; its room is needed now.
             if self._dropping is not None:
                 self._dropping.result()
             shutil.rmtree(save.partial, ignore_errors=True)
@@ -104,7 +107,7 @@ class NodeStore:
         self.on_nodes(make)
 
     def write(self, save: Save, staged: Staged, holds_shards: bool, check_cancelled: CheckCancelled) -> Written:
-        """Also takes the room of the copies that will come. Not collective."""
+        """Write this rank's file, and take the room of the copies that will come. Not collective."""
         for rank in self.nodes.kept_by(self.rank):
             if save.data_bytes[rank]:
                 passing.take_room(_arriving(save, rank), sum(save.sizes[rank]))
@@ -124,10 +127,12 @@ class NodeStore:
         try:
             on_all(commit.result, self.groups.world, CheckpointError)
             target = step_path(self.folder, save.step)
+            # Only after every rank has everything: until here the generation before is the newest on all nodes.
             self.on_nodes(lambda: self._publish(save.partial, target))
         except CheckpointError:
             self.clear(save)
             raise
+        # In the background, and only now: two generations are there for a moment, never none.
         if self.acts_for_node:
             self._dropping = Background(lambda _: self._keep_only(save.step), "drop-generations")
         if self.groups.world.position == 0:
@@ -136,29 +141,29 @@ class NodeStore:
         return target
 
     def give_up(self, commit: Background[Path]) -> None:
-        """Leaves it to its thread: it may wait for a rank that does not answer any more. Not collective."""
+        """Leave the commit to its thread: it may wait for a rank that does not answer any more. Not collective."""
 
     def keep_only(self, step: int | None) -> None:
-        """Drops the generations of all other steps, on all nodes; of every step without one."""
+        """Drop the generations of all other steps, on all nodes; of every step without one."""
         self.on_nodes(lambda: self._keep_only(step))
 
     def end(self) -> None:
-        """Gives all memory back."""
+        """Give all memory back."""
         self.on_nodes(lambda: drop(self.folder))
 
     def on_nodes(
         self, action: Callable[[], Result], unexpected: type[EnvironmentProblem | CheckpointError] = CheckpointError
     ) -> Result | None:
-        """The result of `action` on one rank of each node, None on the others; raises on all where one fails."""
+        """Return the result of `action` on one rank of each node, None on the others; raises on all where one fails."""
         return on_all(lambda: action() if self.acts_for_node else None, self.groups.world, unexpected)
 
     def _held_here(self) -> list[int]:
-        """The ranks whose files are on this node."""
+        """Return the ranks whose files are on this node."""
         own = self.nodes.ranks[self.node]
         return [*own, *(other for rank in own for other in self.nodes.kept_by(rank))]
 
     def _pass_on(self, save: Save, manifest: Manifest, reports: list[Written]) -> Path:
-        """Sends this rank's file to its keeper and receives those that it keeps; returns when they are verified."""
+        """Send this rank's file to its keeper and receive those that it keeps; return when they are verified."""
         if self.acts_for_node:
             manifest_json.write(manifest, save.partial)
         works, arriving = [], []
@@ -166,6 +171,7 @@ class NodeStore:
             record = reports[rank].record
             if record is not None:
                 path, line = _arriving(save, rank), self._line(rank)
+                # Receives are posted before the send: all nodes send and receive at once, and none waits for its turn.
                 works += passing.start_receiving(path, record.num_bytes, line, line.ranks.index(rank))
                 arriving.append((path, record))
         record, keeper = reports[self.rank].record, self.nodes.keeper_of(self.rank)
@@ -179,7 +185,7 @@ class NodeStore:
         return save.partial
 
     def _line(self, sender: int) -> Group:
-        """The group along which a rank's own file travels."""
+        """Return the group along which a rank's own file travels."""
         line = self.lines[self.nodes.position(sender)]
         assert line is not None
         return line

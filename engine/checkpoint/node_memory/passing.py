@@ -24,27 +24,29 @@ CHUNK_BYTES = 64 << 20
 
 
 def take_room(path: Path, num_bytes: int) -> None:
-    """Makes a file that has its pages. Raises `CheckpointError` where there are not so many."""
+    """Make a file with all its pages allocated. Raises `CheckpointError` where memory has not that many."""
     with disk_errors(path), path.open("wb") as file:
+        # Without it a full tmpfs shows as SIGBUS at the first touch of a page. fallocate refuses 0 bytes.
         os.posix_fallocate(file.fileno(), 0, max(num_bytes, 1))
 
 
 def start_sending(path: Path, group: Group, position: int) -> list[Work]:
-    """Sends a file to the rank at `position`; it may be renamed meanwhile, and not be written to."""
+    """Start to send a file to the rank at `position`; it may be renamed meanwhile, but not written to."""
     mapped = np.memmap(path, dtype=np.uint8, mode="c")  # a tensor wants memory that could be written to
     return [collectives.send(chunk, group, position) for chunk in _chunks(torch.from_numpy(mapped))]
 
 
 def start_receiving(path: Path, num_bytes: int, group: Group, position: int) -> list[Work]:
-    """Fills a file that `take_room` has made, cut to `num_bytes`, with what the rank at `position` sends."""
+    """Start to fill a file that `take_room` has made, cut to `num_bytes`, with what the rank at `position` sends."""
     with disk_errors(path):
+        # The room was taken for the longest possible header.
         os.truncate(path, num_bytes)
         mapped = np.memmap(path, dtype=np.uint8, mode="r+")
     return [collectives.start_receiving(chunk, group, position) for chunk in _chunks(torch.from_numpy(mapped))]
 
 
 def accept(path: Path, record: FileRecord) -> None:
-    """Gives a file that has come its name, if it is the one that was sent.
+    """Rename a received file to its final name, if its bytes are those that were sent.
 
     Raises:
         CheckpointError: it is another one.

@@ -39,11 +39,11 @@ class Eligibility:
     meanings: frozenset[str]
     """Hashes of the configuration's keys of kind meaning, up to each of its run stages."""
     job: str
-    """The one that used the run folder last: another one's state may be of a past that it has gone back behind."""
+    """Job that used the run folder last: the state of another job may be of steps that it has since undone."""
     least_step: int
-    """It is of no use below: the disk has as much."""
+    """Lowest step that is of use: the disk has everything below."""
     least_attempt: int
-    """An earlier start's went on past a point that a later one has gone back behind."""
+    """Lowest attempt: an earlier start may have saved steps that a later one has undone."""
 
 
 class Recall:
@@ -65,6 +65,7 @@ class Recall:
         None means that there is none.
         """
         while self._left and self._left[0].step >= eligible.least_step:
+            # popped: the next call, with an older checkpoint of the disk in hand, goes on behind it
             generation = self._left.pop(0)
             try:
                 return self._bring(generation, eligible, shards, zero_moments)
@@ -94,7 +95,7 @@ class Recall:
         shards: list[ParameterShard],
         zero_moments: Collection[str],
     ) -> Path:
-        """Verifies a generation and passes its files to where they are needed.
+        """Verify a generation and pass its files to the nodes that need them.
 
         Raises:
             CheckpointError: it cannot be used; the same on every rank.
@@ -102,6 +103,7 @@ class Recall:
         manifest = self._manifest(generation)
         _check_eligible(manifest, eligible)
         held = self._held_by_node(generation)
+        # Twice: the first look costs nothing, and spares reading every byte of a generation that cannot be used.
         self._check_held(manifest, held)
         held = self._verify(manifest, held)
         self._check_held(manifest, held, " and unharmed")
@@ -110,6 +112,7 @@ class Recall:
             lambda: files_needed(manifest, shards, *rank_and_size, zero_moments), self._world, CheckpointError
         )
         by_rank = collectives.gather_objects(mine, self._world)
+        # by rank -> by node
         needed = [set().union(*(by_rank[rank] for rank in ranks)) for ranks in self._store.nodes.ranks]
         self._pass(manifest, deliveries(needed, held), generation in self._held[self._store.node])
         return step_path(self._store.folder, generation.step)
@@ -131,6 +134,7 @@ class Recall:
         """Return the names of the whole files on each node, by reading all of them; a node's ranks share the work."""
         store = self._store
         position, ranks = store.nodes.position(store.rank), store.nodes.ranks[store.node]
+        # Node with files a to e and 2 ranks: rank 0 reads a, c, e and rank 1 reads b, d.
         names = sorted(held[store.node])[position :: len(ranks)]
         found = verify_files(step_path(store.folder, manifest.state.step), manifest, names)
         for damage in found:
@@ -152,7 +156,7 @@ class Recall:
             )
 
     def _pass(self, manifest: Manifest, plan: list[Delivery], is_here: bool) -> None:
-        """Brings the files of `plan` to their nodes; `is_here`: this node has something of the generation already."""
+        """Bring the files of `plan` to their nodes; `is_here`: this node has something of the generation already."""
         store, path = self._store, step_path(self._store.folder, manifest.state.step)
         arriving = [manifest.files[one.file] for one in plan if one.target == store.node]
         wanted = sum(record.num_bytes for record in arriving)
@@ -172,13 +176,14 @@ class Recall:
         on_all(lambda: self._exchange(manifest, plan, path), self._world, CheckpointError)
 
     def _exchange(self, manifest: Manifest, plan: list[Delivery], path: Path) -> None:
-        """Every rank goes through the plan in the same order, and the lines share it."""
+        """Pass the files of the plan, in the same order on every rank; the lines of the ring share the work."""
         nodes, rank = self._store.nodes, self._store.rank
         lines = nodes.lines()
         # A short line has a rank twice; the first ones, as many as the smallest node has ranks, share no rank.
         used = min(map(len, nodes.ranks))
         problems: list[CheckpointError] = []  # told at the end: others wait for what this rank has yet to send
         for number, delivery in enumerate(plan):
+            # round robin over the lines, so that all ranks of a node send and receive
             line, group = lines[number % used], self._store.lines[number % used]
             record = manifest.files[delivery.file]
             source, target = line[delivery.source], line[delivery.target]
@@ -200,7 +205,7 @@ class Recall:
 
 
 def _check_eligible(manifest: Manifest, eligible: Eligibility) -> None:
-    """Raises `CheckpointError` for a generation of another run, or of a start that the run has left behind."""
+    """Raise `CheckpointError` for a generation of another run, or of a start that the run has left behind."""
     if manifest.state.config_hash not in eligible.meanings or manifest.job != eligible.job:
         meanings = ", ".join(sorted(eligible.meanings))
         raise CheckpointError(
