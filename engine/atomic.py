@@ -31,15 +31,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         OSError: the folder cannot be written to, or is full.
     """
     sweep(path)
+    # In the same folder, because a move is one step inside of a file system only; a name that no other writer has.
     partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         with _locked(partial) as file:
             yield file
             file.flush()
+            # Before the move: a file system may write the name before the content, and a crash between them would leave
+            # an empty file under that name.
             os.fsync(file.fileno())
             partial.replace(path)  # under the lock: from here on there is nothing that a sweep could find
     finally:
         partial.unlink(missing_ok=True)
+    # The move is a change of the folder, which has to reach the disk as well.
     sync_folder(path.parent)
 
 
@@ -67,6 +71,7 @@ def sweep(path: Path) -> bool:
     """Remove what killed writers of a file have left beside it; return True if there was something."""
     found = False
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        # A lock that is held belongs to a live writer, here or on another node; its file stays.
         with suppress(OSError), left.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             left.unlink()

@@ -64,6 +64,8 @@ OUTLIVE_TERMINAL = ("train", "launch")
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line (default: this process's) and return its exit code; never raise SystemExit."""
     arguments = _skip_local_rank(list(sys.argv[1:] if arguments is None else arguments))
+    # Before anything is printed: a locale that cannot spell a name must not end in a traceback, and no traceback may
+    # show a credential.
     spell_everything()
     redact_process()
     with lenient() if set(arguments[:1]) & set(OUTLIVE_TERMINAL) else watched():
@@ -90,6 +92,7 @@ def _main(arguments: list[str]) -> int:
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # `| head` has read enough
         return EXIT_FAILURE
+    # ImportError and SystemError are here for memory alone (`out_of_memory`); any other is a defect, and raised again.
     except (PalimpsestError, OSError, MemoryError, ImportError, SystemError, UnicodeEncodeError) as error:
         problem = error if isinstance(error, PalimpsestError) else _refused_by_the_machine(error)
         if problem is None:
@@ -166,6 +169,7 @@ def load(name: str) -> Any:
 
 def run(target: Any, name: str, arguments: list[str]) -> int:
     """Parse the arguments of a sub-command and call it; return the exit code."""
+    # Here: the overview and unknown commands answer without it.
     import typer
 
     app = target
@@ -177,6 +181,7 @@ def run(target: Any, name: str, arguments: list[str]) -> int:
             registered.callback = with_homes(registered.callback)
     command = typer.main.get_command(app)
     flags = _flags(command)
+    # `--overwrite false` would switch it on, and take "false" for the next argument.
     for given, value in itertools.pairwise(arguments):
         if given in flags and value.lower() in ("true", "false"):
             raise ConfigError(f"{given} {value}", f"{given} without a value, or no {given}", f"leave {value} out")
@@ -197,6 +202,7 @@ def _flags(command: Any) -> set[str]:
     names = set()
     for option in command.params:
         if getattr(option, "is_flag", False):
+            # typer would show a BOOLEAN that they do not take.
             option.metavar = ""
             names.update(option.opts)
     return names.union(*map(_flags, getattr(command, "commands", {}).values()))

@@ -1,4 +1,4 @@
-"""Signs of life: where each rank stands, written for a supervisor on the same node in about a microsecond.
+"""Signs of life: the step and phase of each rank, written for a supervisor on the same node in about a microsecond.
 
 A rank has one small file, mapped into its memory, in the folder that `PALIMPSEST_HEARTBEATS` names (in memory, too:
 no disk is touched). A beat is a count, the steps done, a phase and the time of the node's monotonic clock. A reader may
@@ -47,7 +47,7 @@ class Heartbeat:
     """Writes the beats of one rank."""
 
     def __init__(self, folder: Path | None, global_rank: int) -> None:
-        """Without a folder `beat` does nothing. Raises `OSError` where the folder cannot be written to."""
+        """Make the rank's file in `folder`; without a folder `beat` does nothing. Raises `OSError`."""
         self._count, self._map = 0, None
         if folder is not None:
             path = _path(folder, global_rank)
@@ -57,26 +57,29 @@ class Heartbeat:
 
     @classmethod
     def of(cls, environ: Mapping[str, str], global_rank: int) -> Heartbeat:
-        """The one that the environment asks for; silent where the folder is that of a supervisor long gone."""
+        """Return the heartbeat that the environment asks for; silent where its folder is gone with its supervisor."""
         folder = Path(environ.get(VARIABLE) or "/nowhere")
         return cls(folder if folder.is_dir() else None, global_rank)
 
     def beat(self, step: int, phase: Phase) -> None:
-        """Says that this rank, `step` steps done, begins a phase."""
+        """Write that this rank, `step` steps done, begins a phase."""
         if self._map is not None:
             self._count += 1
+            # A store to mapped memory and no system call: beats come several times per step.
             _BEAT.pack_into(self._map, 0, self._count, step, PHASES.index(phase), time.monotonic_ns())
 
 
 def read(folder: Path, global_rank: int) -> Beat | None:
-    """The newest beat of a rank; None where it has given none yet."""
+    """Return the newest beat of a rank; None where it has given none yet."""
     try:
         found = _path(folder, global_rank).read_bytes()
+        # Two equal reads in a row: the count grows with every beat, so a half-written one differs from the next read.
         while (again := _path(folder, global_rank).read_bytes()) != found:
             found = again
         count, step, phase, nanoseconds = _BEAT.unpack(found)
     except (OSError, struct.error):
         return None
+    # A file of zeros (count 0) is there before the first beat.
     return Beat(count, step, PHASES[phase], nanoseconds / 1e9) if count else None
 
 

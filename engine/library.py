@@ -100,6 +100,8 @@ def build_model(config: ModelConfig, seed: int = 0) -> nn.Module:
     of each loss; without targets, `logits_BTV` of a model that predicts every token.
     """
     specs = family(config).specs(config)
+    # Each parameter's values are a function of seed and name, so that a whole model has those of any layout; the rows
+    # that pad a vocabulary are left out.
     return whole_model(config, {spec.name: initial_value(spec, config, seed)[: spec.real_rows] for spec in specs})
 
 
@@ -128,5 +130,6 @@ def global_batches(run: RunConfig, run_stage: int = 0) -> Iterator[Batch]:
     parts = open_parts(stage, tokenizer_hash(run.tokenizer), run.model.vocab_size)
     loader = Loader(stage_stream(stage, parts, run_stage_seed(run.seed, run_stage)))
     for step in range(stage.num_steps):
+        # Data rank 0 of 1, and one micro-batch that is the whole global batch.
         (batch,) = loader.step(0, 1, stage.batches.size(step))
         yield batch

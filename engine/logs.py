@@ -1,7 +1,7 @@
-"""Logging as every room uses it: one logger per module, one handler, rank named where it matters.
+"""Logging of the whole package: one logger per module, one handler, the rank named where there are several.
 
-Only the rank that speaks for the run logs at INFO; the others log warnings and errors. Progress and metrics are
-not logs: see `engine.train.metrics`.
+Only the main rank logs at INFO; the others log warnings and errors. Progress and metrics are not logs: see
+`engine.train.metrics`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from engine.redact import redact_process
 
 ROOT = "palimpsest"
 PATIENCE_SECONDS = 5.0
-"""A phase of a start that takes longer is named in the log."""
+"""Seconds after which a phase of a start is named in the log."""
 
 
 def logger(name: str) -> logging.Logger:
-    """The logger of one module; `name` is `__name__`."""
+    """Return the logger of one module; `name` is `__name__`."""
     return logging.getLogger(f"{ROOT}.{name}")
 
 
@@ -33,19 +33,22 @@ def configure(global_rank: int = 0, world_size: int = 1, verbose: bool = False) 
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname).1s{where} %(message)s", "%H:%M:%S"))
     root = logging.getLogger(ROOT)
+    # Replaced and not added to, so that a second call does not print every line twice.
     root.handlers[:] = [handler]
+    # Libraries configure Python's own root logger, which would print every line once more.
     root.propagate = False
     root.setLevel(logging.DEBUG if verbose else logging.INFO if speaks else logging.WARNING)
 
 
 @contextmanager
 def phase(name: str, patience_seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
-    """Logs what a process is doing once that takes longer than `patience_seconds`, and at its end how long it took."""
+    """Log the name of a phase once it takes longer than `patience_seconds`, and its time when it ends."""
     log = logger(__name__)
     if not log.isEnabledFor(logging.INFO):
         yield
         return
     begin = time.monotonic()
+    # A thread: the phase itself is one long call, of an import or into a library.
     timer = threading.Timer(patience_seconds, log.info, ("%s ...", name))
     timer.daemon = True
     timer.start()
@@ -59,7 +62,8 @@ def phase(name: str, patience_seconds: float = PATIENCE_SECONDS) -> Iterator[Non
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: `40 s`, `12 min`, `3 h 05 min`; whole seconds below two minutes."""
+    """Return seconds in words: `40 s`, `12 min`, `3 h 05 min`; whole seconds below two minutes."""
+    # 119.5 s rounds to 120 s, which is 2 min.
     if seconds < 119.5:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)

@@ -1,8 +1,8 @@
 """The outcome of a run, written atomically to its folder: launchers lose exit codes (contract "Outcome").
 
-`outcome.json` holds job, attempt, code, step, the first failing rank and its error; whoever needs to know how
-a run ended reads it first and the exit code second. Who takes the run folder for a start removes it, so that an old
-one never speaks for a new run; only the owner of the folder writes it (`engine.run_folder`).
+`outcome.json` holds job, attempt, code, step, the first failing rank and its error; readers take it first and the exit
+code second. The start that takes the run folder removes it, so that an old one never speaks for a new run; only the
+owner of the folder writes it (`engine.run_folder`).
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ class Outcome:
 
 
 def write(folder: Path, outcome: Outcome) -> None:
-    """Puts the outcome in place in one move, over any but that of a newer attempt of its job; call on one rank."""
+    """Put the outcome in place in one move, over any but that of a newer attempt of its job; call on one rank."""
     said = read(folder)
+    # An attempt that hung on a node that was lost may wake up when the next one has ended.
     if said is not None and said.job == outcome.job and said.attempt > outcome.attempt:
         return
     write_atomically(folder / FILE, json.dumps(redacted(asdict(outcome)), indent=1))
@@ -46,10 +47,11 @@ def read(folder: Path) -> Outcome | None:
     be read."""
     try:
         return Outcome(**json.loads((folder / FILE).read_text(encoding="utf-8")))
+    # TypeError: JSON of another version, with other keys. Every reader has the exit code to fall back on.
     except (OSError, ValueError, TypeError):
         return None
 
 
 def clear(folder: Path) -> None:
-    """Removes an earlier outcome; for the owner of the folder. Raises `OSError` where the folder is none."""
+    """Remove an earlier outcome; for the owner of the folder. Raises `OSError` where the folder is none."""
     (folder / FILE).unlink(missing_ok=True)

@@ -26,8 +26,10 @@ _QUERY = re.compile(r"(?<=[?&;])([^=&#;]+)=[^&#;]*")
 
 def redact(text: str) -> str:
     """Return the text with its URLs freed of user, password and the values of their query."""
+    # Every log line comes here, and most have no URL.
     if "://" not in text:
         return text
+    # s3://key:secret@bucket/x?token=abc becomes s3://bucket/x?token=***: names of keys help to find a mistake.
     return _URL.sub(lambda url: _QUERY.sub(r"\1=***", _USER.sub("", url[0])), text)
 
 
@@ -45,6 +47,7 @@ def redact_process() -> None:
     logging.setLogRecordFactory(_Record)
     if warnings.formatwarning is not _format_warning:
         warnings.formatwarning = _format_warning
+    # Three hooks, for Python prints tracebacks in three ways: of the main thread, of destructors, of other threads.
     sys.excepthook = _print_exception
     sys.unraisablehook = lambda told: _print_exception(told.exc_type, told.exc_value, told.exc_traceback)
     threading.excepthook = lambda told: _print_exception(told.exc_type, told.exc_value, told.exc_traceback)

@@ -50,7 +50,7 @@ class Start:
 
 @dataclass(frozen=True)
 class FolderUser:
-    """Start that uses a run folder now, as `running.json` names it; without a name where it has just begun."""
+    """Start that uses a run folder now, as `running.json` names it; with an empty job where it has just begun."""
 
     job: str = ""
     attempt: int = 0
@@ -81,7 +81,7 @@ class RunFolder:
         folder of the supervisor on this node, in memory, which takes an outcome that the run folder does not."""
         self.path, self.start, self._parent, self._aside = path, start, parent, aside
         self.met = False
-        """Whether this rank has met rank 0, which holds the folder, and agreed with it."""
+        """True once this rank has met rank 0, which holds the folder, and agreed with it."""
         self._handle: int | None = None
         self._refused = self._supervises = False
 
@@ -105,6 +105,7 @@ class RunFolder:
         self.start, self._supervises = start or self.start, supervisor
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            # The next attempt keeps the handle: to close it, or any other of this file, would drop the locks.
             handle = os.open(self.path / FILE, os.O_RDWR | os.O_CREAT, 0o666) if self._handle is None else self._handle
         except OSError as error:
             raise self._unusable(error) from error
@@ -114,9 +115,11 @@ class RunFolder:
             self._handle = None
             raise self._in_use(record)
         self._handle = handle
+        # Written after the lock: a record without a lock is a dead owner's, a lock without a record a new one's.
         who = {"host": socket.gethostname(), "pid": os.getpid(), "parent": os.getppid()}
         text = json.dumps(asdict(self.start) | who).encode()
         try:
+            # Over the old record and then cut to length, so that no reader finds the file empty in between.
             os.pwrite(handle, text, 0)
             os.ftruncate(handle, len(text))
         except OSError as error:
@@ -204,8 +207,10 @@ class RunFolder:
                 record = _parse(os.pread(handle, 1 << 16, 0))
                 if error.errno not in _HELD or not (self._follows(record) or self._is_supervised_by(record)):
                     raise
+                # The owner, this start's supervisor or an older attempt, keeps its byte; this process locks its own.
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, own)
                 return True
+            # The whole file was free: give back the bytes before the own one, then those behind it (length 0: all).
             if own:
                 fcntl.lockf(handle, fcntl.LOCK_UN, own, 0)
             fcntl.lockf(handle, fcntl.LOCK_UN, 0, own + 1)
@@ -219,6 +224,7 @@ class RunFolder:
         """Return True if another process has locked the folder; None where that cannot be found out."""
         try:
             with (self.path / FILE).open("rb") as file:
+                # F_GETLK answers with a lock that stands in this one's way, or with F_UNLCK. Python has no wrapper.
                 asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
                 return _FLOCK.unpack(fcntl.fcntl(file, fcntl.F_GETLK, asked))[0] != fcntl.F_UNLCK
         except FileNotFoundError:
@@ -263,8 +269,9 @@ class RunFolder:
 
 
 def _parse(text: bytes) -> dict[str, Any]:
-    """The record; one that is being written may have the end of the one before behind it."""
+    """Return the record in a file's bytes; empty where there is none, or it is cut off."""
     try:
+        # The first JSON value alone: a record that is being written may have the end of a longer one behind it.
         found, _ = json.JSONDecoder().raw_decode(text.decode())
     except ValueError:
         return {}

@@ -40,6 +40,7 @@ def list_checkpoints(where: Where) -> None:
 @app.command()
 def verify(where: Where) -> None:
     """Read every byte of one checkpoint, or of all of a run, against its hashes; exit code 1 where one is damaged."""
+    # Here and not above, as in every command: torch takes seconds to import, and `--help` does without it.
     from engine.checkpoint.verify import verify as damage_of
 
     whole = True
@@ -95,6 +96,7 @@ def prune(
     retention = Retention(keep_last, keep_every, keep_best, _metric(location, metric) if keep_best else {})
     found, verified = find(location), None
     while verified is None:
+        # The newest whole one has to stay, so it is found by reading; a live run may save and remove meanwhile.
         verified, before = newest_whole(found, _progress), found
         found = find(location)
         if found == before:  # else a live run has removed what was read, and there is a newer one
@@ -104,6 +106,7 @@ def prune(
             f"none of the checkpoints in {where} is whole", "one that verifies", "nothing is removed: mend one by hand"
         )
     print(f"{verified.name} is the newest that verifies")
+    # None that is newer than the verified one: a live run may have saved it meanwhile.
     doomed = victims(found, retention, verified)
     for path in doomed:
         if yes:
@@ -124,6 +127,7 @@ def _each(where: str, read: Callable[[Location], Result]) -> Iterator[tuple[Loca
     num_read = 0
     while not num_read:
         for path in find(location_of(where)):
+            # A live run's retention has removed it between the listing and the read, which is no damage.
             with suppress(Removed):
                 result = read(path)
                 num_read += 1
@@ -136,6 +140,7 @@ def _read_manifest(path: Location) -> tuple[str, str]:
     from engine.checkpoint.verify import identity, still_there
 
     while True:
+        # A folder that is removed while it is read looks damaged; it is damaged only if it is the same one afterwards.
         before = identity(path)
         try:
             return _about(open_checkpoint(path)), ""
@@ -145,6 +150,7 @@ def _read_manifest(path: Location) -> tuple[str, str]:
 
 
 def _progress(path: Location) -> Callable[[list[str]], Iterable[str]]:
+    # On standard error, so that the list itself can be piped.
     return lambda names: track(names, path.name, console=Console(stderr=True), transient=True)
 
 
@@ -157,6 +163,7 @@ def _other_side(text: str) -> Opened | Mapping[str, torch.Tensor | None]:
     from engine.checkpoint.storage import location_of
 
     location = location_of(text)
+    # Hugging Face folders have it, ours do not.
     if isinstance(location, Path) and (location / "config.json").is_file():
         from engine.checkpoint.interchange.huggingface import tensors_in
         from engine.serve.quiet import quiet
@@ -181,6 +188,7 @@ def _metric(location: Location, name: str) -> dict[int, float]:
 
 def _rank(one: Difference) -> tuple[bool, bool, float]:
     """Return the sort key: what cannot be compared comes first, then NaN, then the largest difference."""
+    # NaN is the one number that differs from itself; False sorts before True.
     return (not one.problem, one.largest == one.largest, -one.largest)
 
 

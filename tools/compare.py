@@ -37,6 +37,7 @@ def main(
     """
     from engine.train.run_comparison import compare_runs, draw, open_run, refuse_other_models
 
+    # Without repeats, in the order given: the first one is what the others are compared with.
     folders = list(dict.fromkeys(map(folder_of, places)))
     if len(folders) < 2:
         raise ConfigError(f"only {folders[0]} to compare", "two run folders or more", "name another run, too")
@@ -66,6 +67,7 @@ def _check_output(path: Path) -> None:
 def _labels(folders: list[Path]) -> list[str]:
     """Return the shortest ends of the paths, of one length, that tell all runs from each other."""
     parts = [folder.absolute().parts for folder in folders]
+    # /a/gpt/run and /b/gpt/run are told apart by their last three names only: a/gpt/run and b/gpt/run.
     for length in range(1, max(map(len, parts))):
         labels = ["/".join(part[-length:]) for part in parts]
         if len(set(labels)) == len(labels):

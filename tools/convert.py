@@ -121,12 +121,14 @@ def _from_deepspeed(source: Path, output: Path, run: Path | None) -> None:
     config = load_run(run, [f"folder={output}"])
     weights, model = read_weights(source), family(config.model)
     ties = model.ties(config.model)
+    # A tied weight is stored once, under the name of its first use.
     weights = {name: weight for name, weight in weights.items() if name not in ties}
     state = CheckpointState(
         step=0,
         tokens=0,
         zero_stage=config.parallel.zero_stage,
         config_hash=meaning_hash(config),
+        # Folders and URLs of the run file may hold credentials; a checkpoint is made to be passed on.
         config=redacted(config.model_dump(mode="json")),
     )
     with new_folder(output) as partial:
@@ -174,7 +176,7 @@ def _from_megatron(source: Path, output: Path, tokenizer: Path | None) -> None:
 
 
 def _progress(verb: str, total: int):
-    """Shows how many of the tokens are done on one line of a terminal."""
+    """Return a function that counts tokens and shows their number on one line of a terminal."""
     from rich.console import Console
 
     console, done = Console(stderr=True), 0

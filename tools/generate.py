@@ -27,6 +27,7 @@ def main(
     configure()
     quiet()
     language_model = open_language_model(source, tokenizer)
+    # Standard output is the text alone.
     print(f"continuing with {language_model.origin}", file=sys.stderr, flush=True)
     sampling = Sampling(max_new_tokens, temperature, top_k, seed)
     generate(language_model, prompt, sampling, on_text=lambda text: print(text, end="", flush=True))

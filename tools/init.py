@@ -54,6 +54,7 @@ def main(
     size = size or _asked("size", f"Size of the model ({sizes})")
     if size not in SIZES[family]:
         raise ConfigError(f"--size {size} is no size of family {family}", sizes, "name one of these")
+    # Read before the next question: a wrong folder is told at once.
     found: Data = read_data(data or Path(_asked("data", "Folder that `palimpsest prepare` wrote")))
     gpus = gpus or _number(_asked("gpus", "Number of GPUs"))
     path = output or Path(_asked("output", "Run file to write"))

@@ -66,6 +66,7 @@ def main(
     For a run file, show what the run draws from each source: samples, shares and epochs. It takes keys to change, as
     `train` does, and no options.
     """
+    # `place` stays text: a Path would make one slash of a URL's two.
     folder = Path(expand(place))
     if not is_remote(place) and folder.is_file():
         from tools.mixture import show_mixture
@@ -132,6 +133,7 @@ def _open_url(url: str, folder: Path, tokenizer: TextTokenizer | None) -> TokenD
     """Return a data set whose shards are fetched into a folder that has room for the largest of them."""
     cache = ShardCache(folder, _CACHE_BYTES)
     dataset = TokenDataset(url, tokenizer.hash if tokenizer else None, cache)
+    # The size of the shards is known from the index only, which is fetched through the same cache.
     cache.limit_bytes = max(
         [_CACHE_BYTES, *(array.stored_bytes for shard in dataset.index.shards for array in shard.arrays)]
     )
@@ -168,10 +170,12 @@ def _tokenizer(folder: Path, named: Path | None) -> TextTokenizer | None:
     """Return the named tokenizer, else the one in the recipe if it is still there, else None."""
     if named is not None:
         return load_tokenizer(named)
+    # The output of prepare, its train/ or validation/, or a domain's folder below that.
     for recipe in (folder / RECIPE_FILE, folder.parent / RECIPE_FILE, folder.parent.parent / RECIPE_FILE):
         try:
             noted = json.loads(recipe.read_bytes())["recipe"]
             loaded = load_tokenizer(noted["tokenizer"])
+        # A recipe that is missing, damaged or of another version only means that ids are shown instead of text.
         except (OSError, ValueError, KeyError, TypeError, DataError):
             continue
         if loaded.hash == noted.get("tokenizer_hash"):
@@ -235,9 +239,11 @@ def as_text(batch: Batch, b: int, tokenizer: TextTokenizer | None) -> str:
         seen = _documents(row["tokens_BS"], batch.document_lengths[b], len(row["tokens_BS"]), tokenizer)
         return f"{seen}\n\nto spell out: {_shown(row['targets_BT'][row['weights_BT'] > 0], tokenizer)}"
     if "masked_BM" not in row:
+        # Padding has no weight, so the row ends behind its last target's input.
         targets = np.flatnonzero(row["weights_BT"])
         return _documents(row["tokens_BT"], batch.document_lengths[b], int(targets[-1]) + 1, tokenizer)
     seen = _documents(row["tokens_BT"], batch.document_lengths[b], len(row["tokens_BT"]), tokenizer)
+    # (M,) of one row: its masked positions, without the padding up to M.
     masked = row["weights_BM"] > 0
     lines = [
         f"{at}: {_shown(row['targets_BM'][masked][i : i + 1], tokenizer)}"
@@ -251,6 +257,7 @@ def as_text(batch: Batch, b: int, tokenizer: TextTokenizer | None) -> str:
 
 def _documents(ids: np.ndarray, lengths: torch.Tensor, end: int, tokenizer: TextTokenizer | None) -> str:
     """Return the documents of the first `end` tokens of a row, with a line between them."""
+    # Lengths (3, 5) of a row that ends at 7: edges 0, 3, 7.
     edges = np.minimum(np.concatenate([[0], np.cumsum(lengths.numpy())]), end)
     parts = [_shown(ids[start:stop], tokenizer) for start, stop in itertools.pairwise(edges.tolist()) if stop > start]
     return f"\n{BOUNDARY}\n".join(parts)

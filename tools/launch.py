@@ -59,6 +59,7 @@ def main(
         folder=run.folder,
         kind=kind,
         world_size=ranks,
+        # A second alone is not unique: two launches may begin in one.
         job=f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}",
         master_port=free_port(),
     )
@@ -70,6 +71,7 @@ def main(
         return
     logs.logger(__name__).info("%d ranks (%s), run folder %s", wanted.world_size, layout, run.folder)
     limit = run.launch.restarts if restarts is None else restarts
+    # The folder's lock alone is not enough: ranks that a killed launch has left may not hold it.
     _refuse_second_launch(run.folder)
     raise typer.Exit(_tell(run, kind, run_attempts(run, wanted, node, Restarts(limit), _say)))
 
@@ -81,6 +83,7 @@ def _say(words: str) -> None:
 def _tell(run: RunConfig, kind: Kind, ending: Ending) -> int:
     """Say how the launch ended; return its exit code."""
     verdict = ending.verdict
+    # Rank 0's output has been on the terminal all along.
     if verdict.look_at is not None and kind == "local" and verdict.look_at != "rank-0":
         print(last_lines(run.folder, verdict.look_at), file=sys.stderr)
     stream = sys.stdout if verdict.code == EXIT_DONE else sys.stderr
@@ -93,7 +96,7 @@ def _tell(run: RunConfig, kind: Kind, ending: Ending) -> int:
 
 
 def _refuse_second_launch(folder: Path) -> None:
-    """Raises `EnvironmentProblem` while processes of another launch, or what a killed one left, use the folder."""
+    """Raise `EnvironmentProblem` while processes of another launch, or what a killed one left, use the folder."""
     pids = " ".join(str(process.pid) for process in of_run(folder))
     if pids:
         raise EnvironmentProblem(
@@ -116,6 +119,8 @@ def _node(kind: Kind, num_processes: int, gpus: int) -> Node:
             "start fewer ranks, or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU",
         )
     devices = names(os.environ, num_processes) if gpus else ()
+    # `--include` takes numbers only. Those of UUIDs are nvidia-smi's, which counts along the bus; CUDA's own order is
+    # fastest first.
     bus_order = kind == "deepspeed" and not all(name.isdecimal() for name in devices)
     if kind == "deepspeed":
         devices = tuple(map(str, numbers(devices)))
@@ -125,6 +130,7 @@ def _node(kind: Kind, num_processes: int, gpus: int) -> Node:
         devices=devices,
         bus_order=bus_order,
         left_over=left_over(os.environ),
+        # Those that the cluster gave to this job, which may be fewer than the node has.
         num_cores=len(os.sched_getaffinity(0)),
         python=sys.executable,
     )
@@ -138,7 +144,7 @@ def _kind(name: str) -> Kind:
 
 
 def _default_processes(run: RunConfig, gpus: int) -> int:
-    """The layout's own size where it is whole, else every GPU, else one data rank."""
+    """Return the number of ranks of the layout where it fixes one, else every GPU, at least one data rank."""
     parallel = run.parallel
     fixed = parallel.pipe * parallel.tensor * parallel.sequence
     return fixed * parallel.data if parallel.data else max(gpus, fixed)

@@ -28,6 +28,7 @@ def show_mixture(run_file: Path, overrides: list[str]) -> None:
     config = load_run(run_file, overrides)
     problems: list[PalimpsestError] = []
     for index, stage in enumerate(config.stages):
+        # Only the rules of data: a mixture can be looked at before model and layout are right.
         check_mixture(f"stages.{index}", stage.data, problems)
     if problems:
         raise report(problems, f"the data of {run_file} cannot be mixed")
@@ -49,6 +50,7 @@ def mixture_table(stage: RunStage, stream: Stream) -> Table:
             f"{count:,}",
             f"{count / total:.4%}",
             f"{weight / sum(weights):.4%}",
+            # `epoch` is the samples of one pass over the source.
             f"{count / epoch:.3f}",
             f"{part.dataset.index.num_tokens:,}",
         )

@@ -42,6 +42,7 @@ def main(
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)
     parallel = run.parallel
+    # The smallest world of the layout: one data rank where the run leaves their number open.
     world = world or parallel.pipe * parallel.tensor * parallel.sequence * (parallel.data or 1)
     machine = cluster(gpu or ASSUMED, world, gpus_per_node)
     plan = make_plan(run, world)
@@ -56,5 +57,6 @@ def main(
         from tools.plan_tables import show
 
         show(plan, advice, cost, inputs, run, assumed=gpu is None, node_memory=node_memory)
+    # Missing data is no mistake: a run is planned before its data is prepared.
     if not advice.planned.fits or inputs.wrong:
         raise typer.Exit(EXIT_USAGE)

@@ -23,10 +23,11 @@ class Inputs:
 
 
 def look(config: RunConfig) -> Inputs:
-    """Looks at the tokenizer, the training data and the held-out data of a run."""
+    """Return the findings about the tokenizer, the training data and the held-out data of a run."""
     found: list[str] = []
     missing: list[str] = []
     wrong: list[str] = []
+    # Without a readable tokenizer the shards are compared with the model's vocabulary alone.
     expected: str | None = None
     needed = config.model.vocab_size
     if not config.tokenizer.exists():
@@ -56,7 +57,7 @@ def look(config: RunConfig) -> Inputs:
 
 
 def _tokenizer(config: RunConfig) -> tuple[str, int]:
-    """(hash, number of tokens)."""
+    """Return the (hash, number of tokens) of the run's tokenizer. Raises `PalimpsestError`."""
     from engine.data.tokenizer.folder import load_tokenizer
 
     tokenizer = load_tokenizer(config.tokenizer)
@@ -104,7 +105,7 @@ def _held_out(named: Any) -> list[tuple[str, str]]:
 
 
 def _tokens(folder: Folder, expected: str | None, needed: int, config: RunConfig) -> str:
-    """Tokens of a folder of shards, and how often they are read. Raises `DataError`."""
+    """Return the tokens of a folder of shards, and how often they are read, as text. Raises `DataError`."""
     from engine.data.shards.dataset import TokenDataset
     from engine.errors import DataError
 

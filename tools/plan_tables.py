@@ -24,9 +24,9 @@ SHORT = {"gradients": "grads", "activations": "activ.", "weights_within": "near"
 WORLDS_SHOWN = 16
 LAYOUTS_SHOWN = 10
 RULED_COLUMNS = 10
-"""With so many columns of bytes there is no room for wider gaps."""
+"""Number of columns of bytes from which on there is no room for wider gaps."""
 REFUSED_SHOWN = 6
-"""Layouts that are named of those that one rule forbids."""
+"""Number of layouts that are named of those that one rule forbids."""
 
 
 def show(
@@ -39,7 +39,7 @@ def show(
     node_memory: int | None = None,
     console: Console | None = None,
 ) -> None:
-    """Prints a plan. `assumed`: nobody named the accelerator; `node_memory`: bytes that checkpoints take of it."""
+    """Print a plan. `assumed`: nobody named the accelerator; `node_memory`: bytes that checkpoints take of it."""
     console = console or Console(soft_wrap=False)
     _verdict(advice, assumed, console)
     for heading, sentences in (("[bold red]wrong", inputs.wrong), ("[bold]missing", inputs.missing)):
@@ -65,19 +65,20 @@ def _verdict(advice: Advice, assumed: bool, console: Console) -> None:
         verdict = f"[bold]fits:[/] {planned.memory_bytes / GIB:.3g} of {there:.3g} GiB on {where}{note}"
     else:
         needed = f"needs {planned.memory_bytes / GIB:.3g} of {there:.3g} GiB"
+        # The device has room, so it is the host that has none, or a state that nothing spares.
         host = f"; {planned.lack()}" if planned.memory_bytes <= cluster.accelerator.memory_bytes else ""
         verdict = f"[bold red]does not fit[/] {where}{note}: {needed}{host}"
     console.print(verdict, soft_wrap=True, highlight=False)
 
 
 def bytes_in_words(num_bytes: int) -> str:
-    """A number of bytes in the unit in which it has at most four digits."""
+    """Return a number of bytes as text, in the unit in which it has at most four digits."""
     unit_bytes, unit = scale(num_bytes)
     return f"{num_bytes / unit_bytes:.3g} {unit}"
 
 
 def scale(largest_bytes: int) -> tuple[int, str]:
-    """The unit, as its bytes and its name, in which a table's largest figure has at most four digits."""
+    """Return the unit, as its bytes and its name, in which a table's largest figure has at most four digits."""
     power = 0
     while largest_bytes >= 1024 ** (power + 1) and power < len(UNITS) - 1:
         power += 1
@@ -143,7 +144,7 @@ def _checkpoints(cost: Cost, run: RunConfig) -> str:
 
 
 def _run_stages(plan: Plan, cost: Cost, run: RunConfig) -> Table:
-    """A row per run stage; the one that the tables below describe, which needs the most memory, is marked."""
+    """Return a table with a row per run stage; the one that the tables below describe is marked."""
     table = _table(f"run stages; {plan.largest.name} needs the most memory, the tables below are of it")
     for heading in ("run stage", "steps", "tokens", "batch", "length", "s/step", "time", "GPU-hours", "GiB"):
         table.add_column(heading, justify="left" if heading == "run stage" else "right", no_wrap=True)
@@ -163,7 +164,7 @@ def _run_stages(plan: Plan, cost: Cost, run: RunConfig) -> Table:
 
 
 def _hours(hours: float) -> str:
-    """GPU-hours in words."""
+    """Return GPU-hours as text."""
     if hours < 0.01:
         return "less than 0.01"
     return f"{hours:.3g}" if hours < 100 else f"{hours:,.0f}"
@@ -181,7 +182,7 @@ def _stages(plan: Plan) -> Table:
 
 
 def _memory(plan: Plan) -> Table:
-    """The parts that add up to what an accelerator has to have, and host memory beside."""
+    """Return the table of the parts that add up to what an accelerator has to have, and host memory beside."""
     title = "memory of one rank's GPU (activations and logits: estimates)"
     rows = [stage.memory.parts() for stage in plan.stages]
     hosts = [stage.memory.host for stage in plan.stages]
@@ -196,17 +197,20 @@ def _traffic(plan: Plan) -> Table:
 
 
 def _figures(title: str, rows: list[dict[str, int]], beside: list[int] | None = None) -> Table:
-    """One row per pipeline stage, one column per kind of bytes that some stage has, all in one unit; the total is the
-    sum of what is shown. `beside` are bytes that do not belong to it."""
+    """Return a table with a row per pipeline stage and a column per kind of bytes that some stage has, all in one unit.
+
+    The total is the sum of what is shown. `beside` are bytes that do not belong to it."""
     unit_bytes, unit = scale(max(sum(row.values()) for row in rows))
     names = [name for name in rows[0] if any(row[name] for row in rows)]
     largest = max(sum(row.values()) for row in rows) / unit_bytes
+    # Four digits in all, at every size.
     digits = 3 if largest < 10 else 2 if largest < 100 else 1
     headings = ("stage", *(SHORT.get(name, name) for name in names), "total", *(["host"] if beside is not None else []))
     table = _table(f"{title}, in {unit}", ruled=len(headings) < RULED_COLUMNS)
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for stage, row in enumerate(rows):
+        # Rounded before they are added, so that a reader who adds up the row finds its total.
         shown = [round(row[name] / unit_bytes, digits) for name in names]
         shown += [sum(shown), *([beside[stage] / unit_bytes] if beside is not None else [])]
         table.add_row(str(stage), *(f"{figure:.{digits}f}" for figure in shown))
@@ -232,7 +236,7 @@ def _neighbours(plan: Plan, console: Console) -> None:
 
 
 def _advice(advice: Advice, run: RunConfig, console: Console) -> None:
-    """The layouts of the world by their seconds, and the best one as keys to paste."""
+    """Print the layouts of the world by their seconds, and the best one as keys to paste."""
     fitting = [candidate for candidate in advice.ranked if candidate.fits]
     console.print()
     if fitting and fitting[0].parallel.offload != "none":
@@ -247,9 +251,11 @@ def _advice(advice: Advice, run: RunConfig, console: Console) -> None:
     if fitting:
         console.print(table)
         console.print("", "[bold]the best of them, for the run file or the command line:[/]", sep="\n")
+        # JSON's `null` and `true` are YAML's; text needs no quotes there.
         keys = {name: json.dumps(value).strip('"') for name, value in fitting[0].keys(run).items()}
         pairs = ", ".join(f"{name}: {value}" for name, value in keys.items())
         overrides = " ".join(f"parallel.{name}={value}" for name, value in keys.items())
+        # One line each, however long: a wrapped line cannot be pasted.
         for line in (f"parallel: {{ {pairs} }}", overrides):
             console.print(line, soft_wrap=True, markup=False, highlight=False)
     elif advice.ranked:
@@ -261,7 +267,7 @@ def _advice(advice: Advice, run: RunConfig, console: Console) -> None:
 
 
 def _table(title: str, ruled: bool = True) -> Table:
-    """A table narrow enough for 80 columns, with a rule below its headings where there is room."""
+    """Return a table narrow enough for 80 columns, with a rule below its headings where there is room."""
     return Table(
         title=title,
         title_justify="left",
@@ -274,7 +280,7 @@ def _table(title: str, ruled: bool = True) -> Table:
 
 
 def _how(world: World) -> str:
-    """A world in which the run does not start as it is, and what has to change."""
+    """Return a world in which the run does not start as it is, and the keys that have to change, as text."""
     rows = f", {world.padded_rows} rows of weight 0" if world.padded_rows else ""
     return f"{world.size} (data {world.layout.data}, micro-batch {world.parallel.micro_batch_size}{rows})"
 

@@ -73,6 +73,7 @@ def main(
     )
     started = time.monotonic()
     with workers(available_cpus() if num_workers is None else num_workers) as pool:
+        # Under mpirun or srun this is a rank that encodes for rank 0, and it is done.
         if pool is None:
             return
         if (told := told_foreign(sources)) is not None:
@@ -93,6 +94,7 @@ def _shown(started: float) -> Iterator[Callable[[HowFar], None]]:
 
         def show(now: HowFar) -> None:
             nonlocal told
+            # Without what an earlier, killed command had written already.
             rate = (now.tokens - now.kept_tokens) / max(1e-9, time.monotonic() - started)
             text = f"{now.doing}: {now.documents:,} documents, {now.tokens / 1e6:,.1f} M tokens"
             text += f", {rate / 1e6:.2f} M tokens/s" if now.doing == "encoding" else ""

@@ -51,6 +51,7 @@ def main(
     if bool(sources) == bool(imported):
         what = "both sources and --import" if sources else "neither sources nor --import"
         raise ConfigError(what, "one of them", "name text to train on, or a tokenizer to take over")
+    # What a killed training left may be written over.
     if not overwrite and output.is_dir() and any(path.name != UNFINISHED for path in output.iterdir()):
         raise ConfigError(
             f"{output} holds something already; shards and checkpoints may depend on it",
@@ -95,6 +96,7 @@ def _told(progress: Progress) -> Iterator[None]:
                 seconds = time.monotonic() - started
                 progress.console.print(f"{task.description}, {seconds:.0f} s", highlight=False)
 
+    # A thread: the library gives no call back while it trains, and Ctrl-C has to end the process all the same.
     thread = threading.Thread(target=tell, daemon=True)
     if not progress.console.is_terminal:
         thread.start()

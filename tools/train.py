@@ -1,9 +1,9 @@
 """`palimpsest train`: what every rank runs, under any launcher or alone.
 
-Configuration, place and layout are settled before torch is imported, so that a mistake ends every rank at once
-with exit code 2. The run folder is taken before anything is written there. How a run ended goes to `outcome.json`,
-because launchers lose exit codes: the trainer writes it, and where the trainer cannot, the first rank that fails
-writes it here.
+Configuration, rank environment and layout are settled before torch is imported, so that a mistake ends every rank at
+once with exit code 2. The run folder is taken before anything is written there. The outcome of a run goes to
+`outcome.json`, because launchers lose exit codes: the trainer writes it, and where the trainer cannot, the first rank
+that fails writes it here.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from launcher.environment import (
 from launcher.extensions import prepare_extensions
 
 RANK_0_FIRST_SECONDS = 2.0
-"""Seconds that the other ranks keep a mistake to themselves."""
+"""Seconds that the other ranks wait before they report a mistake."""
 
 
 def main(
@@ -54,9 +54,11 @@ def main(
         logs.configure(place.global_rank, place.world_size)
         with StopSignals() as signals:  # from here on: a signal during the imports below must not kill this rank
             heart = Heartbeat.of(os.environ, place.global_rank)
+            # The supervisor sends signals to ranks that have given a sign of life: handlers first, then the beat.
             heart.beat(0, "start")
             code = _run(config, [*(overrides or []), *hidden_overrides(os.environ)], place, signals, heart)
     except PalimpsestError as error:
+        # Every rank finds the same mistake; one full report is enough.
         if place is not None and place.global_rank > 0:
             print(f"palimpsest train [rank {place.global_rank}]: {error.wrong.splitlines()[0]}", file=sys.stderr)
             raise typer.Exit(error.exit_code) from error
@@ -69,6 +71,7 @@ def _run(config: Path, overrides: list[str], place: RankEnvironment, signals: St
     try:
         run = load_run(config, overrides)
     except PalimpsestError as error:
+        # A configuration that is refused may still name its folder, where the next reader looks for the outcome.
         if (path := folder_of(config, overrides)) is not None:
             with run_folder(path, place, os.environ) as folder:
                 with contextlib.suppress(EnvironmentProblem):
@@ -78,6 +81,7 @@ def _run(config: Path, overrides: list[str], place: RankEnvironment, signals: St
     with run_folder(run.folder, place, os.environ) as folder:
         try:
             _enter(folder, place)
+            # Taken before `_start` judges the build locks in the folder: of a folder that is ours alone, any is stale.
             return _train(run, _start(run, place), place, signals, heart, folder)
         except Exception as error:
             _note_failure(folder, place, error)
@@ -107,7 +111,7 @@ def _enter(folder: RunFolder, place: RankEnvironment) -> None:
 
 
 def _start(run: RunConfig, place: RankEnvironment) -> Layout:
-    """The layout, with the environment made ready for torch."""
+    """Return the layout, with the environment made ready for torch."""
     layout = resolve(run, place.world_size)
     check_meeting_point(place, os.environ)
     with logs.phase("preparing DeepSpeed's extensions"):
@@ -125,7 +129,7 @@ def _start(run: RunConfig, place: RankEnvironment) -> Layout:
 def _train(
     run: RunConfig, layout: Layout, place: RankEnvironment, signals: StopSignals, heart: Heartbeat, folder: RunFolder
 ) -> int:
-    """Hands over to the trainer, the first import of torch; returns the exit code."""
+    """Hand over to the trainer, the first import of torch; return the exit code."""
     if place.global_rank == 0 and (warning := export_warning(run)) is not None:
         logs.logger(__name__).warning("%s", warning)
     with logs.phase("importing torch and DeepSpeed"):

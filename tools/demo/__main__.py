@@ -91,6 +91,7 @@ class Demo:
         begin = time.monotonic()
         self.commands.run(*LAUNCH, *TIMING, *self.precision)
         whole = time.monotonic() - begin
+        # Records of evaluations have no loss.
         seconds = [float(record["step_seconds"]) for record in proof.records(WORK / "timing") if "loss" in record]
         gone = time.monotonic() - self.started
         self.sizes = sizes.sizes(seconds, whole - sum(seconds), gone)
@@ -166,6 +167,7 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     from launcher.processes import of_run, send
 
     process.kill()
+    # More than once: a launcher that is about to start a rank may do so between two looks.
     while left := of_run(RUN):
         send(left, signal.SIGKILL)
         time.sleep(0.05)

@@ -22,7 +22,7 @@ ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFE
 """Variables that make every machine alike: the CPU, no network, and output as it comes."""
 POLL_SECONDS = 0.05
 QUIET_SECONDS = 2.0
-"""After so long without output a terminal shows that the command still works."""
+"""Seconds without output after which a terminal shows that the command still works."""
 
 
 Watch = Callable[[subprocess.Popen[bytes]], bool]
@@ -83,8 +83,10 @@ def _follow(process: subprocess.Popen[bytes], log: BinaryIO, watch: Watch | None
     descriptor, killed, started = process.stdout.fileno(), False, time.monotonic()
     heard = started
     while True:
+        # `select` and not a blocking read, so that `watch` is called while the command is silent.
         if select.select([descriptor], [], [], POLL_SECONDS)[0]:
             chunk = os.read(descriptor, 1 << 16)
+            # The end of the pipe comes when its last holder is gone, which may be a rank and not the command.
             if not chunk:
                 return killed
             _wipe(heard)

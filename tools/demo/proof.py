@@ -67,6 +67,7 @@ def expect(folder: Path) -> Expected:
     run_stage, seed = config.stages[progress["run_stage"]], run_stage_seed(config.seed, progress["run_stage"])
     parts = open_parts(run_stage, None, config.model.vocab_size)
     stream = stage_stream(run_stage, parts, seed)
+    # The second way: a stream at the beginning of the run stage, which counts the steps one by one.
     counted = stream.clone()
     stream.restore(sections["loader"])
     for _ in range(progress["stage_step"]):
@@ -136,6 +137,7 @@ def check(expected: Expected, said: tuple[str, str], compared: list[Compared], t
     if not compared:
         raise DemoFailed("no step was done by both runs", "some, because the kill came after a checkpoint")
     worst = max(compared, key=lambda step: step.difference)
+    # Not `>`, so that NaN fails, too.
     if not worst.difference <= tolerance:
         raise DemoFailed(
             f"at step {worst.step} the killed run had loss {worst.killed:.5f}, the resumed one {worst.resumed:.5f}",

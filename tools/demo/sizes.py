@@ -12,7 +12,8 @@ from statistics import median
 GOAL_SECONDS = 300.0
 """Seconds that the demonstration aims to take from its start to its end, without installation."""
 FEWEST_STEPS, MOST_STEPS = 40, 400
-"""Enough to see the loss fall and to be killed between two checkpoints; about one pass over the text."""
+"""Bounds of the number of steps: enough to see the loss fall and to be killed between two checkpoints; about one pass
+over the text."""
 NUM_CHECKPOINTS = 4
 KILLED_AFTER = 2
 """Number of checkpoints that exist when the run is killed."""
@@ -39,8 +40,10 @@ class Sizes:
 def sizes(step_seconds: list[float], start_seconds: float, elapsed_seconds: float) -> Sizes:
     """Return what fits into the goal, given the times of a few steps, the time to start a run, and the time gone by."""
     left_seconds = GOAL_SECONDS - elapsed_seconds - STARTS_TO_COME * start_seconds
+    # The median: on a busy machine single steps take several times as long.
     one = median(step_seconds[WARM_UP_STEPS:] or step_seconds) * BESIDE_STEPS
     fitting = int(max(left_seconds, 0.0) / one)
     steps = min(max(fitting, FEWEST_STEPS), MOST_STEPS)
     checkpoint_every = steps // NUM_CHECKPOINTS
+    # A whole number of checkpoint intervals, so that the last step is saved by the schedule as well.
     return Sizes(checkpoint_every * NUM_CHECKPOINTS, checkpoint_every, checkpoint_every * KILLED_AFTER + STEPS_BEYOND)

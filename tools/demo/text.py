@@ -79,6 +79,7 @@ def _shuffled(library: Path) -> Iterator[Document]:
     """Yield (path inside the library, text) of every module that can be read, ordered by the hash of its path."""
     names = [path.relative_to(library) for path in library.rglob("*.py")]
     wanted = [name for name in names if not PASSED_OVER.intersection(name.parts) and "pydoc_data" not in name.parts]
+    # A hash of the path mixes the modules of all packages in an order that every machine agrees on.
     for name in sorted(wanted, key=lambda name: hashlib.sha256(name.as_posix().encode()).digest()):
         try:
             yield name.as_posix(), (library / name).read_text(encoding="utf-8")
