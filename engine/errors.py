@@ -13,11 +13,11 @@ EXIT_FAILURE = 1
 EXIT_USAGE = 2
 # None of the codes of shells (1, 2, from 126 on) or of sysexits.h (64 to 78).
 EXIT_REQUEUE = 85
-"""Saved, and wants to be started again (pre-emption, time limit)."""
+"""Exit code of a run that is saved and wants to be started again (pre-emption, time limit)."""
 
 
 class PalimpsestError(Exception):
-    """Base of every error that is meant for a user's eyes.
+    """Base of every error that is meant for a user.
 
     `wrong` names the value and where it was found, `allowed` the values that would have been accepted, and
     `remedy` what to do next; the last two may be empty where the first says it all.

@@ -1,7 +1,7 @@
 """Standard output and error that never cost a run: text that cannot be written is dropped, and a warning says so once.
 
-A terminal that is closed, `| head` and a full disk make every print raise, a library's, too. `lenient` puts streams in
-place that drop what they cannot write. They keep in mind whether their reader has gone: to a run that trains this is a
+A terminal that is closed, `| head` and a full disk make every print raise, a library's, too. `lenient` replaces both
+by streams that drop what they cannot write, and that remember whether their reader has gone: a run takes that as a
 request to stop (`engine.train.signals`). What has to be written (metrics, checkpoints) does not go through here.
 """
 

@@ -17,7 +17,7 @@ class Cancelled(Exception):
 
 
 class Background(Generic[Result]):
-    """Runs `function(cancelled)` at once; it should look at that event now and then and raise `Cancelled`."""
+    """A running `function(cancelled)`; it should look at that event now and then and raise `Cancelled`."""
 
     def __init__(self, function: Callable[[threading.Event], Result], name: str) -> None:
         self._cancelled = threading.Event()

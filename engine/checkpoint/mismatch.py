@@ -1,4 +1,4 @@
-"""Names and shapes of tensors that are not those of a model, told in one error."""
+"""Names and shapes of tensors that are not those of a model, reported in one error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from engine.errors import CheckpointError
 from engine.parallel.sharding import Shape
 
 SHOWN = 20
-"""Tensors that an error names at the most."""
+"""Largest number of tensors that an error names."""
 
 
 def check_tensors(found: Mapping[str, Shape], wanted: Mapping[str, Shape], source: str) -> None:

@@ -1,4 +1,4 @@
-"""Retention: which checkpoints stay, and the removal of the others.
+"""Retention: rules for the checkpoints that stay, and removal of the others.
 
 Invariant, whoever else removes or saves at the same time: a checkpoint is removed only where a newer one has been
 verified and stays. So of several processes at work each leaves the newest that any of them has verified, and what is

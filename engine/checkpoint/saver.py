@@ -8,7 +8,7 @@ in the background, too; where a save goes and what that is, is a `Store`'s busin
 (`DiskStore`), or the memory of the nodes (`NodeStore`).
 
 Invariant: at most one save is in flight, whatever its store, so that one buffer serves all; every rank is at the same
-place of it between steps, and any rank's error is every rank's error. Memory: one copy of what this rank stores, taken
+point of it between steps, and any rank's error is every rank's error. Memory: one copy of what this rank stores, taken
 once. Does not decide when to save.
 """
 
@@ -47,7 +47,7 @@ class _Flight:
 
 
 class Saver:
-    """Saves a run's checkpoints into its folder `checkpoints/`, or another store; one per process, on every rank.
+    """Saver of a run's checkpoints, into its folder `checkpoints/` or another store; one per process, on every rank.
 
     `after_commit(path)` runs on rank 0, in the background, when `path` has been committed; what it raises is logged.
     """
@@ -156,7 +156,7 @@ class Saver:
         flight = self._flight
         if flight is None:
             return 0.0, 0.0
-        # Most ranks have nothing to commit; they are done at once, and the sum reaches the world's size with the last.
+        # To the disk rank 0 alone commits: the others are done at once, and the sum is the world's size with the last.
         if flight.committing:
             return float(flight.commit is None or flight.commit.done), 0.0
         return float(flight.writing.done), float(flight.writing.failed)

@@ -55,6 +55,7 @@ class Sections:
         Raises:
             CheckpointError: the checkpoint lacks sections that cannot begin anew; nothing is restored then.
         """
+        # First, so that nothing is restored where something is missing.
         check_sections(saved, [name for name in self._sections if name not in self._new], checkpoint)
         for name in sorted(self._sections.keys() - saved.keys()):
             tell(f"{checkpoint} has no section {name}: that part of the run begins anew")

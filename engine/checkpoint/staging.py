@@ -101,8 +101,8 @@ class HostBuffer:
         """Return a flat fp32 tensor of `numel` elements; call before the first step: then no save takes new pages."""
         if self._buffer.numel() < numel:
             self._buffer = torch.empty(0)  # give the old one back first
-            # zeros and not empty: every page is written to, and so taken, now. A GPU copies to page-locked memory alone
-            # without holding up the host.
+            # zeros and not empty: every page is written to, and so taken, now. Only copies from a GPU to page-locked
+            # memory run without holding up the host.
             self._buffer = torch.zeros(numel, dtype=torch.float32, pin_memory=pinned)
         return self._buffer[:numel]
 

@@ -1,6 +1,6 @@
 """Locations of checkpoints: a local folder, or one behind a URL that fsspec knows (s3://, gs://, ...).
 
-`Remote` has the part of `pathlib.Path` that reading uses, so the rest of this room does not ask which of both it
+`Remote` has the part of `pathlib.Path` that reading uses, so the rest of this package need not know which of both it
 holds. Checkpoints are saved to a shared file system: a rename is atomic there, and a commit is a rename.
 """
 

@@ -29,10 +29,10 @@ from engine.parallel.state import Placement
 
 log = logger(__name__)
 CheckCancelled = Callable[[], None]
-"""Raises `Cancelled` if the write is to end early; called between two chunks."""
+"""Function that raises `Cancelled` if the write is to end early; called between two chunks."""
 # 4 KiB: the default of ext4 and XFS, and the page of a tmpfs
 BLOCK_BYTES = 4096
-"""Files take whole blocks of the file system."""
+"""Bytes of a block of the file system; files take whole blocks."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Writes a trained model as a Hugging Face folder, and believes it only after reading it back.
+"""Export of a trained model as a Hugging Face folder, checked by reading it back.
 
-The folder is made beside its place and moved there after their library has loaded it and agreed with our own
+The folder is made beside its final path and renamed after their library has loaded it and agreed with our own
 forward pass on real text and on every weight; so a folder that exists is right, and a failure leaves nothing.
 """
 
@@ -59,7 +59,7 @@ class Exported:
     num_parameters: int
     num_tokens: int
     num_shard_tokens: int
-    """Tokens of the run's shards that the exported tokenizer gives again."""
+    """Number of tokens of the run's shards that the exported tokenizer reproduces."""
     largest_difference: float
     largest_logit: float
 

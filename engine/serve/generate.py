@@ -1,4 +1,4 @@
-"""Continues a prompt through transformers' `generate`; the draw depends on the seed alone."""
+"""Continuation of a prompt through transformers' `generate`; the draw depends on the seed alone."""
 
 from __future__ import annotations
 

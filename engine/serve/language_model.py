@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _VOCABULARY_FILES = (MODEL_FILE, "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json")
-"""One of these is in every folder of a tokenizer that transformers writes."""
+"""Files of which every tokenizer folder that transformers writes has at least one."""
 
 
 @dataclass(frozen=True)
 class LanguageModel:
     """`model` computes in fp32 and in evaluation mode. `tokenizer` frames a text as the rows of training were.
-    `origin` says in words where it comes from."""
+    `origin` describes its source, for messages."""
 
     model: PreTrainedModel
     tokenizer: Any

@@ -1,4 +1,4 @@
-"""A folder that is there whole or not at all: written beside its place, and moved there at the end."""
+"""A folder that is there whole or not at all: written beside its final path, and renamed at the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.errors import ConfigError, EnvironmentProblem
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `output` that takes its place when the block ends well, and is removed otherwise.
+    """Yield an empty folder beside `output` that is renamed to it when the block ends well, and removed otherwise.
 
     What a killed process left there is removed first.
 

@@ -1,4 +1,4 @@
-"""Keeps transformers from talking over a command's own output. For commands alone: it sets that library's globals."""
+"""Silence of transformers beside a command's own output. For commands alone: it sets that library's globals."""
 
 from __future__ import annotations
 

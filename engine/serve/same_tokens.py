@@ -28,7 +28,7 @@ log = logger(__name__)
 _DOCUMENTS = 32
 """Number of documents of each data set that are compared."""
 _LONGEST = 2048
-"""Tokens of a document that are compared."""
+"""Number of tokens of a document that are compared."""
 # A text that is cut ends in other tokens than the whole one: merges may reach over the cut. The last 64 do not count.
 _BEHIND_CUT = 64
 
@@ -40,7 +40,7 @@ class SameTokens:
     ids: list[int]
     """Token ids of the fixed text."""
     num_shard_tokens: int
-    """Tokens of the run's shards that the exported tokenizer gives again."""
+    """Number of tokens of the run's shards that the exported tokenizer reproduces."""
 
 
 def same_tokens(trained: Trained, folder: Path, name: Path, text: str) -> SameTokens:
@@ -78,7 +78,7 @@ def _their_reader(folder: Path, name: Path) -> Any:
 
 
 def _compare(ours: TextTokenizer, theirs: Any, ids: np.ndarray, trained: Trained, name: Path) -> int | None:
-    """Return how many ids both readers give again; None where that cannot be said, 0 where they are others."""
+    """Return the number of ids that both readers reproduce; 0 where they give others, None where that is unknown."""
     cut = ids[:_LONGEST]
     if not ours.vocabulary.ordinary_V[cut].all():
         return None  # what is unknown, and special tokens, have no text

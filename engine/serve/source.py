@@ -94,6 +94,7 @@ def find_checkpoint(source: Path) -> Path:
         raise ConfigError(
             f"{source} {what}", "a run folder or one of its checkpoints", "check the path, or train first"
         )
+    # Newest first; a damaged one is told and the next one tried, as a resumed run does.
     for candidate in committed(source / CHECKPOINTS):
         try:
             return _whole(candidate)

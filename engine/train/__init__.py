@@ -1,1 +1,1 @@
-"""Training: builds a rank's part of a run, drives its steps, and keeps what a restart needs."""
+"""Training: a rank's part of a run, its steps, and the state that a restart needs."""

@@ -19,7 +19,7 @@ from engine.parallel.state import ParameterShard
 from engine.parallel.zero import StageEngine
 
 Copies = dict[str, torch.Tensor]
-"""Tensors by what they are, for a message."""
+"""Tensors by a description of each, for messages."""
 
 
 class InvariantBroken(PalimpsestError):

@@ -11,9 +11,9 @@ from engine.config.schema.run import RunConfig
 from engine.logs import duration
 
 STEPS_SMOOTHED = 50
-"""Steps over which the speed of a step is smoothed, about."""
+"""Number of steps over which the speed of a step is smoothed, roughly."""
 STEPS_BETWEEN = 1000
-"""Steps over which the share of time between steps is smoothed, about: several evaluations and checkpoints."""
+"""Number of steps over which the share of time between steps is smoothed: several evaluations and checkpoints."""
 
 
 class Pace:
@@ -97,6 +97,6 @@ def losses(record: Mapping[str, float], key: str) -> str:
         if found is None or name == key:
             continue
         objective, source = found.groups()
-        if objective is None or not f"_{objective}".endswith("_validation"):  # a held-out loss is no training loss
+        if objective is None or not f"_{objective}".endswith("_validation"):  # a validation loss is no training loss
             parts.append(f"{' '.join(filter(None, (source, objective)))} {value:.4f}")
     return f"loss {record.get(key, math.nan):.4f}" + (f" ({', '.join(parts)})" if parts else "")

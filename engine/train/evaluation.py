@@ -1,4 +1,4 @@
-"""Validation loss: the mean over every target of the held-out data, each counted once, the same in every layout."""
+"""Validation loss: the mean over every target of the held-out data, each counted once, equal in every layout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VALIDATION_LOSS = "validation_loss"
 
 
 class Validation(Hook):
-    """Records the validation loss after every `evaluation.every_steps` steps and at the end of a run stage."""
+    """Hook that records the validation loss every `evaluation.every_steps` steps and at the end of a run stage."""
 
     def start(self, run: Run) -> bool:
         """Make up for the evaluation that the start before did not come to."""

@@ -17,7 +17,7 @@ _MEMORY = re.compile(r"can't allocate memory|out of memory|Cannot allocate memor
 
 
 class LostNeighbour(EnvironmentProblem):
-    """Another rank went away; which one and why, the launcher and that rank's log know better."""
+    """Another rank is gone; the launcher and that rank's log say which one and why."""
 
 
 def translate_error(error: Exception, global_rank: int, step: int) -> Exception:

@@ -109,7 +109,7 @@ class Update:
     """A step whose gradients are known and whose weights are not updated; equal on every rank but for `gradients`."""
 
     step: int
-    """Counted from 0 over the whole run."""
+    """Number of the step, from 0, over the whole run."""
     position: int
     """Position of the step's first sample in the stream of the run stage."""
     loss: float
@@ -117,7 +117,7 @@ class Update:
     """L2 norm of the whole model's gradient before clipping."""
     learning_rate: float
     gradients: Callable[[], Iterator[GradientShard]]
-    """Yields what this rank holds of the gradient. Under ZeRO-0 every data rank holds the same."""
+    """Function that yields this rank's part of the gradient; under ZeRO-0 every data rank has the same."""
 
 
 class Hook:

@@ -43,7 +43,7 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """`metrics.jsonl` in the run folder: one record a line, handed to the system at once."""
+    """`metrics.jsonl` in the run folder: one record per line, written without a buffer."""
 
     def __init__(self, folder: Path, resumed_at: int, num_rollbacks: int = 0) -> None:
         self._file = (folder / METRICS).open("ab", buffering=0)
@@ -140,7 +140,7 @@ class Wandb:
 
 
 class Tracker:
-    """A sink whose trouble, whatever it is, must not cost the run: it is left out from then on, with a warning."""
+    """A sink whose errors must not end the run: after the first it is left out, with a warning."""
 
     def __init__(self, name: str, make: Callable[[], Sink]) -> None:
         self._name, self._sink = name, None
@@ -162,7 +162,7 @@ class Tracker:
 
 
 class Metrics:
-    """All sinks of a run; holds none on ranks other than 0. What one of them cannot write is dropped, and said once."""
+    """All sinks of a run; none on ranks other than 0. Records that a sink cannot write are dropped with one warning."""
 
     def __init__(self, sinks: list[Sink]) -> None:
         self._sinks = sinks

@@ -41,7 +41,7 @@ from engine.train.state import TrainState
 RUN_SECTIONS = ("progress", "loader", "tokenizer")
 """Sections of the run itself; all others are kept by hooks."""
 SHOWN_SAMPLES = 1024
-"""Samples whose ids are hashed into the proof that a restart prints."""
+"""Number of samples whose ids are hashed for the message of a restart."""
 
 _log = logger(__name__)
 

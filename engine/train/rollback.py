@@ -1,4 +1,4 @@
-"""The hook that skips steps which went wrong and, after many of them, takes the run back past their samples."""
+"""Hook that skips bad steps and, after many of them, takes the run back and leaves out their samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _log = logger(__name__)
 
 
 class Stability(Hook):
-    """Judges each step by its `Guard`, and keeps what that remembers."""
+    """Hook that judges each step by a `Guard` and keeps the guard's state in checkpoints."""
 
     section = "stability"
 

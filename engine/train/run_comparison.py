@@ -26,7 +26,7 @@ PLOT = "compare.png"
 TIMES = ("step_seconds", "tokens_per_second", "data_wait_seconds", "validation_seconds")
 """Metrics that differ between any two runs."""
 MIN_STEPS = 2
-"""Steps of a run without which there is no curve."""
+"""Least number of steps of a run that has a curve."""
 _ByKind = dict[str, Record]
 """Records of one step by their kind: step, validation, rollback."""
 
@@ -61,7 +61,7 @@ class Parting:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One run beside the first one."""
+    """Comparison of one run with the first one."""
 
     common_steps: int
     """Steps that both have a record of, up to the last one compared: after both partings nothing is read."""

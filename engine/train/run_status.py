@@ -33,7 +33,7 @@ State = Literal["running", "done", "stopped", "failed", "ended", "new"]
 """`stopped`: a signal came, the run was saved and wants to be started again. `ended`: no process uses the folder, and
 none has said why (it was killed, or the node was lost). `new`: nothing has been trained or said yet."""
 RECENT_STEPS = 50
-"""Steps whose median is the speed."""
+"""Number of newest steps whose median is the speed."""
 WINDOW_STEPS = 1000
 """Steps over which evaluations are counted for the time left: several of them."""
 MAX_DEPTH = 3
@@ -43,7 +43,7 @@ _MARKS = (save.FILE, METRICS, outcome.FILE, RUNNING)
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Status of one run. None stands for what the folder does not say."""
+    """Status of one run. A field is None where the folder does not tell."""
 
     folder: Path
     name: str | None
@@ -199,6 +199,7 @@ def _seconds_left(
     within = math.fsum(record.get("step_seconds", 0.0) for record in found)
     if config is None or not speed or not within or "tokens" not in last:
         return None
+    # samples * tokens per sample, over all run stages
     total = sum(stage.batches.samples(stage.num_steps) * stage.sequence_length for stage in config.stages)
     between = math.fsum(record.get("validation_seconds", 0.0) for record in found)
     # Each second within steps costs `between / within` seconds of evaluation on top.

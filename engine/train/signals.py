@@ -23,7 +23,7 @@ from engine.logs import logger
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAME_SIGNAL_SECONDS = 5.0
 _END = b"\0"
-"""Tells the thread to end; no signal has this number."""
+"""Byte that tells the thread to end; no signal has this number."""
 
 _log = logger(__name__)
 

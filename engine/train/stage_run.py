@@ -57,7 +57,7 @@ class RunData:
         """Return the data of a run stage, which nobody takes a second time."""
         if number not in self._opened:
             self.open([number])
-        # popped: closed files and maps of completed run stages are not held to the end of the run
+        # popped: the data of completed run stages is not held open to the end of the run
         return self._opened.pop(number)
 
     def _open(self, number: int) -> Datasets:

@@ -23,7 +23,7 @@ def standard_hooks(config: RunConfig) -> list[Hook]:
 
 
 class Recorder(Hook):
-    """Writes records where the run's numbers go (`engine.train.metrics`), and adds the counts of its data to them."""
+    """Hook that writes records to the sinks (`engine.train.metrics`), and adds the counts of the data to them."""
 
     def __init__(self) -> None:
         self._metrics = Metrics([])
@@ -65,7 +65,7 @@ class Recorder(Hook):
 
 
 class MemoryCheckpoints(Hook):
-    """Begins a checkpoint in the nodes' memory after every `checkpoint.memory.every_steps` steps."""
+    """Hook that begins a checkpoint in the nodes' memory after every `checkpoint.memory.every_steps` steps."""
 
     def __init__(self, config: RunConfig) -> None:
         memory = config.checkpoint.memory

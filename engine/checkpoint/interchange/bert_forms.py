@@ -66,7 +66,7 @@ MODERN_BERT_NAMES = {
 }
 
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
-"""ModernBERT's kinds of layers."""
+"""Names of ModernBERT's layer kinds."""
 _FIELDS = {
     "vocab_size": "vocab_size",
     "num_layers": "num_hidden_layers",

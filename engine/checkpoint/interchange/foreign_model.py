@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _SHOWN = 3
-"""Names that an error lists."""
+"""Largest number of names that an error lists."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""The folder in a node's memory that holds its part of a run's generations: its name, its owner, its room, its end.
+"""The folder in a node's memory that holds its part of a run's generations: name, owner, room and removal.
 
 It is named after the user and the run folder, and is like a run's `checkpoints/`: `step-N` is whole for this node,
 names with a dot are on their way, `owner.json` says who may commit. Folders of other runs whose processes are gone are
-named in words and never read. One process of a node calls this.
+reported and never read. One process of a node calls this.
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ def take(folder: Path, run: Path, owner: Owner) -> Any:
     with disk_errors(folder):
         file = (folder / RUN_FILE).open("a+", encoding="utf-8")
         _lock(file)
-        # a+ and then truncate, after the lock: w would clear the note of a process that still holds it
         file.truncate(0)
         file.write(json.dumps({"run": str(run.absolute()), "job": owner.job}))
         file.flush()
@@ -92,7 +91,7 @@ def check_room(folder: Path, sizes: Iterable[int]) -> None:
         EnvironmentProblem: with how many bytes are wanted and free.
     """
     wanted = GENERATIONS * sum(size + 4 * BLOCK_BYTES for size in sizes)
-    # what lies there is a generation of this run, which the new ones take the place of
+    # what lies there are generations of this run, which the new ones replace
     free = free_bytes(folder) + used_bytes(folder)
     if free < wanted:
         raise EnvironmentProblem(

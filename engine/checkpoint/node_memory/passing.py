@@ -39,7 +39,7 @@ def start_sending(path: Path, group: Group, position: int) -> list[Work]:
 def start_receiving(path: Path, num_bytes: int, group: Group, position: int) -> list[Work]:
     """Start to fill a file that `take_room` has made, cut to `num_bytes`, with what the rank at `position` sends."""
     with disk_errors(path):
-        # The room was taken for the longest possible header.
+        # Room may have been taken for the longest possible header.
         os.truncate(path, num_bytes)
         mapped = np.memmap(path, dtype=np.uint8, mode="r+")
     return [collectives.start_receiving(chunk, group, position) for chunk in _chunks(torch.from_numpy(mapped))]

@@ -1,4 +1,4 @@
-"""Going on from the memory of the nodes: the newest generation that is whole, with its files where they are read.
+"""Resuming from the memory of the nodes: the newest whole generation, its files passed to the nodes that read them.
 
 A node that was replaced has nothing, and a run that goes on in another layout reads other files than it wrote. So every
 node says what it has, every byte of a candidate is held against its hash where it lies, and what a node's ranks
