@@ -1,6 +1,6 @@
-"""Self-attention over rows of packed documents: what each token sees, where it stands, and the projections.
+"""Self-attention over rows of packed documents: masks, positions and projections.
 
-What is equal for every layer of a forward pass (mask, rotary tables) is a `View` made once per pass. Head counts
+Mask and rotary tables are equal for every layer of a forward pass, so they are a `View` made once per pass. Head counts
 are read from the width of the projection's output, never from the configuration, so that the same module serves a
 tensor-parallel rank that holds some of the heads.
 
@@ -21,17 +21,16 @@ from engine.parallel.functions import PLAIN, Band, Drop, Functions, Mask, Sequen
 from engine.parallel.packed import Documents, kernel
 
 NEIGHBOURS = 3
-"""Blocks that one sees in a band: the one before it, itself and the one behind it."""
+"""Number of blocks that a block of a band attends to: the one before it, itself and the one behind it."""
 
 
 @dataclass(frozen=True)
 class View:
-    """What the tokens of a row see of one another.
+    """Mask, rotary tables and dropout of one micro-batch, shared by its layers.
 
-    `mask_B1TT` is true where a query (first T) sees a key (second T), or holds what is added to its scores (then it may
-    be BHTT), None for causal over whole rows; a `Band` where nobody sees far, `Documents` where a GPU needs no mask;
-    `cos_TK` and `sin_TK` (fp32) turn queries and keys, None without rotary positions. `dropout` is what is dropped,
-    None for nothing.
+    `mask_B1TT` is true where a query (first T) sees a key (second T), or is added to the scores (then it may be BHTT);
+    None for causal over whole rows; a `Band` for local layers, `Documents` where a GPU needs no mask. `cos_TK` and
+    `sin_TK` (fp32) turn queries and keys; None without rotary positions. `dropout` None means that nothing is dropped.
     """
 
     mask_B1TT: Mask | None
@@ -40,15 +39,15 @@ class View:
     dropout: Dropout | None = None
 
     def dropped(self, x_BTD: torch.Tensor, layer: int, site: int) -> torch.Tensor:
-        """Hidden states of which dropout set some to 0; `layer` is the global number."""
+        """Apply dropout to hidden states; `layer` is the global number."""
         return x_BTD if self.dropout is None else self.dropout.hidden(x_BTD, layer, site)
 
     def inner_drop(self, layer: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """What a layer's feed-forward part drops of its inner features."""
+        """Return the dropout of a layer's inner feed-forward features; None without."""
         return None if self.dropout is None else self.dropout.inner(layer)
 
     def probability_drop(self, layer: int, first_head: int, site: int = ATTENTION) -> Drop | None:
-        """What attention drops of the probabilities of a layer's heads from the global `first_head` on."""
+        """Return the dropout of the probabilities of a layer's heads from the global `first_head` on; None without."""
         return None if self.dropout is None else self.dropout.probabilities(layer, first_head, site)
 
 
@@ -61,12 +60,13 @@ def view(
     dropout: Dropout | None = None,
     reach: int | None = None,
 ) -> View:
-    """The view of one micro-batch with these hidden states; `segments_BT` counts documents within a whole row, None
-    means one document per row.
+    """Make the view of one micro-batch with these hidden states.
 
-    `time` says of which tokens this rank makes queries and keys. `bidirectional`: tokens see those behind them, too,
-    and with `reach` none further away than that (`ModelConfig.reach`).
+    `segments_BT` counts documents within a whole row; None means one document per row. `sequence_slice` gives the
+    tokens of which this rank makes queries and keys. With `bidirectional` tokens see those behind them, too, and with
+    `reach` none further away than that (`ModelConfig.reach`).
     """
+    # One row of zeros stands for all rows: no mask at all would mean causal.
     if segments_BT is None and bidirectional:
         segments_BT = torch.zeros((1, sequence_slice.whole(x_BTD)), dtype=torch.int32, device=x_BTD.device)
     if reach is not None:
@@ -78,6 +78,7 @@ def view(
     theta = config.rotary_theta(reach)
     if theta is None:
         return View(mask, None, None, dropout)
+    # Tokens as attention gets them, not as the hidden states between the blocks are cut.
     num_given = sequence_slice.given(x_BTD)
     tables = rotary_tables(num_given, config.head_size, theta, x_BTD.device, sequence_slice.first(num_given))
     return View(mask, *tables, dropout)
@@ -86,7 +87,7 @@ def view(
 def _inside(
     config: ModelConfig, x_BTD: torch.Tensor, segments_BT: torch.Tensor, bidirectional: bool, drops: bool
 ) -> Mask:
-    """What holds attention inside documents: a mask only where the device has no kernel that does without it."""
+    """Return the mask that keeps attention inside documents: a tensor only where the device has no kernel without."""
     is_whole = len(segments_BT) < len(x_BTD)  # all rows alike, each one document
     if drops or is_whole or kernel(x_BTD.device, x_BTD.dtype, config.head_size) == "mask":
         return document_mask(segments_BT, bidirectional)
@@ -94,7 +95,7 @@ def _inside(
 
 
 def document_mask(segments_BT: torch.Tensor, bidirectional: bool = False) -> torch.Tensor:
-    """Inside one document and, unless `bidirectional`, causal: boolean mask_B1TT, true where the query sees the key.
+    """Return mask_B1TT (true where the query sees the key): inside one document, and causal unless `bidirectional`.
 
     Every query sees itself.
     """
@@ -107,23 +108,32 @@ def document_mask(segments_BT: torch.Tensor, bidirectional: bool = False) -> tor
 
 
 def local_mask(segments_BT: torch.Tensor, reach: int, in_blocks: bool = True) -> Mask:
-    """Inside one document and at most `reach` tokens away, before or behind: a `Band` where `in_blocks` and rows are so
-    long that it is less than what a boolean mask_B1TT has. Beltagy et al. 2020, Longformer, section 3.1."""
+    """Return the mask inside one document and at most `reach` tokens away, before or behind.
+
+    It is a `Band` where `in_blocks` and rows are long enough for that to be smaller than a boolean mask_B1TT. Beltagy
+    et al. 2020, Longformer, section 3.1.
+    """
     length = segments_BT.size(1)
     if not in_blocks or length <= NEIGHBOURS * reach:
+        # N blocks of R x 3 R against T x T: with T <= 3 R the band is no smaller.
         places_T = torch.arange(length, device=segments_BT.device)
         return document_mask(segments_BT, bidirectional=True) & ((places_T[:, None] - places_T).abs() <= reach)
     missing = -length % reach
     filled_BT = nn.functional.pad(segments_BT, (reach, missing + reach), value=-1)  # documents count from 0
+    # Windows of 3 R tokens every R tokens, (B, R + N R + R) -> (B, N, 3 R), without a copy. The middle third of each is
+    # the block itself.
     seen_BNS = filled_BT.unfold(1, NEIGHBOURS * reach, reach)
     own_BNR = seen_BNS[..., reach : 2 * reach]
     places_S = torch.arange(-reach, 2 * reach, device=segments_BT.device)
+    # Positions relative to the block's first token, the same for all blocks. R = 2: query 0 sees keys -2 to 2, query 1
+    # keys -1 to 3, of the window -2 to 3.
     near_RS = (places_S - places_S[reach : 2 * reach, None]).abs() <= reach
     return Band((own_BNR[..., None] == seen_BNS[..., None, :]) & near_RS)
 
 
 def positions_in_document(segments_BT: torch.Tensor) -> torch.Tensor:
-    """Distance of each token from the start of its document, int64 of shape (B, T)."""
+    """Return the distance of each token from the start of its document, int64 of shape (B, T)."""
+    # Segments 0 0 0 1 1: starts at (0 and) 3, latest starts 0 0 0 3 3, positions 0 1 2 0 1.
     indices_T = torch.arange(segments_BT.size(1), device=segments_BT.device)
     starts_BT = torch.zeros_like(segments_BT, dtype=torch.bool)
     starts_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
@@ -134,10 +144,10 @@ def positions_in_document(segments_BT: torch.Tensor) -> torch.Tensor:
 def rotary_tables(
     num_positions: int, head_size: int, theta: float, device: torch.device, first_position: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos_TK and sin_TK (fp32) of rotary positions (Su et al. 2021, RoFormer, section 3.4.2).
+    """Return cos_TK and sin_TK (fp32) of rotary positions (Su et al. 2021, RoFormer, section 3.4.2).
 
-    The angles of the K / 2 pairs stand twice side by side: dimension i is paired with i + K / 2 (as in the
-    Llama checkpoints of Hugging Face) and not with its neighbour (as in the paper), so weights convert as they are.
+    The angles of the K / 2 pairs are there twice, side by side: dimension i is paired with i + K / 2 (as in the Llama
+    checkpoints of Hugging Face) and not with its neighbour (as in the paper), so weights convert as they are.
     Computed at each pass: a buffer would not survive construction on the meta device.
     """
     exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
@@ -148,8 +158,9 @@ def rotary_tables(
 
 
 def rotate(x_BTHK: torch.Tensor, cos_TK: torch.Tensor, sin_TK: torch.Tensor) -> torch.Tensor:
-    """Each head turned by its position; computed in fp32, returned in the dtype of `x_BTHK`."""
+    """Rotate each head by its position; computed in fp32, returned in the dtype of `x_BTHK`."""
     x = x_BTHK.float()
+    # (low, high) -> (low cos - high sin, high cos + low sin), for all pairs (i, i + K / 2) at once.
     low, high = x.chunk(2, dim=-1)
     turned = x * cos_TK[:, None] + torch.cat((-high, low), dim=-1) * sin_TK[:, None]
     return turned.to(x_BTHK.dtype)
@@ -172,6 +183,7 @@ class SelfAttention(nn.Module):
     def forward(self, x_BTD: torch.Tensor, view: View) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
         heads = self.qkv_proj(x_BTD).unflatten(-1, (-1, self.head_size))  # (B, T, H + 2 G, K)
+        # H + 2 G = G (H / G + 2), and H / G is the same on every rank.
         num_kv = heads.size(2) // (self.queries_per_kv + 2)
         q_BTHK, k_BTGK, v_BTGK = heads.split((self.queries_per_kv * num_kv, num_kv, num_kv), dim=2)
         if view.cos_TK is not None and view.sin_TK is not None:

@@ -35,14 +35,14 @@ PAIR_KINDS = 2
 
 @dataclass(frozen=True)
 class MaskedHead:
-    """Predicts the masked tokens and, with `model.pair_head`, whether a row's pair is in order."""
+    """Predicts the masked tokens and, with `model.pair_head`, the order of each row's pair."""
 
     config: BERTConfig
     sharding: Table = field(default_factory=lambda: {"lm_head.*": VOCABULARY})
 
     @property
     def losses(self) -> tuple[str, ...]:
-        """Masked tokens and, with a pair head, pairs."""
+        """Names of the losses: of masked tokens and, with a pair head, of pairs."""
         return ("mlm", "pairs") if self.config.pair_head else ("mlm",)
 
     @property
@@ -79,6 +79,7 @@ class MaskedHead:
         loss, loss_B = lm_head.losses(hidden_BMD, given["targets_BM"], given["weights_BM"], by_row)
         losses, losses_B = [loss], [loss_B]
         if self.config.pair_head:
+            # fp32 like the other loss, whatever the dtype of the weights.
             logits_BC = self._pair_logits(chunk, hidden_BTD).float()
             loss_B = F.cross_entropy(logits_BC, given["pair_targets_B"], reduction="none") * given["pair_weights_B"]
             losses.append(loss_B.sum())
@@ -144,6 +145,7 @@ class Stage(nn.Module):
             hidden_BTD = self.embed(tokens_BT, token_types_BT, segments_BT)
         x_BTD: torch.Tensor = hidden_BTD
         dropout = make_dropout(self.config, dropout_keys_B, x_BTD, self.functions)
+        # One view per kind of layer, global or local: they differ in mask and rotary base.
         made_with = (self.config, x_BTD, segments_BT, True, self.functions.sequence_slice, dropout)
         views = {reach: view(*made_with, reach) for reach in {self.config.reach(layer) for layer in self.chunk.layers}}
         if self.chunk.first and dropout is not None:
@@ -158,7 +160,7 @@ class Stage(nn.Module):
     def embed(
         self, tokens_BT: torch.Tensor, token_types_BT: torch.Tensor | None, segments_BT: torch.Tensor | None
     ) -> torch.Tensor:
-        """hidden_BTD of the tokens; learned positions start again with each document, as they would alone."""
+        """Return hidden_BTD of the tokens; learned positions start again with each document, as they would alone."""
         hidden_BTD = self.embed_tokens(tokens_BT)
         if self.config.position_table:
             if segments_BT is None:
@@ -170,6 +172,7 @@ class Stage(nn.Module):
                 positions = self.functions.sequence_slice.own(positions_in_document(segments_BT))  # (B, T)
             hidden_BTD = hidden_BTD + self.embed_positions(positions)
         if self.config.token_types:
+            # Type 0 is added too where there are no pairs: BERT was trained with it, and its checkpoints expect it.
             types_BT = torch.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT
             hidden_BTD = hidden_BTD + self.embed_types(types_BT)
         return self.embed_norm(hidden_BTD)
@@ -199,7 +202,7 @@ def specs(config: BERTConfig, head: Head | None = None) -> list[ParameterSpec]:
 
 
 def ties(config: BERTConfig) -> dict[str, str]:
-    """Local name -> logical name of parameters that a stage holds under another name (the tied head)."""
+    """Return local name -> logical name of parameters that a stage holds under another name (the tied head)."""
     return {HEAD: EMBEDDING} if config.tie_embeddings else {}
 
 
@@ -218,7 +221,7 @@ def inputs(config: BERTConfig, chunk: ModelChunk, head: Head | None = None) -> f
 
 
 def boundary(config: BERTConfig, layer: int, rows: MicroBatchShape) -> Boundary:
-    """What a chunk receives from the one before it: hidden states, document numbers for attention, keys of dropout."""
+    """Return what a chunk receives from the one before it: hidden states, document numbers and keys of dropout."""
     held = (rows.num_rows, rows.length // rows.shared_by, config.hidden_size)
     received: Boundary = {"hidden_BTD": Field(held, rows.dtype, differentiable=True)}
     if rows.segments:

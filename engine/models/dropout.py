@@ -1,10 +1,10 @@
-"""Dropout whose masks are a function of (seed, step, sample, global layer, site, place) alone (contract "Randomness").
+"""Dropout whose masks depend on (seed, step, sample, global layer, site, element) alone (contract "Randomness").
 
-The data gives every row a key, made of seed, step and the sample's address. Of it, the layer and the site two 32-bit
-keys are made, and of these and the place of an element in the row (position and feature; head, query and key) the
+The data gives every row a key, made of seed, step and the sample's address. That key, the layer and the site give two
+32-bit keys, and these with the number of an element in the row (position and feature; head, query and key) give the
 element's own bits: a counter-based generator (Salmon et al. 2011) with the finalizer of MurmurHash3 (Appleby 2011) in
 two rounds. All of it is integer arithmetic, equal on every device, so neither the layout, the micro-batch nor a second
-run of a layer moves a mask. A rank that holds a part of a row says where that part begins.
+run of a layer changes a mask. A rank that holds a part of a row passes the beginning of that part.
 
 Legend: B batch, T time, D width, H heads (local), Q queries, S keys (of attention).
 """
@@ -23,20 +23,20 @@ from engine.parallel.functions import PLAIN, Drop, Functions
 KEYS = "dropout_keys_B"
 """The keyword of a batch's keys, int64; absent where nothing is dropped, as in evaluation."""
 EMBEDDING, ATTENTION, ATTENTION_OUTPUT, FFN_OUTPUT = range(4)
-"""Sites: hidden states of the embedding; probabilities; what attention and feed-forward part make."""
+"""Sites: hidden states of the embedding; probabilities; outputs of attention and of the feed-forward part."""
 CROSS_ATTENTION, CROSS_ATTENTION_OUTPUT, FFN_INNER, STACK_OUTPUT = range(4, 8)
-"""T5's: the same of the attention to the encoder; the feed-forward part's inner features; what a stack's last norm
-makes."""
+"""Sites of T5 alone: probabilities and output of the attention to the encoder; inner features of the feed-forward part;
+output of a stack's last norm."""
 NUM_SITES = 8
-"""Of each layer; a new one must move no mask."""
+"""Number of sites per layer, a stride of the numbers below: to raise it would change the masks of every run."""
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """What is dropped in the rows of one micro-batch.
+    """Dropout in the rows of one micro-batch.
 
-    `first_position`: where this rank's hidden states begin; `first_given`: where the tokens do that its layers are
-    given (`engine.parallel.functions.SequenceSlice`).
+    `first_position` is the position of this rank's first hidden state, `first_given` that of the first token that its
+    layers are given (`engine.parallel.functions.SequenceSlice`).
     """
 
     config: ModelConfig
@@ -46,7 +46,7 @@ class Dropout:
     tensor_rank: int = 0
 
     def hidden(self, x_BTD: torch.Tensor, layer: int, site: int) -> torch.Tensor:
-        """Hidden states (all features of some positions) of which some are 0; `layer` is the global number."""
+        """Drop elements of hidden states (all features of some positions); `layer` is the global number."""
         if self.config.dropout == 0:
             return x_BTD
         num_positions, width = x_BTD.shape[1:]
@@ -54,20 +54,24 @@ class Dropout:
         return _drop(x_BTD, places, self.config.dropout, self.keys_B, layer, site)
 
     def inner(self, layer: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """Drops inner features of a layer's feed-forward part, x_BTF: of given positions, this tensor rank's ones; None
-        where none are (all but T5: Raffel et al. 2020, section 2.1)."""
+        """Return the dropout of x_BTF, a layer's inner feed-forward features; None in all families but T5.
+
+        Raffel et al. 2020, section 2.1. A rank drops its own features of the positions that it is given.
+        """
         if self.config.family != "t5" or self.config.dropout == 0:
             return None
         return partial(self._inner, layer)
 
     def _inner(self, layer: int, x_BTF: torch.Tensor) -> torch.Tensor:
+        # Positions from `first_given`, not `first_position`: inside of the feed-forward part tensor ranks hold all of
+        # the given positions and split the features.
         shape = x_BTF.shape[1:]
         firsts = (self.first_given, self.tensor_rank * shape[1])
         places = _places(shape, firsts, (0, self.config.feed_forward_size), x_BTF.device)
         return _drop(x_BTF, places, self.config.dropout, self.keys_B, layer, FFN_INNER)
 
     def probabilities(self, layer: int, first_head: int, site: int = ATTENTION) -> Drop | None:
-        """Drops probabilities of a layer's heads from the global `first_head` on; None where none are."""
+        """Return the dropout of probabilities of a layer's heads from the global `first_head` on; None without."""
         if self.config.attention_dropout == 0:
             return None
         return partial(self._probabilities, layer, site, first_head)
@@ -75,7 +79,10 @@ class Dropout:
     def _probabilities(
         self, layer: int, site: int, called_with: int, probabilities_BHQS: torch.Tensor, first_head: int = 0
     ) -> torch.Tensor:
-        """A place's number does not depend on the length of the rows, which a layout may fill up."""
+        """Drop elements of probabilities_BHQS; `called_with` and `first_head` add up to the global number of the first.
+
+        Elements are numbered in rows of `max_positions`, not of their own length, which a layout may fill up.
+        """
         sizes = (0, self.config.max_positions, self.config.max_positions)
         places = _places(
             probabilities_BHQS.shape[1:], (called_with + first_head, 0, 0), sizes, probabilities_BHQS.device
@@ -84,14 +91,14 @@ class Dropout:
 
 
 def drops(config: ModelConfig) -> bool:
-    """Whether a model in training drops anything."""
+    """Return True if a model in training drops anything."""
     return config.dropout > 0 or config.attention_dropout > 0
 
 
 def make(
     config: ModelConfig, keys_B: torch.Tensor | None, x_BTD: torch.Tensor, functions: Functions = PLAIN
 ) -> Dropout | None:
-    """The dropout of a micro-batch with these keys and hidden states; None where it has none."""
+    """Make the dropout of a micro-batch with these keys and hidden states; None without keys."""
     if keys_B is None:
         return None
     first_given = functions.sequence_slice.first(functions.sequence_slice.given(x_BTD))
@@ -101,8 +108,10 @@ def make(
 def _places(
     shape: tuple[int, ...], firsts: tuple[int, ...], sizes: tuple[int, ...], device: torch.device
 ) -> torch.Tensor:
-    """int32 number of each element in its row, row-major over the whole `sizes` (the first is never asked for), of the
-    part of `shape` that begins at `firsts`. It may wrap around beyond 2^32 elements: such masks repeat."""
+    """Number the elements (int32) of the part of `shape` that begins at `firsts` in a row of `sizes`, row-major.
+
+    The first of the `sizes` is not used. Numbers wrap around beyond 2^32 elements: such masks repeat.
+    """
     # Of rows 4 features wide, the part that begins at (2, 1) with shape (2, 3) has the numbers
     # [[9, 10, 11], [13, 14, 15]]: position x 4 + feature, wherever the part is computed.
     places = torch.zeros((), dtype=torch.int32, device=device)
@@ -115,7 +124,8 @@ def _places(
 def _drop(
     x: torch.Tensor, places: torch.Tensor, rate: float, keys_B: torch.Tensor, layer: int, site: int
 ) -> torch.Tensor:
-    """`x` (B, *places) with elements set to 0 at this rate, and the others scaled so that the mean stays."""
+    """Set elements of `x` (B, *places) to 0 at this rate, and scale the others so that the mean stays."""
+    # layer + 1: the embedding is layer -1.
     low_B, high_B = (
         key_B.view(-1, *[1] * places.dim()) for key_B in _site_keys(keys_B, (layer + 1) * NUM_SITES + site)
     )
@@ -126,7 +136,8 @@ def _drop(
 
 
 def _site_keys(keys_B: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two int32 keys of each row for a layer's site: SplitMix64 (Steele et al. 2014) of key and number, halved."""
+    """Return two int32 keys of each row for a layer's site: both halves of SplitMix64 (Steele et al. 2014)."""
+    # 0x9E37... is 2^64 divided by the golden ratio, the step of that generator; the rest is its finalizer.
     z = keys_B + _signed(number * 0x9E3779B97F4A7C15, 64)
     z = (z ^ _shift(z, 30, 64)) * _signed(0xBF58476D1CE4E5B9, 64)
     z = (z ^ _shift(z, 27, 64)) * _signed(0x94D049BB133111EB, 64)
@@ -135,23 +146,24 @@ def _site_keys(keys_B: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.T
 
 
 def _mix32(x: torch.Tensor) -> torch.Tensor:
-    """The finalizer of MurmurHash3 on int32, a permutation; multiplications wrap around."""
+    """Apply the finalizer of MurmurHash3 to int32, a permutation; multiplications wrap around."""
     x = (x ^ _shift(x, 16, 32)) * _signed(0x85EBCA6B, 32)
     x = (x ^ _shift(x, 13, 32)) * _signed(0xC2B2AE35, 32)
     return x ^ _shift(x, 16, 32)
 
 
 def _shift(x: torch.Tensor, count: int, num_bits: int) -> torch.Tensor:
-    """To the right with zeros coming in: torch shifts signed numbers with their sign."""
+    """Shift to the right with zeros coming in: torch shifts signed numbers with their sign."""
     return (x >> count) & ((1 << (num_bits - count)) - 1)
 
 
 def _signed(number: int, num_bits: int) -> int:
-    """The signed number with the same lowest bits."""
+    """Return the signed number with the same lowest bits: torch computes with signed numbers, below 2^63."""
     number &= (1 << num_bits) - 1
     return number - (1 << num_bits) if number >> (num_bits - 1) else number
 
 
 def _to_int32(x: torch.Tensor) -> torch.Tensor:
-    """The lowest 32 bits of int64 as int32, in range before the cast: beyond it casts differ between devices."""
+    """Return the lowest 32 bits of int64 as int32, in range before the cast: beyond it casts differ between devices."""
+    # Flipping bit 31 and subtracting 2^31 extends the sign: 0xFFFFFFFF -> 0x7FFFFFFF -> -1.
     return (((x & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000).to(torch.int32)

@@ -19,7 +19,7 @@ class Family(Protocol):
     """Functions that the module of a family exports. `head` None means the head of pretraining.
 
     A chunk's `forward` takes keywords alone and returns tensors by name: those of the boundary behind it, from the last
-    chunk those of its head. Tensors of a boundary that a chunk did not make are passed on as they came.
+    chunk those of its head. Tensors of a boundary that a chunk does not return are passed on unchanged.
     """
 
     def build(

@@ -63,6 +63,7 @@ class Stage(nn.Module):
             hidden_BTD = self.embed(tokens_BT, segments_BT)
         x_BTD: torch.Tensor = hidden_BTD
         dropout = make_dropout(self.config, dropout_keys_B, x_BTD, self.functions)
+        # From the hidden states, not the tokens, which later chunks do not have.
         seen = view(self.config, x_BTD, segments_BT, sequence_slice=self.functions.sequence_slice, dropout=dropout)
         if self.chunk.first:
             x_BTD = seen.dropped(x_BTD, -1, EMBEDDED)
@@ -74,7 +75,7 @@ class Stage(nn.Module):
         return self.head.outputs(self, x_BTD, given, by_row)
 
     def embed(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None) -> torch.Tensor:
-        """hidden_BTD of the tokens; learned positions start again with each document, as they would alone."""
+        """Return hidden_BTD of the tokens; learned positions start again with each document, as they would alone."""
         hidden_BTD = self.embed_tokens(tokens_BT)
         if not self.config.position_table:
             return hidden_BTD
@@ -112,7 +113,7 @@ def specs(config: ModelConfig, head: Head | None = None) -> list[ParameterSpec]:
 
 
 def ties(config: ModelConfig) -> dict[str, str]:
-    """Local name -> logical name of parameters that a stage holds under another name (the tied head).
+    """Return local name -> logical name of parameters that a stage holds under another name (the tied head).
 
     Where the embedding is on the same stage, both modules hold one `Parameter` and the local name does not show
     in `named_parameters`.
@@ -132,7 +133,8 @@ def inputs(config: ModelConfig, chunk: ModelChunk, head: Head | None = None) -> 
 
 
 def boundary(config: ModelConfig, layer: int, rows: MicroBatchShape) -> Boundary:
-    """What a chunk receives from the one before it: hidden states, document numbers for attention, keys of dropout."""
+    """Return what a chunk receives from the one before it: hidden states, document numbers and keys of dropout."""
+    # Hidden states cross as the sender holds them, one slice per rank; document numbers are needed whole.
     held = (rows.num_rows, rows.length // rows.shared_by, config.hidden_size)
     received: Boundary = {"hidden_BTD": Field(held, rows.dtype, differentiable=True)}
     if rows.segments:

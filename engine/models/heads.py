@@ -1,7 +1,7 @@
-"""Heads: what stands behind a model's last layer and makes its losses. A family is built with the head it is given.
+"""Heads: the end of a model, behind its last layer, which computes its losses. A family is built with a given head.
 
-`VocabularyHead` is the one module that owns an output projection, for logits and for the loss. A `Head` is a value that
-says which modules the last chunk gets, which data they need and what they return.
+`VocabularyHead` is the one module that owns an output projection, for logits and for the loss. A `Head` is a value: the
+modules that the last chunk gets, the data they need and the tensors they return.
 
 Legend: B batch, T tokens of a row, D width, V vocabulary (padded; local under tensor parallelism), L losses.
 """
@@ -37,7 +37,7 @@ class Head(Protocol):
 
     @property
     def sharding(self) -> Table:
-        """How the modules' parameters are split over the tensor axis; one that is not named is replicated."""
+        """Sharding of the modules' parameters over the tensor axis; one that is not named is replicated."""
         ...
 
     def modules(self, functions: Functions) -> dict[str, nn.Module]:
@@ -67,6 +67,7 @@ class VocabularyHead(nn.Module):
     ) -> None:
         super().__init__()
         self.vocab_size, self.functions = vocab_size, functions
+        # Its own parameters, no `nn.Linear`: tensor parallelism replaces those, and communicates here in the loss.
         self.weight = nn.Parameter(torch.zeros(padded_vocab_size, width))
         self.bias = nn.Parameter(torch.zeros(padded_vocab_size)) if bias else None
 
@@ -91,7 +92,7 @@ class VocabularyHead(nn.Module):
     def losses(
         self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, by_row: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the sum as `forward` does, and `by_row` the part of it that each row has, (B,) without a gradient."""
+        """Return the sum as `forward` does, and with `by_row` each row's share of it, (B,) without a gradient."""
         if not by_row:
             return self(hidden, targets, weights), None
         into = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
@@ -105,7 +106,7 @@ class LanguageModelHead:
     config: ModelConfig
     loss: str
     scale: float = 1.0
-    """Factor of the hidden states."""
+    """Factor of the hidden states before the projection (T5 v1.0 with a tied head)."""
     inputs: frozenset[str] = frozenset({"targets_BT", "weights_BT"})
     sharding: Table = field(default_factory=lambda: {"lm_head.weight": VOCABULARY})
 
@@ -135,6 +136,7 @@ def attach(chunk: nn.Module, head: Head, functions: Functions, ties: Mapping[str
         chunk.add_module(name, module)
     held = dict(chunk.named_parameters())
     for name, logical in ties.items():
+        # Without the embedding in this chunk the head keeps a parameter of its own, tied by `ParameterGroup.tied`.
         if name in held and logical in held:
             owner, _, attribute = name.rpartition(".")
             setattr(chunk.get_submodule(owner), attribute, held[logical])

@@ -22,7 +22,8 @@ PURPOSE = 0x1A17
 
 
 def initial_value(spec: ParameterSpec, config: ModelConfig, seed: int) -> torch.Tensor:
-    """The whole parameter (fp32 on the CPU, of `spec.shape`) that a run with this seed starts from."""
+    """Return the whole parameter (fp32 on the CPU, of `spec.shape`) that a run with this seed starts from."""
+    # layers.3.ffn.down_proj.weight -> down_proj, weight
     kind, role = spec.name.split(".")[-2:]
     if role == "bias":
         return torch.zeros(spec.shape, device="cpu")
@@ -35,6 +36,7 @@ def initial_value(spec: ParameterSpec, config: ModelConfig, seed: int) -> torch.
     drawn = _generator(seed, spec.name).standard_normal(tuple(real.shape), dtype=np.float32)
     real.copy_(torch.from_numpy(drawn))
     deviations = t5_deviations(spec, config) if config.family == "t5" else (_deviation(kind, config),)
+    # Views of `value`, scaled in place: blocks of a fused projection may have deviations of their own.
     blocks = (real,) if len(deviations) == 1 else real.split(spec.blocks())
     for block, deviation in zip(blocks, deviations, strict=True):
         block.mul_(deviation)
@@ -43,12 +45,13 @@ def initial_value(spec: ParameterSpec, config: ModelConfig, seed: int) -> torch.
 
 def _deviation(kind: str, config: ModelConfig) -> float:
     assert isinstance(config, GPTConfig | BERTConfig)
+    # Two per layer write to the residual stream, hence 2 x layers.
     residual = kind in ("out_proj", "down_proj") and not config.post_norm
     return config.init_std / math.sqrt(2 * config.num_layers) if residual else config.init_std
 
 
 def t5_deviations(spec: ParameterSpec, config: ModelConfig) -> tuple[float, ...]:
-    """Standard deviation of a T5 matrix, or of each of its blocks (Raffel et al. 2020, in their code mesh_tensorflow).
+    """Return the deviation of a T5 matrix, or of each of its blocks (Raffel et al. 2020, in mesh_tensorflow).
 
     1 / sqrt(inputs), with 1 / sqrt(head size) more for queries, whose scores are not scaled; embeddings 1; positions
     1 / sqrt(width). A head of its own is like any matrix: logits then begin with size 1, as tied ones do.
@@ -64,6 +67,7 @@ def t5_deviations(spec: ParameterSpec, config: ModelConfig) -> tuple[float, ...]
 
 
 def _generator(seed: int, name: str) -> np.random.Generator:
-    """The random stream of one parameter; the name enters by a hash that is equal on every machine."""
+    """Return the random stream of one parameter; the name enters by a hash that is equal on every machine."""
+    # Not `hash(name)`, which Python salts per process.
     digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, PURPOSE, digest])))

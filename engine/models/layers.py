@@ -1,4 +1,4 @@
-"""The parts of a layer other than attention: norms, feed-forward, and the layer that joins them.
+"""Modules of a layer other than attention: norms, feed-forward, and the layer that joins them.
 
 Norms compute in fp32 and return the dtype of their input, so that bf16 runs do not lose the small differences
 that a norm magnifies.
@@ -51,7 +51,7 @@ class RMSNorm(nn.Module):
 
 
 def norm(config: ModelConfig) -> nn.Module:
-    """The kind of norm that the configuration asks for, over D."""
+    """Make the kind of norm that the configuration asks for, over D."""
     if config.norm == "layernorm":
         return LayerNorm(config.hidden_size, config.norm_epsilon, config.norm_bias)
     return RMSNorm(config.hidden_size, config.norm_epsilon)
@@ -68,7 +68,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 InnerDrop = Callable[[torch.Tensor], torch.Tensor]
-"""(B, T, F) -> the same with some of it 0."""
+"""(B, T, F) -> (B, T, F) with some elements 0."""
 
 
 class FeedForward(nn.Module):
@@ -97,21 +97,22 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor, drop: InnerDrop | None = None) -> torch.Tensor:
         """(B, T, D) -> (B, T, D); `drop` sets some inner features to 0."""
+        # One product for both. A tensor-parallel rank has the same features of gate and of up (two blocks).
         gate_BTF, up_BTF = self.gate_up_proj(x_BTD).chunk(2, dim=-1)
         inner_BTF = self.activation(gate_BTF) * up_BTF
         return self.down_proj(inner_BTF if drop is None else drop(inner_BTF))
 
 
 def feed_forward(config: ModelConfig) -> nn.Module:
-    """The kind of feed-forward part that the configuration asks for."""
+    """Make the kind of feed-forward part that the configuration asks for."""
     return GatedFeedForward(config) if config.gated else FeedForward(config)
 
 
 class TransformerLayer(nn.Module):
     """Attention, then feed-forward, each with a norm of its own: before it (pre-norm) or behind the sum (post-norm).
 
-    `number` is the global one. `normed` says that what comes in is fresh from a norm: a pre-norm layer then has none
-    before its attention.
+    `number` is the global one. With `normed` the input comes straight from a norm (the first layer of ModernBERT): a
+    pre-norm layer then has none before its attention.
     """
 
     def __init__(self, config: ModelConfig, functions: Functions, number: int, normed: bool = False) -> None:
@@ -125,7 +126,7 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor, view: View) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
-        if self.post:
+        if self.post:  # Vaswani et al. 2017; below, pre-norm (Xiong et al. 2020)
             made_BTD = self.attention(x_BTD, view)
             x_BTD = self.attention_norm(x_BTD + view.dropped(made_BTD, self.number, ATTENTION_OUTPUT))
             made_BTD = self.ffn(x_BTD, view.inner_drop(self.number))
@@ -137,7 +138,9 @@ class TransformerLayer(nn.Module):
 
 
 def layer_sharding(config: ModelConfig) -> Table:
-    """How the parameters of layers lie over the tensor axis."""
+    """Return the sharding of the layers' parameters over the tensor axis."""
+    # Column then row, with nothing between them that mixes heads or features: one sum per pair (Shoeybi et al. 2019,
+    # section 3). Fused projections are split block by block. Biases of row-parallel layers are replicated.
     query_width, kv_width = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
     inner = (config.feed_forward_size,) * (2 if config.gated else 1)
     return {

@@ -2,15 +2,15 @@
 
 Raffel et al. 2020 (v1.0: ReLU, tied head) and its v1.1 (gated GELU, head of its own): RMSNorm before each part, no
 biases, scores that are not scaled, relative positions from one table per stack. Layers are numbered through both
-stacks, the encoder's first; a chunk may hold the end of the one and the beginning of the other. What the last encoder
-layer makes is normed there and goes, as `encoded_BSD`, through all chunks of the decoder.
+stacks, the encoder's first; a chunk may hold the end of the one and the beginning of the other. The output of the last
+encoder layer is normed there and goes, as `encoded_BSD`, through all chunks of the decoder.
 
 Up to three stages share the embedding (`embed_tokens` on the first and where the decoder begins, the tied head on the
-last), and every stage with layers of a stack has that stack's table. Where ranks share the time of rows they share
-both stacks' (`engine.parallel.functions.SequenceSlice`). Dropout is where the paper has it (section 2.1), so that the
-embedding of the decoder counts as what the last encoder layer hands on.
+last), and every stage with layers of a stack has that stack's table. Sequence parallelism cuts the rows of both stacks
+(`engine.parallel.functions.SequenceSlice`). Dropout is where the paper has it (section 2.1); the embedding of the
+decoder is numbered as the site of the last encoder layer.
 
-Legend: B batch, S time of the encoder, T time of the decoder, D width, H heads (local), V vocabulary, L losses.
+Legend: B batch, S tokens of the encoder, T tokens of the decoder, D width, H heads (local), V vocabulary, L losses.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
 class CrossAttention(nn.Module):
-    """Queries from the decoder, fused keys and values from what the encoder made."""
+    """Attention with queries from the decoder, fused keys and values from the encoder's output."""
 
     def __init__(self, config: T5Config, functions: Functions, layer: int) -> None:
         super().__init__()
@@ -58,6 +58,7 @@ class CrossAttention(nn.Module):
         self, x_BTD: torch.Tensor, view: View, encoded_BSD: torch.Tensor, mask_B1TS: torch.Tensor
     ) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
+        # Head counts from the projections' widths, as in self-attention: a tensor rank has some of the heads.
         q_BTHK = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_size))
         k_BSHK, v_BSHK = self.kv_proj(encoded_BSD).unflatten(-1, (-1, self.head_size)).chunk(2, dim=2)
         drop = view.probability_drop(self.layer, self.tensor_rank * q_BTHK.size(2), CROSS_ATTENTION)
@@ -90,7 +91,7 @@ class CrossLayer(nn.Module):
 
 
 class Stage(nn.Module):
-    """Consecutive layers of both stacks, with what belongs to where the stacks begin and end."""
+    """Consecutive layers of both stacks, with embeddings where a stack begins and norms where it ends."""
 
     def __init__(self, config: T5Config, chunk: ModelChunk, functions: Functions, head: Head) -> None:
         super().__init__()
@@ -100,6 +101,7 @@ class Stage(nn.Module):
         self.begins_decoder = first_of_decoder in chunk.layers
         if chunk.first or self.begins_decoder:
             self.embed_tokens = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        # A copy of the stack's one table on every stage that has layers of it: tied, so gradients are summed.
         if self.encoder:
             self.encoder_positions = RelativePositions(config, bidirectional=True)
         if self.decoder:
@@ -130,11 +132,12 @@ class Stage(nn.Module):
     ) -> Tensors:
         """Run the chunk on one micro-batch.
 
-        Tokens (int64) go to where a stack begins; hidden states come from the chunk before: `hidden_BSD` inside the
-        encoder, `encoded_BSD` behind it, with `hidden_BTD` inside the decoder. Segments number the documents of a whole
-        row; None means that it is one. `dropout_keys_B` (int64) are the rows' keys; None means no dropout. `given` is
-        for the head. Returns what the next chunk receives, from the last one what its head does.
+        Tokens (int64) are for the chunk where a stack begins; hidden states come from the chunk before: `hidden_BSD`
+        inside the encoder, `encoded_BSD` behind it, with `hidden_BTD` inside the decoder. Segments number the documents
+        of a whole row; None means that it is one. `dropout_keys_B` (int64) are the rows' keys; None means no dropout.
+        `given` is for the head. Returns what the next chunk receives, from the last one what its head does.
         """
+        # In the order of use: `pop(0)` below takes the encoder's first, where this chunk begins both stacks.
         embedded = self.embed(tokens_BS, decoder_tokens_BT)
         if self.encoder:
             x_BSD = hidden_BSD if hidden_BSD is not None else embedded.pop(0)
@@ -169,9 +172,10 @@ class Stage(nn.Module):
         return self.head.outputs(self, x_BTD, given, by_row)
 
     def embed(self, *tokens: torch.Tensor | None) -> list[torch.Tensor]:
-        """Hidden states of those tokens that are given, in one look-up: ZeRO-3 gathers a module once per call.
+        """Return the hidden states of those tokens that are given, in one look-up: ZeRO-3 gathers a module per call.
 
-        Where tensor ranks keep a stretch each of what is looked up, it begins with their stretch of the first tokens.
+        Under sequence parallelism the look-up returns one slice of its tokens to each tensor rank, so they are laid out
+        as the slices of rank 0, then those of rank 1: tokens 0 1 2 3 and a b over 2 ranks are looked up as 0 1 a 2 3 b.
         """
         given = [some for some in tokens if some is not None]
         if not given:
@@ -187,7 +191,7 @@ class Stage(nn.Module):
         segments_BT: torch.Tensor | None,
         keys_B: torch.Tensor | None,
     ) -> View:
-        """The view of a stack with these hidden states and this table."""
+        """Make the view of a stack with these hidden states and this table."""
         sequence_slice = self.functions.sequence_slice
         bias_BHTT = masked(
             positions(sequence_slice.whole(x_BTD), sequence_slice), segments_BT, causal=not positions.bidirectional
@@ -196,7 +200,8 @@ class Stage(nn.Module):
 
 
 def stacks(config: T5Config, chunk: ModelChunk) -> tuple[range, range]:
-    """The chunk's layers of the encoder and of the decoder, by global index."""
+    """Return the chunk's layers of the encoder and of the decoder, by global index."""
+    # 6 encoder layers: a chunk 4 to 7 gives 4, 5 and 6, 7; a chunk 8 to 9 gives none and 8, 9.
     border = min(max(config.num_encoder_layers, chunk.layers.start), chunk.layers.stop)
     return range(chunk.layers.start, border), range(border, chunk.layers.stop)
 
@@ -208,7 +213,7 @@ def cross_mask(
     encoder_length: int,
     device: torch.device,
 ) -> torch.Tensor:
-    """mask_B1TS of whole rows, true where a place of the decoder sees one of the encoder: inside the same document."""
+    """Return mask_B1TS of whole rows, true where a decoder position sees one of the encoder: in the same document."""
     assert (decoder_segments_BT is None) == (segments_BS is None), "rows of both stacks are numbered, or neither"
     if decoder_segments_BT is None or segments_BS is None:
         return torch.ones((1, 1, decoder_length, encoder_length), dtype=torch.bool, device=device)
@@ -231,7 +236,7 @@ def sharding(config: T5Config, head: Head | None = None) -> Table:
     heads = config.num_heads * config.head_size
     return {
         EMBEDDING: VOCABULARY,
-        "*coder_positions.weight": HEADS,
+        "*coder_positions.weight": HEADS,  # of encoder and decoder
         **layer_sharding(config),
         "layers.*.cross_attention.q_proj.*": column(heads),
         "layers.*.cross_attention.kv_proj.*": column(heads, heads),
@@ -247,7 +252,7 @@ def specs(config: T5Config, head: Head | None = None) -> list[ParameterSpec]:
 
 
 def ties(config: T5Config) -> dict[str, str]:
-    """Local name -> logical name of the tied head, which a stage without an embedding holds under its own name."""
+    """Return local name -> logical name of the tied head, which a stage without an embedding holds as its own."""
     return {HEAD: EMBEDDING} if config.tie_embeddings else {}
 
 
@@ -268,8 +273,12 @@ def inputs(config: T5Config, chunk: ModelChunk, head: Head | None = None) -> fro
 
 
 def boundary(config: T5Config, layer: int, rows: MicroBatchShape) -> Boundary:
-    """What the chunk that begins with `layer` receives: inside the encoder its hidden states, else what it made; inside
-    the decoder that one's hidden states too; the document numbers of what it receives; and keys of dropout."""
+    """Return what the chunk that begins with `layer` receives.
+
+    Hidden states of the encoder or its output; inside the decoder that one's hidden states too; the document numbers of
+    both; and keys of dropout.
+    """
+    # The chunk that begins the decoder gets its document numbers from the data, those behind it from the one before.
     encoder, decoder = (rows.num_rows, rows.length), (rows.num_rows, rows.decoder_length)
 
     def hidden(length: int) -> Field:

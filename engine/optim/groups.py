@@ -1,8 +1,8 @@
-"""Parameter groups of one pipeline stage: by weight decay, by whether tensor parallelism splits them, and the tie.
+"""Parameter groups of one pipeline stage: by weight decay, division over tensor ranks, ties, optimizer and rate.
 
-The split by kind lets the gradient norm count every element once, and the tie's own group lets ZeRO cut its
-optimizer state alike on both stages (see `ParameterGroup`). Hyperparameters are recorded by parameter name, so a
-checkpoint never depends on the number or order of groups.
+Split and replicated parameters are apart so that the gradient norm counts every element once, and a tied weight's own
+group lets ZeRO cut its optimizer state alike on all of its stages (see `ParameterGroup`). Hyperparameters are recorded
+by parameter name, so a checkpoint never depends on the number or order of groups.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from engine.parallel.state import ParameterGroup
 
 
 def weight_decay(name: str, config: OptimizerConfig) -> float:
-    """The weight decay of one parameter, by its logical name."""
+    """Return the weight decay of one parameter, by its logical name."""
     exempt = any(fnmatch.fnmatchcase(name, pattern) for pattern in config.no_decay)
     return 0.0 if exempt else config.weight_decay
 
 
 def rate_factors(name: str, run_stages: Sequence[RunStage]) -> tuple[float, ...]:
     """Return the factor of the learning rate of one parameter, by its logical name, in each run stage."""
+    # Factors of all matching patterns multiply, so that their order in the file does not matter.
     return tuple(
         math.prod(
             factor for pattern, factor in run_stage.learning_rate_factors.items() if fnmatch.fnmatchcase(name, pattern)
@@ -60,7 +61,7 @@ def refuse_unmatched(run_stages: Sequence[RunStage], names: Iterable[str]) -> No
 
 
 def by_muon(spec: ParameterSpec, config: OptimizerConfig) -> bool:
-    """Whether Muon updates a parameter: the matrix of a linear layer; not embeddings, heads, norms or biases."""
+    """Return True if Muon updates a parameter: the matrix of a linear layer; not embeddings, heads, norms or biases."""
     return config.name == "muon" and len(spec.shape) == 2 and spec.sharding.role in ("column", "row")
 
 
@@ -71,10 +72,10 @@ def parameter_groups(
     partial: Container[str] = (),
     run_stages: Sequence[RunStage] = (),
 ) -> list[ParameterGroup]:
-    """The stage's parameters, in groups that are never empty.
+    """Divide the stage's parameters into groups, none of them empty.
 
-    `tied` gives the stages of parameters that other stages hold too; ties of different stages share no group. Of the
-    `partial` ones each tensor rank finds a part of the gradient. Parameters of one group have the same factor of the
+    `tied` gives the stages of parameters that other stages hold too; ties of different stages share no group. Each
+    tensor rank computes a part of the gradient of `partial` ones. Parameters of one group have the same factor of the
     learning rate in each of the `run_stages`, so that groups stay as they are from one to the next.
     """
     stages = tied or {}
@@ -91,7 +92,10 @@ def parameter_groups(
         grouped.setdefault(key, []).append(spec)
     for (_, _, holders, _, _, _), members in grouped.items():
         if holders:
-            members.sort(key=lambda spec: spec.name)  # stages meet their parameters in different orders
+            # A stage's own order of parameters depends on its chunks; by name their offsets are equal on all stages.
+            members.sort(key=lambda spec: spec.name)
+    # Sorted by key, so that the groups of tied weights come in one order on all stages: their gradients are summed by
+    # one collective per group (`WholeGradients`).
     return [
         ParameterGroup(tuple(members), decay, replicated, holders, summed, matrices, factors)
         for (decay, replicated, holders, summed, matrices, factors), members in sorted(grouped.items())
@@ -99,7 +103,7 @@ def parameter_groups(
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW or Muon over groups that carry their own weight decay."""
+    """Make AdamW or Muon over groups that carry their own weight decay."""
     settings: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.beta1, config.beta2),

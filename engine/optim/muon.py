@@ -1,10 +1,10 @@
-"""Muon: momentum, orthogonalised, for the matrices of linear layers; AdamW for everything else (Jordan et al. 2024).
+"""Muon: orthogonalised momentum for the matrices of linear layers; AdamW for everything else (Jordan et al. 2024).
 
 The update of a matrix needs all of it, and each rank holds a flat range of its tensor-parallel part. So momentum is
 kept where the weight is, and per step the update's shards go to one owner per matrix, which orthogonalises it and sends
 the shards back: every matrix is computed once, and each rank owns its share of the work. Fused projections are
-orthogonalised block by block, each as the matrix that it is. Updates are scaled to the size of AdamW's (Liu et al.
-2025, Muon is Scalable for LLM Training, section 2.2), so that learning rate and weight decay carry over.
+orthogonalised block by block, each as a matrix of its own. Updates are scaled to the size of AdamW's (Liu et al. 2025,
+Muon is Scalable for LLM Training, section 2.2), so that learning rate and weight decay carry over.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from engine.parallel.sharding import ParameterSpec
 from engine.parallel.state import Placement, ShardRange
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Coefficients of x, x^3 and x^5 (Jordan et al. 2024): steep at 0, and in return not exact at 1."""
 ITERATIONS = 5
+"""Number of iterations: five take every singular value between 0.003 and 1 to one between 0.68 and 1.21."""
 MATCHED_RMS = 0.2
-"""Root mean square of AdamW's updates, which Muon's are scaled to."""
+"""Root mean square of AdamW's updates, to which Muon's are scaled."""
 
 
 class Muon(torch.optim.AdamW):
@@ -43,7 +45,7 @@ class Muon(torch.optim.AdamW):
         zero: Group,
         tensor: Group,
     ) -> None:
-        """Says which parameters lie in each tensor that this optimizer updates.
+        """Set the parameters that lie in each tensor that this optimizer updates.
 
         `zero` are the ranks that share a tensor-parallel part (this rank alone where it holds all of it), `tensor`
         those that share the parameter.
@@ -54,7 +56,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Updates every tensor that has a gradient; gradients of matrices are used up.
+        """Update every tensor that has a gradient; gradients of matrices are used up.
 
         Collective over `zero` and `tensor` where there are matrices: all ranks step the same groups in the same order.
         """
@@ -62,6 +64,8 @@ class Muon(torch.optim.AdamW):
         for group in self.param_groups:
             if group["matrices"]:
                 self._step_matrices(group, [held for held in group["params"] if held.grad is not None])
+        # AdamW takes what still has a gradient: matrices have none left. Under ZeRO-3 DeepSpeed steps one sub-group per
+        # call, which may be matrices alone.
         if any(held.grad is not None for group in self.param_groups for held in group["params"]):
             super().step()
 
@@ -73,21 +77,28 @@ class Muon(torch.optim.AdamW):
             assert held.grad is not None
             momentum = self.state[held]["momentum_buffer"]
             momentum.mul_(self.momentum).add_(held.grad)
-            update = held.grad.add_(momentum, alpha=self.momentum).view(-1)  # Nesterov's
+            # Nesterov's form, in the gradient's memory, which nobody needs any more.
+            update = held.grad.add_(momentum, alpha=self.momentum).view(-1)
             held.grad = None
             for spec, _, offset, length in self._parts[id(held)]:
                 specs.append(spec)
                 updates.append(update.narrow(0, offset, length))
                 weights.append(held.view(-1).narrow(0, offset, length))
         for weight, update in zip(weights, self._orthogonal(specs, updates), strict=True):
+            # Decoupled weight decay, as in AdamW.
             weight.mul_(1.0 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
     def _orthogonal(self, specs: list[ParameterSpec], pieces: list[torch.Tensor]) -> list[torch.Tensor]:
-        """This rank's shards of the scaled, orthogonalised updates, from its shards of the updates."""
+        """Return this rank's shards of the scaled, orthogonalised updates, from its shards of the updates.
+
+        Two levels: data ranks join the shards of a tensor-parallel part on one of them, tensor ranks the parts of a
+        matrix. Lists are by parameter in the order of `specs`, with an empty shard where this rank holds nothing.
+        """
         zero, tensor = self._zero, self._tensor
         lengths = [self._lengths(spec) for spec in specs]
         by_data_rank = Owners([cost(spec) for spec in specs], lengths, zero)
         own = by_data_rank.gather(pieces)
+        # All tensor ranks of a data rank own parts of the same matrices: owners depend on specs alone.
         owned = [specs[index] for index in own]
         shares = [[spec.local_numel(tensor.size)] * tensor.size for spec in owned]
         by_tensor_rank = Owners([cost(spec) for spec in owned], shares, tensor)
@@ -97,13 +108,14 @@ class Muon(torch.optim.AdamW):
             spec = owned[index]
             shape = spec.local_shape(tensor.size)
             update = scaled_orthogonal(spec, spec.join([part.view(shape) for part in parts]))
+            # In the place of the parts that it was joined from: the way back sends a part to every rank.
             whole[index] = [spec.part(update, rank, tensor.size).reshape(-1) for rank in range(tensor.size)]
         local = by_tensor_rank.scatter(whole, like=parts_here)
         shards = {index: list(part.split(lengths[index])) for index, part in zip(own, local, strict=True)}
         return by_data_rank.scatter(shards, like=pieces)
 
     def _lengths(self, spec: ParameterSpec) -> list[int]:
-        """Elements of a parameter's local part on every rank of `zero`."""
+        """Return the number of elements of a parameter's local part on every rank of `zero`."""
         local = spec.local_numel(self._tensor.size)
         if self._zero.size == 1:
             return [local]
@@ -111,34 +123,44 @@ class Muon(torch.optim.AdamW):
 
 
 class Owners:
-    """Which rank of a group computes each of some tensors that all its ranks hold shards of, balanced by cost.
+    """Assignment of tensors, of which all ranks of a group hold shards, to the ranks that compute them, by cost.
 
-    `lengths` gives the length of every rank's shard by tensor. Both methods are collective over the group.
+    `lengths` gives the length of every rank's shard by tensor. Both methods are collective over the group. Costs 5, 3
+    and 3 on two ranks: the first tensor goes to rank 0, the others to rank 1.
     """
 
     def __init__(self, costs: list[int], lengths: list[list[int]], group: Group) -> None:
         self.lengths, self.group = lengths, group
         self.owners = [0] * len(costs)
         loads = [0] * group.size
-        for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):  # the largest first
+        # The largest first, each to the rank with the least work (Graham 1969, longest processing time). Ties go to the
+        # lower number, so that all ranks find the same owners without a message.
+        for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
             self.owners[index] = loads.index(min(loads))
             loads[self.owners[index]] += costs[index]
+        # By owner: what goes to one rank is then one run of the flat tensor that `exchange` sends.
         self.order = sorted(range(len(costs)), key=lambda index: (self.owners[index], index))
         self.mine = [index for index in self.order if self.owners[index] == group.position]
 
     def gather(self, pieces: list[torch.Tensor]) -> dict[int, list[torch.Tensor]]:
-        """By tensor that this rank owns: the flat shards of all ranks, in order."""
+        """Return the flat shards of all ranks, in order, of each tensor that this rank owns."""
         if self.group.size == 1 or not pieces:
             return {index: [pieces[index]] for index in self.mine}
         received = exchange(torch.cat([pieces[index] for index in self.order]), *self._sizes(), self.group)
+        # By rank, and within a rank by tensor: with tensors 1 and 2 on 2 ranks, parts are 1 2 1 2.
         cuts = [self.lengths[index][rank] for rank in range(self.group.size) for index in self.mine]
         parts = list(received.split(cuts)) if cuts else []
         return {index: parts[number :: len(self.mine)] for number, index in enumerate(self.mine)}
 
     def scatter(self, pieces: dict[int, list[torch.Tensor]], like: list[torch.Tensor]) -> list[torch.Tensor]:
-        """This rank's shard of every tensor, from what the owners have for all ranks: inverse of `gather` of `like`."""
+        """Return this rank's shard of every tensor, from the owners' shards for all ranks: inverse of `gather`.
+
+        `like` are the tensors that were gathered.
+        """
         if self.group.size == 1 or not like:
             return [pieces[index][0] for index in range(len(self.owners))]
+        # The way back: what `gather` received is sent, and the other way round. A rank that owns nothing sends nothing,
+        # but must take part.
         outgoing, incoming = self._sizes()
         flat = [pieces[index][rank] for rank in range(self.group.size) for index in self.mine]
         received = exchange(torch.cat(flat) if flat else like[0].new_empty(0), incoming, outgoing, self.group)
@@ -147,7 +169,7 @@ class Owners:
         return [found[index] for index in range(len(self.owners))]
 
     def _sizes(self) -> tuple[list[int], list[int]]:
-        """Elements that `gather` sends to each rank, and receives from it."""
+        """Return the number of elements that `gather` sends to each rank, and that it receives from each."""
         outgoing = [0] * self.group.size
         for owner, lengths in zip(self.owners, self.lengths, strict=True):
             outgoing[owner] += lengths[self.group.position]
@@ -156,14 +178,16 @@ class Owners:
 
 
 def cost(spec: ParameterSpec) -> int:
-    """Multiplications of one product in the orthogonalisation of a parameter, which all others are in proportion to."""
+    """Return the multiplications of one product in a parameter's orthogonalisation; the others are proportional."""
     rows, columns = spec.shape
     split = [(block, columns) if spec.sharding.dim == 0 else (rows, block) for block in spec.blocks()]
     return sum(m * n * min(m, n) for m, n in split)
 
 
 def scaled_orthogonal(spec: ParameterSpec, update_RC: torch.Tensor) -> torch.Tensor:
-    """The update (R, C) with each block orthogonalised and scaled by 0.2 x sqrt(max(rows, columns)), as `update_RC`."""
+    """Return the update (R, C) with each block orthogonalised and scaled by 0.2 x sqrt(max(rows, columns))."""
+    # An orthogonal R x C matrix has min(R, C) singular values of 1, so its elements have a root mean square of
+    # 1 / sqrt(max(R, C)); the factor makes that 0.2.
     dim = spec.sharding.dim
     assert dim is not None, "matrices that Muon updates are split by tensor parallelism"
     blocks = [
@@ -173,14 +197,16 @@ def scaled_orthogonal(spec: ParameterSpec, update_RC: torch.Tensor) -> torch.Ten
 
 
 def orthogonal(matrix_RC: torch.Tensor) -> torch.Tensor:
-    """Nearly the orthogonal factor of a matrix (R, C): singular values go to about 1, vectors stay.
+    """Approximate the orthogonal factor of a matrix (R, C): singular values go to about 1, vectors stay.
 
     A quintic Newton-Schulz iteration (Jordan et al. 2024, with their coefficients), in bf16 on a GPU as there.
     """
     a, b, c = COEFFICIENTS
     x = matrix_RC.bfloat16() if matrix_RC.is_cuda else matrix_RC
+    # With the smaller side first, so that the Gram matrix is the smaller of the two.
     if tall := x.shape[0] > x.shape[1]:
         x = x.T
+    # The Frobenius norm is at least the largest singular value: all are at most 1, where the iteration converges.
     x = x / (x.norm() + 1e-7)
     for _ in range(ITERATIONS):
         gram = x @ x.T

@@ -18,13 +18,14 @@ def factor_of_step(run_stage: RunStage, step: int) -> float:
     """Return the factor of the peak learning rate in `step` (from 0) of a run stage."""
     schedule, batches = run_stage.schedule, run_stage.batches
     done, length = step + 1, run_stage.num_steps
+    # Tokens of full batches by arithmetic, padding included: the schedule never depends on the data.
     if schedule.unit == "tokens":
         done, length = (batches.samples(steps) * run_stage.sequence_length for steps in (done, length))
     return factor(schedule, done, length)
 
 
 def factor(schedule: ScheduleConfig, done: int, length: int) -> float:
-    """The factor of the step that ends when `done` of the stage's `length` (steps or tokens) are done.
+    """Return the factor of the step that ends when `done` of the stage's `length` (steps or tokens) are done.
 
     Counted at a step's end: the warm-up reaches 1 in its last step, a decay its final factor in the stage's last one,
     and no step is without a learning rate. Beyond its end a schedule stays where it ended.
@@ -46,16 +47,18 @@ def factor(schedule: ScheduleConfig, done: int, length: int) -> float:
         decay = schedule.decay if schedule.decay is not None else length - schedule.warmup
         line_or_cosine = _line if schedule.shape == "linear" else _cosine
         return line_or_cosine(1.0, schedule.final_factor, _progress(after_warmup, decay))
+    # wsd and infinite end with their decay: 0 before it begins, then up to 1.
     assert schedule.decay is not None, "resolve() lets no such schedule without a decay pass"
     progress = _progress(done - (length - schedule.decay), schedule.decay)
     if schedule.shape == "wsd":
         return _line(1.0, schedule.final_factor, progress)
+    # The anneal is exponential. Its own factor is 1 until it begins (progress 0), whatever `length` is.
     constant = _cosine(1.0, schedule.constant_factor, _progress(after_warmup, schedule.cooldown))
     return constant * (schedule.final_factor / schedule.constant_factor) ** progress
 
 
 def _progress(done: int, length: int) -> float:
-    """How much of a phase is behind, from 0 to 1; a phase of length 0 is over with the first step in it."""
+    """Return the share of a phase that is done, from 0 to 1; a phase of length 0 is over with the first step in it."""
     return min(max(done / length, 0.0), 1.0) if length > 0 else float(done > 0)
 
 
