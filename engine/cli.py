@@ -31,7 +31,7 @@ EXIT_INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Command:
-    """A sub-command: where its function or typer application is, and its line in the overview."""
+    """A sub-command: the address of its function or typer application, and its line in the overview."""
 
     target: str
     summary: str

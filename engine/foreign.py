@@ -30,7 +30,7 @@ def refuse_custom_code(folder: Path) -> None:
         if named := settings.get("auto_map"):
             raise custom_code(folder, f"{name} names it in auto_map: {_listed(named)}")
         for key, value in settings.items():  # "owner/kernel": transformers downloads and runs it
-            # `_attn_implementation` too, the name under which transformers saves it.
+            # `endswith`, for the key is also spelt with a leading underscore.
             if key.endswith("attn_implementation") and isinstance(value, str) and "/" in value:
                 raise custom_code(folder, f"{name} takes its attention from a hub: {key} = {value}")
     if (folder / _CODE_FOLDER).is_dir():

@@ -44,7 +44,7 @@ class Beat:
 
 
 class Heartbeat:
-    """Writes the beats of one rank."""
+    """Writer of the beats of one rank."""
 
     def __init__(self, folder: Path | None, global_rank: int) -> None:
         """Make the rank's file in `folder`; without a folder `beat` does nothing. Raises `OSError`."""

@@ -19,7 +19,9 @@ FILE = "outcome.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """`code` is one of the `EXIT_*` of `engine.errors`; `step` the last whole step; `rank` the first to fail."""
+    """Outcome of one attempt of a job.
+
+    `code` is one of the `EXIT_*` of `engine.errors`; `step` the last whole step; `rank` the first to fail."""
 
     job: str
     attempt: int

@@ -77,8 +77,10 @@ class RunFolder:
     """A run folder, as one process of a start sees it. Rank 0, or the supervisor, takes it; see `is_ours`."""
 
     def __init__(self, path: Path, start: Start, parent: int | None = None, aside: Path | None = None) -> None:
-        """`parent` is the parent process that all ranks of this start on one host share, where they do; `aside` a
-        folder of the supervisor on this node, in memory, which takes an outcome that the run folder does not."""
+        """Make the view of a folder; nothing is taken yet.
+
+        `parent` is the parent process that all ranks of this start on one host share, where they do; `aside` a folder
+        of the supervisor on this node, in memory, which takes an outcome that the run folder does not."""
         self.path, self.start, self._parent, self._aside = path, start, parent, aside
         self.met = False
         """True once this rank has met rank 0, which holds the folder, and agreed with it."""

@@ -34,7 +34,7 @@ class Ending:
 
 
 def run_attempts(run: RunConfig, wanted: Wanted, node: Node, restarts: Restarts, tell: Callable[[str], None]) -> Ending:
-    """Take the run folder, start attempt after attempt on this node, and return how the last one ended.
+    """Take the run folder, start attempt after attempt on this node, and return the ending of the last one.
 
     Raises:
         PalimpsestError: nothing could be started; that is the outcome in the run folder, too, if it could be taken.

@@ -80,7 +80,7 @@ class Command:
 
 
 def commands(wanted: Wanted, node: Node) -> list[Command]:
-    """Return what a node has to start: one command per rank for `local`, one in all for the others."""
+    """Return the commands that a node has to start: one per rank for `local`, one in all for the others."""
     if wanted.kind == "local":
         return [_local(wanted, node, local_rank) for local_rank in range(len(node.ranks))]
     return [_deepspeed(wanted, node) if wanted.kind == "deepspeed" else _torchrun(wanted, node)]

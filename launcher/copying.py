@@ -23,10 +23,12 @@ _log = logger(__name__)
 
 
 class Copier:
-    """Copies a pipe until the last process that holds its other end is gone."""
+    """Copier of a pipe to a log and the terminal, until the last process that holds its other end is gone."""
 
     def __init__(self, pipe: Any, log: IO[bytes], path: Path) -> None:
-        """`pipe` is a buffered reader, `log` an unbuffered file at `path`, which is closed when all is copied."""
+        """Start copying `pipe`, a buffered reader, to `log`, an unbuffered file at `path`.
+
+        The log is closed when all is copied."""
         self._pipe, self._log, self._path = pipe, log, path
         self._waiting, self._ended = bytearray(), False
         self._changed = threading.Condition()

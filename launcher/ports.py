@@ -1,4 +1,4 @@
-"""The port where ranks meet: a free one for ranks of one node, or one that follows from the job's name.
+"""The port at which ranks meet: a free one for ranks of one node, or one that follows from the job's name.
 
 Ranks that were started apart cannot agree on a free port, so theirs is a function of the job. All lie below the range
 that Linux hands out to clients (32768 and up), where another program may take any port at any time, also one that was

@@ -65,7 +65,7 @@ class NodeReport:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Exit code of the launch, what to tell the user, and the process whose log tells more (if any)."""
+    """Exit code of the launch, words for the user, and the process whose log tells more (if any)."""
 
     code: int
     words: str

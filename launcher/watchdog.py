@@ -30,7 +30,7 @@ class _Watched:
 
 @dataclass
 class Watchdog:
-    """Knowledge of the ranks' silence in one attempt."""
+    """Seconds of silence of each rank in one attempt, and the usual time of a step."""
 
     limits: LaunchConfig
     ranks: dict[int, _Watched] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class Watchdog:
 
     @property
     def last_step(self) -> int | None:
-        """Steps that the farthest rank has done; None before the first beat."""
+        """Steps that the rank with the most has done; None before the first beat."""
         return max((watched.beat.step for watched in self.ranks.values() if watched.beat is not None), default=None)
 
     def _learn(self, before: Beat | None, now: Beat | None) -> None:

@@ -135,7 +135,7 @@ def _each(where: str, read: Callable[[Location], Result]) -> Iterator[tuple[Loca
 
 
 def _read_manifest(path: Location) -> tuple[str, str]:
-    """A line about a checkpoint, or what is wrong with it."""
+    """Return (a line about a checkpoint, ""), or ("", the damage in words)."""
     from engine.checkpoint.load import open_checkpoint
     from engine.checkpoint.verify import identity, still_there
 
@@ -155,7 +155,7 @@ def _progress(path: Location) -> Callable[[list[str]], Iterable[str]]:
 
 
 def _other_side(text: str) -> Opened | Mapping[str, torch.Tensor | None]:
-    """A checkpoint, or the weights of a Hugging Face folder by our names."""
+    """Open a checkpoint, or the weights of a Hugging Face folder by logical names."""
     from pathlib import Path
 
     from engine.checkpoint.compare import Opened

@@ -20,7 +20,7 @@ LARGEST_BUCKET = 500_000_000
 
 
 def reduce_bucket_elements(num_elements: int) -> int:
-    """Gradient elements that ZeRO reduces at a time, for a stage of `num_elements` on this tensor rank.
+    """Return the gradient elements that ZeRO reduces at a time, for a stage of `num_elements` on this tensor rank.
 
     ZeRO-2 and 3 keep a buffer of this size: DeepSpeed's own default would take 2 GB of the smallest model.
     """
@@ -34,12 +34,11 @@ def deepspeed_config(
     num_micro_batches: int,
     num_elements: int,
 ) -> dict[str, Any]:
-    """DeepSpeed's dictionary for one pipeline stage's engine, which holds `num_elements` on this tensor rank."""
+    """Return DeepSpeed's dictionary for one pipeline stage's engine, with `num_elements` on this tensor rank."""
     bucket = 1 if parallel.reduces_per_step else reduce_bucket_elements(num_elements)  # reduced by us, or in buckets
     zero: dict[str, Any] = {"stage": parallel.zero_stage, "reduce_bucket_size": bucket}
     if parallel.zero_stage in (1, 2):
         zero |= {
-            # Each gradient goes to its owner alone, and not to all ranks.
             "reduce_scatter": True,
             "overlap_comm": False,
             # ZeRO-1 reduces once per step, outside of DeepSpeed's buckets, which this setting is about.

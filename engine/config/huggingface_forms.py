@@ -33,7 +33,7 @@ class Twin:
     """The values that pass, in words."""
 
     def mismatches(self, model: ModelConfig) -> Problems:
-        """Every key that keeps a model from this form."""
+        """Return an error for every key that keeps a model from this form."""
         wrong = [(key, str(value)) for key, value in self.values.items() if getattr(model, key) != value]
         wrong += [(key, self.allowed[key]) for key, passes in self.choices.items() if not passes(getattr(model, key))]
         problems: Problems = [

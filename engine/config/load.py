@@ -169,7 +169,7 @@ def _place(error: YAMLError) -> str:
 
 
 def merge(below: Tree, above: Tree) -> Tree:
-    """`above` laid over `below`, section by section; returns `below`."""
+    """Merge `above` into `below`, in place and section by section; return `below`."""
     for key, value in above.items():
         if isinstance(value, dict) and isinstance(below.get(key), dict):
             merge(below[key], value)
@@ -213,9 +213,10 @@ def _index(node: list[Any], part: str, override: str) -> int:
 
 
 def _causes(items: list[Any]) -> list[Any]:
-    """Pydantic's errors without those that only follow from another: a list whose entries are wrong is not short, and a
-    default that is made of a wrong value is not wrong."""
-    # ("stages", 0, "data") makes (), ("stages",) and ("stages", 0) locations that something inside is wrong of.
+    """Return pydantic's errors without those that only follow from another.
+
+    A list with wrong entries is not too short, and a default that is computed from a wrong value is not wrong."""
+    # An error at ("stages", 0, "data") marks (), ("stages",) and ("stages", 0) as wrong inside.
     wrong_inside = {item["loc"][:depth] for item in items for depth in range(len(item["loc"]))}
     return [
         item
@@ -226,7 +227,7 @@ def _causes(items: list[Any]) -> list[Any]:
 
 
 def _explain(item: Any) -> ConfigError:
-    """One of pydantic's errors in the project's three parts."""
+    """Return one of pydantic's errors in the project's three parts."""
     keys, section = _walk(item["loc"])
     path = ".".join(keys) or "the whole file"
     if item["type"] == "extra_forbidden":
@@ -245,7 +246,7 @@ def _explain(item: Any) -> ConfigError:
 
 
 def _unknown_key(keys: list[str], section: type[Section]) -> ConfigError:
-    """An unknown key, with the keys of its section, and the nearest of them or the other section that has it."""
+    """Return the error of an unknown key: the keys of its section, and the nearest one or the section that has it."""
     *above, name = keys
     key, names = section.told_apart_by, sorted(section.model_fields)
     # The cutoff finds slips of two or three letters: "learning_rat" but not "rate" for "learning_rate".
@@ -302,7 +303,7 @@ def _in_field(section: type[Section], key: str) -> Iterator[type[Section]]:
 
 
 def _tag(section: type[Section]) -> str:
-    """Value of the key that tells a section from those that may stand in its place."""
+    """Return the value of the key that tells a section from its alternatives: "bert" for `model`; else ""."""
     key = section.told_apart_by
     return get_args(section.model_fields[key].annotation)[0] if key else ""
 
@@ -315,7 +316,7 @@ def _sections_in(annotation: Any) -> Iterator[type[Section]]:
 
 
 def _one_line(error: Exception) -> str:
-    """A YAML error without its advice on turning the check off."""
+    """Return a YAML error as one line, without its advice on turning the check off."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kept = []
     for line in lines:

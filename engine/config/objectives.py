@@ -107,7 +107,7 @@ def _span_lengths(length: int, objective: ObjectiveConfig) -> RowLengths:
 
 @dataclass(frozen=True)
 class Objective:
-    """An entry of the table."""
+    """One objective: its family, its keys, and the lengths of its rows."""
 
     family: FamilyName
     """Family of models that it trains."""

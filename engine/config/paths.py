@@ -25,7 +25,7 @@ KEYS = (
     "stages.*.data.validation.*",
     "stages.*.data.cache.folder",
 )
-"""The keys of a run that are paths, or may be."""
+"""Keys of a run that are paths, or may be."""
 ON_DISK = ("folder", "tokenizer", "checkpoint.memory.folder", "stages.*.data.cache.folder")
 """Those of them that are never URLs."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` has taken one of the two slashes

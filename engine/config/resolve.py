@@ -98,8 +98,9 @@ def check(config: RunConfig) -> list[PalimpsestError]:
 
 
 def num_micro_batches(batch_size: int, parallel: ParallelConfig, data_size: int) -> int:
-    """Micro-batches that each data rank runs in a step of so many samples; what is missing in the last ones are rows
-    of weight 0 (`elastic.pad_batch`)."""
+    """Return the micro-batches that each data rank runs in a step of `batch_size` samples.
+
+    The last ones are filled up with padding rows, of weight 0 (`elastic.pad_batch`)."""
     # Rounded up: 10 samples in micro-batches of 2 on 3 ranks are 2 micro-batches each, with 2 rows of weight 0.
     return -(-batch_size // (parallel.micro_batch_size * data_size))
 

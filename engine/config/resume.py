@@ -31,7 +31,7 @@ class Change:
 
 
 def flatten(section: Section, prefix: str = "") -> dict[str, tuple[KeyKind, Any]]:
-    """Every leaf of a configuration as dotted key -> (kind, JSON value).
+    """Return every leaf of a configuration as dotted key -> (kind, JSON value).
 
     A key's kind is its section's, unless the section gives it another one.
     """

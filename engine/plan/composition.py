@@ -118,7 +118,7 @@ REFUSED: dict[str, Change] = {
 
 
 def composition_table() -> str:
-    """The table in Markdown: axes, schedules, precisions and model forms by ZeRO stage, then what is refused."""
+    """Return the table in Markdown: axes, schedules, precisions and model forms by ZeRO stage, then the refusals."""
     reasons: list[PalimpsestError] = []
     lines = ["| | " + " | ".join(ZERO_STAGES) + " |", "| --- |" + " --- |" * len(ZERO_STAGES)]
     for name, change in USES.items():
@@ -134,7 +134,7 @@ def composition_table() -> str:
 
 
 def problems_of(*changes: Change) -> list[PalimpsestError]:
-    """Every rule that the example with these changes breaks on a world of its own size."""
+    """Return every rule that the example with these changes breaks on a world of its own size."""
     config = example(*changes)
     parallel = config.parallel
     world_size = parallel.pipe * parallel.tensor * parallel.sequence * (parallel.data or 1)
@@ -142,7 +142,7 @@ def problems_of(*changes: Change) -> list[PalimpsestError]:
 
 
 def example(*changes: Change) -> RunConfig:
-    """A small run in fp32 with four layers and four heads, with keys of its sections changed."""
+    """Return a small run in fp32 with four layers and four heads, with keys of its sections changed."""
     section: Callable[[str], dict[str, Any]] = lambda name: {  # noqa: E731
         key: value for change in changes for key, value in change.get(name, {}).items()
     }
@@ -166,7 +166,7 @@ def example(*changes: Change) -> RunConfig:
 
 
 def _cell(problems: list[PalimpsestError], reasons: list[PalimpsestError]) -> str:
-    """`yes`, or the numbers of the reasons, which are added where they are new."""
+    """Return `yes`, or the numbers of the reasons, which are added to `reasons` where they are new."""
     if not problems:
         return "yes"
     numbers = []
@@ -180,6 +180,6 @@ def _cell(problems: list[PalimpsestError], reasons: list[PalimpsestError]) -> st
 
 
 def _sentence(problem: PalimpsestError) -> str:
-    """A problem on one line."""
+    """Return a problem as one line of text."""
     parts = [problem.wrong, f"allowed: {problem.allowed}" if problem.allowed else "", problem.remedy]
     return "; ".join(part for part in parts if part) + "."

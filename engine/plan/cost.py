@@ -92,7 +92,7 @@ class Cost:
 
     @property
     def evaluation_seconds(self) -> float | None:
-        """None where some run stage's are not known."""
+        """Seconds of all evaluations; None where those of some run stage are not known."""
         seconds = [run_stage.evaluation_seconds for run_stage in self.run_stages]
         known = [value for value in seconds if value is not None]
         return sum(known) if len(known) == len(seconds) else None
@@ -146,7 +146,7 @@ def run_cost(config: RunConfig, layout: Layout, cluster: Cluster) -> Cost:
 def _run_stage_cost(
     config: RunConfig, run_stage: RunStage, end: int, layout: Layout, cut: PipelineCut, cluster: Cluster
 ) -> RunStageCost:
-    """The cost of a run stage that ends with the run's step `end`."""
+    """Return the cost of a run stage that ends with the run's step `end`."""
 
     def time_of(sized: RunStage) -> StepTime:
         return step_time(config, sized, layout, stage_plans(config, sized, layout, cut), cluster)
@@ -176,7 +176,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
 
 def _by_batch(run_stage: RunStage) -> list[tuple[int, RunStage]]:
-    """(steps, run stage without a ramp) of each batch size that a run stage comes to."""
+    """Return (steps, run stage with that size alone) of each batch size that a run stage comes to."""
     ramp, found = run_stage.batches, []
     # Each size ends where the next one begins; a ramp may be longer than its run stage, so ends are cut off there.
     ends = (*ramp.first_steps[1:], run_stage.num_steps)
@@ -188,7 +188,7 @@ def _by_batch(run_stage: RunStage) -> list[tuple[int, RunStage]]:
 
 
 def _due(first: int, end: int, every: int | None) -> int:
-    """Occasions, of those after every so many steps of the run, that fall on the steps (first, end], and one at `end`.
+    """Return the number of multiples of `every` in the steps (first, end], with one at `end` in any case.
 
     >>> _due(10, 25, 10)  # after steps 20 and 25
     2
@@ -206,7 +206,7 @@ def _kept(config: RunConfig, steps: int) -> int:
 
 
 def _checkpoint_seconds(stages: tuple[StagePlan, ...], cluster: Cluster) -> tuple[float, float]:
-    """(copy to host memory, writing) of the fullest rank and of a node full of its like."""
+    """Return the seconds of (copy to host memory, writing) of the fullest rank and of a node full of its like."""
     largest = max(stage.stored_bytes for stage in stages)
     on_node = largest * min(cluster.per_node, cluster.world_size)
     # Each rank has a link to host memory of its own, but all ranks of a node share its way to storage.

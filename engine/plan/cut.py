@@ -133,7 +133,7 @@ def balance(costs: list[int], num_runs: int) -> list[range]:
 
 @lru_cache
 def _balanced(costs: tuple[int, ...], num_runs: int) -> tuple[range, ...]:
-    """`balance`, remembered: a ranking asks for few cuts, many times."""
+    """Return `balance` from a cache: a ranking asks for few cuts, many times."""
     return tuple(balance(list(costs), num_runs))
 
 
@@ -158,8 +158,9 @@ def _windows(sums: Sequence[int], num_runs: int, limit: int) -> list[range]:
 def _extended(
     sums: Sequence[int], limit: int, starts: range, ends: range, squares: dict[int, int]
 ) -> tuple[dict[int, int], dict[int, int]]:
-    """The least sum of squares from each of `starts` on, and the end of the run that begins there; `squares` are those
-    from each of `ends` on.
+    """Return the least sum of squares from each of `starts` on, and the best end of the run that begins there.
+
+    `squares` are the least sums from each of `ends` on.
 
     The smallest best end never falls as the start rises, for squares of sums satisfy the quadrangle inequality; so the
     best end of the middle start bounds those of both halves (Galil and Park 1992, divide and conquer).
@@ -185,7 +186,9 @@ def _extended(
 
 
 def _smallest_limit(costs: list[int], num_runs: int) -> int:
-    """The smallest largest sum of `num_runs` runs, by bisection: filling each run greedily needs the fewest runs."""
+    """Return the smallest largest sum of `num_runs` runs, by bisection over the limit of a run.
+
+    Under a limit, filling each run greedily needs the fewest runs."""
     # Costs are whole numbers, so the bisection ends at the exact limit.
     low, high = max(costs), sum(costs)
     while low < high:

@@ -21,7 +21,7 @@ from engine.plan.worlds import with_parallel
 
 @dataclass(frozen=True)
 class World:
-    """One world, and how a run lies in it."""
+    """One world, and the layout of a run in it."""
 
     parallel: ParallelConfig
     layout: Layout
@@ -39,12 +39,12 @@ class World:
 
 
 def _as_typed(value: Any) -> str:
-    """A value of the configuration in YAML 1.2, where None is a word like any other and null is nothing."""
+    """Return a value of the configuration as YAML 1.2, where None is a word like any other and null is nothing."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def elastic_worlds(config: RunConfig, largest: int) -> list[World]:
-    """Every world of at most `largest` ranks in which the run can go on with another data axis, ascending."""
+    """Return every world of at most `largest` ranks in which the run can go on with another data axis, ascending."""
     fixed = config.parallel.pipe * config.parallel.tensor * config.parallel.sequence
     worlds = [_by_data(config, data) for data in range(1, largest // fixed + 1)]
     return [world for world in worlds if world is not None]
@@ -62,7 +62,7 @@ def _by_data(config: RunConfig, data: int) -> World | None:
 
 
 def _micro_batch_sizes(config: RunConfig, data: int) -> list[int]:
-    """Sizes to try for so many data ranks: those that need the fewest rows first, of these the largest first."""
+    """Return the sizes to try for `data` ranks: those that need the fewest rows first, of these the largest first."""
     sizes = [size for stage in config.stages for size in stage.batches.sizes]
     tried = range(config.parallel.micro_batch_size, 0, -1)
     if config.elastic.pad_batch:
@@ -72,7 +72,7 @@ def _micro_batch_sizes(config: RunConfig, data: int) -> list[int]:
 
 
 def describe(config: RunConfig, layout: Layout) -> World:
-    """The world of a layout that is valid for the configuration."""
+    """Return the world of a layout that is valid for the configuration."""
     sizes = [run_stage.batches.largest for run_stage in config.stages]
     padded = [_rows(size, config.parallel.micro_batch_size, layout.data) - size for size in sizes]
     return World(config.parallel, layout, max(padded))

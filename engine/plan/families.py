@@ -32,7 +32,7 @@ class Figures(Protocol):
         ...
 
     def layer_kind(self, model: ModelConfig, layer: int) -> Hashable:
-        """Everything that the figures of a layer depend on: layers of one kind are equal in all of them."""
+        """Return the kind of a layer: layers of one kind are equal in all figures."""
         ...
 
     def layer_operations(self, model: ModelConfig, layer: int, lengths: RowLengths) -> int:
@@ -108,7 +108,7 @@ FAMILIES: dict[str, Figures] = {"gpt": cast(Figures, gpt), "bert": cast(Figures,
 
 
 class LayerKind(NamedTuple):
-    """Layers that are equal in all figures: one of them, and how many there are."""
+    """Layers that are equal in all figures: the number of one of them, and their count."""
 
     example: int
     count: int
@@ -116,7 +116,7 @@ class LayerKind(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def layer_kinds(model: ModelConfig, layers: Sequence[int]) -> tuple[LayerKind, ...]:
-    """The kinds of some layers, in the order in which they come first. `layers` is a range or a tuple."""
+    """Return the kinds of some layers, in the order of their first layers. `layers` is a range or a tuple."""
     family = figures(model)
     found: dict[Hashable, list[int]] = {}
     for layer in layers:
@@ -125,11 +125,11 @@ def layer_kinds(model: ModelConfig, layers: Sequence[int]) -> tuple[LayerKind, .
 
 
 def over_layers(model: ModelConfig, layers: Sequence[int], figure: Callable[[int], int]) -> int:
-    """The sum of a figure over layers."""
+    """Return the sum of a figure over layers."""
     # One call per kind instead of one per layer: a ranking asks for these sums thousands of times.
     return sum(kind.count * figure(kind.example) for kind in layer_kinds(model, layers))
 
 
 def figures(model: ModelConfig) -> Figures:
-    """The figures of a configuration's family."""
+    """Return the figures of a configuration's family."""
     return FAMILIES[model.family]

@@ -87,7 +87,7 @@ def saved(
     only; 1 D with the input only.
     """
     whole = lengths.tokens * model.hidden_size
-    stretch = whole // sequence_size  # tokens of one tensor rank under sequence parallelism
+    stretch = whole // sequence_size  # of one rank's tokens under sequence parallelism
     if recompute == "full":
         return stretch
     if recompute == "selective":  # products are kept before they are summed and scattered

@@ -42,7 +42,7 @@ NODE = 8
 
 
 def _host_memory(num_dimms: int, dimm_gib: int) -> int:
-    """Bytes of an accelerator's share of its node."""
+    """Return the bytes of host memory per accelerator of a reference node."""
     return num_dimms * dimm_gib * GIB // NODE
 
 
@@ -87,7 +87,7 @@ class Cluster:
     per_node: int
 
     def ranks_per_node(self, group_size: int, stride: int) -> int:
-        """Ranks of one node in a group of `group_size` ranks that stand `stride` apart."""
+        """Return the number of ranks of one node in a group of `group_size` ranks that stand `stride` apart."""
         # At least the rank itself: with a stride of a node or more, each rank of the group is on a node of its own.
         return max(1, min(group_size, self.per_node // stride))
 
@@ -107,7 +107,7 @@ class Cluster:
 
 
 def cluster(name: str, world_size: int, per_node: int) -> Cluster:
-    """A cluster of one kind of accelerator.
+    """Return a cluster of one kind of accelerator.
 
     Raises:
         ConfigError: the kind is not known.

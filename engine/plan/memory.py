@@ -143,8 +143,10 @@ def stage_memory(
     device: Device,
     single_moments: int = 0,
 ) -> Memory:
-    """Memory of one rank of a stage that holds `entries`, with `in_flight` micro-batches of all its layers alive at the
-    peak: a fraction where passes of single chunks add up to one. `device` says what attention keeps.
+    """Return the memory of one rank of a stage that holds `entries`.
+
+    At the peak `in_flight` micro-batches of all its layers are alive: a fraction where passes of single chunks add up
+    to one. Attention keeps what it does on `device`.
 
     `recomputed` are those of its `layers` that recompute their activations; `segments`: rows hold several documents or
     padding; `single_moments`: local elements of which the optimizer keeps one moment and not two (Muon).
@@ -194,7 +196,7 @@ def activation_bytes(
     alive: Fraction | int,
     device: Device,
 ) -> int:
-    """Bytes that `alive` micro-batches keep of `layers`, and what one of the `recomputed` has in its second run beside.
+    """Return the bytes that `alive` micro-batches keep of `layers`, with those of one recomputed layer's second run.
 
     Attention never keeps its scores here, as with the kernels of a GPU, unless it has dropout.
     """
@@ -212,13 +214,13 @@ def remade_bytes(
     recomputed: Sequence[int],
     lengths: RowLengths,
 ) -> int:
-    """Activations of a micro-batch that the `recomputed` layers do not keep and make again."""
+    """Return the bytes of activations of a micro-batch that the `recomputed` layers make again."""
     _, remade, _ = _kept(model, recomputed, recomputed, lengths, Sharing.of(parallel), parallel.recompute, masks=None)
     return math.ceil(parallel.micro_batch_size * remade * DTYPE_BYTES[precision.dtype])
 
 
 class Sharing(NamedTuple):
-    """Ranks that share the activations of a row."""
+    """Numbers of ranks that share the activations of a row, by the way in which they do."""
 
     tensor: int
     shared_by: int

@@ -21,7 +21,7 @@ LARGEST_HEAD = 256
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter: its whole shape (vocabulary padded) and whether tensor ranks share it."""
+    """One parameter: its whole shape (vocabulary padded), and its division over tensor ranks."""
 
     name: str
     shape: tuple[int, ...]
@@ -49,8 +49,10 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """Some parameters. Equal to itself alone: what is summed over it is remembered, for a ranking asks for the same few
-    sums thousands of times."""
+    """Several parameters, hashed by identity.
+
+    So sums over them are cached without hashing every entry: a ranking asks for the same few sums thousands of times.
+    """
 
     held: tuple[Entry, ...]
 
@@ -58,16 +60,16 @@ class Entries:
         return iter(self.held)
 
     def local_numel(self, tensor_size: int, multiple: int = 1) -> int:
-        """Elements of all on one of `tensor_size` ranks, each parameter filled up to a multiple."""
+        """Return the elements of all on one of `tensor_size` ranks, each parameter filled up to a multiple."""
         return _local_numel(self, tensor_size, multiple)
 
     @cached_property
     def linear(self) -> Entries:
-        """Those of them that Muon updates."""
+        """The parameters among them that Muon updates."""
         return Entries(tuple(entry for entry in self.held if entry.is_linear))
 
     def without(self, names: frozenset[str]) -> Entries:
-        """All but some of them."""
+        """Return them without those of these names."""
         return _without(self, names) if names else self
 
 
@@ -83,7 +85,7 @@ def _local_numel(entries: Entries, tensor_size: int, multiple: int) -> int:
 
 
 def vocabulary(model: ModelConfig, name: str, width: int | None = None) -> Entry:
-    """A parameter with a row for each token: a matrix of `hidden_size` columns, or of `width` (0: a vector)."""
+    """Return a parameter with a row for each token: a matrix of `hidden_size` columns, or of `width` (0: a vector)."""
     columns = model.hidden_size if width is None else width
     shape = (model.padded_vocab_size, columns) if columns else (model.padded_vocab_size,)
     padding = (model.padded_vocab_size - model.vocab_size) * (columns or 1)
@@ -91,7 +93,7 @@ def vocabulary(model: ModelConfig, name: str, width: int | None = None) -> Entry
 
 
 def norm(model: ModelConfig, name: str) -> list[Entry]:
-    """A norm over the width."""
+    """Return the parameters of a norm over the width."""
     entries = [Entry(f"{name}.weight", (model.hidden_size,), split=False)]
     if model.norm == "layernorm" and model.norm_bias:
         entries.append(Entry(f"{name}.bias", (model.hidden_size,), split=False))
@@ -101,7 +103,7 @@ def norm(model: ModelConfig, name: str) -> list[Entry]:
 def linear(
     name: str, rows: int, columns: int, *, bias: bool, split: bool = True, bias_split: bool = False
 ) -> list[Entry]:
-    """A linear layer (out, in)."""
+    """Return the parameters of a linear layer, its matrix (out, in) and its bias (out,) if it has one."""
     entries = [Entry(f"{name}.weight", (rows, columns), split)]
     if bias:
         entries.append(Entry(f"{name}.bias", (rows,), bias_split))
@@ -109,7 +111,7 @@ def linear(
 
 
 def self_attention(model: ModelConfig, name: str) -> list[Entry]:
-    """Fused projection to queries, keys and values, and output projection."""
+    """Return the parameters of the fused projection to queries, keys and values, and of the output projection."""
     width, heads = model.hidden_size, model.num_heads * model.head_size
     return [
         *linear(f"{name}.qkv_proj", qkv_width(model), width, bias=model.bias, bias_split=True),
@@ -118,7 +120,7 @@ def self_attention(model: ModelConfig, name: str) -> list[Entry]:
 
 
 def feed_forward(model: ModelConfig, name: str) -> list[Entry]:
-    """Feed-forward part, gated or not."""
+    """Return the parameters of the feed-forward part, gated or not."""
     up = "gate_up_proj" if model.gated else "up_proj"
     inner = model.feed_forward_size * (2 if model.gated else 1)
     return [
@@ -128,7 +130,7 @@ def feed_forward(model: ModelConfig, name: str) -> list[Entry]:
 
 
 def qkv_width(model: ModelConfig) -> int:
-    """Outputs of the fused projection."""
+    """Width of the fused projection's output: query heads, key heads and value heads."""
     return (model.num_heads + 2 * model.num_kv_heads) * model.head_size
 
 
@@ -151,7 +153,7 @@ def saved_by_attention(model: ModelConfig, num_tokens: int, tensor_size: int) ->
 
 
 def saved_probabilities(model: ModelConfig, num_queries: int, num_keys: int, tensor_size: int) -> int:
-    """Elements of probabilities and of what dropout made of them; none without dropout."""
+    """Elements of the attention probabilities, before and after dropout, and of its mask; 0 without dropout."""
     # Two copies of an element and one byte of mask, as elements of 4 bytes: 2 + 1/4 = 9/4. In bf16 the mask is 1/2 of
     # an element, which is left out.
     return 9 * model.num_heads * num_queries * num_keys // 4 // tensor_size if model.attention_dropout else 0

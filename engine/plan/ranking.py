@@ -276,7 +276,7 @@ def _order(candidate: Candidate) -> tuple[bool, bool, float]:
 
 
 def _axes(cluster: Cluster) -> Iterator[tuple[int, int, int]]:
-    """(pipe, tensor, data) of every cut of the world; tensor ranks fit into a node."""
+    """Yield (pipe, tensor, data) of every cut of the world; tensor ranks fit into a node."""
     world = cluster.world_size
     # Tensor ranks exchange activations several times per layer, which only the links inside a node are fast enough
     # for (Narayanan et al. 2021, section 3.2); groups whose size divides a node's never straddle two nodes.
@@ -287,7 +287,7 @@ def _axes(cluster: Cluster) -> Iterator[tuple[int, int, int]]:
 
 
 def _best(config: RunConfig, cluster: Cluster, pipe: int, tensor: int, data: int, zero_stage: int) -> Candidate | None:
-    """The best micro-batch size of a cut, one chunk per stage; None where `resolve` refuses all."""
+    """Return the candidate with the best micro-batch size of a cut, one chunk per stage; None if all are refused."""
     best = None
     gather, within = config.parallel.gather, config.parallel.gather_within
     # `gather` and `gather_within` are ZeRO-3's alone, and hpZ's groups have to divide the data ranks and be fewer.
@@ -319,15 +319,16 @@ def _refined(config: RunConfig, candidate: Candidate, cluster: Cluster) -> Itera
 
 
 def _shared(tensor: int) -> tuple[bool, ...]:
-    """Values of `parallel.sequence_parallel` that differ."""
+    """Return the values of `parallel.sequence_parallel` that make a difference with so many tensor ranks."""
     return (False, True) if tensor > 1 else (False,)
 
 
 def _spared(config: RunConfig, cluster: Cluster, shared: tuple[bool, ...]) -> Candidate | None:
-    """The layout with as little as it takes to fit into memory: of sequence parallelism, as far as `shared` has it, and
-    of recomputation. Where nothing does, it has all that spares, or is plain where its states alone are too large.
+    """Return the candidate with the fewest options that save memory with which it fits: sequence parallelism, of the
+    values in `shared`, and recomputation.
 
-    None where `resolve` refuses it.
+    Where it never fits it has all of them, or none where its states alone are too large. None where `resolve` refuses
+    it.
     """
     plain = with_parallel(config, recompute="none", recompute_layers=None, activation_gib=None)
     examined = {one: examine(with_parallel(plain, sequence_parallel=one), cluster.world_size) for one in shared}

@@ -28,7 +28,7 @@ StageChunks = Sequence[Sequence[ModelChunk]]
 
 @dataclass(frozen=True)
 class PipelineCut:
-    """The model on the pipeline stages, the same in every run stage."""
+    """Assignment of the model to the pipeline stages, the same in every run stage."""
 
     chunks: StageChunks
     recomputed: tuple[Sequence[int], ...]
@@ -67,6 +67,7 @@ def cut_lengths(config: RunConfig, layout: Layout) -> RowLengths:
     def rating(tried: RowLengths) -> tuple[bool, tuple[int, int]]:
         needed = _bytes_needed(config, layout, tried)
         most = max(needed.values())
+        # False first: cuts under which the run stage that they are made for is the one that needs the most.
         return needed[tried] < most, most
 
     return min(lengths, key=rating)
@@ -118,13 +119,16 @@ def passes_alive(config: RunConfig, run_stage: RunStage, layout: Layout, stage: 
 
 
 def _alive(config: RunConfig, run_stage: RunStage, layout: Layout, stage: int, num_chunks: int) -> Fraction:
-    """Micro-batches of all layers of the pipeline stage: one pass of a chunk is one of so many parts of one."""
+    """Micro-batches of all layers of the pipeline stage that are alive: passes of chunks, divided by the chunks.
+
+    Stage 0 of 4 with two chunks per stage holds 11 passes of a chunk, 5 1/2 micro-batches of its layers."""
     return Fraction(passes_alive(config, run_stage, layout, stage, num_chunks), num_chunks)
 
 
 def _bytes_needed(config: RunConfig, layout: Layout, lengths: RowLengths) -> dict[RowLengths, tuple[int, int]]:
-    """(fullest GPU, sum of a GPU of every pipeline stage) in bytes under the cut for such rows, by the row lengths of
-    the run stages; of run stages with equal ones the most."""
+    """Return (bytes of the fullest GPU, sum over a GPU of every pipeline stage) by the row lengths of each run stage.
+
+    The cut is the one for rows of `lengths`. Of run stages with equal rows the larger figures count."""
     chunks = stage_chunks(config.model, layout.pipe, config.parallel.chunks_per_stage, lengths)
     recomputed = _recomputed(config, layout, chunks, "cuda")
     needed: dict[RowLengths, tuple[int, int]] = {}
@@ -137,10 +141,11 @@ def _bytes_needed(config: RunConfig, layout: Layout, lengths: RowLengths) -> dic
 
 
 def _recomputed(config: RunConfig, layout: Layout, chunks: StageChunks, device: Device) -> tuple[Sequence[int], ...]:
-    """Layers of every pipeline stage that recompute: the most that any run stage asks for."""
+    """Return the layers of every pipeline stage that recompute: the most that any run stage needs."""
     found = []
     for stage, held in enumerate(chunks):
         counts = (_num_recomputed(config, run_stage, layout, stage, held, device) for run_stage in config.stages)
+        # The first layers, so that the ones of the less demanding run stages are among those of the most demanding one.
         found.append(layers_of(held)[: max(counts)])
     return tuple(found)
 
@@ -148,7 +153,7 @@ def _recomputed(config: RunConfig, layout: Layout, chunks: StageChunks, device: 
 def _num_recomputed(
     config: RunConfig, run_stage: RunStage, layout: Layout, stage: int, held: Sequence[ModelChunk], device: Device
 ) -> int:
-    """Layers of a pipeline stage that a run stage alone would recompute."""
+    """Return the number of layers of a pipeline stage that a run stage alone would recompute."""
     parallel, layers = config.parallel, layers_of(held)
     if parallel.recompute == "none":
         return 0

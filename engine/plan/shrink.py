@@ -1,4 +1,4 @@
-"""The world in which a run goes on after a loss: the largest valid one on the ranks that remain."""
+"""Choice of the world in which a run goes on after a loss: the largest valid one on the ranks that remain."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ UNKNOWN = ACCELERATORS["a100-80gb"]
 
 
 def world_for(config: RunConfig, num_ranks: int, accelerator: Accelerator = UNKNOWN) -> World | None:
-    """The best world of at most `num_ranks` ranks (all on one node) for a run to go on in; None where there is none.
+    """Return the best world of at most `num_ranks` ranks (all on one node) for a run to go on in, or None.
 
     The largest one, by the data axis alone. With `elastic.layout: any` the largest in which any layout is valid, and
     of those the first in the plan's ranking for the accelerator.

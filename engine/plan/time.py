@@ -82,8 +82,9 @@ class StepTime:
 
 
 def reached_share(width: float, tokens: int | None = None) -> float:
-    """Share of the peak that products of `tokens` rows (None: as many as the width, or more) with matrices of this
-    width reach."""
+    """Return the share of the peak that products with matrices of this width reach: 0.3 at 400, 0.48 at 1600.
+
+    `tokens` are the rows of the other operand; None means as many as the width, or more."""
     of_width = LARGEST_SHARE * width / (width + HALF_WIDTH)
     return of_width if tokens is None else of_width * tokens / (tokens + HALF_TOKENS)
 
@@ -131,7 +132,7 @@ def step_time(
 def _stage_time(
     config: RunConfig, run_stage: RunStage, layout: Layout, stage: StagePlan, cluster: Cluster
 ) -> tuple[float, ...]:
-    """(arithmetic, recompute, tensor, pipe, data, optimizer, offload) seconds of one rank of a stage."""
+    """Return (arithmetic, recompute, tensor, pipe, data, optimizer, offload) seconds of one rank of a stage."""
     accelerator, traffic = cluster.accelerator, stage.traffic
     # The geometric mean of a product's two sides, of which tensor parallelism divides one.
     width = config.model.hidden_size / layout.tensor**0.5
@@ -160,8 +161,10 @@ def _stage_time(
 
 
 def optimizer_seconds(updated: int, config: RunConfig, accelerator: Accelerator) -> tuple[float, float]:
-    """(update, transfer) seconds for so many parameters of one rank: a pass over the memory where their state lies,
-    and with `offload` a gradient in fp32 to the host and a weight back."""
+    """Return the (update, transfer) seconds for `updated` parameters of one rank.
+
+    The update is a pass over the memory where their state lies; with `offload` the transfer is a gradient in fp32 to
+    the host and a weight back."""
     if config.parallel.offload == "none":
         return updated * OPTIMIZER_BYTES / accelerator.memory_bytes_per_second, 0.0
     weight_bytes = DTYPE_BYTES[config.precision.dtype]

@@ -1,4 +1,4 @@
-"""World sizes on which a run can start, and why its neighbours cannot: asked of `engine.config.resolve`, not retold."""
+"""World sizes on which a run can start, and the rules that forbid others, as `engine.config.resolve` has them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Refusal:
 
 
 def valid_worlds(config: RunConfig, largest: int) -> list[int]:
-    """Every world size up to `largest` on which the configuration can start as it is."""
+    """Return every world size up to `largest` on which the configuration can start as it is."""
     if check(config):
         return []
     parallel = config.parallel
@@ -38,7 +38,7 @@ def valid_worlds(config: RunConfig, largest: int) -> list[int]:
 
 
 def _data_sizes(config: RunConfig, largest: int) -> Iterable[int]:
-    """Numbers of data ranks, ascending, that are worth asking about: all that can be valid are among them."""
+    """Return candidate numbers of data ranks, ascending; all that can be valid are among them."""
     sizes = [size for stage in config.stages for size in stage.batches.sizes]
     if config.parallel.data is not None:
         return [config.parallel.data]
@@ -49,7 +49,7 @@ def _data_sizes(config: RunConfig, largest: int) -> Iterable[int]:
 
 
 def refusal(config: RunConfig, world_size: int, problems: list[PalimpsestError]) -> ConfigError:
-    """The error of a run that breaks these rules on a world, with worlds on which it would start where there are some.
+    """Return the error of a run that breaks these rules on a world, with worlds on which it would start, if any.
 
     Rules that do not depend on the world are named alone: no world mends them.
     """
@@ -65,12 +65,12 @@ def refusal(config: RunConfig, world_size: int, problems: list[PalimpsestError])
 
 
 def with_parallel(config: RunConfig, **changes: Any) -> RunConfig:
-    """The configuration with other values in its `parallel` section."""
+    """Return the configuration with other values in its `parallel` section."""
     return config.model_copy(update={"parallel": config.parallel.model_copy(update=changes)})
 
 
 def neighbours(config: RunConfig, world_size: int) -> tuple[list[Layout], list[Refusal]]:
-    """Other ways to use the same world: layouts that would start, and the rules that forbid others, each once.
+    """Return other layouts of the same world that would start, and the rules that forbid others, each once.
 
     Tried are every other ZeRO stage, and every pipe x tensor that divides the world, with what is left as data ranks.
     """

@@ -42,7 +42,7 @@ PROMPT = 'def read_lines(path):\n    """Return the'
 
 
 class Demo:
-    """The parts of the demonstration in order; each prints its heading, and its wall time goes into the summary."""
+    """Parts of the demonstration in order; each prints its heading, and its wall time goes into the summary."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()

@@ -1,4 +1,4 @@
-"""Rules of where data comes from: a folder, a mixture of them, URLs; and the weights as whole numbers."""
+"""Rules of the sources of data: a folder, a mixture of them, URLs; and the weights as whole numbers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from engine.config.schema.data import DataConfig
 from engine.errors import ConfigError, PalimpsestError
 
 LONGEST_PERIOD = 2**16
-"""Weights whose sum would be larger are rounded to so many parts."""
+"""Largest sum of the weights as whole numbers; beyond it they are rounded to this sum."""
 
 LONGEST_NAME = 64
+"""Largest number of characters in the name of a source or of a validation set."""
 MOST_SOURCES = 16
-"""Each has a place in the loader's state, which stays below 1 KiB."""
+"""Largest number of sources: each has an entry in the loader's state, which stays below 1 KiB."""
 
 
 def check_mixture(key: str, data: DataConfig, problems: list[PalimpsestError]) -> None:
@@ -99,7 +100,7 @@ def check_mixture(key: str, data: DataConfig, problems: list[PalimpsestError]) -
 
 
 def _names(data: DataConfig) -> list[tuple[str, str]]:
-    """(key, name) of everything in a stage's data that metrics name."""
+    """Return (key, name) of everything in a stage's data that metrics name."""
     held_out = data.validation if isinstance(data.validation, dict) else {}
     return [("sources", source.name) for source in data.sources] + [("validation", item) for item in held_out]
 

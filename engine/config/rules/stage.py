@@ -1,4 +1,4 @@
-"""Rules of a run's course: how its batch and its learning rate go, and what it does when a step goes wrong.
+"""Rules of a run's course: its batch sizes, its learning rate, and its reaction to a step that goes wrong.
 
 Part of `engine.config.resolve`, which calls them all and reports every problem at once.
 """
@@ -39,7 +39,9 @@ def check_run_stages(config: RunConfig, problems: list[PalimpsestError]) -> None
 
 
 def check_ramp(key: str, stage: RunStage, problems: list[PalimpsestError]) -> bool:
-    """Return True if each size of a batch-size ramp has one end, which is after the end of the one before."""
+    """Add the rules of a batch-size ramp; return True if it keeps them.
+
+    Each size has one end, which is after the end of the one before."""
     found = len(problems)
     first_steps = stage.batches.first_steps
     for index, entry in enumerate(stage.batch_ramp):
