@@ -169,6 +169,7 @@ class Stage(nn.Module):
                     num_given
                 )
             else:
+                # Counted in the whole row and then cut: a document may begin in an earlier rank's slice.
                 positions = self.functions.sequence_slice.own(positions_in_document(segments_BT))  # (B, T)
             hidden_BTD = hidden_BTD + self.embed_positions(positions)
         if self.config.token_types:

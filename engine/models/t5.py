@@ -148,6 +148,7 @@ class Stage(nn.Module):
                 x_BSD = self.layers[str(index)](x_BSD, seen)
             if not hasattr(self, "encoder_norm"):
                 return {"hidden_BSD": x_BSD}
+            # The chunk with the encoder's last layer normalises its output once for all layers of the decoder.
             encoded_BSD = seen.dropped(self.encoder_norm(x_BSD), self.encoder[-1], STACK_OUTPUT)
         assert encoded_BSD is not None, "the decoder reads the encoder"
         if not self.decoder:
@@ -156,6 +157,7 @@ class Stage(nn.Module):
         seen = self.view(x_BTD, self.decoder_positions, decoder_segments_BT, dropout_keys_B)
         if hidden_BTD is None:
             x_BTD = seen.dropped(x_BTD, self.decoder[0] - 1, EMBEDDED)
+        # Of whole rows, and one for all layers. A document is in the same rows of both stacks under the same number.
         sequence_slice = self.functions.sequence_slice
         mask_B1TS = cross_mask(
             decoder_segments_BT,
@@ -193,6 +195,7 @@ class Stage(nn.Module):
     ) -> View:
         """Make the view of a stack with these hidden states and this table."""
         sequence_slice = self.functions.sequence_slice
+        # Of whole rows, although this rank holds a slice: attention works on whole rows.
         bias_BHTT = masked(
             positions(sequence_slice.whole(x_BTD), sequence_slice), segments_BT, causal=not positions.bidirectional
         )

@@ -69,7 +69,7 @@ def attention(
     scale: float | None = None,
     drop: Drop | None = None,
 ) -> torch.Tensor:
-    """Softmax attention, out_BTHK; query heads share the G key/value heads in consecutive groups of H / G.
+    """Compute softmax attention, out_BTHK; query heads share the G key/value heads in consecutive groups of H / G.
 
     `mask` (B, 1 or H, T, T) is boolean, true where a query (first T) sees a key (second T), or of the queries' dtype
     and added to the scores; or a `Band`, or `Documents` where the device has a kernel for them: both without `drop`.
@@ -131,6 +131,7 @@ def _explicit_attention(
 ) -> torch.Tensor:
     """Compute attention with one tensor operation per step, for `drop`; the softmax is in fp32."""
     shared_by = q_BTHK.size(2) // k_BTGK.size(2)
+    # (B, T, G, K) -> (B, H, T, K): with 4 query and 2 key/value heads, heads 0 and 1 get the first of the two.
     k_BHTK, v_BHTK = (x_BTGK.repeat_interleave(shared_by, 2).transpose(1, 2) for x_BTGK in (k_BTGK, v_BTGK))
     scores_BHTT = q_BTHK.transpose(1, 2) @ k_BHTK.transpose(2, 3) * (scale or q_BTHK.size(-1) ** -0.5)
     if mask is None:

@@ -178,6 +178,7 @@ def join(
         lines = grid.groups("data", "sequence")
         cuts = range(0, len(lines[0]), gather_within)
         near = make([line[first : first + gather_within] for line in lines for first in cuts])
+    # Each call makes communicators of its own, also for ranks that have some already.
     pipe, pipe_backward = make(pipe_lines), make(pipe_lines)
     wrap, wrap_backward = pipe, pipe_backward
     if chunks_per_stage > 1:

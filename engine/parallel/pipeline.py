@@ -75,6 +75,7 @@ class Pipeline:
         NCCL makes them in a rendezvous of both sides; in mid-schedule the two could be in different places.
         """
         groups, scalar = self.groups, torch.zeros((), device=self.engine.device)
+        # Along each line one after the other: a stage sends on when it has received, and the first in line just sends.
         for group, step in ((groups.pipe, 1), (groups.pipe_backward, -1)):
             if 0 <= group.position - step < group.size:
                 receive(scalar, group, group.position - step)
@@ -187,6 +188,7 @@ class Pipeline:
         return receive(tensor, group, (group.position + (-1 if forward else 1)) % group.size)
 
     def _send(self, tensor: torch.Tensor, forward: bool) -> None:
+        # Drop complete sends from the oldest on, which frees their tensors; never wait here.
         while self._sent and self._sent[0][0].is_completed():
             self._sent.popleft()
         group = self._link(forward, ahead=forward)

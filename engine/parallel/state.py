@@ -15,7 +15,7 @@ from engine.parallel.sharding import ParameterSpec
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's moments, as torch names them."""
 MOMENTUM = ("momentum_buffer",)
-"""Muon's."""
+"""Muon's moment, as torch names it."""
 
 
 ShardRange = tuple[ParameterSpec, int, int, int]

@@ -22,7 +22,7 @@ def start(device: torch.device) -> None:
     gloo does without.
     """
     if device.type == "cpu":
-        # DeepSpeed's build looks its operations up in this table; one that is marked incompatible is never compiled.
+        # DeepSpeed compiles the operation only if this table says that the machine supports it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # torch 2.13 renames collectives that DeepSpeed calls; each rank would say so several times

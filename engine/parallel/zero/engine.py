@@ -249,7 +249,7 @@ class StageEngine:
         norm = self._norm.item()
         if not accept(norm):
             self._discard()
-        elif self._host:
+        elif self._host:  # clips while it copies the gradients to the host
             self._host.step(self._clip_factor(), self._engine.step)
         else:
             if self.zero_stage == 0 and (factor := self._clip_factor()) is not None:
@@ -257,6 +257,7 @@ class StageEngine:
                     grad.mul_(factor)
             self._engine.step()
         if self._accumulator:
+            # After the step: the optimizer's gradients may be views of these buffers.
             self._accumulator.clear()
         return norm
 
@@ -343,6 +344,7 @@ class StageEngine:
             for name, moment in shard.moments.items():
                 if name not in self.added_moments:
                     moment.zero_()
+        # Moments that start from zero need the bias correction of first updates.
         self.set_updates(0)
 
     def set_updates(self, count: int) -> None:
@@ -384,6 +386,7 @@ class StageEngine:
 
 def _by_group(module: StageModule, parameter_groups: Iterable[ParameterGroup]) -> Named:
     """Return the module's parameters in the order of the groups; every parameter is in exactly one."""
+    # `named_parameters` gives a shared parameter once, under the first of its names.
     by_name = {module.logical_names[name]: parameter for name, parameter in module.named_parameters()}
     named = [[(spec, by_name.pop(spec.name)) for spec in group.specs] for group in parameter_groups]
     assert not by_name, f"in no parameter group: {', '.join(by_name)}"
