@@ -116,6 +116,7 @@ def documents(folder: Path | str) -> Iterator[np.ndarray]:
     dataset = TokenDataset(Path(folder))
     for number in range(dataset.num_shards):
         shard = dataset.shard(number)
+        # `documents` are offsets into `tokens`, one more than there are documents: (0, 3, 8) is [0, 3) and [3, 8).
         for first, end in zip(shard.documents[:-1], shard.documents[1:], strict=True):
             yield shard.tokens[first:end]
 

@@ -137,6 +137,7 @@ class RunFolder:
     def refuse_other(self) -> None:
         """Raise `EnvironmentProblem` while another start uses the folder; for the ranks that do not take it."""
         record = self._read()
+        # No lock is asked for: only rank 0 takes the folder, and it may be about to.
         if record and not self._named(record) and not self._follows(record) and self._is_held():
             raise self._in_use(record)
 
@@ -147,6 +148,8 @@ class RunFolder:
         folder; until it has met rank 0, a start of the same name on this host under another parent is not its own.
         """
         record = self._read()
+        # A start that was refused never owns the folder. One that has taken it still does where the file cannot be
+        # read: no record says that a newer attempt has come.
         if self._refused or (self.is_taken and not record):
             return self.is_taken
         if self.is_taken or self.met or self._parent is None or record.get("host") != socket.gethostname():
@@ -195,6 +198,7 @@ class RunFolder:
     def release(self) -> None:
         """Let others in; safe to call twice. A supervised rank leaves the name to its supervisor."""
         if self._handle is not None:
+            # Emptied and not removed: another process may have the file open, and would lock one that nobody else sees.
             if (self.start.mark or self._supervises) and self._named(self._read()):
                 os.ftruncate(self._handle, 0)
             os.close(self._handle)

@@ -56,6 +56,7 @@ def _loop(
 ) -> Ending:
     asked = wanted.overrides
     while True:
+        # Before each attempt: ranks that were killed in the last one may have left a build lock.
         prepare_extensions(run.folder, os.environ)
         verdict = attempt(commands(wanted, node), owned, wanted.world_size, run.launch)
         refusal = restarts.refusal(verdict)

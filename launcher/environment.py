@@ -191,7 +191,7 @@ def _check_agreement(by_hand: _Found, other: _Found) -> None:
 
 def _read_torch(environ: Environ) -> _Found:
     """Read RANK and WORLD_SIZE: torchrun, deepspeed, `palimpsest launch`, or a script of the user's own."""
-    # CROSS_SIZE is deepspeed's name for the number of nodes; nobody else sets it.
+    # CROSS_SIZE is deepspeed's name for the number of nodes; torchrun's is GROUP_WORLD_SIZE.
     launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "deepspeed" if "CROSS_SIZE" in environ else ""
     world_size = _number(environ, "WORLD_SIZE")
     local_names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")

@@ -54,5 +54,6 @@ def locks(folder: Path) -> list[Path]:
 
 def _idle_seconds(folder: Path) -> float:
     """Seconds since anything in the folder was written."""
+    # The folder's own time counts, too: it changes when a file in it is made.
     newest = max(path.stat().st_mtime for path in [folder, *folder.iterdir()])
     return max(time.time() - newest, 0.0)

@@ -123,6 +123,7 @@ def _comparison(first: str, other: str, found: Comparison, tolerance: float) -> 
     if not found.common_steps:
         lines.append("  they have no step in common")
     else:
+        # Exactly first: one bit is enough to say that two runs are not the same run.
         lines.append(f"  exactly: {_parting(found.parted)}")
         lines.append(f"  beyond a relative difference of {tolerance:g}: {_parting(found.parted_beyond)}")
     if found.changes is None:

@@ -145,6 +145,7 @@ def _to_megatron(source: Path, output: Path) -> None:
     from engine.data.shards.megatron import file_of, prefix_of, sweep_unfinished, write_indexed_dataset
 
     prefix = prefix_of(output)
+    # What a killed conversion has left goes first, so that only whole files count as there.
     sweep_unfinished(prefix)
     if found := [path.name for suffix in ("bin", "idx") if (path := file_of(prefix, suffix)).exists()]:
         raise DataError(f"{prefix.parent} holds {' and '.join(found)} already", "a new PREFIX", "name another --output")

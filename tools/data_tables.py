@@ -37,6 +37,8 @@ def histogram(part: Statistics) -> str:
     """Return the number of documents by length as lines of text, one per power of two."""
     largest = max(part.lengths.values(), default=1)
     lines = []
+    # Exponents without a document are shown as well, so that bars compare at a glance. Without any document the
+    # defaults make the range empty.
     for power in range(min(part.lengths, default=0), max(part.lengths, default=-1) + 1):
         count = part.lengths[power]
         bar = "#" * round(_BAR_WIDTH * count / largest)

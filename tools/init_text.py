@@ -87,6 +87,7 @@ def run_text(family: FamilyName, size: str, sizes: Mapping[str, Any], data: Data
     # A multiple of the GPUs, so that every data axis that `rank` tries divides the batch.
     batch = math.ceil((16 if size == "tiny" else 256) / num_gpus) * num_gpus
     wanted = min(TOKENS_PER_PARAMETER * parameters, MOST_EPOCHS * data.num_tokens)
+    # Ten at least, so that a trial on a few documents still has a warm-up, checkpoints and an end.
     steps = max(10, wanted // (batch * length))
     stage: dict[str, Any] = {
         "objective": OBJECTIVES[family],

@@ -110,6 +110,7 @@ def _tokens(folder: Folder, expected: str | None, needed: int, config: RunConfig
     from engine.errors import DataError
 
     location = folder.location
+    # The index alone: hashes of whole shards would take minutes, and `train` reads them anyway.
     index = TokenDataset(location, expected).index
     if index.vocab_size > max(needed, config.model.vocab_size):
         raise DataError(

@@ -65,7 +65,7 @@ def _verdict(advice: Advice, assumed: bool, console: Console) -> None:
         verdict = f"[bold]fits:[/] {planned.memory_bytes / GIB:.3g} of {there:.3g} GiB on {where}{note}"
     else:
         needed = f"needs {planned.memory_bytes / GIB:.3g} of {there:.3g} GiB"
-        # The device has room, so it is the host that has none, or a state that nothing spares.
+        # The device has room, so it is the host that lacks memory.
         host = f"; {planned.lack()}" if planned.memory_bytes <= cluster.accelerator.memory_bytes else ""
         verdict = f"[bold red]does not fit[/] {where}{note}: {needed}{host}"
     console.print(verdict, soft_wrap=True, highlight=False)
@@ -203,7 +203,7 @@ def _figures(title: str, rows: list[dict[str, int]], beside: list[int] | None = 
     unit_bytes, unit = scale(max(sum(row.values()) for row in rows))
     names = [name for name in rows[0] if any(row[name] for row in rows)]
     largest = max(sum(row.values()) for row in rows) / unit_bytes
-    # Four digits in all, at every size.
+    # Four digits in all, below 1000.
     digits = 3 if largest < 10 else 2 if largest < 100 else 1
     headings = ("stage", *(SHORT.get(name, name) for name in names), "total", *(["host"] if beside is not None else []))
     table = _table(f"{title}, in {unit}", ruled=len(headings) < RULED_COLUMNS)

@@ -121,6 +121,7 @@ def _table(found: list[RunStatus]) -> str:
     rows = [("run", "state", "step", "loss", "validation", "tokens/s", "left", "record", "checkpoint", "used by")]
     for status in found:
         user = status.user
+        # Short forms: ten columns have to fit a terminal.
         rows.append(
             (
                 str(status.folder),

@@ -86,12 +86,14 @@ _POST_NORM = {
 BERT = Twin(
     name="BERT",
     values=_POST_NORM | {"pair_head": True},
+    # Their BERT always has an embedding of segments, even of one kind.
     choices={"token_types": lambda count: count >= 1},
     allowed={"token_types": "1 or more"},
 )
 BERT_WITHOUT_PAIRS = Twin(
     name="BERT without pairs",
     values=_POST_NORM | {"pair_head": False},
+    # With one kind of segment and no pairs a model is of RoBERTa's form.
     choices={"token_types": lambda count: count >= 2},
     allowed={"token_types": "2 or more"},
 )

@@ -23,6 +23,7 @@ def run_schema() -> dict[str, Any]:
     """Return the JSON schema of run files, also of those that hold a part of a configuration."""
     schema = _of_parts(RunConfig.model_json_schema())
     objective = schema["$defs"]["ObjectiveConfig"]
+    # `objective: causal` is short for `objective: {name: causal}`.
     names = {"enum": list(get_args(ObjectiveName)), "description": "Name of the objective, with its defaults."}
     schema["$defs"]["ObjectiveConfig"] = {"anyOf": [names, objective]}
     schema["properties"] = {"include": INCLUDE, **schema["properties"]}

@@ -203,7 +203,7 @@ def _check_batch(
     keys = {f"stages.{index}.batch_ramp.{n}.size": entry.size for n, entry in enumerate(stage.batch_ramp)}
     keys[f"stages.{index}.global_batch_size"] = stage.global_batch_size
     if config.elastic.pad_batch:
-        # Padding evens out the last micro-batch, but a rank with padding rows alone would never train.
+        # Padding evens out the last micro-batches, but a rank with padding rows alone has nothing to train on.
         if small := {key: size for key, size in keys.items() if size < data_size}:
             problems.append(
                 ConfigError(

@@ -21,6 +21,7 @@ def check_objective(key: str, stage: RunStage, model: ModelConfig, problems: lis
                 "change the objective or the model",
             )
         )
+    # Keys at their defaults are let pass: a run folder's `config.yaml` has all of them.
     used = entry.keys + (("mean_span_length",) if objective.mask_unit == "span" else ())
     problems += [
         ConfigError(

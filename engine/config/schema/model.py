@@ -46,6 +46,8 @@ class ModelConfig(Section):
     """Width of the hidden states."""
     num_heads: int = Field(ge=1, le=LARGEST_WIDTH)
     """Number of attention heads (query heads, under grouped-query attention)."""
+    # Factories see the fields above them. `max`, so that more heads than columns break the rule that joins both keys
+    # (`check_model`), and not the bound of a head size that nobody wrote.
     head_size: int = Field(
         default_factory=lambda data: max(1, data["hidden_size"] // data["num_heads"]), ge=1, le=LARGEST_WIDTH
     )
@@ -246,6 +248,7 @@ def _family(given: Any) -> str:
     return str(given.get("family", "gpt")) if isinstance(given, dict) else getattr(given, "family", "gpt")
 
 
+# A function as discriminator and not the field's name, because a section may leave `family` out.
 AnyModelConfig = Annotated[
     Annotated[GPTConfig, Tag("gpt")] | Annotated[BERTConfig, Tag("bert")] | Annotated[T5Config, Tag("t5")],
     Discriminator(_family),
