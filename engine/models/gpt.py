@@ -1,4 +1,4 @@
-"""The GPT family: a decoder in GPT-2 or Llama form, cut into pipeline stages of one class, from one set of parts.
+"""The GPT family: a decoder in GPT-2 or Llama form, cut into pipeline stages that are modules of one class.
 
 Parameter names inside a stage are the logical names of the whole model (layers keep their global index), so any
 cut of the model has the same names. The one exception is a tied head on a stage without the embedding: see `ties`.

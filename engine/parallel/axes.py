@@ -18,7 +18,7 @@ from engine.config.resolve import Layout
 
 Axis = Literal["pipe", "data", "sequence", "tensor"]
 AXES: tuple[Axis, ...] = ("pipe", "data", "sequence", "tensor")
-"""Outermost first."""
+"""Axes of the grid, outermost first."""
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ def join_lines(
 
 
 def _make(families: list[list[int]], global_rank: int, limit_seconds: float, strict: bool = True) -> Any:
-    """Return the group of `families` that holds this rank. All of them are made, single ranks too (DeepSpeed asks).
+    """Return the group of `families` that holds this rank. All of them are made, also single ranks (for DeepSpeed).
 
     With `strict` False the rank may be in none of them, and None is returned.
     """

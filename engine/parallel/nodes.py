@@ -20,7 +20,7 @@ class Nodes:
 
     ranks: tuple[tuple[int, ...], ...]
     on_host: tuple[int, ...]
-    """Per node, how many nodes before it share its host: 0 on a real cluster."""
+    """Number of earlier nodes on the same host, for each node: 0 on a real cluster."""
 
     @classmethod
     def of(cls, identities: Sequence[tuple[str, int]]) -> Nodes:

@@ -65,7 +65,7 @@ class Pipeline:
         # By (chunk, micro-batch): tensors received and returned by forward passes whose backward is yet to come.
         self._live: dict[tuple[int, int], tuple[Tensors, Tensors]] = {}
         self._deferred: dict[tuple[int, int], DeferredGradients] = {}
-        # A tensor must live until its send is complete; nothing else refers to most of them.
+        # A tensor must live until its send is complete, even if nothing else refers to it.
         self._sent: deque[tuple[Work, torch.Tensor]] = deque()
         self._meet_neighbours()
 

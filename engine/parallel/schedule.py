@@ -104,7 +104,7 @@ def _alternate(forwards: Iterable[Pass], backwards: Iterable[Pass], warmup: int)
 
 
 def _interleaved(stage: int, num_stages: int, num_chunks: int, num_micro_batches: int) -> Iterator[Instruction]:
-    """Interleaved 1F1B (Narayanan et al. 2021, section 2.2) for any number of micro-batches.
+    """Yield interleaved 1F1B (Narayanan et al. 2021, section 2.2) for any number of micro-batches.
 
     The published order wants a multiple of the stages. Others are filled up with micro-batches whose instructions
     are left out again: what is left keeps its order and needs nothing of what was left out.
@@ -120,7 +120,7 @@ def _interleaved(stage: int, num_stages: int, num_chunks: int, num_micro_batches
 
 
 def _zero_bubble(stage: int, num_stages: int, num_micro_batches: int) -> Iterator[Instruction]:
-    """ZB-H1 (Qi et al. 2023, Zero Bubble Pipeline Parallelism, section 2.3): 1F1B with the backward passes split.
+    """Yield ZB-H1 (Qi et al. 2023, Zero Bubble Pipeline Parallelism, section 2.3): 1F1B with split backward passes.
 
     Stage s lags s micro-batches behind with weight gradients, and so has something to do while it waits for the
     gradients of its last micro-batches. What it holds for them makes up for the shorter warm-up of later stages: every

@@ -54,7 +54,7 @@ class PipelineStageSpec:
 
     @property
     def inputs(self) -> frozenset[str]:
-        """Keywords of all chunks that come from the data; empty where the stage reads none."""
+        """Keywords of all chunks that come from the data; empty if the stage reads none."""
         return frozenset[str]().union(*(ports.inputs for ports in self.ports))
 
     @property

@@ -167,8 +167,8 @@ class StageEngine:
         self._engine.set_gradient_accumulation_boundary(is_last)
         self._engine.inside_no_sync_ctxt = self._accumulator is not None  # then DeepSpeed reduces nothing
         if self.zero_stage > 0:
-            # DeepSpeed calls this at each forward pass only. It counts the micro-step, and a second backward with the
-            # same count replaces the gradients of the first instead of adding to them.
+            # DeepSpeed calls this at each forward pass only. Without it a backward that follows a backward counts as
+            # the same micro-step, and replaces gradients instead of adding to them.
             self._engine.optimizer.clear_backward_seen_flag()
         if self._patches:
             self._patches.before_backward(chunk, is_first=not self._gradients_begun)

@@ -69,4 +69,4 @@ class Accumulator:
         assert isinstance(parameter, torch.nn.Parameter)
         if parameter.grad is not None:  # None where the gradient is deferred: it comes through `add`
             self.add(parameter, parameter.grad)
-            parameter.grad = None  # freed at once, so that only one whole gradient exists beside the buffers
+            parameter.grad = None  # freed at once: beside the buffers hardly more than one gradient exists at a time
