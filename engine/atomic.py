@@ -1,4 +1,4 @@
-"""Files that are there whole or as they were before: written beside their place, and moved over it in one step.
+"""Atomic writes: a file is there whole or as it was before, for it is written beside its path and moved over it.
 
 The content is on the disk before the move, and the move before the call returns: a crash of the machine leaves either
 the old file or the new one. A writer that is killed leaves `.NAME.PROCESS.partial` behind, which the next writer of

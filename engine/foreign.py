@@ -1,4 +1,4 @@
-"""Rules for folders that somebody else wrote: their code never runs.
+"""Rules for folders from other sources, for example a model hub: their code never runs.
 
 A Hugging Face folder may name Python files of its own (`auto_map`, `custom_generate/`) or kernels on a hub, which
 transformers would download, ask about and execute. Every reader of such a folder calls `refuse_custom_code` first, and

@@ -1,4 +1,4 @@
-"""Credentials in URLs: they are taken out of all that is written or said.
+"""Redaction of credentials in URLs, in all that is written or printed.
 
 A run gets its credentials from the environment or from fsspec's own configuration. Where a URL holds some all the same,
 it is used as it stands, and `redact` cleans the copies of it in files, errors and logs. `redact_process` does so with

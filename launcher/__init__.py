@@ -1,1 +1,1 @@
-"""Starting runs: where a rank stands, command lines of the launchers, supervision. Never imports torch."""
+"""Start of runs: rank environments, command lines of the launchers, supervision. Never imports torch."""

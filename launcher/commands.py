@@ -1,4 +1,4 @@
-"""Command lines that start the ranks of a run: pure functions from what is wanted to argv and environment.
+"""Command lines that start the ranks of a run: pure functions from a `Wanted` and a `Node` to argv and environment.
 
 `Wanted` is one attempt of a run on all its ranks, `Node` what one node has for those that it holds. Three kinds:
 `local` (we start every rank ourselves), `deepspeed` and `torchrun` (they do). All of them end in the same `palimpsest

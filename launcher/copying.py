@@ -1,4 +1,4 @@
-"""Copies what a process prints to its log and to the terminal, and never holds the process up.
+"""Copying of a process's output to its log and to the terminal, which never holds the process up.
 
 A process whose pipe nobody empties stops at 64 KiB of output. So one thread reads, whatever becomes of what it has
 read, and a second one writes to the terminal, which may be stopped (Ctrl-S), slow or gone. What cannot be written to

@@ -1,4 +1,4 @@
-"""The processes of one launch, found by a mark in their environment, whoever their parent is now.
+"""The processes of one launch, found by a mark in their environment, whichever process is their parent now.
 
 Launchers put processes between us and the ranks and may vanish first, so parentage tells nothing. Every process of a
 launch inherits `PALIMPSEST_JOB=<unique name>`, and Linux shows it in `/proc/PID/environ`. A rank is a marked process

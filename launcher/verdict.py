@@ -50,7 +50,7 @@ class NodeReport:
     """An attempt as one node saw it, once all processes there have ended."""
 
     ends: tuple[End, ...]
-    """In the order of their commands."""
+    """Ends of the processes, in the order of their commands."""
     first: End | None = None
     """The first that failed; None if none did."""
     gone: frozenset[int] = frozenset()

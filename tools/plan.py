@@ -1,4 +1,4 @@
-"""`palimpsest plan`: what a run costs on a world, and what would be refused there, before anything is started."""
+"""`palimpsest plan`: the cost of a run on a world, and the rules that it breaks there, before anything is started."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`palimpsest status`: where each run stands, by its folder alone, while it may go on."""
+"""`palimpsest status`: the progress of each run, by its folder alone, while it may go on."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from engine.corpus.tokenizer_training import Purpose, TokenizerKind, train_token
 from engine.errors import ConfigError
 
 LARGEST_VOCABULARY = 10_000_000
-"""Far beyond any use; libraries panic at sizes that do not fit memory."""
+"""Largest vocabulary, far beyond any use; libraries panic at sizes that do not fit memory."""
 _TOLD_EVERY_SECONDS = 30
 
 

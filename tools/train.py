@@ -1,4 +1,4 @@
-"""`palimpsest train`: what every rank runs, under any launcher or alone.
+"""`palimpsest train`: the command that every rank runs, under any launcher or alone.
 
 Configuration, rank environment and layout are settled before torch is imported, so that a mistake ends every rank at
 once with exit code 2. The run folder is taken before anything is written there. The outcome of a run goes to

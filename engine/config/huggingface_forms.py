@@ -1,4 +1,4 @@
-"""The shapes of models that Hugging Face's library computes, too: what an export demands of the model's keys.
+"""The forms of models that Hugging Face's library has, too: the values of the model's keys that an export requires.
 
 No torch and no library of theirs, so that `plan` and the start of a run tell what `convert` would refuse. The names of
 parameters and fields on their side are in `engine.checkpoint.interchange`.

@@ -1,4 +1,4 @@
-"""The JSON schema of run files, for editors: keys, values and what each key means.
+"""The JSON schema of run files, for editors: keys, values and the meaning of each key.
 
 Made from the sections themselves. A run file may include others, so no key is required; a key that no section has is
 an error, as it is for `engine.config.load`. Rules that join several keys are not in it: `palimpsest plan` tells them.

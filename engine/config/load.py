@@ -1,4 +1,4 @@
-"""Reads a run's configuration: defaults, then the file and what it includes, then `section.key=value` overrides.
+"""Reader of a run's configuration: defaults, then the file and its includes, then `section.key=value` overrides.
 
 YAML 1.2 (`1e-4` is a number, `no` is a string), repeated keys are errors, and every unknown key is answered with
 the nearest known one. A file may name others under `include` (paths relative to itself); later files win over

@@ -1,4 +1,4 @@
-"""The objectives: which families they train, which keys they use, and how long the parts of their rows are. Pure.
+"""The objectives: the families that they train, the keys that they use, and the lengths of their rows. Pure.
 
 `OBJECTIVES` is the table; whatever differs between objectives outside of `engine.data.objectives` stands in its
 entries. To add one: its name and its keys in `engine.config.schema.objective`, an entry here, a sampler

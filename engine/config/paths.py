@@ -27,7 +27,7 @@ KEYS = (
 )
 """Keys of a run that are paths, or may be."""
 ON_DISK = ("folder", "tokenizer", "checkpoint.memory.folder", "stages.*.data.cache.folder")
-"""Those of them that are never URLs."""
+"""Keys among them whose values are never URLs."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` has taken one of the two slashes
 
 

@@ -1,1 +1,1 @@
-"""Plan: torch-free arithmetic over a configuration; what a layout costs, what composes, and why not."""
+"""Plan: torch-free arithmetic over a configuration: the cost of a layout, valid layouts, and rules against others."""

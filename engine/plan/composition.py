@@ -1,4 +1,4 @@
-"""Combinations of layouts and options as a table, asked of `engine.config.resolve` case by case: no rule is here.
+"""Combinations of layouts and options as a table; `engine.config.resolve` judges each case, and no rule is here.
 
 Each cell is a small configuration that uses its row and its column together and is examined on a world that fits. A
 cell that is refused shows a number, and the rule's own words stand below the table.

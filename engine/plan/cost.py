@@ -1,4 +1,4 @@
-"""Cost of a whole run on a cluster: steps, tokens, seconds, accelerator-hours, and what its checkpoints take.
+"""Cost of a whole run on a cluster: steps, tokens, seconds, accelerator-hours, and the bytes of its checkpoints.
 
 A run costs the sum of its run stages, and a step of each batch size of a ramp is estimated by itself. An evaluation is
 the forward pass of its samples, a third of a step's arithmetic for as many; one falls due at the end of every run
@@ -50,7 +50,7 @@ class RunStageCost:
     training_seconds: float
     evaluations: int
     evaluation_seconds: float | None
-    """None where the number of held-out samples is not known (`evaluation.max_samples`)."""
+    """Seconds of all evaluations; None where the number of samples is not known (`evaluation.max_samples`)."""
 
     @property
     def seconds(self) -> float:

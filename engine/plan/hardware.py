@@ -1,4 +1,4 @@
-"""Clusters as a plan knows them: the accelerator's figures and how many share a node.
+"""Clusters as a plan knows them: the accelerator's figures and the number of them on a node.
 
 Bandwidths are per accelerator and direction, as the collectives of a ring see them. An accelerator's own figures are
 those of NVIDIA's data sheet for its SXM form: dense bf16 without sparsity, half of the NVLink bandwidth, which counts
@@ -26,9 +26,9 @@ class Accelerator:
     """Dense matrix products."""
     memory_bytes_per_second: float
     link_bytes_per_second: float
-    """To the other GPUs of its node (NVLink), one direction."""
+    """Bytes per second to the other GPUs of its node (NVLink), one direction."""
     network_bytes_per_second: float
-    """To other nodes, one direction."""
+    """Bytes per second to other nodes, one direction."""
     host_memory_bytes: int
     """Memory of its reference node, divided by the node's accelerators; so are the next two."""
     host_bytes_per_second: float

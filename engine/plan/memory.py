@@ -1,4 +1,4 @@
-"""Memory that one rank of a pipeline stage needs, in bytes, by what it is for.
+"""Memory that one rank of a pipeline stage needs, in bytes, by its use.
 
 Model states follow Rajbhandari et al. 2020, section 3, with what DeepSpeed holds beyond: from ZeRO-1 on an fp32 run has
 a master copy too, gradients are accumulated in `reduce_dtype`, those that are reduced once per step lie whole beside
@@ -59,7 +59,8 @@ class Memory:
     logits: int
     """The loss: some rows' logits and their softmax, and the gradients that its forward pass makes."""
     host: int = 0
-    """In host memory, and in no sum here: with `offload` master weights, moments, and what comes and goes."""
+    """Bytes of host memory, in no sum here: with `offload` master weights, moments, gradients, and weights sent back.
+    """
 
     @property
     def states(self) -> int:

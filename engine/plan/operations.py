@@ -1,4 +1,4 @@
-"""Floating-point operations of a model: what the stage cut balances and what model FLOPs utilisation divides by.
+"""Floating-point operations of a model, which the stage cut balances and model FLOPs utilisation is a share of.
 
 A multiplication and an addition count as two. Norms, activations and softmax are left out, as everywhere such
 figures are published (Kaplan et al. 2020, section 2.1; Chowdhery et al. 2022, appendix B). Padding of the

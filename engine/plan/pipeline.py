@@ -1,4 +1,4 @@
-"""Cost of a pipeline schedule: idle time, and what is alive at once. The formulas of `engine.parallel.schedule`.
+"""Cost of a pipeline schedule: idle time, and passes alive at once. The formulas of `engine.parallel.schedule`.
 
 Letters as in Narayanan et al. 2021: p stages, v chunks per stage, m micro-batches.
 """

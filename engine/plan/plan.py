@@ -1,4 +1,4 @@
-"""The plan of a run on a world: every figure of this room put together for one layout. Pure arithmetic.
+"""The plan of a run on a world: every figure of this package put together for one layout. Pure arithmetic.
 
 A run has run stages (parts of its duration), each with its own rows and batches; a layout has pipeline stages (groups
 of ranks), each with its own layers. Memory, operations and traffic are figures of a pipeline stage during a run stage;
@@ -48,21 +48,21 @@ class StagePlan:
     """First and last layer of each."""
     num_layers: int
     parameters: int
-    """On all its tensor ranks together."""
+    """Parameters on all its tensor ranks together."""
     parameters_per_rank: int
-    """On one tensor rank, before ZeRO divides them."""
+    """Parameters on one tensor rank, before ZeRO divides them."""
     updated: int
     """Parameters that one rank's optimizer updates."""
     updated_matrices: int
-    """Those of them that Muon updates."""
+    """Parameters among `updated` that Muon updates."""
     stored: int
     """Parameters that one rank writes into a checkpoint."""
     stored_matrices: int
-    """Those of them that Muon updates, of which there is one moment."""
+    """Parameters among `stored` that Muon updates, of which there is one moment."""
     operations: int
     """Forward, recomputed and backward operations of one rank per step, padding of the vocabulary included."""
     recomputed_operations: int
-    """Those of them that are done for the second time: whole layers, where `parallel.recompute` is `full`."""
+    """Operations among them that are done for the second time: whole layers, where `parallel.recompute` is `full`."""
     remade_bytes: int
     """Activations that are made for the second time per step where it is `selective`, which repeats no product."""
     update_operations: int

@@ -1,4 +1,4 @@
-"""Rules of what is saved and kept. Part of `engine.config.resolve`, which reports every problem at once."""
+"""Rules of saving and retention. Part of `engine.config.resolve`, which reports every problem at once."""
 
 from __future__ import annotations
 

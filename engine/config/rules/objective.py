@@ -1,4 +1,4 @@
-"""Rules of a stage's objective: which model it goes with, which keys it uses, what it asks of rows."""
+"""Rules of a run stage's objective: its model family, the keys that it uses, its requirements of rows."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ Norm = Literal["layernorm", "rmsnorm"]
 
 LARGEST_DEPTH = 2**14
 LARGEST_WIDTH = 2**30
-"""No model is anywhere near; sizes beyond are slips of a key, and are refused before anything is computed of them."""
+"""Largest sizes, far beyond any model: larger ones are typing errors, refused before anything is computed of them."""
 
 
 class ModelConfig(Section):
