@@ -38,7 +38,7 @@ class Removed:
 
 @dataclass(frozen=True)
 class EncodedFile:
-    """A finished part file, its place among the chunks of the sources, and the facts about its documents."""
+    """A finished part file, the key of its chunk among those of the sources, and the facts about its documents."""
 
     path: Path
     key: ChunkKey
@@ -52,7 +52,7 @@ class Corpus:
     """The documents of all parts, numbered in the order of the sources, and where they lie."""
 
     def __init__(self, parts: list[EncodedFile], dtype: np.dtype) -> None:
-        """Tokens lie in the parts as `dtype`."""
+        """Number the documents of all part files, whose tokens are of `dtype`."""
         self.dtype = dtype
         self.documents = joined([part.documents for part in parts])
         counts = [part.documents.lengths.size for part in parts]
@@ -70,7 +70,7 @@ class Corpus:
         return self._bands[0].shape[1]
 
     def keys_of_band(self, band: int) -> np.ndarray:
-        """(N,) uint64: the documents' keys of one band."""
+        """Return the documents' keys of one band, (N,) uint64."""
         return np.concatenate([bands[:, band] for bands in self._bands])
 
     def spread(self, numbers: np.ndarray) -> np.ndarray:
@@ -78,8 +78,8 @@ class Corpus:
         return numbers[np.argsort(self._keys[numbers], kind="stable")]
 
     def locate(self, numbers: np.ndarray) -> list[tuple[np.ndarray, Records]]:
-        """Return for each file which documents of `numbers` (n,) it holds (by place in `numbers`), and where."""
-        # ends of files (3, 5): documents 0 to 2 are of file 0, 3 and 4 of file 1; sorted by file, then by place in it
+        """Return, for each file, the indices into `numbers` (n,) of the documents that it holds, and their records."""
+        # ends of files (3, 5): documents 0 to 2 are of file 0, 3 and 4 of file 1; sorted by file, then by byte in it
         owners = np.searchsorted(self._ends, numbers, side="right")
         order = np.lexsort((self._begins[numbers], owners))
         cuts = np.flatnonzero(np.diff(owners[order])) + 1
@@ -140,7 +140,7 @@ def shard_tasks(
 ) -> Iterator[ShardTask]:
     """Yield the shards of one folder one by one: all together they would name each part file once for each shard."""
     for number, (first, last) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
-        # a generator's body: each shard's places are looked up when a worker is free, not before
+        # in a generator: the records of a shard are looked up when a worker is free, not before
         pieces = corpus.locate(order[first:last])
         yield ShardTask(folder, number, last - first, pieces, corpus.dtype, with_sentences, compression)
 

@@ -45,7 +45,7 @@ class Task:
     path: Path
     key: ChunkKey
     place: int
-    """Number of the part among all, which travels with its result."""
+    """Number of the chunk among all, which its result carries, since results come in no order."""
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class EncodedChunk:
 
 @dataclass(frozen=True)
 class Records:
-    """Some documents in a part file, by rising place."""
+    """Some documents in a part file, in the order of their bytes."""
 
     path: Path
     begins: np.ndarray
@@ -119,7 +119,7 @@ def load(path: Path) -> tuple[Documents, np.ndarray] | None:
 
 
 def record_begins(documents: Documents, order: np.ndarray, item_bytes: int) -> np.ndarray:
-    """(n,) int64: byte of the part file at which each document's record begins, for records in that order."""
+    """Return the byte at which each document's record begins, (n,) int64, for records in that order."""
     # sizes (10, 20) stored in order (1, 0): document 1 begins at the digest's end, 16, document 0 at 16 + 20 = 36
     sizes = _record_bytes(documents.lengths, documents.sentences, item_bytes)[order]
     begins = np.empty(sizes.size, np.int64)

@@ -32,7 +32,7 @@ def algorithm() -> str:
 
 
 def band_keys(documents: list[np.ndarray], threshold: float) -> np.ndarray:
-    """(documents, bands) uint64; documents that have a key in common are candidates. Ids (n,), n from 1."""
+    """Return keys (documents, bands) uint64; documents with a key in common are candidates. Ids (n,), n from 1."""
     rows = rows_per_band(threshold)
     keys = np.zeros((len(documents), NUM_PERMUTATIONS // rows), np.uint64)
     for first in range(0, len(documents), _DOCUMENTS_AT_ONCE):
@@ -46,7 +46,7 @@ def band_keys(documents: list[np.ndarray], threshold: float) -> np.ndarray:
 
 
 def signatures(documents: list[np.ndarray]) -> np.ndarray:
-    """(documents, NUM_PERMUTATIONS) uint32 minima of each document's runs."""
+    """Return the minima of each document's runs, (documents, NUM_PERMUTATIONS) uint32."""
     if not documents:
         return np.empty((0, NUM_PERMUTATIONS), np.uint32)
     from rensa.rensa import RMinHash
@@ -58,7 +58,7 @@ def signatures(documents: list[np.ndarray]) -> np.ndarray:
 
 
 def runs(ids: np.ndarray) -> np.ndarray:
-    """uint64 hashes of all runs of `RUN` tokens; a shorter document is one run."""
+    """Return the hashes of all runs of `RUN` tokens, uint64; a shorter document is one run."""
     width = min(RUN, ids.size)
     # plus 1, since the hash of 0 is 0: runs of token 0 would be equal at any length
     words = ids.astype(np.uint64) + np.uint64(1)
@@ -83,7 +83,7 @@ def rows_per_band(threshold: float) -> int:
 
 
 def candidates(keys_N: np.ndarray) -> np.ndarray:
-    """(pairs, 2) numbers of documents with the same key, the earlier one first, in order.
+    """Return pairs (pairs, 2) of documents with the same key, the earlier one first, in order.
 
     Each with the first that has its key and with the one before it; more would be a number of pairs that grows with
     the square of the documents that share a passage.

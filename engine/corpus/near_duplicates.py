@@ -35,7 +35,7 @@ class Comparison:
 
 
 LocateRecords = Callable[[np.ndarray], list[tuple[np.ndarray, Records]]]
-"""(n,) rising numbers of documents -> which of these (by place) lie in each part file, and where."""
+"""(n,) rising numbers of documents -> for each part file the indices of those that it holds, and their records."""
 
 
 def near_duplicates(
@@ -49,7 +49,7 @@ def near_duplicates(
     pool: Pool,
     progress: Callable[[int, int], None],
 ) -> np.ndarray:
-    """(N,) bool: documents that are nearly the same as an earlier one. Those that are `left_out` (N,) take no part.
+    """Return True for documents nearly equal to an earlier one, (N,) bool. Those that are `left_out` (N,) take no part.
 
     `keys_of_band` gives the keys (N,) of a band; `progress` is told bands done and in all. Raises `DataError`.
     """
@@ -92,7 +92,7 @@ def _batches(
         numbers = np.unique(pairs[first:last])
         located = locate(numbers)
         place = np.empty(numbers.size, np.int64)
-        # `locate` sorts by part file: place in `numbers` -> place among the records that `compare` reads
+        # `locate` sorts by part file: index into `numbers` -> index into the records in the order that `compare` reads
         place[np.concatenate([which for which, _ in located])] = np.arange(numbers.size)
         places = place[np.searchsorted(numbers, pairs[first:last])]
         yield Comparison(pairs[first:last], places, [records for _, records in located], dtype, threshold)

@@ -22,7 +22,7 @@ class PrepareOptions:
     tokenizer: Path
     output: Path
     validation_fraction: float = 0.05
-    """Share of the documents that is held out; 0 writes no `validation` folder."""
+    """Share of the documents that goes to validation; 0 writes no `validation` folder."""
     shard_bytes: int = DEFAULT_SHARD_BYTES
     text_key: str = "text"
     blank_line_ends: bool = False

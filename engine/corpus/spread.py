@@ -27,12 +27,12 @@ ChunkKey = tuple[int, int]
 
 
 def spread_keys(part: ChunkKey, count: int) -> np.ndarray:
-    """(count,) uint64: keys of a part's documents."""
+    """Return the keys of a part's documents, (count,) uint64."""
     # splitmix64 is a hash of seed + n * gamma: the n-th number without those before it
     seed = np.random.SeedSequence((PURPOSE_SPREAD, *part)).generate_state(1, np.uint64)
     return mix_array(seed + np.arange(1, count + 1, dtype=np.uint64) * _GAMMA)
 
 
 def stored_order(part: ChunkKey, is_validation: np.ndarray) -> np.ndarray:
-    """(n,) int64: a part's documents in the order of its file, first those to train on, each side by rising key."""
+    """Return a part's documents in the order of its file, (n,) int64: training first, each side by rising key."""
     return np.lexsort((spread_keys(part, is_validation.size), is_validation))

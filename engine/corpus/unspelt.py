@@ -20,7 +20,7 @@ class Unspelt:
 
 
 def unspelt_in(parts: list[EncodedFile]) -> dict[str, Unspelt]:
-    """Count the text of each domain, duplicates and held-out documents among it."""
+    """Count the text of each domain, including duplicates and validation documents."""
     found: dict[str, Unspelt] = defaultdict(Unspelt)
     for part in parts:
         without_token = int(part.documents.empty_unspelt)

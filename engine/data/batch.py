@@ -57,8 +57,8 @@ class Batch:
     """int32 number of the row's domain in the mixture; 0 while there is but one."""
     name_sources: Callable[[], tuple[str, ...]]
     documents: torch.Tensor
-    """int32 number of the document of each place within its row, from 0, padding last: (B, T), or (B, S) where there is
-    an encoder."""
+    """int32 number of the document of each position within its row, from 0, padding last: (B, T), or (B, S) with an
+    encoder."""
 
     @cached_property
     def sources(self) -> tuple[str, ...]:
@@ -67,11 +67,11 @@ class Batch:
 
     @cached_property
     def document_lengths(self) -> tuple[torch.Tensor, ...]:
-        """int32 places of each document of each row, padding last; each adds up to T (S where there is an encoder)."""
+        """Length of each document of each row, int32, padding last; each adds up to T (S if there is an encoder)."""
         return tuple(torch.bincount(row).int() for row in self.documents)
 
     def weights_by_domain(self, name: str, num_domains: int) -> np.ndarray:
-        """(num_domains,) fp64 weight of the targets of a loss in the rows of each domain."""
+        """Return the weight of the targets of a loss in the rows of each domain, (num_domains,) fp64."""
         return np.bincount(self.domains_B.numpy(), self.row_target_weights[name], num_domains)
 
     @property
@@ -123,14 +123,14 @@ def make_batches(
 
 
 def _filled(rows: np.ndarray, num_rows: int, value: int, dtype: type[np.generic]) -> np.ndarray:
-    """(num_rows, ...) the rows, and the value in those that are missing."""
+    """Return the rows, filled up with the value to (num_rows, ...)."""
     found = np.full((num_rows, *rows.shape[1:]), value, dtype)
     found[: len(rows)] = rows
     return found
 
 
 def _names(sources: Sequence[Rows], domains: np.ndarray, places: np.ndarray, num_rows: int) -> tuple[str, ...]:
-    """Shard and row of each row, empty for a padding row."""
+    """Return `SHARD:ROW` of each row, empty for a padding row."""
     rows = zip(domains.tolist(), places.tolist(), strict=True)
     shards = [source.dataset.index.shards for source in sources]
     names = [f"{shards[domain][number].tokens.name}:{row}" for domain, (number, row) in rows]
@@ -140,7 +140,7 @@ def _names(sources: Sequence[Rows], domains: np.ndarray, places: np.ndarray, num
 def _made(
     sources: Sequence[Rows], domains: np.ndarray, places: np.ndarray, samples: np.ndarray, num_rows: int
 ) -> SampledRows:
-    """The rows as their sources make them, in the order asked for."""
+    """Return the rows as their sources make them, in the order of `places`."""
     present = (np.unique(domains).tolist() if len(sources) > 1 else []) or [0]
     if len(present) == 1:
         return _of_one(sources, present[0], places, samples, num_rows)

@@ -65,7 +65,7 @@ class MixedOrder:
     """Samples that are passed over, by position: disjoint, in order."""
 
     def take(self, cursor: Cursor, count: int) -> tuple[Samples, Cursor]:
-        """Return the next `count` samples that are neither left out nor in a lost shard, and the place behind the last.
+        """Return the next `count` samples that are neither left out nor in a lost shard, and the cursor after them.
 
         Raises:
             DataError: the data ends before.
@@ -92,7 +92,7 @@ class MixedOrder:
         return places_N2
 
     def _past_left_out(self, cursor: Cursor) -> tuple[Cursor, int | None]:
-        """Return the next place that is not left out, and how many samples follow until one is (None: without end)."""
+        """Return the next cursor that is not left out, and the samples until the next one that is (None: no such)."""
         for first, end in self.left_out:
             if cursor.position < first:
                 return cursor, first - cursor.position
@@ -103,7 +103,7 @@ class MixedOrder:
         return cursor, None
 
     def _in_a_row(self, cursor: Cursor, count: int) -> tuple[Samples, Cursor]:
-        """Return the next `count` samples, those in lost shards included, and the place behind them."""
+        """Return the next `count` samples, those in lost shards included, and the cursor after them."""
         end = cursor.position + count
         if self.mixing.num_samples is not None and end > self.mixing.num_samples:
             raise DataError(

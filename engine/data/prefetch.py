@@ -54,7 +54,7 @@ class Prefetcher:
         cut: Cut = whole,
         gpu: torch.device | None = None,
     ) -> None:
-        """Batches' inputs are what `cut` returns, copied to the `gpu` (if any) while that computes."""
+        """Start reading; `cut` makes the batches' inputs, which are copied to the `gpu` (if any) while it computes."""
         self._stream = stream
         self._cut, self._gpu = cut, gpu
         self._ranks = (data_rank, data_size, micro_batch_size)

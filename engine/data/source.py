@@ -45,7 +45,7 @@ class Source:
         order: Callable[[CountRows], Order],
         lost: tuple[Damage, ...] = (),
     ) -> None:
-        """`order` is given how many rows each shard has; of `lost` only the damages of this source count."""
+        """Open a source; `order` is given a function that counts rows. `lost` may hold damages of other sources."""
         mine = [damage for damage in lost if damage.source == number]
         self.number, self.part, self.dataset, self.sampler = number, part, part.dataset, sampler
         self.lost = np.array(sorted(damage.shard for damage in mine), np.int64)
@@ -71,7 +71,7 @@ class Source:
         return min((limit for limit in limits if limit is not None), default=None)
 
     def is_kept(self, places_N2: np.ndarray) -> np.ndarray:
-        """Return for each place (shard and row) whether its shard is not lost, (N,) bool."""
+        """Return True for each (shard, row) whose shard is not lost, (N,) bool."""
         return ~np.isin(places_N2[:, 0], self.lost)
 
     def refuse_mid_window(self, damage: Damage, here: SampleId) -> None:

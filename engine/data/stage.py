@@ -36,7 +36,7 @@ def run_stage_seed(seed: int, number: int) -> int:
 
 
 def open_parts(run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int) -> list[WeightedDataset]:
-    """The training data of a stage, with weights.
+    """Open the training data of a run stage, with weights.
 
     Raises:
         DataError: missing, damaged, written with another tokenizer, or of more tokens than `vocab_size`.
@@ -62,7 +62,7 @@ def open_parts(run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int)
 
 
 def open_validation(run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int) -> list[ValidationSet] | None:
-    """The held-out data sets of a stage by name; None where it has none. Raises as `open_parts`."""
+    """Open the validation sets of a run stage, by name; None if it has none. Raises as `open_parts`."""
     data = run_stage.data
     if data.validation is None:
         return None
@@ -73,7 +73,7 @@ def open_validation(run_stage: RunStage, tokenizer_hash: str | None, vocab_size:
 
 
 def _places_of(place: str, data: DataConfig) -> dict[str, str]:
-    """The data sets that one folder or URL stands for, by name: itself (without a name), or each sub-folder that holds
+    """Return the data sets that one folder or URL stands for, by name: itself (unnamed), or each sub-folder that holds
     shards. The two parts of what `palimpsest prepare` wrote are no domains: one of them is trained on."""
     if is_remote(place):
         assert data.cache is not None, "resolve() lets no URL without a cache pass"
@@ -86,7 +86,7 @@ def _places_of(place: str, data: DataConfig) -> dict[str, str]:
 
 
 def _with_shards(folder: Path) -> list[Path]:
-    """Sub-folders with an index, or with shards whose index is missing, which opening them says."""
+    """Return sub-folders with an index, or with shards whose index is missing, which opening them reports."""
     return [path.parent for pattern in (FILE, "shard-000000.tokens*") for path in folder.glob(f"*/{pattern}")]
 
 
@@ -127,7 +127,7 @@ def _open(data: DataConfig, folder: str, tokenizer_hash: str | None, vocab_size:
 
 
 def _refuse_small_cache(data: DataConfig, sets: list[TokenDataset]) -> None:
-    """Raises `DataError` where the cache does not hold two windows of shards: the one in use, and the next."""
+    """Raise `DataError` if the cache does not hold two windows of shards: the one in use, and the next."""
     needed = 0
     for dataset in sets:
         if dataset.is_remote:
@@ -142,7 +142,7 @@ def _refuse_small_cache(data: DataConfig, sets: list[TokenDataset]) -> None:
 
 
 def _refuse_other_tokens(sets: list[TokenDataset]) -> None:
-    """Raises `DataError` where two data sets mean different things by a token."""
+    """Raise `DataError` if two data sets were written with different tokenizers."""
     first = sets[0]
     for other in sets[1:]:
         if other.index.tokenizer_hash != first.index.tokenizer_hash:

@@ -95,7 +95,7 @@ class Stream:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what the data sets hold, wherever they lie."""
+        """Hash of the contents of the data sets, whatever their location."""
         found = [part.dataset.fingerprint for part in self.parts]
         return found[0] if len(found) == 1 else hashlib.sha256(" ".join(found).encode()).hexdigest()[:32]
 

@@ -1,4 +1,4 @@
-"""Held-out samples of one data set or several: each once over all ranks, in file order, masked the same in every run.
+"""Validation samples of one or more data sets: each once over all ranks, in file order, with equal masks in every run.
 
 A data set's samples and masks do not depend on the others, so its loss is the one that it has alone.
 """
@@ -41,7 +41,7 @@ class ValidationSamples:
         packing: PackingName = "concatenate",
         objective: ObjectiveConfig | None = None,
     ) -> None:
-        """`max_samples` takes the first so many of each data set. Raises `DataError` where a data set holds not one
+        """Open the data sets; `max_samples` limits each to its first samples. Raises `DataError` if one holds no
         sample, or lacks what the objective needs."""
 
         def source(number: int, dataset: TokenDataset) -> Source:
@@ -51,7 +51,7 @@ class ValidationSamples:
 
         named = [("", sets)] if isinstance(sets, TokenDataset) else list(sets)
         self.names = tuple(name for name, _ in named if name)
-        """Of the data sets; empty where the only one has none."""
+        """Names of the data sets; empty if the only one has none."""
         self._sources = [source(number, dataset) for number, (_, dataset) in enumerate(named)]
         for opened in self._sources:
             opened.refuse_empty()

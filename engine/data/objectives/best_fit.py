@@ -31,7 +31,7 @@ class BestFit:
     name = "best_fit"
 
     def __init__(self, dataset: TokenDataset, capacity: int, lookahead: bool, extra: int = 0) -> None:
-        """`lookahead`: rows hold the tokens that have a successor; `extra` places that each document takes besides."""
+        """With `lookahead`, rows hold the tokens that have a successor; a document takes `extra` more positions."""
         self._dataset, self._capacity, self._lookahead, self._extra = dataset, capacity, lookahead, extra
         self._plans: OrderedDict[int, _Plan] = OrderedDict()
 
@@ -81,7 +81,7 @@ def plan(documents: np.ndarray, capacity: int, lookahead: bool, extra: int) -> _
 
 
 def best_fit_decreasing(costs: np.ndarray, capacity: int) -> np.ndarray:
-    """(n,) int64 bin of each item: items by falling cost, each into the bin with the least room that is enough."""
+    """Return each item's bin, (n,) int64: by falling cost, each into the bin with the least room that is enough."""
     # costs (5, 4, 3, 3), capacity 8: 5 and 4 open bins 0 and 1, rooms 3 and 4; the first 3 fits bin 0 best, the second
     # bin 1
     bins = np.empty(costs.size, np.int64)

@@ -55,8 +55,8 @@ class CausalSampler:
         self.count = self.packing.count
 
     def make(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int) -> SampledRows:
-        """Targets have weight 1; padding has weight 0, and so has what follows an end of text where documents do not
-        see each other."""
+        """Return the rows: targets have weight 1, padding 0, and so has a target in the next document if documents do
+        not see each other."""
         inside_documents = self.context.attention == "document"
         read = self.read(samples_B3, places, num_rows)
         buffer = RowBuffer(read.tokens_BT, read.totals_B)

@@ -28,7 +28,7 @@ _LARGEST = 2**32 - 1
 
 
 def words(seed: int, purpose: int, samples_B3: np.ndarray, num_words: int) -> np.ndarray:
-    """(B, num_words) uint64 uniform words of the samples (epoch, window, slot), none of them negative."""
+    """Return uniform random words of the samples (epoch, window, slot), none negative: (B, num_words) uint64."""
     # one value of Philox's counter gives four words: 6 words take 2 values, so slot 5 begins at value 10
     counts = -(-num_words // _WORDS_PER_COUNT)
     drawn = np.empty((len(samples_B3), counts * _WORDS_PER_COUNT), np.uint64)
@@ -40,7 +40,7 @@ def words(seed: int, purpose: int, samples_B3: np.ndarray, num_words: int) -> np
 
 
 def choose(keys_BT: np.ndarray, allowed_BT: np.ndarray, counts_B: np.ndarray) -> np.ndarray:
-    """(B, T) bool: `counts_B` of the allowed places of each row, every such subset equally likely.
+    """Choose `counts_B` of the allowed places of each row, every such subset equally likely: (B, T) bool.
 
     `keys_BT` are uniform uint32; the places with the smallest keys are taken. Equal keys (one pair in 2^32) prefer
     the earlier place. `counts_B` is at most the number of allowed places.
@@ -58,7 +58,7 @@ def choose(keys_BT: np.ndarray, allowed_BT: np.ndarray, counts_B: np.ndarray) ->
 
 
 def order(keys_BT: np.ndarray, allowed_BT: np.ndarray) -> np.ndarray:
-    """(B, T) int64: each row's places, allowed ones first, by rising key."""
+    """Return each row's places by rising key, allowed ones first: (B, T) int64."""
     places_T = np.arange(keys_BT.shape[1], dtype=np.uint64)
     combined_BT = keys_BT.astype(np.uint64) << np.uint64(31) | places_T  # 63 bits: bit 63 is for what is not allowed
     combined_BT |= (~allowed_BT).astype(np.uint64) << np.uint64(63)
@@ -67,12 +67,12 @@ def order(keys_BT: np.ndarray, allowed_BT: np.ndarray) -> np.ndarray:
 
 
 def halves(words_BW: np.ndarray) -> np.ndarray:
-    """(B, 2 W) uint32: the words as twice as many, the low half first."""
+    """Split words into twice as many uint32, (B, 2 W), the low half first."""
     return np.ascontiguousarray(words_BW, "<u8").view("<u4")
 
 
 def below(words32: np.ndarray, limits: np.ndarray | int) -> np.ndarray:
-    """int64 from 0 to limit - 1 of each uint32 word; one result is likelier than another by less than limit / 2^32.
+    """Map each uint32 word to an int64 from 0 to limit - 1; biased by less than limit / 2^32.
 
     Lemire 2019, "Fast Random Integer Generation in an Interval", without its rejection step.
     """
@@ -80,7 +80,7 @@ def below(words32: np.ndarray, limits: np.ndarray | int) -> np.ndarray:
 
 
 def dropout_keys(seed: int, step: int, samples_B3: np.ndarray) -> np.ndarray:
-    """(B,) int64, any bits: the keys of dropout in each row of a step. Padding rows have keys, too.
+    """Return the keys of dropout of each row of a step, (B,) int64 of any bits. Padding rows have keys, too.
 
     A pure function of seed, step and the samples' addresses.
     """

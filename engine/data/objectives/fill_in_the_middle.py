@@ -46,7 +46,7 @@ class _Sampler(CausalSampler):
 
 
 def num_words(length: int) -> int:
-    """Number of random words of a row: two for each of its documents."""
+    """Return the number of random words of a row: two for each of its documents."""
     return 2 * (length + 1)
 
 

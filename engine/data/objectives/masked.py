@@ -34,7 +34,7 @@ def make_sampler(context: SamplerContext) -> Sampler:
 
 
 class _MaskedSampler:
-    """Masked tokens without pairs. A stretch stands between [CLS] and [SEP], a whole document behind [CLS], where the
+    """Masked tokens without pairs. Rows of text stand between [CLS] and [SEP], whole documents after [CLS], where the
     tokenizer has them."""
 
     def __init__(self, context: SamplerContext) -> None:

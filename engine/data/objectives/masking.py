@@ -1,4 +1,4 @@
-"""Masked language modelling: which tokens are predicted, and what the model sees in their place.
+"""Masked language modelling: the choice of tokens to predict, and what the model sees instead of them.
 
 Devlin et al. 2019, section 3.1: of a share of the tokens, 80 % are seen as the mask, 10 % as a random token, 10 % as
 they are. The number is exact for each row (the share of its ordinary tokens, rounded), not a coin for each token.
@@ -86,7 +86,7 @@ def mask(
 
 @lru_cache(maxsize=16)
 def _wanted(length: int, rate: float) -> np.ndarray:
-    """(T + 1,) masked tokens of a row by its number of ordinary ones: a table of `num_masked`, to round alike."""
+    """Return a table of `num_masked`, (T + 1,): the masked tokens of a row by its number of ordinary ones."""
     return np.array([0, *(num_masked(count, rate) for count in range(1, length + 1))])
 
 
@@ -98,8 +98,8 @@ def _replace(
     objective: ObjectiveConfig,
     vocabulary: Vocabulary,
 ) -> None:
-    """Write masks and random tokens at `flat` places over all rows; `actions` and `drawn` are uint32, one of each per
-    masked token."""
+    """Write masks and random tokens at the positions `flat` over all rows; `actions` and `drawn` are uint32, one of
+    each per masked token."""
     shares = np.array([objective.mask_share, objective.mask_share + objective.random_share])
     # shares as limits of a uint32: 0.8 is below 3,435,973,837. In uint64, since a share of 1 is 2^32 itself
     as_mask, as_other = np.minimum(np.round(shares * 2**32), 2**32).astype(np.uint64)
@@ -113,7 +113,7 @@ def _replace(
 def word_starts(
     tokens_BT: np.ndarray, allowed_BT: np.ndarray, starts_BT: np.ndarray, vocabulary: Vocabulary
 ) -> np.ndarray:
-    """bool: ordinary tokens that begin a word, for the vocabulary or because nothing of the word stands before them."""
+    """Mark tokens that begin a word, by the vocabulary or because no part of the word precedes them: (B, T) bool."""
     begins_BT = vocabulary.begins_word_V[tokens_BT] | starts_BT
     begins_BT[:, 0] = True
     begins_BT[:, 1:] |= vocabulary.ends_word_V[tokens_BT[:, :-1]] | ~allowed_BT[:, :-1]
@@ -123,7 +123,7 @@ def word_starts(
 def choose_words(
     keys_BT: np.ndarray, allowed_BT: np.ndarray, begins_BT: np.ndarray, counts_B: np.ndarray
 ) -> np.ndarray:
-    """bool: words in random order, each taken if it still fits into its row's count, until none is left to fit."""
+    """Choose words in random order, each if it still fits into its row's count, until none fits: (B, T) bool."""
     num_rows, length = keys_BT.shape
     # the words in random order: their first tokens, then how many tokens each has
     ordered_BW = order(keys_BT, begins_BT)[:, : max(1, int(begins_BT.sum(axis=1).max(initial=0)))]
@@ -155,7 +155,7 @@ def choose_words(
 
 
 def _choose_spans(keys_BT: np.ndarray, allowed_BT: np.ndarray, counts_B: np.ndarray, mean_length: float) -> np.ndarray:
-    """bool: spans over the allowed places of each row, which stand side by side for the purpose."""
+    """Choose spans over the allowed places of each row, as if these stood side by side: (B, T) bool."""
     totals_B = allowed_BT.sum(axis=1)
     # no more spans than tokens between them, or two of them would be one
     spans_B = np.clip(np.round(counts_B / mean_length).astype(np.int64), 1, np.maximum(1, totals_B - counts_B))

@@ -27,7 +27,7 @@ class Row:
     """Tokens for one row.
 
     `tokens` (n,), n from 1 to the row's capacity, and `successors` (n,), the token after each, or None where none is
-    asked for; both may be views into the shard. `starts` (k,) int64, rising, from 1 to n - 1: positions at which
+    asked for; both may be views of the shard. `starts` (k,) int64, rising, from 1 to n - 1: positions at which
     another document (or part of one) begins; the row's first may have begun in an earlier row. `ends` (m,) int64:
     positions whose successor lies in another document.
     """
@@ -50,7 +50,7 @@ class Row:
 
 class Stretches(NamedTuple):
     """N rows that were read at once: `sizes_N` (int64) tokens of each, the successor of its last one included where it
-    is asked for; what lies behind them was not written. Documents begin at (`rows`, `places`), places from 1 on."""
+    is asked for; the rest of a row was not written. Documents begin at (`rows`, `places`), positions from 1 on."""
 
     sizes_N: np.ndarray
     rows: np.ndarray
@@ -63,7 +63,7 @@ class Packing(Protocol):
     name: str
 
     def count(self, shards: np.ndarray) -> np.ndarray:
-        """(n,) int64 rows in each of the shards (n,). Raises `DataError` where offsets are damaged."""
+        """Return the rows in each of the shards (n,), (n,) int64. Raises `DataError` where offsets are damaged."""
         ...
 
     def row(self, shard: Shard, number: int, row: int) -> Row:
@@ -72,7 +72,7 @@ class Packing(Protocol):
 
 
 class Concatenation:
-    """Consecutive stretches of `capacity` tokens."""
+    """Rows of `capacity` consecutive tokens."""
 
     name = "concatenate"
 

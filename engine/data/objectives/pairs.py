@@ -51,14 +51,14 @@ class Pairs:
     name = "pairs"
 
     def __init__(self, dataset: TokenDataset, capacity: int, kind: PairKind, seed: int) -> None:
-        """`capacity`: tokens of both segments together. The shards have sentences."""
+        """Make samples of at most `capacity` tokens in both segments together. The shards must have sentences."""
         self._dataset, self._capacity, self._seed = dataset, capacity, seed
         self._kind: PairKind = kind
         self._segments: OrderedDict[int, Segments] = OrderedDict()
         self._arrangements: OrderedDict[tuple[int, int], Arrangement] = OrderedDict()
 
     def count(self, shards: np.ndarray) -> np.ndarray:
-        """(n,) int64 samples in each of the shards (n,), the same in every epoch. Raises `DataError`."""
+        """Return the samples in each of the shards (n,), (n,) int64, the same in every epoch. Raises `DataError`."""
         return np.array([self._count(self.segments(number)) for number in shards.tolist()], np.int64)
 
     def pair(self, number: int, row: int, epoch: int) -> tuple[list[tuple[int, int]], int, bool]:
@@ -116,7 +116,7 @@ def cut(documents: np.ndarray, sentences: np.ndarray, limit: int) -> Segments:
 
 
 def _sentence_parts(documents: np.ndarray, sentences: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """(first tokens, ends) of all sentences, long ones in parts of at most `limit` tokens."""
+    """Return (first tokens, ends) of all sentences, long ones in parts of at most `limit` tokens."""
     # a document's last sentence without its end of text; what is then empty is no sentence
     starts, ends = sentences[:-1], sentences[1:] - np.isin(sentences[1:], documents[1:])
     starts, ends = starts[ends > starts], ends[ends > starts]
@@ -170,7 +170,7 @@ def arrange(segments: Segments, kind: PairKind, seed: int, epoch: int, shard: in
 def _exchanged(
     chosen: np.ndarray, documents: np.ndarray, keys: np.ndarray, document_keys: np.ndarray, drawn: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(samples, the samples whose second segments they take): a permutation, no two of one document.
+    """Return (samples, samples whose second segments they take): a permutation, no two of one document.
 
     Samples stand in a circle, those of a document side by side, documents in random order; all move on by the same
     random number, from the size of the largest document to all but that. A document with more than half of the

@@ -52,12 +52,12 @@ class RowBuffer:
 
     @cached_property
     def real_BT(self) -> np.ndarray:
-        """bool: tokens that are no padding."""
+        """True for tokens, False for padding."""
         return np.arange(self.tokens_BT.shape[1]) < self.totals_B[:, None]
 
     @property
     def starts_BT(self) -> np.ndarray:
-        """bool: tokens at which documents begin."""
+        """True for tokens at which documents begin."""
         starts = np.zeros(self.tokens_BT.size, bool)
         for begins in self._begins:
             starts[begins] = True
@@ -65,7 +65,7 @@ class RowBuffer:
 
     @cached_property
     def documents_BT(self) -> np.ndarray:
-        """int32: number of the document within its row, from 0; padding is the last."""
+        """Number of each token's document within its row, int32, from 0; padding is the last."""
         num_rows, length = self.tokens_BT.shape
         firsts_B = np.arange(0, num_rows * length, length)
         padded = np.flatnonzero((self.totals_B > 0) & (self.totals_B < length))
@@ -77,5 +77,5 @@ class RowBuffer:
         return numbers.astype(np.int32).repeat(lengths).reshape(num_rows, length)
 
     def padding_BT(self) -> np.ndarray:
-        """int32: 0, and 1 in the padding of rows that are not all padding."""
+        """Return 0 for tokens and 1 for the padding of rows that hold a token, (B, T) int32."""
         return (~self.real_BT & (self.totals_B > 0)[:, None]).astype(np.int32)

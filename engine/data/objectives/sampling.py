@@ -29,7 +29,7 @@ class Sampler(Protocol):
     """The samples that one objective makes of a data set."""
 
     def count(self, shards: np.ndarray) -> np.ndarray:
-        """(n,) int64 samples in each of the shards (n,). Raises `DataError` where offsets are damaged."""
+        """Return the samples in each of the shards (n,), (n,) int64. Raises `DataError` where offsets are damaged."""
         ...
 
     def make(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int) -> SampledRows:
@@ -68,13 +68,13 @@ class SamplerContext:
         return self.dataset.shard(number)
 
     def words(self, samples_B3: np.ndarray, num_rows: int, num_words: int) -> np.ndarray:
-        """(num_rows, num_words) random words of the samples; 0 in padding rows."""
+        """Return random words of the samples, (num_rows, num_words) uint64; 0 in padding rows."""
         drawn = np.zeros((num_rows, num_words), np.uint64)
         drawn[: len(samples_B3)] = words(self.seed, PURPOSE_OBJECTIVE, samples_B3, num_words)
         return drawn
 
     def segments(self, buffer: RowBuffer) -> np.ndarray:
-        """(B, T) int32: tokens see each other where these are equal; padding has a number of its own."""
+        """Return segments (B, T) int32: tokens with equal numbers see each other; padding has a number of its own."""
         return buffer.documents_BT if self.attention == "document" else buffer.padding_BT()
 
 

@@ -116,7 +116,8 @@ def corrupt(
     tokens_BS, segments_BS = _rows(
         lengths.encoder, at_BR, seen_BR, documents_BR, totals_B, last_B, own_padding_B, eos_id, padding_id
     )
-    # the decoder: a sentinel before each head, then the noise; two places for each token, the first for a sentinel
+    # the decoder: a sentinel before each head, then the noise; (B, R) -> (B, 2 R), for each token a sentinel's position
+    # and its own
     pairs = np.stack((marks_BR, tokens_BR), axis=-1).reshape(len(tokens_BR), -1)
     used = np.stack((heads_BR, noise_BR), axis=-1).reshape(pairs.shape)
     owners = np.repeat(owners_BR, 2, axis=1)
@@ -125,7 +126,7 @@ def corrupt(
     rest = (totals_B, last_B, last_B)
     targets_BT, decoder_segments_BT = _rows(lengths.decoder, used, pairs, owners, *rest, eos_id, padding_id)
     weights_BT, _ = _rows(lengths.decoder, used, own, owners, *rest, 1, 0)
-    # shifted right, and padding at the first place of each document: no target of another document is seen
+    # shifted right, and padding at the first position of each document: no target of another document is seen
     decoder_tokens_BT = np.pad(targets_BT[:, :-1], ((0, 0), (1, 0)), constant_values=padding_id)
     anew = np.pad(np.diff(decoder_segments_BT, axis=1) != 0, ((0, 0), (1, 0)), constant_values=True)
     decoder_tokens_BT[anew] = padding_id

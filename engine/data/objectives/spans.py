@@ -15,7 +15,7 @@ from engine.data.objectives.draws import choose
 
 
 def noise_mask(keys_BT: np.ndarray, totals_B: np.ndarray, noise_B: np.ndarray, spans_B: np.ndarray) -> np.ndarray:
-    """(B, T) bool: `noise_B` of the first `totals_B` tokens of each row, in `spans_B` spans.
+    """Choose `noise_B` of the first `totals_B` tokens of each row, in `spans_B` spans: (B, T) bool.
 
     `keys_BT` are uniform uint32. Rows with `totals_B` above 0 have 1 <= spans_B <= noise_B, and at least as many
     tokens outside, or all is noise.
@@ -40,7 +40,7 @@ def noise_mask(keys_BT: np.ndarray, totals_B: np.ndarray, noise_B: np.ndarray, s
 def _parts(
     keys_BT: np.ndarray, allowed_BT: np.ndarray, totals_B: np.ndarray, parts_B: np.ndarray, first_B: np.ndarray
 ) -> np.ndarray:
-    """(B, W) lengths of `parts_B` random parts of `totals_B` items, 0 behind the last.
+    """Return the lengths (B, W) of `parts_B` random parts of `totals_B` items, 0 after the last part.
 
     The place `first_B` + i of the keys stands for a cut behind item i.
     """

@@ -1,1 +1,1 @@
-"""The order of samples as pure functions: permutation, mixture of sources, and place in the stream."""
+"""The order of samples as pure functions: permutation, mixture of sources, and addresses of samples."""

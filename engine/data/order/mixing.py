@@ -32,7 +32,7 @@ class Mixing:
     """The sources of a stream's positions."""
 
     def __init__(self, parts: Sequence[int], limits: Sequence[int | None]) -> None:
-        """`parts` (K,) are weights of 1 or more; a source gives `limits` samples at most, None: without end."""
+        """Mix sources with weights `parts` (K,) of 1 or more, each up to its limit of samples; None means no limit."""
         self._segments: list[_Segment] = []
         start, counts, left = 0, np.zeros(len(parts), np.int64), list(parts)
         while any(left):
@@ -54,7 +54,7 @@ class Mixing:
         return self._segments[-1].end
 
     def of(self, position: int, count: int) -> np.ndarray:
-        """(count,) int64: the source of each position from one on; all of them before `num_samples`."""
+        """Return the sources of `count` positions from one on, (count,) int64; all of them before `num_samples`."""
         found = []
         while count:
             segment = self._segment(position)
@@ -66,7 +66,7 @@ class Mixing:
         return np.concatenate(found).astype(np.int64) if found else np.empty(0, np.int64)
 
     def counts(self, position: int) -> np.ndarray:
-        """(K,) int64: samples of each source before a position."""
+        """Return the samples of each source before a position, (K,) int64."""
         segment = self._segment(position)
         # whole periods give each source exactly its weight; only the rest of one is counted
         periods, rest = divmod(position - segment.start, sum(segment.parts))
@@ -91,7 +91,7 @@ def _end(start: int, counts_K: np.ndarray, parts: tuple[int, ...], limits: Seque
 
 @lru_cache(maxsize=64)
 def _spread(parts: tuple[int, ...]) -> np.ndarray:
-    """(sum of parts,) uint8 or int64: the source of each position in a period.
+    """Return the source of each position in a period, (sum of parts,) uint8 or int64.
 
     Job j of source k may run from floor(j / share) on and must have run by ceil((j + 1) / share); the earliest deadline
     runs first. All fit, so at every place each source is less than one sample from its share.

@@ -33,7 +33,7 @@ class Permutation:
     """
 
     def __init__(self, size: int, key: tuple[int, ...]) -> None:
-        """`size` from 1 to `LARGEST_SIZE`; `key` any non-negative integers, by custom (seed, purpose, ...)."""
+        """Key a bijection of range(size), 1 to `LARGEST_SIZE`, by non-negative integers (seed, purpose, ...)."""
         assert 1 <= size <= LARGEST_SIZE, size
         self.size = size
         # halves of equal width, or a round could not swap them: at most one bit more than `size` needs

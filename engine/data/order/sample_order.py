@@ -26,8 +26,8 @@ PURPOSE_SLOTS = int.from_bytes(b"slots")
 """Purpose of a permutation: part of its key, so that no two of them share a stream."""
 
 _BLOCK_SLOTS = 1024
-"""Slots whose places are computed together: steps follow one another, and a call for few costs nearly as much. More
-would hold up the first batch."""
+"""Slots whose shard and row are computed together: steps follow one another, and a call for few costs nearly as much.
+More would delay the first batch."""
 _BLOCKS_KEPT = 16
 _EPOCHS_KEPT = 2  # the one in use, and the next, whose first windows are read ahead
 _WINDOWS_KEPT = 8
@@ -89,7 +89,7 @@ class SampleOrder(Order):
     """
 
     def __init__(self, num_shards: int, count_rows: CountRows, seed: int, window_shards: int) -> None:
-        """Some shard must have a row, or the order of samples never ends to be looked for."""
+        """Make the order of the rows that `count_rows` reports. Some shard must have one, or `after` never returns."""
         self._num_shards, self._count_rows = num_shards, count_rows
         self._seed, self._window_shards = seed, window_shards
         self._epochs: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -101,7 +101,7 @@ class SampleOrder(Order):
         return -(-self._num_shards // self._window_shards)
 
     def size(self, epoch: int, window: int) -> int:
-        """Samples of a window. Raises `DataError` where the offsets of one of its shards are damaged."""
+        """Return the number of samples of a window. Raises `DataError` if offsets of one of its shards are damaged."""
         ends = self._window(epoch, window).ends
         return int(ends[-1])
 
@@ -126,7 +126,7 @@ class SampleOrder(Order):
         return sample
 
     def addresses(self, sample: SampleId, count: int) -> np.ndarray:
-        """(count, 3) int64: epoch, window and slot of `count` samples from one on."""
+        """Return epoch, window and slot of `count` samples from one on, (count, 3) int64."""
         found, at = np.empty((count, 3), np.int64), 0
         for first, taken in self._runs(sample, count):
             found[at : at + taken, 0], found[at : at + taken, 1] = first.epoch, first.window
@@ -135,11 +135,11 @@ class SampleOrder(Order):
         return found
 
     def places(self, sample: SampleId, count: int) -> np.ndarray:
-        """(count, 2) int64: shard and row of `count` samples from one on."""
+        """Return shard and row of `count` samples from one on, (count, 2) int64."""
         return self.places_at(self.addresses(sample, count))
 
     def places_at(self, addresses: np.ndarray) -> np.ndarray:
-        """(n, 2) int64: shard and row of the samples at some addresses (n, 3), which do not fall."""
+        """Return shard and row of the samples at addresses (n, 3) in rising order, (n, 2) int64."""
         windows = addresses[:, :2]
         if len(windows) and windows[0].tolist() == windows[-1].tolist():  # as nearly always
             return self._places_in_window(int(windows[0, 0]), int(windows[0, 1]), addresses[:, 2])
@@ -154,12 +154,12 @@ class SampleOrder(Order):
         return np.concatenate(parts) if parts else np.empty((0, 2), np.int64)
 
     def shards(self, epoch: int, window: int) -> np.ndarray:
-        """(shards,) int64: numbers of a window's shards, in their order."""
+        """Return the numbers of a window's shards in their order, (shards,) int64."""
         start = window * self._window_shards
         return self._epoch(epoch)[start : start + self._window_shards]
 
     def shards_ahead(self, sample: SampleId, windows: int) -> np.ndarray:
-        """(shards,) int64: shards of the window that comes so many windows after a sample's."""
+        """Return the shards of the window that comes `windows` windows after a sample's, (shards,) int64."""
         # the last window of an epoch is followed by the first of the next
         epochs, window = divmod(sample.window + windows, self.num_windows)
         return self.shards(sample.epoch + epochs, window)
@@ -175,7 +175,7 @@ class SampleOrder(Order):
             sample = sample._replace(slot=sample.slot + taken)
 
     def _places_in_window(self, epoch: int, window: int, slots: np.ndarray) -> np.ndarray:
-        """(n, 2) int64: shard and row of rising slots (n,) of a window."""
+        """Return shard and row of rising slots (n,) of a window, (n, 2) int64."""
         if not slots.size:
             return np.empty((0, 2), np.int64)
         first, last = int(slots[0]) // _BLOCK_SLOTS, int(slots[-1]) // _BLOCK_SLOTS
@@ -185,7 +185,7 @@ class SampleOrder(Order):
         return whole[slots - first * _BLOCK_SLOTS]
 
     def _block(self, epoch: int, window: int, number: int) -> np.ndarray:
-        """(slots, 2) int64: shard and row of each slot of a block: computed once, then remembered for a while."""
+        """Return shard and row of each slot of a block, (slots, 2) int64: computed once, then cached."""
         found = self._blocks.get((epoch, window, number))
         if found is None:
             shards, ends = self._window(epoch, window)
@@ -202,7 +202,7 @@ class SampleOrder(Order):
         return found
 
     def _window(self, epoch: int, window: int) -> _Window:
-        """Return the shards and rows of a window: counted once, then remembered for a while."""
+        """Return the shards and rows of a window: counted once, then cached."""
         found = self._windows.get((epoch, window))
         if found is None:
             shards = self.shards(epoch, window)
@@ -213,7 +213,7 @@ class SampleOrder(Order):
         return found
 
     def _epoch(self, epoch: int) -> np.ndarray:
-        """(shards,) int64: the shards' order in an epoch, O(shards) once, then remembered for a while."""
+        """Return the order of the shards in an epoch, (shards,) int64: O(shards) once, then cached."""
         found = self._epochs.get(epoch)
         if found is None:
             key = (self._seed, PURPOSE_SHARDS, epoch)

@@ -60,7 +60,7 @@ def hash_file(path: Path, offset: int = 0, num_bytes: int | None = None) -> str:
 
 
 def _mapped(path: Path, array: ArrayFile, dtype: np.dtype) -> np.ndarray:
-    """A plain array over the map: numpy's memmap objects take longer to make, and at every slice."""
+    """Return a plain array over a map of the file: numpy's memmap objects take longer to make, and to slice."""
     # a map may begin at a multiple of the page size alone: begin before the array, and skip the rest
     before = array.offset % mmap.ALLOCATIONGRANULARITY
     try:
@@ -104,7 +104,7 @@ def _check_hash(path: Path, array: ArrayFile) -> None:
 
 
 def _unpacked(path: Path, array: ArrayFile) -> bytes:
-    """The array's bytes out of a compressed file, both verified."""
+    """Return the array's bytes from a compressed file, both verified."""
     packed = array.compressed
     assert packed is not None
     try:

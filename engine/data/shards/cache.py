@@ -42,7 +42,7 @@ class ShardCache:
     """Files of one folder, within a limit."""
 
     def __init__(self, folder: Path, limit_bytes: int, sleep: Callable[[float], None] = time.sleep) -> None:
-        """Raises `DataError` where the folder cannot be made."""
+        """Make the folder. Raises `DataError` where it cannot be made."""
         self.folder, self.limit_bytes, self._sleep = folder, limit_bytes, sleep
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ class ShardCache:
         (self.folder / name).unlink(missing_ok=True)
 
     def used_bytes(self) -> int:
-        """Bytes of all files, those that are being fetched with their whole size."""
+        """Return the bytes of all files, counting those that are being fetched with their whole size."""
         with self._alone():  # or a file that is put in place meanwhile counts twice
             return self._used_bytes()
 

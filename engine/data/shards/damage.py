@@ -24,7 +24,7 @@ class DamagedShard(DataError):
     number: int = -1
     """Number of the shard in its data set, once that is known."""
     damage: Damage | None = None
-    """The damage that a loader would have to do without; None where it cannot (held-out data)."""
+    """The damage, if a loader could do without the shard; None if it cannot (validation data)."""
 
     def __reduce__(self):
         return type(self), (self.wrong, self.allowed, self.remedy), self.__dict__

@@ -113,9 +113,9 @@ def tokens_per_shard(shard_bytes: int, vocab_size: int) -> int:
 
 
 def cut_into_shards(lengths: np.ndarray, shard_tokens: int) -> np.ndarray:
-    """(shards + 1,) int64: the first document of each shard, and their number, for documents of so many tokens.
+    """Return the first document of each shard, then the number of documents, (shards + 1,) int64.
 
-    A shard takes documents while they fit, and at least one.
+    `lengths` (documents,) are in tokens. A shard takes documents while they fit, and at least one.
     """
     # lengths (3, 4, 5) with room for 8: ends (3, 7, 12), bounds [0, 2, 3]: shards of 7 and 5 tokens
     ends = np.cumsum(lengths)

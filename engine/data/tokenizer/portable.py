@@ -51,5 +51,5 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _vocabulary(vocab: Any) -> set[str]:
-    """Tokens of a model, which writes them as the keys of a tree or, with scores, as a list of pairs."""
+    """Return the tokens of a model, which stores them as the keys of a tree or, with scores, as a list of pairs."""
     return {str(entry[0]) for entry in vocab} if isinstance(vocab, list) else set(vocab)
