@@ -102,6 +102,7 @@ def make_batches(
     All rows are made together, and each batch is a view of them. Raises `DamagedShard` where a shard is damaged.
     """
     count, total = len(places), num_batches * num_rows
+    # once for all batches: numpy's cost per call is paid once, and views cost nothing
     made = _made(sources, domains, places, samples, total)
     samples_N3 = _filled(samples, total, -1, np.int64)
     domains_N = _filled(domains, total, 0, np.int32)
@@ -141,6 +142,7 @@ def _made(
     sources: Sequence[Rows], domains: np.ndarray, places: np.ndarray, samples: np.ndarray, num_rows: int
 ) -> SampledRows:
     """Return the rows as their sources make them, in the order of `places`."""
+    # without samples, source 0 makes the padding rows
     present = (np.unique(domains).tolist() if len(sources) > 1 else []) or [0]
     if len(present) == 1:
         return _of_one(sources, present[0], places, samples, num_rows)
@@ -165,5 +167,6 @@ def _of_one(
     try:
         return sources[domain].sampler.make(samples, places, num_rows)
     except DamagedShard as error:
+        # its rows were counted when its window began, so they keep their addresses
         error.damage = Damage(domain, error.number, counted=True)
         raise

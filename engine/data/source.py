@@ -50,6 +50,7 @@ class Source:
         self.number, self.part, self.dataset, self.sampler = number, part, part.dataset, sampler
         self.lost = np.array(sorted(damage.shard for damage in mine), np.int64)
         self._uncounted = np.array([damage.shard for damage in mine if not damage.counted], np.int64)
+        # last: the order counts rows through this source, which leaves out what is lost
         self.order = order(self.count)
 
     def count(self, shards: np.ndarray) -> np.ndarray:
@@ -67,6 +68,7 @@ class Source:
         """Return the samples that it gives at most. With `epochs`, counts the rows of all shards."""
         limits = [self.part.max_samples]
         if self.part.epochs is not None:
+            # 1.5 epochs are all samples of the first epoch and the first half of those of the second
             limits.append(int(self.part.epochs * self.count(np.arange(self.dataset.num_shards)).sum()))
         return min((limit for limit in limits if limit is not None), default=None)
 

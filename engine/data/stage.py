@@ -55,6 +55,7 @@ def open_parts(run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int)
             source.name,
             weight,
             source.epochs,
+            # whole rows, but one at least
             None if source.max_tokens is None else max(1, source.max_tokens // length),
         )
         for source, dataset, weight in zip(data.sources, sets, _weights(data, sets), strict=True)
@@ -132,6 +133,7 @@ def _refuse_small_cache(data: DataConfig, sets: list[TokenDataset]) -> None:
     for dataset in sets:
         if dataset.is_remote:
             sizes = sorted(sum(array.stored_bytes for array in shard.arrays) for shard in dataset.index.shards)
+            # the largest shards, since which ones meet in a window changes with every epoch
             needed += sum(sizes[-2 * data.window_shards :])
     if data.cache is not None and data.cache.bytes < needed:
         raise DataError(

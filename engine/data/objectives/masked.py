@@ -41,6 +41,7 @@ class _MaskedSampler:
         self._context, vocabulary = context, context.vocabulary
         self._whole = context.packing == "best_fit"
         self._head = [] if vocabulary.classify is None else [vocabulary.classify]
+        # whole documents end with their own end of text, rows of concatenated text with [SEP]
         self._tail = [] if self._whole or not self._head or vocabulary.separate is None else [vocabulary.separate]
         self._packing: Packing = (
             BestFit(context.dataset, context.length, lookahead=False, extra=len(self._head))
@@ -53,6 +54,7 @@ class _MaskedSampler:
         buffer = RowBuffer.empty(num_rows, self._context.length, self._context.padding_id)
         if isinstance(self._packing, Concatenation):
             self._write_together(buffer, self._packing, places)
+            # all rows are written: the loop below has nothing left to do
             places = places[:0]
         for b, (number, row_number) in enumerate(places.tolist()):
             row = self._packing.row(self._context.shard(number), number, row_number)
@@ -65,10 +67,12 @@ class _MaskedSampler:
         if not len(places):
             return
         head, rows, count = len(self._head), np.arange(len(places)), len(places)
+        # (N, capacity) view of the buffer: tokens are copied once, to where the model reads them
         body_NT = buffer.tokens_BT[:count, head : head + packing.capacity]
         read = packing.stretches(self._context.shard, places, body_NT)
         buffer.tokens_BT[:count, :head] = self._head
         for offset, token in enumerate(self._tail):
+            # behind the row's last token, which in a shard's last row is before the end of the row
             buffer.tokens_BT[rows, head + read.sizes_N + offset] = token
         buffer.totals_B[:count] = head + read.sizes_N + len(self._tail)
         buffer.begin(read.rows, read.places + head)
@@ -88,6 +92,7 @@ class _PairSampler:
     def __init__(self, context: SamplerContext) -> None:
         assert context.objective.pairs != "none"
         self._context = context
+        # 3: [CLS] and two [SEP]
         self._pairs = Pairs(context.dataset, context.length - 3, context.objective.pairs, context.seed)
         self.count = self._pairs.count
 
@@ -105,6 +110,7 @@ class _PairSampler:
                 stop = at + end - start
                 buffer.tokens_BT[b, at:stop] = shard.tokens[start:end]
                 buffer.tokens_BT[b, stop] = vocabulary.separate
+                # a segment's [SEP] has its type, as in BERT; [CLS] has that of the first
                 types_BT[b, at : stop + 1] = order
                 at = stop + 1
             buffer.totals_B[b] = at
@@ -119,6 +125,7 @@ def _masked(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Mask tokens in the buffer and return the inputs and weights of its rows."""
     length, objective = context.length, context.objective
+    # words of the samples, not of the batch: a row is masked alike in every micro-batch and layout
     drawn = context.words(samples_B3, len(buffer.totals_B), masking.num_words(length, objective.rate))
     made = masking.mask(buffer.tokens_BT, buffer.real_BT, buffer.starts_BT, objective, context.vocabulary, drawn)
     inputs = {"tokens_BT": buffer.tokens_BT, "segments_BT": context.segments(buffer), **made._asdict()}

@@ -114,6 +114,7 @@ def _unpacked(path: Path, array: ArrayFile) -> bytes:
     if (found := xxhash.xxh3_128_hexdigest(content)) != packed.xxh3:
         raise _damaged(path, found, packed.xxh3)
     try:
+        # zstandard needs the size for frames that do not name their own
         plain = zstandard.ZstdDecompressor().decompress(content, max_output_size=array.bytes)
     except zstandard.ZstdError as error:
         raise DamagedShard(

@@ -82,6 +82,7 @@ class OpenShards:
             entry = self._entries.get((owner, number))
             if entry is None:
                 return None
+            # the dictionary's order is that of use, the oldest first
             self._entries.move_to_end((owner, number))
             return entry.shard
 
@@ -101,6 +102,7 @@ class OpenShards:
             # here, since a finalizer may run in a thread that holds the lock
             while self._gone:
                 self._forget(self._gone.popleft())
+            # a shard that is put again closes the file of the one before
             self._drop((owner, number))
             unpacked = sum(entry.num_bytes for entry in self._entries.values())
             for key, entry in list(self._entries.items()):
@@ -137,6 +139,7 @@ class OpenShards:
     def most_by_files(self) -> int:
         """Return the number of shards that fit the limit of open files: each takes two, its map and its cached file."""
         if self._most is None:
+            # asked once: the limit is the process's, and it is raised at the first shard
             self._most = max(_FEWEST_SHARDS, (raise_file_limit() - _OTHER_FILES) // 2)
         return self._most
 

@@ -75,6 +75,7 @@ def build(tree: dict[str, Any], path: Path) -> Tokenizer:
         model = Tokenizer.from_str(json.dumps(tree))
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"{path} is damaged: {error}", "a tokenizer of `tokenizers`", IMPORT) from error
+    # either may be left switched on in the file, and would cut documents, or pad them
     model.no_truncation()
     model.no_padding()
     return model

@@ -129,12 +129,14 @@ def _begins(content: bytes) -> bool:
     Part of a character of two bytes counts as a letter.
     """
     width = _width(content[0])
+    # scripts of two-byte characters (Latin, Greek, Cyrillic, Arabic) put blanks between words
     if width == 0 or (width == 2 and len(content) < 2):
         return False
     return not _is_wordlike(content[:width].decode(errors="replace")[:1])
 
 
 def _ends(content: bytes) -> bool:
+    # the last byte that begins a character; a character that is cut off at the end counts as a letter
     start = max((at for at in range(len(content)) if _width(content[at])), default=None)
     if start is None or _width(content[start]) != len(content) - start:
         return False

@@ -54,6 +54,7 @@ def unspelt_bytes(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
     model = tokenizer.backend_tokenizer
     tree = json.loads(model.to_str())
     name = plain_text.unknown_token(tree)
+    # this copy writes a token for each character that the model would drop, so that they can be counted
     if plain_text.loses_text(tree):
         tree, name = plain_text.with_unknown(tree)
         model = build(tree, Path(tokenizer.name_or_path))
