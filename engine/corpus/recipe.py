@@ -112,6 +112,8 @@ def begin(output: Path, recipe: Recipe, overwrite: bool) -> Path:
                 f"run that one again, name another --output, or --overwrite (drops {work})",
             )
         remove_tree(work)
+    elif work.exists():
+        remove_tree(work)  # a removal that was killed behind the plan: nobody knows what the finished parts are of
     work.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(plan, indent=1) + "\n")
     return work

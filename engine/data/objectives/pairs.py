@@ -160,9 +160,12 @@ def arrange(segments: Segments, kind: PairKind, seed: int, epoch: int, shard: in
     # half of all samples are to be random; couples of lone segments are that already
     wanted = min(max(first.size // 2 - couples, 0), joined.size)
     chosen = np.argsort(keys[joined], kind="stable")[:wanted]
-    moved, partners = _exchanged(
-        chosen, segments.documents[joined], keys[joined], document_keys, halves(drawn[None])[0]
-    )
+    documents = segments.documents
+    if documents.size and documents[-1] >= document_keys.size:
+        # Documents without a segment (nothing but an end of text) have numbers, too: there may be fewer keys than
+        # numbers. Then, and only then, since the order of all other shards must stay, those with segments are counted.
+        documents = np.unique(documents, return_inverse=True)[1]
+    moved, partners = _exchanged(chosen, documents[joined], keys[joined], document_keys, halves(drawn[None])[0])
     second[moved], labels[moved] = joined[partners] + 1, OTHER
     return Arrangement(first, second, labels, second != NONE)
 

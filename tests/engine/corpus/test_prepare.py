@@ -19,7 +19,7 @@ from engine.corpus.encode import belongs_to_validation
 from engine.corpus.options import PrepareOptions, Progress
 from engine.corpus.pool import Pool, workers
 from engine.corpus.prepare import prepare
-from engine.corpus.recipe import PARTS, RECIPE_FILE, WORK
+from engine.corpus.recipe import PARTS, PLAN_FILE, RECIPE_FILE, WORK
 from engine.corpus.tokenizer_training import train_tokenizer
 from engine.data.shards.dataset import TokenDataset
 from engine.data.tokenizer.folder import load_tokenizer
@@ -438,6 +438,18 @@ def test_another_command_is_refused_where_one_is_unfinished(in_parts, tmp_path):
         assert next(iter(change)) in str(caught.value)
     prepare(replace(options, sentences="en", overwrite=True))
     assert TokenDataset(options.output / "train").index.has_sentences
+
+
+def test_parts_without_a_plan_are_of_nobody(in_parts, tmp_path):
+    """As when the removal of another command's parts was killed: they may be of another tokenizer or other options."""
+    options = in_parts
+    with pytest.raises(KeyboardInterrupt):
+        prepare(replace(options, sentences="en"), stop_after(2))
+    assert parts_of(options.output)
+    (options.output / WORK / PLAN_FILE).unlink()
+    prepare(options)
+    prepare(replace(options, output=tmp_path / "at once"))
+    assert files_of(options.output) == files_of(tmp_path / "at once")
 
 
 def test_a_source_that_was_mended_is_read_again_and_the_others_are_kept(in_parts, tmp_path):

@@ -120,3 +120,16 @@ def test_one_document_alone_or_one_that_is_most_of_a_shard_stays_in_order():
         owners = most.documents[found.first], most.documents[np.maximum(found.second, 0)]
         assert ((owners[0] != owners[1]) == (found.labels == OTHER))[found.second != NONE].all()
         assert np.unique(found.second[found.second != NONE]).size == (found.second != NONE).sum()
+
+
+def test_documents_of_nothing_but_an_end_of_text_change_no_pair():
+    """50 of them before six others: more numbers of documents than segments."""
+    plain = np.arange(0, 77, 11)
+    sentences = np.unique(np.concatenate([plain, plain[:-1] + 5]))
+    empty = np.arange(50)
+    before = cut(plain, sentences, limit=5)
+    after = cut(np.concatenate([empty, plain + 50]), np.concatenate([empty, sentences + 50]), limit=5)
+    for epoch in range(20):
+        found, expected = (arrange(segments, "next_sentence", 0, epoch, 0) for segments in (after, before))
+        for name in ("first", "second", "labels", "labelled"):
+            assert np.array_equal(getattr(found, name), getattr(expected, name))
