@@ -74,7 +74,7 @@ def header_bytes(entries: list[Entry], data: np.ndarray, about: dict[str, Any]) 
         at += entry.length
     assert at == data.size, "the buffer holds exactly the entries"
     # safetensors allows text alone as metadata: nested JSON.
-    header["__metadata__"] = {"format": FORMAT, "about": compact(about), "pieces": compact(shards)}
+    header["__metadata__"] = {"format": FORMAT, "about": compact(about), "shards": compact(shards)}
     text = compact(header).encode()
     # to a multiple of 8 bytes, as safetensors does: the data begin aligned (-13 % 8 = 3 spaces)
     text += b" " * (-len(text) % 8)
@@ -181,7 +181,7 @@ class Container:
         about = header.pop("__metadata__")
         if about["format"] != FORMAT:
             raise ValueError(f"format {about['format']!r}")
-        shards = json.loads(about["pieces"])
+        shards = json.loads(about["shards"])
         if shards.keys() != header.keys():
             raise ValueError("its list of shards is not its list of tensors")
         at = 0

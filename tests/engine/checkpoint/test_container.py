@@ -38,7 +38,7 @@ def test_the_safetensors_library_reads_it(path):
     with safe_open(path, framework="np") as file:
         assert set(file.keys()) == {entry.key for entry in ENTRIES}
         assert file.get_tensor("model.b").tolist() == [3, 4, 5, 6]
-        shards = json.loads(file.metadata()["pieces"])
+        shards = json.loads(file.metadata()["shards"])
         assert shards["optim.exp_avg.a"][:4] == [5, 3, 1, 2]
         assert shards["optim.exp_avg.a"][4] == xxhash.xxh3_64_hexdigest(DATA[7:].tobytes())
         assert json.loads(file.metadata()["about"]) == {"stage": 0}
