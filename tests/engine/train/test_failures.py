@@ -33,12 +33,12 @@ def test_memory_that_the_kernel_refuses() -> None:
     """A real refusal: the address space is limited in a process of its own."""
     script = """
 import resource, sys, torch
-from engine.train.failures import in_our_words
+from engine.train.failures import translate_error
 resource.setrlimit(resource.RLIMIT_AS, (1 << 20, resource.RLIM_INFINITY))
 try:
     torch.zeros(1 << 36, dtype=torch.uint8)
 except Exception as error:
-    told = in_our_words(error, 1, 3)
+    told = translate_error(error, 1, 3)
     print(type(told).__name__, told)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY, check=True)
