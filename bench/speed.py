@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity
 from bench.contest import Spread
 from bench.ours import Ours, Precision, Shape, micro_batches, tokens_of_step
 from engine.config.objectives import RowLengths
-from engine.config.schema.model import GPTConfig, ModelConfig
+from engine.config.schema.model import GPTConfig
 from engine.plan.operations import training_operations
 
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -42,7 +42,7 @@ def gpt2(num_layers: int, hidden_size: int, num_heads: int) -> GPTConfig:
     return GPTConfig(vocab_size=50257, num_layers=num_layers, hidden_size=hidden_size, num_heads=num_heads)
 
 
-MODELS: dict[str, tuple[ModelConfig, int, tuple[int, ...]]] = {
+MODELS: dict[str, tuple[GPTConfig, int, tuple[int, ...]]] = {
     "124M": (gpt2(12, 768, 12), 512, (16, 32, 64)),
     "355M": (gpt2(24, 1024, 16), 256, (8, 16, 32)),
     "1.5B": (gpt2(48, 1600, 25), 128, (4, 8, 16)),
