@@ -60,10 +60,10 @@ class Validation(Hook):
 
 
 def evaluate(
-    pipeline: Pipeline, feed: Feed, sums: Sums, beat: Callable[[], None], asked: Callable[[], bool]
+    pipeline: Pipeline, feed: Feed, sums: Sums, beat: Callable[[], None], stop_requested: Callable[[], bool]
 ) -> Record | None:
     """Return the record of `validation_loss`, the mean over all validation targets, and of `validation_loss/NAME` of
-    each data set that has a name; or None where a rank is `asked` to stop.
+    each data set that has a name; or None where any rank was asked to stop.
 
     `beat` is called before each chunk. Collective over the world.
     """
@@ -80,7 +80,7 @@ def evaluate(
         by_domain = sums.by_domain(len(names))
         sums_L = pipeline.evaluate(inputs, **({} if by_domain is None else {"by_domain": by_domain}))
         # The request to stop travels with the losses, so all ranks leave the loop after the same chunk.
-        found, (stop,), found_KL = sums.of_losses(sums_L, (float(asked()),), by_domain)
+        found, (stop,), found_KL = sums.of_losses(sums_L, (float(stop_requested()),), by_domain)
         if stop:
             return None
         # (1, L) over (K, L)

@@ -50,10 +50,10 @@ class Feed:
         groups: Groups,
         device: torch.device,
         spec: PipelineStageSpec,
-        asked: Callable[[], bool] = lambda: False,
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Make the feed of run stage `number` (from 0); `asked()` is True once this rank is to stop."""
-        self._asked = asked
+        """Make the feed of run stage `number` (from 0); `stop_requested()` is True once this rank is to stop."""
+        self._stop_requested = stop_requested
         self.groups, self.device = groups, device
         self.run_stage = run_stage = config.stages[number]
         self.seed = run_stage_seed(config.seed, number)
@@ -109,7 +109,7 @@ class Feed:
         else:
             # A wait without end would not see a signal: a rank whose storage hangs must still stop with the others.
             while not self._prefetcher.wait(LOOK_SECONDS):
-                if self._asked():
+                if self._stop_requested():
                     raise Stopping("a signal came while this rank waited for its data")
             batches = self._prefetcher.step()
             inputs = [batch.inputs for batch in batches]
