@@ -6,6 +6,7 @@ of one checkpoint over the ranks of a run. Neither changes anything.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,23 +62,22 @@ def verify(path: Location, watch: Callable[[list[str]], Iterable[str]] = iter) -
             return damage
 
 
-def identity(path: Location) -> tuple[int, int] | bool:
-    """Tell one saved checkpoint from another at the same path: equal as long as `path` holds the same one.
+def identity(path: Location) -> str:
+    """Return a value that is equal for as long as `path` holds one saved checkpoint: the hash of its manifest.
 
-    False where there is none. Behind a URL, where nothing is replaced, True if there is a manifest.
+    The manifest holds every file's hash, so another save differs in it unless all its bytes are alike. What the file
+    system says of a folder would not do: an inode that is free again is given to the next one. "" where there is none.
     """
     try:
-        if isinstance(path, Path):
-            about = path.stat()
-            return about.st_dev, about.st_ino
-        return (path / manifest_json.FILE).is_file()
+        with (path / manifest_json.FILE).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
-        return False
+        return ""
     except OSError:  # a server that is busy or gone, or rights: that is for the reader to say
-        return True
+        return "unread"
 
 
-def still_there(path: Location, before: tuple[int, int] | bool) -> bool:
+def still_there(path: Location, before: str) -> bool:
     """Return True if `path` holds the checkpoint whose `identity` was `before`, False if another one has replaced it.
 
     Raises:

@@ -191,15 +191,28 @@ def test_where_all_that_was_found_is_removed_the_newer_ones_are_read(run, tmp_pa
     assert "damaged" not in out
 
 
-def test_one_that_is_saved_anew_meanwhile_is_read_again(run, capsys, monkeypatch):
-    """A rollback saves its step over the same step; files of the two are of different sizes."""
+def test_one_that_is_saved_anew_meanwhile_is_read_again(run, tmp_path, capsys, monkeypatch):
+    """A rollback saves its step over the same step; files of the two are of different sizes.
+
+    The folder stays the same inode, as a file system may have it that gives a freed one to the next folder.
+    """
     world = World(layout_of(1, 1, 1), 3, small_model())
+    saved, anew = run / "checkpoints" / "step-00000020", tmp_path / "anew"
+    world.fill(random_state(world.specs, 20))
+    world.save(anew, some_state(20))
+    read, left = manifest_json.read, [saved]
 
-    def commit():
-        world.fill(random_state(world.specs, 20))
-        world.save(run / "checkpoints", some_state(20))
+    def reading(folder):
+        manifest = read(folder)
+        if left and folder.name == saved.name:
+            left.pop()
+            for path in saved.iterdir():
+                path.unlink()
+            for path in (anew / saved.name).iterdir():
+                path.rename(saved / path.name)
+        return manifest
 
-    removed_while_read(monkeypatch, run, run / "checkpoints" / "step-00000020", commit)
+    monkeypatch.setattr(manifest_json, "read", reading)
     assert main(["checkpoint", "verify", str(run)]) == 0
     assert capsys.readouterr().out.count(": whole\n") == 2
 
