@@ -107,6 +107,13 @@ class ShardEntry:
     def num_documents(self) -> int:
         return self.documents.length - 1
 
+    @cached_property
+    def content_hash(self) -> str:
+        """Hash of the shard's tokens and of the bounds of its documents, as 32 hex digits: its name in a reservoir and
+        in document ids, equal for every copy wherever it lies and however it is compressed."""
+        # sentences and other arrays move no document, so a shard that gains one keeps its name
+        return hashlib.sha256(f"{self.tokens.xxh3} {self.documents.xxh3}".encode()).hexdigest()[:32]
+
 
 @dataclass(frozen=True)
 class Index:

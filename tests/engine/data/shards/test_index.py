@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 from engine.data.shards.index import FILE, read_index, token_dtype
@@ -113,3 +114,16 @@ def test_the_parts_are_named_where_their_parent_is_given(folder):
     with pytest.raises(DataError, match=r"holds no index\.json") as caught:
         read_index(folder.parent)
     assert "name one of its folders: data" in str(caught.value)
+
+
+def test_a_shard_is_named_by_its_tokens_and_documents_wherever_it_lies(tmp_path):
+    documents = made_up_documents(40)
+    plain = write_shards(tmp_path / "plain", documents)
+    names = [shard.content_hash for shard in plain.index.shards]
+    packed = write_shards(tmp_path / "packed", documents, compression="zstd")
+    assert [shard.content_hash for shard in packed.index.shards] == names
+    assert len(set(names)) == len(names) > 2
+    # one text cut into documents in another way
+    joined = write_shards(tmp_path / "joined", [np.concatenate(documents[:2]), *documents[2:]])
+    assert joined.index.shards[0].tokens.xxh3 == plain.index.shards[0].tokens.xxh3
+    assert joined.index.shards[0].content_hash != names[0]
