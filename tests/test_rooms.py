@@ -134,6 +134,14 @@ def test_torch_distributed_has_two_doors(source: str) -> None:
             raise AssertionError(f"{source}:{node.lineno} uses {ast.unparse(node)}")
 
 
+def test_no_test_module_is_imported() -> None:
+    """What several tests use lies in a module of its own: an import would collect nothing, but run the whole file."""
+    for path in sorted((REPOSITORY / "tests").rglob("*.py")):
+        source = str(path.relative_to(REPOSITORY))
+        found = [name for name in imports(source) if any(part.startswith("test_") for part in name.split(".")[:-1])]
+        assert not found, f"{source} imports {found}: move it to a module beside the tests"
+
+
 def test_the_test_itself_sees_what_it_looks_for() -> None:
     assert {"torch.distributed", "engine.config.resolve.Layout"} <= set(imports("engine/parallel/groups.py"))
     assert (room("engine"), room("engine.cli"), room("tools.plan")) == (None, "cli", "tools")

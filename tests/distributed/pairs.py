@@ -3,14 +3,16 @@
 Model, precision and optimizer are the run's; each side has a ZeRO stage and the sizes of the axes, for itself: so every
 stage is left for every other, every axis is given up for every other, and each with every model. What is possible is
 asked of `engine.config`. Greedy, in the manner of AETG (Cohen et al. 1997): the next pair is the one of some random
-completions of two values that are missing which brings the most; the seed is the first that needs no more than 24,
-looked for from `SEEDS` on, where it lies today.
-A further factor is a line in `FACTORS` or `SIDE`.
+completions of two values that are missing which brings the most; the seed is the first that needs no more than 24.
+
+The search takes 20 seconds, so its result lies in pairs.json, and test_resharding.py holds that to what is possible. A
+further factor is a line in `FACTORS` or `SIDE`; then `python -m tests.distributed.pairs` searches anew.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections.abc import Iterator
 from functools import cache
@@ -53,8 +55,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 TRIES, CHOICES, SEEDS = 200, 30, range(16, 216)
 """Random completions after which two values count as ones that cannot be; possible ones among which the best is taken;
-seeds that are tried: all before the first one need more pairs, and every process that collects the tests would try
-them."""
+seeds that are tried: those before 16 needed more pairs."""
+TABLE = Path(__file__).with_name("pairs.json")
 
 Pair = dict[str, Any]
 """A value for every factor."""
@@ -108,7 +110,12 @@ VOCAB = {"gpt": 300, "bert": 260, "t5": 400}
 
 @cache
 def covering() -> tuple[Pair, ...]:
-    """The 24 pairs."""
+    """Return the 24 pairs of pairs.json."""
+    return tuple(json.loads(TABLE.read_text(encoding="utf-8")))
+
+
+def search() -> tuple[Pair, ...]:
+    """Return 24 pairs that cover every two values that can stand together."""
     for seed in SEEDS:
         pairs = _cover(random.Random(seed))
         if len(pairs) <= NUM_PAIRS:
@@ -186,3 +193,8 @@ def _completions(given: Pair, rng: random.Random) -> Iterator[Pair]:
         pair = {name: given.get(name, rng.choice(values)) for name, values in FACTORS.items()}
         if possible(pair):
             yield pair
+
+
+if __name__ == "__main__":
+    rows = ",\n".join(json.dumps(pair) for pair in search())
+    TABLE.write_text(f"[\n{rows}\n]\n", encoding="utf-8")

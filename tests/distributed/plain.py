@@ -2,7 +2,7 @@
 unfused AdamW, and Muon as its authors write it, over matrices that are whole.
 
 fp64, so that a layout answers for its own rounding only. The same loop in fp32, and in bf16 with masters in fp32, says
-how far rounding leads a model that is in no layout at all: see `test_parity`.
+how far rounding leads a model that is in no layout at all: see `parity`.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from engine.models.families import family
 from engine.models.initial import initial_value
 from engine.models.materialize import fill
 from tests.distributed.cases import Case, config_of, global_batch, stage_inputs
+from tests.distributed.parity import check
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_parity import check
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """A run of a tiny BERT from text to checkpoints: sentences, pairs, masks, two losses, dropout, evaluation.
 
 The same run in two layouts, changed at a checkpoint, logs the losses of the run on one rank: they differ by rounding,
-which at this size (see `test_parity`) and over six steps stays below 1e-4.
+which at this size (see `parity.py`) and over six steps stays below 1e-4.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import torch
 
 from engine.config.resolve import resolve
 from tests.distributed.cases import LEARNING_RATE, Case, config_of, global_batch, stage_inputs
+from tests.distributed.parity import check
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_parity import check
 
 PARITY = Case(zero_stage=3, sequence=2, data=2, gather_within=2)
 OF_FOUR = Case("bert", zero_stage=3, data=8, gather_within=4, recompute="full")

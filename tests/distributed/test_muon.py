@@ -1,6 +1,6 @@
 """Muon under every ZeRO stage and tensor parallelism against one plain torch loop that holds every matrix whole.
 
-The tolerances of `test_parity` hold for it, too: a layout's gradients differ by rounding, 1e-6 of their norm; the
+The tolerances of `parity` hold for it, too: a layout's gradients differ by rounding, 1e-6 of their norm; the
 iteration amplifies the smallest singular values by 3.4445 to the fifth, 485, so an update is off by 5e-4 of its scale,
 0.2 x sqrt(32), times the learning rate 1e-2: 6e-6 a step, under 1e-4 in six.
 """
@@ -16,9 +16,9 @@ from engine.checkpoint.folder import step_path
 from engine.checkpoint.load import open_checkpoint
 from engine.train.metrics import read_metrics
 from tests.distributed.cases import Case
+from tests.distributed.parity import check
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import run_tree, train_rank, write_corpus
-from tests.distributed.test_parity import check
 
 CASES = [Case(model="llama", optimizer="muon", zero_stage=zero_stage, data=2) for zero_stage in range(4)]
 CASES += [

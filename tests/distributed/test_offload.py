@@ -15,9 +15,9 @@ import torch
 
 from engine.config.resolve import resolve
 from tests.distributed.cases import LEARNING_RATE, Case, config_of, global_batch, stage_inputs
+from tests.distributed.discarding import discarded_steps
+from tests.distributed.parity import check, run
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_not_finite import discarded_steps
-from tests.distributed.test_parity import check, run
 
 PARITY = Case("llama", zero_stage=3, pipe=2, offload="optimizer")
 BITWISE = [

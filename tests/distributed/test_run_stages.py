@@ -2,7 +2,7 @@
 
 The second stage has rows of another length, another batch and a schedule of its own. The reference is the run in one
 process. Layouts differ by rounding alone, which over six steps of these models leaves a loss within 2e-6, as derived in
-`test_parity`; the tests of the loop itself, which need no ranks, are tests/engine/train/test_run_stages.py.
+`parity.py`; the tests of the loop itself, which need no ranks, are tests/engine/train/test_run_stages.py.
 """
 
 from __future__ import annotations

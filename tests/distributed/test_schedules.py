@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from tests.distributed.cases import Case, config_of, global_batch, stage_inputs
+from tests.distributed.parity import check
 from tests.distributed.plain import reference
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_parity import check
 
 DEEP = "gpt2-deep"  # six layers: four parts of it are uneven
 

@@ -1,11 +1,11 @@
-"""Sequence parallelism along the tensor axis against one plain torch process; tolerances as in `test_parity`."""
+"""Sequence parallelism along the tensor axis against one plain torch process; tolerances as in `parity.py`."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests.distributed.cases import Case
-from tests.distributed.test_parity import check
+from tests.distributed.parity import check
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Rows whose time the ranks of the sequence axis share, against one plain torch process; see `test_parity`.
+"""Rows whose time the ranks of the sequence axis share, against one plain torch process; see `parity.py`.
 
 Whole runs too: evaluation counts each held-out target once, and a checkpoint goes on in a layout without the axis.
 """
@@ -12,9 +12,9 @@ import pytest
 
 from engine.train.metrics import read_metrics
 from tests.distributed.cases import GPT2, T5, Case
+from tests.distributed.parity import check
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import run_tree, train_rank, write_corpus
-from tests.distributed.test_parity import check
 
 matrix = pytest.mark.matrix
 

@@ -28,8 +28,7 @@ from engine.models.families import family
 from engine.parallel.sharding import ParameterSpec
 from tests.distributed.ranks import run_ranks
 from tests.engine.checkpoint.memory import Alive
-from tests.engine.checkpoint.test_load import muon
-from tests.engine.checkpoint.worlds import World, layout_of, random_state, small_model, some_state
+from tests.engine.checkpoint.worlds import World, layout_of, muon, random_state, small_model, some_state
 from tests.engine.models.tiny import random_weights, twin
 from tests.engine.serve.runs import run_config, save
 

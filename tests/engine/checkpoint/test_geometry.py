@@ -6,12 +6,8 @@ import numpy as np
 import pytest
 
 from engine.checkpoint.geometry import Box, flat_boxes, flat_span, real_numel, to_local, to_whole
-from engine.parallel.sharding import REPLICATED, ROW, VOCABULARY, ParameterSpec, Sharding, column
-from tests.engine.checkpoint.worlds import parts
-
-
-def elements(array: np.ndarray, box: Box) -> np.ndarray:
-    return array[tuple(slice(start, start + size) for start, size in zip(box.start, box.size, strict=True))]
+from engine.parallel.sharding import VOCABULARY, ParameterSpec
+from tests.engine.checkpoint.worlds import elements, parts, random_spec
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 4), (1, 5), (4, 1), (2, 3, 4), (3, 1, 2), (2, 2, 2, 3)])
@@ -31,24 +27,6 @@ def test_an_empty_range_has_no_boxes():
 
 def test_the_bound_is_reached():
     assert len(flat_boxes((4, 4, 4), 5, 54)) == 5
-
-
-def random_spec(random: np.random.Generator, tensor_size: int) -> ParameterSpec:
-    kind = random.integers(5)
-    width = int(random.integers(1, 6)) * tensor_size
-    blocks = [int(random.integers(1, 4)) * tensor_size for _ in range(int(random.integers(1, 4)))]
-    match kind:
-        case 0:
-            return ParameterSpec("p", (sum(blocks), width), column(*blocks))
-        case 1:
-            return ParameterSpec("p", (int(random.integers(1, 6)), width), ROW)
-        case 2:
-            rows = int(random.integers(1, 5)) * tensor_size
-            return ParameterSpec("p", (rows, 3), VOCABULARY, int(random.integers(1, rows + 1)))
-        case 3:
-            shape = (int(random.integers(1, 4)), sum(blocks), 2)
-            return ParameterSpec("p", shape, Sharding("column", 1, tuple(blocks)))
-    return ParameterSpec("p", (int(random.integers(1, 6)), width), REPLICATED)
 
 
 def test_local_boxes_map_to_the_whole_and_back():

@@ -15,9 +15,17 @@ from engine.checkpoint.manifest import match
 from engine.errors import CheckpointError
 from engine.parallel.groups import Groups
 from engine.parallel.sharding import ROW, VOCABULARY, ParameterSpec
-from engine.parallel.state import MOMENTUM, ParameterShard
+from engine.parallel.state import ParameterShard
 from tests.engine.checkpoint.threads import ThreadedRanks
-from tests.engine.checkpoint.worlds import World, fake_groups, layout_of, random_state, small_model, some_state
+from tests.engine.checkpoint.worlds import (
+    World,
+    fake_groups,
+    layout_of,
+    muon,
+    random_state,
+    small_model,
+    some_state,
+)
 
 LAYOUTS = [(1, 1, 1), (1, 2, 1), (2, 1, 2), (2, 3, 1), (1, 3, 2), (2, 2, 2)]
 CASES = list(itertools.product(LAYOUTS, (0, 1, 3)))
@@ -120,23 +128,6 @@ def test_a_state_without_moments_is_saved_and_asks_for_none(tmp_path):
     again.shards = [[dataclasses.replace(shard, moments={}) for shard in again.shards[0]]]
     load_world(path, again)
     again.check(whole)
-
-
-def muon(world: World) -> World:
-    """The same world, where split matrices keep a momentum and everything else keeps Adam's moments."""
-
-    def is_matrix(spec):
-        return len(spec.shape) == 2 and spec.sharding.role in ("column", "row")
-
-    def with_momentum(shard):
-        return dataclasses.replace(shard, moments={"momentum_buffer": shard.moments["exp_avg"]})
-
-    world.shards = [[with_momentum(p) if is_matrix(p.spec) else p for p in shards] for shards in world.shards]
-    world.placements = [
-        [dataclasses.replace(p, moments=MOMENTUM) if is_matrix(p.spec) else p for p in placements]
-        for placements in world.placements
-    ]
-    return world
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])

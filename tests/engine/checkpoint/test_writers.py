@@ -9,9 +9,8 @@ from engine.checkpoint.geometry import dims
 from engine.checkpoint.writers import Need, Writer, stored_range, transfers, writers_of
 from engine.parallel.sharding import VOCABULARY, ParameterSpec
 from engine.parallel.state import Placement
-from tests.engine.checkpoint.test_geometry import elements, random_spec
 from tests.engine.checkpoint.worlds import World as RankWorld
-from tests.engine.checkpoint.worlds import layout_of, parts, small_model
+from tests.engine.checkpoint.worlds import elements, layout_of, parts, random_spec, small_model
 
 
 def random_placement(random: np.random.Generator, spec: ParameterSpec, tensor_size: int, data_size: int) -> Placement:

@@ -6,6 +6,7 @@ tensors. `parts` cuts a local part by slicing and concatenating an array of flat
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from engine.checkpoint.folder import Owner, acquire, partial_path
+from engine.checkpoint.geometry import Box
 from engine.checkpoint.manifest import CheckpointState, key_of, moment_state
 from engine.checkpoint.staging import HostBuffer, stage_shards
 from engine.checkpoint.stores import StageTable, build_manifest, commit, prepare, write_staged
@@ -21,8 +23,8 @@ from engine.checkpoint.writers import Writer
 from engine.config.resolve import Layout
 from engine.parallel.axes import Grid
 from engine.parallel.groups import Group, Groups
-from engine.parallel.sharding import ROW, VOCABULARY, ParameterSpec, column
-from engine.parallel.state import MOMENTS, ParameterShard, Placement
+from engine.parallel.sharding import REPLICATED, ROW, VOCABULARY, ParameterSpec, Sharding, column
+from engine.parallel.state import MOMENTS, MOMENTUM, ParameterShard, Placement
 
 Whole = dict[str, np.ndarray]
 """Key of a state's parameter -> fp32 array of the stored shape."""
@@ -219,3 +221,44 @@ def some_state(step: int = 1) -> CheckpointState:
 
 def layout_of(pipe: int, data: int, tensor: int) -> Layout:
     return Layout(pipe=pipe, data=data, sequence=1, tensor=tensor)
+
+
+def elements(array: np.ndarray, box: Box) -> np.ndarray:
+    """Return the elements that lie in a box."""
+    return array[tuple(slice(start, start + size) for start, size in zip(box.start, box.size, strict=True))]
+
+
+def random_spec(random: np.random.Generator, tensor_size: int) -> ParameterSpec:
+    """Draw a parameter of any sharding, in sizes that `tensor_size` divides."""
+    kind = random.integers(5)
+    width = int(random.integers(1, 6)) * tensor_size
+    blocks = [int(random.integers(1, 4)) * tensor_size for _ in range(int(random.integers(1, 4)))]
+    match kind:
+        case 0:
+            return ParameterSpec("p", (sum(blocks), width), column(*blocks))
+        case 1:
+            return ParameterSpec("p", (int(random.integers(1, 6)), width), ROW)
+        case 2:
+            rows = int(random.integers(1, 5)) * tensor_size
+            return ParameterSpec("p", (rows, 3), VOCABULARY, int(random.integers(1, rows + 1)))
+        case 3:
+            shape = (int(random.integers(1, 4)), sum(blocks), 2)
+            return ParameterSpec("p", shape, Sharding("column", 1, tuple(blocks)))
+    return ParameterSpec("p", (int(random.integers(1, 6)), width), REPLICATED)
+
+
+def muon(world: World) -> World:
+    """Give split matrices a momentum in place of Adam's moments; return the world."""
+
+    def is_matrix(spec):
+        return len(spec.shape) == 2 and spec.sharding.role in ("column", "row")
+
+    def with_momentum(shard):
+        return dataclasses.replace(shard, moments={"momentum_buffer": shard.moments["exp_avg"]})
+
+    world.shards = [[with_momentum(p) if is_matrix(p.spec) else p for p in shards] for shards in world.shards]
+    world.placements = [
+        [dataclasses.replace(p, moments=MOMENTUM) if is_matrix(p.spec) else p for p in placements]
+        for placements in world.placements
+    ]
+    return world

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from engine.config.deepspeed import deepspeed_config
-from tests.engine.config.test_resolve import config
+from tests.engine.config.run_config import config
 
 
 def written(*overrides: str, num_micro_batches: int = 4, num_elements: int = 1000) -> dict[str, Any]:

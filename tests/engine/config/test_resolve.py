@@ -1,35 +1,14 @@
 """Rules that join fields: each one broken by itself, and all of them in one report."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from engine.config.load import apply_override, parse_run
 from engine.config.resolve import Layout, examine, num_micro_batches, resolve
 from engine.config.rules.model import divisors
 from engine.config.schema.objective import ObjectiveConfig
-from engine.config.schema.run import RunConfig
 from engine.errors import ConfigError
-
-
-def config(*overrides: str) -> RunConfig:
-    tree: dict[str, Any] = {
-        "folder": "runs/x",
-        "tokenizer": "data/tokenizer",
-        "model": {"vocab_size": 500, "num_layers": 4, "hidden_size": 64, "num_heads": 4, "max_positions": 128},
-        "stages": [
-            {
-                "data": {"train": "data/train"},
-                "sequence_length": 64,
-                "global_batch_size": 24,
-                "duration": {"steps": 10},
-            }
-        ],
-    }
-    for override in overrides:
-        apply_override(tree, override)
-    return parse_run(tree, "test")
+from tests.engine.config.run_config import config
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from engine.config.resume import compare, flatten, meaning_hash, refuse_new_mean
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import Duration
 from engine.errors import ConfigError
-from tests.engine.config.test_resolve import config
+from tests.engine.config.run_config import config
 
 MEANING = ["model.num_layers=3", "seed=1", "stages.0.global_batch_size=8", "stages.0.data.attention=row"]
 SCHEDULE = ["optimizer.learning_rate=1e-4", "stages.0.duration.steps=20", "stages.0.schedule.warmup=2"]

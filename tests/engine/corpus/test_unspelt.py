@@ -11,7 +11,7 @@ from engine.corpus.tokenizer_training import train_tokenizer
 from engine.data.shards.dataset import TokenDataset
 from engine.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USAGE, ConfigError, DataError
 from tests.engine.data.corpus import made_up_texts, write_json_lines
-from tests.engine.data.tokenizer.test_unspelt import letters
+from tests.engine.data.tokenizer.foreign import letters
 
 SPELT = ["ab ab a" * 9] * 7 + ["b a"]
 """7 * 63 + 3 = 444 bytes."""

@@ -5,7 +5,7 @@ from engine.config.schema.optimizer import OptimizerConfig
 from engine.errors import ConfigError
 from engine.models import gpt
 from engine.optim.groups import parameter_groups, refuse_unmatched, weight_decay
-from tests.engine.config.test_resolve import config
+from tests.engine.config.run_config import config
 
 MODEL = GPTConfig(vocab_size=50, num_layers=2, hidden_size=8, num_heads=2)
 CONFIG = OptimizerConfig(weight_decay=0.1)

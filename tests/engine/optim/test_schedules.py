@@ -6,7 +6,7 @@ import pytest
 
 from engine.config.schema.stage import ScheduleConfig
 from engine.optim.schedules import factor, factor_of_step, learning_rate
-from tests.engine.config.test_resolve import config
+from tests.engine.config.run_config import config
 
 
 def factors(num_steps: int, **keys) -> list[float]:

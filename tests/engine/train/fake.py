@@ -37,6 +37,8 @@ from tests.distributed.runs import Tree, run_config
 from tests.engine.checkpoint.worlds import fake_groups
 
 WIDTH = 4
+COMPARED = ("loss", "gradient_norm", "learning_rate", "samples", "tokens", "validation_loss")
+"""Metrics that two runs are compared by."""
 
 
 class FakeEngine:
@@ -198,3 +200,32 @@ def values(folder: Path, key: str) -> dict[int, Any]:
     records = [record for record in read_metrics(folder) if key in record]
     assert len({record["step"] for record in records}) == len(records), f"{key} of a step stands twice"
     return {record["step"]: record[key] for record in records}
+
+
+class StopAfter:
+    """Signals of a rank that is to stop once it has done `step` steps, and has come to `phase` if one is given."""
+
+    def __init__(self, step: int, phase: str | None = None) -> None:
+        self.step, self.phase, self.stop_requested = step, phase, False
+
+    def prepare(self, trainer: Any) -> None:
+        """Watch the trainer's beats, which say where it is."""
+        beat = trainer.heart.beat
+
+        def watch(step: int, phase: str) -> None:
+            beat(step, phase)
+            self.stop_requested |= step >= self.step and self.phase in (None, phase)
+
+        trainer.heart.beat = watch
+
+
+def stopped_run(tree: dict[str, Any], step: int, phase: str | None = None) -> FakeRun:
+    """Start a run and stop it after so many steps."""
+    signals = StopAfter(step, phase)
+    return fake_run(tree, signals.prepare, signals=signals)
+
+
+def check_equal(folder: Path, other: Path) -> None:
+    """Assert that two runs wrote the same numbers of the same steps."""
+    for key in COMPARED:
+        assert values(folder, key) == values(other, key)

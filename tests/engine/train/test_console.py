@@ -1,10 +1,7 @@
-from typing import Any
-
 import pytest
 
-from engine.config.load import parse_run
-from engine.config.schema.run import RunConfig
 from engine.train.console import Pace, Terminal, losses
+from tests.engine.train.short_runs import run, stage
 
 
 class Clock:
@@ -13,22 +10,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.seconds
-
-
-def stage(steps: int, **changes: Any) -> dict[str, Any]:
-    sizes = {"sequence_length": 8, "global_batch_size": 4} | changes
-    return {"data": {"train": "data"}, "duration": {"steps": steps}, **sizes}
-
-
-def run(*stages: dict[str, Any], every_steps: int = 1) -> RunConfig:
-    tree = {
-        "folder": "run",
-        "tokenizer": "tokenizer",
-        "model": {"vocab_size": 64, "num_layers": 1, "hidden_size": 8, "num_heads": 1, "max_positions": 64},
-        "stages": [{"name": name} | each for name, each in zip("abc", stages, strict=False)],
-        "logging": {"every_steps": every_steps},
-    }
-    return parse_run(tree, "test")
 
 
 def record(step: int, loss: float = 1.0, seconds: float = 2.0) -> dict[str, float | int]:

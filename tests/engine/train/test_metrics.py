@@ -14,7 +14,7 @@ from engine.train.console import Terminal
 from engine.train.metrics import METRICS, JsonLines, Metrics, TensorBoard, read_metrics
 from engine.train.plot import PLOT
 from tests.distributed.runs import run_config, run_tree
-from tests.engine.train.test_console import run, stage
+from tests.engine.train.short_runs import run, stage
 
 
 def record(step: int, loss: float = 1.0) -> dict[str, float | int]:

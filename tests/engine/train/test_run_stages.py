@@ -19,8 +19,7 @@ from engine.data.stage import open_parts, run_stage_seed, stage_stream
 from engine.errors import EXIT_DONE, EXIT_REQUEUE, ConfigError, DataError
 from tests.distributed.poison import STABILITY
 from tests.distributed.runs import LENGTH, Tree, run_config, run_tree
-from tests.engine.train.fake import FakeRun, fake_run, fake_trainer, values
-from tests.engine.train.test_trainer import StopAfter, check_equal, stopped_run
+from tests.engine.train.fake import FakeRun, StopAfter, check_equal, fake_run, fake_trainer, stopped_run, values
 
 BORDER, LAST = 4, 9
 ONE = {"name": "one", "duration": {"steps": BORDER}}

@@ -16,41 +16,11 @@ from engine.data.prefetch import Prefetcher
 from engine.errors import EXIT_DONE, EXIT_REQUEUE, CheckpointError, ConfigError, DataError
 from engine.train.metrics import read_metrics
 from tests.distributed.runs import run_tree
-from tests.engine.train.fake import FakeRun, fake_run, values
-
-COMPARED = ("loss", "gradient_norm", "learning_rate", "samples", "tokens", "validation_loss")
+from tests.engine.train.fake import FakeRun, StopAfter, check_equal, fake_run, stopped_run, values
 
 
 def saved_steps(folder: Path) -> list[int]:
     return sorted(step_of(path) for path in committed(folder / "checkpoints"))
-
-
-class StopAfter:
-    """Signals of a rank that is to stop once it has done `step` steps, and has come to `phase` if one is given."""
-
-    def __init__(self, step: int, phase: str | None = None) -> None:
-        self.step, self.phase, self.stop_requested = step, phase, False
-
-    def prepare(self, trainer: Any) -> None:
-        """Watch the trainer's beats, which say where it is."""
-        beat = trainer.heart.beat
-
-        def watch(step: int, phase: str) -> None:
-            beat(step, phase)
-            self.stop_requested |= step >= self.step and self.phase in (None, phase)
-
-        trainer.heart.beat = watch
-
-
-def stopped_run(tree: dict[str, Any], step: int, phase: str | None = None) -> FakeRun:
-    signals = StopAfter(step, phase)
-    return fake_run(tree, signals.prepare, signals=signals)
-
-
-def check_equal(folder: Path, other: Path) -> None:
-    """Assert that two runs wrote the same numbers of the same steps."""
-    for key in COMPARED:
-        assert values(folder, key) == values(other, key)
 
 
 @dataclass(frozen=True)

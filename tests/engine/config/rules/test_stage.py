@@ -4,7 +4,7 @@ import pytest
 
 from engine.config.resolve import examine
 from engine.config.resume import compare
-from tests.engine.config.test_resolve import config
+from tests.engine.config.run_config import config
 
 SCHEDULE = "stages.0.schedule="
 RAMP = "stages.0.batch_ramp="

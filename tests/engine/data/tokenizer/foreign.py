@@ -9,6 +9,8 @@ from typing import Any
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from engine.data.tokenizer.folder import TextTokenizer, load_tokenizer
+
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789<>/[]_|"
 WORDS = [("▁", -3.0), ("▁the", -3.5), ("▁a", -4.0), ("▁rank", -6.0), ("NOTUSED", -8.0)]
 PIECES = WORDS + [(letter, -7.0 - number / 100) for number, letter in enumerate(LETTERS)]
@@ -166,3 +168,9 @@ def cased_bert(folder: Path, **names: str) -> Path:
     model.decoder = decoders.WordPiece()
     model.add_special_tokens(pieces[:5])
     return save(model, folder, tokenizer_class="BertTokenizer", **names)
+
+
+def letters(folder: Path, **options: Any) -> TextTokenizer:
+    """Return a BPE tokenizer of single letters and one merge."""
+    model = Tokenizer(models.BPE({"</s>": 0, "a": 1, "b": 2, "ab": 3, " ": 4}, [("a", "b")], **options))
+    return load_tokenizer(save(model, folder, eos_token="</s>"))

@@ -10,17 +10,12 @@ from engine.corpus.tokenizer_training import train_tokenizer
 from engine.data.tokenizer.folder import load_tokenizer
 from tests.engine.data.corpus import made_up_texts
 from tests.engine.data.tokenizer import foreign
+from tests.engine.data.tokenizer.foreign import letters
 
 
 def lost(tokenizer, text):
     [count] = tokenizer.unspelt_bytes([text], tokenizer.encode([text])).tolist()
     return count
-
-
-def letters(folder, **options):
-    """BPE of single letters and one merge."""
-    model = Tokenizer(models.BPE({"</s>": 0, "a": 1, "b": 2, "ab": 3, " ": 4}, [("a", "b")], **options))
-    return load_tokenizer(foreign.save(model, folder, eos_token="</s>"))
 
 
 def test_bpe_without_unknown_or_bytes_drops_text_and_it_is_counted(tmp_path):
