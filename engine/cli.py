@@ -46,6 +46,7 @@ COMMANDS = {
     "prepare": Command("tools.prepare:main", "Write text as token shards.", "the same command goes on from here"),
     "inspect-data": Command("tools.inspect_data:main", "Show counts and decoded samples of token shards."),
     "plan": Command("tools.plan:main", "Show what a run costs on a world, and what would be refused."),
+    "continue": Command("tools.continue_run:main", "Append a stage with new data to a run.", "nothing was written"),
     "launch": Command("tools.launch:main", "Start the ranks of a run and watch over them."),
     "train": Command("tools.train:main", "Train: what each rank runs, under any launcher or alone."),
     "status": Command("tools.status:main", "Show where runs stand, also while they go on."),

@@ -34,6 +34,12 @@ class Outcome:
         """Return True if it says how that attempt of that job ended."""
         return (self.job, self.attempt) == (job, attempt)
 
+    def ends(self, num_steps: int) -> bool:
+        """Return True if a run of so many steps is done, now that its file may have a run stage more than it had when
+        this was written: for whoever decides to start it again, or to leave it alone."""
+        done = 0  # `EXIT_DONE`, of a room beside this one
+        return self.code == done and self.step >= num_steps
+
 
 def write(folder: Path, outcome: Outcome) -> None:
     """Put the outcome in place in one move, over any but that of a newer attempt of its job; call on one rank."""

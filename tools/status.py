@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # pydantic would make --help slow
 
 WORDS = {
     "done": "done",
+    "appended": "done with its earlier stages; start it again to go on with what was appended",
     "stopped": "saved after a signal; start it again to go on",
     "failed": "failed",
     "ended": "ended without a word (killed, or its node was lost); start it again to go on",
@@ -36,10 +37,13 @@ def main(
     One run is shown in full; of several each has a line. A folder without a run of its own stands for those up to three
     levels below it.
     """
+    from engine.config.load import load_run
     from engine.train.run_status import read_status, run_folders
 
+    # A run file may have a stage that no start has seen yet; a folder has the configuration of the newest start.
+    files = {file.folder: file for file in (load_run(place) for place in places if place.is_file())}
     folders = dict.fromkeys(folder for place in places for folder in run_folders(folder_of(place)))
-    found = [read_status(folder) for folder in folders]
+    found = [read_status(folder, files.get(folder)) for folder in folders]
     if as_json:
         print(json.dumps(redacted([_as_json(status) for status in found]), indent=1))
     elif len(found) == 1:

@@ -29,9 +29,10 @@ from engine.run_folder import FolderUser, current_user
 from engine.train import records
 from engine.train.records import METRICS
 
-State = Literal["running", "done", "stopped", "failed", "ended", "new"]
-"""`stopped`: a signal came, the run was saved and wants to be started again. `ended`: no process uses the folder, and
-none has said why (it was killed, or the node was lost). `new`: nothing has been trained or said yet."""
+State = Literal["running", "done", "appended", "stopped", "failed", "ended", "new"]
+"""`appended`: done, and a run stage was appended since. `stopped`: a signal came, the run was saved and wants to be
+started again. `ended`: no process uses the folder, and none has said why (it was killed, or the node was lost). `new`:
+nothing has been trained or said yet."""
 RECENT_STEPS = 50
 """Number of newest steps whose median is the speed."""
 WINDOW_STEPS = 1000
@@ -96,9 +97,11 @@ def run_folders(path: Path) -> list[Path]:
     )
 
 
-def read_status(folder: Path) -> RunStatus:
-    """Return the status of the run in `folder`; whatever is missing or damaged there is None."""
-    config, problem = _read_config(folder)
+def read_status(folder: Path, run_file: RunConfig | None = None) -> RunStatus:
+    """Return the status of the run in `folder`; whatever is missing or damaged there is None.
+
+    `run_file` is the run file as it is now, where it is known: it may have stages that no start has seen yet."""
+    config, problem = (run_file, None) if run_file is not None else _read_config(folder)
     newest = records.last_step(folder)
     # A window of records, not the file: a run of a million steps is read as fast as a new one.
     found = list(records.records_from(folder, max(newest - WINDOW_STEPS, 0)))
@@ -114,9 +117,9 @@ def read_status(folder: Path) -> RunStatus:
     return RunStatus(
         folder=folder,
         name=config.name if config else None,
-        state=_state(user, ended, started=bool(step) or _was_used(folder)),
+        state=_state(user, ended, config, started=bool(step) or _was_used(folder)),
         step=step,
-        num_steps=sum(stage.num_steps for stage in config.stages) if config else None,
+        num_steps=config.num_steps if config else None,
         run_stage=stage,
         run_stage_number=number,
         num_run_stages=len(config.stages) if config else None,
@@ -159,13 +162,13 @@ def _below(path: Path, levels: int) -> Iterator[Path]:
             yield from _below(entry, levels - 1)
 
 
-def _state(user: FolderUser | None, ended: Outcome | None, started: bool) -> State:
+def _state(user: FolderUser | None, ended: Outcome | None, config: RunConfig | None, started: bool) -> State:
     if user is not None:
         return "running"
     if ended is None:
         return "ended" if started else "new"
     if ended.code == EXIT_DONE:
-        return "done"
+        return "done" if config is None or ended.ends(config.num_steps) else "appended"
     return "stopped" if ended.code == EXIT_REQUEUE else "failed"
 
 

@@ -10,6 +10,7 @@ import pytest
 from engine import outcome
 from engine.cli import main
 from engine.config import save
+from engine.config.load import read_tree
 from engine.outcome import Outcome
 from engine.run_folder import FILE, RunFolder, Start
 from engine.train.records import METRICS
@@ -71,7 +72,8 @@ def test_a_run_says_where_it_stands(tmp_path, capsys):
 )
 def test_the_last_attempt_says_how_it_ended(tmp_path, capsys, code, state, words):
     folder = make_run(tmp_path / "one")
-    outcome.write(folder, Outcome("nightly", 0, code, 6, 3 if code == 1 else None, "no memory" if code == 1 else ""))
+    step, rank, error = (10, None, "") if code == 0 else (6, *((3, "no memory") if code == 1 else (None, "")))
+    outcome.write(folder, Outcome("nightly", 0, code, step, rank, error))
     assert status(capsys, folder)[0]["state"] == state
     text = "\n".join(lines(capsys, folder))
     assert words in text
@@ -205,3 +207,23 @@ def test_neither_command_imports_torch(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
     assert not Path(tmp_path / "compare.png").exists()
+
+
+def test_a_run_whose_file_has_a_stage_more_is_not_done(tmp_path, capsys):
+    folder = make_run(tmp_path / "one", 10)
+    outcome.write(folder, Outcome("nightly", 0, 0, 10))
+    assert status(capsys, folder)[0]["state"] == "done"
+    run = tmp_path / "run.yaml"
+    text = (folder / save.FILE).read_text(encoding="utf-8")
+    run.write_text(text, encoding="utf-8")
+    assert status(capsys, run)[0]["state"] == "done"
+    tree = read_tree(run)
+    tree["stages"].append(tree["stages"][0] | {"name": "more"})
+    run.write_text(json.dumps(tree), encoding="utf-8")
+    (found,) = status(capsys, run)
+    assert (found["state"], found["step"], found["num_steps"], found["run_stage"]) == ("appended", 10, 20, "more")
+    assert "start it again to go on with what was appended" in "\n".join(lines(capsys, run))
+    said = outcome.read(folder)
+    assert said is not None
+    assert [said.ends(steps) for steps in (9, 10, 11)] == [True, True, False]
+    assert not Outcome("nightly", 0, 85, 10).ends(10), "saved, and wants to be started again"
