@@ -21,6 +21,7 @@ from engine.config.schema.run import RunConfig
 from engine.data.batch import Batch
 from engine.data.loader import Loader
 from engine.data.shards.dataset import TokenDataset
+from engine.data.shards.tombstones import read_tombstones
 from engine.data.stage import open_parts, run_stage_seed, stage_stream
 from engine.data.tokenizer.folder import tokenizer_hash
 from engine.models.families import family
@@ -106,7 +107,8 @@ def build_model(config: ModelConfig, seed: int = 0) -> nn.Module:
 
 
 def documents(folder: Path | str) -> Iterator[np.ndarray]:
-    """Yield the token ids of each document in a folder of token shards, in the order of the shards.
+    """Yield the token ids of each document in a folder of token shards, in the order of the shards; forgotten ones are
+    left out.
 
     The arrays are views of files, which are verified when they are first read: copy what is to be changed.
 
@@ -117,7 +119,8 @@ def documents(folder: Path | str) -> Iterator[np.ndarray]:
     for number in range(dataset.num_shards):
         shard = dataset.shard(number)
         # `documents` are offsets into `tokens`, one more than there are documents: (0, 3, 8) is [0, 3) and [3, 8).
-        for first, end in zip(shard.documents[:-1], shard.documents[1:], strict=True):
+        kept = ~shard.is_forgotten(shard.documents[:-1])
+        for first, end in zip(shard.documents[:-1][kept], shard.documents[1:][kept], strict=True):
             yield shard.tokens[first:end]
 
 
@@ -128,7 +131,7 @@ def global_batches(run: RunConfig, run_stage: int = 0) -> Iterator[Batch]:
         DataError: data or tokenizer are missing, damaged, or do not belong together.
     """
     stage = run.stages[run_stage]
-    parts = open_parts(stage, tokenizer_hash(run.tokenizer), run.model.vocab_size)
+    parts = open_parts(stage, tokenizer_hash(run.tokenizer), run.model.vocab_size, read_tombstones(run.folder))
     loader = Loader(stage_stream(stage, parts, run_stage_seed(run.seed, run_stage)))
     for step in range(stage.num_steps):
         # Data rank 0 of 1, and one micro-batch that is the whole global batch.

@@ -13,6 +13,7 @@ from engine.data.shards.cache import ShardCache
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.index import FILE
 from engine.data.shards.remote import RemoteFolder, is_remote
+from engine.data.shards.tombstones import NO_TOMBSTONES, Tombstones
 from engine.data.source import WeightedDataset
 from engine.data.stream import Stream
 from engine.data.validation import ValidationSet
@@ -35,18 +36,20 @@ def run_stage_seed(seed: int, number: int) -> int:
     return int(words[0]) << 32 | int(words[1])
 
 
-def open_parts(run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int) -> list[WeightedDataset]:
-    """Open the training data of a run stage, with weights.
+def open_parts(
+    run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int, tombstones: Tombstones = NO_TOMBSTONES
+) -> list[WeightedDataset]:
+    """Open the training data of a run stage, with weights; `tombstones` are those of the run folder.
 
     Raises:
         DataError: missing, damaged, written with another tokenizer, or of more tokens than `vocab_size`.
     """
     data, length = run_stage.data, run_stage.sequence_length
     if data.train is not None:
-        dataset = _open(data, data.train, tokenizer_hash, vocab_size)
+        dataset = _open(data, data.train, tokenizer_hash, vocab_size, tombstones)
         _refuse_small_cache(data, [dataset])
         return [WeightedDataset(dataset)]
-    sets = [_open(data, source.path, tokenizer_hash, vocab_size) for source in data.sources]
+    sets = [_open(data, source.path, tokenizer_hash, vocab_size, tombstones) for source in data.sources]
     _refuse_other_tokens(sets)
     _refuse_small_cache(data, sets)
     return [
@@ -62,13 +65,15 @@ def open_parts(run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int)
     ]
 
 
-def open_validation(run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int) -> list[ValidationSet] | None:
+def open_validation(
+    run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int, tombstones: Tombstones = NO_TOMBSTONES
+) -> list[ValidationSet] | None:
     """Open the validation sets of a run stage, by name; None if it has none. Raises as `open_parts`."""
     data = run_stage.data
     if data.validation is None:
         return None
     places = data.validation if isinstance(data.validation, dict) else _places_of(data.validation, data)
-    opened = [(name, _open(data, place, tokenizer_hash, vocab_size)) for name, place in places.items()]
+    opened = [(name, _open(data, place, tokenizer_hash, vocab_size, tombstones)) for name, place in places.items()]
     _refuse_other_tokens([dataset for _, dataset in opened])
     return opened
 
@@ -114,9 +119,11 @@ def stage_stream(run_stage: RunStage, parts: list[WeightedDataset], seed: int) -
     return stream
 
 
-def _open(data: DataConfig, folder: str, tokenizer_hash: str | None, vocab_size: int) -> TokenDataset:
+def _open(
+    data: DataConfig, folder: str, tokenizer_hash: str | None, vocab_size: int, tombstones: Tombstones
+) -> TokenDataset:
     cache = None if data.cache is None else ShardCache(data.cache.folder, data.cache.bytes)
-    dataset = TokenDataset(folder, tokenizer_hash, cache)
+    dataset = TokenDataset(folder, tokenizer_hash, cache, tombstones)
     if dataset.index.vocab_size > vocab_size:
         raise DataError(
             f"the shards in {folder} have {dataset.index.vocab_size} tokens in their vocabulary, "

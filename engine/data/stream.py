@@ -14,7 +14,8 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,11 +30,16 @@ from engine.data.order.mixing import Mixing
 from engine.data.order.sample_order import START, VERSION, CountRows, Order, SampleId, SampleOrder
 from engine.data.shards.damage import Damage
 from engine.data.shards.dataset import TokenDataset
+from engine.data.shards.tombstones import FILE as TOMBSTONES_FILE
+from engine.data.shards.tombstones import Tombstones
 from engine.data.source import Source, WeightedDataset, source_seed
 from engine.errors import DataError
+from engine.logs import logger
 
 State = dict[str, Any]
 """Loader state of a checkpoint: JSON of less than 1 KiB, equal on all ranks."""
+
+_log = logger(__name__)
 
 MOST_LOST = 16
 """Most damaged shards that a run does without: more are no accident, and the state must stay small."""
@@ -98,6 +104,11 @@ class Stream:
         """Hash of the contents of the data sets, whatever their location."""
         found = [part.dataset.fingerprint for part in self.parts]
         return found[0] if len(found) == 1 else hashlib.sha256(" ".join(found).encode()).hexdigest()[:32]
+
+    @property
+    def tombstones(self) -> Tombstones:
+        """Forgotten documents of all data sets, as known when they were opened."""
+        return reduce(or_, (part.dataset.tombstones for part in self.parts))
 
     def samples_per_epoch(self) -> int:
         """Return the samples of one epoch of all sources. Where packing decides their number, reads all offsets."""
@@ -259,6 +270,8 @@ class Stream:
             "lost": [[*damage[:2], int(damage.counted)] for damage in self._lost],
             # no key where all are 0, as in states that were written before the key existed
             **({"passed_over": list(self._progress.passed_over)} if any(self._progress.passed_over) else {}),
+            # likewise no key where nothing is forgotten
+            **({"tombstones": [len(found), found.hash]} if len(found := self.tombstones) else {}),
         } | self._identity()
 
     def restore(self, state: State) -> None:
@@ -275,6 +288,7 @@ class Stream:
                     f"{key} = {state.get(key)!r}, as when the state was saved",
                     "restore it, or start a new run in another folder",
                 )
+        changed = self._changed_tombstones(state)
         try:
             # everything is built and checked before the first assignment: a refused state changes nothing
             lost = tuple(Damage(int(source), int(shard), bool(counted)) for source, shard, counted in state["lost"])
@@ -292,6 +306,8 @@ class Stream:
             ) from error
         self._lost, self._order = lost, replace(self._order, sources=sources, left_out=left_out)
         self._progress = progress
+        if changed:
+            _log.warning("changed since this run was started: %s", changed)
 
     def clone(self) -> Stream:
         """Return another stream that stands where this one does, over the same opened data sets, for another thread."""
@@ -352,6 +368,26 @@ class Stream:
             # six digits of each suffice to name the source that changed; `fingerprint` covers all of them in full
             identity["sources"] = " ".join(part.dataset.fingerprint[:6] for part in self.parts)
         return identity
+
+    def _changed_tombstones(self, state: State) -> str:
+        """Return the change of the forgotten documents since a state, in words; empty where there is none.
+
+        Raises:
+            DataError: documents that were forgotten then are not now, so that they would be trained on again.
+        """
+        now = self.tombstones
+        count, digest = state.get("tombstones", (0, ""))
+        if digest == now.hash:
+            return ""
+        if len(now) <= count:
+            folders = ", ".join(str(part.dataset.location) for part in self.parts)
+            raise DataError(
+                f"the saved loader state has {count:,} forgotten documents (tombstones {digest}), {folders} and the "
+                f"run folder name {len(now):,}" + (f" ({now.hash})" if now.hash else ""),
+                "those that were forgotten when the state was saved, and more",
+                f"restore {TOMBSTONES_FILE} from a copy, or forget the documents again with `palimpsest forget`",
+            )
+        return f"tombstones: {digest!r} -> {now.hash!r} ({count:,} -> {len(now):,} forgotten documents)"
 
     def _changed(self, state: State) -> str:
         """Return the folders whose data is not that of a state; all where that cannot be told."""

@@ -47,6 +47,9 @@ def facts_of_data(training: list[WeightedDataset], validation: list[ValidationSe
         **sources,
         **{f"weight of {part.name or 'the data'}": part.weight for part in training},
         "held-out data fingerprints": {name: dataset.fingerprint for name, dataset in validation or []},
+        # ranks that read them at different moments would train on different texts
+        "tombstones": [part.dataset.tombstones.hash for part in training],
+        "held-out data tombstones": {name: dataset.tombstones.hash for name, dataset in validation or []},
     }
 
 

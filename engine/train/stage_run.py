@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from engine.config.schema.run import RunConfig
+from engine.data.shards.tombstones import read_tombstones
 from engine.data.source import WeightedDataset
 from engine.data.stage import open_parts, open_validation, run_stage_seed, stage_stream
 from engine.data.tokenizer.folder import tokenizer_hash
@@ -63,6 +64,8 @@ class RunData:
     def _open(self, number: int) -> Datasets:
         config, run_stage = self._config, self._config.stages[number]
         checked = (tokenizer_hash(config.tokenizer), config.model.vocab_size)
+        # those of the data folders are read while these are opened; a run learns of later ones at its next start
+        checked = (*checked, read_tombstones(config.folder))
         found = Datasets(open_parts(run_stage, *checked), open_validation(run_stage, *checked))
         stage_stream(run_stage, found.training, run_stage_seed(config.seed, number))  # long enough, and not empty
         return found

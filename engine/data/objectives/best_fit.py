@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.data.objectives.packing import Row
+from engine.data.objectives.packing import Row, forgotten_at
 from engine.data.shards.dataset import Shard, TokenDataset
 
 _PLANS_KEPT = 128
@@ -44,11 +44,13 @@ class BestFit:
         spans = list(zip(plan.starts[pieces].tolist(), plan.lengths[pieces].tolist(), strict=True))
         tokens = np.concatenate([shard.tokens[start : start + length] for start, length in spans])
         starts = np.cumsum(plan.lengths[pieces])[:-1]
+        predicted = [np.arange(start, start + length) + self._lookahead for start, length in spans]
+        forgotten = forgotten_at(shard, np.concatenate(predicted)) if len(shard.forgotten) else None
         if not self._lookahead:
-            return Row(tokens, None, starts, starts - 1)
+            return Row(tokens, None, starts, starts - 1, forgotten)
         successors = np.concatenate([shard.tokens[start + 1 : start + length + 1] for start, length in spans])
         # no `ends`: a piece holds only tokens whose successor is in its own document
-        return Row(tokens, successors, starts, np.empty(0, np.int64))
+        return Row(tokens, successors, starts, np.empty(0, np.int64), forgotten)
 
     def _plan(self, number: int) -> _Plan:
         found = self._plans.get(number)

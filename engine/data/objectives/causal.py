@@ -19,7 +19,7 @@ from engine.data.tokenizer.vocabulary import Vocabulary
 
 class _Read(NamedTuple):
     """Rows as they were read. Documents begin at (`start_rows`, `starts`); (`end_rows`, `ends`) are the positions whose
-    successor is in another document."""
+    successor is in another document. `forgotten_BT` is True for targets in forgotten documents; None without any."""
 
     tokens_BT: np.ndarray
     targets_BT: np.ndarray
@@ -28,6 +28,7 @@ class _Read(NamedTuple):
     starts: np.ndarray
     end_rows: np.ndarray
     ends: np.ndarray
+    forgotten_BT: np.ndarray | None = None
 
 
 def missing(vocabulary: Vocabulary, sequence_length: int, objective: ObjectiveConfig) -> None:
@@ -55,8 +56,8 @@ class CausalSampler:
         self.count = self.packing.count
 
     def make(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int) -> SampledRows:
-        """Return the rows: targets have weight 1, padding 0, and so has a target in the next document if documents do
-        not see each other."""
+        """Return the rows: targets have weight 1, padding and forgotten documents 0, and so has a target in the next
+        document if documents do not see each other."""
         inside_documents = self.context.attention == "document"
         read = self.read(samples_B3, places, num_rows)
         buffer = RowBuffer(read.tokens_BT, read.totals_B)
@@ -69,6 +70,9 @@ class CausalSampler:
             weights_BT[read.end_rows, read.ends] = 0.0
             targets_B = targets_B - np.bincount(read.end_rows, minlength=num_rows)
             inputs["segments_BT"] = buffer.documents_BT
+        if read.forgotten_BT is not None:
+            weights_BT[read.forgotten_BT] = 0.0
+            targets_B = np.count_nonzero(weights_BT, axis=1)
         return SampledRows(inputs, {"causal": targets_B}, buffer.documents_BT)
 
     def read(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int) -> _Read:
@@ -86,13 +90,16 @@ class CausalSampler:
         """Return rows one below the other, filled up with ends of text and padding rows."""
         shape = (num_rows, self.context.length)
         tokens_BT, targets_BT = np.full(shape, self.eos_id, np.int64), np.full(shape, self.eos_id, np.int64)
-        totals_B = np.zeros(num_rows, np.int64)
+        totals_B, forgotten_BT = np.zeros(num_rows, np.int64), np.zeros(shape, bool)
         for b, row in enumerate(rows):
             assert row.successors is not None
             totals_B[b] = row.tokens.size
+            if row.forgotten is not None:
+                forgotten_BT[b, : row.tokens.size] = row.forgotten
             tokens_BT[b, : row.tokens.size], targets_BT[b, : row.tokens.size] = row.tokens, row.successors
         starts, ends = [row.starts for row in rows], [row.ends for row in rows]
-        return _Read(tokens_BT, targets_BT, totals_B, *_numbered(starts), *_numbered(ends))
+        forgotten_BT = forgotten_BT if forgotten_BT.any() else None
+        return _Read(tokens_BT, targets_BT, totals_B, *_numbered(starts), *_numbered(ends), forgotten_BT)
 
     def _read_together(self, packing: Concatenation, places: np.ndarray, num_rows: int) -> _Read:
         """Read rows of W = T + 1 tokens at once; tokens and targets are views of them where no row is short."""
@@ -110,9 +117,12 @@ class CausalSampler:
             tokens_BT[row, behind] = targets_BT[row, behind] = self.eos_id
         # a document that begins with the last successor begins outside of the row, but ends what the row predicts
         inside = read.places < totals_B[read.rows]
-        return _Read(
-            tokens_BT, targets_BT, totals_B, read.rows[inside], read.places[inside], read.rows, read.places - 1
-        )
+        starts, ends = (read.rows[inside], read.places[inside]), (read.rows, read.places - 1)
+        forgotten_BT = None
+        if read.forgotten_NW is not None:
+            forgotten_BT = np.zeros(targets_BT.shape, bool)
+            forgotten_BT[:count] = read.forgotten_NW[:, 1:]  # (N, T + 1) tokens -> (N, T) targets
+        return _Read(tokens_BT, targets_BT, totals_B, *starts, *ends, forgotten_BT)
 
 
 def _numbered(positions: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -58,11 +58,25 @@ def rearrange(
     stretch = np.append(row.tokens, row.successors[-1:]).astype(np.int64)
     drawn = halves(words_W[None])[0].reshape(-1, 4)
     parts = np.split(stretch, row.ends + 1)
+    is_forgotten = _are_forgotten(row)
     parts = [_rearranged(part, objective, vocabulary, eos_id, drawn[i]) for i, part in enumerate(parts)]
     begins = np.cumsum([part.size for part in parts])[:-1]
     whole = np.concatenate(parts)[: length + 1]
     begins = begins[begins < whole.size]
-    return Row(whole[:-1], whole[1:], begins[begins < whole.size - 1], begins - 1)
+    starts = begins[begins < whole.size - 1]
+    if is_forgotten is None:
+        return Row(whole[:-1], whole[1:], starts, begins - 1)
+    forgotten = np.repeat(is_forgotten, [part.size for part in parts])[1 : whole.size]
+    return Row(whole[:-1], whole[1:], starts, begins - 1, forgotten)
+
+
+def _are_forgotten(row: Row) -> np.ndarray | None:
+    """Return True for each document of a row that is forgotten; None where none is."""
+    if row.forgotten is None:
+        return None
+    # the row's first token is no target, so `forgotten` begins with the second; a first document of that one alone is
+    # never rearranged, and predicts nothing of its own
+    return np.array([part.any() for part in np.split(np.append(False, row.forgotten), row.ends + 1)])
 
 
 def _rearranged(

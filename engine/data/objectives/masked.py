@@ -59,6 +59,8 @@ class _MaskedSampler:
         for b, (number, row_number) in enumerate(places.tolist()):
             row = self._packing.row(self._context.shard(number), number, row_number)
             buffer.write(b, *self._framed(row))
+            if row.forgotten is not None:
+                buffer.forget(b, np.flatnonzero(self._behind_heads(row.forgotten, row.starts)))
         inputs, weights = _masked(self._context, buffer, samples_B3)
         return SampledRows(inputs, weights, buffer.documents_BT)
 
@@ -76,6 +78,9 @@ class _MaskedSampler:
             buffer.tokens_BT[rows, head + read.sizes_N + offset] = token
         buffer.totals_B[:count] = head + read.sizes_N + len(self._tail)
         buffer.begin(read.rows, read.places + head)
+        if read.forgotten_NW is not None:
+            forgotten_rows, places_in_row = np.nonzero(read.forgotten_NW)
+            buffer.forget(forgotten_rows, places_in_row + head)
 
     def _framed(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens of whole documents, each behind its head, and where they begin: with the head 9, documents
@@ -84,6 +89,10 @@ class _MaskedSampler:
             np.insert(row.tokens.astype(np.int64), np.append(0, row.starts), self._head) if self._head else row.tokens
         )
         return tokens, row.starts + len(self._head) * np.arange(1, row.starts.size + 1)
+
+    def _behind_heads(self, forgotten: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Return the flags of a row's tokens with those of the heads, which are False, between them."""
+        return np.insert(forgotten, np.append(0, starts), False) if self._head else forgotten
 
 
 class _PairSampler:
@@ -109,6 +118,9 @@ class _PairSampler:
             for order, (start, end) in enumerate(segments):
                 stop = at + end - start
                 buffer.tokens_BT[b, at:stop] = shard.tokens[start:end]
+                if shard.is_forgotten(start):  # a segment lies in one document
+                    buffer.forget(b, np.arange(at, stop))
+                    weights_B[b] = 0.0  # a label about a text that is not there
                 buffer.tokens_BT[b, stop] = vocabulary.separate
                 # a segment's [SEP] has its type, as in BERT; [CLS] has that of the first
                 types_BT[b, at : stop + 1] = order
@@ -127,6 +139,6 @@ def _masked(
     length, objective = context.length, context.objective
     # words of the samples, not of the batch: a row is masked alike in every micro-batch and layout
     drawn = context.words(samples_B3, len(buffer.totals_B), masking.num_words(length, objective.rate))
-    made = masking.mask(buffer.tokens_BT, buffer.real_BT, buffer.starts_BT, objective, context.vocabulary, drawn)
+    made = masking.mask(buffer.tokens_BT, buffer.target_BT, buffer.starts_BT, objective, context.vocabulary, drawn)
     inputs = {"tokens_BT": buffer.tokens_BT, "segments_BT": context.segments(buffer), **made._asdict()}
     return inputs, {"mlm": made.weights_BM.sum(axis=1)}

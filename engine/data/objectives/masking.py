@@ -46,8 +46,8 @@ def mask(
 ) -> Masked:
     """Choose tokens, and write into `tokens_BT` (int64) what the model sees instead.
 
-    `real_BT` is false in padding, `starts_BT` true where a document (or segment) begins; `words_BW` are the rows'
-    random words. Rows without an ordinary token have no targets.
+    `real_BT` is false in padding and in forgotten documents, `starts_BT` true where a document (or segment) begins;
+    `words_BW` are the rows' random words. Rows without an ordinary token have no targets.
     """
     length = tokens_BT.shape[1]
     most = num_masked(length, objective.rate)

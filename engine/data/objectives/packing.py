@@ -30,12 +30,15 @@ class Row:
     asked for; both may be views of the shard. `starts` (k,) int64, rising, from 1 to n - 1: positions at which
     another document (or part of one) begins; the row's first may have begun in an earlier row. `ends` (m,) int64:
     positions whose successor lies in another document.
+    `forgotten` (n,) bool: True where the token that is predicted (the successor, or else the token itself) is of a
+    forgotten document; None where none is.
     """
 
     tokens: np.ndarray
     successors: np.ndarray | None
     starts: np.ndarray
     ends: np.ndarray
+    forgotten: np.ndarray | None = None
 
     def documents(self) -> list[np.ndarray]:
         """Return the tokens, document by document."""
@@ -50,11 +53,13 @@ class Row:
 
 class Stretches(NamedTuple):
     """N rows that were read at once: `sizes_N` (int64) tokens of each, the successor of its last one included where it
-    is asked for; the rest of a row was not written. Documents begin at (`rows`, `places`), positions from 1 on."""
+    is asked for; the rest of a row was not written. Documents begin at (`rows`, `places`), positions from 1 on.
+    `forgotten_NW` is True for tokens of forgotten documents; None where there is none."""
 
     sizes_N: np.ndarray
     rows: np.ndarray
     places: np.ndarray
+    forgotten_NW: np.ndarray | None
 
 
 class Packing(Protocol):
@@ -101,10 +106,11 @@ class Concatenation:
         numbers_N, starts_N = places_N2[:, 0], places_N2[:, 1] * self.capacity
         sizes_N = np.minimum(into_NW.shape[1], self._tokens[numbers_N] - starts_N)  # W, less in the last row of a shard
         opened = _copy_rows(shards, numbers_N, starts_N, sizes_N, into_NW)
+        forgotten_NW = _forgotten(opened, numbers_N, starts_N, into_NW.shape[1])
         # from a position in the shard to one among the tokens of all shards
         starts_N += self._boundaries.firsts[numbers_N]
         rows, begins = self._boundaries.inside(opened, starts_N, starts_N + sizes_N - 1)
-        return Stretches(sizes_N, rows, begins - starts_N[rows])
+        return Stretches(sizes_N, rows, begins - starts_N[rows], forgotten_NW)
 
     def _stretch(self, shard: Shard, start: int) -> Row:
         lookahead = self.reads == "successors"
@@ -112,11 +118,28 @@ class Concatenation:
         # `right`: a document that begins with the row itself is no boundary inside of it
         first, last = np.searchsorted(shard.documents, (start, start + tokens.size - 1), side="right")
         begins = shard.documents[first:last] - start
+        forgotten = forgotten_at(shard, np.arange(start + lookahead, start + tokens.size))
         if not lookahead:
-            return Row(tokens, None, begins, begins - 1)
+            return Row(tokens, None, begins, begins - 1, forgotten)
         assert tokens.size >= 2, "num_rows() counts no row without a target"
         # a document that begins with the last successor ends a prediction, but begins behind the row's own tokens
-        return Row(tokens[:-1], tokens[1:], begins[begins < tokens.size - 1], begins - 1)
+        return Row(tokens[:-1], tokens[1:], begins[begins < tokens.size - 1], begins - 1, forgotten)
+
+
+def forgotten_at(shard: Shard, positions: np.ndarray) -> np.ndarray | None:
+    """Return True for the positions (n,) of a shard that are in forgotten documents; None where it has none."""
+    return shard.is_forgotten(positions) if len(shard.forgotten) else None
+
+
+def _forgotten(opened: dict[int, Shard], numbers_N: np.ndarray, starts_N: np.ndarray, width: int) -> np.ndarray | None:
+    """Return True for the tokens in forgotten documents, (N, W) bool; None where none of the shards has any."""
+    found_NW = None
+    for number, shard in opened.items():
+        if len(shard.forgotten):
+            mine = np.flatnonzero(numbers_N == number)
+            found_NW = np.zeros((numbers_N.size, width), bool) if found_NW is None else found_NW
+            found_NW[mine] = shard.is_forgotten(starts_N[mine][:, None] + np.arange(width))
+    return found_NW
 
 
 def _copy_rows(
@@ -192,10 +215,13 @@ def _text_row(shard: Shard, start: int, capacity: int) -> Row:
     other = int(np.searchsorted(firsts, end, side="left"))
     edges = np.clip(firsts[one : other + 1], start, end)
     parts = [shard.tokens[a + d : b + d] for d, a, b in zip(range(one, other), edges[:-1], edges[1:], strict=True)]
+    # each token's document d has d ends of text before it: position in the text + d is the position in the shard
+    before = np.repeat(np.arange(one, other), np.diff(edges))
+    forgotten = forgotten_at(shard, np.arange(edges[0], edges[-1]) + before)
     # unique: a document without text begins where the next one does
     inner = np.unique(edges[1:-1] - start)
     starts = inner[(inner > 0) & (inner < end - start)]
-    return Row(np.concatenate(parts), None, starts, starts - 1)
+    return Row(np.concatenate(parts), None, starts, starts - 1, forgotten)
 
 
 def num_rows(num_tokens: np.ndarray, capacity: int, reads: Reads) -> np.ndarray:

@@ -34,6 +34,8 @@ class RowBuffer:
     totals_B: np.ndarray
     _begins: list[np.ndarray] = field(default_factory=list)
     """Positions in the flattened (B x T) tokens."""
+    _forgotten: list[np.ndarray] = field(default_factory=list)
+    """Positions of forgotten tokens, flattened likewise."""
 
     @classmethod
     def empty(cls, num_rows: int, length: int, padding_id: int) -> RowBuffer:
@@ -49,6 +51,23 @@ class RowBuffer:
     def begin(self, rows: np.ndarray | int, positions: np.ndarray) -> None:
         """Note where documents begin; all of them before they are asked for."""
         self._begins.append(rows * self.tokens_BT.shape[1] + positions)
+
+    def forget(self, rows: np.ndarray | int, positions: np.ndarray) -> None:
+        """Note tokens of forgotten documents, at which nothing is predicted."""
+        self._forgotten.append(rows * self.tokens_BT.shape[1] + positions)
+
+    @property
+    def forgotten_BT(self) -> np.ndarray:
+        """True for tokens of forgotten documents."""
+        found = np.zeros(self.tokens_BT.size, bool)
+        for positions in self._forgotten:
+            found[positions] = True
+        return found.reshape(self.tokens_BT.shape)
+
+    @property
+    def target_BT(self) -> np.ndarray:
+        """True for tokens that may be predicted: all but padding and forgotten documents."""
+        return self.real_BT & ~self.forgotten_BT if self._forgotten else self.real_BT
 
     @cached_property
     def real_BT(self) -> np.ndarray:

@@ -63,6 +63,8 @@ class _Sampler:
         for b, (number, row_number) in enumerate(places.tolist()):
             row = self._packing.row(context.shard(number), number, row_number)
             buffer.write(b, row.tokens, row.starts)
+            if row.forgotten is not None:
+                buffer.forget(b, np.flatnonzero(row.forgotten))
         drawn = halves(context.words(samples_B3, num_rows, num_words(self._lengths)))[:, :read]
         documents = buffer.documents_BT if context.attention == "document" else np.zeros((num_rows, read), np.int32)
         made = corrupt(
@@ -76,6 +78,7 @@ class _Sampler:
             context.vocabulary.sentinels,
             context.dataset.index.eos_id,
             context.padding_id,
+            buffer.forgotten_BT,
         )
         return SampledRows(made._asdict(), {"span": made.weights_BT.sum(axis=1)}, made.segments_BS)
 
@@ -96,11 +99,15 @@ def corrupt(
     sentinels: tuple[int, ...],
     eos_id: int,
     padding_id: int,
+    forgotten_BR: np.ndarray | None = None,
 ) -> Corrupted:
     """Return the rows corrupted; row b reads the first `totals_B` of its tokens (int64), a padding row none.
 
     `documents_BR` numbers the document of each token within its row, from 0: all 0 where documents see each other.
+    Tokens of forgotten documents (`forgotten_BR`; None: there are none) are no targets, nor are the sentinels of spans
+    that begin there, nor the end of the text behind such a document.
     """
+    forgotten_BR = np.zeros(tokens_BR.shape, bool) if forgotten_BR is None else forgotten_BR
     noise_B, spans_B = _amounts(totals_B, rate, mean_span_length)
     noise_BR = noise_mask(keys_BR, totals_B, noise_B, spans_B)
     real_BR = np.arange(tokens_BR.shape[1]) < totals_B[:, None]
@@ -121,11 +128,15 @@ def corrupt(
     pairs = np.stack((marks_BR, tokens_BR), axis=-1).reshape(len(tokens_BR), -1)
     used = np.stack((heads_BR, noise_BR), axis=-1).reshape(pairs.shape)
     owners = np.repeat(owners_BR, 2, axis=1)
-    own = np.stack((heads_BR, noise_BR & (owners_BR == documents_BR)), axis=-1).reshape(pairs.shape)
+    own = np.stack((heads_BR, noise_BR & (owners_BR == documents_BR)), axis=-1) & ~forgotten_BR[..., None]
+    own = own.reshape(pairs.shape)
+    # (B,): weight of the end of the text, which the row's last token is followed by
+    lasts_B = np.maximum(totals_B - 1, 0)
+    ends_B = (~np.take_along_axis(forgotten_BR, lasts_B[:, None], axis=1)[:, 0]).astype(np.int64)
     # nothing before it sees the decoder's padding, and so it sees the encoder's last document: never nothing at all
     rest = (totals_B, last_B, last_B)
     targets_BT, decoder_segments_BT = _rows(lengths.decoder, used, pairs, owners, *rest, eos_id, padding_id)
-    weights_BT, _ = _rows(lengths.decoder, used, own, owners, *rest, 1, 0)
+    weights_BT, _ = _rows(lengths.decoder, used, own, owners, *rest, ends_B, 0)
     # shifted right, and padding at the first position of each document: no target of another document is seen
     decoder_tokens_BT = np.pad(targets_BT[:, :-1], ((0, 0), (1, 0)), constant_values=padding_id)
     anew = np.pad(np.diff(decoder_segments_BT, axis=1) != 0, ((0, 0), (1, 0)), constant_values=True)
@@ -165,10 +176,11 @@ def _rows(
     totals_B: np.ndarray,
     last_B: np.ndarray,
     padding_segment_B: np.ndarray,
-    end: int,
+    end: np.ndarray | int,
     padding: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the used values of each row moved to its front, then `end`, then padding; and the segments of these."""
+    """Return the used values of each row moved to its front, then `end` (for all, or (B,)), then padding; and the
+    segments of these."""
     rows, places = np.nonzero(used)
     at = np.arange(rows.size) - np.searchsorted(rows, rows)  # rows [0, 0, 2] are filled at [0, 1, 0]
     counts_B = np.bincount(rows, minlength=len(used))
@@ -177,6 +189,6 @@ def _rows(
     segments = np.repeat(padding_segment_B[:, None], length, axis=1).astype(np.int32)
     segments[rows, at] = documents[rows, places]
     whole = np.flatnonzero(totals_B > 0)
-    moved[whole, counts_B[whole]] = end
+    moved[whole, counts_B[whole]] = np.broadcast_to(end, len(used))[whole]
     segments[whole, counts_B[whole]] = last_B[whole]
     return moved, segments

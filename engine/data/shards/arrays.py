@@ -28,9 +28,12 @@ Identity = tuple[int, int, int, int]
 """Device, inode, size and time of the last change of a file (ns): equal as long as nobody wrote to it."""
 
 
-def open_array(folder: Path, array: ArrayFile, verified: Identity | None = None) -> tuple[np.ndarray, Identity]:
+def open_array(
+    folder: Path, array: ArrayFile, verified: Identity | None = None, private: bool = False
+) -> tuple[np.ndarray, Identity]:
     """Return the array (length,) in its little-endian dtype, read-only, and the identity of its file, now verified.
 
+    A `private` array can be written to; the file stays as it is, and only the pages that are written to take memory.
     `verified` is the identity that the file had when this process compared its hash before, or None. Raises
     `DamagedShard` where the file is missing, of another size, or holds other bytes than were written, `DataError`
     where it cannot be read.
@@ -39,12 +42,13 @@ def open_array(folder: Path, array: ArrayFile, verified: Identity | None = None)
     found = _check_size(path, array)
     dtype = np.dtype(array.dtype).newbyteorder("<")
     if array.compressed is not None:
-        return np.frombuffer(_unpacked(path, array), dtype), found
+        plain = _unpacked(path, array)
+        return np.frombuffer(bytearray(plain) if private else plain, dtype), found
     if found != verified:
         _check_hash(path, array)
     if array.length == 0:  # an empty file cannot be mapped
         return np.empty(0, dtype), found
-    return _mapped(path, array, dtype), found
+    return _mapped(path, array, dtype, mmap.ACCESS_COPY if private else mmap.ACCESS_READ), found
 
 
 def hash_file(path: Path, offset: int = 0, num_bytes: int | None = None) -> str:
@@ -59,15 +63,13 @@ def hash_file(path: Path, offset: int = 0, num_bytes: int | None = None) -> str:
     return digest.hexdigest()
 
 
-def _mapped(path: Path, array: ArrayFile, dtype: np.dtype) -> np.ndarray:
+def _mapped(path: Path, array: ArrayFile, dtype: np.dtype, access: int) -> np.ndarray:
     """Return a plain array over a map of the file: numpy's memmap objects take longer to make, and to slice."""
     # a map may begin at a multiple of the page size alone: begin before the array, and skip the rest
     before = array.offset % mmap.ALLOCATIONGRANULARITY
     try:
         with path.open("rb", buffering=0) as file:
-            found = mmap.mmap(
-                file.fileno(), before + array.bytes, access=mmap.ACCESS_READ, offset=array.offset - before
-            )
+            found = mmap.mmap(file.fileno(), before + array.bytes, access=access, offset=array.offset - before)
     except OSError as error:
         raise _unreadable(path, error) from error
     return np.frombuffer(found, dtype, array.length, before)

@@ -3,7 +3,8 @@
 Invariant: no process hands out a token of a shard whose hash it has not compared with the index (`arrays` does). Plain
 shards are maps; compressed ones are unpacked in memory, and as many kept as `UNPACKED_BYTES` holds. A map of a remote
 shard keeps its file in the cache until `release`; before a process waits for room there it releases all that it holds,
-so that processes never wait for each other. Which tokens make a sample is the business of
+so that processes never wait for each other. Tokens of forgotten documents (`tombstones`) are replaced by ends of text
+while a shard is opened, so that no reader sees them. Which tokens make a sample is the business of
 `engine.data.objectives.packing` and `engine.data.order.sample_order`.
 """
 
@@ -13,7 +14,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import BinaryIO
@@ -26,6 +27,8 @@ from engine.data.shards.damage import DamagedShard
 from engine.data.shards.index import FILE, PREPARE_AGAIN, ArrayFile, ShardEntry, parse_index, read_index
 from engine.data.shards.open_shards import PROCESS, TooManyFiles
 from engine.data.shards.remote import RemoteFolder, is_remote
+from engine.data.shards.tombstones import FILE as TOMBSTONES_FILE
+from engine.data.shards.tombstones import NO_TOMBSTONES, Tombstones, read_tombstones
 from engine.errors import DataError
 
 OPEN_SHARDS = 512
@@ -52,6 +55,13 @@ class Shard:
     tokens: np.ndarray
     documents: np.ndarray
     sentences: np.ndarray | None = None
+    forgotten: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
+    """(n, 2) int64 first token, and the one behind the last, of each forgotten document, rising: no target is there."""
+
+    def is_forgotten(self, positions: np.ndarray) -> np.ndarray:
+        """Return True for each position that lies in a forgotten document, in the shape of `positions`."""
+        # documents [3, 5) and [5, 8): edges 3, 5, 5, 8; position 5 has three of them at or below it, an odd number
+        return np.searchsorted(self.forgotten.ravel(), positions, side="right") % 2 == 1
 
 
 class TokenDataset:
@@ -62,9 +72,17 @@ class TokenDataset:
     """
 
     def __init__(
-        self, location: Path | str, tokenizer_hash: str | None = None, cache: ShardCache | None = None
+        self,
+        location: Path | str,
+        tokenizer_hash: str | None = None,
+        cache: ShardCache | None = None,
+        tombstones: Tombstones = NO_TOMBSTONES,
+        fill_id: int | None = None,
     ) -> None:
         """Read the index; with a `tokenizer_hash`, refuse shards of another tokenizer. A URL needs a `cache`.
+
+        Documents are forgotten that `tombstones` or those in the folder name; `fill_id` replaces their tokens (None:
+        the end of text).
 
         Raises:
             DataError: the index is missing, damaged, of another version, or of another tokenizer.
@@ -80,6 +98,7 @@ class TokenDataset:
         else:
             self.folder = Path(location)
             self.index = read_index(self.folder)
+            tombstones = tombstones | read_tombstones(self.folder)
         self.fingerprint = self.index.fingerprint  # of what the folder holds, wherever it lies
         if tokenizer_hash is not None and tokenizer_hash != self.index.tokenizer_hash:
             raise DataError(
@@ -88,6 +107,9 @@ class TokenDataset:
                 "the tokenizer that the shards were written with",
                 "name that tokenizer's folder, or prepare the text again with this one",
             )
+        self.tombstones = _own(tombstones, self.index.shards, self.location)
+        """Forgotten documents of this data set, as known when it was opened."""
+        self._fill_id = self.index.eos_id if fill_id is None else fill_id
         self._verified: dict[str, Identity] = {}
         self._offsets_of: OrderedDict[int, Offsets] = OrderedDict()
         self._owner = object()
@@ -174,7 +196,14 @@ class TokenDataset:
         """Open a shard; return it, and the file that keeps it in the cache where it is mapped there."""
         tokens = self.index.shards[number].tokens
         documents, sentences = self._offsets_of.pop(number, None) or self._both_offsets(number)
-        mapped, identity, file = self._array(self.folder / (self.index.tokens_folder or ""), tokens, tokens.name)
+        # (n, 2): [first, end) of each forgotten document; documents [0, 3, 5, 8] of which 1 is forgotten give [[3, 5]]
+        numbers = self._forgotten(number)
+        forgotten = np.stack([documents[numbers], documents[numbers + 1]], axis=1)
+        where = self.folder / (self.index.tokens_folder or "")
+        mapped, identity, file = self._array(where, tokens, tokens.name, private=len(forgotten) > 0)
+        for first, end in forgotten.tolist():
+            mapped[first:end] = self._fill_id
+        mapped.flags.writeable = False
         if tokens.compressed is not None and file is not None:
             file.close()  # what is unpacked in memory needs no file
             file = None
@@ -183,18 +212,25 @@ class TokenDataset:
             while len(self._offsets_of) > OPEN_SHARDS:
                 self._offsets_of.popitem(last=False)
         self._verified[tokens.name] = identity
-        return Shard(tokens.name, mapped, documents, sentences), file
+        return Shard(tokens.name, mapped, documents, sentences, forgotten), file
 
-    def _array(self, folder: Path, array: ArrayFile, name: str) -> tuple[np.ndarray, Identity, BinaryIO | None]:
+    def _forgotten(self, number: int) -> np.ndarray:
+        """Return the numbers of a shard's forgotten documents, (n,) int64."""
+        # without tombstones no shard's hash is asked for
+        return self.tombstones.of(self.index.shards[number].content_hash if len(self.tombstones) else "")
+
+    def _array(
+        self, folder: Path, array: ArrayFile, name: str, private: bool = False
+    ) -> tuple[np.ndarray, Identity, BinaryIO | None]:
         """Return an array, its file's identity, and the open file that keeps it in the cache. A file that was damaged
-        there is fetched once more."""
+        there is fetched once more. `private` as in `open_array`."""
         if self._remote is None:
-            return *self._local_array(folder, array, self._verified.get(name)), None
+            return *self._local_array(folder, array, self._verified.get(name), private), None
         # a copy that was damaged in the cache is fetched once more: the fault may be this disk's and not the store's
         for again in (True, False):
             cached, file = self._remote.open(array, PROCESS.release)
             try:
-                return *open_array(self.folder, replace(array, file=cached), self._verified.get(name)), file
+                return *open_array(self.folder, replace(array, file=cached), self._verified.get(name), private), file
             except DamagedShard:
                 file.close()
                 self._remote.cache.discard(cached)
@@ -206,9 +242,11 @@ class TokenDataset:
                 raise
         raise AssertionError("returned or raised above")
 
-    def _local_array(self, folder: Path, array: ArrayFile, verified: Identity | None) -> tuple[np.ndarray, Identity]:
+    def _local_array(
+        self, folder: Path, array: ArrayFile, verified: Identity | None, private: bool
+    ) -> tuple[np.ndarray, Identity]:
         try:
-            return open_array(folder, array, verified)
+            return open_array(folder, array, verified, private)
         except DamagedShard as error:
             # without the index, too, the whole folder is away; doing without its shards one by one would be no remedy
             if (self.folder / FILE).exists():
@@ -228,6 +266,23 @@ def _naming(number: int) -> Iterator[None]:
     except DamagedShard as error:
         error.number = number
         raise
+
+
+def _own(tombstones: Tombstones, shards: tuple[ShardEntry, ...], location: str) -> Tombstones:
+    """Return the tombstones of these shards. Raises `DataError` where a shard has no document of such a number."""
+    if not len(tombstones):
+        return NO_TOMBSTONES
+    counts = {shard.content_hash: shard.num_documents for shard in shards}
+    own = tombstones.only(counts)
+    for shard in own.shards:
+        if own.of(shard)[-1] >= counts[shard]:
+            raise DataError(
+                f"{TOMBSTONES_FILE} names document {own.of(shard)[-1]} of a shard of {location}, which has "
+                f"{counts[shard]:,} documents ({shard})",
+                f"0 to {counts[shard] - 1}",
+                "restore the file from a copy: `palimpsest forget` writes no such line",
+            )
+    return own
 
 
 def _unpacked_bytes(entry: ShardEntry) -> int:
