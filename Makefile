@@ -18,7 +18,7 @@ BENCH := .venv/.installed-$(KEY)-bench
 OLD := .cache/readers/4.57
 READER := .cache/readers/.installed-$(shell (echo '$(KEY)'; cat tests/readers/environment.sh) | sha256sum | cut -c 1-16)
 
-# As many tests side by side as there are cores; those that start processes one at a time (tests/conftest.py).
+# As many tests side by side as there are cores; of those that start processes at most two (tests/conftest.py).
 # One thread for each: sums of tiny tensors gain nothing from more, and threads that spin slow the other tests down.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n logical --maxprocesses 8 --dist loadscope
 

@@ -1,7 +1,8 @@
 """A whole run of the tests: which of them start processes, how long the matrices may be, and the parity table.
 
-Tests side by side (pytest-xdist): a file's tests stay on one worker, in order, so that what they
-share is made once; all tests that start processes are one group: one of them runs at a time, beside the pure ones.
+Tests side by side (pytest-xdist): a file's tests stay on one worker, in order, so that what they share is made once.
+Tests that start processes are two groups, each on one worker from the beginning: so at most two of them run at a time,
+however many cores there are, and the pure ones fill what is left.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from tests.sources import imports
 FOLDER = Path(__file__).parents[1] / "build"
 TABLE = pytest.StashKey[Path]()
 LARGEST_MATRIX = 150
-"""Long cases of what a layout computes and costs; the files below hold the long ones of checkpoints, kills and loss."""
+"""Long cases of what a layout computes and costs; the files below hold those of checkpoints, kills, loss and speed."""
 ELSEWHERE = (
+    "tests/bench/",
     "tests/chaos/",
     "tests/distributed/test_interchange.py",
     "tests/distributed/test_resharding.py",
     "tests/distributed/test_universal.py",
+    "tests/engine/checkpoint/",
 )
 
 
@@ -83,7 +86,7 @@ def source_of(nodeid: str) -> str:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Return a scheduler that gives a file's tests to one worker, and all that start processes to one worker, too.
+    """Return a scheduler that gives a file's tests to one worker, and those that start processes to two.
 
     Its own `--dist loadgroup` does this by rewriting test ids, which pytest 9.2 no longer lets it do.
     """
@@ -91,9 +94,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduler(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "ranks" if starts_processes(source_of(nodeid)) else source_of(nodeid)
+            return group_of(source_of(nodeid))
 
+    config.option.loadscopereorder = False  # in order of collection both groups of processes come first
     return Scheduler(config, log)
+
+
+def group_of(source: str) -> str:
+    """Return the tests that a test file runs in one worker with: its own, or one of two groups that start processes.
+
+    The worlds of tests/distributed are one group; the other takes about as long.
+    """
+    if not starts_processes(source):
+        return source
+    return "worlds" if source.startswith("tests/distributed/") else "commands"
 
 
 @pytest.fixture(autouse=True)

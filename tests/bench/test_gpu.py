@@ -19,17 +19,25 @@ GOOD = {"losses": [8.0] * STEPS, "gradient_norms": [1.0] * STEPS, "saved": ["a",
 GOOD = {**GOOD, "loaded": ["a", 8.0]}
 
 
-def test_toy_run_checks_and_measures(tmp_path):
+@pytest.mark.parametrize(
+    ("only", "checked", "measured"),
+    [
+        ("packed|toy.*3", 2, ["toy bf16 ZeRO-3"]),
+        pytest.param("", 5, ["toy bf16 ZeRO-1", "toy bf16 ZeRO-3"], marks=pytest.mark.matrix),
+    ],
+    ids=["some", "all"],
+)
+def test_toy_run_checks_and_measures(tmp_path, only, checked, measured):
     path = tmp_path / "toy.json"
-    gpu.main(minutes=4.0, toy=True, only="", profile=True, output=path)
+    gpu.main(minutes=4.0, toy=True, only=only, profile=True, output=path)
     result = json.loads(path.read_text())
-    assert len(result["correctness"]) == 5
+    assert len(result["correctness"]) == checked
     assert "attention by mask" in result["verdicts"]["device bf16 ZeRO-1, packed"]
     assert all(text.startswith("ok") for text in result["verdicts"].values())
     assert result["verdicts"].keys() == result["correctness"].keys()
     for case in result["correctness"].values():
         assert case["losses"][0] != case["losses"][-1]
-    assert list(result["speed"]) == ["toy bf16 ZeRO-1", "toy bf16 ZeRO-3"]
+    assert list(result["speed"]) == measured
     for case in result["speed"].values():
         best = case["best"]
         assert best == case[f"micro-batch {best['micro_rows']}"]

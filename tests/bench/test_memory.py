@@ -2,16 +2,25 @@
 
 import json
 
+import pytest
 import torch
 
 from bench import memory, ranks_memory
 
 
-def test_cases_are_measured_and_written(tmp_path):
+@pytest.mark.parametrize(
+    ("only", "worlds"),
+    [
+        (["bf16, pipe 2"], [2]),
+        pytest.param(["BERT", "T5", "bf16, pipe 2", "offload"], [2, 1, 1, 1], marks=pytest.mark.matrix),
+    ],
+    ids=["one", "more"],
+)
+def test_cases_are_measured_and_written(tmp_path, only, worlds):
     output = tmp_path / "memory.json"
-    memory.main(small=True, only=["BERT", "T5", "bf16, pipe 2", "offload"], output=output)
+    memory.main(small=True, only=only, output=output)
     cases = json.loads(output.read_text())["cases"]
-    assert [len(case["ranks"]) for case in cases.values()] == [2, 1, 1, 1]
+    assert [len(case["ranks"]) for case in cases.values()] == worlds
     for case in cases.values():
         for rank in case["ranks"]:
             plan, measured = rank["plan"], rank["measured"]

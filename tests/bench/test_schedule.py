@@ -43,12 +43,16 @@ def test_a_schedule_that_cannot_run_is_no_figure():
         replay([order[0][::-1], order[1]], 1)
 
 
-def test_schedules_are_measured_and_written(tmp_path):
+@pytest.mark.parametrize(
+    "sides", [["GPipe", "1F1B"], pytest.param(list(schedule.SIDES), marks=pytest.mark.matrix)], ids=["two", "all"]
+)
+def test_schedules_are_measured_and_written(tmp_path, monkeypatch, sides):
+    monkeypatch.setattr(schedule, "SIDES", {name: schedule.SIDES[name] for name in sides})
     output = tmp_path / "schedule.json"
     schedule.main(rounds=5, steps=1, stages=[2], small=True, output=output)
     result = json.loads(output.read_text())
     found = result["stages"]["2"]
-    assert list(found) == list(schedule.SIDES)
+    assert list(found) == sides
     assert result["machine"]["versions"]["torch"]
     for name, row in found.items():
         assert all(stage["held"] == stage["plan"] for stage in row["in_flight"]), name

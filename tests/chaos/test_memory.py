@@ -92,10 +92,11 @@ def losses(folder: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in read_metrics(folder) if "loss" in record}
 
 
-def test_a_run_outlives_a_node_without_the_disk(corpus, tmp_path):
+@pytest.mark.parametrize("zero_stage", [1, pytest.param(3, marks=pytest.mark.matrix)])
+def test_a_run_outlives_a_node_without_the_disk(corpus, tmp_path, zero_stage):
     whole, run, memory = tmp_path / "whole", tmp_path / "run", tmp_path / "memory"
     memory.mkdir()
-    layout = {"pipe": 2, "data": 2, "zero_stage": 3}
+    layout = {"pipe": 2, "data": 2, "zero_stage": zero_stage}
     run_ranks(4, train_rank, tree(corpus, whole, None, **layout))
     one = partial(on_nodes, config=tree(corpus, run, memory, **layout), disk=run)
     with pytest.raises(RankFailed):

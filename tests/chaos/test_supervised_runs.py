@@ -94,15 +94,51 @@ def said(stderr: str) -> list[str]:
     return re.findall(r"^palimpsest launch: (.*)$", stderr, re.MULTILINE)
 
 
+def check(corpus: Path, folder: Path, ranks: int, expected: list[str], *faults: dict[str, Any]) -> None:
+    """Hit a run by these faults in turn: each is told, and the numbers are those of the run nobody disturbed.
+
+    One of them stops a rank.
+    """
+    run = folder / "supervised" / "run"
+    code, stderr = launch(corpus, folder / "supervised", ranks, len(faults), *faults, None)
+    assert code == EXIT_DONE, stderr
+    found = said(stderr)
+    assert len(found) == len(expected), stderr
+    for pattern, words in zip(expected, found, strict=True):
+        assert re.match(pattern, words), (pattern, words)
+    [hang] = (run / "logs").glob("hang-*.txt")
+    stacks = hang.read_text()
+    assert "stop (tests/chaos/rank.py:" in stacks
+    assert "engine/train/trainer.py" in stacks
+
+    whole = folder / "undisturbed"
+    run_ranks(2, train_rank, tree(corpus, whole))
+    losses = [[record["loss"] for record in read_metrics(each) if "loss" in record] for each in (run, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=0, abs=1e-5)
+    assert [record["step"] for record in read_metrics(run) if "loss" in record] == list(range(1, NUM_STEPS + 1))
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, NUM_STEPS + 1))
+    ended = outcome.read(run)
+    assert ended is not None
+    assert (ended.code, ended.attempt, ended.step) == (EXIT_DONE, len(faults), NUM_STEPS)
+
+
+@pytest.mark.timeout(900)
+def test_a_run_outlives_a_rank_that_hangs_and_memory_that_is_refused(corpus, tmp_path):
+    expected = [
+        r"failed: rank 1 hangs: silent for \d+ s in step 12 \(forward and backward\), its process is stopped "
+        r"\(SIGSTOP\), in stop \(tests/chaos/rank.py:\d+\); rank 0 waits in \w+; all stacks: .*hang-0.txt",
+        r"restart 1 of 2 on 1 ranks \(pipe 1 x data 1 .*",
+        r"failed at step 20: rank 0 (first: rank 0 )?is out of memory in step 21: .*",
+        r"restart 2 of 2 on 1 ranks",
+    ]
+    check(corpus, tmp_path, 2, expected, fault("stop", 1, 11), fault("memory", 0, 20))
+
+
+@pytest.mark.matrix
 @pytest.mark.timeout(900)
 def test_a_run_outlives_every_kind_of_fault(corpus, tmp_path):
-    run = tmp_path / "supervised" / "run"
-    code, stderr = launch(
-        corpus, tmp_path / "supervised", 3, 5,
-        fault("kill", 2, 6), fault("fail", 1, 11), fault("memory", 0, 14), fault("disk", 1, 17), fault("stop", 1, 30),
-        None,
-    )  # fmt: skip
-    assert code == EXIT_DONE, stderr
     expected = [
         r"failed: rank 2 was killed by SIGKILL in step 7 \(forward and backward\).*",
         r"restart 1 of 5 on 2 ranks \(pipe 1 x data 2 .*",
@@ -116,25 +152,8 @@ def test_a_run_outlives_every_kind_of_fault(corpus, tmp_path):
         r"\(SIGSTOP\), in stop \(tests/chaos/rank.py:\d+\); rank 0 waits in \w+; all stacks: .*hang-4.txt",
         r"restart 5 of 5 on 1 ranks \(pipe 1 x data 1 .*",
     ]
-    found = said(stderr)
-    assert len(found) == len(expected), stderr
-    for pattern, words in zip(expected, found, strict=True):
-        assert re.match(pattern, words), (pattern, words)
-    stacks = (run / "logs" / "hang-4.txt").read_text()
-    assert "stop (tests/chaos/rank.py:" in stacks
-    assert "engine/train/trainer.py" in stacks
-
-    whole = tmp_path / "undisturbed"
-    run_ranks(2, train_rank, tree(corpus, whole))
-    losses = [[record["loss"] for record in read_metrics(folder) if "loss" in record] for folder in (run, whole)]
-    assert losses[0] == pytest.approx(losses[1], rel=0, abs=1e-5)
-    assert [record["step"] for record in read_metrics(run) if "loss" in record] == list(range(1, NUM_STEPS + 1))
-    events = EventAccumulator(str(run / "tensorboard"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("loss")] == list(range(1, NUM_STEPS + 1))
-    ended = outcome.read(run)
-    assert ended is not None
-    assert (ended.code, ended.attempt, ended.step) == (EXIT_DONE, 5, NUM_STEPS)
+    faults = [fault("kill", 2, 6), fault("fail", 1, 11), fault("memory", 0, 14), fault("disk", 1, 17)]
+    check(corpus, tmp_path, 3, expected, *faults, fault("stop", 1, 30))
 
 
 @pytest.mark.matrix
@@ -163,7 +182,7 @@ def test_any_layout_takes_every_rank_that_is_left(corpus, tmp_path):
     grid = {"pipe": 2, "tensor": 2, "zero_stage": 2}
     code, stderr = launch(
         corpus, tmp_path, 4, 2, fault("kill", 3, 15), fault("kill", 1, 30), None,
-        parallel=grid, elastic={"layout": "any"},
+        parallel=grid, elastic={"layout": "any"}, model={"num_layers": 4},
         checkpoint={"every_steps": None, "memory": {"every_steps": 1, "folder": str(memory)}},
     )  # fmt: skip
     assert code == EXIT_DONE, stderr
@@ -184,7 +203,7 @@ def test_any_layout_takes_every_rank_that_is_left(corpus, tmp_path):
     assert list(memory.iterdir()) == [], "given back at the end"
 
     whole = tmp_path / "undisturbed"
-    run_ranks(1, train_rank, tree(corpus, whole))
+    run_ranks(1, train_rank, tree(corpus, whole, model={"num_layers": 4}))
     losses = [[record["loss"] for record in read_metrics(run) if "loss" in record] for run in (tmp_path / "run", whole)]
     assert losses[0] == pytest.approx(losses[1], rel=0, abs=1e-5)
     assert len(losses[0]) == NUM_STEPS

@@ -25,6 +25,8 @@ from tests.distributed.runs import run_config, run_tree
 
 NUM_PAIRS = 24
 NUM_STEPS, SAVED_AT = 22, 2
+FEW_STEPS = 8
+"""Of the cases of `make test`."""
 LARGEST_WORLD = 8
 SIDES = ("first", "second")
 SIDE: dict[str, tuple[Any, ...]] = {
@@ -84,8 +86,8 @@ def world_size(pair: Pair, side: str) -> int:
     return sizes[0] * sizes[1] * sizes[2] * sizes[3]
 
 
-def tree_of(pair: Pair, side: str, corpus: Path, folder: Path) -> dict[str, Any]:
-    """The run in the layout of one side: 22 steps, saved after every second one; `corpus` has a folder per family."""
+def tree_of(pair: Pair, side: str, corpus: Path, folder: Path, num_steps: int = NUM_STEPS) -> dict[str, Any]:
+    """Return the run in the layout of one side, saved after every second step; `corpus` has a folder per family."""
     family = family_of(pair)
     shape = {name: value for name, value in MODELS[pair["model"]].items() if name != "max_positions"}
     shape["num_layers"] = max(shape["num_layers"], 4)  # two stages of two chunks
@@ -94,12 +96,12 @@ def tree_of(pair: Pair, side: str, corpus: Path, folder: Path) -> dict[str, Any]
         corpus / family,
         folder,
         model=shape | {"vocab_size": VOCAB[family]},
-        stages=[base | {"objective": OBJECTIVES[family], "duration": {"steps": NUM_STEPS}}],
+        stages=[base | {"objective": OBJECTIVES[family], "duration": {"steps": num_steps}}],
         optimizer={"name": pair["optimizer"], "learning_rate": 2e-3},
         precision={"dtype": pair["dtype"]},
         parallel={name: pair[f"{side} {name}"] for name in SIDE},
         evaluation={"every_steps": None},
-        checkpoint={"every_steps": SAVED_AT, "keep_last": NUM_STEPS},
+        checkpoint={"every_steps": SAVED_AT, "keep_last": num_steps},
         checks=False,
     )
 

@@ -67,7 +67,7 @@ def run_tree(corpus: Path, folder: Path, **changes: Any) -> Tree:
         "folder": str(folder),
         "tokenizer": str(corpus / "tokenizer"),
         "seed": 5,
-        "model": {"vocab_size": 300, "num_layers": 4, "hidden_size": 16, "num_heads": 4, "max_positions": LENGTH},
+        "model": {"vocab_size": 300, "num_layers": 2, "hidden_size": 16, "num_heads": 4, "max_positions": LENGTH},
         "stages": [
             {
                 "data": {
@@ -84,7 +84,7 @@ def run_tree(corpus: Path, folder: Path, **changes: Any) -> Tree:
         "optimizer": {"learning_rate": 1e-2, "clip_norm": 0.5},
         "precision": {"dtype": "fp32"},
         "parallel": {"micro_batch_size": 2},
-        "evaluation": {"every_steps": 3, "max_samples": 21},
+        "evaluation": {"every_steps": 3, "max_samples": 13},
         "checkpoint": {"every_steps": 3, "keep_last": 9},
         "logging": {"tensorboard": False, "wandb": "off", "plot": False},
         "checks": True,

@@ -48,6 +48,9 @@ WAYS = {
     ],
 }
 
+DEEPSPEED = pytest.param("deepspeed", marks=pytest.mark.matrix)
+"""Long; tests/chaos/test_stop_signals.py has a run under this launcher, started by `palimpsest launch`."""
+
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory) -> Path:
@@ -70,7 +73,7 @@ def alone(run_file) -> dict[int, float]:
     return trained("alone", run_file)
 
 
-@pytest.mark.parametrize("way", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("way", [DEEPSPEED, "torchrun"])
 def test_a_launcher_trains_as_one_process_does(way: str, run_file: Path, alone: dict[int, float]) -> None:
     losses = trained(way, run_file)
     assert sorted(losses) == sorted(alone) == list(range(1, NUM_STEPS + 1))
@@ -79,7 +82,7 @@ def test_a_launcher_trains_as_one_process_does(way: str, run_file: Path, alone: 
         assert loss == pytest.approx(alone[step], abs=2e-6, rel=0), step
 
 
-@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("way", ["alone", DEEPSPEED, "torchrun"])
 def test_a_mistake_ends_every_rank_with_a_message_and_no_traceback_of_ours(way: str, run_file: Path) -> None:
     done = start(way, run_file, "stages.0.global_batch_sice=8")
     assert done.returncode in ((EXIT_USAGE,) if way == "alone" else (EXIT_FAILURE, EXIT_USAGE))

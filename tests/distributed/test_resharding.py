@@ -23,6 +23,7 @@ from engine.config.rank_environment import RankEnvironment
 from engine.errors import EXIT_DONE
 from engine.train.metrics import read_metrics
 from tests.distributed.pairs import (
+    FEW_STEPS,
     NUM_PAIRS,
     NUM_STEPS,
     SAVED_AT,
@@ -43,8 +44,8 @@ from tests.distributed.runs import train_rank, write_corpus, write_sentences
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
 MATRIX = covering()
-SELECTION = selection(4, largest_world=4)
-"""What `make test` runs."""
+SELECTION = selection(3, largest_world=4)
+"""What `make test` runs, over fewer steps."""
 
 
 def test_the_pairs_are_24_and_cover_every_two_values_that_can_be() -> None:
@@ -120,40 +121,42 @@ def run(tree: dict[str, Any], ranks: int) -> list[dict[str, Any]]:
     return results
 
 
-def losses(folder: Path) -> list[float]:
+def losses(folder: Path, num_steps: int) -> list[float]:
     records = [record for record in read_metrics(folder) if "loss" in record]
-    assert [record["step"] for record in records] == list(range(1, NUM_STEPS + 1))
+    assert [record["step"] for record in records] == list(range(1, num_steps + 1))
     return [record["loss"] for record in records]
 
 
-def check(pair: Pair, corpus: Path, folder: Path) -> None:
+def check(pair: Pair, corpus: Path, folder: Path, num_steps: int) -> None:
     whole, again, other = folder / "whole", folder / "again", folder / "other"
     # the files at step 2 are all that the second half knows of the first
-    run(tree_of(pair, "first", corpus, whole), world_size(pair, "first"))
+    run(tree_of(pair, "first", corpus, whole, num_steps), world_size(pair, "first"))
     for copy in (again, other):
         shutil.copytree(whole, copy, ignore=shutil.ignore_patterns("step-*[!2]", "step-*[12]2"))
     saved = step_path(whole / "checkpoints", SAVED_AT)
     held = fingerprint_of_checkpoint(saved, open_checkpoint(saved))
     for side, place in (("first", again), ("second", other)):
-        for result in run(tree_of(pair, side, corpus, place), world_size(pair, side)):
+        for result in run(tree_of(pair, side, corpus, place, num_steps), world_size(pair, side)):
             assert (result["started_at"], result["at_start"]) == (SAVED_AT, held)
             load = result["load"]
             assert load["read"] == load["own"]
             assert load["peak"] <= load["shard"] + load["largest"]
-    difference = max(abs(a - b) for a, b in zip(losses(other), losses(whole), strict=True))
+    made = losses(whole, num_steps)
+    difference = max(abs(a - b) for a, b in zip(losses(other, num_steps), made, strict=True))
     print(f"largest difference of the loss: {difference:.1e}")
-    assert losses(again) == losses(whole)
+    assert losses(again, num_steps) == made
     assert difference <= TOLERANCE[pair["dtype"]]
-    made = losses(whole)
-    assert sum(made[-5:]) < sum(made[SAVED_AT : SAVED_AT + 5]), "it learns: equal losses say something"
+    assert len(set(made)) == num_steps
+    if num_steps == NUM_STEPS:
+        assert sum(made[-5:]) < sum(made[SAVED_AT : SAVED_AT + 5]), "it learns: equal losses say something"
 
 
 @pytest.mark.parametrize("pair", SELECTION, ids=name_of)
 def test_another_layout_goes_on(pair: Pair, corpus: Path, tmp_path: Path) -> None:
-    check(pair, corpus, tmp_path)
+    check(pair, corpus, tmp_path, FEW_STEPS)
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("pair", [pair for pair in MATRIX if pair not in SELECTION], ids=name_of)
+@pytest.mark.parametrize("pair", MATRIX, ids=name_of)
 def test_matrix(pair: Pair, corpus: Path, tmp_path: Path) -> None:
-    check(pair, corpus, tmp_path)
+    check(pair, corpus, tmp_path, NUM_STEPS)

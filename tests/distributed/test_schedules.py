@@ -11,13 +11,14 @@ from tests.distributed.parity import check
 from tests.distributed.plain import reference
 from tests.distributed.ranks import run_ranks
 
+matrix = pytest.mark.matrix
 DEEP = "gpt2-deep"  # six layers: four parts of it are uneven
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        Case(DEEP, zero_stage=3, pipe=2, data=2, chunks_per_stage=2),
+        pytest.param(Case(DEEP, zero_stage=3, pipe=2, data=2, chunks_per_stage=2), marks=matrix),
         Case(DEEP, zero_stage=1, pipe=3, chunks_per_stage=2),  # 8 micro-batches: a multiple of 3 and two more
     ],
     ids=str,
@@ -42,7 +43,7 @@ def test_gathers_and_reductions_per_step_equal_plain_torch(case: Case):
     "case",
     [
         Case("llama", zero_stage=3, pipe=2, data=2, schedule="zb-h1", reduce="step"),
-        Case(zero_stage=0, pipe=2, tensor=2, schedule="zb-h1"),
+        pytest.param(Case(zero_stage=0, pipe=2, tensor=2, schedule="zb-h1"), marks=matrix),
     ],
     ids=str,
 )

@@ -118,7 +118,7 @@ def test_credentials_from_fsspecs_configuration_are_used_and_said_nowhere(tmp_pa
     kind = functools.partial(Guarded, directory=str(tmp_path / "store"))
     said = []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         for secret in ("Bearer hunter2", "Bearer hunter22"):
             own = {"FSSPEC_HTTP": json.dumps({"client_kwargs": {"headers": {"Authorization": secret}}})}
             done = subprocess.run(

@@ -19,7 +19,6 @@ from engine.checkpoint.load import Files, load_shards, open_checkpoint, read_wei
 from engine.errors import CheckpointError
 from tests.engine.checkpoint.worlds import World, layout_of, random_state, small_model, some_state
 
-FUZZED = 500
 LARGEST_BYTES = 16 << 20
 """More than reading this manifest, its files and its weights takes by far, and less than any lie asks for."""
 HOSTILE = (
@@ -86,23 +85,25 @@ def try_to_load(folder):
     return True
 
 
-def test_no_claim_of_a_manifest_is_believed_unless_it_is_true(saved):
+@pytest.mark.parametrize("number", [120, pytest.param(1000, marks=pytest.mark.matrix)])
+def test_no_claim_of_a_manifest_is_believed_unless_it_is_true(saved, number):
     draw, believed = random.Random(7), 0
     content = json.loads((saved / manifest_json.FILE).read_text())
     tracemalloc.start()
-    for _ in range(FUZZED):
+    for _ in range(number):
         write(saved, change(content, draw))
         believed += try_to_load(saved)
         _, peak = tracemalloc.get_traced_memory()
         assert peak < LARGEST_BYTES
     tracemalloc.stop()
-    assert 0 < believed < FUZZED // 2, "some changes say nothing of the tensors (a step, a hash of the configuration)"
+    assert 0 < believed < number // 2, "some changes say nothing of the tensors (a step, a hash of the configuration)"
 
 
-def test_no_byte_of_a_manifest_or_a_header_can_do_more_than_be_refused(saved, tmp_path):
+@pytest.mark.parametrize("number", [100, pytest.param(1000, marks=pytest.mark.matrix)])
+def test_no_byte_of_a_manifest_or_a_header_can_do_more_than_be_refused(saved, tmp_path, number):
     draw = random.Random(8)
     names = [manifest_json.FILE, *(path.name for path in saved.glob("*.safetensors"))]
-    for _ in range(300):
+    for _ in range(number):
         folder = tmp_path / "copy"
         shutil.copytree(saved, folder)
         path = folder / draw.choice(names)

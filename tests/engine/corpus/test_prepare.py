@@ -19,38 +19,14 @@ from engine.corpus.encode import belongs_to_validation
 from engine.corpus.options import PrepareOptions, Progress
 from engine.corpus.pool import Pool, workers
 from engine.corpus.prepare import prepare
-from engine.corpus.recipe import PARTS, PLAN_FILE, RECIPE_FILE, WORK
+from engine.corpus.recipe import PARTS, RECIPE_FILE
 from engine.corpus.tokenizer_training import train_tokenizer
 from engine.data.shards.dataset import TokenDataset
 from engine.data.tokenizer.folder import load_tokenizer
 from engine.errors import ConfigError, DataError
+from tests.engine.corpus.outputs import files_of, parts_of, stop_after, texts_in
 from tests.engine.data.corpus import made_up_texts, write_json_lines
 from tests.engine.data.tokenizer import foreign
-
-
-@pytest.fixture
-def options(tokenizer_folder, tmp_path) -> PrepareOptions:
-    source = write_json_lines(tmp_path / "texts.jsonl", made_up_texts(200))
-    return PrepareOptions((str(source),), tokenizer_folder, tmp_path / "out", validation_fraction=0.2, shard_bytes=2000)
-
-
-def texts_in(folder: Path, tokenizer) -> list[str]:
-    """The documents of some shards, by hand: raw tokens split after each end-of-text, decoded."""
-    dataset = TokenDataset(folder)
-    texts = []
-    for number in range(dataset.num_shards):
-        ids = dataset.shard(number).tokens.tolist()
-        while ids:
-            end = ids.index(tokenizer.eos_id)
-            texts.append(tokenizer.model.decode(ids[:end]))
-            ids = ids[end + 1 :]
-    return texts
-
-
-def files_of(output: Path) -> dict[str, bytes]:
-    """All files but those of an unfinished attempt."""
-    paths = [path.relative_to(output) for path in sorted(output.rglob("*")) if path.is_file()]
-    return {str(path): (output / path).read_bytes() for path in paths if path.parts[0] != WORK}
 
 
 def test_every_document_lands_on_one_side_and_whole(options):
@@ -374,128 +350,6 @@ def test_nearly_the_same_text_comes_once_whatever_the_workers(options, tmp_path)
     assert files_of(options.output) == files_of(tmp_path / "two")
 
 
-@pytest.fixture
-def in_parts(options, tmp_path, monkeypatch) -> PrepareOptions:
-    """The preparation of four files that make two parts or more each."""
-    monkeypatch.setattr(engine.corpus.sources.chunks, "_SHELF_BYTES", 1)
-    monkeypatch.setattr(engine.corpus.sources.chunks, "_SMALLEST_CHUNK", 5000)
-    paths = [tmp_path / f"large-{number}.jsonl" for number in range(4)]
-    for number, path in enumerate(paths):
-        write_json_lines(path, made_up_texts(100, number))
-    return replace(options, sources=tuple(map(str, paths)))
-
-
-def stop_after(count: int):
-    """A progress that kills the preparation, as an error would, after so many parts."""
-    told = []
-
-    def show(now: Progress) -> None:
-        told.append(now)
-        if len(told) == count:
-            raise KeyboardInterrupt
-
-    return show
-
-
-def parts_of(output: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in (output / WORK).rglob("*.part")}
-
-
-def test_what_is_finished_is_kept_unless_it_is_damaged(in_parts, tmp_path):
-    options = in_parts
-    with pytest.raises(KeyboardInterrupt):
-        prepare(options, stop_after(3))
-    before = parts_of(options.output)
-    assert len(before) == 3
-    damaged = sorted(before)[1]
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
-    told: list[Progress] = []
-
-    def until_written(now: Progress) -> None:
-        told.append(now)
-        if now.doing == "writing shards":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare(options, until_written)
-    after = parts_of(options.output)
-    assert len(after) > 3
-    assert {path for path in before if after[path] == before[path]} == set(before) - {damaged}
-    assert 0 < told[-2].kept_tokens < told[-2].tokens
-    prepare(options)
-    prepare(replace(options, output=tmp_path / "at once"))
-    assert files_of(options.output) == files_of(tmp_path / "at once")
-    assert not (options.output / WORK).exists()
-
-
-def test_another_command_is_refused_where_one_is_unfinished(in_parts, tmp_path):
-    options = in_parts
-    with pytest.raises(KeyboardInterrupt):
-        prepare(options, stop_after(2))
-    for change in ({"sentences": "en"}, {"validation_fraction": 0.3}, {"sources": options.sources[1:]}):
-        with pytest.raises(DataError, match="holds an unfinished output of another command:") as caught:
-            prepare(replace(options, **change))
-        assert next(iter(change)) in str(caught.value)
-    prepare(replace(options, sentences="en", overwrite=True))
-    assert TokenDataset(options.output / "train").index.has_sentences
-
-
-def test_parts_without_a_plan_are_of_nobody(in_parts, tmp_path):
-    """As when the removal of another command's parts was killed: they may be of another tokenizer or other options."""
-    options = in_parts
-    with pytest.raises(KeyboardInterrupt):
-        prepare(replace(options, sentences="en"), stop_after(2))
-    assert parts_of(options.output)
-    (options.output / WORK / PLAN_FILE).unlink()
-    prepare(options)
-    prepare(replace(options, output=tmp_path / "at once"))
-    assert files_of(options.output) == files_of(tmp_path / "at once")
-
-
-def test_a_source_that_was_mended_is_read_again_and_the_others_are_kept(in_parts, tmp_path):
-    options = in_parts
-    last = Path(options.sources[-1])
-    good = last.read_bytes()
-    last.write_bytes(good + b"{\n")
-    with pytest.raises(DataError, match="is no JSON"):
-        prepare(options)
-    before = parts_of(options.output)
-    last.write_bytes(good)
-    told: list[Progress] = []
-    prepare(options, told.append)
-    assert before
-    assert max(now.kept_tokens for now in told) > 0
-    prepare(replace(options, output=tmp_path / "at once"))
-    assert files_of(options.output) == files_of(tmp_path / "at once")
-
-
-def test_two_at_once_do_not_mix(options):
-    def other(_: Progress) -> None:
-        prepare(options)
-
-    with pytest.raises(DataError, match="another preparation is writing to"):
-        prepare(options, other)
-
-
-def test_a_full_disk_is_told_and_what_is_finished_is_kept(in_parts, tmp_path, monkeypatch):
-    options = in_parts
-    real, saved = engine.corpus.encode.save, []
-
-    def save(path, part, order):
-        if len(saved) == 2:
-            raise OSError(28, "No space left on device")
-        saved.append(path)
-        real(path, part, order)
-
-    monkeypatch.setattr(engine.corpus.encode, "save", save)
-    with pytest.raises(DataError, match="No space left on device") as caught:
-        prepare(options)
-    assert "the same command goes on where this one stopped" in str(caught.value)
-    assert sorted(parts_of(options.output)) == saved
-    monkeypatch.setattr(engine.corpus.encode, "save", real)
-    prepare(options)
-
-
 def test_a_shelf_of_small_files_makes_one_part(options, tmp_path):
     (tmp_path / "many").mkdir()
     for number, text in enumerate(made_up_texts(100)):
@@ -535,14 +389,6 @@ def test_what_a_refusal_advises_is_not_refused(options, tmp_path, blank_line_end
     assert "--blank-line-ends if an empty line ends a document" in caught.value.remedy
     assert "--validation-fraction 0 holds nothing out" in caught.value.remedy
     prepare(replace(book, blank_line_ends=True) if blank_line_ends else replace(book, validation_fraction=0.0))
-
-
-def test_another_command_begins_anew_where_nothing_was_finished(options):
-    write_json_lines(Path(options.sources[0]), made_up_texts(50), key="body")
-    with pytest.raises(DataError, match="name the key of the text with --text-key"):
-        prepare(options)
-    prepare(replace(options, text_key="body"))
-    assert not (options.output / WORK).exists()
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])

@@ -1,17 +1,14 @@
 """Data sets at URLs: the same batches as from disk, whatever the store, and errors that name shard and reason."""
 
 import errno
-import functools
-import http.server
 import io
 import os
 import shutil
 import subprocess
 import threading
-import uuid
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,83 +22,24 @@ from engine.data.shard_fetcher import ShardFetcher
 from engine.data.shards.cache import ShardCache
 from engine.data.shards.damage import DamagedShard
 from engine.data.shards.dataset import TokenDataset
-from engine.data.shards.remote import RemoteFolder, Retry
 from engine.data.stream import Stream
 from engine.data.validation import ValidationSamples
 from engine.errors import DataError
 from tests.engine.data.corpus import made_up_documents, write_shards
 from tests.engine.data.rank import Ranks
-
-SHARD_TOKENS = 300
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    write_shards(folder, made_up_documents(150), shard_tokens=SHARD_TOKENS)
-    return folder
-
-
-@contextmanager
-def on_disk(folder: Path) -> Iterator[str]:
-    yield f"file://{folder}"
-
-
-@contextmanager
-def in_memory(folder: Path) -> Iterator[str]:
-    system, name = fsspec.filesystem("memory"), f"/{uuid.uuid4().hex}"
-    for path in folder.iterdir():
-        system.pipe_file(f"{name}/{path.name}", path.read_bytes())
-    yield f"memory:/{name}"
-    system.rm(name, recursive=True)
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
-@contextmanager
-def over_http(folder: Path) -> Iterator[str]:
-    handler = functools.partial(Quiet, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-@contextmanager
-def in_s3(folder: Path) -> Iterator[str]:
-    server_of = pytest.importorskip("moto.server", reason="needs moto (pip install -e '.[dev]')").ThreadedMotoServer
-    pytest.importorskip("s3fs", reason="needs s3fs (pip install -e '.[s3]')")
-    server = server_of(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        system = fsspec.filesystem("s3", skip_instance_cache=True)
-        bucket = f"corpus-{uuid.uuid4().hex}"  # moto's buckets outlive its server
-        system.mkdir(bucket)
-        for path in folder.iterdir():
-            system.put_file(str(path), f"{bucket}/train/{path.name}")
-        yield f"s3://{bucket}/train"
-        fsspec.filesystem("s3").clear_instance_cache()
-    server.stop()
+from tests.engine.data.shards.stores import (
+    SHARD_TOKENS,
+    in_memory,
+    in_s3,
+    on_disk,
+    over_http,
+    remote,
+    small_cache,
+)
 
 
 def loader(dataset: TokenDataset) -> Loader:
     return Loader(Stream(dataset, 16, 12, 3, 4, "document", "best_fit"))
-
-
-def small_cache(folder: Path, local: Path, shards: float = 8.0) -> ShardCache:
-    """Room for two windows of four shards, of 20 and more."""
-    largest = max(sum(array.stored_bytes for array in shard.arrays) for shard in TokenDataset(local).index.shards)
-    return ShardCache(folder, int(shards * largest))
 
 
 @pytest.mark.parametrize("store", [on_disk, in_memory, over_http, in_s3])
@@ -186,41 +124,6 @@ def test_many_ranks_at_the_least_limit_of_the_cache_all_get_on(local, tmp_path):
     assert cache.used_bytes() <= cache.limit_bytes
 
 
-class Store:
-    """A file system that fails as it is told to; counts what is asked of it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.asked = folder, Counter[str]()
-        self.failures: list[Exception | bytes] = []
-
-    def cat_file(self, path: str) -> bytes:
-        return (self.folder / Path(path).name).read_bytes()
-
-    def open(self, path: str, mode: str, **options: Any) -> Any:
-        self.asked[Path(path).name] += 1
-        if self.failures:
-            failure = self.failures.pop(0)
-            if isinstance(failure, Exception):
-                raise failure
-            return fsspec.filesystem("memory").open(self._kept(failure), mode)
-        return (self.folder / Path(path).name).open(mode)
-
-    def _kept(self, content: bytes) -> str:
-        fsspec.filesystem("memory").pipe_file("/wrong", content)
-        return "/wrong"
-
-
-@pytest.fixture
-def store(local, monkeypatch) -> Store:
-    found = Store(local)
-    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (found, "bucket"))
-    return found
-
-
-def remote(cache: ShardCache, pauses: list[float], attempts: int = 4) -> RemoteFolder:
-    return RemoteFolder("s3://bucket", cache, Retry(attempts, 0.5, pauses.append))
-
-
 def test_a_fetch_is_tried_again_later_and_later_until_the_bytes_are_right(store, local, tmp_path):
     array = TokenDataset(local).index.shards[0].tokens
     good = (local / array.file).read_bytes()
@@ -259,112 +162,6 @@ def test_other_bytes_at_each_attempt_or_trouble_at_the_last_are_no_damage(store,
     with pytest.raises(DataError, match="cannot be fetched, 4 attempts") as caught:
         remote(ShardCache(tmp_path, 10**6), []).open(array)
     assert not isinstance(caught.value, DamagedShard)
-
-
-class Answers(Quiet):
-    """Answers a path that has `shard-000000` in it as it is told, others with the folder's files."""
-
-    status, body, left = 404, b"", 10**6
-    """What to answer; how many times."""
-
-    def do_GET(self) -> None:
-        if "shard-000000" not in self.path or type(self).left <= 0:
-            return super().do_GET()
-        type(self).left -= 1
-        if self.status == 0:
-            self.close_connection = True  # without a word
-            return None
-        self.send_response(self.status)
-        self.send_header("Location", self.path)
-        self.send_header("Content-Length", str(len(self.body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(self.body)
-        return None
-
-    do_HEAD = do_GET
-
-
-@contextmanager
-def answering(folder: Path, status: int, body: bytes = b"", left: int = 10**6) -> Iterator[str]:
-    kind = type("AnswersNow", (Answers,), {"status": status, "body": body, "left": left})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(kind, directory=str(folder))) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-def opened(url: str, local: Path, folder: Path, attempts: int = 2) -> bytes:
-    """The first shard's tokens."""
-    pauses: list[float] = []
-    far = RemoteFolder(url, ShardCache(folder, 10**6), Retry(attempts, 0.5, pauses.append))
-    name, file = far.open(TokenDataset(local).index.shards[0].tokens)
-    file.close()
-    return (folder / name).read_bytes()
-
-
-@pytest.mark.parametrize("status", [0, 302, 401, 403, 429, 500, 502, 503, 504])
-def test_over_http_a_store_that_is_busy_refuses_or_redirects_is_no_missing_shard(local, tmp_path, status):
-    with answering(local, status) as url, pytest.raises(DataError, match="cannot be fetched, 2 attempts") as caught:
-        opened(url, local, tmp_path)
-    assert not isinstance(caught.value, DamagedShard)
-    assert status < 400 or str(status) in caught.value.wrong
-    assert ("credentials and their rights" in caught.value.remedy) == (status in (401, 403))
-    with answering(local, status, left=2) as url:  # a HEAD and a GET: of one attempt
-        assert opened(url, local, tmp_path) == (local / "shard-000000.tokens").read_bytes()
-
-
-def test_over_http_nobody_there_is_no_missing_shard_and_404_and_410_are(local, tmp_path):
-    with answering(local, 404) as url:
-        pass
-    with pytest.raises(DataError, match="cannot be fetched, 2 attempts: ClientConnector") as caught:
-        opened(url, local, tmp_path)
-    assert not isinstance(caught.value, DamagedShard)
-    for status in (404, 410):
-        with answering(local, status) as url, pytest.raises(DamagedShard, match="is missing"):
-            opened(url, local, tmp_path)
-
-
-S3_ERROR = "<?xml version='1.0'?><Error><Code>{}</Code><Message>told by a test</Message></Error>"
-
-
-@pytest.mark.parametrize(
-    ("status", "code", "missing"),
-    [
-        (403, "AccessDenied", False),
-        (403, "ExpiredToken", False),
-        (404, "NoSuchBucket", False),
-        (500, "InternalError", False),
-        (503, "ServiceUnavailable", False),
-        (301, "PermanentRedirect", False),
-        (307, "TemporaryRedirect", False),
-        (404, "NoSuchKey", True),
-    ],
-)
-def test_in_s3_a_shard_is_missing_where_the_store_says_that_there_is_no_such_key(
-    local, tmp_path, monkeypatch, status, code, missing
-):
-    pytest.importorskip("s3fs", reason="needs s3fs (pip install -e '.[s3]')")
-    for name, value in (("AWS_MAX_ATTEMPTS", "1"), ("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b")):
-        monkeypatch.setenv(name, value)
-    kind = type("Everything", (Answers,), {"status": status, "body": S3_ERROR.format(code).encode()})
-    monkeypatch.setattr(kind, "path", property(lambda _: "shard-000000", lambda *_: None), raising=False)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-        fsspec.filesystem("s3").clear_instance_cache()
-        try:
-            with pytest.raises(DataError) as caught:
-                opened("s3://corpus/train", local, tmp_path)
-        finally:
-            fsspec.filesystem("s3").clear_instance_cache()
-            server.shutdown()
-            thread.join()
-    assert isinstance(caught.value, DamagedShard) == missing, caught.value
-    assert missing or "cannot be fetched, 2 attempts" in caught.value.wrong
 
 
 def test_a_full_cache_disk_is_said_before_anything_is_fetched_and_is_not_the_network(

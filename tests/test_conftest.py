@@ -1,0 +1,69 @@
+"""Selections of tests: parts of the long matrices, how long these may be, and what runs side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import types
+from typing import Any
+
+import pytest
+
+from tests import conftest
+
+
+@pytest.mark.parametrize(("part", "expected"), [("1/1", (1, 1)), ("2/4", (2, 4))])
+def test_a_part_of_the_matrix(part: str, expected: tuple[int, int], monkeypatch):
+    monkeypatch.setenv("PART", part)
+    assert conftest.part() == expected
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "x", "1"])
+def test_a_part_that_is_none_is_refused(part: str, monkeypatch):
+    monkeypatch.setenv("PART", part)
+    with pytest.raises(pytest.UsageError, match="allowed: i/n with 1 <= i <= n"):
+        conftest.part()
+
+
+@dataclasses.dataclass
+class Collected:
+    """What pytest knows of a test, as far as parts ask."""
+
+    number: int
+    is_long: bool
+    nodeid: str = "tests/distributed/test_parity.py"
+
+    def get_closest_marker(self, name: str) -> bool | None:
+        return (name == "matrix" and self.is_long) or None
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_parts_are_disjoint_complete_and_of_one_size(parts: int, monkeypatch):
+    collected = [Collected(number, number % 3 > 0) for number in range(100)]
+    kept = []
+    for number in range(1, parts + 1):
+        monkeypatch.setenv("PART", f"{number}/{parts}")
+        items = list(collected)
+        config = types.SimpleNamespace(hook=types.SimpleNamespace(pytest_deselected=lambda items: None))
+        conftest.pytest_collection_modifyitems(config, items)  # type: ignore[arg-type]
+        kept.append([item.number for item in items])
+    assert sorted(itertools.chain.from_iterable(kept)) == list(range(100))
+    long = [sum(collected[number].is_long for number in one) for one in kept]
+    assert max(long) - min(long) <= 1
+    assert {number for number in range(100) if not collected[number].is_long} <= set(kept[0])
+
+
+def test_a_matrix_that_has_outgrown_its_time_is_refused():
+    whole: Any = [Collected(number, is_long=True) for number in range(conftest.LARGEST_MATRIX)]
+    others: Any = [Collected(0, is_long=True, nodeid=f"{place}x") for place in conftest.ELSEWHERE]
+    short: Any = [Collected(0, is_long=False)]
+    conftest.check_matrix([*whole, *others, *short])
+    with pytest.raises(pytest.UsageError, match="151 cases are marked `matrix`; allowed: 150"):
+        conftest.check_matrix([*whole, whole[0]])
+
+
+def test_tests_that_start_processes_are_two_groups_and_every_other_file_is_its_own() -> None:
+    assert conftest.group_of("tests/distributed/test_parity.py") == "worlds"
+    for source in ("tests/chaos/test_kills.py", "tests/bench/test_step.py", "tests/tools/test_launch.py"):
+        assert conftest.group_of(source) == "commands"
+    assert conftest.group_of("tests/test_conftest.py") == "tests/test_conftest.py"
