@@ -29,7 +29,7 @@ ROWS: list[set[str]] = [
 """Top to bottom; a room imports itself and rooms of lower rows."""
 ROWS_WITHIN: dict[str, list[set[str]]] = {
     "checkpoint": [{"interchange", "node_memory"}, {""}],
-    "data": [{""}, {"objectives"}, {"order"}, {"shards"}, {"tokenizer"}],
+    "data": [{""}, {"objectives", "replay"}, {"order"}, {"shards"}, {"tokenizer"}],
 }
 """The same inside of the largest rooms, whose own files are ""."""
 LAUNCHER_MAY = {
