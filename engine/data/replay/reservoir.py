@@ -17,8 +17,17 @@ from engine.data.replay.entries import Entries, merged, sorted_entries
 from engine.data.replay.generation import Domain, Generation
 from engine.data.replay.keys import LARGEST_WEIGHT, LEAST_WEIGHT, row_keys
 from engine.data.replay.quotas import bounds, ideal_rows, quotas, shares
-from engine.data.replay.rows import INSIDE, MOST_SHARDS, MOST_SPAN_TOKENS, SHARD_SHIFT, SPAN_TOKENS, Rows, documents_of
-from engine.data.replay.tombstones import Tombstones
+from engine.data.replay.rows import (
+    INSIDE,
+    MOST_SHARDS,
+    MOST_SPAN_TOKENS,
+    SHARD_SHIFT,
+    SPAN_TOKENS,
+    Rows,
+    documents_of,
+    shards_of,
+)
+from engine.data.shards.tombstones import NO_TOMBSTONES, Tombstones
 from engine.errors import DataError
 
 _FEWEST_WAITING, _MOST_WAITING = 1 << 14, 1 << 19
@@ -52,9 +61,9 @@ class Settings:
 class Reservoir:
     """The rows with the smallest keys of each domain."""
 
-    def __init__(self, settings: Settings, tombstones: Tombstones | None = None) -> None:
+    def __init__(self, settings: Settings, tombstones: Tombstones = NO_TOMBSTONES) -> None:
         """Begin empty; rows of deleted documents are never taken in."""
-        self.settings, self.tombstones = settings, tombstones or Tombstones()
+        self.settings, self.tombstones = settings, tombstones
         self.shards: tuple[str, ...] = ()
         """Content hashes, rising; a place has a number of this table."""
         self.sizes: dict[str, dict[str, int]] = {}
@@ -173,8 +182,8 @@ class Reservoir:
         # bounds never rise while rows come, so a key behind the last one of a full domain can be left out at once
         kept = keys <= self._limits[domain]
         kept &= lengths > 0
-        if self.tombstones:
-            kept &= ~self.tombstones.hit(content_hash, documents_of(inside))
+        if len(gone := self.tombstones.of(content_hash)):
+            kept &= ~np.isin(documents_of(inside), gone)
         if not kept.any():
             return
         self._waiting.append((domain, content_hash, keys[kept], inside[kept], lengths[kept]))
@@ -207,7 +216,9 @@ class Reservoir:
 
     def _alive(self, table: tuple[str, ...], entries: Entries) -> Entries:
         """Return the entries without those of deleted documents."""
-        gone = deleted(table, entries.places, self.tombstones)
+        if not set(table) & set(self.tombstones.shards):
+            return entries
+        gone = self.tombstones.contains(table, shards_of(entries.places), documents_of(entries.places))
         return entries.at(~gone) if gone.any() else entries
 
     def _cut(self) -> None:
@@ -240,19 +251,6 @@ def renumbered(entries: Entries, table: tuple[str, ...], joined: tuple[str, ...]
     places = news[(entries.places >> SHARD_SHIFT).astype(np.int32)]
     places |= entries.places & INSIDE
     return entries.with_places(places)
-
-
-def deleted(table: tuple[str, ...], places: np.ndarray, tombstones: Tombstones) -> np.ndarray:
-    """Return True for the places of deleted documents, (n,) bool."""
-    gone = np.zeros(places.size, bool)
-    known = [number for number, content_hash in enumerate(table) if content_hash in tombstones.documents]
-    if not known:
-        return gone
-    shards = (places >> SHARD_SHIFT).astype(np.int32)
-    for number in known:
-        mine = np.flatnonzero(shards == number)
-        gone[mine] = tombstones.hit(table[number], documents_of(places[mine]))
-    return gone
 
 
 def check_weights(weights: np.ndarray, content_hash: str) -> None:

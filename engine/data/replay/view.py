@@ -15,6 +15,8 @@ import hashlib
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from threading import Lock
 from typing import NamedTuple
 
@@ -22,11 +24,11 @@ import numpy as np
 
 from engine.data.replay.generation import MOST_STALE, Generation
 from engine.data.replay.rows import documents_of, shards_of, spans_of
-from engine.data.replay.tombstones import Tombstones
 from engine.data.shards.damage import DamagedShard
 from engine.data.shards.dataset import OPEN_SHARDS, UNPACKED_BYTES, Offsets, Shard, TokenDataset
 from engine.data.shards.index import ArrayFile, Index, ShardEntry, token_dtype
 from engine.data.shards.open_shards import PROCESS
+from engine.data.shards.tombstones import NO_TOMBSTONES, Tombstones
 from engine.errors import DataError
 
 BLOCK_ROWS = 1024
@@ -71,14 +73,14 @@ class ReplayDataset(TokenDataset):
         self,
         generation: Generation,
         datasets: Sequence[TokenDataset],
-        tombstones: Tombstones | None = None,
+        tombstones: Tombstones = NO_TOMBSTONES,
         most_stale: float = MOST_STALE,
         block_rows: int = BLOCK_ROWS,
     ) -> None:
         """Find the rows' shards in the data sets; no token and no offset is read.
 
-        Rows of shards that none of them has are left out, counted and logged. Documents of `tombstones` keep their
-        place, and end-of-text tokens stand for theirs.
+        Rows of shards that none of them has are left out, counted and logged. Documents that `tombstones` or those of
+        the data sets name keep their place: their tokens are ends of text, and none of them is a target.
 
         Raises:
             DataError: the generation has no row, more than `most_stale` of them are lost, or the data sets were written
@@ -88,7 +90,9 @@ class ReplayDataset(TokenDataset):
         self.generation = generation.without_stale(self._found, most_stale)
         """The rows that are there."""
         _refuse_none(self.generation, datasets)
-        self._tombstones = tombstones or Tombstones()
+        known = reduce(or_, (dataset.tombstones for dataset in datasets), tombstones)
+        self.tombstones = known.only(self.generation.shards)
+        """Forgotten documents of the rows' shards, as known when the view was opened."""
         self._datasets = tuple(datasets)
         self._places, self._lengths, self._domains, self.domains = _in_blocks(self.generation)
         self._bounds = np.append(np.arange(0, self._places.size, block_rows), self._places.size)
@@ -162,18 +166,19 @@ class ReplayDataset(TokenDataset):
 
     def _read(self, number: int) -> Shard:
         documents, sentences = self.offsets(number)
-        tokens = np.empty(int(documents[-1]), self.index.dtype)
+        tokens, forgotten = np.empty(int(documents[-1]), self.index.dtype), []
         for content_hash, mine in self._by_shard(number):
             dataset, source = self._found[content_hash]
             with _naming(number):
                 shard = dataset.shard(source)
             starts, numbers = self._starts(mine, shard.documents), mine - int(self._bounds[number])
-            gone = self._tombstones.hit(content_hash, documents_of(self._places[mine]))
-            for start, first, end, is_gone in zip(
-                starts.tolist(), documents[numbers].tolist(), documents[numbers + 1].tolist(), gone, strict=True
-            ):
+            gone = np.isin(documents_of(self._places[mine]), self.tombstones.of(content_hash))
+            bounds = zip(starts.tolist(), documents[numbers].tolist(), documents[numbers + 1].tolist(), strict=True)
+            for (start, first, end), is_gone in zip(bounds, gone.tolist(), strict=True):
                 tokens[first:end] = self.index.eos_id if is_gone else shard.tokens[start : start + end - first]
-        return Shard(self.index.shards[number].tokens.name, tokens, documents, sentences)
+            forgotten += np.stack([documents[numbers[gone]], documents[numbers[gone] + 1]], axis=1).tolist()
+        ranges = np.array(sorted(forgotten), np.int64).reshape(-1, 2)
+        return Shard(self.index.shards[number].tokens.name, tokens, documents, sentences, ranges)
 
     def _documents(self, number: int) -> np.ndarray:
         first, end = self._bounds[number : number + 2]

@@ -10,7 +10,7 @@ import pytest
 from engine.data.replay.keys import row_keys
 from engine.data.replay.reservoir import Reservoir, Settings, united
 from engine.data.replay.rows import Rows, rows_of
-from engine.data.replay.tombstones import Tombstones
+from engine.data.shards.tombstones import NO_TOMBSTONES, Tombstones
 from engine.errors import DataError
 
 
@@ -31,7 +31,7 @@ def part_of(rows, which):
     return Rows(rows.inside[which], rows.lengths[which])
 
 
-def new(capacity=500, quota="proportional", seed=3, tombstones=None, **settings):
+def new(capacity=500, quota="proportional", seed=3, tombstones=NO_TOMBSTONES, **settings):
     reservoir = Reservoir(Settings(capacity, seed, quota, **settings), tombstones)
     for domain, size in SIZES.items():
         reservoir.add_domain(domain, "fingerprint", size)
@@ -181,7 +181,7 @@ def test_shrinking_leaves_the_first_rows_of_each_domain():
 
 
 def test_a_deleted_document_is_not_taken_in_and_goes_out():
-    gone = Tombstones.of([(name_of(number), document) for number in range(10) for document in range(0, ROWS, 2)])
+    gone = Tombstones({name_of(number): range(0, ROWS, 2) for number in range(10)})
     reservoir, later = new(tombstones=gone), new(capacity=4000)
     for admission in admissions(np.random.default_rng(0)):
         reservoir.admit(*admission)

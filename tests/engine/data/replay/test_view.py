@@ -12,12 +12,12 @@ from engine.data.loader import Loader
 from engine.data.replay.generation import Generation
 from engine.data.replay.reservoir import Reservoir, Settings
 from engine.data.replay.rows import rows_of
-from engine.data.replay.tombstones import Tombstones
 from engine.data.replay.view import ReplayDataset
 from engine.data.shards.cache import ShardCache
 from engine.data.shards.damage import DamagedShard
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.index import FILE
+from engine.data.shards.tombstones import Tombstones, add_tombstones
 from engine.data.source import WeightedDataset
 from engine.data.stream import Stream
 from engine.errors import DataError
@@ -170,15 +170,22 @@ def test_sentences_of_its_documents_are_those_of_the_sources(tmp_path):
 
 def test_a_document_that_is_deleted_later_keeps_its_place(sets):
     generation = generation_of(*sets)
-    gone = Tombstones.of((key[0], key[1]) for key in spans(sets[0]))
+    gone = Tombstones({entry.content_hash: range(entry.num_documents) for entry in sets[0].index.shards})
     plain, view = ReplayDataset(generation, sets), ReplayDataset(generation, sets, gone)
     assert view.fingerprint == plain.fingerprint
+    assert view.tombstones == gone
+    # as `palimpsest forget` notes it in the data folder
+    add_tombstones(sets[0].folder, gone)
+    opened = ReplayDataset(generation, [TokenDataset(sets[0].folder), sets[1]])
+    assert opened.tombstones == gone
     hashes = {shard.content_hash for shard in sets[0].index.shards}
     for number in range(view.num_shards):
         before, after = plain.shard(number), view.shard(number)
         assert before.documents.tolist() == after.documents.tolist()
         for document, (start, end) in enumerate(zip(before.documents[:-1], before.documents[1:], strict=True)):
-            if view.entry(number, document).content_hash in hashes:
+            is_gone = view.entry(number, document).content_hash in hashes
+            assert (after.is_forgotten(np.arange(start, end)) == is_gone).all()
+            if is_gone:
                 assert (after.tokens[start:end] == EOS).all()
             else:
                 assert after.tokens[start:end].tolist() == before.tokens[start:end].tolist()
@@ -239,3 +246,16 @@ def test_data_sets_of_two_tokenizers_are_refused(sets, tmp_path):
     assert tree["tokenizer_hash"] != "another"
     with pytest.raises(DataError, match="was written with tokenizer another"):
         ReplayDataset(generation_of(*sets), [*sets, other])
+
+
+def test_no_target_of_a_deleted_document_counts(sets):
+    generation = generation_of(*sets)
+    gone = Tombstones({entry.content_hash: range(entry.num_documents) for entry in sets[0].index.shards})
+    shape = (16, 1, 0, 4, "document")
+    loaders = [Loader(Stream(ReplayDataset(generation, sets, *extra), *shape)) for extra in ((), (gone,))]
+    found = Counter()
+    for _ in range(loaders[0].stream.samples_per_epoch()):
+        (before,), (after,) = (loader.step(0, 1, 1) for loader in loaders)
+        assert before.sources == after.sources
+        found.update(after.inputs["targets_BT"][after.inputs["weights_BT"] > 0].tolist())
+    assert found == Counter(token for row in spans(sets[1]).values() for token in row[1:])
