@@ -132,6 +132,7 @@ def _check_options(name: str, ratio: float, tokens: int | None) -> None:
 def _plan(file: RunFile, name: str, data: str, ratio: float, tokens: int | None) -> NewStage:
     """Return the new stage, checked as a part of the whole run file."""
     from engine.config.load import parse_run, read_tree
+    from engine.data.shards.tombstones import read_tombstones
     from engine.data.stage import open_parts, open_validation, run_stage_seed, stage_stream
     from engine.data.tokenizer.folder import tokenizer_hash
     from engine.train.continuation import choose_schedule, standing
@@ -157,7 +158,7 @@ def _plan(file: RunFile, name: str, data: str, ratio: float, tokens: int | None)
     step_tokens = last.sequence_length * last.global_batch_size
     # Without a length first, to see what the data holds.
     trial = _checked(tree, stage | {"duration": {"tokens": step_tokens}}, file.path)
-    checked = (tokenizer_hash(config.tokenizer), config.model.vocab_size)
+    checked = (tokenizer_hash(config.tokenizer), config.model.vocab_size, read_tombstones(config.folder))
     parts = open_parts(trial.stages[-1], *checked)
     held_out = open_validation(trial.stages[-1], *checked)
     num_tokens = sum(part.dataset.index.num_tokens for part in parts)

@@ -72,13 +72,13 @@ def open_validation(
     data = run_stage.data
     if data.validation is None:
         return None
-    places = data.validation if isinstance(data.validation, dict) else _places_of(data.validation, data)
+    places = data.validation if isinstance(data.validation, dict) else validation_places(data.validation, data)
     opened = [(name, _open(data, place, tokenizer_hash, vocab_size, tombstones)) for name, place in places.items()]
     _refuse_other_tokens([dataset for _, dataset in opened])
     return opened
 
 
-def _places_of(place: str, data: DataConfig) -> dict[str, str]:
+def validation_places(place: str, data: DataConfig) -> dict[str, str]:
     """Return the data sets that one folder or URL stands for, by name: itself (unnamed), or each sub-folder that holds
     shards. The two parts of what `palimpsest prepare` wrote are no domains: one of them is trained on."""
     if is_remote(place):

@@ -24,6 +24,7 @@ from engine.data.prefetch import Prefetcher
 from engine.data.shards.damage import Damage
 from engine.data.source import WeightedDataset
 from engine.data.stage import run_stage_seed, stage_stream
+from engine.data.stage_validation import OtherValidation, other_samples, samples_of
 from engine.data.validation import ValidationSamples, ValidationSet
 from engine.models.dropout import KEYS
 from engine.parallel.boundary import DOMAINS, Tensors
@@ -51,22 +52,23 @@ class Feed:
         device: torch.device,
         spec: PipelineStageSpec,
         stop_requested: Callable[[], bool] = lambda: False,
+        others: OtherValidation | None = None,
     ) -> None:
-        """Make the feed of run stage `number` (from 0); `stop_requested()` is True once this rank is to stop."""
+        """Make the feed of run stage `number` (from 0); `stop_requested()` is True once this rank is to stop, and
+        `others` are the validation sets of the other run stages."""
         self._stop_requested = stop_requested
         self.groups, self.device = groups, device
         self.run_stage = run_stage = config.stages[number]
         self.seed = run_stage_seed(config.seed, number)
         """Seed of the run stage's order, masks and dropout."""
         self.parallel: ParallelConfig = config.parallel
-        data, length = run_stage.data, run_stage.sequence_length
         self.stream = stage_stream(run_stage, training, self.seed)
         most = config.evaluation.max_samples
-        self.validation = (
-            None
-            if validation is None
-            else ValidationSamples(validation, length, data.attention, most, data.packing, run_stage.objective)
-        )
+        self.validation = None if validation is None else samples_of(run_stage, validation, most)
+        others = others or OtherValidation([], [])
+        self.earlier = other_samples(run_stage, others.earlier, most)
+        """Validation samples of earlier run stages, as this one reads them; None where there are none."""
+        self.later = other_samples(run_stage, others.later, most)
         self.losses = spec.losses
         self.domains = tuple(part.name for part in training) if len(training) > 1 else ()
         """Sources whose losses are told apart; none where there is but one."""
@@ -131,29 +133,27 @@ class Feed:
         """Make the stream forget the last `step`, on a rank that had its data when another one was told to stop."""
         self.stream.advance_to(self._before)
 
-    @property
-    def num_validation_chunks(self) -> int:
-        """Number of chunks that `validation_chunks` yields, the same on every rank."""
+    def num_validation_chunks(self, samples: ValidationSamples) -> int:
+        """Return the number of chunks that `validation_chunks` yields, the same on every rank."""
         # rounded up
-        return -(-self._num_validation_batches() // EVALUATION_CHUNK)
+        return -(-self._num_validation_batches(samples) // EVALUATION_CHUNK)
 
-    def validation_chunks(self) -> Iterator[tuple[list[Tensors], list[float]]]:
-        """Yield (inputs, weights) of the validation samples, a chunk of micro-batches at a time. Raises as it reads."""
-        assert self.validation is not None
-        batches = self.validation.batches(
+    def validation_chunks(self, samples: ValidationSamples) -> Iterator[tuple[list[Tensors], list[float]]]:
+        """Yield (inputs, weights) of validation samples, a chunk of micro-batches at a time. Raises as it reads."""
+        batches = samples.batches(
             self.groups.coordinates.data_rank, self.groups.layout.data, self.parallel.micro_batch_size
         )
-        left = self._num_validation_batches()
+        left = self._num_validation_batches(samples)
         while left > 0:
             size = min(EVALUATION_CHUNK, left)
             left -= size
             chunk = list(islice(batches, size)) if self.reads else []
-            inputs = [self._moved(batch) for batch in chunk] if self.reads else [{} for _ in range(size)]
-            yield inputs, self._weights(chunk, len(self.validation.names))
+            names = samples.names
+            inputs = [self._moved(batch, names) for batch in chunk] if self.reads else [{} for _ in range(size)]
+            yield inputs, self._weights(chunk, len(names))
 
-    def _num_validation_batches(self) -> int:
-        assert self.validation is not None
-        return self.validation.num_batches(self.groups.layout.data, self.parallel.micro_batch_size)
+    def _num_validation_batches(self, samples: ValidationSamples) -> int:
+        return samples.num_batches(self.groups.layout.data, self.parallel.micro_batch_size)
 
     def close(self) -> None:
         """End the reading thread; safe to call twice."""
@@ -161,10 +161,11 @@ class Feed:
             self._prefetcher.close()
             self._prefetcher = None
 
-    def _own_inputs(self, batch: Batch, step: int | None) -> Tensors:
+    def _own_inputs(self, batch: Batch, step: int | None, validation: tuple[str, ...] = ()) -> Tensors:
         """Return this rank's part of what its stage takes of a batch, on the CPU; keys of dropout in training alone.
 
-        The reading thread calls it, too: nothing that it reads here changes. A validation batch has no `step`.
+        The reading thread calls it, too: nothing that it reads here changes. A validation batch has no `step`, and is
+        of the data sets with these names.
         """
         inputs = batch.inputs
         if step is not None and KEYS in self.inputs:
@@ -176,12 +177,13 @@ class Feed:
         # Cut before the upload: a rank's GPU gets its slice of the sequence and not whole rows.
         taken = {name: tensor for name, tensor in inputs.items() if name in self.inputs}
         own = own_part(taken, self.run_stage.sequence_length, self.parallel.sequence_ranks, self.groups.sequence)
-        domains = self.domains if step is not None else self.validation is not None and self.validation.names
+        domains = self.domains if step is not None else validation
         return own | ({DOMAINS: batch.domains_B.long()} if domains and self._has_head else {})
 
-    def _moved(self, batch: Batch) -> Tensors:
-        """Return this rank's inputs of a validation batch, on its device."""
-        return {name: tensor.to(self.device) for name, tensor in self._own_inputs(batch, step=None).items()}
+    def _moved(self, batch: Batch, names: tuple[str, ...]) -> Tensors:
+        """Return this rank's inputs of a batch of validation sets of these names, on its device."""
+        own = self._own_inputs(batch, step=None, validation=names)
+        return {name: tensor.to(self.device) for name, tensor in own.items()}
 
     def _weights(self, batches: list[Batch], num_domains: int) -> list[float]:
         """Return the weight of the targets of all batches, by loss, then by domain and loss: (L + K * L,)."""

@@ -20,6 +20,9 @@ Record = dict[str, float | int]
 """Numbers by name; `step` counts the steps done. A number that is not finite is left out of the file."""
 
 METRICS = "metrics.jsonl"
+VALIDATION_LOSS = "validation_loss"
+INITIAL_LOSS = "initial_loss"
+"""Name of a validation loss before the first step of a run stage."""
 
 
 class _Line(NamedTuple):

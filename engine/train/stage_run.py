@@ -15,6 +15,7 @@ from engine.config.schema.run import RunConfig
 from engine.data.shards.tombstones import read_tombstones
 from engine.data.source import WeightedDataset
 from engine.data.stage import open_parts, open_validation, run_stage_seed, stage_stream
+from engine.data.stage_validation import OtherValidation, open_others
 from engine.data.tokenizer.folder import tokenizer_hash
 from engine.data.validation import ValidationSet
 from engine.errors import DataError
@@ -31,6 +32,8 @@ class Datasets(NamedTuple):
 
     training: list[WeightedDataset]
     validation: list[ValidationSet] | None
+    others: OtherValidation
+    """Validation sets of the other run stages."""
 
 
 class RunData:
@@ -66,7 +69,9 @@ class RunData:
         checked = (tokenizer_hash(config.tokenizer), config.model.vocab_size)
         # those of the data folders are read while these are opened; a run learns of later ones at its next start
         checked = (*checked, read_tombstones(config.folder))
-        found = Datasets(open_parts(run_stage, *checked), open_validation(run_stage, *checked))
+        own = open_validation(run_stage, *checked)
+        others = open_others(config.stages, number, own, *checked)
+        found = Datasets(open_parts(run_stage, *checked), own, others)
         stage_stream(run_stage, found.training, run_stage_seed(config.seed, number))  # long enough, and not empty
         return found
 
@@ -74,7 +79,8 @@ class RunData:
         facts: dict[str, object] = {"tokenizer": tokenizer_hash(self._config.tokenizer)}
         for number, datasets in opened.items():
             where = f"run stage {self._config.stages[number].name}: " if len(self._config.stages) > 1 else ""
-            facts |= {where + name: fact for name, fact in facts_of_data(*datasets).items()}
+            validation = [*(datasets.validation or []), *datasets.others.earlier, *datasets.others.later]
+            facts |= {where + name: fact for name, fact in facts_of_data(datasets.training, validation).items()}
         return facts
 
 
@@ -92,7 +98,8 @@ class StageRun:
     ) -> None:
         self.number, self.run_stage = number, config.stages[number]
         self.spec = stage_spec(config, self.run_stage, groups)
-        self.feed = Feed(*datasets, config, number, groups, device, self.spec, stop_requested)
+        training, validation, others = datasets
+        self.feed = Feed(training, validation, config, number, groups, device, self.spec, stop_requested, others)
         self._beginning = self.feed.stream.state()
 
     def rewind(self) -> None:

@@ -51,6 +51,11 @@ class EvaluationConfig(Section):
     """Number of steps from one evaluation to the next; there is one at the end, too. None means at the end only."""
     max_samples: PositiveInt | None = None
     """Number of samples used of each validation set. None means all."""
+    forgetting_limit: PositiveFloat | None = None
+    """Rise of an earlier run stage's validation loss since the end of that stage, in nats per token, beyond which there
+    is an alarm. None means no alarm."""
+    on_forgetting: Literal["warn", "stop"] = "warn"
+    """Reaction to that alarm: a warning at every evaluation, or a checkpoint and the end of the run."""
 
 
 class LoggingConfig(Section):
