@@ -137,7 +137,7 @@ def small_disk(path: Path, size_bytes: int) -> Iterator[None]:
 
 def test_a_full_disk_fails_the_save_and_keeps_the_last_good_checkpoint(run_file):
     folder = run_file.parent / "run"
-    with small_disk(folder / "checkpoints", size_bytes=400_000):  # room for one checkpoint of 240 kB, not for two
+    with small_disk(folder / "checkpoints", size_bytes=250_000):  # room for one checkpoint of 160 kB, not for two
         ends = run_commands(2, "train", str(run_file))
         assert [code for code, _ in ends] == [EXIT_FAILURE] * 2, ends
         assert "no space left" in ends[0][1]

@@ -27,7 +27,8 @@ TIME = ("tokens_BT", "targets_BT", "weights_BT")
 def make_feed(folder: Path, layout: Layout, global_rank: int, device: torch.device) -> tuple[Feed, Loader]:
     """One rank's feed, and a loader of its own for what it has to give."""
     dataset = write_shards(folder / "tokens", made_up_documents(200), shard_tokens=1000)
-    tree = run_tree(folder, folder / "run", parallel={"micro_batch_size": 2, "sequence": layout.sequence})
+    parallel = {"micro_batch_size": 2, "sequence": layout.sequence}
+    tree = run_tree(folder, folder / "run", model={"num_layers": 4}, parallel=parallel)
     tree["stages"][0]["data"]["attention"] = "document"
     config = parse_run(tree, "test")
     [stage] = config.stages
