@@ -45,6 +45,7 @@ COMMANDS = {
     "tokenizer": Command("tools.tokenizer:main", "Train a tokenizer on text.", "no tokenizer was written"),
     "prepare": Command("tools.prepare:main", "Write text as token shards.", "the same command goes on from here"),
     "inspect-data": Command("tools.inspect_data:main", "Show counts and decoded samples of token shards."),
+    "forget": Command("tools.forget:main", "Train on some documents no more.", "the same command goes on"),
     "plan": Command("tools.plan:main", "Show what a run costs on a world, and what would be refused."),
     "continue": Command("tools.continue_run:main", "Append a stage with new data to a run.", "nothing was written"),
     "launch": Command("tools.launch:main", "Start the ranks of a run and watch over them."),

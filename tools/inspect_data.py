@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:  # torch would make --help slow
     from engine.data.batch import Batch
 
 _SOURCES_SHOWN = 20
+_TOKENS_SHOWN, _CHARACTERS_SHOWN = 60, 60
+"""Beginning of a document that is listed."""
 _CACHE_BYTES = 1 << 30
 """Size limit of the temporary folder that shards of a URL are fetched into."""
 BOUNDARY = "──── next document ────"
@@ -60,6 +63,7 @@ def main(
     mask_unit: Annotated[MaskUnit, typer.Option(help="Unit that is masked as a whole (masked).")] = "token",
     packing: Annotated[PackingName, typer.Option(help="How documents share rows.")] = "concatenate",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order of the samples.")] = 0,
+    documents: Annotated[int, typer.Option(min=0, help="Documents of each part to list, with their ids.")] = 2,
 ) -> None:
     """Verify every hash, then show counts and the first samples that a run with this seed would see.
 
@@ -83,7 +87,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="inspect-data-") as cache:
         if is_remote(place):
             loaded = None if tokenizer is None else load_tokenizer(tokenizer)
-            parts = [(url, _open_url(url, Path(cache), loaded)) for url in _parts_of_url(place, Path(cache))]
+            parts = [(url, open_url(url, Path(cache), loaded)) for url in parts_of_url(place, Path(cache))]
         else:
             loaded = _tokenizer(folder, tokenizer)
             _print_recipe(folder)
@@ -94,22 +98,25 @@ def main(
                 )
                 for part in parts_of(folder)
             ]
-        _show(parts, loaded, samples, sequence_length, seed, packing, shown)
+        _show(parts, loaded, samples, documents, sequence_length, seed, packing, shown)
 
 
 def _show(
     parts: list[tuple[str, TokenDataset]],
     loaded: TextTokenizer | None,
     samples: int,
+    documents: int,
     sequence_length: int,
     seed: int,
     packing: PackingName,
     shown: ObjectiveConfig,
 ) -> None:
-    """Verify data sets, each under the name that it is shown with; print their counts and first samples."""
+    """Verify data sets, each under the name that it is shown with; print counts, first documents and samples."""
     for name, dataset in parts:
         _verify(dataset)
         print_counts(dataset)
+        for line in document_lines(dataset, documents, loaded):
+            print(line)
         if samples:
             from engine.data.loader import first_samples
 
@@ -118,7 +125,24 @@ def _show(
                 _print_sample(f"{name} {place}", batch, b, loaded)
 
 
-def _parts_of_url(url: str, cache: Path) -> list[str]:
+def document_lines(dataset: TokenDataset, most: int, tokenizer: TextTokenizer | None) -> Iterator[str]:
+    """Yield a line for each of the first documents: id, length, and the beginning of its text."""
+    left = most
+    for number in range(dataset.num_shards if most else 0):
+        shard, names = dataset.shard(number), dataset.ids(number)
+        is_forgotten = shard.is_forgotten(shard.documents[:-1])
+        for document, name in enumerate(names[:left]):
+            first, end = shard.documents[document : document + 2].tolist()
+            text = _shown(shard.tokens[first : min(end, first + _TOKENS_SHOWN)], tokenizer)
+            begin = "forgotten" if is_forgotten[document] else visible(json.dumps(text[:_CHARACTERS_SHOWN]))
+            yield f"document {visible(name)}: {end - first:,} tokens, {begin}"
+        left -= len(names)
+        dataset.release()
+        if left <= 0:
+            return
+
+
+def parts_of_url(url: str, cache: Path) -> list[str]:
     """Return the data sets that a URL stands for: itself, or those below it and below the parts that prepare wrote."""
     whole = RemoteFolder(url, ShardCache(cache, _CACHE_BYTES))
     found = [f"{whole.url}/{name}" for name in whole.data_sets()]
@@ -129,13 +153,13 @@ def _parts_of_url(url: str, cache: Path) -> list[str]:
     return found or [url]
 
 
-def _open_url(url: str, folder: Path, tokenizer: TextTokenizer | None) -> TokenDataset:
+def open_url(url: str, folder: Path, tokenizer: TextTokenizer | None) -> TokenDataset:
     """Return a data set whose shards are fetched into a folder that has room for the largest of them."""
     cache = ShardCache(folder, _CACHE_BYTES)
     dataset = TokenDataset(url, tokenizer.hash if tokenizer else None, cache)
     # The size of the shards is known from the index only, which is fetched through the same cache.
     cache.limit_bytes = max(
-        [_CACHE_BYTES, *(array.stored_bytes for shard in dataset.index.shards for array in shard.arrays)]
+        [_CACHE_BYTES, *(array.stored_bytes for shard in dataset.index.shards for array in shard.files)]
     )
     return dataset
 
@@ -216,13 +240,16 @@ def print_counts(dataset: TokenDataset) -> None:
     table.add_row("documents", f"{index.num_documents:,}")
     if index.has_sentences:
         table.add_row("sentences", f"{index.num_sentences:,}")
+    table.add_row("ids", "their own (--id-key)" if index.has_ids else "SHARD_HASH:ROW")
+    if len(dataset.tombstones):
+        table.add_row("forgotten", f"{len(dataset.tombstones):,} documents (tombstones {dataset.tombstones.hash})")
     table.add_row("tokens", f"{index.num_tokens:,} ({index.dtype}, vocabulary {index.vocab_size:,})")
     packed = f", {index.stored_bytes:,} on disk (zstd)" if index.stored_bytes != index.num_bytes else ""
     table.add_row("shards", f"{dataset.num_shards:,}, {index.num_bytes:,} bytes{packed}")
     if index.tokens_folder is not None:
         found = sorted({shard.tokens.file for shard in index.shards})
         table.add_row("tokens in", Text(visible(f"{', '.join(found)} in {redact(str(index.tokens_folder))}")))
-    table.add_row("hashes", f"{sum(len(shard.arrays) for shard in index.shards):,} files verified (xxh3)")
+    table.add_row("hashes", f"{sum(len(shard.files) for shard in index.shards):,} files verified (xxh3)")
     table.add_row("tokenizer", index.tokenizer_hash)
     table.add_row("fingerprint", index.fingerprint)
     Console().print(table)
@@ -241,7 +268,8 @@ def as_text(batch: Batch, b: int, tokenizer: TextTokenizer | None) -> str:
     if "masked_BM" not in row:
         # Padding has no weight, so the row ends behind its last target's input.
         targets = np.flatnonzero(row["weights_BT"])
-        return _documents(row["tokens_BT"], batch.document_lengths[b], int(targets[-1]) + 1, tokenizer)
+        end = int(targets[-1]) + 1 if targets.size else 0  # a row of forgotten documents has no target
+        return _documents(row["tokens_BT"], batch.document_lengths[b], end, tokenizer)
     seen = _documents(row["tokens_BT"], batch.document_lengths[b], len(row["tokens_BT"]), tokenizer)
     # (M,) of one row: its masked positions, without the padding up to M.
     masked = row["weights_BM"] > 0

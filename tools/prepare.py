@@ -44,6 +44,9 @@ def main(
     shard_megabytes: Annotated[float, typer.Option(min=0.001, max=65536, help="Size of a shard (MiB).")] = 64,
     num_workers: Annotated[int | None, typer.Option("--workers", help="Processes (one per CPU), 0.5 GiB each.")] = None,
     text_key: Annotated[str, typer.Option(help="Key of the text in JSON lines, Parquet and datasets.")] = "text",
+    id_key: Annotated[
+        str | None, typer.Option(help="Key of an id of each document, kept for `forget` (default: SHARD_HASH:ROW).")
+    ] = None,
     blank_line_ends: Annotated[
         bool, typer.Option("--blank-line-ends", help="In text files, an empty line ends a document.")
     ] = False,
@@ -63,6 +66,7 @@ def main(
         validation_fraction=validation_fraction,
         shard_bytes=int(shard_megabytes * 2**20),
         text_key=text_key,
+        id_key=id_key,
         blank_line_ends=blank_line_ends,
         sentences=sentences,
         deduplicate=deduplicate,

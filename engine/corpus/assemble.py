@@ -13,13 +13,16 @@ from typing import Literal
 
 import numpy as np
 
-from engine.corpus.encoded_chunks import Documents, Records, joined, read, record_begins
+from engine.corpus.encoded_chunks import Documents, Records, joined, lines_of, read, record_begins
 from engine.corpus.near_duplicates import near_duplicates
 from engine.corpus.pool import Pool
 from engine.corpus.spread import ChunkKey, spread_keys, stored_order
 from engine.corpus.statistics import Statistics
+from engine.data.shards.ids import from_array, to_array
 from engine.data.shards.index import ShardEntry
 from engine.data.shards.writer import Compression, cut_into_shards, write_shard
+from engine.data.visible import visible
+from engine.errors import DataError
 
 Deduplicate = Literal["none", "exact", "near"]
 
@@ -73,6 +76,11 @@ class Corpus:
         """Return the documents' keys of one band, (N,) uint64."""
         return np.concatenate([bands[:, band] for bands in self._bands])
 
+    def line(self, number: int) -> str:
+        """Return file and line of a document. Raises `OSError`."""
+        part = int(np.searchsorted(self._ends, number, side="right"))
+        return lines_of(self._paths[part])[number - int(self._ends[part - 1] if part else 0)]
+
     def spread(self, numbers: np.ndarray) -> np.ndarray:
         """Return rising numbers (n,) of documents in the order in which shards take them."""
         return numbers[np.argsort(self._keys[numbers], kind="stable")]
@@ -91,6 +99,7 @@ class Corpus:
                     self._begins[numbers[which]],
                     self.documents.lengths[numbers[which]],
                     self.documents.sentences[numbers[which]],
+                    self.documents.id_bytes[numbers[which]],
                 ),
             )
             for which in np.split(order, cuts)
@@ -110,6 +119,26 @@ class ShardTask:
     dtype: np.dtype
     with_sentences: bool
     compression: Compression
+
+
+def refuse_repeated_ids(corpus: Corpus) -> None:
+    """Raise `DataError` where two documents have one id, naming the lines of both."""
+    hashes = corpus.documents.id_hashes
+    order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: equal ones keep their order
+    again = np.flatnonzero((hashes[order[1:]] == hashes[order[:-1]]).all(axis=1))
+    if not again.size:
+        return
+    # of all that repeat the one before them, the first in the order of the sources
+    at = again[np.argmin(order[again + 1])]
+    first, second = int(order[at]), int(order[at + 1])
+    _, records = corpus.locate(np.array([second]))[0]
+    (name,) = from_array(to_array([next(iter(read(records, corpus.dtype))).id]))
+    more = f" ({again.size - 1:,} more ids are repeated)" if again.size > 1 else ""
+    raise DataError(
+        f"{corpus.line(second)} has the id {visible(name)!r}, as {corpus.line(first)} has{more}",
+        "an id of its own for each document",
+        "mend the sources, or name another --id-key, or none: ids are then SHARD_HASH:ROW",
+    )
 
 
 def removed(
@@ -152,17 +181,19 @@ def write(task: ShardTask) -> tuple[Path, int, ShardEntry]:
     """
     tokens: list[np.ndarray] = [np.empty(0)] * task.num_documents
     starts: list[np.ndarray] = [np.empty(0)] * task.num_documents
+    names = [b""] * task.num_documents
     for places, records in task.pieces:
-        for place, (ids, sentences) in zip(places.tolist(), read(records, task.dtype), strict=True):
-            tokens[place], starts[place] = ids, sentences
-    lengths = np.array([ids.size for ids in tokens], np.int64)
+        for place, record in zip(places.tolist(), read(records, task.dtype), strict=True):
+            tokens[place], starts[place], names[place] = record
+    lengths = np.array([document.size for document in tokens], np.int64)
     firsts = np.cumsum(lengths) - lengths  # first token of each document in the shard
     sentences = None
     if task.with_sentences:
         counts = [item.size for item in starts]
         # from positions in the documents to positions in the shard
         sentences = np.concatenate(starts).astype(np.int64) + np.repeat(firsts, counts)
-    entry = write_shard(task.folder, task.number, np.concatenate(tokens), lengths, sentences, task.compression)
+    ids = to_array(names) if any(names) else None
+    entry = write_shard(task.folder, task.number, np.concatenate(tokens), lengths, sentences, task.compression, ids)
     return task.folder, task.number, entry
 
 

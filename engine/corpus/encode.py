@@ -15,6 +15,7 @@ from engine.corpus.minhash import band_keys
 from engine.corpus.sentences import sentence_starts, sentences_in_tokens
 from engine.corpus.sources.chunks import TextChunk, parse
 from engine.corpus.spread import ChunkKey, stored_order
+from engine.data.shards.ids import id_line
 from engine.data.shards.index import token_dtype
 from engine.data.shards.writer import unwritable
 from engine.data.tokenizer.folder import TextTokenizer, load_tokenizer
@@ -32,6 +33,8 @@ class EncodeOptions:
     """Language whose rules find the sentences; None finds none."""
     similarity: float | None = None
     """Similarity of near duplicates; None looks for none."""
+    id_key: str | None = None
+    """Key of the documents' ids; None keeps none."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,16 @@ def encode_to_file(task: Task) -> Encoded:
 
 def encode(chunk: TextChunk, tokenizer: TextTokenizer, options: EncodeOptions) -> EncodedChunk:
     """Encode one chunk; documents without a token are left out and counted. Raises `DataError`."""
-    texts = parse(chunk, options.text_key)
+    parsed = parse(chunk, options.text_key, options.id_key)
+    texts = [document.text for document in parsed]
     found, sentences_of, unspelt = _tokens(texts, tokenizer, options.sentences)
     is_kept = np.array([item.size > 0 for item in found], bool)
     kept = [item for item in zip(texts, found, sentences_of, strict=True) if item[1].size]
+    named = [document for document, item in zip(parsed, found, strict=True) if item.size and options.id_key is not None]
+    names = tuple(id_line(document.id) for document in named)
     contents = [text.encode() for text, _, _ in kept]
     # xxHash's canonical digests are big-endian on every machine
-    digests = b"".join(xxhash.xxh3_128_digest(content) for content in contents)
+    digests, name_digests = (b"".join(map(xxhash.xxh3_128_digest, items)) for items in (contents, names))
     ids = [ids for _, ids, _ in kept]
     sentences = [starts for _, _, starts in kept if starts is not None]
     documents = Documents(
@@ -90,6 +96,8 @@ def encode(chunk: TextChunk, tokenizer: TextTokenizer, options: EncodeOptions) -
         unknown=np.array([_unknown(item, tokenizer.unknown_id) for item in ids], np.int64),
         sentences=np.array([item.size for item in sentences] if sentences else [0] * len(ids), np.int64),
         unspelt=unspelt[is_kept],
+        id_bytes=np.array([len(name) for name in names] if names else [0] * len(ids), np.int64),
+        id_hashes=np.frombuffer(name_digests, ">u8").astype(np.uint64).reshape(-1, 2),
         empty=np.array(len(texts) - len(kept)),
         empty_unspelt=unspelt[~is_kept].sum(),
     )
@@ -99,7 +107,7 @@ def encode(chunk: TextChunk, tokenizer: TextTokenizer, options: EncodeOptions) -
     tokens = np.concatenate([end[:0], *(piece for item in ids for piece in (item.astype(dtype), end))])
     starts = np.concatenate([np.empty(0, np.int64), *sentences])
     bands = np.empty((len(ids), 0), np.uint64) if options.similarity is None else band_keys(ids, options.similarity)
-    return EncodedChunk(documents, bands, tokens, starts)
+    return EncodedChunk(documents, bands, tokens, starts, names, tuple(document.line for document in named))
 
 
 def belongs_to_validation(text: bytes, fraction: float) -> bool:

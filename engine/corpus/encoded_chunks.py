@@ -12,9 +12,11 @@ Invariant: a part file is moved into place whole; one that does not verify count
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -48,6 +50,10 @@ class Documents:
     """(n,) int64 bytes of the text that no token spells."""
     sentences: np.ndarray
     """(n,) int64; 0 where none were asked for."""
+    id_bytes: np.ndarray
+    """(n,) int64 bytes of the ids as shards hold them; 0 where none were asked for."""
+    id_hashes: np.ndarray
+    """(n, 2) uint64: XXH3-128 of the ids; (0, 2) where none were asked for."""
     empty: np.ndarray
     """() int64 documents without a token."""
     empty_unspelt: np.ndarray
@@ -65,6 +71,10 @@ class EncodedChunk:
     """Tokens of all documents, in the type in which they are written."""
     sentence_starts: np.ndarray
     """int64 first tokens of all sentences within their documents."""
+    ids: tuple[bytes, ...] = ()
+    """Ids of the documents as shards hold them; none where none were asked for."""
+    lines: tuple[str, ...] = ()
+    """File and line of each document, for messages about ids; none where none were asked for."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +88,24 @@ class Records:
     """(n,) int64 tokens."""
     sentences: np.ndarray
     """(n,) int64"""
+    id_bytes: np.ndarray
+    """(n,) int64"""
+
+
+class Record(NamedTuple):
+    """One document: its tokens, the first tokens of its sentences, and its id as shards hold it (empty: none)."""
+
+    tokens: np.ndarray
+    sentences: np.ndarray
+    id: bytes
 
 
 def save(path: Path, part: EncodedChunk, order: np.ndarray) -> None:
     """Put the encoded chunk in place, its records in the given order (n,) of documents. Raises `OSError`."""
     arrays = {field.name: getattr(part.documents, field.name) for field in fields(Documents)}
     known = io.BytesIO()
-    np.savez(known, bands=part.bands, **arrays)
+    lines = np.frombuffer(json.dumps(part.lines).encode(), np.uint8)
+    np.savez(known, bands=part.bands, lines=lines, **arrays)
     content = io.BytesIO()
     content.write(bytes(_DIGEST_BYTES))
     _write_records(content, part, order)
@@ -96,6 +117,14 @@ def save(path: Path, part: EncodedChunk, order: np.ndarray) -> None:
     view[:_DIGEST_BYTES] = xxhash.xxh3_128_digest(view[_DIGEST_BYTES:])
     with replacing(path) as file:
         file.write(view)
+
+
+def lines_of(path: Path) -> list[str]:
+    """Return file and line of each document of a part file that was loaded before."""
+    content = path.read_bytes()
+    place = int.from_bytes(content[-_PLACE_BYTES:], "little")
+    with np.load(io.BytesIO(content[place:-_PLACE_BYTES])) as arrays:
+        return json.loads(arrays["lines"].tobytes())
 
 
 def load(path: Path) -> tuple[Documents, np.ndarray] | None:
@@ -121,15 +150,15 @@ def load(path: Path) -> tuple[Documents, np.ndarray] | None:
 def record_begins(documents: Documents, order: np.ndarray, item_bytes: int) -> np.ndarray:
     """Return the byte at which each document's record begins, (n,) int64, for records in that order."""
     # sizes (10, 20) stored in order (1, 0): document 1 begins at the digest's end, 16, document 0 at 16 + 20 = 36
-    sizes = _record_bytes(documents.lengths, documents.sentences, item_bytes)[order]
+    sizes = _record_bytes(documents.lengths, documents.sentences, documents.id_bytes, item_bytes)[order]
     begins = np.empty(sizes.size, np.int64)
     begins[order] = _DIGEST_BYTES + np.cumsum(sizes) - sizes
     return begins
 
 
-def read(records: Records, dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the tokens, and the first tokens of sentences, of each document. Raises `DataError`: damaged or gone."""
-    sizes = _record_bytes(records.lengths, records.sentences, dtype.itemsize)
+def read(records: Records, dtype: np.dtype) -> Iterator[Record]:
+    """Yield the documents. Raises `DataError`: damaged or gone."""
+    sizes = _record_bytes(records.lengths, records.sentences, records.id_bytes, dtype.itemsize)
     ends = records.begins + sizes
     # records [first, last) of one read: a new one begins where the gap before a record is large
     stretches = np.flatnonzero(np.append(True, records.begins[1:] - ends[:-1] > _LARGEST_GAP_BYTES))
@@ -151,8 +180,8 @@ def joined(parts: list[Documents]) -> Documents:
     return Documents(**{name: np.concatenate(items) for name, items in arrays.items()}, **totals)
 
 
-def _record_bytes(lengths: np.ndarray, sentences: np.ndarray, item_bytes: int) -> np.ndarray:
-    return _RECORD_DIGEST_BYTES + lengths * item_bytes + sentences * _SENTENCE_DTYPE.itemsize
+def _record_bytes(lengths: np.ndarray, sentences: np.ndarray, id_bytes: np.ndarray, item_bytes: int) -> np.ndarray:
+    return _RECORD_DIGEST_BYTES + lengths * item_bytes + sentences * _SENTENCE_DTYPE.itemsize + id_bytes
 
 
 def _write_records(content: io.BytesIO, part: EncodedChunk, order: np.ndarray) -> None:
@@ -164,30 +193,33 @@ def _write_records(content: io.BytesIO, part: EncodedChunk, order: np.ndarray) -
     for number in order.tolist():
         body = tokens[token_bounds[number] : token_bounds[number + 1]]
         behind = starts[start_bounds[number] : start_bounds[number + 1]]
-        content.write(_record_digest(body, behind))
+        name = memoryview(part.ids[number] if part.ids else b"")
+        content.write(_record_digest(body, behind, name))
         content.write(body)
         content.write(behind)
+        content.write(name)
 
 
-def _record_digest(tokens: memoryview, starts: memoryview) -> bytes:
-    # one digest of both arrays, without joining them first
-    return xxhash.xxh3_64_digest(tokens, seed=xxhash.xxh3_64_intdigest(starts) if len(starts) else 0)
+def _record_digest(tokens: memoryview, starts: memoryview, name: memoryview) -> bytes:
+    # one digest of all three, without joining them first
+    seed = xxhash.xxh3_64_intdigest(name) if len(name) else 0
+    seed = xxhash.xxh3_64_intdigest(starts, seed=seed) if len(starts) else seed
+    return xxhash.xxh3_64_digest(tokens, seed=seed)
 
 
-def _parse(
-    records: Records, content: bytes, start: int, first: int, last: int, dtype: np.dtype
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _parse(records: Records, content: bytes, start: int, first: int, last: int, dtype: np.dtype) -> Iterator[Record]:
     """Yield the documents [first, last), from content that begins at byte `start` of the file."""
     view = memoryview(content)
-    rows = (array[first:last].tolist() for array in (records.begins - start, records.lengths, records.sentences))
-    for begin, length, sentences in zip(*rows, strict=True):
+    columns = (records.begins - start, records.lengths, records.sentences, records.id_bytes)
+    for begin, length, sentences, id_bytes in zip(*(array[first:last].tolist() for array in columns), strict=True):
         at = begin + _RECORD_DIGEST_BYTES
         middle = at + length * dtype.itemsize
-        tokens, starts = view[at:middle], view[middle : middle + sentences * _SENTENCE_DTYPE.itemsize]
+        behind = middle + sentences * _SENTENCE_DTYPE.itemsize
+        tokens, starts, name = view[at:middle], view[middle:behind], view[behind : behind + id_bytes]
         # a file that was cut off gives short slices, no error
-        if len(tokens) != middle - at or _record_digest(tokens, starts) != view[begin:at]:
+        if len(tokens) != middle - at or _record_digest(tokens, starts, name) != view[begin:at]:
             raise _damaged(records.path)
-        yield np.frombuffer(tokens, dtype), np.frombuffer(starts, _SENTENCE_DTYPE)
+        yield Record(np.frombuffer(tokens, dtype), np.frombuffer(starts, _SENTENCE_DTYPE), bytes(name))
 
 
 def _damaged(path: Path) -> DataError:

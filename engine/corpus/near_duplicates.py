@@ -74,8 +74,8 @@ def near_duplicates(
 
 def compare(task: Comparison) -> tuple[np.ndarray, np.ndarray]:
     """Return the pairs (P, 2), and True for those that reach the threshold (P,). Raises `DataError`: a damaged part."""
-    documents = [ids for records in task.records for ids, _ in read(records, task.dtype)]
-    found = [np.unique(runs(ids[:-1])) for ids in documents]  # without the end of text
+    documents = [record.tokens for records in task.records for record in read(records, task.dtype)]
+    found = [np.unique(runs(tokens[:-1])) for tokens in documents]  # without the end of text
     same = [similarity(found[a], found[b]) >= task.threshold for a, b in task.places_P2.tolist()]
     return task.numbers_P2, np.array(same, bool)
 

@@ -25,6 +25,8 @@ class PrepareOptions:
     """Share of the documents that goes to validation; 0 writes no `validation` folder."""
     shard_bytes: int = DEFAULT_SHARD_BYTES
     text_key: str = "text"
+    id_key: str | None = None
+    """Key of an id of each document, which is kept beside its shard; None keeps none."""
     blank_line_ends: bool = False
     """Text files hold many documents, each ended by an empty line; otherwise a file is a document."""
     sentences: str | None = None
@@ -76,5 +78,9 @@ def check_options(options: PrepareOptions) -> None:
     if options.sentences is not None:
         check_language(options.sentences)
     refuse_url(str(options.output), "--output")
+    if options.id_key == options.text_key:
+        raise ConfigError(
+            f"--id-key {options.id_key} is the key of the text, too", "the key of an id", "name another one, or none"
+        )
     if not options.sources:
         raise ConfigError("no source is named", "files, folders, globs, or hf:NAME_OR_FOLDER", "name one")

@@ -27,7 +27,7 @@ from engine.corpus.statistics import Statistics
 from engine.corpus.unspelt import refuse_unspelt, unspelt_before, unspelt_in
 from engine.corpus.write_folders import put_in_place, write_folders
 from engine.data.tokenizer.folder import TextTokenizer, load_tokenizer
-from engine.errors import DataError
+from engine.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def prepare(options: PrepareOptions, progress: Show = lambda _: None, pool: Pool
     refuse_foreign(options.output)
     tokenizer = load_tokenizer(options.tokenizer)
     sources = find_sources(options.sources)
+    _refuse_no_ids(options, sources)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         if not os.access(options.output, os.W_OK):  # told before the sources are read for their hashes
@@ -88,6 +89,7 @@ def _recipe(options: PrepareOptions, tokenizer: TextTokenizer, sources: list[Sou
         "validation_fraction": options.validation_fraction,
         "shard_bytes": options.shard_bytes,
         "text_key": options.text_key,
+        "id_key": options.id_key,
         "blank_line_ends": options.blank_line_ends,
         "sentences": options.sentences,
         "deduplicate": options.deduplicate,
@@ -96,6 +98,18 @@ def _recipe(options: PrepareOptions, tokenizer: TextTokenizer, sources: list[Sou
         "compression": options.compression,
         "order": spread.NAME,
     }
+
+
+def _refuse_no_ids(options: PrepareOptions, sources: list[Source]) -> None:
+    """Raise `ConfigError` where ids are asked for of files that hold text alone."""
+    plain = [source.name for source in sources if source.kind == "text"]
+    if options.id_key is not None and plain:
+        more = f" (and {len(plain) - 1:,} more)" if len(plain) > 1 else ""
+        raise ConfigError(
+            f"--id-key {options.id_key}: {plain[0]}{more} is plain text, which has no keys",
+            "JSON lines, Parquet or a dataset",
+            "leave --id-key out (ids are then SHARD_HASH:ROW), or write the texts as JSON lines",
+        )
 
 
 @contextmanager

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.corpus.assemble import Corpus, EncodedFile, removed, shard_bounds, shard_tasks, statistics, write
+from engine.corpus.assemble import (
+    Corpus,
+    EncodedFile,
+    refuse_repeated_ids,
+    removed,
+    shard_bounds,
+    shard_tasks,
+    statistics,
+    write,
+)
 from engine.corpus.options import PrepareOptions, Progress, Show
 from engine.corpus.pool import Pool
 from engine.corpus.recipe import RECIPE_FILE, TRAIN, VALIDATION, Recipe, parts_before, remove_tree, write_recipe
@@ -36,6 +45,8 @@ def write_folders(
     corpus = Corpus(parts, np.dtype(token_dtype(tokenizer.vocab_size)))
     documents = corpus.documents
     counts = (documents.lengths.size, int(documents.lengths.sum()))
+    # over all documents, also those that are left out below: an id that two had would name either
+    refuse_repeated_ids(corpus)
     gone = removed(
         corpus,
         options.deduplicate,

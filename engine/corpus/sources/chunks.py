@@ -9,17 +9,19 @@ is the business of `files`. `NAME=SOURCE` says to which domain a source belongs.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import xxhash
 
 from engine.config.paths import expand
 from engine.corpus.sources import parquet, text_files
 from engine.corpus.sources.files import find_files, foreign_files, matches
-from engine.corpus.sources.hub import HUB_PREFIX, local_files, read_column
+from engine.corpus.sources.hub import HUB_PREFIX, local_files, read_columns
 from engine.data.visible import visible
 from engine.errors import ConfigError, DataError
 
@@ -63,6 +65,17 @@ class TextChunk:
     items: list[tuple[str, int, bytes]]
     read_bytes: int
     """Bytes of the files, as they lie there, that were read for it."""
+    ids: list[Any] = field(default_factory=list)
+    """Value of the column of ids in each row of a table; empty for JSON, whose lines hold it, and where none is asked
+    for."""
+
+
+class TextDocument(NamedTuple):
+    """One document of a chunk; `id` and `line` (its file and line, or row) are empty where no ids are asked for."""
+
+    text: str
+    id: str = ""
+    line: str = ""
 
 
 def find_sources(names: Iterable[str]) -> list[Source]:
@@ -144,39 +157,49 @@ def named_hash(source: Source) -> tuple[str, str]:
     return source.name, content_hash(source)
 
 
-def read_chunks(shelf: list[Source], text_key: str, blank_line_ends: bool) -> Iterator[TextChunk]:
+def read_chunks(
+    shelf: list[Source], text_key: str, blank_line_ends: bool, id_key: str | None = None
+) -> Iterator[TextChunk]:
     """Yield the documents of some sources of one kind in order, as chunks.
 
-    `text_key` names the column of a dataset; with `blank_line_ends` a text file holds many documents, each ended by an
-    empty line. Raises `DataError`: unreadable, damaged compression, unknown dataset or column.
+    `text_key` and `id_key` name columns of a table; with `blank_line_ends` a text file holds many documents, each
+    ended by an empty line. Raises `DataError`: unreadable, damaged compression, unknown dataset or column.
     """
     # a 32nd of the files, so that small corpora also make chunks for many workers
     limit = min(max(sum(source.num_bytes for source in shelf) // _CHUNKS_PER_FILE, _SMALLEST_CHUNK), LARGEST_CHUNK)
     items: list[tuple[str, int, bytes]] = []
+    ids: list[Any] = []
     size = read = 0
     for source in shelf:
         before = 0
-        for number, content, so_far in _rows(source, text_key, blank_line_ends, limit):
+        for (number, content, so_far), found in _rows(source, text_key, blank_line_ends, limit, id_key):
             items.append((source.name, number, content))
+            if id_key is not None and source.kind != "json":
+                ids.append(found)
             size += len(content)
             # `so_far` counts the bytes of this file, `read` those of the shelf since the last chunk
             read, before = read + so_far - before, so_far
             if size >= limit:
-                yield TextChunk(source.kind, items, read)
-                items, size, read = [], 0, 0
+                yield TextChunk(source.kind, items, read, ids)
+                items, ids, size, read = [], [], 0, 0
         # the rest of a file without further documents, such as blank lines at its end
         read += source.num_bytes - before
-    yield TextChunk(shelf[-1].kind, items, read)
+    yield TextChunk(shelf[-1].kind, items, read, ids)
 
 
-def _rows(source: Source, text_key: str, blank_line_ends: bool, limit: int) -> Iterator[text_files.RawDocument]:
+def _rows(
+    source: Source, text_key: str, blank_line_ends: bool, limit: int, id_key: str | None
+) -> Iterator[tuple[text_files.RawDocument, Any]]:
+    """Yield documents and, of a table, the values in its column of ids."""
     if source.kind == "hub":
-        return ((number, text.encode(), 0) for number, text in enumerate(read_column(source.name, text_key)))
+        rows = enumerate(read_columns(source.name, text_key, id_key))
+        return (((number, text.encode(), 0), found) for number, (text, found) in rows)
     if source.kind == "parquet":
-        return parquet.rows(source.name, text_key)
+        return parquet.rows(source.name, text_key, id_key)
     if source.kind == "json":
-        return text_files.blocks(source.name, limit)
-    return text_files.paragraphs(source.name) if blank_line_ends else text_files.whole(source.name)
+        return zip(text_files.blocks(source.name, limit), itertools.repeat(None), strict=False)
+    plain = text_files.paragraphs(source.name) if blank_line_ends else text_files.whole(source.name)
+    return zip(plain, itertools.repeat(None), strict=False)
 
 
 def read_texts(
@@ -197,20 +220,30 @@ def read_texts(
 def _first_texts(shelf: list[Source], text_key: str, blank_line_ends: bool, limit: int | None) -> Iterator[str]:
     left = limit
     for chunk in read_chunks(shelf, text_key, blank_line_ends):
-        for text in parse(chunk, text_key):
-            yield text
-            if left is not None and (left := left - len(text.encode())) <= 0:
+        for document in parse(chunk, text_key):
+            yield document.text
+            if left is not None and (left := left - len(document.text.encode())) <= 0:
                 return
 
 
-def parse(chunk: TextChunk, text_key: str) -> list[str]:
-    """Return the texts of a chunk's documents. Raises `DataError` naming file and line: no JSON, no text, no UTF-8."""
+def parse(chunk: TextChunk, text_key: str, id_key: str | None = None) -> list[TextDocument]:
+    """Return a chunk's documents, with their ids where `id_key` names them.
+
+    Raises `DataError` naming file and line: no JSON, no text, no UTF-8, no id.
+    """
     if chunk.kind == "text":
-        return [_decode(*item) for item in chunk.items]
+        return [TextDocument(_decode(*item)) for item in chunk.items]
     if chunk.kind != "json":
-        return [_decode_row(*item) for item in chunk.items]
+        texts = [_decode_row(*item) for item in chunk.items]
+        if id_key is None:
+            return [TextDocument(text) for text in texts]
+        lines = [f"row {number} of {source}" for source, number, _ in chunk.items]
+        return [
+            TextDocument(text, id_text(line, found, id_key), line)
+            for text, found, line in zip(texts, chunk.ids, lines, strict=True)
+        ]
     return [
-        _json_text(source, number, line, text_key)
+        _json_document(source, number, line, text_key, id_key)
         for source, first, content in chunk.items
         for number, line in enumerate(content.split(b"\n"), first)
         if line.strip()
@@ -221,7 +254,7 @@ def _files(name: str, given: str) -> list[Source]:
     return [Source(str(path), kind, size) for path, kind, size in find_files(name, given)]
 
 
-def _json_text(source: str, number: int, line: bytes, text_key: str) -> str:
+def _json_document(source: str, number: int, line: bytes, text_key: str, id_key: str | None) -> TextDocument:
     where = f"{source}:{number}"
     try:
         row = json.loads(line)
@@ -239,7 +272,32 @@ def _json_text(source: str, number: int, line: bytes, text_key: str) -> str:
             "a string",
             "name the key of the text with --text-key, or mend or remove the line",
         )
-    return _without_surrogates(where, row[text_key])
+    text = _without_surrogates(where, row[text_key])
+    if id_key is None:
+        return TextDocument(text)
+    return TextDocument(text, id_text(where, row.get(id_key), id_key), where)
+
+
+def id_text(where: str, value: Any, key: str) -> str:
+    """Return an id as text: a string as it is, a number and true or false as JSON writes them.
+
+    Raises:
+        DataError: there is none (or null, or an empty string), or it is no scalar.
+    """
+    if value is None or value == "":
+        raise DataError(
+            f"{where} has no id under {key!r}",
+            "an id for each document",
+            "name the key of the ids with --id-key, or mend the line, or leave --id-key out (ids are then "
+            "SHARD_HASH:ROW)",
+        )
+    if not isinstance(value, str | int | float):
+        raise DataError(
+            f"{where} has {_JSON_NAMES.get(type(value), type(value).__name__)} under {key!r}",
+            "text or a number as the id of a document",
+            "name the key of the ids with --id-key, or mend the line",
+        )
+    return _without_surrogates(where, value if isinstance(value, str) else json.dumps(value))
 
 
 def _without_surrogates(where: str, text: str) -> str:

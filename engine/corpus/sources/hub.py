@@ -21,18 +21,20 @@ _SAVED_TO_DISK = "state.json"
 _SAVED_SPLITS = "dataset_dict.json"
 
 
-def read_column(source: str, column: str) -> Iterator[str]:
-    """Yield the texts of `hf:NAME_OR_FOLDER[:CONFIG][@SPLIT]` in order. Raises `DataError`."""
+def read_columns(source: str, column: str, id_column: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield the texts of `hf:NAME_OR_FOLDER[:CONFIG][@SPLIT]` in order, and the values of `id_column` (None where it is
+    not named, or not there). Raises `DataError`."""
     path, config, split = split_hub_name(source)
     number = -1
     try:
-        for number, row in enumerate(_rows(path, config, split, column)):
+        columns = [column] + ([] if id_column is None else [id_column])
+        for number, row in enumerate(_rows(path, config, split, columns)):
             if not isinstance(row.get(column), str):
                 found = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items())
                 raise DataError(
                     f"row {number} of {source} has no text in column {column!r}", found, "name it with --text-key"
                 )
-            yield row[column]
+            yield row[column], None if id_column is None else row.get(id_column)
     except PalimpsestError:
         raise
     except Exception as error:
@@ -64,7 +66,7 @@ def split_hub_name(name: str) -> tuple[str, str | None, str]:
     return expand(path), config or None, split or "train"
 
 
-def _rows(path: str, config: str | None, split: str, column: str) -> Iterable[dict[str, Any]]:
+def _rows(path: str, config: str | None, split: str, columns: list[str]) -> Iterable[dict[str, Any]]:
     import datasets
 
     if (Path(path) / _SAVED_TO_DISK).is_file():
@@ -72,12 +74,12 @@ def _rows(path: str, config: str | None, split: str, column: str) -> Iterable[di
     if (Path(path) / _SAVED_SPLITS).is_file():
         return datasets.load_from_disk(path)[split]  # pyright: ignore[reportReturnType]
     builder: Any = datasets.load_dataset_builder(path, config)
-    _read_alone(builder, column)
+    _read_alone(builder, columns)
     return builder.as_streaming_dataset(split=split)
 
 
-def _read_alone(builder: Any, column: str) -> None:
-    """Keep a column of each table that a builder reads, where it has that column.
+def _read_alone(builder: Any, columns: list[str]) -> None:
+    """Keep some columns of each table that a builder reads, where it has them.
 
     A builder takes the types of all columns from the first table that it reads, and casts the others to them. So a
     number that turns into a string after a hundred thousand rows ends the reading, in a column that nobody asked for,
@@ -86,8 +88,10 @@ def _read_alone(builder: Any, column: str) -> None:
     cast = builder._cast_table
 
     def select(table: Any, *arguments: Any, **options: Any) -> Any:
-        return table.select([column]) if column in table.column_names else cast(table, *arguments, **options)
+        has_all = set(columns) <= set(table.column_names)
+        return table.select(columns) if has_all else cast(table, *arguments, **options)
 
     builder._cast_table = select
-    if builder.info.features is not None and column in builder.info.features:
-        builder.info.features = type(builder.info.features)({column: builder.info.features[column]})
+    features = builder.info.features
+    if features is not None and set(columns) <= set(features):
+        builder.info.features = type(features)({column: features[column] for column in columns})

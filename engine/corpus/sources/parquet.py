@@ -1,4 +1,6 @@
-"""One text column of a Parquet file, row by row, as bytes. Errors of the library become one `DataError` with its name.
+"""One text column of a Parquet file, row by row, as bytes, and on request one of ids.
+
+Errors of the library become one `DataError` with the file's name.
 
 Decoding is the business of `engine.corpus.sources.chunks`.
 """
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from engine.data.shards.open_shards import too_many_files
 from engine.errors import DataError
@@ -17,22 +20,31 @@ RawDocument = tuple[int, bytes, int]
 """Number of the row (from 0), its text, and bytes of the file that were read so far."""
 
 
-def rows(name: str, column: str) -> Iterator[RawDocument]:
-    """Yield the texts of a column in order. Raises `DataError`: damaged, no such column, no text in it."""
+def rows(name: str, column: str, id_column: str | None = None) -> Iterator[tuple[RawDocument, Any]]:
+    """Yield the texts of a column in order, and the values of `id_column` (None where it is not named).
+
+    Raises `DataError`: damaged, no such column, no text in it.
+    """
     import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(name) as file:
             _check_column(name, file.schema_arrow, column)
+            if id_column is not None:
+                _check_id_column(name, file.schema_arrow, id_column)
+            columns = [column] + ([] if id_column is None else [id_column])
             size, total, number = Path(name).stat().st_size, max(1, file.metadata.num_rows), 0
-            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[column]):
+            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
                 # `columns` also takes what it reads as a path: of "a.b", field b of a struct a
-                for text in _as_bytes(batch.column(batch.schema.get_field_index(column))):
+                found = _values(batch, id_column)
+                for text, value in zip(
+                    _as_bytes(batch.column(batch.schema.get_field_index(column))), found, strict=True
+                ):
                     if text is None:
                         raise DataError(f"row {number} of {name} has no text in column {column!r}", "text", "mend it")
                     number += 1
-                    yield number - 1, text, size * number // total
+                    yield (number - 1, text, size * number // total), value
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and (problem := too_many_files(error)):
             raise problem from error
@@ -50,6 +62,16 @@ def _as_bytes(column) -> list[bytes | None]:
     is_view = pyarrow.types.is_string_view(column.type)
     # a cast to binary does not decode; large_binary takes strings of either offset width, views need views
     return column.cast(pyarrow.binary_view() if is_view else pyarrow.large_binary()).to_pylist()
+
+
+def _values(batch, column: str | None) -> list[Any]:
+    return [None] * batch.num_rows if column is None else batch.column(batch.schema.get_field_index(column)).to_pylist()
+
+
+def _check_id_column(name: str, schema, column: str) -> None:
+    if schema.get_field_index(column) < 0:
+        found = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise DataError(f"{name} has no column {column!r}", found, "name the column of the ids with --id-key")
 
 
 def _check_column(name: str, schema, column: str) -> None:

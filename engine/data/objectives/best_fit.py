@@ -52,6 +52,11 @@ class BestFit:
         # no `ends`: a piece holds only tokens whose successor is in its own document
         return Row(tokens, successors, starts, np.empty(0, np.int64), forgotten)
 
+    def rows_of(self, number: int, documents: np.ndarray) -> np.ndarray:
+        plan, (bounds, _) = self._plan(number), self._dataset.offsets(number)
+        pieces = np.flatnonzero(np.isin(np.searchsorted(bounds, plan.starts, side="right") - 1, documents))
+        return np.unique(np.searchsorted(plan.rows, pieces, side="right") - 1)
+
     def _plan(self, number: int) -> _Plan:
         found = self._plans.get(number)
         if found is None:

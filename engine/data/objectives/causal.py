@@ -75,6 +75,10 @@ class CausalSampler:
             targets_B = np.count_nonzero(weights_BT, axis=1)
         return SampledRows(inputs, {"causal": targets_B}, buffer.documents_BT)
 
+    def rows_of(self, number: int, documents: np.ndarray, epoch: int) -> np.ndarray:
+        del epoch  # rows are the same in each
+        return self.packing.rows_of(number, documents)
+
     def read(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int) -> _Read:
         """Read the rows of samples, all at once where the packing can."""
         if isinstance(self.packing, Concatenation) and len(places):

@@ -64,6 +64,10 @@ class _MaskedSampler:
         inputs, weights = _masked(self._context, buffer, samples_B3)
         return SampledRows(inputs, weights, buffer.documents_BT)
 
+    def rows_of(self, number: int, documents: np.ndarray, epoch: int) -> np.ndarray:
+        del epoch  # rows are the same in each
+        return self._packing.rows_of(number, documents)
+
     def _write_together(self, buffer: RowBuffer, packing: Concatenation, places: np.ndarray) -> None:
         """Write all rows at once, each between its head and its tail."""
         if not len(places):
@@ -130,6 +134,9 @@ class _PairSampler:
         inputs |= {"token_types_BT": types_BT, "pair_targets_B": labels_B, "pair_weights_B": weights_B}
         weights["pairs"] = weights_B
         return SampledRows(inputs, weights, buffer.documents_BT)
+
+    def rows_of(self, number: int, documents: np.ndarray, epoch: int) -> np.ndarray:
+        return self._pairs.rows_of(number, documents, epoch)
 
 
 def _masked(

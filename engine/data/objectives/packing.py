@@ -75,6 +75,10 @@ class Packing(Protocol):
         """Return a row of a shard; `number` is the shard's."""
         ...
 
+    def rows_of(self, number: int, documents: np.ndarray) -> np.ndarray:
+        """Return the rows of a shard that hold a token of its documents (n,), each once, (rows,) int64, rising."""
+        ...
+
 
 class Concatenation:
     """Rows of `capacity` consecutive tokens."""
@@ -82,7 +86,7 @@ class Concatenation:
     name = "concatenate"
 
     def __init__(self, dataset: TokenDataset, capacity: int, reads: Reads) -> None:
-        self.capacity, self.reads = capacity, reads
+        self.capacity, self.reads, self._dataset = capacity, reads, dataset
         tokens = np.array([shard.num_tokens for shard in dataset.index.shards], np.int64)
         documents = np.array([shard.num_documents for shard in dataset.index.shards], np.int64)
         self._tokens, self._boundaries = tokens, _Boundaries(tokens)
@@ -95,6 +99,18 @@ class Concatenation:
         del number
         start = row * self.capacity
         return _text_row(shard, start, self.capacity) if self.reads == "text" else self._stretch(shard, start)
+
+    def rows_of(self, number: int, documents: np.ndarray) -> np.ndarray:
+        bounds, _ = self._dataset.offsets(number)
+        firsts, lasts = bounds[documents], bounds[documents + 1] - 1
+        if self.reads == "text":
+            # without its end of text, nor those of the documents before it; a document without text has last < first
+            firsts, lasts = firsts - documents, lasts - documents - 1
+        # with capacity 4, token 8 is also the last successor of row 1
+        begins = np.maximum(firsts - (self.reads == "successors"), 0) // self.capacity
+        ends = np.minimum(lasts // self.capacity, self._counts[number] - 1) + 1
+        rows = [np.arange(begin, end) for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
+        return np.unique(np.concatenate([np.empty(0, np.int64), *rows]))
 
     def stretches(self, shards: Callable[[int], Shard], places_N2: np.ndarray, into_NW: np.ndarray) -> Stretches:
         """Read rows (shard, row) together into an array of any integers, as many times faster as there are rows; none

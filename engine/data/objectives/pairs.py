@@ -68,6 +68,12 @@ class Pairs:
         chosen = [segment for segment in (int(first[row]), int(second[row])) if segment != NONE]
         return [tuple(bounds[segment].tolist()) for segment in chosen], int(labels[row]), bool(labelled[row])
 
+    def rows_of(self, number: int, documents: np.ndarray, epoch: int) -> np.ndarray:
+        """Return the samples of a shard in an epoch with a segment of its documents (n,), (rows,) int64, rising."""
+        mine = np.flatnonzero(np.isin(self.segments(number).documents, documents))
+        first, second, _, _ = self._arranged(number, epoch)
+        return np.flatnonzero(np.isin(first, mine) | np.isin(second, mine))
+
     def segments(self, number: int) -> Segments:
         """Return the segments of a shard. Raises `DataError` where its offsets are damaged."""
         found = self._segments.get(number)

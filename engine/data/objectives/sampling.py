@@ -39,6 +39,10 @@ class Sampler(Protocol):
         """
         ...
 
+    def rows_of(self, number: int, documents: np.ndarray, epoch: int) -> np.ndarray:
+        """Return the rows of a shard in an epoch that hold something of its documents (n,), (rows,) int64, rising."""
+        ...
+
 
 @dataclass(frozen=True)
 class SamplerContext:

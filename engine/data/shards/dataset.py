@@ -24,6 +24,7 @@ import numpy as np
 from engine.data.shards.arrays import Identity, open_array
 from engine.data.shards.cache import ShardCache
 from engine.data.shards.damage import DamagedShard
+from engine.data.shards.ids import default_id, from_array
 from engine.data.shards.index import FILE, PREPARE_AGAIN, ArrayFile, ShardEntry, parse_index, read_index
 from engine.data.shards.open_shards import PROCESS, TooManyFiles
 from engine.data.shards.remote import RemoteFolder, is_remote
@@ -58,7 +59,7 @@ class Shard:
     forgotten: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
     """(n, 2) int64 first token, and the one behind the last, of each forgotten document, rising: no target is there."""
 
-    def is_forgotten(self, positions: np.ndarray) -> np.ndarray:
+    def is_forgotten(self, positions: np.ndarray | int) -> np.ndarray:
         """Return True for each position that lies in a forgotten document, in the shape of `positions`."""
         # documents [3, 5) and [5, 8): edges 3, 5, 5, 8; position 5 has three of them at or below it, an odd number
         return np.searchsorted(self.forgotten.ravel(), positions, side="right") % 2 == 1
@@ -149,6 +150,11 @@ class TokenDataset:
     def is_remote(self) -> bool:
         return self._remote is not None
 
+    @property
+    def cache(self) -> ShardCache | None:
+        """Cache of a data set at a URL; None for a folder."""
+        return None if self._remote is None else self._remote.cache
+
     def release(self) -> None:
         """Let the cache evict what this process has open: call when nothing of it is in use. What needs no file in
         the cache stays: local shards, and those that are unpacked in memory."""
@@ -165,8 +171,31 @@ class TokenDataset:
         """Verify every shard; `progress` is told the bytes of each. Raises `DataError` at the first bad one."""
         for number, entry in enumerate(self.index.shards):
             self.shard(number)
+            self.ids(number)
             self.release()
-            progress(sum(array.stored_bytes for array in entry.arrays))
+            progress(sum(array.stored_bytes for array in entry.files))
+
+    def ids(self, number: int) -> list[str]:
+        """Return the ids of a shard's documents, verified: their own, or else `SHARD_HASH:ROW`. Raises as `shard`."""
+        entry = self.index.shards[number]
+        if entry.ids is None:
+            return [default_id(entry.content_hash, document) for document in range(entry.num_documents)]
+        with self._lock, _naming(number):
+            array, identity, file = self._array(self.folder, entry.ids, entry.ids.file)
+            try:
+                found = from_array(array)
+            except ValueError:
+                found = []
+            if file is not None:
+                file.close()
+            if len(found) != entry.num_documents:
+                raise DamagedShard(
+                    f"{self.folder / entry.ids.file} holds no ids of {entry.num_documents:,} documents",
+                    "a JSON string a line, one for each document",
+                    PREPARE_AGAIN,
+                )
+            self._verified[entry.ids.file] = identity
+            return found
 
     def offsets(self, number: int) -> Offsets:
         """Return a shard's `documents` and `sentences`, verified; no token is read. Raises as `shard`."""

@@ -1,7 +1,8 @@
 """`index.json` of a folder of token shards: what is there, how long, of which type, and with which hash.
 
 A shard is a set of named flat arrays: `tokens`, `documents` (offsets of the documents' first tokens, then the number
-of tokens) and, where asked for, `sentences` (the same of sentences, in which those of the documents appear again).
+of tokens) and, where asked for, `sentences` (the same of sentences, in which those of the documents appear again) and
+`ids` (the documents' own, which training does not read).
 Each array is a file of its own, plain or compressed; the tokens may also be a range of bytes of a foreign file that
 lies elsewhere (`tokens_folder`). A later version may add arrays to the table: this reader ignores names that it does
 not know, and the version of a folder is the lowest whose readers understand it: 1, or 2 where something is compressed
@@ -32,6 +33,7 @@ TOKEN_DTYPES = ("uint16", "uint32")
 FOREIGN_DTYPES = ("uint8", "int16", "uint16", "int32", "int64")
 """Types in which tokens of other formats may be written."""
 OFFSET_DTYPE = "uint64"
+ID_DTYPE = "uint8"
 COMPRESSION: Literal["zstd"] = "zstd"
 ITEM_BYTES = {"uint8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4, "int64": 8, "uint64": 8}
 PREPARE_AGAIN = "write the folder again with `palimpsest prepare --overwrite`, or restore it from a copy"
@@ -89,15 +91,23 @@ class ShardEntry:
     tokens: ArrayFile
     documents: ArrayFile
     sentences: ArrayFile | None = None
+    ids: ArrayFile | None = None
 
     def to_json(self) -> dict[str, Any]:
         names = {"tokens": self.tokens, "documents": self.documents, "sentences": self.sentences}
-        return {name: None if array is None else array.to_json() for name, array in names.items()}
+        tree = {name: None if array is None else array.to_json() for name, array in names.items()}
+        # no key where there are none, as in folders from before there were any
+        return tree if self.ids is None else tree | {"ids": self.ids.to_json()}
 
     @property
     def arrays(self) -> tuple[ArrayFile, ...]:
-        """Every file of the shard."""
+        """The files that training reads."""
         return (self.tokens, self.documents) + (() if self.sentences is None else (self.sentences,))
+
+    @property
+    def files(self) -> tuple[ArrayFile, ...]:
+        """Every file of the shard."""
+        return self.arrays + (() if self.ids is None else (self.ids,))
 
     @property
     def num_tokens(self) -> int:
@@ -152,18 +162,23 @@ class Index:
         return sum(shard.num_tokens for shard in self.shards)
 
     @property
+    def has_ids(self) -> bool:
+        """True if every document has an id of its own."""
+        return all(shard.ids is not None for shard in self.shards)
+
+    @property
     def num_documents(self) -> int:
         return sum(shard.num_documents for shard in self.shards)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all arrays as they are used."""
-        return sum(array.bytes for shard in self.shards for array in shard.arrays)
+        return sum(array.bytes for shard in self.shards for array in shard.files)
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of all arrays as they lie there."""
-        return sum(array.stored_bytes for shard in self.shards for array in shard.arrays)
+        return sum(array.stored_bytes for shard in self.shards for array in shard.files)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -310,12 +325,13 @@ def _shard(number: int, item: dict[str, Any], is_foreign: bool) -> ShardEntry:
     documents = _array(item["documents"], f"{where}.documents", (OFFSET_DTYPE,))
     if documents.length < 1:
         raise ValueError(f"{where}.documents is empty")
+    ids = None if item.get("ids") is None else _array(item["ids"], f"{where}.ids", (ID_DTYPE,))
     if item.get("sentences") is None:
-        return ShardEntry(tokens, documents)
+        return ShardEntry(tokens, documents, ids=ids)
     sentences = _array(item["sentences"], f"{where}.sentences", (OFFSET_DTYPE,))
     if sentences.length < documents.length:
         raise ValueError(f"{where}.sentences has {sentences.length} offsets for {documents.length} of documents")
-    return ShardEntry(tokens, documents, sentences)
+    return ShardEntry(tokens, documents, sentences, ids)
 
 
 def _array(item: dict[str, Any], where: str, dtypes: tuple[str, ...]) -> ArrayFile:

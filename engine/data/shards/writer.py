@@ -37,7 +37,7 @@ DEFAULT_SHARD_BYTES = 64 << 20
 ZSTD_LEVEL = 3  # zstd's own default
 SUFFIXES: dict[Compression, str] = {"none": "", "zstd": ".zst"}
 
-_OURS = re.compile(r"shard-\d{6,}\.(tokens|documents|sentences)(\.zst)?|index\.json(\.\d+)?")
+_OURS = re.compile(r"shard-\d{6,}\.(tokens|documents|sentences|ids)(\.zst)?|index\.json(\.\d+)?")
 
 
 class ShardWriter:
@@ -134,9 +134,11 @@ def write_shard(
     lengths: np.ndarray,
     sentences: np.ndarray | None,
     compression: Compression,
+    ids: np.ndarray | None = None,
 ) -> ShardEntry:
-    """Write the arrays of one shard: `tokens` in their final dtype, the `lengths` of its documents, and the first
-    tokens of all its sentences. Raises `DataError` when they cannot be written."""
+    """Write the arrays of one shard: `tokens` in their final dtype, the `lengths` of its documents, the first tokens of
+    all its sentences, and `ids` as `engine.data.shards.ids` has them. Raises `DataError` when they cannot be written.
+    """
     try:
         return ShardEntry(
             write_array(folder, f"shard-{number:06d}.tokens", tokens, compression),
@@ -144,6 +146,7 @@ def write_shard(
             None
             if sentences is None
             else write_offsets(folder, number, "sentences", np.append(sentences, tokens.size), compression),
+            None if ids is None else write_array(folder, f"shard-{number:06d}.ids", ids, compression),
         )
     except OSError as error:
         raise unwritable(folder, error) from error

@@ -79,11 +79,13 @@ def test_documents_of_a_part_are_read_one_by_one_and_verified(tokenizer_folder, 
     begins = record_begins(part.documents, order, part.tokens.itemsize)
     wanted = order[::7]
     lengths, sentences = part.documents.lengths, part.documents.sentences
-    records = Records(tmp_path / "a.part", begins[wanted], lengths[wanted], sentences[wanted])
+    records = Records(
+        tmp_path / "a.part", begins[wanted], lengths[wanted], sentences[wanted], np.zeros(wanted.size, np.int64)
+    )
     ids = np.split(part.tokens, np.cumsum(lengths)[:-1])
     starts = np.split(part.sentence_starts, np.cumsum(sentences)[:-1])
     found = list(read(records, part.tokens.dtype))
-    assert [(a.tolist(), b.tolist()) for a, b in found] == [(ids[i].tolist(), starts[i].tolist()) for i in wanted]
+    assert [(a.tolist(), b.tolist()) for a, b, _ in found] == [(ids[i].tolist(), starts[i].tolist()) for i in wanted]
     content = bytearray((tmp_path / "a.part").read_bytes())
     content[int(begins[wanted[2]]) + 9] ^= 1
     (tmp_path / "a.part").write_bytes(content)

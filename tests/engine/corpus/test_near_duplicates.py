@@ -73,6 +73,8 @@ def corpus_of(documents, folder, threshold):
             unknown=zeros,
             unspelt=zeros,
             sentences=zeros,
+            id_bytes=zeros,
+            id_hashes=np.empty((0, 2), np.uint64),
             empty=np.array(0),
             empty_unspelt=np.array(0),
         )

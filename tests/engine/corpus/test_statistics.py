@@ -18,6 +18,8 @@ def counted():
         unknown=np.array([1, 1, 3, 9, 9, 9]),
         unspelt=np.array([2, 0, 3, 99, 99, 99]),
         sentences=np.array([1, 1, 4, 9, 9, 9]),
+        id_bytes=np.zeros(6, np.int64),
+        id_hashes=np.empty((0, 2), np.uint64),
         empty=np.array(2),
         empty_unspelt=np.array(5),
     )

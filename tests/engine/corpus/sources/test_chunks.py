@@ -71,7 +71,7 @@ def test_chunks_keep_every_document_and_reach_the_end_of_the_file(tmp_path):
     [source] = find_sources([str(write_json_lines(tmp_path / "a.jsonl", texts))])
     chunks = list(read_chunks([source], "text", blank_line_ends=False))
     assert len(chunks) > 2
-    assert [text for chunk in chunks for text in parse(chunk, "text")] == texts
+    assert [document.text for chunk in chunks for document in parse(chunk, "text")] == texts
     assert all(chunk.read_bytes > 0 for chunk in chunks)
     assert sum(chunk.read_bytes for chunk in chunks) == source.num_bytes
 
@@ -144,8 +144,8 @@ def test_names_of_hub_datasets():
 
 def test_a_chunk_is_parsed_by_its_kind():
     content = json.dumps({"text": "inner"}).encode()
-    assert parse(TextChunk("json", [("s", 1, content)], 0), "text") == ["inner"]
-    assert parse(TextChunk("text", [("s", 1, content)], 0), "text") == [content.decode()]
+    assert parse(TextChunk("json", [("s", 1, content)], 0), "text") == [("inner", "", "")]
+    assert parse(TextChunk("text", [("s", 1, content)], 0), "text") == [(content.decode(), "", "")]
 
 
 def test_a_domain_stands_before_its_source(tmp_path, monkeypatch):

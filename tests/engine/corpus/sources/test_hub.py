@@ -6,7 +6,7 @@ import pytest
 
 from engine.corpus.sources import hub
 from engine.corpus.sources.chunks import read_texts
-from engine.corpus.sources.hub import read_column
+from engine.corpus.sources.hub import read_columns
 from engine.errors import DataError
 from tests.engine.data.corpus import made_up_texts, write_json_lines
 
@@ -19,7 +19,7 @@ def datasets():
 def test_a_folder_of_parquet_files(datasets, tmp_path, monkeypatch):
     texts = made_up_texts(30)
     datasets.Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "train.parquet")
-    assert list(read_column(f"hf:{tmp_path}", "text")) == texts
+    assert [text for text, _ in read_columns(f"hf:{tmp_path}", "text")] == texts
 
 
 def test_a_folder_of_json_lines_by_split(datasets, tmp_path):
@@ -33,22 +33,22 @@ def test_one_saved_to_disk_with_and_without_splits(datasets, tmp_path):
     data = datasets.Dataset.from_dict({"text": texts})
     data.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "splits")
-    assert list(read_column(f"hf:{tmp_path}/one", "text")) == texts
-    assert list(read_column(f"hf:{tmp_path}/splits@train", "text")) == texts
+    assert [text for text, _ in read_columns(f"hf:{tmp_path}/one", "text")] == texts
+    assert [text for text, _ in read_columns(f"hf:{tmp_path}/splits@train", "text")] == texts
     with pytest.raises(DataError, match="cannot be read: 'test'"):
-        list(read_column(f"hf:{tmp_path}/splits@test", "text"))
+        list(read_columns(f"hf:{tmp_path}/splits@test", "text"))
 
 
 def test_what_is_not_there_is_one_clear_error(datasets, tmp_path):
     write_json_lines(tmp_path / "train.jsonl", ["a"])
     with pytest.raises(DataError, match=r"row 0 of hf:.* has no text in column 'body'") as caught:
-        list(read_column(f"hf:{tmp_path}", "body"))
+        list(read_columns(f"hf:{tmp_path}", "body"))
     assert "text (str)" in str(caught.value)
     with pytest.raises(DataError, match="cannot be read") as caught:
-        list(read_column(f"hf:{tmp_path}@nosplit", "text"))
+        list(read_columns(f"hf:{tmp_path}@nosplit", "text"))
     assert "check the name, the config, the split" in str(caught.value)
     with pytest.raises(DataError, match="cannot be read"):
-        list(read_column(f"hf:{tmp_path}/nowhere/at/all", "text"))
+        list(read_columns(f"hf:{tmp_path}/nowhere/at/all", "text"))
 
 
 def test_every_failure_below_the_library_is_one_clear_error(datasets, tmp_path):
@@ -65,7 +65,7 @@ def test_every_failure_below_the_library_is_one_clear_error(datasets, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_bytes(content)
         with pytest.raises(DataError, match=f"dataset hf:.*{name} cannot be read") as caught:
-            list(read_column(f"hf:{tmp_path}/{name}", "text"))
+            list(read_columns(f"hf:{tmp_path}/{name}", "text"))
         assert caught.value.remedy
 
 
@@ -81,7 +81,7 @@ def test_a_failure_in_the_middle_tells_the_row_before(datasets, monkeypatch, err
     with pytest.raises(
         DataError, match=f"dataset hf:x cannot be read after row 4: {str(error) or type(error).__name__}"
     ):
-        list(read_column("hf:x", "text"))
+        list(read_columns("hf:x", "text"))
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
@@ -93,6 +93,6 @@ def test_a_column_that_nobody_reads_may_change_its_type_or_vanish(datasets, tmp_
         data = datasets.Dataset.from_dict({"text": column} | ({"n": other} if other is not None else {"m": column}))
         path = tmp_path / f"train-{number}.{suffix}"
         {"jsonl": data.to_json, "csv": data.to_csv, "parquet": data.to_parquet}[suffix](path)
-    assert list(read_column(f"hf:{tmp_path}", "text")) == [text for column in texts for text in column]
+    assert [text for text, _ in read_columns(f"hf:{tmp_path}", "text")] == [text for column in texts for text in column]
     with pytest.raises(DataError, match=r"has no text in column 'n'|cannot be read after row"):
-        list(read_column(f"hf:{tmp_path}", "n"))
+        list(read_columns(f"hf:{tmp_path}", "n"))
