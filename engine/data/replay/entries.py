@@ -81,15 +81,17 @@ def sorted_entries(keys: np.ndarray, places: np.ndarray, marked: np.ndarray) -> 
     return Entries(keys, places, marked)
 
 
-def merged(ours: Entries, theirs: Entries) -> Entries:
+def merged(ours: Entries, theirs: Entries, pure: bool = False) -> Entries:
     """Return the union of two sets of entries; where both have a place, the smaller key stays, and ours of equal ones.
+
+    With `pure`, a place has one key wherever it comes from, which spares a sorted copy of all places.
 
     Where the caller keeps no reference to `ours`, its columns are freed one by one: beside the result it takes half as
     much memory again.
     """
     if not theirs.size or not ours.size:
         return ours if not theirs.size else theirs
-    ours, theirs = _distinct(ours, theirs)
+    ours, theirs = _distinct(ours, theirs, pure)
     if not theirs.size:
         return ours
     # place of each of theirs in the result: behind our smaller keys, and behind those of theirs before it
@@ -113,12 +115,15 @@ def _columns(entries: Entries) -> list[np.ndarray]:
     return [entries.keys, entries.places, entries.marked]
 
 
-def _distinct(ours: Entries, theirs: Entries) -> tuple[Entries, Entries]:
+def _distinct(ours: Entries, theirs: Entries, pure: bool) -> tuple[Entries, Entries]:
     """Return both without the rows that the other has with a smaller key, or that both have with one key."""
     # rows that are seen again have the key that they had: found without looking at all places
     at = np.minimum(np.searchsorted(ours.keys, theirs.keys, side="left"), ours.size - 1)
-    theirs = theirs.at((ours.places[at] != theirs.places) | (ours.keys[at] != theirs.keys))
-    if not theirs.size:
+    is_tied = ours.keys[at] == theirs.keys
+    is_new = ~is_tied | (ours.places[at] != theirs.places)
+    theirs = theirs.at(is_new)
+    # a key that other rows have, too: one of those may be the row itself
+    if not theirs.size or (pure and not (is_tied & is_new).any()):
         return ours, theirs
     places, order = np.sort(ours.places), np.argsort(theirs.places)
     wanted, shared = theirs.places[order], np.empty(theirs.size, bool)

@@ -30,12 +30,12 @@ from engine.data.replay.rows import (
 from engine.data.shards.tombstones import NO_TOMBSTONES, Tombstones
 from engine.errors import DataError
 
-_FEWEST_WAITING, _MOST_WAITING = 1 << 14, 1 << 19
+_FEWEST_WAITING, _MOST_WAITING = 1 << 14, 1 << 18
 """Rows that wait at least, and at most, before they are merged: an eighth of what is there, so that merging costs the
 same per row however large the reservoir is."""
 _CHUNK = 1 << 18
 """Rows that are keyed at once."""
-_MERGED = 1 << 19
+_MERGED = 1 << 18
 """Entries of another reservoir that are merged at once."""
 
 
@@ -52,6 +52,8 @@ class Settings:
     """Shares by domain, for the quota `fixed`."""
     span_tokens: int = SPAN_TOKENS
     """Tokens of a row at most."""
+    pure: bool = True
+    """True where a row always comes with the same weight, so that its key is the same, too."""
 
     def __post_init__(self) -> None:
         assert self.capacity >= 0
@@ -211,7 +213,7 @@ class Reservoir:
                 if part.keys[0] > self._limits[name]:
                     break
                 # popped, so that the columns can be freed while they are merged
-                self.entries[name] = merged(self.entries.pop(name), renumbered(part, table, joined))
+                self.entries[name] = merged(self.entries.pop(name), renumbered(part, table, joined), self.settings.pure)
                 self._cut()
 
     def _alive(self, table: tuple[str, ...], entries: Entries) -> Entries:

@@ -69,12 +69,12 @@ def admissions(generator, weighted=False):
 
 
 @pytest.mark.parametrize("quota", ["uniform", "proportional", "square_root"])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_any_split_order_and_repeats_give_equal_bytes(quota, weighted):
+@pytest.mark.parametrize(("weighted", "pure"), [(False, True), (True, True), (True, False)])
+def test_any_split_order_and_repeats_give_equal_bytes(quota, weighted, pure):
     found = []
     for world, seed in itertools.product((1, 2, 3, 7), (0, 1)):
         generator = np.random.default_rng([world, seed])
-        ranks = [new(quota=quota) for _ in range(world)]
+        ranks = [new(quota=quota, pure=pure) for _ in range(world)]
         for number, admission in enumerate(admissions(generator, weighted)):
             ranks[number % world].admit(*admission)
             if generator.random() < 0.3:
@@ -108,7 +108,7 @@ def test_a_row_that_comes_with_two_weights_has_its_smaller_key_in_any_order():
     weights = np.random.default_rng(0).random((2, 50)) + 0.1
     found = []
     for order in ((0, 1), (1, 0), (0, 1, 0)):
-        reservoir = new(capacity=10_000)
+        reservoir = new(capacity=10_000, pure=False)
         for which in order:
             reservoir.admit("web", name_of(9), rows, weights[which])
             reservoir.settle()
