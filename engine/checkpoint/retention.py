@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.checkpoint.folder import AnyLocation, committed, remove, step_of
+from engine.checkpoint.named_files import remove_unnamed
 from engine.checkpoint.verify import Removed, verify
 from engine.logs import logger
 
@@ -52,7 +53,8 @@ def victims(newest_first: list[AnyLocation], retention: Retention, verified: Any
 
 
 def prune(folder: AnyLocation, retention: Retention, verified: AnyLocation | None) -> list[AnyLocation]:
-    """Remove what `retention` does not keep; return what was removed. Any process may call it at any time.
+    """Remove what `retention` does not keep, and files beside the checkpoints that only those named; return what was
+    removed of the former. Any process may call it at any time.
 
     `verified` is the newest checkpoint whose bytes have been held against their hashes.
 
@@ -63,6 +65,8 @@ def prune(folder: AnyLocation, retention: Retention, verified: AnyLocation | Non
     for path in doomed:
         remove(path)
         log.info("checkpoint %s removed: %s", path.name, retention_in_words(retention))
+    if doomed:
+        remove_unnamed(folder)
     return doomed
 
 

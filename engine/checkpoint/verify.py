@@ -15,6 +15,7 @@ from engine.checkpoint import manifest_json
 from engine.checkpoint.container import file_digest
 from engine.checkpoint.load import Files
 from engine.checkpoint.manifest import Manifest
+from engine.checkpoint.named_files import damage_of, named_by
 from engine.checkpoint.storage import Location
 from engine.errors import CheckpointError
 from engine.logs import logger
@@ -94,7 +95,15 @@ def _damage(path: Location, watch: Callable[[list[str]], Iterable[str]]) -> list
         manifest = manifest_json.read(path)
     except CheckpointError as problem:
         return [Damage(manifest_json.FILE, _reason(problem))]
-    return verify_files(path, manifest, watch(list(manifest.files)))
+    return [*verify_files(path, manifest, watch(list(manifest.files))), *_damage_beside(path, manifest)]
+
+
+def _damage_beside(path: Location, manifest: Manifest, first: int = 0, stride: int = 1) -> list[Damage]:
+    """Return the damage among files beside the checkpoint that its sections name: every `stride`-th from `first` on."""
+    try:
+        return [Damage(*found) for found in damage_of(path, named_by(manifest.state.sections)[first::stride])]
+    except CheckpointError as problem:
+        return [Damage(manifest_json.FILE, _reason(problem))]
 
 
 def verify_files(path: Location, manifest: Manifest, names: Iterable[str]) -> list[Damage]:
@@ -143,6 +152,7 @@ def _verify_together(path: Path, groups: Groups) -> list[Damage]:
     try:
         manifest = manifest_json.read(path)
         mine = verify_files(path, manifest, list(manifest.files)[world.position :: world.size])
+        mine += _damage_beside(path, manifest, world.position, world.size)
     # No return here: the other ranks wait in the gather below.
     except CheckpointError as problem:
         mine = [Damage(manifest_json.FILE, _reason(problem))]

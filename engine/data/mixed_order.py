@@ -8,7 +8,7 @@ N samples, K sources.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -80,6 +80,16 @@ class MixedOrder:
             kept.append(found)
             count -= found.size  # those in lost shards are made up for by the samples that follow
         return Samples.joined(kept or [Samples(np.empty(0, np.int64), np.empty((0, 3), np.int64))]), cursor
+
+    def between(self, cursor: Cursor, end: int, most: int) -> Iterator[Samples]:
+        """Yield the samples from a cursor up to position `end` that are neither left out nor in a lost shard, at most
+        `most` at a time."""
+        while cursor.position < end:
+            cursor, reach = self._past_left_out(cursor)
+            count = min(most, end - cursor.position, reach or most)
+            if count > 0:  # an interval that is left out may reach behind the end
+                found, cursor = self._in_a_row(cursor, count)
+                yield found.at(self._is_kept(found))
 
     def places(self, samples: Samples) -> np.ndarray:
         """Return shard and row of the samples, (N, 2) int64; those of a source stand in its order."""

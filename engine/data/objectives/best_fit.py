@@ -57,6 +57,16 @@ class BestFit:
         pieces = np.flatnonzero(np.isin(np.searchsorted(bounds, plan.starts, side="right") - 1, documents))
         return np.unique(np.searchsorted(plan.rows, pieces, side="right") - 1)
 
+    def ranges(self, places_N2: np.ndarray) -> np.ndarray:
+        """Return (shard, first token, the one behind the last) of the pieces of rows (shard, row), (M, 3) int64."""
+        found = [np.empty((0, 3), np.int64)]
+        for number, row in places_N2.tolist():
+            plan = self._plan(number)
+            pieces = slice(*plan.rows[row : row + 2].tolist())
+            starts = plan.starts[pieces]
+            found.append(np.stack([np.full_like(starts, number), starts, starts + plan.lengths[pieces]], axis=1))
+        return np.concatenate(found)
+
     def _plan(self, number: int) -> _Plan:
         found = self._plans.get(number)
         if found is None:

@@ -79,6 +79,9 @@ class CausalSampler:
         del epoch  # rows are the same in each
         return self.packing.rows_of(number, documents)
 
+    def ranges(self, samples_B3: np.ndarray, places: np.ndarray) -> np.ndarray:
+        return self.packing.ranges(places)
+
     def read(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int) -> _Read:
         """Read the rows of samples, all at once where the packing can."""
         if isinstance(self.packing, Concatenation) and len(places):

@@ -68,6 +68,9 @@ class _MaskedSampler:
         del epoch  # rows are the same in each
         return self._packing.rows_of(number, documents)
 
+    def ranges(self, samples_B3: np.ndarray, places: np.ndarray) -> np.ndarray:
+        return self._packing.ranges(places)
+
     def _write_together(self, buffer: RowBuffer, packing: Concatenation, places: np.ndarray) -> None:
         """Write all rows at once, each between its head and its tail."""
         if not len(places):
@@ -108,6 +111,14 @@ class _PairSampler:
         # 3: [CLS] and two [SEP]
         self._pairs = Pairs(context.dataset, context.length - 3, context.objective.pairs, context.seed)
         self.count = self._pairs.count
+
+    def ranges(self, samples_B3: np.ndarray, places: np.ndarray) -> np.ndarray:
+        epochs = samples_B3[:, 0].tolist()
+        pairs = [
+            [(number, *bounds) for bounds in self._pairs.pair(number, row, epoch)[0]]
+            for (number, row), epoch in zip(places.tolist(), epochs, strict=True)
+        ]
+        return np.array([segment for pair in pairs for segment in pair], np.int64).reshape(-1, 3)
 
     def make(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int) -> SampledRows:
         context, vocabulary = self._context, self._context.vocabulary

@@ -79,6 +79,11 @@ class Packing(Protocol):
         """Return the rows of a shard that hold a token of its documents (n,), each once, (rows,) int64, rising."""
         ...
 
+    def ranges(self, places_N2: np.ndarray) -> np.ndarray:
+        """Return the tokens that rows (shard, row) are made of, (M, 3) int64: shard, first token, the one behind the
+        last. Reads offsets at most. Raises `DataError` where these are damaged."""
+        ...
+
 
 class Concatenation:
     """Rows of `capacity` consecutive tokens."""
@@ -111,6 +116,22 @@ class Concatenation:
         ends = np.minimum(lasts // self.capacity, self._counts[number] - 1) + 1
         rows = [np.arange(begin, end) for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
         return np.unique(np.concatenate([np.empty(0, np.int64), *rows]))
+
+    def ranges(self, places_N2: np.ndarray) -> np.ndarray:
+        numbers_N, firsts_N = places_N2[:, 0], places_N2[:, 1] * self.capacity
+        if self.reads != "text":
+            return np.stack(
+                [numbers_N, firsts_N, np.minimum(firsts_N + self.capacity, self._tokens[numbers_N])], axis=1
+            )
+        found_N3 = np.stack([numbers_N, firsts_N, firsts_N + self.capacity], axis=1)
+        for number in np.unique(numbers_N).tolist():
+            mine, documents = np.flatnonzero(numbers_N == number), self._dataset.offsets(number)[0]
+            # as in `_text_row`: a token of document d has d ends of text before it that are not counted
+            text = documents - np.arange(documents.size)
+            last_N = np.minimum(found_N3[mine, 2], text[-1]) - 1
+            found_N3[mine, 1] += np.searchsorted(text, found_N3[mine, 1], side="right") - 1
+            found_N3[mine, 2] = last_N + np.searchsorted(text, last_N, side="right")
+        return found_N3
 
     def stretches(self, shards: Callable[[int], Shard], places_N2: np.ndarray, into_NW: np.ndarray) -> Stretches:
         """Read rows (shard, row) together into an array of any integers, as many times faster as there are rows; none

@@ -57,6 +57,9 @@ class _Sampler:
         self._packing = Concatenation(context.dataset, self._lengths.read, "text")
         self.count = self._packing.count
 
+    def ranges(self, samples_B3: np.ndarray, places: np.ndarray) -> np.ndarray:
+        return self._packing.ranges(places)
+
     def make(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int) -> SampledRows:
         context, objective, read = self._context, self._context.objective, self._lengths.read
         buffer = RowBuffer.empty(num_rows, read, context.padding_id)
