@@ -10,7 +10,7 @@ from engine.data.replay.files import NamedFile, load, write
 from engine.data.replay.reservoir import united
 from engine.data.shards.tombstones import Tombstones
 from engine.errors import CheckpointError
-from tests.engine.data.replay.test_reservoir import ROWS, admissions, all_rows, content, name_of, new
+from tests.engine.data.replay.made_up import ROWS, admissions, all_rows, content, name_of, new
 
 
 def compacted(folder, reservoir):
