@@ -3,7 +3,8 @@ and after a resume, memory, bytes on disk; and our masking alone.
 
     python -m bench.data --output bench/results/cpu-data-DATE.json
 
-Each loader has a process of its own; they open in turn, then they read in turn, and only ratios within a round are
+`ours with replay` draws one sample in ten from a second data set: `ours_is_faster_by` says what that costs. Each loader
+has a process of its own; they open in turn, then they read in turn, and only ratios within a round are
 compared. Peers that are not installed are left out. `make bench` installs litdata. No version of
 mosaicml-streaming goes with transformers 5 for pip: `pip install --no-deps mosaicml-streaming` and, until it can be
 imported, what it misses (catalogue, python-snappy, cramjam, zstd, clients of clouds, a torchvision of torch's build).

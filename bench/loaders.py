@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ EOS, PADDING, CLASSIFY, SEPARATE, MASK, FIRST_ORDINARY = 0, 1, 2, 3, 4, 5
 VOCAB = 30_000
 BATCH_TOKENS = 32_768
 SEED = 1
+REPLAY_RATIO = Fraction(1, 10)
+"""Share of replayed samples, where ours mixes them in."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +114,31 @@ def write_litdata(folder: Path, num_tokens: int, width: int) -> None:
 def ours(folder: Path, task: Task, skip: int) -> Iterator[Any]:
     """Shards verified by hash, documents apart, masks that are functions of the sample; `skip` steps are passed by the
     state of a restart."""
+    from engine.data.shards.dataset import TokenDataset
+
+    return _ours([TokenDataset(folder)], task, skip)
+
+
+def ours_with_replay(folder: Path, task: Task, skip: int) -> Iterator[Any]:
+    """Ours, where one sample in ten comes from a second data set."""
+    from engine.data.shards.dataset import TokenDataset
+
+    return _ours([TokenDataset(folder), TokenDataset(folder)], task, skip)
+
+
+def _ours(sets: list[Any], task: Task, skip: int) -> Iterator[Any]:
+    from engine.config.rules.tables import REPLAY
     from engine.config.schema.objective import ObjectiveConfig
     from engine.data.loader import Loader
-    from engine.data.shards.dataset import TokenDataset
+    from engine.data.shares import ShareTable
+    from engine.data.source import WeightedDataset
     from engine.data.stream import Stream
 
     objective = ObjectiveConfig(name="masked" if task.model == "bert" else "causal")
-    stream = Stream(TokenDataset(folder), task.length, task.rows, SEED, 16, "document", "concatenate", objective)
+    parts = [WeightedDataset(dataset, name) for dataset, name in zip(sets, ("", REPLAY), strict=False)]
+    table = ShareTable(((0, (1,)),), ((0, REPLAY_RATIO),) if len(sets) > 1 else None)
+    shape = (task.length, task.rows, SEED, 16, "document", "concatenate", objective, table)
+    stream = Stream(parts, *shape)
     if skip:
         fast = stream.clone()
         fast.leave_out(0, (skip - 1) * task.rows)
@@ -267,6 +288,7 @@ class Side:
 
 SIDES = {
     "ours": Side(ours, write_ours, "engine", by_width=False),
+    "ours with replay": Side(ours_with_replay, write_ours, "engine", by_width=False),
     "datasets map": Side(datasets_map, write_arrow, "datasets"),
     "datasets iterable": Side(datasets_iterable, write_arrow, "datasets"),
     "mosaicml-streaming": Side(mosaic, write_mosaic, "streaming"),

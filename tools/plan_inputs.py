@@ -84,6 +84,8 @@ def _folders(config: RunConfig) -> list[Folder]:
         whole, step = run_stage.batches.samples(run_stage.num_steps) * length, run_stage.batches.largest * length
         keys: list[tuple[str, str, int | None]] = [] if data.train is None else [("data.train", data.train, whole)]
         keys += [(f"data.sources {source.name}", source.path, None) for source in data.sources]
+        if (replay := run_stage.replay) is not None and replay.source is not None:
+            keys.append(("replay.source", replay.source, None))
         keys += [(key, location, None) for key, location in _held_out(data.validation)]
         found += [Folder(prefix + key, location, read_tokens, step) for key, location, read_tokens in keys]
     return found

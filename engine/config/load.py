@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import Tag, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -284,7 +284,14 @@ def _walk(location: Sequence[str | int]) -> tuple[list[str], type[Section]]:
                 section, tried = (found[0] if found else section), found if len(found) > 1 else []
                 # Of `str | dict[str, str]` (data.validation) pydantic names the branch that it tried next.
                 skips = not found and len({str, dict} & {get_origin(one) or one for one in get_args(annotation)}) > 1
+                # Of a number or a table (replay.ratio) it names the tag of the one that was meant.
+                tags = [one for inner in get_args(annotation) for one in _metadata(inner) if isinstance(one, Tag)]
+                skips = skips or bool(len(found) == 1 and tags)
     return keys, section
+
+
+def _metadata(annotation: Any) -> tuple[Any, ...]:
+    return getattr(annotation, "__metadata__", ())
 
 
 def _alternatives(keys: list[str]) -> list[type[Section]]:

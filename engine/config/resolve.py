@@ -24,6 +24,7 @@ from engine.config.rules.parallel import (
     check_zero,
 )
 from engine.config.rules.stage import check_optimizer, check_ramp, check_run_stages, check_schedule, check_stability
+from engine.config.rules.tables import check_replay, check_weights_table
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.parallel import ParallelConfig
 from engine.config.schema.run import LaunchConfig, RunConfig
@@ -96,6 +97,7 @@ def check(config: RunConfig) -> list[PalimpsestError]:
         check_sequence(f"stages.{index}", stage, config, problems)
         _check_stage(index, stage, config.model, problems)
     check_run_stages(config, problems)
+    check_replay(config, problems)
     return problems
 
 
@@ -171,6 +173,7 @@ def _check_stage(index: int, stage: RunStage, model: ModelConfig, problems: list
             )
         )
     check_mixture(key, stage.data, problems)
+    check_weights_table(key, stage, problems)
     check_objective(key, stage, model, problems)
     # Neither or both; without a length the rules below cannot count steps.
     if (stage.duration.steps is None) == (stage.duration.tokens is None):

@@ -22,12 +22,18 @@ from engine.data.objectives.sampling import Sampler
 from engine.data.shards.damage import Damage, DamagedShard
 from engine.data.shards.dataset import TokenDataset
 
+WEIGHTS = "weights_"
+"""Part of the names of all inputs that weigh targets, and of no other's."""
+
 
 class Rows(Protocol):
-    """A data set and the sampler that makes its rows."""
+    """A data set, the sampler that makes its rows, and their weight in the loss."""
 
     @property
     def dataset(self) -> TokenDataset: ...
+
+    @property
+    def loss_weight(self) -> float: ...
 
     @property
     def sampler(self) -> Sampler: ...
@@ -101,12 +107,13 @@ def make_batches(
 
     All rows are made together, and each batch is a view of them. Raises `DamagedShard` where a shard is damaged.
     """
-    count, total = len(places), num_batches * num_rows
+    total = num_batches * num_rows
     # once for all batches: numpy's cost per call is paid once, and views cost nothing
     made = _made(sources, domains, places, samples, total)
     samples_N3 = _filled(samples, total, -1, np.int64)
     domains_N = _filled(domains, total, 0, np.int32)
-    row_weights_N = _filled(np.ones(count, np.float32), total, 0, np.float32)
+    loss_weights_K = np.array([source.loss_weight for source in sources], np.float32)
+    row_weights_N = _filled(loss_weights_K[domains], total, 0, np.float32)
 
     def batch(rows: slice) -> Batch:
         return Batch(
@@ -152,21 +159,37 @@ def _made(
         _of_one(sources, domain, places[rows[rows < len(places)]], samples[rows[rows < len(places)]], rows.size)
         for domain, rows in zip(present, which, strict=True)
     ]
-    # rows of sources (0, 1, 0): which = (0, 2), (1). The parts side by side are rows 0, 2, 1; argsort puts them back
-    order = np.argsort(np.concatenate(which))
+    # rows of sources (0, 1, 0): which = (0, 2), (1); each part is copied once, to where its rows belong
     return SampledRows(
-        {name: np.concatenate([part.inputs[name] for part in parts])[order] for name in parts[0].inputs},
-        {name: np.concatenate([part.weights[name] for part in parts])[order] for name in parts[0].weights},
-        np.concatenate([part.documents for part in parts])[order],
+        {name: _gathered([part.inputs[name] for part in parts], which, num_rows) for name in parts[0].inputs},
+        {name: _gathered([part.weights[name] for part in parts], which, num_rows) for name in parts[0].weights},
+        _gathered([part.documents for part in parts], which, num_rows),
     )
+
+
+def _gathered(parts: list[np.ndarray], which: list[np.ndarray], num_rows: int) -> np.ndarray:
+    """Return the rows of the parts at their places, (num_rows, ...)."""
+    found = np.empty((num_rows, *parts[0].shape[1:]), np.result_type(*parts))
+    for part, rows in zip(parts, which, strict=True):
+        found[rows] = part
+    return found
 
 
 def _of_one(
     sources: Sequence[Rows], domain: int, places: np.ndarray, samples: np.ndarray, num_rows: int
 ) -> SampledRows:
     try:
-        return sources[domain].sampler.make(samples, places, num_rows)
+        made = sources[domain].sampler.make(samples, places, num_rows)
     except DamagedShard as error:
         # its rows were counted when its window began, so they keep their addresses
         error.damage = Damage(domain, error.number, counted=True)
         raise
+    weight = np.float32(sources[domain].loss_weight)
+    return made if weight == 1 else _weighted(made, weight)
+
+
+def _weighted(made: SampledRows, weight: np.float32) -> SampledRows:
+    """Return rows whose targets weigh `weight` times as much."""
+    # the denominators, in fp64, take the weight as the targets do: rounded to fp32
+    inputs = {name: array * weight if WEIGHTS in name else array for name, array in made.inputs.items()}
+    return SampledRows(inputs, {name: own * float(weight) for name, own in made.weights.items()}, made.documents)

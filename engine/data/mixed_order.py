@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.data.order.mixing import Mixing
+from engine.data.order.mixing import Mixture
 from engine.data.order.sample_order import SampleId
 from engine.data.source import Source
 from engine.errors import DataError
@@ -60,7 +60,7 @@ class MixedOrder:
     """The samples of a run, one position after the other, without those that it leaves out or has lost."""
 
     sources: tuple[Source, ...]
-    mixing: Mixing
+    mixing: Mixture
     left_out: tuple[Interval, ...] = ()
     """Samples that are passed over, by position: disjoint, in order."""
 

@@ -28,10 +28,17 @@ class WeightedDataset:
     name: str = ""
     """Empty where it is the only one."""
     weight: int = 1
+    loss_weight: float = 1.0
+    """Weight of its targets in the loss."""
     epochs: float | None = None
     """It ends after so many passes; None: never."""
     max_samples: int | None = None
     """It ends after so many samples; None: never."""
+
+    @property
+    def label(self) -> str:
+        """Name in metrics. The one data set of `data.train` has none; where others are mixed in, it is `new`."""
+        return self.name or "new"
 
 
 class Source:
@@ -48,6 +55,7 @@ class Source:
         """Open a source; `order` is given a function that counts rows. `lost` may hold damages of other sources."""
         mine = [damage for damage in lost if damage.source == number]
         self.number, self.part, self.dataset, self.sampler = number, part, part.dataset, sampler
+        self.loss_weight = part.loss_weight
         self.lost = np.array(sorted(damage.shard for damage in mine), np.int64)
         self._uncounted = np.array([damage.shard for damage in mine if not damage.counted], np.int64)
         # last: the order counts rows through this source, which leaves out what is lost

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 
 from engine.config.rules.data import whole_parts
+from engine.config.rules.tables import REPLAY, replay_ratios, whole_row
 from engine.config.schema.data import DataConfig
 from engine.config.schema.stage import RunStage
 from engine.data.shards.cache import ShardCache
@@ -14,12 +16,18 @@ from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.index import FILE
 from engine.data.shards.remote import RemoteFolder, is_remote
 from engine.data.shards.tombstones import NO_TOMBSTONES, Tombstones
+from engine.data.shares import ShareTable
 from engine.data.source import WeightedDataset
 from engine.data.stream import Stream
 from engine.data.validation import ValidationSet
 from engine.errors import DataError
+from engine.logs import logger
 
+_log = logger(__name__)
 PURPOSE_RUN_STAGE = int.from_bytes(b"run stage")
+MANY_EPOCHS, MOST_EPOCHS = 4, 40
+"""Epochs over replayed data beyond which a run stage warns, and is refused: up to 4 repeated data is worth nearly as
+much as new, at 40 nothing more is learned (Muennighoff et al. 2023, "Scaling Data-Constrained Language Models")."""
 PARTS = ("train", "validation")
 """Folders that `palimpsest prepare` writes."""
 
@@ -39,24 +47,36 @@ def run_stage_seed(seed: int, number: int) -> int:
 def open_parts(
     run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int, tombstones: Tombstones = NO_TOMBSTONES
 ) -> list[WeightedDataset]:
-    """Open the training data of a run stage, with weights; `tombstones` are those of the run folder.
+    """Open the training data of a run stage, with weights; what it replays is the last.
+
+    `tombstones` are those of the run folder.
 
     Raises:
         DataError: missing, damaged, written with another tokenizer, or of more tokens than `vocab_size`.
     """
+    data, replay = run_stage.data, run_stage.replay
+    folders = [source.path for source in data.sources] if data.train is None else [data.train]
+    sets = [_open(data, folder, tokenizer_hash, vocab_size, tombstones) for folder in folders]
+    replayed: list[WeightedDataset] = []
+    if replay is not None:
+        assert replay.source is not None, "resolve() lets no replay without a source pass"
+        opened = _open(data, replay.source, tokenizer_hash, vocab_size, tombstones)
+        replayed = [WeightedDataset(opened, REPLAY, loss_weight=replay.loss_weight)]
+    every = [*sets, *(part.dataset for part in replayed)]
+    _refuse_other_tokens(every)
+    _refuse_small_cache(data, every)
+    return [*([WeightedDataset(sets[0])] if data.train is not None else _mixed(run_stage, sets)), *replayed]
+
+
+def _mixed(run_stage: RunStage, sets: list[TokenDataset]) -> list[WeightedDataset]:
+    """Return the opened sources of a mixture with their weights and limits."""
     data, length = run_stage.data, run_stage.sequence_length
-    if data.train is not None:
-        dataset = _open(data, data.train, tokenizer_hash, vocab_size, tombstones)
-        _refuse_small_cache(data, [dataset])
-        return [WeightedDataset(dataset)]
-    sets = [_open(data, source.path, tokenizer_hash, vocab_size, tombstones) for source in data.sources]
-    _refuse_other_tokens(sets)
-    _refuse_small_cache(data, sets)
     return [
         WeightedDataset(
             dataset,
             source.name,
             weight,
+            source.loss_weight,
             source.epochs,
             # whole rows, but one at least
             None if source.max_tokens is None else max(1, source.max_tokens // length),
@@ -108,6 +128,7 @@ def stage_stream(run_stage: RunStage, parts: list[WeightedDataset], seed: int) -
         data.attention,
         data.packing,
         run_stage.objective,
+        share_table(run_stage, parts),
     )
     wanted = run_stage.batches.samples(run_stage.num_steps)
     if stream.num_samples is not None and stream.num_samples < wanted:
@@ -116,7 +137,41 @@ def stage_stream(run_stage: RunStage, parts: list[WeightedDataset], seed: int) -
             f"{wanted:,} samples or more",
             "raise data.sources.*.epochs or max_tokens, or shorten the stage",
         )
+    if run_stage.replay is not None:
+        _check_replayed(run_stage, stream)
     return stream
+
+
+def share_table(run_stage: RunStage, parts: list[WeightedDataset]) -> ShareTable:
+    """Return the shares of the sources of a run stage over its steps."""
+    ratios, data = replay_ratios(run_stage), run_stage.data
+    new = parts if ratios is None else parts[:-1]
+    weights = ((0, tuple(part.weight for part in new)),)
+    if data.weights_table is not None:
+        names = [part.name for part in new]
+        weights = tuple((run_stage.first_step(row), whole_row(row, names)) for row in data.weights_table)
+    return ShareTable(weights, ratios)
+
+
+def _check_replayed(run_stage: RunStage, stream: Stream) -> None:
+    """Raise `DataError` where the replayed data does not serve the ratio, and warn where it is read often."""
+    batches, source = run_stage.batches, stream.parts[-1].dataset.location
+    replayed, rows = stream.mix(batches.samples(run_stage.num_steps))[-1], stream.replay_rows
+    # of the steps at which a ratio or a size begins, the one that replays most; one sample more for what is rounded
+    steps = {*(first for first, _ in stream.shares.ratios or ()), *batches.first_steps}
+    shares = ((stream.shares.ratio(step), batches.size(step)) for step in steps if step < run_stage.num_steps)
+    largest = max(math.ceil(ratio * size) for ratio, size in shares)
+    epochs = replayed / rows
+    told = f"stage {run_stage.name} replays {replayed:,} samples of {rows:,} in {source}: {epochs:.1f} epochs"
+    if largest > rows or epochs > MOST_EPOCHS:
+        step = f", and up to {largest:,} in one step" if largest > rows else ""
+        raise DataError(
+            f"{told}{step}",
+            f"at most {MOST_EPOCHS} epochs, and no row twice in a step",
+            "lower replay.ratio, shorten the stage, or replay from more data",
+        )
+    if epochs > MANY_EPOCHS:
+        _log.warning("%s; beyond %d epochs repetition serves less and less", told, MANY_EPOCHS)
 
 
 def _open(
@@ -164,6 +219,9 @@ def _refuse_other_tokens(sets: list[TokenDataset]) -> None:
 
 
 def _weights(data: DataConfig, sets: list[TokenDataset]) -> tuple[int, ...]:
+    """Return the weights of the sources, where a table changes them the first ones."""
+    if data.weights_table is not None:
+        return whole_row(data.weights_table[0], [source.name for source in data.sources])
     given = [source.weight for source in data.sources if source.weight is not None]
     if given:
         return whole_parts(given)  # resolve() has checked them

@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from operator import or_
 from typing import Any, NamedTuple
 
@@ -26,12 +26,12 @@ from engine.config.schema.data import Attention, PackingName
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.mixed_order import Cursor, Interval, MixedOrder, Samples, merged
 from engine.data.objectives.sampling import make_sampler
-from engine.data.order.mixing import Mixing
 from engine.data.order.sample_order import START, VERSION, CountRows, Order, SampleId, SampleOrder
 from engine.data.shards.damage import Damage
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.tombstones import FILE as TOMBSTONES_FILE
 from engine.data.shards.tombstones import Tombstones
+from engine.data.shares import Shares, ShareTable
 from engine.data.source import Source, WeightedDataset, source_seed
 from engine.errors import DataError
 from engine.logs import logger
@@ -51,8 +51,7 @@ class Progress(NamedTuple):
     cursor: Cursor
     samples: int
     passed_over: tuple[int, ...]
-    """Samples of each source at positions that are not left out which were not trained on: those of lost shards; less
-    those that were trained on before their positions were left out."""
+    """Samples of each source that were passed and not trained on: those left out, and those of lost shards."""
 
 
 class Step(NamedTuple):
@@ -76,8 +75,9 @@ class Stream:
         attention: Attention,
         packing: PackingName = "concatenate",
         objective: ObjectiveConfig | None = None,
+        table: ShareTable | None = None,
     ) -> None:
-        """Open the stream at its beginning.
+        """Open the stream at its beginning; the shares of the sources are those of `table`, or their constant weights.
 
         Raises:
             DataError: a data set holds not one sample, or lacks what the objective needs.
@@ -94,8 +94,9 @@ class Stream:
             source.refuse_empty()
         # `limit` of a source with `epochs` counts the rows of all its shards; best fit then reads all document offsets
         # here
-        mixing = Mixing([part.weight for part in self.parts], [source.limit() for source in sources])
-        self._order = MixedOrder(sources, mixing)
+        table = table or ShareTable(((0, tuple(part.weight for part in self.parts)),))
+        self._shares = Shares.from_start(table, [source.limit() for source in sources], self.batches)
+        self._order = MixedOrder(sources, self._shares.mixture)
         self._progress = Progress(Cursor(0, (START,) * len(self.parts)), 0, (0,) * len(self.parts))
         self._lost: tuple[Damage, ...] = ()
 
@@ -157,19 +158,30 @@ class Stream:
         """Return the samples passed so far by source; empty where there is but one."""
         if len(self.parts) == 1:
             return {}
-        return {part.name: count for part, count in zip(self.parts, self.mix(self.position), strict=True)}
+        return {part.label: count for part, count in zip(self.parts, self.mix(self.position), strict=True)}
 
     def trained(self) -> dict[str, int]:
         """Return the samples trained on so far by source: those passed but for those left out or lost. Empty where
         there is but one source."""
         if len(self.parts) == 1:
             return {}
-        counts_K = self._offered(0, self.position) - np.array(self._progress.passed_over)
-        return {part.name: count for part, count in zip(self.parts, counts_K.tolist(), strict=True)}
+        counts = zip(self.parts, self.mix(self.position), self._progress.passed_over, strict=True)
+        return {part.label: passed - passed_over for part, passed, passed_over in counts}
 
     def mix(self, position: int) -> list[int]:
-        """Return the samples of each source before a position (at most `num_samples`)."""
+        """Return the samples of each source before a position: from the one on at which the weights in force began
+        (0, but for a run that has gone on with other weights), and at most `num_samples`."""
         return self._order.mixing.counts(position).tolist()
+
+    @property
+    def shares(self) -> ShareTable:
+        """Shares of the sources over the steps of the run stage."""
+        return self._shares.table
+
+    @cached_property
+    def replay_rows(self) -> int:
+        """Samples of one pass over the replayed data. Where packing decides their number, reads all its offsets."""
+        return self.samples_by_source()[-1]
 
     @property
     def left_out(self) -> tuple[Interval, ...]:
@@ -179,11 +191,7 @@ class Stream:
     def leave_out(self, first: int, end: int) -> None:
         """Skip samples at positions [first, end), as far as they are still to come."""
         # an interval may reach back behind the position: those samples are trained on, and stay counted as such
-        before_K = self._offered(0, self.position)
         self._order = replace(self._order, left_out=merged([*self.left_out, (first, end)]))
-        if len(self.parts) > 1:  # what is trained on already stays counted
-            passed_over = self._offered(0, self.position) - before_K + np.array(self._progress.passed_over)
-            self._progress = self._progress._replace(passed_over=tuple(passed_over.tolist()))
 
     @property
     def lost(self) -> tuple[Damage, ...]:
@@ -272,7 +280,7 @@ class Stream:
             **({"passed_over": list(self._progress.passed_over)} if any(self._progress.passed_over) else {}),
             # likewise no key where nothing is forgotten
             **({"tombstones": [len(found), found.hash]} if len(found := self.tombstones) else {}),
-        } | self._identity()
+        } | {**self._shares.state(self.position), **self._identity()}
 
     def restore(self, state: State) -> None:
         """Go on at a saved state; O(shards) and one window of each source, whatever the position.
@@ -300,12 +308,14 @@ class Stream:
             if len(passed_over) != len(self.parts):
                 raise ValueError(f"passed_over has {len(passed_over)} numbers for {len(self.parts)} sources")
             progress = Progress(Cursor(int(state["position"]), checked), int(state["samples"]), passed_over)
+            # what was drawn stays; another table is in force from here on
+            shares = self._shares.restored(state)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"the saved loader state is damaged: {error}", "the state as saved", "resume from another checkpoint"
             ) from error
-        self._lost, self._order = lost, replace(self._order, sources=sources, left_out=left_out)
-        self._progress = progress
+        self._lost, self._shares, self._progress = lost, shares, progress
+        self._order = MixedOrder(sources, shares.mixture, left_out)
         if changed:
             _log.warning("changed since this run was started: %s", changed)
 
@@ -316,23 +326,13 @@ class Stream:
         other._order = replace(self._order, sources=self._open_sources(self._lost))
         return other
 
-    def _offered(self, first: int, end: int) -> np.ndarray:
-        """Return the samples of each source at the positions [first, end) that are not left out, (K,) int64."""
-        counts = self._order.mixing.counts
-        counts_K = counts(end) - counts(first)
-        # counts of [first, end) less those of its intersection with each left-out interval
-        for left, right in self.left_out:
-            if max(left, first) < min(right, end):
-                counts_K = counts_K - counts(min(right, end)) + counts(max(left, first))
-        return counts_K
-
     def _passed_over(self, before: Progress, samples: Samples, after: Cursor) -> tuple[int, ...]:
         """Return `Progress.passed_over` after the samples that were taken between two positions."""
-        if not self._lost or len(self.parts) == 1:
+        if len(self.parts) == 1 or not (self._lost or self.left_out):
             return before.passed_over
-        # positions passed less samples taken: what lay in lost shards, (K,)
-        taken_K = np.bincount(samples.sources_N, minlength=len(self.parts))
-        passed_K = self._offered(before.cursor.position, after.position) - taken_K
+        # positions passed less samples taken, (K,)
+        counts, taken_K = self._order.mixing.counts, np.bincount(samples.sources_N, minlength=len(self.parts))
+        passed_K = counts(after.position) - counts(before.cursor.position) - taken_K
         return tuple((np.array(before.passed_over) + passed_K).tolist())
 
     def _next(self, count: int) -> Samples:
@@ -363,10 +363,10 @@ class Stream:
             "objective": f"{self.objective.name} {_short_hash(self.objective.model_dump())}",
         }
         if len(self.parts) > 1:
-            shares = [[part.name, part.weight, part.epochs, part.max_samples] for part in self.parts]
-            identity["mixture"] = _short_hash(shares)
-            # six digits of each suffice to name the source that changed; `fingerprint` covers all of them in full
-            identity["sources"] = " ".join(part.dataset.fingerprint[:6] for part in self.parts)
+            # without the weights, which may change from a resume on
+            identity["mixture"] = _short_hash([[part.name, part.epochs, part.max_samples] for part in self.parts])
+            # five digits of each suffice to name the source that changed; `fingerprint` covers all of them in full
+            identity["sources"] = " ".join(part.dataset.fingerprint[:5] for part in self.parts)
         return identity
 
     def _changed_tombstones(self, state: State) -> str:

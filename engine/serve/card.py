@@ -20,6 +20,7 @@ from engine.checkpoint.folder import CHECKPOINTS
 from engine.checkpoint.interchange.older_readers import OLDEST
 from engine.checkpoint.load import read_state
 from engine.checkpoint.manifest import CheckpointState
+from engine.config.rules.tables import REPLAY
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
 from engine.errors import ConfigError
@@ -102,18 +103,26 @@ def _data(trained: Trained, run: RunConfig, state: CheckpointState) -> str:
     """Return tokens and fingerprints of each source, in the run stage of the checkpoint, as a table."""
     loader = state.sections.get("loader", {})
     stage = _stage_of(run, trained.step)
-    if stage.data.train is not None:
+    folders = _folders(stage)
+    if len(folders) == 1 and stage.data.train is not None:
         rows = [("train", stage.data.train, f"{trained.tokens:,}", loader.get("fingerprint", "not recorded"))]
     else:
         seen, prints = _tokens_by_source(trained, stage), str(loader.get("sources", "")).split()
         # A checkpoint may lack the fingerprints of its sources.
-        prints += ["not recorded"] * (len(stage.data.sources) - len(prints))
+        prints += ["not recorded"] * (len(folders) - len(prints))
         rows = [
-            (source.name, source.path, seen.get(source.name, "not recorded"), fingerprint)
-            for source, fingerprint in zip(stage.data.sources, prints, strict=True)
+            (name, folder, seen.get(name, "not recorded"), fingerprint)
+            for (name, folder), fingerprint in zip(folders.items(), prints, strict=True)
         ]
         rows.append(("all", "", f"{trained.tokens:,}", loader.get("fingerprint", "not recorded")))
     return _table(("source", "folder", "tokens seen", "fingerprint"), redacted(rows))
+
+
+def _folders(stage: RunStage) -> dict[str, str]:
+    """Return the folder or URL of each source of a run stage, by its name in metrics."""
+    data, replay = stage.data, stage.replay
+    found = {source.name: source.path for source in data.sources} if data.train is None else {"new": data.train}
+    return found if replay is None else found | {REPLAY: replay.source or "the run's reservoir"}
 
 
 def _stage_of(run: RunConfig, step: int) -> RunStage:
@@ -128,14 +137,14 @@ def _stage_of(run: RunConfig, step: int) -> RunStage:
 def _tokens_by_source(trained: Trained, stage: RunStage) -> dict[str, str]:
     found: dict[str, str] = {}
     for record in _records(trained):
-        for source in stage.data.sources:
-            samples = record.get(f"{source.name}_samples")
-            if (tokens := record.get(f"tokens/{source.name}")) is not None:
+        for name in _folders(stage):
+            samples = record.get(f"{name}_samples")
+            if (tokens := record.get(f"tokens/{name}")) is not None:
                 # Counts grow: the last record up to the checkpoint's step stands.
-                found[source.name] = f"{tokens:,}"
+                found[name] = f"{tokens:,}"
             # a record without tokens by source: whole rows, padding included
             elif samples is not None:
-                found[source.name] = f"{samples * stage.sequence_length:,}"
+                found[name] = f"{samples * stage.sequence_length:,}"
     return found
 
 

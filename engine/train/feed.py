@@ -70,7 +70,7 @@ class Feed:
         """Validation samples of earlier run stages, as this one reads them; None where there are none."""
         self.later = other_samples(run_stage, others.later, most)
         self.losses = spec.losses
-        self.domains = tuple(part.name for part in training) if len(training) > 1 else ()
+        self.domains = tuple(part.label for part in training) if len(training) > 1 else ()
         """Sources whose losses are told apart; none where there is but one."""
         self._has_head = spec.has_head
         self.inputs = spec.inputs

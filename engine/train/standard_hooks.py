@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from engine.config.rules.tables import REPLAY
 from engine.config.schema.run import RunConfig
+from engine.data.stream import Stream
 from engine.errors import EnvironmentProblem
 from engine.logs import phase
 from engine.parallel.agreement import on_all
@@ -35,11 +37,13 @@ class Recorder(Hook):
         return False
 
     def after_step(self, run: Run) -> Record:
-        """Return the samples and tokens of each source in this run stage, the shards that it does without, and the
-        number of the run stage where there are several."""
+        """Return the samples and tokens of each source in this run stage, its replay, the shards that it does without,
+        and the number of the run stage where there are several."""
         stream, length = run.feed.stream, run.run_stage.sequence_length
         added: Record = {f"{name}_samples": count for name, count in stream.drawn().items()}
         added |= {f"tokens/{name}": count * length for name, count in stream.trained().items()}
+        if stream.shares.ratios is not None:
+            added |= _replayed(stream, run.state.stage_step)
         if len(run.config.stages) > 1:
             added["run_stage"] = run.state.run_stage
         # Absent where nothing is lost: a column of zeros in every record would only be noise.
@@ -62,6 +66,16 @@ class Recorder(Hook):
         if not run.is_main_rank:
             return Metrics([])
         return open_metrics(run.config, run.state.step, run.state.rollbacks)
+
+
+def _replayed(stream: Stream, stage_step: int) -> Record:
+    """Return the samples replayed since the run stage began, the ratio of its last step, and the epochs so far."""
+    replayed = stream.trained()[REPLAY]
+    return {
+        "replay_samples": replayed,
+        "replay_ratio": float(stream.shares.ratio(stage_step - 1)),
+        "replay_epochs": replayed / stream.replay_rows,
+    }
 
 
 class MemoryCheckpoints(Hook):

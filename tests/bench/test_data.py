@@ -47,6 +47,12 @@ def test_ours_resumes_where_steps_lead_and_masks(tmp_path):
     assert resumed.weights["mlm"] > 0.1 * BATCH_TOKENS
 
 
+def test_one_sample_in_ten_is_replayed(tmp_path):
+    write_ours(tmp_path, NUM_TOKENS)
+    batches = list(itertools.islice(SIDES["ours with replay"].read(tmp_path, Task("gpt", 128), 0), 5))
+    assert abs(sum(int(batch.domains_B.sum()) for batch in batches) - 0.1 * 5 * BATCH_TOKENS / 128) < 1
+
+
 def test_masking_is_measured():
     assert set(masking(1)) == {"length 128", "length 512"}
 

@@ -1,8 +1,9 @@
 """Runs of two stages are the same run in every layout, killed in either stage and between them, too.
 
-The second stage has rows of another length, another batch and a schedule of its own. The reference is the run in one
-process. Layouts differ by rounding alone, which over six steps of these models leaves a loss within 2e-6, as derived in
-`parity.py`; the tests of the loop itself, which need no ranks, are tests/engine/train/test_run_stages.py.
+The second stage has rows of another length, another batch and a schedule of its own, and it replays earlier data. The
+reference is the run in one process. Layouts differ by rounding alone, which over six steps of these models leaves a
+loss within 2e-6, as derived in `test_parity`; the tests of the loop itself, which need no ranks, are
+tests/engine/train/test_run_stages.py.
 """
 
 from __future__ import annotations
@@ -26,11 +27,16 @@ from tests.distributed.runs import LENGTH, run_tree, train_rank, write_corpus, w
 BORDER, LAST = 3, 6
 matrix = pytest.mark.matrix
 SECOND: dict[str, dict[str, Any]] = {
-    "gpt2-dropout": {"learning_rate_factors": {"layers.0.*": 0.5, "*.bias": 2.0}},
-    "bert": {"data": {"attention": "row"}},
-    "t5": {"optimizer_state": "reset"},
+    "gpt2-dropout": {
+        "learning_rate_factors": {"layers.0.*": 0.5, "*.bias": 2.0},
+        "replay": {"ratio": [{"from_step": 0, "ratio": 0.5}, {"from_step": 1, "ratio": 0.3}], "loss_weight": 0.5},
+    },
+    "bert": {"data": {"attention": "row"}, "replay": {"ratio": 0.4, "loss_weight": 3}},
+    "t5": {"optimizer_state": "reset", "replay": {"ratio": 0.25}},
 }
 """By model, what the second stage has beside its length and its batch."""
+REPLAYED = {"gpt2-dropout": [2, 3, 4], "bert": [1, 3, 4], "t5": [1, 2, 3]}
+"""By model, the samples replayed after each step of the second stage, of four each."""
 LAYOUTS = (
     ("gpt2-dropout", {"zero_stage": 3, "pipe": 2, "data": 2}),
     pytest.param("gpt2-dropout", {"zero_stage": 1, "tensor": 2, "data": 2}, marks=matrix),
@@ -61,7 +67,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def two_stages(corpora: Path, folder: Path, model: str, parallel: dict[str, Any]) -> dict[str, Any]:
+def two_stages(corpora: Path, folder: Path, model: str, parallel: dict[str, Any], url: bool = False) -> dict[str, Any]:
     shape = MODELS[model] | {"max_positions": LENGTH, "num_layers": 4}
     family = shape.get("family", "gpt")
     tree = run_tree(
@@ -77,6 +83,10 @@ def two_stages(corpora: Path, folder: Path, model: str, parallel: dict[str, Any]
     stage |= {"objective": OBJECTIVES[family], "duration": {"steps": BORDER}}
     other = SECOND[model]
     second = stage | other | {"data": stage["data"] | other.get("data", {}), "name": "second"}
+    old = str(corpora / family / "train")
+    second["replay"] = other["replay"] | {"source": f"file://{old}" if url else old}
+    if url:
+        second["data"] |= {"train": f"file://{old}", "cache": {"folder": str(folder / "cache"), "bytes": 10**7}}
     lengths = (LENGTH, 3 * LENGTH // 4)  # the cut is made for the longer one
     stage["sequence_length"], second["sequence_length"] = reversed(lengths) if family == "bert" else lengths
     second |= {"global_batch_size": 4}
@@ -115,14 +125,24 @@ def test_two_stages_are_the_run_of_one_process(corpora, alone, tmp_path, model, 
     ranks = run_ranks(world_size(parallel), train_rank, tree)
     assert {rank["code"] for rank in ranks} == {EXIT_DONE}
     check_equal(tmp_path / "run", alone(model))
+    replayed = values(tmp_path / "run", "replay_samples")
+    assert [replayed[step] for step in range(BORDER + 1, LAST + 1)] == REPLAYED[model]
+
+
+@matrix
+@pytest.mark.parametrize("model", SECOND)
+def test_data_that_is_streamed_from_a_url_is_the_same_run(corpora, alone, tmp_path, model):
+    parallel = {"zero_stage": 1, "data": 2}
+    run_ranks(2, train_rank, two_stages(corpora, tmp_path / "run", model, parallel, url=True))
+    check_equal(tmp_path / "run", alone(model))
 
 
 def check_equal(folder: Path, expected: Path) -> None:
     assert [*values(folder, "loss")] == list(range(1, LAST + 1))
     assert [*values(folder, "validation_loss")] == [BORDER, LAST]
-    for key in ("loss", "validation_loss"):
+    for key in ("loss", "validation_loss", "loss/replay", "loss/new"):
         assert values(folder, key) == pytest.approx(values(expected, key), rel=0, abs=2e-6), key
-    for key in ("samples", "tokens", "learning_rate", "run_stage"):
+    for key in ("samples", "tokens", "learning_rate", "run_stage", "replay_samples", "replay_ratio", "tokens/replay"):
         assert values(folder, key) == values(expected, key), key
 
 

@@ -79,7 +79,7 @@ def check_mixture(key: str, data: DataConfig, problems: list[PalimpsestError]) -
                 )
             )
     urls = [
-        place for place in (data.train, *data.validation_places, *(source.path for source in sources)) if _is_url(place)
+        place for place in (data.train, *data.validation_places, *(source.path for source in sources)) if is_url(place)
     ]
     if urls and data.cache is None:
         problems.append(
@@ -105,7 +105,8 @@ def _names(data: DataConfig) -> list[tuple[str, str]]:
     return [("sources", source.name) for source in data.sources] + [("validation", item) for item in held_out]
 
 
-def _is_url(place: str | None) -> bool:
+def is_url(place: str | None) -> bool:
+    """Return True for a URL, False for a folder or nothing."""
     return place is not None and "://" in place
 
 

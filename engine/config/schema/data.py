@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Discriminator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Tag
 
 from engine.config.schema.section import KeyKind, Section
 
@@ -16,7 +16,7 @@ PackingName = Literal["concatenate", "best_fit"]
 class DataSource(Section):
     """One data set of a mixture."""
 
-    kinds: ClassVar[dict[str, KeyKind]] = {"path": "execution"}
+    kinds: ClassVar[dict[str, KeyKind]] = {"path": "execution", "weight": "schedule", "loss_weight": "schedule"}
 
     name: str = Field(min_length=1, max_length=64)
     """Name of the source in metrics (`loss/NAME`, `tokens/NAME`). It is part of the seed of the source's order, so
@@ -25,13 +25,60 @@ class DataSource(Section):
     """Folder of token shards that `palimpsest prepare` wrote, or its URL."""
     weight: PositiveFloat | None = None
     """Share of the samples, relative to the other sources' shares. None, for all sources, means in proportion to their
-    tokens."""
+    tokens, or that `weights_table` says it."""
+    loss_weight: PositiveFloat = 1.0
+    """Weight of the source's targets in the loss, whatever the share of its samples."""
     epochs: PositiveFloat | None = None
     """Number of passes after which the source gives no more samples; the others go on in their proportions. None means
     no limit."""
     max_tokens: PositiveInt | None = None
     """Number of tokens (whole samples of `sequence_length`) after which the source gives no more samples. None means no
     limit."""
+
+
+class TableRow(Section):
+    """One row of a table over the run stage: where it begins. It is in force until the next one begins."""
+
+    kind: ClassVar[KeyKind] = "schedule"
+
+    from_step: NonNegativeInt | None = None
+    """Number of finished steps of the run stage from which on the row is in force. None means that `from_tokens` says
+    it."""
+    from_tokens: NonNegativeInt | None = None
+    """Number of consumed tokens of the run stage from which on the row is in force, rounded up to a whole step. None
+    means that `from_step` says it."""
+
+
+class WeightsRow(TableRow):
+    """Weights of the sources from a step of the run stage on."""
+
+    weights: dict[str, NonNegativeFloat]
+    """Weight of each source, by its name; 0 for a source that gives nothing while the row is in force."""
+
+
+class RatioRow(TableRow):
+    """Ratio of replayed samples from a step of the run stage on."""
+
+    ratio: float
+    """Share of replayed samples, 0 or more and less than 1."""
+
+
+class ReplayConfig(Section):
+    """Samples of earlier data that are mixed into a run stage."""
+
+    kinds: ClassVar[dict[str, KeyKind]] = {"ratio": "schedule", "loss_weight": "schedule", "source": "execution"}
+
+    # told apart before they are read, so that an error speaks of the one that was meant
+    ratio: Annotated[
+        Annotated[float, Tag("number")] | Annotated[tuple[RatioRow, ...], Tag("table")],
+        Discriminator(lambda value: "table" if isinstance(value, (list, tuple)) else "number"),
+    ]
+    """Share of replayed samples, 0 or more and less than 1; or a table of shares by step or tokens."""
+    source: str | None = None
+    """Folder of token shards that are replayed, or its URL. None means the run's own reservoir,
+    which is refused where it keeps none."""
+    loss_weight: PositiveFloat = 1.0
+    """Weight of the targets of replayed samples in the loss."""
 
 
 class CacheConfig(Section):
@@ -57,6 +104,8 @@ class DataConfig(Section):
         "validation": "execution",
         "cache": "execution",
         "on_damage": "schedule",
+        "temperature": "schedule",
+        "weights_table": "schedule",
     }
 
     train: str | None = None
@@ -67,6 +116,9 @@ class DataConfig(Section):
     temperature: PositiveFloat = 1.0
     """Temperature of a mixture without weights: each source weighs its tokens to the power of 1 / temperature. 1 is in
     proportion, more is closer to equal shares."""
+    weights_table: tuple[WeightsRow, ...] | None = None
+    """Weights of the sources that change over the run stage, by step or tokens, instead of the weights of `sources`.
+    None means that they do not change."""
     validation: str | dict[str, str] | None = None
     """Folder of held-out token shards, or its URL, or several of them by name; a folder of such folders, as `palimpsest
     prepare` writes one per domain, is that mapping. Metrics have `validation_loss` over all targets, and

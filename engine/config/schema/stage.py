@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from engine.config.batch_ramp import Ramp, make_ramp
-from engine.config.schema.data import DataConfig
+from engine.config.schema.data import DataConfig, ReplayConfig, TableRow
 from engine.config.schema.objective import ObjectiveConfig
 from engine.config.schema.section import KeyKind, Section
 
@@ -79,6 +79,8 @@ class RunStage(Section):
     """Objective: what the model learns to predict; a name alone takes the objective's defaults."""
     data: DataConfig
     """Data: which token shards the run stage reads, and how documents share a row."""
+    replay: ReplayConfig | None = None
+    """Replay of earlier data beside it. None means that nothing is replayed."""
     sequence_length: int = Field(ge=1, le=2**30)
     """Number of tokens per sample that the model sees (span corruption: that the encoder sees)."""
     global_batch_size: int = Field(ge=1, le=2**30)
@@ -103,6 +105,10 @@ class RunStage(Section):
             for entry in self.batch_ramp
         ]
         return make_ramp(ends, self.global_batch_size)
+
+    def first_step(self, row: TableRow) -> int:
+        """Return the step of this stage from which on a row of a table is in force."""
+        return row.from_step or self.batches.steps(math.ceil((row.from_tokens or 0) / self.sequence_length))
 
     @property
     def num_steps(self) -> int:

@@ -26,6 +26,7 @@ OTHERS = {
     "stages.*.data.sources.*.path",
     "stages.*.data.validation",
     "stages.*.data.validation.*",
+    "stages.*.replay.source",
 }
 """Keys of paths that may be URLs, and so are text to the schema."""
 

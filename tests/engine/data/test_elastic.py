@@ -171,9 +171,9 @@ def test_a_mixture_whose_data_has_changed_is_refused_and_the_folder_is_named(fol
     with pytest.raises(DataError, match="fingerprint") as caught:
         changed.stream.restore(state)
     assert f"(data set {tmp_path})" in str(caught.value)
-    heavier = Loader(Stream([parts[0], WeightedDataset(sets[1], "b", 2)], 32, 24, 1, 3, "document"))
+    longer = Loader(Stream([parts[0], WeightedDataset(sets[1], "b", epochs=2)], 32, 24, 1, 3, "document"))
     with pytest.raises(DataError, match="mixture = "):
-        heavier.stream.restore(state)
+        longer.stream.restore(state)
 
 
 def test_the_largest_state_is_less_than_a_kibibyte(folders):

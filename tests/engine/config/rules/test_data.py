@@ -58,13 +58,14 @@ def test_held_out_data_is_a_folder_or_folders_by_name_and_free_to_change():
     assert (change.key, change.kind) == ("stages.0.data.validation", "execution")
 
 
-def test_folders_may_move_and_shares_may_not_change():
+def test_folders_may_move_weights_follow_the_schedule_and_limits_may_not_change():
     kinds = {key: kind for key, (kind, _) in flatten(config(sources=[source("b", weight=2, epochs=1.5)])).items()}
     prefix = "stages.0.data.sources.0."
     assert {key.removeprefix(prefix): kind for key, kind in kinds.items() if key.startswith(prefix)} == {
         "name": "meaning",
         "path": "execution",
-        "weight": "meaning",
+        "weight": "schedule",
+        "loss_weight": "schedule",
         "epochs": "meaning",
         "max_tokens": "meaning",
     }

@@ -72,3 +72,54 @@ def test_weights_become_whole_numbers():
     for weights, message in (([1.0, -1.0], "no finite number above 0"), ([1.0, 1e-7], "less than 1/65,536 of the sum")):
         with pytest.raises(ValueError, match=message):
             whole_parts(weights)
+
+
+def exact_shares(table: list[tuple[int, list[int]]], length: int) -> np.ndarray:
+    """(length + 1, K): exact share of each source before each position."""
+    shares = np.zeros((length, len(table[0][1])))
+    for (first, parts), end in zip(table, [*(row[0] for row in table[1:]), length], strict=True):
+        shares[first:end] = np.array(parts) / sum(parts)
+    return np.vstack([np.zeros(shares.shape[1]), np.cumsum(shares, axis=0)])
+
+
+def test_weights_that_change_leave_every_prefix_within_a_sample_of_the_sum_of_the_shares():
+    generator = random.Random(3)
+    for _ in range(250):
+        num_sources, table, position = generator.randint(1, 7), [], 0
+        for _ in range(generator.randint(2, 6)):
+            least, most = generator.choice([(0, 4), (1, 9), (1, 60)])
+            parts = [generator.randint(least, most) for _ in range(num_sources)]
+            table.append((position, parts if any(parts) else [1] * num_sources))
+            position += generator.choice([1, 2, 5, 17, 100, 700])
+        mixing, length = Mixing(table[0][1], [None] * num_sources, table[1:]), position + 150
+        sources = mixing.of(0, length)
+        counts = np.vstack([np.zeros(num_sources), np.cumsum(sources[:, None] == np.arange(num_sources), axis=0)])
+        assert np.abs(counts - exact_shares(table, length)).max() < 1 - 1e-9, table
+        for position in generator.sample(range(length), 5):
+            assert np.array_equal(mixing.counts(position), counts[position])
+            assert np.array_equal(mixing.of(position, 20)[: length - position], sources[position : position + 20])
+
+
+def test_before_the_first_change_and_at_any_distance_a_table_is_the_plain_mixture():
+    table = [(10**9, (1, 1, 3)), (10**12 + 7, (0, 2, 1))]
+    mixing, plain = Mixing((5, 3, 1), [None] * 3, table), Mixing((5, 3, 1), [None] * 3)
+    assert np.array_equal(mixing.of(0, 5000), plain.of(0, 5000))
+    far = 10**13
+    exact = 10**9 * np.array([5, 3, 1]) / 9 + (10**12 + 7 - 10**9) * np.array([1, 1, 3]) / 5
+    exact += (far - 10**12 - 7) * np.array([0, 2, 1]) / 3
+    assert mixing.counts(far).sum() == far
+    assert np.abs(mixing.counts(far) - exact).max() < 1.01
+    assert 0 not in mixing.of(far, 500)
+
+
+def test_a_mixture_that_begins_anew_knows_what_was_given_and_moves_nothing_of_it():
+    first = Mixing((3, 2, 1), [30, None, 40])
+    counts = first.counts(100)
+    second = Mixing((1, 1, 8), [30, None, 40], start=100, counts=counts.tolist())
+    assert np.array_equal(second.counts(100), counts)
+    sources = second.of(100, 200)
+    assert np.array_equal(second.counts(300), counts + np.bincount(sources, minlength=3))
+    assert (second.counts(300)[[0, 2]] == [30, 40]).all(), "limits count what was given before"
+    dry = int(np.flatnonzero(sources == 2)[-1])
+    behind = np.cumsum(sources[:dry] == 2)
+    assert np.abs(behind - np.arange(1, dry + 1) * 8 / 9).max() < 1, "of 1 : 8, since the first is at its limit"
