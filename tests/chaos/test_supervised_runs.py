@@ -44,8 +44,8 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-def tree(corpus: Path, folder: Path, **changes: Any) -> dict[str, Any]:
-    stage = run_tree(corpus, folder)["stages"][0] | {"global_batch_size": BATCH, "duration": {"steps": NUM_STEPS}}
+def tree(corpus: Path, folder: Path, num_steps: int = NUM_STEPS, **changes: Any) -> dict[str, Any]:
+    stage = run_tree(corpus, folder)["stages"][0] | {"global_batch_size": BATCH, "duration": {"steps": num_steps}}
     ordinary = run_tree(
         corpus,
         folder,
@@ -94,13 +94,13 @@ def said(stderr: str) -> list[str]:
     return re.findall(r"^palimpsest launch: (.*)$", stderr, re.MULTILINE)
 
 
-def check(corpus: Path, folder: Path, ranks: int, expected: list[str], *faults: dict[str, Any]) -> None:
+def check(corpus: Path, folder: Path, ranks: int, num_steps: int, expected: list[str], *faults: dict[str, Any]) -> None:
     """Hit a run by these faults in turn: each is told, and the numbers are those of the run nobody disturbed.
 
     One of them stops a rank.
     """
     run = folder / "supervised" / "run"
-    code, stderr = launch(corpus, folder / "supervised", ranks, len(faults), *faults, None)
+    code, stderr = launch(corpus, folder / "supervised", ranks, len(faults), *faults, None, num_steps=num_steps)
     assert code == EXIT_DONE, stderr
     found = said(stderr)
     assert len(found) == len(expected), stderr
@@ -112,28 +112,28 @@ def check(corpus: Path, folder: Path, ranks: int, expected: list[str], *faults: 
     assert "engine/train/trainer.py" in stacks
 
     whole = folder / "undisturbed"
-    run_ranks(2, train_rank, tree(corpus, whole))
+    run_ranks(2, train_rank, tree(corpus, whole, num_steps))
     losses = [[record["loss"] for record in read_metrics(each) if "loss" in record] for each in (run, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=0, abs=1e-5)
-    assert [record["step"] for record in read_metrics(run) if "loss" in record] == list(range(1, NUM_STEPS + 1))
+    assert [record["step"] for record in read_metrics(run) if "loss" in record] == list(range(1, num_steps + 1))
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Scalars("loss")] == list(range(1, NUM_STEPS + 1))
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, num_steps + 1))
     ended = outcome.read(run)
     assert ended is not None
-    assert (ended.code, ended.attempt, ended.step) == (EXIT_DONE, len(faults), NUM_STEPS)
+    assert (ended.code, ended.attempt, ended.step) == (EXIT_DONE, len(faults), num_steps)
 
 
 @pytest.mark.timeout(900)
 def test_a_run_outlives_a_rank_that_hangs_and_memory_that_is_refused(corpus, tmp_path):
     expected = [
-        r"failed: rank 1 hangs: silent for \d+ s in step 12 \(forward and backward\), its process is stopped "
+        r"failed: rank 1 hangs: silent for \d+ s in step 6 \(forward and backward\), its process is stopped "
         r"\(SIGSTOP\), in stop \(tests/chaos/rank.py:\d+\); rank 0 waits in \w+; all stacks: .*hang-0.txt",
         r"restart 1 of 2 on 1 ranks \(pipe 1 x data 1 .*",
-        r"failed at step 20: rank 0 (first: rank 0 )?is out of memory in step 21: .*",
+        r"failed at step 9: rank 0 (first: rank 0 )?is out of memory in step 10: .*",
         r"restart 2 of 2 on 1 ranks",
     ]
-    check(corpus, tmp_path, 2, expected, fault("stop", 1, 11), fault("memory", 0, 20))
+    check(corpus, tmp_path, 2, 12, expected, fault("stop", 1, 5), fault("memory", 0, 9))
 
 
 @pytest.mark.matrix
@@ -153,7 +153,7 @@ def test_a_run_outlives_every_kind_of_fault(corpus, tmp_path):
         r"restart 5 of 5 on 1 ranks \(pipe 1 x data 1 .*",
     ]
     faults = [fault("kill", 2, 6), fault("fail", 1, 11), fault("memory", 0, 14), fault("disk", 1, 17)]
-    check(corpus, tmp_path, 3, expected, *faults, fault("stop", 1, 30))
+    check(corpus, tmp_path, 3, NUM_STEPS, expected, *faults, fault("stop", 1, 30))
 
 
 @pytest.mark.matrix
