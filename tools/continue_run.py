@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from engine.atomic import replacing
 from engine.errors import ConfigError
 
 if TYPE_CHECKING:  # pydantic and numpy would make --help slow
+    from engine.config.schema.data import DataSource
     from engine.config.schema.run import RunConfig
     from tools.continue_text import NewStage
 
@@ -154,21 +156,45 @@ def _plan(file: RunFile, name: str, data: str, ratio: float, tokens: int | None)
     stage["data"] = found.keys() | {key: written["data"][key] for key in KEPT_OF_DATA if key in written["data"]}
     stage |= {key: written[key] for key in KEPT if key in written}
     if ratio:
-        stage["replay"] = {"ratio": ratio}
+        stage["replay"] = {"ratio": ratio, "source": _replayed(config)}
     step_tokens = last.sequence_length * last.global_batch_size
     # Without a length first, to see what the data holds.
     trial = _checked(tree, stage | {"duration": {"tokens": step_tokens}}, file.path)
     checked = (tokenizer_hash(config.tokenizer), config.model.vocab_size, read_tombstones(config.folder))
     parts = open_parts(trial.stages[-1], *checked)
+    # what is replayed is the last one
+    new_parts = parts[:-1] if ratio else parts
     held_out = open_validation(trial.stages[-1], *checked)
-    num_tokens = sum(part.dataset.index.num_tokens for part in parts)
+    num_tokens = sum(part.dataset.index.num_tokens for part in new_parts)
     length = tokens or max(1, round(num_tokens / (1 - ratio) / step_tokens)) * step_tokens
     choice = choose_schedule(config.optimizer, last, stands.rate, length, step_tokens)
     stage |= {"duration": {"tokens": length}, "schedule": choice.schedule}
     whole = _checked(tree, stage, file.path)
     run_stage = whole.stages[-1]
     stage_stream(run_stage, parts, run_stage_seed(config.seed, len(names)))  # the data serves the objective
-    return NewStage(whole, stage, stands, choice.why, parts, [key for key, _ in held_out or []], ratio)
+    replayed = parts[-1].dataset if ratio else None
+    return NewStage(whole, stage, stands, choice.why, new_parts, [key for key, _ in held_out or []], ratio, replayed)
+
+
+def _replayed(config: RunConfig) -> str:
+    """Return the folder of the run's earlier data, which the new stage replays.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    data = [stage.data for stage in config.stages]
+    places = dict.fromkeys(place for one in data for place in ([one.train] if one.train else _paths(one.sources)))
+    if len(places) > 1:
+        raise ConfigError(
+            f"--ratio: the run's stages have {len(places)} data sets, and a stage replays from one",
+            f"one of {', '.join(places)}",
+            "call this without --ratio, then write `replay: {ratio: R, source: DIR}` into the new stage",
+        )
+    return next(iter(places))
+
+
+def _paths(sources: Iterable[DataSource]) -> list[str]:
+    return [source.path for source in sources]
 
 
 def _checked(tree: dict[str, Any], stage: dict[str, Any], path: Path) -> RunConfig:

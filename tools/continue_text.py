@@ -8,6 +8,7 @@ from typing import Any
 from engine.config.append_stage import block
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
+from engine.data.shards.dataset import TokenDataset
 from engine.data.source import WeightedDataset
 from engine.train.continuation import Standing, course, course_steps, peak_rate
 
@@ -28,8 +29,11 @@ class NewStage:
     why: str
     """Reason for the schedule."""
     parts: list[WeightedDataset]
+    """Sources of the new data."""
     held_out: list[str]
     ratio: float
+    replayed: TokenDataset | None = None
+    """Data that is replayed."""
 
     @property
     def run_stage(self) -> RunStage:
@@ -95,8 +99,9 @@ def _domains(new: NewStage) -> list[str]:
         passes = tokens / max(1, part.dataset.index.num_tokens)
         warned = f"  more than {MOST_EPOCHS}: repeated data teaches less and less" if passes > MOST_EPOCHS else ""
         rows.append((part.name or stage.name, f"{tokens:,.0f}", f"{tokens / total:.1%}", f"{passes:.2f}{warned}"))
-    if new.ratio:
-        rows.append(("replay", f"{total * new.ratio:,.0f}", f"{new.ratio:.1%}", ""))
+    if new.replayed is not None:
+        passes = total * new.ratio / max(1, new.replayed.index.num_tokens)
+        rows.append(("replay", f"{total * new.ratio:,.0f}", f"{new.ratio:.1%}", f"{passes:.2f}"))
     return _aligned(rows)
 
 

@@ -69,6 +69,8 @@ def _open(place: Path) -> tuple[Path, Ledger]:
 
 def _reference(place: Path, ledger: Ledger) -> tuple[str, Ledger]:
     folder, other = _open(place)
+    if folder.resolve() == ledger.config.folder.resolve():
+        raise ConfigError(f"--reference {place} is the run itself", "another run", "name one, or leave it out")
     if not {domain.name for domain in ledger.domains} & {domain.name for domain in other.domains}:
         raise ConfigError(
             f"--reference {place} has none of the run's held-out sets",

@@ -222,5 +222,6 @@ def test_bad_input(run, corpus, tmp_path, capsys):
     fake_run(tree)
     assert "has held-out data" in refused(tmp_path / "run")
     assert "has held-out data" in refused(run, "--reference", tmp_path / "run")
+    assert "is the run itself" in refused(run, "--reference", run)
     (tmp_path / "run" / "metrics.jsonl").write_text("", encoding="utf-8")
     assert "has no records" in refused(tmp_path / "run")
