@@ -43,8 +43,8 @@ def main(
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     shape = make_shape(small)
     shared = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    with tempfile.TemporaryDirectory(dir=folder) as place, tempfile.TemporaryDirectory(dir=shared) as memory:
-        turns = compete(shape, rounds, Path(place), memory)
+    with tempfile.TemporaryDirectory(dir=folder) as target, tempfile.TemporaryDirectory(dir=shared) as memory:
+        turns = compete(shape, rounds, Path(target), memory)
     result = {
         "machine": machine(1),
         "shape": {"model": shape.model.model_dump(mode="json"), "length": shape.length, "rows": shape.rows},
@@ -88,12 +88,12 @@ def compete(shape: Any, rounds: int, folder: Path, memory: str) -> dict[str, lis
         DCP: partial(savers.DcpSide, shape, False),
         DCP_ASYNC: partial(savers.DcpSide, shape, True),
     }
-    places = [folder / str(number) for number in range(len(makers))]
-    for place in places:
-        place.mkdir()
+    targets = [folder / str(number) for number in range(len(makers))]
+    for target in targets:
+        target.mkdir()
     workers = [
-        Worker(name, "forkserver", {}, savers.serve, make, str(place))
-        for (name, make), place in zip(makers.items(), places, strict=True)
+        Worker(name, "forkserver", {}, savers.serve, make, str(target))
+        for (name, make), target in zip(makers.items(), targets, strict=True)
     ]
     turns: dict[str, list[Any]] = {worker.name: [] for worker in workers}
     try:

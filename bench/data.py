@@ -69,9 +69,9 @@ def contest(task: Task, folder: Path, rounds: int, lap_seconds: float, num_token
     sides = {name: side for name, side in SIDES.items() if side.is_installed and task.model in side.models}
     workers, found = {}, {name: {} for name in sides}
     for name in sides:
-        place = prepared(name, task, folder, num_tokens)
-        found[name]["bytes_per_token"] = sum(path.stat().st_size for path in place.rglob("*")) / num_tokens
-        workers[name] = Worker(name, "spawn", {"OMP_NUM_THREADS": "1"}, serve, name, task, place)
+        target = prepared(name, task, folder, num_tokens)
+        found[name]["bytes_per_token"] = sum(path.stat().st_size for path in target.rglob("*")) / num_tokens
+        workers[name] = Worker(name, "spawn", {"OMP_NUM_THREADS": "1"}, serve, name, task, target)
         workers[name].receive(TIMEOUT_SECONDS)
     opened: dict[str, list[Opened]] = {name: [] for name in sides}
     for name in in_turn(list(sides), rounds):
@@ -113,22 +113,22 @@ def first_batch(times: list[Opened], ours: list[Opened], kind: str) -> dict[str,
 def prepared(name: str, task: Task, folder: Path, num_tokens: int) -> Path:
     """The folder with a side's data, written when it is first asked for."""
     side, width = SIDES[name], task.length + (task.model == "gpt")
-    place = folder / (side.write.__name__ + (f"-{width}" if side.by_width else ""))
-    if not place.exists():
-        side.write(place, num_tokens, *((width,) if side.by_width else ()))
-    return place
+    target = folder / (side.write.__name__ + (f"-{width}" if side.by_width else ""))
+    if not target.exists():
+        side.write(target, num_tokens, *((width,) if side.by_width else ()))
+    return target
 
 
-def serve(connection: Connection, name: str, task: Task, place: Path) -> None:
+def serve(connection: Connection, name: str, task: Task, target: Path) -> None:
     """One side in its process: opens in each way as long as it is sent True, then a lap for each number of steps."""
     import torch
 
     torch.set_num_threads(1)
-    read = partial(SIDES[name].read, place, task)
+    read = partial(SIDES[name].read, target, task)
     next(read(0))  # what is imported on the way is not the loader's time
     connection.send("ready")
     while connection.recv():
-        connection.send({kind: opening(read, place, kind) for kind in OPENINGS})
+        connection.send({kind: opening(read, target, kind) for kind in OPENINGS})
     batches = read(0)
     next(batches)
     connection.send(lap(batches, 5) / 5)
@@ -140,11 +140,11 @@ def serve(connection: Connection, name: str, task: Task, place: Path) -> None:
     connection.send({"resident_bytes": peak * 1024})
 
 
-def opening(read: Callable[[int], Iterator[Any]], place: Path, kind: str) -> tuple[float, float]:
+def opening(read: Callable[[int], Iterator[Any]], target: Path, kind: str) -> tuple[float, float]:
     """Wall and CPU seconds until the first batch of a new loader is there."""
     gc.collect()  # no loader before it holds its files
     if kind == "cold":
-        for path in place.rglob("*"):
+        for path in target.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -75,10 +75,10 @@ class Ours:
         self, shape: Shape, zero_stage: int, precision: Precision, seed: int = 0, offload: Offload = "none"
     ) -> None:
         os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1")  # DeepSpeed asks for them
-        place = RankEnvironment()
-        self.shape, self.device = shape, choose_device(place)
+        environment = RankEnvironment()
+        self.shape, self.device = shape, choose_device(environment)
         self.config = run_config(shape, zero_stage, precision, seed, offload)
-        connect(place, self.device)
+        connect(environment, self.device)
         zero.start(self.device)
         self.groups = join_groups(self.config, resolve(self.config, 1), 0)
         self.pipeline = build_pipeline(

@@ -18,8 +18,8 @@ def join(folder: str, global_rank: int, world_size: int) -> tuple[RankEnvironmen
     torch.set_num_threads(1)
     # DeepSpeed asks for them; set here, for a child of the fork server has the server's environment
     os.environ.update(LOCAL_RANK=str(global_rank), RANK=str(global_rank), WORLD_SIZE=str(world_size))
-    place, device = RankEnvironment(global_rank, world_size, global_rank), torch.device("cpu")
+    environment, device = RankEnvironment(global_rank, world_size, global_rank), torch.device("cpu")
     store = dist.FileStore(str(Path(folder) / "store"), world_size)  # pyright: ignore[reportPrivateImportUsage]
-    connect(place, device, store)
+    connect(environment, device, store)
     zero.start(device)
-    return place, device
+    return environment, device

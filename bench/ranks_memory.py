@@ -53,9 +53,9 @@ class Measured:
 
 def rank(connection: Connection, config: RunConfig, folder: str, global_rank: int, world_size: int) -> None:
     """Trains and sends a `Measured`."""
-    place, device = join(folder, global_rank, world_size)
+    environment, device = join(folder, global_rank, world_size)
     before = resident("VmRSS")
-    (states, peak, end), _ = hooked(partial(train, config, place, device))
+    (states, peak, end), _ = hooked(partial(train, config, environment, device))
     connection.send(Measured(states, peak, end, resident("VmHWM"), before))
 
 
@@ -74,9 +74,9 @@ def hooked(work: Callable[[], T]) -> tuple[tuple[int, int, int], T]:
     return running_sums(size for _, size in sorted(events, key=lambda event: event[0])), made
 
 
-def train(config: RunConfig, place: RankEnvironment, device: torch.device) -> None:
+def train(config: RunConfig, environment: RankEnvironment, device: torch.device) -> None:
     """Builds the engine, marks that it stands, and trains on random rows."""
-    groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
+    groups = join_groups(config, resolve(config, environment.world_size), environment.global_rank)
     pipeline = build_pipeline(config, stage_spec(config, config.stages[0], groups), groups, device)
     with record_function(BUILT):
         pass

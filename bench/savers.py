@@ -58,26 +58,26 @@ def serve(connection: Connection, make: Callable[..., Side], folder: str, *argum
     torch.set_num_threads(1)
     side, number = make(*arguments), 0
     side.step()  # optimizer state exists from here on
-    place = Path(folder) / "warm-up"  # buffers are taken and pages touched, on every side alike
-    side.save(place)
+    target = Path(folder) / "warm-up"  # buffers are taken and pages touched, on every side alike
+    side.save(target)
     while not side.is_saved():
         side.step()
-    shutil.rmtree(place, ignore_errors=True)
+    shutil.rmtree(target, ignore_errors=True)
     connection.send("ready")
     while True:
         connection.recv()
         number += 1
-        place = Path(folder) / str(number)
-        connection.send(turn(side, place))
-        shutil.rmtree(place, ignore_errors=True)
+        target = Path(folder) / str(number)
+        connection.send(turn(side, target))
+        shutil.rmtree(target, ignore_errors=True)
 
 
-def turn(side: Side, place: Path) -> Turn:
+def turn(side: Side, target: Path) -> Turn:
     """Ordinary steps, a save, and the steps after it until the checkpoint stands."""
     ordinary = [timed(side.step) for _ in range(ORDINARY_STEPS)]
     side.held = 0.0
     called, after = time.perf_counter(), []
-    stall = timed(lambda: side.save(place))
+    stall = timed(lambda: side.save(target))
     while not side.is_saved():
         after.append(timed(side.step))
     stall += side.held

@@ -86,43 +86,44 @@ def is_supervised(environ: Environ) -> bool:
     return bool(environ.get(LAUNCHER))
 
 
-def run_folder(path: Path, place: RankEnvironment, environ: Environ) -> RunFolder:
+def run_folder(path: Path, environment: RankEnvironment, environ: Environ) -> RunFolder:
     """Return the run folder as this rank sees it; not taken yet."""
-    meeting = f"{place.master_addr}:{place.master_port}"
-    mark = "" if is_supervised(environ) else f"step {place.step or 'none'}, {meeting}"
-    one_parent = mark and place.launcher in ("torchrun", "deepspeed")  # both start the ranks of a node from one process
+    meeting = f"{environment.master_addr}:{environment.master_port}"
+    mark = "" if is_supervised(environ) else f"step {environment.step or 'none'}, {meeting}"
+    # both start the ranks of a node from one process
+    one_parent = mark and environment.launcher in ("torchrun", "deepspeed")
     beats = Path(environ.get(heartbeat.VARIABLE) or "/nowhere")
     return RunFolder(
         path,
-        Start(place.job, place.attempt, mark),
+        Start(environment.job, environment.attempt, mark),
         parent=os.getppid() if one_parent else None,
         aside=beats if is_supervised(environ) and beats.is_dir() else None,
     )
 
 
-def export(place: RankEnvironment, environ: MutableMapping[str, str]) -> None:
+def export(environment: RankEnvironment, environ: MutableMapping[str, str]) -> None:
     """Write the variables that torch and DeepSpeed read, whichever launcher started the ranks."""
     environ.update(
-        RANK=str(place.global_rank),
-        WORLD_SIZE=str(place.world_size),
-        LOCAL_RANK=str(place.local_rank),
-        LOCAL_WORLD_SIZE=str(place.local_world_size),
-        MASTER_ADDR=place.master_addr,
-        MASTER_PORT=str(place.master_port),
+        RANK=str(environment.global_rank),
+        WORLD_SIZE=str(environment.world_size),
+        LOCAL_RANK=str(environment.local_rank),
+        LOCAL_WORLD_SIZE=str(environment.local_world_size),
+        MASTER_ADDR=environment.master_addr,
+        MASTER_PORT=str(environment.master_port),
     )
 
 
 def check_meeting_point(
-    place: RankEnvironment, environ: Environ, resolve: Callable[[str], str] = socket.gethostbyname
+    environment: RankEnvironment, environ: Environ, resolve: Callable[[str], str] = socket.gethostbyname
 ) -> None:
     """Refuse addresses with which ranks on several nodes would wait for each other in silence.
 
     Raises:
         EnvironmentProblem: rank 0's host, or this host's own name, resolves to loopback or to nothing.
     """
-    if place.num_nodes == 1:
+    if environment.num_nodes == 1:
         return
-    names = {"MASTER_ADDR": place.master_addr}
+    names = {"MASTER_ADDR": environment.master_addr}
     # Gloo binds to the address of the host's own name unless it is given an interface; Debian gives it 127.0.1.1.
     if not environ.get("GLOO_SOCKET_IFNAME"):
         names["this host's name"] = socket.gethostname()
@@ -135,7 +136,7 @@ def check_meeting_point(
             ) from error
         if address.startswith("127."):
             raise EnvironmentProblem(
-                f"{what} = {name} resolves to {address}, where ranks of {place.num_nodes} nodes cannot meet",
+                f"{what} = {name} resolves to {address}, where ranks of {environment.num_nodes} nodes cannot meet",
                 "an address on the network between the nodes",
                 "mend /etc/hosts (Debian writes 127.0.1.1), or set MASTER_ADDR to an IP address and GLOO_SOCKET_IFNAME "
                 "and NCCL_SOCKET_IFNAME to the interface",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # pydantic would make --help slow
 
 
 def main(
-    places: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders or run files, two or more.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders or run files, two or more.")],
     output: Annotated[Path, typer.Option(help="Picture of all losses to write, a PNG file.")] = Path("compare.png"),
     tolerance: Annotated[
         float, typer.Option(min=0.0, help="Largest relative difference of two losses that count as equal.")
@@ -38,7 +38,7 @@ def main(
     from engine.train.run_comparison import compare_runs, draw, open_run, refuse_other_models
 
     # Without repeats, in the order given: the first one is what the others are compared with.
-    folders = list(dict.fromkeys(map(folder_of, places)))
+    folders = list(dict.fromkeys(map(folder_of, paths)))
     if len(folders) < 2:
         raise ConfigError(f"only {folders[0]} to compare", "two run folders or more", "name another run, too")
     _check_output(output)

@@ -47,7 +47,7 @@ BOUNDARY = "──── next document ────"
 
 
 def main(
-    place: Annotated[
+    source: Annotated[
         str, typer.Argument(metavar="DIR_URL_OR_RUN.yaml", help="Shards, what prepare wrote, or a run.")
     ],  # a path would lose a slash of a URL
     overrides: Annotated[
@@ -70,24 +70,24 @@ def main(
     For a run file, show what the run draws from each source: samples, shares and epochs. It takes keys to change, as
     `train` does, and no options.
     """
-    # `place` stays text: a Path would make one slash of a URL's two.
-    folder = Path(expand(place))
-    if not is_remote(place) and folder.is_file():
+    # `source` stays text: a Path would make one slash of a URL's two.
+    folder = Path(expand(source))
+    if not is_remote(source) and folder.is_file():
         from tools.mixture import show_mixture
 
         show_mixture(folder, overrides or [])
         return
     if overrides:
         raise ConfigError(
-            f"{place} is no run file, and {overrides[0]!r} a key to change",
+            f"{source} is no run file, and {overrides[0]!r} a key to change",
             "a folder alone, or a run file and its keys",
             "leave the keys out, or check the path of the run file",
         )
     shown = ObjectiveConfig(name=objective, pairs=pairs, mask_unit=mask_unit)
     with tempfile.TemporaryDirectory(prefix="inspect-data-") as cache:
-        if is_remote(place):
+        if is_remote(source):
             loaded = None if tokenizer is None else load_tokenizer(tokenizer)
-            parts = [(url, open_url(url, Path(cache), loaded)) for url in parts_of_url(place, Path(cache))]
+            parts = [(url, open_url(url, Path(cache), loaded)) for url in parts_of_url(source, Path(cache))]
         else:
             loaded = _tokenizer(folder, tokenizer)
             _print_recipe(folder)
@@ -121,8 +121,8 @@ def _show(
             from engine.data.loader import first_samples
 
             batch = first_samples(dataset, sequence_length, seed, samples, packing, shown)
-            for b, place in enumerate(batch.sources):
-                _print_sample(f"{name} {place}", batch, b, loaded)
+            for b, source in enumerate(batch.sources):
+                _print_sample(f"{name} {source}", batch, b, loaded)
 
 
 def document_lines(dataset: TokenDataset, most: int, tokenizer: TextTokenizer | None) -> Iterator[str]:

@@ -27,7 +27,7 @@ WORDS = {
 
 
 def main(
-    places: Annotated[
+    paths: Annotated[
         list[Path], typer.Argument(metavar="RUN|FOLDER...", help="Run folders, folders of them, or run files.")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print a list with everything of each run as JSON.")] = False,
@@ -41,8 +41,8 @@ def main(
     from engine.train.run_status import read_status, run_folders
 
     # A run file may have a stage that no start has seen yet; a folder has the configuration of the newest start.
-    files = {file.folder: file for file in (load_run(place) for place in places if place.is_file())}
-    folders = dict.fromkeys(folder for place in places for folder in run_folders(folder_of(place)))
+    files = {file.folder: file for file in (load_run(path) for path in paths if path.is_file())}
+    folders = dict.fromkeys(folder for path in paths for folder in run_folders(folder_of(path)))
     found = [read_status(folder, files.get(folder)) for folder in folders]
     if as_json:
         print(json.dumps(redacted([_as_json(status) for status in found]), indent=1))
@@ -52,13 +52,13 @@ def main(
         print(_table(found))
 
 
-def folder_of(place: Path) -> Path:
+def folder_of(path: Path) -> Path:
     """Return `place`, or the run folder that it names if it is a run file."""
-    if not place.is_file():
-        return place
+    if not path.is_file():
+        return path
     from engine.config.load import load_run
 
-    return load_run(place).folder
+    return load_run(path).folder
 
 
 def _as_json(status: RunStatus) -> dict[str, object]:

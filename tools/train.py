@@ -48,61 +48,63 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Keys to change.")] = None,
 ) -> None:
     """Train a model; an existing run folder is resumed from its newest verified checkpoint."""
-    place: RankEnvironment | None = None
+    environment: RankEnvironment | None = None
     try:
-        place = rank_environment(os.environ)
-        logs.configure(place.global_rank, place.world_size)
+        environment = rank_environment(os.environ)
+        logs.configure(environment.global_rank, environment.world_size)
         with StopSignals() as signals:  # from here on: a signal during the imports below must not kill this rank
-            heart = Heartbeat.of(os.environ, place.global_rank)
+            heart = Heartbeat.of(os.environ, environment.global_rank)
             # The supervisor sends signals to ranks that have given a sign of life: handlers first, then the beat.
             heart.beat(0, "start")
-            code = _run(config, [*(overrides or []), *hidden_overrides(os.environ)], place, signals, heart)
+            code = _run(config, [*(overrides or []), *hidden_overrides(os.environ)], environment, signals, heart)
     except PalimpsestError as error:
         # Every rank finds the same mistake; one full report is enough.
-        if place is not None and place.global_rank > 0:
-            print(f"palimpsest train [rank {place.global_rank}]: {error.wrong.splitlines()[0]}", file=sys.stderr)
+        if environment is not None and environment.global_rank > 0:
+            print(f"palimpsest train [rank {environment.global_rank}]: {error.wrong.splitlines()[0]}", file=sys.stderr)
             raise typer.Exit(error.exit_code) from error
         raise
     raise typer.Exit(code)
 
 
-def _run(config: Path, overrides: list[str], place: RankEnvironment, signals: StopSignals, heart: Heartbeat) -> int:
+def _run(
+    config: Path, overrides: list[str], environment: RankEnvironment, signals: StopSignals, heart: Heartbeat
+) -> int:
     """Take the run folder and train; returns the exit code. What goes wrong outside of training is noted there, too."""
     try:
         run = load_run(config, overrides)
     except PalimpsestError as error:
         # A configuration that is refused may still name its folder, where the next reader looks for the outcome.
         if (path := folder_of(config, overrides)) is not None:
-            with run_folder(path, place, os.environ) as folder:
+            with run_folder(path, environment, os.environ) as folder:
                 with contextlib.suppress(EnvironmentProblem):
-                    _enter(folder, place)
-                _note_failure(folder, place, error)
+                    _enter(folder, environment)
+                _note_failure(folder, environment, error)
         raise
-    with run_folder(run.folder, place, os.environ) as folder:
+    with run_folder(run.folder, environment, os.environ) as folder:
         try:
-            _enter(folder, place)
+            _enter(folder, environment)
             # Taken before `_start` judges the build locks in the folder: of a folder that is ours alone, any is stale.
-            return _train(run, _start(run, place), place, signals, heart, folder)
+            return _train(run, _start(run, environment), environment, signals, heart, folder)
         except Exception as error:
-            _note_failure(folder, place, error)
+            _note_failure(folder, environment, error)
             raise
 
 
-def _note_failure(folder: RunFolder, place: RankEnvironment, error: Exception) -> None:
+def _note_failure(folder: RunFolder, environment: RankEnvironment, error: Exception) -> None:
     """Note a failure outside of the training loop, at step 0; the loop has noted its own, with its step."""
     code, words = EXIT_FAILURE, f"{type(error).__name__}: {error}"
     if isinstance(error, PalimpsestError):
         code, words = error.exit_code, str(error)
-        if place.global_rank > 0:
+        if environment.global_rank > 0:
             # Rank 0 tells the whole story, and goes first: launchers end the others as soon as one has ended. The
             # others say enough to be found if they fail alone.
             time.sleep(RANK_0_FIRST_SECONDS)
-    folder.note_failure(Outcome(place.job, place.attempt, code, 0, place.global_rank, words))
+    folder.note_failure(Outcome(environment.job, environment.attempt, code, 0, environment.global_rank, words))
 
 
-def _enter(folder: RunFolder, place: RankEnvironment) -> None:
+def _enter(folder: RunFolder, environment: RankEnvironment) -> None:
     """Take the run folder on rank 0, without what an earlier start said there; the others leave if it is in use."""
-    if place.global_rank > 0:
+    if environment.global_rank > 0:
         folder.refuse_other()
         return
     folder.take()
@@ -110,16 +112,16 @@ def _enter(folder: RunFolder, place: RankEnvironment) -> None:
         folder.clear()
 
 
-def _start(run: RunConfig, place: RankEnvironment) -> Layout:
+def _start(run: RunConfig, environment: RankEnvironment) -> Layout:
     """Return the layout, with the environment made ready for torch."""
-    layout = resolve(run, place.world_size)
-    check_meeting_point(place, os.environ)
+    layout = resolve(run, environment.world_size)
+    check_meeting_point(environment, os.environ)
     with logs.phase("preparing DeepSpeed's extensions"):
-        prepare_extensions(run.folder, os.environ, first=place.global_rank == 0)
-    export(place, os.environ)
+        prepare_extensions(run.folder, os.environ, first=environment.global_rank == 0)
+    export(environment, os.environ)
     if not num_gpus(os.environ):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would guess the same, with a warning per rank
-        if place.global_rank == 0 and run.precision.dtype == "bf16" and not multiplies_bf16():
+        if environment.global_rank == 0 and run.precision.dtype == "bf16" and not multiplies_bf16():
             logs.logger(__name__).warning(
                 "this processor emulates bf16, many times slower than fp32: set precision.dtype=fp32"
             )
@@ -127,12 +129,17 @@ def _start(run: RunConfig, place: RankEnvironment) -> Layout:
 
 
 def _train(
-    run: RunConfig, layout: Layout, place: RankEnvironment, signals: StopSignals, heart: Heartbeat, folder: RunFolder
+    run: RunConfig,
+    layout: Layout,
+    environment: RankEnvironment,
+    signals: StopSignals,
+    heart: Heartbeat,
+    folder: RunFolder,
 ) -> int:
     """Hand over to the trainer, the first import of torch; return the exit code."""
-    if place.global_rank == 0 and (warning := export_warning(run)) is not None:
+    if environment.global_rank == 0 and (warning := export_warning(run)) is not None:
         logs.logger(__name__).warning("%s", warning)
     with logs.phase("importing torch and DeepSpeed"):
         from engine.train.run import train
 
-    return train(run, layout, place, signals, heart, folder)
+    return train(run, layout, environment, signals, heart, folder)

@@ -86,16 +86,16 @@ def _change_at(node: Any, keys: Sequence[str], above: str, change: Callable[[str
     key, *deeper = keys
     if isinstance(node, list) and key == "*":
         # Before validation a node may be anything: what does not have the expected form is left to pydantic.
-        places: list[Any] = list(range(len(node)))
+        names: list[Any] = list(range(len(node)))
     elif isinstance(node, dict):
-        places = [name for name in node if key in ("*", name)]
+        names = [name for name in node if key in ("*", name)]
     else:
         return
-    for place in places:
+    for name in names:
         if deeper:
-            _change_at(node[place], deeper, f"{above}{place}.", change)
-        elif isinstance(node[place], str):
-            node[place] = change(node[place], f"{above}{place}")
+            _change_at(node[name], deeper, f"{above}{name}.", change)
+        elif isinstance(node[name], str):
+            node[name] = change(node[name], f"{above}{name}")
 
 
 def _in_argument(value: Any, name: str) -> Any:

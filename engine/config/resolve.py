@@ -65,11 +65,11 @@ def resolve(config: RunConfig, world_size: int) -> Layout:
 def examine(config: RunConfig, world_size: int) -> tuple[Layout | None, list[PalimpsestError]]:
     """Return the layout on `world_size` ranks (None where none fits) and every rule that stands in its way."""
     problems = check(config)
-    layout, others = place(config, world_size)
+    layout, others = find_layout(config, world_size)
     return layout, problems + others
 
 
-def place(config: RunConfig, world_size: int) -> tuple[Layout | None, list[PalimpsestError]]:
+def find_layout(config: RunConfig, world_size: int) -> tuple[Layout | None, list[PalimpsestError]]:
     """Return the layout on `world_size` ranks (None where none fits) and the broken rules that depend on it."""
     problems: list[PalimpsestError] = []
     layout = _layout(config.parallel, world_size, problems)

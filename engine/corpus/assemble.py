@@ -114,7 +114,7 @@ class ShardTask:
     folder: Path
     number: int
     num_documents: int
-    pieces: list[tuple[np.ndarray, Records]]
+    parts: list[tuple[np.ndarray, Records]]
     """Places in the shard of the documents that each part has of it, and where they lie there."""
     dtype: np.dtype
     with_sentences: bool
@@ -170,8 +170,8 @@ def shard_tasks(
     """Yield the shards of one folder one by one: all together they would name each part file once for each shard."""
     for number, (first, last) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
         # in a generator: the records of a shard are looked up when a worker is free, not before
-        pieces = corpus.locate(order[first:last])
-        yield ShardTask(folder, number, last - first, pieces, corpus.dtype, with_sentences, compression)
+        parts = corpus.locate(order[first:last])
+        yield ShardTask(folder, number, last - first, parts, corpus.dtype, with_sentences, compression)
 
 
 def write(task: ShardTask) -> tuple[Path, int, ShardEntry]:
@@ -182,9 +182,9 @@ def write(task: ShardTask) -> tuple[Path, int, ShardEntry]:
     tokens: list[np.ndarray] = [np.empty(0)] * task.num_documents
     starts: list[np.ndarray] = [np.empty(0)] * task.num_documents
     names = [b""] * task.num_documents
-    for places, records in task.pieces:
-        for place, record in zip(places.tolist(), read(records, task.dtype), strict=True):
-            tokens[place], starts[place], names[place] = record
+    for indices, records in task.parts:
+        for index, record in zip(indices.tolist(), read(records, task.dtype), strict=True):
+            tokens[index], starts[index], names[index] = record
     lengths = np.array([document.size for document in tokens], np.int64)
     firsts = np.cumsum(lengths) - lengths  # first token of each document in the shard
     sentences = None

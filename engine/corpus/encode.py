@@ -47,7 +47,7 @@ class Task:
     options: EncodeOptions
     path: Path
     key: ChunkKey
-    place: int
+    file_number: int
     """Number of the chunk among all, which its result carries, since results come in no order."""
 
 
@@ -55,7 +55,7 @@ class Task:
 class Encoded:
     """Facts about an encoded chunk that is on disk now."""
 
-    place: int
+    file_number: int
     documents: Documents
     bands: np.ndarray
     read_bytes: int
@@ -68,7 +68,7 @@ def encode_to_file(task: Task) -> Encoded:
         save(task.path, part, stored_order(task.key, part.documents.is_validation))
     except OSError as error:
         raise unwritable(task.path.parent, error) from error
-    return Encoded(task.place, part.documents, part.bands, task.chunk.read_bytes)
+    return Encoded(task.file_number, part.documents, part.bands, task.chunk.read_bytes)
 
 
 def encode(chunk: TextChunk, tokenizer: TextTokenizer, options: EncodeOptions) -> EncodedChunk:

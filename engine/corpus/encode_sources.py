@@ -46,7 +46,7 @@ def encode_sources(
     total = sum(source.num_bytes for source in sources)
 
     def count(encoded: Encoded, was_there: bool) -> None:
-        found[encoded.place] = encoded
+        found[encoded.file_number] = encoded
         tokens = int(encoded.documents.lengths.sum())
         tally["documents"] += encoded.documents.lengths.size
         tally["tokens"] += tokens
@@ -66,19 +66,23 @@ def encode_sources(
             for number, chunk in enumerate(
                 read_chunks(shelf, options.text_key, options.blank_line_ends, options.id_key)
             ):
-                place, path = len(named), folder / f"{number:06d}.part"
+                file_number, path = len(named), folder / f"{number:06d}.part"
                 named.append((path, (order, number), shelf[0].domain))
                 # a part that an earlier attempt finished; one that does not verify is encoded again
                 if (part := load(path)) is not None:
-                    count(Encoded(place, *part, chunk.read_bytes), True)
+                    count(Encoded(file_number, *part, chunk.read_bytes), True)
                 else:
                     _tell_long_document(chunk)
-                    yield Task(chunk, tokenizer.folder, tokenizer.hash, how, path, (order, number), place)
+                    yield Task(chunk, tokenizer.folder, tokenizer.hash, how, path, (order, number), file_number)
 
     # `missing` is read as workers become free: no more chunks are in memory than they need
     for encoded in pool.run(encode_to_file, missing()):
         count(encoded, False)
-    return [EncodedFile(*names, found[place].documents, found[place].bands) for place, names in enumerate(named)]
+    encoded_files = (found[number] for number in range(len(named)))
+    return [
+        EncodedFile(*names, encoded.documents, encoded.bands)
+        for names, encoded in zip(named, encoded_files, strict=True)
+    ]
 
 
 def _tell_long_document(chunk: TextChunk) -> None:

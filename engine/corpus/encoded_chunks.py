@@ -27,7 +27,7 @@ from engine.errors import DataError
 _DIGEST_BYTES = 16
 _RECORD_DIGEST_BYTES = 8
 _SENTENCE_DTYPE = np.dtype("<u4")
-_PLACE_BYTES = 8
+_OFFSET_BYTES = 8
 _LARGEST_GAP_BYTES = 1 << 16
 """Records that lie nearer to each other than this are read in one go."""
 
@@ -109,9 +109,9 @@ def save(path: Path, part: EncodedChunk, order: np.ndarray) -> None:
     content = io.BytesIO()
     content.write(bytes(_DIGEST_BYTES))
     _write_records(content, part, order)
-    place = content.tell()
+    offset = content.tell()
     content.write(known.getbuffer())
-    content.write(place.to_bytes(_PLACE_BYTES, "little"))
+    content.write(offset.to_bytes(_OFFSET_BYTES, "little"))
     view = content.getbuffer()
     # last, into the room that was left for it at the front
     view[:_DIGEST_BYTES] = xxhash.xxh3_128_digest(view[_DIGEST_BYTES:])
@@ -122,8 +122,8 @@ def save(path: Path, part: EncodedChunk, order: np.ndarray) -> None:
 def lines_of(path: Path) -> list[str]:
     """Return file and line of each document of a part file that was loaded before."""
     content = path.read_bytes()
-    place = int.from_bytes(content[-_PLACE_BYTES:], "little")
-    with np.load(io.BytesIO(content[place:-_PLACE_BYTES])) as arrays:
+    offset = int.from_bytes(content[-_OFFSET_BYTES:], "little")
+    with np.load(io.BytesIO(content[offset:-_OFFSET_BYTES])) as arrays:
         return json.loads(arrays["lines"].tobytes())
 
 
@@ -137,10 +137,10 @@ def load(path: Path) -> tuple[Documents, np.ndarray] | None:
     except OSError:
         return None
     body = memoryview(content)[_DIGEST_BYTES:]
-    if len(body) < _PLACE_BYTES or xxhash.xxh3_128_digest(body) != content[:_DIGEST_BYTES]:
+    if len(body) < _OFFSET_BYTES or xxhash.xxh3_128_digest(body) != content[:_DIGEST_BYTES]:
         return None
-    place = int.from_bytes(content[-_PLACE_BYTES:], "little")
-    with np.load(io.BytesIO(content[place:-_PLACE_BYTES])) as arrays:
+    offset = int.from_bytes(content[-_OFFSET_BYTES:], "little")
+    with np.load(io.BytesIO(content[offset:-_OFFSET_BYTES])) as arrays:
         # a part of an earlier version is made again, as if it were not there
         if not {field.name for field in fields(Documents)} <= set(arrays.files):
             return None

@@ -88,14 +88,14 @@ def candidates(keys_N: np.ndarray) -> np.ndarray:
     Each with the first that has its key and with the one before it; more would be a number of pairs that grows with
     the square of the documents that share a passage.
     """
-    # keys (7, 5, 7, 7): order (1, 0, 2, 3), firsts at places 0 and 1, buckets (0, 1, 1, 1). Places 2 and 3 hold
+    # keys (7, 5, 7, 7): order (1, 0, 2, 3), firsts at indices 0 and 1, buckets (0, 1, 1, 1). Indices 2 and 3 hold
     # documents 2 and 3: pairs with the first of their bucket (0, 2), (0, 3), and with the one before (0, 2), (2, 3)
     order = np.argsort(keys_N, kind="stable")
     is_first = np.append(True, np.diff(keys_N[order]) != 0)[: order.size]
     bucket = np.cumsum(is_first) - 1
-    places = np.flatnonzero(~is_first)
-    others = (order[np.flatnonzero(is_first)[bucket[places]]], order[places - 1])
-    codes = np.unique(np.concatenate([other * keys_N.size + order[places] for other in others]))
+    indices = np.flatnonzero(~is_first)
+    others = (order[np.flatnonzero(is_first)[bucket[indices]]], order[indices - 1])
+    codes = np.unique(np.concatenate([other * keys_N.size + order[indices] for other in others]))
     return np.stack(np.divmod(codes, max(1, keys_N.size)), axis=1)
 
 

@@ -27,7 +27,7 @@ class Comparison:
 
     numbers_P2: np.ndarray
     """Numbers of the documents among all."""
-    places_P2: np.ndarray
+    indices_P2: np.ndarray
     """Numbers of the documents in `records`, counted from the first record on."""
     records: list[Records]
     dtype: np.dtype
@@ -76,7 +76,7 @@ def compare(task: Comparison) -> tuple[np.ndarray, np.ndarray]:
     """Return the pairs (P, 2), and True for those that reach the threshold (P,). Raises `DataError`: a damaged part."""
     documents = [record.tokens for records in task.records for record in read(records, task.dtype)]
     found = [np.unique(runs(tokens[:-1])) for tokens in documents]  # without the end of text
-    same = [similarity(found[a], found[b]) >= task.threshold for a, b in task.places_P2.tolist()]
+    same = [similarity(found[a], found[b]) >= task.threshold for a, b in task.indices_P2.tolist()]
     return task.numbers_P2, np.array(same, bool)
 
 
@@ -91,9 +91,9 @@ def _batches(
         last = max(first + 1, int(np.searchsorted(ends, before + _TOKENS_AT_ONCE, side="right")))
         numbers = np.unique(pairs[first:last])
         located = locate(numbers)
-        place = np.empty(numbers.size, np.int64)
+        index = np.empty(numbers.size, np.int64)
         # `locate` sorts by part file: index into `numbers` -> index into the records in the order that `compare` reads
-        place[np.concatenate([which for which, _ in located])] = np.arange(numbers.size)
-        places = place[np.searchsorted(numbers, pairs[first:last])]
-        yield Comparison(pairs[first:last], places, [records for _, records in located], dtype, threshold)
+        index[np.concatenate([which for which, _ in located])] = np.arange(numbers.size)
+        indices = index[np.searchsorted(numbers, pairs[first:last])]
+        yield Comparison(pairs[first:last], indices, [records for _, records in located], dtype, threshold)
         first = last

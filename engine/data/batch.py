@@ -98,18 +98,18 @@ def make_batches(
     sources: Sequence[Rows],
     domains: np.ndarray,
     samples: np.ndarray,
-    places: np.ndarray,
+    shard_rows: np.ndarray,
     num_batches: int,
     num_rows: int,
 ) -> list[Batch]:
     """Return micro-batches of `num_rows`, one behind the other, of the samples (rows, 3) of the sources `domains`
-    (rows,), which lie at `places` (rows, 2); what is missing at the end are padding rows.
+    (rows,), whose shards and rows are `shard_rows` (rows, 2); what is missing at the end are padding rows.
 
     All rows are made together, and each batch is a view of them. Raises `DamagedShard` where a shard is damaged.
     """
     total = num_batches * num_rows
     # once for all batches: numpy's cost per call is paid once, and views cost nothing
-    made = _made(sources, domains, places, samples, total)
+    made = _made(sources, domains, shard_rows, samples, total)
     samples_N3 = _filled(samples, total, -1, np.int64)
     domains_N = _filled(domains, total, 0, np.int32)
     loss_weights_K = np.array([source.loss_weight for source in sources], np.float32)
@@ -123,7 +123,7 @@ def make_batches(
             samples_B3=torch.from_numpy(samples_N3[rows]),
             row_weights_B=torch.from_numpy(row_weights_N[rows]),
             domains_B=torch.from_numpy(domains_N[rows]),
-            name_sources=partial(_names, sources, domains[rows], places[rows], num_rows),
+            name_sources=partial(_names, sources, domains[rows], shard_rows[rows], num_rows),
             documents=torch.from_numpy(made.documents[rows]),
         )
 
@@ -137,28 +137,30 @@ def _filled(rows: np.ndarray, num_rows: int, value: int, dtype: type[np.generic]
     return found
 
 
-def _names(sources: Sequence[Rows], domains: np.ndarray, places: np.ndarray, num_rows: int) -> tuple[str, ...]:
+def _names(sources: Sequence[Rows], domains: np.ndarray, shard_rows: np.ndarray, num_rows: int) -> tuple[str, ...]:
     """Return `SHARD:ROW` of each row, empty for a padding row."""
-    rows = zip(domains.tolist(), places.tolist(), strict=True)
+    rows = zip(domains.tolist(), shard_rows.tolist(), strict=True)
     shards = [source.dataset.index.shards for source in sources]
     names = [f"{shards[domain][number].tokens.name}:{row}" for domain, (number, row) in rows]
     return (*names, *[""] * (num_rows - len(names)))
 
 
 def _made(
-    sources: Sequence[Rows], domains: np.ndarray, places: np.ndarray, samples: np.ndarray, num_rows: int
+    sources: Sequence[Rows], domains: np.ndarray, shard_rows: np.ndarray, samples: np.ndarray, num_rows: int
 ) -> SampledRows:
-    """Return the rows as their sources make them, in the order of `places`."""
+    """Return the rows as their sources make them, in the order of `shard_rows`."""
     # without samples, source 0 makes the padding rows
     present = (np.unique(domains).tolist() if len(sources) > 1 else []) or [0]
     if len(present) == 1:
-        return _of_one(sources, present[0], places, samples, num_rows)
+        return _of_one(sources, present[0], shard_rows, samples, num_rows)
     which = [np.flatnonzero(domains == domain) for domain in present]
-    which[-1] = np.append(which[-1], np.arange(len(places), num_rows))  # with the last come those that are filled up
+    num_padding = num_rows - len(shard_rows)
     parts = [
-        _of_one(sources, domain, places[rows[rows < len(places)]], samples[rows[rows < len(places)]], rows.size)
+        # with the last source come the padding rows
+        _of_one(sources, domain, shard_rows[rows], samples[rows], rows.size + (domain == present[-1]) * num_padding)
         for domain, rows in zip(present, which, strict=True)
     ]
+    which[-1] = np.append(which[-1], np.arange(len(shard_rows), num_rows))
     # rows of sources (0, 1, 0): which = (0, 2), (1); each part is copied once, to where its rows belong
     return SampledRows(
         {name: _gathered([part.inputs[name] for part in parts], which, num_rows) for name in parts[0].inputs},
@@ -168,7 +170,7 @@ def _made(
 
 
 def _gathered(parts: list[np.ndarray], which: list[np.ndarray], num_rows: int) -> np.ndarray:
-    """Return the rows of the parts at their places, (num_rows, ...)."""
+    """Return the rows of the parts at their indices, (num_rows, ...)."""
     found = np.empty((num_rows, *parts[0].shape[1:]), np.result_type(*parts))
     for part, rows in zip(parts, which, strict=True):
         found[rows] = part
@@ -176,10 +178,10 @@ def _gathered(parts: list[np.ndarray], which: list[np.ndarray], num_rows: int) -
 
 
 def _of_one(
-    sources: Sequence[Rows], domain: int, places: np.ndarray, samples: np.ndarray, num_rows: int
+    sources: Sequence[Rows], domain: int, shard_rows: np.ndarray, samples: np.ndarray, num_rows: int
 ) -> SampledRows:
     try:
-        made = sources[domain].sampler.make(samples, places, num_rows)
+        made = sources[domain].sampler.make(samples, shard_rows, num_rows)
     except DamagedShard as error:
         # its rows were counted when its window began, so they keep their addresses
         error.damage = Damage(domain, error.number, counted=True)

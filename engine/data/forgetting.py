@@ -127,8 +127,8 @@ def _rows_before(order: SampleOrder, place: SampleId, number: int) -> np.ndarray
         return np.empty(0, np.int64)
     slots = np.arange(place.slot)
     addresses_N3 = np.stack([np.zeros_like(slots), np.full_like(slots, place.window), slots], axis=1)
-    places_N2 = order.places_at(addresses_N3)
-    return places_N2[places_N2[:, 0] == number, 1]
+    shard_rows_N2 = order.shard_rows_at(addresses_N3)
+    return shard_rows_N2[shard_rows_N2[:, 0] == number, 1]
 
 
 @dataclass(frozen=True)

@@ -116,8 +116,8 @@ def _read(stream: Stream, ranks: Ranks, most_steps: int) -> list[ReadStep]:
     # rows are made for some micro-batches at a time: a step of a million tokens would leave the cache between passes
     for group in (rows[first : first + together] for first in range(0, len(rows), together)):
         mine = samples.at(np.concatenate(group))
-        places_N2 = order.places(mine)
-        batches += make_batches(order.sources, *mine, places_N2, len(group), micro_batch_size)
+        shard_rows_N2 = order.shard_rows(mine)
+        batches += make_batches(order.sources, *mine, shard_rows_N2, len(group), micro_batch_size)
     for source in order.sources:
         # batches are copies: from here on the cache may evict these shards
         source.dataset.release()

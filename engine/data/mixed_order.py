@@ -91,15 +91,15 @@ class MixedOrder:
                 found, cursor = self._in_a_row(cursor, count)
                 yield found.at(self._is_kept(found))
 
-    def places(self, samples: Samples) -> np.ndarray:
+    def shard_rows(self, samples: Samples) -> np.ndarray:
         """Return shard and row of the samples, (N, 2) int64; those of a source stand in its order."""
         if len(self.sources) == 1:
-            return self.sources[0].order.places_at(samples.addresses_N3)
-        places_N2 = np.empty((samples.size, 2), np.int64)
+            return self.sources[0].order.shard_rows_at(samples.addresses_N3)
+        shard_rows_N2 = np.empty((samples.size, 2), np.int64)
         for source in self.sources:
             mine = samples.sources_N == source.number
-            places_N2[mine] = source.order.places_at(samples.addresses_N3[mine])
-        return places_N2
+            shard_rows_N2[mine] = source.order.shard_rows_at(samples.addresses_N3[mine])
+        return shard_rows_N2
 
     def _past_left_out(self, cursor: Cursor) -> tuple[Cursor, int | None]:
         """Return the next cursor that is not left out, and the samples until the next one that is (None: no such)."""
@@ -129,23 +129,23 @@ class MixedOrder:
         # sources_N (0, 1, 0): source 0 gives its next two samples to rows 0 and 2, source 1 its next one to row 1
         sources_N = self.mixing.of(cursor.position, count)
         addresses_N3, counts = np.empty((count, 3), np.int64), []
-        for source, place in zip(self.sources, cursor.addresses, strict=True):
+        for source, address in zip(self.sources, cursor.addresses, strict=True):
             mine = np.flatnonzero(sources_N == source.number)
-            addresses_N3[mine] = source.order.addresses(place, mine.size)
+            addresses_N3[mine] = source.order.addresses(address, mine.size)
             counts.append(mine.size)
         return Samples(sources_N, addresses_N3), Cursor(end, self._advanced(cursor.addresses, counts))
 
-    def _advanced(self, places: tuple[SampleId, ...], counts: list[int]) -> tuple[SampleId, ...]:
-        steps = zip(self.sources, places, counts, strict=True)
+    def _advanced(self, addresses: tuple[SampleId, ...], counts: list[int]) -> tuple[SampleId, ...]:
+        steps = zip(self.sources, addresses, counts, strict=True)
         # a source that gave nothing keeps its address: `after` may have to read the offsets of its window
-        return tuple(source.order.after(place, count) if count else place for source, place, count in steps)
+        return tuple(source.order.after(address, count) if count else address for source, address, count in steps)
 
     def _is_kept(self, samples: Samples) -> np.ndarray:
         """Return True for samples that are in no lost shard, (N,) bool."""
-        places_N2, kept_N = self.places(samples), np.empty(samples.size, bool)
+        shard_rows_N2, kept_N = self.shard_rows(samples), np.empty(samples.size, bool)
         for source in self.sources:
             mine = samples.sources_N == source.number
-            kept_N[mine] = source.is_kept(places_N2[mine])
+            kept_N[mine] = source.is_kept(shard_rows_N2[mine])
         return kept_N
 
 

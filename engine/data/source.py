@@ -80,9 +80,9 @@ class Source:
             limits.append(int(self.part.epochs * self.count(np.arange(self.dataset.num_shards)).sum()))
         return min((limit for limit in limits if limit is not None), default=None)
 
-    def is_kept(self, places_N2: np.ndarray) -> np.ndarray:
+    def is_kept(self, shard_rows_N2: np.ndarray) -> np.ndarray:
         """Return True for each (shard, row) whose shard is not lost, (N,) bool."""
-        return ~np.isin(places_N2[:, 0], self.lost)
+        return ~np.isin(shard_rows_N2[:, 0], self.lost)
 
     def refuse_mid_window(self, damage: Damage, here: SampleId) -> None:
         """Raise `DataError` where a window has begun whose rows can no longer be counted."""

@@ -92,23 +92,25 @@ def open_validation(
     data = run_stage.data
     if data.validation is None:
         return None
-    places = data.validation if isinstance(data.validation, dict) else validation_places(data.validation, data)
-    opened = [(name, _open(data, place, tokenizer_hash, vocab_size, tombstones)) for name, place in places.items()]
+    locations = data.validation if isinstance(data.validation, dict) else validation_locations(data.validation, data)
+    opened = [
+        (name, _open(data, location, tokenizer_hash, vocab_size, tombstones)) for name, location in locations.items()
+    ]
     _refuse_other_tokens([dataset for _, dataset in opened])
     return opened
 
 
-def validation_places(place: str, data: DataConfig) -> dict[str, str]:
+def validation_locations(location: str, data: DataConfig) -> dict[str, str]:
     """Return the data sets that one folder or URL stands for, by name: itself (unnamed), or each sub-folder that holds
     shards. The two parts of what `palimpsest prepare` wrote are no domains: one of them is trained on."""
-    if is_remote(place):
+    if is_remote(location):
         assert data.cache is not None, "resolve() lets no URL without a cache pass"
-        names = RemoteFolder(place, ShardCache(data.cache.folder, data.cache.bytes)).data_sets()
+        names = RemoteFolder(location, ShardCache(data.cache.folder, data.cache.bytes)).data_sets()
     else:
-        names = [] if (Path(place) / FILE).exists() else sorted({path.name for path in _with_shards(Path(place))})
+        names = [] if (Path(location) / FILE).exists() else sorted({path.name for path in _with_shards(Path(location))})
     if not names or set(PARTS) & set(names):
-        return {"": place}
-    return {name: f"{place.rstrip('/')}/{name}" for name in names}
+        return {"": location}
+    return {name: f"{location.rstrip('/')}/{name}" for name in names}
 
 
 def _with_shards(folder: Path) -> list[Path]:

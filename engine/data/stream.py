@@ -246,12 +246,12 @@ class Stream:
         """Return the remote shards of the windows in use and of those after them, as (data set, shard number) in the
         order of their use."""
         found: list[tuple[TokenDataset, int]] = []
-        places = self._progress.cursor.addresses
+        addresses = self._progress.cursor.addresses
         # the windows in use of all sources first, then the next ones: shards are fetched in this order
         for ahead in (0, 1):
-            for source, place in zip(self._order.sources, places, strict=True):
+            for source, address in zip(self._order.sources, addresses, strict=True):
                 if source.dataset.is_remote:
-                    numbers = source.order.shards_ahead(place, ahead).tolist()
+                    numbers = source.order.shards_ahead(address, ahead).tolist()
                     found += [(source.dataset, number) for number in numbers if number not in source.lost]
         return found
 
@@ -262,7 +262,7 @@ class Stream:
     def sample_hash(self, count: int) -> str:
         """Return a short hash of the next `count` samples: their addresses, and source, shard and row of each."""
         taken = self._next(count)
-        columns = [taken.addresses_N3, self._order.places(taken)]
+        columns = [taken.addresses_N3, self._order.shard_rows(taken)]
         if len(self.parts) > 1:
             columns.append(taken.sources_N[:, None])
         content = np.concatenate(columns, axis=1).astype("<i8").tobytes()  # little-endian on every machine
@@ -273,7 +273,7 @@ class Stream:
         return {
             "position": self.position,
             "samples": self.samples,
-            "places": [list(place) for place in self._progress.cursor.addresses],
+            "addresses": [list(address) for address in self._progress.cursor.addresses],
             "left_out": [list(interval) for interval in self.left_out],
             "lost": [[*damage[:2], int(damage.counted)] for damage in self._lost],
             # no key where all are 0, as in states that were written before the key existed
@@ -301,8 +301,8 @@ class Stream:
             # everything is built and checked before the first assignment: a refused state changes nothing
             lost = tuple(Damage(int(source), int(shard), bool(counted)) for source, shard, counted in state["lost"])
             sources = self._open_sources(lost)
-            places = tuple(SampleId(*map(int, place)) for place in state["places"])
-            checked = tuple(source.order.check(place) for source, place in zip(sources, places, strict=True))
+            addresses = tuple(SampleId(*map(int, address)) for address in state["addresses"])
+            checked = tuple(source.order.check(address) for source, address in zip(sources, addresses, strict=True))
             left_out = merged((int(first), int(end)) for first, end in state["left_out"])
             passed_over = tuple(int(count) for count in state.get("passed_over", [0] * len(self.parts)))
             if len(passed_over) != len(self.parts):

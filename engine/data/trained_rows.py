@@ -51,7 +51,7 @@ def trained_rows(
             addresses_N3 = mine.addresses_N3[mine.sources_N == number]
             if not len(addresses_N3):
                 continue
-            ranges_M3 = source.sampler.ranges(addresses_N3, source.order.places_at(addresses_N3))
+            ranges_M3 = source.sampler.ranges(addresses_N3, source.order.shard_rows_at(addresses_N3))
             for shard in np.unique(ranges_M3[:, 0]).tolist():
                 starts, ends = ranges_M3[ranges_M3[:, 0] == shard, 1:].T
                 documents, _ = source.dataset.offsets(shard)

@@ -69,11 +69,11 @@ class ValidationSamples:
         for rows in micro_batch_rows(self.num_samples, data_rank, data_size, micro_batch_size):
             # data sets of 5 and 3 samples: starts (0, 5, 8); sample 5 is the first of the second, number 1
             domains = np.searchsorted(self._starts, rows, side="right") - 1
-            places = np.empty((len(rows), 2), np.int64)
+            shard_rows = np.empty((len(rows), 2), np.int64)
             for k in np.unique(domains).tolist():
-                places[domains == k] = self._places(k, rows[domains == k] - self._starts[k])
-            addresses = np.concatenate([np.zeros((len(rows), 1), np.int64), places], axis=1)
-            yield from make_batches(self._sources, domains, addresses, places, 1, micro_batch_size)
+                shard_rows[domains == k] = self._shard_rows(k, rows[domains == k] - self._starts[k])
+            addresses = np.concatenate([np.zeros((len(rows), 1), np.int64), shard_rows], axis=1)
+            yield from make_batches(self._sources, domains, addresses, shard_rows, 1, micro_batch_size)
             for source in self._sources:
                 source.dataset.release()
 
@@ -81,7 +81,7 @@ class ValidationSamples:
         """Return the number of micro-batches that each data rank gets."""
         return -(-self.num_samples // (micro_batch_size * data_size))
 
-    def _places(self, k: int, rows: np.ndarray) -> np.ndarray:
+    def _shard_rows(self, k: int, rows: np.ndarray) -> np.ndarray:
         """Return shard and row of the samples of a data set by their numbers in it, (rows, 2)."""
         ends = self._ends[k]
         shards = np.searchsorted(ends, rows, side="right")

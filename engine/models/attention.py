@@ -116,18 +116,18 @@ def local_mask(segments_BT: torch.Tensor, reach: int, in_blocks: bool = True) ->
     length = segments_BT.size(1)
     if not in_blocks or length <= NEIGHBOURS * reach:
         # N blocks of R x 3 R against T x T: with T <= 3 R the band is no smaller.
-        places_T = torch.arange(length, device=segments_BT.device)
-        return document_mask(segments_BT, bidirectional=True) & ((places_T[:, None] - places_T).abs() <= reach)
+        positions_T = torch.arange(length, device=segments_BT.device)
+        return document_mask(segments_BT, bidirectional=True) & ((positions_T[:, None] - positions_T).abs() <= reach)
     missing = -length % reach
     filled_BT = nn.functional.pad(segments_BT, (reach, missing + reach), value=-1)  # documents count from 0
     # Windows of 3 R tokens every R tokens, (B, R + N R + R) -> (B, N, 3 R), without a copy. The middle third of each is
     # the block itself.
     seen_BNS = filled_BT.unfold(1, NEIGHBOURS * reach, reach)
     own_BNR = seen_BNS[..., reach : 2 * reach]
-    places_S = torch.arange(-reach, 2 * reach, device=segments_BT.device)
+    positions_S = torch.arange(-reach, 2 * reach, device=segments_BT.device)
     # Positions relative to the block's first token, the same for all blocks. R = 2: query 0 sees keys -2 to 2, query 1
     # keys -1 to 3, of the window -2 to 3.
-    near_RS = (places_S - places_S[reach : 2 * reach, None]).abs() <= reach
+    near_RS = (positions_S - positions_S[reach : 2 * reach, None]).abs() <= reach
     return Band((own_BNR[..., None] == seen_BNS[..., None, :]) & near_RS)
 
 

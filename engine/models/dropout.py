@@ -50,8 +50,8 @@ class Dropout:
         if self.config.dropout == 0:
             return x_BTD
         num_positions, width = x_BTD.shape[1:]
-        places = _places((num_positions, width), (self.first_position, 0), (0, width), x_BTD.device)
-        return _drop(x_BTD, places, self.config.dropout, self.keys_B, layer, site)
+        element_numbers = _element_numbers((num_positions, width), (self.first_position, 0), (0, width), x_BTD.device)
+        return _drop(x_BTD, element_numbers, self.config.dropout, self.keys_B, layer, site)
 
     def inner(self, layer: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """Return the dropout of x_BTF, a layer's inner feed-forward features; None in all families but T5.
@@ -67,8 +67,8 @@ class Dropout:
         # the given positions and split the features.
         shape = x_BTF.shape[1:]
         firsts = (self.first_given, self.tensor_rank * shape[1])
-        places = _places(shape, firsts, (0, self.config.feed_forward_size), x_BTF.device)
-        return _drop(x_BTF, places, self.config.dropout, self.keys_B, layer, FFN_INNER)
+        element_numbers = _element_numbers(shape, firsts, (0, self.config.feed_forward_size), x_BTF.device)
+        return _drop(x_BTF, element_numbers, self.config.dropout, self.keys_B, layer, FFN_INNER)
 
     def probabilities(self, layer: int, first_head: int, site: int = ATTENTION) -> Drop | None:
         """Return the dropout of probabilities of a layer's heads from the global `first_head` on; None without."""
@@ -84,10 +84,10 @@ class Dropout:
         Elements are numbered in rows of `max_positions`, not of their own length, which a layout may fill up.
         """
         sizes = (0, self.config.max_positions, self.config.max_positions)
-        places = _places(
+        element_numbers = _element_numbers(
             probabilities_BHQS.shape[1:], (called_with + first_head, 0, 0), sizes, probabilities_BHQS.device
         )
-        return _drop(probabilities_BHQS, places, self.config.attention_dropout, self.keys_B, layer, site)
+        return _drop(probabilities_BHQS, element_numbers, self.config.attention_dropout, self.keys_B, layer, site)
 
 
 def drops(config: ModelConfig) -> bool:
@@ -105,7 +105,7 @@ def make(
     return Dropout(config, keys_B, functions.first_held(x_BTD), first_given, functions.tensor_rank)
 
 
-def _places(
+def _element_numbers(
     shape: tuple[int, ...], firsts: tuple[int, ...], sizes: tuple[int, ...], device: torch.device
 ) -> torch.Tensor:
     """Number the elements (int32) of the part of `shape` that begins at `firsts` in a row of `sizes`, row-major.
@@ -114,23 +114,23 @@ def _places(
     """
     # Of rows 4 features wide, the part that begins at (2, 1) with shape (2, 3) has the numbers
     # [[9, 10, 11], [13, 14, 15]]: position x 4 + feature, wherever the part is computed.
-    places = torch.zeros((), dtype=torch.int32, device=device)
+    element_numbers = torch.zeros((), dtype=torch.int32, device=device)
     for dim, (length, first, size) in enumerate(zip(shape, firsts, sizes, strict=True)):
         indices = torch.arange(first, first + length, dtype=torch.int32, device=device)
-        places = (places * size if dim else places).unsqueeze(-1) + indices
-    return places
+        element_numbers = (element_numbers * size if dim else element_numbers).unsqueeze(-1) + indices
+    return element_numbers
 
 
 def _drop(
-    x: torch.Tensor, places: torch.Tensor, rate: float, keys_B: torch.Tensor, layer: int, site: int
+    x: torch.Tensor, element_numbers: torch.Tensor, rate: float, keys_B: torch.Tensor, layer: int, site: int
 ) -> torch.Tensor:
-    """Set elements of `x` (B, *places) to 0 at this rate, and scale the others so that the mean stays."""
+    """Set elements of `x` (B, *element_numbers.shape) to 0 at this rate, and scale the others to keep the mean."""
     # layer + 1: the embedding is layer -1.
     low_B, high_B = (
-        key_B.view(-1, *[1] * places.dim()) for key_B in _site_keys(keys_B, (layer + 1) * NUM_SITES + site)
+        key_B.view(-1, *[1] * element_numbers.dim()) for key_B in _site_keys(keys_B, (layer + 1) * NUM_SITES + site)
     )
-    # (B, *places) by broadcasting. The lowest 31 bits are compared, since torch compares int32 as signed numbers.
-    bits = _mix32(_mix32(places ^ low_B) ^ high_B)
+    # (B, *element_numbers.shape) by broadcasting. 31 bits are compared, since torch compares int32 as signed numbers.
+    bits = _mix32(_mix32(element_numbers ^ low_B) ^ high_B)
     dropped = (bits & 0x7FFFFFFF) < int(rate * 2**31)
     return x.masked_fill(dropped, 0.0) * (1.0 / (1.0 - rate))
 

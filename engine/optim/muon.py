@@ -88,7 +88,7 @@ class Muon(torch.optim.AdamW):
             # Decoupled weight decay, as in AdamW.
             weight.mul_(1.0 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
-    def _orthogonal(self, specs: list[ParameterSpec], pieces: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _orthogonal(self, specs: list[ParameterSpec], shards: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return this rank's shards of the scaled, orthogonalised updates, from its shards of the updates.
 
         Two levels: data ranks join the shards of a tensor-parallel part on one of them, tensor ranks the parts of a
@@ -97,7 +97,7 @@ class Muon(torch.optim.AdamW):
         zero, tensor = self._zero, self._tensor
         lengths = [self._lengths(spec) for spec in specs]
         by_data_rank = Owners([cost(spec) for spec in specs], lengths, zero)
-        own = by_data_rank.gather(pieces)
+        own = by_data_rank.gather(shards)
         # All tensor ranks of a data rank own parts of the same matrices: owners depend on specs alone.
         owned = [specs[index] for index in own]
         shares = [[spec.local_numel(tensor.size)] * tensor.size for spec in owned]
@@ -111,8 +111,8 @@ class Muon(torch.optim.AdamW):
             # In the place of the parts that it was joined from: the way back sends a part to every rank.
             whole[index] = [spec.part(update, rank, tensor.size).reshape(-1) for rank in range(tensor.size)]
         local = by_tensor_rank.scatter(whole, like=parts_here)
-        shards = {index: list(part.split(lengths[index])) for index, part in zip(own, local, strict=True)}
-        return by_data_rank.scatter(shards, like=pieces)
+        returned = {index: list(part.split(lengths[index])) for index, part in zip(own, local, strict=True)}
+        return by_data_rank.scatter(returned, like=shards)
 
     def _lengths(self, spec: ParameterSpec) -> list[int]:
         """Return the number of elements of a parameter's local part on every rank of `zero`."""
@@ -142,27 +142,27 @@ class Owners:
         self.order = sorted(range(len(costs)), key=lambda index: (self.owners[index], index))
         self.mine = [index for index in self.order if self.owners[index] == group.position]
 
-    def gather(self, pieces: list[torch.Tensor]) -> dict[int, list[torch.Tensor]]:
+    def gather(self, shards: list[torch.Tensor]) -> dict[int, list[torch.Tensor]]:
         """Return the flat shards of all ranks, in order, of each tensor that this rank owns."""
-        if self.group.size == 1 or not pieces:
-            return {index: [pieces[index]] for index in self.mine}
-        received = exchange(torch.cat([pieces[index] for index in self.order]), *self._sizes(), self.group)
+        if self.group.size == 1 or not shards:
+            return {index: [shards[index]] for index in self.mine}
+        received = exchange(torch.cat([shards[index] for index in self.order]), *self._sizes(), self.group)
         # By rank, and within a rank by tensor: with tensors 1 and 2 on 2 ranks, parts are 1 2 1 2.
         cuts = [self.lengths[index][rank] for rank in range(self.group.size) for index in self.mine]
         parts = list(received.split(cuts)) if cuts else []
         return {index: parts[number :: len(self.mine)] for number, index in enumerate(self.mine)}
 
-    def scatter(self, pieces: dict[int, list[torch.Tensor]], like: list[torch.Tensor]) -> list[torch.Tensor]:
+    def scatter(self, shards: dict[int, list[torch.Tensor]], like: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return this rank's shard of every tensor, from the owners' shards for all ranks: inverse of `gather`.
 
         `like` are the tensors that were gathered.
         """
         if self.group.size == 1 or not like:
-            return [pieces[index][0] for index in range(len(self.owners))]
+            return [shards[index][0] for index in range(len(self.owners))]
         # The way back: what `gather` received is sent, and the other way round. A rank that owns nothing sends nothing,
         # but must take part.
         outgoing, incoming = self._sizes()
-        flat = [pieces[index][rank] for rank in range(self.group.size) for index in self.mine]
+        flat = [shards[index][rank] for rank in range(self.group.size) for index in self.mine]
         received = exchange(torch.cat(flat) if flat else like[0].new_empty(0), incoming, outgoing, self.group)
         parts = received.split([self.lengths[index][self.group.position] for index in self.order])
         found = dict(zip(self.order, parts, strict=True))

@@ -84,7 +84,7 @@ class Groups:
 
 
 def connect(
-    place: RankEnvironment,
+    environment: RankEnvironment,
     device: torch.device,
     store: Any = None,
     limit_seconds: float = LIMIT_SECONDS,
@@ -92,44 +92,44 @@ def connect(
 ) -> None:
     """Meet the other ranks and make the default process group (NCCL on CUDA, else gloo). Collective over the world.
 
-    Without a `store` the ranks meet at `place.master_addr`; a world of one needs no address. `agree` is called with the
-    store before the group is made.
+    Without a `store` the ranks meet at the address and port of `environment`; a world of one needs none. `agree` is
+    called with the store before the group is made.
 
     Raises:
         EnvironmentProblem: the ranks did not all arrive.
     """
     # Gloo would take the interface that the host name resolves to, which need not be reachable.
-    if place.master_addr in ("127.0.0.1", "localhost", "::1"):
+    if environment.master_addr in ("127.0.0.1", "localhost", "::1"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     limit = timedelta(seconds=limit_seconds)
     try:
-        store = store if store is not None else _store(place, limit)
+        store = store if store is not None else _store(environment, limit)
         store.set_timeout(limit)
         # torchrun's store outlives a restart of its workers: a prefix per restart hides the keys of the last one.
         agree(_within(f"palimpsest/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store))
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
             store=_within("default_pg", store),
-            rank=place.global_rank,
-            world_size=place.world_size,
+            rank=environment.global_rank,
+            world_size=environment.world_size,
             timeout=limit,
         )
     except (RuntimeError, ValueError) as error:
         raise EnvironmentProblem(
-            f"rank {place.global_rank} of {place.world_size} could not meet the others at "
-            f"{place.master_addr}:{place.master_port}: {error}",
+            f"rank {environment.global_rank} of {environment.world_size} could not meet the others at "
+            f"{environment.master_addr}:{environment.master_port}: {error}",
             "all ranks reach that host and port",
             "check the address, the port and the network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)",
         ) from error
 
 
-def _store(place: RankEnvironment, limit: timedelta) -> Any:
+def _store(environment: RankEnvironment, limit: timedelta) -> Any:
     """Return the store where the ranks meet: rank 0 opens it at the address in the environment, or torchrun's agent."""
-    if place.world_size == 1:
+    if environment.world_size == 1:
         # In memory: several runs of one rank on a machine need no port each.
         return dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     meeting = dist.rendezvous(  # pyright: ignore[reportPrivateImportUsage]
-        "env://", place.global_rank, place.world_size, timeout=limit
+        "env://", environment.global_rank, environment.world_size, timeout=limit
     )
     store, _, _ = next(iter(meeting))
     return store

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from engine.config.resolve import Layout, check, examine, place
+from engine.config.resolve import Layout, check, examine, find_layout
 from engine.config.rules.model import divisors
 from engine.config.schema.run import RunConfig
 from engine.errors import ConfigError, PalimpsestError, report
@@ -34,7 +34,7 @@ def valid_worlds(config: RunConfig, largest: int) -> list[int]:
     parallel = config.parallel
     fixed = parallel.pipe * parallel.tensor * parallel.sequence
     worlds = [fixed * data for data in _data_sizes(config, largest // fixed)]
-    return [world for world in worlds if world <= largest and not place(config, world)[1]]
+    return [world for world in worlds if world <= largest and not find_layout(config, world)[1]]
 
 
 def _data_sizes(config: RunConfig, largest: int) -> Iterable[int]:

@@ -104,19 +104,16 @@ def _special(tokenizer: TextTokenizer) -> list[str]:
 def _documents(trained: Trained, tokenizer: TextTokenizer) -> Iterator[np.ndarray]:
     """Yield ids of the first documents of each data set that the run was trained on, without the end of text."""
     run = run_of(trained.checkpoint, read_state(trained.checkpoint))
-    data = [stage.data for stage in run.stages]
-    places = dict.fromkeys(
-        place for each in data for place in ([each.train] if each.train else [source.path for source in each.sources])
-    )
-    for place in places:
-        if is_remote(place):
-            log.warning("the tokenizer was not compared with the ids in %s: only local shards are read for that", place)
+    for location in dict.fromkeys(location for stage in run.stages for location in stage.data.training_locations):
+        if is_remote(location):
+            reason = "only local shards are read for that"
+            log.warning("the tokenizer was not compared with the ids in %s: %s", location, reason)
             continue
         try:
-            shard = TokenDataset(place, tokenizer.hash).shard(0)
+            shard = TokenDataset(location, tokenizer.hash).shard(0)
         except (DataError, IndexError) as error:
             reason = str(error).splitlines()[0]
-            log.warning("the tokenizer was not compared with the ids in %s: %s", place, reason)
+            log.warning("the tokenizer was not compared with the ids in %s: %s", location, reason)
             continue
         bounds = shard.documents[: _DOCUMENTS + 1].tolist()
         for first, end in itertools.pairwise(bounds):

@@ -21,16 +21,16 @@ from engine.data.validation import ValidationSet
 PACKAGES = ("engine", "launcher", "tools")
 
 
-def facts_of_start(config: RunConfig, place: RankEnvironment, device: torch.device) -> dict[str, Any]:
+def facts_of_start(config: RunConfig, environment: RankEnvironment, device: torch.device) -> dict[str, Any]:
     """Return what is known before the ranks meet; every key of the configuration, whatever its kind, is a fact."""
     # `folder` is compared as an absolute path below: ranks may be started in different working directories.
     keys = {key: value for key, (_, value) in flatten(config).items() if key != "folder"}
     versions = {f"version of {name}": number for name, number in library_versions().items()}
     return {
-        "job": place.job,
-        "step": place.step,
-        "attempt": place.attempt,
-        "world size": place.world_size,
+        "job": environment.job,
+        "step": environment.step,
+        "attempt": environment.attempt,
+        "world size": environment.world_size,
         "run folder": str(config.folder.absolute()),
         "device": device.type,
         "hash of Palimpsest's code": code_hash(),

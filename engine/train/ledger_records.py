@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
-from engine.data.stage import validation_places
+from engine.data.stage import validation_locations
 from engine.errors import DataError
 from engine.train.ledger import Loss, LossMatrix
 from engine.train.records import INITIAL_LOSS, METRICS, VALIDATION_LOSS, read_metrics, records_of
@@ -113,7 +113,7 @@ def places_of(run_stage: RunStage) -> dict[str, str]:
     if isinstance(given, dict):
         return given
     try:
-        found = validation_places(given, run_stage.data)
+        found = validation_locations(given, run_stage.data)
     except DataError:  # gone, or a store that does not answer: then it counts as one set
         found = {"": given}
     return {name or run_stage.name: place for name, place in found.items()}

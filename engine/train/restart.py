@@ -67,14 +67,14 @@ class Restored:
 class Restarts:
     """The checkpoints of one run, for one rank. Every method is collective over the world."""
 
-    def __init__(self, config: RunConfig, groups: Groups, place: RankEnvironment) -> None:
-        self.config, self.groups, self.place = config, groups, place
+    def __init__(self, config: RunConfig, groups: Groups, environment: RankEnvironment) -> None:
+        self.config, self.groups, self.environment = config, groups, environment
         self.folder = config.folder / CHECKPOINTS
         self._saver = Saver(self.folder, groups, self._committed)
         memory = config.checkpoint.memory
         connect = partial(join_lines, limit_seconds=config.launch.collective_limit_seconds)
-        self._memory = NodeStore(memory.folder, config.folder, groups, place, connect) if memory else None
-        self._job_before = place.job
+        self._memory = NodeStore(memory.folder, config.folder, groups, environment, connect) if memory else None
+        self._job_before = environment.job
         self.begun_step: int | None = None
         """Step of the last checkpoint that was begun on the disk."""
         self._metric: dict[int, float] = {}
@@ -96,8 +96,8 @@ class Restarts:
         on_first(lambda: self._compare_config(state.run_stage), self.groups.world, ConfigError)
         # Read before this start becomes the owner: generations in memory are of the job that used the folder last.
         before = on_first(lambda: owner_of(self.folder), self.groups.world, CheckpointError)
-        self._job_before = before.job if before is not None else self.place.job
-        self._saver.acquire(self.place.job, self.place.attempt)
+        self._job_before = before.job if before is not None else self.environment.job
+        self._saver.acquire(self.environment.job, self.environment.attempt)
         if self._memory is not None:
             self._memory.acquire()
         on_first(self._note_start, self.groups.world, EnvironmentProblem)
@@ -143,8 +143,8 @@ class Restarts:
             engine.parameter_shards(),
             engine.placements(),
             self._state(state, engine, sections),
-            self.place.job,
-            self.place.attempt,
+            self.environment.job,
+            self.environment.attempt,
             store,
         )
 

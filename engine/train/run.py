@@ -28,7 +28,12 @@ from engine.train.trainer import Trainer
 
 
 def train(
-    config: RunConfig, layout: Layout, place: RankEnvironment, signals: StopSignals, heart: Heartbeat, folder: RunFolder
+    config: RunConfig,
+    layout: Layout,
+    environment: RankEnvironment,
+    signals: StopSignals,
+    heart: Heartbeat,
+    folder: RunFolder,
 ) -> int:
     """Train to the end of the run, or until a signal; return the exit code. Every rank of the world calls it.
 
@@ -37,25 +42,25 @@ def train(
     Raises:
         PalimpsestError: what a user can mend; checkpoints that were committed stay whole.
     """
-    device = choose_device(place)
-    with phase(f"meeting {place.world_size - 1} other ranks"):
-        meet(config, place, device, folder)
+    device = choose_device(environment)
+    with phase(f"meeting {environment.world_size - 1} other ranks"):
+        meet(config, environment, device, folder)
     with phase("starting DeepSpeed"):
         zero.start(device)
     with phase("making the groups of ranks"):
-        groups = join_groups(config, layout, place.global_rank)
+        groups = join_groups(config, layout, environment.global_rank)
     trainer = None
     try:
-        trainer = Trainer(config, groups, place, device, signals, heart)
+        trainer = Trainer(config, groups, environment, device, signals, heart)
         code = trainer.fit()
         trainer.restarts.end(trainer.state)
-        if place.global_rank == 0:
-            folder.note(Outcome(place.job, place.attempt, code, trainer.state.step))
+        if environment.global_rank == 0:
+            folder.note(Outcome(environment.job, environment.attempt, code, trainer.state.step))
         barrier(groups.world)  # no rank leaves before the outcome stands: launchers signal the others when one ends
     except Exception as error:
         step = trainer.state.step if trainer is not None else 0
-        told = translate_error(error, place.global_rank, step)
-        _note_failure(folder, place, step, told)
+        told = translate_error(error, environment.global_rank, step)
+        _note_failure(folder, environment, step, told)
         if trainer is not None and isinstance(error, PalimpsestError):
             with contextlib.suppress(CheckpointError):  # raised on every rank or on none: what was trained is not lost
                 trainer.restarts.settle()
@@ -71,7 +76,7 @@ def train(
     return code
 
 
-def meet(config: RunConfig, place: RankEnvironment, device: torch.device, folder: RunFolder) -> None:
+def meet(config: RunConfig, environment: RankEnvironment, device: torch.device, folder: RunFolder) -> None:
     """Meet the other ranks, and end together with them where they were started differently.
 
     Raises:
@@ -79,24 +84,24 @@ def meet(config: RunConfig, place: RankEnvironment, device: torch.device, folder
         EnvironmentProblem: they did not all arrive.
     """
     limit_seconds = config.launch.collective_limit_seconds
-    facts = facts_of_start(config, place, device)
+    facts = facts_of_start(config, environment, device)
 
     def compare(store: Any) -> None:
-        agree(store, place.global_rank, place.world_size, facts, limit_seconds, gpu_of(device))
+        agree(store, environment.global_rank, environment.world_size, facts, limit_seconds, gpu_of(device))
 
     # Compared over the store, before a process group exists: ranks that were started with other layouts would wait
     # for each other in the first collective until its timeout.
-    connect(place, device, limit_seconds=limit_seconds, agree=compare)
+    connect(environment, device, limit_seconds=limit_seconds, agree=compare)
     folder.met = True
 
 
-def _note_failure(folder: RunFolder, place: RankEnvironment, step: int, error: Exception) -> None:
+def _note_failure(folder: RunFolder, environment: RankEnvironment, step: int, error: Exception) -> None:
     ours = isinstance(error, PalimpsestError)
     code, words = (error.exit_code, str(error)) if ours else (EXIT_FAILURE, f"{type(error).__name__}: {error}")
-    folder.note_failure(Outcome(place.job, place.attempt, code, step, place.global_rank, words))
+    folder.note_failure(Outcome(environment.job, environment.attempt, code, step, environment.global_rank, words))
 
 
-def choose_device(place: RankEnvironment) -> torch.device:
+def choose_device(environment: RankEnvironment) -> torch.device:
     """Return this rank's GPU, or the CPU where there is none or DeepSpeed is told to use it (DS_ACCELERATOR=cpu).
 
     Clusters show a task either all GPUs of its node or its own alone, which then has index 0.
@@ -107,14 +112,14 @@ def choose_device(place: RankEnvironment) -> torch.device:
     if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if place.local_rank >= count > 1:
+    if environment.local_rank >= count > 1:
         raise EnvironmentProblem(
-            f"local rank {place.local_rank} of {place.local_world_size} sees {count} GPUs",
+            f"local rank {environment.local_rank} of {environment.local_world_size} sees {count} GPUs",
             f"at most {count} ranks on this node, or one visible GPU for each",
             "start fewer ranks, or look at CUDA_VISIBLE_DEVICES",
         )
     # One visible GPU: the cluster has given each task its own, and all of them call it 0.
-    index = place.local_rank if count > 1 else 0
+    index = environment.local_rank if count > 1 else 0
     os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed takes its device from there
     torch.cuda.set_device(index)
     return torch.device("cuda", index)

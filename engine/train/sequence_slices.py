@@ -62,22 +62,22 @@ def _filled(name: str, tensor_BT: torch.Tensor, ranks: int) -> torch.Tensor:
 
 
 def _own_masked(
-    places_BM: torch.Tensor, targets_BM: torch.Tensor, weights_BM: torch.Tensor, first: int, length: int
+    positions_BM: torch.Tensor, targets_BM: torch.Tensor, weights_BM: torch.Tensor, first: int, length: int
 ) -> Tensors:
     """Return the masked tokens of a slice, in as many columns as its fullest row needs.
 
     Unused entries are position 0 with weight 0.
     """
-    # Tokens 4 to 7, places [[1, 5, 6, 9], [0, 4, 9, 10]]: the first row has two inside and the second one, so
+    # Tokens 4 to 7, positions [[1, 5, 6, 9], [0, 4, 9, 10]]: the first row has two inside and the second one, so
     # most = 2, order = [[1, 2], [1, 0]], and masked_BM = [[1, 2], [0, 0]], of which the last has weight 0.
-    inside_BM = (places_BM >= first) & (places_BM < first + length) & (weights_BM != 0)
+    inside_BM = (positions_BM >= first) & (positions_BM < first + length) & (weights_BM != 0)
     # at least one column: every rank runs the head, also one whose slice has no masked token
     most = max(int(inside_BM.sum(1).max()), 1)
     # stable: masked tokens keep their order within the row
     order_BM = inside_BM.int().argsort(dim=1, descending=True, stable=True)[:, :most]
     outside_BM = ~inside_BM.gather(1, order_BM)
     return {
-        "masked_BM": (places_BM.gather(1, order_BM) - first).masked_fill(outside_BM, 0),
+        "masked_BM": (positions_BM.gather(1, order_BM) - first).masked_fill(outside_BM, 0),
         "targets_BM": targets_BM.gather(1, order_BM),
         "weights_BM": weights_BM.gather(1, order_BM).masked_fill(outside_BM, 0.0),
     }

@@ -52,14 +52,14 @@ class Trainer:
         self,
         config: RunConfig,
         groups: Groups,
-        place: RankEnvironment,
+        environment: RankEnvironment,
         device: torch.device,
         signals: StopSignals,
         heart: Heartbeat,
     ) -> None:
         self.config, self.groups, self.device, self.signals, self.heart = config, groups, device, signals, heart
         self.spent = Spent()
-        self.restarts = Restarts(config, groups, place)
+        self.restarts = Restarts(config, groups, environment)
         self.hooks = Hooks(standard_hooks(config))
         with phase("taking the run folder"):
             self.state = self.restarts.acquire()

@@ -52,15 +52,20 @@ def tree(corpus: Path, folder: Path, memory: Path | None, **parallel: int) -> di
 
 
 def on_nodes(
-    place: RankEnvironment, config: dict[str, Any], attempt: int, dies: int | None, disk: Path, goes_back: bool = False
+    environment: RankEnvironment,
+    config: dict[str, Any],
+    attempt: int,
+    dies: int | None,
+    disk: Path,
+    goes_back: bool = False,
 ) -> dict[str, Any]:
     """One rank of a run on nodes of two ranks; `dies`: the node that is lost after `DIES_AFTER` steps, or, with
     `goes_back`, once it has gone back to the disk as after spikes.
 
     Every generation is whole before the next step, so that it is known which one is the newest.
     """
-    node = place.global_rank // 2
-    place = replace(place, node_rank=node, local_rank=place.global_rank % 2, job=JOB, attempt=attempt)
+    node = environment.global_rank // 2
+    environment = replace(environment, node_rank=node, local_rank=environment.global_rank % 2, job=JOB, attempt=attempt)
     opened: list[str] = []
     trainers: list[Any] = []
     sys.addaudithook(lambda event, what: opened.append(str(what[0])) if event == "open" else None)
@@ -82,7 +87,7 @@ def on_nodes(
         opened.append("the first step")
         trainers.append(trainer)
 
-    result = train_rank(place, config, prepare)
+    result = train_rank(environment, config, prepare)
     trainers[0].restarts.end(trainers[0].state)  # as `train` does
     at_start = opened[: opened.index("the first step")]
     return result | {"read": [path for path in at_start if path.startswith(str(disk)) and "stage-" in path]}

@@ -216,7 +216,7 @@ class Result:
 
 
 def run_rank(
-    place: RankEnvironment, case: Case
+    environment: RankEnvironment, case: Case
 ) -> tuple[list[float], list[float], list[tuple[str, np.ndarray, np.ndarray]]]:
     """One rank of a run: losses, norms, and its shards as (name, indices in the whole parameter, values)."""
     from engine.parallel.pipeline import DomainSums
@@ -224,7 +224,7 @@ def run_rank(
     from engine.train.checks import check_invariants
 
     config = config_of(case)
-    groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
+    groups = join_groups(config, resolve(config, environment.world_size), environment.global_rank)
     pipeline = build_pipeline(config, stage_spec(config, config.stages[0], groups), groups, torch.device("cpu"))
     losses, norms = [], []
     for step in range(NUM_STEPS):

@@ -8,12 +8,12 @@ from engine.config.resolve import resolve
 from tests.distributed.cases import LEARNING_RATE, Case, config_of, global_batch, stage_inputs
 
 
-def discarded_steps(place, case: Case) -> None:
+def discarded_steps(environment, case: Case) -> None:
     """Step 0; steps 1 (finite) and 2 (not) discarded; step 3. And step 3 again from the state after step 0."""
     from engine.train.build import build_pipeline, join_groups, stage_spec
 
     config = config_of(case)
-    groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
+    groups = join_groups(config, resolve(config, environment.world_size), environment.global_rank)
     pipeline = build_pipeline(config, stage_spec(config, config.stages[0], groups), groups, torch.device("cpu"))
     engine = pipeline.engine
 

@@ -31,7 +31,7 @@ class RankFailed(AssertionError):
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`function(place, *arguments)` on every rank of a new world, after `connect`; the results in rank order.
+    """`function(environment, *arguments)` on every rank of a new world, after `connect`; the results in rank order.
 
     The first failure ends the other ranks and is raised here.
     """
@@ -117,11 +117,11 @@ def _in_connected_world(
     from engine.parallel.groups import connect
 
     torch.set_num_threads(1)
-    place = RankEnvironment(global_rank=global_rank, world_size=world_size, local_rank=global_rank)
+    environment = RankEnvironment(global_rank=global_rank, world_size=world_size, local_rank=global_rank)
     store = dist.FileStore(str(folder / "store"), world_size)  # pyright: ignore[reportPrivateImportUsage]
-    connect(place, torch.device("cpu"), store)
+    connect(environment, torch.device("cpu"), store)
     zero.start(torch.device("cpu"))
-    return function(place, *arguments)
+    return function(environment, *arguments)
 
 
 def _command(folder: Path, global_rank: int, world_size: int, port: int, commands: list[list[str]]) -> tuple[int, str]:

@@ -97,7 +97,7 @@ def run_config(tree: Tree) -> RunConfig:
 
 
 def train_rank(
-    place: RankEnvironment, tree: Tree, prepare: Callable[[Any], None] = lambda trainer: None
+    environment: RankEnvironment, tree: Tree, prepare: Callable[[Any], None] = lambda trainer: None
 ) -> dict[str, Any]:
     """One rank of a run: its exit code, the state's fingerprint right after the start and at the end.
 
@@ -111,8 +111,8 @@ def train_rank(
     from engine.train.trainer import Trainer
 
     config = run_config(tree)
-    groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
-    trainer = Trainer(config, groups, place, torch.device("cpu"), StopSignals(), Heartbeat(None, 0))
+    groups = join_groups(config, resolve(config, environment.world_size), environment.global_rank)
+    trainer = Trainer(config, groups, environment, torch.device("cpu"), StopSignals(), Heartbeat(None, 0))
     engine = trainer.pipeline.engine
 
     def held() -> str:

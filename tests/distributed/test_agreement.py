@@ -28,9 +28,9 @@ def test_another_learning_rate_ends_both_ranks(tmp_path):
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["outcome.json", "running.json"]
 
 
-def trained(place: RankEnvironment, trees: list[dict[str, Any]]) -> str:
+def trained(environment: RankEnvironment, trees: list[dict[str, Any]]) -> str:
     try:
-        train_rank(place, trees[place.global_rank])
+        train_rank(environment, trees[environment.global_rank])
     except Disagreement as error:
         return str(error)
     return "trained"

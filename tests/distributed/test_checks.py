@@ -81,19 +81,19 @@ UNCLEARED = {
 }
 
 
-def broken(place, case: Case, name: str, table: str) -> str:
+def broken(environment, case: Case, name: str, table: str) -> str:
     """One step, a check that passes, and what the check says when rank 1 has broken something."""
     from engine.train.build import build_pipeline, join_groups, stage_spec
     from engine.train.checks import InvariantBroken, check_invariants
 
     config = config_of(case)
-    groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
+    groups = join_groups(config, resolve(config, environment.world_size), environment.global_rank)
     pipeline = build_pipeline(config, stage_spec(config, config.stages[0], groups), groups, torch.device("cpu"))
     batch = global_batch(0, case.attention)
     pipeline.train(stage_inputs(batch, case, groups), torch.tensor([0.1]))
     pipeline.engine.step(LEARNING_RATE)
     check_invariants(pipeline.engine, groups)
-    if place.global_rank == 1:
+    if environment.global_rank == 1:
         # kept in a table of this module: what is broken is a function, which does not travel to a rank
         tensor = (CASES if table == "CASES" else UNCLEARED)[name][1](pipeline)
         tensor.view(-1)[0] += 1e-3

@@ -81,7 +81,7 @@ def test_losses_by_source_and_by_held_out_data_set_in_any_layout(corpus, tmp_pat
     assert {key for key in alone if "loss" in key} == {"validation_loss"}
     assert alone["validation_loss"] == pytest.approx(end["validation_loss/code"], rel=1e-6)
 
-    counted = {name: held_out_targets(config, place) for name, place in mapping.items()}
+    counted = {name: held_out_targets(config, path) for name, path in mapping.items()}
     total = sum(end[f"validation_loss/{name}"] * counted[name] for name in SIZES)
     assert end["validation_loss"] == pytest.approx(total / sum(counted.values()), rel=1e-6)
     assert abs(end["validation_loss/web"] - end["validation_loss/code"]) > 1e-3
@@ -95,9 +95,9 @@ def test_losses_by_source_and_by_held_out_data_set_in_any_layout(corpus, tmp_pat
         assert record["tokens/web"] == record["web_samples"] * LENGTH  # nothing is left out
 
 
-def held_out_targets(config: RunConfig, place: str) -> float:
+def held_out_targets(config: RunConfig, path: str) -> float:
     data = config.stages[0].data
-    batches = ValidationSamples(TokenDataset(place), LENGTH, data.attention).batches(0, 1, 4)
+    batches = ValidationSamples(TokenDataset(path), LENGTH, data.attention).batches(0, 1, 4)
     return sum(float(batch.inputs["weights_BT"].sum()) for batch in batches)
 
 

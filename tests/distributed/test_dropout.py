@@ -33,13 +33,13 @@ def test_it_equals_that_of_one_process(case: Case):
     check(case)
 
 
-def evaluated(place: Any, case: Case) -> list[float]:
+def evaluated(environment: Any, case: Case) -> list[float]:
     """The first batch's summed losses under the initial weights, in evaluation, before and after a step's passes."""
     from engine.config.resolve import resolve
     from engine.train.build import build_pipeline, join_groups, stage_spec
 
     config = config_of(case)
-    groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
+    groups = join_groups(config, resolve(config, environment.world_size), environment.global_rank)
     pipeline = build_pipeline(config, stage_spec(config, config.stages[0], groups), groups, torch.device("cpu"))
     inputs = stage_inputs(global_batch(0, case.attention, case.model), case, groups)
     without = [{name: tensor for name, tensor in given.items() if name != KEYS} for given in inputs]

@@ -25,13 +25,13 @@ def test_a_copy_between_four_ranks_equals_plain_torch() -> None:
     check(OF_FOUR)
 
 
-def steps_anew(place: Any, case: Case) -> tuple[bool, list[int]]:
+def steps_anew(environment: Any, case: Case) -> tuple[bool, list[int]]:
     """Whether a step repeats bit for bit after its weights and moments were set back, with a pass between that has
     copies made of the newer weights; and the ranks of this rank's copy."""
     from engine.train.build import build_pipeline, join_groups, stage_spec
 
     config = config_of(case)
-    groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
+    groups = join_groups(config, resolve(config, environment.world_size), environment.global_rank)
     pipeline = build_pipeline(config, stage_spec(config, config.stages[0], groups), groups, torch.device("cpu"))
     engine = pipeline.engine
     inputs = stage_inputs(global_batch(0, case.attention, case.model), case, groups)

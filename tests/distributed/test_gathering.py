@@ -70,12 +70,12 @@ class Events:
         return sum(p.ds_numel for p in self.parameters if p.ds_status != self.absent)
 
 
-def watch(place: Any, case: Case) -> dict[str, Any]:
+def watch(environment: Any, case: Case) -> dict[str, Any]:
     """Events of the last step, and elements of whole weights: at the peak, after the step, of modules, of the stage."""
     from engine.train.build import build_pipeline, join_groups, stage_spec
 
     config = config_of(case)
-    groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
+    groups = join_groups(config, resolve(config, environment.world_size), environment.global_rank)
     pipeline = build_pipeline(config, stage_spec(config, config.stages[0], groups), groups, torch.device("cpu"))
     seen = Events(pipeline)
     for step in range(STEPS):

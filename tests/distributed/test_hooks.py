@@ -22,13 +22,13 @@ CASES = (
 )
 
 
-def one_step(place: RankEnvironment, case: Case) -> tuple[float, list[tuple[str, np.ndarray, np.ndarray]]]:
+def one_step(environment: RankEnvironment, case: Case) -> tuple[float, list[tuple[str, np.ndarray, np.ndarray]]]:
     """The norm of one step, and the shards of its gradient as (name, elements' numbers, values)."""
     from engine.config.resolve import resolve
     from engine.train.build import build_pipeline, join_groups, stage_spec
 
     config = config_of(case)
-    groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
+    groups = join_groups(config, resolve(config, environment.world_size), environment.global_rank)
     pipeline = build_pipeline(config, stage_spec(config, config.stages[0], groups), groups, torch.device("cpu"))
     batch = global_batch(0, case.attention, case.model)
     pipeline.train(stage_inputs(batch, case, groups), groups.zero.size / weights(batch))

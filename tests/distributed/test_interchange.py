@@ -27,7 +27,9 @@ from tests.engine.serve.runs import run_config
 CASES = [(1, "fp32"), (2, "bf16"), (3, "bf16"), (3, "fp32"), (1, "bf16")]
 
 
-def train_with_deepspeed(place: Any, config: Any, zero_stage: int, dtype: str, folder: Path) -> dict[str, np.ndarray]:
+def train_with_deepspeed(
+    environment: Any, config: Any, zero_stage: int, dtype: str, folder: Path
+) -> dict[str, np.ndarray]:
     """Two steps of plain DeepSpeed, data parallel, then `save_checkpoint`; its fp32 weights by name."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
@@ -85,8 +87,8 @@ MORE = [pytest.param(*case, marks=pytest.mark.matrix) for case in CASES[3:]]
 @pytest.mark.parametrize(("zero_stage", "dtype"), [*CASES[:3], *MORE])
 def test_deepspeeds_own_checkpoints_are_read(saved, zero_stage, dtype):
     folder, truth = saved(zero_stage, dtype)
-    for place in (folder, folder / (folder / "latest").read_text().strip()):
-        weights = read_weights(place)
+    for path in (folder, folder / (folder / "latest").read_text().strip()):
+        weights = read_weights(path)
         assert weights.keys() >= truth.keys()
         for name, expected in truth.items():
             assert np.array_equal(weights[name].numpy(), expected), name

@@ -14,20 +14,20 @@ from tests.distributed.cases import LEARNING_RATE, Case, config_of, global_batch
 from tests.distributed.ranks import run_ranks
 
 
-def build(place: RankEnvironment, case: Case):
+def build(environment: RankEnvironment, case: Case):
     from engine.train.build import build_pipeline, join_groups, stage_spec
 
     config = config_of(case)
-    groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
+    groups = join_groups(config, resolve(config, environment.world_size), environment.global_rank)
     return groups, build_pipeline(config, stage_spec(config, config.stages[0], groups), groups, torch.device("cpu"))
 
 
-def save_before_and_after(place: RankEnvironment, case: Case, folder: Path) -> str:
+def save_before_and_after(environment: RankEnvironment, case: Case, folder: Path) -> str:
     """Step 1 is saved without the moment, step 2 with half of each weight in it."""
     from engine.checkpoint.fingerprint import fingerprint
     from engine.checkpoint.saver import Saver
 
-    groups, pipeline = build(place, case)
+    groups, pipeline = build(environment, case)
     engine, saver = pipeline.engine, Saver(folder, groups)
     for step in (1, 2):
         if step == 2:
@@ -40,11 +40,11 @@ def save_before_and_after(place: RankEnvironment, case: Case, folder: Path) -> s
     return fingerprint(engine.parameter_shards(), engine.placements(), groups)
 
 
-def load_both(place: RankEnvironment, case: Case, folder: Path) -> str:
+def load_both(environment: RankEnvironment, case: Case, folder: Path) -> str:
     from engine.checkpoint.fingerprint import fingerprint
     from engine.checkpoint.load import load
 
-    groups, pipeline = build(place, case)
+    groups, pipeline = build(environment, case)
     engine = pipeline.engine
     engine.add_moment("ema", begins_at_zero=True)
     for shard in engine.parameter_shards():

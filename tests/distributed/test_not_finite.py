@@ -14,11 +14,11 @@ from tests.distributed.ranks import run_ranks
 matrix = pytest.mark.matrix
 
 
-def poisoned_step(place, case: Case) -> str:
+def poisoned_step(environment, case: Case) -> str:
     from engine.train.build import build_pipeline, join_groups, stage_spec
 
     config = config_of(case)
-    groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
+    groups = join_groups(config, resolve(config, environment.world_size), environment.global_rank)
     pipeline = build_pipeline(config, stage_spec(config, config.stages[0], groups), groups, torch.device("cpu"))
     before = [shard.weight.clone() for shard in pipeline.engine.parameter_shards()]
     batch = global_batch(0, case.attention)

@@ -48,7 +48,7 @@ def test_a_discarded_step_leaves_no_trace_on_the_host(zero_stage: int) -> None:
     run_ranks(2, discarded_steps, Case(zero_stage=zero_stage, data=2, offload="optimizer"))
 
 
-def steps_of_both(place: Any, case: Case) -> list[list[str]]:
+def steps_of_both(environment: Any, case: Case) -> list[list[str]]:
     """Two steps of a run with and without offload, which have to end alike; what the host's side did in the second."""
     from engine.train.build import build_pipeline, join_groups, stage_spec
     from engine.train.checks import check_invariants
@@ -56,7 +56,7 @@ def steps_of_both(place: Any, case: Case) -> list[list[str]]:
     ends, events = [], []
     for one in (case, dataclasses.replace(case, offload="optimizer")):
         config = config_of(one)
-        groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
+        groups = join_groups(config, resolve(config, environment.world_size), environment.global_rank)
         pipeline = build_pipeline(config, stage_spec(config, config.stages[0], groups), groups, torch.device("cpu"))
         host: Any = pipeline.engine._host
         norms = []

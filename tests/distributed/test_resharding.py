@@ -77,7 +77,7 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-def watched_rank(place: RankEnvironment, tree: dict[str, Any]) -> dict[str, Any]:
+def watched_rank(environment: RankEnvironment, tree: dict[str, Any]) -> dict[str, Any]:
     """`train_rank`, and what loading took: bytes read, bytes of this rank's own elements, memory."""
     from engine.checkpoint import load as loading
     from engine.train.restart import Restarts
@@ -102,7 +102,7 @@ def watched_rank(place: RankEnvironment, tree: dict[str, Any]) -> dict[str, Any]
 
     loading.load_shards = load_and_count  # this process ends with the run
     setattr(Restarts, "restore", restore_and_watch)  # noqa: B010
-    return train_rank(place, tree) | {"load": found}
+    return train_rank(environment, tree) | {"load": found}
 
 
 def real_length(shard: Any, tensor_rank: int, tensor_size: int) -> int:
@@ -135,8 +135,8 @@ def check(pair: Pair, corpus: Path, folder: Path, num_steps: int) -> None:
         shutil.copytree(whole, copy, ignore=shutil.ignore_patterns("step-*[!2]", "step-*[12]2"))
     saved = step_path(whole / "checkpoints", SAVED_AT)
     held = fingerprint_of_checkpoint(saved, open_checkpoint(saved))
-    for side, place in (("first", again), ("second", other)):
-        for result in run(tree_of(pair, side, corpus, place, num_steps), world_size(pair, side)):
+    for side, layout in (("first", again), ("second", other)):
+        for result in run(tree_of(pair, side, corpus, layout, num_steps), world_size(pair, side)):
             assert (result["started_at"], result["at_start"]) == (SAVED_AT, held)
             load = result["load"]
             assert load["read"] == load["own"]

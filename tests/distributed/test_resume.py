@@ -108,7 +108,7 @@ def test_same_layout_goes_on_bitwise(layout, whole, tmp_path):
         assert values(tmp_path / "again", key) == values(run.folder, key)
 
 
-def train_and_tell(place: RankEnvironment, tree: dict[str, Any]) -> list[str]:
+def train_and_tell(environment: RankEnvironment, tree: dict[str, Any]) -> list[str]:
     """What a rank's trainer logs."""
     told: list[str] = []
 
@@ -119,7 +119,7 @@ def train_and_tell(place: RankEnvironment, tree: dict[str, Any]) -> list[str]:
     log = logging.getLogger(f"{ROOT}.engine.train.trainer")
     log.addHandler(Told())
     log.setLevel(logging.INFO)
-    train_rank(place, tree)
+    train_rank(environment, tree)
     return told
 
 

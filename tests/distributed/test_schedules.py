@@ -51,7 +51,7 @@ def test_weight_gradients_put_off_equal_plain_torch(case: Case):
     check(case)
 
 
-def evaluate(place: Any, case: Case) -> float:
+def evaluate(environment: Any, case: Case) -> float:
     """The first batch's summed loss under the initial weights, on the last stage; the same after a backward."""
     import torch
 
@@ -59,7 +59,7 @@ def evaluate(place: Any, case: Case) -> float:
     from engine.train.build import build_pipeline, join_groups, stage_spec
 
     config = config_of(case)
-    groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
+    groups = join_groups(config, resolve(config, environment.world_size), environment.global_rank)
     pipeline = build_pipeline(config, stage_spec(config, config.stages[0], groups), groups, torch.device("cpu"))
     inputs = stage_inputs(global_batch(0, case.attention), case, groups)
     before = pipeline.evaluate(inputs)

@@ -72,14 +72,16 @@ def loss_of(module: Any, names: str) -> torch.Tensor:
     return module(tokens_BT=tokens_BT, targets_BT=tokens_BT, weights_BT=torch.ones(1, 8))["losses_L"].sum()
 
 
-def load_with_deepspeed(place: Any, config: ModelConfig, names: str, zero_stage: int, dtype: str, folder: Path) -> Any:
+def load_with_deepspeed(
+    environment: Any, config: ModelConfig, names: str, zero_stage: int, dtype: str, folder: Path
+) -> Any:
     """(values after the load, counters, working weights, decay of the groups, fp32 weights a step later where the loss
     is one of `loss_of` and bf16 does not blur it)"""
     import deepspeed
     from deepspeed.runtime.lr_schedules import WarmupLR
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    torch.manual_seed(place.global_rank)
+    torch.manual_seed(environment.global_rank)
     module = module_of(config, names)
     optimizer = torch.optim.AdamW(groups_of(module), **SETTINGS)
     schedule: Any = WarmupLR(optimizer, warmup_min_lr=0.01, warmup_max_lr=0.01)

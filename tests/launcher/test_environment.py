@@ -62,10 +62,10 @@ HYDRA = {
 
 
 def test_alone_gets_a_free_port_of_its_own() -> None:
-    place = rank_environment({})
+    environment = rank_environment({})
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", place.master_port))
-    assert replace(place, master_port=1) == RankEnvironment(master_port=1)
+        probe.bind(("127.0.0.1", environment.master_port))
+    assert replace(environment, master_port=1) == RankEnvironment(master_port=1)
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,17 @@ def test_all_ranks_of_a_slurm_step_agree() -> None:
         rank_environment(SLURM | {"SLURM_PROCID": rank, "SLURM_LOCALID": local, "SLURM_NODEID": node})
         for rank, local, node in tasks
     ]
-    assert [place.global_rank for place in places] == [0, 1, 2, 3]
-    assert [place.local_world_size for place in places] == [3, 3, 3, 1]
-    assert len({(place.master_addr, place.master_port, place.world_size, place.job) for place in places}) == 1
+    assert [environment.global_rank for environment in places] == [0, 1, 2, 3]
+    assert [environment.local_world_size for environment in places] == [3, 3, 3, 1]
+    assert (
+        len(
+            {
+                (environment.master_addr, environment.master_port, environment.world_size, environment.job)
+                for environment in places
+            }
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("inner", [TORCHRUN, DEEPSPEED, OPENMPI, HYDRA], ids=["torchrun", "deepspeed", "mpi", "hydra"])
@@ -124,9 +132,9 @@ def test_the_innermost_launcher_wins_inside_a_slurm_step(inner: dict[str, str]) 
 
 def test_two_steps_of_a_job_meet_at_two_ports() -> None:
     steps = [rank_environment(SLURM | {"SLURM_STEP_ID": str(step)}) for step in range(50)]
-    assert len({place.master_port for place in steps}) == 50
-    assert {place.job for place in steps} == {"1234"}
-    assert [place.step for place in steps] == [str(step) for step in range(50)]
+    assert len({environment.master_port for environment in steps}) == 50
+    assert {environment.job for environment in steps} == {"1234"}
+    assert [environment.step for environment in steps] == [str(step) for step in range(50)]
     by_hand = rank_environment(SLURM | {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "gpu07"})
     assert (by_hand.step, by_hand.master_port) == ("0", steps[0].master_port), "RANK=$SLURM_PROCID, as scripts have it"
 
@@ -218,11 +226,11 @@ def test_missing_and_contradictory_variables_are_refused(environ: dict[str, str]
 
 
 def test_export_makes_any_place_look_like_torchrun() -> None:
-    place = rank_environment(SLURM)
+    environment = rank_environment(SLURM)
     environ: dict[str, str] = {}
-    export(place, environ)
-    again = rank_environment(environ | {"PALIMPSEST_JOB": place.job, "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2"})
-    assert replace(again, launcher=place.launcher, step=place.step) == place
+    export(environment, environ)
+    again = rank_environment(environ | {"PALIMPSEST_JOB": environment.job, "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2"})
+    assert replace(again, launcher=environment.launcher, step=environment.step) == environment
 
 
 class TestMeetingPoint:

@@ -190,7 +190,7 @@ def samples_seen(tree: dict[str, Any], step: int) -> set[tuple[int, int]]:
         for _ in range(min(step, stage.num_steps)):
             size = stream.batch_size
             taken, _ = stream.order.take(stream.progress.cursor, size)
-            found |= {(number, *place) for place in stream.order.places(taken).tolist()}
+            found |= {(number, *row) for row in stream.order.shard_rows(taken).tolist()}
             stream.skip()
         step -= min(step, stage.num_steps)
     return found

@@ -34,7 +34,7 @@ _MODEL = re.compile(r"(?:(?:bf16_|fp16_)?zero_pp_rank_(\d+)_)?mp_rank_(\d+)_mode
 Weights = dict[str, torch.Tensor]
 
 
-def read_weights(place: Path) -> Weights:
+def read_weights(folder_or_parent: Path) -> Weights:
     """Return fp32 weights by the names of the module that was saved; tied ones under each of their names.
 
     `place` is the folder of one checkpoint, or the folder above, whose `latest` names one.
@@ -42,7 +42,7 @@ def read_weights(place: Path) -> Weights:
     Raises:
         CheckpointError: it is none, it is not whole, or a file holds what may not be built.
     """
-    folder = _tag(place)
+    folder = _tag(folder_or_parent)
     optimizers = _by_rank(folder, _OPTIMIZER)
     models = _by_rank(folder, _MODEL)
     if not optimizers or not models:
@@ -113,15 +113,15 @@ def _open(path: Path) -> dict[str, Any]:
     return content
 
 
-def _tag(place: Path) -> Path:
-    latest = place / "latest"
+def _tag(folder_or_parent: Path) -> Path:
+    latest = folder_or_parent / "latest"
     if not latest.is_file():
-        return place
+        return folder_or_parent
     name = latest.read_text(encoding="utf-8").strip()
     # text from a file: it may not lead out of the folder
     if not name or Path(name).name != name:
-        raise _unusable(place, f"its file `latest` names {name!r}")
-    return place / name
+        raise _unusable(folder_or_parent, f"its file `latest` names {name!r}")
+    return folder_or_parent / name
 
 
 def _by_rank(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:

@@ -49,18 +49,18 @@ class NodeStore:
         base: Path,
         run: Path,
         groups: Groups,
-        place: RankEnvironment,
+        environment: RankEnvironment,
         connect: Callable[[list[tuple[int, ...]], int], list[Group | None]] = join_lines,
     ) -> None:
         """Make the store. `base` is a folder in memory, `run` the run folder; `connect` makes the ring's groups."""
-        identities = collectives.gather_objects((socket.gethostname(), place.node_rank), groups.world)
+        identities = collectives.gather_objects((socket.gethostname(), environment.node_rank), groups.world)
         self.nodes, self.groups = Nodes.of(identities), groups
         self.rank = groups.world.ranks[groups.world.position]
         self.node = self.nodes.node_of(self.rank)
         self.acts_for_node = self.nodes.first_ranks[self.node] == self.rank
         # Groups of their own: the ring's messages must not meet those of the training in one communicator.
         self.lines = connect(self.nodes.lines(), self.rank) if self.nodes.count > 1 else []
-        self.owner = Owner(place.job, place.attempt)
+        self.owner = Owner(environment.job, environment.attempt)
         self.run, self.folder = run, folder_of(base, run, self.nodes.on_host[self.node])
         self._lock: object = None
         self._dropping: Background[None] | None = None

@@ -78,9 +78,7 @@ def check_mixture(key: str, data: DataConfig, problems: list[PalimpsestError]) -
                     "change the weights",
                 )
             )
-    urls = [
-        place for place in (data.train, *data.validation_places, *(source.path for source in sources)) if is_url(place)
-    ]
+    urls = [location for location in (*data.training_locations, *data.validation_locations) if is_url(location)]
     if urls and data.cache is None:
         problems.append(
             ConfigError(
@@ -105,9 +103,9 @@ def _names(data: DataConfig) -> list[tuple[str, str]]:
     return [("sources", source.name) for source in data.sources] + [("validation", item) for item in held_out]
 
 
-def is_url(place: str | None) -> bool:
+def is_url(location: str | None) -> bool:
     """Return True for a URL, False for a folder or nothing."""
-    return place is not None and "://" in place
+    return location is not None and "://" in location
 
 
 def whole_parts(weights: Sequence[float], longest: int = LONGEST_PERIOD) -> tuple[int, ...]:

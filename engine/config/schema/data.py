@@ -137,7 +137,12 @@ class DataConfig(Section):
     on without its samples from that step on, on all ranks, say so, and remember it over restarts."""
 
     @property
-    def validation_places(self) -> tuple[str, ...]:
+    def training_locations(self) -> tuple[str, ...]:
+        """The folders and URLs of training data."""
+        return tuple(source.path for source in self.sources) or ((self.train,) if self.train else ())
+
+    @property
+    def validation_locations(self) -> tuple[str, ...]:
         """The folders and URLs of held-out data."""
         if self.validation is None:
             return ()

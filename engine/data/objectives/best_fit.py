@@ -57,10 +57,10 @@ class BestFit:
         pieces = np.flatnonzero(np.isin(np.searchsorted(bounds, plan.starts, side="right") - 1, documents))
         return np.unique(np.searchsorted(plan.rows, pieces, side="right") - 1)
 
-    def ranges(self, places_N2: np.ndarray) -> np.ndarray:
+    def ranges(self, shard_rows_N2: np.ndarray) -> np.ndarray:
         """Return (shard, first token, the one behind the last) of the pieces of rows (shard, row), (M, 3) int64."""
         found = [np.empty((0, 3), np.int64)]
-        for number, row in places_N2.tolist():
+        for number, row in shard_rows_N2.tolist():
             plan = self._plan(number)
             pieces = slice(*plan.rows[row : row + 2].tolist())
             starts = plan.starts[pieces]

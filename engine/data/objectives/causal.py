@@ -55,11 +55,11 @@ class CausalSampler:
         )
         self.count = self.packing.count
 
-    def make(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int) -> SampledRows:
+    def make(self, samples_B3: np.ndarray, shard_rows: np.ndarray, num_rows: int) -> SampledRows:
         """Return the rows: targets have weight 1, padding and forgotten documents 0, and so has a target in the next
         document if documents do not see each other."""
         inside_documents = self.context.attention == "document"
-        read = self.read(samples_B3, places, num_rows)
+        read = self.read(samples_B3, shard_rows, num_rows)
         buffer = RowBuffer(read.tokens_BT, read.totals_B)
         buffer.begin(read.start_rows, read.starts)
         weights_BT, targets_B = np.ones(read.tokens_BT.shape, np.float32), read.totals_B
@@ -79,18 +79,18 @@ class CausalSampler:
         del epoch  # rows are the same in each
         return self.packing.rows_of(number, documents)
 
-    def ranges(self, samples_B3: np.ndarray, places: np.ndarray) -> np.ndarray:
-        return self.packing.ranges(places)
+    def ranges(self, samples_B3: np.ndarray, shard_rows: np.ndarray) -> np.ndarray:
+        return self.packing.ranges(shard_rows)
 
-    def read(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int) -> _Read:
+    def read(self, samples_B3: np.ndarray, shard_rows: np.ndarray, num_rows: int) -> _Read:
         """Read the rows of samples, all at once where the packing can."""
-        if isinstance(self.packing, Concatenation) and len(places):
-            return self._read_together(self.packing, places, num_rows)
-        return self.laid_out([self.row(place) for place in places.tolist()], num_rows)
+        if isinstance(self.packing, Concatenation) and len(shard_rows):
+            return self._read_together(self.packing, shard_rows, num_rows)
+        return self.laid_out([self.row(shard_row) for shard_row in shard_rows.tolist()], num_rows)
 
-    def row(self, place: list[int]) -> Row:
+    def row(self, shard_row: list[int]) -> Row:
         """Return the row at (shard, row)."""
-        number, row = place
+        number, row = shard_row
         return self.packing.row(self.context.shard(number), number, row)
 
     def laid_out(self, rows: list[Row], num_rows: int) -> _Read:
@@ -108,11 +108,11 @@ class CausalSampler:
         forgotten_BT = forgotten_BT if forgotten_BT.any() else None
         return _Read(tokens_BT, targets_BT, totals_B, *_numbered(starts), *_numbered(ends), forgotten_BT)
 
-    def _read_together(self, packing: Concatenation, places: np.ndarray, num_rows: int) -> _Read:
+    def _read_together(self, packing: Concatenation, shard_rows: np.ndarray, num_rows: int) -> _Read:
         """Read rows of W = T + 1 tokens at once; tokens and targets are views of them where no row is short."""
-        count = len(places)
+        count = len(shard_rows)
         whole_BW = np.empty((num_rows, self.context.length + 1), np.int64)
-        read = packing.stretches(self.context.shard, places, whole_BW[:count])
+        read = packing.stretches(self.context.shard, shard_rows, whole_BW[:count])
         totals_B = np.zeros(num_rows, np.int64)
         totals_B[:count] = read.sizes_N - 1
         tokens_BT, targets_BT = whole_BW[:, :-1], whole_BW[:, 1:]
@@ -123,8 +123,8 @@ class CausalSampler:
             behind = slice(totals_B[row], None)
             tokens_BT[row, behind] = targets_BT[row, behind] = self.eos_id
         # a document that begins with the last successor begins outside of the row, but ends what the row predicts
-        inside = read.places < totals_B[read.rows]
-        starts, ends = (read.rows[inside], read.places[inside]), (read.rows, read.places - 1)
+        inside = read.positions < totals_B[read.rows]
+        starts, ends = (read.rows[inside], read.positions[inside]), (read.rows, read.positions - 1)
         forgotten_BT = None
         if read.forgotten_NW is not None:
             forgotten_BT = np.zeros(targets_BT.shape, bool)

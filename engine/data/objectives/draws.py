@@ -40,27 +40,27 @@ def words(seed: int, purpose: int, samples_B3: np.ndarray, num_words: int) -> np
 
 
 def choose(keys_BT: np.ndarray, allowed_BT: np.ndarray, counts_B: np.ndarray) -> np.ndarray:
-    """Choose `counts_B` of the allowed places of each row, every such subset equally likely: (B, T) bool.
+    """Choose `counts_B` of the allowed positions of each row, every such subset equally likely: (B, T) bool.
 
-    `keys_BT` are uniform uint32; the places with the smallest keys are taken. Equal keys (one pair in 2^32) prefer
-    the earlier place. `counts_B` is at most the number of allowed places.
+    `keys_BT` are uniform uint32; the positions with the smallest keys are taken. Equal keys (one pair in 2^32) prefer
+    the earlier position. `counts_B` is at most the number of allowed positions.
     """
-    # the key of each row's last place: sorting 32 bits takes half the time of keys and places together
+    # the key of each row's last position: sorting 32 bits takes half the time of keys and positions together
     ranked_BT = np.sort(np.where(allowed_BT, keys_BT, np.uint32(_LARGEST)), axis=1)
     last_B = ranked_BT[np.arange(len(keys_BT)), np.maximum(counts_B, 1) - 1]
     chosen_BT = (keys_BT <= last_B[:, None]) & allowed_BT & (counts_B > 0)[:, None]
     if np.count_nonzero(chosen_BT) == counts_B.sum():
         return chosen_BT
-    for row in np.flatnonzero(np.count_nonzero(chosen_BT, axis=1) > counts_B):  # its last place has an equal
+    for row in np.flatnonzero(np.count_nonzero(chosen_BT, axis=1) > counts_B):  # its last position has an equal
         chosen_BT[row] = False
         chosen_BT[row, order(keys_BT[row : row + 1], allowed_BT[row : row + 1])[0, : counts_B[row]]] = True
     return chosen_BT
 
 
 def order(keys_BT: np.ndarray, allowed_BT: np.ndarray) -> np.ndarray:
-    """Return each row's places by rising key, allowed ones first: (B, T) int64."""
-    places_T = np.arange(keys_BT.shape[1], dtype=np.uint64)
-    combined_BT = keys_BT.astype(np.uint64) << np.uint64(31) | places_T  # 63 bits: bit 63 is for what is not allowed
+    """Return each row's positions by rising key, allowed ones first: (B, T) int64."""
+    positions_T = np.arange(keys_BT.shape[1], dtype=np.uint64)
+    combined_BT = keys_BT.astype(np.uint64) << np.uint64(31) | positions_T  # 63 bits: bit 63 is for what is not allowed
     combined_BT |= (~allowed_BT).astype(np.uint64) << np.uint64(63)
     combined_BT.sort(axis=1)  # much faster than argsort
     return (combined_BT & np.uint64(0x7FFFFFFF)).astype(np.int64)

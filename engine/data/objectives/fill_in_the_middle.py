@@ -34,8 +34,8 @@ def make_sampler(context: SamplerContext) -> CausalSampler:
 class _Sampler(CausalSampler):
     """Causal rows, with some of their documents rearranged."""
 
-    def read(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int):
-        rows = [self.row(place) for place in places.tolist()]
+    def read(self, samples_B3: np.ndarray, shard_rows: np.ndarray, num_rows: int):
+        rows = [self.row(shard_row) for shard_row in shard_rows.tolist()]
         context = self.context
         drawn = context.words(samples_B3, len(rows), num_words(context.length)) if rows else np.empty((0, 0))
         changed = [

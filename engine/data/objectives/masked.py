@@ -50,13 +50,13 @@ class _MaskedSampler:
         )
         self.count = self._packing.count
 
-    def make(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int) -> SampledRows:
+    def make(self, samples_B3: np.ndarray, shard_rows: np.ndarray, num_rows: int) -> SampledRows:
         buffer = RowBuffer.empty(num_rows, self._context.length, self._context.padding_id)
         if isinstance(self._packing, Concatenation):
-            self._write_together(buffer, self._packing, places)
+            self._write_together(buffer, self._packing, shard_rows)
             # all rows are written: the loop below has nothing left to do
-            places = places[:0]
-        for b, (number, row_number) in enumerate(places.tolist()):
+            shard_rows = shard_rows[:0]
+        for b, (number, row_number) in enumerate(shard_rows.tolist()):
             row = self._packing.row(self._context.shard(number), number, row_number)
             buffer.write(b, *self._framed(row))
             if row.forgotten is not None:
@@ -68,23 +68,23 @@ class _MaskedSampler:
         del epoch  # rows are the same in each
         return self._packing.rows_of(number, documents)
 
-    def ranges(self, samples_B3: np.ndarray, places: np.ndarray) -> np.ndarray:
-        return self._packing.ranges(places)
+    def ranges(self, samples_B3: np.ndarray, shard_rows: np.ndarray) -> np.ndarray:
+        return self._packing.ranges(shard_rows)
 
-    def _write_together(self, buffer: RowBuffer, packing: Concatenation, places: np.ndarray) -> None:
+    def _write_together(self, buffer: RowBuffer, packing: Concatenation, shard_rows: np.ndarray) -> None:
         """Write all rows at once, each between its head and its tail."""
-        if not len(places):
+        if not len(shard_rows):
             return
-        head, rows, count = len(self._head), np.arange(len(places)), len(places)
+        head, rows, count = len(self._head), np.arange(len(shard_rows)), len(shard_rows)
         # (N, capacity) view of the buffer: tokens are copied once, to where the model reads them
         body_NT = buffer.tokens_BT[:count, head : head + packing.capacity]
-        read = packing.stretches(self._context.shard, places, body_NT)
+        read = packing.stretches(self._context.shard, shard_rows, body_NT)
         buffer.tokens_BT[:count, :head] = self._head
         for offset, token in enumerate(self._tail):
             # behind the row's last token, which in a shard's last row is before the end of the row
             buffer.tokens_BT[rows, head + read.sizes_N + offset] = token
         buffer.totals_B[:count] = head + read.sizes_N + len(self._tail)
-        buffer.begin(read.rows, read.places + head)
+        buffer.begin(read.rows, read.positions + head)
         if read.forgotten_NW is not None:
             forgotten_rows, places_in_row = np.nonzero(read.forgotten_NW)
             buffer.forget(forgotten_rows, places_in_row + head)
@@ -112,20 +112,20 @@ class _PairSampler:
         self._pairs = Pairs(context.dataset, context.length - 3, context.objective.pairs, context.seed)
         self.count = self._pairs.count
 
-    def ranges(self, samples_B3: np.ndarray, places: np.ndarray) -> np.ndarray:
+    def ranges(self, samples_B3: np.ndarray, shard_rows: np.ndarray) -> np.ndarray:
         epochs = samples_B3[:, 0].tolist()
         pairs = [
             [(number, *bounds) for bounds in self._pairs.pair(number, row, epoch)[0]]
-            for (number, row), epoch in zip(places.tolist(), epochs, strict=True)
+            for (number, row), epoch in zip(shard_rows.tolist(), epochs, strict=True)
         ]
         return np.array([segment for pair in pairs for segment in pair], np.int64).reshape(-1, 3)
 
-    def make(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int) -> SampledRows:
+    def make(self, samples_B3: np.ndarray, shard_rows: np.ndarray, num_rows: int) -> SampledRows:
         context, vocabulary = self._context, self._context.vocabulary
         buffer = RowBuffer.empty(num_rows, context.length, context.padding_id)
         types_BT = np.zeros(buffer.tokens_BT.shape, np.int64)
         labels_B, weights_B = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.float32)
-        for b, (number, row) in enumerate(places.tolist()):
+        for b, (number, row) in enumerate(shard_rows.tolist()):
             shard = context.shard(number)
             segments, labels_B[b], weights_B[b] = self._pairs.pair(number, row, int(samples_B3[b, 0]))
             at = 1

@@ -68,18 +68,18 @@ def mask(
     found_B = np.diff(np.searchsorted(flat, np.arange(len(tokens_BT) + 1) * length))
     rows = np.repeat(np.arange(len(tokens_BT)), found_B)
     # number of each within its row: found (2, 1) are numbered (0, 1, 0)
-    places = np.arange(flat.size) - np.repeat(np.cumsum(found_B) - found_B, found_B)
+    positions = np.arange(flat.size) - np.repeat(np.cumsum(found_B) - found_B, found_B)
     masked_BM = np.zeros((len(tokens_BT), most), np.int64)
     targets_BM, weights_BM = np.zeros_like(masked_BM), np.zeros(masked_BM.shape, np.float32)
-    slots = rows * most + places  # (B, M) flattened
+    slots = rows * most + positions  # (B, M) flattened
     masked_BM.put(slots, flat - rows * length)
     targets_BM.put(slots, tokens_BT.take(flat))
     weights_BM.put(slots, 1.0)
-    drawn, deciders = rows * rest.shape[1] + 2 * places, 0
+    drawn, deciders = rows * rest.shape[1] + 2 * positions, 0
     if objective.mask_unit == "span":  # the first token of a span decides for all of it
         goes_on = np.append(False, (np.diff(flat) == 1) & (np.diff(rows) == 0))[: flat.size]
         firsts = np.maximum.accumulate(np.where(goes_on, 0, np.arange(flat.size)))
-        deciders = 2 * (places[firsts] - places)
+        deciders = 2 * (positions[firsts] - positions)
     _replace(tokens_BT, flat, rest.take(drawn + deciders), rest.take(drawn + 1), objective, vocabulary)
     return Masked(masked_BM, targets_BM, weights_BM)
 
@@ -161,5 +161,5 @@ def _choose_spans(keys_BT: np.ndarray, allowed_BT: np.ndarray, counts_B: np.ndar
     spans_B = np.clip(np.round(counts_B / mean_length).astype(np.int64), 1, np.maximum(1, totals_B - counts_B))
     dense_BT = noise_mask(keys_BT, totals_B, counts_B, spans_B)
     # allowed (1, 0, 1, 1) stand side by side at (0, 0, 1, 2)
-    places_BT = np.maximum(np.cumsum(allowed_BT, axis=1) - 1, 0)
-    return allowed_BT & np.take_along_axis(dense_BT, places_BT, axis=1)
+    positions_BT = np.maximum(np.cumsum(allowed_BT, axis=1) - 1, 0)
+    return allowed_BT & np.take_along_axis(dense_BT, positions_BT, axis=1)

@@ -53,12 +53,12 @@ class Row:
 
 class Stretches(NamedTuple):
     """N rows that were read at once: `sizes_N` (int64) tokens of each, the successor of its last one included where it
-    is asked for; the rest of a row was not written. Documents begin at (`rows`, `places`), positions from 1 on.
+    is asked for; the rest of a row was not written. Documents begin at (`rows`, `positions`), positions from 1 on.
     `forgotten_NW` is True for tokens of forgotten documents; None where there is none."""
 
     sizes_N: np.ndarray
     rows: np.ndarray
-    places: np.ndarray
+    positions: np.ndarray
     forgotten_NW: np.ndarray | None
 
 
@@ -79,7 +79,7 @@ class Packing(Protocol):
         """Return the rows of a shard that hold a token of its documents (n,), each once, (rows,) int64, rising."""
         ...
 
-    def ranges(self, places_N2: np.ndarray) -> np.ndarray:
+    def ranges(self, shard_rows_N2: np.ndarray) -> np.ndarray:
         """Return the tokens that rows (shard, row) are made of, (M, 3) int64: shard, first token, the one behind the
         last. Reads offsets at most. Raises `DataError` where these are damaged."""
         ...
@@ -117,8 +117,8 @@ class Concatenation:
         rows = [np.arange(begin, end) for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
         return np.unique(np.concatenate([np.empty(0, np.int64), *rows]))
 
-    def ranges(self, places_N2: np.ndarray) -> np.ndarray:
-        numbers_N, firsts_N = places_N2[:, 0], places_N2[:, 1] * self.capacity
+    def ranges(self, shard_rows_N2: np.ndarray) -> np.ndarray:
+        numbers_N, firsts_N = shard_rows_N2[:, 0], shard_rows_N2[:, 1] * self.capacity
         if self.reads != "text":
             return np.stack(
                 [numbers_N, firsts_N, np.minimum(firsts_N + self.capacity, self._tokens[numbers_N])], axis=1
@@ -133,14 +133,14 @@ class Concatenation:
             found_N3[mine, 2] = last_N + np.searchsorted(text, last_N, side="right")
         return found_N3
 
-    def stretches(self, shards: Callable[[int], Shard], places_N2: np.ndarray, into_NW: np.ndarray) -> Stretches:
+    def stretches(self, shards: Callable[[int], Shard], shard_rows_N2: np.ndarray, into_NW: np.ndarray) -> Stretches:
         """Read rows (shard, row) together into an array of any integers, as many times faster as there are rows; none
         of the text alone.
 
         W is the capacity, and one more with successors. `shards` opens a shard by its number.
         """
         assert self.reads != "text"
-        numbers_N, starts_N = places_N2[:, 0], places_N2[:, 1] * self.capacity
+        numbers_N, starts_N = shard_rows_N2[:, 0], shard_rows_N2[:, 1] * self.capacity
         sizes_N = np.minimum(into_NW.shape[1], self._tokens[numbers_N] - starts_N)  # W, less in the last row of a shard
         opened = _copy_rows(shards, numbers_N, starts_N, sizes_N, into_NW)
         forgotten_NW = _forgotten(opened, numbers_N, starts_N, into_NW.shape[1])
@@ -188,7 +188,7 @@ def _copy_rows(
 ) -> dict[int, Shard]:
     """Copy tokens into rows, those of a shard in one call except for short ones, and return the opened shards."""
     width, opened = into_NW.shape[1], {}
-    # rows by shard, and the places at which the shard changes: shards (5, 2, 5) have order (1, 0, 2), cuts (0, 1, 3)
+    # rows by shard, and the indices at which the shard changes: shards (5, 2, 5) have order (1, 0, 2), cuts (0, 1, 3)
     order = np.argsort(numbers_N, kind="stable")
     cuts = [0, *(np.flatnonzero(np.diff(numbers_N[order])) + 1).tolist(), order.size]
     short = sizes_N < width

@@ -114,10 +114,10 @@ def cut(documents: np.ndarray, sentences: np.ndarray, limit: int) -> Segments:
     bounds = np.stack([starts[firsts], ends[np.append(firsts[1:], starts.size) - 1]], axis=1)
     owner = owners[firsts]
     begin = np.searchsorted(owner, owner, side="left")
-    place = np.arange(owner.size) - begin  # number of the segment within its document
+    index = np.arange(owner.size) - begin  # number of the segment within its document
     has_next = np.append(owner[1:] == owner[:-1], False)[: owner.size]
     # segments 0, 1 and 2 of a document: 0 and 1 make a sample, 2 is left alone
-    even = place % 2 == 0
+    even = index % 2 == 0
     return Segments(bounds, owner, np.flatnonzero(even & has_next), np.flatnonzero(even & ~has_next))
 
 
@@ -138,8 +138,8 @@ def _with_even_ends(firsts: np.ndarray, starts: np.ndarray, ends: np.ndarray, ow
     owner = owners[firsts]
     stops = np.append(firsts[1:], starts.size)
     is_last = np.append(owner[1:] != owner[:-1], True)[: owner.size]
-    place = np.arange(owner.size) - np.searchsorted(owner, owner, side="left")
-    odd = np.flatnonzero(is_last & (place % 2 == 0) & (stops - firsts > 1))
+    index = np.arange(owner.size) - np.searchsorted(owner, owner, side="left")
+    odd = np.flatnonzero(is_last & (index % 2 == 0) & (stops - firsts > 1))
     middles = (starts[firsts[odd]] + ends[stops[odd] - 1]) // 2
     # at least one part on each side
     halves_at = np.clip(np.searchsorted(starts, middles), firsts[odd] + 1, stops[odd] - 1)

@@ -32,8 +32,8 @@ class Sampler(Protocol):
         """Return the samples in each of the shards (n,), (n,) int64. Raises `DataError` where offsets are damaged."""
         ...
 
-    def make(self, samples_B3: np.ndarray, places: np.ndarray, num_rows: int) -> SampledRows:
-        """Return the rows of the samples (shard, row) at `places`, filled up to `num_rows` with padding rows.
+    def make(self, samples_B3: np.ndarray, shard_rows: np.ndarray, num_rows: int) -> SampledRows:
+        """Return the rows of the samples at `shard_rows` (rows, 2), filled up to `num_rows` with padding rows.
 
         Raises `DataError` where a shard is damaged.
         """

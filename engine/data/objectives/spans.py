@@ -22,10 +22,10 @@ def noise_mask(keys_BT: np.ndarray, totals_B: np.ndarray, noise_B: np.ndarray, s
     """
     num_rows, length = keys_BT.shape
     kept_B = totals_B - noise_B
-    places_T = np.arange(length)
+    positions_T = np.arange(length)
     # the first keys cut the noise, those behind them what is kept: no key is used twice
-    noise_lengths = _parts(keys_BT, places_T < noise_B[:, None] - 1, noise_B, spans_B, np.zeros_like(noise_B))
-    allowed = (places_T >= noise_B[:, None]) & (places_T < totals_B[:, None] - 1)
+    noise_lengths = _parts(keys_BT, positions_T < noise_B[:, None] - 1, noise_B, spans_B, np.zeros_like(noise_B))
+    allowed = (positions_T >= noise_B[:, None]) & (positions_T < totals_B[:, None] - 1)
     kept_lengths = _parts(keys_BT, allowed, kept_B, spans_B, noise_B)
     # (B, W) twice -> (B, 2 W): kept, noise, kept, noise, ...
     turns = np.stack((kept_lengths, noise_lengths), axis=-1).reshape(num_rows, -1)
@@ -34,7 +34,7 @@ def noise_mask(keys_BT: np.ndarray, totals_B: np.ndarray, noise_B: np.ndarray, s
     edges = np.where(edges < totals_B[:, None], edges, length)  # what lies at or behind the end changes nothing
     flat = (np.arange(num_rows)[:, None] * (length + 1) + edges).ravel()
     flips = np.bincount(flat, minlength=num_rows * (length + 1)).reshape(num_rows, -1)[:, :length]
-    return (np.cumsum(flips, axis=1) % 2 == 1) & (places_T < totals_B[:, None])
+    return (np.cumsum(flips, axis=1) % 2 == 1) & (positions_T < totals_B[:, None])
 
 
 def _parts(
@@ -42,13 +42,13 @@ def _parts(
 ) -> np.ndarray:
     """Return the lengths (B, W) of `parts_B` random parts of `totals_B` items, 0 after the last part.
 
-    The place `first_B` + i of the keys stands for a cut behind item i.
+    Position `first_B` + i of the keys stands for a cut behind item i.
     """
     most = int(parts_B.max(initial=1))
     cuts_B = np.clip(parts_B, 1, np.maximum(1, totals_B)) - 1
     chosen_BT = choose(keys_BT, allowed_BT, cuts_B)
-    rows, places = np.nonzero(chosen_BT)
+    rows, positions = np.nonzero(chosen_BT)
     ends = np.broadcast_to(totals_B[:, None], (len(keys_BT), most)).copy()
     # cuts behind items 1 and 2 (from 0) of 5: ends (2, 3, 5), lengths (2, 1, 2)
-    ends[rows, np.arange(rows.size) - np.searchsorted(rows, rows)] = places - first_B[rows] + 1
+    ends[rows, np.arange(rows.size) - np.searchsorted(rows, rows)] = positions - first_B[rows] + 1
     return np.diff(ends, axis=1, prepend=0)

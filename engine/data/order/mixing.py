@@ -93,8 +93,8 @@ class Mixing(Mixture):
         while count:
             segment = self._segment(position)
             taken = count if segment.end is None else min(count, segment.end - position)
-            places = np.arange(position - segment.start, position - segment.start + taken) % segment.table.size
-            found.append(segment.table[places])
+            indices = np.arange(position - segment.start, position - segment.start + taken) % segment.table.size
+            found.append(segment.table[indices])
             position, count = position + taken, count - taken
         return np.concatenate(found).astype(np.int64) if found else np.empty(0, np.int64)
 
@@ -151,8 +151,8 @@ class Mixing(Mixture):
             if limit is not None and given < limit and per_period[k]:
                 # the last sample of source k is number `limit - 1`: so many whole periods, then its `rest`-th in one
                 periods, rest = divmod(limit - given - 1, int(per_period[k]))
-                place = int(np.flatnonzero(segment.table == k)[rest])
-                ends.append(segment.start + periods * segment.table.size + place + 1)
+                index = int(np.flatnonzero(segment.table == k)[rest])
+                ends.append(segment.start + periods * segment.table.size + index + 1)
         first = min(ends, default=None)
         return first if first is not None and (segment.end is None or first <= segment.end) else None
 
@@ -266,12 +266,12 @@ def _spread(
 
     for k in range(len(parts)):
         add(k, 0)
-    for place in range(length):
-        while waiting and waiting[0][0] <= place:
+    for index in range(length):
+        while waiting and waiting[0][0] <= index:
             _, k, job = heapq.heappop(waiting)
             heapq.heappush(ready, (deadline(k, job), k, job))
         _, k, job = heapq.heappop(ready)
-        table[place] = k
+        table[index] = k
         add(k, job + 1)
     return table
 

@@ -63,7 +63,7 @@ class Order(Protocol):
         """Return epoch, window and slot of `count` samples from one on, (count, 3) int64."""
         ...
 
-    def places_at(self, addresses: np.ndarray) -> np.ndarray:
+    def shard_rows_at(self, addresses: np.ndarray) -> np.ndarray:
         """Return shard and row of the samples at rising addresses (n, 3), (n, 2) int64."""
         ...
 
@@ -134,20 +134,20 @@ class SampleOrder(Order):
             at += taken
         return found
 
-    def places(self, sample: SampleId, count: int) -> np.ndarray:
+    def shard_rows(self, sample: SampleId, count: int) -> np.ndarray:
         """Return shard and row of `count` samples from one on, (count, 2) int64."""
-        return self.places_at(self.addresses(sample, count))
+        return self.shard_rows_at(self.addresses(sample, count))
 
-    def places_at(self, addresses: np.ndarray) -> np.ndarray:
+    def shard_rows_at(self, addresses: np.ndarray) -> np.ndarray:
         """Return shard and row of the samples at addresses (n, 3) in rising order, (n, 2) int64."""
         windows = addresses[:, :2]
         if len(windows) and windows[0].tolist() == windows[-1].tolist():  # as nearly always
-            return self._places_in_window(int(windows[0, 0]), int(windows[0, 1]), addresses[:, 2])
+            return self._shard_rows_in_window(int(windows[0, 0]), int(windows[0, 1]), addresses[:, 2])
         # (n - 1, 2) -> rows at which (epoch, window) changes: addresses rise, so each window is one run
         cuts = np.flatnonzero((windows[1:] != windows[:-1]).any(axis=1)) + 1
         edges = [0, *cuts.tolist(), len(addresses)]
         parts = [
-            self._places_in_window(int(windows[first, 0]), int(windows[first, 1]), addresses[first:end, 2])
+            self._shard_rows_in_window(int(windows[first, 0]), int(windows[first, 1]), addresses[first:end, 2])
             for first, end in itertools.pairwise(edges)
             if end > first
         ]
@@ -174,7 +174,7 @@ class SampleOrder(Order):
             count -= taken
             sample = sample._replace(slot=sample.slot + taken)
 
-    def _places_in_window(self, epoch: int, window: int, slots: np.ndarray) -> np.ndarray:
+    def _shard_rows_in_window(self, epoch: int, window: int, slots: np.ndarray) -> np.ndarray:
         """Return shard and row of rising slots (n,) of a window, (n, 2) int64."""
         if not slots.size:
             return np.empty((0, 2), np.int64)

@@ -138,9 +138,9 @@ def _idx(sequences: Sequences) -> bytes:
     lengths = sequences.lengths.astype("<i4")
     # int64 as Megatron has it: lengths (3, 2, 4) of uint16 begin at bytes 0, 6 and 10
     pointers = np.cumsum(lengths, dtype="<i8")[:-1] * np.dtype(sequences.dtype).itemsize
-    places = np.concatenate([np.zeros(min(1, lengths.size), "<i8"), pointers.astype("<i8")])
+    pointers_of_bytes = np.concatenate([np.zeros(min(1, lengths.size), "<i8"), pointers.astype("<i8")])
     head = _HEAD.pack(HEADER, VERSION, _CODES[sequences.dtype], lengths.size, sequences.documents.size)
-    return head + lengths.tobytes() + places.tobytes() + sequences.documents.astype("<i8").tobytes()
+    return head + lengths.tobytes() + pointers_of_bytes.tobytes() + sequences.documents.astype("<i8").tobytes()
 
 
 def _check(prefix: Path, sequences: Sequences, pointers: np.ndarray) -> None:

@@ -175,6 +175,6 @@ def _letters() -> list[str]:
 def bytes_of(text: str, encoding: Encoding, token: int | None) -> int:
     """Count the UTF-8 bytes of the characters behind one token, each character once."""
     offsets = encoding.offsets
-    places = [place for place, number in enumerate(encoding.ids) if number == token]
-    inside = {number for place in places for number in range(*offsets[place])}
+    indices = [index for index, number in enumerate(encoding.ids) if number == token]
+    inside = {number for index in indices for number in range(*offsets[index])}
     return len("".join(text[number] for number in inside).encode())

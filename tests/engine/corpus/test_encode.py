@@ -55,7 +55,7 @@ def test_a_part_comes_back_from_its_file_or_not_at_all(tokenizer_folder, tmp_pat
     chunk = chunk_of(["One. Two.", "Three"])
     task = Task(chunk, tokenizer_folder, tokenizer.hash, options, tmp_path / "a.part", (0, 0), 7)
     encoded = encode_to_file(task)
-    assert (encoded.place, encoded.read_bytes) == (7, 5)
+    assert (encoded.file_number, encoded.read_bytes) == (7, 5)
     part, found = encode(chunk, tokenizer, options), load(tmp_path / "a.part")
     assert found is not None
     documents, bands = found

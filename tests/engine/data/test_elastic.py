@@ -154,7 +154,11 @@ def test_resuming_costs_the_same_at_any_step(folders, packing, monkeypatch):
     near = Loader(Stream(TokenDataset(folders / "0"), 32, 24, 1, 3, "document", packing))
     near.stream.skip()
     state = near.stream.state()
-    far = state | {"position": 10**12, "samples": 10**12, "places": [[10**10, *near.stream.next_sample_ids(1)[0][1:]]]}
+    far = state | {
+        "position": 10**12,
+        "samples": 10**12,
+        "addresses": [[10**10, *near.stream.next_sample_ids(1)[0][1:]]],
+    }
     costs = [resume(state), resume(far)]
     assert costs[0]["shard"] == costs[1]["shard"] == 0
     assert max(costs[0].values()) < 12
@@ -180,6 +184,6 @@ def test_the_largest_state_is_less_than_a_kibibyte(folders):
     dataset = TokenDataset(folders / "0")
     parts = [WeightedDataset(dataset, f"source {number}", number + 1) for number in range(16)]
     reader = Loader(Stream(parts, 32, 4096, 2**63, 128, "document", "best_fit", ObjectiveConfig(name="masked")))
-    state = reader.stream.state() | {"position": 10**11, "samples": 10**11, "places": [[9, 10**3, 10**6]] * 16}
+    state = reader.stream.state() | {"position": 10**11, "samples": 10**11, "addresses": [[9, 10**3, 10**6]] * 16}
     state |= {"left_out": [[10**10, 10**10]] * 8, "lost": [[15, 10**4, 1]] * 8}
     assert len(json.dumps(state, separators=(",", ":"))) < 1024

@@ -158,11 +158,11 @@ def test_a_state_of_other_data_is_refused_and_both_are_named(dataset, tmp_path):
 @pytest.mark.parametrize(
     "damage",
     [
-        {"places": [[0, 0, 10**9]]},
-        {"places": [[0, "x", 0]]},
-        {"places": [[None, 0, 0]]},
-        {"places": [[0, 0, 0]] * 2},
-        {"places": [[0, 0]]},
+        {"addresses": [[0, 0, 10**9]]},
+        {"addresses": [[0, "x", 0]]},
+        {"addresses": [[None, 0, 0]]},
+        {"addresses": [[0, 0, 0]] * 2},
+        {"addresses": [[0, 0]]},
         {"lost": [[0, 1]]},
         {"samples": None},
         {"position": None},

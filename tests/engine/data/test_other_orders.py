@@ -40,7 +40,7 @@ class LastFirst(Order):
     def addresses(self, sample: SampleId, count: int) -> np.ndarray:
         return np.array([self.after(sample, number) for number in range(count)], np.int64).reshape(-1, 3)
 
-    def places_at(self, addresses: np.ndarray) -> np.ndarray:
+    def shard_rows_at(self, addresses: np.ndarray) -> np.ndarray:
         windows, slots = addresses[:, 1], addresses[:, 2]
         return np.stack([self.rows.size - 1 - windows, self.rows[windows] - 1 - slots], axis=1)
 

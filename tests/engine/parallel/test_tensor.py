@@ -53,8 +53,8 @@ def whole_values():
     return {name: torch.randn(spec.shape, generator=generator) for name, spec in SPECS.items()}
 
 
-def rank(place):
-    group = join(Layout(pipe=1, data=1, sequence=1, tensor=SIZE), place.global_rank).tensor
+def rank(environment):
+    group = join(Layout(pipe=1, data=1, sequence=1, tensor=SIZE), environment.global_rank).tensor
     with torch.device("meta"):
         model = Model(Functions(linear_cross_entropy=partial(vocabulary_cross_entropy, group=group)))
     shard(model, SPECS, TIES, group)

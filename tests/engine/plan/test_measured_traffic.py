@@ -77,7 +77,7 @@ def test_a_step_sends_what_the_plan_says(case: Case) -> None:
         }, f"rank {global_rank}"
 
 
-def bytes_of_a_step(place: Any, case: Case) -> dict[str, int]:
+def bytes_of_a_step(environment: Any, case: Case) -> dict[str, int]:
     """What one rank sends in its second step by a ring's count; runs in a process of its own."""
     import torch
     import torch.distributed as dist
@@ -87,7 +87,7 @@ def bytes_of_a_step(place: Any, case: Case) -> dict[str, int]:
     from engine.train.build import build_pipeline, join_groups, stage_spec
 
     config, sent, counting = config_of(case), Counter[str](), [False]
-    groups = join_groups(config, resolve(config, place.world_size), place.global_rank)
+    groups = join_groups(config, resolve(config, environment.world_size), environment.global_rank)
     pipeline = build_pipeline(config, stage_spec(config, config.stages[0], groups), groups, torch.device("cpu"))
 
     def count(owner: Any, name: str, kind: str, factor: Callable[[int], Any]) -> None:

@@ -154,9 +154,9 @@ def fake_trainer(tree: Tree, job: str = "job", attempt: int = 0, signals: Any = 
     """
     config = run_config(tree)
     groups: Groups = fake_groups(Layout(1, 1, 1, 1), 0)
-    place = RankEnvironment(job=job, attempt=attempt)
+    environment = RankEnvironment(job=job, attempt=attempt)
     with patch("engine.train.trainer.build_pipeline", lambda *_: FakePipeline()):
-        trainer = Trainer(config, groups, place, FakeEngine.device, signals or StopSignals(), Heartbeat(None, 0))
+        trainer = Trainer(config, groups, environment, FakeEngine.device, signals or StopSignals(), Heartbeat(None, 0))
     try:
         yield trainer
     finally:

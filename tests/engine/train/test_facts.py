@@ -18,8 +18,8 @@ CPU = torch.device("cpu")
 PLACE = RankEnvironment(0, 2, job="13", step="0")
 
 
-def of(place: RankEnvironment = PLACE, folder: Path = Path("run"), **changes: Any) -> dict[str, Any]:
-    return facts_of_start(run_config(run_tree(Path("corpus"), folder, **changes)), place, CPU)
+def of(environment: RankEnvironment = PLACE, folder: Path = Path("run"), **changes: Any) -> dict[str, Any]:
+    return facts_of_start(run_config(run_tree(Path("corpus"), folder, **changes)), environment, CPU)
 
 
 @pytest.mark.parametrize(

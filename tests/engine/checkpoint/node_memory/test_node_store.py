@@ -56,8 +56,8 @@ class Job:
         self.stores = self.all(self._store)
 
     def _store(self, rank):
-        place = RankEnvironment(rank, self.size, node_rank=self.on[rank], job=self.job, attempt=self.attempt)
-        store = NodeStore(self.base, self.run_folder, self.world.groups[rank], place, groups_of)
+        environment = RankEnvironment(rank, self.size, node_rank=self.on[rank], job=self.job, attempt=self.attempt)
+        store = NodeStore(self.base, self.run_folder, self.world.groups[rank], environment, groups_of)
         store.acquire()
         return store
 

@@ -53,7 +53,7 @@ def test_what_cannot_be_mixed_is_refused(data, says):
 def test_held_out_data_is_a_folder_or_folders_by_name_and_free_to_change():
     one, several = config(train="a", validation="b"), config(train="a", validation={"en": "b", "zh": "c"})
     assert several.stages[0].data.validation == {"en": "b", "zh": "c"}
-    assert several.stages[0].data.validation_places == ("b", "c")
+    assert several.stages[0].data.validation_locations == ("b", "c")
     [change] = compare(one, several)
     assert (change.key, change.kind) == ("stages.0.data.validation", "execution")
 

@@ -78,7 +78,7 @@ def test_rows_read_together_are_the_rows_read_alone(tmp_path, capacity, reads):
             expected = alone.tokens if alone.successors is None else np.append(alone.tokens, alone.successors[-1])
             assert np.array_equal(tokens[:size], expected)
             assert (tokens[size:] == -1).all()
-            assert read.places[read.rows == row].tolist() == begins.tolist()
+            assert read.positions[read.rows == row].tolist() == begins.tolist()
 
 
 def test_shards_too_short_for_a_target_have_no_row():

@@ -19,12 +19,12 @@ from engine.data.order.sample_order import START, SampleOrder
 
 samples, rows = int(sys.argv[1]), 32_768
 order = SampleOrder(-(-samples // rows), lambda shards: np.full(shards.size, rows), 0, 16)
-place = START
+address = START
 for _ in range(40):  # 40 steps in each of 3 epochs: near, and far into the epoch
-    order.places(place, 1024)
-    place = order.after(place, 1024)
+    order.shard_rows(address, 1024)
+    address = order.after(address, 1024)
 for epoch in range(3):
-    order.places(START._replace(epoch=epoch, window=order.num_windows - 1), 1024)
+    order.shard_rows(START._replace(epoch=epoch, window=order.num_windows - 1), 1024)
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS")))
 """
 
@@ -83,7 +83,7 @@ def test_batches_draw_from_as_many_shards_as_numpys_shuffle_of_the_same_window()
     ours, theirs = [], []
     for key in range(KEYS):
         order = SampleOrder(shards, lambda numbers: np.full(numbers.size, rows), key, 32)
-        ours.append(spread(order.places(START, 32 * rows)[:, 0]))
+        ours.append(spread(order.shard_rows(START, 32 * rows)[:, 0]))
         generator = np.random.default_rng(key)
         theirs.append(spread(generator.permutation(np.repeat(generator.permutation(shards)[:32], rows))))
     assert min(theirs) - 0.05 <= np.mean(ours) <= max(theirs) + 0.05

@@ -20,16 +20,16 @@ def test_an_epoch_visits_each_row_of_each_shard_once(window_shards):
     for epoch in range(3):
         first = stream.after(START, epoch * TOTAL)
         assert first.epoch == epoch
-        places = stream.places(first, TOTAL)
-        assert sorted(map(tuple, places.tolist())) == everything
+        shard_rows = stream.shard_rows(first, TOTAL)
+        assert sorted(map(tuple, shard_rows.tolist())) == everything
 
 
 def test_the_order_is_the_same_from_every_sample():
-    whole, addresses = order().places(START, 100), order().addresses(START, 100)
+    whole, addresses = order().shard_rows(START, 100), order().addresses(START, 100)
     for start in range(0, 100, 7):
         fresh = order()
         sample = fresh.after(START, start)
-        assert np.array_equal(fresh.places(sample, 100 - start), whole[start:])
+        assert np.array_equal(fresh.shard_rows(sample, 100 - start), whole[start:])
         assert SampleId(*addresses[start].tolist()) == sample == fresh.check(sample)
 
 
@@ -49,16 +49,16 @@ def test_an_address_that_does_not_exist_is_refused(sample):
 
 def test_seeds_and_epochs_have_orders_of_their_own():
     # seed 1 epoch 0 is not seed 0 epoch 1, as it would be with `seed + epoch`
-    orders = {order(seed).places(SampleId(epoch, 0, 0), TOTAL).tobytes() for seed in range(4) for epoch in range(4)}
+    orders = {order(seed).shard_rows(SampleId(epoch, 0, 0), TOTAL).tobytes() for seed in range(4) for epoch in range(4)}
     assert len(orders) == 16
 
 
 def test_a_window_holds_as_many_shards_as_asked():
     stream = order(window_shards=3)
-    addresses, places = stream.addresses(START, TOTAL), stream.places(START, TOTAL)
+    addresses, shard_rows = stream.addresses(START, TOTAL), stream.shard_rows(START, TOTAL)
     for window in np.unique(addresses[:, 1]):
-        assert np.unique(places[addresses[:, 1] == window, 0]).size <= 3
-    assert len({tuple(np.unique(places[addresses[:, 1] == w, 0])) for w in np.unique(addresses[:, 1])}) == 4
+        assert np.unique(shard_rows[addresses[:, 1] == window, 0]).size <= 3
+    assert len({tuple(np.unique(shard_rows[addresses[:, 1] == w, 0])) for w in np.unique(addresses[:, 1])}) == 4
 
 
 def test_a_far_sample_of_a_large_data_set_costs_no_more_than_a_near_one():
@@ -70,7 +70,7 @@ def test_a_far_sample_of_a_large_data_set_costs_no_more_than_a_near_one():
 
     stream = SampleOrder(30_000, count, 0, 16)  # about a trillion tokens at length 1,024
     far = stream.check(SampleId(7, 900, 511_900))
-    places = stream.places(far, 512)
-    assert np.unique(places, axis=0).shape == (512, 2)
+    shard_rows = stream.shard_rows(far, 512)
+    assert np.unique(shard_rows, axis=0).shape == (512, 2)
     assert len(stream._epochs) == 1  # nothing but the epoch and the windows asked for was laid out
     assert len(counted) == 2 * 16
