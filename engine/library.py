@@ -124,16 +124,22 @@ def documents(folder: Path | str) -> Iterator[np.ndarray]:
             yield shard.tokens[first:end]
 
 
-def global_batches(run: RunConfig, run_stage: int = 0) -> Iterator[Batch]:
+def global_batches(run: RunConfig, run_stage: int = 0, first_step: int = 0) -> Iterator[Batch]:
     """Yield the global batch of each step of a run stage (from 0), its samples in their order, in one piece.
+
+    Rows are a function of the seed: the ones that the run trains on in any layout, unless a rollback or a damaged shard
+    left samples out. Steps before `first_step` are passed over without their rows being read.
 
     Raises:
         DataError: data or tokenizer are missing, damaged, or do not belong together.
     """
     stage = run.stages[run_stage]
     parts = open_parts(stage, tokenizer_hash(run.tokenizer), run.model.vocab_size, read_tombstones(run.folder))
-    loader = Loader(stage_stream(stage, parts, run_stage_seed(run.seed, run_stage)))
-    for step in range(stage.num_steps):
+    stream = stage_stream(stage, parts, run_stage_seed(run.seed, run_stage))
+    for _ in range(first_step):
+        stream.skip()
+    loader = Loader(stream)
+    for step in range(first_step, stage.num_steps):
         # Data rank 0 of 1, and one micro-batch that is the whole global batch.
         (batch,) = loader.step(0, 1, stage.batches.size(step))
         yield batch

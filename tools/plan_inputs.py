@@ -86,12 +86,12 @@ def _folders(config: RunConfig) -> list[Folder]:
         keys += [(f"data.sources {source.name}", source.path, None) for source in data.sources]
         if (replay := run_stage.replay) is not None and replay.source is not None:
             keys.append(("replay.source", replay.source, None))
-        keys += [(key, location, None) for key, location in _held_out(data.validation)]
+        keys += [(key, location, None) for key, location in _validation_locations(data.validation)]
         found += [Folder(prefix + key, location, read_tokens, step) for key, location, read_tokens in keys]
     return found
 
 
-def _held_out(named: Any) -> list[tuple[str, str]]:
+def _validation_locations(named: Any) -> list[tuple[str, str]]:
     """Return (key path, folder or URL) of the held-out data: one location, several by name, or a folder of folders."""
     if named is None:
         return []

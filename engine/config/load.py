@@ -41,26 +41,33 @@ def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
     Raises:
         ConfigError: the file is missing or no YAML, or any key or value is wrong (all of them in one report).
     """
-    tree = read_tree(path)
-    for override in overrides or []:
-        apply_override(tree, override)
-    return parse_run(tree, str(path))
+    return parse_run(_overridden(path, overrides), str(path))
 
 
 def folder_of(path: Path, overrides: list[str] | None = None) -> Path | None:
     """Return the run folder of a configuration that `load_run` refuses; None where it cannot be read."""
     try:
-        tree = read_tree(path)
-        for override in overrides or []:
-            apply_override(tree, override)
+        tree = _overridden(path, overrides)
     except PalimpsestError:
         return None
     folder = tree.get("folder")
     return Path(folder) if isinstance(folder, str) and folder else None
 
 
+def _overridden(path: Path, overrides: list[str] | None) -> Tree:
+    tree = read_tree(path)
+    for override in overrides or []:
+        apply_override(tree, override)
+    return tree
+
+
 def parse_run(tree: Tree, source: str) -> RunConfig:
-    """Return the configuration that a parsed tree describes; `source` names it in errors."""
+    """Return the configuration that a parsed tree describes, whose paths are expanded in place; `source` names it in
+    errors.
+
+    Raises:
+        ConfigError: any key or value is wrong (all of them in one report).
+    """
     expand_keys(tree)
     try:
         # Strict, so that "8" is no number. Through JSON, where strict mode takes lists for tuples and text for paths.
@@ -207,8 +214,10 @@ def _child(node: Any, part: str, override: str) -> Any:
 
 
 def _index(node: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
-        raise ConfigError(f"override {override!r}: no entry {part}", f"0 to {len(node) - 1}")
+    # `isdecimal`: "²" is a digit, but no number.
+    if not part.isdecimal() or int(part) >= len(node):
+        allowed = f"0 to {len(node) - 1}" if node else "none: the list is empty"
+        raise ConfigError(f"override {override!r}: no entry {part}", allowed)
     return int(part)
 
 
@@ -298,7 +307,7 @@ def _alternatives(keys: list[str]) -> list[type[Section]]:
     """Return the sections of which one may stand at these keys."""
     found: list[type[Section]] = [RunConfig]
     for key in keys:
-        if not key.isdigit():
+        if not key.isdecimal():
             inner = [one for section in found if key in section.model_fields for one in _in_field(section, key)]
             # A wrong key in between keeps the sections above it, which are still worth a hint.
             found = inner or found

@@ -12,6 +12,7 @@ another one: as a space.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -54,11 +55,11 @@ SMALLEST_VOCABULARY: dict[str, int] = {
     "wordpiece": len(WORDPIECE_TOKENS) + 2 * len(_REQUIRED_CHARACTERS) + 1,
 }
 """All bytes, the special tokens, the required characters, space and line end, and one token worth the trouble; for
-WordPiece room for ASCII at the begin and inside of words. What the purpose needs comes on top."""
+WordPiece room for ASCII at the beginning and inside of words. What the purpose needs comes on top."""
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 _SPACE = "▁"
-_LONGEST_LINE_BYTES = 1 << 14
+_LONGEST_LINE_CHARACTERS = 1 << 14
 _LINE_END = "\n"
 _NEVER = -1e5
 """Log probability of a control or byte piece: a text that spells `<0x41>` must not be read as that byte. Spelling
@@ -229,7 +230,7 @@ def _sentencepiece(texts: Iterable[str], kind: TokenizerKind, vocab_size: int) -
             allow_whitespace_only_pieces=True,
             add_dummy_prefix=False,
             user_defined_symbols=[_LINE_END],  # a piece from the start: the trainer is given lines without their ends
-            max_sentence_length=4 * _LONGEST_LINE_BYTES,  # in bytes, of which a character takes at most four
+            max_sentence_length=4 * _LONGEST_LINE_CHARACTERS,  # in bytes, of which a character takes at most four
             eos_id=0,
             eos_piece=END_OF_TEXT,
             pad_id=1,
@@ -253,9 +254,9 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
     """Yield the lines of the texts without their ends, long ones in parts: SentencePiece drops overlong sentences."""
     for text in texts:
         for line in text.split(_LINE_END):
-            for start in range(0, len(line), _LONGEST_LINE_BYTES):
+            for start in range(0, len(line), _LONGEST_LINE_CHARACTERS):
                 # a zero byte is what SentencePiece marks its own boundaries with
-                yield line[start : start + _LONGEST_LINE_BYTES].replace("\0", "")
+                yield line[start : start + _LONGEST_LINE_CHARACTERS].replace("\0", "")
 
 
 def from_sentencepiece(content: bytes, kind: TokenizerKind):
@@ -303,15 +304,11 @@ def _merges(pieces: list[str], normal: list[int]) -> list[tuple[str, str]]:
 
 
 def _not_empty(texts: Iterable[str]) -> Iterator[str]:
-    """Yield the texts. Raises `DataError` (when the training begins to read) where there are none."""
+    """Return the texts from the first that is not blank on. Raises `DataError` where there is none."""
     iterator = iter(texts)
     # blank texts are passed over: a trainer that sees no word fails in words of its own
     first = next((text for text in iterator if text.strip()), None)
     if first is None:
         raise DataError("there is no text to train a tokenizer on", "at least one document", "name other sources")
 
-    def chain() -> Iterator[str]:
-        yield first
-        yield from iterator
-
-    return chain()
+    return itertools.chain([first], iterator)

@@ -12,14 +12,14 @@ from engine.data.shards.dataset import Shard, TokenDataset
 _MULTIPLIERS = tuple(np.uint64(number) for number in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9))
 
 
-def shared_documents(held_out: TokenDataset, training: Iterable[TokenDataset]) -> int:
+def shared_documents(validation: TokenDataset, training: Iterable[TokenDataset]) -> int:
     """Return the number of different documents of a held-out set whose tokens are those of a training document.
 
     Reads every document once. Raises `DataError` where a shard is damaged.
     """
     wanted: dict[int, set[bytes]] = {}
-    for number in range(held_out.num_shards):
-        shard = held_out.shard(number)
+    for number in range(validation.num_shards):
+        shard = validation.shard(number)
         for document, key in enumerate(_keys(shard).tolist()):
             wanted.setdefault(key, set()).add(_digest(shard, document))
     keys = np.array(sorted(wanted), np.uint64)

@@ -109,7 +109,7 @@ class Source:
             f"the data set {self.dataset.location} holds no sample: {index.num_documents} documents, "
             f"{index.num_tokens} tokens" + (f", {self.lost.size} damaged shards" if self.lost.size else ""),
             "at least one document",
-            "prepare more text (or a larger --validation-fraction, where this is the held-out part)",
+            "prepare more text (or a larger --validation-fraction, where this is validation data)",
         )
 
 

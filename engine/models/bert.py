@@ -19,8 +19,7 @@ from torch.nn import functional as F
 
 from engine.config.schema.model import BERTConfig
 from engine.models.attention import positions_in_document, view
-from engine.models.dropout import EMBEDDING as EMBEDDED
-from engine.models.dropout import KEYS, drops
+from engine.models.dropout import EMBEDDING_OUTPUT, KEYS, drops
 from engine.models.dropout import make as make_dropout
 from engine.models.heads import Head, VocabularyHead, attach
 from engine.models.layers import TransformerLayer, layer_sharding, norm
@@ -101,7 +100,7 @@ class MaskedHead:
         return chunk.get_submodule("pair_head")(pooled_BD)  # type: ignore[no-any-return]
 
 
-class Stage(nn.Module):
+class BERTChunk(nn.Module):
     """Consecutive layers, with the embeddings on the first stage, the heads on the last."""
 
     def __init__(self, config: BERTConfig, chunk: ModelChunk, functions: Functions, head: Head) -> None:
@@ -149,7 +148,7 @@ class Stage(nn.Module):
         made_with = (self.config, x_BTD, segments_BT, True, self.functions.sequence_slice, dropout)
         views = {reach: view(*made_with, reach) for reach in {self.config.reach(layer) for layer in self.chunk.layers}}
         if self.chunk.first and dropout is not None:
-            x_BTD = dropout.hidden(x_BTD, -1, EMBEDDED)
+            x_BTD = dropout.hidden(x_BTD, -1, EMBEDDING_OUTPUT)
         for number in self.chunk.layers:
             x_BTD = self.layers[str(number)](x_BTD, views[self.config.reach(number)])
         if not self.chunk.last:
@@ -181,13 +180,13 @@ class Stage(nn.Module):
 
 def build(
     config: BERTConfig, chunk: ModelChunk | None = None, functions: Functions = PLAIN, head: Head | None = None
-) -> Stage:
+) -> BERTChunk:
     """Build the modules of one chunk (None means the whole model), on the device context that is active.
 
     Build under `torch.device("meta")` and give the values afterwards (`engine.models.initial`): the values that plain
     torch modules start with are not the model's. `head` None means the one of pretraining.
     """
-    return Stage(config, chunk or whole_model(config), functions, head or pretraining_head(config))
+    return BERTChunk(config, chunk or whole_model(config), functions, head or pretraining_head(config))
 
 
 def sharding(config: BERTConfig, head: Head | None = None) -> Table:

@@ -22,7 +22,7 @@ from engine.parallel.functions import PLAIN, Drop, Functions
 
 KEYS = "dropout_keys_B"
 """The keyword of a batch's keys, int64; absent where nothing is dropped, as in evaluation."""
-EMBEDDING, ATTENTION, ATTENTION_OUTPUT, FFN_OUTPUT = range(4)
+EMBEDDING_OUTPUT, ATTENTION, ATTENTION_OUTPUT, FFN_OUTPUT = range(4)
 """Sites: hidden states of the embedding; probabilities; outputs of attention and of the feed-forward part."""
 CROSS_ATTENTION, CROSS_ATTENTION_OUTPUT, FFN_INNER, STACK_OUTPUT = range(4, 8)
 """Sites of T5 alone: probabilities and output of the attention to the encoder; inner features of the feed-forward part;

@@ -14,8 +14,7 @@ from torch import nn
 
 from engine.config.schema.model import ModelConfig
 from engine.models.attention import positions_in_document, view
-from engine.models.dropout import EMBEDDING as EMBEDDED
-from engine.models.dropout import KEYS, drops
+from engine.models.dropout import EMBEDDING_OUTPUT, KEYS, drops
 from engine.models.dropout import make as make_dropout
 from engine.models.heads import Head, LanguageModelHead, attach
 from engine.models.layers import TransformerLayer, layer_sharding, norm
@@ -27,7 +26,7 @@ from engine.plan.cut import ModelChunk, whole_model
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
-class Stage(nn.Module):
+class GPTChunk(nn.Module):
     """Consecutive layers, with the embedding on the first stage, the final norm and the head on the last."""
 
     def __init__(self, config: ModelConfig, chunk: ModelChunk, functions: Functions, head: Head) -> None:
@@ -66,7 +65,7 @@ class Stage(nn.Module):
         # From the hidden states, not the tokens, which later chunks do not have.
         seen = view(self.config, x_BTD, segments_BT, sequence_slice=self.functions.sequence_slice, dropout=dropout)
         if self.chunk.first:
-            x_BTD = seen.dropped(x_BTD, -1, EMBEDDED)
+            x_BTD = seen.dropped(x_BTD, -1, EMBEDDING_OUTPUT)
         for layer in self.layers.values():
             x_BTD = layer(x_BTD, seen)
         if not self.chunk.last:
@@ -92,13 +91,13 @@ class Stage(nn.Module):
 
 def build(
     config: ModelConfig, chunk: ModelChunk | None = None, functions: Functions = PLAIN, head: Head | None = None
-) -> Stage:
+) -> GPTChunk:
     """Build the modules of one chunk (None means the whole model), on the device context that is active.
 
     Build under `torch.device("meta")` and give the values afterwards (`engine.models.initial`): the values that plain
     torch modules start with are not the model's. `head` None means the one of pretraining.
     """
-    return Stage(config, chunk or whole_model(config), functions, head or pretraining_head(config))
+    return GPTChunk(config, chunk or whole_model(config), functions, head or pretraining_head(config))
 
 
 def sharding(config: ModelConfig, head: Head | None = None) -> Table:

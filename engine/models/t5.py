@@ -1,14 +1,14 @@
-"""The T5 family: an encoder and a decoder that reads it, cut into pipeline stages of one class.
+"""The T5 family: an encoder and a decoder that reads it, cut into chunks of one class.
 
 Raffel et al. 2020 (v1.0: ReLU, tied head) and its v1.1 (gated GELU, head of its own): RMSNorm before each part, no
 biases, scores that are not scaled, relative positions from one table per stack. Layers are numbered through both
 stacks, the encoder's first; a chunk may hold the end of the one and the beginning of the other. The output of the last
 encoder layer is normed there and goes, as `encoded_BSD`, through all chunks of the decoder.
 
-Up to three stages share the embedding (`embed_tokens` on the first and where the decoder begins, the tied head on the
-last), and every stage with layers of a stack has that stack's table. Sequence parallelism cuts the rows of both stacks
-(`engine.parallel.functions.SequenceSlice`). Dropout is where the paper has it (section 2.1); the embedding of the
-decoder is numbered as the site of the last encoder layer.
+Up to three pipeline stages share the embedding (`embed_tokens` on the first and where the decoder begins, the tied head
+on the last), and every one with layers of a stack has that stack's table. Sequence parallelism cuts the rows of both
+stacks (`engine.parallel.functions.SequenceSlice`). Dropout is where the paper has it (section 2.1); the embedding of
+the decoder is numbered as the site of the last encoder layer.
 
 Legend: B batch, S tokens of the encoder, T tokens of the decoder, D width, H heads (local), V vocabulary, L losses.
 """
@@ -24,12 +24,12 @@ from engine.models.dropout import (
     ATTENTION_OUTPUT,
     CROSS_ATTENTION,
     CROSS_ATTENTION_OUTPUT,
+    EMBEDDING_OUTPUT,
     FFN_OUTPUT,
     KEYS,
     STACK_OUTPUT,
     drops,
 )
-from engine.models.dropout import EMBEDDING as EMBEDDED
 from engine.models.dropout import make as make_dropout
 from engine.models.heads import Head, LanguageModelHead, attach
 from engine.models.layers import TransformerLayer, feed_forward, layer_sharding, norm
@@ -90,7 +90,7 @@ class CrossLayer(nn.Module):
         return x_BTD + view.dropped(made_BTD, self.number, FFN_OUTPUT)
 
 
-class Stage(nn.Module):
+class T5Chunk(nn.Module):
     """Consecutive layers of both stacks, with embeddings where a stack begins and norms where it ends."""
 
     def __init__(self, config: T5Config, chunk: ModelChunk, functions: Functions, head: Head) -> None:
@@ -110,7 +110,8 @@ class Stage(nn.Module):
         for index in chunk.layers:
             kind = TransformerLayer if index < first_of_decoder else CrossLayer
             self.layers[str(index)] = kind(config, functions, index)
-        if first_of_decoder - 1 in chunk.layers:
+        self.ends_encoder = first_of_decoder - 1 in chunk.layers
+        if self.ends_encoder:
             self.encoder_norm = norm(config)
         if chunk.last:
             self.final_norm = norm(config)
@@ -143,10 +144,10 @@ class Stage(nn.Module):
             x_BSD = hidden_BSD if hidden_BSD is not None else embedded.pop(0)
             seen = self.view(x_BSD, self.encoder_positions, segments_BS, dropout_keys_B)
             if hidden_BSD is None:
-                x_BSD = seen.dropped(x_BSD, -1, EMBEDDED)
+                x_BSD = seen.dropped(x_BSD, -1, EMBEDDING_OUTPUT)
             for index in self.encoder:
                 x_BSD = self.layers[str(index)](x_BSD, seen)
-            if not hasattr(self, "encoder_norm"):
+            if not self.ends_encoder:
                 return {"hidden_BSD": x_BSD}
             # The chunk with the encoder's last layer normalises its output once for all layers of the decoder.
             encoded_BSD = seen.dropped(self.encoder_norm(x_BSD), self.encoder[-1], STACK_OUTPUT)
@@ -156,7 +157,7 @@ class Stage(nn.Module):
         x_BTD = hidden_BTD if hidden_BTD is not None else embedded.pop(0)
         seen = self.view(x_BTD, self.decoder_positions, decoder_segments_BT, dropout_keys_B)
         if hidden_BTD is None:
-            x_BTD = seen.dropped(x_BTD, self.decoder[0] - 1, EMBEDDED)
+            x_BTD = seen.dropped(x_BTD, self.decoder[0] - 1, EMBEDDING_OUTPUT)
         # Of whole rows, and one for all layers. A document is in the same rows of both stacks under the same number.
         sequence_slice = self.functions.sequence_slice
         mask_B1TS = cross_mask(
@@ -225,13 +226,13 @@ def cross_mask(
 
 def build(
     config: T5Config, chunk: ModelChunk | None = None, functions: Functions = PLAIN, head: Head | None = None
-) -> Stage:
+) -> T5Chunk:
     """Build the modules of one chunk (None means the whole model), on the device context that is active.
 
     Build under `torch.device("meta")` and give the values afterwards (`engine.models.initial`): the values that plain
     torch modules start with are not the model's. `head` None means the one of pretraining.
     """
-    return Stage(config, chunk or whole_model(config), functions, head or pretraining_head(config))
+    return T5Chunk(config, chunk or whole_model(config), functions, head or pretraining_head(config))
 
 
 def sharding(config: T5Config, head: Head | None = None) -> Table:

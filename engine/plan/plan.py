@@ -34,9 +34,9 @@ from engine.plan.traffic import Traffic, stage_traffic
 from engine.plan.worlds import LARGEST_WORLD, Refusal, neighbours, refusal, valid_worlds
 
 WORLDS_SHOWN = 64
-"""World sizes are listed up to this, or twice the planned one, ..."""
+"""Largest world size that is always listed."""
 LARGEST_LISTED = 4096
-"""... but no further than this, or the planned one."""
+"""Largest world size that is listed because it is at most twice the planned one."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,9 @@ class Plan:
     def node_memory_bytes(self, ranks_per_node: int) -> int:
         """Return the bytes that `checkpoint.memory` takes of a node's memory at the most: two generations.
 
-        With several nodes each has a copy of the files of another one, too. Counted are ranks of the stage that stores
-        most on every node."""
+        With several nodes each has a copy of the files of another one, too. All ranks of a node are taken to be of the
+        pipeline stage that stores most.
+        """
         world = self.layout.world_size
         copies = 2 if world > ranks_per_node else 1
         largest = max(stage.stored_bytes for stage in self.stages)

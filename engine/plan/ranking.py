@@ -99,8 +99,9 @@ class Candidate:
     def __str__(self) -> str:
         layout, parallel = self.layout, self.parallel
         return (
-            f"ZeRO-{parallel.zero_stage}, pipe {layout.pipe} x tensor {layout.tensor} x data {layout.data}, "
-            f"micro-batch {parallel.micro_batch_size}"
+            f"ZeRO-{parallel.zero_stage}, pipe {layout.pipe} x tensor {layout.tensor} x data {layout.data}"
+            + (f" x sequence {layout.sequence}" if layout.sequence > 1 else "")
+            + f", micro-batch {parallel.micro_batch_size}"
             + (f", {parallel.chunks_per_stage} chunks per stage" if parallel.chunks_per_stage > 1 else "")
             + (", sequence parallel" if parallel.sequence_parallel else "")
             + (f", recompute {parallel.recompute}" if parallel.recompute != "none" else "")
@@ -218,7 +219,7 @@ def rank(config: RunConfig, cluster: Cluster) -> list[Candidate]:
 
 def _rank(config: RunConfig, cluster: Cluster) -> list[Candidate]:
     """Rank the layouts for one location of the optimizer's state."""
-    cuts = [_best(config, cluster, *axes, zero_stage) for axes in _axes(cluster) for zero_stage in range(4)]
+    cuts = [_best(config, cluster, *axes, zero_stage) for axes in _axes(config, cluster) for zero_stage in range(4)]
     best = [candidate for candidate in cuts if candidate is not None]
     fastest = min((one.time.total for one in best if one.fits), default=0.0)
     # Refining judges up to six forms of a layout; layouts that start out much slower are left as they are.
@@ -275,9 +276,12 @@ def _order(candidate: Candidate) -> tuple[bool, bool, float]:
     return not fits, not candidate.holds_states, candidate.time.total if fits else candidate.need
 
 
-def _axes(cluster: Cluster) -> Iterator[tuple[int, int, int]]:
-    """Yield (pipe, tensor, data) of every cut of the world; tensor ranks fit into a node."""
-    world = cluster.world_size
+def _axes(config: RunConfig, cluster: Cluster) -> Iterator[tuple[int, int, int]]:
+    """Yield (pipe, tensor, data) of every cut of the world with the run's `parallel.sequence`; tensor ranks fit into a
+    node."""
+    world, rest = divmod(cluster.world_size, config.parallel.sequence)
+    if rest:
+        return
     # Tensor ranks exchange activations several times per layer, which only the links inside a node are fast enough
     # for (Narayanan et al. 2021, section 3.2); groups whose size divides a node's never straddle two nodes.
     for tensor in divisors(min(world, cluster.per_node)):
@@ -290,10 +294,11 @@ def _best(config: RunConfig, cluster: Cluster, pipe: int, tensor: int, data: int
     """Return the candidate with the best micro-batch size of a cut, one chunk per stage; None if all are refused."""
     best = None
     gather, within = config.parallel.gather, config.parallel.gather_within
-    # `gather` and `gather_within` are ZeRO-3's alone, and hpZ's groups have to divide the data ranks and be fewer.
+    zero_ranks = data * config.parallel.sequence
+    # `gather` and `gather_within` are ZeRO-3's alone, and hpZ's groups have to divide the ranks of ZeRO and be fewer.
     if zero_stage < 3:
         gather = within = None
-    elif within is not None and (data % within or data == within):
+    elif within is not None and (zero_ranks % within or zero_ranks == within):
         within = None
     axes = {"pipe": pipe, "tensor": tensor, "data": data, "chunks_per_stage": 1}
     zero = {"zero_stage": zero_stage, "gather": gather, "gather_within": within}
@@ -359,7 +364,7 @@ def _micro_batch_sizes(config: RunConfig, data: int) -> list[int]:
     Batches of 96 and 64 on 4 data ranks: gcd 32, a share of 8 samples, and sizes 1, 2, 4 and 8.
     """
     share, rest = divmod(math.gcd(*(size for stage in config.stages for size in stage.batches.sizes)), data)
-    sizes = [2**power for power in range(LARGEST_MICRO_BATCH.bit_length()) if 2**power <= LARGEST_MICRO_BATCH]
+    sizes = [2**power for power in range(LARGEST_MICRO_BATCH.bit_length())]
     return [] if rest else [size for size in sizes if share % size == 0]
 
 

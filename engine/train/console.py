@@ -64,7 +64,7 @@ class Terminal:
         # The kind of a record is told by its keys: the three kinds share none of these.
         at = f"step {step:>6}/{self.num_steps}  "
         if "validation_loss" in record:
-            print(f"{at}held-out {losses(record, 'validation_loss')}", flush=True)
+            print(f"{at}validation {losses(record, 'validation_loss')}", flush=True)
         elif "rollback" in record:
             left_out = record["left_out_to"] - record["left_out_from"]
             print(f"{at}again: rollback {record['rollback']}, {left_out} samples left out", flush=True)

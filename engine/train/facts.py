@@ -46,10 +46,10 @@ def facts_of_data(training: list[WeightedDataset], validation: list[ValidationSe
     return {
         **sources,
         **{f"weight of {part.name or 'the data'}": part.weight for part in training},
-        "held-out data fingerprints": {name: dataset.fingerprint for name, dataset in validation or []},
+        "validation data fingerprints": {name: dataset.fingerprint for name, dataset in validation or []},
         # ranks that read them at different moments would train on different texts
         "tombstones": [part.dataset.tombstones.hash for part in training],
-        "held-out data tombstones": {name: dataset.tombstones.hash for name, dataset in validation or []},
+        "validation data tombstones": {name: dataset.tombstones.hash for name, dataset in validation or []},
     }
 
 

@@ -87,7 +87,7 @@ def draw(folder: Path, source: str, name: str, borders: Mapping[int, str] = Mapp
         training, validation = read_curves(lines)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for curve, label, style in ((training, "training", "-"), (validation, "held-out", "o--")):
+    for curve, label, style in ((training, "training", "-"), (validation, "validation", "o--")):
         draw_curve(axes, curve, style, label)
     last = max((step for step, _ in training), default=0)
     for border, run_stage in borders.items():

@@ -60,7 +60,7 @@ def summary(config: RunConfig, state: TrainState, spent: Spent, total_seconds: f
     rows = {
         "trained": f"{state.step:,} of {num_steps:,} steps, {state.tokens:,} tokens ({how})",
         "training loss": f"{state.loss:.4f}" if state.loss is not None else "",
-        "held-out loss": _validation(config.folder),
+        "validation loss": _validation(config.folder),
         "throughput": _throughput(spent, total_seconds),
         "time": _time(spent, total_seconds),
         **_newest(config.folder),

@@ -82,6 +82,9 @@ def test_global_batches_are_those_of_all_steps(folder):
     assert {batch.num_rows for batch in batches} == {2}
     addresses = {tuple(sample) for batch in batches for sample in batch.samples_B3.tolist()}
     assert len(addresses) == 2 * len(batches), "each sample once"
+    later = list(library.global_batches(run, first_step=3))
+    assert [batch.samples_B3.tolist() for batch in later] == [batch.samples_B3.tolist() for batch in batches[3:]]
+    assert later[0].inputs["tokens_BT"].equal(batches[3].inputs["tokens_BT"])
 
 
 def test_a_later_run_stage_has_an_order_of_its_own(folder):

@@ -55,14 +55,14 @@ def _check_memory(config: RunConfig, every: int | None, problems: list[Palimpses
 
 def _check_evaluated(config: RunConfig, every: int | None, problems: list[PalimpsestError]) -> None:
     evaluated = config.evaluation.every_steps
-    held_out = all(stage.data.validation is not None for stage in config.stages)
-    if held_out and evaluated is not None and every is not None and every % evaluated == 0:
+    has_validation = all(stage.data.validation is not None for stage in config.stages)
+    if has_validation and evaluated is not None and every is not None and every % evaluated == 0:
         return
     problems.append(
         ConfigError(
             f"checkpoint.keep_best = {config.checkpoint.keep_best} by validation_loss, with evaluation.every_steps = "
-            f"{evaluated}, checkpoint.every_steps = {every}{'' if held_out else ' and no held-out data'}",
-            "held-out data, and a held-out loss at each step that is saved",
+            f"{evaluated}, checkpoint.every_steps = {every}{'' if has_validation else ' and no validation data'}",
+            "data.validation, and a validation loss at each step that is saved",
             "let evaluation.every_steps divide checkpoint.every_steps, or set checkpoint.best_metric=loss",
         )
     )

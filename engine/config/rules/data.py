@@ -99,8 +99,8 @@ def check_mixture(key: str, data: DataConfig, problems: list[PalimpsestError]) -
 
 def _names(data: DataConfig) -> list[tuple[str, str]]:
     """Return (key, name) of everything in a stage's data that metrics name."""
-    held_out = data.validation if isinstance(data.validation, dict) else {}
-    return [("sources", source.name) for source in data.sources] + [("validation", item) for item in held_out]
+    named = data.validation if isinstance(data.validation, dict) else {}
+    return [("sources", source.name) for source in data.sources] + [("validation", item) for item in named]
 
 
 def is_url(location: str | None) -> bool:

@@ -186,6 +186,7 @@ def test_a_choice_that_is_nearly_one_is_named(tmp_path: Path) -> None:
         ("=3", "override '=3' has no value"),
         ("name=[1", "override 'name=[1' is not valid YAML"),
         ("stages.1.name=x", "override 'stages.1.name=x': no entry 1\n  allowed: 0 to 0"),
+        ("stages.².name=x", "override 'stages.².name=x': no entry ²"),
         ("stages.first.name=x", "override 'stages.first.name=x': no entry first"),
         ("folder.x=1", "override 'folder.x=1': folder is the value 'runs/x', not a section"),
     ],

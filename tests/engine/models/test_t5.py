@@ -21,14 +21,14 @@ from engine.models.dropout import (
     ATTENTION_OUTPUT,
     CROSS_ATTENTION,
     CROSS_ATTENTION_OUTPUT,
+    EMBEDDING_OUTPUT,
     FFN_INNER,
     FFN_OUTPUT,
     STACK_OUTPUT,
     Dropout,
 )
-from engine.models.dropout import EMBEDDING as EMBEDDED
 from engine.models.materialize import fill, whole_model
-from engine.models.t5 import EMBEDDING, HEAD, Stage, boundary, build, inputs, sharding, specs, ties
+from engine.models.t5 import EMBEDDING, HEAD, T5Chunk, boundary, build, inputs, sharding, specs, ties
 from engine.parallel.boundary import MicroBatchShape, Tensors
 from engine.parallel.sharding import lookup
 from engine.plan.cut import ModelChunk
@@ -142,10 +142,10 @@ def test_dropout_is_where_the_twin_has_it(config, batch, monkeypatch):
 def their_places(config: T5Config) -> list[tuple[int, int]]:
     """(layer, site) of each of theirs, in the order in which a forward pass comes by."""
     border = config.num_encoder_layers
-    places = [(-1, EMBEDDED)]
+    places = [(-1, EMBEDDING_OUTPUT)]
     for layer in range(border):
         places += [(layer, site) for site in (ATTENTION, ATTENTION_OUTPUT, FFN_INNER, FFN_OUTPUT)]
-    places += [(border - 1, STACK_OUTPUT), (border - 1, EMBEDDED)]
+    places += [(border - 1, STACK_OUTPUT), (border - 1, EMBEDDING_OUTPUT)]
     cross = (CROSS_ATTENTION, CROSS_ATTENTION_OUTPUT)
     for layer in range(border, config.num_layers):
         places += [(layer, site) for site in (ATTENTION, ATTENTION_OUTPUT, *cross, FFN_INNER, FFN_OUTPUT)]
@@ -189,7 +189,7 @@ def cuts(num_layers: int, num_stages: int) -> list[list[ModelChunk]]:
     ]
 
 
-def build_stages(config: T5Config, whole: torch.nn.Module, chunks: list[ModelChunk]) -> list[Stage]:
+def build_stages(config: T5Config, whole: torch.nn.Module, chunks: list[ModelChunk]) -> list[T5Chunk]:
     values = {name: parameter.detach() for name, parameter in whole.named_parameters()}
     renamed, stages = ties(config), []
     for chunk in chunks:

@@ -50,6 +50,18 @@ def test_what_is_proposed_can_start_and_fits_and_comes_fastest_first():
     assert [candidate.fits for candidate in ranked] == sorted((c.fits for c in ranked), reverse=True)
 
 
+def test_a_run_with_sequence_ranks_keeps_them_in_every_layout():
+    config = with_parallel(load_run(RUNS / "llama-1b.yaml", []), sequence=2, gather_within=2)
+    ranked = rank(config, cluster("h100-80gb", 8, 8))
+    assert ranked
+    for candidate in ranked:
+        assert candidate.layout.sequence == 2
+        assert examine(config.model_copy(update={"parallel": candidate.parallel}), 8) == (candidate.layout, [])
+        assert "x sequence 2, micro-batch" in str(candidate)
+    assert any(candidate.parallel.gather_within == 2 for candidate in ranked if candidate.layout.data == 4)
+    assert rank(with_parallel(config, sequence=3), cluster("h100-80gb", 8, 8)) == []
+
+
 def test_each_layout_says_what_it_pays_for():
     ranked = rank(load_run(RUNS / "llama-1b.yaml", []), cluster("h100-80gb", 16, 8))
     best, *others = ranked

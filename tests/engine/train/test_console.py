@@ -35,7 +35,7 @@ def test_terminal_shows_what_was_asked_for(capsys):
     assert "loss 1.0000" in lines[0]
     assert lines[0].endswith("  6 s left")
     assert "left" not in lines[2], "nothing is left after the last step"
-    assert lines[-1].endswith("held-out loss 3.2500")
+    assert lines[-1].endswith("validation loss 3.2500")
 
 
 def test_terminal_tells_of_every_skipped_step_and_of_rollbacks(capsys):

@@ -46,6 +46,6 @@ def test_the_summary_says_what_came_of_the_run(config):
 def test_a_run_that_is_stopped_says_that_it_can_go_on_and_leaves_out_what_it_has_not(config):
     text = summary(config, TrainState(), Spent(), 4.0, EXIT_REQUEUE)
     assert "(saved; start it again to go on)" in text
-    assert "held-out" not in text
+    assert "validation" not in text
     assert "tokens/s" not in text
     assert "checkpoint" not in text

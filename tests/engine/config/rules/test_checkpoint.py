@@ -69,4 +69,4 @@ def test_what_is_refused_says_what_to_do(changes, wrong):
 def test_the_best_by_held_out_loss_wants_held_out_data():
     stages = [RUN["stages"][0] | {"data": {"train": "d"}}]
     (problem,) = problems(stages=stages, checkpoint={"keep_best": 1})
-    assert "no held-out data" in problem.wrong
+    assert "no validation data" in problem.wrong
