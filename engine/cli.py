@@ -53,7 +53,7 @@ COMMANDS = {
     "status": Command("tools.status:main", "Show where runs stand, also while they go on."),
     "compare": Command("tools.compare:main", "Compare the metrics of runs, and say where they part."),
     "ledger": Command("tools.ledger:main", "Show what a run of several stages has learned and forgotten."),
-    "checkpoint": Command("tools.checkpoint:app", "List and verify checkpoints."),
+    "checkpoint": Command("tools.checkpoint:app", "List, verify, compare and merge checkpoints."),
     "convert": Command("tools.convert:main", "Write a checkpoint as a Hugging Face folder.", "nothing was written"),
     "generate": Command("tools.generate:main", "Continue a prompt."),
 }

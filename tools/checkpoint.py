@@ -1,15 +1,16 @@
-"""`palimpsest checkpoint`: lists, verifies, compares and removes checkpoints, in a folder or behind a URL."""
+"""`palimpsest checkpoint`: lists, verifies, compares, merges and removes checkpoints, in a folder or behind a URL."""
 
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import track
 
-from engine.errors import EXIT_FAILURE, CheckpointError
+from engine.errors import EXIT_FAILURE, CheckpointError, ConfigError
 from engine.redact import redact
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from engine.checkpoint.compare import Difference, Opened
     from engine.checkpoint.manifest import Manifest
     from engine.checkpoint.storage import Location
+    from engine.data.shards.dataset import TokenDataset
 
 Result = TypeVar("Result")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
@@ -115,6 +117,103 @@ def prune(
     print(
         f"{len(found) - len(doomed)} of {len(found)} stay" + ("" if yes or not doomed else "; --yes removes the others")
     )
+
+
+@app.command()
+def merge(
+    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Checkpoints, or runs (their newest).")],
+    output: Annotated[Path, typer.Option(help="Run folder to write; must be new.")],
+    last: Annotated[int | None, typer.Option(min=2, help="The newest so many checkpoints of the one SOURCE.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="W,...", help="A weight for each source (default: equal); they add up to 1.")
+    ] = None,
+    wsm: Annotated[
+        Literal["linear", "1-sqrt", "cosine"] | None,
+        typer.Option(help="Coefficients that stand for a decay of this shape over the sources."),
+    ] = None,
+    verify_on: Annotated[
+        Path | None, typer.Option(help="Folder of held-out shards: tell the loss on it, before and after.")
+    ] = None,
+) -> None:
+    """Write the mean of checkpoints of one model, of any layouts: weights in fp32, summed in fp64, no optimizer state.
+
+    `convert` and `generate` read the output; `train` with its folder as the run folder goes on from it, with an
+    optimizer that begins anew.
+    """
+    from engine.checkpoint.folder import CHECKPOINTS
+    from engine.checkpoint.merge import Sources, check_weights, wsm_coefficients
+    from engine.checkpoint.merge import merge as write_merged
+    from engine.config.load import parse_run
+    from engine.config.save import save_run
+    from engine.serve.new_folder import new_folder
+
+    if weights is not None and wsm is not None:
+        raise ConfigError("--weights and --wsm are named both", "one of them", "leave one out")
+    paths = _merged_paths(sources, last)
+    opened = Sources(paths)
+    if wsm is not None:
+        # a decay has an order: that of the steps
+        pairs = sorted(zip(opened.manifests, paths, strict=True), key=lambda pair: pair[0].state.step)
+        opened = Sources([path for _, path in pairs])
+        chosen = wsm_coefficients([manifest.state.step for manifest in opened.manifests], wsm)
+    else:
+        chosen = [1 / len(paths)] * len(paths) if weights is None else _numbers(weights)
+        check_weights(chosen, len(paths))
+    dataset = None if verify_on is None else _held_out(verify_on)
+    with new_folder(output) as partial:
+        path = write_merged(opened, chosen, partial / CHECKPOINTS)
+        if opened.newest.config:
+            save_run(parse_run(opened.newest.config | {"folder": str(output)}, f"in {path}"), partial)
+    for source, weight in zip(opened.paths, chosen, strict=True):
+        print(f"{weight:.6f}  {source}")
+    written = output / CHECKPOINTS / path.name
+    print(f"wrote {written}: {len(opened.manifests[0].specs):,} parameters, weights alone")
+    if dataset is not None:
+        from engine.serve.held_out import held_out_loss
+
+        newest = max(zip(opened.manifests, opened.paths, strict=True), key=lambda pair: pair[0].state.step)[1]
+        before, after = held_out_loss(Path(str(newest)), dataset), held_out_loss(written, dataset)
+        print(f"held-out loss on {verify_on}: {after:.6f}, of {newest.name} alone {before:.6f}")
+
+
+def _merged_paths(sources: list[Path], last: int | None) -> list[Path]:
+    """Return the verified checkpoints that are to be merged. Raises `ConfigError` or `CheckpointError`."""
+    from engine.checkpoint.folder import CHECKPOINTS, committed
+    from engine.serve.source import find_checkpoint
+
+    if last is not None:
+        if len(sources) != 1:
+            raise ConfigError(f"--last {last} of {len(sources)} sources", "one run folder", "name one, or leave it out")
+        found = committed(sources[0] / CHECKPOINTS) or committed(sources[0])
+        if len(found) < last:
+            raise ConfigError(
+                f"--last {last}: {sources[0]} holds {len(found)} checkpoints",
+                f"a run folder with {last} or more (checkpoint.keep_last, checkpoint.keep_every)",
+                "name a smaller number, or check the path",
+            )
+        sources = found[:last]
+    paths = [find_checkpoint(source) for source in sources]
+    resolved = [path.resolve() for path in paths]
+    if len(set(resolved)) < max(2, len(paths)):
+        raise ConfigError(
+            f"{', '.join(map(str, paths))}: these are {len(set(resolved))} checkpoints",
+            "two or more different ones",
+            "name each once, or --last K with a run folder",
+        )
+    return paths
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--weights {text}: {error}", "numbers with commas between them", "mend it") from error
+
+
+def _held_out(folder: Path) -> TokenDataset:
+    from engine.data.shards.dataset import TokenDataset
+
+    return TokenDataset(folder)
 
 
 def _each(where: str, read: Callable[[Location], Result]) -> Iterator[tuple[Location, Result]]:

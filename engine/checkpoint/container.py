@@ -15,7 +15,7 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,16 +63,24 @@ class FileRecord:
 
 def header_bytes(entries: list[Entry], data: np.ndarray, about: dict[str, Any]) -> bytes:
     """Return the file's first bytes for `data`, a flat fp32 array that holds the entries one after the other."""
+    digests, at = [], 0
+    for entry in entries:
+        digests.append(digest(data[at : at + entry.length]))
+        at += entry.length
+    assert at == data.size, "the buffer holds exactly the entries"
+    return _header(entries, digests, about)
+
+
+def _header(entries: list[Entry], digests: list[str], about: dict[str, Any]) -> bytes:
+    """Return the first bytes of a file of entries with these hashes; as long for any hashes."""
     header: dict[str, Any] = {}
     shards: dict[str, list[int | str]] = {}
     at = 0
-    for entry in entries:
-        part = data[at : at + entry.length]
-        shards[entry.key] = [*entry.coordinates(), digest(part)]
+    for entry, found in zip(entries, digests, strict=True):
+        shards[entry.key] = [*entry.coordinates(), found]
         offsets = [at * ITEM_BYTES, (at + entry.length) * ITEM_BYTES]
         header[entry.key] = {"dtype": "F32", "shape": [entry.length], "data_offsets": offsets}
         at += entry.length
-    assert at == data.size, "the buffer holds exactly the entries"
     # safetensors allows text alone as metadata: nested JSON.
     header["__metadata__"] = {"format": FORMAT, "about": compact(about), "shards": compact(shards)}
     text = compact(header).encode()
@@ -112,6 +120,42 @@ def write(
         if file_digest(path) != hasher.hexdigest():
             raise damaged(path, "it reads otherwise than it was written")
     return FileRecord(path.name, len(header) + data.nbytes, hasher.hexdigest())
+
+
+def write_stream(
+    path: Path, entries: list[Entry], about: dict[str, Any], contents: Iterable[Iterable[np.ndarray]]
+) -> FileRecord:
+    """Write the entries one after the other, each from blocks of flat fp32, and return as `write` does.
+
+    No more than a block is in memory. The header, which holds hashes of what follows it, is written again at the end.
+
+    Raises:
+        CheckpointError: the file system is full or refuses, or what making the blocks raises.
+    """
+    digests = []
+    with disk_errors(path), path.open("xb", buffering=0) as file:
+        header = _header(entries, ["0" * len(xxhash.xxh3_64().hexdigest())] * len(entries), about)
+        _write_all(file.write, memoryview(header))
+        for entry, blocks in zip(entries, contents, strict=True):
+            hasher, length = xxhash.xxh3_64(), 0
+            for block in blocks:
+                content = _bytes_of(block)
+                hasher.update(content)
+                _write_all(file.write, content)
+                length += block.size
+            assert length == entry.length, f"{entry.key}: {length} elements"
+            digests.append(hasher.hexdigest())
+        end = file.tell()
+        file.seek(0)
+        found = _header(entries, digests, about)
+        assert len(found) == len(header), "hashes have one length"
+        _write_all(file.write, memoryview(found))
+        os.fsync(file.fileno())
+    # read back from the disk, hashes of the entries included
+    if Container(path).damaged_entries():
+        raise damaged(path, "it reads otherwise than it was written")
+    with disk_errors(path):
+        return FileRecord(path.name, end, file_digest(path))
 
 
 def _write_all(write: Callable[[memoryview], int | None], chunk: memoryview) -> None:

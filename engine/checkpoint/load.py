@@ -130,7 +130,7 @@ def load_shards(
     # All are checked before the first is filled: a mismatch leaves the live state as it was.
     for shard in shards:
         _check_shard(manifest, shard, zero_moments)
-    return sum(_fill(shard, files, tensor_rank, tensor_size) for shard in shards)
+    return sum(fill_shard(shard, files, tensor_rank, tensor_size) for shard in shards)
 
 
 def read_weights(path: Location) -> dict[str, torch.Tensor]:
@@ -200,8 +200,9 @@ class Files:
             raise damaged(file.path, f"{key_of(state, name)} is {found}, the manifest asks for {wanted}")
 
 
-def _fill(shard: ParameterShard, files: Files, tensor_rank: int, tensor_size: int) -> int:
-    """Fill one shard and its moments; return the bytes read."""
+def fill_shard(shard: ParameterShard, files: Files, tensor_rank: int = 0, tensor_size: int = 1) -> int:
+    """Fill one shard and its moments, of a parameter that the files hold; return the bytes read. Raises as
+    `load_shards`."""
     saved = files.manifest.placements[shard.spec.name]
     need = Need(shard.spec, shard.start, shard.length, tensor_rank, tensor_size)
     copies = list(transfers(need, saved, files.manifest.data_size, files.manifest.layout.tensor))

@@ -16,6 +16,7 @@ from engine.checkpoint import manifest_json
 from engine.checkpoint.folder import CHECKPOINTS, Superseded, committed, owner_of, step_of
 from engine.checkpoint.load import load
 from engine.checkpoint.manifest import CheckpointState, Manifest
+from engine.checkpoint.merge import SECTION as MERGE
 from engine.checkpoint.node_memory.node_store import NodeStore
 from engine.checkpoint.node_memory.recall import Eligibility, Recall
 from engine.checkpoint.retention import Retention, prune
@@ -198,7 +199,11 @@ class Restarts:
         if path is None:
             on_first(self._refuse_damaged, self.groups.world, CheckpointError)
             return None
-        manifest = load(path, self.groups, engine.parameter_shards(), engine.placements(), spread, engine.zero_moments)
+        shards, zero_moments = engine.parameter_shards(), engine.zero_moments
+        if not spread and on_first(lambda: _is_merged(path), self.groups.world, CheckpointError):
+            # merged weights have no moments: the optimizer begins anew
+            zero_moments = frozenset(zero_moments) | {moment for shard in shards for moment in shard.moments}
+        manifest = load(path, self.groups, shards, engine.placements(), spread, zero_moments)
         check_sections(manifest.state.sections, RUN_SECTIONS, path)
         state = TrainState.from_section(manifest.state.sections["progress"])
         meanings = meaning_hashes(self.config)
@@ -344,6 +349,11 @@ class Restarts:
         return {
             spec.name: {"weight_decay": group.weight_decay} for group in engine.parameter_groups for spec in group.specs
         }
+
+
+def _is_merged(path: Path) -> bool:
+    """Return True for a checkpoint that `palimpsest checkpoint merge` wrote. Raises `CheckpointError`: damaged."""
+    return MERGE in manifest_json.read(path).state.sections
 
 
 def _refuse_other_version(path: Path) -> None:

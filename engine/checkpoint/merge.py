@@ -1,0 +1,183 @@
+"""Merging of checkpoints of one model: the mean, given weights, or the coefficients that stand for a decay.
+
+WSM (Tian et al. 2025, "WSM: Decay-Free Learning Rate Schedule via Checkpoint Merging", arXiv 2507.17634): the mean of
+checkpoints theta_0 .. theta_k with coefficients c_j (sum 1) is theta_0 plus the updates between them, those of interval
+i scaled by w_i = c_i + ... + c_k. So a decay whose factor is w_i in interval i is the merge with c_0 = 1 - w_1,
+c_j = w_j - w_(j + 1) and c_k = w_k. Streamed: some elements of a parameter are in memory at a time, summed in fp64 and
+written as fp32, whatever the layouts that saved. Weights alone are merged: moments of different steps have no mean
+that an optimizer could go on from.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from engine.checkpoint.container import Entry, write_stream
+from engine.checkpoint.folder import Owner, acquire, partial_path
+from engine.checkpoint.load import Files, fill_shard, open_checkpoint
+from engine.checkpoint.manifest import WEIGHT, CheckpointState, Manifest, key_of, match
+from engine.checkpoint.storage import Location
+from engine.checkpoint.stores import StageTable, Written, build_manifest, commit, prepare
+from engine.checkpoint.writers import Writer, stored_numel
+from engine.config.resolve import Layout
+from engine.errors import CheckpointError, ConfigError
+from engine.parallel.sharding import ParameterSpec
+from engine.parallel.state import ParameterShard, Placement
+
+Shape = Literal["linear", "1-sqrt", "cosine"]
+BLOCK_NUMEL = 1 << 22
+"""Elements of a parameter that are merged at a time: 32 MiB in fp64, and 16 MiB of each source."""
+SECTION = "merge"
+"""Section of the checkpoint that says what it was merged from."""
+_TOLERANCE = 1e-6
+
+
+def wsm_coefficients(steps: Sequence[int], shape: Shape) -> list[float]:
+    """Return the coefficient of the checkpoint at each of the rising `steps`; they add up to 1.
+
+    The decay begins at the first checkpoint and would reach 0 one mean interval after the last, so that the last one
+    counts: n checkpoints at equal intervals have w_i = f(i / n), and `linear` is their plain mean.
+
+    Raises:
+        ConfigError: fewer than two steps, or they do not rise.
+    """
+    if len(steps) < 2 or any(later <= earlier for earlier, later in itertools.pairwise(steps)):
+        raise ConfigError(
+            f"--wsm over checkpoints of the steps {', '.join(map(str, steps))}",
+            "two or more checkpoints of one run, of different steps",
+            "name others, or --last K with the run folder",
+        )
+    length = (steps[-1] - steps[0]) * len(steps) / (len(steps) - 1)
+    factors = [_decay(shape, (step - steps[0]) / length) for step in steps]
+    return [now - after for now, after in zip(factors, [*factors[1:], 0.0], strict=True)]
+
+
+def _decay(shape: Shape, progress: float) -> float:
+    """Return the factor of a decay from 1 (progress 0) to 0 (progress 1)."""
+    if shape == "linear":
+        return 1.0 - progress
+    # Haegele et al. 2024, arXiv 2405.18392
+    return 1.0 - math.sqrt(progress) if shape == "1-sqrt" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def check_weights(weights: Sequence[float], count: int) -> None:
+    """Raise `ConfigError` unless there is a finite weight for each of `count` checkpoints, and they add up to 1."""
+    total = math.fsum(weights) if all(map(math.isfinite, weights)) else math.nan
+    if len(weights) == count and abs(total - 1.0) <= _TOLERANCE:
+        return
+    wrong = f"{len(weights)} numbers for {count} checkpoints" if len(weights) != count else f"they add up to {total:g}"
+    raise ConfigError(
+        f"--weights {','.join(f'{weight:g}' for weight in weights)}: {wrong}",
+        f"{count} numbers that add up to 1 (a model whose weights are scaled is another one)",
+        "divide each by their sum",
+    )
+
+
+class Sources:
+    """Checkpoints that are to be merged, checked against the first."""
+
+    def __init__(self, paths: Sequence[Location]) -> None:
+        """Open the checkpoints. Raises `CheckpointError` where they are of different models, tokenizers or stages."""
+        self.paths = list(paths)
+        self.manifests = [open_checkpoint(path) for path in paths]
+        for path, manifest in zip(self.paths[1:], self.manifests[1:], strict=True):
+            self._check(path, manifest)
+
+    @property
+    def newest(self) -> CheckpointState:
+        """State of the one of the most steps."""
+        return max((manifest.state for manifest in self.manifests), key=lambda state: state.step)
+
+    def _check(self, path: Location, manifest: Manifest) -> None:
+        first, own = self.manifests[0].state, manifest.state
+        pairs = {
+            "model": (first.config.get("model"), own.config.get("model")),
+            "tokenizer": (_section(first, "tokenizer", "hash"), _section(own, "tokenizer", "hash")),
+            "stage": (_stage_name(first), _stage_name(own)),
+        }
+        for what, (before, now) in pairs.items():
+            if before != now:
+                raise CheckpointError(
+                    f"{path} is of another {what} than {self.paths[0]}: {_difference(before, now)}",
+                    "checkpoints of one model, tokenizer and run stage",
+                    "name others; merging across them averages weights that do not belong together",
+                )
+        # shapes and names, too: a checkpoint that was converted says nothing of its configuration
+        match(manifest, self.manifests[0].specs.values())
+
+
+def _section(state: CheckpointState, name: str, key: str) -> Any:
+    section = state.sections.get(name)
+    return section.get(key) if isinstance(section, dict) else None
+
+
+def _stage_name(state: CheckpointState) -> Any:
+    number, stages = _section(state, "progress", "run_stage"), state.config.get("stages", [])
+    return stages[number].get("name") if isinstance(number, int) and number < len(stages) else number
+
+
+def _difference(before: Any, now: Any) -> str:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        return ", ".join(f"{key} = {now.get(key)!r}, not {before.get(key)!r}" for key in keys)
+    return f"{now!r}, not {before!r}"
+
+
+def merge(sources: Sources, weights: Sequence[float], folder: Path) -> Path:
+    """Write the weighted mean of checkpoints into a folder `checkpoints/`; return its path.
+
+    Its step, configuration and position are the newest one's, its optimizer begins anew.
+
+    Raises:
+        CheckpointError: a weight is not finite, a file is damaged, or the file system refuses or is full.
+    """
+    specs = [ParameterSpec(name, spec.stored_shape) for name, spec in sorted(sources.manifests[0].specs.items())]
+    placements = [Placement(spec, (0,), 0, stored_numel(spec)) for spec in specs]
+    owner, writer, newest = Owner("merge", 0), Writer(0, 0, 0), sources.newest
+    acquire(folder, owner)
+    partial = partial_path(folder, newest.step, owner)
+    prepare(partial, [4 * sum(map(stored_numel, specs))])
+    entries = [Entry(key_of(WEIGHT, spec.name), 0, stored_numel(spec), 0, 1) for spec in specs]
+    about = {**writer._asdict(), "step": newest.step}
+    files = [Files(path, manifest) for path, manifest in zip(sources.paths, sources.manifests, strict=True)]
+    contents = (_blocks(files, weights, spec) for spec in specs)
+    record = write_stream(partial / writer.file_name, entries, about, contents)
+    state = replace(newest, sections=_sections(sources, weights, newest), hyperparameters={})
+    table = StageTable(placements, {})
+    return commit(partial, build_manifest(state, Layout(1, 1, 1, 1), [table], [Written(record, ())], owner))
+
+
+def _sections(sources: Sources, weights: Sequence[float], newest: CheckpointState) -> dict[str, Any]:
+    """Return the newest one's sections, with no update behind the optimizer's moments, and the sources by step."""
+    sections = dict(newest.sections)
+    if isinstance(progress := sections.get("progress"), dict):
+        sections["progress"] = progress | {"updates": 0}
+    merged = [[manifest.state.step, weight] for manifest, weight in zip(sources.manifests, weights, strict=True)]
+    return sections | {SECTION: merged}
+
+
+def _blocks(files: list[Files], weights: Sequence[float], spec: ParameterSpec) -> Iterator[np.ndarray]:
+    """Yield the weighted mean of a parameter, some elements at a time: flat fp32."""
+    numel = stored_numel(spec)
+    for start in range(0, numel, BLOCK_NUMEL):
+        length = min(BLOCK_NUMEL, numel - start)
+        total = torch.zeros(length, dtype=torch.float64)
+        part = torch.empty(length)
+        for opened, weight in zip(files, weights, strict=True):
+            fill_shard(ParameterShard(spec, start, part), opened)
+            if not torch.isfinite(part).all():
+                raise CheckpointError(
+                    f"{spec.name} in {opened.path} holds NaN or infinite weights",
+                    "finite weights",
+                    "leave that checkpoint out",
+                )
+            total += part.double() * weight  # two roundings, as anyone would check it: no fused multiply-add
+        yield total.float().numpy()
