@@ -149,13 +149,15 @@ def _distance(first: Opened, last: Opened) -> float:
 
 
 def _shared(ledger: Ledger) -> dict[str, int | None]:
-    """Return the number of documents of each held-out set that stand in the training data of any stage that has begun;
-    None where some of it is not there to be read."""
+    """Return the number of documents of each held-out set that stand in the training data of any stage that has begun,
+    or in what it replays; None where some of it is not there to be read."""
     stages = ledger.config.stages[: len(ledger.ends)]
     places: dict[str, CacheConfig | None] = {}
     for run_stage in stages:
         data = run_stage.data
         places |= dict.fromkeys([data.train] if data.train else [source.path for source in data.sources], data.cache)
+        if run_stage.replay is not None and run_stage.replay.source is not None:
+            places[run_stage.replay.source] = data.cache
     found: dict[str, int | None] = {}
     for domain in ledger.domains:
         cache = stages[domain.home].data.cache

@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import json
 import os
 import shutil
 import stat
@@ -15,6 +16,7 @@ from ruamel.yaml import YAML
 from engine.cli import main
 from engine.config.load import load_run, read_tree
 from engine.corpus.tokenizer_training import train_tokenizer
+from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.writer import ShardWriter
 from engine.data.tokenizer.folder import tokenizer_hash
 from engine.errors import EXIT_DONE
@@ -304,3 +306,31 @@ def test_a_file_that_is_read_only_is_left_alone_and_shown_by_a_dry_run(trained, 
     assert "read-only" in call(capsys, run, "--name", "new", "--data", trained / "new", code=2)
     assert "name: new" in call(capsys, run, "--name", "new", "--data", trained / "new", "--dry-run")
     assert os.access(run, os.R_OK)
+
+
+def test_replay_of_the_earlier_data(corpus, tmp_path, capsys):
+    """A quarter of 8 samples in each of 4 steps; the earlier data is what the run was trained on."""
+    run = a_run(corpus, tmp_path)
+    data = write_data(tmp_path / "new", corpus, ("law",))
+    told = call(capsys, run, "--name", "new", "--data", data, "--ratio", 0.25, "--tokens", 4 * STEP_TOKENS)
+    num_tokens = TokenDataset(corpus / "train").index.num_tokens
+    (row,) = [line.split() for line in told.splitlines() if line.split()[:1] == ["replay"]]
+    assert row == ["replay", str(STEP_TOKENS), "25.0%", f"{STEP_TOKENS / num_tokens:.2f}"]
+    replay = load_run(run).stages[1].replay
+    assert replay is not None
+    assert (replay.ratio, replay.source) == (0.25, str(corpus / "train"))
+    assert fake_run(read_tree(run)).state.step == 8
+    assert values(tmp_path / "run", "replay_samples")[8] == 8
+    capsys.readouterr()
+    assert main(["ledger", str(run), "--no-check", "--json"]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert stages[1]["tokens"] == {"law": 3 * STEP_TOKENS, "replay": STEP_TOKENS}
+
+
+def test_several_earlier_data_sets_are_not_replayed_by_guess(corpus, tmp_path, capsys):
+    sources = [{"name": name, "path": str(corpus / name)} for name in ("train", "validation")]
+    run = a_run(corpus, tmp_path, data={"sources": sources})
+    data = write_data(tmp_path / "new", corpus)
+    error = call(capsys, run, "--name", "new", "--data", data, "--ratio", 0.25, code=2)
+    assert "2 data sets" in error
+    assert "replay: {ratio: R, source: DIR}" in error

@@ -169,6 +169,10 @@ def test_held_out_documents_in_the_training_data_are_counted(run, corpus, other,
     tree["stages"][0]["data"]["train"] = str(tmp_path / "leaky")
     fake_run(tree)
     assert ledger(capsys, tmp_path / "run")["shared_documents"] == {"one": 0, "even": 3}
+    replaying = two_stages(corpus, other, tmp_path / "replaying")
+    replaying["stages"][1]["replay"] = {"ratio": 0.25, "source": str(tmp_path / "leaky")}
+    fake_run(replaying)
+    assert ledger(capsys, tmp_path / "replaying")["shared_documents"] == {"one": 0, "even": 3}, "what is replayed, too"
     assert main(["ledger", str(tmp_path / "run")]) == 0
     assert "held-out set even: 3 of its documents ARE IN THE TRAINING DATA" in capsys.readouterr().out
 
