@@ -2,8 +2,8 @@
 
 A section that is an object with the key `files`, a list of `[name, bytes, xxh3]`, names them (the reservoir does, which
 is too large for a manifest and hardly changes between two checkpoints). A file never changes once it is written.
-Invariant: a file that a committed checkpoint names is never removed, nor one that a save in flight may name: only what
-is older than the newest checkpoint goes.
+Invariant: a file that a committed checkpoint names is never removed, nor one that a save to come will name: only what
+is older than the newest file of the newest checkpoint goes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from engine.checkpoint import manifest_json
 from engine.checkpoint.container import FileRecord, file_digest
 from engine.checkpoint.folder import committed
-from engine.checkpoint.storage import MANIFEST, Location
+from engine.checkpoint.storage import Location
 from engine.errors import CheckpointError
 from engine.logs import logger
 
@@ -69,16 +69,17 @@ def damage_of(checkpoint: Location, records: Iterable[FileRecord]) -> list[tuple
 def remove_unnamed(folder: Location) -> list[str]:
     """Remove the files of a folder `checkpoints/` that none of its checkpoints names; return their names.
 
-    Nothing is removed where a manifest cannot be read, at a URL, or that is younger than the newest checkpoint.
+    Nothing is removed where a manifest cannot be read, or at a URL.
     """
     newest_first = committed(folder)
     if not isinstance(folder, Path) or not (folder / FOLDER).is_dir() or not newest_first:
         return []
     removed = []
     with contextlib.suppress(CheckpointError, OSError):
-        # before the manifests are read: a checkpoint that is committed meanwhile names files of before or of after
-        until = (Path(newest_first[0]) / MANIFEST).stat().st_mtime
-        kept = {record.name for path in newest_first for record in named_by(manifest_json.read(path).state.sections)}
+        named = [[record.name for record in named_by(manifest_json.read(path).state.sections)] for path in newest_first]
+        kept = {name for names in named for name in names}
+        # the next save may have written its files already, while the newest checkpoint was still on its way
+        until = max(((folder / FOLDER / name).stat().st_mtime for name in named[0]), default=0.0)
         for path in sorted((folder / FOLDER).iterdir()):
             if path.name not in kept and path.stat().st_mtime < until:
                 path.unlink(missing_ok=True)

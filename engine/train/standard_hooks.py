@@ -8,6 +8,7 @@ from engine.data.stream import Stream
 from engine.errors import EnvironmentProblem
 from engine.logs import phase
 from engine.parallel.agreement import on_all
+from engine.train.admission import Admission
 from engine.train.evaluation import Validation
 from engine.train.hooks import Hook, Run
 from engine.train.metrics import Metrics, open_metrics
@@ -21,7 +22,8 @@ def standard_hooks(config: RunConfig) -> list[Hook]:
     Metrics come first: what other hooks record has to find the files open, and cut at the step where the run goes on.
     Validation comes last: a checkpoint does not wait for it.
     """
-    return [Recorder(), Stability(config.stability), MemoryCheckpoints(config), Validation()]
+    kept = [Admission(config, config.reservoir)] if config.reservoir is not None else []
+    return [Recorder(), Stability(config.stability), *kept, MemoryCheckpoints(config), Validation()]
 
 
 class Recorder(Hook):

@@ -15,6 +15,7 @@ from engine.config.schema.checkpoint import CheckpointConfig
 from engine.config.schema.model import AnyModelConfig
 from engine.config.schema.optimizer import OptimizerConfig, PrecisionConfig, StabilityConfig
 from engine.config.schema.parallel import ElasticConfig, ParallelConfig
+from engine.config.schema.reservoir import ReservoirConfig
 from engine.config.schema.section import KeyKind, Section
 from engine.config.schema.stage import RunStage
 
@@ -84,6 +85,7 @@ class RunConfig(Section):
         "tokenizer": "execution",
         "checks": "execution",
         "export": "execution",
+        "reservoir": "schedule",
     }
 
     name: str = "run"
@@ -116,6 +118,8 @@ class RunConfig(Section):
     """Checkpoints: when they are saved, and which of them stay."""
     logging: LoggingConfig = LoggingConfig()
     """Metrics and where they go."""
+    reservoir: ReservoirConfig | None = None
+    """Reservoir of documents that were trained on, for later run stages to replay. None means that none is kept."""
     checks: bool = False
     """Checks of the invariants of parallel training after every step: equal copies are equal, gradients are cleared."""
     export: Literal["huggingface", "none"] = "huggingface"

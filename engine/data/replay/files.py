@@ -53,7 +53,7 @@ class NamedFile:
 def write(folder: Path, reservoir: Reservoir, only_fresh: bool) -> NamedFile | None:
     """Write a reservoir, or what no file has of it yet (None where that is nothing); return when it is on the disk.
 
-    Afterwards all its entries count as written. A file that is there already is left as it is.
+    Call `reservoir.mark_written` once it stands, on every rank. A file that is there already is left as it is.
 
     Raises:
         CheckpointError: the file system refuses.
@@ -82,7 +82,6 @@ def write(folder: Path, reservoir: Reservoir, only_fresh: bool) -> NamedFile | N
             f"cannot write {path}: {error.strerror or error}",
             remedy="free some space, or mend the file system or its permissions; earlier checkpoints are whole",
         ) from error
-    reservoir.entries = {name: entries.marked_fresh(False) for name, entries in reservoir.entries.items()}
     return found
 
 
@@ -99,7 +98,7 @@ def load(
     found = Reservoir(settings, tombstones)
     for named in files:
         found.merge(read(folder / named.name, named, settings))
-    found.entries = {name: entries.marked_fresh(False) for name, entries in found.entries.items()}
+    found.mark_written()
     return found
 
 

@@ -160,6 +160,11 @@ class Reservoir:
         }
         return Generation.of(self.shards, domains, self.settings.span_tokens)
 
+    def mark_written(self) -> None:
+        """Count all entries as written to a file (`engine.data.replay.files`)."""
+        self.settle()
+        self.entries = {name: found.marked_fresh(False) for name, found in self.entries.items()}
+
     def settle(self) -> None:
         """Merge the rows that wait; afterwards the state is final until more are admitted."""
         if not self._waiting:

@@ -6,11 +6,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from engine.data.replay.files import NamedFile, load, write
+from engine.data.replay.files import NamedFile, load
+from engine.data.replay.files import write as write_file
 from engine.data.replay.reservoir import united
 from engine.data.shards.tombstones import Tombstones
 from engine.errors import CheckpointError
 from tests.engine.data.replay.made_up import ROWS, admissions, all_rows, content, name_of, new
+
+
+def write(folder, reservoir, only_fresh):
+    named = write_file(folder, reservoir, only_fresh)
+    reservoir.mark_written()
+    return named
 
 
 def compacted(folder, reservoir):

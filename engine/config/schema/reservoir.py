@@ -1,0 +1,30 @@
+"""The section of the replay reservoir: how many documents it keeps, of which domains, and with which weights."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveInt
+
+from engine.config.schema.section import KeyKind, Section
+
+
+class ReservoirConfig(Section):
+    """Reservoir of documents that the run has trained on, which later run stages can replay.
+
+    A domain is a source of the data by its name, or a run stage's only data set by the run stage's name.
+    """
+
+    kind: ClassVar[KeyKind] = "schedule"
+
+    rows: PositiveInt
+    """Number of rows at most: documents, or parts of long ones. A row takes 18 bytes of memory on each rank."""
+    quota: Literal["uniform", "proportional", "square_root", "fixed"] = "proportional"
+    """Shares of the domains. `uniform`: equal ones; `proportional`: as their tokens; `square_root`: as the square roots
+    of these; `fixed`: as `shares` says. A domain with fewer rows than its share gives the rest to the others."""
+    shares: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    """Shares by domain, in any unit, for the quota `fixed`; a domain that is not named has none."""
+    recency: float = Field(default=1.0, ge=0.01, le=100.0)
+    """Factor of a document's weight from one run stage to the next: above 1 later documents are more likely to stay."""
+    span_tokens: int = Field(default=2048, ge=1, le=2**15 - 1)
+    """Number of tokens of a row at most; longer documents have several. It cannot change once the run has begun."""

@@ -1,0 +1,139 @@
+"""The run's reservoir: what was trained on is in it, at any checkpoint, after any restart."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.checkpoint.folder import committed, step_of
+from engine.checkpoint.load import read_state
+from engine.checkpoint.named_files import FOLDER
+from engine.checkpoint.verify import verify
+from engine.data.mixed_order import Cursor
+from engine.data.order.sample_order import START
+from engine.data.replay.rows import documents_of
+from engine.data.replay.view import ReplayDataset
+from engine.data.shards.tombstones import Tombstones, add_tombstones
+from engine.data.trained_rows import trained_rows
+from engine.errors import EXIT_DONE
+from engine.train.admission import Admission
+from tests.distributed.runs import Tree, run_tree
+from tests.engine.train.fake import fake_run, fake_trainer, stopped_run
+
+BORDER, LAST = 4, 9
+
+
+def tree_of(corpus: Path, folder: Path, **reservoir: Any) -> Tree:
+    tree = run_tree(corpus, folder)
+    [stage] = tree["stages"]
+    one = stage | {"name": "one", "duration": {"steps": BORDER}}
+    two = stage | {"name": "two", "global_batch_size": 6, "duration": {"steps": LAST - BORDER}}
+    saves = {"every_steps": 2, "keep_last": 9}
+    kept = {"rows": 1000, "span_tokens": 16} | reservoir
+    return tree | {"stages": [one, two], "reservoir": kept, "checkpoint": tree.get("checkpoint", {}) | saves}
+
+
+def sections(folder: Path) -> dict[int, Any]:
+    checkpoints = folder / "checkpoints"
+    return {
+        int(path.name.split("-")[1]): read_state(path).sections["reservoir"]
+        for path in reversed(committed(checkpoints))
+    }
+
+
+def bytes_of(folder: Path, step: int) -> bytes:
+    (name,) = sections(folder)[step]["chain"]
+    return (folder / "checkpoints" / FOLDER / name).read_bytes()
+
+
+def hook_of(trainer: Any) -> Admission:
+    return next(hook for hook in trainer.hooks._hooks if isinstance(hook, Admission))
+
+
+def test_a_checkpoint_names_what_was_admitted_and_a_run_stages_end_compacts_it(corpus, tmp_path):
+    assert fake_run(tree_of(corpus, tmp_path)).code == EXIT_DONE
+    found = sections(tmp_path)
+    assert {step: len(state["chain"]) for step, state in found.items()} == {2: 1, 4: 1, 6: 2, 8: 3, 9: 1}
+    assert [found[step]["generation"] for step in (2, 4)] == [None, None]
+    assert {found[step]["generation"] for step in (6, 8, 9)} == set(found[4]["chain"])
+    assert not any(verify(path) for path in committed(tmp_path / "checkpoints"))
+
+
+def test_the_reservoir_has_the_rows_of_all_samples_up_to_its_checkpoint(corpus, tmp_path):
+    rows: set[tuple[str, int]] = set()
+
+    def prepare(trainer: Any) -> None:
+        stage_end = type(trainer)._begin_run_stage
+
+        def noted(number: int) -> None:
+            note(trainer)
+            stage_end(trainer, number)
+
+        trainer._begin_run_stage = noted
+
+    def note(trainer: Any) -> None:
+        stream = trainer.feed.stream
+        start = Cursor(0, (START,) * len(stream.parts))
+        for found in trained_rows(stream, start, stream.position, 16):
+            name = stream.parts[found.source].dataset.index.shards[found.shard].content_hash
+            rows.update((name, inside) for inside in found.rows.inside.tolist())
+
+    with fake_trainer(tree_of(corpus, tmp_path)) as trainer:
+        prepare(trainer)
+        assert trainer.fit() == EXIT_DONE
+        note(trainer)
+        reservoir = hook_of(trainer).reservoir
+    kept = {
+        (reservoir.shards[place >> 44], place % 2**44)
+        for entries in reservoir.entries.values()
+        for place in entries.places.tolist()
+    }
+    assert kept == rows
+    assert set(reservoir.entries) == {"one", "two"}
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 5, 7])
+def test_a_run_that_was_stopped_ends_with_the_same_bytes(corpus, tmp_path, stop):
+    fake_run(tree_of(corpus, tmp_path / "whole"))
+    stopped_run(tree_of(corpus, tmp_path / "parts"), stop)
+    assert fake_run(tree_of(corpus, tmp_path / "parts")).code == EXIT_DONE
+    assert bytes_of(tmp_path / "parts", LAST) == bytes_of(tmp_path / "whole", LAST)
+
+
+def test_rows_that_are_trained_on_again_after_a_crash_change_nothing(corpus, tmp_path):
+    fake_run(tree_of(corpus, tmp_path / "whole"))
+    stopped_run(tree_of(corpus, tmp_path / "parts"), 7)
+    for path in committed(tmp_path / "parts" / "checkpoints"):
+        if step_of(path) > 6:  # as if it had been killed before those
+            shutil.rmtree(path)
+    assert fake_run(tree_of(corpus, tmp_path / "parts")).started_at == 6
+    assert bytes_of(tmp_path / "parts", LAST) == bytes_of(tmp_path / "whole", LAST)
+
+
+def test_the_generation_is_what_was_admitted_before_the_run_stage(corpus, tmp_path):
+    stopped_run(tree_of(corpus, tmp_path), 6)
+    with fake_trainer(tree_of(corpus, tmp_path)) as trainer:
+        hook = hook_of(trainer)
+        generation = hook.generation()
+        assert generation is not None
+        assert {name for name, domain in generation.domains.items() if domain.size} == {"one"}
+        view = ReplayDataset(generation, [part.dataset for part in trainer.feed.stream.parts])
+        assert view.index.num_documents == generation.num_rows > 0
+
+
+def test_a_deleted_document_does_not_come_back_from_a_checkpoint(corpus, tmp_path):
+    stopped_run(tree_of(corpus, tmp_path), 6)
+    with fake_trainer(tree_of(corpus, tmp_path)) as trainer:
+        before = hook_of(trainer).reservoir
+    gone = Tombstones({name: range(0, 40, 2) for name in before.shards})
+    add_tombstones(tmp_path, gone)
+    with fake_trainer(tree_of(corpus, tmp_path)) as trainer:
+        assert trainer.state.step == 6
+        after, generation = hook_of(trainer).reservoir, hook_of(trainer).generation()
+    assert generation is not None
+    places = [entries.places for entries in after.entries.values()]
+    places += [domain.places for domain in generation.domains.values()]
+    assert sum(found.size for found in places)
+    assert not any(np.isin(documents_of(found), range(0, 40, 2)).any() for found in places)
