@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from engine.data.objectives.joined import JoinedSampler
 from engine.data.objectives.rows import SampledRows
 from engine.data.objectives.sampling import Sampler
 from engine.data.shards.damage import Damage, DamagedShard
@@ -101,19 +102,26 @@ def make_batches(
     shard_rows: np.ndarray,
     num_batches: int,
     num_rows: int,
+    joined: JoinedSampler | None = None,
 ) -> list[Batch]:
     """Return micro-batches of `num_rows`, one behind the other, of the samples (rows, 3) of the sources `domains`
     (rows,), whose shards and rows are `shard_rows` (rows, 2); what is missing at the end are padding rows.
 
-    All rows are made together, and each batch is a view of them. Raises `DamagedShard` where a shard is damaged.
+    All rows are made together, by the sampler `joined` of all sources where there is one, and each batch is a view of
+    them. Raises `DamagedShard` where a shard is damaged.
     """
     total = num_batches * num_rows
     # once for all batches: numpy's cost per call is paid once, and views cost nothing
-    made = _made(sources, domains, shard_rows, samples, total)
-    samples_N3 = _filled(samples, total, -1, np.int64)
-    domains_N = _filled(domains, total, 0, np.int32)
     loss_weights_K = np.array([source.loss_weight for source in sources], np.float32)
     row_weights_N = _filled(loss_weights_K[domains], total, 0, np.float32)
+    if joined is not None and len(shard_rows):
+        made = joined.make(domains, samples, shard_rows, total)
+    else:
+        made = _made(sources, domains, shard_rows, samples, total)
+    if (loss_weights_K != 1).any():
+        made = _weighted(made, row_weights_N)
+    samples_N3 = _filled(samples, total, -1, np.int64)
+    domains_N = _filled(domains, total, 0, np.int32)
 
     def batch(rows: slice) -> Batch:
         return Batch(
@@ -181,17 +189,20 @@ def _of_one(
     sources: Sequence[Rows], domain: int, shard_rows: np.ndarray, samples: np.ndarray, num_rows: int
 ) -> SampledRows:
     try:
-        made = sources[domain].sampler.make(samples, shard_rows, num_rows)
+        return sources[domain].sampler.make(samples, shard_rows, num_rows)
     except DamagedShard as error:
         # its rows were counted when its window began, so they keep their addresses
         error.damage = Damage(domain, error.number, counted=True)
         raise
-    weight = np.float32(sources[domain].loss_weight)
-    return made if weight == 1 else _weighted(made, weight)
 
 
-def _weighted(made: SampledRows, weight: np.float32) -> SampledRows:
-    """Return rows whose targets weigh `weight` times as much."""
-    # the denominators, in fp64, take the weight as the targets do: rounded to fp32
-    inputs = {name: array * weight if WEIGHTS in name else array for name, array in made.inputs.items()}
-    return SampledRows(inputs, {name: own * float(weight) for name, own in made.weights.items()}, made.documents)
+def _weighted(made: SampledRows, row_weights_B: np.ndarray) -> SampledRows:
+    """Return rows whose targets weigh as the float32 weights of the rows say, times what they weighed."""
+
+    def times(array: np.ndarray) -> np.ndarray:
+        return array * row_weights_B.reshape(-1, *[1] * (array.ndim - 1))
+
+    # the denominators, in fp64, take the weights as the targets do: rounded to fp32
+    inputs = {name: times(array) if WEIGHTS in name else array for name, array in made.inputs.items()}
+    weights = {name: own * row_weights_B.astype(np.float64) for name, own in made.weights.items()}
+    return SampledRows(inputs, weights, made.documents)

@@ -117,7 +117,7 @@ def _read(stream: Stream, ranks: Ranks, most_steps: int) -> list[ReadStep]:
     for group in (rows[first : first + together] for first in range(0, len(rows), together)):
         mine = samples.at(np.concatenate(group))
         shard_rows_N2 = order.shard_rows(mine)
-        batches += make_batches(order.sources, *mine, shard_rows_N2, len(group), micro_batch_size)
+        batches += make_batches(order.sources, *mine, shard_rows_N2, len(group), micro_batch_size, order.joined)
     for source in order.sources:
         # batches are copies: from here on the cache may evict these shards
         source.dataset.release()

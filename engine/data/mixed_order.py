@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engine.data.objectives.joined import JoinedSampler
 from engine.data.order.mixing import Mixture
 from engine.data.order.sample_order import SampleId
 from engine.data.source import Source
@@ -61,6 +62,8 @@ class MixedOrder:
 
     sources: tuple[Source, ...]
     mixing: Mixture
+    joined: JoinedSampler | None = None
+    """Sampler of all sources together; None where they are read one by one."""
     left_out: tuple[Interval, ...] = ()
     """Samples that are passed over, by position: disjoint, in order."""
 

@@ -25,6 +25,7 @@ from engine.config.rules.data import MOST_SOURCES
 from engine.config.schema.data import Attention, PackingName
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.mixed_order import Cursor, Interval, MixedOrder, Samples, merged
+from engine.data.objectives.joined import JoinedSampler
 from engine.data.objectives.sampling import make_sampler
 from engine.data.order.sample_order import START, VERSION, CountRows, Order, SampleId, SampleOrder
 from engine.data.shards.damage import Damage
@@ -96,7 +97,7 @@ class Stream:
         # here
         table = table or ShareTable(((0, tuple(part.weight for part in self.parts)),))
         self._shares = Shares.from_start(table, [source.limit() for source in sources], self.batches)
-        self._order = MixedOrder(sources, self._shares.mixture)
+        self._order = MixedOrder(sources, self._shares.mixture, self._join())
         self._progress = Progress(Cursor(0, (START,) * len(self.parts)), 0, (0,) * len(self.parts))
         self._lost: tuple[Damage, ...] = ()
 
@@ -315,7 +316,7 @@ class Stream:
                 f"the saved loader state is damaged: {error}", "the state as saved", "resume from another checkpoint"
             ) from error
         self._lost, self._shares, self._progress = lost, shares, progress
-        self._order = MixedOrder(sources, shares.mixture, left_out)
+        self._order = MixedOrder(sources, shares.mixture, self._join(), left_out)
         if changed:
             _log.warning("changed since this run was started: %s", changed)
 
@@ -323,7 +324,7 @@ class Stream:
         """Return another stream that stands where this one does, over the same opened data sets, for another thread."""
         # orders remember blocks and windows, which no two threads may write; everything else never changes in place
         other = copy.copy(self)
-        other._order = replace(self._order, sources=self._open_sources(self._lost))
+        other._order = replace(self._order, sources=self._open_sources(self._lost), joined=self._join())
         return other
 
     def _passed_over(self, before: Progress, samples: Samples, after: Cursor) -> tuple[int, ...]:
@@ -341,6 +342,14 @@ class Stream:
     def _open_sources(self, lost: tuple[Damage, ...]) -> tuple[Source, ...]:
         """Return the sources without the shards that are lost, sharing nothing but the opened data sets."""
         return tuple(self._open_source(number, part, lost) for number, part in enumerate(self.parts))
+
+    def _join(self) -> JoinedSampler | None:
+        """Return one sampler for all sources of a mixture, where the objective allows it."""
+        if len(self.parts) == 1 or not JoinedSampler.serves(self.objective, self.packing):
+            return None
+        seeds = [source_seed(self.seed, part.name) for part in self.parts]
+        sets = [part.dataset for part in self.parts]
+        return JoinedSampler(sets, self.sequence_length, seeds, self.attention, self.objective)
 
     def _open_source(self, number: int, part: WeightedDataset, lost: tuple[Damage, ...]) -> Source:
         seed, dataset = source_seed(self.seed, part.name), part.dataset

@@ -110,9 +110,12 @@ def make_sampler(
     """Return the sampler of an objective. Raises `DataError` where the shards lack what it needs."""
     objective = objective or ObjectiveConfig()
     require(dataset, sequence_length, objective)
-    return _module(objective).make_sampler(
-        SamplerContext(dataset, sequence_length, seed, attention, packing, objective)
-    )
+    return sampler_of(SamplerContext(dataset, sequence_length, seed, attention, packing, objective))
+
+
+def sampler_of(context: SamplerContext) -> Sampler:
+    """Return the sampler of a context whose data set has all that its objective needs."""
+    return _module(context.objective).make_sampler(context)
 
 
 def require(dataset: TokenDataset, sequence_length: int, objective: ObjectiveConfig) -> None:

@@ -11,6 +11,8 @@ K sources, of which replay is the last.
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -36,13 +38,23 @@ class ReplayShare:
 
         `owed` is what the exact share at `start` was ahead of the samples given by then.
         """
-        self._batches, self._start, self._owed = batches, start, owed
+        self._batches, self._start = batches, start
+        # in whole numbers, which is many times faster: so many units are a sample
+        self._unit = math.lcm(owed.denominator, *(ratio.denominator for _, ratio in ratios))
+        rates = [int(ratio * self._unit) for _, ratio in ratios]
         self._firsts = [batches.samples(step) for step, _ in ratios]
-        self._ratios = [ratio for _, ratio in ratios]
+        row = bisect_right(self._firsts, start) - 1
+        # (first position, units at it, units of each position from there on) of each row from `start` on
+        self._rows = [(start, int(owed * self._unit), rates[row])]
+        for first, rate in zip(self._firsts[row + 1 :], rates[row + 1 :], strict=True):
+            before, units, earlier = self._rows[-1]
+            self._rows.append((first, units + earlier * (first - before), rate))
+        self._firsts = [first for first, _, _ in self._rows]
+        self._last = (0, 0, 0, 0)
 
     def owed(self, position: int) -> Fraction:
         """Return the exact share up to a position less the replayed samples by then."""
-        return self._share(position) - self.count(position)
+        return Fraction(self._units(position), self._unit) - self.count(position)
 
     def count(self, position: int) -> int:
         """Return the replayed samples from `start` up to a position."""
@@ -64,19 +76,20 @@ class ReplayShare:
 
     def _block(self, position: int) -> tuple[int, int, int, int]:
         """Return the first position, the size, the replayed samples and the number of the block around a position."""
-        step = self._batches.steps(position + 1) - 1
-        begin, end = max(self._start, self._batches.samples(step)), self._batches.samples(step + 1)
-        return begin, end - begin, self._rounded(end) - self._rounded(begin), step
+        begin, size, _, _ = self._last
+        if not begin <= position < begin + size:  # asked for some times in a row
+            step = self._batches.steps(position + 1) - 1
+            begin, end = max(self._start, self._batches.samples(step)), self._batches.samples(step + 1)
+            self._last = begin, end - begin, self._rounded(end) - self._rounded(begin), step
+        return self._last
 
     def _rounded(self, position: int) -> int:
-        return max(0, self._share(position).__floor__()) if position > self._start else 0
+        return max(0, self._units(position) // self._unit) if position > self._start else 0
 
-    def _share(self, position: int) -> Fraction:
+    def _units(self, position: int) -> int:
         """Return what is owed at `start` and the exact share of the positions from there up to one."""
-        found, ends = self._owed, [*self._firsts[1:], position]
-        for first, end, ratio in zip(self._firsts, ends, self._ratios, strict=True):
-            found += ratio * max(0, min(end, position) - max(first, self._start))
-        return found
+        first, units, rate = self._rows[bisect_right(self._firsts, position) - 1]
+        return units + rate * (position - first)
 
 
 class MixtureWithReplay(Mixture):
