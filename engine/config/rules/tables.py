@@ -80,7 +80,7 @@ def check_replay(config: RunConfig, problems: list[PalimpsestError]) -> None:
 
 
 def _check_ratio(key: str, replay: ReplayConfig, stage: RunStage, problems: list[PalimpsestError]) -> None:
-    if isinstance(replay.ratio, float):
+    if not isinstance(replay.ratio, tuple):
         given = {f"{key}.ratio": replay.ratio}
     elif _check_rows(f"{key}.ratio", replay.ratio, stage, problems):
         given = {f"{key}.ratio.{number}.ratio": row.ratio for number, row in enumerate(replay.ratio)}
@@ -187,6 +187,6 @@ def replay_ratios(stage: RunStage) -> Ratios | None:
     if stage.replay is None:
         return None
     ratio = stage.replay.ratio
-    if isinstance(ratio, float):
+    if not isinstance(ratio, tuple):
         return ((0, Fraction(str(ratio))),)
     return tuple((stage.first_step(row), Fraction(str(row.ratio))) for row in ratio)
