@@ -18,6 +18,7 @@ from engine.config.load import load_run
 from engine.config.resolve import resolve
 from engine.config.schema.run import RunConfig
 from engine.errors import EXIT_DONE, ConfigError, EnvironmentProblem
+from engine.plan.frozen import check_patterns
 from launcher.attempts import Ending, run_attempts
 from launcher.commands import KINDS, Kind, Node, Wanted, commands
 from launcher.devices import names, num_gpus, numbers
@@ -63,7 +64,7 @@ def main(
         job=f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}",
         master_port=free_port(),
     )
-    layout = resolve(run, wanted.world_size)
+    layout = resolve(run, wanted.world_size, check_patterns(run))
     to_start = commands(wanted, node)
     for command in to_start if dry_run else to_start[:1]:
         print(command, flush=True)

@@ -26,6 +26,7 @@ from engine.config.schema.run import RunConfig
 from engine.errors import EXIT_FAILURE, EnvironmentProblem, PalimpsestError
 from engine.heartbeat import Heartbeat
 from engine.outcome import Outcome
+from engine.plan.frozen import check_patterns
 from engine.run_folder import RunFolder
 from engine.train.signals import StopSignals
 from launcher.devices import multiplies_bf16, num_gpus
@@ -114,7 +115,7 @@ def _enter(folder: RunFolder, environment: RankEnvironment) -> None:
 
 def _start(run: RunConfig, environment: RankEnvironment) -> Layout:
     """Return the layout, with the environment made ready for torch."""
-    layout = resolve(run, environment.world_size)
+    layout = resolve(run, environment.world_size, check_patterns(run))
     check_meeting_point(environment, os.environ)
     with logs.phase("preparing DeepSpeed's extensions"):
         prepare_extensions(run.folder, os.environ, first=environment.global_rank == 0)

@@ -75,7 +75,7 @@ def range_sum(
     local, shape = dims(spec.local_shape(tensor_size)), dims(spec.stored_shape)
     total = 0
     for at in range(0, flat.numel(), _CHUNK):
-        bits = flat[at : at + _CHUNK].cpu().numpy().view(np.uint32)
+        bits = flat[at : at + _CHUNK].cpu().float().numpy().view(np.uint32)
         # flat range of the local part -> boxes of it -> boxes of the whole parameter, whose indices no layout changes
         for box in flat_boxes(local, start + at, bits.size):
             for part, whole in to_whole(spec, box, tensor_rank, tensor_size):

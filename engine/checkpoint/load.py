@@ -255,7 +255,9 @@ def _check_shard(manifest: Manifest, shard: ParameterShard, zero_moments: Collec
         # the manifest's own specs with this one exchanged, so that `match` reports this shape alone
         match(manifest, [*(s for n, s in manifest.specs.items() if n != shard.spec.name), shard.spec])
     held = [moment for moment in manifest.moments if moment in manifest.placements[shard.spec.name].moments]
-    absent = sorted(set(shard.moments) - set(held) - set(zero_moments))
+    # Without any moments in a checkpoint of moments it was frozen: those that a later run stage keeps begin at zero.
+    was_frozen = bool(manifest.moments) and not held
+    absent = [] if was_frozen else sorted(set(shard.moments) - set(held) - set(zero_moments))
     if absent:
         raise CheckpointError(
             f"{shard.spec.name}: the checkpoint holds no {', '.join(absent)}",

@@ -159,7 +159,10 @@ def _sections(sources: Sources, weights: Sequence[float], newest: CheckpointStat
     """Return the newest one's sections, with no update behind the optimizer's moments, and the sources by step."""
     sections = dict(newest.sections)
     if isinstance(progress := sections.get("progress"), dict):
-        sections["progress"] = progress | {"updates": 0}
+        sections["progress"] = progress | {
+            "updates": 0,
+            "updates_before": [0] * len(progress.get("updates_before", ())),
+        }
     merged = [[manifest.state.step, weight] for manifest, weight in zip(sources.manifests, weights, strict=True)]
     return sections | {SECTION: merged}
 

@@ -26,7 +26,7 @@ class Staged:
         self,
         writer: Writer,
         entries: list[Entry],
-        moments: tuple[str, ...],
+        moments: tuple[str, ...] | None,
         sources: list[torch.Tensor],
         buffer: HostBuffer,
     ) -> None:
@@ -167,7 +167,7 @@ def stage_shards(
     moments = _moments(shards, placements)
     entries, sources = [], []
     # All weights, then each moment: a load of weights alone reads one run of bytes.
-    for moment in (None, *moments):
+    for moment in (None, *(moments or ())):
         state = WEIGHT if moment is None else moment_state(moment)
         rank_and_size = (writer.tensor_rank, tensor_size)
         for shard, length in stored:
@@ -182,10 +182,10 @@ def stage_shards(
     return Staged(writer, entries, moments, sources, buffer)
 
 
-def _moments(shards: list[ParameterShard], placements: list[Placement]) -> tuple[str, ...]:
-    """Return all moments that some shard carries, in order of name."""
+def _moments(shards: list[ParameterShard], placements: list[Placement]) -> tuple[str, ...] | None:
+    """Return all moments that some shard carries, in order of name; None where no placement asks for any."""
     if not any(shard.moments for shard in shards):
-        return ()
+        return () if any(placement.moments for placement in placements) else None
     expected = {placement.spec.name: set(placement.moments) for placement in placements}
     for shard in shards:
         if shard.moments.keys() != expected[shard.spec.name]:
@@ -197,7 +197,9 @@ def _moments(shards: list[ParameterShard], placements: list[Placement]) -> tuple
 
 
 def _check_flat(values: torch.Tensor, shard: ParameterShard, state: str) -> None:
-    flat = values.dim() == 1 and values.is_contiguous() and values.dtype == torch.float32
+    # a frozen weight may be in the working dtype, which the copy widens
+    wide = values.dtype == torch.float32 or (state == WEIGHT and not shard.moments)
+    flat = values.dim() == 1 and values.is_contiguous() and wide
     if not flat or values.numel() != shard.length:
         raise CheckpointError(
             f"{key_of(state, shard.spec.name)}: a shard of shape {tuple(values.shape)}, {values.dtype}",

@@ -49,7 +49,7 @@ class Written:
 
     record: container.FileRecord | None
     moments: tuple[str, ...] | None
-    """Names of the moments that it stored; None where it holds no shard at all."""
+    """Names of the moments that it stored; None where it holds no shard at all, or frozen ones only."""
 
 
 def prepare(partial: Path, sizes: list[int]) -> None:

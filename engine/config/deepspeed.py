@@ -34,8 +34,9 @@ def deepspeed_config(
     num_micro_batches: int,
     num_elements: int,
 ) -> dict[str, Any]:
-    """Return DeepSpeed's dictionary for one pipeline stage's engine, with `num_elements` on this tensor rank."""
-    bucket = 1 if parallel.reduces_per_step else reduce_bucket_elements(num_elements)  # reduced by us, or in buckets
+    """Return DeepSpeed's dictionary for the engine of a stage that trains `num_elements` on this tensor rank."""
+    # reduced by us, or in buckets; DeepSpeed wants one also where nothing is trained
+    bucket = 1 if parallel.reduces_per_step else max(reduce_bucket_elements(num_elements), 1)
     zero: dict[str, Any] = {"stage": parallel.zero_stage, "reduce_bucket_size": bucket}
     if parallel.zero_stage in (1, 2):
         zero |= {

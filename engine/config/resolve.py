@@ -7,6 +7,7 @@ into the configuration: what follows from it is the value `Layout`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.config.rules.checkpoint import check_keeping
@@ -49,14 +50,16 @@ class Layout:
         return f"pipe {self.pipe} x data {self.data} x sequence {self.sequence} x tensor {self.tensor}"
 
 
-def resolve(config: RunConfig, world_size: int) -> Layout:
+def resolve(config: RunConfig, world_size: int, others: Sequence[PalimpsestError] = ()) -> Layout:
     """Return the layout of `config` on `world_size` ranks.
+
+    `others` are problems that rules of higher rooms have found, for the same report.
 
     Raises:
         ConfigError: every rule that the configuration or the world breaks, in one report.
     """
     layout, problems = examine(config, world_size)
-    if problems:
+    if problems := [*problems, *others]:
         raise report(problems, f"this run cannot start on {world_size} rank{'s' if world_size > 1 else ''}")
     assert layout is not None
     return layout

@@ -73,9 +73,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         real = max(min(vocab_size - first_column, num_rows), 1)  # one masked column where all are padding
         used_VD, used_V = weight_VD[:real], None if bias_V is None else bias_V[:real]
         total = torch.zeros((), dtype=wide, device=hidden_ND.device)
-        grad_hidden_ND = torch.empty_like(hidden_ND) if differentiate else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if differentiate else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if differentiate and bias_V is not None else None
+        # one by one: a frozen weight has no gradient, and neither has what frozen layers alone have made
+        of_hidden, of_weight, of_bias = (differentiate and needed for needed in ctx.needs_input_grad[:3])
+        grad_hidden_ND = torch.empty_like(hidden_ND) if of_hidden else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if of_weight else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if of_bias and bias_V is not None else None
         size = rows_at_a_time(num_rows)
         for start in range(0, len(hidden_ND), size):
             rows = slice(start, start + size)
@@ -96,7 +98,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total -= weighted_C.sum()
             if into_N is not None:
                 into_N[rows] = -weighted_C
-            if grad_hidden_ND is None or grad_weight_VD is None:
+            if grad_hidden_ND is grad_weight_VD is grad_bias_V is None:
                 del logs_CV
                 continue
             ones_C1 = (~foreign_C).to(wide).unsqueeze(-1)
@@ -105,22 +107,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
             wide_CV = logs_CV.exp_().scatter_add_(-1, columns_C1, -ones_C1).mul_(weights_C.unsqueeze(-1))
             grad_CV = wide_CV.to(hidden_ND.dtype)
             # Of this rank's columns only, so the hidden states' gradient is a part of a sum over the group.
-            torch.mm(grad_CV, used_VD, out=grad_hidden_ND[rows])
-            _add_product(grad_weight_VD[:real], grad_CV.T, hidden_CD)
+            if grad_hidden_ND is not None:
+                torch.mm(grad_CV, used_VD, out=grad_hidden_ND[rows])
+            if grad_weight_VD is not None:
+                _add_product(grad_weight_VD[:real], grad_CV.T, hidden_CD)
             if grad_bias_V is not None:
                 grad_bias_V[:real] += wide_CV.sum(0)
             del logs_CV, wide_CV, grad_CV  # before the logits of the next rows
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
-        ctx.dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
+        ctx.dtypes = hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        hidden_ND, weight_VD, bias_V = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.dtypes
-        # In place, which spares a copy of both: torch refuses a second backward pass, which would find them scaled.
-        grad_bias_V = None if bias_V is None else bias_V.mul_(grads[0]).to(bias_dtype)
-        return hidden_ND.mul_(grads[0]), weight_VD.mul_(grads[0]).to(weight_dtype), grad_bias_V, *[None] * 6
+        # In place, which spares a copy of each: torch refuses a second backward pass, which would find them scaled.
+        scaled = (
+            None if held is None else held.mul_(grads[0]).to(dtype)
+            for held, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *scaled, *[None] * 6
 
 
 def _log_softmax(logits_CV: torch.Tensor, dtype: torch.dtype, group: Group) -> torch.Tensor:

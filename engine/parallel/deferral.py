@@ -48,7 +48,8 @@ class _Products(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is F.linear and torch.is_grad_enabled():
+        # a frozen weight has no gradient to defer
+        if func is F.linear and torch.is_grad_enabled() and args[1].requires_grad:
             return self._linear(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

@@ -119,12 +119,14 @@ class Pipeline:
     ) -> torch.Tensor:
         total_L = torch.zeros(self.num_losses, dtype=torch.float32, device=self.engine.device)
         # Passes that still add to gradients. The engine reduces in the last one, whatever chunk and micro-batch it is.
-        left = len(inputs) * len(self.spec.ports)
+        left = len(inputs) * sum(map(self._flows_back, range(len(self.spec.ports))))
         for instruction in order:
+            if not (isinstance(instruction, Forward) or self._flows_back(instruction.chunk)):
+                continue
             match instruction:
                 case Forward(chunk=chunk, micro_batch=micro_batch):
-                    keep, by_row = loss_scales_L is not None, by_domain is not None
-                    made = self._forward(chunk, micro_batch, inputs[micro_batch], keep, by_row)
+                    train, by_row = loss_scales_L is not None, by_domain is not None
+                    made = self._forward(chunk, micro_batch, inputs[micro_batch], train, by_row)
                     if not self.spec.ports[chunk].outgoing:
                         total_L += made["losses_L"].detach()
                         if by_domain is not None:
@@ -141,24 +143,30 @@ class Pipeline:
             self._sent.popleft()[0].wait()
         return total_L
 
-    def _forward(self, chunk: int, micro_batch: int, inputs: Tensors, keep: bool, by_row: bool) -> Tensors:
+    def _flows_back(self, chunk: int) -> bool:
+        """Return True if the chunk has a backward pass: something in it or in front of it is trained."""
         ports = self.spec.ports[chunk]
+        return not ports.outgoing or bool(differentiable(ports.outgoing))
+
+    def _forward(self, chunk: int, micro_batch: int, inputs: Tensors, train: bool, by_row: bool) -> Tensors:
+        ports, keep = self.spec.ports[chunk], train and self._flows_back(chunk)
         asked: dict[str, Any] = {"by_row": True} if by_row and not ports.outgoing else {}
         own = {name: tensor for name, tensor in inputs.items() if name in ports.inputs}
         received = {
             name: self._receive(field, forward=True)
             for name, field in ports.incoming.items()
-            if keep or field.evaluated
+            if train or field.evaluated
         }
         if keep:
             # Leaves of this stage's graph: their `.grad` is what the stage before receives.
             for name in differentiable(ports.incoming):
                 received[name].requires_grad_(True)
-        made = self.engine.forward(chunk, received | own | asked)
+        with torch.set_grad_enabled(keep):
+            made = self.engine.forward(chunk, received | own | asked)
         # What the chunk did not return is passed on as it came, such as document numbers.
         handed_on = received | own | made
         for name, field in ports.outgoing.items():
-            if keep or field.evaluated:
+            if train or field.evaluated:
                 self._send(handed_on[name].detach(), forward=True)
         if keep:
             self._live[chunk, micro_batch] = (received, made)

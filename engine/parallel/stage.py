@@ -7,13 +7,14 @@ A weight that several chunks of a stage use is one `Parameter`: one gradient, on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from engine.config.schema.stage import RunStage
 from engine.parallel.boundary import Boundary, MicroBatchShape, Tensors
+from engine.parallel.functions import Functions
 from engine.parallel.sharding import ParameterSpec
 from engine.plan.cut import ModelChunk
 
@@ -34,7 +35,7 @@ class Ports:
 class PipelineStageSpec:
     """Specification of one pipeline stage during one run stage, shared by engine, pipeline and feed.
 
-    Only `run_stage`, `rows` and the shapes of the `ports` differ between the run stages of a run.
+    Only `run_stage`, `rows`, what is `frozen` and the boundaries of the `ports` differ between the run stages of a run.
     """
 
     run_stage: RunStage
@@ -51,6 +52,10 @@ class PipelineStageSpec:
     """Pipeline stages (ascending) of each parameter that several of them hold, by logical name."""
     losses: tuple[str, ...]
     """Names of the last chunk's losses."""
+    modules: Callable[[ModelChunk, Functions], nn.Module]
+    """Function that builds the modules of a chunk, with the model's head on the last one."""
+    frozen: frozenset[str] = frozenset()
+    """Parameters of the whole model that are frozen, by logical name."""
 
     @property
     def inputs(self) -> frozenset[str]:

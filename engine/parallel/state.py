@@ -28,8 +28,8 @@ class ParameterShard:
     """A live flat range of this rank's tensor-parallel part of one parameter.
 
     `start` counts elements of the flattened (row-major) local part; `weight` is the fp32 master and each moment (the
-    optimizer's, and those that were added to the engine) has the same length. All are 1-D views: writing to them
-    changes the engine.
+    optimizer's, and those that were added to the engine) has the same length. A frozen parameter has no moments, and
+    its weight is the working copy, in the working dtype. All are 1-D views: writing to them changes the engine.
     """
 
     spec: ParameterSpec
@@ -51,8 +51,8 @@ class Placement:
 
     ZeRO-0: offset 0, partition = the local length (so data rank 0 holds it all, and copies on other data ranks
     are not shards). ZeRO-3: offset 0, partition = the parameter's own. ZeRO-1 and 2: offset in the padded flat
-    buffer of its parameter group. A replicated parameter is written by tensor rank 0 alone, a tied one by the
-    first of its pipeline stages.
+    buffer of its parameter group. Frozen, under any ZeRO stage: offset 0, partition = an equal share. A replicated
+    parameter is written by tensor rank 0 alone, a tied one by the first of its pipeline stages.
     """
 
     spec: ParameterSpec
@@ -89,8 +89,12 @@ class ParameterGroup:
     """True if Muon updates them: weights of linear layers."""
     rate_factors: tuple[float, ...] = ()
     """Factor of the learning rate in each run stage; 1 in those that are not named."""
+    trained_since: int | None = 0
+    """Run stage at whose beginning the moments began at zero, but for a reset of all moments; None: frozen."""
 
     @property
     def moments(self) -> tuple[str, ...]:
         """Names of the values that the optimizer keeps of each parameter beside the weight."""
+        if self.trained_since is None:
+            return ()
         return MOMENTUM if self.matrices else MOMENTS

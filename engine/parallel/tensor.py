@@ -92,17 +92,21 @@ class _GatheredLinear(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group: Group
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.group, ctx.has_bias = group, bias is not None
+        ctx.group = group
         return F.linear(gather_along(x, group, SEQUENCE_DIM), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        # Each rank has the part of the input's gradient that its output features give: (B, T, D) -> (B, T / n, D).
-        grad_x = reduce_scatter_along(grads[0] @ weight, ctx.group, SEQUENCE_DIM)
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad  # not of what is frozen, nor of what it gave
+        grad_x = grad_weight = None
+        if needs_x:
+            # Each rank has the part of the input's gradient that its output features give: (B, T, D) -> (B, T / n, D).
+            grad_x = reduce_scatter_along(grads[0] @ weight, ctx.group, SEQUENCE_DIM)
         grad = grads[0].flatten(0, -2)
-        grad_weight = grad.T @ gather_along(x, ctx.group, SEQUENCE_DIM).flatten(0, -2)
-        return grad_x, grad_weight, grad.sum(0) if ctx.has_bias else None, None
+        if needs_weight:
+            grad_weight = grad.T @ gather_along(x, ctx.group, SEQUENCE_DIM).flatten(0, -2)
+        return grad_x, grad_weight, grad.sum(0) if needs_bias else None, None
 
 
 class ColumnLinear(nn.Linear):

@@ -143,6 +143,8 @@ def stage_memory(
     has_head: bool,
     device: Device,
     single_moments: int = 0,
+    frozen: int = 0,
+    kept: Sequence[int] | None = None,
 ) -> Memory:
     """Return the memory of one rank of a stage that holds `entries`.
 
@@ -150,11 +152,16 @@ def stage_memory(
     to one. Attention keeps what it does on `device`.
 
     `recomputed` are those of its `layers` that recompute their activations; `segments`: rows hold several documents or
-    padding; `single_moments`: local elements of which the optimizer keeps one moment and not two (Muon).
+    padding; `single_moments`: local elements of which the optimizer keeps one moment and not two (Muon); `frozen`:
+    those that have a working copy alone. `kept` are the layers that keep activations; None means all.
     """
     numel = entries.local_numel(parallel.tensor)
+    trained = numel - frozen
     per_element = states_per_element(parallel, data_size, precision)
-    weights, master, moments, gradients = (-(-numel * one.numerator // one.denominator) for one in per_element)
+    counts = (numel, trained, trained, trained)  # of weights, master, moments, gradients
+    weights, master, moments, gradients = (
+        -(-count * one.numerator // one.denominator) for count, one in zip(counts, per_element, strict=True)
+    )
     shards = data_size if parallel.zero_stage else 1
     # `states_per_element` counts Adam's two moments everywhere; Muon keeps one of each matrix.
     moments -= single_moments * (MOMENTS_BYTES - MOMENTUM_BYTES) // shards
@@ -166,7 +173,7 @@ def stage_memory(
     # The head's tokens are split over the sequence axis; tensor ranks gather rows and split the vocabulary instead.
     predicted = rows * lengths.predicted // parallel.sequence if has_head else 0
     bucket_bytes = {2: dtype_bytes, 3: DTYPE_BYTES[precision.reduce_dtype]}.get(parallel.zero_stage, 0)
-    bucket = 0 if parallel.reduces_per_step else reduce_bucket_elements(numel) * bucket_bytes
+    bucket = 0 if parallel.reduces_per_step else reduce_bucket_elements(trained) * bucket_bytes
     gathered = 0
     if parallel.zero_stage == 3:
         # Local elements: with `gather: step` all weights of the stage stay gathered until its end.
@@ -179,11 +186,21 @@ def stage_memory(
         bucket=bucket,
         gathered=gathered * dtype_bytes,
         activations=activation_bytes(
-            model, parallel, precision, layers, recomputed, lengths, segments, in_flight, device
+            model, parallel, precision, *_with_gradients(layers, recomputed, kept), lengths, segments, in_flight, device
         ),
         logits=head_bytes(model, parallel, predicted, dtype_bytes, math.ceil(in_flight)),
-        host=math.ceil(numel * host_bytes_per_element(parallel, data_size, precision)),
+        host=math.ceil(trained * host_bytes_per_element(parallel, data_size, precision)),
     )
+
+
+def _with_gradients(
+    layers: Sequence[int], recomputed: Sequence[int], kept: Sequence[int] | None
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the layers that keep activations, and those among them that recompute."""
+    if kept is None or len(kept) == len(layers):
+        return layers, recomputed
+    held = frozenset(kept)
+    return tuple(kept), tuple(layer for layer in recomputed if layer in held)
 
 
 def activation_bytes(

@@ -18,6 +18,7 @@ from engine.errors import ConfigError
 from engine.plan.cut import entries_of, layers_of
 from engine.plan.elastic import World, elastic_worlds
 from engine.plan.families import over_layers
+from engine.plan.frozen import check_patterns, frozen_entries
 from engine.plan.memory import MASTER_BYTES, MOMENTS_BYTES, MOMENTUM_BYTES, Memory, remade_bytes
 from engine.plan.operations import (
     BACKWARD_FACTOR,
@@ -29,7 +30,7 @@ from engine.plan.operations import (
 from engine.plan.parameters import num_parameters
 from engine.plan.parts import Device
 from engine.plan.pipeline import bubble
-from engine.plan.run_stages import PipelineCut, passes_alive, pipeline_cut, pipeline_memory
+from engine.plan.run_stages import PipelineCut, passes_alive, pipeline_cut, pipeline_memory, trained_matrices
 from engine.plan.traffic import Traffic, stage_traffic
 from engine.plan.worlds import LARGEST_WORLD, Refusal, neighbours, refusal, valid_worlds
 
@@ -59,6 +60,8 @@ class StagePlan:
     """Parameters that one rank writes into a checkpoint."""
     stored_matrices: int
     """Parameters among `stored` that Muon updates, of which there is one moment."""
+    stored_frozen: int
+    """Parameters among `stored` that are frozen, of which there is the weight alone."""
     operations: int
     """Forward, recomputed and backward operations of one rank per step, padding of the vocabulary included."""
     recomputed_operations: int
@@ -79,8 +82,8 @@ class StagePlan:
         """Bytes that one rank stores in a checkpoint, at the most: moments beside its share of fp32 weights.
 
         A tied matrix counts on its first stage alone. Also the host memory that saves take."""
-        one_less = self.stored_matrices * (MOMENTS_BYTES - MOMENTUM_BYTES)
-        return self.stored * (MASTER_BYTES + MOMENTS_BYTES) - one_less
+        fewer = self.stored_matrices * (MOMENTS_BYTES - MOMENTUM_BYTES) + self.stored_frozen * MOMENTS_BYTES
+        return self.stored * (MASTER_BYTES + MOMENTS_BYTES) - fewer
 
     def as_json(self) -> dict[str, Any]:
         """Plain numbers; the parts of the memory add up to its total."""
@@ -204,6 +207,7 @@ def make_plan(config: RunConfig, world_size: int, device: Device = "cuda") -> Pl
             f"a world of {world_size:,} ranks", f"1 to {LARGEST_WORLD:,} ranks", "look at parallel.* and --world"
         )
     layout, problems = examine(config, world_size)
+    problems += check_patterns(config)
     if problems:
         raise refusal(config, world_size, problems)
     assert layout is not None
@@ -269,7 +273,10 @@ def _stage_plan(
     share = layout.tensor * layout.sequence
     # A tied parameter is stored by the first of its stages alone.
     elsewhere = frozenset(name for name, holders in cut.ties.items() if holders[0] != stage)
-    matrices = entries.linear.local_numel(layout.tensor) if config.optimizer.name == "muon" else 0
+    frozen = frozen_entries(config.model, tuple(chunks), run_stage.freeze)
+    trained = per_rank - frozen.local_numel(layout.tensor)
+    matrices = trained_matrices(config, run_stage, layout, chunks) if config.optimizer.name == "muon" else 0
+    updated = orthogonal_operations(entries) - orthogonal_operations(frozen)
     shards = layout.data * layout.sequence
     held_by = shards if config.parallel.zero_stage else 1
     remade = remade_bytes(config.model, config.parallel, config.precision, recomputed, lengths)
@@ -279,14 +286,15 @@ def _stage_plan(
         num_layers=len(layers),
         parameters=entries.local_numel(1),
         parameters_per_rank=per_rank,
-        updated=-(-per_rank // held_by),
+        updated=-(-trained // held_by),
         updated_matrices=-(-matrices // held_by),
         stored=-(-entries.without(elsewhere).local_numel(layout.tensor) // shards),
         stored_matrices=matrices // shards,
+        stored_frozen=frozen.without(elsewhere).local_numel(layout.tensor) // shards,
         operations=(operations + again) * rows // share,
         recomputed_operations=again * rows // share,
         remade_bytes=remade * micro_batches if config.parallel.recompute == "selective" else 0,
-        update_operations=orthogonal_operations(entries) // (held_by * layout.tensor) if matrices else 0,
+        update_operations=updated // (held_by * layout.tensor) if matrices else 0,
         in_flight=passes_alive(config, run_stage, layout, stage, len(chunks)),
         memory=memory,
         traffic=stage_traffic(
@@ -302,6 +310,7 @@ def _stage_plan(
             num_micro_batches=micro_batches,
             ties=cut.ties,
             muon=config.optimizer.name == "muon",
+            patterns=run_stage.freeze,
         ),
         recomputed=len(recomputed),
     )

@@ -11,12 +11,14 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 from engine.config.objectives import RowLengths, has_segments, held_lengths, row_lengths
 from engine.config.resolve import Layout, num_micro_batches
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
 from engine.plan.cut import ModelChunk, entries_of, layers_of, stage_chunks, tied_stages
+from engine.plan.frozen import frozen_entries, layers_kept
 from engine.plan.hardware import GIB
 from engine.plan.memory import Memory, activation_bytes, stage_memory
 from engine.plan.parts import Device
@@ -52,6 +54,7 @@ def pipeline_cut(config: RunConfig, layout: Layout, device: Device) -> PipelineC
     )
 
 
+@lru_cache(maxsize=1024)
 def cut_lengths(config: RunConfig, layout: Layout) -> RowLengths:
     """Return the row lengths that the pipeline is cut for: those of the run stage that needs the most memory.
 
@@ -106,10 +109,18 @@ def pipeline_memory(
             in_flight=_alive(config, run_stage, layout, stage, len(held)),
             has_head=any(chunk.last for chunk in held),
             device=device,
-            single_moments=entries.linear.local_numel(layout.tensor) if muon else 0,
+            single_moments=trained_matrices(config, run_stage, layout, held) if muon else 0,
+            frozen=frozen_entries(config.model, tuple(held), run_stage.freeze).local_numel(layout.tensor),
+            kept=layers_kept(config.model, held, run_stage.freeze),
         )
         for stage, (held, entries) in enumerate(zip(chunks, entries_by_stage, strict=True))
     ]
+
+
+def trained_matrices(config: RunConfig, run_stage: RunStage, layout: Layout, held: Sequence[ModelChunk]) -> int:
+    """Return the local elements of a pipeline stage that Muon would update during a run stage."""
+    frozen = frozen_entries(config.model, tuple(held), run_stage.freeze)
+    return entries_of(config.model, held).linear.local_numel(layout.tensor) - frozen.linear.local_numel(layout.tensor)
 
 
 def passes_alive(config: RunConfig, run_stage: RunStage, layout: Layout, stage: int, num_chunks: int) -> int:

@@ -14,11 +14,13 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from engine.config.objectives import RowLengths
+from engine.config.parameter_patterns import matches
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.optimizer import PrecisionConfig
 from engine.config.schema.parallel import ParallelConfig
 from engine.plan.cut import ModelChunk, layers_of
 from engine.plan.families import figures, over_layers
+from engine.plan.frozen import front_entries, frozen_entries, receives_gradients
 from engine.plan.memory import DTYPE_BYTES
 from engine.plan.parameters import counted_entries
 from engine.plan.parts import Entries, Entry
@@ -72,10 +74,12 @@ def stage_traffic(
     segments: bool,
     ties: Mapping[str, tuple[int, ...]],
     muon: bool = False,
+    patterns: tuple[str, ...] = (),
 ) -> Traffic:
     """Return the traffic of one rank of a stage that holds `chunks`, whose parameters are `entries`.
 
-    `ties` are the stages of those that several hold. `muon` updates the matrices.
+    `ties` are the stages of those that several hold. `muon` updates the matrices. Parameters that the `patterns` freeze
+    have no gradient; nothing goes back up to a chunk in front of which nothing is trained.
 
     `recomputed` are the layers among them that recompute their activations. `segments`: rows carry document numbers,
     which travel down the pipeline with the activations.
@@ -83,19 +87,27 @@ def stage_traffic(
     family = figures(model)
     filled = data_size if parallel.zero_stage == 3 else 1  # up to what its ranks divide, parameter by parameter
     numel = entries.local_numel(parallel.tensor, filled)
+    frozen = frozen_entries(model, tuple(chunks), patterns)
+    trained = numel - frozen.local_numel(parallel.tensor, filled)
     rows, dtype_bytes = num_micro_batches * parallel.micro_batch_size, DTYPE_BYTES[precision.dtype]
     # A boundary is named by the layer behind it. Up: gradients of a chunk's input; down: its output, to the next chunk.
-    up, down = [c.layers.start for c in chunks if not c.first], [c.layers.stop for c in chunks if not c.last]
+    up = [c.layers.start for c in chunks if not c.first and receives_gradients(model, c.layers.start, patterns)]
+    down = [c.layers.stop for c in chunks if not c.last]
     carried = sum(family.carried_bytes(model, layer, lengths, segments) for layer in down)
     lengths = lengths.shared_by(parallel.sequence)  # document numbers alone are whole
     # Every tensor rank sends to its neighbour: all of a whole hidden state, or its own tokens of a shared one.
     sent = sum(family.boundary(model, layer, lengths) for layer in (*up, *down)) * dtype_bytes // parallel.shared_by
     sent += carried
-    gradients, weights = zero_bytes(numel, parallel, data_size, precision, num_micro_batches)
+    gradients, weights = zero_bytes(trained, parallel, data_size, precision, num_micro_batches)
+    if parallel.zero_stage == 3:  # frozen weights are gathered as well
+        _, weights = zero_bytes(numel, parallel, data_size, precision, num_micro_batches)
     within = 0
     if parallel.zero_stage == 3 and not parallel.gathers_per_step:
         # Weights are dropped after each use: gathered for the forward and for the backward pass of every micro-batch.
-        passes = 2 * num_micro_batches * _used(model, tuple(chunks), parallel.tensor, filled)
+        used = _used(model, tuple(chunks), parallel.tensor, filled)
+        # modules in front of all that is trained have no backward pass
+        front = front_entries(model, tuple(chunks), patterns).local_numel(parallel.tensor, filled)
+        passes = num_micro_batches * (2 * used - front)
         over_all = numel if parallel.gather_within else passes  # each parameter once, or every pass
         weights = gather_bytes(over_all * dtype_bytes, data_size)
         within = gather_bytes((passes - over_all) * dtype_bytes, parallel.gather_within or 1)
@@ -109,7 +121,7 @@ def stage_traffic(
         # run, which only scatters what leaves; the head reads whole rows
         read = (lengths.decoder or lengths.tokens) * model.hidden_size if any(chunk.last for chunk in chunks) else 0
         activations += passed.entered - passed.again + read
-        partial = _partial(model, entries)
+        partial = _partial(model, entries) - _partial(model, frozen)
         # From ZeRO-1 on gradients are scattered over the data axis first, and each rank reduces its shard only.
         partial = partial if parallel.zero_stage == 0 else -(-partial // data_size)
     return Traffic(
@@ -122,9 +134,13 @@ def stage_traffic(
         ),
         sequence=gather_bytes(rows * passed.exchanged // parallel.tensor * dtype_bytes, parallel.sequence),
         pipe=rows * sent,
-        tie=_tie_bytes(entries, ties, parallel, precision, data_size),
-        **(_muon_bytes(entries, parallel, data_size) if muon else {}),
+        tie=_tie_bytes(entries, _trained(ties, patterns), parallel, precision, data_size),
+        **(_muon_bytes(entries, frozen, parallel, data_size) if muon else {}),
     )
+
+
+def _trained(ties: Mapping[str, tuple[int, ...]], patterns: tuple[str, ...]) -> Mapping[str, tuple[int, ...]]:
+    return {name: stages for name, stages in ties.items() if not matches(name, patterns)}
 
 
 class Passed(NamedTuple):
@@ -227,7 +243,7 @@ def _tie_bytes(
     return int(total * DTYPE_BYTES[precision.reduce_dtype])
 
 
-def _muon_bytes(entries: Entries, parallel: ParallelConfig, data_size: int) -> dict[str, int]:
+def _muon_bytes(entries: Entries, frozen: Entries, parallel: ParallelConfig, data_size: int) -> dict[str, int]:
     """Bytes of Muon's updates, fp32: the shards of a matrix go to its one owner and come back (`Owners` in
     `engine.optim.muon`). A rank sends the shards that others own and returns those of its own matrices.
 
@@ -236,6 +252,7 @@ def _muon_bytes(entries: Entries, parallel: ParallelConfig, data_size: int) -> d
     owner of others holds none of them.
     """
     owners = data_size if parallel.zero_stage else 1  # ZeRO-0 leaves the whole gradient with every rank
-    share = entries.linear.local_numel(parallel.tensor) * UPDATE_BYTES // owners
+    trained = entries.linear.local_numel(parallel.tensor) - frozen.linear.local_numel(parallel.tensor)
+    share = trained * UPDATE_BYTES // owners
     # Twice: there and back. Over the ZeRO ranks a tensor rank's part is completed, over the tensor axis the matrix.
     return {"updates": 2 * gather_bytes(share, owners), "updates_across": 2 * gather_bytes(share, parallel.tensor)}

@@ -6,6 +6,7 @@ groups (optim) -> ZeRO engine with initial weights -> schedule. Tests and benchm
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,15 +16,17 @@ from torch import nn
 
 from engine.config.deepspeed import deepspeed_config
 from engine.config.objectives import RowLengths, has_segments, held_lengths
+from engine.config.parameter_patterns import matches
 from engine.config.resolve import Layout, num_micro_batches
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.parallel import ParallelConfig
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
 from engine.models.families import family
+from engine.models.heads import Head
 from engine.models.initial import initial_value
-from engine.optim.groups import make_optimizer, parameter_groups, refuse_unmatched
-from engine.parallel.boundary import MicroBatchShape
+from engine.optim.groups import make_optimizer, parameter_groups
+from engine.parallel.boundary import Boundary, MicroBatchShape
 from engine.parallel.functions import PLAIN, Functions, SequenceSlice
 from engine.parallel.groups import Groups, join
 from engine.parallel.pipeline import Pipeline
@@ -33,8 +36,10 @@ from engine.parallel.stage import PipelineStageSpec, Ports, StageModule
 from engine.parallel.tensor import shard, vocabulary_cross_entropy, whole_rows
 from engine.parallel.ulysses import sequence_attention
 from engine.parallel.zero import StageEngine
+from engine.parallel.zero.carry import Carried
 from engine.plan.cut import ModelChunk, stage_chunks, tied_stages
 from engine.plan.families import figures
+from engine.plan.frozen import receives_gradients
 from engine.plan.run_stages import cut_lengths, recomputed_layers
 
 
@@ -49,26 +54,51 @@ def join_groups(config: RunConfig, layout: Layout, global_rank: int) -> Groups:
 def stage_spec(config: RunConfig, run_stage: RunStage, groups: Groups) -> PipelineStageSpec:
     """Specify this rank's pipeline stage for one run stage; its chunks are those of every run stage of the run."""
     model, kind = config.model, family(config.model)
-    head, cut, rows = kind.pretraining_head(model), _cut(config, groups.layout), micro_batch_shape(config, run_stage)
-
-    def ports(chunk: ModelChunk) -> Ports:
-        return Ports(
-            inputs=kind.inputs(model, chunk, head),
-            incoming={} if chunk.first else kind.boundary(model, chunk.layers.start, rows),
-            outgoing={} if chunk.last else kind.boundary(model, chunk.layers.stop, rows),
-        )
-
+    head, cut = kind.pretraining_head(model), _cut(config, groups.layout)
     chunks = stage_chunks(*cut)[groups.coordinates.stage]
-    return PipelineStageSpec(
+    spec = PipelineStageSpec(
         run_stage=run_stage,
-        rows=rows,
+        rows=micro_batch_shape(config, run_stage),
         chunks=chunks,
-        ports=tuple(map(ports, chunks)),
+        ports=tuple(Ports(kind.inputs(model, chunk, head), {}, {}) for chunk in chunks),
         parameters={spec.name: spec for spec in kind.specs(model, head)},
         aliases=kind.ties(model),
         tied_stages=tied_stages(*cut),
         losses=head.losses,
+        modules=partial(_modules, model, head),
     )
+    return during(spec, config, run_stage)
+
+
+def during(spec: PipelineStageSpec, config: RunConfig, run_stage: RunStage) -> PipelineStageSpec:
+    """Return the specification of the same pipeline stage for another run stage."""
+    rows, freeze = micro_batch_shape(config, run_stage), run_stage.freeze
+
+    def boundary(layer: int) -> Boundary:
+        """Return what the chunk beginning with a layer receives, without gradients where nothing before is trained."""
+        fields = family(config.model).boundary(config.model, layer, rows)
+        if receives_gradients(config.model, layer, freeze):
+            return fields
+        return {name: replace(field, differentiable=False) for name, field in fields.items()}
+
+    def ports(chunk: ModelChunk, before: Ports) -> Ports:
+        return replace(
+            before,
+            incoming={} if chunk.first else boundary(chunk.layers.start),
+            outgoing={} if chunk.last else boundary(chunk.layers.stop),
+        )
+
+    return replace(
+        spec,
+        run_stage=run_stage,
+        rows=rows,
+        ports=tuple(map(ports, spec.chunks, spec.ports)),
+        frozen=frozenset(name for name in spec.parameters if matches(name, freeze)),
+    )
+
+
+def _modules(model: ModelConfig, head: Head, chunk: ModelChunk, functions: Functions) -> nn.Module:
+    return family(model).build(model, chunk, functions, head)
 
 
 def build_pipeline(config: RunConfig, spec: PipelineStageSpec, groups: Groups, device: torch.device) -> Pipeline:
@@ -78,23 +108,38 @@ def build_pipeline(config: RunConfig, spec: PipelineStageSpec, groups: Groups, d
     return Pipeline(engine, groups, spec, config.parallel.schedule)
 
 
+def rebuild(pipeline: Pipeline, config: RunConfig, spec: PipelineStageSpec) -> None:
+    """Make a pipeline's engine again for the parameters that `spec` trains. Collective over the world.
+
+    Weights, and moments of the parameters that stay trained, are carried over; newly trained ones begin at zero. There
+    is never more than one engine: the state waits in host memory.
+    """
+    before = pipeline.engine
+    groups, device, carried = before.groups, before.device, Carried(before)
+    before.close()
+    gc.collect()  # DeepSpeed's engine and its hooks refer to each other
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    pipeline.engine, pipeline.spec = build_engine(config, spec, groups, device), spec
+    carried.put_into(pipeline.engine)
+
+
 def build_engine(config: RunConfig, spec: PipelineStageSpec, groups: Groups, device: torch.device) -> StageEngine:
     """Build this rank's pipeline stage under ZeRO, its weights still zero. Collective over the world."""
-    functions, kind = _functions(config.parallel, groups), family(config.model)
-    head = kind.pretraining_head(config.model)
-    refuse_unmatched(config.stages, spec.parameters)
+    functions = _functions(config.parallel, groups)
     # Whole weights take no memory on the meta device; each rank allocates after `shard` has cut them to its part.
     with torch.device("meta"):
-        chunks = [kind.build(config.model, chunk, functions, head) for chunk in spec.chunks]
+        chunks = [spec.modules(chunk, functions) for chunk in spec.chunks]
     stage = StageModule(chunks, spec.aliases)
     shard(stage, spec.parameters, stage.logical_names, groups.tensor, sequence_parallel=config.parallel.shared_by > 1)
     on = "cuda" if device.type == "cuda" else "cpu"
     _recompute(config, chunks, recomputed_layers(config, groups.layout, groups.coordinates.stage, on))
     held = [spec.parameters[stage.logical_names[name]] for name, _ in stage.named_parameters()]
     partial_gradients = _partial_gradients(config, spec.parameters.values())
+    number = config.stages.index(spec.run_stage)
     return StageEngine(
         stage,
-        parameter_groups(held, config.optimizer, spec.tied_stages, partial_gradients, config.stages),
+        parameter_groups(held, config.optimizer, spec.tied_stages, partial_gradients, config.stages, number),
         partial(make_optimizer, config=config.optimizer),
         deepspeed_config(
             config.parallel,
@@ -103,7 +148,7 @@ def build_engine(config: RunConfig, spec: PipelineStageSpec, groups: Groups, dev
             # DeepSpeed takes one number for the whole run; with a batch ramp the real one of a step is at most this.
             num_micro_batches(spec.run_stage.batches.largest, config.parallel, groups.layout.data),
             # sizes DeepSpeed's reduction buckets
-            sum(parameter.local_numel(groups.tensor.size) for parameter in held),
+            sum(one.local_numel(groups.tensor.size) for one in held if one.name not in spec.frozen),
         ),
         config.parallel,
         groups,

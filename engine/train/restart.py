@@ -182,10 +182,14 @@ class Restarts:
         if on_disk and step_of(on_disk[0]) >= state.step:
             self._memory.end()
 
-    def restore(self, engine: StageEngine, go_back: bool = False) -> Restored | None:
-        """Load the newest verified checkpoint into the engine; None means that the run has none.
+    def restore(
+        self, engine: StageEngine, engine_of: Callable[[int], StageEngine], go_back: bool = False
+    ) -> Restored | None:
+        """Load the newest verified checkpoint; None means that the run has none.
 
-        With `go_back` it is one on the disk, and what the nodes' memory has of the steps since is dropped.
+        It goes into `engine_of(n)` where it is of run stage n, which may be another engine than `engine`: one that
+        trains what that run stage trains. With `go_back` it is one on the disk, and what the nodes' memory has of the
+        steps since is dropped.
 
         Raises:
             CheckpointError: there are checkpoints and none of them verifies, or the newest is of another model.
@@ -199,25 +203,31 @@ class Restarts:
         if path is None:
             on_first(self._refuse_damaged, self.groups.world, CheckpointError)
             return None
+        state = on_first(lambda: self._state_of(path), self.groups.world, CheckpointError)
+        engine = engine_of(state.run_stage)
         shards, zero_moments = engine.parameter_shards(), engine.zero_moments
         if not spread and on_first(lambda: _is_merged(path), self.groups.world, CheckpointError):
             # merged weights have no moments: the optimizer begins anew
             zero_moments = frozenset(zero_moments) | {moment for shard in shards for moment in shard.moments}
         manifest = load(path, self.groups, shards, engine.placements(), spread, zero_moments)
-        check_sections(manifest.state.sections, RUN_SECTIONS, path)
-        state = TrainState.from_section(manifest.state.sections["progress"])
-        meanings = meaning_hashes(self.config)
-        if state.run_stage >= len(meanings) or manifest.state.config_hash != meanings[state.run_stage]:
+        # the working weights (bf16, say) from the fp32 master weights that were just loaded
+        engine.refresh()
+        # the count of Adam's bias correction, which is no tensor of a shard
+        engine.set_updates(state.updates, state.updates_before)
+        return Restored(state, manifest, path)
+
+    def _state_of(self, path: Path) -> TrainState:
+        """Return the train state of a checkpoint, which has to be of a run of this meaning."""
+        saved_state, meanings = manifest_json.read(path).state, meaning_hashes(self.config)
+        check_sections(saved_state.sections, RUN_SECTIONS, path)
+        state = TrainState.from_section(saved_state.sections["progress"])
+        if state.run_stage >= len(meanings) or saved_state.config_hash != meanings[state.run_stage]:
             raise CheckpointError(
                 f"{path} was saved by a run of another meaning",
                 "the same model, data, seed and batch",
                 "start afresh with another `folder`",
             )
-        # the working weights (bf16, say) from the fp32 master weights that were just loaded
-        engine.refresh()
-        # the count of Adam's bias correction, which is no tensor of a shard
-        engine.set_updates(state.updates)
-        return Restored(state, manifest, path)
+        return state
 
     def _choose(self, engine: StageEngine, go_back: bool) -> tuple[Path | None, bool]:
         """Return the checkpoint to load, and True if it is spread over the nodes' memory.

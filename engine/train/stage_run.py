@@ -22,7 +22,8 @@ from engine.errors import DataError
 from engine.parallel.agreement import on_all
 from engine.parallel.groups import Groups
 from engine.parallel.meeting import agree_over
-from engine.train.build import stage_spec
+from engine.parallel.stage import PipelineStageSpec
+from engine.train.build import during
 from engine.train.facts import facts_of_data
 from engine.train.feed import Feed
 
@@ -94,10 +95,11 @@ class StageRun:
         datasets: Datasets,
         groups: Groups,
         device: torch.device,
+        spec: PipelineStageSpec,
         stop_requested: Callable[[], bool],
     ) -> None:
         self.number, self.run_stage = number, config.stages[number]
-        self.spec = stage_spec(config, self.run_stage, groups)
+        self.spec = during(spec, config, self.run_stage)
         training, validation, others = datasets
         self.feed = Feed(training, validation, config, number, groups, device, self.spec, stop_requested, others)
         self._beginning = self.feed.stream.state()

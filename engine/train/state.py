@@ -24,6 +24,9 @@ class TrainState:
     updates: int = 0
     """Weight updates done since the moments began at zero, as Adam's bias correction counts them: less than `step`
     where steps were skipped or a run stage has reset the optimizer."""
+    updates_before: list[int] = field(default_factory=list)
+    """Number of those updates that came before each run stage so far: moments of a parameter that is trained since a
+    later run stage have seen the others only."""
     samples: int = 0
     """Samples trained on; those that a rollback left out stand in the loader's state."""
     tokens: int = 0

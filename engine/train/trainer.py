@@ -27,7 +27,8 @@ from engine.parallel.agreement import on_all
 from engine.parallel.boundary import Tensors
 from engine.parallel.groups import Groups
 from engine.parallel.pipeline import Pipeline
-from engine.train.build import build_pipeline, stage_spec
+from engine.parallel.zero import StageEngine
+from engine.train.build import build_pipeline, during, rebuild, stage_spec
 from engine.train.checks import check_invariants
 from engine.train.evaluation import is_recorded
 from engine.train.feed import Feed
@@ -69,8 +70,9 @@ class Trainer:
             first = self.state.run_stage + (self.ends_run_stage and not self.is_done)
             self._data.open(range(first, len(config.stages)))
         with phase("building the model"):
-            spec = stage_spec(config, config.stages[first], groups)
+            spec = stage_spec(config, self.run_stage, groups)
             self.pipeline: Pipeline = build_pipeline(config, spec, groups, device)
+            self.pipeline.spec = spec
         self.sums = Sums(spec.losses, groups, device)
         self.stage: StageRun | None = None
         # A long phase without a beat counts as a hang, so the supervisor has to know what this one is.
@@ -248,7 +250,7 @@ class Trainer:
         rollbacks, left_out = self.state.rollbacks + 1, (*stream.left_out, (first, stream.position))
         # The reading thread must not draw from a stream that is about to move back.
         self.feed.close()
-        restored = self.restarts.restore(self.pipeline.engine, go_back=True)
+        restored = self.restarts.restore(self.pipeline.engine, self._engine_of, go_back=True)
         if restored is None:
             raise Unstable(
                 f"step {spiked}: the loss spikes before the first checkpoint", "a checkpoint to go back to", REMEDY
@@ -332,7 +334,9 @@ class Trainer:
         if self.run_stage.optimizer_state == "reset":
             self.restarts.hold_update()  # a save may still copy the moments
             self.pipeline.engine.reset_moments()
-            self.state.updates = 0
+            self.state.updates, self.state.updates_before = 0, [0] * number
+        self.state.updates_before.append(self.state.updates)
+        self.pipeline.engine.set_updates(self.state.updates, self.state.updates_before)
         if number > 0:
             _log.info("run stage %s begins at step %d", self.run_stage.name, self.state.step)
 
@@ -346,13 +350,32 @@ class Trainer:
             self.stage.close()
         datasets = self._data.take(number)
         self.stage = on_all(
-            lambda: StageRun(number, self.config, datasets, groups, self.device, lambda: self.signals.stop_requested),
+            lambda: StageRun(
+                number,
+                self.config,
+                datasets,
+                groups,
+                self.device,
+                self.pipeline.spec,
+                lambda: self.signals.stop_requested,
+            ),
             groups.world,
             DataError,
         )
+        self._engine_of(number)
         self.pipeline.spec = self.stage.spec
         self.pipeline.engine.begin_run_stage(number)
         return self.stage
+
+    def _engine_of(self, number: int) -> StageEngine:
+        """Return the engine, made again where a run stage trains other parameters. Collective over the world."""
+        spec = during(self.pipeline.spec, self.config, self.config.stages[number])
+        if spec.frozen != self.pipeline.spec.frozen:
+            self.restarts.hold_update()  # a save may still copy the weights
+            with phase(f"making the engine again: {len(spec.frozen)} of {len(spec.parameters)} parameters are frozen"):
+                rebuild(self.pipeline, self.config, spec)
+            self.restarts.reserve(self.pipeline.engine)
+        return self.pipeline.engine
 
     def _leave_out(self) -> None:
         """Tell the stream of the samples that this run stage has to leave out since a rollback out of it."""
@@ -363,7 +386,7 @@ class Trainer:
 
     def _restore(self) -> None:
         """Go on from the newest whole checkpoint, where there is one; tell what shows that it is the same run."""
-        restored = self.restarts.restore(self.pipeline.engine)
+        restored = self.restarts.restore(self.pipeline.engine, self._engine_of)
         if restored is None:
             if trained := last_step(self.config.folder):
                 _log.warning("no checkpoint in %s: its metrics up to step %d are dropped", self.config.folder, trained)

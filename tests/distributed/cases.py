@@ -142,6 +142,7 @@ class Case:
     offload: str = "none"
     gather_within: int | None = None
     vocab_multiple: int = 8
+    freeze: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -173,6 +174,7 @@ def config_of(case: Case) -> RunConfig:
                     "sequence_length": LENGTH,
                     "global_batch_size": GLOBAL_BATCH,
                     "duration": {"steps": NUM_STEPS},
+                    "freeze": list(case.freeze),
                 }
             ],
             "optimizer": {
@@ -248,7 +250,7 @@ def run_rank(
         (
             shard.spec.name,
             indices[shard.spec.name][shard.start : shard.start + shard.length].numpy(),
-            shard.weight.numpy().copy(),
+            shard.weight.float().numpy().copy(),
         )
         for shard in pipeline.engine.parameter_shards()
     ]

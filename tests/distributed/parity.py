@@ -59,23 +59,25 @@ def run(case: Case) -> Result:
     return join_results(case, run_ranks(case.world_size, run_rank, case))
 
 
-def check(case: Case) -> None:
+def check(case: Case) -> Result:
+    """Hold a case to plain torch; return what its ranks computed."""
     expected, found = plain(case), run(case)
     record(case, found, expected, furthest_weight(found, expected, case))
     if case.dtype == "bf16":
         check_bf16(found, expected, case)
-        return
+        return found
     check_fp32(found, expected, case)
     for name, values in expected.weights.items():
         keys = key_biases(name, case)
         assert np.abs(found.weights[name] - values)[keys].max(initial=0) <= KEY_BIAS_BOUND, name
     # 2e-5 per weight moves a logit by at most 2e-5 x width x layers x a few; in fact rounding is near 1e-5
     np.testing.assert_allclose(logits(found, case), logits(expected, case), atol=2e-4)
+    return found
 
 
 def plain(case: Case, dtype: torch.dtype = torch.float64) -> Result:
     """The run without a layout, taken once for all cases that share it."""
-    key = (case.model, case.decay, case.attention, case.optimizer, case.vocab_multiple, dtype)
+    key = (case.model, case.decay, case.attention, case.optimizer, case.vocab_multiple, case.freeze, dtype)
     if key not in references:
         references[key] = reference(case, dtype)
     return references[key]

@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 
+from engine.config.parameter_patterns import matches
 from engine.config.schema.model import ModelConfig
 from engine.models.families import family
 from engine.models.initial import initial_value
@@ -33,6 +34,9 @@ def reference(case: Case, dtype: torch.dtype = torch.float64) -> Result:
     summed = torch.promote_types(dtype, torch.float32)
     masters = {name: torch.nn.Parameter(p.detach().to(summed, copy=True)) for name, p in model.named_parameters()}
     named = dict(model.to(dtype).named_parameters())
+    frozen = {name: masters.pop(name) for name in named if matches(name, case.freeze)}
+    for name in frozen:
+        named[name].requires_grad_(False)
     matrices = {name: p for name, p in masters.items() if case.optimizer == "muon" and is_matrix_of_a_layer(name, p)}
     optimizer = torch.optim.AdamW(
         [
@@ -66,8 +70,8 @@ def reference(case: Case, dtype: torch.dtype = torch.float64) -> Result:
             for name, master in masters.items():
                 named[name].copy_(master)
         losses.append(loss.item())
-    assert min(norms) > CLIP_NORM, "clipping has to be active in every step"
-    return Result(losses, norms, {name: p.detach().numpy() for name, p in masters.items()})
+    assert case.freeze or min(norms) > CLIP_NORM, "clipping has to be active in every step"
+    return Result(losses, norms, {name: p.detach().numpy() for name, p in (masters | frozen).items()})
 
 
 @contextmanager

@@ -113,9 +113,9 @@ def train_rank(
     config = run_config(tree)
     groups = join_groups(config, resolve(config, environment.world_size), environment.global_rank)
     trainer = Trainer(config, groups, environment, torch.device("cpu"), StopSignals(), Heartbeat(None, 0))
-    engine = trainer.pipeline.engine
 
     def held() -> str:
+        engine = trainer.pipeline.engine  # asked each time: a run stage may have made it again
         return fingerprint(engine.parameter_shards(), engine.placements(), groups)
 
     started_at, at_start = trainer.state.step, held()

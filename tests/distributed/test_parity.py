@@ -51,7 +51,7 @@ SELECTION = (*HARD, *first_cases(9, largest_world=4))
 ONE_RANK: dict[str, Any] = {
     field.name: field.default
     for field in dataclasses.fields(Case)
-    if field.name not in ("model", "decay", "attention", "optimizer")
+    if field.name not in ("model", "decay", "attention", "optimizer", "freeze")
 }
 REPEATED = (
     Case(zero_stage=2, model="llama", data=2),

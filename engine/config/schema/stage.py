@@ -94,8 +94,15 @@ class RunStage(Section):
     learning_rate_factors: dict[str, PositiveFloat] = Field(default_factory=dict)
     """Factors of the learning rate by name pattern (shell style, as `optimizer.no_decay`) of parameters. A parameter
     that several patterns match takes the product of their factors; one that none matches has factor 1."""
+    freeze: tuple[str, ...] = ()
+    """Name patterns (shell style, as `learning_rate_factors`) of parameters that stay as they are during the run stage:
+    they have no gradient and no moments. Moments of a parameter that is trained again later begin at zero."""
     optimizer_state: Literal["keep", "reset"] = "keep"
     """Moments of the optimizer at the beginning of the run stage: kept from the one before, or set to zero."""
+
+    def __hash__(self) -> int:
+        # Of a few keys: some others are mappings, which have no hash. Equal run stages have equal hashes all the same.
+        return hash((self.name, self.sequence_length, self.global_batch_size))
 
     @property
     def batches(self) -> Ramp:

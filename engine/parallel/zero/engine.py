@@ -29,12 +29,20 @@ from engine.parallel.sharding import ParameterSpec
 from engine.parallel.stage import StageModule
 from engine.parallel.state import ParameterGroup, ParameterShard, Placement, ShardRange
 from engine.parallel.zero.adapter import Engine, Topology, scalar_of
+from engine.parallel.zero.frozen import FrozenWeights
 from engine.parallel.zero.gathering import Gathering
 from engine.parallel.zero.gradient_norm import WholeGradients
 from engine.parallel.zero.gradients import Accumulator
 from engine.parallel.zero.offload import host_state
-from engine.parallel.zero.optimizers import FlatShards, Named, PartitionedShards, has_gradient, shards
-from engine.parallel.zero.stage3 import DeepSpeedPatches, partition_empty, replace_parameters
+from engine.parallel.zero.optimizers import FlatShards, Named, PartitionedShards, has_gradient, require, shards
+from engine.parallel.zero.stage3 import (
+    DeepSpeedPatches,
+    forget_modules,
+    no_barrier,
+    offload_of,
+    partition_empty,
+    replace_parameters,
+)
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -75,7 +83,8 @@ class StageEngine:
     """Weights, gradients and optimizer of one pipeline stage under one ZeRO stage. Every rank of the world makes one.
 
     `module` is the stage on the meta device, already tensor-sharded, and `parameter_groups` covers its parameters by
-    logical name. Weights are zero until `fill`.
+    logical name, frozen ones among them. Weights are zero until `fill`. A stage that trains nothing has no optimizer,
+    and passes gradients on to the stages before it where these train something.
     """
 
     def __init__(
@@ -98,35 +107,37 @@ class StageEngine:
             # Clipped in `step` instead: without ZeRO the norm of DeepSpeed would miss other pipeline stages, and
             # offloaded gradients would be clipped on the host.
             config = config | {"gradient_clipping": 0.0}
+        trained = [group for group in parameter_groups if group.trained_since is not None]
+        if not trained and self.zero_stage < 3:
+            config = config | {"zero_optimization": {"stage": 0}}  # there is nothing to cut into shards
+        _freeze(module, parameter_groups)
         topology = Topology(groups)
         if self.zero_stage == 3:
             near = None if groups.near is None else groups.near.handle
             partition_empty(module, self.dtype, device, topology, config, near)
         else:
-            replace_parameters(module, lambda p: nn.Parameter(torch.zeros(p.shape, dtype=self.dtype, device=device)))
-        self._named = named = _by_group(module, parameter_groups)
-        self.optimizer = make_optimizer(
-            [
-                {
-                    "params": [parameter for _, parameter in group],
-                    "weight_decay": described.weight_decay,
-                    "matrices": described.matrices,
-                    "moments": described.moments,
-                }
-                for group, described in zip(named, parameter_groups, strict=True)
-            ]
-        )
+            replace_parameters(
+                module, lambda p: nn.Parameter(torch.zeros(p.shape, dtype=self.dtype, device=device), p.requires_grad)
+            )
+        self._named = named = _by_group(module, trained)
+        frozen = [group for group in parameter_groups if group.trained_since is None]
+        held = [one for group in _by_group(module, frozen) for one in group]
+        assert len(held) + sum(map(len, named)) == len(list(module.parameters())), "a parameter is in no group"
+        self._frozen = FrozenWeights(self.zero_stage, held, groups.zero)
+        self._trained = trained
+        self.optimizer = _optimizer(named, trained, make_optimizer) if trained else None
         # The class itself, not `deepspeed.initialize`, which would choose DeepSpeed's own engine class.
-        self._engine: Any = Engine(
-            args=None,
-            model=module,
-            optimizer=self.optimizer,
-            mpu=topology,
-            dist_init_required=False,
-            config=config,
-            config_class=deepspeed.DeepSpeedConfig(config, topology),
-        )
-        offloaded = parallel.offload == "optimizer"
+        with no_barrier():
+            self._engine: Any = Engine(
+                args=None,
+                model=module,
+                optimizer=self.optimizer,
+                mpu=topology,
+                dist_init_required=False,
+                config=config,
+                config_class=deepspeed.DeepSpeedConfig(config, topology),
+            )
+        offloaded = parallel.offload == "optimizer" and self.optimizer is not None
         self._host = host_state(self.zero_stage, self._engine, device) if offloaded else None
         self._shards = shards(self.zero_stage, self._engine, self.optimizer, named, groups.zero.position)
         if isinstance(self.optimizer, ShardOptimizer):
@@ -137,14 +148,22 @@ class StageEngine:
         self._gathering = Gathering(self._engine, parallel.gathers_per_step) if self.zero_stage == 3 else None
         self._accumulator = self._make_accumulator(config) if parallel.reduces_per_step else None
         self._deferral = Deferral(module) if parallel.schedule == "zb-h1" else None
-        self._whole = WholeGradients(self._shards, parameter_groups, groups, self.zero_stage, device)
+        self._whole = WholeGradients(self._shards, trained, groups, self.zero_stage, device)
         self._gradients_begun = False
-        self._rate_factors = [1.0] * len(parameter_groups)
+        self._rate_factors = [1.0] * len(trained)
         self._norm = torch.zeros((), device=device)
         # DeepSpeed's own norm does not know pipeline stages and their tied weights. Its step reads `self._norm` in its
         # place, which `StageEngine.step` has computed over the whole model.
-        if self.zero_stage in (1, 2):
+        if self.optimizer is None:
+            # DeepSpeed prepares an optimizer for a backward pass, and scales its gradients: here are neither.
+            require(self._engine, "_backward_prologue", "_backward_prologue_per_tensor")
+            self._engine._backward_prologue = lambda: None
+            self._engine._backward_prologue_per_tensor = lambda grad: grad
+        elif self.zero_stage in (1, 2):
             self._engine.optimizer.scaled_global_norm = lambda norm_type=2: self._norm
+            # Over all stages, of which some may have no optimizer; it is asked where the norm, which decides, is known.
+            require(self._engine.optimizer, "_model_parallel_all_reduce")
+            self._engine.optimizer._model_parallel_all_reduce = lambda tensor, op: None
         elif self.zero_stage == 3:
             self._engine.optimizer._get_norm_groups = lambda: [self._norm]
 
@@ -163,6 +182,9 @@ class StageEngine:
 
         `is_last` marks the last backward of a step, after which gradients are reduced.
         """
+        if self.optimizer is None:
+            self._backward_through(chunk, outputs, grads, is_last)
+            return
         # Set explicitly: DeepSpeed would derive the boundary from its own count of micro-steps.
         self._engine.set_gradient_accumulation_boundary(is_last)
         self._engine.inside_no_sync_ctxt = self._accumulator is not None  # then DeepSpeed reduces nothing
@@ -180,6 +202,17 @@ class StageEngine:
         if is_last:
             self._reduce()
 
+    def _backward_through(
+        self, chunk: int, outputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], is_last: bool
+    ) -> None:
+        """Run the backward pass of a chunk of a stage that trains nothing, for the sake of its inputs' gradients."""
+        if self._patches:
+            self._patches.before_backward(chunk, is_first=False)
+        with self._pass(chunk, backward=True):
+            scalar_of(outputs, grads).backward()
+        if is_last:
+            self._reduce()
+
     def backward_input(
         self, chunk: int, outputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]
     ) -> DeferredGradients:
@@ -189,9 +222,7 @@ class StageEngine:
         """
         assert self._deferral is not None
         self.backward(chunk, outputs, grads, is_last=False)
-        deferred = self._deferral.take()
-        assert deferred, "every chunk has linear layers, whose weight gradients come later"
-        return deferred
+        return self._deferral.take()
 
     def backward_weight(self, deferred: DeferredGradients, is_last: bool) -> None:
         """Compute the deferred weight gradients of a backward pass.
@@ -207,7 +238,7 @@ class StageEngine:
             self._gradients_begun = False
             self._engine.set_gradient_accumulation_boundary(True)
             self._reduce()
-            if not self._accumulator:
+            if not self._accumulator and self.optimizer is not None:
                 # DeepSpeed reduces in its backward pass, which was over before these gradients existed.
                 self._engine.allreduce_gradients()
 
@@ -242,12 +273,17 @@ class StageEngine:
         Raises:
             NotFinite, or what else `accept` raises: on every rank, before any weight changed.
         """
-        for group, factor in zip(self.optimizer.param_groups, self._rate_factors, strict=True):
-            group["lr"] = factor * learning_rate
+        if self.optimizer is not None:
+            for group, factor in zip(self.optimizer.param_groups, self._rate_factors, strict=True):
+                group["lr"] = factor * learning_rate
         self._norm = self._whole.complete()
         # The host waits for the device here. The norm is equal on all ranks, so all of them accept it or none does.
         norm = self._norm.item()
-        if not accept(norm):
+        accepted = accept(norm)
+        if self.optimizer is None:
+            if self.zero_stage == 3:  # as DeepSpeed's own step does
+                offload_of(self._engine).partition_all_parameters()
+        elif not accepted:
             self._discard()
         elif self._host:  # clips while it copies the gradients to the host
             self._host.step(self._clip_factor(), self._engine.step)
@@ -263,7 +299,7 @@ class StageEngine:
 
     def parameter_shards(self) -> list[ParameterShard]:
         """Return live views of all master weights and moments that this rank holds."""
-        return list(self._shards.parameter_shards())
+        return [*self._shards.parameter_shards(), *self._frozen.parameter_shards()]
 
     def gradient_shards(self) -> Iterator[tuple[ParameterSpec, int, torch.Tensor]]:
         """Yield (parameter, first element, gradient) of what this rank holds of the reduced gradients, flat.
@@ -276,14 +312,16 @@ class StageEngine:
         """Return the placement of every parameter of this stage on all of the stage's ranks."""
         own = (self.groups.coordinates.stage,)
         groups = {spec.name: group for group in self.parameter_groups for spec in group.specs}
-        moments = {name: (*group.moments, *self.added_moments) for name, group in groups.items()}
+        added = tuple(self.added_moments)
+        moments = {name: (*group.moments, *added) if group.moments else () for name, group in groups.items()}
         return [
             Placement(spec, groups[spec.name].tied or own, offset, partition, moments[spec.name])
-            for spec, offset, partition in self._shards.placements()
+            for held in (self._shards, self._frozen)
+            for spec, offset, partition in held.placements()
         ]
 
     def add_moment(self, name: str, begins_at_zero: bool) -> None:
-        """Keep another fp32 value per element of every parameter (an average of weights, Fisher information).
+        """Keep another fp32 value per element of every trained parameter (an average of weights, Fisher information).
 
         It is sharded as the optimizer's moments are, zero at first, and part of checkpoints. With `begins_at_zero` a
         checkpoint without it can be loaded and leaves it at zero. Call on every rank, before anything is loaded.
@@ -303,6 +341,7 @@ class StageEngine:
         """Yield (parameter, weight that the module computes with) where each rank holds it whole: none under ZeRO-3."""
         if self.zero_stage < 3:
             yield from ((spec, parameter.data) for group in self._named for spec, parameter in group)
+            yield from ((spec, parameter.data) for spec, parameter in self._frozen.named)
 
     def uncleared_gradients(self) -> list[str]:
         """Return the names of the parameters (or of a group's first one) whose gradients were not cleared.
@@ -313,7 +352,7 @@ class StageEngine:
         found = {
             spec.name for spec, parameter in parameters if has_gradient(parameter) or (held and held.holds(parameter))
         }
-        found |= {self.parameter_groups[index].specs[0].name for index in self._shards.held_gradients()}
+        found |= {self._trained[index].specs[0].name for index in self._shards.held_gradients()}
         return sorted(found)
 
     def fill(self, value: Callable[[ParameterSpec], torch.Tensor]) -> None:
@@ -322,7 +361,7 @@ class StageEngine:
         Collective over the world.
         """
         rank, size = self.groups.tensor.position, self.groups.tensor.size
-        for shard in self._shards.parameter_shards():
+        for shard in self.parameter_shards():
             # The whole tensor, of which this rank keeps its range: values then cannot depend on the layout.
             local = shard.spec.part(value(shard.spec), rank, size).reshape(-1)
             shard.weight.copy_(local[shard.start : shard.start + shard.length])
@@ -331,26 +370,42 @@ class StageEngine:
     def refresh(self) -> None:
         """Copy the master weights to the working weights, after the former were written. Collective over the world."""
         self._shards.refresh()
+        self._frozen.refresh()
 
     def begin_run_stage(self, number: int) -> None:
         """Take the factors of the learning rate of run stage `number` (from 0)."""
-        self._rate_factors = [
-            group.rate_factors[number] if group.rate_factors else 1.0 for group in self.parameter_groups
-        ]
+        self._rate_factors = [group.rate_factors[number] if group.rate_factors else 1.0 for group in self._trained]
 
     def reset_moments(self) -> None:
         """Set the optimizer's moments to zero, as before the first update; added ones stay."""
-        for shard in self.parameter_shards():
+        for shard in self._shards.parameter_shards():
             for name, moment in shard.moments.items():
                 if name not in self.added_moments:
                     moment.zero_()
         # Moments that start from zero need the bias correction of first updates.
         self.set_updates(0)
 
-    def set_updates(self, count: int) -> None:
-        """Set the number of updates that Adam's moments have seen (for its bias correction)."""
-        for state in self.optimizer.state.values():
-            state["step"].fill_(float(count))
+    def set_updates(self, count: int, before: Sequence[int] = ()) -> None:
+        """Set the number of updates that Adam's moments have seen (for its bias correction).
+
+        `before[n]` of the `count` updates came before run stage n; parameters that are trained since then have seen the
+        others. Without `before` all parameters have seen all of them.
+        """
+        since = [group.trained_since or 0 for group in self._trained]
+        for index, held in self._shards.groups_of_tensors():
+            number = since[index]
+            assert self.optimizer is not None
+            self.optimizer.state[held]["step"].fill_(float(count - (before[number] if number < len(before) else 0)))
+
+    def close(self) -> None:
+        """Let go of all tensors, so that another engine can take their place; this one cannot be used any more."""
+        if self._accumulator:
+            self._accumulator.close()
+        for _, parameter in (one for group in self._named for one in group):
+            parameter.grad = None
+        self._engine.destroy()
+        forget_modules()
+        self.__dict__.clear()
 
     def _make_accumulator(self, config: dict[str, Any]) -> Accumulator | None:
         """Make the buffers of `reduce: step`; None under ZeRO-0, where DeepSpeed itself reduces once per step."""
@@ -384,10 +439,31 @@ class StageEngine:
         return 1.0 / ((self._norm + 1e-6) / self.clip_norm).clamp(min=1.0) if self.clip_norm > 0 else None
 
 
+def _freeze(module: StageModule, parameter_groups: Iterable[ParameterGroup]) -> None:
+    """Mark the parameters of frozen groups as such, before DeepSpeed sees them."""
+    frozen = {spec.name for group in parameter_groups if group.trained_since is None for spec in group.specs}
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(module.logical_names[name] not in frozen)
+
+
+def _optimizer(
+    named: Named, parameter_groups: Iterable[ParameterGroup], make_optimizer: MakeOptimizer
+) -> torch.optim.Optimizer:
+    return make_optimizer(
+        [
+            {
+                "params": [parameter for _, parameter in group],
+                "weight_decay": described.weight_decay,
+                "matrices": described.matrices,
+                "moments": described.moments,
+            }
+            for group, described in zip(named, parameter_groups, strict=True)
+        ]
+    )
+
+
 def _by_group(module: StageModule, parameter_groups: Iterable[ParameterGroup]) -> Named:
-    """Return the module's parameters in the order of the groups; every parameter is in exactly one."""
+    """Return the module's parameters in the order of the groups."""
     # `named_parameters` gives a shared parameter once, under the first of its names.
     by_name = {module.logical_names[name]: parameter for name, parameter in module.named_parameters()}
-    named = [[(spec, by_name.pop(spec.name)) for spec in group.specs] for group in parameter_groups]
-    assert not by_name, f"in no parameter group: {', '.join(by_name)}"
-    return named
+    return [[(spec, by_name[spec.name]) for spec in group.specs] for group in parameter_groups]

@@ -15,6 +15,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
 from engine.parallel.zero.optimizers import require
+from engine.parallel.zero.stage3 import offload_of
 
 GATHER = "_PartitionedParameterCoordinator__all_gather_params"
 """Name (mangled: private to its class) of the method that starts an all-gather and registers its handle. DeepSpeed's
@@ -55,7 +56,7 @@ class Gathering:
     def __init__(self, engine: Any, keep: bool) -> None:
         """Replace the coordinator's fetch. With `keep` gathered weights stay until `free`, not only while in use."""
         self._module: nn.Module = engine.module
-        self._coordinator = engine.optimizer.parameter_offload.param_coordinator
+        self._coordinator = offload_of(engine).param_coordinator
         require(
             self._coordinator, GATHER, "fetch_sub_module", "release_and_reset_all", "_clean_inflight_param_registry"
         )

@@ -27,13 +27,14 @@ class Accumulator:
         engine.optimizer._coalesce_grad_reduction = True
         self._buffers: list[torch.Tensor] = []
         self._views: dict[int, torch.Tensor] = {}
+        self._hooks: list[Any] = []
         for views, size in shards.whole_gradients(zero.size):
             buffer = torch.zeros(size, dtype=dtype, device=engine.device)
             self._buffers.append(buffer)
             for parameter, shape, stride, start in views:
                 # Row d of the view is data rank d's partition. Under ZeRO-3 the rows lie one rank's share apart.
                 self._views[id(parameter)] = buffer.as_strided(shape, stride, start)
-                parameter.register_post_accumulate_grad_hook(self._take)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._take))
 
     def add(self, parameter: torch.nn.Parameter, grad: torch.Tensor) -> None:
         """Add a whole gradient of a parameter; its dtype may be narrower than the buffer's."""
@@ -64,6 +65,11 @@ class Accumulator:
     def holds(self, parameter: torch.nn.Parameter) -> bool:
         """Return True if a gradient of a parameter was not cleared."""
         return bool(self._views[id(parameter)].any())
+
+    def close(self) -> None:
+        """Take the hooks off the parameters: torch does not see that these keep the engine alive, which keeps them."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _take(self, parameter: torch.Tensor) -> None:
         assert isinstance(parameter, torch.nn.Parameter)

@@ -62,6 +62,10 @@ class Shards(Protocol):
         """
         ...
 
+    def groups_of_tensors(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (group, tensor) for each tensor of `ranges`."""
+        ...
+
     def parameter_shards(self) -> Iterator[ParameterShard]:
         """Yield live views of this rank's master weights and moments."""
         for held, ranges in self.ranges():
@@ -141,6 +145,10 @@ class WholeShards(Shards):
     def held_gradients(self) -> set[int]:
         return set()  # they are the parameters' own
 
+    def groups_of_tensors(self) -> Iterator[tuple[int, torch.Tensor]]:
+        for index, group in enumerate(self.groups):
+            yield from ((index, parameter) for _, parameter in group)
+
     def ranges(self) -> Iterator[tuple[torch.Tensor, list[ShardRange]]]:
         for group in self.groups:
             yield from ((parameter, [(spec, 0, 0, parameter.numel())]) for spec, parameter in group)
@@ -187,6 +195,9 @@ class FlatShards(Shards):
 
     def held_gradients(self) -> set[int]:
         return {index for index, held in self.zero.averaged_gradients.items() if held is not None}
+
+    def groups_of_tensors(self) -> Iterator[tuple[int, torch.Tensor]]:
+        yield from enumerate(self.zero.single_partition_of_fp32_groups)
 
     def ranges(self) -> Iterator[tuple[torch.Tensor, list[ShardRange]]]:
         for index, group in enumerate(self.groups):
@@ -253,6 +264,10 @@ class PartitionedShards(Shards):
     def held_gradients(self) -> set[int]:
         return {self.zero.sub_group_to_group_id[i] for i, held in self.zero.averaged_gradients.items() if held}
 
+    def groups_of_tensors(self) -> Iterator[tuple[int, torch.Tensor]]:
+        for sub_group, flat in enumerate(self.zero.fp32_partitioned_groups_flat):
+            yield self.zero.sub_group_to_group_id[sub_group], flat
+
     def ranges(self) -> Iterator[tuple[torch.Tensor, list[ShardRange]]]:
         for flat, parameters in zip(self.zero.fp32_partitioned_groups_flat, self.zero.fp16_groups, strict=True):
             offset, ranges = 0, []
@@ -308,8 +323,37 @@ class PartitionedShards(Shards):
             yield sub_group, held
 
 
-def shards(zero_stage: int, engine: Any, optimizer: torch.optim.Optimizer, groups: Named, data_rank: int) -> Shards:
-    """Return the view of this rank's optimizer state that fits the ZeRO stage."""
+class NoShards(Shards):
+    """Nothing: a stage that trains no parameter has no optimizer."""
+
+    def gradients(self) -> Iterator[tuple[int, torch.Tensor]]:
+        yield from ()
+
+    def gradient_lists(self) -> Iterator[Sequence[torch.Tensor]]:
+        yield from ()
+
+    def held_gradients(self) -> set[int]:
+        return set()
+
+    def groups_of_tensors(self) -> Iterator[tuple[int, torch.Tensor]]:
+        yield from ()
+
+    def ranges(self) -> Iterator[tuple[torch.Tensor, list[ShardRange]]]:
+        yield from ()
+
+    def placements(self) -> Iterator[tuple[ParameterSpec, int, int]]:
+        yield from ()
+
+    def refresh(self) -> None:
+        """Do nothing."""
+
+
+def shards(
+    zero_stage: int, engine: Any, optimizer: torch.optim.Optimizer | None, groups: Named, data_rank: int
+) -> Shards:
+    """Return the view of this rank's optimizer state that fits the ZeRO stage; None: nothing is trained."""
+    if optimizer is None:
+        return NoShards()
     if zero_stage == 0:
         return WholeShards(optimizer, groups)
     if zero_stage == 3:

@@ -8,11 +8,15 @@ are needed, which also turns DeepSpeed's prefetch off) and each module's countdo
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
 import torch
 from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero import stage3 as optimizer_module
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 from deepspeed.utils import groups as ds_groups
 from torch import nn
@@ -46,7 +50,7 @@ def partition_empty(
     LinearFunctionForZeroStage3.forward = staticmethod(_linear)
 
     def made(meta: nn.Parameter) -> nn.Parameter:
-        parameter = nn.Parameter(torch.zeros(meta.shape, dtype=dtype, device=device))
+        parameter = nn.Parameter(torch.zeros(meta.shape, dtype=dtype, device=device), meta.requires_grad)
         context._convert_to_deepspeed_param(parameter)
         parameter.partition()  # type: ignore[attr-defined]
         return parameter
@@ -85,14 +89,35 @@ def _kept_while_recomputed(release: Any) -> Any:
     return release_after_use
 
 
+@contextlib.contextmanager
+def no_barrier() -> Iterator[None]:
+    """Leave out DeepSpeed's barriers over the world while an engine is made.
+
+    Its optimizer for ZeRO-3 waits for all ranks there, and stages that train nothing have none.
+    """
+    with patch.object(optimizer_module.dist, "barrier", lambda *_, **__: None):
+        yield
+
+
+def offload_of(engine: Any) -> Any:
+    """Return what gathers and frees the weights of an engine: its optimizer's, or itself where nothing is trained."""
+    return getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+
+
+def forget_modules() -> None:
+    """Let go of the modules that DeepSpeed's stack of running modules holds, of all engines of this process."""
+    parameter_offload.FWD_MODULE_STACK.clear()
+
+
 class DeepSpeedPatches:
     """Patches of a ZeRO-3 engine: some applied once, some before each of its backward passes."""
 
     def __init__(self, engine: Any) -> None:
-        coordinator = engine.optimizer.parameter_offload.param_coordinator
+        coordinator = offload_of(engine).param_coordinator
         require(coordinator, "reset_step", "is_complete_trace", "is_record_trace", "release_sub_module")
-        require(engine.optimizer, "clear_backward_seen_flag", "grad_partitions_flat_buffer")
-        self.optimizer = engine.optimizer
+        self.optimizer = engine.optimizer if engine.optimizer is not offload_of(engine) else None
+        if self.optimizer is not None:
+            require(self.optimizer, "clear_backward_seen_flag", "grad_partitions_flat_buffer")
         # Called at each forward pass, where it would start the trace and compare it with ranks that run other modules.
         # With several forward passes in flight no recorded order of modules ever matches, so none is recorded.
         coordinator.reset_step = lambda: None
@@ -117,7 +142,7 @@ class DeepSpeedPatches:
         through; later backwards add, so those of other chunks would be added to the last step's.
         """
         # The buffer holds the last step's sums: DeepSpeed overwrites only the slices of modules that the pass reached.
-        if is_first:
+        if is_first and self.optimizer is not None:
             self.optimizer.grad_partitions_flat_buffer.zero_()
         # Modules whose second run ended early did not leave DeepSpeed's stack of running modules. The engine's module,
         # which DeepSpeed puts there at the start, stays.

@@ -186,6 +186,7 @@ def test_every_run_that_is_shipped_resolves(path: Path) -> None:
 
 SHOWN = {
     "batch-ramp": ["stages.0.batch_ramp"],
+    "freeze": ["stages.1.freeze"],
     "gather-and-reduce": ["parallel.gather_within", "parallel.reduce"],
     "memory-checkpoints": ["checkpoint.memory"],
     "mixture": ["stages.0.data.sources"],

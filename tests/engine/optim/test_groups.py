@@ -2,9 +2,8 @@ import pytest
 
 from engine.config.schema.model import GPTConfig
 from engine.config.schema.optimizer import OptimizerConfig
-from engine.errors import ConfigError
 from engine.models import gpt
-from engine.optim.groups import parameter_groups, refuse_unmatched, weight_decay
+from engine.optim.groups import parameter_groups, weight_decay
 from tests.engine.config.run_config import config
 
 MODEL = GPTConfig(vocab_size=50, num_layers=2, hidden_size=8, num_heads=2)
@@ -69,8 +68,25 @@ def test_without_factors_groups_are_as_they_were():
     ]
 
 
-def test_a_pattern_that_matches_nothing_is_an_error():
-    names = [spec.name for spec in gpt.specs(MODEL)]
-    refuse_unmatched(stages({"layers.0.*": 0.5}), names)
-    with pytest.raises(ConfigError, match=r"stages.1.learning_rate_factors: the pattern 'layer.0.\*' matches no"):
-        refuse_unmatched(stages({}, {"layer.0.*": 0.5, "*.bias": 2.0}), names)
+def test_frozen_parameters_and_those_trained_again_are_groups_of_their_own():
+    """A tie is frozen as one: it has one logical name. Moments that begin later have seen fewer updates."""
+    [stage] = config().stages
+    freezes = ((), ("embed_tokens.weight", "layers.0.*"), ("embed_tokens.weight",))
+    run_stages = [stage.model_copy(update={"freeze": freeze}) for freeze in freezes]
+    tied = {"embed_tokens.weight": (0, 1)}
+    specs = list(gpt.specs(MODEL))
+
+    def since(number: int) -> dict[str, int | None]:
+        groups = parameter_groups(specs, CONFIG, tied, run_stages=run_stages, number=number)
+        return {spec.name: group.trained_since for group in groups for spec in group.specs}
+
+    assert set(since(0).values()) == {0}
+    assert since(1)["embed_tokens.weight"] is None
+    assert {since(1)[spec.name] for spec in specs if spec.name.startswith("layers.0.")} == {None}
+    assert since(2)["embed_tokens.weight"] is None
+    assert {since(2)[spec.name] for spec in specs if spec.name.startswith("layers.0.")} == {2}
+    assert since(2)["final_norm.weight"] == 0
+    frozen = [group for group in parameter_groups(specs, CONFIG, tied, (), run_stages, 1) if group.moments == ()]
+    assert {spec.name for group in frozen for spec in group.specs} == {
+        n for n, first in since(1).items() if first is None
+    }

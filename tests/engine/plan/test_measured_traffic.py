@@ -26,6 +26,8 @@ matrix = pytest.mark.matrix
         Case(zero_stage=3, data=2, gather="step", reduce="step"),
         Case(zero_stage=3, data=4, gather_within=2),
         Case("llama", zero_stage=3, data=2, optimizer="muon"),
+        Case("llama", zero_stage=3, data=2, freeze=("embed*", "layers.0.*", "layers.2.ffn.*")),
+        pytest.param(Case(zero_stage=1, pipe=3, data=2, freeze=("embed*", "layers.0.*")), marks=matrix),
         pytest.param(Case("gpt2", zero_stage=3, tensor=2, data=2, optimizer="muon"), marks=matrix),
         pytest.param(Case("llama", zero_stage=3, pipe=2, data=4, gather_within=2, reduce="step"), marks=matrix),
         pytest.param(Case("bert", zero_stage=3, tensor=2, data=4, gather_within=2, recompute="full"), marks=matrix),

@@ -9,7 +9,7 @@ Legend: B batch, T tokens of a row, W elements of the parameter, L losses (one).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,8 @@ class FakeEngine:
             self.moments[name].zero_()
         self.updates = 0
 
-    def set_updates(self, count: int) -> None:
-        """Take over the number of updates of a checkpoint."""
+    def set_updates(self, count: int, before: Sequence[int] = ()) -> None:
+        """Take over the number of updates, and how many came before each run stage."""
         self.updates = count
 
 
@@ -229,3 +229,15 @@ def check_equal(folder: Path, other: Path) -> None:
     """Assert that two runs wrote the same numbers of the same steps."""
     for key in COMPARED:
         assert values(folder, key) == values(other, key)
+
+
+def spike(trainer: Any, at: tuple[int, ...]) -> None:
+    """Multiply the gradient of the first attempt at these steps (from 0) by 1e6."""
+    train, left = trainer.pipeline.train, set(at)
+
+    def spiking(inputs: Any, scale: Any) -> Any:
+        factor = 1e6 if trainer.state.step in left else 1.0
+        left.discard(trainer.state.step)
+        return train(inputs, scale * factor)
+
+    trainer.pipeline.train = spiking

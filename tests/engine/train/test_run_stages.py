@@ -19,7 +19,7 @@ from engine.data.stage import open_parts, run_stage_seed, stage_stream
 from engine.errors import EXIT_DONE, EXIT_REQUEUE, ConfigError, DataError
 from tests.distributed.poison import STABILITY
 from tests.distributed.runs import LENGTH, Tree, run_config, run_tree
-from tests.engine.train.fake import FakeRun, StopAfter, check_equal, fake_run, fake_trainer, stopped_run, values
+from tests.engine.train.fake import FakeRun, StopAfter, check_equal, fake_run, fake_trainer, spike, stopped_run, values
 
 BORDER, LAST = 4, 9
 ONE = {"name": "one", "duration": {"steps": BORDER}}
@@ -227,18 +227,6 @@ def test_a_stage_that_resets_the_optimizer_begins_with_moments_of_zero(whole, co
     assert reset.at_end != run.at_end
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000009")
     assert fake_run(tree).at_end == reset.at_end, "a restart inside does not reset them again"
-
-
-def spike(trainer: Any, at: tuple[int, ...]) -> None:
-    """Multiply the gradient of the first attempt at these steps (from 0) by 1e6."""
-    train, left = trainer.pipeline.train, set(at)
-
-    def spiking(inputs: Any, scale: Any) -> Any:
-        factor = 1e6 if trainer.state.step in left else 1.0
-        left.discard(trainer.state.step)
-        return train(inputs, scale * factor)
-
-    trainer.pipeline.train = spiking
 
 
 @pytest.mark.parametrize(("save_every", "back_at"), [(100, BORDER), (3, 6)])
