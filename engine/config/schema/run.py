@@ -7,7 +7,7 @@ Rules that join several fields live in `engine.config.resolve`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -139,3 +139,7 @@ class RunConfig(Section):
             found += run_stage.batches.samples(within) * run_stage.sequence_length
             steps -= within
         return found
+
+    if TYPE_CHECKING:  # pydantic gives it to frozen models, which type checkers do not see
+
+        def __hash__(self) -> int: ...

@@ -326,6 +326,8 @@ class PartitionedShards(Shards):
 class NoShards(Shards):
     """Nothing: a stage that trains no parameter has no optimizer."""
 
+    optimizer: Any = None
+
     def gradients(self) -> Iterator[tuple[int, torch.Tensor]]:
         yield from ()
 
