@@ -72,8 +72,8 @@ def test_a_run_says_where_it_stands(tmp_path, capsys):
 )
 def test_the_last_attempt_says_how_it_ended(tmp_path, capsys, code, state, words):
     folder = make_run(tmp_path / "one")
-    step, rank, error = (10, None, "") if code == 0 else (6, *((3, "no memory") if code == 1 else (None, "")))
-    outcome.write(folder, Outcome("nightly", 0, code, step, rank, error))
+    ends = {0: (10, None, ""), 85: (6, None, ""), 1: (6, 3, "no memory")}
+    outcome.write(folder, Outcome("nightly", 0, code, *ends[code]))
     assert status(capsys, folder)[0]["state"] == state
     text = "\n".join(lines(capsys, folder))
     assert words in text

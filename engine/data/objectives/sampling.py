@@ -43,8 +43,8 @@ class Sampler(Protocol):
         """Return the rows of a shard in an epoch that hold something of its documents (n,), (rows,) int64, rising."""
         ...
 
-    def ranges(self, samples_B3: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Return the tokens that the samples (shard, row) at `places` are made of, (M, 3) int64: shard, first token,
+    def ranges(self, samples_B3: np.ndarray, shard_rows: np.ndarray) -> np.ndarray:
+        """Return the tokens that the samples at `shard_rows` (rows, 2) are made of, (M, 3) int64: shard, first token,
         the one behind the last. Reads offsets at most; raises `DataError` where these are damaged."""
         ...
 

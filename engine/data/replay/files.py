@@ -137,7 +137,7 @@ def _blocks(reservoir: Reservoir, table: tuple[str, ...], entries: dict[str, Ent
     yield memoryview(struct.pack("<Q", len(text)) + text)
     for found in entries.values():
         for column, (_, dtype) in zip((found.keys, found.places, found.lengths), _COLUMNS, strict=True):
-            yield memoryview(np.ascontiguousarray(column, dtype).view(np.uint8))
+            yield np.ascontiguousarray(column, dtype).view(np.uint8).data
 
 
 def _read(file: BinaryIO, path: Path, named: NamedFile, settings: Settings) -> Reservoir:
@@ -159,8 +159,8 @@ def _read(file: BinaryIO, path: Path, named: NamedFile, settings: Settings) -> R
         columns = []
         for _, dtype in _COLUMNS:
             column = np.empty(size, dtype)
-            file.readinto(column.view(np.uint8))  # type: ignore[attr-defined]
-            digest.update(column.view(np.uint8))
+            file.readinto(column.view(np.uint8).data)  # type: ignore[attr-defined]
+            digest.update(column.view(np.uint8).data)
             columns.append(column.astype(column.dtype.newbyteorder("="), copy=False))
         entries[name] = Entries(*columns)
     if digest.hexdigest() != named.xxh3:

@@ -40,9 +40,10 @@ def saved(tmp_path) -> tuple[list[Path], list[dict[str, np.ndarray]]]:
 def mean_of(wholes, weights) -> dict[str, np.ndarray]:
     keys = [key for key in wholes[0] if key.startswith("model.")]
     return {
-        key.removeprefix("model."): sum(
-            weight * whole[key].astype(np.float64) for weight, whole in zip(weights, wholes, strict=True)
-        ).astype(np.float32)
+        key.removeprefix("model."): np.asarray(
+            sum(weight * whole[key].astype(np.float64) for weight, whole in zip(weights, wholes, strict=True)),
+            np.float32,
+        )
         for key in keys
     }
 

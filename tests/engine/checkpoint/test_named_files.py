@@ -44,7 +44,8 @@ def names(folder):
 def grow_old(folder):
     """Give each file the time of the step that wrote it."""
     for path in (folder / FOLDER).iterdir():
-        os.utime(path, (int(path.name[-1]),) * 2)
+        step = int(path.name[-1])
+        os.utime(path, (step, step))
 
 
 def test_a_file_goes_with_the_last_checkpoint_that_names_it(folder):

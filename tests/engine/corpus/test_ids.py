@@ -9,6 +9,7 @@ import pytest
 from pyarrow import parquet
 
 import engine.corpus.encode_sources
+import engine.corpus.sources.chunks
 from engine.corpus.options import PrepareOptions
 from engine.corpus.pool import workers
 from engine.corpus.prepare import prepare

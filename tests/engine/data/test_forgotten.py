@@ -26,7 +26,8 @@ from tests.engine.data.forgotten import CASES, FORGOTTEN, LENGTH, MARKED, OTHER,
 
 
 def stream_of(dataset: TokenDataset, **how: Any) -> Stream:
-    return Stream(dataset, LENGTH, 4, 11, 2, **({"attention": "document"} | how))
+    keys: dict[str, Any] = {"attention": "document"} | how
+    return Stream(dataset, LENGTH, 4, 11, 2, **keys)
 
 
 def epochs(dataset: TokenDataset, **how: Any) -> list[dict[str, np.ndarray]]:

@@ -1,6 +1,7 @@
 """Mixtures and replay over a run stage: tables of shares, changes of them on a resume, loss weights, and refusals."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def stage(folder: Path, *, steps: int = 20, sources: tuple[str, ...] = NAMES, **keys: Any) -> RunStage:
+def stage(folder: Path, *, steps: int = 20, sources: Sequence[str] = NAMES, **keys: Any) -> RunStage:
     """A run stage over sources, or over one of them as `train`; `keys` are of the stage, or of its data."""
     data: dict[str, Any] = {"window_shards": 2}
     named = [{"name": name, "path": str(folder / name)} | keys.pop(name, {}) for name in sources]
@@ -61,7 +62,7 @@ def rows_of(stream: Stream, steps: int, data_size: int = 1, micro_batch: int = 4
     return found
 
 
-def exact(run_stage: RunStage, rows: list[tuple[int, tuple[float, ...]]], steps: int) -> np.ndarray:
+def exact(run_stage: RunStage, rows: Sequence[tuple[int, Sequence[float]]], steps: int) -> np.ndarray:
     """Samples of each source by the weights of `rows` (first step, weights), summed step by step."""
     found = np.zeros(len(rows[0][1]))
     for step in range(steps):
@@ -90,7 +91,7 @@ def test_a_table_follows_the_steps_of_a_ramp_in_any_layout_and_over_restarts(fol
 
 
 def test_sources_keep_their_own_order_whatever_their_weights(folder):
-    plain, table = (opened(stage(folder, **keys)) for keys in ({}, {"weights_table": TABLE}))
+    plain, table = opened(stage(folder)), opened(stage(folder, weights_table=TABLE))
     found = [rows_of(stream, 15) for stream in (plain, table)]
     for source in range(3):
         one, other = ([name for number, name in rows if number == source] for rows in found)
@@ -104,9 +105,7 @@ def weighing(*weights: float) -> dict[str, Any]:
 
 
 def test_weights_that_change_on_a_resume_move_nothing_that_was_drawn(folder):
-    first, second = [
-        {name: {"weight": weight} for name, weight in zip(NAMES, w, strict=True)} for w in ((5, 3, 1), (1, 1, 4))
-    ]
+    first, second = weighing(5, 3, 1), weighing(1, 1, 4)
     stream = opened(stage(folder, **first))
     before, drawn = rows_of(stream, 7), stream.drawn()
     changed = opened(stage(folder, **second))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from engine.config.schema.data import PackingName
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.loader import Loader
 from engine.data.replay.reservoir import Reservoir, Settings
@@ -37,7 +38,7 @@ def numbered(folder, count=60, longest=30):
     return TokenDataset(folder)
 
 
-OBJECTIVES = {
+OBJECTIVES: dict[str, tuple[ObjectiveConfig, PackingName, str]] = {
     "causal": (ObjectiveConfig(), "concatenate", "tokens_BT"),
     "whole documents": (ObjectiveConfig(), "best_fit", "tokens_BT"),
     "text": (ObjectiveConfig(name="span_corruption", rate=0.3), "concatenate", "tokens_BS"),

@@ -33,7 +33,7 @@ def test_measures_of_three_stages():
     # the mean over i > 1 of R[i-1, i] - b[i], the sign turned
     assert forward_transfer(MATRIX) == pytest.approx(((8.0 - 4.0) + (7.0 - 4.5)) / 2)
     assert forgetting(MATRIX) == pytest.approx((0.25 + 0.5) / 2)
-    assert forgetting(MATRIX) == pytest.approx(-backward_transfer(MATRIX))
+    assert backward_transfer(MATRIX) == pytest.approx(-(0.25 + 0.5) / 2)
 
 
 def test_measures_of_each_domain():

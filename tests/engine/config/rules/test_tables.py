@@ -1,5 +1,6 @@
 """Tables of weights and of replay ratios: one clear error for each mistake, and no new meaning where they change."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ def config(replay: dict[str, Any] | None = None, num_stages: int = 1, **data: An
     return parse_run({"folder": "run", "tokenizer": "t", "model": model, "stages": [*before, last]}, "test")
 
 
-def rows(*given: tuple[int, dict[str, float]]) -> list[dict[str, Any]]:
+def rows(*given: tuple[int, Mapping[str, float]]) -> list[dict[str, Any]]:
     return [{"from_step": step, "weights": weights} for step, weights in given]
 
 

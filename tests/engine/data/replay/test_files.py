@@ -2,28 +2,33 @@
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from engine.data.replay.files import NamedFile, load
 from engine.data.replay.files import write as write_file
-from engine.data.replay.reservoir import united
+from engine.data.replay.reservoir import Reservoir, united
 from engine.data.shards.tombstones import Tombstones
 from engine.errors import CheckpointError
 from tests.engine.data.replay.made_up import ROWS, admissions, all_rows, content, name_of, new
 
 
-def write(folder, reservoir, only_fresh):
+def write(folder: Path, reservoir: Reservoir, only_fresh: bool) -> NamedFile | None:
     named = write_file(folder, reservoir, only_fresh)
     reservoir.mark_written()
     return named
 
 
-def compacted(folder, reservoir):
-    named = write(folder, reservoir, only_fresh=False)
+def written(folder: Path, reservoir: Reservoir, only_fresh: bool) -> NamedFile:
+    named = write(folder, reservoir, only_fresh)
     assert named is not None
-    return (folder / named.name).read_bytes()
+    return named
+
+
+def compacted(folder, reservoir):
+    return (folder / written(folder, reservoir, only_fresh=False).name).read_bytes()
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -51,11 +56,11 @@ def test_a_save_writes_what_has_changed(tmp_path):
     reservoir = new(capacity=4000)
     for number in range(6):
         reservoir.admit("books", name_of(number), all_rows())
-    base = write(tmp_path, reservoir, only_fresh=False)
+    base = written(tmp_path, reservoir, only_fresh=False)
     assert write(tmp_path, reservoir, only_fresh=True) is None
     reservoir.admit("books", name_of(0), all_rows())  # known rows
     reservoir.admit("web", name_of(9), all_rows(10))
-    delta = write(tmp_path, reservoir, only_fresh=True)
+    delta = written(tmp_path, reservoir, only_fresh=True)
     assert delta.num_bytes < 18 * 10 + 600 < base.num_bytes / 40
     again = load(tmp_path, [base, delta], reservoir.settings)
     assert content(again) == content(reservoir)
@@ -67,7 +72,7 @@ def test_a_base_that_is_loaded_gives_the_generation_that_it_was_frozen_as(tmp_pa
     reservoir = new()
     for admission in admissions(np.random.default_rng(0)):
         reservoir.admit(*admission)
-    base = write(tmp_path, reservoir, only_fresh=False)
+    base = written(tmp_path, reservoir, only_fresh=False)
     again = NamedFile.from_json(base.to_json())
     assert load(tmp_path, [again], reservoir.settings).freeze().hash == reservoir.freeze().hash
     small = load(tmp_path, [again], replace(reservoir.settings, capacity=100)).freeze()
@@ -78,7 +83,7 @@ def test_a_base_that_is_loaded_gives_the_generation_that_it_was_frozen_as(tmp_pa
 def test_a_deleted_row_does_not_come_back_from_an_older_file(tmp_path):
     reservoir = new()
     reservoir.admit("web", name_of(9), all_rows())
-    base = write(tmp_path, reservoir, only_fresh=False)
+    base = written(tmp_path, reservoir, only_fresh=False)
     gone = Tombstones({name_of(9): range(0, ROWS, 2)})
     places = load(tmp_path, [base], reservoir.settings, gone).freeze().domains["web"].places
     assert places.size == ROWS // 2
@@ -97,7 +102,7 @@ def test_a_deleted_row_does_not_come_back_from_an_older_file(tmp_path):
 def test_damage_is_told(tmp_path, damage, wrong):
     reservoir = new()
     reservoir.admit("web", name_of(9), all_rows(10))
-    base = write(tmp_path, reservoir, only_fresh=False)
+    base = written(tmp_path, reservoir, only_fresh=False)
     damage(tmp_path / base.name)
     with pytest.raises(CheckpointError, match=wrong):
         load(tmp_path, [base], reservoir.settings)
@@ -106,6 +111,6 @@ def test_damage_is_told(tmp_path, damage, wrong):
 @pytest.mark.parametrize("key", ["seed", "span_tokens"])
 def test_another_seed_or_span_is_refused(tmp_path, key):
     reservoir = new()
-    base = write(tmp_path, reservoir, only_fresh=False)
+    base = written(tmp_path, reservoir, only_fresh=False)
     with pytest.raises(CheckpointError, match=f"is of a reservoir with {key} = "):
         load(tmp_path, [base], replace(reservoir.settings, **{key: 77}))

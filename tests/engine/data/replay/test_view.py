@@ -17,7 +17,7 @@ from engine.data.shards.cache import ShardCache
 from engine.data.shards.damage import DamagedShard
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.index import FILE
-from engine.data.shards.tombstones import Tombstones, add_tombstones
+from engine.data.shards.tombstones import NO_TOMBSTONES, Tombstones, add_tombstones
 from engine.data.source import WeightedDataset
 from engine.data.stream import Stream
 from engine.errors import DataError
@@ -162,9 +162,11 @@ def test_sentences_of_its_documents_are_those_of_the_sources(tmp_path):
         for document, start in enumerate(documents[:-1].tolist()):
             entry = view.entry(number, document)
             bounds, of_source = dataset.offsets(by_hash[entry.content_hash])
+            assert of_source is not None
             first = bounds[entry.document] + entry.span * SPAN
             inside = of_source[(of_source > first) & (of_source < first + entry.num_tokens)]
             wanted += [start, *(start + inside - first).tolist()]
+        assert sentences is not None
         assert sentences.tolist() == [*wanted, int(documents[-1])]
 
 
@@ -252,7 +254,7 @@ def test_no_target_of_a_deleted_document_counts(sets):
     generation = generation_of(*sets)
     gone = Tombstones({entry.content_hash: range(entry.num_documents) for entry in sets[0].index.shards})
     shape = (16, 1, 0, 4, "document")
-    loaders = [Loader(Stream(ReplayDataset(generation, sets, *extra), *shape)) for extra in ((), (gone,))]
+    loaders = [Loader(Stream(ReplayDataset(generation, sets, deleted), *shape)) for deleted in (NO_TOMBSTONES, gone)]
     found = Counter()
     for _ in range(loaders[0].stream.samples_per_epoch()):
         (before,), (after,) = (loader.step(0, 1, 1) for loader in loaders)
