@@ -28,3 +28,7 @@ class ReservoirConfig(Section):
     """Factor of a document's weight from one run stage to the next: above 1 later documents are more likely to stay."""
     span_tokens: int = Field(default=2048, ge=1, le=2**15 - 1)
     """Number of tokens of a row at most; longer documents have several. It cannot change once the run has begun."""
+
+    def __hash__(self) -> int:
+        # without `shares`: a mapping has no hash
+        return hash((self.rows, self.quota, self.recency, self.span_tokens))
