@@ -34,6 +34,8 @@ class WeightedDataset:
     """It ends after so many passes; None: never."""
     max_samples: int | None = None
     """It ends after so many samples; None: never."""
+    is_replay: bool = False
+    """True for earlier data that is replayed, from a folder or from the reservoir."""
 
     @property
     def label(self) -> str:

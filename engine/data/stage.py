@@ -61,7 +61,7 @@ def open_parts(
     if replay is not None:
         assert replay.source is not None, "resolve() lets no replay without a source pass"
         opened = _open(data, replay.source, tokenizer_hash, vocab_size, tombstones)
-        replayed = [WeightedDataset(opened, REPLAY, loss_weight=replay.loss_weight)]
+        replayed = [WeightedDataset(opened, REPLAY, loss_weight=replay.loss_weight, is_replay=True)]
     every = [*sets, *(part.dataset for part in replayed)]
     _refuse_other_tokens(every)
     _refuse_small_cache(data, every)

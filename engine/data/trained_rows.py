@@ -14,7 +14,6 @@ import numpy as np
 
 from engine.data.mixed_order import Cursor
 from engine.data.replay.rows import Rows, rows_in
-from engine.data.replay.view import ReplayDataset
 from engine.data.stream import Stream
 
 _SAMPLES = 1 << 16
@@ -36,8 +35,8 @@ def trained_rows(
 ) -> Iterator[TrainedRows]:
     """Yield the rows that samples from a cursor up to position `end` have touched, in pieces of a shard each.
 
-    Of `size` ranks, each takes its share by its `position`; together they have all. Replayed samples are left out: what
-    they touch was admitted before. Reads offsets and no token.
+    Of `size` ranks, each takes its share by its `position`; together they have all. Replayed samples are left out:
+    replay does not make a document more likely to be replayed again. Reads offsets and no token.
 
     Raises:
         DataError: offsets are damaged.
@@ -46,7 +45,7 @@ def trained_rows(
     for samples in order.between(start, end, _SAMPLES):
         mine = samples.at(np.array_split(np.arange(samples.size), size)[position])
         for number, source in enumerate(order.sources):
-            if isinstance(source.dataset, ReplayDataset):
+            if source.part.is_replay:
                 continue
             addresses_N3 = mine.addresses_N3[mine.sources_N == number]
             if not len(addresses_N3):

@@ -20,7 +20,6 @@ from engine.data.mixed_order import Cursor
 from engine.data.replay.files import NamedFile, load, write
 from engine.data.replay.generation import Generation
 from engine.data.replay.reservoir import Reservoir, Settings, united
-from engine.data.replay.view import ReplayDataset
 from engine.data.shards.tombstones import read_tombstones
 from engine.data.trained_rows import trained_rows
 from engine.errors import CheckpointError, DataError
@@ -73,7 +72,7 @@ class Admission(Hook):
         if len(known - self.reservoir.tombstones):
             self.reservoir.drop(known)
         for number, part in enumerate(stream.parts):
-            if not isinstance(part.dataset, ReplayDataset):
+            if not part.is_replay:
                 self.reservoir.add_domain(self._domain(number), part.dataset.fingerprint, part.dataset.index.num_tokens)
 
     def after_rollback(self, run: Run) -> None:

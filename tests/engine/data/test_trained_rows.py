@@ -92,7 +92,7 @@ def test_shares_of_ranks_are_all_and_what_is_replayed_or_left_out_is_not_among_t
         documents = np.arange(shard.num_documents)
         reservoir.admit("old", shard.content_hash, rows_of(documents, old.offsets(number)[0], 2048))
     view = ReplayDataset(reservoir.freeze(), [old])
-    parts = [WeightedDataset(new, "new", 1), WeightedDataset(view, "replay", 1)]
+    parts = [WeightedDataset(new, "new", 1), WeightedDataset(view, "replay", 1, is_replay=True)]
     stream = Stream(parts, 16, 8, 0, 2, "document")
     stream.leave_out(16, 40)
     start = stream.progress.cursor

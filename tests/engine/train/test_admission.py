@@ -102,6 +102,19 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(corpus, tmp_path, stop)
     assert bytes_of(tmp_path / "parts", LAST) == bytes_of(tmp_path / "whole", LAST)
 
 
+def test_documents_that_are_replayed_from_a_folder_are_not_admitted_again(corpus, tmp_path):
+    """The folder holds documents that the first stage has not trained on."""
+    tree = tree_of(corpus, tmp_path)
+    tree["stages"][1]["replay"] = {"ratio": 0.5, "source": str(corpus / "validation")}
+    with fake_trainer(tree) as trainer:
+        assert trainer.fit() == EXIT_DONE
+        replayed = trainer.feed.stream.parts[1].dataset.index.shards
+        reservoir = hook_of(trainer).reservoir
+        assert trainer.feed.stream.trained()["replay"] > 0
+    assert set(reservoir.entries) == {"one", "two"}
+    assert not set(reservoir.shards) & {shard.content_hash for shard in replayed}
+
+
 def test_rows_that_are_trained_on_again_after_a_crash_change_nothing(corpus, tmp_path):
     fake_run(tree_of(corpus, tmp_path / "whole"))
     stopped_run(tree_of(corpus, tmp_path / "parts"), 7)
