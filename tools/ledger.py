@@ -37,7 +37,7 @@ def main(
     from engine.train.ledger_report import report
 
     folder, ledger = _open(run)
-    others = [(label, other) for place in reference or [] for label, other in [_reference(place, ledger)]]
+    others = [(label, other) for path in reference or [] for label, other in [_reference(path, ledger)]]
     found = redacted(report(ledger, others, check))
     try:
         write_atomically(folder / FILE, json.dumps(found, indent=1))
@@ -51,15 +51,15 @@ def main(
         print(_clean(f"\nwritten to {folder / FILE}, drawn in {folder / PLOT}"))
 
 
-def _open(place: Path) -> tuple[Path, Ledger]:
+def _open(path: Path) -> tuple[Path, Ledger]:
     """Return the run folder and the ledger of a run folder or run file."""
     from engine.config import save
     from engine.config.load import load_run
     from engine.train.ledger_records import read_ledger
     from engine.train.run_status import is_run_folder
 
-    config = load_run(place) if place.is_file() else None
-    folder = place if config is None else config.folder
+    config = load_run(path) if path.is_file() else None
+    folder = path if config is None else config.folder
     if not is_run_folder(folder):
         raise ConfigError(
             f"{folder} is no run folder", f"a folder that `train` wrote ({save.FILE}, metrics.jsonl)", "check the path"
@@ -67,13 +67,13 @@ def _open(place: Path) -> tuple[Path, Ledger]:
     return folder, read_ledger(folder, config or load_run(folder / save.FILE))
 
 
-def _reference(place: Path, ledger: Ledger) -> tuple[str, Ledger]:
-    folder, other = _open(place)
+def _reference(path: Path, ledger: Ledger) -> tuple[str, Ledger]:
+    folder, other = _open(path)
     if folder.resolve() == ledger.config.folder.resolve():
-        raise ConfigError(f"--reference {place} is the run itself", "another run", "name one, or leave it out")
+        raise ConfigError(f"--reference {path} is the run itself", "another run", "name one, or leave it out")
     if not {domain.name for domain in ledger.domains} & {domain.name for domain in other.domains}:
         raise ConfigError(
-            f"--reference {place} has none of the run's held-out sets",
+            f"--reference {path} has none of the run's held-out sets",
             ", ".join(domain.name for domain in ledger.domains),
             "name a run with the same stages before",
         )

@@ -82,17 +82,17 @@ def block(stage: Tree) -> str:
 def _in_block(text: str, found: _List, stage: Tree, path: Path) -> str:
     column = _dash_column(text, found, path)
     newline = "\r\n" if "\r\n" in text else "\n"
-    place = _behind_line(text, found.end)
+    offset = _behind_line(text, found.end)
     # Comments that are indented further than the dash belong to the last entry; others to what comes next.
-    while place < len(text):
-        line = text[place : _behind_line(text, place)]
+    while offset < len(text):
+        line = text[offset : _behind_line(text, offset)]
         bare = line.lstrip(" ")
         if not bare.startswith("#") or len(line) - len(bare) <= column:
             break
-        place += len(line)
-    gap = "" if not place or text[place - 1] == "\n" else newline
+        offset += len(line)
+    gap = "" if not offset or text[offset - 1] == "\n" else newline
     added = "".join(" " * column + line + newline for line in block(stage).splitlines())
-    return text[:place] + gap + added + text[place:]
+    return text[:offset] + gap + added + text[offset:]
 
 
 def _in_flow(text: str, found: _List, stage: Tree) -> str:

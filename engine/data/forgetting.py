@@ -104,29 +104,29 @@ def refuse_unknown(wanted: Sequence[str], matched: set[str]) -> None:
         )
 
 
-def trained_on(source: Source, place: SampleId, number: int, documents: np.ndarray) -> np.ndarray:
+def trained_on(source: Source, address: SampleId, number: int, documents: np.ndarray) -> np.ndarray:
     """Return True for documents (n,) of a shard of which a sample came before an address, (n,) bool.
 
     Samples that a rollback left out count as trained on.
     """
     order = source.order
     assert isinstance(order, SampleOrder)
-    rows = _rows_before(order, place, number)
+    rows = _rows_before(order, address, number)
     found = [source.sampler.rows_of(number, documents[i : i + 1], 0) for i in range(documents.size)]
     return np.array([mine.size > 0 if rows is None else np.isin(mine, rows).any() for mine in found], bool)
 
 
-def _rows_before(order: SampleOrder, place: SampleId, number: int) -> np.ndarray | None:
+def _rows_before(order: SampleOrder, address: SampleId, number: int) -> np.ndarray | None:
     """Return the rows of a shard that came before an address; None: all of them."""
-    if place.epoch > 0:  # with pairs, too, each epoch has a sample of every segment
+    if address.epoch > 0:  # with pairs, too, each epoch has a sample of every segment
         return None
-    for window in range(place.window):
+    for window in range(address.window):
         if number in order.shards(0, window):
             return None
-    if number not in order.shards(0, place.window):
+    if number not in order.shards(0, address.window):
         return np.empty(0, np.int64)
-    slots = np.arange(place.slot)
-    addresses_N3 = np.stack([np.zeros_like(slots), np.full_like(slots, place.window), slots], axis=1)
+    slots = np.arange(address.slot)
+    addresses_N3 = np.stack([np.zeros_like(slots), np.full_like(slots, address.window), slots], axis=1)
     shard_rows_N2 = order.shard_rows_at(addresses_N3)
     return shard_rows_N2[shard_rows_N2[:, 0] == number, 1]
 

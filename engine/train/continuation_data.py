@@ -33,8 +33,8 @@ class NewData:
         return train | ({"validation": self.validation} if self.validation else {})
 
 
-def find_data(place: str, name: str, taken: Collection[str], cache: CacheConfig | None) -> NewData:
-    """Return the data at `place` for a stage `name`: what `palimpsest prepare` wrote, its `train`, or one data set.
+def find_data(location: str, name: str, taken: Collection[str], cache: CacheConfig | None) -> NewData:
+    """Return the data at `location` for a stage `name`: what `palimpsest prepare` wrote, its `train`, or one data set.
 
     Held-out sets of a stage have its name, or their domains'; `taken` are names that held-out sets of the run have.
 
@@ -42,23 +42,23 @@ def find_data(place: str, name: str, taken: Collection[str], cache: CacheConfig 
         DataError: there are no token shards.
         ConfigError: a URL without a cache, or more sources than a stage may have.
     """
-    place = place.rstrip("/") or place
-    if is_remote(place) and cache is None:
+    location = location.rstrip("/") or location
+    if is_remote(location) and cache is None:
         raise ConfigError(
-            f"--data {place} is a URL, and no stage of the run has data.cache",
+            f"--data {location} is a URL, and no stage of the run has data.cache",
             "a folder on a disk, or a URL and a cache",
             "add `cache: {folder: DIR, bytes: N}` to the data of the run's last stage (a change that is free), which "
             "the new stage takes over",
         )
-    own = _sets(place, cache)
+    own = _sets(location, cache)
     if set(own) >= {"train"}:
-        train, held_out = f"{place}/train", f"{place}/validation"
+        train, held_out = f"{location}/train", f"{location}/validation"
         own = {"": train} if own["train"] else _sets(train, cache)
     else:
         # Who names the training half of what `prepare` wrote means the other half to be held out.
-        above, _, last = place.rpartition("/")
-        train, held_out = place, f"{above}/validation" if last == "train" and above else ""
-        own = {"": place} if not own or "" in own else own
+        above, _, last = location.rpartition("/")
+        train, held_out = location, f"{above}/validation" if last == "train" and above else ""
+        own = {"": location} if not own or "" in own else own
     if len(own) > MOST_SOURCES:
         raise ConfigError(
             f"{train} holds {len(own)} data sets", f"{MOST_SOURCES} at most", "prepare some of them into one folder"
@@ -67,35 +67,35 @@ def find_data(place: str, name: str, taken: Collection[str], cache: CacheConfig 
     return NewData(training, _validation(held_out, name, taken, cache))
 
 
-def _validation(place: str, name: str, taken: Collection[str], cache: CacheConfig | None) -> dict[str, str]:
-    """Return the held-out data sets at a place by name, none where there are none."""
-    found = _sets(place, cache) if place else {}
+def _validation(location: str, name: str, taken: Collection[str], cache: CacheConfig | None) -> dict[str, str]:
+    """Return the held-out data sets at a location by name, none where there are none."""
+    found = _sets(location, cache) if location else {}
     if "" in found:
-        names = {name: place}
+        names = {name: location}
     else:
-        names = {domain if domain not in taken else f"{name}-{domain}": f"{place}/{domain}" for domain in found}
+        names = {domain if domain not in taken else f"{name}-{domain}": f"{location}/{domain}" for domain in found}
     if both := sorted(set(names) & set(taken)):
         raise ConfigError(
-            f"{place}: the run has a held-out set {both[0]!r} already",
+            f"{location}: the run has a held-out set {both[0]!r} already",
             "a different name for each domain, or nobody could tell their losses apart",
             "choose another --name",
         )
     return names
 
 
-def _sets(place: str, cache: CacheConfig | None) -> dict[str, bool]:
-    """Return the names of the data sets at a place, "" for the place itself, each with True; `train` and `validation`
-    of what `prepare` wrote are named, too, with False where they hold domains."""
-    if is_remote(place):
+def _sets(location: str, cache: CacheConfig | None) -> dict[str, bool]:
+    """Return the names of the data sets at a location, "" for the location itself, each with True; `train` and
+    `validation` of what `prepare` wrote are named, too, with False where they hold domains."""
+    if is_remote(location):
         assert cache is not None, "asked for by find_data"
-        remote = RemoteFolder(place, ShardCache(Path(expand(str(cache.folder))), cache.bytes))
+        remote = RemoteFolder(location, ShardCache(Path(expand(str(cache.folder))), cache.bytes))
         names = remote.data_sets()
         if names:
             return dict.fromkeys(names, True)
-        if RemoteFolder(f"{place}/train", remote.cache).data_sets():
+        if RemoteFolder(f"{location}/train", remote.cache).data_sets():
             return {"train": False}
         return {"": True} if _has_index(remote) else {}
-    folder = Path(expand(place))
+    folder = Path(expand(location))
     if (folder / FILE).is_file():
         return {"": True}
     if not folder.is_dir():

@@ -58,7 +58,7 @@ class RunOfDocuments:
             try:
                 sections = manifest_json.read(path).state.sections
                 number, loader = int(sections["progress"]["run_stage"]), sections["loader"]
-                places = tuple(SampleId(*map(int, place)) for place in loader["places"])
+                addresses = tuple(SampleId(*map(int, address)) for address in loader["addresses"])
             except CheckpointError as error:
                 yield Held(path.name, NO_TOMBSTONES, f"damaged: {error.wrong}")
                 continue
@@ -69,7 +69,7 @@ class RunOfDocuments:
             for stage in range(min(number + 1, len(self.config.stages))):
                 try:
                     stream = self._stream(stage)
-                    here = places if stage == number else self._end(stage, stream)
+                    here = addresses if stage == number else self._end(stage, stream)
                     found = found | _passed(stream, here, documents)
                 except DataError as error:
                     reasons.append(f"stage {self.config.stages[stage].name}: {error.wrong}")
@@ -123,12 +123,14 @@ def another_token(dataset: TokenDataset) -> int:
     return 1 if index.eos_id == 0 else 0
 
 
-def _passed(stream: Stream, places: tuple[SampleId, ...], documents: Tombstones) -> Tombstones:
+def _passed(stream: Stream, addresses: tuple[SampleId, ...], documents: Tombstones) -> Tombstones:
     """Return those of the documents of which a sample came before the addresses."""
     found: dict[str, list[int]] = {}
-    for source, place in zip(stream.order.sources, places, strict=True):
+    for source, address in zip(stream.order.sources, addresses, strict=True):
         for number, entry in enumerate(source.dataset.index.shards):
             mine = documents.of(entry.content_hash)
             if mine.size:
-                found.setdefault(entry.content_hash, []).extend(mine[trained_on(source, place, number, mine)].tolist())
+                found.setdefault(entry.content_hash, []).extend(
+                    mine[trained_on(source, address, number, mine)].tolist()
+                )
     return Tombstones(found)

@@ -27,7 +27,7 @@ class Domain:
 
     name: str
     home: int
-    place: str
+    location: str
 
 
 @dataclass
@@ -98,14 +98,14 @@ def find_domains(stages: list[RunStage]) -> list[Domain]:
     stage's."""
     found: dict[str, Domain] = {}
     for number, run_stage in enumerate(stages):
-        for name, place in places_of(run_stage).items():
-            known = {domain.place for domain in found.values()}
-            if name not in found and place not in known:
-                found[name] = Domain(name, number, place)
+        for name, location in locations_of(run_stage).items():
+            known = {domain.location for domain in found.values()}
+            if name not in found and location not in known:
+                found[name] = Domain(name, number, location)
     return list(found.values())
 
 
-def places_of(run_stage: RunStage) -> dict[str, str]:
+def locations_of(run_stage: RunStage) -> dict[str, str]:
     """Return the held-out sets of a stage by name."""
     given = run_stage.data.validation
     if given is None:
@@ -116,7 +116,7 @@ def places_of(run_stage: RunStage) -> dict[str, str]:
         found = validation_locations(given, run_stage.data)
     except DataError:  # gone, or a store that does not answer: then it counts as one set
         found = {"": given}
-    return {name or run_stage.name: place for name, place in found.items()}
+    return {name or run_stage.name: location for name, location in found.items()}
 
 
 def losses_risen(folder: Path, stages: list[RunStage], number: int, record: dict[str, Any]) -> dict[str, float]:
@@ -164,9 +164,12 @@ def _loss(records: list[dict[str, Any]], stages: list[RunStage], number: int, do
 
 def loss_keys(stages: list[RunStage], number: int, domain: Domain) -> list[str]:
     """Return the metrics that hold a domain's loss in a stage: its own, and the whole where it is the only set."""
-    own = places_of(stages[number])
-    names = [domain.name, *(name for name, place in own.items() if place == domain.place and name != domain.name)]
-    alone = [VALIDATION_LOSS] if [*own.values()] == [domain.place] else []
+    own = locations_of(stages[number])
+    names = [
+        domain.name,
+        *(name for name, location in own.items() if location == domain.location and name != domain.name),
+    ]
+    alone = [VALIDATION_LOSS] if [*own.values()] == [domain.location] else []
     return [*(f"{VALIDATION_LOSS}/{name}" for name in names), *alone]
 
 

@@ -43,7 +43,7 @@ def report(ledger: Ledger, others: Sequence[tuple[str, Ledger]], check: bool = T
         ],
         "is_complete": ledger.is_complete,
         "domains": [
-            asdict(one) | {"home": matrix.stages[domain.home], "place": domain.place, **_size(size)}
+            asdict(one) | {"home": matrix.stages[domain.home], "location": domain.location, **_size(size)}
             for one, domain, size in zip(measures.measure(matrix), ledger.domains, sizes, strict=True)
         ],
         "loss": [list(row) for row in matrix.losses],
@@ -87,22 +87,22 @@ def size_of(ledger: Ledger, domain: Domain) -> tuple[int, int]:
 
     A loss of an objective that does not predict every token in turn is no code length: 0, too."""
     run_stage = ledger.config.stages[domain.home]
-    if run_stage.objective.name != "causal" or is_remote(domain.place):
+    if run_stage.objective.name != "causal" or is_remote(domain.location):
         return 0, 0
     try:
-        dataset = TokenDataset(domain.place)
+        dataset = TokenDataset(domain.location)
         num_tokens = dataset.index.num_tokens
-        return num_tokens, _told_bytes(Path(domain.place), num_tokens) or _decoded_bytes(ledger, dataset)
+        return num_tokens, _told_bytes(Path(domain.location), num_tokens) or _decoded_bytes(ledger, dataset)
     except (DataError, OSError):  # gone since
         return 0, 0
 
 
-def _told_bytes(place: Path, num_tokens: int) -> int:
+def _told_bytes(location: Path, num_tokens: int) -> int:
     """Return the bytes that the report of `palimpsest prepare` counts for a folder of shards; 0 where there is none."""
-    place = place.absolute()
-    for output in (place.parent, place.parent.parent):
+    location = location.absolute()
+    for output in (location.parent, location.parent.parent):
         try:
-            told = json.loads((output / RECIPE).read_bytes())["report"][str(place.relative_to(output))]
+            told = json.loads((output / RECIPE).read_bytes())["report"][str(location.relative_to(output))]
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if told.get("tokens") == num_tokens:
@@ -152,25 +152,25 @@ def _shared(ledger: Ledger) -> dict[str, int | None]:
     """Return the number of documents of each held-out set that stand in the training data of any stage that has begun,
     or in what it replays; None where some of it is not there to be read."""
     stages = ledger.config.stages[: len(ledger.ends)]
-    places: dict[str, CacheConfig | None] = {}
+    locations: dict[str, CacheConfig | None] = {}
     for run_stage in stages:
         data = run_stage.data
-        places |= dict.fromkeys([data.train] if data.train else [source.path for source in data.sources], data.cache)
+        locations |= dict.fromkeys([data.train] if data.train else [source.path for source in data.sources], data.cache)
         if run_stage.replay is not None and run_stage.replay.source is not None:
-            places[run_stage.replay.source] = data.cache
+            locations[run_stage.replay.source] = data.cache
     found: dict[str, int | None] = {}
     for domain in ledger.domains:
         cache = stages[domain.home].data.cache
         try:
-            training = [_open(place, own) for place, own in places.items()]
-            found[domain.name] = shared_documents(_open(domain.place, cache), training)
+            training = [_open(location, own) for location, own in locations.items()]
+            found[domain.name] = shared_documents(_open(domain.location, cache), training)
         except (DataError, OSError):
             found[domain.name] = None
     return found
 
 
-def _open(place: str, cache: CacheConfig | None) -> TokenDataset:
-    return TokenDataset(place, cache=None if cache is None else ShardCache(cache.folder, cache.bytes))
+def _open(location: str, cache: CacheConfig | None) -> TokenDataset:
+    return TokenDataset(location, cache=None if cache is None else ShardCache(cache.folder, cache.bytes))
 
 
 def _size(size: tuple[int, int]) -> dict[str, int]:

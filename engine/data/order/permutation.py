@@ -57,8 +57,8 @@ class Permutation:
         while outside.size > _FEW:
             values[outside] = self._encrypt_array(values[outside])
             outside = outside[values[outside] >= np.uint64(self.size)]
-        for place in outside.tolist():
-            values[place] = self._walk(int(values[place]))
+        for index in outside.tolist():
+            values[index] = self._walk(int(values[index]))
         return values.astype(np.int64).reshape(indices.shape)
 
     def _walk(self, value: int) -> int:

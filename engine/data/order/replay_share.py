@@ -61,7 +61,7 @@ class ReplayShare:
         if position <= self._start:
             return 0
         begin, size, replayed, step = self._block(position)
-        inside = int(_places(size, replayed, step)[: position - begin].sum()) if position > begin else 0
+        inside = int(_replayed_in_block(size, replayed, step)[: position - begin].sum()) if position > begin else 0
         return self._rounded(begin) + inside
 
     def of(self, position: int, count: int) -> np.ndarray:
@@ -69,9 +69,9 @@ class ReplayShare:
         found, end = [], position + count
         while position < end:
             begin, size, replayed, step = self._block(position)
-            places = _places(size, replayed, step)[position - begin : end - begin]
-            found.append(places)
-            position += places.size
+            positions = _replayed_in_block(size, replayed, step)[position - begin : end - begin]
+            found.append(positions)
+            position += positions.size
         return np.concatenate(found) if found else np.empty(0, bool)
 
     def _block(self, position: int) -> tuple[int, int, int, int]:
@@ -134,31 +134,31 @@ class MixtureWithReplay(Mixture):
 
 
 @lru_cache(maxsize=64)
-def _places(size: int, count: int, step: int) -> np.ndarray:
-    """Return True for `count` of `size` places of a block, (size,) bool; each step has others.
+def _replayed_in_block(size: int, count: int, step: int) -> np.ndarray:
+    """Return True for `count` of `size` positions of a block, (size,) bool; each step has others.
 
-    Data rank and micro-batch of a place are ranges of its binary digits, where sizes are powers of two. Of numbers i
-    below a power of two each such range of a place has to take every value equally often: digit s of the place is the
-    sum modulo 2 of those digits c of i for which the binomial coefficient (s over c) is odd, since minors of Pascal's
-    matrix of neighbouring rows and first columns are 1 (Faure 1982, "Discrepance de suites associees a un systeme de
-    numeration", uses the same matrix). The step flips digits at random, which moves whole ranges: the rank that has the
+    Data rank and micro-batch of a position are ranges of its binary digits, where sizes are powers of two. Of numbers
+    i below a power of two each such range of a position has to take every value equally often: digit s of the position
+    is the sum modulo 2 of those digits c of i for which the binomial coefficient (s over c) is odd, since minors of
+    Pascal's matrix of neighbouring rows and first columns are 1 (Faure 1982, "Discrepance de suites associees a un
+    systeme de numeration", uses the same matrix). The step flips digits at random, which moves whole ranges: the rank that has the
     odd sample of a step is another one in the next.
     """
     order = _order(max(0, size - 1).bit_length())
-    places = order ^ np.int64(mix_array(np.array([step], np.uint64))[0] % np.uint64(order.size))
+    positions = order ^ np.int64(mix_array(np.array([step], np.uint64))[0] % np.uint64(order.size))
     found = np.zeros(size, bool)
-    # of sizes that are no power of two, places beyond the size are passed over
-    found[places[places < size][:count]] = True
+    # of sizes that are no power of two, positions beyond the size are passed over
+    found[positions[positions < size][:count]] = True
     return found
 
 
 @lru_cache(maxsize=8)
 def _order(num_digits: int) -> np.ndarray:
-    """Return the place of each number below 2 ** `num_digits`, int64."""
+    """Return the position of each number below 2 ** `num_digits`, int64."""
     order = np.zeros(1, np.int64)
     for c in range(num_digits):
         # (s over c) is odd where the digits of c are among those of s (Lucas)
         column = sum(1 << s for s in range(num_digits) if c & s == c)
-        # numbers (0, 1) at places (0, 3): with the next digit, (2, 3) at (0 ^ column, 3 ^ column)
+        # numbers (0, 1) at positions (0, 3): with the next digit, (2, 3) at (0 ^ column, 3 ^ column)
         order = np.concatenate([order, order ^ column])
     return order

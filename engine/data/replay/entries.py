@@ -23,7 +23,7 @@ class Entries:
     tokens, with a bit for those that no file has yet. 18 bytes an entry."""
 
     keys: np.ndarray
-    places: np.ndarray
+    row_ids: np.ndarray
     marked: np.ndarray
 
     @classmethod
@@ -50,35 +50,35 @@ class Entries:
         if count >= self.size:
             return self
         # copies: a view would keep the whole arrays alive
-        return Entries(self.keys[:count].copy(), self.places[:count].copy(), self.marked[:count].copy())
+        return Entries(self.keys[:count].copy(), self.row_ids[:count].copy(), self.marked[:count].copy())
 
     def part(self, start: int, end: int) -> Entries:
         """Return entries `start` to `end`, as views."""
-        return Entries(self.keys[start:end], self.places[start:end], self.marked[start:end])
+        return Entries(self.keys[start:end], self.row_ids[start:end], self.marked[start:end])
 
     def at(self, which: np.ndarray) -> Entries:
         """Return the entries where `which` (n,) is true."""
-        return Entries(self.keys[which], self.places[which], self.marked[which])
+        return Entries(self.keys[which], self.row_ids[which], self.marked[which])
 
-    def with_places(self, places: np.ndarray) -> Entries:
+    def with_places(self, row_ids: np.ndarray) -> Entries:
         """Return the same entries under other numbers of shards, which have to rise as those did."""
-        return Entries(self.keys, places, self.marked)
+        return Entries(self.keys, row_ids, self.marked)
 
     def marked_fresh(self, fresh: bool) -> Entries:
         """Return the same entries, all of them marked as in no file, or as in one."""
-        return Entries(self.keys, self.places, self.marked | _FRESH if fresh else self.lengths)
+        return Entries(self.keys, self.row_ids, self.marked | _FRESH if fresh else self.lengths)
 
 
-def sorted_entries(keys: np.ndarray, places: np.ndarray, marked: np.ndarray) -> Entries:
+def sorted_entries(keys: np.ndarray, row_ids: np.ndarray, marked: np.ndarray) -> Entries:
     """Return entries of rows in any order, of which some may come more than once."""
-    order = np.lexsort((places, keys))
-    keys, places, marked = keys[order], places[order], marked[order]
+    order = np.lexsort((row_ids, keys))
+    keys, row_ids, marked = keys[order], row_ids[order], marked[order]
     # the first of each place has its smallest key; `unique` returns first occurrences
-    _, firsts = np.unique(places, return_index=True)
-    if firsts.size < places.size:
+    _, firsts = np.unique(row_ids, return_index=True)
+    if firsts.size < row_ids.size:
         kept = np.sort(firsts)
-        keys, places, marked = keys[kept], places[kept], marked[kept]
-    return Entries(keys, places, marked)
+        keys, row_ids, marked = keys[kept], row_ids[kept], marked[kept]
+    return Entries(keys, row_ids, marked)
 
 
 def merged(ours: Entries, theirs: Entries, pure: bool = False) -> Entries:
@@ -94,7 +94,7 @@ def merged(ours: Entries, theirs: Entries, pure: bool = False) -> Entries:
     ours, theirs = _distinct(ours, theirs, pure)
     if not theirs.size:
         return ours
-    # place of each of theirs in the result: behind our smaller keys, and behind those of theirs before it
+    # index of each of theirs in the result: behind our smaller keys, and behind those of theirs before it
     at = np.searchsorted(ours.keys, theirs.keys, side="right") + np.arange(theirs.size)
     is_theirs = np.zeros(ours.size + theirs.size, bool)
     is_theirs[at] = True
@@ -112,7 +112,7 @@ def merged(ours: Entries, theirs: Entries, pure: bool = False) -> Entries:
 
 
 def _columns(entries: Entries) -> list[np.ndarray]:
-    return [entries.keys, entries.places, entries.marked]
+    return [entries.keys, entries.row_ids, entries.marked]
 
 
 def _distinct(ours: Entries, theirs: Entries, pure: bool) -> tuple[Entries, Entries]:
@@ -120,35 +120,35 @@ def _distinct(ours: Entries, theirs: Entries, pure: bool) -> tuple[Entries, Entr
     # rows that are seen again have the key that they had: found without looking at all places
     at = np.minimum(np.searchsorted(ours.keys, theirs.keys, side="left"), ours.size - 1)
     is_tied = ours.keys[at] == theirs.keys
-    is_new = ~is_tied | (ours.places[at] != theirs.places)
+    is_new = ~is_tied | (ours.row_ids[at] != theirs.row_ids)
     theirs = theirs.at(is_new)
     # a key that other rows have, too: one of those may be the row itself
     if not theirs.size or (pure and not (is_tied & is_new).any()):
         return ours, theirs
-    places, order = np.sort(ours.places), np.argsort(theirs.places)
-    wanted, shared = theirs.places[order], np.empty(theirs.size, bool)
+    row_ids, order = np.sort(ours.row_ids), np.argsort(theirs.row_ids)
+    wanted, shared = theirs.row_ids[order], np.empty(theirs.size, bool)
     # sorted on both sides: the search goes through memory once and not at random, ten times as fast
-    shared[order] = places[np.minimum(np.searchsorted(places, wanted), places.size - 1)] == wanted
-    del places, wanted
+    shared[order] = row_ids[np.minimum(np.searchsorted(row_ids, wanted), row_ids.size - 1)] == wanted
+    del row_ids, wanted
     if not shared.any():
         return ours, theirs
     # admitted with two weights: few, so they are looked up one by one
-    numbers = np.flatnonzero(np.isin(ours.places, theirs.places[shared]))
-    our_key = dict(zip(ours.places[numbers].tolist(), ours.keys[numbers].tolist(), strict=True))
-    pairs = zip(theirs.keys.tolist(), theirs.places.tolist(), strict=True)
-    wins = np.array([key < our_key.get(place, np.inf) for key, place in pairs])
+    numbers = np.flatnonzero(np.isin(ours.row_ids, theirs.row_ids[shared]))
+    our_key = dict(zip(ours.row_ids[numbers].tolist(), ours.keys[numbers].tolist(), strict=True))
+    pairs = zip(theirs.keys.tolist(), theirs.row_ids.tolist(), strict=True)
+    wins = np.array([key < our_key.get(row_id, np.inf) for key, row_id in pairs])
     theirs = theirs.at(wins)
     lost = np.zeros(ours.size, bool)
-    lost[numbers] = np.isin(ours.places[numbers], theirs.places)
+    lost[numbers] = np.isin(ours.row_ids[numbers], theirs.row_ids)
     return ours.at(~lost) if lost.any() else ours, theirs
 
 
-def _sort_ties(keys: np.ndarray, places: np.ndarray, marked: np.ndarray) -> None:
-    """Put entries with equal keys into the order of their places, in place."""
+def _sort_ties(keys: np.ndarray, row_ids: np.ndarray, marked: np.ndarray) -> None:
+    """Put entries with equal keys into the order of their row ids, in place."""
     equal = keys[1:] == keys[:-1]
     if not equal.any():
         return
     # keys (1, 2, 2, 3): equal (F, T, F), tied 1 and 2. Runs of tied ones keep their numbers among each other
     tied = np.flatnonzero(np.append(False, equal) | np.append(equal, False))
-    order = tied[np.lexsort((places[tied], keys[tied]))]
-    places[tied], marked[tied] = places[order], marked[order]
+    order = tied[np.lexsort((row_ids[tied], keys[tied]))]
+    row_ids[tied], marked[tied] = row_ids[order], marked[order]

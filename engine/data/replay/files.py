@@ -29,7 +29,7 @@ from engine.data.shards.tombstones import NO_TOMBSTONES, Tombstones
 from engine.errors import CheckpointError
 
 FORMAT = "palimpsest reservoir 1"
-_COLUMNS = (("keys", "<f8"), ("places", "<u8"), ("lengths", "<u2"))
+_COLUMNS = (("keys", "<f8"), ("row_ids", "<u8"), ("lengths", "<u2"))
 _MOST_HEADER_BYTES = 1 << 28
 
 
@@ -118,9 +118,9 @@ def _selected(reservoir: Reservoir, only_fresh: bool) -> tuple[tuple[str, ...], 
     entries = {name: reservoir.entries[name] for name in sorted(reservoir.entries)}
     if only_fresh:
         entries = {name: found.at(found.is_fresh) for name, found in entries.items()}
-    table, columns = used_shards(reservoir.shards, [found.places for found in entries.values()])
+    table, columns = used_shards(reservoir.shards, [found.row_ids for found in entries.values()])
     moved = zip(entries.items(), columns, strict=True)
-    return table, {name: found.with_places(places) for (name, found), places in moved}
+    return table, {name: found.with_places(row_ids) for (name, found), row_ids in moved}
 
 
 def _blocks(reservoir: Reservoir, table: tuple[str, ...], entries: dict[str, Entries]) -> Iterable[memoryview]:
@@ -136,7 +136,7 @@ def _blocks(reservoir: Reservoir, table: tuple[str, ...], entries: dict[str, Ent
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     yield memoryview(struct.pack("<Q", len(text)) + text)
     for found in entries.values():
-        for column, (_, dtype) in zip((found.keys, found.places, found.lengths), _COLUMNS, strict=True):
+        for column, (_, dtype) in zip((found.keys, found.row_ids, found.lengths), _COLUMNS, strict=True):
             yield np.ascontiguousarray(column, dtype).view(np.uint8).data
 
 

@@ -27,12 +27,12 @@ _log = logger(__name__)
 class Domain:
     """The rows of one domain by rising key: `places` (n,) uint64 and `lengths` (n,) uint16 in tokens."""
 
-    places: np.ndarray
+    row_ids: np.ndarray
     lengths: np.ndarray
 
     @property
     def size(self) -> int:
-        return self.places.size
+        return self.row_ids.size
 
     @property
     def num_tokens(self) -> int:
@@ -50,10 +50,10 @@ class Generation:
     @classmethod
     def of(cls, table: tuple[str, ...], domains: Mapping[str, Domain], span_tokens: int) -> Generation:
         """Return a generation whose table has no other shards than those of its rows."""
-        shards, columns = used_shards(table, [domain.places for domain in domains.values()])
+        shards, columns = used_shards(table, [domain.row_ids for domain in domains.values()])
         found = {
-            name: Domain(places, domain.lengths)
-            for (name, domain), places in zip(domains.items(), columns, strict=True)
+            name: Domain(row_ids, domain.lengths)
+            for (name, domain), row_ids in zip(domains.items(), columns, strict=True)
         }
         return cls(shards, found, span_tokens)
 
@@ -70,8 +70,8 @@ class Generation:
         """Hash of all rows in their order, as 32 hex digits."""
         digest = hashlib.sha256(json.dumps([list(self.shards), list(self.domains), self.span_tokens]).encode())
         for domain in self.domains.values():
-            digest.update(len(domain.places).to_bytes(8, "little"))
-            digest.update(np.ascontiguousarray(domain.places, "<u8").data)
+            digest.update(len(domain.row_ids).to_bytes(8, "little"))
+            digest.update(np.ascontiguousarray(domain.row_ids, "<u8").data)
             digest.update(np.ascontiguousarray(domain.lengths, "<u2").data)
         return digest.hexdigest()[:32]
 
@@ -84,7 +84,7 @@ class Generation:
         stale = [number for number, content_hash in enumerate(self.shards) if content_hash not in known]
         if not stale:
             return self
-        kept = {name: ~np.isin(shards_of(domain.places), stale) for name, domain in self.domains.items()}
+        kept = {name: ~np.isin(shards_of(domain.row_ids), stale) for name, domain in self.domains.items()}
         num_stale = self.num_rows - sum(int(which.sum()) for which in kept.values())
         named = ", ".join(self.shards[number] for number in stale[:3]) + (", ..." if len(stale) > 3 else "")
         if num_stale > most_stale * self.num_rows:
@@ -102,6 +102,7 @@ class Generation:
             named,
         )
         domains = {
-            name: Domain(domain.places[kept[name]], domain.lengths[kept[name]]) for name, domain in self.domains.items()
+            name: Domain(domain.row_ids[kept[name]], domain.lengths[kept[name]])
+            for name, domain in self.domains.items()
         }
         return Generation.of(self.shards, domains, self.span_tokens)

@@ -147,7 +147,7 @@ class Reservoir:
     @property
     def num_bytes(self) -> int:
         """Bytes of all entries in memory."""
-        columns = [(found.keys, found.places, found.marked) for found in self.entries.values()]
+        columns = [(found.keys, found.row_ids, found.marked) for found in self.entries.values()]
         return sum(column.nbytes for entries in columns for column in entries)
 
     def freeze(self) -> Generation:
@@ -155,7 +155,7 @@ class Reservoir:
         self.settle()
         given = quotas(self.settings.capacity, self._shares(), self._counts())
         domains = {
-            name: Domain(found.places[: given[name]], found.lengths[: given[name]])
+            name: Domain(found.row_ids[: given[name]], found.lengths[: given[name]])
             for name, found in sorted(self.entries.items())
         }
         return Generation.of(self.shards, domains, self.settings.span_tokens)
@@ -175,9 +175,9 @@ class Reservoir:
         found = {}
         for domain in {item[0] for item in waiting}:
             mine = [item[1:] for item in waiting if item[0] == domain]
-            places = [inside | numbers[content_hash] << SHARD_SHIFT for content_hash, _, inside, _ in mine]
+            row_ids = [inside | numbers[content_hash] << SHARD_SHIFT for content_hash, _, inside, _ in mine]
             keys, lengths = [item[1] for item in mine], [item[3] for item in mine]
-            entries = sorted_entries(np.concatenate(keys), np.concatenate(places), np.concatenate(lengths))
+            entries = sorted_entries(np.concatenate(keys), np.concatenate(row_ids), np.concatenate(lengths))
             found[domain] = entries.marked_fresh(True)
         del waiting
         self._take(table, found)
@@ -225,7 +225,7 @@ class Reservoir:
         """Return the entries without those of deleted documents."""
         if not set(table) & set(self.tombstones.shards):
             return entries
-        gone = self.tombstones.contains(table, shards_of(entries.places), documents_of(entries.places))
+        gone = self.tombstones.contains(table, shards_of(entries.row_ids), documents_of(entries.row_ids))
         return entries.at(~gone) if gone.any() else entries
 
     def _cut(self) -> None:
@@ -255,9 +255,9 @@ def renumbered(entries: Entries, table: tuple[str, ...], joined: tuple[str, ...]
     numbers = {content_hash: number for number, content_hash in enumerate(joined)}
     news = np.array([numbers[content_hash] for content_hash in table], np.uint64) << SHARD_SHIFT
     # rising tables: the new numbers rise as the old ones did, and so do places
-    places = news[(entries.places >> SHARD_SHIFT).astype(np.int32)]
-    places |= entries.places & INSIDE
-    return entries.with_places(places)
+    row_ids = news[(entries.row_ids >> SHARD_SHIFT).astype(np.int32)]
+    row_ids |= entries.row_ids & INSIDE
+    return entries.with_places(row_ids)
 
 
 def check_weights(weights: np.ndarray, content_hash: str) -> None:

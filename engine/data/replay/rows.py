@@ -2,8 +2,8 @@
 
 A document of n tokens has ceil(n / span_tokens) rows, of `span_tokens` tokens each but for the last. So a row follows
 from the document's bounds alone, whatever the packing and the sequence length of the run that has trained on it. In
-memory and in files a row is a *place*: one uint64 of the shard's number in a table (20 bits), the document in the shard
-(28 bits) and the span in the document (16 bits), so that places sort by shard, document and span.
+memory and in files a row is named by its *row id*: one uint64 of the shard's number in a table (20 bits), the document
+in the shard (28 bits) and the span in the document (16 bits), so that row ids sort by shard, document and span.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ MOST_SHARDS = 2 ** (64 - DOCUMENT_BITS - SPAN_BITS)
 MOST_SPANS = 2**SPAN_BITS
 """Most rows of one document; what lies behind them is not admitted."""
 INSIDE = np.uint64(2 ** (DOCUMENT_BITS + SPAN_BITS) - 1)
-"""Bits of a place that say which row of its shard it is."""
+"""Bits of a row id that say which row of its shard it is."""
 
 
 class Rows(NamedTuple):
-    """Rows of one shard: `inside` (n,) uint64, document and span as the low bits of a place; `lengths` (n,) uint16
+    """Rows of one shard: `inside` (n,) uint64, document and span as the low bits of a row id; `lengths` (n,) uint16
     tokens of each."""
 
     inside: np.ndarray
@@ -40,19 +40,19 @@ class Rows(NamedTuple):
         return documents_of(self.inside)
 
 
-def documents_of(places: np.ndarray) -> np.ndarray:
-    """Return the documents of places (n,), (n,) int64."""
-    return ((places & INSIDE) >> np.uint64(SPAN_BITS)).astype(np.int64)
+def documents_of(row_ids: np.ndarray) -> np.ndarray:
+    """Return the documents of row ids (n,), (n,) int64."""
+    return ((row_ids & INSIDE) >> np.uint64(SPAN_BITS)).astype(np.int64)
 
 
-def spans_of(places: np.ndarray) -> np.ndarray:
+def spans_of(row_ids: np.ndarray) -> np.ndarray:
     """Return the numbers of the rows in their documents, (n,) int64."""
-    return (places & np.uint64(MOST_SPANS - 1)).astype(np.int64)
+    return (row_ids & np.uint64(MOST_SPANS - 1)).astype(np.int64)
 
 
-def shards_of(places: np.ndarray) -> np.ndarray:
-    """Return the numbers of the shards of places in their table, (n,) int32."""
-    return (places >> SHARD_SHIFT).astype(np.int32)
+def shards_of(row_ids: np.ndarray) -> np.ndarray:
+    """Return the numbers of the shards of row ids in their table, (n,) int32."""
+    return (row_ids >> SHARD_SHIFT).astype(np.int32)
 
 
 def rows_of(documents: np.ndarray, offsets: np.ndarray, span_tokens: int) -> Rows:
@@ -93,16 +93,16 @@ def rows_in(starts: np.ndarray, ends: np.ndarray, offsets: np.ndarray, span_toke
 
 
 def used_shards(table: tuple[str, ...], columns: Sequence[np.ndarray]) -> tuple[tuple[str, ...], list[np.ndarray]]:
-    """Return the table without shards that no place of the columns is in, and the columns with its numbers."""
+    """Return the table without shards that no row id of the columns is in, and the columns with its numbers."""
     is_used = np.zeros(len(table), bool)
-    for places in columns:
-        is_used[shards_of(places)] = True
+    for row_ids in columns:
+        is_used[shards_of(row_ids)] = True
     if is_used.all():
         return table, list(columns)
     # shards 1 and 3 of four are used: news (-, 0, -, 1)
     news = (np.cumsum(is_used) - 1).astype(np.uint64) << SHARD_SHIFT
     kept = tuple(name for name, used in zip(table, is_used.tolist(), strict=True) if used)
-    return kept, [news[shards_of(places)] | places & INSIDE for places in columns]
+    return kept, [news[shards_of(row_ids)] | row_ids & INSIDE for row_ids in columns]
 
 
 def _rows(documents: np.ndarray, spans: np.ndarray, lengths: np.ndarray) -> Rows:

@@ -131,12 +131,12 @@ class ReplayDataset(TokenDataset):
     def entry(self, number: int, document: int) -> Entry:
         """Return the entry that is a document of a block."""
         at = int(self._bounds[number]) + document
-        place = self._places[at : at + 1]
+        row_id = self._places[at : at + 1]
         return Entry(
             self.domains[int(self._domains[at])],
-            self.generation.shards[int(shards_of(place)[0])],
-            int(documents_of(place)[0]),
-            int(spans_of(place)[0]),
+            self.generation.shards[int(shards_of(row_id)[0])],
+            int(documents_of(row_id)[0]),
+            int(spans_of(row_id)[0]),
             int(self._lengths[at]),
         )
 
@@ -204,8 +204,8 @@ class ReplayDataset(TokenDataset):
 
     def _starts(self, which: np.ndarray, bounds: np.ndarray) -> np.ndarray:
         """Return the first tokens in their shard of entries (n,) of one shard with these offsets of documents."""
-        places = self._places[which]
-        return bounds[documents_of(places)] + spans_of(places) * self.generation.span_tokens
+        row_ids = self._places[which]
+        return bounds[documents_of(row_ids)] + spans_of(row_ids) * self.generation.span_tokens
 
     def _by_shard(self, number: int) -> list[tuple[str, np.ndarray]]:
         """Return the source shards of a block, and the numbers of its entries in each."""
@@ -261,7 +261,7 @@ def _in_blocks(generation: Generation) -> tuple[np.ndarray, np.ndarray, np.ndarr
     """Return places, lengths and numbers of domains of all rows in the view's order, and the domains' names."""
     domains = tuple(generation.domains)
     parts = [generation.domains[name] for name in domains]
-    places = np.concatenate([part.places for part in parts])
+    row_ids = np.concatenate([part.row_ids for part in parts])
     lengths = np.concatenate([part.lengths for part in parts])
     numbers = np.repeat(np.arange(len(parts), dtype=np.int16), [part.size for part in parts])
     # A random key per source shard. Rows of a domain stand in the order of their keys, which is random, too; a stable
@@ -269,8 +269,8 @@ def _in_blocks(generation: Generation) -> tuple[np.ndarray, np.ndarray, np.ndarr
     drawn = np.random.Philox(key=int(generation.hash, 16) ^ PURPOSE_BLOCKS).random_raw(len(generation.shards))
     rank = np.empty(len(generation.shards), np.int32)
     rank[np.argsort(drawn, kind="stable")] = np.arange(rank.size)
-    order = np.argsort(rank[shards_of(places)], kind="stable")
-    return places[order], lengths[order], numbers[order], domains
+    order = np.argsort(rank[shards_of(row_ids)], kind="stable")
+    return row_ids[order], lengths[order], numbers[order], domains
 
 
 def _shards_by_hash(datasets: Sequence[TokenDataset]) -> dict[str, tuple[TokenDataset, int]]:

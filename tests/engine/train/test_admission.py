@@ -86,9 +86,9 @@ def test_the_reservoir_has_the_rows_of_all_samples_up_to_its_checkpoint(corpus, 
         note(trainer)
         reservoir = hook_of(trainer).reservoir
     kept = {
-        (reservoir.shards[place >> 44], place % 2**44)
+        (reservoir.shards[row_id >> 44], row_id % 2**44)
         for entries in reservoir.entries.values()
-        for place in entries.places.tolist()
+        for row_id in entries.row_ids.tolist()
     }
     assert kept == rows
     assert set(reservoir.entries) == {"one", "two"}
@@ -146,7 +146,7 @@ def test_a_deleted_document_does_not_come_back_from_a_checkpoint(corpus, tmp_pat
         assert trainer.state.step == 6
         after, generation = hook_of(trainer).reservoir, hook_of(trainer).generation()
     assert generation is not None
-    places = [entries.places for entries in after.entries.values()]
-    places += [domain.places for domain in generation.domains.values()]
-    assert sum(found.size for found in places)
-    assert not any(np.isin(documents_of(found), range(0, 40, 2)).any() for found in places)
+    row_ids = [entries.row_ids for entries in after.entries.values()]
+    row_ids += [domain.row_ids for domain in generation.domains.values()]
+    assert sum(found.size for found in row_ids)
+    assert not any(np.isin(documents_of(found), range(0, 40, 2)).any() for found in row_ids)

@@ -40,7 +40,7 @@ def content(reservoir):
         (
             name,
             found.keys.tobytes(),
-            [(reservoir.shards[place >> 44], place % 2**44) for place in found.places.tolist()],
+            [(reservoir.shards[row_id >> 44], row_id % 2**44) for row_id in found.row_ids.tolist()],
         )
         for name, found in sorted(reservoir.entries.items())
     ]

@@ -85,9 +85,9 @@ def test_a_deleted_row_does_not_come_back_from_an_older_file(tmp_path):
     reservoir.admit("web", name_of(9), all_rows())
     base = written(tmp_path, reservoir, only_fresh=False)
     gone = Tombstones({name_of(9): range(0, ROWS, 2)})
-    places = load(tmp_path, [base], reservoir.settings, gone).freeze().domains["web"].places
-    assert places.size == ROWS // 2
-    assert ((places >> np.uint64(16)) % np.uint64(2) == 1).all()
+    row_ids = load(tmp_path, [base], reservoir.settings, gone).freeze().domains["web"].row_ids
+    assert row_ids.size == ROWS // 2
+    assert ((row_ids >> np.uint64(16)) % np.uint64(2) == 1).all()
 
 
 @pytest.mark.parametrize(

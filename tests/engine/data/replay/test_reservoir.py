@@ -43,8 +43,8 @@ def test_it_holds_what_sorting_all_rows_by_their_keys_gives():
                 row_keys(3, name_of(number), rows.inside).tolist(), rows.inside.tolist(), strict=True
             )
         ]
-        places = generation.domains[domain].places.tolist()
-        kept = [(generation.shards[place >> 44], place % 2**44) for place in places]
+        row_ids = generation.domains[domain].row_ids.tolist()
+        kept = [(generation.shards[row_id >> 44], row_id % 2**44) for row_id in row_ids]
         assert kept == [entry[1:] for entry in sorted(keyed)[: len(kept)]]
 
 
@@ -76,9 +76,9 @@ def test_ties_are_broken_by_hash_and_row(monkeypatch):
             reservoir.settle()
         found.append(content(reservoir))
     assert all(one == found[0] for one in found)
-    for _, keys, places in found[0][0]:
-        assert list(zip(np.frombuffer(keys), places, strict=True)) == sorted(
-            zip(np.frombuffer(keys), places, strict=True)
+    for _, keys, row_ids in found[0][0]:
+        assert list(zip(np.frombuffer(keys), row_ids, strict=True)) == sorted(
+            zip(np.frombuffer(keys), row_ids, strict=True)
         )
 
 
@@ -87,7 +87,7 @@ def test_every_row_is_as_likely_as_every_other():
     for seed in range(2000):
         reservoir = new(capacity=8, seed=seed, quota="fixed", fixed={"web": 1.0})
         reservoir.admit("web", name_of(9), rows)
-        counts[(reservoir.freeze().domains["web"].places >> np.uint64(16)).astype(int) % 2**28] += 1
+        counts[(reservoir.freeze().domains["web"].row_ids >> np.uint64(16)).astype(int) % 2**28] += 1
     # 2000 draws of 8 out of 40: 400 each. Chi-square of 39 degrees of freedom: above 85 with a probability of 3e-5
     assert counts.sum() == 2000 * 8
     assert ((counts - 400) ** 2 / 400).sum() < 85
@@ -99,7 +99,7 @@ def test_weighted_rows_are_included_as_sampling_one_after_the_other_has_it():
     for seed in range(draws):
         reservoir = new(capacity=2, seed=seed, quota="fixed", fixed={"web": 1.0})
         reservoir.admit("web", name_of(9), rows, weights)
-        chosen = frozenset((reservoir.freeze().domains["web"].places >> np.uint64(16)).tolist())
+        chosen = frozenset((reservoir.freeze().domains["web"].row_ids >> np.uint64(16)).tolist())
         counts[chosen] = counts.get(chosen, 0) + 1
     # the closed form: i first, then j out of the rest, or the other way round
     p, total = weights / weights.sum(), 0.0
@@ -118,8 +118,8 @@ def test_shrinking_leaves_the_first_rows_of_each_domain():
     reservoir.shrink(120)
     after = reservoir.freeze()
     for name, domain in after.domains.items():
-        wanted = [(before.shards[place >> 44], place % 2**44) for place in before.domains[name].places.tolist()]
-        kept = [(after.shards[place >> 44], place % 2**44) for place in domain.places.tolist()]
+        wanted = [(before.shards[row_id >> 44], row_id % 2**44) for row_id in before.domains[name].row_ids.tolist()]
+        kept = [(after.shards[row_id >> 44], row_id % 2**44) for row_id in domain.row_ids.tolist()]
         assert kept == wanted[: len(kept)]
     assert after.num_rows == 120
     assert content(reservoir) == content(small)
@@ -141,7 +141,7 @@ def test_a_deleted_document_is_not_taken_in_and_goes_out():
     for one in (reservoir, later):
         for domain in one.freeze().domains.values():
             assert domain.size
-            assert not ((domain.places >> np.uint64(16)) % np.uint64(2) == 0).any()
+            assert not ((domain.row_ids >> np.uint64(16)) % np.uint64(2) == 0).any()
 
 
 def test_a_reservoir_for_a_rank_takes_what_may_still_enter():

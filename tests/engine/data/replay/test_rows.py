@@ -36,7 +36,7 @@ def test_ranges_of_tokens_touch_the_rows_that_a_loop_finds():
 
 
 def test_a_table_keeps_the_shards_that_are_used():
-    places = np.array([1, 3, 1], np.uint64) << SHARD_SHIFT | np.array([7, 8, 9], np.uint64)
-    table, (moved,) = used_shards(("a", "b", "c", "d"), [places])
+    row_ids = np.array([1, 3, 1], np.uint64) << SHARD_SHIFT | np.array([7, 8, 9], np.uint64)
+    table, (moved,) = used_shards(("a", "b", "c", "d"), [row_ids])
     assert table == ("b", "d")
     assert moved.tolist() == [7, (1 << 44) | 8, 9]
