@@ -22,7 +22,7 @@ from engine.data.batch import Batch
 from engine.data.loader import Loader
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.tombstones import read_tombstones
-from engine.data.stage import open_parts, run_stage_seed, stage_stream
+from engine.data.stage import run_stage_seed, stage_stream
 from engine.data.tokenizer.folder import tokenizer_hash
 from engine.models.families import family
 from engine.models.initial import initial_value
@@ -30,6 +30,7 @@ from engine.models.materialize import whole_model
 from engine.serve.language_model import LanguageModel
 from engine.serve.language_model import open_language_model as _open_language_model
 from engine.serve.source import find_checkpoint, run_of
+from engine.train.saved_reservoir import open_stage
 
 __all__ = [
     "Batch",
@@ -134,7 +135,7 @@ def global_batches(run: RunConfig, run_stage: int = 0, first_step: int = 0) -> I
         DataError: data or tokenizer are missing, damaged, or do not belong together.
     """
     stage = run.stages[run_stage]
-    parts = open_parts(stage, tokenizer_hash(run.tokenizer), run.model.vocab_size, read_tombstones(run.folder))
+    parts = open_stage(run, run_stage, tokenizer_hash(run.tokenizer), read_tombstones(run.folder))
     stream = stage_stream(stage, parts, run_stage_seed(run.seed, run_stage))
     for _ in range(first_step):
         stream.skip()

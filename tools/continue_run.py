@@ -135,10 +135,11 @@ def _plan(file: RunFile, name: str, data: str, ratio: float, tokens: int | None)
     """Return the new stage, checked as a part of the whole run file."""
     from engine.config.load import parse_run, read_tree
     from engine.data.shards.tombstones import read_tombstones
-    from engine.data.stage import open_parts, open_validation, run_stage_seed, stage_stream
+    from engine.data.stage import open_parts, open_validation, run_stage_seed, stage_stream, with_reservoir
     from engine.data.tokenizer.folder import tokenizer_hash
     from engine.train.continuation import choose_schedule, standing
     from engine.train.continuation_data import find_data
+    from engine.train.saved_reservoir import frozen_generation, keeps_rows
     from tools.continue_text import NewStage
 
     tree = read_tree(file.path)
@@ -156,14 +157,13 @@ def _plan(file: RunFile, name: str, data: str, ratio: float, tokens: int | None)
     stage["data"] = found.keys() | {key: written["data"][key] for key in KEPT_OF_DATA if key in written["data"]}
     stage |= {key: written[key] for key in KEPT if key in written}
     if ratio:
-        stage["replay"] = {"ratio": ratio, "source": _replayed(config)}
+        stage["replay"] = {"ratio": ratio} | ({} if keeps_rows(config) else {"source": _replayed(config)})
     step_tokens = last.sequence_length * last.global_batch_size
     # Without a length first, to see what the data holds.
     trial = _checked(tree, stage | {"duration": {"tokens": step_tokens}}, file.path)
     checked = (tokenizer_hash(config.tokenizer), config.model.vocab_size, read_tombstones(config.folder))
     parts = open_parts(trial.stages[-1], *checked)
-    # what is replayed is the last one
-    new_parts = parts[:-1] if ratio else parts
+    new_parts = [part for part in parts if not part.is_replay]
     held_out = open_validation(trial.stages[-1], *checked)
     num_tokens = sum(part.dataset.index.num_tokens for part in new_parts)
     length = tokens or max(1, round(num_tokens / (1 - ratio) / step_tokens)) * step_tokens
@@ -171,8 +171,11 @@ def _plan(file: RunFile, name: str, data: str, ratio: float, tokens: int | None)
     stage |= {"duration": {"tokens": length}, "schedule": choice.schedule}
     whole = _checked(tree, stage, file.path)
     run_stage = whole.stages[-1]
-    stage_stream(run_stage, parts, run_stage_seed(config.seed, len(names)))  # the data serves the objective
-    replayed = parts[-1].dataset if ratio else None
+    if run_stage.replays_reservoir and (generation := frozen_generation(whole, len(names))) is not None:
+        parts = with_reservoir(whole.stages, len(names), parts, generation, *checked)
+    replayed = parts[-1].dataset if parts[-1].is_replay else None
+    if replayed is not None or not ratio:  # what a reservoir holds is known once the last stage has ended
+        stage_stream(run_stage, parts, run_stage_seed(config.seed, len(names)))  # the data serves the objective
     return NewStage(whole, stage, stands, choice.why, new_parts, [key for key, _ in held_out or []], ratio, replayed)
 
 

@@ -33,7 +33,7 @@ class NewStage:
     held_out: list[str]
     ratio: float
     replayed: TokenDataset | None = None
-    """Data that is replayed."""
+    """Data that is replayed; None where nothing is, or where the run's reservoir is known later."""
 
     @property
     def run_stage(self) -> RunStage:
@@ -99,9 +99,11 @@ def _domains(new: NewStage) -> list[str]:
         passes = tokens / max(1, part.dataset.index.num_tokens)
         warned = f"  more than {MOST_EPOCHS}: repeated data teaches less and less" if passes > MOST_EPOCHS else ""
         rows.append((part.name or stage.name, f"{tokens:,.0f}", f"{tokens / total:.1%}", f"{passes:.2f}{warned}"))
-    if new.replayed is not None:
-        passes = total * new.ratio / max(1, new.replayed.index.num_tokens)
-        rows.append(("replay", f"{total * new.ratio:,.0f}", f"{new.ratio:.1%}", f"{passes:.2f}"))
+    if new.ratio:
+        passes = "known when the stage begins"
+        if new.replayed is not None:
+            passes = f"{total * new.ratio / max(1, new.replayed.index.num_tokens):.2f}"
+        rows.append(("replay", f"{total * new.ratio:,.0f}", f"{new.ratio:.1%}", passes))
     return _aligned(rows)
 
 

@@ -14,12 +14,13 @@ from engine.config.load import load_run
 from engine.config.rules.data import check_mixture
 from engine.config.rules.tables import check_replay, check_weights_table
 from engine.config.schema.stage import RunStage
-from engine.data.stage import open_parts, run_stage_seed, stage_stream
+from engine.data.stage import run_stage_seed, stage_stream
 from engine.data.stream import Stream
 from engine.data.tokenizer.folder import tokenizer_hash
 from engine.data.visible import visible
 from engine.errors import PalimpsestError, report
 from engine.redact import redact
+from engine.train.saved_reservoir import frozen_generation, open_stage
 
 
 def show_mixture(run_file: Path, overrides: list[str]) -> None:
@@ -38,7 +39,12 @@ def show_mixture(run_file: Path, overrides: list[str]) -> None:
     if problems:
         raise report(problems, f"the data of {run_file} cannot be mixed")
     for index, stage in enumerate(config.stages):
-        parts = open_parts(stage, tokenizer_hash(config.tokenizer), config.model.vocab_size)
+        if stage.replays_reservoir and frozen_generation(config, index) is None:
+            Console().print(
+                Text(visible(f"stage {stage.name}: replays from the run's reservoir, which is known when it begins"))
+            )
+            continue
+        parts = open_stage(config, index, tokenizer_hash(config.tokenizer))
         Console().print(mixture_table(stage, stage_stream(stage, parts, run_stage_seed(config.seed, index))))
 
 

@@ -42,6 +42,11 @@ def look(config: RunConfig) -> Inputs:
                 f"model.vocab_size = {config.model.vocab_size:,}, but the tokenizer {config.tokenizer} has {needed:,} "
                 f"tokens; allowed: {needed:,} or more"
             )
+    found += [
+        f"stages.{number}.replay.source: the run's reservoir of {config.reservoir.rows:,} rows at most"
+        for number, run_stage in enumerate(config.stages)
+        if run_stage.replays_reservoir and config.reservoir is not None
+    ]
     for folder in _folders(config):
         key, location = folder.key, folder.location
         if "://" in location:

@@ -151,11 +151,12 @@ def scan(dataset: TokenDataset, other: TokenDataset, samplers: tuple[Sampler, Sa
     Raises:
         DataError: a token of a forgotten document is emitted, or something is predicted there: a defect.
     """
-    eos, tokens, rows = dataset.index.eos_id, 0, 0
+    eos, found, tokens, rows = dataset.index.eos_id, 0, 0, 0
     for number, entry in enumerate(dataset.index.shards):
-        documents = dataset.tombstones.of(entry.content_hash)
+        documents = dataset.forgotten_documents(number)
         if not documents.size:
             continue
+        found += documents.size
         shard = dataset.shard(number)
         for first, end in zip(shard.documents[documents], shard.documents[documents + 1], strict=True):
             if (shard.tokens[first:end] != eos).any():
@@ -169,7 +170,7 @@ def scan(dataset: TokenDataset, other: TokenDataset, samplers: tuple[Sampler, Sa
             rows += mine.size
         dataset.release()
         other.release()
-    return Scan(len(dataset.tombstones), tokens, rows)
+    return Scan(found, tokens, rows)
 
 
 def _predicts_nothing(samplers: tuple[Sampler, Sampler], number: int, rows: np.ndarray) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from engine.config.rules.data import whole_parts
 from engine.config.rules.tables import REPLAY, replay_ratios, whole_row
 from engine.config.schema.data import DataConfig
 from engine.config.schema.stage import RunStage
+from engine.data.replay.generation import Generation
+from engine.data.replay.view import ReplayDataset
 from engine.data.shards.cache import ShardCache
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.index import FILE
@@ -47,9 +50,9 @@ def run_stage_seed(seed: int, number: int) -> int:
 def open_parts(
     run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int, tombstones: Tombstones = NO_TOMBSTONES
 ) -> list[WeightedDataset]:
-    """Open the training data of a run stage, with weights; what it replays is the last.
+    """Open the training data of a run stage, with weights; what it replays from a folder is the last.
 
-    `tombstones` are those of the run folder.
+    `tombstones` are those of the run folder. The run's reservoir is added by `with_reservoir`, once it is known.
 
     Raises:
         DataError: missing, damaged, written with another tokenizer, or of more tokens than `vocab_size`.
@@ -58,14 +61,72 @@ def open_parts(
     folders = [source.path for source in data.sources] if data.train is None else [data.train]
     sets = [_open(data, folder, tokenizer_hash, vocab_size, tombstones) for folder in folders]
     replayed: list[WeightedDataset] = []
-    if replay is not None:
-        assert replay.source is not None, "resolve() lets no replay without a source pass"
+    if replay is not None and replay.source is not None:
         opened = _open(data, replay.source, tokenizer_hash, vocab_size, tombstones)
         replayed = [WeightedDataset(opened, REPLAY, loss_weight=replay.loss_weight, is_replay=True)]
     every = [*sets, *(part.dataset for part in replayed)]
     _refuse_other_tokens(every)
     _refuse_small_cache(data, every)
     return [*([WeightedDataset(sets[0])] if data.train is not None else _mixed(run_stage, sets)), *replayed]
+
+
+def with_reservoir(
+    stages: Sequence[RunStage],
+    number: int,
+    parts: list[WeightedDataset],
+    generation: Generation | None,
+    tokenizer_hash: str | None,
+    vocab_size: int,
+    tombstones: Tombstones = NO_TOMBSTONES,
+) -> list[WeightedDataset]:
+    """Return the opened training data of run stage `number` with a generation of the run's reservoir as the last.
+
+    Raises:
+        DataError: the reservoir is empty, or too many of its rows are lost.
+    """
+    run_stage = stages[number]
+    assert run_stage.replay is not None
+    if generation is None or not generation.num_rows:
+        raise DataError(
+            f"stage {run_stage.name} replays from the run's reservoir, which is empty: nothing was admitted before the "
+            "stage began",
+            "a reservoir that an earlier run stage has filled",
+            f"set stages.{number}.replay.source to a folder of token shards, or leave `replay` out",
+        )
+    opened = [part.dataset for part in parts]
+    view = open_reservoir(stages[:number], generation, opened, tokenizer_hash, vocab_size, tombstones)
+    every = [*parts, WeightedDataset(view, REPLAY, loss_weight=run_stage.replay.loss_weight, is_replay=True)]
+    _refuse_small_cache(run_stage.data, [part.dataset for part in every])
+    return every
+
+
+def open_reservoir(
+    stages: Sequence[RunStage],
+    generation: Generation,
+    opened: Sequence[TokenDataset],
+    tokenizer_hash: str | None,
+    vocab_size: int,
+    tombstones: Tombstones = NO_TOMBSTONES,
+) -> ReplayDataset:
+    """Return the rows of a generation, read from data sets that are open and from the training data of run stages.
+
+    Shards are found by their content. Data of completed run stages may be gone: as `ReplayDataset` allows, some rows
+    are lost then.
+
+    Raises:
+        DataError: too many rows are lost.
+    """
+    datasets = list(opened)
+    known = {dataset.location for dataset in datasets}
+    for earlier in stages:
+        for location in earlier.data.training_locations:
+            if location not in known:
+                known.add(location)
+                try:
+                    datasets.append(_open(earlier.data, location, tokenizer_hash, vocab_size, tombstones))
+                except DataError as error:
+                    _log.warning("data of run stage %s is not there to be replayed: %s", earlier.name, error.wrong)
+    return ReplayDataset(generation, datasets, tombstones)
 
 
 def _mixed(run_stage: RunStage, sets: list[TokenDataset]) -> list[WeightedDataset]:
@@ -148,6 +209,7 @@ def share_table(run_stage: RunStage, parts: list[WeightedDataset]) -> ShareTable
     """Return the shares of the sources of a run stage over its steps."""
     ratios, data = replay_ratios(run_stage), run_stage.data
     new = parts if ratios is None else parts[:-1]
+    assert ratios is None or parts[-1].is_replay, "what is replayed from the run's reservoir is added before"
     weights = ((0, tuple(part.weight for part in new)),)
     if data.weights_table is not None:
         names = [part.name for part in new]
@@ -196,7 +258,7 @@ def _refuse_small_cache(data: DataConfig, sets: list[TokenDataset]) -> None:
     needed = 0
     for dataset in sets:
         if dataset.is_remote:
-            sizes = sorted(sum(array.stored_bytes for array in shard.arrays) for shard in dataset.index.shards)
+            sizes = sorted(dataset.stored_bytes(number) for number in range(dataset.num_shards))
             # the largest shards, since which ones meet in a window changes with every epoch
             needed += sum(sizes[-2 * data.window_shards :])
     if data.cache is not None and data.cache.bytes < needed:

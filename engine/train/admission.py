@@ -17,9 +17,9 @@ from engine.checkpoint.named_files import FOLDER
 from engine.config.schema.reservoir import ReservoirConfig
 from engine.config.schema.run import RunConfig
 from engine.data.mixed_order import Cursor
-from engine.data.replay.files import NamedFile, load, write
+from engine.data.replay.files import NamedFile, NamedGeneration, load, write
 from engine.data.replay.generation import Generation
-from engine.data.replay.reservoir import Reservoir, Settings, united
+from engine.data.replay.reservoir import Reservoir, united
 from engine.data.shards.tombstones import read_tombstones
 from engine.data.trained_rows import trained_rows
 from engine.errors import CheckpointError, DataError
@@ -27,23 +27,11 @@ from engine.logs import logger
 from engine.parallel import collectives
 from engine.parallel.agreement import on_all, on_first
 from engine.train.hooks import Hook, Run
+from engine.train.saved_reservoir import reservoir_settings
 
 _MOST_FILES = 64
 """Files that a checkpoint names at most: the section stays small, and a restart reads few of them."""
 _log = logger(__name__)
-
-
-def reservoir_settings(config: RunConfig, reservoir: ReservoirConfig) -> Settings:
-    """Return the settings of a run's reservoir."""
-    return Settings(
-        reservoir.rows,
-        config.seed,
-        reservoir.quota,
-        dict(reservoir.shares) or None,
-        reservoir.span_tokens,
-        # a later run stage gives the documents that it shares with an earlier one another weight
-        pure=reservoir.recency == 1.0,
-    )
 
 
 class Admission(Hook):
@@ -56,7 +44,7 @@ class Admission(Hook):
         self._settings = reservoir_settings(config, reservoir)
         self._folder = config.folder / CHECKPOINTS / FOLDER
         self._files: list[NamedFile] = []
-        self._frozen: NamedFile | None = None
+        self._frozen: NamedGeneration | None = None
         self._run: Run | None = None
         self._admitted = Cursor(0, ())
         self.reservoir = Reservoir(self._settings, read_tombstones(config.folder))
@@ -65,9 +53,7 @@ class Admission(Hook):
         """Make the domains of a run stage known, and freeze the generation that it may replay."""
         self._run, stream = run, run.feed.stream
         self._admitted = stream.progress.cursor
-        if run.state.stage_step == 0:
-            # the run stage before was compacted when its last step was saved
-            self._frozen = self._files[0] if self._files else None
+        self._freeze(run)
         known = stream.tombstones | self.reservoir.tombstones
         if len(known - self.reservoir.tombstones):
             self.reservoir.drop(known)
@@ -79,12 +65,11 @@ class Admission(Hook):
         """Go on from where the run stands again; `restore` has loaded the reservoir of that step."""
         self.begin_run_stage(run)
 
-    def generation(self) -> Generation | None:
+    def generation(self, run: Run) -> Generation | None:
         """Return the generation that the run stage replays: what was admitted before it began. None where that is
         nothing. Raises `CheckpointError` where its file is missing or damaged."""
-        if self._frozen is None:
-            return None
-        return load(self._folder, [self._frozen], self._settings, self.reservoir.tombstones).freeze()
+        self._freeze(run)
+        return None if self._frozen is None else self._frozen.load(self._folder)
 
     def state(self) -> dict[str, Any]:
         """Admit what was trained on since the last checkpoint, write what has changed, and name the files. Collective
@@ -104,14 +89,15 @@ class Admission(Hook):
         return {
             "files": [named.to_json() for named in self._named()],
             "chain": [named.name for named in self._files],
-            "generation": None if self._frozen is None else self._frozen.name,
+            "generation": None if self._frozen is None else self._frozen.to_json(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Load the reservoir that a checkpoint names."""
         named = {file.name: file for file in map(NamedFile.from_json, state["files"])}
         self._files = [named[name] for name in state["chain"]]
-        self._frozen = None if state["generation"] is None else named[state["generation"]]
+        frozen = state["generation"]
+        self._frozen = None if frozen is None else NamedGeneration.from_json(frozen, named, self._settings)
         self.reservoir = load(self._folder, self._files, self._settings, self.reservoir.tombstones)
 
     def end_run_stage(self, run: Run) -> None:
@@ -119,6 +105,12 @@ class Admission(Hook):
         if run.is_main_rank:
             rows = ", ".join(f"{name} {found.size:,}" for name, found in sorted(self.reservoir.entries.items()))
             _log.info("reservoir: %s rows, %.1f MB", rows, self.reservoir.num_bytes / 1e6)
+
+    def _freeze(self, run: Run) -> None:
+        """Freeze what was admitted, at the beginning of a run stage; inside of it the checkpoint has named it."""
+        if run.state.stage_step == 0:
+            # the run stage before was compacted into one file when its last step was saved
+            self._frozen = NamedGeneration(self._files[0], self._settings) if self._files else None
 
     def _admit(self, run: Run) -> None:
         """Admit the documents of the samples since the last call. Collective over the world."""
@@ -152,5 +144,5 @@ class Admission(Hook):
         return len(later) >= _MOST_FILES or sum(named.num_bytes for named in later) > max(first.num_bytes, 1 << 20)
 
     def _named(self) -> list[NamedFile]:
-        extra = [] if self._frozen is None or self._frozen in self._files else [self._frozen]
+        extra = [] if self._frozen is None or self._frozen.file in self._files else [self._frozen.file]
         return [*self._files, *extra]

@@ -14,17 +14,20 @@ from engine.checkpoint import manifest_json
 from engine.checkpoint.folder import CHECKPOINTS, committed
 from engine.config import save
 from engine.config.load import load_run
+from engine.config.rules.tables import REPLAY
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
 from engine.data.forgetting import Scan, scan, trained_on
 from engine.data.objectives.sampling import Sampler, make_sampler
 from engine.data.order.sample_order import START, SampleId
+from engine.data.replay.view import ReplayDataset
 from engine.data.shards.cache import ShardCache
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.tombstones import NO_TOMBSTONES, Tombstones, read_tombstones
-from engine.data.stage import open_parts, open_validation, run_stage_seed, stage_stream
+from engine.data.stage import open_parts, open_reservoir, open_validation, run_stage_seed, stage_stream
 from engine.data.stream import Stream
 from engine.errors import CheckpointError, ConfigError, DataError
+from engine.train.saved_reservoir import frozen_generation, kept_generation, open_stage
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,38 @@ class RunOfDocuments:
                     store = None if cached is None else ShardCache(cached.folder, cached.bytes)
                     other = TokenDataset(dataset.location, None, store, tombstones, another_token(dataset))
                     yield f"stage {stage.name}, {name}", scan(dataset, other, _samplers(stage, dataset, other))
+        yield from self._scan_reservoir(tombstones)
+
+    def _scan_reservoir(self, tombstones: Tombstones) -> Iterator[tuple[str, Scan | DataError]]:
+        """Yield the scans of what run stages replay of the run's reservoir, and of what it holds now."""
+        config = self.config
+        try:
+            views = [
+                (f"stage {stage.name}, {REPLAY}", stage, frozen_generation(config, number))
+                for number, stage in enumerate(config.stages)
+                if stage.replays_reservoir
+            ]
+            if (kept := kept_generation(config)) is not None:
+                # its rows are dropped when the run starts again; until then the place of each is empty, too
+                views.append((f"the reservoir of {kept[0]}", config.stages[-1], kept[1]))
+        except CheckpointError as error:
+            yield "the reservoir", DataError(error.wrong, error.allowed, error.remedy)
+            return
+        for name, stage, generation in views:
+            if generation is None or not generation.num_rows:
+                continue
+            try:
+                view = open_reservoir(config.stages, generation, [], None, config.model.vocab_size, tombstones)
+            except DataError as error:
+                yield name, error
+                continue
+            if len(view.tombstones):
+                other = view.with_fill(another_token(view))
+                yield name, scan(view, other, _samplers(stage, view, other))
 
     def _open_stream(self, number: int) -> Stream:
         stage = self.config.stages[number]
-        parts = open_parts(stage, None, self.config.model.vocab_size)
+        parts = open_stage(self.config, number)
         return stage_stream(stage, parts, run_stage_seed(self.config.seed, number))
 
     def _end(self, number: int, stream: Stream) -> tuple[SampleId, ...]:
@@ -127,6 +158,8 @@ def _passed(stream: Stream, addresses: tuple[SampleId, ...], documents: Tombston
     """Return those of the documents of which a sample came before the addresses."""
     found: dict[str, list[int]] = {}
     for source, address in zip(stream.order.sources, addresses, strict=True):
+        if isinstance(source.dataset, ReplayDataset):
+            continue  # what is in the reservoir was trained on in an earlier run stage, and is found there
         for number, entry in enumerate(source.dataset.index.shards):
             mine = documents.of(entry.content_hash)
             if mine.size:

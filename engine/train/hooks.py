@@ -1,6 +1,7 @@
 """Hooks: parts of a run that the training loop calls at fixed points, on every rank and in one fixed order.
 
     start                  the run stands where it goes on
+    generation             a run stage that replays the reservoir is about to be opened
     begin_run_stage        the data of a run stage is open
         before_update      gradients are reduced, weights are as they were; may refuse the update
         after_step         the step is counted; returns additions to its record
@@ -28,6 +29,7 @@ import torch
 from engine.checkpoint.sections import Sections
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
+from engine.data.replay.generation import Generation
 from engine.heartbeat import Heartbeat
 from engine.logs import logger
 from engine.parallel.groups import Groups
@@ -130,6 +132,11 @@ class Hook:
         """Begin; return True if any rank was asked to stop meanwhile."""
         return False
 
+    def generation(self, run: Run) -> Generation | None:
+        """Return the earlier data that the run stage in which the run stands is to replay, before its data is opened;
+        None where the hook keeps none. Raises `CheckpointError` where it cannot be read."""
+        return None
+
     def begin_run_stage(self, run: Run) -> None:
         """Take note of a run stage that was opened: at its beginning (`run.state.stage_step` is 0), and by each start
         that goes on inside of it."""
@@ -185,6 +192,10 @@ class Hooks:
         """Start the hooks; return True if any rank was asked to stop meanwhile: hooks after that one do not start."""
         # `any` stops at the first True, as is meant: the answer is the same on every rank.
         return any(hook.start(run) for hook in self._hooks)
+
+    def generation(self, run: Run) -> Generation | None:
+        """Return the earlier data to replay of the first hook that keeps some. Raises `CheckpointError`."""
+        return next((found for hook in self._hooks if (found := hook.generation(run)) is not None), None)
 
     def begin_run_stage(self, run: Run) -> None:
         for hook in self._hooks:

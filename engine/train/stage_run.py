@@ -1,7 +1,8 @@
 """A run stage while it is trained: its data sets, stream and feed, opened at its beginning and closed at its end.
 
 The model is built once for all run stages. The data of those to come is opened when the run starts, so that a problem
-with it is reported then and not weeks later; the data of completed run stages may be gone.
+with it is reported then and not weeks later; the data of completed run stages may be gone. What a run stage
+replays from the run's reservoir is known when it begins, and is opened then.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from typing import NamedTuple
 import torch
 
 from engine.config.schema.run import RunConfig
-from engine.data.shards.tombstones import read_tombstones
+from engine.data.replay.generation import Generation
+from engine.data.shards.tombstones import Tombstones, read_tombstones
 from engine.data.source import WeightedDataset
-from engine.data.stage import open_parts, open_validation, run_stage_seed, stage_stream
+from engine.data.stage import open_parts, open_validation, run_stage_seed, stage_stream, with_reservoir
 from engine.data.stage_validation import OtherValidation, open_others
 from engine.data.tokenizer.folder import tokenizer_hash
 from engine.data.validation import ValidationSet
-from engine.errors import DataError
+from engine.errors import CheckpointError, DataError
 from engine.parallel.agreement import on_all
 from engine.parallel.groups import Groups
 from engine.parallel.meeting import agree_over
@@ -58,22 +60,45 @@ class RunData:
         agree_over(world, facts)
         self._opened |= opened
 
-    def take(self, number: int) -> Datasets:
-        """Return the data of a run stage, which nobody takes a second time."""
+    def take(self, number: int, generation: Callable[[], Generation | None]) -> Datasets:
+        """Return the data of a run stage, which nobody takes a second time. `generation` is called where the run stage
+        replays the run's reservoir.
+
+        Raises:
+            CheckpointError: the reservoir cannot be read.
+            DataError: as `open`; or the reservoir is empty, or too many of its rows are lost.
+            Disagreement: ranks have different data.
+        """
         if number not in self._opened:
             self.open([number])
         # popped: the data of completed run stages is not held open to the end of the run
-        return self._opened.pop(number)
+        datasets = self._opened.pop(number)
+        if not self._config.stages[number].replays_reservoir:
+            return datasets
+        world = self._groups.world
+        frozen = on_all(generation, world, CheckpointError)
+        datasets = on_all(lambda: self._with_reservoir(number, datasets, frozen), world, DataError)
+        agree_over(world, facts_of_data(datasets.training[-1:], None))
+        return datasets
+
+    def _with_reservoir(self, number: int, datasets: Datasets, generation: Generation | None) -> Datasets:
+        training = with_reservoir(self._config.stages, number, datasets.training, generation, *self._checked())
+        return datasets._replace(training=training)
+
+    def _checked(self) -> tuple[str, int, Tombstones]:
+        """Return what data sets are compared with, and the documents that they go without."""
+        config = self._config
+        # those of the data folders are read while these are opened; a run learns of later ones at its next start
+        return tokenizer_hash(config.tokenizer), config.model.vocab_size, read_tombstones(config.folder)
 
     def _open(self, number: int) -> Datasets:
-        config, run_stage = self._config, self._config.stages[number]
-        checked = (tokenizer_hash(config.tokenizer), config.model.vocab_size)
-        # those of the data folders are read while these are opened; a run learns of later ones at its next start
-        checked = (*checked, read_tombstones(config.folder))
+        config, run_stage, checked = self._config, self._config.stages[number], self._checked()
         own = open_validation(run_stage, *checked)
         others = open_others(config.stages, number, own, *checked)
         found = Datasets(open_parts(run_stage, *checked), own, others)
-        stage_stream(run_stage, found.training, run_stage_seed(config.seed, number))  # long enough, and not empty
+        # long enough, and not empty; with the run's reservoir `StageRun` says so
+        if not run_stage.replays_reservoir:
+            stage_stream(run_stage, found.training, run_stage_seed(config.seed, number))
         return found
 
     def _facts(self, opened: dict[int, Datasets]) -> dict[str, object]:

@@ -348,7 +348,7 @@ class Trainer:
             if self.stage.number == number:
                 return self.stage
             self.stage.close()
-        datasets = self._data.take(number)
+        datasets = self._data.take(number, lambda: self.hooks.generation(self))
         self.stage = on_all(
             lambda: StageRun(
                 number,

@@ -21,8 +21,9 @@ from engine.data.shards.writer import ShardWriter
 from engine.data.tokenizer.folder import tokenizer_hash
 from engine.errors import EXIT_DONE
 from engine.run_folder import FolderUser
+from engine.train.saved_reservoir import frozen_generation
 from tests.distributed.runs import LENGTH, run_tree
-from tests.engine.train.fake import fake_run, values
+from tests.engine.train.fake import fake_run, stopped_run, values
 
 STEP_TOKENS = 8 * LENGTH
 HEAD = '# the run of the week\nname: "a run"   # quoted\n'
@@ -53,9 +54,11 @@ def write_run(path: Path, tree: dict[str, Any]) -> Path:
     return path
 
 
-def a_run(corpus: Path, tmp_path: Path, steps: int = 4, **stage: Any) -> Path:
+def a_run(corpus: Path, tmp_path: Path, steps: int = 4, reservoir: dict[str, Any] | None = None, **stage: Any) -> Path:
     """The file of a run of `steps` steps that is trained to its end."""
     tree = run_tree(corpus, tmp_path / "run")
+    if reservoir is not None:
+        tree["reservoir"] = reservoir
     tree["stages"][0] |= {"name": "old", "duration": {"steps": steps}} | stage
     assert fake_run(tree).code == EXIT_DONE
     return write_run(tmp_path / "run.yaml", tree)
@@ -325,6 +328,51 @@ def test_replay_of_the_earlier_data(corpus, tmp_path, capsys):
     assert main(["ledger", str(run), "--no-check", "--json"]) == 0
     stages = json.loads(capsys.readouterr().out)["stages"]
     assert stages[1]["tokens"] == {"law": 3 * STEP_TOKENS, "replay": STEP_TOKENS}
+
+
+def test_replay_of_the_runs_reservoir(corpus, tmp_path, capsys):
+    """Which has documents of all that the run was trained on, of several data sets, too."""
+    sources = [{"name": name, "path": str(corpus / name)} for name in ("train", "validation")]
+    run = a_run(corpus, tmp_path, reservoir={"rows": 1000}, data={"sources": sources})
+    data = write_data(tmp_path / "new", corpus, ("law",))
+    told = call(capsys, run, "--name", "new", "--data", data, "--ratio", 0.25, "--tokens", 4 * STEP_TOKENS)
+    config = load_run(run)
+    replay = config.stages[1].replay
+    assert replay is not None
+    assert (replay.ratio, replay.source) == (0.25, None)
+    generation = frozen_generation(config, 1)
+    assert generation is not None
+    (row,) = [line.split() for line in told.splitlines() if line.split()[:1] == ["replay"]]
+    assert row == ["replay", str(STEP_TOKENS), "25.0%", f"{STEP_TOKENS / generation.num_tokens:.2f}"]
+    assert main(["inspect-data", str(run)]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "replay" in line.split()]
+    assert f"{generation.num_tokens:,}" in row
+    assert fake_run(read_tree(run)).state.step == 8
+    assert values(tmp_path / "run", "replay_samples")[8] == 8
+
+
+def test_a_reservoir_that_is_empty_is_not_replayed(corpus, tmp_path, capsys):
+    """It was switched on when the run was done: its data is replayed."""
+    run = a_run(corpus, tmp_path)
+    write_run(run, read_tree(run) | {"reservoir": {"rows": 1000}})
+    data = write_data(tmp_path / "new", corpus, ("law",))
+    call(capsys, run, "--name", "new", "--data", data, "--ratio", 0.25)
+    replay = load_run(run).stages[1].replay
+    assert replay is not None
+    assert replay.source == str(corpus / "train")
+
+
+def test_a_reservoir_is_told_before_it_is_known(corpus, tmp_path, capsys):
+    """The run stands inside of its first stage."""
+    tree = run_tree(corpus, tmp_path / "run")
+    tree["reservoir"] = {"rows": 1000}
+    stopped_run(tree, 2)
+    run = write_run(tmp_path / "run.yaml", tree)
+    data = write_data(tmp_path / "new", corpus, ("law",))
+    told = call(capsys, run, "--name", "new", "--data", data, "--ratio", 0.25)
+    assert "known when the stage begins" in told
+    assert main(["inspect-data", str(run)]) == 0
+    assert "replays from the run's reservoir, which is known when it begins" in capsys.readouterr().out
 
 
 def test_several_earlier_data_sets_are_not_replayed_by_guess(corpus, tmp_path, capsys):

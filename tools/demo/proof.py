@@ -56,7 +56,8 @@ def expect(folder: Path) -> Expected:
     from engine.checkpoint.folder import CHECKPOINTS, committed
     from engine.config.load import load_run
     from engine.config.save import FILE
-    from engine.data.stage import open_parts, run_stage_seed, stage_stream
+    from engine.data.stage import run_stage_seed, stage_stream
+    from engine.train.saved_reservoir import open_stage
 
     paths = committed(folder / CHECKPOINTS)
     if not paths:
@@ -65,7 +66,7 @@ def expect(folder: Path) -> Expected:
     config = load_run(folder / FILE)
     progress = sections["progress"]
     run_stage, seed = config.stages[progress["run_stage"]], run_stage_seed(config.seed, progress["run_stage"])
-    parts = open_parts(run_stage, None, config.model.vocab_size)
+    parts = open_stage(config, progress["run_stage"])
     stream = stage_stream(run_stage, parts, seed)
     # The second way: a stream at the beginning of the run stage, which counts the steps one by one.
     counted = stream.clone()

@@ -76,7 +76,7 @@ def check_replay(config: RunConfig, problems: list[PalimpsestError]) -> None:
         if (replay := stage.replay) is not None:
             key = f"stages.{number}.replay"
             _check_ratio(key, replay, stage, problems)
-            _check_source(key, number, replay, stage, problems)
+            _check_source(key, number, replay, config, problems)
 
 
 def _check_ratio(key: str, replay: ReplayConfig, stage: RunStage, problems: list[PalimpsestError]) -> None:
@@ -98,15 +98,18 @@ def _check_ratio(key: str, replay: ReplayConfig, stage: RunStage, problems: list
 
 
 def _check_source(
-    key: str, number: int, replay: ReplayConfig, stage: RunStage, problems: list[PalimpsestError]
+    key: str, number: int, replay: ReplayConfig, config: RunConfig, problems: list[PalimpsestError]
 ) -> None:
-    if replay.source is None:
+    stage = config.stages[number]
+    if replay.source is None and (number == 0 or config.reservoir is None):
         first, later = "no run stage comes before the first one", "this run keeps no reservoir of earlier data"
         problems.append(
             ConfigError(
                 f"{key}.source is missing, and {later if number else first}: there is nothing to replay",
-                "a folder of token shards, or its URL",
-                f"set {key}.source, or leave `replay` out",
+                "a folder of token shards, or its URL; or, from the second run stage on, a `reservoir` that the "
+                "earlier ones have filled",
+                f"set {key}.source, or leave `replay` out; `reservoir: {{rows: N}}` serves the run stages that begin "
+                "after it is switched on",
             )
         )
     if is_url(replay.source) and stage.data.cache is None:

@@ -105,6 +105,11 @@ class RunStage(Section):
         return hash((self.name, self.sequence_length, self.global_batch_size))
 
     @property
+    def replays_reservoir(self) -> bool:
+        """True where the run's own reservoir is replayed."""
+        return self.replay is not None and self.replay.source is None
+
+    @property
     def batches(self) -> Ramp:
         """Samples per step, as a function of the step."""
         ends = [

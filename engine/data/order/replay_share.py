@@ -141,8 +141,8 @@ def _replayed_in_block(size: int, count: int, step: int) -> np.ndarray:
     i below a power of two each such range of a position has to take every value equally often: digit s of the position
     is the sum modulo 2 of those digits c of i for which the binomial coefficient (s over c) is odd, since minors of
     Pascal's matrix of neighbouring rows and first columns are 1 (Faure 1982, "Discrepance de suites associees a un
-    systeme de numeration", uses the same matrix). The step flips digits at random, which moves whole ranges: the rank that has the
-    odd sample of a step is another one in the next.
+    systeme de numeration", uses the same matrix). The step flips digits at random, which moves whole ranges: the rank
+    that has the odd sample of a step is another one in the next.
     """
     order = _order(max(0, size - 1).bit_length())
     positions = order ^ np.int64(mix_array(np.array([step], np.uint64))[0] % np.uint64(order.size))

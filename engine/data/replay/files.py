@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +23,7 @@ import xxhash
 
 from engine.atomic import replacing
 from engine.data.replay.entries import Entries
+from engine.data.replay.generation import Generation
 from engine.data.replay.reservoir import Reservoir, Settings
 from engine.data.replay.rows import used_shards
 from engine.data.shards.tombstones import NO_TOMBSTONES, Tombstones
@@ -48,6 +49,36 @@ class NamedFile:
     def from_json(cls, item: Sequence[Any]) -> NamedFile:
         name, num_bytes, xxh3 = item
         return cls(str(name), int(num_bytes), str(xxh3))
+
+
+@dataclass(frozen=True)
+class NamedGeneration:
+    """A generation as a checkpoint names it: a compacted file, and the settings with which it was frozen."""
+
+    file: NamedFile
+    settings: Settings
+
+    def to_json(self) -> dict[str, Any]:
+        # capacity and quota as they were: the run file may change them while the generation is replayed
+        fixed = self.settings.fixed
+        shares = None if fixed is None else dict(fixed)
+        return {"file": self.file.name, "rows": self.settings.capacity, "quota": self.settings.quota, "shares": shares}
+
+    @classmethod
+    def from_json(cls, item: Mapping[str, Any], named: Mapping[str, NamedFile], settings: Settings) -> NamedGeneration:
+        """Return what a checkpoint says, its files by name; `settings` are the run's."""
+        frozen = replace(settings, capacity=item["rows"], quota=item["quota"], fixed=item["shares"])
+        return cls(named[item["file"]], frozen)
+
+    def load(self, folder: Path) -> Generation:
+        """Return the generation.
+
+        It has the rows of documents that were deleted since, whose place the view over it keeps: no other row moves.
+
+        Raises:
+            CheckpointError: the file is missing or damaged, or its rows or keys were made with another seed or span.
+        """
+        return read(folder / self.file.name, self.file, self.settings).freeze()
 
 
 def write(folder: Path, reservoir: Reservoir, only_fresh: bool) -> NamedFile | None:

@@ -76,11 +76,12 @@ class ReplayDataset(TokenDataset):
         tombstones: Tombstones = NO_TOMBSTONES,
         most_stale: float = MOST_STALE,
         block_rows: int = BLOCK_ROWS,
+        fill_id: int | None = None,
     ) -> None:
         """Find the rows' shards in the data sets; no token and no offset is read.
 
         Rows of shards that none of them has are left out, counted and logged. Documents that `tombstones` or those of
-        the data sets name keep their place: their tokens are ends of text, and none of them is a target.
+        the data sets name keep their place: their tokens are ends of text (or `fill_id`), and none of them is a target.
 
         Raises:
             DataError: the generation has no row, more than `most_stale` of them are lost, or the data sets were written
@@ -98,6 +99,7 @@ class ReplayDataset(TokenDataset):
         self._bounds = np.append(np.arange(0, self._places.size, block_rows), self._places.size)
         self.index = self._index(datasets[0].index)
         self.fingerprint = self.index.fingerprint
+        self._fill_id = self.index.eos_id if fill_id is None else fill_id
         self.location = f"replay of generation {self.generation.hash[:8]}"
         self._lock = Lock()
         self._owner = object()
@@ -140,6 +142,20 @@ class ReplayDataset(TokenDataset):
             int(self._lengths[at]),
         )
 
+    def with_fill(self, fill_id: int) -> ReplayDataset:
+        """Return the same view with another token in the place of forgotten documents."""
+        rows = int(self._bounds[1])
+        return ReplayDataset(self.generation, self._datasets, self.tombstones, 1.0, max(1, rows), fill_id)
+
+    def forgotten_documents(self, number: int) -> np.ndarray:
+        """Return the numbers of a block's entries that are of forgotten documents, rising, (n,)."""
+        first = int(self._bounds[number])
+        found = [
+            mine[np.isin(documents_of(self._places[mine]), self.tombstones.of(content_hash))] - first
+            for content_hash, mine in self._by_shard(number)
+        ]
+        return np.sort(np.concatenate(found))
+
     def release(self) -> None:
         """Let the cache evict the source shards; blocks that were read stay in memory."""
         for dataset in self._datasets:
@@ -175,7 +191,7 @@ class ReplayDataset(TokenDataset):
             gone = np.isin(documents_of(self._places[mine]), self.tombstones.of(content_hash))
             bounds = zip(starts.tolist(), documents[numbers].tolist(), documents[numbers + 1].tolist(), strict=True)
             for (start, first, end), is_gone in zip(bounds, gone.tolist(), strict=True):
-                tokens[first:end] = self.index.eos_id if is_gone else shard.tokens[start : start + end - first]
+                tokens[first:end] = self._fill_id if is_gone else shard.tokens[start : start + end - first]
             forgotten += np.stack([documents[numbers[gone]], documents[numbers[gone] + 1]], axis=1).tolist()
         ranges = np.array(sorted(forgotten), np.int64).reshape(-1, 2)
         return Shard(self.index.shards[number].tokens.name, tokens, documents, sentences, ranges)

@@ -167,6 +167,14 @@ class TokenDataset:
         for array in self.index.shards[number].arrays:
             self._remote.fetch_ahead(array)
 
+    def forgotten_documents(self, number: int) -> np.ndarray:
+        """Return the numbers of a shard's forgotten documents, rising, (n,)."""
+        return self.tombstones.of(self.index.shards[number].content_hash)
+
+    def stored_bytes(self, number: int) -> int:
+        """Return the bytes that the cache must hold for a remote shard to be read."""
+        return sum(array.stored_bytes for array in self.index.shards[number].arrays)
+
     def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
         """Verify every shard; `progress` is told the bytes of each. Raises `DataError` at the first bad one."""
         for number, entry in enumerate(self.index.shards):

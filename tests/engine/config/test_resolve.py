@@ -192,6 +192,7 @@ SHOWN = {
     "mixture": ["stages.0.data.sources"],
     "recompute-budget": ["parallel.activation_gib"],
     "replay": ["stages.1.replay.ratio"],
+    "replay-reservoir": ["reservoir.rows", "stages.1.replay.ratio"],
     "rollback": ["stability.rollback_spikes"],
     "url-cache": ["stages.0.data.cache"],
     "weights-table": ["stages.0.data.weights_table", "stages.0.data.sources.2.loss_weight"],

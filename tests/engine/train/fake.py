@@ -225,6 +225,25 @@ def stopped_run(tree: dict[str, Any], step: int, phase: str | None = None) -> Fa
     return fake_run(tree, signals.prepare, signals=signals)
 
 
+def record_samples(found: dict[int, list[Any]]) -> Any:
+    """Return a `prepare` that notes the samples of each step by its number."""
+
+    def prepare(trainer: Any) -> None:
+        step = type(trainer)._step
+
+        def noted() -> bool:
+            stream, number = trainer.feed.stream, trainer.state.step
+            ids = stream.next_sample_ids(stream.batch_size)
+            stop = step(trainer)
+            if trainer.state.step > number:
+                found[number] = ids
+            return stop
+
+        trainer._step = noted
+
+    return prepare
+
+
 def check_equal(folder: Path, other: Path) -> None:
     """Assert that two runs wrote the same numbers of the same steps."""
     for key in COMPARED:

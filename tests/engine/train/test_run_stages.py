@@ -19,7 +19,17 @@ from engine.data.stage import open_parts, run_stage_seed, stage_stream
 from engine.errors import EXIT_DONE, EXIT_REQUEUE, ConfigError, DataError
 from tests.distributed.poison import STABILITY
 from tests.distributed.runs import LENGTH, Tree, run_config, run_tree
-from tests.engine.train.fake import FakeRun, StopAfter, check_equal, fake_run, fake_trainer, spike, stopped_run, values
+from tests.engine.train.fake import (
+    FakeRun,
+    StopAfter,
+    check_equal,
+    fake_run,
+    fake_trainer,
+    record_samples,
+    spike,
+    stopped_run,
+    values,
+)
 
 BORDER, LAST = 4, 9
 ONE = {"name": "one", "duration": {"steps": BORDER}}
@@ -43,25 +53,6 @@ def two_stages(corpus: Path, folder: Path, second: Tree | None = None, **changes
 def one_stage(corpus: Path, folder: Path) -> Tree:
     tree = two_stages(corpus, folder)
     return tree | {"stages": tree["stages"][:1]}
-
-
-def record_samples(found: dict[int, list[Any]]) -> Any:
-    """A `prepare` that notes the samples of each step by its number."""
-
-    def prepare(trainer: Any) -> None:
-        step = type(trainer)._step
-
-        def noted() -> bool:
-            stream, number = trainer.feed.stream, trainer.state.step
-            ids = stream.next_sample_ids(stream.batch_size)
-            stop = step(trainer)
-            if trainer.state.step > number:
-                found[number] = ids
-            return stop
-
-        trainer._step = noted
-
-    return prepare
 
 
 @pytest.fixture(scope="module")
