@@ -86,7 +86,7 @@ class Ours:
         )
 
     def step(
-        self, inputs: list[Tensors], num_targets: int, accept: Callable[[float], bool] = zero.finite
+        self, inputs: list[Tensors], num_targets: int, accept: Callable[[float], bool] = zero.accept_finite
     ) -> tuple[float, float]:
         """One step on micro-batches that lie on the device; returns (loss per target, gradient norm)."""
         weight = torch.tensor(float(num_targets), dtype=torch.float64, device=self.device)

@@ -85,7 +85,7 @@ def _since(name: str, run_stages: Sequence[RunStage], number: int) -> int:
 def make_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
     """Make AdamW or Muon over groups that carry their own weight decay."""
     settings: dict[str, Any] = {
-        "lr": config.learning_rate,
+        "lr": config.learning_rate,  # replaced before every step (`StageEngine.step`)
         "betas": (config.beta1, config.beta2),
         "eps": config.epsilon,
         "weight_decay": config.weight_decay,

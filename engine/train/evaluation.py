@@ -77,7 +77,7 @@ class Validation(Hook):
         run.write({"step": state.step, **record})
 
     def _evaluate(self, run: Run) -> bool:
-        """Return True if any rank was asked to stop meanwhile, so that the next start has to evaluate."""
+        """Return True if a stop was requested on any rank meanwhile, so that the next start has to evaluate."""
         feed, step, begin = run.feed, run.state.step, time.perf_counter()
         others = [samples for samples in (feed.earlier, feed.later if run.ends_run_stage else None) if samples]
         if feed.validation is None and not others:
@@ -160,7 +160,7 @@ def evaluate(
     what: str = VALIDATION_LOSS,
 ) -> Record | None:
     """Return the record of `what`, the mean over all targets of the samples, and of `WHAT/NAME` of each data set that
-    has a name; or None where any rank was asked to stop.
+    has a name; or None where a stop was requested on any rank.
 
     `beat` is called before each chunk. Collective over the world.
     """

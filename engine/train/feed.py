@@ -98,17 +98,18 @@ class Feed:
         reads none): L of all rows, then L of each domain's.
 
         Raises:
-            Stopping: this rank was asked to before its data had come.
+            Stopping: a stop was requested before this rank had its data.
         """
         begin = time.perf_counter()
         self._before = self.stream.progress
         # Middle stages under pipeline parallelism: their inputs come from the stage before, but the stream moves on.
-        if self._prefetcher is None:
+        if not self.reads:
             count = num_micro_batches(self.stream.batch_size, self.parallel, self.groups.layout.data)
             self.stream.skip()
             batches: list[Batch] = []
             inputs: list[Tensors] = [{} for _ in range(count)]
         else:
+            assert self._prefetcher is not None, "start() comes before step()"
             # A wait without end would not see a signal: a rank whose storage hangs must still stop with the others.
             while not self._prefetcher.wait(LOOK_SECONDS):
                 if self._stop_requested():

@@ -97,7 +97,8 @@ class Run(Protocol):
 
     def go_back(self, first: int) -> None:
         """Load the newest whole checkpoint on the disk, and leave out the samples from position `first` to the last one
-        drawn. Counts the rollback. Collective over the world."""
+        drawn. Counts the rollback. Reading ahead has ended then: `feed.start` begins it again. Collective over the
+        world."""
         ...
 
 
@@ -129,7 +130,7 @@ class Hook:
     """Name of what the hook keeps in checkpoints. None means that it keeps nothing."""
 
     def start(self, run: Run) -> bool:
-        """Begin; return True if any rank was asked to stop meanwhile."""
+        """Begin; return True if a stop was requested on any rank meanwhile."""
         return False
 
     def generation(self, run: Run) -> Generation | None:
@@ -163,7 +164,7 @@ class Hook:
         """Take note of a state, sections included, that was loaded from an earlier checkpoint."""
 
     def between_steps(self, run: Run) -> bool:
-        """Do what belongs between two steps; return True if any rank was asked to stop meanwhile."""
+        """Do what belongs between two steps; return True if a stop was requested on any rank meanwhile."""
         return False
 
     def state(self) -> dict[str, Any]:
@@ -189,7 +190,7 @@ class Hooks:
                 self._kept.register(hook.section, hook, begins_anew=True)
 
     def start(self, run: Run) -> bool:
-        """Start the hooks; return True if any rank was asked to stop meanwhile: hooks after that one do not start."""
+        """Start the hooks; return True if a stop was requested on any rank meanwhile: hooks after it do not start."""
         # `any` stops at the first True, as is meant: the answer is the same on every rank.
         return any(hook.start(run) for hook in self._hooks)
 
@@ -231,7 +232,7 @@ class Hooks:
             hook.after_rollback(run)
 
     def between_steps(self, run: Run) -> bool:
-        """Return True if any rank was asked to stop meanwhile; hooks after it are left out then."""
+        """Return True if a stop was requested on any rank meanwhile; hooks after it are left out then."""
         return any(hook.between_steps(run) for hook in self._hooks)
 
     def sections(self) -> dict[str, Any]:

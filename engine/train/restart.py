@@ -131,7 +131,10 @@ class Restarts:
                 self._saver.settle()
 
         # A caller that waits needs the checkpoint itself (the run ends, or has just left out samples), so it fails.
-        begin() if wait else self._tolerate(begin)
+        if wait:
+            begin()
+        else:
+            self._tolerate(begin)
 
     def keep(self, state: TrainState, engine: StageEngine, sections: Sections) -> None:
         """Begin a checkpoint in the nodes' memory, except where another one is under way."""
@@ -194,7 +197,7 @@ class Restarts:
         Raises:
             CheckpointError: there are checkpoints and none of them verifies, or the newest is of another model.
         """
-        self.settle()  # of a run that goes back to it
+        self.settle()  # a save in flight may become the newest checkpoint
         # The steps since are trained again, on other samples after a rollback: their metrics change.
         self._metric = {}
         path, spread = self._choose(engine, go_back)

@@ -29,7 +29,7 @@ _log = logger(__name__)
 
 
 class Stopping(PalimpsestError):
-    """This rank was asked to stop and cannot finish its step; the run ends at the step before."""
+    """A stop was requested of this rank, which cannot finish its step; the run ends at the step before."""
 
     exit_code = EXIT_REQUEUE
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from engine.config.schema.optimizer import StabilityConfig
 from engine.errors import PalimpsestError
-from engine.parallel.zero import NotFinite, finite
+from engine.parallel.zero import NotFinite, accept_finite
 
 Verdict = Literal["accept", "not_finite", "spike"]
 
@@ -113,7 +113,7 @@ class Guard:
             if self.config.non_finite == "skip":
                 return "not_finite"
             # raises where the norm is to blame; what remains is the loss
-            finite(norm)
+            accept_finite(norm)
             raise NotFinite(f"the loss is {loss}", "a finite number", "look at the batch's data and the model")
         high = self._is_high(loss, self.state.losses) or self._is_high(norm, self.state.norms)
         return "spike" if high else "accept"

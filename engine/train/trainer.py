@@ -151,11 +151,11 @@ class Trainer:
         self.hooks.close()
 
     def summary(self, code: int) -> str:
-        """Return the summary of a run that ends with this exit code; only rank 0 has all of it."""
+        """Return the summary of a run that ends with this exit code; only the main rank has all of it."""
         return summary(self.config, self.state, self.spent, process_seconds(), code)
 
     def _step(self) -> bool:
-        """Take one step, or none where a rank is to stop and has no data; return True if any rank was asked to stop."""
+        """Take one step, but none where a rank stops without its data; return True if any rank requests a stop."""
         begin = time.perf_counter()
         state = self.state
         rate = learning_rate(self.config.optimizer, self.run_stage, state.stage_step)
@@ -172,8 +172,7 @@ class Trainer:
         scales_L = self.sums.scales(weights_L)
         # DeepSpeed averages gradients over the data ranks; the factor undoes it.
         scales, by_domain = (self.groups.zero.size * scales_L).float(), self.sums.by_domain(len(weights_KL))
-        apart = {} if by_domain is None else {"by_domain": by_domain}
-        sums_L = self.pipeline.train(inputs, scales, **apart)
+        sums_L = self.pipeline.train(inputs, scales, by_domain)
         # Stop requests and reports on the save in flight travel in the all-reduce of the losses: no collective more.
         flags = (float(self.signals.stop_requested), *self.restarts.signals())
         self.heart.beat(state.step, "loss")
@@ -239,7 +238,8 @@ class Trainer:
 
     def go_back(self, first: int) -> None:
         """Load the newest whole checkpoint on the disk, and leave out the samples from position `first` to the last one
-        drawn. Counts the rollback. Collective over the world.
+        drawn. Counts the rollback. Reading ahead has ended then: `feed.start` begins it again. Collective over the
+        world.
 
         Raises:
             Unstable: there is no checkpoint.

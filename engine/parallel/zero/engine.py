@@ -64,7 +64,7 @@ class NotFinite(PalimpsestError):
     """The gradient is infinite or not a number; the weights are as before the step, on every rank."""
 
 
-def finite(norm: float) -> bool:
+def accept_finite(norm: float) -> bool:
     """Accept every finite gradient norm.
 
     Raises:
@@ -262,7 +262,7 @@ class StageEngine:
         if self._gathering:
             self._gathering.free()
 
-    def step(self, learning_rate: float, accept: Callable[[float], bool] = finite) -> float:
+    def step(self, learning_rate: float, accept: Callable[[float], bool] = accept_finite) -> float:
         """Clip, update the weights and clear the gradients; return the global gradient norm before clipping.
 
         `learning_rate` is that of parameters whose factor is 1.
@@ -274,6 +274,7 @@ class StageEngine:
             NotFinite, or what else `accept` raises: on every rank, before any weight changed.
         """
         if self.optimizer is not None:
+            # DeepSpeed's optimizer updates by these very groups.
             for group, factor in zip(self.optimizer.param_groups, self._rate_factors, strict=True):
                 group["lr"] = factor * learning_rate
         self._norm = self._whole.complete()
@@ -428,9 +429,11 @@ class StageEngine:
         checked = getattr(optimizer, "check_grad_overflow", None)
         optimizer.check_grad_overflow = True  # ZeRO-1 and 2 with bf16 would not look at the norm
         deepspeed.utils.logger.setLevel(logging.ERROR)  # it would warn of gradients that are not finite
-        self._engine.step()
-        deepspeed.utils.logger.setLevel(level)
-        optimizer.check_grad_overflow = checked
+        try:
+            self._engine.step()
+        finally:
+            deepspeed.utils.logger.setLevel(level)
+            optimizer.check_grad_overflow = checked
         assert self._engine.optimizer.overflow, "DeepSpeed discards a step whose norm is not finite"
 
     def _clip_factor(self) -> torch.Tensor | None:
