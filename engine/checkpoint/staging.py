@@ -198,7 +198,8 @@ def _moments(shards: list[ParameterShard], placements: list[Placement]) -> tuple
 
 def _check_flat(values: torch.Tensor, shard: ParameterShard, state: str) -> None:
     # a frozen weight may be in the working dtype, which the copy widens
-    wide = values.dtype == torch.float32 or (state == WEIGHT and not shard.moments)
+    frozen = state == WEIGHT and not shard.moments
+    wide = values.dtype == torch.float32 or (frozen and values.dtype == torch.bfloat16)
     flat = values.dim() == 1 and values.is_contiguous() and wide
     if not flat or values.numel() != shard.length:
         raise CheckpointError(

@@ -77,7 +77,7 @@ def on_nodes(
             trainer.restarts.settle()
             if trainer.state.step == DIES_AFTER and node == dies:
                 if goes_back:
-                    restored = trainer.restarts.restore(trainer.pipeline.engine, go_back=True)
+                    restored = trainer.restarts.restore(trainer.pipeline.engine, trainer._engine_of, go_back=True)
                     assert restored is not None
                     assert restored.state.step == SAVE_EVERY
                 os.kill(os.getpid(), signal.SIGKILL)
