@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from engine.checkpoint.folder import committed
+from engine.checkpoint.load import read_state
 from engine.errors import EXIT_DONE
 from engine.train.metrics import read_metrics
 from tests.distributed.cases import MODELS
@@ -189,3 +191,30 @@ def test_kills_in_both_stages_and_between_them_in_changing_layouts(corpora, alon
                 run_ranks(world_size(parallel), train_rank, tree, prepare)
     check_equal(folder, alone(model))
     assert samples_by_step(log) == samples_by_step(alone(model).parent / "samples")
+
+
+def of_reservoir(corpora: Path, folder: Path, parallel: dict[str, Any]) -> dict[str, Any]:
+    """The run of two stages, which replays its own reservoir: parts of 8 tokens of the documents of its first stage."""
+    tree = two_stages(corpora, folder, "gpt2-dropout", parallel)
+    del tree["stages"][1]["replay"]["source"]
+    tree["checkpoint"]["asynchronous"] = False
+    return tree | {"reservoir": {"rows": 200, "span_tokens": 8}}
+
+
+def test_the_reservoir_is_the_same_in_every_layout_and_after_a_kill(corpora, tmp_path):
+    """Two ranks fill it, one is killed where it is replayed, and two stages of a pipeline go on."""
+    logs = [tmp_path / name for name in ("samples", "samples of one")]
+    whole = of_reservoir(corpora, tmp_path / "one", {})
+    run_ranks(1, train_rank, whole, partial(watch, log=logs[1], kills=None))
+    folder, killed = tmp_path / "run", LAST - 2
+    tree = of_reservoir(corpora, folder, {"zero_stage": 3, "data": 2})
+    with pytest.raises(RankFailed):
+        run_ranks(2, train_rank, tree, partial(watch, log=logs[0], kills=killed))
+    tree = of_reservoir(corpora, folder, {"zero_stage": 3, "pipe": 2})
+    ranks = run_ranks(2, train_rank, tree, partial(watch, log=logs[0], kills=None))
+    assert {(rank["code"], rank["started_at"]) for rank in ranks} == {(EXIT_DONE, killed)}
+    check_equal(folder, tmp_path / "one")
+    assert samples_by_step(logs[0]) == samples_by_step(logs[1])
+    found = [read_state(committed(each / "checkpoints")[0]).sections for each in (folder, tmp_path / "one")]
+    assert found[0]["reservoir"] == found[1]["reservoir"]
+    assert found[0]["reservoir"]["generation"] is not None

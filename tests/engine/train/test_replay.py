@@ -135,6 +135,20 @@ def test_a_deleted_document_is_not_read_and_no_sample_moves(corpus, whole, tmp_p
     assert found == {number: ids for number, ids in samples.items() if number >= 6}
 
 
+def test_data_that_is_streamed_from_a_url_is_replayed_alike(corpus, whole, tmp_path):
+    folder, run, samples = whole
+    tree, found = tree_of(corpus, tmp_path / "run"), {}
+    for stage in tree["stages"]:
+        cache = {"folder": str(tmp_path / "cache"), "bytes": 10**7}
+        stage["data"] = stage["data"] | {"train": f"file://{stage['data']['train']}", "cache": cache}
+    assert fake_run(tree, record_samples(found)).at_end == run.at_end
+    assert found == samples
+    check_equal(tmp_path / "run", folder)
+    tree["stages"][1]["data"]["cache"]["bytes"] = 1000
+    with pytest.raises(DataError, match=r"data.cache.bytes = 1,000 is less than two windows"):
+        fake_run(tree | {"folder": str(tmp_path / "other")})
+
+
 def test_data_of_the_earlier_run_stage_that_is_gone_is_told(corpus, tmp_path):
     tree = tree_of(corpus, tmp_path / "run")
     shutil.copytree(corpus / "train", tmp_path / "old")
