@@ -28,7 +28,7 @@ from engine.parallel.groups import Groups
 from engine.parallel.pipeline import DomainSums
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.state import MOMENTS, ParameterGroup, ParameterShard, Placement
-from engine.parallel.zero.engine import finite
+from engine.parallel.zero.engine import accept_finite
 from engine.train.metrics import read_metrics
 from engine.train.signals import StopSignals
 from engine.train.state import TrainState
@@ -59,7 +59,7 @@ class FakeEngine:
         self.updates = 0
         """Updates that `set_updates` told of, and those since."""
 
-    def step(self, learning_rate: float, accept: Callable[[float], bool] = finite) -> float:
+    def step(self, learning_rate: float, accept: Callable[[float], bool] = accept_finite) -> float:
         """Update the weight unless `accept(norm)` is False; return the gradient's norm and drop the gradient."""
         assert self.gradient_W is not None, "a step follows a backward pass"
         norm = self.gradient_W.norm().item()
