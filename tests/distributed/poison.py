@@ -37,4 +37,4 @@ def poison(trainer: Any, large: tuple[int, ...], nan: tuple[int, ...], left_out:
         return feed()
 
     trainer.feed.step = step
-    trainer.pipeline.train = lambda inputs, scale: train(inputs, scale * factor)
+    trainer.pipeline.train = lambda inputs, scale, *rest: train(inputs, scale * factor, *rest)

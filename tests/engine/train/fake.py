@@ -254,9 +254,9 @@ def spike(trainer: Any, at: tuple[int, ...]) -> None:
     """Multiply the gradient of the first attempt at these steps (from 0) by 1e6."""
     train, left = trainer.pipeline.train, set(at)
 
-    def spiking(inputs: Any, scale: Any) -> Any:
+    def spiking(inputs: Any, scale: Any, by_domain: Any = None) -> Any:
         factor = 1e6 if trainer.state.step in left else 1.0
         left.discard(trainer.state.step)
-        return train(inputs, scale * factor)
+        return train(inputs, scale * factor, by_domain)
 
     trainer.pipeline.train = spiking
