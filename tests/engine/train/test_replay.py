@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.checkpoint.folder import committed, step_of
+from engine.checkpoint.folder import committed, step_of, step_path
 from engine.checkpoint.load import read_state
 from engine.config.save import save_run
 from engine.data.forgetting import Scan, scan
@@ -24,8 +24,9 @@ from engine.errors import EXIT_DONE, DataError
 from engine.train.admission import Admission
 from engine.train.forgotten import RunOfDocuments
 from engine.train.saved_reservoir import frozen_generation, kept_generation, open_stage
+from tests.distributed.poison import STABILITY
 from tests.distributed.runs import Tree, run_config, run_tree
-from tests.engine.train.fake import check_equal, fake_run, fake_trainer, record_samples, stopped_run, values
+from tests.engine.train.fake import check_equal, fake_run, fake_trainer, record_samples, spike, stopped_run, values
 
 BORDER, LAST = 4, 9
 REPLAYED = [3, 6, 9, 12, 15]
@@ -100,6 +101,32 @@ def test_a_crash_in_the_run_stage_or_at_its_beginning_changes_nothing(corpus, wh
     again = fake_run(tree_of(corpus, tmp_path))
     assert (again.started_at, again.at_end) == (left, run.at_end)
     check_equal(tmp_path, folder)
+
+
+@pytest.mark.parametrize("without_border", [False, True])
+def test_a_rollback_replays_what_the_run_stage_before_was_trained_on(corpus, tmp_path, without_border):
+    """Also where the run goes back into the first stage, which then ends a second time."""
+    tree = tree_of(corpus, tmp_path) | {"stability": STABILITY | {"window": 2}}
+    checkpoints = tmp_path / "checkpoints"
+
+    def prepare(trainer: Any) -> None:
+        spike(trainer, (4, 5))
+        go_back = trainer.go_back
+
+        def going_back(first: int) -> None:
+            trainer.restarts.settle()
+            for path in committed(checkpoints):
+                if step_of(path) >= (BORDER if without_border else BORDER + 1):
+                    shutil.rmtree(path)
+            go_back(first)
+
+        trainer.go_back = going_back
+
+    run = fake_run(tree, prepare)
+    assert (run.code, run.state.step, run.state.rollbacks) == (EXIT_DONE, LAST, 1)
+    border, last = (read_state(step_path(checkpoints, step)).sections["reservoir"] for step in (BORDER, LAST))
+    assert last["generation"]["file"] == border["chain"][0]
+    assert [values(tmp_path, "replay_samples")[step] for step in range(BORDER + 1, LAST + 1)] == REPLAYED
 
 
 def test_a_reservoir_of_another_size_serves_later_run_stages_alone(corpus, whole, tmp_path):
