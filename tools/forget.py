@@ -38,8 +38,9 @@ def main(
 ) -> None:
     """Append documents to tombstones.jsonl of the data folder: no run reads or predicts them from its next start on.
 
-    Tells the shards and checkpoints that still hold them, and proves by reading them that the loader emits them no
-    more. For data at a URL, or in a folder that cannot be written to, tombstones go into the folders of the runs.
+    Tells the shards and checkpoints that still hold them, and proves by reading them that loader and reservoir emit
+    them no more. For data at a URL, or in a folder that cannot be written to, tombstones go into the folders of the
+    runs.
     """
     from engine.data.forgetting import read_ids
     from engine.train.forgotten import RunOfDocuments

@@ -108,9 +108,13 @@ class Admission(Hook):
 
     def _freeze(self, run: Run) -> None:
         """Freeze what was admitted, at the beginning of a run stage; inside of it the checkpoint has named it."""
-        if run.state.stage_step == 0:
-            # the run stage before was compacted into one file when its last step was saved
-            self._frozen = NamedGeneration(self._files[0], self._settings) if self._files else None
+        if run.state.stage_step > 0:
+            return
+        # the run stage before was compacted into one file when its last step was saved
+        first = self._files[0] if self._files else None
+        # a checkpoint before the run stage's first step names the generation, too, with the settings of that start
+        if self._frozen is None or self._frozen.file != first:
+            self._frozen = None if first is None else NamedGeneration(first, self._settings)
 
     def _admit(self, run: Run) -> None:
         """Admit the documents of the samples since the last call. Collective over the world."""

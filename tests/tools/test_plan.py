@@ -209,6 +209,14 @@ def test_data_of_another_tokenizer_is_wrong(capsys, corpus, tmp_path):
     assert "wrong: data.train: the shards in" in out
 
 
+def test_the_runs_reservoir_is_told_among_the_data():
+    from engine.config.load import load_run
+    from tools.plan_inputs import look
+
+    found = look(load_run(Path(__file__).parents[2] / "configs/examples/replay-reservoir.yaml")).found
+    assert "stages.1.replay.source: the run's reservoir of 100,000 rows at most" in found
+
+
 def table_width(shown: str) -> int:
     """The longest line that is neither a missing input nor keys to paste."""
     pasted = ("missing: ", "parallel", "parallel: ")

@@ -138,6 +138,21 @@ def test_a_reservoir_of_another_size_serves_later_run_stages_alone(corpus, whole
     check_equal(tmp_path, folder)
 
 
+def test_a_reservoir_of_another_size_before_the_first_step_of_a_run_stage(corpus, whole, tmp_path):
+    """The stage has begun: its checkpoint has the place in the generation."""
+    folder, run, _ = whole
+
+    def never(trainer: Any) -> None:
+        step = trainer._step
+        trainer._step = lambda: trainer.state.step == BORDER or step()
+
+    stopped = fake_run(tree_of(corpus, tmp_path), never)
+    assert (stopped.state.run_stage, stopped.state.stage_step) == (1, 0)
+    smaller = tree_of(corpus, tmp_path) | {"reservoir": {"rows": 3, "span_tokens": 16, "quota": "uniform"}}
+    assert fake_run(smaller).at_end == run.at_end
+    check_equal(tmp_path, folder)
+
+
 def test_a_deleted_document_is_not_read_and_no_sample_moves(corpus, whole, tmp_path):
     _, _, samples = whole
     stopped_run(tree_of(corpus, tmp_path), 6)
