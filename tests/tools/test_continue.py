@@ -349,6 +349,12 @@ def test_replay_of_the_runs_reservoir(corpus, tmp_path, capsys):
     assert f"{generation.num_tokens:,}" in row
     assert fake_run(read_tree(run)).state.step == 8
     assert values(tmp_path / "run", "replay_samples")[8] == 8
+    capsys.readouterr()
+    assert main(["ledger", str(run), "--no-check", "--json"]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert stages[1]["tokens"] == {"law": 3 * STEP_TOKENS, "replay": STEP_TOKENS}
+    assert main(["inspect-data", str(run)]) == 0
+    assert row in capsys.readouterr().out, "as before: the checkpoints name what the stage replays"
 
 
 def test_a_reservoir_that_is_empty_is_not_replayed(corpus, tmp_path, capsys):
