@@ -66,6 +66,12 @@ def check_matrix(items: list[pytest.Item]) -> None:
         )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hear Ctrl-C, which a shell without job control ignores for what it starts in the background: children, too."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @cache
 def starts_processes(source: str) -> bool:
     """Return True if a test file's folder or its imports say that it starts processes; `source` is below the root."""
