@@ -172,7 +172,9 @@ def plain_losses(tree: dict[str, Any]) -> list[float]:
     data, found = RunData(config, groups), []
     for number, stage in enumerate(config.stages):
         spec = stage_spec(config, stage, groups)
-        run = StageRun(number, config, data.take(number), groups, torch.device("cpu"), spec, lambda: False)
+        run = StageRun(
+            number, config, data.take(number, lambda: None), groups, torch.device("cpu"), spec, lambda: False
+        )
         trained = {n: p for n, p in model.named_parameters() if not matches(ties.get(n, n), stage.freeze)}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
