@@ -41,7 +41,7 @@ FINAL_FACTOR: float = ScheduleConfig.model_fields["final_factor"].default
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a run stands: its newest checkpoint, and what was trained until then."""
+    """Standing of a run: its newest checkpoint, and what was trained until then."""
 
     checkpoint: Path
     state: TrainState

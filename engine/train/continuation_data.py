@@ -18,7 +18,7 @@ from engine.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class NewData:
-    """Where the data of a new stage lies: folders or URLs of token shards, by name."""
+    """Locations of the data of a new stage: folders or URLs of token shards, by name."""
 
     train: dict[str, str]
     """One entry without a name, or several sources."""

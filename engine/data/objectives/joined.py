@@ -33,7 +33,7 @@ class _JoinedIndex(NamedTuple):
 
 
 class _JoinedDataset:
-    """What the samplers ask of a data set, for several."""
+    """The attributes of a data set that samplers use, over several data sets."""
 
     def __init__(self, sets: Sequence[TokenDataset]) -> None:
         self.sets = sets

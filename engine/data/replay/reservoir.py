@@ -41,7 +41,7 @@ _MERGED = 1 << 18
 
 @dataclass(frozen=True)
 class Settings:
-    """What a reservoir's rows and keys depend on; equal in all reservoirs that are merged."""
+    """Settings that a reservoir's rows and keys depend on; equal in all reservoirs that are merged."""
 
     capacity: int
     """Most rows of all domains together."""
