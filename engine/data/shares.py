@@ -39,7 +39,7 @@ class ShareTable(NamedTuple):
 
 
 class Begin(NamedTuple):
-    """Beginning of a table's shares: a position, the samples that each source had given, and what was owed to replay."""
+    """Beginning of a table's shares: a position, the samples of each source by then, and what was owed to replay."""
 
     position: int
     drawn: tuple[int, ...]

@@ -24,7 +24,7 @@ FROZEN = (
 )
 """Parameters without gradients: in front, behind, in a whole pipeline stage."""
 MORE_FROZEN = (
-    Case("llama", zero_stage=2, pipe=3, schedule="zb-h1", freeze=BACK),
+    Case("llama", zero_stage=1, pipe=3, schedule="zb-h1", freeze=BACK),
     Case("llama-deep", zero_stage=3, pipe=2, data=2, chunks_per_stage=2, freeze=FRONT),
     Case("bert", zero_stage=3, pipe=3, tensor=2, sequence_parallel=True, recompute="selective", freeze=FRONT),
     Case("llama", zero_stage=3, tensor=2, data=2, optimizer="muon", freeze=("layers.1.*", "embed*")),
