@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +15,6 @@ from engine.atomic import replacing
 from engine.errors import ConfigError
 
 if TYPE_CHECKING:  # pydantic and numpy would make --help slow
-    from engine.config.schema.data import DataSource
     from engine.config.schema.run import RunConfig
     from tools.continue_text import NewStage
 
@@ -185,19 +183,14 @@ def _replayed(config: RunConfig) -> str:
     Raises:
         ConfigError: there are several.
     """
-    data = [stage.data for stage in config.stages]
-    places = dict.fromkeys(place for one in data for place in ([one.train] if one.train else _paths(one.sources)))
-    if len(places) > 1:
+    locations = dict.fromkeys(location for stage in config.stages for location in stage.data.training_locations)
+    if len(locations) > 1:
         raise ConfigError(
-            f"--ratio: the run's stages have {len(places)} data sets, and a stage replays from one",
-            f"one of {', '.join(places)}",
+            f"--ratio: the run's stages have {len(locations)} data sets, and a stage replays from one",
+            f"one of {', '.join(locations)}",
             "call this without --ratio, then write `replay: {ratio: R, source: DIR}` into the new stage",
         )
-    return next(iter(places))
-
-
-def _paths(sources: Iterable[DataSource]) -> list[str]:
-    return [source.path for source in sources]
+    return next(iter(locations))
 
 
 def _checked(tree: dict[str, Any], stage: dict[str, Any], path: Path) -> RunConfig:

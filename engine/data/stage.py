@@ -58,8 +58,7 @@ def open_parts(
         DataError: missing, damaged, written with another tokenizer, or of more tokens than `vocab_size`.
     """
     data, replay = run_stage.data, run_stage.replay
-    folders = [source.path for source in data.sources] if data.train is None else [data.train]
-    sets = [_open(data, folder, tokenizer_hash, vocab_size, tombstones) for folder in folders]
+    sets = [_open(data, where, tokenizer_hash, vocab_size, tombstones) for where in data.training_locations]
     replayed: list[WeightedDataset] = []
     if replay is not None and replay.source is not None:
         opened = _open(data, replay.source, tokenizer_hash, vocab_size, tombstones)

@@ -155,7 +155,7 @@ def _shared(ledger: Ledger) -> dict[str, int | None]:
     locations: dict[str, CacheConfig | None] = {}
     for run_stage in stages:
         data = run_stage.data
-        locations |= dict.fromkeys([data.train] if data.train else [source.path for source in data.sources], data.cache)
+        locations |= dict.fromkeys(data.training_locations, data.cache)
         if run_stage.replay is not None and run_stage.replay.source is not None:
             locations[run_stage.replay.source] = data.cache
     found: dict[str, int | None] = {}

@@ -21,7 +21,7 @@ from typing import Any
 
 from engine.config.resolve import examine
 from tests.distributed.cases import MODELS
-from tests.distributed.runs import run_config, run_tree
+from tests.distributed.runs import run_config, run_tree, write_corpus, write_sentences
 
 NUM_PAIRS = 24
 NUM_STEPS, SAVED_AT = 22, 2
@@ -62,6 +62,14 @@ TABLE = Path(__file__).with_name("pairs.json")
 
 Pair = dict[str, Any]
 """A value for every factor."""
+
+
+def write_families(folder: Path) -> None:
+    """Write the corpora of the pairs' families, each in a folder of its name."""
+    (folder / "gpt").mkdir()
+    write_corpus(folder / "gpt")
+    write_sentences(folder / "bert", "wordpiece", VOCAB["bert"], "masked")
+    write_sentences(folder / "t5", "bpe", VOCAB["t5"], "span_corruption")
 
 
 def name_of(pair: Pair) -> str:

@@ -21,9 +21,9 @@ from engine.config.parameter_patterns import matches
 from engine.errors import EXIT_DONE
 from engine.train.metrics import read_metrics
 from tests.distributed.cases import MODELS
-from tests.distributed.pairs import OBJECTIVES, VOCAB
+from tests.distributed.pairs import OBJECTIVES, VOCAB, write_families
 from tests.distributed.ranks import run_ranks
-from tests.distributed.runs import LENGTH, run_config, run_tree, train_rank, write_corpus, write_sentences
+from tests.distributed.runs import LENGTH, run_config, run_tree, train_rank
 
 matrix = pytest.mark.matrix
 FRONT = ("embed*", "layers.0.*", "layers.1.*")
@@ -41,10 +41,7 @@ LAYOUTS = (
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder per family."""
     folder = tmp_path_factory.mktemp("corpora")
-    (folder / "gpt").mkdir()
-    write_corpus(folder / "gpt")
-    write_sentences(folder / "bert", "wordpiece", VOCAB["bert"], "masked")
-    write_sentences(folder / "t5", "bpe", VOCAB["t5"], "span_corruption")
+    write_families(folder)
     return folder
 
 

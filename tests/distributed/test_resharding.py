@@ -27,7 +27,6 @@ from tests.distributed.pairs import (
     NUM_PAIRS,
     NUM_STEPS,
     SAVED_AT,
-    VOCAB,
     Pair,
     accepted,
     covering,
@@ -38,9 +37,10 @@ from tests.distributed.pairs import (
     tree_of,
     values_together,
     world_size,
+    write_families,
 )
 from tests.distributed.ranks import run_ranks
-from tests.distributed.runs import train_rank, write_corpus, write_sentences
+from tests.distributed.runs import train_rank
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
 MATRIX = covering()
@@ -70,10 +70,7 @@ def test_the_pairs_are_24_and_cover_every_two_values_that_can_be() -> None:
 def corpus(tmp_path_factory) -> Path:
     """A folder per family."""
     folder = tmp_path_factory.mktemp("corpora")
-    (folder / "gpt").mkdir()
-    write_corpus(folder / "gpt")
-    write_sentences(folder / "bert", "wordpiece", VOCAB["bert"], "masked")
-    write_sentences(folder / "t5", "bpe", VOCAB["t5"], "span_corruption")
+    write_families(folder)
     return folder
 
 

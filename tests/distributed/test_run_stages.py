@@ -22,9 +22,9 @@ from engine.checkpoint.load import read_state
 from engine.errors import EXIT_DONE
 from engine.train.metrics import read_metrics
 from tests.distributed.cases import MODELS
-from tests.distributed.pairs import OBJECTIVES, VOCAB
+from tests.distributed.pairs import OBJECTIVES, VOCAB, write_families
 from tests.distributed.ranks import RankFailed, run_ranks
-from tests.distributed.runs import LENGTH, run_tree, train_rank, write_corpus, write_sentences
+from tests.distributed.runs import LENGTH, run_tree, train_rank
 
 BORDER, LAST = 3, 6
 matrix = pytest.mark.matrix
@@ -62,10 +62,7 @@ KILLS = (1, BORDER, 4)
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder per family."""
     folder = tmp_path_factory.mktemp("corpora")
-    (folder / "gpt").mkdir()
-    write_corpus(folder / "gpt")
-    write_sentences(folder / "bert", "wordpiece", VOCAB["bert"], "masked")
-    write_sentences(folder / "t5", "bpe", VOCAB["t5"], "span_corruption")
+    write_families(folder)
     return folder
 
 
