@@ -91,7 +91,7 @@ class Ours:
         """One step on micro-batches that lie on the device; returns (loss per target, gradient norm)."""
         weight = torch.tensor(float(num_targets), dtype=torch.float64, device=self.device)
         (loss,) = self.pipeline.train(inputs, 1.0 / weight)
-        norm = self.pipeline.engine.step(self.config.optimizer.learning_rate, accept)
+        norm = self.pipeline.engine.step(self.config.optimizer.learning_rate, accept).gradient_norm
         return (loss / weight).item(), norm
 
     def inputs(self, step: int) -> list[Tensors]:

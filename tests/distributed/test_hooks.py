@@ -41,7 +41,7 @@ def one_step(environment: RankEnvironment, case: Case) -> tuple[float, list[tupl
             found.append((spec.name, own[start : start + grad.numel()].numpy(), grad.float().numpy().copy()))
         return True
 
-    norm = pipeline.engine.step(LEARNING_RATE, accept)
+    norm = pipeline.engine.step(LEARNING_RATE, accept).gradient_norm
     shards = {(shard.spec.name, shard.start, shard.length) for shard in pipeline.engine.parameter_shards()}
     assert {(name, len(values)) for name, _, values in found} == {(name, length) for name, _, length in shards}
     return norm, found

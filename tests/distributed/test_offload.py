@@ -65,7 +65,7 @@ def steps_of_both(environment: Any, case: Case) -> list[list[str]]:
             pipeline.train(stage_inputs(batch, one, groups), torch.tensor([0.1]))
             if step == 1 and host is not None:
                 watch(host, events)
-            norms.append(pipeline.engine.step(LEARNING_RATE))
+            norms.append(pipeline.engine.step(LEARNING_RATE).gradient_norm)
             check_invariants(pipeline.engine, groups)
         shards = pipeline.engine.parameter_shards()
         ends.append((norms, [t.clone() for shard in shards for t in (shard.weight, *shard.moments.values())]))

@@ -12,71 +12,45 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import deepspeed
 import torch
 from torch import nn
 
 from engine.config.schema.parallel import ParallelConfig
-from engine.errors import PalimpsestError
 from engine.parallel.boundary import Tensors
 from engine.parallel.deferral import Deferral, DeferredGradients, gradients
 from engine.parallel.groups import Group, Groups
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.stage import StageModule
-from engine.parallel.state import ParameterGroup, ParameterShard, Placement, ShardRange
-from engine.parallel.zero.adapter import Engine, Topology, scalar_of
+from engine.parallel.state import ParameterGroup, ParameterShard, Placement
+from engine.parallel.zero.adapter import Topology, scalar_of
+from engine.parallel.zero.construction import (
+    MakeOptimizer,
+    ShardOptimizer,
+    adapt_config,
+    make_deepspeed_engine,
+    mark_frozen,
+    optimizer_over,
+    parameters_by_group,
+    replace_norm,
+)
 from engine.parallel.zero.frozen import FrozenWeights
 from engine.parallel.zero.gathering import Gathering
 from engine.parallel.zero.gradient_norm import WholeGradients
 from engine.parallel.zero.gradients import Accumulator
 from engine.parallel.zero.offload import host_state
-from engine.parallel.zero.optimizers import FlatShards, Named, PartitionedShards, has_gradient, require, shards
+from engine.parallel.zero.optimizers import FlatShards, PartitionedShards, has_gradient, shards
 from engine.parallel.zero.stage3 import (
     DeepSpeedPatches,
     forget_modules,
-    no_barrier,
     offload_of,
     partition_empty,
     replace_parameters,
 )
-
-MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
-
-
-@runtime_checkable
-class ShardOptimizer(Protocol):
-    """An optimizer that needs to know which parameters its tensors hold, and which ranks hold the rest of them."""
-
-    def attach(
-        self,
-        ranges: Iterable[tuple[torch.Tensor, list[ShardRange]]],
-        placements: list[Placement],
-        zero: Group,
-        tensor: Group,
-    ) -> None: ...
-
-
-class NotFinite(PalimpsestError):
-    """The gradient is infinite or not a number; the weights are as before the step, on every rank."""
-
-
-def accept_finite(norm: float) -> bool:
-    """Accept every finite gradient norm.
-
-    Raises:
-        NotFinite: the norm is infinite or not a number.
-    """
-    if not math.isfinite(norm):
-        raise NotFinite(
-            f"the gradient norm is {norm}",
-            "a finite number",
-            "resume from the last checkpoint with a lower optimizer.learning_rate, or look at the batch's data",
-        )
-    return True
+from engine.parallel.zero.step import StepResult, accept_finite
 
 
 class StageEngine:
@@ -103,14 +77,9 @@ class StageEngine:
         self.zero_stage: int = config["zero_optimization"]["stage"]
         self.dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
         self.clip_norm: float = config["gradient_clipping"]
-        if self.zero_stage == 0 or parallel.offload == "optimizer":
-            # Clipped in `step` instead: without ZeRO the norm of DeepSpeed would miss other pipeline stages, and
-            # offloaded gradients would be clipped on the host.
-            config = config | {"gradient_clipping": 0.0}
         trained = [group for group in parameter_groups if group.trained_since is not None]
-        if not trained and self.zero_stage < 3:
-            config = config | {"zero_optimization": {"stage": 0}}  # there is nothing to cut into shards
-        _freeze(module, parameter_groups)
+        config = adapt_config(config, parallel, trains=bool(trained))
+        mark_frozen(module, parameter_groups)
         topology = Topology(groups)
         if self.zero_stage == 3:
             near = None if groups.near is None else groups.near.handle
@@ -119,24 +88,14 @@ class StageEngine:
             replace_parameters(
                 module, lambda p: nn.Parameter(torch.zeros(p.shape, dtype=self.dtype, device=device), p.requires_grad)
             )
-        self._named = named = _by_group(module, trained)
+        self._named = named = parameters_by_group(module, trained)
         frozen = [group for group in parameter_groups if group.trained_since is None]
-        held = [one for group in _by_group(module, frozen) for one in group]
+        held = [one for group in parameters_by_group(module, frozen) for one in group]
         assert len(held) + sum(map(len, named)) == len(list(module.parameters())), "a parameter is in no group"
         self._frozen = FrozenWeights(self.zero_stage, held, groups.zero)
         self._trained = trained
-        self.optimizer = _optimizer(named, trained, make_optimizer) if trained else None
-        # The class itself, not `deepspeed.initialize`, which would choose DeepSpeed's own engine class.
-        with no_barrier():
-            self._engine: Any = Engine(
-                args=None,
-                model=module,
-                optimizer=self.optimizer,
-                mpu=topology,
-                dist_init_required=False,
-                config=config,
-                config_class=deepspeed.DeepSpeedConfig(config, topology),
-            )
+        self.optimizer = optimizer_over(named, trained, make_optimizer) if trained else None
+        self._engine: Any = make_deepspeed_engine(module, self.optimizer, topology, config)
         offloaded = parallel.offload == "optimizer" and self.optimizer is not None
         self._host = host_state(self.zero_stage, self._engine, device) if offloaded else None
         self._shards = shards(self.zero_stage, self._engine, self.optimizer, named, groups.zero.position)
@@ -152,20 +111,7 @@ class StageEngine:
         self._gradients_begun = False
         self._rate_factors = [1.0] * len(trained)
         self._norm = torch.zeros((), device=device)
-        # DeepSpeed's own norm does not know pipeline stages and their tied weights. Its step reads `self._norm` in its
-        # place, which `StageEngine.step` has computed over the whole model.
-        if self.optimizer is None:
-            # DeepSpeed prepares an optimizer for a backward pass, and scales its gradients: here are neither.
-            require(self._engine, "_backward_prologue", "_backward_prologue_per_tensor")
-            self._engine._backward_prologue = lambda: None
-            self._engine._backward_prologue_per_tensor = lambda grad: grad
-        elif self.zero_stage in (1, 2):
-            self._engine.optimizer.scaled_global_norm = lambda norm_type=2: self._norm
-            # Over all stages, of which some may have no optimizer; it is asked where the norm, which decides, is known.
-            require(self._engine.optimizer, "_model_parallel_all_reduce")
-            self._engine.optimizer._model_parallel_all_reduce = lambda tensor, op: None
-        elif self.zero_stage == 3:
-            self._engine.optimizer._get_norm_groups = lambda: [self._norm]
+        replace_norm(self._engine, bool(trained), self.zero_stage, lambda: self._norm)
 
     def forward(self, chunk: int, inputs: Tensors) -> Tensors:
         """Run a chunk on one micro-batch; return its outputs by name. Collective over the ZeRO group under ZeRO-3."""
@@ -262,8 +208,8 @@ class StageEngine:
         if self._gathering:
             self._gathering.free()
 
-    def step(self, learning_rate: float, accept: Callable[[float], bool] = accept_finite) -> float:
-        """Clip, update the weights and clear the gradients; return the global gradient norm before clipping.
+    def step(self, learning_rate: float, accept: Callable[[float], bool] = accept_finite) -> StepResult:
+        """Clip, update the weights and clear the gradients.
 
         `learning_rate` is that of parameters whose factor is 1.
 
@@ -296,7 +242,7 @@ class StageEngine:
         if self._accumulator:
             # After the step: the optimizer's gradients may be views of these buffers.
             self._accumulator.clear()
-        return norm
+        return StepResult(accepted, norm)
 
     def parameter_shards(self) -> list[ParameterShard]:
         """Return live views of all master weights and moments that this rank holds."""
@@ -440,33 +386,3 @@ class StageEngine:
         """Return the factor of clipping, computed as DeepSpeed does; None without clipping."""
         # On the device, without a branch on the norm: 1 where the norm is below the limit. 1e-6 is DeepSpeed's.
         return 1.0 / ((self._norm + 1e-6) / self.clip_norm).clamp(min=1.0) if self.clip_norm > 0 else None
-
-
-def _freeze(module: StageModule, parameter_groups: Iterable[ParameterGroup]) -> None:
-    """Mark the parameters of frozen groups as such, before DeepSpeed sees them."""
-    frozen = {spec.name for group in parameter_groups if group.trained_since is None for spec in group.specs}
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(module.logical_names[name] not in frozen)
-
-
-def _optimizer(
-    named: Named, parameter_groups: Iterable[ParameterGroup], make_optimizer: MakeOptimizer
-) -> torch.optim.Optimizer:
-    return make_optimizer(
-        [
-            {
-                "params": [parameter for _, parameter in group],
-                "weight_decay": described.weight_decay,
-                "matrices": described.matrices,
-                "moments": described.moments,
-            }
-            for group, described in zip(named, parameter_groups, strict=True)
-        ]
-    )
-
-
-def _by_group(module: StageModule, parameter_groups: Iterable[ParameterGroup]) -> Named:
-    """Return the module's parameters in the order of the groups."""
-    # `named_parameters` gives a shared parameter once, under the first of its names.
-    by_name = {module.logical_names[name]: parameter for name, parameter in module.named_parameters()}
-    return [[(spec, by_name[spec.name]) for spec in group.specs] for group in parameter_groups]

@@ -28,7 +28,7 @@ from engine.parallel.groups import Groups
 from engine.parallel.pipeline import DomainSums
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.state import MOMENTS, ParameterGroup, ParameterShard, Placement
-from engine.parallel.zero.engine import accept_finite
+from engine.parallel.zero.step import StepResult, accept_finite
 from engine.train.metrics import read_metrics
 from engine.train.signals import StopSignals
 from engine.train.state import TrainState
@@ -59,16 +59,17 @@ class FakeEngine:
         self.updates = 0
         """Updates that `set_updates` told of, and those since."""
 
-    def step(self, learning_rate: float, accept: Callable[[float], bool] = accept_finite) -> float:
-        """Update the weight unless `accept(norm)` is False; return the gradient's norm and drop the gradient."""
+    def step(self, learning_rate: float, accept: Callable[[float], bool] = accept_finite) -> StepResult:
+        """Update the weight unless `accept(norm)` is False, and drop the gradient."""
         assert self.gradient_W is not None, "a step follows a backward pass"
         norm = self.gradient_W.norm().item()
-        if accept(norm):
+        accepted = accept(norm)
+        if accepted:
             momentum_W = self.moments["exp_avg"].mul_(0.5).add_(self.gradient_W)
             self.weight_W.sub_(learning_rate * momentum_W)
             self.updates += 1
         self.gradient_W = None
-        return norm
+        return StepResult(accepted, norm)
 
     def gradient_shards(self) -> Iterator[tuple[ParameterSpec, int, torch.Tensor]]:
         """Yield the parameter, its first element and its gradient, for what `accept` looks at."""
@@ -190,7 +191,7 @@ def fake_run(tree: Tree, prepare: Callable[[Any], None] = lambda trainer: None, 
         try:
             code = trainer.fit()
         except PalimpsestError:
-            trainer.restarts.settle()  # as `train` does
+            trainer.checkpoints.settle()  # as `train` does
             raise
         return FakeRun(code, started_at, at_start, held(), trainer.state)
 
