@@ -53,14 +53,14 @@ def main(
 
 def _model(source: Path, output: Path, tokenizer: Path | None, license_id: str | None) -> None:
     from engine.logs import configure
-    from engine.serve.card import check_license
+    from engine.serve.card import parse_license
     from engine.serve.export import LARGEST_DIFFERENCE, export
     from engine.serve.quiet import quiet
     from engine.serve.source import open_trained
 
     configure()
     quiet()
-    license_id = None if license_id is None else check_license(license_id)
+    license_id = None if license_id is None else parse_license(license_id)
     print(f"reading and verifying {source}", flush=True)
     trained = open_trained(source, tokenizer)
     print(f"writing {output} from {trained.checkpoint.name} and reading it back", flush=True)

@@ -151,7 +151,7 @@ class Saver:
         if self._flight is not None and not self._flight.writing.done:
             self._flight.staged.hold_update()
 
-    def signals(self) -> tuple[float, float]:
+    def save_flags(self) -> tuple[float, float]:
         """Return this rank's report on the save in flight, (done, failed), each 0 or 1. Sum them over the world."""
         flight = self._flight
         if flight is None:

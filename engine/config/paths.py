@@ -48,8 +48,8 @@ def expand(path: str, what: str = "path") -> str:
     return found
 
 
-def refuse_url(path: str, what: str) -> str:
-    """Return a path that has to lie on a disk. Raises `ConfigError` where it is a URL."""
+def disk_path(path: str, what: str) -> str:
+    """Return `path`, which has to lie on a disk. Raises `ConfigError` where it is a URL."""
     if _URL.match(path):
         raise ConfigError(
             f"{what} = {path} is a URL",
@@ -65,7 +65,7 @@ def expand_keys(tree: dict[str, Any]) -> None:
     for key in KEYS:
         _change_at(tree, key.split("."), "", expand)
     for key in ON_DISK:
-        _change_at(tree, key.split("."), "", refuse_url)
+        _change_at(tree, key.split("."), "", disk_path)
 
 
 def with_homes(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,5 +100,5 @@ def _change_at(node: Any, keys: Sequence[str], above: str, change: Callable[[str
 
 def _in_argument(value: Any, name: str) -> Any:
     if isinstance(value, Path):
-        return Path(expand(refuse_url(str(value), name), name))
+        return Path(expand(disk_path(str(value), name), name))
     return [_in_argument(item, name) for item in value] if isinstance(value, list) else value

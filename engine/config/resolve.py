@@ -24,7 +24,7 @@ from engine.config.rules.parallel import (
     check_sequence,
     check_zero,
 )
-from engine.config.rules.stage import check_optimizer, check_ramp, check_run_stages, check_schedule, check_stability
+from engine.config.rules.stage import check_optimizer, check_run_stages, check_schedule, check_stability, ramp_problems
 from engine.config.rules.tables import check_replay, check_weights_table
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.parallel import ParallelConfig
@@ -182,7 +182,9 @@ def _check_stage(index: int, stage: RunStage, model: ModelConfig, problems: list
     if (stage.duration.steps is None) == (stage.duration.tokens is None):
         problems.append(ConfigError(f"{key}.duration", "exactly one of steps and tokens"))
         return
-    if check_ramp(key, stage, problems):
+    in_ramp = ramp_problems(key, stage)
+    problems += in_ramp
+    if not in_ramp:
         check_schedule(key, stage, problems)
 
 

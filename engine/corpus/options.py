@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.config.paths import refuse_url
+from engine.config.paths import disk_path
 from engine.corpus.assemble import Deduplicate
 from engine.corpus.sentences import check_language
 from engine.data.shards.writer import DEFAULT_SHARD_BYTES, Compression
@@ -77,7 +77,7 @@ def check_options(options: PrepareOptions) -> None:
         raise ConfigError(f"shards of {options.shard_bytes} bytes", "1 or more", "name a larger --shard-megabytes")
     if options.sentences is not None:
         check_language(options.sentences)
-    refuse_url(str(options.output), "--output")
+    disk_path(str(options.output), "--output")
     if options.id_key == options.text_key:
         raise ConfigError(
             f"--id-key {options.id_key} is the key of the text, too", "the key of an id", "name another one, or none"

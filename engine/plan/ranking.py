@@ -35,7 +35,7 @@ LARGEST_MICRO_BATCH = 64
 CHUNKS_PER_STAGE = (1, 2, 4)
 """Chunks per pipeline stage that are tried."""
 RECOMPUTE = ("none", "selective", "full")
-"""Ways to recompute, from the cheapest to the one that spares most memory."""
+"""Ways to recompute, from the cheapest to the one that saves most memory."""
 OFFLOAD = ("none", "optimizer")
 REFINED_FACTOR = 1.5
 """Layouts slower than the fastest by more than this factor are not refined (chunks, sequence parallelism)."""
@@ -146,10 +146,10 @@ class Candidate:
         More arithmetic for the same work means uneven stages, or products too small to fill the machine. Options that
         save memory are there because the layout would not fit without them.
         """
-        return self._costs(best) + (f"; {self.plain_bytes / GIB:.0f} GiB if plain" if self.spares else "")
+        return self._costs(best) + (f"; {self.plain_bytes / GIB:.0f} GiB if plain" if self.saves_memory else "")
 
     @property
-    def spares(self) -> bool:
+    def saves_memory(self) -> bool:
         """True if it uses an option that saves memory, without which it would not fit."""
         return self.plain_bytes > self.memory_bytes
 
@@ -304,7 +304,7 @@ def _best(config: RunConfig, cluster: Cluster, pipe: int, tensor: int, data: int
     zero = {"zero_stage": zero_stage, "gather": gather, "gather_within": within}
     for size in _micro_batch_sizes(config, data):
         tried = with_parallel(config, **axes, **zero, micro_batch_size=size)
-        candidate = _spared(tried, cluster, _shared(tensor))
+        candidate = _leanest_needed(tried, cluster, _sequence_parallel_choices(tensor))
         if candidate is None:
             continue
         best = candidate if best is None else min(best, candidate, key=_order)
@@ -316,27 +316,27 @@ def _best(config: RunConfig, cluster: Cluster, pipe: int, tensor: int, data: int
 def _refined(config: RunConfig, candidate: Candidate, cluster: Cluster) -> Iterator[Candidate]:
     """Yield the same layout with other numbers of chunks per stage, with sequence parallelism and without."""
     chunks = CHUNKS_PER_STAGE if candidate.layout.pipe > 1 else (1,)
-    for chunks_per_stage, shared in product(chunks, _shared(candidate.layout.tensor)):
+    for chunks_per_stage, sequence_parallel in product(chunks, _sequence_parallel_choices(candidate.layout.tensor)):
         parallel = candidate.parallel.model_copy(update={"chunks_per_stage": chunks_per_stage})
-        found = _spared(config.model_copy(update={"parallel": parallel}), cluster, (shared,))
+        found = _leanest_needed(config.model_copy(update={"parallel": parallel}), cluster, (sequence_parallel,))
         if found is not None:
             yield found
 
 
-def _shared(tensor: int) -> tuple[bool, ...]:
+def _sequence_parallel_choices(tensor: int) -> tuple[bool, ...]:
     """Return the values of `parallel.sequence_parallel` that make a difference with so many tensor ranks."""
     return (False, True) if tensor > 1 else (False,)
 
 
-def _spared(config: RunConfig, cluster: Cluster, shared: tuple[bool, ...]) -> Candidate | None:
+def _leanest_needed(config: RunConfig, cluster: Cluster, choices: tuple[bool, ...]) -> Candidate | None:
     """Return the candidate with the fewest options that save memory with which it fits: sequence parallelism, of the
-    values in `shared`, and recomputation.
+    values in `choices`, and recomputation.
 
     Where it never fits it has all of them, or none where its states alone are too large. None where `resolve` refuses
     it.
     """
     plain = with_parallel(config, recompute="none", recompute_layers=None, activation_gib=None)
-    examined = {one: examine(with_parallel(plain, sequence_parallel=one), cluster.world_size) for one in shared}
+    examined = {one: examine(with_parallel(plain, sequence_parallel=one), cluster.world_size) for one in choices}
     layouts = {one: layout for one, (layout, problems) in examined.items() if layout is not None and not problems}
     if not layouts:
         return None

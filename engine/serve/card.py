@@ -40,7 +40,7 @@ _UNTIED_T5 = (
 )
 
 
-def check_license(name: str) -> str:
+def parse_license(name: str) -> str:
     """Return a license's identifier as the hub writes it, in lower case.
 
     Raises:

@@ -127,7 +127,7 @@ class Validation(Hook):
         if evaluation.on_forgetting == "warn":
             _log.warning("%s", words)
             return
-        if run.restarts.begun_step != step:
+        if run.checkpoints.begun_step != step:
             run.save(wait=True)  # what was trained is for the user to judge
         raise Forgotten(
             words,

@@ -37,7 +37,7 @@ from engine.parallel.pipeline import Pipeline
 from engine.parallel.sharding import ParameterSpec
 from engine.train.feed import Feed
 from engine.train.records import Record
-from engine.train.restart import RUN_SECTIONS, Restarts
+from engine.train.run_checkpoints import RUN_SECTIONS, RunCheckpoints
 from engine.train.signals import StopSignals
 from engine.train.state import TrainState
 from engine.train.step_totals import Sums
@@ -56,7 +56,7 @@ class Run(Protocol):
     heart: Heartbeat
     sums: Sums
     spent: Spent
-    restarts: Restarts
+    checkpoints: RunCheckpoints
 
     @property
     def run_stage(self) -> RunStage:

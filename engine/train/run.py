@@ -53,7 +53,7 @@ def train(
     try:
         trainer = Trainer(config, groups, environment, device, signals, heart)
         code = trainer.fit()
-        trainer.restarts.end(trainer.state)
+        trainer.checkpoints.end(trainer.state)
         if environment.global_rank == 0:
             folder.note(Outcome(environment.job, environment.attempt, code, trainer.state.step))
         barrier(groups.world)  # no rank leaves before the outcome stands: launchers signal the others when one ends
@@ -63,7 +63,7 @@ def train(
         _note_failure(folder, environment, step, told)
         if trainer is not None and isinstance(error, PalimpsestError):
             with contextlib.suppress(CheckpointError):  # raised on every rank or on none: what was trained is not lost
-                trainer.restarts.settle()
+                trainer.checkpoints.settle()
         # An error that was ours already keeps its own cause: it cannot be the cause of itself.
         raise told from (error if told is not error else error.__cause__)
     finally:

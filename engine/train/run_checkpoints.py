@@ -47,7 +47,7 @@ SHOWN_SAMPLES = 1024
 _log = logger(__name__)
 
 
-Sections = Mapping[str, Any]
+SectionStates = Mapping[str, Any]
 """State that parts of a run keep in a checkpoint, by name: JSON, equal on every rank."""
 
 
@@ -60,12 +60,12 @@ class Restored:
     path: Path
 
     @property
-    def sections(self) -> Sections:
+    def sections(self) -> SectionStates:
         """Everything that parts of the run have kept."""
         return self.manifest.state.sections
 
 
-class Restarts:
+class RunCheckpoints:
     """The checkpoints of one run, for one rank. Every method is collective over the world."""
 
     def __init__(self, config: RunConfig, groups: Groups, environment: RankEnvironment) -> None:
@@ -114,7 +114,7 @@ class Restarts:
         if self._memory is not None:
             self._memory.check_room(num_bytes)
 
-    def save(self, state: TrainState, engine: StageEngine, sections: Sections, wait: bool) -> None:
+    def save(self, state: TrainState, engine: StageEngine, sections: SectionStates, wait: bool) -> None:
         """Begin a checkpoint once the one before has ended; with `wait`, or unless saves are asynchronous, end it, too.
 
         Raises:
@@ -136,13 +136,15 @@ class Restarts:
         else:
             self._tolerate(begin)
 
-    def keep(self, state: TrainState, engine: StageEngine, sections: Sections) -> None:
+    def keep(self, state: TrainState, engine: StageEngine, sections: SectionStates) -> None:
         """Begin a checkpoint in the nodes' memory, except where another one is under way."""
         # Equal on every rank, so all begin or none does. A skipped one is made up for by the next.
         if self._saver.in_flight is None:
             self._tolerate(lambda: self._begin(state, engine, sections, self._memory), optional=True)
 
-    def _begin(self, state: TrainState, engine: StageEngine, sections: Sections, store: Store | None = None) -> None:
+    def _begin(
+        self, state: TrainState, engine: StageEngine, sections: SectionStates, store: Store | None = None
+    ) -> None:
         self._saver.begin(
             engine.parameter_shards(),
             engine.placements(),
@@ -156,9 +158,9 @@ class Restarts:
         """Hold the next update until the save in flight has copied the weights; call before each update."""
         self._saver.hold_update()
 
-    def signals(self) -> tuple[float, float]:
+    def save_flags(self) -> tuple[float, float]:
         """Return this rank's report on the save in flight; `advance` takes the sums over the world."""
-        return self._saver.signals()
+        return self._saver.save_flags()
 
     def advance(self, done: float, failed: float) -> None:
         """Advance the save in flight; call after each step.
@@ -347,7 +349,7 @@ class Restarts:
         finally:
             saved.note(self.config.folder, step_of(newest))
 
-    def _state(self, state: TrainState, engine: StageEngine, sections: Sections) -> CheckpointState:
+    def _state(self, state: TrainState, engine: StageEngine, sections: SectionStates) -> CheckpointState:
         return CheckpointState(
             step=state.step,
             tokens=state.tokens,

@@ -90,6 +90,6 @@ class MemoryCheckpoints(Hook):
     def between_steps(self, run: Run) -> bool:
         """Begin one where it is due, except after a step that the disk has."""
         step = run.state.step
-        if self._every_steps is not None and step % self._every_steps == 0 and run.restarts.begun_step != step:
+        if self._every_steps is not None and step % self._every_steps == 0 and run.checkpoints.begun_step != step:
             run.save_in_memory()
         return False

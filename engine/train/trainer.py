@@ -27,14 +27,14 @@ from engine.parallel.agreement import on_all
 from engine.parallel.boundary import Tensors
 from engine.parallel.groups import Groups
 from engine.parallel.pipeline import Pipeline
-from engine.parallel.zero import StageEngine
+from engine.parallel.zero import StageEngine, StepResult
 from engine.train.build import build_pipeline, during, rebuild, stage_spec
 from engine.train.checks import check_invariants
 from engine.train.evaluation import is_recorded
 from engine.train.feed import Feed
 from engine.train.hooks import Hooks, Update
 from engine.train.records import Record, last_step
-from engine.train.restart import SHOWN_SAMPLES, Restarts, Restored
+from engine.train.run_checkpoints import SHOWN_SAMPLES, Restored, RunCheckpoints
 from engine.train.signals import Stopping, StopSignals
 from engine.train.stability import REMEDY, Unstable
 from engine.train.stage_run import RunData, StageRun
@@ -60,10 +60,10 @@ class Trainer:
     ) -> None:
         self.config, self.groups, self.device, self.signals, self.heart = config, groups, device, signals, heart
         self.spent = Spent()
-        self.restarts = Restarts(config, groups, environment)
+        self.checkpoints = RunCheckpoints(config, groups, environment)
         self.hooks = Hooks(standard_hooks(config))
         with phase("taking the run folder"):
-            self.state = self.restarts.acquire()
+            self.state = self.checkpoints.acquire()
         with phase("opening the data"):
             self._data = RunData(config, groups)
             # A checkpoint at the end of a run stage goes on in the next one: the data of the completed one may be gone.
@@ -74,13 +74,13 @@ class Trainer:
             self.pipeline: Pipeline = build_pipeline(config, spec, groups, device)
             self.pipeline.spec = spec
         self.sums = Sums(spec.losses, groups, device)
-        self.stage: StageRun | None = None
+        self.stage_run: StageRun | None = None
         # A long phase without a beat counts as a hang, so the supervisor has to know what this one is.
         self.heart.beat(0, "load")
         with phase("looking for a checkpoint and loading it"):
             self._restore()
         with phase("taking the memory of saves"):
-            self.restarts.reserve(self.pipeline.engine)
+            self.checkpoints.reserve(self.pipeline.engine)
 
     @property
     def run_stage(self) -> RunStage:
@@ -90,8 +90,8 @@ class Trainer:
     @property
     def feed(self) -> Feed:
         """Batches of that run stage."""
-        assert self.stage is not None, "opened when the trainer is made"
-        return self.stage.feed
+        assert self.stage_run is not None, "opened when the trainer is made"
+        return self.stage_run.feed
 
     @property
     def ends_run_stage(self) -> bool:
@@ -145,9 +145,9 @@ class Trainer:
     def close(self) -> None:
         """End threads and trackers; safe after an error."""
         self.heart.beat(self.state.step, "end")
-        self.restarts.abandon()
-        if self.stage is not None:
-            self.stage.close()
+        self.checkpoints.abandon()
+        if self.stage_run is not None:
+            self.stage_run.close()
         self.hooks.close()
 
     def summary(self, code: int) -> str:
@@ -174,7 +174,7 @@ class Trainer:
         scales, by_domain = (self.groups.zero.size * scales_L).float(), self.sums.by_domain(len(weights_KL))
         sums_L = self.pipeline.train(inputs, scales, by_domain)
         # Stop requests and reports on the save in flight travel in the all-reduce of the losses: no collective more.
-        flags = (float(self.signals.stop_requested), *self.restarts.signals())
+        flags = (float(self.signals.stop_requested), *self.checkpoints.save_flags())
         self.heart.beat(state.step, "loss")
         # fp64 (L,): a mean over all targets of the batch, whatever the layout
         losses, (stop, done, failed), sums_KL = self.sums.of_losses(sums_L * scales_L, flags, by_domain)
@@ -195,29 +195,27 @@ class Trainer:
         }
         self.write(record | self.hooks.after_step(self))
         self.spent.step(seconds, record["data_wait_seconds"], tokens)
-        self.restarts.advance(done, failed)
+        self.checkpoints.advance(done, failed)
         return stop > 0
 
-    def _update(self, loss: float, position: int, rate: float) -> tuple[bool, float]:
-        """Update the weights if all hooks accept that; return (updated, norm of the gradient).
+    def _update(self, loss: float, position: int, rate: float) -> StepResult:
+        """Update the weights if all hooks accept that.
 
         `position` is that of the step's first sample. Collective over the world.
         """
         step, engine = self.state.step, self.pipeline.engine
-        accepted: list[bool] = []
 
         def accept(norm: float) -> bool:
             # Only here, after backward: until now the save in flight has copied beside the computation.
-            self.restarts.hold_update()
+            self.checkpoints.hold_update()
             update = Update(step, position, loss, norm, rate, engine.gradient_shards)
-            accepted.append(self.hooks.before_update(self, update))
-            return accepted[0]
+            return self.hooks.before_update(self, update)
 
         self.heart.beat(step, "optimizer step")
-        gradient_norm = engine.step(rate, accept)
+        result = engine.step(rate, accept)
         if self.config.checks:
             check_invariants(engine, self.groups)
-        return accepted[0], gradient_norm
+        return result
 
     def _count_step(self, loss: float, updated: bool) -> int:
         """Move the state past a step; return its tokens."""
@@ -250,7 +248,7 @@ class Trainer:
         rollbacks, left_out = self.state.rollbacks + 1, (*stream.left_out, (first, stream.position))
         # The reading thread must not draw from a stream that is about to move back.
         self.feed.close()
-        restored = self.restarts.restore(self.pipeline.engine, self._engine_of, go_back=True)
+        restored = self.checkpoints.restore(self.pipeline.engine, self._engine_of, go_back=True)
         if restored is None:
             raise Unstable(
                 f"step {spiked}: the loss spikes before the first checkpoint", "a checkpoint to go back to", REMEDY
@@ -286,14 +284,14 @@ class Trainer:
         self.heart.beat(self.state.step, "save")
         begin = time.perf_counter()
         with self.spent.phase("checkpoints"):
-            self.restarts.save(self.state, self.pipeline.engine, self._sections(), wait)
+            self.checkpoints.save(self.state, self.pipeline.engine, self._sections(), wait)
         _log.info("step %d was held up by its checkpoint for %.2f s", self.state.step, time.perf_counter() - begin)
 
     def save_in_memory(self) -> None:
         """Begin a checkpoint in the nodes' memory, except while another one is under way. Collective over the world."""
         self.heart.beat(self.state.step, "save")
         with self.spent.phase("checkpoints"):
-            self.restarts.keep(self.state, self.pipeline.engine, self._sections())
+            self.checkpoints.keep(self.state, self.pipeline.engine, self._sections())
 
     def _save_is_due(self) -> bool:
         every_steps = self.config.checkpoint.every_steps
@@ -332,7 +330,7 @@ class Trainer:
         self._open_run_stage().rewind()
         self._leave_out()
         if self.run_stage.optimizer_state == "reset":
-            self.restarts.hold_update()  # a save may still copy the moments
+            self.checkpoints.hold_update()  # a save may still copy the moments
             self.pipeline.engine.reset_moments()
             self.state.updates, self.state.updates_before = 0, [0] * number
         self.state.updates_before.append(self.state.updates)
@@ -344,12 +342,12 @@ class Trainer:
         """Open the run stage in which the run stands, if it is not open, and close another one. Collective over the
         world."""
         number, groups = self.state.run_stage, self.groups
-        if self.stage is not None:
-            if self.stage.number == number:
-                return self.stage
-            self.stage.close()
+        if self.stage_run is not None:
+            if self.stage_run.number == number:
+                return self.stage_run
+            self.stage_run.close()
         datasets = self._data.take(number, lambda: self.hooks.generation(self))
-        self.stage = on_all(
+        self.stage_run = on_all(
             lambda: StageRun(
                 number,
                 self.config,
@@ -363,18 +361,18 @@ class Trainer:
             DataError,
         )
         self._engine_of(number)
-        self.pipeline.spec = self.stage.spec
+        self.pipeline.spec = self.stage_run.spec
         self.pipeline.engine.begin_run_stage(number)
-        return self.stage
+        return self.stage_run
 
     def _engine_of(self, number: int) -> StageEngine:
         """Return the engine, made again where a run stage trains other parameters. Collective over the world."""
         spec = during(self.pipeline.spec, self.config, self.config.stages[number])
         if spec.frozen != self.pipeline.spec.frozen:
-            self.restarts.hold_update()  # a save may still copy the weights
+            self.checkpoints.hold_update()  # a save may still copy the weights
             with phase(f"making the engine again: {len(spec.frozen)} of {len(spec.parameters)} parameters are frozen"):
                 rebuild(self.pipeline, self.config, spec)
-            self.restarts.reserve(self.pipeline.engine)
+            self.checkpoints.reserve(self.pipeline.engine)
         return self.pipeline.engine
 
     def _leave_out(self) -> None:
@@ -386,7 +384,7 @@ class Trainer:
 
     def _restore(self) -> None:
         """Go on from the newest whole checkpoint, where there is one; tell what shows that it is the same run."""
-        restored = self.restarts.restore(self.pipeline.engine, self._engine_of)
+        restored = self.checkpoints.restore(self.pipeline.engine, self._engine_of)
         if restored is None:
             if trained := last_step(self.config.folder):
                 _log.warning("no checkpoint in %s: its metrics up to step %d are dropped", self.config.folder, trained)

@@ -74,10 +74,10 @@ def on_nodes(
         train = trainer.pipeline.train
 
         def settle_and_train(*arguments: Any) -> Any:
-            trainer.restarts.settle()
+            trainer.checkpoints.settle()
             if trainer.state.step == DIES_AFTER and node == dies:
                 if goes_back:
-                    restored = trainer.restarts.restore(trainer.pipeline.engine, trainer._engine_of, go_back=True)
+                    restored = trainer.checkpoints.restore(trainer.pipeline.engine, trainer._engine_of, go_back=True)
                     assert restored is not None
                     assert restored.state.step == SAVE_EVERY
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -88,7 +88,7 @@ def on_nodes(
         trainers.append(trainer)
 
     result = train_rank(environment, config, prepare)
-    trainers[0].restarts.end(trainers[0].state)  # as `train` does
+    trainers[0].checkpoints.end(trainers[0].state)  # as `train` does
     at_start = opened[: opened.index("the first step")]
     return result | {"read": [path for path in at_start if path.startswith(str(disk)) and "stage-" in path]}
 

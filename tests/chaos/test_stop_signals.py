@@ -51,7 +51,7 @@ def while_saving(trainer: Any) -> None:
 
     def train_and_signal(*arguments: Any) -> Any:
         if trainer.state.step == 3 and trainer.groups.global_rank == 1:
-            assert trainer.restarts._saver.in_flight == 3
+            assert trainer.checkpoints._saver.in_flight == 3
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGUSR1)  # so soon after the first it is part of it
         return train(*arguments)

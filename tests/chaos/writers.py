@@ -122,7 +122,7 @@ def _save_on(connection: Connection, world: World, rank: int, folder: Path, atte
         connection.send(("begun", (), step))
         saver.hold_update()
         while saver.in_flight is not None:
-            told = gather(saver.signals(), world.groups[rank].world)
+            told = gather(saver.save_flags(), world.groups[rank].world)
             if saver.advance(*(sum(column) for column in zip(*told, strict=True))):
                 connection.send(("committed", (), step))
 

@@ -123,7 +123,7 @@ def train_rank(
     try:
         code = trainer.fit()
     except PalimpsestError:
-        trainer.restarts.settle()  # as `train` does
+        trainer.checkpoints.settle()  # as `train` does
         raise
     trainer.close()
     return {"code": code, "started_at": started_at, "at_start": at_start, "at_end": held(), "state": trainer.state}

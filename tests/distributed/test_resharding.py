@@ -77,10 +77,10 @@ def corpus(tmp_path_factory) -> Path:
 def watched_rank(environment: RankEnvironment, tree: dict[str, Any]) -> dict[str, Any]:
     """`train_rank`, and what loading took: bytes read, bytes of this rank's own elements, memory."""
     from engine.checkpoint import load as loading
-    from engine.train.restart import Restarts
+    from engine.train.run_checkpoints import RunCheckpoints
     from tests.engine.checkpoint.memory import Alive
 
-    load_shards, restore = loading.load_shards, Restarts.restore
+    load_shards, restore = loading.load_shards, RunCheckpoints.restore
     found: dict[str, Any] = {}
 
     def load_and_count(path: Any, manifest: Any, shards: Any, tensor_rank: int, tensor_size: int, zero: Any) -> int:
@@ -98,7 +98,7 @@ def watched_rank(environment: RankEnvironment, tree: dict[str, Any]) -> dict[str
         return restored
 
     loading.load_shards = load_and_count  # this process ends with the run
-    setattr(Restarts, "restore", restore_and_watch)  # noqa: B010
+    setattr(RunCheckpoints, "restore", restore_and_watch)  # noqa: B010
     return train_rank(environment, tree) | {"load": found}
 
 

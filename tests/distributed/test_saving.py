@@ -39,15 +39,15 @@ def fail_on_rank(trainer, global_rank: int, file_number: int) -> None:
 
 def settle_at_each_step(trainer) -> None:
     """Lets the write of a save end before the step after it, so that a failure has to be told at that step."""
-    real = trainer.restarts.signals
+    real = trainer.checkpoints.save_flags
 
     def signals():
-        flight = trainer.restarts._saver._flight
+        flight = trainer.checkpoints._saver._flight
         if flight is not None and not flight.writing.done:
             flight.writing._ended.wait()
         return real()
 
-    trainer.restarts.signals = signals
+    trainer.checkpoints.save_flags = signals
 
 
 def prepare(trainer, file_number: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 from engine.config.load import load_run
 from engine.config.resolve import check, resolve
 from engine.models.gpt import specs
-from engine.train.restart import SHOWN_SAMPLES
+from engine.train.run_checkpoints import SHOWN_SAMPLES
 from tools.demo import proof, text
 from tools.demo.__main__ import CONFIG, SECOND_LAYOUT, TIMING
 from tools.demo.commands import Commands, DemoFailed

@@ -17,7 +17,7 @@ from tools.demo.commands import DemoFailed
 TOLERANCES = {"bf16": 2.0**-6, "fp32": 1e-4}
 """Largest difference of a step's loss. bf16: a logit between 4 and 8 is rounded by up to half of its spacing 2^-5."""
 HASHED_SAMPLES = 1024
-"""Number of the next samples that a resumed run hashes: that of `engine.train.restart`, which imports DeepSpeed."""
+"""Number of the next samples that a resumed run hashes: that of `train.run_checkpoints`, which imports DeepSpeed."""
 _REPORTED = re.compile(r"next samples (\[.*?\]), hash of the next (\d+): ([0-9a-f]+)")
 
 

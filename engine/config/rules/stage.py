@@ -38,11 +38,9 @@ def check_run_stages(config: RunConfig, problems: list[PalimpsestError]) -> None
         )
 
 
-def check_ramp(key: str, stage: RunStage, problems: list[PalimpsestError]) -> bool:
-    """Add the rules of a batch-size ramp; return True if it keeps them.
-
-    Each size has one end, which is after the end of the one before."""
-    found = len(problems)
+def ramp_problems(key: str, stage: RunStage) -> list[PalimpsestError]:
+    """Return what is wrong with a batch-size ramp: each size has one end, after the end of the one before."""
+    problems: list[PalimpsestError] = []
     first_steps = stage.batches.first_steps
     for index, entry in enumerate(stage.batch_ramp):
         where = f"{key}.batch_ramp.{index}"
@@ -57,7 +55,7 @@ def check_ramp(key: str, stage: RunStage, problems: list[PalimpsestError]) -> bo
                     f"put its {given[0]} later, or remove it",
                 )
             )
-    return len(problems) == found
+    return problems
 
 
 def check_schedule(key: str, stage: RunStage, problems: list[PalimpsestError]) -> None:

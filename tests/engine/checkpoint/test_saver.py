@@ -70,7 +70,7 @@ def steps(world, savers, ranks, until_ended=True):
 
     def run(rank):
         while True:
-            told = collectives.gather_objects(savers[rank].signals(), world.groups[rank].world)
+            told = collectives.gather_objects(savers[rank].save_flags(), world.groups[rank].world)
             path = savers[rank].advance(sum(done for done, _ in told), sum(failed for _, failed in told))
             if savers[rank].in_flight is None or not until_ended:
                 return path
@@ -95,7 +95,7 @@ def test_training_goes_on_while_it_is_written_and_the_commit_follows(tmp_path, w
 
 
 def test_without_a_save_in_flight_there_is_nothing_to_do(world, savers, ranks):
-    assert {each.signals() for each in savers} == {(0.0, 0.0)}
+    assert {each.save_flags() for each in savers} == {(0.0, 0.0)}
     assert steps(world, savers, ranks, until_ended=False) == [None] * 4
     assert ranks.run(4, lambda rank: savers[rank].settle()) == [None] * 4
     savers[0].abandon()

@@ -75,7 +75,7 @@ def test_each_layout_says_what_it_pays_for():
 
 def test_what_spares_memory_is_taken_where_a_layout_needs_it_and_says_so():
     ranked = rank(load_run(RUNS / "llama-1b.yaml", LARGE), cluster("h100-80gb", 64, 8))
-    sparing = [candidate for candidate in ranked if candidate.fits and candidate.spares]
+    sparing = [candidate for candidate in ranked if candidate.fits and candidate.saves_memory]
     assert {candidate.parallel.recompute for candidate in sparing} >= {"none", "selective", "full"}
     assert any(candidate.parallel.sequence_parallel for candidate in sparing)
     for candidate in sparing:
@@ -85,7 +85,7 @@ def test_what_spares_memory_is_taken_where_a_layout_needs_it_and_says_so():
     assert whole.time.recompute == pytest.approx(whole.time.arithmetic / 3, rel=0.1), "a forward pass once more"
     selective = next(candidate for candidate in sparing if candidate.parallel.recompute == "selective")
     assert 0 < selective.time.recompute < selective.time.arithmetic / 20
-    plain = next(candidate for candidate in ranked if candidate.fits and not candidate.spares)
+    plain = next(candidate for candidate in ranked if candidate.fits and not candidate.saves_memory)
     assert "if plain" not in plain.why(ranked[0])
 
 

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from engine.config.load import parse_run
 from engine.errors import ConfigError
-from engine.serve.card import check_license
+from engine.serve.card import parse_license
 from engine.serve.export import export
 from engine.serve.source import open_trained
 from tests.engine.serve.runs import run_config, save
@@ -98,7 +98,7 @@ def test_files_have_the_mode_that_the_umask_gives(own_run, tmp_path, mask):
 
 
 def test_licenses():
-    assert [check_license(name) for name in ("apache-2.0", "MIT", "cc-by-4.0")] == ["apache-2.0", "mit", "cc-by-4.0"]
+    assert [parse_license(name) for name in ("apache-2.0", "MIT", "cc-by-4.0")] == ["apache-2.0", "mit", "cc-by-4.0"]
     for wrong in ("", "Apache License 2.0", "mit\nother: x", "-x"):
         with pytest.raises(ConfigError, match=r"--license (.|\n)*such as apache-2.0"):
-            check_license(wrong)
+            parse_license(wrong)

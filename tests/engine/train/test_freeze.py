@@ -101,7 +101,7 @@ def test_a_rollback_over_a_border_goes_back_to_the_engine_of_the_stage_before(co
         go_back = trainer.go_back
 
         def without_border(first: int) -> None:
-            trainer.restarts.settle()
+            trainer.checkpoints.settle()
             shutil.rmtree(step_path(tmp_path / "run" / "checkpoints", 4))
             go_back(first)
 

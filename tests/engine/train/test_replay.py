@@ -114,7 +114,7 @@ def test_a_rollback_replays_what_the_run_stage_before_was_trained_on(corpus, tmp
         go_back = trainer.go_back
 
         def going_back(first: int) -> None:
-            trainer.restarts.settle()
+            trainer.checkpoints.settle()
             for path in committed(checkpoints):
                 if step_of(path) >= (BORDER if without_border else BORDER + 1):
                     shutil.rmtree(path)

@@ -242,7 +242,7 @@ def test_a_rollback_past_the_beginning_of_a_stage_keeps_what_that_has_to_leave_o
         go_back = trainer.go_back
 
         def without_border(first: int) -> None:
-            trainer.restarts.settle()
+            trainer.checkpoints.settle()
             shutil.rmtree(step_path(tmp_path / "run" / "checkpoints", BORDER))
             go_back(first)
 
