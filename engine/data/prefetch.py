@@ -139,7 +139,7 @@ class Prefetcher:
             fetcher.want(stream.coming_shards())
             for read in reader.read(stream, self._ranks):
                 # the clone advances step by step, so that `cut` is told the step that each batch is for
-                step = stream.num_steps
+                step = stream.steps_done
                 batches = _with_inputs(read.batches, [self._cut(batch, step) for batch in read.batches])
                 upload = uploader.send([batch.inputs for batch in batches]) if uploader is not None else None
                 stream.advance_to(read.after)

@@ -146,14 +146,14 @@ class Stream:
         return self._progress.cursor.position
 
     @property
-    def num_steps(self) -> int:
+    def steps_done(self) -> int:
         """Steps done so far."""
         return self.batches.steps(self.samples)
 
     @property
     def batch_size(self) -> int:
         """Samples of the next step."""
-        return self.batches.size(self.num_steps)
+        return self.batches.size(self.steps_done)
 
     def drawn(self) -> dict[str, int]:
         """Return the samples passed so far by source; empty where there is but one."""

@@ -85,7 +85,7 @@ class _Linear(torch.autograd.Function):
 
 
 @torch.no_grad()
-def gradients(deferred: DeferredGradients) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+def weight_gradients(deferred: DeferredGradients) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
     """Yield (weight, its gradient) of each product; the weights' values are not needed. Empties the list."""
     while deferred:
         weight, input, grad = deferred.pop()  # so that both operands are freed before the next product

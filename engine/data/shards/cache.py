@@ -3,11 +3,11 @@
 All processes of a node share it; who needs a file that another is fetching waits for that one. Every promise that must
 end with a process is a lock on an open file (flock), which the system takes back however the process dies:
 
-- `.lock` is held for the moment in which room is made and a file claimed;
+- `.lock` is held for the moment in which room is made and a file reserved;
 - `NAME.partial`, locked exclusively, is being fetched; unlocked, it was left by a process that died, and goes;
 - `NAME`, locked shared, is in use, and is never evicted. It is put in place in one move, when its content is verified.
 
-Invariants: the sizes of all files add up to the limit at most; a claim takes its whole size at once, on the disk, too.
+Invariants: the sizes of all files add up to the limit at most; room is taken for a whole file at once, on disk, too.
 Nobody waits for room while it holds a file (`before_wait`), and a fetch waits for nothing but the store, so processes
 that share the folder never wait for each other for ever, however small the limit is. What a file is called and when it
 is right is the business of `engine.data.shards.remote`. The folder must lie on a disk of this node.
@@ -92,12 +92,12 @@ class ShardCache:
             with self._naming(num_bytes):
                 if (held := self._hold(name)) is not None:
                     return held
-                claimed = self._claim(name, num_bytes)
-                if claimed is None:
+                partial = self._make_partial(name, num_bytes)
+                if partial is None:
                     if (self.folder / name).exists():
                         continue  # placed in between
                     return None
-            return self._fetch(name, claimed, num_bytes, fetch)
+            return self._fetch(name, partial, num_bytes, fetch)
 
     def unwritable(self, error: OSError, num_bytes: int) -> DataError:
         """Return the error of a file of so many bytes that cannot be written into the cache."""
@@ -157,7 +157,7 @@ class ShardCache:
                 # used last now, and written to never again: see `_UNTOUCHED_NS`
                 os.utime(file.fileno(), ns=(time.time_ns(), _UNTOUCHED_NS))
                 with self._alone():
-                    # under `.lock`, so that no other process counts or claims it between the two names
+                    # under `.lock`, so that no other process counts or reserves it between the two names
                     partial.rename(self.folder / name)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -167,7 +167,7 @@ class ShardCache:
         file.seek(0)
         return file
 
-    def _claim(self, name: str, num_bytes: int) -> BinaryIO | None:
+    def _make_partial(self, name: str, num_bytes: int) -> BinaryIO | None:
         """Return the partial file, exclusively locked, at its whole size; None if another has it or no room is left."""
         if num_bytes > self.limit_bytes:
             raise DataError(

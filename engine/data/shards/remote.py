@@ -216,7 +216,7 @@ class RemoteFolder:
             while block := source.read(_BLOCK_BYTES):
                 found += len(block)
                 head = head or bytes(block[:_HEAD_BYTES])
-                if found > num_bytes:  # not a byte more than was claimed
+                if found > num_bytes:  # not a byte more than was announced
                     break
                 digest.update(block)
                 try:

@@ -21,11 +21,12 @@ from torch import nn
 
 from engine.config.schema.parallel import ParallelConfig
 from engine.parallel.boundary import Tensors
-from engine.parallel.deferral import Deferral, DeferredGradients, gradients
+from engine.parallel.deferral import Deferral, DeferredGradients, weight_gradients
 from engine.parallel.groups import Group, Groups
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.stage import StageModule
 from engine.parallel.state import ParameterGroup, ParameterShard, Placement
+from engine.parallel.zero.accumulator import Accumulator
 from engine.parallel.zero.adapter import Topology, scalar_of
 from engine.parallel.zero.construction import (
     MakeOptimizer,
@@ -40,7 +41,6 @@ from engine.parallel.zero.construction import (
 from engine.parallel.zero.frozen import FrozenWeights
 from engine.parallel.zero.gathering import Gathering
 from engine.parallel.zero.gradient_norm import WholeGradients
-from engine.parallel.zero.gradients import Accumulator
 from engine.parallel.zero.offload import host_state
 from engine.parallel.zero.optimizers import FlatShards, PartitionedShards, has_gradient, shards
 from engine.parallel.zero.stage3 import (
@@ -175,7 +175,7 @@ class StageEngine:
 
         `is_last` marks the last one of a step, after which gradients are reduced: then collective over the ZeRO group.
         """
-        for weight, grad in gradients(deferred):
+        for weight, grad in weight_gradients(deferred):
             if self._accumulator:
                 self._accumulator.add(weight, grad)
             else:

@@ -7,10 +7,11 @@ so that another release fails at the start and not in the middle of a run.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -24,18 +25,22 @@ GradientView = tuple[torch.nn.Parameter, tuple[int, int], tuple[int, int], int]
 """(parameter, shape, stride, start) of its whole gradient in a flat buffer, as rows of which the last may be short."""
 
 
-class Shards(Protocol):
+DEEPSPEED = "deepspeed>=0.19.8,<0.20"
+"""Releases whose private parts are those that this package uses; a test holds it equal to pyproject.toml's."""
+
+
+class Shards(ABC):
     """Shards that one rank's optimizer holds, whatever the ZeRO stage."""
 
     optimizer: torch.optim.Optimizer
 
+    @abstractmethod
     def gradients(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (group, tensor) for each reduced gradient tensor of this rank; valid between last backward and step."""
-        ...
 
+    @abstractmethod
     def gradient_lists(self) -> Iterator[Sequence[torch.Tensor]]:
         """Yield, for each tensor of `ranges`, its reduced gradient as consecutive tensors."""
-        ...
 
     def gradient_shards(self) -> Iterator[tuple[ParameterSpec, int, torch.Tensor]]:
         """Yield (parameter, first element, gradient) of each parameter shard; `parameter_shards` does it for weights.
@@ -51,20 +56,20 @@ class Shards(Protocol):
                     number = bisect_right(begins, offset) - 1
                     yield spec, start, grads[number].view(-1).narrow(0, offset - begins[number], length)
 
+    @abstractmethod
     def held_gradients(self) -> set[int]:
         """Return the groups of which the optimizer holds reduced gradients; between steps there are none."""
-        ...
 
+    @abstractmethod
     def ranges(self) -> Iterator[tuple[torch.Tensor, list[ShardRange]]]:
         """Yield each tensor that the optimizer updates, with its shard ranges.
 
         Every data rank yields the same parameters in the same order, with length 0 where it holds nothing of one.
         """
-        ...
 
+    @abstractmethod
     def groups_of_tensors(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (group, tensor) for each tensor of `ranges`."""
-        ...
 
     def parameter_shards(self) -> Iterator[ParameterShard]:
         """Yield live views of this rank's master weights and moments."""
@@ -81,13 +86,13 @@ class Shards(Protocol):
         for held, _ in self.ranges():
             self.optimizer.state[held][name] = torch.zeros_like(held, memory_format=torch.preserve_format)
 
+    @abstractmethod
     def placements(self) -> Iterator[tuple[ParameterSpec, int, int]]:
         """Yield (parameter, offset, partition) as `Placement` defines them."""
-        ...
 
+    @abstractmethod
     def refresh(self) -> None:
         """Copy the master weights into the working weights. Collective over the ZeRO group."""
-        ...
 
 
 def require(thing: Any, *names: str) -> None:
@@ -100,8 +105,8 @@ def require(thing: Any, *names: str) -> None:
     if missing:
         raise EnvironmentProblem(
             f"this DeepSpeed has no {type(thing).__name__}.{', '.join(missing)}",
-            "deepspeed>=0.19.8,<0.20",
-            "install that release: pip install 'deepspeed>=0.19.8,<0.20'",
+            DEEPSPEED,
+            f"install that release: pip install '{DEEPSPEED}'",
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from engine.parallel.deferral import Deferral, gradients
+from engine.parallel.deferral import Deferral, weight_gradients
 
 
 def model() -> nn.Sequential:
@@ -25,7 +25,7 @@ def test_put_off_gradients_are_the_plain_ones() -> None:
     early = {names[parameter] for parameter in names if parameter.grad is not None}
     assert early == {"0.bias", "1.weight", "1.bias"}
     deferred = deferral.take()
-    late = {names[weight]: grad for weight, grad in gradients(deferred)}
+    late = {names[weight]: grad for weight, grad in weight_gradients(deferred)}
     assert late.keys() == {"0.weight", "2.weight"}
     assert not deferred, "what gradients are made of is freed as they are made"
     assert deferral.take() == []
