@@ -22,13 +22,14 @@ READER := .cache/readers/.installed-$(shell (echo '$(KEY)'; cat tests/readers/en
 # One thread for each: sums of tiny tensors gain nothing from more, and threads that spin slow the other tests down.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n logical --maxprocesses 8 --dist loadscope
 
-.PHONY: help demo fast test test-all test-readers bench check clean distclean
+.PHONY: help demo fast test test-all test-readers test-slurm bench check clean distclean
 
 help:
 	@echo 'make demo       set up, then train a small GPT on real text, kill it, resume it elsewhere, let it talk'
 	@echo 'make test       set up, then lint, types and the tests'
 	@echo 'make fast       the tests that start no process'
 	@echo 'make test-all   the same with the long matrices (PART=2/4: the second of four parts of them)'
+	@echo 'make test-slurm   a real Slurm on this machine, as root (SELECT=quick: less than ten minutes)'
 	@echo 'make bench      set up what benchmarks need beside (python -m bench.step, ...)'
 	@echo 'make test-readers  what convert writes, read by the oldest transformers that is supported and by the newest'
 	@echo 'make clean      remove what demo and tests left; make distclean: the environment, too'
@@ -38,14 +39,19 @@ demo: $(RUNTIME)
 
 test: check
 	@echo '== pytest'
-	@$(PYTEST) -m 'not matrix'
+	@$(PYTEST) -m 'not matrix and not slurm'
 
 fast: $(DEVELOPMENT)
 	@$(PYTEST) -m 'not matrix and not ranks'
 
 test-all: check
 	@echo '== pytest, long matrices included'
-	@$(PYTEST)
+	@$(PYTEST) -m 'not slurm'
+
+# Two clusters at a time: each has up to four ranks, and Slurm's clocks do not wait for a busy machine.
+test-slurm: $(DEVELOPMENT)
+	@echo '== pytest, on simulated Slurm clusters'
+	@$(PYTEST) --maxprocesses 2 tests/slurm -m 'slurm$(if $(filter quick,$(SELECT)), and not matrix)'
 
 test-readers: export HF_HUB_OFFLINE := 1
 test-readers: export OMP_NUM_THREADS := 1

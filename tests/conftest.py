@@ -33,11 +33,14 @@ ELSEWHERE = (
     "tests/distributed/test_resharding.py",
     "tests/distributed/test_universal.py",
     "tests/engine/checkpoint/",
+    "tests/slurm/",
 )
 
 
-STARTS_PROCESSES = ("tests/bench/", "tests/chaos/", "tests/distributed/")
+STARTS_PROCESSES = ("tests/bench/", "tests/chaos/", "tests/distributed/", "tests/slurm/")
 """Folders whose every test is marked `ranks`; others are by what their module imports."""
+SLURM = "tests/slurm/"
+"""Folder whose every test is marked `slurm`, and runs on a cluster of its own."""
 SERVERS = ("subprocess", "multiprocessing", "tests.distributed.ranks", "tests.engine.data.rank")
 """Modules from which a test that starts processes imports something."""
 
@@ -84,6 +87,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark a test that starts processes as `ranks`."""
     if starts_processes(source_of(item.nodeid)):
         item.add_marker(pytest.mark.ranks)
+    if item.nodeid.startswith(SLURM):
+        item.add_marker(pytest.mark.slurm)
 
 
 def source_of(nodeid: str) -> str:
@@ -111,7 +116,7 @@ def group_of(source: str) -> str:
 
     The worlds of tests/distributed are one group; the other takes about as long.
     """
-    if not starts_processes(source):
+    if not starts_processes(source) or source.startswith(SLURM):
         return source
     return "worlds" if source.startswith("tests/distributed/") else "commands"
 
