@@ -11,10 +11,13 @@ import typer
 from engine.errors import PalimpsestError
 
 
-def run(main: Callable[..., Any]) -> None:
-    """Parses the command line for `main`, calls it and exits."""
+def run(main: Callable[..., Any] | typer.Typer) -> None:
+    """Parse the command line for a function or an application of several, call it and exit."""
     try:
-        typer.run(main)
+        if isinstance(main, typer.Typer):
+            main()
+        else:
+            typer.run(main)
     except PalimpsestError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -16,7 +16,7 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401
 import torch._dynamo  # noqa: E402, F401
 import transformers  # noqa: E402, F401
 
-import engine.train.build  # noqa: E402, F401
+import engine.train.trainer  # noqa: E402, F401
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 gc.freeze()  # a collection in a child looks at what the child made

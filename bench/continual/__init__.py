@@ -1,0 +1,1 @@
+"""Experiments in continual learning through the engine itself: `python -m bench.continual`."""

@@ -1,0 +1,87 @@
+"""The continual-learning experiment at toy size: its runs share a checkpoint, and its figures follow from the losses."""
+
+from pathlib import Path
+
+import pytest
+
+from bench.continual import corpora
+from bench.continual.__main__ import experiment
+from bench.continual.core import BASE, JOINT, RESERVOIR, SCRATCH, Sizes, bars, summarize
+from bench.continual.report import draw, table, told
+from engine.errors import DataError
+
+TOY = {"vocab_size": 260, "num_layers": 1, "hidden_size": 16, "num_heads": 2, "max_positions": 32}
+
+
+def a_seed(**losses: tuple[float, float]) -> dict[str, object]:
+    """Runs of one seed by name, with (old, new) losses."""
+    given = {
+        BASE: (1.0, None),
+        "0 %": (2.0, 1.0),
+        "5 %": (1.6, 1.005),
+        "10 %": (1.4, 1.01),
+        "25 %": (1.2, 1.03),
+        RESERVOIR: (1.45, 1.01),
+        JOINT: (1.05, 1.05),
+        SCRATCH: (None, 1.3),
+    }
+    pairs = {name: {"old": old, "new": new} for name, (old, new) in (given | losses).items()}
+    return {
+        name: {"loss": {key: value for key, value in loss.items() if value is not None}} for name, loss in pairs.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def texts() -> tuple[list[str], list[str]]:
+    """Prose and source; reading the whole library takes seconds."""
+    return corpora.standard_library(100_000)
+
+
+def test_figures_follow_from_the_losses():
+    found = summarize({"1": a_seed(), "2": a_seed(**{"5 %": (1.4, 1.015)})})
+    assert found["0 %"]["forgetting_removed"] == 0
+    assert found["5 %"]["forgetting_removed"] == pytest.approx((0.4 + 0.6) / 2), "the mean of the seeds"
+    assert found["5 %"]["cost_on_new"] == pytest.approx(0.01)
+    assert found["25 %"]["mean_over_joint"] == pytest.approx((1.2 + 1.03) / (1.05 + 1.05) - 1)
+    assert found[SCRATCH]["forgetting_removed"] is None
+    assert found[SCRATCH]["cost_on_new"] == pytest.approx(0.3)
+
+
+def test_bars_say_honestly_what_is_met():
+    met = {bar.text: bar.is_met for bar in bars(summarize({"1": a_seed()}))}
+    assert all(met.values())
+    missed = bars(summarize({"1": a_seed(**{"25 %": (1.5, 1.06), RESERVOIR: (1.9, 1.0)})}))
+    assert [bar.text for bar in missed if not bar.is_met] == [
+        "replay of 25 % removes",
+        "replay of 25 % costs on the new domain",
+        "mean loss at 25 % above joint training",
+        "reservoir of 1 % keeps of the effect at 10 %",
+    ]
+    assert told(missed).count("NOT met") == 4
+
+
+def test_texts_of_the_standard_library_have_nothing_in_common(texts):
+    prose, source = texts
+    assert all(100_000 <= sum(len(text.encode()) for text in texts) < 110_000 for texts in (prose, source))
+    assert not set(prose) & set(source)
+
+
+def test_a_file_that_is_no_text_is_one_clear_error(tmp_path):
+    (tmp_path / "some.jsonl").write_text('{"words": 1}\n')
+    with pytest.raises(DataError, match="JSON lines with the key `text`"):
+        corpora.read_texts(tmp_path / "some.jsonl", 100)
+
+
+def test_all_runs_are_trained_and_told(tmp_path: Path, texts):
+    prose, source = (half[:12] for half in texts)
+    sizes = Sizes(TOY, old_steps=4, new_steps=3, length=32, batch=8, evaluated_samples=8, seeds=(1,), ratios=(0.0, 0.5))
+    found = experiment({corpora.OLD: prose, corpora.NEW: source}, sizes, processes=2)
+    runs = found["seeds"]["1"]
+    assert list(runs) == [BASE, "0 %", "50 %", RESERVOIR, JOINT, SCRATCH]
+    assert set(runs[BASE]["loss"]) == {"old"}
+    assert set(runs[JOINT]["loss"]) == set(runs[RESERVOIR]["loss"]) == {"old", "new"}
+    losses = [run["loss"]["old"] for run in runs.values() if "old" in run["loss"]]
+    assert len(set(losses)) == len(losses), "each run has trained something else"
+    draw(found["mean"], "toy", tmp_path / "toy.png")
+    assert (tmp_path / "toy.png").stat().st_size > 1000
+    assert table(found["mean"]).count("\n") == 1 + len(runs)
