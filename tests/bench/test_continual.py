@@ -1,4 +1,4 @@
-"""The continual-learning experiment at toy size: its runs share a checkpoint, and its figures follow from the losses."""
+"""The continual-learning experiment at toy size: its runs share a checkpoint; its figures follow from the losses."""
 
 from pathlib import Path
 
