@@ -9,8 +9,6 @@ import pytest
 from tests.slurm import cluster as module
 from tests.slurm.cluster import Cluster, MakeCluster, missing
 
-WAIT = "srun --overlap --no-kill bash -c 'hostname; exec sleep 600'"
-
 
 def test_ranks_run_on_nodes_of_their_own(steady_cluster: Cluster) -> None:
     own = "hostname > /tmp/name; cat /tmp/*name; ls /dev/shm; cat /etc/hosts | grep -c 10.77.0"
@@ -43,12 +41,12 @@ def test_clusters_side_by_side_do_not_meet(make_cluster: MakeCluster) -> None:
     one.power_off("node1")
     one.wait_nodes("down*", "node1")
     assert other.run("srun", "hostname").stdout == "node1\n"
-    assert other.node_states() == {"node1": "idle"}
+    other.wait_nodes("idle")
 
 
 def test_a_node_without_power_loses_its_processes_and_its_memory(make_cluster: MakeCluster) -> None:
     cluster = make_cluster(2)
-    job = cluster.sbatch(WAIT, "--nodes=2", "--no-kill", "--no-requeue")
+    job = cluster.sbatch("sleep 600", "--nodes=2", "--no-kill")
     cluster.wait_job(job, "RUNNING")
     cluster.run("touch", "/dev/shm/kept", on="node2")
     cluster.power_off("node2")
