@@ -16,6 +16,7 @@ from engine.config.schema.run import LaunchConfig, RunConfig
 from engine.errors import EXIT_DONE, EXIT_REQUEUE, PalimpsestError
 from engine.outcome import Outcome
 from engine.run_folder import RunFolder, Start
+from engine.switch_files import STOP, refuse_stopped
 from launcher.commands import Command, Node, Wanted, commands
 from launcher.devices import accelerator
 from launcher.extensions import prepare_extensions
@@ -44,6 +45,7 @@ def run_attempts(run: RunConfig, wanted: Wanted, node: Node, restarts: Restarts,
             # Taken before anything is cleared: what is there may belong to a run that still goes on.
             owned.take(supervisor=True)
             owned.clear()
+            refuse_stopped(run.folder)
             return _loop(run, wanted, node, restarts, owned, tell)
         except PalimpsestError as error:
             start = owned.start
@@ -60,6 +62,8 @@ def _loop(
         prepare_extensions(run.folder, os.environ)
         verdict = attempt(commands(wanted, node), owned, wanted.world_size, run.launch)
         refusal = restarts.refusal(verdict)
+        if refusal is None and (run.folder / STOP).exists():
+            refusal = f"not restarted: {run.folder / STOP} is there"
         if refusal is not None:
             return Ending(verdict, refusal)
         tell(verdict.words)

@@ -22,7 +22,7 @@ ROWS: list[set[str]] = [
     {"parallel"},
     {"plan"},
     {"config"},
-    {"foreign", "run_folder"},
+    {"foreign", "run_folder", "switch_files"},
     {"errors", "logs", "output", "outcome", "heartbeat"},
     {"redact", "atomic"},
 ]
@@ -37,6 +37,7 @@ LAUNCHER_MAY = {
     "plan",
     "config",
     "run_folder",
+    "switch_files",
     "errors",
     "redact",
     "atomic",

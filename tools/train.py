@@ -28,6 +28,7 @@ from engine.heartbeat import Heartbeat
 from engine.outcome import Outcome
 from engine.plan.frozen import check_patterns
 from engine.run_folder import RunFolder
+from engine.switch_files import refuse_stopped
 from engine.train.signals import StopSignals
 from launcher.devices import multiplies_bf16, num_gpus
 from launcher.environment import (
@@ -84,6 +85,7 @@ def _run(
     with run_folder(run.folder, environment, os.environ) as folder:
         try:
             _enter(folder, environment)
+            refuse_stopped(run.folder)
             # Taken before `_start` judges the build locks in the folder: of a folder that is ours alone, any is stale.
             return _train(run, _start(run, environment), environment, signals, heart, folder)
         except Exception as error:

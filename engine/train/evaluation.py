@@ -144,7 +144,7 @@ class Validation(Hook):
             run.feed,
             run.sums,
             lambda: run.heart.beat(step, "evaluation"),
-            lambda: run.signals.stop_requested,
+            lambda: run.requests.stop_requested,
             samples,
             what,
         )

@@ -37,8 +37,8 @@ from engine.parallel.pipeline import Pipeline
 from engine.parallel.sharding import ParameterSpec
 from engine.train.feed import Feed
 from engine.train.records import Record
+from engine.train.requests import Requests
 from engine.train.run_checkpoints import RUN_SECTIONS, RunCheckpoints
-from engine.train.signals import StopSignals
 from engine.train.state import TrainState
 from engine.train.step_totals import Sums
 from engine.train.summary import Spent
@@ -52,7 +52,7 @@ class Run(Protocol):
     config: RunConfig
     groups: Groups
     state: TrainState
-    signals: StopSignals
+    requests: Requests
     heart: Heartbeat
     sums: Sums
     spent: Spent

@@ -34,6 +34,7 @@ from engine.train.evaluation import is_recorded
 from engine.train.feed import Feed
 from engine.train.hooks import Hooks, Update
 from engine.train.records import Record, last_step
+from engine.train.requests import Requests
 from engine.train.run_checkpoints import SHOWN_SAMPLES, Restored, RunCheckpoints
 from engine.train.signals import Stopping, StopSignals
 from engine.train.stability import REMEDY, Unstable
@@ -58,7 +59,9 @@ class Trainer:
         signals: StopSignals,
         heart: Heartbeat,
     ) -> None:
-        self.config, self.groups, self.device, self.signals, self.heart = config, groups, device, signals, heart
+        self.config, self.groups, self.device, self.heart = config, groups, device, heart
+        self.requests = Requests(config, signals, self.is_main_rank)
+        self._save_requested = False
         self.spent = Spent()
         self.checkpoints = RunCheckpoints(config, groups, environment)
         self.hooks = Hooks(standard_hooks(config))
@@ -173,11 +176,13 @@ class Trainer:
         # DeepSpeed averages gradients over the data ranks; the factor undoes it.
         scales, by_domain = (self.groups.zero.size * scales_L).float(), self.sums.by_domain(len(weights_KL))
         sums_L = self.pipeline.train(inputs, scales, by_domain)
-        # Stop requests and reports on the save in flight travel in the all-reduce of the losses: no collective more.
-        flags = (float(self.signals.stop_requested), *self.checkpoints.save_flags())
+        # Requests and reports on the save in flight travel in the all-reduce of the losses: no collective more.
+        requests = (float(self.requests.stop_requested), float(self.requests.save_requested))
         self.heart.beat(state.step, "loss")
         # fp64 (L,): a mean over all targets of the batch, whatever the layout
-        losses, (stop, done, failed), sums_KL = self.sums.of_losses(sums_L * scales_L, flags, by_domain)
+        flags = (*requests, *self.checkpoints.save_flags())
+        losses, (stop, save, done, failed), sums_KL = self.sums.of_losses(sums_L * scales_L, flags, by_domain)
+        self._save_requested = save > 0
         updated, gradient_norm = self._update(sum(losses), position, rate)
         tokens = self._count_step(sum(losses), updated)
         seconds = time.perf_counter() - begin
@@ -285,6 +290,7 @@ class Trainer:
         begin = time.perf_counter()
         with self.spent.phase("checkpoints"):
             self.checkpoints.save(self.state, self.pipeline.engine, self._sections(), wait)
+        self.requests.saved()
         _log.info("step %d was held up by its checkpoint for %.2f s", self.state.step, time.perf_counter() - begin)
 
     def save_in_memory(self) -> None:
@@ -295,7 +301,7 @@ class Trainer:
 
     def _save_is_due(self) -> bool:
         every_steps = self.config.checkpoint.every_steps
-        return every_steps is not None and self.state.step % every_steps == 0
+        return self._save_requested or (every_steps is not None and self.state.step % every_steps == 0)
 
     def _sections(self) -> dict[str, Any]:
         """Return what the parts of the run keep in a checkpoint, by name."""
@@ -355,7 +361,7 @@ class Trainer:
                 groups,
                 self.device,
                 self.pipeline.spec,
-                lambda: self.signals.stop_requested,
+                lambda: self.requests.stop_requested,
             ),
             groups.world,
             DataError,

@@ -446,3 +446,19 @@ def test_a_run_folder_that_is_a_file_is_named(command: str, tmp_path: Path, capf
     (tmp_path / "taken").touch()
     assert call(command, SMOKE, "folder=taken/sub") == 1
     assert "run folder taken/sub cannot be used: Not a directory" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["launch", "train"])
+def test_a_run_that_was_stopped_by_a_file_is_not_started(
+    command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its last outcome, a wish to be started again, does not stay for a queue to read."""
+    (tmp_path / "run").mkdir()
+    outcome.write(tmp_path / "run", Outcome("local", 0, 85, 40))
+    (tmp_path / "run" / "stop").touch()
+    assert call(command, SMOKE, "folder=run") == 2
+    assert "run/stop is there" in capfd.readouterr().err
+    said = outcome.read(tmp_path / "run")
+    assert said is not None
+    assert said.code == 2
+    assert (tmp_path / "run" / "stop").exists()

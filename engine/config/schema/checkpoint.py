@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from engine.config.schema.section import KeyKind, Section
 
@@ -30,6 +30,9 @@ class CheckpointConfig(Section):
 
     every_steps: PositiveInt | None = None
     """Number of steps from one checkpoint to the next; there is one at the end, too. None means at the end only."""
+    every_minutes: PositiveFloat | None = None
+    """Minutes from one checkpoint to the next, by the main rank's clock; any checkpoint restarts the clock. Beside
+    `every_steps`, which it leaves as it is. None means by steps alone."""
     asynchronous: bool = True
     """Saving beside the training: the step that saves copies to host memory, and the commit follows some steps later.
     One save at a time; the end of a run waits. Either way it takes host memory for one copy of what a rank stores."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from engine.config.schema.checkpoint import CheckpointConfig
 from engine.config.schema.model import AnyModelConfig
@@ -38,6 +38,9 @@ class LaunchConfig(Section):
     steps."""
     save_limit_seconds: PositiveFloat = 1800.0
     """Seconds without a sign of life after which a rank counts as hung while a checkpoint is saved, and at the end."""
+    stop_before_seconds: NonNegativeFloat | None = None
+    """Seconds before the time limit of the cluster's job at which the run saves and leaves, to be taken up by the next
+    job. Slurm's limits are known. None means that the job's end is not looked at."""
     collective_limit_seconds: float = Field(default=3600.0, gt=0, le=1e8)
     """Seconds that a rank waits for the others, when they meet and in a collective. Longer than `start_limit_seconds`
     and `save_limit_seconds`: what one rank is allowed, the others must wait for."""
