@@ -14,14 +14,13 @@ from collections import deque
 from itertools import islice
 from typing import NamedTuple
 
-import numpy as np
-
 from engine.config.schema.data import PackingName
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.batch import Batch, make_batches, reuse_freed_memory
-from engine.data.mixed_order import MixedOrder, Samples
+from engine.data.mixed_order import MixedOrder
 from engine.data.shards.dataset import TokenDataset
-from engine.data.stream import Progress, Step, Stream
+from engine.data.step_groups import Ranks, StepGroup, StepGroups
+from engine.data.stream import Progress, Stream
 from engine.errors import DataError
 
 MOST_STEPS = 8
@@ -31,9 +30,6 @@ MOST_TOKENS = 1 << 17
 that the calls of numpy hardly count, little enough to stay in a cache."""
 WINDOW_SHARDS = 16
 """The default of `DataConfig.window_shards`."""
-
-Ranks = tuple[int, int, int]
-"""Data rank, data ranks, and rows of a micro-batch."""
 
 
 class ReadStep(NamedTuple):
@@ -53,6 +49,7 @@ class StepReader:
 
     def __init__(self) -> None:
         self._steps_together = 1
+        self._groups = StepGroups()
         reuse_freed_memory()  # before the first batch, for all batches of the process
 
     def read(self, stream: Stream, ranks: Ranks) -> list[ReadStep]:
@@ -65,15 +62,21 @@ class StepReader:
         """
         try:
             # 1, 2, 4, 8: the first step of a run does not wait until seven more are read
-            found = _read(stream, ranks, self._steps_together)
+            found = self._read(stream, ranks)
             self._steps_together = min(2 * self._steps_together, MOST_STEPS)
         except DataError:
             # the fault may lie in a later step: read the next one alone, and meet the fault when its step is due
             if self._steps_together == 1:
                 raise
             self._steps_together = 1
-            found = _read(stream, ranks, 1)
+            found = self._read(stream, ranks)
         return found
+
+    def _read(self, stream: Stream, ranks: Ranks) -> list[ReadStep]:
+        enough = max(1, MOST_TOKENS * ranks[1] // stream.sequence_length)  # samples of all ranks
+        most_steps = min(self._steps_together, -(-enough // stream.batch_size))
+        ahead = self._steps_together == MOST_STEPS
+        return _read(stream, self._groups.next(stream, ranks, most_steps, ahead), ranks[2])
 
 
 class Loader:
@@ -104,51 +107,23 @@ class Loader:
         return step.batches
 
 
-def _read(stream: Stream, ranks: Ranks, most_steps: int) -> list[ReadStep]:
-    """Read up to `most_steps` steps from the next on."""
-    order, row_tokens = stream.order, stream.sequence_length
-    _, data_size, micro_batch_size = ranks
-    stride = data_size * micro_batch_size
-    steps = _next_steps(stream, most_steps, stride, max(1, MOST_TOKENS * data_size // row_tokens))
-    samples = Samples.joined([step.samples for step in steps])
-    rows, together = micro_batch_rows(samples.size, *ranks), max(1, MOST_TOKENS // (micro_batch_size * row_tokens))
+def _read(stream: Stream, group: StepGroup, micro_batch_size: int) -> list[ReadStep]:
+    """Read the steps of a group."""
+    order, together = stream.order, max(1, MOST_TOKENS // (micro_batch_size * stream.sequence_length))
     batches: list[Batch] = []
     # rows are made for some micro-batches at a time: a step of a million tokens would leave the cache between passes
-    for group in (rows[first : first + together] for first in range(0, len(rows), together)):
-        mine = samples.at(np.concatenate(group))
-        shard_rows_N2 = order.shard_rows(mine)
-        batches += make_batches(order.sources, *mine, shard_rows_N2, len(group), micro_batch_size, order.joined)
+    for first in range(0, sum(group.num_batches), together):
+        num_batches = min(together, sum(group.num_batches) - first)
+        rows = slice(first * micro_batch_size, (first + num_batches) * micro_batch_size)
+        mine, shard_rows_N2 = group.mine.at(rows), group.shard_rows_N2[rows]
+        batches += make_batches(order.sources, *mine, shard_rows_N2, num_batches, micro_batch_size, order.joined)
     for source in order.sources:
         # batches are copies: from here on the cache may evict these shards
         source.dataset.release()
     # batches of all steps in one list: each step takes its own number of them off the front
     left = iter(batches)
-    return [ReadStep(step.before, list(islice(left, -(-step.samples.size // stride))), step.after) for step in steps]
-
-
-def _next_steps(stream: Stream, most_steps: int, stride: int, enough: int) -> list[Step]:
-    """Return the next steps, until they have `enough` samples.
-
-    No step follows one that leaves a window, so that no more shards are in use than without reading together, nor
-    one whose last micro-batch is not full, which is one that `stride` does not divide.
-    """
-    found: list[Step] = []
-    count = 0
-    for step in islice(stream.coming_steps(), most_steps):
-        found.append(step)
-        count += step.samples.size
-        left_window = step.after.cursor.windows != stream.progress.cursor.windows
-        if left_window or count >= enough or count % stride:
-            break
-    return found
-
-
-def micro_batch_rows(num_samples: int, data_rank: int, data_size: int, micro_batch_size: int) -> list[np.ndarray]:
-    """Return the numbers of the samples in each micro-batch of a data rank; the last ones may be short or empty."""
-    stride = micro_batch_size * data_size
-    # 10 samples, 2 data ranks, micro-batches of 3: stride 6; rank 0 gets 0 to 2 and 6 to 8, rank 1 gets 3 to 5 and 9
-    firsts = range(data_rank * micro_batch_size, -(-num_samples // stride) * stride, stride)
-    return [np.arange(first, max(first, min(first + micro_batch_size, num_samples))) for first in firsts]
+    steps = zip(group.steps, group.num_batches, strict=True)
+    return [ReadStep(step.before, list(islice(left, count)), step.after) for step, count in steps]
 
 
 def first_samples(

@@ -3,12 +3,13 @@
 Invariant: the samples after a cursor are a function of (sources, weights, samples left out, shards lost, cursor) alone;
 no token is read. `engine.data.stream` keeps the cursor of a run.
 
-N samples, K sources.
+N samples, K sources, S steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,7 +47,7 @@ class Samples(NamedTuple):
     def size(self) -> int:
         return self.sources_N.size
 
-    def at(self, which: np.ndarray) -> Samples:
+    def at(self, which: np.ndarray | slice) -> Samples:
         """Return the samples at some numbers, or where `which` is true."""
         return Samples(self.sources_N[which], self.addresses_N3[which])
 
@@ -83,6 +84,58 @@ class MixedOrder:
             kept.append(found)
             count -= found.size  # those in lost shards are made up for by the samples that follow
         return Samples.joined(kept or [Samples(np.empty(0, np.int64), np.empty((0, 3), np.int64))]), cursor
+
+    def take_steps(self, cursor: Cursor, sizes: Sequence[int]) -> list[tuple[Samples, Cursor]]:
+        """Return the samples of the next steps, of these sizes, and the cursor after each, as a call of `take` for each
+        of them would: one step or more, and none beside one in which a source leaves its window.
+
+        Raises:
+            DataError: the data ends before the first step does.
+        """
+        ends_S = np.cumsum(sizes)
+        if (most := self.mixing.num_samples) is not None:
+            ends_S = ends_S[ends_S <= most - cursor.position]
+        is_left_out = any(end > cursor.position for _, end in self.left_out)
+        if len(ends_S) < 2 or is_left_out or any(source.lost.size for source in self.sources):
+            return self._one_by_one(cursor, sizes[: max(1, len(ends_S))])
+        sources_N = self.mixing.of(cursor.position, int(ends_S[-1]))
+        numbers_K = [np.flatnonzero(sources_N == source.number) for source in self.sources]
+        # (S,) arrays: samples of a source up to the end of each step
+        given_K = [np.searchsorted(numbers, ends_S) for numbers in numbers_K]
+        stays_S = np.ones(len(ends_S), bool)
+        for source, address, given_S in zip(self.sources, cursor.addresses, given_K, strict=True):
+            stays_S &= given_S < source.order.left(address)
+        # the offsets of a window that comes later are not read before they are due
+        ends_S = ends_S[: max(1, np.count_nonzero(stays_S))]
+        addresses_N3, following_K = np.empty((int(ends_S[-1]), 3), np.int64), []
+        for source, address, numbers, given_S in zip(self.sources, cursor.addresses, numbers_K, given_K, strict=True):
+            given = given_S[: len(ends_S)]
+            count = int(given[-1])
+            found_N3 = source.order.addresses(address, count)
+            addresses_N3[numbers[:count]] = found_N3
+            # the next sample behind each step: given 2 and 3 of the samples at slots 4, 5, 6, those at slots 6 and 7
+            all_N3 = np.concatenate([found_N3, [self._advanced_one(source, address, count)]])
+            following_K.append([SampleId(*row) for row in all_N3[given].tolist()])
+        starts = [0, *ends_S.tolist()]
+        found = [Samples(sources_N[a:b], addresses_N3[a:b]) for a, b in itertools.pairwise(starts)]
+        positions = (cursor.position + end for end in starts[1:])
+        return list(zip(found, map(Cursor, positions, zip(*following_K, strict=True)), strict=True))
+
+    def _one_by_one(self, cursor: Cursor, sizes: Sequence[int]) -> list[tuple[Samples, Cursor]]:
+        """Return `take_steps` by a call of `take` for each step."""
+        found = [self.take(cursor, sizes[0])]
+        for size in sizes[1:]:
+            before = found[-1][1]
+            if before.windows != cursor.windows:
+                break
+            try:
+                step = self.take(before, size)
+            except DataError:  # raised again when that step is due
+                break
+            if step[1].windows != cursor.windows:
+                break
+            found.append(step)
+        return found
 
     def between(self, cursor: Cursor, end: int, most: int) -> Iterator[Samples]:
         """Yield the samples from a cursor up to position `end` that are neither left out nor in a lost shard, at most
@@ -139,9 +192,12 @@ class MixedOrder:
         return Samples(sources_N, addresses_N3), Cursor(end, self._advanced(cursor.addresses, counts))
 
     def _advanced(self, addresses: tuple[SampleId, ...], counts: list[int]) -> tuple[SampleId, ...]:
-        steps = zip(self.sources, addresses, counts, strict=True)
+        return tuple(itertools.starmap(self._advanced_one, zip(self.sources, addresses, counts, strict=True)))
+
+    @staticmethod
+    def _advanced_one(source: Source, address: SampleId, count: int) -> SampleId:
         # a source that gave nothing keeps its address: `after` may have to read the offsets of its window
-        return tuple(source.order.after(address, count) if count else address for source, address, count in steps)
+        return source.order.after(address, count) if count else address
 
     def _is_kept(self, samples: Samples) -> np.ndarray:
         """Return True for samples that are in no lost shard, (N,) bool."""

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial, reduce
 from operator import or_
@@ -220,20 +221,30 @@ class Stream:
         sources[damage.source].refuse_empty()
         self._lost, self._order = lost, replace(self._order, sources=sources)
 
-    def coming_steps(self) -> Iterator[Step]:
-        """Yield the next steps, each drawn when it is asked for; the stream itself stays where it is.
+    def draw(self, most_steps: int) -> list[Step]:
+        """Return the next step, or up to so many of one size, as far as no source leaves its window before the last
+        one; the stream itself stays where it is.
 
         Raises:
-            DataError: the data ends before.
+            DataError: the data ends before the first of them does.
         """
-        before = self._progress
-        while True:
-            # the ramp follows the samples trained on, not the position: samples that are left out do not move it
-            size = self.batches.size(self.batches.steps(before.samples))
-            samples, cursor = self._order.take(before.cursor, size)
-            after = Progress(cursor, before.samples + size, self._passed_over(before, samples, cursor))
-            yield Step(before, samples, after)
+        before, found = self._progress, []
+        for samples, cursor in self._order.take_steps(before.cursor, self._sizes(before.samples, most_steps)):
+            passed_over = self._passed_over(before, samples, cursor)
+            after = Progress(cursor, before.samples + samples.size, passed_over)
+            found.append(Step(before, samples, after))
             before = after
+        return found
+
+    def _sizes(self, samples: int, most: int) -> list[int]:
+        """Return the sizes of the next steps after so many samples: up to `most` of one size."""
+        # the ramp follows the samples trained on, not the position: samples that are left out do not move it
+        step = self.batches.steps(samples)
+        size = self.batches.size(step)
+        if self.batches.samples(step) != samples:  # inside of a step, of a ramp that was changed meanwhile
+            return [size]
+        sizes = (self.batches.size(step + number) for number in range(most))
+        return list(itertools.takewhile(lambda other: other == size, sizes))
 
     def advance_to(self, progress: Progress) -> None:
         """Continue after a step of this stream or of a clone."""
@@ -241,7 +252,7 @@ class Stream:
 
     def skip(self) -> None:
         """Advance by one global batch."""
-        self.advance_to(next(self.coming_steps()).after)
+        self.advance_to(self.draw(1)[0].after)
 
     def coming_shards(self) -> list[tuple[TokenDataset, int]]:
         """Return the remote shards of the windows in use and of those after them, as (data set, shard number) in the

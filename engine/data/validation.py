@@ -14,11 +14,11 @@ import numpy as np
 from engine.config.schema.data import Attention, PackingName
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.batch import Batch, make_batches
-from engine.data.loader import micro_batch_rows
 from engine.data.objectives.sampling import make_sampler
 from engine.data.order.sample_order import SampleOrder
 from engine.data.shards.dataset import TokenDataset
 from engine.data.source import Source, WeightedDataset
+from engine.data.step_groups import micro_batch_rows
 
 EVALUATION_SEED = 0
 """Held-out samples are masked the same in every run, whatever its seed, so that their losses compare."""

@@ -29,14 +29,30 @@ _LARGEST = 2**32 - 1
 
 def words(seed: int, purpose: int, samples_B3: np.ndarray, num_words: int) -> np.ndarray:
     """Return uniform random words of the samples (epoch, window, slot), none negative: (B, num_words) uint64."""
+    drawn = words_of_no_sample(len(samples_B3), num_words, len(samples_B3))
+    write_words(seed, purpose, samples_B3, drawn, np.arange(len(samples_B3)))
+    return drawn[:, :num_words]
+
+
+def words_of_no_sample(num_rows: int, num_words: int, num_samples: int) -> np.ndarray:
+    """Return an array for the words of `num_rows` rows, at least `num_words` of each: 0 behind the first `num_samples`
+    rows, which `write_words` has to fill."""
+    found = np.empty((num_rows, -(-num_words // _WORDS_PER_COUNT) * _WORDS_PER_COUNT), np.uint64)
+    found[num_samples:] = 0
+    return found
+
+
+def write_words(seed: int, purpose: int, samples_B3: np.ndarray, into_NW: np.ndarray, rows_B: np.ndarray) -> None:
+    """Write the random words of samples into rows `rows_B` of an array of `words_of_no_sample`."""
     # one value of Philox's counter gives four words: 6 words take 2 values, so slot 5 begins at value 10
-    counts = -(-num_words // _WORDS_PER_COUNT)
-    drawn = np.empty((len(samples_B3), counts * _WORDS_PER_COUNT), np.uint64)
+    counts = into_NW.shape[1] // _WORDS_PER_COUNT
     for start, end in _runs(samples_B3):
         epoch, window, slot = samples_B3[start].tolist()
         stream = np.random.Philox(key=_key(seed, purpose, epoch, window), counter=slot * counts)
-        drawn[start:end] = stream.random_raw((end - start) * drawn.shape[1]).reshape(end - start, -1)
-    return drawn[:, :num_words]
+        drawn = stream.random_raw((end - start) * into_NW.shape[1]).reshape(end - start, -1)
+        first, last = rows_B[start], rows_B[end - 1]
+        # rows that follow one another are copied in half the time
+        into_NW[slice(first, last + 1) if last - first == end - start - 1 else rows_B[start:end]] = drawn
 
 
 def choose(keys_BT: np.ndarray, allowed_BT: np.ndarray, counts_B: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 
 from engine.config.schema.data import Attention, PackingName
 from engine.config.schema.objective import ObjectiveConfig
-from engine.data.objectives.draws import PURPOSE_OBJECTIVE, words
+from engine.data.objectives.draws import PURPOSE_OBJECTIVE, words_of_no_sample, write_words
 from engine.data.objectives.rows import SampledRows
 from engine.data.objectives.sampling import Sampler, SamplerContext, sampler_of
 from engine.data.shards.damage import Damage, DamagedShard
@@ -60,11 +60,11 @@ class _JoinedContext(SamplerContext):
 
     def words(self, samples_B3: np.ndarray, num_rows: int, num_words: int) -> np.ndarray:
         """Return random words of samples whose last column, the fourth, is their source."""
-        drawn = np.zeros((num_rows, num_words), np.uint64)
-        for source in np.unique(samples_B3[:, 3]).tolist():
+        drawn = words_of_no_sample(num_rows, num_words, len(samples_B3))
+        for source, seed in enumerate(self.seeds):
             mine = np.flatnonzero(samples_B3[:, 3] == source)
-            drawn[mine] = words(self.seeds[source], PURPOSE_OBJECTIVE, samples_B3[mine, :3], num_words)
-        return drawn
+            write_words(seed, PURPOSE_OBJECTIVE, samples_B3[mine, :3], drawn, mine)
+        return drawn[:, :num_words]
 
 
 class JoinedSampler:

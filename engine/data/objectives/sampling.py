@@ -16,7 +16,7 @@ import numpy as np
 from engine.config.objectives import OBJECTIVES
 from engine.config.schema.data import Attention, PackingName
 from engine.config.schema.objective import ObjectiveConfig
-from engine.data.objectives.draws import PURPOSE_OBJECTIVE, words
+from engine.data.objectives.draws import PURPOSE_OBJECTIVE, words_of_no_sample, write_words
 from engine.data.objectives.rows import RowBuffer, SampledRows
 from engine.data.shards.dataset import Shard, TokenDataset
 from engine.data.tokenizer.vocabulary import Vocabulary
@@ -78,9 +78,9 @@ class SamplerContext:
 
     def words(self, samples_B3: np.ndarray, num_rows: int, num_words: int) -> np.ndarray:
         """Return random words of the samples, (num_rows, num_words) uint64; 0 in padding rows."""
-        drawn = np.zeros((num_rows, num_words), np.uint64)
-        drawn[: len(samples_B3)] = words(self.seed, PURPOSE_OBJECTIVE, samples_B3, num_words)
-        return drawn
+        drawn = words_of_no_sample(num_rows, num_words, len(samples_B3))
+        write_words(self.seed, PURPOSE_OBJECTIVE, samples_B3, drawn, np.arange(len(samples_B3)))
+        return drawn[:, :num_words]
 
     def segments(self, buffer: RowBuffer) -> np.ndarray:
         """Return segments (B, T) int32: tokens with equal numbers see each other; padding has a number of its own."""

@@ -6,7 +6,7 @@ of a block they lie so that each data rank and each micro-batch holds its share 
 layout (powers of two; nearly so for other sizes). Invariant: both depend on the position, the batch sizes, the ratios
 and where the shares began alone.
 
-K sources, of which replay is the last.
+K sources, of which replay is the last; N positions, S blocks; O the power of two that a block's size is rounded up to.
 """
 
 from __future__ import annotations
@@ -16,12 +16,30 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from engine.config.batch_ramp import Ramp
 from engine.data.order.mixing import Mixing, Mixture
 from engine.data.order.permutation import mix_array
+
+_SPAN_POSITIONS = 1 << 13
+"""Positions whose replayed samples are found together: steps follow one another, and a call of numpy for one step costs
+nearly as much as for many."""
+_SPANS_KEPT = 2  # that of what is read ahead, and that of what was trained on
+
+
+class _Span(NamedTuple):
+    """Whole blocks, one behind the other."""
+
+    first: int  # position
+    replayed_N: np.ndarray  # bool, of the N positions from `first` on
+    counts: np.ndarray  # (N + 1,) int64: replayed samples from `start` up to each position, and up to the end
+
+    @property
+    def end(self) -> int:
+        return self.first + self.replayed_N.size
 
 
 class ReplayShare:
@@ -50,7 +68,7 @@ class ReplayShare:
             before, units, earlier = self._rows[-1]
             self._rows.append((first, units + earlier * (first - before), rate))
         self._firsts = [first for first, _, _ in self._rows]
-        self._last = (0, 0, 0, 0)
+        self._spans: tuple[_Span, ...] = ()
 
     def owed(self, position: int) -> Fraction:
         """Return the exact share up to a position less the replayed samples by then."""
@@ -60,28 +78,44 @@ class ReplayShare:
         """Return the replayed samples from `start` up to a position."""
         if position <= self._start:
             return 0
-        begin, size, replayed, step = self._block(position)
-        inside = int(_replayed_in_block(size, replayed, step)[: position - begin].sum()) if position > begin else 0
-        return self._rounded(begin) + inside
+        span = self._span(position, through_end=True)
+        return int(span.counts[position - span.first])
 
     def of(self, position: int, count: int) -> np.ndarray:
         """Return True for the replayed samples among `count` positions from one on, (count,) bool."""
         found, end = [], position + count
         while position < end:
-            begin, size, replayed, step = self._block(position)
-            positions = _replayed_in_block(size, replayed, step)[position - begin : end - begin]
-            found.append(positions)
-            position += positions.size
+            span = self._span(position)
+            found.append(span.replayed_N[position - span.first : end - span.first])
+            position = span.end
+        if len(found) == 1:  # a view: nobody writes to it
+            return found[0]
         return np.concatenate(found) if found else np.empty(0, bool)
 
-    def _block(self, position: int) -> tuple[int, int, int, int]:
-        """Return the first position, the size, the replayed samples and the number of the block around a position."""
-        begin, size, _, _ = self._last
-        if not begin <= position < begin + size:  # asked for some times in a row
-            step = self._batches.steps(position + 1) - 1
-            begin, end = max(self._start, self._batches.samples(step)), self._batches.samples(step + 1)
-            self._last = begin, end - begin, self._rounded(end) - self._rounded(begin), step
-        return self._last
+    def _span(self, position: int, through_end: bool = False) -> _Span:
+        """Return a span that has a position or, with `through_end`, ends there."""
+        for span in self._spans:
+            if span.first <= position < span.end + through_end:
+                return span
+        span = self._make_span(position)
+        # replaced and never changed in place: the thread that reads ahead asks, too
+        self._spans = (span, *self._spans)[:_SPANS_KEPT]
+        return span
+
+    def _make_span(self, position: int) -> _Span:
+        """Return the blocks from the one around a position on, all of one size: as many as are found together."""
+        step = self._batches.steps(position + 1) - 1
+        first, end = max(self._start, self._batches.samples(step)), self._batches.samples(step + 1)
+        size, num_steps = end - first, 1
+        if size == self._batches.size(step):  # not a block that `start` has cut
+            most = max(1, _SPAN_POSITIONS // size)
+            while num_steps < most and self._batches.size(step + num_steps) == size:
+                num_steps += 1
+        # in Python's integers: units of many decimals are beyond 64 bits
+        ends = np.array([self._rounded(first + size * number) for number in range(num_steps + 1)], np.int64)
+        replayed_SN = _replayed_in_blocks(size, np.diff(ends), np.arange(step, step + num_steps))
+        replayed_N = replayed_SN.ravel()
+        return _Span(first, replayed_N, ends[0] + np.append(0, np.cumsum(replayed_N, dtype=np.int64)))
 
     def _rounded(self, position: int) -> int:
         return max(0, self._units(position) // self._unit) if position > self._start else 0
@@ -102,10 +136,14 @@ class MixtureWithReplay(Mixture):
         number of new samples before it."""
         self.share, self._start, self._replayed = share, start, replayed
         self._new = new(self._num_new)
+        self._num_samples = self._length()
 
     @property
     def num_samples(self) -> int | None:
         """Length of the stream, which ends with its last new sample; None without end."""
+        return self._num_samples
+
+    def _length(self) -> int | None:
         most_new = self._new.num_samples
         if most_new is None:
             return None
@@ -133,9 +171,8 @@ class MixtureWithReplay(Mixture):
         return position - self._replayed - self.share.count(position)
 
 
-@lru_cache(maxsize=64)
-def _replayed_in_block(size: int, count: int, step: int) -> np.ndarray:
-    """Return True for `count` of `size` positions of a block, (size,) bool; each step has others.
+def _replayed_in_blocks(size: int, counts_S: np.ndarray, steps_S: np.ndarray) -> np.ndarray:
+    """Return True for `counts_S` of the `size` positions of each block, (S, size) bool; each step has others.
 
     Data rank and micro-batch of a position are ranges of its binary digits, where sizes are powers of two. Of numbers
     i below a power of two each such range of a position has to take every value equally often: digit s of the position
@@ -144,12 +181,16 @@ def _replayed_in_block(size: int, count: int, step: int) -> np.ndarray:
     systeme de numeration", uses the same matrix). The step flips digits at random, which moves whole ranges: the rank
     that has the odd sample of a step is another one in the next.
     """
-    order = _order(max(0, size - 1).bit_length())
-    positions = order ^ np.int64(mix_array(np.array([step], np.uint64))[0] % np.uint64(order.size))
-    found = np.zeros(size, bool)
-    # of sizes that are no power of two, positions beyond the size are passed over
-    found[positions[positions < size][:count]] = True
-    return found
+    order_O = _order(max(0, size - 1).bit_length())
+    flips_S = (mix_array(steps_S.astype(np.uint64)) % np.uint64(order_O.size)).astype(np.int64)
+    positions_SO = order_O ^ flips_S[:, None]
+    # of sizes that are no power of two, positions beyond the size are passed over: those within it are numbered
+    is_inside_SO = positions_SO < size
+    is_chosen_SO = is_inside_SO & (np.cumsum(is_inside_SO, axis=1) <= counts_S[:, None])
+    found_SN = np.zeros((steps_S.size, size), bool)
+    blocks, columns = np.nonzero(is_chosen_SO)
+    found_SN[blocks, positions_SO[blocks, columns]] = True
+    return found_SN
 
 
 @lru_cache(maxsize=8)

@@ -55,6 +55,10 @@ class Order(Protocol):
         """Return the sample that follows `count` samples after another."""
         ...
 
+    def left(self, sample: SampleId) -> int:
+        """Return the samples of a window from one on to its end."""
+        ...
+
     def check(self, sample: SampleId) -> SampleId:
         """Return the same address. Raises `ValueError` where there is no such sample."""
         ...
@@ -114,6 +118,10 @@ class SampleOrder(Order):
             slot -= size
             epoch, window = (epoch, window + 1) if window + 1 < self.num_windows else (epoch + 1, 0)
         return SampleId(epoch, window, slot)
+
+    def left(self, sample: SampleId) -> int:
+        """Return the samples of a window from one on to its end."""
+        return self.size(sample.epoch, sample.window) - sample.slot
 
     def check(self, sample: SampleId) -> SampleId:
         """Return the address. Raises `ValueError` where there is no such sample (and it is not `START`)."""

@@ -134,8 +134,13 @@ class TokenDataset:
             DamagedShard: a file of it is missing, of another size, or its bytes are not those that were written.
             DataError: a file cannot be read.
         """
+        # asked for dozens of times per batch: an open one without this data set's lock
+        found = PROCESS.get(self._owner, number)
+        return self._opened(number) if found is None else found
+
+    def _opened(self, number: int) -> Shard:
         with self._lock, _naming(number):
-            found = PROCESS.get(self._owner, number)
+            found = PROCESS.get(self._owner, number)  # another thread may have been first
             if found is None:
                 try:
                     found, file = self._map(number)

@@ -32,6 +32,9 @@ class LastFirst(Order):
         window = int(np.searchsorted(self.firsts, at, side="right")) - 1
         return SampleId(epoch, window, at - int(self.firsts[window]))
 
+    def left(self, sample: SampleId) -> int:
+        return int(self.rows[sample.window]) - sample.slot
+
     def check(self, sample: SampleId) -> SampleId:
         if not (0 <= sample.window < self.rows.size and 0 <= sample.slot < self.rows[sample.window]):
             raise ValueError(f"{sample}")

@@ -5,7 +5,7 @@ import pytest
 from engine.config.load import apply_override, parse_run
 from engine.config.resolve import examine, num_micro_batches, resolve
 from engine.config.schema.run import RunConfig
-from engine.data.loader import micro_batch_rows
+from engine.data.step_groups import micro_batch_rows
 from engine.plan.composition import example
 from engine.plan.elastic import World, elastic_worlds
 from engine.plan.shrink import world_for

@@ -1,5 +1,6 @@
 """Replayed samples: exact counts over any window of steps, even over ranks and micro-batches."""
 
+import math
 import random
 from fractions import Fraction
 
@@ -8,6 +9,7 @@ import pytest
 
 from engine.config.batch_ramp import Ramp
 from engine.data.order.mixing import Mixing
+from engine.data.order.permutation import mix_array
 from engine.data.order.replay_share import MixtureWithReplay, ReplayShare
 
 TABLE = ((0, Fraction(1, 4)), (7, Fraction(0)), (12, Fraction("0.137")), (30, Fraction(9, 10)))
@@ -67,6 +69,38 @@ def test_sizes_that_are_no_powers_of_two_are_shared_out_more_evenly_than_at_rand
 
     shapes = [(rows, ranks) for rows in (1, 2, 4) for ranks in (2, 3, 4, 6, 8) if size % (rows * ranks) == 0]
     assert spread(ours) < 0.85 * spread(random_rows)
+
+
+def drawn_one_by_one(ratios: tuple[tuple[int, Fraction], ...], batches: Ramp, steps: int):
+    """Yield the replayed positions of each step: the first so many of the digital sequence that are in the step."""
+    exact = exact_counts(ratios, batches, steps)
+    for step in range(steps):
+        size, count = batches.size(step), math.floor(exact[step + 1]) - math.floor(exact[step])
+        num_digits = (size - 1).bit_length()
+        flip = int(mix_array(np.array([step], np.uint64))[0]) % 2**num_digits
+        found = []
+        for i in range(2**num_digits):
+            # digit s is the sum modulo 2 of the digits c of i for which the binomial coefficient (s over c) is odd
+            digits = [sum(math.comb(s, c) * (i >> c & 1) for c in range(s + 1)) % 2 for s in range(num_digits)]
+            position = sum(digit << s for s, digit in enumerate(digits)) ^ flip
+            found += [position] * (position < size)
+        yield sorted(found[:count])
+
+
+@pytest.mark.parametrize("batches", [Ramp((16,)), Ramp((21,)), Ramp((8, 12, 64), (0, 5, 20)), Ramp((1,))])
+def test_steps_found_together_are_those_found_one_by_one(batches):
+    share = ReplayShare(TABLE, batches)
+    for step, expected in enumerate(drawn_one_by_one(TABLE, batches, 45)):
+        replayed = share.of(batches.samples(step), batches.size(step))
+        assert np.flatnonzero(replayed).tolist() == expected
+
+
+def test_positions_far_apart_are_found_in_any_order():
+    share, fresh = ReplayShare(TABLE, Ramp((24,))), ReplayShare(TABLE, Ramp((24,)))
+    whole = fresh.of(0, 50_000)
+    for position in np.random.default_rng(2).integers(0, 49_000, 300).tolist():
+        assert np.array_equal(share.of(position, 900), whole[position : position + 900])
+        assert share.count(position) == np.count_nonzero(whole[:position])
 
 
 def test_shares_that_go_on_with_another_ratio_owe_what_they_owed():
