@@ -48,6 +48,7 @@ COMMANDS = {
     "forget": Command("tools.forget:main", "Train on some documents no more.", "the same command goes on"),
     "plan": Command("tools.plan:main", "Show what a run costs on a world, and what would be refused."),
     "continue": Command("tools.continue_run:main", "Append a stage with new data to a run.", "nothing was written"),
+    "preflight": Command("tools.preflight:main", "Check the nodes of a job before a run starts there."),
     "launch": Command("tools.launch:main", "Start the ranks of a run and watch over them."),
     "train": Command("tools.train:main", "Train: what each rank runs, under any launcher or alone."),
     "status": Command("tools.status:main", "Show where runs stand, also while they go on."),

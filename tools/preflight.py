@@ -1,0 +1,169 @@
+"""`palimpsest preflight`: checks of the nodes of a job and of the network between them, before a run starts there."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engine.config.rank_environment import RankEnvironment
+from engine.errors import EXIT_FAILURE
+from launcher.environment import check_meeting_point, export, rank_environment
+from launcher.node_checks import LEVELS, Finding, Needs
+from launcher.preflight import NodeReport, check_node, compare_nodes
+
+PAIR_BYTES = 32 * 2**20
+"""Bytes that two nodes send each other in each direction, and the size of the all-reduce."""
+SLOW_FACTOR = 0.5
+"""Fraction of the median bandwidth of all pairs of nodes, below which a pair is slow."""
+LIMIT_SECONDS = 300.0
+"""Time in which all ranks have to arrive, and for each measurement."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """Bandwidths between the nodes, in bytes per second."""
+
+    pairs: Mapping[str, float]
+    """By pair of hosts, "HOST - HOST", in each direction."""
+    all_reduce: float
+    """Bus bandwidth of an all-reduce over all ranks."""
+
+
+def main(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[RUN.yaml]", help="A run, whose needs the nodes are judged by.")
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Keys to change.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs that each node has to have.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Check this node, or all nodes of a job if a launcher starts it there (srun palimpsest preflight RUN.yaml).
+
+    Ends with 1 where a check failed. Started on several nodes, one rank of each reports, and all ranks measure the
+    network between them.
+    """
+    environment = rank_environment(os.environ)
+    needs = _needs(config, overrides or [], environment, gpus)
+    report = check_node(needs, os.environ)
+    if environment.world_size == 1:
+        reports, findings, network = [report], [], None
+    else:
+        reports, clocks, network = _together(report, environment)
+        findings = [*compare_nodes(reports, clocks), *_slow(network)]
+    if environment.global_rank > 0:
+        return
+    if as_json:
+        tree = {"nodes": [each.as_json() for each in reports], "together": [asdict(finding) for finding in findings]}
+        print(json.dumps(tree | ({} if network is None else {"network": asdict(network)}), indent=1))
+    else:
+        print(table(reports, findings, network))
+    every = [*findings, *(finding for each in reports for finding in each.findings)]
+    if any(finding.level == "failed" for finding in every):
+        raise typer.Exit(EXIT_FAILURE)
+
+
+def table(reports: Sequence[NodeReport], findings: Sequence[Finding], network: Network | None) -> str:
+    """Return the findings as lines: what went wrong by node with its remedy, then one line for all that is well."""
+    lines, names = [], dict.fromkeys(finding.check for report in reports for finding in report.findings)
+    for name in names:
+        found = [(report.host, one) for report in reports for one in report.findings if one.check == name]
+        # Nodes with one and the same finding share a line.
+        hosts: dict[tuple[str, str, str], list[str]] = {}
+        for host, one in found:
+            hosts.setdefault((one.level, one.text if one.level != "ok" else "", one.remedy), []).append(host)
+        for (level, text, remedy), held in sorted(hosts.items(), key=lambda item: -LEVELS.index(item[0][0])):  # type: ignore[arg-type]
+            where = ", ".join(held)
+            shown = text or (found[0][1].text if len(found) == 1 else f"{len(held)} of {len(reports)} nodes")
+            lines.append(f"{level:<8} {name:<20} {shown if level == 'ok' else f'{where}: {shown}'}")
+            lines += [f"{'':<8} {'':<20} to do: {remedy}"] if remedy else []
+    for one in findings:
+        lines.append(f"{one.level:<8} {one.check:<20} {one.text}")
+        lines += [f"{'':<8} {'':<20} to do: {one.remedy}"] if one.remedy else []
+    if network is not None:
+        lines.append(f"{'':<8} {'all-reduce':<20} {network.all_reduce / 1e9:.2f} GB/s over all ranks")
+        if network.pairs:
+            values = sorted(network.pairs.values())
+            slowest = min(network.pairs, key=network.pairs.__getitem__)
+            text = f"{values[0] / 1e9:.2f} ({slowest}), median {statistics.median(values) / 1e9:.2f} GB/s per direction"
+            lines.append(f"{'':<8} {'pairs of nodes':<20} slowest {text}")
+    return "\n".join(lines)
+
+
+def _needs(config: Path | None, overrides: list[str], environment: RankEnvironment, gpus: int | None) -> Needs:
+    """Return the demands of a run on each node; without one, those of any run."""
+    plain = Needs(
+        ranks=environment.local_world_size,
+        num_nodes=environment.num_nodes,
+        gpus=gpus,
+        job=environment.job,
+    )
+    if config is None:
+        return plain
+    from engine.config.load import load_run
+    from engine.plan.cost import checkpoint_bytes
+    from engine.plan.plan import make_plan
+
+    run = load_run(config, overrides)
+    parallel, ranks = run.parallel, environment.local_world_size
+    world = environment.world_size
+    if world == 1:  # not started by a launcher yet: as many ranks as the layout needs at the least, all of them here
+        world = ranks = parallel.pipe * parallel.tensor * parallel.sequence * (parallel.data or 1)
+    plan = make_plan(run, world)
+    kept = run.checkpoint.keep_last + run.checkpoint.keep_best + 1
+    on_host = max(stage.memory.host + stage.stored_bytes for stage in plan.stages)
+    memory = run.checkpoint.memory
+    return replace(
+        plain,
+        folder=run.folder,
+        disk_bytes=kept * checkpoint_bytes(run),
+        ranks=ranks,
+        host_bytes=ranks * on_host,
+        shared=memory.folder if memory is not None else plain.shared,
+        shared_bytes=plan.node_memory_bytes(ranks) if memory is not None else 0,
+    )
+
+
+def _together(report: NodeReport, environment: RankEnvironment) -> tuple[list[NodeReport], dict[str, float], Network]:
+    """Return every node's report and clock, and the bandwidths. Collective over the world."""
+    check_meeting_point(environment, os.environ)
+    export(environment, os.environ)
+    from engine.parallel.bandwidth import all_reduce_bandwidth, pair_bandwidths
+    from engine.parallel.collectives import barrier, gather_objects
+    from engine.parallel.groups import Group, connect, disconnect
+    from engine.train.run import choose_device
+
+    device = choose_device(environment)
+    connect(environment, device, limit_seconds=LIMIT_SECONDS)
+    world = Group(tuple(range(environment.world_size)), environment.global_rank)
+    told = gather_objects((environment.node_rank, environment.local_rank, report.as_json()), world)
+    firsts = [rank for rank, (_, local_rank, _) in enumerate(told) if local_rank == 0]
+    reports = [NodeReport.from_json(told[rank][2]) for rank in firsts]
+    barrier(world)
+    clocks = dict(gather_objects((socket.gethostname(), time.time()), world))
+    pairs = pair_bandwidths(firsts, world, device, PAIR_BYTES)
+    hosts = [one.host for one in reports]
+    by_host = {" - ".join(hosts[int(number)] for number in pair.split("-")): value for pair, value in pairs.items()}
+    network = Network(by_host, all_reduce_bandwidth(world, device, PAIR_BYTES))
+    disconnect()
+    return reports, clocks, network
+
+
+def _slow(network: Network) -> list[Finding]:
+    """Return the pairs of nodes that are much slower than most."""
+    if len(network.pairs) < 3:
+        return []
+    median = statistics.median(network.pairs.values())
+    return [
+        Finding("network", "warning", f"{pair}: {value / 1e9:.2f} GB/s, median {median / 1e9:.2f}", "look at its links")
+        for pair, value in sorted(network.pairs.items())
+        if value < SLOW_FACTOR * median
+    ]
