@@ -48,6 +48,9 @@ COMMANDS = {
     "forget": Command("tools.forget:main", "Train on some documents no more.", "the same command goes on"),
     "plan": Command("tools.plan:main", "Show what a run costs on a world, and what would be refused."),
     "continue": Command("tools.continue_run:main", "Append a stage with new data to a run.", "nothing was written"),
+    "fit-replay": Command(
+        "tools.fit_replay:main", "Find the replay ratio of a stage from short runs.", "the same command begins again"
+    ),
     "preflight": Command("tools.preflight:main", "Check the nodes of a job before a run starts there."),
     "launch": Command("tools.launch:main", "Start the ranks of a run and watch over them."),
     "train": Command("tools.train:main", "Train: what each rank runs, under any launcher or alone."),

@@ -1,9 +1,10 @@
-"""The resolved configuration of a run, as YAML in its folder."""
+"""Configurations as YAML files: the resolved one of a run in its folder, and any tree."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 
@@ -17,9 +18,15 @@ FILE = "config.yaml"
 
 def save_run(config: RunConfig, folder: Path) -> None:
     """Put the configuration in the run folder, over any that is there; call on one rank. Raises `OSError`."""
-    # Block style in the schema's order, for people read this file; credentials in URLs are taken out.
+    # credentials in URLs are taken out
+    save_tree(redacted(config.model_dump(mode="json", exclude_none=True)), folder / FILE)
+
+
+def save_tree(tree: dict[str, Any], path: Path) -> None:
+    """Write the tree of a configuration as a file that `load_run` reads. Raises `OSError`."""
+    # Block style in the tree's own order, for people read these files.
     text, yaml = io.StringIO(), YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.dump(redacted(config.model_dump(mode="json", exclude_none=True)), text)
-    write_atomically(folder / FILE, text.getvalue())
+    yaml.dump(tree, text)
+    write_atomically(path, text.getvalue())
