@@ -108,8 +108,8 @@ def fit(points: Points, near: Law | None = None) -> Law:
         grid = itertools.product(_SPEEDS, _POWERS, _FADINGS)
         best = min(grid, key=lambda shape: float(np.sum(_solve(points, shape)[1] ** 2)))
     shape = _refine(points, best)
-    linear, _ = _solve(points, shape)
-    return Law(*map(float, linear), *shape, points.scale, points.before)
+    start, further, anneal, shift = _solve(points, shape)[0].tolist()
+    return Law(start, further, anneal, shift, *shape, points.scale, points.before)
 
 
 def _terms(

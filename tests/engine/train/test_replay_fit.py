@@ -121,7 +121,8 @@ def test_a_best_ratio_beyond_those_that_were_tried_is_said():
 
 
 def test_a_ratio_without_an_effect_carries_nothing():
-    laws = dict.fromkeys((OLD, NEW), replace(LAWS[NEW], fading=0.0))
+    flat = replace(LAWS[NEW], fading=0.0)
+    laws = {OLD: flat, NEW: flat}
     found = recommended(short_runs((0.0, 0.05, 0.25), 0.002, laws))
     assert any("hardly changes" in reason for reason in found.reasons)
 
