@@ -22,7 +22,7 @@ ROWS: list[set[str]] = [
     {"parallel"},
     {"plan"},
     {"config"},
-    {"foreign", "run_folder", "switch_files"},
+    {"foreign", "provenance", "run_folder", "switch_files"},
     {"errors", "logs", "output", "outcome", "heartbeat"},
     {"redact", "atomic"},
 ]
@@ -38,6 +38,7 @@ LAUNCHER_MAY = {
     "config",
     "run_folder",
     "switch_files",
+    "provenance",
     "errors",
     "redact",
     "atomic",

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import engine
 from engine.checkpoint.manifest import library_versions
 from engine.config.rank_environment import RankEnvironment
 from engine.config.resume import flatten
 from engine.config.schema.run import RunConfig
 from engine.data.source import WeightedDataset
 from engine.data.validation import ValidationSet
-
-PACKAGES = ("engine", "launcher", "tools")
+from engine.provenance import code_hash
 
 
 def facts_of_start(config: RunConfig, environment: RankEnvironment, device: torch.device) -> dict[str, Any]:
@@ -64,14 +59,3 @@ def gpu_of(device: torch.device) -> str:
     # Parts of one GPU (MIG) report the same UUID: without the name two ranks would seem to share a GPU.
     part = visible if visible.startswith("MIG-") and "," not in visible else ""
     return f"{torch.cuda.get_device_properties(device).uuid}{part and f' {part}'}"
-
-
-@cache
-def code_hash() -> str:
-    """Hash of the sources of Palimpsest that this process runs, as 16 hex digits."""
-    root = Path(engine.__file__).parents[1]
-    digest = hashlib.sha256()
-    # Name and content, each ended by a zero byte: no renaming or moving of text between files keeps the hash.
-    for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]

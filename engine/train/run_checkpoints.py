@@ -34,6 +34,7 @@ from engine.logs import logger
 from engine.parallel.agreement import on_first
 from engine.parallel.groups import Groups, join_lines
 from engine.parallel.zero import StageEngine
+from engine.provenance import note_start
 from engine.redact import redacted
 from engine.train import saved
 from engine.train.records import last_step, metric_of
@@ -267,6 +268,7 @@ class RunCheckpoints:
 
     def _note_start(self) -> None:
         save_run(self.config, self.config.folder)
+        note_start(self.config.folder, self.environment.job, self.environment.attempt)
         if on_disk := committed(self.folder):  # of a run that began before commits were noted, or that was copied
             saved.note(self.config.folder, step_of(on_disk[0]))
 
