@@ -53,6 +53,7 @@ COMMANDS = {
     ),
     "preflight": Command("tools.preflight:main", "Check the nodes of a job before a run starts there."),
     "launch": Command("tools.launch:main", "Start the ranks of a run and watch over them."),
+    "job": Command("tools.job:app", "Follow, show and cancel jobs that launch has submitted to Slurm."),
     "train": Command("tools.train:main", "Train: what each rank runs, under any launcher or alone."),
     "status": Command("tools.status:main", "Show where runs stand, also while they go on."),
     "compare": Command("tools.compare:main", "Compare the metrics of runs, and say where they part."),

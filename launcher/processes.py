@@ -28,15 +28,16 @@ class Process:
 
 def marked(job: str) -> list[Process]:
     """Return every live process of this user that was started with this job's name, this process excepted."""
-    return _with(f"{JOB}={job}")
+    return with_variable(f"{JOB}={job}")
 
 
 def of_run(folder: Path) -> list[Process]:
     """Return every live process of this user for any job that was launched in a run folder."""
-    return _with(f"{RUN_FOLDER}={folder.absolute()}")
+    return with_variable(f"{RUN_FOLDER}={folder.absolute()}")
 
 
-def _with(variable: str) -> list[Process]:
+def with_variable(variable: str) -> list[Process]:
+    """Return every live process of this user that was started with this `NAME=value`, this process excepted."""
     found = []
     for entry in PROC.iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():

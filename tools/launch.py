@@ -1,11 +1,13 @@
-"""`palimpsest launch`: starts the ranks of a run on this node and watches over them.
+"""`palimpsest launch`: starts the ranks of a run on this node, or submits them to Slurm, and watches over them.
 
 The configuration is checked for the world that it will get before anything starts, so a mistake costs no start-up.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -19,20 +21,28 @@ from engine.config.resolve import resolve
 from engine.config.schema.run import RunConfig
 from engine.errors import EXIT_DONE, ConfigError, EnvironmentProblem
 from engine.plan.frozen import check_patterns
-from launcher.attempts import Ending, run_attempts
+from launcher.attempts import Ending, OneNode, run_attempts
 from launcher.commands import KINDS, Kind, Node, Wanted, commands
 from launcher.devices import names, num_gpus, numbers
+from launcher.environment import OVERRIDES
 from launcher.left_over import left_over
 from launcher.ports import free_port
 from launcher.processes import of_run
 from launcher.restarts import Restarts
+from launcher.slurm.site import choose
+from launcher.slurm.submit import Request, specify, submit, write
+from launcher.slurm.submit import dry_run as show
 from launcher.supervise import last_lines
+
+SLURM = "slurm"
 
 
 def main(
     config: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run's configuration.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Keys to change.")] = None,
-    launcher: Annotated[str, typer.Option(help=f"Who starts the ranks: {', '.join(KINDS)}.")] = "local",
+    launcher: Annotated[
+        str, typer.Option(help=f"Who starts the ranks: on this node {', '.join(KINDS)}, on a cluster {SLURM}.")
+    ] = "local",
     processes: Annotated[
         int | None, typer.Option(min=1, help="Ranks to start (default: one per GPU, else what the layout needs).")
     ] = None,
@@ -40,8 +50,28 @@ def main(
         int | None, typer.Option(min=0, help="Restarts after a failure (default: launch.restarts of the run).")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command lines and start nothing.")] = False,
+    site: Annotated[
+        str | None, typer.Option(help="slurm: site profile, by name or path (default: by this host's name).")
+    ] = None,
+    nodes: Annotated[str | None, typer.Option(metavar="N|MIN-MAX", help="slurm: nodes, for example 2-4.")] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=0, help="slurm: GPUs of each node (default: those of the site); 0 for the CPU.")
+    ] = None,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="slurm: ranks on each node (default: one per GPU).")
+    ] = None,
+    time: Annotated[str | None, typer.Option(metavar="H:MM:SS", help="slurm: time limit of each start.")] = None,
+    requeues: Annotated[
+        int | None, typer.Option(min=0, help="slurm: requeues of the job (default: launch.requeues of the run).")
+    ] = None,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="slurm: key of the site profile, for example allocation.account=ME."),
+    ] = None,
 ) -> None:
     """Start the ranks of a run on this node, show rank 0, and say how the run ended.
+
+    With --launcher slurm the run is submitted as a job instead, which `palimpsest job` follows and cancels.
 
     A rank that is killed, fails or hangs (it gives no sign of life for longer than launch.*_limit_* of the run) ends
     the others; with --restarts the run goes on from its newest checkpoint on the ranks that remain. SIGTERM, SIGINT
@@ -51,6 +81,23 @@ def main(
     """
     logs.configure()
     run = load_run(config, overrides or [])
+    limit = run.launch.restarts if restarts is None else restarts
+    if launcher == SLURM:
+        if processes is not None:
+            raise ConfigError(
+                "--processes beside --launcher slurm", "--ranks-per-node", "say how many ranks a node has"
+            )
+        limits = (run.launch.requeues if requeues is None else requeues, limit)
+        asked = Request(config, tuple(overrides or []), nodes or "1", gpus_per_node, ranks_per_node, time, *limits)
+        _submit(run, asked, site, slurm or [], dry_run)
+        return
+    on_slurm = (site, nodes, gpus_per_node, ranks_per_node, time, requeues, slurm)
+    if any(value is not None for value in on_slurm):
+        raise ConfigError(
+            f"an option of slurm beside --launcher {launcher}",
+            "--site, --nodes, --gpus-per-node, --ranks-per-node, --time, --requeues and --slurm with --launcher slurm",
+            "add --launcher slurm, or leave them out",
+        )
     gpus = num_gpus(os.environ)
     kind, ranks = _kind(launcher), processes or _default_processes(run, gpus)
     node = _node(kind, ranks, gpus)
@@ -71,10 +118,27 @@ def main(
     if dry_run:
         return
     logs.logger(__name__).info("%d ranks (%s), run folder %s", wanted.world_size, layout, run.folder)
-    limit = run.launch.restarts if restarts is None else restarts
     # The folder's lock alone is not enough: ranks that a killed launch has left may not hold it.
     _refuse_second_launch(run.folder)
-    raise typer.Exit(_tell(run, kind, run_attempts(run, wanted, node, Restarts(limit), _say)))
+    raise typer.Exit(_tell(run, kind, run_attempts(run, OneNode(run, wanted, node), Restarts(limit), _say)))
+
+
+def _submit(run: RunConfig, asked: Request, site_name: str | None, changes: list[str], dry_run: bool) -> None:
+    """Submit a run to Slurm, or show what would be submitted."""
+    name, profile = choose(site_name, socket.getfqdn(), changes)
+    job = specify(run, asked, name, profile, sys.executable)
+    if dry_run:
+        print(show(run, job))
+        return
+    write(job)
+    if job.hides_overrides:
+        # The job inherits it: sbatch takes the environment along, and only its owner sees it.
+        os.environ[OVERRIDES] = json.dumps(asked.overrides)
+    number = submit(job)
+    print(f"job {number} ({job.nodes} nodes of {name}) is submitted; its folder is {job.folder}")
+    print(f"  it waits or runs:  palimpsest job status {number}")
+    print(f"  its output:        palimpsest job logs {number} --follow")
+    print(f"  save and stop it:  palimpsest job cancel {number}")
 
 
 def _say(words: str) -> None:
@@ -141,7 +205,7 @@ def _kind(name: str) -> Kind:
     for kind in KINDS:
         if kind == name:
             return kind
-    raise ConfigError(f"--launcher = {name!r}", ", ".join(KINDS), "choose one of these")
+    raise ConfigError(f"--launcher = {name!r}", ", ".join([*KINDS, SLURM]), "choose one of these")
 
 
 def _default_processes(run: RunConfig, gpus: int) -> int:

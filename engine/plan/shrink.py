@@ -12,18 +12,22 @@ UNKNOWN = ACCELERATORS["a100-80gb"]
 """Stands for accelerators that no table knows: layouts are only compared with each other."""
 
 
-def world_for(config: RunConfig, num_ranks: int, accelerator: Accelerator = UNKNOWN) -> World | None:
-    """Return the best world of at most `num_ranks` ranks (all on one node) for a run to go on in, or None.
+def world_for(
+    config: RunConfig, num_ranks: int, accelerator: Accelerator = UNKNOWN, per_node: int | None = None
+) -> World | None:
+    """Return the best world of at most `num_ranks` ranks for a run to go on in, or None.
 
     The largest one, by the data axis alone. With `elastic.layout: any` the largest in which any layout is valid, and
-    of those the first in the plan's ranking for the accelerator.
+    of those the first in the plan's ranking for the accelerator. With `per_node` the ranks are those of whole nodes;
+    None means that all are on one node, and any number of them will do.
     """
+    multiple = per_node or 1
     if config.elastic.layout == "data":
-        worlds = elastic_worlds(config, num_ranks)
+        worlds = [world for world in elastic_worlds(config, num_ranks) if world.size % multiple == 0]
         return worlds[-1] if worlds else None
-    for size in range(num_ranks, 0, -1):
-        # A restart stays on one node (`launcher.restarts`), so all ranks share its links.
-        ranked = rank(config, Cluster(accelerator, size, per_node=size))
+    for size in range(num_ranks - num_ranks % multiple, 0, -multiple):
+        # On one node all ranks share its links.
+        ranked = rank(config, Cluster(accelerator, size, per_node=per_node or size))
         if ranked:
             return describe(with_parallel(config, **ranked[0].parallel.model_dump()), ranked[0].layout)
     return None

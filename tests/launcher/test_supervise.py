@@ -13,10 +13,12 @@ from engine import outcome
 from engine.errors import EnvironmentProblem
 from engine.outcome import Outcome
 from engine.run_folder import RunFolder, Start
-from launcher import processes, supervise
+from launcher import decisions, processes, supervise
 from launcher.attempts import attempt
 from launcher.commands import Command
 from launcher.environment import JOB
+from launcher.ranks import LocalRanks
+from launcher.signals import Signals
 from launcher.verdict import Verdict
 
 WAIT_SECONDS = 20
@@ -50,9 +52,9 @@ def job(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def short_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervise, "GRACE_SECONDS", 1.0)
-    monkeypatch.setattr(supervise, "SAME_SIGNAL_SECONDS", 0.2)
-    monkeypatch.setattr(supervise, "LISTENING_SECONDS", 0.0)
+    monkeypatch.setattr(decisions, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(decisions, "SAME_SIGNAL_SECONDS", 0.2)
+    monkeypatch.setattr(decisions, "LISTENING_SECONDS", 0.0)
 
 
 def stand_in(name: str, job: str, folder: Path, code: str, **environment: str) -> Command:
@@ -71,7 +73,8 @@ def run_commands(job: str, folder: Path, commands: list[Command], num_ranks: int
     with RunFolder(folder, Start(job, 0)) as owned:
         owned.take(supervisor=True)
         owned.clear()
-        return attempt(commands, owned, num_ranks)
+        with Signals() as signals:
+            return attempt(LocalRanks(commands, owned, num_ranks), owned, signals)
 
 
 def run_launcher(job: str, folder: Path, launcher: str, rank: str) -> Verdict:
@@ -295,7 +298,7 @@ def test_a_second_signal_ends_ranks_that_do_not_listen(tmp_path: Path, job: str)
 
 
 def test_signals_at_once_count_as_one(tmp_path: Path, job: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervise, "SAME_SIGNAL_SECONDS", WAIT_SECONDS)
+    monkeypatch.setattr(decisions, "SAME_SIGNAL_SECONDS", WAIT_SECONDS)
     sender = when_ready(tmp_path, signal.SIGTERM, signal.SIGINT, pause_seconds=0.1)
     rank = "on('SIGTERM', lambda: (time.sleep(0.5), say(85), sys.exit(85))); ready(); linger()"
     assert run_ranks(job, tmp_path, rank).code == 85

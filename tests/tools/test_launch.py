@@ -79,7 +79,11 @@ def test_dry_run_of_other_launchers(launcher: str, program: str, capfd: pytest.C
     [
         (["--processes", "3"], "this run cannot start on 3 ranks: stages.0.global_batch_size = 8"),
         (["optimizer.learning_rat=1"], "did you mean learning_rate?"),
-        (["--launcher", "slurm"], "--launcher = 'slurm'\n  allowed: local, deepspeed, torchrun"),
+        (["--launcher", "lsf"], "--launcher = 'lsf'\n  allowed: local, deepspeed, torchrun, slurm"),
+        (["--nodes", "2"], "an option of slurm beside --launcher local"),
+        (["--launcher", "slurm", "--processes", "2"], "--processes beside --launcher slurm"),
+        (["--launcher", "slurm", "--nodes", "3", "--ranks-per-node", "1"], "make no world in which this run can start"),
+        (["--launcher", "slurm", "--slurm", "allocation.acount=me"], "did you mean account?"),
         (["--processes", "0"], "equal to 1"),
     ],
 )
@@ -436,7 +440,7 @@ class TestTrain:
 
 
 def test_signals_are_the_ones_that_clusters_send() -> None:
-    from launcher.supervise import FORWARDED
+    from launcher.signals import FORWARDED
 
     assert {signal.SIGTERM, signal.SIGUSR1} <= FORWARDED.keys()
 

@@ -27,6 +27,8 @@ class LaunchConfig(Section):
 
     restarts: NonNegativeInt = 0
     """Number of restarts after a failure; one more failure ends the launch."""
+    requeues: NonNegativeInt = 0
+    """Number of times that a Slurm job which has saved, or lost too many nodes, is put back into the queue."""
     step_limit_seconds: PositiveFloat = 300.0
     """Seconds without a sign of life, within a step or a part of an evaluation, after which a rank counts as hung,
     unless `step_limit_factor` allows more."""

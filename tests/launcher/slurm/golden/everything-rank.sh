@@ -1,0 +1,15 @@
+#!/bin/bash
+# Started by srun, once per rank; the arguments are the command of the rank.
+export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID NODE_RANK=$SLURM_NODEID
+export PALIMPSEST_MARK="$PALIMPSEST_JOB.$PALIMPSEST_ATTEMPT"
+export CACHE="/tmp/$USER-$SLURM_NODEID"
+# Signals are the rank's: this shell outlives it and keeps its exit code.
+trap : TERM INT HUP USR1 USR2
+apptainer exec --nv --bind /scratch:/scratch --cleanenv /images/torch.sif "$@" &
+rank=$!
+# A signal interrupts `wait`, so it is called until the rank is gone.
+while kill -0 "$rank" 2>/dev/null; do wait "$rank"; done
+wait "$rank"
+code=$?
+echo "$code" > "$PALIMPSEST_HEARTBEATS/end-$RANK"
+exit "$code"

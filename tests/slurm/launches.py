@@ -1,0 +1,148 @@
+"""Runs of two ranks that `palimpsest launch --launcher slurm` submits on the simulated cluster."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine import outcome
+from engine.config.load import merge
+from engine.outcome import Outcome
+from engine.train.metrics import read_metrics
+from tests.distributed.ranks import run_ranks
+from tests.distributed.runs import run_tree, train_rank, write_corpus
+from tests.slurm.cluster import ROOT, Cluster, ClusterError
+
+NUM_STEPS, HOLD_AT = 9, 5
+WAIT_SECONDS = 300.0
+"""Upper bound of every wait: torch takes long to be imported on a busy machine."""
+PYTHON_PATH = sys.executable
+PYTHON = """#!/bin/bash
+# The interpreter of the job: its ranks are those of tests.slurm.rank.
+if [[ $* == *"engine.cli train"* ]]; then exec {python} -u -m tests.slurm.rank "${{@:5}}"; fi
+exec {python} "$@"
+"""
+
+
+def tree(corpus: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+    """Return a run of nine steps with a checkpoint after each third."""
+    ordinary = run_tree(
+        corpus,
+        folder,
+        checks=False,
+        parallel={"zero_stage": 1},
+        evaluation={"every_steps": None, "max_samples": 4},
+        launch={"step_limit_seconds": 200.0, "start_limit_seconds": 250.0},
+    )
+    return merge(ordinary, changes)
+
+
+def losses(run: Path) -> list[float]:
+    """Return the loss of each step, in order; each step is there once."""
+    records = [record for record in read_metrics(run) if "loss" in record]
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    return [record["loss"] for record in records]
+
+
+def undisturbed(folder: Path, num_ranks: int = 2) -> list[float]:
+    """Return the losses of the run that nobody disturbs, on ranks of this machine."""
+    write_corpus(folder)
+    run_ranks(num_ranks, train_rank, tree(folder, folder / "whole"))
+    return losses(folder / "whole")
+
+
+@dataclass
+class Launch:
+    """One job of a run in the cluster's shared folder."""
+
+    cluster: Cluster
+    run: Path
+    number: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """The job's folder."""
+        [found] = (self.run / "jobs").glob("*")
+        return found
+
+    def log(self) -> str:
+        """Return what the conductor has said."""
+        files = list((self.run / "jobs").glob("*/conductor-*.log"))
+        return "\n".join(path.read_text(errors="replace") for path in files)
+
+    def said(self) -> list[str]:
+        """Return the conductor's lines for the user."""
+        return re.findall(r"^palimpsest launch: (.*)$", self.log(), re.MULTILINE)
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """Return the attempts that have begun."""
+        path = self.folder / "attempts.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [record for line in lines if "began" in (record := json.loads(line))]
+
+    def wait(self, until: Callable[[], Any], what: str) -> Any:
+        """Wait until something is true, and return it. Raises `ClusterError` with the logs."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not (found := until()):
+            if time.monotonic() > deadline:
+                raise ClusterError(f"{what}\n{self.everything()}")
+            time.sleep(0.2)
+        return found
+
+    def wait_for_hold(self, attempt: int = 0, *ranks: int) -> None:
+        """Wait until ranks (default: both) of an attempt stand at the step at which they wait."""
+        shared = self.cluster.folder
+        files = [shared / f"at-{rank}.{attempt}" for rank in ranks or (0, 1)]
+        self.wait(lambda: all(file.exists() for file in files), f"ranks of attempt {attempt} do not come to step 5")
+
+    def go(self) -> None:
+        """Let the ranks pass that step from now on."""
+        (self.cluster.folder / "go").touch()
+
+    def state(self) -> str:
+        """Return the job's state."""
+        return self.cluster.job(int(self.number))["JobState"]
+
+    def end(self, state: str = "COMPLETED") -> Outcome:
+        """Wait until the job is in its last state, and return the outcome of the run."""
+        found = self.cluster.wait_job(int(self.number), timeout=WAIT_SECONDS)
+        assert found == state, self.everything()
+        ended = outcome.read(self.run)
+        assert ended is not None, self.everything()
+        return ended
+
+    def everything(self) -> str:
+        """Return all logs, for the message of a test that fails."""
+        paths = [*self.run.glob("jobs/*/*.log"), *self.run.glob("logs/*"), *self.run.glob("jobs/*/attempts.jsonl")]
+        return "\n".join(f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(paths))
+
+
+def launch(cluster: Cluster, nodes: str, *options: str, env: dict[str, str] | None = None, **changes: Any) -> Launch:
+    """Submit a run with one rank per node."""
+    shared = cluster.folder
+    write_corpus(shared / "corpus")
+    python = shared / "python"
+    python.write_text(PYTHON.format(python=PYTHON_PATH))
+    python.chmod(0o755)
+    site = {
+        "source": "the simulated cluster",
+        "python": str(python),
+        "gpus": {"per_node": 0},
+        "allocation": {"mem": None, "exclusive": False},
+        "setup": {"variables": {"SLURM_TEST": str(shared), "HOLD_AT": str(HOLD_AT), "OMP_NUM_THREADS": "1"}},
+        "signal_seconds": 100,
+    }
+    (shared / "site.yaml").write_text(json.dumps(site))
+    run = shared / "run"
+    (shared / "RUN.yaml").write_text(json.dumps(tree(shared / "corpus", run, **changes)))
+    done = cluster.run(
+        PYTHON_PATH, "-m", "engine.cli", "launch", str(shared / "RUN.yaml"), "--launcher", "slurm",
+        "--site", str(shared / "site.yaml"), "--nodes", nodes, *options, cwd=ROOT, env=env,
+    )  # fmt: skip
+    return Launch(cluster, run, re.findall(r"job (\d+)", done.stdout)[0])
