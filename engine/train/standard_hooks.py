@@ -12,6 +12,7 @@ from engine.train.admission import Admission
 from engine.train.evaluation import Validation
 from engine.train.hooks import Hook, Run
 from engine.train.metrics import Metrics, open_metrics
+from engine.train.node_speed import NodeSpeed
 from engine.train.records import Record
 from engine.train.rollback import Stability
 
@@ -22,8 +23,9 @@ def standard_hooks(config: RunConfig) -> list[Hook]:
     Metrics come first: what other hooks record has to find the files open, and cut at the step where the run goes on.
     Validation comes last: a checkpoint does not wait for it.
     """
-    kept = [Admission(config, config.reservoir)] if config.reservoir is not None else []
-    return [Recorder(), Stability(config.stability), *kept, MemoryCheckpoints(config), Validation()]
+    kept: list[Hook] = [Admission(config, config.reservoir)] if config.reservoir is not None else []
+    kept += [MemoryCheckpoints(config), NodeSpeed(config.launch.probe_every_steps)]
+    return [Recorder(), Stability(config.stability), *kept, Validation()]
 
 
 class Recorder(Hook):

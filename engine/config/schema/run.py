@@ -43,6 +43,9 @@ class LaunchConfig(Section):
     stop_before_seconds: NonNegativeFloat | None = None
     """Seconds before the time limit of the cluster's job at which the run saves and leaves, to be taken up by the next
     job. Slurm's limits are known. None means that the job's end is not looked at."""
+    probe_every_steps: PositiveInt | None = 500
+    """Number of steps from one search for slow nodes to the next: every rank times a small computation, and hosts that
+    stay much slower than the others are written to `slow-nodes.txt`. None means no search."""
     collective_limit_seconds: float = Field(default=3600.0, gt=0, le=1e8)
     """Seconds that a rank waits for the others, when they meet and in a collective. Longer than `start_limit_seconds`
     and `save_limit_seconds`: what one rank is allowed, the others must wait for."""
