@@ -27,6 +27,10 @@ def main(
     tokenizer: Annotated[
         Path | None, typer.Option(help="The tokenizer's folder: needed for shards, else if it was moved.")
     ] = None,
+    weights: Annotated[
+        Literal["trained", "ema"],
+        typer.Option(help="Which weights: as trained, or their average (a stage's `ema`), for --to huggingface."),
+    ] = "trained",
     license_id: Annotated[
         str | None, typer.Option("--license", help="The model's license, for the card of --to huggingface.")
     ] = None,
@@ -37,8 +41,10 @@ def main(
         raise ConfigError(f"--names {names} with --to {to}", "--names with --to universal", "leave it out")
     if license_id is not None and to != "huggingface":
         raise ConfigError(f"--license with --to {to}", "--license with --to huggingface", "leave it out")
+    if weights != "trained" and to != "huggingface":
+        raise ConfigError(f"--weights {weights} with --to {to}", "--weights with --to huggingface", "leave it out")
     if to == "huggingface":
-        _model(source, output, tokenizer, license_id)
+        _model(source, output, tokenizer, license_id, averaged=weights == "ema")
     elif to == "dcp":
         _to_dcp(source, output)
     elif to == "universal":
@@ -51,7 +57,7 @@ def main(
         _from_megatron(source, output, tokenizer)
 
 
-def _model(source: Path, output: Path, tokenizer: Path | None, license_id: str | None) -> None:
+def _model(source: Path, output: Path, tokenizer: Path | None, license_id: str | None, averaged: bool) -> None:
     from engine.logs import configure
     from engine.serve.card import parse_license
     from engine.serve.export import LARGEST_DIFFERENCE, export
@@ -62,11 +68,12 @@ def _model(source: Path, output: Path, tokenizer: Path | None, license_id: str |
     quiet()
     license_id = None if license_id is None else parse_license(license_id)
     print(f"reading and verifying {source}", flush=True)
-    trained = open_trained(source, tokenizer)
+    trained = open_trained(source, tokenizer, averaged)
     print(f"writing {output} from {trained.checkpoint.name} and reading it back", flush=True)
     exported = export(trained, output, license_id)
+    kind = "averaged parameters" if averaged else "parameters"
     print(
-        f"wrote {exported.folder}: {exported.num_parameters:,} parameters of step {trained.step} (huggingface, fp32)\n"
+        f"wrote {exported.folder}: {exported.num_parameters:,} {kind} of step {trained.step} (huggingface, fp32)\n"
         f"transformers agrees on {exported.num_tokens} tokens: largest logit difference "
         f"{exported.largest_difference:.2e} (allowed {LARGEST_DIFFERENCE:.0e}, largest logit "
         f"{exported.largest_logit:.2f}); every weight is bitwise equal"

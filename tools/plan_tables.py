@@ -19,7 +19,9 @@ from engine.plan.ranking import Advice
 from tools.plan_inputs import Inputs
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
-SHORT = {"gradients": "grads", "activations": "activ.", "weights_within": "near", "updates_across": "across"}
+SHORT = {"gradients": "grads", "activations": "activ.", "weights_within": "near", "updates_across": "across"} | {
+    "added_moments": "added"
+}
 """Headings that would not fit 80 columns."""
 WORLDS_SHOWN = 16
 LAYOUTS_SHOWN = 10

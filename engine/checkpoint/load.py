@@ -133,20 +133,33 @@ def load_shards(
     return sum(fill_shard(shard, files, tensor_rank, tensor_size) for shard in shards)
 
 
-def read_weights(path: Location) -> dict[str, torch.Tensor]:
+def read_weights(path: Location, moment: str | None = None) -> dict[str, torch.Tensor]:
     """Return all fp32 weights by logical name in their stored shapes (no padding), in this process's memory.
 
+    With `moment` these are the values kept under that name (an average of the weights); parameters that were frozen
+    have none and keep their weights.
+
     Raises:
-        CheckpointError: as `open_checkpoint` and `load_shards`.
+        CheckpointError: as `open_checkpoint` and `load_shards`, or the checkpoint holds no such moment.
     """
     manifest = open_checkpoint(path)
-    Files(path, manifest).check_all()  # every element is backed by bytes on the disk before memory is taken
-    shards = []
+    if moment is not None and moment not in manifest.moments:
+        raise CheckpointError(
+            f"{path} holds no {moment} of the weights",
+            f"a checkpoint that was saved in a run stage which keeps {moment}; here are {list(manifest.moments)}",
+            "use another checkpoint, or the trained weights",
+        )
+    files = Files(path, manifest)
+    files.check_all()  # every element is backed by bytes on the disk before memory is taken
+    found = {}
     for name, spec in manifest.specs.items():
-        whole = ParameterSpec(name, spec.stored_shape)
-        shards.append(ParameterShard(whole, 0, torch.empty(stored_numel(spec), dtype=torch.float32)))
-    load_shards(path, manifest, shards)
-    return {shard.spec.name: shard.weight.view(shard.spec.shape) for shard in shards}
+        whole, numel = ParameterSpec(name, spec.stored_shape), stored_numel(spec)
+        held = moment if moment in manifest.placements[name].moments else None
+        moments = {} if held is None else {held: torch.empty(numel, dtype=torch.float32)}
+        shard = ParameterShard(whole, 0, torch.empty(numel, dtype=torch.float32), moments)
+        fill_shard(shard, files)
+        found[name] = (shard.weight if held is None else shard.moments[held]).view(whole.shape)
+    return found
 
 
 class Files:

@@ -8,6 +8,7 @@ the end; how fast storage is cannot be known, so one figure stands for all of it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any
@@ -16,7 +17,7 @@ from engine.config.resolve import Layout
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
 from engine.plan.hardware import Cluster
-from engine.plan.memory import MASTER_BYTES, MOMENTS_BYTES, MOMENTUM_BYTES
+from engine.plan.memory import ADDED_MOMENT_BYTES, MASTER_BYTES, MOMENTS_BYTES, MOMENTUM_BYTES
 from engine.plan.parameters import counted_entries, num_parameters
 from engine.plan.plan import StagePlan, stage_plans
 from engine.plan.run_stages import PipelineCut, pipeline_cut
@@ -66,7 +67,7 @@ class Cost:
     run_stages: tuple[RunStageCost, ...]
     checkpoints: int
     checkpoint_bytes: int
-    """Bytes of one: every real parameter once in fp32, a tied one, too, and its moments."""
+    """Bytes of the largest one: every real parameter once in fp32, a tied one, too, and its moments."""
     checkpoint_seconds: float
     """Seconds from the beginning of a save to its commit."""
     held_up_seconds: float
@@ -130,8 +131,9 @@ def run_cost(config: RunConfig, layout: Layout, cluster: Cluster) -> Cost:
         for run_stage, end in zip(config.stages, ends, strict=True)
     )
     steps = ends[-1]
-    # Any run stage would do: what a rank stores depends on the cut, which all of them share.
-    copied, written = _checkpoint_seconds(stage_plans(config, config.stages[-1], layout, cut), cluster)
+    # All share the cut, but a run stage may store fewer moments than another one (frozen parameters), or more.
+    planned = tuple(plan for run_stage in config.stages for plan in stage_plans(config, run_stage, layout, cut))
+    copied, written = _checkpoint_seconds(planned, cluster)
     return Cost(
         ranks=layout.world_size,
         run_stages=run_stages,
@@ -159,20 +161,33 @@ def _run_stage_cost(
         steps=steps,
         tokens=run_stage.batches.samples(steps) * run_stage.sequence_length,
         step=largest,
-        training_seconds=sum(count * time_of(sized).total for count, sized in _by_batch(run_stage)),
+        training_seconds=sum(count * time_of(sized).total for count, sized in _by_batch(run_stage))
+        + _fisher_seconds(config, run_stage, time_of),
         evaluations=evaluations,
         evaluation_seconds=_evaluation_seconds(config, run_stage, largest, evaluations),
     )
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """Bytes of one checkpoint, but for its manifest and the sections that are under a MiB."""
+    """Bytes of the largest checkpoint, but for its manifest and the sections that are under a MiB.
+
+    Every parameter is counted with its moments and the values that a run stage adds, as if none were frozen.
+    """
     model, matrices = config.model, 0
     if config.optimizer.name == "muon":
         entries = counted_entries(model, range(model.num_layers), True, True)
         # Muon keeps one moment of each of these, not Adam's two. Whole shapes: ranks store each parameter once.
         matrices = sum(entry.numel * entry.count for entry in entries if entry.is_linear)
-    return num_parameters(model) * (MASTER_BYTES + MOMENTS_BYTES) - matrices * (MOMENTS_BYTES - MOMENTUM_BYTES)
+    added = max(len(run_stage.added_moments) for run_stage in config.stages) * ADDED_MOMENT_BYTES
+    return num_parameters(model) * (MASTER_BYTES + MOMENTS_BYTES + added) - matrices * (MOMENTS_BYTES - MOMENTUM_BYTES)
+
+
+def _fisher_seconds(config: RunConfig, run_stage: RunStage, time_of: Callable[[RunStage], StepTime]) -> float:
+    """Return the seconds of the batches that a run stage begins with to estimate its Fisher information."""
+    if run_stage.regularization.ewc is None:
+        return 0.0
+    before = config.stages[config.stages.index(run_stage) - 1]
+    return run_stage.regularization.ewc.batches * time_of(before).total
 
 
 def _by_batch(run_stage: RunStage) -> list[tuple[int, RunStage]]:
@@ -221,4 +236,6 @@ def _evaluation_seconds(config: RunConfig, run_stage: RunStage, step: StepTime, 
         return None
     # Forward is one of three parts, as backward multiplies twice as much; no gradients, no optimizer.
     forward = (step.arithmetic + step.tensor + step.pipe + step.idle) / 3
-    return evaluations * forward * samples / run_stage.batches.largest
+    # the averaged weights are evaluated beside the trained ones
+    passes = 1 if run_stage.ema is None else 2
+    return evaluations * passes * forward * samples / run_stage.batches.largest

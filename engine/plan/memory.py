@@ -30,6 +30,8 @@ DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 MASTER_BYTES = 4
 MOMENTS_BYTES = 8
 """Adam's two."""
+ADDED_MOMENT_BYTES = 4
+"""Bytes of each value that a run stage keeps beside a weight and its moments, fp32."""
 MOMENTUM_BYTES = 4
 """Muon's one, of a matrix."""
 HOST_GRADIENT_BYTES = 4
@@ -49,6 +51,8 @@ class Memory:
     master: int
     """fp32 copy that the optimizer updates; 0 where the working copy is that."""
     moments: int
+    added_moments: int
+    """Values against forgetting beside the optimizer's moments: first weights, Fisher information, averages."""
     gradients: int
     bucket: int
     """Gradients on their way through a reduction."""
@@ -65,7 +69,7 @@ class Memory:
     @property
     def states(self) -> int:
         """Bytes that do not depend on the batch."""
-        return self.weights + self.master + self.moments + self.gradients + self.bucket
+        return self.weights + self.master + self.moments + self.added_moments + self.gradients + self.bucket
 
     @property
     def total(self) -> int:
@@ -143,6 +147,7 @@ def stage_memory(
     has_head: bool,
     device: Device,
     single_moments: int = 0,
+    added_moments: int = 0,
     frozen: int = 0,
     kept: Sequence[int] | None = None,
 ) -> Memory:
@@ -152,8 +157,9 @@ def stage_memory(
     to one. Attention keeps what it does on `device`.
 
     `recomputed` are those of its `layers` that recompute their activations; `segments`: rows hold several documents or
-    padding; `single_moments`: local elements of which the optimizer keeps one moment and not two (Muon); `frozen`:
-    those that have a working copy alone. `kept` are the layers that keep activations; None means all.
+    padding; `single_moments`: local elements of which the optimizer keeps one moment and not two (Muon);
+    `added_moments`: values that the run stage keeps beside each trained one; `frozen`: local elements that have a
+    working copy alone. `kept` are the layers that keep activations; None means all.
     """
     numel = entries.local_numel(parallel.tensor)
     trained = numel - frozen
@@ -165,8 +171,11 @@ def stage_memory(
     shards = data_size if parallel.zero_stage else 1
     # `states_per_element` counts Adam's two moments everywhere; Muon keeps one of each matrix.
     moments -= single_moments * (MOMENTS_BYTES - MOMENTUM_BYTES) // shards
+    added = -(-trained * added_moments * ADDED_MOMENT_BYTES // shards)
+    on_host = math.ceil(trained * host_bytes_per_element(parallel, data_size, precision))
     if parallel.offload == "optimizer":
-        master = moments = 0
+        on_host += added
+        master = moments = added = 0
     rows, dtype_bytes = parallel.micro_batch_size, DTYPE_BYTES[precision.dtype]
     # hpZ's second copy, split over the ranks of one group only (Wang et al. 2023).
     second = -(-numel * dtype_bytes // parallel.gather_within) if parallel.gather_within else 0
@@ -182,6 +191,7 @@ def stage_memory(
         weights=weights + second,
         master=master,
         moments=moments,
+        added_moments=added,
         gradients=gradients,
         bucket=bucket,
         gathered=gathered * dtype_bytes,
@@ -189,7 +199,7 @@ def stage_memory(
             model, parallel, precision, *_with_gradients(layers, recomputed, kept), lengths, segments, in_flight, device
         ),
         logits=head_bytes(model, parallel, predicted, dtype_bytes, math.ceil(in_flight)),
-        host=math.ceil(trained * host_bytes_per_element(parallel, data_size, precision)),
+        host=on_host,
     )
 
 

@@ -19,7 +19,7 @@ from engine.plan.cut import entries_of, layers_of
 from engine.plan.elastic import World, elastic_worlds
 from engine.plan.families import over_layers
 from engine.plan.frozen import check_patterns, frozen_entries
-from engine.plan.memory import MASTER_BYTES, MOMENTS_BYTES, MOMENTUM_BYTES, Memory, remade_bytes
+from engine.plan.memory import ADDED_MOMENT_BYTES, MASTER_BYTES, MOMENTS_BYTES, MOMENTUM_BYTES, Memory, remade_bytes
 from engine.plan.operations import (
     BACKWARD_FACTOR,
     costs_before,
@@ -62,6 +62,8 @@ class StagePlan:
     """Parameters among `stored` that Muon updates, of which there is one moment."""
     stored_frozen: int
     """Parameters among `stored` that are frozen, of which there is the weight alone."""
+    added_moments: int
+    """Values that the run stage keeps beside each trained parameter and the optimizer's moments."""
     operations: int
     """Forward, recomputed and backward operations of one rank per step, padding of the vocabulary included."""
     recomputed_operations: int
@@ -83,7 +85,8 @@ class StagePlan:
 
         A tied matrix counts on its first stage alone. Also the host memory that saves take."""
         fewer = self.stored_matrices * (MOMENTS_BYTES - MOMENTUM_BYTES) + self.stored_frozen * MOMENTS_BYTES
-        return self.stored * (MASTER_BYTES + MOMENTS_BYTES) - fewer
+        added = (self.stored - self.stored_frozen) * self.added_moments * ADDED_MOMENT_BYTES
+        return self.stored * (MASTER_BYTES + MOMENTS_BYTES) - fewer + added
 
     def as_json(self) -> dict[str, Any]:
         """Plain numbers; the parts of the memory add up to its total."""
@@ -168,7 +171,7 @@ class Plan:
         """
         world = self.layout.world_size
         copies = 2 if world > ranks_per_node else 1
-        largest = max(stage.stored_bytes for stage in self.stages)
+        largest = max(stage.stored_bytes for run_stage in self.run_stages for stage in run_stage.stages)
         return 2 * copies * min(ranks_per_node, world) * largest
 
     @property
@@ -291,6 +294,7 @@ def _stage_plan(
         stored=-(-entries.without(elsewhere).local_numel(layout.tensor) // shards),
         stored_matrices=matrices // shards,
         stored_frozen=frozen.without(elsewhere).local_numel(layout.tensor) // shards,
+        added_moments=len(run_stage.added_moments),
         operations=(operations + again) * rows // share,
         recomputed_operations=again * rows // share,
         remade_bytes=remade * micro_batches if config.parallel.recompute == "selective" else 0,

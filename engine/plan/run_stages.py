@@ -110,6 +110,7 @@ def pipeline_memory(
             has_head=any(chunk.last for chunk in held),
             device=device,
             single_moments=trained_matrices(config, run_stage, layout, held) if muon else 0,
+            added_moments=len(run_stage.added_moments),
             frozen=frozen_entries(config.model, tuple(held), run_stage.freeze).local_numel(layout.tensor),
             kept=layers_kept(config.model, held, run_stage.freeze),
         )

@@ -90,6 +90,8 @@ def _source(
 ) -> Iterator[tuple[str, str]]:
     yield "run", run.name
     yield "checkpoint", f"step {trained.step:,}"
+    if trained.averaged and (ema := _stage_of(run, trained.step).ema) is not None:
+        yield "weights", f"exponential moving average, decay {ema.decay:g} every {ema.every_steps} steps"
     yield "tokens", f"{trained.tokens:,}"
     yield "parameters", f"{sum(value.numel() for value in trained.weights.values()):,}"
     yield "configuration hash", state.config_hash

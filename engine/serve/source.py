@@ -20,6 +20,7 @@ from engine.checkpoint.storage import MANIFEST
 from engine.checkpoint.verify import verify
 from engine.config.load import load_run, parse_run
 from engine.config.schema.model import ModelConfig
+from engine.config.schema.regularization import EMA
 from engine.config.schema.run import RunConfig
 from engine.data.tokenizer.folder import tokenizer_hash
 from engine.errors import CheckpointError, ConfigError
@@ -40,6 +41,8 @@ class Trained:
     config: ModelConfig
     tokenizer: Path
     weights: dict[str, torch.Tensor]
+    averaged: bool = False
+    """True if the weights are the exponential moving average that the run has kept."""
 
 
 def is_trained(source: Path) -> bool:
@@ -47,15 +50,16 @@ def is_trained(source: Path) -> bool:
     return (source / MANIFEST).is_file() or (source / CHECKPOINTS).is_dir()
 
 
-def open_trained(source: Path, tokenizer: Path | None = None) -> Trained:
+def open_trained(source: Path, tokenizer: Path | None = None, averaged: bool = False) -> Trained:
     """Return the newest whole model of a run folder, or the one of a checkpoint folder.
 
-    `tokenizer` overrides the folder that the run was configured with.
+    `tokenizer` overrides the folder that the run was configured with. `averaged` asks for the moving average of the
+    weights.
 
     Raises:
         ConfigError: `source` is neither, the tokenizer's folder is not there or holds another one, or weights are NaN
             or infinite.
-        CheckpointError: no checkpoint is whole.
+        CheckpointError: no checkpoint is whole, or it holds no average.
     """
     checkpoint = find_checkpoint(source)
     state = read_state(checkpoint)
@@ -75,9 +79,9 @@ def open_trained(source: Path, tokenizer: Path | None = None) -> Trained:
             "name the right one with --tokenizer",
         )
     # last: whatever else is wrong is found before gigabytes are read
-    weights = read_weights(checkpoint)
+    weights = read_weights(checkpoint, EMA if averaged else None)
     check_finite(weights.items(), checkpoint)
-    return Trained(checkpoint, state.step, state.tokens, run.model, folder, weights)
+    return Trained(checkpoint, state.step, state.tokens, run.model, folder, weights, averaged)
 
 
 def find_checkpoint(source: Path) -> Path:

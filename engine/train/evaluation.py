@@ -14,12 +14,14 @@ from statistics import fmean
 
 import torch
 
+from engine.config.schema.regularization import EMA
 from engine.data.validation import ValidationSamples
 from engine.errors import EXIT_USAGE, EnvironmentProblem, PalimpsestError
 from engine.logs import logger, phase
 from engine.parallel.agreement import on_first
 from engine.parallel.collectives import Group
 from engine.parallel.pipeline import Pipeline
+from engine.parallel.zero.other_weights import weights_from
 from engine.train.feed import Feed
 from engine.train.hooks import Hook, Run
 from engine.train.ledger_records import losses_risen
@@ -90,6 +92,11 @@ class Validation(Hook):
                     return True
                 # A loss over the sets of several other stages together says nothing.
                 record |= found if samples is feed.validation else _of_sets(found)
+            if run.run_stage.ema is not None and feed.validation is not None:
+                found = self._averaged(run, feed.validation)
+                if found is None:
+                    return True
+                record |= found
         forgotten = self._forgotten(run, record)
         run.write({"step": step, **record, **forgotten, "validation_seconds": time.perf_counter() - begin})
         self._raise_alarm(run, forgotten)
@@ -135,6 +142,12 @@ class Validation(Hook):
             "raise the limit, or the share of earlier data in this stage, or lower its learning rate, and train again: "
             "the run goes on from here",
         )
+
+    def _averaged(self, run: Run, samples: ValidationSamples) -> Record | None:
+        """Return the losses of the averaged weights, or None where a stop was requested on any rank."""
+        run.checkpoints.hold_update()  # a save may still copy weights and average, which change places
+        with weights_from(run.pipeline.engine, EMA):
+            return self._pass(run, samples, f"{EMA}_{VALIDATION_LOSS}")
 
     @staticmethod
     def _pass(run: Run, samples: ValidationSamples, what: str) -> Record | None:

@@ -28,12 +28,14 @@ from engine.config.load import load_run
 from engine.config.rank_environment import RankEnvironment
 from engine.config.resume import compare, meaning_hash, meaning_hashes, refuse_new_meaning
 from engine.config.save import FILE, save_run
+from engine.config.schema.regularization import EMA
 from engine.config.schema.run import RunConfig
 from engine.errors import CheckpointError, ConfigError, EnvironmentProblem
 from engine.logs import logger
 from engine.parallel.agreement import on_first
 from engine.parallel.groups import Groups, join_lines
 from engine.parallel.zero import StageEngine
+from engine.parallel.zero.other_weights import copy_weights
 from engine.provenance import note_start
 from engine.redact import redacted
 from engine.train import saved
@@ -213,14 +215,28 @@ class RunCheckpoints:
         engine = engine_of(state.run_stage)
         shards, zero_moments = engine.parameter_shards(), engine.zero_moments
         if not spread and on_first(lambda: _is_merged(path), self.groups.world, CheckpointError):
+            self._check_merged(path, state, engine)
             # merged weights have no moments: the optimizer begins anew
             zero_moments = frozenset(zero_moments) | {moment for shard in shards for moment in shard.moments}
         manifest = load(path, self.groups, shards, engine.placements(), spread, zero_moments)
+        if EMA in engine.added_moments and EMA not in manifest.moments:
+            copy_weights(engine, EMA)  # asked for since that checkpoint, or of merged weights
         # the working weights (bf16, say) from the fp32 master weights that were just loaded
         engine.refresh()
         # the count of Adam's bias correction, which is no tensor of a shard
         engine.set_updates(state.updates, state.updates_before)
         return Restored(state, manifest, path)
+
+    def _check_merged(self, path: Path, state: TrainState, engine: StageEngine) -> None:
+        """Raise `CheckpointError` where a run stage is not over and needs values that merged weights come without."""
+        run_stage = self.config.stages[state.run_stage]
+        needed = sorted(engine.added_moments.keys() - engine.zero_moments)
+        if needed and state.stage_step < run_stage.num_steps:
+            raise CheckpointError(
+                f"{path} is merged and has no {', '.join(needed)}, which run stage {run_stage.name} goes on with",
+                "a merged checkpoint of a run stage's last step, or of a run stage without regularization and reptile",
+                "remove it to go on from the checkpoint before, or merge checkpoints of the run stage's end",
+            )
 
     def _state_of(self, path: Path) -> TrainState:
         """Return the train state of a checkpoint, which has to be of a run of this meaning."""

@@ -14,6 +14,7 @@ from engine.train.hooks import Hook, Run
 from engine.train.metrics import Metrics, open_metrics
 from engine.train.node_speed import NodeSpeed
 from engine.train.records import Record
+from engine.train.regularization import Regularization
 from engine.train.rollback import Stability
 
 
@@ -24,7 +25,7 @@ def standard_hooks(config: RunConfig) -> list[Hook]:
     Validation comes last: a checkpoint does not wait for it.
     """
     kept: list[Hook] = [Admission(config, config.reservoir)] if config.reservoir is not None else []
-    kept += [MemoryCheckpoints(config), NodeSpeed(config.launch.probe_every_steps)]
+    kept += [MemoryCheckpoints(config), NodeSpeed(config.launch.probe_every_steps), Regularization()]
     return [Recorder(), Stability(config.stability), *kept, Validation()]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from engine.config.rank_environment import RankEnvironment
+from engine.config.schema.regularization import EMA
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
 from engine.data.shards.damage import DamagedShard
@@ -183,13 +184,14 @@ class Trainer:
         flags = (*requests, *self.checkpoints.save_flags())
         losses, (stop, save, done, failed), sums_KL = self.sums.of_losses(sums_L * scales_L, flags, by_domain)
         self._save_requested = save > 0
-        updated, gradient_norm = self._update(sum(losses), position, rate)
+        updated, gradient_norm, penalties = self._update(sum(losses), position, rate)
         tokens = self._count_step(sum(losses), updated)
         seconds = time.perf_counter() - begin
         record: Record = {
             "step": state.step,
             **self.sums.record(losses, "loss"),
             **self.sums.record_domains(self.feed.domains, sums_KL, weights_KL, "loss"),
+            **{f"regularization/{name}": value for name, value in penalties.items()},
             "gradient_norm": gradient_norm,
             "learning_rate": rate,
             "samples": state.samples,
@@ -348,36 +350,44 @@ class Trainer:
         """Open the run stage in which the run stands, if it is not open, and close another one. Collective over the
         world."""
         number, groups = self.state.run_stage, self.groups
-        if self.stage_run is not None:
-            if self.stage_run.number == number:
-                return self.stage_run
+        if self.stage_run is not None and self.stage_run.number != number:
             self.stage_run.close()
-        datasets = self._data.take(number, lambda: self.hooks.generation(self))
-        self.stage_run = on_all(
-            lambda: StageRun(
-                number,
-                self.config,
-                datasets,
-                groups,
-                self.device,
-                self.pipeline.spec,
-                lambda: self.requests.stop_requested,
-            ),
-            groups.world,
-            DataError,
-        )
+            self.stage_run = None
+        if self.stage_run is None:
+            datasets = self._data.take(number, lambda: self.hooks.generation(self))
+            self.stage_run = on_all(
+                lambda: StageRun(
+                    number,
+                    self.config,
+                    datasets,
+                    groups,
+                    self.device,
+                    self.pipeline.spec,
+                    lambda: self.requests.stop_requested,
+                ),
+                groups.world,
+                DataError,
+            )
+        # also where it is open: a rollback to the end of the run stage before has made that one's engine
         self._engine_of(number)
         self.pipeline.spec = self.stage_run.spec
         self.pipeline.engine.begin_run_stage(number)
         return self.stage_run
 
     def _engine_of(self, number: int) -> StageEngine:
-        """Return the engine, made again where a run stage trains other parameters. Collective over the world."""
-        spec = during(self.pipeline.spec, self.config, self.config.stages[number])
-        if spec.frozen != self.pipeline.spec.frozen:
+        """Return the engine, made again where a run stage trains other parameters, with the values that it keeps beside
+        them. Collective over the world."""
+        run_stage = self.config.stages[number]
+        spec = during(self.pipeline.spec, self.config, run_stage)
+        is_rebuilt = spec.frozen != self.pipeline.spec.frozen
+        if is_rebuilt:
             self.checkpoints.hold_update()  # a save may still copy the weights
+            self.pipeline.engine.keep_moments({})  # of the run stage before: nothing to carry over
             with phase(f"making the engine again: {len(spec.frozen)} of {len(spec.parameters)} parameters are frozen"):
                 rebuild(self.pipeline, self.config, spec)
+        # An average may be asked for within a run stage, where checkpoints lack it: `RunCheckpoints.restore` begins it.
+        added = {name: name == EMA for name in run_stage.added_moments}
+        if self.pipeline.engine.keep_moments(added) or is_rebuilt:
             self.checkpoints.reserve(self.pipeline.engine)
         return self.pipeline.engine
 

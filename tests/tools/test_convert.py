@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from engine.cli import main
 from engine.corpus.tokenizer_training import train_tokenizer
 from engine.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USAGE
 from engine.serve.export import TEXT
+from tests.engine.models.tiny import random_weights
 from tests.engine.serve.runs import run_config, save
 
 
@@ -44,6 +47,21 @@ def test_convert_writes_a_folder_that_generate_continues_from(run_folder, tmp_pa
         texts.append(captured.out)
     assert texts[0] == texts[1]
     assert texts[0].startswith("Archimedes")
+
+
+def test_the_average_of_the_weights_is_converted_where_a_checkpoint_holds_one(run_folder, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert main(["convert", str(run_folder), "--weights", "ema", "--output", str(output)]) == EXIT_FAILURE
+    assert "holds no ema of the weights" in capsys.readouterr().err
+    assert main(["convert", str(run_folder), "--weights", "ema", "--to", "dcp", "--output", str(output)]) == EXIT_USAGE
+    assert "--weights with --to huggingface" in capsys.readouterr().err
+    assert not output.exists()
+    config = run_config(tmp_path / "run", "llama", run_folder.parent / "tokenizer")
+    average = random_weights(config.model, 5)
+    save(config, step=4, seed=0, moments={"ema": average})
+    assert main(["convert", str(config.folder), "--weights", "ema", "--output", str(output)]) == EXIT_DONE
+    assert "averaged parameters of step 4" in capsys.readouterr().out
+    assert torch.equal(load_file(output / "model.safetensors")["model.norm.weight"], average["final_norm.weight"])
 
 
 def test_errors_end_in_their_exit_codes_and_say_what_to_do(run_folder, tmp_path, capsys):

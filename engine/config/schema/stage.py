@@ -10,6 +10,15 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from engine.config.batch_ramp import Ramp, make_ramp
 from engine.config.schema.data import DataConfig, ReplayConfig, TableRow
 from engine.config.schema.objective import ObjectiveConfig
+from engine.config.schema.regularization import (
+    EMA,
+    FIRST_WEIGHTS,
+    FISHER,
+    REPTILE,
+    EMAConfig,
+    RegularizationConfig,
+    ReptileConfig,
+)
 from engine.config.schema.section import KeyKind, Section
 
 
@@ -71,7 +80,7 @@ class SmallerBatch(Section):
 class RunStage(Section):
     """One stage of a run: its data, its batch and its length."""
 
-    kinds: ClassVar[dict[str, KeyKind]] = {"learning_rate_factors": "schedule"}
+    kinds: ClassVar[dict[str, KeyKind]] = {"learning_rate_factors": "schedule", "ema": "schedule"}
 
     name: str = "pretrain"
     """Name of the run stage, different from those of the others."""
@@ -97,6 +106,12 @@ class RunStage(Section):
     freeze: tuple[str, ...] = ()
     """Name patterns (shell style, as `learning_rate_factors`) of parameters that stay as they are during the run stage:
     they have no gradient and no moments. Moments of a parameter that is trained again later begin at zero."""
+    regularization: RegularizationConfig = RegularizationConfig()
+    """Terms of the loss against forgetting."""
+    ema: EMAConfig | None = None
+    """Exponential moving average of the weights. None means that none is kept."""
+    reptile: ReptileConfig | None = None
+    """Meta-steps of Reptile. None means none."""
     optimizer_state: Literal["keep", "reset"] = "keep"
     """Moments of the optimizer at the beginning of the run stage: kept from the one before, or set to zero."""
 
@@ -108,6 +123,18 @@ class RunStage(Section):
     def replays_reservoir(self) -> bool:
         """True where the run's own reservoir is replayed."""
         return self.replay is not None and self.replay.source is None
+
+    @property
+    def added_moments(self) -> tuple[str, ...]:
+        """Names of the fp32 values that the run stage keeps beside each trained weight and the optimizer's moments."""
+        terms = self.regularization
+        kept = {
+            FIRST_WEIGHTS: terms.l2_sp or terms.ewc,
+            FISHER: terms.ewc,
+            EMA: self.ema,
+            REPTILE: self.reptile,
+        }
+        return tuple(name for name, asked in kept.items() if asked is not None)
 
     @property
     def batches(self) -> Ramp:

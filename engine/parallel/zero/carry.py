@@ -25,7 +25,6 @@ class Carried:
 
     def __init__(self, engine: StageEngine) -> None:
         self.groups: Groups = engine.groups
-        self.added_moments = dict(engine.added_moments)
         self._placements = {placement.spec.name: placement for placement in engine.placements()}
         self._held = {shard.spec.name: _copies(shard) for shard in engine.parameter_shards()}
 
@@ -34,9 +33,6 @@ class Carried:
 
         Moments that only the new engine has stay zero. Collective over the ZeRO group.
         """
-        for name, begins_at_zero in self.added_moments.items():
-            if name not in engine.added_moments:
-                engine.add_moment(name, begins_at_zero)
         live = {shard.spec.name: shard for shard in engine.parameter_shards()}
         # by name: every rank of the group has these placements, in whatever order, also of what it holds nothing of
         for placement in sorted(engine.placements(), key=lambda placement: placement.spec.name):

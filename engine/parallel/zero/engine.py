@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -43,6 +43,7 @@ from engine.parallel.zero.gathering import Gathering
 from engine.parallel.zero.gradient_norm import WholeGradients
 from engine.parallel.zero.offload import host_state
 from engine.parallel.zero.optimizers import FlatShards, PartitionedShards, has_gradient, shards
+from engine.parallel.zero.penalties import Penalty
 from engine.parallel.zero.stage3 import (
     DeepSpeedPatches,
     forget_modules,
@@ -74,6 +75,8 @@ class StageEngine:
         self.groups, self.device, self.parameter_groups = groups, device, parameter_groups
         self.added_moments: dict[str, bool] = {}
         """Moments beside the optimizer's own, and whether a checkpoint may lack them."""
+        self.penalties: tuple[Penalty, ...] = ()
+        """Penalties on the weights that each step adds to the gradient."""
         self.zero_stage: int = config["zero_optimization"]["stage"]
         self.dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
         self.clip_norm: float = config["gradient_clipping"]
@@ -223,7 +226,7 @@ class StageEngine:
             # DeepSpeed's optimizer updates by these very groups.
             for group, factor in zip(self.optimizer.param_groups, self._rate_factors, strict=True):
                 group["lr"] = factor * learning_rate
-        self._norm = self._whole.complete()
+        self._norm, values = self._whole.complete(self.penalties)
         # The host waits for the device here. The norm is equal on all ranks, so all of them accept it or none does.
         norm = self._norm.item()
         accepted = accept(norm)
@@ -242,7 +245,8 @@ class StageEngine:
         if self._accumulator:
             # After the step: the optimizer's gradients may be views of these buffers.
             self._accumulator.clear()
-        return StepResult(accepted, norm)
+        names = [penalty.name for penalty in self.penalties]
+        return StepResult(accepted, norm, dict(zip(names, values.tolist(), strict=True)))
 
     def parameter_shards(self) -> list[ParameterShard]:
         """Return live views of all master weights and moments that this rank holds."""
@@ -278,6 +282,20 @@ class StageEngine:
         assert name not in taken, f"{name} is there already"
         self._shards.add_moment(name)
         self.added_moments[name] = begins_at_zero
+
+    def keep_moments(self, names: Mapping[str, bool]) -> bool:
+        """Add and drop moments so that these are there beside the optimizer's; return True if that changed any.
+
+        Names map to `begins_at_zero` of `add_moment`. Call on every rank.
+        """
+        dropped = self.added_moments.keys() - names.keys()
+        for name in dropped:
+            self._shards.drop_moment(name)
+            del self.added_moments[name]
+        added = [name for name in names if name not in self.added_moments]
+        for name in added:
+            self.add_moment(name, names[name])
+        return bool(dropped or added)
 
     @property
     def zero_moments(self) -> frozenset[str]:

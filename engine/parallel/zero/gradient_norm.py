@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from engine.parallel.collectives import all_reduce
 from engine.parallel.groups import Groups
-from engine.parallel.state import ParameterGroup
+from engine.parallel.state import ParameterGroup, ParameterShard
 from engine.parallel.zero.optimizers import Shards
+from engine.parallel.zero.penalties import Penalty, add_penalties
 
 
 class WholeGradients:
@@ -26,14 +27,24 @@ class WholeGradients:
         self._shards, self._parameter_groups, self._groups = shards, parameter_groups, groups
         self._zero_stage, self._device = zero_stage, device
 
-    def complete(self) -> torch.Tensor:
-        """Sum partial and tied gradients over their ranks in place; return the norm of the whole model's gradient.
+    def complete(self, penalties: Sequence[Penalty] = ()) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum partial and tied gradients over their ranks in place and add the penalties' gradients to them.
 
-        The norm is a scalar in fp32. Collective over the world.
+        Return the norm of the whole model's gradient, a scalar in fp32, and each penalty over the whole model,
+        (penalties,) in fp64. Collective over the world.
         """
         self._sum_partial()
         self._sum_tied()
-        return self._norm()
+        values = add_penalties(penalties, self._counted_shards() if penalties else (), self._device)
+        return self._norm(values)
+
+    def _counted_shards(self) -> Iterator[tuple[ParameterShard, torch.Tensor, bool]]:
+        """Yield each trained shard with its gradient, and True where no other rank counts the shard."""
+        counted = {spec.name: self._counts(group) for group in self._parameter_groups for spec in group.specs}
+        pairs = zip(self._shards.parameter_shards(), self._shards.gradient_shards(), strict=True)
+        for shard, (spec, start, gradient) in pairs:
+            assert (shard.spec.name, shard.start) == (spec.name, start), "weights and gradients have one order"
+            yield shard, gradient, counted[spec.name]
 
     def _sum_partial(self) -> None:
         """Sum partial gradients (see `ParameterGroup.partial`) over the tensor group. Collective over `tensor`."""
@@ -54,15 +65,18 @@ class WholeGradients:
             if stages := self._parameter_groups[index].tied:
                 all_reduce(grad, self._groups.ties[stages])
 
-    def _norm(self) -> torch.Tensor:
-        """Return the L2 norm of the whole model's gradient, each element counted once. Collective over the world."""
+    def _norm(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the L2 norm of the whole model's gradient, each element counted once, and the sums of `values` over
+        the ranks. Collective over the world."""
         counted = [grad for index, grad in self._shards.gradients() if self._counts(self._parameter_groups[index])]
         squares = torch.zeros((), dtype=torch.float64, device=self._device)
         if counted:
             # fp32 within a tensor, fp64 across tensors and ranks: the sum hardly depends on how ranks cut the model.
             norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in counted]
             squares += torch.stack(norms).double().square().sum()
-        return all_reduce(squares, self._groups.world).sqrt().float()
+        # one collective for all of them
+        sums = all_reduce(torch.cat((squares.view(1), values)), self._groups.world)
+        return sums[0].sqrt().float(), sums[1:]
 
     def _counts(self, group: ParameterGroup) -> bool:
         """Return True if this rank's gradients of a group are its own, and not a copy that another rank counts."""

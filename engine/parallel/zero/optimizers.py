@@ -86,6 +86,11 @@ class Shards(ABC):
         for held, _ in self.ranges():
             self.optimizer.state[held][name] = torch.zeros_like(held, memory_format=torch.preserve_format)
 
+    def drop_moment(self, name: str) -> None:
+        """Let go of values that `add_moment` keeps."""
+        for held, _ in self.ranges():
+            del self.optimizer.state[held][name]
+
     @abstractmethod
     def placements(self) -> Iterator[tuple[ParameterSpec, int, int]]:
         """Yield (parameter, offset, partition) as `Placement` defines them."""

@@ -1,6 +1,8 @@
 """The result of an optimizer step, and the check that its gradient is finite."""
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from engine.errors import PalimpsestError
@@ -13,6 +15,8 @@ class StepResult(NamedTuple):
     """False where the gradients were discarded, and weights and optimizer state stayed as they were."""
     gradient_norm: float
     """Global norm before clipping."""
+    penalties: Mapping[str, float] = MappingProxyType({})
+    """Penalties by name, at the weights before the update, over the whole model."""
 
 
 class NotFinite(PalimpsestError):

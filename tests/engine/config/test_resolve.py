@@ -186,13 +186,17 @@ def test_every_run_that_is_shipped_resolves(path: Path) -> None:
 
 SHOWN = {
     "batch-ramp": ["stages.0.batch_ramp"],
+    "ema": ["stages.1.ema.decay"],
+    "ewc": ["stages.1.regularization.ewc.batches"],
     "freeze": ["stages.1.freeze"],
     "gather-and-reduce": ["parallel.gather_within", "parallel.reduce"],
+    "l2-sp": ["stages.1.regularization.l2_sp.strength"],
     "memory-checkpoints": ["checkpoint.memory"],
     "mixture": ["stages.0.data.sources"],
     "recompute-budget": ["parallel.activation_gib"],
     "replay": ["stages.1.replay.ratio"],
     "replay-reservoir": ["reservoir.rows", "stages.1.replay.ratio"],
+    "reptile": ["stages.1.reptile.step_size"],
     "rollback": ["stability.rollback_spikes"],
     "url-cache": ["stages.0.data.cache"],
     "weights-table": ["stages.0.data.weights_table", "stages.0.data.sources.2.loss_weight"],

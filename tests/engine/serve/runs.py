@@ -18,7 +18,7 @@ from engine.models.families import family
 from engine.parallel.axes import Grid
 from engine.parallel.groups import ALONE, Groups
 from engine.parallel.sharding import ParameterSpec
-from engine.parallel.state import ParameterShard, Placement
+from engine.parallel.state import MOMENTS, ParameterShard, Placement
 from tests.engine.models.tiny import BERT_FORMS, FORMS, T5_FORMS, random_weights
 
 
@@ -60,7 +60,7 @@ def save(
     for spec in family(config.model).specs(config.model):
         own = {moment: _padded(spec, values[spec.name]) for moment, values in (moments or {}).items()}
         shards.append(ParameterShard(spec, 0, _padded(spec, weights[spec.name]), own))
-        placements.append(Placement(spec, stages=(0,), offset=0, partition=shards[-1].length))
+        placements.append(Placement(spec, (0,), 0, shards[-1].length, tuple(own) or MOMENTS))
     state = CheckpointState(step, 32 * step, 0, meaning_hash(config), config.model_dump(mode="json"), sections or {})
     Saver(config.folder / "checkpoints", one_process()).save(shards, placements, state, "test", 0)
 

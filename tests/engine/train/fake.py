@@ -9,7 +9,7 @@ Legend: B batch, T tokens of a row, W elements of the parameter, L losses (one).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from engine.parallel.groups import Groups
 from engine.parallel.pipeline import DomainSums
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.state import MOMENTS, ParameterGroup, ParameterShard, Placement
+from engine.parallel.zero.penalties import Penalty, add_penalties
 from engine.parallel.zero.step import StepResult, accept_finite
 from engine.train.metrics import read_metrics
 from engine.train.signals import StopSignals
@@ -55,13 +56,16 @@ class FakeEngine:
         self.weight_W = torch.zeros(WIDTH)
         self.moments = {name: torch.zeros(WIDTH) for name in MOMENTS}
         self.gradient_W: torch.Tensor | None = None
-        self.zero_moments: frozenset[str] = frozenset()
+        self.added_moments: dict[str, bool] = {}
+        self.penalties: tuple[Penalty, ...] = ()
         self.updates = 0
         """Updates that `set_updates` told of, and those since."""
 
     def step(self, learning_rate: float, accept: Callable[[float], bool] = accept_finite) -> StepResult:
         """Update the weight unless `accept(norm)` is False, and drop the gradient."""
         assert self.gradient_W is not None, "a step follows a backward pass"
+        held = [(shard, self.gradient_W, True) for shard in self.parameter_shards()]
+        values = add_penalties(self.penalties, held, self.device)
         norm = self.gradient_W.norm().item()
         accepted = accept(norm)
         if accepted:
@@ -69,7 +73,8 @@ class FakeEngine:
             self.weight_W.sub_(learning_rate * momentum_W)
             self.updates += 1
         self.gradient_W = None
-        return StepResult(accepted, norm)
+        names = [penalty.name for penalty in self.penalties]
+        return StepResult(accepted, norm, dict(zip(names, values.tolist(), strict=True)))
 
     def gradient_shards(self) -> Iterator[tuple[ParameterSpec, int, torch.Tensor]]:
         """Yield the parameter, its first element and its gradient, for what `accept` looks at."""
@@ -79,7 +84,21 @@ class FakeEngine:
     def add_moment(self, name: str, begins_at_zero: bool) -> None:
         """Keep another value per element, which checkpoints hold."""
         self.moments[name] = torch.zeros(WIDTH)
-        self.zero_moments |= {name} if begins_at_zero else set()
+        self.added_moments[name] = begins_at_zero
+
+    def keep_moments(self, names: Mapping[str, bool]) -> bool:
+        """Keep these moments beside the optimizer's and no others; return True if that changed any."""
+        changed = names.keys() != self.added_moments.keys()
+        for name in self.added_moments.keys() - names.keys():
+            del self.moments[name], self.added_moments[name]
+        for name in names.keys() - self.added_moments.keys():
+            self.add_moment(name, names[name])
+        return changed
+
+    @property
+    def zero_moments(self) -> frozenset[str]:
+        """Added moments that a checkpoint may lack."""
+        return frozenset(name for name, begins_at_zero in self.added_moments.items() if begins_at_zero)
 
     def parameter_shards(self) -> list[ParameterShard]:
         """Return live views of the weight and its moments."""

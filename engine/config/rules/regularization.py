@@ -1,0 +1,65 @@
+"""Rules of what a run stage keeps beside its weights: penalties, the average, the meta-step.
+
+Part of `engine.config.resolve`, which calls them all and reports every problem at once.
+"""
+
+from __future__ import annotations
+
+from engine.config.schema.run import RunConfig
+from engine.errors import ConfigError, PalimpsestError
+
+
+def check_regularization(config: RunConfig, problems: list[PalimpsestError]) -> None:
+    """Add the rules of elastic weight consolidation, and those of periods that a run stage never comes to."""
+    for number in range(len(config.stages)):
+        _check_ewc(number, config, problems)
+        _check_periods(number, config, problems)
+
+
+def _check_ewc(number: int, config: RunConfig, problems: list[PalimpsestError]) -> None:
+    ewc = config.stages[number].regularization.ewc
+    if ewc is None:
+        return
+    key = f"stages.{number}.regularization.ewc"
+    if number == 0:
+        problems.append(
+            ConfigError(
+                f"{key}: no run stage comes before it whose data its Fisher information could be estimated on",
+                "ewc from the second run stage on",
+                f"remove {key}, or pull all weights alike with stages.0.regularization.l2_sp",
+            )
+        )
+        return
+    before = config.stages[number - 1]
+    if not _has_length(number - 1, config) or ewc.batches <= before.num_steps:
+        return
+    problems.append(
+        ConfigError(
+            f"{key}.batches = {ewc.batches} is more than the {before.num_steps} steps of the run stage before, "
+            f"{before.name}",
+            f"1 to {before.num_steps}",
+            f"lower {key}.batches",
+        )
+    )
+
+
+def _check_periods(number: int, config: RunConfig, problems: list[PalimpsestError]) -> None:
+    run_stage = config.stages[number]
+    periods = {name: getattr(run_stage, name) for name in ("ema", "reptile")}
+    for name, section in periods.items():
+        if section is None or not _has_length(number, config) or section.every_steps <= run_stage.num_steps:
+            continue
+        key = f"stages.{number}.{name}.every_steps"
+        problems.append(
+            ConfigError(
+                f"{key} = {section.every_steps} is never reached in a run stage of {run_stage.num_steps} steps",
+                f"1 to {run_stage.num_steps}",
+                f"lower {key}, or remove stages.{number}.{name}",
+            )
+        )
+
+
+def _has_length(number: int, config: RunConfig) -> bool:
+    """Return True if the steps of a run stage can be counted; another rule tells where they cannot."""
+    duration = config.stages[number].duration
+    return (duration.steps is None) != (duration.tokens is None)
