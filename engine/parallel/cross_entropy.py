@@ -6,11 +6,13 @@ input and of the weight for the backward pass (Hsu et al. 2024, Liger Kernel, se
 et al. 2024, Cut Cross-Entropy, keep less and compute the logits once more). The backward pass only scales them, so the
 scale may differ at each step. Under ZeRO-3 the weight is needed in the forward pass alone.
 
-Legend: B batch, T time, D width, N rows (tokens), C rows at a time, V vocabulary (the local part, with its padding).
+Legend: B batch, T time, D width, N rows (tokens), C rows at a time, V vocabulary (the local part, with its padding),
+K likeliest tokens of a teacher.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +21,18 @@ from torch.nn import functional as F
 from engine.parallel.collectives import all_reduce
 from engine.parallel.groups import ALONE, Group
 from engine.plan.logits import rows_at_a_time
+
+
+@dataclass(frozen=True)
+class SoftTargets:
+    """Distribution of a teacher over its K likeliest tokens, at each of N rows."""
+
+    tokens_NK: torch.Tensor
+    """int32, columns of the whole vocabulary."""
+    probabilities_NK: torch.Tensor
+    """fp32 or wider, of sum 1."""
+    strength: float
+    """Factor of the divergence from them, beside the cross entropy."""
 
 
 def linear_cross_entropy(
@@ -30,6 +44,8 @@ def linear_cross_entropy(
     vocab_size: int,
     group: Group = ALONE,
     into: torch.Tensor | None = None,
+    soft: SoftTargets | None = None,
+    divergence: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the sum over tokens of weight x cross entropy of `hidden @ weight_VD.T + bias_V`, in fp32 or wider.
 
@@ -40,6 +56,10 @@ def linear_cross_entropy(
     gradient of `hidden` is then this rank's part of a sum over `group`. Collective over `group`, in the forward pass.
 
     `into` (contiguous, of the shape of `targets`) is filled with the tokens' terms of the sum, which carry no gradient.
+
+    With `soft` the gradient is that of the sum over tokens of weight x (cross entropy + strength x KL(soft ||
+    softmax)), while the value stays that of the cross entropy; the divergences' weighted sum, without strength, is
+    added to the scalar `divergence`.
     """
     return _LinearCrossEntropy.apply(  # type: ignore[no-any-return]
         hidden.flatten(0, -2),
@@ -51,6 +71,8 @@ def linear_cross_entropy(
         group,
         torch.is_grad_enabled(),  # asked here: inside of a function's forward pass it is always off
         None if into is None else into.view(-1),
+        soft,
+        divergence,
     )
 
 
@@ -67,6 +89,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         group: Group,
         differentiate: bool,
         into_N: torch.Tensor | None,
+        soft: SoftTargets | None,
+        divergence: torch.Tensor | None,
     ) -> torch.Tensor:
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         num_rows, first_column = len(weight_VD), group.position * len(weight_VD)
@@ -98,13 +122,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total -= weighted_C.sum()
             if into_N is not None:
                 into_N[rows] = -weighted_C
+            near = None if soft is None else _SoftColumns(soft, rows, first_column, real)
+            if near is not None and divergence is not None:
+                divergence += (near.divergence(logs_CV, group) * weights_C).sum()
             if grad_hidden_ND is grad_weight_VD is grad_bias_V is None:
                 del logs_CV
                 continue
             ones_C1 = (~foreign_C).to(wide).unsqueeze(-1)
             # d loss / d logits = weight x (softmax - one-hot of the target), made in place of the log-softmax. Where
             # the target is foreign, 0 is added to column 0, so that no row needs a branch.
-            wide_CV = logs_CV.exp_().scatter_add_(-1, columns_C1, -ones_C1).mul_(weights_C.unsqueeze(-1))
+            wide_CV = logs_CV.exp_()
+            if near is not None:
+                # and strength x weight x (softmax - soft targets)
+                near.add_gradient(wide_CV)
+            wide_CV = wide_CV.scatter_add_(-1, columns_C1, -ones_C1).mul_(weights_C.unsqueeze(-1))
             grad_CV = wide_CV.to(hidden_ND.dtype)
             # Of this rank's columns only, so the hidden states' gradient is a part of a sum over the group.
             if grad_hidden_ND is not None:
@@ -125,7 +156,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if held is None else held.mul_(grads[0]).to(dtype)
             for held, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *scaled, *[None] * 6
+        return *scaled, *[None] * 8
+
+
+class _SoftColumns:
+    """Soft targets of some rows, as columns of this rank's part of the vocabulary."""
+
+    def __init__(self, soft: SoftTargets, rows: slice, first_column: int, real: int) -> None:
+        columns_CK = soft.tokens_NK[rows].long() - first_column
+        foreign_CK = (columns_CK < 0) | (columns_CK >= real)
+        self.strength, self.probabilities_CK = soft.strength, soft.probabilities_NK[rows]
+        # As with the target: a foreign token adds 0 to column 0.
+        self.columns_CK = columns_CK.masked_fill(foreign_CK, 0)
+        self.own_CK = self.probabilities_CK.masked_fill(foreign_CK, 0.0)
+
+    def divergence(self, logs_CV: torch.Tensor, group: Group) -> torch.Tensor:
+        """Return KL(soft targets || softmax) of each row (C,). Collective over `group`."""
+        # xlogy: 0 where the probability is 0
+        entropy_C = -torch.xlogy(self.probabilities_CK, self.probabilities_CK).sum(-1)
+        logs_CK = logs_CV.gather(-1, self.columns_CK)
+        # a rank of padding alone has -inf everywhere, which times 0 would be NaN
+        cross_C = (self.own_CK * logs_CK.masked_fill(self.own_CK == 0, 0.0)).sum(-1)
+        return -all_reduce(cross_C, group) - entropy_C
+
+    def add_gradient(self, softmax_CV: torch.Tensor) -> None:
+        """Turn softmax into softmax + strength x (softmax - soft targets), in place."""
+        softmax_CV.mul_(1.0 + self.strength).scatter_add_(-1, self.columns_CK, -self.strength * self.own_CK)
 
 
 def _log_softmax(logits_CV: torch.Tensor, dtype: torch.dtype, group: Group) -> torch.Tensor:

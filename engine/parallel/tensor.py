@@ -187,12 +187,12 @@ def vocabulary_cross_entropy(
     weights: torch.Tensor,
     vocab_size: int,
     group: Group,
-    into: torch.Tensor | None = None,
+    **options: Any,
 ) -> torch.Tensor:
     """Compute `linear_cross_entropy` with some rows of the weight on each rank. Collective over `group`, both ways."""
     # Backward each rank has the part of the hidden states' gradient that its columns give; `_Copy` sums them.
     copied = _apply(_Copy, hidden, group)
-    return linear_cross_entropy(copied, weight_VD, bias_V, targets, weights, vocab_size, group, into)
+    return linear_cross_entropy(copied, weight_VD, bias_V, targets, weights, vocab_size, group, **options)
 
 
 def shard(

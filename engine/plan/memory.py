@@ -32,6 +32,8 @@ MOMENTS_BYTES = 8
 """Adam's two."""
 ADDED_MOMENT_BYTES = 4
 """Bytes of each value that a run stage keeps beside a weight and its moments, fp32."""
+SOFT_TARGET_BYTES = 8
+"""Bytes of a likely token of a teacher, int32, and of its probability, fp32."""
 MOMENTUM_BYTES = 4
 """Muon's one, of a matrix."""
 HOST_GRADIENT_BYTES = 4
@@ -61,7 +63,8 @@ class Memory:
     `gather: step` the whole stage."""
     activations: int
     logits: int
-    """The loss: some rows' logits and their softmax, and the gradients that its forward pass makes."""
+    """The loss: some rows' logits and their softmax, and the gradients that its forward pass makes; with distillation
+    also the likeliest tokens of the step's predictions."""
     host: int = 0
     """Bytes of host memory, in no sum here: with `offload` master weights, moments, gradients, and weights sent back.
     """
@@ -148,6 +151,7 @@ def stage_memory(
     device: Device,
     single_moments: int = 0,
     added_moments: int = 0,
+    soft_targets: int = 0,
     frozen: int = 0,
     kept: Sequence[int] | None = None,
 ) -> Memory:
@@ -158,8 +162,9 @@ def stage_memory(
 
     `recomputed` are those of its `layers` that recompute their activations; `segments`: rows hold several documents or
     padding; `single_moments`: local elements of which the optimizer keeps one moment and not two (Muon);
-    `added_moments`: values that the run stage keeps beside each trained one; `frozen`: local elements that have a
-    working copy alone. `kept` are the layers that keep activations; None means all.
+    `added_moments`: values that the run stage keeps beside each trained one; `soft_targets`: tokens that a teacher
+    gives for all micro-batches of a step; `frozen`: local elements that have a working copy alone.
+    `kept` are the layers that keep activations; None means all.
     """
     numel = entries.local_numel(parallel.tensor)
     trained = numel - frozen
@@ -198,7 +203,8 @@ def stage_memory(
         activations=activation_bytes(
             model, parallel, precision, *_with_gradients(layers, recomputed, kept), lengths, segments, in_flight, device
         ),
-        logits=head_bytes(model, parallel, predicted, dtype_bytes, math.ceil(in_flight)),
+        logits=head_bytes(model, parallel, predicted, dtype_bytes, math.ceil(in_flight))
+        + soft_targets * SOFT_TARGET_BYTES,
         host=on_host,
     )
 

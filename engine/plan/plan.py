@@ -65,7 +65,8 @@ class StagePlan:
     added_moments: int
     """Values that the run stage keeps beside each trained parameter and the optimizer's moments."""
     operations: int
-    """Forward, recomputed and backward operations of one rank per step, padding of the vocabulary included."""
+    """Forward, recomputed and backward operations of one rank per step, padding of the vocabulary included; with
+    distillation the teacher's forward pass, too."""
     recomputed_operations: int
     """Operations among them that are done for the second time: whole layers, where `parallel.recompute` is `full`."""
     remade_bytes: int
@@ -269,7 +270,11 @@ def _stage_plan(
     per_rank = entries.local_numel(layout.tensor)
     costs = costs_before(config.model, lengths)
     # Differences of prefix sums, so that a chunk costs two look-ups however many layers it has.
-    operations = (1 + BACKWARD_FACTOR) * sum(costs[chunk.layers.stop] - costs[chunk.layers.start] for chunk in chunks)
+    distillation = run_stage.regularization.distillation
+    forward = 1 if distillation is None else 2
+    operations = (forward + BACKWARD_FACTOR) * sum(
+        costs[chunk.layers.stop] - costs[chunk.layers.start] for chunk in chunks
+    )
     again = 0
     if config.parallel.recompute == "full":
         again = over_layers(config.model, recomputed, layer_operations(config.model, lengths).__getitem__)
@@ -315,6 +320,7 @@ def _stage_plan(
             ties=cut.ties,
             muon=config.optimizer.name == "muon",
             patterns=run_stage.freeze,
+            top_k=distillation.top_k if distillation else 0,
         ),
         recomputed=len(recomputed),
     )

@@ -111,11 +111,22 @@ def pipeline_memory(
             device=device,
             single_moments=trained_matrices(config, run_stage, layout, held) if muon else 0,
             added_moments=len(run_stage.added_moments),
+            soft_targets=_soft_targets(config, run_stage, layout) if any(chunk.last for chunk in held) else 0,
             frozen=frozen_entries(config.model, tuple(held), run_stage.freeze).local_numel(layout.tensor),
             kept=layers_kept(config.model, held, run_stage.freeze),
         )
         for stage, (held, entries) in enumerate(zip(chunks, entries_by_stage, strict=True))
     ]
+
+
+def _soft_targets(config: RunConfig, run_stage: RunStage, layout: Layout) -> int:
+    """Return the likeliest tokens that a rank with the head keeps of a step: some of each prediction of its rows."""
+    distillation, parallel = run_stage.regularization.distillation, config.parallel
+    if distillation is None:
+        return 0
+    micro_batches = num_micro_batches(run_stage.batches.largest, parallel, layout.data)
+    predicted = held_lengths(run_stage, parallel).predicted // layout.sequence
+    return micro_batches * parallel.micro_batch_size * predicted * distillation.top_k
 
 
 def trained_matrices(config: RunConfig, run_stage: RunStage, layout: Layout, held: Sequence[ModelChunk]) -> int:

@@ -75,11 +75,15 @@ def stage_traffic(
     ties: Mapping[str, tuple[int, ...]],
     muon: bool = False,
     patterns: tuple[str, ...] = (),
+    top_k: int = 0,
 ) -> Traffic:
     """Return the traffic of one rank of a stage that holds `chunks`, whose parameters are `entries`.
 
     `ties` are the stages of those that several hold. `muon` updates the matrices. Parameters that the `patterns` freeze
     have no gradient; nothing goes back up to a chunk in front of which nothing is trained.
+
+    `top_k` is the number of likeliest tokens that a teacher's forward pass gives for each prediction; 0 means that
+    there is none. It has the same modules, whose weights are exchanged before and after it.
 
     `recomputed` are the layers among them that recompute their activations. `segments`: rows carry document numbers,
     which travel down the pipeline with the activations.
@@ -98,6 +102,10 @@ def stage_traffic(
     # Every tensor rank sends to its neighbour: all of a whole hidden state, or its own tokens of a shared one.
     sent = sum(family.boundary(model, layer, lengths) for layer in (*up, *down)) * dtype_bytes // parallel.shared_by
     sent += carried
+    teacher = top_k > 0
+    if teacher:  # down once more, with no gradients that come back
+        sent += sum(family.boundary(model, layer, lengths) for layer in down) * dtype_bytes // parallel.shared_by
+        sent += carried
     gradients, weights = zero_bytes(trained, parallel, data_size, precision, num_micro_batches)
     if parallel.zero_stage == 3:  # frozen weights are gathered as well
         _, weights = zero_bytes(numel, parallel, data_size, precision, num_micro_batches)
@@ -107,14 +115,23 @@ def stage_traffic(
         used = _used(model, tuple(chunks), parallel.tensor, filled)
         # modules in front of all that is trained have no backward pass
         front = front_entries(model, tuple(chunks), patterns).local_numel(parallel.tensor, filled)
-        passes = num_micro_batches * (2 * used - front)
-        over_all = numel if parallel.gather_within else passes  # each parameter once, or every pass
+        passes = num_micro_batches * (2 * used - front + (used if teacher else 0))
+        # each parameter once after each change of the weights, or every pass
+        over_all = numel * (2 if teacher else 1) if parallel.gather_within else passes
         weights = gather_bytes(over_all * dtype_bytes, data_size)
         within = gather_bytes((passes - over_all) * dtype_bytes, parallel.gather_within or 1)
+    elif teacher and parallel.zero_stage > 0:
+        # ZeRO-3 gathers all once more; the others complete what was exchanged, before and after the teacher's pass
+        once = numel if parallel.zero_stage == 3 else 2 * trained
+        weights += gather_bytes(once * dtype_bytes, data_size)
     # Three fp32 numbers per predicted token stand for the vocabulary's logits, which are never gathered.
-    losses = LOSS_REDUCTIONS * 4 * lengths.predicted if any(chunk.last for chunk in chunks) else 0
+    predicted = lengths.predicted if any(chunk.last for chunk in chunks) else 0
+    losses = LOSS_REDUCTIONS * 4 * predicted
+    # The divergence is reduced with them; the likeliest tokens of each rank are gathered, as fp32 and int64.
+    likeliest = (2 * 4 + top_k * (4 + 8) * parallel.tensor) * predicted if teacher else 0
     passed = _passed(model, tuple(chunks), recomputed, lengths)
     activations = 2 * (passed.reduced + passed.again)  # an all-reduce is two rounds, each of (n-1)/n of the tensor
+    activations += passed.reduced if teacher else 0  # forward alone: half of them
     partial = 0
     if parallel.shared_by > 1:
         # an all-reduce is a gather and a scatter; beside, what enters is gathered once more backward, and in a second
@@ -124,15 +141,14 @@ def stage_traffic(
         partial = _partial(model, entries) - _partial(model, frozen)
         # From ZeRO-1 on gradients are scattered over the data axis first, and each rank reduces its shard only.
         partial = partial if parallel.zero_stage == 0 else -(-partial // data_size)
+    sums = rows * (activations * dtype_bytes + 2 * losses + likeliest)
+    exchanged = passed.exchanged + (passed.exchanged_forward if teacher else 0)
     return Traffic(
         gradients=gradients,
         weights=weights,
         weights_within=within,
-        tensor=gather_bytes(
-            rows * (activations * dtype_bytes + 2 * losses) + 2 * partial * DTYPE_BYTES[precision.reduce_dtype],
-            parallel.tensor,
-        ),
-        sequence=gather_bytes(rows * passed.exchanged // parallel.tensor * dtype_bytes, parallel.sequence),
+        tensor=gather_bytes(sums + 2 * partial * DTYPE_BYTES[precision.reduce_dtype], parallel.tensor),
+        sequence=gather_bytes(rows * exchanged // parallel.tensor * dtype_bytes, parallel.sequence),
         pipe=rows * sent,
         tie=_tie_bytes(entries, _trained(ties, patterns), parallel, precision, data_size),
         **(_muon_bytes(entries, frozen, parallel, data_size) if muon else {}),
@@ -150,6 +166,8 @@ class Passed(NamedTuple):
     again: int
     """Reduced once more, in the second run of layers that recompute."""
     exchanged: int
+    exchanged_forward: int
+    """Those among `exchanged` of one forward pass."""
     entered: int
 
 
@@ -168,6 +186,7 @@ def _passed(
         # forward, backward, and in the second run of those that recompute
         # an all-to-all sends (n-1)/n of its tensor as a gather does:
         exchanged=2 * total(family.exchanged, layers) + total(family.exchanged, recomputed),
+        exchanged_forward=total(family.exchanged, layers),
         entered=total(family.entered, layers) + total(family.entered, recomputed),
     )
 

@@ -27,6 +27,7 @@ from engine.models.heads import Head
 from engine.models.initial import initial_value
 from engine.optim.groups import make_optimizer, parameter_groups
 from engine.parallel.boundary import Boundary, MicroBatchShape
+from engine.parallel.distillation import DistilledCrossEntropy
 from engine.parallel.functions import PLAIN, Functions, SequenceSlice
 from engine.parallel.groups import Groups, join
 from engine.parallel.pipeline import Pipeline
@@ -127,6 +128,10 @@ def rebuild(pipeline: Pipeline, config: RunConfig, spec: PipelineStageSpec) -> N
 def build_engine(config: RunConfig, spec: PipelineStageSpec, groups: Groups, device: torch.device) -> StageEngine:
     """Build this rank's pipeline stage under ZeRO, its weights still zero. Collective over the world."""
     functions = _functions(config.parallel, groups)
+    distilled = None
+    if any(run_stage.regularization.distillation for run_stage in config.stages):
+        distilled = DistilledCrossEntropy(functions.linear_cross_entropy, groups.tensor)
+        functions = replace(functions, linear_cross_entropy=distilled)
     # Whole weights take no memory on the meta device; each rank allocates after `shard` has cut them to its part.
     with torch.device("meta"):
         chunks = [spec.modules(chunk, functions) for chunk in spec.chunks]
@@ -137,7 +142,7 @@ def build_engine(config: RunConfig, spec: PipelineStageSpec, groups: Groups, dev
     held = [spec.parameters[stage.logical_names[name]] for name, _ in stage.named_parameters()]
     partial_gradients = _partial_gradients(config, spec.parameters.values())
     number = config.stages.index(spec.run_stage)
-    return StageEngine(
+    engine = StageEngine(
         stage,
         parameter_groups(held, config.optimizer, spec.tied_stages, partial_gradients, config.stages, number),
         partial(make_optimizer, config=config.optimizer),
@@ -154,6 +159,8 @@ def build_engine(config: RunConfig, spec: PipelineStageSpec, groups: Groups, dev
         groups,
         device,
     )
+    engine.distilled_loss = distilled
+    return engine
 
 
 def _cut(config: RunConfig, layout: Layout) -> tuple[ModelConfig, int, int, RowLengths]:

@@ -3,6 +3,7 @@
     start                  the run stands where it goes on
     generation             a run stage that replays the reservoir is about to be opened
     begin_run_stage        the data of a run stage is open
+        before_forward     the inputs of a step are read; its passes have not begun
         before_update      gradients are reduced, weights are as they were; may refuse the update
         after_step         the step is counted; returns additions to its record
         take_record        a record is complete: a step's, or another hook's
@@ -32,6 +33,7 @@ from engine.config.schema.stage import RunStage
 from engine.data.replay.generation import Generation
 from engine.heartbeat import Heartbeat
 from engine.logs import logger
+from engine.parallel.boundary import Tensors
 from engine.parallel.groups import Groups
 from engine.parallel.pipeline import Pipeline
 from engine.parallel.sharding import ParameterSpec
@@ -145,6 +147,9 @@ class Hook:
     def end_run_stage(self, run: Run) -> None:
         """Take note of a run stage whose last step is done and evaluated, and whose last save has begun."""
 
+    def before_forward(self, run: Run, inputs: list[Tensors]) -> None:
+        """Take the inputs of a step's micro-batches, which its passes are about to begin with."""
+
     def before_update(self, run: Run, update: Update) -> bool:
         """Return True if the weights may be updated, on all ranks alike."""
         return True
@@ -205,6 +210,10 @@ class Hooks:
     def end_run_stage(self, run: Run) -> None:
         for hook in self._hooks:
             hook.end_run_stage(run)
+
+    def before_forward(self, run: Run, inputs: list[Tensors]) -> None:
+        for hook in self._hooks:
+            hook.before_forward(run, inputs)
 
     def before_update(self, run: Run, update: Update) -> bool:
         """Return True if every hook accepts the update; each is asked, whatever those before it said."""

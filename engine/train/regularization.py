@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from engine.config.schema.regularization import EMA, FIRST_WEIGHTS, FISHER, REPTILE
 from engine.config.schema.stage import RunStage
-from engine.parallel.zero.other_weights import average, copy_weights, step_back
+from engine.models.dropout import KEYS
+from engine.parallel.boundary import Tensors
+from engine.parallel.collectives import all_reduce
+from engine.parallel.zero.other_weights import average, copy_weights, step_back, weights_from
 from engine.parallel.zero.penalties import Penalty
 from engine.train.fisher import estimate_fisher
 from engine.train.hooks import Hook, Run
@@ -36,8 +39,21 @@ class Regularization(Hook):
         """Do the same where the checkpoint stands, which may be in another run stage."""
         self.begin_run_stage(run)
 
+    def before_forward(self, run: Run, inputs: list[Tensors]) -> None:
+        """Ask the run stage's first weights what they predict, where the step learns from that."""
+        distillation, engine = run.run_stage.regularization.distillation, run.pipeline.engine
+        if distillation is None:
+            return
+        assert engine.distilled_loss is not None, "built where some run stage distils"
+        run.checkpoints.hold_update()  # a save may still copy the weights, which change places
+        # no dropout: a teacher predicts as well as it can
+        given = [{name: tensor for name, tensor in one.items() if name != KEYS} for one in inputs]
+        asked = engine.distilled_loss.teaching(distillation.top_k, distillation.strength)
+        with weights_from(engine, FIRST_WEIGHTS), asked:
+            run.pipeline.evaluate(given)
+
     def after_step(self, run: Run) -> Record:
-        """Take a meta-step and update the average where they are due.
+        """Take a meta-step and update the average where they are due; return the term of distillation.
 
         The step's update has waited for the save in flight, and none has begun since.
         """
@@ -47,7 +63,18 @@ class Regularization(Hook):
         # after the meta-step: of the weights that the run goes on with
         if (ema := run_stage.ema) and step % ema.every_steps == 0:
             average(engine, EMA, ema.decay)
-        return {}
+        return self._divergence(run)
+
+    @staticmethod
+    def _divergence(run: Run) -> Record:
+        """Return the term of distillation in the step's loss. Collective over the world."""
+        distillation, engine = run.run_stage.regularization.distillation, run.pipeline.engine
+        if distillation is None or engine.distilled_loss is None:
+            return {}
+        own = engine.distilled_loss.take_sums().to(engine.device)
+        # Tensor ranks have the same divergence; those of the sequence axis have that of their own slice.
+        divergence, weight = all_reduce(own * (run.groups.tensor.position == 0), run.groups.world).tolist()
+        return {"regularization/distillation": distillation.strength * divergence / weight if weight else 0.0}
 
 
 def penalties_of(run_stage: RunStage) -> tuple[Penalty, ...]:

@@ -1,13 +1,14 @@
-"""Penalties, Fisher information, averaged weights and meta-steps: every layout against a loop of plain torch, resumed.
+"""Penalties, distillation, averaged weights and meta-steps: every layout against a loop of plain torch, resumed.
 
-One run has them all: `first` trains plainly, `second` is pulled to its first weights by L2-SP and EWC, takes meta-steps
-of Reptile, keeps an average of its weights, and freezes a layer. The reference is a loop of torch AdamW over the
-batches of the run, whose loss has the penalties as ordinary terms. Tolerances of losses and weights are those of
-`parity`; a penalty is a sum of squares of distances, each of which is off by at most 2e-5 of about 1e-2.
+One run has them all: `first` trains plainly, `second` is pulled to its first weights by L2-SP, EWC and distillation,
+takes meta-steps of Reptile, keeps an average of its weights, and freezes a layer. The reference is a loop of torch's
+AdamW over the batches of the run, whose loss has the penalties as ordinary terms. Tolerances of losses and weights are
+those of `parity`; a penalty is a sum of squares of distances, each off by at most 2e-5 of about 1e-2.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from functools import partial
@@ -16,12 +17,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from engine.checkpoint.folder import step_path
 from engine.checkpoint.load import open_checkpoint, read_weights
 from engine.config.parameter_patterns import matches
 from engine.config.schema.regularization import EMA, FIRST_WEIGHTS, FISHER, REPTILE
 from engine.errors import EXIT_DONE
+from engine.parallel.functions import Functions
 from engine.train.metrics import read_metrics
 from tests.distributed.cases import MODELS
 from tests.distributed.pairs import OBJECTIVES, VOCAB, write_families
@@ -32,11 +35,16 @@ from tests.distributed.runs import LENGTH, run_config, run_tree, train_rank
 matrix = pytest.mark.matrix
 BORDER, LAST = 3, 7
 L2_SP, EWC, DECAY, STEP_SIZE, BATCHES = 0.5, 20.0, 0.6, 0.5, 2
+DISTILLATION, TOP_K = 2.0, 7
 FREEZE = ("layers.1.*",)
 SECOND: dict[str, Any] = {
     "name": "second",
     "freeze": [*FREEZE],
-    "regularization": {"l2_sp": {"strength": L2_SP}, "ewc": {"strength": EWC, "batches": BATCHES}},
+    "regularization": {
+        "l2_sp": {"strength": L2_SP},
+        "ewc": {"strength": EWC, "batches": BATCHES},
+        "distillation": {"strength": DISTILLATION, "top_k": TOP_K},
+    },
     "ema": {"decay": DECAY},
     "reptile": {"every_steps": 2, "step_size": STEP_SIZE},
     "duration": {"steps": LAST - BORDER},
@@ -48,6 +56,7 @@ LAYOUTS = (
     pytest.param("gpt2", {"zero_stage": 0, "tensor": 2, "sequence_parallel": True}, marks=matrix),
     pytest.param("t5", {"zero_stage": 3, "pipe": 2, "data": 2}, marks=matrix),
     pytest.param("gpt2", {"zero_stage": 3, "data": 2, "offload": "optimizer"}, marks=matrix),
+    pytest.param("gpt2", {"zero_stage": 1, "sequence": 2}, marks=matrix),
 )
 WORLDS = ({"zero_stage": 1, "data": 2}, {"zero_stage": 3, "pipe": 2}, {"zero_stage": 2, "tensor": 2})
 """Layouts in turn, between them a kill: in step 4, the second of the second stage, and in step 6."""
@@ -80,7 +89,7 @@ def tree_of(corpora: Path, folder: Path, model: str, parallel: dict[str, Any]) -
 
 
 def world_size(parallel: dict[str, Any]) -> int:
-    return parallel.get("pipe", 1) * parallel.get("tensor", 1) * parallel.get("data", 1)
+    return math.prod(parallel.get(axis, 1) for axis in ("pipe", "tensor", "sequence", "data"))
 
 
 def values(folder: Path, key: str) -> dict[int, float]:
@@ -113,7 +122,10 @@ class Plain:
 
         self.config, self.groups = run_config(tree), fake_groups(Layout(1, 1, 1, 1), 0)
         kind = family(self.config.model)
-        self.model, specs = kind.build(self.config.model), {s.name: s for s in kind.specs(self.config.model)}
+        self.model = self.build()
+        self.teacher: torch.nn.Module | None = None
+        self.said = self.weights = torch.empty(0)
+        specs = {spec.name: spec for spec in kind.specs(self.config.model)}
         self.ties = kind.ties(self.config.model)
         fill(
             self.model,
@@ -122,10 +134,16 @@ class Plain:
         self.data = RunData(self.config, self.groups)
         self.optimizers: dict[str, torch.optim.AdamW] = {}
         self.losses: list[float] = []
-        self.penalties: dict[str, list[float]] = {"l2_sp": [], "ewc": []}
+        self.penalties: dict[str, list[float]] = {"l2_sp": [], "ewc": [], "distillation": []}
         self.average: dict[str, torch.Tensor] = {}
         self.run_stage(0)
         self.run_stage(1)
+
+    def build(self) -> torch.nn.Module:
+        from engine.models.families import family
+
+        functions = Functions(linear_cross_entropy=self.cross_entropy)
+        return family(self.config.model).build(self.config.model, functions=functions)
 
     def run_stage(self, number: int) -> None:
         stage = self.config.stages[number]
@@ -137,17 +155,22 @@ class Plain:
         anchor = {name: p.clone() for name, p in first.items()}
         if number:
             self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+            self.teacher = self.build()
+            self.teacher.load_state_dict(self.model.state_dict())
         batches = self.batches(number)
         for step in range(1, stage.num_steps + 1):
-            loss = self.loss(next(batches))
+            batch = next(batches)
+            loss = self.loss(batch)
             self.losses.append(loss.item())
             if number:
+                distilled = DISTILLATION * self.divergence(batch)
+                self.penalties["distillation"].append(distilled.item())
                 squares = {name: (p - first[name]) ** 2 for name, p in trained.items()}
                 l2_sp = L2_SP / 2 * torch.stack([each.sum() for each in squares.values()]).sum()
                 ewc = EWC / 2 * torch.stack([(fisher[name] * each).sum() for name, each in squares.items()]).sum()
                 self.penalties["l2_sp"].append(l2_sp.item())
                 self.penalties["ewc"].append(ewc.item())
-                loss = loss + l2_sp + ewc
+                loss = loss + l2_sp + ewc + distilled
             loss.backward()
             self.update(trained)
             if number == 0:
@@ -189,6 +212,29 @@ class Plain:
         inputs, counted_L = batch
         parts = [self.model(**given)["losses_L"] / counted_L.to(torch.float32) for given in inputs]
         return torch.stack(parts).sum()
+
+    def divergence(self, batch: Any) -> torch.Tensor:
+        """The mean divergence of whole logits from the likeliest of the first weights, whose sum is made 1."""
+        assert self.teacher is not None
+        inputs, counted_L = batch
+        total = torch.zeros(())
+        for given in inputs:
+            with torch.no_grad():
+                self.teacher(**given)
+                best_NK, tokens_NK = self.said.topk(TOP_K, dim=-1)
+            self.model(**given)
+            logs_NV = self.said.log_softmax(-1)
+            each_N = F.kl_div(logs_NV.gather(1, tokens_NK), best_NK.softmax(-1), reduction="none").sum(-1)
+            total = total + (each_N * self.weights).sum() / counted_L[0]
+        return total
+
+    def cross_entropy(
+        self, hidden: Any, weight: Any, bias: Any, targets: Any, weights: Any, vocab_size: int
+    ) -> torch.Tensor:
+        """Of whole logits, which are kept as `said`."""
+        self.said = F.linear(hidden.flatten(0, -2), weight, bias)[:, :vocab_size]
+        self.weights = weights.flatten()
+        return (F.cross_entropy(self.said, targets.flatten(), reduction="none") * self.weights).sum()
 
     def update(self, trained: dict[str, torch.nn.Parameter]) -> None:
         from engine.optim.groups import weight_decay
@@ -284,7 +330,9 @@ def check_memory(trainer: Any) -> None:
         engine = trainer.pipeline.engine
         held = sum(moment.numel() for shard in engine.parameter_shards() for moment in shard.moments.values())
         kinds = 2 + planned.added_moments
-        assert planned.added_moments == len(engine.added_moments) == 4 * trainer.state.run_stage
+        assert (
+            planned.added_moments == len(engine.added_moments) == 4 * trainer.state.run_stage
+        )  # first weights, Fisher, average, Reptile
         # ranks differ by what fills up the flat buffer of a group, or each parameter under ZeRO-3
         padding = len(engine.placements()) * groups.zero.size
         assert abs(held / kinds - planned.updated) <= padding * (groups.zero.size > 1)
@@ -315,3 +363,18 @@ def test_kills_and_other_layouts_change_nothing(corpora, plain, tmp_path):
             with pytest.raises(RankFailed):
                 run_ranks(2, train_rank, tree, partial(kill, step=step))
     check(folder, plain("gpt2"))
+
+
+@matrix
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_in_bf16_the_evaluation_of_the_average_leaves_the_run_as_it_is(corpora, tmp_path, zero_stage):
+    """Bit for bit: the working weights are cast anew from masters that came back."""
+    for name in ("with", "without"):
+        tree = tree_of(corpora, tmp_path / name, "gpt2", {"zero_stage": zero_stage})
+        tree["stages"] = [stage | {"ema": None, "regularization": {}, "reptile": None} for stage in tree["stages"]]
+        tree["stages"][1]["ema"] = SECOND["ema"] if name == "with" else None
+        tree |= {"precision": {"dtype": "bf16"}, "evaluation": {"every_steps": 1}}
+        run_ranks(1, train_rank, tree)
+    for key in ("loss", "gradient_norm", "validation_loss"):
+        assert values(tmp_path / "with", key) == values(tmp_path / "without", key), key
+    assert [*values(tmp_path / "with", "ema_validation_loss")] == list(range(BORDER + 1, LAST + 1))

@@ -10,9 +10,10 @@ from engine.errors import ConfigError, PalimpsestError
 
 
 def check_regularization(config: RunConfig, problems: list[PalimpsestError]) -> None:
-    """Add the rules of elastic weight consolidation, and those of periods that a run stage never comes to."""
+    """Add the rules of consolidation and distillation, and of periods that a run stage never comes to."""
     for number in range(len(config.stages)):
         _check_ewc(number, config, problems)
+        _check_distillation(number, config, problems)
         _check_periods(number, config, problems)
 
 
@@ -41,6 +42,19 @@ def _check_ewc(number: int, config: RunConfig, problems: list[PalimpsestError]) 
             f"lower {key}.batches",
         )
     )
+
+
+def _check_distillation(number: int, config: RunConfig, problems: list[PalimpsestError]) -> None:
+    distillation, vocab_size = config.stages[number].regularization.distillation, config.model.vocab_size
+    if distillation is not None and distillation.top_k > vocab_size:
+        key = f"stages.{number}.regularization.distillation.top_k"
+        problems.append(
+            ConfigError(
+                f"{key} = {distillation.top_k} is more than the {vocab_size} tokens of the vocabulary",
+                f"1 to {vocab_size}",
+                f"lower {key}",
+            )
+        )
 
 
 def _check_periods(number: int, config: RunConfig, problems: list[PalimpsestError]) -> None:

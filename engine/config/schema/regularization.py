@@ -40,6 +40,16 @@ class EWCConfig(Section):
     information is estimated when the run stage begins. Each costs as much as a step."""
 
 
+class DistillationConfig(Section):
+    """Distillation (Hinton et al. 2015, arXiv 1503.02531) from the run stage's first weights: strength x divergence of
+    the model's predictions from those that these weights make of the same tokens, their likeliest tokens alone."""
+
+    strength: PositiveFloat
+    """Factor of the Kullback-Leibler divergence, which is added to the loss of each predicted token."""
+    top_k: PositiveInt = 64
+    """Number of the likeliest tokens that are kept of each prediction; their probabilities are scaled to a sum of 1."""
+
+
 class RegularizationConfig(Section):
     """Terms that are added to the loss of a run stage, so that it forgets less of the earlier ones."""
 
@@ -47,6 +57,9 @@ class RegularizationConfig(Section):
     """Pull of all trained weights towards the run stage's first weights. None means none."""
     ewc: EWCConfig | None = None
     """Pull of those weights that mattered for the run stage before. None means none."""
+    distillation: DistillationConfig | None = None
+    """Pull of the predictions to those of the run stage's first weights. It costs a forward pass more per step. None
+    means none."""
 
 
 class EMAConfig(Section):

@@ -129,7 +129,7 @@ class RunStage(Section):
         """Names of the fp32 values that the run stage keeps beside each trained weight and the optimizer's moments."""
         terms = self.regularization
         kept = {
-            FIRST_WEIGHTS: terms.l2_sp or terms.ewc,
+            FIRST_WEIGHTS: terms.l2_sp or terms.ewc or terms.distillation,
             FISHER: terms.ewc,
             EMA: self.ema,
             REPTILE: self.reptile,

@@ -22,6 +22,7 @@ from torch import nn
 from engine.config.schema.parallel import ParallelConfig
 from engine.parallel.boundary import Tensors
 from engine.parallel.deferral import Deferral, DeferredGradients, weight_gradients
+from engine.parallel.distillation import DistilledCrossEntropy
 from engine.parallel.groups import Group, Groups
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.stage import StageModule
@@ -77,6 +78,8 @@ class StageEngine:
         """Moments beside the optimizer's own, and whether a checkpoint may lack them."""
         self.penalties: tuple[Penalty, ...] = ()
         """Penalties on the weights that each step adds to the gradient."""
+        self.distilled_loss: DistilledCrossEntropy | None = None
+        """Loss over the vocabulary that the module computes, where some run stage distils."""
         self.zero_stage: int = config["zero_optimization"]["stage"]
         self.dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
         self.clip_norm: float = config["gradient_clipping"]

@@ -186,6 +186,7 @@ def test_every_run_that_is_shipped_resolves(path: Path) -> None:
 
 SHOWN = {
     "batch-ramp": ["stages.0.batch_ramp"],
+    "distillation": ["stages.1.regularization.distillation.top_k"],
     "ema": ["stages.1.ema.decay"],
     "ewc": ["stages.1.regularization.ewc.batches"],
     "freeze": ["stages.1.freeze"],

@@ -10,11 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.parallel.cross_entropy import linear_cross_entropy
 from engine.plan import logits
-
-BATCH, LENGTH, WIDTH, PADDED, REAL = 5, 40, 8, 24, 21
-
-Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""hidden_BTD, weight_VD, bias_V, targets_BT, weights_BT"""
+from tests.engine.parallel.whole_logits import BATCH, LENGTH, PADDED, REAL, WIDTH, inputs, with_logits
 
 
 @pytest.fixture
@@ -23,24 +19,6 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logits, "ROW_MULTIPLE", 32)
     monkeypatch.setattr(logits, "CHUNK_ELEMENTS", 32 * PADDED)
     assert logits.rows_at_a_time(PADDED) == 32
-
-
-def inputs(dtype: torch.dtype) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
-    hidden_BTD = torch.randn(BATCH, LENGTH, WIDTH, generator=generator).to(dtype).requires_grad_()
-    weight_VD = torch.randn(PADDED, WIDTH, generator=generator).to(dtype).requires_grad_()
-    bias_V = torch.randn(PADDED, generator=generator).to(dtype).requires_grad_()
-    targets_BT = torch.randint(0, REAL, (BATCH, LENGTH), generator=generator)
-    weights_BT = torch.rand(BATCH, LENGTH, generator=generator)
-    weights_BT[1] = 0.0
-    return hidden_BTD, weight_VD, bias_V, targets_BT, weights_BT
-
-
-def with_logits(hidden_BTD, weight_VD, bias_V, targets_BT, weights_BT, vocab_size) -> torch.Tensor:
-    logits_BTV = F.linear(hidden_BTD, weight_VD, bias_V)[..., :vocab_size]
-    wide = torch.promote_types(logits_BTV.dtype, torch.float32)
-    loss_N = F.cross_entropy(logits_BTV.flatten(0, 1).to(wide), targets_BT.flatten(), reduction="none")
-    return (loss_N * weights_BT.flatten().to(wide)).sum()
 
 
 def loss_and_gradients(function, arguments, scale: float) -> tuple[torch.Tensor, ...]:

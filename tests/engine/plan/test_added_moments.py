@@ -1,4 +1,4 @@
-"""Values that run stages keep against forgetting, in the plan: memory, checkpoints, and the time that they take.
+"""What run stages keep and do against forgetting, in the plan: memory, checkpoints, operations, traffic and time.
 
 What ranks really hold is compared with the plan in tests/distributed/test_regularization.py.
 """
@@ -87,3 +87,24 @@ def test_the_largest_checkpoint_is_that_of_the_stage_that_keeps_most():
     assert checkpoint_bytes(kept) * 12 == checkpoint_bytes(plain) * (12 + 2 * 4)
     assert make_plan(kept, 8).node_memory_bytes(8) > make_plan(plain, 8).node_memory_bytes(8)
     assert cost_of(kept).checkpoint_seconds > cost_of(plain).checkpoint_seconds
+
+
+@pytest.mark.parametrize(
+    "parallel", [{"zero_stage": 3, "reduce": "step"}, {"zero_stage": 1}, {"zero_stage": 3, "gather": "step"}]
+)
+def test_distillation_costs_a_forward_pass_its_gathers_and_the_likeliest_tokens(parallel):
+    made = [config(f"stages.0.regularization={text}") for text in ("{}", "{distillation: {strength: 1.0, top_k: 10}}")]
+    made = [one.model_copy(update={"parallel": ParallelConfig(tensor=2, **parallel)}) for one in made]
+    plain, found = (plan_of(one).stages[0] for one in made)
+    assert 3 * found.operations == 4 * plain.operations
+    # two data ranks: 12 rows each of 64 predictions; int32 and fp32 of each likely token
+    assert found.memory.logits - plain.memory.logits == 12 * 64 * 10 * 8
+    assert found.memory.added_moments == pytest.approx(4 * plain.updated, abs=4)
+    # ZeRO-3 gathers for forward, backward and the teacher, or for step and teacher; ZeRO-1 after each change of weights
+    factor = {1: 3, 3: 2 if "gather" in parallel else 1.5}[parallel["zero_stage"]]
+    assert found.traffic.weights == pytest.approx(factor * plain.traffic.weights, rel=1e-3)
+    assert found.traffic.gradients == plain.traffic.gradients
+    # half of the activations' sums again, an all-reduced number and the gathered tokens of each prediction
+    gathered = 12 * 64 * (2 * 4 + 10 * 12 * 2) // 2
+    losses = 12 * 64 * 3 * 4 * 2 // 2
+    assert found.traffic.tensor - plain.traffic.tensor == (plain.traffic.tensor - losses) // 2 + gathered

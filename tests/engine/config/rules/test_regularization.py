@@ -21,6 +21,11 @@ def problems(*overrides: str) -> list[tuple[str, str, str]]:
             "ewc from the second run stage on",
         ),
         (
+            "stages.0.regularization={distillation: {strength: 1.0, top_k: 501}}",
+            "stages.0.regularization.distillation.top_k = 501 is more than the 500 tokens of the vocabulary",
+            "1 to 500",
+        ),
+        (
             "stages.0.ema={decay: 0.9, every_steps: 11}",
             "stages.0.ema.every_steps = 11 is never reached in a run stage of 10 steps",
             "1 to 10",
@@ -69,6 +74,8 @@ def test_values_out_of_range_and_unknown_keys_are_refused(override, message):
 
 def test_a_stage_names_the_values_that_it_keeps():
     assert config().stages[0].added_moments == ()
+    distilled = config("stages.0.regularization={distillation: {strength: 1.0}}")
+    assert distilled.stages[0].added_moments == ("first_weights",)
     everything = two_stages(
         "regularization: {l2_sp: {strength: 1.0}, ewc: {strength: 1.0}}, ema: {decay: 0.9}, "
         "reptile: {every_steps: 2, step_size: 0.5}"
