@@ -17,6 +17,7 @@ from engine.checkpoint.folder import CHECKPOINTS, Superseded, committed, owner_o
 from engine.checkpoint.load import load
 from engine.checkpoint.manifest import CheckpointState, Manifest
 from engine.checkpoint.merge import SECTION as MERGE
+from engine.checkpoint.node_memory import hosts
 from engine.checkpoint.node_memory.node_store import NodeStore
 from engine.checkpoint.node_memory.recall import Eligibility, Recall
 from engine.checkpoint.retention import Retention, prune
@@ -206,6 +207,8 @@ class RunCheckpoints:
         # The steps since are trained again, on other samples after a rollback: their metrics change.
         self._metric = {}
         path, spread = self._choose(engine, go_back)
+        if self._memory is not None and not go_back:
+            self._tell_lost(0 if path is None else step_of(path))
         if self._memory is not None:  # what is there and not gone on from is of a past that will not be
             self._memory.keep_only(step_of(path) if path is not None and spread else None)
         if path is None:
@@ -266,6 +269,13 @@ class RunCheckpoints:
             if path is not None and is_whole(path, self.groups):
                 return path, False
         return None, False
+
+    def _tell_lost(self, restored: int) -> None:
+        """Log which steps are trained again because the nodes' memory that held them is lost."""
+        assert self._memory is not None
+        held = hosts.read(self.config.folder) if self.groups.world.position == 0 else None
+        if held is not None and held.job == self._job_before and held.step > restored:
+            _log.warning("%s", hosts.lost_words(held, restored, self._memory.hosts))
 
     def _eligible(self, on_disk: Path | None) -> Eligibility:
         """Return the conditions under which a generation is taken instead of `on_disk`. Collective over the world."""

@@ -24,7 +24,8 @@ from engine.checkpoint import manifest_json
 from engine.checkpoint.background import Background
 from engine.checkpoint.folder import Owner, check_owner, committed, partial_path, publish, remove, step_of, step_path
 from engine.checkpoint.manifest import Manifest
-from engine.checkpoint.node_memory import passing
+from engine.checkpoint.node_memory import hosts, passing
+from engine.checkpoint.node_memory.hosts import Held
 from engine.checkpoint.node_memory.node_folder import check_room, drop, folder_of, free_bytes, left_behind, take
 from engine.checkpoint.staging import Staged
 from engine.checkpoint.stores import CheckCancelled, Save, Written, write_staged
@@ -55,6 +56,7 @@ class NodeStore:
         """Make the store. `base` is a folder in memory, `run` the run folder; `connect` makes the ring's groups."""
         identities = collectives.gather_objects((socket.gethostname(), environment.node_rank), groups.world)
         self.nodes, self.groups = Nodes.of(identities), groups
+        self.hosts = tuple(identities[rank][0] for rank in self.nodes.first_ranks)
         self.rank = groups.world.ranks[groups.world.position]
         self.node = self.nodes.node_of(self.rank)
         self.acts_for_node = self.nodes.first_ranks[self.node] == self.rank
@@ -136,6 +138,7 @@ class NodeStore:
         if self.acts_for_node:
             self._dropping = Background(lambda _: self._keep_only(save.step), "drop-generations")
         if self.groups.world.position == 0:
+            hosts.note(self.run, Held(save.step, self.owner.job, self.hosts))
             seconds = time.perf_counter() - save.began_seconds
             log.info("step %d is in the memory of %d nodes, %.2f s after it", save.step, self.nodes.count, seconds)
         return target
@@ -145,10 +148,14 @@ class NodeStore:
 
     def keep_only(self, step: int | None) -> None:
         """Drop the generations of all other steps, on all nodes; of every step without one."""
+        if step is None and self.groups.world.position == 0:
+            hosts.forget(self.run)
         self.on_nodes(lambda: self._keep_only(step))
 
     def end(self) -> None:
         """Give all memory back."""
+        if self.groups.world.position == 0:
+            hosts.forget(self.run)
         self.on_nodes(lambda: drop(self.folder))
 
     def on_nodes(
