@@ -12,6 +12,7 @@ from engine.config.load import load_run
 from engine.config.resolve import check, resolve
 from engine.models.gpt import specs
 from engine.train.run_checkpoints import SHOWN_SAMPLES
+from tools.demo import __main__ as demo
 from tools.demo import proof, text
 from tools.demo.__main__ import CONFIG, SECOND_LAYOUT, TIMING
 from tools.demo.commands import Commands, DemoFailed
@@ -87,7 +88,8 @@ def test_a_slower_machine_does_less() -> None:
 
 def test_what_fits_stays_within_the_goal() -> None:
     found = sizes([1.0] * 8, start_seconds=8.0, elapsed_seconds=60.0)
-    assert 60 + STARTS_TO_COME * 8 + found.steps * 1.0 <= GOAL_SECONDS
+    assert 60 + STARTS_TO_COME * 8 + (found.steps + found.new_steps) * 1.0 <= GOAL_SECONDS
+    assert 0 < found.new_steps < found.steps
 
 
 @pytest.mark.parametrize("seconds", [0.01, 0.7, 1.3, 100.0])
@@ -108,6 +110,18 @@ def test_the_run_is_small_and_fits_both_layouts() -> None:
         assert not check(config)
         assert resolve(config, 2).world_size == 2
         assert 1_000_000 < sum(math.prod(spec.shape) for spec in specs(config.model)) <= 4_000_000
+
+
+def test_the_run_file_has_the_sizes_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "RUN_FILE", str(tmp_path / "run.yaml"))
+    monkeypatch.setattr(demo, "CONFIG", str(REPOSITORY / CONFIG))
+    found = sizes([1.0] * 8, start_seconds=8.0, elapsed_seconds=60.0)
+    demo.write_run_file(found, ("precision.dtype=fp32",))
+    config = load_run(tmp_path / "run.yaml")
+    [stage] = config.stages
+    assert (stage.num_steps, config.precision.dtype) == (found.steps, "fp32")
+    assert config.evaluation.every_steps == config.checkpoint.every_steps == found.checkpoint_every
+    assert stage.global_batch_size * stage.sequence_length == demo.STEP_TOKENS
 
 
 # proof

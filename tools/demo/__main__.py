@@ -1,4 +1,5 @@
-"""`make demo`: text, tokens, plan, training, SIGKILL, another layout, Hugging Face, a prompt; then a summary.
+"""`make demo`: text, tokens, plan, training, SIGKILL, another layout, a second run stage with replay and what it cost,
+Hugging Face, a prompt; then a summary.
 
 Everything is done by the public command; this file only says in which order, kills the run, and compares what it
 sees with what it expects. It works in `.demo/` of the checkout and starts afresh each time.
@@ -25,7 +26,13 @@ ROOT = Path(__file__).resolve().parents[2]
 WORK = Path(".demo")
 RUN = WORK / "run"
 CONFIG = "configs/demo/run.yaml"
-LAUNCH = ("launch", CONFIG, "--launcher", "deepspeed", "--processes", "2")
+RUN_FILE = str(WORK / "run.yaml")
+"""Copy of that file with the sizes for this machine; the second run stage is appended to it."""
+OLD_TEXT, NEW_TEXT = ("source", "topics"), ("docstrings",)
+"""Files of text of the first and of the second run stage."""
+RATIO = "0.1"
+PROCESSES = ("--launcher", "deepspeed", "--processes", "2")
+LAUNCH = ("launch", RUN_FILE, *PROCESSES)
 SECOND_LAYOUT = ("parallel.zero_stage=1", "parallel.pipe=1", "parallel.tensor=2")
 TIMING_STEPS = 8
 TIMING = (
@@ -38,6 +45,8 @@ TIMING = (
     "logging.tensorboard=false",
     "logging.plot=false",
 )
+STEP_TOKENS = 16 * 256
+"""Tokens of a step, as the run file has them."""
 PROMPT = 'def read_lines(path):\n    """Return the'
 
 
@@ -63,6 +72,8 @@ class Demo:
         self.part("timing: how many steps fit on this machine", self.timing)
         self.part("training: ZeRO-3 x two pipeline stages, until SIGKILL", self.train)
         self.part("resuming: the same run as ZeRO-1 x tensor 2", self.resume)
+        self.part("new data: a second run stage, which replays the old data", self.new_data)
+        self.part("ledger: what was learned, forgotten and paid", self.ledger)
         self.part("export: a Hugging Face folder, compared with our model", self.export)
         self.part("generation: the model continues a prompt", self.generate)
         self.summary()
@@ -73,12 +84,15 @@ class Demo:
             print(f"{size / 1e6:6.2f} MB  {WORK / 'text' / name}")
 
     def tokens(self) -> None:
-        tokenizer, output = str(WORK / "tokenizer"), str(WORK / "tokens")
+        tokenizer = str(WORK / "tokenizer")
         self.commands.run("tokenizer", str(WORK / "text"), "--vocab-size", "4096", "--output", tokenizer)
-        self.commands.run(
-            "prepare", str(WORK / "text"), "--tokenizer", tokenizer, "--output", output, "--shard-megabytes", "0.5"
-        )
-        self.commands.run("inspect-data", output, "--samples", "1", "--sequence-length", "128")
+        self._prepare(OLD_TEXT, "tokens")
+        self.commands.run("inspect-data", str(WORK / "tokens"), "--samples", "1", "--sequence-length", "128")
+
+    def _prepare(self, names: tuple[str, ...], output: str) -> None:
+        files = [str(path) for name in names if (path := WORK / "text" / f"{name}.jsonl").stat().st_size]
+        target = ("--tokenizer", str(WORK / "tokenizer"), "--output", str(WORK / output))
+        self.commands.run("prepare", *files, *target, "--shard-megabytes", "0.5")
 
     def plan(self) -> None:
         self.kind = "bf16" if multiplies_bf16() else "fp32"
@@ -89,25 +103,17 @@ class Demo:
 
     def timing(self) -> None:
         begin = time.monotonic()
-        self.commands.run(*LAUNCH, *TIMING, *self.precision)
+        self.commands.run("launch", CONFIG, *PROCESSES, *TIMING, *self.precision)
         whole = time.monotonic() - begin
         # Records of evaluations have no loss.
         seconds = [float(record["step_seconds"]) for record in proof.records(WORK / "timing") if "loss" in record]
         gone = time.monotonic() - self.started
         self.sizes = sizes.sizes(seconds, whole - sum(seconds), gone)
-        print(f"{self.sizes.steps} steps, a checkpoint every {self.sizes.checkpoint_every}")
-
-    @property
-    def length(self) -> tuple[str, ...]:
-        every = self.sizes.checkpoint_every
-        return (
-            f"stages.0.duration.steps={self.sizes.steps}",
-            f"checkpoint.every_steps={every}",
-            f"evaluation.every_steps={every}",
-        )
+        print(f"{self.sizes.steps} steps, a checkpoint every {self.sizes.checkpoint_every}: written to {RUN_FILE}")
+        write_run_file(self.sizes, self.precision)
 
     def train(self) -> None:
-        self.commands.run(*LAUNCH, *self.length, *self.precision, watch=self._kill_when_due)
+        self.commands.run(*LAUNCH, watch=self._kill_when_due)
         self.killed = proof.losses(RUN)
         self.expected = proof.expect(RUN)
         print(
@@ -124,7 +130,7 @@ class Demo:
         return True
 
     def resume(self) -> None:
-        output = self.commands.run(*LAUNCH, *SECOND_LAYOUT, *self.length, *self.precision)
+        output = self.commands.run(*LAUNCH, *SECOND_LAYOUT)
         said = proof.reported(output)
         compared = proof.compare(self.killed, proof.losses(RUN), self.expected.step)
         print("\n" + proof.as_text(self.expected, said, compared))
@@ -132,6 +138,15 @@ class Demo:
         print(
             "the resumed run is the same run: it takes the same samples next, and its losses differ by rounding alone"
         )
+
+    def new_data(self) -> None:
+        self._prepare(NEW_TEXT, "new-tokens")
+        data = ("--name", "docstrings", "--data", str(WORK / "new-tokens"), "--ratio", RATIO)
+        self.commands.run("continue", RUN_FILE, *data, "--tokens", str(self.sizes.new_steps * STEP_TOKENS))
+        self.commands.run(*LAUNCH, *SECOND_LAYOUT)
+
+    def ledger(self) -> None:
+        self.commands.run("ledger", RUN_FILE)
 
     def export(self) -> None:
         self.commands.run("convert", str(RUN), "--output", str(WORK / "huggingface"))
@@ -152,7 +167,9 @@ class Demo:
 
 ARTEFACTS = (
     ("run folder", RUN),
+    ("run file", WORK / "run.yaml"),
     ("loss curve", RUN / "loss.png"),
+    ("ledger", RUN / "ledger.png"),
     ("metrics", RUN / "metrics.jsonl"),
     ("TensorBoard", f"tensorboard --logdir {RUN / 'tensorboard'}"),
     ("wandb, offline", RUN / "wandb"),
@@ -160,6 +177,22 @@ ARTEFACTS = (
     ("Hugging Face folder", WORK / "huggingface"),
     ("logs of the commands", WORK / "logs"),
 )
+
+
+def write_run_file(found: sizes.Sizes, precision: tuple[str, ...]) -> None:
+    """Write the run file with the sizes for this machine."""
+    from engine.config.load import apply_override, read_tree
+    from engine.config.save import save_tree
+
+    every, tree = found.checkpoint_every, read_tree(Path(CONFIG))
+    lengths = (
+        f"stages.0.duration.steps={found.steps}",
+        f"checkpoint.every_steps={every}",
+        f"evaluation.every_steps={every}",
+    )
+    for override in (*lengths, *precision):
+        apply_override(tree, override)
+    save_tree(tree, Path(RUN_FILE))
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
