@@ -48,9 +48,7 @@ COMMANDS = {
     "forget": Command("tools.forget:main", "Train on some documents no more.", "the same command goes on"),
     "plan": Command("tools.plan:main", "Show what a run costs on a world, and what would be refused."),
     "continue": Command("tools.continue_run:main", "Append a stage with new data to a run.", "nothing was written"),
-    "fit-replay": Command(
-        "tools.fit_replay:main", "Find the replay ratio of a stage from short runs.", "the same command begins again"
-    ),
+    "fit-replay": Command("tools.fit_replay:main", "Find the replay ratio of a stage from short runs."),
     "preflight": Command("tools.preflight:main", "Check the nodes of a job before a run starts there."),
     "launch": Command("tools.launch:main", "Start the ranks of a run and watch over them."),
     "job": Command("tools.job:app", "Follow, show and cancel jobs that launch has submitted to Slurm."),
@@ -59,6 +57,9 @@ COMMANDS = {
     "compare": Command("tools.compare:main", "Compare the metrics of runs, and say where they part."),
     "ledger": Command("tools.ledger:main", "Show what a run of several stages has learned and forgotten."),
     "checkpoint": Command("tools.checkpoint:app", "List, verify, compare and merge checkpoints."),
+    "replay-generate": Command(
+        "tools.replay_generate:main", "Sample token shards from a model, to replay.", "the same command goes on"
+    ),
     "convert": Command("tools.convert:main", "Write a checkpoint as a Hugging Face folder.", "nothing was written"),
     "generate": Command("tools.generate:main", "Continue a prompt."),
 }

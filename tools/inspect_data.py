@@ -240,6 +240,8 @@ def print_counts(dataset: TokenDataset) -> None:
     table.add_row("documents", f"{index.num_documents:,}")
     if index.has_sentences:
         table.add_row("sentences", f"{index.num_sentences:,}")
+    if index.synthetic is not None:
+        table.add_row("synthetic", Text(visible(str(index.synthetic))))
     table.add_row("ids", "their own (--id-key)" if index.has_ids else "SHARD_HASH:ROW")
     if len(dataset.tombstones):
         table.add_row("forgotten", f"{len(dataset.tombstones):,} documents (tombstones {dataset.tombstones.hash})")

@@ -58,10 +58,14 @@ def open_parts(
         DataError: missing, damaged, written with another tokenizer, or of more tokens than `vocab_size`.
     """
     data, replay = run_stage.data, run_stage.replay
-    sets = [_open(data, where, tokenizer_hash, vocab_size, tombstones) for where in data.training_locations]
+    checked = (tokenizer_hash, vocab_size, tombstones)
+    keys = [f"data.sources.{number}.path" for number in range(len(data.sources))] or ["data.train"]
+    sets = [_open(run_stage, *named, *checked) for named in zip(keys, data.training_locations, strict=True)]
     replayed: list[WeightedDataset] = []
     if replay is not None and replay.source is not None:
-        opened = _open(data, replay.source, tokenizer_hash, vocab_size, tombstones)
+        opened = _open(run_stage, "replay.source", replay.source, *checked)
+        if opened.index.synthetic is not None:
+            _log.info("stage %s replays synthetic text, %s", run_stage.name, opened.index.synthetic)
         replayed = [WeightedDataset(opened, REPLAY, loss_weight=replay.loss_weight, is_replay=True)]
     every = [*sets, *(part.dataset for part in replayed)]
     _refuse_other_tokens(every)
@@ -122,7 +126,7 @@ def open_reservoir(
             if location not in known:
                 known.add(location)
                 try:
-                    datasets.append(_open(earlier.data, location, tokenizer_hash, vocab_size, tombstones))
+                    datasets.append(_open(earlier, "data", location, tokenizer_hash, vocab_size, tombstones))
                 except DataError as error:
                     _log.warning("data of run stage %s is not there to be replayed: %s", earlier.name, error.wrong)
     return ReplayDataset(generation, datasets, tombstones)
@@ -154,7 +158,8 @@ def open_validation(
         return None
     locations = data.validation if isinstance(data.validation, dict) else validation_locations(data.validation, data)
     opened = [
-        (name, _open(data, location, tokenizer_hash, vocab_size, tombstones)) for name, location in locations.items()
+        (name, _open(run_stage, "data.validation", location, tokenizer_hash, vocab_size, tombstones))
+        for name, location in locations.items()
     ]
     _refuse_other_tokens([dataset for _, dataset in opened])
     return opened
@@ -238,10 +243,21 @@ def _check_replayed(run_stage: RunStage, stream: Stream) -> None:
 
 
 def _open(
-    data: DataConfig, folder: str, tokenizer_hash: str | None, vocab_size: int, tombstones: Tombstones
+    run_stage: RunStage,
+    key: str,
+    folder: str,
+    tokenizer_hash: str | None,
+    vocab_size: int,
+    tombstones: Tombstones,
 ) -> TokenDataset:
-    cache = None if data.cache is None else ShardCache(data.cache.folder, data.cache.bytes)
-    dataset = TokenDataset(folder, tokenizer_hash, cache, tombstones)
+    """Open a data set that `key` of a run stage names. Raises `DataError`, which names the stage and the key."""
+    found = run_stage.data.cache
+    cache = None if found is None else ShardCache(found.folder, found.bytes)
+    try:
+        dataset = TokenDataset(folder, tokenizer_hash, cache, tombstones)
+    except DataError as error:
+        wrong = f"stage {run_stage.name}, {key}: {error.wrong}"
+        raise DataError(wrong, error.allowed, error.remedy) from error
     if dataset.index.vocab_size > vocab_size:
         raise DataError(
             f"the shards in {folder} have {dataset.index.vocab_size} tokens in their vocabulary, "

@@ -126,6 +126,19 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
+class Synthetic:
+    """Origin of token shards that a model has sampled: the run, its step, and how tokens were drawn."""
+
+    run: str
+    step: int
+    seed: int
+    temperature: float
+
+    def __str__(self) -> str:
+        return f"sampled from step {self.step} of {self.run} (seed {self.seed}, temperature {self.temperature:g})"
+
+
+@dataclass(frozen=True)
 class Index:
     """Everything that is known of a folder of shards without opening one."""
 
@@ -137,6 +150,8 @@ class Index:
     """None in folders that were written before it was recorded."""
     tokens_folder: str | None = None
     """Folder of the files of tokens, seen from the index's, where they are foreign and lie elsewhere."""
+    synthetic: Synthetic | None = None
+    """Model that has sampled the tokens; None where people's text was prepared. It does not enter the fingerprint."""
 
     @property
     def version(self) -> int:
@@ -214,6 +229,7 @@ def write_index(folder: Path, index: Index) -> None:
         "documents": index.num_documents,
         "vocabulary": None if index.vocabulary is None else index.vocabulary.to_json(),
         **({} if index.tokens_folder is None else {"tokens_folder": index.tokens_folder}),
+        **({} if index.synthetic is None else {"synthetic": asdict(index.synthetic)}),
         "shards": [shard.to_json() for shard in index.shards],
     }
     write_atomically(folder / FILE, json.dumps(tree, indent=1) + "\n")
@@ -297,6 +313,7 @@ def _parse(tree: dict[str, Any]) -> Index:
         shards=tuple(_shard(number, item, foreign is not None) for number, item in enumerate(tree["shards"])),
         vocabulary=_vocabulary(tree),
         tokens_folder=None if foreign is None else str(foreign),
+        synthetic=None if tree.get("synthetic") is None else Synthetic(**tree["synthetic"]),
     )
     if not 0 <= index.eos_id < index.vocab_size:
         raise ValueError(f"eos_id {index.eos_id} is no token of a vocabulary of {index.vocab_size}")

@@ -25,6 +25,7 @@ from engine.data.shards.index import (
     Compressed,
     Index,
     ShardEntry,
+    Synthetic,
     token_dtype,
     write_index,
 )
@@ -57,8 +58,9 @@ class ShardWriter:
         shard_bytes: int = DEFAULT_SHARD_BYTES,
         vocabulary: Vocabulary | None = None,
         compression: Compression = "none",
+        synthetic: Synthetic | None = None,
     ) -> None:
-        self.folder, self._vocabulary = folder, vocabulary
+        self.folder, self._vocabulary, self._synthetic = folder, vocabulary, synthetic
         self._compression: Compression = compression
         self._vocab_size, self._eos_id, self._tokenizer_hash = vocab_size, eos_id, tokenizer_hash
         self._dtype = np.dtype(token_dtype(vocab_size)).newbyteorder("<")
@@ -95,7 +97,8 @@ class ShardWriter:
     @property
     def index(self) -> Index:
         """Index of the shards written so far; complete once the context has ended."""
-        return Index(self._vocab_size, self._eos_id, self._tokenizer_hash, tuple(self._shards), self._vocabulary)
+        shape = (self._vocab_size, self._eos_id, self._tokenizer_hash, tuple(self._shards), self._vocabulary)
+        return Index(*shape, synthetic=self._synthetic)
 
     def _close_shard(self) -> None:
         lengths = np.array([document.size for document in self._pending])
