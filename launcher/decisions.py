@@ -26,6 +26,8 @@ SAME_SIGNAL_SECONDS = 5.0
 """Seconds after the first signal in which others count as part of it: clusters and terminals send several."""
 LISTENING_SECONDS = 10.0
 """Seconds after which ranks are sent a signal even if some have given no sign of life."""
+SAVING_SECONDS = 60.0
+"""Seconds that ranks have to save when their node is lost to the supervisor after a signal."""
 
 _log = logs.logger(__name__)
 
@@ -138,10 +140,13 @@ class Decisions:
         return bool(view.ranks) and (waited or listening == self.num_ranks)
 
     def _notice_lost_nodes(self, view: View, now: float) -> None:
-        """End the others at once: without the ranks of a lost node they wait for ever."""
+        """End the others at once: without the ranks of a lost node they wait for ever.
+
+        While the run is stopping they may be saving, and the cluster that ends the job ends its agents, too.
+        """
         if view.lost is not None and self.lost is None:
             self.lost = view.lost
-            self._deadline = now
+            self._deadline = now if self._signalled_at is None else now + SAVING_SECONDS
             _log.warning("%s: ending the others", view.lost.how)
 
     def _notice_failures(self, view: View, now: float) -> None:

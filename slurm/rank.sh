@@ -10,5 +10,6 @@ rank=$!
 while kill -0 "$rank" 2>/dev/null; do wait "$rank"; done
 wait "$rank"
 code=$?
-echo "$code" > "$PALIMPSEST_HEARTBEATS/end-$RANK"
+# An agent that has ended the rank may have cleared the folder.
+{ echo "$code" > "$PALIMPSEST_HEARTBEATS/end-$RANK"; } 2>/dev/null
 exit "$code"

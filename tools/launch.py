@@ -98,12 +98,25 @@ def main(
             "--site, --nodes, --gpus-per-node, --ranks-per-node, --time, --requeues and --slurm with --launcher slurm",
             "add --launcher slurm, or leave them out",
         )
+    _start_here(run, config, tuple(overrides or []), _kind(launcher), processes, limit, dry_run)
+
+
+def _start_here(
+    run: RunConfig,
+    config: Path,
+    overrides: tuple[str, ...],
+    kind: Kind,
+    processes: int | None,
+    limit: int,
+    dry_run: bool,
+) -> None:
+    """Start the ranks on this node, with so many restarts at most, or show what would be started."""
     gpus = num_gpus(os.environ)
-    kind, ranks = _kind(launcher), processes or _default_processes(run, gpus)
+    ranks = processes or _default_processes(run, gpus)
     node = _node(kind, ranks, gpus)
     wanted = Wanted(
         config=config,
-        overrides=tuple(overrides or []),
+        overrides=overrides,
         folder=run.folder,
         kind=kind,
         world_size=ranks,
@@ -125,12 +138,12 @@ def main(
 
 def _submit(run: RunConfig, asked: Request, site_name: str | None, changes: list[str], dry_run: bool) -> None:
     """Submit a run to Slurm, or show what would be submitted."""
-    name, profile = choose(site_name, socket.getfqdn(), changes)
+    name, profile = choose(site_name, (socket.gethostname(), socket.getfqdn()), changes)
     job = specify(run, asked, name, profile, sys.executable)
     if dry_run:
         print(show(run, job))
         return
-    write(job)
+    job = write(job)
     if job.hides_overrides:
         # The job inherits it: sbatch takes the environment along, and only its owner sees it.
         os.environ[OVERRIDES] = json.dumps(asked.overrides)

@@ -109,27 +109,14 @@ def _needs(config: Path | None, overrides: list[str], environment: RankEnvironme
     if config is None:
         return plain
     from engine.config.load import load_run
-    from engine.plan.cost import checkpoint_bytes
-    from engine.plan.plan import make_plan
+    from launcher.needs import needs_of
 
     run = load_run(config, overrides)
     parallel, ranks = run.parallel, environment.local_world_size
     world = environment.world_size
     if world == 1:  # not started by a launcher yet: as many ranks as the layout needs at the least, all of them here
         world = ranks = parallel.pipe * parallel.tensor * parallel.sequence * (parallel.data or 1)
-    plan = make_plan(run, world)
-    kept = run.checkpoint.keep_last + run.checkpoint.keep_best + 1
-    on_host = max(stage.memory.host + stage.stored_bytes for stage in plan.stages)
-    memory = run.checkpoint.memory
-    return replace(
-        plain,
-        folder=run.folder,
-        disk_bytes=kept * checkpoint_bytes(run),
-        ranks=ranks,
-        host_bytes=ranks * on_host,
-        shared=memory.folder if memory is not None else plain.shared,
-        shared_bytes=plan.node_memory_bytes(ranks) if memory is not None else 0,
-    )
+    return needs_of(run, world, replace(plain, ranks=ranks))
 
 
 def _together(report: NodeReport, environment: RankEnvironment) -> tuple[list[NodeReport], dict[str, float], Network]:

@@ -30,8 +30,10 @@ from engine.errors import EXIT_FAILURE, EnvironmentProblem
 from engine.outcome import Outcome
 from engine.run_folder import RunFolder, Start
 from launcher import diagnosis, kernel, processes
+from launcher.node_checks import Needs
 from launcher.ports import free_port
-from launcher.slurm import client, spec, wire
+from launcher.preflight import check_node
+from launcher.slurm import client, fitness, spec, wire
 from launcher.slurm.render import MARK
 
 JOB_FOLDER = "PALIMPSEST_JOB_FOLDER"
@@ -153,11 +155,18 @@ class Agent:
         elif asked == "kill" and self.attempt is not None:
             self.attempt.kill()
             self._tell()
+        elif asked == "check":
+            # Beside the reading: a check may wait for a file system, and the conductor's pings must be heard.
+            threading.Thread(target=self._check, args=(fitness.from_json(message["needs"]),), daemon=True).start()
         elif asked == "look" and self.attempt is not None:
             silent = {int(rank): seconds for rank, seconds in message["silent"].items()}
             beats = {rank: heartbeat.read(self.attempt.beats, rank) for rank in self.attempt.ranks}
             seen = diagnosis.look_at(processes.ranks(self.attempt.processes()), beats, silent)
             self.line.send({"say": "seen", "seen": [asdict(one) for one in seen]})
+
+    def _check(self, needs: Needs) -> None:
+        report = check_node(needs)
+        self.line.send({"say": "checked", "report": report.as_json(), "clock": time.time()})
 
     def _prepare(self, attempt: Attempt) -> None:
         """End what an earlier attempt has left, and make room for the signs of life of the next."""

@@ -31,6 +31,9 @@ class Node:
     heard_at: float = field(default_factory=time.monotonic)
     ready: wire.Message | None = None
     seen: list[dict] | None = None
+    checked: wire.Message | None = None
+    checked_at: float = 0.0
+    """Time on the monotonic clock at which `checked` came."""
     lost: str = ""
     """Reason for which the node is lost; empty while it is there."""
 
@@ -142,6 +145,8 @@ class Agents:
                 node.ready = message
             elif said == "seen":
                 node.seen = message["seen"]
+            elif said == "checked":
+                node.checked, node.checked_at = message, node.heard_at
             self._changed.notify_all()
 
     def _lose(self, node: Node, why: str) -> None:

@@ -25,17 +25,20 @@ from engine import heartbeat, logs
 from engine.config.load import load_run
 from engine.config.schema.run import RunConfig
 from engine.errors import EXIT_FAILURE, EXIT_REQUEUE, EnvironmentProblem, PalimpsestError
+from engine.plan.shrink import UNKNOWN, world_for
 from engine.run_folder import RunFolder, Start
 from engine.switch_files import STOP
 from launcher.attempts import Ending, run_attempts
 from launcher.devices import accelerator
 from launcher.environment import ATTEMPT, JOB, LAUNCHER, OVERRIDES, RESTARTS_PER_START, RUN_FOLDER, hidden_overrides
 from launcher.left_over import left_over
+from launcher.needs import needs_of
 from launcher.restarts import Restarts
 from launcher.signals import Signals
 from launcher.slurm import client, render, spec, wire
 from launcher.slurm.agent import JOB_FOLDER, beats_folder
 from launcher.slurm.agents import Agents, Node
+from launcher.slurm.fitness import Fitness, plain_needs, without_memory
 from launcher.slurm.placement import Placement, place
 from launcher.slurm.remote import AgentRanks, Meeting
 from launcher.slurm.spec import JobSpec
@@ -67,6 +70,7 @@ class JobNodes:
     asked: tuple[str, ...]
     """The user's overrides, credentials included."""
     start: Start
+    fitness: Fitness
     placement: Placement | None = None
     suspicious: set[str] = field(default_factory=set)
     current: AgentRanks | None = None
@@ -82,7 +86,7 @@ class JobNodes:
         if found is None or not found.is_running or found.restarts != self.restarts:
             state = "unknown to Slurm" if found is None else f"{found.state}, requeued {found.restarts} times"
             raise NotOurs(f"job {self.number} is not this start's any more: it is {state}")
-        live = [node.name for node in self.agents.live()]
+        live = self._fit()
         kind = accelerator() if self.job.gpus_per_node else None
         self.placement = place(self.run, live, self.suspicious, self.job.min_nodes, self.job.ranks_per_node, kind)
         if self.placement is None:
@@ -90,6 +94,20 @@ class JobNodes:
         spare = f"; not used: {', '.join(self.placement.spare)}" if self.placement.spare else ""
         world = self.placement.world
         return f"{world.size} ranks ({world.layout}) on {', '.join(self.placement.nodes)}{spare}"
+
+    def _fit(self) -> list[str]:
+        """Return the live nodes that pass their checks.
+
+        Raises:
+            EnvironmentProblem: there are some, and all fail.
+        """
+        live = self.agents.live()
+        per_node = self.job.ranks_per_node
+        needs = plain_needs(self.run, per_node, self.job.gpus_per_node, len(live), self.start.job)
+        world = world_for(self.run, len(live) * per_node, UNKNOWN, per_node) if live else None
+        if world is not None:
+            needs = needs_of(self.run, world.size, needs)
+        return self.fitness.check(live, needs if self.current is None else without_memory(needs))
 
     def ranks(self, owned: RunFolder) -> AgentRanks:
         """Return the ranks of the attempt for which the run folder is taken."""
@@ -158,7 +176,7 @@ class JobNodes:
 
     def _note(self, record: dict[str, Any]) -> None:
         """Add a line to the list of attempts; a disk that is full must not end the run."""
-        record["start"] = self.number
+        record["job"] = self.number
         try:
             with (self.job.folder / ATTEMPTS_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -189,9 +207,10 @@ def conduct(job: JobSpec, signals: Signals) -> int:
         try:
             agents.wait(num_nodes, AGENTS_SECONDS, _when_ended(step))
             start = Start(number, restarts * RESTARTS_PER_START)
-            nodes = JobNodes(run, job, number, restarts, agents, asked, start)
+            fitness = Fitness(agents, say)
+            nodes = JobNodes(run, job, number, restarts, agents, asked, start, fitness)
             ending = run_attempts(run, nodes, Restarts(job.restarts), say, signals)
-            missing = [node.name for node in agents.all() if node.lost]
+            missing = [node.name for node in agents.all() if node.lost or node.name in fitness.unfit]
         finally:
             agents.__exit__()
             _stop(step)
@@ -242,8 +261,10 @@ def _conclude(job: JobSpec, number: str, restarts: int, ending: Ending, missing:
         say(f"not requeued: {why}; submit it again to go on")
         return code
     found = client.patiently(lambda: client.allocated(number), CONTROLLER_SECONDS, say)
+    if found is not None and found.restarts > restarts:
+        say("Slurm has requeued the job by itself, as it does after a preemption")
+        return code
     if found is None or not found.is_running:
-        # Cancelled by scancel, or preempted, which requeues it by itself.
         say(f"not requeued: the job is {found.state if found else 'unknown to Slurm'}")
         return code
     say(f"requeue {restarts + 1} of {job.requeues}" + (f", without {', '.join(missing)}" if missing else ""))

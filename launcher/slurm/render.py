@@ -32,6 +32,7 @@ def batch_script(spec: JobSpec) -> str:
         "# Until the conductor listens, a signal must not end this shell; it sets handlers of its own.",
         "trap '' USR1 TERM",
         *setup_lines(spec.site),
+        *_code_lines(spec),
         f"cd {shlex.quote(str(spec.work_folder))}",
         "# exec: Slurm signals the process of the script, which is the conductor from here on.",
         f"exec {become}",
@@ -96,6 +97,15 @@ def setup_lines(site: Site) -> list[str]:
     ]
 
 
+def _code_lines(spec: JobSpec) -> list[str]:
+    """Return the lines that make every process of the job run its snapshot."""
+    if spec.code is None:
+        return []
+    # Safe path: `python -m` would look into the current folder first, which may be the checkout that is edited.
+    code = shlex.quote(str(spec.code))
+    return [f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1"]
+
+
 def rank_script(spec: JobSpec) -> str:
     """Return the script that srun starts once per rank, with the rank's command as its arguments."""
     return _lines(
@@ -113,7 +123,8 @@ def rank_script(spec: JobSpec) -> str:
         'while kill -0 "$rank" 2>/dev/null; do wait "$rank"; done',
         'wait "$rank"',
         "code=$?",
-        'echo "$code" > "$PALIMPSEST_HEARTBEATS/end-$RANK"',
+        "# An agent that has ended the rank may have cleared the folder.",
+        '{ echo "$code" > "$PALIMPSEST_HEARTBEATS/end-$RANK"; } 2>/dev/null',
         'exit "$code"',
     )
 
@@ -131,6 +142,7 @@ def agents_step(spec: JobSpec, num_nodes: int) -> list[str]:
         "--gres=none",
         "--cpus-per-task=1",
         f"--output={spec.folder / 'agents.log'}",
+        "--open-mode=append",
         spec.python,
         "-m",
         "launcher.slurm.agent",

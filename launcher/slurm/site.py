@@ -164,10 +164,13 @@ class Site(Section):
     """The cluster requeues jobs; where it does not, a job that was saved ends and is submitted again by hand."""
 
 
-def choose(name: str | None, host: str, changes: Sequence[str] = (), folder: Path = FOLDER) -> tuple[str, Site]:
-    """Return (name, site): the named profile or file, or else the one whose patterns match this host.
+def choose(
+    name: str | None, hosts: Sequence[str], changes: Sequence[str] = (), folder: Path = FOLDER
+) -> tuple[str, Site]:
+    """Return (name, site): the named profile or file, or else the one that has a pattern for this host.
 
-    `changes` are `section.key=value` of the command line, which win over the profile.
+    `hosts` are this host's names, short and full; `changes` are `section.key=value` of the command line, which win
+    over the profile.
 
     Raises:
         ConfigError: no profile has this name, several match, or the profile is wrong.
@@ -180,11 +183,17 @@ def choose(name: str | None, host: str, changes: Sequence[str] = (), folder: Pat
             raise ConfigError(f"--site = {name!r} is no site profile", ", ".join(names(folder)), hint)
         return path.stem, load(path, changes)
     sites = {known: load(folder / f"{known}.yaml") for known in names(folder)}
-    matching = [known for known, site in sites.items() if any(fnmatch(host, pattern) for pattern in site.match)]
+    matching = [known for known, site in sites.items() if _matches(site, hosts)]
     if len(matching) > 1:
-        raise ConfigError(f"host {host} matches several site profiles", ", ".join(matching), "choose one with --site")
+        raise ConfigError(
+            f"host {hosts[0]} matches several site profiles", ", ".join(matching), "choose one with --site"
+        )
     found = matching[0] if matching else NO_SITE
     return found, load(folder / f"{found}.yaml", changes)
+
+
+def _matches(site: Site, hosts: Sequence[str]) -> bool:
+    return any(fnmatch(host, pattern) for pattern in site.match for host in hosts)
 
 
 def names(folder: Path = FOLDER) -> list[str]:

@@ -16,6 +16,8 @@ from engine.errors import ConfigError, EnvironmentProblem
 from launcher.slurm.site import Site
 
 FILE = "job.json"
+SLOW_NODES = "slow-nodes.txt"
+"""File in the run folder that names nodes which ranks have found to be slow (`engine.train.node_speed`)."""
 _NODES = re.compile(r"(\d+)(?:-(\d+))?")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
 _JOB_NAME = re.compile(r"[^A-Za-z0-9._-]+")
@@ -50,6 +52,8 @@ class JobSpec:
     site: Site
     exclude: tuple[str, ...] = ()
     """Nodes that are not wanted."""
+    code: Path | None = None
+    """Snapshot of the code that the job runs, whatever is edited while it waits. None means the installed one."""
     hides_overrides: bool = False
     """An override holds a credential: all of them come by the environment, because their order matters."""
 
@@ -149,12 +153,16 @@ def job_name(run_name: str) -> str:
     return _JOB_NAME.sub("-", run_name).strip("-.") or "run"
 
 
-def excluded(site: Site) -> tuple[str, ...]:
-    """Return the nodes that a site profile excludes, those of its file included; a `#` begins a comment there."""
+def excluded(site: Site, run_folder: Path) -> tuple[str, ...]:
+    """Return the nodes that are not wanted: those of a site profile and its file, and those found slow by the run.
+
+    A `#` begins a comment in these files; neither need exist.
+    """
     found = list(site.allocation.exclude)
-    if site.allocation.exclude_file is not None and site.allocation.exclude_file.is_file():
-        lines = site.allocation.exclude_file.read_text(encoding="utf-8").splitlines()
-        found += [name for line in lines if (name := line.partition("#")[0].strip())]
+    for file in (site.allocation.exclude_file, run_folder / SLOW_NODES):
+        if file is not None and file.is_file():
+            lines = file.read_text(encoding="utf-8").splitlines()
+            found += [name for line in lines if (name := line.partition("#")[0].strip())]
     return tuple(dict.fromkeys(found))
 
 
@@ -172,7 +180,10 @@ def read(folder: Path) -> JobSpec:
     """
     try:
         tree: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        paths = {key: Path(tree[key]) for key in ("config", "run_folder", "folder", "work_folder")}
+        paths: dict[str, Path | None] = {
+            key: Path(tree[key]) for key in ("config", "run_folder", "folder", "work_folder")
+        }
+        paths["code"] = Path(tree["code"]) if tree["code"] else None
         lists = {key: tuple(tree[key]) for key in ("overrides", "exclude")}
         site = Site.model_validate_json(json.dumps(tree["site"]))
         return JobSpec(**{**tree, **paths, **lists, "site": site})

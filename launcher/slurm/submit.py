@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from engine.config.schema.run import RunConfig
 from engine.errors import EnvironmentProblem
 from engine.plan.shrink import UNKNOWN, world_for
 from engine.redact import redact
+from launcher import snapshot
 from launcher.slurm import client, render, spec
 from launcher.slurm.placement import usable_nodes
 from launcher.slurm.site import Site
@@ -69,7 +70,7 @@ def specify(run: RunConfig, asked: Request, site_name: str, site: Site, python: 
         python=site.python or python,
         site_name=site_name,
         site=site,
-        exclude=spec.excluded(site),
+        exclude=spec.excluded(site, run_folder),
         hides_overrides=hides,
     )
     spec.check(job)
@@ -105,12 +106,13 @@ def dry_run(run: RunConfig, job: JobSpec) -> str:
     )
 
 
-def write(job: JobSpec) -> None:
-    """Write the folder of a job.
+def write(job: JobSpec) -> JobSpec:
+    """Write the folder of a job and the snapshot of the code, and return the job with it.
 
     Raises:
         EnvironmentProblem: it cannot be written.
     """
+    job = replace(job, code=snapshot.take(job.run_folder / JOBS / snapshot.FOLDER))
     try:
         job.folder.mkdir(parents=True)
         job.script.write_text(render.batch_script(job), encoding="utf-8")
@@ -122,6 +124,7 @@ def write(job: JobSpec) -> None:
             "a run folder that can be written here and on every node",
             "change `folder`",
         ) from error
+    return job
 
 
 def submit(job: JobSpec, ask: client.Run = client.run) -> str:

@@ -8,7 +8,15 @@ from typing import Any
 from engine.config.schema.run import LaunchConfig
 from engine.heartbeat import Beat, Phase
 from engine.outcome import Outcome
-from launcher.decisions import GRACE_SECONDS, LISTENING_SECONDS, SAME_SIGNAL_SECONDS, Decision, Decisions, View
+from launcher.decisions import (
+    GRACE_SECONDS,
+    LISTENING_SECONDS,
+    SAME_SIGNAL_SECONDS,
+    SAVING_SECONDS,
+    Decision,
+    Decisions,
+    View,
+)
 from launcher.diagnosis import Frame, Seen
 from launcher.verdict import End, Lost
 from launcher.watchdog import Watchdog
@@ -84,6 +92,15 @@ def test_a_lost_node_ends_the_others_at_once() -> None:
     # What the others then say of it is no news.
     made.finish(view(lost=lost, ends=(End("rank-0", -signal.SIGKILL),)))
     assert made.lost == lost
+
+
+def test_a_node_lost_while_the_run_stops_leaves_the_ranks_time_to_save() -> None:
+    """A cluster that cancels a job ends its agents, too: the ranks may be saving all the same."""
+    made = decisions()
+    lost = Lost(frozenset((1,)), "node n2 is lost", 4, "lost n2")
+    assert made.look(view(), (TERM,), 0.1).send == TERM
+    assert not made.look(view(lost=lost), (), 1.0).end
+    assert made.look(view(lost=lost), (), 1.1 + SAVING_SECONDS).end
 
 
 def test_ranks_gone_before_the_first_word_are_its_cause() -> None:

@@ -68,13 +68,16 @@ class Launch:
     @property
     def folder(self) -> Path:
         """The job's folder."""
-        [found] = (self.run / "jobs").glob("*")
-        return found
+        return next(path.parent for path in self.run.glob("jobs/*/number") if path.read_text().strip() == self.number)
 
     def log(self) -> str:
         """Return what the conductor has said."""
-        files = list((self.run / "jobs").glob("*/conductor-*.log"))
-        return "\n".join(path.read_text(errors="replace") for path in files)
+        path = self.folder / f"conductor-{self.number}.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def palimpsest(self, *arguments: str) -> str:
+        """Run a command on the login host, and return what it prints."""
+        return self.cluster.run(PYTHON_PATH, "-m", "engine.cli", *arguments, cwd=ROOT).stdout
 
     def said(self) -> list[str]:
         """Return the conductor's lines for the user."""
@@ -126,7 +129,8 @@ class Launch:
 def launch(cluster: Cluster, nodes: str, *options: str, env: dict[str, str] | None = None, **changes: Any) -> Launch:
     """Submit a run with one rank per node."""
     shared = cluster.folder
-    write_corpus(shared / "corpus")
+    if not (shared / "corpus").exists():
+        write_corpus(shared / "corpus")
     python = shared / "python"
     python.write_text(PYTHON.format(python=PYTHON_PATH))
     python.chmod(0o755)

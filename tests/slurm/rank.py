@@ -1,7 +1,7 @@
 """`python -m tests.slurm.rank RUN.yaml ...`: a rank as `palimpsest train` is one, which waits at a step to be hit.
 
-`SLURM_TEST` names a folder. A rank that has done `HOLD_AT` steps makes a file `at-RANK.ATTEMPT` there and waits until
-`go` is there; a rank of the first attempt finds `freeze-RANK` there and stops itself.
+`SLURM_TEST` names a folder. A rank that has done `HOLD_AT` steps or more makes a file `at-RANK.ATTEMPT` there and waits
+once until `go` is there; a rank of the first attempt that finds `freeze-RANK` there stops itself.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ def main() -> int:
     fit = Trainer.fit
 
     def fit_with_hold(trainer: Trainer) -> int:
-        train = trainer.pipeline.train
+        train, held = trainer.pipeline.train, False
 
         def train_with_hold(*arguments: Any) -> Any:
-            if trainer.state.step == hold_at:
+            nonlocal held
+            if trainer.state.step >= hold_at and not held:
+                held = True
                 (folder / f"at-{rank}.{attempt}").touch()
                 if attempt == "0" and (folder / f"freeze-{rank}").exists():
                     os.kill(os.getpid(), signal.SIGSTOP)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine import cli
+from engine.provenance import code_hash
 from launcher.slurm import client, spec, submit
 from launcher.slurm.client import Answer
 from tests.readme import REPOSITORY
@@ -54,6 +55,10 @@ def test_a_job_is_submitted_from_its_folder(sbatch: Sbatch, tmp_path: Path, capf
     job = spec.read(folder)
     assert (job.overrides, job.nodes, job.ranks_per_node, job.requeues, job.restarts) == (("seed=3",), "2-4", 2, 3, 2)
     assert "#SBATCH --account=me\n" in (folder / "train.sbatch").read_text()
+    assert job.code is not None
+    assert job.code == folder.parent / "code" / code_hash()
+    assert f"export PYTHONPATH={job.code}" in (folder / "train.sbatch").read_text()
+    assert (job.code / "launcher" / "slurm" / "conductor.py").is_file()
     assert "palimpsest job logs 17 --follow" in capfd.readouterr().out
 
 
@@ -81,7 +86,7 @@ def test_credentials_reach_the_job_by_its_environment_alone(
     assert SECRET not in json.dumps(sbatch.asked)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files
-    assert not [path for path in files if SECRET in path.read_text()]
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
     assert json.loads(sbatch.environment["PALIMPSEST_OVERRIDES"]) == [WITH_SECRET]
     assert sbatch.environment["WANDB_API_KEY"] == SECRET
     [folder] = submit.job_folders(tmp_path / "runs" / "smoke-gpt2")

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from engine.config.load import merge, parse_run
+from engine.config.schema.run import RunConfig
 from launcher.slurm import site
 from launcher.slurm.spec import JobSpec
 
@@ -26,6 +28,7 @@ def example(site_name: str = "generic", profile: site.Site | None = None, **chan
         "requeues": 20,
         "restarts": 10,
         "python": "/path/to/venv/bin/python",
+        "code": RUN / "jobs" / "code" / "HASH",
         "site_name": site_name,
         "site": profile or site.load(site.FOLDER / f"{site_name}.yaml"),
     }
@@ -76,3 +79,24 @@ EVERYTHING = site.Site.model_validate(
         "requeue": False,
     }
 )
+
+
+TREE: dict[str, Any] = {
+    "folder": "/runs/x",
+    "tokenizer": "/tokenizer",
+    "model": {"vocab_size": 300, "num_layers": 4, "hidden_size": 16, "num_heads": 4, "max_positions": 16},
+    "stages": [
+        {
+            "data": {"train": "/train", "validation": "/validation"},
+            "sequence_length": 16,
+            "global_batch_size": 16,
+            "duration": {"steps": 9},
+        }
+    ],
+    "precision": {"dtype": "fp32"},
+}
+
+
+def run(**changes: Any) -> RunConfig:
+    """Return a run whose batch of 16 fits 1, 2, 4, 8 and 16 data ranks."""
+    return parse_run(merge(TREE | {}, changes), "test")

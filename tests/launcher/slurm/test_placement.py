@@ -2,34 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from engine.config.load import merge, parse_run
-from engine.config.schema.run import RunConfig
 from engine.errors import ConfigError
 from launcher.slurm.placement import place, usable_nodes, valid_nodes
-
-TREE: dict[str, Any] = {
-    "folder": "/runs/x",
-    "tokenizer": "/tokenizer",
-    "model": {"vocab_size": 300, "num_layers": 4, "hidden_size": 16, "num_heads": 4, "max_positions": 16},
-    "stages": [
-        {
-            "data": {"train": "/train", "validation": "/validation"},
-            "sequence_length": 16,
-            "global_batch_size": 16,
-            "duration": {"steps": 9},
-        }
-    ],
-    "precision": {"dtype": "fp32"},
-}
-
-
-def run(**changes: Any) -> RunConfig:
-    return parse_run(merge(TREE | {}, changes), "test")
-
+from tests.launcher.slurm.specs import run
 
 NODES = ["n1", "n2", "n3", "n4"]
 

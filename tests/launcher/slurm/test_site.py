@@ -40,21 +40,21 @@ def test_there_are_six_public_sites() -> None:
     ],
 )
 def test_a_site_is_found_by_the_name_of_its_login_node(host: str, name: str) -> None:
-    assert site.choose(None, host)[0] == name
+    assert site.choose(None, (host.partition(".")[0], host))[0] == name
 
 
 def test_two_profiles_that_match_are_told(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.yaml").write_text("source: x\nmatch: ['n*']\n")
     with pytest.raises(ConfigError) as caught:
-        site.choose(None, "n1", folder=tmp_path)
+        site.choose(None, ("n1",), folder=tmp_path)
     assert (caught.value.wrong, caught.value.allowed) == ("host n1 matches several site profiles", "a, b")
 
 
 def test_a_profile_of_ones_own_is_named_by_its_path(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("source: x\nallocation: {account: me}\n")
-    name, profile = site.choose(str(path), "laptop", ["allocation.qos=long", "gpus.per_node=2"])
+    name, profile = site.choose(str(path), ("laptop",), ["allocation.qos=long", "gpus.per_node=2"])
     assert (name, profile.allocation.account) == ("mine", "me")
     assert (profile.allocation.qos, profile.gpus.per_node) == ("long", 2), "the command line wins"
 
@@ -83,5 +83,5 @@ def test_mistakes_in_a_profile(text: str, message: str, tmp_path: Path) -> None:
 
 def test_a_profile_that_is_not_there() -> None:
     with pytest.raises(ConfigError) as caught:
-        site.choose("perlmuter", "laptop")
+        site.choose("perlmuter", ("laptop",))
     assert "did you mean perlmutter?" in caught.value.remedy

@@ -9,6 +9,7 @@ from engine.errors import ConfigError, EnvironmentProblem
 from launcher.slurm import spec
 from launcher.slurm.site import Site
 from tests.launcher.slurm.specs import EVERYTHING, example
+from tests.readme import REPOSITORY
 
 
 def test_it_comes_back_from_its_file(tmp_path: Path) -> None:
@@ -76,6 +77,13 @@ def test_excluded_nodes_of_profile_and_file(tmp_path: Path) -> None:
     path = tmp_path / "bad"
     allocation = {"exclude": ["n1"], "exclude_file": str(path)}
     profile = Site.model_validate_json(Site.model_validate({"source": "x", "allocation": allocation}).model_dump_json())
-    assert spec.excluded(profile) == ("n1",), "the file need not be there"
+    assert spec.excluded(profile, tmp_path) == ("n1",), "the files need not be there"
     path.write_text("n3   # slow\n\n# all of rack 2\nn1\n")
-    assert spec.excluded(profile) == ("n1", "n3")
+    assert spec.excluded(profile, tmp_path) == ("n1", "n3")
+    (tmp_path / spec.SLOW_NODES).write_text("n5  # 2.1 times slower at step 500\n")
+    assert spec.excluded(profile, tmp_path) == ("n1", "n3", "n5")
+
+
+def test_the_run_writes_the_list_that_is_read() -> None:
+    source = (REPOSITORY / "engine/train/node_speed.py").read_text(encoding="utf-8")
+    assert f'FILE = "{spec.SLOW_NODES}"' in source, "the launcher may not import what imports torch"
