@@ -18,11 +18,12 @@ import torch
 
 from engine.config.schema.regularization import FISHER
 from engine.config.schema.run import RunConfig
+from engine.errors import DataError
 from engine.logs import logger, phase
 from engine.parallel.zero import accept_finite
 from engine.train.build import during
 from engine.train.hooks import Run
-from engine.train.stage_run import RunData, StageRun
+from engine.train.stage_run import Datasets, RunData, StageRun
 
 _log = logger(__name__)
 
@@ -43,7 +44,7 @@ def estimate_fisher(run: Run, number: int, batches: int) -> None:
         if FISHER in shard.moments:
             shard.moments[FISHER].zero_()
     with phase(f"estimating the Fisher information on {batches} batches of {config.stages[number].name}"):
-        datasets = RunData(config, run.groups).take(number, lambda: None)
+        datasets = _open(run, config, number)
         # The rows of that run stage, and the frozen parameters of the present one, which the engine is made for.
         rows = config.stages[number].model_copy(update={"freeze": run.run_stage.freeze})
         present, pipeline.spec = pipeline.spec, during(pipeline.spec, config, rows)
@@ -57,6 +58,19 @@ def estimate_fisher(run: Run, number: int, batches: int) -> None:
             stage.close()
             pipeline.spec = present
     _log.info("the Fisher information is that of %d batches of run stage %s", batches, config.stages[number].name)
+
+
+def _open(run: Run, config: RunConfig, number: int) -> Datasets:
+    try:
+        return RunData(config, run.groups).take(number, lambda: None)
+    except DataError as error:
+        name = config.stages[number].name
+        raise DataError(
+            f"stages.{number + 1}.regularization.ewc needs the training data of run stage {name}, which cannot be "
+            f"read: {error.wrong}",
+            error.allowed or "the data that it was trained on",
+            "bring it back, or pull all weights alike with regularization.l2_sp, which needs no data",
+        ) from error
 
 
 def _data_alone(config: RunConfig, number: int) -> RunConfig:

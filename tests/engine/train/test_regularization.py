@@ -16,14 +16,14 @@ import torch
 from engine.checkpoint.folder import step_path
 from engine.checkpoint.load import open_checkpoint, read_weights
 from engine.checkpoint.merge import Sources, merge
-from engine.config.schema.regularization import EMA, FIRST_WEIGHTS, REPTILE
-from engine.errors import CheckpointError
+from engine.config.schema.regularization import EMA, FIRST_WEIGHTS, FISHER, REPTILE
+from engine.errors import CheckpointError, DataError
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.state import ParameterShard
 from engine.parallel.zero.penalties import Penalty, add_penalties
 from tests.distributed.poison import STABILITY, poison
 from tests.distributed.runs import run_tree
-from tests.engine.train.fake import FakeRun, fake_run, stopped_run, values
+from tests.engine.train.fake import FakeRun, StopAfter, fake_run, stopped_run, values
 
 L2_SP, DECAY, STEP_SIZE = 0.05, 0.75, 0.25
 KEPT: dict[str, Any] = {
@@ -140,6 +140,41 @@ def test_a_rollback_over_the_border_of_stages_begins_the_later_one_again(corpus,
     assert run.state.rollbacks == 1
     first = at(tmp_path / "run", 18, FIRST_WEIGHTS)
     assert torch.equal(first, at(tmp_path / "run", 9))
+
+
+def test_the_fisher_information_is_made_once_and_needs_the_data_of_the_stage_before(corpus, tmp_path):
+    """It is squares of a batch's mean gradient, times its samples: with one batch, at the second stage's first step."""
+    ewc = {"regularization": {"ewc": {"strength": 0.1, "batches": 1}}}
+    shutil.copytree(corpus / "train", tmp_path / "first")
+    tree_of = partial(tree, corpus, tmp_path / "run")
+    first = {"data": tree_of({})["stages"][0]["data"] | {"train": str(tmp_path / "first")}}
+    gradients: list[torch.Tensor] = []
+
+    def watch(trainer: Any) -> None:
+        train, engine = trainer.pipeline.train, trainer.pipeline.engine
+
+        def watched(*given: Any) -> torch.Tensor:
+            found = train(*given)
+            if trainer.state.step == 9:
+                gradients.append(engine.gradient_W.double())
+            return found
+
+        trainer.pipeline.train = watched
+
+    stopped = StopAfter(11)
+    fake_run(tree_of(first, ewc), lambda trainer: (watch(trainer), stopped.prepare(trainer)), signals=stopped)
+    assert len(gradients) == 2  # of the estimate and of the step
+    torch.testing.assert_close(at(tmp_path / "run", 10, FISHER), 8 * gradients[0].square(), rtol=1e-5, atol=0)
+    (tmp_path / "first").rename(tmp_path / "gone")
+    fake_run(tree_of(first, ewc))  # it is in the checkpoint
+    assert torch.equal(at(tmp_path / "run", 18, FISHER), at(tmp_path / "run", 10, FISHER))
+    for step in range(10, 19):
+        shutil.rmtree(step_path(tmp_path / "run" / "checkpoints", step))
+    with pytest.raises(
+        DataError, match=r"stages.1.regularization.ewc needs the training data of run stage stage-0"
+    ) as found:
+        fake_run(tree_of(first, ewc))
+    assert "regularization.l2_sp" in found.value.remedy
 
 
 def poison_second(trainer: Any, large: tuple[int, ...]) -> None:
