@@ -48,18 +48,12 @@ class Heartbeat:
 
     def __init__(self, folder: Path | None, global_rank: int) -> None:
         """Make the rank's file in `folder`; without a folder `beat` does nothing. Raises `OSError`."""
-        self._count, self._map = 0, None
+        self.folder, self._count, self._map = folder, 0, None
         if folder is not None:
             path = _path(folder, global_rank)
             path.write_bytes(bytes(_BEAT.size))
             with path.open("r+b") as file:
                 self._map = mmap.mmap(file.fileno(), _BEAT.size)
-
-    @classmethod
-    def of(cls, environ: Mapping[str, str], global_rank: int) -> Heartbeat:
-        """Return the heartbeat that the environment asks for; silent where its folder is gone with its supervisor."""
-        folder = Path(environ.get(VARIABLE) or "/nowhere")
-        return cls(folder if folder.is_dir() else None, global_rank)
 
     def beat(self, step: int, phase: Phase) -> None:
         """Write that this rank, `step` steps done, begins a phase."""
@@ -67,6 +61,12 @@ class Heartbeat:
             self._count += 1
             # A store to mapped memory and no system call: beats come several times per step.
             _BEAT.pack_into(self._map, 0, self._count, step, PHASES.index(phase), time.monotonic_ns())
+
+
+def given_folder(environ: Mapping[str, str]) -> Path | None:
+    """Return the folder that a supervisor has given; None where there is no supervisor, or it is gone."""
+    folder = Path(environ.get(VARIABLE) or "/nowhere")
+    return folder if folder.is_dir() else None
 
 
 def read(folder: Path, global_rank: int) -> Beat | None:

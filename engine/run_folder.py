@@ -19,6 +19,7 @@ import json
 import os
 import socket
 import struct
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -188,6 +189,14 @@ class RunFolder:
             self._set_aside(found)
         except EnvironmentProblem as error:
             _log.warning("the failure of this rank cannot be written to %s: %s", self.path, error)
+
+    def wait_for_failure(self, seconds: float) -> None:
+        """Wait until a rank of this start has written an outcome, for `seconds` at most.
+
+        Under `palimpsest launch`, which knows by itself which rank it has lost, there is no wait."""
+        deadline = time.monotonic() + (seconds if self.start.mark else 0.0)
+        while outcome.read(self.path) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def _set_aside(self, found: Outcome) -> None:
         """Leave an outcome to the supervisor; the first rank to do so is the one that is read."""

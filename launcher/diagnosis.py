@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from engine.heartbeat import Beat
@@ -148,6 +148,18 @@ def as_text(seen: list[Seen]) -> str:
         stack = [f"    {frame}" for frame in rank.stack] or [f"    no stack: {rank.refused}"]
         parts.append("\n".join([head, *stack]))
     return "\n\n".join(parts) + "\n"
+
+
+def to_json(seen: Seen) -> str:
+    """Return a rank as JSON, for the watcher of another one (`from_json`)."""
+    return json.dumps(asdict(seen))
+
+
+def from_json(text: str) -> Seen:
+    """Return the rank that `to_json` has written. Raises `ValueError`, `TypeError` or `KeyError`."""
+    found = json.loads(text)
+    beat = Beat(**found["beat"]) if found["beat"] else None
+    return Seen(**(found | {"beat": beat, "stack": tuple(Frame(**frame) for frame in found["stack"])}))
 
 
 def _main_thread(text: str, pid: int) -> tuple[Frame, ...]:

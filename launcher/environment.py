@@ -8,6 +8,7 @@ the caller.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -32,6 +33,11 @@ OVERRIDES = "PALIMPSEST_OVERRIDES"
 RESTARTS_PER_START = 1000
 """Attempt numbers reserved for each start by Slurm: restarts by torchrun inside of it count on from there."""
 LOOPBACK = "127.0.0.1"
+JOB_HOSTS = ("SLURM_JOB_NODELIST", "SLURM_NODELIST")
+"""Host lists of the job. Not that of the step: mpirun starts the ranks of other nodes through a step of its own, which
+leaves out the node that it runs on, rank 0's."""
+FIRST_SPECIAL_STEP = 0xFFFFFFF0
+"""Slurm's numbers from here on are no steps of ranks: the batch script, the shell of `salloc`, ..."""
 MPIRUN_NAMES = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID")
 """Variables that the ranks of one mpirun share and two mpiruns do not."""
 
@@ -123,6 +129,8 @@ def check_meeting_point(
     """
     if environment.num_nodes == 1:
         return
+    if environment.global_rank == 0 and not environ.get("MASTER_ADDR"):
+        _refuse_other_host(environment, resolve)
     names = {"MASTER_ADDR": environment.master_addr}
     # Gloo binds to the address of the host's own name unless it is given an interface; Debian gives it 127.0.1.1.
     if not environ.get("GLOO_SOCKET_IFNAME"):
@@ -141,6 +149,26 @@ def check_meeting_point(
                 "mend /etc/hosts (Debian writes 127.0.1.1), or set MASTER_ADDR to an IP address and GLOO_SOCKET_IFNAME "
                 "and NCCL_SOCKET_IFNAME to the interface",
             )
+
+
+def _refuse_other_host(environment: RankEnvironment, resolve: Callable[[str], str]) -> None:
+    """Refuse on rank 0 an address that was taken from a host list and is another host's: nobody would listen there.
+
+    Raises:
+        EnvironmentProblem: this host does not have the address.
+    """
+    try:
+        address = resolve(environment.master_addr)
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            return  # a name that does not resolve is refused with the others
+        raise EnvironmentProblem(
+            f"rank 0 is on {socket.gethostname()}, and the first host of the job is {environment.master_addr}",
+            "rank 0 on the first host, or MASTER_ADDR set on every rank",
+            f"set MASTER_ADDR={socket.gethostname()} on every rank, for example mpirun -x MASTER_ADDR=HOST",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -163,6 +191,7 @@ class _Found:
 def _find(environ: Environ) -> _Found:
     speaking = [reader for speaks, reader in READERS if speaks(environ)]
     if not speaking:
+        refuse_forgotten_srun(environ, "palimpsest train")
         return _Found("alone", 0, 1, 0, 1)
     # Slurm's and mpirun's variables reach the ranks of a torchrun inside of them, never the other way round.
     first = speaking[0](environ)
@@ -228,7 +257,7 @@ def _read_openmpi(environ: Environ) -> _Found:
         local_world_size=local,
         node_rank=_first(environ, ("OMPI_COMM_WORLD_NODE_RANK_GLOBAL",), 0),
         num_nodes=-(-world_size // max(local, 1)),
-        master_addr=_slurm_first_host(environ),
+        master_addr=_first_host(environ, JOB_HOSTS) if world_size > local else "",
         job=job,
         step=step,
     )
@@ -254,10 +283,36 @@ def _read_slurm(environ: Environ) -> _Found:
         local_world_size=counts[node_rank],
         node_rank=node_rank,
         num_nodes=num_nodes,
-        master_addr=_slurm_first_host(environ) if num_nodes > 1 else "",
+        master_addr=_first_host(environ, ("SLURM_STEP_NODELIST", *JOB_HOSTS)) if num_nodes > 1 else "",
         job=environ.get("SLURM_JOB_ID", "local"),
-        step=environ.get("SLURM_STEP_ID") or environ.get("SLURM_STEPID") or "",
+        step=slurm_step(environ),
     )
+
+
+def slurm_step(environ: Environ) -> str:
+    """Return the number of the `srun` step that this process is a task of; empty in a batch script and outside."""
+    step = environ.get("SLURM_STEP_ID") or environ.get("SLURM_STEPID") or ""
+    return "" if step.isdecimal() and int(step) >= FIRST_SPECIAL_STEP else step
+
+
+def refuse_forgotten_srun(environ: Environ, command: str) -> None:
+    """Refuse to run a command once in a Slurm job for several tasks or nodes, outside of `srun`.
+
+    Raises:
+        EnvironmentProblem: the process is in a batch script, or the shell of `salloc`, of such a job.
+    """
+    if not environ.get("SLURM_JOB_ID") or slurm_step(environ):
+        return
+    tasks = _first(environ, ("SLURM_NTASKS", "SLURM_NPROCS"), 1)
+    nodes = _first(environ, ("SLURM_JOB_NUM_NODES", "SLURM_NNODES"), 1)
+    if max(tasks, nodes) > 1:
+        raise EnvironmentProblem(
+            f"srun was forgotten: job {environ['SLURM_JOB_ID']} has {max(tasks, nodes)} tasks on {nodes} nodes, and "
+            f"{command} runs once, outside of srun",
+            "one rank per task, started by srun",
+            f"srun {'palimpsest train' if command.endswith('launch') else command} RUN.yaml   (or, to use one node on "
+            f"purpose: srun --nodes=1 --ntasks=1 {command} RUN.yaml)",
+        )
 
 
 def _read_pmi(environ: Environ) -> _Found:
@@ -273,7 +328,7 @@ def _read_pmi(environ: Environ) -> _Found:
         local_rank=_first(environ, ("MPI_LOCALRANKID", "PMI_LOCAL_RANK"), None if world_size > 1 else 0),
         local_world_size=local,
         num_nodes=-(-world_size // max(local, 1)),
-        master_addr=_slurm_first_host(environ),
+        master_addr=_first_host(environ, JOB_HOSTS) if world_size > local else "",
         job=job,
         step=step,
     )
@@ -290,7 +345,7 @@ READERS: list[tuple[Callable[[Environ], bool], Callable[[Environ], _Found]]] = [
     (lambda e: "OMPI_COMM_WORLD_RANK" in e or "OMPI_COMM_WORLD_SIZE" in e, _read_openmpi),
     (lambda e: "MPI_LOCALRANKID" in e, _read_pmi),
     # a batch script and a login shell carry SLURM_PROCID too: a task of a step alone has the step's number
-    (lambda e: "SLURM_PROCID" in e and ("SLURM_STEP_ID" in e or "SLURM_STEPID" in e), _read_slurm),
+    (lambda e: "SLURM_PROCID" in e and slurm_step(e) != "", _read_slurm),
     (lambda e: "PMI_RANK" in e or ("PMIX_RANK" in e and not _left_by_singleton(e)), _read_pmi),
 ]
 """(test for a launcher's variables, its reader), innermost launcher first."""
@@ -344,8 +399,8 @@ def _attempt(environ: Environ) -> int:
     return restarts * RESTARTS_PER_START + _first(environ, ("TORCHELASTIC_RESTART_COUNT",), 0)
 
 
-def _slurm_first_host(environ: Environ) -> str:
-    hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST")
+def _first_host(environ: Environ, lists: tuple[str, ...]) -> str:
+    hosts = next((environ[name] for name in lists if environ.get(name)), "")
     return expand_hosts(hosts)[0] if hosts else ""
 
 

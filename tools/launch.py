@@ -24,7 +24,7 @@ from engine.plan.frozen import check_patterns
 from launcher.attempts import Ending, OneNode, run_attempts
 from launcher.commands import KINDS, Kind, Node, Wanted, commands
 from launcher.devices import names, num_gpus, numbers
-from launcher.environment import OVERRIDES
+from launcher.environment import OVERRIDES, refuse_forgotten_srun
 from launcher.left_over import left_over
 from launcher.ports import free_port
 from launcher.processes import of_run
@@ -111,6 +111,7 @@ def _start_here(
     dry_run: bool,
 ) -> None:
     """Start the ranks on this node, with so many restarts at most, or show what would be started."""
+    refuse_forgotten_srun(os.environ, "palimpsest launch")
     gpus = num_gpus(os.environ)
     ranks = processes or _default_processes(run, gpus)
     node = _node(kind, ranks, gpus)

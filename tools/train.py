@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from engine import logs
+from engine import heartbeat, logs
 from engine.config.huggingface_forms import export_warning
 from engine.config.load import folder_of, load_run
 from engine.config.rank_environment import RankEnvironment
@@ -40,6 +40,8 @@ from launcher.environment import (
     run_folder,
 )
 from launcher.extensions import prepare_extensions
+from launcher.rank_watcher import heartbeat_folder, start_watcher
+from launcher.threads import share_cores
 
 RANK_0_FIRST_SECONDS = 2.0
 """Seconds that the other ranks wait before they report a mistake."""
@@ -54,8 +56,12 @@ def main(
     try:
         environment = rank_environment(os.environ)
         logs.configure(environment.global_rank, environment.world_size)
-        with StopSignals() as signals:  # from here on: a signal during the imports below must not kill this rank
-            heart = Heartbeat.of(os.environ, environment.global_rank)
+        # Signals first: one during the imports below must not kill this rank.
+        with (
+            StopSignals() as signals,
+            heartbeat_folder(environment, heartbeat.given_folder(os.environ)) as beats,
+        ):
+            heart = Heartbeat(beats, environment.global_rank)
             # The supervisor sends signals to ranks that have given a sign of life: handlers first, then the beat.
             heart.beat(0, "start")
             code = _run(config, [*(overrides or []), *hidden_overrides(os.environ)], environment, signals, heart)
@@ -86,6 +92,8 @@ def _run(
         try:
             _enter(folder, environment)
             refuse_stopped(run.folder)
+            if heart.folder is not None and not is_supervised(os.environ):
+                start_watcher(environment, run.launch, folder, heart.folder)
             # Taken before `_start` judges the build locks in the folder: of a folder that is ours alone, any is stale.
             return _train(run, _start(run, environment), environment, signals, heart, folder)
         except Exception as error:
@@ -122,7 +130,9 @@ def _start(run: RunConfig, environment: RankEnvironment) -> Layout:
     with logs.phase("preparing DeepSpeed's extensions"):
         prepare_extensions(run.folder, os.environ, first=environment.global_rank == 0)
     export(environment, os.environ)
-    if not num_gpus(os.environ):
+    gpus = num_gpus(os.environ)
+    share_cores(environment, os.environ, on_gpu=gpus > 0)
+    if not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would guess the same, with a warning per rank
         if environment.global_rank == 0 and run.precision.dtype == "bf16" and not multiplies_bf16():
             logs.logger(__name__).warning(

@@ -7,11 +7,13 @@ so that a process that outlived its attempt cannot move the newest checkpoint. T
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -155,6 +157,21 @@ def check_owner(folder: Path, owner: Owner) -> None:
     current = owner_of(folder)
     if current != owner:
         raise _stale(folder, current, owner)
+
+
+@contextlib.contextmanager
+def told_by_owner(folder: Path, owner: Owner) -> Iterator[None]:
+    """Turn a `CheckpointError` into `Superseded` where another start of the run has acquired the folder since.
+
+    That start sweeps away what this one writes, which looks like a file system that fails.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        current = owner_of(folder)
+        if current is not None and current != owner and not isinstance(error, Superseded):
+            raise _stale(folder, current, owner) from error
+        raise
 
 
 def _stale(folder: Path, current: Owner | None, owner: Owner) -> Superseded:

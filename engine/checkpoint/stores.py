@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from engine.checkpoint import container, manifest_json
 from engine.checkpoint.background import Background
-from engine.checkpoint.folder import Owner, acquire, check_owner, partial_path, publish, step_path
+from engine.checkpoint.folder import Owner, acquire, check_owner, partial_path, publish, step_path, told_by_owner
 from engine.checkpoint.manifest import CheckpointState, Manifest, join_placements
 from engine.checkpoint.staging import Staged
 from engine.config.resolve import Layout
@@ -214,10 +214,15 @@ class DiskStore:
         return partial_path(self.folder, step, owner)
 
     def prepare(self, save: Save) -> None:
-        on_first(lambda: prepare(save.partial, save.data_bytes), self._groups.world, CheckpointError)
+        def make() -> None:
+            with told_by_owner(self.folder, save.owner):
+                prepare(save.partial, save.data_bytes)
+
+        on_first(make, self._groups.world, CheckpointError)
 
     def write(self, save: Save, staged: Staged, holds_shards: bool, check_cancelled: CheckCancelled) -> Written:
-        return write_staged(staged, save.partial, save.step, holds_shards, check_cancelled)
+        with told_by_owner(self.folder, save.owner):
+            return write_staged(staged, save.partial, save.step, holds_shards, check_cancelled)
 
     def clear(self, save: Save) -> None:
         on_first(lambda: shutil.rmtree(save.partial, ignore_errors=True), self._groups.world, CheckpointError)
@@ -235,7 +240,8 @@ class DiskStore:
 
     def _commit(self, save: Save, reports: list[Written]) -> Path:
         try:
-            path = commit(save.partial, save.manifest(self._groups.layout, reports))
+            with told_by_owner(self.folder, save.owner):
+                path = commit(save.partial, save.manifest(self._groups.layout, reports))
         except BaseException:
             shutil.rmtree(save.partial, ignore_errors=True)
             raise

@@ -10,7 +10,7 @@ Nodes (0, 1, 2) and (3, 4) have the lines (0, 3), (1, 4) and (2, 3): rank 3 keep
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -42,6 +42,10 @@ class Nodes:
 
     def node_of(self, global_rank: int) -> int:
         return next(number for number, node in enumerate(self.ranks) if global_rank in node)
+
+    def split(self, groups: Iterable[Sequence[int]]) -> list[Sequence[int]]:
+        """Return the groups whose ranks are on several nodes."""
+        return [ranks for ranks in groups if len(set(map(self.node_of, ranks))) > 1]
 
     def position(self, global_rank: int) -> int:
         """Return the position among the ranks of its node; also the line along which the rank's own file travels."""

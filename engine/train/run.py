@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from typing import Any
 
 import torch
@@ -13,18 +14,24 @@ from engine.config.resolve import Layout
 from engine.config.schema.run import RunConfig
 from engine.errors import EXIT_FAILURE, CheckpointError, EnvironmentProblem, PalimpsestError
 from engine.heartbeat import Heartbeat
-from engine.logs import phase
+from engine.logs import logger, phase
 from engine.outcome import Outcome
-from engine.parallel import zero
+from engine.parallel import collectives, zero
+from engine.parallel.axes import Axis
 from engine.parallel.collectives import barrier
-from engine.parallel.groups import connect, disconnect
+from engine.parallel.groups import Group, Groups, connect, disconnect
 from engine.parallel.meeting import agree
+from engine.parallel.nodes import Nodes
 from engine.run_folder import RunFolder
 from engine.train.build import join_groups
 from engine.train.facts import facts_of_start, gpu_of
-from engine.train.failures import translate_error
+from engine.train.failures import LostNeighbour, translate_error
 from engine.train.signals import StopSignals
 from engine.train.trainer import Trainer
+
+_log = logger(__name__)
+LOST_RANK_FIRST_SECONDS = 2.0
+"""Seconds in which the watcher of a rank that was lost may name it, before a neighbour says that it lost one."""
 
 
 def train(
@@ -49,6 +56,7 @@ def train(
         zero.start(device)
     with phase("making the groups of ranks"):
         groups = join_groups(config, layout, environment.global_rank)
+        warn_of_split_groups(groups, environment)
     trainer = None
     try:
         trainer = Trainer(config, groups, environment, device, signals, heart)
@@ -95,7 +103,34 @@ def meet(config: RunConfig, environment: RankEnvironment, device: torch.device, 
     folder.met = True
 
 
+def warn_of_split_groups(groups: Groups, environment: RankEnvironment) -> None:
+    """Warn once where ranks that exchange activations in every layer are on different nodes. Collective over the world.
+
+    Tensor groups are neighbours in rank order, and so are those of the sequence axis: they share a node unless the
+    launcher deals ranks out in turn, or a group is larger than a node.
+    """
+    axes: dict[Axis, Group] = {"tensor": groups.tensor, "sequence": groups.sequence}
+    # Equal on all ranks, unlike the number of nodes that a launcher tells a rank.
+    if all(group.size == 1 for group in axes.values()):
+        return
+    nodes = Nodes.of(collectives.gather_objects((socket.gethostname(), environment.node_rank), groups.world))
+    if environment.global_rank > 0:
+        return
+    for axis, group in axes.items():
+        lines = groups.grid.groups(axis)
+        split = nodes.split(lines)
+        if split:
+            _log.warning(
+                "%d of %d groups of the %s axis are on several nodes (ranks %s): each layer waits for the network; "
+                "number the ranks node by node (srun --distribution=block, mpirun --map-by ppr:N:node), and keep "
+                "parallel.%s = %d within a node",
+                len(split), len(lines), axis, ", ".join(map(str, split[0])), axis, group.size,
+            )  # fmt: skip
+
+
 def _note_failure(folder: RunFolder, environment: RankEnvironment, step: int, error: Exception) -> None:
+    if isinstance(error, LostNeighbour):
+        folder.wait_for_failure(LOST_RANK_FIRST_SECONDS)
     ours = isinstance(error, PalimpsestError)
     code, words = (error.exit_code, str(error)) if ours else (EXIT_FAILURE, f"{type(error).__name__}: {error}")
     folder.note_failure(Outcome(environment.job, environment.attempt, code, step, environment.global_rank, words))

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from engine.heartbeat import PHASES, VARIABLE, Beat, Heartbeat, read
+from engine.heartbeat import PHASES, VARIABLE, Beat, Heartbeat, given_folder, read
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    heart = Heartbeat.of({VARIABLE: str(tmp_path)}, 3)
+    heart = Heartbeat(given_folder({VARIABLE: str(tmp_path)}), 3)
     assert read(tmp_path, 3) is None, "a rank that has not begun gives no sign of life"
     for number, phase in enumerate(PHASES, start=1):
         before = time.monotonic()
@@ -26,7 +26,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_another_process_reads_the_same_clock(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from engine.heartbeat import Heartbeat
+from engine.heartbeat import Heartbeat, given_folder
 Heartbeat(Path({str(tmp_path)!r}), 0).beat(5, "save")
 """
     before = time.monotonic()
@@ -44,7 +44,7 @@ def test_without_a_supervisor_nothing_is_written(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Path, "write_bytes", lambda path, data: pytest.fail(f"{path} is written"))
     monkeypatch.setattr(Path, "open", lambda path, *mode: pytest.fail(f"{path} is opened"))
-    heart = Heartbeat.of(environ, 0)
+    heart = Heartbeat(given_folder(environ), 0)
     heart.beat(1, "data")
     assert not list(tmp_path.iterdir())
     assert not Path("/no/such/folder").exists()

@@ -168,10 +168,30 @@ def test_agents_of_torchrun_may_be_several_steps() -> None:
     assert inside[0] == inside[1]
 
 
-def test_a_batch_script_is_not_a_task() -> None:
+@pytest.mark.parametrize(
+    "shell", [{}, {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}], ids=["batch", "salloc"]
+)
+def test_a_batch_script_is_not_a_task(shell: dict[str, str]) -> None:
     """Slurm sets SLURM_PROCID in the batch shell, too, where a rank of four would wait for the others for ever."""
-    batch = {name: value for name, value in SLURM.items() if "STEP" not in name} | {"SLURM_PROCID": "0"}
-    assert rank_environment(batch).world_size == 1
+    batch = {name: value for name, value in SLURM.items() if "STEP" not in name} | {"SLURM_PROCID": "0"} | shell
+    one = {"SLURM_NTASKS": "1", "SLURM_NNODES": "1", "SLURM_JOB_NUM_NODES": "1"}
+    assert rank_environment(batch | one).world_size == 1
+    for several in ({"SLURM_NTASKS": "4"}, {"SLURM_JOB_NUM_NODES": "2"}):
+        with pytest.raises(EnvironmentProblem, match="srun was forgotten: job 1234 has"):
+            rank_environment(batch | one | several)
+        assert rank_environment(batch | one | several | TORCHRUN).launcher == "torchrun", "its agent starts ranks"
+
+
+def test_mpirun_in_an_allocation_meets_on_the_first_node_of_the_job() -> None:
+    """Ranks of other nodes are children of a step of mpirun's own, whose host list leaves out rank 0's node."""
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "gpu[07-08]", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
+    world = OPENMPI | {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+    near = rank_environment(world | job | {"OMPI_COMM_WORLD_RANK": "0"})
+    far = rank_environment(
+        world | job | {"OMPI_COMM_WORLD_RANK": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu08"}
+    )
+    assert (near.master_addr, near.master_port) == (far.master_addr, far.master_port)
+    assert near.master_addr == "gpu07"
 
 
 def test_a_later_start_has_a_higher_attempt() -> None:
@@ -240,7 +260,7 @@ class TestMeetingPoint:
         check_meeting_point(replace(self.PLACE, num_nodes=1), {}, lambda _: "127.0.0.1")
 
     def test_addresses_between_nodes_pass(self) -> None:
-        check_meeting_point(self.PLACE, {}, lambda _: "10.0.0.1")
+        check_meeting_point(replace(self.PLACE, global_rank=1), {}, lambda _: "10.0.0.1")
 
     def test_loopback_between_nodes_is_refused(self) -> None:
         with pytest.raises(EnvironmentProblem, match=r"MASTER_ADDR = node1 resolves to 127\.0\.1\.1") as caught:
@@ -251,9 +271,17 @@ class TestMeetingPoint:
         def resolve(name: str) -> str:
             return "10.0.0.1" if name == "node1" else "127.0.1.1"
 
+        other = replace(self.PLACE, global_rank=1)
         with pytest.raises(EnvironmentProblem, match="this host's name"):
-            check_meeting_point(self.PLACE, {}, resolve)
-        check_meeting_point(self.PLACE, {"GLOO_SOCKET_IFNAME": "eth0"}, resolve)
+            check_meeting_point(other, {}, resolve)
+        check_meeting_point(other, {"GLOO_SOCKET_IFNAME": "eth0"}, resolve)
+
+    def test_rank_0_on_another_host_than_the_first_of_the_list_is_refused(self) -> None:
+        with pytest.raises(EnvironmentProblem, match="and the first host of the job is node1") as caught:
+            check_meeting_point(self.PLACE, {}, lambda _: "192.0.2.1")  # TEST-NET-1 (RFC 5737): nobody's address
+        assert "set MASTER_ADDR=" in caught.value.remedy
+        check_meeting_point(replace(self.PLACE, global_rank=1), {}, lambda _: "192.0.2.1")
+        check_meeting_point(self.PLACE, {"MASTER_ADDR": "node1"}, lambda _: "192.0.2.1")  # a service of Kubernetes
 
     def test_an_unknown_name_is_refused(self) -> None:
         def resolve(name: str) -> str:

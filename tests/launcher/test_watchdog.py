@@ -39,8 +39,30 @@ class World:
             self.now += seconds
 
 
-def test_a_rank_that_has_not_begun_is_not_judged() -> None:
-    assert World().silent_until(1000)[0] is None
+def test_a_rank_that_never_begins_is_judged_as_one_that_starts() -> None:
+    found, seconds = World().silent_until(1000)
+    assert found is not None
+    assert 100 <= seconds < 102
+    world = World()
+    world.beat(0, "start", 0)
+    for _ in range(90):
+        world.now += 1
+        world.beat(0, "load", 0)  # one rank goes on; the other has not begun
+        assert world.watchdog.look(dict(world.beats), 1.0) is None
+    found, seconds = world.silent_until(99)
+    assert found == 1
+    assert 9 <= seconds <= 12
+
+
+def test_clocks_of_different_nodes_are_not_mixed() -> None:
+    """Rank 1's node was started an hour later: its monotonic clock is behind."""
+    world = World()
+    for step in range(8):
+        for rank, ahead in ((0, 0.0), (1, -3600.0)):
+            world.beats[rank] = Beat(step + 1, step, "data", world.now + ahead)
+            assert world.watchdog.look(dict(world.beats), 0.1) is None
+        world.now += 0.25
+    assert world.watchdog.usual_step_seconds == 0.25
 
 
 def test_a_slow_start_is_borne_longer_than_a_step() -> None:

@@ -199,6 +199,10 @@ class Cluster:
         words = f"job {job} is not {' or '.join(wanted)}"
         return _wait(state, timeout, words, lambda: f"{self.job(job)}\n{self.output(job)}")
 
+    def wait_for(self, until: Callable[[], T], words: str, timeout: float = 240) -> T:
+        """Wait until something is true, and return it. Raises `ClusterError` with `words`."""
+        return _wait(until, timeout, words, self._logs)
+
     def node_states(self) -> dict[str, str]:
         """Return the state of each node as `sinfo` names it: idle, mixed, allocated, down, drained.
 

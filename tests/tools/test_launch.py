@@ -178,7 +178,7 @@ def test_ctrl_c_in_a_pipeline_saves_and_ends_with_85(interpreter, tmp_path: Path
     program = interpreter(
         "import json, os, signal, sys, time\n"
         f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "from engine.heartbeat import Heartbeat\n"
+        "from engine.heartbeat import Heartbeat, given_folder\n"
         "def save(*_):\n"
         "    for _ in range(4000):\n"
         "        print('saving ' + 64 * '.', flush=True)  # more than a pipe holds\n"
@@ -186,7 +186,7 @@ def test_ctrl_c_in_a_pipeline_saves_and_ends_with_85(interpreter, tmp_path: Path
         "    json.dump(said, open('run/outcome.json', 'w'))\n"
         "    sys.exit(85)\n"
         "signal.signal(signal.SIGTERM, save)\n"
-        "Heartbeat.of(os.environ, 0).beat(4, 'data')\n"
+        "Heartbeat(given_folder(os.environ), 0).beat(4, 'data')\n"
         "print('ready', flush=True)\n"
         "while True: time.sleep(60)\n"
     )

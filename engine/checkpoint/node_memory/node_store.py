@@ -22,7 +22,17 @@ from typing import TypeVar
 
 from engine.checkpoint import manifest_json
 from engine.checkpoint.background import Background
-from engine.checkpoint.folder import Owner, check_owner, committed, partial_path, publish, remove, step_of, step_path
+from engine.checkpoint.folder import (
+    Owner,
+    check_owner,
+    committed,
+    partial_path,
+    publish,
+    remove,
+    step_of,
+    step_path,
+    told_by_owner,
+)
 from engine.checkpoint.manifest import Manifest
 from engine.checkpoint.node_memory import hosts, passing
 from engine.checkpoint.node_memory.hosts import Held
@@ -110,10 +120,11 @@ class NodeStore:
 
     def write(self, save: Save, staged: Staged, holds_shards: bool, check_cancelled: CheckCancelled) -> Written:
         """Write this rank's file, and take the room of the copies that will come. Not collective."""
-        for rank in self.nodes.kept_by(self.rank):
-            if save.data_bytes[rank]:
-                passing.take_room(_arriving(save, rank), sum(save.sizes[rank]))
-        return write_staged(staged, save.partial, save.step, holds_shards, check_cancelled)
+        with told_by_owner(self.folder, save.owner):
+            for rank in self.nodes.kept_by(self.rank):
+                if save.data_bytes[rank]:
+                    passing.take_room(_arriving(save, rank), sum(save.sizes[rank]))
+            return write_staged(staged, save.partial, save.step, holds_shards, check_cancelled)
 
     def clear(self, save: Save) -> None:
         self.on_nodes(lambda: shutil.rmtree(save.partial, ignore_errors=True))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from engine.checkpoint import container, saver
-from engine.checkpoint.folder import Superseded, committed
+from engine.checkpoint.folder import Owner, Superseded, acquire, committed
 from engine.checkpoint.load import load_shards, open_checkpoint
 from engine.checkpoint.saver import Saver
 from engine.checkpoint.staging import HostBuffer, stage_shards
@@ -182,6 +182,20 @@ def test_another_start_of_the_run_is_told_apart_from_a_disk_that_fails(tmp_path,
     gate.set()
     assert {type(found) for found in steps(world, savers, ranks)} == {Superseded}
     assert not list(tmp_path.glob("*step-*"))
+
+
+def test_a_rank_whose_files_a_newer_start_has_swept_away_says_that_it_was_superseded(
+    tmp_path, world, savers, ranks, gate
+):
+    begin(world, savers, ranks)
+    (partial,) = tmp_path.glob(".step-*")
+    acquire(tmp_path, Owner("job", 1))  # sweeps
+    assert not partial.exists()
+    gate.set()
+    errors = steps(world, savers, ranks)
+    assert {type(found) for found in errors} == {Superseded}
+    assert "job 'job' attempt 1" in str(errors[0])
+    assert "mend the file system" not in str(errors[0])
 
 
 def test_what_is_read_back_otherwise_is_not_committed(tmp_path, world, savers, ranks, monkeypatch):

@@ -56,3 +56,11 @@ def test_a_node_is_told_by_host_and_by_number():
     assert played.ranks == ((0, 3), (1,), (2,))
     assert played.on_host == (0, 1, 0)
     assert played.first_ranks == (0, 1, 2)
+
+
+def test_groups_on_several_nodes_are_found():
+    tensor = [(0, 1), (2, 3)]
+    assert Nodes.of([("a", 0), ("a", 0), ("b", 1), ("b", 1)]).split(tensor) == []
+    cyclic = Nodes.of([("a", 0), ("b", 1), ("a", 0), ("b", 1)])
+    assert cyclic.split(tensor) == tensor, "srun -m cyclic"
+    assert cyclic.split([(0,), (1,)]) == []
