@@ -63,7 +63,7 @@ def rank_environment(environ: Environ) -> RankEnvironment:
             "set MASTER_ADDR on every rank, for example mpirun -x MASTER_ADDR=HOST",
         )
     # Ranks cannot agree on a free port before they have met, so theirs follows from the names that they share.
-    port = _number(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else None
+    port = _number(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else found.master_port
     # A supervised job has a name that no other start has, so its ranks need no step to be told apart.
     step = "" if is_supervised(environ) else found.step
     return RankEnvironment(
@@ -183,6 +183,7 @@ class _Found:
     node_rank: int = 0
     num_nodes: int = 1
     master_addr: str = ""
+    master_port: int | None = None
     job: str = "local"
     step: str = ""
     """Step of a Slurm job; none under torchrun and deepspeed: their agents may well be several steps of one job."""
@@ -242,6 +243,46 @@ def _read_torch(environ: Environ) -> _Found:
         num_nodes=_first(environ, size_names, -(-world_size // max(local_world_size, 1))),
         master_addr=environ.get("MASTER_ADDR", ""),
         job=run_id if run_id != "none" else environ.get("SLURM_JOB_ID", "local"),
+    )
+
+
+def _is_pod(environ: Environ) -> bool:
+    """Return True in a container that Kubernetes started for one node of several, where torchrun has started no rank.
+
+    The number of a pod alone (JOB_COMPLETION_INDEX) may as well be that of one independent run of many.
+    """
+    numbered = "JOB_COMPLETION_INDEX" in environ and "WORLD_SIZE" in environ
+    return "LOCAL_RANK" not in environ and ("PET_NNODES" in environ or numbered)
+
+
+def _read_pod(environ: Environ) -> _Found:
+    """Read torchrun's options as variables (PET_*), which operators set in pods; one rank per pod.
+
+    Raises:
+        EnvironmentProblem: the pod is to hold several ranks, which torchrun has to start.
+    """
+    nodes = _first(environ, ("PET_NNODES", "WORLD_SIZE"), None)
+    per_node = environ.get("PET_NPROC_PER_NODE") or "1"
+    if per_node != "1":
+        raise EnvironmentProblem(
+            f"PET_NPROC_PER_NODE = {per_node}, and palimpsest train is one rank",
+            "1, or torchrun as the command of the container",
+            "torchrun -m engine.cli train RUN.yaml   (it reads the PET_ variables)",
+        )
+    endpoint, _, endpoint_port = environ.get("PET_RDZV_ENDPOINT", "").partition(":")
+    port = environ.get("PET_MASTER_PORT") or endpoint_port
+    node_rank = _first(environ, ("PET_NODE_RANK", "JOB_COMPLETION_INDEX", "RANK"), None)
+    return _Found(
+        "kubernetes",
+        global_rank=node_rank,
+        world_size=nodes,
+        local_rank=0,
+        local_world_size=1,
+        node_rank=node_rank,
+        num_nodes=nodes,
+        master_addr=environ.get("PET_MASTER_ADDR") or endpoint,
+        master_port=int(port) if port.isdecimal() else None,
+        job=environ.get("PET_RDZV_ID") or "local",
     )
 
 
@@ -341,6 +382,7 @@ def _left_by_singleton(environ: Environ) -> bool:
 
 
 READERS: list[tuple[Callable[[Environ], bool], Callable[[Environ], _Found]]] = [
+    (_is_pod, _read_pod),
     (lambda e: "RANK" in e or ("WORLD_SIZE" in e and "LOCAL_RANK" in e), _read_torch),
     (lambda e: "OMPI_COMM_WORLD_RANK" in e or "OMPI_COMM_WORLD_SIZE" in e, _read_openmpi),
     (lambda e: "MPI_LOCALRANKID" in e, _read_pmi),

@@ -24,6 +24,7 @@ NAMES = (
     "CROSS_SIZE",
     "MASTER_ADDR",
     "MASTER_PORT",
+    "JOB_COMPLETION_INDEX",
 )
 PREFIXES = ("TORCHELASTIC_", "PET_", "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "MPI_LOCAL", "PALIMPSEST_")
 """PET_* are torchrun's options as variables, which win over its own defaults."""

@@ -30,6 +30,7 @@ class RankEnvironment:
     node_rank: int = 0
     num_nodes: int = 1
     launcher: str = "alone"
-    """Launcher of the ranks: alone, local, torchrun, deepspeed, slurm, openmpi, pmi, or environment (set by hand)."""
+    """Launcher of the ranks: alone, local, torchrun, deepspeed, slurm, openmpi, pmi, kubernetes, or environment (set
+    by hand)."""
     step: str = ""
     """The part of the job that these ranks are (a step of a Slurm job, one mpirun); empty where it has no parts."""

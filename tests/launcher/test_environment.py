@@ -182,6 +182,40 @@ def test_a_batch_script_is_not_a_task(shell: dict[str, str]) -> None:
         assert rank_environment(batch | one | several | TORCHRUN).launcher == "torchrun", "its agent starts ranks"
 
 
+OPERATOR = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "run-master-0"}
+"""Variables of the PyTorch operator of Kubernetes in the second of two pods."""
+
+
+class TestPods:
+    def test_torchruns_options_in_the_environment_make_a_rank(self) -> None:
+        port = {"PET_MASTER_PORT": "23456"}
+        expected = RankEnvironment(1, 2, 0, "run-master-0", 23456, "local", 0, 1, 1, 2, "kubernetes")
+        assert rank_environment(OPERATOR | port) == expected
+        # The operator's own RANK and WORLD_SIZE count pods, and there is no LOCAL_RANK.
+        assert rank_environment(OPERATOR | port | {"RANK": "1", "WORLD_SIZE": "2"}) == expected
+        endpoint = {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_RDZV_ENDPOINT": "run-master-0:23456"}
+        assert rank_environment(endpoint) == expected
+
+    def test_an_indexed_job_numbers_the_pods(self) -> None:
+        indexed = {"JOB_COMPLETION_INDEX": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "run-0.run", "MASTER_PORT": "4321"}
+        assert rank_environment(indexed) == RankEnvironment(
+            3, 4, 0, "run-0.run", 4321, "local", 0, 1, 3, 4, "kubernetes"
+        )
+        assert rank_environment({"JOB_COMPLETION_INDEX": "3"}).launcher == "alone", "one of many independent runs"
+
+    def test_ranks_of_a_torchrun_in_a_pod_are_torchruns(self) -> None:
+        assert rank_environment(OPERATOR | {"JOB_COMPLETION_INDEX": "1"} | TORCHRUN) == rank_environment(TORCHRUN)
+
+    def test_several_ranks_in_a_pod_are_left_to_torchrun(self) -> None:
+        with pytest.raises(EnvironmentProblem, match="PET_NPROC_PER_NODE = 8") as caught:
+            rank_environment(OPERATOR | {"PET_NPROC_PER_NODE": "8"})
+        assert "torchrun -m engine.cli train" in caught.value.remedy
+
+    def test_elastic_numbers_of_pods_are_refused(self) -> None:
+        with pytest.raises(EnvironmentProblem, match="PET_NNODES = '1:4' is no number"):
+            rank_environment(OPERATOR | {"PET_NNODES": "1:4"})
+
+
 def test_mpirun_in_an_allocation_meets_on_the_first_node_of_the_job() -> None:
     """Ranks of other nodes are children of a step of mpirun's own, whose host list leaves out rank 0's node."""
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "gpu[07-08]", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}

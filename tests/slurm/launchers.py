@@ -18,7 +18,7 @@ DEEPSPEED = (
     "--no_ssh_check --master_addr=$(hostname)"
 )
 LINES = {
-    "srun": "srun --ntasks-per-node=PER_NODE --cpu-bind=none python -m",
+    "srun": "srun --ntasks-per-node=PER_NODE python -m",
     "pmix": "srun --ntasks-per-node=PER_NODE --mpi=pmix python -m",
     "mpirun": f"{MPIRUN} --map-by ppr:PER_NODE:node python -m",
     "torchrun": f"srun --ntasks-per-node=1 {TORCHRUN} -m",
@@ -29,7 +29,6 @@ LINES = {
 """Launcher -> line of a batch script; a module of Python and its arguments follow. `srun` of torchrun evaluates its
 arguments on the batch host, which is the first node of the job."""
 NEEDS = {
-    "pmix": (),
     "mpirun": ("mpirun",),
     "deepspeed-pdsh": ("pdsh", "sshd"),
     "deepspeed-openmpi": ("mpirun", "sshd"),
@@ -43,4 +42,6 @@ def line(launcher: str, module: str, *arguments: str | Path, per_node: int = 1) 
 
 def reason_to_skip(launcher: str) -> str:
     """Return the reason why a launcher cannot be tried here; empty where it can."""
+    if launcher in ("pmix", "deepspeed-slurm") and not any(Path("/usr/lib").glob("*/libpmix.so")):
+        return "there is no libpmix.so (apt-get install libpmix-dev)"
     return lacking(*NEEDS.get(launcher, ()))

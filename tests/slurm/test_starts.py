@@ -21,6 +21,7 @@ from engine import outcome
 from tests.slurm.cluster import Cluster, MakeCluster
 from tests.slurm.launchers import line, reason_to_skip
 
+SMOKE = Path(__file__).parents[2] / "configs/smoke/gpt2.yaml"
 LIMITS = {"step_limit_seconds": 8.0, "step_limit_factor": 1.0, "start_limit_seconds": 25.0}
 
 
@@ -57,6 +58,28 @@ def test_ranks_meet_and_share_the_cores_of_their_node(launcher: str, steady_clus
     assert [rank["threads"] for rank in found] == [str(len(own)) for own in cores]
 
 
+def test_pods_of_kubernetes_meet(steady_cluster: Cluster) -> None:
+    """Two pods with the variables of an operator, and two of an indexed job with a service's name for rank 0."""
+    operator = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_MASTER_ADDR": "node1", "PET_MASTER_PORT": "23456"}
+    indexed = {"WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "23457"}
+    for name, number, variables in (("pet", "PET_NODE_RANK", operator), ("index", "JOB_COMPLETION_INDEX", indexed)):
+        folder = steady_cluster.folder / name
+        command = ("python", "-m", "tests.slurm.stand_in", spec(folder))
+        pods = [
+            steady_cluster.start(*command, on=f"node{index + 1}", env=variables | {number: str(index)})
+            for index in range(2)
+        ]
+        texts = [pod.communicate(timeout=200)[0] for pod in pods]
+        assert [pod.returncode for pod in pods] == [0, 0], texts
+        assert [(rank["global_rank"], rank["launcher"]) for rank in ranks("\n".join(texts))] == [
+            (0, "kubernetes"),
+            (1, "kubernetes"),
+        ]
+        found = outcome.read(folder)
+        assert found is not None
+        assert found.code == 0
+
+
 @pytest.mark.parametrize("launcher", ["srun", "mpirun"])
 def test_two_starts_in_one_job_keep_apart(launcher: str, steady_cluster: Cluster) -> None:
     if reason := reason_to_skip(launcher):
@@ -79,7 +102,7 @@ def test_two_starts_in_one_job_keep_apart(launcher: str, steady_cluster: Cluster
 
 @pytest.mark.parametrize("command", ["train", "launch"])
 def test_a_forgotten_srun_is_said(command: str, steady_cluster: Cluster) -> None:
-    job = steady_cluster.sbatch(f"palimpsest {command} configs/smoke/gpt2.yaml", "--nodes=2", "--ntasks-per-node=2")
+    job = steady_cluster.sbatch(f"palimpsest {command} {SMOKE}", "--nodes=2", "--ntasks-per-node=2")
     assert steady_cluster.wait_job(job) == "FAILED"
     assert "srun was forgotten: job" in steady_cluster.output(job), steady_cluster.output(job)
     assert "srun palimpsest train RUN.yaml" in steady_cluster.output(job)
@@ -101,24 +124,25 @@ def test_a_later_word_of_an_older_attempt_is_not_heard(make_cluster: MakeCluster
     assert cluster.wait_job(job, "COMPLETED", timeout=400) == "COMPLETED"
     # The watcher of the old rank 0 has noticed that nobody answers, and what it says is about attempt 0.
     cluster.wait_for(lambda: (folder / "logs/hang-0.txt").exists(), "the old rank is still waiting")
-    cluster.wait_for(
-        lambda: "stand_in" not in cluster.run("ps", "-e", "-o", "args", on="node1").stdout, "the old rank lives"
-    )
+    cluster.wait_for(lambda: not old_ranks(cluster), "the old rank lives")
     found = outcome.read(folder)
     assert found is not None
     assert (found.job, found.attempt, found.code) == (str(job), 1000, 0)
     cluster.mend("node1")
 
 
+def old_ranks(cluster: Cluster) -> list[str]:
+    lines = cluster.run("ps", "-e", "-o", "args", on="node1").stdout.splitlines()
+    return [line for line in lines if "stand_in" in line and not line.startswith(("srun", "bash", "/bin/bash"))]
+
+
 def test_a_second_signal_ends_ranks_that_wait_for_one_that_never_comes(steady_cluster: Cluster) -> None:
     """Real ranks: two of a world of three are in torch's rendezvous, which no handler in Python interrupts."""
     folder = steady_cluster.folder / "waiting"
-    run = Path(__file__).parents[2] / "configs/smoke/gpt2.yaml"
     script = steady_cluster.folder / "waiting.sh"
     # SLURM_PROCID 2 is a task that is no rank.
-    script.write_text(
-        f"[ $SLURM_PROCID = 2 ] && exec sleep 600\nexec python -m engine.cli train {run} folder={folder}\n"
-    )
+    train = f"exec python -m engine.cli train {SMOKE} folder={folder} stages.0.global_batch_size=9"
+    script.write_text(f"[ $SLURM_PROCID = 2 ] && exec sleep 600\n{train}\n")
     options = ("--nodes=2", "--ntasks=3", "--overcommit")
     env = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     job = steady_cluster.sbatch(f"srun bash {script}; echo code $?", *options, "--job-name=waiting", env=env)
