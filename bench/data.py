@@ -3,11 +3,12 @@ and after a resume, memory, bytes on disk; and our masking alone.
 
     python -m bench.data --output bench/results/cpu-data-DATE.json
 
-`ours with replay` draws one sample in ten from a second data set: `ours_is_faster_by` says what that costs. Each loader
-has a process of its own; they open in turn, then they read in turn, and only ratios within a round are
-compared. Peers that are not installed are left out. `make bench` installs litdata. No version of
-mosaicml-streaming goes with transformers 5 for pip: `pip install --no-deps mosaicml-streaming` and, until it can be
-imported, what it misses (catalogue, python-snappy, cramjam, zstd, clients of clouds, a torchvision of torch's build).
+`ours with replay` draws one sample in ten from a second data set: `ours_is_faster_by` says what that costs, best with
+`--only "ours with replay"` and many rounds. Each loader has a process of its own; they open in turn, then they read in
+turn, and only ratios within a round are compared. Peers that are not installed are left out. `make bench` installs
+litdata. No version of mosaicml-streaming goes with transformers 5 for pip: `pip install --no-deps mosaicml-streaming`
+and, until it can be imported, what it misses (catalogue, python-snappy, cramjam, zstd, clients of clouds, a torchvision
+of torch's build).
 megatron-core is `pip install --no-deps megatron-core==0.16.1`, whose wheel carries the helpers that build its indices.
 """
 
@@ -30,7 +31,7 @@ import typer
 
 from bench.command import run
 from bench.contest import Spread, Worker, in_turn
-from bench.loaders import BATCH_TOKENS, SIDES, VOCAB, Task, write_ours
+from bench.loaders import BATCH_TOKENS, SIDES, VOCAB, Side, Task, write_ours
 from bench.machine import machine
 
 OPENINGS = ("cold", "warm", "resume")
@@ -45,13 +46,15 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of laps.")] = 5,
     lap_seconds: Annotated[float, typer.Option(min=0.01, help="About how long a lap takes.")] = 0.5,
     num_tokens: Annotated[int, typer.Option(min=200_000, help="Tokens of the corpus.")] = 8_000_000,
+    only: Annotated[list[str] | None, typer.Option(help="A loader beside ours; may be given several times.")] = None,
 ) -> None:
     """Measure our loader and its peers."""
+    sides = chosen(only)
     left_out = [name for name, side in SIDES.items() if not side.is_installed]
     results: dict[str, Any] = {"machine": machine(1), "tokens": num_tokens, "left_out": left_out}
     with tempfile.TemporaryDirectory() as folder:
         for task in TASKS:
-            results[str(task)] = contest(task, Path(folder), rounds, lap_seconds, num_tokens)
+            results[str(task)] = contest(task, Path(folder), rounds, lap_seconds, num_tokens, sides)
             _keep(results, output)
             print(task, json.dumps(results[str(task)], indent=1), flush=True)
     results["masking"] = masking(rounds)
@@ -64,9 +67,20 @@ def _keep(results: dict[str, Any], output: Path | None) -> None:
         output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def contest(task: Task, folder: Path, rounds: int, lap_seconds: float, num_tokens: int) -> dict[str, Any]:
+def chosen(only: list[str] | None) -> dict[str, Side]:
+    """Return the sides that are measured: all that are installed, or ours and the named ones."""
+    for name in only or ():
+        if name not in SIDES:
+            raise typer.BadParameter(f"--only {name}: the loaders are {', '.join(SIDES)}")
+    wanted = SIDES if not only else {"ours", *only}
+    return {name: side for name, side in SIDES.items() if side.is_installed and name in wanted}
+
+
+def contest(
+    task: Task, folder: Path, rounds: int, lap_seconds: float, num_tokens: int, sides: dict[str, Side]
+) -> dict[str, Any]:
     """The figures of every side at one task."""
-    sides = {name: side for name, side in SIDES.items() if side.is_installed and task.model in side.models}
+    sides = {name: side for name, side in sides.items() if task.model in side.models}
     workers, found = {}, {name: {} for name in sides}
     for name in sides:
         target = prepared(name, task, folder, num_tokens)

@@ -129,7 +129,8 @@ def global_batches(run: RunConfig, run_stage: int = 0, first_step: int = 0) -> I
     """Yield the global batch of each step of a run stage (from 0), its samples in their order, in one piece.
 
     Rows are a function of the seed: the ones that the run trains on in any layout, unless a rollback or a damaged shard
-    left samples out. Steps before `first_step` are passed over without their rows being read.
+    left samples out, or an alarm raised the ratio of replay. Steps before `first_step` are passed over without their
+    rows being read.
 
     Raises:
         DataError: data or tokenizer are missing, damaged, or do not belong together.

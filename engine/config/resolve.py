@@ -95,7 +95,7 @@ def check(config: RunConfig) -> list[PalimpsestError]:
     check_optimizer(config, problems)
     check_stability(config, problems)
     check_keeping(config, problems)
-    check_alarm(config.evaluation, problems)
+    check_alarm(config, problems)
     _check_limits(config.launch, problems)
     for index, stage in enumerate(config.stages):
         check_sequence(f"stages.{index}", stage, config, problems)

@@ -1,8 +1,9 @@
 """Shares of the sources of a run stage, as its tables say, and what of them the state of a loader has to keep.
 
-Weights and the replay ratio may be changed while a run is stopped: the samples that were drawn stay as they were, and
-from the position on at which the run goes on the new table is in force. So a state carries, beside a hash of the table
-that drew its samples, how many samples each source has given; no earlier table has to be known.
+Weights and the replay ratio may be changed while a run is stopped, and an alarm may raise the ratio between two steps:
+the samples that were drawn stay as they were, and from that position on the new table is in force. So a state carries,
+beside a hash of the table that drew its samples, how many samples each source has given; no earlier table has to be
+known.
 
 K sources.
 """
@@ -36,6 +37,16 @@ class ShareTable(NamedTuple):
     def ratio(self, step: int) -> Fraction:
         """Return the ratio of replayed samples in a step, 0 where nothing is replayed."""
         return next((ratio for first, ratio in reversed(self.ratios or ()) if first <= step), Fraction(0))
+
+    def raised(self, rows: Sequence[tuple[int, float]]) -> ShareTable:
+        """Return the table in which the ratio is, from each step of `rows` on, at least that of the row."""
+        if not rows:
+            return self
+        assert self.ratios is not None, "something is replayed"
+        least = [(first, Fraction(str(ratio))) for first, ratio in rows]
+        firsts = sorted({first for first, _ in (*self.ratios, *least)})
+        ratios = tuple((step, max([self.ratio(step), *(r for first, r in least if first <= step)])) for step in firsts)
+        return self._replace(ratios=ratios)
 
 
 class Begin(NamedTuple):
@@ -79,6 +90,14 @@ class Shares:
         count = len(first)
         rows = [(num_new(max(self.begin.position, self.batches.samples(step))), weights) for step, weights in later]
         return Mixing(first, self.limits[:count], rows, num_new(self.begin.position), self.begin.drawn[:count])
+
+    def changed(self, table: ShareTable, position: int) -> Shares:
+        """Return the shares of a stream that goes on with another table from a position on."""
+        owed = Fraction(0) if self._replay is None else self._replay.owed(position)
+        # as a state keeps it, so that a run that goes on and one that is restored draw alike
+        kept = Fraction(int(owed * _OWED_UNIT), _OWED_UNIT)
+        drawn = tuple(self.mixture.counts(position).tolist())
+        return Shares(table, self.limits, self.batches, Begin(position, drawn, kept))
 
     def state(self, position: int) -> dict[str, Any]:
         """Return what a state at a position keeps; nothing where there is but one source."""

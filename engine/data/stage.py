@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +220,18 @@ def share_table(run_stage: RunStage, parts: list[WeightedDataset]) -> ShareTable
         names = [part.name for part in new]
         weights = tuple((run_stage.first_step(row), whole_row(row, names)) for row in data.weights_table)
     return ShareTable(weights, ratios)
+
+
+def check_raised_ratio(run_stage: RunStage, stream: Stream, ratio: float) -> None:
+    """Raise `DataError` where the replayed data does not serve a ratio that an alarm may raise replay to."""
+    largest, rows = math.ceil(Fraction(str(ratio)) * run_stage.batches.largest), stream.replay_rows
+    if largest > rows:
+        raise DataError(
+            f"evaluation.raised_ratios: {ratio:g} of a step of {run_stage.batches.largest:,} samples are {largest:,}, "
+            f"and stage {run_stage.name} has {rows:,} to replay in {stream.parts[-1].dataset.location}",
+            "no row twice in a step",
+            "lower the ratios, or replay from more data",
+        )
 
 
 def _check_replayed(run_stage: RunStage, stream: Stream) -> None:

@@ -294,8 +294,15 @@ class Stream:
             **({"tombstones": [len(found), found.hash]} if len(found := self.tombstones) else {}),
         } | {**self._shares.state(self.position), **self._identity()}
 
-    def restore(self, state: State) -> None:
+    def change_shares(self, table: ShareTable) -> None:
+        """Draw by another table from the next sample on; nothing of the stream may be read ahead."""
+        self._shares = self._shares.changed(table, self.position)
+        self._order = replace(self._order, mixing=self._shares.mixture)
+
+    def restore(self, state: State, table: ShareTable | None = None) -> None:
         """Go on at a saved state; O(shards) and one window of each source, whatever the position.
+
+        With another `table` than the state's, that one is in force from here on. None means the stream's own.
 
         Raises:
             DataError: the state belongs to other data, another order, or is damaged; nothing has changed then.
@@ -321,7 +328,7 @@ class Stream:
                 raise ValueError(f"passed_over has {len(passed_over)} numbers for {len(self.parts)} sources")
             progress = Progress(Cursor(int(state["position"]), checked), int(state["samples"]), passed_over)
             # what was drawn stays; another table is in force from here on
-            shares = self._shares.restored(state)
+            shares = (replace(self._shares, table=table) if table else self._shares).restored(state)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"the saved loader state is damaged: {error}", "the state as saved", "resume from another checkpoint"

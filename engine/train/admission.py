@@ -61,6 +61,11 @@ class Admission(Hook):
             if not part.is_replay:
                 self.reservoir.add_domain(self._domain(number), part.dataset.fingerprint, part.dataset.index.num_tokens)
 
+    def before_other_shares(self, run: Run) -> None:
+        """Admit what was trained on so far: afterwards the stream does not know the sources of earlier samples."""
+        if self._run is not None:  # else nothing was trained on in this start
+            self._admit(run)
+
     def after_rollback(self, run: Run) -> None:
         """Go on from where the run stands again; `restore` has loaded the reservoir of that step."""
         self.begin_run_stage(run)

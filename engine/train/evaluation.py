@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
 
@@ -29,6 +30,8 @@ from engine.train.metrics import Record, is_evaluation
 from engine.train.records import INITIAL_LOSS, VALIDATION_LOSS, records_of
 from engine.train.step_totals import Sums, means
 
+FORGETTING = "forgetting/"
+"""Beginning of the names of what the sets of earlier run stages have lost."""
 _log = logger(__name__)
 
 
@@ -44,10 +47,18 @@ class Validation(Hook):
 
     def start(self, run: Run) -> bool:
         """Make up for the evaluation that the start before did not come to."""
-        step = run.state.step
+        if run.state.step == 0 or not self._is_due(run):
+            return False
         with phase("the evaluation that the start before did not come to"):
-            missing = step > 0 and self._is_due(run) and not is_recorded(run.config.folder, step, run.groups.world)
-            return missing and self._evaluate(run)
+            if not is_recorded(run.config.folder, run.state.step, run.groups.world):
+                return self._evaluate(run)
+        self._raise_again(run)
+        return False
+
+    def after_rollback(self, run: Run) -> None:
+        """Raise the ratio of replay again where the evaluation at this step did."""
+        if run.state.step and self._is_due(run):
+            self._raise_again(run)
 
     def between_steps(self, run: Run) -> bool:
         return self._is_due(run) and self._evaluate(run)
@@ -99,7 +110,9 @@ class Validation(Hook):
                 record |= found
         forgotten = self._forgotten(run, record)
         run.write({"step": step, **record, **forgotten, "validation_seconds": time.perf_counter() - begin})
-        self._raise_alarm(run, forgotten)
+        beyond = self._beyond(run, forgotten)
+        if beyond:
+            self._raise_alarm(run, beyond)
         return False
 
     @staticmethod
@@ -115,22 +128,33 @@ class Validation(Hook):
             EnvironmentProblem,
         )
         whole = {"forgetting": fmean(rises.values())} if rises else {}
-        return {f"forgetting/{name}": rise for name, rise in rises.items()} | whole
+        return {f"{FORGETTING}{name}": rise for name, rise in rises.items()} | whole
 
     @staticmethod
-    def _raise_alarm(run: Run, forgotten: Record) -> None:
-        """Warn, or save and end the run, where a set is forgotten beyond the limit; equal on every rank.
+    def _beyond(run: Run, record: Record) -> dict[str, float]:
+        """Return the sets that a record says are forgotten beyond the limit, and how far."""
+        limit = run.config.evaluation.forgetting_limit
+        rises = {name.removeprefix(FORGETTING): rise for name, rise in record.items() if name.startswith(FORGETTING)}
+        return {name: rise for name, rise in rises.items() if limit is not None and rise > limit}
+
+    @staticmethod
+    def _raise_alarm(run: Run, beyond: dict[str, float]) -> None:
+        """Warn, raise the ratio of replay, or save and end the run; the same on every rank.
 
         Raises:
             Forgotten: `evaluation.on_forgetting` is `stop`.
         """
         evaluation, step = run.config.evaluation, run.state.step
-        limit = evaluation.forgetting_limit
-        beyond = {name: rise for name, rise in forgotten.items() if limit is not None and "/" in name and rise > limit}
-        if not beyond:
+        named = ", ".join(f"{name} by {rise:.4f}" for name, rise in beyond.items())
+        limit = f"{evaluation.forgetting_limit:g} nats per token"
+        words = f"step {step}: the held-out loss of earlier stages has risen beyond {limit}: {named}"
+        if evaluation.on_forgetting == "raise":
+            ratio = next_ratio(run)
+            if ratio is not None:
+                run.raise_replay(ratio)
+            what = "cannot be raised further" if ratio is None else f"is {ratio:g} from the next step on"
+            _log.warning("%s; the ratio of replay %s", words, what)
             return
-        named = ", ".join(f"{name.partition('/')[2]} by {rise:.4f}" for name, rise in beyond.items())
-        words = f"step {step}: the held-out loss of earlier stages has risen beyond {limit:g} nats per token: {named}"
         if evaluation.on_forgetting == "warn":
             _log.warning("%s", words)
             return
@@ -149,6 +173,19 @@ class Validation(Hook):
         with weights_from(run.pipeline.engine, EMA):
             return self._pass(run, samples, f"{EMA}_{VALIDATION_LOSS}")
 
+    def _raise_again(self, run: Run) -> None:
+        """Raise the ratio of replay as the recorded evaluation of this step did: the checkpoint of a step is saved
+        before its evaluation, and does not know of it. Collective over the world."""
+        state, config = run.state, run.config
+        if config.evaluation.on_forgetting != "raise" or (state.run_stage, state.stage_step) in (
+            found[:2] for found in state.raised_ratios
+        ):
+            return
+        records = on_first(lambda: records_of(config.folder, state.step), run.groups.world, EnvironmentProblem)
+        beyond = [found for record in records if (found := self._beyond(run, record))]
+        if beyond:
+            self._raise_alarm(run, beyond[-1])
+
     @staticmethod
     def _pass(run: Run, samples: ValidationSamples, what: str) -> Record | None:
         step = run.state.step
@@ -161,6 +198,15 @@ class Validation(Hook):
             samples,
             what,
         )
+
+
+def next_ratio(run: Run) -> float | None:
+    """Return the ratio of replay that an alarm raises it to; None where none is left, or nothing is replayed."""
+    stream = run.feed.stream
+    if stream.shares.ratios is None or run.ends_run_stage:
+        return None
+    now = stream.shares.ratio(run.state.stage_step)
+    return next((ratio for ratio in run.config.evaluation.raised_ratios if Fraction(str(ratio)) > now), None)
 
 
 def evaluate(

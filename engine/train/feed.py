@@ -23,8 +23,9 @@ from engine.data.objectives.draws import dropout_keys
 from engine.data.prefetch import Prefetcher
 from engine.data.shards.damage import Damage
 from engine.data.source import WeightedDataset
-from engine.data.stage import run_stage_seed, stage_stream
+from engine.data.stage import check_raised_ratio, run_stage_seed, share_table, stage_stream
 from engine.data.stage_validation import OtherValidation, other_samples, samples_of
+from engine.data.stream import State
 from engine.data.validation import ValidationSamples, ValidationSet
 from engine.models.dropout import KEYS
 from engine.parallel.boundary import DOMAINS, Tensors
@@ -63,6 +64,9 @@ class Feed:
         """Seed of the run stage's order, masks and dropout."""
         self.parallel: ParallelConfig = config.parallel
         self.stream = stage_stream(run_stage, training, self.seed)
+        self._training = training
+        if run_stage.replay is not None and config.evaluation.raised_ratios:
+            check_raised_ratio(run_stage, self.stream, config.evaluation.raised_ratios[-1])
         most = config.evaluation.max_samples
         self.validation = None if validation is None else samples_of(run_stage, validation, most)
         others = others or OtherValidation([], [])
@@ -129,6 +133,19 @@ class Feed:
         self.stream.advance_to(self._before)
         self.stream.lose(damage)
         self.start()
+
+    def restore(self, state: State, raised: list[tuple[int, float]]) -> None:
+        """Put the stream where a state of it says; `raised` are the ratios of replay that alarms have raised, by step.
+        Nothing may be read ahead. Raises `DataError` as `Stream.restore`."""
+        self.stream.restore(state, share_table(self.run_stage, self._training).raised(raised))
+
+    def raise_replay(self, raised: list[tuple[int, float]]) -> None:
+        """Replay by raised ratios from the next step on: what was read ahead is read again."""
+        reads_ahead = self._prefetcher is not None
+        self.close()
+        self.stream.change_shares(share_table(self.run_stage, self._training).raised(raised))
+        if reads_ahead:
+            self.start()
 
     def step_back(self) -> None:
         """Make the stream forget the last `step`, on a rank that had its data when another one was told to stop."""

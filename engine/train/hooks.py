@@ -97,6 +97,11 @@ class Run(Protocol):
         """Begin a checkpoint in the nodes' memory, except while another one is under way. Collective over the world."""
         ...
 
+    def raise_replay(self, ratio: float) -> None:
+        """Replay at least this share of the samples from the next step on, to the end of the run stage. Collective over
+        the world."""
+        ...
+
     def go_back(self, first: int) -> None:
         """Load the newest whole checkpoint on the disk, and leave out the samples from position `first` to the last one
         drawn. Counts the rollback. Reading ahead has ended then: `feed.start` begins it again. Collective over the
@@ -167,6 +172,9 @@ class Hook:
 
     def after_rollback(self, run: Run) -> None:
         """Take note of a state, sections included, that was loaded from an earlier checkpoint."""
+
+    def before_other_shares(self, run: Run) -> None:
+        """Finish what asks the stream for earlier samples: it draws by other shares from the next step on."""
 
     def between_steps(self, run: Run) -> bool:
         """Do what belongs between two steps; return True if a stop was requested on any rank meanwhile."""
@@ -239,6 +247,10 @@ class Hooks:
     def after_rollback(self, run: Run) -> None:
         for hook in self._hooks:
             hook.after_rollback(run)
+
+    def before_other_shares(self, run: Run) -> None:
+        for hook in self._hooks:
+            hook.before_other_shares(run)
 
     def between_steps(self, run: Run) -> bool:
         """Return True if a stop was requested on any rank meanwhile; hooks after it are left out then."""

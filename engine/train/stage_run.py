@@ -131,7 +131,7 @@ class StageRun:
 
     def rewind(self) -> None:
         """Put the stream at its beginning; call while nothing is read."""
-        self.feed.stream.restore(self._beginning)
+        self.feed.restore(self._beginning, raised=[])
 
     def close(self) -> None:
         """End the reading thread; safe to call twice."""

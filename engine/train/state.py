@@ -35,6 +35,9 @@ class TrainState:
     """Training loss of the last step that had a finite one, so that a restart can show where it goes on."""
     rollbacks: int = 0
     """Times that the run went back to a checkpoint after spikes of the loss."""
+    raised_ratios: list[tuple[int, int, float]] = field(default_factory=list)
+    """(number of a run stage, its step, ratio) of replay that an alarm has raised: from that step on the ratio is this
+    one at least."""
     left_out_later: list[tuple[int, int, int]] = field(default_factory=list)
     """(number of a run stage, first, end) of samples that a run stage has to leave out which has not begun yet, since a
     rollback took the run back to the one before it."""
@@ -48,4 +51,10 @@ class TrainState:
         """Return the state of a checkpoint's section."""
         # JSON has no tuples: they come back as lists.
         later = [(number, first, end) for number, first, end in section["left_out_later"]]
-        return cls(**{**section, "left_out_later": later})
+        # absent in checkpoints from before an alarm could raise the ratio
+        raised = [(number, step, ratio) for number, step, ratio in section.get("raised_ratios", ())]
+        return cls(**{**section, "left_out_later": later, "raised_ratios": raised})
+
+    def raised_in(self, number: int) -> list[tuple[int, float]]:
+        """Return (step, ratio) of the raised ratios of run stage `number`."""
+        return [(step, ratio) for found, step, ratio in self.raised_ratios if found == number]

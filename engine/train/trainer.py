@@ -268,6 +268,14 @@ class Trainer:
         self._leave_out()
         self.hooks.after_rollback(self)
 
+    def raise_replay(self, ratio: float) -> None:
+        """Replay at least this share of the samples from the next step on, to the end of the run stage. Collective over
+        the world."""
+        state = self.state
+        self.hooks.before_other_shares(self)
+        state.raised_ratios.append((state.run_stage, state.stage_step, ratio))
+        self.feed.raise_replay(state.raised_in(state.run_stage))
+
     def _read(self) -> tuple[list[Tensors], torch.Tensor, torch.Tensor]:
         """Return inputs and weights of the next step, of all rows and by domain.
 
@@ -326,7 +334,7 @@ class Trainer:
             self._begin_run_stage(self.state.run_stage + 1)
         else:
             self._open_run_stage()
-            self.feed.stream.restore(restored.sections["loader"])
+            self.feed.restore(restored.sections["loader"], self.state.raised_in(self.state.run_stage))
 
     def _is_evaluated(self) -> bool:
         """Return True if no evaluation is missing where the run stands. Collective over the world."""

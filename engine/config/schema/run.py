@@ -63,8 +63,12 @@ class EvaluationConfig(Section):
     forgetting_limit: PositiveFloat | None = None
     """Rise of an earlier run stage's validation loss since the end of that stage, in nats per token, beyond which there
     is an alarm. None means no alarm."""
-    on_forgetting: Literal["warn", "stop"] = "warn"
-    """Reaction to that alarm: a warning at every evaluation, or a checkpoint and the end of the run."""
+    on_forgetting: Literal["warn", "stop", "raise"] = "warn"
+    """Reaction to that alarm: a warning at every evaluation, a checkpoint and the end of the run, or a higher ratio of
+    replay from the next step on."""
+    raised_ratios: tuple[float, ...] = ()
+    """Ratios of replay, rising, that `on_forgetting: raise` goes through: each alarm takes the next one above the ratio
+    in force; beyond the last one it warns."""
 
 
 class LoggingConfig(Section):
