@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
@@ -89,14 +90,15 @@ def prune(
     ] = "validation_loss",
     yes: Annotated[bool, typer.Option("--yes", help="Remove them; without it, only say which.")] = False,
 ) -> None:
-    """Remove what no option keeps; says only what it would do unless --yes is given. The newest that verifies stays."""
+    """Remove what no option keeps; says only what it would do unless --yes is given. The newest that verifies stays,
+    and the last of each run stage."""
     from engine.checkpoint.folder import find, remove
     from engine.checkpoint.retention import Retention, newest_whole, victims
     from engine.checkpoint.storage import location_of
 
     location = location_of(where)
-    retention = Retention(keep_last, keep_every, keep_best, _metric(location, metric) if keep_best else {})
     found, verified = find(location), None
+    judged = _metric(location, metric) if keep_best else {}
     while verified is None:
         # The newest whole one has to stay, so it is found by reading; a live run may save and remove meanwhile.
         verified, before = newest_whole(found, _progress), found
@@ -108,6 +110,7 @@ def prune(
             f"none of the checkpoints in {where} is whole", "one that verifies", "nothing is removed: mend one by hand"
         )
     print(f"{verified.name} is the newest that verifies")
+    retention = Retention(keep_last, keep_every, keep_best, judged, _run_stage_ends(found))
     # None that is newer than the verified one: a live run may have saved it meanwhile.
     doomed = victims(found, retention, verified)
     for path in doomed:
@@ -283,6 +286,18 @@ def _metric(location: Location, name: str) -> dict[int, float]:
             f"no {name} in {run / METRICS}", "the metrics of the run", "name the run folder, or leave --keep-best out"
         )
     return found
+
+
+def _run_stage_ends(found: list[Location]) -> frozenset[int]:
+    """Return the steps at which the run stages of some checkpoints began, where those before them have ended."""
+    from engine.checkpoint import manifest_json
+
+    ends = set()
+    for path in found:
+        with contextlib.suppress(CheckpointError, KeyError):  # damaged, or of weights alone
+            progress = manifest_json.read(path).state.sections["progress"]
+            ends.add(int(progress["step"]) - int(progress["stage_step"]))
+    return frozenset(ends)
 
 
 def _rank(one: Difference) -> tuple[bool, bool, float]:

@@ -32,11 +32,14 @@ class Retention:
     """Number of checkpoints with the least metric that stay, among those that have one."""
     metric: Mapping[int, float] = field(default_factory=dict)
     """Metric by step; smaller is better."""
+    borders: frozenset[int] = frozenset()
+    """Steps at which run stages end: their checkpoints stay, since the ledger measures what a run stage has moved."""
 
     def keeps(self, newest_first: list[AnyLocation]) -> set[AnyLocation]:
         """Return the checkpoints that stay."""
         assert self.keep_last >= 1
         kept = set(newest_first[: self.keep_last])
+        kept |= {path for path in newest_first if step_of(path) in self.borders}
         if self.keep_every is not None:
             kept |= {path for path in newest_first if step_of(path) % self.keep_every == 0}
         judged = [path for path in newest_first if step_of(path) in self.metric]
@@ -90,4 +93,5 @@ def retention_in_words(retention: Retention) -> str:
     words = [f"the last {retention.keep_last}"]
     words += [f"every {retention.keep_every} steps"] if retention.keep_every is not None else []
     words += [f"the best {retention.keep_best}"] if retention.keep_best else []
+    words += ["the last of each run stage"] if retention.borders else []
     return f"{', '.join(words)} are kept"

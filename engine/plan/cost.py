@@ -212,12 +212,13 @@ def _due(first: int, end: int, every: int | None) -> int:
 
 
 def _kept(config: RunConfig, steps: int) -> int:
-    """Checkpoints that retention leaves: the newest, the best, and those of every so many steps."""
+    """Checkpoints that retention leaves: the newest, the best, those of every so many steps and of run stages' ends."""
     checkpoint = config.checkpoint
     saved = _due(0, steps, checkpoint.every_steps)
     for_ever = steps // checkpoint.keep_every if checkpoint.keep_every is not None else 0
     # An upper bound: one checkpoint may be among the last, the best and the periodic ones at once.
-    return min(saved, checkpoint.keep_last + checkpoint.keep_best + for_ever)
+    borders = len(config.stages) - 1  # the last run stage ends with the newest one
+    return min(saved, checkpoint.keep_last + checkpoint.keep_best + for_ever + borders)
 
 
 def _checkpoint_seconds(stages: tuple[StagePlan, ...], cluster: Cluster) -> tuple[float, float]:

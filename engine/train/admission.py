@@ -82,15 +82,7 @@ class Admission(Hook):
         run = self._run
         assert run is not None, "a run stage has begun"
         self._admit(run)
-        compact = run.ends_run_stage or self._is_long()
-        written = on_first(
-            lambda: write(self._folder, self.reservoir, only_fresh=bool(self._files) and not compact),
-            run.groups.world,
-            CheckpointError,
-        )
-        self.reservoir.mark_written()
-        if written is not None:
-            self._files = [written] if compact else [*self._files, written]
+        self._write(run, compact=run.ends_run_stage or self._is_long())
         return {
             "files": [named.to_json() for named in self._named()],
             "chain": [named.name for named in self._files],
@@ -111,11 +103,33 @@ class Admission(Hook):
             rows = ", ".join(f"{name} {found.size:,}" for name, found in sorted(self.reservoir.entries.items()))
             _log.info("reservoir: %s rows, %.1f MB", rows, self.reservoir.num_bytes / 1e6)
 
+    def _write(self, run: Run, compact: bool) -> None:
+        """Write the whole reservoir or, unless `compact`, what no file has of it yet. Collective over the world.
+
+        Raises:
+            CheckpointError: the file system refuses, on every rank; the next call writes what is missing then.
+        """
+        written = on_first(
+            lambda: write(self._folder, self.reservoir, only_fresh=bool(self._files) and not compact),
+            run.groups.world,
+            CheckpointError,
+        )
+        self.reservoir.mark_written()
+        if written is not None:
+            self._files = [written] if compact else [*self._files, written]
+
     def _freeze(self, run: Run) -> None:
-        """Freeze what was admitted, at the beginning of a run stage; inside of it the checkpoint has named it."""
+        """Freeze what was admitted, at the beginning of a run stage; inside of it the checkpoint has named it.
+
+        Raises:
+            CheckpointError: the reservoir was not written when the run stage before ended, and still cannot be.
+        """
         if run.state.stage_step > 0:
             return
-        # the run stage before was compacted into one file when its last step was saved
+        # The run stage before was compacted into one file when its last step was saved, unless that save has failed and
+        # the run has gone on (`checkpoint.on_failure`).
+        if run.run_stage.replays_reservoir and (len(self._files) > 1 or self.reservoir.has_fresh):
+            self._write(run, compact=True)
         first = self._files[0] if self._files else None
         # a checkpoint before the run stage's first step names the generation, too, with the settings of that start
         if self._frozen is None or self._frozen.file != first:

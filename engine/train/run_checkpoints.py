@@ -118,8 +118,11 @@ class RunCheckpoints:
         if self._memory is not None:
             self._memory.check_room(num_bytes)
 
-    def save(self, state: TrainState, engine: StageEngine, sections: SectionStates, wait: bool) -> None:
+    def save(self, state: TrainState, engine: StageEngine, sections: Callable[[], SectionStates], wait: bool) -> None:
         """Begin a checkpoint once the one before has ended; with `wait`, or unless saves are asynchronous, end it, too.
+
+        `sections` returns the state of the parts of the run. It may write files that the checkpoint names: where that
+        fails, the checkpoint has failed.
 
         Raises:
             CheckpointError: it failed, or the one before; with `checkpoint.on_failure: continue` only where `wait`
@@ -129,8 +132,9 @@ class RunCheckpoints:
         self._tolerate(self._saver.settle)
 
         def begin() -> None:
+            kept = sections()
             self.begun_step = state.step
-            self._begin(state, engine, sections)
+            self._begin(state, engine, kept)
             if wait or not self.config.checkpoint.asynchronous:
                 self._saver.settle()
 
@@ -140,11 +144,11 @@ class RunCheckpoints:
         else:
             self._tolerate(begin)
 
-    def keep(self, state: TrainState, engine: StageEngine, sections: SectionStates) -> None:
+    def keep(self, state: TrainState, engine: StageEngine, sections: Callable[[], SectionStates]) -> None:
         """Begin a checkpoint in the nodes' memory, except where another one is under way."""
         # Equal on every rank, so all begin or none does. A skipped one is made up for by the next.
         if self._saver.in_flight is None:
-            self._tolerate(lambda: self._begin(state, engine, sections, self._memory), optional=True)
+            self._tolerate(lambda: self._begin(state, engine, sections(), self._memory), optional=True)
 
     def _begin(
         self, state: TrainState, engine: StageEngine, sections: SectionStates, store: Store | None = None
@@ -370,7 +374,8 @@ class RunCheckpoints:
             # Each is looked up once: a commit costs the same however many checkpoints stay.
             unknown = [step for step in steps if step not in known]
             self._metric = known | metric_of(self.config.folder, unknown, keep.best_metric)
-        retention = Retention(keep.keep_last, keep.keep_every, keep.keep_best, self._metric)
+        ends = self.config.run_stage_ends
+        retention = Retention(keep.keep_last, keep.keep_every, keep.keep_best, self._metric, ends)
         try:
             prune(self.folder, retention, newest)
         # also where the removal fails: the new checkpoint stands

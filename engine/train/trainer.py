@@ -300,7 +300,7 @@ class Trainer:
         self.heart.beat(self.state.step, "save")
         begin = time.perf_counter()
         with self.spent.phase("checkpoints"):
-            self.checkpoints.save(self.state, self.pipeline.engine, self._sections(), wait)
+            self.checkpoints.save(self.state, self.pipeline.engine, self._sections, wait)
         self.requests.saved()
         _log.info("step %d was held up by its checkpoint for %.2f s", self.state.step, time.perf_counter() - begin)
 
@@ -308,7 +308,7 @@ class Trainer:
         """Begin a checkpoint in the nodes' memory, except while another one is under way. Collective over the world."""
         self.heart.beat(self.state.step, "save")
         with self.spent.phase("checkpoints"):
-            self.checkpoints.keep(self.state, self.pipeline.engine, self._sections())
+            self.checkpoints.keep(self.state, self.pipeline.engine, self._sections)
 
     def _save_is_due(self) -> bool:
         every_steps = self.config.checkpoint.every_steps

@@ -122,7 +122,7 @@ def test_the_loss_of_new_data_before_an_appended_stage_is_measured_when_the_stag
 
 def test_weights_moved_as_far_as_the_checkpoints_say(corpus, other, tmp_path, capsys):
     tree = two_stages(corpus, other, tmp_path / "run")
-    tree["checkpoint"] = {"keep_last": 9}
+    tree["checkpoint"] = {"every_steps": 1, "keep_last": 1}  # the last one of each stage stays nevertheless
     held = []
 
     def note(trainer: Any) -> None:
@@ -137,9 +137,10 @@ def test_weights_moved_as_far_as_the_checkpoints_say(corpus, other, tmp_path, ca
 
     fake_run(tree, note)
     last, first = held[0].double(), held[1].double()
-    assert ledger(capsys, tmp_path / "run")["distance"] == {
-        "two": pytest.approx(float((last - first).norm() / first.norm()))
-    }
+    moved = {"two": pytest.approx(float((last - first).norm() / first.norm()))}
+    assert ledger(capsys, tmp_path / "run")["distance"] == moved
+    assert main(["checkpoint", "prune", str(tmp_path / "run"), "--keep-last", "1", "--yes"]) == 0
+    assert ledger(capsys, tmp_path / "run")["distance"] == moved
 
 
 def test_a_distance_whose_checkpoint_is_gone_is_unknown(run, tmp_path, capsys):

@@ -41,7 +41,7 @@ class CheckpointConfig(Section):
     the next one. A run that ends without its last checkpoint has failed either way."""
     keep_last: PositiveInt = 2
     """Number of the newest checkpoints that stay. A checkpoint that no `keep_` key keeps is removed, but never the
-    newest verified one."""
+    newest verified one, nor the last one of a run stage."""
     keep_every: PositiveInt | None = None
     """Number of steps whose multiples' checkpoints stay for ever. None means none of them."""
     keep_best: NonNegativeInt = 0

@@ -6,6 +6,7 @@ Rules that join several fields live in `engine.config.resolve`.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -137,6 +138,11 @@ class RunConfig(Section):
     export: Literal["huggingface", "none"] = "huggingface"
     """Library that the trained model is meant for. `plan` and `train` warn where it has no twin of the model; `none`
     silences them."""
+
+    @property
+    def run_stage_ends(self) -> frozenset[int]:
+        """Steps, over the whole run, with which its run stages end."""
+        return frozenset(itertools.accumulate(run_stage.num_steps for run_stage in self.stages))
 
     @property
     def num_steps(self) -> int:

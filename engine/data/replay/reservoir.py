@@ -145,6 +145,11 @@ class Reservoir:
         return sum(found.size for found in self.entries.values())
 
     @property
+    def has_fresh(self) -> bool:
+        """True where some entry is in no file yet."""
+        return any(bool(found.is_fresh.any()) for found in self.entries.values())
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all entries in memory."""
         columns = [(found.keys, found.row_ids, found.marked) for found in self.entries.values()]

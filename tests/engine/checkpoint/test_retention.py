@@ -29,6 +29,7 @@ def steps_left(steps, retention, verified):
         (Retention(1, keep_best=2, metric={10: 3.0, 20: 1.0, 30: 2.0, 40: 1.5}), 60, [20, 40, 60]),
         (Retention(1, keep_best=9, metric={10: 3.0}), 60, [10, 60]),
         (Retention(2, keep_every=20, keep_best=1, metric={10: 0.5, 20: 0.6}), 60, [10, 20, 40, 50, 60]),
+        (Retention(1, borders=frozenset({20, 60, 90})), 60, [20, 60]),
         (Retention(1), 40, [40, 50, 60]),  # 50 and 60 are damaged, and the user's to look at
         (Retention(1), 10, [10, 20, 30, 40, 50, 60]),
         (Retention(1), None, [10, 20, 30, 40, 50, 60]),

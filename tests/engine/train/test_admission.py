@@ -1,5 +1,7 @@
 """The run's reservoir: what was trained on is in it, at any checkpoint, after any restart."""
 
+import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,12 @@ from engine.checkpoint.named_files import FOLDER
 from engine.checkpoint.verify import verify
 from engine.data.mixed_order import Cursor
 from engine.data.order.sample_order import START
+from engine.data.replay import files
 from engine.data.replay.rows import documents_of
 from engine.data.replay.view import ReplayDataset
 from engine.data.shards.tombstones import Tombstones, add_tombstones
 from engine.data.trained_rows import trained_rows
-from engine.errors import EXIT_DONE
+from engine.errors import EXIT_DONE, CheckpointError
 from engine.train.admission import Admission
 from tests.distributed.runs import Tree, run_tree
 from tests.engine.train.fake import fake_run, fake_trainer, stopped_run
@@ -100,6 +103,58 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(corpus, tmp_path, stop)
     stopped_run(tree_of(corpus, tmp_path / "parts"), stop)
     assert fake_run(tree_of(corpus, tmp_path / "parts")).code == EXIT_DONE
     assert bytes_of(tmp_path / "parts", LAST) == bytes_of(tmp_path / "whole", LAST)
+
+
+class FullDisk:
+    """A file system that refuses the reservoir's files while a trainer stands at some steps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+        self.steps, self.at, self.refused = steps, -1, []
+        real = files.replacing
+
+        def replacing(path: Path) -> Any:
+            if self.at in self.steps:
+                self.refused.append(self.at)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(path)
+
+        monkeypatch.setattr(files, "replacing", replacing)
+
+    def prepare(self, trainer: Any) -> None:
+        save = trainer.checkpoints.save
+
+        def watched(state: Any, *arguments: Any) -> None:
+            self.at = state.step
+            save(state, *arguments)
+            self.at = -1
+
+        trainer.checkpoints.save = watched
+
+
+@pytest.mark.parametrize("full", [{2}, {6}, {6, 8}, {BORDER}])
+@pytest.mark.parametrize("replays", [False, True])
+def test_a_full_disk_fails_the_checkpoint_and_not_the_run(corpus, tmp_path, monkeypatch, full, replays):
+    """A later checkpoint has what was missing; at a run stage's end, the generation that the next one replays, too."""
+    trees = [tree_of(corpus, tmp_path / name) for name in ("whole", "full")]
+    for tree in trees:
+        tree["stages"][1] |= {"replay": {"ratio": 0.5}} if replays else {}
+        tree["checkpoint"] |= {"on_failure": "continue"}
+    whole = fake_run(trees[0])
+    disk = FullDisk(monkeypatch, full)
+    run = fake_run(trees[1], disk.prepare)
+    assert (run.code, run.at_end, set(disk.refused)) == (EXIT_DONE, whole.at_end, full)
+    assert {step_of(path) for path in committed(tmp_path / "full" / "checkpoints")} == {2, 4, 6, 8, 9} - full
+    assert bytes_of(tmp_path / "full", LAST) == bytes_of(tmp_path / "whole", LAST)
+    generations = [sections(tmp_path / name)[LAST]["generation"] for name in ("whole", "full")]
+    assert generations[0] == generations[1] or not replays
+
+
+def test_a_full_disk_stops_a_run_that_asks_for_it(corpus, tmp_path, monkeypatch):
+    disk = FullDisk(monkeypatch, {6})
+    with pytest.raises(CheckpointError, match="No space left"):
+        fake_run(tree_of(corpus, tmp_path), disk.prepare)
+    disk.steps = set()
+    assert fake_run(tree_of(corpus, tmp_path)).started_at == BORDER
 
 
 def test_documents_that_are_replayed_from_a_folder_are_not_admitted_again(corpus, tmp_path):

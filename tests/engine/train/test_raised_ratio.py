@@ -71,7 +71,9 @@ def test_an_alarm_raises_the_ratio_to_its_bound_from_the_next_step_on(corpus, wh
     ratios = values(folder, "replay_ratio")
     assert [ratios[step] for step in range(BORDER + 1, LAST + 1)] == [0, 0, 0.125, 0.125, *[0.5] * 6]
     assert [raised_at(folder, BORDER + step) for step in (2, 3, 5, LAST - BORDER)] == [[], RAISED[:1], RAISED, RAISED]
-    assert load_run(folder / FILE).stages[1].replay.ratio == 0, "the run file is as it was"
+    replay = load_run(folder / FILE).stages[1].replay
+    assert replay is not None
+    assert replay.ratio == 0, "the run file is as it was"
 
 
 @pytest.mark.parametrize("step", [BORDER, 5, 6, 7, 8, 9, 11])
@@ -137,7 +139,7 @@ def test_a_run_stage_without_replay_is_warned_of(corpus, tmp_path, caplog):
     [one, two] = tree["stages"]
     three = two | {"name": "three", "duration": {"steps": 2}}
     two = {key: value for key, value in two.items() if key != "replay"}
-    assert fake_run(tree | {"stages": [one, two, three]}).code == EXIT_DONE
+    assert fake_run({**tree, "stages": [one, two, three]}).code == EXIT_DONE
     assert [text for text in caplog.messages if "cannot be raised further" in text]
 
 
