@@ -28,7 +28,7 @@ SMALL_BUFFER, SMALL_RATIO = 0.01, 0.10
 """Share of the old data that the reservoir keeps, and the ratio at which it is compared with the whole data."""
 SPAN_TOKENS = 128
 BASE, JOINT, SCRATCH, RESERVOIR = "old domain", "joint", "new domain alone", "10 %, reservoir of 1 %"
-PEAK_RATE, FINAL_FACTOR = 2e-3, 0.1
+PEAK_RATE, FINAL_FACTOR = 4e-3, 0.1
 GPT: Tree = {"vocab_size": 260, "num_layers": 3, "hidden_size": 128, "num_heads": 4, "max_positions": 128}
 """0.63 million parameters."""
 BERT: Tree = GPT | {"family": "bert", "vocab_size": 263, "token_types": 1}
