@@ -14,6 +14,7 @@ Legend: B documents of a unit, T tokens of a document, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,12 +69,16 @@ class Sampler:
     @torch.inference_mode()
     def _continued(self, first_B: np.ndarray, uniform_BT: np.ndarray, is_text: bool) -> list[np.ndarray]:
         """Return documents that go on behind a token each, which is their first one where `is_text`."""
+        from transformers import DynamicCache  # an import of seconds
+
         rows: list[list[int]] = [[int(token)] if is_text else [] for token in first_B]
-        open_B, last_B, cache = np.ones(DOCUMENTS, bool), first_B, None
+        open_B, last_B = np.ones(DOCUMENTS, bool), first_B
+        # one that the model fills in place; its name has changed since transformers 5.0
+        name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+        cache = {name: DynamicCache(config=self.model.config)}
         for t in range(uniform_BT.shape[1]):
             given = torch.as_tensor(last_B, device=self.model.device)[:, None]
-            made = self.model(input_ids=given, past_key_values=cache, use_cache=True)
-            cache = made.past_key_values
+            made = self.model(input_ids=given, use_cache=True, **cache)
             last_B = self._draw(made.logits[:, -1].double().cpu().numpy(), uniform_BT[:, t])
             for b in np.flatnonzero(open_B):
                 rows[b].append(int(last_B[b]))
