@@ -124,7 +124,9 @@ def _begin(output: Path, trained: Trained, request: Request) -> bool:
                 f"name step {before.get('step')} of the run and the same options, or another --output",
             )
         return (output / FILE).exists()
-    if output.exists() and (not output.is_dir() or any(name.name != UNITS for name in output.iterdir())):
+    # hidden files are those that another process is writing at this moment
+    others = (path.name for path in output.iterdir() if not path.name.startswith(".")) if output.is_dir() else ()
+    if (output.exists() and not output.is_dir()) or any(name not in (UNITS, RECIPE) for name in others):
         raise ConfigError(f"--output {output} holds something else", "a new or empty folder", "name another one")
     (output / UNITS).mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(recipe, indent=1) + "\n")
