@@ -15,11 +15,9 @@ from engine.errors import EXIT_FAILURE, CheckpointError, ConfigError
 from engine.redact import redact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator
 
-    import torch
-
-    from engine.checkpoint.compare import Difference, Opened
+    from engine.checkpoint.compare import Difference, Opened, Weights
     from engine.checkpoint.manifest import Manifest
     from engine.checkpoint.storage import Location
     from engine.data.shards.dataset import TokenDataset
@@ -256,22 +254,20 @@ def _progress(path: Location) -> Callable[[list[str]], Iterable[str]]:
     return lambda names: track(names, path.name, console=Console(stderr=True), transient=True)
 
 
-def _other_side(text: str) -> Opened | Mapping[str, torch.Tensor | None]:
+def _other_side(text: str) -> Opened | Weights:
     """Open a checkpoint, or the weights of a Hugging Face folder by logical names."""
-    from pathlib import Path
-
     from engine.checkpoint.compare import Opened
     from engine.checkpoint.folder import find
     from engine.checkpoint.storage import location_of
 
     location = location_of(text)
     # Hugging Face folders have it, ours do not.
-    if isinstance(location, Path) and (location / "config.json").is_file():
-        from engine.checkpoint.interchange.huggingface import tensors_in
+    if (location / "config.json").is_file():
+        from engine.checkpoint.interchange.huggingface import ForeignWeights, open_folder
         from engine.serve.quiet import quiet
 
         quiet()
-        return tensors_in(location)
+        return ForeignWeights(open_folder(location, vocab_multiple=1))
     return Opened(find(location)[0])
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -46,15 +47,27 @@ class Opened:
         return {key_of(state, name): values for state, values in _read(self.path, self.manifest, name).items()}
 
 
-def compare(left: Opened, right: Opened | Mapping[str, torch.Tensor | None]) -> Iterator[Difference]:
+class Weights(Protocol):
+    """Weights alone, such as those of another library's folder."""
+
+    @property
+    def names(self) -> Mapping[str, bool]:
+        """Logical names, with False for a weight that the configuration names and that is not there."""
+        ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a weight that is there."""
+        ...
+
+
+def compare(left: Opened, right: Opened | Weights) -> Iterator[Difference]:
     """Yield the difference of each parameter and state, in order of name.
 
-    `right` may be weights alone, by logical name: then moments of `left` are passed over, and None stands for a weight
-    that its configuration names and that is not there.
+    Where `right` are weights alone, moments of `left` are passed over.
     """
-    theirs = right.manifest.specs.keys() if isinstance(right, Opened) else right.keys()
-    for name in sorted(left.manifest.specs.keys() | theirs):
-        there = name in theirs and (isinstance(right, Opened) or right[name] is not None)
+    theirs = dict.fromkeys(right.manifest.specs, True) if isinstance(right, Opened) else right.names
+    for name in sorted(left.manifest.specs.keys() | theirs.keys()):
+        there = theirs.get(name, False)
         if not there or name not in left.manifest.specs:
             yield Difference(key_of(WEIGHT, name), 0.0, 0, 0, _where(name in left.manifest.specs, there))
             continue
@@ -62,7 +75,7 @@ def compare(left: Opened, right: Opened | Mapping[str, torch.Tensor | None]) -> 
         if isinstance(right, Opened):
             other = right.read(name)
         else:
-            other, ours = {key_of(WEIGHT, name): right[name]}, {key_of(WEIGHT, name): ours[key_of(WEIGHT, name)]}
+            other, ours = {key_of(WEIGHT, name): right.read(name)}, {key_of(WEIGHT, name): ours[key_of(WEIGHT, name)]}
         for key in sorted(ours.keys() | other.keys()):
             yield _difference(key, ours.get(key), other.get(key))
 

@@ -217,9 +217,18 @@ class Container:
             self._map = np.memmap(self.path, dtype=np.uint8, mode="c", offset=0, shape=(self.num_bytes,))
         return self._map[start:stop].view(np.float32)
 
+    def release(self) -> None:
+        """Unmap the file once nothing refers to its elements: mapped pages that were read count as memory."""
+        self._map = None
+
     def damaged_entries(self) -> list[str]:
         """Return keys of the entries whose bytes are not those that were written. Reads the whole file."""
-        return [key for key in self.entries if digest(self.values(key)) != self.digests[key]]
+        found = []
+        for key in self.entries:
+            if digest(self.values(key)) != self.digests[key]:
+                found.append(key)
+            self.release()  # no more than one entry is mapped and read at a time
+        return found
 
     def _parse(self, header: dict[str, Any]) -> None:
         about = header.pop("__metadata__")

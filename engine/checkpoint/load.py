@@ -143,12 +143,8 @@ def read_weights(path: Location, moment: str | None = None) -> dict[str, torch.T
         CheckpointError: as `open_checkpoint` and `load_shards`, or the checkpoint holds no such moment.
     """
     manifest = open_checkpoint(path)
-    if moment is not None and moment not in manifest.moments:
-        raise CheckpointError(
-            f"{path} holds no {moment} of the weights",
-            f"a checkpoint that was saved in a run stage which keeps {moment}; here are {list(manifest.moments)}",
-            "use another checkpoint, or the trained weights",
-        )
+    if moment is not None:
+        check_moment(manifest, moment, path)
     files = Files(path, manifest)
     files.check_all()  # every element is backed by bytes on the disk before memory is taken
     found = {}
@@ -160,6 +156,16 @@ def read_weights(path: Location, moment: str | None = None) -> dict[str, torch.T
         fill_shard(shard, files)
         found[name] = (shard.weight if held is None else shard.moments[held]).view(whole.shape)
     return found
+
+
+def check_moment(manifest: Manifest, moment: str, path: Location) -> None:
+    """Raise `CheckpointError` where a checkpoint holds no moment of that name."""
+    if moment not in manifest.moments:
+        raise CheckpointError(
+            f"{path} holds no {moment} of the weights",
+            f"a checkpoint that was saved in a run stage which keeps {moment}; here are {list(manifest.moments)}",
+            "use another checkpoint, or the trained weights",
+        )
 
 
 class Files:
@@ -183,6 +189,11 @@ class Files:
             manifest_json.check_size(self.manifest.files[name], self.path / name)
             self._open[name] = Container(self.path / name)
         return self._open[name]
+
+    def release(self) -> None:
+        """Unmap the files; they stay open, and are mapped again where they are touched next."""
+        for file in self._open.values():
+            file.release()
 
     def check_all(self) -> None:
         """Raise `CheckpointError` unless every file holds exactly the shards that the placements ask of it."""

@@ -13,19 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from ruamel.yaml import YAML
 
 from engine import __version__
 from engine.checkpoint.folder import CHECKPOINTS
-from engine.checkpoint.interchange.older_readers import OLDEST
-from engine.checkpoint.load import read_state
+from engine.checkpoint.interchange.forms import OLDEST
 from engine.checkpoint.manifest import CheckpointState
 from engine.config.rules.tables import REPLAY
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
 from engine.errors import ConfigError
 from engine.redact import redacted
-from engine.serve.source import Trained, run_of
+from engine.serve.source import Trained
 from engine.train.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -55,25 +55,49 @@ def parse_license(name: str) -> str:
     return name.lower()
 
 
-def model_card(trained: Trained, theirs: PretrainedConfig, license_id: str | None) -> str:
+def model_card(trained: Trained, theirs: PretrainedConfig, license_id: str | None, dtype: torch.dtype) -> str:
     """Return the text of the card, with the metadata that the hub reads at its head."""
-    state = read_state(trained.checkpoint)
-    run = run_of(trained.checkpoint, state)
-    family = run.model.family
+    family = trained.config.family
     metadata: dict[str, Any] = {} if license_id is None else {"license": license_id}
     metadata |= {"library_name": "transformers", "pipeline_tag": _PIPELINES[family], "tags": ["palimpsest"]}
-    parts = [
-        f"---\n{_yaml(metadata)}---",
+    name = theirs.architectures[0]  # type: ignore[index]
+    in_dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    if trained.run is None:
+        about = _converted(trained, name, in_dtype, license_id)
+    else:
+        about = _trained(trained, trained.run, name, in_dtype, license_id)
+    title, first, *rest = about
+    untied = [_UNTIED_T5] if family == "t5" and not trained.config.tie_embeddings else []
+    return "\n\n".join([f"---\n{_yaml(metadata)}---", title, first, *untied, _usage(_CLASSES[family]), *rest]) + "\n"
+
+
+def _trained(trained: Trained, run: RunConfig, name: str, dtype: str, license_id: str | None) -> list[str]:
+    """Return title, first paragraph and tables of a model that a run trained."""
+    return [
         f"# {' '.join(run.name.split())}",
-        f"A {theirs.architectures[0]} that was pretrained with Palimpsest {__version__}; weights in fp32.",  # type: ignore[index]
-        *([_UNTIED_T5] if family == "t5" and not run.model.tie_embeddings else []),
-        _usage(_CLASSES[family]),
-        "## Source\n\n" + _table(("", ""), _source(trained, run, state, license_id)),
-        "## Training data\n\n" + _data(trained, run, state),
+        f"A {name} that was pretrained with Palimpsest {__version__}; weights in {dtype}.",
+        "## Source\n\n" + _table(("", ""), _source(trained, run, trained.state, license_id)),
+        "## Training data\n\n" + _data(trained, run, trained.state),
         "## Held-out loss\n\n" + _losses(trained),
         f"## Configuration\n\n```yaml\n{_yaml(redacted(run.model_dump(mode='json', exclude_none=True)))}```",
     ]
-    return "\n\n".join(parts) + "\n"
+
+
+def _converted(trained: Trained, name: str, dtype: str, license_id: str | None) -> list[str]:
+    """Return title, first paragraph and tables of a model that was converted and not trained here."""
+    facts = trained.converted
+    rows = [
+        ("converted from", f"{facts.get('kind')}: {facts.get('source')}"),
+        ("fingerprint of its weights", str(facts.get("fingerprint"))),
+        ("parameters", f"{trained.num_parameters:,}"),
+        ("license", license_id or "not stated (`palimpsest convert --license`); that of the source holds"),
+    ]
+    return [
+        f"# {Path(str(facts.get('source'))).name}",
+        f"A {name} that was converted with Palimpsest {__version__}, and not trained; weights in {dtype}.",
+        "## Source\n\n" + _table(("", ""), rows),
+        f"## Configuration\n\n```yaml\n{_yaml(trained.config.model_dump(mode='json', exclude_none=True))}```",
+    ]
 
 
 def _usage(name: str) -> str:
@@ -93,7 +117,7 @@ def _source(
     if trained.averaged and (ema := _stage_of(run, trained.step).ema) is not None:
         yield "weights", f"exponential moving average, decay {ema.decay:g} every {ema.every_steps} steps"
     yield "tokens", f"{trained.tokens:,}"
-    yield "parameters", f"{sum(value.numel() for value in trained.weights.values()):,}"
+    yield "parameters", f"{trained.num_parameters:,}"
     yield "configuration hash", state.config_hash
     yield "tokenizer hash", state.sections.get("tokenizer", {}).get("hash", "not recorded")
     yield "seed", str(run.seed)

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.checkpoint.interchange.foreign_model import read_config
-from engine.checkpoint.interchange.huggingface import Names, form_of, read_model, their_names, to_huggingface
+from engine.checkpoint.interchange.forms import form_of
+from engine.checkpoint.interchange.huggingface import Names, read_model, their_names, to_huggingface
 from engine.checkpoint.load import read_state
 from engine.config.schema.model import ModelConfig
 from engine.data.tokenizer.files import MODEL_FILE, read_files
 from engine.data.tokenizer.wrapping import wrap_files
 from engine.errors import ConfigError
 from engine.foreign import refuse_custom_code
-from engine.serve.source import Trained, is_trained, open_trained, run_of
+from engine.serve.source import Trained, describe, is_trained, open_trained
 from engine.serve.tokenizer_files import write_tokenizer
 
 if TYPE_CHECKING:
@@ -64,31 +65,43 @@ def from_trained(trained: Trained) -> LanguageModel:
     """Return a run's model in Hugging Face's classes, made in memory."""
     import transformers
 
+    if trained.tokenizer is None:
+        raise ConfigError(
+            f"{trained.checkpoint} was converted from a folder without a tokenizer",
+            "a model with its tokenizer",
+            "name the tokenizer's folder with --tokenizer",
+        )
     with TemporaryDirectory() as folder:  # as `convert` would write it, so that run and folder say the same
         write_tokenizer(trained.tokenizer, Path(folder), trained.config)
         tokenizer = read_tokenizer(Path(folder))
-    config, state = their_form(trained, tokenizer)
+    config = their_config(trained, tokenizer)
+    _, state = to_huggingface(trained.config, trained.weights, config.pad_token_id)
     kind = getattr(transformers, (config.architectures or [])[0])
     model = kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     origin = f"step {trained.step} of {trained.checkpoint.parent.parent.resolve().name}"
     return LanguageModel(model.eval(), tokenizer, origin)
 
 
-def their_form(trained: Trained, tokenizer: Any) -> tuple[PretrainedConfig, dict[str, torch.Tensor]]:
-    """Return their configuration, with the tokenizer's special tokens, and state dictionary.
+def their_config(trained: Trained, tokenizer: Any) -> PretrainedConfig:
+    """Return their configuration with the tokenizer's special tokens; None means that there is no tokenizer.
 
     Raises:
         ConfigError: the model has no twin, or the tokenizer has more tokens than the model or lacks one it needs.
     """
+    form = form_of(trained.config)
+    if tokenizer is None:
+        config = form.their_config(trained.config)
+        config.dtype = torch.float32
+        return config
+    assert trained.tokenizer is not None
     check_vocabulary(trained.config.vocab_size, trained.tokenizer, tokenizer)
-    padding = _padding_id(trained.config, trained.tokenizer, tokenizer)
-    config, state = to_huggingface(trained.config, trained.weights, padding)
+    config = form.their_config(trained.config, _padding_id(trained.config, trained.tokenizer, tokenizer))
     config.dtype = torch.float32
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     if config.is_encoder_decoder:
         config.decoder_start_token_id = config.pad_token_id  # as span corruption shifts its targets
-    return config, state
+    return config
 
 
 def caches(config: PretrainedConfig) -> bool:
@@ -102,12 +115,12 @@ def their_names_of(checkpoint: Path, tokenizer: Path | None = None) -> Names:
     Raises:
         ConfigError: the model has no twin, or counts positions from the padding token of a tokenizer that has none.
     """
-    run = run_of(checkpoint, read_state(checkpoint))
+    described = describe(checkpoint, read_state(checkpoint))
+    model, folder = described.model, tokenizer or described.tokenizer
     # Without positions from the padding token on, the tokenizer need not be there at all.
-    if not form_of(run.model).after_padding:
-        return their_names(run.model)
-    folder = tokenizer or run.tokenizer
-    return their_names(run.model, _padding_id(run.model, folder, read_tokenizer(folder)))
+    if not form_of(model).after_padding or folder is None:
+        return their_names(model)
+    return their_names(model, _padding_id(model, folder, read_tokenizer(folder)))
 
 
 def _padding_id(config: ModelConfig, folder: Path, tokenizer: Any) -> int | None:

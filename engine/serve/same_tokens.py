@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from engine.checkpoint.load import read_state
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.remote import is_remote
 from engine.data.tokenizer.folder import TextTokenizer, load_tokenizer
 from engine.errors import CheckpointError, DataError
 from engine.logs import logger
-from engine.serve.source import Trained, run_of
+from engine.serve.source import Trained
 
 log = logger(__name__)
 
@@ -49,6 +48,7 @@ def same_tokens(trained: Trained, folder: Path, name: Path, text: str) -> SameTo
     Raises:
         CheckpointError: it splits text otherwise than our reader, or gives other ids than the shards have.
     """
+    assert trained.tokenizer is not None
     ours, theirs = load_tokenizer(trained.tokenizer), _their_reader(folder, name)
     expected = ours.encode([text])[0].tolist()
     if expected != _ids(theirs, text):
@@ -103,8 +103,9 @@ def _special(tokenizer: TextTokenizer) -> list[str]:
 
 def _documents(trained: Trained, tokenizer: TextTokenizer) -> Iterator[np.ndarray]:
     """Yield ids of the first documents of each data set that the run was trained on, without the end of text."""
-    run = run_of(trained.checkpoint, read_state(trained.checkpoint))
-    for location in dict.fromkeys(location for stage in run.stages for location in stage.data.training_locations):
+    # a converted model was trained on nothing that is here
+    stages = () if trained.run is None else trained.run.stages
+    for location in dict.fromkeys(location for stage in stages for location in stage.data.training_locations):
         if is_remote(location):
             reason = "only local shards are read for that"
             log.warning("the tokenizer was not compared with the ids in %s: %s", location, reason)

@@ -6,43 +6,96 @@ configuration is the checkpoint's own, so that a checkpoint that was moved out o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from engine.checkpoint import manifest_json
 from engine.checkpoint.folder import CHECKPOINTS, committed
-from engine.checkpoint.interchange.foreign_model import check_finite
-from engine.checkpoint.load import read_state, read_weights
+from engine.checkpoint.interchange.mapping import unchanged
+from engine.checkpoint.interchange.sources import CheckpointSource, Source, read_parameter
+from engine.checkpoint.load import read_state
 from engine.checkpoint.manifest import CheckpointState
 from engine.checkpoint.storage import MANIFEST
 from engine.checkpoint.verify import verify
 from engine.config.load import load_run, parse_run
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import ModelConfig, make_model
 from engine.config.schema.regularization import EMA
 from engine.config.schema.run import RunConfig
 from engine.data.tokenizer.folder import tokenizer_hash
 from engine.errors import CheckpointError, ConfigError
 from engine.logs import logger
+from engine.models.families import family
 
 log = logger(__name__)
 
 RUN_CONFIG = "config.yaml"
 
 
+CONVERTED = "converted"
+"""Section of a checkpoint that `convert` wrote: what it was made from."""
+TOKENIZER, SIDE_FILES = "tokenizer", "huggingface"
+"""Folders in what `convert` wrote: the tokenizer, and the small files of the Hugging Face folder that it came from."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """A checkpoint's model and tokenizer, and the run that trained it; a converted one has no run behind it."""
+
+    model: ModelConfig
+    tokenizer: Path | None
+    run: RunConfig | None
+
+
 @dataclass(frozen=True)
 class Trained:
-    """A model as a run left it: fp32 master weights (real rows) by logical name, and the tokenizer's folder."""
+    """A model in a checkpoint: fp32 master weights (real rows) by logical name, read from `source`, and its tokenizer's
+    folder, if it has one."""
 
     checkpoint: Path
-    step: int
-    tokens: int
+    state: CheckpointState
     config: ModelConfig
-    tokenizer: Path
-    weights: dict[str, torch.Tensor]
+    run: RunConfig | None
+    tokenizer: Path | None
+    source: Source
     averaged: bool = False
     """True if the weights are the exponential moving average that the run has kept."""
+
+    @property
+    def step(self) -> int:
+        return self.state.step
+
+    @property
+    def tokens(self) -> int:
+        return self.state.tokens
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.source.shapes.values())
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """All weights by logical name, read anew into this process's memory.
+
+        Raises:
+            ConfigError: a weight is not finite.
+        """
+        model_map = unchanged(family(self.config).specs(self.config))
+        return {name: read_parameter(self.source, one) for name, one in model_map.parameters.items()}
+
+    @property
+    def converted(self) -> dict[str, Any]:
+        """Facts about the source that `convert` made the checkpoint from; empty for one that a run saved."""
+        return dict(self.state.sections.get(CONVERTED, {}))
+
+    @property
+    def side_files(self) -> Path | None:
+        """Folder with the small files of the Hugging Face folder that the checkpoint was made from."""
+        folder = self.checkpoint.resolve().parent.parent / SIDE_FILES
+        return folder if self.converted and folder.is_dir() else None
 
 
 def is_trained(source: Path) -> bool:
@@ -57,14 +110,20 @@ def open_trained(source: Path, tokenizer: Path | None = None, averaged: bool = F
     weights.
 
     Raises:
-        ConfigError: `source` is neither, the tokenizer's folder is not there or holds another one, or weights are NaN
-            or infinite.
+        ConfigError: `source` is neither, or the tokenizer's folder is not there or holds another one.
         CheckpointError: no checkpoint is whole, or it holds no average.
     """
     checkpoint = find_checkpoint(source)
     state = read_state(checkpoint)
-    run = run_of(checkpoint, state)
-    folder = tokenizer or run.tokenizer
+    described = describe(checkpoint, state)
+    folder = tokenizer or described.tokenizer
+    if folder is not None:
+        _check_tokenizer(folder, checkpoint, state)
+    weights = CheckpointSource(checkpoint, EMA if averaged else None)
+    return Trained(checkpoint, state, described.model, described.run, folder, weights, averaged)
+
+
+def _check_tokenizer(folder: Path, checkpoint: Path, state: CheckpointState) -> None:
     if not folder.is_dir():
         raise ConfigError(
             f"tokenizer folder {folder} is not there",
@@ -78,10 +137,6 @@ def open_trained(source: Path, tokenizer: Path | None = None, averaged: bool = F
             f"a folder of hash {trained_with}, found {tokenizer_hash(folder)}",
             "name the right one with --tokenizer",
         )
-    # last: whatever else is wrong is found before gigabytes are read
-    weights = read_weights(checkpoint, EMA if averaged else None)
-    check_finite(weights.items(), checkpoint)
-    return Trained(checkpoint, state.step, state.tokens, run.model, folder, weights, averaged)
 
 
 def find_checkpoint(source: Path) -> Path:
@@ -122,8 +177,27 @@ def _whole(checkpoint: Path) -> Path:
     return checkpoint
 
 
+def describe(checkpoint: Path, state: CheckpointState) -> Described:
+    """Return the model and the tokenizer of a checkpoint."""
+    if CONVERTED in state.sections:
+        folder = checkpoint.resolve().parent.parent / TOKENIZER
+        return Described(make_model(**state.config["model"]), folder if folder.is_dir() else None, None)
+    run = run_of(checkpoint, state)
+    return Described(run.model, run.tokenizer, run)
+
+
 def run_of(checkpoint: Path, state: CheckpointState) -> RunConfig:
-    """Return the configuration in the checkpoint or, where it carries none, of the run folder around it."""
+    """Return the configuration in the checkpoint or, where it carries none, of the run folder around it.
+
+    Raises:
+        ConfigError: the checkpoint was converted, so that no run is behind it.
+    """
+    if CONVERTED in state.sections:
+        raise ConfigError(
+            f"{checkpoint} was converted from {state.sections[CONVERTED].get('source')}: there is no run behind it",
+            "a checkpoint that a run saved",
+            "name a run folder, or use it with `generate` and `convert`",
+        )
     # empty in a checkpoint that was not saved by a run
     if state.config:
         return parse_run(state.config, f"in {checkpoint / MANIFEST}")

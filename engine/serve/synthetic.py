@@ -78,6 +78,7 @@ def generate_replay(
             log.info("%s is complete already", output)
             return
         _warn_saturated(trained)
+        assert trained.tokenizer is not None  # a run has one
         tokenizer = load_tokenizer(trained.tokenizer)
         units = Units(output / UNITS)
         sampler = _sampler(trained, config, tokenizer, request, units.folder)

@@ -100,7 +100,16 @@ def test_convert_makes_a_run_of_it_that_others_read(saved, tmp_path, capsys):
     tree["model"]["vocab_multiple"] = 8
     (tmp_path / "run.yaml").write_text(json.dumps(tree))  # JSON is YAML
     output = tmp_path / "converted"
-    command = ["convert", str(folder), "--to", "run", "--run", str(tmp_path / "run.yaml"), "--output", str(output)]
+    command = [
+        "convert",
+        str(folder),
+        "--to",
+        "palimpsest",
+        "--run",
+        str(tmp_path / "run.yaml"),
+        "--output",
+        str(output),
+    ]
     assert main(command) == 0, capsys.readouterr().err
     weights = read_ours(output / "checkpoints" / "step-00000000")
     assert weights.keys() == truth.keys()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from engine.checkpoint.interchange.huggingface import from_huggingface, tensors_in
+from engine.checkpoint.interchange.huggingface import from_huggingface, open_folder
 from engine.corpus.tokenizer_import import import_tokenizer
 from engine.corpus.tokenizer_training import train_tokenizer
 from engine.data.tokenizer.folder import load_tokenizer
@@ -36,7 +36,7 @@ MODELS = {"model_type": "elsewhere", "auto_map": {"AutoConfig": "code.C", "AutoM
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["known class", "unknown class"])
-@pytest.mark.parametrize("read", [from_huggingface, tensors_in, open_language_model])
+@pytest.mark.parametrize("read", [from_huggingface, open_folder, open_language_model])
 def test_a_model_with_code_is_refused(folder, monkeypatch, read, known):
     monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asks on the terminal"))
     change(folder / "config.json", **({"auto_map": MODELS["auto_map"]} if known else MODELS))

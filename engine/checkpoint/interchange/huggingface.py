@@ -1,27 +1,37 @@
-"""Weights and configuration to and from Hugging Face's models, by one name table per form of model.
+"""Models of Hugging Face's library, to and from ours: whole ones in memory, and folders that are read row by row.
 
-The tables (`forms`) are read in both directions. A configuration must be exactly of a form: a mix
-(GPT-2 with rotary positions, say) has no twin that computes the same and is refused by the names of the fields. Only
-real vocabulary rows travel. Dropout does not: it is 0 on both sides. Nothing here reads a run or writes a folder: see
-`engine.serve.export`.
+The tables are in `forms`, the correspondence of parameters in `mapping`. A configuration must be exactly of a form: a
+mix (GPT-2 with rotary positions, say) has no twin that computes the same and is refused by the names of the fields.
+Only real vocabulary rows travel. Dropout does not: it belongs to the run. Nothing here reads a run or writes a folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from engine.checkpoint.interchange.bert_forms import BERT, BERT_WITHOUT_PAIRS, MODERN_BERT, ROBERTA
 from engine.checkpoint.interchange.foreign_model import load, read_config
-from engine.checkpoint.interchange.forms import GPT2, LLAMA, Form, Theirs
-from engine.checkpoint.interchange.t5_form import T5
+from engine.checkpoint.interchange.forms import BERT, BERT_WITHOUT_PAIRS, Form, form_of, form_of_theirs, require_form
+from engine.checkpoint.interchange.mapping import ModelMap
+from engine.checkpoint.interchange.sources import (
+    MemorySource,
+    SafetensorsFolder,
+    Source,
+    check_source,
+    read_parameter,
+    unknown,
+)
+from engine.checkpoint.interchange.sources.renamed import renamed
+from engine.checkpoint.interchange.sources.safetensors_folder import unreadable
 from engine.checkpoint.mismatch import check_tensors
-from engine.config.huggingface_forms import nearest
-from engine.config.schema.model import ModelConfig, make_model
-from engine.errors import ConfigError, PalimpsestError, report
+from engine.checkpoint.storage import Location
+from engine.config.schema.model import ModelConfig
 from engine.models.families import family
 from engine.parallel.sharding import ParameterSpec
 
@@ -31,13 +41,118 @@ if TYPE_CHECKING:
 Tensors = dict[str, torch.Tensor]
 Names = Callable[[ParameterSpec, torch.Tensor], Tensors]
 """Function from a parameter or a moment of it (stored shape) to its parts by the names of another format."""
-FORMS = (GPT2, LLAMA, BERT, BERT_WITHOUT_PAIRS, ROBERTA, MODERN_BERT, T5)
+VOCAB_MULTIPLE: int = ModelConfig.model_fields["vocab_multiple"].default
+SIDE_FILES = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
+"""Endings of the small files of a folder: configurations, tokenizer, chat template, code that is refused."""
+
+
+@dataclass(frozen=True)
+class ForeignModel:
+    """A model of theirs that ours computes: our configuration, and where its parameters are in a source."""
+
+    model: ModelConfig
+    form: Form
+    theirs: PretrainedConfig
+    map: ModelMap
+    source: Source
+
+    def check(self) -> ForeignModel:
+        """Return this, where the source has exactly the model's tensors. Raises `ConfigError` where it has not."""
+        check_source(self.source, self.map, self.form.unused)
+        return self
+
+    def read(self, name: str, first: int = 0, end: int | None = None) -> torch.Tensor:
+        """Return rows of one of our parameters, fp32. Raises `ConfigError` where a value is not finite."""
+        return read_parameter(self.source, self.map.parameters[name], first, end)
+
+
+def open_folder(folder: Location, vocab_multiple: int = VOCAB_MULTIPLE) -> ForeignModel:
+    """Open a folder of theirs; reads configuration and headers.
+
+    `vocab_multiple` becomes the key of that name, which theirs do not have.
+
+    Raises:
+        ConfigError: the folder cannot be read, or its model is none that ours computes.
+    """
+    with side_files(folder) as local:
+        theirs = read_config(local)
+    form = require_form(theirs)
+    model = form.our_config(theirs, vocab_multiple)
+    source = renamed(SafetensorsFolder(folder), form.prefix, form.heads)
+    if form is BERT_WITHOUT_PAIRS and "cls.seq_relationship.weight" in source.shapes:
+        # bert-base-uncased names the class without pairs and has the head for them: nothing is dropped
+        form = BERT
+        model = form.our_config(theirs, vocab_multiple)
+    return ForeignModel(model, form, theirs, form.mapping(model, theirs.pad_token_id), source)
+
+
+def open_model(theirs: PreTrainedModel, vocab_multiple: int = VOCAB_MULTIPLE) -> ForeignModel:
+    """Open a live model of theirs. Raises `ConfigError` where it is none that ours computes."""
+    config = theirs.config
+    form = require_form(config, type(theirs).__name__)
+    model = form.our_config(config, vocab_multiple)
+    source = MemorySource(theirs.state_dict(), type(theirs).__name__)
+    return ForeignModel(model, form, config, form.mapping(model, config.pad_token_id), source)
+
+
+@dataclass(frozen=True)
+class ForeignWeights:
+    """The weights of a model of theirs for a comparison, by our names; what fits nowhere stands under its own name."""
+
+    opened: ForeignModel
+
+    @property
+    def names(self) -> dict[str, bool]:
+        """Names, with False for a parameter that no file holds whole."""
+        found, model_map = self.opened.source.shapes, self.opened.map
+        names = {name: one.tensors.keys() <= found.keys() for name, one in model_map.parameters.items()}
+        return names | dict.fromkeys(unknown(self.opened.source, model_map, self.opened.form.unused), True)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a weight in fp32, of the shape that its files have; empty for a tensor that fits nowhere."""
+        one = self.opened.map.parameters.get(name)
+        if one is None:
+            return torch.empty(0)
+        held = self.opened.source.shapes
+        if any(tuple(held[tensor]) != tuple(shape) for tensor, shape in one.tensors.items()):
+            return torch.empty(held[next(iter(one.tensors))])
+        return one.ours(self.opened.source.read).float()
+
+
+@contextlib.contextmanager
+def side_files(folder: Location) -> Iterator[Path]:
+    """Yield a local folder with the small files of a folder of theirs: itself, or copies of those behind a URL."""
+    if isinstance(folder, Path):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            for path in folder.iterdir():
+                if path.name.endswith(SIDE_FILES) and path.is_file():
+                    with path.open("rb") as file:
+                        (Path(scratch) / path.name).write_bytes(file.read())
+        except OSError as error:
+            raise unreadable(folder, str(error.strerror or error)) from error
+        yield Path(scratch)
+
+
+def from_huggingface(
+    source: Path | PreTrainedModel, vocab_multiple: int = VOCAB_MULTIPLE
+) -> tuple[ModelConfig, Tensors]:
+    """Return our configuration and weights (fp32 copies, real rows, by logical name) of their folder or model.
+
+    Raises:
+        ConfigError: the folder cannot be read, lacks tensors or has others, or its model is none that ours computes.
+    """
+    found = open_folder(source, vocab_multiple) if isinstance(source, Path) else open_model(source, vocab_multiple)
+    found.check()
+    return found.model, {name: found.read(name) for name in found.map.parameters}
 
 
 def to_huggingface(
     config: ModelConfig, tensors: Mapping[str, torch.Tensor], padding_id: int | None = None
 ) -> tuple[PretrainedConfig, Tensors]:
-    """Their configuration and state dictionary for our weights (`tensors`: real rows, by logical name).
+    """Return their configuration and state dictionary for our weights (`tensors`: real rows, by logical name).
 
     The dtype is kept and tensors may share memory with ours; a tied head is left to `tie_weights`. `padding_id` is the
     tokenizer's; without one the padding token is the form's own.
@@ -49,10 +164,10 @@ def to_huggingface(
     form = form_of(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     check_tensors(shapes, {spec.name: spec.stored_shape for spec in family(config).specs(config)}, "the source")
-    theirs = _their_config(form, config, padding_id)
-    state: Tensors = {}
-    for spec in family(config).specs(config):
-        state |= _their_tensors(config, form, spec, tensors[spec.name], theirs.pad_token_id)
+    theirs = form.their_config(config, padding_id)
+    model_map, state = form.mapping(config, theirs.pad_token_id), {}
+    for name in model_map.parameters:
+        state |= _parts(model_map, name, tensors[name])
     return theirs, state
 
 
@@ -63,84 +178,14 @@ def their_names(config: ModelConfig, padding_id: int | None = None) -> Names:
         ConfigError: the model is not exactly of one of the forms.
     """
     form = form_of(config)
-    padding_id = _their_config(form, config, padding_id).pad_token_id
-    return lambda spec, tensor: _their_tensors(config, form, spec, tensor, padding_id)
+    model_map = form.mapping(config, form.their_config(config, padding_id).pad_token_id)
+    return lambda spec, tensor: _parts(model_map, spec.name, tensor)
 
 
-def _their_tensors(
-    config: ModelConfig, form: Form, spec: ParameterSpec, tensor: torch.Tensor, padding_id: int | None
-) -> Tensors:
-    entry, names = _theirs(config, form, spec)
-    parts, state = (tensor,), {}
-    if len(names) > 1:  # copies: files of theirs must not share memory between tensors
-        parts = tuple(part.clone() for part in tensor.split(spec.blocks(), dim=0))
-    for name, part in zip(names, parts, strict=True):
-        if entry.after_padding:
-            assert padding_id is not None, f"{form.name} counts positions from it on"
-            # Padding token 1: two rows of zeros, and our position 0 is their row 2.
-            part = torch.cat([part.new_zeros(padding_id + 1, *part.shape[1:]), part])
-        # biases (1-D) have no orientation
-        state[name] = part.t().contiguous() if entry.transposed and part.dim() == 2 else part.contiguous()
-    return state
-
-
-def from_huggingface(
-    source: Path | PreTrainedModel, vocab_multiple: int = ModelConfig.model_fields["vocab_multiple"].default
-) -> tuple[ModelConfig, Tensors]:
-    """Our configuration and weights (fp32 copies, real rows, by logical name) of their folder or model.
-
-    `vocab_multiple` becomes the key of that name, which theirs do not have.
-
-    Raises:
-        ConfigError: the folder cannot be read, lacks tensors or has others, or its model is none that ours computes.
-    """
-    if isinstance(source, Path):
-        config = our_config(read_config(source), vocab_multiple)
-        source = read_model(source)
-    else:
-        config = our_config(source.config, vocab_multiple, type(source).__name__)
-    form, state = form_of(config), source.state_dict()
-    tensors: Tensors = {}
-    for spec in family(config).specs(config):
-        entry, names = _theirs(config, form, spec)
-        tensors[spec.name] = _ours(entry, [state[name] for name in names], source.config.pad_token_id)
-    # transformers loads such a file as it is, although the configuration says tied (`t5_form`).
-    if form is T5 and config.tie_embeddings and not torch.equal(state["lm_head.weight"], state["shared.weight"]):
-        raise ConfigError(
-            "lm_head.weight is not shared.weight, although they are tied", "scale_decoder_outputs = false"
-        )
-    return config, tensors
-
-
-def tensors_in(folder: Path) -> dict[str, torch.Tensor | None]:
-    """Return the weights that a folder of theirs holds, by logical name, for a comparison.
-
-    None stands for a parameter of its configuration that no file holds whole; a tensor that the model has no place for
-    stands under its own name.
-
-    Raises:
-        ConfigError: the folder cannot be read, or its model is none that ours computes.
-    """
-    theirs = read_config(folder)
-    # No padding: stored rows are all that is compared.
-    config = our_config(theirs, vocab_multiple=1)
-    form, loaded = form_of(config), load(folder, _architecture(theirs))
-    state, missing = loaded.model.state_dict(), set(loaded.missing)
-    found: dict[str, torch.Tensor | None] = dict.fromkeys(loaded.unexpected, torch.empty(0))
-    for spec in family(config).specs(config):
-        entry, names = _theirs(config, form, spec)
-        whole = missing.isdisjoint(names)
-        found[spec.name] = _ours(entry, [state[name] for name in names], theirs.pad_token_id) if whole else None
-    return found
-
-
-def _ours(entry: Theirs, parts: list[torch.Tensor], padding_id: int | None) -> torch.Tensor:
-    """Return the parameter of ours, an fp32 copy, that theirs make up together."""
-    parts = [part.detach().float() for part in parts]
-    if entry.after_padding:
-        assert padding_id is not None, "positions are counted from it on"
-        parts = [part[padding_id + 1 :] for part in parts]
-    return torch.cat([part.t() if entry.transposed and part.dim() == 2 else part for part in parts])  # cat copies
+def _parts(model_map: ModelMap, name: str, tensor: torch.Tensor) -> Tensors:
+    parts = dict(model_map.parts(name, tensor))
+    # Copies where there are several: files of theirs must not share memory between tensors.
+    return {name: part.clone() if len(parts) > 1 else part.contiguous() for name, part in parts.items()}
 
 
 def read_model(folder: Path) -> PreTrainedModel:
@@ -149,77 +194,5 @@ def read_model(folder: Path) -> PreTrainedModel:
     Raises:
         ConfigError: the folder cannot be read, lacks tensors or has others, or holds values that are not finite.
     """
-    return load(folder, _architecture(read_config(folder))).check(folder)
-
-
-def _architecture(theirs: PretrainedConfig) -> str:
-    form = _form_of_theirs(theirs)
-    return "AutoModelForCausalLM" if form is None else form.architecture
-
-
-def form_of(config: ModelConfig) -> Form:
-    """Return the form that a configuration matches exactly.
-
-    Raises:
-        ConfigError: it is a mix; names the fields that keep it from the nearest form.
-    """
-    twin, problems = nearest(config)
-    if problems:
-        raise report(problems, f"Hugging Face has no twin of this model (nearest: {twin.name})")
-    return next(form for form in FORMS if form.twin is twin)
-
-
-def our_config(theirs: PretrainedConfig, vocab_multiple: int, architecture: str = "") -> ModelConfig:
-    """Return the `ModelConfig` that computes what their configuration does, of a model of the class `architecture`.
-
-    Raises:
-        ConfigError: there is none; names the fields.
-    """
-    form = _form_of_theirs(theirs, architecture)
-    if form is None:
-        raise ConfigError(
-            f"a Hugging Face model of type {theirs.model_type}", " or ".join({form.model_type: 0 for form in FORMS})
-        )
-    problems: list[PalimpsestError] = [
-        ConfigError(f"{name} = {getattr(theirs, name)!r}", " or ".join(map(repr, allowed)))
-        for name, allowed in form.theirs.items()
-        # A field that their class does not have cannot ask for anything else.
-        if getattr(theirs, name, allowed[0]) not in allowed
-    ]
-    values: dict[str, Any] = {ours: getattr(theirs, name) for ours, name in form.fields.items()}
-    values = {key: value for key, value in values.items() if value is not None}  # None is their word for a default
-    values |= form.read(theirs, problems)
-    if problems:
-        raise report(problems, f"this {form.name} model has no twin here")
-    return make_model(**values, **form.twin.values, vocab_multiple=vocab_multiple)
-
-
-def _form_of_theirs(theirs: PretrainedConfig, architecture: str = "") -> Form | None:
-    """Return the form of their model type; of several, that of the class, given or named in the configuration."""
-    forms = [form for form in FORMS if form.model_type == theirs.model_type]
-    said = [architecture, *(theirs.architectures or [])]
-    return next((form for form in forms if form.architecture in said), forms[0] if forms else None)
-
-
-def _their_config(form: Form, config: ModelConfig, padding_id: int | None) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    values = {name: getattr(config, ours) for ours, name in form.fields.items()} | form.extras(config)
-    # Theirs default to token ids of their own vocabularies; whoever has the tokenizer sets the right ones.
-    values |= {"bos_token_id": None, "eos_token_id": None, "architectures": [form.architecture]}
-    theirs = AutoConfig.for_model(form.model_type, **values)
-    if padding_id is not None:
-        theirs.pad_token_id = padding_id
-    if form.after_padding:
-        # 512 positions and padding token 1 make 514, as in roberta-base
-        theirs.max_position_embeddings = config.max_positions + theirs.pad_token_id + 1
-    return theirs
-
-
-def _theirs(config: ModelConfig, form: Form, spec: ParameterSpec) -> tuple[Theirs, list[str]]:
-    """Return the table entry of one of our parameters, and the names of those of theirs that it is made of."""
-    module, _, kind = spec.name.rpartition(".")
-    key, layer = form.key(config, module)
-    # Some biases of theirs belong to another module than the weight (BERT's `cls.predictions`).
-    entry = form.names.get(f"{key}.{kind}") or form.names[key]
-    return entry, [f"{name.replace('#', layer)}.{kind}" for name in entry.modules]
+    form = form_of_theirs(read_config(folder))
+    return load(folder, "AutoModelForCausalLM" if form is None else form.architecture).check(folder)

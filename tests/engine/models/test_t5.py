@@ -168,7 +168,7 @@ def test_a_head_that_differs_from_the_embedding_is_not_called_tied():
     config = T5_FORMS["t5"]
     theirs = twin(config, random_weights(config))
     theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight + 1)
-    with pytest.raises(ConfigError, match=r"lm_head.weight is not shared.weight, although they are tied"):
+    with pytest.raises(ConfigError, match=r"lm_head.weight is not shared.weight, although config.json ties them"):
         from_huggingface(theirs)
 
 

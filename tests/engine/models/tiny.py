@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from engine.checkpoint.interchange.huggingface import form_of, to_huggingface
+from engine.checkpoint.interchange.forms import form_of
+from engine.checkpoint.interchange.huggingface import to_huggingface
 from engine.config.load import read_tree
 from engine.config.schema.model import ModelConfig, make_model
 from engine.models.families import family

@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from engine.config.load import parse_run
 from engine.errors import ConfigError
 from engine.serve.card import parse_license
-from engine.serve.export import export
+from engine.serve.export import ExportOptions, export
 from engine.serve.source import open_trained
 from tests.engine.serve.runs import run_config, save
 
@@ -45,7 +45,7 @@ def mixture(tmp_path, tokenizer):
 
 
 def card_of(config, output, **options) -> str:
-    export(open_trained(config.folder), output, **options)
+    export(open_trained(config.folder), output, ExportOptions(**options))
     return (output / "README.md").read_text(encoding="utf-8")
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from engine.checkpoint.interchange.huggingface import from_huggingface
+from engine.checkpoint.interchange.sources import MemorySource
 from engine.corpus.tokenizer_training import train_tokenizer
 from engine.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
 from engine.models.materialize import whole_model
@@ -27,8 +28,8 @@ def test_their_library_loads_the_folder_and_computes_the_same(trained_run, tmp_p
     exported = export(trained, tmp_path / "out")
     assert exported.folder == tmp_path / "out"
     assert exported.num_parameters == sum(value.numel() for value in trained.weights.values())
-    assert 0 <= exported.largest_difference <= 1e-4 < exported.largest_logit
-    assert exported.num_tokens == 128  # the model's positions; the text is longer
+    assert 0 <= exported.agreement.largest_difference <= 1e-4 < exported.agreement.largest_logit
+    assert exported.agreement.num_tokens == 128  # the model's positions; the text is longer
 
     model = AutoModelForCausalLM.from_pretrained(exported.folder)
     tokenizer = AutoTokenizer.from_pretrained(exported.folder)
@@ -50,7 +51,7 @@ def test_encoders_are_written_with_all_their_heads_and_computed_alike(form, tmp_
     save(config, step=3, seed=3)
     trained = open_trained(config.folder)
     exported = export(trained, tmp_path / "out")
-    assert 0 <= exported.largest_difference <= 1e-4 < exported.largest_logit
+    assert 0 <= exported.agreement.largest_difference <= 1e-4 < exported.agreement.largest_logit
     assert not (exported.folder / "generation_config.json").exists()
     tokenizer = AutoTokenizer.from_pretrained(exported.folder)
     model = AutoModelForMaskedLM.from_pretrained(exported.folder)
@@ -71,7 +72,7 @@ def test_an_encoder_decoder_travels_too(tmp_path, form):
     config = run_config(tmp_path / "run", form, tmp_path / "tokenizer")
     save(config, step=3, seed=3)
     exported = export(open_trained(config.folder), tmp_path / "out")
-    assert 0 <= exported.largest_difference <= 1e-4 < exported.largest_logit
+    assert 0 <= exported.agreement.largest_difference <= 1e-4 < exported.agreement.largest_logit
     their_config = json.loads((exported.folder / "config.json").read_text())
     assert their_config["decoder_start_token_id"] == their_config["pad_token_id"] is not None
     for source in (exported.folder, config.folder):
@@ -142,9 +143,10 @@ def _export_with(trained, output, monkeypatch, spoil):
     """Exports with the written folder spoilt before it is read back."""
     write_folder = module.write_folder
 
-    def write_and_spoil(trained, folder, license_id):
-        write_folder(trained, folder, license_id)
+    def write_and_spoil(trained, folder, *options):
+        written = write_folder(trained, folder, *options)
         spoil(folder)
+        return written
 
     monkeypatch.setattr(module, "write_folder", write_and_spoil)
     export(trained, output)
@@ -186,4 +188,5 @@ def test_weights_that_are_no_numbers_are_refused(own_run, tmp_path):
     trained = open_trained(own_run.folder)
     broken = {**trained.weights, "final_norm.weight": torch.full((64,), torch.nan)}
     with pytest.raises(ConfigError, match=r"are not finite: transformer\.ln_f\.weight"):
-        export(replace(trained, weights=broken), tmp_path / "out")
+        export(replace(trained, source=MemorySource(broken, "here")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

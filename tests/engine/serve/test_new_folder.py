@@ -33,6 +33,29 @@ def test_what_a_killed_process_left_is_swept(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
 
 
+def test_a_second_writer_is_refused_and_disturbs_nothing(tmp_path):
+    with new_folder(tmp_path / "out") as partial:
+        (partial / "file").write_text("x")
+        with pytest.raises(ConfigError, match="is being written by another process"), new_folder(tmp_path / "out"):
+            pass
+    assert (tmp_path / "out" / "file").read_text() == "x"
+
+
+def test_a_resumable_folder_keeps_what_was_left_and_what_an_interrupt_leaves(tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "half").write_text("x")
+
+    def interrupted(folder):
+        assert [path.name for path in folder.iterdir()] == ["half"]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out", resumable=True) as partial:
+        interrupted(partial)
+    with new_folder(tmp_path / "out", resumable=True) as partial:
+        assert [path.name for path in partial.iterdir()] == ["half"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_what_is_there_stays(tmp_path):
     (tmp_path / "file").write_text("x")
     for taken in (tmp_path, tmp_path / "file"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.checkpoint.interchange.huggingface import from_huggingface, read_model, tensors_in
+from engine.checkpoint.interchange.huggingface import ForeignWeights, from_huggingface, open_folder, read_model
 from engine.errors import ConfigError
 from tests.engine.models.tiny import BERT_FORMS, FORMS, T5_FORMS, random_weights, twin
 
@@ -113,25 +113,49 @@ def test_weights_that_are_not_finite_are_named(folder_of, value):
         read_model(folder)
 
 
+WHOLE = "model.safetensors"
+CONFIGURATIONS: list[tuple[Callable[[Path], object], str]] = [
+    (lambda f: (f / WHOLE).rename(f / "pytorch_model.bin"), "as a pickle .pytorch_model.bin., which"),
+    (lambda f: configure(f, quantization_config={"quant_method": "gptq", "bits": 4}), "quantised weights .*: gptq"),
+    (lambda f: configure(f, hidden_size="wide"), "'hidden_size' expected int, got str"),
+    (lambda f: configure(f, num_attention_heads=5), "64. is not a multiple of the number of attention heads"),
+    (lambda f: configure(f, model_type="elsewhere"), "cannot be read as a Hugging Face model: .*elsewhere"),
+    (lambda f: (f / "config.json").write_text("[]"), "cannot be read as a Hugging Face model"),
+    (lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter .* and not a whole model"),
+]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]), "not fully cov"),
-        (lambda f: (f / "model.safetensors").write_bytes(b""), "cannot be read as a Hugging Face model: Error while"),
-        (lambda f: (f / "model.safetensors").unlink(), "no file named model.safetensors"),
-        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "as a pickle .pytorch_model.bin., which"),
-        (lambda f: configure(f, quantization_config={"quant_method": "gptq", "bits": 4}), "quantised weights .*: gptq"),
-        (lambda f: configure(f, hidden_size="wide"), "'hidden_size' expected int, got str"),
-        (lambda f: configure(f, num_attention_heads=5), "64. is not a multiple of the number of attention heads"),
-        (lambda f: configure(f, model_type="elsewhere"), "cannot be read as a Hugging Face model: .*elsewhere"),
-        (lambda f: (f / "config.json").write_text("[]"), "cannot be read as a Hugging Face model"),
-        (lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter .* and not a whole model"),
+        (lambda f: (f / WHOLE).write_bytes((f / WHOLE).read_bytes()[:-9]), "not fully cov"),
+        (lambda f: (f / WHOLE).write_bytes(b""), "cannot be read as a Hugging Face model: Error while"),
+        (lambda f: (f / WHOLE).unlink(), "no file named model.safetensors"),
+        *CONFIGURATIONS,
     ],
 )
-def test_a_folder_that_cannot_be_used_is_one_clear_error(folder_of, damage, message):
+def test_a_folder_that_transformers_cannot_use_is_one_clear_error(folder_of, damage, message):
     folder = folder_of("llama")
     damage(folder)
-    for read in (read_model, from_huggingface, tensors_in):
+    with pytest.raises(ConfigError, match=message):
+        read_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / WHOLE).write_bytes((f / WHOLE).read_bytes()[:-9]), r"\d+ bytes announced, \d+ there"),
+        (lambda f: (f / WHOLE).write_bytes(b""), "no whole safetensors file: its header does not fit in it"),
+        (lambda f: (f / WHOLE).write_bytes(b"\xff" * 99), "no whole safetensors file: its header does not fit in it"),
+        (lambda f: (f / WHOLE).write_bytes(b"\x08" + b"\0" * 7 + b"nothing!"), "its header is not that of a safetens"),
+        (lambda f: (f / WHOLE).unlink(), "there is no file named model.safetensors or model.safetensors.index.json"),
+        *CONFIGURATIONS,
+    ],
+)
+def test_a_folder_that_ours_cannot_read_is_one_clear_error(folder_of, damage, message):
+    folder = folder_of("llama")
+    damage(folder)
+    for read in (from_huggingface, open_folder):
         with pytest.raises(ConfigError, match=message):
             read(folder)
 
@@ -139,14 +163,15 @@ def test_a_folder_that_cannot_be_used_is_one_clear_error(folder_of, damage, mess
 @pytest.mark.parametrize("form", CLASSES)
 def test_for_a_comparison_absent_and_unknown_tensors_are_told(folder_of, form):
     folder = folder_of(form)
-    whole = tensors_in(folder)
+    whole = ForeignWeights(open_folder(folder, vocab_multiple=1))
     weights = random_weights(ALL[form])
-    assert whole.keys() == weights.keys()
-    assert all(torch.equal(value, weights[name]) for name, value in whole.items() if value is not None)
+    assert whole.names == dict.fromkeys(weights, True)
+    assert all(torch.equal(whole.read(name), value) for name, value in weights.items())
 
     gone = last(load_file(folder / "model.safetensors"))
     alter(folder, lambda state: state.update(extra=state.pop(gone)))
-    found = tensors_in(folder)
-    (absent,) = [name for name, value in found.items() if value is None]
+    found = ForeignWeights(open_folder(folder, vocab_multiple=1))
+    (absent,) = [name for name, there in found.names.items() if not there]
     assert "norm" in absent
-    assert found.keys() - weights.keys() == {"extra"}
+    assert found.names.keys() - weights.keys() == {"extra"}
+    assert found.read("extra").numel() == 0

@@ -20,16 +20,26 @@ from transformers import (
     T5Config,
 )
 
-from engine.checkpoint.interchange.bert_forms import BERT, BERT_WITHOUT_PAIRS, MODERN_BERT, ROBERTA
-from engine.checkpoint.interchange.forms import GPT2, LLAMA, Form
-from engine.checkpoint.interchange.huggingface import form_of, from_huggingface, our_config, to_huggingface
-from engine.checkpoint.interchange.t5_form import T5
+from engine.checkpoint.interchange.forms import (
+    BERT,
+    BERT_WITHOUT_PAIRS,
+    GPT2,
+    LLAMA,
+    MODERN_BERT,
+    ROBERTA,
+    T5,
+    Form,
+    form_of,
+    require_form,
+)
+from engine.checkpoint.interchange.huggingface import from_huggingface, to_huggingface
 from engine.config.schema.model import BERTConfig, GPTConfig, ModelConfig
 from engine.config.schema.model import T5Config as OurT5Config
 from engine.errors import CheckpointError, ConfigError
 from engine.models.materialize import whole_model
-from tests.engine.models.tiny import BERT_FORMS, FORMS, random_weights, tiny, twin
+from tests.engine.models.tiny import BERT_FORMS, FORMS, T5_FORMS, random_weights, tiny, twin
 
+ALL = FORMS | BERT_FORMS | T5_FORMS
 TOKENS_BT = torch.arange(60).reshape(2, 30) * 7 % 500
 
 
@@ -159,33 +169,59 @@ def test_a_mix_of_forms_is_refused_by_the_names_of_its_fields(config, message):
 )
 def test_what_ours_does_not_compute_is_refused(theirs, message):
     with pytest.raises(ConfigError, match=message):
-        our_config(theirs, 128)
+        require_form(theirs).our_config(theirs, 128)
 
 
-def test_every_field_of_the_model_is_carried_or_named():
-    """A new key of a family's section must say what it means for the twins."""
-    neither = {"vocab_multiple", "dropout", "attention_dropout"}
-    local = {"local_attention", "global_every", "local_rope_theta"}
-    without_meaning: list[tuple[Form, type[ModelConfig], set[str]]] = [
-        (GPT2, GPTConfig, {"rope_theta"}),
-        (LLAMA, GPTConfig, {"norm_bias"}),
-        *((form, BERTConfig, {"rope_theta", *local}) for form in (BERT, BERT_WITHOUT_PAIRS, ROBERTA)),
-        (MODERN_BERT, BERTConfig, local),
-        (T5, OurT5Config, {"num_decoder_layers"}),
-    ]
-    read = {
-        "num_layers",
-        "activation",
-        "tie_embeddings",
-        "head_size",
-        "num_kv_heads",
-        "max_positions",
-        "bias",
-    }  # refused where not equal, or read by a function
-    for form, section, rest in without_meaning:
-        rotary = {"rope_theta"} if form in (LLAMA, MODERN_BERT) else set()
-        named = {*form.fields, *form.twin.values, *read, *rotary, *rest, *neither}
-        assert named == set(section.model_fields), form.name
+WITHOUT_MEANING: list[tuple[Form, type[ModelConfig], set[str]]] = [
+    (GPT2, GPTConfig, {"rope_theta"}),
+    (LLAMA, GPTConfig, {"norm_bias"}),
+    *(
+        (form, BERTConfig, {"rope_theta", "local_attention", "global_every", "local_rope_theta"})
+        for form in (BERT, BERT_WITHOUT_PAIRS, ROBERTA)
+    ),
+    (MODERN_BERT, BERTConfig, {"global_every"}),  # beyond the number of layers all values mean the same
+    (T5, OurT5Config, {"num_kv_heads"}),
+]
+"""Keys of a family's section that a form has no use for, or that have one value in every run of the family."""
+
+
+@pytest.mark.parametrize(("form", "section", "without"), WITHOUT_MEANING, ids=lambda value: getattr(value, "name", ""))
+def test_every_key_of_the_model_comes_back_from_their_configuration(form, section, without):
+    """A new key of a family's section must say what it means for the twins: changed, it is carried, or refused."""
+    config = {one.name: config for config in reversed(ALL.values()) if (one := form_of(config))}[form.name]
+    neither = {"vocab_multiple", "dropout", "attention_dropout", "family", *without}
+    theirs = form.their_config(config, padding_id=1)
+    assert form.our_config(theirs, config.vocab_multiple) == config
+    for key in section.model_fields.keys() - neither:
+        other = tiny_change(config, key)
+        try:
+            found = form_of(other)
+        except ConfigError:
+            continue
+        again = found.our_config(found.their_config(other, padding_id=1), other.vocab_multiple)
+        assert getattr(again, key) == getattr(other, key), key
+
+
+def tiny_change(config: ModelConfig, key: str) -> ModelConfig:
+    """The model with another value of one key."""
+    value = getattr(config, key)
+    words = {
+        "position": ("learned", "rope"),
+        "norm": ("layernorm", "rmsnorm"),
+        "activation": ("gelu", "swiglu"),
+        "norm_position": ("pre", "post"),
+    }
+    if key in words:
+        new: object = next(word for word in words[key] if word != value)
+    elif isinstance(value, bool):
+        new = not value
+    elif key in ("num_kv_heads", "num_decoder_layers"):
+        new = 1
+    elif value is None:
+        new = 8 if key == "local_attention" else 50.0
+    else:
+        new = value * 2
+    return config.model_copy(update={key: new})
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.checkpoint.interchange.older_readers import older_spellings
+from engine.checkpoint.interchange.forms import older_spellings
 from tests.engine.models.tiny import BERT_FORMS, FORMS, T5_FORMS, tiny
 
 ALL = FORMS | BERT_FORMS | T5_FORMS

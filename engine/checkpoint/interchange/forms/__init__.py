@@ -1,0 +1,79 @@
+"""The model forms that both Hugging Face and this engine have, one file each, and how a form is found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from engine.checkpoint.interchange.forms.bert import BERT, BERT_WITHOUT_PAIRS, ROBERTA
+from engine.checkpoint.interchange.forms.form import Form
+from engine.checkpoint.interchange.forms.gpt2 import GPT2
+from engine.checkpoint.interchange.forms.llama import LLAMA
+from engine.checkpoint.interchange.forms.modernbert import MODERN_BERT
+from engine.checkpoint.interchange.forms.t5 import T5
+from engine.config.huggingface_forms import nearest
+from engine.config.schema.model import ModelConfig
+from engine.errors import ConfigError, report
+
+FORMS = (GPT2, LLAMA, BERT, BERT_WITHOUT_PAIRS, ROBERTA, MODERN_BERT, T5)
+OLDEST = "4.57"
+"""The oldest transformers that reads our exports, as `make test-readers` holds: the last series before 5."""
+
+
+def form_of(model: ModelConfig) -> Form:
+    """Return the form that a configuration of ours matches exactly.
+
+    Raises:
+        ConfigError: it is a mix; names the keys that keep it from the nearest form.
+    """
+    twin, problems = nearest(model)
+    if problems:
+        raise report(problems, f"Hugging Face has no twin of this model (nearest: {twin.name})")
+    return next(form for form in FORMS if form.twin is twin)
+
+
+def form_of_theirs(theirs: Any, architecture: str = "") -> Form | None:
+    """Return the form of their model type; of several, that of the class, given or named in the configuration."""
+    forms = [form for form in FORMS if form.model_type == theirs.model_type]
+    said = [architecture, *(theirs.architectures or [])]
+    return next((form for form in forms if form.architecture in said), forms[0] if forms else None)
+
+
+def require_form(theirs: Any, architecture: str = "") -> Form:
+    """Return the form of their configuration. Raises `ConfigError` where its type is none of ours."""
+    form = form_of_theirs(theirs, architecture)
+    if form is None:
+        raise ConfigError(
+            f"a Hugging Face model of type {theirs.model_type}",
+            " or ".join(dict.fromkeys(form.model_type for form in FORMS)),
+            "convert it in its own library to a model of one of these types, if it computes the same",
+        )
+    return form
+
+
+def older_spellings(model: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Return the fields of `config.json` besides those that transformers 5 writes, for readers before it.
+
+    transformers 5 renamed or moved some fields and writes the new names alone; older versions of it, vLLM, SGLang and
+    llama.cpp take a field that they do not find at its default, without a word. Transformers 5 reads the new one.
+    """
+    return {"torch_dtype": str(dtype).removeprefix("torch.")} | form_of(model).older(model)
+
+
+__all__ = [
+    "BERT",
+    "BERT_WITHOUT_PAIRS",
+    "FORMS",
+    "GPT2",
+    "LLAMA",
+    "MODERN_BERT",
+    "OLDEST",
+    "ROBERTA",
+    "T5",
+    "Form",
+    "form_of",
+    "form_of_theirs",
+    "older_spellings",
+    "require_form",
+]

@@ -1,0 +1,30 @@
+"""The tables of docs/convert.md are those of the code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.checkpoint.interchange.forms import FORMS
+from tools.convert import CARRIED, KINDS
+
+PAGE = Path(__file__).parents[2] / "docs" / "convert.md"
+
+
+def rows(*lines: tuple[str, ...]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def test_the_table_of_conversions():
+    found = [(KINDS[kind], f"`{to}`", carried) for (kind, to), carried in CARRIED.items()]
+    assert rows(("SOURCE", "`--to`", "carries over"), ("---",) * 3, *found) in PAGE.read_text(encoding="utf-8")
+
+
+def test_the_table_of_forms():
+    found = [(form.name, f"`{form.architecture}`", _keys(form)) for form in FORMS]
+    assert rows(("form", "class", "keys of `model`"), ("---",) * 3, *found) in PAGE.read_text(encoding="utf-8")
+
+
+def _keys(form) -> str:
+    values = {key: str(value).lower() if isinstance(value, bool) else value for key, value in form.twin.values.items()}
+    chosen = [f"`{key}`: {value or 'none'}" for key, value in values.items()]
+    return ", ".join([*chosen, *(f"`{key}`: {words}" for key, words in form.twin.allowed.items())])
