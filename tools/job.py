@@ -105,7 +105,7 @@ def logs(
         )
     if follow:
         everything = rank is None and node is None
-        _follow(found, job_logs.Follower(found.run_folder, found.folder, 0 if everything else rank, node))
+        _follow(found, job_logs.Follower(found.folder, 0 if everything else rank, node))
         return
     known = job_logs.attempts(found.folder)
     chosen = [record for record in known if attempt in (None, record.number)]
@@ -122,13 +122,14 @@ def log_lines(
 ) -> list[str]:
     """Return the first error of an attempt, and below it the ends of the logs, by node and rank."""
     assert found.run_folder is not None
+    assert found.folder is not None
     lines = []
-    failed, error = job_logs.first_error(found.run_folder, attempt)
+    failed, error = job_logs.first_error(found.run_folder, found.folder, attempt)
     if error:
         where = "" if failed is None else f", rank {failed} on {attempt.node_of(failed)}"
         lines += [f"== first error of attempt {attempt.number}{where}", *error.splitlines(), ""]
     for number in job_logs.selected(attempt, rank, node):
-        path = job_logs.log_of(found.run_folder, attempt.number, number)
+        path = job_logs.log_of(found.folder, attempt.number, number)
         lines.append(f"== rank {number} on {attempt.node_of(number)} ({path})")
         lines += job_logs.tail(path, num_lines) or ["(nothing)"]
     return lines

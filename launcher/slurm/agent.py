@@ -162,7 +162,7 @@ class Agent:
             silent = {int(rank): seconds for rank, seconds in message["silent"].items()}
             beats = {rank: heartbeat.read(self.attempt.beats, rank) for rank in self.attempt.ranks}
             seen = diagnosis.look_at(processes.ranks(self.attempt.processes()), beats, silent)
-            self.line.send({"say": "seen", "seen": [asdict(one) for one in seen]})
+            self.line.send({"say": "seen", "seen": [diagnosis.to_json(one) for one in seen]})
 
     def _check(self, needs: Needs) -> None:
         report = check_node(needs)

@@ -30,7 +30,7 @@ class Node:
     """Time on the monotonic clock at which `status` came."""
     heard_at: float = field(default_factory=time.monotonic)
     ready: wire.Message | None = None
-    seen: list[dict] | None = None
+    seen: list[str] | None = None
     checked: wire.Message | None = None
     checked_at: float = 0.0
     """Time on the monotonic clock at which `checked` came."""

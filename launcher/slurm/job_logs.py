@@ -15,6 +15,7 @@ from typing import Any
 from engine import outcome
 from engine.errors import EXIT_DONE, EXIT_REQUEUE
 from launcher.slurm.conductor import ATTEMPTS_FILE
+from launcher.slurm.spec import LOGS
 
 LARGEST_TAIL_BYTES = 1 << 18
 """Most bytes that are read from the end of a log."""
@@ -76,9 +77,9 @@ def attempts(job_folder: Path) -> list[AttemptRecord]:
     ]
 
 
-def log_of(run_folder: Path, attempt: int, rank: int) -> Path:
+def log_of(job_folder: Path, attempt: int, rank: int) -> Path:
     """Return the log of one rank in one attempt."""
-    return run_folder / "logs" / f"rank-{rank}.{attempt}.log"
+    return job_folder / LOGS / f"rank-{rank}.{attempt}.log"
 
 
 def selected(attempt: AttemptRecord, rank: int | None, node: str | None) -> list[int]:
@@ -99,7 +100,7 @@ def tail(path: Path, num_lines: int) -> list[str]:
     return text.splitlines()[-num_lines:]
 
 
-def first_error(run_folder: Path, attempt: AttemptRecord) -> tuple[int | None, str]:
+def first_error(run_folder: Path, job_folder: Path, attempt: AttemptRecord) -> tuple[int | None, str]:
     """Return (rank, error) of an attempt that failed: the outcome's, or that of the log which was first to tell of one.
 
     The rank is None where nobody knows, and the error is empty where there is none.
@@ -111,7 +112,7 @@ def first_error(run_folder: Path, attempt: AttemptRecord) -> tuple[int | None, s
         return None, ""
     found = []
     for rank in range(attempt.num_ranks):
-        path = log_of(run_folder, attempt.number, rank)
+        path = log_of(job_folder, attempt.number, rank)
         lines = tail(path, 200)
         first = next((index for index, line in enumerate(lines) if any(mark in line for mark in MARKS)), None)
         if first is not None:
@@ -126,15 +127,15 @@ def first_error(run_folder: Path, attempt: AttemptRecord) -> tuple[int | None, s
 class Follower:
     """New lines of the logs of the ranks that are shown, attempt after attempt."""
 
-    def __init__(self, run_folder: Path, job_folder: Path, rank: int | None, node: str | None) -> None:
-        self._run_folder, self._job_folder, self._rank, self._node = run_folder, job_folder, rank, node
+    def __init__(self, job_folder: Path, rank: int | None, node: str | None) -> None:
+        self._job_folder, self._rank, self._node = job_folder, rank, node
         self._read: dict[Path, int] = {}
 
     def new_lines(self) -> Iterator[tuple[int, int, str, str]]:
         """Yield (attempt, rank, node, line) of all whole lines since the last call."""
         for attempt in attempts(self._job_folder):
             for rank in selected(attempt, self._rank, self._node):
-                path = log_of(self._run_folder, attempt.number, rank)
+                path = log_of(self._job_folder, attempt.number, rank)
                 for line in self._lines(path):
                     yield attempt.number, rank, attempt.node_of(rank), line
 

@@ -12,15 +12,15 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from engine import outcome
 from engine.errors import EnvironmentProblem
 from engine.heartbeat import Beat
 from engine.outcome import Outcome
 from engine.run_folder import RunFolder
+from launcher import diagnosis
 from launcher.decisions import View
-from launcher.diagnosis import Frame, Seen
+from launcher.diagnosis import Seen
 from launcher.slurm import wire
 from launcher.slurm.agents import Agents, Node
 from launcher.verdict import End, Lost
@@ -133,7 +133,7 @@ class AgentRanks:
             node.seen = None
         self._tell_all({"do": "look", "silent": silent_seconds})
         self._await(lambda node: node.seen is not None, STACKS_SECONDS)
-        return [_seen(found) for node in self.nodes for found in node.seen or []]
+        return [diagnosis.from_json(found) for node in self.nodes for found in node.seen or []]
 
     def end(self) -> tuple[tuple[End, ...], Outcome | None]:
         """Have the ranks killed by their agents, and end the step without waiting for Slurm."""
@@ -220,13 +220,6 @@ def _by_rank(found: dict[str, int]) -> list[tuple[int, int]]:
 
 def _rank_of(end: End) -> int:
     return end.global_rank or 0
-
-
-def _seen(found: dict[str, Any]) -> Seen:
-    """Return what an agent saw of a rank, from its message."""
-    beat = Beat(**found["beat"]) if found["beat"] else None
-    stack = tuple(Frame(**frame) for frame in found["stack"])
-    return Seen(**{**found, "beat": beat, "stack": stack})
 
 
 def _ranges(numbers: list[int]) -> str:

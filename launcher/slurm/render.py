@@ -165,7 +165,7 @@ def rank_step(spec: JobSpec, nodes: list[str], world_size: int, attempt: int, ov
         f"--nodelist={','.join(nodes)}",
         # Ranks of one node in a row: tensor ranks stay on one node.
         "--distribution=block",
-        f"--output={spec.run_folder / 'logs'}/rank-%t.{attempt}.log",
+        f"--output={spec.logs}/rank-%t.{attempt}.log",
         "--open-mode=append",
         *(f"{option}={value}" for option, value in bound.items() if value is not None),
         *(_pyxis_options(spec) if pyxis else []),

@@ -16,6 +16,7 @@ from engine.errors import ConfigError, EnvironmentProblem
 from launcher.slurm.site import Site
 
 FILE = "job.json"
+LOGS = "logs"
 SLOW_NODES = "slow-nodes.txt"
 """File in the run folder that names nodes which ranks have found to be slow (`engine.train.node_speed`)."""
 _NODES = re.compile(r"(\d+)(?:-(\d+))?")
@@ -72,6 +73,11 @@ class JobSpec:
     def script(self) -> Path:
         """The batch script."""
         return self.folder / "train.sbatch"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the ranks' logs: of this job alone, for attempts of the next one are numbered from 0 again."""
+        return self.folder / LOGS
 
     @property
     def output(self) -> Path:

@@ -114,7 +114,7 @@ def write(job: JobSpec) -> JobSpec:
     """
     job = replace(job, code=snapshot.take(job.run_folder / JOBS / snapshot.FOLDER))
     try:
-        job.folder.mkdir(parents=True)
+        job.logs.mkdir(parents=True)
         job.script.write_text(render.batch_script(job), encoding="utf-8")
         job.rank_script.write_text(render.rank_script(job), encoding="utf-8")
         (job.folder / spec.FILE).write_text(spec.to_json(job), encoding="utf-8")

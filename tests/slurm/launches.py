@@ -122,7 +122,11 @@ class Launch:
 
     def everything(self) -> str:
         """Return all logs, for the message of a test that fails."""
-        paths = [*self.run.glob("jobs/*/*.log"), *self.run.glob("logs/*"), *self.run.glob("jobs/*/attempts.jsonl")]
+        paths = [
+            *self.run.glob("jobs/*/*.log"),
+            *self.run.glob("jobs/*/logs/*"),
+            *self.run.glob("jobs/*/attempts.jsonl"),
+        ]
         return "\n".join(f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(paths))
 
 

@@ -5,6 +5,8 @@ Asserted are the order of events, the nodes of each attempt and the losses; neve
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.slurm.cluster import MakeCluster
@@ -35,6 +37,21 @@ def test_the_loss_of_a_node_leaves_the_job_on_the_other(make_cluster: MakeCluste
     said = job.said()
     assert said[1].startswith("failed: node node2 is lost: no sign of life for 8 s (ranks 1)")
     assert said[2].startswith("restart 1 of 2 on 1 ranks (")
+    assert losses(job.run) == pytest.approx(expected, rel=0, abs=1e-5)
+
+
+@pytest.mark.matrix
+def test_checkpoints_in_memory_outlive_their_node(make_cluster: MakeCluster, expected: list[float]) -> None:
+    """The other node holds a copy of what the lost one had in memory; the disk has the third step alone."""
+    job = launch(make_cluster(2), "1-2", "--restarts", "1", checkpoint={"memory": {"every_steps": 1}})
+    job.wait_for_hold()
+    job.cluster.power_off("node2")
+    job.wait(lambda: len(job.attempts()) > 1, "no second attempt")
+    job.go()
+    assert job.end().code == 0
+    log = (job.folder / "logs" / "rank-0.1.log").read_text()
+    [resumed_at] = re.findall(r"resuming from .*: step (\d+),", log)
+    assert int(resumed_at) > 3, log
     assert losses(job.run) == pytest.approx(expected, rel=0, abs=1e-5)
 
 
@@ -93,7 +110,7 @@ def test_the_time_limit_itself(make_cluster: MakeCluster, expected: list[float])
     assert losses(job.run) == pytest.approx(expected, rel=0, abs=1e-5)
 
 
-@pytest.mark.parametrize("way", ["scancel", "job cancel"])
+@pytest.mark.parametrize("way", [pytest.param("scancel", marks=pytest.mark.matrix), "job cancel"])
 def test_a_job_that_is_cancelled_saves_and_is_not_requeued(make_cluster: MakeCluster, way: str) -> None:
     job = launch(make_cluster(2, kill_wait=120), "2", "--requeues", "5")
     job.wait_for_hold()
@@ -101,6 +118,14 @@ def test_a_job_that_is_cancelled_saves_and_is_not_requeued(make_cluster: MakeClu
         job.cluster.run("scancel", job.number)
         ended = job.end("CANCELLED")
     else:
+        shown = job.palimpsest("job", "status", str(job.run))
+        assert f"job {job.number} (run): RUNNING for " in shown
+        assert "attempt 0: 2 ranks (" in shown
+        listed = [row.split()[:2] for row in job.palimpsest("job", "list").splitlines()]
+        assert [job.number, "RUNNING"] in listed
+        logs = job.palimpsest("job", "logs", job.number, "--lines", "3")
+        assert "== rank 0 on node1 (" in logs
+        assert "step      5/9" in logs
         job.palimpsest("job", "cancel", job.number)
         ended = job.end("FAILED")
         assert "it was cancelled with `palimpsest job cancel`" in job.said()[-1]
@@ -109,6 +134,7 @@ def test_a_job_that_is_cancelled_saves_and_is_not_requeued(make_cluster: MakeClu
     assert list((job.run / "checkpoints").glob("*6*"))
 
 
+@pytest.mark.matrix
 def test_the_loss_of_the_batch_host_requeues_the_job_once(make_cluster: MakeCluster, expected: list[float]) -> None:
     job = launch(make_cluster(3), "2", "--requeues", "1")
     job.wait_for_hold()
@@ -122,6 +148,7 @@ def test_the_loss_of_the_batch_host_requeues_the_job_once(make_cluster: MakeClus
     assert losses(job.run) == pytest.approx(expected, rel=0, abs=1e-5)
 
 
+@pytest.mark.matrix
 def test_a_rank_is_killed_while_the_controller_is_away(make_cluster: MakeCluster, expected: list[float]) -> None:
     """Slurm is asked before each attempt: the conductor waits for its answer, and then starts the ranks again."""
     job = launch(make_cluster(2), "2", "--restarts", "1")
@@ -153,6 +180,7 @@ def test_a_batch_host_that_is_cut_off_is_fenced(make_cluster: MakeCluster, expec
     assert losses(job.run) == pytest.approx(expected, rel=0, abs=1e-5)
 
 
+@pytest.mark.matrix
 def test_a_node_that_fails_its_checks_is_left_out(make_cluster: MakeCluster, expected: list[float]) -> None:
     cluster = make_cluster(2)
     # A build that was killed: every rank on that node would wait for its lock for ever.

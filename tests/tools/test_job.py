@@ -50,8 +50,7 @@ def run(tmp_path: Path) -> Path:
     """A run whose job 17 has made two attempts of two ranks on two nodes."""
     run = tmp_path / "run"
     job = run / "jobs" / "20260101-000000-1"
-    (run / "logs").mkdir(parents=True)
-    job.mkdir(parents=True)
+    (job / "logs").mkdir(parents=True)
     (job / "number").write_text("17\n")
     began = {"nodes": ["n1", "n2"], "ranks_per_node": 1, "layout": "data 2"}
     records = [
@@ -62,7 +61,7 @@ def run(tmp_path: Path) -> Path:
     (job / "attempts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + '{"attempt": 1, "en')
     for rank in range(2):
         for attempt in range(2):
-            (run / "logs" / f"rank-{rank}.{attempt}.log").write_text(f"first\nrank {rank} in attempt {attempt}\n")
+            (job / "logs" / f"rank-{rank}.{attempt}.log").write_text(f"first\nrank {rank} in attempt {attempt}\n")
     return run
 
 
@@ -119,9 +118,9 @@ def test_logs_by_node_with_the_first_error_on_top(slurm: Slurm, run: Path, capfd
         "bad shard",
         "  to do: prepare it again",
         "",
-        f"== rank 0 on n1 ({run}/logs/rank-0.1.log)",
+        f"== rank 0 on n1 ({run}/jobs/20260101-000000-1/logs/rank-0.1.log)",
         "rank 0 in attempt 1",
-        f"== rank 1 on n3 ({run}/logs/rank-1.1.log)",
+        f"== rank 1 on n3 ({run}/jobs/20260101-000000-1/logs/rank-1.1.log)",
         "rank 1 in attempt 1",
     ]
     assert call("logs", str(run), "--node", "n2", "--attempt", "0", "--lines", "1") == 0
@@ -134,7 +133,7 @@ def test_the_first_error_without_an_outcome_is_of_the_log_that_ended_first(
     slurm: Slurm, run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for rank, seconds in ((0, 200), (1, 100)):
-        path = run / "logs" / f"rank-{rank}.0.log"
+        path = run / "jobs" / "20260101-000000-1" / "logs" / f"rank-{rank}.0.log"
         path.write_text(f"step 4\nTraceback (most recent call last):\n  of rank {rank}\n")
         os.utime(path, (seconds, seconds))
     assert call("logs", str(run), "--attempt", "0") == 0

@@ -228,3 +228,16 @@ def test_a_lost_batch_host_does_not_requeue_for_ever(monkeypatch: pytest.MonkeyP
 def test_the_address_of_an_interface() -> None:
     assert agent.address_of("lo") == "127.0.0.1"
     assert agent.address_of("no-such-net") == ""
+
+
+def test_stacks_come_from_the_nodes_of_the_ranks(cluster: Cluster) -> None:
+    cluster.join(0)
+    cluster.join(1)
+    ranks = cluster.ranks("sleep 600", "sleep 600")
+    ranks.start()
+    wait(lambda: ranks.view().ranks == {0, 1})
+    seen = ranks.take_stacks(ranks.view(), {0: 1.0, 1: 7.5})
+    # Both agents see both ranks here, which are processes of one machine; each is there with what is known of it.
+    assert {(one.global_rank, one.silent_seconds) for one in seen} == {(0, 1.0), (1, 7.5)}
+    assert all(one.refused and not one.stack for one in seen), "a sleeping shell has no Python stack"
+    ranks.end()
