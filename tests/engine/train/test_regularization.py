@@ -160,9 +160,10 @@ def test_the_fisher_information_is_made_once_and_needs_the_data_of_the_stage_bef
             return found
 
         trainer.pipeline.train = watched
+        stopped.prepare(trainer)
 
     stopped = StopAfter(11)
-    fake_run(tree_of(first, ewc), lambda trainer: (watch(trainer), stopped.prepare(trainer)), signals=stopped)
+    fake_run(tree_of(first, ewc), watch, signals=stopped)
     assert len(gradients) == 2  # of the estimate and of the step
     torch.testing.assert_close(at(tmp_path / "run", 10, FISHER), 8 * gradients[0].square(), rtol=1e-5, atol=0)
     (tmp_path / "first").rename(tmp_path / "gone")
