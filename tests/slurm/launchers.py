@@ -13,7 +13,9 @@ TORCHRUN = (
     f"{BIN}/torchrun --nnodes=$SLURM_JOB_NUM_NODES --nproc-per-node=PER_NODE --rdzv-backend=c10d "
     "--rdzv-endpoint=$(scontrol show hostnames | head -1):29400 --rdzv-id=$SLURM_JOB_ID"
 )
+# pdsh takes few variables along: the others stand in a file of the current folder.
 DEEPSPEED = (
+    "printenv | grep -E '^(OMP_NUM_THREADS|DS_ACCELERATOR)=' > .deepspeed_env; "
     f"scontrol show hostnames | sed 's/$/ slots=PER_NODE/' > hostfile; {BIN}/deepspeed --hostfile=hostfile "
     "--no_ssh_check --master_addr=$(hostname)"
 )
