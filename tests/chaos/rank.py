@@ -48,8 +48,8 @@ FAULTS: dict[str, Callable[[], None]] = {"kill": kill, "stop": stop, "fail": fai
 
 def main() -> int:
     faults = json.loads(os.environ["CHAOS"])
-    fault = faults[int(os.environ["PALIMPSEST_ATTEMPT"])]
-    if fault is not None and fault["rank"] == int(os.environ["RANK"]):
+    fault = faults[int(os.environ.get("PALIMPSEST_ATTEMPT", 0))]
+    if fault is not None and fault["rank"] == int(os.environ.get("RANK") or os.environ["SLURM_PROCID"]):
         fit = Trainer.fit
 
         def fit_with_fault(trainer: Trainer) -> int:
