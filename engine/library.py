@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from engine.checkpoint.interchange.initial import model_of
 from engine.checkpoint.load import read_state, read_weights
 from engine.config.load import load_run as _load_run
 from engine.config.schema.model import ModelConfig
@@ -70,7 +71,7 @@ def load_run(path: Path | str, overrides: list[str] | None = None) -> RunConfig:
     Raises:
         ConfigError: it cannot be read, or a key or value is wrong.
     """
-    return _load_run(Path(path), overrides)
+    return _load_run(Path(path), overrides, model_of)
 
 
 def open_checkpoint(source: Path | str) -> Checkpoint:

@@ -163,7 +163,7 @@ def merge(
     dataset = None if verify_on is None else _held_out(verify_on)
     with new_folder(output) as partial:
         path = write_merged(opened, chosen, partial / CHECKPOINTS)
-        if opened.newest.config:
+        if "stages" in opened.newest.config:  # a converted checkpoint has no run behind it
             save_run(parse_run(opened.newest.config | {"folder": str(output)}, f"in {path}"), partial)
     for source, weight in zip(opened.paths, chosen, strict=True):
         print(f"{weight:.6f}  {source}")

@@ -247,7 +247,7 @@ def _from_huggingface(source: str, output: Path, shard_bytes: int, verify: Liter
     print("no tokenizer is there, so none was written" if not found.tokenizer else f"tokenizer: {output / 'tokenizer'}")
     if found.added_tokens:
         print(f"tokens that {model.family} needs and the tokenizer lacked: {', '.join(found.added_tokens)}")
-    print("`generate`, `diff` and `convert` read it")
+    print("`generate`, `diff` and `convert` read it; start a run from it with `init_from`")
 
 
 def _compared(verify: str) -> str:

@@ -57,14 +57,15 @@ def main(
 
 
 def _prepare(path: Path, ratios: list[float], tokens: int, folder: Path) -> None:
+    from engine.checkpoint.interchange.initial import model_of
     from engine.config.load import load_run
     from engine.train.replay_runs import prepare_runs
 
     files = prepare_runs(path, ratios, tokens, folder)
-    parallel = load_run(path).parallel
+    parallel = load_run(path, None, model_of).parallel
     alone = parallel.pipe * parallel.tensor * parallel.sequence * (parallel.data or 1) == 1
     verb = "train" if alone else "launch"
-    steps = load_run(files[0]).stages[-1].num_steps
+    steps = load_run(files[0], None, model_of).stages[-1].num_steps
     print(f"{len(files)} runs of {steps:,} steps in {folder}. Train them, in any order, as you train the run itself:\n")
     for file in files:
         print(f"  palimpsest {verb} {shlex.quote(str(file))}")

@@ -227,9 +227,10 @@ def _find(name: str) -> Found:
         return Found(name, job, run_folder, folder)
     path = Path(name)
     if path.is_file():
+        from engine.checkpoint.interchange.initial import model_of
         from engine.config.load import load_run
 
-        path = load_run(path).folder
+        path = load_run(path, None, model_of).folder
     folders = submit.job_folders(path)
     if not folders:
         raise EnvironmentProblem(

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from engine import logs
+from engine.checkpoint.interchange.initial import model_of
 from engine.config.load import load_run
 from engine.config.resolve import resolve
 from engine.config.schema.run import RunConfig
@@ -80,7 +81,7 @@ def main(
     Exit codes: 0 done, 1 failed, 2 cannot be run as written, 85 saved and wants to be started again.
     """
     logs.configure()
-    run = load_run(config, overrides or [])
+    run = load_run(config, overrides or [], model_of)
     limit = run.launch.restarts if restarts is None else restarts
     if launcher == SLURM:
         if processes is not None:

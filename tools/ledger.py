@@ -53,12 +53,13 @@ def main(
 
 def _open(path: Path) -> tuple[Path, Ledger]:
     """Return the run folder and the ledger of a run folder or run file."""
+    from engine.checkpoint.interchange.initial import model_of
     from engine.config import save
     from engine.config.load import load_run
     from engine.train.ledger_records import read_ledger
     from engine.train.run_status import is_run_folder
 
-    config = load_run(path) if path.is_file() else None
+    config = load_run(path, None, model_of) if path.is_file() else None
     folder = path if config is None else config.folder
     if not is_run_folder(folder):
         raise ConfigError(

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from engine.checkpoint.interchange.initial import model_of
 from engine.config.load import load_run
 from engine.config.rules.data import check_mixture
 from engine.config.rules.tables import check_replay, check_weights_table
@@ -29,7 +30,7 @@ def show_mixture(run_file: Path, overrides: list[str]) -> None:
     Reads indices (and offsets where packing needs them), no token. Raises `PalimpsestError` where the file or its data
     cannot be used.
     """
-    config = load_run(run_file, overrides)
+    config = load_run(run_file, overrides, model_of)
     problems: list[PalimpsestError] = []
     for index, stage in enumerate(config.stages):
         # Only the rules of data: a mixture can be looked at before model and layout are right.

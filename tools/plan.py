@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from engine.checkpoint.interchange.initial import model_of
 from engine.config.huggingface_forms import export_warning
 from engine.config.load import load_run
 from engine.errors import EXIT_USAGE
@@ -37,7 +38,7 @@ def main(
 
     Ends with 2 where the run does not fit, or what it reads does not suit it.
     """
-    run = load_run(config, overrides or [])
+    run = load_run(config, overrides or [], model_of)
     warning = export_warning(run)
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)

@@ -108,10 +108,11 @@ def _needs(config: Path | None, overrides: list[str], environment: RankEnvironme
     )
     if config is None:
         return plain
+    from engine.checkpoint.interchange.initial import model_of
     from engine.config.load import load_run
     from launcher.needs import needs_of
 
-    run = load_run(config, overrides)
+    run = load_run(config, overrides, model_of)
     parallel, ranks = run.parallel, environment.local_world_size
     world = environment.world_size
     if world == 1:  # not started by a launcher yet: as many ranks as the layout needs at the least, all of them here

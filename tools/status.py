@@ -37,11 +37,12 @@ def main(
     One run is shown in full; of several each has a line. A folder without a run of its own stands for those up to three
     levels below it.
     """
+    from engine.checkpoint.interchange.initial import model_of
     from engine.config.load import load_run
     from engine.train.run_status import read_status, run_folders
 
     # A run file may have a stage that no start has seen yet; a folder has the configuration of the newest start.
-    files = {file.folder: file for file in (load_run(path) for path in paths if path.is_file())}
+    files = {file.folder: file for file in (load_run(path, None, model_of) for path in paths if path.is_file())}
     folders = dict.fromkeys(folder for path in paths for folder in run_folders(folder_of(path)))
     found = [read_status(folder, files.get(folder)) for folder in folders]
     if as_json:
@@ -56,9 +57,10 @@ def folder_of(path: Path) -> Path:
     """Return `place`, or the run folder that it names if it is a run file."""
     if not path.is_file():
         return path
+    from engine.checkpoint.interchange.initial import model_of
     from engine.config.load import load_run
 
-    return load_run(path).folder
+    return load_run(path, None, model_of).folder
 
 
 def _as_json(status: RunStatus) -> dict[str, object]:

@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 
 from engine import heartbeat, logs
+from engine.checkpoint.interchange.initial import model_of
 from engine.config.huggingface_forms import export_warning
 from engine.config.load import folder_of, load_run
 from engine.config.rank_environment import RankEnvironment
@@ -79,7 +80,7 @@ def _run(
 ) -> int:
     """Take the run folder and train; returns the exit code. What goes wrong outside of training is noted there, too."""
     try:
-        run = load_run(config, overrides)
+        run = load_run(config, overrides, model_of)
     except PalimpsestError as error:
         # A configuration that is refused may still name its folder, where the next reader looks for the outcome.
         if (path := folder_of(config, overrides)) is not None:

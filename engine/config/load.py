@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -33,15 +33,29 @@ MOST_VALUES = 100_000
 _QUOTED = re.compile(r"'([^']*)'")
 
 
-def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
+def load_run(
+    path: Path, overrides: list[str] | None = None, model_of: Callable[[str], Tree] | None = None
+) -> RunConfig:
     """Return the configuration in `path` with the command line's overrides, validated field by field.
 
-    Rules that join fields are `engine.config.resolve.check`.
+    Rules that join fields are `engine.config.resolve.check`. `model_of` gives the keys of the model in the source that
+    `init_from` names, for a file that leaves `model` out, or gives its dropout alone.
 
     Raises:
         ConfigError: the file is missing or no YAML, or any key or value is wrong (all of them in one report).
     """
-    return parse_run(_overridden(path, overrides), str(path))
+    tree = _overridden(path, overrides)
+    if model_of is not None and (source := _source_of_model(tree)) is not None:
+        tree["model"] = model_of(source) | tree.get("model", {})
+    return parse_run(tree, str(path))
+
+
+def _source_of_model(tree: Tree) -> str | None:
+    """Return the source of a file's model, where the file itself says none."""
+    given, model = tree.get("init_from"), tree.get("model", {})
+    path = given.get("path") if isinstance(given, dict) else given
+    says_none = isinstance(model, dict) and not model.keys() - {"dropout", "attention_dropout"}
+    return path if says_none and isinstance(path, str) else None
 
 
 def folder_of(path: Path, overrides: list[str] | None = None) -> Path | None:

@@ -18,6 +18,8 @@ from engine.errors import ConfigError
 KEYS = (
     "folder",
     "tokenizer",
+    "init_from",
+    "init_from.path",
     "checkpoint.memory.folder",
     "stages.*.data.train",
     "stages.*.data.sources.*.path",

@@ -16,6 +16,8 @@ from engine.config.schema.run import RunConfig
 from engine.config.schema.section import KeyKind, Section
 from engine.errors import ConfigError
 
+_FINGERPRINT = "init_from.fingerprint"
+
 
 @dataclass(frozen=True)
 class Change:
@@ -73,6 +75,9 @@ def compare(before: RunConfig, after: RunConfig, run_stage: int | None = None) -
     None compares all run stages.
     """
     old, new = flatten(before), flatten(after)
+    # A run file need not name the hash of the weights that a run starts from: the run has noted it.
+    if new.get(_FINGERPRINT, ("meaning", ""))[1] is None and _FINGERPRINT in old:
+        new[_FINGERPRINT] = old[_FINGERPRINT]
     # A key that only one of them has (another family, one run stage more) takes the kind that the other side gives it.
     absent: tuple[KeyKind, Any] = ("meaning", None)
     changes = []

@@ -99,6 +99,17 @@ class ParameterSpec:
             whole += block
             part += share
 
+    def rows_of_part(self, first: int, end: int, tensor_rank: int, tensor_size: int) -> Iterator[tuple[int, int]]:
+        """Yield (first row in the whole, number of rows) for the rows [first, end) of one rank's part, in order."""
+        if self.sharding.dim != 0 or tensor_size == 1:
+            yield first, end - first
+            return
+        # Blocks (4, 2, 2) on rank 1 of 2, rows 1 to 4 of its part: row 3 of the whole, then 5, then 7.
+        for whole, part, length in self.extents(tensor_rank, tensor_size):
+            low, high = max(first, part), min(end, part + length)
+            if low < high:
+                yield whole + low - part, high - low
+
     def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """Return the whole tensor (of `shape`) from the part of every tensor rank in order; inverse of `part`."""
         dim = self.sharding.dim

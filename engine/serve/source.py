@@ -196,7 +196,7 @@ def run_of(checkpoint: Path, state: CheckpointState) -> RunConfig:
         raise ConfigError(
             f"{checkpoint} was converted from {state.sections[CONVERTED].get('source')}: there is no run behind it",
             "a checkpoint that a run saved",
-            "name a run folder, or use it with `generate` and `convert`",
+            "start a run from it with `init_from`",
         )
     # empty in a checkpoint that was not saved by a run
     if state.config:

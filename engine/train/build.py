@@ -105,8 +105,24 @@ def _modules(model: ModelConfig, head: Head, chunk: ModelChunk, functions: Funct
 def build_pipeline(config: RunConfig, spec: PipelineStageSpec, groups: Groups, device: torch.device) -> Pipeline:
     """Build this rank's pipeline stage with its initial weights and its schedule. Collective over the world."""
     engine = build_engine(config, spec, groups, device)
-    engine.fill(partial(initial_value, config=config.model, seed=config.seed))
+    # With `init_from` the weights come from there, or from a checkpoint of the run: zero until then.
+    if config.init_from is None:
+        engine.fill(InitialRows(config.model, config.seed))
     return Pipeline(engine, groups, spec, config.parallel.schedule)
+
+
+class InitialRows:
+    """Rows of the initial weights that a seed gives; the parameter that was asked for last is kept."""
+
+    def __init__(self, model: ModelConfig, seed: int) -> None:
+        self._model, self._seed = model, seed
+        self._held: tuple[str, torch.Tensor] | None = None
+
+    def __call__(self, spec: ParameterSpec, first: int, end: int) -> torch.Tensor:
+        # A parameter is drawn whole, whichever rows are wanted: values then cannot depend on the layout.
+        if self._held is None or self._held[0] != spec.name:
+            self._held = spec.name, initial_value(spec, self._model, self._seed)
+        return self._held[1][first:end]
 
 
 def rebuild(pipeline: Pipeline, config: RunConfig, spec: PipelineStageSpec) -> None:

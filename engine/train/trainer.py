@@ -20,7 +20,7 @@ from engine.config.schema.regularization import EMA
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
 from engine.data.shards.damage import DamagedShard
-from engine.errors import EXIT_DONE, EXIT_REQUEUE, DataError
+from engine.errors import EXIT_DONE, EXIT_REQUEUE, ConfigError, DataError
 from engine.heartbeat import Heartbeat
 from engine.logs import logger, phase
 from engine.optim.schedules import learning_rate
@@ -41,6 +41,7 @@ from engine.train.signals import Stopping, StopSignals
 from engine.train.stability import REMEDY, Unstable
 from engine.train.stage_run import RunData, StageRun
 from engine.train.standard_hooks import standard_hooks
+from engine.train.starting_weights import StartingWeights, with_fingerprint
 from engine.train.state import TrainState
 from engine.train.step_totals import Sums
 from engine.train.summary import Spent, process_seconds, summary
@@ -60,6 +61,9 @@ class Trainer:
         signals: StopSignals,
         heart: Heartbeat,
     ) -> None:
+        if config.init_from is not None:
+            given = config
+            config = on_all(lambda: with_fingerprint(given), groups.world, ConfigError)
         self.config, self.groups, self.device, self.heart = config, groups, device, heart
         self.requests = Requests(config, signals, self.is_main_rank)
         self._save_requested = False
@@ -407,6 +411,16 @@ class Trainer:
             self.feed.stream.leave_out(first, end)
         self.state.left_out_later = [interval for interval in later if interval[0] != number]
 
+    def _start_from_source(self) -> None:
+        """Fill in the weights that `init_from` names, each rank its own rows. Collective over the world."""
+        config = self.config
+        if config.init_from is None:
+            return
+        with phase(f"reading the weights of {config.init_from.path}"):
+            source = on_all(lambda: StartingWeights(config), self.groups.world, ConfigError)
+            self.pipeline.engine.fill(source.rows)
+        _log.info("this rank read %.1f MB of %s", source.bytes_read / 1e6, config.init_from.path)
+
     def _restore(self) -> None:
         """Go on from the newest whole checkpoint, where there is one; tell what shows that it is the same run."""
         restored = self.checkpoints.restore(self.pipeline.engine, self._engine_of)
@@ -414,6 +428,7 @@ class Trainer:
             if trained := last_step(self.config.folder):
                 _log.warning("no checkpoint in %s: its metrics up to step %d are dropped", self.config.folder, trained)
             self.state = TrainState()
+            self._start_from_source()
             self._begin_run_stage(0)
             _log.info("starting at step 0 in layout %s, ZeRO-%d", self.groups.layout, self.config.parallel.zero_stage)
             return

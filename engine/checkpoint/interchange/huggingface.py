@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 
@@ -46,24 +46,32 @@ SIDE_FILES = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
 """Endings of the small files of a folder: configurations, tokenizer, chat template, code that is refused."""
 
 
-@dataclass(frozen=True)
-class ForeignModel:
-    """A model of theirs that ours computes: our configuration, and where its parameters are in a source."""
+@dataclass(frozen=True, kw_only=True)
+class SourceModel:
+    """A model that ours computes: our configuration, and where its parameters are in a source."""
 
     model: ModelConfig
-    form: Form
-    theirs: PretrainedConfig
     map: ModelMap
     source: Source
+    unused: tuple[str, ...] = ()
+    """Patterns of tensors in the source that mean nothing."""
 
-    def check(self) -> ForeignModel:
+    def check(self) -> Self:
         """Return this, where the source has exactly the model's tensors. Raises `ConfigError` where it has not."""
-        check_source(self.source, self.map, self.form.unused)
+        check_source(self.source, self.map, self.unused)
         return self
 
     def read(self, name: str, first: int = 0, end: int | None = None) -> torch.Tensor:
         """Return rows of one of our parameters, fp32. Raises `ConfigError` where a value is not finite."""
         return read_parameter(self.source, self.map.parameters[name], first, end)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignModel(SourceModel):
+    """A model of theirs: the form that it is of, and its configuration."""
+
+    form: Form
+    theirs: PretrainedConfig
 
 
 def open_folder(folder: Location, vocab_multiple: int = VOCAB_MULTIPLE) -> ForeignModel:
@@ -74,8 +82,7 @@ def open_folder(folder: Location, vocab_multiple: int = VOCAB_MULTIPLE) -> Forei
     Raises:
         ConfigError: the folder cannot be read, or its model is none that ours computes.
     """
-    with side_files(folder) as local:
-        theirs = read_config(local)
+    theirs = read_configuration(folder)
     form = require_form(theirs)
     model = form.our_config(theirs, vocab_multiple)
     source = renamed(SafetensorsFolder(folder), form.prefix, form.heads)
@@ -83,7 +90,13 @@ def open_folder(folder: Location, vocab_multiple: int = VOCAB_MULTIPLE) -> Forei
         # bert-base-uncased names the class without pairs and has the head for them: nothing is dropped
         form = BERT
         model = form.our_config(theirs, vocab_multiple)
-    return ForeignModel(model, form, theirs, form.mapping(model, theirs.pad_token_id), source)
+    return _foreign(model, form, theirs, source)
+
+
+def read_configuration(folder: Location) -> PretrainedConfig:
+    """Return the configuration of a folder of theirs. Raises `ConfigError` where it cannot be read."""
+    with side_files(folder) as local:
+        return read_config(local)
 
 
 def open_model(theirs: PreTrainedModel, vocab_multiple: int = VOCAB_MULTIPLE) -> ForeignModel:
@@ -92,7 +105,12 @@ def open_model(theirs: PreTrainedModel, vocab_multiple: int = VOCAB_MULTIPLE) ->
     form = require_form(config, type(theirs).__name__)
     model = form.our_config(config, vocab_multiple)
     source = MemorySource(theirs.state_dict(), type(theirs).__name__)
-    return ForeignModel(model, form, config, form.mapping(model, config.pad_token_id), source)
+    return _foreign(model, form, config, source)
+
+
+def _foreign(model: ModelConfig, form: Form, theirs: PretrainedConfig, source: Source) -> ForeignModel:
+    model_map = form.mapping(model, theirs.pad_token_id)
+    return ForeignModel(model=model, map=model_map, source=source, unused=form.unused, form=form, theirs=theirs)
 
 
 @dataclass(frozen=True)
@@ -106,7 +124,7 @@ class ForeignWeights:
         """Names, with False for a parameter that no file holds whole."""
         found, model_map = self.opened.source.shapes, self.opened.map
         names = {name: one.tensors.keys() <= found.keys() for name, one in model_map.parameters.items()}
-        return names | dict.fromkeys(unknown(self.opened.source, model_map, self.opened.form.unused), True)
+        return names | dict.fromkeys(unknown(self.opened.source, model_map, self.opened.unused), True)
 
     def read(self, name: str) -> torch.Tensor:
         """Return a weight in fp32, of the shape that its files have; empty for a tensor that fits nowhere."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from engine.config.schema.checkpoint import CheckpointConfig
 from engine.config.schema.model import AnyModelConfig
@@ -89,6 +89,25 @@ class LoggingConfig(Section):
     """Plot of the loss curve, `loss.png` in the run folder, drawn now and then while the run goes on and at the end."""
 
 
+class InitFrom(Section):
+    """Weights that a run starts from; a plain text is its `path`."""
+
+    kind: ClassVar[KeyKind] = "execution"
+    kinds: ClassVar[dict[str, KeyKind]] = {"missing": "meaning", "fingerprint": "meaning"}
+
+    path: str
+    """Hugging Face folder, run folder (its newest checkpoint) or checkpoint; a path or an fsspec URL."""
+    missing: Literal["error", "initialise"] = "error"
+    """Treatment of heads and vocabulary rows that the source lacks: an error, or initial weights of the run's seed."""
+    fingerprint: str | None = None
+    """Hash of the source's weights. None means that the run notes it when it starts; then other weights are refused."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_path(cls, given: Any) -> Any:
+        return {"path": given} if isinstance(given, str) else given
+
+
 class RunConfig(Section):
     """Everything that `palimpsest train` needs to know; saved, resolved, in the run folder."""
 
@@ -99,6 +118,7 @@ class RunConfig(Section):
         "checks": "execution",
         "export": "execution",
         "reservoir": "schedule",
+        "init_from": "execution",  # where it is none; its own keys have kinds of their own
     }
 
     name: str = "run"
@@ -109,6 +129,9 @@ class RunConfig(Section):
     """Seed of everything that is random: initial weights, order of the samples, masks, dropout."""
     model: AnyModelConfig
     """Model: its family, its sizes and the form of its parts."""
+    init_from: InitFrom | None = None
+    """Weights that the run starts from where it has no checkpoint of its own. None means random ones. With it, `model`
+    may be left out, or must agree with the source but for dropout."""
     tokenizer: Path
     """Folder of the tokenizer that the shards were written with."""
     stages: tuple[RunStage, ...] = Field(min_length=1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ import torch
 from torch import nn
 
 from engine.config.schema.parallel import ParallelConfig
+from engine.errors import CheckpointError
+from engine.parallel.agreement import on_all
 from engine.parallel.boundary import Tensors
 from engine.parallel.deferral import Deferral, DeferredGradients, weight_gradients
 from engine.parallel.distillation import DistilledCrossEntropy
@@ -53,6 +56,9 @@ from engine.parallel.zero.stage3 import (
     replace_parameters,
 )
 from engine.parallel.zero.step import StepResult, accept_finite
+
+RowValues = Callable[[ParameterSpec, int, int], torch.Tensor]
+"""(parameter, first, end) -> rows [first, end) of the whole parameter, padding rows included; fp32 or narrower."""
 
 
 class StageEngine:
@@ -323,16 +329,23 @@ class StageEngine:
         found |= {self._trained[index].specs[0].name for index in self._shards.held_gradients()}
         return sorted(found)
 
-    def fill(self, value: Callable[[ParameterSpec], torch.Tensor]) -> None:
-        """Set every parameter to the whole tensor `value(spec)` (fp32, of `spec.shape`), one at a time; moments stay.
+    def fill(self, value: RowValues) -> None:
+        """Set every parameter to the rows that `value` gives of the whole one, some rows at a time; moments stay.
 
-        Collective over the world.
+        Each rank asks for the rows of its own shards. Collective over the world.
+
+        Raises:
+            PalimpsestError: what `value` raises on some rank, on every rank.
         """
-        rank, size = self.groups.tensor.position, self.groups.tensor.size
-        for shard in self.parameter_shards():
-            # The whole tensor, of which this rank keeps its range: values then cannot depend on the layout.
-            local = shard.spec.part(value(shard.spec), rank, size).reshape(-1)
-            shard.weight.copy_(local[shard.start : shard.start + shard.length])
+
+        def fill_shards() -> None:
+            rank, size = self.groups.tensor.position, self.groups.tensor.size
+            with torch.no_grad():
+                for shard in self.parameter_shards():
+                    if shard.length:
+                        shard.weight.copy_(values_of(shard, value, rank, size))
+
+        on_all(fill_shards, self.groups.world, CheckpointError)
         self.refresh()
 
     def refresh(self) -> None:
@@ -407,3 +420,21 @@ class StageEngine:
         """Return the factor of clipping, computed as DeepSpeed does; None without clipping."""
         # On the device, without a branch on the norm: 1 where the norm is below the limit. 1e-6 is DeepSpeed's.
         return 1.0 / ((self._norm + 1e-6) / self.clip_norm).clamp(min=1.0) if self.clip_norm > 0 else None
+
+
+def values_of(shard: ParameterShard, value: RowValues, tensor_rank: int, tensor_size: int) -> torch.Tensor:
+    """Return the flat values of a shard, from the rows of the whole parameter that hold it."""
+    spec = shard.spec
+    row_numel = math.prod(spec.local_shape(tensor_size)[1:])
+    # Rows of 4, elements 6 to 9 of the local part: its rows 1 and 2, of which the middle four elements are the shard.
+    first, end = shard.start // row_numel, -(-(shard.start + shard.length) // row_numel)
+    parts = []
+    for whole_first, count in spec.rows_of_part(first, end, tensor_rank, tensor_size):
+        rows = value(spec, whole_first, whole_first + count)
+        if spec.sharding.dim == 1 and tensor_size > 1:
+            columns = [rows.narrow(1, start, length) for start, _, length in spec.extents(tensor_rank, tensor_size)]
+            rows = torch.cat(columns, 1)
+        parts.append(rows.reshape(-1))
+    flat = parts[0] if len(parts) == 1 else torch.cat(parts)
+    begin = shard.start - first * row_numel
+    return flat[begin : begin + shard.length]

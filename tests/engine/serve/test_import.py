@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,7 @@ from engine.checkpoint.interchange.huggingface import open_folder
 from engine.checkpoint.interchange.mapping import unchanged
 from engine.checkpoint.interchange.sources import CheckpointSource
 from engine.checkpoint.interchange.sources.fingerprint import fingerprint_of
+from engine.checkpoint.storage import location_of
 from engine.checkpoint.verify import verify
 from engine.cli import main
 from engine.corpus.tokenizer_training import train_tokenizer
@@ -120,6 +122,18 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_files(tmp_path):
     state["transformer.ln_f.weight"] += 1e-6
     save_file(state, source / "model.safetensors", metadata={"format": "pt"})
     assert fingerprint_of(open_folder(source).source, opened.map) != fingerprint_of(ours, unchanged(specs))
+
+
+def test_a_folder_behind_a_url_is_read(tmp_path):
+    source, files = folder_of(tmp_path / "theirs", "gpt2"), fsspec.filesystem("memory")
+    for path in source.iterdir():
+        files.pipe_file(f"/behind/{path.name}", path.read_bytes())
+    found = import_folder(location_of("memory://behind"), tmp_path / "ours", 10**9)
+    opened = open_folder(source)
+    assert fingerprint_of(found.opened.source, found.opened.map) == fingerprint_of(opened.source, opened.map)
+    assert {path.name for path in (tmp_path / "ours" / "huggingface").iterdir()} == {
+        path.name for path in source.iterdir()
+    } - {"model.safetensors"}
 
 
 def rename(folder: Path, change) -> None:

@@ -1,0 +1,139 @@
+"""Weights that a run starts from (`init_from`): rows of its parameters out of another model's files.
+
+The model of the run has to be that of the source: keys that differ are refused by name, but for those that no weight
+depends on. With `missing: initialise` heads and vocabulary rows that the source lacks are those of the run's seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from engine.checkpoint.interchange.huggingface import SourceModel
+from engine.checkpoint.interchange.initial import open_source
+from engine.checkpoint.interchange.mapping import ModelMap
+from engine.checkpoint.interchange.sources.fingerprint import fingerprint_of
+from engine.config.load import load_run
+from engine.config.save import FILE
+from engine.config.schema.model import ModelConfig
+from engine.config.schema.run import InitFrom, RunConfig
+from engine.errors import ConfigError, PalimpsestError
+from engine.models.families import family
+from engine.parallel.functions import PLAIN
+from engine.parallel.sharding import ParameterSpec
+from engine.train.build import InitialRows
+
+_FREE = frozenset({"vocab_multiple", "dropout", "attention_dropout", "init_std"})
+"""Keys of a model that its trained weights do not depend on."""
+
+
+class StartingWeights:
+    """The source that a run's `init_from` names, opened and compared with the run's model."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """Open the source; reads configuration and headers.
+
+        Raises:
+            ConfigError, CheckpointError: it cannot be read, is of another model, or lacks what `missing` does not
+                allow.
+        """
+        given = config.init_from
+        assert given is not None
+        self._opened = opened = _without_absent_heads(open_source(given.path, config.model.vocab_multiple), given)
+        _check_agrees(config.model, opened, given)
+        opened.check()
+        self._initial = InitialRows(config.model, config.seed)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that were read of the source."""
+        return self._opened.source.bytes_read
+
+    def rows(self, spec: ParameterSpec, first: int, end: int) -> torch.Tensor:
+        """Return rows [first, end) of a parameter of the run, fp32; padding rows are 0.
+
+        Raises:
+            ConfigError: a value is not finite.
+        """
+        one = self._opened.map.parameters.get(spec.name)
+        if one is None:
+            return self._initial(spec, first, end)
+        stored = min(end, one.shape[0])
+        if stored == end:
+            return self._opened.read(spec.name, first, end)
+        rest = self._initial(spec, max(first, stored), end)
+        return torch.cat((self._opened.read(spec.name, first, stored), rest)) if first < stored else rest
+
+
+def with_fingerprint(config: RunConfig) -> RunConfig:
+    """Return the configuration with the fingerprint of the weights that the run starts from.
+
+    A run that has begun may go on where its source is gone: then the noted one stands.
+
+    Raises:
+        ConfigError: the source is of other weights than the configuration says.
+        PalimpsestError: it cannot be read, and the run has not begun.
+    """
+    given = config.init_from
+    assert given is not None
+    try:
+        opened = _without_absent_heads(open_source(given.path, config.model.vocab_multiple), given)
+        found = fingerprint_of(opened.source, opened.map)
+    except PalimpsestError:
+        noted = _noted(config)
+        if noted is None:
+            raise
+        found = noted
+    if given.fingerprint not in (None, found):
+        raise ConfigError(
+            f"init_from.fingerprint = {given.fingerprint}, and the weights in {given.path} have {found}",
+            "the weights that the fingerprint is of",
+            "name the right source, or leave the fingerprint out in a new run",
+        )
+    return config.model_copy(update={"init_from": given.model_copy(update={"fingerprint": found})})
+
+
+def _noted(config: RunConfig) -> str | None:
+    """Return the fingerprint that the run folder's configuration has."""
+    path = config.folder / FILE
+    before = load_run(path).init_from if path.is_file() else None
+    return None if before is None else before.fingerprint
+
+
+def _without_absent_heads(opened: SourceModel, given: InitFrom) -> SourceModel:
+    """Return the source without the parameters of heads that it lacks whole, where the run may initialise them."""
+    if given.missing == "error":
+        return opened
+    with torch.device("meta"):
+        modules = family(opened.model).pretraining_head(opened.model).modules(PLAIN)
+    held = opened.source.shapes
+    absent = {
+        name
+        for name, one in opened.map.parameters.items()
+        if name.partition(".")[0] in modules and not one.tensors.keys() & held.keys()
+    }
+    kept = {name: one for name, one in opened.map.parameters.items() if name not in absent}
+    return replace(opened, map=ModelMap(kept, opened.map.copies))
+
+
+def _check_agrees(model: ModelConfig, opened: SourceModel, given: InitFrom) -> None:
+    """Raise `ConfigError` where a run's model is another one than the source's; names every key."""
+    ours, theirs = model.model_dump(mode="json"), opened.model.model_dump(mode="json")
+    free = set(_FREE)
+    if not model.position_table:
+        free.add("max_positions")  # no parameter has a row per position
+    if given.missing == "initialise":
+        free |= {"vocab_size"} if model.vocab_size > opened.model.vocab_size else set()
+        free |= {"pair_head"} if ours.get("pair_head") else set()
+    differing = sorted(
+        key for key in ours.keys() | theirs.keys() if key not in free and ours.get(key) != theirs.get(key)
+    )
+    if differing:
+        told = ", ".join(f"model.{key} = {ours.get(key)} (there {theirs.get(key)})" for key in differing)
+        raise ConfigError(
+            f"the run's model is not that of init_from = {given.path}: {told}",
+            "the values that are there; dropout is the run's own",
+            "leave `model` out, or change these keys; init_from.missing = initialise allows more vocabulary rows and "
+            "a head for pairs",
+        )
