@@ -123,7 +123,7 @@ def save_and_load(ours: Ours) -> dict[str, Any]:
         path = Saver(Path(folder) / "checkpoints", groups).save(
             engine.parameter_shards(), engine.placements(), state, "bench", 0
         )
-        engine.fill(lambda spec: torch.zeros(spec.shape))
+        engine.fill(lambda spec, first, end: torch.zeros(end - first, *spec.shape[1:]))
         for shard in engine.parameter_shards():
             for moment in shard.moments.values():
                 moment.zero_()

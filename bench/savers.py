@@ -106,7 +106,7 @@ class OurSide:
         self.saver.reserve(*self._state())
 
     def step(self) -> None:
-        told = self.saver.signals()
+        told = self.saver.save_flags()
         self.ours.step(self.batch, self.ours.shape.num_targets, self._hold_update)
         self.steps += 1
         self.saver.advance(*told)

@@ -86,11 +86,13 @@ def start(environment: Any, tree: dict[str, Any]) -> dict[str, Any]:
     groups = join_groups(config, resolve(config, environment.world_size), environment.global_rank)
     trainer = module.Trainer(config, groups, environment, torch.device("cpu"), StopSignals(), Heartbeat(None, 0))
     feed = trainer.feed
+    assert feed.validation is not None
     found = evaluate(trainer.pipeline, feed, trainer.sums, lambda: None, lambda: False, feed.validation)
     code = trainer.fit()
     trainer.close()
     assert found is not None
     read = sum(one.bytes_read for one in opened)
+    assert trainer.config.init_from is not None
     fingerprint = trainer.config.init_from.fingerprint
     return {"loss": found["validation_loss"], "read": read, "code": code, "fingerprint": fingerprint}
 
@@ -98,6 +100,7 @@ def start(environment: Any, tree: dict[str, Any]) -> dict[str, Any]:
 def their_loss(theirs: Any, tree: dict[str, Any]) -> float:
     """The mean over all targets of the held-out rows, computed by transformers."""
     stage = parse_run(dict(tree), "test").stages[0]
+    assert isinstance(stage.data.validation, str)
     data = TokenDataset(stage.data.validation)
     samples = ValidationSamples(data, stage.sequence_length, stage.data.attention, objective=stage.objective)
     total, weight = 0.0, 0.0

@@ -74,6 +74,7 @@ def write_case(case: Case, output: Path, scratch: Path) -> None:
     trained = open_trained(config.folder)
     export(trained, output / "model")
     save_file(computed(trained), output / "expected.safetensors")
+    assert trained.tokenizer is not None
     told = described(trained, load_tokenizer(trained.tokenizer))
     (output / "expected.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
 
@@ -81,6 +82,7 @@ def write_case(case: Case, output: Path, scratch: Path) -> None:
 def computed(trained: Trained) -> dict[str, torch.Tensor]:
     """Inputs, labels, logits and mean loss of our own forward pass."""
     generator = torch.Generator().manual_seed(1)
+    assert trained.tokenizer is not None
     vocabulary = load_tokenizer(trained.tokenizer).vocab_size
     tokens_BT = torch.randint(5, vocabulary, (2, NUM_TOKENS), generator=generator)
     model = whole_model(trained.config, trained.weights)

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from dataclasses import dataclass
 
 import fsspec
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from engine.checkpoint import manifest_json
@@ -261,14 +263,28 @@ def test_diff_names_the_largest_differences(run, url, capsys):
     assert shown == sorted(shown, reverse=True)
 
 
+@dataclass(frozen=True)
+class Held:
+    """Weights in memory, as the other side of a comparison."""
+
+    weights: dict[str, torch.Tensor]
+
+    @property
+    def names(self) -> dict[str, bool]:
+        return dict.fromkeys(self.weights, True)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.weights[name]
+
+
 def test_diff_says_what_only_one_side_has_and_finds_one_bit(run, tmp_path):
     path = run / "checkpoints" / "step-00000010"
     weights = read_weights(path)
-    assert not any(one.num_different for one in compare(Opened(path), weights))
+    assert not any(one.num_different for one in compare(Opened(path), Held(weights)))
     weights["final_norm.weight"][2] += 0.5
     weights["embed_positions.weight"] = weights["embed_positions.weight"][:-1]
     weights["extra"] = weights.pop("layers.0.ffn.down_proj.bias")
-    found = {one.key: one for one in compare(Opened(path), weights)}
+    found = {one.key: one for one in compare(Opened(path), Held(weights))}
     one = found["model.final_norm.weight"]
     assert (one.largest, one.num_different, one.numel) == (0.5, 1, 6)
     assert found["model.embed_positions.weight"].problem == "(7, 6) in the first, (6, 6) in the second"

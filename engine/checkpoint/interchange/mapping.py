@@ -120,10 +120,11 @@ def mapped(
     runs, starts = [], [sum(blocks[:number]) for number in range(len(blocks))]
     if per_head:
         # Blocks q, k, v of heads of 2 rows: ours is q0 q0 q1 q1 k0 k0 ..., theirs q0 q0 k0 k0 v0 v0 q1 q1 k1 k1 ...
+        only = next(iter(tensors))
         for head in range(blocks[0] // per_head):
             for number, start in enumerate(starts):
                 at = (head * len(blocks) + number) * per_head
-                runs.append(Run(tensors[0], start + head * per_head, at, per_head))
+                runs.append(Run(only, start + head * per_head, at, per_head))
         runs.sort(key=lambda run: run.ours)
         blocks = (shape[0],)
     else:

@@ -28,6 +28,7 @@ def test_their_library_loads_the_folder_and_computes_the_same(trained_run, tmp_p
     exported = export(trained, tmp_path / "out")
     assert exported.folder == tmp_path / "out"
     assert exported.num_parameters == sum(value.numel() for value in trained.weights.values())
+    assert exported.agreement is not None
     assert 0 <= exported.agreement.largest_difference <= 1e-4 < exported.agreement.largest_logit
     assert exported.agreement.num_tokens == 128  # the model's positions; the text is longer
 
@@ -51,6 +52,7 @@ def test_encoders_are_written_with_all_their_heads_and_computed_alike(form, tmp_
     save(config, step=3, seed=3)
     trained = open_trained(config.folder)
     exported = export(trained, tmp_path / "out")
+    assert exported.agreement is not None
     assert 0 <= exported.agreement.largest_difference <= 1e-4 < exported.agreement.largest_logit
     assert not (exported.folder / "generation_config.json").exists()
     tokenizer = AutoTokenizer.from_pretrained(exported.folder)
@@ -72,6 +74,7 @@ def test_an_encoder_decoder_travels_too(tmp_path, form):
     config = run_config(tmp_path / "run", form, tmp_path / "tokenizer")
     save(config, step=3, seed=3)
     exported = export(open_trained(config.folder), tmp_path / "out")
+    assert exported.agreement is not None
     assert 0 <= exported.agreement.largest_difference <= 1e-4 < exported.agreement.largest_logit
     their_config = json.loads((exported.folder / "config.json").read_text())
     assert their_config["decoder_start_token_id"] == their_config["pad_token_id"] is not None

@@ -104,7 +104,7 @@ def test_a_crash_after_the_evaluation_that_raised_it_changes_no_sample(corpus, w
 
 
 def test_a_rollback_behind_the_raise_keeps_it(corpus, tmp_path):
-    tree = tree_of(corpus, tmp_path) | {"stability": STABILITY | {"window": 2, "spike_sigma": 1e5}}
+    tree: dict[str, Any] = tree_of(corpus, tmp_path) | {"stability": STABILITY | {"window": 2, "spike_sigma": 1e5}}
     tree["stages"][1]["schedule"]["learning_rate"] = 3.5  # forgets step by step, without spikes of its own
 
     def prepare(trainer: Any) -> None:
