@@ -30,7 +30,7 @@ class Requests:
         clock: Callable[[], float] = time.monotonic,
         seconds_left: Callable[[], float | None] = job_seconds_left,
     ) -> None:
-        self._signals, self._clock = signals, clock
+        self.signals, self._clock = signals, clock
         self._files = SwitchFiles(config.folder, clock) if is_main_rank else None
         minutes = config.checkpoint.every_minutes
         self._save_seconds = 60 * minutes if minutes is not None and is_main_rank else None
@@ -49,7 +49,7 @@ class Requests:
     @property
     def stop_requested(self) -> bool:
         """True once this rank has been asked to save and to leave."""
-        if self._signals.stop_requested:
+        if self.signals.stop_requested:
             return True
         if self._files is not None and STOP in self._files.found():
             return self._stop(f"{self._files.folder / STOP} is there")

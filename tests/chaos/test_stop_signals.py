@@ -58,7 +58,7 @@ def while_saving(trainer: Any) -> None:
 
     container.write = slow
     trainer.pipeline.train = train_and_signal
-    trainer.signals.__enter__()
+    trainer.requests.signals.__enter__()
 
 
 def while_evaluating(trainer: Any) -> None:
@@ -74,7 +74,7 @@ def while_evaluating(trainer: Any) -> None:
         return evaluate(inputs)
 
     trainer.pipeline.evaluate = evaluate_and_signal
-    trainer.signals.__enter__()
+    trainer.requests.signals.__enter__()
 
 
 def while_waiting_for_data(trainer: Any) -> None:
@@ -94,7 +94,7 @@ def while_waiting_for_data(trainer: Any) -> None:
         trainer.feed._prefetcher.wait = starved
 
     trainer.feed.start = start_and_starve
-    trainer.signals.__enter__()
+    trainer.requests.signals.__enter__()
 
 
 STOPS: list[tuple[Callable[[Any], None], int]] = [
