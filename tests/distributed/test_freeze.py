@@ -229,6 +229,6 @@ def stop_after(trainer: Any, step: int | None) -> None:
     def watch(number: int, phase: str) -> None:
         beat(number, phase)
         if step is not None and number == step - 1 and phase == "forward and backward":
-            trainer.signals = Stop()
+            trainer.requests.signals = Stop()
 
     trainer.heart.beat = watch
