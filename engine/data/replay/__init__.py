@@ -2,5 +2,5 @@
 
 Numbers alone, without torch: `rows` names what an entry stands for, `keys` draws its key, `entries` keeps the smallest
 keys, `quotas` shares the room out over domains, `reservoir` joins these, `files` has it on the disk, `generation` is a
-frozen state of it, `view` the data set over one, and `pinning` copies rows whose sources will vanish.
+frozen state of it, and `view` the data set over one.
 """
