@@ -53,7 +53,10 @@ def main() -> int:
             start_watcher(environment, LaunchConfig(**spec.get("launch", {})), folder, beats)
         share_cores(environment, os.environ, on_gpu=False)
         own = {"threads": os.environ["OMP_NUM_THREADS"], "cores": sorted(os.sched_getaffinity(0))}
-        print("rank", json.dumps(asdict(environment) | own), flush=True)
+        told = json.dumps(asdict(environment) | own)
+        print("rank", told, flush=True)
+        # A launcher may lose or mix what its ranks print.
+        (Path(spec["folder"]) / f"rank-{environment.global_rank}.json").write_text(told)
         for step in range(spec["steps"]):
             for phase in ("data", "forward and backward"):
                 heart.beat(step, phase)

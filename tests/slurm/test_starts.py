@@ -94,7 +94,7 @@ def test_two_starts_in_one_job_keep_apart(launcher: str, steady_cluster: Cluster
         found = outcome.read(folder)
         assert found is not None, steady_cluster.output(job)
         assert (found.code, found.job) == (0, str(job))
-    one, other = (ranks(folder.with_suffix(".out").read_text()) for folder in folders)
+    one, other = ([json.loads(path.read_text()) for path in folder.glob("rank-*.json")] for folder in folders)
     assert len(one) == len(other) == 2
     assert {rank["step"] for rank in one}.isdisjoint({rank["step"] for rank in other})
     assert {rank["master_port"] for rank in one}.isdisjoint({rank["master_port"] for rank in other})
