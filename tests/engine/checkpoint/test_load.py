@@ -267,10 +267,13 @@ def test_loading_takes_less_memory_than_the_largest_parameter(tmp_path, before, 
         torch.zeros(3).as_strided((1,), (1,), 1).copy_(torch.ones(1))  # what torch imports for it is no load's memory
     assert allocated.num_bytes == 16
     for writer, shards in zip(new.writers, new.shards, strict=True):
-        tracemalloc.start()
-        with Allocations() as allocated:
-            load_shards(path, manifest, shards, writer.tensor_rank, new.layout.tensor)
-        _, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        assert peak + allocated.num_bytes < 512 * 512 * 4
+        taken = []
+        for _ in range(3):  # the least counts: tracemalloc also sees what other threads of the process allocate
+            tracemalloc.start()
+            with Allocations() as allocated:
+                load_shards(path, manifest, shards, writer.tensor_rank, new.layout.tensor)
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            taken.append(peak + allocated.num_bytes)
+        assert min(taken) < 512 * 512 * 4
     new.check(whole)

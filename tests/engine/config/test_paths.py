@@ -22,6 +22,8 @@ from engine.corpus.sources.hub import split_hub_name
 from engine.errors import ConfigError
 
 OTHERS = {
+    "init_from",
+    "init_from.path",
     "stages.*.data.train",
     "stages.*.data.sources.*.path",
     "stages.*.data.validation",
