@@ -56,7 +56,7 @@ class View:
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do now."""
+    """Action that a supervisor takes now."""
 
     send: signal.Signals | None = None
     """Signal for the ranks."""

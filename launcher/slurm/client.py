@@ -27,7 +27,7 @@ _FIELDS = "JobID,State,JobName,Elapsed,Timelimit,NNodes,NodeList,Reason,Comment"
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command of Slurm's said."""
+    """Answer of a command of Slurm's."""
 
     code: int
     out: str

@@ -9,7 +9,7 @@ from engine.errors import PalimpsestError
 
 
 class StepResult(NamedTuple):
-    """What became of an optimizer step; equal on all ranks."""
+    """Outcome of an optimizer step; equal on all ranks."""
 
     updated: bool
     """False where the gradients were discarded, and weights and optimizer state stayed as they were."""
