@@ -5,6 +5,7 @@ A start leaves `starts/JOB.ATTEMPT.json` in the run folder. Nothing reads it bac
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -83,6 +84,15 @@ def git_state(folder: Path = ROOT) -> GitState | None:
     return GitState(commit.strip(), (branch or "").strip(), tuple(changed.split("\n")[:-1]), digest)
 
 
+def installed_versions() -> dict[str, str]:
+    """Return the versions of the libraries that a run depends on, by name, for those that are installed."""
+    found = {}
+    for name in VERSIONS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
 def provenance(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """Return what this process runs: code, versions, machine and the variables that matter, as JSON without secrets."""
     git = git_state()
@@ -99,7 +109,7 @@ def provenance(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
             "folder": os.getcwd(),
             "code": {"root": str(ROOT), "hash": code_hash(), "git": None if git is None else asdict(git)},
             "python": sys.version.split()[0],
-            "versions": {name: version for name in VERSIONS if (version := _version(name)) is not None},
+            "versions": installed_versions(),
             "environment": variables,
         }
     )
@@ -128,10 +138,3 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.decode(errors="replace")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -16,10 +16,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from engine.provenance import installed_versions
 from launcher import node_checks as checks
 from launcher.commands import program
 from launcher.extensions import STALE_SECONDS, VARIABLE, locks
@@ -73,7 +73,8 @@ def check_node(needs: Needs, environ: Mapping[str, str] = os.environ) -> NodeRep
         *checks.requeue(_slurm_config() if environ.get("SLURM_JOB_ID") else ""),
         *checks.slingshot(environ, NET),
     ]
-    facts = {"Python": sys.version.split()[0], **{name: _version(name) for name in VERSIONS}}
+    installed = installed_versions()
+    facts = {"Python": sys.version.split()[0], **{name: installed.get(name, "absent") for name in VERSIONS}}
     facts |= {"GPUs": ", ".join(sorted({gpu.name for gpu in gpus})) or "none", "number of GPUs": str(len(gpus))}
     facts |= {"driver": ", ".join(sorted({gpu.driver for gpu in gpus}))} if gpus else {}
     return NodeReport(socket.gethostname(), tuple(findings), facts)
@@ -168,13 +169,6 @@ def _stale_locks(environ: Mapping[str, str]) -> list[Path]:
 
 def _slurm_config() -> str:
     return _output(["scontrol", "show", "config"])
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "absent"
 
 
 def _output(command: list[str]) -> str:
