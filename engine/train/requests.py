@@ -6,7 +6,6 @@ step, in the all-reduce of the losses, so a request of one of them is obeyed by 
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
 
@@ -67,13 +66,13 @@ class Requests:
         """Count a checkpoint that has begun: the next one by the clock is due later, and the switch file has served."""
         self._saved_seconds = self._clock()
         if self._files is not None and SAVE in self._files.found():
-            with contextlib.suppress(FileNotFoundError):
-                try:
-                    (self._files.folder / SAVE).unlink()
-                except PermissionError:
-                    # Left there it would ask for a checkpoint after every step.
-                    _log.warning("%s cannot be removed: it is not looked at any more", self._files.folder / SAVE)
-                    self._files = None
+            try:
+                (self._files.folder / SAVE).unlink(missing_ok=True)
+            except OSError as error:
+                # Left there it would ask for a checkpoint after every step.
+                path, why = self._files.folder / SAVE, error.strerror or error
+                _log.warning("%s cannot be removed (%s): switch files are not looked at any more", path, why)
+                self._files = None
 
     def _stop(self, why: str) -> bool:
         if not self._told:
