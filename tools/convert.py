@@ -91,20 +91,9 @@ def main(
 
     What was written is read back and compared; a conversion to Hugging Face that was killed goes on where it stood.
     """
-    kind = _kind_of(source, to)
-    to = to or _USUAL[kind]
-    if (kind, to) not in CARRIED:
-        raise ConfigError(
-            f"--to {to} of {source}, which is {KINDS[kind]}",
-            " or ".join(f"--to {target}" for one, target in CARRIED if one == kind),
-            "name another format, or another source",
-        )
+    kind, to = _formats(source, to)
     given = {"--names": names, "--license": license_id, "--dtype": dtype, "--shard-size": shard_size}
-    given |= {"--weights": weights, "--verify": verify, "--run": run}
-    for option, value in given.items():
-        if value is not None and to not in _ONLY_WITH[option]:
-            allowed = " or ".join(f"{option} with --to {one}" for one in _ONLY_WITH[option])
-            raise ConfigError(f"{option} {value} with --to {to}", allowed, "leave it out")
+    _check_options(to, given | {"--weights": weights, "--verify": verify, "--run": run})
     shard_bytes = 5 * 10**9 if shard_size is None else _bytes(shard_size)
     if to == "huggingface":
         options = {"license_id": license_id, "dtype": dtype, "shard_bytes": shard_bytes, "verify": verify or "full"}
@@ -161,6 +150,31 @@ def _kind_of(source: str, to: To | None) -> Kind:
         "a run folder or a checkpoint, a Hugging Face folder, a checkpoint of DeepSpeed's, shards, or a .bin/.idx",
         "check the path, or train first",
     )
+
+
+def _formats(source: str, to: To | None) -> tuple[Kind, To]:
+    """Return the kind of a source and the format to write: the named one, else the usual one for this kind.
+
+    Raises:
+        ConfigError: it cannot be converted, or not to the named format.
+    """
+    kind = _kind_of(source, to)
+    to = to or _USUAL[kind]
+    if (kind, to) not in CARRIED:
+        raise ConfigError(
+            f"--to {to} of {source}, which is {KINDS[kind]}",
+            " or ".join(f"--to {target}" for one, target in CARRIED if one == kind),
+            "name another format, or another source",
+        )
+    return kind, to
+
+
+def _check_options(to: To, given: dict[str, Any]) -> None:
+    """Raise `ConfigError` where an option was given (its value is not None) that means nothing for this format."""
+    for option, value in given.items():
+        if value is not None and to not in _ONLY_WITH[option]:
+            allowed = " or ".join(f"{option} with --to {one}" for one in _ONLY_WITH[option])
+            raise ConfigError(f"{option} {value} with --to {to}", allowed, "leave it out")
 
 
 def _local(source: str) -> Path:

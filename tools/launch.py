@@ -83,23 +83,26 @@ def main(
     logs.configure()
     run = load_run(config, overrides or [], model_of)
     limit = run.launch.restarts if restarts is None else restarts
+    on_slurm = (site, nodes, gpus_per_node, ranks_per_node, time, requeues, slurm)
+    _check_options(launcher, processes, on_slurm)
     if launcher == SLURM:
-        if processes is not None:
-            raise ConfigError(
-                "--processes beside --launcher slurm", "--ranks-per-node", "say how many ranks a node has"
-            )
         limits = (run.launch.requeues if requeues is None else requeues, limit)
         asked = Request(config, tuple(overrides or []), nodes or "1", gpus_per_node, ranks_per_node, time, *limits)
         _submit(run, asked, site, slurm or [], dry_run)
         return
-    on_slurm = (site, nodes, gpus_per_node, ranks_per_node, time, requeues, slurm)
-    if any(value is not None for value in on_slurm):
+    _start_here(run, config, tuple(overrides or []), _kind(launcher), processes, limit, dry_run)
+
+
+def _check_options(launcher: str, processes: int | None, on_slurm: tuple[object, ...]) -> None:
+    """Raise `ConfigError` where an option was given that this launcher does not take; `on_slurm` are Slurm's alone."""
+    if launcher == SLURM and processes is not None:
+        raise ConfigError("--processes beside --launcher slurm", "--ranks-per-node", "say how many ranks a node has")
+    if launcher != SLURM and any(value is not None for value in on_slurm):
         raise ConfigError(
             f"an option of slurm beside --launcher {launcher}",
             "--site, --nodes, --gpus-per-node, --ranks-per-node, --time, --requeues and --slurm with --launcher slurm",
             "add --launcher slurm, or leave them out",
         )
-    _start_here(run, config, tuple(overrides or []), _kind(launcher), processes, limit, dry_run)
 
 
 def _start_here(
