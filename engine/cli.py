@@ -60,7 +60,7 @@ COMMANDS = {
     "replay-generate": Command(
         "tools.replay_generate:main", "Sample token shards from a model, to replay.", "the same command goes on"
     ),
-    "convert": Command("tools.convert:main", "Write a checkpoint as a Hugging Face folder.", "nothing was written"),
+    "convert": Command("tools.convert:main", "Convert models and token files between formats.", "nothing was written"),
     "generate": Command("tools.generate:main", "Continue a prompt."),
 }
 

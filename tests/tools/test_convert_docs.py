@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.checkpoint.interchange.forms import FORMS
-from tools.convert import CARRIED, KINDS
+from tools.conversions import CONVERSIONS, KINDS
 
 PAGE = Path(__file__).parents[2] / "docs" / "convert.md"
 
@@ -15,7 +15,7 @@ def rows(*lines: tuple[str, ...]) -> str:
 
 
 def test_the_table_of_conversions():
-    found = [(KINDS[kind], f"`{to}`", carried) for (kind, to), carried in CARRIED.items()]
+    found = [(KINDS[kind], f"`{to}`", one.carried) for (kind, to), one in CONVERSIONS.items()]
     assert rows(("SOURCE", "`--to`", "carries over"), ("---",) * 3, *found) in PAGE.read_text(encoding="utf-8")
 
 

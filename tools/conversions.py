@@ -1,0 +1,166 @@
+"""The table of conversions: kinds of sources, formats that are written, what each carries, and its options.
+
+`palimpsest convert` and the table of docs/convert.md are made of it. Imports nothing heavy: a conversion's function is
+named, and imported when it runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from engine.checkpoint.storage import Location
+
+To = Literal["huggingface", "palimpsest", "deepspeed", "universal", "dcp", "megatron", "shards"]
+Kind = Literal["palimpsest", "huggingface", "deepspeed", "shards", "megatron"]
+KINDS: dict[Kind, str] = {
+    "palimpsest": "a run folder or a checkpoint of ours",
+    "huggingface": "a Hugging Face folder",
+    "deepspeed": "a checkpoint of DeepSpeed's (ZeRO 1 to 3)",
+    "shards": "a folder of token shards",
+    "megatron": "Megatron's token files (.bin, .idx)",
+}
+USUAL: dict[Kind, To] = {
+    "palimpsest": "huggingface",
+    "huggingface": "palimpsest",
+    "deepspeed": "palimpsest",
+    "shards": "megatron",
+    "megatron": "shards",
+}
+"""Format that a kind of source is converted to where none is named."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One conversion as it was asked for; None stands for an option that was not given."""
+
+    source: str
+    output: Path
+    shard_bytes: int
+    verify: Literal["full", "sample", "none"]
+    with_optimizer: bool
+    tokenizer: Path | None
+    dtype: str | None
+    run: Path | None
+    names: Literal["ours", "huggingface"] | None
+    weights: Literal["trained", "ema"] | None
+    license_id: str | None
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One way from a kind of source to a format."""
+
+    function: str
+    """`module:function` that takes a `Request`, writes the output and says what it wrote."""
+    carried: str
+    """Data that it carries over, for the documentation."""
+    options: tuple[str, ...] = ()
+    """Options of the command that have a meaning for it, besides --output and --tokenizer."""
+
+    def run(self, request: Request) -> None:
+        """Convert. Raises `PalimpsestError` as the function does."""
+        module, _, name = self.function.partition(":")
+        function: Callable[[Request], None] = getattr(importlib.import_module(module), name)
+        function(request)
+
+
+CONVERSIONS: dict[tuple[Kind, To], Conversion] = {
+    ("palimpsest", "huggingface"): Conversion(
+        "tools.convert_models:to_huggingface",
+        "weights (fp32, bf16 or fp16), tokenizer, model card",
+        ("--license", "--weights", "--dtype", "--shard-size", "--verify"),
+    ),
+    ("palimpsest", "dcp"): Conversion("tools.convert_models:to_dcp", "weights, all moments"),
+    ("palimpsest", "universal"): Conversion(
+        "tools.convert_models:to_universal", "weights, Adam's moments, the step", ("--names",)
+    ),
+    ("huggingface", "palimpsest"): Conversion(
+        "tools.convert_models:from_huggingface",
+        "weights (as fp32), tokenizer, all small files for the way back",
+        ("--shard-size", "--verify"),
+    ),
+    ("deepspeed", "palimpsest"): Conversion(
+        "tools.convert_models:from_deepspeed", "weights (the fp32 masters)", ("--run", "--shard-size")
+    ),
+    ("shards", "megatron"): Conversion("tools.convert_data:to_megatron", "tokens, documents"),
+    ("megatron", "shards"): Conversion("tools.convert_data:from_megatron", "tokens, documents (in place)"),
+}
+
+
+def conversion_of(source: str, kind: Kind, to: To) -> Conversion:
+    """Return the way from a source to a format. Raises `ConfigError` where there is none."""
+    found = CONVERSIONS.get((kind, to))
+    if found is None:
+        raise ConfigError(
+            f"--to {to} of {source}, which is {KINDS[kind]}",
+            " or ".join(f"--to {target}" for one, target in CONVERSIONS if one == kind),
+            "name another format, or another source",
+        )
+    return found
+
+
+def check_options(kind: Kind, to: To, given: Mapping[str, object]) -> None:
+    """Raise `ConfigError` for an option that was given (not None, not False) and means nothing for this conversion."""
+    for option, value in given.items():
+        if value in (None, False) or option in CONVERSIONS[kind, to].options:
+            continue
+        allowed = dict.fromkeys(f"--to {target}" for (_, target), one in CONVERSIONS.items() if option in one.options)
+        said = option if value is True else f"{option} {value}"
+        raise ConfigError(
+            f"{said} with --to {to} of {KINDS[kind]}",
+            " or ".join(f"{option} with {target}" for target in allowed),
+            "leave it out",
+        )
+
+
+def kind_of(source: str, to: To | None) -> Kind:
+    """Return the kind of a source by its files alone; where these say nothing, the one that `to` is made from.
+
+    Raises:
+        ConfigError: it is nothing that can be converted.
+    """
+    from engine.checkpoint.storage import location_of
+
+    location = location_of(source)
+    found = _seen(location)
+    if found is not None:
+        return found
+    named: dict[To | None, Kind] = {
+        "megatron": "shards",
+        "shards": "megatron",
+        "dcp": "palimpsest",
+        "universal": "palimpsest",
+        "deepspeed": "palimpsest",
+    }
+    if to in named:  # its reader says what is wrong
+        return named[to]
+    what = "holds nothing that can be converted" if location.is_dir() else "is not there"
+    raise ConfigError(f"{source} {what}", " or ".join(KINDS.values()), "check the path, or train first")
+
+
+def _seen(location: Location) -> Kind | None:
+    from engine.checkpoint.folder import CHECKPOINTS
+    from engine.checkpoint.storage import MANIFEST
+
+    # A prefix of .bin and .idx is no file itself.
+    if isinstance(location, Path) and any(Path(f"{location}{end}").is_file() for end in (".idx", ".bin")):
+        return "megatron"
+    if location.is_file() and location.name.endswith((".bin", ".idx")):
+        return "megatron"
+    if (location / MANIFEST).is_file() or (location / CHECKPOINTS).is_dir():
+        return "palimpsest"
+    if (location / "config.json").is_file():
+        return "huggingface"
+    if (location / "index.json").is_file():
+        return "shards"
+    names = [path.name for path in location.iterdir()] if location.is_dir() else []
+    if "latest" in names or any(name.endswith(("_optim_states.pt", "_model_states.pt")) for name in names):
+        return "deepspeed"
+    return None
