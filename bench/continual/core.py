@@ -9,164 +9,69 @@ the new domain alone. All stages of a sequence have the schedule that `palimpses
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from bench.continual.corpora import NEW, OLD
 from bench.continual.runs import Planned, Tree, train_all
-from engine.config.load import load_run, parse_run
-from engine.config.save import FILE
+from bench.continual.setup import BASE, SPAN_TOKENS, Setup, Sizes, label
 from engine.train import ledger as measures
-from engine.train.continuation import choose_schedule
-from engine.train.ledger_records import read_ledger
 
-SEEDS = (1, 2)
-RATIOS = (0.0, 0.05, 0.10, 0.25)
 SMALL_BUFFER, SMALL_RATIO = 0.01, 0.10
 """Share of the old data that the reservoir keeps, and the ratio at which it is compared with the whole data."""
-SPAN_TOKENS = 128
-BASE, JOINT, SCRATCH, RESERVOIR = "old domain", "joint", "new domain alone", "10 %, reservoir of 1 %"
-PEAK_RATE, FINAL_FACTOR = 4e-3, 0.1
-GPT: Tree = {"vocab_size": 260, "num_layers": 3, "hidden_size": 128, "num_heads": 4, "max_positions": 128}
-"""0.63 million parameters."""
-BERT: Tree = GPT | {"family": "bert", "vocab_size": 263, "token_types": 1}
-Losses = dict[str, float]
-"""Validation loss at a run's end, in nats per token, of each domain."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of an experiment; what is measured by default is described in the guide of the results."""
-
-    model: Tree = field(default_factory=lambda: GPT)
-    objective: str = "causal"
-    old_steps: int = 400
-    new_steps: int = 250
-    length: int = 128
-    batch: int = 16
-    evaluated_samples: int = 256
-    """Samples of each validation set at most."""
-    seeds: tuple[int, ...] = SEEDS
-    ratios: tuple[float, ...] = RATIOS
-
-    def scaled(self, factor: float) -> Sizes:
-        """Return the same with fewer steps."""
-        steps = {name: max(2, round(getattr(self, name) * factor)) for name in ("old_steps", "new_steps")}
-        return replace(self, **steps)
-
-
-def label(ratio: float) -> str:
-    """Return the name of the branch with a replay ratio."""
-    return f"{ratio:.0%}".replace("%", " %")
+JOINT, SCRATCH, RESERVOIR = "joint", "new domain alone", "10 %, reservoir of 1 %"
 
 
 class Experiment:
     """Runs of one experiment, over data that `corpora.write` has written into `folder`."""
 
     def __init__(self, folder: Path, sizes: Sizes, old_tokens: int) -> None:
-        self.folder, self.sizes = folder, sizes
-        self.reservoir_rows = max(1, round(SMALL_BUFFER * old_tokens / SPAN_TOKENS))
+        self.sizes = sizes
+        self.setup = Setup(folder, sizes, max(1, round(SMALL_BUFFER * old_tokens / SPAN_TOKENS)))
 
     def measure(self, processes: int) -> dict[str, Any]:
         """Train all runs, and return the losses and CPU seconds of each by seed and name."""
-        seeds = self.sizes.seeds
+        seeds, setup = self.sizes.seeds, self.setup
         first = [planned for seed in seeds for planned in self._from_initial_weights(seed)]
         seconds = train_all(first, processes)
         seconds |= train_all([planned for seed in seeds for planned in self._branches(seed)], processes)
         names = [BASE, *map(label, self.sizes.ratios), RESERVOIR, JOINT, SCRATCH]
         return {
             str(seed): {
-                name: {"loss": self._losses(seed, name), "cpu_seconds": round(seconds[self._run(seed, name)], 1)}
+                name: {
+                    "loss": setup.losses(seed, name),
+                    "cpu_seconds": round(seconds[setup.run_name(seed, name)], 1),
+                }
                 for name in names
             }
             for seed in seeds
         }
 
     def _from_initial_weights(self, seed: int) -> list[Planned]:
-        steps = self.sizes.old_steps, self.sizes.new_steps
+        setup, steps = self.setup, (self.sizes.old_steps, self.sizes.new_steps)
         weights = dict(zip((OLD, NEW), steps, strict=True))
-        both = [{"name": name, "path": self._data(name), "weight": weight} for name, weight in weights.items()]
-        joint = {"sources": both, "validation": {name: self._data(name, "validation") for name in (OLD, NEW)}}
+        both = [{"name": name, "path": setup.data(name), "weight": weight} for name, weight in weights.items()]
+        joint = {"sources": both, "validation": {name: setup.data(name, "validation") for name in (OLD, NEW)}}
         return [
-            self._planned(seed, BASE, [self._old()]),
-            self._planned(seed, JOINT, [self._stage("joint", sum(steps), joint)]),
-            self._planned(seed, SCRATCH, [self._stage(NEW, steps[1], self._of(NEW))]),
+            setup.planned(seed, BASE, [setup.old_stage()]),
+            setup.planned(seed, JOINT, [setup.stage("joint", sum(steps), joint)]),
+            setup.planned(seed, SCRATCH, [setup.stage(NEW, steps[1], setup.of(NEW))]),
         ]
 
     def _branches(self, seed: int) -> list[Planned]:
-        base = self._tree(seed, BASE, [self._old()])
-        checkpoint = Path(base["folder"]) / "checkpoints" / f"step-{self.sizes.old_steps:08d}"
-        config = parse_run(base, BASE)
-        new_tokens = self.sizes.new_steps * self._step_tokens
-        rate = FINAL_FACTOR * PEAK_RATE
-        chosen = choose_schedule(config.optimizer, config.stages[-1], rate, new_tokens, self._step_tokens).schedule
-        new = self._stage(NEW, self.sizes.new_steps, self._of(NEW)) | {"schedule": chosen}
+        setup = self.setup
+        new = setup.new_stage(seed, setup.of(NEW))
         replays: dict[str, Tree] = {
-            label(ratio): {"ratio": ratio, "source": self._data(OLD)} for ratio in self.sizes.ratios
+            label(ratio): {"ratio": ratio, "source": setup.data(OLD)} for ratio in self.sizes.ratios
         }
         replays[RESERVOIR] = {"ratio": SMALL_RATIO}
+        begins_at = setup.checkpoint(seed, BASE, self.sizes.old_steps)
         return [
-            self._planned(seed, name, [self._old(), new | {"replay": replay}], checkpoint)
+            setup.planned(seed, name, [setup.old_stage(), new | {"replay": replay}], begins_at)
             for name, replay in replays.items()
         ]
-
-    @property
-    def _step_tokens(self) -> int:
-        return self.sizes.batch * self.sizes.length
-
-    def _data(self, domain: str, half: str = "train") -> str:
-        return str(self.folder / domain / half)
-
-    def _of(self, domain: str) -> Tree:
-        return {"train": self._data(domain), "validation": {domain: self._data(domain, "validation")}}
-
-    def _old(self) -> Tree:
-        return self._stage(OLD, self.sizes.old_steps, self._of(OLD))
-
-    def _stage(self, name: str, steps: int, data: Tree) -> Tree:
-        return {
-            "name": name,
-            "data": data | {"window_shards": 16},
-            "objective": self.sizes.objective,
-            "sequence_length": self.sizes.length,
-            "global_batch_size": self.sizes.batch,
-            "duration": {"steps": steps},
-            "schedule": {"shape": "cosine", "warmup": max(1, steps // 20), "final_factor": FINAL_FACTOR},
-        }
-
-    def _run(self, seed: int, name: str) -> str:
-        return f"seed {seed}, {name}"
-
-    def _folder(self, seed: int, name: str) -> Path:
-        return self.folder / "runs" / self._run(seed, name).replace(" ", "-").replace("%", "percent").replace(",", "")
-
-    def _planned(self, seed: int, name: str, stages: list[Tree], begins_at: Path | None = None) -> Planned:
-        return Planned(self._run(seed, name), self._tree(seed, name, stages), begins_at)
-
-    def _tree(self, seed: int, name: str, stages: list[Tree]) -> Tree:
-        return {
-            "name": self._run(seed, name),
-            "folder": str(self._folder(seed, name)),
-            "seed": seed,
-            "tokenizer": str(self.folder / "tokenizer"),
-            "model": self.sizes.model,
-            "stages": stages,
-            "optimizer": {"learning_rate": PEAK_RATE},
-            "precision": {"dtype": "fp32"},
-            "parallel": {"micro_batch_size": self.sizes.batch},
-            "evaluation": {"max_samples": self.sizes.evaluated_samples},
-            "checkpoint": {"keep_last": 1},
-            "reservoir": {"rows": self.reservoir_rows, "span_tokens": SPAN_TOKENS},
-            "logging": {"every_steps": 10, "tensorboard": False, "wandb": "off", "plot": False},
-        }
-
-    def _losses(self, seed: int, name: str) -> Losses:
-        folder = self._folder(seed, name)
-        matrix = read_ledger(folder, load_run(folder / FILE)).matrix
-        found = dict(zip(matrix.domains, matrix.losses[matrix.last], strict=True))
-        return {domain: loss for domain, loss in found.items() if loss is not None}
 
 
 def summarize(seeds: dict[str, Any]) -> dict[str, dict[str, float | None]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.continual.core import BASE, JOINT, RESERVOIR, SCRATCH, Bar
+from bench.continual.core import JOINT, RESERVOIR, SCRATCH, Bar
+from bench.continual.setup import BASE
 
 Rows = dict[str, dict[str, float | None]]
 
@@ -30,6 +31,37 @@ def told(bars: list[Bar]) -> str:
         f"(bar: {'at least' if bar.at_least else 'at most'} {bar.limit:.0%})"
         for bar in bars
     )
+
+
+def methods_table(found: Rows) -> str:
+    """Return the table of the methods as Markdown; CPU time is that over plain continuation's."""
+    lines = [
+        "| method | loss, old | loss, new | forgetting removed | cost on the new domain | mean loss | CPU time |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in found.items():
+        cells = [name, _loss(row["old"]), _loss(row.get("new"))]
+        cells += [_percent(row.get(key)) for key in ("forgetting_removed", "cost_on_new")]
+        times = row.get("cpu_over_plain")
+        cells += [_loss(row.get("mean")), "" if times is None else f"{times:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw_methods(found: Rows, title: str, path: Path) -> None:
+    """Draw the old domain's loss against the new one's, a point for each method."""
+    from matplotlib.figure import Figure  # no pyplot: no window, no global state
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes: Any = figure.subplots()
+    for number, (name, row) in enumerate(found.items()):
+        if name != BASE:
+            axes.plot([row["new"]], [row["old"]], "osD^v<>P*X"[number % 10], color=f"C{number % 10}", label=name)
+    axes.axhline(found[BASE]["old"], color="gray", linestyle="--", linewidth=0.8, label="before the new domain")
+    axes.set(xlabel="loss of the new domain (nats per token)", ylabel="loss of the old domain", title=title)
+    axes.grid(alpha=0.3)
+    figure.legend(fontsize=7, loc="outside right upper")
+    figure.savefig(path, dpi=110, format="png", metadata={"Software": None})
 
 
 def draw(found: Rows, title: str, path: Path) -> None:

@@ -82,10 +82,14 @@ def check_weights(weights: Sequence[float], count: int) -> None:
 
 
 class Sources:
-    """Checkpoints that are to be merged, checked against the first."""
+    """Checkpoints that are to be merged, checked against the first.
+
+    They may be of different run stages: the mean of the weights before and after new data is a method against
+    forgetting (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", arXiv 2109.01903).
+    """
 
     def __init__(self, paths: Sequence[Location]) -> None:
-        """Open the checkpoints. Raises `CheckpointError` where they are of different models, tokenizers or stages."""
+        """Open the checkpoints. Raises `CheckpointError` where they are of different models or tokenizers."""
         self.paths = list(paths)
         self.manifests = [open_checkpoint(path) for path in paths]
         for path, manifest in zip(self.paths[1:], self.manifests[1:], strict=True):
@@ -101,13 +105,12 @@ class Sources:
         pairs = {
             "model": (first.config.get("model"), own.config.get("model")),
             "tokenizer": (_section(first, "tokenizer", "hash"), _section(own, "tokenizer", "hash")),
-            "stage": (_stage_name(first), _stage_name(own)),
         }
         for what, (before, now) in pairs.items():
             if before != now:
                 raise CheckpointError(
                     f"{path} is of another {what} than {self.paths[0]}: {_difference(before, now)}",
-                    "checkpoints of one model, tokenizer and run stage",
+                    "checkpoints of one model and tokenizer",
                     "name others; merging across them averages weights that do not belong together",
                 )
         # shapes and names, too: a checkpoint that was converted says nothing of its configuration
@@ -117,11 +120,6 @@ class Sources:
 def _section(state: CheckpointState, name: str, key: str) -> Any:
     section = state.sections.get(name)
     return section.get(key) if isinstance(section, dict) else None
-
-
-def _stage_name(state: CheckpointState) -> Any:
-    number, stages = _section(state, "progress", "run_stage"), state.config.get("stages", [])
-    return stages[number].get("name") if isinstance(number, int) and number < len(stages) else number
 
 
 def _difference(before: Any, now: Any) -> str:

@@ -5,9 +5,13 @@ from pathlib import Path
 import pytest
 
 from bench.continual import corpora
-from bench.continual.__main__ import experiment
-from bench.continual.core import BASE, JOINT, RESERVOIR, SCRATCH, Sizes, bars, summarize
-from bench.continual.report import draw, table, told
+from bench.continual.__main__ import all_methods, experiment
+from bench.continual.core import JOINT, RESERVOIR, SCRATCH, bars, summarize
+from bench.continual.methods import CONSTANT, PLAIN, REPLAY, compare, merges, methods, verdicts
+from bench.continual.report import draw, draw_methods, methods_table, table, told
+from bench.continual.setup import BASE, Setup, Sizes
+from engine.config.load import parse_run
+from engine.config.resolve import resolve
 from engine.errors import DataError
 
 TOY = {"vocab_size": 260, "num_layers": 1, "hidden_size": 16, "num_heads": 2, "max_positions": 32}
@@ -85,3 +89,50 @@ def test_all_runs_are_trained_and_told(tmp_path: Path, texts):
     draw(found["mean"], "toy", tmp_path / "toy.png")
     assert (tmp_path / "toy.png").stat().st_size > 1000
     assert table(found["mean"]).count("\n") == 1 + len(runs)
+
+
+def test_a_method_is_judged_by_its_losses():
+    runs = {
+        BASE: {"loss": {"old": 1.0}, "cpu_seconds": 9.0},
+        PLAIN: {"loss": {"old": 2.0, "new": 1.0}, "cpu_seconds": 4.0},
+        REPLAY: {"loss": {"old": 1.4, "new": 1.01}, "cpu_seconds": 4.0},
+        "good": {"loss": {"old": 1.2, "new": 1.005}, "cpu_seconds": 6.0},
+        "useless": {"loss": {"old": 2.1, "new": 1.5}, "cpu_seconds": 2.0},
+    }
+    found = compare(runs)
+    assert found["good"]["forgetting_removed"] == pytest.approx(0.8)
+    assert found["useless"]["forgetting_removed"] == pytest.approx(-0.1)
+    assert found["good"]["cost_on_new"] == pytest.approx(0.005)
+    assert found["good"]["cpu_over_plain"] == 1.5
+    said = verdicts(found)
+    assert list(said) == ["good", "useless"]
+    assert said["good"] == (
+        "forgets less and learns less than plain continuation; forgets less and learns more than replay"
+    )
+    assert said["useless"].count("forgets more and learns less") == 2
+
+
+def test_every_method_is_a_run_that_can_start(tmp_path):
+    setup = Setup(tmp_path, Sizes(), 1)
+    for method in methods(setup):
+        stages = [setup.old_stage(), setup.new_stage(1, setup.of(corpora.OLD, corpora.NEW)) | method.stage]
+        config = resolve(parse_run(setup.tree(1, method.name, stages) | method.run, method.name), 1)
+        assert config is not None
+    [*_, wsm] = merges(Sizes())
+    assert wsm.steps == (550, 575, 600, 625, 650)
+    assert sum(wsm.weights) == pytest.approx(1.0)
+
+
+@pytest.mark.matrix
+def test_all_methods_are_trained_merged_and_told(tmp_path: Path, texts):
+    prose, source = (half[:12] for half in texts)
+    sizes = Sizes(TOY, old_steps=4, new_steps=10, length=32, batch=8, evaluated_samples=None, seeds=(1,))
+    found = all_methods({corpora.OLD: prose, corpora.NEW: source}, sizes, processes=2)
+    rows = found["measures"]
+    assert {BASE, PLAIN, REPLAY, CONSTANT, "merge, half old", "constant rate, WSM"} < set(rows)
+    branches = {name: row["old"] for name, row in rows.items() if name != BASE}
+    # a model of one layer has embeddings alone to freeze in the second case, and both in the first
+    assert len(set(branches.values())) == len(branches), "each method has trained something else"
+    draw_methods(rows, "toy", tmp_path / "toy.png")
+    assert (tmp_path / "toy.png").stat().st_size > 1000
+    assert methods_table(rows).count("\n") == 1 + len(rows)

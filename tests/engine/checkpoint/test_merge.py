@@ -128,7 +128,7 @@ def test_weights_that_do_not_add_up_are_refused(weights, said):
         check_weights(weights, 2)
 
 
-def test_what_is_of_another_model_tokenizer_or_stage_is_named(tmp_path):
+def test_what_is_of_another_model_or_tokenizer_is_named(tmp_path):
     def with_state(name: str, specs: list[ParameterSpec] | None = None, **changes: Any) -> Path:
         specs = specs or small_model()
         world = World(layout_of(1, 1, 1), 0, specs)
@@ -136,12 +136,9 @@ def test_what_is_of_another_model_tokenizer_or_stage_is_named(tmp_path):
         return world.save(tmp_path / name, replace(some_state(40), **changes))
 
     tokenizer = with_state("t", sections={"tokenizer": {"hash": "one"}})
-    stages = {"stages": [{"name": "a"}, {"name": "b"}]}
-    a, b = (with_state(f"s{n}", config=stages, sections={"progress": {"run_stage": n}}) for n in range(2))
     models = [with_state(f"m{n}", config={"model": {"family": "gpt", "num_layers": n}}) for n in range(2)]
     for first, second, said in (
         (tokenizer, with_state("u", sections={"tokenizer": {"hash": "two"}}), "another tokenizer.*'two', not 'one'"),
-        (a, b, "another stage.*'b', not 'a'"),
         (*models, "another model.*num_layers = 1, not 0"),
     ):
         with pytest.raises(CheckpointError, match=said):
