@@ -8,6 +8,7 @@ owner of the folder writes it (`engine.run_folder`).
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +16,12 @@ from engine.atomic import write_atomically
 from engine.redact import redacted
 
 FILE = "outcome.json"
+
+
+def file_name(job: str, attempt: int) -> str:
+    """Return the beginning of the names of files about an attempt of a job, `JOB.ATTEMPT`."""
+    # A job's name may hold what a file's may not.
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', job)}.{attempt}"
 
 
 @dataclass(frozen=True)

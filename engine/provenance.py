@@ -24,6 +24,7 @@ from typing import Any
 import engine
 from engine.atomic import write_atomically
 from engine.logs import logger
+from engine.outcome import file_name
 from engine.redact import redacted
 
 FOLDER = "starts"
@@ -117,8 +118,7 @@ def provenance(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
 
 def note_start(run_folder: Path, job: str, attempt: int) -> None:
     """Write the provenance of a start into the run folder; where that fails, a warning is logged."""
-    # A job's name may hold what a file's may not.
-    path = run_folder / FOLDER / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', job)}.{attempt}.json"
+    path = run_folder / FOLDER / f"{file_name(job, attempt)}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(provenance(), indent=1))

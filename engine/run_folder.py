@@ -48,6 +48,11 @@ class Start:
     """Step and meeting point of the ranks, which tell this start from another of the same job and attempt. Empty under
     `palimpsest launch`, whose jobs have unique names."""
 
+    @property
+    def file_name(self) -> str:
+        """Beginning of the names of files about this start, `JOB.ATTEMPT`: those of another job are not replaced."""
+        return outcome.file_name(self.job, self.attempt)
+
 
 @dataclass(frozen=True)
 class FolderUser:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from engine.heartbeat import Beat
+from engine.run_folder import Start
 from launcher.commands import program
 from launcher.processes import Process, state_of
 
@@ -65,6 +66,11 @@ class Seen:
     def where(self) -> str:
         """Step and phase in words."""
         return self.beat.where if self.beat else "before its first sign of life"
+
+
+def stacks_file(run_folder: Path, start: Start) -> Path:
+    """Return the file that takes the stacks of all ranks of an attempt that hangs."""
+    return run_folder / "logs" / f"hang-{start.file_name}.txt"
 
 
 def look_at(ranks: list[Process], beats: dict[int, Beat | None], silent_seconds: dict[int, float]) -> list[Seen]:

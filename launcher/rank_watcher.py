@@ -85,7 +85,7 @@ def heartbeat_folder(environment: RankEnvironment, given: Path | None) -> Iterat
 
 def start_watcher(environment: RankEnvironment, limits: LaunchConfig, folder: RunFolder, beats: Path) -> None:
     """Start the watcher of this rank, whose heartbeats are in `beats` (its own, from `heartbeat_folder`)."""
-    reports = reports_of(folder.path, environment.attempt)
+    reports = reports_of(folder.path, folder.start)
     if environment.global_rank == 0:
         shutil.rmtree(reports, ignore_errors=True)  # of an earlier start with this number
     start = folder.start
@@ -116,9 +116,9 @@ def start_watcher(environment: RankEnvironment, limits: LaunchConfig, folder: Ru
 _LIMITS = ("step_limit_seconds", "step_limit_factor", "start_limit_seconds", "save_limit_seconds")
 
 
-def reports_of(run_folder: Path, attempt: int) -> Path:
+def reports_of(run_folder: Path, start: Start) -> Path:
     """Return the folder in which watchers leave their reports of an attempt that hangs."""
-    return run_folder / "logs" / f"hang-{attempt}"
+    return diagnosis.stacks_file(run_folder, start).with_suffix("")
 
 
 # ---- in the watcher
@@ -196,7 +196,7 @@ class _Watcher:
         return seen
 
     def _report(self, seen: Seen) -> None:
-        folder = reports_of(self.folder.path, self.folder.start.attempt)
+        folder = reports_of(self.folder.path, self.folder.start)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / f"rank-{self.rank}.json", diagnosis.to_json(seen))
@@ -205,7 +205,7 @@ class _Watcher:
 
     def _everyones(self, own: Seen) -> dict[int, Seen]:
         """Return the reports by rank, once all are there or none has come for a while."""
-        folder, found = reports_of(self.folder.path, self.folder.start.attempt), {self.rank: own}
+        folder, found = reports_of(self.folder.path, self.folder.start), {self.rank: own}
         deadline = time.monotonic() + SETTLE_SECONDS
         while len(found) < self.world_size and time.monotonic() < deadline:
             time.sleep(LOOK_SECONDS)
@@ -216,7 +216,7 @@ class _Watcher:
         return found
 
     def _stacks(self, found: list[Seen]) -> str:
-        path = self.folder.path / "logs" / f"hang-{self.folder.start.attempt}.txt"
+        path = diagnosis.stacks_file(self.folder.path, self.folder.start)
         try:
             write_atomically(path, diagnosis.as_text(sorted(found, key=lambda one: one.global_rank)))
         except OSError:

@@ -67,7 +67,7 @@ def _name_hung(ranks: Ranks, owned: RunFolder, decisions: Decisions, view: View)
     seen = ranks.take_stacks(view, decisions.silent_seconds())
     if not seen:
         return
-    report = owned.path / "logs" / f"hang-{owned.start.attempt}.txt"
+    report = diagnosis.stacks_file(owned.path, owned.start)
     try:
         report.write_text(diagnosis.as_text(seen), encoding="utf-8")
     except OSError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine.heartbeat import Beat
+from engine.run_folder import Start
 from launcher import diagnosis
 from launcher.diagnosis import Frame, Seen, as_text, in_words, suspect, take_stack
 
@@ -51,6 +52,13 @@ def test_without_stacks_it_says_why_and_goes_by_the_rest() -> None:
         "rank 1 hangs: silent for 30 s in step 7 (loss), its process waits for a device or a file system (no); "
         "rank 0 is in step 8 (loss)"
     )
+
+
+def test_the_report_of_an_earlier_job_is_kept(tmp_path: Path) -> None:
+    starts = [Start("17", 0), Start("17", 1), Start("18", 0), Start("run/a b", 0)]
+    files = [diagnosis.stacks_file(tmp_path, start) for start in starts]
+    names = ["hang-17.0.txt", "hang-17.1.txt", "hang-18.0.txt", "hang-run_a_b.0.txt"]
+    assert files == [tmp_path / "logs" / name for name in names]
 
 
 def test_the_report_has_every_stack() -> None:

@@ -123,6 +123,7 @@ class Launch:
     def everything(self) -> str:
         """Return all logs, for the message of a test that fails."""
         paths = [
+            *self.run.glob("logs/*.log"),
             *self.run.glob("jobs/*/*.log"),
             *self.run.glob("jobs/*/logs/*"),
             *self.run.glob("jobs/*/attempts.jsonl"),

@@ -53,7 +53,7 @@ def test_a_frozen_rank_is_named_with_its_stack(launcher: str, cluster: Cluster) 
     assert found.error.startswith("rank 1 hangs: silent for "), text
     assert "in step 61 (forward and backward), its process is stopped (SIGSTOP), in strike (tests/slurm/" in found.error
     assert "rank 0 waits in all_reduce" in found.error
-    stacks = (cluster.folder / "run/logs/hang-0.txt").read_text()
+    stacks = (cluster.folder / f"run/logs/hang-{found.job}.0.txt").read_text()
     assert "rank 0: silent" in stacks
     assert "strike (tests/slurm/stand_in.py" in stacks
 

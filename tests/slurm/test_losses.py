@@ -125,4 +125,4 @@ def test_a_real_rank_that_is_lost_is_named(what: str, make_cluster: MakeCluster)
     else:
         assert "its process is stopped (SIGSTOP), in stop (tests/chaos/rank.py:" in found.error
         assert "rank 0 waits in " in found.error
-        assert "engine/train/trainer.py" in (cluster.folder / "run/logs/hang-0.txt").read_text()
+        assert "engine/train/trainer.py" in (cluster.folder / f"run/logs/hang-{job}.0.txt").read_text()

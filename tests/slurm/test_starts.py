@@ -123,7 +123,7 @@ def test_a_later_word_of_an_older_attempt_is_not_heard(make_cluster: MakeCluster
     cluster.cut("node1")
     assert cluster.wait_job(job, "COMPLETED", timeout=400) == "COMPLETED"
     # The watcher of the old rank 0 has noticed that nobody answers, and what it says is about attempt 0.
-    cluster.wait_for(lambda: (folder / "logs/hang-0.txt").exists(), "the old rank is still waiting")
+    cluster.wait_for(lambda: (folder / f"logs/hang-{job}.0.txt").exists(), "the old rank is still waiting")
     cluster.wait_for(lambda: not old_ranks(cluster), "the old rank lives")
     found = outcome.read(folder)
     assert found is not None
