@@ -2,7 +2,8 @@
 
 It takes the run folder, waits for the agents, and makes attempt after attempt on the nodes that live. Attempts of one
 start of the job are numbered on from its requeues x 1000; the job's name stays. A job is requeued, within its limit,
-only where the ranks have saved and want to be started again (85), or where the nodes that are left make no valid world.
+only where the ranks have saved and want to be started again (85), where they failed after they were told to stop (an
+earlier checkpoint is there), or where the nodes that are left make no valid world.
 Before each attempt Slurm is asked that the job is still this start's: where it was requeued behind our back, a newer
 start owns the run folder.
 """
@@ -131,7 +132,7 @@ class JobNodes:
         """Note the end of an attempt for `palimpsest job`."""
         number = self.current.owned.start.attempt if self.current else self.start.attempt
         self._note({"attempt": number, "ended": time.time(), "code": verdict.code, "words": verdict.words,
-                    "step": verdict.step})  # fmt: skip
+                    "step": verdict.step, "failed_stop": _failed_stop(verdict)})  # fmt: skip
 
     def _command(self, meeting: Meeting) -> tuple[list[str], dict[str, str]]:
         """Return the srun of an attempt and its environment."""
@@ -247,8 +248,8 @@ def _conclude(job: JobSpec, number: str, restarts: int, ending: Ending, missing:
     say(ending.verdict.words)
     if ending.refusal:
         say(ending.refusal)
-    code = ending.verdict.code
-    if not (code == EXIT_REQUEUE or ending.no_world):
+    code, failed_stop = ending.verdict.code, _failed_stop(ending.verdict)
+    if not (code == EXIT_REQUEUE or ending.no_world or failed_stop):
         return code
     if (job.run_folder / STOP).exists():
         say(f"not requeued: {job.run_folder / STOP} is there; remove it and submit the job again to go on")
@@ -259,6 +260,9 @@ def _conclude(job: JobSpec, number: str, restarts: int, ending: Ending, missing:
     if not job.site.requeue or restarts >= job.requeues:
         why = f"all {job.requeues} requeues are used up" if job.site.requeue else "this site requeues no jobs"
         say(f"not requeued: {why}; submit it again to go on")
+        return code
+    if failed_stop and _start_before_failed_to_stop(job, number, restarts):
+        say("not requeued: two starts in a row have failed while they stopped; submit it again to go on")
         return code
     found = client.patiently(lambda: client.allocated(number), CONTROLLER_SECONDS, say)
     if found is not None and found.restarts > restarts:
@@ -272,6 +276,28 @@ def _conclude(job: JobSpec, number: str, restarts: int, ending: Ending, missing:
     if refused:
         say(f"Slurm does not requeue the job: {refused}; submit it again to go on")
     return code
+
+
+def _failed_stop(verdict: Verdict) -> bool:
+    """Return True for a failure after the ranks were told to stop: time was up, and they could not save, say.
+
+    Nothing of the run itself is known to be wrong: it can go on from its newest checkpoint.
+    """
+    return verdict.stopping and verdict.code == EXIT_FAILURE
+
+
+def _start_before_failed_to_stop(job: JobSpec, number: str, restarts: int) -> bool:
+    """Return True if the newest attempt of an earlier start failed after it was told to stop.
+
+    Once more would be no accident, and nothing that is trained would ever be kept.
+    """
+    try:
+        records = [json.loads(line) for line in (job.folder / ATTEMPTS_FILE).read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return False
+    this = (number, restarts)
+    before = [one for one in records if "ended" in one and (one["job"], one["attempt"] // RESTARTS_PER_START) != this]
+    return bool(before) and before[-1]["failed_stop"]
 
 
 def main(arguments: list[str]) -> int:

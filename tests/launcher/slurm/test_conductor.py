@@ -25,6 +25,10 @@ from launcher.verdict import Verdict
 from tests.launcher.slurm.specs import example, run
 
 SAVED, DONE, FAILED = Verdict(85, "saved at step 6"), Verdict(0, "done at step 9"), Verdict(1, "failed: bad shard")
+# Told to stop, and then: a save that fails, a node that is lost meanwhile, a mistake that a later start has as well.
+NOT_SAVED = Verdict(1, "failed at step 6: disk full", stopping=True)
+LOST = Verdict(1, "failed: node n2 is lost", lost=frozenset((1,)), stopping=True)
+USAGE = Verdict(2, "failed: a key is wrong", stopping=True)
 RUNNING = Allocated("RUNNING", 0, "n1")
 
 
@@ -164,6 +168,26 @@ def test_overrides_with_credentials_are_not_on_the_command_line(tmp_path: Path) 
         (Ending(SAVED, ""), 0, [signal.SIGINT], RUNNING, False, "cancelled with `palimpsest job cancel`"),
         (Ending(SAVED, ""), 0, [signal.SIGTERM], Allocated("CANCELLED", 0, "n1"), False, "the job is CANCELLED"),
         (Ending(SAVED, ""), 0, [signal.SIGTERM], Allocated("PENDING", 1, ""), False, "has requeued the job by itself"),
+        (Ending(NOT_SAVED, "asked to stop"), 0, [signal.SIGUSR1], RUNNING, True, "requeue 1 of 2"),
+        (Ending(LOST, "asked to stop"), 0, [signal.SIGUSR1], RUNNING, True, "requeue 1 of 2"),
+        (Ending(USAGE, "asked to stop"), 0, [signal.SIGUSR1], RUNNING, False, "asked to stop"),
+        (
+            Ending(NOT_SAVED, "asked to stop"),
+            0,
+            [signal.SIGINT],
+            RUNNING,
+            False,
+            "cancelled with `palimpsest job cancel`",
+        ),
+        (Ending(NOT_SAVED, ""), 0, [signal.SIGTERM], Allocated("CANCELLED", 0, "n1"), False, "the job is CANCELLED"),
+        (
+            Ending(NOT_SAVED, ""),
+            2,
+            [signal.SIGUSR1],
+            Allocated("RUNNING", 2, "n1"),
+            False,
+            "all 2 requeues are used up",
+        ),
         (Ending(FAILED, "no world", no_world=True), 0, [], RUNNING, True, "requeue 1 of 2, without n2"),
         (Ending(FAILED, "no world", no_world=True), 2, [], RUNNING, False, "all 2 requeues are used up"),
     ],
@@ -186,6 +210,25 @@ def test_a_job_is_requeued_only_where_that_is_due(
     assert code == ending.verdict.code
     assert asked == ([("17", missing)] if requeued else [])
     assert last in capfd.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("before", "requeued"), [([NOT_SAVED], False), ([SAVED], True), ([NOT_SAVED, SAVED], True), ([], True)]
+)
+def test_a_job_that_fails_to_stop_twice_in_a_row_is_not_requeued(
+    before: list[Verdict], requeued: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(client, "requeue", lambda number, exclude: asked.append(number) or "")
+    made = nodes(tmp_path, "n1", "n2")
+    for number, verdict in enumerate([*before, NOT_SAVED]):
+        monkeypatch.setattr(client, "allocated", lambda _, number=number: Allocated("RUNNING", number, "n1"))
+        made.start, made.restarts = Start("17", number * 1000), number
+        made.plan()
+        made.ranks(RunFolder(tmp_path, made.start))
+        made.ended(verdict)
+    conductor._conclude(made.job, "17", len(before), Ending(NOT_SAVED, ""), [], Signals())
+    assert asked == (["17"] if requeued else [])
 
 
 def test_a_site_without_requeues(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
