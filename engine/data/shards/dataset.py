@@ -113,6 +113,7 @@ class TokenDataset:
         self._fill_id = self.index.eos_id if fill_id is None else fill_id
         self._verified: dict[str, Identity] = {}
         self._offsets_of: OrderedDict[int, Offsets] = OrderedDict()
+        self._columns: dict[tuple[str, int], np.ndarray] = {}
         self._owner = object()
         self._lock = Lock()
         # `PROCESS` holds the open shards by `_owner`, which does not refer back, so that the data set can be collected
@@ -185,6 +186,8 @@ class TokenDataset:
         for number, entry in enumerate(self.index.shards):
             self.shard(number)
             self.ids(number)
+            for name, _ in entry.columns:
+                self.column(name, number)
             self.release()
             progress(sum(array.stored_bytes for array in entry.files))
 
@@ -209,6 +212,26 @@ class TokenDataset:
                 )
             self._verified[entry.ids.file] = identity
             return found
+
+    def column(self, name: str, number: int) -> np.ndarray:
+        """Return a column of a shard, verified, (documents,) int64 or float64. Raises as `shard`, and `DataError` where
+        the shard has none of that name."""
+        key = (name, number)
+        if key not in self._columns:
+            array = dict(self.index.shards[number].columns).get(name)
+            if array is None:
+                raise DataError(
+                    f"the shards in {self.location} have no column {name}",
+                    f"one of {', '.join(self.index.columns)}" if self.index.columns else "shards with columns",
+                    "name another column, or prepare the text again with it",
+                )
+            with self._lock, _naming(number):
+                found, identity, file = self._array(self.folder, array, array.file)
+                self._columns[key] = found.copy()  # so that the file may be closed at once
+                if file is not None:
+                    file.close()
+                self._verified[array.file] = identity
+        return self._columns[key]
 
     def offsets(self, number: int) -> Offsets:
         """Return a shard's `documents` and `sentences`, verified; no token is read. Raises as `shard`."""

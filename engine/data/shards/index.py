@@ -1,8 +1,8 @@
 """`index.json` of a folder of token shards: what is there, how long, of which type, and with which hash.
 
 A shard is a set of named flat arrays: `tokens`, `documents` (offsets of the documents' first tokens, then the number
-of tokens) and, where asked for, `sentences` (the same of sentences, in which those of the documents appear again) and
-`ids` (the documents' own, which training does not read).
+of tokens) and, where asked for, `sentences` (the same of sentences, in which those of the documents appear again),
+`ids` (the documents' own, which training does not read) and named `columns`, one number for each document.
 Each array is a file of its own, plain or compressed; the tokens may also be a range of bytes of a foreign file that
 lies elsewhere (`tokens_folder`). A later version may add arrays to the table: this reader ignores names that it does
 not know, and the version of a folder is the lowest whose readers understand it: 1, or 2 where something is compressed
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -34,8 +35,19 @@ FOREIGN_DTYPES = ("uint8", "int16", "uint16", "int32", "int64")
 """Types in which tokens of other formats may be written."""
 OFFSET_DTYPE = "uint64"
 ID_DTYPE = "uint8"
+COLUMN_DTYPES = ("int64", "float64")
 COMPRESSION: Literal["zstd"] = "zstd"
-ITEM_BYTES = {"uint8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4, "int64": 8, "uint64": 8}
+ITEM_BYTES = {
+    "uint8": 1,
+    "int16": 2,
+    "uint16": 2,
+    "int32": 4,
+    "uint32": 4,
+    "int64": 8,
+    "uint64": 8,
+    "float64": 8,
+}
+_COLUMN_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 PREPARE_AGAIN = "write the folder again with `palimpsest prepare --overwrite`, or restore it from a copy"
 
 
@@ -92,12 +104,15 @@ class ShardEntry:
     documents: ArrayFile
     sentences: ArrayFile | None = None
     ids: ArrayFile | None = None
+    columns: tuple[tuple[str, ArrayFile], ...] = ()
+    """Numbers of the documents, one for each, by the name of the column."""
 
     def to_json(self) -> dict[str, Any]:
         names = {"tokens": self.tokens, "documents": self.documents, "sentences": self.sentences}
         tree = {name: None if array is None else array.to_json() for name, array in names.items()}
         # no key where there are none, as in folders from before there were any
-        return tree if self.ids is None else tree | {"ids": self.ids.to_json()}
+        tree |= {} if self.ids is None else {"ids": self.ids.to_json()}
+        return tree | ({"columns": {name: array.to_json() for name, array in self.columns}} if self.columns else {})
 
     @property
     def arrays(self) -> tuple[ArrayFile, ...]:
@@ -107,7 +122,7 @@ class ShardEntry:
     @property
     def files(self) -> tuple[ArrayFile, ...]:
         """Every file of the shard."""
-        return self.arrays + (() if self.ids is None else (self.ids,))
+        return self.arrays + (() if self.ids is None else (self.ids,)) + tuple(array for _, array in self.columns)
 
     @property
     def num_tokens(self) -> int:
@@ -182,6 +197,12 @@ class Index:
         return all(shard.ids is not None for shard in self.shards)
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns that every shard has."""
+        named = [{name for name, _ in shard.columns} for shard in self.shards]
+        return tuple(sorted(set[str]().union(*named).intersection(*named)))
+
+    @property
     def num_documents(self) -> int:
         return sum(shard.num_documents for shard in self.shards)
 
@@ -199,9 +220,16 @@ class Index:
     def fingerprint(self) -> str:
         """Hash of the tokenizer and of the shards' contents in their order, as 32 hex digits.
 
-        Arrays that a later version adds do not enter it: they change no token.
+        Columns enter it, since labels and weights are among them; ids and arrays of later versions do not.
         """
-        content = [[shard.tokens.length, *(array.xxh3 for array in shard.arrays)] for shard in self.shards]
+        content = [
+            [
+                shard.tokens.length,
+                *(array.xxh3 for array in shard.arrays),
+                *([name, array.xxh3] for name, array in shard.columns),
+            ]
+            for shard in self.shards
+        ]
         whole = [self.tokenizer_hash, self.eos_id, self.vocab_size, content]
         # folders from before vocabularies were recorded keep the fingerprint that they were written with
         if self.vocabulary is not None:
@@ -343,12 +371,30 @@ def _shard(number: int, item: dict[str, Any], is_foreign: bool) -> ShardEntry:
     if documents.length < 1:
         raise ValueError(f"{where}.documents is empty")
     ids = None if item.get("ids") is None else _array(item["ids"], f"{where}.ids", (ID_DTYPE,))
+    columns = _columns(item.get("columns", {}), f"{where}.columns", documents.length - 1)
     if item.get("sentences") is None:
-        return ShardEntry(tokens, documents, ids=ids)
+        return ShardEntry(tokens, documents, ids=ids, columns=columns)
     sentences = _array(item["sentences"], f"{where}.sentences", (OFFSET_DTYPE,))
     if sentences.length < documents.length:
         raise ValueError(f"{where}.sentences has {sentences.length} offsets for {documents.length} of documents")
-    return ShardEntry(tokens, documents, sentences, ids)
+    return ShardEntry(tokens, documents, sentences, ids, columns)
+
+
+def _columns(items: dict[str, Any], where: str, num_documents: int) -> tuple[tuple[str, ArrayFile], ...]:
+    found = []
+    for name, item in items.items():
+        require_column_name(name)
+        array = _array(item, f"{where}.{name}", COLUMN_DTYPES)
+        if array.length != num_documents:
+            raise ValueError(f"{where}.{name} has {array.length} numbers for {num_documents} documents")
+        found.append((name, array))
+    return tuple(found)
+
+
+def require_column_name(name: str) -> None:
+    """Raise `ValueError` for a name that no column can have: it is part of a file's name."""
+    if not _COLUMN_NAME.fullmatch(name):
+        raise ValueError(f"a column is named {name!r}, expected up to 32 of a-z, 0-9 and _, the first one a letter")
 
 
 def _array(item: dict[str, Any], where: str, dtypes: tuple[str, ...]) -> ArrayFile:

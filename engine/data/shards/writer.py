@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -26,6 +27,7 @@ from engine.data.shards.index import (
     Index,
     ShardEntry,
     Synthetic,
+    require_column_name,
     token_dtype,
     write_index,
 )
@@ -38,7 +40,7 @@ DEFAULT_SHARD_BYTES = 64 << 20
 ZSTD_LEVEL = 3  # zstd's own default
 SUFFIXES: dict[Compression, str] = {"none": "", "zstd": ".zst"}
 
-_OURS = re.compile(r"shard-\d{6,}\.(tokens|documents|sentences|ids)(\.zst)?|index\.json(\.\d+)?")
+_OURS = re.compile(r"shard-\d{6,}\.(tokens|documents|sentences|ids|column-[a-z0-9_]+)(\.zst)?|index\.json(\.\d+)?")
 
 
 class ShardWriter:
@@ -68,6 +70,7 @@ class ShardWriter:
         self._shards: list[ShardEntry] = []
         self._pending: list[np.ndarray] = []
         self._pending_sentences: list[np.ndarray | None] = []
+        self._pending_columns: list[Mapping[str, float]] = []
         self._pending_tokens = 0
 
     def __enter__(self) -> ShardWriter:
@@ -80,10 +83,17 @@ class ShardWriter:
                 self._close_shard()
             finish_folder(self.folder, self.index)
 
-    def add(self, tokens: np.ndarray, sentences: np.ndarray | None = None) -> None:
+    def add(
+        self,
+        tokens: np.ndarray,
+        sentences: np.ndarray | None = None,
+        columns: Mapping[str, float] = {},
+    ) -> None:
         """Append one document's tokens, its end-of-text included. Raises `DataError` when the disk is full.
 
         `sentences` are the positions of their first tokens, rising from 0: given for every document or for none.
+        `columns` are the document's numbers by the name of their column, the same names for every document: int for
+        whole numbers, float for others.
         """
         assert sentences is None or sentences[0] == 0
         assert 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size
@@ -92,6 +102,7 @@ class ShardWriter:
         # narrow at once: a pending document takes two or four bytes per token, not eight
         self._pending.append(tokens.astype(self._dtype))
         self._pending_sentences.append(None if sentences is None else sentences + self._pending_tokens)
+        self._pending_columns.append(columns)
         self._pending_tokens += tokens.size
 
     @property
@@ -106,8 +117,15 @@ class ShardWriter:
         assert len(starts) in (0, lengths.size), "sentences of some documents only"
         sentences = np.concatenate(starts) if starts else None
         tokens = np.concatenate(self._pending)
-        self._shards.append(write_shard(self.folder, len(self._shards), tokens, lengths, sentences, self._compression))
-        self._pending, self._pending_sentences, self._pending_tokens = [], [], 0
+        columns = {
+            name: np.array([document[name] for document in self._pending_columns]) for name in self._pending_columns[0]
+        }
+        entry = write_shard(
+            self.folder, len(self._shards), tokens, lengths, sentences, self._compression, columns=columns
+        )
+        self._shards.append(entry)
+        self._pending, self._pending_sentences, self._pending_columns = [], [], []
+        self._pending_tokens = 0
 
 
 def tokens_per_shard(shard_bytes: int, vocab_size: int) -> int:
@@ -138,9 +156,11 @@ def write_shard(
     sentences: np.ndarray | None,
     compression: Compression,
     ids: np.ndarray | None = None,
+    columns: Mapping[str, np.ndarray] = {},
 ) -> ShardEntry:
     """Write the arrays of one shard: `tokens` in their final dtype, the `lengths` of its documents, the first tokens of
-    all its sentences, and `ids` as `engine.data.shards.ids` has them. Raises `DataError` when they cannot be written.
+    all its sentences, `ids` as `engine.data.shards.ids` has them, and `columns` of numbers (documents,) of any integer
+    or floating dtype. Raises `DataError` when they cannot be written.
     """
     try:
         return ShardEntry(
@@ -150,9 +170,17 @@ def write_shard(
             if sentences is None
             else write_offsets(folder, number, "sentences", np.append(sentences, tokens.size), compression),
             None if ids is None else write_array(folder, f"shard-{number:06d}.ids", ids, compression),
+            tuple((name, _write_column(folder, number, name, values, compression)) for name, values in columns.items()),
         )
     except OSError as error:
         raise unwritable(folder, error) from error
+
+
+def _write_column(folder: Path, number: int, name: str, values: np.ndarray, compression: Compression) -> ArrayFile:
+    require_column_name(name)
+    dtype = "int64" if np.issubdtype(values.dtype, np.integer) else "float64"
+    array = values.astype(np.dtype(dtype).newbyteorder("<"))
+    return write_array(folder, f"shard-{number:06d}.column-{name}", array, compression)
 
 
 def write_offsets(folder: Path, number: int, kind: str, offsets: np.ndarray, compression: Compression) -> ArrayFile:
