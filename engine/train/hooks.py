@@ -53,12 +53,16 @@ class Run(Protocol):
 
     config: RunConfig
     groups: Groups
-    state: TrainState
     requests: Requests
     heart: Heartbeat
     sums: Sums
     spent: Spent
     checkpoints: RunCheckpoints
+
+    @property
+    def state(self) -> TrainState:
+        """Counts of what is done, equal on every rank."""
+        ...
 
     @property
     def run_stage(self) -> RunStage:

@@ -6,8 +6,11 @@ integers, and no generator's state.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from engine.config.schema.stage import RunStage
 
 
 @dataclass
@@ -41,6 +44,20 @@ class TrainState:
     left_out_later: list[tuple[int, int, int]] = field(default_factory=list)
     """(number of a run stage, first, end) of samples that a run stage has to leave out which has not begun yet, since a
     rollback took the run back to the one before it."""
+
+    def count_step(self, run_stage: RunStage, updated: bool, loss: float) -> int:
+        """Count a step of the run stage, and return its tokens. `updated` is False where no weight was changed."""
+        samples = run_stage.batches.size(self.stage_step)
+        tokens = samples * run_stage.sequence_length
+        self.step += 1
+        self.stage_step += 1
+        self.updates += updated
+        self.samples += samples
+        self.tokens += tokens
+        # The state goes into JSON, which has no NaN.
+        if math.isfinite(loss):
+            self.loss = loss
+        return tokens
 
     def section(self) -> dict[str, Any]:
         """Return the state as a checkpoint stores it."""

@@ -77,7 +77,9 @@ def on_nodes(
             trainer.checkpoints.settle()
             if trainer.state.step == DIES_AFTER and node == dies:
                 if goes_back:
-                    restored = trainer.checkpoints.restore(trainer.pipeline.engine, trainer._engine_of, go_back=True)
+                    restored = trainer.checkpoints.restore(
+                        trainer.pipeline.engine, trainer.current.engine_of, go_back=True
+                    )
                     assert restored is not None
                     assert restored.state.step == SAVE_EVERY
                 os.kill(os.getpid(), signal.SIGKILL)

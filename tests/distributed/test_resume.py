@@ -116,7 +116,7 @@ def train_and_tell(environment: RankEnvironment, tree: dict[str, Any]) -> list[s
         def emit(self, record: logging.LogRecord) -> None:
             told.append(record.getMessage())
 
-    log = logging.getLogger(f"{ROOT}.engine.train.trainer")
+    log = logging.getLogger(f"{ROOT}.engine.train.current_run_stage")
     log.addHandler(Told())
     log.setLevel(logging.INFO)
     train_rank(environment, tree)

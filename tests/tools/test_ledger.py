@@ -126,13 +126,13 @@ def test_weights_moved_as_far_as_the_checkpoints_say(corpus, other, tmp_path, ca
     held = []
 
     def note(trainer: Any) -> None:
-        begin = trainer._begin_run_stage
+        begin = trainer.current.begin
 
         def begun(number: int) -> None:
             held.append(trainer.pipeline.engine.weight_W.clone())
             begin(number)
 
-        trainer._begin_run_stage = begun
+        trainer.current.begin = begun
         held.append(trainer.pipeline.engine.weight_W)
 
     fake_run(tree, note)

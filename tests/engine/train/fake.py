@@ -175,7 +175,7 @@ def fake_trainer(tree: Tree, job: str = "job", attempt: int = 0, signals: Any = 
     config = run_config(tree)
     groups: Groups = fake_groups(Layout(1, 1, 1, 1), 0)
     environment = RankEnvironment(job=job, attempt=attempt)
-    with patch("engine.train.trainer.build_pipeline", lambda *_: FakePipeline()):
+    with patch("engine.train.current_run_stage.build_pipeline", lambda *_: FakePipeline()):
         trainer = Trainer(config, groups, environment, FakeEngine.device, signals or StopSignals(), Heartbeat(None, 0))
     try:
         yield trainer

@@ -68,13 +68,13 @@ def test_the_reservoir_has_the_rows_of_all_samples_up_to_its_checkpoint(corpus, 
     rows: set[tuple[str, int]] = set()
 
     def prepare(trainer: Any) -> None:
-        stage_end = type(trainer)._begin_run_stage
+        begin = trainer.current.begin
 
         def noted(number: int) -> None:
             note(trainer)
-            stage_end(trainer, number)
+            begin(number)
 
-        trainer._begin_run_stage = noted
+        trainer.current.begin = noted
 
     def note(trainer: Any) -> None:
         stream = trainer.feed.stream

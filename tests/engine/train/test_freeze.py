@@ -52,7 +52,7 @@ class Made:
             self.trainer = trainer
             prepare(trainer)
 
-        with patch("engine.train.trainer.rebuild", rebuild), patch.object(FakeEngine, "set_updates", told):
+        with patch("engine.train.current_run_stage.rebuild", rebuild), patch.object(FakeEngine, "set_updates", told):
             self.run: FakeRun = fake_run(tree, watched, **environment)
 
 

@@ -180,15 +180,15 @@ def test_the_fisher_information_is_made_once_and_needs_the_data_of_the_stage_bef
 
 def poison_second(trainer: Any, large: tuple[int, ...]) -> None:
     """Poison samples of the second stage alone."""
-    begin = trainer._begin_run_stage
+    begin = trainer.current.begin
 
     def begun(number: int) -> None:
         begin(number)
         if number == 1:
             poison(trainer, large=large, nan=())
-            trainer._begin_run_stage = begin
+            trainer.current.begin = begin
 
-    trainer._begin_run_stage = begun
+    trainer.current.begin = begun
 
 
 def merged(folder: Path, steps: tuple[int, ...]) -> None:
