@@ -7,6 +7,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from engine import logs
@@ -81,10 +82,10 @@ class Agents:
                 self._lose(node, f"no sign of life for {wire.SILENT_SECONDS:.0f} s")
         return [node for node in self.all() if not node.lost]
 
-    def wait(self, num_nodes: int, seconds: float, give_up: threading.Event) -> list[Node]:
-        """Return the live nodes once there are so many, or after so many seconds."""
+    def wait(self, num_nodes: int, seconds: float, give_up: Callable[[], bool]) -> list[Node]:
+        """Return the live nodes once there are so many, after so many seconds, or where `give_up` returns True."""
         deadline = time.monotonic() + seconds
-        while len(live := self.live()) < num_nodes and time.monotonic() < deadline and not give_up.is_set():
+        while len(live := self.live()) < num_nodes and time.monotonic() < deadline and not give_up():
             with self._changed:
                 self._changed.wait(wire.BEAT_SECONDS)
         return live

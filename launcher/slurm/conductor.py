@@ -14,9 +14,7 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +40,8 @@ from launcher.slurm.agents import Agents, Node
 from launcher.slurm.fitness import Fitness, plain_needs, without_memory
 from launcher.slurm.placement import Placement, place
 from launcher.slurm.remote import AgentRanks, Meeting
-from launcher.slurm.spec import JobSpec
+from launcher.slurm.spec import AGENTS_LOG, JobSpec
+from launcher.slurm.step import Step
 from launcher.verdict import Verdict
 
 AGENTS_SECONDS = 180.0
@@ -206,7 +205,8 @@ def conduct(job: JobSpec, signals: Signals) -> int:
     with Agents() as agents:
         step = _start_agents(job, agents, num_nodes)
         try:
-            agents.wait(num_nodes, AGENTS_SECONDS, _when_ended(step))
+            # Nobody waits for agents that will never come.
+            agents.wait(num_nodes, AGENTS_SECONDS, lambda: step.poll() is not None)
             start = Start(number, restarts * RESTARTS_PER_START)
             fitness = Fitness(agents, say)
             nodes = JobNodes(run, job, number, restarts, agents, asked, start, fitness)
@@ -218,29 +218,19 @@ def conduct(job: JobSpec, signals: Signals) -> int:
     return _conclude(job, number, restarts, ending, missing, signals)
 
 
-def _start_agents(job: JobSpec, agents: Agents, num_nodes: int) -> subprocess.Popen[bytes]:
+def _start_agents(job: JobSpec, agents: Agents, num_nodes: int) -> Step:
     environment = dict(os.environ) | {
         wire.TOKEN: agents.token,
         wire.CONDUCTOR: f"{socket.gethostname()}:{agents.port}",
         JOB_FOLDER: str(job.folder),
     }
-    command = render.agents_step(job, num_nodes)
-    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+    return Step(render.agents_step(job, num_nodes), environment, job.folder / AGENTS_LOG)
 
 
-def _when_ended(step: subprocess.Popen[bytes]) -> threading.Event:
-    """Return an event that is set when a step ends, so that nobody waits for agents that will never come."""
-    event = threading.Event()
-    threading.Thread(target=lambda: (step.wait(), event.set()), daemon=True).start()
-    return event
-
-
-def _stop(step: subprocess.Popen[bytes]) -> None:
+def _stop(step: Step) -> None:
     """Wait for the agents, which were told to leave; a step on a lost node is left to Slurm."""
-    try:
-        step.wait(timeout=wire.BEAT_SECONDS * 6)
-    except subprocess.TimeoutExpired:
-        os.killpg(step.pid, signal.SIGKILL)
+    step.wait(wire.BEAT_SECONDS * 6)
+    step.kill()
 
 
 def _conclude(job: JobSpec, number: str, restarts: int, ending: Ending, missing: list[str], signals: Signals) -> int:

@@ -6,9 +6,7 @@ whose node is lost does not end before Slurm has noticed, which may take minutes
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +21,8 @@ from launcher.decisions import View
 from launcher.diagnosis import Seen
 from launcher.slurm import wire
 from launcher.slurm.agents import Agents, Node
+from launcher.slurm.spec import AGENTS_LOG
+from launcher.slurm.step import Step
 from launcher.verdict import End, Lost
 
 PREPARE_SECONDS = 60.0
@@ -53,7 +53,7 @@ class AgentRanks:
     command: Callable[[Meeting], tuple[list[str], dict[str, str]]]
     """Returns the srun of the ranks and its whole environment."""
     meeting_host: str
-    _step: subprocess.Popen[bytes] | None = None
+    _step: Step | None = None
     _step_ended_at: float | None = None
     _failure_seen_at: float | None = None
 
@@ -77,20 +77,12 @@ class AgentRanks:
             raise EnvironmentProblem(
                 f"node {missing[0].name} does not get ready for attempt {number}",
                 f"an answer of its agent within {PREPARE_SECONDS:.0f} s",
-                "see agents.log in the folder of the job",
+                f"see {AGENTS_LOG} in the folder of the job",
             )
         port = (self.nodes[0].ready or {}).get("port", 0)
         command, environment = self.command(Meeting(self.meeting_host, port))
         try:
-            with (self.owned.path / "logs" / "launcher.log").open("ab") as log:
-                self._step = subprocess.Popen(
-                    command,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,  # it gets no signal that is meant for the conductor
-                )
+            self._step = Step(command, environment, self.owned.path / "logs" / "launcher.log")
         except OSError as error:
             raise EnvironmentProblem(f"srun cannot be started: {error.strerror}") from error
 
@@ -142,10 +134,7 @@ class AgentRanks:
         before = time.monotonic()
         self._tell_all({"do": "kill"})
         self._await(lambda node: node.status_at > before and not node.status.get("alive"), wire.SILENT_SECONDS)
-        if self._step.poll() is None:
-            # By its group and not by srun's own handlers, which ask Slurm and wait for nodes that are gone.
-            os.killpg(self._step.pid, signal.SIGKILL)
-        code = self._step.wait()
+        code = self._step.kill()
         statuses = [node.status for node in self.nodes if node.status.get("attempt") == self.owned.start.attempt]
         ends = [End(f"rank-{rank}", found) for status in statuses for rank, found in _by_rank(status["ends"])]
         asides = [Outcome(**status["aside"]) for status in statuses if status["aside"]]

@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Iterable
 
 from launcher.slurm.site import Site
-from launcher.slurm.spec import JobSpec
+from launcher.slurm.spec import AGENTS_LOG, JobSpec
 
 COMMENT = "palimpsest"
 """First word of the jobs' comments, by which `palimpsest job list` knows them."""
@@ -141,7 +141,7 @@ def agents_step(spec: JobSpec, num_nodes: int) -> list[str]:
         *_step(num_nodes, num_nodes),
         "--gres=none",
         "--cpus-per-task=1",
-        f"--output={spec.folder / 'agents.log'}",
+        f"--output={spec.folder / AGENTS_LOG}",
         "--open-mode=append",
         spec.python,
         "-m",

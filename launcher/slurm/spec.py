@@ -17,6 +17,7 @@ from launcher.slurm.site import Site
 
 FILE = "job.json"
 LOGS = "logs"
+AGENTS_LOG = "agents.log"
 SLOW_NODES = "slow-nodes.txt"
 """File in the run folder that names nodes which ranks have found to be slow (`engine.train.node_speed`)."""
 _NODES = re.compile(r"(\d+)(?:-(\d+))?")

@@ -41,7 +41,7 @@ NEEDS = Needs(folder=Path("/runs/x"), disk_bytes=7, gpus=8)
 def checked(agents: Agents, num_nodes: int) -> tuple[list[str], list[str], Fitness]:
     told: list[str] = []
     made = Fitness(agents, told.append)
-    nodes: list[Node] = agents.wait(num_nodes, 60.0, threading.Event())
+    nodes: list[Node] = agents.wait(num_nodes, 60.0, lambda: False)
     return made.check(nodes, NEEDS), told, made
 
 

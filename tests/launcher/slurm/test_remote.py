@@ -75,7 +75,7 @@ class Cluster:
         }
         (self.folder / "step.sh").write_text("\n".join([*lines, "wait"]))
         command = ["bash", str(self.folder / "step.sh")]
-        nodes = self.agents.wait(len(scripts), WAIT_SECONDS, threading.Event())
+        nodes = self.agents.wait(len(scripts), WAIT_SECONDS, lambda: False)
 
         def start_step(meeting: Meeting) -> tuple[list[str], dict[str, str]]:
             assert meeting.host == "n0"
