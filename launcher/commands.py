@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from engine.redact import redact
-from launcher.environment import ATTEMPT, JOB, LAUNCHER, LOOPBACK, OVERRIDES, RUN_FOLDER
+from launcher.environment import LOOPBACK
+from launcher.variables import ATTEMPT, JOB, LAUNCHER, OVERRIDES, RUN_FOLDER
 
 Kind = Literal["local", "deepspeed", "torchrun"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

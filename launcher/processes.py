@@ -12,7 +12,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.environment import JOB, RUN_FOLDER
+from launcher.variables import JOB, RUN_FOLDER
 
 PROC = Path("/proc")
 

@@ -25,15 +25,16 @@ from engine.plan.frozen import check_patterns
 from launcher.attempts import Ending, OneNode, run_attempts
 from launcher.commands import KINDS, Kind, Node, Wanted, commands
 from launcher.devices import names, num_gpus, numbers
-from launcher.environment import OVERRIDES, refuse_forgotten_srun
 from launcher.left_over import left_over
 from launcher.ports import free_port
 from launcher.processes import of_run
+from launcher.rank_readers import refuse_forgotten_srun
 from launcher.restarts import Restarts
 from launcher.slurm.site import choose
 from launcher.slurm.submit import Request, specify, submit, write
 from launcher.slurm.submit import dry_run as show
 from launcher.supervise import last_lines
+from launcher.variables import OVERRIDES
 
 SLURM = "slurm"
 

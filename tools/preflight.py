@@ -16,7 +16,8 @@ import typer
 
 from engine.config.rank_environment import RankEnvironment
 from engine.errors import EXIT_FAILURE
-from launcher.environment import check_meeting_point, export, rank_environment
+from launcher.environment import export, rank_environment
+from launcher.meeting_point import check_meeting_point
 from launcher.node_checks import LEVELS, Finding, Needs
 from launcher.preflight import NodeReport, check_node, compare_nodes
 

@@ -32,15 +32,9 @@ from engine.run_folder import RunFolder
 from engine.switch_files import refuse_stopped
 from engine.train.signals import StopSignals
 from launcher.devices import multiplies_bf16, num_gpus
-from launcher.environment import (
-    check_meeting_point,
-    export,
-    hidden_overrides,
-    is_supervised,
-    rank_environment,
-    run_folder,
-)
+from launcher.environment import export, hidden_overrides, is_supervised, rank_environment, run_folder
 from launcher.extensions import prepare_extensions
+from launcher.meeting_point import check_meeting_point
 from launcher.rank_watcher import heartbeat_folder, start_watcher
 from launcher.threads import share_cores
 

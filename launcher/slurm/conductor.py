@@ -29,7 +29,7 @@ from engine.run_folder import RunFolder, Start
 from engine.switch_files import STOP
 from launcher.attempts import Ending, run_attempts
 from launcher.devices import accelerator
-from launcher.environment import ATTEMPT, JOB, LAUNCHER, OVERRIDES, RESTARTS_PER_START, RUN_FOLDER, hidden_overrides
+from launcher.environment import RESTARTS_PER_START, hidden_overrides
 from launcher.left_over import left_over
 from launcher.needs import needs_of
 from launcher.restarts import Restarts
@@ -42,6 +42,7 @@ from launcher.slurm.placement import Placement, place
 from launcher.slurm.remote import AgentRanks, Meeting
 from launcher.slurm.spec import AGENTS_LOG, JobSpec
 from launcher.slurm.step import Step
+from launcher.variables import ATTEMPT, JOB, LAUNCHER, OVERRIDES, RUN_FOLDER
 from launcher.verdict import Verdict
 
 AGENTS_SECONDS = 180.0

@@ -7,7 +7,8 @@ import pytest
 
 from engine.config.rank_environment import RankEnvironment
 from engine.errors import EnvironmentProblem
-from launcher.environment import check_meeting_point, export, rank_environment
+from launcher.environment import export, rank_environment
+from launcher.meeting_point import check_meeting_point
 from launcher.ports import FIRST_PORT, NUM_PORTS, job_port
 
 MEETING = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4321"}

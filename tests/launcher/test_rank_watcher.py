@@ -13,9 +13,9 @@ from engine import outcome
 from engine.config.rank_environment import RankEnvironment
 from engine.heartbeat import Beat
 from launcher.diagnosis import Frame, Seen, from_json, to_json
-from launcher.environment import LAUNCHER
 from launcher.ports import free_port
 from launcher.rank_watcher import heartbeat_folder
+from launcher.variables import LAUNCHER
 
 REPOSITORY = Path(__file__).parents[2]
 STEP = 60

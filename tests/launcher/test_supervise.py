@@ -16,9 +16,9 @@ from engine.run_folder import RunFolder, Start
 from launcher import decisions, processes, supervise
 from launcher.attempts import attempt
 from launcher.commands import Command
-from launcher.environment import JOB
 from launcher.ranks import LocalRanks
 from launcher.signals import Signals
+from launcher.variables import JOB
 from launcher.verdict import Verdict
 
 WAIT_SECONDS = 20

@@ -22,7 +22,8 @@ from engine.errors import EXIT_DONE, EXIT_REQUEUE
 from engine.heartbeat import Heartbeat
 from engine.outcome import Outcome
 from engine.train.signals import StopSignals
-from launcher.environment import check_meeting_point, is_supervised, rank_environment, run_folder
+from launcher.environment import is_supervised, rank_environment, run_folder
+from launcher.meeting_point import check_meeting_point
 from launcher.rank_watcher import heartbeat_folder, start_watcher
 from launcher.threads import share_cores
 from tools.train import _enter
