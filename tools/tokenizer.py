@@ -1,4 +1,4 @@
-"""`palimpsest tokenizer`: trains a tokenizer on text, or takes one over, as a folder that transformers loads."""
+"""`palimpsest tokenizer`: trains a tokenizer, takes one over or extends one, as a folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,13 +17,15 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from engine.config.paths import expand
 from engine.corpus.sources.chunks import find_sources, read_texts, told_foreign
+from engine.corpus.tokenizer_extension import Texts, extend_tokenizer
 from engine.corpus.tokenizer_folder import UNFINISHED
 from engine.corpus.tokenizer_training import Purpose, TokenizerKind, train_tokenizer
-from engine.errors import ConfigError
+from engine.errors import ConfigError, DataError
 
 LARGEST_VOCABULARY = 10_000_000
 """Largest vocabulary, far beyond any use; libraries panic at sizes that do not fit memory."""
 _TOLD_EVERY_SECONDS = 30
+_USUALLY_LEARNT = 1000
 
 
 def main(
@@ -33,6 +36,18 @@ def main(
     imported: Annotated[
         str | None,
         typer.Option("--import", metavar="NAME_OR_FOLDER", help="Take over this Hugging Face tokenizer instead."),
+    ] = None,
+    extended: Annotated[
+        Path | None,
+        typer.Option("--extend", metavar="FOLDER", help="Write this tokenizer with further tokens behind its own."),
+    ] = None,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(help="Tokens to add (--extend): a text file, one a line; a leading blank is a part of it."),
+    ] = None,
+    add: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens to learn from SOURCE (--extend); default 1000, none with --tokens."),
     ] = None,
     kind: Annotated[TokenizerKind, typer.Option(help="What to train.")] = "bpe",
     vocab_size: Annotated[int, typer.Option(max=LARGEST_VOCABULARY, help="Tokens, special ones included.")] = 32000,
@@ -47,8 +62,9 @@ def main(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
 ) -> None:
-    """Train a tokenizer on text: byte-level BPE, SentencePiece unigram or BPE, or WordPiece; or import one."""
-    if bool(sources) == bool(imported):
+    """Train a tokenizer on text (byte-level BPE, SentencePiece unigram or BPE, WordPiece), or import or extend one."""
+    _check_extension(extended, tokens, add, sources, imported)
+    if extended is None and bool(sources) == bool(imported):
         what = "both sources and --import" if sources else "neither sources nor --import"
         raise ConfigError(what, "one of them", "name text to train on, or a tokenizer to take over")
     # What a killed training left may be written over.
@@ -60,6 +76,14 @@ def main(
         )
     if imported:
         _import(expand(imported), output, purpose)
+        return
+    if extended is not None:
+        texts = None
+        if sources:
+            find_sources(sources)
+            limit = max_megabytes * 1_000_000 if max_megabytes else None
+            texts = partial(read_texts, sources, text_key, blank_line_ends, limit)
+        _extend(extended, output, tokens, texts, add or (0 if tokens else _USUALLY_LEARNT))
         return
     assert sources
     find_sources(sources)  # a wrong name is told before anything is written
@@ -82,6 +106,49 @@ def _import(source: str, output: Path, purpose: Purpose) -> None:
     if added:
         named = ", ".join(added[:3]) + (f" and {len(added) - 3} more" if len(added) > 3 else "")
         print(f"added for {purpose}: {named}")
+
+
+def _check_extension(
+    extended: Path | None, tokens: Path | None, add: int | None, sources: list[str] | None, imported: str | None
+) -> None:
+    if extended is None:
+        if given := [name for name, value in (("--tokens", tokens), ("--add", add)) if value is not None]:
+            raise ConfigError(f"{given[0]} without --extend", "--extend FOLDER", "name the tokenizer to extend")
+        return
+    if imported:
+        raise ConfigError("both --import and --extend", "one of them", "take the tokenizer over first, then extend it")
+    if not sources and (tokens is None or add is not None):
+        what = "--add without sources" if add is not None else "--extend with neither sources nor --tokens"
+        raise ConfigError(what, "text to learn tokens from, or a file of tokens", "name SOURCE..., or --tokens FILE")
+
+
+def _extend(source: Path, output: Path, tokens: Path | None, texts: Texts | None, num_learnt: int) -> None:
+    given = [] if tokens is None else _lines_of(tokens)
+    found = extend_tokenizer(source, output, given, texts, num_learnt)
+    made = found.tokenizer
+    print(f"extended {source}: tokenizer {made.hash} with {made.vocab_size:,} tokens in {output}")
+    print(f"ids up to {found.first_id - 1:,} are as before; new: {made.vocab_size - found.first_id:,}")
+    if given:
+        parts = f", and {found.num_parts:,} on the way to them" if found.num_parts else ""
+        print(f"of {len(given):,} tokens in {tokens} {found.num_given:,} were new{parts}")
+    if texts is not None and num_learnt:
+        fewer = f" of {num_learnt:,}: the text has no more" if found.num_learnt < num_learnt else ""
+        print(f"learnt {found.num_learnt:,}{fewer}")
+    if found.usage is not None:
+        before, after = found.usage
+        print(
+            f"tokens per byte of the text: {before.tokens_per_byte:.4f} before, {after.tokens_per_byte:.4f} now "
+            f"({after.num_tokens / max(1, before.num_tokens) - 1:+.1%}); bytes that no token spells: "
+            f"{before.unspelt_bytes:,} before, {after.unspelt_bytes:,} now"
+        )
+
+
+def _lines_of(path: Path) -> list[str]:
+    """Return the lines of a file of tokens. Raises `DataError` where it cannot be read."""
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}", "a text file in UTF-8, a token a line", "mend it") from error
 
 
 @contextmanager

@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import torch
 
+from engine.checkpoint.interchange.convert import blocks
 from engine.checkpoint.interchange.huggingface import SourceModel
 from engine.checkpoint.interchange.initial import open_source
-from engine.checkpoint.interchange.mapping import ModelMap
+from engine.checkpoint.interchange.mapping import ModelMap, ParameterMap
 from engine.checkpoint.interchange.sources.fingerprint import fingerprint_of
 from engine.config.load import load_run
 from engine.config.save import FILE
@@ -44,6 +45,8 @@ class StartingWeights:
         _check_agrees(config.model, opened, given)
         opened.check()
         self._initial = InitialRows(config.model, config.seed)
+        self._takes_mean = given.new_rows == "mean"
+        self._means: dict[str, torch.Tensor] = {}
 
     @property
     def bytes_read(self) -> int:
@@ -62,8 +65,25 @@ class StartingWeights:
         stored = min(end, one.shape[0])
         if stored == end:
             return self._opened.read(spec.name, first, end)
-        rest = self._initial(spec, max(first, stored), end)
+        rest = self._new_rows(spec, one, max(first, stored), end)
         return torch.cat((self._opened.read(spec.name, first, stored), rest)) if first < stored else rest
+
+    def _new_rows(self, spec: ParameterSpec, one: ParameterMap, first: int, end: int) -> torch.Tensor:
+        """Return rows [first, end) of a table of the vocabulary, behind those of the source; padding rows are 0."""
+        if not self._takes_mean:
+            return self._initial(spec, first, end)
+        if spec.name not in self._means:
+            self._means[spec.name] = self._mean(one)
+        rows = torch.zeros((end - first, *one.shape[1:]))
+        rows[: max(0, spec.stored_shape[0] - first)] = self._means[spec.name]
+        return rows
+
+    def _mean(self, one: ParameterMap) -> torch.Tensor:
+        """Return the mean of all rows of the source's parameter, summed in fp64. Reads the whole table in blocks."""
+        total = torch.zeros(one.shape[1:], dtype=torch.float64)
+        for block in blocks(one, lambda first, end: self._opened.read(one.name, first, end)):
+            total += block.sum(0, dtype=torch.float64)
+        return (total / one.shape[0]).float()
 
 
 def with_fingerprint(config: RunConfig) -> RunConfig:

@@ -134,3 +134,37 @@ class Noting(io.StringIO):
         if "training on 5 documents, " in text:
             self.told.set()
         return super().write(text)
+
+
+def test_one_is_extended_by_text_and_by_a_list(source, tmp_path, capsys):
+    old, new, tokens = tmp_path / "old", tmp_path / "new", tmp_path / "tokens.txt"
+    assert main(["tokenizer", source, "--output", str(old), "--vocab-size", "300"]) == EXIT_DONE
+    tokens.write_text(" cardiology\n the\n\n")
+    extend = ["tokenizer", "--extend", str(old), "--output", str(new)]
+    for wrong, said in (
+        ([], "neither sources nor --tokens"),
+        (["--import", str(old), "--tokens", str(tokens)], "both --import and --extend"),
+        (["--tokens", str(tokens), "--add", "3"], "--add without sources"),
+        (["--tokens", str(tmp_path / "no.txt")], "cannot be read"),
+    ):
+        assert main([*extend, *wrong]) != EXIT_DONE
+        assert said in capsys.readouterr().err
+        assert not new.exists()
+    assert main(["tokenizer", source, "--add", "3", "--output", str(new)]) == EXIT_USAGE
+    assert "--add without --extend" in capsys.readouterr().err
+
+    assert main([*extend, source, "--tokens", str(tokens), "--add", "5"]) == EXIT_DONE
+    said = capsys.readouterr().out
+    assert "ids up to 299 are as before" in said
+    assert "of 2 tokens in" in said
+    assert "learnt 5\n" in said
+    assert "tokens per byte of the text: " in said
+    made = load_tokenizer(new)
+    assert made.encode([" cardiology"])[0].size == 1
+    assert main([*extend, source]) == EXIT_USAGE
+    assert "holds something already" in capsys.readouterr().err
+    # measured alone
+    assert main([*extend[:-1], str(tmp_path / "third"), source, "--tokens", str(tokens)]) == EXIT_DONE
+    said = capsys.readouterr().out
+    assert "tokens per byte" in said
+    assert "learnt" not in said

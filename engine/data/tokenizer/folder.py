@@ -81,6 +81,16 @@ class TextTokenizer:
             for item in self._run(self.plain.encode_batch, texts)
         ]
 
+    def encode_with_words(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return for each text the ids, as `encode` gives them, and the number of each token's word, int64.
+
+        A word is what the model sees at once, between two splits of the text.
+        """
+        return [
+            (self._checked(item), np.array([-1 if word is None else word for word in item.word_ids], np.int64))
+            for item in self._run(self.plain.encode_batch, texts)
+        ]
+
     def unspelt_bytes(self, texts: list[str], ids: list[np.ndarray]) -> np.ndarray:
         """Return the UTF-8 bytes of each text that no token spells, (n,) int64: unknown to the model, or dropped by it.
 
