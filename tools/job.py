@@ -1,15 +1,17 @@
 """`palimpsest job`: jobs that `palimpsest launch --launcher slurm` has submitted: status, logs, cancel, list.
 
-A job is named by its number, or by its run's folder or file, which stand for the newest job of the run. Everything is
-asked of squeue and of the run folder; where the cluster keeps accounts, sacct still knows older jobs.
+A job is named by its number, or by its run's folder or file, which stand for the newest job of the run. A chain is one
+job, whose links are shown together and cancelled together. Everything is asked of squeue and of the run folder; where
+the cluster keeps accounts, sacct still knows older jobs.
 """
 
 from __future__ import annotations
 
 import getpass
+import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +24,8 @@ from launcher.slurm.client import Job
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 Named = Annotated[str, typer.Argument(metavar="JOB|RUN", help="Number of a job, or a run's folder or file.")]
+_NUMBER = re.compile(r"(\d+)(_\d+)?")
+"""Number of a job or of a chain, or Slurm's name for one link of it."""
 FOLLOW_SECONDS = 1.0
 ASK_SECONDS = 30.0
 """Seconds between two questions to Slurm while logs are followed."""
@@ -30,6 +34,7 @@ WAITS = {
     "Resources": "it is next, and waits for nodes",
     "BeginTime": "it was requeued; Slurm starts it again in a few minutes",
     "Dependency": "it waits for the job that it depends on",
+    "JobArrayTaskLimit": "it waits for the link of the chain before it",
     "DependencyNeverSatisfied": "the job that it depends on has failed: cancel it",
     "ReqNodeNotAvail": "nodes that it needs are down, reserved or excluded (sinfo -R tells why)",
     "PartitionTimeLimit": "its time is longer than the partition allows: cancel it and ask for less",
@@ -47,9 +52,30 @@ class Found:
     """A job: what Slurm says of it, and its folder; either may be missing."""
 
     number: str
-    job: Job | None
+    jobs: list[Job]
+    """One, all links of a chain, or none where Slurm has forgotten it."""
     run_folder: Path | None
     folder: Path | None
+
+    @property
+    def job(self) -> Job | None:
+        """The job, or of a chain the link that runs, else those that wait, else the last."""
+        return _current(self.jobs)
+
+
+def _current(jobs: list[Job]) -> Job | None:
+    waiting = [job for job in jobs if not job.is_over]
+    running = [job for job in waiting if job.state != "PENDING"]
+    return [*running, *waiting, *sorted(jobs, key=_first_link, reverse=True), None][0]
+
+
+def _first_link(job: Job) -> int:
+    """Return the number of the first link that a line of Slurm's is about.
+
+    Links that were cancelled while they waited are shown without their numbers: they come last.
+    """
+    found = re.match(r"\d+", job.links)
+    return int(found[0]) if found else sys.maxsize
 
 
 @app.command()
@@ -72,6 +98,9 @@ def status_lines(found: Found) -> list[str]:
         if job.state == "PENDING":
             word = job.reason.partition(",")[0].strip("()")
             lines.append(f"  {WAITS.get(word, f'it waits: {job.reason}')}")
+        if any(one.links for one in found.jobs):
+            links = [f"{one.links or 'the rest'} {one.state}" for one in sorted(found.jobs, key=_first_link)]
+            lines.append(f"  links of the chain: {', '.join(links)}")
     for attempt in job_logs.attempts(found.folder) if found.folder is not None else []:
         nodes = ", ".join(attempt.nodes)
         seconds = (attempt.ended or time.time()) - attempt.began
@@ -154,7 +183,9 @@ def _follow(found: Found, follower: job_logs.Follower) -> None:
         if over:
             return
         if time.monotonic() - asked_at > ASK_SECONDS:
-            [job, *_] = [*client.jobs((found.number,)), None]
+            # The newest number: the job may have submitted its successor.
+            numbers = submit.numbers_of(found.folder) if found.folder is not None else []
+            job = _current(client.jobs(numbers[-1:] or (found.number,)))
             asked_at, over = time.monotonic(), job is None or job.is_over
             if job is not None and job.state == "PENDING":
                 print(f"(job {job.id} waits: {WAITS.get(job.reason, job.reason)})", file=sys.stderr, flush=True)
@@ -168,15 +199,21 @@ def cancel(
         bool, typer.Option("--now", help="End it at once: what came after the newest checkpoint is lost.")
     ] = False,
 ) -> None:
-    """Cancel a job: the ranks save and stop, and it is not requeued. A job that waits in the queue is removed."""
+    """Cancel a job: the ranks save and stop, and it is not requeued. A job that waits in the queue is removed.
+
+    Of a chain all links are cancelled.
+    """
     found = _find(name)
-    if found.job is None or found.job.is_over:
-        state = "not known to Slurm any more" if found.job is None else found.job.state
+    job = found.job
+    if job is None or job.is_over:
+        state = "not known to Slurm any more" if job is None else job.state
         print(f"job {found.number} is {state}: there is nothing to cancel")
         return
-    saves = found.job.state == "RUNNING" and not now
-    # SIGINT and not SIGTERM: the conductor takes TERM for the cluster's, after which it has the job requeued.
-    refused = client.signal_batch(found.number, "INT") if saves else client.cancel(found.number)
+    saves = job.state == "RUNNING" and not now
+    # Links that wait first, so that none starts meanwhile. SIGINT and not SIGTERM: the conductor takes TERM for the
+    # cluster's, after which it has the job requeued.
+    refused = client.cancel_waiting(found.number) if saves and job.links else ""
+    refused = refused or (client.signal_batch(job.id, "INT") if saves else client.cancel(found.number))
     if refused:
         raise EnvironmentProblem(f"Slurm does not cancel job {found.number}: {refused}", "", "see scontrol show job")
     print(f"job {found.number} {'saves and stops: palimpsest job status ' + found.number if saves else 'is cancelled'}")
@@ -213,18 +250,8 @@ def _find(name: str) -> Found:
     Raises:
         EnvironmentProblem: it names none.
     """
-    if name.isdecimal():
-        [job, *_] = [*client.jobs((name,)), None]
-        run_folder = Path(text) if job is not None and (text := job.comment.partition(" ")[2]) else None
-        folders = submit.job_folders(run_folder) if run_folder is not None else []
-        if job is None:
-            raise EnvironmentProblem(
-                f"Slurm does not know job {name}",
-                "a job that waits or runs, or a recent one where the cluster keeps accounts",
-                "name the run's folder instead: palimpsest job status RUN",
-            )
-        folder = next((folder for folder in folders if submit.number_of(folder) == name), None)
-        return Found(name, job, run_folder, folder)
+    if match := _NUMBER.fullmatch(name):
+        return _by_number(match[1])
     path = Path(name)
     if path.is_file():
         from engine.checkpoint.interchange.initial import model_of
@@ -236,6 +263,27 @@ def _find(name: str) -> Found:
         raise EnvironmentProblem(
             f"{name} has no job", "a number, or the folder or file of a run that was submitted", "palimpsest job list"
         )
-    number = submit.number_of(folders[-1]) or ""
-    [job, *_] = [*client.jobs((number,)), None]
-    return Found(number, job, path.absolute(), folders[-1])
+    number = submit.numbers_of(folders[-1])[-1]
+    return Found(number, client.jobs((number,)), path.absolute(), folders[-1])
+
+
+def _by_number(number: str) -> Found:
+    """Return the job of a number; of one that has submitted its successor, the newest.
+
+    Raises:
+        EnvironmentProblem: Slurm does not know it.
+    """
+    jobs = client.jobs((number,))
+    if not jobs:
+        raise EnvironmentProblem(
+            f"Slurm does not know job {number}",
+            "a job that waits or runs, or a recent one where the cluster keeps accounts",
+            "name the run's folder instead: palimpsest job status RUN",
+        )
+    run_folder = Path(text) if (text := jobs[0].comment.partition(" ")[2]) else None
+    found = Found(jobs[0].number, jobs, run_folder, None)
+    for folder in submit.job_folders(run_folder) if run_folder is not None else []:
+        if found.number in (numbers := submit.numbers_of(folder)):
+            found = Found(numbers[-1], jobs, run_folder, folder)
+    # A link of a chain has a number of its own, too, and a job whose successor was submitted has another.
+    return found if found.number == number else replace(found, jobs=client.jobs((found.number,)))

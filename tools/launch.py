@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -30,13 +29,22 @@ from launcher.ports import free_port
 from launcher.processes import of_run
 from launcher.rank_readers import refuse_forgotten_srun
 from launcher.restarts import Restarts
-from launcher.slurm.site import choose
-from launcher.slurm.submit import Request, specify, submit, write
+from launcher.slurm.site import Site
+from launcher.slurm.submit import Request, Shape, refuse_second, specify, submit, write
 from launcher.slurm.submit import dry_run as show
 from launcher.supervise import last_lines
 from launcher.variables import OVERRIDES
-
-SLURM = "slurm"
+from tools.slurm_options import (
+    SLURM,
+    GpusPerNode,
+    Nodes,
+    RanksPerNode,
+    SiteKeys,
+    SiteName,
+    Time,
+    chosen_site,
+    refuse_slurm_options,
+)
 
 
 def main(
@@ -52,24 +60,19 @@ def main(
         int | None, typer.Option(min=0, help="Restarts after a failure (default: launch.restarts of the run).")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command lines and start nothing.")] = False,
-    site: Annotated[
-        str | None, typer.Option(help="slurm: site profile, by name or path (default: by this host's name).")
-    ] = None,
-    nodes: Annotated[str | None, typer.Option(metavar="N|MIN-MAX", help="slurm: nodes, for example 2-4.")] = None,
-    gpus_per_node: Annotated[
-        int | None, typer.Option(min=0, help="slurm: GPUs of each node (default: those of the site); 0 for the CPU.")
-    ] = None,
-    ranks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="slurm: ranks on each node (default: one per GPU).")
-    ] = None,
-    time: Annotated[str | None, typer.Option(metavar="H:MM:SS", help="slurm: time limit of each start.")] = None,
+    site: SiteName = None,
+    nodes: Nodes = None,
+    gpus_per_node: GpusPerNode = None,
+    ranks_per_node: RanksPerNode = None,
+    time: Time = None,
     requeues: Annotated[
         int | None, typer.Option(min=0, help="slurm: requeues of the job (default: launch.requeues of the run).")
     ] = None,
-    slurm: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="slurm: key of the site profile, for example allocation.account=ME."),
+    chain: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="slurm: jobs in a row, each of which goes on where the one before has left."),
     ] = None,
+    slurm: SiteKeys = None,
 ) -> None:
     """Start the ranks of a run on this node, show rank 0, and say how the run ended.
 
@@ -84,26 +87,18 @@ def main(
     logs.configure()
     run = load_run(config, overrides or [], model_of)
     limit = run.launch.restarts if restarts is None else restarts
-    on_slurm = (site, nodes, gpus_per_node, ranks_per_node, time, requeues, slurm)
-    _check_options(launcher, processes, on_slurm)
-    if launcher == SLURM:
-        limits = (run.launch.requeues if requeues is None else requeues, limit)
-        asked = Request(config, tuple(overrides or []), nodes or "1", gpus_per_node, ranks_per_node, time, *limits)
-        _submit(run, asked, site, slurm or [], dry_run)
+    if launcher != SLURM:
+        given = {"--site": site, "--nodes": nodes, "--gpus-per-node": gpus_per_node, "--ranks-per-node": ranks_per_node}
+        given |= {"--time": time, "--requeues": requeues, "--chain": chain, "--slurm": slurm}
+        refuse_slurm_options(f"--launcher {launcher}", given)
+    elif processes is not None:
+        raise ConfigError("--processes beside --launcher slurm", "--ranks-per-node", "say how many ranks a node has")
+    else:
+        shape = Shape(nodes or "1", gpus_per_node, ranks_per_node, time)
+        asked = Request(config, tuple(overrides or []), shape, requeues, limit, chain)
+        _submit(run, asked, *chosen_site(site, slurm), dry_run)
         return
     _start_here(run, config, tuple(overrides or []), _kind(launcher), processes, limit, dry_run)
-
-
-def _check_options(launcher: str, processes: int | None, on_slurm: tuple[object, ...]) -> None:
-    """Raise `ConfigError` where an option was given that this launcher does not take; `on_slurm` are Slurm's alone."""
-    if launcher == SLURM and processes is not None:
-        raise ConfigError("--processes beside --launcher slurm", "--ranks-per-node", "say how many ranks a node has")
-    if launcher != SLURM and any(value is not None for value in on_slurm):
-        raise ConfigError(
-            f"an option of slurm beside --launcher {launcher}",
-            "--site, --nodes, --gpus-per-node, --ranks-per-node, --time, --requeues and --slurm with --launcher slurm",
-            "add --launcher slurm, or leave them out",
-        )
 
 
 def _start_here(
@@ -142,19 +137,20 @@ def _start_here(
     raise typer.Exit(_tell(run, kind, run_attempts(run, OneNode(run, wanted, node), Restarts(limit), _say)))
 
 
-def _submit(run: RunConfig, asked: Request, site_name: str | None, changes: list[str], dry_run: bool) -> None:
+def _submit(run: RunConfig, asked: Request, name: str, profile: Site, dry_run: bool) -> None:
     """Submit a run to Slurm, or show what would be submitted."""
-    name, profile = choose(site_name, (socket.gethostname(), socket.getfqdn()), changes)
     job = specify(run, asked, name, profile, sys.executable)
     if dry_run:
         print(show(run, job))
         return
+    refuse_second(job.run_folder)
     job = write(job)
     if job.hides_overrides:
         # The job inherits it: sbatch takes the environment along, and only its owner sees it.
         os.environ[OVERRIDES] = json.dumps(asked.overrides)
     number = submit(job)
-    print(f"job {number} ({job.nodes} nodes of {name}) is submitted; its folder is {job.folder}")
+    chain = "" if job.chain is None else f"a chain of {job.chain} links, "
+    print(f"job {number} ({chain}{job.nodes} nodes of {name}) is submitted; its folder is {job.folder}")
     print(f"  it waits or runs:  palimpsest job status {number}")
     print(f"  its output:        palimpsest job logs {number} --follow")
     print(f"  save and stop it:  palimpsest job cancel {number}")

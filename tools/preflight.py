@@ -6,20 +6,36 @@ import json
 import os
 import socket
 import statistics
-import time
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from time import time as now
 from typing import Annotated
 
 import typer
 
 from engine.config.rank_environment import RankEnvironment
-from engine.errors import EXIT_FAILURE
+from engine.config.schema.run import RunConfig
+from engine.errors import EXIT_FAILURE, ConfigError
 from launcher.environment import export, rank_environment
 from launcher.meeting_point import check_meeting_point
 from launcher.node_checks import LEVELS, Finding, Needs
 from launcher.preflight import NodeReport, check_node, compare_nodes
+from launcher.slurm.preflight import Checks, show, specify, submit
+from launcher.slurm.site import Site
+from launcher.slurm.submit import Shape
+from tools.slurm_options import (
+    SLURM,
+    GpusPerNode,
+    Nodes,
+    RanksPerNode,
+    SiteKeys,
+    SiteName,
+    Time,
+    chosen_site,
+    refuse_slurm_options,
+)
 
 PAIR_BYTES = 32 * 2**20
 """Bytes that two nodes send each other in each direction, and the size of the all-reduce."""
@@ -46,12 +62,34 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Keys to change.")] = None,
     gpus: Annotated[int | None, typer.Option(min=0, help="GPUs that each node has to have.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    launcher: Annotated[
+        str | None, typer.Option(help=f"{SLURM}: submit a job that checks the nodes it gets (default: check here).")
+    ] = None,
+    site: SiteName = None,
+    nodes: Nodes = None,
+    gpus_per_node: GpusPerNode = None,
+    ranks_per_node: RanksPerNode = None,
+    time: Time = None,
+    slurm: SiteKeys = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="slurm: print the batch script and submit nothing.")
+    ] = False,
 ) -> None:
     """Check this node, or all nodes of a job if a launcher starts it there (srun palimpsest preflight RUN.yaml).
 
     Ends with 1 where a check failed. Started on several nodes, one rank of each reports, and all ranks measure the
-    network between them.
+    network between them. With --launcher slurm a job is submitted that does so.
     """
+    if launcher == SLURM:
+        checks = Checks(config, tuple(overrides or []), gpus, as_json)
+        _submit(checks, Shape(nodes or "1", gpus_per_node, ranks_per_node, time), *chosen_site(site, slurm), dry_run)
+        return
+    if launcher is not None:
+        raise ConfigError(f"--launcher = {launcher!r}", SLURM, "leave it out to check this node")
+    given = {"--site": site, "--nodes": nodes, "--gpus-per-node": gpus_per_node, "--ranks-per-node": ranks_per_node}
+    refuse_slurm_options(
+        "a check of this node", given | {"--time": time, "--slurm": slurm, "--dry-run": dry_run or None}
+    )
     environment = rank_environment(os.environ)
     needs = _needs(config, overrides or [], environment, gpus)
     report = check_node(needs, os.environ)
@@ -99,6 +137,26 @@ def table(reports: Sequence[NodeReport], findings: Sequence[Finding], network: N
     return "\n".join(lines)
 
 
+def _submit(checks: Checks, shape: Shape, name: str, site: Site, dry_run: bool) -> None:
+    """Submit a job that checks its nodes, or show its scripts."""
+    run = None if checks.config is None else _load(checks.config, list(checks.overrides))
+    job = specify(checks, run, shape, name, site, sys.executable)
+    if dry_run:
+        print(show(job))
+        return
+    number = submit(job)
+    print(f"job {number} ({job.nodes} nodes of {name}) is submitted; it ends with 1 where a check fails")
+    print(f"  it waits or runs:  squeue --jobs={number}")
+    print(f"  its table:         cat {str(job.output).replace('%j', number)}")
+
+
+def _load(config: Path, overrides: list[str]) -> RunConfig:
+    from engine.checkpoint.interchange.initial import model_of
+    from engine.config.load import load_run
+
+    return load_run(config, overrides, model_of)
+
+
 def _needs(config: Path | None, overrides: list[str], environment: RankEnvironment, gpus: int | None) -> Needs:
     """Return the demands of a run on each node; without one, those of any run."""
     plain = Needs(
@@ -109,11 +167,9 @@ def _needs(config: Path | None, overrides: list[str], environment: RankEnvironme
     )
     if config is None:
         return plain
-    from engine.checkpoint.interchange.initial import model_of
-    from engine.config.load import load_run
     from launcher.needs import needs_of
 
-    run = load_run(config, overrides, model_of)
+    run = _load(config, overrides)
     parallel, ranks = run.parallel, environment.local_world_size
     world = environment.world_size
     if world == 1:  # not started by a launcher yet: as many ranks as the layout needs at the least, all of them here
@@ -137,7 +193,7 @@ def _together(report: NodeReport, environment: RankEnvironment) -> tuple[list[No
     firsts = [rank for rank, (_, local_rank, _) in enumerate(told) if local_rank == 0]
     reports = [NodeReport.from_json(told[rank][2]) for rank in firsts]
     barrier(world)
-    clocks = dict(gather_objects((socket.gethostname(), time.time()), world))
+    clocks = dict(gather_objects((socket.gethostname(), now()), world))
     pairs = pair_bandwidths(firsts, world, device, PAIR_BYTES)
     hosts = [one.host for one in reports]
     by_host = {" - ".join(hosts[int(number)] for number in pair.split("-")): value for pair, value in pairs.items()}

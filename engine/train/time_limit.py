@@ -10,6 +10,7 @@ from pathlib import Path
 _SECONDS_OF = (86400, 3600, 60, 1)
 _LEFT = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
 """Slurm's time left: [days-][hours:]minutes:seconds."""
+_JOB = re.compile(r"\d+(_\d+)?")
 _ANSWER_SECONDS = 20.0
 
 
@@ -26,7 +27,10 @@ def job_seconds_left(
     if end.isdigit() and int(end) > 0:
         return int(end) - now()
     job = environ.get("SLURM_JOB_ID", "")
-    return _parse((ask or _ask_slurm)(job)) if job.isdigit() else None
+    if link := environ.get("SLURM_ARRAY_TASK_ID"):
+        # The last job of an array has the array's number, which stands for all of them.
+        job = f"{environ.get('SLURM_ARRAY_JOB_ID', '')}_{link}"
+    return _parse((ask or _ask_slurm)(job)) if _JOB.fullmatch(job) else None
 
 
 def _parse(left: str) -> float | None:

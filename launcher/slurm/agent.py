@@ -33,8 +33,9 @@ from launcher import diagnosis, kernel, processes
 from launcher.node_checks import Needs
 from launcher.ports import free_port
 from launcher.preflight import check_node
-from launcher.slurm import client, fitness, spec, wire
+from launcher.slurm import client, fitness, follow_up, spec, starts, wire
 from launcher.slurm.render import MARK
+from launcher.slurm.starts import JobStart
 
 JOB_FOLDER = "PALIMPSEST_JOB_FOLDER"
 """Variable that holds the folder of the job."""
@@ -182,7 +183,7 @@ class Agent:
 def main() -> int:
     """Serve the conductor of this job; return the exit code."""
     logs.configure()
-    job = spec.read(Path(os.environ[JOB_FOLDER]))
+    job, this = spec.read(Path(os.environ[JOB_FOLDER])), starts.from_text(os.environ[starts.VARIABLE])
     # The ranks get their signals from the conductor, and from Slurm: the agent outlives them.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -191,7 +192,7 @@ def main() -> int:
     while True:
         line = _connect(job)
         if line is not None:
-            agent = Agent(line, os.environ["SLURM_JOB_ID"])
+            agent = Agent(line, this.job)
             agent.serve()
             if agent.dismissed:
                 return 0
@@ -200,7 +201,7 @@ def main() -> int:
             # Agents of several nodes: the first one to ask finds the job running, the others find it requeued.
             time.sleep(min(int(os.environ.get("SLURM_NODEID", "0")), 10))
             continue
-        if _requeue(job, last) or time.monotonic() >= deadline:
+        if _leave(job, this, last) or time.monotonic() >= deadline:
             return EXIT_FAILURE
         time.sleep(2.0)
 
@@ -233,27 +234,45 @@ def address_of(interface: str) -> str:
     return ""
 
 
-def _requeue(job: spec.JobSpec, last: Attempt | None) -> bool:
-    """Requeue the job, if Slurm answers that it is still this start of it; return True where that is settled."""
-    number, restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+def _leave(job: spec.JobSpec, this: JobStart, last: Attempt | None) -> bool:
+    """See to the job's next start, if Slurm answers that it is still this one; return True where that is settled."""
     try:
-        found = client.allocated(number)
+        found = client.allocated(this.number)
     except EnvironmentProblem as error:
         _log.warning("%s", error.wrong)
         return False  # this node is the one that is cut off, or the controller is restarted
-    if found is None or not found.is_running or found.restarts != restarts:
+    if found is None or not found.is_running or found.restarts != this.requeues:
         return True
-    if job.site.requeue and restarts < job.requeues:
-        refused = client.requeue(number)
-        _log.warning("the batch host %s is lost: %s", found.batch_host, refused or "the job is requeued")
+    lost = f"the batch host {found.batch_host} was lost"
+    limit = job.requeues if job.chain is None else job.chain - 1
+    if this.index < limit and job.site.requeue == "slurm" and job.chain is None:
+        refused = client.requeue(this.number)
+        _log.warning("%s: %s", lost, refused or "the job is requeued")
         return not refused
-    words = f"the batch host {found.batch_host} was lost, and all {job.requeues} requeues are used up"
-    _log.warning("%s: cancelling the job", words)
-    attempt = last.number if last is not None else restarts * 1000
-    RunFolder(job.run_folder, Start(number, attempt)).note_failure(
-        Outcome(number, attempt, EXIT_FAILURE, 0, None, words)
+    if this.index < limit and job.chain is None and job.site.requeue == "resubmit":
+        try:
+            follow_up.submit_successor(job, this, [found.batch_host])
+        except EnvironmentProblem as error:
+            _log.warning("%s: %s", lost, error.wrong)
+            return False
+    elif this.index >= limit or job.chain is None:
+        _note_loss(job, this, last, lost)
+    # Without its script the job would hold its nodes for ever (--no-kill); what follows it waits for its end.
+    _log.warning("%s: cancelling the job", lost)
+    return not client.cancel(this.number)
+
+
+def _note_loss(job: spec.JobSpec, this: JobStart, last: Attempt | None, lost: str) -> None:
+    """Write the outcome of a job whose script is lost and that does not start again."""
+    if job.chain is None and job.site.requeue == "none":
+        words = f"{lost}, and this site requeues no jobs"
+    else:
+        spent = f"{job.requeues} requeues" if job.chain is None else f"{job.chain} links of the chain"
+        words = f"{lost}, and all {spent} are used up"
+    attempt = last.number if last is not None else this.first_attempt
+    RunFolder(job.run_folder, Start(this.job, attempt)).note_failure(
+        Outcome(this.job, attempt, EXIT_FAILURE, 0, None, words)
     )
-    return not client.cancel(number)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class Job:
     """One job as Slurm shows it; times and states in Slurm's own words."""
 
     id: str
+    """Its number; `ARRAY_LINK` in a chain, and `ARRAY_[LINKS%1]` for the links that wait."""
     state: str
     name: str
     elapsed: str
@@ -48,6 +49,16 @@ class Job:
     """Nodes as a Slurm host list; empty while it waits."""
     reason: str
     comment: str
+
+    @property
+    def number(self) -> str:
+        """Number of the job, or of the whole chain."""
+        return self.id.partition("_")[0]
+
+    @property
+    def links(self) -> str:
+        """Link of a chain, or those that wait (`2-4`); empty for a job that stands alone."""
+        return self.id.partition("_")[2].strip("[]").partition("%")[0]
 
     @property
     def is_over(self) -> bool:
@@ -70,8 +81,12 @@ class Allocated:
         return self.state == "RUNNING"
 
 
-def run(arguments: Sequence[str]) -> Answer:
-    """Run one of Slurm's commands.
+class ControllerAway(EnvironmentProblem):
+    """Slurm's controller gives no answer."""
+
+
+def run(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Answer:
+    """Run one of Slurm's commands, in this process's environment or another.
 
     Raises:
         EnvironmentProblem: it is not installed.
@@ -84,26 +99,33 @@ def run(arguments: Sequence[str]) -> Answer:
         )
     try:
         done = subprocess.run(
-            arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False
+            arguments,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return Answer(124, "", f"no answer within {COMMAND_SECONDS:.0f} s")
     return Answer(done.returncode, done.stdout, done.stderr.strip())
 
 
-def submit(command: Sequence[str], script: Path, ask: Run = run) -> str:
-    """Submit a batch script and return the job's number.
+def submit(command: Sequence[str], script: Path, arguments: Sequence[str] = (), ask: Run = run) -> str:
+    """Submit a batch script with its arguments, and return the job's number.
 
     Raises:
         EnvironmentProblem: Slurm refuses it.
     """
-    answer = ask([*command, "--parsable", str(script)])
+    answer = ask([*command, "--parsable", str(script), *arguments])
     number = answer.out.strip().splitlines()[-1].partition(";")[0] if answer.code == 0 and answer.out.strip() else ""
     if not number.isdecimal():
         raise EnvironmentProblem(
             f"Slurm refuses the job: {answer.error or answer.out.strip() or 'no job number came back'}",
             "a job within the limits of its account and partition",
-            f"see sinfo and sacctmgr show assoc, change the site profile or the options; the script is {script}",
+            "see sinfo and sacctmgr show assoc, and change the options or the site profile (for example --slurm "
+            f"allocation.partition=NAME); the script is {script}",
         )
     return number
 
@@ -116,7 +138,7 @@ def jobs(numbers: Sequence[str] = (), user: str | None = None, ask: Run = run) -
     if answer.code != 0 and len(numbers) > 1:
         return [job for number in numbers for job in jobs((number,), ask=ask)]
     found = [parse_job(line) for line in answer.out.splitlines() if line.strip()] if answer.code == 0 else []
-    missing = [number for number in numbers if number not in {job.id for job in found}]
+    missing = [number for number in numbers if number not in {job.number for job in found}]
     return [*found, *_accounted(missing, user if not numbers else None, {job.id for job in found}, ask)]
 
 
@@ -146,13 +168,13 @@ def allocated(number: str, ask: Run = run) -> Allocated | None:
     """Return a job as the controller has it; None where it is not known there any more.
 
     Raises:
-        EnvironmentProblem: the controller gives no answer.
+        ControllerAway: the controller gives no answer.
     """
     answer = ask(["scontrol", "--oneliner", "show", "job", number])
     if answer.code != 0:
         if "Invalid job id" in answer.error:
             return None
-        raise EnvironmentProblem(f"slurmctld gives no answer about job {number}: {answer.error}")
+        raise ControllerAway(f"slurmctld gives no answer about job {number}: {answer.error}")
     words: dict[str, str] = {}
     for word in answer.out.split():
         key, _, value = word.partition("=")
@@ -169,13 +191,13 @@ def patiently(
     """Ask until the controller answers; it may be restarted under running jobs.
 
     Raises:
-        EnvironmentProblem: no answer within so many seconds.
+        ControllerAway: no answer within so many seconds.
     """
     deadline, told = time.monotonic() + seconds, False
     while True:
         try:
             return question()
-        except EnvironmentProblem as error:
+        except ControllerAway as error:
             if time.monotonic() >= deadline:
                 raise
             if not told:
@@ -189,13 +211,32 @@ def requeue(number: str, exclude: Sequence[str] = (), ask: Run = run) -> str:
     answer = ask(["scontrol", "requeue", number])
     if answer.code == 0 and exclude:
         # Only a job that is not running takes another list of nodes: it is completing from here on.
-        ask(["scontrol", "update", f"JobId={number}", f"ExcNodeList={','.join(exclude)}"])
-    return "" if answer.code == 0 else answer.error or answer.out.strip()
+        exclude_nodes(number, exclude, ask)
+    return _refusal(answer)
+
+
+def exclude_nodes(number: str, nodes: Sequence[str], ask: Run = run) -> str:
+    """Have jobs that wait not start on these nodes; return the reason where Slurm refuses, or nothing."""
+    return _refusal(ask(["scontrol", "update", f"JobId={number}", f"ExcNodeList={','.join(nodes)}"]))
+
+
+def _refusal(answer: Answer) -> str:
+    return "" if answer.code == 0 else answer.error or answer.out.strip() or f"exit code {answer.code}"
 
 
 def signal_batch(number: str, name: str, ask: Run = run) -> str:
-    """Send a signal to the conductor of a job; return the reason where Slurm refuses, or nothing."""
+    """Send a signal to the conductor of a job; return the reason where Slurm refuses, or nothing.
+
+    Of a chain cancel the links that wait first: beside them scancel (22.05) takes the link that runs for one in a
+    transitional state, and sends the signal again every five seconds.
+    """
     answer = ask(["scancel", "--batch", f"--signal={name}", number])
+    return answer.error if answer.code != 0 or answer.error else ""
+
+
+def cancel_waiting(array: str, ask: Run = run) -> str:
+    """Cancel the jobs of an array that wait in the queue; return the reason where Slurm refuses, or nothing."""
+    answer = ask(["scancel", "--state=PENDING", array])
     return answer.error if answer.code != 0 or answer.error else ""
 
 

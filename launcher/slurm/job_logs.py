@@ -14,8 +14,7 @@ from typing import Any
 
 from engine import outcome
 from engine.errors import EXIT_DONE, EXIT_REQUEUE
-from launcher.slurm.conductor import ATTEMPTS_FILE
-from launcher.slurm.spec import LOGS
+from launcher.slurm.spec import ATTEMPTS_FILE, LOGS
 
 LARGEST_TAIL_BYTES = 1 << 18
 """Most bytes that are read from the end of a log."""

@@ -10,24 +10,28 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
+from pathlib import Path
 
-from launcher.slurm.site import Site
-from launcher.slurm.spec import AGENTS_LOG, JobSpec
+from launcher.slurm.site import Container, Site
+from launcher.slurm.spec import AGENTS_LOG, JobSpec, NodesSpec, PreflightSpec
 
 COMMENT = "palimpsest"
 """First word of the jobs' comments, by which `palimpsest job list` knows them."""
+PREFLIGHT_COMMENT = "palimpsest-preflight"
 MARK = "PALIMPSEST_MARK"
 """Variable that the ranks of one attempt share: an agent ends them by it."""
 
 
 def batch_script(spec: JobSpec) -> str:
     """Return the batch script."""
-    options = [f"#SBATCH {option}" for option in sbatch_options(spec)]
     become = shlex.join((spec.python, "-m", "launcher.slurm.conductor", str(spec.folder)))
+    if spec.chain is None and spec.site.requeue == "resubmit":
+        become += ' "$@"'  # of a successor: the number of the first job, and how many starts there were
+    chain = "" if spec.chain is None else f" in {spec.chain} links, one after another,"
     return _lines(
         "#!/bin/bash",
-        f"# {spec.run_folder} on {spec.nodes} nodes of {spec.site_name}, written by `palimpsest launch`",
-        *options,
+        f"# {spec.run_folder}{chain} on {spec.nodes} nodes of {spec.site_name}, written by `palimpsest launch`",
+        *_sbatch_lines(sbatch_options(spec)),
         "",
         "# Until the conductor listens, a signal must not end this shell; it sets handlers of its own.",
         "trap '' USR1 TERM",
@@ -40,7 +44,29 @@ def batch_script(spec: JobSpec) -> str:
 
 
 def sbatch_options(spec: JobSpec) -> list[str]:
-    """Return the options of sbatch, in a fixed order."""
+    """Return the options of sbatch for a run, in a fixed order."""
+    alone = spec.chain is None
+    return [
+        *_allocation_options(spec, f"{COMMENT} {spec.run_folder}", spec.output),
+        # B: to the batch script alone, which is the conductor; it tells the ranks.
+        f"--signal=B:USR1@{spec.site.signal_seconds}",
+        # %1: one link at a time. Links are not requeued: Slurm would start the next one while the other waits.
+        *([] if alone else [f"--array=1-{spec.chain}%1"]),
+        "--requeue" if alone and spec.site.requeue == "slurm" else "--no-requeue",
+        # The loss of a node ends neither the job nor the other nodes' ranks before the conductor has decided.
+        "--no-kill",
+        # A requeued job continues its log.
+        "--open-mode=append",
+        *spec.site.allocation.extra,
+    ]
+
+
+def _sbatch_lines(options: Iterable[str]) -> list[str]:
+    return [f"#SBATCH {option}" for option in options]
+
+
+def _allocation_options(spec: NodesSpec, comment: str, output: Path) -> list[str]:
+    """Return the options that say what is allocated, for whom, and where the output goes."""
     allocation, gpus = spec.site.allocation, spec.site.gpus
     type_ = f"{gpus.type}:" if gpus.type else ""
     request = None
@@ -50,7 +76,7 @@ def sbatch_options(spec: JobSpec) -> list[str]:
         request = f"--gpus-per-node={type_}{spec.gpus_per_node}"
     named = {
         "--job-name": spec.name,
-        "--comment": shlex.quote(f"{COMMENT} {spec.run_folder}"),
+        "--comment": shlex.quote(comment),
         "--account": allocation.account,
         "--partition": allocation.partition,
         "--qos": allocation.qos,
@@ -62,19 +88,12 @@ def sbatch_options(spec: JobSpec) -> list[str]:
         "--time": spec.time,
         "--hint": allocation.hint,
         "--mem": allocation.mem,
-        "--signal": f"B:USR1@{spec.site.signal_seconds}",
-        "--output": shlex.quote(str(spec.output)),
+        "--output": shlex.quote(str(output)),
     }
     return [
         *(f"{option}={value}" for option, value in named.items() if value is not None),
         *([request] if request else []),
         *(["--exclusive"] if allocation.exclusive else []),
-        "--requeue" if spec.site.requeue else "--no-requeue",
-        # The loss of a node ends neither the job nor the other nodes' ranks before the conductor has decided.
-        "--no-kill",
-        # A requeued job continues its log.
-        "--open-mode=append",
-        *allocation.extra,
     ]
 
 
@@ -113,8 +132,7 @@ def rank_script(spec: JobSpec) -> str:
         "# Started by srun, once per rank; the arguments are the command of the rank.",
         "export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID NODE_RANK=$SLURM_NODEID",
         f'export {MARK}="$PALIMPSEST_JOB.$PALIMPSEST_ATTEMPT"',
-        # Evaluated here and not in the batch script, because their values differ from node to node.
-        *(f"export {name}={value}" for name, value in spec.site.setup.per_node.items()),
+        *_per_node_lines(spec),
         "# Signals are the rank's: this shell outlives it and keeps its exit code.",
         "trap : TERM INT HUP USR1 USR2",
         f'{_container_prefix(spec)}"$@" &',
@@ -131,8 +149,61 @@ def rank_script(spec: JobSpec) -> str:
 
 def train_command(spec: JobSpec, overrides: Iterable[str]) -> tuple[str, ...]:
     """Return the command of a rank, without the container around it."""
+    return (*_cli(spec), "train", str(spec.config), *overrides)
+
+
+def preflight_script(spec: PreflightSpec) -> str:
+    """Return the batch script that checks the nodes it gets, and the network between them."""
+    tasks = f'"$((SLURM_JOB_NUM_NODES * {spec.ranks_per_node}))"'
+    options = [
+        *("--mem=0", f"--mpi={spec.site.tasks.mpi}", f"--ntasks-per-node={spec.ranks_per_node}"),
+        *_rank_options(spec, spec.folder),
+        *("bash", str(spec.rank_script), *_cli(spec), "preflight", *spec.arguments),
+    ]
+    return _lines(
+        "#!/bin/bash",
+        f"# Preflight of {spec.nodes} nodes of {spec.site_name}, written by `palimpsest preflight`",
+        *_sbatch_lines(
+            [
+                *_allocation_options(spec, f"{PREFLIGHT_COMMENT} {spec.folder}", spec.output),
+                "--no-requeue",
+                *spec.site.allocation.extra,
+            ]
+        ),
+        "",
+        *setup_lines(spec.site),
+        *_meeting_lines(spec.site),
+        f"cd {shlex.quote(str(spec.work_folder))}",
+        "# The number of nodes is known here and not before, where a range was asked for.",
+        f'exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks={tasks} {shlex.join(options)}',
+    )
+
+
+def preflight_rank_script(spec: PreflightSpec) -> str:
+    """Return the script that srun starts once per rank of a preflight, with its command as arguments."""
+    return _lines(
+        "#!/bin/bash",
+        "# Started by srun, once per rank; the arguments are the command of the rank.",
+        *_per_node_lines(spec),
+        f'exec {_container_prefix(spec)}"$@"',
+    )
+
+
+def _meeting_lines(site: Site) -> list[str]:
+    """Return the lines of a batch script that name the address of the first node, where its name is not the one."""
+    network = site.network
+    if network.address == "interface":
+        shown = f"ip -4 -o addr show dev {shlex.quote(network.interface or '')}"
+        return [f"export MASTER_ADDR=$({shown} | awk '{{ split($4, address, \"/\"); print address[1] }}')"]
+    if network.suffix:
+        return [f'export MASTER_ADDR="$SLURMD_NODENAME"{shlex.quote(network.suffix)}']
+    return []
+
+
+def _cli(spec: NodesSpec) -> tuple[str, ...]:
+    """Return the start of a command of ours on a rank: in a container with the interpreter inside."""
     python = spec.site.container.python if spec.site.container is not None else spec.python
-    return (python, "-u", "-m", "engine.cli", "train", str(spec.config), *overrides)
+    return (python, "-u", "-m", "engine.cli")
 
 
 def agents_step(spec: JobSpec, num_nodes: int) -> list[str]:
@@ -151,6 +222,21 @@ def agents_step(spec: JobSpec, num_nodes: int) -> list[str]:
 
 def rank_step(spec: JobSpec, nodes: list[str], world_size: int, attempt: int, overrides: Iterable[str]) -> list[str]:
     """Return the command that starts the ranks of one attempt on these nodes."""
+    return [
+        *_step(len(nodes), world_size, spec.site.tasks.mpi),
+        f"--ntasks-per-node={world_size // len(nodes)}",
+        f"--nodelist={','.join(nodes)}",
+        f"--output={spec.logs}/rank-%t.{attempt}.log",
+        "--open-mode=append",
+        *_rank_options(spec, spec.run_folder),
+        "bash",
+        str(spec.rank_script),
+        *train_command(spec, overrides),
+    ]
+
+
+def _rank_options(spec: NodesSpec, visible: Path) -> list[str]:
+    """Return the options of srun that order and bind ranks; their container sees the folder `visible`."""
     tasks, container = spec.site.tasks, spec.site.container
     bound = {
         "--cpus-per-task": tasks.cpus,
@@ -158,22 +244,18 @@ def rank_step(spec: JobSpec, nodes: list[str], world_size: int, attempt: int, ov
         "--gpu-bind": tasks.gpu_bind,
         "--mem-bind": tasks.mem_bind,
     }
-    pyxis = container is not None and container.program == "pyxis"
     return [
-        *_step(len(nodes), world_size, spec.site.tasks.mpi),
-        f"--ntasks-per-node={world_size // len(nodes)}",
-        f"--nodelist={','.join(nodes)}",
         # Ranks of one node in a row: tensor ranks stay on one node.
         "--distribution=block",
-        f"--output={spec.logs}/rank-%t.{attempt}.log",
-        "--open-mode=append",
         *(f"{option}={value}" for option, value in bound.items() if value is not None),
-        *(_pyxis_options(spec) if pyxis else []),
+        *(_pyxis_options(container, visible) if container is not None and container.program == "pyxis" else []),
         *tasks.extra,
-        "bash",
-        str(spec.rank_script),
-        *train_command(spec, overrides),
     ]
+
+
+def _per_node_lines(spec: NodesSpec) -> list[str]:
+    """Return the lines for values that each node evaluates itself, because they differ from node to node."""
+    return [f"export {name}={value}" for name, value in spec.site.setup.per_node.items()]
 
 
 def _step(num_nodes: int, num_tasks: int, mpi: str = "none") -> list[str]:
@@ -195,7 +277,7 @@ def _step(num_nodes: int, num_tasks: int, mpi: str = "none") -> list[str]:
     ]
 
 
-def _container_prefix(spec: JobSpec) -> str:
+def _container_prefix(spec: NodesSpec) -> str:
     """Return the start of a rank's command line, in the container if there is one; pyxis is an option of srun."""
     container = spec.site.container
     if container is None or container.program == "pyxis":
@@ -215,11 +297,9 @@ def _container_prefix(spec: JobSpec) -> str:
     return shlex.join(words) + " "
 
 
-def _pyxis_options(spec: JobSpec) -> list[str]:
-    container = spec.site.container
-    assert container is not None
+def _pyxis_options(container: Container, visible: Path) -> list[str]:
     # The rank's script is the first thing that runs inside, and beats are files in the node's memory.
-    mounts = [*container.binds, f"{spec.run_folder}:{spec.run_folder}", "/dev/shm:/dev/shm"]
+    mounts = [*container.binds, f"{visible}:{visible}", "/dev/shm:/dev/shm"]
     return [f"--container-image={container.image}", f"--container-mounts={','.join(mounts)}", *container.extra]
 
 

@@ -140,6 +140,8 @@ class Limits(Section):
     """Most nodes of a job."""
     max_time: str | None = None
     """Longest time of a job, as in `--time`."""
+    max_chain: PositiveInt = 100
+    """Most links of a chain, which count as jobs that wait; Slurm itself takes arrays of up to `MaxArraySize`."""
 
 
 class Site(Section):
@@ -160,8 +162,9 @@ class Site(Section):
     """Interpreter outside of the container. None means the one that runs `palimpsest launch`."""
     signal_seconds: PositiveInt = 300
     """Seconds before the time limit at which the job is told to save (`--signal=B:USR1@SECONDS`)."""
-    requeue: bool = True
-    """The cluster requeues jobs; where it does not, a job that was saved ends and is submitted again by hand."""
+    requeue: Literal["slurm", "resubmit", "none"] = "slurm"
+    """Way in which a job starts again after it has saved: Slurm requeues it; or, where that is disabled, the job
+    submits its successor from its first node; or it ends, and is submitted again by hand."""
 
 
 def choose(

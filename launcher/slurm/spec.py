@@ -16,8 +16,12 @@ from engine.errors import ConfigError, EnvironmentProblem
 from launcher.slurm.site import Site
 
 FILE = "job.json"
+NUMBER_FILE = "number"
+"""File in the folder of a job that holds the numbers under which it was submitted, the newest last."""
 LOGS = "logs"
 AGENTS_LOG = "agents.log"
+ATTEMPTS_FILE = "attempts.jsonl"
+"""File in the folder of a job with one line per attempt: its nodes, its world, its end."""
 SLOW_NODES = "slow-nodes.txt"
 """File in the run folder that names nodes which ranks have found to be slow (`engine.train.node_speed`)."""
 _NODES = re.compile(r"(\d+)(?:-(\d+))?")
@@ -25,39 +29,27 @@ _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
 _JOB_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
 
-@dataclass(frozen=True)
-class JobSpec:
-    """One job as it is submitted; the same for all its starts."""
+@dataclass(frozen=True, kw_only=True)
+class NodesSpec:
+    """Nodes that a batch script asks for, and what it starts on each of them."""
 
     name: str
     """Name of the job in the queue."""
-    config: Path
-    overrides: tuple[str, ...]
-    """The user's overrides; empty where `hides_overrides`."""
-    run_folder: Path
     folder: Path
-    """Folder of the job: its scripts, this specification, and what its conductor writes."""
+    """Folder of the job: its scripts, its specification, and what it writes."""
     work_folder: Path
-    """Folder in which `palimpsest launch` was called, which relative paths of the run refer to."""
+    """Folder in which the command was called, which relative paths of the run refer to."""
     min_nodes: int
     max_nodes: int
     gpus_per_node: int
     ranks_per_node: int
     time: str | None
-    requeues: int
-    """Most times that the job is requeued."""
-    restarts: int
-    """Most restarts of the ranks within one start of the job."""
     python: str
     """Interpreter of the conductor, the agents and, outside of a container, the ranks."""
     site_name: str
     site: Site
     exclude: tuple[str, ...] = ()
     """Nodes that are not wanted."""
-    code: Path | None = None
-    """Snapshot of the code that the job runs, whatever is edited while it waits. None means the installed one."""
-    hides_overrides: bool = False
-    """An override holds a credential: all of them come by the environment, because their order matters."""
 
     @property
     def nodes(self) -> str:
@@ -70,10 +62,51 @@ class JobSpec:
         """The script that srun starts once per rank."""
         return self.folder / "rank.sh"
 
+
+@dataclass(frozen=True, kw_only=True)
+class PreflightSpec(NodesSpec):
+    """A job that checks nodes and the network between them, and starts no run."""
+
+    arguments: tuple[str, ...]
+    """Arguments of `palimpsest preflight` on each rank."""
+
     @property
     def script(self) -> Path:
         """The batch script."""
-        return self.folder / "train.sbatch"
+        return self.folder / "preflight.sbatch"
+
+    @property
+    def output(self) -> Path:
+        """File that takes the table; `%j` is the job's number."""
+        return self.folder / "preflight-%j.log"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSpec(NodesSpec):
+    """One job as it is submitted; the same for all its starts."""
+
+    config: Path
+    overrides: tuple[str, ...]
+    """The user's overrides; empty where `hides_overrides`."""
+    run_folder: Path
+    requeues: int
+    """Most times that the job is requeued, or submits its successor. 0 in a chain."""
+    restarts: int
+    """Most restarts of the ranks within one start of the job."""
+    chain: int | None = None
+    """Number of links of a chain: jobs of one array, one after another, each of which continues the run where the one
+    before has left it. None means a job that stands alone."""
+    model: dict[str, Any] | None = None
+    """Keys of the run's model, for a conductor whose run file leaves them to the source of `init_from`."""
+    code: Path | None = None
+    """Snapshot of the code that the job runs, whatever is edited while it waits. None means the installed one."""
+    hides_overrides: bool = False
+    """An override holds a credential: all of them come by the environment, because their order matters."""
+
+    @property
+    def script(self) -> Path:
+        """The batch script."""
+        return self.folder / ("train.sbatch" if self.chain is None else "chain.sbatch")
 
     @property
     def logs(self) -> Path:
@@ -82,8 +115,9 @@ class JobSpec:
 
     @property
     def output(self) -> Path:
-        """File that takes the output of the batch script, which is the conductor's; `%j` is the job's number."""
-        return self.folder / "conductor-%j.log"
+        """File that takes the output of the batch script, which is the conductor's; `%j` is the job's number, `%A` that
+        of an array and `%a` the link."""
+        return self.folder / ("conductor-%j.log" if self.chain is None else "conductor-%A_%a.log")
 
 
 def parse_nodes(text: str) -> tuple[int, int]:
@@ -117,7 +151,30 @@ def seconds_of(time: str) -> int:
     return (hours * 60 + minutes) * 60 + seconds
 
 
-def check(spec: JobSpec) -> None:
+def check_chain(spec: JobSpec, requeues: int | None) -> None:
+    """Raise `ConfigError` for a chain that could not go from link to link; `requeues` are those of the command line."""
+    if spec.chain is None:
+        return
+    most = spec.site.limits.max_chain
+    if not 1 <= spec.chain <= most:
+        raise ConfigError(
+            f"--chain = {spec.chain}", f"1 to {most} links (limits.max_chain of site {spec.site_name})", "choose one"
+        )
+    if requeues:
+        raise ConfigError(
+            f"--requeues = {requeues} beside --chain = {spec.chain}",
+            "one of both: where a job alone is requeued, the next link of a chain goes on",
+            "leave out --requeues, and give --chain as many links as the run may need starts",
+        )
+    if spec.time is None:
+        raise ConfigError(
+            f"--chain = {spec.chain} without --time",
+            "the time limit of each link, at which the next one goes on",
+            "for example --time 24:00:00",
+        )
+
+
+def check(spec: NodesSpec) -> None:
     """Raise `ConfigError` for a job that the site is known to refuse."""
     limits, site = spec.site.limits, spec.site_name
     if limits.max_nodes is not None and spec.max_nodes > limits.max_nodes:
@@ -132,9 +189,9 @@ def check(spec: JobSpec) -> None:
             raise ConfigError(
                 f"--time = {spec.time}, but site {site} takes {limits.max_time} at most",
                 f"up to {limits.max_time}",
-                "ask for less: the job is requeued at its time limit and goes on (--requeues)",
+                "ask for less: the job goes on after its time limit (--requeues, or --chain)",
             )
-        if seconds <= spec.site.signal_seconds:
+        if isinstance(spec, JobSpec) and seconds <= spec.site.signal_seconds:
             raise ConfigError(
                 f"--time = {spec.time} is not longer than the {spec.site.signal_seconds} s before its end at which "
                 "the job is told to save",
@@ -171,6 +228,15 @@ def excluded(site: Site, run_folder: Path) -> tuple[str, ...]:
             lines = file.read_text(encoding="utf-8").splitlines()
             found += [name for line in lines if (name := line.partition("#")[0].strip())]
     return tuple(dict.fromkeys(found))
+
+
+def unwritable(folder: Path, error: OSError) -> EnvironmentProblem:
+    """Return the error for a job's folder that cannot be written."""
+    return EnvironmentProblem(
+        f"the folder of the job, {folder}, cannot be written: {error.strerror}",
+        "a run folder that can be written here and on every node",
+        "change `folder`",
+    )
 
 
 def to_json(spec: JobSpec) -> str:

@@ -30,7 +30,7 @@ class Slurm:
         self.asked.append(list(arguments))
         if arguments[0] == "squeue":
             wanted = next((word[7:].split(",") for word in arguments if word.startswith("--jobs=")), list(self.jobs))
-            if not set(wanted) <= set(self.jobs):
+            if not wanted or not set(wanted) <= set(self.jobs):
                 return Answer(1, "", "slurm_load_jobs error: Invalid job id specified")
             return Answer(0, "".join(self.jobs[number] for number in wanted), "")
         return Answer(0, "", "") if arguments[0] == "scancel" else Answer(1, "", "accounting storage is disabled")
@@ -39,7 +39,7 @@ class Slurm:
 @pytest.fixture
 def slurm(monkeypatch: pytest.MonkeyPatch) -> Slurm:
     said = Slurm()
-    for name in ("jobs", "signal_batch", "cancel"):
+    for name in ("jobs", "signal_batch", "cancel", "cancel_waiting"):
         function = getattr(client, name)
         monkeypatch.setattr(client, name, lambda *a, function=function, **k: function(*a, **k, ask=said))
     return said
@@ -80,6 +80,58 @@ def test_status_by_number_and_by_run(slurm: Slurm, run: Path, capfd: pytest.Capt
     assert lines[1] == "  attempt 0: 2 ranks (data 2) on n1, n2, 60 s: failed: node n2 is lost"
     assert lines[2].startswith("  attempt 1: 2 ranks (data 2) on n1, n3, ")
     assert lines[2].endswith(": runs")
+
+
+@pytest.fixture
+def chain(slurm: Slurm, run: Path) -> Slurm:
+    """Slurm with a chain of four: squeue names its links when it is asked for the array, or for a link's own number."""
+    links = {
+        "17_1": line("17_1", "COMPLETED", run),
+        "17_2": line("17_2", "RUNNING", run),
+        "17_[3-4%1]": line("17_[3-4%1]", "PENDING", run, reason="JobArrayTaskLimit", nodes=""),
+    }
+    slurm.jobs = {"17": "".join(links.values()), "19": links["17_2"]}
+    return slurm
+
+
+@pytest.mark.parametrize("name", ["17", "17_2", "17_4", "19", "run"])
+def test_status_of_a_chain(chain: Slurm, run: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert call("status", str(run) if name == "run" else name) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "job 17_2 (gpt): RUNNING for 1:02 of 1-00:00:00, 2 nodes on n[1-2]"
+    assert lines[1] == "  links of the chain: 1 COMPLETED, 2 RUNNING, 3-4 PENDING"
+    assert lines[2].startswith("  attempt 0: 2 ranks")
+
+
+def test_a_chain_is_cancelled_as_a_whole(chain: Slurm, capfd: pytest.CaptureFixture[str]) -> None:
+    """Links that wait first, so that none starts while the one that runs saves."""
+    assert call("cancel", "17") == 0
+    assert [words for words in chain.asked if words[0] == "scancel"] == [
+        ["scancel", "--state=PENDING", "17"],
+        ["scancel", "--batch", "--signal=INT", "17_2"],
+    ]
+    assert capfd.readouterr().out.startswith("job 17 saves and stops")
+    chain.asked.clear()
+    assert call("cancel", "17_2", "--now") == 0
+    assert [words for words in chain.asked if words[0] == "scancel"] == [["scancel", "17"]]
+
+
+def test_a_chain_that_was_cancelled(chain: Slurm, run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """squeue shows the links that never ran under the number of the array."""
+    chain.jobs["17"] = line("17", "CANCELLED", run) + line("17_2", "FAILED", run) + line("17_1", "COMPLETED", run)
+    assert call("status", "17") == 0
+    assert "links of the chain: 1 COMPLETED, 2 FAILED, the rest CANCELLED" in capfd.readouterr().out
+    assert call("cancel", "17") == 0
+    assert "there is nothing to cancel" in capfd.readouterr().out
+
+
+def test_a_job_that_has_submitted_its_successor(slurm: Slurm, run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    [folder] = (run / "jobs").iterdir()
+    (folder / "number").write_text("17\n23\n")
+    slurm.jobs = {"17": line("17", "FAILED", run), "23": line("23", "PENDING", run, reason="Dependency", nodes="")}
+    for name in ("17", "23", str(run)):
+        assert call("status", name) == 0
+        assert capfd.readouterr().out.startswith("job 23 (gpt): PENDING for ")
 
 
 def test_a_job_that_slurm_has_forgotten_is_known_by_its_run(

@@ -106,6 +106,9 @@ def test_a_job_without_a_limit_is_told(tree: dict[str, Any], caplog: pytest.LogC
         ({"SLURM_JOB_ID": "7"}, "UNLIMITED\n", None),
         ({"SLURM_JOB_ID": "7"}, "INVALID\n", None),
         ({"SLURM_JOB_ID": "7; true"}, "1:00\n", None),
+        ({"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}, "1:00\n", 60.0),
+        ({"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": ""}, "1:00\n", 60.0),
+        ({"SLURM_ARRAY_JOB_ID": "7; true", "SLURM_ARRAY_TASK_ID": "3"}, "1:00\n", None),
     ],
 )
 def test_the_jobs_time_left(environ: dict[str, str], left: str, seconds: float | None) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from engine.config.load import merge, parse_run
 from engine.config.schema.run import RunConfig
 from launcher.slurm import site
-from launcher.slurm.spec import JobSpec
+from launcher.slurm.spec import JobSpec, PreflightSpec
 
 RUN = Path("/path/to/runs/gpt")
 
@@ -33,6 +33,25 @@ def example(site_name: str = "generic", profile: site.Site | None = None, **chan
         "site": profile or site.load(site.FOLDER / f"{site_name}.yaml"),
     }
     return JobSpec(**values | changes)
+
+
+def preflight(site_name: str = "generic", profile: site.Site | None = None, **changes: Any) -> PreflightSpec:
+    """Return the job of `palimpsest preflight RUN.yaml --launcher slurm --nodes 2-4 --gpus-per-node 8`."""
+    values: dict[str, Any] = {
+        "name": "preflight",
+        "folder": RUN / "preflight" / "NAME",
+        "work_folder": Path("/path/to/work"),
+        "min_nodes": 2,
+        "max_nodes": 4,
+        "gpus_per_node": 8,
+        "ranks_per_node": 8,
+        "time": "0:10:00",
+        "python": "/path/to/venv/bin/python",
+        "site_name": site_name,
+        "site": profile or site.load(site.FOLDER / f"{site_name}.yaml"),
+        "arguments": ("--gpus", "8", "/path/to/RUN.yaml"),
+    }
+    return PreflightSpec(**values | changes)
 
 
 EVERYTHING = site.Site.model_validate(
@@ -76,10 +95,12 @@ EVERYTHING = site.Site.model_validate(
         },
         "network": {"interface": "hsn0", "address": "interface"},
         "signal_seconds": 600,
-        "requeue": False,
+        "requeue": "none",
     }
 )
 
+
+RESUBMIT = site.Site(source="a site on which Slurm requeues no jobs", requeue="resubmit")
 
 TREE: dict[str, Any] = {
     "folder": "/runs/x",

@@ -7,7 +7,7 @@ import pytest
 
 from engine.errors import EnvironmentProblem
 from launcher.slurm import client
-from launcher.slurm.client import Allocated, Answer
+from launcher.slurm.client import Allocated, Answer, ControllerAway
 
 
 class Said:
@@ -32,14 +32,14 @@ DONE = line("16", "CANCELLED by 0", "gpt", "00:10:02", "1-00:00:00", "2", "n[1-2
 @pytest.mark.parametrize("out", ["17\n", "17;cluster\n", "sbatch: a notice of the site\n17\n"])
 def test_submit(out: str) -> None:
     said = Said(sbatch=Answer(0, out, ""))
-    assert client.submit(("sbatch", "--test"), Path("x.sbatch"), said) == "17"
-    assert said.asked == [["sbatch", "--test", "--parsable", "x.sbatch"]]
+    assert client.submit(("sbatch", "--test"), Path("x.sbatch"), ("3",), said) == "17"
+    assert said.asked == [["sbatch", "--test", "--parsable", "x.sbatch", "3"]]
 
 
 def test_a_job_that_slurm_refuses() -> None:
     said = Said(sbatch=Answer(1, "", "sbatch: error: Batch job submission failed: Invalid account"))
     with pytest.raises(EnvironmentProblem) as caught:
-        client.submit(("sbatch",), Path("x.sbatch"), said)
+        client.submit(("sbatch",), Path("x.sbatch"), ask=said)
     assert "Invalid account" in caught.value.wrong
 
 
@@ -76,7 +76,7 @@ def test_a_jobs_own_question() -> None:
 
 def test_a_controller_that_is_away_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
-    answers = iter([EnvironmentProblem("away"), EnvironmentProblem("away"), Allocated("RUNNING", 0, "n1")])
+    answers = iter([ControllerAway("away"), ControllerAway("away"), Allocated("RUNNING", 0, "n1")])
     told = []
 
     def question() -> Allocated | None:

@@ -1,9 +1,8 @@
-"""The conductor without Slurm: what it plans, what its ranks are told, and when a job is requeued."""
+"""The conductor without Slurm: what it plans, and what its ranks are told."""
 
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +10,21 @@ import pytest
 
 from engine.errors import EnvironmentProblem
 from engine.run_folder import RunFolder, Start
-from launcher.attempts import Ending
 from launcher.environment import rank_environment
-from launcher.signals import Signals
-from launcher.slurm import client, conductor, wire
+from launcher.slurm import client, wire
 from launcher.slurm.agents import Agents, Node
 from launcher.slurm.client import Allocated
 from launcher.slurm.conductor import JobNodes, NotOurs
 from launcher.slurm.fitness import Fitness
 from launcher.slurm.remote import AgentRanks, Meeting
 from launcher.slurm.site import Site
+from launcher.slurm.starts import JobStart
 from launcher.verdict import Verdict
 from tests.launcher.slurm.specs import example, run
 
-SAVED, DONE, FAILED = Verdict(85, "saved at step 6"), Verdict(0, "done at step 9"), Verdict(1, "failed: bad shard")
-# Told to stop, and then: a save that fails, a node that is lost meanwhile, a mistake that a later start has as well.
-NOT_SAVED = Verdict(1, "failed at step 6: disk full", stopping=True)
-LOST = Verdict(1, "failed: node n2 is lost", lost=frozenset((1,)), stopping=True)
-USAGE = Verdict(2, "failed: a key is wrong", stopping=True)
+FAILED = Verdict(1, "failed: bad shard")
 RUNNING = Allocated("RUNNING", 0, "n1")
+FIRST = JobStart("17", 0, "17", 0)
 
 
 class Line:
@@ -72,7 +67,7 @@ def nodes(tmp_path: Path, *names: str, **changes: Any) -> JobNodes:
     }
     job = example(**given | changes)
     agents = FewAgents(*names)
-    return JobNodes(run(), job, "17", 0, agents, job.overrides, Start("17", 0), Fit(agents, lambda words: None))
+    return JobNodes(run(), job, FIRST, agents, job.overrides, Start("17", 0), Fit(agents, lambda words: None))
 
 
 @pytest.fixture(autouse=True)
@@ -156,83 +151,3 @@ def test_overrides_with_credentials_are_not_on_the_command_line(tmp_path: Path) 
     command, environment = step_of(made, tmp_path)
     assert "s3cr3t" not in " ".join(command)
     assert json.loads(environment["PALIMPSEST_OVERRIDES"]) == [*made.asked, "parallel.data=2"]
-
-
-@pytest.mark.parametrize(
-    ("ending", "restarts", "arrived", "found", "requeued", "last"),
-    [
-        (Ending(DONE, ""), 0, [], RUNNING, False, "done at step 9"),
-        (Ending(FAILED, "not restarted"), 0, [], RUNNING, False, "not restarted"),
-        (Ending(SAVED, ""), 0, [signal.SIGUSR1], RUNNING, True, "requeue 1 of 2"),
-        (Ending(SAVED, ""), 2, [signal.SIGUSR1], Allocated("RUNNING", 2, "n1"), False, "all 2 requeues are used up"),
-        (Ending(SAVED, ""), 0, [signal.SIGINT], RUNNING, False, "cancelled with `palimpsest job cancel`"),
-        (Ending(SAVED, ""), 0, [signal.SIGTERM], Allocated("CANCELLED", 0, "n1"), False, "the job is CANCELLED"),
-        (Ending(SAVED, ""), 0, [signal.SIGTERM], Allocated("PENDING", 1, ""), False, "has requeued the job by itself"),
-        (Ending(NOT_SAVED, "asked to stop"), 0, [signal.SIGUSR1], RUNNING, True, "requeue 1 of 2"),
-        (Ending(LOST, "asked to stop"), 0, [signal.SIGUSR1], RUNNING, True, "requeue 1 of 2"),
-        (Ending(USAGE, "asked to stop"), 0, [signal.SIGUSR1], RUNNING, False, "asked to stop"),
-        (
-            Ending(NOT_SAVED, "asked to stop"),
-            0,
-            [signal.SIGINT],
-            RUNNING,
-            False,
-            "cancelled with `palimpsest job cancel`",
-        ),
-        (Ending(NOT_SAVED, ""), 0, [signal.SIGTERM], Allocated("CANCELLED", 0, "n1"), False, "the job is CANCELLED"),
-        (
-            Ending(NOT_SAVED, ""),
-            2,
-            [signal.SIGUSR1],
-            Allocated("RUNNING", 2, "n1"),
-            False,
-            "all 2 requeues are used up",
-        ),
-        (Ending(FAILED, "no world", no_world=True), 0, [], RUNNING, True, "requeue 1 of 2, without n2"),
-        (Ending(FAILED, "no world", no_world=True), 2, [], RUNNING, False, "all 2 requeues are used up"),
-    ],
-)
-def test_a_job_is_requeued_only_where_that_is_due(
-    ending: Ending,
-    restarts: int,
-    arrived: list[signal.Signals],
-    found: Allocated,
-    requeued: bool,
-    last: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    asked: list[tuple[str, list[str]]] = []
-    monkeypatch.setattr(client, "allocated", lambda number: found)
-    monkeypatch.setattr(client, "requeue", lambda number, exclude: asked.append((number, exclude)) or "")
-    missing = ["n2"] if ending.no_world else []
-    code = conductor._conclude(example(requeues=2), "17", restarts, ending, missing, Signals(arrived))
-    assert code == ending.verdict.code
-    assert asked == ([("17", missing)] if requeued else [])
-    assert last in capfd.readouterr().out.splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    ("before", "requeued"), [([NOT_SAVED], False), ([SAVED], True), ([NOT_SAVED, SAVED], True), ([], True)]
-)
-def test_a_job_that_fails_to_stop_twice_in_a_row_is_not_requeued(
-    before: list[Verdict], requeued: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr(client, "requeue", lambda number, exclude: asked.append(number) or "")
-    made = nodes(tmp_path, "n1", "n2")
-    for number, verdict in enumerate([*before, NOT_SAVED]):
-        monkeypatch.setattr(client, "allocated", lambda _, number=number: Allocated("RUNNING", number, "n1"))
-        made.start, made.restarts = Start("17", number * 1000), number
-        made.plan()
-        made.ranks(RunFolder(tmp_path, made.start))
-        made.ended(verdict)
-    conductor._conclude(made.job, "17", len(before), Ending(NOT_SAVED, ""), [], Signals())
-    assert asked == (["17"] if requeued else [])
-
-
-def test_a_site_without_requeues(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(client, "requeue", lambda number, exclude: pytest.fail("requeued"))
-    job = example(requeues=2, site=Site(source="x", requeue=False))
-    conductor._conclude(job, "17", 0, Ending(SAVED, ""), [], Signals())
-    assert "this site requeues no jobs" in capfd.readouterr().out

@@ -11,19 +11,24 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from engine import outcome
 from engine.heartbeat import Heartbeat
 from engine.run_folder import RunFolder, Start
 from launcher.slurm import agent, render, wire
 from launcher.slurm.agents import Agents
+from launcher.slurm.client import Allocated
 from launcher.slurm.remote import AgentRanks, Meeting
+from launcher.slurm.site import Site
+from launcher.slurm.starts import JobStart
 from launcher.verdict import End
-from tests.launcher.slurm.specs import example
+from tests.launcher.slurm.specs import RESUBMIT, example
 
 WAIT_SECONDS = 60.0
 
@@ -189,40 +194,90 @@ def test_strangers_and_lost_nodes_are_turned_away(cluster: Cluster) -> None:
     assert not cluster.agents.live(), "its ranks were taken for lost"
 
 
-def test_a_job_whose_controller_says_it_is_another_start_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from launcher.slurm.client import Allocated
+class Asked(list[str]):
+    """Commands that an agent gives Slurm, once the conductor is silent."""
 
-    asked: list[str] = []
-    monkeypatch.setattr(agent.client, "requeue", lambda number: asked.append(f"requeue {number}") or "")
-    monkeypatch.setattr(agent.client, "cancel", lambda number: asked.append(f"cancel {number}") or "")
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
-    for count, found, limit, expected in (
-        ("0", Allocated("RUNNING", 0, "n1"), 2, ["requeue 17"]),
-        ("0", Allocated("RUNNING", 1, "n1"), 2, []),  # requeued meanwhile
-        ("0", Allocated("COMPLETING", 0, "n1"), 2, []),
-        ("0", None, 2, []),
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        for name in ("requeue", "cancel"):
+            monkeypatch.setattr(agent.client, name, lambda number, name=name: self.append(f"{name} {number}") or "")
+
+        def submit(command: Sequence[str], script: Path, arguments: Sequence[str] = (), ask: object = None) -> str:
+            self.append(" ".join(("submit", *command[1:], *arguments)))
+            return "23"
+
+        monkeypatch.setattr(agent.client, "submit", submit)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    return Asked(monkeypatch)
+
+
+def start_of(index: int, number: str = "17") -> JobStart:
+    return JobStart("17", index, number, index if number == "17" else 0)
+
+
+def test_a_job_whose_controller_says_it_is_another_start_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, asked: Asked
+) -> None:
+    for found, expected in (
+        (Allocated("RUNNING", 0, "n1"), ["requeue 17"]),
+        (Allocated("RUNNING", 1, "n1"), []),  # requeued meanwhile
+        (Allocated("COMPLETING", 0, "n1"), []),
+        (None, []),
     ):
         asked.clear()
-        monkeypatch.setenv("SLURM_RESTART_COUNT", count)
         monkeypatch.setattr(agent.client, "allocated", lambda number, found=found: found)
-        assert agent._requeue(example(requeues=limit), None)
+        assert agent._leave(example(requeues=2), start_of(0), None)
         assert asked == expected
 
 
-def test_a_lost_batch_host_does_not_requeue_for_ever(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from engine import outcome
-    from launcher.slurm.client import Allocated
-
-    cancelled: list[str] = []
-    monkeypatch.setattr(agent.client, "allocated", lambda number: Allocated("RUNNING", 2, "n1"))
-    monkeypatch.setattr(agent.client, "cancel", lambda number: cancelled.append(number) or "")
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    assert agent._requeue(example(requeues=2, run_folder=tmp_path), None)
-    assert cancelled == ["17"]
+@pytest.mark.parametrize(
+    ("changes", "start", "words"),
+    [
+        ({"requeues": 2}, start_of(2), "all 2 requeues are used up"),
+        ({"requeues": 2, "site": RESUBMIT}, start_of(2, "31"), "all 2 requeues are used up"),
+        ({"chain": 3, "requeues": 0}, start_of(2, "17_3"), "all 3 links of the chain are used up"),
+        ({"requeues": 2, "site": Site(source="x", requeue="none")}, start_of(0), "this site requeues no jobs"),
+    ],
+)
+def test_a_lost_batch_host_does_not_start_a_job_for_ever(
+    changes: dict[str, Any],
+    start: JobStart,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: Asked,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(agent.client, "allocated", lambda number: Allocated("RUNNING", start.requeues, "n1"))
+    assert agent._leave(example(run_folder=tmp_path, folder=tmp_path, **changes), start, None)
+    assert asked == [f"cancel {start.number}"]
     said = outcome.read(tmp_path)
     assert said is not None
-    assert (said.attempt, said.error) == (2000, "the batch host n1 was lost, and all 2 requeues are used up")
+    assert (said.job, said.attempt) == ("17", start.index * 1000)
+    assert said.error.startswith("the batch host n1 was lost, and ")
+    assert words in said.error
+
+
+def test_a_link_whose_batch_host_is_lost_makes_room_for_the_next(
+    monkeypatch: pytest.MonkeyPatch, asked: Asked, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(agent.client, "allocated", lambda number: Allocated("RUNNING", 0, "n1"))
+    assert agent._leave(example(chain=3, requeues=0, run_folder=tmp_path), start_of(1, "17_2"), None)
+    assert asked == ["cancel 17_2"], "this link alone"
+    assert outcome.read(tmp_path) is None, "the run goes on"
+
+
+def test_of_all_agents_one_submits_the_successor(monkeypatch: pytest.MonkeyPatch, asked: Asked, tmp_path: Path) -> None:
+    """Where Slurm requeues nothing: both find the job running, and both cancel it."""
+    monkeypatch.setattr(agent.client, "allocated", lambda number: Allocated("RUNNING", 0, "n1"))
+    job = example(site=RESUBMIT, requeues=2, run_folder=tmp_path, folder=tmp_path)
+    for _ in range(2):
+        assert agent._leave(job, start_of(1, "21"), None)
+    assert asked == ["submit --dependency=afterany:21 --exclude=n1 17 2", "cancel 21", "cancel 21"]
+    assert (tmp_path / "number").read_text() == "23\n"
+    assert outcome.read(tmp_path) is None
 
 
 def test_the_address_of_an_interface() -> None:

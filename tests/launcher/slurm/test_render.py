@@ -10,13 +10,20 @@ from pathlib import Path
 import pytest
 
 from launcher.slurm import render, site
-from tests.launcher.slurm.specs import EVERYTHING, RUN, example
+from tests.launcher.slurm.specs import EVERYTHING, RESUBMIT, RUN, example, preflight
 from tests.readme import REPOSITORY
 
 GOLDEN = Path(__file__).parent / "golden"
+SUFFIX = site.Site(source="a site whose fast network has other names", network=site.Network(suffix="i"))
 RENDERED = {
     REPOSITORY / "slurm" / "train.sbatch": lambda: render.batch_script(example()),
+    REPOSITORY / "slurm" / "chain.sbatch": lambda: render.batch_script(example(chain=4, requeues=0)),
+    REPOSITORY / "slurm" / "preflight.sbatch": lambda: render.preflight_script(preflight()),
     REPOSITORY / "slurm" / "rank.sh": lambda: render.rank_script(example()),
+    GOLDEN / "resubmit.sbatch": lambda: render.batch_script(example("resubmit", RESUBMIT)),
+    GOLDEN / "suffix-preflight.sbatch": lambda: render.preflight_script(preflight("suffix", SUFFIX)),
+    GOLDEN / "everything-preflight.sbatch": lambda: render.preflight_script(preflight("everything", EVERYTHING)),
+    GOLDEN / "everything-preflight-rank.sh": lambda: render.preflight_rank_script(preflight("everything", EVERYTHING)),
     GOLDEN / "everything.sbatch": lambda: render.batch_script(example("everything", EVERYTHING, exclude=("n7", "n9"))),
     GOLDEN / "everything-rank.sh": lambda: render.rank_script(example("everything", EVERYTHING)),
 }
@@ -31,7 +38,10 @@ def test_scripts_are_as_the_repository_shows_them(path: Path) -> None:
 
 @pytest.mark.parametrize("name", site.names())
 def test_scripts_of_every_site_are_shell(name: str) -> None:
-    for script in (render.batch_script(example(name)), render.rank_script(example(name))):
+    job, checks = example(name, chain=2, requeues=0), preflight(name)
+    scripts = [render.batch_script(job), render.rank_script(job)]
+    scripts += [render.preflight_script(checks), render.preflight_rank_script(checks)]
+    for script in scripts:
         done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")
 
