@@ -20,7 +20,8 @@ from engine.data.batch import Batch, make_batches, reuse_freed_memory
 from engine.data.mixed_order import MixedOrder
 from engine.data.shards.dataset import TokenDataset
 from engine.data.step_groups import Ranks, StepGroup, StepGroups
-from engine.data.stream import Progress, Stream
+from engine.data.stream import Stream
+from engine.data.stream_state import Progress
 from engine.errors import DataError
 
 MOST_STEPS = 8

@@ -19,7 +19,8 @@ import torch
 from engine.data.batch import Batch
 from engine.data.loader import ReadStep, StepReader
 from engine.data.shard_fetcher import ShardFetcher
-from engine.data.stream import State, Stream
+from engine.data.stream import Stream
+from engine.data.stream_state import State
 from engine.data.upload import Inputs, Upload, Uploader
 
 DEPTH = 2

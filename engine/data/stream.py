@@ -12,12 +12,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial, reduce
 from operator import or_
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,29 +30,25 @@ from engine.data.objectives.sampling import make_sampler
 from engine.data.order.sample_order import START, VERSION, CountRows, Order, SampleId, SampleOrder
 from engine.data.shards.damage import Damage
 from engine.data.shards.dataset import TokenDataset
-from engine.data.shards.tombstones import FILE as TOMBSTONES_FILE
 from engine.data.shards.tombstones import Tombstones
 from engine.data.shares import Shares, ShareTable
 from engine.data.source import Source, WeightedDataset, source_seed
+from engine.data.stream_state import (
+    Progress,
+    State,
+    change_of_tombstones,
+    check_identity,
+    identity_of_mixture,
+    progress_of,
+    short_hash,
+)
 from engine.errors import DataError
 from engine.logs import logger
-
-State = dict[str, Any]
-"""Loader state of a checkpoint: JSON of less than 1 KiB, equal on all ranks."""
 
 _log = logger(__name__)
 
 MOST_LOST = 16
 """Most damaged shards that a run does without: more are no accident, and the state must stay small."""
-
-
-class Progress(NamedTuple):
-    """Progress of a stream: the next sample, and the samples trained on so far by the whole run."""
-
-    cursor: Cursor
-    samples: int
-    passed_over: tuple[int, ...]
-    """Samples of each source that were passed and not trained on: those left out, and those of lost shards."""
 
 
 class Step(NamedTuple):
@@ -307,26 +302,14 @@ class Stream:
         Raises:
             DataError: the state belongs to other data, another order, or is damaged; nothing has changed then.
         """
-        for key, now in self._identity().items():
-            if state.get(key) != now:
-                raise DataError(
-                    f"the saved loader state has {key} = {state.get(key)!r}, this run has {now!r} "
-                    f"(data set {self._changed(state)})",
-                    f"{key} = {state.get(key)!r}, as when the state was saved",
-                    "restore it, or start a new run in another folder",
-                )
-        changed = self._changed_tombstones(state)
+        check_identity(state, self._identity(), self.parts)
+        changed = change_of_tombstones(state, self.tombstones, self.parts)
         try:
             # everything is built and checked before the first assignment: a refused state changes nothing
             lost = tuple(Damage(int(source), int(shard), bool(counted)) for source, shard, counted in state["lost"])
             sources = self._open_sources(lost)
-            addresses = tuple(SampleId(*map(int, address)) for address in state["addresses"])
-            checked = tuple(source.order.check(address) for source, address in zip(sources, addresses, strict=True))
             left_out = merged((int(first), int(end)) for first, end in state["left_out"])
-            passed_over = tuple(int(count) for count in state.get("passed_over", [0] * len(self.parts)))
-            if len(passed_over) != len(self.parts):
-                raise ValueError(f"passed_over has {len(passed_over)} numbers for {len(self.parts)} sources")
-            progress = Progress(Cursor(int(state["position"]), checked), int(state["samples"]), passed_over)
+            progress = progress_of(state, sources)
             # what was drawn stays; another table is in force from here on
             shares = (replace(self._shares, table=table) if table else self._shares).restored(state)
         except (KeyError, TypeError, ValueError) as error:
@@ -387,42 +370,6 @@ class Stream:
             "window_shards": self.window_shards,
             "attention": self.attention,
             "packing": self.packing,
-            "objective": f"{self.objective.name} {_short_hash(self.objective.model_dump())}",
+            "objective": f"{self.objective.name} {short_hash(self.objective.model_dump())}",
         }
-        if len(self.parts) > 1:
-            # without the weights, which may change from a resume on
-            identity["mixture"] = _short_hash([[part.name, part.epochs, part.max_samples] for part in self.parts])
-            # five digits of each suffice to name the source that changed; `fingerprint` covers all of them in full
-            identity["sources"] = " ".join(part.dataset.fingerprint[:5] for part in self.parts)
-        return identity
-
-    def _changed_tombstones(self, state: State) -> str:
-        """Return the change of the forgotten documents since a state, in words; empty where there is none.
-
-        Raises:
-            DataError: documents that were forgotten then are not now, so that they would be trained on again.
-        """
-        now = self.tombstones
-        count, digest = state.get("tombstones", (0, ""))
-        if digest == now.hash:
-            return ""
-        if len(now) <= count:
-            folders = ", ".join(str(part.dataset.location) for part in self.parts)
-            raise DataError(
-                f"the saved loader state has {count:,} forgotten documents (tombstones {digest}), {folders} and the "
-                f"run folder name {len(now):,}" + (f" ({now.hash})" if now.hash else ""),
-                "those that were forgotten when the state was saved, and more",
-                f"restore {TOMBSTONES_FILE} from a copy, or forget the documents again with `palimpsest forget`",
-            )
-        return f"tombstones: {digest!r} -> {now.hash!r} ({count:,} -> {len(now):,} forgotten documents)"
-
-    def _changed(self, state: State) -> str:
-        """Return the folders whose data is not that of a state; all where that cannot be told."""
-        before = str(state.get("sources", "")).split()
-        pairs = list(zip(self.parts, before, strict=False)) if len(before) == len(self.parts) > 1 else []
-        changed = [part for part, fingerprint in pairs if not part.dataset.fingerprint.startswith(fingerprint)]
-        return ", ".join(str(part.dataset.location) for part in changed or self.parts)
-
-
-def _short_hash(tree: Any) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
+        return identity | (identity_of_mixture(self.parts) if len(self.parts) > 1 else {})

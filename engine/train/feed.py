@@ -25,7 +25,7 @@ from engine.data.shards.damage import Damage
 from engine.data.source import WeightedDataset
 from engine.data.stage import check_raised_ratio, run_stage_seed, share_table, stage_stream
 from engine.data.stage_validation import OtherValidation, other_samples, samples_of
-from engine.data.stream import State
+from engine.data.stream_state import State
 from engine.data.validation import ValidationSamples, ValidationSet
 from engine.models.dropout import KEYS
 from engine.parallel.boundary import DOMAINS, Tensors

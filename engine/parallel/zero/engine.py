@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import deepspeed
@@ -21,15 +20,12 @@ import torch
 from torch import nn
 
 from engine.config.schema.parallel import ParallelConfig
-from engine.errors import CheckpointError
-from engine.parallel.agreement import on_all
 from engine.parallel.boundary import Tensors
 from engine.parallel.deferral import Deferral, DeferredGradients, weight_gradients
 from engine.parallel.distillation import DistilledCrossEntropy
 from engine.parallel.groups import Group, Groups
-from engine.parallel.sharding import ParameterSpec
 from engine.parallel.stage import StageModule
-from engine.parallel.state import ParameterGroup, ParameterShard, Placement
+from engine.parallel.state import ParameterGroup
 from engine.parallel.zero.accumulator import Accumulator
 from engine.parallel.zero.adapter import Topology, scalar_of
 from engine.parallel.zero.construction import (
@@ -45,6 +41,7 @@ from engine.parallel.zero.construction import (
 from engine.parallel.zero.frozen import FrozenWeights
 from engine.parallel.zero.gathering import Gathering
 from engine.parallel.zero.gradient_norm import WholeGradients
+from engine.parallel.zero.held_state import HeldState
 from engine.parallel.zero.offload import host_state
 from engine.parallel.zero.optimizers import FlatShards, PartitionedShards, has_gradient, shards
 from engine.parallel.zero.penalties import Penalty
@@ -57,12 +54,9 @@ from engine.parallel.zero.stage3 import (
 )
 from engine.parallel.zero.step import StepResult, accept_finite
 
-RowValues = Callable[[ParameterSpec, int, int], torch.Tensor]
-"""(parameter, first, end) -> rows [first, end) of the whole parameter, padding rows included; fp32 or narrower."""
 
-
-class StageEngine:
-    """Weights, gradients and optimizer of one pipeline stage under one ZeRO stage. Every rank of the world makes one.
+class StageEngine(HeldState):
+    """Passes and optimizer step of one pipeline stage under one ZeRO stage. Every rank of the world makes one.
 
     `module` is the stage on the meta device, already tensor-sharded, and `parameter_groups` covers its parameters by
     logical name, frozen ones among them. Weights are zero until `fill`. A stage that trains nothing has no optimizer,
@@ -79,42 +73,40 @@ class StageEngine:
         groups: Groups,
         device: torch.device,
     ) -> None:
-        self.groups, self.device, self.parameter_groups = groups, device, parameter_groups
-        self.added_moments: dict[str, bool] = {}
-        """Moments beside the optimizer's own, and whether a checkpoint may lack them."""
+        self.device = device
         self.penalties: tuple[Penalty, ...] = ()
         """Penalties on the weights that each step adds to the gradient."""
         self.distilled_loss: DistilledCrossEntropy | None = None
         """Loss over the vocabulary that the module computes, where some run stage distils."""
-        self.zero_stage: int = config["zero_optimization"]["stage"]
+        zero_stage: int = config["zero_optimization"]["stage"]
         self.dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
         self.clip_norm: float = config["gradient_clipping"]
         trained = [group for group in parameter_groups if group.trained_since is not None]
         config = adapt_config(config, parallel, trains=bool(trained))
         mark_frozen(module, parameter_groups)
         topology = Topology(groups)
-        if self.zero_stage == 3:
+        if zero_stage == 3:
             near = None if groups.near is None else groups.near.handle
             partition_empty(module, self.dtype, device, topology, config, near)
         else:
             replace_parameters(
                 module, lambda p: nn.Parameter(torch.zeros(p.shape, dtype=self.dtype, device=device), p.requires_grad)
             )
-        self._named = named = parameters_by_group(module, trained)
+        named = parameters_by_group(module, trained)
         frozen = [group for group in parameter_groups if group.trained_since is None]
         held = [one for group in parameters_by_group(module, frozen) for one in group]
         assert len(held) + sum(map(len, named)) == len(list(module.parameters())), "a parameter is in no group"
-        self._frozen = FrozenWeights(self.zero_stage, held, groups.zero)
-        self._trained = trained
-        self.optimizer = optimizer_over(named, trained, make_optimizer) if trained else None
-        self._engine: Any = make_deepspeed_engine(module, self.optimizer, topology, config)
-        offloaded = parallel.offload == "optimizer" and self.optimizer is not None
-        self._host = host_state(self.zero_stage, self._engine, device) if offloaded else None
-        self._shards = shards(self.zero_stage, self._engine, self.optimizer, named, groups.zero.position)
-        if isinstance(self.optimizer, ShardOptimizer):
+        frozen_weights = FrozenWeights(zero_stage, held, groups.zero)
+        optimizer = optimizer_over(named, trained, make_optimizer) if trained else None
+        self._engine: Any = make_deepspeed_engine(module, optimizer, topology, config)
+        offloaded = parallel.offload == "optimizer" and optimizer is not None
+        self._host = host_state(zero_stage, self._engine, device) if offloaded else None
+        held_shards = shards(zero_stage, self._engine, optimizer, named, groups.zero.position)
+        super().__init__(groups, zero_stage, parameter_groups, named, held_shards, frozen_weights, optimizer)
+        if isinstance(optimizer, ShardOptimizer):
             # Under ZeRO-0 every data rank holds whole tensors: there is nobody to exchange shards with.
-            zero = groups.zero if self.zero_stage > 0 else Group((groups.global_rank,), 0)
-            self.optimizer.attach(self._shards.ranges(), self.placements(), zero, groups.tensor)
+            zero = groups.zero if zero_stage > 0 else Group((groups.global_rank,), 0)
+            optimizer.attach(held_shards.ranges(), self.placements(), zero, groups.tensor)
         self._patches = DeepSpeedPatches(self._engine) if self.zero_stage == 3 else None
         self._gathering = Gathering(self._engine, parallel.gathers_per_step) if self.zero_stage == 3 else None
         self._accumulator = self._make_accumulator(config) if parallel.reduces_per_step else None
@@ -220,6 +212,10 @@ class StageEngine:
         if self._gathering:
             self._gathering.free()
 
+    def begin_run_stage(self, number: int) -> None:
+        """Take the factors of the learning rate of run stage `number` (from 0)."""
+        self._rate_factors = [group.rate_factors[number] if group.rate_factors else 1.0 for group in self._trained]
+
     def step(self, learning_rate: float, accept: Callable[[float], bool] = accept_finite) -> StepResult:
         """Clip, update the weights and clear the gradients.
 
@@ -257,66 +253,6 @@ class StageEngine:
         names = [penalty.name for penalty in self.penalties]
         return StepResult(accepted, norm, dict(zip(names, values.tolist(), strict=True)))
 
-    def parameter_shards(self) -> list[ParameterShard]:
-        """Return live views of all master weights and moments that this rank holds."""
-        return [*self._shards.parameter_shards(), *self._frozen.parameter_shards()]
-
-    def gradient_shards(self) -> Iterator[tuple[ParameterSpec, int, torch.Tensor]]:
-        """Yield (parameter, first element, gradient) of what this rank holds of the reduced gradients, flat.
-
-        For what `accept` of `step` looks at: summed over the whole batch, ties and tensor ranks, and not clipped.
-        """
-        return self._shards.gradient_shards()
-
-    def placements(self) -> list[Placement]:
-        """Return the placement of every parameter of this stage on all of the stage's ranks."""
-        own = (self.groups.coordinates.stage,)
-        groups = {spec.name: group for group in self.parameter_groups for spec in group.specs}
-        added = tuple(self.added_moments)
-        moments = {name: (*group.moments, *added) if group.moments else () for name, group in groups.items()}
-        return [
-            Placement(spec, groups[spec.name].tied or own, offset, partition, moments[spec.name])
-            for held in (self._shards, self._frozen)
-            for spec, offset, partition in held.placements()
-        ]
-
-    def add_moment(self, name: str, begins_at_zero: bool) -> None:
-        """Keep another fp32 value per element of every trained parameter (an average of weights, Fisher information).
-
-        It is sharded as the optimizer's moments are, zero at first, and part of checkpoints. With `begins_at_zero` a
-        checkpoint without it can be loaded and leaves it at zero. Call on every rank, before anything is loaded.
-        """
-        taken = {"step", *self.added_moments, *(moment for group in self.parameter_groups for moment in group.moments)}
-        assert name.isidentifier(), name
-        assert name not in taken, f"{name} is there already"
-        self._shards.add_moment(name)
-        self.added_moments[name] = begins_at_zero
-
-    def keep_moments(self, names: Mapping[str, bool]) -> bool:
-        """Add and drop moments so that these are there beside the optimizer's; return True if that changed any.
-
-        Names map to `begins_at_zero` of `add_moment`. Call on every rank.
-        """
-        dropped = self.added_moments.keys() - names.keys()
-        for name in dropped:
-            self._shards.drop_moment(name)
-            del self.added_moments[name]
-        added = [name for name in names if name not in self.added_moments]
-        for name in added:
-            self.add_moment(name, names[name])
-        return bool(dropped or added)
-
-    @property
-    def zero_moments(self) -> frozenset[str]:
-        """Added moments that a checkpoint may lack."""
-        return frozenset(name for name, begins_at_zero in self.added_moments.items() if begins_at_zero)
-
-    def working_weights(self) -> Iterator[tuple[ParameterSpec, torch.Tensor]]:
-        """Yield (parameter, weight that the module computes with) where each rank holds it whole: none under ZeRO-3."""
-        if self.zero_stage < 3:
-            yield from ((spec, parameter.data) for group in self._named for spec, parameter in group)
-            yield from ((spec, parameter.data) for spec, parameter in self._frozen.named)
-
     def uncleared_gradients(self) -> list[str]:
         """Return the names of the parameters (or of a group's first one) whose gradients were not cleared.
 
@@ -328,55 +264,6 @@ class StageEngine:
         }
         found |= {self._trained[index].specs[0].name for index in self._shards.held_gradients()}
         return sorted(found)
-
-    def fill(self, value: RowValues) -> None:
-        """Set every parameter to the rows that `value` gives of the whole one, some rows at a time; moments stay.
-
-        Each rank asks for the rows of its own shards. Collective over the world.
-
-        Raises:
-            PalimpsestError: what `value` raises on some rank, on every rank.
-        """
-
-        def fill_shards() -> None:
-            rank, size = self.groups.tensor.position, self.groups.tensor.size
-            with torch.no_grad():
-                for shard in self.parameter_shards():
-                    if shard.length:
-                        shard.weight.copy_(values_of(shard, value, rank, size))
-
-        on_all(fill_shards, self.groups.world, CheckpointError)
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Copy the master weights to the working weights, after the former were written. Collective over the world."""
-        self._shards.refresh()
-        self._frozen.refresh()
-
-    def begin_run_stage(self, number: int) -> None:
-        """Take the factors of the learning rate of run stage `number` (from 0)."""
-        self._rate_factors = [group.rate_factors[number] if group.rate_factors else 1.0 for group in self._trained]
-
-    def reset_moments(self) -> None:
-        """Set the optimizer's moments to zero, as before the first update; added ones stay."""
-        for shard in self._shards.parameter_shards():
-            for name, moment in shard.moments.items():
-                if name not in self.added_moments:
-                    moment.zero_()
-        # Moments that start from zero need the bias correction of first updates.
-        self.set_updates(0)
-
-    def set_updates(self, count: int, before: Sequence[int] = ()) -> None:
-        """Set the number of updates that Adam's moments have seen (for its bias correction).
-
-        `before[n]` of the `count` updates came before run stage n; parameters that are trained since then have seen the
-        others. Without `before` all parameters have seen all of them.
-        """
-        since = [group.trained_since or 0 for group in self._trained]
-        for index, held in self._shards.groups_of_tensors():
-            number = since[index]
-            assert self.optimizer is not None
-            self.optimizer.state[held]["step"].fill_(float(count - (before[number] if number < len(before) else 0)))
 
     def close(self) -> None:
         """Let go of all tensors, so that another engine can take their place; this one cannot be used any more."""
@@ -420,21 +307,3 @@ class StageEngine:
         """Return the factor of clipping, computed as DeepSpeed does; None without clipping."""
         # On the device, without a branch on the norm: 1 where the norm is below the limit. 1e-6 is DeepSpeed's.
         return 1.0 / ((self._norm + 1e-6) / self.clip_norm).clamp(min=1.0) if self.clip_norm > 0 else None
-
-
-def values_of(shard: ParameterShard, value: RowValues, tensor_rank: int, tensor_size: int) -> torch.Tensor:
-    """Return the flat values of a shard, from the rows of the whole parameter that hold it."""
-    spec = shard.spec
-    row_numel = math.prod(spec.local_shape(tensor_size)[1:])
-    # Rows of 4, elements 6 to 9 of the local part: its rows 1 and 2, of which the middle four elements are the shard.
-    first, end = shard.start // row_numel, -(-(shard.start + shard.length) // row_numel)
-    parts = []
-    for whole_first, count in spec.rows_of_part(first, end, tensor_rank, tensor_size):
-        rows = value(spec, whole_first, whole_first + count)
-        if spec.sharding.dim == 1 and tensor_size > 1:
-            columns = [rows.narrow(1, start, length) for start, _, length in spec.extents(tensor_rank, tensor_size)]
-            rows = torch.cat(columns, 1)
-        parts.append(rows.reshape(-1))
-    flat = parts[0] if len(parts) == 1 else torch.cat(parts)
-    begin = shard.start - first * row_numel
-    return flat[begin : begin + shard.length]

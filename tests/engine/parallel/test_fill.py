@@ -8,7 +8,7 @@ import torch
 from engine.models.families import family
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.state import ParameterShard
-from engine.parallel.zero.engine import values_of
+from engine.parallel.zero.held_state import values_of
 from tests.engine.models.tiny import BERT_FORMS, FORMS, T5_FORMS
 
 ALL = FORMS | BERT_FORMS | T5_FORMS
