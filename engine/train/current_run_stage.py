@@ -26,7 +26,8 @@ from engine.train.evaluation import is_recorded
 from engine.train.feed import Feed
 from engine.train.hooks import Hooks
 from engine.train.records import last_step
-from engine.train.run_checkpoints import SHOWN_SAMPLES, Restored, RunCheckpoints
+from engine.train.restore import Restored
+from engine.train.run_checkpoints import SHOWN_SAMPLES, RunCheckpoints
 from engine.train.stability import REMEDY, Unstable
 from engine.train.stage_run import RunData, StageRun
 from engine.train.starting_weights import StartingWeights

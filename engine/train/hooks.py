@@ -40,7 +40,8 @@ from engine.parallel.sharding import ParameterSpec
 from engine.train.feed import Feed
 from engine.train.records import Record
 from engine.train.requests import Requests
-from engine.train.run_checkpoints import RUN_SECTIONS, RunCheckpoints
+from engine.train.restore import RUN_SECTIONS
+from engine.train.run_checkpoints import RunCheckpoints
 from engine.train.state import TrainState
 from engine.train.step_totals import Sums
 from engine.train.summary import Spent
