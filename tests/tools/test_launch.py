@@ -1,39 +1,22 @@
-"""`palimpsest launch` and `train` from the outside, as far as no torch is needed."""
+"""`palimpsest launch` from the outside, as far as no torch is needed."""
 
-import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from engine import cli, outcome
 from engine.outcome import Outcome
+from tests.tools.folder_in_use import contents, held
 
 REPOSITORY = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("bare_node")
 SMOKE = str(REPOSITORY / "configs/smoke/gpt2.yaml")
-
-
-@pytest.fixture(autouse=True)
-def bare_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No launcher's variables, no GPU, and run folders under `tmp_path`."""
-    for name in list(os.environ):
-        if name.startswith(("SLURM_", "OMPI_", "PMI", "PALIMPSEST_", "TORCHELASTIC_")) or name in (
-            "RANK",
-            "WORLD_SIZE",
-            "LOCAL_RANK",
-            "TORCH_EXTENSIONS_DIR",
-        ):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    monkeypatch.chdir(tmp_path)
 
 
 def call(*arguments: str) -> int:
@@ -276,31 +259,6 @@ def test_a_run_folder_is_used_by_one_launch_at_a_time(tmp_path: Path, capfd: pyt
     assert f"let it save and stop: kill {left.pid} (kill -9 only" in error
 
 
-@contextmanager
-def held(meeting: str) -> Iterator[int]:
-    """Another process that holds the folder `run` of the current folder for its start of a run, and its number."""
-    script = """
-import sys
-from pathlib import Path
-from engine.run_folder import RunFolder, Start
-with RunFolder(Path("run"), Start("13", 0, f"step 0, {sys.argv[1]}")) as folder:
-    folder.take()
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-    command, environment = [sys.executable, "-c", script, meeting], os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        yield process.pid
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_a_launch_in_a_folder_that_another_start_uses_writes_nothing_there(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -355,88 +313,6 @@ def test_a_stale_build_lock_is_found_before_anything_starts(
     assert said is not None
     assert (said.code, said.rank) == (1, None)
     assert "the build lock" in said.error
-
-
-class TestTrain:
-    """What each rank answers before torch is imported, in a process of its own."""
-
-    def train(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        script = (
-            "import sys\nfrom engine.cli import main\ncode = main(['train', *sys.argv[1:]])\n"
-            "assert 'torch' not in sys.modules\nsys.exit(code)"
-        )
-        return subprocess.run(
-            [sys.executable, "-c", script, *arguments],
-            env=os.environ | environment | {"PYTHONPATH": str(REPOSITORY)},
-            capture_output=True,
-            text=True,
-        )
-
-    def test_a_typo(self) -> None:
-        done = self.train(SMOKE, "model.num_layer=3")
-        assert done.returncode == 2
-        assert "did you mean num_layers?" in done.stderr
-
-    def test_rank_0_tells_the_story_and_the_others_one_line(self, tmp_path: Path) -> None:
-        (tmp_path / "run").mkdir()
-        world = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4321"}
-        for rank in "210":
-            done = self.train(SMOKE, "folder=run", RANK=rank, LOCAL_RANK=rank, **world)
-            assert done.returncode == 2
-            line = "this run cannot start on 3 ranks: stages.0.global_batch_size = 8 is no multiple of"
-            if rank == "0":
-                assert done.stderr.startswith(f"palimpsest train: {line}")
-                assert "allowed: a multiple of 3" in done.stderr
-            else:
-                assert done.stderr.startswith(f"palimpsest train [rank {rank}]: {line}")
-                assert len(done.stderr.splitlines()) == 1
-        said = outcome.read(tmp_path / "run")
-        assert said is not None
-        assert (said.code, said.rank) == (2, 0), "rank 0 cleared what was there before it started"
-
-    def test_under_a_supervisor_the_first_to_fail_keeps_the_outcome(self, tmp_path: Path) -> None:
-        (tmp_path / "run").mkdir()
-        outcome.write(tmp_path / "run", Outcome("job", 0, 1, 5, rank=1, error="first"))
-        done = self.train(SMOKE, "folder=run", "parallel.pipe=2", PALIMPSEST_LAUNCHER="local")
-        assert done.returncode == 2
-        said = outcome.read(tmp_path / "run")
-        assert said is not None
-        assert said.error == "first"
-
-    def test_overrides_that_launch_hides_are_read(self) -> None:
-        hidden = json.dumps(["model.num_layer=3"])
-        done = self.train(SMOKE, PALIMPSEST_OVERRIDES=hidden, PALIMPSEST_LAUNCHER="local")
-        assert done.returncode == 2
-        assert "did you mean num_layers?" in done.stderr
-
-    def test_a_launcher_that_says_half(self) -> None:
-        done = self.train(SMOKE, RANK="0")
-        assert done.returncode == 1
-        assert "WORLD_SIZE is not set" in done.stderr
-
-    @pytest.mark.parametrize("mistake", ["model.num_kv_heads=3", "model.num_layer=3", "parallel.tensor=7"])
-    def test_a_mistake_has_an_outcome_whether_the_folder_was_there_or_not(self, mistake: str, tmp_path: Path) -> None:
-        """Launchers lose the 2, and what an earlier start has left, a wish to be started again, would be believed."""
-        for _ in range(2):
-            assert self.train(SMOKE, "folder=run", mistake).returncode == 2
-            said = outcome.read(tmp_path / "run")
-            assert said is not None
-            assert (said.code, said.rank, said.step) == (2, 0, 0)
-            assert mistake.split("=")[0] in said.error
-            outcome.write(tmp_path / "run", Outcome("local", 0, 85, 40))
-
-    def test_in_a_folder_in_use_nothing_is_written(self, tmp_path: Path) -> None:
-        """Whichever rank of the second start it is, and whatever else is wrong with it."""
-        world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4321"}
-        with held("127.0.0.1:4321") as holder:
-            before = contents(tmp_path / "run")
-            for rank in "01":
-                done = self.train(SMOKE, "folder=run", RANK=rank, LOCAL_RANK=rank, SLURM_JOB_ID="14", **world)
-                assert done.returncode == 1
-                assert f"run folder run is in use: process {holder} on " in done.stderr
-                mistaken = self.train(SMOKE, "folder=run", "seed=x", RANK=rank, LOCAL_RANK=rank, **world)
-                assert mistaken.returncode == 2
-            assert contents(tmp_path / "run") == before
 
 
 def test_signals_are_the_ones_that_clusters_send() -> None:

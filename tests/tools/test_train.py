@@ -1,0 +1,103 @@
+"""`palimpsest train` before torch is imported: what each rank answers to mistakes, in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine import outcome
+from engine.outcome import Outcome
+from tests.tools.folder_in_use import contents, held
+
+REPOSITORY = Path(__file__).parents[2]
+SMOKE = str(REPOSITORY / "configs/smoke/gpt2.yaml")
+pytestmark = pytest.mark.usefixtures("bare_node")
+
+
+def train(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    script = (
+        "import sys\nfrom engine.cli import main\ncode = main(['train', *sys.argv[1:]])\n"
+        "assert 'torch' not in sys.modules\nsys.exit(code)"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env=os.environ | environment | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_typo() -> None:
+    done = train(SMOKE, "model.num_layer=3")
+    assert done.returncode == 2
+    assert "did you mean num_layers?" in done.stderr
+
+
+def test_rank_0_tells_the_story_and_the_others_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    world = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4321"}
+    for rank in "210":
+        done = train(SMOKE, "folder=run", RANK=rank, LOCAL_RANK=rank, **world)
+        assert done.returncode == 2
+        line = "this run cannot start on 3 ranks: stages.0.global_batch_size = 8 is no multiple of"
+        if rank == "0":
+            assert done.stderr.startswith(f"palimpsest train: {line}")
+            assert "allowed: a multiple of 3" in done.stderr
+        else:
+            assert done.stderr.startswith(f"palimpsest train [rank {rank}]: {line}")
+            assert len(done.stderr.splitlines()) == 1
+    said = outcome.read(tmp_path / "run")
+    assert said is not None
+    assert (said.code, said.rank) == (2, 0), "rank 0 cleared what was there before it started"
+
+
+def test_under_a_supervisor_the_first_to_fail_keeps_the_outcome(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    outcome.write(tmp_path / "run", Outcome("job", 0, 1, 5, rank=1, error="first"))
+    done = train(SMOKE, "folder=run", "parallel.pipe=2", PALIMPSEST_LAUNCHER="local")
+    assert done.returncode == 2
+    said = outcome.read(tmp_path / "run")
+    assert said is not None
+    assert said.error == "first"
+
+
+def test_overrides_that_launch_hides_are_read() -> None:
+    hidden = json.dumps(["model.num_layer=3"])
+    done = train(SMOKE, PALIMPSEST_OVERRIDES=hidden, PALIMPSEST_LAUNCHER="local")
+    assert done.returncode == 2
+    assert "did you mean num_layers?" in done.stderr
+
+
+def test_a_launcher_that_says_half() -> None:
+    done = train(SMOKE, RANK="0")
+    assert done.returncode == 1
+    assert "WORLD_SIZE is not set" in done.stderr
+
+
+@pytest.mark.parametrize("mistake", ["model.num_kv_heads=3", "model.num_layer=3", "parallel.tensor=7"])
+def test_a_mistake_has_an_outcome_whether_the_folder_was_there_or_not(mistake: str, tmp_path: Path) -> None:
+    """Launchers lose the 2, and what an earlier start has left, a wish to be started again, would be believed."""
+    for _ in range(2):
+        assert train(SMOKE, "folder=run", mistake).returncode == 2
+        said = outcome.read(tmp_path / "run")
+        assert said is not None
+        assert (said.code, said.rank, said.step) == (2, 0, 0)
+        assert mistake.split("=")[0] in said.error
+        outcome.write(tmp_path / "run", Outcome("local", 0, 85, 40))
+
+
+def test_in_a_folder_in_use_nothing_is_written(tmp_path: Path) -> None:
+    """Whichever rank of the second start it is, and whatever else is wrong with it."""
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4321"}
+    with held("127.0.0.1:4321") as holder:
+        before = contents(tmp_path / "run")
+        for rank in "01":
+            done = train(SMOKE, "folder=run", RANK=rank, LOCAL_RANK=rank, SLURM_JOB_ID="14", **world)
+            assert done.returncode == 1
+            assert f"run folder run is in use: process {holder} on " in done.stderr
+            mistaken = train(SMOKE, "folder=run", "seed=x", RANK=rank, LOCAL_RANK=rank, **world)
+            assert mistaken.returncode == 2
+        assert contents(tmp_path / "run") == before
