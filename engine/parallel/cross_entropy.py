@@ -13,7 +13,7 @@ K likeliest tokens of a teacher.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -99,9 +99,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden_ND.device)
         # one by one: a frozen weight has no gradient, and neither has what frozen layers alone have made
         of_hidden, of_weight, of_bias = (differentiate and needed for needed in ctx.needs_input_grad[:3])
-        grad_hidden_ND = torch.empty_like(hidden_ND) if of_hidden else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if of_weight else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if of_bias and bias_V is not None else None
+        gradients = _Gradients(
+            torch.empty_like(hidden_ND) if of_hidden else None,
+            torch.zeros_like(weight_VD, dtype=wide) if of_weight else None,
+            torch.zeros_like(bias_V, dtype=wide) if of_bias and bias_V is not None else None,
+        )
         size = rows_at_a_time(num_rows)
         for start in range(0, len(hidden_ND), size):
             rows = slice(start, start + size)
@@ -112,40 +114,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits_CV.fill_(-torch.inf)
             logs_CV = _log_softmax(logits_CV, wide, group)
             del logits_CV
-            # Rank 1 of two with V = 100 holds columns 100 to 199: target 130 is its column 30, target 7 is foreign.
-            columns_C = targets_N[rows] - first_column
-            foreign_C = (columns_C < 0) | (columns_C >= real)
-            columns_C1 = columns_C.masked_fill(foreign_C, 0).unsqueeze(-1)
-            target_C = logs_CV.gather(-1, columns_C1).squeeze(-1).masked_fill(foreign_C, 0.0)
+            target = _TargetColumns(targets_N[rows], first_column, real)
             # One rank has the target's log-probability, the others add 0.
-            weighted_C = all_reduce(target_C, group) * weights_C
+            weighted_C = all_reduce(target.logs(logs_CV), group) * weights_C
             total -= weighted_C.sum()
             if into_N is not None:
                 into_N[rows] = -weighted_C
             near = None if soft is None else _SoftColumns(soft, rows, first_column, real)
             if near is not None and divergence is not None:
                 divergence += (near.divergence(logs_CV, group) * weights_C).sum()
-            if grad_hidden_ND is grad_weight_VD is grad_bias_V is None:
+            if gradients.hidden_ND is gradients.weight_VD is gradients.bias_V is None:
                 del logs_CV
                 continue
-            ones_C1 = (~foreign_C).to(wide).unsqueeze(-1)
-            # d loss / d logits = weight x (softmax - one-hot of the target), made in place of the log-softmax. Where
-            # the target is foreign, 0 is added to column 0, so that no row needs a branch.
+            # d loss / d logits = weight x (softmax - one-hot of the target), made in place of the log-softmax.
             wide_CV = logs_CV.exp_()
             if near is not None:
                 # and strength x weight x (softmax - soft targets)
                 near.add_gradient(wide_CV)
-            wide_CV = wide_CV.scatter_add_(-1, columns_C1, -ones_C1).mul_(weights_C.unsqueeze(-1))
-            grad_CV = wide_CV.to(hidden_ND.dtype)
-            # Of this rank's columns only, so the hidden states' gradient is a part of a sum over the group.
-            if grad_hidden_ND is not None:
-                torch.mm(grad_CV, used_VD, out=grad_hidden_ND[rows])
-            if grad_weight_VD is not None:
-                _add_product(grad_weight_VD[:real], grad_CV.T, hidden_CD)
-            if grad_bias_V is not None:
-                grad_bias_V[:real] += wide_CV.sum(0)
-            del logs_CV, wide_CV, grad_CV  # before the logits of the next rows
-        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
+            target.subtract_one(wide_CV)
+            gradients.add(rows, wide_CV.mul_(weights_C.unsqueeze(-1)), hidden_CD, used_VD)
+            del logs_CV, wide_CV  # before the logits of the next rows
+        ctx.save_for_backward(*gradients)
         ctx.dtypes = hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
         return total
 
@@ -157,6 +146,45 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for held, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return *scaled, *[None] * 8
+
+
+class _Gradients(NamedTuple):
+    """Gradients of a projection's input, weight and bias, as far as they are wanted; else None."""
+
+    hidden_ND: torch.Tensor | None
+    weight_VD: torch.Tensor | None
+    bias_V: torch.Tensor | None
+
+    def add(self, rows: slice, wide_CV: torch.Tensor, hidden_CD: torch.Tensor, used_VD: torch.Tensor) -> None:
+        """Add what follows from the gradient of the logits of some rows, over the first columns of the vocabulary."""
+        grad_CV, real = wide_CV.to(hidden_CD.dtype), len(used_VD)
+        # Of this rank's columns only, so the hidden states' gradient is a part of a sum over the group.
+        if self.hidden_ND is not None:
+            torch.mm(grad_CV, used_VD, out=self.hidden_ND[rows])
+        if self.weight_VD is not None:
+            _add_product(self.weight_VD[:real], grad_CV.T, hidden_CD)
+        if self.bias_V is not None:
+            self.bias_V[:real] += wide_CV.sum(0)
+
+
+class _TargetColumns:
+    """Targets of some rows, as columns of this rank's part of the vocabulary."""
+
+    def __init__(self, targets_C: torch.Tensor, first_column: int, real: int) -> None:
+        # Rank 1 of two with V = 100 holds columns 100 to 199: target 130 is its column 30, target 7 is foreign.
+        columns_C = targets_C - first_column
+        self.foreign_C = (columns_C < 0) | (columns_C >= real)
+        self.columns_C1 = columns_C.masked_fill(self.foreign_C, 0).unsqueeze(-1)
+
+    def logs(self, logs_CV: torch.Tensor) -> torch.Tensor:
+        """Return the log-probability of each row's target (C,); 0 where another rank has it."""
+        return logs_CV.gather(-1, self.columns_C1).squeeze(-1).masked_fill(self.foreign_C, 0.0)
+
+    def subtract_one(self, softmax_CV: torch.Tensor) -> None:
+        """Turn softmax into softmax - one-hot of the target, in place."""
+        # Where the target is foreign, 0 is added to column 0, so that no row needs a branch.
+        ones_C1 = (~self.foreign_C).to(softmax_CV.dtype).unsqueeze(-1)
+        softmax_CV.scatter_add_(-1, self.columns_C1, -ones_C1)
 
 
 class _SoftColumns:

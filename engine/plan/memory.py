@@ -181,25 +181,19 @@ def stage_memory(
     if parallel.offload == "optimizer":
         on_host += added
         master = moments = added = 0
-    rows, dtype_bytes = parallel.micro_batch_size, DTYPE_BYTES[precision.dtype]
+    dtype_bytes = DTYPE_BYTES[precision.dtype]
     # hpZ's second copy, split over the ranks of one group only (Wang et al. 2023).
     second = -(-numel * dtype_bytes // parallel.gather_within) if parallel.gather_within else 0
     # The head's tokens are split over the sequence axis; tensor ranks gather rows and split the vocabulary instead.
-    predicted = rows * lengths.predicted // parallel.sequence if has_head else 0
-    bucket_bytes = {2: dtype_bytes, 3: DTYPE_BYTES[precision.reduce_dtype]}.get(parallel.zero_stage, 0)
-    bucket = 0 if parallel.reduces_per_step else reduce_bucket_elements(trained) * bucket_bytes
-    gathered = 0
-    if parallel.zero_stage == 3:
-        # Local elements: with `gather: step` all weights of the stage stay gathered until its end.
-        gathered = numel if parallel.gathers_per_step else gathered_at_once(entries, parallel.tensor, bool(recomputed))
+    predicted = parallel.micro_batch_size * lengths.predicted // parallel.sequence if has_head else 0
     return Memory(
         weights=weights + second,
         master=master,
         moments=moments,
         added_moments=added,
         gradients=gradients,
-        bucket=bucket,
-        gathered=gathered * dtype_bytes,
+        bucket=_bucket_bytes(parallel, precision, trained),
+        gathered=_gathered_elements(parallel, entries, bool(recomputed)) * dtype_bytes,
         activations=activation_bytes(
             model, parallel, precision, *_with_gradients(layers, recomputed, kept), lengths, segments, in_flight, device
         ),
@@ -207,6 +201,24 @@ def stage_memory(
         + soft_targets * SOFT_TARGET_BYTES,
         host=on_host,
     )
+
+
+def _bucket_bytes(parallel: ParallelConfig, precision: PrecisionConfig, trained: int) -> int:
+    """Return the bytes of the buffer in which DeepSpeed reduces gradients; none where they are reduced once a step."""
+    if parallel.reduces_per_step:
+        return 0
+    of_element = {2: DTYPE_BYTES[precision.dtype], 3: DTYPE_BYTES[precision.reduce_dtype]}.get(parallel.zero_stage, 0)
+    return reduce_bucket_elements(trained) * of_element
+
+
+def _gathered_elements(parallel: ParallelConfig, entries: Entries, recomputes: bool) -> int:
+    """Return the weights that ZeRO-3 has gathered at a time."""
+    if parallel.zero_stage < 3:
+        return 0
+    # With `gather: step` all weights of the stage stay gathered until the step's end.
+    if parallel.gathers_per_step:
+        return entries.local_numel(parallel.tensor)
+    return gathered_at_once(entries, parallel.tensor, recomputes)
 
 
 def _with_gradients(

@@ -7,6 +7,7 @@ all ranks of a pipeline stage are alike (padding of partitions, a few elements, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from engine.config.resolve import Layout, examine, num_micro_batches
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
 from engine.errors import ConfigError
-from engine.plan.cut import entries_of, layers_of
+from engine.plan.cut import ModelChunk, entries_of, layers_of
 from engine.plan.elastic import World, elastic_worlds
 from engine.plan.families import over_layers
 from engine.plan.frozen import check_patterns, frozen_entries
@@ -259,6 +260,21 @@ def stage_plans(
     return tuple(_stage_plan(config, run_stage, layout, stage, cut, held) for stage, held in enumerate(memory))
 
 
+def _row_operations(
+    config: RunConfig, run_stage: RunStage, chunks: Sequence[ModelChunk], recomputed: Sequence[int]
+) -> tuple[int, int]:
+    """Return the operations that a row costs a pipeline stage, and those of the layers that compute it once more."""
+    lengths = row_lengths(run_stage)
+    forward = 1 if run_stage.regularization.distillation is None else 2  # the teacher's pass
+    # Differences of prefix sums, so that a chunk costs two look-ups however many layers it has.
+    costs = costs_before(config.model, lengths)
+    once = sum(costs[chunk.layers.stop] - costs[chunk.layers.start] for chunk in chunks)
+    again = 0
+    if config.parallel.recompute == "full":
+        again = over_layers(config.model, recomputed, layer_operations(config.model, lengths).__getitem__)
+    return (forward + BACKWARD_FACTOR) * once, again
+
+
 def _stage_plan(
     config: RunConfig, run_stage: RunStage, layout: Layout, stage: int, cut: PipelineCut, memory: Memory
 ) -> StagePlan:
@@ -268,17 +284,8 @@ def _stage_plan(
     entries = entries_of(config.model, chunks)
     rows = micro_batches * config.parallel.micro_batch_size
     per_rank = entries.local_numel(layout.tensor)
-    costs = costs_before(config.model, lengths)
-    # Differences of prefix sums, so that a chunk costs two look-ups however many layers it has.
-    distillation = run_stage.regularization.distillation
-    forward = 1 if distillation is None else 2
-    operations = (forward + BACKWARD_FACTOR) * sum(
-        costs[chunk.layers.stop] - costs[chunk.layers.start] for chunk in chunks
-    )
-    again = 0
-    if config.parallel.recompute == "full":
-        again = over_layers(config.model, recomputed, layer_operations(config.model, lengths).__getitem__)
-    share = layout.tensor * layout.sequence
+    operations, again = _row_operations(config, run_stage, chunks, recomputed)
+    share, distillation = layout.tensor * layout.sequence, run_stage.regularization.distillation
     # A tied parameter is stored by the first of its stages alone.
     elsewhere = frozenset(name for name, holders in cut.ties.items() if holders[0] != stage)
     frozen = frozen_entries(config.model, tuple(chunks), run_stage.freeze)

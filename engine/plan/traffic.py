@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from engine.config.objectives import RowLengths
@@ -88,71 +88,152 @@ def stage_traffic(
     `recomputed` are the layers among them that recompute their activations. `segments`: rows carry document numbers,
     which travel down the pipeline with the activations.
     """
-    family = figures(model)
-    filled = data_size if parallel.zero_stage == 3 else 1  # up to what its ranks divide, parameter by parameter
-    numel = entries.local_numel(parallel.tensor, filled)
-    frozen = frozen_entries(model, tuple(chunks), patterns)
-    trained = numel - frozen.local_numel(parallel.tensor, filled)
-    rows, dtype_bytes = num_micro_batches * parallel.micro_batch_size, DTYPE_BYTES[precision.dtype]
-    # A boundary is named by the layer behind it. Up: gradients of a chunk's input; down: its output, to the next chunk.
-    up = [c.layers.start for c in chunks if not c.first and receives_gradients(model, c.layers.start, patterns)]
-    down = [c.layers.stop for c in chunks if not c.last]
-    carried = sum(family.carried_bytes(model, layer, lengths, segments) for layer in down)
-    lengths = lengths.shared_by(parallel.sequence)  # document numbers alone are whole
-    # Every tensor rank sends to its neighbour: all of a whole hidden state, or its own tokens of a shared one.
-    sent = sum(family.boundary(model, layer, lengths) for layer in (*up, *down)) * dtype_bytes // parallel.shared_by
-    sent += carried
-    teacher = top_k > 0
-    if teacher:  # down once more, with no gradients that come back
-        sent += sum(family.boundary(model, layer, lengths) for layer in down) * dtype_bytes // parallel.shared_by
-        sent += carried
-    gradients, weights = zero_bytes(trained, parallel, data_size, precision, num_micro_batches)
+    stage = _Stage(
+        model,
+        parallel,
+        precision,
+        entries,
+        tuple(chunks),
+        recomputed,
+        data_size,
+        lengths.shared_by(parallel.sequence),
+        num_micro_batches,
+        patterns,
+        top_k,
+    )
+    # document numbers alone travel whole, whatever the sequence axis
+    whole = sum(figures(model).carried_bytes(model, layer, lengths, segments) for layer in stage.down)
+    gradients, weights, within = _data_bytes(stage)
+    sums, partial, exchanged = _layer_elements(stage)
+    return Traffic(
+        gradients=gradients,
+        weights=weights,
+        weights_within=within,
+        tensor=gather_bytes(sums + 2 * partial * DTYPE_BYTES[precision.reduce_dtype], parallel.tensor),
+        sequence=gather_bytes(exchanged // parallel.tensor * stage.dtype_bytes, parallel.sequence),
+        pipe=stage.rows * _pipe_bytes(stage, whole),
+        tie=_tie_bytes(entries, _trained(ties, patterns), parallel, precision, data_size),
+        **(_muon_bytes(entries, stage.frozen, parallel, data_size) if muon else {}),
+    )
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What the traffic of one rank of a pipeline stage follows from."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    precision: PrecisionConfig
+    entries: Entries
+    chunks: tuple[ModelChunk, ...]
+    recomputed: Sequence[int]
+    data_size: int
+    lengths: RowLengths
+    """Of a rank's part of each row."""
+    num_micro_batches: int
+    patterns: tuple[str, ...]
+    top_k: int
+
+    @property
+    def rows(self) -> int:
+        return self.num_micro_batches * self.parallel.micro_batch_size
+
+    @property
+    def dtype_bytes(self) -> int:
+        return DTYPE_BYTES[self.precision.dtype]
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.top_k > 0
+
+    @property
+    def has_head(self) -> bool:
+        return any(chunk.last for chunk in self.chunks)
+
+    @cached_property
+    def frozen(self) -> Entries:
+        return frozen_entries(self.model, self.chunks, self.patterns)
+
+    @property
+    def filled(self) -> int:
+        """Number of ranks that ZeRO-3 divides each parameter over, padded; 1 without."""
+        return self.data_size if self.parallel.zero_stage == 3 else 1
+
+    @property
+    def down(self) -> list[int]:
+        """Boundaries that activations are sent over, each named by the layer behind it."""
+        return [chunk.layers.stop for chunk in self.chunks if not chunk.last]
+
+    @property
+    def up(self) -> list[int]:
+        """Boundaries that gradients are sent back over: not where nothing in front of a chunk is trained."""
+        starts = (chunk.layers.start for chunk in self.chunks if not chunk.first)
+        return [start for start in starts if receives_gradients(self.model, start, self.patterns)]
+
+
+def _pipe_bytes(stage: _Stage, carried: int) -> int:
+    """Bytes of a row sent to neighbouring stages, `carried` of them document numbers."""
+    parallel = stage.parallel
+
+    def sent(boundaries: Sequence[int]) -> int:
+        # Every tensor rank sends to its neighbour: all of a whole hidden state, or its own tokens of a shared one.
+        elements = sum(figures(stage.model).boundary(stage.model, layer, stage.lengths) for layer in boundaries)
+        return elements * stage.dtype_bytes // parallel.shared_by
+
+    total = sent([*stage.up, *stage.down]) + carried
+    # a teacher's pass: down once more, with no gradients that come back
+    return total + sent(stage.down) + carried if stage.has_teacher else total
+
+
+def _data_bytes(stage: _Stage) -> tuple[int, int, int]:
+    """Bytes over the data axis: gradients, weights, and weights within the ranks of `gather_within`."""
+    parallel, size = stage.parallel, stage.data_size
+    numel = stage.entries.local_numel(parallel.tensor, stage.filled)
+    trained = numel - stage.frozen.local_numel(parallel.tensor, stage.filled)
+    gradients, weights = zero_bytes(trained, parallel, size, stage.precision, stage.num_micro_batches)
     if parallel.zero_stage == 3:  # frozen weights are gathered as well
-        _, weights = zero_bytes(numel, parallel, data_size, precision, num_micro_batches)
-    within = 0
+        _, weights = zero_bytes(numel, parallel, size, stage.precision, stage.num_micro_batches)
     if parallel.zero_stage == 3 and not parallel.gathers_per_step:
         # Weights are dropped after each use: gathered for the forward and for the backward pass of every micro-batch.
-        used = _used(model, tuple(chunks), parallel.tensor, filled)
+        used = _used(stage.model, stage.chunks, parallel.tensor, stage.filled)
         # modules in front of all that is trained have no backward pass
-        front = front_entries(model, tuple(chunks), patterns).local_numel(parallel.tensor, filled)
-        passes = num_micro_batches * (2 * used - front + (used if teacher else 0))
+        front = front_entries(stage.model, stage.chunks, stage.patterns).local_numel(parallel.tensor, stage.filled)
+        passes = stage.num_micro_batches * (2 * used - front + (used if stage.has_teacher else 0))
         # each parameter once after each change of the weights, or every pass
-        over_all = numel * (2 if teacher else 1) if parallel.gather_within else passes
-        weights = gather_bytes(over_all * dtype_bytes, data_size)
-        within = gather_bytes((passes - over_all) * dtype_bytes, parallel.gather_within or 1)
-    elif teacher and parallel.zero_stage > 0:
+        over_all = numel * (2 if stage.has_teacher else 1) if parallel.gather_within else passes
+        within = gather_bytes((passes - over_all) * stage.dtype_bytes, parallel.gather_within or 1)
+        return gradients, gather_bytes(over_all * stage.dtype_bytes, size), within
+    if stage.has_teacher and parallel.zero_stage > 0:
         # ZeRO-3 gathers all once more; the others complete what was exchanged, before and after the teacher's pass
         once = numel if parallel.zero_stage == 3 else 2 * trained
-        weights += gather_bytes(once * dtype_bytes, data_size)
+        weights += gather_bytes(once * stage.dtype_bytes, size)
+    return gradients, weights, 0
+
+
+def _layer_elements(stage: _Stage) -> tuple[int, int, int]:
+    """Return bytes of what tensor ranks gather of activations, elements of gradients that they reduce, and elements
+    that sequence ranks exchange; all of a step."""
+    parallel, lengths, teacher = stage.parallel, stage.lengths, stage.has_teacher
     # Three fp32 numbers per predicted token stand for the vocabulary's logits, which are never gathered.
-    predicted = lengths.predicted if any(chunk.last for chunk in chunks) else 0
+    predicted = lengths.predicted if stage.has_head else 0
     losses = LOSS_REDUCTIONS * 4 * predicted
     # The divergence is reduced with them; the likeliest tokens of each rank are gathered, as fp32 and int64.
-    likeliest = (2 * 4 + top_k * (4 + 8) * parallel.tensor) * predicted if teacher else 0
-    passed = _passed(model, tuple(chunks), recomputed, lengths)
+    likeliest = (2 * 4 + stage.top_k * (4 + 8) * parallel.tensor) * predicted if teacher else 0
+    passed = _passed(stage.model, stage.chunks, stage.recomputed, lengths)
     activations = 2 * (passed.reduced + passed.again)  # an all-reduce is two rounds, each of (n-1)/n of the tensor
     activations += passed.reduced if teacher else 0  # forward alone: half of them
     partial = 0
     if parallel.shared_by > 1:
         # an all-reduce is a gather and a scatter; beside, what enters is gathered once more backward, and in a second
         # run, which only scatters what leaves; the head reads whole rows
-        read = (lengths.decoder or lengths.tokens) * model.hidden_size if any(chunk.last for chunk in chunks) else 0
+        read = (lengths.decoder or lengths.tokens) * stage.model.hidden_size if stage.has_head else 0
         activations += passed.entered - passed.again + read
-        partial = _partial(model, entries) - _partial(model, frozen)
+        partial = _partial(stage.model, stage.entries) - _partial(stage.model, stage.frozen)
         # From ZeRO-1 on gradients are scattered over the data axis first, and each rank reduces its shard only.
-        partial = partial if parallel.zero_stage == 0 else -(-partial // data_size)
-    sums = rows * (activations * dtype_bytes + 2 * losses + likeliest)
+        partial = partial if parallel.zero_stage == 0 else -(-partial // stage.data_size)
+    sums = stage.rows * (activations * stage.dtype_bytes + 2 * losses + likeliest)
     exchanged = passed.exchanged + (passed.exchanged_forward if teacher else 0)
-    return Traffic(
-        gradients=gradients,
-        weights=weights,
-        weights_within=within,
-        tensor=gather_bytes(sums + 2 * partial * DTYPE_BYTES[precision.reduce_dtype], parallel.tensor),
-        sequence=gather_bytes(rows * exchanged // parallel.tensor * dtype_bytes, parallel.sequence),
-        pipe=rows * sent,
-        tie=_tie_bytes(entries, _trained(ties, patterns), parallel, precision, data_size),
-        **(_muon_bytes(entries, frozen, parallel, data_size) if muon else {}),
-    )
+    return sums, partial, stage.rows * exchanged
 
 
 def _trained(ties: Mapping[str, tuple[int, ...]], patterns: tuple[str, ...]) -> Mapping[str, tuple[int, ...]]:

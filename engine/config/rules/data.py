@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 from engine.config.schema.data import DataConfig
@@ -20,64 +20,8 @@ MOST_SOURCES = 16
 
 def check_mixture(key: str, data: DataConfig, problems: list[PalimpsestError]) -> None:
     """Add every rule that the data of the run stage at `key` breaks."""
-    sources, name = data.sources, f"{key}.data"
-    if (data.train is None) == (not sources):
-        problems.append(
-            ConfigError(
-                f"{name}: {'both' if sources else 'neither'} train and sources",
-                "exactly one of them",
-                "train names one folder, sources a mixture",
-            )
-        )
-    if len(sources) > MOST_SOURCES:
-        problems.append(
-            ConfigError(
-                f"{name}.sources: {len(sources)} sources",
-                f"{MOST_SOURCES} at most",
-                "prepare some of them into one folder",
-            )
-        )
-    names = [source.name for source in sources]
-    problems += [
-        ConfigError(
-            f"{name}.sources: the name {item!r} is used twice", "a different name for each source", "rename one"
-        )
-        for item in sorted({item for item in names if names.count(item) > 1})
-    ]
-    problems += [
-        ConfigError(
-            f"{name}.{key}: {item!r} is no name",
-            "1 to 64 printable characters, no space at either end: metrics use it (loss/NAME)",
-            "give it another name",
-        )
-        for key, item in _names(data)
-        if not (item.isprintable() and item == item.strip() and 0 < len(item) <= LONGEST_NAME)
-    ]
-    if data.validation == {}:
-        problems.append(
-            ConfigError(f"{name}.validation is empty", "NAME: FOLDER, or one folder", "name one, or leave it out")
-        )
-    weights = [source.weight for source in sources if source.weight is not None]
-    if 0 < len(weights) < len(sources):
-        missing = [source.name for source in sources if source.weight is None]
-        problems.append(
-            ConfigError(
-                f"{name}.sources: no weight for {', '.join(missing)}",
-                "a weight for every source, or for none (then their tokens weigh)",
-                "write them, or remove the others",
-            )
-        )
-    elif weights and len(weights) <= MOST_SOURCES:
-        try:
-            whole_parts(weights)
-        except ValueError as error:
-            problems.append(
-                ConfigError(
-                    f"{name}.sources: {error} ({', '.join(f'{item.name}: {item.weight:g}' for item in sources)})",
-                    f"finite weights of 1/{LONGEST_PERIOD:,} of their sum or more",
-                    "change the weights",
-                )
-            )
+    name = f"{key}.data"
+    problems += [*_source_problems(name, data), *_name_problems(name, data), *_weight_problems(name, data)]
     urls = [location for location in (*data.training_locations, *data.validation_locations) if is_url(location)]
     if urls and data.cache is None:
         problems.append(
@@ -87,13 +31,68 @@ def check_mixture(key: str, data: DataConfig, problems: list[PalimpsestError]) -
                 "for example data.cache: {folder: /scratch/shards, bytes: 50_000_000_000}",
             )
         )
-    if data.temperature != 1 and (weights or not sources):
-        problems.append(
-            ConfigError(
-                f"{name}.temperature = {data.temperature} {'with weights' if weights else 'without sources'}",
-                "1",
-                "leave out the weights: the temperature is that of the sources' tokens",
+
+
+def _source_problems(name: str, data: DataConfig) -> Iterator[PalimpsestError]:
+    """Yield what is wrong with the folders that are named, and how many they are."""
+    sources = data.sources
+    if (data.train is None) == (not sources):
+        yield ConfigError(
+            f"{name}: {'both' if sources else 'neither'} train and sources",
+            "exactly one of them",
+            "train names one folder, sources a mixture",
+        )
+    if len(sources) > MOST_SOURCES:
+        yield ConfigError(
+            f"{name}.sources: {len(sources)} sources",
+            f"{MOST_SOURCES} at most",
+            "prepare some of them into one folder",
+        )
+    if data.validation == {}:
+        yield ConfigError(f"{name}.validation is empty", "NAME: FOLDER, or one folder", "name one, or leave it out")
+
+
+def _name_problems(name: str, data: DataConfig) -> Iterator[PalimpsestError]:
+    """Yield names of sources and validation sets that are used twice or cannot stand in a metric's name."""
+    names = [source.name for source in data.sources]
+    for item in sorted({item for item in names if names.count(item) > 1}):
+        yield ConfigError(
+            f"{name}.sources: the name {item!r} is used twice", "a different name for each source", "rename one"
+        )
+    for key, item in _names(data):
+        if not (item.isprintable() and item == item.strip() and 0 < len(item) <= LONGEST_NAME):
+            yield ConfigError(
+                f"{name}.{key}: {item!r} is no name",
+                "1 to 64 printable characters, no space at either end: metrics use it (loss/NAME)",
+                "give it another name",
             )
+
+
+def _weight_problems(name: str, data: DataConfig) -> Iterator[PalimpsestError]:
+    """Yield what is wrong with the weights of the sources, or with the temperature in their place."""
+    sources = data.sources
+    weights = [source.weight for source in sources if source.weight is not None]
+    if 0 < len(weights) < len(sources):
+        missing = [source.name for source in sources if source.weight is None]
+        yield ConfigError(
+            f"{name}.sources: no weight for {', '.join(missing)}",
+            "a weight for every source, or for none (then their tokens weigh)",
+            "write them, or remove the others",
+        )
+    elif weights and len(weights) <= MOST_SOURCES:
+        try:
+            whole_parts(weights)
+        except ValueError as error:
+            yield ConfigError(
+                f"{name}.sources: {error} ({', '.join(f'{item.name}: {item.weight:g}' for item in sources)})",
+                f"finite weights of 1/{LONGEST_PERIOD:,} of their sum or more",
+                "change the weights",
+            )
+    if data.temperature != 1 and (weights or not sources):
+        yield ConfigError(
+            f"{name}.temperature = {data.temperature} {'with weights' if weights else 'without sources'}",
+            "1",
+            "leave out the weights: the temperature is that of the sources' tokens",
         )
 
 
