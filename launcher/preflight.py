@@ -24,6 +24,7 @@ from launcher import node_checks as checks
 from launcher.commands import program
 from launcher.extensions import STALE_SECONDS, VARIABLE, locks
 from launcher.node_checks import LEVELS, Finding, Gpu, Level, Needs, text_of
+from launcher.processes import by_job
 
 CLOCK_SKEW_SECONDS = 5.0
 """Difference of two nodes' clocks from which on times in logs and outcomes mislead."""
@@ -68,7 +69,7 @@ def check_node(needs: Needs, environ: Mapping[str, str] = os.environ) -> NodeRep
         *checks.interfaces(environ, NET),
         *(checks.port(needs.port) if needs.port is not None else ()),
         checks.trace(os.geteuid(), text_of(PROC / "sys/kernel/yama/ptrace_scope"), _has_py_spy()),
-        checks.leftovers(_others(needs.job)),
+        checks.leftovers({job: pids for job, pids in by_job().items() if job != needs.job}),
         checks.build_locks(_stale_locks(environ)),
         *checks.requeue(_slurm_config() if environ.get("SLURM_JOB_ID") else ""),
         *checks.slingshot(environ, NET),
@@ -139,26 +140,6 @@ def _address(name: str) -> str:
 
 def _has_py_spy() -> bool:
     return shutil.which(program("py-spy", sys.executable)) is not None
-
-
-def _others(job: str) -> dict[str, list[int]]:
-    """Return the processes of this user that belong to other jobs of `palimpsest launch`, by job."""
-    found: dict[str, list[int]] = {}
-    for entry in PROC.iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        try:
-            variables = (entry / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        names = [value.partition(b"=")[2].decode(errors="replace") for value in variables if _is_job(value)]
-        if names and names[0] != job:
-            found.setdefault(names[0], []).append(int(entry.name))
-    return found
-
-
-def _is_job(variable: bytes) -> bool:
-    return variable.startswith(b"PALIMPSEST_JOB=")
 
 
 def _stale_locks(environ: Mapping[str, str]) -> list[Path]:

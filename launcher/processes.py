@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.variables import JOB, RUN_FOLDER
 
 PROC = Path("/proc")
+_JOB = f"{JOB}=".encode()
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,27 @@ def of_run(folder: Path) -> list[Process]:
 
 def with_variable(variable: str) -> list[Process]:
     """Return every live process of this user that was started with this `NAME=value`, this process excepted."""
-    found = []
-    for entry in PROC.iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            process = _read(entry, variable.encode())
-            if process is not None:
-                found.append(process)
+    return [process for entry in _others() if (process := _read(entry, variable.encode())) is not None]
+
+
+def by_job() -> dict[str, list[int]]:
+    """Return the process ids of this user that belong to jobs of `palimpsest launch`, by job, this process excepted."""
+    found: dict[str, list[int]] = {}
+    for entry in _others():
+        try:
+            variables = (entry / "environ").read_bytes().split(b"\0")
+        except OSError:  # another user's, or gone
+            continue
+        jobs = [value.partition(b"=")[2].decode(errors="replace") for value in variables if value.startswith(_JOB)]
+        if jobs:
+            found.setdefault(jobs[0], []).append(int(entry.name))
     return found
+
+
+def _others() -> Iterator[Path]:
+    """Yield `/proc/PID` of every process but this one."""
+    own = os.getpid()
+    return (entry for entry in PROC.iterdir() if entry.name.isdigit() and int(entry.name) != own)
 
 
 def ranks(processes: list[Process]) -> list[Process]:

@@ -21,10 +21,11 @@ from rich.text import Text
 from engine.config.paths import expand
 from engine.config.schema.data import PackingName
 from engine.config.schema.objective import MaskUnit, ObjectiveConfig, ObjectiveName, Pairs
-from engine.corpus.recipe import PARTS, RECIPE_FILE
+from engine.corpus.recipe import RECIPE_FILE
 from engine.corpus.statistics import Statistics
 from engine.data.shards.cache import ShardCache
 from engine.data.shards.dataset import TokenDataset
+from engine.data.shards.folders import PARTS
 from engine.data.shards.index import FILE as INDEX_FILE
 from engine.data.shards.remote import RemoteFolder, is_remote
 from engine.data.tokenizer.folder import TextTokenizer, load_tokenizer

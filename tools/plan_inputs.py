@@ -102,13 +102,10 @@ def _validation_locations(named: Any) -> list[tuple[str, str]]:
         return []
     if isinstance(named, dict):
         return [(f"data.validation {name}", location) for name, location in named.items()]
-    from engine.data.shards.index import FILE
+    from engine.data.shards.folders import data_sets, domains
 
-    folder = Path(named)
-    inside = [] if (folder / FILE).exists() else sorted(path.parent for path in folder.glob(f"*/{FILE}"))
-    if not inside or {"train", "validation"} & {path.name for path in inside}:  # the parts of one output
-        return [("data.validation", named)]
-    return [(f"data.validation {path.name}", str(path)) for path in inside]
+    names = domains(data_sets(Path(named)))
+    return [(f"data.validation {name}", str(Path(named) / name)) for name in names] or [("data.validation", named)]
 
 
 def _tokens(folder: Folder, expected: str | None, needed: int, config: RunConfig) -> str:

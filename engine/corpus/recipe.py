@@ -14,13 +14,12 @@ from typing import Any
 from engine.atomic import write_atomically
 from engine.corpus.statistics import Statistics
 from engine.data.shards.dataset import TokenDataset
+from engine.data.shards.folders import PARTS
 from engine.data.shards.index import FILE as INDEX_FILE
 from engine.errors import DataError
 
 RECIPE_FILE = "prepare.json"
 VERSION = 1
-TRAIN, VALIDATION = "train", "validation"
-PARTS = (TRAIN, VALIDATION)
 WORK = ".unfinished"
 """Folder in which a preparation keeps what is finished of it."""
 PLAN_FILE = "plan.json"

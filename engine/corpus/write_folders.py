@@ -21,9 +21,10 @@ from engine.corpus.assemble import (
 )
 from engine.corpus.options import PrepareOptions, Progress, Show
 from engine.corpus.pool import Pool
-from engine.corpus.recipe import RECIPE_FILE, TRAIN, VALIDATION, Recipe, parts_before, remove_tree, write_recipe
+from engine.corpus.recipe import RECIPE_FILE, Recipe, parts_before, remove_tree, write_recipe
 from engine.corpus.sources.chunks import find_sources
 from engine.corpus.statistics import Statistics
+from engine.data.shards.folders import TRAIN, VALIDATION
 from engine.data.shards.index import FILE as INDEX_FILE
 from engine.data.shards.index import Index, ShardEntry, token_dtype
 from engine.data.shards.writer import finish_folder, start_folder, sweep, tokens_per_shard

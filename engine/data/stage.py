@@ -17,7 +17,7 @@ from engine.data.replay.generation import Generation
 from engine.data.replay.view import ReplayDataset
 from engine.data.shards.cache import ShardCache
 from engine.data.shards.dataset import TokenDataset
-from engine.data.shards.index import FILE
+from engine.data.shards.folders import data_sets, domains
 from engine.data.shards.remote import RemoteFolder, is_remote
 from engine.data.shards.tombstones import NO_TOMBSTONES, Tombstones
 from engine.data.shares import ShareTable
@@ -32,8 +32,6 @@ PURPOSE_RUN_STAGE = int.from_bytes(b"run stage")
 MANY_EPOCHS, MOST_EPOCHS = 4, 40
 """Epochs over replayed data beyond which a run stage warns, and is refused: up to 4 repeated data is worth nearly as
 much as new, at 40 nothing more is learned (Muennighoff et al. 2023, "Scaling Data-Constrained Language Models")."""
-PARTS = ("train", "validation")
-"""Folders that `palimpsest prepare` writes."""
 
 
 def run_stage_seed(seed: int, number: int) -> int:
@@ -173,15 +171,8 @@ def validation_locations(location: str, data: DataConfig) -> dict[str, str]:
         assert data.cache is not None, "resolve() lets no URL without a cache pass"
         names = RemoteFolder(location, ShardCache(data.cache.folder, data.cache.bytes)).data_sets()
     else:
-        names = [] if (Path(location) / FILE).exists() else sorted({path.name for path in _with_shards(Path(location))})
-    if not names or set(PARTS) & set(names):
-        return {"": location}
-    return {name: f"{location.rstrip('/')}/{name}" for name in names}
-
-
-def _with_shards(folder: Path) -> list[Path]:
-    """Return sub-folders with an index, or with shards whose index is missing, which opening them reports."""
-    return [path.parent for pattern in (FILE, "shard-000000.tokens*") for path in folder.glob(f"*/{pattern}")]
+        names = data_sets(Path(location))
+    return {name: f"{location.rstrip('/')}/{name}" for name in domains(names)} or {"": location}
 
 
 def stage_stream(run_stage: RunStage, parts: list[WeightedDataset], seed: int) -> Stream:

@@ -11,6 +11,7 @@ from engine.config.paths import expand
 from engine.config.rules.data import MOST_SOURCES
 from engine.config.schema.data import CacheConfig
 from engine.data.shards.cache import ShardCache
+from engine.data.shards.folders import PARTS, TRAIN, VALIDATION, data_sets
 from engine.data.shards.index import FILE
 from engine.data.shards.remote import RemoteFolder, is_remote
 from engine.errors import ConfigError, DataError
@@ -51,13 +52,13 @@ def find_data(location: str, name: str, taken: Collection[str], cache: CacheConf
             "the new stage takes over",
         )
     own = _sets(location, cache)
-    if set(own) >= {"train"}:
-        train, held_out = f"{location}/train", f"{location}/validation"
-        own = {"": train} if own["train"] else _sets(train, cache)
+    if TRAIN in own:
+        train, held_out = f"{location}/{TRAIN}", f"{location}/{VALIDATION}"
+        own = {"": train} if own[TRAIN] else _sets(train, cache)
     else:
         # Who names the training half of what `prepare` wrote means the other half to be held out.
         above, _, last = location.rpartition("/")
-        train, held_out = location, f"{above}/validation" if last == "train" and above else ""
+        train, held_out = location, f"{above}/{VALIDATION}" if last == TRAIN and above else ""
         own = {"": location} if not own or "" in own else own
     if len(own) > MOST_SOURCES:
         raise ConfigError(
@@ -92,19 +93,17 @@ def _sets(location: str, cache: CacheConfig | None) -> dict[str, bool]:
         names = remote.data_sets()
         if names:
             return dict.fromkeys(names, True)
-        if RemoteFolder(f"{location}/train", remote.cache).data_sets():
-            return {"train": False}
+        if RemoteFolder(f"{location}/{TRAIN}", remote.cache).data_sets():
+            return {TRAIN: False}
         return {"": True} if _has_index(remote) else {}
     folder = Path(expand(location))
     if (folder / FILE).is_file():
         return {"": True}
     if not folder.is_dir():
         return {}
-    found = {path.parent.name: True for path in folder.glob(f"*/{FILE}")}
-    domains = {path.parent.parent.name: False for path in folder.glob(f"*/*/{FILE}")}
-    if "train" in domains or "train" in found:
-        found = domains | found
-    return dict(sorted(found.items()))
+    found = dict.fromkeys(data_sets(folder), True)
+    by_domain = dict.fromkeys((name for name in PARTS if data_sets(folder / name)), False)
+    return by_domain | found if TRAIN in by_domain | found else found
 
 
 def _has_index(remote: RemoteFolder) -> bool:

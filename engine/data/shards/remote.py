@@ -21,6 +21,7 @@ import xxhash
 
 from engine.data.shards.cache import ShardCache
 from engine.data.shards.damage import DamagedShard
+from engine.data.shards.folders import PARTS
 from engine.data.shards.index import FILE as INDEX
 from engine.data.shards.index import PREPARE_AGAIN, ArrayFile
 from engine.errors import DataError
@@ -153,7 +154,7 @@ class RemoteFolder:
         try:
             return self.read(INDEX)
         except MissingFile as error:
-            parts = [name for name in ("train", "validation") if self._has(f"{name}/{INDEX}")]
+            parts = [name for name in PARTS if self._has(f"{name}/{INDEX}")]
             raise DataError(
                 f"{self.url}/{INDEX} is missing: no token shards lie at this URL",
                 f"the URL of a folder that `palimpsest prepare` wrote, which holds {INDEX}",

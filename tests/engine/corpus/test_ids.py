@@ -13,9 +13,9 @@ import engine.corpus.sources.chunks
 from engine.corpus.options import PrepareOptions
 from engine.corpus.pool import workers
 from engine.corpus.prepare import prepare
-from engine.corpus.recipe import PARTS
 from engine.corpus.sources.chunks import id_text
 from engine.data.shards.dataset import TokenDataset
+from engine.data.shards.folders import PARTS
 from engine.data.shards.index import FILE, read_index
 from engine.data.tokenizer.folder import load_tokenizer
 from engine.errors import ConfigError, DataError

@@ -19,9 +19,10 @@ from engine.corpus.encode import belongs_to_validation
 from engine.corpus.options import PrepareOptions, Progress
 from engine.corpus.pool import Pool, workers
 from engine.corpus.prepare import prepare
-from engine.corpus.recipe import PARTS, RECIPE_FILE
+from engine.corpus.recipe import RECIPE_FILE
 from engine.corpus.tokenizer_training import train_tokenizer
 from engine.data.shards.dataset import TokenDataset
+from engine.data.shards.folders import PARTS
 from engine.data.tokenizer.folder import load_tokenizer
 from engine.errors import ConfigError, DataError
 from tests.engine.corpus.outputs import files_of, parts_of, stop_after, texts_in
