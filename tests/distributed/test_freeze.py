@@ -20,10 +20,9 @@ from engine.checkpoint.load import open_checkpoint, read_weights
 from engine.config.parameter_patterns import matches
 from engine.errors import EXIT_DONE
 from engine.train.metrics import read_metrics
-from tests.distributed.cases import MODELS
-from tests.distributed.pairs import OBJECTIVES, VOCAB, write_families
+from tests.distributed.families import family_tree, world_size
 from tests.distributed.ranks import run_ranks
-from tests.distributed.runs import LENGTH, run_config, run_tree, train_rank
+from tests.distributed.runs import run_config, train_rank
 
 matrix = pytest.mark.matrix
 FRONT = ("embed*", "layers.0.*", "layers.1.*")
@@ -37,36 +36,14 @@ LAYOUTS = (
 )
 
 
-@pytest.fixture(scope="module")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder per family."""
-    folder = tmp_path_factory.mktemp("corpora")
-    write_families(folder)
-    return folder
-
-
 def tree_of(corpora: Path, folder: Path, model: str, parallel: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    shape = MODELS[model] | {"max_positions": LENGTH, "num_layers": 4}
-    family = shape.get("family", "gpt")
-    tree = run_tree(
-        corpora / family,
-        folder,
-        model=shape | {"vocab_size": VOCAB[family]},
-        parallel=parallel,
-        optimizer={"learning_rate": 2e-3, "epsilon": 1e-5, "weight_decay": 0.1},
-        evaluation={"every_steps": None},
-        checkpoint={"every_steps": 1},
-        **changes,
-    )
+    optimizer = {"weight_decay": 0.1}
+    tree = family_tree(corpora, folder, model, parallel, steps=STEPS, optimizer=optimizer, **changes)
     [stage] = tree["stages"]
-    stage |= {"objective": OBJECTIVES[family], "duration": {"steps": STEPS}, "schedule": {"shape": "constant"}}
+    stage |= {"schedule": {"shape": "constant"}}
     names = ("first", "second", "third")
     stages = [stage | {"name": name, "freeze": [*freeze]} for name, freeze in zip(names, FREEZES, strict=True)]
     return tree | {"stages": stages}
-
-
-def world_size(parallel: dict[str, Any]) -> int:
-    return parallel.get("pipe", 1) * parallel.get("tensor", 1) * parallel.get("data", 1)
 
 
 def losses(folder: Path) -> list[float]:

@@ -8,7 +8,6 @@ those of `parity`; a penalty is a sum of squares of distances, each off by at mo
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 from functools import partial
@@ -26,11 +25,10 @@ from engine.config.schema.regularization import EMA, FIRST_WEIGHTS, FISHER, REPT
 from engine.errors import EXIT_DONE
 from engine.parallel.functions import Functions
 from engine.train.metrics import read_metrics
-from tests.distributed.cases import MODELS
-from tests.distributed.pairs import OBJECTIVES, VOCAB, write_families
+from tests.distributed.families import family_tree, world_size
 from tests.distributed.parity import LOSS_BOUND, WEIGHT_BOUND
 from tests.distributed.ranks import RankFailed, run_ranks
-from tests.distributed.runs import LENGTH, run_config, run_tree, train_rank
+from tests.distributed.runs import run_config, train_rank
 
 matrix = pytest.mark.matrix
 BORDER, LAST = 3, 7
@@ -63,33 +61,19 @@ WORLDS = ({"zero_stage": 1, "data": 2}, {"zero_stage": 3, "pipe": 2}, {"zero_sta
 KILLS = (4, 6)
 
 
-@pytest.fixture(scope="module")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder per family."""
-    folder = tmp_path_factory.mktemp("corpora")
-    write_families(folder)
-    return folder
-
-
 def tree_of(corpora: Path, folder: Path, model: str, parallel: dict[str, Any]) -> dict[str, Any]:
-    shape = MODELS[model] | {"max_positions": LENGTH, "num_layers": 4}
-    family = shape.get("family", "gpt")
-    tree = run_tree(
-        corpora / family,
+    tree = family_tree(
+        corpora,
         folder,
-        model=shape | {"vocab_size": VOCAB[family]},
-        parallel=parallel,
-        optimizer={"learning_rate": 2e-3, "epsilon": 1e-5, "weight_decay": 0.1},
-        evaluation={"every_steps": None},
+        model,
+        parallel,
+        steps=BORDER,
+        optimizer={"weight_decay": 0.1},
         checkpoint={"every_steps": 1, "asynchronous": False},
     )
     [stage] = tree["stages"]
-    stage |= {"objective": OBJECTIVES[family], "duration": {"steps": BORDER}, "schedule": {"shape": "constant"}}
+    stage |= {"schedule": {"shape": "constant"}}
     return tree | {"stages": [stage | {"name": "first"}, stage | SECOND]}
-
-
-def world_size(parallel: dict[str, Any]) -> int:
-    return math.prod(parallel.get(axis, 1) for axis in ("pipe", "tensor", "sequence", "data"))
 
 
 def values(folder: Path, key: str) -> dict[int, float]:

@@ -37,7 +37,6 @@ from tests.distributed.pairs import (
     tree_of,
     values_together,
     world_size,
-    write_families,
 )
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import train_rank
@@ -67,11 +66,9 @@ def test_the_pairs_are_24_and_cover_every_two_values_that_can_be() -> None:
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
+def corpus(corpora: Path) -> Path:
     """A folder per family."""
-    folder = tmp_path_factory.mktemp("corpora")
-    write_families(folder)
-    return folder
+    return corpora
 
 
 def watched_rank(environment: RankEnvironment, tree: dict[str, Any]) -> dict[str, Any]:

@@ -21,10 +21,9 @@ from engine.checkpoint.folder import committed
 from engine.checkpoint.load import read_state
 from engine.errors import EXIT_DONE
 from engine.train.metrics import read_metrics
-from tests.distributed.cases import MODELS
-from tests.distributed.pairs import OBJECTIVES, VOCAB, write_families
+from tests.distributed.families import family_of, family_tree, world_size
 from tests.distributed.ranks import RankFailed, run_ranks
-from tests.distributed.runs import LENGTH, run_tree, train_rank
+from tests.distributed.runs import LENGTH, train_rank
 
 BORDER, LAST = 3, 6
 matrix = pytest.mark.matrix
@@ -58,28 +57,9 @@ KILLS = (1, BORDER, 4)
 """Steps (from 0) in which a rank is killed."""
 
 
-@pytest.fixture(scope="module")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder per family."""
-    folder = tmp_path_factory.mktemp("corpora")
-    write_families(folder)
-    return folder
-
-
 def two_stages(corpora: Path, folder: Path, model: str, parallel: dict[str, Any], url: bool = False) -> dict[str, Any]:
-    shape = MODELS[model] | {"max_positions": LENGTH, "num_layers": 4}
-    family = shape.get("family", "gpt")
-    tree = run_tree(
-        corpora / family,
-        folder,
-        model=shape | {"vocab_size": VOCAB[family]},
-        parallel=parallel,
-        optimizer={"learning_rate": 2e-3, "epsilon": 1e-5},
-        evaluation={"every_steps": None},
-        checkpoint={"every_steps": 1},
-    )
+    family, tree = family_of(model), family_tree(corpora, folder, model, parallel, steps=BORDER)
     [stage] = tree["stages"]
-    stage |= {"objective": OBJECTIVES[family], "duration": {"steps": BORDER}}
     other = SECOND[model]
     # Held-out sets of its own, so that the first stage's are evaluated beside them.
     held_out = {"validation": {"second": str(corpora / family / "train")}}
@@ -93,10 +73,6 @@ def two_stages(corpora: Path, folder: Path, model: str, parallel: dict[str, Any]
     second |= {"global_batch_size": 4}
     second |= {"schedule": {"shape": "constant", "learning_rate": 1e-3}}
     return tree | {"stages": [stage | {"name": "first"}, second]}
-
-
-def world_size(parallel: dict[str, Any]) -> int:
-    return parallel.get("pipe", 1) * parallel.get("tensor", 1) * parallel.get("data", 1)
 
 
 def values(folder: Path, key: str) -> dict[int, float]:
