@@ -43,6 +43,17 @@ class Same:
         return {} if found is None else {self.ours: found}
 
 
+ENCODER_SIZES = (
+    Same("vocab_size", "vocab_size"),
+    Same("num_layers", "num_hidden_layers"),
+    Same("hidden_size", "hidden_size"),
+    Same("num_heads", "num_attention_heads"),
+    Same("feed_forward_size", "intermediate_size"),
+    Same("init_std", "initializer_range"),
+)
+"""Sizes that all encoders of theirs call alike."""
+
+
 @dataclass(frozen=True)
 class Always:
     """A field of theirs whose value ours always computes: the first of `values`; any of them is read."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from engine.checkpoint.interchange.config_map import Always, Computed, Left, Same
+from engine.checkpoint.interchange.config_map import ENCODER_SIZES, Always, Computed, Left, Same
 from engine.checkpoint.interchange.forms.form import Form, Theirs, one
 from engine.config import huggingface_forms
 from engine.config.huggingface_forms import Problems
@@ -35,12 +35,7 @@ def _encoder(name: str) -> dict[str, Theirs]:
 
 
 _FIELDS = (
-    Same("vocab_size", "vocab_size"),
-    Same("num_layers", "num_hidden_layers"),
-    Same("hidden_size", "hidden_size"),
-    Same("num_heads", "num_attention_heads"),
-    Same("feed_forward_size", "intermediate_size"),
-    Same("init_std", "initializer_range"),
+    *ENCODER_SIZES,
     Same("norm_epsilon", "layer_norm_eps"),
     Always("hidden_act", ("gelu",)),
     Always("is_decoder", (False,), written=False),

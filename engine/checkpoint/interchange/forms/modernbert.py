@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.checkpoint.interchange.config_map import Always, Computed, Left, Same, rope_theta
+from engine.checkpoint.interchange.config_map import ENCODER_SIZES, Always, Computed, Left, Same, rope_theta
 from engine.checkpoint.interchange.forms.form import Form, one
 from engine.config import huggingface_forms
 from engine.config.huggingface_forms import Problems
@@ -96,12 +96,7 @@ MODERN_BERT = Form(
         "lm_head": one("decoder"),
     },
     fields=(
-        Same("vocab_size", "vocab_size"),
-        Same("num_layers", "num_hidden_layers"),
-        Same("hidden_size", "hidden_size"),
-        Same("num_heads", "num_attention_heads"),
-        Same("feed_forward_size", "intermediate_size"),
-        Same("init_std", "initializer_range"),
+        *ENCODER_SIZES,
         Same("max_positions", "max_position_embeddings"),
         Same("norm_epsilon", "norm_eps"),
         Same("norm_bias", "norm_bias"),
