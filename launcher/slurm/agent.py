@@ -5,8 +5,9 @@ does what the conductor asks: make room for an attempt, signal the ranks, take t
 by their mark, so that Slurm is not needed to end them.
 
 Where the conductor is silent, its node is lost, or this one is cut off. The ranks are killed in either case: nobody
-supervises them, and a newer attempt may have begun. Only an agent that reaches Slurm but not the conductor requeues the
-job, within the job's limit: with `--no-kill` it would be RUNNING for ever without a batch script.
+supervises them, and a newer attempt may have begun. Only an agent that reaches Slurm but not the conductor, which has
+given no sign of life on the shared disk either, requeues the job, within the job's limit: with `--no-kill` it would be
+RUNNING for ever without a batch script.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from launcher.node_checks import Needs
 from launcher.ports import free_port
 from launcher.preflight import check_node
 from launcher.slurm import client, fitness, follow_up, spec, starts, wire
+from launcher.slurm.life import Silence
 from launcher.slurm.render import MARK
 from launcher.slurm.starts import JobStart
 
@@ -183,12 +185,14 @@ class Agent:
 def main() -> int:
     """Serve the conductor of this job; return the exit code."""
     logs.configure()
-    job, this = spec.read(Path(os.environ[JOB_FOLDER])), starts.from_text(os.environ[starts.VARIABLE])
+    folder = Path(os.environ[JOB_FOLDER])
+    job, this = spec.read(folder), starts.from_text(os.environ[starts.VARIABLE])
     # The ranks get their signals from the conductor, and from Slurm: the agent outlives them.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     deadline = time.monotonic() + SEARCH_SECONDS
     last: Attempt | None = None
+    silence = Silence(folder)
     while True:
         line = _connect(job)
         if line is not None:
@@ -198,10 +202,12 @@ def main() -> int:
                 return 0
             deadline, last = time.monotonic() + SEARCH_SECONDS, agent.attempt or last
             _log.warning("the conductor is silent: the ranks of this node were ended")
+            # Read only now: the disk may hang together with the network, and the ranks had to be ended first.
+            silence = Silence(folder)
             # Agents of several nodes: the first one to ask finds the job running, the others find it requeued.
             time.sleep(min(int(os.environ.get("SLURM_NODEID", "0")), 10))
             continue
-        if _leave(job, this, last) or time.monotonic() >= deadline:
+        if _leave(job, this, last, silence) or time.monotonic() >= deadline:
             return EXIT_FAILURE
         time.sleep(2.0)
 
@@ -234,8 +240,11 @@ def address_of(interface: str) -> str:
     return ""
 
 
-def _leave(job: spec.JobSpec, this: JobStart, last: Attempt | None) -> bool:
-    """See to the job's next start, if Slurm answers that it is still this one; return True where that is settled."""
+def _leave(job: spec.JobSpec, this: JobStart, last: Attempt | None, silence: Silence) -> bool:
+    """See to the job's next start, if Slurm answers that it is still this one and the conductor gives no sign of life.
+
+    Returns True where nothing is left to do.
+    """
     try:
         found = client.allocated(this.number)
     except EnvironmentProblem as error:
@@ -243,6 +252,12 @@ def _leave(job: spec.JobSpec, this: JobStart, last: Attempt | None) -> bool:
         return False  # this node is the one that is cut off, or the controller is restarted
     if found is None or not found.is_running or found.restarts != this.requeues:
         return True
+    # Looked at after Slurm's answer: a node that was cut off is back then, and sees what was written meanwhile.
+    if silence.is_broken:
+        _log.warning("the conductor lives: the job goes on without this node")
+        return True
+    if not silence.is_certain:
+        return False
     lost = f"the batch host {found.batch_host} was lost"
     limit = job.requeues if job.chain is None else job.chain - 1
     if this.index < limit and job.site.requeue == "slurm" and job.chain is None:

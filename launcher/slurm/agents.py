@@ -74,6 +74,11 @@ class Agents:
         with self._changed:
             return sorted(self._nodes.values(), key=lambda node: node.number)
 
+    @property
+    def num_lost(self) -> int:
+        """Number of nodes that are lost."""
+        return sum(bool(node.lost) for node in self.all())
+
     def live(self) -> list[Node]:
         """Return the nodes that are there, in Slurm's order; notice those that have fallen silent."""
         now = time.monotonic()

@@ -35,6 +35,7 @@ from launcher.slurm.agent import JOB_FOLDER, beats_folder
 from launcher.slurm.agents import Agents, Node
 from launcher.slurm.fitness import Fitness, plain_needs, without_memory
 from launcher.slurm.follow_up import CONTROLLER_SECONDS, conclude, end_chain, failed_stop, nothing_to_do, read_run, say
+from launcher.slurm.life import SignOfLife
 from launcher.slurm.placement import Placement, place
 from launcher.slurm.remote import AgentRanks, Meeting
 from launcher.slurm.spec import AGENTS_LOG, ATTEMPTS_FILE, JobSpec
@@ -194,7 +195,7 @@ def conduct(job: JobSpec, this: JobStart, signals: Signals) -> int:
     num_nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
     which = f"start {this.index + 1}" if job.chain is None else f"link {this.index + 1} of {job.chain}"
     say(f"job {this.number}, {which}, {num_nodes} nodes: waiting for an agent on each")
-    with Agents() as agents:
+    with Agents() as agents, SignOfLife(job.folder, lambda: agents.num_lost, lambda: _is_ours(this)):
         step = _start_agents(job, this, agents, num_nodes)
         try:
             # Nobody waits for agents that will never come.
@@ -209,6 +210,15 @@ def conduct(job: JobSpec, this: JobStart, signals: Signals) -> int:
             _stop(step)
     # SIGINT and not SIGTERM, which is the cluster's: after that the run is to go on.
     return conclude(job, this, ending, missing, signal.SIGINT in signals.arrived, asked)
+
+
+def _is_ours(this: JobStart) -> bool:
+    """Return True if Slurm answers that the job is still this start's."""
+    try:
+        found = client.allocated(this.number)
+    except EnvironmentProblem:
+        return False
+    return found is not None and found.is_running and found.restarts == this.requeues
 
 
 def _start_agents(job: JobSpec, this: JobStart, agents: Agents, num_nodes: int) -> Step:

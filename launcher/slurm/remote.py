@@ -170,12 +170,9 @@ class AgentRanks:
         ranks = [rank for position in gone for rank in self._ranks_of(position)]
         words = "; ".join(f"node {self.nodes[position].name} is lost: {self.nodes[position].lost}" for position in gone)
         number = self.owned.start.attempt
-        steps = [
-            beat["step"]
-            for position in gone
-            if (status := self.nodes[position].status).get("attempt") == number
-            for beat in status["beats"].values()
-        ]
+        # Of all nodes: ranks are within one step of each other, and the lost ones were last heard a moment before.
+        statuses = [node.status for node in self.nodes if node.status.get("attempt") == number]
+        steps = [beat["step"] for status in statuses for beat in status["beats"].values()]
         # A node is lost once: its name keeps two losses at the same step apart.
         cause = "lost " + ", ".join(self.nodes[position].name for position in gone)
         return Lost(frozenset(ranks), f"{words} (ranks {_ranges(ranks)})", max(steps, default=0), cause)

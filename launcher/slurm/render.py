@@ -210,7 +210,8 @@ def agents_step(spec: JobSpec, num_nodes: int) -> list[str]:
     """Return the command that starts one agent per node, for as long as the job lasts."""
     return [
         *_step(num_nodes, num_nodes),
-        "--gres=none",
+        # With the job's GPUs, which --overlap shares: agents count them. Without (--gres=none) they would see none
+        # where Slurm hides devices, and Slurm refuses it beside the SLURM_GPUS_PER_NODE of the job.
         "--cpus-per-task=1",
         f"--output={spec.folder / AGENTS_LOG}",
         "--open-mode=append",

@@ -21,9 +21,10 @@ import pytest
 from engine import outcome
 from engine.heartbeat import Heartbeat
 from engine.run_folder import RunFolder, Start
-from launcher.slurm import agent, render, wire
+from launcher.slurm import agent, life, render, wire
 from launcher.slurm.agents import Agents
 from launcher.slurm.client import Allocated
+from launcher.slurm.life import CERTAIN_SECONDS, Silence
 from launcher.slurm.remote import AgentRanks, Meeting
 from launcher.slurm.site import Site
 from launcher.slurm.starts import JobStart
@@ -218,8 +219,13 @@ def start_of(index: int, number: str = "17") -> JobStart:
     return JobStart("17", index, number, index if number == "17" else 0)
 
 
+def silent(folder: Path) -> Silence:
+    """Return the silence of a conductor that is lost for certain."""
+    return Silence(folder, time.monotonic() - CERTAIN_SECONDS)
+
+
 def test_a_job_whose_controller_says_it_is_another_start_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, asked: Asked
+    monkeypatch: pytest.MonkeyPatch, asked: Asked, tmp_path: Path
 ) -> None:
     for found, expected in (
         (Allocated("RUNNING", 0, "n1"), ["requeue 17"]),
@@ -229,7 +235,7 @@ def test_a_job_whose_controller_says_it_is_another_start_is_left_alone(
     ):
         asked.clear()
         monkeypatch.setattr(agent.client, "allocated", lambda number, found=found: found)
-        assert agent._leave(example(requeues=2), start_of(0), None)
+        assert agent._leave(example(requeues=2), start_of(0), None, silent(tmp_path))
         assert asked == expected
 
 
@@ -251,7 +257,7 @@ def test_a_lost_batch_host_does_not_start_a_job_for_ever(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(agent.client, "allocated", lambda number: Allocated("RUNNING", start.requeues, "n1"))
-    assert agent._leave(example(run_folder=tmp_path, folder=tmp_path, **changes), start, None)
+    assert agent._leave(example(run_folder=tmp_path, folder=tmp_path, **changes), start, None, silent(tmp_path))
     assert asked == [f"cancel {start.number}"]
     said = outcome.read(tmp_path)
     assert said is not None
@@ -264,7 +270,7 @@ def test_a_link_whose_batch_host_is_lost_makes_room_for_the_next(
     monkeypatch: pytest.MonkeyPatch, asked: Asked, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(agent.client, "allocated", lambda number: Allocated("RUNNING", 0, "n1"))
-    assert agent._leave(example(chain=3, requeues=0, run_folder=tmp_path), start_of(1, "17_2"), None)
+    assert agent._leave(example(chain=3, requeues=0, run_folder=tmp_path), start_of(1, "17_2"), None, silent(tmp_path))
     assert asked == ["cancel 17_2"], "this link alone"
     assert outcome.read(tmp_path) is None, "the run goes on"
 
@@ -274,10 +280,36 @@ def test_of_all_agents_one_submits_the_successor(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(agent.client, "allocated", lambda number: Allocated("RUNNING", 0, "n1"))
     job = example(site=RESUBMIT, requeues=2, run_folder=tmp_path, folder=tmp_path)
     for _ in range(2):
-        assert agent._leave(job, start_of(1, "21"), None)
+        assert agent._leave(job, start_of(1, "21"), None, silent(tmp_path))
     assert asked == ["submit --dependency=afterany:21 --exclude=n1 17 2", "cancel 21", "cancel 21"]
     assert (tmp_path / "number").read_text() == "23\n"
     assert outcome.read(tmp_path) is None
+
+
+def test_a_node_that_was_cut_off_leaves_a_job_alone_whose_conductor_lives(
+    monkeypatch: pytest.MonkeyPatch, asked: Asked, tmp_path: Path
+) -> None:
+    """It reaches Slurm, for which the job is running, before it reaches the conductor."""
+    monkeypatch.setattr(agent.client, "allocated", lambda number: Allocated("RUNNING", 0, "n1"))
+    monkeypatch.setattr(life, "BEAT_SECONDS", 0.05)
+    job, silence = example(requeues=2), Silence(tmp_path)
+    assert not agent._leave(job, start_of(0), None, silence), "there may yet be a sign of life"
+    with life.SignOfLife(tmp_path, lambda: 1, lambda: True):
+        wait(lambda: silence.is_broken)
+    silence.since -= CERTAIN_SECONDS
+    assert agent._leave(job, start_of(0), None, silence)
+    assert asked == []
+
+
+@pytest.mark.parametrize(("num_lost", "is_ours"), [(0, True), (1, False)])
+def test_a_conductor_gives_no_sign_where_nothing_is_lost_or_slurm_does_not_answer(
+    num_lost: int, is_ours: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    looked: list[int] = []
+    monkeypatch.setattr(life, "BEAT_SECONDS", 0.01)
+    with life.SignOfLife(tmp_path, lambda: looked.append(0) or num_lost, lambda: is_ours):
+        wait(lambda: len(looked) > 5)
+    assert not (tmp_path / life.FILE).exists()
 
 
 def test_the_address_of_an_interface() -> None:

@@ -77,7 +77,7 @@ def test_steps_start_beside_others_and_the_first_exit_kills_nobody() -> None:
     agents, ranks = render.agents_step(spec, 4), render.rank_step(spec, ["n2", "n3"], 16, 1002, ["parallel.data=16"])
     for step in (agents, ranks):
         assert {"--overlap", "--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--mem=0", "--mpi=none"} <= set(step)
-    assert {"--nodes=4", "--ntasks=4", "--gres=none"} <= set(agents)
+    assert {"--nodes=4", "--ntasks=4", "--overlap"} <= set(agents)
     assert {"--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--nodelist=n2,n3", "--distribution=block"} <= set(ranks)
     assert f"--output={RUN}/jobs/NAME/logs/rank-%t.1002.log" in ranks
     assert ranks[-7:] == [spec.python, "-u", "-m", "engine.cli", "train", str(spec.config), "parallel.data=16"]
