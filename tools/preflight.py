@@ -93,7 +93,8 @@ def main(
     environment = rank_environment(os.environ)
     needs = _needs(config, overrides or [], environment, gpus)
     report = check_node(needs, os.environ)
-    if environment.world_size == 1:
+    # Where rank 0 cannot listen, the others would wait in vain: no network is measured.
+    if environment.world_size == 1 or (environment.global_rank == 0 and _port_is_taken(report)):
         reports, findings, network = [report], [], None
     else:
         reports, clocks, network = _together(report, environment)
@@ -164,6 +165,8 @@ def _needs(config: Path | None, overrides: list[str], environment: RankEnvironme
         num_nodes=environment.num_nodes,
         gpus=gpus,
         job=environment.job,
+        # One that follows from the job and its step is another one when the run starts.
+        port=environment.master_port if environment.global_rank == 0 and os.environ.get("MASTER_PORT") else None,
     )
     if config is None:
         return plain
@@ -175,6 +178,10 @@ def _needs(config: Path | None, overrides: list[str], environment: RankEnvironme
     if world == 1:  # not started by a launcher yet: as many ranks as the layout needs at the least, all of them here
         world = ranks = parallel.pipe * parallel.tensor * parallel.sequence * (parallel.data or 1)
     return needs_of(run, world, replace(plain, ranks=ranks))
+
+
+def _port_is_taken(report: NodeReport) -> bool:
+    return any((finding.check, finding.level) == ("port", "failed") for finding in report.findings)
 
 
 def _together(report: NodeReport, environment: RankEnvironment) -> tuple[list[NodeReport], dict[str, float], Network]:

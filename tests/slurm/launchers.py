@@ -26,10 +26,12 @@ LINES = {
     "torchrun": f"srun --ntasks-per-node=1 {TORCHRUN} -m",
     "deepspeed-pdsh": f"{DEEPSPEED} --launcher=pdsh --module",
     "deepspeed-openmpi": f"{DEEPSPEED} --launcher=openmpi --launcher_args='--allow-run-as-root' --module",
-    "deepspeed-slurm": f"{DEEPSPEED} --launcher=slurm --launcher_args='--mpi=pmix' --module",
+    "deepspeed-slurm": f"{DEEPSPEED} --launcher=slurm --launcher_args='--mpi=pmix'",
 }
-"""Launcher -> line of a batch script; a module of Python and its arguments follow. `srun` of torchrun evaluates its
-arguments on the batch host, which is the first node of the job."""
+"""Launcher -> line of a batch script; a module of Python (a file for `FILES`) and its arguments follow. `srun` of
+torchrun evaluates its arguments on the batch host, which is the first node of the job."""
+FILES = ("deepspeed-slurm",)
+"""Launchers that start files alone: deepspeed's `--module` does not reach Slurm's ranks."""
 NEEDS = {
     "mpirun": ("mpirun",),
     "deepspeed-pdsh": ("pdsh", "sshd"),
@@ -39,6 +41,9 @@ NEEDS = {
 
 def line(launcher: str, module: str, *arguments: str | Path, per_node: int = 1) -> str:
     """Return the line of a batch script that starts `python -m MODULE ARGUMENTS` on `per_node` ranks of each node."""
+    if launcher in FILES:
+        assert module == "engine.cli"
+        module = str(BIN / "palimpsest")
     return " ".join([LINES[launcher].replace("PER_NODE", str(per_node)), module, *map(str, arguments)])
 
 

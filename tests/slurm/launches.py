@@ -1,4 +1,7 @@
-"""Runs of two ranks that `palimpsest launch --launcher slurm` submits on the simulated cluster."""
+"""Runs that `palimpsest launch --launcher slurm` submits on the simulated cluster, one rank per node.
+
+The ranks are real ones (`tests.slurm.rank`), or stand-ins without torch where a test is about the launcher alone.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from engine.outcome import Outcome
 from engine.train.metrics import read_metrics
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import run_tree, train_rank, write_corpus
+from tests.slurm import hold
 from tests.slurm.cluster import ROOT, Cluster, ClusterError
 
 NUM_STEPS, HOLD_AT = 9, 5
@@ -24,8 +28,8 @@ WAIT_SECONDS = 300.0
 """Upper bound of every wait: torch takes long to be imported on a busy machine."""
 PYTHON_PATH = sys.executable
 PYTHON = """#!/bin/bash
-# The interpreter of the job: its ranks are those of tests.slurm.rank.
-if [[ $* == *"engine.cli train"* ]]; then exec {python} -u -m tests.slurm.rank "${{@:5}}"; fi
+# The interpreter of the job, in which a test's ranks take the place of `palimpsest train`.
+if [[ $* == *"engine.cli train"* ]]; then exec {python} -u -m {rank}; fi
 exec {python} "$@"
 """
 
@@ -120,6 +124,15 @@ class Launch:
         assert ended is not None, self.everything()
         return ended
 
+    def outcome_of(self, attempt: int) -> Outcome:
+        """Wait for the outcome of an attempt, and return it; a job with a node that is gone ends much later."""
+
+        def said() -> Outcome | None:
+            found = outcome.read(self.run)
+            return found if found is not None and found.attempt == attempt else None
+
+        return self.wait(said, f"attempt {attempt} does not end")
+
     def everything(self) -> str:
         """Return all logs, for the message of a test that fails."""
         paths = [
@@ -131,24 +144,44 @@ class Launch:
         return "\n".join(f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(paths))
 
 
-def launch(cluster: Cluster, nodes: str, *options: str, env: dict[str, str] | None = None, **changes: Any) -> Launch:
-    """Submit a run with one rank per node."""
-    shared = cluster.folder
-    if not (shared / "corpus").exists():
+def requeued(job: Launch) -> int:
+    """Return the number of times that a job was requeued."""
+    return int(job.cluster.job(int(job.number))["Restarts"])
+
+
+def launch(
+    cluster: Cluster,
+    nodes: str,
+    *options: str,
+    stand_ins: bool = False,
+    fault: dict[str, Any] | None = None,
+    hold_at: int = HOLD_AT,
+    env: dict[str, str] | None = None,
+    **changes: Any,
+) -> Launch:
+    """Submit a run with one rank per node. Ranks wait for `Launch.go` once they have done `hold_at` steps.
+
+    `fault` is one of those of `tests.slurm.stand_in`.
+    """
+    shared, run = cluster.folder, cluster.folder / "run"
+    if not (shared / "corpus").exists() and not stand_ins:
         write_corpus(shared / "corpus")
+    spec = {"folder": str(run), "steps": NUM_STEPS, "save_every": 3, "fault": fault}
+    (shared / "spec.json").write_text(json.dumps(spec))
     python = shared / "python"
-    python.write_text(PYTHON.format(python=PYTHON_PATH))
+    rank = f"tests.slurm.stand_in {shared}/spec.json" if stand_ins else 'tests.slurm.rank "${@:5}"'
+    python.write_text(PYTHON.format(python=PYTHON_PATH, rank=rank))
     python.chmod(0o755)
+    variables = {hold.FOLDER: str(shared), hold.HOLD_AT: str(hold_at), "OMP_NUM_THREADS": "1"}
     site = {
         "source": "the simulated cluster",
         "python": str(python),
         "gpus": {"per_node": 0},
         "allocation": {"mem": None, "exclusive": False},
-        "setup": {"variables": {"SLURM_TEST": str(shared), "HOLD_AT": str(HOLD_AT), "OMP_NUM_THREADS": "1"}},
+        "setup": {"variables": variables},
         "signal_seconds": 100,
     }
     (shared / "site.yaml").write_text(json.dumps(site))
-    run = shared / "run"
     (shared / "RUN.yaml").write_text(json.dumps(tree(shared / "corpus", run, **changes)))
     done = cluster.run(
         PYTHON_PATH, "-m", "engine.cli", "launch", str(shared / "RUN.yaml"), "--launcher", "slurm",

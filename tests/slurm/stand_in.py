@@ -1,8 +1,9 @@
 """A rank without torch, for tests of launchers: it starts as `palimpsest train` does, and then waits for the others.
 
 `python -m tests.slurm.stand_in SPEC.json`, where the file holds `folder` (the run folder), `steps`, `launch` (limits of
-a run), and `fault`: null, or what befalls which rank in which step. It takes the run folder, has a heartbeat and a
-watcher, and meets the others after each step, through files.
+a run), `save_every` (steps between two saves; none by default), and `fault`: null, or what befalls which rank in which
+step, or that no save succeeds in an attempt after a request to stop. A stand-in takes the run folder, has a heartbeat
+and a watcher, meets the others after each step, through files, and goes on from the step that was saved last.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from engine import heartbeat, logs
+from engine.atomic import write_atomically
 from engine.config.rank_environment import RankEnvironment
 from engine.config.schema.run import LaunchConfig
-from engine.errors import EXIT_DONE, EXIT_REQUEUE
+from engine.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE
 from engine.heartbeat import Heartbeat
 from engine.outcome import Outcome
 from engine.train.signals import StopSignals
@@ -26,6 +28,7 @@ from launcher.environment import is_supervised, rank_environment, run_folder
 from launcher.meeting_point import check_meeting_point
 from launcher.rank_watcher import heartbeat_folder, start_watcher
 from launcher.threads import share_cores
+from tests.slurm.hold import Hold
 from tools.train import _enter
 
 # The name of the file is that of the engine's collectives: whoever looks at the stack takes the rank for a waiting one.
@@ -58,20 +61,39 @@ def main() -> int:
         print("rank", told, flush=True)
         # A launcher may lose or mix what its ranks print.
         (Path(spec["folder"]) / f"rank-{environment.global_rank}.json").write_text(told)
-        for step in range(spec["steps"]):
+        hold, saved = Hold(os.environ, environment), Path(spec["folder"]) / "saved"
+        first = done = int(saved.read_text()) if saved.exists() else 0
+        for step in range(first, spec["steps"]):
+            hold.before_step(step, lambda: signals.stop_requested)
             for phase in ("data", "forward and backward"):
                 heart.beat(step, phase)
                 time.sleep(0.02)
-            if (fault := spec.get("fault")) and [fault["rank"], fault["step"]] == [environment.global_rank, step]:
+            fault = spec.get("fault") or {}
+            if [fault.get("rank"), fault.get("step")] == [environment.global_rank, step]:
                 strike(fault["what"])
             heart.beat(step, "loss")
-            all_reduce(lambda step=step: progress.meet(step + 1))
-            if signals.stop_requested:
+            stop = False
+
+            def reduce(step: int = step) -> None:
+                nonlocal stop
+                stop = progress.meet(step + 1, signals.stop_requested)
+
+            all_reduce(reduce)
+            hold.after_step()
+            done = step + 1
+            print(f"step {done:6}/{spec['steps']}", flush=True)
+            if stop and fault.get("what") == "no save" and environment.attempt == fault["attempt"]:
+                words = "OSError: No space left on device"
+                folder.note_failure(Outcome(environment.job, environment.attempt, EXIT_FAILURE, done, 0, words))
+                return EXIT_FAILURE
+            if environment.global_rank == 0 and (stop or done % spec.get("save_every", spec["steps"]) == 0):
+                write_atomically(saved, str(done))
+            if stop:
                 break
-        code = EXIT_REQUEUE if signals.stop_requested else EXIT_DONE
-        heart.beat(spec["steps"], "end")
+        code = EXIT_DONE if done == spec["steps"] else EXIT_REQUEUE
+        heart.beat(done, "end")
         if environment.global_rank == 0:
-            folder.note(Outcome(environment.job, environment.attempt, code, spec["steps"]))
+            folder.note(Outcome(environment.job, environment.attempt, code, done))
         return code
 
 
@@ -97,11 +119,12 @@ class Progress:
         self._folder, self._environment = folder, environment
         folder.mkdir(parents=True, exist_ok=True)
 
-    def meet(self, step: int) -> None:
-        """Wait until all ranks have come to a step."""
-        (self._folder / f"{step}-{self._environment.global_rank}").touch()
-        while len(list(self._folder.glob(f"{step}-*"))) < self._environment.world_size:
+    def meet(self, step: int, stop_requested: bool = False) -> bool:
+        """Wait until all ranks have come to a step; return True if any of them was asked to stop by then."""
+        (self._folder / f"{step}-{self._environment.global_rank}{'-stop' if stop_requested else ''}").touch()
+        while len(found := list(self._folder.glob(f"{step}-*"))) < self._environment.world_size:
             time.sleep(0.01)
+        return any(path.name.endswith("-stop") for path in found)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,18 @@ def test_a_rank_with_another_learning_rate_ends_all(steady_cluster: Cluster, wri
     assert "optimizer.learning_rate: 0.001 on rank 0, 0.0001 on rank 1" in found.error
 
 
-@pytest.mark.parametrize("what", ["stop", "kill"])
+@pytest.mark.matrix
+def test_tensor_ranks_that_are_dealt_out_over_nodes_are_a_warning(steady_cluster: Cluster, write_run: WriteRun) -> None:
+    folder = steady_cluster.folder / "cyclic"
+    run = write_run(parallel={"zero_stage": 1, "tensor": 2})
+    script = f"srun --ntasks-per-node=2 -m cyclic palimpsest train {run} folder={folder}"
+    job = steady_cluster.sbatch(script, "--nodes=2", "--ntasks-per-node=2", env=CPU)
+    assert steady_cluster.wait_job(job, timeout=600) == "COMPLETED", steady_cluster.output(job)
+    words = "2 of 2 groups of the tensor axis are on several nodes (ranks 0, 1): each layer waits for the network; "
+    assert words + "number the ranks node by node (srun --distribution=block" in steady_cluster.output(job)
+
+
+@pytest.mark.parametrize("what", [pytest.param("stop", marks=matrix), "kill"])
 def test_a_real_rank_that_is_lost_is_named(what: str, make_cluster: MakeCluster) -> None:
     """In its 9th step rank 1 stops, or dies; rank 0 waits in a collective, or loses its connection."""
     cluster = make_cluster(2)

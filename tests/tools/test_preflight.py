@@ -1,6 +1,7 @@
 """`palimpsest preflight` on one node, and its table for several."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,21 @@ def test_a_run_that_is_too_large_for_the_node_fails(capsys: pytest.CaptureFixtur
 def test_too_few_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["preflight", "--gpus", "4096"]) == 1
     assert "the ranks of a node use 4096" in capsys.readouterr().out
+
+
+def test_the_port_at_which_ranks_meet_is_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a world of two: rank 0 waits for nobody, since the other one cannot reach it."""
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        own = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        for name, value in (own | {"MASTER_ADDR": socket.gethostname(), "MASTER_PORT": str(port)}).items():
+            monkeypatch.setenv(name, value)
+        assert main(["preflight"]) == 1
+    [line] = [line for line in capsys.readouterr().out.splitlines() if " port " in line]
+    assert line.startswith("failed   port ")
+    assert f"{port}: Address already in use" in line
 
 
 def test_the_table_names_the_nodes_that_differ() -> None:
