@@ -1,7 +1,8 @@
 """Comparison of a written Hugging Face folder with our own forward pass: the logits of both on the same tokens.
 
-The whole model is compared where it is small. Of a larger one a twin is, cut to its first layers, whose weights are
-read from the folder: embeddings, heads, configuration and each kind of layer are met, and memory stays bounded.
+The whole model is compared where it is small. Of a larger one a twin is, cut to its first layers and to the first rows
+of its vocabulary, whose weights are read from the folder: embeddings, heads, configuration and each kind of layer are
+met, and memory stays bounded. That every row is right is not seen by logits, but by the comparison of all weights.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ WHOLE_BYTES = 128 << 20
 """Bytes of fp32 weights up to which the whole model is compared: both sides hold it once."""
 MAX_TOKENS, MAX_TOKENS_OF_CUT = 512, 64
 """Longest part of the text that both sides read, in tokens: of the whole model, and of one that is cut."""
+ROWS_OF_CUT = 1024
+"""Rows of the vocabulary of a model that is cut; tokens beyond are replaced by their remainder."""
 _NAMES = (
     ("logits_BTV", "logits"),
     ("logits_BTV", "prediction_logits"),
@@ -56,9 +59,9 @@ def check_logits(model: ModelConfig, folder: Path, ids: list[int], name: Path) -
     num_bytes = 4 * sum(int(torch.Size(one.shape).numel()) for one in opened.map.parameters.values())
     is_whole = num_bytes <= WHOLE_BYTES
     # Ours is what the checkpoint says, theirs what the folder says.
-    cut = model if is_whole else first_layers(model)
+    cut = model if is_whole else first_layers(model, opened.theirs.pad_token_id)
     length = min(MAX_TOKENS if is_whole else MAX_TOKENS_OF_CUT, cut.max_positions)
-    tokens_BT = torch.tensor([ids[:length]])
+    tokens_BT = torch.tensor([ids[:length]]) % cut.vocab_size
     ours, inputs = _inputs(cut, tokens_BT)
     model_map = form_of(cut).mapping(cut, opened.theirs.pad_token_id)
     # One side after the other, so that only one of them is in memory.
@@ -66,7 +69,7 @@ def check_logits(model: ModelConfig, folder: Path, ids: list[int], name: Path) -
     with torch.no_grad():
         made = whole_model(cut, weights)(**ours)
         del weights
-        theirs = _whole_twin(folder, opened) if is_whole else _cut_twin(opened, cut, model_map)
+        theirs = _whole_twin(folder, opened) if is_whole else _cut_twin(opened, model_map)
         output = theirs(**inputs)
     found = {key: output[their_key] for key, their_key in _NAMES if key in made and their_key in output}
     assert found.keys() == made.keys(), f"{list(made)} of ours and {list(output)} of theirs"
@@ -76,14 +79,18 @@ def check_logits(model: ModelConfig, folder: Path, ids: list[int], name: Path) -
     return Agreement(tokens_BT.numel(), cut.num_layers, difference, made["logits_BTV"].abs().max().item())
 
 
-def first_layers(model: ModelConfig) -> ModelConfig:
-    """Return the same model with its first layers alone, at least one of each kind."""
+def first_layers(model: ModelConfig, padding_id: int | None = None) -> ModelConfig:
+    """Return the same model with its first layers, at least one of each kind, and the first rows of its vocabulary.
+
+    The padding token is among them: some classes count positions from its number on.
+    """
     changes: dict[str, Any] = {"num_layers": 1}
     if isinstance(model, T5Config):
         changes = {"num_layers": 2, "num_decoder_layers": 1}
     elif isinstance(model, BERTConfig) and model.local_attention is not None:
         changes = {"num_layers": min(2, model.num_layers)}  # a global one, then a local one
-    return model.model_copy(update=changes)
+    rows = max(ROWS_OF_CUT, (padding_id or 0) + 1)
+    return model.model_copy(update=changes | {"vocab_size": min(model.vocab_size, rows)})
 
 
 def _whole_twin(folder: Path, opened: ForeignModel) -> Any:
@@ -91,12 +98,14 @@ def _whole_twin(folder: Path, opened: ForeignModel) -> Any:
     return load(folder, opened.form.architecture).check(folder).eval()
 
 
-def _cut_twin(opened: ForeignModel, cut: ModelConfig, model_map: ModelMap) -> Any:
-    """Return a twin with the first layers alone: the folder's configuration, but for what counts layers."""
+def _cut_twin(opened: ForeignModel, model_map: ModelMap) -> Any:
+    """Return a twin with the first layers alone: the folder's configuration, but for what counts layers and rows."""
     import transformers
 
-    form = form_of(cut)
-    whole, less = (form.their_config(one, opened.theirs.pad_token_id).to_dict() for one in (opened.model, cut))
+    form, padding_id = opened.form, opened.theirs.pad_token_id
+    # Both from the folder's model: a field in which it differs from ours has to stay as the folder has it.
+    models = (opened.model, first_layers(opened.model, padding_id))
+    whole, less = (form.their_config(one, padding_id).to_dict() for one in models)
     for field in (key for key, value in less.items() if whole.get(key) != value):
         setattr(opened.theirs, field, less[field])
     opened.theirs.dtype = torch.float32
