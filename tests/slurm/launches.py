@@ -72,12 +72,14 @@ class Launch:
     @property
     def folder(self) -> Path:
         """The job's folder."""
-        return next(path.parent for path in self.run.glob("jobs/*/number") if path.read_text().strip() == self.number)
+        return next(path.parent for path in self.run.glob("jobs/*/number") if self.number in path.read_text().split())
 
     def log(self) -> str:
         """Return what the conductor has said."""
-        path = self.folder / f"conductor-{self.number}.log"
-        return path.read_text(errors="replace") if path.exists() else ""
+        paths = [
+            path for path in self.folder.glob("conductor-*.log") if path.stem.startswith(f"conductor-{self.number}")
+        ]
+        return "".join(path.read_text(errors="replace") for path in sorted(paths))
 
     def palimpsest(self, *arguments: str) -> str:
         """Run a command on the login host, and return what it prints."""

@@ -116,6 +116,16 @@ def test_a_chain_is_cancelled_as_a_whole(chain: Slurm, capfd: pytest.CaptureFixt
     assert [words for words in chain.asked if words[0] == "scancel"] == [["scancel", "17"]]
 
 
+def test_a_chain_in_the_list(chain: Slurm, run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A line for the link that runs, and one for those that wait."""
+    del chain.jobs["19"]
+    assert call("list") == 0
+    head, *rows = capfd.readouterr().out.splitlines()
+    assert head.split() == ["job", "state", "time", "limit", "nodes", "run"]
+    assert [row.split()[:2] for row in rows] == [["17_2", "RUNNING"], ["17_[3-4%1]", "PENDING"]]
+    assert all(row.endswith(str(run)) for row in rows)
+
+
 def test_a_chain_that_was_cancelled(chain: Slurm, run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """squeue shows the links that never ran under the number of the array."""
     chain.jobs["17"] = line("17", "CANCELLED", run) + line("17_2", "FAILED", run) + line("17_1", "COMPLETED", run)

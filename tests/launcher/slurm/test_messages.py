@@ -1,4 +1,4 @@
-"""docs/cluster.md says what to do for every message of launcher/slurm."""
+"""docs/cluster.md says what to do for every message of launcher/slurm, and of the commands in front of it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def text_of(node: ast.expr) -> str:
 def messages() -> list[tuple[str, str]]:
     """Return (file, text) of every message, from the sources."""
     found = []
-    for path in sorted((REPOSITORY / "launcher" / "slurm").glob("*.py")):
+    tools = [REPOSITORY / "tools" / name for name in ("job.py", "slurm_options.py")]
+    for path in [*sorted((REPOSITORY / "launcher" / "slurm").glob("*.py")), *tools]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and node.args:
                 function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
