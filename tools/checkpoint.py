@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import suppress
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from engine.checkpoint.compare import Difference, Opened, Weights
     from engine.checkpoint.manifest import Manifest
     from engine.checkpoint.storage import Location
-    from engine.data.shards.dataset import TokenDataset
 
 Result = TypeVar("Result")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
@@ -133,19 +134,24 @@ def merge(
         typer.Option(help="Coefficients that stand for a decay of this shape over the sources."),
     ] = None,
     verify_on: Annotated[
-        Path | None, typer.Option(help="Folder of held-out shards: tell the loss on it, before and after.")
+        list[Path] | None,
+        typer.Option(help="Folder of held-out shards: tell the loss of the mean and of each source. Repeatable."),
     ] = None,
 ) -> None:
-    """Write the mean of checkpoints of one model, of any layouts: weights in fp32, summed in fp64, no optimizer state.
+    """Write the mean of checkpoints of one model, of any layouts and run stages: weights in fp32, summed in fp64, no
+    optimizer state.
 
     `convert` and `generate` read the output; `train` with its folder as the run folder goes on from it, with an
     optimizer that begins anew.
     """
-    from engine.checkpoint.folder import CHECKPOINTS
+    from engine.checkpoint.folder import CHECKPOINTS, run_of
     from engine.checkpoint.merge import Sources, check_weights, wsm_coefficients
     from engine.checkpoint.merge import merge as write_merged
     from engine.config.load import parse_run
     from engine.config.save import save_run
+    from engine.data.shards.dataset import TokenDataset
+    from engine.data.shards.tombstones import add_tombstones, read_tombstones
+    from engine.serve.held_out import held_out_loss
     from engine.serve.new_folder import new_folder
 
     if weights is not None and wsm is not None:
@@ -160,21 +166,24 @@ def merge(
     else:
         chosen = [1 / len(paths)] * len(paths) if weights is None else _numbers(weights)
         check_weights(chosen, len(paths))
-    dataset = None if verify_on is None else _held_out(verify_on)
+    held_out = {folder: TokenDataset(folder) for folder in verify_on or ()}
     with new_folder(output) as partial:
         path = write_merged(opened, chosen, partial / CHECKPOINTS)
         if "stages" in opened.newest.config:  # a converted checkpoint has no run behind it
             save_run(parse_run(opened.newest.config | {"folder": str(output)}, f"in {path}"), partial)
+    # What one of the runs was told to forget is not read again where training goes on from the merge. Outside of the
+    # context, because that holds the folder's lock.
+    forgotten = reduce(or_, (read_tombstones(Path(str(run_of(source)))) for source in opened.paths))
+    if len(forgotten):
+        add_tombstones(output, forgotten)
     for source, weight in zip(opened.paths, chosen, strict=True):
         print(f"{weight:.6f}  {source}")
     written = output / CHECKPOINTS / path.name
     print(f"wrote {written}: {len(opened.manifests[0].specs):,} parameters, weights alone")
-    if dataset is not None:
-        from engine.serve.held_out import held_out_loss
-
-        newest = max(zip(opened.manifests, opened.paths, strict=True), key=lambda pair: pair[0].state.step)[1]
-        before, after = held_out_loss(Path(str(newest)), dataset), held_out_loss(written, dataset)
-        print(f"held-out loss on {verify_on}: {after:.6f}, of {newest.name} alone {before:.6f}")
+    for folder, dataset in held_out.items():
+        print(f"held-out loss on {folder}: {held_out_loss(written, dataset):.6f}")
+        for source in opened.paths:
+            print(f"  of {source} alone: {held_out_loss(Path(str(source)), dataset):.6f}")
 
 
 def _merged_paths(sources: list[Path], last: int | None) -> list[Path]:
@@ -209,12 +218,6 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise ConfigError(f"--weights {text}: {error}", "numbers with commas between them", "mend it") from error
-
-
-def _held_out(folder: Path) -> TokenDataset:
-    from engine.data.shards.dataset import TokenDataset
-
-    return TokenDataset(folder)
 
 
 def _each(where: str, read: Callable[[Location], Result]) -> Iterator[tuple[Location, Result]]:

@@ -156,6 +156,9 @@ def _tell_run(one: RunOfDocuments, everything: Tombstones) -> None:
             print(f"  {held.name}  was trained on {len(held.documents):,} of {len(everything):,} documents")
         else:
             print(f"  {held.name}  was trained on none of them")
+    for name, documents in one.pinned(everything):
+        if len(documents):
+            print(f"  files/{name}  still holds {len(documents):,} of them, until the next run stage ends")
     for name, read in one.scan(everything):
         if isinstance(read, DataError):
             print(f"  scan of {name}: {read.wrong}")

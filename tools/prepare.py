@@ -47,6 +47,9 @@ def main(
     id_key: Annotated[
         str | None, typer.Option(help="Key of an id of each document, kept for `forget` (default: SHARD_HASH:ROW).")
     ] = None,
+    weight_key: Annotated[
+        str | None, typer.Option(help="Key of a number of each document, such as its quality, kept for reservoirs.")
+    ] = None,
     blank_line_ends: Annotated[
         bool, typer.Option("--blank-line-ends", help="In text files, an empty line ends a document.")
     ] = False,
@@ -67,6 +70,7 @@ def main(
         shard_bytes=int(shard_megabytes * 2**20),
         text_key=text_key,
         id_key=id_key,
+        weight_key=weight_key,
         blank_line_ends=blank_line_ends,
         sentences=sentences,
         deduplicate=deduplicate,

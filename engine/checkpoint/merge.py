@@ -24,6 +24,7 @@ from engine.checkpoint.container import Entry, write_stream
 from engine.checkpoint.folder import Owner, acquire, partial_path
 from engine.checkpoint.load import Files, fill_shard, open_checkpoint
 from engine.checkpoint.manifest import WEIGHT, CheckpointState, Manifest, key_of, match
+from engine.checkpoint.named_files import named_by, share
 from engine.checkpoint.storage import Location
 from engine.checkpoint.stores import StageTable, Written, build_manifest, commit, prepare
 from engine.checkpoint.writers import Writer, stored_numel
@@ -148,9 +149,23 @@ def merge(sources: Sources, weights: Sequence[float], folder: Path) -> Path:
     files = [Files(path, manifest) for path, manifest in zip(sources.paths, sources.manifests, strict=True)]
     contents = (_blocks(files, weights, spec) for spec in specs)
     record = write_stream(partial / writer.file_name, entries, about, contents)
+    _share_files(sources, folder)
     state = replace(newest, sections=_sections(sources, weights, newest), hyperparameters={})
     table = StageTable(placements, {})
     return commit(partial, build_manifest(state, Layout(1, 1, 1, 1), [table], [Written(record, ())], owner))
+
+
+def _share_files(sources: Sources, folder: Path) -> None:
+    """Put the files that the newest one's sections name (a reservoir) beside the output. Raises `CheckpointError`."""
+    newest = max(zip(sources.manifests, sources.paths, strict=True), key=lambda pair: pair[0].state.step)
+    try:
+        share(Path(str(newest[1])), named_by(newest[0].state.sections), folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"the files that {newest[1]} names cannot be put into {folder}: {error.strerror or error}",
+            "a folder that can be written, with room",
+            "make room, or choose another one",
+        ) from error
 
 
 def _sections(sources: Sources, weights: Sequence[float], newest: CheckpointState) -> dict[str, Any]:

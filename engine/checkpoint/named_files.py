@@ -9,6 +9,8 @@ is older than the newest file of the newest checkpoint goes.
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,27 @@ def named_by(sections: Mapping[str, Any]) -> list[FileRecord]:
                 "use an older checkpoint",
             ) from error
     return list(found.values())
+
+
+def share(checkpoint: Path, records: Iterable[FileRecord], folder: Path) -> None:
+    """Give the files that a checkpoint names a second name beside the checkpoints of another folder `checkpoints/`.
+
+    Raises `OSError`.
+    """
+    for record in records:
+        link(checkpoint.parent / FOLDER / record.name, folder / FOLDER / record.name)
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a file that never changes a second name; copy it where that is on another file system, or one without links.
+
+    Raises `OSError`.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def damage_of(checkpoint: Location, records: Iterable[FileRecord]) -> list[tuple[str, str]]:

@@ -26,6 +26,7 @@ from engine.config.rules.parallel import (
     check_zero,
 )
 from engine.config.rules.regularization import check_regularization
+from engine.config.rules.reservoir import check_reservoir
 from engine.config.rules.stage import check_optimizer, check_run_stages, check_schedule, check_stability, ramp_problems
 from engine.config.rules.tables import check_replay, check_weights_table
 from engine.config.schema.model import ModelConfig
@@ -104,6 +105,7 @@ def check(config: RunConfig) -> list[PalimpsestError]:
         _check_stage(index, stage, config.model, problems)
     check_run_stages(config, problems)
     check_replay(config, problems)
+    check_reservoir(config, problems)
     check_regularization(config, problems)
     return problems
 

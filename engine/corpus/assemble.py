@@ -18,6 +18,7 @@ from engine.corpus.near_duplicates import near_duplicates
 from engine.corpus.pool import Pool
 from engine.corpus.spread import ChunkKey, spread_keys, stored_order
 from engine.corpus.statistics import Statistics
+from engine.data.shards.document_weights import COLUMN
 from engine.data.shards.ids import from_array, to_array
 from engine.data.shards.index import ShardEntry
 from engine.data.shards.writer import Compression, cut_into_shards, write_shard
@@ -119,6 +120,8 @@ class ShardTask:
     dtype: np.dtype
     with_sentences: bool
     compression: Compression
+    weights: np.ndarray | None = None
+    """Weights of the documents, (num_documents,) float64; None where none are kept."""
 
 
 def refuse_repeated_ids(corpus: Corpus) -> None:
@@ -171,7 +174,9 @@ def shard_tasks(
     for number, (first, last) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
         # in a generator: the records of a shard are looked up when a worker is free, not before
         parts = corpus.locate(order[first:last])
-        yield ShardTask(folder, number, last - first, parts, corpus.dtype, with_sentences, compression)
+        weights = corpus.documents.weights
+        own = weights[order[first:last]] if weights.size else None
+        yield ShardTask(folder, number, last - first, parts, corpus.dtype, with_sentences, compression, own)
 
 
 def write(task: ShardTask) -> tuple[Path, int, ShardEntry]:
@@ -193,7 +198,9 @@ def write(task: ShardTask) -> tuple[Path, int, ShardEntry]:
         # from positions in the documents to positions in the shard
         sentences = np.concatenate(starts).astype(np.int64) + np.repeat(firsts, counts)
     ids = to_array(names) if any(names) else None
-    entry = write_shard(task.folder, task.number, np.concatenate(tokens), lengths, sentences, task.compression, ids)
+    content = (np.concatenate(tokens), lengths, sentences)
+    columns = {} if task.weights is None else {COLUMN: task.weights}
+    entry = write_shard(task.folder, task.number, *content, task.compression, ids, columns)
     return task.folder, task.number, entry
 
 

@@ -13,7 +13,7 @@ import xxhash
 from engine.corpus.encoded_chunks import Documents, EncodedChunk, save
 from engine.corpus.minhash import band_keys
 from engine.corpus.sentences import sentence_starts, sentences_in_tokens
-from engine.corpus.sources.chunks import TextChunk, parse
+from engine.corpus.sources.chunks import NO_KEYS, Keys, TextChunk, parse
 from engine.corpus.spread import ChunkKey, stored_order
 from engine.data.shards.ids import id_line
 from engine.data.shards.index import token_dtype
@@ -33,8 +33,8 @@ class EncodeOptions:
     """Language whose rules find the sentences; None finds none."""
     similarity: float | None = None
     """Similarity of near duplicates; None looks for none."""
-    id_key: str | None = None
-    """Key of the documents' ids; None keeps none."""
+    keys: Keys = NO_KEYS
+    """Keys of what is kept beside the text."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,15 @@ def encode_to_file(task: Task) -> Encoded:
 
 def encode(chunk: TextChunk, tokenizer: TextTokenizer, options: EncodeOptions) -> EncodedChunk:
     """Encode one chunk; documents without a token are left out and counted. Raises `DataError`."""
-    parsed = parse(chunk, options.text_key, options.id_key)
+    parsed = parse(chunk, options.text_key, options.keys)
     texts = [document.text for document in parsed]
     found, sentences_of, unspelt = _tokens(texts, tokenizer, options.sentences)
     is_kept = np.array([item.size > 0 for item in found], bool)
     kept = [item for item in zip(texts, found, sentences_of, strict=True) if item[1].size]
-    named = [document for document, item in zip(parsed, found, strict=True) if item.size and options.id_key is not None]
+    with_tokens = [document for document, item in zip(parsed, found, strict=True) if item.size]
+    named = with_tokens if options.keys.id is not None else []
     names = tuple(id_line(document.id) for document in named)
+    weighed = with_tokens if options.keys.weight is not None else []
     contents = [text.encode() for text, _, _ in kept]
     # xxHash's canonical digests are big-endian on every machine
     digests, name_digests = (b"".join(map(xxhash.xxh3_128_digest, items)) for items in (contents, names))
@@ -98,6 +100,7 @@ def encode(chunk: TextChunk, tokenizer: TextTokenizer, options: EncodeOptions) -
         unspelt=unspelt[is_kept],
         id_bytes=np.array([len(name) for name in names] if names else [0] * len(ids), np.int64),
         id_hashes=np.frombuffer(name_digests, ">u8").astype(np.uint64).reshape(-1, 2),
+        weights=np.array([document.weight for document in weighed], np.float64),
         empty=np.array(len(texts) - len(kept)),
         empty_unspelt=unspelt[~is_kept].sum(),
     )

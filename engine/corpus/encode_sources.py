@@ -39,7 +39,7 @@ def encode_sources(
         EnvironmentProblem: a worker process died.
     """
     near = options.similarity if options.deduplicate == "near" else None
-    how = EncodeOptions(options.text_key, options.validation_fraction, options.sentences, near, options.id_key)
+    how = EncodeOptions(options.text_key, options.validation_fraction, options.sentences, near, options.keys)
     named: list[tuple[Path, ChunkKey, str]] = []
     found: dict[int, Encoded] = {}
     tally = {"documents": 0, "tokens": 0, "kept_tokens": 0, "done": 0, "text_bytes": 0, "unspelt_bytes": 0}
@@ -63,9 +63,7 @@ def encode_sources(
             key = xxhash.xxh3_64_hexdigest(" ".join(hashes[source.name] for source in shelf).encode())
             folder = work / f"{order:06d}-{key}"
             folder.mkdir(exist_ok=True)
-            for number, chunk in enumerate(
-                read_chunks(shelf, options.text_key, options.blank_line_ends, options.id_key)
-            ):
+            for number, chunk in enumerate(read_chunks(shelf, options.text_key, options.blank_line_ends, options.keys)):
                 file_number, path = len(named), folder / f"{number:06d}.part"
                 named.append((path, (order, number), shelf[0].domain))
                 # a part that an earlier attempt finished; one that does not verify is encoded again

@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +58,8 @@ class Documents:
     """() int64 documents without a token."""
     empty_unspelt: np.ndarray
     """() int64 bytes in these that no token spells."""
+    weights: np.ndarray = field(default_factory=lambda: np.empty(0))
+    """(n,) float64: weights in a reservoir; (0,) where none were asked for."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Record(NamedTuple):
 
 def save(path: Path, part: EncodedChunk, order: np.ndarray) -> None:
     """Put the encoded chunk in place, its records in the given order (n,) of documents. Raises `OSError`."""
-    arrays = {field.name: getattr(part.documents, field.name) for field in fields(Documents)}
+    arrays = {item.name: getattr(part.documents, item.name) for item in fields(Documents)}
     known = io.BytesIO()
     lines = np.frombuffer(json.dumps(part.lines).encode(), np.uint8)
     np.savez(known, bands=part.bands, lines=lines, **arrays)
@@ -142,9 +144,9 @@ def load(path: Path) -> tuple[Documents, np.ndarray] | None:
     offset = int.from_bytes(content[-_OFFSET_BYTES:], "little")
     with np.load(io.BytesIO(content[offset:-_OFFSET_BYTES])) as arrays:
         # a part of an earlier version is made again, as if it were not there
-        if not {field.name for field in fields(Documents)} <= set(arrays.files):
+        if not {item.name for item in fields(Documents)} <= set(arrays.files):
             return None
-        return Documents(**{field.name: arrays[field.name] for field in fields(Documents)}), arrays["bands"]
+        return Documents(**{item.name: arrays[item.name] for item in fields(Documents)}), arrays["bands"]
 
 
 def record_begins(documents: Documents, order: np.ndarray, item_bytes: int) -> np.ndarray:
@@ -175,7 +177,7 @@ def read(records: Records, dtype: np.dtype) -> Iterator[Record]:
 
 def joined(parts: list[Documents]) -> Documents:
     """Return all documents of one or more parts, in order."""
-    arrays = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Documents)}
+    arrays = {item.name: [getattr(part, item.name) for part in parts] for item in fields(Documents)}
     totals = {name: np.sum(arrays.pop(name)) for name in ("empty", "empty_unspelt")}
     return Documents(**{name: np.concatenate(items) for name, items in arrays.items()}, **totals)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from engine.config.paths import disk_path
 from engine.corpus.assemble import Deduplicate
 from engine.corpus.sentences import check_language
+from engine.corpus.sources.chunks import Keys
 from engine.data.shards.writer import DEFAULT_SHARD_BYTES, Compression
 from engine.errors import ConfigError
 
@@ -27,6 +28,8 @@ class PrepareOptions:
     text_key: str = "text"
     id_key: str | None = None
     """Key of an id of each document, which is kept beside its shard; None keeps none."""
+    weight_key: str | None = None
+    """Key of a weight of each document, which is kept beside its shard, for reservoirs; None keeps none."""
     blank_line_ends: bool = False
     """Text files hold many documents, each ended by an empty line; otherwise a file is a document."""
     sentences: str | None = None
@@ -39,6 +42,11 @@ class PrepareOptions:
     max_unspelt: float = 0.05
     """Largest share of the bytes of a domain's text that the tokenizer may fail to spell."""
     overwrite: bool = False
+
+    @property
+    def keys(self) -> Keys:
+        """Keys of what is kept of a document beside its text."""
+        return Keys(self.id_key, self.weight_key)
 
 
 @dataclass(frozen=True)
@@ -78,9 +86,8 @@ def check_options(options: PrepareOptions) -> None:
     if options.sentences is not None:
         check_language(options.sentences)
     disk_path(str(options.output), "--output")
-    if options.id_key == options.text_key:
-        raise ConfigError(
-            f"--id-key {options.id_key} is the key of the text, too", "the key of an id", "name another one, or none"
-        )
+    for option, key in (("--id-key", options.id_key), ("--weight-key", options.weight_key)):
+        if key == options.text_key:
+            raise ConfigError(f"{option} {key} is the key of the text, too", "another key", "name another one, or none")
     if not options.sources:
         raise ConfigError("no source is named", "files, folders, globs, or hf:NAME_OR_FOLDER", "name one")

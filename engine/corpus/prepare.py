@@ -51,7 +51,7 @@ def prepare(options: PrepareOptions, progress: Show = lambda _: None, pool: Pool
     refuse_foreign(options.output)
     tokenizer = load_tokenizer(options.tokenizer)
     sources = find_sources(options.sources)
-    _refuse_no_ids(options, sources)
+    _refuse_no_keys(options, sources)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         if not os.access(options.output, os.W_OK):  # told before the sources are read for their hashes
@@ -90,6 +90,8 @@ def _recipe(options: PrepareOptions, tokenizer: TextTokenizer, sources: list[Sou
         "shard_bytes": options.shard_bytes,
         "text_key": options.text_key,
         "id_key": options.id_key,
+        # no key where there are none, as in recipes from before there were any
+        **({} if options.weight_key is None else {"weight_key": options.weight_key}),
         "blank_line_ends": options.blank_line_ends,
         "sentences": options.sentences,
         "deduplicate": options.deduplicate,
@@ -100,16 +102,18 @@ def _recipe(options: PrepareOptions, tokenizer: TextTokenizer, sources: list[Sou
     }
 
 
-def _refuse_no_ids(options: PrepareOptions, sources: list[Source]) -> None:
-    """Raise `ConfigError` where ids are asked for of files that hold text alone."""
+def _refuse_no_keys(options: PrepareOptions, sources: list[Source]) -> None:
+    """Raise `ConfigError` where ids or weights are asked for of files that hold text alone."""
     plain = [source.name for source in sources if source.kind == "text"]
-    if options.id_key is not None and plain:
-        more = f" (and {len(plain) - 1:,} more)" if len(plain) > 1 else ""
-        raise ConfigError(
-            f"--id-key {options.id_key}: {plain[0]}{more} is plain text, which has no keys",
-            "JSON lines, Parquet or a dataset",
-            "leave --id-key out (ids are then SHARD_HASH:ROW), or write the texts as JSON lines",
-        )
+    left_out = {"--id-key": " (ids are then SHARD_HASH:ROW)", "--weight-key": ""}
+    for option, key in (("--id-key", options.id_key), ("--weight-key", options.weight_key)):
+        if key is not None and plain:
+            more = f" (and {len(plain) - 1:,} more)" if len(plain) > 1 else ""
+            raise ConfigError(
+                f"{option} {key}: {plain[0]}{more} is plain text, which has no keys",
+                "JSON lines, Parquet or a dataset",
+                f"leave {option} out{left_out[option]}, or write the texts as JSON lines",
+            )
 
 
 @contextmanager

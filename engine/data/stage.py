@@ -13,7 +13,7 @@ from engine.config.rules.data import whole_parts
 from engine.config.rules.tables import REPLAY, replay_ratios, whole_row
 from engine.config.schema.data import DataConfig
 from engine.config.schema.stage import RunStage
-from engine.data.replay.generation import Generation
+from engine.data.replay.generation import MOST_STALE, Generation
 from engine.data.replay.view import ReplayDataset
 from engine.data.shards.cache import ShardCache
 from engine.data.shards.dataset import TokenDataset
@@ -109,11 +109,12 @@ def open_reservoir(
     tokenizer_hash: str | None,
     vocab_size: int,
     tombstones: Tombstones = NO_TOMBSTONES,
+    most_stale: float = MOST_STALE,
 ) -> ReplayDataset:
     """Return the rows of a generation, read from data sets that are open and from the training data of run stages.
 
-    Shards are found by their content. Data of completed run stages may be gone: as `ReplayDataset` allows, some rows
-    are lost then.
+    Shards are found by their content. Data of completed run stages may be gone: then the rows that are not pinned are
+    lost, as far as `ReplayDataset` allows.
 
     Raises:
         DataError: too many rows are lost.
@@ -128,7 +129,7 @@ def open_reservoir(
                     datasets.append(_open(earlier, "data", location, tokenizer_hash, vocab_size, tombstones))
                 except DataError as error:
                     _log.warning("data of run stage %s is not there to be replayed: %s", earlier.name, error.wrong)
-    return ReplayDataset(generation, datasets, tombstones)
+    return ReplayDataset(generation, datasets, tombstones, most_stale)
 
 
 def _mixed(run_stage: RunStage, sets: list[TokenDataset]) -> list[WeightedDataset]:

@@ -149,7 +149,8 @@ def find_checkpoint(source: Path) -> Path:
     if (source / MANIFEST).is_file():
         return _whole(source)
     if not (source / CHECKPOINTS).is_dir():
-        what = "holds neither checkpoints/ nor manifest.json" if source.is_dir() else "is not there"
+        what = "is a file" if source.is_file() else "is not there"
+        what = "holds neither checkpoints/ nor manifest.json" if source.is_dir() else what
         raise ConfigError(
             f"{source} {what}", "a run folder or one of its checkpoints", "check the path, or train first"
         )

@@ -98,9 +98,9 @@ def generate_replay(
 def _refuse_no_decoder(trained: Trained, source: Path) -> None:
     if trained.config.family != "gpt":
         raise ConfigError(
-            f"the model in {source} is of family {trained.config.family}, which continues no text",
+            f"the model in {source} is of family {trained.config.family}, which fills gaps and continues no text",
             "a GPT",
-            "replay old data, or keep a reservoir of it, with this model",
+            "replay old data with this model; where it will vanish, let reservoir.pin keep copies of it",
         )
 
 

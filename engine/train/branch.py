@@ -8,13 +8,12 @@ written, so neither run can disturb the other: each removes its own names alone.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 from engine.checkpoint import manifest_json
 from engine.checkpoint.folder import CHECKPOINTS, step_of
-from engine.checkpoint.named_files import FOLDER, named_by
+from engine.checkpoint.named_files import link, named_by, share
 from engine.data.shards.tombstones import FILE as TOMBSTONES
 from engine.errors import ConfigError, EnvironmentProblem
 from engine.train import saved
@@ -36,8 +35,7 @@ def branch(checkpoint: Path, folder: Path) -> None:
     try:
         target = folder / CHECKPOINTS
         _link_folder(checkpoint, target / checkpoint.name)
-        for record in named:
-            _link(checkpoint.parent / FOLDER / record.name, target / FOLDER / record.name)
+        share(checkpoint, named, target)
         step = step_of(checkpoint)
         lines = [json.dumps(record) for record in read_metrics(run) if record["step"] <= step]
         (folder / METRICS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -56,13 +54,4 @@ def branch(checkpoint: Path, folder: Path) -> None:
 def _link_folder(source: Path, target: Path) -> None:
     for path in sorted(source.rglob("*")):
         if path.is_file():
-            _link(path, target / path.relative_to(source))
-
-
-def _link(source: Path, target: Path) -> None:
-    """Give a file a second name; copy it where that is on another file system, or one without links."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+            link(path, target / path.relative_to(source))

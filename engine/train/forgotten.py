@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
 from engine.checkpoint import manifest_json
 from engine.checkpoint.folder import CHECKPOINTS, committed
 from engine.config import save
@@ -27,7 +29,7 @@ from engine.data.shards.tombstones import NO_TOMBSTONES, Tombstones, read_tombst
 from engine.data.stage import open_parts, open_reservoir, open_validation, run_stage_seed, stage_stream
 from engine.data.stream import Stream
 from engine.errors import CheckpointError, ConfigError, DataError
-from engine.train.saved_reservoir import frozen_generation, kept_generation, open_stage
+from engine.train.saved_reservoir import frozen_generation, kept_generation, open_stage, pinned_files
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,16 @@ class RunOfDocuments:
             if len(view.tombstones):
                 other = view.with_fill(another_token(view))
                 yield name, scan(view, other, _samplers(stage, view, other))
+
+    def pinned(self, documents: Tombstones) -> Iterator[tuple[str, Tombstones]]:
+        """Yield the files of pinned rows that the run's checkpoints name, each with those of the documents that it
+        holds. The next run stage's end writes files without them. Raises `CheckpointError` where one is damaged."""
+        for name, rows in pinned_files(self.config):
+            found = {
+                content_hash: np.intersect1d(numbers, documents.of(content_hash))
+                for content_hash, numbers in rows.documents.items()
+            }
+            yield name, Tombstones({key: mine.tolist() for key, mine in found.items() if mine.size})
 
     def _open_stream(self, number: int) -> Stream:
         stage = self.config.stages[number]

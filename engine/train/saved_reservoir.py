@@ -6,6 +6,7 @@ Nothing here imports torch.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from engine.checkpoint import manifest_json
@@ -15,6 +16,7 @@ from engine.config.schema.reservoir import ReservoirConfig
 from engine.config.schema.run import RunConfig
 from engine.data.replay.files import NamedFile, NamedGeneration, load
 from engine.data.replay.generation import Generation
+from engine.data.replay.pinned import PinnedRows
 from engine.data.replay.reservoir import Settings
 from engine.data.shards.tombstones import NO_TOMBSTONES, Tombstones
 from engine.data.source import WeightedDataset
@@ -30,8 +32,9 @@ def reservoir_settings(config: RunConfig, reservoir: ReservoirConfig) -> Setting
         reservoir.quota,
         dict(reservoir.shares) or None,
         reservoir.span_tokens,
-        # a later run stage gives the documents that it shares with an earlier one another weight
-        pure=reservoir.recency == 1.0,
+        # a later run stage gives the documents that it shares with an earlier one another weight, and so may a copy of
+        # a shard, whose name says nothing of its weights
+        pure=reservoir.recency == 1.0 and reservoir.weight_column is None,
     )
 
 
@@ -53,7 +56,7 @@ def frozen_generation(config: RunConfig, number: int) -> Generation | None:
                 return None  # the newest one: the run stage has not begun
             frozen = NamedGeneration(saved.files[saved.section["chain"][0]], settings)
         if frozen is not None:
-            return frozen.load(config.folder / CHECKPOINTS / FOLDER)
+            return saved.with_pinned(frozen.load(config.folder / CHECKPOINTS / FOLDER), config)
     return None
 
 
@@ -65,8 +68,20 @@ def kept_generation(config: RunConfig) -> tuple[str, Generation] | None:
     for saved in _saved(config):
         files = [saved.files[name] for name in saved.section["chain"]]
         settings = reservoir_settings(config, config.reservoir)
-        return saved.name, load(config.folder / CHECKPOINTS / FOLDER, files, settings).freeze()
+        kept = load(config.folder / CHECKPOINTS / FOLDER, files, settings).freeze()
+        return saved.name, saved.with_pinned(kept, config)
     return None
+
+
+def pinned_files(config: RunConfig) -> Iterator[tuple[str, PinnedRows]]:
+    """Yield the name and the rows of each file of pinned rows that the run's checkpoints name. Raises
+    `CheckpointError` as `frozen_generation`."""
+    seen: set[str] = set()
+    for saved in _saved(config):
+        for name in saved.section.get("pinned", []):
+            if name not in seen:
+                seen.add(name)
+                yield name, PinnedRows(config.folder / CHECKPOINTS / FOLDER, [saved.files[name]])
 
 
 def keeps_rows(config: RunConfig) -> bool:
@@ -111,6 +126,12 @@ class _Saved(NamedTuple):
     stage_step: int
     section: dict[str, Any]
     files: dict[str, NamedFile]
+
+    def with_pinned(self, generation: Generation, config: RunConfig) -> Generation:
+        """Return a generation with the copies that the checkpoint names. Raises `CheckpointError`."""
+        names = self.section.get("pinned", [])
+        pinned = [self.files[name] for name in names]
+        return replace(generation, pinned=PinnedRows(config.folder / CHECKPOINTS / FOLDER, pinned) if pinned else None)
 
 
 def _saved(config: RunConfig) -> Iterator[_Saved]:

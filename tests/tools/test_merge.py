@@ -16,6 +16,8 @@ from engine.checkpoint.folder import committed
 from engine.checkpoint.load import read_weights
 from engine.cli import main
 from engine.data.loader import first_samples
+from engine.data.shards.index import read_index
+from engine.data.shards.tombstones import Tombstones, add_tombstones, read_tombstones
 from engine.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USAGE
 from engine.library import open_checkpoint
 from engine.serve.held_out import held_out_loss
@@ -55,6 +57,27 @@ def test_the_newest_of_a_run_are_merged_as_a_decay(trained, tmp_path, capsys):
     assert main(["checkpoint", "diff", str(tmp_path / "out"), str(trained)]) == EXIT_FAILURE
 
 
+def test_old_and_new_weights_of_a_run_of_two_stages_are_merged(corpus, tmp_path, capsys):
+    """The mean of before and after the second stage, which stands at the end of the run."""
+    tree = run_tree(corpus, tmp_path / "run")
+    [stage] = tree["stages"]
+    tree["stages"] = [stage | {"name": "old", "duration": {"steps": 3}}, stage | {"name": "new"}]
+    tree["reservoir"] = {"rows": 100, "span_tokens": 16, "pin": {"max_bytes": 10**6}}
+    fake_run(tree)
+    gone = Tombstones({shard.content_hash: range(3) for shard in read_index(corpus / "train").shards})
+    add_tombstones(tmp_path / "run", gone)
+    old, new = (step(tmp_path / "run", number) for number in (3, 12))
+    merged([old, tmp_path / "run", "--weights", "0.25,0.75", "--output", tmp_path / "out"])
+    before, after = (read_weights(path)["weight"].double() for path in (old, new))
+    assert torch.equal(read_weights(step(tmp_path / "out", 12))["weight"], (0.25 * before + 0.75 * after).float())
+    # the reservoir and its copies, which the newest one names, lie beside the output, and what is forgotten stays so
+    assert main(["checkpoint", "verify", str(tmp_path / "out")]) == EXIT_DONE
+    assert read_tombstones(tmp_path / "out") == gone
+    tree["stages"].append(stage | {"name": "third", "replay": {"ratio": 0.25}})
+    run = fake_run(tree | {"folder": str(tmp_path / "out")})
+    assert (run.started_at, run.state.step, run.state.run_stage) == (12, 21, 2)
+
+
 def test_training_goes_on_from_a_merge_with_an_optimizer_that_begins_anew(trained, corpus, tmp_path, capsys):
     merged([step(trained, 3), step(trained, 6), "--output", tmp_path / "out"])
     mean = (read_weights(step(trained, 3))["weight"].double() + read_weights(step(trained, 6))["weight"].double()) / 2
@@ -78,9 +101,15 @@ def test_the_held_out_loss_is_that_of_the_logits(tmp_path, capsys):
     dataset = write_shards(tmp_path / "held-out", documents, vocab_size=config.model.vocab_size)
     for number in (10, 20):
         save(config, number, number, {"progress": {"run_stage": 0}})
-    merged([tmp_path / "run", "--last", "2", "--output", tmp_path / "out", "--verify-on", tmp_path / "held-out"])
+    write_shards(tmp_path / "more", documents[:3], vocab_size=config.model.vocab_size)
+    verify_on = [item for name in ("held-out", "more") for item in ("--verify-on", tmp_path / name)]
+    merged([tmp_path / "run", "--last", "2", "--output", tmp_path / "out", *verify_on])
     said = capsys.readouterr().out
-    for path, name in ((step(tmp_path / "out", 20), "held-out loss on"), (step(tmp_path / "run", 20), "alone")):
+    assert said.count("held-out loss on") == 2
+    first = said[said.index("held-out loss on") : said.rindex("held-out loss on")]
+    alone = {step(tmp_path / "run", number): f"of {step(tmp_path / 'run', number)} alone: " for number in (10, 20)}
+    told = {step(tmp_path / "out", 20): f"held-out loss on {tmp_path / 'held-out'}: "} | alone
+    for path, name in told.items():
         batch = first_samples(dataset, 32, 0, 10**6)
         given = {key: value for key, value in batch.inputs.items() if key not in ("targets_BT", "weights_BT")}
         with torch.inference_mode():
@@ -90,8 +119,7 @@ def test_the_held_out_loss_is_that_of_the_logits(tmp_path, capsys):
         expected = float((losses * weights).sum() / weights.sum())
         # fp32 sums of some hundred losses of about 4: a relative error of 2^-23 times their number's root, and a margin
         assert held_out_loss(path, dataset) == pytest.approx(expected, rel=1e-5)
-        assert f"{held_out_loss(path, dataset):.6f}" in said[said.index("held-out loss on") :]
-        assert name in said
+        assert f"{name}{held_out_loss(path, dataset):.6f}" in first
 
 
 def test_bad_input_is_one_clear_error_and_nothing_is_written(trained, tmp_path, capsys):

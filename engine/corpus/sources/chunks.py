@@ -22,6 +22,7 @@ from engine.config.paths import expand
 from engine.corpus.sources import parquet, text_files
 from engine.corpus.sources.files import find_files, foreign_files, matches
 from engine.corpus.sources.hub import HUB_PREFIX, local_files, read_columns
+from engine.data.shards.document_weights import LARGEST_WEIGHT, LEAST_WEIGHT
 from engine.data.visible import visible
 from engine.errors import ConfigError, DataError
 
@@ -65,17 +66,34 @@ class TextChunk:
     items: list[tuple[str, int, bytes]]
     read_bytes: int
     """Bytes of the files, as they lie there, that were read for it."""
-    ids: list[Any] = field(default_factory=list)
-    """Value of the column of ids in each row of a table; empty for JSON, whose lines hold it, and where none is asked
-    for."""
+    values: list[dict[str, Any]] = field(default_factory=list)
+    """Values of each row of a table under the keys that are kept beside the text; empty for JSON, whose lines hold
+    them, and where none are asked for."""
 
 
 class TextDocument(NamedTuple):
-    """One document of a chunk; `id` and `line` (its file and line, or row) are empty where no ids are asked for."""
+    """One document of a chunk; `id` and `line` (its file and line, or row) are empty where no ids are asked for, and
+    `weight` is 1 where no weights are."""
 
     text: str
     id: str = ""
     line: str = ""
+    weight: float = 1.0
+
+
+class Keys(NamedTuple):
+    """Keys of what is kept of a document beside its text; None keeps none."""
+
+    id: str | None = None
+    weight: str | None = None
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The keys that are not None."""
+        return tuple(key for key in self if key is not None)
+
+
+NO_KEYS = Keys()
 
 
 def find_sources(names: Iterable[str]) -> list[Source]:
@@ -157,49 +175,47 @@ def named_hash(source: Source) -> tuple[str, str]:
     return source.name, content_hash(source)
 
 
-def read_chunks(
-    shelf: list[Source], text_key: str, blank_line_ends: bool, id_key: str | None = None
-) -> Iterator[TextChunk]:
+def read_chunks(shelf: list[Source], text_key: str, blank_line_ends: bool, keys: Keys = NO_KEYS) -> Iterator[TextChunk]:
     """Yield the documents of some sources of one kind in order, as chunks.
 
-    `text_key` and `id_key` name columns of a table; with `blank_line_ends` a text file holds many documents, each
+    `text_key` and `keys` name columns of a table; with `blank_line_ends` a text file holds many documents, each
     ended by an empty line. Raises `DataError`: unreadable, damaged compression, unknown dataset or column.
     """
     # a 32nd of the files, so that small corpora also make chunks for many workers
     limit = min(max(sum(source.num_bytes for source in shelf) // _CHUNKS_PER_FILE, _SMALLEST_CHUNK), LARGEST_CHUNK)
     items: list[tuple[str, int, bytes]] = []
-    ids: list[Any] = []
+    values: list[dict[str, Any]] = []
     size = read = 0
     for source in shelf:
         before = 0
-        for (number, content, so_far), found in _rows(source, text_key, blank_line_ends, limit, id_key):
+        for (number, content, so_far), found in _rows(source, text_key, blank_line_ends, limit, keys.named):
             items.append((source.name, number, content))
-            if id_key is not None and source.kind != "json":
-                ids.append(found)
+            if keys.named and source.kind != "json":
+                values.append(found)
             size += len(content)
             # `so_far` counts the bytes of this file, `read` those of the shelf since the last chunk
             read, before = read + so_far - before, so_far
             if size >= limit:
-                yield TextChunk(source.kind, items, read, ids)
-                items, ids, size, read = [], [], 0, 0
+                yield TextChunk(source.kind, items, read, values)
+                items, values, size, read = [], [], 0, 0
         # the rest of a file without further documents, such as blank lines at its end
         read += source.num_bytes - before
-    yield TextChunk(shelf[-1].kind, items, read, ids)
+    yield TextChunk(shelf[-1].kind, items, read, values)
 
 
 def _rows(
-    source: Source, text_key: str, blank_line_ends: bool, limit: int, id_key: str | None
-) -> Iterator[tuple[text_files.RawDocument, Any]]:
-    """Yield documents and, of a table, the values in its column of ids."""
+    source: Source, text_key: str, blank_line_ends: bool, limit: int, columns: tuple[str, ...]
+) -> Iterator[tuple[text_files.RawDocument, dict[str, Any]]]:
+    """Yield documents and, of a table, their values in some other columns."""
     if source.kind == "hub":
-        rows = enumerate(read_columns(source.name, text_key, id_key))
+        rows = enumerate(read_columns(source.name, text_key, columns))
         return (((number, text.encode(), 0), found) for number, (text, found) in rows)
     if source.kind == "parquet":
-        return parquet.rows(source.name, text_key, id_key)
+        return parquet.rows(source.name, text_key, columns)
     if source.kind == "json":
-        return zip(text_files.blocks(source.name, limit), itertools.repeat(None), strict=False)
+        return zip(text_files.blocks(source.name, limit), itertools.repeat({}), strict=False)
     plain = text_files.paragraphs(source.name) if blank_line_ends else text_files.whole(source.name)
-    return zip(plain, itertools.repeat(None), strict=False)
+    return zip(plain, itertools.repeat({}), strict=False)
 
 
 def read_texts(
@@ -226,24 +242,21 @@ def _first_texts(shelf: list[Source], text_key: str, blank_line_ends: bool, limi
                 return
 
 
-def parse(chunk: TextChunk, text_key: str, id_key: str | None = None) -> list[TextDocument]:
-    """Return a chunk's documents, with their ids where `id_key` names them.
+def parse(chunk: TextChunk, text_key: str, keys: Keys = NO_KEYS) -> list[TextDocument]:
+    """Return a chunk's documents, with their ids and weights where `keys` name them.
 
-    Raises `DataError` naming file and line: no JSON, no text, no UTF-8, no id.
+    Raises `DataError` naming file and line: no JSON, no text, no UTF-8, no id, no weight.
     """
     if chunk.kind == "text":
         return [TextDocument(_decode(*item)) for item in chunk.items]
     if chunk.kind != "json":
         texts = [_decode_row(*item) for item in chunk.items]
-        if id_key is None:
+        if not keys.named:
             return [TextDocument(text) for text in texts]
         lines = [f"row {number} of {source}" for source, number, _ in chunk.items]
-        return [
-            TextDocument(text, id_text(line, found, id_key), line)
-            for text, found, line in zip(texts, chunk.ids, lines, strict=True)
-        ]
+        return [_document(*item, keys) for item in zip(texts, chunk.values, lines, strict=True)]
     return [
-        _json_document(source, number, line, text_key, id_key)
+        _json_document(source, number, line, text_key, keys)
         for source, first, content in chunk.items
         for number, line in enumerate(content.split(b"\n"), first)
         if line.strip()
@@ -254,7 +267,7 @@ def _files(name: str, given: str) -> list[Source]:
     return [Source(str(path), kind, size) for path, kind, size in find_files(name, given)]
 
 
-def _json_document(source: str, number: int, line: bytes, text_key: str, id_key: str | None) -> TextDocument:
+def _json_document(source: str, number: int, line: bytes, text_key: str, keys: Keys) -> TextDocument:
     where = f"{source}:{number}"
     try:
         row = json.loads(line)
@@ -273,9 +286,27 @@ def _json_document(source: str, number: int, line: bytes, text_key: str, id_key:
             "name the key of the text with --text-key, or mend or remove the line",
         )
     text = _without_surrogates(where, row[text_key])
-    if id_key is None:
-        return TextDocument(text)
-    return TextDocument(text, id_text(where, row.get(id_key), id_key), where)
+    return _document(text, row, where, keys)
+
+
+def _document(text: str, row: dict[str, Any], where: str, keys: Keys) -> TextDocument:
+    """Return a document with what is kept beside its text."""
+    name = "" if keys.id is None else id_text(where, row.get(keys.id), keys.id)
+    weight = 1.0 if keys.weight is None else weight_of(where, row.get(keys.weight), keys.weight)
+    return TextDocument(text, name, "" if keys.id is None else where, weight)
+
+
+def weight_of(where: str, value: Any, key: str) -> float:
+    """Return the weight of a document. Raises `DataError` where it is missing, no number, or out of bounds."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not LEAST_WEIGHT <= value <= LARGEST_WEIGHT:
+        found = repr(value) if is_number else _JSON_NAMES.get(type(value), type(value).__name__)
+        raise DataError(
+            f"{where} has {'no weight' if value is None else found} under {key!r}",
+            f"a number from {LEAST_WEIGHT} to {LARGEST_WEIGHT} for each document",
+            "name the key of the weights with --weight-key, or mend the line",
+        )
+    return float(value)
 
 
 def id_text(where: str, value: Any, key: str) -> str:

@@ -21,20 +21,20 @@ _SAVED_TO_DISK = "state.json"
 _SAVED_SPLITS = "dataset_dict.json"
 
 
-def read_columns(source: str, column: str, id_column: str | None = None) -> Iterator[tuple[str, Any]]:
-    """Yield the texts of `hf:NAME_OR_FOLDER[:CONFIG][@SPLIT]` in order, and the values of `id_column` (None where it is
-    not named, or not there). Raises `DataError`."""
+def read_columns(source: str, column: str, others: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the texts of `hf:NAME_OR_FOLDER[:CONFIG][@SPLIT]` in order, and the values of other columns by name
+    (None where they are not there). Raises `DataError`."""
     path, config, split = split_hub_name(source)
     number = -1
     try:
-        columns = [column] + ([] if id_column is None else [id_column])
+        columns = [column, *others]
         for number, row in enumerate(_rows(path, config, split, columns)):
             if not isinstance(row.get(column), str):
                 found = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items())
                 raise DataError(
                     f"row {number} of {source} has no text in column {column!r}", found, "name it with --text-key"
                 )
-            yield row[column], None if id_column is None else row.get(id_column)
+            yield row[column], {other: row.get(other) for other in others}
     except PalimpsestError:
         raise
     except Exception as error:

@@ -1,4 +1,4 @@
-"""One text column of a Parquet file, row by row, as bytes, and on request one of ids.
+"""One text column of a Parquet file, row by row, as bytes, and on request the values of other columns.
 
 Errors of the library become one `DataError` with the file's name.
 
@@ -20,8 +20,8 @@ RawDocument = tuple[int, bytes, int]
 """Number of the row (from 0), its text, and bytes of the file that were read so far."""
 
 
-def rows(name: str, column: str, id_column: str | None = None) -> Iterator[tuple[RawDocument, Any]]:
-    """Yield the texts of a column in order, and the values of `id_column` (None where it is not named).
+def rows(name: str, column: str, others: tuple[str, ...] = ()) -> Iterator[tuple[RawDocument, dict[str, Any]]]:
+    """Yield the texts of a column in order, and the values of other columns by name.
 
     Raises `DataError`: damaged, no such column, no text in it.
     """
@@ -31,13 +31,13 @@ def rows(name: str, column: str, id_column: str | None = None) -> Iterator[tuple
     try:
         with parquet.ParquetFile(name) as file:
             _check_column(name, file.schema_arrow, column)
-            if id_column is not None:
-                _check_id_column(name, file.schema_arrow, id_column)
-            columns = [column] + ([] if id_column is None else [id_column])
+            for other in others:
+                _check_other_column(name, file.schema_arrow, other)
+            columns = [column, *others]
             size, total, number = Path(name).stat().st_size, max(1, file.metadata.num_rows), 0
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
                 # `columns` also takes what it reads as a path: of "a.b", field b of a struct a
-                found = _values(batch, id_column)
+                found = _values(batch, others)
                 for text, value in zip(
                     _as_bytes(batch.column(batch.schema.get_field_index(column))), found, strict=True
                 ):
@@ -64,14 +64,17 @@ def _as_bytes(column) -> list[bytes | None]:
     return column.cast(pyarrow.binary_view() if is_view else pyarrow.large_binary()).to_pylist()
 
 
-def _values(batch, column: str | None) -> list[Any]:
-    return [None] * batch.num_rows if column is None else batch.column(batch.schema.get_field_index(column)).to_pylist()
+def _values(batch, columns: tuple[str, ...]) -> list[dict[str, Any]]:
+    found = [batch.column(batch.schema.get_field_index(column)).to_pylist() for column in columns]
+    if not columns:
+        return [{}] * batch.num_rows
+    return [dict(zip(columns, row, strict=True)) for row in zip(*found, strict=True)]
 
 
-def _check_id_column(name: str, schema, column: str) -> None:
+def _check_other_column(name: str, schema, column: str) -> None:
     if schema.get_field_index(column) < 0:
         found = ", ".join(f"{field.name} ({field.type})" for field in schema)
-        raise DataError(f"{name} has no column {column!r}", found, "name the column of the ids with --id-key")
+        raise DataError(f"{name} has no column {column!r}", found, "name the column with --id-key or --weight-key")
 
 
 def _check_column(name: str, schema, column: str) -> None:

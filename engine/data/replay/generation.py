@@ -9,14 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.data.replay.rows import shards_of, used_shards
+from engine.data.replay.rows import INSIDE, shards_of, used_shards
 from engine.errors import DataError
 from engine.logs import logger
+
+if TYPE_CHECKING:
+    from engine.data.replay.pinned import PinnedRows
 
 MOST_STALE = 0.05
 """Largest share of the rows whose shards may be missing or changed, where nothing else is said."""
@@ -46,6 +50,8 @@ class Generation:
     shards: tuple[str, ...]
     domains: Mapping[str, Domain]
     span_tokens: int
+    pinned: PinnedRows | None = field(default=None, compare=False)
+    """Copies of rows, for those whose shards are gone; None where there are none."""
 
     @classmethod
     def of(cls, table: tuple[str, ...], domains: Mapping[str, Domain], span_tokens: int) -> Generation:
@@ -76,17 +82,21 @@ class Generation:
         return digest.hexdigest()[:32]
 
     def without_stale(self, known: Collection[str], most_stale: float = MOST_STALE) -> Generation:
-        """Return the rows whose shards are among the `known` content hashes; the others are counted and logged.
+        """Return the rows whose shards are among the `known` content hashes, or that are pinned; the others are counted
+        and logged.
 
         Raises:
             DataError: more than `most_stale` of the rows are lost.
         """
-        stale = [number for number, content_hash in enumerate(self.shards) if content_hash not in known]
-        if not stale:
+        missing = [number for number, content_hash in enumerate(self.shards) if content_hash not in known]
+        if not missing:
             return self
-        kept = {name: ~np.isin(shards_of(domain.row_ids), stale) for name, domain in self.domains.items()}
+        kept = {name: self._is_there(domain, missing) for name, domain in self.domains.items()}
         num_stale = self.num_rows - sum(int(which.sum()) for which in kept.values())
-        named = ", ".join(self.shards[number] for number in stale[:3]) + (", ..." if len(stale) > 3 else "")
+        if not num_stale:
+            return self
+        stale = np.unique(np.concatenate([shards_of(d.row_ids[~kept[name]]) for name, d in self.domains.items()]))
+        named = ", ".join(self.shards[number] for number in stale[:3].tolist()) + (", ..." if len(stale) > 3 else "")
         if num_stale > most_stale * self.num_rows:
             raise DataError(
                 f"{num_stale:,} of the {self.num_rows:,} rows to replay are in {len(stale):,} shards that are missing "
@@ -105,4 +115,14 @@ class Generation:
             name: Domain(domain.row_ids[kept[name]], domain.lengths[kept[name]])
             for name, domain in self.domains.items()
         }
-        return Generation.of(self.shards, domains, self.span_tokens)
+        return replace(Generation.of(self.shards, domains, self.span_tokens), pinned=self.pinned)
+
+    def _is_there(self, domain: Domain, missing: list[int]) -> np.ndarray:
+        """Return True for the rows that are in no missing shard, or pinned, (n,) bool."""
+        shards = shards_of(domain.row_ids)
+        found = ~np.isin(shards, missing)
+        for number in missing if self.pinned is not None else ():
+            mine = np.flatnonzero(shards == number)
+            assert self.pinned is not None
+            found[mine] = self.pinned.has(self.shards[number], domain.row_ids[mine] & INSIDE)
+        return found

@@ -15,8 +15,6 @@ import numpy as np
 from engine.data.order.permutation import mix_array
 
 PURPOSE_REPLAY = int.from_bytes(b"replay")
-LEAST_WEIGHT, LARGEST_WEIGHT = 1e-30, 1e30
-"""Bounds of weights, between which no key becomes 0 or infinite."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: splitmix64's step between two counters
 _LN2 = 0.6931471805599453

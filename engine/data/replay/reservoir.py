@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.data.replay.entries import Entries, merged, sorted_entries
 from engine.data.replay.generation import Domain, Generation
-from engine.data.replay.keys import LARGEST_WEIGHT, LEAST_WEIGHT, row_keys
+from engine.data.replay.keys import row_keys
 from engine.data.replay.quotas import bounds, ideal_rows, quotas, shares
 from engine.data.replay.rows import (
     INSIDE,
@@ -27,6 +27,7 @@ from engine.data.replay.rows import (
     documents_of,
     shards_of,
 )
+from engine.data.shards.document_weights import LARGEST_WEIGHT, LEAST_WEIGHT, are_within_bounds
 from engine.data.shards.tombstones import NO_TOMBSTONES, Tombstones
 from engine.errors import DataError
 
@@ -267,7 +268,7 @@ def renumbered(entries: Entries, table: tuple[str, ...], joined: tuple[str, ...]
 
 def check_weights(weights: np.ndarray, content_hash: str) -> None:
     """Raise `DataError` for a weight that is no number, or out of bounds."""
-    wrong = ~((weights >= LEAST_WEIGHT) & (weights <= LARGEST_WEIGHT))
+    wrong = ~are_within_bounds(weights)
     if wrong.any():
         raise DataError(
             f"a row of shard {content_hash} has weight {weights[wrong][0]}",

@@ -12,8 +12,9 @@ many. Order and blocks follow from (generation, block size) alone.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
@@ -23,7 +24,8 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.data.replay.generation import MOST_STALE, Generation
-from engine.data.replay.rows import documents_of, shards_of, spans_of
+from engine.data.replay.pinned import PinnedRow, PinnedRows, refuse_other_tokenizer
+from engine.data.replay.rows import INSIDE, SPAN_BITS, documents_of, shards_of, spans_of
 from engine.data.shards.damage import DamagedShard
 from engine.data.shards.dataset import OPEN_SHARDS, UNPACKED_BYTES, Offsets, Shard, TokenDataset
 from engine.data.shards.index import ArrayFile, Index, ShardEntry, token_dtype
@@ -88,6 +90,9 @@ class ReplayDataset(TokenDataset):
                 with different tokenizers.
         """
         self._found = _shards_by_hash(datasets)
+        self._pinned = generation.pinned
+        if self._pinned is not None and datasets:
+            refuse_other_tokenizer(self._pinned, datasets[0].index, datasets[0].location)
         self.generation = generation.without_stale(self._found, most_stale)
         """The rows that are there."""
         _refuse_none(self.generation, datasets)
@@ -97,7 +102,7 @@ class ReplayDataset(TokenDataset):
         self._datasets = tuple(datasets)
         self._places, self._lengths, self._domains, self.domains = _in_blocks(self.generation)
         self._bounds = np.append(np.arange(0, self._places.size, block_rows), self._places.size)
-        self.index = self._index(datasets[0].index)
+        self.index = self._index(datasets[0].index if datasets else _index_of(self._pinned))
         self.fingerprint = self.index.fingerprint
         self._fill_id = self.index.eos_id if fill_id is None else fill_id
         self.location = f"replay of generation {self.generation.hash[:8]}"
@@ -163,15 +168,14 @@ class ReplayDataset(TokenDataset):
 
     def fetch_ahead(self, number: int) -> None:
         """Bring the source shards of a block into the cache, as `TokenDataset.fetch_ahead` does."""
-        for content_hash in self._shards_of(number):
-            dataset, source = self._found[content_hash]
+        for dataset, source in self._sources_of(number):
             if dataset.is_remote:
                 dataset.fetch_ahead(source)
 
     def stored_bytes(self, number: int) -> int:
         """Return the bytes that the cache must hold for a block to be read: those of its remote source shards."""
-        found = [self._found[content_hash] for content_hash in self._shards_of(number)]
-        entries = [dataset.index.shards[source] for dataset, source in found if dataset.is_remote]
+        sources = self._sources_of(number)
+        entries = [dataset.index.shards[source] for dataset, source in sources if dataset.is_remote]
         return sum(array.stored_bytes for entry in entries for array in entry.arrays)
 
     def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
@@ -184,17 +188,39 @@ class ReplayDataset(TokenDataset):
         documents, sentences = self.offsets(number)
         tokens, forgotten = np.empty(int(documents[-1]), self.index.dtype), []
         for content_hash, mine in self._by_shard(number):
-            dataset, source = self._found[content_hash]
-            with _naming(number):
-                shard = dataset.shard(source)
-            starts, numbers = self._starts(mine, shard.documents), mine - int(self._bounds[number])
+            numbers = mine - int(self._bounds[number])
             gone = np.isin(documents_of(self._places[mine]), self.tombstones.of(content_hash))
-            bounds = zip(starts.tolist(), documents[numbers].tolist(), documents[numbers + 1].tolist(), strict=True)
-            for (start, first, end), is_gone in zip(bounds, gone.tolist(), strict=True):
-                tokens[first:end] = self._fill_id if is_gone else shard.tokens[start : start + end - first]
+            bounds = zip(documents[numbers].tolist(), documents[numbers + 1].tolist(), strict=True)
+            rows = zip(bounds, gone.tolist(), self._tokens(number, content_hash, mine), strict=True)
+            for (first, end), is_gone, found in rows:
+                tokens[first:end] = self._fill_id if is_gone else found
             forgotten += np.stack([documents[numbers[gone]], documents[numbers[gone] + 1]], axis=1).tolist()
         ranges = np.array(sorted(forgotten), np.int64).reshape(-1, 2)
         return Shard(self.index.shards[number].tokens.name, tokens, documents, sentences, ranges)
+
+    def _tokens(self, number: int, content_hash: str, mine: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield the tokens of entries of one shard: its own, or the pinned copies."""
+        if content_hash not in self._found:
+            assert self._pinned is not None
+            yield from (row.tokens for row in self._pinned.read(content_hash, self._places[mine] & INSIDE))
+            return
+        dataset, source = self._found[content_hash]
+        with _naming(number):
+            shard = dataset.shard(source)
+        starts = self._starts(mine, shard.documents)
+        for start, length in zip(starts.tolist(), self._lengths[mine].tolist(), strict=True):
+            yield shard.tokens[start : start + length]
+
+    def rows(self, number: int) -> Iterator[PinnedRow]:
+        """Yield the entries of a block as rows to pin. Raises as `shard`."""
+        shard = self.shard(number)
+        for document, (start, end) in enumerate(itertools.pairwise(shard.documents.tolist())):
+            entry, sentences = self.entry(number, document), None
+            if shard.sentences is not None:
+                first, last = np.searchsorted(shard.sentences, [start, end])
+                sentences = shard.sentences[first:last] - start
+            inside = entry.document << SPAN_BITS | entry.span
+            yield PinnedRow(entry.content_hash, inside, shard.tokens[start:end], sentences)
 
     def _documents(self, number: int) -> np.ndarray:
         first, end = self._bounds[number : number + 2]
@@ -204,6 +230,14 @@ class ReplayDataset(TokenDataset):
         """Return the sentences of a block's entries; those that a span cuts begin with it."""
         found = [documents]
         for content_hash, mine in self._by_shard(number):
+            if content_hash not in self._found:
+                assert self._pinned is not None
+                rows = self._pinned.read(content_hash, self._places[mine] & INSIDE)
+                firsts = documents[mine - int(self._bounds[number])].tolist()
+                found += [
+                    first + row.sentences for first, row in zip(firsts, rows, strict=True) if row.sentences is not None
+                ]
+                continue
             dataset, source = self._found[content_hash]
             with _naming(number):
                 bounds, sentences = dataset.offsets(source)
@@ -232,14 +266,17 @@ class ReplayDataset(TokenDataset):
             for shard in np.unique(shards).tolist()
         ]
 
-    def _shards_of(self, number: int) -> list[str]:
-        first, end = self._bounds[number : number + 2].tolist()
-        return [self.generation.shards[shard] for shard in np.unique(shards_of(self._places[first:end])).tolist()]
+    def _sources_of(self, number: int) -> list[tuple[TokenDataset, int]]:
+        """Return the source shards of a block, as data set and number, without those of pinned entries."""
+        return [self._found[content_hash] for content_hash, _ in self._by_shard(number) if content_hash in self._found]
 
     def _index(self, first: Index) -> ReplayIndex:
         indexes = [dataset.index for dataset in self._datasets]
         # only where all have them: pairs need the sentences of every document
         has_sentences = all(index.has_sentences for index in indexes)
+        has_sentences &= self._pinned is None or self._pinned.has_sentences
+        splits_sentences = any(index.num_sentences > index.num_documents for index in indexes)
+        splits_sentences |= self._pinned is not None and self._pinned.splits_sentences
         dtype = token_dtype(first.vocab_size)
         sums = np.add.reduceat(self._lengths.astype(np.int64), self._bounds[:-1])
         shards = []
@@ -255,7 +292,7 @@ class ReplayDataset(TokenDataset):
             tuple(shards),
             first.vocabulary,
             generation=self.generation.hash,
-            splits_sentences=any(index.num_sentences > index.num_documents for index in indexes),
+            splits_sentences=splits_sentences,
         )
 
 
@@ -305,9 +342,14 @@ def _shards_by_hash(datasets: Sequence[TokenDataset]) -> dict[str, tuple[TokenDa
     return found
 
 
+def _index_of(pinned: PinnedRows | None) -> Index:
+    assert pinned is not None, "`_refuse_none` has looked"
+    return pinned.index
+
+
 def _refuse_none(generation: Generation, datasets: Sequence[TokenDataset]) -> None:
     """Raise `DataError` for a generation without rows."""
-    if not generation.num_rows or not datasets:
+    if not generation.num_rows or not (datasets or generation.pinned):
         raise DataError(
             "the replay buffer is empty: no document of an earlier run stage is in it",
             "a buffer with at least one document",

@@ -160,6 +160,6 @@ def test_bad_calls_have_one_clear_error(run, whole, tmp_path, tokenizer):
         generate_replay(run.folder, tmp_path / "mine", REQUEST)
     other = run_config(tmp_path / "bert", "bert", tokenizer)
     save(other, step=5, seed=5)
-    with pytest.raises(ConfigError, match="continues no text"):
+    with pytest.raises(ConfigError, match="fills gaps and continues no text"):
         generate_replay(other.folder, tmp_path / "out", REQUEST)
     assert main(["replay-generate", str(tmp_path / "gone"), "--output", str(tmp_path / "out"), "--tokens", "5"]) == 2

@@ -144,8 +144,8 @@ def test_names_of_hub_datasets():
 
 def test_a_chunk_is_parsed_by_its_kind():
     content = json.dumps({"text": "inner"}).encode()
-    assert parse(TextChunk("json", [("s", 1, content)], 0), "text") == [("inner", "", "")]
-    assert parse(TextChunk("text", [("s", 1, content)], 0), "text") == [(content.decode(), "", "")]
+    assert parse(TextChunk("json", [("s", 1, content)], 0), "text") == [("inner", "", "", 1.0)]
+    assert parse(TextChunk("text", [("s", 1, content)], 0), "text") == [(content.decode(), "", "", 1.0)]
 
 
 def test_a_domain_stands_before_its_source(tmp_path, monkeypatch):

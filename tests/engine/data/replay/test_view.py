@@ -76,7 +76,7 @@ def test_its_documents_are_the_rows_of_the_data_sets_each_once(sets):
 
 def test_a_block_needs_few_source_shards(sets):
     view = ReplayDataset(generation_of(*sets), sets, block_rows=16)
-    changes = sum(len(view._shards_of(number)) - 1 for number in range(view.num_shards))
+    changes = sum(len(view._by_shard(number)) - 1 for number in range(view.num_shards))
     assert changes < sum(dataset.num_shards for dataset in sets)
 
 
