@@ -39,9 +39,7 @@ def weighed_tree(corpus: Path, weighed: Path, folder: Path, **reservoir: Any) ->
 
 def weights_by_shard(weighed: Path) -> dict[str, np.ndarray]:
     dataset = TokenDataset(weighed / "train")
-    return {
-        entry.content_hash: dataset.column("weight", number) for number, entry in enumerate(dataset.index.shards)
-    }
+    return {entry.content_hash: dataset.column("weight", number) for number, entry in enumerate(dataset.index.shards)}
 
 
 @pytest.mark.parametrize("recency", [1.0, 3.0])
