@@ -1,5 +1,6 @@
 """Weights of documents stay with their documents, through duplicates, held-out documents, workers and compression."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,12 @@ from engine.data.shards.document_weights import COLUMN
 from engine.data.shards.index import read_index
 from engine.data.tokenizer.folder import load_tokenizer
 from engine.errors import ConfigError, DataError
-from tests.engine.corpus.test_ids import write_rows
 from tests.engine.data.corpus import made_up_texts
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def rows_of(texts: list[str]) -> list[dict]:

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 from engine.checkpoint.folder import committed, step_of
-from engine.checkpoint.load import read_state
-from engine.checkpoint.named_files import FOLDER
 from engine.checkpoint.verify import verify
 from engine.data.mixed_order import Cursor
 from engine.data.order.sample_order import START
@@ -21,42 +19,12 @@ from engine.data.replay.view import ReplayDataset
 from engine.data.shards.tombstones import Tombstones, add_tombstones
 from engine.data.trained_rows import trained_rows
 from engine.errors import EXIT_DONE, CheckpointError
-from engine.train.admission import Admission
-from tests.distributed.runs import Tree, run_tree
 from tests.engine.train.fake import fake_run, fake_trainer, stopped_run
-
-BORDER, LAST = 4, 9
-
-
-def tree_of(corpus: Path, folder: Path, **reservoir: Any) -> Tree:
-    tree = run_tree(corpus, folder)
-    [stage] = tree["stages"]
-    one = stage | {"name": "one", "duration": {"steps": BORDER}}
-    two = stage | {"name": "two", "global_batch_size": 6, "duration": {"steps": LAST - BORDER}}
-    saves = {"every_steps": 2, "keep_last": 9}
-    kept = {"rows": 1000, "span_tokens": 16} | reservoir
-    return tree | {"stages": [one, two], "reservoir": kept, "checkpoint": tree.get("checkpoint", {}) | saves}
-
-
-def sections(folder: Path) -> dict[int, Any]:
-    checkpoints = folder / "checkpoints"
-    return {
-        int(path.name.split("-")[1]): read_state(path).sections["reservoir"]
-        for path in reversed(committed(checkpoints))
-    }
-
-
-def bytes_of(folder: Path, step: int) -> bytes:
-    (name,) = sections(folder)[step]["chain"]
-    return (folder / "checkpoints" / FOLDER / name).read_bytes()
-
-
-def hook_of(trainer: Any) -> Admission:
-    return next(hook for hook in trainer.hooks._hooks if isinstance(hook, Admission))
+from tests.engine.train.reservoirs import BORDER, LAST, admitting_tree, bytes_of, hook_of, sections
 
 
 def test_a_checkpoint_names_what_was_admitted_and_a_run_stages_end_compacts_it(corpus, tmp_path):
-    assert fake_run(tree_of(corpus, tmp_path)).code == EXIT_DONE
+    assert fake_run(admitting_tree(corpus, tmp_path)).code == EXIT_DONE
     found = sections(tmp_path)
     assert {step: len(state["chain"]) for step, state in found.items()} == {2: 1, 4: 1, 6: 2, 8: 3, 9: 1}
     assert [found[step]["generation"] for step in (2, 4)] == [None, None]
@@ -83,7 +51,7 @@ def test_the_reservoir_has_the_rows_of_all_samples_up_to_its_checkpoint(corpus, 
             name = stream.parts[found.source].dataset.index.shards[found.shard].content_hash
             rows.update((name, inside) for inside in found.rows.inside.tolist())
 
-    with fake_trainer(tree_of(corpus, tmp_path)) as trainer:
+    with fake_trainer(admitting_tree(corpus, tmp_path)) as trainer:
         prepare(trainer)
         assert trainer.fit() == EXIT_DONE
         note(trainer)
@@ -99,9 +67,9 @@ def test_the_reservoir_has_the_rows_of_all_samples_up_to_its_checkpoint(corpus, 
 
 @pytest.mark.parametrize("stop", [1, 3, 4, 5, 7])
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(corpus, tmp_path, stop):
-    fake_run(tree_of(corpus, tmp_path / "whole"))
-    stopped_run(tree_of(corpus, tmp_path / "parts"), stop)
-    assert fake_run(tree_of(corpus, tmp_path / "parts")).code == EXIT_DONE
+    fake_run(admitting_tree(corpus, tmp_path / "whole"))
+    stopped_run(admitting_tree(corpus, tmp_path / "parts"), stop)
+    assert fake_run(admitting_tree(corpus, tmp_path / "parts")).code == EXIT_DONE
     assert bytes_of(tmp_path / "parts", LAST) == bytes_of(tmp_path / "whole", LAST)
 
 
@@ -135,7 +103,7 @@ class FullDisk:
 @pytest.mark.parametrize("replays", [False, True])
 def test_a_full_disk_fails_the_checkpoint_and_not_the_run(corpus, tmp_path, monkeypatch, full, replays):
     """A later checkpoint has what was missing; at a run stage's end, the generation that the next one replays, too."""
-    trees = [tree_of(corpus, tmp_path / name) for name in ("whole", "full")]
+    trees = [admitting_tree(corpus, tmp_path / name) for name in ("whole", "full")]
     for tree in trees:
         tree["stages"][1] |= {"replay": {"ratio": 0.5}} if replays else {}
         tree["checkpoint"] |= {"on_failure": "continue"}
@@ -152,14 +120,14 @@ def test_a_full_disk_fails_the_checkpoint_and_not_the_run(corpus, tmp_path, monk
 def test_a_full_disk_stops_a_run_that_asks_for_it(corpus, tmp_path, monkeypatch):
     disk = FullDisk(monkeypatch, {6})
     with pytest.raises(CheckpointError, match="No space left"):
-        fake_run(tree_of(corpus, tmp_path), disk.prepare)
+        fake_run(admitting_tree(corpus, tmp_path), disk.prepare)
     disk.steps = set()
-    assert fake_run(tree_of(corpus, tmp_path)).started_at == BORDER
+    assert fake_run(admitting_tree(corpus, tmp_path)).started_at == BORDER
 
 
 def test_documents_that_are_replayed_from_a_folder_are_not_admitted_again(corpus, tmp_path):
     """The folder holds documents that the first stage has not trained on."""
-    tree = tree_of(corpus, tmp_path)
+    tree = admitting_tree(corpus, tmp_path)
     tree["stages"][1]["replay"] = {"ratio": 0.5, "source": str(corpus / "validation")}
     with fake_trainer(tree) as trainer:
         assert trainer.fit() == EXIT_DONE
@@ -171,18 +139,18 @@ def test_documents_that_are_replayed_from_a_folder_are_not_admitted_again(corpus
 
 
 def test_rows_that_are_trained_on_again_after_a_crash_change_nothing(corpus, tmp_path):
-    fake_run(tree_of(corpus, tmp_path / "whole"))
-    stopped_run(tree_of(corpus, tmp_path / "parts"), 7)
+    fake_run(admitting_tree(corpus, tmp_path / "whole"))
+    stopped_run(admitting_tree(corpus, tmp_path / "parts"), 7)
     for path in committed(tmp_path / "parts" / "checkpoints"):
         if step_of(path) > 6:  # as if it had been killed before those
             shutil.rmtree(path)
-    assert fake_run(tree_of(corpus, tmp_path / "parts")).started_at == 6
+    assert fake_run(admitting_tree(corpus, tmp_path / "parts")).started_at == 6
     assert bytes_of(tmp_path / "parts", LAST) == bytes_of(tmp_path / "whole", LAST)
 
 
 def test_the_generation_is_what_was_admitted_before_the_run_stage(corpus, tmp_path):
-    stopped_run(tree_of(corpus, tmp_path), 6)
-    with fake_trainer(tree_of(corpus, tmp_path)) as trainer:
+    stopped_run(admitting_tree(corpus, tmp_path), 6)
+    with fake_trainer(admitting_tree(corpus, tmp_path)) as trainer:
         hook = hook_of(trainer)
         generation = hook.generation(trainer)
         assert generation is not None
@@ -194,12 +162,12 @@ def test_the_generation_is_what_was_admitted_before_the_run_stage(corpus, tmp_pa
 def test_a_deleted_document_does_not_come_back_from_a_checkpoint(corpus, tmp_path):
     """The frozen generation keeps its place, so that no other row moves; tests/engine/train/test_replay.py shows what
     is read there."""
-    stopped_run(tree_of(corpus, tmp_path), 6)
-    with fake_trainer(tree_of(corpus, tmp_path)) as trainer:
+    stopped_run(admitting_tree(corpus, tmp_path), 6)
+    with fake_trainer(admitting_tree(corpus, tmp_path)) as trainer:
         before = hook_of(trainer).reservoir
     gone = Tombstones({name: range(0, 40, 2) for name in before.shards})
     add_tombstones(tmp_path, gone)
-    with fake_trainer(tree_of(corpus, tmp_path)) as trainer:
+    with fake_trainer(admitting_tree(corpus, tmp_path)) as trainer:
         assert trainer.state.step == 6
         after = hook_of(trainer).reservoir
     row_ids = [entries.row_ids for entries in after.entries.values()]

@@ -15,7 +15,7 @@ from engine.data.shards.dataset import TokenDataset
 from engine.errors import EXIT_DONE, DataError
 from tests.engine.data.corpus import made_up_texts
 from tests.engine.train.fake import fake_run, fake_trainer, stopped_run
-from tests.engine.train.test_admission import LAST, bytes_of, hook_of, tree_of
+from tests.engine.train.reservoirs import LAST, admitting_tree, bytes_of, hook_of
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def weighed(corpus, tmp_path_factory) -> Path:
 
 
 def weighed_tree(corpus: Path, weighed: Path, folder: Path, **reservoir: Any) -> dict[str, Any]:
-    tree = tree_of(corpus, folder, **({"weight_column": "weight", "rows": 30} | reservoir))
+    tree = admitting_tree(corpus, folder, **({"weight_column": "weight", "rows": 30} | reservoir))
     for stage in tree["stages"]:
         stage["data"] |= {"train": str(weighed / "train"), "validation": str(weighed / "validation")}
     return tree
@@ -90,6 +90,6 @@ def test_a_stopped_run_ends_with_the_same_bytes(corpus, weighed, tmp_path, stop)
 
 def test_data_without_weights_is_refused_by_its_name(corpus, tmp_path):
     with pytest.raises(DataError, match=r"reservoir\.weight_column = weight, and the data of one in .*train") as caught:
-        fake_run(tree_of(corpus, tmp_path, weight_column="weight"))
+        fake_run(admitting_tree(corpus, tmp_path, weight_column="weight"))
     assert "--weight-key" in caught.value.allowed
     assert "reservoir.weight_column" in caught.value.remedy

@@ -19,8 +19,7 @@ from engine.errors import EXIT_DONE, DataError
 from engine.train.forgotten import RunOfDocuments
 from tests.distributed.runs import Tree, run_config
 from tests.engine.train.fake import check_equal, fake_run, stopped_run
-from tests.engine.train.test_replay import BORDER, LAST
-from tests.engine.train.test_replay import tree_of as replaying_tree
+from tests.engine.train.reservoirs import BORDER, LAST, replaying_tree
 
 
 def tree_of(corpus: Path, source: Path, folder: Path, pin: dict[str, Any] | None) -> Tree:

@@ -11,7 +11,7 @@ from engine.data.replay.view import ReplayDataset
 from engine.data.shards.tombstones import NO_TOMBSTONES, Tombstones
 from engine.errors import CheckpointError, DataError
 from tests.engine.data.corpus import made_up_documents, write_sentences, write_shards
-from tests.engine.data.replay.test_view import generation_of
+from tests.engine.data.replay.generations import generation_of
 
 
 @pytest.fixture

@@ -9,9 +9,6 @@ import pytest
 
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.loader import Loader
-from engine.data.replay.generation import Generation
-from engine.data.replay.reservoir import Reservoir, Settings
-from engine.data.replay.rows import rows_of
 from engine.data.replay.view import ReplayDataset
 from engine.data.shards.cache import ShardCache
 from engine.data.shards.damage import DamagedShard
@@ -22,23 +19,7 @@ from engine.data.source import WeightedDataset
 from engine.data.stream import Stream
 from engine.errors import DataError
 from tests.engine.data.corpus import EOS, made_up_documents, write_sentences, write_shards
-
-SPAN = 20
-
-
-def reservoir_of(*datasets: TokenDataset, capacity: int = 10_000) -> Reservoir:
-    """All documents of the data sets, each a domain."""
-    reservoir = Reservoir(Settings(capacity, 1, "uniform", span_tokens=SPAN))
-    for number, dataset in enumerate(datasets):
-        reservoir.add_domain(f"domain {number}", dataset.fingerprint, dataset.index.num_tokens)
-        for which, shard in enumerate(dataset.index.shards):
-            rows = rows_of(np.arange(shard.num_documents), dataset.offsets(which)[0], SPAN)
-            reservoir.admit(f"domain {number}", shard.content_hash, rows)
-    return reservoir
-
-
-def generation_of(*datasets: TokenDataset, capacity: int = 10_000) -> Generation:
-    return reservoir_of(*datasets, capacity=capacity).freeze()
+from tests.engine.data.replay.generations import SPAN, generation_of
 
 
 @pytest.fixture
@@ -217,7 +198,7 @@ def test_a_damaged_source_shard_is_told_by_the_block(sets, tmp_path):
     view = ReplayDataset(generation_of(*sets), sets, block_rows=16)
     name = sets[0].index.shards[0].content_hash
     (tmp_path / "1" / sets[0].index.shards[0].tokens.file).write_bytes(b"")
-    blocks = [number for number in range(view.num_shards) if name in view._shards_of(number)]
+    blocks = [number for number in range(view.num_shards) if name in dict(view._by_shard(number))]
     fresh = ReplayDataset(view.generation, [TokenDataset(tmp_path / "1"), sets[1]], block_rows=16)
     with pytest.raises(DamagedShard, match="truncated") as caught:
         fresh.shard(blocks[-1])
