@@ -22,7 +22,8 @@ import pytest
 from engine.logs import ROOT
 from tests.sources import imports
 
-FOLDER = Path(__file__).parents[1] / "build"
+REPOSITORY = Path(__file__).parents[1]
+FOLDER = REPOSITORY / "build"
 TABLE = pytest.StashKey[Path]()
 LARGEST_MATRIX = 190
 """Long cases of what a layout computes and costs; the files below hold those of checkpoints, kills, loss and speed."""
@@ -81,6 +82,15 @@ def starts_processes(source: str) -> bool:
     if source.startswith(STARTS_PROCESSES):
         return True
     return any(name.startswith(SERVERS) for name in imports(source))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out files whose tests are all deselected by `not ranks` (`make fast`): importing them takes longer than
+    many a test."""
+    expression = config.getoption("markexpr", "")
+    if collection_path.suffix != ".py" or "not ranks" not in expression or " or " in expression:
+        return None
+    return starts_processes(str(collection_path.relative_to(REPOSITORY))) or None
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -1,7 +1,7 @@
 """Source files of the packages, their modules' names, and what they import."""
 
 import ast
-from collections.abc import Iterator
+from functools import cache
 
 from tests.readme import REPOSITORY
 
@@ -17,11 +17,14 @@ def dotted(source: str) -> str:
     return source.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
 
 
-def imports(source: str) -> Iterator[str]:
-    """Every module that a file names in an import, at any depth, with the names taken from it."""
+@cache
+def imports(source: str) -> tuple[str, ...]:
+    """Return every module that a file names in an import, at any depth, with the names taken from it."""
+    found: list[str] = []
     for node in ast.walk(ast.parse((REPOSITORY / source).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{source}: imports are absolute"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return tuple(found)

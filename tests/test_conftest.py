@@ -68,3 +68,15 @@ def test_tests_that_start_processes_are_two_groups_and_every_other_file_is_its_o
     for source in ("tests/chaos/test_kills.py", "tests/bench/test_step.py", "tests/tools/test_launch.py"):
         assert conftest.group_of(source) == "commands"
     assert conftest.group_of("tests/test_conftest.py") == "tests/test_conftest.py"
+
+
+def test_a_file_whose_tests_are_all_deselected_is_not_imported() -> None:
+    def is_left_out(source: str, expression: str) -> bool:
+        config: Any = types.SimpleNamespace(getoption=lambda name, default: expression)
+        return bool(conftest.pytest_ignore_collect(conftest.REPOSITORY / source, config))
+
+    assert is_left_out("tests/distributed/test_parity.py", "not matrix and not ranks")
+    assert is_left_out("tests/tools/test_launch.py", "not ranks")
+    assert not is_left_out("tests/test_conftest.py", "not matrix and not ranks")
+    for expression in ("", "not matrix and not slurm", "ranks", "not ranks or matrix"):
+        assert not is_left_out("tests/distributed/test_parity.py", expression)
