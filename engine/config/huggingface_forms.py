@@ -17,6 +17,8 @@ from engine.errors import ConfigError, PalimpsestError
 Problems = list[PalimpsestError]
 T5_ACTIVATIONS = {"relu": "relu", "geglu_tanh": "gated-gelu"}
 """Ours -> theirs."""
+NEOX_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+"""Ours -> theirs."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Twin:
     values: Mapping[str, Any]
     even_heads: bool = True
     """Every head has keys of its own and an even share of the width."""
+    divided_width: bool = False
+    """The width is a multiple of the number of heads, whatever a head's own width."""
     choices: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
     """Further keys, and the test that their values must pass."""
     allowed: Mapping[str, str] = field(default_factory=dict)
@@ -40,6 +44,9 @@ class Twin:
             ConfigError(f"model.{key} = {getattr(model, key)}", f"{allowed} in {self.name} form")
             for key, allowed in wrong
         ]
+        if (self.divided_width or self.even_heads) and model.hidden_size % model.num_heads:
+            allowed = f"a divisor of {model.hidden_size} (model.hidden_size) in {self.name} form"
+            problems.append(ConfigError(f"model.num_heads = {model.num_heads}", allowed))
         return problems + (_uneven(model, self.name) if self.even_heads else [])
 
 
@@ -65,12 +72,51 @@ GPT2 = Twin(
         "norm_bias": True,
         "activation": "gelu_tanh",
         "bias": True,
+        "qkv_bias": True,
+        "qk_norm": False,
+        "parallel_residual": False,
+        "sliding_window": None,
     },
 )
+_LLAMA = {
+    "family": "gpt",
+    "position": "rope",
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "bias": False,
+    "partial_rotary_factor": 1.0,
+    "parallel_residual": False,
+}
 LLAMA = Twin(
     name="Llama",
-    values={"family": "gpt", "position": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False},
+    values=_LLAMA | {"qkv_bias": False, "qk_norm": False, "sliding_window": None},
     even_heads=False,
+    divided_width=True,
+)
+MISTRAL = Twin(
+    name="Mistral",
+    values=_LLAMA | {"qkv_bias": False, "qk_norm": False, "first_window_layer": 0},
+    even_heads=False,
+    # Without a window a model is of Llama's form.
+    choices={"sliding_window": lambda width: width is not None},
+    allowed={"sliding_window": "a number of tokens"},
+)
+QWEN2 = Twin(name="Qwen2", values=_LLAMA | {"qkv_bias": True, "qk_norm": False}, even_heads=False)
+QWEN3 = Twin(name="Qwen3", values=_LLAMA | {"qkv_bias": False, "qk_norm": True}, even_heads=False)
+GPT_NEOX = Twin(
+    name="GPT-NeoX",
+    values={
+        "family": "gpt",
+        "position": "rope",
+        "norm": "layernorm",
+        "norm_bias": True,
+        "bias": True,
+        "qkv_bias": True,
+        "qk_norm": False,
+        "sliding_window": None,
+    },
+    choices={"activation": lambda name: name in NEOX_ACTIVATIONS},
+    allowed={"activation": " or ".join(NEOX_ACTIVATIONS)},
 )
 _POST_NORM = {
     "family": "bert",
@@ -117,9 +163,9 @@ T5 = Twin(
     choices={"activation": lambda name: name in T5_ACTIVATIONS},
     allowed={"activation": " or ".join(T5_ACTIVATIONS)},
 )
-TWINS = (GPT2, LLAMA, BERT, BERT_WITHOUT_PAIRS, ROBERTA, MODERN_BERT, T5)
+TWINS = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GPT_NEOX, BERT, BERT_WITHOUT_PAIRS, ROBERTA, MODERN_BERT, T5)
 
-_STRUCTURE = ("position", "pair_head")
+_STRUCTURE = ("position", "pair_head", "qk_norm", "qkv_bias")
 """Keys that decide which form of its family a mix is nearest to, in this order, before the number of keys that
 differ."""
 

@@ -173,12 +173,13 @@ def _check_parallel(config: RunConfig, problems: list[PalimpsestError]) -> None:
 
 def _check_stage(index: int, stage: RunStage, model: ModelConfig, problems: list[PalimpsestError]) -> None:
     key = f"stages.{index}"
-    if stage.sequence_length > model.max_positions:
+    if stage.sequence_length > model.longest_row:
+        scaled = "" if model.longest_row == model.max_positions else " x model.rope_scaling.factor"
         problems.append(
             ConfigError(
                 f"{key}.sequence_length = {stage.sequence_length} is more than "
-                f"model.max_positions = {model.max_positions}",
-                f"1 to {model.max_positions}",
+                f"model.max_positions{scaled} = {model.longest_row}",
+                f"1 to {model.longest_row}",
             )
         )
     check_mixture(key, stage.data, problems)

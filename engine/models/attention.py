@@ -4,7 +4,8 @@ Mask and rotary tables are equal for every layer of a forward pass, so they are 
 are read from the width of the projection's output, never from the configuration, so that the same module serves a
 tensor-parallel rank that holds some of the heads.
 
-Legend: B batch, T time, D width, H heads, G key/value heads, K head size (H and G may be local).
+Legend: B batch, T time, D width, H heads, G key/value heads (H and G may be local), K head size, R rotated dimensions
+of a head.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from torch import nn
 
 from engine.config.schema.model import ModelConfig
 from engine.models.dropout import ATTENTION, Dropout
+from engine.models.norms import norm
+from engine.models.rotary import rotary_tables, rotate
 from engine.parallel.functions import PLAIN, Band, Drop, Functions, Mask, SequenceSlice
 from engine.parallel.packed import Documents, kernel
 
-NEIGHBOURS = 3
-"""Number of blocks that a block of a band attends to: the one before it, itself and the one behind it."""
+NEIGHBOURS, CAUSAL_NEIGHBOURS = 3, 2
+"""Number of blocks that a block of a band attends to: the one before it, itself and, unless causal, the one behind it.
+"""
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,13 @@ class View:
     """Mask, rotary tables and dropout of one micro-batch, shared by its layers.
 
     `mask_B1TT` is true where a query (first T) sees a key (second T), or is added to the scores (then it may be BHTT);
-    None for causal over whole rows; a `Band` for local layers, `Documents` where a GPU needs no mask. `cos_TK` and
-    `sin_TK` (fp32) turn queries and keys; None without rotary positions. `dropout` None means that nothing is dropped.
+    None for causal over whole rows; a `Band` for local layers, `Documents` where a GPU needs no mask. `cos_TR` and
+    `sin_TR` (fp32) turn queries and keys; None without rotary positions. `dropout` None means that nothing is dropped.
     """
 
     mask_B1TT: Mask | None
-    cos_TK: torch.Tensor | None
-    sin_TK: torch.Tensor | None
+    cos_TR: torch.Tensor | None
+    sin_TR: torch.Tensor | None
     dropout: Dropout | None = None
 
     def dropped(self, x_BTD: torch.Tensor, layer: int, site: int) -> torch.Tensor:
@@ -66,32 +70,39 @@ def view(
     tokens of which this rank makes queries and keys. With `bidirectional` tokens see those behind them, too, and with
     `reach` none further away than that (`ModelConfig.reach`).
     """
-    # One row of zeros stands for all rows: no mask at all would mean causal.
-    if segments_BT is None and bidirectional:
-        segments_BT = torch.zeros((1, sequence_slice.whole(x_BTD)), dtype=torch.int32, device=x_BTD.device)
-    if reach is not None:
-        assert segments_BT is not None, "causal layers are global"
-        mask = local_mask(segments_BT, reach, in_blocks=dropout is None or config.attention_dropout == 0)
-    else:
-        drops = dropout is not None and config.attention_dropout > 0
-        mask = None if segments_BT is None else _inside(config, x_BTD, segments_BT, bidirectional, drops)
-    theta = config.rotary_theta(reach)
-    if theta is None:
+    length = sequence_slice.whole(x_BTD)
+    if reach is not None and not bidirectional and reach >= length - 1:
+        reach = None  # every token sees all before it
+    # One row of zeros stands for all rows: no mask at all would mean causal over whole rows.
+    if segments_BT is None and (bidirectional or reach is not None):
+        segments_BT = torch.zeros((1, length), dtype=torch.int32, device=x_BTD.device)
+    drops = dropout is not None and config.attention_dropout > 0
+    mask = None if segments_BT is None else _mask(config, x_BTD, segments_BT, bidirectional, drops, reach)
+    rotary = config.rotary(reach)
+    if rotary is None:
         return View(mask, None, None, dropout)
     # Tokens as attention gets them, not as the hidden states between the blocks are cut.
     num_given = sequence_slice.given(x_BTD)
-    tables = rotary_tables(num_given, config.head_size, theta, x_BTD.device, sequence_slice.first(num_given))
+    tables = rotary_tables(rotary, num_given, x_BTD.device, sequence_slice.first(num_given), length)
     return View(mask, *tables, dropout)
 
 
-def _inside(
-    config: ModelConfig, x_BTD: torch.Tensor, segments_BT: torch.Tensor, bidirectional: bool, drops: bool
+def _mask(
+    config: ModelConfig,
+    x_BTD: torch.Tensor,
+    segments_BT: torch.Tensor,
+    bidirectional: bool,
+    drops: bool,
+    reach: int | None,
 ) -> Mask:
     """Return the mask that keeps attention inside documents: a tensor only where the device has no kernel without."""
     is_whole = len(segments_BT) < len(x_BTD)  # all rows alike, each one document
-    if drops or is_whole or kernel(x_BTD.device, x_BTD.dtype, config.head_size) == "mask":
+    by_mask = drops or kernel(x_BTD.device, x_BTD.dtype, config.head_size) == "mask"
+    if reach is not None and (bidirectional or by_mask):
+        return local_mask(segments_BT, reach, bidirectional, in_blocks=not drops)
+    if by_mask or (is_whole and reach is None):
         return document_mask(segments_BT, bidirectional)
-    return Documents(segments_BT, bidirectional)
+    return Documents(segments_BT.expand(len(x_BTD), -1), bidirectional, reach)
 
 
 def document_mask(segments_BT: torch.Tensor, bidirectional: bool = False) -> torch.Tensor:
@@ -107,27 +118,28 @@ def document_mask(segments_BT: torch.Tensor, bidirectional: bool = False) -> tor
     return (same_BTT & causal_TT)[:, None]
 
 
-def local_mask(segments_BT: torch.Tensor, reach: int, in_blocks: bool = True) -> Mask:
-    """Return the mask inside one document and at most `reach` tokens away, before or behind.
+def local_mask(segments_BT: torch.Tensor, reach: int, bidirectional: bool = True, in_blocks: bool = True) -> Mask:
+    """Return the mask inside one document and at most `reach` tokens away, before or, if `bidirectional`, behind.
 
     It is a `Band` where `in_blocks` and rows are long enough for that to be smaller than a boolean mask_B1TT. Beltagy
     et al. 2020, Longformer, section 3.1.
     """
-    length = segments_BT.size(1)
-    if not in_blocks or length <= NEIGHBOURS * reach:
+    length, behind = segments_BT.size(1), reach if bidirectional else 0
+    if not in_blocks or length <= (NEIGHBOURS if bidirectional else CAUSAL_NEIGHBOURS) * reach:
         # N blocks of R x 3 R against T x T: with T <= 3 R the band is no smaller.
         positions_T = torch.arange(length, device=segments_BT.device)
-        return document_mask(segments_BT, bidirectional=True) & ((positions_T[:, None] - positions_T).abs() <= reach)
+        return document_mask(segments_BT, bidirectional) & ((positions_T[:, None] - positions_T).abs() <= reach)
     missing = -length % reach
-    filled_BT = nn.functional.pad(segments_BT, (reach, missing + reach), value=-1)  # documents count from 0
-    # Windows of 3 R tokens every R tokens, (B, R + N R + R) -> (B, N, 3 R), without a copy. The middle third of each is
-    # the block itself.
-    seen_BNS = filled_BT.unfold(1, NEIGHBOURS * reach, reach)
+    filled_BT = nn.functional.pad(segments_BT, (reach, missing + behind), value=-1)  # documents count from 0
+    # Windows of S tokens every R tokens, (B, R + N R + R) -> (B, N, S), without a copy; S is 3 R, or 2 R if causal.
+    # The second part of each is the block itself.
+    seen_BNS = filled_BT.unfold(1, 2 * reach + behind, reach)
     own_BNR = seen_BNS[..., reach : 2 * reach]
-    positions_S = torch.arange(-reach, 2 * reach, device=segments_BT.device)
+    positions_S = torch.arange(-reach, reach + behind, device=segments_BT.device)
     # Positions relative to the block's first token, the same for all blocks. R = 2: query 0 sees keys -2 to 2, query 1
     # keys -1 to 3, of the window -2 to 3.
-    near_RS = (positions_S - positions_S[reach : 2 * reach, None]).abs() <= reach
+    distances_RS = positions_S - positions_S[reach : 2 * reach, None]
+    near_RS = (distances_RS.abs() <= reach) & (distances_RS <= behind)
     return Band((own_BNR[..., None] == seen_BNS[..., None, :]) & near_RS)
 
 
@@ -141,33 +153,12 @@ def positions_in_document(segments_BT: torch.Tensor) -> torch.Tensor:
     return indices_T - latest_start_BT
 
 
-def rotary_tables(
-    num_positions: int, head_size: int, theta: float, device: torch.device, first_position: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos_TK and sin_TK (fp32) of rotary positions (Su et al. 2021, RoFormer, section 3.4.2).
-
-    The angles of the K / 2 pairs are there twice, side by side: dimension i is paired with i + K / 2 (as in the Llama
-    checkpoints of Hugging Face) and not with its neighbour (as in the paper), so weights convert as they are.
-    Computed at each pass: a buffer would not survive construction on the meta device.
-    """
-    exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
-    positions_T = torch.arange(num_positions, dtype=torch.float32, device=device) + first_position
-    angles = positions_T[:, None] * (1.0 / theta**exponents)  # (T, K / 2)
-    angles_TK = torch.cat((angles, angles), dim=-1)
-    return angles_TK.cos(), angles_TK.sin()
-
-
-def rotate(x_BTHK: torch.Tensor, cos_TK: torch.Tensor, sin_TK: torch.Tensor) -> torch.Tensor:
-    """Rotate each head by its position; computed in fp32, returned in the dtype of `x_BTHK`."""
-    x = x_BTHK.float()
-    # (low, high) -> (low cos - high sin, high cos + low sin), for all pairs (i, i + K / 2) at once.
-    low, high = x.chunk(2, dim=-1)
-    turned = x * cos_TK[:, None] + torch.cat((-high, low), dim=-1) * sin_TK[:, None]
-    return turned.to(x_BTHK.dtype)
-
-
 class SelfAttention(nn.Module):
-    """Fused projection to queries, keys and values (blocks in this order), attention, output projection."""
+    """Fused projection to queries, keys and values (blocks in this order), attention, output projection.
+
+    Norms of queries and keys (`model.qk_norm`) have one scale for all heads. A tensor-parallel rank computes its own
+    heads' part of that scale's gradient; see `engine.plan.parts.of_each_head`.
+    """
 
     def __init__(self, config: ModelConfig, functions: Functions, layer: int) -> None:
         super().__init__()
@@ -177,7 +168,9 @@ class SelfAttention(nn.Module):
         self.attention, self.scale = functions.attention, config.score_scale
         query_width = config.num_heads * config.head_size
         kv_width = config.num_kv_heads * config.head_size
-        self.qkv_proj = nn.Linear(config.hidden_size, query_width + 2 * kv_width, bias=config.bias)
+        self.qkv_proj = nn.Linear(config.hidden_size, query_width + 2 * kv_width, bias=config.biased_qkv)
+        self.q_norm = norm(config, config.head_size) if config.normed_heads else None
+        self.k_norm = norm(config, config.head_size) if config.normed_heads else None
         self.out_proj = nn.Linear(query_width, config.hidden_size, bias=config.bias)
 
     def forward(self, x_BTD: torch.Tensor, view: View) -> torch.Tensor:
@@ -186,9 +179,11 @@ class SelfAttention(nn.Module):
         # H + 2 G = G (H / G + 2), and H / G is the same on every rank.
         num_kv = heads.size(2) // (self.queries_per_kv + 2)
         q_BTHK, k_BTGK, v_BTGK = heads.split((self.queries_per_kv * num_kv, num_kv, num_kv), dim=2)
-        if view.cos_TK is not None and view.sin_TK is not None:
-            q_BTHK = rotate(q_BTHK, view.cos_TK, view.sin_TK)
-            k_BTGK = rotate(k_BTGK, view.cos_TK, view.sin_TK)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+        if view.cos_TR is not None and view.sin_TR is not None:
+            q_BTHK = rotate(q_BTHK, view.cos_TR, view.sin_TR)
+            k_BTGK = rotate(k_BTGK, view.cos_TR, view.sin_TR)
         drop = view.probability_drop(self.layer, first_head=self.tensor_rank * q_BTHK.size(2))
         out_BTHK = self.attention(q_BTHK, k_BTGK, v_BTGK, view.mask_B1TT, self.scale, drop)
         return self.out_proj(out_BTHK.flatten(2))

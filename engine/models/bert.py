@@ -22,7 +22,8 @@ from engine.models.attention import positions_in_document, view
 from engine.models.dropout import EMBEDDING_OUTPUT, KEYS, drops
 from engine.models.dropout import make as make_dropout
 from engine.models.heads import Head, VocabularyHead, attach
-from engine.models.layers import TransformerLayer, layer_sharding, norm
+from engine.models.layers import TransformerLayer, layer_sharding
+from engine.models.norms import norm
 from engine.parallel.boundary import ROW_LOSSES, Boundary, Field, MicroBatchShape, Tensors
 from engine.parallel.functions import PLAIN, Functions
 from engine.parallel.sharding import VOCABULARY, ParameterSpec, Table, describe

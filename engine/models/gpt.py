@@ -1,4 +1,5 @@
-"""The GPT family: a decoder in GPT-2 or Llama form, cut into pipeline stages that are modules of one class.
+"""The GPT family: a decoder in GPT-2 form, in Llama form or in that of its relatives, cut into pipeline stages that are
+modules of one class.
 
 Parameter names inside a stage are the logical names of the whole model (layers keep their global index), so any
 cut of the model has the same names. The one exception is a tied head on a stage without the embedding: see `ties`.
@@ -17,7 +18,8 @@ from engine.models.attention import positions_in_document, view
 from engine.models.dropout import EMBEDDING_OUTPUT, KEYS, drops
 from engine.models.dropout import make as make_dropout
 from engine.models.heads import Head, LanguageModelHead, attach
-from engine.models.layers import TransformerLayer, layer_sharding, norm
+from engine.models.layers import TransformerLayer, layer_sharding
+from engine.models.norms import norm
 from engine.parallel.boundary import Boundary, Field, MicroBatchShape, Tensors
 from engine.parallel.functions import PLAIN, Functions
 from engine.parallel.sharding import VOCABULARY, ParameterSpec, Table, describe
@@ -62,12 +64,14 @@ class GPTChunk(nn.Module):
             hidden_BTD = self.embed(tokens_BT, segments_BT)
         x_BTD: torch.Tensor = hidden_BTD
         dropout = make_dropout(self.config, dropout_keys_B, x_BTD, self.functions)
-        # From the hidden states, not the tokens, which later chunks do not have.
-        seen = view(self.config, x_BTD, segments_BT, sequence_slice=self.functions.sequence_slice, dropout=dropout)
-        if self.chunk.first:
-            x_BTD = seen.dropped(x_BTD, -1, EMBEDDING_OUTPUT)
-        for layer in self.layers.values():
-            x_BTD = layer(x_BTD, seen)
+        # From the hidden states, not the tokens, which later chunks do not have. One view per kind of layer, global or
+        # with the sliding window: they differ in the mask.
+        made_with = (self.config, x_BTD, segments_BT, False, self.functions.sequence_slice, dropout)
+        views = {reach: view(*made_with, reach) for reach in {self.config.reach(layer) for layer in self.chunk.layers}}
+        if self.chunk.first and dropout is not None:
+            x_BTD = dropout.hidden(x_BTD, -1, EMBEDDING_OUTPUT)
+        for number in self.chunk.layers:
+            x_BTD = self.layers[str(number)](x_BTD, views[self.config.reach(number)])
         if not self.chunk.last:
             return {"hidden_BTD": x_BTD}
         x_BTD = self.functions.whole_rows(self.final_norm(x_BTD))

@@ -1,7 +1,4 @@
-"""Modules of a layer other than attention: norms, feed-forward, and the layer that joins them.
-
-Norms compute in fp32 and return the dtype of their input, so that bf16 runs do not lose the small differences
-that a norm magnifies.
+"""Modules of a layer other than attention: feed-forward, and the layer that joins the parts.
 
 Legend: B batch, T time, D width, F feed-forward (F may be local).
 """
@@ -18,44 +15,9 @@ from torch.nn import functional as F
 from engine.config.schema.model import ModelConfig
 from engine.models.attention import SelfAttention, View
 from engine.models.dropout import ATTENTION_OUTPUT, FFN_OUTPUT
+from engine.models.norms import norm
 from engine.parallel.functions import Functions
 from engine.parallel.sharding import ROW, Table, column
-
-
-class LayerNorm(nn.Module):
-    """Layer normalisation (Ba et al. 2016) with scale and, unless told otherwise, shift."""
-
-    def __init__(self, width: int, epsilon: float, bias: bool = True) -> None:
-        super().__init__()
-        self.epsilon = epsilon
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
-
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D), dtype kept."""
-        shape, bias = (x_BTD.size(-1),), None if self.bias is None else self.bias.float()
-        return F.layer_norm(x_BTD.float(), shape, self.weight.float(), bias, self.epsilon).to(x_BTD.dtype)
-
-
-class RMSNorm(nn.Module):
-    """Root mean square normalisation (Zhang and Sennrich 2019, equation 4), scale only."""
-
-    def __init__(self, width: int, epsilon: float) -> None:
-        super().__init__()
-        self.epsilon = epsilon
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D), dtype kept."""
-        return F.rms_norm(x_BTD.float(), (x_BTD.size(-1),), self.weight.float(), self.epsilon).to(x_BTD.dtype)
-
-
-def norm(config: ModelConfig) -> nn.Module:
-    """Make the kind of norm that the configuration asks for, over D."""
-    if config.norm == "layernorm":
-        return LayerNorm(config.hidden_size, config.norm_epsilon, config.norm_bias)
-    return RMSNorm(config.hidden_size, config.norm_epsilon)
-
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),  # Hendrycks and Gimpel 2016, section 2
@@ -111,6 +73,7 @@ def feed_forward(config: ModelConfig) -> nn.Module:
 class TransformerLayer(nn.Module):
     """Attention, then feed-forward, each with a norm of its own: before it (pre-norm) or behind the sum (post-norm).
 
+    With `parallel_residual` both parts read the layer's input (pre-norm), and their results are added to it together.
     `number` is the global one. With `normed` the input comes straight from a norm (the first layer of ModernBERT): a
     pre-norm layer then has none before its attention.
     """
@@ -118,7 +81,7 @@ class TransformerLayer(nn.Module):
     def __init__(self, config: ModelConfig, functions: Functions, number: int, normed: bool = False) -> None:
         super().__init__()
         self.number = number
-        self.post = config.post_norm
+        self.post, self.parallel = config.post_norm, config.parallel
         self.attention_norm = nn.Identity() if normed and not self.post else norm(config)
         self.attention = SelfAttention(config, functions, number)
         self.ffn_norm = norm(config)
@@ -132,9 +95,10 @@ class TransformerLayer(nn.Module):
             made_BTD = self.ffn(x_BTD, view.inner_drop(self.number))
             return self.ffn_norm(x_BTD + view.dropped(made_BTD, self.number, FFN_OUTPUT))
         made_BTD = self.attention(self.attention_norm(x_BTD), view)
-        x_BTD = x_BTD + view.dropped(made_BTD, self.number, ATTENTION_OUTPUT)
-        made_BTD = self.ffn(self.ffn_norm(x_BTD), view.inner_drop(self.number))
-        return x_BTD + view.dropped(made_BTD, self.number, FFN_OUTPUT)
+        sum_BTD = x_BTD + view.dropped(made_BTD, self.number, ATTENTION_OUTPUT)
+        read_BTD = x_BTD if self.parallel else sum_BTD
+        made_BTD = self.ffn(self.ffn_norm(read_BTD), view.inner_drop(self.number))
+        return sum_BTD + view.dropped(made_BTD, self.number, FFN_OUTPUT)
 
 
 def layer_sharding(config: ModelConfig) -> Table:

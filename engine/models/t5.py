@@ -32,7 +32,8 @@ from engine.models.dropout import (
 )
 from engine.models.dropout import make as make_dropout
 from engine.models.heads import Head, LanguageModelHead, attach
-from engine.models.layers import TransformerLayer, feed_forward, layer_sharding, norm
+from engine.models.layers import TransformerLayer, feed_forward, layer_sharding
+from engine.models.norms import norm
 from engine.models.relative import RelativePositions, masked
 from engine.parallel.boundary import Boundary, Field, MicroBatchShape, Tensors
 from engine.parallel.functions import PLAIN, Functions

@@ -4,7 +4,7 @@ A model calls them with its own rank's tensors. The plain versions here are righ
 the whole vocabulary; tensor parallelism passes others. Nothing here communicates.
 
 Legend: B batch, T time, D width, H heads, G key/value heads, K head size, V vocabulary (all of it, padding included);
-N blocks of R tokens, S = 3 R tokens that a block sees.
+N blocks of R tokens, S = 3 R or 2 R tokens that a block sees.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ some of the heads that it was called with passes the number of its first one."""
 @dataclass(frozen=True)
 class Band:
     """Mask of rows in which no token attends further than R tokens: a row is cut into blocks of R, each of which
-    attends to the block before it, itself and the one behind it.
+    attends to the block before it, itself and, where S is 3 R, the one behind it.
 
     `mask_BNRS` is true where a query sees a key (B may be 1). Rows are filled up to N blocks; padding sees some key,
     too (a softmax over none would be NaN), and no token of the row sees padding.
@@ -106,15 +106,16 @@ def _banded_attention(
     (2, 3), (4, -), and the second one sees the keys 0 to 5, of which 5 is padding.
     """
     num_rows, length = q_BTHK.shape[:2]
-    num_blocks, reach = band.mask_BNRS.shape[1:3]
-    missing = num_blocks * reach - length
+    num_blocks, reach, num_seen = band.mask_BNRS.shape[1:]
+    neighbours, missing = num_seen // reach, num_blocks * reach - length
     q_NRHK = F.pad(q_BTHK, (0, 0, 0, 0, 0, missing)).unflatten(1, (num_blocks, reach)).flatten(0, 1)
 
     def seen(x_BTGK: torch.Tensor) -> torch.Tensor:
         """Return the keys or values that each block sees, (B, T, G, K) -> (B N, S, G, K)."""
-        # One block of padding on either side, so that the first and the last block have neighbours as well.
-        filled = F.pad(x_BTGK, (0, 0, 0, 0, reach, missing + reach)).unflatten(1, (num_blocks + 2, reach))
-        return torch.cat((filled[:, :-2], filled[:, 1:-1], filled[:, 2:]), dim=2).flatten(0, 1)
+        # Blocks of padding at the ends, so that the first and, of three, the last block have neighbours as well.
+        behind = (neighbours - 2) * reach
+        filled = F.pad(x_BTGK, (0, 0, 0, 0, reach, missing + behind)).unflatten(1, (-1, reach))
+        return torch.cat([filled[:, i : i + num_blocks] for i in range(neighbours)], dim=2).flatten(0, 1)
 
     mask_N1RS = band.mask_BNRS.expand(num_rows, -1, -1, -1).flatten(0, 1).unsqueeze(1)
     out_NRHK = attention(q_NRHK, seen(k_BTGK), seen(v_BTGK), mask_N1RS, scale)

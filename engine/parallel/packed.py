@@ -33,12 +33,19 @@ _log = logger(__name__)
 class Documents:
     """Visibility in packed rows: a token sees those of its own document and, unless `bidirectional`, none behind it.
 
-    `segments_BT` counts documents within a row, rising; padding is one, too. Equal only to itself (`eq=False`): tensors
-    do not compare to one truth value.
+    `segments_BT` counts documents within a row, rising; padding is one, too. `reach` is the largest distance of what a
+    token sees; None means no limit. Equal only to itself (`eq=False`): tensors do not compare to one truth value.
     """
 
     segments_BT: torch.Tensor
     bidirectional: bool
+    reach: int | None = None
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """Numbers of tokens before and behind a token that it sees at most; -1 means no limit."""
+        before = -1 if self.reach is None else self.reach
+        return before, before if self.bidirectional else 0
 
     @cached_property
     def bounds(self) -> torch.Tensor:
@@ -57,11 +64,13 @@ class Documents:
         """The block mask of flex attention."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        segments_BT, bidirectional = self.segments_BT, self.bidirectional
+        segments_BT, bidirectional, reach = self.segments_BT, self.bidirectional, self.reach
 
         def sees(b: torch.Tensor, _: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            same = segments_BT[b, query] == segments_BT[b, key]
-            return same if bidirectional else same & (query >= key)
+            seen = segments_BT[b, query] == segments_BT[b, key]
+            if reach is not None:
+                seen = seen & (query - key <= reach) & (key - query <= reach)
+            return seen if bidirectional else seen & (query >= key)
 
         num_rows, length = segments_BT.shape
         # One mask for all heads (None), of whole blocks that are all seen, all hidden, or mixed.
@@ -116,7 +125,7 @@ def varlen(
         length,  # no document is longer than its row; the exact maximum would cost another wait of the host
         length,
         scale=scale,
-        window_size=(-1, -1) if documents.bidirectional else (-1, 0),  # keys before and behind; -1 is all of them
+        window_size=documents.window,
         enable_gqa=q_BTHK.size(2) != k_BTGK.size(2),
     )
     return out_NHK.unflatten(0, (num_rows, length))

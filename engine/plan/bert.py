@@ -111,9 +111,11 @@ def saved(
     return kept if not model.post_norm else kept - lengths.tokens * model.hidden_size // sequence_size
 
 
-def mask(model: BERTConfig, layer: int, lengths: RowLengths, masks: bool = True) -> int:
+def mask(model: BERTConfig, layer: int, lengths: RowLengths, masks: bool = True, segments: bool = True) -> int:
     """Elements of the mask: a number for each query and each key that its block sees, of the whole row or of three
     blocks. A local layer has them on every device."""
+    if not segments:
+        return 0
     if _in_blocks(model, layer, lengths):
         return lengths.tokens * SEEN_BLOCKS * (model.reach(layer) or 0)
     return lengths.tokens**2 if masks or model.reach(layer) is not None else 0

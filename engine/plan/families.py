@@ -64,8 +64,10 @@ class Figures(Protocol):
         """
         ...
 
-    def mask(self, model: ModelConfig, layer: int, lengths: RowLengths, masks: bool = True) -> int:
-        """Elements of the attention mask that a layer keeps, where rows hold several documents or padding.
+    def mask(
+        self, model: ModelConfig, layer: int, lengths: RowLengths, masks: bool = True, segments: bool = True
+    ) -> int:
+        """Elements of the attention mask that a layer keeps. `segments`: rows hold several documents or padding.
 
         The kernels of attention add a number to each score, and each layer makes these from truth values. `masks` is
         True if the device has no kernel that does without (`engine.plan.parts.needs_masks`)."""

@@ -13,6 +13,8 @@ from engine.plan.parts import Entry
 
 SEGMENT_BYTES = 4
 """A token's document number, int32."""
+SEEN_BLOCKS = 2
+"""Blocks of keys that a block of queries sees under a sliding window: its own and the one before it."""
 KEY_BYTES = 8
 """A row's key of dropout, int64."""
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -46,8 +48,8 @@ def layer_entries(model: ModelConfig, layer: int) -> list[Entry]:
 
 
 def layer_kind(model: ModelConfig, layer: int) -> Hashable:
-    """Return the one kind that all layers are of."""
-    return None
+    """Return the kind: layers with a sliding window keep and compute less."""
+    return model.reach(layer)
 
 
 @lru_cache(maxsize=1024)
@@ -57,9 +59,10 @@ def layer_matrices(model: ModelConfig) -> int:
 
 
 def layer_operations(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
-    """Forward operations of projections, scores and weighted values."""
-    tokens = lengths.tokens
-    return tokens * 2 * layer_matrices(model) + parts.score_operations(model, tokens, tokens)
+    """Forward operations of projections, scores and weighted values. A sliding window counts the tokens that it has."""
+    tokens, reach = lengths.tokens, model.reach(layer)
+    seen = tokens if reach is None else min(tokens, reach + 1)
+    return tokens * 2 * layer_matrices(model) + parts.score_operations(model, tokens, seen)
 
 
 def embedding_operations(model: ModelConfig, lengths: RowLengths) -> int:
@@ -83,8 +86,8 @@ def saved(
     """Elements per row that a layer keeps, T x these multiples of D.
 
     Whole on every tensor rank: both norms' inputs and outputs (4 D in fp32; 6 D in bf16, for the inputs are kept in
-    fp32; 5 D for both). Split: attention and feed-forward part. For GPT-2 on one rank: 17 D; 11 D with products kept
-    only; 1 D with the input only.
+    fp32; 5 D for both). Parallel parts share the input in fp32 (3 D), and have a copy each in bf16 (6 D). Split:
+    attention and feed-forward part. For GPT-2 on one rank: 17 D; 11 D with products kept only; 1 D with the input only.
     """
     whole = lengths.tokens * model.hidden_size
     stretch = whole // sequence_size  # of one rank's tokens under sequence parallelism
@@ -93,15 +96,25 @@ def saved(
     if recompute == "selective":  # products are kept before they are summed and scattered
         return stretch + 2 * whole + parts.kept_products(model, lengths.tokens, tensor_size)
     return (
-        5 * stretch
+        (9 * stretch // 2 if model.parallel else 5 * stretch)
         + parts.saved_by_attention(model, lengths.tokens, tensor_size)
         + parts.saved_by_feed_forward(model, lengths.tokens, tensor_size)
     )
 
 
-def mask(model: ModelConfig, layer: int, lengths: RowLengths, masks: bool = True) -> int:
-    """Elements of the mask: a number for each query and key, where documents are kept apart by masks."""
-    return lengths.tokens**2 if masks else 0
+def mask(model: ModelConfig, layer: int, lengths: RowLengths, masks: bool = True, segments: bool = True) -> int:
+    """Elements of the mask: a number for each query and key that it sees, where the device has no kernel without.
+
+    In blocks (`engine.models.attention.local_mask`) a query has those of two blocks, which also hold a copy of the keys
+    and values.
+    """
+    reach, tokens = model.reach(layer), lengths.tokens
+    sees_all = reach is None or reach >= tokens - 1
+    if not masks or (sees_all and not segments):
+        return 0
+    if reach is not None and model.attention_dropout == 0 and tokens > SEEN_BLOCKS * reach:
+        return tokens * (SEEN_BLOCKS * reach + 2 * model.num_kv_heads * model.head_size)
+    return tokens**2
 
 
 def reduced(model: ModelConfig, layers: range, is_first: bool, is_last: bool, lengths: RowLengths) -> int:

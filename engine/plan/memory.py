@@ -246,8 +246,10 @@ def activation_bytes(
 
     Attention never keeps its scores here, as with the kernels of a GPU, unless it has dropout.
     """
-    masks = needs_masks(model, precision.dtype, device) if segments else None
-    kept, _, second_run = _kept(model, layers, recomputed, lengths, Sharing.of(parallel), parallel.recompute, masks)
+    masks = needs_masks(model, precision.dtype, device)
+    kept, _, second_run = _kept(
+        model, layers, recomputed, lengths, Sharing.of(parallel), parallel.recompute, masks, segments
+    )
     # Kept activations multiply with the micro-batches alive, the second run does not: one layer runs at a time.
     elements = alive * kept + second_run
     return math.ceil(parallel.micro_batch_size * elements * DTYPE_BYTES[precision.dtype])
@@ -261,7 +263,11 @@ def remade_bytes(
     lengths: RowLengths,
 ) -> int:
     """Return the bytes of activations of a micro-batch that the `recomputed` layers make again."""
-    _, remade, _ = _kept(model, recomputed, recomputed, lengths, Sharing.of(parallel), parallel.recompute, masks=None)
+    # Masks are not made again.
+    sharing = Sharing.of(parallel)
+    _, remade, _ = _kept(
+        model, recomputed, recomputed, lengths, sharing, parallel.recompute, masks=False, segments=False
+    )
     return math.ceil(parallel.micro_batch_size * remade * DTYPE_BYTES[precision.dtype])
 
 
@@ -285,12 +291,13 @@ def _kept(
     lengths: RowLengths,
     sharing: Sharing,
     how: Recompute,
-    masks: bool | None,
+    masks: bool,
+    segments: bool,
 ) -> tuple[int, int, int]:
     """Elements per row that (`layers` keep, the `recomputed` ones make again, one of these makes again at the most).
 
-    The `recomputed` ones keep only what `how` says. `masks` is True if documents are kept apart by masks, and None
-    where rows hold one document each.
+    The `recomputed` ones keep only what `how` says. `masks` is True if the device has no kernel that does without, and
+    `segments` if rows hold several documents.
     """
     family, ranks = figures(model), (sharing.tensor, sharing.shared_by)
     own = lengths.shared_by(sharing.sequence)
@@ -298,7 +305,7 @@ def _kept(
     again = {family.layer_kind(model, kind.example): kind.count for kind in layer_kinds(model, recomputed)}
     kept, remade, most = 0, 0, 0
     for layer, count in layer_kinds(model, layers):
-        pairs = 0 if masks is None else family.mask(model, layer, lengths, masks)  # of whole rows
+        pairs = family.mask(model, layer, lengths, masks, segments)  # of whole rows
         plain = family.saved(model, layer, own, *ranks) + pairs
         kept += count * plain
         if repeated := again.get(family.layer_kind(model, layer), 0):

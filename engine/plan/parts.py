@@ -15,6 +15,8 @@ from engine.config.schema.model import ModelConfig
 
 Device = Literal["cpu", "cuda"]
 """Kind of device that a run computes on."""
+HEAD_NORMS = ("q_norm", "k_norm")
+"""Names of the norms of each head of queries and keys."""
 LARGEST_HEAD = 256
 """Largest head of flash attention over documents, in multiples of 8."""
 
@@ -92,11 +94,12 @@ def vocabulary(model: ModelConfig, name: str, width: int | None = None) -> Entry
     return Entry(name, shape, split=True, padding=padding)
 
 
-def norm(model: ModelConfig, name: str) -> list[Entry]:
-    """Return the parameters of a norm over the width."""
-    entries = [Entry(f"{name}.weight", (model.hidden_size,), split=False)]
+def norm(model: ModelConfig, name: str, width: int | None = None) -> list[Entry]:
+    """Return the parameters of a norm over the hidden states, or over `width` features."""
+    shape = (width or model.hidden_size,)
+    entries = [Entry(f"{name}.weight", shape, split=False)]
     if model.norm == "layernorm" and model.norm_bias:
-        entries.append(Entry(f"{name}.bias", (model.hidden_size,), split=False))
+        entries.append(Entry(f"{name}.bias", shape, split=False))
     return entries
 
 
@@ -111,12 +114,18 @@ def linear(
 
 
 def self_attention(model: ModelConfig, name: str) -> list[Entry]:
-    """Return the parameters of the fused projection to queries, keys and values, and of the output projection."""
+    """Return the parameters of the fused projection to queries, keys and values, of the norms of their heads, and of
+    the output projection."""
     width, heads = model.hidden_size, model.num_heads * model.head_size
-    return [
-        *linear(f"{name}.qkv_proj", qkv_width(model), width, bias=model.bias, bias_split=True),
-        *linear(f"{name}.out_proj", width, heads, bias=model.bias),
-    ]
+    found = linear(f"{name}.qkv_proj", qkv_width(model), width, bias=model.biased_qkv, bias_split=True)
+    for each in HEAD_NORMS if model.normed_heads else ():
+        found += norm(model, f"{name}.{each}", model.head_size)
+    return found + linear(f"{name}.out_proj", width, heads, bias=model.bias)
+
+
+def of_each_head(name: str) -> bool:
+    """Return True for a parameter that every head uses: a tensor rank has its own heads' part of the gradient."""
+    return name.split(".")[-2] in HEAD_NORMS
 
 
 def feed_forward(model: ModelConfig, name: str) -> list[Entry]:
@@ -147,9 +156,13 @@ def score_operations(model: ModelConfig, num_queries: int, num_keys: int) -> int
 def saved_by_attention(model: ModelConfig, num_tokens: int, tensor_size: int) -> int:
     """Elements that the backward pass of self-attention needs: queries, keys, values and output.
 
-    With dropout also the probabilities, before and after it, and a byte each that says which stayed.
+    With norms of heads also their fp32 inputs. With dropout also the probabilities, before and after it, and a byte
+    each that says which stayed.
     """
-    return exchanged(model, num_tokens) // tensor_size + saved_probabilities(model, num_tokens, num_tokens, tensor_size)
+    probabilities = saved_probabilities(model, num_tokens, num_tokens, tensor_size)
+    # fp32 inputs are 1 element in fp32 and 2 in bf16: 3/2 for both
+    normed = 3 * num_tokens * (model.num_heads + model.num_kv_heads) * model.head_size // 2 if model.normed_heads else 0
+    return (exchanged(model, num_tokens) + normed) // tensor_size + probabilities
 
 
 def saved_probabilities(model: ModelConfig, num_queries: int, num_keys: int, tensor_size: int) -> int:

@@ -101,12 +101,12 @@ def saved(
     return found + cross + (whole if recompute == "selective" else 2 * whole)
 
 
-def mask(model: T5Config, layer: int, lengths: RowLengths, masks: bool = True) -> int:
+def mask(model: T5Config, layer: int, lengths: RowLengths, masks: bool = True, segments: bool = True) -> int:
     """Elements of cross attention's mask in a decoder layer, on every device.
 
     The numbers added to self-attention's scores are made once for all layers of a stack, and left out. So are the
     probabilities that a CPU keeps, which has no kernel for cross attention with a mask."""
-    return lengths.decoder * lengths.tokens if layer >= model.num_encoder_layers else 0
+    return lengths.decoder * lengths.tokens if segments and layer >= model.num_encoder_layers else 0
 
 
 def reduced(model: T5Config, layers: range, is_first: bool, is_last: bool, lengths: RowLengths) -> int:

@@ -23,7 +23,7 @@ from engine.plan.families import figures, over_layers
 from engine.plan.frozen import front_entries, frozen_entries, receives_gradients
 from engine.plan.memory import DTYPE_BYTES
 from engine.plan.parameters import counted_entries
-from engine.plan.parts import Entries, Entry
+from engine.plan.parts import Entries, Entry, of_each_head
 
 LOSS_REDUCTIONS = 3
 """Per token over the tensor axis: largest logit, sum of exponentials, the target's logit; fp32."""
@@ -222,15 +222,15 @@ def _layer_elements(stage: _Stage) -> tuple[int, int, int]:
     passed = _passed(stage.model, stage.chunks, stage.recomputed, lengths)
     activations = 2 * (passed.reduced + passed.again)  # an all-reduce is two rounds, each of (n-1)/n of the tensor
     activations += passed.reduced if teacher else 0  # forward alone: half of them
-    partial = 0
     if parallel.shared_by > 1:
         # an all-reduce is a gather and a scatter; beside, what enters is gathered once more backward, and in a second
         # run, which only scatters what leaves; the head reads whole rows
         read = (lengths.decoder or lengths.tokens) * stage.model.hidden_size if stage.has_head else 0
         activations += passed.entered - passed.again + read
-        partial = _partial(stage.model, stage.entries) - _partial(stage.model, stage.frozen)
-        # From ZeRO-1 on gradients are scattered over the data axis first, and each rank reduces its shard only.
-        partial = partial if parallel.zero_stage == 0 else -(-partial // stage.data_size)
+    shared_by = parallel.shared_by
+    partial = _partial(stage.model, stage.entries, shared_by) - _partial(stage.model, stage.frozen, shared_by)
+    # From ZeRO-1 on gradients are scattered over the data axis first, and each rank reduces its shard only.
+    partial = partial if parallel.zero_stage == 0 else -(-partial // stage.data_size)
     sums = stage.rows * (activations * stage.dtype_bytes + 2 * losses + likeliest)
     exchanged = passed.exchanged + (passed.exchanged_forward if teacher else 0)
     return sums, partial, stage.rows * exchanged
@@ -280,12 +280,15 @@ def _used(model: ModelConfig, chunks: tuple[ModelChunk, ...], tensor_size: int, 
 
 
 @lru_cache(maxsize=4096)
-def _partial(model: ModelConfig, entries: Entries) -> int:
-    """Elements of parameters that every tensor rank holds and that see its own tokens only (sequence parallelism).
+def _partial(model: ModelConfig, entries: Entries, shared_by: int) -> int:
+    """Elements of parameters that every tensor rank holds and that see its own heads only, or its own tokens
+    (sequence parallelism, `shared_by` above 1).
 
-    Their gradients are sums over the row, so the tensor ranks all-reduce them."""
+    Their gradients are sums over the heads or over the row, so the tensor ranks all-reduce them."""
     whole = figures(model).sees_whole_rows
-    return sum(entry.numel * entry.count for entry in entries if not entry.split and not whole(entry.name))
+    held = [entry for entry in entries if not entry.split]
+    found = [entry for entry in held if of_each_head(entry.name) or (shared_by > 1 and not whole(entry.name))]
+    return sum(entry.numel * entry.count for entry in found)
 
 
 @lru_cache(maxsize=4096)

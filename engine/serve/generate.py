@@ -91,6 +91,9 @@ def _check_length(config: Any, num_prompt_tokens: int, sampling: Sampling) -> No
     if num_prompt_tokens == 0:
         raise ConfigError("the prompt is empty", "at least one token of text", "give some text with --prompt")
     limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if limit is not None and rope.get("rope_type") == "dynamic":
+        limit = int(limit * rope["factor"])
     # Relative positions (T5) have no limit.
     room = None if limit is None else limit - num_prompt_tokens
     if room is not None and sampling.max_new_tokens > room:

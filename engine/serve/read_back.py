@@ -18,7 +18,7 @@ from engine.checkpoint.interchange.forms import form_of
 from engine.checkpoint.interchange.huggingface import ForeignModel, open_folder
 from engine.checkpoint.interchange.mapping import ModelMap
 from engine.checkpoint.interchange.sources import read_parameter
-from engine.config.schema.model import BERTConfig, ModelConfig, T5Config
+from engine.config.schema.model import BERTConfig, GPTConfig, ModelConfig, T5Config
 from engine.models.materialize import whole_model
 from engine.serve.same_tokens import differs
 
@@ -89,6 +89,8 @@ def first_layers(model: ModelConfig, padding_id: int | None = None) -> ModelConf
         changes = {"num_layers": 2, "num_decoder_layers": 1}
     elif isinstance(model, BERTConfig) and model.local_attention is not None:
         changes = {"num_layers": min(2, model.num_layers)}  # a global one, then a local one
+    elif isinstance(model, GPTConfig) and model.first_window_layer:
+        changes = {"num_layers": 2, "first_window_layer": 1}
     rows = max(ROWS_OF_CUT, (padding_id or 0) + 1)
     return model.model_copy(update=changes | {"vocab_size": min(model.vocab_size, rows)})
 
@@ -112,7 +114,7 @@ def _cut_twin(opened: ForeignModel, model_map: ModelMap) -> Any:
     state = {}
     for name, shape in model_map.tensors.items():
         state[name] = opened.source.read(name, 0, shape[0]).float()
-    kind = getattr(transformers, form.architecture)
+    kind = getattr(transformers, opened.form.architecture)
     return kind.from_pretrained(None, config=opened.theirs, state_dict=state, dtype=torch.float32).eval()
 
 

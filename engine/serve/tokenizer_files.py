@@ -56,7 +56,7 @@ def _of_model(tokenizer: TextTokenizer, model: ModelConfig) -> dict[str, Any]:
     """Return settings that depend on the model."""
     types = ["token_type_ids"] if model.tells_segments_apart else []
     found: dict[str, Any] = {
-        "model_max_length": model.max_positions,
+        "model_max_length": model.longest_row,
         "model_input_names": ["input_ids", *types, "attention_mask"],
     }
     if tokenizer.vocabulary.padding is None and model.family == "t5":

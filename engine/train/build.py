@@ -41,6 +41,7 @@ from engine.parallel.zero.carry import Carried
 from engine.plan.cut import ModelChunk, stage_chunks, tied_stages
 from engine.plan.families import figures
 from engine.plan.frozen import receives_gradients
+from engine.plan.parts import of_each_head
 from engine.plan.run_stages import cut_lengths, recomputed_layers
 
 
@@ -215,14 +216,16 @@ def _functions(parallel: ParallelConfig, groups: Groups) -> Functions:
 def _partial_gradients(config: RunConfig, parameters: Iterable[ParameterSpec]) -> frozenset[str]:
     """Return the parameters that every tensor rank holds whole and computes a part of the gradient of.
 
-    Under sequence parallelism a rank sees a slice of each row between the blocks, so a norm there has a part of its
-    gradient on every rank; heads see whole rows.
+    A norm of heads sees its rank's heads only. Under sequence parallelism a rank sees a slice of each row between the
+    blocks, so a norm there has a part of its gradient on every rank; the model's heads see whole rows.
     """
-    if config.parallel.shared_by == 1:
+    parallel, sees_whole_rows = config.parallel, figures(config.model).sees_whole_rows
+    if parallel.tensor == 1:
         return frozenset()
     # A split parameter's gradient is whole on the rank that holds it; only replicated ones need a sum over the ranks.
     replicated = [spec.name for spec in parameters if spec.sharding.dim is None]
-    return frozenset(name for name in replicated if not figures(config.model).sees_whole_rows(name))
+    shares_rows = parallel.shared_by > 1
+    return frozenset(name for name in replicated if of_each_head(name) or (shares_rows and not sees_whole_rows(name)))
 
 
 def _recompute(config: RunConfig, chunks: Sequence[nn.Module], layers: Container[int]) -> None:

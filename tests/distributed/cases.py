@@ -41,6 +41,13 @@ LLAMA = GPT2 | {
     "bias": False,
     "tie_embeddings": False,
 }
+PYTHIA = {
+    "position": "rope",
+    "partial_rotary_factor": 0.5,
+    "activation": "gelu",
+    "parallel_residual": True,
+    "tie_embeddings": False,
+}
 BERT = GPT2 | {
     "family": "bert",
     "token_types": 2,
@@ -76,6 +83,17 @@ MODELS = {
     "gpt2-deep": GPT2 | {"num_layers": 6},
     "llama": LLAMA,
     "llama-tied": LLAMA | {"tie_embeddings": True},
+    "llama3": LLAMA | {"rope_scaling": {"type": "llama3", "factor": 4.0, "original_max_positions": 8}},
+    "llama-dynamic": LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_positions": 8},
+    "mistral": LLAMA | {"sliding_window": 5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    "qwen2": LLAMA | {"qkv_bias": True, "sliding_window": 4, "first_window_layer": 1, "tie_embeddings": True},
+    "qwen3": LLAMA | {"qk_norm": True, "head_size": 8},
+    "pythia": GPT2 | PYTHIA,
+    # the options of decoders together, which no published form has
+    "decoder-options": LLAMA
+    | {"head_size": 8, "qkv_bias": True, "qk_norm": True, "parallel_residual": True, "partial_rotary_factor": 0.5}
+    | {"sliding_window": 5, "first_window_layer": 1}
+    | {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_positions": 8}},
     "llama-deep": LLAMA | {"num_layers": 4, "num_heads": 8, "num_kv_heads": 4},
     "bert": BERT,
     "bert-deep": BERT | {"num_layers": 5},

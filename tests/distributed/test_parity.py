@@ -53,6 +53,28 @@ ONE_RANK: dict[str, Any] = {
     for field in dataclasses.fields(Case)
     if field.name not in ("model", "decay", "attention", "optimizer", "freeze")
 }
+DECODERS = (
+    Case("decoder-options", zero_stage=3, pipe=2, tensor=2),
+    *(
+        pytest.param(case, marks=pytest.mark.matrix)
+        for case in (
+            Case("decoder-options", zero_stage=2, tensor=2, data=2, sequence_parallel=True, micro_batch_size=2),
+            Case("decoder-options", zero_stage=1, pipe=3, schedule="zb-h1", recompute="selective"),
+            Case("decoder-options", zero_stage=3, sequence=2, data=2, attention="row"),
+            Case("decoder-options-dropout", zero_stage=1, tensor=2, sequence=2, recompute="full"),
+            Case("decoder-options", zero_stage=3, pipe=2, tensor=2, dtype="bf16"),
+            Case("llama3", zero_stage=2, tensor=2, data=2),
+            Case("llama-dynamic", zero_stage=3, sequence=2, tensor=2, sequence_parallel=True),
+            Case("mistral", zero_stage=3, pipe=3, chunks_per_stage=1, attention="row"),
+            Case("qwen2", zero_stage=1, pipe=2, tensor=2),
+            Case("qwen3", zero_stage=0, tensor=2, data=2, sequence_parallel=True),
+            Case("qwen3", zero_stage=3, pipe=2, tensor=2, optimizer="muon"),
+            Case("pythia", zero_stage=2, pipe=2, tensor=2),
+            Case("pythia-dropout", zero_stage=3, sequence=2, data=2),
+        )
+    ),
+)
+"""Rotary scaling, partial rotary positions, parallel residuals, norms of heads, biases of projections and windows."""
 REPEATED = (
     Case(zero_stage=2, model="llama", data=2),
     Case(zero_stage=3, pipe=2, schedule="gpipe"),
@@ -136,6 +158,11 @@ def test_rounding_alone_leaves_every_model_within_the_bounds():
 
 @pytest.mark.parametrize("case", SELECTION, ids=str)
 def test_layout_equals_plain_torch(case: Case):
+    check(case)
+
+
+@pytest.mark.parametrize("case", DECODERS, ids=str)
+def test_options_of_decoders_equal_plain_torch(case: Case):
     check(case)
 
 

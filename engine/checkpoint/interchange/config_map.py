@@ -8,7 +8,7 @@ other way round, shows where the form is declared.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from engine.config.huggingface_forms import Problems
@@ -95,12 +95,14 @@ class Choice:
     theirs: str
     names: Mapping[str, str]
     """Ours -> theirs."""
+    also: Mapping[str, str] = field(default_factory=dict)
+    """Theirs -> ours: further names of theirs for some of these values, which are read and never written."""
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         return {self.theirs: self.names[getattr(model, self.ours)]}
 
     def read(self, theirs: Any, problems: Problems) -> dict[str, Any]:
-        found, ours = getattr(theirs, self.theirs), {name: key for key, name in self.names.items()}
+        found, ours = getattr(theirs, self.theirs), {name: key for key, name in self.names.items()} | dict(self.also)
         if found not in ours:
             problems.append(ConfigError(f"{self.theirs} = {found!r}", " or ".join(map(repr, ours))))
             return {}
@@ -119,11 +121,3 @@ class Computed:
 
     def read(self, theirs: Any, problems: Problems) -> dict[str, Any]:
         return self.to_ours(theirs, problems)
-
-
-def rope_theta(rope: Mapping[str, Any] | None, problems: Problems) -> float:
-    """Return the base of their rotary frequencies; any scaling of them is a problem."""
-    kind = (rope or {}).get("rope_type", "default")
-    if kind != "default":
-        problems.append(ConfigError(f"rope_parameters.rope_type = {kind!r}", "'default'"))
-    return float((rope or {}).get("rope_theta", 10000.0))

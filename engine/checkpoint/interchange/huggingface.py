@@ -85,7 +85,7 @@ def open_folder(folder: Location, vocab_multiple: int = VOCAB_MULTIPLE) -> Forei
     theirs = read_configuration(folder)
     form = require_form(theirs)
     model = form.our_config(theirs, vocab_multiple)
-    source = renamed(SafetensorsFolder(folder), form.prefix, form.heads)
+    source = renamed(SafetensorsFolder(folder), form.prefix, form.heads, form.spellings)
     if form is BERT_WITHOUT_PAIRS and "cls.seq_relationship.weight" in source.shapes:
         # bert-base-uncased names the class without pairs and has the head for them: nothing is dropped
         form = BERT
@@ -105,7 +105,7 @@ def open_model(theirs: PreTrainedModel, vocab_multiple: int = VOCAB_MULTIPLE) ->
     form = require_form(config, type(theirs).__name__)
     model = form.our_config(config, vocab_multiple)
     source = MemorySource(theirs.state_dict(), type(theirs).__name__)
-    return _foreign(model, form, config, source)
+    return _foreign(model, form, config, renamed(source, form.prefix, form.heads, form.spellings))
 
 
 def _foreign(model: ModelConfig, form: Form, theirs: PretrainedConfig, source: Source) -> ForeignModel:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 from engine.config.schema.model import BERTConfig, GPTConfig, ModelConfig, T5Config
+from engine.config.schema.rotary import DynamicScaling, Llama3Scaling, YarnScaling
 from engine.errors import ConfigError, PalimpsestError
 
 
@@ -20,14 +21,9 @@ def check_model(model: ModelConfig, problems: list[PalimpsestError]) -> None:
                 "model.norm_bias = False with model.norm = rmsnorm", "True", "leave it out: RMS norms have no shift"
             )
         )
-    if isinstance(model, GPTConfig | BERTConfig) and model.position == "rope" and model.head_size % 2:
-        problems.append(
-            ConfigError(
-                f"model.position = rope needs an even head size, found {model.head_size}",
-                "hidden_size / num_heads even",
-                "change model.num_heads",
-            )
-        )
+    _check_rotary(model, problems)
+    if isinstance(model, GPTConfig):
+        _check_decoder(model, problems)
     if isinstance(model, BERTConfig):
         _check_local(model, problems)
     if isinstance(model, T5Config):
@@ -51,6 +47,100 @@ def _check_heads(model: ModelConfig, problems: list[PalimpsestError]) -> None:
                 f"one of {listed(divisors(model.num_heads))}",
             )
         )
+
+
+def _check_rotary(model: ModelConfig, problems: list[PalimpsestError]) -> None:
+    rotary = model.rotary(None)
+    if rotary is None:
+        return
+    if rotary.width == model.head_size and rotary.width % 2:
+        problems.append(
+            ConfigError(
+                f"model.position = rope needs an even head size, found {model.head_size}",
+                "hidden_size / num_heads even",
+                "change model.num_heads",
+            )
+        )
+    elif rotary.width < 2 or rotary.width % 2:
+        factor = getattr(model, "partial_rotary_factor", 1.0)
+        problems.append(
+            ConfigError(
+                f"model.partial_rotary_factor = {factor} of model.head_size = {model.head_size} turns "
+                f"{rotary.width} dimensions",
+                "an even number of them, 2 or more",
+                "change model.partial_rotary_factor",
+            )
+        )
+    if isinstance(rotary.scaling, DynamicScaling) and rotary.width <= 2:
+        # The base grows by the power of width / (width - 2).
+        problems.append(
+            ConfigError(
+                f"model.rope_scaling.type = dynamic with {rotary.width} rotated dimensions of a head",
+                "4 or more",
+                "take linear scaling, or larger heads",
+            )
+        )
+
+
+def _check_decoder(model: GPTConfig, problems: list[PalimpsestError]) -> None:
+    if model.position != "rope":
+        defaults = {"rope_scaling": None, "partial_rotary_factor": 1.0}
+        problems += [
+            ConfigError(
+                f"model.{key} = {_text(getattr(model, key))} with model.position = {model.position}",
+                "position rope",
+                "leave it out",
+            )
+            for key, default in defaults.items()
+            if getattr(model, key) != default
+        ]
+    _check_scaling(model, problems)
+    if model.first_window_layer and model.sliding_window is None:
+        problems.append(
+            ConfigError(
+                f"model.first_window_layer = {model.first_window_layer} without model.sliding_window",
+                "sliding_window with it",
+                "leave it out, or say how wide the window is",
+            )
+        )
+    elif model.sliding_window is not None and model.first_window_layer >= model.num_layers:
+        problems.append(
+            ConfigError(
+                f"model.first_window_layer = {model.first_window_layer} of model.num_layers = {model.num_layers}",
+                f"0 to {model.num_layers - 1}",
+                "leave model.sliding_window out if no layer has it",
+            )
+        )
+
+
+def _check_scaling(model: GPTConfig, problems: list[PalimpsestError]) -> None:
+    scaling = model.rope_scaling
+    if isinstance(scaling, Llama3Scaling) and scaling.high_freq_factor <= scaling.low_freq_factor:
+        problems.append(
+            ConfigError(
+                f"model.rope_scaling.high_freq_factor = {scaling.high_freq_factor} with "
+                f"low_freq_factor = {scaling.low_freq_factor}",
+                "more than low_freq_factor",
+                "frequencies between the two are interpolated",
+            )
+        )
+    if isinstance(scaling, YarnScaling) and scaling.beta_fast <= scaling.beta_slow:
+        problems.append(
+            ConfigError(
+                f"model.rope_scaling.beta_fast = {scaling.beta_fast} with beta_slow = {scaling.beta_slow}",
+                "more than beta_slow",
+                "frequencies between the two are interpolated",
+            )
+        )
+    if isinstance(scaling, YarnScaling) and model.rope_theta == 1:
+        # The bounds of the ramp are logarithms to this base.
+        problems.append(
+            ConfigError("model.rope_theta = 1 with model.rope_scaling.type = yarn", "another base", "such as 10000")
+        )
+
+
+def _text(value: object) -> str:
+    return str(getattr(value, "type", value))
 
 
 def _check_local(model: BERTConfig, problems: list[PalimpsestError]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag, TypeAdapter, model_validator
 
+from engine.config.schema.rotary import AnyRopeScaling, DynamicScaling, Rotary
 from engine.config.schema.section import KeyKind, Section
 
 FamilyName = Literal["gpt", "bert", "t5"]
@@ -98,9 +99,29 @@ class ModelConfig(Section):
         return False
 
     @property
+    def parallel(self) -> bool:
+        """True if attention and feed-forward part of a layer read the same hidden states."""
+        return False
+
+    @property
+    def biased_qkv(self) -> bool:
+        """True if the projections to queries, keys and values have biases."""
+        return self.bias
+
+    @property
+    def normed_heads(self) -> bool:
+        """True if each head of queries and keys is normalised."""
+        return False
+
+    @property
     def score_scale(self) -> float | None:
         """Factor of attention scores; None means head_size ** -0.5."""
         return None
+
+    @property
+    def longest_row(self) -> int:
+        """Largest number of tokens in a row."""
+        return self.max_positions
 
     @property
     def tells_segments_apart(self) -> bool:
@@ -112,8 +133,8 @@ class ModelConfig(Section):
         del layer
         return None
 
-    def rotary_theta(self, reach: int | None) -> float | None:
-        """Base of the rotary frequencies of layers with a `reach`; None means no rotary positions."""
+    def rotary(self, reach: int | None) -> Rotary | None:
+        """Rotation in layers with a `reach`; None means no rotary positions."""
         del reach
         return None
 
@@ -123,7 +144,7 @@ class ModelConfig(Section):
 
 
 class GPTConfig(ModelConfig):
-    """A decoder in GPT-2 form (the defaults) or in Llama form (see `configs/models`)."""
+    """A decoder in GPT-2 form (the defaults), in Llama form or in that of its relatives (see `configs/models`)."""
 
     __hash__ = ModelConfig.__hash__
 
@@ -133,6 +154,22 @@ class GPTConfig(ModelConfig):
     """Kind of positions: a table of learned embeddings, or rotations of queries and keys."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
+    rope_scaling: AnyRopeScaling | None = None
+    """Scaling of the rotary frequencies to longer rows. None means none."""
+    partial_rotary_factor: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of each head's dimensions, the first ones, that rotary positions turn."""
+    qkv_bias: bool = Field(default_factory=lambda data: data["bias"])
+    """Biases of the projections to queries, keys and values; as `bias` where it is left out."""
+    qk_norm: bool = False
+    """Norms of each head of queries and keys (Henry et al. 2020, arXiv 2010.04245), with one scale for all heads,
+    before rotary positions turn them."""
+    parallel_residual: bool = False
+    """Attention and feed-forward part read the same hidden states, each through a norm of its own, and their sum is
+    added to them (Wang and Komatsuzaki 2021, GPT-J). Otherwise the feed-forward part reads the sum with attention."""
+    sliding_window: int | None = Field(default=None, ge=2)
+    """Number of tokens that a token sees, itself among them. None means all tokens before it."""
+    first_window_layer: NonNegativeInt = 0
+    """Number of the first layer with the sliding window; the layers before it see all tokens."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights."""
 
@@ -140,9 +177,34 @@ class GPTConfig(ModelConfig):
     def position_table(self) -> bool:
         return self.position == "learned"
 
-    def rotary_theta(self, reach: int | None) -> float | None:
+    @property
+    def parallel(self) -> bool:
+        return self.parallel_residual
+
+    @property
+    def biased_qkv(self) -> bool:
+        return self.qkv_bias
+
+    @property
+    def normed_heads(self) -> bool:
+        return self.qk_norm
+
+    @property
+    def longest_row(self) -> int:
+        scaling = self.rope_scaling
+        return int(self.max_positions * scaling.factor) if isinstance(scaling, DynamicScaling) else self.max_positions
+
+    def reach(self, layer: int) -> int | None:
+        if self.sliding_window is None or layer < self.first_window_layer:
+            return None
+        return self.sliding_window - 1
+
+    def rotary(self, reach: int | None) -> Rotary | None:
         del reach
-        return self.rope_theta if self.position == "rope" else None
+        if self.position != "rope":
+            return None
+        width = int(self.head_size * self.partial_rotary_factor)
+        return Rotary(self.rope_theta, width, self.max_positions, self.rope_scaling)
 
 
 class BERTConfig(ModelConfig):
@@ -203,10 +265,11 @@ class BERTConfig(ModelConfig):
             return None
         return self.local_attention // 2
 
-    def rotary_theta(self, reach: int | None) -> float | None:
+    def rotary(self, reach: int | None) -> Rotary | None:
         if self.position != "rope":
             return None
-        return self.rope_theta if reach is None else self.local_rope_theta or self.rope_theta
+        theta = self.rope_theta if reach is None else self.local_rope_theta or self.rope_theta
+        return Rotary(theta, self.head_size, self.max_positions)
 
 
 class T5Config(ModelConfig):

@@ -1,4 +1,4 @@
-"""Masks, positions and rotation against their definitions, written out in loops."""
+"""Masks and positions against their definitions, written out in loops."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from engine.models.attention import document_mask, local_mask, positions_in_document, rotary_tables, rotate
+from engine.models.attention import document_mask, local_mask, positions_in_document
 from engine.parallel.functions import Band, attention
 from tests.engine.models.parity import gradient_of
 
@@ -24,13 +24,14 @@ def test_a_query_sees_the_earlier_tokens_of_its_document():
                 assert mask_B1TT[row, 0, query, key] == expected
 
 
-def local_pairs(segments: torch.Tensor, reach: int) -> torch.Tensor:
+def local_pairs(segments: torch.Tensor, reach: int, bidirectional: bool = True) -> torch.Tensor:
     """The definition, (B, 1, T, T), in loops."""
     num_rows, length = segments.shape
     seen = torch.zeros(num_rows, 1, length, length, dtype=torch.bool)
     for row in range(num_rows):
         for query in range(length):
-            for key in range(max(query - reach, 0), min(query + reach + 1, length)):
+            behind = reach if bidirectional else 0
+            for key in range(max(query - reach, 0), min(query + behind + 1, length)):
                 seen[row, 0, query, key] = segments[row, query] == segments[row, key]
     return seen
 
@@ -44,19 +45,23 @@ def long_rows(length: int) -> torch.Tensor:
 
 def test_a_short_row_s_local_mask_is_that_of_its_pairs():
     for length, reach in ((6, 2), (9, 3), (5, 7)):
-        mask = local_mask(long_rows(length), reach)
-        assert isinstance(mask, torch.Tensor)
-        assert torch.equal(mask, local_pairs(long_rows(length), reach))
+        for bidirectional in (True, False):
+            mask = local_mask(long_rows(length), reach, bidirectional, in_blocks=False)
+            assert isinstance(mask, torch.Tensor)
+            assert torch.equal(mask, local_pairs(long_rows(length), reach, bidirectional))
+        assert isinstance(local_mask(long_rows(length), reach), torch.Tensor)
     assert isinstance(local_mask(long_rows(40), 2, in_blocks=False), torch.Tensor)
 
 
+@pytest.mark.parametrize("bidirectional", [True, False], ids=["both-ways", "causal"])
 @pytest.mark.parametrize(("length", "reach"), [(7, 2), (24, 4), (25, 4), (29, 4), (40, 13), (5, 1)])
-def test_attention_in_blocks_is_that_of_the_pairs(length: int, reach: int):
+def test_attention_in_blocks_is_that_of_the_pairs(length: int, reach: int, bidirectional: bool):
     """Lengths that blocks divide and do not; grouped heads; gradients, too. Sums of at most 27 terms are near 1e-6."""
     generator = torch.Generator().manual_seed(reach)
-    band, pairs = local_mask(long_rows(length), reach), local_pairs(long_rows(length), reach)
+    rows = long_rows(length)
+    band, pairs = local_mask(rows, reach, bidirectional), local_pairs(rows, reach, bidirectional)
     assert isinstance(band, Band)
-    assert band.mask_BNRS.shape == (3, -(-length // reach), reach, 3 * reach)
+    assert band.mask_BNRS.shape == (3, -(-length // reach), reach, (3 if bidirectional else 2) * reach)
     made = []
     for mask in (band, pairs):
         generator.manual_seed(reach)
@@ -75,41 +80,6 @@ def test_attention_in_blocks_is_that_of_the_pairs(length: int, reach: int):
 def test_positions_start_again_with_each_document():
     expected = [[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 3, 4], [0, 1, 0, 1, 0, 0]]
     assert positions_in_document(SEGMENTS_BT).tolist() == expected
-
-
-def test_rotation_turns_each_pair_by_position_times_frequency():
-    head_size, theta = 6, 100.0
-    x_BTHK = torch.randn(1, 5, 2, head_size, generator=torch.Generator().manual_seed(0))
-    turned = rotate(x_BTHK, *rotary_tables(5, head_size, theta, torch.device("cpu")))
-    for position in range(5):
-        for head in range(2):
-            for pair in range(3):
-                angle = position * theta ** (-2 * pair / head_size)
-                low, high = x_BTHK[0, position, head, pair].item(), x_BTHK[0, position, head, pair + 3].item()
-                # a rotation of the plane; 6 roundings of values below 4
-                assert abs(turned[0, position, head, pair] - (low * math.cos(angle) - high * math.sin(angle))) < 2e-6
-                assert (
-                    abs(turned[0, position, head, pair + 3] - (high * math.cos(angle) + low * math.sin(angle))) < 2e-6
-                )
-
-
-def test_rotation_keeps_the_dtype():
-    x_BTHK = torch.randn(1, 5, 2, 4).bfloat16()
-    assert rotate(x_BTHK, *rotary_tables(5, 4, 1e4, torch.device("cpu"))).dtype == torch.bfloat16
-
-
-def test_scores_depend_on_distance_alone():
-    """Why rotary positions need no restart at a document: shifting a document moves no score (tables are fp32)."""
-    generator = torch.Generator().manual_seed(1)
-    q, k = torch.randn(2, 1, 1, 1, 16, generator=generator)
-    cos_TK, sin_TK = rotary_tables(64, 16, 1e4, torch.device("cpu"))
-
-    def score(query: int, key: int) -> float:
-        turned_q = rotate(q, cos_TK[query : query + 1], sin_TK[query : query + 1])
-        return (turned_q * rotate(k, cos_TK[key : key + 1], sin_TK[key : key + 1])).sum().item()
-
-    assert abs(score(9, 4) - score(59, 54)) < 1e-4
-    assert abs(score(9, 4) - score(9, 5)) > 1e-3
 
 
 def test_grouped_queries_share_their_key_and_value_heads():

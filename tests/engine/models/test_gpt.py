@@ -16,7 +16,7 @@ from engine.models.attention import view
 from engine.models.gpt import EMBEDDING, HEAD, build, sharding, specs, ties
 from engine.models.materialize import whole_model
 from engine.parallel.boundary import Tensors
-from engine.parallel.functions import Functions
+from engine.parallel.functions import Band, Functions
 from engine.parallel.functions import attention as plain_attention
 from engine.parallel.sharding import ParameterSpec, lookup
 from engine.plan.cut import ModelChunk
@@ -193,7 +193,12 @@ def test_attention_and_loss_come_from_the_functions_that_it_was_built_with(confi
 
     model = whole_model(config, random_weights(config), Functions(attention, linear_cross_entropy=linear_cross_entropy))
     assert loss_of(model(**batch)).item() == config.vocab_size
-    assert calls == [((4, 16), (config.num_kv_heads, 16), None)] * config.num_layers
+    expected_shapes = ((4, config.head_size), (config.num_kv_heads, config.head_size))
+    assert [call[:2] for call in calls] == [expected_shapes] * config.num_layers
+    # 24 tokens in blocks of less than 12: only windows that are as wide have a mask of pairs
+    kind = torch.Tensor if (config.sliding_window or 0) > 12 else Band
+    expected = [None if config.reach(layer) is None else kind for layer in range(config.num_layers)]
+    assert [None if mask is None else type(mask) for _, _, mask in calls] == expected
 
 
 def test_bf16_stays_near_fp32(config, batch):

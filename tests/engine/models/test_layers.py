@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.models.layers import LayerNorm, RMSNorm
+from engine.models.norms import LayerNorm, RMSNorm
 
 
 def layer_norm(x, weight, bias):

@@ -29,6 +29,29 @@ FORMS = {
     "gpt2-untied": tiny("gpt2", tie_embeddings=False, feed_forward_size=192, norm_epsilon=1e-3),
     "llama": tiny("llama"),
     "llama-tied": tiny("llama", tie_embeddings=True, num_kv_heads=4, rope_theta=100.0, norm_epsilon=1e-3),
+    "llama3": tiny("llama", rope_scaling={"type": "llama3", "factor": 8.0, "original_max_positions": 32}),
+    "llama-linear": tiny("llama", rope_scaling={"type": "linear", "factor": 2.5}),
+    "llama-dynamic": tiny("llama", rope_scaling={"type": "dynamic", "factor": 2.0}),
+    "llama-yarn": tiny("llama", rope_scaling={"type": "yarn", "factor": 4.0, "original_max_positions": 32}),
+    "mistral": tiny("mistral"),
+    "mistral-wide": tiny("mistral", sliding_window=21, num_kv_heads=4, head_size=24, rope_theta=100.0),
+    "qwen2": tiny("qwen2"),
+    "qwen2-window": tiny("qwen2", sliding_window=5, first_window_layer=2, tie_embeddings=False, head_size=24),
+    "qwen3": tiny("qwen3"),
+    "qwen3-window": tiny("qwen3", sliding_window=12, tie_embeddings=False, num_kv_heads=1, norm_epsilon=1e-3),
+    "pythia": tiny("pythia"),
+    "neox-in-turn": tiny(
+        "pythia",
+        parallel_residual=False,
+        tie_embeddings=True,
+        partial_rotary_factor=0.5,
+        rope_theta=100.0,
+        feed_forward_size=96,
+        activation="gelu_tanh",
+        norm_epsilon=1e-3,
+        rope_scaling={"type": "yarn", "factor": 2.0, "original_max_positions": 64, "attention_factor": 1.5}
+        | {"beta_fast": 8.0, "beta_slow": 2.0, "truncate": False},
+    ),
 }
 
 BERT_FORMS = {

@@ -74,7 +74,7 @@ def run(form: str, how: Recompute, dtype: torch.dtype) -> tuple[int, list[torch.
     x_BTD = torch.randn(NUM_ROWS, LENGTH, config.hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype)
     x_BTD.requires_grad_(True)
     seen = view(config, x_BTD, None)
-    shared = [x_BTD, *layer.parameters(), *(t for t in (seen.cos_TK, seen.sin_TK) if t is not None)]
+    shared = [x_BTD, *layer.parameters(), *(t for t in (seen.cos_TR, seen.sin_TR) if t is not None)]
     with Storages() as storages:
         y_BTD = layer(x_BTD, seen)
     kept = storages.alive_bytes([*shared, y_BTD])

@@ -163,6 +163,30 @@ def test_t5_adds_its_positions_to_scores_on_a_gpu_too() -> None:
     assert make_plan(run, 1, "cpu").stages[0].memory == make_plan(run, 1, "cuda").stages[0].memory
 
 
+def test_a_sliding_window_keeps_what_two_blocks_see() -> None:
+    """A window of 9, reach 8, in rows of 64: 16 numbers per query and not 64, and a copy of keys and values."""
+    model = example({"model": {"sliding_window": 9, "first_window_layer": 2}}).model
+    lengths = RowLengths(64, predicted=64)
+    whole, blocks = 64 * 64, 64 * 16 + 2 * 64 * 64
+    assert [gpt.mask(model, layer, lengths) for layer in range(4)] == [whole, whole, blocks, blocks]
+    # no mask on a GPU; without documents in the layers with a window alone
+    assert [gpt.mask(model, layer, lengths, masks=False) for layer in range(4)] == [0] * 4
+    assert [gpt.mask(model, layer, lengths, segments=False) for layer in range(4)] == [0, 0, blocks, blocks]
+    short = RowLengths(16, predicted=16)
+    assert gpt.mask(model, 3, short) == 16 * 16
+    assert gpt.mask(model, 3, RowLengths(9, predicted=9), segments=False) == 0
+
+
+def test_norms_of_heads_and_parallel_parts_change_what_a_layer_keeps() -> None:
+    lengths = RowLengths(64, predicted=64)
+    plain, normed, parallel = (
+        gpt.saved(example({"model": change}).model, 0, lengths, 1)
+        for change in ({}, {"qk_norm": True}, {"parallel_residual": True})
+    )
+    assert normed - plain == 3 * 64 * 64  # inputs of both norms, one and a half elements for each
+    assert plain - parallel == 64 * 64 // 2  # one input for both norms in fp32
+
+
 def test_a_local_layer_keeps_what_three_blocks_see() -> None:
     """reach 4 in rows of 64: 12 numbers per query and not 64, and keys and values three times."""
     model = example({"model": {"family": "bert", "local_attention": 8, "position": "rope"}}).model
@@ -273,5 +297,5 @@ def test_layers_of_one_kind_are_counted_as_each_by_itself(family: Change, how: A
     }
     kept = plain | {layer: one.saved(config.model, layer, lengths, 2, 1, how) for layer in recomputed}
     spared = [plain[layer] - kept[layer] for layer in recomputed]
-    found = _kept(config.model, layers, recomputed, lengths, Sharing(2, 1, 1), how, masks=True)
+    found = _kept(config.model, layers, recomputed, lengths, Sharing(2, 1, 1), how, masks=True, segments=True)
     assert found == (sum(kept.values()), sum(spared), max(spared, default=0))

@@ -41,6 +41,18 @@ def test_a_forward_pass_multiplies_as_often_as_counted(form: str) -> None:
     assert counter.get_total_flops() == 2 * forward
 
 
+def test_a_sliding_window_counts_its_tokens() -> None:
+    from engine.plan.families import figures
+
+    windowed = GPT2.model_copy(update={"sliding_window": 100, "first_window_layer": 3})
+    lengths = RowLengths(1024, predicted=1024)
+    counts = [figures(windowed).layer_operations(windowed, layer, lengths) for layer in range(12)]
+    plain = figures(GPT2).layer_operations(GPT2, 0, lengths)
+    assert counts == [plain] * 3 + [plain - 4 * 1024 * (1024 - 100) * 768] * 9
+    short = RowLengths(64, predicted=64)
+    assert figures(windowed).layer_operations(windowed, 5, short) == figures(GPT2).layer_operations(GPT2, 5, short)
+
+
 @pytest.mark.parametrize("length", [24, 12])
 def test_a_local_layer_multiplies_what_its_window_has(length: int) -> None:
     """reach 4: 9 tokens of a window are counted, 12 of three blocks multiplied, as in a row that is no longer."""

@@ -47,6 +47,10 @@ SMALL = [
         }
         | {"feed_forward_size": 48}
     ),
+    LLAMA.model_copy(
+        update={"vocab_size": 300, "num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2}
+        | {"head_size": 6, "feed_forward_size": 48, "qkv_bias": True, "qk_norm": True, "parallel_residual": True}
+    ),
     *(
         make_model(
             **{"family": "bert", "vocab_size": 500, "num_layers": 3, "hidden_size": 32, "num_heads": 4} | changes
@@ -68,7 +72,7 @@ SMALL = [
         | {"head_size": 6, "activation": "geglu_tanh", "tie_embeddings": False, "feed_forward_size": 40}
     ),
 ]
-FORMS = ["gpt2 form", "untied", "llama form", "bert form", "modern encoder", "t5"]
+FORMS = ["gpt2 form", "untied", "llama form", "options", "bert form", "modern encoder", "t5"]
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,16 @@ def test_sequence_axis_of_an_encoder_decoder() -> None:
     assert stage.traffic.tensor == 0
 
 
+def test_norms_of_heads_are_summed_over_tensor_ranks() -> None:
+    """Each of two ranks sends half of an all-reduce, twice, of two scales of 16 in each of four layers."""
+    layout: Change = {"parallel": {"tensor": 2, "zero_stage": 0}}
+    plain, normed = (
+        make_plan(example(layout, {"model": {"norm": "rmsnorm", "qk_norm": is_normed}}), 2).stages[0].traffic.tensor
+        for is_normed in (False, True)
+    )
+    assert normed - plain == 4 * 2 * 16 * 4
+
+
 def test_sequence_parallelism_of_an_encoder_decoder() -> None:
     """A rank's halves: per encoder layer 2 entrances (gather and scatter, gather again) and 2 exits (both once); in the
     decoder 4 of the former, one of them of the encoder's rows, and 3 of the latter. Beside, two embeddings, the head's

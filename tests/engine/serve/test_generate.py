@@ -16,6 +16,7 @@ from engine.serve.export import export
 from engine.serve.generate import Sampling, generate
 from engine.serve.language_model import open_language_model
 from engine.serve.source import open_trained
+from tests.engine.serve.runs import run_config, save
 
 PROMPT = "A palimpsest is"
 
@@ -34,6 +35,25 @@ def test_greedy_text_is_what_our_own_model_finds_likeliest(trained_run):
     text = generate(language_model, PROMPT, Sampling(max_new_tokens=12, temperature=0))
     assert text == language_model.tokenizer.decode(ids, skip_special_tokens=True)
     assert text.startswith(PROMPT)
+
+
+@pytest.mark.parametrize("form", ["llama3", "mistral", "qwen2-window", "qwen3", "pythia", "neox-in-turn"])
+def test_every_kind_of_decoder_says_what_its_whole_rows_say(form, tokenizer, tmp_path):
+    """Windows are shorter than the text, so that the cache has to forget."""
+    config = run_config(tmp_path / "run", form, tokenizer)
+    save(config, step=3, seed=3)
+    language_model, trained = open_language_model(config.folder), open_trained(config.folder)
+    model = whole_model(trained.config, trained.weights)
+    ids = language_model.tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
+    first = len(ids)
+    for _ in range(12):
+        with torch.no_grad():
+            ids.append(int(model(tokens_BT=torch.tensor([ids]))["logits_BTV"][0, -1].argmax()))
+    prompt = torch.tensor([ids[:first]])
+    found = language_model.model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, eos_token_id=None
+    )
+    assert found[0].tolist() == ids
 
 
 def test_run_checkpoint_and_exported_folder_give_the_same_text(trained_run, tmp_path):

@@ -31,7 +31,22 @@ from tests.engine.checkpoint.memory import Alive
 from tests.engine.models.tiny import BERT_FORMS, FORMS, T5_FORMS, random_weights, twin
 
 ALL = FORMS | BERT_FORMS | T5_FORMS
-CLASSES = ("gpt2", "llama-tied", "bert", "bert-without-pairs", "roberta", "modernbert", "t5", "t5-v1.1")
+CLASSES = (
+    "gpt2",
+    "llama-tied",
+    "llama3",
+    "mistral",
+    "qwen2-window",
+    "qwen3",
+    "neox-in-turn",
+    "pythia",
+    "bert",
+    "bert-without-pairs",
+    "roberta",
+    "modernbert",
+    "t5",
+    "t5-v1.1",
+)
 _TOKENIZERS = {
     "gpt": ("bpe", "causal", 400),
     "bert": ("wordpiece", "masked", 400),

@@ -9,14 +9,17 @@ import torch
 from engine.checkpoint.interchange.forms.bert import BERT, BERT_WITHOUT_PAIRS, ROBERTA
 from engine.checkpoint.interchange.forms.form import Form
 from engine.checkpoint.interchange.forms.gpt2 import GPT2
+from engine.checkpoint.interchange.forms.gpt_neox import GPT_NEOX
 from engine.checkpoint.interchange.forms.llama import LLAMA
+from engine.checkpoint.interchange.forms.mistral import MISTRAL
 from engine.checkpoint.interchange.forms.modernbert import MODERN_BERT
-from engine.checkpoint.interchange.forms.t5 import T5
+from engine.checkpoint.interchange.forms.qwen import QWEN2, QWEN3
+from engine.checkpoint.interchange.forms.t5 import MT5, T5
 from engine.config.huggingface_forms import nearest
 from engine.config.schema.model import ModelConfig
 from engine.errors import ConfigError, report
 
-FORMS = (GPT2, LLAMA, BERT, BERT_WITHOUT_PAIRS, ROBERTA, MODERN_BERT, T5)
+FORMS = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GPT_NEOX, BERT, BERT_WITHOUT_PAIRS, ROBERTA, MODERN_BERT, T5, MT5)
 OLDEST = "4.57"
 """The oldest transformers that reads our exports, as `make test-readers` holds: the last series before 5."""
 
@@ -66,9 +69,14 @@ __all__ = [
     "BERT_WITHOUT_PAIRS",
     "FORMS",
     "GPT2",
+    "GPT_NEOX",
     "LLAMA",
+    "MISTRAL",
     "MODERN_BERT",
+    "MT5",
     "OLDEST",
+    "QWEN2",
+    "QWEN3",
     "ROBERTA",
     "T5",
     "Form",

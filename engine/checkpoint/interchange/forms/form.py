@@ -73,6 +73,8 @@ class Form:
     """Beginning of the names of all parameters but the heads', which files of a model without heads lack."""
     heads: tuple[str, ...] = ("lm_head.",)
     """Beginnings of the names of the heads' parameters."""
+    spellings: Mapping[str, str] = field(default_factory=dict)
+    """Beginnings of names that other versions of their library have -> those of `names`."""
     copies: Mapping[str, str] = field(default_factory=dict)
     """Tensors that published files have a second time -> the one that they repeat; a tied head is one, too."""
     unused: tuple[str, ...] = ()

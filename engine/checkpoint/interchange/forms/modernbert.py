@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.checkpoint.interchange.config_map import ENCODER_SIZES, Always, Computed, Left, Same, rope_theta
+from engine.checkpoint.interchange.config_map import ENCODER_SIZES, Always, Computed, Left, Same
 from engine.checkpoint.interchange.forms.form import Form, one
+from engine.checkpoint.interchange.forms.rope import unscaled_theta
 from engine.config import huggingface_forms
 from engine.config.huggingface_forms import Problems
 from engine.config.schema.model import BERTConfig
@@ -40,7 +41,7 @@ def _write_layers(model: BERTConfig) -> dict[str, Any]:
 
 
 def _read_layers(theirs: Any, problems: Problems) -> dict[str, Any]:
-    theta = rope_theta(theirs.rope_parameters[GLOBAL], problems)
+    theta = unscaled_theta(theirs.rope_parameters[GLOBAL], problems)
     return {"rope_theta": theta, **_read_local(theirs, theta, problems)}
 
 
@@ -60,7 +61,7 @@ def _read_local(theirs: Any, theta: float, problems: Problems) -> dict[str, Any]
             )
         )
         return {}
-    local = rope_theta(theirs.rope_parameters[LOCAL], problems)
+    local = unscaled_theta(theirs.rope_parameters[LOCAL], problems)
     return {
         "local_attention": 2 * (theirs.local_attention // 2),  # theirs halves it, too
         "global_every": every,

@@ -6,6 +6,7 @@ Their layers are numbered within each stack. Their configuration calls every T5 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from engine.checkpoint.interchange.config_map import Choice, Computed, Left, Same
@@ -97,3 +98,24 @@ T5 = Form(
     copies={"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"},
     unused=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
 )
+
+
+def _write_mt5(model: T5Config) -> dict[str, Any]:
+    return {key: value for key, value in _write(model).items() if key != "tie_word_embeddings"}
+
+
+def _read_mt5(theirs: Any, problems: Problems) -> dict[str, Any]:
+    # Their class calls every mT5 tied, whatever its file says, and computes with a head of its own.
+    found = {"num_layers": theirs.num_layers + theirs.num_decoder_layers, "tie_embeddings": False}
+    positions = getattr(theirs, "n_positions", MAX_POSITIONS)
+    return found | {"num_decoder_layers": theirs.num_decoder_layers, "max_positions": positions}
+
+
+MT5 = replace(
+    T5,
+    model_type="mt5",
+    architecture="MT5ForConditionalGeneration",
+    # The last two are those of T5 that say whether the head is tied, and dropout.
+    fields=(*T5.fields[:-2], Computed(_write_mt5, _read_mt5), T5.fields[-1]),
+)
+"""T5 1.1 with another vocabulary and a class of its own. A model of ours with these keys is written as T5."""

@@ -39,10 +39,11 @@ class Renamed:
         return self._source.read(self._names[name], first, end, dim)
 
 
-def renamed(source: Source, prefix: str, heads: tuple[str, ...]) -> Source:
+def renamed(source: Source, prefix: str, heads: tuple[str, ...], spellings: Mapping[str, str]) -> Source:
     """Return a source under the names of a form, whose parameters begin with `prefix`, but for those of its heads.
 
-    Files of a model without heads lack the prefix (`wte.weight` of GPT-2).
+    Files of a model without heads lack the prefix (`wte.weight` of GPT-2). `spellings` are other beginnings of names ->
+    those of the form.
     """
     held = source.shapes
     bare = bool(prefix) and not any(name.startswith(prefix) for name in held)
@@ -51,6 +52,9 @@ def renamed(source: Source, prefix: str, heads: tuple[str, ...]) -> Source:
         for old, suffix in _SUFFIXES.items():
             if name.endswith(old):
                 name = name.removesuffix(old) + suffix
+        for other, beginning in spellings.items():
+            if name.startswith(other):
+                return beginning + name.removeprefix(other)
         return prefix + name if bare and not name.startswith(heads) else name
 
     names = {new(name): name for name in held}

@@ -12,10 +12,15 @@ from transformers import (
     BertConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
     ModernBertConfig,
     OPTConfig,
+    Qwen2Config,
+    Qwen3Config,
     RobertaConfig,
     T5Config,
 )
@@ -24,8 +29,12 @@ from engine.checkpoint.interchange.forms import (
     BERT,
     BERT_WITHOUT_PAIRS,
     GPT2,
+    GPT_NEOX,
     LLAMA,
+    MISTRAL,
     MODERN_BERT,
+    QWEN2,
+    QWEN3,
     ROBERTA,
     T5,
     Form,
@@ -35,6 +44,7 @@ from engine.checkpoint.interchange.forms import (
 from engine.checkpoint.interchange.huggingface import from_huggingface, to_huggingface
 from engine.config.schema.model import BERTConfig, GPTConfig, ModelConfig
 from engine.config.schema.model import T5Config as OurT5Config
+from engine.config.schema.rotary import LinearScaling
 from engine.errors import CheckpointError, ConfigError
 from engine.models.materialize import whole_model
 from tests.engine.models.tiny import BERT_FORMS, FORMS, T5_FORMS, random_weights, tiny, twin
@@ -73,8 +83,18 @@ def test_ours_to_theirs_and_back_is_bitwise_equal(form, tmp_path):
                 rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
             )
         ),
+        GPTNeoXForCausalLM(
+            GPTNeoXConfig(
+                vocab_size=500,
+                hidden_size=48,
+                intermediate_size=80,
+                num_hidden_layers=2,
+                num_attention_heads=3,
+                hidden_act="gelu_new",
+            )
+        ),
     ],
-    ids=["gpt2", "llama"],
+    ids=["gpt2", "llama", "neox"],
 )
 def test_a_model_of_theirs_computes_the_same_here_and_comes_back_whole(theirs):
     theirs = theirs.eval()
@@ -87,7 +107,10 @@ def test_a_model_of_theirs_computes_the_same_here_and_comes_back_whole(theirs):
         )
     assert distance < 4e-5
     _, state = to_huggingface(config, weights)
-    expected = theirs.state_dict()
+    # files of GPT-NeoX call the head as before transformers 5
+    expected = {name.replace("lm_head", "embed_out"): value for name, value in theirs.state_dict().items()}
+    if theirs.config.model_type != "gpt_neox":
+        expected = theirs.state_dict()
     for name, value in state.items():
         assert torch.equal(value, expected[name]), name
     tied = {"lm_head.weight"} if config.tie_embeddings else set()
@@ -107,6 +130,11 @@ def test_weights_do_not_share_memory_with_the_model_they_came_from():
 def test_the_form_follows_from_the_fields():
     assert form_of(tiny("gpt2")) is GPT2
     assert form_of(tiny("llama")) is LLAMA
+    assert form_of(tiny("mistral")) is MISTRAL
+    assert form_of(tiny("mistral", sliding_window=None)) is LLAMA
+    assert form_of(FORMS["qwen2-window"]) is QWEN2
+    assert form_of(FORMS["qwen3-window"]) is QWEN3
+    assert form_of(FORMS["neox-in-turn"]) is GPT_NEOX
     names = {"bert": BERT, "bert-without-pairs": BERT_WITHOUT_PAIRS, "roberta": ROBERTA, "modernbert": MODERN_BERT}
     assert {name: form_of(BERT_FORMS[name]) for name in names} == names
 
@@ -128,7 +156,19 @@ def test_positions_of_roberta_begin_behind_the_padding_token():
         (tiny("gpt2", num_kv_heads=2), r"model.num_kv_heads = 2\n  allowed: 4 \(model.num_heads\) in GPT-2 form"),
         (tiny("gpt2", head_size=8), r"model.head_size = 8\n  allowed: 16 in GPT-2 form"),
         (tiny("t5", activation="swiglu"), "model.activation = swiglu\n  allowed: relu or geglu_tanh in T5 form"),
-        (tiny("llama", bias=True), r"nearest: Llama\): model.bias = True\n  allowed: False in Llama form"),
+        (
+            tiny("llama", bias=True, qkv_bias=False),
+            r"nearest: Llama\): model.bias = True\n  allowed: False in Llama form",
+        ),
+        (tiny("qwen2", bias=True), r"nearest: Qwen2\): model.bias = True\n  allowed: False in Qwen2 form"),
+        (tiny("qwen3", parallel_residual=True), r"nearest: Qwen3\): model.parallel_residual = True"),
+        (tiny("qwen3", qkv_bias=True), r"nearest: Qwen3\): model.qkv_bias = True"),
+        (tiny("mistral", first_window_layer=1), r"nearest: Mistral\): model.first_window_layer = 1\n  allowed: 0 in"),
+        (tiny("llama", partial_rotary_factor=0.5), r"nearest: Llama\): model.partial_rotary_factor = 0.5"),
+        (tiny("llama", num_heads=3, num_kv_heads=3, head_size=16), r"model.num_heads = 3\n  allowed: a divisor of 64"),
+        (tiny("pythia", num_kv_heads=2), r"nearest: GPT-NeoX\): model.num_kv_heads = 2"),
+        (tiny("pythia", sliding_window=8), r"nearest: GPT-NeoX\): model.sliding_window = 8"),
+        (tiny("pythia", norm="rmsnorm"), r"nearest: GPT-NeoX\): model.norm = rmsnorm"),
         (tiny("llama", activation="gelu_tanh", position="learned", bias=True), "nearest: GPT-2.*: 2 problems"),
         (tiny("bert", activation="geglu"), r"nearest: BERT\): model.activation = geglu\n  allowed: gelu in BERT form"),
         (tiny("bert", token_types=0), "model.token_types = 0\n  allowed: 1 or more in BERT form"),
@@ -144,7 +184,7 @@ def test_a_mix_of_forms_is_refused_by_the_names_of_its_fields(config, message):
     [
         (
             OPTConfig(),
-            "a Hugging Face model of type opt\n  allowed: gpt2 or llama or bert or roberta or modernbert or t5",
+            "a Hugging Face model of type opt\n  allowed: gpt2 or llama or mistral or qwen2 or qwen3 or gpt_neox or",
         ),
         (BertConfig(hidden_act="relu"), "hidden_act = 'relu'\n  allowed: 'gelu'"),
         (RobertaConfig(), "type_vocab_size = 2\n  allowed: 1"),
@@ -161,9 +201,25 @@ def test_a_mix_of_forms_is_refused_by_the_names_of_its_fields(config, message):
         (LlamaConfig(attention_bias=True), "attention_bias = True\n  allowed: False"),
         (T5Config(feed_forward_proj="gated-silu"), "'gated-silu'\n  allowed: 'relu' or 'gated-gelu'"),
         (
-            LlamaConfig(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
-            "rope_parameters.rope_type = 'linear'\n  allowed: 'default'",
+            LlamaConfig(
+                rope_parameters={"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0], "factor": 2.0}
+            ),
+            "rope_type = 'longrope'\n  allowed: 'default' or 'linear' or 'dynamic' or 'llama3' or 'yarn'",
         ),
+        (
+            LlamaConfig(rope_parameters={"rope_type": "yarn", "factor": 2.0, "mscale": 0.7, "mscale_all_dim": 1.0}),
+            "this Llama model has no twin here: 2 problems(.|\n)*mscale = 0.7(.|\n)*attention_factor says the same",
+        ),
+        (
+            LlamaConfig(rope_parameters={"rope_type": "linear", "factor": 0.5}),
+            "rope_scaling.linear.factor = 0.5 .*greater than or equal to 1",
+        ),
+        (LlamaConfig(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor = 0.5\n  allowed: 1.0"),
+        (MistralConfig(sliding_window=1), "sliding_window = 1 .*greater than or equal to 2"),
+        (Qwen2Config(layer_types=["sliding_attention"] + ["full_attention"] * 31), "layer_types = .*then sliding"),
+        (Qwen3Config(attention_bias=True), "attention_bias = True\n  allowed: False"),
+        (GPTNeoXConfig(attention_bias=False), "attention_bias = False\n  allowed: True"),
+        (GPTNeoXConfig(hidden_act="silu"), "hidden_act = 'silu'\n  allowed: 'gelu' or 'gelu_pytorch_tanh' or 'relu'"),
         (LlamaConfig(hidden_act="gelu", mlp_bias=True), "this Llama model has no twin here: 2 problems"),
     ],
 )
@@ -173,8 +229,10 @@ def test_what_ours_does_not_compute_is_refused(theirs, message):
 
 
 WITHOUT_MEANING: list[tuple[Form, type[ModelConfig], set[str]]] = [
-    (GPT2, GPTConfig, {"rope_theta"}),
-    (LLAMA, GPTConfig, {"norm_bias"}),
+    (GPT2, GPTConfig, {"rope_theta", "rope_scaling", "partial_rotary_factor", "first_window_layer"}),
+    *((form, GPTConfig, {"norm_bias", "first_window_layer"}) for form in (LLAMA, MISTRAL, QWEN3)),
+    (QWEN2, GPTConfig, {"norm_bias"}),
+    (GPT_NEOX, GPTConfig, {"first_window_layer"}),
     *(
         (form, BERTConfig, {"rope_theta", "local_attention", "global_every", "local_rope_theta"})
         for form in (BERT, BERT_WITHOUT_PAIRS, ROBERTA)
@@ -217,8 +275,14 @@ def tiny_change(config: ModelConfig, key: str) -> ModelConfig:
         new = not value
     elif key in ("num_kv_heads", "num_decoder_layers"):
         new = 1
+    elif key == "rope_scaling":
+        new = LinearScaling(type="linear", factor=2.0)
+    elif key == "first_window_layer":
+        new = 1
+    elif key == "partial_rotary_factor":
+        new = value / 2
     elif value is None:
-        new = 8 if key == "local_attention" else 50.0
+        new = 8 if key in ("local_attention", "sliding_window") else 50.0
     else:
         new = value * 2
     return config.model_copy(update={key: new})

@@ -17,6 +17,23 @@ ALL = FORMS | BERT_FORMS | T5_FORMS
         ("gpt2", {"n_ctx": 128}),
         ("llama", {"rope_theta": 10000.0}),
         ("llama-tied", {"rope_theta": 100.0}),
+        (
+            "llama3",
+            {
+                "rope_theta": 10000.0,
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                },
+            },
+        ),
+        ("llama-linear", {"rope_theta": 10000.0, "rope_scaling": {"rope_type": "linear", "factor": 2.5}}),
+        ("mistral", {"rope_theta": 10000.0}),
+        ("qwen2", {"rope_theta": 1000000.0}),
+        ("pythia", {"rotary_emb_base": 10000.0, "rotary_pct": 0.25}),
         ("bert", {}),
         ("roberta", {}),
         (

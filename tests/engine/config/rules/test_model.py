@@ -24,6 +24,54 @@ BERT = {"family": "bert"}
 T5 = {"family": "t5", "vocab_size": 10, "num_layers": 4, "hidden_size": 8, "num_heads": 2}
 
 
+ROPE = {"position": "rope", "head_size": 8}
+LLAMA3 = {"type": "llama3", "factor": 8.0, "original_max_positions": 64}
+YARN = {"type": "yarn", "factor": 8.0, "original_max_positions": 64}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": YARN}, "model.rope_scaling = yarn with model.position = learned\n  allowed: position rope"),
+        ({"partial_rotary_factor": 0.5}, "model.partial_rotary_factor = 0.5 with model.position = learned"),
+        (
+            ROPE | {"partial_rotary_factor": 0.4},
+            "model.partial_rotary_factor = 0.4 of model.head_size = 8 turns 3 dimensions\n  allowed: an even number",
+        ),
+        (ROPE | {"partial_rotary_factor": 0.1}, "turns 0 dimensions"),
+        (ROPE | {"head_size": 7}, "model.position = rope needs an even head size, found 7"),
+        (
+            ROPE | {"partial_rotary_factor": 0.25, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "model.rope_scaling.type = dynamic with 2 rotated dimensions of a head\n  allowed: 4 or more",
+        ),
+        (
+            ROPE | {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
+            "model.rope_scaling.high_freq_factor = 1.0 with low_freq_factor = 1.0\n  allowed: more than",
+        ),
+        (
+            ROPE | {"rope_scaling": YARN | {"beta_slow": 40.0}},
+            "model.rope_scaling.beta_fast = 32.0 with beta_slow = 40.0\n  allowed: more than beta_slow",
+        ),
+        (ROPE | {"rope_scaling": YARN, "rope_theta": 1.0}, "model.rope_theta = 1 with model.rope_scaling.type = yarn"),
+        ({"first_window_layer": 1}, "model.first_window_layer = 1 without model.sliding_window"),
+        (
+            {"first_window_layer": 1, "sliding_window": 4},
+            "model.first_window_layer = 1 of model.num_layers = 1\n  allowed: 0 to 0",
+        ),
+    ],
+)
+def test_options_of_decoders_that_exclude_each_other(changes, message):
+    [found] = problems(**changes)
+    assert message in found
+
+
+def test_options_of_decoders_go_together():
+    changes = {"qk_norm": True, "qkv_bias": False, "parallel_residual": True, "sliding_window": 2}
+    assert problems(**ROPE | changes | {"rope_scaling": YARN, "partial_rotary_factor": 0.5}) == []
+    # learned positions have windows, norms of heads and parallel parts as well
+    assert problems(**changes) == []
+
+
 @pytest.mark.parametrize("model", [T5, GPT, T5 | {"hidden_size": 9, "head_size": 5}])
 def test_whole_models_break_no_rule(model):
     assert problems(**model) == []
