@@ -18,6 +18,7 @@ from engine.checkpoint.interchange.sources.fingerprint import fingerprint_of
 from engine.config.load import load_run
 from engine.config.save import FILE
 from engine.config.schema.model import ModelConfig
+from engine.config.schema.rotary import DynamicScaling
 from engine.config.schema.run import InitFrom, RunConfig
 from engine.errors import ConfigError, PalimpsestError
 from engine.models.families import family
@@ -141,8 +142,9 @@ def _check_agrees(model: ModelConfig, opened: SourceModel, given: InitFrom) -> N
     """Raise `ConfigError` where a run's model is another one than the source's; names every key."""
     ours, theirs = model.model_dump(mode="json"), opened.model.model_dump(mode="json")
     free = set(_FREE)
-    if not model.position_table:
-        free.add("max_positions")  # no parameter has a row per position
+    rotary = model.rotary(None)
+    if not model.position_table and not (rotary and isinstance(rotary.scaling, DynamicScaling)):
+        free.add("max_positions")  # no parameter has a row per position, and no frequency depends on their number
     if given.missing == "initialise":
         free |= {"vocab_size"} if model.vocab_size > opened.model.vocab_size else set()
         free |= {"pair_head"} if ours.get("pair_head") else set()

@@ -30,14 +30,18 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "llama": ("causal", 4, {"zero_stage": 3, "pipe": 2}),
     "t5-v1.1": ("span_corruption", 2, {"zero_stage": 1, "tensor": 2}),
     "roberta": ("masked", 2, {"zero_stage": 2}),
+    "pythia": ("causal", 2, {"zero_stage": 2, "tensor": 2}),
+    "qwen3": ("causal", 2, {"zero_stage": 3, "tensor": 2}),
+    "mistral": ("causal", 4, {"zero_stage": 3, "pipe": 2}),
 }
+LONG = ("pythia", "mistral")
 OBJECTIVES: dict[str, Any] = {"causal": {"name": "causal"}, "span_corruption": {"name": "span_corruption"}}
 
 
 def model_of(form: str, vocab_size: int) -> ModelConfig:
     sizes = {"vocab_size": vocab_size, "vocab_multiple": 8, "max_positions": 32}
-    if form == "llama":
-        return tiny("llama", **sizes, num_layers=2)
+    if form in ("llama", "pythia", "qwen3", "mistral"):
+        return tiny(form, **sizes, num_layers=2)
     if form == "roberta":
         return tiny("bert", **sizes, pair_head=False, token_types=1, num_layers=2)
     return tiny("t5", **sizes, tie_embeddings=False, activation="geglu_tanh")
@@ -127,7 +131,9 @@ def their_loss(theirs: Any, tree: dict[str, Any]) -> float:
     return total / weight
 
 
-@pytest.mark.parametrize("form", CASES)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[pytest.mark.matrix] if form in LONG else []) for form in CASES]
+)
 def test_the_first_held_out_loss_is_theirs(tmp_path, form):
     purpose, world_size, parallel = CASES[form]
     if purpose == "masked":

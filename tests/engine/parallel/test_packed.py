@@ -10,10 +10,10 @@ import torch
 from torch.nn import functional as F
 
 from engine.config.schema.model import GPTConfig, make_model
-from engine.models.attention import document_mask, view
+from engine.models.attention import document_mask, local_mask, view
 from engine.models.gpt import build
 from engine.parallel import packed
-from engine.parallel.functions import attention
+from engine.parallel.functions import Band, attention
 from engine.parallel.packed import Documents, flex, kernel, packed_attention, varlen
 
 SEGMENTS_BT = torch.tensor([[0] * 5 + [1] * 9 + [2] * 2, [0] * 16, list(range(16)), [0] * 15 + [1]], dtype=torch.int32)
@@ -47,8 +47,10 @@ def one_by_one(
     parts = []
     for start, end in itertools.pairwise(bounds.tolist()):
         q, k, v = (x[start:end].transpose(0, 1)[None] for x in (q_NHK, k_NGK, v_NGK))
-        causal = {(-1, 0): True, (-1, -1): False}[window_size]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=enable_gqa)
+        before, behind = (length if side < 0 else side for side in window_size for length in (end - start,))
+        distances_TT = torch.arange(end - start)[:, None] - torch.arange(end - start)  # of a query behind a key
+        mask = (distances_TT <= before) & (distances_TT >= -behind)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)
 
@@ -61,6 +63,17 @@ def test_flex_is_attention_under_the_mask(bidirectional, num_heads, num_kv, scal
     qkv, documents = drawn(num_heads, num_kv), Documents(SEGMENTS_BT, bidirectional)
     expected = attention(*qkv, document_mask(SEGMENTS_BT, bidirectional), scale)
     torch.testing.assert_close(flex(*qkv, documents, scale), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("reach", [1, 3, 40])
+def test_both_kernels_take_a_window(bidirectional, reach, monkeypatch):
+    monkeypatch.setattr(packed, "_varlen_attn", lambda: one_by_one)
+    qkv, documents = drawn(4, 2), Documents(SEGMENTS_BT, bidirectional, reach)
+    expected = attention(*qkv, local_mask(SEGMENTS_BT, reach, bidirectional, in_blocks=False))
+    for kernel_of in (flex, varlen):
+        torch.testing.assert_close(kernel_of(*qkv, documents, None), expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -146,6 +159,25 @@ def test_a_model_of_packed_rows_asks_for_no_mask_where_a_kernel_is_there(monkeyp
         # a loss of 64 tokens near 4, gradients below 10: 2**-24 of their sums over some hundred terms
         torch.testing.assert_close(found, other, rtol=1e-5, atol=1e-4)
     assert len(called) == 2
+
+
+@pytest.mark.parametrize("segments_BT", [SEGMENTS_BT, None], ids=["documents", "rows"])
+def test_a_sliding_window_is_the_kernels_where_one_is_there(segments_BT, monkeypatch):
+    shape = {"vocab_size": 50, "num_layers": 2, "hidden_size": 32, "num_heads": 2, "max_positions": 16}
+    config = make_model(**shape, sliding_window=5, first_window_layer=1)
+    x_BTD = torch.empty(4, 16, 32)
+    on_cpu = view(config, x_BTD, segments_BT, reach=4).mask_B1TT
+    assert isinstance(on_cpu, Band)
+    monkeypatch.setattr("engine.models.attention.kernel", lambda *arguments: "varlen")
+    monkeypatch.setattr(packed, "kernel", lambda *arguments: "varlen")
+    monkeypatch.setattr(packed, "_varlen_attn", lambda: one_by_one)
+    on_gpu = view(config, x_BTD, segments_BT, reach=4).mask_B1TT
+    assert isinstance(on_gpu, Documents)
+    assert on_gpu.window == (4, 0)
+    qkv = drawn(2, 2)
+    torch.testing.assert_close(attention(*qkv, on_gpu), attention(*qkv, on_cpu), rtol=0, atol=TOLERANCE)
+    # a window that is as wide as the row is none
+    assert view(config, x_BTD, None, reach=15).mask_B1TT is None
 
 
 def test_where_dropout_works_on_probabilities_there_is_a_mask(monkeypatch):

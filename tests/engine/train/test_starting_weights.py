@@ -64,6 +64,10 @@ def test_another_model_is_refused_by_its_keys(theirs, tmp_path):
         ConfigError, match=r"model.num_layers = 3 \(there 4\), model.rope_theta = 5.0 \(there 10000.0\)"
     ):
         StartingWeights(run_from(theirs, tmp_path / "run", wrong))
+    # with dynamic scaling the frequencies depend on the number of positions
+    dynamic = tiny("llama", max_positions=4096, rope_scaling={"type": "dynamic", "factor": 2.0})
+    with pytest.raises(ConfigError, match=r"model.max_positions = 4096 \(there 128\), model.rope_scaling = "):
+        StartingWeights(run_from(theirs, tmp_path / "run", dynamic))
     # what no weight depends on is the run's own
     StartingWeights(run_from(theirs, tmp_path / "run", tiny("llama", dropout=0.1, max_positions=4096)))
 

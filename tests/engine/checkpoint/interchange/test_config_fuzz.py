@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from engine.checkpoint.interchange.forms import FORMS, Form
 from engine.errors import ConfigError
-from tests.engine.checkpoint.interchange.test_published import check_shapes
+from tests.engine.checkpoint.interchange.shapes import check_shapes
 
 FEW, MANY = 8, 300
 Draw = Callable[[random.Random], dict[str, Any]]
