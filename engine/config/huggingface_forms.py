@@ -177,8 +177,10 @@ def nearest(model: ModelConfig) -> tuple[Twin, Problems]:
 
     def distance(twin: Twin) -> tuple[Any, ...]:
         differs = [key in twin.values and getattr(model, key) != twin.values[key] for key in _STRUCTURE]
-        # Tuples sort by the structure first: learned positions are never nearest to a form with rotary ones.
-        return (*differs, len(wrong[twin.name]))
+        # Tuples sort by the structure first: learned positions are never nearest to a form with rotary ones. Of two
+        # forms that lack as much, the one that has a model's window is nearer.
+        lacks_window = model.reach(model.num_layers - 1) is not None and "sliding_window" in twin.values
+        return (*differs, len(wrong[twin.name]), lacks_window)
 
     found = min(of_family, key=distance)
     return found, wrong[found.name]

@@ -73,31 +73,31 @@ def start(environment: Any, tree: dict[str, Any]) -> dict[str, Any]:
     """One rank: the held-out loss before the first step, and the bytes that were read of the source."""
     from engine.config.resolve import resolve
     from engine.heartbeat import Heartbeat
-    from engine.train import trainer as module
+    from engine.train import current_run_stage, trainer
     from engine.train.build import join_groups
     from engine.train.evaluation import evaluate
     from engine.train.signals import StopSignals
 
     opened = []
 
-    class Watched(module.StartingWeights):
+    class Watched(current_run_stage.StartingWeights):
         def __init__(self, config: Any) -> None:
             super().__init__(config)
             opened.append(self)
 
-    module.StartingWeights = Watched
+    current_run_stage.StartingWeights = Watched
     config = parse_run(tree, "test run")
     groups = join_groups(config, resolve(config, environment.world_size), environment.global_rank)
-    trainer = module.Trainer(config, groups, environment, torch.device("cpu"), StopSignals(), Heartbeat(None, 0))
-    feed = trainer.feed
+    trained = trainer.Trainer(config, groups, environment, torch.device("cpu"), StopSignals(), Heartbeat(None, 0))
+    feed = trained.feed
     assert feed.validation is not None
-    found = evaluate(trainer.pipeline, feed, trainer.sums, lambda: None, lambda: False, feed.validation)
-    code = trainer.fit()
-    trainer.close()
+    found = evaluate(trained.pipeline, feed, trained.sums, lambda: None, lambda: False, feed.validation)
+    code = trained.fit()
+    trained.close()
     assert found is not None
     read = sum(one.bytes_read for one in opened)
-    assert trainer.config.init_from is not None
-    fingerprint = trainer.config.init_from.fingerprint
+    assert trained.config.init_from is not None
+    fingerprint = trained.config.init_from.fingerprint
     return {"loss": found["validation_loss"], "read": read, "code": code, "fingerprint": fingerprint}
 
 

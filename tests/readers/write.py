@@ -49,6 +49,8 @@ def cases() -> dict[str, Case]:
     """Every form with a tokenizer of ours, and every kind of tokenizer with a form that it can serve."""
     of_family = {"gpt": "bpe-causal", "bert": "wordpiece-masked", "t5": "bpe-span_corruption"}
     found = {form: Case(form, of_family[config.family]) for form, config in (FORMS | BERT_FORMS | T5_FORMS).items()}
+    # AutoTokenizer of transformers 5 splits text by Qwen2's own rules where a model is of this type
+    found = {form: case for form, case in found.items() if not form.startswith("qwen2")}
     forms = {"causal": "llama", "masked": "bert", "span_corruption": "t5-v1.1"}
     found |= {f"tokenizer-{kind}": Case(forms[kind.rpartition("-")[2]], kind) for kind in KINDS}
     return found | {"tokenizer-roberta": Case("roberta", "imported-roberta-masked")}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from engine.cli import main
-from engine.config.huggingface_forms import T5, TWINS, export_warning, nearest
+from engine.config.huggingface_forms import TWINS, export_warning, nearest
 from engine.config.load import parse_run, read_tree
 from engine.config.resolve import check
 from engine.config.resume import meaning_hash, refuse_new_meaning
@@ -34,6 +34,7 @@ def run_of(model: dict, **keys):
     ("model", "form"),
     [
         ({}, "GPT-2"),
+        ({"position": "rope"}, "GPT-NeoX"),
         ({"family": "bert"}, "BERT without pairs"),
         ({"family": "bert", "pair_head": True}, "BERT"),
         ({"family": "bert", "token_types": 1}, "RoBERTa"),
@@ -77,8 +78,14 @@ def test_every_form_of_the_tests_is_its_own_nearest(form):
             "T5",
             ["norm", "bias", "activation"],
         ),
-        ({"position": "rope"}, "Llama", ["norm", "activation", "bias"]),
-        ({"norm": "rmsnorm", "bias": False, "activation": "swiglu"}, "GPT-2", ["norm", "activation", "bias"]),
+        ({"position": "rope", "norm": "rmsnorm", "bias": False}, "Llama", ["activation"]),
+        ({"position": "rope", "bias": False, "norm_bias": False}, "Llama", ["norm", "activation"]),
+        ({"position": "rope", "activation": "swiglu"}, "GPT-NeoX", ["activation"]),
+        (
+            {"norm": "rmsnorm", "bias": False, "activation": "swiglu"},
+            "GPT-2",
+            ["norm", "activation", "bias", "qkv_bias"],
+        ),
         ({"family": "bert", "position": "rope", "pair_head": True}, "ModernBERT", ["pair_head"]),
         ({"family": "bert", "tie_embeddings": False}, "BERT without pairs", ["tie_embeddings"]),
         ({"num_kv_heads": 1}, "GPT-2", ["num_kv_heads"]),
@@ -99,7 +106,7 @@ def test_a_mix_is_told_by_its_keys_and_its_right_neighbour(model, form, keys):
 def right_value(form: str, key: str):
     """A value that the form allows."""
     twin = next(twin for twin in TWINS if twin.name == form)
-    others = {"token_types": 2, "activation": "relu" if twin is T5 else None, "num_kv_heads": 2}
+    others = {"token_types": 2, "activation": "relu", "num_kv_heads": 2}
     return twin.values.get(key, others.get(key))
 
 
@@ -117,7 +124,12 @@ def test_a_run_that_had_other_defaults_is_refused_by_key_name():
 
 @pytest.mark.parametrize("export", ["huggingface", "none"])
 def test_plan_says_it(tmp_path, capsys, export):
-    run = run_of({"position": "rope"}, export=export, tokenizer=str(tmp_path), folder=str(tmp_path / "run"))
+    run = run_of(
+        {"position": "rope", "norm": "rmsnorm", "bias": False},
+        export=export,
+        tokenizer=str(tmp_path),
+        folder=str(tmp_path / "run"),
+    )
     path = tmp_path / "run.yaml"
     path.write_text(run.model_dump_json(), encoding="utf-8")  # JSON is YAML
     main(["plan", str(path), "--json"])
@@ -128,7 +140,7 @@ def test_plan_says_it(tmp_path, capsys, export):
         return
     for text in (captured.err, told):
         assert "cannot be exported to Hugging Face" in text
-        assert "model.norm = layernorm, model.activation = gelu_tanh, model.bias = True" in text
+        assert "model.activation = gelu_tanh" in text
         assert "to do: change these keys before you train, or set export=none" in text
 
 

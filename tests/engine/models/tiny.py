@@ -38,7 +38,7 @@ FORMS = {
     "qwen2": tiny("qwen2"),
     "qwen2-window": tiny("qwen2", sliding_window=5, first_window_layer=2, tie_embeddings=False, head_size=24),
     "qwen3": tiny("qwen3"),
-    "qwen3-window": tiny("qwen3", sliding_window=12, tie_embeddings=False, num_kv_heads=1, norm_epsilon=1e-3),
+    "qwen3-window": tiny("qwen3", sliding_window=12, tie_embeddings=False, num_kv_heads=4, norm_epsilon=1e-3),
     "pythia": tiny("pythia"),
     "neox-in-turn": tiny(
         "pythia",
