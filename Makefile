@@ -16,7 +16,10 @@ DEVELOPMENT := .venv/.installed-$(KEY)-dev
 BENCH := .venv/.installed-$(KEY)-bench
 
 OLD := .cache/readers/4.57
-READER := .cache/readers/.installed-$(shell (echo '$(KEY)'; cat tests/readers/environment.sh) | sha256sum | cut -c 1-16)
+INT8 := .cache/readers/int8
+READER_KEY := $(shell (echo '$(KEY)'; cat tests/readers/environment.sh) | sha256sum | cut -c 1-16)
+READER := .cache/readers/.installed-4.57-$(READER_KEY)
+INT8_READER := .cache/readers/.installed-int8-$(READER_KEY)
 
 # As many tests side by side as there are cores; of those that start processes at most two (tests/conftest.py).
 # One thread for each: sums of tiny tensors gain nothing from more, and threads that spin slow the other tests down.
@@ -55,12 +58,14 @@ test-slurm: $(DEVELOPMENT)
 
 test-readers: export HF_HUB_OFFLINE := 1
 test-readers: export OMP_NUM_THREADS := 1
-test-readers: $(RUNTIME) $(READER)
+test-readers: $(DEVELOPMENT) $(READER) $(INT8_READER)
 	@echo '== exports of every form and tokenizer'
 	@rm -rf build/readers
 	@.venv/bin/python -m tests.readers.write build/readers
 	@$(OLD)/bin/python tests/readers/read.py build/readers
 	@.venv/bin/python tests/readers/read.py build/readers
+	@echo '== int8 folders, read by torchao'
+	@$(INT8)/bin/python -m pytest -q -p no:cacheprovider tests/engine/serve/test_deployment.py -k int8
 
 check: $(DEVELOPMENT)
 	@echo '== ruff check, ruff format, pyright'
@@ -80,7 +85,10 @@ $(BENCH): $(RUNTIME)
 	@bash tools/environment.sh '$@' bench
 
 $(READER): $(RUNTIME)
-	@bash tests/readers/environment.sh '$(OLD)' '$@'
+	@bash tests/readers/environment.sh '$(OLD)' '$@' 'transformers==4.57.*'
+
+$(INT8_READER): $(RUNTIME)
+	@bash tests/readers/environment.sh '$(INT8)' '$@' 'torchao>=0.16'
 
 clean:
 	rm -rf .demo .pytest_cache .ruff_cache build dist

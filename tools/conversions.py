@@ -17,7 +17,7 @@ from engine.errors import ConfigError
 if TYPE_CHECKING:
     from engine.checkpoint.storage import Location
 
-To = Literal["huggingface", "palimpsest", "deepspeed", "universal", "dcp", "megatron", "shards"]
+To = Literal["huggingface", "palimpsest", "deepspeed", "universal", "dcp", "onnx", "gguf", "megatron", "shards"]
 Kind = Literal["palimpsest", "huggingface", "deepspeed", "shards", "megatron"]
 KINDS: dict[Kind, str] = {
     "palimpsest": "a run folder or a checkpoint of ours",
@@ -74,8 +74,16 @@ class Conversion:
 CONVERSIONS: dict[tuple[Kind, To], Conversion] = {
     ("palimpsest", "huggingface"): Conversion(
         "tools.convert_models:to_huggingface",
-        "weights (fp32, bf16 or fp16), tokenizer, model card",
+        "weights (fp32, bf16, fp16 or int8), tokenizer, model card",
         ("--license", "--weights", "--dtype", "--shard-size", "--verify"),
+    ),
+    ("palimpsest", "onnx"): Conversion(
+        "tools.convert_deployment:to_onnx", "the graph with its weights (fp32), tokenizer", ("--weights",)
+    ),
+    ("palimpsest", "gguf"): Conversion(
+        "tools.convert_deployment:to_gguf",
+        "weights (fp32, bf16 or fp16) and tokenizer, of GPT-2 and Llama form",
+        ("--weights", "--dtype"),
     ),
     ("palimpsest", "dcp"): Conversion("tools.convert_models:to_dcp", "weights, all moments"),
     ("palimpsest", "universal"): Conversion(
@@ -137,6 +145,8 @@ def kind_of(source: str, to: To | None) -> Kind:
         "shards": "megatron",
         "dcp": "palimpsest",
         "universal": "palimpsest",
+        "onnx": "palimpsest",
+        "gguf": "palimpsest",
         "deepspeed": "palimpsest",
     }
     if to in named:  # its reader says what is wrong

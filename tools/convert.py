@@ -29,8 +29,8 @@ def main(
         bool, typer.Option("--with-optimizer", help="Carry the optimizer's moments, too, where both sides know them.")
     ] = False,
     dtype: Annotated[
-        Literal["fp32", "bf16", "fp16"] | None,
-        typer.Option(help="Dtype of the weights in a Hugging Face folder (default: fp32, or that of their source)."),
+        Literal["fp32", "bf16", "fp16", "int8"] | None,
+        typer.Option(help="Dtype of the written weights (default: fp32, or that of their source)."),
     ] = None,
     shard_size: Annotated[str | None, typer.Option(help="Size of one file at the most, such as 5GB (default).")] = None,
     verify: Annotated[
@@ -54,8 +54,8 @@ def main(
         str | None, typer.Option("--license", help="The model's license, for the card of --to huggingface.")
     ] = None,
 ) -> None:
-    """Convert a model: ours -> Hugging Face, torch's DCP or DeepSpeed's universal checkpoint; Hugging Face's or
-    DeepSpeed's -> ours; or token files: shards -> Megatron's, and those -> shards, without a copy.
+    """Convert a model: ours -> Hugging Face, ONNX, GGUF, torch's DCP or DeepSpeed's universal checkpoint; Hugging
+    Face's or DeepSpeed's -> ours; or token files: shards -> Megatron's, and those -> shards, without a copy.
 
     What was written is read back and compared; a conversion to Hugging Face that was killed goes on where it stood.
     """

@@ -9,6 +9,10 @@ from tools.convert_progress import local, progress
 
 def to_huggingface(request: Request) -> None:
     """Write a Hugging Face folder and read it back."""
+    if request.dtype == "int8":
+        from tools.convert_deployment import to_int8
+
+        return to_int8(request)
     from engine.logs import configure
     from engine.serve.card import parse_license
     from engine.serve.export import ExportOptions, export
@@ -43,6 +47,8 @@ def to_huggingface(request: Request) -> None:
         f"{found.largest_difference:.2e} (allowed {LARGEST_DIFFERENCE:.0e}, largest logit "
         f"{found.largest_logit:.2f}); {part} is bitwise equal"
     )
+    if exported.losses is not None:
+        print(exported.losses)
     if exported.num_shard_tokens:
         print(f"its tokenizer gives {exported.num_shard_tokens:,} tokens of the run's shards again")
 

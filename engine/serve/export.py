@@ -24,16 +24,18 @@ from engine.checkpoint.interchange.convert import (
     export_weights,
     no_progress,
 )
-from engine.checkpoint.interchange.foreign_model import read_config
+from engine.checkpoint.interchange.foreign_model import load, read_config
 from engine.checkpoint.interchange.forms import form_of, older_spellings
 from engine.checkpoint.interchange.mapping import ModelMap
 from engine.checkpoint.interchange.sinks.safetensors_shards import SafetensorsSink, Shard, plan_shards
 from engine.checkpoint.interchange.sources import SafetensorsFolder
 from engine.serve.card import model_card
+from engine.serve.deployment.held_out_text import LossAgreement, compare_losses, held_out_text, logits_of
 from engine.serve.language_model import caches, read_tokenizer, their_config
 from engine.serve.new_folder import new_folder
-from engine.serve.read_back import Agreement, check_logits
+from engine.serve.read_back import WHOLE_BYTES, Agreement, check_logits
 from engine.serve.same_tokens import same_tokens
+from engine.serve.sample_text import TEXT
 from engine.serve.source import Trained
 from engine.serve.tokenizer_files import write_tokenizer
 
@@ -41,18 +43,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Dtypes of exported weights by the name of the option."""
 SHARD_BYTES = 5 * 10**9
 """Bytes of one file at the most, as in `save_pretrained`'s neighbours on the hub."""
-
-TEXT = """A palimpsest is a page whose first writing was scraped away so that it could be used again. What was \
-written before can still be read beneath the new lines: ink bites into parchment, and monks were thrifty but not \
-thorough. In 1906 J. L. Heiberg recognised a lost work of Archimedes under a Byzantine prayer book; it took until \
-2008 - two world wars, one theft, and 2,000,000 US dollars later - to read most of it.
-
-    def overwrite(page: list[str], text: str) -> list[str]:
-        return [f"{old:.3}{new}" for old, new in zip(page, text)]  # 3 > 0
-
-Nul n'est censé l'ignorer; 再利用された羊皮紙; ἀπὸ τοῦ πάλιν καὶ ψάω.
-"""
-"""Prose, numbers, code and other scripts, so that many kinds of tokens are met."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +74,8 @@ class Exported:
     """Comparison with transformers; None where it was not asked for."""
     num_shard_tokens: int
     """Number of tokens of the run's shards that the exported tokenizer reproduces."""
+    losses: LossAgreement | None
+    """Comparison of the rounded weights with those of the checkpoint; None in fp32, and of large models."""
 
 
 def export(
@@ -194,7 +186,7 @@ def check(
     Raises:
         CheckpointError: anything differs.
     """
-    agreement, num_shard_tokens = None, 0
+    agreement, losses, num_shard_tokens = None, None, 0
     if options.verify != "none":
         ids = list(range(min(64, trained.config.vocab_size)))
         if trained.tokenizer is not None:
@@ -204,6 +196,8 @@ def check(
         source = SafetensorsFolder(folder)
         compare_weights(trained.source, written.map, source, written.dtypes.__getitem__, options.verify)
         agreement = check_logits(trained.config, folder, ids, name)
+        if _dtype_name(trained, options) != "fp32" and 4 * trained.num_parameters <= WHOLE_BYTES:
+            losses = _check_loss(trained, folder, _dtype_name(trained, options), name)
     return Exported(
         folder=name,
         num_parameters=trained.num_parameters,
@@ -212,4 +206,12 @@ def check(
         num_resumed=written.num_resumed,
         agreement=agreement,
         num_shard_tokens=num_shard_tokens,
+        losses=losses,
     )
+
+
+def _check_loss(trained: Trained, folder: Path, dtype: str, name: Path) -> LossAgreement:
+    """Compare the loss of rounded weights, computed in fp32, with ours."""
+    model = load(folder, form_of(trained.config).architecture).check(folder).eval()
+    reader = f"transformers with weights in {dtype}"
+    return compare_losses(trained, held_out_text(trained), logits_of(model), dtype, reader, name)

@@ -64,13 +64,24 @@ def test_the_average_of_the_weights_is_converted_where_a_checkpoint_holds_one(ru
     assert torch.equal(load_file(output / "model.safetensors")["model.norm.weight"], average["final_norm.weight"])
 
 
+def test_a_gguf_file_is_written_and_its_loss_is_told(run_folder, tmp_path, capsys):
+    pytest.importorskip("gguf", reason="needs gguf (extra deploy)")
+    command = ["convert", str(run_folder), "--to", "gguf", "--output", str(tmp_path / "out")]
+    assert main([*command, "--dtype", "int8"]) == EXIT_USAGE
+    assert "--dtype int8 with --to gguf" in capsys.readouterr().err
+    assert main([*command, "--dtype", "fp16"]) == EXIT_DONE
+    said = capsys.readouterr().out
+    assert f"wrote {tmp_path / 'out' / 'model.gguf'} (" in said
+    assert "agrees on held-out text (a fixed text, " in said
+
+
 def test_errors_end_in_their_exit_codes_and_say_what_to_do(run_folder, tmp_path, capsys):
     assert main(["convert", str(tmp_path / "no"), "--output", str(tmp_path / "out")]) == EXIT_USAGE
     assert "palimpsest convert: " in (said := capsys.readouterr().err)
     assert "to do: check the path" in said
     assert main(["generate", str(tmp_path / "no"), "--prompt", "x"]) == EXIT_USAGE
     assert "allowed: a run folder" in capsys.readouterr().err
-    assert main(["convert", str(run_folder), "--to", "gguf", "--output", str(tmp_path / "out")]) == EXIT_USAGE
+    assert main(["convert", str(run_folder), "--to", "keras", "--output", str(tmp_path / "out")]) == EXIT_USAGE
     shutil.copytree(run_folder, tmp_path / "run")
     damaged = next((tmp_path / "run" / "checkpoints").glob("*/*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
