@@ -191,3 +191,57 @@ def test_the_reservoir_is_the_same_in_every_layout_and_after_a_kill(corpora, tmp
     found = [read_state(committed(each / "checkpoints")[0]).sections for each in (folder, tmp_path / "one")]
     assert found[0]["reservoir"] == found[1]["reservoir"]
     assert found[0]["reservoir"]["generation"] is not None
+
+
+RATIOS, RAISED = [0.25, 0.5], [0, 0.25, 0.5]
+"""Ratios of replay that alarms may raise it to, and those of the second stage's steps."""
+
+
+def raising(corpora: Path, folder: Path, model: str, parallel: dict[str, Any]) -> dict[str, Any]:
+    """A run whose second stage has a learning rate that ruins the model at every step, and begins without replay."""
+    tree = two_stages(corpora, folder, model, parallel)
+    second = tree["stages"][1]
+    second["replay"] = second["replay"] | {"ratio": 0}
+    second["schedule"] = {"shape": "constant", "learning_rate": 30.0}
+    alarm = {"every_steps": 1, "forgetting_limit": 0.01, "on_forgetting": "raise", "raised_ratios": RATIOS}
+    tree["checkpoint"]["asynchronous"] = False
+    return tree | {"evaluation": tree["evaluation"] | alarm}
+
+
+@pytest.mark.parametrize(
+    ("model", "worlds"),
+    [
+        ("gpt2-dropout", [({"zero_stage": 1, "data": 2}, 4), ({"zero_stage": 3, "pipe": 2}, None)]),
+        pytest.param(
+            "t5",
+            [
+                ({"zero_stage": 2, "pipe": 2}, 4),
+                ({"zero_stage": 1, "tensor": 2}, 5),
+                ({"zero_stage": 3, "data": 2}, None),
+            ],
+            marks=matrix,
+        ),
+    ],
+)
+def test_a_raised_ratio_goes_on_in_another_layout(corpora, tmp_path, model, worlds):
+    """Ranks are killed in the first step that a raised ratio is in force for, and in the next one."""
+    logs = [tmp_path / name for name in ("samples", "samples of one")]
+    run_ranks(1, train_rank, raising(corpora, tmp_path / "one", model, {}), partial(watch, log=logs[1], kills=None))
+    for parallel, kills in worlds:
+        tree = raising(corpora, tmp_path / "run", model, parallel)
+        prepare = partial(watch, log=logs[0], kills=kills)
+        if kills is None:
+            ranks = run_ranks(2, train_rank, tree, prepare)
+            assert {rank["code"] for rank in ranks} == {EXIT_DONE}
+        else:
+            with pytest.raises(RankFailed):
+                run_ranks(2, train_rank, tree, prepare)
+    for folder in (tmp_path / "one", tmp_path / "run"):
+        found = {step: value for step, value in values(folder, "replay_ratio").items() if step > BORDER}
+        assert [*found.values()] == RAISED
+        assert [*values(folder, "replay_samples").values()][-3:] == [0, 1, 3]
+    # the ratio decides which samples come: each is the one of a process alone
+    assert samples_by_step(logs[0]) == samples_by_step(logs[1])
+    states = [read_state(committed(tmp_path / name / "checkpoints")[0]).sections for name in ("one", "run")]
+    assert states[0]["progress"]["raised_ratios"] == states[1]["progress"]["raised_ratios"]
+    assert len(states[0]["progress"]["raised_ratios"]) == len(RATIOS)
