@@ -53,6 +53,7 @@ COMMANDS = {
     "launch": Command("tools.launch:main", "Start the ranks of a run and watch over them."),
     "job": Command("tools.job:app", "Follow, show and cancel jobs that launch has submitted to Slurm."),
     "train": Command("tools.train:main", "Train: what each rank runs, under any launcher or alone."),
+    "finetune": Command("tools.finetune:main", "Fine-tune a model on labelled examples, and measure it."),
     "status": Command("tools.status:main", "Show where runs stand, also while they go on."),
     "compare": Command("tools.compare:main", "Compare the metrics of runs, and say where they part."),
     "ledger": Command("tools.ledger:main", "Show what a run of several stages has learned and forgotten."),
@@ -66,7 +67,7 @@ COMMANDS = {
 
 MAY_BE_EMPTY = ("--prompt",)
 """Options whose empty value means something."""
-OUTLIVE_TERMINAL = ("train", "launch")
+OUTLIVE_TERMINAL = ("train", "finetune", "launch")
 """Commands that go on, or save and stop, where their output cannot be written."""
 
 

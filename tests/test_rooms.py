@@ -13,7 +13,8 @@ ROWS: list[set[str]] = [
     {"tools"},
     {"launcher"},
     {"library"},
-    {"tasks", "serve"},
+    {"tasks"},
+    {"serve"},
     {"train"},
     {"checkpoint", "continual"},
     {"corpus"},
@@ -22,7 +23,7 @@ ROWS: list[set[str]] = [
     {"parallel"},
     {"plan"},
     {"config"},
-    {"foreign", "provenance", "run_folder", "switch_files"},
+    {"extras", "foreign", "provenance", "run_folder", "switch_files"},
     {"errors", "logs", "output", "outcome", "heartbeat"},
     {"redact", "atomic"},
 ]

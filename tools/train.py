@@ -12,6 +12,7 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -47,6 +48,17 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Keys to change.")] = None,
 ) -> None:
     """Train a model; an existing run folder is resumed from its newest verified checkpoint."""
+    raise typer.Exit(start(config, overrides or []))
+
+
+def start(
+    config: Path,
+    overrides: list[str],
+    load: Callable[[Path, list[str]], RunConfig] = lambda path, given: load_run(path, given, model_of),
+    command: str = "train",
+) -> int:
+    """Train the run that `load` makes of a file and its overrides; return the exit code. `command` is how errors of
+    ranks other than the first call it. Raises `PalimpsestError` on rank 0."""
     environment: RankEnvironment | None = None
     try:
         environment = rank_environment(os.environ)
@@ -59,25 +71,31 @@ def main(
             heart = Heartbeat(beats, environment.global_rank)
             # The supervisor sends signals to ranks that have given a sign of life: handlers first, then the beat.
             heart.beat(0, "start")
-            code = _run(config, [*(overrides or []), *hidden_overrides(os.environ)], environment, signals, heart)
+            given = [*overrides, *hidden_overrides(os.environ)]
+            return _run(lambda: load(config, given), lambda: folder_of(config, given), environment, signals, heart)
     except PalimpsestError as error:
         # Every rank finds the same mistake; one full report is enough.
         if environment is not None and environment.global_rank > 0:
-            print(f"palimpsest train [rank {environment.global_rank}]: {error.wrong.splitlines()[0]}", file=sys.stderr)
+            print(
+                f"palimpsest {command} [rank {environment.global_rank}]: {error.wrong.splitlines()[0]}", file=sys.stderr
+            )
             raise typer.Exit(error.exit_code) from error
         raise
-    raise typer.Exit(code)
 
 
 def _run(
-    config: Path, overrides: list[str], environment: RankEnvironment, signals: StopSignals, heart: Heartbeat
+    load: Callable[[], RunConfig],
+    find_folder: Callable[[], Path | None],
+    environment: RankEnvironment,
+    signals: StopSignals,
+    heart: Heartbeat,
 ) -> int:
     """Take the run folder and train; returns the exit code. What goes wrong outside of training is noted there, too."""
     try:
-        run = load_run(config, overrides, model_of)
+        run = load()
     except PalimpsestError as error:
         # A configuration that is refused may still name its folder, where the next reader looks for the outcome.
-        if (path := folder_of(config, overrides)) is not None:
+        if (path := find_folder()) is not None:
             with run_folder(path, environment, os.environ) as folder:
                 with contextlib.suppress(EnvironmentProblem):
                     _enter(folder, environment)

@@ -26,6 +26,9 @@ def run_schema() -> dict[str, Any]:
     # `objective: causal` is short for `objective: {name: causal}`.
     names = {"enum": list(get_args(ObjectiveName)), "description": "Name of the objective, with its defaults."}
     schema["$defs"]["ObjectiveConfig"] = {"anyOf": [names, objective]}
+    # `init_from: PATH` is short for `init_from: {path: PATH}`.
+    path = {"type": "string", "description": "Source of the weights; the other keys have their defaults."}
+    schema["$defs"]["InitFrom"] = {"anyOf": [path, schema["$defs"]["InitFrom"]]}
     schema["properties"] = {"include": INCLUDE, **schema["properties"]}
     return {"$schema": DIALECT, **schema, "title": "Palimpsest run"}
 

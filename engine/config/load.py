@@ -44,7 +44,7 @@ def load_run(
     Raises:
         ConfigError: the file is missing or no YAML, or any key or value is wrong (all of them in one report).
     """
-    tree = _overridden(path, overrides)
+    tree = read_overridden(path, overrides)
     if model_of is not None and (source := _source_of_model(tree)) is not None:
         tree["model"] = model_of(source) | tree.get("model", {})
     return parse_run(tree, str(path))
@@ -61,14 +61,15 @@ def _source_of_model(tree: Tree) -> str | None:
 def folder_of(path: Path, overrides: list[str] | None = None) -> Path | None:
     """Return the run folder of a configuration that `load_run` refuses; None where it cannot be read."""
     try:
-        tree = _overridden(path, overrides)
+        tree = read_overridden(path, overrides)
     except PalimpsestError:
         return None
     folder = tree.get("folder")
     return Path(folder) if isinstance(folder, str) and folder else None
 
 
-def _overridden(path: Path, overrides: list[str] | None) -> Tree:
+def read_overridden(path: Path, overrides: list[str] | None) -> Tree:
+    """Return the tree of a file with the command line's overrides. Raises `ConfigError` as `read_tree`."""
     tree = read_tree(path)
     for override in overrides or []:
         apply_override(tree, override)

@@ -25,7 +25,7 @@ class RowLengths(NamedTuple):
     tokens: int
     """Tokens that the model (where there is a decoder, the encoder) sees."""
     predicted: int
-    """Tokens that the head computes the loss of."""
+    """Tokens that the head computes the loss of; 0 for the head of a task, which sees rows."""
     decoder: int = 0
     """Tokens that the decoder sees; 0 where there is none."""
 
@@ -105,12 +105,17 @@ def _span_lengths(length: int, objective: ObjectiveConfig) -> RowLengths:
     return RowLengths(length, decoder, decoder)
 
 
+def _example_lengths(length: int, objective: ObjectiveConfig) -> RowLengths:
+    del objective
+    return RowLengths(length, 0)  # the head sees rows, not tokens
+
+
 @dataclass(frozen=True)
 class Objective:
     """One objective: its family, its keys, and the lengths of its rows."""
 
-    family: FamilyName
-    """Family of models that it trains."""
+    families: tuple[FamilyName, ...]
+    """Families of models that it trains."""
     keys: tuple[str, ...]
     """Keys of `stages.N.objective` that it uses, beside `name`."""
     lengths: Callable[[int, ObjectiveConfig], RowLengths]
@@ -123,20 +128,33 @@ class Objective:
     """Tokens see what stands behind them, so rows need segments that tell padding apart."""
     special_tokens: bool = True
     """The tokenizer needs special tokens beside the end of the text."""
+    module: str | None = None
+    """Module of `engine.data.objectives` that makes its rows. None means that it is called as the objective."""
+    is_task: bool = False
+    """It learns from labelled examples, with a head of its own (`model.task_head`) of the same name."""
+
+
+def _task(keys: tuple[str, ...]) -> Objective:
+    families: tuple[FamilyName, ...] = ("bert", "gpt")
+    return Objective(
+        families, keys, _example_lengths, sees_padding=True, special_tokens=False, module="examples", is_task=True
+    )
 
 
 OBJECTIVES: Mapping[ObjectiveName, Objective] = {
-    "causal": Objective("gpt", (), _causal_lengths, packs_documents=True, special_tokens=False),
-    "fill_in_the_middle": Objective("gpt", ("fill_rate", "suffix_first_share"), _causal_lengths),
+    "causal": Objective(("gpt",), (), _causal_lengths, packs_documents=True, special_tokens=False),
+    "fill_in_the_middle": Objective(("gpt",), ("fill_rate", "suffix_first_share"), _causal_lengths),
     "masked": Objective(
-        "bert",
+        ("bert",),
         ("pairs", "rate", "mask_unit", "mask_share", "random_share"),
         _masked_lengths,
         shortest=3,
         packs_documents=True,
         sees_padding=True,
     ),
-    "span_corruption": Objective("t5", ("rate", "mean_span_length"), _span_lengths, shortest=3, sees_padding=True),
+    "span_corruption": Objective(("t5",), ("rate", "mean_span_length"), _span_lengths, shortest=3, sees_padding=True),
+    "classification": _task(("labels",)),
+    "regression": _task(()),
 }
 """Every objective by its name."""
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any, Literal
 
-from engine.config.schema.objective import ObjectiveName
 from engine.corpus.tokenizer_folder import written_whole
 from engine.data.tokenizer.folder import END_OF_TEXT, TextTokenizer, load_tokenizer
 from engine.data.tokenizer.portable import make_portable
@@ -28,7 +27,7 @@ from engine.data.tokenizer.vocabulary import FILL_TOKENS
 from engine.errors import ConfigError, DataError
 
 TokenizerKind = Literal["bpe", "sentencepiece-unigram", "sentencepiece-bpe", "wordpiece"]
-Purpose = ObjectiveName
+Purpose = Literal["causal", "fill_in_the_middle", "masked", "span_corruption"]
 """The objective that a tokenizer is for."""
 
 PADDING = "<|padding|>"

@@ -19,11 +19,12 @@ from torch.nn import functional as F
 
 from engine.config.schema.model import BERTConfig
 from engine.models.attention import positions_in_document, view
-from engine.models.dropout import EMBEDDING_OUTPUT, KEYS, drops
+from engine.models.dropout import EMBEDDING_OUTPUT, KEYS, Dropout, drops
 from engine.models.dropout import make as make_dropout
 from engine.models.heads import Head, VocabularyHead, attach
 from engine.models.layers import TransformerLayer, layer_sharding
 from engine.models.norms import norm
+from engine.models.task_heads import TaskHead
 from engine.parallel.boundary import ROW_LOSSES, Boundary, Field, MicroBatchShape, Tensors
 from engine.parallel.functions import PLAIN, Functions
 from engine.parallel.sharding import VOCABULARY, ParameterSpec, Table, describe
@@ -63,7 +64,9 @@ class MaskedHead:
             modules |= {"pooler": nn.Linear(width, width), "pair_head": nn.Linear(width, PAIR_KINDS)}
         return modules
 
-    def outputs(self, chunk: nn.Module, hidden_BTD: torch.Tensor, given: Tensors, by_row: bool) -> Tensors:
+    def outputs(
+        self, chunk: nn.Module, hidden_BTD: torch.Tensor, given: Tensors, by_row: bool, dropout: Dropout | None = None
+    ) -> Tensors:
         """Compute `losses_L` (of the masked tokens and the pairs), or without targets logits.
 
         Those are `logits_BTV` over the real vocabulary (of all tokens; on one tensor-parallel rank only) and, with a
@@ -155,7 +158,7 @@ class BERTChunk(nn.Module):
         if not self.chunk.last:
             return {"hidden_BTD": x_BTD}
         x_BTD = self.functions.whole_rows(self.final_norm(x_BTD))
-        return self.head.outputs(self, x_BTD, given, by_row)
+        return self.head.outputs(self, x_BTD, given, by_row, dropout)
 
     def embed(
         self, tokens_BT: torch.Tensor, token_types_BT: torch.Tensor | None, segments_BT: torch.Tensor | None
@@ -185,14 +188,14 @@ def build(
     """Build the modules of one chunk (None means the whole model), on the device context that is active.
 
     Build under `torch.device("meta")` and give the values afterwards (`engine.models.initial`): the values that plain
-    torch modules start with are not the model's. `head` None means the one of pretraining.
+    torch modules start with are not the model's. `head` None means the one of the configuration.
     """
-    return BERTChunk(config, chunk or whole_model(config), functions, head or pretraining_head(config))
+    return BERTChunk(config, chunk or whole_model(config), functions, head or configured_head(config))
 
 
 def sharding(config: BERTConfig, head: Head | None = None) -> Table:
     """Return how the parameters of the whole model are split over the tensor axis; the others are replicated."""
-    return {EMBEDDING: VOCABULARY, **layer_sharding(config)} | (head or pretraining_head(config)).sharding
+    return {EMBEDDING: VOCABULARY, **layer_sharding(config)} | (head or configured_head(config)).sharding
 
 
 def specs(config: BERTConfig, head: Head | None = None) -> list[ParameterSpec]:
@@ -204,12 +207,13 @@ def specs(config: BERTConfig, head: Head | None = None) -> list[ParameterSpec]:
 
 def ties(config: BERTConfig) -> dict[str, str]:
     """Return local name -> logical name of parameters that a stage holds under another name (the tied head)."""
-    return {HEAD: EMBEDDING} if config.tie_embeddings else {}
+    return {HEAD: EMBEDDING} if config.tie_embeddings and config.task_head is None else {}
 
 
-def pretraining_head(config: BERTConfig) -> Head:
-    """Return the head that predicts masked tokens and, with `model.pair_head`, pairs."""
-    return MaskedHead(config)
+def configured_head(config: BERTConfig) -> Head:
+    """Return the head of the task or, without one, that which predicts masked tokens and, with `model.pair_head`,
+    pairs."""
+    return MaskedHead(config) if config.task_head is None else TaskHead(config)
 
 
 def inputs(config: BERTConfig, chunk: ModelChunk, head: Head | None = None) -> frozenset[str]:
@@ -218,7 +222,7 @@ def inputs(config: BERTConfig, chunk: ModelChunk, head: Head | None = None) -> f
     if chunk.first:
         found |= {"tokens_BT", "segments_BT"} | ({"token_types_BT"} if config.token_types > 1 else set())
         found |= {KEYS} if drops(config) else set()
-    return frozenset(found) | ((head or pretraining_head(config)).inputs if chunk.last else frozenset())
+    return frozenset(found) | ((head or configured_head(config)).inputs if chunk.last else frozenset())
 
 
 def boundary(config: BERTConfig, layer: int, rows: MicroBatchShape) -> Boundary:

@@ -16,7 +16,7 @@ from engine.plan.cut import ModelChunk
 
 
 class Family(Protocol):
-    """Functions that the module of a family exports. `head` None means the head of pretraining.
+    """Functions that the module of a family exports. `head` None means the one of the configuration.
 
     A chunk's `forward` takes keywords alone and returns tensors by name: those of the boundary behind it, from the last
     chunk those of its head. Tensors of a boundary that a chunk does not return are passed on unchanged.
@@ -32,8 +32,8 @@ class Family(Protocol):
         """Build the modules of one chunk (None means the whole model), on the device context that is active."""
         ...
 
-    def pretraining_head(self, config: ModelConfig) -> Head:
-        """Return the head over the vocabulary that the family is pretrained with."""
+    def configured_head(self, config: ModelConfig) -> Head:
+        """Return the head of a configuration: that of its task, or that over the vocabulary of pretraining."""
         ...
 
     def sharding(self, config: ModelConfig, head: Head | None = None) -> Table:

@@ -20,6 +20,7 @@ from engine.models.dropout import make as make_dropout
 from engine.models.heads import Head, LanguageModelHead, attach
 from engine.models.layers import TransformerLayer, layer_sharding
 from engine.models.norms import norm
+from engine.models.task_heads import TaskHead
 from engine.parallel.boundary import Boundary, Field, MicroBatchShape, Tensors
 from engine.parallel.functions import PLAIN, Functions
 from engine.parallel.sharding import VOCABULARY, ParameterSpec, Table, describe
@@ -75,7 +76,7 @@ class GPTChunk(nn.Module):
         if not self.chunk.last:
             return {"hidden_BTD": x_BTD}
         x_BTD = self.functions.whole_rows(self.final_norm(x_BTD))
-        return self.head.outputs(self, x_BTD, given, by_row)
+        return self.head.outputs(self, x_BTD, given, by_row, dropout)
 
     def embed(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None) -> torch.Tensor:
         """Return hidden_BTD of the tokens; learned positions start again with each document, as they would alone."""
@@ -99,14 +100,14 @@ def build(
     """Build the modules of one chunk (None means the whole model), on the device context that is active.
 
     Build under `torch.device("meta")` and give the values afterwards (`engine.models.initial`): the values that plain
-    torch modules start with are not the model's. `head` None means the one of pretraining.
+    torch modules start with are not the model's. `head` None means the one of the configuration.
     """
-    return GPTChunk(config, chunk or whole_model(config), functions, head or pretraining_head(config))
+    return GPTChunk(config, chunk or whole_model(config), functions, head or configured_head(config))
 
 
 def sharding(config: ModelConfig, head: Head | None = None) -> Table:
     """Return how the parameters of the whole model are split over the tensor axis; the others are replicated."""
-    return {EMBEDDING: VOCABULARY, **layer_sharding(config)} | (head or pretraining_head(config)).sharding
+    return {EMBEDDING: VOCABULARY, **layer_sharding(config)} | (head or configured_head(config)).sharding
 
 
 def specs(config: ModelConfig, head: Head | None = None) -> list[ParameterSpec]:
@@ -122,18 +123,18 @@ def ties(config: ModelConfig) -> dict[str, str]:
     Where the embedding is on the same stage, both modules hold one `Parameter` and the local name does not show
     in `named_parameters`.
     """
-    return {HEAD: EMBEDDING} if config.tie_embeddings else {}
+    return {HEAD: EMBEDDING} if config.tie_embeddings and config.task_head is None else {}
 
 
-def pretraining_head(config: ModelConfig) -> Head:
-    """Return the head that predicts the successor of each token."""
-    return LanguageModelHead(config, "causal")
+def configured_head(config: ModelConfig) -> Head:
+    """Return the head of the task or, without one, that which predicts the successor of each token."""
+    return LanguageModelHead(config, "causal") if config.task_head is None else TaskHead(config)
 
 
 def inputs(config: ModelConfig, chunk: ModelChunk, head: Head | None = None) -> frozenset[str]:
     """Return the keywords of the chunk that come from the data."""
     first = {"tokens_BT", "segments_BT"} | ({KEYS} if drops(config) else set()) if chunk.first else set()
-    return frozenset(first) | ((head or pretraining_head(config)).inputs if chunk.last else frozenset())
+    return frozenset(first) | ((head or configured_head(config)).inputs if chunk.last else frozenset())
 
 
 def boundary(config: ModelConfig, layer: int, rows: MicroBatchShape) -> Boundary:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.config.schema.model import ModelConfig
+from engine.models.dropout import Dropout
 from engine.parallel.boundary import ROW_LOSSES, Tensors
 from engine.parallel.functions import Functions
 from engine.parallel.sharding import VOCABULARY, Table
@@ -44,10 +45,13 @@ class Head(Protocol):
         """Make the modules, by the name they get in the last chunk, on the device context that is active."""
         ...
 
-    def outputs(self, chunk: nn.Module, hidden_BTD: torch.Tensor, given: Tensors, by_row: bool) -> Tensors:
+    def outputs(
+        self, chunk: nn.Module, hidden_BTD: torch.Tensor, given: Tensors, by_row: bool, dropout: Dropout | None = None
+    ) -> Tensors:
         """Compute the losses, or without targets the logits, from whole rows of the last layer's hidden states.
 
-        `chunk` has the modules as attributes; `given` are those of the `inputs` that there are. Returns `losses_L`
+        `chunk` has the modules as attributes; `given` are those of the `inputs` that there are; `dropout` is that of
+        the micro-batch, None in evaluation. Returns `losses_L`
         (fp32, the weighted sum of each loss), with `by_row` also `row_losses_BL`.
         """
         ...
@@ -120,7 +124,9 @@ class LanguageModelHead:
         sizes = (self.config.hidden_size, self.config.vocab_size, self.config.padded_vocab_size)
         return {"lm_head": VocabularyHead(*sizes, functions)}
 
-    def outputs(self, chunk: nn.Module, hidden_BTD: torch.Tensor, given: Tensors, by_row: bool) -> Tensors:
+    def outputs(
+        self, chunk: nn.Module, hidden_BTD: torch.Tensor, given: Tensors, by_row: bool, dropout: Dropout | None = None
+    ) -> Tensors:
         """Compute `losses_L` (L = 1), or `logits_BTV` over the real vocabulary (on one tensor-parallel rank only)."""
         lm_head = cast(VocabularyHead, chunk.get_submodule("lm_head"))
         hidden_BTD = hidden_BTD if self.scale == 1.0 else hidden_BTD * self.scale

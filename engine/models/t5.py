@@ -231,9 +231,9 @@ def build(
     """Build the modules of one chunk (None means the whole model), on the device context that is active.
 
     Build under `torch.device("meta")` and give the values afterwards (`engine.models.initial`): the values that plain
-    torch modules start with are not the model's. `head` None means the one of pretraining.
+    torch modules start with are not the model's. `head` None means the one of the configuration.
     """
-    return T5Chunk(config, chunk or whole_model(config), functions, head or pretraining_head(config))
+    return T5Chunk(config, chunk or whole_model(config), functions, head or configured_head(config))
 
 
 def sharding(config: T5Config, head: Head | None = None) -> Table:
@@ -246,7 +246,7 @@ def sharding(config: T5Config, head: Head | None = None) -> Table:
         "layers.*.cross_attention.q_proj.*": column(heads),
         "layers.*.cross_attention.kv_proj.*": column(heads, heads),
         "layers.*.cross_attention.out_proj.weight": ROW,
-    } | (head or pretraining_head(config)).sharding
+    } | (head or configured_head(config)).sharding
 
 
 def specs(config: T5Config, head: Head | None = None) -> list[ParameterSpec]:
@@ -261,7 +261,7 @@ def ties(config: T5Config) -> dict[str, str]:
     return {HEAD: EMBEDDING} if config.tie_embeddings else {}
 
 
-def pretraining_head(config: T5Config) -> Head:
+def configured_head(config: T5Config) -> Head:
     """Return the head that predicts the decoder's next token."""
     # v1.0: without the factor the embedding's numbers, of size 1, would make logits of size D ** 0.5.
     return LanguageModelHead(config, "span", config.hidden_size**-0.5 if config.tie_embeddings else 1.0)
@@ -274,7 +274,7 @@ def inputs(config: T5Config, chunk: ModelChunk, head: Head | None = None) -> fro
         names |= {"tokens_BS", "segments_BS"} | ({KEYS} if drops(config) else set())
     if config.num_encoder_layers in chunk.layers:
         names |= {"decoder_tokens_BT", "decoder_segments_BT"}
-    return frozenset(names) | ((head or pretraining_head(config)).inputs if chunk.last else frozenset())
+    return frozenset(names) | ((head or configured_head(config)).inputs if chunk.last else frozenset())
 
 
 def boundary(config: T5Config, layer: int, rows: MicroBatchShape) -> Boundary:

@@ -59,6 +59,13 @@ def _embeddings(model: BERTConfig) -> list[Entry]:
 def _heads(model: BERTConfig) -> list[Entry]:
     width = model.hidden_size
     found = parts.norm(model, "final_norm") if not model.post_norm else []
+    if model.task_head is not None:
+        if model.post_norm:
+            found += parts.linear("pooler", width, width, bias=True, split=False)
+        else:
+            found += parts.linear("head_transform", width, width, bias=model.bias, split=False)
+            found += parts.norm(model, "head_norm")
+        return found + parts.linear("classifier", model.task_head.num_labels, width, bias=True, split=False)
     found += parts.linear("head_transform", width, width, bias=model.bias, split=False)
     found += parts.norm(model, "head_norm")
     found += [
@@ -89,6 +96,8 @@ def embedding_operations(model: BERTConfig, lengths: RowLengths) -> int:
 def head_operations(model: BERTConfig, lengths: RowLengths, vocab_size: int) -> int:
     """Forward operations of transform and projection for the masked tokens, and of the pair head for one token."""
     width = model.hidden_size
+    if model.task_head is not None:
+        return 2 * width * (width + model.task_head.num_labels)
     # The pooler's square matrix and the classifier, for the first token of a row alone.
     pairs = 2 * width * (width + PAIR_KINDS) if model.pair_head else 0
     return lengths.predicted * 2 * width * (width + vocab_size) + pairs
@@ -135,4 +144,4 @@ def reduced_again(model: BERTConfig, layer: int, lengths: RowLengths) -> int:
 
 def sees_whole_rows(name: str) -> bool:
     """Return True for the heads' parameters: their input is gathered before them."""
-    return name.startswith(("head_", "pooler.", "pair_head."))
+    return name.startswith(("head_", "pooler.", "pair_head.", "classifier."))

@@ -32,7 +32,11 @@ def entries(model: ModelConfig, layers: range, is_first: bool, is_last: bool, in
         found += layer_entries(model, layer)
     if is_last:
         found += parts.norm(model, "final_norm")
-        found.append(parts.vocabulary(model, EMBEDDING if model.tie_embeddings else HEAD))
+        if model.task_head is not None:
+            width = model.hidden_size
+            found += parts.linear("classifier", model.task_head.num_labels, width, bias=False, split=False)
+        else:
+            found.append(parts.vocabulary(model, EMBEDDING if model.tie_embeddings else HEAD))
     return found
 
 
@@ -72,6 +76,8 @@ def embedding_operations(model: ModelConfig, lengths: RowLengths) -> int:
 
 def head_operations(model: ModelConfig, lengths: RowLengths, vocab_size: int) -> int:
     """Forward operations of the output projection."""
+    if model.task_head is not None:
+        return 2 * model.hidden_size * model.task_head.num_labels
     return lengths.predicted * 2 * model.hidden_size * vocab_size
 
 
@@ -141,8 +147,8 @@ def exchanged(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
 
 
 def sees_whole_rows(name: str) -> bool:
-    """Return False: none of the parameters that tensor ranks hold alike sees whole rows."""
-    return False
+    """Return True for the head of a task, whose input is gathered before it."""
+    return name.startswith("classifier.")
 
 
 def boundary(model: ModelConfig, layer: int, lengths: RowLengths) -> int:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _PIPELINES = {"gpt": "text-generation", "bert": "fill-mask", "t5": "text2text-generation"}
 _CLASSES = {"gpt": "AutoModelForCausalLM", "bert": "AutoModelForMaskedLM", "t5": "AutoModelForSeq2SeqLM"}
+_TASK_PIPELINE, _TASK_CLASS = "text-classification", "AutoModelForSequenceClassification"
+"""The same of a model with the head of a task."""
 _UNTIED_T5 = (
     "Its output projection is not the embedding. transformers 5 takes every T5 for tied: `tie_weights()` and "
     "`resize_token_embeddings()` overwrite the projection there, so do not call them."
@@ -57,9 +59,10 @@ def parse_license(name: str) -> str:
 
 def model_card(trained: Trained, theirs: PretrainedConfig, license_id: str | None, dtype: torch.dtype) -> str:
     """Return the text of the card, with the metadata that the hub reads at its head."""
-    family = trained.config.family
+    family, is_task = trained.config.family, trained.config.task_head is not None
+    pipeline, kind = (_TASK_PIPELINE, _TASK_CLASS) if is_task else (_PIPELINES[family], _CLASSES[family])
     metadata: dict[str, Any] = {} if license_id is None else {"license": license_id}
-    metadata |= {"library_name": "transformers", "pipeline_tag": _PIPELINES[family], "tags": ["palimpsest"]}
+    metadata |= {"library_name": "transformers", "pipeline_tag": pipeline, "tags": ["palimpsest"]}
     name = theirs.architectures[0]  # type: ignore[index]
     in_dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     if trained.run is None:
@@ -68,14 +71,15 @@ def model_card(trained: Trained, theirs: PretrainedConfig, license_id: str | Non
         about = _trained(trained, trained.run, name, in_dtype, license_id)
     title, first, *rest = about
     untied = [_UNTIED_T5] if family == "t5" and not trained.config.tie_embeddings else []
-    return "\n\n".join([f"---\n{_yaml(metadata)}---", title, first, *untied, _usage(_CLASSES[family]), *rest]) + "\n"
+    return "\n\n".join([f"---\n{_yaml(metadata)}---", title, first, *untied, _usage(kind), *rest]) + "\n"
 
 
 def _trained(trained: Trained, run: RunConfig, name: str, dtype: str, license_id: str | None) -> list[str]:
     """Return title, first paragraph and tables of a model that a run trained."""
+    how = "pretrained" if trained.config.task_head is None else "fine-tuned"
     return [
         f"# {' '.join(run.name.split())}",
-        f"A {name} that was pretrained with Palimpsest {__version__}; weights in {dtype}.",
+        f"A {name} that was {how} with Palimpsest {__version__}; weights in {dtype}.",
         "## Source\n\n" + _table(("", ""), _source(trained, run, trained.state, license_id)),
         "## Training data\n\n" + _data(trained, run, trained.state),
         "## Held-out loss\n\n" + _losses(trained),

@@ -162,7 +162,7 @@ def _write_side_files(trained: Trained, folder: Path, dtype: torch.dtype, kept: 
     config.dtype = dtype
     config.save_pretrained(folder)
     _add_fields(folder / "config.json", older_spellings(trained.config, dtype))
-    if trained.config.family != "bert":
+    if trained.config.family != "bert" and trained.config.task_head is None:
         from transformers import GenerationConfig
 
         generation = GenerationConfig.from_model_config(config)

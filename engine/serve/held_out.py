@@ -30,7 +30,7 @@ def held_out_loss(checkpoint: Path, dataset: TokenDataset) -> float:
     samples = ValidationSamples(
         dataset, stage.sequence_length, data.attention, packing=data.packing, objective=stage.objective
     )
-    names = family(config.model).pretraining_head(config.model).losses
+    names = family(config.model).configured_head(config.model).losses
     model = whole_model(config.model, read_weights(checkpoint)).eval()
     losses_L, weights_L = torch.zeros(len(names), dtype=torch.float64), torch.zeros(len(names), dtype=torch.float64)
     with torch.inference_mode():

@@ -92,7 +92,7 @@ def their_config(trained: Trained, tokenizer: Any) -> PretrainedConfig:
     if tokenizer is None:
         config = form.their_config(trained.config)
         config.dtype = torch.float32
-        return config
+        return with_labels(trained, config)
     assert trained.tokenizer is not None
     check_vocabulary(trained.config.vocab_size, trained.tokenizer, tokenizer)
     config = form.their_config(trained.config, _padding_id(trained.config, trained.tokenizer, tokenizer))
@@ -101,6 +101,14 @@ def their_config(trained: Trained, tokenizer: Any) -> PretrainedConfig:
         setattr(config, name, getattr(tokenizer, name))
     if config.is_encoder_decoder:
         config.decoder_start_token_id = config.pad_token_id  # as span corruption shifts its targets
+    return with_labels(trained, config)
+
+
+def with_labels(trained: Trained, config: PretrainedConfig) -> PretrainedConfig:
+    """Return their configuration with the names of the labels that a run was fine-tuned on, if it was."""
+    if trained.run is not None and (labels := trained.run.stages[-1].objective.labels):
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: number for number, name in enumerate(labels)}
     return config
 
 

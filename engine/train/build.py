@@ -56,7 +56,7 @@ def join_groups(config: RunConfig, layout: Layout, global_rank: int) -> Groups:
 def stage_spec(config: RunConfig, run_stage: RunStage, groups: Groups) -> PipelineStageSpec:
     """Specify this rank's pipeline stage for one run stage; its chunks are those of every run stage of the run."""
     model, kind = config.model, family(config.model)
-    head, cut = kind.pretraining_head(model), _cut(config, groups.layout)
+    head, cut = kind.configured_head(model), _cut(config, groups.layout)
     chunks = stage_chunks(*cut)[groups.coordinates.stage]
     spec = PipelineStageSpec(
         run_stage=run_stage,

@@ -44,6 +44,7 @@ class StartingWeights:
         assert given is not None
         self._opened = opened = _without_absent_heads(open_source(given.path, config.model.vocab_multiple), given)
         _check_agrees(config.model, opened, given)
+        _check_task_head(config.model, opened, given)
         opened.check()
         self._initial = InitialRows(config.model, config.seed)
         self._takes_mean = given.new_rows == "mean"
@@ -127,7 +128,7 @@ def _without_absent_heads(opened: SourceModel, given: InitFrom) -> SourceModel:
     if given.missing == "error":
         return opened
     with torch.device("meta"):
-        modules = family(opened.model).pretraining_head(opened.model).modules(PLAIN)
+        modules = family(opened.model).configured_head(opened.model).modules(PLAIN)
     held = opened.source.shapes
     absent = {
         name
@@ -138,10 +139,20 @@ def _without_absent_heads(opened: SourceModel, given: InitFrom) -> SourceModel:
     return replace(opened, map=ModelMap(kept, opened.map.copies))
 
 
+def _check_task_head(model: ModelConfig, opened: SourceModel, given: InitFrom) -> None:
+    """Raise `ConfigError` where the source lacks the head of the run's task and the run may not initialise it."""
+    if model.task_head is not None and opened.model.task_head is None and given.missing == "error":
+        raise ConfigError(
+            f"the run's model has a head for {model.task_head.task}, which init_from = {given.path} has not",
+            "init_from.missing = initialise",
+            "set it: the head then begins with initial weights of the run's seed",
+        )
+
+
 def _check_agrees(model: ModelConfig, opened: SourceModel, given: InitFrom) -> None:
     """Raise `ConfigError` where a run's model is another one than the source's; names every key."""
     ours, theirs = model.model_dump(mode="json"), opened.model.model_dump(mode="json")
-    free = set(_FREE)
+    free = set(_FREE) | ({"task_head"} if opened.model.task_head is None else set())
     rotary = model.rotary(None)
     if not model.position_table and not (rotary and isinstance(rotary.scaling, DynamicScaling)):
         free.add("max_positions")  # no parameter has a row per position, and no frequency depends on their number

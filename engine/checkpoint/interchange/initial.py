@@ -22,7 +22,7 @@ def model_of(source: str) -> dict[str, Any]:
     from engine.checkpoint.storage import location_of
 
     location = location_of(source)
-    if _is_folder_of_theirs(location):
+    if is_folder_of_theirs(location):
         from engine.checkpoint.interchange.forms import require_form
         from engine.checkpoint.interchange.huggingface import VOCAB_MULTIPLE, read_configuration
 
@@ -49,14 +49,15 @@ def open_source(source: str, vocab_multiple: int) -> SourceModel:
     from engine.config.schema.model import make_model
 
     location = location_of(source)
-    if _is_folder_of_theirs(location):
+    if is_folder_of_theirs(location):
         return open_folder(location, vocab_multiple)
     opened = CheckpointSource(find(location)[0])
     model = make_model(**_own_model(opened.path, opened.manifest.state.config))
     return SourceModel(model=model, map=unchanged(opened.manifest.specs.values()), source=opened)
 
 
-def _is_folder_of_theirs(location: Location) -> bool:
+def is_folder_of_theirs(location: Location) -> bool:
+    """Return True if a source is a Hugging Face folder, and no run or checkpoint of ours."""
     return (location / "config.json").is_file()
 
 

@@ -13,12 +13,26 @@ def check_objective(key: str, stage: RunStage, model: ModelConfig, problems: lis
     """Add every rule that the objective of the run stage at `key` breaks."""
     objective, name = stage.objective, f"{key}.objective"
     entry = OBJECTIVES[objective.name]
-    if entry.family != model.family:
+    if model.family not in entry.families:
         problems.append(
             ConfigError(
                 f"{name}.name = {objective.name} with model.family = {model.family}",
-                " or ".join(other for other, one in OBJECTIVES.items() if one.family == model.family),
+                " or ".join(other for other, one in OBJECTIVES.items() if model.family in one.families),
                 "change the objective or the model",
+            )
+        )
+    _check_head(name, objective, model, problems)
+    left = [
+        f"{key}.{one}"
+        for one, value in (("data.columns", stage.data.columns), ("duration.epochs", stage.duration.epochs))
+        if value is not None
+    ]
+    if left:
+        problems.append(
+            ConfigError(
+                f"{' and '.join(left)}: files of examples have to be encoded before a run reads them",
+                "a run file that `palimpsest finetune` has prepared",
+                "start with `palimpsest finetune`, or let it write the run file (--prepare RUN.yaml)",
             )
         )
     # Keys at their defaults are let pass: a run folder's `config.yaml` has all of them.
@@ -48,6 +62,30 @@ def check_objective(key: str, stage: RunStage, model: ModelConfig, problems: lis
             )
         )
     _check_rows(key, stage, problems)
+
+
+def _check_head(name: str, objective: ObjectiveConfig, model: ModelConfig, problems: list[PalimpsestError]) -> None:
+    """Add what is wrong where an objective and the model's head do not belong together."""
+    head = model.task_head
+    wanted = objective.name if OBJECTIVES[objective.name].is_task else None
+    if (None if head is None else head.task) != wanted:
+        problems.append(
+            ConfigError(
+                f"{name}.name = {objective.name} with model.task_head = {'none' if head is None else head.task}",
+                f"model.task_head.task = {wanted}" if wanted else "no model.task_head",
+                "start with `palimpsest finetune`, which gives the model the head of its task"
+                if wanted
+                else "leave model.task_head out: this objective predicts tokens",
+            )
+        )
+    elif head is not None and wanted == "classification" and len(objective.labels) != head.num_labels:
+        problems.append(
+            ConfigError(
+                f"{name}.labels has {len(objective.labels)} names with model.task_head.num_labels = {head.num_labels}",
+                "a name for each label",
+                "name all labels, in the order of their numbers",
+            )
+        )
 
 
 def _check_rows(key: str, stage: RunStage, problems: list[PalimpsestError]) -> None:

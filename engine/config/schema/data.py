@@ -81,6 +81,17 @@ class ReplayConfig(Section):
     """Weight of the targets of replayed samples in the loss."""
 
 
+class ColumnsConfig(Section):
+    """Columns of a file of labelled examples."""
+
+    text: str = "text"
+    """Name of the column with the text, or with the first text of a pair."""
+    pair: str | None = None
+    """Name of the column with the second text of a pair. None means that examples are single texts."""
+    label: str = "label"
+    """Name of the column with the label, or with the number that a regression predicts."""
+
+
 class CacheConfig(Section):
     """Local copies, on each node, of shards that are read from a URL."""
 
@@ -101,6 +112,7 @@ class DataConfig(Section):
 
     kinds: ClassVar[dict[str, KeyKind]] = {
         "train": "execution",
+        "columns": "execution",
         "validation": "execution",
         "cache": "execution",
         "on_damage": "schedule",
@@ -129,6 +141,9 @@ class DataConfig(Section):
     """Number of (shuffled) shards in a window; samples are shuffled inside of windows."""
     attention: Attention = "document"
     """Reach of attention and targets: inside of a document (`document`), or over all documents of a row (`row`)."""
+    columns: ColumnsConfig | None = None
+    """Columns of the examples, where `train` and `validation` are files of them; `palimpsest finetune` encodes them.
+    None means token shards."""
     packing: PackingName = "concatenate"
     """Packing of documents into rows. `concatenate`: rows are consecutive parts of a shard; `best_fit`: documents
     (longer ones in parts) stay whole, each in the row where least room is left."""

@@ -24,6 +24,16 @@ LARGEST_WIDTH = 2**30
 """Largest sizes, far beyond any model: larger ones are typing errors, refused before anything is computed of them."""
 
 
+class TaskHead(Section):
+    """The head of a task: it computes one row of numbers for each sequence, and takes the place of the head over the
+    vocabulary."""
+
+    task: Literal["classification", "regression"]
+    """Kind of the task: a label of several, or numbers."""
+    num_labels: int = Field(ge=1, le=2**20)
+    """Number of labels, or of predicted numbers."""
+
+
 class ModelConfig(Section):
     """The keys that every family has. Not a model by itself: `make_model` makes one of its family's class.
 
@@ -77,6 +87,9 @@ class ModelConfig(Section):
     attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the attention probabilities that training sets to 0; above 0 they are computed one by one, which costs
     time and memory."""
+    task_head: TaskHead | None = None
+    """Head of the task that the model is fine-tuned for. None means the head over the vocabulary that it is pretrained
+    with."""
 
     @property
     def padded_vocab_size(self) -> int:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from engine.config.schema.section import Section
 
-ObjectiveName = Literal["causal", "fill_in_the_middle", "masked", "span_corruption"]
+ObjectiveName = Literal["causal", "fill_in_the_middle", "masked", "span_corruption", "classification", "regression"]
 """Names of the objectives; `engine.config.objectives.OBJECTIVES` says what each of them is."""
 PairKind = Literal["next_sentence", "sentence_order"]
 Pairs = Literal["none", PairKind]
@@ -20,7 +20,8 @@ class ObjectiveConfig(Section):
 
     name: ObjectiveName = "causal"
     """Name of the objective: the next token (`causal`), or the next token with documents rearranged
-    (`fill_in_the_middle`), masked tokens (`masked`), or spans of the text (`span_corruption`)."""
+    (`fill_in_the_middle`), masked tokens (`masked`), spans of the text (`span_corruption`), or of labelled examples
+    the label (`classification`) or a number (`regression`)."""
     pairs: Pairs = "none"
     """Kind of the pairs of segments that rows are made of (`masked`); how a pair belongs together is predicted, too."""
     rate: float = Field(default=0.15, gt=0.0, lt=1.0)
@@ -38,8 +39,16 @@ class ObjectiveConfig(Section):
     """Share of the documents that are rearranged (`fill_in_the_middle`)."""
     suffix_first_share: float = Field(default=0.5, ge=0.0, le=1.0)
     """Share of the rearranged documents that have the suffix before the prefix."""
+    labels: tuple[str, ...] = ()
+    """Names of the labels, in the order of their numbers (`classification`). `palimpsest finetune` finds them in the
+    training data where they are left out."""
 
     @model_validator(mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+        if isinstance(value, str):
+            return {"name": value}
+        # What this returns counts as Python's, whose lists are no tuples to a strict reader, unlike JSON's.
+        if isinstance(value, dict) and isinstance(labels := value.get("labels"), list):
+            return value | {"labels": tuple(labels)}
+        return value

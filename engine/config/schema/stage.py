@@ -31,6 +31,9 @@ class Duration(Section):
     """Number of optimizer steps. None means that `tokens` says how long the run stage is."""
     tokens: PositiveInt | None = None
     """Number of tokens, rounded up to whole steps. None means that `steps` says how long the run stage is."""
+    epochs: PositiveFloat | None = None
+    """Number of passes over the examples of a task; `palimpsest finetune`, which counts them, makes steps of it. None
+    means that `steps` or `tokens` says how long the run stage is."""
 
 
 class ScheduleConfig(Section):

@@ -158,4 +158,5 @@ def _require_sentences(dataset: TokenDataset, objective: ObjectiveConfig) -> Non
 
 def _module(objective: ObjectiveConfig) -> ObjectiveModule:
     # imported when it is used, by the objective's name: a new objective is a new file
-    return cast(ObjectiveModule, importlib.import_module(f"engine.data.objectives.{objective.name}"))
+    name = OBJECTIVES[objective.name].module or objective.name
+    return cast(ObjectiveModule, importlib.import_module(f"engine.data.objectives.{name}"))

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.config.schema.model import ModelConfig
-from engine.models.bert import EMBEDDING, HEAD, build, inputs, pretraining_head, sharding, specs, ties
+from engine.models.bert import EMBEDDING, HEAD, build, configured_head, inputs, sharding, specs, ties
 from engine.models.families import family
 from engine.models.initial import initial_value
 from engine.models.materialize import whole_model
@@ -79,7 +79,7 @@ def test_logits_losses_and_gradients_equal_those_of_the_twin(config, batch):
 
     losses_L, expected_L = ours(**batch)["losses_L"], their_losses(output, batch)
     assert losses_L.dtype == torch.float32
-    assert len(losses_L) == len(pretraining_head(config).losses)
+    assert len(losses_L) == len(configured_head(config).losses)
     assert_near(losses_L, expected_L, "losses")
     scales_L = torch.tensor([1.0, 3.0])[: len(losses_L)]  # each loss has a denominator of its own
     (losses_L * scales_L).sum().backward()

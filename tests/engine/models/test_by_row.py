@@ -23,7 +23,7 @@ def test_a_row_s_part_is_the_loss_that_it_has_alone(name):
     assert torch.equal(plain["losses_L"], told["losses_L"])
     rows_BL = told["row_losses_BL"]
     assert not rows_BL.requires_grad
-    assert rows_BL.shape == (GLOBAL_BATCH, len(kind.pretraining_head(config).losses))
+    assert rows_BL.shape == (GLOBAL_BATCH, len(kind.configured_head(config).losses))
     for b in range(GLOBAL_BATCH):
         alone_L = model(**{key: held[b : b + 1] for key, held in batch.items()})["losses_L"]
         # a dozen terms of about ln 61 in fp32, each of a matrix product that is cut elsewhere

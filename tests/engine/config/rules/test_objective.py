@@ -1,6 +1,6 @@
 """Objectives that a model or a packing cannot serve are refused before anything starts, each with its reason."""
 
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -13,7 +13,7 @@ from engine.errors import ConfigError
 SIZES = {"vocab_size": 10, "num_layers": 1, "hidden_size": 4, "num_heads": 1}
 
 
-def problems(family, objective, sequence_length=64, pair_head=None, **data):
+def problems(family, objective, sequence_length=64, pair_head=None, task_head=None, duration=None, **data):
     """What the rules say; the model has a head for pairs where the objective has pairs, unless told otherwise."""
     stage = RunStage.model_validate(
         {
@@ -21,12 +21,16 @@ def problems(family, objective, sequence_length=64, pair_head=None, **data):
             "objective": objective,
             "sequence_length": sequence_length,
             "global_batch_size": 1,
-            "duration": {"steps": 1},
+            "duration": duration or {"steps": 1},
         }
     )
     found = []
     has_head = stage.objective.pairs != "none" if pair_head is None else pair_head
-    head = {"pair_head": has_head} if family == "bert" else {}
+    head: dict[str, Any] = {"pair_head": has_head} if family == "bert" else {}
+    if OBJECTIVES[stage.objective.name].is_task:
+        head["task_head"] = task_head or {"task": stage.objective.name, "num_labels": len(stage.objective.labels) or 1}
+    elif task_head:
+        head["task_head"] = task_head
     check_objective("stages.0", stage, make_model(**SIZES, family=family, **head), found)
     assert all(isinstance(problem, ConfigError) for problem in found)
     return [str(problem) for problem in found]
@@ -35,13 +39,38 @@ def problems(family, objective, sequence_length=64, pair_head=None, **data):
 @pytest.mark.parametrize("family", get_args(FamilyName))
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_each_family_has_its_objectives(family, name):
-    found = problems(family, name)
-    if OBJECTIVES[name].family == family:
+    found = problems(family, {"name": "classification", "labels": ["a", "b"]} if name == "classification" else name)
+    if family in OBJECTIVES[name].families:
         assert not found
     else:
         [message] = found
         assert f"stages.0.objective.name = {name} with model.family = {family}" in message
-        assert next(other for other, entry in OBJECTIVES.items() if entry.family == family) in message
+        assert next(other for other, entry in OBJECTIVES.items() if family in entry.families) in message
+
+
+@pytest.mark.parametrize(
+    ("objective", "task_head", "message"),
+    [
+        ("regression", {"task": "classification", "num_labels": 1}, "with model.task_head = classification"),
+        ({"name": "masked"}, {"task": "regression", "num_labels": 1}, "with model.task_head = regression"),
+        (
+            {"name": "classification", "labels": ["a", "b"]},
+            {"task": "classification", "num_labels": 3},
+            "objective.labels has 2 names with model.task_head.num_labels = 3",
+        ),
+        ({"name": "masked", "labels": ["a"]}, None, "objective.labels = ('a',) with"),
+    ],
+)
+def test_an_objective_and_the_head_of_the_model_belong_together(objective, task_head, message):
+    [found] = problems("bert", objective, task_head=task_head)
+    assert message in found
+
+
+@pytest.mark.parametrize(("data", "duration"), [({"columns": {}}, {"steps": 1}), ({}, {"epochs": 2.0})])
+def test_files_of_examples_are_encoded_before_a_run_reads_them(data, duration):
+    [found] = problems("bert", "regression", duration=duration, **data)
+    assert "files of examples have to be encoded" in found
+    assert "palimpsest finetune" in found
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,105 @@
+"""Heads of tasks: numbers for each row of an example, in place of the head over the vocabulary.
+
+The modules are those of Hugging Face's classes for sequence classification, so that a fine-tuned model is one of
+theirs: BERT and RoBERTa transform the first token's state and drop out around it, ModernBERT has the transformation
+that it was pretrained with, a decoder reads the state of the row's last token.
+
+Legend: B batch, T time, D width, C labels (or predicted numbers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from engine.config.schema.model import BERTConfig, ModelConfig
+from engine.models.dropout import EMBEDDING_OUTPUT, Dropout
+from engine.models.norms import norm
+from engine.parallel.boundary import ROW_LOSSES, Tensors
+from engine.parallel.functions import Functions
+from engine.parallel.sharding import Table
+
+LAST = "last_B"
+"""Name of the position (int64) of each row's last token, among the inputs of a decoder's head."""
+BEFORE, BEHIND = 1, 2
+"""Numbers of the head's two places of dropout, counted on from the last layer: no layer has the same masks."""
+
+
+@dataclass(frozen=True)
+class TaskHead:
+    """Predicts a label or numbers for each row (`model.task_head`)."""
+
+    config: ModelConfig
+    sharding: Table = field(default_factory=dict)
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The one loss, named as the task."""
+        assert self.config.task_head is not None
+        return (self.config.task_head.task,)
+
+    @property
+    def inputs(self) -> frozenset[str]:
+        """The labels of the rows (`labels_B` int64, or `labels_BC` fp32), their weights, and where a decoder ends."""
+        assert self.config.task_head is not None
+        labels = "labels_B" if self.config.task_head.task == "classification" else "labels_BC"
+        return frozenset({labels, "label_weights_B"} | ({LAST} if self.config.family == "gpt" else set()))
+
+    def modules(self, functions: Functions) -> dict[str, nn.Module]:
+        """Make the classifier and, in an encoder, the transformation of the first token's state."""
+        assert self.config.task_head is not None
+        width, num_labels = self.config.hidden_size, self.config.task_head.num_labels
+        if not isinstance(self.config, BERTConfig):
+            return {"classifier": nn.Linear(width, num_labels, bias=False)}
+        if self.config.post_norm:
+            before: dict[str, nn.Module] = {"pooler": nn.Linear(width, width)}
+        else:
+            transform = nn.Linear(width, width, bias=self.config.bias)
+            before = {"head_transform": transform, "head_norm": norm(self.config)}
+        return before | {"classifier": nn.Linear(width, num_labels)}
+
+    def outputs(
+        self, chunk: nn.Module, hidden_BTD: torch.Tensor, given: Tensors, by_row: bool, dropout: Dropout | None = None
+    ) -> Tensors:
+        """Compute `losses_L` (L = 1): the sum over the rows of cross entropy, or of the squared errors' mean over the
+        C numbers; without labels `logits_BC`."""
+        logits_BC = self._logits(chunk, hidden_BTD, given, dropout).float()
+        if "labels_B" in given:
+            loss_B = F.cross_entropy(logits_BC, given["labels_B"], reduction="none")
+        elif "labels_BC" in given:
+            loss_B = (logits_BC - given["labels_BC"]).square().mean(1)
+        else:
+            return {"logits_BC": logits_BC}
+        loss_B = loss_B * given["label_weights_B"]
+        outputs = {"losses_L": loss_B.sum().reshape(1)}
+        return outputs | ({ROW_LOSSES: loss_B.detach().unsqueeze(1)} if by_row else {})
+
+    def _logits(
+        self, chunk: nn.Module, hidden_BTD: torch.Tensor, given: Mapping[str, torch.Tensor], dropout: Dropout | None
+    ) -> torch.Tensor:
+        classifier = cast(nn.Linear, chunk.get_submodule("classifier"))
+        if not isinstance(self.config, BERTConfig):
+            last_B = given.get(LAST)
+            if last_B is None:  # one text without padding
+                return classifier(hidden_BTD[:, -1])
+            return classifier(hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B])
+        state_BD = hidden_BTD[:, 0]
+        if not self.config.post_norm:
+            transformed_BD = F.gelu(chunk.get_submodule("head_transform")(state_BD))
+            return classifier(chunk.get_submodule("head_norm")(transformed_BD))
+        if self.config.token_types == 1:  # RoBERTa drops out twice
+            state_BD = self._dropped(state_BD, dropout, BEFORE)
+        state_BD = torch.tanh(chunk.get_submodule("pooler")(state_BD))
+        return classifier(self._dropped(state_BD, dropout, BEHIND))
+
+    def _dropped(self, state_BD: torch.Tensor, dropout: Dropout | None, number: int) -> torch.Tensor:
+        if dropout is None:
+            return state_BD
+        # Rows are whole here, also where ranks share their positions: the one state is at position 0 on each.
+        whole = replace(dropout, first_position=0)
+        return whole.hidden(state_BD.unsqueeze(1), self.config.num_layers + number, EMBEDDING_OUTPUT).squeeze(1)

@@ -1,0 +1,1 @@
+"""Tasks: fine-tuning on labelled examples, and its evaluation."""

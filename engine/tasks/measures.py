@@ -1,0 +1,40 @@
+"""Measures of predictions, by the packages that define them (scikit-learn, scipy)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from engine.extras import need
+
+Measures = dict[str, Any]
+
+
+def of_labels(expected: np.ndarray, predicted: np.ndarray, labels: tuple[str, ...]) -> Measures:
+    """Return accuracy, F1 (micro, macro and of each label), Matthews' correlation and the confusion matrix, whose rows
+    are the expected labels. Both arrays are (n,) numbers of labels."""
+    metrics = need("sklearn.metrics", "scikit-learn", "tasks")
+    numbers = list(range(len(labels)))
+    of_each = metrics.f1_score(expected, predicted, labels=numbers, average=None, zero_division=0)
+    return {
+        "examples": len(expected),
+        "accuracy": float(metrics.accuracy_score(expected, predicted)),
+        "f1_micro": float(metrics.f1_score(expected, predicted, labels=numbers, average="micro", zero_division=0)),
+        "f1_macro": float(metrics.f1_score(expected, predicted, labels=numbers, average="macro", zero_division=0)),
+        "f1": dict(zip(labels, map(float, of_each), strict=True)),
+        "matthews": float(metrics.matthews_corrcoef(expected, predicted)),
+        "confusion": metrics.confusion_matrix(expected, predicted, labels=numbers).tolist(),
+    }
+
+
+def of_numbers(expected: np.ndarray, predicted: np.ndarray) -> Measures:
+    """Return the mean squared error and the correlations of Pearson and Spearman, None where one side is constant."""
+    stats = need("scipy.stats", "scipy", "tasks")
+    constant = len({*expected.tolist()}) < 2 or len({*predicted.tolist()}) < 2
+    return {
+        "examples": len(expected),
+        "mean_squared_error": float(np.mean((expected - predicted) ** 2)),
+        "pearson": None if constant else float(stats.pearsonr(expected, predicted).statistic),
+        "spearman": None if constant else float(stats.spearmanr(expected, predicted).statistic),
+    }

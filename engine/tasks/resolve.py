@@ -1,0 +1,193 @@
+"""A task file made into a run file: the model of its start with a head, encoded examples, lengths in steps.
+
+A task file is a run file with `init_from` and one stage whose `data` names files of examples. What it leaves out has
+the values of `DEFAULTS`, those of the BERT paper's fine-tuning (Devlin et al. 2019, appendix A.3) where it says them.
+The result is an ordinary run: `train`, `launch` and `plan` take it as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoint.folder import find
+from engine.checkpoint.interchange.huggingface import side_files
+from engine.checkpoint.interchange.initial import is_folder_of_theirs, model_of
+from engine.checkpoint.load import read_state
+from engine.checkpoint.storage import location_of
+from engine.config.load import Tree, merge, parse_run
+from engine.config.objectives import OBJECTIVES
+from engine.config.schema.data import ColumnsConfig
+from engine.config.schema.model import ModelConfig, make_model
+from engine.config.schema.objective import ObjectiveName
+from engine.config.schema.run import RunConfig
+from engine.corpus.tokenizer_import import import_tokenizer
+from engine.corpus.tokenizer_training import Purpose
+from engine.data.tokenizer.files import MODEL_FILE
+from engine.errors import ConfigError
+from engine.serve.source import describe
+from engine.tasks.encode import Framing, encoded_folder
+from engine.tasks.examples import Examples, find_labels, read_examples, require_examples_of
+
+EPOCHS = 3.0
+BATCH = 32
+WARMUP_SHARE = 0.1
+LENGTH_MULTIPLE = 8
+"""Rows are a multiple of this many tokens long, which matrix units of GPUs want."""
+DEFAULTS: Tree = {
+    "init_from": {"missing": "initialise"},
+    "optimizer": {"learning_rate": 5e-5, "beta2": 0.999, "weight_decay": 0.01},
+    "parallel": {"micro_batch_size": 8},
+    "elastic": {"pad_batch": True},
+}
+"""Keys of a run that fine-tuning has other values of than pretraining."""
+EXAMPLES, TOKENIZER = "examples", "tokenizer"
+"""Folders beside the run's checkpoints: encoded examples, and the tokenizer of a Hugging Face folder."""
+_PURPOSES: dict[str, Purpose] = {"gpt": "causal", "bert": "masked"}
+
+
+def resolve_task(tree: Tree, source: str) -> RunConfig:
+    """Return the run of a task file's tree; reads and encodes the examples. `source` names the file in errors.
+
+    Every process of a start may call it at the same time.
+
+    Raises:
+        ConfigError, CheckpointError: the file or the start of the run is not what it has to be.
+        DataError: the examples are not.
+    """
+    init_from, folder = _start_of(tree, source), Path(str(tree["folder"]))
+    stage, name = _stage_of(tree, source)
+    start = model_of(init_from)
+    model = make_model(**(start | _dropout(make_model(**start)) | tree.get("model", {})))
+    if model.family not in OBJECTIVES[name].families:
+        raise ConfigError(
+            f"objective {name} with the model in {init_from}, of family {model.family}",
+            f"a model of family {' or '.join(OBJECTIVES[name].families)}",
+            "start from another model",
+        )
+    if "tokenizer" not in tree:
+        tree["tokenizer"] = str(_tokenizer(init_from, folder, model))
+    task = _read(stage, name)
+    labels = task.labels
+    head = {"task": name, "num_labels": len(labels) if name == "classification" else 1}
+    model = make_model(**(model.model_dump() | {"task_head": head}))
+    framing = Framing(Path(tree["tokenizer"]), model)
+    length = stage.get("sequence_length") or _length(framing, task, model)
+    encoded = {
+        part: str(encoded_folder(examples, numbers, framing, length, folder / EXAMPLES, part))
+        for part, (examples, numbers) in task.parts.items()
+    }
+    stage |= {"name": stage.get("name", name), "sequence_length": length, "data": dict(stage["data"]) | encoded}
+    stage["data"].pop("columns", None)
+    stage["objective"] = {"name": name} | ({"labels": list(labels)} if name == "classification" else {})
+    _lengths(stage, len(task.parts["train"][0]))
+    tree["model"] = model.model_dump(mode="json")
+    tree["stages"] = [stage]
+    whole = merge(copy.deepcopy(DEFAULTS), tree | {"init_from": _section(tree["init_from"])})
+    whole.setdefault("evaluation", {}).setdefault("every_steps", _steps(1.0, stage, len(task.parts["train"][0])))
+    return parse_run(whole, source)
+
+
+class _Task:
+    """The examples of a task by their part of `data` (`train`, `validation`), with the numbers of their labels."""
+
+    def __init__(self, labels: tuple[str, ...], parts: dict[str, tuple[Examples, list[int] | list[float]]]) -> None:
+        self.labels, self.parts = labels, parts
+
+
+def _read(stage: Tree, name: ObjectiveName) -> _Task:
+    data = stage["data"]
+    columns = ColumnsConfig.model_validate(data.get("columns", {}))
+    read = {part: read_examples(str(data[part]), columns) for part in ("train", "validation") if data.get(part)}
+    if name == "regression":
+        return _Task((), {part: (examples, examples.numbers()) for part, examples in read.items()})
+    given = stage.get("objective", {})
+    named = tuple(given.get("labels", ())) if isinstance(given, dict) else ()
+    labels = named or find_labels(read["train"])
+    numbered = {part: (examples, examples.numbered(labels)) for part, examples in read.items()}
+    require_examples_of(labels, *numbered["train"])
+    return _Task(labels, dict(numbered))
+
+
+def _start_of(tree: Tree, source: str) -> str:
+    """Return the path in `init_from`. Raises `ConfigError` where it, or the run folder, is not there."""
+    path = _section(tree.get("init_from")).get("path")
+    for key, value in (("init_from", path), ("folder", tree.get("folder"))):
+        if not isinstance(value, str) or not value:
+            raise ConfigError(
+                f"{source} has no {key}",
+                "a checkpoint or a Hugging Face folder" if key == "init_from" else "the folder of the run",
+                f"write {key} in the file or on the command line",
+            )
+    return str(path)
+
+
+def _section(given: Any) -> Tree:
+    return dict(given) if isinstance(given, dict) else {} if given is None else {"path": given}
+
+
+def _stage_of(tree: Tree, source: str) -> tuple[Tree, ObjectiveName]:
+    """Return the one stage of a task file, and the name of its objective."""
+    stages = tree.get("stages")
+    if not isinstance(stages, list) or len(stages) != 1 or not isinstance(stages[0], dict):
+        raise ConfigError(
+            f"{source}: stages is {stages!r:.60}", "a list of one stage", "see configs/tasks/classification.yaml"
+        )
+    stage: Tree = dict(stages[0])
+    objective = stage.get("objective")
+    name = objective.get("name") if isinstance(objective, dict) else objective
+    tasks = [one for one, entry in OBJECTIVES.items() if entry.is_task]
+    if name not in tasks:
+        raise ConfigError(f"{source}: stages.0.objective is {objective!r:.60}", " or ".join(tasks), "name a task")
+    data = stage.get("data")
+    if not isinstance(data, dict) or not isinstance(data.get("train"), str):
+        raise ConfigError(f"{source}: stages.0.data.train names no file", "a file of examples", "write data.train")
+    return stage, next(one for one in tasks if one == name)
+
+
+def _dropout(model: ModelConfig) -> Tree:
+    """Return the dropout of fine-tuning: BERT's own, which exports leave to the run; none elsewhere."""
+    return {"dropout": 0.1} if model.family == "bert" and model.post_norm else {}
+
+
+def _tokenizer(init_from: str, folder: Path, model: ModelConfig) -> Path:
+    """Return the folder of the start's tokenizer: that of its run, or the imported one of a Hugging Face folder."""
+    location = location_of(init_from)
+    if is_folder_of_theirs(location):
+        taken = folder / TOKENIZER
+        if not (taken / MODEL_FILE).is_file():
+            with side_files(location) as local:
+                import_tokenizer(str(local), taken, _PURPOSES[model.family])
+        return taken
+    checkpoint = find(Path(init_from))[0]
+    described = describe(checkpoint, read_state(checkpoint))
+    if described.tokenizer is None:
+        raise ConfigError(
+            f"{init_from} does not say where its tokenizer is",
+            "the tokenizer's folder",
+            "write `tokenizer` in the file",
+        )
+    return described.tokenizer
+
+
+def _length(framing: Framing, task: _Task, model: ModelConfig) -> int:
+    """Return the tokens of a row: as many as the longest example has, rounded up, and as the model has positions."""
+    longest = max(framing.longest(examples, model.max_positions) for examples, _ in task.parts.values())
+    return min(math.ceil(longest / LENGTH_MULTIPLE) * LENGTH_MULTIPLE, model.max_positions)
+
+
+def _lengths(stage: Tree, num_examples: int) -> None:
+    """Set a stage's batch, its length in steps and its schedule, where they are left out."""
+    stage.setdefault("global_batch_size", min(BATCH, num_examples))
+    duration = dict(stage.get("duration", {}))
+    if not {"steps", "tokens"} & duration.keys():
+        duration = {"steps": _steps(duration.get("epochs", EPOCHS), stage, num_examples)}
+    stage["duration"] = duration
+    warmup = math.ceil(WARMUP_SHARE * duration["steps"]) if "steps" in duration else 0
+    stage.setdefault("schedule", {"shape": "linear", "warmup": warmup, "final_factor": 0.0})
+
+
+def _steps(epochs: float, stage: Tree, num_examples: int) -> int:
+    return max(1, math.ceil(epochs * num_examples / stage["global_batch_size"]))

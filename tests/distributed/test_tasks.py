@@ -1,0 +1,163 @@
+"""Fine-tuning under several layouts against transformers' class for sequences, trained by torch in one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+
+from engine.checkpoint.interchange.forms import form_of
+from engine.checkpoint.interchange.huggingface import from_huggingface, to_huggingface
+from engine.config.schema.run import RunConfig
+from engine.data.loader import Loader
+from engine.data.shards.dataset import TokenDataset
+from engine.data.source import WeightedDataset
+from engine.data.stage import run_stage_seed, stage_stream
+from engine.data.tokenizer.folder import load_tokenizer
+from engine.models.families import family
+from engine.models.initial import initial_value
+from engine.tasks.resolve import resolve_task
+from tests.distributed.ranks import run_ranks
+from tests.distributed.runs import train_rank, write_sentences
+from tests.engine.models.tiny import random_weights, tiny
+
+TOLERANCE = 2e-6
+"""Losses of about 1 in fp32 against fp64, over six updates."""
+STEPS, BATCH = 6, 5
+CASES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
+    "bert-zero3-tensor2": ("bert", "classification", 4, {"zero_stage": 3, "tensor": 2}),
+    "roberta-pipe2": ("roberta", "classification", 2, {"zero_stage": 1, "pipe": 2}),
+    "llama-sequence2": ("llama", "regression", 4, {"zero_stage": 2, "tensor": 2, "sequence_parallel": True}),
+}
+MORE: dict[str, tuple[str, str, int, dict[str, Any]]] = {
+    "modernbert-zero3-pipe2": ("modernbert", "classification", 4, {"zero_stage": 3, "pipe": 2}),
+    "gpt2-zb-h1": ("gpt2", "classification", 2, {"zero_stage": 1, "pipe": 2, "schedule": "zb-h1"}),
+    "bert-ulysses2": ("bert", "regression", 2, {"zero_stage": 0, "sequence": 2}),
+    "llama-chunks": ("llama", "classification", 2, {"zero_stage": 1, "pipe": 2, "chunks_per_stage": 2}),
+}
+
+
+def pretrained(folder: Path, form: str, tokenizer: Path) -> None:
+    """A folder of theirs with random weights, and its tokenizer."""
+    loaded = load_tokenizer(tokenizer)
+    sizes = {"vocab_size": loaded.vocab_size, "vocab_multiple": 8, "max_positions": 48, "num_layers": 4}
+    roberta = {"pair_head": False, "token_types": 1} if form == "roberta" else {}
+    model = tiny("bert" if form == "roberta" else form, **sizes, **roberta)
+    config, state = to_huggingface(model, random_weights(model, seed=2), loaded.vocabulary.padding)
+    kind = getattr(transformers, form_of(model).architecture)
+    kind.from_pretrained(None, config=config, state_dict=state).save_pretrained(folder)
+    for path in tokenizer.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+
+
+def write_examples(folder: Path, task: str, has_pairs: bool) -> None:
+    for part, count in (("train", 23), ("validation", 9)):
+        with (folder / f"{part}.jsonl").open("w") as file:
+            for number in range(count):
+                record: dict[str, Any] = {"sentence": "the ink fades " * (number % 5 + 1)}
+                if has_pairs:
+                    record["other"] = "one thrifty monk hides " * (number % 3 + 1)
+                record["kind"] = ["old", "new", "scraped"][number % 3] if task == "classification" else number / 7 - 1
+                file.write(json.dumps(record) + "\n")
+
+
+def task_run(folder: Path, form: str, task: str, parallel: dict[str, Any]) -> RunConfig:
+    columns: dict[str, Any] = {"text": "sentence", "label": "kind"}
+    if form == "bert":
+        columns["pair"] = "other"
+    data = {"train": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl"), "columns": columns}
+    stage = {"objective": task, "data": data, "global_batch_size": BATCH, "duration": {"steps": STEPS}}
+    tree: dict[str, Any] = {
+        "folder": str(folder / "run"),
+        "init_from": str(folder / "theirs"),
+        "stages": [stage],
+        "model": {"dropout": 0.0},
+        "seed": 3,
+        "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.0, "clip_norm": 0.7},
+        "precision": {"dtype": "fp32"},
+        "parallel": {"micro_batch_size": 2} | parallel,
+        "logging": {"tensorboard": False, "wandb": "off", "plot": False},
+        "checks": True,
+    }
+    return resolve_task(tree, "test task")
+
+
+def trained_by_torch(config: RunConfig, records: list[dict[str, Any]], theirs: Path) -> tuple[list[float], float]:
+    """Losses of the steps, and the validation loss after them, of their class in fp64."""
+    _, weights = from_huggingface(theirs)
+    for spec in family(config.model).specs(config.model):
+        if spec.name not in weights:
+            weights[spec.name] = initial_value(spec, config.model, config.seed)
+    held = {spec.name: weights[spec.name] for spec in family(config.model).specs(config.model)}
+    padding = load_tokenizer(config.tokenizer).vocabulary.padding
+    their_config, state = to_huggingface(config.model, held, padding)
+    kind = getattr(transformers, form_of(config.model).architecture)
+    model = kind.from_pretrained(None, config=their_config, state_dict=state, attn_implementation="eager").double()
+    stage = config.stages[0]
+
+    def loss_of(batch: Any) -> torch.Tensor:
+        given = batch.inputs
+        rows = given["label_weights_B"] > 0
+        inputs = {"input_ids": given["tokens_BT"][rows], "attention_mask": (given["segments_BT"][rows] == 0).long()}
+        if config.model.tells_segments_apart:
+            inputs["token_type_ids"] = given["token_types_BT"][rows]
+        hidden = model.base_model(**inputs).last_hidden_state if config.model.family == "gpt" else None
+        if hidden is None:
+            logits_BC = model(**inputs).logits
+        else:  # padding stands behind the last token here, whichever token pads
+            logits_BC = model.score(hidden[torch.arange(len(hidden)), given["last_B"][rows]])
+        if stage.objective.name == "regression":
+            return F.mse_loss(logits_BC, given["labels_BC"][rows].double())
+        return F.cross_entropy(logits_BC, given["labels_B"][rows])
+
+    assert stage.data.train is not None
+    parts = [WeightedDataset(TokenDataset(stage.data.train))]
+    loader = Loader(stage_stream(stage, parts, run_stage_seed(config.seed, 0)))
+    adam = config.optimizer
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=0.0, betas=(adam.beta1, adam.beta2), eps=adam.epsilon, weight_decay=0.0
+    )
+    losses = []
+    for record in records:
+        (batch,) = loader.step(0, 1, BATCH)
+        loss = loss_of(batch)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), adam.clip_norm)
+        optimizer.param_groups[0]["lr"] = record["learning_rate"]
+        optimizer.step()
+    assert isinstance(stage.data.validation, str)
+    whole = Loader(
+        stage_stream(
+            stage.model_copy(update={"global_batch_size": 9}),
+            [WeightedDataset(TokenDataset(stage.data.validation))],
+            0,
+        )
+    )
+    with torch.no_grad():
+        return losses, loss_of(whole.step(0, 1, 9)[0]).item()
+
+
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(name, marks=pytest.mark.matrix) for name in MORE)])
+def test_losses_are_those_of_transformers_and_torch(tmp_path, case):
+    form, task, world_size, parallel = (CASES | MORE)[case]
+    write_sentences(tmp_path, "wordpiece", 260, "masked")
+    pretrained(tmp_path / "theirs", form, tmp_path / "tokenizer")
+    write_examples(tmp_path, task, has_pairs=form == "bert")
+    config = task_run(tmp_path, form, task, parallel)
+    found = run_ranks(world_size, train_rank, config.model_dump(mode="json", exclude_none=True))
+    assert {one["code"] for one in found} == {0}
+    records = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    losses, validation_loss = trained_by_torch(config, steps, tmp_path / "theirs")
+    assert [record["loss"] for record in steps] == pytest.approx(losses, abs=TOLERANCE)
+    (last,) = [
+        record["validation_loss"] for record in records if record["step"] == STEPS and "validation_loss" in record
+    ]
+    assert last == pytest.approx(validation_loss, abs=TOLERANCE)

@@ -1,0 +1,107 @@
+"""Heads of tasks: logits, losses and gradients of transformers' classes, and dropout around the head."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from engine.checkpoint.interchange.huggingface import from_huggingface
+from engine.config.schema.model import make_model
+from engine.models.dropout import make
+from engine.models.families import family
+from engine.models.materialize import whole_model
+from engine.plan.families import figures
+from tests.engine.models.tiny import random_weights, tiny, twin
+
+FORMS = {
+    "gpt2": tiny("gpt2"),
+    "llama": tiny("llama", tie_embeddings=False),
+    "bert": tiny("bert"),
+    "bert-without-pairs": tiny("bert", pair_head=False),
+    "roberta": tiny("bert", pair_head=False, token_types=1),
+    "modernbert": tiny("modernbert"),
+    "modernbert-biased": tiny("modernbert", bias=True, norm_bias=True, local_rope_theta=None),
+}
+LENGTHS = (7, 12, 3)
+NUM_LABELS = 5
+
+
+def with_head(form, task="classification", num_labels=NUM_LABELS, **changes):
+    tree = FORMS[form].model_dump() | {"task_head": {"task": task, "num_labels": num_labels}} | changes
+    return make_model(**tree)
+
+
+def rows(config):
+    """Rows of different lengths, as ours and as theirs take them."""
+    generator = torch.Generator().manual_seed(3)
+    tokens_BT = torch.randint(5, config.vocab_size, (len(LENGTHS), max(LENGTHS)), generator=generator)
+    mask_BT = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+    tokens_BT[~mask_BT] = 1  # RoBERTa's padding token, from which theirs count positions
+    ours = {"tokens_BT": tokens_BT, "segments_BT": (~mask_BT).int(), "last_B": torch.tensor(LENGTHS) - 1}
+    return ours, {"input_ids": tokens_BT, "attention_mask": mask_BT.long()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_logits_are_those_of_the_class_for_sequences(form):
+    config = with_head(form)
+    weights = random_weights(config)
+    theirs, model = twin(config, weights), whole_model(config, weights)
+    assert type(theirs).__name__.endswith("ForSequenceClassification")
+    theirs.config.pad_token_id = 1
+    ours, inputs = rows(config)
+    with torch.inference_mode():
+        expected_BC, found_BC = theirs(**inputs).logits, model(**ours)["logits_BC"]
+    assert expected_BC.shape == (len(LENGTHS), NUM_LABELS)
+    # fp32 and other orders of sums: some units in the last place of the largest logit
+    torch.testing.assert_close(found_BC, expected_BC, rtol=0, atol=2e-5 * expected_BC.abs().max().item())
+
+
+@pytest.mark.parametrize("form", ["bert", "llama", "modernbert"])
+def test_losses_are_sums_over_rows_and_weigh_as_told(form):
+    config = with_head(form)
+    model = whole_model(config, random_weights(config))
+    ours, _ = rows(config)
+    logits_BC = model(**ours)["logits_BC"]
+    labels_B, weights_B = torch.tensor([4, 0, 2]), torch.tensor([1.0, 0.0, 2.5])
+    found = model(**ours, labels_B=labels_B, label_weights_B=weights_B, by_row=True)
+    expected_B = F.cross_entropy(logits_BC, labels_B, reduction="none") * weights_B
+    torch.testing.assert_close(found["losses_L"], expected_B.sum().reshape(1))
+    torch.testing.assert_close(found["row_losses_BL"], expected_B.unsqueeze(1))
+
+
+def test_a_regression_has_the_squared_error():
+    config = with_head("bert", "regression", 1)
+    model = whole_model(config, random_weights(config))
+    ours, _ = rows(config)
+    numbers_BC, weights_B = torch.tensor([[0.5], [-2.0], [1.0]]), torch.tensor([1.0, 1.0, 0.0])
+    found = model(**ours, labels_BC=numbers_BC, label_weights_B=weights_B)["losses_L"]
+    expected = F.mse_loss(model(**ours)["logits_BC"][:2], numbers_BC[:2], reduction="sum")
+    torch.testing.assert_close(found, expected.reshape(1))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_plan_has_the_parameters_of_the_model(form):
+    config = with_head(form)
+    built = {spec.name: spec.shape for spec in family(config).specs(config)}
+    planned = figures(config).entries(config, range(config.num_layers), is_first=True, is_last=True)
+    assert {entry.name: entry.shape for entry in planned} == built
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_fine_tuned_model_of_theirs_comes_in_as_it_went_out(form):
+    config = with_head(form)
+    weights = random_weights(config)
+    back, found = from_huggingface(twin(config, weights))
+    assert back.task_head == config.task_head
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize(("form", "drops"), [("bert", True), ("roberta", True), ("modernbert", False), ("gpt2", False)])
+def test_only_berts_head_drops_out_and_not_like_any_layer(form, drops):
+    config = with_head(form, dropout=0.5)
+    model = whole_model(config, random_weights(config))
+    hidden_BTD = torch.randn(2, 4, config.hidden_size, generator=torch.Generator().manual_seed(1))
+    dropout = make(config, torch.tensor([11, 12]), hidden_BTD)
+    quiet = model.head.outputs(model, hidden_BTD, {}, by_row=False)["logits_BC"]
+    loud = model.head.outputs(model, hidden_BTD, {}, by_row=False, dropout=dropout)["logits_BC"]
+    assert torch.equal(quiet, loud) != drops

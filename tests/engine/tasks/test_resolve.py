@@ -1,0 +1,163 @@
+"""A task file becomes an ordinary run: the start's model with a head, steps, lengths, defaults; and its errors."""
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+
+from engine.checkpoint.interchange.huggingface import to_huggingface
+from engine.config.load import load_run, read_tree
+from engine.config.resolve import resolve
+from engine.config.save import save_tree
+from engine.data.shards.dataset import TokenDataset
+from engine.data.tokenizer.folder import load_tokenizer
+from engine.errors import ConfigError, DataError, PalimpsestError
+from engine.tasks.resolve import resolve_task
+from tests.distributed.runs import write_sentences
+from tests.engine.models.tiny import random_weights, tiny
+from tests.engine.serve.runs import run_config, save
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A Hugging Face folder of a tiny BERT with its tokenizer."""
+    folder = tmp_path_factory.mktemp("start")
+    write_sentences(folder, "wordpiece", 260, "masked")
+    loaded = load_tokenizer(folder / "tokenizer")
+    model = tiny("bert", vocab_size=loaded.vocab_size, vocab_multiple=8, max_positions=40)
+    config, state = to_huggingface(model, random_weights(model), loaded.vocabulary.padding)
+    transformers.BertForPreTraining.from_pretrained(None, config=config, state_dict=state).save_pretrained(
+        folder / "hf"
+    )
+    for path in (folder / "tokenizer").iterdir():
+        (folder / "hf" / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def write_examples(folder, count=20, labels=("old", "new")):
+    for part, number in (("train", count), ("validation", 4)):
+        rows = [{"text": "the ink fades " * (n % 3 + 1), "label": labels[n % len(labels)]} for n in range(number)]
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def tree_of(folder, start, objective="classification", **stage):
+    data = {"train": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl")}
+    return {
+        "folder": str(folder / "run"),
+        "init_from": str(start / "hf"),
+        "precision": {"dtype": "fp32"},
+        "stages": [{"objective": objective, "data": data} | stage],
+    }
+
+
+def test_what_is_left_out_follows_from_start_and_examples(tmp_path, start):
+    write_examples(tmp_path)
+    run = resolve_task(tree_of(tmp_path, start), "task")
+    stage = run.stages[0]
+    assert run.model.task_head is not None
+    assert (run.model.task_head.task, run.model.task_head.num_labels) == ("classification", 2)
+    assert stage.objective.labels == ("new", "old")
+    assert (stage.global_batch_size, stage.num_steps) == (20, 3)
+    assert stage.sequence_length % 8 == 0
+    assert run.model.dropout == 0.1
+    assert run.init_from is not None
+    assert run.init_from.missing == "initialise"
+    assert (stage.schedule.shape, stage.schedule.warmup, stage.schedule.final_factor) == ("linear", 1, 0.0)
+    assert run.evaluation.every_steps == 1
+    assert stage.data.train is not None
+    dataset = TokenDataset(stage.data.train)
+    assert dataset.index.num_documents == 20
+    assert resolve(run, 1).world_size == 1
+
+
+def test_what_is_written_wins(tmp_path, start):
+    write_examples(tmp_path)
+    tree = tree_of(
+        tmp_path,
+        start,
+        {"name": "classification", "labels": ["old", "new"]},
+        duration={"epochs": 2.5},
+        global_batch_size=8,
+        sequence_length=16,
+        schedule={"shape": "constant"},
+    )
+    run = resolve_task(tree | {"optimizer": {"learning_rate": 1e-3}, "model": {"dropout": 0.0}}, "task")
+    stage = run.stages[0]
+    assert stage.objective.labels == ("old", "new")
+    assert (stage.num_steps, stage.sequence_length, stage.schedule.shape) == (7, 16, "constant")  # 2.5 x 20 / 8 = 6.25
+    assert (run.optimizer.learning_rate, run.optimizer.beta2, run.model.dropout) == (1e-3, 0.999, 0.0)
+
+
+def test_the_run_file_is_the_same_run(tmp_path, start):
+    write_examples(tmp_path)
+    run = resolve_task(tree_of(tmp_path, start), "task")
+    save_tree(run.model_dump(mode="json", exclude_none=True), tmp_path / "run.yaml")
+    assert load_run(tmp_path / "run.yaml") == run
+    assert resolve_task(tree_of(tmp_path, start), "task") == run
+
+
+def test_a_run_of_ours_is_a_start_with_its_own_tokenizer(tmp_path, start):
+    write_examples(tmp_path)
+    config = run_config(tmp_path / "pretrained", "bert", start / "tokenizer")
+    size = load_tokenizer(start / "tokenizer").vocab_size
+    save(config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})}), 3, 0)
+    run = resolve_task(tree_of(tmp_path, start) | {"init_from": str(tmp_path / "pretrained")}, "task")
+    assert run.tokenizer == start / "tokenizer"
+
+
+def test_a_regression_has_one_number(tmp_path, start):
+    write_examples(tmp_path, labels=(1, 0.5, -2))
+    run = resolve_task(tree_of(tmp_path, start, "regression"), "task")
+    assert run.model.task_head is not None
+    assert (run.model.task_head.task, run.model.task_head.num_labels) == ("regression", 1)
+    assert run.stages[0].objective.labels == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"init_from": None}, "task has no init_from"),
+        ({"folder": ""}, "task has no folder"),
+        ({"stages": []}, "a list of one stage"),
+        ({"stages": [{"objective": "masked", "data": {"train": "x"}}]}, "classification or regression"),
+        ({"stages": [{"objective": "classification", "data": {}}]}, "data.train names no file"),
+        ({"init_from": "nowhere"}, "nowhere"),
+    ],
+)
+def test_a_wrong_task_file_is_refused(tmp_path, start, change, said):
+    write_examples(tmp_path)
+    with pytest.raises(PalimpsestError, match=said):
+        resolve_task(tree_of(tmp_path, start) | change, "task")
+
+
+def test_labels_of_the_validation_examples_have_to_be_known(tmp_path, start):
+    write_examples(tmp_path)
+    with (tmp_path / "validation.jsonl").open("a") as file:
+        file.write('{"text": "scraped", "label": "third"}\n')
+    with pytest.raises(DataError, match=r"row 5 of .*validation\.jsonl has label 'third'"):
+        resolve_task(tree_of(tmp_path, start), "task")
+
+
+def test_a_label_without_examples_is_refused(tmp_path, start):
+    write_examples(tmp_path)
+    with pytest.raises(DataError, match="no example of label never"):
+        resolve_task(tree_of(tmp_path, start, {"name": "classification", "labels": ["old", "new", "never"]}), "task")
+
+
+def test_a_family_without_a_head_for_tasks_is_refused(tmp_path, start):
+    write_examples(tmp_path)
+    save(run_config(tmp_path / "pretrained", "t5", start / "tokenizer"), 3, 0)
+    with pytest.raises(ConfigError, match="of family t5"):
+        resolve_task(tree_of(tmp_path, start) | {"init_from": str(tmp_path / "pretrained")}, "task")
+
+
+def test_the_shipped_task_file_names_a_task(tmp_path, start):
+    write_examples(tmp_path)
+    tree = read_tree(REPOSITORY / "configs/tasks/classification.yaml")
+    tree["stages"][0]["data"] |= {part: str(tmp_path / f"{part}.jsonl") for part in ("train", "validation")}
+    run = resolve_task(tree | {"folder": str(tmp_path / "run"), "init_from": str(start / "hf")}, "shipped")
+    assert run.stages[0].num_steps == 3
+    assert run.evaluation.every_steps == 500
