@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,7 +64,7 @@ def _write_run_file(task: Path, overrides: list[str], path: Path) -> None:
         raise ConfigError(f"{path} is there already", "a new file", "name another one, or remove it first")
     run = _resolved(task, overrides)
     save_tree(run.model_dump(mode="json", exclude_none=True), path)
-    stage = run.stages[0]
+    (stage,) = run.stages
     print(f"{path}: {stage.num_steps} steps of {stage.global_batch_size} examples, {stage.sequence_length} tokens each")
     print(f"next: palimpsest train {path}, or palimpsest launch {path}")
 
@@ -87,8 +88,11 @@ def _finish(run: RunConfig) -> None:
         write_atomically(run.folder / MEASURES, json.dumps(measures, indent=1, ensure_ascii=False) + "\n")
         print(_told(measures))
     output = run.folder / EXPORT
-    if not output.exists():
-        export(trained, output)
+    new = output.with_suffix(".new")
+    shutil.rmtree(new, ignore_errors=True)  # what a killed command left
+    export(trained, new)
+    shutil.rmtree(output, ignore_errors=True)
+    new.rename(output)
     print(f"model: {output}")
 
 

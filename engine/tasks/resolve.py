@@ -131,11 +131,12 @@ def _section(given: Any) -> Tree:
 def _stage_of(tree: Tree, source: str) -> tuple[Tree, ObjectiveName]:
     """Return the one stage of a task file, and the name of its objective."""
     stages = tree.get("stages")
-    if not isinstance(stages, list) or len(stages) != 1 or not isinstance(stages[0], dict):
+    given = stages if isinstance(stages, list) else []
+    if len(given) != 1 or not all(isinstance(each, dict) for each in given):
         raise ConfigError(
             f"{source}: stages is {stages!r:.60}", "a list of one stage", "see configs/tasks/classification.yaml"
         )
-    stage: Tree = dict(stages[0])
+    stage: Tree = dict(*given)
     objective = stage.get("objective")
     name = objective.get("name") if isinstance(objective, dict) else objective
     tasks = [one for one, entry in OBJECTIVES.items() if entry.is_task]

@@ -1,12 +1,9 @@
 """A task file becomes an ordinary run: the start's model with a head, steps, lengths, defaults; and its errors."""
 
-import json
 from pathlib import Path
 
 import pytest
-import transformers
 
-from engine.checkpoint.interchange.huggingface import to_huggingface
 from engine.config.load import load_run, read_tree
 from engine.config.resolve import resolve
 from engine.config.save import save_tree
@@ -14,43 +11,15 @@ from engine.data.shards.dataset import TokenDataset
 from engine.data.tokenizer.folder import load_tokenizer
 from engine.errors import ConfigError, DataError, PalimpsestError
 from engine.tasks.resolve import resolve_task
-from tests.distributed.runs import write_sentences
-from tests.engine.models.tiny import random_weights, tiny
 from tests.engine.serve.runs import run_config, save
+from tests.engine.tasks.starts import tree_of, write_examples, write_start
 
 REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A Hugging Face folder of a tiny BERT with its tokenizer."""
-    folder = tmp_path_factory.mktemp("start")
-    write_sentences(folder, "wordpiece", 260, "masked")
-    loaded = load_tokenizer(folder / "tokenizer")
-    model = tiny("bert", vocab_size=loaded.vocab_size, vocab_multiple=8, max_positions=40)
-    config, state = to_huggingface(model, random_weights(model), loaded.vocabulary.padding)
-    transformers.BertForPreTraining.from_pretrained(None, config=config, state_dict=state).save_pretrained(
-        folder / "hf"
-    )
-    for path in (folder / "tokenizer").iterdir():
-        (folder / "hf" / path.name).write_bytes(path.read_bytes())
-    return folder
-
-
-def write_examples(folder, count=20, labels=("old", "new")):
-    for part, number in (("train", count), ("validation", 4)):
-        rows = [{"text": "the ink fades " * (n % 3 + 1), "label": labels[n % len(labels)]} for n in range(number)]
-        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def tree_of(folder, start, objective="classification", **stage):
-    data = {"train": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl")}
-    return {
-        "folder": str(folder / "run"),
-        "init_from": str(start / "hf"),
-        "precision": {"dtype": "fp32"},
-        "stages": [{"objective": objective, "data": data} | stage],
-    }
+    return write_start(tmp_path_factory.mktemp("start"))
 
 
 def test_what_is_left_out_follows_from_start_and_examples(tmp_path, start):

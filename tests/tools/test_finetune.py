@@ -1,0 +1,81 @@
+"""`palimpsest finetune` as a user calls it: train, measure, export; and again, where it was interrupted."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+from transformers import pipeline
+
+from engine.cli import main
+from tests.engine.tasks.starts import tree_of, write_examples, write_start
+
+REPOSITORY = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("bare_node")
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return write_start(tmp_path_factory.mktemp("start"))
+
+
+def finetune(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from engine.cli import main; sys.exit(main(sys.argv[1:]))",
+            "finetune",
+            *arguments,
+        ],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def write_task(folder: Path, tree: dict) -> str:
+    quiet = {"tensorboard": False, "wandb": "off", "plot": False}
+    with (folder / "task.yaml").open("w") as file:
+        YAML().dump(tree | {"logging": quiet}, file)
+    return str(folder / "task.yaml")
+
+
+def test_a_classifier_is_trained_measured_and_exported(tmp_path, start):
+    write_examples(tmp_path, count=24)
+    task = write_task(tmp_path, tree_of(tmp_path, start, duration={"steps": 2}, global_batch_size=6))
+    done = finetune(task)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    measures = json.loads((run / "measures.json").read_text())
+    assert measures["examples"] == 4
+    assert 0 <= measures["accuracy"] <= 1
+    predictions = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    texts = [json.loads(line)["text"] for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    classify = pipeline("text-classification", str(run / "huggingface"), top_k=None)
+    for found, ours in zip(classify(texts), predictions, strict=True):
+        theirs = {one["label"]: one["score"] for one in found}
+        assert ours["predicted"] == max(theirs, key=theirs.__getitem__)
+        assert ours["probabilities"] == pytest.approx(theirs, abs=1e-5)
+    again = finetune(task, "stages.0.duration.steps=3")
+    assert again.returncode == 0, again.stderr
+    assert "step 2" in again.stdout + again.stderr, "it goes on from the checkpoint"
+
+
+def test_a_run_file_is_prepared_for_launch(tmp_path, start, capsys):
+    write_examples(tmp_path)
+    task = write_task(tmp_path, tree_of(tmp_path, start))
+    assert main(["finetune", task, "--prepare", str(tmp_path / "run.yaml")]) == 0
+    assert "3 steps of 20 examples" in capsys.readouterr().out
+    assert main(["finetune", task, "--prepare", str(tmp_path / "run.yaml")]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main(["plan", str(tmp_path / "run.yaml"), "--world", "2"]) == 0
+
+
+def test_a_task_file_is_not_for_train(tmp_path, start, capsys):
+    write_examples(tmp_path)
+    task = write_task(tmp_path, tree_of(tmp_path, start, duration={"epochs": 1}))
+    assert main(["plan", task, "--world", "1"]) == 2
