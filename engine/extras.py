@@ -1,4 +1,4 @@
-"""Packages that only some commands need: imported when they are used, or named in an error."""
+"""Packages that only some commands need: imported where they are used, or told with the line that installs them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from types import ModuleType
 from engine.errors import EnvironmentProblem
 
 
-def need(module: str, package: str, extra: str) -> ModuleType:
-    """Import a module of a package that the extra `extra` installs.
+def need(module: str, purpose: str, extra: str) -> ModuleType:
+    """Import a module of a package that the extra `extra` installs; `purpose` is what needs it.
 
     Raises:
-        EnvironmentProblem: the package is not installed.
+        EnvironmentProblem: it cannot be imported.
     """
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module.startswith(error.name.partition(".")[0]):
-            raise  # something that the package itself lacks
-        raise EnvironmentProblem(f"{package} is not installed", "", f"pip install 'palimpsest[{extra}]'") from error
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"{purpose} needs {module.partition('.')[0]}, which cannot be imported ({error})",
+            f"an environment with palimpsest's extra `{extra}`",
+            f"pip install 'palimpsest[{extra}]'",
+        ) from error

@@ -14,7 +14,7 @@ Measures = dict[str, Any]
 def of_labels(expected: np.ndarray, predicted: np.ndarray, labels: tuple[str, ...]) -> Measures:
     """Return accuracy, F1 (micro, macro and of each label), Matthews' correlation and the confusion matrix, whose rows
     are the expected labels. Both arrays are (n,) numbers of labels."""
-    metrics = need("sklearn.metrics", "scikit-learn", "tasks")
+    metrics = need("sklearn.metrics", "measuring labels", "tasks")
     numbers = list(range(len(labels)))
     of_each = metrics.f1_score(expected, predicted, labels=numbers, average=None, zero_division=0)
     return {
@@ -30,7 +30,7 @@ def of_labels(expected: np.ndarray, predicted: np.ndarray, labels: tuple[str, ..
 
 def of_numbers(expected: np.ndarray, predicted: np.ndarray) -> Measures:
     """Return the mean squared error and the correlations of Pearson and Spearman, None where one side is constant."""
-    stats = need("scipy.stats", "scipy", "tasks")
+    stats = need("scipy.stats", "measuring numbers", "tasks")
     constant = len({*expected.tolist()}) < 2 or len({*predicted.tolist()}) < 2
     return {
         "examples": len(expected),

@@ -21,10 +21,10 @@ from engine.data.tokenizer.files import read_files
 from engine.data.tokenizer.folder import load_tokenizer
 from engine.data.tokenizer.plain_text import model_type
 from engine.errors import CheckpointError, ConfigError
+from engine.extras import need
 from engine.models.families import family
 from engine.parallel.sharding import ParameterSpec
 from engine.serve.deployment.held_out_text import LossAgreement, compare_losses, held_out_text, logits_of
-from engine.serve.deployment.packages import needed
 from engine.serve.new_folder import new_folder
 from engine.serve.sample_text import TEXT
 from engine.serve.source import Trained
@@ -61,7 +61,7 @@ def export_gguf(trained: Trained, output: Path, dtype: str = "fp32") -> LossAgre
         ConfigError: the model or its tokenizer has no counterpart in llama.cpp, or `output` is taken.
         CheckpointError: the reader gives another loss than our own forward pass, or splits text otherwise.
     """
-    gguf = needed("gguf", "--to gguf")
+    gguf = need("gguf", "--to gguf", "deploy")
     _check_form(trained.config)
     vocabulary, text = _vocabulary(trained), held_out_text(trained)
     with new_folder(output) as partial:

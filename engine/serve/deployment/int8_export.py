@@ -10,8 +10,8 @@ import torch
 
 from engine.checkpoint.interchange.forms import form_of
 from engine.errors import ConfigError
+from engine.extras import need
 from engine.serve.deployment.held_out_text import LossAgreement, compare_losses, held_out_text, logits_of
-from engine.serve.deployment.packages import needed
 from engine.serve.export import ExportOptions, write_folder
 from engine.serve.new_folder import new_folder
 from engine.serve.source import Trained
@@ -34,7 +34,7 @@ def export_int8(trained: Trained, output: Path) -> Quantized:
         ConfigError: `output` is taken, the model has no twin, or its twin has no linear layer (GPT-2).
         CheckpointError: the loaded model gives another loss than our own forward pass.
     """
-    needed("torchao", "--dtype int8")
+    need("torchao", "--dtype int8", "deploy")
     import transformers
     from torchao.quantization import Int8WeightOnlyConfig  # type: ignore[import-not-found]
 

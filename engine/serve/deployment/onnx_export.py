@@ -18,8 +18,8 @@ from torch import nn
 
 from engine.checkpoint.interchange.foreign_model import load
 from engine.checkpoint.interchange.forms import form_of
+from engine.extras import need
 from engine.serve.deployment.held_out_text import HeldOutText, LossAgreement, compare_losses, held_out_text
-from engine.serve.deployment.packages import needed
 from engine.serve.export import ExportOptions, write_folder
 from engine.serve.new_folder import new_folder
 from engine.serve.source import Trained
@@ -53,7 +53,7 @@ def export_onnx(trained: Trained, output: Path) -> LossAgreement:
         CheckpointError: onnxruntime gives another loss than our own forward pass.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
-        needed(package, "--to onnx")
+        need(package, "--to onnx", "deploy")
     form, text = form_of(trained.config), held_out_text(trained)
     with new_folder(output) as partial:
         write_folder(trained, partial, ExportOptions("fp32"))
@@ -91,7 +91,7 @@ def _write(model: Any, text: HeldOutText, path: Path) -> None:
 
 
 def _run(path: Path) -> Any:
-    session = needed("onnxruntime", "--to onnx").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = need("onnxruntime", "--to onnx", "deploy").InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def logits(given: dict[str, torch.Tensor]) -> torch.Tensor:
         [found] = session.run(["logits"], {name: value.numpy() for name, value in given.items()})

@@ -15,6 +15,7 @@ from tests.engine.models.tiny import random_weights, tiny, twin
 FORMS = {
     "gpt2": tiny("gpt2"),
     "llama": tiny("llama", tie_embeddings=False),
+    "mistral": tiny("llama", sliding_window=4),
     "bert": tiny("bert"),
     "bert-without-pairs": tiny("bert", pair_head=False),
     "roberta": tiny("bert", pair_head=False, token_types=1),
