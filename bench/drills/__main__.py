@@ -9,6 +9,7 @@ With `--output` the table of docs/cluster.md is replaced by this one's.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from bench.drills.faults import DRILLS, Measured, measure
 from bench.drills.page import PAGE, bars, replaced, table, to_json
 from bench.machine import machine
 from engine.errors import ConfigError, EnvironmentProblem
+from tests.slurm.cluster import PATH as CLUSTER_PATH
 from tests.slurm.cluster import missing
 
 
@@ -57,7 +59,9 @@ def main(
 
 def slurm_version() -> str:
     """Return Slurm's version."""
-    return subprocess.run(["srun", "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
+    # Of the daemon: clients want a configuration, which only the nodes of the cluster have.
+    daemon = shutil.which("slurmctld", path=CLUSTER_PATH) or "slurmctld"
+    return subprocess.run([daemon, "-V"], capture_output=True, text=True, check=True).stdout.split()[-1]
 
 
 if __name__ == "__main__":
