@@ -61,11 +61,16 @@ def export_weights(source: Source, model_map: ModelMap, sink: Sink, progress: Pr
 
 def blocks(one: ParameterMap, read: Callable[[int, int], torch.Tensor]) -> Iterator[torch.Tensor]:
     """Yield a parameter of ours some rows at a time; `read` gives the rows [first, end)."""
+    for first, end in _block_ranges(one):
+        yield read(first, end)
+
+
+def _block_ranges(one: ParameterMap) -> Iterator[tuple[int, int]]:
     row_bytes = 4 * max(1, int(np.prod(one.shape[1:], dtype=np.int64)))
     # A transposed matrix is read by its columns, which takes the whole file's pages: at once, then.
     rows = one.shape[0] if one.transposed else max(1, BLOCK_BYTES // row_bytes)
     for first in range(0, one.shape[0], rows):
-        yield read(first, min(first + rows, one.shape[0]))
+        yield first, min(first + rows, one.shape[0])
 
 
 def compare_weights(
@@ -94,7 +99,7 @@ def compare_weights(
 def _ranges(one: ParameterMap, verify: Verify) -> Iterator[tuple[int, int]]:
     rows = one.shape[0]
     if verify == "full":
-        yield 0, rows
+        yield from _block_ranges(one)
     elif verify == "sample":
         yield 0, min(SAMPLED_ROWS, rows)
         yield max(0, rows - SAMPLED_ROWS), rows

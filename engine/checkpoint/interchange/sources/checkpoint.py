@@ -12,6 +12,9 @@ from engine.checkpoint.storage import Location
 from engine.parallel.sharding import ParameterSpec, Shape
 from engine.parallel.state import ParameterShard
 
+BLOCK_BYTES = 16 << 20
+"""Bytes of a parameter that are mapped at a time."""
+
 
 class CheckpointSource:
     """The weights of one checkpoint, or the values kept under the name of a moment (an average of the weights).
@@ -47,10 +50,13 @@ class CheckpointSource:
         assert dim == 0, "parameters of ours are stored as they are"
         spec = self.manifest.specs[name]
         whole, row = ParameterSpec(name, spec.stored_shape), math.prod(spec.stored_shape[1:])
-        values = torch.empty((end - first) * row)
         held = self._moment if self._moment in self.manifest.placements[name].moments else None
-        moments = {} if held is None else {held: torch.empty_like(values)}
-        self.bytes_read += fill_shard(ParameterShard(whole, first * row, values, moments), self._files)
-        # mapped pages count as memory of this process until the file is unmapped
-        self._files.release()
-        return (values if held is None else moments[held]).view(end - first, *spec.stored_shape[1:])
+        values, found = torch.empty((end - first) * row), torch.empty(0 if held is None else (end - first) * row)
+        # Mapped pages count as memory of this process until the file is unmapped: never more than a block of them.
+        rows = max(1, BLOCK_BYTES // (4 * max(1, row)))
+        for start in range(first, end, rows):
+            part = slice((start - first) * row, (min(start + rows, end) - first) * row)
+            moments = {} if held is None else {held: found[part]}
+            self.bytes_read += fill_shard(ParameterShard(whole, start * row, values[part], moments), self._files)
+            self._files.release()
+        return (values if held is None else found).view(end - first, *spec.stored_shape[1:])
