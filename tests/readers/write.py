@@ -116,7 +116,7 @@ def described(trained: Trained, tokenizer: TextTokenizer) -> dict[str, Any]:
         "framed": [framed(config, tokenizer, [found]) for found in ids],
         "pair": framed(config, tokenizer, ids[:2]),
         "token_types": isinstance(config, BERTConfig) and config.token_types > 1,
-        "max_length": config.max_positions,
+        "max_length": config.longest_row,
         "end": None if config.family == "bert" else tokenizer.eos_id,
         "dtype": "float32",
         "kind": {"gpt": "CausalLM", "t5": "Seq2SeqLM"}.get(config.family, "MaskedLM"),
