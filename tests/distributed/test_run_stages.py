@@ -8,7 +8,9 @@ tests/engine/train/test_run_stages.py.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import signal
 from functools import partial
@@ -21,9 +23,10 @@ from engine.checkpoint.folder import committed
 from engine.checkpoint.load import read_state
 from engine.errors import EXIT_DONE
 from engine.train.metrics import read_metrics
-from tests.distributed.families import family_of, family_tree, world_size
+from tests.distributed.cases import MODELS
+from tests.distributed.pairs import OBJECTIVES, VOCAB, write_families
 from tests.distributed.ranks import RankFailed, run_ranks
-from tests.distributed.runs import LENGTH, train_rank
+from tests.distributed.runs import LENGTH, run_tree, train_rank
 
 BORDER, LAST = 3, 6
 matrix = pytest.mark.matrix
@@ -45,7 +48,15 @@ LAYOUTS = (
     pytest.param("bert", {"zero_stage": 2, "data": 2, "micro_batch_size": 1}, marks=matrix),
     ("t5", {"zero_stage": 3, "tensor": 2}),
     pytest.param("t5", {"zero_stage": 2, "pipe": 2, "data": 2}, marks=matrix),
+    # these complete the pairs of ZeRO, pipeline, tensor and sequence ranks: see the test below
+    pytest.param("t5", {"zero_stage": 0, "pipe": 2, "tensor": 2}, marks=matrix),
+    pytest.param("gpt2-dropout", {"zero_stage": 0, "sequence": 2}, marks=matrix),
+    pytest.param("bert", {"zero_stage": 2, "tensor": 2, "sequence": 2}, marks=matrix),
+    pytest.param("t5", {"zero_stage": 1, "pipe": 2, "sequence": 2}, marks=matrix),
+    pytest.param("gpt2-dropout", {"zero_stage": 3, "sequence": 2}, marks=matrix),
 )
+FACTORS = {"zero_stage": (0, 1, 2, 3), "pipe": (1, 2), "tensor": (1, 2), "sequence": (1, 2)}
+"""Values of which any two stand together in one of the layouts: all of them compose."""
 WORLDS = (
     {"zero_stage": 1, "data": 2},
     {"zero_stage": 3, "pipe": 2},
@@ -57,9 +68,28 @@ KILLS = (1, BORDER, 4)
 """Steps (from 0) in which a rank is killed."""
 
 
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder per family."""
+    folder = tmp_path_factory.mktemp("corpora")
+    write_families(folder)
+    return folder
+
+
 def two_stages(corpora: Path, folder: Path, model: str, parallel: dict[str, Any], url: bool = False) -> dict[str, Any]:
-    family, tree = family_of(model), family_tree(corpora, folder, model, parallel, steps=BORDER)
+    shape = MODELS[model] | {"max_positions": LENGTH, "num_layers": 4}
+    family = shape.get("family", "gpt")
+    tree = run_tree(
+        corpora / family,
+        folder,
+        model=shape | {"vocab_size": VOCAB[family]},
+        parallel=parallel,
+        optimizer={"learning_rate": 2e-3, "epsilon": 1e-5},
+        evaluation={"every_steps": None},
+        checkpoint={"every_steps": 1},
+    )
     [stage] = tree["stages"]
+    stage |= {"objective": OBJECTIVES[family], "duration": {"steps": BORDER}}
     other = SECOND[model]
     # Held-out sets of its own, so that the first stage's are evaluated beside them.
     held_out = {"validation": {"second": str(corpora / family / "train")}}
@@ -73,6 +103,10 @@ def two_stages(corpora: Path, folder: Path, model: str, parallel: dict[str, Any]
     second |= {"global_batch_size": 4}
     second |= {"schedule": {"shape": "constant", "learning_rate": 1e-3}}
     return tree | {"stages": [stage | {"name": "first"}, second]}
+
+
+def world_size(parallel: dict[str, Any]) -> int:
+    return math.prod(parallel.get(axis, 1) for axis in ("pipe", "tensor", "sequence", "data"))
 
 
 def values(folder: Path, key: str) -> dict[int, float]:
@@ -94,6 +128,18 @@ def alone(corpora, tmp_path_factory):
         return made[model]
 
     return run
+
+
+def test_any_two_of_zero_pipeline_tensor_and_sequence_stand_together():
+    layouts = [getattr(given, "values", given)[1] for given in LAYOUTS]
+    chosen = [{name: layout.get(name, values[0]) for name, values in FACTORS.items()} for layout in layouts]
+    missing = [
+        ((one, a), (other, b))
+        for one, other in itertools.combinations(FACTORS, 2)
+        for a, b in itertools.product(FACTORS[one], FACTORS[other])
+        if not any(layout[one] == a and layout[other] == b for layout in chosen)
+    ]
+    assert not missing
 
 
 @pytest.mark.parametrize(("model", "parallel"), LAYOUTS)
