@@ -197,15 +197,18 @@ def _saved_dataset(folder: Path) -> Iterator[Mapping[str, Any]]:
             "name one of its splits, or a file",
         ) from error
     if isinstance(found, datasets.DatasetDict):
+        splits = [str(name) for name in found]
         raise DataError(
-            f"{folder} holds several splits", f"one of them: {', '.join(found)}", f"name {folder}/{next(iter(found))}"
+            f"{folder} holds several splits", f"one of them: {', '.join(splits)}", f"name {folder}/{splits[0]}"
         )
-    names = {
+    labels = {
         name: feature.names for name, feature in found.features.items() if isinstance(feature, datasets.ClassLabel)
     }
-    for record in found:
+    for row in found:
+        record: dict[str, Any] = dict(row)  # pyright: ignore[reportArgumentType, reportCallIssue]
         # a label's name says more than its number
-        yield record | {key: named[record[key]] for key, named in names.items() if record[key] in range(len(named))}
+        record |= {key: names[record[key]] for key, names in labels.items() if record[key] in range(len(names))}
+        yield record
 
 
 def _text(location: str, row: int, record: Mapping[str, Any], column: str) -> str:

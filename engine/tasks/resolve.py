@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from engine.checkpoint.folder import find
 from engine.checkpoint.interchange.huggingface import side_files
@@ -145,7 +145,7 @@ def _stage_of(tree: Tree, source: str) -> tuple[Tree, ObjectiveName]:
     data = stage.get("data")
     if not isinstance(data, dict) or not isinstance(data.get("train"), str):
         raise ConfigError(f"{source}: stages.0.data.train names no file", "a file of examples", "write data.train")
-    return stage, next(one for one in tasks if one == name)
+    return stage, cast(ObjectiveName, name)
 
 
 def _dropout(model: ModelConfig) -> Tree:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
@@ -56,7 +57,8 @@ def test_a_classifier_is_trained_measured_and_exported(tmp_path, start):
     predictions = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     texts = [json.loads(line)["text"] for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
     classify = pipeline("text-classification", str(run / "huggingface"), top_k=None)
-    for found, ours in zip(classify(texts), predictions, strict=True):
+    answers: list[Any] = [*classify(texts)]
+    for found, ours in zip(answers, predictions, strict=True):
         theirs = {one["label"]: one["score"] for one in found}
         assert ours["predicted"] == max(theirs, key=theirs.__getitem__)
         assert ours["probabilities"] == pytest.approx(theirs, abs=1e-5)

@@ -1,5 +1,7 @@
 """Heads of tasks: logits, losses and gradients of transformers' classes, and dropout around the head."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -100,7 +102,7 @@ def test_a_fine_tuned_model_of_theirs_comes_in_as_it_went_out(form):
 @pytest.mark.parametrize(("form", "drops"), [("bert", True), ("roberta", True), ("modernbert", False), ("gpt2", False)])
 def test_only_berts_head_drops_out_and_not_like_any_layer(form, drops):
     config = with_head(form, dropout=0.5)
-    model = whole_model(config, random_weights(config))
+    model: Any = whole_model(config, random_weights(config))
     hidden_BTD = torch.randn(2, 4, config.hidden_size, generator=torch.Generator().manual_seed(1))
     dropout = make(config, torch.tensor([11, 12]), hidden_BTD)
     quiet = model.head.outputs(model, hidden_BTD, {}, by_row=False)["logits_BC"]

@@ -1,6 +1,7 @@
 """Starts of tasks for tests: a tiny pretrained model, files of examples, task files."""
 
 import json
+from typing import Any
 
 import transformers
 
@@ -30,7 +31,7 @@ def write_examples(folder, count=20, labels=("old", "new")):
         (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def tree_of(folder, start, objective="classification", **stage):
+def tree_of(folder, start, objective: Any = "classification", **stage):
     data = {"train": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl")}
     return {
         "folder": str(folder / "run"),
