@@ -162,7 +162,9 @@ def _write_settings(writer: Any, trained: Trained, vocabulary: dict[str, Any], d
     else:
         writer.add_head_count_kv(model.num_kv_heads)
         writer.add_layer_norm_rms_eps(model.norm_epsilon)
-        writer.add_rope_freq_base(model.rotary_theta(None))
+        rotary = model.rotary(None)
+        assert rotary is not None, "Llama form"
+        writer.add_rope_freq_base(rotary.theta)
         for add in (writer.add_rope_dimension_count, writer.add_key_length, writer.add_value_length):
             add(model.head_size)
     writer.add_tokenizer_model("gpt2")
