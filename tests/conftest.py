@@ -87,7 +87,7 @@ def starts_processes(source: str) -> bool:
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave out files whose tests are all deselected by `not ranks` (`make fast`): importing them takes longer than
     many a test."""
-    expression = config.getoption("markexpr", "")
+    expression = str(config.getoption("markexpr", "") or "")
     if collection_path.suffix != ".py" or "not ranks" not in expression or " or " in expression:
         return None
     return starts_processes(str(collection_path.relative_to(REPOSITORY))) or None

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -159,7 +160,7 @@ def _learn(
 
 def words_of(tokenizer: TextTokenizer, texts: Iterable[str]) -> Counter[Word]:
     """Count the words of some texts, each as the tokens that it takes; tokens that must not be joined end a word."""
-    names = {number: name for name, number in tokenizer.plain.get_vocab(with_added_tokens=True).items()}
+    names: dict[Any, str] = {number: name for name, number in tokenizer.plain.get_vocab(with_added_tokens=True).items()}
     whole = tokenizer.special_ids | {tokenizer.unknown_id}
     whole |= {number for number, name in names.items() if BYTE_PIECE.fullmatch(name)}
     whole |= set(tokenizer.plain.get_added_tokens_decoder())

@@ -131,7 +131,7 @@ def alone(corpora, tmp_path_factory):
 
 
 def test_any_two_of_zero_pipeline_tensor_and_sequence_stand_together():
-    layouts = [getattr(given, "values", given)[1] for given in LAYOUTS]
+    layouts: list[Any] = [getattr(given, "values", given)[1] for given in LAYOUTS]
     chosen = [{name: layout.get(name, values[0]) for name, values in FACTORS.items()} for layout in layouts]
     missing = [
         ((one, a), (other, b))

@@ -277,8 +277,8 @@ def _json_document(source: str, number: int, line: bytes, text_key: str, keys: K
     if not isinstance(row, dict):
         raise DataError(f"{where} is {_JSON_NAMES[type(row)]}", "one JSON object a line", "mend or remove the line")
     if text_key not in row:
-        keys = f"a key that is there: {', '.join(sorted(row))}" if row else "an object with a text"
-        raise DataError(f"{where} has no key {text_key!r}", keys, "name the key of the text with --text-key")
+        allowed = f"a key that is there: {', '.join(sorted(row))}" if row else "an object with a text"
+        raise DataError(f"{where} has no key {text_key!r}", allowed, "name the key of the text with --text-key")
     if not isinstance(row[text_key], str):
         raise DataError(
             f"{where} has {_JSON_NAMES[type(row[text_key])]} under {text_key!r}",

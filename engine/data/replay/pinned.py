@@ -254,7 +254,7 @@ def _verified(path: Path, named: NamedFile) -> np.ndarray:
         content = np.memmap(path, np.uint8, mode="r")
     except (OSError, ValueError) as error:
         raise _damaged(path, f"it cannot be read ({error})") from error
-    if xxhash.xxh3_64_hexdigest(content) != named.xxh3:
+    if xxhash.xxh3_64_hexdigest(content.data) != named.xxh3:
         raise _damaged(path, "its bytes are not those that were written (xxh3 differs)")
     return content
 

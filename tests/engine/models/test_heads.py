@@ -30,7 +30,7 @@ class RowClassifier:
     def modules(self, functions: Functions) -> dict[str, nn.Module]:
         return {"classifier": nn.Linear(self.width, 3)}
 
-    def outputs(self, chunk, hidden_BTD, given, by_row):
+    def outputs(self, chunk, hidden_BTD, given, by_row, dropout=None):
         logits_BC = chunk.classifier(hidden_BTD[:, 0])
         if "classes_B" not in given:
             return {"logits_BC": logits_BC}

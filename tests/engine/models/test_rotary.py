@@ -43,6 +43,7 @@ def their_frequencies(config: GPTConfig, row_length: int) -> tuple[torch.Tensor,
 def test_scaled_frequencies_are_those_of_transformers(scaling: str, head_size: int, theta: float):
     """In rows that are shorter than the model's positions, as long, and longer."""
     config = tiny("llama", head_size=head_size, rope_theta=theta, rope_scaling=SCALINGS[scaling])
+    assert isinstance(config, GPTConfig)
     rotary = config.rotary(None)
     assert rotary is not None
     for row_length in (7, 128, 129, 500):
@@ -103,7 +104,8 @@ def test_every_form_takes_scalings(form: str, scaling: str):
 def test_older_spellings_of_scaling_are_read_as_the_newer_ones():
     """Configurations of before transformers 5: `rope_scaling` with `type`, and the base beside it."""
     config = tiny("llama", rope_theta=100.0, rope_scaling=SCALINGS["yarn"])
-    older = {"rope_theta": 100.0, "max_position_embeddings": 128}
+    assert isinstance(config, GPTConfig)
+    older: dict[str, Any] = {"rope_theta": 100.0, "max_position_embeddings": 128}
     older["rope_scaling"] = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
     theirs = AutoConfig.for_model("llama", **older)
     found = form_of(config).our_config(theirs, 128)

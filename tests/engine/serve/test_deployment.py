@@ -7,18 +7,19 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from engine import extras
 from engine.checkpoint.interchange.sources import MemorySource
 from engine.corpus.options import PrepareOptions
 from engine.corpus.prepare import prepare
-from engine.corpus.tokenizer_training import train_tokenizer
+from engine.corpus.tokenizer_training import Purpose, TokenizerKind, train_tokenizer
 from engine.data.shards.dataset import TokenDataset
 from engine.errors import CheckpointError, ConfigError, EnvironmentProblem
-from engine.serve.deployment import packages
 from engine.serve.deployment.gguf_export import export_gguf
 from engine.serve.deployment.held_out_text import compare_losses, held_out_text
 from engine.serve.deployment.int8_export import export_int8
@@ -28,7 +29,7 @@ from engine.serve.source import Trained, open_trained
 from tests.engine.data.corpus import made_up_texts, write_json_lines
 from tests.engine.serve.runs import run_config, save
 
-TOKENIZERS = {
+TOKENIZERS: dict[str, tuple[TokenizerKind, int, Purpose]] = {
     "gpt": ("bpe", 400, "causal"),
     "bert": ("wordpiece", 400, "masked"),
     "t5": ("bpe", 450, "span_corruption"),
@@ -51,7 +52,7 @@ def trained(request, tmp_path) -> Trained:
     return open_trained(config.folder)
 
 
-def forms(*names: str):
+def forms(*names: Any):
     return pytest.mark.parametrize("trained", names, indirect=True)
 
 
@@ -201,7 +202,7 @@ def test_a_missing_package_is_told_with_the_line_that_installs_it(trained, tmp_p
     def missing(name):
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr(packages.importlib, "import_module", missing)
+    monkeypatch.setattr(extras.importlib, "import_module", missing)
     for write in (export_onnx, export_gguf, export_int8):
         with pytest.raises(
             EnvironmentProblem, match=r"needs \w+, which cannot(.|\n)*pip install 'palimpsest\[deploy\]'"

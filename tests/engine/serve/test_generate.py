@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ def test_every_kind_of_decoder_says_what_its_whole_rows_say(form, tokenizer, tmp
     config = run_config(tmp_path / "run", form, tokenizer)
     save(config, step=3, seed=3)
     language_model, trained = open_language_model(config.folder), open_trained(config.folder)
+    their_model: Any = language_model.model
     model = whole_model(trained.config, trained.weights)
     ids = language_model.tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
     first = len(ids)
@@ -50,7 +52,7 @@ def test_every_kind_of_decoder_says_what_its_whole_rows_say(form, tokenizer, tmp
         with torch.no_grad():
             ids.append(int(model(tokens_BT=torch.tensor([ids]))["logits_BTV"][0, -1].argmax()))
     prompt = torch.tensor([ids[:first]])
-    found = language_model.model.generate(
+    found = their_model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, eos_token_id=None
     )
     assert found[0].tolist() == ids

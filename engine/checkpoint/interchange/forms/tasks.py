@@ -6,7 +6,6 @@ Theirs are the classes `...ForSequenceClassification`, which classify or, with o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +24,7 @@ _PROBLEMS = {"classification": "single_label_classification", "regression": "reg
 class _Head:
     """What stands in the place of the head over the vocabulary."""
 
-    names: Mapping[str, Theirs]
+    names: dict[str, Theirs]
     fields: tuple[Field, ...] = ()
 
 
@@ -52,11 +51,12 @@ def _write(model: ModelConfig) -> dict[str, Any]:
 def _read(theirs: Any, problems: Problems) -> dict[str, Any]:
     tasks = {problem: task for task, problem in _PROBLEMS.items()}
     # Their classes take one label without a problem type for a regression.
-    task = tasks.get(theirs.problem_type or ("regression" if theirs.num_labels == 1 else _PROBLEMS["classification"]))
+    problem = theirs.problem_type or ("regression" if theirs.num_labels == 1 else _PROBLEMS["classification"])
+    task = tasks.get(problem)
     if task is None:
         problems.append(ConfigError(f"problem_type = {theirs.problem_type!r}", " or ".join(tasks)))
         return {}
-    return {"task_head": TaskHead(task=task, num_labels=theirs.num_labels)}
+    return {"task_head": TaskHead.model_validate({"task": task, "num_labels": theirs.num_labels})}
 
 
 def with_task_head(form: Form) -> Form | None:
