@@ -52,7 +52,7 @@ LAUNCHER_MAY = {
 MAY_USE_TORCH_DISTRIBUTED = {
     "engine/parallel/groups.py",
     "engine/parallel/collectives.py",
-    "engine/checkpoint/interchange/dcp.py",  # writes the files of torch.distributed.checkpoint, over no communicator
+    "engine/checkpoint/interchange/sinks/dcp.py",  # writes files of torch.distributed.checkpoint, over no communicator
 }
 LOWEST = (
     "engine/atomic.py",

@@ -19,13 +19,22 @@ from engine.redact import redact
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from engine.checkpoint.compare import Difference, Opened, Weights
+    from engine.checkpoint.compare import Difference, Side
     from engine.checkpoint.manifest import Manifest
+    from engine.checkpoint.merge import Member
     from engine.checkpoint.storage import Location
+    from engine.config.schema.model import ModelConfig
 
 Result = TypeVar("Result")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 
+RunFile = Annotated[Path | None, typer.Option(help="Run file of the model, where no source says which model it is of.")]
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="Run folder or checkpoint, Hugging Face folder, checkpoint of DeepSpeed's or of DCP: a path or a URL."
+    ),
+]
 Where = Annotated[
     str,
     typer.Argument(metavar="WHERE", help="Run folder, its checkpoints/, or one checkpoint: a path or an fsspec URL."),
@@ -57,17 +66,16 @@ def verify(where: Where) -> None:
 
 @app.command()
 def diff(
-    first: Where,
-    second: Annotated[str, typer.Argument(help="Another one, or a Hugging Face folder (weights alone are compared).")],
+    first: Source,
+    second: Source,
+    run: RunFile = None,
     limit: Annotated[int, typer.Option(min=1, help="Lines to show, the largest differences first.")] = 40,
 ) -> None:
     """Show the largest difference per parameter; exit code 1 where anything differs. Of a run, its newest is taken."""
-    from engine.checkpoint.compare import Opened, compare
-    from engine.checkpoint.folder import find
-    from engine.checkpoint.storage import location_of
+    from engine.checkpoint.compare import compare
 
-    left = Opened(find(location_of(first))[0])
-    found = list(compare(left, _other_side(second)))
+    model = _model_for([first, second], run)
+    found = list(compare(_side(first, model), _side(second, model)))
     different = [one for one in found if one.problem or one.num_different]
     for one in sorted(different, key=_rank)[:limit]:
         print(f"{one.key}  {one.problem or f'{one.largest:.3e}  in {one.num_different:,} of {one.numel:,} elements'}")
@@ -123,7 +131,10 @@ def prune(
 
 @app.command()
 def merge(
-    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Checkpoints, or runs (their newest).")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SOURCE...", help="Checkpoints, runs (their newest), models of other formats."),
+    ],
     output: Annotated[Path, typer.Option(help="Run folder to write; must be new.")],
     last: Annotated[int | None, typer.Option(min=2, help="The newest so many checkpoints of the one SOURCE.")] = None,
     weights: Annotated[
@@ -133,6 +144,7 @@ def merge(
         Literal["linear", "1-sqrt", "cosine"] | None,
         typer.Option(help="Coefficients that stand for a decay of this shape over the sources."),
     ] = None,
+    run: RunFile = None,
     verify_on: Annotated[
         list[Path] | None,
         typer.Option(help="Folder of held-out shards: tell the loss of the mean and of each source. Repeatable."),
@@ -156,13 +168,12 @@ def merge(
 
     if weights is not None and wsm is not None:
         raise ConfigError("--weights and --wsm are named both", "one of them", "leave one out")
-    paths = _merged_paths(sources, last)
-    opened = Sources(paths)
+    opened = Sources(_members(sources, last, run))
+    paths = opened.members
     if wsm is not None:
         # a decay has an order: that of the steps
-        pairs = sorted(zip(opened.manifests, paths, strict=True), key=lambda pair: pair[0].state.step)
-        opened = Sources([path for _, path in pairs])
-        chosen = wsm_coefficients([manifest.state.step for manifest in opened.manifests], wsm)
+        opened = Sources(sorted(paths, key=lambda one: one.state.step))
+        chosen = wsm_coefficients([one.state.step for one in opened.members], wsm)
     else:
         chosen = [1 / len(paths)] * len(paths) if weights is None else _numbers(weights)
         check_weights(chosen, len(paths))
@@ -173,44 +184,68 @@ def merge(
             save_run(parse_run(opened.newest.config | {"folder": str(output)}, f"in {path}"), partial)
     # What one of the runs was told to forget is not read again where training goes on from the merge. Outside of the
     # context, because that holds the folder's lock.
-    forgotten = reduce(or_, (read_tombstones(Path(str(run_of(source)))) for source in opened.paths))
-    if len(forgotten):
+    forgotten = [read_tombstones(Path(str(run_of(source)))) for source in opened.paths]
+    if forgotten and len(forgotten := reduce(or_, forgotten)):
         add_tombstones(output, forgotten)
-    for source, weight in zip(opened.paths, chosen, strict=True):
-        print(f"{weight:.6f}  {source}")
+    for one, weight in zip(opened.members, chosen, strict=True):
+        print(f"{weight:.6f}  {one.origin}")
     written = output / CHECKPOINTS / path.name
-    print(f"wrote {written}: {len(opened.manifests[0].specs):,} parameters, weights alone")
+    print(f"wrote {written}: {len(opened.members[0].shapes):,} parameters, weights alone")
     for folder, dataset in held_out.items():
         print(f"held-out loss on {folder}: {held_out_loss(written, dataset):.6f}")
         for source in opened.paths:
             print(f"  of {source} alone: {held_out_loss(Path(str(source)), dataset):.6f}")
 
 
-def _merged_paths(sources: list[Path], last: int | None) -> list[Path]:
-    """Return the verified checkpoints that are to be merged. Raises `ConfigError` or `CheckpointError`."""
+def _members(sources: list[str], last: int | None, run: Path | None) -> list[Location | Member]:
+    """Return what is to be merged: verified checkpoints of ours, and models of other formats.
+
+    Raises:
+        ConfigError, CheckpointError: there are too few, one is named twice, or one cannot be read.
+    """
+    from engine.checkpoint.interchange.side import is_foreign, member_of, open_checked
+
+    if last is not None:
+        return list(_last_paths(sources, last))
+    model = _model_for(sources, run)
+    found = [member_of(open_checked(one, model)) if is_foreign(one) else _own(one) for one in sources]
+    names = [str(one.resolve()) if isinstance(one, Path) else str(getattr(one, "origin", one)) for one in found]
+    _refuse_repeats(names)
+    return found
+
+
+def _own(text: str) -> Location:
+    from engine.serve.source import find_checkpoint
+
+    return find_checkpoint(Path(text))
+
+
+def _last_paths(sources: list[str], last: int) -> list[Path]:
+    """Return the newest `last` checkpoints of one run folder, verified."""
     from engine.checkpoint.folder import CHECKPOINTS, committed
     from engine.serve.source import find_checkpoint
 
-    if last is not None:
-        if len(sources) != 1:
-            raise ConfigError(f"--last {last} of {len(sources)} sources", "one run folder", "name one, or leave it out")
-        found = committed(sources[0] / CHECKPOINTS) or committed(sources[0])
-        if len(found) < last:
-            raise ConfigError(
-                f"--last {last}: {sources[0]} holds {len(found)} checkpoints",
-                f"a run folder with {last} or more (checkpoint.keep_last, checkpoint.keep_every)",
-                "name a smaller number, or check the path",
-            )
-        sources = found[:last]
-    paths = [find_checkpoint(source) for source in sources]
-    resolved = [path.resolve() for path in paths]
-    if len(set(resolved)) < max(2, len(paths)):
+    if len(sources) != 1:
+        raise ConfigError(f"--last {last} of {len(sources)} sources", "one run folder", "name one, or leave it out")
+    folder = Path(sources[0])
+    found = committed(folder / CHECKPOINTS) or committed(folder)
+    if len(found) < last:
         raise ConfigError(
-            f"{', '.join(map(str, paths))}: these are {len(set(resolved))} checkpoints",
+            f"--last {last}: {folder} holds {len(found)} checkpoints",
+            f"a run folder with {last} or more (checkpoint.keep_last, checkpoint.keep_every)",
+            "name a smaller number, or check the path",
+        )
+    return [find_checkpoint(path) for path in found[:last]]
+
+
+def _refuse_repeats(names: list[str]) -> None:
+    """Raise `ConfigError` unless there are two sources or more, each named once."""
+    if len(set(names)) < max(2, len(names)):
+        raise ConfigError(
+            f"{', '.join(names)}: these are {len(set(names))} checkpoints",
             "two or more different ones",
             "name each once, or --last K with a run folder",
         )
-    return paths
 
 
 def _numbers(text: str) -> list[float]:
@@ -257,21 +292,35 @@ def _progress(path: Location) -> Callable[[list[str]], Iterable[str]]:
     return lambda names: track(names, path.name, console=Console(stderr=True), transient=True)
 
 
-def _other_side(text: str) -> Opened | Weights:
-    """Open a checkpoint, or the weights of a Hugging Face folder by logical names."""
+def _side(text: str, model: ModelConfig | None) -> Side:
+    """Open one side of a comparison; `model` is that of files which do not say which model they are of."""
     from engine.checkpoint.compare import Opened
     from engine.checkpoint.folder import find
+    from engine.checkpoint.interchange.initial import open_source
+    from engine.checkpoint.interchange.side import ForeignSide, is_foreign
     from engine.checkpoint.storage import location_of
+    from engine.serve.quiet import quiet
 
-    location = location_of(text)
-    # Hugging Face folders have it, ours do not.
-    if (location / "config.json").is_file():
-        from engine.checkpoint.interchange.huggingface import ForeignWeights, open_folder
-        from engine.serve.quiet import quiet
+    if not is_foreign(text):
+        return Opened(find(location_of(text))[0])
+    quiet()
+    return ForeignSide(open_source(text, vocab_multiple=1, model=model))
 
-        quiet()
-        return ForeignWeights(open_folder(location, vocab_multiple=1))
-    return Opened(find(location)[0])
+
+def _model_for(sources: list[str], run: Path | None) -> ModelConfig | None:
+    """Return the model of the run file, or of the first of some sources that says it; None where it is not needed."""
+    from engine.checkpoint.interchange.initial import model_of
+    from engine.checkpoint.interchange.side import is_foreign
+    from engine.config.load import load_run
+    from engine.config.schema.model import make_model
+
+    if run is not None:
+        return load_run(run, []).model
+    for one in sources if any(map(is_foreign, sources)) else ():
+        # a source that cannot be read is told by whoever opens it
+        with suppress(ConfigError, CheckpointError, ValueError):
+            return make_model(**model_of(one))
+    return None
 
 
 def _metric(location: Location, name: str) -> dict[int, float]:

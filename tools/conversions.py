@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from engine.checkpoint.storage import Location
 
 To = Literal["huggingface", "palimpsest", "deepspeed", "universal", "dcp", "onnx", "gguf", "megatron", "shards"]
-Kind = Literal["palimpsest", "huggingface", "deepspeed", "shards", "megatron"]
+Kind = Literal["palimpsest", "huggingface", "deepspeed", "universal", "dcp", "megatron-lm", "shards", "megatron"]
 KINDS: dict[Kind, str] = {
     "palimpsest": "a run folder or a checkpoint of ours",
     "huggingface": "a Hugging Face folder",
     "deepspeed": "a checkpoint of DeepSpeed's (ZeRO 1 to 3)",
+    "universal": "a universal checkpoint of DeepSpeed's",
+    "dcp": "a checkpoint of torch's DCP",
+    "megatron-lm": "a checkpoint of Megatron-LM's GPT (its own format, torch_dist)",
     "shards": "a folder of token shards",
     "megatron": "Megatron's token files (.bin, .idx)",
 }
@@ -30,6 +33,9 @@ USUAL: dict[Kind, To] = {
     "palimpsest": "huggingface",
     "huggingface": "palimpsest",
     "deepspeed": "palimpsest",
+    "universal": "palimpsest",
+    "dcp": "palimpsest",
+    "megatron-lm": "palimpsest",
     "shards": "megatron",
     "megatron": "shards",
 }
@@ -71,6 +77,32 @@ class Conversion:
         function(request)
 
 
+_WEIGHTS, _MOMENTS = "weights (fp32)", "on request Adam's moments and the step"
+_IMPORT = ("--with-optimizer", "--run", "--shard-size", "--verify")
+_ONWARD = ("--with-optimizer", "--run", "--names", "--verify")
+"""Options of a way between formats that are neither ours nor Hugging Face's."""
+
+
+def _other_formats() -> dict[tuple[Kind, To], Conversion]:
+    """Return the ways between checkpoints of training libraries, and from each of them to ours."""
+    targets: dict[To, str] = {
+        "deepspeed": f"{_WEIGHTS}, {_MOMENTS}",
+        "universal": f"{_WEIGHTS}, Adam's moments, the step",
+        "dcp": f"{_WEIGHTS}, {_MOMENTS}",
+    }
+    kinds: tuple[Kind, ...] = ("palimpsest", "deepspeed", "universal", "dcp")
+    found: dict[tuple[Kind, To], Conversion] = {}
+    for kind in kinds:
+        options = tuple(one for one in _ONWARD if one != "--run") if kind == "palimpsest" else _ONWARD
+        if kind != "palimpsest":
+            carried = f"{_WEIGHTS}, {_MOMENTS}"
+            found[kind, "palimpsest"] = Conversion("tools.convert_models:from_other", carried, _IMPORT)
+        for to, carried in targets.items():
+            if to != kind:
+                found[kind, to] = Conversion(f"tools.convert_models:to_{to}", carried, options)
+    return found
+
+
 CONVERSIONS: dict[tuple[Kind, To], Conversion] = {
     ("palimpsest", "huggingface"): Conversion(
         "tools.convert_models:to_huggingface",
@@ -85,17 +117,16 @@ CONVERSIONS: dict[tuple[Kind, To], Conversion] = {
         "weights (fp32, bf16 or fp16) and tokenizer, of GPT-2 and Llama form",
         ("--weights", "--dtype"),
     ),
-    ("palimpsest", "dcp"): Conversion("tools.convert_models:to_dcp", "weights, all moments"),
-    ("palimpsest", "universal"): Conversion(
-        "tools.convert_models:to_universal", "weights, Adam's moments, the step", ("--names",)
-    ),
     ("huggingface", "palimpsest"): Conversion(
         "tools.convert_models:from_huggingface",
         "weights (as fp32), tokenizer, all small files for the way back",
         ("--shard-size", "--verify"),
     ),
-    ("deepspeed", "palimpsest"): Conversion(
-        "tools.convert_models:from_deepspeed", "weights (the fp32 masters)", ("--run", "--shard-size")
+    ("huggingface", "deepspeed"): Conversion("tools.convert_models:to_deepspeed", _WEIGHTS, ("--names", "--verify")),
+    ("huggingface", "dcp"): Conversion("tools.convert_models:to_dcp", _WEIGHTS, ("--names", "--verify")),
+    **_other_formats(),
+    ("megatron-lm", "palimpsest"): Conversion(
+        "tools.convert_models:from_other", "weights (as fp32)", ("--run", "--shard-size", "--verify")
     ),
     ("shards", "megatron"): Conversion("tools.convert_data:to_megatron", "tokens, documents"),
     ("megatron", "shards"): Conversion("tools.convert_data:from_megatron", "tokens, documents (in place)"),
@@ -156,21 +187,14 @@ def kind_of(source: str, to: To | None) -> Kind:
 
 
 def _seen(location: Location) -> Kind | None:
-    from engine.checkpoint.folder import CHECKPOINTS
-    from engine.checkpoint.storage import MANIFEST
+    from engine.checkpoint.interchange.initial import format_of
 
     # A prefix of .bin and .idx is no file itself.
     if isinstance(location, Path) and any(Path(f"{location}{end}").is_file() for end in (".idx", ".bin")):
         return "megatron"
     if location.is_file() and location.name.endswith((".bin", ".idx")):
         return "megatron"
-    if (location / MANIFEST).is_file() or (location / CHECKPOINTS).is_dir():
-        return "palimpsest"
-    if (location / "config.json").is_file():
-        return "huggingface"
-    if (location / "index.json").is_file():
+    found = format_of(location)
+    if found is None and (location / "index.json").is_file():
         return "shards"
-    names = [path.name for path in location.iterdir()] if location.is_dir() else []
-    if "latest" in names or any(name.endswith(("_optim_states.pt", "_model_states.pt")) for name in names):
-        return "deepspeed"
-    return None
+    return found

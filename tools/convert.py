@@ -17,8 +17,8 @@ def main(
     source: Annotated[
         str,
         typer.Argument(
-            help="A run folder, a checkpoint (DeepSpeed's, too), a Hugging Face folder or its URL, a folder of shards, "
-            "or a .bin/.idx."
+            help="A run folder or a checkpoint, a Hugging Face folder, a checkpoint of DeepSpeed's or torch's DCP "
+            "(a path or a URL), a folder of shards, or a .bin/.idx."
         ),
     ],
     output: Annotated[Path, typer.Option(help="What to write (megatron: PREFIX of .bin and .idx); must be new.")],
@@ -54,10 +54,12 @@ def main(
         str | None, typer.Option("--license", help="The model's license, for the card of --to huggingface.")
     ] = None,
 ) -> None:
-    """Convert a model: ours -> Hugging Face, ONNX, GGUF, torch's DCP or DeepSpeed's universal checkpoint; Hugging
-    Face's or DeepSpeed's -> ours; or token files: shards -> Megatron's, and those -> shards, without a copy.
+    """Convert a model between our checkpoints, Hugging Face folders, DeepSpeed's checkpoints (ZeRO and universal) and
+    torch's DCP, or for deployment to ONNX and GGUF; or token files: shards -> Megatron's, and those -> shards, without
+    a copy.
 
-    What was written is read back and compared; a conversion to Hugging Face that was killed goes on where it stood.
+    What was written is read back and compared; a conversion to ours or to Hugging Face that was killed goes on where it
+    stood.
     """
     kind = kind_of(source, to)
     to = to or USUAL[kind]

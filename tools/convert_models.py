@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from engine.errors import ConfigError
+from typing import TYPE_CHECKING
+
+from engine.errors import CheckpointError
 from tools.conversions import Request
 from tools.convert_progress import local, progress
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from engine.checkpoint.interchange.mapping import ModelMap
+    from engine.checkpoint.interchange.source_model import SourceModel, SourceWeights
 
 
 def to_huggingface(request: Request) -> None:
@@ -55,6 +63,7 @@ def to_huggingface(request: Request) -> None:
 
 def from_huggingface(request: Request) -> None:
     """Write a Hugging Face folder as a checkpoint of ours."""
+    from engine.checkpoint.interchange.forms import form_of
     from engine.checkpoint.storage import location_of
     from engine.logs import configure
     from engine.redact import redact
@@ -70,7 +79,7 @@ def from_huggingface(request: Request) -> None:
     model, dtypes = found.opened.model, {found.opened.source.dtype(name) for name in found.opened.map.tensors}
     stored = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
     print(
-        f"wrote {found.checkpoint}: {found.num_parameters:,} parameters in {found.opened.form.name} form, {stored} in "
+        f"wrote {found.checkpoint}: {found.num_parameters:,} parameters in {form_of(model).name} form, {stored} in "
         f"the source; {_compared(verify)}"
     )
     print(f"model: family {model.family}, {model.num_layers} layers of width {model.hidden_size}")
@@ -80,84 +89,150 @@ def from_huggingface(request: Request) -> None:
     print("`generate`, `diff` and `convert` read it; start a run from it with `init_from`")
 
 
-def _compared(verify: str) -> str:
-    parts = {"full": "every weight", "sample": "the first and last rows of every weight"}
-    return f"{parts[verify]} read back bitwise equal" if verify in parts else "nothing was compared (--verify none)"
+def from_other(request: Request) -> None:
+    """Write a checkpoint of DeepSpeed's, a universal one or torch's DCP as one of ours."""
+    from engine.checkpoint.interchange.sources.source import listed
+    from engine.checkpoint.storage import location_of
+    from engine.redact import redact
+    from engine.serve.import_model import ImportOptions, import_weights
+
+    opened, kind, tokenizer = _opened(request)
+    print(f"reading {redact(request.source)}", flush=True)
+    if request.with_optimizer:
+        _check_moments(request.source, opened)
+    options = ImportOptions(request.shard_bytes, request.verify, request.with_optimizer)
+    shown = progress("writing", None, "bytes")
+    location = location_of(request.source)
+    found = import_weights(opened, kind, location, request.output, options, tokenizer, shown)
+    if found.moments and (without := [name for name in opened.map.parameters if not opened.moments_of(name)]):
+        print(f"without moments, as in the source: {listed(without)}")
+    carried = f"weights and {', '.join(found.moments)} of step {opened.step}" if found.moments else "weights alone"
+    print(
+        f"wrote {found.checkpoint}: {found.num_parameters:,} parameters, {carried}; {_compared(request.verify)}; "
+        "`generate`, `diff` and `convert` read it; start a run from it with `init_from`"
+    )
 
 
 def to_dcp(request: Request) -> None:
     """Write torch's distributed checkpoint."""
-    from engine.checkpoint.interchange.dcp import write_dcp
+    from engine.checkpoint.interchange.sinks.dcp import write_dcp
+    from engine.checkpoint.interchange.written import check_written
     from engine.serve.new_folder import new_folder
-    from engine.serve.source import find_checkpoint
 
-    output = request.output
-    with new_folder(output) as partial:
-        checkpoint = find_checkpoint(local(request.source))
-        count = write_dcp(checkpoint, partial)
-    print(f"wrote {output}: {count:,} tensors of {checkpoint.name}, as torch's DCP reads them")
+    opened, target = _to_write(request)
+    with new_folder(request.output) as partial:
+        shown = progress("writing", None, "bytes")
+        count = write_dcp(opened, target, partial, request.with_optimizer, shown)
+        _write_facts(request, opened, partial)
+        check_written("dcp", partial, opened, target, request.verify)
+    print(
+        f"wrote {request.output}: {count:,} tensors of {opened.source.origin}, as torch's DCP reads them; "
+        f"{_compared(request.verify)}"
+    )
 
 
 def to_universal(request: Request) -> None:
     """Write DeepSpeed's universal checkpoint."""
-    from engine.checkpoint.interchange.universal import logical, write_universal
-    from engine.serve.language_model import their_names_of
+    from engine.checkpoint.interchange.sinks.universal import write_universal
+    from engine.checkpoint.interchange.written import check_written
     from engine.serve.new_folder import new_folder
-    from engine.serve.source import find_checkpoint
 
-    output = request.output
-    with new_folder(output) as partial:
-        checkpoint = find_checkpoint(local(request.source))
-        called = their_names_of(checkpoint, request.tokenizer) if request.names == "huggingface" else logical
-        count, left_out = write_universal(checkpoint, partial, called)
+    opened, target = _to_write(request)
+    with new_folder(request.output) as partial:
+        count, left_out = write_universal(opened, target, partial, progress("writing", None, "bytes"))
+        _write_facts(request, opened, partial)
+        check_written("universal", partial, opened, target, request.verify)
     print(
-        f"wrote {output}: {count:,} parameters of {checkpoint.name} with their moments; DeepSpeed loads them with "
-        '{"checkpoint": {"load_universal": true}} in its configuration'
+        f"wrote {request.output}: {count:,} parameters of {opened.source.origin} with their moments; "
+        f"{_compared(request.verify)}; "
+        'DeepSpeed loads them with {"checkpoint": {"load_universal": true}} in its configuration'
     )
     if left_out:
         print(f"left out: {', '.join(left_out)} of every parameter; DeepSpeed loads Adam's moments alone")
 
 
-def from_deepspeed(request: Request) -> None:
-    """Write a checkpoint of DeepSpeed's as one of ours."""
-    from engine.checkpoint.folder import CHECKPOINTS
-    from engine.checkpoint.interchange.deepspeed import read_weights
-    from engine.checkpoint.interchange.sinks.checkpoint import write_checkpoint
-    from engine.checkpoint.manifest import CheckpointState
-    from engine.checkpoint.mismatch import check_tensors
-    from engine.config.load import load_run
-    from engine.config.resume import meaning_hash
-    from engine.config.save import save_run
-    from engine.models.families import family
-    from engine.redact import redacted
+def to_deepspeed(request: Request) -> None:
+    """Write a checkpoint as DeepSpeed's ZeRO-1 does from one rank."""
+    from engine.checkpoint.interchange.sinks.deepspeed import write_deepspeed
+    from engine.checkpoint.interchange.written import check_written
     from engine.serve.new_folder import new_folder
 
-    output, run = request.output, request.run
-    if run is None:
-        raise ConfigError(
-            "a checkpoint of DeepSpeed's without a run file", "the model that the weights are of", "name it with --run"
-        )
-    config = load_run(run, [f"folder={output}"])
-    weights, model = read_weights(local(request.source)), family(config.model)
-    ties = model.ties(config.model)
-    # A tied weight is stored once, under the name of its first use.
-    weights = {name: weight for name, weight in weights.items() if name not in ties}
-    specs = model.specs(config.model)
-    found = {name: tuple(weight.shape) for name, weight in weights.items()}
-    check_tensors(found, {spec.name: spec.stored_shape for spec in specs}, "the source")
-    state = CheckpointState(
-        step=0,
-        tokens=0,
-        zero_stage=config.parallel.zero_stage,
-        config_hash=meaning_hash(config),
-        # Folders and URLs of the run file may hold credentials; a checkpoint is made to be passed on.
-        config=redacted(config.model_dump(mode="json")),
-    )
-    with new_folder(output) as partial:
-        values = lambda spec: (weights[spec.name].detach(),)  # noqa: E731
-        path = write_checkpoint(partial / CHECKPOINTS, state, specs, values, request.shard_bytes)
-        save_run(config, partial)
+    opened, target = _to_write(request)
+    with new_folder(request.output) as partial:
+        count = write_deepspeed(opened, target, partial, request.with_optimizer, progress("writing", None, "bytes"))
+        _write_facts(request, opened, partial)
+        check_written("deepspeed", partial, opened, target, request.verify)
     print(
-        f"wrote {output / path.relative_to(partial)}: {len(weights):,} parameters, weights alone; "
-        "`generate`, `diff` and `convert` read it"
+        f"wrote {request.output}: {count:,} tensors of {opened.source.origin}, as ZeRO-1 writes them from one rank; "
+        f"{_compared(request.verify)}"
     )
+
+
+def _opened(request: Request) -> tuple[SourceModel, str, Path | None]:
+    """Open a source that may need a run file to say which model it is of; return it, its format and our tokenizer."""
+    from engine.checkpoint.interchange.initial import format_of, open_source
+    from engine.checkpoint.storage import location_of
+    from engine.config.load import load_run
+    from engine.data.tokenizer.files import MODEL_FILE
+
+    tokenizer, model = request.tokenizer, None
+    if request.run is not None:
+        run = load_run(request.run, [])
+        model = run.model
+        # a run file may name a tokenizer that is still to be made
+        tokenizer = tokenizer or (run.tokenizer if (run.tokenizer / MODEL_FILE).is_file() else None)
+    kind = format_of(location_of(request.source))
+    assert kind is not None, "convert has seen the kind of the source"
+    return open_source(request.source, model=model), kind, tokenizer
+
+
+def _to_write(request: Request) -> tuple[SourceWeights, ModelMap]:
+    """Return an open source, and where each of its parameters goes by the names that were asked for."""
+    from engine.checkpoint.interchange.huggingface import their_map
+    from engine.checkpoint.interchange.initial import format_of, own_weights
+    from engine.checkpoint.storage import location_of
+    from engine.serve.language_model import their_map_of
+    from engine.serve.source import find_checkpoint
+
+    if format_of(location_of(request.source)) not in (None, "palimpsest"):
+        opened, _, _ = _opened(request)
+        opened.check()
+        target = their_map(opened.model) if request.names == "huggingface" else opened.own_map
+    else:
+        checkpoint = find_checkpoint(local(request.source))
+        opened = own_weights(checkpoint)
+        target = their_map_of(checkpoint, request.tokenizer) if request.names == "huggingface" else opened.own_map
+    if request.with_optimizer:
+        _check_moments(request.source, opened)
+    return opened, target
+
+
+def _compared(verify: str) -> str:
+    parts = {"full": "every weight", "sample": "the first and last rows of every weight"}
+    return f"{parts[verify]} read back bitwise equal" if verify in parts else "nothing was compared (--verify none)"
+
+
+def _check_moments(source: str, opened: SourceWeights) -> None:
+    """Raise `CheckpointError` where moments are asked for and the source has none of every parameter."""
+    without = [name for name in opened.map.parameters if not opened.moments_of(name)]
+    if len(without) == len(opened.map.parameters):
+        raise CheckpointError(
+            f"--with-optimizer of {source}, which holds no moments that belong to named parameters",
+            "a checkpoint with the optimizer's state",
+            "leave --with-optimizer out",
+        )
+
+
+def _write_facts(request: Request, opened: SourceWeights, folder: Path) -> None:
+    """Note the model beside the files, so that the way back needs no run file."""
+    from engine.checkpoint.interchange.sinks.facts import write_facts
+    from engine.checkpoint.interchange.source_model import SourceModel
+    from engine.checkpoint.interchange.sources import CheckpointSource
+    from engine.redact import redact
+
+    model = None
+    if isinstance(opened, SourceModel):
+        model = opened.model.model_dump(mode="json")
+    elif isinstance(opened.source, CheckpointSource):
+        model = opened.source.manifest.state.config.get("model")
+    write_facts(folder, {"model": model, "step": opened.step, "source": redact(request.source)})

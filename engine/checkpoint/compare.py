@@ -1,22 +1,25 @@
-"""The largest difference per parameter between two checkpoints, or a checkpoint and other weights.
+"""The largest difference per parameter between two sources of weights, of whatever formats.
 
-One parameter is in memory at a time, whatever the layouts that saved. What only one side has is named.
+Some rows of a parameter are in memory at a time, whatever the layouts that saved. What only one side has is named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from engine.checkpoint.load import Files, load_shards, open_checkpoint
-from engine.checkpoint.manifest import WEIGHT, Manifest, key_of, moment_state
+from engine.checkpoint.load import Files, fill_shard, open_checkpoint
+from engine.checkpoint.manifest import WEIGHT, key_of
 from engine.checkpoint.storage import Location
-from engine.checkpoint.writers import stored_numel
-from engine.parallel.sharding import ParameterSpec
+from engine.parallel.sharding import ParameterSpec, Shape
 from engine.parallel.state import ParameterShard
+
+BLOCK_NUMEL = 1 << 22
+"""Elements of a parameter that are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -34,82 +37,112 @@ class Difference:
     """Reason why they cannot be compared; empty where they can."""
 
 
-class Opened:
-    """A checkpoint whose parameters are read one at a time."""
-
-    def __init__(self, path: Location) -> None:
-        """Open a checkpoint. Raises `CheckpointError` where it is damaged or its files are not as its manifest says."""
-        self.path, self.manifest = path, open_checkpoint(path)
-        Files(path, self.manifest).check_all()
-
-    def read(self, name: str) -> dict[str, torch.Tensor]:
-        """Return all states of a parameter by key, whole, in its stored shape."""
-        return {key_of(state, name): values for state, values in _read(self.path, self.manifest, name).items()}
-
-
-class Weights(Protocol):
-    """Weights alone, such as those of another library's folder."""
+class Side(Protocol):
+    """Weights, and moments where there are any, by the names of our parameters."""
 
     @property
     def names(self) -> Mapping[str, bool]:
         """Logical names, with False for a weight that the configuration names and that is not there."""
         ...
 
-    def read(self, name: str) -> torch.Tensor:
-        """Return a weight that is there."""
+    def states(self, name: str) -> Sequence[str]:
+        """Return the states of a parameter that is there: `model` first, then `optim.<moment>`."""
+        ...
+
+    def shape(self, name: str) -> Shape:
+        """Return the shape of a parameter that is there."""
+        ...
+
+    def rows(self, name: str, state: str, first: int, end: int) -> torch.Tensor:
+        """Return rows [first, end) of a state of a parameter, fp32."""
         ...
 
 
-def compare(left: Opened, right: Opened | Weights) -> Iterator[Difference]:
+class Opened:
+    """A checkpoint of ours as a side of a comparison."""
+
+    def __init__(self, path: Location) -> None:
+        """Open a checkpoint. Raises `CheckpointError` where it is damaged or its files are not as its manifest says."""
+        self.path, self.manifest = path, open_checkpoint(path)
+        self._files = Files(path, self.manifest)
+        self._files.check_all()
+
+    @property
+    def names(self) -> Mapping[str, bool]:
+        return dict.fromkeys(self.manifest.specs, True)
+
+    def states(self, name: str) -> Sequence[str]:
+        return self.manifest.states_of(name)
+
+    def shape(self, name: str) -> Shape:
+        return self.manifest.specs[name].stored_shape
+
+    def rows(self, name: str, state: str, first: int, end: int) -> torch.Tensor:
+        shape = self.shape(name)
+        width = math.prod(shape[1:])
+        spec, moment = ParameterSpec(name, shape), state.removeprefix("optim.")
+        weight = torch.empty((end - first) * width)
+        moments = {} if state == WEIGHT else {moment: torch.empty_like(weight)}
+        fill_shard(ParameterShard(spec, first * width, weight, moments), self._files)
+        # mapped pages count as memory of this process until the file is unmapped
+        self._files.release()
+        return (moments[moment] if moments else weight).view(end - first, *shape[1:])
+
+    def read(self, name: str) -> dict[str, torch.Tensor]:
+        """Return all states of a parameter by key, whole, in its stored shape."""
+        rows = self.shape(name)[0]
+        return {key_of(state, name): self.rows(name, state, 0, rows) for state in self.states(name)}
+
+
+def compare(left: Side, right: Side) -> Iterator[Difference]:
     """Yield the difference of each parameter and state, in order of name.
 
-    Where `right` are weights alone, moments of `left` are passed over.
+    Where one side has weights alone, moments of the other are passed over.
     """
-    theirs = dict.fromkeys(right.manifest.specs, True) if isinstance(right, Opened) else right.names
-    for name in sorted(left.manifest.specs.keys() | theirs.keys()):
-        there = theirs.get(name, False)
-        if not there or name not in left.manifest.specs:
-            yield Difference(key_of(WEIGHT, name), 0.0, 0, 0, _where(name in left.manifest.specs, there))
+    ours, theirs = left.names, right.names
+    alone = any(
+        all(len(side.states(name)) == 1 for name, there in side.names.items() if there) for side in (left, right)
+    )
+    for name in sorted(ours.keys() | theirs.keys()):
+        here, there = ours.get(name, False), theirs.get(name, False)
+        if not here or not there:
+            problem = _where(here, there) if here or there else _nowhere(name in ours)
+            yield Difference(key_of(WEIGHT, name), 0.0, 0, 0, problem)
             continue
-        ours = left.read(name)
-        if isinstance(right, Opened):
-            other = right.read(name)
-        else:
-            other, ours = {key_of(WEIGHT, name): right.read(name)}, {key_of(WEIGHT, name): ours[key_of(WEIGHT, name)]}
-        for key in sorted(ours.keys() | other.keys()):
-            yield _difference(key, ours.get(key), other.get(key))
+        first, second = ([WEIGHT] if alone else side.states(name) for side in (left, right))
+        for state in sorted({*first, *second}):
+            if state not in first or state not in second:
+                yield Difference(key_of(state, name), 0.0, 0, 0, _where(state in first, state in second))
+            else:
+                yield _difference(name, state, left, right)
 
 
 def _where(in_first: bool, in_second: bool) -> str:
-    """Name the only side that holds a weight; on neither it is one that the second's configuration names."""
-    if in_first or in_second:
-        return f"only in the {'first' if in_first else 'second'}"
-    return "only in the configuration of the second: no file holds it"
+    """Name the only side that holds a weight."""
+    assert in_first != in_second
+    return f"only in the {'first' if in_first else 'second'}"
 
 
-def _difference(key: str, left: torch.Tensor | None, right: torch.Tensor | None) -> Difference:
-    if left is None or right is None:
-        return Difference(key, 0.0, 0, 0, _where(left is not None, right is not None))
-    if left.shape != right.shape:
-        return Difference(key, 0.0, 0, 0, f"{tuple(left.shape)} in the first, {tuple(right.shape)} in the second")
-    # exact: other weights are at most fp32
-    right = right.float()
-    distance = (left.double() - right.double()).abs()
-    distance[left == right] = 0.0  # equal infinities
-    # As bits, so that equal NaNs are equal and 0.0 differs from -0.0.
-    different = int((left.contiguous().view(torch.int32) != right.contiguous().view(torch.int32)).sum())
-    largest = float(distance.max()) if distance.numel() else 0.0
-    return Difference(key, largest, different, left.numel())
+def _nowhere(in_first: bool) -> str:
+    """Name the side whose configuration has a weight that no file of either side holds."""
+    return f"only in the configuration of the {'first' if in_first else 'second'}: no file holds it"
 
 
-def _read(path: Location, manifest: Manifest, name: str) -> dict[str, torch.Tensor]:
-    placement = manifest.placements[name]
-    # One rank that holds everything: the ordinary load puts the saved ranges together.
-    whole = ParameterSpec(name, placement.spec.stored_shape)
-    numel = stored_numel(whole)
-    shard = ParameterShard(whole, 0, torch.empty(numel), {moment: torch.empty(numel) for moment in placement.moments})
-    if not manifest.moments:
-        shard = ParameterShard(whole, 0, shard.weight)
-    load_shards(path, manifest, [shard])
-    states = {WEIGHT: shard.weight} | {moment_state(moment): values for moment, values in shard.moments.items()}
-    return {state: values.view(whole.shape) for state, values in states.items()}
+def _difference(name: str, state: str, left: Side, right: Side) -> Difference:
+    key, shape, other = key_of(state, name), tuple(left.shape(name)), tuple(right.shape(name))
+    if shape != other:
+        return Difference(key, 0.0, 0, 0, f"{shape} in the first, {other} in the second")
+    largest, different = 0.0, 0
+    rows = max(1, BLOCK_NUMEL // max(1, math.prod(shape[1:])))
+    for first in range(0, shape[0], rows):
+        end = min(first + rows, shape[0])
+        one = left.rows(name, state, first, end)
+        # exact: other weights are at most fp32
+        two = right.rows(name, state, first, end).float()
+        distance = (one.double() - two.double()).abs_()
+        distance[one == two] = 0.0  # equal infinities
+        # As bits, so that equal NaNs are equal and 0.0 differs from -0.0.
+        different += int((one.contiguous().view(torch.int32) != two.contiguous().view(torch.int32)).sum())
+        found = float(distance.max())
+        largest = found if math.isnan(found) or found > largest else largest
+    return Difference(key, largest, different, math.prod(shape))

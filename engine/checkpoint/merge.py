@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,8 @@ import torch
 from engine.checkpoint.container import Entry, write_stream
 from engine.checkpoint.folder import Owner, acquire, partial_path
 from engine.checkpoint.load import Files, fill_shard, open_checkpoint
-from engine.checkpoint.manifest import WEIGHT, CheckpointState, Manifest, key_of, match
+from engine.checkpoint.manifest import WEIGHT, CheckpointState, key_of
+from engine.checkpoint.mismatch import FREE_KEYS, check_tensors
 from engine.checkpoint.named_files import named_by, share
 from engine.checkpoint.storage import Location
 from engine.checkpoint.stores import StageTable, Written, build_manifest, commit, prepare
@@ -82,6 +83,29 @@ def check_weights(weights: Sequence[float], count: int) -> None:
     )
 
 
+@dataclass(frozen=True)
+class Member:
+    """One of the sources of a merge, of any format."""
+
+    origin: str
+    state: CheckpointState
+    shapes: Mapping[str, tuple[int, ...]]
+    """Stored shape of each parameter, by logical name."""
+    fill: Callable[[ParameterSpec, int, torch.Tensor], object]
+    """Function that fills a flat fp32 tensor with the elements of a parameter from some flat position on."""
+    path: Location | None = None
+    """Checkpoint of ours; None for a model of another format."""
+
+
+def own_member(path: Location) -> Member:
+    """Return a checkpoint of ours as a source of a merge. Raises `CheckpointError` where it is damaged."""
+    manifest = open_checkpoint(path)
+    files = Files(path, manifest)
+    shapes = {name: spec.stored_shape for name, spec in manifest.specs.items()}
+    fill = lambda spec, start, into: fill_shard(ParameterShard(spec, start, into), files)  # noqa: E731
+    return Member(str(path), manifest.state, shapes, fill, path)
+
+
 class Sources:
     """Checkpoints that are to be merged, checked against the first.
 
@@ -89,33 +113,49 @@ class Sources:
     forgetting (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", arXiv 2109.01903).
     """
 
-    def __init__(self, paths: Sequence[Location]) -> None:
-        """Open the checkpoints. Raises `CheckpointError` where they are of different models or tokenizers."""
-        self.paths = list(paths)
-        self.manifests = [open_checkpoint(path) for path in paths]
-        for path, manifest in zip(self.paths[1:], self.manifests[1:], strict=True):
-            self._check(path, manifest)
+    def __init__(self, sources: Sequence[Location | Member]) -> None:
+        """Open those that are checkpoints of ours. Raises `CheckpointError` where models or tokenizers differ."""
+        self.members = [one if isinstance(one, Member) else own_member(one) for one in sources]
+        for one in self.members[1:]:
+            self._check(one)
+
+    @property
+    def newest_member(self) -> Member:
+        """Member of the most steps."""
+        return max(self.members, key=lambda one: one.state.step)
 
     @property
     def newest(self) -> CheckpointState:
         """State of the one of the most steps."""
-        return max((manifest.state for manifest in self.manifests), key=lambda state: state.step)
+        return self.newest_member.state
 
-    def _check(self, path: Location, manifest: Manifest) -> None:
-        first, own = self.manifests[0].state, manifest.state
+    @property
+    def paths(self) -> list[Location]:
+        """Those that are checkpoints of ours."""
+        return [one.path for one in self.members if one.path is not None]
+
+    def _check(self, one: Member) -> None:
+        first, own = self.members[0].state, one.state
         pairs = {
-            "model": (first.config.get("model"), own.config.get("model")),
+            "model": (_weight_keys(first), _weight_keys(own)),
             "tokenizer": (_section(first, "tokenizer", "hash"), _section(own, "tokenizer", "hash")),
         }
         for what, (before, now) in pairs.items():
-            if before != now:
+            # files of other formats do not say of every tokenizer which one it is
+            if before != now and (what == "model" or None not in (before, now)):
                 raise CheckpointError(
-                    f"{path} is of another {what} than {self.paths[0]}: {_difference(before, now)}",
+                    f"{one.origin} is of another {what} than {self.members[0].origin}: {_difference(before, now)}",
                     "checkpoints of one model and tokenizer",
                     "name others; merging across them averages weights that do not belong together",
                 )
         # shapes and names, too: a checkpoint that was converted says nothing of its configuration
-        match(manifest, self.manifests[0].specs.values())
+        check_tensors(dict(one.shapes), dict(self.members[0].shapes), "the checkpoint")
+
+
+def _weight_keys(state: CheckpointState) -> Any:
+    """Return the keys of a model that its weights depend on."""
+    model = state.config.get("model")
+    return {key: value for key, value in model.items() if key not in FREE_KEYS} if isinstance(model, dict) else model
 
 
 def _section(state: CheckpointState, name: str, key: str) -> Any:
@@ -138,7 +178,7 @@ def merge(sources: Sources, weights: Sequence[float], folder: Path) -> Path:
     Raises:
         CheckpointError: a weight is not finite, a file is damaged, or the file system refuses or is full.
     """
-    specs = [ParameterSpec(name, spec.stored_shape) for name, spec in sorted(sources.manifests[0].specs.items())]
+    specs = [ParameterSpec(name, shape) for name, shape in sorted(sources.members[0].shapes.items())]
     placements = [Placement(spec, (0,), 0, stored_numel(spec)) for spec in specs]
     owner, writer, newest = Owner("merge", 0), Writer(0, 0, 0), sources.newest
     acquire(folder, owner)
@@ -146,8 +186,7 @@ def merge(sources: Sources, weights: Sequence[float], folder: Path) -> Path:
     prepare(partial, [4 * sum(map(stored_numel, specs))])
     entries = [Entry(key_of(WEIGHT, spec.name), 0, stored_numel(spec), 0, 1) for spec in specs]
     about = {**writer._asdict(), "step": newest.step}
-    files = [Files(path, manifest) for path, manifest in zip(sources.paths, sources.manifests, strict=True)]
-    contents = (_blocks(files, weights, spec) for spec in specs)
+    contents = (_blocks(sources.members, weights, spec) for spec in specs)
     record = write_stream(partial / writer.file_name, entries, about, contents)
     _share_files(sources, folder)
     state = replace(newest, sections=_sections(sources, weights, newest), hyperparameters={})
@@ -157,12 +196,14 @@ def merge(sources: Sources, weights: Sequence[float], folder: Path) -> Path:
 
 def _share_files(sources: Sources, folder: Path) -> None:
     """Put the files that the newest one's sections name (a reservoir) beside the output. Raises `CheckpointError`."""
-    newest = max(zip(sources.manifests, sources.paths, strict=True), key=lambda pair: pair[0].state.step)
+    newest = sources.newest_member
+    if newest.path is None:
+        return
     try:
-        share(Path(str(newest[1])), named_by(newest[0].state.sections), folder)
+        share(Path(str(newest.path)), named_by(newest.state.sections), folder)
     except OSError as error:
         raise CheckpointError(
-            f"the files that {newest[1]} names cannot be put into {folder}: {error.strerror or error}",
+            f"the files that {newest.origin} names cannot be put into {folder}: {error.strerror or error}",
             "a folder that can be written, with room",
             "make room, or choose another one",
         ) from error
@@ -176,22 +217,22 @@ def _sections(sources: Sources, weights: Sequence[float], newest: CheckpointStat
             "updates": 0,
             "updates_before": [0] * len(progress.get("updates_before", ())),
         }
-    merged = [[manifest.state.step, weight] for manifest, weight in zip(sources.manifests, weights, strict=True)]
+    merged = [[one.state.step, weight] for one, weight in zip(sources.members, weights, strict=True)]
     return sections | {SECTION: merged}
 
 
-def _blocks(files: list[Files], weights: Sequence[float], spec: ParameterSpec) -> Iterator[np.ndarray]:
+def _blocks(members: list[Member], weights: Sequence[float], spec: ParameterSpec) -> Iterator[np.ndarray]:
     """Yield the weighted mean of a parameter, some elements at a time: flat fp32."""
     numel = stored_numel(spec)
     for start in range(0, numel, BLOCK_NUMEL):
         length = min(BLOCK_NUMEL, numel - start)
         total = torch.zeros(length, dtype=torch.float64)
         part = torch.empty(length)
-        for opened, weight in zip(files, weights, strict=True):
-            fill_shard(ParameterShard(spec, start, part), opened)
+        for one, weight in zip(members, weights, strict=True):
+            one.fill(spec, start, part)
             if not torch.isfinite(part).all():
                 raise CheckpointError(
-                    f"{spec.name} in {opened.path} holds NaN or infinite weights",
+                    f"{spec.name} in {one.origin} holds NaN or infinite weights",
                     "finite weights",
                     "leave that checkpoint out",
                 )

@@ -9,6 +9,8 @@ from engine.parallel.sharding import Shape
 
 SHOWN = 20
 """Largest number of tensors that an error names."""
+FREE_KEYS = frozenset({"vocab_multiple", "dropout", "attention_dropout", "init_std"})
+"""Keys of a model that its trained weights do not depend on."""
 
 
 def check_tensors(found: Mapping[str, Shape], wanted: Mapping[str, Shape], source: str) -> None:

@@ -15,7 +15,8 @@ import torch
 
 from engine.checkpoint.interchange.foreign_model import read_config
 from engine.checkpoint.interchange.forms import form_of
-from engine.checkpoint.interchange.huggingface import Names, read_model, their_names, to_huggingface
+from engine.checkpoint.interchange.huggingface import read_model, their_map, to_huggingface
+from engine.checkpoint.interchange.mapping import ModelMap
 from engine.checkpoint.load import read_state
 from engine.config.schema.model import ModelConfig
 from engine.data.tokenizer.files import MODEL_FILE, read_files
@@ -117,8 +118,8 @@ def caches(config: PretrainedConfig) -> bool:
     return not config.is_encoder_decoder or config.num_decoder_layers == config.num_layers
 
 
-def their_names_of(checkpoint: Path, tokenizer: Path | None = None) -> Names:
-    """Return the names that Hugging Face has for the parameters of a checkpoint's model, part by part.
+def their_map_of(checkpoint: Path, tokenizer: Path | None = None) -> ModelMap:
+    """Return where each parameter of a checkpoint's model is in Hugging Face's class.
 
     Raises:
         ConfigError: the model has no twin, or counts positions from the padding token of a tokenizer that has none.
@@ -127,8 +128,8 @@ def their_names_of(checkpoint: Path, tokenizer: Path | None = None) -> Names:
     model, folder = described.model, tokenizer or described.tokenizer
     # Without positions from the padding token on, the tokenizer need not be there at all.
     if not form_of(model).after_padding or folder is None:
-        return their_names(model)
-    return their_names(model, _padding_id(model, folder, read_tokenizer(folder)))
+        return their_map(model)
+    return their_map(model, _padding_id(model, folder, read_tokenizer(folder)))
 
 
 def _padding_id(config: ModelConfig, folder: Path, tokenizer: Any) -> int | None:

@@ -16,6 +16,7 @@ import torch
 from engine.checkpoint import manifest_json
 from engine.checkpoint.folder import CHECKPOINTS, committed
 from engine.checkpoint.interchange.mapping import unchanged
+from engine.checkpoint.interchange.source_model import CONVERTED
 from engine.checkpoint.interchange.sources import CheckpointSource, Source, read_parameter
 from engine.checkpoint.load import read_state
 from engine.checkpoint.manifest import CheckpointState
@@ -35,8 +36,6 @@ log = logger(__name__)
 RUN_CONFIG = "config.yaml"
 
 
-CONVERTED = "converted"
-"""Section of a checkpoint that `convert` wrote: what it was made from."""
 TOKENIZER, SIDE_FILES = "tokenizer", "huggingface"
 """Folders in what `convert` wrote: the tokenizer, and the small files of the Hugging Face folder that it came from."""
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from engine.checkpoint.folder import find
 from engine.checkpoint.interchange.huggingface import side_files
-from engine.checkpoint.interchange.initial import is_folder_of_theirs, model_of
+from engine.checkpoint.interchange.initial import format_of, model_of
 from engine.checkpoint.load import read_state
 from engine.checkpoint.storage import location_of
 from engine.config.load import Tree, merge, parse_run
@@ -156,7 +156,7 @@ def _dropout(model: ModelConfig) -> Tree:
 def _tokenizer(init_from: str, folder: Path, model: ModelConfig) -> Path:
     """Return the folder of the start's tokenizer: that of its run, or the imported one of a Hugging Face folder."""
     location = location_of(init_from)
-    if is_folder_of_theirs(location):
+    if format_of(location) == "huggingface":
         taken = folder / TOKENIZER
         if not (taken / MODEL_FILE).is_file():
             with side_files(location) as local:

@@ -160,7 +160,8 @@ class CurrentRunStage:
             self._checkpoints.hold_update()  # a save may still copy the moments
             self.pipeline.engine.reset_moments()
             self.state.updates, self.state.updates_before = 0, [0] * number
-        self.state.updates_before.append(self.state.updates)
+        # Moments of another run have seen their updates before the first run stage, and count them as their own.
+        self.state.updates_before.append(self.state.updates if number else 0)
         self.pipeline.engine.set_updates(self.state.updates, self.state.updates_before)
         if number > 0:
             _log.info("run stage %s begins at step %d", self.run_stage.name, self.state.step)
@@ -247,11 +248,16 @@ class CurrentRunStage:
         self.state.left_out_later = [interval for interval in later if interval[0] != number]
 
     def _start_from_source(self) -> None:
-        """Fill in the weights that `init_from` names, each rank its own rows. Collective over the world."""
+        """Fill in the weights that `init_from` names, and on request the moments, each rank its own rows.
+
+        Collective over the world.
+        """
         config = self.config
         if config.init_from is None:
             return
         with phase(f"reading the weights of {config.init_from.path}"):
             source = on_all(lambda: StartingWeights(config), self.groups.world, ConfigError)
-            self.pipeline.engine.fill(source.rows)
+            self.pipeline.engine.fill(source.rows, source.moment_rows if config.init_from.moments else None)
+        if config.init_from.moments:
+            self.state.updates = source.updates
         _log.info("this rank read %.1f MB of %s", source.bytes_read / 1e6, config.init_from.path)

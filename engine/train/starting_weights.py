@@ -11,10 +11,11 @@ from dataclasses import replace
 import torch
 
 from engine.checkpoint.interchange.convert import blocks
-from engine.checkpoint.interchange.huggingface import SourceModel
 from engine.checkpoint.interchange.initial import open_source
 from engine.checkpoint.interchange.mapping import ModelMap, ParameterMap
+from engine.checkpoint.interchange.source_model import SourceModel
 from engine.checkpoint.interchange.sources.fingerprint import fingerprint_of
+from engine.checkpoint.mismatch import FREE_KEYS
 from engine.config.load import load_run
 from engine.config.save import FILE
 from engine.config.schema.model import ModelConfig
@@ -24,10 +25,8 @@ from engine.errors import ConfigError, PalimpsestError
 from engine.models.families import family
 from engine.parallel.functions import PLAIN
 from engine.parallel.sharding import ParameterSpec
+from engine.parallel.zero.held_state import RowValues
 from engine.train.build import InitialRows
-
-_FREE = frozenset({"vocab_multiple", "dropout", "attention_dropout", "init_std"})
-"""Keys of a model that its trained weights do not depend on."""
 
 
 class StartingWeights:
@@ -42,7 +41,7 @@ class StartingWeights:
         """
         given = config.init_from
         assert given is not None
-        self._opened = opened = _without_absent_heads(open_source(given.path, config.model.vocab_multiple), given)
+        self._opened = opened = _opened(config, given)
         _check_agrees(config.model, opened, given)
         _check_task_head(config.model, opened, given)
         opened.check()
@@ -53,7 +52,7 @@ class StartingWeights:
     @property
     def bytes_read(self) -> int:
         """Bytes that were read of the source."""
-        return self._opened.source.bytes_read
+        return self._opened.bytes_read
 
     def rows(self, spec: ParameterSpec, first: int, end: int) -> torch.Tensor:
         """Return rows [first, end) of a parameter of the run, fp32; padding rows are 0.
@@ -87,6 +86,33 @@ class StartingWeights:
             total += block.sum(0, dtype=torch.float64)
         return (total / one.shape[0]).float()
 
+    @property
+    def updates(self) -> int:
+        """Updates that the source's moments have seen."""
+        return self._opened.step or 0
+
+    def moment_rows(self, moment: str) -> RowValues:
+        """Return the function that gives rows of a moment of each parameter, as `rows` does of the weights.
+
+        Raises:
+            ConfigError: the source holds no such moment of a parameter; raised when its rows are asked for.
+        """
+
+        def rows(spec: ParameterSpec, first: int, end: int) -> torch.Tensor:
+            one = self._opened.map.parameters.get(spec.name)
+            if one is None or moment not in self._opened.moments_of(spec.name):
+                raise ConfigError(
+                    f"init_from.moments = true, and {self._opened.source.origin} holds no {moment} of {spec.name}",
+                    "a source with the moments that the run's optimizer keeps of every parameter that it trains",
+                    "leave init_from.moments out: the optimizer begins anew",
+                )
+            stored = min(end, one.shape[0])
+            found = self._opened.read(spec.name, min(first, stored), stored, moment)
+            # padding rows of the vocabulary
+            return torch.cat((found, found.new_zeros((end - max(first, stored), *found.shape[1:]))))
+
+        return rows
+
 
 def with_fingerprint(config: RunConfig) -> RunConfig:
     """Return the configuration with the fingerprint of the weights that the run starts from.
@@ -100,7 +126,7 @@ def with_fingerprint(config: RunConfig) -> RunConfig:
     given = config.init_from
     assert given is not None
     try:
-        opened = _without_absent_heads(open_source(given.path, config.model.vocab_multiple), given)
+        opened = _opened(config, given)
         found = fingerprint_of(opened.source, opened.map)
     except PalimpsestError:
         noted = _noted(config)
@@ -121,6 +147,11 @@ def _noted(config: RunConfig) -> str | None:
     path = config.folder / FILE
     before = load_run(path).init_from if path.is_file() else None
     return None if before is None else before.fingerprint
+
+
+def _opened(config: RunConfig, given: InitFrom) -> SourceModel:
+    """Return the source, which is of the run's model where its files do not say of which it is."""
+    return _without_absent_heads(open_source(given.path, config.model.vocab_multiple, config.model), given)
 
 
 def _without_absent_heads(opened: SourceModel, given: InitFrom) -> SourceModel:
@@ -152,7 +183,7 @@ def _check_task_head(model: ModelConfig, opened: SourceModel, given: InitFrom) -
 def _check_agrees(model: ModelConfig, opened: SourceModel, given: InitFrom) -> None:
     """Raise `ConfigError` where a run's model is another one than the source's; names every key."""
     ours, theirs = model.model_dump(mode="json"), opened.model.model_dump(mode="json")
-    free = set(_FREE) | ({"task_head"} if opened.model.task_head is None else set())
+    free = set(FREE_KEYS) | ({"task_head"} if opened.model.task_head is None else set())
     rotary = model.rotary(None)
     if not model.position_table and not (rotary and isinstance(rotary.scaling, DynamicScaling)):
         free.add("max_positions")  # no parameter has a row per position, and no frequency depends on their number

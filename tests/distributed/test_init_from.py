@@ -21,7 +21,7 @@ from engine.data.shards.dataset import TokenDataset
 from engine.data.tokenizer.folder import load_tokenizer
 from engine.data.validation import ValidationSamples
 from tests.distributed.ranks import run_ranks
-from tests.distributed.runs import run_tree, write_corpus, write_sentences
+from tests.distributed.runs import run_tree, train_rank, write_corpus, write_sentences
 from tests.engine.models.tiny import random_weights, tiny
 
 TOLERANCE = 1e-6
@@ -156,3 +156,22 @@ def test_the_first_held_out_loss_is_theirs(tmp_path, form):
     copies = parallel.get("tensor", 1)  # replicated and row-parallel weights are read by each tensor rank
     assert num_bytes <= sum(one["read"] for one in found) <= copies * num_bytes + borders
     assert max(one["read"] for one in found) < num_bytes
+
+
+def test_moments_of_another_run_come_along_under_another_layout(tmp_path):
+    write_corpus(tmp_path)
+    before = run_tree(tmp_path, tmp_path / "before", parallel={"micro_batch_size": 2, "zero_stage": 1})
+    before["stages"][0]["duration"] = {"steps": 3}
+    trained = run_ranks(2, train_rank, before)
+    source = {"path": str(tmp_path / "before"), "moments": True}
+    after = run_tree(tmp_path, tmp_path / "after", parallel={"micro_batch_size": 2, "zero_stage": 3, "pipe": 2})
+    after["stages"][0]["duration"] = {"steps": 3}
+    found = run_ranks(4, train_rank, after | {"init_from": source})
+    # weights and moments, whatever the layout
+    assert {one["at_start"] for one in found} == {one["at_end"] for one in trained}
+    assert {(one["started_at"], one["code"]) for one in found} == {(0, 0)}
+    assert {one["state"].updates for one in found} == {3 + 3}
+    alone = run_ranks(
+        1, train_rank, after | {"folder": str(tmp_path / "b"), "init_from": source["path"], "parallel": {}}
+    )
+    assert alone[0]["at_start"] != trained[0]["at_end"], "the optimizer begins anew where moments are not asked for"

@@ -16,12 +16,17 @@ import numpy as np
 import pytest
 import torch
 
-from engine.checkpoint.interchange.deepspeed import ALLOWED, read_weights
-from engine.checkpoint.load import read_weights as read_ours
+from engine.checkpoint.interchange.initial import open_source
+from engine.checkpoint.interchange.sources.deepspeed import ALLOWED, open_deepspeed
+from engine.checkpoint.interchange.sources.stored import StoredSource
+from engine.checkpoint.manifest import WEIGHT
 from engine.cli import main
 from engine.errors import CheckpointError
 from tests.distributed.ranks import run_ranks
+from tests.engine.checkpoint.interchange.formats import MOMENTS, check_equal, states_of
+from tests.engine.checkpoint.interchange.megatron import LEGACY, layer_of
 from tests.engine.checkpoint.worlds import World, layout_of, random_state, small_model, some_state
+from tests.engine.models.tiny import random_weights, tiny
 from tests.engine.serve.runs import run_config
 
 CASES = [(1, "fp32"), (2, "bf16"), (3, "bf16"), (3, "fp32"), (1, "bf16")]
@@ -29,10 +34,10 @@ CASES = [(1, "fp32"), (2, "bf16"), (3, "bf16"), (3, "fp32"), (1, "bf16")]
 
 def train_with_deepspeed(
     environment: Any, config: Any, zero_stage: int, dtype: str, folder: Path
-) -> dict[str, np.ndarray]:
-    """Two steps of plain DeepSpeed, data parallel, then `save_checkpoint`; its fp32 weights by name."""
+) -> dict[str, dict[str, np.ndarray]]:
+    """Two steps of plain DeepSpeed, data parallel, then `save_checkpoint`; its fp32 weights and moments by name."""
     import deepspeed
-    from deepspeed.utils import safe_get_full_fp32_param
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     from engine.models.families import family
 
@@ -43,7 +48,8 @@ def train_with_deepspeed(
         torch.nn.init.normal_(parameter)
     decayed = [parameter for name, parameter in module.named_parameters() if "norm" not in name]
     rest = [parameter for name, parameter in module.named_parameters() if "norm" in name]
-    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": rest, "weight_decay": 0.0}], lr=0.01)
+    groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(list(module.parameters()) if zero_stage == 1 else groups, lr=0.01)
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,
@@ -60,8 +66,14 @@ def train_with_deepspeed(
         engine.backward(engine(tokens_BT=tokens_BT, targets_BT=tokens_BT, weights_BT=weights_BT)["losses_L"].sum())
         engine.step()
     engine.save_checkpoint(str(folder))
-    held: dict[str, Any] = {name: safe_get_full_fp32_param(p) for name, p in module.named_parameters()}
-    return {name: tensor.detach().numpy().copy() for name, tensor in held.items()}
+    held: dict[str, Any] = {WEIGHT: {name: safe_get_full_fp32_param(p) for name, p in module.named_parameters()}}
+    # Of several parameter groups of ZeRO-1 and 2 DeepSpeed's own functions know the moments of the first one alone.
+    for moment in MOMENTS if zero_stage != 2 else ():
+        held[moment] = {name: safe_get_full_optimizer_state(p, moment) for name, p in module.named_parameters()}
+    return {
+        state: {name: tensor.detach().numpy().copy() for name, tensor in values.items()}
+        for state, values in held.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +100,17 @@ MORE = [pytest.param(*case, marks=pytest.mark.matrix) for case in CASES[3:]]
 def test_deepspeeds_own_checkpoints_are_read(saved, zero_stage, dtype):
     folder, truth = saved(zero_stage, dtype)
     for path in (folder, folder / (folder / "latest").read_text().strip()):
-        weights = read_weights(path)
-        assert weights.keys() >= truth.keys()
-        for name, expected in truth.items():
-            assert np.array_equal(weights[name].numpy(), expected), name
+        found = open_deepspeed(path)
+        assert found.step == 2
+        assert found.states.keys() == {WEIGHT, *MOMENTS}
+        for state, values in truth.items():
+            assert found.states[state].keys() >= values.keys()
+            source = StoredSource({name: parts[0] for name, parts in found.states[state].items()}, "")
+            for name, expected in values.items():
+                assert np.array_equal(source.read(name, 0, len(expected)).numpy(), expected), (state, name)
+                before = source.bytes_read
+                assert np.array_equal(source.read(name, 1, 3).numpy(), expected[1:3])
+                assert source.bytes_read - before == expected[1:3].nbytes, "those rows and no others"
 
 
 def test_convert_makes_a_run_of_it_that_others_read(saved, tmp_path, capsys):
@@ -111,10 +130,12 @@ def test_convert_makes_a_run_of_it_that_others_read(saved, tmp_path, capsys):
         str(output),
     ]
     assert main(command) == 0, capsys.readouterr().err
-    weights = read_ours(output / "checkpoints" / "step-00000000")
-    assert weights.keys() == truth.keys()
-    assert all(np.array_equal(weights[name].numpy(), truth[name]) for name in truth)
+    expected = {state: {n: torch.from_numpy(v) for n, v in values.items()} for state, values in truth.items()}
+    check_equal(states_of(output / "checkpoints" / "step-00000000"), {WEIGHT: expected[WEIGHT]})
     assert main(["checkpoint", "verify", str(output)]) == 0
+    more = [*command[:-1], str(tmp_path / "all"), "--with-optimizer"]
+    assert main(more) == 0, capsys.readouterr().err
+    check_equal(states_of(tmp_path / "all" / "checkpoints" / "step-00000002"), expected)
     assert main(command) == 2
     assert "holds something already" in capsys.readouterr().err
 
@@ -128,7 +149,7 @@ class Evil:
     ("spoil", "what"),
     [
         (lambda path: torch.save({"optimizer_state_dict": Evil()}, path), "not on the list of what may be built"),
-        (lambda path: path.write_bytes(pickle.dumps(Evil())), "cannot be read as DeepSpeed's checkpoint"),
+        (lambda path: path.write_bytes(pickle.dumps(Evil())), "it is no plain pickle|cannot be used"),
         (lambda path: path.write_bytes(path.read_bytes()[:1000]), "it cannot be read"),
         (lambda path: path.unlink(), "optimizer states of ranks"),
         (lambda path: torch.save({"optimizer_state_dict": {}}, path), "KeyError"),
@@ -140,7 +161,7 @@ def test_what_must_not_run_does_not_and_damage_is_told(saved, tmp_path, capsys, 
     shutil.copytree(saved(2, "bf16")[0], folder)
     spoil(sorted(folder.glob("*/*_optim_states.pt"))[0])
     with pytest.raises(CheckpointError, match=what) as caught:
-        read_weights(folder)
+        open_deepspeed(folder)
     assert caught.value.remedy
     assert "must not run" not in capsys.readouterr().out
 
@@ -154,9 +175,9 @@ def test_the_list_of_what_may_be_built_is_needed_and_names_no_function():
 def test_a_latest_that_leads_elsewhere_is_refused(tmp_path):
     (tmp_path / "latest").write_text("../elsewhere")
     with pytest.raises(CheckpointError, match=r"names '\.\./elsewhere'"):
-        read_weights(tmp_path)
+        open_deepspeed(tmp_path)
     with pytest.raises(CheckpointError, match="no file of model states"):
-        read_weights(tmp_path / "absent")
+        open_deepspeed(tmp_path / "absent")
 
 
 def test_torch_dcp_loads_ours_into_equal_tensors(tmp_path, capsys):
@@ -167,8 +188,55 @@ def test_torch_dcp_loads_ours_into_equal_tensors(tmp_path, capsys):
     world.fill(whole)
     path = world.save(tmp_path / "run" / "checkpoints", some_state(5))
     output = tmp_path / "dcp"
-    assert main(["convert", str(path), "--to", "dcp", "--output", str(output)]) == 0, capsys.readouterr().err
-    assert f"{len(whole)} tensors of step-00000005" in capsys.readouterr().out
+    command = ["convert", str(path), "--to", "dcp", "--with-optimizer", "--output", str(output)]
+    assert main(command) == 0, capsys.readouterr().err
+    assert f"{len(whole)} tensors of {path}" in capsys.readouterr().out
     loaded = {key: torch.full(value.shape, torch.nan) for key, value in whole.items()}
     state_dict_loader.load(loaded, checkpoint_id=output, no_dist=True)
     assert all(np.array_equal(loaded[key].numpy(), value) for key, value in whole.items())
+
+
+class Names(torch.nn.Module):
+    """A module that holds parameters under dotted names and computes nothing."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        for name, value in tensors.items():
+            inner: torch.nn.Module = self
+            *path, last = name.split(".")
+            for part in path:
+                if part not in dict(inner.named_children()):
+                    inner.add_module(part, torch.nn.Module())
+                inner = inner.get_submodule(part)
+            inner.register_parameter(last, torch.nn.Parameter(value.clone()))
+
+
+def save_pipeline(environment: Any, model: Any, weights: Any, folder: Path) -> None:
+    """DeepSpeed's own pipeline over both ranks under ZeRO-1, with the modules and names of Megatron-DeepSpeed's GPT."""
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+
+    embedding = {"word_embeddings.weight": weights["embed_tokens.weight"]}
+    embedding["position_embeddings.weight"] = weights["embed_positions.weight"]
+    specs: list[Any] = [TiedLayerSpec("embed", Names, embedding, tied_weight_attr=["word_embeddings.weight"])]
+    for layer in range(model.num_layers):
+        held = layer_of(model, weights, layer)
+        specs.append(LayerSpec(Names, {f"{LEGACY[key.split('.')[0]]}.{key.split('.')[1]}": held[key] for key in held}))
+    specs.append(LayerSpec(Names, {kind: weights[f"final_norm.{kind}"] for kind in ("weight", "bias")}))
+    specs.append(TiedLayerSpec("embed", Names, embedding, tied_weight_attr=["word_embeddings.weight"]))
+    pipeline = PipelineModule(specs, num_stages=2, loss_fn=lambda *_: 0, partition_method="uniform")
+    optimizer = torch.optim.AdamW(pipeline.parameters(), lr=0.01)
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "steps_per_print": 10**9}
+    settings |= {"zero_allow_untested_optimizer": True}
+    engine, *_ = deepspeed.initialize(model=pipeline, optimizer=optimizer, config=settings)
+    engine.save_checkpoint(str(folder))
+
+
+def test_a_pipeline_of_megatron_deepspeeds_gpt_is_read(tmp_path):
+    model = tiny("gpt2", num_layers=3)
+    weights = random_weights(model, seed=6)
+    run_ranks(2, save_pipeline, model, weights, tmp_path)
+    assert len(list(tmp_path.glob("*/mp_rank_*_model_states.pt"))) == 2
+    opened = open_source(str(tmp_path), model=model).check()
+    for name, value in weights.items():
+        assert torch.equal(opened.read(name), value), name

@@ -273,8 +273,14 @@ class Held:
     def names(self) -> dict[str, bool]:
         return dict.fromkeys(self.weights, True)
 
-    def read(self, name: str) -> torch.Tensor:
-        return self.weights[name]
+    def states(self, name: str) -> tuple[str, ...]:
+        return ("model",)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.weights[name].shape)
+
+    def rows(self, name: str, state: str, first: int, end: int) -> torch.Tensor:
+        return self.weights[name][first:end]
 
 
 def test_diff_says_what_only_one_side_has_and_finds_one_bit(run, tmp_path):

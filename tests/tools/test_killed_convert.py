@@ -20,7 +20,7 @@ KILLED = """
 import json, os, signal, sys
 
 from engine.cli import main
-import engine.serve.export, engine.checkpoint.interchange.dcp, engine.checkpoint.interchange.universal  # once for all
+import engine.serve.export, engine.serve.import_model, engine.checkpoint.interchange.sinks.dcp  # once for all
 
 
 def run(command, die_at):

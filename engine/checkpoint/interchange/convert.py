@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from engine.checkpoint.interchange.mapping import ModelMap, ParameterMap
+from engine.checkpoint.interchange.source_model import SourceWeights
 from engine.checkpoint.interchange.sources import Source
 from engine.checkpoint.interchange.sources.source import not_finite
 from engine.errors import CheckpointError
@@ -94,6 +95,20 @@ def compare_weights(
                     "convert again; if it happens again, look at the disk",
                 )
     return len(model_map.parameters)
+
+
+def compare_moments(written: SourceWeights, source: SourceWeights, verify: Verify) -> int:
+    """Compare the moments that were written with those of their source, as `compare_weights` does; return their number.
+
+    Raises:
+        CheckpointError: names the first parameter that differs.
+    """
+    count = 0
+    for moment, values in written.moments.items():
+        held = {name: one for name, one in source.map.parameters.items() if moment in written.moments_of(name)}
+        theirs = source.moments[moment]
+        count += compare_weights(values, ModelMap(held), theirs, theirs.dtype, verify)
+    return count
 
 
 def _ranges(one: ParameterMap, verify: Verify) -> Iterator[tuple[int, int]]:

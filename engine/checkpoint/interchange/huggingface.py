@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import torch
 
 from engine.checkpoint.interchange.foreign_model import load, read_config
 from engine.checkpoint.interchange.forms import BERT, BERT_WITHOUT_PAIRS, Form, form_of, form_of_theirs, require_form
 from engine.checkpoint.interchange.mapping import ModelMap
+from engine.checkpoint.interchange.source_model import SourceModel
 from engine.checkpoint.interchange.sources import (
     MemorySource,
     SafetensorsFolder,
     Source,
-    check_source,
-    read_parameter,
-    unknown,
 )
 from engine.checkpoint.interchange.sources.renamed import renamed
 from engine.checkpoint.interchange.sources.safetensors_folder import unreadable
@@ -33,37 +31,14 @@ from engine.checkpoint.mismatch import check_tensors
 from engine.checkpoint.storage import Location
 from engine.config.schema.model import ModelConfig
 from engine.models.families import family
-from engine.parallel.sharding import ParameterSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Tensors = dict[str, torch.Tensor]
-Names = Callable[[ParameterSpec, torch.Tensor], Tensors]
-"""Function from a parameter or a moment of it (stored shape) to its parts by the names of another format."""
 VOCAB_MULTIPLE: int = ModelConfig.model_fields["vocab_multiple"].default
 SIDE_FILES = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
 """Endings of the small files of a folder: configurations, tokenizer, chat template, code that is refused."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceModel:
-    """A model that ours computes: our configuration, and where its parameters are in a source."""
-
-    model: ModelConfig
-    map: ModelMap
-    source: Source
-    unused: tuple[str, ...] = ()
-    """Patterns of tensors in the source that mean nothing."""
-
-    def check(self) -> Self:
-        """Return this, where the source has exactly the model's tensors. Raises `ConfigError` where it has not."""
-        check_source(self.source, self.map, self.unused)
-        return self
-
-    def read(self, name: str, first: int = 0, end: int | None = None) -> torch.Tensor:
-        """Return rows of one of our parameters, fp32. Raises `ConfigError` where a value is not finite."""
-        return read_parameter(self.source, self.map.parameters[name], first, end)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,30 +86,6 @@ def open_model(theirs: PreTrainedModel, vocab_multiple: int = VOCAB_MULTIPLE) ->
 def _foreign(model: ModelConfig, form: Form, theirs: PretrainedConfig, source: Source) -> ForeignModel:
     model_map = form.mapping(model, theirs.pad_token_id)
     return ForeignModel(model=model, map=model_map, source=source, unused=form.unused, form=form, theirs=theirs)
-
-
-@dataclass(frozen=True)
-class ForeignWeights:
-    """The weights of a model of theirs for a comparison, by our names; what fits nowhere stands under its own name."""
-
-    opened: ForeignModel
-
-    @property
-    def names(self) -> dict[str, bool]:
-        """Names, with False for a parameter that no file holds whole."""
-        found, model_map = self.opened.source.shapes, self.opened.map
-        names = {name: one.tensors.keys() <= found.keys() for name, one in model_map.parameters.items()}
-        return names | dict.fromkeys(unknown(self.opened.source, model_map, self.opened.unused), True)
-
-    def read(self, name: str) -> torch.Tensor:
-        """Return a weight in fp32, of the shape that its files have; empty for a tensor that fits nowhere."""
-        one = self.opened.map.parameters.get(name)
-        if one is None:
-            return torch.empty(0)
-        held = self.opened.source.shapes
-        if any(tuple(held[tensor]) != tuple(shape) for tensor, shape in one.tensors.items()):
-            return torch.empty(held[next(iter(one.tensors))])
-        return one.ours(self.opened.source.read).float()
 
 
 @contextlib.contextmanager
@@ -189,15 +140,14 @@ def to_huggingface(
     return theirs, state
 
 
-def their_names(config: ModelConfig, padding_id: int | None = None) -> Names:
-    """Return a function that does for one parameter at a time what `to_huggingface` does for all.
+def their_map(config: ModelConfig, padding_id: int | None = None) -> ModelMap:
+    """Return where each parameter of a model of ours is in Hugging Face's class of the same form.
 
     Raises:
         ConfigError: the model is not exactly of one of the forms.
     """
     form = form_of(config)
-    model_map = form.mapping(config, form.their_config(config, padding_id).pad_token_id)
-    return lambda spec, tensor: _parts(model_map, spec.name, tensor)
+    return form.mapping(config, form.their_config(config, padding_id).pad_token_id)
 
 
 def _parts(model_map: ModelMap, name: str, tensor: torch.Tensor) -> Tensors:

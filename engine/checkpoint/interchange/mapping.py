@@ -99,11 +99,14 @@ class ModelMap:
 
 def unchanged(specs: Iterable[ParameterSpec]) -> ModelMap:
     """Return the map of a format that has our own names and whole tensors."""
-    found = {}
-    for spec in specs:
-        shape = spec.stored_shape
-        found[spec.name] = ParameterMap(spec.name, shape, {spec.name: shape}, (Run(spec.name, 0, 0, shape[0]),))
-    return ModelMap(found)
+    return own_names({spec.name: spec.stored_shape for spec in specs})
+
+
+def own_names(shapes: Mapping[str, Shape]) -> ModelMap:
+    """Return the map of a format that has our own names and whole tensors, of parameters by their stored shapes."""
+    return ModelMap(
+        {name: ParameterMap(name, shape, {name: shape}, (Run(name, 0, 0, shape[0]),)) for name, shape in shapes.items()}
+    )
 
 
 def mapped(

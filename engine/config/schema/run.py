@@ -93,15 +93,23 @@ class InitFrom(Section):
     """Weights that a run starts from; a plain text is its `path`."""
 
     kind: ClassVar[KeyKind] = "execution"
-    kinds: ClassVar[dict[str, KeyKind]] = {"missing": "meaning", "new_rows": "meaning", "fingerprint": "meaning"}
+    kinds: ClassVar[dict[str, KeyKind]] = {
+        "missing": "meaning",
+        "new_rows": "meaning",
+        "moments": "meaning",
+        "fingerprint": "meaning",
+    }
 
     path: str
-    """Hugging Face folder, run folder (its newest checkpoint) or checkpoint; a path or an fsspec URL."""
+    """Hugging Face folder, run folder (its newest checkpoint), checkpoint, or one of DeepSpeed's (universal ones, too)
+    or of torch's DCP; a path or an fsspec URL."""
     missing: Literal["error", "initialise"] = "error"
     """Treatment of heads and vocabulary rows that the source lacks: an error, or initial weights of the run's seed."""
     new_rows: Literal["random", "mean"] = "random"
     """Values of vocabulary rows that the source lacks, with `missing: initialise`: those of the run's seed, or the mean
     of the source's rows, with which a new token begins as likely as an average one."""
+    moments: bool = False
+    """True takes the optimizer's moments, too, and the number of updates that they have seen."""
     fingerprint: str | None = None
     """Hash of the source's weights. None means that the run notes it when it starts; then other weights are refused."""
 

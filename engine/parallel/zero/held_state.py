@@ -104,10 +104,11 @@ class HeldState:
             yield from ((spec, parameter.data) for group in self._named for spec, parameter in group)
             yield from ((spec, parameter.data) for spec, parameter in self._frozen.named)
 
-    def fill(self, value: RowValues) -> None:
-        """Set every parameter to the rows that `value` gives of the whole one, some rows at a time; moments stay.
+    def fill(self, value: RowValues, moments: Callable[[str], RowValues] | None = None) -> None:
+        """Set every parameter to the rows that `value` gives of the whole one, some rows at a time.
 
-        Each rank asks for the rows of its own shards. Collective over the world.
+        With `moments`, which gives such a function for each of the optimizer's moments, these are set, too; else they
+        stay. Each rank asks for the rows of its own shards. Collective over the world.
 
         Raises:
             PalimpsestError: what `value` raises on some rank, on every rank.
@@ -119,6 +120,8 @@ class HeldState:
                 for shard in self.parameter_shards():
                     if shard.length:
                         shard.weight.copy_(values_of(shard, value, rank, size))
+                    for name in shard.moments.keys() - self.added_moments if moments and shard.length else ():
+                        shard.moments[name].copy_(values_of(shard, moments(name), rank, size))
 
         on_all(fill_shards, self.groups.world, CheckpointError)
         self.refresh()

@@ -17,10 +17,10 @@ class Alive(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+        given = {arg.untyped_storage().data_ptr() for arg in args if _has_memory(arg)}
         made = func(*args, **(kwargs or {}))
         for tensor in made if isinstance(made, tuple | list) else [made]:
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
+            if _has_memory(tensor) and tensor.untyped_storage().data_ptr() not in given:
                 self._count(tensor.untyped_storage())
         return made
 
@@ -35,3 +35,8 @@ class Alive(TorchDispatchMode):
     def _gone(self, at: int, num_bytes: int) -> None:
         self._known.discard(at)
         self.held -= num_bytes
+
+
+def _has_memory(value: object) -> bool:
+    """True of a tensor with elements somewhere: not of one on the device "meta", nor of a fake one."""
+    return isinstance(value, torch.Tensor) and value.untyped_storage().device.type != "meta"

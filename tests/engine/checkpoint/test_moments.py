@@ -10,8 +10,9 @@ import pytest
 from engine.checkpoint import manifest_checks, manifest_json
 from engine.checkpoint.compare import Opened, compare
 from engine.checkpoint.fingerprint import combine, fingerprint_of_checkpoint, partial_sum
-from engine.checkpoint.interchange.dcp import write_dcp
-from engine.checkpoint.interchange.universal import write_universal
+from engine.checkpoint.interchange.initial import own_weights
+from engine.checkpoint.interchange.sinks.dcp import write_dcp
+from engine.checkpoint.interchange.sinks.universal import write_universal
 from engine.checkpoint.load import files_needed, load, load_shards, open_checkpoint
 from engine.checkpoint.verify import verify
 from engine.errors import CheckpointError
@@ -120,8 +121,9 @@ def test_a_comparison_names_it(tmp_path, whole):
 
 def test_exports_carry_it_or_say_that_they_do_not(tmp_path, whole):
     path = filled(CASES[1], THREE, whole).save(tmp_path / "checkpoints", some_state())
-    assert write_dcp(path, tmp_path / "dcp") == 4 * len(small_model())
-    assert write_universal(path, tmp_path / "universal") == (len(small_model()), ["ema"])
+    opened = own_weights(path)
+    assert write_dcp(opened, opened.own_map, tmp_path / "dcp", with_moments=True) == 4 * len(small_model())
+    assert write_universal(opened, opened.own_map, tmp_path / "universal") == (len(small_model()), ["ema"])
     assert {file.name for file in (tmp_path / "universal").rglob("zero/*/*.pt")} == {
         "fp32.pt",
         "exp_avg.pt",

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.checkpoint.interchange.initial import model_of
+from engine.cli import main
 from engine.config.load import load_run, parse_run
 from engine.config.resume import meaning_hash, refuse_new_meaning
 from engine.config.save import save_run
@@ -17,6 +18,7 @@ from engine.errors import CheckpointError, ConfigError
 from engine.models.families import family
 from engine.models.initial import initial_value
 from engine.train.starting_weights import StartingWeights, with_fingerprint
+from tests.engine.checkpoint.interchange.formats import save_run as save_formats_run
 from tests.engine.models.tiny import random_weights, tiny, twin
 from tests.engine.serve.runs import run_config, save
 
@@ -138,3 +140,26 @@ def test_a_run_file_may_leave_the_model_out(theirs, tmp_path):
     assert (found.init_from.path, found.init_from.missing) == (str(theirs), "error")
     with pytest.raises(ConfigError):
         load_run(path)
+
+
+@pytest.mark.parametrize("to", ["dcp", "universal", "deepspeed"])
+def test_other_formats_are_sources_of_rows_and_of_moments(tmp_path, to):
+    before, states = save_formats_run(tmp_path / "before", "llama")
+    command = ["convert", str(tmp_path / "before"), "--to", to, "--with-optimizer", "--names", "huggingface"]
+    assert main([*command, "--output", str(tmp_path / to)]) == 0
+    config = run_from(tmp_path / to, tmp_path / "run", before.model, moments=True)
+    check_rows(config, states["model"])
+    source = StartingWeights(config)
+    spec = next(spec for spec in family(before.model).specs(before.model) if "down_proj" in spec.name)
+    rows = source.moment_rows("exp_avg")(spec, 2, 5)
+    assert torch.equal(rows, states["exp_avg"][spec.name][2:5])
+    assert source.updates == 5
+    # those rows alone, of weights and moments
+    source.rows(spec, 0, 1)
+    assert source.bytes_read == 4 * states["exp_avg"][spec.name][:4].nelement()
+    with pytest.raises(ConfigError, match=r"holds no momentum_buffer of layers\.\d+\.ffn\.down_proj"):
+        source.moment_rows("momentum_buffer")(spec, 0, 1)
+    # files that say of which model they are: `model` may be left out
+    assert model_of(str(tmp_path / to)) == before.model.model_dump(mode="json")
+    with pytest.raises(ConfigError, match=r"model\.num_layers = 2 \(there 4\)"):
+        StartingWeights(run_from(tmp_path / to, tmp_path / "run", tiny("llama", num_layers=2)))

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.checkpoint.container import file_digest
+from engine.checkpoint.interchange.sinks.journal import JOURNAL, Journal
 from engine.checkpoint.interchange.sources.safetensors_folder import DTYPES, INDEX, SINGLE
 from engine.parallel.sharding import Shape
 
@@ -26,8 +26,6 @@ _SLICE_BYTES = 16 << 20
 """Bytes that are made contiguous and written at a time."""
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _HOLDERS = {4: torch.int32, 2: torch.int16}
-JOURNAL = ".done.json"
-"""File that notes which files of an unfinished conversion are done."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +107,10 @@ class SafetensorsSink:
 
         Raises `OSError` where the folder cannot be written.
         """
-        self._folder, self._identity = folder, identity
-        self._shards = shards
+        self._folder, self._shards = folder, shards
+        self._journal = Journal(folder, identity)
         self._shard_of = {name: shard for shard in shards for name in shard.tensors}
-        self._done = self._whole_files()
+        self._done = self._journal.done
         self._left = {shard.name: set(shard.tensors) for shard in shards if shard.name not in self._done}
         self.resumed = len(self._done)
         for path in folder.glob("*.safetensors"):
@@ -146,7 +144,7 @@ class SafetensorsSink:
             if not left:
                 os.fsync(file.fileno())
         if not left:
-            self._note(shard.name)
+            self._journal.note_file(shard.name)
 
     def close(self) -> None:
         """Write the index where there are several files. Every tensor has been written."""
@@ -160,28 +158,6 @@ class SafetensorsSink:
             "weight_map": {name: shard.name for shard in self._shards for name in shard.tensors},
         }
         (self._folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
-
-    def _note(self, name: str) -> None:
-        """Note a file that is on the disk, with its hash."""
-        self._done[name] = file_digest(self._folder / name)
-        content = json.dumps({"identity": self._identity, "files": self._done})
-        partial = self._folder / f"{JOURNAL}.new"
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(self._folder / JOURNAL)
-
-    def _whole_files(self) -> dict[str, str]:
-        """Return the files of an earlier conversion of the same identity whose bytes are still those it wrote."""
-        try:
-            found = json.loads((self._folder / JOURNAL).read_text(encoding="utf-8"))
-            files = found["files"] if found["identity"] == self._identity else {}
-            known = {shard.name for shard in self._shards}
-            return {
-                name: digest
-                for name, digest in files.items()
-                if name in known and file_digest(self._folder / name) == digest
-            }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}
 
 
 def _slices(values: torch.Tensor, dtype: torch.dtype) -> Iterator[np.ndarray]:

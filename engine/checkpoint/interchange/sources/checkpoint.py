@@ -17,19 +17,19 @@ BLOCK_BYTES = 16 << 20
 
 
 class CheckpointSource:
-    """The weights of one checkpoint, or the values kept under the name of a moment (an average of the weights).
+    """The weights of one checkpoint, or the values kept under the name of a moment.
 
-    Parameters that were frozen have no such values and keep their weights.
+    Parameters that were frozen have no such values. An average of the weights is their weights then (`or_weights`).
     """
 
-    def __init__(self, path: Location, moment: str | None = None) -> None:
+    def __init__(self, path: Location, moment: str | None = None, or_weights: bool = True) -> None:
         """Open a checkpoint.
 
         Raises:
             CheckpointError: it is damaged, its files are not as its manifest says, or it holds no such moment.
         """
         self.path, self.manifest, self.bytes_read = path, open_checkpoint(path), 0
-        self._moment = moment
+        self._moment, self._or_weights = moment, or_weights
         if moment is not None:
             check_moment(self.manifest, moment, path)
         self._files = Files(path, self.manifest)
@@ -41,7 +41,11 @@ class CheckpointSource:
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
-        return {name: spec.stored_shape for name, spec in self.manifest.specs.items()}
+        specs = self.manifest.specs.items()
+        return {name: spec.stored_shape for name, spec in specs if self._or_weights or self._holds(name)}
+
+    def _holds(self, name: str) -> bool:
+        return self._moment in self.manifest.placements[name].moments
 
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32
@@ -50,13 +54,14 @@ class CheckpointSource:
         assert dim == 0, "parameters of ours are stored as they are"
         spec = self.manifest.specs[name]
         whole, row = ParameterSpec(name, spec.stored_shape), math.prod(spec.stored_shape[1:])
-        held = self._moment if self._moment in self.manifest.placements[name].moments else None
-        values, found = torch.empty((end - first) * row), torch.empty(0 if held is None else (end - first) * row)
+        held = self._moment if self._holds(name) else None
+        found = torch.empty((end - first) * row)
         # Mapped pages count as memory of this process until the file is unmapped: never more than a block of them.
         rows = max(1, BLOCK_BYTES // (4 * max(1, row)))
         for start in range(first, end, rows):
-            part = slice((start - first) * row, (min(start + rows, end) - first) * row)
-            moments = {} if held is None else {held: found[part]}
-            self.bytes_read += fill_shard(ParameterShard(whole, start * row, values[part], moments), self._files)
+            part = found[(start - first) * row : (min(start + rows, end) - first) * row]
+            # a moment is read beside the weight of the same rows, which is let go
+            weight, moments = (part, {}) if held is None else (torch.empty_like(part), {held: part})
+            self.bytes_read += fill_shard(ParameterShard(whole, start * row, weight, moments), self._files)
             self._files.release()
-        return (values if held is None else found).view(end - first, *spec.stored_shape[1:])
+        return found.view(end - first, *spec.stored_shape[1:])

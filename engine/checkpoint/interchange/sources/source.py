@@ -60,15 +60,20 @@ def read_parameter(source: Source, one: ParameterMap, first: int = 0, end: int |
         ConfigError: a value is not finite; or as `Source.read`.
     """
     values = one.ours(source.read, first, end).float().contiguous()
-    if not torch.isfinite(values).all():
+    rows = max(1, BLOCK_BYTES // (4 * max(1, values[:1].numel())))
+    # some rows at a time: the check makes copies of what it checks
+    if not all(torch.isfinite(values[at : at + rows]).all() for at in range(0, len(values), rows)):
         raise not_finite(source.origin, one.tensors)
     return values
 
 
-def check_source(source: Source, model_map: ModelMap, unused: Iterable[str] = ()) -> None:
+def check_source(
+    source: Source, model_map: ModelMap, unused: Iterable[str] = (), described_by: str = "its config.json"
+) -> None:
     """Check that a source holds the tensors of a model, and no others but copies of them.
 
-    `unused` are patterns of tensors that mean nothing. Reads the copies and what they repeat.
+    `unused` are patterns of tensors that mean nothing; `described_by` says in words where the model is described. Reads
+    the copies and what they repeat.
 
     Raises:
         ConfigError: names the tensors that are missing, unknown, of another shape, or no copies.
@@ -85,12 +90,17 @@ def check_source(source: Source, model_map: ModelMap, unused: Iterable[str] = ()
         problems.append(listed(told, "; "))
     if not problems:
         copies = model_map.copies.items()
-        problems = [_contradiction(copy, of) for copy, of in copies if copy in held and not _equal(source, copy, of)]
+        problems = [
+            _contradiction(copy, of, described_by)
+            for copy, of in copies
+            if copy in held and not _equal(source, copy, of)
+        ]
     if problems:
+        where = described_by.removeprefix("its ")
         raise ConfigError(
-            f"the weights in {source.origin} are not those of its config.json: {'; '.join(problems)}",
-            "exactly the tensors of the model, in the shapes that config.json says",
-            "complete the folder, or mend config.json (model_type, architectures, number of layers, tied embeddings; "
+            f"the weights in {source.origin} are not those of {described_by}: {'; '.join(problems)}",
+            f"exactly the tensors of the model, in the shapes that {where} says",
+            f"complete the folder, or mend {where} (model_type, architectures, number of layers, tied embeddings; "
             "vocab_size counts the rows of a padded vocabulary, too)",
         )
 
@@ -103,8 +113,8 @@ def unknown(source: Source, model_map: ModelMap, unused: Iterable[str] = ()) -> 
     return sorted(name for name in source.shapes if name not in known and not pattern.fullmatch(name))
 
 
-def _contradiction(copy: str, of: str) -> str:
-    return f"{copy} is not {of}, although config.json ties them"
+def _contradiction(copy: str, of: str, described_by: str) -> str:
+    return f"{copy} is not {of}, although {described_by.removeprefix('its ')} ties them"
 
 
 def _equal(source: Source, copy: str, of: str) -> bool:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.checkpoint.interchange.huggingface import ForeignWeights, from_huggingface, open_folder, read_model
+from engine.checkpoint.interchange.huggingface import from_huggingface, open_folder, read_model
+from engine.checkpoint.interchange.side import ForeignSide
+from engine.checkpoint.manifest import WEIGHT
 from engine.errors import ConfigError
 from tests.engine.models.tiny import BERT_FORMS, FORMS, T5_FORMS, random_weights, twin
 
@@ -163,15 +165,15 @@ def test_a_folder_that_ours_cannot_read_is_one_clear_error(folder_of, damage, me
 @pytest.mark.parametrize("form", CLASSES)
 def test_for_a_comparison_absent_and_unknown_tensors_are_told(folder_of, form):
     folder = folder_of(form)
-    whole = ForeignWeights(open_folder(folder, vocab_multiple=1))
+    whole = ForeignSide(open_folder(folder, vocab_multiple=1))
     weights = random_weights(ALL[form])
     assert whole.names == dict.fromkeys(weights, True)
-    assert all(torch.equal(whole.read(name), value) for name, value in weights.items())
+    assert all(torch.equal(whole.rows(name, WEIGHT, 0, len(value)), value) for name, value in weights.items())
 
     gone = last(load_file(folder / "model.safetensors"))
     alter(folder, lambda state: state.update(extra=state.pop(gone)))
-    found = ForeignWeights(open_folder(folder, vocab_multiple=1))
+    found = ForeignSide(open_folder(folder, vocab_multiple=1))
     (absent,) = [name for name, there in found.names.items() if not there]
     assert "norm" in absent
     assert found.names.keys() - weights.keys() == {"extra"}
-    assert found.read("extra").numel() == 0
+    assert found.states("extra") == (WEIGHT,)

@@ -1,4 +1,4 @@
-"""A checkpoint of ours as a universal checkpoint of DeepSpeed 0.19, which its engines load under any ZeRO stage.
+"""A universal checkpoint of DeepSpeed 0.19, written from a stream, which its engines load under any ZeRO stage.
 
 One folder `zero/<parameter>/` per parameter holds whole fp32 tensors: master weight, Adam's two moments, and the step.
 Beside them stand the few values that DeepSpeed asks for before it looks there: `optimizer_state.pt`, flat for ZeRO-1
@@ -17,82 +17,78 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint.compare import Opened
-from engine.checkpoint.container import damaged, disk_errors
-from engine.checkpoint.interchange.huggingface import Names
-from engine.checkpoint.manifest import WEIGHT, Manifest, key_of, moment_state
-from engine.checkpoint.storage import MANIFEST, Location
+from engine.checkpoint.container import disk_errors
+from engine.checkpoint.interchange.convert import Progress, no_progress
+from engine.checkpoint.interchange.mapping import ModelMap
+from engine.checkpoint.interchange.source_model import SourceWeights
+from engine.checkpoint.interchange.sources.universal import FOLDER, LATEST
+from engine.checkpoint.manifest import WEIGHT
 from engine.errors import CheckpointError
-from engine.parallel.sharding import ParameterSpec
 
-LATEST = "latest_universal"
-"""File that names the checkpoint in a folder that DeepSpeed loads; written last."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Moments that DeepSpeed's loader knows under ZeRO-3."""
 MOST_GROUPS = 1024
 """Number of empty groups in the file: DeepSpeed skips its own groups from the first on that has no entry there."""
 
 
-def logical(spec: ParameterSpec, values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return a tensor under its name here."""
-    return {spec.name: values}
-
-
-def write_universal(path: Location, output: Path, names: Names = logical) -> tuple[int, list[str]]:
-    """Write a checkpoint into `output`, a new or empty folder.
+def write_universal(
+    opened: SourceWeights, target: ModelMap, output: Path, progress: Progress = no_progress
+) -> tuple[int, list[str]]:
+    """Write weights, Adam's moments and the step under the names of `target` into `output`, a new or empty folder.
 
     Returns the number of parameters on the other side, and the names of moments that are left out.
 
     Raises:
-        CheckpointError: it is damaged, lacks a moment of Adam's for some parameter, or cannot be written.
+        CheckpointError: the source is damaged, lacks a moment of Adam's for some parameter, or the output cannot be
+            written.
     """
-    opened = Opened(path)
-    check_moments(opened.manifest)
-    left_out = [moment for moment in opened.manifest.moments if moment not in MOMENTS]
-    folder, step, count = output / path.name, opened.manifest.state.step, 0
-    for name, spec in opened.manifest.specs.items():
-        states = opened.read(name)
-        for key, file in ((WEIGHT, "fp32"), *((moment_state(moment), moment) for moment in MOMENTS)):
-            # popped, so that each state is let go once it is written
-            parts = names(spec, states.pop(key_of(key, name)))
-            for theirs, part in parts.items():
-                _check_name(path, theirs)
-                _save({"param": _own(part)}, folder / "zero" / theirs / f"{file}.pt")
-                if key == WEIGHT:
-                    # once per parameter, not per state
-                    _save(_step(step), folder / "zero" / theirs / "step.pt")
-                    count += 1
-    _save(_optimizer_state(step), folder / "zero" / "optimizer_state.pt")
+    check_moments(opened)
+    left_out = [moment for moment in opened.moments if moment not in MOMENTS]
+    step = opened.step or 0
+    tag = f"step-{step:08d}"
+    folder, count = output / tag, 0
+    for name, one in target.parameters.items():
+        for tensor in one.tensors:
+            _check_name(opened.source.origin, tensor)
+        for state, file in ((WEIGHT, "fp32"), *((moment, moment) for moment in MOMENTS)):
+            values = opened.read(name, state=state)
+            for tensor in one.tensors:
+                _save({"param": _own(one.theirs(tensor, values))}, folder / FOLDER / tensor / f"{file}.pt")
+            progress(values.nbytes)
+            del values  # before the next state is read
+        for tensor in one.tensors:
+            _save(_step(step), folder / FOLDER / tensor / "step.pt")
+        count += len(one.tensors)
+    _save(_optimizer_state(step), folder / FOLDER / "optimizer_state.pt")
     # ZeRO-3 looks for the second name, the others for the first.
     for prefix in ("", "zero_pp_rank_0_"):
         _save(_model_states(step), folder / f"{prefix}mp_rank_00_model_states.pt")
     with disk_errors(output):
-        (output / LATEST).write_text(path.name, encoding="utf-8")
+        (output / LATEST).write_text(tag, encoding="utf-8")
     return count, left_out
 
 
-def check_moments(manifest: Manifest) -> None:
+def check_moments(opened: SourceWeights) -> None:
     """Raise `CheckpointError` unless every parameter has Adam's two moments."""
-    states_of = {name: manifest.states_of(name) for name in manifest.specs}
-    odd = {name: states for name, states in states_of.items() if not set(_STATES) <= set(states)}
+    names = opened.map.parameters
+    odd = {name: held for name in names if not set(MOMENTS) <= set(held := opened.moments_of(name))}
     if odd:
-        name, states = next(iter(odd.items()))
-        held = ", ".join(state.removeprefix("optim.") for state in states[1:]) or "no moments"
+        name, moments = next(iter(odd.items()))
+        held = ", ".join(moments) or "no moments"
         raise CheckpointError(
-            f"a universal checkpoint cannot be made of this one: {name} has {held} (as {len(odd)} of "
-            f"{len(manifest.specs)} parameters)",
+            f"a universal checkpoint cannot be made of {opened.source.origin}: {name} has {held} (as {len(odd)} of "
+            f"{len(names)} parameters)",
             f"{' and '.join(MOMENTS)} of every parameter: DeepSpeed loads no others",
-            "convert the weights alone: --to huggingface, or --to dcp for everything",
+            "convert the weights alone: --to huggingface, --to deepspeed, or --to dcp",
         )
 
 
-def _check_name(path: Location, name: str) -> None:
+def _check_name(origin: str, name: str) -> None:
     """Raise `CheckpointError` for a name that is no folder's: it becomes one, and may not lead elsewhere."""
     if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
-        raise damaged(path / MANIFEST, f"the parameter name {name!r} is not that of a folder")
-
-
-_STATES = (WEIGHT, *map(moment_state, MOMENTS))
+        raise CheckpointError(
+            f"{origin}: the parameter name {name!r} is not that of a folder", "names without slashes", "use another one"
+        )
 
 
 def _step(step: int) -> torch.Tensor:
@@ -123,8 +119,9 @@ def _model_states(step: int) -> dict[str, Any]:
 
 
 def _own(values: torch.Tensor) -> torch.Tensor:
-    """Return values in memory of their own: `torch.save` writes the whole storage under a view."""
-    return values if values.untyped_storage().nbytes() == values.nbytes and values.is_contiguous() else values.clone()
+    """Return values row-major, in memory of their own: `torch.save` writes strides, and the storage under a view."""
+    is_own = values.untyped_storage().nbytes() == values.nbytes and values.is_contiguous()
+    return values if is_own else values.clone(memory_format=torch.contiguous_format)
 
 
 def _save(content: Any, path: Path) -> None:
