@@ -115,10 +115,11 @@ def test_a_wrong_row_is_told_with_its_file_and_column(tmp_path, rows, said):
         ("a.csv", b"text,label\na\n", "line 2 of .* another number of fields"),
         ("a.csv", b'text,label\n"a"b,c\n', "line 2 of"),
         ("a.csv", b"text,label\n\xff,c\n", "not UTF-8 at byte 11"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "t", "label": 1}\n' * 99)[:-9], "is damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "t", "label": 1}\n' * 99, mtime=0)[:-9], "is damaged"),
         ("a.parquet", b"PAR1", "cannot be read"),
         ("a.txt", b"a\tb", "of no format"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_damaged_file_is_one_clear_error(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
