@@ -54,13 +54,16 @@ def draw_methods(found: Rows, title: str, path: Path) -> None:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes: Any = figure.subplots()
-    for number, (name, row) in enumerate(found.items()):
+    # A name beside each point: as many colours and markers could not be told apart.
+    for name, row in found.items():
         if name != BASE:
-            axes.plot([row["new"]], [row["old"]], "osD^v<>P*X"[number % 10], color=f"C{number % 10}", label=name)
+            axes.plot([row["new"]], [row["old"]], "o", markersize=5, color="C0")
+            axes.annotate(name, (row["new"], row["old"]), xytext=(5, 3), textcoords="offset points", fontsize=7)
     axes.axhline(found[BASE]["old"], color="gray", linestyle="--", linewidth=0.8, label="before the new domain")
     axes.set(xlabel="loss of the new domain (nats per token)", ylabel="loss of the old domain", title=title)
     axes.grid(alpha=0.3)
-    figure.legend(fontsize=7, loc="outside right upper")
+    axes.margins(x=0.12)
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=110, format="png", metadata={"Software": None})
 
 
