@@ -172,7 +172,8 @@ def merge(
     paths = opened.members
     if wsm is not None:
         # a decay has an order: that of the steps
-        opened = Sources(sorted(paths, key=lambda one: one.state.step))
+        by_step: list[Member] = sorted(opened.members, key=lambda one: one.state.step)
+        opened = Sources(by_step)
         chosen = wsm_coefficients([one.state.step for one in opened.members], wsm)
     else:
         chosen = [1 / len(paths)] * len(paths) if weights is None else _numbers(weights)

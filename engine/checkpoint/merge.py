@@ -115,7 +115,7 @@ class Sources:
 
     def __init__(self, sources: Sequence[Location | Member]) -> None:
         """Open those that are checkpoints of ours. Raises `CheckpointError` where models or tokenizers differ."""
-        self.members = [one if isinstance(one, Member) else own_member(one) for one in sources]
+        self.members: list[Member] = [one if isinstance(one, Member) else own_member(one) for one in sources]
         for one in self.members[1:]:
             self._check(one)
 

@@ -239,7 +239,7 @@ def test_no_more_than_one_parameter_is_in_memory(tmp_path):
             assert write_universal(path, tmp_path / f"universal-{next(numbers)}") == (8, [])
         assert largest <= alive.peak <= 2.76 * largest
 
-    assert traced_peak(write) < largest  # headers and manifests: tighter than the half of three states that it was
+    assert traced_peak(write) < largest  # headers and manifests
 
 
 def test_what_deepspeed_does_not_load_is_refused(tmp_path):

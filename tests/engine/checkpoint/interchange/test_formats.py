@@ -82,7 +82,8 @@ def test_deepspeeds_zero_to_fp32_reads_what_is_written(run, tmp_path):
 
 def sharded(folder: Path, tensors: dict[str, torch.Tensor], moment_key: str) -> None:
     """A checkpoint as torch's own writer makes it of another trainer's tensors, with keys of its own."""
-    from torch.distributed.checkpoint import FileSystemWriter, save
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     tree: dict[str, Any] = {f"app.model.{name}": value for name, value in tensors.items()}
     for moment in MOMENTS:

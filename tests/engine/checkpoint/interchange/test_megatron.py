@@ -43,7 +43,8 @@ def test_megatrons_own_format_is_read_whatever_the_ranks(tmp_path, form, tensor,
 
 @pytest.mark.parametrize(("form", "spelling"), [("gpt2", "core"), ("llama", "transformer engine")])
 def test_torch_dist_with_stacked_layers_is_read(tmp_path, form, spelling):
-    from torch.distributed.checkpoint import FileSystemWriter, save
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     model = MODELS[form]
     weights = random_weights(model, seed=4)
