@@ -42,7 +42,7 @@ from engine.checkpoint.interchange.forms import (
     require_form,
 )
 from engine.checkpoint.interchange.huggingface import from_huggingface, to_huggingface
-from engine.config.schema.model import BERTConfig, GPTConfig, ModelConfig
+from engine.config.schema.model import BERTConfig, GPTConfig, ModelConfig, TaskHead
 from engine.config.schema.model import T5Config as OurT5Config
 from engine.config.schema.rotary import LinearScaling
 from engine.errors import CheckpointError, ConfigError
@@ -278,6 +278,8 @@ def tiny_change(config: ModelConfig, key: str) -> ModelConfig:
         new = not value
     elif key in ("num_kv_heads", "num_decoder_layers"):
         new = 1
+    elif key == "task_head":
+        new = TaskHead(task="classification", num_labels=3)
     elif key == "rope_scaling":
         new = LinearScaling(type="linear", factor=2.0)
     elif key == "first_window_layer":
