@@ -26,7 +26,8 @@ def make(folder: Path, sizes: str) -> None:
     state = CheckpointState(0, 0, 0, "0" * 16, config, {CONVERTED: {"kind": "random", "source": "bench.convert"}})
     generator = torch.Generator().manual_seed(0)
 
-    def values(spec: Any) -> Any:
+    def values(spec: Any, held: str) -> Any:
+        del held  # weights alone
         yield torch.randn(spec.stored_shape, generator=generator) * 0.02
 
     write_checkpoint(folder / "run" / CHECKPOINTS, state, specs, values, 5 * 10**9)

@@ -8,9 +8,11 @@ the cluster keeps accounts, sacct still knows older jobs.
 from __future__ import annotations
 
 import getpass
+import itertools
 import re
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -99,8 +101,7 @@ def status_lines(found: Found) -> list[str]:
             word = job.reason.partition(",")[0].strip("()")
             lines.append(f"  {WAITS.get(word, f'it waits: {job.reason}')}")
         if any(one.links for one in found.jobs):
-            links = [f"{one.links or 'the rest'} {one.state}" for one in sorted(found.jobs, key=_first_link)]
-            lines.append(f"  links of the chain: {', '.join(links)}")
+            lines.append(f"  links of the chain: {', '.join(_links(sorted(found.jobs, key=_first_link)))}")
     for attempt in job_logs.attempts(found.folder) if found.folder is not None else []:
         nodes = ", ".join(attempt.nodes)
         seconds = (attempt.ended or time.time()) - attempt.began
@@ -112,6 +113,18 @@ def status_lines(found: Found) -> list[str]:
     if found.run_folder is not None:
         lines.append(f"  step, loss and time left: palimpsest status {found.run_folder}")
     return lines
+
+
+def _links(jobs: Sequence[Job]) -> Iterator[str]:
+    """Yield the links of a chain with their state, those that follow one another in one state together.
+
+    Slurm lists links that wait as one job until somebody changes one of them, and apart from then on.
+    """
+    for state, alike in itertools.groupby(jobs, key=lambda job: job.state):
+        # "3-4" and "5" are 3-5; links that were cancelled while they waited have no numbers
+        numbers = [number for job in alike for number in job.links.split("-")]
+        ends = dict.fromkeys((numbers[0], numbers[-1]))
+        yield f"{'-'.join(ends) or 'the rest'} {state}"
 
 
 @app.command()

@@ -94,6 +94,15 @@ def chain(slurm: Slurm, run: Path) -> Slurm:
     return slurm
 
 
+def test_links_that_slurm_lists_apart_are_shown_together(chain: Slurm, run: Path, capfd) -> None:
+    """As after `scontrol update` of those that wait."""
+    states = ("COMPLETED", "RUNNING", "PENDING", "PENDING", "PENDING")
+    lines = [line(f"17_{number}", state, run) for number, state in enumerate(states, start=1)]
+    chain.jobs["17"] = "".join([*lines, line("17_[6-8%1]", "PENDING", run)])
+    assert call("status", "17") == 0
+    assert "links of the chain: 1 COMPLETED, 2 RUNNING, 3-8 PENDING" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["17", "17_2", "17_4", "19", "run"])
 def test_status_of_a_chain(chain: Slurm, run: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert call("status", str(run) if name == "run" else name) == 0

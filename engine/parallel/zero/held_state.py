@@ -118,10 +118,12 @@ class HeldState:
             rank, size = self.groups.tensor.position, self.groups.tensor.size
             with torch.no_grad():
                 for shard in self.parameter_shards():
-                    if shard.length:
-                        shard.weight.copy_(values_of(shard, value, rank, size))
-                    for name in shard.moments.keys() - self.added_moments if moments and shard.length else ():
-                        shard.moments[name].copy_(values_of(shard, moments(name), rank, size))
+                    if not shard.length:
+                        continue
+                    shard.weight.copy_(values_of(shard, value, rank, size))
+                    if moments is not None:
+                        for name in shard.moments.keys() - self.added_moments:
+                            shard.moments[name].copy_(values_of(shard, moments(name), rank, size))
 
         on_all(fill_shards, self.groups.world, CheckpointError)
         self.refresh()
