@@ -63,7 +63,7 @@ def test_dry_run_of_other_launchers(launcher: str, program: str, capfd: pytest.C
         (["--processes", "3"], "this run cannot start on 3 ranks: stages.0.global_batch_size = 8"),
         (["optimizer.learning_rat=1"], "did you mean learning_rate?"),
         (["--launcher", "lsf"], "--launcher = 'lsf'\n  allowed: local, deepspeed, torchrun, slurm"),
-        (["--nodes", "2"], "an option of slurm beside --launcher local"),
+        (["--nodes", "2"], "--nodes beside --launcher local"),
         (["--launcher", "slurm", "--processes", "2"], "--processes beside --launcher slurm"),
         (["--launcher", "slurm", "--nodes", "3", "--ranks-per-node", "1"], "make no world in which this run can start"),
         (["--launcher", "slurm", "--slurm", "allocation.acount=me"], "did you mean account?"),
