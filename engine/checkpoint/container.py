@@ -199,22 +199,22 @@ class Container:
         """Return `count` elements of an entry from `first` on (all by default): flat fp32; a write stays in memory.
 
         Raises:
-            CheckpointError: a remote file cannot be read.
+            CheckpointError: the file cannot be read: a server is gone, or it was removed or cut meanwhile.
         """
         length = self.entries[key].length
         count = length - first if count is None else count
         assert 0 <= first <= first + count <= length, f"{key}: elements {first} to {first + count} of {length}"
         start = self._data_start + self._offsets[key] + first * ITEM_BYTES
         stop = start + count * ITEM_BYTES
-        if isinstance(self.path, Remote):
-            try:
+        try:
+            if isinstance(self.path, Remote):
                 # bytearray: an array over bytes could not be written to, as torch wants
                 return np.frombuffer(bytearray(self.path.read_range(start, stop)), dtype=np.float32)
-            except OSError as problem:
-                raise damaged(self.path, f"cannot be read ({problem.strerror})") from problem
-        if self._map is None:
-            # mode c: private pages. torch wants memory that could be written to, and the file must stay as it is.
-            self._map = np.memmap(self.path, dtype=np.uint8, mode="c", offset=0, shape=(self.num_bytes,))
+            if self._map is None:
+                # mode c: private pages. torch wants memory that could be written to, and the file must stay as it is.
+                self._map = np.memmap(self.path, dtype=np.uint8, mode="c", offset=0, shape=(self.num_bytes,))
+        except (OSError, ValueError) as problem:  # numpy raises the latter where the file is too short
+            raise damaged(self.path, f"cannot be read ({getattr(problem, 'strerror', problem)})") from problem
         return self._map[start:stop].view(np.float32)
 
     def release(self) -> None:

@@ -119,14 +119,14 @@ def _verify_file(files: Files, name: str) -> Damage | None:
         # Both, always: a hash that is right says nothing of a manifest that asks the file for other shards.
         whole = file_digest(path) == record.xxh3
         files.check_file(name)
+        # Only where it is not, as it reads the file a second time: per shard, so that a user knows what is lost.
+        shards = [] if whole else files.file(name).damaged_entries()
     except CheckpointError as problem:
         return Damage(name, _reason(problem))
     except OSError as problem:
         return Damage(name, f"cannot be read ({problem.strerror})")
     if whole:
         return None
-    # Only now, as it reads the file a second time: per shard, so that a user knows what is lost.
-    shards = files.file(name).damaged_entries()
     where = f"in {', '.join(shards[:8])}{', ...' if len(shards) > 8 else ''}" if shards else "in its header"
     return Damage(name, f"bytes {where} are not those that were written (xxh3 differs)")
 

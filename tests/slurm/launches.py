@@ -24,7 +24,7 @@ from tests.slurm import hold
 from tests.slurm.cluster import ROOT, Cluster, ClusterError
 
 NUM_STEPS, HOLD_AT = 9, 5
-WAIT_SECONDS = 300.0
+WAIT_SECONDS = 600.0
 """Upper bound of every wait: torch takes long to be imported on a busy machine."""
 PYTHON_PATH = sys.executable
 PYTHON = """#!/bin/bash

@@ -90,7 +90,8 @@ def main() -> int:
                 write_atomically(saved, str(done))
             if stop:
                 break
-        code = EXIT_DONE if done == spec["steps"] else EXIT_REQUEUE
+        # more than asked for: saved by a longer start before this one
+        code = EXIT_DONE if done >= spec["steps"] else EXIT_REQUEUE
         heart.beat(done, "end")
         if environment.global_rank == 0:
             folder.note(Outcome(environment.job, environment.attempt, code, done))

@@ -8,6 +8,7 @@ import pytest
 
 from engine.checkpoint import manifest_json
 from engine.checkpoint.folder import committed
+from engine.checkpoint.load import Files
 from engine.checkpoint.verify import is_whole, verify, verify_files
 from tests.engine.checkpoint.threads import ThreadedRanks
 from tests.engine.checkpoint.worlds import World, fake_groups, layout_of, random_state, small_model, some_state
@@ -69,6 +70,22 @@ def cut_half(path):
 
 def flip_number(path):
     path.write_text(path.read_text().replace('"tokens": 25600', '"tokens": 25601'))
+
+
+def test_a_file_that_goes_while_its_damage_is_looked_for_is_told(checkpoints, monkeypatch):
+    """As where another process prunes meanwhile."""
+    path, check_file = checkpoints[0] / FILE, Files.check_file
+    flip(path, -1)
+
+    def check_and_lose(files, name):
+        check_file(files, name)
+        if name == FILE:
+            path.unlink()
+
+    monkeypatch.setattr(Files, "check_file", check_and_lose)
+    [found] = verify(checkpoints[0])
+    assert found.file == FILE
+    assert "cannot be read (No such file or directory)" in found.what
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -250,6 +250,9 @@ def test_the_command_tells_what_it_did(tmp_path, capsys):
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "float16"
     assert main(["checkpoint", "diff", str(tmp_path / "ours"), str(source)]) == EXIT_DONE
     assert "tensors are bitwise equal" in capsys.readouterr().out
-    for wrong, allowed in ((["--to", "dcp"], "--to palimpsest"), (["--shard-size", "much"], "5GB, 500MB or 2GiB")):
+    for wrong, allowed in (
+        (["--weights", "ema"], "--weights with --to huggingface"),
+        (["--shard-size", "much"], "5GB, 500MB or 2GiB"),
+    ):
         assert main(["convert", str(source), "--output", str(tmp_path / "no"), *wrong]) == EXIT_USAGE
         assert allowed in capsys.readouterr().err
