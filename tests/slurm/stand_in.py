@@ -1,9 +1,10 @@
 """A rank without torch, for tests of launchers: it starts as `palimpsest train` does, and then waits for the others.
 
 `python -m tests.slurm.stand_in SPEC.json`, where the file holds `folder` (the run folder), `steps`, `launch` (limits of
-a run), `save_every` (steps between two saves; none by default), and `fault`: null, or what befalls which rank in which
-step, or that no save succeeds in an attempt after a request to stop. A stand-in takes the run folder, has a heartbeat
-and a watcher, meets the others after each step, through files, and goes on from the step that was saved last.
+a run), `save_every` (steps between two saves; none by default), `deaf` (true: requests to stop are not heard), and
+`fault`: null, or what befalls which rank in which step, or that no save succeeds in an attempt after a request to stop.
+A stand-in takes the run folder, has a heartbeat and a watcher, meets the others after each step, through files, and
+goes on from the step that was saved last.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def main() -> int:
 
             def reduce(step: int = step) -> None:
                 nonlocal stop
-                stop = progress.meet(step + 1, signals.stop_requested)
+                stop = progress.meet(step + 1, signals.stop_requested and not spec.get("deaf"))
 
             all_reduce(reduce)
             hold.after_step()

@@ -113,8 +113,8 @@ def test_a_later_word_of_an_older_attempt_is_not_heard(make_cluster: MakeCluster
     """The first node is cut off: Slurm starts the job again on the others, while the old rank 0 still writes."""
     cluster = make_cluster(3)
     folder = cluster.folder / "run"
-    # The first start does not end; the second one has three steps.
-    first, second = spec(folder, steps=10**6), spec(cluster.folder / "again")
+    # The first start does not end, whoever asks: its rank 0 waits for the other one. The second one has three steps.
+    first, second = spec(folder, steps=10**6, deaf=True), spec(cluster.folder / "again")
     again = json.loads(second.read_text()) | {"folder": str(folder)}
     second.write_text(json.dumps(again))
     started = line("srun", "tests.slurm.stand_in", f"$([ -z $SLURM_RESTART_COUNT ] && echo {first} || echo {second})")

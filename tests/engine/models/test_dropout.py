@@ -135,7 +135,7 @@ def test_written_out_attention_is_the_kernel_s_where_nothing_is_dropped(causal):
 
 
 def test_the_feed_forward_part_of_a_tensor_rank_has_its_features_masks():
-    config = make_model(**(CONFIG.model_dump(include=ModelConfig.model_fields.keys()) | {"family": "t5"}))
+    config = make_model(**(CONFIG.model_dump(include=set(ModelConfig.model_fields)) | {"family": "t5"}))
     assert Dropout(CONFIG, KEYS_B).inner(0) is None, "GPT and BERT drop what it makes alone"
     whole, part = Dropout(config, KEYS_B).inner(3), Dropout(config, KEYS_B, first_given=4, tensor_rank=2).inner(3)
     assert whole is not None
