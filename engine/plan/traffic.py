@@ -119,7 +119,7 @@ def stage_traffic(
 
 @dataclass(frozen=True)
 class _Stage:
-    """What the traffic of one rank of a pipeline stage follows from."""
+    """Sizes that the traffic of one rank of a pipeline stage follows from."""
 
     model: ModelConfig
     parallel: ParallelConfig

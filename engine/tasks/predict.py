@@ -28,7 +28,7 @@ _ROWS = 32
 
 
 class Predictions(NamedTuple):
-    """What a model says of each example of a data set, in its order."""
+    """Logits of a model for each example of a data set, in its order, and the labels expected."""
 
     expected_N: np.ndarray
     """Numbers of the labels (int64), or the numbers of a regression (fp64)."""

@@ -22,7 +22,7 @@ _PROBLEMS = {"classification": "single_label_classification", "regression": "reg
 
 @dataclass(frozen=True)
 class _Head:
-    """What stands in the place of the head over the vocabulary."""
+    """Modules and fields of theirs that replace those of the head over the vocabulary."""
 
     names: dict[str, Theirs]
     fields: tuple[Field, ...] = ()
