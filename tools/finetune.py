@@ -34,9 +34,11 @@ def main(
     if prepare is not None:
         _write_run_file(task, overrides or [], prepare)
         return
+    from engine.tasks.measures import require_packages
     from launcher.environment import rank_environment
     from tools.train import start
 
+    require_packages()
     runs: list[RunConfig] = []
 
     def load(path: Path, given: list[str]) -> RunConfig:

@@ -20,8 +20,6 @@ from engine.errors import DataError
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
 """Endings of the files, compressed ones (`text_files.SUFFIXES`) having another one behind it."""
-Label = str | float
-"""A label as a name, or a number that a regression predicts."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from engine.checkpoint.folder import find
 from engine.checkpoint.interchange.huggingface import side_files
@@ -90,11 +90,11 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
     return parse_run(whole, source)
 
 
-class _Task:
+class _Task(NamedTuple):
     """The examples of a task by their part of `data` (`train`, `validation`), with the numbers of their labels."""
 
-    def __init__(self, labels: tuple[str, ...], parts: dict[str, tuple[Examples, list[int] | list[float]]]) -> None:
-        self.labels, self.parts = labels, parts
+    labels: tuple[str, ...]
+    parts: dict[str, tuple[Examples, list[int] | list[float]]]
 
 
 def _read(stage: Tree, name: ObjectiveName) -> _Task:
