@@ -118,7 +118,10 @@ def run_attempts(
                 words = "failed: the nodes that are there make no world in which this run can start"
                 owned.note_failure(Outcome(owned.start.job, owned.start.attempt, EXIT_FAILURE, 0, None, words))
                 return Ending(Verdict(EXIT_FAILURE, words), "", no_world=True)
-            return _loop(run, starter, restarts, owned, tell, inbox)
+            ending = _loop(run, starter, restarts, owned, tell, inbox)
+            if ending.verdict.code == EXIT_REQUEUE and inbox.arrived:
+                inbox.ignore_from_now_on()
+            return ending
         except PalimpsestError as error:
             start = owned.start
             owned.note_failure(Outcome(start.job, start.attempt, error.exit_code, 0, None, str(error)))

@@ -40,6 +40,12 @@ class Signals:
             signal.signal(number, handler)
         self._before.clear()
 
+    def ignore_from_now_on(self) -> None:
+        """Ignore the signals until the process has ended: the ranks have saved, and its exit code has to say so."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+        self._before.clear()
+
     def take(self) -> list[signal.Signals]:
         """Return those that have come since the last call."""
         # A handler may append meanwhile: what the slice does not have is returned by the next call.

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from engine.logs import ROOT
+from launcher.signals import FORWARDED
 from tests.sources import imports
 
 REPOSITORY = Path(__file__).parents[1]
@@ -133,8 +134,10 @@ def group_of(source: str) -> str:
 
 @pytest.fixture(autouse=True)
 def process_state() -> Iterator[None]:
-    """Leave the package's logger and the environment as they were: commands that tests run in this process set both."""
+    """Leave the package's logger, the environment and handlers of signals as they were: commands that tests run in this
+    process set all three."""
     root, environment = logging.getLogger(ROOT), dict(os.environ)
+    handled = {number: signal.getsignal(number) for number in FORWARDED}
     handlers, level, propagate = [*root.handlers], root.level, root.propagate
     yield
     root.handlers[:] = handlers
@@ -143,6 +146,9 @@ def process_state() -> Iterator[None]:
     for name in os.environ.keys() - environment.keys() - {"PYTEST_CURRENT_TEST"}:
         del os.environ[name]
     os.environ.update(environment)
+    for number, handler in handled.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

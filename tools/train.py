@@ -25,7 +25,7 @@ from engine.config.load import folder_of, load_run
 from engine.config.rank_environment import RankEnvironment
 from engine.config.resolve import Layout, resolve
 from engine.config.schema.run import RunConfig
-from engine.errors import EXIT_FAILURE, EnvironmentProblem, PalimpsestError
+from engine.errors import EXIT_FAILURE, EXIT_REQUEUE, EnvironmentProblem, PalimpsestError
 from engine.heartbeat import Heartbeat
 from engine.outcome import Outcome
 from engine.plan.frozen import check_patterns
@@ -72,7 +72,10 @@ def start(
             # The supervisor sends signals to ranks that have given a sign of life: handlers first, then the beat.
             heart.beat(0, "start")
             given = [*overrides, *hidden_overrides(os.environ)]
-            return _run(lambda: load(config, given), lambda: folder_of(config, given), environment, signals, heart)
+            code = _run(lambda: load(config, given), lambda: folder_of(config, given), environment, signals, heart)
+            if code == EXIT_REQUEUE:
+                signals.ignore_from_now_on()
+            return code
     except PalimpsestError as error:
         # Every rank finds the same mistake; one full report is enough.
         if environment is not None and environment.global_rank > 0:

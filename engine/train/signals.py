@@ -66,12 +66,23 @@ class StopSignals:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._before.clear()
         # before the pipe is closed: its descriptor may be another file's the moment after
         signal.set_wakeup_fd(self._wakeup_before)
         os.write(self._write_end, _END)
         self._thread.join()
         os.close(self._read_end)
         os.close(self._write_end)
+
+    def ignore_from_now_on(self) -> None:
+        """Ignore `STOP` until the process has ended, also after the `with` block.
+
+        Call it once a run has saved because it was told to: the same signal often comes again while the interpreter
+        ends, which takes a second with torch, and would turn the exit code into that of a killed process.
+        """
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+        self._before.clear()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """Set the flag where the main thread is free to; the thread does the counting: it knows when a signal came."""

@@ -96,6 +96,8 @@ def main() -> int:
         heart.beat(done, "end")
         if environment.global_rank == 0:
             folder.note(Outcome(environment.job, environment.attempt, code, done))
+        if code == EXIT_REQUEUE:
+            signals.ignore_from_now_on()
         return code
 
 

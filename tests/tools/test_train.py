@@ -2,13 +2,16 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import tools.train
 from engine import outcome
+from engine.errors import EXIT_DONE, EXIT_REQUEUE
 from engine.outcome import Outcome
 from tests.tools.folder_in_use import contents, held
 
@@ -101,3 +104,12 @@ def test_in_a_folder_in_use_nothing_is_written(tmp_path: Path) -> None:
             mistaken = train(SMOKE, "folder=run", "seed=x", RANK=rank, LOCAL_RANK=rank, **world)
             assert mistaken.returncode == 2
         assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(("code", "ignored"), [(EXIT_DONE, False), (EXIT_REQUEUE, True)])
+def test_signals_after_a_run_has_saved_do_not_change_its_exit_code(
+    code: int, ignored: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tools.train, "_run", lambda *_: code)
+    assert tools.train.start(tmp_path / "run.yaml", []) == code
+    assert (signal.getsignal(signal.SIGTERM) is signal.SIG_IGN) == ignored

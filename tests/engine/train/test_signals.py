@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from engine import output
-from engine.errors import EXIT_FAILURE
+from engine.errors import EXIT_FAILURE, EXIT_REQUEUE
 from engine.train import signals
 from engine.train.signals import StopSignals
 from launcher.ports import free_port
@@ -66,6 +66,29 @@ def test_nohup_keeps_its_meaning() -> None:
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+REPEATS = """
+import os, signal, sys
+from engine.errors import EXIT_REQUEUE
+from {module} import {name}
+
+with {name}() as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    stop.ignore_from_now_on()
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+    os.kill(os.getpid(), number)
+sys.exit(EXIT_REQUEUE)
+"""
+
+
+@pytest.mark.usefixtures("heard_hangup")
+@pytest.mark.parametrize(("module", "name"), [("engine.train.signals", "StopSignals"), ("launcher.signals", "Signals")])
+def test_signals_that_come_again_while_a_saved_run_ends_leave_its_exit_code(module: str, name: str) -> None:
+    """After the handlers are gone and before the process is: a preemption sends SIGTERM more than once."""
+    rank = _start(REPEATS.format(module=module, name=name))
+    _, errors = rank.communicate(timeout=WAIT_SECONDS)
+    assert (rank.returncode, errors.count("Traceback")) == (EXIT_REQUEUE, 0), errors
 
 
 def test_output_that_nobody_reads_asks_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
