@@ -34,15 +34,15 @@ def main(
     if prepare is not None:
         _write_run_file(task, overrides or [], prepare)
         return
-    from engine.tasks.measures import require_packages
+    from engine.tasks.kinds import KINDS
     from launcher.environment import rank_environment
     from tools.train import start
 
-    require_packages()
     runs: list[RunConfig] = []
 
     def load(path: Path, given: list[str]) -> RunConfig:
         runs.append(_resolved(path, given))
+        KINDS[runs[-1].stages[0].objective.name].require_packages()  # before the run, not at its end
         return runs[-1]
 
     code = start(task, overrides or [], load, "finetune")
@@ -78,15 +78,15 @@ def _finish(run: RunConfig) -> None:
     from engine.serve.export import export
     from engine.serve.quiet import quiet
     from engine.serve.source import open_trained
-    from engine.tasks.predict import MEASURES, measures_of, predict, write_predictions
+    from engine.tasks.predict import MEASURES, predict, write_predictions
 
     quiet()
     (stage,) = run.stages
     trained = open_trained(run.folder)
     for location in stage.data.validation_locations:
         predictions = predict(trained, stage, TokenDataset(location))
-        write_predictions(predictions, stage, run.folder)
-        measures = measures_of(predictions, stage)
+        write_predictions(predictions, run.folder)
+        measures = predictions.measures()
         write_atomically(run.folder / MEASURES, json.dumps(measures, indent=1, ensure_ascii=False) + "\n")
         print(_told(measures))
     output = run.folder / EXPORT

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import Tag, ValidationError
 from ruamel.yaml import YAML
@@ -24,6 +24,7 @@ from engine.config.schema.section import Section
 from engine.errors import ConfigError, PalimpsestError, report
 
 Tree = dict[str, Any]
+S = TypeVar("S", bound=Section)
 LARGEST_BYTES = 1 << 20
 """Largest size of a file; real ones have a few thousand bytes."""
 DEEPEST = 64
@@ -95,6 +96,20 @@ def parse_run(tree: Tree, source: str) -> RunConfig:
         raise ConfigError(
             f"configuration {source}: {error}", "numbers, text, lists and sections", "put text in quotes"
         ) from None
+
+
+def parse_section(kind: type[S], tree: Any, at: tuple[str | int, ...], source: str) -> S:
+    """Return a section at these keys that is read before the rest of its file, which is still to be completed.
+
+    Raises:
+        ConfigError: any key or value is wrong (all of them in one report).
+    """
+    try:
+        return kind.model_validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        items = [{**item, "loc": (*at, *item["loc"])} for item in error.errors()]
+        problems: list[PalimpsestError] = [_explain(item) for item in _causes(items)]
+        raise report(problems, f"configuration {source}") from None
 
 
 def read_tree(path: Path, _above: tuple[Path, ...] = ()) -> Tree:

@@ -11,12 +11,6 @@ from engine.extras import need
 Measures = dict[str, Any]
 
 
-def require_packages() -> None:
-    """Raise `EnvironmentProblem` where a package of the measures is missing: before a run, not at its end."""
-    need("sklearn", "measuring labels", "tasks")
-    need("scipy", "measuring numbers", "tasks")
-
-
 def of_labels(expected: np.ndarray, predicted: np.ndarray, labels: tuple[str, ...]) -> Measures:
     """Return accuracy, F1 (micro, macro and of each label), Matthews' correlation and the confusion matrix, whose rows
     are the expected labels. Both arrays are (n,) numbers of labels."""

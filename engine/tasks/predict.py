@@ -1,39 +1,28 @@
-"""Predictions of a fine-tuned checkpoint on encoded examples, in one process, and what they are worth.
+"""Predictions of a fine-tuned checkpoint on encoded examples, in one process.
 
-Legend: B batch, C labels.
+Legend: B batch, T tokens of a row, C labels.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from engine.atomic import write_atomically
 from engine.config.schema.stage import RunStage
-from engine.data.objectives.examples import LABEL
 from engine.data.shards.dataset import TokenDataset
 from engine.data.validation import ValidationSamples
 from engine.models.materialize import whole_model
 from engine.serve.source import Trained
-from engine.tasks.measures import Measures, of_labels, of_numbers
+from engine.tasks.kind import Predictions
+from engine.tasks.kinds import KINDS
 
 PREDICTIONS, MEASURES = "predictions.jsonl", "measures.json"
 """Names of the files in a run folder."""
 _ROWS = 32
-
-
-class Predictions(NamedTuple):
-    """Logits of a model for each example of a data set, in its order, and the labels expected."""
-
-    expected_N: np.ndarray
-    """Numbers of the labels (int64), or the numbers of a regression (fp64)."""
-    logits_NC: np.ndarray
-    """fp32."""
 
 
 def predict(trained: Trained, stage: RunStage, dataset: TokenDataset) -> Predictions:
@@ -43,43 +32,31 @@ def predict(trained: Trained, stage: RunStage, dataset: TokenDataset) -> Predict
         DataError: the data does not serve the stage.
         CheckpointError: the checkpoint is damaged.
     """
+    return KINDS[stage.objective.name].decode(logits_of(trained, stage, dataset), dataset, stage.objective)
+
+
+def logits_of(trained: Trained, stage: RunStage, dataset: TokenDataset) -> list[np.ndarray]:
+    """Return the logits of each row of a data set, in its order: (C,), or of its n tokens (n, C); fp32.
+
+    Raises as `predict`.
+    """
     samples = ValidationSamples(
         dataset, stage.sequence_length, stage.data.attention, packing=stage.data.packing, objective=stage.objective
     )
     model = whole_model(trained.config, trained.weights).eval()
-    logits = []
+    logits: list[np.ndarray] = []
     with torch.inference_mode():
         for batch in samples.batches(0, 1, _ROWS):
             inputs = {name: tensor for name, tensor in batch.inputs.items() if not name.startswith("label")}
-            logits.append(model(**inputs)["logits_BC"].float().numpy())
-    columns = [dataset.column(LABEL, number) for number in range(dataset.num_shards)]
-    expected_N = np.concatenate(columns)
-    # padding rows stand at the end
-    return Predictions(expected_N, np.concatenate(logits)[: len(expected_N)])
+            (found,) = model(**inputs).values()
+            logits += list(found.float().numpy())
+    documents = [np.diff(dataset.offsets(number)[0]) for number in range(dataset.num_shards)]
+    lengths = np.concatenate(documents).tolist()
+    # Padding rows stand at the end of all, padding at the end of each row.
+    return [row if row.ndim == 1 else row[:length] for row, length in zip(logits, lengths, strict=False)]
 
 
-def measures_of(predictions: Predictions, stage: RunStage) -> Measures:
-    """Return the measures of predictions, those of the stage's objective."""
-    if stage.objective.name == "regression":
-        return of_numbers(predictions.expected_N, predictions.logits_NC[:, 0].astype(np.float64))
-    return of_labels(predictions.expected_N, predictions.logits_NC.argmax(1), stage.objective.labels)
-
-
-def write_predictions(predictions: Predictions, stage: RunStage, folder: Path) -> None:
-    """Write a line of JSON for each example. Raises `OSError`."""
-    lines = (json.dumps(row, ensure_ascii=False) for row in _rows(predictions, stage))
+def write_predictions(predictions: Predictions, folder: Path) -> None:
+    """Write the predictions to the run folder, an object a line. Raises `OSError`."""
+    lines = (json.dumps(row, ensure_ascii=False) for row in predictions.rows())
     write_atomically(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines))
-
-
-def _rows(predictions: Predictions, stage: RunStage) -> Iterator[dict[str, object]]:
-    labels = stage.objective.labels
-    for expected, logits_C in zip(predictions.expected_N, predictions.logits_NC, strict=True):
-        if not labels:
-            yield {"expected": float(expected), "predicted": float(logits_C[0])}
-            continue
-        shares_C = torch.from_numpy(logits_C).softmax(0).tolist()
-        yield {
-            "expected": labels[int(expected)],
-            "predicted": labels[int(logits_C.argmax())],
-            "probabilities": {name: round(share, 6) for name, share in zip(labels, shares_C, strict=True)},
-        }

@@ -17,19 +17,22 @@ from engine.checkpoint.interchange.huggingface import side_files
 from engine.checkpoint.interchange.initial import format_of, model_of
 from engine.checkpoint.load import read_state
 from engine.checkpoint.storage import location_of
-from engine.config.load import Tree, merge, parse_run
+from engine.config.load import Tree, merge, parse_run, parse_section
 from engine.config.objectives import OBJECTIVES
 from engine.config.schema.data import ColumnsConfig
 from engine.config.schema.model import ModelConfig, make_model
-from engine.config.schema.objective import ObjectiveName
+from engine.config.schema.objective import ObjectiveConfig, ObjectiveName
 from engine.config.schema.run import RunConfig
 from engine.corpus.tokenizer_import import import_tokenizer
 from engine.corpus.tokenizer_training import Purpose
+from engine.data.shards.index import read_index
 from engine.data.tokenizer.files import MODEL_FILE
 from engine.errors import ConfigError
 from engine.serve.source import describe
-from engine.tasks.encode import Framing, encoded_folder
-from engine.tasks.examples import Examples, find_labels, read_examples, require_examples_of
+from engine.tasks.encode import encoded_folder, longest
+from engine.tasks.framing import Framing
+from engine.tasks.kind import Examples, Kind
+from engine.tasks.kinds import KINDS
 
 EPOCHS = 3.0
 BATCH = 32
@@ -69,46 +72,44 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
         )
     if "tokenizer" not in tree:
         tree["tokenizer"] = str(_tokenizer(init_from, folder, model))
-    task = _read(stage, name)
-    labels = task.labels
-    head = {"task": name, "num_labels": len(labels) if name == "classification" else 1}
-    model = make_model(**(model.model_dump() | {"task_head": head}))
+    task = _read(stage, name, source)
+    model = make_model(**(model.model_dump() | {"task_head": task.kind.head(task.objective.labels)}))
     framing = Framing(Path(tree["tokenizer"]), model)
     length = stage.get("sequence_length") or _length(framing, task, model)
     encoded = {
-        part: str(encoded_folder(examples, numbers, framing, length, folder / EXAMPLES, part))
-        for part, (examples, numbers) in task.parts.items()
+        part: encoded_folder(task.kind, examples, task.objective, framing, length, folder / EXAMPLES, part)
+        for part, examples in task.parts.items()
     }
-    stage |= {"name": stage.get("name", name), "sequence_length": length, "data": dict(stage["data"]) | encoded}
+    stage |= {"name": stage.get("name", name), "sequence_length": length}
+    stage["data"] = dict(stage["data"]) | {part: str(location) for part, location in encoded.items()}
     stage["data"].pop("columns", None)
-    stage["objective"] = {"name": name} | ({"labels": list(labels)} if name == "classification" else {})
-    _lengths(stage, len(task.parts["train"][0]))
+    stage["objective"] = task.objective.model_dump(mode="json", exclude_unset=True)
+    num_rows = read_index(encoded["train"]).num_documents
+    _lengths(stage, num_rows)
     tree["model"] = model.model_dump(mode="json")
     tree["stages"] = [stage]
     whole = merge(copy.deepcopy(DEFAULTS), tree | {"init_from": _section(tree["init_from"])})
-    whole.setdefault("evaluation", {}).setdefault("every_steps", _steps(1.0, stage, len(task.parts["train"][0])))
+    whole.setdefault("evaluation", {}).setdefault("every_steps", _steps(1.0, stage, num_rows))
     return parse_run(whole, source)
 
 
 class _Task(NamedTuple):
-    """The examples of a task by their part of `data` (`train`, `validation`), with the numbers of their labels."""
+    """A kind of task, its objective with the names of all labels, and its examples by their part of `data` (`train`,
+    `validation`)."""
 
-    labels: tuple[str, ...]
-    parts: dict[str, tuple[Examples, list[int] | list[float]]]
+    kind: Kind[Any]
+    objective: ObjectiveConfig
+    parts: dict[str, Examples]
 
 
-def _read(stage: Tree, name: ObjectiveName) -> _Task:
-    data = stage["data"]
-    columns = ColumnsConfig.model_validate(data.get("columns", {}))
-    read = {part: read_examples(str(data[part]), columns) for part in ("train", "validation") if data.get(part)}
-    if name == "regression":
-        return _Task((), {part: (examples, examples.numbers()) for part, examples in read.items()})
-    given = stage.get("objective", {})
-    named = tuple(given.get("labels", ())) if isinstance(given, dict) else ()
-    labels = named or find_labels(read["train"])
-    numbered = {part: (examples, examples.numbered(labels)) for part, examples in read.items()}
-    require_examples_of(labels, *numbered["train"])
-    return _Task(labels, dict(numbered))
+def _read(stage: Tree, name: ObjectiveName, source: str) -> _Task:
+    data, kind = stage["data"], KINDS[name]
+    columns = parse_section(ColumnsConfig, data.get("columns", {}), ("stages", 0, "data", "columns"), source)
+    objective = parse_section(ObjectiveConfig, stage["objective"], ("stages", 0, "objective"), source)
+    parts = {part: kind.read(str(data[part]), columns) for part in ("train", "validation") if data.get(part)}
+    if labels := kind.labels(parts, objective.labels):
+        objective = objective.model_copy(update={"labels": labels})
+    return _Task(kind, objective, parts)
 
 
 def _start_of(tree: Tree, source: str) -> str:
@@ -175,8 +176,9 @@ def _tokenizer(init_from: str, folder: Path, model: ModelConfig) -> Path:
 
 def _length(framing: Framing, task: _Task, model: ModelConfig) -> int:
     """Return the tokens of a row: as many as the longest example has, rounded up, and as the model has positions."""
-    longest = max(framing.longest(examples, model.max_positions) for examples, _ in task.parts.values())
-    return min(math.ceil(longest / LENGTH_MULTIPLE) * LENGTH_MULTIPLE, model.max_positions)
+    most = model.max_positions
+    parts = [task.kind.encode(examples, task.objective, framing, most) for examples in task.parts.values()]
+    return min(math.ceil(max(map(longest, parts)) / LENGTH_MULTIPLE) * LENGTH_MULTIPLE, most)
 
 
 def _lengths(stage: Tree, num_examples: int) -> None:

@@ -214,8 +214,10 @@ class TokenDataset:
             return found
 
     def column(self, name: str, number: int) -> np.ndarray:
-        """Return a column of a shard, verified, (documents,) int64 or float64. Raises as `shard`, and `DataError` where
-        the shard has none of that name."""
+        """Return a column of a shard, verified, (documents,) or (tokens,) int64 or float64.
+
+        Raises as `shard`, and `DataError` where the shard has none of that name.
+        """
         key = (name, number)
         if key not in self._columns:
             array = dict(self.index.shards[number].columns).get(name)
@@ -232,6 +234,10 @@ class TokenDataset:
                     file.close()
                 self._verified[array.file] = identity
         return self._columns[key]
+
+    def whole_column(self, name: str) -> np.ndarray:
+        """Return a column of all shards, one behind the other. Raises as `column`."""
+        return np.concatenate([self.column(name, number) for number in range(self.num_shards)])
 
     def offsets(self, number: int) -> Offsets:
         """Return a shard's `documents` and `sentences`, verified; no token is read. Raises as `shard`."""

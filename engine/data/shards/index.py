@@ -2,7 +2,7 @@
 
 A shard is a set of named flat arrays: `tokens`, `documents` (offsets of the documents' first tokens, then the number
 of tokens) and, where asked for, `sentences` (the same of sentences, in which those of the documents appear again),
-`ids` (the documents' own, which training does not read) and named `columns`, one number for each document.
+`ids` (the documents' own, which training does not read) and named `columns`, one number for each document or token.
 Each array is a file of its own, plain or compressed; the tokens may also be a range of bytes of a foreign file that
 lies elsewhere (`tokens_folder`). A later version may add arrays to the table: this reader ignores names that it does
 not know, and the version of a folder is the lowest whose readers understand it: 1, or 2 where something is compressed
@@ -105,7 +105,7 @@ class ShardEntry:
     sentences: ArrayFile | None = None
     ids: ArrayFile | None = None
     columns: tuple[tuple[str, ArrayFile], ...] = ()
-    """Numbers of the documents, one for each, by the name of the column."""
+    """Numbers of the documents or of their tokens, one for each, by the name of the column."""
 
     def to_json(self) -> dict[str, Any]:
         names = {"tokens": self.tokens, "documents": self.documents, "sentences": self.sentences}
@@ -371,7 +371,7 @@ def _shard(number: int, item: dict[str, Any], is_foreign: bool) -> ShardEntry:
     if documents.length < 1:
         raise ValueError(f"{where}.documents is empty")
     ids = None if item.get("ids") is None else _array(item["ids"], f"{where}.ids", (ID_DTYPE,))
-    columns = _columns(item.get("columns", {}), f"{where}.columns", documents.length - 1)
+    columns = _columns(item.get("columns", {}), f"{where}.columns", documents.length - 1, tokens.length)
     if item.get("sentences") is None:
         return ShardEntry(tokens, documents, ids=ids, columns=columns)
     sentences = _array(item["sentences"], f"{where}.sentences", (OFFSET_DTYPE,))
@@ -380,13 +380,17 @@ def _shard(number: int, item: dict[str, Any], is_foreign: bool) -> ShardEntry:
     return ShardEntry(tokens, documents, sentences, ids, columns)
 
 
-def _columns(items: dict[str, Any], where: str, num_documents: int) -> tuple[tuple[str, ArrayFile], ...]:
+def _columns(
+    items: dict[str, Any], where: str, num_documents: int, num_tokens: int
+) -> tuple[tuple[str, ArrayFile], ...]:
     found = []
     for name, item in items.items():
         require_column_name(name)
         array = _array(item, f"{where}.{name}", COLUMN_DTYPES)
-        if array.length != num_documents:
-            raise ValueError(f"{where}.{name} has {array.length} numbers for {num_documents} documents")
+        if array.length not in (num_documents, num_tokens):
+            raise ValueError(
+                f"{where}.{name} has {array.length} numbers for {num_documents} documents of {num_tokens} tokens"
+            )
         found.append((name, array))
     return tuple(found)
 

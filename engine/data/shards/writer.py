@@ -70,7 +70,7 @@ class ShardWriter:
         self._shards: list[ShardEntry] = []
         self._pending: list[np.ndarray] = []
         self._pending_sentences: list[np.ndarray | None] = []
-        self._pending_columns: list[Mapping[str, float]] = []
+        self._pending_columns: list[Mapping[str, float | np.ndarray]] = []
         self._pending_tokens = 0
 
     def __enter__(self) -> ShardWriter:
@@ -87,13 +87,13 @@ class ShardWriter:
         self,
         tokens: np.ndarray,
         sentences: np.ndarray | None = None,
-        columns: Mapping[str, float] = {},
+        columns: Mapping[str, float | np.ndarray] = {},
     ) -> None:
         """Append one document's tokens, its end-of-text included. Raises `DataError` when the disk is full.
 
         `sentences` are the positions of their first tokens, rising from 0: given for every document or for none.
         `columns` are the document's numbers by the name of their column, the same names for every document: int for
-        whole numbers, float for others.
+        whole numbers, float for others, or an array with one for each token.
         """
         assert sentences is None or sentences[0] == 0
         assert 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size
@@ -118,7 +118,9 @@ class ShardWriter:
         sentences = np.concatenate(starts) if starts else None
         tokens = np.concatenate(self._pending)
         columns = {
-            name: np.array([document[name] for document in self._pending_columns]) for name in self._pending_columns[0]
+            # numbers of documents become one-element arrays, so that both kinds are joined end to end
+            name: np.concatenate([np.atleast_1d(document[name]) for document in self._pending_columns])
+            for name in self._pending_columns[0]
         }
         entry = write_shard(
             self.folder, len(self._shards), tokens, lengths, sentences, self._compression, columns=columns
@@ -159,8 +161,8 @@ def write_shard(
     columns: Mapping[str, np.ndarray] = {},
 ) -> ShardEntry:
     """Write the arrays of one shard: `tokens` in their final dtype, the `lengths` of its documents, the first tokens of
-    all its sentences, `ids` as `engine.data.shards.ids` has them, and `columns` of numbers (documents,) of any integer
-    or floating dtype. Raises `DataError` when they cannot be written.
+    all its sentences, `ids` as `engine.data.shards.ids` has them, and `columns` of numbers (documents,) or (tokens,) of
+    any integer or floating dtype. Raises `DataError` when they cannot be written.
     """
     try:
         return ShardEntry(

@@ -94,6 +94,14 @@ def test_a_regression_has_one_number(tmp_path, start):
         ({"stages": [{"objective": "masked", "data": {"train": "x"}}]}, "classification or regression"),
         ({"stages": [{"objective": "classification", "data": {}}]}, "data.train names no file"),
         ({"init_from": "nowhere"}, "nowhere"),
+        (
+            {"stages": [{"objective": "classification", "data": {"train": "x", "columns": {"txt": "a"}}}]},
+            "unknown key stages.0.data.columns.txt",
+        ),
+        (
+            {"stages": [{"objective": {"name": "regression", "label": ["a"]}, "data": {"train": "x"}}]},
+            "unknown key stages.0.objective.label",
+        ),
     ],
 )
 def test_a_wrong_task_file_is_refused(tmp_path, start, change, said):

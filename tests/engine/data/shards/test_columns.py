@@ -36,6 +36,15 @@ def test_columns_come_back_in_their_types(tmp_path, compression):
     dataset.verify()
 
 
+def test_a_column_may_have_a_number_for_each_token(tmp_path):
+    with ShardWriter(tmp_path, 1000, 0, "hash", shard_bytes=8) as writer:
+        for document in DOCUMENTS:
+            writer.add(document, columns={"tag": document % 5})
+    dataset = TokenDataset(tmp_path)
+    assert dataset.num_shards > 1
+    assert dataset.whole_column("tag").tolist() == (np.concatenate(DOCUMENTS) % 5).tolist()
+
+
 def test_columns_are_part_of_the_fingerprint_and_not_of_the_shards_name(tmp_path):
     one, other = write(tmp_path / "one"), write(tmp_path / "other", labels=[LABELS[0] + 1, *LABELS[1:]])
     plain = ShardWriter(tmp_path / "plain", 1000, 0, "hash", 800)

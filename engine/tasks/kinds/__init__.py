@@ -1,0 +1,14 @@
+"""Kinds of tasks, each in a module of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.config.schema.objective import ObjectiveName
+from engine.tasks.kind import Kind
+from engine.tasks.kinds.classification import Classification
+from engine.tasks.kinds.regression import Regression
+
+KINDS: Mapping[ObjectiveName, Kind[Any]] = {kind.name: kind for kind in (Classification(), Regression())}
+"""Every kind by the name of its objective."""
