@@ -74,6 +74,7 @@ def main(
             "a new or empty folder",
             "name another --output, or --overwrite",
         )
+    limit = max_megabytes * 1_000_000 if max_megabytes else None
     if imported:
         _import(expand(imported), output, purpose)
         return
@@ -81,7 +82,6 @@ def main(
         texts = None
         if sources:
             find_sources(sources)
-            limit = max_megabytes * 1_000_000 if max_megabytes else None
             texts = partial(read_texts, sources, text_key, blank_line_ends, limit)
         _extend(extended, output, tokens, texts, add or (0 if tokens else _USUALLY_LEARNT))
         return
@@ -89,7 +89,12 @@ def main(
     find_sources(sources)  # a wrong name is told before anything is written
     if (told := told_foreign(sources)) is not None:
         print(told, file=sys.stderr)
-    texts = read_texts(sources, text_key, blank_line_ends, max_megabytes * 1_000_000 if max_megabytes else None)
+    _train(read_texts(sources, text_key, blank_line_ends, limit), output, kind, vocab_size, purpose, lowercase)
+
+
+def _train(
+    texts: Iterator[str], output: Path, kind: TokenizerKind, vocab_size: int, purpose: Purpose, lowercase: bool
+) -> None:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress, _told(progress):
         trained = train_tokenizer(_shown(texts, progress), output, kind, vocab_size, purpose, lowercase)

@@ -168,6 +168,49 @@ def stage_memory(
     """
     numel = entries.local_numel(parallel.tensor)
     trained = numel - frozen
+    states = _states(parallel, precision, data_size, numel, trained, single_moments, added_moments)
+    dtype_bytes = DTYPE_BYTES[precision.dtype]
+    # hpZ's second copy, split over the ranks of one group only (Wang et al. 2023).
+    second = -(-numel * dtype_bytes // parallel.gather_within) if parallel.gather_within else 0
+    # The head's tokens are split over the sequence axis; tensor ranks gather rows and split the vocabulary instead.
+    predicted = parallel.micro_batch_size * lengths.predicted // parallel.sequence if has_head else 0
+    return Memory(
+        weights=states.weights + second,
+        master=states.master,
+        moments=states.moments,
+        added_moments=states.added_moments,
+        gradients=states.gradients,
+        bucket=_bucket_bytes(parallel, precision, trained),
+        gathered=_gathered_elements(parallel, entries, bool(recomputed)) * dtype_bytes,
+        activations=activation_bytes(
+            model, parallel, precision, *_with_gradients(layers, recomputed, kept), lengths, segments, in_flight, device
+        ),
+        logits=head_bytes(model, parallel, predicted, dtype_bytes, math.ceil(in_flight))
+        + soft_targets * SOFT_TARGET_BYTES,
+        host=states.host,
+    )
+
+
+class _States(NamedTuple):
+    """Bytes of a rank's weights and of what is kept beside each: on the device, and `host` on the host."""
+
+    weights: int
+    master: int
+    moments: int
+    added_moments: int
+    gradients: int
+    host: int
+
+
+def _states(
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    data_size: int,
+    numel: int,
+    trained: int,
+    single_moments: int,
+    added_moments: int,
+) -> _States:
     per_element = states_per_element(parallel, data_size, precision)
     counts = (numel, trained, trained, trained)  # of weights, master, moments, gradients
     weights, master, moments, gradients = (
@@ -181,26 +224,7 @@ def stage_memory(
     if parallel.offload == "optimizer":
         on_host += added
         master = moments = added = 0
-    dtype_bytes = DTYPE_BYTES[precision.dtype]
-    # hpZ's second copy, split over the ranks of one group only (Wang et al. 2023).
-    second = -(-numel * dtype_bytes // parallel.gather_within) if parallel.gather_within else 0
-    # The head's tokens are split over the sequence axis; tensor ranks gather rows and split the vocabulary instead.
-    predicted = parallel.micro_batch_size * lengths.predicted // parallel.sequence if has_head else 0
-    return Memory(
-        weights=weights + second,
-        master=master,
-        moments=moments,
-        added_moments=added,
-        gradients=gradients,
-        bucket=_bucket_bytes(parallel, precision, trained),
-        gathered=_gathered_elements(parallel, entries, bool(recomputed)) * dtype_bytes,
-        activations=activation_bytes(
-            model, parallel, precision, *_with_gradients(layers, recomputed, kept), lengths, segments, in_flight, device
-        ),
-        logits=head_bytes(model, parallel, predicted, dtype_bytes, math.ceil(in_flight))
-        + soft_targets * SOFT_TARGET_BYTES,
-        host=on_host,
-    )
+    return _States(weights, master, moments, added, gradients, on_host)
 
 
 def _bucket_bytes(parallel: ParallelConfig, precision: PrecisionConfig, trained: int) -> int:
