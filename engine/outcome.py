@@ -28,7 +28,8 @@ def file_name(job: str, attempt: int) -> str:
 class Outcome:
     """Outcome of one attempt of a job.
 
-    `code` is one of the `EXIT_*` of `engine.errors`; `step` the last whole step; `rank` the first to fail."""
+    `code` is one of the `EXIT_*` of `engine.errors`; `step` the last whole step; `rank` the first to fail; `early` is
+    True where early stopping has ended the run before its last step."""
 
     job: str
     attempt: int
@@ -36,6 +37,7 @@ class Outcome:
     step: int
     rank: int | None = None
     error: str = ""
+    early: bool = False
 
     def is_of(self, job: str, attempt: int) -> bool:
         """Return True if it says how that attempt of that job ended."""
@@ -45,7 +47,7 @@ class Outcome:
         """Return True if a run of so many steps is done, now that its file may have a run stage more than it had when
         this was written: for whoever decides to start it again, or to leave it alone."""
         done = 0  # `EXIT_DONE`, of a room beside this one
-        return self.code == done and self.step >= num_steps
+        return self.code == done and (self.early or self.step >= num_steps)
 
 
 def write(folder: Path, outcome: Outcome) -> None:

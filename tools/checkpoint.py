@@ -91,9 +91,9 @@ def prune(
     where: Where,
     keep_last: Annotated[int, typer.Option(min=1, help="The newest so many stay.")] = 2,
     keep_every: Annotated[int | None, typer.Option(min=1, help="Those of steps that are multiples stay.")] = None,
-    keep_best: Annotated[int, typer.Option(min=0, help="So many with the least metric stay.")] = 0,
+    keep_best: Annotated[int, typer.Option(min=0, help="So many with the best metric stay.")] = 0,
     metric: Annotated[
-        Literal["validation_loss", "loss"], typer.Option(help="What --keep-best judges by, from metrics.jsonl.")
+        str, typer.Option(help="What --keep-best judges by, from metrics.jsonl: a loss, or a measure of a task.")
     ] = "validation_loss",
     yes: Annotated[bool, typer.Option("--yes", help="Remove them; without it, only say which.")] = False,
 ) -> None:
@@ -325,11 +325,13 @@ def _model_for(sources: list[str], run: Path | None) -> ModelConfig | None:
 
 
 def _metric(location: Location, name: str) -> dict[int, float]:
+    """Return the metric of each step as a cost. Raises `CheckpointError` where no record has it."""
     from engine.checkpoint.folder import run_of
+    from engine.config.metrics import cost
     from engine.train.records import METRICS, read_metrics
 
     run = run_of(location)
-    found = {int(record["step"]): float(record[name]) for record in read_metrics(run) if name in record}
+    found = {int(record["step"]): cost(name, float(record[name])) for record in read_metrics(run) if name in record}
     if not found:
         raise CheckpointError(
             f"no {name} in {run / METRICS}", "the metrics of the run", "name the run folder, or leave --keep-best out"

@@ -29,7 +29,7 @@ class Retention:
     keep_every: int | None = None
     """Checkpoints of steps that are a multiple stay. None means that no multiple does."""
     keep_best: int = 0
-    """Number of checkpoints with the least metric that stay, among those that have one."""
+    """Number of checkpoints with the least metric that stay, among those that have one; of equal ones the earliest."""
     metric: Mapping[int, float] = field(default_factory=dict)
     """Metric by step; smaller is better."""
     borders: frozenset[int] = frozenset()
@@ -43,7 +43,9 @@ class Retention:
         if self.keep_every is not None:
             kept |= {path for path in newest_first if step_of(path) % self.keep_every == 0}
         judged = [path for path in newest_first if step_of(path) in self.metric]
-        return kept | set(sorted(judged, key=lambda path: self.metric[step_of(path)])[: self.keep_best])
+        return kept | set(
+            sorted(judged, key=lambda path: (self.metric[step_of(path)], step_of(path)))[: self.keep_best]
+        )
 
 
 def victims(newest_first: list[AnyLocation], retention: Retention, verified: AnyLocation | None) -> list[AnyLocation]:

@@ -132,6 +132,8 @@ class Objective:
     """Module of `engine.data.objectives` that makes its rows. None means that it is called as the objective."""
     is_task: bool = False
     """It learns from labelled examples, with a head of its own (`model.task_head`) of the same name."""
+    measures: tuple[str, ...] = ()
+    """Names of the measures of its predictions that are single numbers, the main one first; a task alone has some."""
 
 
 def _task(keys: tuple[str, ...]) -> Objective:

@@ -59,6 +59,14 @@ class ValidationSamples:
         sizes = [min(int(ends[-1]), max_samples or int(ends[-1])) for ends in self._ends]
         self._starts = np.array([0, *itertools.accumulate(sizes)])
         self.num_samples = sum(sizes)
+        self.is_measured = not self.names and self.num_samples == sum(int(ends[-1]) for ends in self._ends)
+        """True for one data set without a name of which `max_samples` leaves nothing out: a task's predictions on it
+        have measures."""
+
+    @property
+    def datasets(self) -> list[TokenDataset]:
+        """The data sets in their order."""
+        return [source.dataset for source in self._sources]
 
     def batches(self, data_rank: int, data_size: int, micro_batch_size: int) -> Iterator[Batch]:
         """Yield this data rank's micro-batches, whose `domains_B` are numbers of data sets.
@@ -66,7 +74,7 @@ class ValidationSamples:
         Every rank gets the same number of them, of the same shape; what is missing at the end are padding rows. Raises
         `DataError` where a shard is damaged.
         """
-        for rows in micro_batch_rows(self.num_samples, data_rank, data_size, micro_batch_size):
+        for rows in self.numbers(data_rank, data_size, micro_batch_size):
             # data sets of 5 and 3 samples: starts (0, 5, 8); sample 5 is the first of the second, number 1
             domains = np.searchsorted(self._starts, rows, side="right") - 1
             shard_rows = np.empty((len(rows), 2), np.int64)
@@ -76,6 +84,10 @@ class ValidationSamples:
             yield from make_batches(self._sources, domains, addresses, shard_rows, 1, micro_batch_size)
             for source in self._sources:
                 source.dataset.release()
+
+    def numbers(self, data_rank: int, data_size: int, micro_batch_size: int) -> list[np.ndarray]:
+        """Return the numbers of the samples in each of this data rank's micro-batches; the last ones may be short."""
+        return micro_batch_rows(self.num_samples, data_rank, data_size, micro_batch_size)
 
     def num_batches(self, data_size: int, micro_batch_size: int) -> int:
         """Return the number of micro-batches that each data rank gets."""

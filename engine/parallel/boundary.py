@@ -18,6 +18,10 @@ DOMAINS = "domains_B"
 ROW_LOSSES = "row_losses_BL"
 """Name of the rows' shares of `losses_L`, without gradients, that a last chunk returns if called with `by_row`."""
 
+LOGITS = "logits"
+"""Name of the logits, (B, C) or (B, T, C), that a last chunk with a task's head returns beside its losses in
+evaluation."""
+
 
 @dataclass(frozen=True)
 class MicroBatchShape:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from engine.parallel.boundary import DOMAINS, ROW_LOSSES, Field, Tensors, differentiable
+from engine.parallel.boundary import DOMAINS, LOGITS, ROW_LOSSES, Field, Tensors, differentiable
 from engine.parallel.collectives import Work, receive, send
 from engine.parallel.deferral import DeferredGradients
 from engine.parallel.groups import Group, Groups
@@ -101,12 +101,15 @@ class Pipeline:
         return self._run(order, inputs, loss_scales_L, by_domain)
 
     @torch.no_grad()
-    def evaluate(self, inputs: list[Tensors], by_domain: DomainSums | None = None) -> torch.Tensor:
+    def evaluate(
+        self, inputs: list[Tensors], by_domain: DomainSums | None = None, logits: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """Run forward passes only; return the micro-batches' summed losses (L,), 0 unless on the last stage.
 
-        `by_domain` as in `train`.
+        `by_domain` as in `train`. The logits of each micro-batch, of a task's head on the last stage, are added to
+        `logits`, where it is given.
         """
-        total_L = self._run(forward_only(*self.sizes, len(inputs)), inputs, None, by_domain)
+        total_L = self._run(forward_only(*self.sizes, len(inputs)), inputs, None, by_domain, logits)
         self.engine.free_weights()
         return total_L
 
@@ -116,6 +119,7 @@ class Pipeline:
         inputs: list[Tensors],
         loss_scales_L: torch.Tensor | None,
         by_domain: DomainSums | None,
+        logits: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         total_L = torch.zeros(self.num_losses, dtype=torch.float32, device=self.engine.device)
         # Passes that still add to gradients. The engine reduces in the last one, whatever chunk and micro-batch it is.
@@ -131,6 +135,8 @@ class Pipeline:
                         total_L += made["losses_L"].detach()
                         if by_domain is not None:
                             by_domain.add(inputs[micro_batch][DOMAINS], made[ROW_LOSSES])
+                        if logits is not None:
+                            logits.append(made[LOGITS])
                 case Backward(chunk=chunk, micro_batch=micro_batch):
                     left -= 1
                     self._backward(chunk, micro_batch, loss_scales_L, is_last=left == 0)

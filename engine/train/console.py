@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 
+from engine.config.metrics import MEASURE
 from engine.config.schema.run import RunConfig
 from engine.logs import duration
 
@@ -64,7 +65,7 @@ class Terminal:
         # The kind of a record is told by its keys: the three kinds share none of these.
         at = f"step {step:>6}/{self.num_steps}  "
         if "validation_loss" in record:
-            print(f"{at}validation {losses(record, 'validation_loss')}", flush=True)
+            print(f"{at}validation {losses(record, 'validation_loss')}{_measures(record)}", flush=True)
         elif "rollback" in record:
             left_out = record["left_out_to"] - record["left_out_from"]
             print(f"{at}again: rollback {record['rollback']}, {left_out} samples left out", flush=True)
@@ -83,6 +84,13 @@ class Terminal:
 
     def close(self) -> None:
         pass
+
+
+def _measures(record: Mapping[str, float]) -> str:
+    """Return the measures of a validation record as text, but for those of single labels and data sets."""
+    beside = ("validation_loss", "validation_seconds")
+    names = [name for name in record if name.startswith(MEASURE) and name not in beside and "/" not in name]
+    return "".join(f"  {name.removeprefix(MEASURE)} {record[name]:.4f}" for name in names)
 
 
 def losses(record: Mapping[str, float], key: str) -> str:

@@ -84,7 +84,7 @@ class CurrentRunStage:
     @property
     def ends_run_stage(self) -> bool:
         """True where no step of the run stage is left."""
-        return self.state.stage_step >= self.run_stage.num_steps
+        return self.state.stage_step >= self.run_stage.num_steps or self._hooks.ends_early()
 
     @property
     def is_done(self) -> bool:

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 
 from engine.config.schema.regularization import EMA
 from engine.data.validation import ValidationSamples
-from engine.errors import EXIT_USAGE, EnvironmentProblem, PalimpsestError
+from engine.errors import EXIT_USAGE, DataError, EnvironmentProblem, PalimpsestError
 from engine.logs import logger, phase
 from engine.parallel.agreement import on_first
 from engine.parallel.collectives import Group
@@ -27,6 +28,7 @@ from engine.train.feed import Feed
 from engine.train.hooks import Hook, Run
 from engine.train.ledger_records import losses_risen
 from engine.train.metrics import Record, is_evaluation
+from engine.train.predictions import Measure, RowLogits
 from engine.train.records import INITIAL_LOSS, VALIDATION_LOSS, records_of
 from engine.train.step_totals import Sums, means
 
@@ -42,8 +44,12 @@ class Forgotten(PalimpsestError):
 
 
 class Validation(Hook):
-    """Hook that records the validation loss every `evaluation.every_steps` steps and at the end of a run stage, and
-    what the sets of earlier run stages have lost since those ended."""
+    """Hook that records the validation loss every `evaluation.every_steps` steps and at the end of a run stage, the
+    measures of a task's predictions, and what the sets of earlier run stages have lost since those ended."""
+
+    def __init__(self, measure: Measure | None = None) -> None:
+        """Make the hook; `measure` None means that the run has no task with measures."""
+        self._measure = measure
 
     def start(self, run: Run) -> bool:
         """Make up for the evaluation that the start before did not come to."""
@@ -186,10 +192,12 @@ class Validation(Hook):
         if beyond:
             self._raise_alarm(run, beyond[-1])
 
-    @staticmethod
-    def _pass(run: Run, samples: ValidationSamples, what: str) -> Record | None:
+    def _pass(self, run: Run, samples: ValidationSamples, what: str) -> Record | None:
         step = run.state.step
-        return evaluate(
+        logits = None
+        if self._measure is not None and samples is run.feed.validation and samples.is_measured:
+            logits = RowLogits(samples, run.groups, run.config.parallel.micro_batch_size)
+        found = evaluate(
             run.pipeline,
             run.feed,
             run.sums,
@@ -197,7 +205,17 @@ class Validation(Hook):
             lambda: run.requests.stop_requested,
             samples,
             what,
+            logits,
         )
+        return found if found is None or logits is None else found | self._measured(run, samples, what, logits)
+
+    def _measured(self, run: Run, samples: ValidationSamples, what: str, logits: RowLogits) -> Record:
+        """Return the measures of predictions, by names that begin as `what` does. Collective over the world."""
+        measure, rows = self._measure, logits.gathered()
+        assert measure is not None
+        # by one rank: all of them have to come to the same numbers, bit for bit
+        found = on_first(lambda: measure(run.run_stage, samples.datasets[0], rows), run.groups.world, DataError)
+        return {f"{what.removesuffix('loss')}{name}": value for name, value in found.items()}
 
 
 def next_ratio(run: Run) -> float | None:
@@ -217,11 +235,12 @@ def evaluate(
     stop_requested: Callable[[], bool],
     samples: ValidationSamples,
     what: str = VALIDATION_LOSS,
+    logits: RowLogits | None = None,
 ) -> Record | None:
     """Return the record of `what`, the mean over all targets of the samples, and of `WHAT/NAME` of each data set that
     has a name; or None where a stop was requested on any rank.
 
-    `beat` is called before each chunk. Collective over the world.
+    `beat` is called before each chunk. `logits` takes those of a task's head. Collective over the world.
     """
     names = samples.names
     shape = (1 + len(names), len(sums.names))  # of all data sets, then of each
@@ -233,7 +252,13 @@ def evaluate(
         # Every rank draws exactly `num_validation_chunks` times, also one that reads nothing: each turn is collective.
         inputs, weights_L, weights_KL = sums.of_weights(lambda: next(chunks), len(names))
         by_domain = sums.by_domain(len(names))
-        sums_L = pipeline.evaluate(inputs, **({} if by_domain is None else {"by_domain": by_domain}))
+        given: dict[str, Any] = {} if by_domain is None else {"by_domain": by_domain}
+        made: list[torch.Tensor] = []
+        if logits is not None:
+            given["logits"] = made
+        sums_L = pipeline.evaluate(inputs, **given)
+        if logits is not None:
+            logits.add(made)
         # The request to stop travels with the losses, so all ranks leave the loop after the same chunk.
         found, (stop,), found_KL = sums.of_losses(sums_L, (float(stop_requested()),), by_domain)
         if stop:

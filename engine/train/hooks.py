@@ -185,6 +185,10 @@ class Hook:
         """Do what belongs between two steps; return True if a stop was requested on any rank meanwhile."""
         return False
 
+    def ends_early(self) -> bool:
+        """Return True where the run stage is to end at the step where it stands, on all ranks alike."""
+        return False
+
     def state(self) -> dict[str, Any]:
         """Return the section of a checkpoint, as JSON, equal on every rank."""
         return {}
@@ -260,6 +264,10 @@ class Hooks:
     def between_steps(self, run: Run) -> bool:
         """Return True if a stop was requested on any rank meanwhile; hooks after it are left out then."""
         return any(hook.between_steps(run) for hook in self._hooks)
+
+    def ends_early(self) -> bool:
+        """Return True where a hook ends the run stage at the step where it stands."""
+        return any(hook.ends_early() for hook in self._hooks)
 
     def sections(self) -> dict[str, Any]:
         """Return what hooks keep in a checkpoint, by name."""

@@ -12,7 +12,7 @@ import torch
 from engine.config.rank_environment import RankEnvironment
 from engine.config.resolve import Layout
 from engine.config.schema.run import RunConfig
-from engine.errors import EXIT_FAILURE, CheckpointError, EnvironmentProblem, PalimpsestError
+from engine.errors import EXIT_DONE, EXIT_FAILURE, CheckpointError, EnvironmentProblem, PalimpsestError
 from engine.heartbeat import Heartbeat
 from engine.logs import logger, phase
 from engine.outcome import Outcome
@@ -26,6 +26,7 @@ from engine.run_folder import RunFolder
 from engine.train.build import join_groups
 from engine.train.facts import facts_of_start, gpu_of
 from engine.train.failures import LostNeighbour, translate_error
+from engine.train.predictions import Measure
 from engine.train.signals import StopSignals
 from engine.train.trainer import Trainer
 
@@ -41,10 +42,11 @@ def train(
     signals: StopSignals,
     heart: Heartbeat,
     folder: RunFolder,
+    measure: Measure | None = None,
 ) -> int:
     """Train to the end of the run, or until a signal; return the exit code. Every rank of the world calls it.
 
-    Rank 0, or its supervisor, has taken `folder`, the run folder.
+    Rank 0, or its supervisor, has taken `folder`, the run folder. `measure` measures the predictions of the run's task.
 
     Raises:
         PalimpsestError: what a user can mend; checkpoints that were committed stay whole.
@@ -59,11 +61,12 @@ def train(
         warn_of_split_groups(groups, environment)
     trainer = None
     try:
-        trainer = Trainer(config, groups, environment, device, signals, heart)
+        trainer = Trainer(config, groups, environment, device, signals, heart, measure)
         code = trainer.fit()
         trainer.checkpoints.end(trainer.state)
         if environment.global_rank == 0:
-            folder.note(Outcome(environment.job, environment.attempt, code, trainer.state.step))
+            step, early = trainer.state.step, code == EXIT_DONE and trainer.ends_early
+            folder.note(Outcome(environment.job, environment.attempt, code, step, early=early))
         barrier(groups.world)  # no rank leaves before the outcome stands: launchers signal the others when one ends
     except Exception as error:
         step = trainer.state.step if trainer is not None else 0

@@ -17,6 +17,7 @@ from engine.checkpoint.retention import Retention, prune
 from engine.checkpoint.saver import Saver
 from engine.checkpoint.stores import Store
 from engine.config.load import load_run
+from engine.config.metrics import cost
 from engine.config.rank_environment import RankEnvironment
 from engine.config.resume import compare, meaning_hash, refuse_new_meaning
 from engine.config.save import FILE, save_run
@@ -53,7 +54,7 @@ class RunCheckpoints:
         self.begun_step: int | None = None
         """Step of the last checkpoint that was begun on the disk."""
         self._metric: dict[int, float] = {}
-        """`checkpoint.best_metric` of the committed checkpoints, by step, as far as it has been looked up."""
+        """Cost by `checkpoint.best_metric` of the committed checkpoints, by step, as far as it has been looked up."""
 
     def acquire(self) -> TrainState:
         """Take the checkpoints for this start of the run, and write the configuration to the folder.
@@ -152,6 +153,11 @@ class RunCheckpoints:
         """Wait for the save in flight and its commit; raises as `advance`."""
         self._tolerate(self._saver.settle)
 
+    def finish(self, state: TrainState) -> bool:
+        """Wait for the save in flight; return True if the disk has the newest checkpoint of this state."""
+        self.settle()
+        return on_first(lambda: saved.newest(self.config.folder) == state.step, self.groups.world, CheckpointError)
+
     def abandon(self) -> None:
         """End what writes in the background; for the end of a rank, not collective."""
         self._saver.abandon()
@@ -241,7 +247,8 @@ class RunCheckpoints:
             known = {step: self._metric[step] for step in steps if step in self._metric}
             # Each is looked up once: a commit costs the same however many checkpoints stay.
             unknown = [step for step in steps if step not in known]
-            self._metric = known | metric_of(self.config.folder, unknown, keep.best_metric)
+            found = metric_of(self.config.folder, unknown, keep.best_metric)
+            self._metric = known | {step: cost(keep.best_metric, value) for step, value in found.items()}
         ends = self.config.run_stage_ends
         retention = Retention(keep.keep_last, keep.keep_every, keep.keep_best, self._metric, ends)
         try:

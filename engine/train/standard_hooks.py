@@ -9,24 +9,30 @@ from engine.errors import EnvironmentProblem
 from engine.logs import phase
 from engine.parallel.agreement import on_all
 from engine.train.admission import Admission
+from engine.train.best import BestCheckpoint
+from engine.train.early_stopping import EarlyStopping
 from engine.train.evaluation import Validation
 from engine.train.hooks import Hook, Run
 from engine.train.metrics import Metrics, open_metrics
 from engine.train.node_speed import NodeSpeed
+from engine.train.predictions import Measure
 from engine.train.records import Record
 from engine.train.regularization import Regularization
 from engine.train.rollback import Stability
 
 
-def standard_hooks(config: RunConfig) -> list[Hook]:
+def standard_hooks(config: RunConfig, is_main_rank: bool, measure: Measure | None = None) -> list[Hook]:
     """Return the hooks of a run in the order in which they are called.
 
     Metrics come first: what other hooks record has to find the files open, and cut at the step where the run goes on.
-    Validation comes last: a checkpoint does not wait for it.
+    Validation comes last, before what its records decide: a checkpoint does not wait for it. `measure` measures the
+    predictions of a run's task.
     """
     kept: list[Hook] = [Admission(config, config.reservoir)] if config.reservoir is not None else []
     kept += [MemoryCheckpoints(config), NodeSpeed(config.launch.probe_every_steps), Regularization()]
-    return [Recorder(), Stability(config.stability), *kept, Validation()]
+    judges: list[Hook] = [BestCheckpoint(config, is_main_rank)] if config.checkpoint.keep_best else []
+    judges += [EarlyStopping(config)] if config.evaluation.early_stopping is not None else []
+    return [Recorder(), Stability(config.stability), *kept, Validation(measure), *judges]
 
 
 class Recorder(Hook):

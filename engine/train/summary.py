@@ -56,7 +56,8 @@ def process_seconds() -> float:
 def summary(config: RunConfig, state: TrainState, spent: Spent, total_seconds: float, code: int) -> str:
     """Return the summary of a run that ends with `code`, as lines of text; `total_seconds` are those of this start."""
     num_steps = config.num_steps
-    how = "done" if code == EXIT_DONE else "saved; start it again to go on"
+    done = "done" if state.step >= num_steps else "ended early: evaluations no longer improved"
+    how = done if code == EXIT_DONE else "saved; start it again to go on"
     rows = {
         "trained": f"{state.step:,} of {num_steps:,} steps, {state.tokens:,} tokens ({how})",
         "training loss": f"{state.loss:.4f}" if state.loss is not None else "",

@@ -31,6 +31,7 @@ from engine.train.checks import check_invariants
 from engine.train.current_run_stage import CurrentRunStage
 from engine.train.feed import Feed
 from engine.train.hooks import Hooks, Update
+from engine.train.predictions import Measure
 from engine.train.records import Record
 from engine.train.requests import Requests
 from engine.train.run_checkpoints import RunCheckpoints
@@ -55,7 +56,10 @@ class Trainer:
         device: torch.device,
         signals: StopSignals,
         heart: Heartbeat,
+        measure: Measure | None = None,
     ) -> None:
+        """Build this rank's part of the run, and load where it goes on; `measure` measures the predictions of its
+        task. Collective over the world."""
         if config.init_from is not None:
             given = config
             config = on_all(lambda: with_fingerprint(given), groups.world, ConfigError)
@@ -64,7 +68,7 @@ class Trainer:
         self._save_requested = False
         self.spent = Spent()
         self.checkpoints = RunCheckpoints(config, groups, environment)
-        self.hooks = Hooks(standard_hooks(config))
+        self.hooks = Hooks(standard_hooks(config, self.is_main_rank, measure))
         self.current = CurrentRunStage(
             config,
             groups,
@@ -111,6 +115,11 @@ class Trainer:
     def is_done(self) -> bool:
         """True where no step of the run is left."""
         return self.current.is_done
+
+    @property
+    def ends_early(self) -> bool:
+        """True where the run ends before its last step."""
+        return self.is_done and self.state.step < self.config.num_steps
 
     @property
     def is_main_rank(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engine.config.metrics import TRAINING_LOSS, evaluated_metrics
 from engine.config.schema.run import RunConfig
 from engine.errors import ConfigError, PalimpsestError
 
@@ -25,7 +26,7 @@ def check_keeping(config: RunConfig, problems: list[PalimpsestError]) -> None:
                 "set it: one checkpoint, at the end, has nothing to be better than",
             )
         )
-    elif checkpoint.keep_best and checkpoint.best_metric == "validation_loss":
+    elif checkpoint.keep_best and checkpoint.best_metric != TRAINING_LOSS:
         _check_evaluated(config, every, problems)
     _check_memory(config, every, problems)
 
@@ -54,15 +55,22 @@ def _check_memory(config: RunConfig, every: int | None, problems: list[Palimpses
 
 
 def _check_evaluated(config: RunConfig, every: int | None, problems: list[PalimpsestError]) -> None:
-    evaluated = config.evaluation.every_steps
-    has_validation = all(stage.data.validation is not None for stage in config.stages)
-    if has_validation and evaluated is not None and every is not None and every % evaluated == 0:
+    evaluated, metric, known = config.evaluation.every_steps, config.checkpoint.best_metric, evaluated_metrics(config)
+    if known and metric not in known:
+        problems.append(
+            ConfigError(
+                f"checkpoint.best_metric = {metric}, which no evaluation of this run records",
+                ", ".join((TRAINING_LOSS, *known)),
+                "name one of these",
+            )
+        )
+    if known and evaluated is not None and every is not None and every % evaluated == 0:
         return
     problems.append(
         ConfigError(
-            f"checkpoint.keep_best = {config.checkpoint.keep_best} by validation_loss, with evaluation.every_steps = "
-            f"{evaluated}, checkpoint.every_steps = {every}{'' if has_validation else ' and no validation data'}",
-            "data.validation, and a validation loss at each step that is saved",
+            f"checkpoint.keep_best = {config.checkpoint.keep_best} by {metric}, with evaluation.every_steps = "
+            f"{evaluated}, checkpoint.every_steps = {every}{'' if known else ' and no validation data'}",
+            "data.validation, and an evaluation at each step that is saved",
             "let evaluation.every_steps divide checkpoint.every_steps, or set checkpoint.best_metric=loss",
         )
     )

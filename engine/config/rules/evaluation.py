@@ -1,4 +1,4 @@
-"""Rules of the evaluation: an alarm needs a limit, and what it does needs its bounds.
+"""Rules of the evaluation: an alarm needs a limit, what it does needs its bounds, and early stopping evaluations.
 
 Part of `engine.config.resolve`, which calls them all and reports every problem at once.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 
+from engine.config.metrics import evaluated_metrics
 from engine.config.schema.run import RunConfig
 from engine.errors import ConfigError, PalimpsestError
 
@@ -33,6 +34,38 @@ def check_alarm(config: RunConfig, problems: list[PalimpsestError]) -> None:
         )
     if evaluation.on_forgetting == "raise":
         _check_raised(config, problems)
+
+
+def check_early_stopping(config: RunConfig, problems: list[PalimpsestError]) -> None:
+    """Add the rules that early stopping breaks: one run stage, evaluations on the way, and a metric that they have."""
+    stopping = config.evaluation.early_stopping
+    if stopping is None:
+        return
+    if len(config.stages) > 1:
+        problems.append(
+            ConfigError(
+                f"evaluation.early_stopping in a run of {len(config.stages)} stages",
+                "a run of one stage",
+                "leave it out, or train the stages as runs of their own, each with init_from",
+            )
+        )
+    known, metric = evaluated_metrics(config), stopping.metric or config.checkpoint.best_metric
+    if metric not in known:
+        problems.append(
+            ConfigError(
+                f"evaluation.early_stopping watches {metric}, which no evaluation of this run records",
+                ", ".join(known) or "a metric of evaluations: data.validation is missing",
+                "set evaluation.early_stopping.metric (or checkpoint.best_metric, its default) and data.validation",
+            )
+        )
+    if config.evaluation.every_steps is None:
+        problems.append(
+            ConfigError(
+                "evaluation.early_stopping without evaluation.every_steps: the one evaluation is at the end",
+                "evaluations on the way",
+                "set evaluation.every_steps",
+            )
+        )
 
 
 def _check_raised(config: RunConfig, problems: list[PalimpsestError]) -> None:

@@ -45,9 +45,11 @@ class CheckpointConfig(Section):
     keep_every: PositiveInt | None = None
     """Number of steps whose multiples' checkpoints stay for ever. None means none of them."""
     keep_best: NonNegativeInt = 0
-    """Number of checkpoints with the smallest `best_metric` that stay."""
-    best_metric: Literal["validation_loss", "loss"] = "validation_loss"
-    """Metric that `keep_best` compares: the validation or the training loss of the saved step."""
+    """Number of checkpoints with the best `best_metric` that stay."""
+    best_metric: str = "validation_loss"
+    """Name of the metric, as in `metrics.jsonl`, that `keep_best` compares: `validation_loss`, `loss` (of training), or
+    of a task also `validation_accuracy` and its other measures. Of losses and errors the least is the best, of other
+    measures the largest; of equal ones the earliest."""
     memory: MemoryConfig | None = None
     """Further checkpoints, in the nodes' memory; a restart of the same job goes on from there. None means on the disk
     alone."""

@@ -52,10 +52,25 @@ class LaunchConfig(Section):
     and `save_limit_seconds`: what one rank is allowed, the others must wait for."""
 
 
+class EarlyStoppingConfig(Section):
+    """End of a run of one stage once its evaluations no longer improve."""
+
+    kind: ClassVar[KeyKind] = "schedule"
+
+    patience: PositiveInt
+    """Number of evaluations in a row without an improvement after which the run ends."""
+    min_delta: NonNegativeFloat = 0.0
+    """Difference to the best value so far that an improvement has to exceed."""
+    metric: str | None = None
+    """Name of the metric of an evaluation that is watched, as in `metrics.jsonl`: `validation_loss`, or of a task also
+    `validation_accuracy` and its other measures. None means `checkpoint.best_metric`."""
+
+
 class EvaluationConfig(Section):
     """Evaluation on held-out data during training."""
 
     kind: ClassVar[KeyKind] = "execution"
+    kinds: ClassVar[dict[str, KeyKind]] = {"early_stopping": "schedule"}
 
     every_steps: PositiveInt | None = None
     """Number of steps from one evaluation to the next; there is one at the end, too. None means at the end only."""
@@ -70,6 +85,8 @@ class EvaluationConfig(Section):
     raised_ratios: tuple[float, ...] = ()
     """Ratios of replay, rising, that `on_forgetting: raise` goes through: each alarm takes the next one above the ratio
     in force; beyond the last one it warns."""
+    early_stopping: EarlyStoppingConfig | None = None
+    """End of the run before its last step. None means that it goes on to the last one."""
 
 
 class LoggingConfig(Section):

@@ -270,6 +270,6 @@ def test_hooks_hear_of_every_stage(corpus, tmp_path):
             heard.append(("end", run.run_stage.name, run.state.stage_step))
 
     with fake_trainer(two_stages(corpus, tmp_path / "run")) as trainer:
-        trainer.hooks = Hooks([*standard_hooks(trainer.config), Listens()])
+        trainer.hooks = Hooks([*standard_hooks(trainer.config, is_main_rank=True), Listens()])
         assert trainer.fit() == EXIT_DONE
     assert heard == [("begin", "one", 0), ("end", "one", 4), ("begin", "two", 0), ("end", "two", 5)]
