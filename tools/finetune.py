@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +16,8 @@ from engine.errors import EXIT_DONE
 if TYPE_CHECKING:  # pydantic and numpy would make --help slow
     from engine.config.schema.run import RunConfig
 
-EXPORT = "huggingface"
-"""Folder of the exported model in the run folder."""
+EXPORT, ADAPTER = "huggingface", "adapter"
+"""Folders of the exported model in the run folder, and of its adapter alone."""
 
 
 def main(
@@ -29,11 +30,12 @@ def main(
     """Fine-tune a model: what each rank runs, or one process alone.
 
     The run is resumed where it was interrupted. At its end the run folder has the predictions on the validation
-    examples, their measures, and the model as a Hugging Face folder.
+    examples, their measures, the model as a Hugging Face folder and, with `adapter`, the adapter alone.
     """
     if prepare is not None:
         _write_run_file(task, overrides or [], prepare)
         return
+    from engine.serve.adapter import require_peft
     from engine.tasks.kinds import KINDS
     from launcher.environment import rank_environment
     from tools.train import start
@@ -43,6 +45,8 @@ def main(
     def load(path: Path, given: list[str]) -> RunConfig:
         runs.append(_resolved(path, given))
         KINDS[runs[-1].stages[0].objective.name].require_packages()  # before the run, not at its end
+        if runs[-1].model.adapter is not None:
+            require_peft()
         return runs[-1]
 
     code = start(task, overrides or [], load, "finetune")
@@ -89,13 +93,34 @@ def _finish(run: RunConfig) -> None:
         measures = predictions.measures()
         write_atomically(run.folder / MEASURES, json.dumps(measures, indent=1, ensure_ascii=False) + "\n")
         print(_told(measures))
-    output = run.folder / EXPORT
+    _replace(run.folder / EXPORT, lambda new: export(trained, new))
+    print(f"model: {run.folder / EXPORT}")
+    if run.model.adapter is not None:
+        _export_adapter(run)
+
+
+def _export_adapter(run: RunConfig) -> None:
+    """Write the adapter alone, and say how few parameters it has."""
+    from engine.checkpoint.interchange.initial import format_of
+    from engine.checkpoint.storage import location_of
+    from engine.serve.adapter import export_adapter
+    from engine.serve.source import open_trained
+
+    apart = open_trained(run.folder, merge=False)
+    assert run.init_from is not None
+    base = run.init_from.path
+    is_theirs = format_of(location_of(base)) == "huggingface"
+    _replace(run.folder / ADAPTER, lambda new: export_adapter(apart, new, base if is_theirs else None))
+    print(f"adapter: {run.folder / ADAPTER}")
+
+
+def _replace(output: Path, write: Callable[[Path], Any]) -> None:
+    """Write a folder beside its path, and put it in the place of one of before."""
     new = output.with_suffix(".new")
     shutil.rmtree(new, ignore_errors=True)  # what a killed command left
-    export(trained, new)
+    write(new)
     shutil.rmtree(output, ignore_errors=True)
     new.rename(output)
-    print(f"model: {output}")
 
 
 def _told(measures: dict[str, Any]) -> str:

@@ -96,7 +96,8 @@ def _summary(plan: Plan, cost: Cost, inputs: Inputs, run: RunConfig, node_memory
     several = f" of {planned.name}" if len(plan.run_stages) > 1 else ""
     rows = {
         "layout": f"{plan.layout} on {plan.layout.world_size} ranks, ZeRO-{plan.zero_stage}, {run.precision.dtype}",
-        "parameters": f"{plan.parameters:,} ({plan.parameters_in_memory:,} with the vocabulary padded)",
+        "parameters": f"{plan.parameters:,} ({plan.parameters_in_memory:,} with the vocabulary padded)"
+        + ("" if planned.trained == plan.parameters else f"; {_share(planned.trained, plan.parameters, several)}"),
         "run": f"{cost.steps:,} steps, {cost.tokens:,} tokens",
         f"step{several}": f"{stage.batches.largest:,} samples of {stage.sequence_length:,} = {planned.tokens:,} "
         f"tokens, in {planned.num_micro_batches:,} micro-batches of {parallel.micro_batch_size} on each data rank"
@@ -119,6 +120,10 @@ def _summary(plan: Plan, cost: Cost, inputs: Inputs, run: RunConfig, node_memory
     for name, text in rows.items():
         table.add_row(f"[bold]{name}", escape(text))
     console.print(table)
+
+
+def _share(trained: int, parameters: int, of_stage: str) -> str:
+    return f"{trained:,} of them are trained{of_stage} ({trained / parameters:.2%})"
 
 
 def _time(cost: Cost) -> str:

@@ -35,6 +35,8 @@ class Twin:
     """Further keys, and the test that their values must pass."""
     allowed: Mapping[str, str] = field(default_factory=dict)
     """The values that pass, in words."""
+    fused: frozenset[str] = frozenset()
+    """Our linear layers of several blocks that are one matrix in their files, too."""
 
     def mismatches(self, model: ModelConfig) -> Problems:
         """Return an error for every key that keeps a model from this form."""
@@ -77,6 +79,7 @@ GPT2 = Twin(
         "parallel_residual": False,
         "sliding_window": None,
     },
+    fused=frozenset({"qkv_proj"}),
 )
 _LLAMA = {
     "family": "gpt",
@@ -117,6 +120,7 @@ GPT_NEOX = Twin(
     },
     choices={"activation": lambda name: name in NEOX_ACTIVATIONS},
     allowed={"activation": " or ".join(NEOX_ACTIVATIONS)},
+    fused=frozenset({"qkv_proj"}),
 )
 _POST_NORM = {
     "family": "bert",
@@ -155,6 +159,7 @@ MODERN_BERT = Twin(
         "token_types": 0,
         "pair_head": False,
     },
+    fused=frozenset({"qkv_proj", "gate_up_proj"}),
 )
 T5 = Twin(
     name="T5",

@@ -40,7 +40,7 @@ def load_run(
     """Return the configuration in `path` with the command line's overrides, validated field by field.
 
     Rules that join fields are `engine.config.resolve.check`. `model_of` gives the keys of the model in the source that
-    `init_from` names, for a file that leaves `model` out, or gives its dropout alone.
+    `init_from` names, for a file that leaves `model` out, or gives its dropout or adapter alone.
 
     Raises:
         ConfigError: the file is missing or no YAML, or any key or value is wrong (all of them in one report).
@@ -55,7 +55,7 @@ def _source_of_model(tree: Tree) -> str | None:
     """Return the source of a file's model, where the file itself says none."""
     given, model = tree.get("init_from"), tree.get("model", {})
     path = given.get("path") if isinstance(given, dict) else given
-    says_none = isinstance(model, dict) and not model.keys() - {"dropout", "attention_dropout"}
+    says_none = isinstance(model, dict) and not model.keys() - {"dropout", "attention_dropout", "adapter"}
     return path if says_none and isinstance(path, str) else None
 
 

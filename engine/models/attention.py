@@ -10,13 +10,13 @@ of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from engine.config.schema.model import ModelConfig
+from engine.models.adapters import adapters, project
 from engine.models.dropout import ATTENTION, Dropout
 from engine.models.norms import norm
 from engine.models.rotary import rotary_tables, rotate
@@ -45,10 +45,6 @@ class View:
     def dropped(self, x_BTD: torch.Tensor, layer: int, site: int) -> torch.Tensor:
         """Apply dropout to hidden states; `layer` is the global number."""
         return x_BTD if self.dropout is None else self.dropout.hidden(x_BTD, layer, site)
-
-    def inner_drop(self, layer: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """Return the dropout of a layer's inner feed-forward features; None without."""
-        return None if self.dropout is None else self.dropout.inner(layer)
 
     def probability_drop(self, layer: int, first_head: int, site: int = ATTENTION) -> Drop | None:
         """Return the dropout of the probabilities of a layer's heads from the global `first_head` on; None without."""
@@ -172,10 +168,12 @@ class SelfAttention(nn.Module):
         self.q_norm = norm(config, config.head_size) if config.normed_heads else None
         self.k_norm = norm(config, config.head_size) if config.normed_heads else None
         self.out_proj = nn.Linear(query_width, config.hidden_size, bias=config.bias)
+        self.adapters = adapters(config, "attention", layer)
 
     def forward(self, x_BTD: torch.Tensor, view: View) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
-        heads = self.qkv_proj(x_BTD).unflatten(-1, (-1, self.head_size))  # (B, T, H + 2 G, K)
+        projected = project(self.adapters, "qkv_proj", self.qkv_proj, x_BTD, view.dropout)
+        heads = projected.unflatten(-1, (-1, self.head_size))  # (B, T, H + 2 G, K)
         # H + 2 G = G (H / G + 2), and H / G is the same on every rank.
         num_kv = heads.size(2) // (self.queries_per_kv + 2)
         q_BTHK, k_BTGK, v_BTGK = heads.split((self.queries_per_kv * num_kv, num_kv, num_kv), dim=2)
@@ -186,4 +184,4 @@ class SelfAttention(nn.Module):
             k_BTGK = rotate(k_BTGK, view.cos_TR, view.sin_TR)
         drop = view.probability_drop(self.layer, first_head=self.tensor_rank * q_BTHK.size(2))
         out_BTHK = self.attention(q_BTHK, k_BTGK, v_BTGK, view.mask_B1TT, self.scale, drop)
-        return self.out_proj(out_BTHK.flatten(2))
+        return project(self.adapters, "out_proj", self.out_proj, out_BTHK.flatten(2), view.dropout)

@@ -11,13 +11,13 @@ Legend: B batch, T time, D width, H heads (local), Q queries, S keys (of attenti
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from engine.config.schema.model import ModelConfig
+from engine.config.adapter_targets import Target
+from engine.config.schema.model import LARGEST_DEPTH, ModelConfig
 from engine.parallel.functions import PLAIN, Drop, Functions
 
 KEYS = "dropout_keys_B"
@@ -29,6 +29,8 @@ CROSS_ATTENTION, CROSS_ATTENTION_OUTPUT, FFN_INNER, STACK_OUTPUT = range(4, 8)
 output of a stack's last norm."""
 NUM_SITES = 8
 """Number of sites per layer, a stride of the numbers below: to raise it would change the masks of every run."""
+ADAPTER_LAYERS = 4
+"""Numbers of layers that the sites of a layer's adapters take, counted on from twice the largest number of a layer."""
 
 
 @dataclass(frozen=True)
@@ -53,22 +55,32 @@ class Dropout:
         element_numbers = _element_numbers((num_positions, width), (self.first_position, 0), (0, width), x_BTD.device)
         return _drop(x_BTD, element_numbers, self.config.dropout, self.keys_B, layer, site)
 
-    def inner(self, layer: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """Return the dropout of x_BTF, a layer's inner feed-forward features; None in all families but T5.
+    def inner(self, x_BTF: torch.Tensor, layer: int) -> torch.Tensor:
+        """Drop elements of a layer's inner feed-forward features, in T5 alone (Raffel et al. 2020, section 2.1).
 
-        Raffel et al. 2020, section 2.1. A rank drops its own features of the positions that it is given.
+        A rank drops its own features of the positions that it is given.
         """
         if self.config.family != "t5" or self.config.dropout == 0:
-            return None
-        return partial(self._inner, layer)
-
-    def _inner(self, layer: int, x_BTF: torch.Tensor) -> torch.Tensor:
+            return x_BTF
         # Positions from `first_given`, not `first_position`: inside of the feed-forward part tensor ranks hold all of
         # the given positions and split the features.
         shape = x_BTF.shape[1:]
         firsts = (self.first_given, self.tensor_rank * shape[1])
         element_numbers = _element_numbers(shape, firsts, (0, self.config.feed_forward_size), x_BTF.device)
         return _drop(x_BTF, element_numbers, self.config.dropout, self.keys_B, layer, FFN_INNER)
+
+    def adapter_input(self, x_BTI: torch.Tensor, layer: int, target: Target) -> torch.Tensor:
+        """Drop elements of what the adapter of a matrix reads: whole features of the positions that the rank holds, or
+        before a row-parallel layer its own features of the positions that it is given."""
+        rate = 0.0 if self.config.adapter is None else self.config.adapter.drop_rate
+        if rate == 0:
+            return x_BTI
+        num_positions, width = x_BTI.shape[1:]
+        firsts = (self.first_given, self.tensor_rank * width) if target.is_row else (self.first_position, 0)
+        element_numbers = _element_numbers((num_positions, width), firsts, (0, target.columns), x_BTI.device)
+        more, site = divmod(target.site, NUM_SITES)
+        number = 2 * LARGEST_DEPTH + layer * ADAPTER_LAYERS + more
+        return _drop(x_BTI, element_numbers, rate, self.keys_B, number, site)
 
     def probabilities(self, layer: int, first_head: int, site: int = ATTENTION) -> Drop | None:
         """Return the dropout of probabilities of a layer's heads from the global `first_head` on; None without."""
@@ -92,7 +104,8 @@ class Dropout:
 
 def drops(config: ModelConfig) -> bool:
     """Return True if a model in training drops anything."""
-    return config.dropout > 0 or config.attention_dropout > 0
+    adapter = 0.0 if config.adapter is None else config.adapter.drop_rate
+    return config.dropout > 0 or config.attention_dropout > 0 or adapter > 0
 
 
 def make(

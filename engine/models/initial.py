@@ -14,6 +14,7 @@ import math
 import numpy as np
 import torch
 
+from engine.config.adapter_targets import MARK
 from engine.config.schema.model import BERTConfig, GPTConfig, ModelConfig
 from engine.parallel.sharding import ParameterSpec
 
@@ -25,6 +26,8 @@ def initial_value(spec: ParameterSpec, config: ModelConfig, seed: int) -> torch.
     """Return the whole parameter (fp32 on the CPU, of `spec.shape`) that a run with this seed starts from."""
     # layers.3.ffn.down_proj.weight -> down_proj, weight
     kind, role = spec.name.split(".")[-2:]
+    if MARK in spec.name:
+        return _adapter_value(spec, kind, seed)
     if role == "bias":
         return torch.zeros(spec.shape, device="cpu")
     if kind.endswith("norm"):
@@ -41,6 +44,20 @@ def initial_value(spec: ParameterSpec, config: ModelConfig, seed: int) -> torch.
     for block, deviation in zip(blocks, deviations, strict=True):
         block.mul_(deviation)
     return value
+
+
+def _adapter_value(spec: ParameterSpec, kind: str, seed: int) -> torch.Tensor:
+    """Return the initial value of an adapter's parameter, with which the model computes what it did without it.
+
+    That of peft: A uniform up to 1 / sqrt(inputs), B zero (Hu et al. 2021, section 4.1); factors 1 (Liu et al. 2022).
+    """
+    if kind == "lora_B":
+        return torch.zeros(spec.shape, device="cpu")
+    if kind == "lora_A":
+        bound = spec.shape[1] ** -0.5
+        drawn = _generator(seed, spec.name).uniform(-bound, bound, spec.shape).astype(np.float32)
+        return torch.from_numpy(drawn)
+    return torch.ones(spec.shape, device="cpu")
 
 
 def _deviation(kind: str, config: ModelConfig) -> float:

@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.config.schema.model import ModelConfig
+from engine.models.adapters import adapter_sharding, adapters, project
 from engine.models.attention import SelfAttention, View
-from engine.models.dropout import ATTENTION_OUTPUT, FFN_OUTPUT
+from engine.models.dropout import ATTENTION_OUTPUT, FFN_OUTPUT, Dropout
 from engine.models.norms import norm
 from engine.parallel.functions import Functions
 from engine.parallel.sharding import ROW, Table, column
@@ -29,45 +30,46 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-InnerDrop = Callable[[torch.Tensor], torch.Tensor]
-"""(B, T, F) -> (B, T, F) with some elements 0."""
-
-
 class FeedForward(nn.Module):
     """D -> F, activation, F -> D."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
+        self.layer, self.activation = layer, ACTIVATIONS[config.activation]
         self.up_proj = nn.Linear(config.hidden_size, config.feed_forward_size, bias=config.bias)
         self.down_proj = nn.Linear(config.feed_forward_size, config.hidden_size, bias=config.bias)
+        self.adapters = adapters(config, "ffn", layer)
 
-    def forward(self, x_BTD: torch.Tensor, drop: InnerDrop | None = None) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D); `drop` sets some inner features to 0."""
-        inner_BTF = self.activation(self.up_proj(x_BTD))
-        return self.down_proj(inner_BTF if drop is None else drop(inner_BTF))
+    def forward(self, x_BTD: torch.Tensor, dropout: Dropout | None = None) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        inner_BTF = self.activation(project(self.adapters, "up_proj", self.up_proj, x_BTD, dropout))
+        inner_BTF = inner_BTF if dropout is None else dropout.inner(inner_BTF, self.layer)
+        return project(self.adapters, "down_proj", self.down_proj, inner_BTF, dropout)
 
 
 class GatedFeedForward(nn.Module):
     """D -> gate and up (F each, fused), activation(gate) x up, F -> D."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
+        self.layer, self.activation = layer, ACTIVATIONS[config.activation]
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.feed_forward_size, bias=config.bias)
         self.down_proj = nn.Linear(config.feed_forward_size, config.hidden_size, bias=config.bias)
+        self.adapters = adapters(config, "ffn", layer)
 
-    def forward(self, x_BTD: torch.Tensor, drop: InnerDrop | None = None) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D); `drop` sets some inner features to 0."""
+    def forward(self, x_BTD: torch.Tensor, dropout: Dropout | None = None) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D)."""
         # One product for both. A tensor-parallel rank has the same features of gate and of up (two blocks).
-        gate_BTF, up_BTF = self.gate_up_proj(x_BTD).chunk(2, dim=-1)
+        both_BTF = project(self.adapters, "gate_up_proj", self.gate_up_proj, x_BTD, dropout)
+        gate_BTF, up_BTF = both_BTF.chunk(2, dim=-1)
         inner_BTF = self.activation(gate_BTF) * up_BTF
-        return self.down_proj(inner_BTF if drop is None else drop(inner_BTF))
+        inner_BTF = inner_BTF if dropout is None else dropout.inner(inner_BTF, self.layer)
+        return project(self.adapters, "down_proj", self.down_proj, inner_BTF, dropout)
 
 
-def feed_forward(config: ModelConfig) -> nn.Module:
-    """Make the kind of feed-forward part that the configuration asks for."""
-    return GatedFeedForward(config) if config.gated else FeedForward(config)
+def feed_forward(config: ModelConfig, layer: int) -> nn.Module:
+    """Make the kind of feed-forward part that the configuration asks for; `layer` is the global number."""
+    return GatedFeedForward(config, layer) if config.gated else FeedForward(config, layer)
 
 
 class TransformerLayer(nn.Module):
@@ -85,19 +87,19 @@ class TransformerLayer(nn.Module):
         self.attention_norm = nn.Identity() if normed and not self.post else norm(config)
         self.attention = SelfAttention(config, functions, number)
         self.ffn_norm = norm(config)
-        self.ffn = feed_forward(config)
+        self.ffn = feed_forward(config, number)
 
     def forward(self, x_BTD: torch.Tensor, view: View) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
         if self.post:  # Vaswani et al. 2017; below, pre-norm (Xiong et al. 2020)
             made_BTD = self.attention(x_BTD, view)
             x_BTD = self.attention_norm(x_BTD + view.dropped(made_BTD, self.number, ATTENTION_OUTPUT))
-            made_BTD = self.ffn(x_BTD, view.inner_drop(self.number))
+            made_BTD = self.ffn(x_BTD, view.dropout)
             return self.ffn_norm(x_BTD + view.dropped(made_BTD, self.number, FFN_OUTPUT))
         made_BTD = self.attention(self.attention_norm(x_BTD), view)
         sum_BTD = x_BTD + view.dropped(made_BTD, self.number, ATTENTION_OUTPUT)
         read_BTD = x_BTD if self.parallel else sum_BTD
-        made_BTD = self.ffn(self.ffn_norm(read_BTD), view.inner_drop(self.number))
+        made_BTD = self.ffn(self.ffn_norm(read_BTD), view.dropout)
         return sum_BTD + view.dropped(made_BTD, self.number, FFN_OUTPUT)
 
 
@@ -112,4 +114,4 @@ def layer_sharding(config: ModelConfig) -> Table:
         "layers.*.attention.out_proj.weight": ROW,
         f"layers.*.ffn.{'gate_up_proj' if config.gated else 'up_proj'}.*": column(*inner),
         "layers.*.ffn.down_proj.weight": ROW,
-    }
+    } | adapter_sharding(config)

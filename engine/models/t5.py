@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from engine.config.schema.model import T5Config
+from engine.models.adapters import adapters, project
 from engine.models.attention import SelfAttention, View
 from engine.models.dropout import (
     ATTENTION_OUTPUT,
@@ -54,16 +55,19 @@ class CrossAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, heads, bias=config.bias)
         self.kv_proj = nn.Linear(config.hidden_size, 2 * heads, bias=config.bias)
         self.out_proj = nn.Linear(heads, config.hidden_size, bias=config.bias)
+        self.adapters = adapters(config, "cross_attention", layer)
 
     def forward(
         self, x_BTD: torch.Tensor, view: View, encoded_BSD: torch.Tensor, mask_B1TS: torch.Tensor
     ) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
         # Head counts from the projections' widths, as in self-attention: a tensor rank has some of the heads.
-        q_BTHK = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_size))
-        k_BSHK, v_BSHK = self.kv_proj(encoded_BSD).unflatten(-1, (-1, self.head_size)).chunk(2, dim=2)
+        q_BTHK = project(self.adapters, "q_proj", self.q_proj, x_BTD, view.dropout).unflatten(-1, (-1, self.head_size))
+        both_BSHK = project(self.adapters, "kv_proj", self.kv_proj, encoded_BSD, view.dropout)
+        k_BSHK, v_BSHK = both_BSHK.unflatten(-1, (-1, self.head_size)).chunk(2, dim=2)
         drop = view.probability_drop(self.layer, self.tensor_rank * q_BTHK.size(2), CROSS_ATTENTION)
-        return self.out_proj(self.attention(q_BTHK, k_BSHK, v_BSHK, mask_B1TS, self.scale, drop).flatten(2))
+        out_BTHK = self.attention(q_BTHK, k_BSHK, v_BSHK, mask_B1TS, self.scale, drop)
+        return project(self.adapters, "out_proj", self.out_proj, out_BTHK.flatten(2), view.dropout)
 
 
 class CrossLayer(nn.Module):
@@ -77,7 +81,7 @@ class CrossLayer(nn.Module):
         self.cross_attention_norm = norm(config)
         self.cross_attention = CrossAttention(config, functions, number)
         self.ffn_norm = norm(config)
-        self.ffn = feed_forward(config)
+        self.ffn = feed_forward(config, number)
 
     def forward(
         self, x_BTD: torch.Tensor, view: View, encoded_BSD: torch.Tensor, mask_B1TS: torch.Tensor
@@ -87,7 +91,7 @@ class CrossLayer(nn.Module):
         x_BTD = x_BTD + view.dropped(made_BTD, self.number, ATTENTION_OUTPUT)
         made_BTD = self.cross_attention(self.cross_attention_norm(x_BTD), view, encoded_BSD, mask_B1TS)
         x_BTD = x_BTD + view.dropped(made_BTD, self.number, CROSS_ATTENTION_OUTPUT)
-        made_BTD = self.ffn(self.ffn_norm(x_BTD), view.inner_drop(self.number))
+        made_BTD = self.ffn(self.ffn_norm(x_BTD), view.dropout)
         return x_BTD + view.dropped(made_BTD, self.number, FFN_OUTPUT)
 
 

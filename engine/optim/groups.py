@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from engine.config.adapter_targets import MARK
 from engine.config.parameter_patterns import matches, rate_factors, trained_since
 from engine.config.schema.optimizer import OptimizerConfig
 from engine.config.schema.stage import RunStage
@@ -29,8 +30,10 @@ def weight_decay(name: str, config: OptimizerConfig) -> float:
 
 
 def by_muon(spec: ParameterSpec, config: OptimizerConfig) -> bool:
-    """Return True if Muon updates a parameter: the matrix of a linear layer; not embeddings, heads, norms or biases."""
-    return config.name == "muon" and len(spec.shape) == 2 and spec.sharding.role in ("column", "row")
+    """Return True if Muon updates a parameter: the matrix of a linear layer; not embeddings, heads, norms, biases or
+    adapters."""
+    is_linear = len(spec.shape) == 2 and spec.sharding.role in ("column", "row")
+    return config.name == "muon" and is_linear and MARK not in spec.name
 
 
 def parameter_groups(

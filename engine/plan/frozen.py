@@ -7,19 +7,28 @@ keep no activations; nothing is sent back to a chunk that has only such layers.
 from __future__ import annotations
 
 import fnmatch
+import json
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 
+from engine.config.adapter_targets import MARK
+from engine.config.objectives import RowLengths, row_lengths
 from engine.config.parameter_patterns import matches
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.run import RunConfig
+from engine.config.schema.stage import RunStage
 from engine.errors import ConfigError, PalimpsestError
-from engine.plan.cut import ModelChunk, layers_of
+from engine.plan.cut import ModelChunk, layers_of, whole_model
 from engine.plan.families import figures
+from engine.plan.operations import training_operations
 from engine.plan.parameters import model_entries
 from engine.plan.parts import Entries
 
 NOTHING = Entries(())
+_LAYER = re.compile(r"^layers\.\d+\.")
+_PRETRAINED = ("embed_", "layers.", "final_norm.", "encoder_", "decoder_", "lm_head.")
+"""Beginnings of the names of a model's parameters but for the head of a task."""
 REMEDY = "correct the pattern: `layers.0.*` means the first layer"
 
 
@@ -63,6 +72,59 @@ def front_entries(model: ModelConfig, chunks: tuple[ModelChunk, ...], patterns: 
     return Entries(tuple(held))
 
 
+@lru_cache(maxsize=64)
+def base_patterns(model: ModelConfig) -> tuple[str, ...]:
+    """Return patterns of the parameters that an adapter leaves as they are, and of no others.
+
+    Those are all but the adapter's and, in a model with the head of a task, that head's.
+    """
+    modules = (entry.name.rpartition(".")[0] for entry in model_entries(model) if is_base(model, entry.name))
+    return tuple(dict.fromkeys(f"{_LAYER.sub('layers.*.', module)}.*" for module in modules))
+
+
+def is_base(model: ModelConfig, name: str) -> bool:
+    """Return True if a parameter belongs to what a model was pretrained as, and not to its adapter or task's head."""
+    if MARK in name:
+        return False
+    return model.task_head is None or name.startswith(_PRETRAINED)
+
+
+@lru_cache(maxsize=64)
+def num_trained(model: ModelConfig, patterns: tuple[str, ...]) -> int:
+    """Return the number of the real parameters of a whole model that a run stage trains."""
+    entries = {entry.name: entry for entry in model_entries(model)}.values()
+    return sum(entry.numel - entry.padding for entry in entries if not matches(entry.name, patterns))
+
+
+def spared_operations(
+    model: ModelConfig, chunks: Sequence[ModelChunk], lengths: RowLengths, patterns: tuple[str, ...]
+) -> int:
+    """Return the operations per row that a backward pass does not compute: gradients of the frozen matrices of layers,
+    and all of the layers in front of the first that is trained.
+
+    T5's decoder is counted as if it saw as many tokens as its encoder.
+    """
+    if not patterns:
+        return 0
+    first, spared = first_trained_layer(model, patterns), 0
+    for layer in layers_of(chunks):
+        if layer < first:
+            spared += 2 * figures(model).layer_operations(model, layer, lengths)
+            continue
+        held = figures(model).layer_entries(model, layer)
+        frozen = (entry for entry in held if len(entry.shape) == 2 and matches(entry.name, patterns))
+        spared += 2 * lengths.tokens * sum(entry.numel for entry in frozen)
+    return spared
+
+
+def useful_operations(model: ModelConfig, run_stage: RunStage) -> int:
+    """Return the operations of forward and backward per row, as utilisation counts them: `training_operations` without
+    gradients that nobody wants."""
+    lengths = row_lengths(run_stage)
+    spared = spared_operations(model, (whole_model(model),), lengths, run_stage.freeze)
+    return training_operations(model, lengths) - spared
+
+
 def receives_gradients(model: ModelConfig, layer: int, patterns: tuple[str, ...]) -> bool:
     """Return True if a parameter in front of a layer is trained, so that its input has a gradient."""
     return first_trained_layer(model, patterns) < layer
@@ -90,7 +152,17 @@ def check_patterns(config: RunConfig) -> list[PalimpsestError]:
             for pattern in patterns
             if not fnmatch.filter(names, pattern)
         ]
-        if all(matches(name, run_stage.freeze) for name in names):
+        trained = [name for name in names if not matches(name, run_stage.freeze)]
+        if config.model.adapter is not None and any(is_base(config.model, name) for name in trained):
+            problems.append(
+                ConfigError(
+                    f"stages.{number}.freeze = {list(run_stage.freeze)} with model.adapter: weights of the model that "
+                    f"is adapted would be trained, {next(n for n in trained if is_base(config.model, n))} for one",
+                    f"freeze: {json.dumps(base_patterns(config.model))}",
+                    "paste it, or let `palimpsest finetune` set it",
+                )
+            )
+        if not trained:
             problems.append(
                 ConfigError(
                     f"stages.{number}.freeze = {list(run_stage.freeze)}: every parameter is frozen",

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
 
+from engine.config.adapter_targets import MARK, Part, adapted
+from engine.config.schema.adapter import LoRAConfig
 from engine.config.schema.model import ModelConfig
 
 Device = Literal["cpu", "cuda"]
@@ -42,7 +44,7 @@ class Entry:
     def is_linear(self) -> bool:
         """True if it is the matrix of a linear layer that tensor ranks share: what Muon updates (the twin of
         `engine.optim.groups.by_muon`)."""
-        return self.split and len(self.shape) == 2 and self.name.startswith("layers.")
+        return self.split and len(self.shape) == 2 and self.name.startswith("layers.") and MARK not in self.name
 
     def local_numel(self, tensor_size: int) -> int:
         """Elements on one of `tensor_size` ranks."""
@@ -120,7 +122,7 @@ def self_attention(model: ModelConfig, name: str) -> list[Entry]:
     found = linear(f"{name}.qkv_proj", qkv_width(model), width, bias=model.biased_qkv, bias_split=True)
     for each in HEAD_NORMS if model.normed_heads else ():
         found += norm(model, f"{name}.{each}", model.head_size)
-    return found + linear(f"{name}.out_proj", width, heads, bias=model.bias)
+    return found + linear(f"{name}.out_proj", width, heads, bias=model.bias) + adapters(model, name, "attention")
 
 
 def of_each_head(name: str) -> bool:
@@ -135,7 +137,22 @@ def feed_forward(model: ModelConfig, name: str) -> list[Entry]:
     return [
         *linear(f"{name}.{up}", inner, model.hidden_size, bias=model.bias, bias_split=True),
         *linear(f"{name}.down_proj", model.hidden_size, model.feed_forward_size, bias=model.bias),
+        *adapters(model, name, "ffn"),
     ]
+
+
+def adapters(model: ModelConfig, name: str, part: Part) -> list[Entry]:
+    """Return the parameters of the adapters of a part of a layer, the twin of `engine.models.adapters`."""
+    found = []
+    for target in adapted(model, part):
+        prefix, is_row = f"{name}.adapters.{target.name}", target.is_row
+        if isinstance(model.adapter, LoRAConfig):
+            rank = model.adapter.rank
+            found += linear(f"{prefix}.lora_A", rank, target.columns, bias=False, split=is_row)
+            found += linear(f"{prefix}.lora_B", target.rows, rank, bias=False, split=not is_row)
+        else:
+            found.append(Entry(f"{prefix}.ia3_l", (target.columns if is_row else target.rows,), split=True))
+    return found
 
 
 def qkv_width(model: ModelConfig) -> int:

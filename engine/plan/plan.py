@@ -19,14 +19,13 @@ from engine.errors import ConfigError
 from engine.plan.cut import ModelChunk, entries_of, layers_of
 from engine.plan.elastic import World, elastic_worlds
 from engine.plan.families import over_layers
-from engine.plan.frozen import check_patterns, frozen_entries
+from engine.plan.frozen import check_patterns, frozen_entries, num_trained, spared_operations, useful_operations
 from engine.plan.memory import ADDED_MOMENT_BYTES, MASTER_BYTES, MOMENTS_BYTES, MOMENTUM_BYTES, Memory, remade_bytes
 from engine.plan.operations import (
     BACKWARD_FACTOR,
     costs_before,
     layer_operations,
     orthogonal_operations,
-    training_operations,
 )
 from engine.plan.parameters import num_parameters
 from engine.plan.parts import Device
@@ -111,6 +110,8 @@ class RunStagePlan:
     """Floating-point operations on all ranks, as utilisation counts them."""
     bubble: float
     """Share of a step in which a pipeline stage waits for others."""
+    trained: int
+    """Number of parameters that are not frozen."""
     stages: tuple[StagePlan, ...]
     """The pipeline stages."""
 
@@ -246,7 +247,8 @@ def _run_stage_plan(
         name=run_stage.name,
         num_micro_batches=micro_batches,
         tokens=batch_size * run_stage.sequence_length,
-        operations=batch_size * training_operations(config.model, row_lengths(run_stage)),
+        operations=batch_size * useful_operations(config.model, run_stage),
+        trained=num_trained(config.model, run_stage.freeze),
         bubble=float(bubble(parallel.schedule, layout.pipe, parallel.chunks_per_stage, micro_batches)),
         stages=stage_plans(config, run_stage, layout, cut, device),
     )
@@ -272,7 +274,8 @@ def _row_operations(
     again = 0
     if config.parallel.recompute == "full":
         again = over_layers(config.model, recomputed, layer_operations(config.model, lengths).__getitem__)
-    return (forward + BACKWARD_FACTOR) * once, again
+    spared = spared_operations(config.model, tuple(chunks), lengths, run_stage.freeze)
+    return (forward + BACKWARD_FACTOR) * once - spared, again
 
 
 def _stage_plan(

@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.config.objectives import row_lengths
 from engine.config.resolve import Layout, num_micro_batches
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
+from engine.plan.frozen import useful_operations
 from engine.plan.hardware import Accelerator, Cluster
 from engine.plan.memory import DTYPE_BYTES, HOST_GRADIENT_BYTES
-from engine.plan.operations import training_operations
 from engine.plan.pipeline import bubble
 from engine.plan.plan import RunStagePlan, StagePlan
 
@@ -122,7 +121,7 @@ def step_time(
     waiting = float(bubble(config.parallel.schedule, layout.pipe, config.parallel.chunks_per_stage, micro_batches))
     # `waiting` is a share of busy and idle time together: w = idle / (busy + idle).
     idle = sum(slowest[:BETWEEN_WAITS]) * waiting / (1 - waiting)
-    per_row = training_operations(config.model, row_lengths(run_stage))
+    per_row = useful_operations(config.model, run_stage)
     # Without recomputation and vocabulary padding, as MFU is published (Chowdhery et al. 2022, appendix B).
     useful = per_row * run_stage.batches.largest / cluster.world_size
     reached = useful / (sum(slowest) + idle)

@@ -18,6 +18,7 @@ from engine.checkpoint.folder import CHECKPOINTS, committed
 from engine.checkpoint.interchange.mapping import unchanged
 from engine.checkpoint.interchange.source_model import CONVERTED
 from engine.checkpoint.interchange.sources import CheckpointSource, Source, read_parameter
+from engine.checkpoint.interchange.sources.merged import merged
 from engine.checkpoint.load import read_state
 from engine.checkpoint.manifest import CheckpointState
 from engine.checkpoint.storage import MANIFEST
@@ -102,11 +103,11 @@ def is_trained(source: Path) -> bool:
     return (source / MANIFEST).is_file() or (source / CHECKPOINTS).is_dir()
 
 
-def open_trained(source: Path, tokenizer: Path | None = None, averaged: bool = False) -> Trained:
+def open_trained(source: Path, tokenizer: Path | None = None, averaged: bool = False, merge: bool = True) -> Trained:
     """Return the newest whole model of a run folder, or the one of a checkpoint folder.
 
     `tokenizer` overrides the folder that the run was configured with. `averaged` asks for the moving average of the
-    weights.
+    weights. With `merge` an adapter is added into the weights, where its method allows it.
 
     Raises:
         ConfigError: `source` is neither, or the tokenizer's folder is not there or holds another one.
@@ -118,8 +119,11 @@ def open_trained(source: Path, tokenizer: Path | None = None, averaged: bool = F
     folder = tokenizer or described.tokenizer
     if folder is not None:
         _check_tokenizer(folder, checkpoint, state)
-    weights = CheckpointSource(checkpoint, EMA if averaged else None)
-    return Trained(checkpoint, state, described.model, described.run, folder, weights, averaged)
+    weights: Source = CheckpointSource(checkpoint, EMA if averaged else None)
+    model = described.model
+    if merge:
+        weights, model = merged(weights, model)
+    return Trained(checkpoint, state, model, described.run, folder, weights, averaged)
 
 
 def _check_tokenizer(folder: Path, checkpoint: Path, state: CheckpointState) -> None:

@@ -28,6 +28,7 @@ from engine.corpus.tokenizer_training import Purpose
 from engine.data.shards.index import read_index
 from engine.data.tokenizer.files import MODEL_FILE
 from engine.errors import ConfigError
+from engine.plan.frozen import base_patterns
 from engine.serve.source import describe
 from engine.tasks.encode import encoded_folder, longest
 from engine.tasks.framing import Framing
@@ -63,7 +64,9 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
     init_from, folder = _start_of(tree, source), Path(str(tree["folder"]))
     stage, name = _stage_of(tree, source)
     start = model_of(init_from)
-    model = make_model(**(start | _dropout(make_model(**start)) | tree.get("model", {})))
+    keys = tree.get("model", {}) | ({"adapter": tree.pop("adapter")} if "adapter" in tree else {})
+    kind = type(make_model(**start))
+    model = parse_section(kind, start | _dropout(make_model(**start)) | keys, ("model",), source)
     if model.family not in OBJECTIVES[name].families:
         raise ConfigError(
             f"objective {name} with the model in {init_from}, of family {model.family}",
@@ -74,6 +77,8 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
         tree["tokenizer"] = str(_tokenizer(init_from, folder, model))
     task = _read(stage, name, source)
     model = make_model(**(model.model_dump() | {"task_head": task.kind.head(task.objective.labels)}))
+    if model.adapter is not None:
+        stage["freeze"] = [*dict.fromkeys((*base_patterns(model), *stage.get("freeze", ())))]
     framing = Framing(Path(tree["tokenizer"]), model)
     length = stage.get("sequence_length") or _length(framing, task, model)
     encoded = {
@@ -88,7 +93,10 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
     _lengths(stage, num_rows)
     tree["model"] = model.model_dump(mode="json")
     tree["stages"] = [stage]
-    whole = merge(copy.deepcopy(DEFAULTS), tree | {"init_from": _section(tree["init_from"])})
+    defaults = copy.deepcopy(DEFAULTS)
+    if model.adapter is not None:
+        defaults["optimizer"]["learning_rate"] = model.adapter.learning_rate
+    whole = merge(defaults, tree | {"init_from": _section(tree["init_from"])})
     whole.setdefault("evaluation", {}).setdefault("every_steps", _steps(1.0, stage, num_rows))
     return parse_run(whole, source)
 

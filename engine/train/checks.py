@@ -56,8 +56,10 @@ def _shared(engine: StageEngine, groups: Groups) -> Iterator[tuple[str, Group, C
     """Yield (relation, group, copies) of all that ranks of a group hold alike, in the same order on each of them."""
     shards = engine.parameter_shards()
     working = {f"{spec.name} (working weights)": weight for spec, weight in engine.working_weights()}
-    # Under ZeRO-1 to 3 each data rank holds a range of its own of the state: only working weights are alike.
-    yield "data ranks", groups.zero, _states(shards) if engine.zero_stage == 0 else working
+    # Under ZeRO-1 to 3 each data rank holds a range of its own of the state: only working weights are alike. So it does
+    # of frozen weights, which have no moments, whatever the stage.
+    trained = _states(shard for shard in shards if shard.moments)
+    yield "data ranks", groups.zero, trained | working if engine.zero_stage == 0 else working
     yield "tensor ranks", groups.tensor, _states(shard for shard in shards if shard.spec.sharding.dim is None)
     # sorted: a stage may be in several ties, and their collectives need one order
     for stages, group in sorted(groups.ties.items()):

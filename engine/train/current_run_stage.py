@@ -21,6 +21,8 @@ from engine.parallel.agreement import on_all
 from engine.parallel.groups import Groups
 from engine.parallel.pipeline import Pipeline
 from engine.parallel.zero import StageEngine
+from engine.plan.frozen import num_trained
+from engine.plan.parameters import num_parameters
 from engine.train.build import build_pipeline, during, rebuild, stage_spec
 from engine.train.evaluation import is_recorded
 from engine.train.feed import Feed
@@ -165,6 +167,9 @@ class CurrentRunStage:
         self.pipeline.engine.set_updates(self.state.updates, self.state.updates_before)
         if number > 0:
             _log.info("run stage %s begins at step %d", self.run_stage.name, self.state.step)
+        if self.run_stage.freeze:
+            trained, whole = num_trained(self.config.model, self.run_stage.freeze), num_parameters(self.config.model)
+            _log.info("%s of %s parameters are trained (%.2f %%)", f"{trained:,}", f"{whole:,}", 100 * trained / whole)
 
     def raise_replay(self, ratio: float) -> None:
         """Replay at least this share of the samples from the next step on, to the end of the run stage."""

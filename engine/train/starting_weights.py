@@ -183,7 +183,7 @@ def _check_task_head(model: ModelConfig, opened: SourceModel, given: InitFrom) -
 def _check_agrees(model: ModelConfig, opened: SourceModel, given: InitFrom) -> None:
     """Raise `ConfigError` where a run's model is another one than the source's; names every key."""
     ours, theirs = model.model_dump(mode="json"), opened.model.model_dump(mode="json")
-    free = set(FREE_KEYS) | ({"task_head"} if opened.model.task_head is None else set())
+    free = set(FREE_KEYS) | {"adapter"} | ({"task_head"} if opened.model.task_head is None else set())
     rotary = model.rotary(None)
     if not model.position_table and not (rotary and isinstance(rotary.scaling, DynamicScaling)):
         free.add("max_positions")  # no parameter has a row per position, and no frequency depends on their number

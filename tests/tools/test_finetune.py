@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+import torch
 from ruamel.yaml import YAML
-from transformers import pipeline
+from transformers import AutoModelForSequenceClassification, pipeline
 
 from engine.cli import main
 from tests.engine.tasks.starts import tree_of, write_examples, write_start
@@ -65,6 +68,23 @@ def test_a_classifier_is_trained_measured_and_exported(tmp_path, start):
     again = finetune(task, "stages.0.duration.steps=3")
     assert again.returncode == 0, again.stderr
     assert "step 2" in again.stdout + again.stderr, "it goes on from the checkpoint"
+
+
+def test_an_adapter_is_written_alone_and_merged(tmp_path, start):
+    write_examples(tmp_path, count=24)
+    tree = tree_of(tmp_path, start, duration={"steps": 3}, global_batch_size=6)
+    done = finetune(write_task(tmp_path, tree | {"adapter": {"method": "lora", "rank": 2}}))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"[\d,]+ of [\d,]+ parameters are trained", done.stdout + done.stderr)
+    run = tmp_path / "run"
+    merged: Any = AutoModelForSequenceClassification.from_pretrained(run / "huggingface").eval()
+    base: Any = AutoModelForSequenceClassification.from_pretrained(start / "hf")
+    apart: Any = peft.PeftModel.from_pretrained(base, str(run / "adapter")).eval()
+    settings = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["base_model_name_or_path"]) == (2, str(start / "hf"))
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(apart(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=0, atol=1e-5)
 
 
 def test_a_run_file_is_prepared_for_launch(tmp_path, start, capsys):

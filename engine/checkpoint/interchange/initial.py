@@ -73,7 +73,8 @@ def model_of(source: str) -> dict[str, Any]:
     from engine.checkpoint import manifest_json
     from engine.checkpoint.folder import find
 
-    return _own_model(find(location)[0], manifest_json.read(find(location)[0]).state.config)
+    # Whoever starts from a model with an adapter starts from what the two are together.
+    return _own_model(find(location)[0], manifest_json.read(find(location)[0]).state.config) | {"adapter": None}
 
 
 def open_source(source: str, vocab_multiple: int | None = None, model: ModelConfig | None = None) -> SourceModel:
@@ -87,9 +88,12 @@ def open_source(source: str, vocab_multiple: int | None = None, model: ModelConf
     """
     from engine.checkpoint.folder import find
     from engine.checkpoint.interchange.huggingface import VOCAB_MULTIPLE, open_folder
+    from engine.checkpoint.interchange.mapping import unchanged
     from engine.checkpoint.interchange.source_model import SourceModel
+    from engine.checkpoint.interchange.sources.merged import merged
     from engine.checkpoint.storage import location_of
     from engine.config.schema.model import make_model
+    from engine.models.families import family
 
     location = location_of(source)
     found = format_of(location)
@@ -103,6 +107,13 @@ def open_source(source: str, vocab_multiple: int | None = None, model: ModelConf
     path = find(location)[0]
     weights = own_weights(path)
     config = make_model(**_own_model(path, weights.source.manifest.state.config))  # type: ignore[attr-defined]
+    values, plain = merged(weights.source, config)
+    if plain is not config:
+        # moments are those of the adapter, and not of the weights that it was merged into
+        return SourceModel(
+            model=plain,
+            **vars(weights) | {"map": unchanged(family(plain).specs(plain)), "source": values, "moments": {}},
+        )
     return SourceModel(model=config, **vars(weights))
 
 

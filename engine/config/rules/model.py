@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+from engine.config.adapter_targets import all_targets
 from engine.config.schema.model import BERTConfig, GPTConfig, ModelConfig, T5Config
 from engine.config.schema.rotary import DynamicScaling, Llama3Scaling, YarnScaling
 from engine.errors import ConfigError, PalimpsestError
@@ -22,6 +23,7 @@ def check_model(model: ModelConfig, problems: list[PalimpsestError]) -> None:
             )
         )
     _check_rotary(model, problems)
+    _check_adapter(model, problems)
     if isinstance(model, GPTConfig):
         _check_decoder(model, problems)
     if isinstance(model, BERTConfig):
@@ -47,6 +49,21 @@ def _check_heads(model: ModelConfig, problems: list[PalimpsestError]) -> None:
                 f"one of {listed(divisors(model.num_heads))}",
             )
         )
+
+
+def _check_adapter(model: ModelConfig, problems: list[PalimpsestError]) -> None:
+    if model.adapter is None:
+        return
+    targets = all_targets(model)
+    problems += [
+        ConfigError(
+            f"model.adapter.targets: the pattern {pattern!r} matches no matrix of a layer",
+            ", ".join(target.key for target in targets),
+            "correct the pattern; forms whose files have queries, keys and values in one matrix have qkv",
+        )
+        for pattern in model.adapter.targets
+        if not any(target.matches(pattern) for target in targets)
+    ]
 
 
 def _check_rotary(model: ModelConfig, problems: list[PalimpsestError]) -> None:

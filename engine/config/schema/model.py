@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag, TypeAdapter, model_validator
 
+from engine.config.schema.adapter import AnyAdapter
 from engine.config.schema.rotary import AnyRopeScaling, DynamicScaling, Rotary
 from engine.config.schema.section import KeyKind, Section
 
@@ -90,6 +91,8 @@ class ModelConfig(Section):
     task_head: TaskHead | None = None
     """Head of the task that the model is fine-tuned for. None means the head over the vocabulary that it is pretrained
     with."""
+    adapter: AnyAdapter | None = None
+    """Adapter that is trained in place of the layers' own weights. None means none."""
 
     @property
     def padded_vocab_size(self) -> int:

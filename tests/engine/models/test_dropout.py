@@ -136,12 +136,12 @@ def test_written_out_attention_is_the_kernel_s_where_nothing_is_dropped(causal):
 
 def test_the_feed_forward_part_of_a_tensor_rank_has_its_features_masks():
     config = make_model(**(CONFIG.model_dump(include=set(ModelConfig.model_fields)) | {"family": "t5"}))
-    assert Dropout(CONFIG, KEYS_B).inner(0) is None, "GPT and BERT drop what it makes alone"
-    whole, part = Dropout(config, KEYS_B).inner(3), Dropout(config, KEYS_B, first_given=4, tensor_rank=2).inner(3)
-    assert whole is not None
-    assert part is not None
-    whole_BTF = whole(torch.ones(ROWS, 9, 256))
-    assert torch.equal(part(torch.ones(ROWS, 3, 64)), whole_BTF[:, 4:7, 128:192])
+    ones_BTF = torch.ones(ROWS, 9, 256)
+    assert Dropout(CONFIG, KEYS_B).inner(ones_BTF, 0) is ones_BTF, "GPT and BERT drop what it makes alone"
+    whole_BTF = Dropout(config, KEYS_B).inner(ones_BTF, 3)
+    assert not torch.equal(whole_BTF, ones_BTF)
+    part_BTF = Dropout(config, KEYS_B, first_given=4, tensor_rank=2).inner(torch.ones(ROWS, 3, 64), 3)
+    assert torch.equal(part_BTF, whole_BTF[:, 4:7, 128:192])
 
 
 ALL_FORMS = FORMS | BERT_FORMS | T5_FORMS

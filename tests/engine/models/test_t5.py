@@ -120,7 +120,7 @@ def test_dropout_is_where_the_twin_has_it(config, batch, monkeypatch):
         if site in (ATTENTION, CROSS_ATTENTION):
             drop = dropout.probabilities(layer, 0, site)
         elif site == FFN_INNER:
-            drop = dropout.inner(layer)
+            return dropout.inner(x, layer)
         else:
             return dropout.hidden(x, layer, site)
         assert drop is not None

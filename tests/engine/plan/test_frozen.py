@@ -1,12 +1,28 @@
 """Frozen parameters in the plan: memory, traffic and checkpoints without them, and patterns that match nothing."""
 
+import json
+
 import pytest
 
+from engine.config.objectives import RowLengths
+from engine.config.parameter_patterns import matches
 from engine.config.resolve import examine
-from engine.config.schema.model import BERTConfig, GPTConfig, T5Config
+from engine.config.rules.model import check_model
+from engine.config.schema.adapter import LoRAConfig
+from engine.config.schema.model import BERTConfig, GPTConfig, T5Config, TaskHead
 from engine.config.schema.parallel import ParallelConfig
-from engine.errors import ConfigError
-from engine.plan.frozen import check_patterns, first_trained_layer, receives_gradients
+from engine.errors import ConfigError, PalimpsestError
+from engine.plan.cut import whole_model
+from engine.plan.families import figures
+from engine.plan.frozen import (
+    base_patterns,
+    check_patterns,
+    first_trained_layer,
+    num_trained,
+    receives_gradients,
+    spared_operations,
+)
+from engine.plan.parameters import model_entries
 from engine.plan.plan import RunStagePlan, make_plan, run_stage_plans
 from tests.engine.config.run_config import config
 
@@ -97,3 +113,37 @@ def test_a_pattern_that_matches_nothing_is_found_without_building_the_model():
 def test_a_run_stage_that_trains_nothing_is_refused():
     with pytest.raises(ConfigError, match=r"stages.0.freeze = \['\*'\]: every parameter is frozen"):
         make_plan(run(freeze=("*",)), 1)
+
+
+ADAPTED = GPT.model_copy(update={"adapter": LoRAConfig(method="lora", rank=3)})
+
+
+def test_an_adapter_wants_the_rest_of_the_model_frozen():
+    (problem,) = check_patterns(run(ADAPTED))
+    assert "stages.0.freeze = [] with model.adapter" in problem.wrong
+    assert json.loads(problem.allowed.removeprefix("freeze: ")) == [*base_patterns(ADAPTED)]
+    assert check_patterns(run(ADAPTED, base_patterns(ADAPTED))) == []
+    with_head = ADAPTED.model_copy(update={"task_head": TaskHead(task="classification", num_labels=2)})
+    trained = {e.name for e in model_entries(with_head) if not matches(e.name, base_patterns(with_head))}
+    assert {name for name in trained if ".adapters." not in name} == {"classifier.weight"}
+    # A (3, 64) and B (192, 3) in each of 4 layers, and the head (2, 64)
+    assert num_trained(with_head, base_patterns(with_head)) == 4 * 3 * (64 + 192) + 2 * 64
+
+
+def test_a_backward_pass_of_an_adapter_computes_no_gradient_of_frozen_matrices():
+    lengths = RowLengths(10, predicted=10)
+    squares = 12 * 64**2  # elements of a layer's matrices
+    chunks = (whole_model(ADAPTED),)
+    assert spared_operations(ADAPTED, chunks, lengths, base_patterns(ADAPTED)) == 4 * 2 * 10 * squares
+    # two layers in front of which nothing is trained have no backward pass: twice their forward pass
+    forward = figures(UNTIED).layer_operations(UNTIED, 0, lengths)
+    assert spared_operations(UNTIED, (whole_model(UNTIED),), lengths, FRONT) == 2 * 2 * forward
+
+
+def test_a_target_that_no_layer_has_is_refused():
+    model = GPT.model_copy(update={"adapter": LoRAConfig(method="lora", targets=("query",))})
+    problems: list[PalimpsestError] = []
+    check_model(model, problems)
+    (problem,) = problems
+    assert "'query' matches no matrix" in problem.wrong
+    assert problem.allowed == "attention.qkv, attention.output, ffn.up, ffn.down"

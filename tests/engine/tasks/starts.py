@@ -5,21 +5,21 @@ from typing import Any
 
 import transformers
 
+from engine.checkpoint.interchange.forms import form_of
 from engine.checkpoint.interchange.huggingface import to_huggingface
 from engine.data.tokenizer.folder import load_tokenizer
 from tests.distributed.runs import write_sentences
 from tests.engine.models.tiny import random_weights, tiny
 
 
-def write_start(folder):
-    """A tokenizer, and in `hf` a Hugging Face folder of a tiny BERT with it."""
+def write_start(folder, form="bert", **changes):
+    """A tokenizer, and in `hf` a Hugging Face folder of a tiny model with it."""
     write_sentences(folder, "wordpiece", 260, "masked")
     loaded = load_tokenizer(folder / "tokenizer")
-    model = tiny("bert", vocab_size=loaded.vocab_size, vocab_multiple=8, max_positions=40)
+    model = tiny(form, vocab_size=loaded.vocab_size, vocab_multiple=8, max_positions=40, **changes)
     config, state = to_huggingface(model, random_weights(model), loaded.vocabulary.padding)
-    transformers.BertForPreTraining.from_pretrained(None, config=config, state_dict=state).save_pretrained(
-        folder / "hf"
-    )
+    kind = getattr(transformers, form_of(model).architecture)
+    kind.from_pretrained(None, config=config, state_dict=state).save_pretrained(folder / "hf")
     for path in (folder / "tokenizer").iterdir():
         (folder / "hf" / path.name).write_bytes(path.read_bytes())
     return folder

@@ -99,11 +99,11 @@ class Form:
         copies = dict(self.copies)
         for head, embedding in family(model).ties(model).items():
             # a head that is tied has no parameter of its own here, and a name there
-            copies[self._names(model, head)[1][0]] = next(iter(parameters[embedding].tensors))
+            copies[self.names_of(model, head)[1][0]] = next(iter(parameters[embedding].tensors))
         return ModelMap(parameters, copies)
 
     def _mapped(self, model: ModelConfig, spec: ParameterSpec, padding_id: int | None) -> ParameterMap:
-        entry, names = self._names(model, spec.name)
+        entry, names = self.names_of(model, spec.name)
         skipped = 0
         if entry.after_padding:
             assert padding_id is not None, f"{self.name} counts positions from it on"
@@ -112,7 +112,7 @@ class Form:
         per_head = model.head_size if entry.per_head else 0
         return mapped(spec, tuple(names), entry.transposed, skipped, per_head)
 
-    def _names(self, model: ModelConfig, parameter: str) -> tuple[Theirs, list[str]]:
+    def names_of(self, model: ModelConfig, parameter: str) -> tuple[Theirs, list[str]]:
         """Return the table entry of one of our parameters, and the names of those of theirs that it is made of."""
         module, _, kind = parameter.rpartition(".")
         key, layer = self.key(model, module)

@@ -1,0 +1,81 @@
+"""The section of an adapter: few parameters that are trained in place of a pretrained model's own.
+
+A `model.adapter` section is one of these classes, told apart by its key `method`; `engine.models.adapters` has the
+modules. Targets are names of the matrices of a layer (`engine.config.adapter_targets`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Discriminator, Field, PositiveFloat, model_validator
+
+from engine.config.schema.section import Section
+
+AdapterMethod = Literal["lora", "ia3"]
+
+
+class Adapter(Section):
+    """The keys that every method has."""
+
+    told_apart_by: ClassVar[str] = "method"
+    merges: ClassVar[bool] = True
+    """True if the adapter can be added into the weights of the model, so that nothing of it is left."""
+    learning_rate: ClassVar[float] = 5e-4
+    """Peak learning rate of a task file that names none."""
+    default_targets: ClassVar[tuple[str, ...]] = ()
+    """Targets where the section names none; those that a model does not have are left out."""
+
+    method: AdapterMethod
+    """Method by which the model is adapted."""
+    targets: tuple[str, ...] = ()
+    """Name patterns (shell style) of the matrices of each layer that are adapted: `query`, `key`, `value`, `output`,
+    `gate`, `up`, `down`, or with the part of the layer before it, `attention.query` or `ffn.*`. Forms whose files have
+    queries, keys and values in one matrix have `qkv`, and ModernBERT has `gate_up`. Empty means those of the paper."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists(cls, given: Any) -> Any:
+        # Behind a validator of the section around it a list counts as Python's, which a strict reader takes for none.
+        if isinstance(given, dict) and isinstance(targets := given.get("targets"), list):
+            return given | {"targets": tuple(targets)}
+        return given
+
+    @property
+    def drop_rate(self) -> float:
+        """Share of what the adapter reads that training sets to 0."""
+        return 0.0
+
+
+class LoRAConfig(Adapter):
+    """LoRA (Hu et al. 2021, arXiv 2106.09685): adds alpha / rank x B A to a matrix, of two narrow matrices."""
+
+    default_targets: ClassVar[tuple[str, ...]] = ("attention.query", "attention.value", "attention.qkv")
+
+    method: Literal["lora"]
+    """Method: LoRA."""
+    rank: int = Field(default=8, ge=1, le=2**16)
+    """Number of rows of A and of columns of B."""
+    alpha: PositiveFloat = 16.0
+    """Factor of the product, which is divided by the rank."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the input of A that training sets to 0. Keyed as `model.dropout`, so it is equal in every layout."""
+
+    @property
+    def drop_rate(self) -> float:
+        return self.dropout
+
+
+class IA3Config(Adapter):
+    """IA3 (Liu et al. 2022, arXiv 2205.05638): scales the output features of a matrix, or the input of one that leads
+    back to the residual stream (`output`, `down`)."""
+
+    learning_rate: ClassVar[float] = 3e-3  # theirs, section 3.3
+    default_targets: ClassVar[tuple[str, ...]] = ("attention.key", "attention.value", "attention.qkv", "ffn.down")
+
+    method: Literal["ia3"]
+    """Method: IA3."""
+
+
+AnyAdapter = Annotated[LoRAConfig | IA3Config, Discriminator("method")]
+"""A `model.adapter` section of any method."""

@@ -1,0 +1,102 @@
+"""An adapter that is saved alone is loaded by peft onto the exported base model, and computes what ours does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+from engine.checkpoint.interchange.forms import form_of
+from engine.checkpoint.interchange.huggingface import to_huggingface
+from engine.config.schema.model import ModelConfig
+from engine.data.tokenizer.folder import load_tokenizer
+from engine.errors import ConfigError
+from engine.models.families import family
+from engine.models.materialize import whole_model
+from engine.serve.adapter import export_adapter
+from engine.serve.source import open_trained
+from tests.distributed.runs import write_sentences
+from tests.engine.models.tiny import tiny
+from tests.engine.serve.runs import run_config, save
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "bert-lora": ("bert", {"method": "lora", "rank": 3}, {"pair_head": False}),
+    "bert-ia3": ("bert", {"method": "ia3"}, {}),
+    "roberta-lora": ("bert", {"method": "lora", "targets": ["*"]}, {"pair_head": False, "token_types": 1}),
+    "modernbert-lora": ("modernbert", {"method": "lora", "targets": ["qkv", "gate_up", "output"]}, {}),
+    "gpt2-lora": ("gpt2", {"method": "lora", "rank": 4, "targets": ["qkv", "down"]}, {}),
+    "gpt2-ia3": ("gpt2", {"method": "ia3", "targets": ["qkv", "output", "down"]}, {}),
+    "pythia-lora": ("pythia", {"method": "lora"}, {}),
+    "pythia-ia3": ("pythia", {"method": "ia3"}, {}),
+    "llama-lora": ("llama", {"method": "lora", "targets": ["query", "value", "ffn.*"]}, {}),
+    "llama-ia3": ("llama", {"method": "ia3", "targets": ["key", "value", "gate", "down"]}, {}),
+}
+HEADS = {"bert": "classification", "modernbert": "classification"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_sentences(folder, "wordpiece", 260, "masked")
+    return folder / "tokenizer"
+
+
+def adapted_run(folder: Path, form: str, adapter: dict[str, Any], changes: dict[str, Any], tokenizer: Path):
+    """A run folder with a checkpoint of random weights, the adapter's among them."""
+    loaded = load_tokenizer(tokenizer)
+    head = {"task": "classification", "num_labels": 3}
+    model = tiny(form, vocab_size=loaded.vocab_size, vocab_multiple=8, task_head=head, adapter=adapter, **changes)
+    config = run_config(folder, "bert", tokenizer)
+    stage = config.stages[0].model_copy(
+        update={"objective": config.stages[0].objective.model_copy(update={"name": "classification"})}
+    )
+    save(config.model_copy(update={"model": model, "stages": (stage,)}), 3, 0)
+    return model
+
+
+def base_model(folder: Path, model: ModelConfig, weights: dict[str, torch.Tensor], padding: int | None) -> Any:
+    """Their model without the adapter, as a folder."""
+    plain = model.model_copy(update={"adapter": None})
+    held = {spec.name: weights[spec.name] for spec in family(plain).specs(plain)}
+    held["classifier.weight"] = torch.zeros_like(held["classifier.weight"])  # that of the adapter's file is loaded
+    config, state = to_huggingface(plain, held, padding)
+    kind = getattr(transformers, form_of(plain).architecture)
+    kind.from_pretrained(None, config=config, state_dict=state).save_pretrained(folder)
+    return kind.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peft_loads_it_onto_the_base_and_merges_it_as_we_do(tmp_path, tokenizer, case):
+    form, adapter, changes = CASES[case]
+    model = adapted_run(tmp_path / "run", form, adapter, changes, tokenizer)
+    apart, together = open_trained(tmp_path / "run", merge=False), open_trained(tmp_path / "run")
+    assert apart.config.adapter is not None
+    assert together.config.adapter is None
+    weights = apart.weights
+    base = base_model(tmp_path / "base", model, weights, load_tokenizer(tokenizer).vocabulary.padding)
+    export_adapter(apart, tmp_path / "adapter", str(tmp_path / "base"))
+    loaded: Any = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    tokens_BT = torch.arange(5, 37)[None]
+    with torch.no_grad():
+        ours_BC = whole_model(apart.config, weights).eval()(tokens_BT=tokens_BT)["logits_BC"]
+        merged_BC = whole_model(together.config, together.weights).eval()(tokens_BT=tokens_BT)["logits_BC"]
+        theirs_BC = loaded(input_ids=tokens_BT).logits
+    scale = ours_BC.abs().max().item()
+    torch.testing.assert_close(theirs_BC, ours_BC, rtol=0, atol=2e-5 * scale)
+    torch.testing.assert_close(merged_BC, ours_BC, rtol=0, atol=2e-5 * scale)
+    plain = together.config
+    _, state = to_huggingface(plain, together.weights, load_tokenizer(tokenizer).vocabulary.padding)
+    merged = loaded.merge_and_unload().state_dict()
+    for name, value in merged.items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_a_model_without_an_adapter_has_none_to_export(tmp_path, tokenizer):
+    save(run_config(tmp_path / "run", "bert", tokenizer), 3, 0)
+    trained = open_trained(tmp_path / "run", tokenizer=None, merge=False)
+    with pytest.raises(ConfigError, match="has no adapter"):
+        export_adapter(trained, tmp_path / "adapter", None)
