@@ -54,6 +54,7 @@ COMMANDS = {
     "job": Command("tools.job:app", "Follow, show and cancel jobs that launch has submitted to Slurm."),
     "train": Command("tools.train:main", "Train: what each rank runs, under any launcher or alone."),
     "finetune": Command("tools.finetune:main", "Fine-tune a model on labelled examples, and measure it."),
+    "evaluate": Command("tools.evaluate:main", "Measure a model on text, benchmarks and labelled sets."),
     "status": Command("tools.status:main", "Show where runs stand, also while they go on."),
     "compare": Command("tools.compare:main", "Compare the metrics of runs, and say where they part."),
     "ledger": Command("tools.ledger:main", "Show what a run of several stages has learned and forgotten."),

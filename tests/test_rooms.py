@@ -13,6 +13,7 @@ ROWS: list[set[str]] = [
     {"tools"},
     {"launcher"},
     {"library"},
+    {"evaluate"},
     {"tasks"},
     {"serve"},
     {"train"},

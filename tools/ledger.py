@@ -12,6 +12,7 @@ from engine.atomic import write_atomically
 from engine.data.visible import visible
 from engine.errors import ConfigError, EnvironmentProblem
 from engine.redact import redact, redacted
+from tools.text_table import aligned
 
 if TYPE_CHECKING:  # pydantic would make --help slow
     from engine.train.ledger_records import Ledger
@@ -89,11 +90,11 @@ def _text(found: dict[str, Any]) -> str:
     if found["initial_loss"]:
         rows.append(["initial weights", *map(_number, found["initial_loss"])])
     rows += [[f"after {stage['name']}", *map(_number, row)] for stage, row in zip(stages, found["loss"], strict=True)]
-    parts.append(_table(rows))
+    parts.append(aligned(rows))
     if any(value is not None for row in found["bits_per_byte"] for value in row):
         rows = [["bits per byte", *(one["domain"] for one in domains)]]
         pairs = zip(stages, found["bits_per_byte"], strict=True)
-        parts.append(_table(rows + [[f"after {stage['name']}", *map(_number, row)] for stage, row in pairs]))
+        parts.append(aligned(rows + [[f"after {stage['name']}", *map(_number, row)] for stage, row in pairs]))
     measured = {
         "gain in its own stage": "gain",
         "forgotten since then": "forgetting_from_first",
@@ -101,7 +102,7 @@ def _text(found: dict[str, Any]) -> str:
         "transferred before it": "forward_transfer",
     }
     rows = [["by domain", *(one["domain"] for one in domains)]]
-    parts.append(_table(rows + [[text, *(_signed(one[key]) for one in domains)] for text, key in measured.items()]))
+    parts.append(aligned(rows + [[text, *(_signed(one[key]) for one in domains)] for text, key in measured.items()]))
     whole = {
         "average loss": _number(found["average"]),
         "backward transfer": _signed(found["backward_transfer"]),
@@ -109,10 +110,10 @@ def _text(found: dict[str, Any]) -> str:
         "forgetting from first": _signed(found["forgetting_from_first"]),
         "forgetting from best": _signed(found["forgetting_from_best"]),
     }
-    parts.append(_table([["over the run", ""], *([name, value] for name, value in whole.items())]))
+    parts.append(aligned([["over the run", ""], *([name, value] for name, value in whole.items())]))
     rows = [["tokens", ""]]
     rows += [[f"{stage['name']}: {name}", f"{count:,}"] for stage in stages for name, count in stage["tokens"].items()]
-    parts.append(_table(rows))
+    parts.append(aligned(rows))
     parts += [_distances(found), _shared(found), *map(_compared, found["compared_with"])]
     return "\n\n".join(part for part in parts if part)
 
@@ -123,7 +124,7 @@ def _distances(found: dict[str, Any]) -> str:
         for name, value in found["distance"].items()
     }
     rows = [["weights moved in", ""], *([name, text] for name, text in told.items())]
-    return _table(rows) if told else ""
+    return aligned(rows) if told else ""
 
 
 def _shared(found: dict[str, Any]) -> str:
@@ -147,15 +148,7 @@ def _compared(other: dict[str, Any]) -> str:
     rows = [[f"beside {other['run']}", "its loss", "forgetting spared", "cost on the new domain"]]
     for name, one in other["domains"].items():
         rows.append([name, _number(one["loss"]), _percent(one["recovered_share"]), _percent(one["cost"])])
-    return _table(rows)
-
-
-def _table(rows: list[list[str]]) -> str:
-    """Return rows in columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
-    )
+    return aligned(rows)
 
 
 def _number(value: float | None) -> str:

@@ -92,12 +92,12 @@ def size_of(ledger: Ledger, domain: Domain) -> tuple[int, int]:
     try:
         dataset = TokenDataset(domain.location)
         num_tokens = dataset.index.num_tokens
-        return num_tokens, _told_bytes(Path(domain.location), num_tokens) or _decoded_bytes(ledger, dataset)
+        return num_tokens, told_bytes(Path(domain.location), num_tokens) or _decoded_bytes(ledger, dataset)
     except (DataError, OSError):  # gone since
         return 0, 0
 
 
-def _told_bytes(location: Path, num_tokens: int) -> int:
+def told_bytes(location: Path, num_tokens: int) -> int:
     """Return the bytes that the report of `palimpsest prepare` counts for a folder of shards; 0 where there is none."""
     location = location.absolute()
     for output in (location.parent, location.parent.parent):

@@ -1,0 +1,174 @@
+"""`palimpsest evaluate`: measure a model that is there, in the terminal, as JSON and as a page."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+JSON, PAGE = "evaluation.json", "evaluation.html"
+"""Names of the files in the output folder."""
+_WIDEST = 100
+"""Characters of a cell of a table at the most."""
+
+
+def main(
+    source: Annotated[Path, typer.Argument(help="A run folder, one of its checkpoints, or a Hugging Face folder.")],
+    text: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=SOURCE", help="Text or token shards: bits per byte, perplexity.")
+    ] = None,
+    harness: Annotated[
+        list[str] | None, typer.Option(metavar="TASK", help="A task of lm-evaluation-harness: its YAML file.")
+    ] = None,
+    labelled: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=FILE", help="Labelled examples, for a fine-tuned model: its measures."),
+    ] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=NAME", help="A column of the sets, as data.columns has them.")
+    ] = None,
+    faults: Annotated[
+        bool, typer.Option("--faults", help="Measure the sets again with typing errors in their texts.")
+    ] = False,
+    bias: Annotated[list[str] | None, typer.Option(metavar="en|zh", help="Bias probes of a language.")] = None,
+    explain: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Show which parts of a text a prediction rests on.")
+    ] = None,
+    explain_examples: Annotated[
+        int, typer.Option(min=0, help="So for this many examples of each set, the surest errors first.")
+    ] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use this many documents or examples of each.")] = None,
+    text_key: Annotated[str, typer.Option(help="Key of the text in JSON lines.")] = "text",
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Equal seeds make equal faults.")] = 0,
+    tokenizer: Annotated[Path | None, typer.Option(help="The tokenizer's folder, if it was moved.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FOLDER", help=f"Folder for {PAGE} and {JSON}.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Measure a model: on text, on benchmarks, on labelled sets, with faults, for bias, and why it predicts so.
+
+    Nothing is fetched from the network.
+    """
+    _keep_offline()
+    from engine.evaluate.report import Request, evaluate
+    from engine.logs import configure
+    from engine.serve.quiet import quiet
+
+    configure()
+    quiet()
+    _check_output(output)
+    request = Request(
+        source=source,
+        tokenizer=tokenizer,
+        texts=text or [],
+        text_key=text_key,
+        harness=harness or [],
+        sets=labelled or [],
+        columns=column or [],
+        faults=faults,
+        bias=bias or [],
+        explained=explain or [],
+        num_explained=explain_examples,
+        limit=limit,
+        seed=seed,
+    )
+    report = evaluate(request, _progress)
+    if output is not None:
+        _write(report, output)
+    print(json.dumps(report, indent=1, ensure_ascii=False) if as_json else _text(report))
+    if output is not None and not as_json:
+        print(f"\nwritten to {output / PAGE} and {output / JSON}")
+
+
+def _keep_offline() -> None:
+    """Keep Hugging Face's libraries and lm_eval off the network, and their bars off a log: they read this on import."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
+    if sys.stderr is None or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def _check_output(output: Path | None) -> None:
+    from engine.errors import ConfigError
+
+    if output is not None and output.exists() and not output.is_dir():
+        raise ConfigError(f"--output {output} is a file", "a folder, new or not", "name another one")
+
+
+@contextlib.contextmanager
+def _progress(part: str) -> Iterator[Callable[[int], None]]:
+    """Show a part while it goes on, with the number of documents that are done; nothing where nobody looks."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from engine.data.visible import visible
+
+    columns = (SpinnerColumn(), TextColumn("{task.description} {task.fields[count]}"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task, total = progress.add_task(visible(part).replace("[", r"\["), total=None, count=""), 0
+
+        def done(count: int) -> None:
+            nonlocal total
+            total += count
+            progress.update(task, count=f"{total:,}")
+
+        yield done
+
+
+def _write(report: dict[str, Any], output: Path) -> None:
+    from engine.atomic import write_atomically
+    from engine.evaluate.page import page
+
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / JSON, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(output / PAGE, page(report))
+
+
+def _text(report: dict[str, Any]) -> str:
+    """Return a report for the terminal."""
+    from engine.data.visible import visible
+    from engine.evaluate.report import told
+    from engine.evaluate.tables import tables
+    from tools.text_table import aligned
+
+    parts = [told(report)]
+    for table in tables(report):
+        rows = [[visible(cell)[:_WIDEST] for cell in row] for row in table.rows]
+        parts.append("\n".join([visible(table.title), aligned(rows), *([table.note] if table.note else [])]))
+    parts += [_explanation(row) for row in report.get("explanations", [])]
+    return "\n\n".join(parts)
+
+
+def _explanation(row: dict[str, Any]) -> str:
+    """Return an explanation: the text coloured where it goes to a terminal, else the parts with their numbers."""
+    from engine.data.visible import visible
+
+    share = "" if row["probability"] is None else f" ({row['probability']:.1%})"
+    place = "" if row["place"] is None else f" of {row['place']!r}"
+    whole = "complete" if row["complete"] else "NOT complete"
+    head = visible(
+        f"{row['label']}{share}{place}: parts sum to {row['sum']:+.4f}, the logits differ by {row['difference']:+.4f} "
+        f"({whole}, {row['steps']} steps)"
+    )
+    if sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+        return f"{head}\n{_coloured(row['pieces'])}"
+    numbers = [f"{value:+.4f}  {visible(piece).strip()}" for piece, value in row["pieces"]]
+    return "\n".join([head, *numbers])
+
+
+def _coloured(pieces: list[tuple[str, float]]) -> str:
+    """Return the parts of a text in blue (for the label) and red (against it), the stronger the deeper."""
+    from engine.data.visible import visible
+
+    largest = max((abs(value) for _, value in pieces), default=0.0) or 1.0
+    shown = []
+    for piece, value in pieces:
+        light = round(255 * (1 - 0.75 * abs(value) / largest))
+        red, green, blue = (light, light, 255) if value >= 0 else (255, light, light)
+        shown.append(f"\x1b[48;2;{red};{green};{blue}m\x1b[38;2;0;0;0m{visible(piece)}\x1b[0m")
+    return "".join(shown)
