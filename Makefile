@@ -54,7 +54,7 @@ test-all: check
 # Two clusters at a time: each has up to four ranks, and Slurm's clocks do not wait for a busy machine.
 test-slurm: $(DEVELOPMENT)
 	@echo '== pytest, on simulated Slurm clusters'
-	@$(PYTEST) --maxprocesses 2 tests/slurm -m 'slurm$(if $(filter quick,$(SELECT)), and not matrix)'
+	@$(PYTEST) --maxprocesses 2 --durations=12 tests/slurm -m 'slurm$(if $(filter quick,$(SELECT)), and not matrix)'
 
 test-readers: export HF_HUB_OFFLINE := 1
 test-readers: export OMP_NUM_THREADS := 1

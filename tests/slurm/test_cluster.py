@@ -36,6 +36,7 @@ def test_gpus_are_handed_out_by_slurm(make_cluster: MakeCluster) -> None:
     assert done.stdout == "0,1\n"
 
 
+@pytest.mark.matrix
 def test_clusters_side_by_side_do_not_meet(make_cluster: MakeCluster) -> None:
     one, other = make_cluster(2), make_cluster(1)
     one.power_off("node1")
@@ -44,6 +45,7 @@ def test_clusters_side_by_side_do_not_meet(make_cluster: MakeCluster) -> None:
     other.wait_nodes("idle")
 
 
+@pytest.mark.matrix
 def test_a_node_without_power_loses_its_processes_and_its_memory(make_cluster: MakeCluster) -> None:
     cluster = make_cluster(2)
     job = cluster.sbatch("sleep 600", "--nodes=2", "--no-kill")
@@ -68,6 +70,7 @@ def test_a_node_that_does_not_answer_comes_back(make_cluster: MakeCluster, fault
     assert cluster.run("srun", "--nodelist=node2", "hostname").stdout == "node2\n"
 
 
+@pytest.mark.matrix
 def test_jobs_outlive_the_controller(make_cluster: MakeCluster) -> None:
     cluster = make_cluster(1)
     job = cluster.sbatch(f"sleep 600 & touch {cluster.folder}/began; wait")

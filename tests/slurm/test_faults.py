@@ -44,7 +44,9 @@ def processes(cluster: Cluster, node: str, name: str) -> list[str]:
     return [line for line in lines if name in line and "srun" not in line]
 
 
-@pytest.mark.parametrize(("fault", "cure"), [("power_off", ""), ("freeze", "thaw"), ("cut", "mend")])
+@pytest.mark.parametrize(
+    ("fault", "cure"), [("power_off", ""), ("freeze", "thaw"), pytest.param("cut", "mend", marks=pytest.mark.matrix)]
+)
 def test_a_node_is_lost_long_before_slurm_notices(fault: str, cure: str, make_cluster: MakeCluster) -> None:
     """Slurm's clock is its default one, 300 s. What a node that comes back still does is of no consequence."""
     cluster = make_cluster(2, slurmd_timeout=300)
@@ -109,6 +111,7 @@ def test_a_job_that_is_told_to_save_is_requeued_up_to_its_limit(make_cluster: Ma
     assert steps(again, 0) == [8, 9]
 
 
+@pytest.mark.matrix
 def test_ranks_that_cannot_save_when_told_to_stop_go_on_from_an_earlier_checkpoint(make_cluster: MakeCluster) -> None:
     job = launch(make_cluster(2), "2", "--requeues", "5", stand_ins=True, fault={"what": "no save", "attempt": 0})
     job.wait_for_hold()

@@ -44,7 +44,9 @@ def ended(cluster: Cluster, launcher: str, **more: Any) -> tuple[Outcome, str]:
     return found, cluster.output(job)
 
 
-@pytest.mark.parametrize("launcher", ["srun", "mpirun", pytest.param("torchrun", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize(
+    "launcher", ["srun", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("mpirun", "torchrun"))]
+)
 def test_a_frozen_rank_is_named_with_its_stack(launcher: str, cluster: Cluster) -> None:
     if reason := reason_to_skip(launcher):
         pytest.skip(reason)

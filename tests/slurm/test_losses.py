@@ -66,9 +66,9 @@ def on_one_node(steady_cluster: Cluster, write_run: WriteRun) -> list[float]:
     "launcher",
     [
         "srun",
-        "pmix",
+        pytest.param("pmix", marks=matrix),
         "mpirun",
-        "torchrun",
+        pytest.param("torchrun", marks=matrix),
         "deepspeed-pdsh",
         pytest.param("deepspeed-openmpi", marks=matrix),
         pytest.param("deepspeed-slurm", marks=matrix),

@@ -81,7 +81,7 @@ def test_pods_of_kubernetes_meet(steady_cluster: Cluster) -> None:
         assert found.code == 0
 
 
-@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+@pytest.mark.parametrize("launcher", ["srun", pytest.param("mpirun", marks=pytest.mark.matrix)])
 def test_two_starts_in_one_job_keep_apart(launcher: str, steady_cluster: Cluster) -> None:
     if reason := reason_to_skip(launcher):
         pytest.skip(reason)
