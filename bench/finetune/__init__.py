@@ -1,0 +1,1 @@
+"""Fine-tuning measured beside transformers' Trainer."""

@@ -1,0 +1,46 @@
+"""Our side of a cell: `palimpsest finetune`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.contest import ContestFailed
+from bench.finetune.sets import TaskSet
+from engine.cli import main
+from engine.config.save import save_tree
+
+WEIGHT_DECAY, BETA2, EPSILON, CLIP, WARMUP_SHARE = 0.01, 0.999, 1e-8, 1.0, 0.1
+"""Recipe of both sides (Devlin et al. 2019, appendix A.3); the learning rate falls linearly to 0."""
+
+
+def train_ours(task: TaskSet, start: str, files: tuple[str, str], folder: Path, seed: int) -> dict[str, Any]:
+    """Fine-tune from a Hugging Face folder on a file of rows; return the measures on the other file."""
+    train, test = files
+    tree = {
+        "name": task.name,
+        "folder": str(folder),
+        "seed": seed,
+        "init_from": start,
+        "stages": [
+            {
+                "objective": task.kind,
+                "data": {"train": train, "validation": test},
+                "sequence_length": task.length,
+                "global_batch_size": task.batch,
+                "duration": {"epochs": task.epochs},
+            }
+        ],
+        "optimizer": {"learning_rate": task.learning_rate, "beta2": BETA2, "weight_decay": WEIGHT_DECAY},
+        "precision": {"dtype": "fp32"},
+        "parallel": {"micro_batch_size": task.batch},
+        "evaluation": {"every_steps": 1_000_000},  # at the end alone, as the other side
+        "logging": {"every_steps": 50, "tensorboard": False, "wandb": "off", "plot": False},
+    }
+    file = folder.with_suffix(".yaml")
+    save_tree(tree, file)
+    code = main(["finetune", str(file)])
+    if code:
+        raise ContestFailed(f"palimpsest finetune ended with exit code {code}", remedy=f"run it by hand: {file}")
+    return json.loads((folder / "measures.json").read_text(encoding="utf-8"))

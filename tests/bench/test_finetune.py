@@ -1,0 +1,95 @@
+"""The fine-tuning benchmark: its cells are drawn and kept as said, and its bars follow from the scores."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench.finetune import cells as module
+from bench.finetune.__main__ import cells_of
+from bench.finetune.cells import Cell, Cells, Result
+from bench.finetune.encoder import Encoder, Size
+from bench.finetune.report import OURS, RANDOM, THEIRS, bars, summarize, table
+from bench.finetune.sets import SETS, few
+from engine.errors import DataError
+
+SST2 = next(task for task in SETS if task.name == "sst2")
+
+
+def results(ours: list[float], theirs: list[float], random: list[float]) -> dict[Cell, Result]:
+    sides = {OURS: (ours, 9.0), THEIRS: (theirs, 10.0), RANDOM: (random, 9.0)}
+    return {
+        Cell(SST2, side, seed): Result({"accuracy": score}, seconds, 1.0, 6920, 1821)
+        for side, (scores, seconds) in sides.items()
+        for seed, score in enumerate(scores)
+    }
+
+
+def test_bars_compare_means_with_the_range_over_the_seeds() -> None:
+    close = summarize(results([0.80, 0.82, 0.81], [0.82, 0.83, 0.81], [0.70, 0.71, 0.69]))
+    assert list(bars(close).values()) == [True, True, True]
+    # means 0.81 and 0.84, ranges 0.02; pretraining gains 0.01 with a range of 0.02
+    apart = summarize(results([0.80, 0.82, 0.81], [0.83, 0.85, 0.84], [0.80, 0.80, 0.80]))
+    assert list(bars(apart).values()) == [False, False, True]
+    assert table(close).splitlines()[2] == (
+        "| sst2 | accuracy | 6,920 | 81.0 (80.0 to 82.0) | 82.0 (81.0 to 83.0) | 70.0 (69.0 to 71.0) | 0.90 |"
+    )
+
+
+def test_sets_without_a_bar_and_few_rows_are_reported_alone() -> None:
+    free = {replace(cell, num_rows=10): result for cell, result in results([0.1], [0.9], [0.5]).items()}
+    (entry,) = summarize(free)
+    assert [*bars([entry])] == ["CPU time over Trainer's, 0.90, is at most 1"]
+
+
+def test_few_rows_have_each_label_equally_often() -> None:
+    rows = [{"label": number % 4, "text": str(number)} for number in range(100)]
+    drawn = few(rows, 10, seed=1)
+    counts = [sum(row["label"] == label for row in drawn) for label in range(4)]
+    assert counts == [3, 3, 2, 2]
+    assert drawn == few(rows, 10, seed=1) != few(rows, 10, seed=2)
+    assert len(few(rows, 1000, seed=1)) == 100
+
+
+def test_few_rows_are_trained_on_for_as_many_steps_as_it_takes() -> None:
+    assert SST2.for_rows(6920) == SST2
+    ten = SST2.for_rows(10)
+    assert (ten.batch, ten.epochs) == (10, 60), "a step is all ten"
+    assert SST2.for_rows(1000) == SST2, "3 passes of 32 steps are more than 60"
+
+
+def test_each_side_has_the_same_seeds() -> None:
+    planned = cells_of([SST2], 2, few=True)
+    assert len(planned) == 2 * 3 + 3 * 2 * 2
+    assert len({cell.name for cell in planned}) == len(planned)
+
+
+def test_a_finished_cell_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, ran = Encoder(tmp_path, tmp_path / "encoder", Size()), []
+    for folder in (encoder.pretrained, encoder.random):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "cells").mkdir()
+
+    def run(_: Cells, cell: Cell) -> Result:
+        ran.append(cell.name)
+        return Result({"accuracy": 0.5}, 1.0, 1.0, 8, 8)
+
+    monkeypatch.setattr(module.Cells, "_run", run)
+    planned = cells_of([SST2], 1, few=False)
+    first = Cells(tmp_path, tmp_path / "cells", encoder).run(planned, 1)
+    assert len(ran) == 3
+    assert Cells(tmp_path, tmp_path / "cells", encoder).run(planned, 1) == first
+    assert len(ran) == 3
+    (tmp_path / "cells" / f"{planned[0].name}.json").write_text(json.dumps({"settings": {}}))
+    Cells(tmp_path, tmp_path / "cells", encoder).run(planned, 1)
+    assert ran[3:] == [planned[0].name], "damaged, or of other settings"
+    (encoder.pretrained / "model.safetensors").write_bytes(b"others")
+    Cells(tmp_path, tmp_path / "cells", encoder).run(planned, 1)
+    assert len(ran) == 7
+
+
+def test_a_folder_without_the_sets_is_said(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="a data folder with tasks/ and corpus/"):
+        SST2.rows(tmp_path)
