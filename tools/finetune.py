@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engine.errors import EXIT_DONE
-
 if TYPE_CHECKING:  # pydantic and numpy would make --help slow
     from engine.config.schema.run import RunConfig
+    from engine.serve.source import Trained
 
 EXPORT, ADAPTER = "huggingface", "adapter"
 """Folders of the exported model in the run folder, and of its adapter alone."""
@@ -35,31 +33,22 @@ def main(
     if prepare is not None:
         _write_run_file(task, overrides or [], prepare)
         return
-    from engine.serve.adapter import require_peft
-    from engine.tasks.kinds import KINDS
-    from launcher.environment import rank_environment
-    from tools.train import start
+    from tools.train import Command, start
 
-    runs: list[RunConfig] = []
-
-    def load(path: Path, given: list[str]) -> RunConfig:
-        runs.append(_resolved(path, given))
-        KINDS[runs[-1].stages[0].objective.name].require_packages()  # before the run, not at its end
-        if runs[-1].model.adapter is not None:
-            require_peft()
-        return runs[-1]
-
-    code = start(task, overrides or [], load, "finetune")
-    if code == EXIT_DONE and rank_environment(os.environ).global_rank == 0:
-        _finish(runs[-1])
-    raise typer.Exit(code)
+    raise typer.Exit(start(task, overrides or [], Command("finetune", _resolved, writes=True, finish=_finish)))
 
 
 def _resolved(path: Path, overrides: list[str]) -> RunConfig:
     from engine.config.load import read_overridden
+    from engine.serve.adapter import require_peft
+    from engine.tasks.kinds import KINDS
     from engine.tasks.resolve import resolve_task
 
-    return resolve_task(read_overridden(path, overrides), str(path))
+    run = resolve_task(read_overridden(path, overrides), str(path))
+    KINDS[run.stages[0].objective.name].require_packages()  # before the run, not at its end
+    if run.model.adapter is not None:
+        require_peft()
+    return run
 
 
 def _write_run_file(task: Path, overrides: list[str], path: Path) -> None:
@@ -76,37 +65,33 @@ def _write_run_file(task: Path, overrides: list[str], path: Path) -> None:
 
 
 def _finish(run: RunConfig) -> None:
-    """Predict the validation examples, write what was measured, and export the model."""
-    from engine.atomic import write_atomically
-    from engine.data.shards.dataset import TokenDataset
+    """Predict the validation examples by the best checkpoint, write what was measured, and export the model."""
     from engine.serve.export import export
     from engine.serve.quiet import quiet
     from engine.serve.source import open_trained
-    from engine.tasks.predict import MEASURES, predict, write_predictions
+    from engine.train.best import best_checkpoint
 
     quiet()
-    (stage,) = run.stages
-    trained = open_trained(run.folder)
-    for location in stage.data.validation_locations:
-        predictions = predict(trained, stage, TokenDataset(location))
-        write_predictions(predictions, run.folder)
-        measures = predictions.measures()
-        write_atomically(run.folder / MEASURES, json.dumps(measures, indent=1, ensure_ascii=False) + "\n")
-        print(_told(measures))
+    metric = run.checkpoint.best_metric
+    best = best_checkpoint(run.folder, metric) if run.checkpoint.keep_best else None
+    trained = open_trained(best or run.folder)
+    measures = _measure(run, trained)
+    _draw(run, measures, metric, trained.step if best is not None else None)
     _replace(run.folder / EXPORT, lambda new: export(trained, new))
-    print(f"model: {run.folder / EXPORT}")
+    chosen = f", of step {trained.step}, the best by {metric}" if best is not None else ""
+    print(f"model: {run.folder / EXPORT}{chosen}")
     if run.model.adapter is not None:
-        _export_adapter(run)
+        _export_adapter(run, best or run.folder)
 
 
-def _export_adapter(run: RunConfig) -> None:
+def _export_adapter(run: RunConfig, source: Path) -> None:
     """Write the adapter alone, and say how few parameters it has."""
     from engine.checkpoint.interchange.initial import format_of
     from engine.checkpoint.storage import location_of
     from engine.serve.adapter import export_adapter
     from engine.serve.source import open_trained
 
-    apart = open_trained(run.folder, merge=False)
+    apart = open_trained(source, merge=False)
     assert run.init_from is not None
     base = run.init_from.path
     is_theirs = format_of(location_of(base)) == "huggingface"
@@ -121,6 +106,36 @@ def _replace(output: Path, write: Callable[[Path], Any]) -> None:
     write(new)
     shutil.rmtree(output, ignore_errors=True)
     new.rename(output)
+
+
+def _measure(run: RunConfig, trained: Trained) -> dict[str, Any]:
+    """Predict the validation examples and write predictions and measures; return the latter, none without examples."""
+    from engine.atomic import write_atomically
+    from engine.data.shards.dataset import TokenDataset
+    from engine.tasks.predict import MEASURES, predict, write_predictions
+
+    (stage,) = run.stages
+    measures: dict[str, Any] = {}
+    for location in stage.data.validation_locations:
+        predictions = predict(trained, stage, TokenDataset(location))
+        write_predictions(predictions, run.folder)
+        measures = predictions.measures()
+        text = json.dumps({"step": trained.step, **measures}, indent=1, ensure_ascii=False)
+        write_atomically(run.folder / MEASURES, f"{text}\n")
+        print(_told(measures))
+    return measures
+
+
+def _draw(run: RunConfig, measures: dict[str, Any], metric: str, best_step: int | None) -> None:
+    from engine.logs import logger
+    from engine.tasks.pictures import draw_confusion, draw_learning
+
+    try:
+        draw_learning(run.folder, run.name, metric, best_step)
+        if "confusion" in measures:
+            draw_confusion(run.folder, run.name, run.stages[0].objective.labels, measures["confusion"])
+    except Exception as error:  # a picture, whatever its trouble, must not cost the model
+        logger(__name__).warning("the pictures cannot be drawn and are left out: %s", error)
 
 
 def _told(measures: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +26,7 @@ from engine.config.load import folder_of, load_run
 from engine.config.rank_environment import RankEnvironment
 from engine.config.resolve import Layout, resolve
 from engine.config.schema.run import RunConfig
-from engine.errors import EXIT_FAILURE, EXIT_REQUEUE, EnvironmentProblem, PalimpsestError
+from engine.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EnvironmentProblem, PalimpsestError
 from engine.heartbeat import Heartbeat
 from engine.outcome import Outcome
 from engine.plan.frozen import check_patterns
@@ -51,14 +52,25 @@ def main(
     raise typer.Exit(start(config, overrides or []))
 
 
-def start(
-    config: Path,
-    overrides: list[str],
-    load: Callable[[Path, list[str]], RunConfig] = lambda path, given: load_run(path, given, model_of),
-    command: str = "train",
-) -> int:
-    """Train the run that `load` makes of a file and its overrides; return the exit code. `command` is how errors of
-    ranks other than the first call it. Raises `PalimpsestError` on rank 0."""
+@dataclass(frozen=True)
+class Command:
+    """A command that trains."""
+
+    name: str
+    load: Callable[[Path, list[str]], RunConfig]
+    """Makes the run of a file and its overrides."""
+    writes: bool = False
+    """True if `load` writes to the run folder, which is taken before then."""
+    finish: Callable[[RunConfig], None] | None = None
+    """Called on rank 0 once the run is done, while the folder is still taken. None means that nothing is left to do."""
+
+
+TRAIN = Command("train", lambda path, given: load_run(path, given, model_of))
+
+
+def start(config: Path, overrides: list[str], command: Command = TRAIN) -> int:
+    """Train the run that a command makes of a file and its overrides; return the exit code. Raises `PalimpsestError` on
+    rank 0."""
     environment: RankEnvironment | None = None
     try:
         environment = rank_environment(os.environ)
@@ -72,46 +84,53 @@ def start(
             # The supervisor sends signals to ranks that have given a sign of life: handlers first, then the beat.
             heart.beat(0, "start")
             given = [*overrides, *hidden_overrides(os.environ)]
-            code = _run(lambda: load(config, given), lambda: folder_of(config, given), environment, signals, heart)
+            code = _run(command, config, given, environment, signals, heart)
             if code == EXIT_REQUEUE:
                 signals.ignore_from_now_on()
             return code
     except PalimpsestError as error:
         # Every rank finds the same mistake; one full report is enough.
         if environment is not None and environment.global_rank > 0:
-            print(
-                f"palimpsest {command} [rank {environment.global_rank}]: {error.wrong.splitlines()[0]}", file=sys.stderr
-            )
+            first = error.wrong.splitlines()[0]
+            print(f"palimpsest {command.name} [rank {environment.global_rank}]: {first}", file=sys.stderr)
             raise typer.Exit(error.exit_code) from error
         raise
 
 
 def _run(
-    load: Callable[[], RunConfig],
-    find_folder: Callable[[], Path | None],
+    command: Command,
+    config: Path,
+    given: list[str],
     environment: RankEnvironment,
     signals: StopSignals,
     heart: Heartbeat,
 ) -> int:
     """Take the run folder and train; returns the exit code. What goes wrong outside of training is noted there, too."""
+    path = folder_of(config, given)
     try:
-        run = load()
+        run = None if command.writes and path is not None else command.load(config, given)
     except PalimpsestError as error:
         # A configuration that is refused may still name its folder, where the next reader looks for the outcome.
-        if (path := find_folder()) is not None:
+        if path is not None:
             with run_folder(path, environment, os.environ) as folder:
                 with contextlib.suppress(EnvironmentProblem):
                     _enter(folder, environment)
                 _note_failure(folder, environment, error)
         raise
-    with run_folder(run.folder, environment, os.environ) as folder:
+    path = run.folder if run is not None else path
+    assert path is not None, "a run has a folder, and without one `load` has made the run"
+    with run_folder(path, environment, os.environ) as folder:
         try:
             _enter(folder, environment)
-            refuse_stopped(run.folder)
+            refuse_stopped(path)
+            run = run or command.load(config, given)
             if heart.folder is not None and not is_supervised(os.environ):
                 start_watcher(environment, run.launch, folder, heart.folder)
             # Taken before `_start` judges the build locks in the folder: of a folder that is ours alone, any is stale.
-            return _train(run, _start(run, environment), environment, signals, heart, folder)
+            code = _train(run, _start(run, environment), environment, signals, heart, folder)
+            if code == EXIT_DONE and environment.global_rank == 0 and command.finish is not None:
+                command.finish(run)
+            return code
         except Exception as error:
             _note_failure(folder, environment, error)
             raise
@@ -165,10 +184,15 @@ def _train(
     heart: Heartbeat,
     folder: RunFolder,
 ) -> int:
-    """Hand over to the trainer, the first import of torch; return the exit code."""
+    """Hand over to the trainer, which imports torch; return the exit code."""
     if environment.global_rank == 0 and (warning := export_warning(run)) is not None:
         logs.logger(__name__).warning("%s", warning)
     with logs.phase("importing torch and DeepSpeed"):
         from engine.train.run import train
 
-    return train(run, layout, environment, signals, heart, folder)
+    measure = None
+    if run.model.task_head is not None:
+        from engine.tasks.in_training import measure_of
+
+        measure = measure_of(run)
+    return train(run, layout, environment, signals, heart, folder, measure)

@@ -66,7 +66,10 @@ def folder_of(path: Path, overrides: list[str] | None = None) -> Path | None:
     except PalimpsestError:
         return None
     folder = tree.get("folder")
-    return Path(folder) if isinstance(folder, str) and folder else None
+    try:
+        return Path(expand(folder, "folder")) if isinstance(folder, str) and folder else None
+    except ConfigError:
+        return None
 
 
 def read_overridden(path: Path, overrides: list[str] | None) -> Tree:

@@ -27,7 +27,8 @@ def evaluated_metrics(config: RunConfig) -> tuple[str, ...]:
 
 def _measures(config: RunConfig, run_stage: RunStage) -> tuple[str, ...]:
     # Predictions are measured on the whole of one data set (`engine.data.validation.ValidationSamples.is_measured`).
-    if config.evaluation.max_samples is not None or not isinstance(run_stage.data.validation, str):
+    is_measured = config.model.task_head is not None and isinstance(run_stage.data.validation, str)
+    if not is_measured or config.evaluation.max_samples is not None:
         return ()
     return OBJECTIVES[run_stage.objective.name].measures
 

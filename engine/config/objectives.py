@@ -136,10 +136,17 @@ class Objective:
     """Names of the measures of its predictions that are single numbers, the main one first; a task alone has some."""
 
 
-def _task(keys: tuple[str, ...]) -> Objective:
+def _task(keys: tuple[str, ...], measures: tuple[str, ...]) -> Objective:
     families: tuple[FamilyName, ...] = ("bert", "gpt")
     return Objective(
-        families, keys, _example_lengths, sees_padding=True, special_tokens=False, module="examples", is_task=True
+        families,
+        keys,
+        _example_lengths,
+        sees_padding=True,
+        special_tokens=False,
+        module="examples",
+        is_task=True,
+        measures=measures,
     )
 
 
@@ -155,8 +162,8 @@ OBJECTIVES: Mapping[ObjectiveName, Objective] = {
         sees_padding=True,
     ),
     "span_corruption": Objective(("t5",), ("rate", "mean_span_length"), _span_lengths, shortest=3, sees_padding=True),
-    "classification": _task(("labels",)),
-    "regression": _task(()),
+    "classification": _task(("labels",), ("accuracy", "f1_micro", "f1_macro", "matthews")),
+    "regression": _task((), ("mean_squared_error", "pearson", "spearman")),
 }
 """Every objective by its name."""
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from engine.config.schema.model import BERTConfig, ModelConfig
 from engine.models.dropout import EMBEDDING_OUTPUT, Dropout
 from engine.models.norms import norm
-from engine.parallel.boundary import ROW_LOSSES, Tensors
+from engine.parallel.boundary import LOGITS, ROW_LOSSES, Tensors
 from engine.parallel.functions import Functions
 from engine.parallel.sharding import Table
 
@@ -67,7 +67,7 @@ class TaskHead:
         self, chunk: nn.Module, hidden_BTD: torch.Tensor, given: Tensors, by_row: bool, dropout: Dropout | None = None
     ) -> Tensors:
         """Compute `losses_L` (L = 1): the sum over the rows of cross entropy, or of the squared errors' mean over the
-        C numbers; without labels `logits_BC`."""
+        C numbers; in evaluation also the logits, (B, C). Without labels `logits_BC`."""
         logits_BC = self._logits(chunk, hidden_BTD, given, dropout).float()
         if "labels_B" in given:
             loss_B = F.cross_entropy(logits_BC, given["labels_B"], reduction="none")
@@ -77,6 +77,8 @@ class TaskHead:
             return {"logits_BC": logits_BC}
         loss_B = loss_B * given["label_weights_B"]
         outputs = {"losses_L": loss_B.sum().reshape(1)}
+        if not torch.is_grad_enabled():
+            outputs[LOGITS] = logits_BC
         return outputs | ({ROW_LOSSES: loss_B.detach().unsqueeze(1)} if by_row else {})
 
     def _logits(

@@ -6,9 +6,12 @@ start.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,15 @@ from engine.config.schema.objective import ObjectiveConfig
 from engine.data.shards.index import FILE
 from engine.data.shards.writer import ShardWriter
 from engine.data.tokenizer.folder import TextTokenizer
-from engine.errors import ConfigError, DataError
+from engine.errors import DataError, EnvironmentProblem
 from engine.serve.new_folder import new_folder
 from engine.tasks.framing import Framing
 from engine.tasks.kind import EncodedRow, Kind
 
 VERSION = 2
 """Raised when examples are encoded otherwise."""
+LOCK = ".writing"
+"""File that the process which writes the folder holds a lock on."""
 NOTES = "notes.jsonl"
 """File beside the shards with the notes of the rows, a line for each; not there where rows have none."""
 
@@ -38,8 +43,11 @@ def encoded_folder(
 ) -> Path:
     """Return the folder of the encoded examples in `folder`, written if it is not there.
 
+    Several processes may call it at the same time: one writes, and the others wait for it.
+
     Raises:
-        DataError: an example cannot be encoded, or the disk is full.
+        DataError: an example cannot be encoded.
+        EnvironmentProblem: the folder cannot be written.
     """
     facts = {
         "version": VERSION,
@@ -52,13 +60,36 @@ def encoded_folder(
     output = folder / name
     if (output / FILE).is_file():
         return output
-    try:
-        with new_folder(output) as partial:
-            _write(partial, framing.tokenizer, kind.encode(examples, objective, framing, length))
-    except ConfigError:
+    with alone_in(folder):
         if not (output / FILE).is_file():  # else another process was first, with the same content
-            raise
+            for left in folder.glob(".*.partial"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            with new_folder(output) as partial:
+                _write(partial, framing.tokenizer, kind.encode(examples, objective, framing, length))
     return output
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make a folder and wait until no other process writes there in this way: the ranks of a start all prepare it.
+
+    Raises:
+        EnvironmentProblem: the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # A file that can be written: file systems over a network lock no others. Its lock ends with its holder.
+        lock = (folder / LOCK).open("ab")
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{folder} cannot be written: {error.strerror or error}",
+            "a folder that can be written, on a disk with room",
+            "make room, or change `folder`",
+        ) from error
+    with lock:
+        with contextlib.suppress(OSError):  # a file system without locks: then each writes over the other's
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _write(folder: Path, tokenizer: TextTokenizer, rows: Iterable[EncodedRow]) -> None:

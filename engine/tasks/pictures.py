@@ -13,8 +13,6 @@ from engine.train.plot import Curve, draw_curve, read_curves, title
 from engine.train.records import METRICS, read_metrics
 
 LEARNING, CONFUSION = "learning.png", "confusion.png"
-MOST_LABELS = 40
-"""Labels of a confusion matrix that is drawn; more would be too small to read."""
 _MOST_NUMBERS = 15  # labels of a matrix in whose cells the counts are written
 
 

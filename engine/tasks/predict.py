@@ -6,6 +6,7 @@ Legend: B batch, T tokens of a row, C labels.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +51,15 @@ def logits_of(trained: Trained, stage: RunStage, dataset: TokenDataset) -> list[
             inputs = {name: tensor for name, tensor in batch.inputs.items() if not name.startswith("label")}
             (found,) = model(**inputs).values()
             logits += list(found.float().numpy())
+    # padding rows stand at the end
+    return without_padding(logits[: samples.num_samples], dataset)
+
+
+def without_padding(logits: Sequence[np.ndarray], dataset: TokenDataset) -> list[np.ndarray]:
+    """Return the logits of the rows of a data set, those of tokens, (T, C), cut to the n tokens of each row."""
     documents = [np.diff(dataset.offsets(number)[0]) for number in range(dataset.num_shards)]
     lengths = np.concatenate(documents).tolist()
-    # Padding rows stand at the end of all, padding at the end of each row.
-    return [row if row.ndim == 1 else row[:length] for row, length in zip(logits, lengths, strict=False)]
+    return [row if row.ndim == 1 else row[:length] for row, length in zip(logits, lengths, strict=True)]
 
 
 def write_predictions(predictions: Predictions, folder: Path) -> None:

@@ -18,7 +18,9 @@ from engine.checkpoint.interchange.initial import format_of, model_of
 from engine.checkpoint.load import read_state
 from engine.checkpoint.storage import location_of
 from engine.config.load import Tree, merge, parse_run, parse_section
+from engine.config.metrics import MEASURE, VALIDATION_LOSS
 from engine.config.objectives import OBJECTIVES
+from engine.config.paths import expand_keys
 from engine.config.schema.data import ColumnsConfig
 from engine.config.schema.model import ModelConfig, make_model
 from engine.config.schema.objective import ObjectiveConfig, ObjectiveName
@@ -30,7 +32,7 @@ from engine.data.tokenizer.files import MODEL_FILE
 from engine.errors import ConfigError
 from engine.plan.frozen import base_patterns
 from engine.serve.source import describe
-from engine.tasks.encode import encoded_folder, longest
+from engine.tasks.encode import alone_in, encoded_folder, longest
 from engine.tasks.framing import Framing
 from engine.tasks.kind import Examples, Kind
 from engine.tasks.kinds import KINDS
@@ -61,12 +63,15 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
         ConfigError, CheckpointError: the file or the start of the run is not what it has to be.
         DataError: the examples are not.
     """
+    expand_keys(tree)
     init_from, folder = _start_of(tree, source), Path(str(tree["folder"]))
     stage, name = _stage_of(tree, source)
     start = model_of(init_from)
-    keys = tree.get("model", {}) | ({"adapter": tree.pop("adapter")} if "adapter" in tree else {})
+    if "adapter" in tree and isinstance(tree.setdefault("model", {}), dict):
+        tree["model"]["adapter"] = tree.pop("adapter")
+    _check_keys(tree, stage, start, source)
     kind = type(make_model(**start))
-    model = parse_section(kind, start | _dropout(make_model(**start)) | keys, ("model",), source)
+    model = parse_section(kind, start | _dropout(make_model(**start)) | tree.get("model", {}), ("model",), source)
     if model.family not in OBJECTIVES[name].families:
         raise ConfigError(
             f"objective {name} with the model in {init_from}, of family {model.family}",
@@ -98,7 +103,32 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
         defaults["optimizer"]["learning_rate"] = model.adapter.learning_rate
     whole = merge(defaults, tree | {"init_from": _section(tree["init_from"])})
     whole.setdefault("evaluation", {}).setdefault("every_steps", _steps(1.0, stage, num_rows))
+    if "validation" in encoded:
+        _keep_best(whole, name)
     return parse_run(whole, source)
+
+
+def _check_keys(tree: Tree, stage: Tree, start: Tree, source: str) -> None:
+    """Raise `ConfigError` where a key of the file has a wrong name or value, before any example is read; keys that are
+    found later stand in with values of their own."""
+    given = tree.get("model", {})
+    found_later = {"sequence_length": LENGTH_MULTIPLE, "global_batch_size": BATCH, "duration": {}}
+    draft = {"tokenizer": TOKENIZER} | tree | {"stages": [found_later | stage]}
+    draft["model"] = start | given if isinstance(given, dict) else given
+    parse_run(merge(copy.deepcopy(DEFAULTS), draft | {"init_from": _section(tree["init_from"])}), source)
+
+
+def _keep_best(tree: Tree, name: ObjectiveName) -> None:
+    """Set what saves and keeps the best checkpoint, as far as it is left out: one at each evaluation."""
+    evaluated, checkpoint = tree["evaluation"]["every_steps"], tree.setdefault("checkpoint", {})
+    saved = checkpoint.setdefault("every_steps", evaluated)
+    has_both = isinstance(saved, int) and isinstance(evaluated, int) and saved > 0 and evaluated > 0
+    if has_both and saved % evaluated == 0:
+        checkpoint.setdefault("keep_best", 1)
+        checkpoint.setdefault("keep_last", 1)
+    is_measured = "max_samples" not in tree["evaluation"] and tree["model"]["task_head"] is not None
+    measures = OBJECTIVES[name].measures if is_measured else ()
+    checkpoint.setdefault("best_metric", f"{MEASURE}{measures[0]}" if measures else VALIDATION_LOSS)
 
 
 class _Task(NamedTuple):
@@ -154,6 +184,11 @@ def _stage_of(tree: Tree, source: str) -> tuple[Tree, ObjectiveName]:
     data = stage.get("data")
     if not isinstance(data, dict) or not isinstance(data.get("train"), str):
         raise ConfigError(f"{source}: stages.0.data.train names no file", "a file of examples", "write data.train")
+    if not isinstance(data.get("validation", ""), str):
+        raise ConfigError(
+            f"{source}: stages.0.data.validation is {data['validation']!r:.60}", "one file of examples, or none",
+            "name one file",
+        )  # fmt: skip
     return stage, cast(ObjectiveName, name)
 
 
@@ -167,9 +202,10 @@ def _tokenizer(init_from: str, folder: Path, model: ModelConfig) -> Path:
     location = location_of(init_from)
     if format_of(location) == "huggingface":
         taken = folder / TOKENIZER
-        if not (taken / MODEL_FILE).is_file():
-            with side_files(location) as local:
-                import_tokenizer(str(local), taken, _PURPOSES[model.family])
+        with alone_in(folder / EXAMPLES):
+            if not (taken / MODEL_FILE).is_file():
+                with side_files(location) as local:
+                    import_tokenizer(str(local), taken, _PURPOSES[model.family])
         return taken
     checkpoint = find(Path(init_from))[0]
     described = describe(checkpoint, read_state(checkpoint))

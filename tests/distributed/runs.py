@@ -106,13 +106,15 @@ def train_rank(
     import torch
 
     from engine.checkpoint.fingerprint import fingerprint
+    from engine.tasks.in_training import measure_of
     from engine.train.build import join_groups
     from engine.train.signals import StopSignals
     from engine.train.trainer import Trainer
 
     config = run_config(tree)
     groups = join_groups(config, resolve(config, environment.world_size), environment.global_rank)
-    trainer = Trainer(config, groups, environment, torch.device("cpu"), StopSignals(), Heartbeat(None, 0))
+    measure = measure_of(config) if config.model.task_head is not None else None
+    trainer = Trainer(config, groups, environment, torch.device("cpu"), StopSignals(), Heartbeat(None, 0), measure)
 
     def held() -> str:
         engine = trainer.pipeline.engine  # asked each time: a run stage may have made it again

@@ -87,8 +87,10 @@ def task_run(folder: Path, form: str, task: str, parallel: dict[str, Any]) -> Ru
     return resolve_task(tree, "test task")
 
 
-def trained_by_torch(config: RunConfig, records: list[dict[str, Any]], theirs: Path) -> tuple[list[float], float]:
-    """Losses of the steps, and the validation loss after them, of their class in fp64."""
+def trained_by_torch(
+    config: RunConfig, records: list[dict[str, Any]], theirs: Path
+) -> tuple[list[float], float, float]:
+    """Losses of the steps, and the validation loss and the main measure after them, of their class in fp64."""
     _, weights = from_huggingface(theirs)
     for spec in family(config.model).specs(config.model):
         if spec.name not in weights:
@@ -100,19 +102,27 @@ def trained_by_torch(config: RunConfig, records: list[dict[str, Any]], theirs: P
     model = kind.from_pretrained(None, config=their_config, state_dict=state, attn_implementation="eager").double()
     stage = config.stages[0]
 
-    def loss_of(batch: Any) -> torch.Tensor:
+    def logits_of(given: dict[str, torch.Tensor], row: int) -> torch.Tensor:
+        """Each row by itself: theirs then sees no padding."""
+        length = int((given["segments_BT"][row] == 0).sum())
+        inputs = {"input_ids": given["tokens_BT"][row : row + 1, :length]}
+        if config.model.tells_segments_apart:
+            inputs["token_type_ids"] = given["token_types_BT"][row : row + 1, :length]
+        if config.model.family != "gpt":
+            return model(**inputs).logits
+        return model.score(model.base_model(**inputs).last_hidden_state[:, -1])  # whichever token pads
+
+    def loss_of(batch: Any, measured: list[float] | None = None) -> torch.Tensor:
         given = batch.inputs
         rows = given["label_weights_B"] > 0
-        inputs = {"input_ids": given["tokens_BT"][rows], "attention_mask": (given["segments_BT"][rows] == 0).long()}
-        if config.model.tells_segments_apart:
-            inputs["token_type_ids"] = given["token_types_BT"][rows]
-        hidden = model.base_model(**inputs).last_hidden_state if config.model.family == "gpt" else None
-        if hidden is None:
-            logits_BC = model(**inputs).logits
-        else:  # padding stands behind the last token here, whichever token pads
-            logits_BC = model.score(hidden[torch.arange(len(hidden)), given["last_B"][rows]])
+        logits_BC = torch.cat([logits_of(given, row) for row in rows.nonzero().flatten().tolist()])
         if stage.objective.name == "regression":
-            return F.mse_loss(logits_BC, given["labels_BC"][rows].double())
+            loss = F.mse_loss(logits_BC, given["labels_BC"][rows].double())
+            if measured is not None:
+                measured.append(loss.item())
+            return loss
+        if measured is not None:
+            measured.append((logits_BC.argmax(1) == given["labels_B"][rows]).double().mean().item())
         return F.cross_entropy(logits_BC, given["labels_B"][rows])
 
     assert stage.data.train is not None
@@ -140,8 +150,9 @@ def trained_by_torch(config: RunConfig, records: list[dict[str, Any]], theirs: P
             0,
         )
     )
+    measured: list[float] = []
     with torch.no_grad():
-        return losses, loss_of(whole.step(0, 1, 9)[0]).item()
+        return losses, loss_of(whole.step(0, 1, 9)[0], measured).item(), measured[0]
 
 
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(name, marks=pytest.mark.matrix) for name in MORE)])
@@ -155,9 +166,8 @@ def test_losses_are_those_of_transformers_and_torch(tmp_path, case):
     assert {one["code"] for one in found} == {0}
     records = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
-    losses, validation_loss = trained_by_torch(config, steps, tmp_path / "theirs")
+    losses, validation_loss, measured = trained_by_torch(config, steps, tmp_path / "theirs")
     assert [record["loss"] for record in steps] == pytest.approx(losses, abs=TOLERANCE)
-    (last,) = [
-        record["validation_loss"] for record in records if record["step"] == STEPS and "validation_loss" in record
-    ]
-    assert last == pytest.approx(validation_loss, abs=TOLERANCE)
+    (last,) = [record for record in records if record["step"] == STEPS and "validation_loss" in record]
+    assert last["validation_loss"] == pytest.approx(validation_loss, abs=TOLERANCE)
+    assert last[config.checkpoint.best_metric] == pytest.approx(measured, abs=TOLERANCE)

@@ -14,8 +14,13 @@ import torch
 from ruamel.yaml import YAML
 from transformers import AutoModelForSequenceClassification, pipeline
 
+from engine import outcome
+from engine.checkpoint.folder import step_of
 from engine.cli import main
+from engine.tasks.in_training import numbers
+from engine.train.records import read_metrics
 from tests.engine.tasks.starts import tree_of, write_examples, write_start
+from tests.tools.folder_in_use import contents, held
 
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("bare_node")
@@ -50,13 +55,24 @@ def write_task(folder: Path, tree: dict) -> str:
 
 def test_a_classifier_is_trained_measured_and_exported(tmp_path, start):
     write_examples(tmp_path, count=24)
-    task = write_task(tmp_path, tree_of(tmp_path, start, duration={"steps": 2}, global_batch_size=6))
+    task = write_task(tmp_path, tree_of(tmp_path, start, duration={"steps": 2}, global_batch_size=24))
     done = finetune(task)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     measures = json.loads((run / "measures.json").read_text())
     assert measures["examples"] == 4
-    assert 0 <= measures["accuracy"] <= 1
+    # recorded while it was trained, in the same numbers: those of the best checkpoint
+    recorded = {record["step"]: record for record in read_metrics(run) if "validation_accuracy" in record}
+    accuracies = {step: record["validation_accuracy"] for step, record in recorded.items()}
+    assert measures["step"] == max(accuracies, key=lambda step: (accuracies[step], -step))
+    assert step_of((run / "best").resolve()) == measures["step"]
+    assert numbers(measures) == {
+        name.removeprefix("validation_"): value
+        for name, value in recorded[measures["step"]].items()
+        if name.startswith("validation_") and name not in ("validation_loss", "validation_seconds")
+    }
+    assert f"validation loss {recorded[1]['validation_loss']:.4f}  accuracy {accuracies[1]:.4f}" in done.stdout
+    assert {"learning.png", "confusion.png"} < {path.name for path in run.iterdir()}
     predictions = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     texts = [json.loads(line)["text"] for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
     classify = pipeline("text-classification", str(run / "huggingface"), top_k=None)
@@ -85,6 +101,26 @@ def test_an_adapter_is_written_alone_and_merged(tmp_path, start):
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         torch.testing.assert_close(apart(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=0, atol=1e-5)
+
+
+def test_in_a_folder_in_use_nothing_is_encoded(tmp_path, start):
+    write_examples(tmp_path)
+    task = write_task(tmp_path, tree_of(tmp_path, start))
+    with held("127.0.0.1:4321") as holder:
+        before = contents(tmp_path / "run")
+        done = finetune(task)
+        assert (done.returncode, f"is in use: process {holder} on " in done.stderr) == (1, True)
+        assert contents(tmp_path / "run") == before
+
+
+def test_what_is_wrong_with_the_examples_is_told_in_the_outcome(tmp_path, start, capsys):
+    write_examples(tmp_path)
+    (tmp_path / "train.jsonl").write_bytes(b"\xff\x00")
+    assert main(["finetune", write_task(tmp_path, tree_of(tmp_path, start))]) == 1
+    assert "train.jsonl" in capsys.readouterr().err
+    said = outcome.read(tmp_path / "run")
+    assert said is not None
+    assert (said.code, "train.jsonl" in said.error) == (1, True)
 
 
 def test_a_run_file_is_prepared_for_launch(tmp_path, start, capsys):

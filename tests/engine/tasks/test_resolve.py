@@ -102,6 +102,30 @@ def test_a_regression_has_one_number(tmp_path, start):
             {"stages": [{"objective": {"name": "regression", "label": ["a"]}, "data": {"train": "x"}}]},
             "unknown key stages.0.objective.label",
         ),
+        ({"evaluation": None}, "evaluation"),
+        ({"evaluation": {"every_step": 3}}, "unknown key evaluation.every_step"),
+        ({"checkpoint": "often"}, "checkpoint"),
+        ({"model": [1]}, "model"),
+        ({"model": {"hidden": 3}}, "unknown key model.hidden"),
+        ({"model": {"dropout": "no"}}, "model.dropout"),
+        ({"tokenizer": 3}, "tokenizer"),
+        ({"folder": "~nobody-of-this-name/run"}, "no home folder"),
+        ({"stages": [{"objective": "classification", "data": {"train": "x", "validation": ["a"]}}]}, "one file"),
+        ({"stages": [{"objective": "classification", "data": {"train": "x", "columns": None}}]}, "columns"),
+        *(
+            ({"stages": [{"objective": "classification", "data": {"train": "x"}, key: value}]}, f"stages.0.{key}")
+            for key, value in [
+                ("global_batch_size", "8"),
+                ("global_batch_size", 0),
+                ("sequence_length", 1.5),
+                ("duration", 3),
+                ("duration", {"epochs": "3"}),
+                ("duration", {"epochs": float("inf")}),
+                ("duration", {"steps": -1}),
+                ("name", ["a"]),
+                ("schedule", "linear"),
+            ]
+        ),
     ],
 )
 def test_a_wrong_task_file_is_refused(tmp_path, start, change, said):
