@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from engine.errors import CheckpointError
 from tools.conversions import Request
 from tools.convert_progress import local, progress
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
+    from engine.checkpoint.interchange.initial import Format
     from engine.checkpoint.interchange.mapping import ModelMap
+    from engine.checkpoint.interchange.sinks.outgoing import Outgoing
     from engine.checkpoint.interchange.source_model import SourceModel, SourceWeights
+
+Written = TypeVar("Written")
 
 
 def to_huggingface(request: Request) -> None:
@@ -116,35 +121,20 @@ def from_other(request: Request) -> None:
 def to_dcp(request: Request) -> None:
     """Write torch's distributed checkpoint."""
     from engine.checkpoint.interchange.sinks.dcp import write_dcp
-    from engine.checkpoint.interchange.written import check_written
-    from engine.serve.new_folder import new_folder
 
-    opened, target = _to_write(request)
-    with new_folder(request.output) as partial:
-        shown = progress("writing", None, "bytes")
-        count = write_dcp(opened, target, partial, request.with_optimizer, shown)
-        _write_facts(request, opened, partial)
-        check_written("dcp", partial, opened, target, request.verify)
+    count, origin = _write(request, "dcp", write_dcp)
     print(
-        f"wrote {request.output}: {count:,} tensors of {opened.source.origin}, as torch's DCP reads them; "
-        f"{_compared(request.verify)}"
+        f"wrote {request.output}: {count:,} tensors of {origin}, as torch's DCP reads them; {_compared(request.verify)}"
     )
 
 
 def to_universal(request: Request) -> None:
     """Write DeepSpeed's universal checkpoint."""
     from engine.checkpoint.interchange.sinks.universal import write_universal
-    from engine.checkpoint.interchange.written import check_written
-    from engine.serve.new_folder import new_folder
 
-    opened, target = _to_write(request)
-    with new_folder(request.output) as partial:
-        count, left_out = write_universal(opened, target, partial, progress("writing", None, "bytes"))
-        _write_facts(request, opened, partial)
-        check_written("universal", partial, opened, target, request.verify)
+    (count, left_out), origin = _write(request, "universal", write_universal)
     print(
-        f"wrote {request.output}: {count:,} parameters of {opened.source.origin} with their moments; "
-        f"{_compared(request.verify)}; "
+        f"wrote {request.output}: {count:,} parameters of {origin} with their moments; {_compared(request.verify)}; "
         'DeepSpeed loads them with {"checkpoint": {"load_universal": true}} in its configuration'
     )
     if left_out:
@@ -154,18 +144,28 @@ def to_universal(request: Request) -> None:
 def to_deepspeed(request: Request) -> None:
     """Write a checkpoint as DeepSpeed's ZeRO-1 does from one rank."""
     from engine.checkpoint.interchange.sinks.deepspeed import write_deepspeed
+
+    count, origin = _write(request, "deepspeed", write_deepspeed)
+    print(
+        f"wrote {request.output}: {count:,} tensors of {origin}, as ZeRO-1 writes them from one rank; "
+        f"{_compared(request.verify)}"
+    )
+
+
+def _write(request: Request, kind: Format, write: Callable[[Outgoing, Path], Written]) -> tuple[Written, str]:
+    """Write a new folder in the format of a training library, and compare it; return what `write` does, and the path
+    of the source."""
+    from engine.checkpoint.interchange.sinks.outgoing import Outgoing
     from engine.checkpoint.interchange.written import check_written
     from engine.serve.new_folder import new_folder
 
     opened, target = _to_write(request)
+    outgoing = Outgoing(opened, target, request.with_optimizer, progress("writing", None, "bytes"))
     with new_folder(request.output) as partial:
-        count = write_deepspeed(opened, target, partial, request.with_optimizer, progress("writing", None, "bytes"))
+        found = write(outgoing, partial)
         _write_facts(request, opened, partial)
-        check_written("deepspeed", partial, opened, target, request.verify)
-    print(
-        f"wrote {request.output}: {count:,} tensors of {opened.source.origin}, as ZeRO-1 writes them from one rank; "
-        f"{_compared(request.verify)}"
-    )
+        check_written(kind, partial, opened, target, request.verify)
+    return found, opened.source.origin
 
 
 def _opened(request: Request) -> tuple[SourceModel, str, Path | None]:

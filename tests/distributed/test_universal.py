@@ -7,7 +7,6 @@ is held to torch's AdamW in one process. Hugging Face's names are held to what t
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import resource
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from engine.checkpoint.interchange.initial import own_weights
 from engine.checkpoint.interchange.sinks import universal
+from engine.checkpoint.interchange.sinks.outgoing import Outgoing
 from engine.checkpoint.interchange.sinks.universal import MOMENTS
 from engine.checkpoint.interchange.sources.universal import LATEST
 from engine.cli import main
@@ -30,11 +30,9 @@ from engine.errors import CheckpointError
 from engine.models.families import family
 from engine.parallel.sharding import ParameterSpec
 from tests.distributed.ranks import run_ranks
-from tests.engine.checkpoint.memory import Alive
 from tests.engine.checkpoint.worlds import World, layout_of, muon, random_state, small_model, some_state
 from tests.engine.models.tiny import random_weights, twin
 from tests.engine.serve.runs import run_config, save
-from tests.memory import traced_peak
 
 STEP = 5
 SETTINGS: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-6}
@@ -52,7 +50,7 @@ MORE = [
 def write_universal(path: Path, output: Path) -> tuple[int, list[str]]:
     """A checkpoint of ours under its own names."""
     opened = own_weights(path)
-    return universal.write_universal(opened, opened.own_map, output)
+    return universal.write_universal(Outgoing(opened, opened.own_map), output)
 
 
 def groups_of(module: torch.nn.Module) -> list[dict[str, Any]]:
@@ -220,26 +218,6 @@ def test_positions_behind_padding_rows_follow_the_tokenizer(saved, tmp_path, cap
     assert main(command) == 2
     assert "holds no tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "u").exists()
-
-
-def test_no_more_than_one_parameter_is_in_memory(tmp_path):
-    """One state of it, its absolute values and three masks of a byte an element, by which it is seen to be finite."""
-    specs = [ParameterSpec(f"layers.{number}.ffn.up_proj.weight", (512, 512)) for number in range(8)]
-    world = World(layout_of(1, 2, 1), 3, specs)
-    world.fill(random_state(specs, 3))
-    path = world.save(tmp_path / "checkpoints", some_state(5))
-    with Alive():  # what Python and torch import for it is not counted
-        write_universal(path, tmp_path / "warm")
-    largest = 512 * 512 * 4
-    numbers = itertools.count()
-
-    def write():
-        alive = Alive()
-        with alive:
-            assert write_universal(path, tmp_path / f"universal-{next(numbers)}") == (8, [])
-        assert largest <= alive.peak <= 2.76 * largest
-
-    assert traced_peak(write) < largest  # headers and manifests
 
 
 def test_what_deepspeed_does_not_load_is_refused(tmp_path):

@@ -14,7 +14,7 @@ import torch
 from engine.checkpoint.interchange.mapping import ModelMap, ParameterMap
 from engine.checkpoint.interchange.source_model import SourceWeights
 from engine.checkpoint.interchange.sources import Source
-from engine.checkpoint.interchange.sources.source import not_finite
+from engine.checkpoint.interchange.sources.source import all_finite, not_finite
 from engine.errors import CheckpointError
 
 Verify = Literal["full", "sample", "none"]
@@ -53,7 +53,7 @@ def export_weights(source: Source, model_map: ModelMap, sink: Sink, progress: Pr
         if not any(map(sink.lacks, one.tensors)):
             continue
         value = source.read(name, 0, one.shape[0])
-        if not torch.isfinite(value).all():
+        if not all_finite(value):
             raise not_finite(source.origin, list(one.tensors))
         for tensor in one.tensors:
             sink.write(tensor, one.theirs(tensor, value))
@@ -88,7 +88,8 @@ def compare_weights(
         dtype = dtype_of(next(iter(one.tensors)))
         for first, end in _ranges(one, verify):
             expected = ours.read(name, first, end).to(dtype)
-            if not torch.equal(one.ours(written.read, first, end), expected):
+            # contiguous first: torch transposes a whole matrix by blocks, but compares strided ones element by element
+            if not torch.equal(one.ours(written.read, first, end).contiguous(), expected):
                 raise CheckpointError(
                     f"{written.origin} is not the model of {ours.origin}: {name} has other values",
                     "the checkpoint's, bit for bit",

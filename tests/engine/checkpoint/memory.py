@@ -13,8 +13,8 @@ class Alive(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.held, self.peak = 0, 0
-        self._known: set[int] = set()
+        self.peak = 0
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {arg.untyped_storage().data_ptr() for arg in args if _has_memory(arg)}
@@ -25,16 +25,12 @@ class Alive(TorchDispatchMode):
         return made
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        at, num_bytes = storage.data_ptr(), storage.nbytes()
-        if num_bytes and at not in self._known:
-            self._known.add(at)
-            self.held += num_bytes
-            self.peak = max(self.peak, self.held)
-            weakref.finalize(storage, self._gone, at, num_bytes)
-
-    def _gone(self, at: int, num_bytes: int) -> None:
-        self._known.discard(at)
-        self.held -= num_bytes
+        at = storage.data_ptr()
+        if storage.nbytes() and at not in self._known:
+            self._known[at] = weakref.ref(storage, lambda _: self._known.pop(at, None))
+            # one that was resized meanwhile has other bytes than it was made with
+            alive = [held for one in list(self._known.values()) if (held := one()) is not None]
+            self.peak = max(self.peak, sum(held.nbytes() for held in alive))
 
 
 def _has_memory(value: object) -> bool:

@@ -12,6 +12,7 @@ from engine.checkpoint.compare import Opened, compare
 from engine.checkpoint.fingerprint import combine, fingerprint_of_checkpoint, partial_sum
 from engine.checkpoint.interchange.initial import own_weights
 from engine.checkpoint.interchange.sinks.dcp import write_dcp
+from engine.checkpoint.interchange.sinks.outgoing import Outgoing
 from engine.checkpoint.interchange.sinks.universal import write_universal
 from engine.checkpoint.load import files_needed, load, load_shards, open_checkpoint
 from engine.checkpoint.verify import verify
@@ -122,8 +123,8 @@ def test_a_comparison_names_it(tmp_path, whole):
 def test_exports_carry_it_or_say_that_they_do_not(tmp_path, whole):
     path = filled(CASES[1], THREE, whole).save(tmp_path / "checkpoints", some_state())
     opened = own_weights(path)
-    assert write_dcp(opened, opened.own_map, tmp_path / "dcp", with_moments=True) == 4 * len(small_model())
-    assert write_universal(opened, opened.own_map, tmp_path / "universal") == (len(small_model()), ["ema"])
+    assert write_dcp(Outgoing(opened, opened.own_map, with_moments=True), tmp_path / "dcp") == 4 * len(small_model())
+    assert write_universal(Outgoing(opened, opened.own_map), tmp_path / "universal") == (len(small_model()), ["ema"])
     assert {file.name for file in (tmp_path / "universal").rglob("zero/*/*.pt")} == {
         "fp32.pt",
         "exp_avg.pt",

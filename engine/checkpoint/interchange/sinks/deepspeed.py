@@ -20,10 +20,8 @@ import numpy as np
 import torch
 
 from engine.checkpoint.container import disk_errors
-from engine.checkpoint.interchange.convert import Progress, no_progress
-from engine.checkpoint.interchange.mapping import ModelMap
+from engine.checkpoint.interchange.sinks.outgoing import Outgoing
 from engine.checkpoint.interchange.sinks.universal import MOMENTS, check_moments
-from engine.checkpoint.interchange.source_model import SourceWeights
 from engine.checkpoint.interchange.sources.pickles import open_torch_file, stored_tensor
 from engine.checkpoint.manifest import WEIGHT
 
@@ -31,42 +29,33 @@ MODEL_FILE, OPTIMIZER_FILE = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_ra
 _SLICE_ROWS_BYTES = 16 << 20
 
 
-def write_deepspeed(
-    opened: SourceWeights,
-    target: ModelMap,
-    output: Path,
-    with_moments: bool = False,
-    progress: Progress = no_progress,
-) -> int:
-    """Write weights, and with `with_moments` Adam's moments, under the names of `target`; return their number.
+def write_deepspeed(outgoing: Outgoing, output: Path) -> int:
+    """Write weights, and where they are asked for Adam's moments; return the number of tensors.
 
     Raises:
         CheckpointError: the source is damaged or lacks moments that are wanted, or the output cannot be written.
     """
-    if with_moments:
-        check_moments(opened)
-    step = opened.step or 0
+    if outgoing.with_moments:
+        check_moments(outgoing.opened)
+    step = outgoing.opened.step or 0
     folder = output / f"global_step{step}"
-    shapes = target.tensors
+    shapes = outgoing.target.tensors
     starts, total = {}, 0
     for name, shape in shapes.items():
         starts[name] = total
         total += math.prod(shape)
-    states = {WEIGHT: "fp32"} | ({moment: moment for moment in MOMENTS} if with_moments else {})
+    states = (WEIGHT, *(MOMENTS if outgoing.with_moments else ()))
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         module = _ModelFile(folder / MODEL_FILE, shapes, step)
-        flats = _OptimizerFile(folder / OPTIMIZER_FILE, total, tuple(states)[1:], step)
-        for name, one in target.parameters.items():
+        flats = _OptimizerFile(folder / OPTIMIZER_FILE, total, states[1:], step)
+        for name in outgoing.target.parameters:
             for state in states:
-                values = opened.read(name, state=state)
-                for tensor in one.tensors:
-                    made = one.theirs(tensor, values)
-                    flats.write(state, starts[tensor], made)
+                for tensor, values in outgoing.tensors(name, state):
+                    flats.write(state, starts[tensor], values)
                     if state == WEIGHT:
-                        module.write(tensor, made)
-                progress(values.nbytes)
-                del values, made  # before the next state is read
+                        module.write(tensor, values)
+                    del values  # before the next one is made
         # last: a folder without it is no checkpoint to DeepSpeed
         (output / "latest").write_text(folder.name, encoding="utf-8")
     return len(shapes)

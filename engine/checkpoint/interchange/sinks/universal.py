@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from engine.checkpoint.container import disk_errors
-from engine.checkpoint.interchange.convert import Progress, no_progress
-from engine.checkpoint.interchange.mapping import ModelMap
+from engine.checkpoint.interchange.sinks.outgoing import Outgoing, own_memory
 from engine.checkpoint.interchange.source_model import SourceWeights
 from engine.checkpoint.interchange.sources.universal import FOLDER, LATEST
 from engine.checkpoint.manifest import WEIGHT
@@ -31,10 +30,8 @@ MOST_GROUPS = 1024
 """Number of empty groups in the file: DeepSpeed skips its own groups from the first on that has no entry there."""
 
 
-def write_universal(
-    opened: SourceWeights, target: ModelMap, output: Path, progress: Progress = no_progress
-) -> tuple[int, list[str]]:
-    """Write weights, Adam's moments and the step under the names of `target` into `output`, a new or empty folder.
+def write_universal(outgoing: Outgoing, output: Path) -> tuple[int, list[str]]:
+    """Write weights, Adam's moments and the step into `output`, a new or empty folder.
 
     Returns the number of parameters on the other side, and the names of moments that are left out.
 
@@ -42,30 +39,27 @@ def write_universal(
         CheckpointError: the source is damaged, lacks a moment of Adam's for some parameter, or the output cannot be
             written.
     """
+    opened, names = outgoing.opened, outgoing.target.tensors
     check_moments(opened)
-    left_out = [moment for moment in opened.moments if moment not in MOMENTS]
+    for tensor in names:
+        _check_name(opened.source.origin, tensor)
     step = opened.step or 0
     tag = f"step-{step:08d}"
-    folder, count = output / tag, 0
-    for name, one in target.parameters.items():
-        for tensor in one.tensors:
-            _check_name(opened.source.origin, tensor)
+    folder = output / tag
+    for name in outgoing.target.parameters:
         for state, file in ((WEIGHT, "fp32"), *((moment, moment) for moment in MOMENTS)):
-            values = opened.read(name, state=state)
-            for tensor in one.tensors:
-                _save({"param": _own(one.theirs(tensor, values))}, folder / FOLDER / tensor / f"{file}.pt")
-            progress(values.nbytes)
-            del values  # before the next state is read
-        for tensor in one.tensors:
-            _save(_step(step), folder / FOLDER / tensor / "step.pt")
-        count += len(one.tensors)
+            for tensor, values in outgoing.tensors(name, state):
+                _save({"param": own_memory(values)}, folder / FOLDER / tensor / f"{file}.pt")
+                del values  # before the next one is made
+    for tensor in names:
+        _save(_step(step), folder / FOLDER / tensor / "step.pt")
     _save(_optimizer_state(step), folder / FOLDER / "optimizer_state.pt")
     # ZeRO-3 looks for the second name, the others for the first.
     for prefix in ("", "zero_pp_rank_0_"):
         _save(_model_states(step), folder / f"{prefix}mp_rank_00_model_states.pt")
     with disk_errors(output):
         (output / LATEST).write_text(tag, encoding="utf-8")
-    return count, left_out
+    return len(names), [moment for moment in opened.moments if moment not in MOMENTS]
 
 
 def check_moments(opened: SourceWeights) -> None:
@@ -116,12 +110,6 @@ def _model_states(step: int) -> dict[str, Any]:
         "skipped_steps": 0,
         "lr_scheduler": {"last_batch_iteration": step - 1},
     }
-
-
-def _own(values: torch.Tensor) -> torch.Tensor:
-    """Return values row-major, in memory of their own: `torch.save` writes strides, and the storage under a view."""
-    is_own = values.untyped_storage().nbytes() == values.nbytes and values.is_contiguous()
-    return values if is_own else values.clone(memory_format=torch.contiguous_format)
 
 
 def _save(content: Any, path: Path) -> None:

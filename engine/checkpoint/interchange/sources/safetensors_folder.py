@@ -111,10 +111,11 @@ class SafetensorsFolder:
         """Return the columns [first, end) of a matrix. A remote file is asked for all rows."""
         rows, columns = place.shape
         if isinstance(place.file, Remote) or end - first == columns:
-            return self._values(place, 0, rows * columns, dtype).view(dtype).view(rows, columns)[:, first:end].clone()
+            whole = self._values(place, 0, rows * columns, dtype).view(dtype).view(rows, columns)
+            return whole if end - first == columns else whole[:, first:end].clone()
         # Mapped for this read alone: its pages would count as memory of this process as long as they are mapped.
-        whole = np.memmap(place.file, _HOLDERS[dtype], "r", place.start, (rows, columns))
-        return torch.from_numpy(np.ascontiguousarray(whole[:, first:end])).view(dtype)
+        mapped = np.memmap(place.file, _HOLDERS[dtype], "r", place.start, (rows, columns))
+        return torch.from_numpy(np.ascontiguousarray(mapped[:, first:end])).view(dtype)
 
 
 def unreadable(folder: Location | str, reason: str) -> ConfigError:
