@@ -34,7 +34,7 @@ from engine.serve.deployment.held_out_text import LossAgreement, compare_losses,
 from engine.serve.language_model import caches, read_tokenizer, their_config
 from engine.serve.new_folder import new_folder
 from engine.serve.read_back import WHOLE_BYTES, Agreement, check_logits
-from engine.serve.same_tokens import same_tokens
+from engine.serve.same_tokens import SameTokens, same_tokens
 from engine.serve.sample_text import TEXT
 from engine.serve.source import Trained
 from engine.serve.tokenizer_files import write_tokenizer
@@ -93,27 +93,40 @@ def export(
     """
     form_of(trained.config)  # before any work
     with new_folder(output, resumable=True) as partial:
-        written = write_folder(trained, partial, options, progress)
+        written = write_folder(trained, partial, output, options, progress)
         return check(trained, written, partial, output, options)
 
 
 @dataclass(frozen=True)
 class WrittenFolder:
-    """The weights in a written folder: their map, the dtype of each tensor, and the files."""
+    """The weights in a written folder: their map, the dtype of each tensor, and the files; and the tokenizer there."""
 
     map: ModelMap
     dtypes: dict[str, torch.dtype]
     shards: list[Shard]
     num_resumed: int
+    tokens: SameTokens | None
+    """Comparison of the tokenizer; None where there is none, or nothing is to be checked."""
 
 
 def write_folder(
-    trained: Trained, folder: Path, options: ExportOptions = ExportOptions(), progress: Progress = no_progress
+    trained: Trained,
+    folder: Path,
+    name: Path,
+    options: ExportOptions = ExportOptions(),
+    progress: Progress = no_progress,
 ) -> WrittenFolder:
-    """Write all files of the model into an existing folder."""
+    """Write all files of the model into an existing folder; `name` is how errors call it.
+
+    Raises:
+        ConfigError, CheckpointError: users of the folder would not get the run's tokenizer; no weight is written then.
+    """
     default, others = _dtypes(trained, options)
     # The tokenizer first: its special tokens go into the configuration.
     config = _write_side_files(trained, folder, default, kept=not options.dtype)
+    tokens = None
+    if trained.tokenizer is not None and options.verify != "none":
+        tokens = same_tokens(trained, folder, name, TEXT)  # before the long part of the work
     model_map = form_of(trained.config).mapping(trained.config, config.pad_token_id)
     dtypes = {name: others.get(name, default) for name in model_map.tensors}
     planned = {name: (shape, dtypes[name]) for name, shape in model_map.tensors.items()}
@@ -125,7 +138,7 @@ def write_folder(
     mode = stat.S_IMODE((folder / "README.md").stat().st_mode)  # as the user's umask has it; some files are copies
     for path in folder.iterdir():
         path.chmod(mode)
-    return WrittenFolder(model_map, dtypes, shards, sink.resumed)
+    return WrittenFolder(model_map, dtypes, shards, sink.resumed, tokens)
 
 
 def _dtype_name(trained: Trained, options: ExportOptions) -> str:
@@ -181,17 +194,14 @@ def _add_fields(path: Path, fields: dict[str, Any]) -> None:
 def check(
     trained: Trained, written: WrittenFolder, folder: Path, name: Path, options: ExportOptions = ExportOptions()
 ) -> Exported:
-    """Read the folder back and compare tokens, weights and logits; `name` is how errors call it.
+    """Read the folder back and compare weights and logits; `name` is how errors call it.
 
     Raises:
         CheckpointError: anything differs.
     """
-    agreement, losses, num_shard_tokens = None, None, 0
+    agreement, losses = None, None
     if options.verify != "none":
-        ids = list(range(min(64, trained.config.vocab_size)))
-        if trained.tokenizer is not None:
-            same = same_tokens(trained, folder, name, TEXT)
-            ids, num_shard_tokens = same.ids, same.num_shard_tokens
+        ids = list(range(min(64, trained.config.vocab_size))) if written.tokens is None else written.tokens.ids
         # Logits cannot show everything: rows of tokens that are not in the text, for one.
         source = SafetensorsFolder(folder)
         compare_weights(trained.source, written.map, source, written.dtypes.__getitem__, options.verify)
@@ -205,7 +215,7 @@ def check(
         num_files=len(written.shards),
         num_resumed=written.num_resumed,
         agreement=agreement,
-        num_shard_tokens=num_shard_tokens,
+        num_shard_tokens=0 if written.tokens is None else written.tokens.num_shard_tokens,
         losses=losses,
     )
 

@@ -8,6 +8,7 @@ blanks) may not give a document's ids again; then both readers still have to spl
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ import numpy as np
 
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.remote import is_remote
+from engine.data.tokenizer.files import read_files
 from engine.data.tokenizer.folder import TextTokenizer, load_tokenizer
-from engine.errors import CheckpointError, DataError
+from engine.errors import CheckpointError, ConfigError, DataError
 from engine.logs import logger
 from engine.serve.source import Trained
 
@@ -46,12 +48,14 @@ def same_tokens(trained: Trained, folder: Path, name: Path, text: str) -> SameTo
     """Compare the exported tokenizer on `text` and on documents of the run; `name` is how errors call the folder.
 
     Raises:
+        ConfigError: transformers reads it as a class that splits text by rules of its own.
         CheckpointError: it splits text otherwise than our reader, or gives other ids than the shards have.
     """
     assert trained.tokenizer is not None
     ours, theirs = load_tokenizer(trained.tokenizer), _their_reader(folder, name)
     expected = ours.encode([text])[0].tolist()
     if expected != _ids(theirs, text):
+        _refuse_class(trained.tokenizer, theirs, folder)
         raise differs(name, "its tokenizer cuts text into other tokens", f"those of {trained.tokenizer}")
     compared = [_compare(ours, theirs, ids, trained, name) for ids in _documents(trained, ours)]
     given = [tokens for tokens in compared if tokens]
@@ -75,6 +79,23 @@ def _their_reader(folder: Path, name: Path) -> Any:
     except Exception as error:  # the library and its parsers raise whatever they like
         reason = (str(error).splitlines() or [""])[0]
         raise differs(name, f"transformers cannot read its tokenizer: {reason}", "a folder that it reads") from error
+
+
+def _refuse_class(tokenizer: Path, theirs: Any, folder: Path) -> None:
+    """Raise `ConfigError` where transformers takes another class than the folder names: for some types of models
+    (qwen2 since version 5) it does, and that class splits text by rules of its own."""
+    named = read_files(folder).settings.get("tokenizer_class")
+    taken = type(theirs).__name__
+    if taken.removesuffix("Fast") in (str(named).removesuffix("Fast"), "TokenizersBackend", "PreTrainedTokenizer"):
+        return
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    raise ConfigError(
+        f"the tokenizer in {tokenizer} with a model of type {model_type}: transformers reads every tokenizer of that "
+        f"type as {taken}, which splits text by rules of its own",
+        f"a tokenizer that splits text as {taken} does",
+        "train such a model with the tokenizer of a published one (`palimpsest tokenizer --import`), or a model of "
+        "another form; `--verify none` writes the folder for readers that take tokenizer.json as it is",
+    )
 
 
 def _compare(ours: TextTokenizer, theirs: Any, ids: np.ndarray, trained: Trained, name: Path) -> int | None:

@@ -41,7 +41,7 @@ def export_int8(trained: Trained, output: Path) -> Quantized:
     form, text = form_of(trained.config), held_out_text(trained)
     kind = getattr(transformers, form.architecture)
     with new_folder(output) as partial, tempfile.TemporaryDirectory() as scratch:
-        write_folder(trained, Path(scratch), ExportOptions("fp32"))
+        write_folder(trained, Path(scratch), output, ExportOptions("fp32"))
         settings = transformers.TorchAoConfig(Int8WeightOnlyConfig(version=2))
         model = kind.from_pretrained(scratch, dtype=torch.float32, quantization_config=settings)
         count = sum(type(one.weight.data).__name__.startswith("Int8") for one in _linear(model))

@@ -56,7 +56,7 @@ def export_onnx(trained: Trained, output: Path) -> LossAgreement:
         need(package, "--to onnx", "deploy")
     form, text = form_of(trained.config), held_out_text(trained)
     with new_folder(output) as partial:
-        write_folder(trained, partial, ExportOptions("fp32"))
+        write_folder(trained, partial, output, ExportOptions("fp32"))
         model = load(partial, form.architecture).check(partial).eval()
         # Fused attention of T5 and of masks is not exported alike for every length; the plain product is.
         model.set_attn_implementation("eager")

@@ -180,11 +180,13 @@ def test_other_weights_are_noticed_though_the_text_does_not_meet_them(own_run, t
 def test_another_tokenizer_is_noticed(own_run, tmp_path, monkeypatch):
     train_tokenizer([TEXT[:200]], tmp_path / "other", "bpe", 300)
 
-    def swap(folder):
+    def swap(source, folder, model):
+        (folder / "tokenizer_config.json").write_bytes((source / "tokenizer_config.json").read_bytes())
         (folder / "tokenizer.json").write_bytes((tmp_path / "other" / "tokenizer.json").read_bytes())
 
+    monkeypatch.setattr(module, "write_tokenizer", swap)
     with pytest.raises(CheckpointError, match="its tokenizer cuts text into other tokens"):
-        _export_with(open_trained(own_run.folder), tmp_path / "out", monkeypatch, swap)
+        export(open_trained(own_run.folder), tmp_path / "out")
 
 
 def test_weights_that_are_no_numbers_are_refused(own_run, tmp_path):

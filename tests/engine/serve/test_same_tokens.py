@@ -10,12 +10,13 @@ import pytest
 from tokenizers import models, pre_tokenizers
 from transformers import AutoTokenizer
 
+from engine.cli import main
 from engine.corpus.options import PrepareOptions
 from engine.corpus.prepare import prepare
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.writer import ShardWriter
 from engine.data.tokenizer.folder import load_tokenizer
-from engine.errors import CheckpointError
+from engine.errors import EXIT_USAGE, CheckpointError
 from engine.serve import export as module
 from engine.serve.export import export
 from engine.serve.generate import Sampling, generate
@@ -118,17 +119,30 @@ def test_a_tokenizer_that_differs_on_the_shards_alone_is_noticed(tmp_path, monke
     source = write_json_lines(tmp_path / "texts.jsonl", ["the qq rank"])
     prepare(PrepareOptions((str(source),), tokenizer, tmp_path / "tokens", validation_fraction=0))
     trained = trained_on(tmp_path, tokenizer, tmp_path / "tokens" / "train")
-    write_folder = module.write_folder
+    write_tokenizer = module.write_tokenizer
 
-    def spoil(trained, folder, *others):
-        write_folder(trained, folder, *others)
+    def spoil(source, folder, *others):
+        write_tokenizer(source, folder, *others)
         tree = json.loads((folder / "tokenizer.json").read_text())
         tree["model"]["merges"].pop()
         (folder / "tokenizer.json").write_text(json.dumps(tree))
 
-    monkeypatch.setattr(module, "write_folder", spoil)
+    monkeypatch.setattr(module, "write_tokenizer", spoil)
     with pytest.raises(CheckpointError, match="cuts a document of the shards into other tokens"):
         export(trained, tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", [(), ("--to", "onnx")])
+def test_a_class_that_transformers_forces_on_a_form_is_refused_before_any_weight_is_written(
+    tokenizer, tmp_path, capsys, monkeypatch, to
+):
+    save(run_config(tmp_path / "run", "qwen2-window", tokenizer), step=3, seed=3)
+    monkeypatch.setattr(module, "export_weights", None)  # nothing is written
+    assert main(["convert", str(tmp_path / "run"), "--output", str(tmp_path / "out"), *to]) == EXIT_USAGE
+    said = capsys.readouterr().err
+    assert f"the tokenizer in {tokenizer} with a model of type qwen2: transformers reads every tokenizer" in said
+    assert "as Qwen2Tokenizer, which splits text by rules of its own" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_shards_that_are_gone_are_told(tmp_path, caplog):
