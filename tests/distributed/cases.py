@@ -125,7 +125,8 @@ def twin(path: Path) -> dict[str, Any]:
     return {key: SMALL.get(key, value) for key, value in model.items() if key != "vocab_size"}
 
 
-TWINS = {path.stem: twin(path) for path in sorted(SHIPPED.glob("*.yaml")) if not path.stem.startswith("tiny-")}
+# those with a run file have layouts; the others are there to start from (`init_from`)
+TWINS = {path.stem: twin(SHIPPED / path.name) for path in sorted((SHIPPED.parent / "runs").glob("*.yaml"))}
 MODELS |= TWINS
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "gpt": {"name": "causal"},

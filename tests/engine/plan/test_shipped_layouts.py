@@ -1,4 +1,4 @@
-"""The layouts of `configs/parallel`: each starts on its world and fits; where none is shipped, the plan says why."""
+"""The layouts of `configs/parallel` for the models of `configs/runs`: each fits, or the plan says why none does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ TOO_SMALL = [("llama-70b", 1)]
 """Worlds that no layout fits."""
 OFFLOADED = [("llama-7b", 1), ("llama-70b", 8)]
 """Worlds that only layouts with the optimizer's state in host memory fit."""
-MODELS = sorted(path.stem for path in (CONFIGS / "models").glob("*.yaml") if not path.stem.startswith("tiny-"))
+MODELS = sorted(path.stem for path in (CONFIGS / "runs").glob("*.yaml"))
+"""Models with a run file; the other published sizes are there to start from (`init_from`)."""
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
