@@ -133,6 +133,8 @@ def _extend(source: Path, output: Path, tokens: Path | None, texts: Texts | None
     made = found.tokenizer
     print(f"extended {source}: tokenizer {made.hash} with {made.vocab_size:,} tokens in {output}")
     print(f"ids up to {found.first_id - 1:,} are as before; new: {made.vocab_size - found.first_id:,}")
+    if found.left_behind:
+        print(f"left out, as it knows no new token: {', '.join(found.left_behind)}; readers take tokenizer.json")
     if given:
         parts = f", and {found.num_parts:,} on the way to them" if found.num_parts else ""
         print(f"of {len(given):,} tokens in {tokens} {found.num_given:,} were new{parts}")

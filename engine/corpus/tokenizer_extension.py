@@ -65,6 +65,8 @@ class Extended:
     num_learnt: int
     usage: tuple[Usage, Usage] | None
     """Before and after, on the texts; None without texts."""
+    left_behind: tuple[str, ...]
+    """Files of the source that know no new token, and are not written."""
 
 
 def extend_tokenizer(
@@ -97,7 +99,8 @@ def extend_tokenizer(
         _check(before, after, growing, given)
         if texts is not None:
             usage = first, _measured(after, texts())
-    return Extended(load_tokenizer(folder), before.vocab_size, len(own), num_parts, learnt, usage)
+    left = tuple(name for name in _LEFT_BEHIND if (source / name).is_file())
+    return Extended(load_tokenizer(folder), before.vocab_size, len(own), num_parts, learnt, usage, left)
 
 
 def _write(files: TokenizerFiles, growing: GrowingVocabulary, folder: Path) -> None:

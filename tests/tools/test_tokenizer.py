@@ -168,3 +168,17 @@ def test_one_is_extended_by_text_and_by_a_list(source, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "tokens per byte" in said
     assert "learnt" not in said
+
+
+def test_files_that_know_no_new_token_are_left_out_and_told(source, tmp_path, capsys):
+    for name in ("old", "new"):  # an older tokenizer is where the new one goes
+        command = ["tokenizer", source, "--output", str(tmp_path / name), "--vocab-size", "400"]
+        assert main([*command, "--kind", "sentencepiece-bpe"]) == EXIT_DONE
+        assert (tmp_path / name / "tokenizer.model").is_file()
+    (tmp_path / "tokens.txt").write_text("cardiology\n")
+    extend = ["tokenizer", "--extend", str(tmp_path / "old"), "--tokens", str(tmp_path / "tokens.txt"), "--overwrite"]
+    capsys.readouterr()
+    assert main([*extend, "--output", str(tmp_path / "new")]) == EXIT_DONE
+    assert "left out, as it knows no new token: tokenizer.model; readers take tokenizer.json" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+    assert load_tokenizer(tmp_path / "new").encode(["cardiology"])[0].size == 1
