@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
     from engine.checkpoint.compare import Difference, Side
     from engine.checkpoint.manifest import Manifest
-    from engine.checkpoint.merge import Member
+    from engine.checkpoint.merge import Member, Sources
     from engine.checkpoint.storage import Location
     from engine.config.schema.model import ModelConfig
+    from engine.data.shards.dataset import TokenDataset
 
 Result = TypeVar("Result")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
@@ -156,42 +157,64 @@ def merge(
     `convert` and `generate` read the output; `train` with its folder as the run folder goes on from it, with an
     optimizer that begins anew.
     """
-    from engine.checkpoint.folder import CHECKPOINTS, run_of
-    from engine.checkpoint.merge import Sources, check_weights, wsm_coefficients
+    from engine.checkpoint.folder import CHECKPOINTS
     from engine.checkpoint.merge import merge as write_merged
     from engine.config.load import parse_run
     from engine.config.save import save_run
     from engine.data.shards.dataset import TokenDataset
-    from engine.data.shards.tombstones import add_tombstones, read_tombstones
-    from engine.serve.held_out import held_out_loss
     from engine.serve.new_folder import new_folder
 
     if weights is not None and wsm is not None:
         raise ConfigError("--weights and --wsm are named both", "one of them", "leave one out")
-    opened = Sources(_members(sources, last, run))
-    paths = opened.members
-    if wsm is not None:
-        # a decay has an order: that of the steps
-        by_step: list[Member] = sorted(opened.members, key=lambda one: one.state.step)
-        opened = Sources(by_step)
-        chosen = wsm_coefficients([one.state.step for one in opened.members], wsm)
-    else:
-        chosen = [1 / len(paths)] * len(paths) if weights is None else _numbers(weights)
-        check_weights(chosen, len(paths))
+    opened, chosen = _coefficients(_members(sources, last, run), weights, wsm)
     held_out = {folder: TokenDataset(folder) for folder in verify_on or ()}
     with new_folder(output) as partial:
         path = write_merged(opened, chosen, partial / CHECKPOINTS)
         if "stages" in opened.newest.config:  # a converted checkpoint has no run behind it
             save_run(parse_run(opened.newest.config | {"folder": str(output)}, f"in {path}"), partial)
-    # What one of the runs was told to forget is not read again where training goes on from the merge. Outside of the
-    # context, because that holds the folder's lock.
-    forgotten = [read_tombstones(Path(str(run_of(source)))) for source in opened.paths]
-    if forgotten and len(forgotten := reduce(or_, forgotten)):
-        add_tombstones(output, forgotten)
+    _carry_tombstones(opened, output)
     for one, weight in zip(opened.members, chosen, strict=True):
         print(f"{weight:.6f}  {one.origin}")
     written = output / CHECKPOINTS / path.name
     print(f"wrote {written}: {len(opened.members[0].shapes):,} parameters, weights alone")
+    _tell_losses(written, opened, held_out)
+
+
+def _coefficients(
+    members: list[Location | Member], weights: str | None, wsm: Literal["linear", "1-sqrt", "cosine"] | None
+) -> tuple[Sources, list[float]]:
+    """Return the sources of a merge in its order, and the coefficient of each."""
+    from engine.checkpoint.merge import Sources, check_weights, wsm_coefficients
+
+    opened = Sources(members)
+    count = len(opened.members)
+    if wsm is not None:
+        # a decay has an order: that of the steps
+        by_step: list[Member] = sorted(opened.members, key=lambda one: one.state.step)
+        opened = Sources(by_step)
+        return opened, wsm_coefficients([one.state.step for one in opened.members], wsm)
+    chosen = [1 / count] * count if weights is None else _numbers(weights)
+    check_weights(chosen, count)
+    return opened, chosen
+
+
+def _carry_tombstones(opened: Sources, output: Path) -> None:
+    """Note in a merged run what one of its runs was told to forget, so that training does not read it again.
+
+    Call it once the folder has its name: the note locks the folder.
+    """
+    from engine.checkpoint.folder import run_of
+    from engine.data.shards.tombstones import add_tombstones, read_tombstones
+
+    forgotten = [read_tombstones(Path(str(run_of(source)))) for source in opened.paths]
+    if forgotten and len(forgotten := reduce(or_, forgotten)):
+        add_tombstones(output, forgotten)
+
+
+def _tell_losses(written: Path, opened: Sources, held_out: dict[Path, TokenDataset]) -> None:
+    """Print the loss of a merge, and of each of its checkpoints of ours, on held-out data sets."""
+    from engine.serve.held_out import held_out_loss
+
     for folder, dataset in held_out.items():
         print(f"held-out loss on {folder}: {held_out_loss(written, dataset):.6f}")
         for source in opened.paths:

@@ -11,14 +11,18 @@ def to_megatron(request: Request) -> None:
     """Write shards as .bin and .idx."""
     from engine.data.shards.dataset import TokenDataset
     from engine.data.shards.megatron import file_of, prefix_of, sweep_unfinished, write_indexed_dataset
+    from engine.serve.new_folder import only_writer
 
     source, prefix = local(request.source), prefix_of(request.output)
-    # What a killed conversion has left goes first, so that only whole files count as there.
-    sweep_unfinished(prefix)
-    if found := [path.name for suffix in ("bin", "idx") if (path := file_of(prefix, suffix)).exists()]:
-        raise DataError(f"{prefix.parent} holds {' and '.join(found)} already", "a new PREFIX", "name another --output")
-    dataset = TokenDataset(source)
-    sequences = write_indexed_dataset(dataset, prefix, progress("writing", dataset.index.num_tokens))
+    with only_writer(prefix):
+        # What a killed conversion has left goes first, so that only whole files count as there.
+        sweep_unfinished(prefix)
+        if found := [path.name for suffix in ("bin", "idx") if (path := file_of(prefix, suffix)).exists()]:
+            raise DataError(
+                f"{prefix.parent} holds {' and '.join(found)} already", "a new PREFIX", "name another --output"
+            )
+        dataset = TokenDataset(source)
+        sequences = write_indexed_dataset(dataset, prefix, progress("writing", dataset.index.num_tokens))
     kind = "sentences" if dataset.index.has_sentences else "documents"
     print(
         f"wrote {prefix}.bin and .idx: {dataset.index.num_tokens:,} tokens ({sequences.dtype}), "

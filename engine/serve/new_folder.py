@@ -58,11 +58,35 @@ def new_folder(output: Path, resumable: bool = False) -> Iterator[Path]:
                 if not (interrupted and resumable):
                     shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        raise EnvironmentProblem(
-            f"{output} cannot be written: {error.strerror or error}",
-            "a writable folder with room",
-            "name another --output",
-        ) from error
+        raise _unwritable(output, error) from error
+
+
+@contextmanager
+def only_writer(output: Path) -> Iterator[None]:
+    """Keep other conversions from writing files at a path, such as a prefix of several, while the block runs.
+
+    Raises:
+        ConfigError: another process is writing there.
+        EnvironmentProblem: it cannot be written.
+    """
+    beside = output.resolve().with_name(f".{output.resolve().name}.partial")
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(output, error) from error
+    with _locked(beside, output):
+        try:
+            yield
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _unwritable(output: Path, error: OSError) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"{output} cannot be written: {error.strerror or error}",
+        "a writable folder with room",
+        "name another --output",
+    )
 
 
 @contextmanager
@@ -72,6 +96,9 @@ def _locked(partial: Path, output: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # one that has just ended may have removed the folder between its opening here and the lock
+            if not partial.exists() or not os.path.samestat(os.fstat(descriptor), partial.stat()):
+                raise BlockingIOError
         except BlockingIOError:
             raise ConfigError(
                 f"output {output} is being written by another process",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ def open_deepspeed(folder_or_parent: Location) -> Unnamed:
             model_files = models[model_rank]
             content = {rank: _open(path) for rank, path in sorted(model_files.items())}
             first = content[min(content)]
+            _check_model_ranks(folder, models, first)
             settings = settings or _settings(first)
             step = step if step is not None else first.get("global_steps")
             held = (
@@ -84,6 +85,13 @@ def open_deepspeed(folder_or_parent: Location) -> Unnamed:
         facts=read_facts(folder, folder_or_parent),
         settings=settings,
     )
+
+
+def _check_model_ranks(folder: Location, found: Iterable[int], content: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` where files of model-parallel ranks are missing: what they hold would be."""
+    size = content.get("mp_world_size")
+    if isinstance(size, int) and not set(range(size)) <= set(found):
+        raise _not_whole(folder, f"model states of the model-parallel ranks {sorted(found)}, it was saved by {size}")
 
 
 def _of_zero(
