@@ -115,6 +115,10 @@ if [ -z "$extra" ]; then
     install 'installing what builds deepspeed from source' 'setuptools>=77' wheel ninja packaging psutil py-cpuinfo
     install 'installing deepspeed, transformers and the rest' --no-build-isolation -e .
 else
+    if [ "$extra" = dev ]; then
+        # It has no wheel, and its old kind of setup fetches an egg that does not run; with PEP 517 pip builds it apart.
+        install 'installing seqeval, built apart' --use-pep517 'seqeval>=1.2.2'
+    fi
     install "installing what $extra needs" --no-build-isolation -e ".[$extra]"
     if [ "$extra" = bench ]; then # pyproject.toml says why
         install 'installing litdata without torchvision' --no-deps 'litdata>=0.2.50'

@@ -35,7 +35,7 @@ def main(
         return
     from tools.train import Command, start
 
-    raise typer.Exit(start(task, overrides or [], Command("finetune", _resolved, writes=True, finish=_finish)))
+    raise typer.Exit(start(task, overrides or [], Command("finetune", _resolved, writes=True, finish=finish)))
 
 
 def _resolved(path: Path, overrides: list[str]) -> RunConfig:
@@ -64,7 +64,7 @@ def _write_run_file(task: Path, overrides: list[str], path: Path) -> None:
     print(f"next: palimpsest train {path}, or palimpsest launch {path}")
 
 
-def _finish(run: RunConfig) -> None:
+def finish(run: RunConfig) -> None:
     """Predict the validation examples by the best checkpoint, write what was measured, and export the model."""
     from engine.serve.export import export
     from engine.serve.quiet import quiet

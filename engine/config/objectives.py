@@ -25,7 +25,7 @@ class RowLengths(NamedTuple):
     tokens: int
     """Tokens that the model (where there is a decoder, the encoder) sees."""
     predicted: int
-    """Tokens that the head computes the loss of; 0 for the head of a task, which sees rows."""
+    """Tokens that the head computes the loss of over the vocabulary; 0 for the head of a task, which has few labels."""
     decoder: int = 0
     """Tokens that the decoder sees; 0 where there is none."""
 
@@ -107,7 +107,7 @@ def _span_lengths(length: int, objective: ObjectiveConfig) -> RowLengths:
 
 def _example_lengths(length: int, objective: ObjectiveConfig) -> RowLengths:
     del objective
-    return RowLengths(length, 0)  # the head sees rows, not tokens
+    return RowLengths(length, 0)  # the head of a task has no logits over the vocabulary
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,8 @@ OBJECTIVES: Mapping[ObjectiveName, Objective] = {
     "span_corruption": Objective(("t5",), ("rate", "mean_span_length"), _span_lengths, shortest=3, sees_padding=True),
     "classification": _task(("labels",), ("accuracy", "f1_micro", "f1_macro", "matthews")),
     "regression": _task((), ("mean_squared_error", "pearson", "spearman")),
+    "token_classification": _task(("labels",), ("f1", "precision", "recall", "accuracy")),
+    "question_answering": _task(("stride", "no_answer", "cut_answers", "longest_answer"), ("f1", "exact_match")),
 }
 """Every objective by its name."""
 

@@ -24,7 +24,7 @@ from engine.models.dropout import make as make_dropout
 from engine.models.heads import Head, VocabularyHead, attach
 from engine.models.layers import TransformerLayer, layer_sharding
 from engine.models.norms import norm
-from engine.models.task_heads import TaskHead
+from engine.models.token_heads import task_head
 from engine.parallel.boundary import ROW_LOSSES, Boundary, Field, MicroBatchShape, Tensors
 from engine.parallel.functions import PLAIN, Functions
 from engine.parallel.sharding import VOCABULARY, ParameterSpec, Table, describe
@@ -213,7 +213,7 @@ def ties(config: BERTConfig) -> dict[str, str]:
 def configured_head(config: BERTConfig) -> Head:
     """Return the head of the task or, without one, that which predicts masked tokens and, with `model.pair_head`,
     pairs."""
-    return MaskedHead(config) if config.task_head is None else TaskHead(config)
+    return MaskedHead(config) if config.task_head is None else task_head(config)
 
 
 def inputs(config: BERTConfig, chunk: ModelChunk, head: Head | None = None) -> frozenset[str]:

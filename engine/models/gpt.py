@@ -20,7 +20,7 @@ from engine.models.dropout import make as make_dropout
 from engine.models.heads import Head, LanguageModelHead, attach
 from engine.models.layers import TransformerLayer, layer_sharding
 from engine.models.norms import norm
-from engine.models.task_heads import TaskHead
+from engine.models.token_heads import task_head
 from engine.parallel.boundary import Boundary, Field, MicroBatchShape, Tensors
 from engine.parallel.functions import PLAIN, Functions
 from engine.parallel.sharding import VOCABULARY, ParameterSpec, Table, describe
@@ -128,7 +128,7 @@ def ties(config: ModelConfig) -> dict[str, str]:
 
 def configured_head(config: ModelConfig) -> Head:
     """Return the head of the task or, without one, that which predicts the successor of each token."""
-    return LanguageModelHead(config, "causal") if config.task_head is None else TaskHead(config)
+    return LanguageModelHead(config, "causal") if config.task_head is None else task_head(config)
 
 
 def inputs(config: ModelConfig, chunk: ModelChunk, head: Head | None = None) -> frozenset[str]:

@@ -1,4 +1,5 @@
-"""Heads of tasks: numbers for each row of an example, in place of the head over the vocabulary.
+"""Heads of tasks that see rows: numbers for each sequence, in place of the head over the vocabulary. Those that see
+tokens are in `engine.models.token_heads`.
 
 The modules are those of Hugging Face's classes for sequence classification, so that a fine-tuned model is one of
 theirs: BERT and RoBERTa transform the first token's state and drop out around it, ModernBERT has the transformation
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -89,7 +90,7 @@ class TaskHead:
             last_B = given.get(LAST)
             if last_B is None:  # one text without padding
                 return classifier(hidden_BTD[:, -1])
-            return classifier(hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B])
+            return classifier(_last_states(cast(Any, chunk).functions, hidden_BTD, last_B))
         state_BD = hidden_BTD[:, 0]
         if not self.config.post_norm:
             transformed_BD = F.gelu(chunk.get_submodule("head_transform")(state_BD))
@@ -105,3 +106,13 @@ class TaskHead:
         # Rows are whole here, also where ranks share their positions: the one state is at position 0 on each.
         whole = replace(dropout, first_position=0)
         return whole.hidden(state_BD.unsqueeze(1), self.config.num_layers + number, EMBEDDING_OUTPUT).squeeze(1)
+
+
+def _last_states(functions: Functions, hidden_BTD: torch.Tensor, last_B: torch.Tensor) -> torch.Tensor:
+    """Return the states of the rows' last tokens, (B, D), from those of the given tokens; `last_B` is of whole rows."""
+    rows_B, length = torch.arange(len(last_B), device=last_B.device), hidden_BTD.size(1)
+    own_B = (last_B - functions.sequence_slice.first(length)).clamp(0, length - 1)
+    # Ranks that share a row each choose a state, and all take that of the rank which has the token: with 2 ranks of 4
+    # tokens and a last token 6, rank 1 chooses its token 2, and both take the state of rank 6 // 4.
+    states_BSD = functions.whole_sequence(hidden_BTD[rows_B, own_B].unsqueeze(1))
+    return states_BSD[rows_B, last_B // length]

@@ -195,6 +195,9 @@ class Functions:
     linear_cross_entropy: LinearCrossEntropy = linear_cross_entropy
     whole_rows: Callable[[torch.Tensor], torch.Tensor] = _same
     """Return hidden states of all given tokens, (B, T, D), from those held between the blocks; for heads."""
+    whole_sequence: Callable[[torch.Tensor], torch.Tensor] = _same
+    """Return numbers of all tokens of the row, (B, T, C), from those of the given ones; for heads that compare tokens
+    of a row with each other. Each rank's loss sends its gradient to all of them."""
     sequence_slice: SequenceSlice = SequenceSlice()
     tensor_rank: int = 0
     """Position on the tensor axis. With n heads on this rank its first one has the global number `tensor_rank` x n."""

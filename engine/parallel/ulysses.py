@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from engine.parallel.collectives import all_to_all
+from engine.parallel.collectives import all_to_all, gather_along, reduce_scatter_along
 from engine.parallel.functions import Drop, Mask, attention
 from engine.parallel.groups import Group
 
@@ -34,6 +34,24 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         return all_to_all(grads[0], ctx.group, *ctx.dims), None, None, None
+
+
+class _WholeSequence(torch.autograd.Function):
+    """Gather of the slices forward; backward each rank gets the sum of all ranks' gradients of its slice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.group = group
+        return gather_along(x, group, TIME)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return reduce_scatter_along(grads[0].contiguous(), ctx.group, TIME), None
+
+
+def whole_sequence(x_BTC: torch.Tensor, group: Group) -> torch.Tensor:
+    """Return (B, T, C) of whole rows from every rank's slice. Collective over `group`, both ways."""
+    return _WholeSequence.apply(x_BTC, group)  # type: ignore[no-any-return]
 
 
 def sequence_attention(

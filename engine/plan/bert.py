@@ -60,11 +60,11 @@ def _heads(model: BERTConfig) -> list[Entry]:
     width = model.hidden_size
     found = parts.norm(model, "final_norm") if not model.post_norm else []
     if model.task_head is not None:
-        if model.post_norm:
-            found += parts.linear("pooler", width, width, bias=True, split=False)
-        else:
+        if not model.post_norm:
             found += parts.linear("head_transform", width, width, bias=model.bias, split=False)
             found += parts.norm(model, "head_norm")
+        elif not model.task_head.sees_tokens:
+            found += parts.linear("pooler", width, width, bias=True, split=False)
         return found + parts.linear("classifier", model.task_head.num_labels, width, bias=True, split=False)
     found += parts.linear("head_transform", width, width, bias=model.bias, split=False)
     found += parts.norm(model, "head_norm")
@@ -97,7 +97,9 @@ def head_operations(model: BERTConfig, lengths: RowLengths, vocab_size: int) -> 
     """Forward operations of transform and projection for the masked tokens, and of the pair head for one token."""
     width = model.hidden_size
     if model.task_head is not None:
-        return 2 * width * (width + model.task_head.num_labels)
+        transformed = width if not (model.post_norm and model.task_head.sees_tokens) else 0
+        operations = 2 * width * (transformed + model.task_head.num_labels)
+        return operations * (lengths.tokens if model.task_head.sees_tokens else 1)
     # The pooler's square matrix and the classifier, for the first token of a row alone.
     pairs = 2 * width * (width + PAIR_KINDS) if model.pair_head else 0
     return lengths.predicted * 2 * width * (width + vocab_size) + pairs

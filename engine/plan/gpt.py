@@ -33,8 +33,8 @@ def entries(model: ModelConfig, layers: range, is_first: bool, is_last: bool, in
     if is_last:
         found += parts.norm(model, "final_norm")
         if model.task_head is not None:
-            width = model.hidden_size
-            found += parts.linear("classifier", model.task_head.num_labels, width, bias=False, split=False)
+            bias, width = model.task_head.sees_tokens, model.hidden_size
+            found += parts.linear("classifier", model.task_head.num_labels, width, bias=bias, split=False)
         else:
             found.append(parts.vocabulary(model, EMBEDDING if model.tie_embeddings else HEAD))
     return found
@@ -77,7 +77,8 @@ def embedding_operations(model: ModelConfig, lengths: RowLengths) -> int:
 def head_operations(model: ModelConfig, lengths: RowLengths, vocab_size: int) -> int:
     """Forward operations of the output projection."""
     if model.task_head is not None:
-        return 2 * model.hidden_size * model.task_head.num_labels
+        operations = 2 * model.hidden_size * model.task_head.num_labels
+        return operations * (lengths.tokens if model.task_head.sees_tokens else 1)
     return lengths.predicted * 2 * model.hidden_size * vocab_size
 
 

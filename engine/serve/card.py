@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 from engine import __version__
 from engine.checkpoint.folder import CHECKPOINTS
 from engine.checkpoint.interchange.forms import OLDEST
+from engine.checkpoint.interchange.forms.tasks import ANSWERS, ENDINGS, SEQUENCES, TOKENS
 from engine.checkpoint.manifest import CheckpointState
 from engine.config.rules.tables import REPLAY
 from engine.config.schema.run import RunConfig
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _PIPELINES = {"gpt": "text-generation", "bert": "fill-mask", "t5": "text2text-generation"}
 _CLASSES = {"gpt": "AutoModelForCausalLM", "bert": "AutoModelForMaskedLM", "t5": "AutoModelForSeq2SeqLM"}
-_TASK_PIPELINE, _TASK_CLASS = "text-classification", "AutoModelForSequenceClassification"
-"""The same of a model with the head of a task."""
+_TASK_PIPELINES = {SEQUENCES: "text-classification", TOKENS: "token-classification", ANSWERS: "question-answering"}
+"""Pipelines of models with the head of a task, by the ending of their class."""
 _UNTIED_T5 = (
     "Its output projection is not the embedding. transformers 5 takes every T5 for tied: `tie_weights()` and "
     "`resize_token_embeddings()` overwrite the projection there, so do not call them."
@@ -59,8 +60,10 @@ def parse_license(name: str) -> str:
 
 def model_card(trained: Trained, theirs: PretrainedConfig, license_id: str | None, dtype: torch.dtype) -> str:
     """Return the text of the card, with the metadata that the hub reads at its head."""
-    family, is_task = trained.config.family, trained.config.task_head is not None
-    pipeline, kind = (_TASK_PIPELINE, _TASK_CLASS) if is_task else (_PIPELINES[family], _CLASSES[family])
+    family, head = trained.config.family, trained.config.task_head
+    pipeline, kind = _PIPELINES[family], _CLASSES[family]
+    if head is not None:
+        pipeline, kind = _TASK_PIPELINES[ENDINGS[head.task]], f"AutoModel{ENDINGS[head.task]}"
     metadata: dict[str, Any] = {} if license_id is None else {"license": license_id}
     metadata |= {"library_name": "transformers", "pipeline_tag": pipeline, "tags": ["palimpsest"]}
     name = theirs.architectures[0]  # type: ignore[index]

@@ -35,6 +35,7 @@ _NAMES = (
     ("logits_BTV", "prediction_logits"),
     ("pair_logits_BC", "seq_relationship_logits"),
     ("logits_BC", "logits"),
+    ("logits_BTC", "logits"),
 )
 """Names of the output of each head, ours and theirs."""
 
@@ -72,6 +73,8 @@ def check_logits(model: ModelConfig, folder: Path, ids: list[int], name: Path) -
         del weights
         theirs = _whole_twin(folder, opened) if is_whole else _cut_twin(opened, model_map)
         output = theirs(**inputs)
+    if "start_logits" in output:  # of an answer's first and last token, which are two columns of one output here
+        output["logits"] = torch.stack([output["start_logits"], output["end_logits"]], dim=-1)
     found = {key: output[their_key] for key, their_key in _NAMES if key in made and their_key in output}
     assert found.keys() == made.keys(), f"{list(made)} of ours and {list(output)} of theirs"
     difference = torch.stack([(made[key] - value).abs().max() for key, value in found.items()]).max().item()

@@ -21,7 +21,7 @@ from engine.data.tokenizer.files import MODEL_FILE
 from engine.data.tokenizer.folder import TextTokenizer, load_tokenizer
 from engine.errors import DataError
 from engine.serve.tokenizer_files import write_tokenizer
-from engine.tasks.examples import TextExamples
+from engine.tasks.examples import TextExamples, require_marks
 from engine.tasks.kind import EncodedRow
 
 _AT_ONCE = 1024
@@ -53,6 +53,33 @@ class Framing:
             for text, pair in zip(split, seconds, strict=True):
                 yield self._framed.post_process(text, pair)
 
+    def windows(
+        self, questions: list[str], contexts: list[str], length: int, stride: int, location: str
+    ) -> Iterator[list[Encoding]]:
+        """Yield the windows of each question and its context, framed, of `length` tokens at the most.
+
+        Neighbours share `stride` tokens of the context, but no more than half of those that a window has room for.
+
+        Raises:
+            DataError: a question leaves no room for its context, or one of both has no token.
+        """
+        for first in range(0, len(questions), _AT_ONCE):
+            rows = slice(first, first + _AT_ONCE)
+            split = self.tokenizer.plain.encode_batch(questions[rows], add_special_tokens=False)
+            texts = self.tokenizer.plain.encode_batch(contexts[rows], add_special_tokens=False)
+            for row, (question, context) in enumerate(zip(split, texts, strict=True), start=first + 1):
+                room = length - len(question.ids) - self._framed.num_special_tokens_to_add(is_pair=True)
+                if room < 2 or not question.ids or not context.ids:
+                    raise DataError(
+                        f"row {row} of {location} has a question of {len(question.ids)} tokens and a context of "
+                        f"{len(context.ids)}, in rows of {length}",
+                        "text, and room for two tokens of the context behind the question",
+                        "shorten or drop the row, or raise sequence_length",
+                    )
+                self._framed.enable_truncation(length, stride=min(stride, room // 2), strategy="only_second")
+                found = self._framed.post_process(question, context)
+                yield [found, *found.overflowing]
+
     def rows(self, examples: TextExamples, length: int) -> Iterator[EncodedRow]:
         """Yield the rows of texts or pairs; of a pair with the number of tokens before the second text.
 
@@ -63,6 +90,7 @@ class Framing:
         for number, found in enumerate(framed, start=1):
             if not found.ids:
                 raise DataError(f"row {number} of {examples.location} has no token", "text", "drop the row")
+            require_marks(examples, number - 1, found, self.tokenizer.unknown_id)
             # types 0 0 0 1 1: the second text begins at token 3
             types = found.type_ids
             second = types.index(1) if 1 in types else len(types)

@@ -1,4 +1,4 @@
-"""Measures of predictions, by the packages that define them (scikit-learn, scipy)."""
+"""Measures of predictions, by the packages that define them (scikit-learn, scipy, seqeval)."""
 
 from __future__ import annotations
 
@@ -37,4 +37,21 @@ def of_numbers(expected: np.ndarray, predicted: np.ndarray) -> Measures:
         "mean_squared_error": float(np.mean((expected - predicted) ** 2)),
         "pearson": None if constant else float(stats.pearsonr(expected, predicted).statistic),
         "spearman": None if constant else float(stats.spearmanr(expected, predicted).statistic),
+    }
+
+
+def of_entities(expected: list[list[str]], predicted: list[list[str]]) -> Measures:
+    """Return precision, recall and F1 of whole entities (all together, and F1 of each type), and the accuracy of the
+    words' tags, as seqeval has them by default (that is as conlleval does: an I- behind something else begins one)."""
+    metrics = need("seqeval.metrics", "measuring entities", "tasks")
+    report = metrics.classification_report(expected, predicted, output_dict=True, zero_division=0)
+    kinds = {name: values for name, values in report.items() if not name.endswith(" avg")}
+    return {
+        "examples": len(expected),
+        "precision": float(metrics.precision_score(expected, predicted, zero_division=0)),
+        "recall": float(metrics.recall_score(expected, predicted, zero_division=0)),
+        "f1": float(metrics.f1_score(expected, predicted, zero_division=0)),
+        "accuracy": float(metrics.accuracy_score(expected, predicted)),
+        "f1_of": {name: float(values["f1-score"]) for name, values in kinds.items()},
+        "entities": {name: int(values["support"]) for name, values in kinds.items()},
     }

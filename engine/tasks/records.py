@@ -105,14 +105,27 @@ def _saved_dataset(folder: Path) -> Iterator[Mapping[str, Any]]:
         raise DataError(
             f"{folder} holds several splits", f"one of them: {', '.join(splits)}", f"name {folder}/{splits[0]}"
         )
-    labels = {
-        name: feature.names for name, feature in found.features.items() if isinstance(feature, datasets.ClassLabel)
-    }
+    labels = {name: names for name, feature in found.features.items() if (names := _names(feature)) is not None}
     for row in found:
         record: dict[str, Any] = dict(row)  # pyright: ignore[reportArgumentType, reportCallIssue]
         # a label's name says more than its number
-        record |= {key: names[record[key]] for key, names in labels.items() if record[key] in range(len(names))}
+        record |= {key: _named(record[key], names) for key, names in labels.items()}
         yield record
+
+
+def _names(feature: Any) -> list[str] | None:
+    """Return the names of a column of labels, or of lists of them; None for another column."""
+    import datasets
+
+    # `Sequence(ClassLabel)` and, in newer versions of the library, `List(ClassLabel)`
+    inner = getattr(feature, "feature", feature)
+    return inner.names if isinstance(inner, datasets.ClassLabel) else None
+
+
+def _named(value: Any, names: list[str]) -> Any:
+    if isinstance(value, list):
+        return [_named(one, names) for one in value]
+    return names[value] if value in range(len(names)) else value
 
 
 def text_of(location: str, row: int, record: Mapping[str, Any], column: str) -> str:
@@ -150,6 +163,6 @@ def value_of(location: str, row: int, record: Mapping[str, Any], column: str) ->
         raise DataError(
             f"row {row} of {location} has no column {column!r}",
             ", ".join(map(repr, record)) or "columns",
-            "name the columns in data.columns (text, pair, label)",
+            "name the columns in data.columns",
         )
     return record[column]

@@ -35,7 +35,7 @@ from engine.parallel.recompute import recompute
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.stage import PipelineStageSpec, Ports, StageModule
 from engine.parallel.tensor import shard, vocabulary_cross_entropy, whole_rows
-from engine.parallel.ulysses import sequence_attention
+from engine.parallel.ulysses import sequence_attention, whole_sequence
 from engine.parallel.zero import StageEngine
 from engine.parallel.zero.carry import Carried
 from engine.plan.cut import ModelChunk, stage_chunks, tied_stages
@@ -208,7 +208,11 @@ def _functions(parallel: ParallelConfig, groups: Groups) -> Functions:
         functions = replace(functions, whole_rows=partial(whole_rows, group=groups.tensor))
     if parallel.sequence > 1:
         # all-to-all from tokens to heads and back around attention (Jacobs et al. 2023, DeepSpeed Ulysses)
-        functions = replace(functions, attention=partial(sequence_attention, group=groups.sequence))
+        functions = replace(
+            functions,
+            attention=partial(sequence_attention, group=groups.sequence),
+            whole_sequence=partial(whole_sequence, group=groups.sequence),
+        )
     sequence_slice = SequenceSlice(groups.sequence.position, groups.sequence.size, parallel.shared_by)
     return replace(functions, sequence_slice=sequence_slice)
 

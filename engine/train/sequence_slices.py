@@ -1,8 +1,8 @@
 """Inputs of one rank from whole rows, where ranks share the sequence dimension (sequence and tensor axis).
 
 Document numbers stay whole, for attention; of tokens and targets a rank of the sequence axis has its slice. Of masked
-tokens it has those in its slice, fewer or more of them; pairs, which are read from a row's first token, belong to the
-first rank: the others compute them with weight 0, so that all ranks run the same modules.
+tokens it has those in its slice, fewer or more of them; pairs and labels of rows belong to the first rank: the
+others compute them with weight 0, so that all ranks run the same modules.
 
 Legend: B rows, T tokens of a row (S of an encoder's), M masked positions.
 """
@@ -15,7 +15,10 @@ from engine.parallel.boundary import Tensors
 from engine.parallel.functions import SequenceSlice
 from engine.parallel.groups import Group
 
-SHARED = ("tokens_BT", "token_types_BT", "tokens_BS", "decoder_tokens_BT", "targets_BT", "weights_BT")
+SHARED = (
+    *("tokens_BT", "token_types_BT", "tokens_BS", "decoder_tokens_BT"),
+    *("targets_BT", "weights_BT", "labels_BT", "label_weights_BT"),
+)
 """Keywords with one entry per token, of which a rank is given its slice."""
 FILLED = ("decoder_tokens_BT", "decoder_segments_BT", "targets_BT", "weights_BT")
 """Keywords of a decoder's rows, the only ones whose length the ranks need not divide (`engine.config.objectives`)."""
@@ -39,9 +42,10 @@ def own_part(inputs: Tensors, row_length: int, sequence_ranks: int, sequence: Gr
         given |= _own_masked(
             given["masked_BM"], given["targets_BM"], given["weights_BM"], sequence_slice.first(length), length
         )
-    # All ranks run the pair head, and so the collectives inside of it; only one of them may count the loss.
-    if "pair_weights_B" in given and sequence.position > 0:
-        given["pair_weights_B"] = torch.zeros_like(given["pair_weights_B"])
+    # All ranks run the heads that see rows, and so the collectives inside of them; one of them may count the loss.
+    if sequence.position > 0:
+        weights = [name for name in ("pair_weights_B", "label_weights_B") if name in given]
+        given |= {name: torch.zeros_like(given[name]) for name in weights}
     return given
 
 

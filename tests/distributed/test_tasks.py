@@ -19,8 +19,10 @@ from engine.data.shards.dataset import TokenDataset
 from engine.data.source import WeightedDataset
 from engine.data.stage import run_stage_seed, stage_stream
 from engine.data.tokenizer.folder import load_tokenizer
+from engine.data.validation import ValidationSamples
 from engine.models.families import family
 from engine.models.initial import initial_value
+from engine.tasks.kinds import KINDS
 from engine.tasks.resolve import resolve_task
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import train_rank, write_sentences
@@ -33,12 +35,32 @@ CASES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "bert-zero3-tensor2": ("bert", "classification", 4, {"zero_stage": 3, "tensor": 2}),
     "roberta-pipe2": ("roberta", "classification", 2, {"zero_stage": 1, "pipe": 2}),
     "llama-sequence2": ("llama", "regression", 4, {"zero_stage": 2, "tensor": 2, "sequence_parallel": True}),
+    "bert-tokens": ("bert", "token_classification", 4, {"zero_stage": 1, "pipe": 2, "tensor": 2}),
+    "bert-answers-ulysses2": ("bert", "question_answering", 2, {"zero_stage": 1, "sequence": 2}),
 }
 MORE: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "modernbert-zero3-pipe2": ("modernbert", "classification", 4, {"zero_stage": 3, "pipe": 2}),
     "gpt2-zb-h1": ("gpt2", "classification", 2, {"zero_stage": 1, "pipe": 2, "schedule": "zb-h1"}),
     "bert-ulysses2": ("bert", "regression", 2, {"zero_stage": 0, "sequence": 2}),
     "llama-chunks": ("llama", "classification", 2, {"zero_stage": 1, "pipe": 2, "chunks_per_stage": 2}),
+    "gpt2-ulysses2": ("gpt2", "classification", 2, {"zero_stage": 1, "sequence": 2}),
+    "llama-tokens-sequence2": (
+        "llama",
+        "token_classification",
+        4,
+        {"zero_stage": 3, "tensor": 2, "sequence_parallel": True},
+    ),
+    "roberta-tokens-ulysses2": ("roberta", "token_classification", 2, {"zero_stage": 2, "sequence": 2}),
+    "gpt2-tokens-zb-h1": ("gpt2", "token_classification", 2, {"zero_stage": 1, "pipe": 2, "schedule": "zb-h1"}),
+    "modernbert-tokens": ("modernbert", "token_classification", 2, {"zero_stage": 0, "pipe": 2}),
+    "llama-answers-zero3-tensor2": ("llama", "question_answering", 4, {"zero_stage": 3, "tensor": 2}),
+    "modernbert-answers-pipe2": ("modernbert", "question_answering", 2, {"zero_stage": 1, "pipe": 2}),
+    "gpt2-answers": (
+        "gpt2",
+        "question_answering",
+        4,
+        {"zero_stage": 1, "sequence": 2, "tensor": 2, "sequence_parallel": True},
+    ),
 }
 
 
@@ -55,7 +77,25 @@ def pretrained(folder: Path, form: str, tokenizer: Path) -> None:
         (folder / path.name).write_bytes(path.read_bytes())
 
 
+def token_record(number: int) -> dict[str, Any]:
+    words = ["the", "ink", "fades", "in", "the", "old", "codex"][: number % 4 + 3]
+    tags = [("B-thing" if word in ("ink", "codex") else "I-thing" if word == "fades" else "O") for word in words]
+    return {"tokens": words, "tags": tags}
+
+
+def answer_record(number: int) -> dict[str, Any]:
+    text = "one thrifty monk hides older lines. the ink fades. " * (number % 3 + 1)
+    answer = ("thrifty monk", "lines", "ink fades")[number % 3]
+    return {"context": text, "question": "who hides?", "answers": [{"text": answer, "start": text.rindex(answer)}]}
+
+
 def write_examples(folder: Path, task: str, has_pairs: bool) -> None:
+    records = {"token_classification": token_record, "question_answering": answer_record}
+    if make := records.get(task):
+        for part, count in (("train", 23), ("validation", 9)):
+            lines = (json.dumps(make(number)) + "\n" for number in range(count))
+            (folder / f"{part}.jsonl").write_text("".join(lines))
+        return
     for part, count in (("train", 23), ("validation", 9)):
         with (folder / f"{part}.jsonl").open("w") as file:
             for number in range(count):
@@ -68,10 +108,11 @@ def write_examples(folder: Path, task: str, has_pairs: bool) -> None:
 
 def task_run(folder: Path, form: str, task: str, parallel: dict[str, Any]) -> RunConfig:
     columns: dict[str, Any] = {"text": "sentence", "label": "kind"}
-    if form == "bert":
+    if form == "bert" and task in ("classification", "regression"):
         columns["pair"] = "other"
     data = {"train": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl"), "columns": columns}
-    stage = {"objective": task, "data": data, "global_batch_size": BATCH, "duration": {"steps": STEPS}}
+    objective = {"name": task} | ({"stride": 12} if task == "question_answering" else {})
+    stage = {"objective": objective, "data": data, "global_batch_size": BATCH, "duration": {"steps": STEPS}}
     tree: dict[str, Any] = {
         "folder": str(folder / "run"),
         "init_from": str(folder / "theirs"),
@@ -85,6 +126,15 @@ def task_run(folder: Path, form: str, task: str, parallel: dict[str, Any]) -> Ru
         "checks": True,
     }
     return resolve_task(tree, "test task")
+
+
+def of_words(
+    given: dict[str, torch.Tensor], rows: list[int], logits: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels of the tokens that have a label."""
+    counted_BT = given["label_weights_BT"][rows] > 0
+    found = [each[0][counted_T[: each.size(1)]] for each, counted_T in zip(logits, counted_BT, strict=True)]
+    return torch.cat(found), given["labels_BT"][rows][counted_BT]
 
 
 def trained_by_torch(
@@ -108,14 +158,24 @@ def trained_by_torch(
         inputs = {"input_ids": given["tokens_BT"][row : row + 1, :length]}
         if config.model.tells_segments_apart:
             inputs["token_type_ids"] = given["token_types_BT"][row : row + 1, :length]
-        if config.model.family != "gpt":
+        if stage.objective.name == "question_answering":
+            output = model(**inputs)
+            return torch.stack([output.start_logits, output.end_logits], dim=-1)
+        if config.model.family != "gpt" or stage.objective.name == "token_classification":
             return model(**inputs).logits
         return model.score(model.base_model(**inputs).last_hidden_state[:, -1])  # whichever token pads
 
     def loss_of(batch: Any, measured: list[float] | None = None) -> torch.Tensor:
         given = batch.inputs
-        rows = given["label_weights_B"] > 0
-        logits_BC = torch.cat([logits_of(given, row) for row in rows.nonzero().flatten().tolist()])
+        rows = (batch.samples_B3[:, 0] >= 0).nonzero().flatten().tolist()  # the others are padding
+        logits = [logits_of(given, row) for row in rows]
+        if stage.objective.name == "token_classification":
+            return F.cross_entropy(*of_words(given, rows, logits))
+        if stage.objective.name == "question_answering":
+            spans = [given["label_spans_B2"][row] for row in rows]
+            both = [F.cross_entropy(each[0].T, span_2) for each, span_2 in zip(logits, spans, strict=True)]
+            return torch.stack(both).mean()
+        logits_BC = torch.cat(logits)
         if stage.objective.name == "regression":
             loss = F.mse_loss(logits_BC, given["labels_BC"][rows].double())
             if measured is not None:
@@ -143,16 +203,24 @@ def trained_by_torch(
         optimizer.param_groups[0]["lr"] = record["learning_rate"]
         optimizer.step()
     assert isinstance(stage.data.validation, str)
+    validation = TokenDataset(stage.data.validation)
+    num_rows = validation.index.num_documents  # windows of a long context are rows of their own
     whole = Loader(
-        stage_stream(
-            stage.model_copy(update={"global_batch_size": 9}),
-            [WeightedDataset(TokenDataset(stage.data.validation))],
-            0,
-        )
+        stage_stream(stage.model_copy(update={"global_batch_size": num_rows}), [WeightedDataset(validation)], 0)
     )
     measured: list[float] = []
     with torch.no_grad():
-        return losses, loss_of(whole.step(0, 1, 9)[0], measured).item(), measured[0]
+        loss = loss_of(whole.step(0, 1, num_rows)[0], measured).item()
+        if not measured:  # by their logits of the rows in file order
+            samples = ValidationSamples(
+                validation, stage.sequence_length, stage.data.attention, objective=stage.objective
+            )
+            rows = [(batch.inputs, row) for batch in samples.batches(0, 1, 1) for row in range(batch.num_rows)]
+            logits = [logits_of(*row)[0].float().numpy() for row in rows]
+            kind = KINDS[stage.objective.name]
+            found = kind.decode(logits, validation, stage.objective).measures()
+            measured.append(found[kind.main_measure.name])
+        return losses, loss, measured[0]
 
 
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(name, marks=pytest.mark.matrix) for name in MORE)])

@@ -12,15 +12,23 @@ import peft
 import pytest
 import torch
 from ruamel.yaml import YAML
-from transformers import AutoModelForSequenceClassification, pipeline
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    pipeline,
+)
 
 from engine import outcome
 from engine.checkpoint.folder import step_of
 from engine.cli import main
 from engine.tasks.in_training import numbers
+from engine.tasks.resolve import resolve_task
 from engine.train.records import read_metrics
+from tests.engine.serve.runs import save
 from tests.engine.tasks.starts import tree_of, write_examples, write_start
 from tests.tools.folder_in_use import contents, held
+from tools.finetune import finish
 
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("bare_node")
@@ -121,6 +129,53 @@ def test_what_is_wrong_with_the_examples_is_told_in_the_outcome(tmp_path, start,
     said = outcome.read(tmp_path / "run")
     assert said is not None
     assert (said.code, "train.jsonl" in said.error) == (1, True)
+
+
+def finished(folder: Path, start: Path, objective: str, rows: list[dict[str, Any]]) -> Path:
+    """The run folder of a task whose checkpoint holds random weights, with predictions, measures and export."""
+    for part in ("train", "validation"):
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = resolve_task(tree_of(folder, start, objective, duration={"steps": 2}), "test task")
+    save(run, 2, seed=1)
+    finish(run)
+    return folder / "run"
+
+
+def test_entities_are_those_of_the_pipeline(tmp_path, start):
+    words = ["the", "ink", "fades", "in", "the", "old", "codex"]
+    tags = ["O", "B-thing", "I-thing", "O", "O", "O", "B-thing"]
+    run = finished(tmp_path, start, "token_classification", [{"tokens": words[n:], "tags": tags[n:]} for n in range(3)])
+    assert 0 <= json.loads((run / "measures.json").read_text())["f1"] <= 1
+    classify: Any = pipeline("token-classification", str(run / "huggingface"), ignore_labels=[])
+    for line in (run / "predictions.jsonl").read_text().splitlines():
+        ours = json.loads(line)
+        by_start = {one["start"]: one["entity"] for one in classify(ours["text"])}
+        at, found = 0, []
+        for word in ours["words"]:
+            at = ours["text"].index(word, at)
+            found.append(by_start[at])
+            at += len(word)
+        assert found == ours["predicted"]
+
+
+def test_answers_are_those_of_the_exported_model(tmp_path, start):
+    context = "one thrifty monk hides older lines. the ink fades."
+    row = {"context": context, "question": "who?", "answers": [{"text": "monk", "start": context.index("monk")}]}
+    run = finished(tmp_path, start, "question_answering", [row])
+    assert 0 <= json.loads((run / "measures.json").read_text())["exact_match"] <= 1
+    model = AutoModelForQuestionAnswering.from_pretrained(run / "huggingface").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run / "huggingface")
+    given: Any = tokenizer("who?", context, return_tensors="pt", return_offsets_mapping=True)
+    offsets, inside_T = given.pop("offset_mapping")[0], torch.tensor([part == 1 for part in given.sequence_ids(0)])
+    with torch.inference_mode():
+        output = model(**given)
+    scores_TT = output.start_logits[0][:, None] + output.end_logits[0][None, :]
+    allowed_TT = (inside_T[:, None] & inside_T[None, :]).triu().tril(29)  # answers of 30 tokens at the most
+    best = int(scores_TT.masked_fill(~allowed_TT, -torch.inf).argmax())
+    first, last = divmod(best, len(inside_T))
+    (predicted,) = map(json.loads, (run / "predictions.jsonl").read_text().splitlines())
+    assert (predicted["start"], predicted["end"]) == (int(offsets[first][0]), int(offsets[last][1]))
+    assert predicted["best"][0]["score"] == pytest.approx(scores_TT.flatten()[best].item(), abs=1e-4)
 
 
 def test_a_run_file_is_prepared_for_launch(tmp_path, start, capsys):

@@ -78,7 +78,7 @@ def _check_head(name: str, objective: ObjectiveConfig, model: ModelConfig, probl
                 else "leave model.task_head out: this objective predicts tokens",
             )
         )
-    elif head is not None and wanted == "classification" and len(objective.labels) != head.num_labels:
+    elif head is not None and "labels" in OBJECTIVES[objective.name].keys and len(objective.labels) != head.num_labels:
         problems.append(
             ConfigError(
                 f"{name}.labels has {len(objective.labels)} names with model.task_head.num_labels = {head.num_labels}",

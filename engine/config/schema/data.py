@@ -88,8 +88,28 @@ class ColumnsConfig(Section):
     """Name of the column with the text, or with the first text of a pair."""
     pair: str | None = None
     """Name of the column with the second text of a pair. None means that examples are single texts."""
+    entities_of_relation: tuple[str, str] | None = None
+    """Names of the two columns with the spans `{start, end}` of characters in `text` between which the label is a
+    relation (`classification`); marks are put around them. None means texts without marks."""
     label: str = "label"
     """Name of the column with the label, or with the number that a regression predicts."""
+    tokens: str = "tokens"
+    """Name of the column with the list of a text's words (`token_classification`)."""
+    tags: str = "tags"
+    """Name of the column with the list of their labels (`token_classification`)."""
+    entities: str = "entities"
+    """Name of the column with the spans of characters in `text`, a list of `{start, end, label}`, that takes the place
+    of words and their labels (`token_classification`)."""
+    context: str = "context"
+    """Name of the column with the text that the answer is a part of (`question_answering`)."""
+    question: str = "question"
+    """Name of the column with the question (`question_answering`)."""
+    answers: str = "answers"
+    """Name of the column with the answers, a list of `{text, start}` with the first character in the context, or
+    SQuAD's lists of texts and of starts (`question_answering`)."""
+    id: str = "id"
+    """Name of the column with the name of a question; rows without it are named by their numbers
+    (`question_answering`)."""
 
 
 class CacheConfig(Section):

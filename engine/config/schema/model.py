@@ -17,6 +17,7 @@ from engine.config.schema.rotary import AnyRopeScaling, DynamicScaling, Rotary
 from engine.config.schema.section import KeyKind, Section
 
 FamilyName = Literal["gpt", "bert", "t5"]
+TaskName = Literal["classification", "regression", "token_classification", "question_answering"]
 Activation = Literal["gelu_tanh", "gelu", "relu", "swiglu", "geglu", "geglu_tanh"]
 Norm = Literal["layernorm", "rmsnorm"]
 
@@ -26,13 +27,19 @@ LARGEST_WIDTH = 2**30
 
 
 class TaskHead(Section):
-    """The head of a task: it computes one row of numbers for each sequence, and takes the place of the head over the
-    vocabulary."""
+    """The head of a task: it computes some numbers for each sequence or for each of its tokens, and takes the place of
+    the head over the vocabulary."""
 
-    task: Literal["classification", "regression"]
-    """Kind of the task: a label of several, or numbers."""
+    task: TaskName
+    """Kind of the task: a label of several, or numbers, for each sequence (`classification`, `regression`); a label for
+    each token (`token_classification`); the first and the last token of an answer (`question_answering`)."""
     num_labels: int = Field(ge=1, le=2**20)
-    """Number of labels, or of predicted numbers."""
+    """Number of labels, or of predicted numbers; 2 for `question_answering`."""
+
+    @property
+    def sees_tokens(self) -> bool:
+        """True if it computes numbers for each token, and not for the sequence."""
+        return self.task in ("token_classification", "question_answering")
 
 
 class ModelConfig(Section):

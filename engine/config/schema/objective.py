@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from engine.config.schema.section import Section
 
-ObjectiveName = Literal["causal", "fill_in_the_middle", "masked", "span_corruption", "classification", "regression"]
+ObjectiveName = Literal[
+    "causal",
+    "fill_in_the_middle",
+    "masked",
+    "span_corruption",
+    "classification",
+    "regression",
+    "token_classification",
+    "question_answering",
+]
 """Names of the objectives; `engine.config.objectives.OBJECTIVES` says what each of them is."""
 PairKind = Literal["next_sentence", "sentence_order"]
 Pairs = Literal["none", PairKind]
@@ -21,7 +30,8 @@ class ObjectiveConfig(Section):
     name: ObjectiveName = "causal"
     """Name of the objective: the next token (`causal`), or the next token with documents rearranged
     (`fill_in_the_middle`), masked tokens (`masked`), spans of the text (`span_corruption`), or of labelled examples
-    the label (`classification`) or a number (`regression`)."""
+    the label (`classification`), a number (`regression`), the labels of the words (`token_classification`) or the
+    answer in a context (`question_answering`)."""
     pairs: Pairs = "none"
     """Kind of the pairs of segments that rows are made of (`masked`); how a pair belongs together is predicted, too."""
     rate: float = Field(default=0.15, gt=0.0, lt=1.0)
@@ -40,8 +50,17 @@ class ObjectiveConfig(Section):
     suffix_first_share: float = Field(default=0.5, ge=0.0, le=1.0)
     """Share of the rearranged documents that have the suffix before the prefix."""
     labels: tuple[str, ...] = ()
-    """Names of the labels, in the order of their numbers (`classification`). `palimpsest finetune` finds them in the
-    training data where they are left out."""
+    """Names of the labels, in the order of their numbers (`classification`, `token_classification`). `palimpsest
+    finetune` finds them in the training data where they are left out."""
+    stride: PositiveInt = 128
+    """Number of tokens that two neighbouring windows of a long context share (`question_answering`)."""
+    no_answer: bool = False
+    """Questions without an answer in their context: allowed, and predicted (`question_answering`)."""
+    cut_answers: Literal["refuse", "cover"] = "refuse"
+    """Answers that begin or end inside of a token (`question_answering`). `refuse`: an error before training; `cover`:
+    the tokens that hold all of them are predicted."""
+    longest_answer: PositiveInt = 30
+    """Largest number of tokens of a predicted answer (`question_answering`)."""
 
     @model_validator(mode="before")
     @classmethod

@@ -8,7 +8,11 @@ from typing import Any
 from engine.config.schema.objective import ObjectiveName
 from engine.tasks.kind import Kind
 from engine.tasks.kinds.classification import Classification
+from engine.tasks.kinds.question_answering import QuestionAnswering
 from engine.tasks.kinds.regression import Regression
+from engine.tasks.kinds.token_classification import TokenClassification
 
-KINDS: Mapping[ObjectiveName, Kind[Any]] = {kind.name: kind for kind in (Classification(), Regression())}
+KINDS: Mapping[ObjectiveName, Kind[Any]] = {
+    kind.name: kind for kind in (Classification(), Regression(), TokenClassification(), QuestionAnswering())
+}
 """Every kind by the name of its objective."""

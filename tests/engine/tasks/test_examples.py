@@ -98,6 +98,14 @@ def test_named_labels_may_stand_in_the_file_as_numbers(tmp_path):
         ([{"text": "t", "label": float("nan")}], "row 1 of .* has label nan"),
         ([{"text": "t", "label": ""}], "row 1 of .* has label ''"),
         ([], "holds no example"),
+        (
+            [{"text": "t", "label": "1"}, {"text": "t", "label": 2}],
+            "row 2 of .* has label 2 in column 'label', a number, where the rows before have text",
+        ),
+        (
+            [{"text": "t", "label": 1}, {"text": "t", "label": True}],
+            "true or false, where the rows before have a number",
+        ),
     ],
 )
 def test_a_wrong_row_is_told_with_its_file_and_column(tmp_path, rows, said):

@@ -1,5 +1,6 @@
 """A task file becomes an ordinary run: the start's model with a head, steps, lengths, defaults; and its errors."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -155,10 +156,54 @@ def test_a_family_without_a_head_for_tasks_is_refused(tmp_path, start):
         resolve_task(tree_of(tmp_path, start) | {"init_from": str(tmp_path / "pretrained")}, "task")
 
 
-def test_the_shipped_task_file_names_a_task(tmp_path, start):
-    write_examples(tmp_path)
-    tree = read_tree(REPOSITORY / "configs/tasks/classification.yaml")
+ROWS_OF = {
+    "classification": [{"text": "the ink fades", "label": "old"}, {"text": "a codex", "label": "new"}],
+    "relations": [
+        {"text": "the ink fades", "head": {"start": at, "end": at + 3}, "tail": {"start": 8, "end": 13}, "label": at}
+        for at in (0, 4)
+    ],
+    "token_classification": [{"tokens": ["the", "ink"], "tags": ["O", "B-thing"]}],
+    "question_answering": [
+        {"context": "the ink fades", "question": "what?", "answers": [{"text": "ink", "start": 4}]},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (REPOSITORY / "configs/tasks").glob("*.yaml")))
+def test_shipped_task_files_name_tasks(tmp_path, start, name):
+    tree = read_tree(REPOSITORY / f"configs/tasks/{name}.yaml")
+    given = tree["stages"][0]["objective"]
+    objective = given["name"] if isinstance(given, dict) else given
+    for part in ("train", "validation"):
+        lines = (json.dumps(row) + "\n" for row in ROWS_OF.get(name, ROWS_OF[objective]) * 4)
+        (tmp_path / f"{part}.jsonl").write_text("".join(lines))
     tree["stages"][0]["data"] |= {part: str(tmp_path / f"{part}.jsonl") for part in ("train", "validation")}
+    if "sequence_length" in tree["stages"][0]:
+        tree["stages"][0]["sequence_length"] = 32  # the tiny start has no more positions
     run = resolve_task(tree | {"folder": str(tmp_path / "run"), "init_from": str(start / "hf")}, "shipped")
-    assert run.stages[0].num_steps == 3
-    assert run.evaluation.every_steps == 500
+    stage = run.stages[0]
+    assert stage.objective.name == objective
+    assert stage.num_steps == tree["stages"][0]["duration"]["epochs"]
+    assert run.model.task_head is not None
+    assert run.model.task_head.num_labels == 2
+    assert resolve(run, 1).world_size == 1
+    if name == "classification":
+        assert run.evaluation.every_steps == 500
+
+
+def test_a_context_of_several_windows_is_several_rows(tmp_path, start):
+    context = "the ink fades in the old codex. " * 6
+    row = {"context": context, "question": "what?", "answers": [{"text": "ink", "start": 4}]}
+    for part in ("train", "validation"):
+        (tmp_path / f"{part}.jsonl").write_text((json.dumps(row) + "\n") * 2)
+    tree = tree_of(tmp_path, start, {"name": "question_answering", "stride": 4}, sequence_length=24)
+    stage = resolve_task(tree, "task").stages[0]
+    assert stage.data.train is not None
+    num_rows = TokenDataset(stage.data.train).index.num_documents
+    assert num_rows > 2
+    assert stage.num_steps == 3, "epochs count rows, of which a step takes all here"
+    assert stage.global_batch_size == num_rows
+    write_examples(tmp_path)
+    other = resolve_task(tree_of(tmp_path, start, {"name": "classification", "no_answer": True}), "task")
+    with pytest.raises(ConfigError, match=r"objective.no_answer = True with .* classification, which does not use it"):
+        resolve(other, 1)

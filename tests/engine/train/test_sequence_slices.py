@@ -77,3 +77,20 @@ def test_what_nobody_shares_stays_as_it_is() -> None:
         given = own_part(batch, LENGTH, 1, Group((0,), 0))
         assert all(given[name] is tensor for name, tensor in batch.items())
         assert set(batch) & set(SHARED)
+
+
+def test_labels_of_rows_count_on_the_first_rank() -> None:
+    labels = {"labels_B": torch.tensor([3, 1]), "label_weights_B": torch.tensor([1.0, 2.0])}
+    made = [own_part(labels | {"last_B": torch.tensor([6, 3])}, 8, 2, Group((0, 1), position)) for position in range(2)]
+    assert [part["label_weights_B"].tolist() for part in made] == [[1.0, 2.0], [0.0, 0.0]]
+    assert all(part["last_B"].tolist() == [6, 3] for part in made)
+
+
+def test_labels_of_tokens_are_cut_and_spans_stay_whole() -> None:
+    given = {"labels_BT": torch.arange(8)[None], "label_weights_BT": torch.ones(1, 8)}
+    made = [own_part(given, 8, 2, Group((0, 1), position)) for position in range(2)]
+    assert [part["labels_BT"].tolist() for part in made] == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
+    spans = {"label_spans_B2": torch.tensor([[5, 6]]), "label_weights_B": torch.ones(1), "last_B": torch.tensor([7])}
+    made = [own_part(spans, 8, 2, Group((0, 1), position)) for position in range(2)]
+    assert all(part["label_spans_B2"].tolist() == [[5, 6]] and part["last_B"].tolist() == [7] for part in made)
+    assert [part["label_weights_B"].tolist() for part in made] == [[1.0], [0.0]]

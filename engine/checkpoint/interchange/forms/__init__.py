@@ -15,8 +15,7 @@ from engine.checkpoint.interchange.forms.mistral import MISTRAL
 from engine.checkpoint.interchange.forms.modernbert import MODERN_BERT
 from engine.checkpoint.interchange.forms.qwen import QWEN2, QWEN3
 from engine.checkpoint.interchange.forms.t5 import MT5, T5
-from engine.checkpoint.interchange.forms.tasks import ENDING as TASK_ENDING
-from engine.checkpoint.interchange.forms.tasks import with_task_head
+from engine.checkpoint.interchange.forms.tasks import ENDINGS, ending_of, with_task_head
 from engine.config.huggingface_forms import nearest
 from engine.config.schema.model import ModelConfig
 from engine.errors import ConfigError, report
@@ -38,11 +37,12 @@ def form_of(model: ModelConfig) -> Form:
     form = next(form for form in FORMS if form.twin is twin)
     if model.task_head is None:
         return form
-    with_head = with_task_head(form)
+    ending = ENDINGS[model.task_head.task]
+    with_head = with_task_head(form, ending)
     if with_head is None:
         raise ConfigError(
-            f"model.task_head with a model of {form.name} form, of which Hugging Face has no class for sequences",
-            " or ".join(found.name for found in FORMS if with_task_head(found)),
+            f"model.task_head with a model of {form.name} form, of which no class ...{ending} is read here",
+            " or ".join(found.name for found in FORMS if with_task_head(found, ending)),
             "export the model without its head, or train another one",
         )
     return with_head
@@ -52,8 +52,8 @@ def form_of_theirs(theirs: Any, architecture: str = "") -> Form | None:
     """Return the form of their model type; of several, that of the class, given or named in the configuration."""
     forms = [form for form in FORMS if form.model_type == theirs.model_type]
     said = [architecture, *(theirs.architectures or [])]
-    if any(name.endswith(TASK_ENDING) for name in said):
-        forms = [found for form in forms if (found := with_task_head(form)) is not None]
+    if (ending := ending_of(said)) is not None:
+        forms = [found for form in forms if (found := with_task_head(form, ending)) is not None]
     return next((form for form in forms if form.architecture in said), forms[0] if forms else None)
 
 

@@ -1,23 +1,33 @@
 """Forms of fine-tuned models: a form of pretraining whose head over the vocabulary gave way to that of a task.
 
 Theirs are the classes `...ForSequenceClassification`, which classify or, with one label and the problem type
-"regression", predict a number.
+"regression", predict a number; `...ForTokenClassification`; and `...ForQuestionAnswering`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from engine.checkpoint.interchange.config_map import Always, Computed, Field
 from engine.checkpoint.interchange.forms.form import Form, Theirs, one
 from engine.config.huggingface_forms import Problems
-from engine.config.schema.model import ModelConfig, TaskHead
+from engine.config.schema.model import ModelConfig, TaskHead, TaskName
 from engine.errors import ConfigError
 
-ENDING = "ForSequenceClassification"
-"""Ending of the names of their classes."""
+SEQUENCES, TOKENS, ANSWERS = "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"
+"""Endings of the names of their classes."""
+ENDINGS: Mapping[TaskName, str] = {
+    "classification": SEQUENCES,
+    "regression": SEQUENCES,
+    "token_classification": TOKENS,
+    "question_answering": ANSWERS,
+}
 _PROBLEMS = {"classification": "single_label_classification", "regression": "regression"}
+_SPAN_ENDS = 2
+"""Labels of question answering: the first and the last token."""
 
 
 @dataclass(frozen=True)
@@ -26,42 +36,75 @@ class _Head:
 
     names: dict[str, Theirs]
     fields: tuple[Field, ...] = ()
+    prefix: str = ""
+    """Beginning of the names of all other parameters, where the class has another one than that of pretraining."""
 
 
-_HEADS = {
-    "bert": _Head({"pooler": one("bert.pooler.dense"), "classifier": one("classifier")}),
-    "roberta": _Head({"pooler": one("classifier.dense"), "classifier": one("classifier.out_proj")}),
-    "modernbert": _Head({"classifier": one("classifier")}, (Always("classifier_pooling", ("cls",)),)),
-    "gpt2": _Head({"classifier": one("score")}),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gpt_neox"), _Head({"classifier": one("score")})),
+def _classifier(module: str, prefix: str = "") -> _Head:
+    return _Head({"classifier": one(module)}, prefix=prefix)
+
+
+_LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
+_HEADS: Mapping[str, Mapping[str, _Head]] = {
+    SEQUENCES: {
+        "bert": _Head({"pooler": one("bert.pooler.dense"), "classifier": one("classifier")}),
+        "roberta": _Head({"pooler": one("classifier.dense"), "classifier": one("classifier.out_proj")}),
+        "modernbert": _Head({"classifier": one("classifier")}, (Always("classifier_pooling", ("cls",)),)),
+        **dict.fromkeys(("gpt2", "gpt_neox", *_LLAMAS), _classifier("score")),
+    },
+    TOKENS: {
+        **dict.fromkeys(("bert", "roberta", "modernbert", "gpt2", "gpt_neox"), _classifier("classifier")),
+        **dict.fromkeys(_LLAMAS, _classifier("score")),
+    },
+    ANSWERS: {
+        "modernbert": _classifier("classifier"),
+        **dict.fromkeys(("bert", "roberta", "gpt2", "gpt_neox", "mistral"), _classifier("qa_outputs")),
+        **dict.fromkeys(("llama", "qwen2", "qwen3"), _classifier("qa_outputs", prefix="transformer.")),
+    },
 }
-"""Heads by their model type."""
+"""Heads by the ending of their class and their model type."""
 _OF_VOCABULARY = ("lm_head", "pair_head", "pooler")
+
+
+def ending_of(classes: Iterable[str]) -> str | None:
+    """Return the ending of a task's class among the names of classes; None where all are of pretraining."""
+    return next((ending for name in classes for ending in _HEADS if name.endswith(ending)), None)
 
 
 def _write(model: ModelConfig) -> dict[str, Any]:
     head = model.task_head
     assert head is not None
     labels = {number: f"LABEL_{number}" for number in range(head.num_labels)}
-    return {"id2label": labels, "label2id": {name: number for number, name in labels.items()}} | {
-        "problem_type": _PROBLEMS[head.task]
-    }
+    found = {"id2label": labels, "label2id": {name: number for number, name in labels.items()}}
+    return found | ({"problem_type": _PROBLEMS[head.task]} if head.task in _PROBLEMS else {})
 
 
-def _read(theirs: Any, problems: Problems) -> dict[str, Any]:
-    tasks = {problem: task for task, problem in _PROBLEMS.items()}
-    # Their classes take one label without a problem type for a regression.
-    problem = theirs.problem_type or ("regression" if theirs.num_labels == 1 else _PROBLEMS["classification"])
-    task = tasks.get(problem)
+def _read(ending: str, theirs: Any, problems: Problems) -> dict[str, Any]:
+    task: TaskName | None = next(name for name, of_class in ENDINGS.items() if of_class == ending)
+    if ending == SEQUENCES:
+        task = _sequence_task(theirs, problems)
+    if ending == ANSWERS and theirs.num_labels != _SPAN_ENDS:
+        problems.append(ConfigError(f"num_labels = {theirs.num_labels}", f"{_SPAN_ENDS} for {ANSWERS}"))
     if task is None:
-        problems.append(ConfigError(f"problem_type = {theirs.problem_type!r}", " or ".join(tasks)))
         return {}
     return {"task_head": TaskHead.model_validate({"task": task, "num_labels": theirs.num_labels})}
 
 
-def with_task_head(form: Form) -> Form | None:
+def _sequence_task(theirs: Any, problems: Problems) -> TaskName | None:
+    tasks: dict[str, TaskName] = {
+        "single_label_classification": "classification",
+        "regression": "regression",
+    }
+    # Their classes take one label without a problem type for a regression.
+    problem = theirs.problem_type or ("regression" if theirs.num_labels == 1 else "single_label_classification")
+    if problem not in tasks:
+        problems.append(ConfigError(f"problem_type = {theirs.problem_type!r}", " or ".join(tasks)))
+    return tasks.get(problem)
+
+
+def with_task_head(form: Form, ending: str) -> Form | None:
     """Return the form of a model that was fine-tuned from one of `form`; None where theirs have no such class."""
-    head = _HEADS.get(form.model_type)
+    head = _HEADS[ending].get(form.model_type)
     if head is None:
         return None
     kept = {name: theirs for name, theirs in form.names.items() if name.split(".")[0] not in _OF_VOCABULARY}
@@ -70,11 +113,18 @@ def with_task_head(form: Form) -> Form | None:
         kept = {name: theirs for name, theirs in kept.items() if not name.startswith("head_")}
     heads = {theirs.modules[0].split(".")[0] + "." for theirs in head.names.values()} - {form.prefix}
     stem = form.architecture.partition("For")[0].partition("LMHead")[0]
+    if head.prefix:
+        kept = {name: _moved(theirs, form.prefix, head.prefix) for name, theirs in kept.items()}
     return replace(
         form,
-        architecture=stem + ENDING,
+        architecture=stem + ending,
         names=kept | head.names,
-        fields=(*form.fields, *head.fields, Computed(_write, _read)),
+        fields=(*form.fields, *head.fields, Computed(_write, partial(_read, ending))),
+        prefix=head.prefix or form.prefix,
         heads=tuple(sorted(heads | ({"head."} if form.model_type == "modernbert" else set()))),
         copies={},
     )
+
+
+def _moved(theirs: Theirs, prefix: str, to: str) -> Theirs:
+    return replace(theirs, modules=tuple(to + module.removeprefix(prefix) for module in theirs.modules))
