@@ -21,6 +21,7 @@ from engine.config.schema.model import BERTConfig
 from engine.models.attention import positions_in_document, view
 from engine.models.dropout import EMBEDDING_OUTPUT, KEYS, Dropout, drops
 from engine.models.dropout import make as make_dropout
+from engine.models.embedding import Embedding
 from engine.models.heads import Head, VocabularyHead, attach
 from engine.models.layers import TransformerLayer, layer_sharding
 from engine.models.norms import norm
@@ -112,11 +113,11 @@ class BERTChunk(nn.Module):
         self.config, self.chunk, self.functions, self.head = config, chunk, functions, head
         width = config.hidden_size
         if chunk.first:
-            self.embed_tokens = nn.Embedding(config.padded_vocab_size, width)
+            self.embed_tokens = Embedding(config.padded_vocab_size, width)
             if config.position_table:
-                self.embed_positions = nn.Embedding(config.max_positions, width)
+                self.embed_positions = Embedding(config.max_positions, width)
             if config.token_types:
-                self.embed_types = nn.Embedding(config.token_types, width)
+                self.embed_types = Embedding(config.token_types, width)
             self.embed_norm = norm(config)
         self.layers = nn.ModuleDict(
             {str(index): TransformerLayer(config, functions, index, normed=index == 0) for index in chunk.layers}

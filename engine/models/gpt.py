@@ -17,6 +17,7 @@ from engine.config.schema.model import ModelConfig
 from engine.models.attention import positions_in_document, view
 from engine.models.dropout import EMBEDDING_OUTPUT, KEYS, drops
 from engine.models.dropout import make as make_dropout
+from engine.models.embedding import Embedding
 from engine.models.heads import Head, LanguageModelHead, attach
 from engine.models.layers import TransformerLayer, layer_sharding
 from engine.models.norms import norm
@@ -36,9 +37,9 @@ class GPTChunk(nn.Module):
         super().__init__()
         self.config, self.chunk, self.functions, self.head = config, chunk, functions, head
         if chunk.first:
-            self.embed_tokens = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+            self.embed_tokens = Embedding(config.padded_vocab_size, config.hidden_size)
             if config.position_table:
-                self.embed_positions = nn.Embedding(config.max_positions, config.hidden_size)
+                self.embed_positions = Embedding(config.max_positions, config.hidden_size)
         self.layers = nn.ModuleDict({str(index): TransformerLayer(config, functions, index) for index in chunk.layers})
         if chunk.last:
             self.final_norm = norm(config)

@@ -32,6 +32,7 @@ from engine.models.dropout import (
     drops,
 )
 from engine.models.dropout import make as make_dropout
+from engine.models.embedding import Embedding
 from engine.models.heads import Head, LanguageModelHead, attach
 from engine.models.layers import TransformerLayer, feed_forward, layer_sharding
 from engine.models.norms import norm
@@ -105,7 +106,7 @@ class T5Chunk(nn.Module):
         first_of_decoder = config.num_encoder_layers
         self.begins_decoder = first_of_decoder in chunk.layers
         if chunk.first or self.begins_decoder:
-            self.embed_tokens = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+            self.embed_tokens = Embedding(config.padded_vocab_size, config.hidden_size)
         # A copy of the stack's one table on every stage that has layers of it: tied, so gradients are summed.
         if self.encoder:
             self.encoder_positions = RelativePositions(config, bidirectional=True)
