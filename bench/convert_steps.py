@@ -36,6 +36,16 @@ def make(folder: Path, sizes: str) -> None:
     print(json.dumps({"num_parameters": total // 4, "num_bytes": total, "largest_tensors_bytes": sizes_bytes[:2]}))
 
 
+def imports(folder: Path, *arguments: str) -> None:
+    """Import what a conversion to Hugging Face imports: ours, torch, transformers and the class of the model."""
+    import transformers
+
+    import engine.serve.export  # noqa: F401
+
+    for name in ("GPT2LMHeadModel", "AutoTokenizer"):
+        getattr(transformers, name)
+
+
 def convert(folder: Path, *arguments: str) -> None:
     """Run the command."""
     from engine.cli import main
@@ -83,4 +93,6 @@ def _new(folder: Path) -> Path:
 
 if __name__ == "__main__":
     step, where, *rest = sys.argv[1:]
-    {"make": make, "convert": convert, "back": back, "in memory": in_memory}[step](Path(where), *rest)
+    {"make": make, "imports": imports, "convert": convert, "back": back, "in memory": in_memory}[step](
+        Path(where), *rest
+    )

@@ -164,11 +164,16 @@ def kind_of(source: str, to: To | None) -> Kind:
 
     Raises:
         ConfigError: it is nothing that can be converted.
+        CheckpointError: what is behind a URL cannot be reached.
     """
+    from engine.checkpoint.interchange.initial import unreachable
     from engine.checkpoint.storage import location_of
 
     location = location_of(source)
-    found = _seen(location)
+    try:
+        found = _seen(location)
+    except OSError as error:
+        raise unreachable(location, error) from error
     if found is not None:
         return found
     named: dict[To | None, Kind] = {

@@ -78,23 +78,33 @@ T5 = GPT2 | {
     "activation": "relu",
     "bias": False,
 }
+WIDE = {"num_heads": 8, "num_kv_heads": 4}
+"""Enough heads of keys and values for tensor 2 x sequence 2."""
+OPTIONS = {
+    "head_size": 8,
+    "qkv_bias": True,
+    "qk_norm": True,
+    "parallel_residual": True,
+    "partial_rotary_factor": 0.5,
+    "sliding_window": 5,
+    "first_window_layer": 1,
+    "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_positions": 8},
+}
 MODELS = {
     "gpt2": GPT2,
     "gpt2-deep": GPT2 | {"num_layers": 6},
     "llama": LLAMA,
     "llama-tied": LLAMA | {"tie_embeddings": True},
     "llama3": LLAMA | {"rope_scaling": {"type": "llama3", "factor": 4.0, "original_max_positions": 8}},
-    "llama-dynamic": LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_positions": 8},
+    "llama-dynamic": LLAMA | WIDE | {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_positions": 8},
     "mistral": LLAMA | {"sliding_window": 5, "rope_scaling": {"type": "linear", "factor": 2.0}},
     "qwen2": LLAMA | {"qkv_bias": True, "sliding_window": 4, "first_window_layer": 1, "tie_embeddings": True},
     "qwen3": LLAMA | {"qk_norm": True, "head_size": 8},
     "pythia": GPT2 | PYTHIA,
     # the options of decoders together, which no published form has
-    "decoder-options": LLAMA
-    | {"head_size": 8, "qkv_bias": True, "qk_norm": True, "parallel_residual": True, "partial_rotary_factor": 0.5}
-    | {"sliding_window": 5, "first_window_layer": 1}
-    | {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_positions": 8}},
-    "llama-deep": LLAMA | {"num_layers": 4, "num_heads": 8, "num_kv_heads": 4},
+    "decoder-options": LLAMA | OPTIONS,
+    "decoder-options-wide": LLAMA | OPTIONS | WIDE,
+    "llama-deep": LLAMA | WIDE | {"num_layers": 4},
     "bert": BERT,
     "bert-deep": BERT | {"num_layers": 5},
     "modernbert": MODERN_BERT,

@@ -61,7 +61,7 @@ DECODERS = (
             Case("decoder-options", zero_stage=2, tensor=2, data=2, sequence_parallel=True, micro_batch_size=2),
             Case("decoder-options", zero_stage=1, pipe=3, schedule="zb-h1", recompute="selective"),
             Case("decoder-options", zero_stage=3, sequence=2, data=2, attention="row"),
-            Case("decoder-options-dropout", zero_stage=1, tensor=2, sequence=2, recompute="full"),
+            Case("decoder-options-wide-dropout", zero_stage=1, tensor=2, sequence=2, recompute="full"),
             Case("decoder-options", zero_stage=3, pipe=2, tensor=2, dtype="bf16"),
             Case("llama3", zero_stage=2, tensor=2, data=2),
             Case("llama-dynamic", zero_stage=3, sequence=2, tensor=2, sequence_parallel=True),

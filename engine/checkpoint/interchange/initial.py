@@ -23,7 +23,29 @@ Format = Literal["palimpsest", "huggingface", "deepspeed", "universal", "dcp", "
 
 
 def format_of(location: Location) -> Format | None:
-    """Return the format of a folder by its files; None where it is none."""
+    """Return the format of a folder by its files; None where it is none.
+
+    Raises:
+        CheckpointError: what is behind a URL cannot be reached.
+    """
+    try:
+        return _format_of(location)
+    except OSError as error:
+        raise unreachable(location, error) from error
+
+
+def unreachable(location: Location, error: OSError) -> CheckpointError:
+    """Return the error for a place that does not answer."""
+    from engine.redact import redact
+
+    return CheckpointError(
+        f"{redact(str(location))} cannot be reached: {error.strerror or error}",
+        "a path or a URL that answers",
+        "check it, and the network",
+    )
+
+
+def _format_of(location: Location) -> Format | None:
     from engine.checkpoint.folder import CHECKPOINTS
     from engine.checkpoint.storage import MANIFEST
 
@@ -42,7 +64,7 @@ def format_of(location: Location) -> Format | None:
     if not location.is_dir():
         return None
     names = [path.name for path in location.iterdir()]
-    if any(name.startswith("step-") for name in names):
+    if any(name.startswith("step-") and (location / name / MANIFEST).is_file() for name in names):
         return "palimpsest"  # a folder `checkpoints/`
     if any(name.startswith("mp_rank_") and (location / name).is_dir() for name in names):
         return "megatron-lm"

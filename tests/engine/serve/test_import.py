@@ -19,7 +19,7 @@ from engine.checkpoint.storage import location_of
 from engine.checkpoint.verify import verify
 from engine.cli import main
 from engine.corpus.tokenizer_training import train_tokenizer
-from engine.errors import EXIT_DONE, EXIT_USAGE, ConfigError
+from engine.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USAGE, ConfigError
 from engine.models.families import family
 from engine.models.materialize import whole_model
 from engine.serve.export import TEXT, ExportOptions, export
@@ -235,6 +235,15 @@ def test_what_cannot_be_converted_is_refused_and_leaves_nothing(tmp_path, capsys
     assert main(["convert", str(source), "--output", str(tmp_path / "ours")]) == EXIT_USAGE
     assert message in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} <= {"theirs"}
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "null", '{"model": 5}', ""])
+def test_a_tokenizer_that_is_none_is_told_and_leaves_nothing(tmp_path, capsys, text):
+    source = folder_of(tmp_path / "theirs", "llama-tied")
+    (source / "tokenizer.json").write_text(text)
+    assert main(["convert", str(source), "--output", str(tmp_path / "ours")]) == EXIT_FAILURE
+    assert "cannot be loaded" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
 def test_the_command_tells_what_it_did(tmp_path, capsys):

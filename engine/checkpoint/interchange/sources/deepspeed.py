@@ -21,7 +21,10 @@ from engine.checkpoint.interchange.sources.unnamed import Parts, Unnamed, read_f
 from engine.checkpoint.manifest import WEIGHT
 from engine.checkpoint.storage import Location
 from engine.errors import CheckpointError
+from engine.logs import logger
 from engine.parallel.sharding import Shape
+
+log = logger(__name__)
 
 ALLOWED = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -58,6 +61,8 @@ def open_deepspeed(folder_or_parent: Location) -> Unnamed:
             first = content[min(content)]
             _check_model_ranks(folder, models, first)
             settings = settings or _settings(first)
+            if not optimizers and first.get("param_shapes"):
+                log.warning("%s holds no optimizer states: the weights are those of its model states, rounded", folder)
             step = step if step is not None else first.get("global_steps")
             held = (
                 _of_zero(folder, content, model_files, optimizers.get(model_rank, {}))

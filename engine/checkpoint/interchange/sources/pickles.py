@@ -58,12 +58,12 @@ def open_torch_file(
             view.seek(0)
             with torch.serialization.safe_globals(known):
                 return torch.load(view, map_location="meta", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise unusable(path, f"it cannot be read ({_first_line(error)})") from error
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it names {named.group(1)}" if named else "it is no plain pickle"
         raise unusable(path, f"{what}, which is not on the list of what may be built") from error
+    except Exception as error:  # torch's readers raise anything on bytes that are none, AttributeError among them
+        raise unusable(path, f"it cannot be read ({_first_line(error)})") from error
 
 
 def _class_of(name: str) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +181,42 @@ def test_hostile_and_torn_universal_files_are_told_by_name(run, tmp_path, capsys
         open_source(str(tmp_path / "u")).check()
     assert "must not run" not in capsys.readouterr().out
     assert config
+
+
+def test_a_file_that_is_cut_anywhere_is_told_by_name(run, tmp_path):
+    """torch's readers raise other errors for other lengths."""
+    folder, config, _ = run
+    assert convert(folder, tmp_path / "u", "--to", "universal") == EXIT_DONE
+    (path,) = (tmp_path / "u").glob("step-*/zero/embed_tokens.weight/fp32.pt")
+    whole = path.read_bytes()
+    for length in range(0, len(whole), len(whole) // 40):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"fp32\.pt cannot be used: it cannot be read"):
+            open_source(str(tmp_path / "u"), model=config.model)
+
+
+def test_what_a_name_alone_makes_look_like_ours_is_told(run, tmp_path, capsys):
+    folder, _, _ = run
+    assert convert(folder, tmp_path / "u", "--to", "universal") == EXIT_DONE
+    (tmp_path / "u" / "latest_universal").unlink()  # what is left is a folder step-N
+    assert convert(tmp_path / "u", tmp_path / "out") == EXIT_USAGE
+    assert "holds nothing that can be converted" in capsys.readouterr().err
+    assert convert(next((tmp_path / "u").glob("step-*")), tmp_path / "out", "--run", str(tmp_path / "no")) == EXIT_USAGE
+
+
+def test_a_url_that_does_not_answer_is_told(tmp_path, capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/model"
+    for command in (["convert", url, "--output", str(tmp_path / "out")], ["checkpoint", "diff", url, url]):
+        assert main(command) == EXIT_FAILURE
+        assert f"{url} cannot be reached: " in capsys.readouterr().err
+
+
+def test_zero_without_its_optimizer_states_says_that_weights_are_rounded(run, tmp_path, caplog):
+    folder, _, states = run
+    assert convert(folder, tmp_path / "ds", "--to", "deepspeed") == EXIT_DONE
+    next((tmp_path / "ds").glob("*/*_optim_states.pt")).unlink()
+    opened = open_source(str(tmp_path / "ds")).check()
+    assert torch.equal(opened.read("embed_tokens.weight"), states[WEIGHT]["embed_tokens.weight"])
+    assert "holds no optimizer states: the weights are those of its model states, rounded" in caplog.text
