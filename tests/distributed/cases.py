@@ -96,7 +96,9 @@ MODELS = {
     "llama": LLAMA,
     "llama-tied": LLAMA | {"tie_embeddings": True},
     "llama3": LLAMA | {"rope_scaling": {"type": "llama3", "factor": 4.0, "original_max_positions": 8}},
-    "llama-dynamic": LLAMA | WIDE | {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_positions": 8},
+    "llama-dynamic": LLAMA
+    | WIDE
+    | {"head_size": 4, "rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_positions": 8},
     "mistral": LLAMA | {"sliding_window": 5, "rope_scaling": {"type": "linear", "factor": 2.0}},
     "qwen2": LLAMA | {"qkv_bias": True, "sliding_window": 4, "first_window_layer": 1, "tie_embeddings": True},
     "qwen3": LLAMA | {"qk_norm": True, "head_size": 8},
