@@ -55,6 +55,7 @@ COMMANDS = {
     "train": Command("tools.train:main", "Train: what each rank runs, under any launcher or alone."),
     "finetune": Command("tools.finetune:main", "Fine-tune a model on labelled examples, and measure it."),
     "evaluate": Command("tools.evaluate:main", "Measure a model on text, benchmarks and labelled sets."),
+    "tasks": Command("tools.tasks:main", "Show what runs of tasks are worth together, and what each new one has cost."),
     "status": Command("tools.status:main", "Show where runs stand, also while they go on."),
     "compare": Command("tools.compare:main", "Compare the metrics of runs, and say where they part."),
     "ledger": Command("tools.ledger:main", "Show what a run of several stages has learned and forgotten."),

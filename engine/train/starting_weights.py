@@ -6,6 +6,7 @@ depends on. With `missing: initialise` heads and vocabulary rows that the source
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import torch
@@ -151,7 +152,25 @@ def _noted(config: RunConfig) -> str | None:
 
 def _opened(config: RunConfig, given: InitFrom) -> SourceModel:
     """Return the source, which is of the run's model where its files do not say of which it is."""
-    return _without_absent_heads(open_source(given.path, config.model.vocab_multiple, config.model), given)
+    opened = open_source(given.path, config.model.vocab_multiple, config.model)
+    if given.head == "new" and opened.model.task_head is not None:
+        opened = _without_task_head(opened)
+    return _without_absent_heads(opened, given)
+
+
+def _without_task_head(opened: SourceModel) -> SourceModel:
+    """Return a source whose head of a task is left out, as if it had none."""
+    with torch.device("meta"):
+        modules = family(opened.model).configured_head(opened.model).modules(PLAIN)
+    heads = {name for name in opened.map.parameters if name.partition(".")[0] in modules}
+    unused = tuple(re.escape(tensor) for name in heads for tensor in opened.map.parameters[name].tensors)
+    kept = {name: one for name, one in opened.map.parameters.items() if name not in heads}
+    return replace(
+        opened,
+        model=opened.model.model_copy(update={"task_head": None}),
+        map=ModelMap(kept, opened.map.copies),
+        unused=(*opened.unused, *unused),
+    )
 
 
 def _without_absent_heads(opened: SourceModel, given: InitFrom) -> SourceModel:
@@ -199,5 +218,5 @@ def _check_agrees(model: ModelConfig, opened: SourceModel, given: InitFrom) -> N
             f"the run's model is not that of init_from = {given.path}: {told}",
             "the values that are there; dropout is the run's own",
             "leave `model` out, or change these keys; init_from.missing = initialise allows more vocabulary rows and "
-            "a head for pairs",
+            "a head for pairs, init_from.head = new another task",
         )

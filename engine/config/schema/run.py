@@ -114,6 +114,7 @@ class InitFrom(Section):
         "missing": "meaning",
         "new_rows": "meaning",
         "moments": "meaning",
+        "head": "meaning",
         "fingerprint": "meaning",
     }
 
@@ -125,6 +126,8 @@ class InitFrom(Section):
     new_rows: Literal["random", "mean"] = "random"
     """Values of vocabulary rows that the source lacks, with `missing: initialise`: those of the run's seed, or the mean
     of the source's rows, with which a new token begins as likely as an average one."""
+    head: Literal["keep", "new"] = "keep"
+    """Head of a task that the source has: kept, or left out for a new one of another task."""
     moments: bool = False
     """True takes the optimizer's moments, too, and the number of updates that they have seen."""
     fingerprint: str | None = None
