@@ -46,7 +46,7 @@ def _resolved(path: Path, overrides: list[str]) -> RunConfig:
 
     run = resolve_task(read_overridden(path, overrides), str(path))
     KINDS[run.stages[0].objective.name].require_packages()  # before the run, not at its end
-    if run.model.adapter is not None:
+    if (adapter := run.model.adapter) is not None and adapter.merges:
         require_peft()
     return run
 
@@ -59,8 +59,8 @@ def _write_run_file(task: Path, overrides: list[str], path: Path) -> None:
         raise ConfigError(f"{path} is there already", "a new file", "name another one, or remove it first")
     run = _resolved(task, overrides)
     save_tree(run.model_dump(mode="json", exclude_none=True), path)
-    (stage,) = run.stages
-    print(f"{path}: {stage.num_steps} steps of {stage.global_batch_size} examples, {stage.sequence_length} tokens each")
+    stage = run.stages[-1]
+    print(f"{path}: {run.num_steps} steps of {stage.global_batch_size} examples, {stage.sequence_length} tokens each")
     print(f"next: palimpsest train {path}, or palimpsest launch {path}")
 
 
@@ -77,9 +77,13 @@ def finish(run: RunConfig) -> None:
     trained = open_trained(best or run.folder)
     measures = _measure(run, trained)
     _draw(run, measures, metric, trained.step if best is not None else None)
-    _replace(run.folder / EXPORT, lambda new: export(trained, new))
     chosen = f", of step {trained.step}, the best by {metric}" if best is not None else ""
-    print(f"model: {run.folder / EXPORT}{chosen}")
+    if trained.config.adapter is None:
+        _replace(run.folder / EXPORT, lambda new: export(trained, new))
+        print(f"model: {run.folder / EXPORT}{chosen}")
+    else:
+        method = trained.config.adapter.method
+        print(f"no Hugging Face folder{chosen}: their classes have no place for {method} adapters")
     if run.model.adapter is not None:
         _export_adapter(run, best or run.folder)
 
@@ -114,7 +118,7 @@ def _measure(run: RunConfig, trained: Trained) -> dict[str, Any]:
     from engine.data.shards.dataset import TokenDataset
     from engine.tasks.predict import MEASURES, predict, write_predictions
 
-    (stage,) = run.stages
+    stage = run.stages[-1]
     measures: dict[str, Any] = {}
     for location in stage.data.validation_locations:
         predictions = predict(trained, stage, TokenDataset(location))

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Literal
 
 from engine.config.huggingface_forms import nearest
+from engine.config.schema.adapter import BottleneckConfig
 from engine.config.schema.model import ModelConfig
 
 Part = Literal["attention", "cross_attention", "ffn"]
@@ -96,9 +97,23 @@ def _targets(
 
 
 @lru_cache(maxsize=256)
+def bottlenecks(model: ModelConfig) -> tuple[Part, ...]:
+    """Return the parts of a layer behind which the model has a bottleneck adapter; empty without such adapters."""
+    if not isinstance(model.adapter, BottleneckConfig):
+        return ()
+    patterns = model.adapter.targets or model.adapter.default_targets
+    return tuple(part for part in parts_of(model) if any(fnmatch.fnmatchcase(part, pattern) for pattern in patterns))
+
+
+def parts_of(model: ModelConfig) -> tuple[Part, ...]:
+    """Return the parts of the layers of a model; `cross_attention` is in some layers only."""
+    return tuple(part for part in PARTS if part != "cross_attention" or model.family == "t5")
+
+
+@lru_cache(maxsize=256)
 def adapted(model: ModelConfig, part: Part) -> tuple[Target, ...]:
-    """Return the matrices of a part of each layer that the model's adapter changes; empty without one."""
-    if model.adapter is None:
+    """Return the matrices of a part of each layer that the model's adapter changes; empty where it changes none."""
+    if model.adapter is None or isinstance(model.adapter, BottleneckConfig):
         return ()
     patterns = model.adapter.targets or model.adapter.default_targets
     return tuple(

@@ -162,7 +162,7 @@ OBJECTIVES: Mapping[ObjectiveName, Objective] = {
         sees_padding=True,
     ),
     "span_corruption": Objective(("t5",), ("rate", "mean_span_length"), _span_lengths, shortest=3, sees_padding=True),
-    "classification": _task(("labels",), ("accuracy", "f1_micro", "f1_macro", "matthews")),
+    "classification": _task(("labels", "label_smoothing"), ("accuracy", "f1_micro", "f1_macro", "matthews")),
     "regression": _task((), ("mean_squared_error", "pearson", "spearman")),
     "token_classification": _task(("labels",), ("f1", "precision", "recall", "accuracy")),
     "question_answering": _task(("stride", "no_answer", "cut_answers", "longest_answer"), ("f1", "exact_match")),

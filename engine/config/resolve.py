@@ -174,6 +174,13 @@ def _check_parallel(config: RunConfig, problems: list[PalimpsestError]) -> None:
 
 def _check_stage(index: int, stage: RunStage, model: ModelConfig, problems: list[PalimpsestError]) -> None:
     key = f"stages.{index}"
+    problems += [
+        ConfigError(
+            f"{key}.{name} is a key of task files", "a task file of `palimpsest finetune`", f"write {instead} here"
+        )
+        for name, instead in {"layer_decay": "learning_rate_factors", "unfreezing": "several stages"}.items()
+        if getattr(stage, name) is not None
+    ]
     if stage.sequence_length > model.longest_row:
         scaled = "" if model.longest_row == model.max_positions else " x model.rope_scaling.factor"
         problems.append(

@@ -14,13 +14,15 @@ Legend: B batch, T time, I and O features in and out (one of them local under te
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from engine.config.adapter_targets import Part, Target, adapted, all_targets
-from engine.config.schema.adapter import LoRAConfig
+from engine.config.adapter_targets import Part, Target, adapted, all_targets, bottlenecks
+from engine.config.schema.adapter import BottleneckConfig, LoRAConfig
 from engine.config.schema.model import ModelConfig
 from engine.models.dropout import Dropout
 from engine.parallel.sharding import ROW, Table, column
@@ -48,6 +50,25 @@ class Scaling(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.ia3_l
+
+
+class Bottleneck(nn.Module):
+    """Network with few features inside and a residual connection: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(width, size), nn.Linear(size, width)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return x_BTD + self.up(F.gelu(self.down(x_BTD)))
+
+
+class Bottlenecks(nn.ModuleDict):
+    """Bottleneck adapters of a layer, by the part that they stand behind (Houlsby et al. 2019, figure 2)."""
+
+    def behind(self, part: Part, made_BTD: torch.Tensor) -> torch.Tensor:
+        """Return what a part of the layer has made, with dropout, after its adapter."""
+        return self[part](made_BTD) if part in self else made_BTD
 
 
 class Adapters(nn.ModuleDict):
@@ -92,6 +113,14 @@ class Adapters(nn.ModuleDict):
 def adapters(config: ModelConfig, part: Part, layer: int) -> Adapters | None:
     """Make the adapters of a part of a layer; None where it has none."""
     return Adapters(config, part, layer) if adapted(config, part) else None
+
+
+def bottleneck_adapters(config: ModelConfig, parts: Sequence[Part]) -> Bottlenecks | None:
+    """Make the bottleneck adapters of a layer with these parts; None where it has none."""
+    if not isinstance(config.adapter, BottleneckConfig):
+        return None
+    made = {part: Bottleneck(config.hidden_size, config.adapter.size) for part in bottlenecks(config) if part in parts}
+    return Bottlenecks(made) if made else None
 
 
 def project(

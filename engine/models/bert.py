@@ -22,6 +22,7 @@ from engine.models.attention import positions_in_document, view
 from engine.models.dropout import EMBEDDING_OUTPUT, KEYS, Dropout, drops
 from engine.models.dropout import make as make_dropout
 from engine.models.embedding import Embedding
+from engine.models.embedding_shift import SHIFT, shifted
 from engine.models.heads import Head, VocabularyHead, attach
 from engine.models.layers import TransformerLayer, layer_sharding
 from engine.models.norms import norm
@@ -134,6 +135,7 @@ class BERTChunk(nn.Module):
         hidden_BTD: torch.Tensor | None = None,
         segments_BT: torch.Tensor | None = None,
         dropout_keys_B: torch.Tensor | None = None,
+        embedding_shift_BTD: torch.Tensor | None = None,
         by_row: bool = False,
         **given: torch.Tensor,
     ) -> Tensors:
@@ -141,12 +143,13 @@ class BERTChunk(nn.Module):
 
         The first chunk takes `tokens_BT` and `token_types_BT` (int64; None means type 0), the others `hidden_BTD` of
         the chunk before. `segments_BT` numbers the documents of a whole row, padding being one; None means that the row
-        is one document. `dropout_keys_B` (int64) are the rows' keys; None means no dropout. `given` is for the head.
-        Returns `hidden_BTD`, from the last chunk what its head does.
+        is one document. `dropout_keys_B` (int64) are the rows' keys; None means no dropout. `embedding_shift_BTD` is
+        added to the embeddings of the tokens. `given` is for the head. Returns `hidden_BTD`, from the last chunk what
+        its head does.
         """
         if hidden_BTD is None:
             assert tokens_BT is not None, "the first stage takes tokens, the others hidden states"
-            hidden_BTD = self.embed(tokens_BT, token_types_BT, segments_BT)
+            hidden_BTD = self.embed(tokens_BT, token_types_BT, segments_BT, embedding_shift_BTD)
         x_BTD: torch.Tensor = hidden_BTD
         dropout = make_dropout(self.config, dropout_keys_B, x_BTD, self.functions)
         # One view per kind of layer, global or local: they differ in mask and rotary base.
@@ -162,10 +165,14 @@ class BERTChunk(nn.Module):
         return self.head.outputs(self, x_BTD, given, by_row, dropout)
 
     def embed(
-        self, tokens_BT: torch.Tensor, token_types_BT: torch.Tensor | None, segments_BT: torch.Tensor | None
+        self,
+        tokens_BT: torch.Tensor,
+        token_types_BT: torch.Tensor | None,
+        segments_BT: torch.Tensor | None,
+        shift_BTD: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return hidden_BTD of the tokens; learned positions start again with each document, as they would alone."""
-        hidden_BTD = self.embed_tokens(tokens_BT)
+        hidden_BTD = shifted(self.embed_tokens(tokens_BT), shift_BTD)
         if self.config.position_table:
             if segments_BT is None:
                 num_given = tokens_BT.size(1)
@@ -221,7 +228,7 @@ def inputs(config: BERTConfig, chunk: ModelChunk, head: Head | None = None) -> f
     """Return the keywords of the chunk that come from the data."""
     found: set[str] = set()
     if chunk.first:
-        found |= {"tokens_BT", "segments_BT"} | ({"token_types_BT"} if config.token_types > 1 else set())
+        found |= {"tokens_BT", "segments_BT", SHIFT} | ({"token_types_BT"} if config.token_types > 1 else set())
         found |= {KEYS} if drops(config) else set()
     return frozenset(found) | ((head or configured_head(config)).inputs if chunk.last else frozenset())
 

@@ -143,7 +143,7 @@ def _drop(
         key_B.view(-1, *[1] * element_numbers.dim()) for key_B in _site_keys(keys_B, (layer + 1) * NUM_SITES + site)
     )
     # (B, *element_numbers.shape) by broadcasting. 31 bits are compared, since torch compares int32 as signed numbers.
-    bits = _mix32(_mix32(element_numbers ^ low_B) ^ high_B)
+    bits = mix32(mix32(element_numbers ^ low_B) ^ high_B)
     dropped = (bits & 0x7FFFFFFF) < int(rate * 2**31)
     return x.masked_fill(dropped, 0.0) * (1.0 / (1.0 - rate))
 
@@ -158,7 +158,7 @@ def _site_keys(keys_B: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.T
     return tuple(_to_int32(half) for half in (z, z >> 32))  # type: ignore[return-value]
 
 
-def _mix32(x: torch.Tensor) -> torch.Tensor:
+def mix32(x: torch.Tensor) -> torch.Tensor:
     """Apply the finalizer of MurmurHash3 to int32, a permutation; multiplications wrap around."""
     x = (x ^ _shift(x, 16, 32)) * _signed(0x85EBCA6B, 32)
     x = (x ^ _shift(x, 13, 32)) * _signed(0xC2B2AE35, 32)

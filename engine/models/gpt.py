@@ -18,6 +18,7 @@ from engine.models.attention import positions_in_document, view
 from engine.models.dropout import EMBEDDING_OUTPUT, KEYS, drops
 from engine.models.dropout import make as make_dropout
 from engine.models.embedding import Embedding
+from engine.models.embedding_shift import SHIFT, shifted
 from engine.models.heads import Head, LanguageModelHead, attach
 from engine.models.layers import TransformerLayer, layer_sharding
 from engine.models.norms import norm
@@ -52,6 +53,7 @@ class GPTChunk(nn.Module):
         hidden_BTD: torch.Tensor | None = None,
         segments_BT: torch.Tensor | None = None,
         dropout_keys_B: torch.Tensor | None = None,
+        embedding_shift_BTD: torch.Tensor | None = None,
         by_row: bool = False,
         **given: torch.Tensor,
     ) -> Tensors:
@@ -59,11 +61,12 @@ class GPTChunk(nn.Module):
 
         The first chunk takes `tokens_BT` (int64), the others `hidden_BTD` of the chunk before. `segments_BT` numbers
         the documents of a whole row; None means that it is one document. `dropout_keys_B` (int64) are the rows' keys;
-        None means no dropout. `given` is for the head. Returns `hidden_BTD`, from the last chunk what its head does.
+        None means no dropout. `embedding_shift_BTD` is added to the embeddings of the tokens. `given` is for the head.
+        Returns `hidden_BTD`, from the last chunk what its head does.
         """
         if hidden_BTD is None:
             assert tokens_BT is not None, "the first stage takes tokens, the others hidden states"
-            hidden_BTD = self.embed(tokens_BT, segments_BT)
+            hidden_BTD = self.embed(tokens_BT, segments_BT, embedding_shift_BTD)
         x_BTD: torch.Tensor = hidden_BTD
         dropout = make_dropout(self.config, dropout_keys_B, x_BTD, self.functions)
         # From the hidden states, not the tokens, which later chunks do not have. One view per kind of layer, global or
@@ -79,9 +82,11 @@ class GPTChunk(nn.Module):
         x_BTD = self.functions.whole_rows(self.final_norm(x_BTD))
         return self.head.outputs(self, x_BTD, given, by_row, dropout)
 
-    def embed(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None) -> torch.Tensor:
+    def embed(
+        self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None, shift_BTD: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return hidden_BTD of the tokens; learned positions start again with each document, as they would alone."""
-        hidden_BTD = self.embed_tokens(tokens_BT)
+        hidden_BTD = shifted(self.embed_tokens(tokens_BT), shift_BTD)
         if not self.config.position_table:
             return hidden_BTD
         if segments_BT is None:
@@ -134,7 +139,7 @@ def configured_head(config: ModelConfig) -> Head:
 
 def inputs(config: ModelConfig, chunk: ModelChunk, head: Head | None = None) -> frozenset[str]:
     """Return the keywords of the chunk that come from the data."""
-    first = {"tokens_BT", "segments_BT"} | ({KEYS} if drops(config) else set()) if chunk.first else set()
+    first = {"tokens_BT", "segments_BT", SHIFT} | ({KEYS} if drops(config) else set()) if chunk.first else set()
     return frozenset(first) | ((head or configured_head(config)).inputs if chunk.last else frozenset())
 
 

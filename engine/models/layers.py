@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from engine.config.adapter_targets import Part
 from engine.config.schema.model import ModelConfig
-from engine.models.adapters import adapter_sharding, adapters, project
+from engine.models.adapters import adapter_sharding, adapters, bottleneck_adapters, project
 from engine.models.attention import SelfAttention, View
 from engine.models.dropout import ATTENTION_OUTPUT, FFN_OUTPUT, Dropout
 from engine.models.norms import norm
@@ -88,19 +89,23 @@ class TransformerLayer(nn.Module):
         self.attention = SelfAttention(config, functions, number)
         self.ffn_norm = norm(config)
         self.ffn = feed_forward(config, number)
+        self.adapters = bottleneck_adapters(config, ("attention", "ffn"))
 
     def forward(self, x_BTD: torch.Tensor, view: View) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
         if self.post:  # Vaswani et al. 2017; below, pre-norm (Xiong et al. 2020)
-            made_BTD = self.attention(x_BTD, view)
-            x_BTD = self.attention_norm(x_BTD + view.dropped(made_BTD, self.number, ATTENTION_OUTPUT))
-            made_BTD = self.ffn(x_BTD, view.dropout)
-            return self.ffn_norm(x_BTD + view.dropped(made_BTD, self.number, FFN_OUTPUT))
-        made_BTD = self.attention(self.attention_norm(x_BTD), view)
-        sum_BTD = x_BTD + view.dropped(made_BTD, self.number, ATTENTION_OUTPUT)
+            made_BTD = view.dropped(self.attention(x_BTD, view), self.number, ATTENTION_OUTPUT)
+            x_BTD = self.attention_norm(x_BTD + self._adapted("attention", made_BTD))
+            made_BTD = view.dropped(self.ffn(x_BTD, view.dropout), self.number, FFN_OUTPUT)
+            return self.ffn_norm(x_BTD + self._adapted("ffn", made_BTD))
+        made_BTD = view.dropped(self.attention(self.attention_norm(x_BTD), view), self.number, ATTENTION_OUTPUT)
+        sum_BTD = x_BTD + self._adapted("attention", made_BTD)
         read_BTD = x_BTD if self.parallel else sum_BTD
-        made_BTD = self.ffn(self.ffn_norm(read_BTD), view.dropout)
-        return sum_BTD + view.dropped(made_BTD, self.number, FFN_OUTPUT)
+        made_BTD = view.dropped(self.ffn(self.ffn_norm(read_BTD), view.dropout), self.number, FFN_OUTPUT)
+        return sum_BTD + self._adapted("ffn", made_BTD)
+
+    def _adapted(self, part: Part, made_BTD: torch.Tensor) -> torch.Tensor:
+        return made_BTD if self.adapters is None else self.adapters.behind(part, made_BTD)
 
 
 def layer_sharding(config: ModelConfig) -> Table:

@@ -18,8 +18,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from engine.config.adapter_targets import Part
 from engine.config.schema.model import T5Config
-from engine.models.adapters import adapters, project
+from engine.models.adapters import adapters, bottleneck_adapters, project
 from engine.models.attention import SelfAttention, View
 from engine.models.dropout import (
     ATTENTION_OUTPUT,
@@ -83,17 +84,22 @@ class CrossLayer(nn.Module):
         self.cross_attention = CrossAttention(config, functions, number)
         self.ffn_norm = norm(config)
         self.ffn = feed_forward(config, number)
+        self.adapters = bottleneck_adapters(config, ("attention", "cross_attention", "ffn"))
 
     def forward(
         self, x_BTD: torch.Tensor, view: View, encoded_BSD: torch.Tensor, mask_B1TS: torch.Tensor
     ) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
         made_BTD = self.attention(self.attention_norm(x_BTD), view)
-        x_BTD = x_BTD + view.dropped(made_BTD, self.number, ATTENTION_OUTPUT)
+        x_BTD = x_BTD + self._adapted("attention", view.dropped(made_BTD, self.number, ATTENTION_OUTPUT))
         made_BTD = self.cross_attention(self.cross_attention_norm(x_BTD), view, encoded_BSD, mask_B1TS)
-        x_BTD = x_BTD + view.dropped(made_BTD, self.number, CROSS_ATTENTION_OUTPUT)
+        made_BTD = view.dropped(made_BTD, self.number, CROSS_ATTENTION_OUTPUT)
+        x_BTD = x_BTD + self._adapted("cross_attention", made_BTD)
         made_BTD = self.ffn(self.ffn_norm(x_BTD), view.dropout)
-        return x_BTD + view.dropped(made_BTD, self.number, FFN_OUTPUT)
+        return x_BTD + self._adapted("ffn", view.dropped(made_BTD, self.number, FFN_OUTPUT))
+
+    def _adapted(self, part: Part, made_BTD: torch.Tensor) -> torch.Tensor:
+        return made_BTD if self.adapters is None else self.adapters.behind(part, made_BTD)
 
 
 class T5Chunk(nn.Module):

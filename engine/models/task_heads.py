@@ -27,8 +27,21 @@ from engine.parallel.sharding import Table
 
 LAST = "last_B"
 """Name of the position (int64) of each row's last token, among the inputs of a decoder's head."""
+SMOOTHING = "label_smoothing_B"
+"""Name of the share of each row's label that is spread over all labels (fp32), in training alone."""
 BEFORE, BEHIND = 1, 2
 """Numbers of the head's two places of dropout, counted on from the last layer: no layer has the same masks."""
+
+
+def cross_entropy(
+    logits_BC: torch.Tensor, labels_B: torch.Tensor, smoothing_B: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the cross entropy of each row, (B,), with labels smoothed by these shares; None means as they are."""
+    loss_B = F.cross_entropy(logits_BC, labels_B, reduction="none")
+    if smoothing_B is None:
+        return loss_B
+    # towards the mean over all labels, the given one among them (Szegedy et al. 2016, section 7)
+    return torch.lerp(loss_B, -logits_BC.log_softmax(-1).mean(-1), smoothing_B)
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,7 @@ class TaskHead:
         """The labels of the rows (`labels_B` int64, or `labels_BC` fp32), their weights, and where a decoder ends."""
         assert self.config.task_head is not None
         labels = "labels_B" if self.config.task_head.task == "classification" else "labels_BC"
-        return frozenset({labels, "label_weights_B"} | ({LAST} if self.config.family == "gpt" else set()))
+        return frozenset({labels, "label_weights_B", SMOOTHING} | ({LAST} if self.config.family == "gpt" else set()))
 
     def modules(self, functions: Functions) -> dict[str, nn.Module]:
         """Make the classifier and, in an encoder, the transformation of the first token's state."""
@@ -71,7 +84,7 @@ class TaskHead:
         C numbers; in evaluation also the logits, (B, C). Without labels `logits_BC`."""
         logits_BC = self._logits(chunk, hidden_BTD, given, dropout).float()
         if "labels_B" in given:
-            loss_B = F.cross_entropy(logits_BC, given["labels_B"], reduction="none")
+            loss_B = cross_entropy(logits_BC, given["labels_B"], given.get(SMOOTHING))
         elif "labels_BC" in given:
             loss_B = (logits_BC - given["labels_BC"]).square().mean(1)
         else:

@@ -89,16 +89,21 @@ class Pipeline:
             send(scalar, groups.wrap_backward, groups.wrap.size - 1).wait()
 
     def train(
-        self, inputs: list[Tensors], loss_scales_L: torch.Tensor, by_domain: DomainSums | None = None
+        self,
+        inputs: list[Tensors],
+        loss_scales_L: torch.Tensor,
+        by_domain: DomainSums | None = None,
+        goes_on: bool = False,
     ) -> torch.Tensor:
         """Run all passes of one step; return the micro-batches' summed losses (L,), 0 unless on the last stage.
 
+        With `goes_on` the step goes on with further passes, whose gradients are added to those of these.
         `inputs` are the keywords of the stage's chunks per micro-batch, on the device. The gradient that flows back is
         that of the sum of losses times `loss_scales_L` (fp32 on the device). The losses of each domain are added to
         `by_domain`, where it is given.
         """
         order = instructions(self.schedule, self.groups.coordinates.stage, *self.sizes, len(inputs))
-        return self._run(order, inputs, loss_scales_L, by_domain)
+        return self._run(order, inputs, loss_scales_L, by_domain, goes_on=goes_on)
 
     @torch.no_grad()
     def evaluate(
@@ -120,10 +125,11 @@ class Pipeline:
         loss_scales_L: torch.Tensor | None,
         by_domain: DomainSums | None,
         logits: list[torch.Tensor] | None = None,
+        goes_on: bool = False,
     ) -> torch.Tensor:
         total_L = torch.zeros(self.num_losses, dtype=torch.float32, device=self.engine.device)
         # Passes that still add to gradients. The engine reduces in the last one, whatever chunk and micro-batch it is.
-        left = len(inputs) * sum(map(self._flows_back, range(len(self.spec.ports))))
+        left = len(inputs) * sum(map(self._flows_back, range(len(self.spec.ports)))) + goes_on
         for instruction in order:
             if not (isinstance(instruction, Forward) or self._flows_back(instruction.chunk)):
                 continue

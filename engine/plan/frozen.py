@@ -15,6 +15,7 @@ from functools import lru_cache
 from engine.config.adapter_targets import MARK
 from engine.config.objectives import RowLengths, row_lengths
 from engine.config.parameter_patterns import matches
+from engine.config.schema.adapter import BottleneckConfig
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
@@ -85,6 +86,8 @@ def base_patterns(model: ModelConfig) -> tuple[str, ...]:
 def is_base(model: ModelConfig, name: str) -> bool:
     """Return True if a parameter belongs to what a model was pretrained as, and not to its adapter or task's head."""
     if MARK in name:
+        return False
+    if isinstance(model.adapter, BottleneckConfig) and name.startswith("layers.") and "_norm." in name:
         return False
     return model.task_head is None or name.startswith(_PRETRAINED)
 
@@ -162,6 +165,8 @@ def check_patterns(config: RunConfig) -> list[PalimpsestError]:
                     "paste it, or let `palimpsest finetune` set it",
                 )
             )
+        if run_stage.regularization.adversarial is not None:
+            problems += _problems_of_adversarial(config.model, run_stage, f"stages.{number}")
         if not trained:
             problems.append(
                 ConfigError(
@@ -171,3 +176,26 @@ def check_patterns(config: RunConfig) -> list[PalimpsestError]:
                 )
             )
     return problems
+
+
+def _problems_of_adversarial(model: ModelConfig, run_stage: RunStage, key: str) -> list[PalimpsestError]:
+    """Return what keeps the gradient of the loss from the embeddings."""
+    if model.family == "t5":
+        return [
+            ConfigError(
+                f"{key}.regularization.adversarial with model.family = t5",
+                "a model of family bert or gpt",
+                "remove it: a T5 embeds two texts, and the paper moves one",
+            )
+        ]
+    first = first_trained_layer(model, run_stage.freeze)
+    if first == 0:
+        return []
+    return [
+        ConfigError(
+            f"{key}.regularization.adversarial with {key}.freeze = {list(run_stage.freeze)}: nothing in front of layer "
+            f"{first} is trained, so no gradient reaches the embeddings",
+            "a run stage that trains something of the first layer or of the embeddings",
+            f"remove {key}.regularization.adversarial, or train layer 0",
+        )
+    ]

@@ -48,6 +48,7 @@ def layer_entries(model: ModelConfig, layer: int) -> list[Entry]:
         *parts.self_attention(model, f"{prefix}.attention"),
         *parts.norm(model, f"{prefix}.ffn_norm"),
         *parts.feed_forward(model, f"{prefix}.ffn"),
+        *parts.bottleneck_adapters(model, prefix, ("attention", "ffn")),
     ]
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
 
-from engine.config.adapter_targets import MARK, Part, adapted
-from engine.config.schema.adapter import LoRAConfig
+from engine.config.adapter_targets import MARK, Part, adapted, bottlenecks
+from engine.config.schema.adapter import BottleneckConfig, LoRAConfig
 from engine.config.schema.model import ModelConfig
 
 Device = Literal["cpu", "cuda"]
@@ -139,6 +139,16 @@ def feed_forward(model: ModelConfig, name: str) -> list[Entry]:
         *linear(f"{name}.down_proj", model.hidden_size, model.feed_forward_size, bias=model.bias),
         *adapters(model, name, "ffn"),
     ]
+
+
+def bottleneck_adapters(model: ModelConfig, name: str, parts: tuple[Part, ...]) -> list[Entry]:
+    """Return the parameters of the bottleneck adapters behind these parts of a layer."""
+    found, width = [], model.hidden_size
+    for part in bottlenecks(model) if isinstance(model.adapter, BottleneckConfig) else ():
+        if part in parts and isinstance(model.adapter, BottleneckConfig):
+            found += linear(f"{name}.adapters.{part}.down", model.adapter.size, width, bias=True, split=False)
+            found += linear(f"{name}.adapters.{part}.up", width, model.adapter.size, bias=True, split=False)
+    return found
 
 
 def adapters(model: ModelConfig, name: str, part: Part) -> list[Entry]:

@@ -46,6 +46,7 @@ def layer_entries(model: T5Config, layer: int) -> list[Entry]:
         *parts.linear(f"{name}.kv_proj", 2 * heads, width, bias=model.bias, bias_split=True),
         *parts.linear(f"{name}.out_proj", width, heads, bias=model.bias),
         *parts.adapters(model, name, "cross_attention"),
+        *parts.bottleneck_adapters(model, f"layers.{layer}", ("cross_attention",)),
     ]
 
 

@@ -5,6 +5,8 @@ The folder is made beside its final path and renamed once it is whole.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,11 +14,15 @@ from safetensors.torch import save_file
 
 from engine.checkpoint.interchange.peft_format import WEIGHTS, adapter_config, adapter_tensors
 from engine.checkpoint.interchange.sources.source import not_finite
-from engine.config.schema.adapter import LoRAConfig
+from engine.config.schema.adapter import BottleneckConfig, LoRAConfig
 from engine.errors import ConfigError
 from engine.extras import need
+from engine.plan.frozen import is_base
 from engine.serve.new_folder import new_folder
 from engine.serve.source import Trained
+
+OWN_CONFIG, OWN_WEIGHTS = "adapter.json", "adapter.safetensors"
+"""Names of the files of an adapter that peft has no method for."""
 
 
 def export_adapter(trained: Trained, output: Path, base: str | None) -> int:
@@ -35,8 +41,6 @@ def export_adapter(trained: Trained, output: Path, base: str | None) -> int:
             "a model that was trained with `adapter`",
             "export it as a Hugging Face folder",
         )
-    peft = need("peft", "writing an adapter", "tasks")
-    kind = peft.LoraConfig if isinstance(trained.config.adapter, LoRAConfig) else peft.IA3Config
     shapes = trained.source.shapes
 
     def read(name: str) -> torch.Tensor:
@@ -45,10 +49,26 @@ def export_adapter(trained: Trained, output: Path, base: str | None) -> int:
             raise not_finite(trained.source.origin, [name])
         return value
 
+    if isinstance(trained.config.adapter, BottleneckConfig):
+        return _export_own(trained, read, output)
+    peft = need("peft", "writing an adapter", "tasks")
+    kind = peft.LoraConfig if isinstance(trained.config.adapter, LoRAConfig) else peft.IA3Config
     tensors = adapter_tensors(trained.config, read)
     with new_folder(output) as partial:
         kind(**adapter_config(trained.config, base)).save_pretrained(str(partial))
         save_file(tensors, str(partial / WEIGHTS), metadata={"format": "pt"})
+    return sum(value.numel() for value in tensors.values())
+
+
+def _export_own(trained: Trained, read: Callable[[str], torch.Tensor], output: Path) -> int:
+    """Write an adapter that peft has no method for: the trained parameters by our names, and the model's keys."""
+    model = trained.config
+    tensors = {name: read(name) for name in trained.source.shapes if not is_base(model, name)}
+    with new_folder(output) as partial:
+        keys = {"adapter": model.adapter, "task_head": model.task_head}
+        told = {name: None if one is None else one.model_dump(mode="json") for name, one in keys.items()}
+        (partial / OWN_CONFIG).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        save_file(tensors, str(partial / OWN_WEIGHTS), metadata={"format": "pt"})
     return sum(value.numel() for value in tensors.values())
 
 

@@ -21,7 +21,7 @@ from engine.config.load import Tree, merge, parse_run, parse_section
 from engine.config.metrics import MEASURE, VALIDATION_LOSS
 from engine.config.objectives import OBJECTIVES
 from engine.config.paths import expand_keys
-from engine.config.schema.data import ColumnsConfig
+from engine.config.schema.data import AugmentConfig, ColumnsConfig
 from engine.config.schema.model import ModelConfig, make_model
 from engine.config.schema.objective import ObjectiveConfig, ObjectiveName
 from engine.config.schema.run import RunConfig
@@ -32,10 +32,13 @@ from engine.data.tokenizer.files import MODEL_FILE
 from engine.errors import ConfigError
 from engine.plan.frozen import base_patterns
 from engine.serve.source import describe
+from engine.tasks.augment import augmented
 from engine.tasks.encode import alone_in, encoded_folder, longest
+from engine.tasks.examples import TextExamples
 from engine.tasks.framing import Framing
 from engine.tasks.kind import Examples, Kind
 from engine.tasks.kinds import KINDS
+from engine.tasks.layers import LayerKeys, decayed_rates, unfrozen_stages
 
 EPOCHS = 3.0
 BATCH = 32
@@ -80,7 +83,7 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
         )
     if "tokenizer" not in tree:
         tree["tokenizer"] = str(_tokenizer(init_from, folder, model))
-    task = _read(stage, name, source)
+    task = _read(stage, name, source, int(tree.get("seed", 0)))
     model = make_model(**(model.model_dump() | {"task_head": task.kind.head(task.objective.labels)}))
     if model.adapter is not None:
         stage["freeze"] = [*dict.fromkeys((*base_patterns(model), *stage.get("freeze", ())))]
@@ -92,11 +95,17 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
     }
     stage |= {"name": stage.get("name", name), "sequence_length": length}
     stage["data"] = dict(stage["data"]) | {part: str(location) for part, location in encoded.items()}
-    stage["data"].pop("columns", None)
+    for key in ("columns", "augment"):
+        stage["data"].pop(key, None)
     stage["objective"] = task.objective.model_dump(mode="json", exclude_unset=True)
     num_rows = read_index(encoded["train"]).num_documents
     _lengths(stage, num_rows)
     tree["model"] = model.model_dump(mode="json")
+    layers = _layer_keys(stage, source)
+    if layers.layer_decay is not None:
+        stage["learning_rate_factors"] = decayed_rates(model, layers.layer_decay) | stage.get(
+            "learning_rate_factors", {}
+        )
     tree["stages"] = [stage]
     defaults = copy.deepcopy(DEFAULTS)
     if model.adapter is not None:
@@ -105,6 +114,9 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
     whole.setdefault("evaluation", {}).setdefault("every_steps", _steps(1.0, stage, num_rows))
     if "validation" in encoded:
         _keep_best(whole, name)
+    if layers.unfreezing is not None:
+        per_epoch, peak = num_rows / stage["global_batch_size"], whole["optimizer"]["learning_rate"]
+        whole["stages"] = unfrozen_stages(stage, model, layers.unfreezing, per_epoch, peak)
     return parse_run(whole, source)
 
 
@@ -140,14 +152,33 @@ class _Task(NamedTuple):
     parts: dict[str, Examples]
 
 
-def _read(stage: Tree, name: ObjectiveName, source: str) -> _Task:
+def _read(stage: Tree, name: ObjectiveName, source: str, seed: int) -> _Task:
     data, kind = stage["data"], KINDS[name]
     columns = parse_section(ColumnsConfig, data.get("columns", {}), ("stages", 0, "data", "columns"), source)
     objective = parse_section(ObjectiveConfig, stage["objective"], ("stages", 0, "objective"), source)
     parts = {part: kind.read(str(data[part]), columns) for part in ("train", "validation") if data.get(part)}
+    if data.get("augment"):
+        config = parse_section(AugmentConfig, data["augment"], ("stages", 0, "data", "augment"), source)
+        parts["train"] = _augmented(parts["train"], config, name, seed)
     if labels := kind.labels(parts, objective.labels):
         objective = objective.model_copy(update={"labels": labels})
     return _Task(kind, objective, parts)
+
+
+def _layer_keys(stage: Tree, source: str) -> LayerKeys:
+    """Take the keys of a stage that are made into others out of it."""
+    given = {name: stage.pop(name) for name in LayerKeys.model_fields if name in stage}
+    return parse_section(LayerKeys, given, ("stages", 0), source)
+
+
+def _augmented(examples: Examples, config: AugmentConfig, name: ObjectiveName, seed: int) -> Examples:
+    if not isinstance(examples, TextExamples):
+        raise ConfigError(
+            f"stages.0.data.augment with objective {name}, whose labels are of parts of a text",
+            "an objective with a label for each text: classification or regression",
+            "leave data.augment out, or prepare a larger file of examples",
+        )
+    return augmented(examples, config, seed)
 
 
 def _start_of(tree: Tree, source: str) -> str:

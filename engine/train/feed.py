@@ -28,6 +28,7 @@ from engine.data.stage_validation import OtherValidation, other_samples, samples
 from engine.data.stream_state import State
 from engine.data.validation import ValidationSamples, ValidationSet
 from engine.models.dropout import KEYS
+from engine.models.task_heads import SMOOTHING
 from engine.parallel.boundary import DOMAINS, Tensors
 from engine.parallel.groups import Groups
 from engine.parallel.stage import PipelineStageSpec
@@ -180,7 +181,8 @@ class Feed:
             self._prefetcher = None
 
     def _own_inputs(self, batch: Batch, step: int | None, validation: tuple[str, ...] = ()) -> Tensors:
-        """Return this rank's part of what its stage takes of a batch, on the CPU; keys of dropout in training alone.
+        """Return this rank's part of what its stage takes of a batch, on the CPU; keys of dropout and shares of
+        smoothed labels in training alone.
 
         The reading thread calls it, too: nothing that it reads here changes. A validation batch has no `step`, and is
         of the data sets with these names.
@@ -192,6 +194,8 @@ class Feed:
                 # (B, 3) -> (B, 4)
                 samples = torch.cat((batch.domains_B[:, None].long(), samples), dim=1)
             inputs = inputs | {KEYS: torch.from_numpy(dropout_keys(self.seed, step, samples.numpy()))}
+        if step is not None and SMOOTHING in self.inputs and (share := self.run_stage.objective.label_smoothing):
+            inputs = inputs | {SMOOTHING: torch.full((len(batch.domains_B),), share)}
         # Cut before the upload: a rank's GPU gets its slice of the sequence and not whole rows.
         taken = {name: tensor for name, tensor in inputs.items() if name in self.inputs}
         own = own_part(taken, self.run_stage.sequence_length, self.parallel.sequence_ranks, self.groups.sequence)

@@ -25,12 +25,14 @@ from engine.optim.schedules import learning_rate
 from engine.parallel.agreement import on_all
 from engine.parallel.boundary import Tensors
 from engine.parallel.groups import Groups
-from engine.parallel.pipeline import Pipeline
+from engine.parallel.pipeline import DomainSums, Pipeline
 from engine.parallel.zero import StepResult
+from engine.train.adversarial import train_adversarially
 from engine.train.checks import check_invariants
 from engine.train.current_run_stage import CurrentRunStage
 from engine.train.feed import Feed
 from engine.train.hooks import Hooks, Update
+from engine.train.mixout import mixed_weights
 from engine.train.predictions import Measure
 from engine.train.records import Record
 from engine.train.requests import Requests
@@ -190,7 +192,7 @@ class Trainer:
         scales_L = self.sums.scales(weights_L)
         # DeepSpeed averages gradients over the data ranks; the factor undoes it.
         scales, by_domain = (self.groups.zero.size * scales_L).float(), self.sums.by_domain(len(weights_KL))
-        sums_L = self.pipeline.train(inputs, scales, by_domain)
+        sums_L = self._passes(inputs, scales, by_domain)
         # Requests and reports on the save in flight travel in the all-reduce of the losses: no collective more.
         requests = (float(self.requests.stop_requested), float(self.requests.save_requested))
         self.heart.beat(state.step, "loss")
@@ -218,6 +220,26 @@ class Trainer:
         self.spent.step(seconds, record["data_wait_seconds"], tokens)
         self.checkpoints.advance(done, failed)
         return stop > 0
+
+    def _passes(self, inputs: list[Tensors], scales_L: torch.Tensor, by_domain: DomainSums | None) -> torch.Tensor:
+        """Run all passes of a step; return the summed losses. Collective over the world."""
+        mixout = self.run_stage.regularization.mixout
+        if mixout is None:
+            return self._plain_passes(inputs, scales_L, by_domain)
+        self.checkpoints.hold_update()  # a save may still copy the weights
+        engine, tensor = self.pipeline.engine, self.groups.tensor
+        with mixed_weights(engine, tensor, mixout.share, self.feed.seed, self.state.step):
+            return self._plain_passes(inputs, scales_L, by_domain)
+
+    def _plain_passes(
+        self, inputs: list[Tensors], scales_L: torch.Tensor, by_domain: DomainSums | None
+    ) -> torch.Tensor:
+        """Run the passes of a step with the present weights; return the summed losses."""
+        adversarial = self.run_stage.regularization.adversarial
+        if adversarial is None:
+            return self.pipeline.train(inputs, scales_L, by_domain)
+        given = (self.pipeline, self.groups, self.config, inputs, scales_L, by_domain)
+        return train_adversarially(*given, adversarial.epsilon)
 
     def _update(self, loss: float, position: int, rate: float) -> StepResult:
         """Update the weights if all hooks accept that.

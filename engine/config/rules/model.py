@@ -5,9 +5,11 @@ Part of `engine.config.resolve`, which reports every problem at once.
 
 from __future__ import annotations
 
+import fnmatch
 import math
 
-from engine.config.adapter_targets import all_targets
+from engine.config.adapter_targets import all_targets, parts_of
+from engine.config.schema.adapter import BottleneckConfig
 from engine.config.schema.model import BERTConfig, GPTConfig, ModelConfig, T5Config
 from engine.config.schema.rotary import DynamicScaling, Llama3Scaling, YarnScaling
 from engine.errors import ConfigError, PalimpsestError
@@ -53,6 +55,18 @@ def _check_heads(model: ModelConfig, problems: list[PalimpsestError]) -> None:
 
 def _check_adapter(model: ModelConfig, problems: list[PalimpsestError]) -> None:
     if model.adapter is None:
+        return
+    if isinstance(model.adapter, BottleneckConfig):
+        parts = parts_of(model)
+        problems += [
+            ConfigError(
+                f"model.adapter.targets: the pattern {pattern!r} matches no part of a layer",
+                ", ".join(parts),
+                "correct the pattern",
+            )
+            for pattern in model.adapter.targets
+            if not fnmatch.filter(parts, pattern)
+        ]
         return
     targets = all_targets(model)
     problems += [

@@ -46,6 +46,16 @@ def _check_ewc(number: int, config: RunConfig, problems: list[PalimpsestError]) 
 
 def _check_distillation(number: int, config: RunConfig, problems: list[PalimpsestError]) -> None:
     distillation, vocab_size = config.stages[number].regularization.distillation, config.model.vocab_size
+    if distillation is not None and config.model.task_head is not None:
+        problems.append(
+            ConfigError(
+                f"stages.{number}.regularization.distillation with objective {config.stages[number].objective.name}, "
+                "whose head is not the one that the model was pretrained with",
+                "an objective that predicts tokens",
+                f"pull the weights instead: stages.{number}.regularization.l2_sp",
+            )
+        )
+        return
     if distillation is not None and distillation.top_k > vocab_size:
         key = f"stages.{number}.regularization.distillation.top_k"
         problems.append(

@@ -12,7 +12,7 @@ from pydantic import Discriminator, Field, PositiveFloat, model_validator
 
 from engine.config.schema.section import Section
 
-AdapterMethod = Literal["lora", "ia3"]
+AdapterMethod = Literal["lora", "ia3", "bottleneck"]
 
 
 class Adapter(Section):
@@ -31,7 +31,8 @@ class Adapter(Section):
     targets: tuple[str, ...] = ()
     """Name patterns (shell style) of the matrices of each layer that are adapted: `query`, `key`, `value`, `output`,
     `gate`, `up`, `down`, or with the part of the layer before it, `attention.query` or `ffn.*`. Forms whose files have
-    queries, keys and values in one matrix have `qkv`, and ModernBERT has `gate_up`. Empty means those of the paper."""
+    queries, keys and values in one matrix have `qkv`, and ModernBERT has `gate_up`. Of bottleneck adapters they are
+    names of parts: `attention`, `cross_attention`, `ffn`. Empty means those of the paper."""
 
     @model_validator(mode="before")
     @classmethod
@@ -77,5 +78,19 @@ class IA3Config(Adapter):
     """Method: IA3."""
 
 
-AnyAdapter = Annotated[LoRAConfig | IA3Config, Discriminator("method")]
+class BottleneckConfig(Adapter):
+    """Bottleneck adapters (Houlsby et al. 2019, arXiv 1902.00751): a small network with a residual connection behind
+    each part of a layer. The norms of the layers are trained, too."""
+
+    merges: ClassVar[bool] = False
+    learning_rate: ClassVar[float] = 3e-4  # theirs, section 3.1
+    default_targets: ClassVar[tuple[str, ...]] = ("attention", "cross_attention", "ffn")
+
+    method: Literal["bottleneck"]
+    """Method: bottleneck adapters."""
+    size: int = Field(default=64, ge=1, le=2**16)
+    """Number of features inside of an adapter."""
+
+
+AnyAdapter = Annotated[LoRAConfig | IA3Config | BottleneckConfig, Discriminator("method")]
 """A `model.adapter` section of any method."""

@@ -112,6 +112,22 @@ class ColumnsConfig(Section):
     (`question_answering`)."""
 
 
+class AugmentConfig(Section):
+    """Variants of the training examples of a task (Wei and Zou 2019, arXiv 1901.11196), beside the examples."""
+
+    copies: int = Field(default=1, ge=1, le=1024)
+    """Number of variants of each example; the n-th is the variant of epoch n."""
+    synonyms: Path | None = None
+    """File with a word and its synonyms on a line, with tabs between them. None means that no word is replaced."""
+    synonym_rate: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Share of the words that have synonyms which are replaced by one."""
+    deletion_rate: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Share of the words that are deleted; one at least stays."""
+    command: str | None = None
+    """Program that makes a text of each text before that, such as a translation there and back: it reads a JSON string
+    a line, writes one for each, and gets the number of the epoch as its last argument. None means none."""
+
+
 class CacheConfig(Section):
     """Local copies, on each node, of shards that are read from a URL."""
 
@@ -161,6 +177,8 @@ class DataConfig(Section):
     """Number of (shuffled) shards in a window; samples are shuffled inside of windows."""
     attention: Attention = "document"
     """Reach of attention and targets: inside of a document (`document`), or over all documents of a row (`row`)."""
+    augment: AugmentConfig | None = None
+    """Variants of the training examples of a task; `palimpsest finetune` makes them. None means none."""
     columns: ColumnsConfig | None = None
     """Columns of the examples, where `train` and `validation` are files of them; `palimpsest finetune` encodes them.
     None means token shards."""

@@ -62,6 +62,10 @@ class ObjectiveConfig(Section):
     longest_answer: PositiveInt = 30
     """Largest number of tokens of a predicted answer (`question_answering`)."""
 
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of each label's weight that training spreads evenly over all labels (`classification`; Szegedy et al. 2016,
+    arXiv 1512.00567, section 7). Losses of evaluations are without it."""
+
     @model_validator(mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:

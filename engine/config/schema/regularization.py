@@ -50,8 +50,25 @@ class DistillationConfig(Section):
     """Number of the likeliest tokens that are kept of each prediction; their probabilities are scaled to a sum of 1."""
 
 
+class AdversarialConfig(Section):
+    """Adversarial training (Miyato et al. 2017, arXiv 1605.07725, equation 5): each step also learns from its samples
+    with their token embeddings moved by `epsilon` in the direction in which the loss grows fastest."""
+
+    epsilon: PositiveFloat = 1.0
+    """Length of the step away from the embeddings of a row, over all of its tokens."""
+
+
+class MixoutConfig(Section):
+    """Mixout (Lee et al. 2020, arXiv 1909.11299): in each step some weights, drawn anew, are those of the run stage's
+    beginning, and the others are moved so that the mean over all draws is the present weight."""
+
+    share: float = Field(gt=0.0, lt=1.0)
+    """Share of the elements of each trained parameter that are those of the beginning."""
+
+
 class RegularizationConfig(Section):
-    """Terms that are added to the loss of a run stage, so that it forgets less of the earlier ones."""
+    """Terms that are added to the loss of a run stage, so that it forgets less of the earlier ones or learns what is
+    common to more than its samples."""
 
     l2_sp: L2SPConfig | None = None
     """Pull of all trained weights towards the run stage's first weights. None means none."""
@@ -60,6 +77,11 @@ class RegularizationConfig(Section):
     distillation: DistillationConfig | None = None
     """Pull of the predictions to those of the run stage's first weights. It costs a forward pass more per step. None
     means none."""
+    adversarial: AdversarialConfig | None = None
+    """Loss at the worst step away from the token embeddings, beside that at the embeddings. It doubles the cost of a
+    step. None means none."""
+    mixout: MixoutConfig | None = None
+    """Mixture of the weights with the run stage's first ones, in place of dropout. None means none."""
 
 
 class EMAConfig(Section):

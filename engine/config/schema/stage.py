@@ -80,6 +80,16 @@ class SmallerBatch(Section):
     says it."""
 
 
+class UnfreezingConfig(Section):
+    """Gradual unfreezing (Howard and Ruder 2018, arXiv 1801.06146, section 3.3): the head and the last layers are
+    trained first, then more and more, from the last layer to the first."""
+
+    layers: PositiveInt = 1
+    """Number of layers more that are trained each time."""
+    epochs: PositiveFloat = 1.0
+    """Passes over the examples from one time to the next."""
+
+
 class RunStage(Section):
     """One stage of a run: its data, its batch and its length."""
 
@@ -106,6 +116,11 @@ class RunStage(Section):
     learning_rate_factors: dict[str, PositiveFloat] = Field(default_factory=dict)
     """Factors of the learning rate by name pattern (shell style, as `optimizer.no_decay`) of parameters. A parameter
     that several patterns match takes the product of their factors; one that none matches has factor 1."""
+    layer_decay: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Factor of the learning rate from one layer to the one before it, from the head on; `palimpsest finetune` makes
+    `learning_rate_factors` of it. None means 1."""
+    unfreezing: UnfreezingConfig | None = None
+    """Gradual unfreezing of the layers; `palimpsest finetune` makes several run stages of it. None means none."""
     freeze: tuple[str, ...] = ()
     """Name patterns (shell style, as `learning_rate_factors`) of parameters that stay as they are during the run stage:
     they have no gradient and no moments. Moments of a parameter that is trained again later begin at zero."""
@@ -132,7 +147,7 @@ class RunStage(Section):
         """Names of the fp32 values that the run stage keeps beside each trained weight and the optimizer's moments."""
         terms = self.regularization
         kept = {
-            FIRST_WEIGHTS: terms.l2_sp or terms.ewc or terms.distillation,
+            FIRST_WEIGHTS: terms.l2_sp or terms.ewc or terms.distillation or terms.mixout,
             FISHER: terms.ewc,
             EMA: self.ema,
             REPTILE: self.reptile,

@@ -40,7 +40,7 @@ from engine.parallel.zero.construction import (
 )
 from engine.parallel.zero.frozen import FrozenWeights
 from engine.parallel.zero.gathering import Gathering
-from engine.parallel.zero.gradient_norm import WholeGradients
+from engine.parallel.zero.gradient_norm import GradientEdit, WholeGradients
 from engine.parallel.zero.held_state import HeldState
 from engine.parallel.zero.offload import host_state
 from engine.parallel.zero.optimizers import FlatShards, PartitionedShards, has_gradient, shards
@@ -76,6 +76,8 @@ class StageEngine(HeldState):
         self.device = device
         self.penalties: tuple[Penalty, ...] = ()
         """Penalties on the weights that each step adds to the gradient."""
+        self.gradient_edit: GradientEdit | None = None
+        """Function that changes the gradients of the next step in place, before its penalties are added."""
         self.distilled_loss: DistilledCrossEntropy | None = None
         """Loss over the vocabulary that the module computes, where some run stage distils."""
         zero_stage: int = config["zero_optimization"]["stage"]
@@ -231,7 +233,8 @@ class StageEngine(HeldState):
             # DeepSpeed's optimizer updates by these very groups.
             for group, factor in zip(self.optimizer.param_groups, self._rate_factors, strict=True):
                 group["lr"] = factor * learning_rate
-        self._norm, values = self._whole.complete(self.penalties)
+        self._norm, values = self._whole.complete(self.penalties, self.gradient_edit)
+        self.gradient_edit = None
         # The host waits for the device here. The norm is equal on all ranks, so all of them accept it or none does.
         norm = self._norm.item()
         accepted = accept(norm)

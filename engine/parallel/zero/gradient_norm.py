@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -11,6 +11,9 @@ from engine.parallel.groups import Groups
 from engine.parallel.state import ParameterGroup, ParameterShard
 from engine.parallel.zero.optimizers import Shards
 from engine.parallel.zero.penalties import Penalty, add_penalties
+
+GradientEdit = Callable[[ParameterShard, torch.Tensor], object]
+"""Function that changes the gradient of a trained shard in place."""
 
 
 class WholeGradients:
@@ -27,14 +30,20 @@ class WholeGradients:
         self._shards, self._parameter_groups, self._groups = shards, parameter_groups, groups
         self._zero_stage, self._device = zero_stage, device
 
-    def complete(self, penalties: Sequence[Penalty] = ()) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum partial and tied gradients over their ranks in place and add the penalties' gradients to them.
+    def complete(
+        self, penalties: Sequence[Penalty] = (), edit: GradientEdit | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum partial and tied gradients over their ranks in place, let `edit` change them, and add the penalties'
+        gradients to them.
 
         Return the norm of the whole model's gradient, a scalar in fp32, and each penalty over the whole model,
         (penalties,) in fp64. Collective over the world.
         """
         self._sum_partial()
         self._sum_tied()
+        if edit is not None:
+            for shard, gradient, _ in self._counted_shards():
+                edit(shard, gradient)
         values = add_penalties(penalties, self._counted_shards() if penalties else (), self._device)
         return self._norm(values)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from engine.config.objectives import RowLengths
-from engine.config.schema.adapter import IA3Config, LoRAConfig
+from engine.config.schema.adapter import BottleneckConfig, IA3Config, LoRAConfig
 from engine.config.schema.model import GPTConfig, ModelConfig, T5Config, make_model
 from engine.plan import gpt, parts
 from engine.plan.cut import cut_layers
@@ -77,8 +77,13 @@ SMALL[3:3] = [
     SMALL[0].model_copy(update={"adapter": LoRAConfig(method="lora", rank=3, targets=("*",))}),
     SMALL[2].model_copy(update={"adapter": IA3Config(method="ia3")}),
 ]
-SMALL.append(SMALL[-1].model_copy(update={"adapter": LoRAConfig(method="lora", targets=("*",))}))
-FORMS = ["gpt2 form", "untied", "llama form", "lora", "ia3", "options", "bert form", "modern encoder", "t5", "t5 lora"]
+SMALL += [
+    SMALL[-1].model_copy(update={"adapter": BottleneckConfig(method="bottleneck", size=5)}),
+    SMALL[0].model_copy(update={"adapter": BottleneckConfig(method="bottleneck", targets=("ffn",))}),
+]
+SMALL.append(SMALL[8].model_copy(update={"adapter": LoRAConfig(method="lora", targets=("*",))}))
+FORMS = ["gpt2 form", "untied", "llama form", "lora", "ia3", "options", "bert form", "modern encoder", "t5"]
+FORMS += ["t5 bottleneck", "bottleneck", "t5 lora"]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +123,7 @@ def test_the_list_is_that_of_the_model_that_is_built(model: ModelConfig) -> None
         assert entry.local_numel(2) == built[name].local_numel(2), name
 
 
-@pytest.mark.parametrize("model", SMALL[:-2], ids=FORMS[:-2])
+@pytest.mark.parametrize("model", SMALL[:8], ids=FORMS[:8])
 def test_stages_together_hold_the_model_and_a_tied_matrix_twice(model: ModelConfig) -> None:
     whole = sum(entry.numel for entry in model_entries(model))
     stages = [

@@ -31,6 +31,12 @@ def form_of(model: ModelConfig) -> Form:
     Raises:
         ConfigError: it is a mix; names the keys that keep it from the nearest form.
     """
+    if model.adapter is not None and not model.adapter.merges:
+        raise ConfigError(
+            f"model.adapter.method = {model.adapter.method}, which Hugging Face's classes have no place for",
+            "a model without an adapter, or with one that is merged into the weights: lora, ia3",
+            "keep the checkpoint; its adapter alone is in the run folder's `adapter`",
+        )
     twin, problems = nearest(model)
     if problems:
         raise report(problems, f"Hugging Face has no twin of this model (nearest: {twin.name})")
