@@ -14,6 +14,11 @@ from engine.config.save import save_tree
 WEIGHT_DECAY, BETA2, EPSILON, CLIP, WARMUP_SHARE = 0.01, 0.999, 1e-8, 1.0, 0.1
 """Recipe of both sides (Devlin et al. 2019, appendix A.3); the learning rate falls linearly to 0."""
 
+OBJECTIVES: dict[str, Any] = {
+    "question_answering": {"name": "question_answering", "stride": 128, "longest_answer": 30, "cut_answers": "cover"}
+}
+"""Objectives of the other side's settings (`bench.finetune.their_kinds`); the rest has none."""
+
 
 def train_ours(task: TaskSet, start: str, files: tuple[str, str], folder: Path, seed: int) -> dict[str, Any]:
     """Fine-tune from a Hugging Face folder on a file of rows; return the measures on the other file."""
@@ -25,7 +30,7 @@ def train_ours(task: TaskSet, start: str, files: tuple[str, str], folder: Path, 
         "init_from": start,
         "stages": [
             {
-                "objective": task.kind,
+                "objective": OBJECTIVES.get(task.kind, task.kind),
                 "data": {"train": train, "validation": test},
                 "sequence_length": task.length,
                 "global_batch_size": task.batch,

@@ -7,6 +7,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -57,33 +58,47 @@ class TaskSet:
         return replace(self, batch=batch, epochs=max(self.epochs, -(-FEWEST_STEPS * batch // num_rows)))
 
 
+def _task(name: str, kind: ObjectiveName, measure: str, length: int, **recipe: Any) -> TaskSet:
+    return TaskSet(name, kind, f"tasks/{name}/train.jsonl", f"tasks/{name}/test.jsonl", measure, length, **recipe)
+
+
+def _xquad(language: str) -> TaskSet:
+    file = f"tasks/xquad/{language}.jsonl"
+    return TaskSet(f"xquad_{language}", "question_answering", file, None, "f1", 256, has_bar=False, epochs=4, batch=16)
+
+
 SETS = (
-    TaskSet("sst2", "classification", "tasks/sst2/train.jsonl", "tasks/sst2/test.jsonl", "accuracy", 64),
-    TaskSet("ag_news", "classification", "tasks/ag_news/train.jsonl", "tasks/ag_news/test.jsonl", "accuracy", 96),
-    TaskSet(
-        "chnsenticorp",
-        "classification",
-        "tasks/chnsenticorp/train.jsonl",
-        "tasks/chnsenticorp/test.jsonl",
-        "accuracy",
-        128,
-    ),
+    _task("sst2", "classification", "accuracy", 64),
+    _task("ag_news", "classification", "accuracy", 96),
+    _task("chnsenticorp", "classification", "accuracy", 128),
+    _task("wikigold", "token_classification", "f1", 96, epochs=8),
+    _task("wnut17", "token_classification", "f1", 96, has_bar=False, epochs=5),
+    _xquad("en"),
+    _xquad("zh"),
 )
 
 
 def few(rows: Sequence[Row], number: int, seed: int) -> list[Row]:
-    """Return so many rows, drawn with a seed, of each label equally many (as far as there are)."""
+    """Return so many rows, drawn with a seed: of each label equally many, and at least one with each tag."""
+    drawn = list(rows)
+    random.Random(seed).shuffle(drawn)
+    if "tags" in drawn[0]:
+        return _with_all_tags(drawn)[:number]
     by_label = defaultdict(list)
-    for row in rows:
+    for row in drawn:
         by_label[str(row.get("label"))].append(row)
-    drawn = random.Random(seed)
-    for group in by_label.values():
-        drawn.shuffle(group)
-    # one of each label in turn
-    turns = [
-        row for turn in range(len(rows)) for _, group in sorted(by_label.items()) for row in group[turn : turn + 1]
-    ]
-    return turns[:number]
+    groups = [group for _, group in sorted(by_label.items())]
+    in_turn = [row for one_of_each in zip_longest(*groups) for row in one_of_each if row is not None]
+    return in_turn[:number]
+
+
+def _with_all_tags(rows: list[Row]) -> list[Row]:
+    """Return the rows in an order in which the first ones have all tags between them."""
+    missing, first, others = {tag for row in rows for tag in row["tags"]}, [], []
+    for row in rows:
+        (first if missing & {*row["tags"]} else others).append(row)
+        missing -= {*row["tags"]}
+    return first + others
 
 
 def _read(path: Path) -> list[Row]:

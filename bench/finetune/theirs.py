@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from bench.finetune.ours import BETA2, CLIP, EPSILON, WARMUP_SHARE, WEIGHT_DECAY
 from bench.finetune.sets import Row, TaskSet
-from engine.tasks.measures import of_labels
 
 
-class _Encoded(torch.utils.data.Dataset):
+class Encoded(torch.utils.data.Dataset):
+    """Encoded rows in memory."""
+
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self._rows = rows
 
@@ -32,25 +28,36 @@ class _Encoded(torch.utils.data.Dataset):
         return self._rows[index]
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What a kind of task gives to Trainer, and the measures of what it predicts on the test rows."""
+
+    model: Any
+    collator: Any
+    train: list[dict[str, Any]]
+    test: list[dict[str, Any]]
+    measure: Callable[[Any], dict[str, Any]]
+
+
 def train_theirs(task: TaskSet, start: str, files: tuple[str, str], folder: Path, seed: int) -> dict[str, Any]:
     """Fine-tune from a Hugging Face folder on a file of rows; return the measures on the other file."""
+    from bench.finetune.their_kinds import PREPARE
+
     torch.manual_seed(seed)  # of the head's initial weights
-    train, test = ([json.loads(line) for line in Path(file).read_text("utf-8").splitlines()] for file in files)
+    train, test = (_read(Path(file)) for file in files)
     tokenizer = AutoTokenizer.from_pretrained(start)
-    labels = sorted({row["label"] for row in train})
-    model = AutoModelForSequenceClassification.from_pretrained(start, num_labels=len(labels))
+    prepared: Prepared = PREPARE[task.kind](task, start, tokenizer, train, test)
     trainer = Trainer(
-        model,
+        prepared.model,
         arguments(task, folder, seed),
-        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8),
-        train_dataset=_encoded(train, tokenizer, labels, task.length),
+        data_collator=prepared.collator,
+        train_dataset=Encoded(prepared.train),
         processing_class=tokenizer,
     )
     trainer.train()
-    found = trainer.predict(_encoded(test, tokenizer, labels, task.length))  # type: ignore[arg-type]
+    found = trainer.predict(Encoded(prepared.test))  # type: ignore[arg-type]
     trainer.save_model(str(folder / "model"))
-    predicted = np.asarray(found.predictions).argmax(1)
-    return of_labels(np.asarray(found.label_ids), predicted, tuple(map(str, labels)))
+    return prepared.measure(found.predictions)
 
 
 def arguments(task: TaskSet, folder: Path, seed: int) -> TrainingArguments:
@@ -77,11 +84,5 @@ def arguments(task: TaskSet, folder: Path, seed: int) -> TrainingArguments:
     )
 
 
-def _encoded(rows: list[Row], tokenizer: Any, labels: list[Any], length: int) -> _Encoded:
-    encoded = tokenizer([row["text"] for row in rows], truncation=True, max_length=length)
-    return _Encoded(
-        [
-            {name: values[number] for name, values in encoded.items()} | {"labels": labels.index(row["label"])}
-            for number, row in enumerate(rows)
-        ]
-    )
+def _read(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

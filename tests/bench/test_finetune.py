@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bench.finetune import cells as module
@@ -12,6 +13,7 @@ from bench.finetune.cells import Cell, Cells, Result
 from bench.finetune.encoder import Encoder, Size
 from bench.finetune.report import OURS, RANDOM, THEIRS, bars, summarize, table
 from bench.finetune.sets import SETS, few
+from bench.finetune.their_kinds import best_span, first_tokens
 from engine.errors import DataError
 
 SST2 = next(task for task in SETS if task.name == "sst2")
@@ -50,6 +52,21 @@ def test_few_rows_have_each_label_equally_often() -> None:
     assert counts == [3, 3, 2, 2]
     assert drawn == few(rows, 10, seed=1) != few(rows, 10, seed=2)
     assert len(few(rows, 1000, seed=1)) == 100
+
+
+def test_few_rows_have_every_tag() -> None:
+    rows = [{"tags": ["O", f"I-{number % 5}" if number % 20 < 5 else "O"]} for number in range(100)]
+    for seed in range(5):
+        assert {tag for row in few(rows, 6, seed) for tag in row["tags"]} == {"O", *(f"I-{kind}" for kind in range(5))}
+
+
+def test_the_other_side_labels_first_tokens_and_decodes_spans() -> None:
+    assert first_tokens([None, 0, 0, 1, 2, 2, None]) == [None, 0, None, 1, 2, None, None]
+    offsets = [None, (0, 3), (4, 7), (8, 12)]
+    starts, ends = np.array([9.0, 1.0, 3.0, 0.0]), np.array([9.0, 5.0, 1.0, 2.0])
+    # the best start and end are outside of the context, and the best end inside lies before its start
+    assert best_span(starts, ends, offsets) == (6.0, 0, 3)
+    assert best_span(starts, np.array([9.0, 0.0, 1.0, 3.0]), offsets) == (6.0, 4, 12)
 
 
 def test_few_rows_are_trained_on_for_as_many_steps_as_it_takes() -> None:
