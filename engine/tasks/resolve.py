@@ -22,7 +22,7 @@ from engine.config.metrics import MEASURE, VALIDATION_LOSS
 from engine.config.objectives import OBJECTIVES
 from engine.config.paths import expand_keys
 from engine.config.schema.data import AugmentConfig, ColumnsConfig
-from engine.config.schema.model import ModelConfig, make_model
+from engine.config.schema.model import ModelConfig, TaskHead, make_model
 from engine.config.schema.objective import ObjectiveConfig, ObjectiveName
 from engine.config.schema.run import RunConfig
 from engine.corpus.tokenizer_import import import_tokenizer
@@ -84,7 +84,9 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
     if "tokenizer" not in tree:
         tree["tokenizer"] = str(_tokenizer(init_from, folder, model))
     task = _read(stage, name, source, int(tree.get("seed", 0)))
+    before = None if _section(tree["init_from"]).get("head") == "new" else model.task_head
     model = make_model(**(model.model_dump() | {"task_head": task.kind.head(task.objective.labels)}))
+    _require_head(before, model.task_head, init_from)
     if model.adapter is not None:
         stage["freeze"] = [*dict.fromkeys((*base_patterns(model), *stage.get("freeze", ())))]
     framing = Framing(Path(tree["tokenizer"]), model)
@@ -118,6 +120,17 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
         per_epoch, peak = num_rows / stage["global_batch_size"], whole["optimizer"]["learning_rate"]
         whole["stages"] = unfrozen_stages(stage, model, layers.unfreezing, per_epoch, peak)
     return parse_run(whole, source)
+
+
+def _require_head(before: TaskHead | None, wanted: TaskHead | None, init_from: str) -> None:
+    """Raise `ConfigError` where the start has the head of another task, or one of another size."""
+    if before is not None and before != wanted:
+        new = "the head over the vocabulary" if wanted is None else f"{wanted.task} of {wanted.num_labels} labels"
+        raise ConfigError(
+            f"{init_from} has a head for {before.task} of {before.num_labels} labels, and the task is {new}",
+            "a start with the same head, or a pretrained one without",
+            "set init_from.head=new, which begins a head; or name the labels of the start in objective.labels",
+        )
 
 
 def _check_keys(tree: Tree, stage: Tree, start: Tree, source: str) -> None:

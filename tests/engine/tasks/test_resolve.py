@@ -8,6 +8,7 @@ import pytest
 from engine.config.load import load_run, read_tree
 from engine.config.resolve import resolve
 from engine.config.save import save_tree
+from engine.config.schema.model import TaskHead
 from engine.data.shards.dataset import TokenDataset
 from engine.data.tokenizer.folder import load_tokenizer
 from engine.errors import ConfigError, DataError, PalimpsestError
@@ -169,8 +170,8 @@ ROWS_OF = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (REPOSITORY / "configs/tasks").glob("*.yaml")))
-def test_shipped_task_files_name_tasks(tmp_path, start, name):
+@pytest.mark.parametrize("name", ROWS_OF)
+def test_the_shipped_file_of_each_kind_is_a_run(tmp_path, start, name):
     tree = read_tree(REPOSITORY / f"configs/tasks/{name}.yaml")
     given = tree["stages"][0]["objective"]
     objective = given["name"] if isinstance(given, dict) else given
@@ -207,3 +208,22 @@ def test_a_context_of_several_windows_is_several_rows(tmp_path, start):
     other = resolve_task(tree_of(tmp_path, start, {"name": "classification", "no_answer": True}), "task")
     with pytest.raises(ConfigError, match=r"objective.no_answer = True with .* classification, which does not use it"):
         resolve(other, 1)
+
+
+def test_a_head_of_another_size_or_task_is_refused(tmp_path, start):
+    fine_tuned = tmp_path / "start"
+    fine_tuned.mkdir()
+    write_start(fine_tuned, task_head={"task": "classification", "num_labels": 3})
+    write_examples(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"has a head for classification of 3 labels, and the task is classification of 2"
+    ):
+        resolve_task(tree_of(tmp_path, fine_tuned), "task")
+    write_examples(tmp_path, labels=("a", "b", "c"))
+    assert resolve_task(tree_of(tmp_path, fine_tuned), "task").model.task_head == TaskHead(
+        task="classification", num_labels=3
+    ), "the head of the start is trained further"
+    write_examples(tmp_path)
+    tree = tree_of(tmp_path, fine_tuned)
+    begun = resolve_task(tree | {"init_from": {"path": tree["init_from"], "head": "new"}}, "task").model.task_head
+    assert begun == TaskHead(task="classification", num_labels=2)
