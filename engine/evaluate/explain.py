@@ -75,7 +75,7 @@ def require_captum() -> None:
 
 
 def explain(subject: Subject, text: str, pair: str | None = None) -> list[Explanation]:
-    """Explain the predicted label of a text, or of a model of entities that of each token with a label but `O`.
+    """Explain the predicted label of a text, or of a model of entities that of each word with a label but `O`.
 
     Raises:
         ConfigError: the model predicts no labels, or the text has no token.
@@ -97,7 +97,9 @@ def explain(subject: Subject, text: str, pair: str | None = None) -> list[Explan
         return [_explained(subject, text, pair, found, inputs, logits, None)]
     names = subject.model.config.id2label
     entities = [place for place, label in enumerate(logits.argmax(-1).tolist()) if names[label] != "O"]
-    places = [place for place in entities if not found.special_tokens_mask[place]]
+    # the first token of a word has its label
+    words = found.word_ids
+    places = [place for place in entities if words[place] is not None and words[place] != words[place - 1]]
     return [_explained(subject, text, pair, found, inputs, logits[place], place) for place in places]
 
 

@@ -78,9 +78,9 @@ def task_of(subject: Subject) -> tuple[Kind[Any], ObjectiveConfig]:
     is_number = config.num_labels == 1 or config.problem_type == "regression"
     name: ObjectiveName = "regression" if is_number else "classification"
     if subject.kind == "tokens":
-        name = "token_classification"  # pyright: ignore[reportAssignmentType]
+        name = "token_classification"
     elif subject.kind == "answers":
-        name = "question_answering"  # pyright: ignore[reportAssignmentType]
+        name = "question_answering"
     if name not in KINDS:
         raise ConfigError(f"{subject.origin} was fine-tuned for {name}", ", ".join(KINDS), "name another model")
     has_labels = name in ("classification", "token_classification")

@@ -14,7 +14,12 @@ from typing import Any, NamedTuple
 from engine.evaluate.tables import Report
 
 _COLOR = "#3b6ea5"
-_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "palimpsest", "font.family": "sans-serif", "font.size": 9}
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "palimpsest",
+    "font.family": "sans-serif",
+    "font.size": 9,
+}
 
 
 class Picture(NamedTuple):

@@ -156,7 +156,8 @@ def _explained(request: Request, subject: Subject, evaluated: list[Evaluated]) -
     explanations = [found for text in request.explained for found in explain(subject, text)]
     for one in evaluated:
         for number in _surest_errors(one)[: request.num_explained]:
-            pair = one.examples.pairs[number] if one.examples.pairs is not None else None
+            pairs = getattr(one.examples, "pairs", None)
+            pair = None if pairs is None else pairs[number]
             explanations += explain(subject, one.examples.texts[number], pair)
     return [found.table() for found in explanations]
 

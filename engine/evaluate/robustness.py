@@ -83,8 +83,9 @@ def faulty(text: str, operator: str, seed: int, number: int) -> str:
     A text of which nothing would be left stays as it is.
     """
     if operator in OF_TEXTS:
-        return OF_TEXTS[operator](text) or text
-    draw = np.random.default_rng(np.random.SeedSequence([seed, _PURPOSE, zlib.crc32(operator.encode()), number]))
+        found = OF_TEXTS[operator](text)
+        return found if found.strip() else text
+    draw = _stream(operator, seed, number)
     parts = _PARTS.findall(text)
     # characters of Chinese change places with the one behind them: alone they have nothing to change
     if operator == "letters change places":
@@ -92,10 +93,19 @@ def faulty(text: str, operator: str, seed: int, number: int) -> str:
     words = [place for place, part in enumerate(parts) if part[0].isalpha()]
     if not words:
         return text
-    count = max(1, round(SHARE * len(words)))
-    for place in draw.choice(words, size=min(count, len(words)), replace=False).tolist():
+    for place in _chosen(words, draw):
         parts[place] = OF_WORDS[operator](parts[place], draw)
     return "".join(parts) if "".join(parts).strip() else text
+
+
+def _stream(operator: str, seed: int, number: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence([seed, _PURPOSE, zlib.crc32(operator.encode()), number]))
+
+
+def _chosen(places: list[int], draw: np.random.Generator) -> list[int]:
+    """Return the places that get a fault, one at least where there are any."""
+    count = min(max(1, round(SHARE * len(places))), len(places))
+    return draw.choice(places, size=count, replace=False).tolist() if places else []
 
 
 def _pairs(parts: list[str]) -> list[str]:
@@ -127,15 +137,47 @@ def robustness_of(subject: Subject, evaluated: Evaluated, seed: int = 0) -> dict
 
 
 def with_faults(examples: Any, operator: str, seed: int) -> Any:
-    """Return examples whose texts, of pairs both, have the faults of an operator."""
-    changes: dict[str, Any] = {
-        "texts": [faulty(text, operator, seed, number) for number, text in enumerate(examples.texts)]
-    }
-    if examples.pairs is not None:
-        # numbers of second texts go on behind those of first ones, so that both draw their own faults
-        begin = len(examples.texts)
-        changes["pairs"] = [faulty(text, operator, seed, begin + n) for n, text in enumerate(examples.pairs)]
+    """Return examples whose texts have the faults of an operator: of pairs both texts, and of questions these.
+
+    Words with labels keep their number and their labels.
+    """
+    if hasattr(examples, "words"):
+        return _with_faulty_words(examples, operator, seed)
+    changes: dict[str, Any] = {}
+    begin = 0
+    for name in ("texts", "pairs", "questions"):
+        if texts := getattr(examples, name, None):
+            # numbers of second texts go on behind those of first ones, so that both draw their own faults
+            changes[name] = [faulty(text, operator, seed, begin + number) for number, text in enumerate(texts)]
+            begin += len(texts)
     return replace(examples, **changes)
+
+
+def _with_faulty_words(examples: Any, operator: str, seed: int) -> Any:
+    """Return examples of words, with faults in some; their texts and spans follow."""
+    texts, words = [], []
+    for number, (text, spans) in enumerate(zip(examples.texts, examples.words, strict=True)):
+        changed = _faulty_words([text[start:end] for start, end in spans], operator, seed, number)
+        found, placed, last = "", [], 0
+        for (start, end), word in zip(spans, changed, strict=True):
+            found += text[last:start]
+            placed.append(type(spans[0])(len(found), len(found) + len(word)))
+            found, last = found + word, end
+        texts.append(found + text[last:])
+        words.append(placed)
+    return replace(examples, texts=texts, words=words)
+
+
+def _faulty_words(words: list[str], operator: str, seed: int, number: int) -> list[str]:
+    """Return the words with the faults of an operator; none is lost."""
+    if operator in OF_TEXTS:
+        return [OF_TEXTS[operator](word) or word for word in words]
+    draw = _stream(operator, seed, number)
+    places = [place for place, word in enumerate(words) if word[:1].isalpha()]
+    found = list(words)
+    for place in _chosen(places, draw):
+        found[place] = OF_WORDS[operator](words[place], draw) or words[place]
+    return found
 
 
 def _changed(before: Predictions, after: Predictions) -> float:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers import BertConfig, BertForTokenClassification
 
 from engine.errors import ConfigError, EnvironmentProblem
 from engine.evaluate.explain import TOLERANCE, explain
@@ -54,6 +56,43 @@ def test_a_linear_model_has_the_attributions_of_its_weights(classifier, monkeypa
     inner = [value for piece, value in found.pieces if not piece.startswith("[")]
     assert inner == pytest.approx((distance_TD @ weight_D).tolist(), abs=1e-4)
     assert found.num_steps == 32
+
+
+def test_every_entity_is_explained_by_itself(classifier):
+    """Of a model of entities the logit is that of one token; the sum is complete for each."""
+    torch.manual_seed(0)
+    labels = {0: "O", 1: "B-thing", 2: "I-thing"}
+    config = BertConfig(
+        vocab_size=classifier.model.config.vocab_size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        id2label=labels,
+        label2id={label: number for number, label in labels.items()},
+        pad_token_id=classifier.tokenizer.pad_token_id,
+        initializer_range=0.3,
+    )
+    subject = replace(classifier, model=BertForTokenClassification(config).eval(), kind="tokens")
+    with torch.no_grad():
+        subject.model.classifier.bias[0] -= 5.0  # else random weights may call all tokens O
+    text = "the ink fades and a monk reads 新文"
+    encoded = subject.tokenizer(text, return_tensors="pt", return_offsets_mapping=True)
+    words = encoded.word_ids()
+    with torch.no_grad():
+        logits_TC = subject.model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits[0]
+    expected = [
+        (text[start:end], labels[int(logits_C.argmax())])
+        for place, ((start, end), logits_C) in enumerate(
+            zip(encoded["offset_mapping"][0].tolist(), logits_TC, strict=True)
+        )
+        if words[place] is not None and words[place] != words[place - 1] and int(logits_C.argmax())
+    ]
+    found = explain(subject, text)
+    assert [(one.place, one.label) for one in found] == expected
+    assert len(found) > 1
+    assert all(one.is_complete for one in found)
+    assert all("".join(piece for piece, _ in one.pieces[1:-1]) == text for one in found)
 
 
 def test_what_has_no_labels_is_not_explained(causal, classifier):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -38,17 +40,16 @@ metric_list:
 """
 
 
-def requests(kind: str, arguments: list[tuple]):
+def requests(kind: Any, arguments: list[tuple]):
     from lm_eval.api.instance import Instance
 
     return [Instance(request_type=kind, doc={}, arguments=one, idx=0) for one in arguments]
 
 
 def test_a_run_answers_as_the_packages_own_class_on_the_exported_folder(run, causal, tmp_path):
-    from lm_eval.models.huggingface import HFLM
-
+    theirs_kind: Any = importlib.import_module("lm_eval.models.huggingface").HFLM
     folder = export(open_trained(run), tmp_path / "out").folder
-    theirs = HFLM(pretrained=str(folder), device="cpu", batch_size=2, dtype="float32")
+    theirs = theirs_kind(pretrained=str(folder), device="cpu", batch_size=2, dtype="float32")
     ours = harness.harness_model(causal)
     pairs = [(row["context"], choice) for row in CHOICES for choice in row["choices"]] + [("", " page")]
     asked = requests("loglikelihood", pairs)

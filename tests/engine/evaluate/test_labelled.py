@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from typing import Any
+import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from engine.evaluate.bias import PROBES, bias_of
 from engine.evaluate.domains import Domain
 from engine.evaluate.labelled import evaluate_set
 from engine.evaluate.likelihood import text_likelihoods
-from engine.evaluate.robustness import OF_TEXTS, OF_WORDS, faulty, robustness_of
+from engine.evaluate.robustness import OF_TEXTS, OF_WORDS, faulty, robustness_of, with_faults
 from engine.evaluate.subject import open_subject
 from engine.serve.export import export
 from engine.serve.source import open_trained
@@ -121,3 +124,44 @@ def test_probes_differ_in_one_word_and_count_what_the_model_says(causal, classif
     assert all(abs(one["mean_difference"]) <= 1 for one in of_classes["pairs"])
     with pytest.raises(ConfigError, match="--bias fr"):
         bias_of(causal, "fr")
+
+
+class Span(NamedTuple):
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Words:
+    texts: list[str]
+    words: list[list[Span]]
+    tags: list[list[str]]
+
+
+@pytest.mark.parametrize("operator", [*OF_WORDS, *OF_TEXTS])
+def test_words_with_labels_keep_their_number_and_what_is_between_them(operator):
+    text = "Heiberg (of Copenhagen) read . 新文"
+    spans = [Span(*found.span()) for found in re.finditer(r"\w+|\.", text)]
+    examples = Words([text], [spans], [["O"] * len(spans)])
+    seen = set()
+    for seed in range(8):
+        found = with_faults(examples, operator, seed)
+        assert found == with_faults(examples, operator, seed)
+        words = [found.texts[0][start:end] for start, end in found.words[0]]
+        assert len(words) == len(spans)
+        assert all(words)
+        gaps = [found.texts[0][one.end : other.start] for one, other in itertools.pairwise(found.words[0])]
+        assert gaps == [text[one.end : other.start] for one, other in itertools.pairwise(spans)]
+        seen.add(found.texts[0])
+    assert len(seen) > 2 or operator in OF_TEXTS
+
+
+def test_questions_have_faults_and_their_contexts_none():
+    @dataclass(frozen=True)
+    class Questions:
+        questions: list[str]
+        contexts: list[str]
+
+    found = with_faults(Questions([LONG], [LONG]), "letter doubled", 0)
+    assert found.contexts == [LONG]
+    assert found.questions != [LONG]
