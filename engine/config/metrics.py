@@ -13,6 +13,8 @@ from engine.config.schema.stage import RunStage
 TRAINING_LOSS, VALIDATION_LOSS = "loss", "validation_loss"
 MEASURE = "validation_"
 """Beginning of the names of measures."""
+RANKED = ("accuracy", "accuracy_by_length")
+"""Measures of each file in `evaluation.tasks`."""
 
 
 def evaluated_metrics(config: RunConfig) -> tuple[str, ...]:
@@ -22,7 +24,8 @@ def evaluated_metrics(config: RunConfig) -> tuple[str, ...]:
     # Names that all run stages have, in the order of the first one's.
     measures = [_measures(config, run_stage) for run_stage in config.stages]
     common = [name for name in measures[0] if all(name in others for others in measures)]
-    return (VALIDATION_LOSS, *(f"{MEASURE}{name}" for name in common))
+    ranked = [f"{MEASURE}{name}/{task}" for task in config.evaluation.tasks for name in RANKED]
+    return (VALIDATION_LOSS, *(f"{MEASURE}{name}" for name in common), *ranked)
 
 
 def _measures(config: RunConfig, run_stage: RunStage) -> tuple[str, ...]:

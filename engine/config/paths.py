@@ -27,6 +27,7 @@ KEYS = (
     "stages.*.data.validation.*",
     "stages.*.data.cache.folder",
     "stages.*.replay.source",
+    "evaluation.tasks.*",
 )
 """Keys of a run that are paths, or may be."""
 ON_DISK = ("folder", "tokenizer", "checkpoint.memory.folder", "stages.*.data.cache.folder")

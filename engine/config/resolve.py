@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from engine.config.rules.checkpoint import check_keeping
 from engine.config.rules.data import check_mixture
-from engine.config.rules.evaluation import check_alarm, check_early_stopping
+from engine.config.rules.evaluation import check_alarm, check_early_stopping, check_questions
 from engine.config.rules.initial import check_initial
 from engine.config.rules.model import check_model, divisors, listed
 from engine.config.rules.objective import check_objective
@@ -99,6 +99,7 @@ def check(config: RunConfig) -> list[PalimpsestError]:
     check_keeping(config, problems)
     check_alarm(config, problems)
     check_early_stopping(config, problems)
+    check_questions(config, problems)
     check_initial(config, problems)
     _check_limits(config.launch, problems)
     for index, stage in enumerate(config.stages):

@@ -29,6 +29,7 @@ from engine.train.hooks import Hook, Run
 from engine.train.ledger_records import losses_risen
 from engine.train.metrics import Record, is_evaluation
 from engine.train.predictions import Measure, RowLogits
+from engine.train.ranked_choice import RankedChoice
 from engine.train.records import INITIAL_LOSS, VALIDATION_LOSS, records_of
 from engine.train.step_totals import Sums, means
 
@@ -50,9 +51,12 @@ class Validation(Hook):
     def __init__(self, measure: Measure | None = None) -> None:
         """Make the hook; `measure` None means that the run has no task with measures."""
         self._measure = measure
+        self._choices = RankedChoice()
 
     def start(self, run: Run) -> bool:
-        """Make up for the evaluation that the start before did not come to."""
+        """Open the questions of `evaluation.tasks`; make up for the evaluation that the start before did not come
+        to."""
+        self._choices.open(run)
         if run.state.step == 0 or not self._is_due(run):
             return False
         with phase("the evaluation that the start before did not come to"):
@@ -99,7 +103,7 @@ class Validation(Hook):
         """Return True if a stop was requested on any rank meanwhile, so that the next start has to evaluate."""
         feed, step, begin = run.feed, run.state.step, time.perf_counter()
         others = [samples for samples in (feed.earlier, feed.later if run.ends_run_stage else None) if samples]
-        if feed.validation is None and not others:
+        if feed.validation is None and not others and not run.config.evaluation.tasks:
             return False
         record: Record = {}
         with run.spent.phase("evaluation"):
@@ -114,6 +118,10 @@ class Validation(Hook):
                 if found is None:
                     return True
                 record |= found
+            found = self._choices.evaluate(run)
+            if found is None:
+                return True
+            record |= found
         forgotten = self._forgotten(run, record)
         run.write({"step": step, **record, **forgotten, "validation_seconds": time.perf_counter() - begin})
         beyond = self._beyond(run, forgotten)

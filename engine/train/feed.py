@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from engine.data.source import WeightedDataset
 from engine.data.stage import check_raised_ratio, run_stage_seed, share_table, stage_stream
 from engine.data.stage_validation import OtherValidation, other_samples, samples_of
 from engine.data.stream_state import State
-from engine.data.validation import ValidationSamples, ValidationSet
+from engine.data.validation import ValidationSet
 from engine.models.dropout import KEYS
 from engine.models.task_heads import SMOOTHING
 from engine.parallel.boundary import DOMAINS, Tensors
@@ -39,6 +40,23 @@ LOOK_SECONDS = 0.2
 """Seconds between two looks at a request to stop, on a rank that waits for data."""
 EVALUATION_CHUNK = 8
 """Micro-batches that one evaluation pass sends through the pipeline."""
+
+
+class EvaluationRows(Protocol):
+    """Rows that are evaluated: validation samples, or answers of questions."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the domains that losses are told apart by; empty where there is but one."""
+        ...
+
+    def batches(self, data_rank: int, data_size: int, micro_batch_size: int) -> Iterator[Batch]:
+        """Yield a data rank's micro-batches."""
+        ...
+
+    def num_batches(self, data_size: int, micro_batch_size: int) -> int:
+        """Return the number of micro-batches that each data rank gets."""
+        ...
 
 
 class Feed:
@@ -152,12 +170,12 @@ class Feed:
         """Make the stream forget the last `step`, on a rank that had its data when another one was told to stop."""
         self.stream.advance_to(self._before)
 
-    def num_validation_chunks(self, samples: ValidationSamples) -> int:
+    def num_validation_chunks(self, samples: EvaluationRows) -> int:
         """Return the number of chunks that `validation_chunks` yields, the same on every rank."""
         # rounded up
         return -(-self._num_validation_batches(samples) // EVALUATION_CHUNK)
 
-    def validation_chunks(self, samples: ValidationSamples) -> Iterator[tuple[list[Tensors], list[float]]]:
+    def validation_chunks(self, samples: EvaluationRows) -> Iterator[tuple[list[Tensors], list[float]]]:
         """Yield (inputs, weights) of validation samples, a chunk of micro-batches at a time. Raises as it reads."""
         batches = samples.batches(
             self.groups.coordinates.data_rank, self.groups.layout.data, self.parallel.micro_batch_size
@@ -171,7 +189,7 @@ class Feed:
             inputs = [self._moved(batch, names) for batch in chunk] if self.reads else [{} for _ in range(size)]
             yield inputs, self._weights(chunk, len(names))
 
-    def _num_validation_batches(self, samples: ValidationSamples) -> int:
+    def _num_validation_batches(self, samples: EvaluationRows) -> int:
         return samples.num_batches(self.groups.layout.data, self.parallel.micro_batch_size)
 
     def close(self) -> None:

@@ -68,6 +68,19 @@ def check_early_stopping(config: RunConfig, problems: list[PalimpsestError]) -> 
         )
 
 
+def check_questions(config: RunConfig, problems: list[PalimpsestError]) -> None:
+    """Add the rule that questions ranked by likelihood break: every run stage has to have one, of the next token."""
+    for index, run_stage in enumerate(config.stages if config.evaluation.tasks else ()):
+        if run_stage.objective.name not in ("causal", "fill_in_the_middle"):
+            problems.append(
+                ConfigError(
+                    f"evaluation.tasks with stages.{index}.objective = {run_stage.objective.name}",
+                    "objective causal or fill_in_the_middle, which have the likelihood of an answer",
+                    "leave evaluation.tasks out",
+                )
+            )
+
+
 def _check_raised(config: RunConfig, problems: list[PalimpsestError]) -> None:
     ratios = config.evaluation.raised_ratios
     if any(not 0 < ratio < 1 for ratio in ratios) or any(a >= b for a, b in itertools.pairwise(ratios)):

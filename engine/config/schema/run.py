@@ -85,8 +85,15 @@ class EvaluationConfig(Section):
     raised_ratios: tuple[float, ...] = ()
     """Ratios of replay, rising, that `on_forgetting: raise` goes through: each alarm takes the next one above the ratio
     in force; beyond the last one it warns."""
+    tasks: dict[str, Path] = Field(default_factory=dict)
+    """Files of questions (JSON lines of `context`, `choices` and `gold`) by their names, whose answers are ranked by
+    likelihood at each evaluation."""
     early_stopping: EarlyStoppingConfig | None = None
     """End of the run before its last step. None means that it goes on to the last one."""
+
+    def __hash__(self) -> int:
+        # without `tasks`: a mapping has no hash
+        return hash((self.every_steps, self.max_samples, self.forgetting_limit, self.on_forgetting))
 
 
 class LoggingConfig(Section):
