@@ -191,6 +191,12 @@ def _augmented(examples: Examples, config: AugmentConfig, name: ObjectiveName, s
             "an objective with a label for each text: classification or regression",
             "leave data.augment out, or prepare a larger file of examples",
         )
+    if examples.needed is not None:
+        raise ConfigError(
+            "stages.0.data.augment with data.columns.entities_of_relation, whose marks a variant of a text might lose",
+            "texts without marks",
+            "leave data.augment out, or prepare a larger file of examples",
+        )
     return augmented(examples, config, seed)
 
 

@@ -5,11 +5,13 @@ import json
 import pytest
 
 from engine.config.schema.data import ColumnsConfig
-from engine.errors import DataError
+from engine.errors import ConfigError, DataError
 from engine.tasks.examples import read_examples, require_marks
 from engine.tasks.framing import Framing
+from engine.tasks.resolve import resolve_task
 from tests.distributed.runs import write_sentences
 from tests.engine.models.tiny import tiny
+from tests.engine.tasks.starts import tree_of, write_start
 
 COLUMNS = ColumnsConfig(entities_of_relation=("head", "tail"))
 TEXT = "Ann Lee was born in Rome, not 在北京."
@@ -64,3 +66,18 @@ def test_texts_that_lose_a_mark_are_refused(tmp_path):
     mark = next(number for number, span in zip(found.ids, found.offsets, strict=True) if span == (0, 1))
     with pytest.raises(DataError, match="the tokenizer has no token for @ or #"):
         require_marks(examples, 0, found, unknown_id=mark)
+
+
+def test_variants_that_might_lose_a_mark_are_refused(tmp_path):
+    (tmp_path / "start").mkdir()
+    start = write_start(tmp_path / "start")
+    lines = (json.dumps(row((0, 7), (20, 24)) | {"label": label}) + "\n" for label in ("born in", "died in"))
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    tree = tree_of(tmp_path, start)
+    tree["stages"][0]["data"] = {
+        "train": str(tmp_path / "train.jsonl"),
+        "columns": {"entities_of_relation": ["head", "tail"]},
+        "augment": {"deletion_rate": 0.1},
+    }
+    with pytest.raises(ConfigError, match="whose marks a variant of a text might lose"):
+        resolve_task(tree, "task")
