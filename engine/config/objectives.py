@@ -110,6 +110,11 @@ def _example_lengths(length: int, objective: ObjectiveConfig) -> RowLengths:
     return RowLengths(length, 0)  # the head of a task has no logits over the vocabulary
 
 
+def _answer_lengths(length: int, objective: ObjectiveConfig) -> RowLengths:
+    decoder = objective.answer_length
+    return RowLengths(length, decoder or length, decoder)
+
+
 @dataclass(frozen=True)
 class Objective:
     """One objective: its family, its keys, and the lengths of its rows."""
@@ -131,7 +136,9 @@ class Objective:
     module: str | None = None
     """Module of `engine.data.objectives` that makes its rows. None means that it is called as the objective."""
     is_task: bool = False
-    """It learns from labelled examples, with a head of its own (`model.task_head`) of the same name."""
+    """It learns from examples that `palimpsest finetune` encodes."""
+    has_head: bool = False
+    """The model has a head of the same name (`model.task_head`) in place of the one over the vocabulary."""
     measures: tuple[str, ...] = ()
     """Names of the measures of its predictions that are single numbers, the main one first; a task alone has some."""
 
@@ -146,6 +153,7 @@ def _task(keys: tuple[str, ...], measures: tuple[str, ...]) -> Objective:
         special_tokens=False,
         module="examples",
         is_task=True,
+        has_head=True,
         measures=measures,
     )
 
@@ -166,6 +174,16 @@ OBJECTIVES: Mapping[ObjectiveName, Objective] = {
     "regression": _task((), ("mean_squared_error", "pearson", "spearman")),
     "token_classification": _task(("labels",), ("f1", "precision", "recall", "accuracy")),
     "question_answering": _task(("stride", "no_answer", "cut_answers", "longest_answer"), ("f1", "exact_match")),
+    "answer": Objective(
+        ("gpt", "t5"),
+        ("answer_length",),
+        _answer_lengths,
+        shortest=2,
+        packs_documents=True,
+        sees_padding=True,
+        special_tokens=False,
+        is_task=True,
+    ),
 }
 """Every objective by its name."""
 

@@ -21,6 +21,7 @@ from engine.checkpoint.folder import CHECKPOINTS
 from engine.checkpoint.interchange.forms import OLDEST
 from engine.checkpoint.interchange.forms.tasks import ANSWERS, ENDINGS, SEQUENCES, TOKENS
 from engine.checkpoint.manifest import CheckpointState
+from engine.config.objectives import OBJECTIVES
 from engine.config.rules.tables import REPLAY
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
@@ -79,7 +80,7 @@ def model_card(trained: Trained, theirs: PretrainedConfig, license_id: str | Non
 
 def _trained(trained: Trained, run: RunConfig, name: str, dtype: str, license_id: str | None) -> list[str]:
     """Return title, first paragraph and tables of a model that a run trained."""
-    how = "pretrained" if trained.config.task_head is None else "fine-tuned"
+    how = "fine-tuned" if OBJECTIVES[run.stages[-1].objective.name].is_task else "pretrained"
     return [
         f"# {' '.join(run.name.split())}",
         f"A {name} that was {how} with Palimpsest {__version__}; weights in {dtype}.",

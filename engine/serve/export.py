@@ -181,6 +181,8 @@ def _write_side_files(trained: Trained, folder: Path, dtype: torch.dtype, kept: 
         generation = GenerationConfig.from_model_config(config)
         # what generate() does with this folder by default
         generation.use_cache = caches(config)
+        if trained.run is not None and trained.run.stages[-1].objective.name == "answer":
+            generation.do_sample = False  # as its answers were measured; pipelines would draw
         generation.save_pretrained(folder)
     return config
 

@@ -66,9 +66,9 @@ def generate(
         ids_BT = model.generate(
             **encoded,
             **_settings(sampling),
-            pad_token_id=_pad(tokenizer, model),
+            pad_token_id=pad_id(tokenizer, model),
             # Padded rows of the vocabulary have logits, too: drawn, they would decode to nothing.
-            suppress_tokens=_without_text(tokenizer, model.config.vocab_size),
+            suppress_tokens=without_text(tokenizer, model.config.vocab_size),
             streamer=streamer,
             use_cache=caches(model.config),
         )
@@ -105,12 +105,12 @@ def _check_length(config: Any, num_prompt_tokens: int, sampling: Sampling) -> No
         )
 
 
-def _pad(tokenizer: Any, model: Any) -> int | None:
+def pad_id(tokenizer: Any, model: Any) -> int | None:
     """Return the token behind the end of a row; a single row has none, but the library asks for it."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else model.generation_config.eos_token_id
 
 
-def _without_text(tokenizer: Any, vocab_size: int) -> list[int] | None:
+def without_text(tokenizer: Any, vocab_size: int) -> list[int] | None:
     """Return ids of the rows that pad a vocabulary, which no token stands for; None where there are none."""
     return sorted(set(range(vocab_size)) - set(tokenizer.get_vocab().values())) or None
 

@@ -16,6 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.shards.index import FILE
 from engine.data.shards.writer import ShardWriter
@@ -33,9 +35,11 @@ NOTES = "notes.jsonl"
 """File beside the shards with the notes of the rows, a line for each; not there where rows have none."""
 
 
-def longest(rows: Iterable[EncodedRow]) -> int:
-    """Return the number of tokens of the longest row."""
-    return max(row.ids.size for row in rows)
+def longest(rows: Iterable[EncodedRow]) -> tuple[int, int]:
+    """Return the largest numbers of tokens: of a row, and of the decoder's row in T5 (else 0)."""
+    sizes = np.array([(row.ids.size - row.num_decoder_tokens, row.num_decoder_tokens) for row in rows])
+    tokens, decoder = sizes.max(axis=0).tolist()
+    return tokens, decoder
 
 
 def encoded_folder(
@@ -97,7 +101,7 @@ def _write(folder: Path, tokenizer: TextTokenizer, rows: Iterable[EncodedRow]) -
     notes = []
     with ShardWriter(*shape, vocabulary=tokenizer.vocabulary) as writer:
         for row in rows:
-            writer.add(row.ids, columns=row.columns)
+            writer.add(row.ids, row.parts, row.columns)
             if row.note is not None:
                 notes.append(json.dumps(row.note, ensure_ascii=False))
     if notes:

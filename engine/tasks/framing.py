@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from engine.data.tokenizer.files import MODEL_FILE
 from engine.data.tokenizer.folder import TextTokenizer, load_tokenizer
 from engine.errors import DataError
 from engine.serve.tokenizer_files import write_tokenizer
+from engine.tasks.dialogues import ChatTemplate, own_template
 from engine.tasks.examples import TextExamples, require_marks
 from engine.tasks.kind import EncodedRow
 
@@ -33,12 +35,19 @@ class Framing:
     def __init__(self, tokenizer: Path, model: ModelConfig) -> None:
         """Read the tokenizer. Raises `DataError` where it cannot be used."""
         self.tokenizer: TextTokenizer = load_tokenizer(tokenizer)
+        self.model = model
         with tempfile.TemporaryDirectory() as folder:
             write_tokenizer(tokenizer, Path(folder), model)
             self._framed = Tokenizer.from_file(str(Path(folder) / MODEL_FILE))
         self._framed.no_padding()
-        self.frame = hashlib.sha256(self._framed.to_str().encode()).hexdigest()
-        """Hash of the tokenizer and of the special tokens that it puts around a text."""
+        written = self._framed.to_str() + (own_template(tokenizer) or "")
+        self.frame = hashlib.sha256(written.encode()).hexdigest()
+        """Hash of the tokenizer, of the special tokens that it puts around a text, and of its chat template."""
+
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        """Chat template of the tokenizer."""
+        return ChatTemplate(self.tokenizer.folder)
 
     def encodings(self, texts: list[str], pairs: list[str] | None, length: int) -> Iterator[Encoding]:
         """Yield the texts, or pairs of texts, framed and cut to `length` tokens: of a pair the longer text loses its

@@ -20,6 +20,7 @@ from engine.models.materialize import whole_model
 from engine.serve.source import Trained
 from engine.tasks.kind import Predictions
 from engine.tasks.kinds import KINDS
+from engine.tasks.kinds.answer import Answer
 
 PREDICTIONS, MEASURES = "predictions.jsonl", "measures.json"
 """Names of the files in a run folder."""
@@ -33,7 +34,10 @@ def predict(trained: Trained, stage: RunStage, dataset: TokenDataset) -> Predict
         DataError: the data does not serve the stage.
         CheckpointError: the checkpoint is damaged.
     """
-    return KINDS[stage.objective.name].decode(logits_of(trained, stage, dataset), dataset, stage.objective)
+    kind = KINDS[stage.objective.name]
+    if isinstance(kind, Answer):
+        return kind.generate(trained, dataset)
+    return kind.decode(logits_of(trained, stage, dataset), dataset, stage.objective)
 
 
 def logits_of(trained: Trained, stage: RunStage, dataset: TokenDataset) -> list[np.ndarray]:

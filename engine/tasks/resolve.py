@@ -12,6 +12,8 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
+
 from engine.checkpoint.folder import find
 from engine.checkpoint.interchange.huggingface import side_files
 from engine.checkpoint.interchange.initial import format_of, model_of
@@ -27,17 +29,20 @@ from engine.config.schema.objective import ObjectiveConfig, ObjectiveName
 from engine.config.schema.run import RunConfig
 from engine.corpus.tokenizer_import import import_tokenizer
 from engine.corpus.tokenizer_training import Purpose
-from engine.data.shards.index import read_index
+from engine.data.objectives.sampling import make_sampler
+from engine.data.shards.dataset import TokenDataset
 from engine.data.tokenizer.files import MODEL_FILE
 from engine.errors import ConfigError
 from engine.plan.frozen import base_patterns
 from engine.serve.source import describe
+from engine.tasks.answer_examples import AnswerExamples
 from engine.tasks.augment import augmented
 from engine.tasks.encode import alone_in, encoded_folder, longest
 from engine.tasks.examples import TextExamples
 from engine.tasks.framing import Framing
 from engine.tasks.kind import Examples, Kind
 from engine.tasks.kinds import KINDS
+from engine.tasks.kinds.answer import Answer
 from engine.tasks.layers import LayerKeys, decayed_rates, unfrozen_stages
 
 EPOCHS = 3.0
@@ -46,7 +51,6 @@ WARMUP_SHARE = 0.1
 LENGTH_MULTIPLE = 8
 """Rows are a multiple of this many tokens long, which matrix units of GPUs want."""
 DEFAULTS: Tree = {
-    "init_from": {"missing": "initialise"},
     "optimizer": {"learning_rate": 5e-5, "beta2": 0.999, "weight_decay": 0.01},
     "parallel": {"micro_batch_size": 8},
     "elastic": {"pad_batch": True},
@@ -54,7 +58,9 @@ DEFAULTS: Tree = {
 """Keys of a run that fine-tuning has other values of than pretraining."""
 EXAMPLES, TOKENIZER = "examples", "tokenizer"
 """Folders beside the run's checkpoints: encoded examples, and the tokenizer of a Hugging Face folder."""
-_PURPOSES: dict[str, Purpose] = {"gpt": "causal", "bert": "masked"}
+_PURPOSES: dict[str, Purpose] = {"gpt": "causal", "bert": "masked", "t5": "causal"}
+"""Purposes whose special tokens an imported tokenizer is given where it lacks them, by family: T5's task needs no more
+than the end of a text."""
 
 
 def resolve_task(tree: Tree, source: str) -> RunConfig:
@@ -84,13 +90,17 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
     if "tokenizer" not in tree:
         tree["tokenizer"] = str(_tokenizer(init_from, folder, model))
     task = _read(stage, name, source, int(tree.get("seed", 0)))
+    tokenizer = Path(tree["tokenizer"])
+    if isinstance(task.kind, Answer):
+        with alone_in(folder / EXAMPLES):
+            tokenizer = task.kind.tokenizer(tokenizer, cast(AnswerExamples, task.parts["train"]), folder / TOKENIZER)
     before = None if _section(tree["init_from"]).get("head") == "new" else model.task_head
     model = make_model(**(model.model_dump() | {"task_head": task.kind.head(task.objective.labels)}))
     _require_head(before, model.task_head, init_from)
     if model.adapter is not None:
         stage["freeze"] = [*dict.fromkeys((*base_patterns(model), *stage.get("freeze", ())))]
-    framing = Framing(Path(tree["tokenizer"]), model)
-    length = stage.get("sequence_length") or _length(framing, task, model)
+    framing = Framing(tokenizer, model)
+    task, length = _with_lengths(framing, task, model, stage.get("sequence_length"))
     encoded = {
         part: encoded_folder(task.kind, examples, task.objective, framing, length, folder / EXAMPLES, part)
         for part, examples in task.parts.items()
@@ -100,9 +110,9 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
     for key in ("columns", "augment"):
         stage["data"].pop(key, None)
     stage["objective"] = task.objective.model_dump(mode="json", exclude_unset=True)
-    num_rows = read_index(encoded["train"]).num_documents
+    num_rows = _num_rows(stage, task.objective)
     _lengths(stage, num_rows)
-    tree["model"] = model.model_dump(mode="json")
+    tree |= {"model": model.model_dump(mode="json"), "tokenizer": str(tokenizer)}
     layers = _layer_keys(stage, source)
     if layers.layer_decay is not None:
         stage["learning_rate_factors"] = decayed_rates(model, layers.layer_decay) | stage.get(
@@ -112,6 +122,8 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
     defaults = copy.deepcopy(DEFAULTS)
     if model.adapter is not None:
         defaults["optimizer"]["learning_rate"] = model.adapter.learning_rate
+    if model.adapter is not None or model.task_head is not None:  # parameters that the start has not
+        defaults["init_from"] = {"missing": "initialise"}
     whole = merge(defaults, tree | {"init_from": _section(tree["init_from"])})
     whole.setdefault("evaluation", {}).setdefault("every_steps", _steps(1.0, stage, num_rows))
     if "validation" in encoded:
@@ -268,11 +280,31 @@ def _tokenizer(init_from: str, folder: Path, model: ModelConfig) -> Path:
     return described.tokenizer
 
 
-def _length(framing: Framing, task: _Task, model: ModelConfig) -> int:
-    """Return the tokens of a row: as many as the longest example has, rounded up, and as the model has positions."""
-    most = model.max_positions
-    parts = [task.kind.encode(examples, task.objective, framing, most) for examples in task.parts.values()]
-    return min(math.ceil(max(map(longest, parts)) / LENGTH_MULTIPLE) * LENGTH_MULTIPLE, most)
+def _with_lengths(framing: Framing, task: _Task, model: ModelConfig, given: int | None) -> tuple[_Task, int]:
+    """Return the task with the length of its answers in T5, and the tokens of a row: as many as are given, else as the
+    longest example has, rounded up, and as the model has positions."""
+    is_known = model.family != "t5" or task.objective.answer_length
+    if given is not None and is_known:
+        return task, given
+    most = given or model.max_positions
+    found = [longest(task.kind.encode(one, task.objective, framing, most)) for one in task.parts.values()]
+    tokens, decoder = (_filled(max(sizes), model) for sizes in zip(*found, strict=True))
+    if not is_known:
+        task = task._replace(objective=task.objective.model_copy(update={"answer_length": decoder}))
+    return task, given or tokens
+
+
+def _filled(num_tokens: int, model: ModelConfig) -> int:
+    return min(math.ceil(num_tokens / LENGTH_MULTIPLE) * LENGTH_MULTIPLE, model.max_positions)
+
+
+def _num_rows(stage: Tree, objective: ObjectiveConfig) -> int:
+    """Return the rows of an epoch: one for each example, or fewer where examples are packed."""
+    dataset = TokenDataset(stage["data"]["train"])
+    if stage["data"].get("packing", "concatenate") == "concatenate":
+        return dataset.index.num_documents
+    shape = (stage["sequence_length"], 0, "document", stage["data"]["packing"], objective)
+    return int(make_sampler(dataset, *shape).count(np.arange(dataset.num_shards)).sum())
 
 
 def _lengths(stage: Tree, num_examples: int) -> None:

@@ -129,3 +129,21 @@ def train_rank(
         raise
     trainer.close()
     return {"code": code, "started_at": started_at, "at_start": at_start, "at_end": held(), "state": trainer.state}
+
+
+class Stop:
+    """Signals of a rank that was asked to stop."""
+
+    stop_requested = True
+
+
+def stop_after(trainer: Any, step: int | None) -> None:
+    """Have the trainer asked to stop in the step before which `step` - 1 are done."""
+    beat = trainer.heart.beat
+
+    def watch(number: int, phase: str) -> None:
+        beat(number, phase)
+        if step is not None and number == step - 1 and phase == "forward and backward":
+            trainer.requests.signals = Stop()
+
+    trainer.heart.beat = watch

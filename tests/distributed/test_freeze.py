@@ -22,7 +22,7 @@ from engine.errors import EXIT_DONE
 from engine.train.metrics import read_metrics
 from tests.distributed.families import family_tree, world_size
 from tests.distributed.ranks import run_ranks
-from tests.distributed.runs import run_config, train_rank
+from tests.distributed.runs import run_config, stop_after, train_rank
 
 matrix = pytest.mark.matrix
 FRONT = ("embed*", "layers.0.*", "layers.1.*")
@@ -191,21 +191,3 @@ def test_other_layouts_go_on_inside_a_stage_and_at_its_border(corpora, alone, tm
         assert {rank["state"].step for rank in ranks} == {stop or LAST}
     assert losses(folder) == pytest.approx(losses(alone("gpt2")), rel=0, abs=2e-6)
     check_frozen(folder)
-
-
-class Stop:
-    """Signals of a rank that was asked to stop."""
-
-    stop_requested = True
-
-
-def stop_after(trainer: Any, step: int | None) -> None:
-    """Have the trainer asked to stop in the step before which `step` - 1 are done."""
-    beat = trainer.heart.beat
-
-    def watch(number: int, phase: str) -> None:
-        beat(number, phase)
-        if step is not None and number == step - 1 and phase == "forward and backward":
-            trainer.requests.signals = Stop()
-
-    trainer.heart.beat = watch

@@ -1,17 +1,13 @@
 """`palimpsest finetune` as a user calls it: train, measure, export; and again, where it was interrupted."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from ruamel.yaml import YAML
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -27,38 +23,16 @@ from engine.tasks.resolve import resolve_task
 from engine.train.records import read_metrics
 from tests.engine.serve.runs import save
 from tests.engine.tasks.starts import tree_of, write_examples, write_start
+from tests.tools.finetuning import finetune, write_task
 from tests.tools.folder_in_use import contents, held
 from tools.finetune import finish
 
-REPOSITORY = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("bare_node")
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     return write_start(tmp_path_factory.mktemp("start"))
-
-
-def finetune(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys; from engine.cli import main; sys.exit(main(sys.argv[1:]))",
-            "finetune",
-            *arguments,
-        ],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-
-
-def write_task(folder: Path, tree: dict) -> str:
-    quiet = {"tensorboard": False, "wandb": "off", "plot": False}
-    with (folder / "task.yaml").open("w") as file:
-        YAML().dump(tree | {"logging": quiet}, file)
-    return str(folder / "task.yaml")
 
 
 def test_a_classifier_is_trained_measured_and_exported(tmp_path, start):

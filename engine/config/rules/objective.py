@@ -61,13 +61,14 @@ def check_objective(key: str, stage: RunStage, model: ModelConfig, problems: lis
                 "change the objective or the model: a head without a loss would stay as it is",
             )
         )
+    _check_answers(key, stage, model, problems)
     _check_rows(key, stage, problems)
 
 
 def _check_head(name: str, objective: ObjectiveConfig, model: ModelConfig, problems: list[PalimpsestError]) -> None:
     """Add what is wrong where an objective and the model's head do not belong together."""
     head = model.task_head
-    wanted = objective.name if OBJECTIVES[objective.name].is_task else None
+    wanted = objective.name if OBJECTIVES[objective.name].has_head else None
     if (None if head is None else head.task) != wanted:
         problems.append(
             ConfigError(
@@ -84,6 +85,27 @@ def _check_head(name: str, objective: ObjectiveConfig, model: ModelConfig, probl
                 f"{name}.labels has {len(objective.labels)} names with model.task_head.num_labels = {head.num_labels}",
                 "a name for each label",
                 "name all labels, in the order of their numbers",
+            )
+        )
+
+
+def _check_answers(key: str, stage: RunStage, model: ModelConfig, problems: list[PalimpsestError]) -> None:
+    """Add what is wrong with the rows of answers: T5 has them in its decoder, a GPT behind the prompt."""
+    length, name = stage.objective.answer_length, f"{key}.objective.answer_length"
+    if stage.objective.name != "answer":
+        return
+    if (length > 0) != (model.family == "t5"):
+        problems.append(
+            ConfigError(
+                f"{name} = {length} with model.family = {model.family}",
+                "the tokens of the decoder's row" if model.family == "t5" else "0: prompt and answer share a row",
+                "start with `palimpsest finetune`, which finds it" if model.family == "t5" else "leave it out",
+            )
+        )
+    elif length > model.longest_row:
+        problems.append(
+            ConfigError(
+                f"{name} = {length} with model.max_positions = {model.longest_row}", f"1 to {model.longest_row}"
             )
         )
 
@@ -108,12 +130,14 @@ def _check_rows(key: str, stage: RunStage, problems: list[PalimpsestError]) -> N
                 "documents that were packed whole do not belong together",
             )
         )
-    if data.packing == "best_fit" and not (entry.packs_documents and objective.pairs == "none"):
+    if data.packing == "best_fit" and not (
+        entry.packs_documents and objective.pairs == "none" and not objective.answer_length
+    ):
         what = objective.name if objective.pairs == "none" else f"{objective.name} with pairs"
         problems.append(
             ConfigError(
                 f"{key}.data.packing = best_fit with objective {what}",
-                "causal, or masked without pairs",
+                "causal, masked without pairs, or answer with a GPT",
                 "set packing to concatenate: this objective lays out its rows itself",
             )
         )

@@ -93,6 +93,13 @@ class ColumnsConfig(Section):
     relation (`classification`); marks are put around them. None means texts without marks."""
     label: str = "label"
     """Name of the column with the label, or with the number that a regression predicts."""
+    prompt: str = "prompt"
+    """Name of the column with the prompt (`answer`)."""
+    answer: str = "answer"
+    """Name of the column with the answer to the prompt (`answer`)."""
+    messages: str | None = None
+    """Name of the column with a dialogue (`answer`): a list of objects with `role` and `content`. None means prompts
+    and answers."""
     tokens: str = "tokens"
     """Name of the column with the list of a text's words (`token_classification`)."""
     tags: str = "tags"

@@ -17,6 +17,7 @@ ObjectiveName = Literal[
     "regression",
     "token_classification",
     "question_answering",
+    "answer",
 ]
 """Names of the objectives; `engine.config.objectives.OBJECTIVES` says what each of them is."""
 PairKind = Literal["next_sentence", "sentence_order"]
@@ -31,7 +32,7 @@ class ObjectiveConfig(Section):
     """Name of the objective: the next token (`causal`), or the next token with documents rearranged
     (`fill_in_the_middle`), masked tokens (`masked`), spans of the text (`span_corruption`), or of labelled examples
     the label (`classification`), a number (`regression`), the labels of the words (`token_classification`) or the
-    answer in a context (`question_answering`)."""
+    answer in a context (`question_answering`), or the answers to prompts (`answer`)."""
     pairs: Pairs = "none"
     """Kind of the pairs of segments that rows are made of (`masked`); how a pair belongs together is predicted, too."""
     rate: float = Field(default=0.15, gt=0.0, lt=1.0)
@@ -65,6 +66,10 @@ class ObjectiveConfig(Section):
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of each label's weight that training spreads evenly over all labels (`classification`; Szegedy et al. 2016,
     arXiv 1512.00567, section 7). Losses of evaluations are without it."""
+
+    answer_length: int = Field(default=0, ge=0)
+    """Tokens of a row of the decoder of T5 (`answer`), its end of text included. `palimpsest finetune` sets it to the
+    longest answer where it is left out. 0 stands for a model without an encoder, whose rows hold prompt and answer."""
 
     @model_validator(mode="before")
     @classmethod

@@ -2,7 +2,7 @@
 
 Invariant: a row is what its own data set's sampler makes of it: random words are drawn by its source's seed. Shards are
 numbered through all data sets. For objectives that ask their data set for shards, their sizes and its tokens' roles
-alone; pairs and best-fit packing ask for more, and their sources are read one by one.
+alone; pairs, examples and best-fit packing ask for more, and their sources are read one by one.
 
 B batch (rows), N samples.
 """
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from engine.config.objectives import OBJECTIVES
 from engine.config.schema.data import Attention, PackingName
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.objectives.draws import PURPOSE_OBJECTIVE, words_of_no_sample, write_words
@@ -86,7 +87,8 @@ class JoinedSampler:
     @staticmethod
     def serves(objective: ObjectiveConfig, packing: PackingName) -> bool:
         """Return True for objectives and packings that can be read together."""
-        return packing == "concatenate" and objective.pairs == "none"
+        entry = OBJECTIVES[objective.name]
+        return packing == "concatenate" and objective.pairs == "none" and not entry.is_task
 
     def make(
         self, sources_N: np.ndarray, samples_N3: np.ndarray, shard_rows_N2: np.ndarray, num_rows: int

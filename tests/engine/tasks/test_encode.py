@@ -85,5 +85,5 @@ def test_a_folder_is_written_once_and_named_by_its_content(tmp_path, tokenizer):
 def test_the_longest_row_counts_what_frames_it(tokenizer):
     framing = Framing(tokenizer, model_of("bert"))
     expected = max(row.ids.size for row in framing.rows(EXAMPLES, 1000))
-    assert longest(framing.rows(EXAMPLES, 1000)) == expected
-    assert longest(framing.rows(EXAMPLES, 10)) == 10
+    assert longest(framing.rows(EXAMPLES, 1000)) == (expected, 0)
+    assert longest(framing.rows(EXAMPLES, 10)) == (10, 0)
