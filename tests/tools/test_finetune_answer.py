@@ -78,7 +78,8 @@ def test_a_t5_answers_as_its_folder_does(tmp_path):
     assert done.returncode == 0, done.stderr
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "huggingface")
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "huggingface")
-    for row in predictions_of(tmp_path):
-        longest = len(tokenizer(row["expected"])["input_ids"])
+    predictions = predictions_of(tmp_path)
+    longest = max(len(tokenizer(row["expected"])["input_ids"]) for row in predictions)
+    for row in predictions:
         made = model.generate(**tokenizer(row["prompt"], return_tensors="pt"), max_new_tokens=longest)
         assert tokenizer.decode(made[0], skip_special_tokens=True) == row["predicted"]
