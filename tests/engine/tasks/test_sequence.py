@@ -104,9 +104,8 @@ def test_a_run_goes_on_from_another_task_with_a_new_head(tmp_path, start):
         is_body = spec.name.startswith(BODY)
         expected = held[spec.name] if is_body else initial_value(spec, run.model, run.seed)
         assert torch.equal(rows, expected), spec.name
-    kept = resolve_task(tree | {"init_from": str(before.folder), "folder": str(tmp_path / "third")}, "task")
-    with pytest.raises(ConfigError, match="task_head"):
-        StartingWeights(kept)
+    with pytest.raises(ConfigError, match="head for classification of 2 labels"):
+        resolve_task(tree | {"init_from": str(before.folder), "folder": str(tmp_path / "third")}, "task")
 
 
 def test_the_command_shows_a_row_for_each_state(tmp_path, start, capsys):
