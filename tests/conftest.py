@@ -26,7 +26,7 @@ from tests.sources import imports
 REPOSITORY = Path(__file__).parents[1]
 FOLDER = REPOSITORY / "build"
 TABLE = pytest.StashKey[Path]()
-LARGEST_MATRIX = 220
+LARGEST_MATRIX = 250
 """Long cases of what a layout computes and costs; the files below hold those of checkpoints, kills, loss and speed."""
 ELSEWHERE = (
     "tests/bench/",

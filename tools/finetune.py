@@ -45,7 +45,7 @@ def _resolved(path: Path, overrides: list[str]) -> RunConfig:
     from engine.tasks.resolve import resolve_task
 
     run = resolve_task(read_overridden(path, overrides), str(path))
-    KINDS[run.stages[0].objective.name].require_packages()  # before the run, not at its end
+    KINDS[run.stages[-1].objective.name].require_packages()  # before the run, not at its end
     if (adapter := run.model.adapter) is not None and adapter.merges:
         require_peft()
     return run
@@ -137,7 +137,7 @@ def _draw(run: RunConfig, measures: dict[str, Any], metric: str, best_step: int 
     try:
         draw_learning(run.folder, run.name, metric, best_step)
         if "confusion" in measures:
-            draw_confusion(run.folder, run.name, run.stages[0].objective.labels, measures["confusion"])
+            draw_confusion(run.folder, run.name, run.stages[-1].objective.labels, measures["confusion"])
     except Exception as error:  # a picture, whatever its trouble, must not cost the model
         logger(__name__).warning("the pictures cannot be drawn and are left out: %s", error)
 
