@@ -25,10 +25,11 @@ INT8_READER := .cache/readers/.installed-int8-$(READER_KEY)
 # One thread for each: sums of tiny tensors gain nothing from more, and threads that spin slow the other tests down.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n logical --maxprocesses 8 --dist loadscope
 
-.PHONY: help demo fast test test-all test-readers test-slurm bench check clean distclean
+.PHONY: help demo demo-tasks fast test test-all test-readers test-slurm bench check clean distclean
 
 help:
 	@echo 'make demo       set up, then train a small GPT on real text, kill it, resume it elsewhere, let it talk'
+	@echo 'make demo-tasks  pretrain a small encoder, fine-tune it to a sentiment classifier, evaluate and explain it'
 	@echo 'make test       set up, then lint, types and the tests'
 	@echo 'make fast       the tests that start no process'
 	@echo 'make test-all   the same with the long matrices (PART=2/4: the second of four parts of them)'
@@ -39,6 +40,9 @@ help:
 
 demo: $(RUNTIME)
 	@.venv/bin/python -m tools.demo
+
+demo-tasks: $(DEVELOPMENT)
+	@.venv/bin/python -m tools.demo.tasks
 
 test: check
 	@echo '== pytest'
@@ -91,7 +95,7 @@ $(INT8_READER): $(RUNTIME)
 	@bash tests/readers/environment.sh '$(INT8)' '$@' 'torchao>=0.16'
 
 clean:
-	rm -rf .demo .pytest_cache .ruff_cache build dist
+	rm -rf .demo .demo-tasks .pytest_cache .ruff_cache build dist
 	find engine launcher tools tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean

@@ -10,7 +10,7 @@ B batch (rows), T sequence dimension, S sequence dimension of an encoder, M most
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Protocol
 
@@ -80,6 +80,14 @@ class Batch:
     def weights_by_domain(self, name: str, num_domains: int) -> np.ndarray:
         """Return the weight of the targets of a loss in the rows of each domain, (num_domains,) fp64."""
         return np.bincount(self.domains_B.numpy(), self.row_target_weights[name], num_domains)
+
+    def cut(self, length: int) -> Batch:
+        """Return the batch with rows of `length` tokens, of the encoder where there is one: the rest is padding."""
+        if self.documents.shape[1] == length:
+            return self
+        ending = "_BS" if any(name.endswith("_BS") for name in self.inputs) else "_BT"
+        cut = {name: tensor[:, :length].contiguous() for name, tensor in self.inputs.items() if name.endswith(ending)}
+        return replace(self, inputs=self.inputs | cut, documents=self.documents[:, :length])
 
     @property
     def num_rows(self) -> int:

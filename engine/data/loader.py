@@ -123,8 +123,11 @@ def _read(stream: Stream, group: StepGroup, micro_batch_size: int) -> list[ReadS
         source.dataset.release()
     # batches of all steps in one list: each step takes its own number of them off the front
     left = iter(batches)
-    steps = zip(group.steps, group.num_batches, strict=True)
-    return [ReadStep(step.before, list(islice(left, count)), step.after) for step, count in steps]
+    found = []
+    for step, count in zip(group.steps, group.num_batches, strict=True):
+        length = stream.row_length(step.samples)
+        found.append(ReadStep(step.before, [batch.cut(length) for batch in islice(left, count)], step.after))
+    return found
 
 
 def first_samples(

@@ -189,6 +189,7 @@ def stage_stream(run_stage: RunStage, parts: list[WeightedDataset], seed: int) -
         data.packing,
         run_stage.objective,
         share_table(run_stage, parts),
+        data.row_lengths,
     )
     wanted = run_stage.batches.samples(run_stage.num_steps)
     if stream.num_samples is not None and stream.num_samples < wanted:

@@ -61,7 +61,13 @@ def samples_of(run_stage: RunStage, sets: Sequence[ValidationSet], max_samples: 
     """Return the samples of validation sets as a run stage reads them. Raises `DataError` as `ValidationSamples`."""
     data = run_stage.data
     return ValidationSamples(
-        sets, run_stage.sequence_length, data.attention, max_samples, data.packing, run_stage.objective
+        sets,
+        run_stage.sequence_length,
+        data.attention,
+        max_samples,
+        data.packing,
+        run_stage.objective,
+        data.row_lengths,
     )
 
 

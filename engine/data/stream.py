@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial, reduce
 from operator import or_
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,9 @@ from engine.config.schema.objective import ObjectiveConfig
 from engine.data.mixed_order import Cursor, Interval, MixedOrder, Samples, merged
 from engine.data.objectives.joined import JoinedSampler
 from engine.data.objectives.sampling import make_sampler
+from engine.data.order.length_order import LengthOrder
 from engine.data.order.sample_order import START, VERSION, CountRows, Order, SampleId, SampleOrder
+from engine.data.row_lengths import example_lengths, fitting
 from engine.data.shards.damage import Damage
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.tombstones import Tombstones
@@ -73,8 +75,10 @@ class Stream:
         packing: PackingName = "concatenate",
         objective: ObjectiveConfig | None = None,
         table: ShareTable | None = None,
+        row_lengths: tuple[int, ...] = (),
     ) -> None:
         """Open the stream at its beginning; the shares of the sources are those of `table`, or their constant weights.
+        `row_lengths` are lengths below `sequence_length` that the rows of a step may have.
 
         Raises:
             DataError: a data set holds not one sample, or lacks what the objective needs.
@@ -84,6 +88,7 @@ class Stream:
         self.sequence_length, self.seed, self.window_shards = sequence_length, seed, window_shards
         self.attention: Attention = attention
         self.packing: PackingName = packing
+        self.row_lengths = row_lengths
         self.objective = objective or ObjectiveConfig()
         self.batches = Ramp((global_batch_size,)) if isinstance(global_batch_size, int) else global_batch_size
         sources = self._open_sources(())
@@ -245,6 +250,13 @@ class Stream:
         """Continue after a step of this stream or of a clone."""
         self._progress = progress
 
+    def row_length(self, samples: Samples) -> int:
+        """Return the tokens of the rows of a step with these samples."""
+        if not self.row_lengths:
+            return self.sequence_length
+        lengths_N = example_lengths(self.parts[0].dataset, self._order.shard_rows(samples))
+        return fitting(int(lengths_N.max()), self.row_lengths, self.sequence_length)
+
     def skip(self) -> None:
         """Advance by one global batch."""
         self.advance_to(self.draw(1)[0].after)
@@ -359,7 +371,12 @@ class Stream:
 
     def _make_order(self, part: WeightedDataset, seed: int) -> Callable[[CountRows], Order]:
         """Return the function that makes the order of a source, given one that counts the rows of shards."""
-        return partial(SampleOrder, part.dataset.num_shards, seed=seed, window_shards=self.window_shards)
+        given: dict[str, Any] = {"seed": seed, "window_shards": self.window_shards}
+        if not self.row_lengths:
+            return partial(SampleOrder, part.dataset.num_shards, **given)
+        lengths_of = partial(example_lengths, part.dataset)
+        given |= {"lengths_of": lengths_of, "step_samples": self.batches.largest}
+        return partial(LengthOrder, part.dataset.num_shards, **given)
 
     def _identity(self) -> State:
         identity = {
@@ -372,4 +389,5 @@ class Stream:
             "packing": self.packing,
             "objective": f"{self.objective.name} {short_hash(self.objective.model_dump())}",
         }
+        identity |= {"row_lengths": list(self.row_lengths)} if self.row_lengths else {}
         return identity | (identity_of_mixture(self.parts) if len(self.parts) > 1 else {})

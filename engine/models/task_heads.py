@@ -92,7 +92,8 @@ class TaskHead:
         loss_B = loss_B * given["label_weights_B"]
         outputs = {"losses_L": loss_B.sum().reshape(1)}
         if not torch.is_grad_enabled():
-            outputs[LOGITS] = logits_BC
+            # Of ranks that share a row the one that is given its token counts: the sum of theirs is its logits.
+            outputs[LOGITS] = torch.where(given["label_weights_B"][:, None] > 0, logits_BC, 0.0)
         return outputs | ({ROW_LOSSES: loss_B.detach().unsqueeze(1)} if by_row else {})
 
     def _logits(

@@ -15,7 +15,7 @@ import torch
 from engine.atomic import write_atomically
 from engine.config.schema.stage import RunStage
 from engine.data.shards.dataset import TokenDataset
-from engine.data.validation import ValidationSamples
+from engine.data.stage_validation import samples_of
 from engine.models.materialize import whole_model
 from engine.serve.source import Trained
 from engine.tasks.kind import Predictions
@@ -45,18 +45,18 @@ def logits_of(trained: Trained, stage: RunStage, dataset: TokenDataset) -> list[
 
     Raises as `predict`.
     """
-    samples = ValidationSamples(
-        dataset, stage.sequence_length, stage.data.attention, packing=stage.data.packing, objective=stage.objective
-    )
+    samples = samples_of(stage, [("", dataset)], None)
     model = whole_model(trained.config, trained.weights).eval()
-    logits: list[np.ndarray] = []
+    logits: dict[int, np.ndarray] = {}
     with torch.inference_mode():
-        for batch in samples.batches(0, 1, _ROWS):
+        numbers = samples.numbers(0, 1, _ROWS)
+        for place, whole in enumerate(samples.batches(0, 1, _ROWS)):
+            batch = whole.cut(samples.row_length(place * _ROWS, (place + 1) * _ROWS))
             inputs = {name: tensor for name, tensor in batch.inputs.items() if not name.startswith("label")}
             (found,) = model(**inputs).values()
-            logits += list(found.float().numpy())
-    # padding rows stand at the end
-    return without_padding(logits[: samples.num_samples], dataset)
+            # padding rows stand behind the others
+            logits |= zip(numbers[place].tolist(), found.float().numpy(), strict=False)
+    return without_padding([logits[number] for number in range(len(logits))], dataset)
 
 
 def without_padding(logits: Sequence[np.ndarray], dataset: TokenDataset) -> list[np.ndarray]:

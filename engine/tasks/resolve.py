@@ -48,6 +48,8 @@ from engine.tasks.layers import LayerKeys, decayed_rates, unfrozen_stages
 EPOCHS = 3.0
 BATCH = 32
 WARMUP_SHARE = 0.1
+ROW_LENGTHS = 8
+"""Number of lengths that rows have, at most."""
 LENGTH_MULTIPLE = 8
 """Rows are a multiple of this many tokens long, which matrix units of GPUs want."""
 DEFAULTS: Tree = {
@@ -99,6 +101,9 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
     _require_head(before, model.task_head, init_from)
     if model.adapter is not None:
         stage["freeze"] = [*dict.fromkeys((*base_patterns(model), *stage.get("freeze", ())))]
+    # Rows of several lengths are for examples with one label each, of one data set, in steps of one size.
+    is_even = not {"replay", "batch_ramp"} & stage.keys() and stage["data"].get("on_damage", "fail") == "fail"
+    is_even = is_even and model.task_head is not None and not model.task_head.sees_tokens
     framing = Framing(tokenizer, model)
     task, length = _with_lengths(framing, task, model, stage.get("sequence_length"))
     encoded = {
@@ -112,6 +117,8 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
     stage["objective"] = task.objective.model_dump(mode="json", exclude_unset=True)
     num_rows = _num_rows(stage, task.objective)
     _lengths(stage, num_rows)
+    if is_even:
+        stage["data"].setdefault("row_lengths", _row_lengths(encoded["train"], length, tree.get("parallel", {})))
     tree |= {"model": model.model_dump(mode="json"), "tokenizer": str(tokenizer)}
     layers = _layer_keys(stage, source)
     if layers.layer_decay is not None:
@@ -305,6 +312,17 @@ def _num_rows(stage: Tree, objective: ObjectiveConfig) -> int:
         return dataset.index.num_documents
     shape = (stage["sequence_length"], 0, "document", stage["data"]["packing"], objective)
     return int(make_sampler(dataset, *shape).count(np.arange(dataset.num_shards)).sum())
+
+
+def _row_lengths(folder: Path, most: int, parallel: Tree) -> list[int]:
+    """Return lengths below `most` such that about as many examples of a folder need each of them."""
+    dataset = TokenDataset(str(folder))
+    found = np.concatenate([np.diff(dataset.offsets(number)[0]) for number in range(dataset.num_shards)])
+    ranks = parallel.get("sequence", 1) * (parallel.get("tensor", 1) if parallel.get("sequence_parallel") else 1)
+    multiple = math.lcm(LENGTH_MULTIPLE, ranks)
+    quantiles = np.quantile(found, np.arange(1, ROW_LENGTHS) / ROW_LENGTHS)
+    lengths = {math.ceil(length / multiple) * multiple for length in quantiles.tolist()}
+    return sorted(length for length in lengths if length < most)
 
 
 def _lengths(stage: Tree, num_examples: int) -> None:

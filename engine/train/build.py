@@ -74,7 +74,14 @@ def stage_spec(config: RunConfig, run_stage: RunStage, groups: Groups) -> Pipeli
 
 def during(spec: PipelineStageSpec, config: RunConfig, run_stage: RunStage) -> PipelineStageSpec:
     """Return the specification of the same pipeline stage for another run stage."""
-    rows, freeze = micro_batch_shape(config, run_stage), run_stage.freeze
+    frozen = frozenset(name for name in spec.parameters if matches(name, run_stage.freeze))
+    changed = replace(spec, run_stage=run_stage, frozen=frozen)
+    return with_rows(changed, config, micro_batch_shape(config, run_stage))
+
+
+def with_rows(spec: PipelineStageSpec, config: RunConfig, rows: MicroBatchShape) -> PipelineStageSpec:
+    """Return the specification of the same pipeline stage, in the same run stage, for rows of another shape."""
+    freeze = spec.run_stage.freeze
 
     def boundary(layer: int) -> Boundary:
         """Return what the chunk beginning with a layer receives, without gradients where nothing before is trained."""
@@ -90,13 +97,7 @@ def during(spec: PipelineStageSpec, config: RunConfig, run_stage: RunStage) -> P
             outgoing={} if chunk.last else boundary(chunk.layers.stop),
         )
 
-    return replace(
-        spec,
-        run_stage=run_stage,
-        rows=rows,
-        ports=tuple(map(ports, spec.chunks, spec.ports)),
-        frozen=frozenset(name for name in spec.parameters if matches(name, freeze)),
-    )
+    return replace(spec, rows=rows, ports=tuple(map(ports, spec.chunks, spec.ports)))
 
 
 def _modules(model: ModelConfig, head: Head, chunk: ModelChunk, functions: Functions) -> nn.Module:

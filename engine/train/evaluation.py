@@ -260,6 +260,7 @@ def evaluate(
         # Every rank draws exactly `num_validation_chunks` times, also one that reads nothing: each turn is collective.
         inputs, weights_L, weights_KL = sums.of_weights(lambda: next(chunks), len(names))
         by_domain = sums.by_domain(len(names))
+        pipeline.spec = feed.spec
         given: dict[str, Any] = {} if by_domain is None else {"by_domain": by_domain}
         made: list[torch.Tensor] = []
         if logits is not None:

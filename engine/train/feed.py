@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
 from itertools import islice
 from typing import Protocol
 
@@ -27,12 +29,13 @@ from engine.data.source import WeightedDataset
 from engine.data.stage import check_raised_ratio, run_stage_seed, share_table, stage_stream
 from engine.data.stage_validation import OtherValidation, other_samples, samples_of
 from engine.data.stream_state import State
-from engine.data.validation import ValidationSet
+from engine.data.validation import ValidationSamples, ValidationSet
 from engine.models.dropout import KEYS
 from engine.models.task_heads import SMOOTHING
 from engine.parallel.boundary import DOMAINS, Tensors
 from engine.parallel.groups import Groups
 from engine.parallel.stage import PipelineStageSpec
+from engine.train.build import with_rows
 from engine.train.sequence_slices import own_part
 from engine.train.signals import Stopping
 
@@ -96,12 +99,26 @@ class Feed:
         self.domains = tuple(part.label for part in training) if len(training) > 1 else ()
         """Sources whose losses are told apart; none where there is but one."""
         self._has_head = spec.has_head
+
+        @cache
+        def spec_of(length: int) -> PipelineStageSpec:
+            rows = spec.rows
+            return spec if length == rows.length else with_rows(spec, config, replace(rows, length=length))
+
+        self._spec_of = spec_of
+        self.row_length = run_stage.sequence_length
+        """Tokens of the rows that were read last."""
         self.inputs = spec.inputs
         """Keywords of this rank's chunks that come from the data."""
         self.wait_seconds = 0.0
         """Time that the last `step` waited for data."""
         self._prefetcher: Prefetcher | None = None
         self._before = self.stream.progress
+
+    @property
+    def spec(self) -> PipelineStageSpec:
+        """Specification of the pipeline stage for the rows that were read last."""
+        return self._spec_of(self.row_length)
 
     @property
     def reads(self) -> bool:
@@ -128,7 +145,9 @@ class Feed:
         # Middle stages under pipeline parallelism: their inputs come from the stage before, but the stream moves on.
         if not self.reads:
             count = num_micro_batches(self.stream.batch_size, self.parallel, self.groups.layout.data)
-            self.stream.skip()
+            step = self.stream.draw(1)[0]
+            self.row_length = self.stream.row_length(step.samples)
+            self.stream.advance_to(step.after)
             batches: list[Batch] = []
             inputs: list[Tensors] = [{} for _ in range(count)]
         else:
@@ -138,6 +157,7 @@ class Feed:
                 if self._stop_requested():
                     raise Stopping("a signal came while this rank waited for its data")
             batches = self._prefetcher.step()
+            self.row_length = self._row_length(batches[0])
             inputs = [batch.inputs for batch in batches]
         self.wait_seconds = time.perf_counter() - begin
         return inputs, self._weights(batches, len(self.domains))
@@ -176,15 +196,21 @@ class Feed:
         return -(-self._num_validation_batches(samples) // EVALUATION_CHUNK)
 
     def validation_chunks(self, samples: EvaluationRows) -> Iterator[tuple[list[Tensors], list[float]]]:
-        """Yield (inputs, weights) of validation samples, a chunk of micro-batches at a time. Raises as it reads."""
-        batches = samples.batches(
-            self.groups.coordinates.data_rank, self.groups.layout.data, self.parallel.micro_batch_size
-        )
-        left = self._num_validation_batches(samples)
+        """Yield (inputs, weights) of validation samples, a chunk of micro-batches at a time; `row_length` is that of
+        the chunk then. Raises as it reads."""
+        data_size, num_rows = self.groups.layout.data, self.parallel.micro_batch_size
+        batches = samples.batches(self.groups.coordinates.data_rank, data_size, num_rows)
+        left, first = self._num_validation_batches(samples), 0
         while left > 0:
             size = min(EVALUATION_CHUNK, left)
             left -= size
+            end = first + size * data_size * num_rows
             chunk = list(islice(batches, size)) if self.reads else []
+            self.row_length = self.run_stage.sequence_length
+            if self.run_stage.data.row_lengths and isinstance(samples, ValidationSamples):
+                self.row_length = samples.row_length(first, end)
+                chunk = [batch.cut(self.row_length) for batch in chunk]
+            first = end
             names = samples.names
             inputs = [self._moved(batch, names) for batch in chunk] if self.reads else [{} for _ in range(size)]
             yield inputs, self._weights(chunk, len(names))
@@ -216,9 +242,12 @@ class Feed:
             inputs = inputs | {SMOOTHING: torch.full((len(batch.domains_B),), share)}
         # Cut before the upload: a rank's GPU gets its slice of the sequence and not whole rows.
         taken = {name: tensor for name, tensor in inputs.items() if name in self.inputs}
-        own = own_part(taken, self.run_stage.sequence_length, self.parallel.sequence_ranks, self.groups.sequence)
+        own = own_part(taken, self._row_length(batch), self.parallel.sequence_ranks, self.groups.sequence)
         domains = self.domains if step is not None else validation
         return own | ({DOMAINS: batch.domains_B.long()} if domains and self._has_head else {})
+
+    def _row_length(self, batch: Batch) -> int:
+        return batch.documents.shape[1] if self.run_stage.data.row_lengths else self.run_stage.sequence_length
 
     def _moved(self, batch: Batch, names: tuple[str, ...]) -> Tensors:
         """Return this rank's inputs of a batch of validation sets of these names, on its device."""

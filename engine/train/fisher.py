@@ -92,6 +92,7 @@ def _add_squares(run: Run, stage: StageRun, batch: int, share: float) -> None:
     engine, feed = run.pipeline.engine, stage.feed
     inputs, weights_L, weights_KL = run.sums.of_weights(feed.step, len(feed.domains))
     scales = (run.groups.zero.size * run.sums.scales(weights_L)).float()
+    run.pipeline.spec = feed.spec
     run.pipeline.train(inputs, scales, run.sums.by_domain(len(weights_KL)))
     factor = share * stage.run_stage.batches.size(batch)
 

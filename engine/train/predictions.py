@@ -15,7 +15,7 @@ import torch
 from engine.config.schema.stage import RunStage
 from engine.data.shards.dataset import TokenDataset
 from engine.data.validation import ValidationSamples
-from engine.parallel.collectives import gather_along, gather_objects
+from engine.parallel.collectives import all_reduce, gather_along, gather_objects
 from engine.parallel.groups import Groups
 
 Measure = Callable[[RunStage, TokenDataset, list[np.ndarray]], Mapping[str, float]]
@@ -35,9 +35,9 @@ class RowLogits:
     def add(self, logits: list[torch.Tensor]) -> None:
         """Take the logits of the next micro-batches, (B, C) or (B, T, C): none on other pipeline stages. Collective
         over groups.sequence."""
+        sequence = self._groups.sequence
         for found in logits:
-            if found.dim() == 3:
-                found = gather_along(found, self._groups.sequence, dim=1)
+            found = gather_along(found, sequence, dim=1) if found.dim() == 3 else all_reduce(found, sequence)
             numbers = self._numbers[self._num_batches].tolist()
             self._num_batches += 1
             # rows behind those of the samples are padding

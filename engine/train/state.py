@@ -45,10 +45,11 @@ class TrainState:
     """(number of a run stage, first, end) of samples that a run stage has to leave out which has not begun yet, since a
     rollback took the run back to the one before it."""
 
-    def count_step(self, run_stage: RunStage, updated: bool, loss: float) -> int:
-        """Count a step of the run stage, and return its tokens. `updated` is False where no weight was changed."""
+    def count_step(self, run_stage: RunStage, row_length: int, updated: bool, loss: float) -> int:
+        """Count a step of the run stage with rows of so many tokens, and return its tokens. `updated` is False where no
+        weight was changed."""
         samples = run_stage.batches.size(self.stage_step)
-        tokens = samples * run_stage.sequence_length
+        tokens = samples * row_length
         self.step += 1
         self.stage_step += 1
         self.updates += updated

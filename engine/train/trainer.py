@@ -187,6 +187,7 @@ class Trainer:
             # Another rank may have had its data: all of them go back to before the step, which the next start repeats.
             self.feed.step_back()
             return True
+        self.pipeline.spec = self.feed.spec
         self.heart.beat(state.step, "forward and backward")
         self.hooks.before_forward(self, inputs)
         scales_L = self.sums.scales(weights_L)
@@ -201,7 +202,7 @@ class Trainer:
         losses, (stop, save, done, failed), sums_KL = self.sums.of_losses(sums_L * scales_L, flags, by_domain)
         self._save_requested = save > 0
         updated, gradient_norm, penalties = self._update(sum(losses), position, rate)
-        tokens = state.count_step(self.run_stage, updated, sum(losses))
+        tokens = state.count_step(self.run_stage, self.feed.row_length, updated, sum(losses))
         seconds = time.perf_counter() - begin
         record: Record = {
             "step": state.step,

@@ -22,6 +22,8 @@ def check_objective(key: str, stage: RunStage, model: ModelConfig, problems: lis
             )
         )
     _check_head(name, objective, model, problems)
+    if stage.data.row_lengths:
+        _check_row_lengths(key, stage, problems)
     left = [
         f"{key}.{one}"
         for one, value in (("data.columns", stage.data.columns), ("duration.epochs", stage.duration.epochs))
@@ -63,6 +65,31 @@ def check_objective(key: str, stage: RunStage, model: ModelConfig, problems: lis
         )
     _check_answers(key, stage, model, problems)
     _check_rows(key, stage, problems)
+
+
+def _check_row_lengths(key: str, stage: RunStage, problems: list[PalimpsestError]) -> None:
+    """Add the rules of rows of several lengths: a task's examples of one data set, and lengths in order."""
+    data, lengths = stage.data, stage.data.row_lengths
+    beside = {"sources": bool(data.sources), "replay": stage.replay is not None}
+    beside |= {"on_damage = quarantine": data.on_damage == "quarantine"}
+    with_others = [name for name, is_set in beside.items() if is_set]
+    if not OBJECTIVES[stage.objective.name].is_task or with_others:
+        what = with_others or [f"objective {stage.objective.name}"]
+        problems.append(
+            ConfigError(
+                f"{key}.data.row_lengths with {', '.join(what)}",
+                "a task's examples from data.train alone",
+                "leave row_lengths out (for finetune: row_lengths: [])",
+            )
+        )
+    if list(lengths) != sorted({*lengths}) or lengths[-1] >= stage.sequence_length:
+        problems.append(
+            ConfigError(
+                f"{key}.data.row_lengths = {list(lengths)} with sequence_length = {stage.sequence_length}",
+                f"rising lengths below {stage.sequence_length}",
+                "put them in order",
+            )
+        )
 
 
 def _check_head(name: str, objective: ObjectiveConfig, model: ModelConfig, problems: list[PalimpsestError]) -> None:

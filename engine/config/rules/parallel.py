@@ -154,10 +154,14 @@ def check_sequence(key: str, stage: RunStage, config: RunConfig, problems: list[
     """
     parallel = config.parallel
     ranks, length = parallel.sequence_ranks, row_lengths(stage).tokens
-    if length % ranks:
+    lengths = {f"{key}.sequence_length": length}
+    lengths |= {f"{key}.data.row_lengths.{number}": one for number, one in enumerate(stage.data.row_lengths)}
+    for name, length in lengths.items():
+        if length % ranks == 0:
+            continue
         problems.append(
             ConfigError(
-                f"{key}.sequence_length = {length} does not divide by the {ranks} ranks that share the time of a row "
+                f"{name} = {length} does not divide by the {ranks} ranks that share the time of a row "
                 f"(parallel.sequence = {parallel.sequence}, {parallel.shared_by} tensor ranks by sequence_parallel)",
                 f"a multiple of {ranks}",
                 "change the length, parallel.sequence or parallel.tensor",

@@ -33,6 +33,8 @@ def test_what_is_left_out_follows_from_start_and_examples(tmp_path, start):
     assert stage.objective.labels == ("new", "old")
     assert (stage.global_batch_size, stage.num_steps) == (20, 3)
     assert stage.sequence_length % 8 == 0
+    assert all(length % 8 == 0 and length < stage.sequence_length for length in stage.data.row_lengths)
+    assert stage.data.row_lengths, "texts of three lengths"
     assert run.model.dropout == 0.1
     assert run.init_from is not None
     assert run.init_from.missing == "initialise"
