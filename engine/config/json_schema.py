@@ -29,7 +29,9 @@ def run_schema() -> dict[str, Any]:
     # `init_from: PATH` is short for `init_from: {path: PATH}`.
     path = {"type": "string", "description": "Source of the weights; the other keys have their defaults."}
     schema["$defs"]["InitFrom"] = {"anyOf": [path, schema["$defs"]["InitFrom"]]}
-    schema["properties"] = {"include": INCLUDE, **schema["properties"]}
+    # A task file has `adapter` at its top: `palimpsest finetune` makes `model.adapter` of it.
+    adapter = {"adapter": schema["$defs"]["GPTConfig"]["properties"]["adapter"]}
+    schema["properties"] = {"include": INCLUDE, **schema["properties"], **adapter}
     return {"$schema": DIALECT, **schema, "title": "Palimpsest run"}
 
 

@@ -26,11 +26,18 @@ KEYS = (
     "stages.*.data.validation",
     "stages.*.data.validation.*",
     "stages.*.data.cache.folder",
+    "stages.*.data.augment.synonyms",
     "stages.*.replay.source",
     "evaluation.tasks.*",
 )
 """Keys of a run that are paths, or may be."""
-ON_DISK = ("folder", "tokenizer", "checkpoint.memory.folder", "stages.*.data.cache.folder")
+ON_DISK = (
+    "folder",
+    "tokenizer",
+    "checkpoint.memory.folder",
+    "stages.*.data.cache.folder",
+    "stages.*.data.augment.synonyms",
+)
 """Keys among them whose values are never URLs."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` has taken one of the two slashes
 

@@ -53,11 +53,11 @@ class EncodedRow:
     """(n,) int64, special tokens included."""
     columns: Mapping[str, float | np.ndarray] = field(default_factory=dict)
     """Numbers beside it by the name of their column: one, or (n,) one for each token."""
-    parts: np.ndarray | None = None
+    parts: np.ndarray | None = field(default=None, kw_only=True)
     """First tokens of its parts, rising from 0, for all rows of a file or for none: the `sentences` of the shards."""
-    num_decoder_tokens: int = 0
+    num_decoder_tokens: int = field(default=0, kw_only=True)
     """Tokens at the end of `ids` that the decoder of T5 has in a row of its own."""
-    note: Mapping[str, Any] | None = None
+    note: Mapping[str, Any] | None = field(default=None, kw_only=True)
     """Facts that predictions are made with (JSON), for all rows of a file or for none (`engine.tasks.encode.notes`)."""
 
 

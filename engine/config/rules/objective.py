@@ -8,6 +8,9 @@ from engine.config.schema.objective import ObjectiveConfig
 from engine.config.schema.stage import RunStage
 from engine.errors import ConfigError, PalimpsestError
 
+_ONE_LABEL = ("classification", "regression")
+"""Objectives whose examples have one label each."""
+
 
 def check_objective(key: str, stage: RunStage, model: ModelConfig, problems: list[PalimpsestError]) -> None:
     """Add every rule that the objective of the run stage at `key` breaks."""
@@ -68,17 +71,17 @@ def check_objective(key: str, stage: RunStage, model: ModelConfig, problems: lis
 
 
 def _check_row_lengths(key: str, stage: RunStage, problems: list[PalimpsestError]) -> None:
-    """Add the rules of rows of several lengths: a task's examples of one data set, and lengths in order."""
+    """Add the rules of rows of several lengths: examples with one label each, of one data set, and lengths in order."""
     data, lengths = stage.data, stage.data.row_lengths
     beside = {"sources": bool(data.sources), "replay": stage.replay is not None}
     beside |= {"on_damage = quarantine": data.on_damage == "quarantine"}
     with_others = [name for name, is_set in beside.items() if is_set]
-    if not OBJECTIVES[stage.objective.name].is_task or with_others:
+    if stage.objective.name not in _ONE_LABEL or with_others:
         what = with_others or [f"objective {stage.objective.name}"]
         problems.append(
             ConfigError(
                 f"{key}.data.row_lengths with {', '.join(what)}",
-                "a task's examples from data.train alone",
+                f"objective {' or '.join(_ONE_LABEL)}, with examples from data.train alone",
                 "leave row_lengths out (for finetune: row_lengths: [])",
             )
         )

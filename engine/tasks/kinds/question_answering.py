@@ -149,7 +149,7 @@ class QuestionAnswering:
                 if window is found[0]:
                     note |= {"id": examples.ids[number], "question": examples.questions[number]}
                     note |= {"context": examples.contexts[number], "answers": answers}
-                yield EncodedRow(np.array(window.ids, np.int64), {START: start, END: end, SECOND: first}, note)
+                yield EncodedRow(np.array(window.ids, np.int64), {START: start, END: end, SECOND: first}, note=note)
 
     def decode(
         self, logits: Sequence[np.ndarray], dataset: TokenDataset, objective: ObjectiveConfig

@@ -124,7 +124,7 @@ class TokenClassification:
                 if position != NO_TOKEN and labels_T[position] == NO_LABEL:
                     labels_T[position] = numbers[tags[word]]
             note = {"text": text, "words": spans, "tags": tags, "positions": positions}
-            yield EncodedRow(np.array(found.ids, np.int64), {LABEL: labels_T}, note)
+            yield EncodedRow(np.array(found.ids, np.int64), {LABEL: labels_T}, note=note)
 
     def decode(
         self, logits: Sequence[np.ndarray], dataset: TokenDataset, objective: ObjectiveConfig
