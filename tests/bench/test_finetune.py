@@ -9,7 +9,7 @@ import pytest
 
 from bench.finetune import cells as module
 from bench.finetune.__main__ import cells_of
-from bench.finetune.cells import Cell, Cells, Result
+from bench.finetune.cells import Cell, Cells, Result, Side
 from bench.finetune.encoder import Encoder, Size
 from bench.finetune.report import OURS, RANDOM, THEIRS, bars, summarize, table
 from bench.finetune.sets import SETS, few
@@ -20,7 +20,7 @@ SST2 = next(task for task in SETS if task.name == "sst2")
 
 
 def results(ours: list[float], theirs: list[float], random: list[float]) -> dict[Cell, Result]:
-    sides = {OURS: (ours, 9.0), THEIRS: (theirs, 10.0), RANDOM: (random, 9.0)}
+    sides: dict[Side, tuple[list[float], float]] = {OURS: (ours, 9.0), THEIRS: (theirs, 10.0), RANDOM: (random, 9.0)}
     return {
         Cell(SST2, side, seed): Result({"accuracy": score}, seconds, 1.0, 6920, 1821)
         for side, (scores, seconds) in sides.items()

@@ -62,6 +62,7 @@ def test_dialogues_are_answered_through_the_exported_template(tmp_path):
     asked = [dialogue[:number] for dialogue in dialogues for number in range(1, len(dialogue), 2)]
     predictions = predictions_of(tmp_path)
     assert len(predictions) == len(asked)
+    assert answer.tokenizer is not None
     longest = max(len(answer.tokenizer(row["expected"])["input_ids"]) for row in predictions) + 1
     for row, messages in zip(predictions, asked, strict=True):
         assert row["expected"].strip() == f"{messages[-1]['content'].removeprefix('say ')}"
