@@ -29,6 +29,8 @@ from engine.tasks.kind import EncodedRow, Kind
 
 VERSION = 2
 """Raised when examples are encoded otherwise."""
+EXAMPLES = "examples"
+"""Folder of encoded examples in the run folder."""
 LOCK = ".writing"
 """File that the process which writes the folder holds a lock on."""
 NOTES = "notes.jsonl"

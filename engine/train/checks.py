@@ -55,11 +55,14 @@ def check_invariants(engine: StageEngine, groups: Groups) -> None:
 def _shared(engine: StageEngine, groups: Groups) -> Iterator[tuple[str, Group, Copies]]:
     """Yield (relation, group, copies) of all that ranks of a group hold alike, in the same order on each of them."""
     shards = engine.parameter_shards()
-    working = {f"{spec.name} (working weights)": weight for spec, weight in engine.working_weights()}
-    # Under ZeRO-1 to 3 each data rank holds a range of its own of the state: only working weights are alike. So it does
-    # of frozen weights, which have no moments, whatever the stage.
-    trained = _states(shard for shard in shards if shard.moments)
-    yield "data ranks", groups.zero, trained | working if engine.zero_stage == 0 else working
+    trained = [shard for shard in shards if shard.moments]  # frozen weights have none
+    whole = {shard.spec.name for shard in trained} if engine.zero_stage == 0 else set()
+    # Each data rank holds a range of its own of the state under ZeRO-1 to 3, and of frozen weights under ZeRO-0, too:
+    # of these only the working weights are alike.
+    working = {
+        f"{spec.name} (working weights)": weight for spec, weight in engine.working_weights() if spec.name not in whole
+    }
+    yield "data ranks", groups.zero, working | (_states(trained) if whole else {})
     yield "tensor ranks", groups.tensor, _states(shard for shard in shards if shard.spec.sharding.dim is None)
     # sorted: a stage may be in several ties, and their collectives need one order
     for stages, group in sorted(groups.ties.items()):

@@ -1,0 +1,80 @@
+"""The start of a task: the checkpoint or the Hugging Face folder in `init_from`, its tokenizer and its head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoint.folder import find
+from engine.checkpoint.interchange.huggingface import side_files
+from engine.checkpoint.interchange.initial import format_of
+from engine.checkpoint.load import read_state
+from engine.checkpoint.storage import location_of
+from engine.config.load import Tree
+from engine.config.schema.model import ModelConfig, TaskHead
+from engine.corpus.tokenizer_import import import_tokenizer
+from engine.corpus.tokenizer_training import Purpose
+from engine.data.tokenizer.files import MODEL_FILE
+from engine.errors import ConfigError
+from engine.serve.source import describe
+from engine.tasks.encode import EXAMPLES, alone_in
+
+TOKENIZER = "tokenizer"
+"""Folder in the run folder of the tokenizer of a Hugging Face folder."""
+_PURPOSES: dict[str, Purpose] = {"gpt": "causal", "bert": "masked", "t5": "causal"}
+"""Purposes whose special tokens an imported tokenizer is given where it lacks them, by family: T5's task needs no more
+than the end of a text."""
+
+
+def start_of(tree: Tree, source: str) -> str:
+    """Return the path in `init_from`. Raises `ConfigError` where it, or the run folder, is not there."""
+    path = section_of(tree.get("init_from")).get("path")
+    for key, value in (("init_from", path), ("folder", tree.get("folder"))):
+        if not isinstance(value, str) or not value:
+            raise ConfigError(
+                f"{source} has no {key}",
+                "a checkpoint or a Hugging Face folder" if key == "init_from" else "the folder of the run",
+                f"write {key} in the file or on the command line",
+            )
+    return str(path)
+
+
+def section_of(given: Any) -> Tree:
+    return dict(given) if isinstance(given, dict) else {} if given is None else {"path": given}
+
+
+def dropout_of(model: ModelConfig) -> Tree:
+    """Return the dropout of fine-tuning: BERT's own, which exports leave to the run; none elsewhere."""
+    return {"dropout": 0.1} if model.family == "bert" and model.post_norm else {}
+
+
+def tokenizer_of(init_from: str, folder: Path, model: ModelConfig) -> Path:
+    """Return the folder of the start's tokenizer: that of its run, or the imported one of a Hugging Face folder."""
+    location = location_of(init_from)
+    if format_of(location) == "huggingface":
+        taken = folder / TOKENIZER
+        with alone_in(folder / EXAMPLES):
+            if not (taken / MODEL_FILE).is_file():
+                with side_files(location) as local:
+                    import_tokenizer(str(local), taken, _PURPOSES[model.family])
+        return taken
+    checkpoint = find(Path(init_from))[0]
+    described = describe(checkpoint, read_state(checkpoint))
+    if described.tokenizer is None:
+        raise ConfigError(
+            f"{init_from} does not say where its tokenizer is",
+            "the tokenizer's folder",
+            "write `tokenizer` in the file",
+        )
+    return described.tokenizer
+
+
+def require_head(before: TaskHead | None, wanted: TaskHead | None, init_from: str) -> None:
+    """Raise `ConfigError` where the start has the head of another task, or one of another size."""
+    if before is not None and before != wanted:
+        new = "the head over the vocabulary" if wanted is None else f"{wanted.task} of {wanted.num_labels} labels"
+        raise ConfigError(
+            f"{init_from} has a head for {before.task} of {before.num_labels} labels, and the task is {new}",
+            "a start with the same head, or a pretrained one without",
+            "set init_from.head=new, which begins a head; or name the labels of the start in objective.labels",
+        )
