@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from engine.config.schema.model import ModelConfig
 from engine.models.bert import EMBEDDING, HEAD, build, configured_head, inputs, sharding, specs, ties
+from engine.models.embedding_shift import SHIFT
 from engine.models.families import family
 from engine.models.initial import initial_value
 from engine.models.materialize import whole_model
@@ -106,7 +107,7 @@ def test_stages_in_a_row_equal_the_whole(config, batch, num_stages):
         own = {name: value for name, value in batch.items() if name in inputs(config, chunk)}
         made = stage(**(made | own | {"segments_BT": batch["segments_BT"]}))
     assert torch.equal(made["losses_L"], expected_L)
-    assert set.union(*(set(inputs(config, chunk)) for chunk in chunks)) == batch.keys()
+    assert set.union(*(set(inputs(config, chunk)) for chunk in chunks)) == batch.keys() | {SHIFT}
     assert inputs(config, ModelChunk(range(1, 2), first=False, last=False)) == frozenset()
     made["losses_L"].sum().backward()
     gradients, expected = gradients_of(stages, config), dict(whole.named_parameters())
