@@ -5,7 +5,7 @@ import torch
 
 from engine.models.dropout import KEYS
 from engine.models.materialize import whole_model
-from tests.engine.models.test_task_heads import with_head
+from tests.engine.models.task_forms import with_head
 from tests.engine.models.tiny import random_weights
 
 LENGTHS, SHORT, LONG = (5, 7, 3), 8, 12

@@ -8,34 +8,16 @@ import torch
 from torch.nn import functional as F
 
 from engine.checkpoint.interchange.huggingface import from_huggingface
-from engine.config.schema.model import make_model
 from engine.models.dropout import make
 from engine.models.families import family
 from engine.models.materialize import whole_model
 from engine.plan.families import figures
-from tests.engine.models.tiny import random_weights, tiny, twin
+from tests.engine.models.task_forms import FORMS, NUM_LABELS, with_head
+from tests.engine.models.tiny import random_weights, twin
 
-FORMS = {
-    "gpt2": tiny("gpt2"),
-    "llama": tiny("llama", tie_embeddings=False),
-    "qwen3": tiny("qwen3"),
-    "pythia": tiny("pythia"),
-    "mistral": tiny("llama", sliding_window=4),
-    "bert": tiny("bert"),
-    "bert-without-pairs": tiny("bert", pair_head=False),
-    "roberta": tiny("bert", pair_head=False, token_types=1),
-    "modernbert": tiny("modernbert"),
-    "modernbert-biased": tiny("modernbert", bias=True, norm_bias=True, local_rope_theta=None),
-}
 LENGTHS = (7, 12, 3)
-NUM_LABELS = 5
 TASKS = {"classification": NUM_LABELS, "token_classification": NUM_LABELS, "question_answering": 2}
 OF_TOKENS = ("token_classification", "question_answering")
-
-
-def with_head(form, task="classification", num_labels=NUM_LABELS, **changes):
-    tree = FORMS[form].model_dump() | {"task_head": {"task": task, "num_labels": num_labels}} | changes
-    return make_model(**tree)
 
 
 def rows(config):
