@@ -16,6 +16,9 @@ from pathlib import Path
 from engine.config.rank_environment import RankEnvironment
 
 FOLDER, HOLD_AT = "SLURM_TEST", "HOLD_AT"
+SEEN_SECONDS = 1.0
+"""Length of the steps before a rank stops itself. A supervisor looks twice a second; of shorter steps it may see none,
+and where it does not know the usual step the limit is that of the start, 300 s or more."""
 
 
 class Hold:
@@ -29,11 +32,16 @@ class Hold:
 
     def before_step(self, step: int, stop_requested: Callable[[], bool]) -> None:
         """Wait before the step after `step` steps, if it is time for that, until `go` or a request to stop."""
-        if self._folder is None or self._held or step < self._at:
+        if self._folder is None or self._held:
+            return
+        freezes = self._environment.attempt == 0 and (self._folder / f"freeze-{self._environment.global_rank}").exists()
+        if step < self._at:
+            if freezes:
+                time.sleep(SEEN_SECONDS)
             return
         self._held = True
         (self._folder / f"at-{self._name}").touch()
-        if self._environment.attempt == 0 and (self._folder / f"freeze-{self._environment.global_rank}").exists():
+        if freezes:
             os.kill(os.getpid(), signal.SIGSTOP)
         while not (self._folder / "go").exists() and not stop_requested():
             time.sleep(0.05)
