@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.config.objectives import OBJECTIVES
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
 from engine.data.shards.dataset import TokenDataset
@@ -54,6 +55,13 @@ def _opened(folder: Path) -> tuple[Trained, RunStage, Path]:
     run: RunConfig | None = trained.run
     if run is None or run.stages[-1].objective.name not in KINDS:
         raise ConfigError(f"{folder} is no run of a task", "a run folder of `palimpsest finetune`", "name another one")
+    if not OBJECTIVES[name := run.stages[-1].objective.name].has_head:
+        measured = ", ".join(one for one, entry in OBJECTIVES.items() if entry.has_head)
+        raise ConfigError(
+            f"{folder} is a run of objective {name}, whose answers are generated token by token",
+            f"runs of {measured}",
+            "merge their weights instead: palimpsest checkpoint merge",
+        )
     return trained, run.stages[-1], folder
 
 

@@ -89,7 +89,7 @@ class Answer:
     def decode(
         self, logits: Sequence[np.ndarray], dataset: TokenDataset, objective: ObjectiveConfig
     ) -> AnswerPredictions:
-        raise NotImplementedError("answers are generated: `generate`")
+        raise AssertionError("answers are generated (`generate`), and whoever decodes logits asks `Objective.has_head`")
 
     def generate(self, trained: Trained, dataset: TokenDataset) -> AnswerPredictions:
         """Return the model's greedy answers to the prompts of a data set, none longer than the longest expected one.

@@ -1,6 +1,7 @@
 """Tasks learned one after the other: bodies under the heads of other runs. Ensembles: means of probabilities."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -83,6 +84,14 @@ def test_an_ensemble_is_the_mean_of_probabilities(tmp_path, start):
     for row, shares in zip(found, mean, strict=True):
         assert list(row["probabilities"].values()) == pytest.approx(shares.tolist(), abs=2e-6)
         assert row["predicted"] == stage.objective.labels[int(shares.argmax())]
+
+
+def test_generated_answers_make_no_ensemble(tmp_path, monkeypatch):
+    stage = SimpleNamespace(objective=SimpleNamespace(name="answer"))
+    trained = SimpleNamespace(run=SimpleNamespace(stages=(stage,)))
+    monkeypatch.setattr("engine.tasks.ensemble.open_trained", lambda _: trained)
+    with pytest.raises(ConfigError, match="answers are generated token by token"):
+        ensemble([tmp_path])
 
 
 def test_runs_of_other_tasks_make_no_ensemble(tmp_path, start):
