@@ -19,7 +19,7 @@ from tools.demo.reviews import write_reviews
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = Path(".demo-tasks")
-REVIEWS = {"text": 4000, "train": 1500, "validation": 200, "test": 200}
+REVIEWS = {"text": 4000, "train": 4000, "validation": 200, "test": 200}
 """Number of reviews: of the encoder's text, and of the labelled sets."""
 LEAST_ACCURACY = 0.8
 """Accuracy on the test set that the classifier has to come to; the commoner label has about half of it."""
