@@ -55,15 +55,6 @@ MAY_USE_TORCH_DISTRIBUTED = {
     "engine/parallel/collectives.py",
     "engine/checkpoint/interchange/sinks/dcp.py",  # writes files of torch.distributed.checkpoint, over no communicator
 }
-LOWEST = (
-    "engine/atomic.py",
-    "engine/errors.py",
-    "engine/redact.py",
-    "engine/logs.py",
-    "engine/output.py",
-    "engine/outcome.py",
-    "engine/heartbeat.py",
-)
 
 
 def room(module: str) -> str | None:

@@ -31,7 +31,7 @@ Message = dict[str, str]
 
 
 class Round(NamedTuple):
-    """What the model sees before an answer, from the end of the answer before on, and the answer with what ends it."""
+    """An answer with its end, and the text before it, from the end of the answer before on."""
 
     prompt: str
     answer: str

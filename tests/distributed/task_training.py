@@ -15,6 +15,7 @@ from engine.checkpoint.interchange.forms import form_of
 from engine.checkpoint.interchange.huggingface import from_huggingface, to_huggingface
 from engine.config.adapter_targets import MARK
 from engine.config.schema.run import RunConfig
+from engine.data.batch import Batch
 from engine.data.loader import Loader
 from engine.data.shards.dataset import TokenDataset
 from engine.data.source import WeightedDataset
@@ -82,16 +83,16 @@ def logits_of(config: RunConfig, model: Any, given: dict[str, torch.Tensor]) -> 
     return inner.score(hidden_BTD[torch.arange(BATCH), given["last_B"]])
 
 
-Gradients = Callable[[int, dict[str, torch.Tensor]], torch.Tensor]
+Gradients = Callable[[int, Batch], torch.Tensor]
 """(step, batch) -> the loss that the run reports, after gradients were computed."""
 
 
 def trained_by_torch(config: RunConfig, model: Any, gradients: Gradients | None = None) -> list[float]:
     """Losses of the steps of a run, by torch's AdamW over what is trained; the plain loss's where nothing else is."""
 
-    def plain(step: int, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    def plain(step: int, batch: Batch) -> torch.Tensor:
         del step
-        loss = F.cross_entropy(logits_of(config, model, given), given["labels_B"])
+        loss = F.cross_entropy(logits_of(config, model, batch.inputs), batch.inputs["labels_B"])
         loss.backward()
         return loss
 
@@ -103,10 +104,20 @@ def trained_by_torch(config: RunConfig, model: Any, gradients: Gradients | None 
     optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(adam.beta1, adam.beta2), eps=adam.epsilon, weight_decay=0.0)
     losses = []
     for step, record in enumerate(steps_of(config)):
-        (batch,) = loader.step(0, 1, BATCH)
+        (batch,) = loader.step(0, 1, stage.global_batch_size)
         optimizer.zero_grad()
-        losses.append((gradients or plain)(step, batch.inputs).item())
+        losses.append((gradients or plain)(step, batch).item())
         torch.nn.utils.clip_grad_norm_(trained, adam.clip_norm)
         optimizer.param_groups[0]["lr"] = record["learning_rate"]
         optimizer.step()
     return losses
+
+
+def validation_batch(config: RunConfig) -> Batch:
+    """All rows of the validation examples as one batch, in the order of their data set."""
+    (stage,) = config.stages
+    assert isinstance(stage.data.validation, str)
+    parts = [WeightedDataset(TokenDataset(stage.data.validation))]
+    count = stage_stream(stage, parts, 0).samples_per_epoch()
+    whole = Loader(stage_stream(stage.model_copy(update={"global_batch_size": count}), parts, 0))
+    return whole.step(0, 1, count)[0]

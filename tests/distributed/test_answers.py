@@ -17,13 +17,10 @@ import transformers
 
 from engine.config.schema.run import RunConfig
 from engine.data.batch import Batch
-from engine.data.loader import Loader
-from engine.data.shards.dataset import TokenDataset
-from engine.data.source import WeightedDataset
-from engine.data.stage import run_stage_seed, stage_stream
 from engine.tasks.resolve import resolve_task
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import stop_after, train_rank, write_sentences
+from tests.distributed.task_training import trained_by_torch, validation_batch
 from tests.engine.tasks.answer_starts import answer_tree, write_dialogues, write_folder, write_pairs
 
 TOLERANCE = 3e-6
@@ -136,36 +133,22 @@ def their_loss(model: Any, batch: Batch, labels: Labels) -> torch.Tensor:
     return model(input_ids=padded(inputs), attention_mask=mask, labels=padded(targets, padding_value=-100)).loss
 
 
-def trained_by_torch(config: RunConfig, folder: Path, records: list[dict[str, Any]]) -> tuple[list[float], float]:
+def their_losses(config: RunConfig, folder: Path) -> tuple[list[float], float]:
     """Losses of the steps, and the validation loss after them, of their class in fp64."""
     kind = transformers.AutoModelForSeq2SeqLM if config.model.family == "t5" else transformers.AutoModelForCausalLM
     model = kind.from_pretrained(folder / "theirs", attn_implementation="eager").double().eval()
-    (stage,), adam = config.stages, config.optimizer
-    assert stage.data.train is not None
     labels = labels_of(config, folder, "train")
-    loader = Loader(
-        stage_stream(stage, [WeightedDataset(TokenDataset(stage.data.train))], run_stage_seed(config.seed, 0))
-    )
-    betas = (adam.beta1, adam.beta2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=betas, eps=adam.epsilon, weight_decay=0.0)
-    losses = []
-    for record in records:
-        (batch,) = loader.step(0, 1, BATCH)
+
+    def gradients(step: int, batch: Batch) -> torch.Tensor:
+        del step
         loss = their_loss(model, batch, labels)
-        losses.append(loss.item())
-        optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), adam.clip_norm)
-        optimizer.param_groups[0]["lr"] = record["learning_rate"]
-        optimizer.step()
-    assert isinstance(stage.data.validation, str)
-    held_out = TokenDataset(stage.data.validation)
-    whole = stage_stream(stage.model_copy(update={"global_batch_size": 30}), [WeightedDataset(held_out)], 0)
-    count = whole.samples_per_epoch()
-    whole = stage_stream(stage.model_copy(update={"global_batch_size": count}), [WeightedDataset(held_out)], 0)
+        return loss
+
+    losses = trained_by_torch(config, model, gradients)
     with torch.no_grad():
-        (batch,) = Loader(whole).step(0, 1, count)
-        return losses, their_loss(model, batch, labels_of(config, folder, "validation")).item()
+        held_out = their_loss(model, validation_batch(config), labels_of(config, folder, "validation"))
+    return losses, held_out.item()
 
 
 def records_of(folder: Path) -> list[dict[str, Any]]:
@@ -181,7 +164,7 @@ def test_losses_are_those_of_transformers_and_torch(tmp_path, case):
     assert {one["code"] for one in found} == {0}
     records = records_of(config.folder)
     steps = [record for record in records if "loss" in record]
-    losses, validation_loss = trained_by_torch(config, tmp_path, steps)
+    losses, validation_loss = their_losses(config, tmp_path)
     assert [record["loss"] for record in steps] == pytest.approx(losses, abs=TOLERANCE)
     (last,) = [
         record["validation_loss"] for record in records if record["step"] == STEPS and "validation_loss" in record

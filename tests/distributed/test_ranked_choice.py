@@ -17,22 +17,9 @@ from engine.serve.source import open_trained
 from engine.train.metrics import read_metrics
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import run_tree, train_rank, write_corpus
+from tests.engine.evaluate.harness_task import CHOICE_TASK
 
 STEPS = 3
-TASK = """
-task: numbers
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {path}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{context}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: gold
-target_delimiter: ""
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +53,7 @@ def test_one_process_has_the_numbers_of_the_harness_on_the_exported_folder(corpu
     pytest.importorskip("lm_eval")
     run, found = alone
     subject = open_subject(export(open_trained(run), tmp_path / "out").folder)
-    (tmp_path / "task.yaml").write_text(TASK.format(path=corpus / "questions.jsonl"))
+    (tmp_path / "task.yaml").write_text(CHOICE_TASK.format(name="numbers", path=corpus / "questions.jsonl"))
     (told,) = run_harness(subject, [str(tmp_path / "task.yaml")])
     assert found["validation_accuracy/numbers"] == pytest.approx(told["measures"]["acc"])
     assert found["validation_accuracy_by_length/numbers"] == pytest.approx(told["measures"]["acc_norm"])

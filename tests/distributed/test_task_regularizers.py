@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from engine.checkpoint.interchange.huggingface import to_huggingface
 from engine.config.schema.run import RunConfig
+from engine.data.batch import Batch
 from engine.data.stage import run_stage_seed
 from engine.data.tokenizer.folder import load_tokenizer
 from engine.models.families import family
@@ -65,8 +66,9 @@ def test_smoothed_labels_and_the_worst_embeddings(tmp_path, case):
     added: list[torch.Tensor] = []
     embedding.register_forward_hook(lambda module, inputs, output: output + added[0] if added else output)
 
-    def gradients(step: int, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    def gradients(step: int, batch: Batch) -> torch.Tensor:
         del step
+        given = batch.inputs
         loss = smoothed(config, model, given)
         loss.backward()
         shape = (*given["tokens_BT"].shape, embedding.embedding_dim)
@@ -97,7 +99,7 @@ def mixed(config: RunConfig, model: Any) -> Gradients:
     first = {name: value.detach().clone() for name, value in model.named_parameters()}
     specs, seed = family(config.model).specs(config.model), run_stage_seed(config.seed, 0)
 
-    def gradients(step: int, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    def gradients(step: int, batch: Batch) -> torch.Tensor:
         kept = {
             spec.name: mask(spec, SHARE, seed, step, torch.device("cpu"))[: spec.stored_shape[0]].float()
             for spec in specs
@@ -107,7 +109,7 @@ def mixed(config: RunConfig, model: Any) -> Gradients:
             f"model.{name}": ((1 - masks[name]) * first[name] + masks[name] * value - SHARE * first[name]) / (1 - SHARE)
             for name, value in model.named_parameters()
         }
-        loss = torch.func.functional_call(Logits(config, model), mixture, (given,))
+        loss = torch.func.functional_call(Logits(config, model), mixture, (batch.inputs,))
         loss.backward()
         for name, value in model.named_parameters():
             value.grad.add_(STRENGTH * (value.detach() - first[name]))

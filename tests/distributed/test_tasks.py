@@ -12,25 +12,28 @@ import transformers
 from torch.nn import functional as F
 
 from engine.checkpoint.interchange.forms import form_of
-from engine.checkpoint.interchange.huggingface import from_huggingface, to_huggingface
+from engine.checkpoint.interchange.huggingface import to_huggingface
+from engine.config.schema.objective import ObjectiveName
 from engine.config.schema.run import RunConfig
-from engine.data.loader import Loader
+from engine.data.batch import Batch
 from engine.data.shards.dataset import TokenDataset
-from engine.data.source import WeightedDataset
-from engine.data.stage import run_stage_seed, stage_stream
 from engine.data.tokenizer.folder import load_tokenizer
 from engine.data.validation import ValidationSamples
-from engine.models.families import family
-from engine.models.initial import initial_value
 from engine.tasks.kinds import KINDS
 from engine.tasks.resolve import resolve_task
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import train_rank, write_sentences
+from tests.distributed.task_training import (
+    BATCH,
+    STEPS,
+    TOLERANCE,
+    starting_weights,
+    their_model,
+    trained_by_torch,
+    validation_batch,
+)
 from tests.engine.models.tiny import random_weights, tiny
 
-TOLERANCE = 2e-6
-"""Losses of about 1 in fp32 against fp64, over six updates."""
-STEPS, BATCH = 6, 5
 CASES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "bert-zero3-tensor2": ("bert", "classification", 4, {"zero_stage": 3, "tensor": 2}),
     "roberta-pipe2": ("roberta", "classification", 2, {"zero_stage": 1, "pipe": 2}),
@@ -137,90 +140,68 @@ def of_words(
     return torch.cat(found), given["labels_BT"][rows][counted_BT]
 
 
-def trained_by_torch(
-    config: RunConfig, records: list[dict[str, Any]], theirs: Path
-) -> tuple[list[float], float, float]:
-    """Losses of the steps, and the validation loss and the main measure after them, of their class in fp64."""
-    _, weights = from_huggingface(theirs)
-    for spec in family(config.model).specs(config.model):
-        if spec.name not in weights:
-            weights[spec.name] = initial_value(spec, config.model, config.seed)
-    held = {spec.name: weights[spec.name] for spec in family(config.model).specs(config.model)}
-    padding = load_tokenizer(config.tokenizer).vocabulary.padding
-    their_config, state = to_huggingface(config.model, held, padding)
-    kind = getattr(transformers, form_of(config.model).architecture)
-    model = kind.from_pretrained(None, config=their_config, state_dict=state, attn_implementation="eager").double()
-    stage = config.stages[0]
+class Theirs:
+    """Their class with the weights that a run begins with, in fp64, and its losses of our batches."""
 
-    def logits_of(given: dict[str, torch.Tensor], row: int) -> torch.Tensor:
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.task: ObjectiveName = config.stages[0].objective.name
+        self.model = their_model(config, starting_weights(config))
+
+    def logits_of(self, given: dict[str, torch.Tensor], row: int) -> torch.Tensor:
         """Each row by itself: theirs then sees no padding."""
-        length = int((given["segments_BT"][row] == 0).sum())
+        length, config = int((given["segments_BT"][row] == 0).sum()), self.config.model
         inputs = {"input_ids": given["tokens_BT"][row : row + 1, :length]}
-        if config.model.tells_segments_apart:
+        if config.tells_segments_apart:
             inputs["token_type_ids"] = given["token_types_BT"][row : row + 1, :length]
-        if stage.objective.name == "question_answering":
-            output = model(**inputs)
+        if self.task == "question_answering":
+            output = self.model(**inputs)
             return torch.stack([output.start_logits, output.end_logits], dim=-1)
-        if config.model.family != "gpt" or stage.objective.name == "token_classification":
-            return model(**inputs).logits
-        return model.score(model.base_model(**inputs).last_hidden_state[:, -1])  # whichever token pads
+        if config.family != "gpt" or self.task == "token_classification":
+            return self.model(**inputs).logits
+        return self.model.score(self.model.base_model(**inputs).last_hidden_state[:, -1])  # whichever token pads
 
-    def loss_of(batch: Any, measured: list[float] | None = None) -> torch.Tensor:
-        given = batch.inputs
-        rows = (batch.samples_B3[:, 0] >= 0).nonzero().flatten().tolist()  # the others are padding
-        logits = [logits_of(given, row) for row in rows]
-        if stage.objective.name == "token_classification":
+    def loss_of(self, batch: Batch) -> torch.Tensor:
+        given, rows = batch.inputs, examples_of(batch)
+        logits = [self.logits_of(given, row) for row in rows]
+        if self.task == "token_classification":
             return F.cross_entropy(*of_words(given, rows, logits))
-        if stage.objective.name == "question_answering":
+        if self.task == "question_answering":
             spans = [given["label_spans_B2"][row] for row in rows]
             both = [F.cross_entropy(each[0].T, span_2) for each, span_2 in zip(logits, spans, strict=True)]
             return torch.stack(both).mean()
-        logits_BC = torch.cat(logits)
-        if stage.objective.name == "regression":
-            loss = F.mse_loss(logits_BC, given["labels_BC"][rows].double())
-            if measured is not None:
-                measured.append(loss.item())
-            return loss
-        if measured is not None:
-            measured.append((logits_BC.argmax(1) == given["labels_B"][rows]).double().mean().item())
-        return F.cross_entropy(logits_BC, given["labels_B"][rows])
+        if self.task == "regression":
+            return F.mse_loss(torch.cat(logits), given["labels_BC"][rows].double())
+        return F.cross_entropy(torch.cat(logits), given["labels_B"][rows])
 
-    assert stage.data.train is not None
-    parts = [WeightedDataset(TokenDataset(stage.data.train))]
-    loader = Loader(stage_stream(stage, parts, run_stage_seed(config.seed, 0)))
-    adam = config.optimizer
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=0.0, betas=(adam.beta1, adam.beta2), eps=adam.epsilon, weight_decay=0.0
-    )
-    losses = []
-    for record in records:
-        (batch,) = loader.step(0, 1, BATCH)
-        loss = loss_of(batch)
-        losses.append(loss.item())
-        optimizer.zero_grad()
+    def gradients(self, step: int, batch: Batch) -> torch.Tensor:
+        del step
+        loss = self.loss_of(batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), adam.clip_norm)
-        optimizer.param_groups[0]["lr"] = record["learning_rate"]
-        optimizer.step()
-    assert isinstance(stage.data.validation, str)
-    validation = TokenDataset(stage.data.validation)
-    num_rows = validation.index.num_documents  # windows of a long context are rows of their own
-    whole = Loader(
-        stage_stream(stage.model_copy(update={"global_batch_size": num_rows}), [WeightedDataset(validation)], 0)
-    )
-    measured: list[float] = []
-    with torch.no_grad():
-        loss = loss_of(whole.step(0, 1, num_rows)[0], measured).item()
-        if not measured:  # by their logits of the rows in file order
-            samples = ValidationSamples(
-                validation, stage.sequence_length, stage.data.attention, objective=stage.objective
-            )
-            rows = [(batch.inputs, row) for batch in samples.batches(0, 1, 1) for row in range(batch.num_rows)]
-            logits = [logits_of(*row)[0].float().numpy() for row in rows]
-            kind = KINDS[stage.objective.name]
-            found = kind.decode(logits, validation, stage.objective).measures()
-            measured.append(found[kind.main_measure.name])
-        return losses, loss, measured[0]
+        return loss
+
+    @torch.no_grad()
+    def main_measure(self, batch: Batch) -> float:
+        """The main measure on a batch of all validation rows: of words and of answers as their kind decodes logits."""
+        given, rows = batch.inputs, examples_of(batch)
+        if self.task == "regression":
+            return self.loss_of(batch).item()
+        if self.task == "classification":
+            logits_BC = torch.cat([self.logits_of(given, row) for row in rows])
+            return (logits_BC.argmax(1) == given["labels_B"][rows]).double().mean().item()
+        stage = self.config.stages[0]
+        assert isinstance(stage.data.validation, str)
+        validation = TokenDataset(stage.data.validation)
+        samples = ValidationSamples(validation, stage.sequence_length, stage.data.attention, objective=stage.objective)
+        in_order = [(one.inputs, row) for one in samples.batches(0, 1, 1) for row in range(one.num_rows)]
+        logits = [self.logits_of(*row)[0].float().numpy() for row in in_order]
+        kind = KINDS[self.task]
+        return kind.decode(logits, validation, stage.objective).measures()[kind.main_measure.name]
+
+
+def examples_of(batch: Batch) -> list[int]:
+    """The rows of a batch that are no padding."""
+    return (batch.samples_B3[:, 0] >= 0).nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(name, marks=pytest.mark.matrix) for name in MORE)])
@@ -234,7 +215,11 @@ def test_losses_are_those_of_transformers_and_torch(tmp_path, case):
     assert {one["code"] for one in found} == {0}
     records = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
-    losses, validation_loss, measured = trained_by_torch(config, steps, tmp_path / "theirs")
+    theirs = Theirs(config)
+    losses, validation = trained_by_torch(config, theirs.model, theirs.gradients), validation_batch(config)
+    with torch.no_grad():
+        validation_loss = theirs.loss_of(validation).item()
+    measured = theirs.main_measure(validation)
     assert [record["loss"] for record in steps] == pytest.approx(losses, abs=TOLERANCE)
     (last,) = [record for record in records if record["step"] == STEPS and "validation_loss" in record]
     assert last["validation_loss"] == pytest.approx(validation_loss, abs=TOLERANCE)

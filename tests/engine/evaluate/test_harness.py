@@ -16,6 +16,7 @@ from engine.evaluate.likelihood import Window, log_likelihoods, text_likelihoods
 from engine.serve.export import export
 from engine.serve.source import open_trained
 from tests.engine.evaluate.conftest import SENTENCES
+from tests.engine.evaluate.harness_task import CHOICE_TASK
 
 pytest.importorskip("lm_eval")
 
@@ -24,20 +25,6 @@ CHOICES = [
     {"context": "A palimpsest is a", "choices": [" page", " river"], "gold": 0},
     {"context": "刮去", "choices": ["旧文", "新文写上"], "gold": 1},
 ]
-TASK = """
-task: tiny_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {path}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{context}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: gold
-target_delimiter: ""
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
-"""
 
 
 def requests(kind: Any, arguments: list[tuple]):
@@ -68,7 +55,7 @@ def test_a_run_answers_as_the_packages_own_class_on_the_exported_folder(run, cau
 
 def test_a_task_of_local_files_is_ranked_by_likelihood(causal, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHOICES))
-    (tmp_path / "task.yaml").write_text(TASK.format(path=tmp_path / "rows.jsonl"))
+    (tmp_path / "task.yaml").write_text(CHOICE_TASK.format(name="tiny_choice", path=tmp_path / "rows.jsonl"))
     state = torch.random.get_rng_state()
     (found,) = harness.run_harness(causal, [str(tmp_path / "task.yaml")])
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -88,7 +75,7 @@ def test_a_task_of_local_files_is_ranked_by_likelihood(causal, tmp_path):
 
 
 def test_what_cannot_be_loaded_is_told_by_name(causal, tmp_path):
-    (tmp_path / "task.yaml").write_text(TASK.format(path=tmp_path / "gone.jsonl"))
+    (tmp_path / "task.yaml").write_text(CHOICE_TASK.format(name="tiny_choice", path=tmp_path / "gone.jsonl"))
     with pytest.raises(ConfigError, match=r"--harness .*task\.yaml"):
         harness.run_harness(causal, [str(tmp_path / "task.yaml")])
     with pytest.raises(ConfigError, match=r"none\.yaml is not there"):
