@@ -83,7 +83,8 @@ class Cells:
 
     def _run(self, cell: Cell) -> Result:
         train, test = cell.task.rows(self._data)
-        train, test = train[: self._limit], test[: self._limit]
+        if self._limit is not None:  # of the first rows alone, training might lack a label that the test has
+            train, test = few(train, self._limit, seed=0), test[: self._limit]
         if cell.num_rows is not None:
             train = few(train, cell.num_rows, cell.seed)
         folder = self._folder / cell.name
