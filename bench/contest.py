@@ -12,6 +12,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import statistics
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -194,12 +195,21 @@ class _Failure:
 
 
 def _run(connection: Connection, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         function(connection, *arguments)
     except BaseException:
         connection.send(_Failure(traceback.format_exc()))
     connection.close()
     os._exit(0)  # no teardown: DeepSpeed's and gloo's threads would be waited for
+
+
+def _end_with_parent() -> None:
+    """End this process once the one that asked for it is gone: killed, it could not end its workers itself."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _contestant(connection: Connection, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:

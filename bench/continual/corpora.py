@@ -1,11 +1,12 @@
 """Texts of the experiments, written as token shards: prose or another corpus first, Python source behind it.
 
-Both domains are about `TEXT_BYTES` large. The standard library's modules give either their source or their docstrings,
-so that nothing of one domain is in the other.
+Both domains are about `TEXT_BYTES` large. The standard library's modules give either their docstrings or their code
+without docstrings and comments: a new domain that repeats the old one's prose would not make a model forget it.
 """
 
 from __future__ import annotations
 
+import ast
 import gzip
 import hashlib
 import json
@@ -24,18 +25,33 @@ TEXT_BYTES = 1_100_000
 DOCUMENT_CHARACTERS = 8_000
 """Longer documents are cut there: a domain of few long ones would have hardly any that differ to be held out."""
 HELD_OUT = 0.1
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+"""Nodes of a syntax tree that may begin with a docstring."""
 
 
 def standard_library(num_bytes: int) -> tuple[list[str], list[str]]:
-    """Return (prose, source): help topics and docstrings of the standard library, and the source of other modules."""
+    """Return (prose, code): help topics and docstrings of the standard library, and the code of other modules."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    (_, source), (_, docstrings) = modules(library, 3 * num_bytes)  # more: most modules are cut
+    (_, source), (_, docstrings) = modules(library, 4 * num_bytes)  # more: most modules are cut, and comments go
     prose = topics() + docstrings
     licence = library / "LICENSE.txt"
     if licence.is_file():
         prose.append((licence.name, licence.read_text(encoding="utf-8")))
     prose.sort(key=lambda document: hashlib.sha256(document[0].encode()).digest())  # mixed, equally on every machine
-    return _cut((text for _, text in prose), num_bytes), _cut((text for _, text in source), num_bytes)
+    return _cut((text for _, text in prose), num_bytes), _cut((code_of(text) for _, text in source), num_bytes)
+
+
+def code_of(source: str) -> str:
+    """Return a module's code without docstrings and comments; nothing where it does not parse."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return ""
+    for node in ast.walk(tree):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
+            node.body = node.body or [ast.Pass()]
+    return ast.unparse(ast.fix_missing_locations(tree))
 
 
 def read_texts(path: Path, num_bytes: int) -> list[str]:

@@ -14,12 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from bench.contest import Worker
+from bench.finetune.ablations import switch_of, train_ablated
 from bench.finetune.encoder import Encoder
 from bench.finetune.ours import train_ours
-from bench.finetune.sets import Row, TaskSet, few
+from bench.finetune.relations import Row
+from bench.finetune.sets import TaskSet, few
 from bench.finetune.theirs import train_theirs
 from engine.atomic import write_atomically
 
@@ -35,12 +37,15 @@ class Cell:
     side: Side
     seed: int
     num_rows: int | None = None
+    switch: str | None = None
+    """Guard against overfitting, of `bench.finetune.ablations`. None means the plain recipe."""
 
     @property
     def name(self) -> str:
         """Name of its file and folder."""
         rows = "all" if self.num_rows is None else str(self.num_rows)
-        return f"{self.task.name}-{self.side.replace(' ', '-')}-{rows}-seed-{self.seed}"
+        parts = [self.task.name, self.side, rows, *([self.switch] if self.switch else []), f"seed-{self.seed}"]
+        return "-".join(parts).replace(" ", "-")
 
 
 @dataclass(frozen=True)
@@ -111,9 +116,12 @@ def _train(connection: Connection, cell: Cell, start: str, files: tuple[str, str
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
-    train = train_theirs if cell.side == "Trainer" else train_ours
+    task, run = cell.task.for_rows(num_rows), folder / "run"
     before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-    measures: dict[str, Any] = train(cell.task.for_rows(num_rows), start, files, folder / "run", cell.seed)
+    if cell.switch is not None:
+        measures = train_ablated(task, start, files, run, cell.seed, switch_of(cell.switch))
+    else:
+        measures = (train_theirs if cell.side == "Trainer" else train_ours)(task, start, files, run, cell.seed)
     used, wall = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter() - began
     numbers = {name: value for name, value in measures.items() if isinstance(value, float)}
     connection.send((numbers, used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime, wall))

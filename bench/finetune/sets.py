@@ -11,10 +11,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from bench.finetune.relations import Row, relations_of
 from engine.config.schema.objective import ObjectiveName
 from engine.errors import DataError
 
-Row = dict[str, Any]
 TRAIN_SHARE = 0.8
 """Share of the contexts of XQuAD, which has no training half, that are trained on."""
 FEWEST_STEPS = 60
@@ -36,6 +36,8 @@ class TaskSet:
     length: int
     """Tokens of a row at most."""
     has_bar: bool = True
+    has_relations: bool = False
+    """True if the rows are relations, derived from the entities of the files (`bench.finetune.relations`)."""
     epochs: int = 3
     batch: int = 32
     learning_rate: float = 3e-4
@@ -44,7 +46,8 @@ class TaskSet:
         """Return (training rows, test rows). Raises `DataError` where a file is missing or damaged."""
         rows = _read(data / self.train)
         if self.test is not None:
-            return rows, _read(data / self.test)
+            test = _read(data / self.test)
+            return relations_of(rows, test) if self.has_relations else (rows, test)
         contexts = sorted({row["context"] for row in rows})
         random.Random(0).shuffle(contexts)
         trained = {*contexts[: round(TRAIN_SHARE * len(contexts))]}
@@ -73,6 +76,10 @@ SETS = (
     _task("chnsenticorp", "classification", "accuracy", 128),
     _task("wikigold", "token_classification", "f1", 96, epochs=8),
     _task("wnut17", "token_classification", "f1", 96, has_bar=False, epochs=5),
+    replace(
+        _task("wikigold", "classification", "accuracy", 96, epochs=8, has_bar=False, has_relations=True),
+        name="relations",
+    ),
     _xquad("en"),
     _xquad("zh"),
 )

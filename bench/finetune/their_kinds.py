@@ -17,7 +17,8 @@ from transformers import (
     DataCollatorWithPadding,
 )
 
-from bench.finetune.sets import Row, TaskSet
+from bench.finetune.relations import Row, marked_text
+from bench.finetune.sets import TaskSet
 from bench.finetune.theirs import Prepared
 from engine.tasks.measures import of_entities, of_labels
 from engine.tasks.squad_measures import exact_match, f1
@@ -31,7 +32,8 @@ def _classification(task: TaskSet, start: str, tokenizer: Any, train: list[Row],
     labels = sorted({row["label"] for row in train})
 
     def encoded(rows: list[Row]) -> list[dict[str, Any]]:
-        found = tokenizer([row["text"] for row in rows], truncation=True, max_length=task.length)
+        texts = [marked_text(row) if task.has_relations else row["text"] for row in rows]
+        found = tokenizer(texts, truncation=True, max_length=task.length)
         numbers = [labels.index(row["label"]) for row in rows]
         return [
             {name: values[number] for name, values in found.items()} | {"labels": label}

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from bench.finetune.ours import BETA2, CLIP, EPSILON, WARMUP_SHARE, WEIGHT_DECAY
-from bench.finetune.sets import Row, TaskSet
+from bench.finetune.relations import Row
+from bench.finetune.sets import TaskSet
 
 
 class Encoded(torch.utils.data.Dataset):

@@ -7,14 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.finetune import ablations
 from bench.finetune import cells as module
-from bench.finetune.__main__ import cells_of
+from bench.finetune.__main__ import ablation_cells, cells_of
 from bench.finetune.cells import Cell, Cells, Result, Side
 from bench.finetune.encoder import Encoder, Size
+from bench.finetune.ours import run_file
+from bench.finetune.relations import OTHER, marked_text, relations_of
 from bench.finetune.report import OURS, RANDOM, THEIRS, bars, summarize, table
 from bench.finetune.sets import SETS, few
 from bench.finetune.their_kinds import best_span, first_tokens
-from engine.errors import DataError
+from engine.errors import ConfigError, DataError
+from engine.tasks.relations import marked
 
 SST2 = next(task for task in SETS if task.name == "sst2")
 
@@ -105,6 +109,51 @@ def test_a_finished_cell_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Mo
     (encoder.pretrained / "model.safetensors").write_bytes(b"others")
     Cells(tmp_path, tmp_path / "cells", encoder).run(planned, 1)
     assert len(ran) == 7
+
+
+def test_relations_are_pairs_of_neighbouring_entities() -> None:
+    row = {
+        "tokens": ["Ann", "Lee", "left", "Rome", "for", "IBM", "Ltd"],
+        "tags": ["I-PER", "I-PER", "O", "I-LOC", "O", "I-ORG", "I-ORG"],
+    }
+    lonely = {"tokens": ["Ann", "slept"], "tags": ["I-PER", "O"]}
+    train, test = relations_of([row, lonely] * 20, [row, {"tokens": ["Rome", "Ann"], "tags": ["I-LOC", "I-PER"]}])
+    assert len(train) == 40
+    assert [(marked_text(one), one["label"]) for one in train[:2]] == [
+        ("@ Ann Lee @ left # Rome # for IBM Ltd", "PER-LOC"),
+        ("Ann Lee left @ Rome @ for # IBM Ltd #", "LOC-ORG"),
+    ]
+    assert [one["label"] for one in test] == ["PER-LOC", "LOC-ORG", OTHER], "a pair that training does not have"
+
+
+def test_both_sides_see_the_same_marks() -> None:
+    row = {"text": "Ann left Rome .", "head": {"start": 0, "end": 3}, "tail": {"start": 9, "end": 13}, "label": "x"}
+    text, _ = marked("rows", 1, row, ("head", "tail"), row["text"])
+    assert marked_text(row) == text == "@ Ann @ left # Rome # ."
+
+
+def test_each_ablation_changes_one_thing(tmp_path: Path) -> None:
+    trees = {}
+    for switch in ablations.SWITCHES:
+        tree = run_file(ablations.SET, "start", ("train", "test"), tmp_path, seed=1)
+        trees[switch.name] = json.dumps(ablations.changed(tree, switch, 16), sort_keys=True)
+    plain = trees.pop("nothing")
+    assert [name for name, tree in trees.items() if tree == plain] == ["ensemble of 3"], "several runs of it"
+    assert len({*trees.values()}) == len(trees)
+    assert len({cell.name for cell in ablation_cells(3)}) == 3 * len(ablations.SWITCHES)
+    with pytest.raises(ConfigError, match="choose from these"):
+        ablations.switch_of("prayer")
+
+
+def test_an_ensemble_is_scored_by_its_mean_probabilities() -> None:
+    one, other = np.log([[0.9, 0.1], [0.4, 0.6]]), np.log([[0.3, 0.7], [0.5, 0.5]])
+    found = ablations.score([one, other], np.array([0, 0]))
+    # means (0.6, 0.4) and (0.45, 0.55)
+    assert found["accuracy"] == 0.5
+    assert found["loss"] == pytest.approx(-(np.log(0.6) + np.log(0.45)) / 2)
+    assert ablations.table({"nothing": [{"accuracy": 0.5, "loss": 0.7}, {"accuracy": 0.6, "loss": 0.6}]}).endswith(
+        "| nothing | 55.0 (50.0 to 60.0) | 0.650 (0.600 to 0.700) |"
+    )
 
 
 def test_a_folder_without_the_sets_is_said(tmp_path: Path) -> None:
