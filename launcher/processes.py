@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.variables import JOB, RUN_FOLDER
 
-PROC = Path("/proc")
+YOUNG_SECONDS = 10.0
+"""Seconds for which the environment of a new process may still change: it is that of its parent until its exec."""
+AGAIN_SECONDS = 10.0
+"""Seconds between two looks at the processes that are older than that and have no mark."""
 _JOB = f"{JOB}=".encode()
 
 
@@ -40,27 +44,67 @@ def of_run(folder: Path) -> list[Process]:
 
 def with_variable(variable: str) -> list[Process]:
     """Return every live process of this user that was started with this `NAME=value`, this process excepted."""
-    return [process for entry in _others() if (process := _read(entry, variable.encode())) is not None]
+    return [process for pid in _others() if (process := _read(pid, variable.encode())) is not None]
+
+
+class Watch:
+    """The processes of this user that were started with one `NAME=value`, for a look twice a second.
+
+    To read every environment each time costs several percent of a core on a node with some hundred processes. What has
+    been there for a while without the mark is therefore read again only now and then.
+    """
+
+    def __init__(self, variable: str) -> None:
+        self._variable = variable.encode()
+        self._unmarked: dict[int, float] = {}
+        """Process without the mark -> time at which it was seen first."""
+        self._next_whole_look = 0.0
+
+    def look(self) -> list[Process]:
+        """Return every live process with the mark, this process excepted.
+
+        One that got its mark by an exec long after its start may be missing for `AGAIN_SECONDS`.
+        """
+        now = time.monotonic()
+        whole = now >= self._next_whole_look
+        if whole:
+            self._next_whole_look = now + AGAIN_SECONDS
+        found: list[Process] = []
+        unmarked: dict[int, float] = {}
+        for pid in _others():
+            since = self._unmarked.get(pid, now)
+            process = _read(pid, self._variable) if whole or now - since < YOUNG_SECONDS else None
+            if process is None:
+                unmarked[pid] = since
+            else:
+                found.append(process)
+        self._unmarked = unmarked
+        return found
+
+
+def watch_job(job: str) -> Watch:
+    """Return a watch over the processes that are started with this job's name."""
+    return Watch(f"{JOB}={job}")
 
 
 def by_job() -> dict[str, list[int]]:
     """Return the process ids of this user that belong to jobs of `palimpsest launch`, by job, this process excepted."""
     found: dict[str, list[int]] = {}
-    for entry in _others():
+    for pid in _others():
         try:
-            variables = (entry / "environ").read_bytes().split(b"\0")
+            variables = _environment(pid).split(b"\0")
         except OSError:  # another user's, or gone
             continue
         jobs = [value.partition(b"=")[2].decode(errors="replace") for value in variables if value.startswith(_JOB)]
         if jobs:
-            found.setdefault(jobs[0], []).append(int(entry.name))
+            found.setdefault(jobs[0], []).append(pid)
     return found
 
 
-def _others() -> Iterator[Path]:
-    """Yield `/proc/PID` of every process but this one."""
+def _others() -> Iterator[int]:
+    """Yield the id of every process but this one."""
     own = os.getpid()
-    return (entry for entry in PROC.iterdir() if entry.name.isdigit() and int(entry.name) != own)
+    return (int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != own)
 
 
 def ranks(processes: list[Process]) -> list[Process]:
@@ -83,28 +127,35 @@ def send(processes: list[Process], number: signal.Signals) -> None:
 def state_of(pid: int) -> str:
     """Return the kernel's letter for a process's state (R, S, D, T, ...); X where it is gone."""
     try:
-        return _state_and_parent(PROC / str(pid))[0]
+        return _state_and_parent(pid)[0]
     except (OSError, ValueError):
         return "X"
 
 
-def _state_and_parent(entry: Path) -> tuple[str, str]:
+def _environment(pid: int) -> bytes:
+    # unbuffered, and without a Path: this is read for every process of the node
+    with open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
+        return file.read()
+
+
+def _state_and_parent(pid: int) -> tuple[str, str]:
     # the name in parentheses may hold blanks and parentheses: what follows the last one is state, parent, ...
-    state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+    state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
     return state, parent
 
 
-def _read(entry: Path, variable: bytes) -> Process | None:
-    """Return the process behind `/proc/PID`; None where it is another user's, lacks this variable, or is gone."""
+def _read(pid: int, variable: bytes) -> Process | None:
+    """Return a process; None where it is another user's, lacks this variable, or is gone."""
     try:
-        variables = (entry / "environ").read_bytes().split(b"\0")
-        if variable not in variables:
+        environment = _environment(pid)
+        # The bytes first: to split every environment of a node costs more than to read it.
+        if variable not in environment or variable not in (variables := environment.split(b"\0")):
             return None
-        state, parent = _state_and_parent(entry)
+        state, parent = _state_and_parent(pid)
     except (OSError, ValueError):
         return None
     # A zombie has ended and only waits for its parent to read the exit code; signals do nothing to it.
     if state in "ZX":
         return None
     own = [value[5:] for value in variables if value.startswith(b"RANK=")]
-    return Process(int(entry.name), int(parent), int(own[0]) if own and own[0].isdigit() else None)
+    return Process(pid, int(parent), int(own[0]) if own and own[0].isdigit() else None)

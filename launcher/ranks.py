@@ -65,6 +65,9 @@ class LocalRanks:
     _killed_before: int = field(default_factory=kernel.num_killed_for_memory)
     _beats: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="palimpsest-", dir=_memory())))
 
+    def __post_init__(self) -> None:
+        self._watch = processes.watch_job(self.owned.start.job)
+
     def start(self) -> None:
         """Start the commands; the first one's output is shown."""
         log_folder = self.owned.path / "logs"
@@ -81,7 +84,7 @@ class LocalRanks:
         own = next((one for one in said if one is not None and one.is_of(start.job, start.attempt)), None)
         codes = [(child, child.popen.poll()) for child in self._children]
         ends = tuple(End(child.name, code) for child, code in codes if code is not None)
-        marked = processes.marked(start.job)
+        marked = self._watch.look()
         return View(
             ends=ends,
             all_ended=len(ends) == len(self._children),

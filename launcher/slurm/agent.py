@@ -67,19 +67,23 @@ class Attempt:
     """Global ranks of this node."""
     killed_before: int = field(default_factory=kernel.num_killed_for_memory)
 
+    def __post_init__(self) -> None:
+        self._mark = f"{MARK}={self.job}.{self.number}"
+        self._watch = processes.Watch(self._mark)
+
     @property
     def beats(self) -> Path:
         return beats_folder(self.job, self.number)
 
     def processes(self) -> list[processes.Process]:
         """Return the processes of the ranks, and those that these have started."""
-        return processes.with_variable(f"{MARK}={self.job}.{self.number}")
+        return processes.with_variable(self._mark)
 
     def status(self) -> wire.Message:
         """Return what the conductor is told, twice a second."""
         # The outcome first: ranks are then seen as they were after it was written.
         aside = outcome.read(self.beats)
-        alive = [process.global_rank for process in processes.ranks(self.processes())]
+        alive = [process.global_rank for process in processes.ranks(self._watch.look())]
         beats = {rank: heartbeat.read(self.beats, rank) for rank in self.ranks}
         return {
             "attempt": self.number,
