@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from engine import logs
 from engine.config.schema.run import RunConfig
 from engine.errors import EnvironmentProblem
 from launcher.node_checks import Finding, Needs
@@ -53,9 +54,10 @@ class Fitness:
             node.checked = None
             node.line.send({"do": "check", "needs": to_json(needs)})
         deadline = time.monotonic() + CHECK_SECONDS
-        while any(node.checked is None and not node.lost for node in nodes) and time.monotonic() < deadline:
-            self.agents.live()
-            self.agents.wait_for_change(0.1)
+        with logs.phase("checking the nodes"):
+            while any(node.checked is None and not node.lost for node in nodes) and time.monotonic() < deadline:
+                self.agents.live()
+                self.agents.wait_for_change(0.1)
         reports = {node.name: NodeReport.from_json(node.checked["report"]) for node in nodes if node.checked}
         self.unfit = {}
         for name, report in reports.items():

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from engine.config.resolve import check
 from engine.config.schema.run import RunConfig
-from engine.errors import ConfigError
+from engine.errors import ConfigError, report
 from engine.plan.elastic import World
+from engine.plan.frozen import check_patterns
 from engine.plan.hardware import Accelerator
 from engine.plan.shrink import UNKNOWN, world_for
 
@@ -58,12 +60,17 @@ def usable_nodes(run: RunConfig, min_nodes: int, max_nodes: int, per_node: int) 
     """Return the valid numbers of nodes within the range that a job asks for.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or the run starts on no number of nodes at all; the second says why.
     """
+    cannot = "this run cannot start on any number of nodes"
+    if problems := check_patterns(run):
+        raise report(problems, cannot)
     valid = [number for number in valid_nodes(run, max_nodes, per_node) if number >= min_nodes]
     if not valid:
         # Some more than were asked for: the batch may need a few nodes more, or fewer.
         others = valid_nodes(run, 2 * max_nodes, per_node)
+        if not others and (problems := check(run)):
+            raise report(problems, cannot)
         nodes = str(min_nodes) if min_nodes == max_nodes else f"{min_nodes}-{max_nodes}"
         raise ConfigError(
             f"--nodes = {nodes} with {per_node} ranks each make no world in which this run can start",

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine import outcome
+from engine import logs, outcome
 from engine.errors import EnvironmentProblem
 from engine.heartbeat import Beat
 from engine.outcome import Outcome
@@ -72,7 +72,8 @@ class AgentRanks:
         for position, node in enumerate(self.nodes):
             ranks = self._ranks_of(position)
             node.line.send({"do": "prepare", "attempt": number, "ranks": [ranks.start, ranks.stop]})
-        missing = self._await(lambda node: (node.ready or {}).get("attempt") == number, PREPARE_SECONDS)
+        with logs.phase("waiting for the nodes to get ready"):
+            missing = self._await(lambda node: (node.ready or {}).get("attempt") == number, PREPARE_SECONDS)
         if missing and not any(node.lost for node in missing):
             raise EnvironmentProblem(
                 f"node {missing[0].name} does not get ready for attempt {number}",
@@ -124,7 +125,8 @@ class AgentRanks:
         for node in self.nodes:
             node.seen = None
         self._tell_all({"do": "look", "silent": silent_seconds})
-        self._await(lambda node: node.seen is not None, STACKS_SECONDS)
+        with logs.phase("taking the stacks of all ranks"):
+            self._await(lambda node: node.seen is not None, STACKS_SECONDS)
         return [diagnosis.from_json(found) for node in self.nodes for found in node.seen or []]
 
     def end(self) -> tuple[tuple[End, ...], Outcome | None]:

@@ -22,6 +22,8 @@ REFUSED_SECONDS = 120.0
 AGAIN_SECONDS = 2.0
 """Seconds between two tries."""
 _REFUSAL = re.compile(r"^srun: error: (Unable to (?:create step|confirm allocation).*)$", re.MULTILINE)
+_WAIT = re.compile(r"^srun: (?:error: )?(.*\bretrying\b.*)$", re.MULTILINE)
+"""srun tries again by itself, without end: nodes are busy with another step, or the controller does not answer."""
 
 _log = logs.logger(__name__)
 
@@ -34,12 +36,15 @@ class Step:
         self._command, self._environment, self._log = command, environment, log
         self._give_up_at = time.monotonic() + REFUSED_SECONDS
         self._again_at: float | None = None
-        self._told = False
+        self._told = self._told_of_wait = False
         self._start()
 
     def poll(self) -> int | None:
         """Return the step's exit code; None while it runs, or is to be started again."""
         code, now = self._srun.poll(), time.monotonic()
+        if code is None and not self._told_of_wait and (found := _WAIT.search(self._said())) is not None:
+            _log.warning("%s: Slurm does not start the step yet", found[1])
+            self._told_of_wait = True
         if code is None or code == 0 or (self._again_at is None and not self._is_refused(now)):
             return code
         if self._again_at is None:
@@ -80,15 +85,19 @@ class Step:
 
     def _is_refused(self, now: float) -> bool:
         """Return True if Slurm has refused the step and it is not too late to ask again; tell it once."""
-        try:
-            with self._log.open("rb") as file:
-                file.seek(self._said_before)
-                found = _REFUSAL.search(file.read(1 << 16).decode(errors="replace"))
-        except OSError:
-            return False
+        found = _REFUSAL.search(self._said())
         if found is None:
             return False
         if not self._told:
             _log.warning("%s; trying again for %.0f s", found[1], REFUSED_SECONDS)
         self._told = True
         return now < self._give_up_at
+
+    def _said(self) -> str:
+        """Return the beginning of what this srun has said: ranks write to files of their own."""
+        try:
+            with self._log.open("rb") as file:
+                file.seek(self._said_before)
+                return file.read(1 << 16).decode(errors="replace")
+        except OSError:
+            return ""

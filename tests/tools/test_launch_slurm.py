@@ -160,6 +160,25 @@ def test_a_run_is_submitted_once(
 
 
 @pytest.mark.parametrize("command", ["launch", "preflight"])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ('stages.0.freeze=["layers.99.*"]', "stages.0.freeze: the pattern 'layers.99.*' matches no parameter"),
+        ("stages.0.sequence_length=4096", "stages.0.sequence_length = 4096"),
+    ],
+)
+def test_a_run_that_starts_nowhere_does_not_wait_in_the_queue(
+    command: str, override: str, message: str, sbatch: Sbatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The reason is the run's own, so the number of nodes is not blamed."""
+    assert cli.main([command, SMOKE, override, "--launcher", "slurm", "--nodes", "2", "--gpus-per-node", "2"]) == 2
+    error = capfd.readouterr().err
+    assert f"this run cannot start on any number of nodes: {message}" in error
+    assert "--nodes" not in error
+    assert not sbatch.asked
+
+
+@pytest.mark.parametrize("command", ["launch", "preflight"])
 def test_a_folder_that_cannot_be_written(
     command: str, sbatch: Sbatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

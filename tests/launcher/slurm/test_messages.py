@@ -10,7 +10,7 @@ import pytest
 from tests.readme import REPOSITORY
 
 RAISED = ("ConfigError", "EnvironmentProblem", "NotOurs", "ControllerAway")
-TOLD = ("say", "tell", "warning")
+TOLD = ("say", "tell", "warning", "phase")
 GAP = "\0"
 """Stands for what is put into a message."""
 FEWEST_LETTERS = 8

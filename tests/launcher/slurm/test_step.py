@@ -45,6 +45,29 @@ def test_a_refused_step_is_started_again(tmp_path: Path, caplog: pytest.LogCaptu
     assert caplog.text.count("Memory required by task is not available; trying again for 120 s") == 1
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "srun: Job 7 step creation temporarily disabled, retrying (Requested nodes are busy)",
+        "srun: error: Slurm controller not responding, sleeping and retrying.",
+    ],
+)
+def test_a_step_that_srun_keeps_waiting_for_is_told(
+    words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = step(tmp_path, f"echo '{words}' >&2; until [ -e {tmp_path}/free ]; do sleep 0.05; done; exit 4")
+    deadline = time.monotonic() + 60
+    while not caplog.text:
+        assert one.poll() is None
+        assert time.monotonic() < deadline, "nothing is told"
+    said = words.removeprefix("srun: ").removeprefix("error: ")
+    assert f"{said}: Slurm does not start the step yet" in caplog.text
+    assert one.poll() is None
+    (tmp_path / "free").touch()
+    assert end(one) == 4
+    assert caplog.text.count("retrying") == 1, "once"
+
+
 @pytest.mark.parametrize("words", ["srun: error: node2: task 1: Exited with exit code 137", ""])
 def test_a_step_that_fails_is_not_started_again(words: str, tmp_path: Path) -> None:
     # What an earlier step has left in the log says nothing about this one.
