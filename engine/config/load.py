@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from engine.config.paths import expand, expand_keys
+from engine.config.save import FILE
 from engine.config.schema.run import RunConfig
 from engine.config.schema.section import Section
 from engine.errors import ConfigError, PalimpsestError, report
@@ -40,15 +41,28 @@ def load_run(
     """Return the configuration in `path` with the command line's overrides, validated field by field.
 
     Rules that join fields are `engine.config.resolve.check`. `model_of` gives the keys of the model in the source that
-    `init_from` names, for a file that leaves `model` out, or gives its dropout or adapter alone.
+    `init_from` names, for a file that leaves `model` out, or gives its dropout or adapter alone. A run that has begun
+    goes on without its source.
 
     Raises:
         ConfigError: the file is missing or no YAML, or any key or value is wrong (all of them in one report).
     """
     tree = read_overridden(path, overrides)
     if model_of is not None and (source := _source_of_model(tree)) is not None:
-        tree["model"] = model_of(source) | tree.get("model", {})
+        tree["model"] = _found_model(source, tree, model_of) | tree.get("model", {})
     return parse_run(tree, str(path))
+
+
+def _found_model(source: str, tree: Tree, model_of: Callable[[str], Tree]) -> Tree:
+    """Return the model in a source, or that in the run's folder where the source is gone: the run has begun from it."""
+    try:
+        return model_of(source)
+    except PalimpsestError:
+        noted = Path(str(tree.get("folder"))).expanduser() / FILE
+        model = read_tree(noted).get("model") if noted.is_file() else None
+        if not isinstance(model, dict):
+            raise
+        return model
 
 
 def _source_of_model(tree: Tree) -> str | None:

@@ -159,11 +159,13 @@ def launch(
     fault: dict[str, Any] | None = None,
     hold_at: int = HOLD_AT,
     env: dict[str, str] | None = None,
+    model_of: Path | None = None,
     **changes: Any,
 ) -> Launch:
     """Submit a run with one rank per node. Ranks wait for `Launch.go` once they have done `hold_at` steps.
 
-    `fault` is one of those of `tests.slurm.stand_in`.
+    `fault` is one of those of `tests.slurm.stand_in`. With `model_of` the run starts from the weights in that folder,
+    and its file has no `model`.
     """
     shared, run = cluster.folder, cluster.folder / "run"
     if not (shared / "corpus").exists() and not stand_ins:
@@ -184,7 +186,11 @@ def launch(
         "signal_seconds": 100,
     }
     (shared / "site.yaml").write_text(json.dumps(site))
-    (shared / "RUN.yaml").write_text(json.dumps(tree(shared / "corpus", run, **changes)))
+    ordinary = tree(shared / "corpus", run, **changes)
+    if model_of is not None:
+        ordinary["init_from"] = str(model_of)
+        del ordinary["model"]
+    (shared / "RUN.yaml").write_text(json.dumps(ordinary))
     done = cluster.run(
         PYTHON_PATH, "-m", "engine.cli", "launch", str(shared / "RUN.yaml"), "--launcher", "slurm",
         "--site", str(shared / "site.yaml"), "--nodes", nodes, *options, cwd=ROOT, env=env,

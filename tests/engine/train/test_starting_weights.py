@@ -140,6 +140,13 @@ def test_a_run_file_may_leave_the_model_out(theirs, tmp_path):
     assert (found.init_from.path, found.init_from.missing) == (str(theirs), "error")
     with pytest.raises(ConfigError):
         load_run(path)
+    # the source is gone: the run goes on with the model that it has noted, and another one does not begin
+    found.folder.mkdir()
+    save_run(found, found.folder)
+    theirs.rename(tmp_path / "moved")
+    assert load_run(path, [], model_of).model == found.model
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        load_run(path, [f"folder={tmp_path}/new"], model_of)
 
 
 @pytest.mark.parametrize("to", ["dcp", "universal", "deepspeed"])
