@@ -73,6 +73,11 @@ def is_supervised(environ: Environ) -> bool:
     return bool(environ.get(LAUNCHER))
 
 
+def shares_store_of_agents(environ: Environ) -> bool:
+    """Return True under a torchrun whose agents meet by themselves (c10d), and whose restarts nobody else counts."""
+    return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not is_supervised(environ)
+
+
 def run_folder(path: Path, environment: RankEnvironment, environ: Environ) -> RunFolder:
     """Return the run folder as this rank sees it; not taken yet."""
     meeting = f"{environment.master_addr}:{environment.master_port}"

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +34,14 @@ from engine.run_folder import RunFolder
 from engine.switch_files import refuse_stopped
 from engine.train.signals import StopSignals
 from launcher.devices import multiplies_bf16, num_gpus
-from launcher.environment import export, hidden_overrides, is_supervised, rank_environment, run_folder
+from launcher.environment import (
+    export,
+    hidden_overrides,
+    is_supervised,
+    rank_environment,
+    run_folder,
+    shares_store_of_agents,
+)
 from launcher.extensions import prepare_extensions
 from launcher.meeting_point import check_meeting_point
 from launcher.rank_watcher import heartbeat_folder, start_watcher
@@ -119,6 +126,7 @@ def _run(
         raise
     path = run.folder if run is not None else path
     assert path is not None, "a run has a folder, and without one `load` has made the run"
+    environment = _with_agreed_attempt(environment, path)
     with run_folder(path, environment, os.environ) as folder:
         try:
             _enter(folder, environment)
@@ -146,6 +154,26 @@ def _note_failure(folder: RunFolder, environment: RankEnvironment, error: Except
             # others say enough to be found if they fail alone.
             time.sleep(RANK_0_FIRST_SECONDS)
     folder.note_failure(Outcome(environment.job, environment.attempt, code, 0, environment.global_rank, words))
+
+
+def _with_agreed_attempt(environment: RankEnvironment, path: Path) -> RankEnvironment:
+    """Return the environment with an attempt on which the ranks of a torchrun agree. Collective over the world.
+
+    The attempt is above all of the job that have saved in the run folder `path`. Under other launchers the ranks are
+    told the same number, and the environment is returned as it is.
+
+    Raises:
+        EnvironmentProblem: the ranks did not all arrive.
+    """
+    if not shares_store_of_agents(os.environ):
+        return environment
+    with logs.phase("importing torch"):
+        from engine.checkpoint.folder import CHECKPOINTS, owner_of
+        from engine.parallel.groups import attempt_under_torchrun
+    before = owner_of(path / CHECKPOINTS)
+    least = before.attempt + 1 if before is not None and before.job == environment.job else 0
+    with logs.phase(f"agreeing with {environment.world_size - 1} other ranks on the attempt"):
+        return replace(environment, attempt=attempt_under_torchrun(environment, max(environment.attempt, least)))
 
 
 def _enter(folder: RunFolder, environment: RankEnvironment) -> None:

@@ -20,6 +20,7 @@ from engine.config.rank_environment import RankEnvironment
 from engine.config.resolve import Layout
 from engine.config.schema.run import LaunchConfig
 from engine.errors import EnvironmentProblem
+from engine.parallel.attempts import agree_on_attempt
 from engine.parallel.axes import Axis, Coordinates, Grid
 
 LIMIT_SECONDS = LaunchConfig().collective_limit_seconds
@@ -105,22 +106,47 @@ def connect(
     try:
         store = store if store is not None else _store(environment, limit)
         store.set_timeout(limit)
-        # torchrun's store outlives a restart of its workers: a prefix per restart hides the keys of the last one.
-        agree(_within(f"palimpsest/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store))
+        # torchrun's store outlives a restart of its workers: a prefix per attempt hides the keys of the last one.
+        own = _within(f"palimpsest/{environment.attempt}", store)
+        agree(own)
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
-            store=_within("default_pg", store),
+            store=_within("default_pg", own),
             rank=environment.global_rank,
             world_size=environment.world_size,
             timeout=limit,
         )
     except (RuntimeError, ValueError) as error:
-        raise EnvironmentProblem(
-            f"rank {environment.global_rank} of {environment.world_size} could not meet the others at "
-            f"{environment.master_addr}:{environment.master_port}: {error}",
-            "all ranks reach that host and port",
-            "check the address, the port and the network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)",
-        ) from error
+        raise _unreachable(environment, error) from error
+
+
+def attempt_under_torchrun(environment: RankEnvironment, least: int, limit_seconds: float = LIMIT_SECONDS) -> int:
+    """Return the number of this attempt, on which the ranks of a torchrun agree (`engine.parallel.attempts`).
+
+    Collective over the world.
+
+    Raises:
+        EnvironmentProblem: the ranks did not all arrive.
+    """
+    if environment.world_size == 1:
+        return least
+    limit = timedelta(seconds=limit_seconds)
+    try:
+        store = _store(environment, limit)
+        store.set_timeout(limit)
+        given = (environment.global_rank, environment.world_size, least, limit_seconds)
+        return agree_on_attempt(_within("palimpsest/attempts", store), *given)
+    except (RuntimeError, ValueError) as error:
+        raise _unreachable(environment, error) from error
+
+
+def _unreachable(environment: RankEnvironment, error: Exception) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"rank {environment.global_rank} of {environment.world_size} could not meet the others at "
+        f"{environment.master_addr}:{environment.master_port}: {error}",
+        "all ranks reach that host and port",
+        "check the address, the port and the network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)",
+    )
 
 
 def _store(environment: RankEnvironment, limit: timedelta) -> Any:

@@ -13,16 +13,15 @@ from typing import Any
 
 from engine import cli
 from engine.train.trainer import Trainer
-from launcher.environment import rank_environment
 from tests.slurm.hold import Hold
 
 
 def main() -> int:
-    hold = Hold(os.environ, rank_environment(os.environ))
     fit = Trainer.fit
 
     def fit_with_hold(trainer: Trainer) -> int:
-        train = trainer.pipeline.train
+        # The number of the attempt is the one on which the ranks have agreed, not that of the environment.
+        train, hold = trainer.pipeline.train, Hold(os.environ, trainer.checkpoints.environment)
 
         def train_with_hold(*arguments: Any) -> Any:
             wait_for_writing(trainer)

@@ -17,6 +17,7 @@ from engine.config.load import merge
 from engine.train.metrics import read_metrics
 from tests.distributed.runs import run_tree, write_corpus
 from tests.slurm.cluster import Cluster, MakeCluster
+from tests.slurm.hold import FOLDER, HOLD_AT
 from tests.slurm.launchers import line, reason_to_skip
 
 NUM_STEPS = 4
@@ -90,6 +91,29 @@ def test_two_nodes_train_bitwise_as_one(
     assert (found.code, found.step) == (0, NUM_STEPS)
     if launcher == "pmix":
         assert "MPI rank 1 of 2" in steady_cluster.output(job)
+
+
+@matrix
+def test_restarts_that_one_agent_of_torchrun_counts_are_one_attempt(
+    steady_cluster: Cluster, write_run: WriteRun, on_one_node: list[float]
+) -> None:
+    """A rank of each node is killed in turn: every agent counts one restart of two, but ranks meet as one attempt."""
+    shared, folder = steady_cluster.folder / "restarts", steady_cluster.folder / "restarts/run"
+    shared.mkdir()
+    run = write_run(checkpoint={"every_steps": 1})
+    script = line("torchrun", "tests.slurm.rank", run, f"folder={folder}").replace(" -m", " --max-restarts=2 -m", 1)
+    job = steady_cluster.sbatch(script, "--nodes=2", "--exclusive", env=CPU | {FOLDER: str(shared), HOLD_AT: "2"})
+    for attempt, node in enumerate(("node2", "node1")):
+        files = [shared / f"at-{rank}.{attempt}" for rank in (0, 1)]
+        steady_cluster.wait_for(lambda files=files: all(map(Path.exists, files)), f"no attempt {attempt}", timeout=400)
+        # Of the rank, not of torchrun, whose command line has the module's name, too.
+        steady_cluster.run("pkill", "-KILL", "-f", "python[0-9.]* -u -m tests.slurm.ran[k]", on=node)
+    (shared / "go").touch()
+    assert steady_cluster.wait_job(job, timeout=600) == "COMPLETED", steady_cluster.output(job)
+    found = outcome.read(folder)
+    assert found is not None
+    assert (found.code, found.attempt, found.step) == (0, 2, NUM_STEPS)
+    assert losses(folder) == on_one_node
 
 
 def test_a_rank_with_another_learning_rate_ends_all(steady_cluster: Cluster, write_run: WriteRun) -> None:
