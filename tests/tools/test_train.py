@@ -11,6 +11,7 @@ import pytest
 
 import tools.train
 from engine import outcome
+from engine.config.rank_environment import RankEnvironment
 from engine.errors import EXIT_DONE, EXIT_REQUEUE
 from engine.outcome import Outcome
 from tests.tools.folder_in_use import contents, held
@@ -113,3 +114,30 @@ def test_signals_after_a_run_has_saved_do_not_change_its_exit_code(
     monkeypatch.setattr(tools.train, "_run", lambda *_: code)
     assert tools.train.start(tmp_path / "run.yaml", []) == code
     assert (signal.getsignal(signal.SIGTERM) is signal.SIG_IGN) == ignored
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        ({}, 2),
+        ({"job": "x7", "attempt": 1}, 2),
+        ({"job": "x7", "attempt": 5}, 6),
+        ({"job": "x8", "attempt": 5}, 2),
+    ],
+    ids=["new", "older", "newer", "of another job"],
+)
+def test_an_attempt_under_torchrun_is_above_those_that_have_saved(
+    before: dict[str, object], expected: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The agent of this rank has counted two restarts; another one, which is lost, may have counted more."""
+    environment = RankEnvironment(job="x7", attempt=2)
+    if before:
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / "owner.json").write_text(json.dumps(before))
+    monkeypatch.delenv("PALIMPSEST_LAUNCHER", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    assert tools.train._with_agreed_attempt(environment, tmp_path) is environment, "the launcher's number is everyone's"
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert tools.train._with_agreed_attempt(environment, tmp_path).attempt == expected
+    monkeypatch.setenv("PALIMPSEST_LAUNCHER", "torchrun")
+    assert tools.train._with_agreed_attempt(environment, tmp_path) is environment, "the supervisor counts"
