@@ -46,7 +46,7 @@ def _resolved(path: Path, overrides: list[str]) -> RunConfig:
 
     run = resolve_task(read_overridden(path, overrides), str(path))
     KINDS[run.stages[-1].objective.name].require_packages()  # before the run, not at its end
-    if (adapter := run.model.adapter) is not None and adapter.merges:
+    if (adapter := run.model.adapter) is not None and adapter.is_peft:
         require_peft()
     return run
 
@@ -83,9 +83,17 @@ def finish(run: RunConfig) -> None:
         print(f"model: {run.folder / EXPORT}{chosen}")
     else:
         method = trained.config.adapter.method
-        print(f"no Hugging Face folder{chosen}: their classes have no place for {method} adapters")
+        print(f"no Hugging Face folder{chosen}: {_unmerged(run, method)}")
     if run.model.adapter is not None:
         _export_adapter(run, best or run.folder)
+
+
+def _unmerged(run: RunConfig, method: str) -> str:
+    """Return why a run with an adapter has no Hugging Face folder, and what stands in its place."""
+    assert run.init_from is not None
+    if run.model.adapter is not None and run.model.adapter.is_peft:
+        return f"{method} stays beside the model; peft loads {run.folder / ADAPTER} onto {run.init_from.path}"
+    return f"their classes have no place for {method} adapters"
 
 
 def _export_adapter(run: RunConfig, source: Path) -> None:

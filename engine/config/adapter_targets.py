@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Literal
 
 from engine.config.huggingface_forms import nearest
-from engine.config.schema.adapter import BottleneckConfig
+from engine.config.schema.adapter import BottleneckConfig, TargetedAdapter
 from engine.config.schema.model import ModelConfig
 
 Part = Literal["attention", "cross_attention", "ffn"]
@@ -113,7 +113,7 @@ def parts_of(model: ModelConfig) -> tuple[Part, ...]:
 @lru_cache(maxsize=256)
 def adapted(model: ModelConfig, part: Part) -> tuple[Target, ...]:
     """Return the matrices of a part of each layer that the model's adapter changes; empty where it changes none."""
-    if model.adapter is None or isinstance(model.adapter, BottleneckConfig):
+    if not isinstance(model.adapter, TargetedAdapter) or isinstance(model.adapter, BottleneckConfig):
         return ()
     patterns = model.adapter.targets or model.adapter.default_targets
     return tuple(

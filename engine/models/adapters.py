@@ -24,8 +24,9 @@ from torch.nn import functional as F
 from engine.config.adapter_targets import Part, Target, adapted, all_targets, bottlenecks
 from engine.config.schema.adapter import BottleneckConfig, LoRAConfig
 from engine.config.schema.model import ModelConfig
+from engine.config.virtual_tokens import prefix_length
 from engine.models.dropout import Dropout
-from engine.parallel.sharding import ROW, Table, column
+from engine.parallel.sharding import HEADS, ROW, Table, column
 
 
 class LoRA(nn.Module):
@@ -124,17 +125,17 @@ def bottleneck_adapters(config: ModelConfig, parts: Sequence[Part]) -> Bottlenec
 
 
 def project(
-    held: Adapters | None, name: str, linear: nn.Module, x_BTI: torch.Tensor, dropout: Dropout | None
+    held: nn.Module | None, name: str, linear: nn.Module, x_BTI: torch.Tensor, dropout: Dropout | None
 ) -> torch.Tensor:
     """Return what the linear layer of a name makes of (B, T, I), with its adapters where there are any."""
-    if held is None or name not in held.rows:
+    if not isinstance(held, Adapters) or name not in held.rows:
         return cast(torch.Tensor, linear(x_BTI))
     return held.project(name, linear, x_BTI, dropout)
 
 
 def adapter_sharding(config: ModelConfig) -> Table:
     """Return the sharding of the adapters' parameters over the tensor axis."""
-    found: Table = {}
+    found: Table = {"layers.*.attention.adapters.prefix_*": HEADS} if prefix_length(config) else {}
     for target in (one for part in ("attention", "cross_attention", "ffn") for one in adapted(config, part)):
         name = f"layers.*.{target.part}.adapters.{target.name}"
         if isinstance(config.adapter, LoRAConfig):

@@ -16,10 +16,12 @@ import torch
 from torch import nn
 
 from engine.config.schema.model import ModelConfig
+from engine.config.virtual_tokens import prefix_length
 from engine.models.adapters import adapters, project
 from engine.models.dropout import ATTENTION, Dropout
 from engine.models.norms import norm
 from engine.models.rotary import rotary_tables, rotate
+from engine.models.virtual_tokens import Prefix, prefixed_mask
 from engine.parallel.functions import PLAIN, Band, Drop, Functions, Mask, SequenceSlice
 from engine.parallel.packed import Documents, kernel
 
@@ -70,7 +72,8 @@ def view(
     if reach is not None and not bidirectional and reach >= length - 1:
         reach = None  # every token sees all before it
     # One row of zeros stands for all rows: no mask at all would mean causal over whole rows.
-    if segments_BT is None and (bidirectional or reach is not None):
+    prefix = prefix_length(config)
+    if segments_BT is None and (bidirectional or reach is not None or prefix):
         segments_BT = torch.zeros((1, length), dtype=torch.int32, device=x_BTD.device)
     drops = dropout is not None and config.attention_dropout > 0
     mask = None if segments_BT is None else _mask(config, x_BTD, segments_BT, bidirectional, drops, reach)
@@ -79,7 +82,8 @@ def view(
         return View(mask, None, None, dropout)
     # Tokens as attention gets them, not as the hidden states between the blocks are cut.
     num_given = sequence_slice.given(x_BTD)
-    tables = rotary_tables(rotary, num_given, x_BTD.device, sequence_slice.first(num_given), length)
+    first = sequence_slice.first(num_given) + prefix
+    tables = rotary_tables(rotary, num_given, x_BTD.device, first, length + prefix)
     return View(mask, *tables, dropout)
 
 
@@ -92,6 +96,8 @@ def _mask(
     reach: int | None,
 ) -> Mask:
     """Return the mask that keeps attention inside documents: a tensor only where the device has no kernel without."""
+    if prefix_length(config):
+        return prefixed_mask(config, document_mask(segments_BT, bidirectional))
     is_whole = len(segments_BT) < len(x_BTD)  # all rows alike, each one document
     by_mask = drops or kernel(x_BTD.device, x_BTD.dtype, config.head_size) == "mask"
     if reach is not None and (bidirectional or by_mask):
@@ -168,7 +174,7 @@ class SelfAttention(nn.Module):
         self.q_norm = norm(config, config.head_size) if config.normed_heads else None
         self.k_norm = norm(config, config.head_size) if config.normed_heads else None
         self.out_proj = nn.Linear(query_width, config.hidden_size, bias=config.bias)
-        self.adapters = adapters(config, "attention", layer)
+        self.adapters = Prefix(config) if prefix_length(config) else adapters(config, "attention", layer)
 
     def forward(self, x_BTD: torch.Tensor, view: View) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -182,6 +188,8 @@ class SelfAttention(nn.Module):
         if view.cos_TR is not None and view.sin_TR is not None:
             q_BTHK = rotate(q_BTHK, view.cos_TR, view.sin_TR)
             k_BTGK = rotate(k_BTGK, view.cos_TR, view.sin_TR)
+        if isinstance(self.adapters, Prefix):
+            k_BTGK, v_BTGK = self.adapters(k_BTGK, v_BTGK)
         drop = view.probability_drop(self.layer, first_head=self.tensor_rank * q_BTHK.size(2))
         out_BTHK = self.attention(q_BTHK, k_BTGK, v_BTGK, view.mask_B1TT, self.scale, drop)
         return project(self.adapters, "out_proj", self.out_proj, out_BTHK.flatten(2), view.dropout)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.config.schema.model import BERTConfig
+from engine.config.virtual_tokens import prefix_length, prompt_length
 from engine.models.attention import positions_in_document, view
 from engine.models.dropout import EMBEDDING_OUTPUT, KEYS, Dropout, drops
 from engine.models.dropout import make as make_dropout
@@ -27,6 +28,7 @@ from engine.models.heads import Head, VocabularyHead, attach
 from engine.models.layers import TransformerLayer, layer_sharding
 from engine.models.norms import norm
 from engine.models.token_heads import task_head
+from engine.models.virtual_tokens import prompt, prompted_segments, prompted_types, without_prompt
 from engine.parallel.boundary import ROW_LOSSES, Boundary, Field, MicroBatchShape, Tensors
 from engine.parallel.functions import PLAIN, Functions
 from engine.parallel.sharding import VOCABULARY, ParameterSpec, Table, describe
@@ -120,6 +122,7 @@ class BERTChunk(nn.Module):
             if config.token_types:
                 self.embed_types = Embedding(config.token_types, width)
             self.embed_norm = norm(config)
+            self.embed_prompt = prompt(config)
         self.layers = nn.ModuleDict(
             {str(index): TransformerLayer(config, functions, index, normed=index == 0) for index in chunk.layers}
         )
@@ -147,6 +150,7 @@ class BERTChunk(nn.Module):
         added to the embeddings of the tokens. `given` is for the head. Returns `hidden_BTD`, from the last chunk what
         its head does.
         """
+        segments_BT = prompted_segments(self.config, segments_BT)
         if hidden_BTD is None:
             assert tokens_BT is not None, "the first stage takes tokens, the others hidden states"
             hidden_BTD = self.embed(tokens_BT, token_types_BT, segments_BT, embedding_shift_BTD)
@@ -162,7 +166,7 @@ class BERTChunk(nn.Module):
         if not self.chunk.last:
             return {"hidden_BTD": x_BTD}
         x_BTD = self.functions.whole_rows(self.final_norm(x_BTD))
-        return self.head.outputs(self, x_BTD, given, by_row, dropout)
+        return self.head.outputs(self, without_prompt(self.config, x_BTD), given, by_row, dropout)
 
     def embed(
         self,
@@ -173,20 +177,22 @@ class BERTChunk(nn.Module):
     ) -> torch.Tensor:
         """Return hidden_BTD of the tokens; learned positions start again with each document, as they would alone."""
         hidden_BTD = shifted(self.embed_tokens(tokens_BT), shift_BTD)
+        if self.embed_prompt is not None:
+            hidden_BTD = self.embed_prompt(hidden_BTD)
         if self.config.position_table:
             if segments_BT is None:
-                num_given = tokens_BT.size(1)
+                num_given = tokens_BT.size(1) + prompt_length(self.config)
                 positions = torch.arange(num_given, device=tokens_BT.device) + self.functions.sequence_slice.first(
                     num_given
                 )
             else:
                 # Counted in the whole row and then cut: a document may begin in an earlier rank's slice.
                 positions = self.functions.sequence_slice.own(positions_in_document(segments_BT))  # (B, T)
-            hidden_BTD = hidden_BTD + self.embed_positions(positions)
+            hidden_BTD = hidden_BTD + self.embed_positions(positions + prefix_length(self.config))
         if self.config.token_types:
             # Type 0 is added too where there are no pairs: BERT was trained with it, and its checkpoints expect it.
             types_BT = torch.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT
-            hidden_BTD = hidden_BTD + self.embed_types(types_BT)
+            hidden_BTD = hidden_BTD + self.embed_types(prompted_types(self.config, types_BT))
         return self.embed_norm(hidden_BTD)
 
 
@@ -235,7 +241,7 @@ def inputs(config: BERTConfig, chunk: ModelChunk, head: Head | None = None) -> f
 
 def boundary(config: BERTConfig, layer: int, rows: MicroBatchShape) -> Boundary:
     """Return what a chunk receives from the one before it: hidden states, document numbers and keys of dropout."""
-    held = (rows.num_rows, rows.length // rows.shared_by, config.hidden_size)
+    held = (rows.num_rows, rows.length // rows.shared_by + prompt_length(config), config.hidden_size)
     received: Boundary = {"hidden_BTD": Field(held, rows.dtype, differentiable=True)}
     if rows.segments:
         received["segments_BT"] = Field((rows.num_rows, rows.length), torch.int32, differentiable=False)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from engine.config.schema.model import ModelConfig
+from engine.config.virtual_tokens import prefix_length, prompt_length
 from engine.models.attention import positions_in_document, view
 from engine.models.dropout import EMBEDDING_OUTPUT, KEYS, drops
 from engine.models.dropout import make as make_dropout
@@ -23,6 +24,7 @@ from engine.models.heads import Head, LanguageModelHead, attach
 from engine.models.layers import TransformerLayer, layer_sharding
 from engine.models.norms import norm
 from engine.models.token_heads import task_head
+from engine.models.virtual_tokens import prompt, prompted_segments, without_prompt
 from engine.parallel.boundary import Boundary, Field, MicroBatchShape, Tensors
 from engine.parallel.functions import PLAIN, Functions
 from engine.parallel.sharding import VOCABULARY, ParameterSpec, Table, describe
@@ -41,6 +43,7 @@ class GPTChunk(nn.Module):
             self.embed_tokens = Embedding(config.padded_vocab_size, config.hidden_size)
             if config.position_table:
                 self.embed_positions = Embedding(config.max_positions, config.hidden_size)
+            self.embed_prompt = prompt(config)
         self.layers = nn.ModuleDict({str(index): TransformerLayer(config, functions, index) for index in chunk.layers})
         if chunk.last:
             self.final_norm = norm(config)
@@ -64,6 +67,7 @@ class GPTChunk(nn.Module):
         None means no dropout. `embedding_shift_BTD` is added to the embeddings of the tokens. `given` is for the head.
         Returns `hidden_BTD`, from the last chunk what its head does.
         """
+        segments_BT = prompted_segments(self.config, segments_BT)
         if hidden_BTD is None:
             assert tokens_BT is not None, "the first stage takes tokens, the others hidden states"
             hidden_BTD = self.embed(tokens_BT, segments_BT, embedding_shift_BTD)
@@ -80,24 +84,26 @@ class GPTChunk(nn.Module):
         if not self.chunk.last:
             return {"hidden_BTD": x_BTD}
         x_BTD = self.functions.whole_rows(self.final_norm(x_BTD))
-        return self.head.outputs(self, x_BTD, given, by_row, dropout)
+        return self.head.outputs(self, without_prompt(self.config, x_BTD), given, by_row, dropout)
 
     def embed(
         self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None, shift_BTD: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return hidden_BTD of the tokens; learned positions start again with each document, as they would alone."""
         hidden_BTD = shifted(self.embed_tokens(tokens_BT), shift_BTD)
+        if self.embed_prompt is not None:
+            hidden_BTD = self.embed_prompt(hidden_BTD)
         if not self.config.position_table:
             return hidden_BTD
         if segments_BT is None:
-            num_given = tokens_BT.size(1)
+            num_given = tokens_BT.size(1) + prompt_length(self.config)
             positions = torch.arange(num_given, device=tokens_BT.device) + self.functions.sequence_slice.first(
                 num_given
             )  # (T,)
         else:
             # Counted in the whole row and then cut: a document may begin in an earlier rank's slice.
             positions = self.functions.sequence_slice.own(positions_in_document(segments_BT))  # (B, T)
-        return hidden_BTD + self.embed_positions(positions)
+        return hidden_BTD + self.embed_positions(positions + prefix_length(self.config))
 
 
 def build(
@@ -146,7 +152,7 @@ def inputs(config: ModelConfig, chunk: ModelChunk, head: Head | None = None) -> 
 def boundary(config: ModelConfig, layer: int, rows: MicroBatchShape) -> Boundary:
     """Return what a chunk receives from the one before it: hidden states, document numbers and keys of dropout."""
     # Hidden states cross as the sender holds them, one slice per rank; document numbers are needed whole.
-    held = (rows.num_rows, rows.length // rows.shared_by, config.hidden_size)
+    held = (rows.num_rows, rows.length // rows.shared_by + prompt_length(config), config.hidden_size)
     received: Boundary = {"hidden_BTD": Field(held, rows.dtype, differentiable=True)}
     if rows.segments:
         received["segments_BT"] = Field((rows.num_rows, rows.length), torch.int32, differentiable=False)

@@ -27,7 +27,7 @@ def initial_value(spec: ParameterSpec, config: ModelConfig, seed: int) -> torch.
     # layers.3.ffn.down_proj.weight -> down_proj, weight
     kind, role = spec.name.split(".")[-2:]
     if MARK in spec.name:
-        return _adapter_value(spec, kind, role, seed)
+        return _adapter_value(spec, kind, role, config, seed)
     if role == "bias":
         return torch.zeros(spec.shape, device="cpu")
     if kind.endswith("norm"):
@@ -46,12 +46,17 @@ def initial_value(spec: ParameterSpec, config: ModelConfig, seed: int) -> torch.
     return value
 
 
-def _adapter_value(spec: ParameterSpec, kind: str, role: str, seed: int) -> torch.Tensor:
+def _adapter_value(spec: ParameterSpec, kind: str, role: str, config: ModelConfig, seed: int) -> torch.Tensor:
     """Return the initial value of an adapter's parameter, with which the model computes what it did without it.
 
     That of peft: A uniform up to 1 / sqrt(inputs), B zero (Hu et al. 2021, section 4.1); factors 1 (Liu et al. 2022).
-    Bottlenecks nearly do: deviation 0.01, cut at two deviations (Houlsby et al. 2019, section 3.6), biases 0.
+    Bottlenecks nearly do: deviation 0.01, cut at two deviations (Houlsby et al. 2019, section 3.6), biases 0. Virtual
+    tokens do not: they are drawn as the embeddings of a model are.
     """
+    if kind == "adapters":  # a prompt's `weight`, `prefix_key`, `prefix_value`
+        assert isinstance(config, GPTConfig | BERTConfig)
+        drawn = _generator(seed, spec.name).standard_normal(spec.shape, dtype=np.float32)
+        return torch.from_numpy(drawn) * config.init_std
     if kind == "lora_B" or role == "bias":
         return torch.zeros(spec.shape, device="cpu")
     if kind == "lora_A":

@@ -7,6 +7,7 @@ from collections.abc import Hashable
 from engine.config.objectives import RowLengths
 from engine.config.schema.model import BERTConfig
 from engine.config.schema.parallel import Recompute
+from engine.config.virtual_tokens import prefix_length
 from engine.plan import gpt, parts
 from engine.plan.gpt import (
     EMBEDDING,
@@ -53,7 +54,7 @@ def _embeddings(model: BERTConfig) -> list[Entry]:
         found.append(Entry("embed_positions.weight", (model.max_positions, model.hidden_size), split=False))
     if model.token_types:
         found.append(Entry("embed_types.weight", (model.token_types, model.hidden_size), split=False))
-    return found + parts.norm(model, "embed_norm")
+    return found + parts.norm(model, "embed_norm") + parts.prompt(model)
 
 
 def _heads(model: BERTConfig) -> list[Entry]:
@@ -83,14 +84,15 @@ def layer_operations(model: BERTConfig, layer: int, lengths: RowLengths) -> int:
 
     A local layer counts the keys of a window: blocks compute half as many more, and the ends of rows fewer."""
     matrices = gpt.layer_matrices(model)
-    reach, tokens = model.reach(layer), lengths.tokens
-    seen = tokens if reach is None else min(tokens, 2 * reach + 1)
+    reach, tokens = model.reach(layer), parts.held_tokens(model, lengths)
+    seen = parts.seen_tokens(model, lengths) if reach is None else min(tokens, 2 * reach + 1)
     return tokens * 2 * matrices + parts.score_operations(model, tokens, seen)
 
 
 def embedding_operations(model: BERTConfig, lengths: RowLengths) -> int:
     """Forward operations of lookups and their sums."""
-    return gpt.embedding_operations(model, lengths) + lengths.tokens * model.hidden_size * (model.token_types > 0)
+    types = parts.held_tokens(model, lengths) * model.hidden_size * (model.token_types > 0)
+    return gpt.embedding_operations(model, lengths) + types
 
 
 def head_operations(model: BERTConfig, lengths: RowLengths, vocab_size: int) -> int:
@@ -118,25 +120,28 @@ def saved(
     if recompute != "none":
         return kept
     if _in_blocks(model, layer, lengths):  # keys and values three times: as each of three blocks sees them
-        kept += 4 * lengths.tokens * model.num_kv_heads * model.head_size // tensor_size
-    return kept if not model.post_norm else kept - lengths.tokens * model.hidden_size // sequence_size
+        kept += 4 * parts.held_tokens(model, lengths) * model.num_kv_heads * model.head_size // tensor_size
+    return kept - parts.held_tokens(model, lengths) * model.hidden_size // sequence_size if model.post_norm else kept
 
 
 def mask(model: BERTConfig, layer: int, lengths: RowLengths, masks: bool = True, segments: bool = True) -> int:
     """Elements of the mask: a number for each query and each key that its block sees, of the whole row or of three
     blocks. A local layer has them on every device."""
+    tokens = parts.held_tokens(model, lengths)
+    if prefix_length(model):  # on every device
+        return tokens * parts.seen_tokens(model, lengths)
     if not segments:
         return 0
     if _in_blocks(model, layer, lengths):
-        return lengths.tokens * SEEN_BLOCKS * (model.reach(layer) or 0)
-    return lengths.tokens**2 if masks or model.reach(layer) is not None else 0
+        return tokens * SEEN_BLOCKS * (model.reach(layer) or 0)
+    return tokens**2 if masks or model.reach(layer) is not None else 0
 
 
 def _in_blocks(model: BERTConfig, layer: int, lengths: RowLengths) -> bool:
     """Return True if a layer computes attention in blocks of its reach (`engine.models.attention.local_mask`)."""
-    reach = model.reach(layer)
+    reach, tokens = model.reach(layer), parts.held_tokens(model, lengths)
     # A row of three blocks or fewer would see all of itself, so it is not cut.
-    return reach is not None and model.attention_dropout == 0 and lengths.tokens > SEEN_BLOCKS * reach
+    return reach is not None and model.attention_dropout == 0 and tokens > SEEN_BLOCKS * reach
 
 
 def reduced_again(model: BERTConfig, layer: int, lengths: RowLengths) -> int:

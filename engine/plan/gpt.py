@@ -8,6 +8,7 @@ from functools import lru_cache
 from engine.config.objectives import RowLengths
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.parallel import Recompute
+from engine.config.virtual_tokens import prefix_length
 from engine.plan import parts
 from engine.plan.parts import Entry
 
@@ -28,6 +29,7 @@ def entries(model: ModelConfig, layers: range, is_first: bool, is_last: bool, in
         if model.position_table:
             shape = (model.max_positions, model.hidden_size)
             found.append(Entry("embed_positions.weight", shape, split=False))
+        found += parts.prompt(model)
     for layer in layers if inner else ():
         found += layer_entries(model, layer)
     if is_last:
@@ -65,14 +67,14 @@ def layer_matrices(model: ModelConfig) -> int:
 
 def layer_operations(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
     """Forward operations of projections, scores and weighted values. A sliding window counts the tokens that it has."""
-    tokens, reach = lengths.tokens, model.reach(layer)
-    seen = tokens if reach is None else min(tokens, reach + 1)
+    tokens, reach = parts.held_tokens(model, lengths), model.reach(layer)
+    seen = parts.seen_tokens(model, lengths) if reach is None else min(tokens, reach + 1)
     return tokens * 2 * layer_matrices(model) + parts.score_operations(model, tokens, seen)
 
 
 def embedding_operations(model: ModelConfig, lengths: RowLengths) -> int:
     """Forward operations of a lookup, and of a sum where positions are learned."""
-    return lengths.tokens * model.hidden_size * (2 if model.position_table else 1)
+    return parts.held_tokens(model, lengths) * model.hidden_size * (2 if model.position_table else 1)
 
 
 def head_operations(model: ModelConfig, lengths: RowLengths, vocab_size: int) -> int:
@@ -97,16 +99,17 @@ def saved(
     fp32; 5 D for both). Parallel parts share the input in fp32 (3 D), and have a copy each in bf16 (6 D). Split:
     attention and feed-forward part. For GPT-2 on one rank: 17 D; 11 D with products kept only; 1 D with the input only.
     """
-    whole = lengths.tokens * model.hidden_size
+    tokens = parts.held_tokens(model, lengths)
+    whole = tokens * model.hidden_size
     stretch = whole // sequence_size  # of one rank's tokens under sequence parallelism
     if recompute == "full":
         return stretch
     if recompute == "selective":  # products are kept before they are summed and scattered
-        return stretch + 2 * whole + parts.kept_products(model, lengths.tokens, tensor_size)
+        return stretch + 2 * whole + parts.kept_products(model, tokens, tensor_size)
     return (
         (9 * stretch // 2 if model.parallel else 5 * stretch)
-        + parts.saved_by_attention(model, lengths.tokens, tensor_size)
-        + parts.saved_by_feed_forward(model, lengths.tokens, tensor_size)
+        + parts.saved_by_attention(model, tokens, tensor_size)
+        + parts.saved_by_feed_forward(model, tokens, tensor_size)
     )
 
 
@@ -116,7 +119,9 @@ def mask(model: ModelConfig, layer: int, lengths: RowLengths, masks: bool = True
     In blocks (`engine.models.attention.local_mask`) a query has those of two blocks, which also hold a copy of the keys
     and values.
     """
-    reach, tokens = model.reach(layer), lengths.tokens
+    reach, tokens = model.reach(layer), parts.held_tokens(model, lengths)
+    if prefix_length(model):  # on every device
+        return tokens * parts.seen_tokens(model, lengths)
     sees_all = reach is None or reach >= tokens - 1
     if not masks or (sees_all and not segments):
         return 0
@@ -129,23 +134,23 @@ def reduced(model: ModelConfig, layers: range, is_first: bool, is_last: bool, le
     """Elements that a chunk all-reduces: four times per layer; the embedding's output; the head's input gradient."""
     # Attention and feed-forward part each sum their output forward and the gradient of their input backward
     # (Shoeybi et al. 2019, section 3, f and g).
-    times = lengths.tokens * (4 * len(layers) + is_first) + lengths.predicted * is_last
+    times = parts.held_tokens(model, lengths) * (4 * len(layers) + is_first) + lengths.predicted * is_last
     return times * model.hidden_size
 
 
 def reduced_again(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
     """Elements that attention adds to the residual stream."""
-    return lengths.tokens * model.hidden_size
+    return parts.held_tokens(model, lengths) * model.hidden_size
 
 
 def entered(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
     """Elements that attention reads, and those that the feed-forward part reads."""
-    return 2 * lengths.tokens * model.hidden_size
+    return 2 * parts.held_tokens(model, lengths) * model.hidden_size
 
 
 def exchanged(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
     """Elements of self-attention's queries, keys, values and results."""
-    return parts.exchanged(model, lengths.tokens)
+    return parts.exchanged(model, parts.held_tokens(model, lengths))
 
 
 def sees_whole_rows(name: str) -> bool:
@@ -155,7 +160,7 @@ def sees_whole_rows(name: str) -> bool:
 
 def boundary(model: ModelConfig, layer: int, lengths: RowLengths) -> int:
     """Elements of a row's hidden states."""
-    return lengths.tokens * model.hidden_size
+    return parts.held_tokens(model, lengths) * model.hidden_size
 
 
 def carried_bytes(model: ModelConfig, layer: int, lengths: RowLengths, segments: bool) -> int:

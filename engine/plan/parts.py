@@ -12,8 +12,10 @@ from functools import cached_property, lru_cache
 from typing import Literal
 
 from engine.config.adapter_targets import MARK, Part, adapted, bottlenecks
+from engine.config.objectives import RowLengths
 from engine.config.schema.adapter import BottleneckConfig, LoRAConfig
 from engine.config.schema.model import ModelConfig
+from engine.config.virtual_tokens import prefix_length, prompt_length
 
 Device = Literal["cpu", "cuda"]
 """Kind of device that a run computes on."""
@@ -151,8 +153,27 @@ def bottleneck_adapters(model: ModelConfig, name: str, parts: tuple[Part, ...]) 
     return found
 
 
+def prompt(model: ModelConfig) -> list[Entry]:
+    """Return the embeddings in front of those of a row's tokens."""
+    length = prompt_length(model)
+    return [Entry("embed_prompt.adapters.weight", (length, model.hidden_size), split=False)] if length else []
+
+
+def held_tokens(model: ModelConfig, lengths: RowLengths) -> int:
+    """Return the hidden states of a row: those of its tokens and of a prompt."""
+    return lengths.tokens + prompt_length(model)
+
+
+def seen_tokens(model: ModelConfig, lengths: RowLengths) -> int:
+    """Return the keys of a row: those of its hidden states and of a prefix."""
+    return held_tokens(model, lengths) + prefix_length(model)
+
+
 def adapters(model: ModelConfig, name: str, part: Part) -> list[Entry]:
     """Return the parameters of the adapters of a part of a layer, the twin of `engine.models.adapters`."""
+    if part == "attention" and (length := prefix_length(model)):
+        shape = (length, model.num_kv_heads * model.head_size)
+        return [Entry(f"{name}.adapters.prefix_{kind}", shape, split=True) for kind in ("key", "value")]
     found = []
     for target in adapted(model, part):
         prefix, is_row = f"{name}.adapters.{target.name}", target.is_row

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from engine.checkpoint.interchange.peft_format import WEIGHTS, adapter_config, adapter_tensors
 from engine.checkpoint.interchange.sources.source import not_finite
-from engine.config.schema.adapter import BottleneckConfig, LoRAConfig
+from engine.config.schema.adapter import AdapterMethod
 from engine.errors import ConfigError
 from engine.extras import need
 from engine.plan.frozen import is_base
@@ -23,6 +24,13 @@ from engine.serve.source import Trained
 
 OWN_CONFIG, OWN_WEIGHTS = "adapter.json", "adapter.safetensors"
 """Names of the files of an adapter that peft has no method for."""
+THEIR_CONFIGS: dict[AdapterMethod, str] = {
+    "lora": "LoraConfig",
+    "ia3": "IA3Config",
+    "prompt": "PromptTuningConfig",
+    "prefix": "PrefixTuningConfig",
+}
+"""Names of peft's classes by method."""
 
 
 def export_adapter(trained: Trained, output: Path, base: str | None) -> int:
@@ -49,15 +57,24 @@ def export_adapter(trained: Trained, output: Path, base: str | None) -> int:
             raise not_finite(trained.source.origin, [name])
         return value
 
-    if isinstance(trained.config.adapter, BottleneckConfig):
+    if not trained.config.adapter.is_peft:
         return _export_own(trained, read, output)
     peft = need("peft", "writing an adapter", "tasks")
-    kind = peft.LoraConfig if isinstance(trained.config.adapter, LoRAConfig) else peft.IA3Config
+    kind = getattr(peft, THEIR_CONFIGS[trained.config.adapter.method])
     tensors = adapter_tensors(trained.config, read)
     with new_folder(output) as partial:
         kind(**adapter_config(trained.config, base)).save_pretrained(str(partial))
         save_file(tensors, str(partial / WEIGHTS), metadata={"format": "pt"})
     return sum(value.numel() for value in tensors.values())
+
+
+def with_prompt(model: Any, trained: Trained) -> Any:
+    """Return peft's model around Hugging Face's `model`, which is that of a run without its prompt."""
+    peft = need("peft", "a prompt in front of a text", "tasks")
+    made = peft.get_peft_model(model, peft.PromptTuningConfig(**adapter_config(trained.config, None)))
+    weights = trained.weights
+    peft.set_peft_model_state_dict(made, adapter_tensors(trained.config, weights.__getitem__))
+    return made.eval()
 
 
 def _export_own(trained: Trained, read: Callable[[str], torch.Tensor], output: Path) -> int:

@@ -29,11 +29,17 @@ def answer(language_model: LanguageModel, prompts: Sequence[np.ndarray], max_new
     model: Any = language_model.model
     # T5's relative positions have no limit
     limit = getattr(model.config, "max_position_embeddings", None)
+    limit = limit if limit is None else limit - language_model.virtual_tokens
     room = [max_new_tokens if limit is None else max(1, min(max_new_tokens, limit - len(one))) for one in prompts]
     # prompts of one length side by side, so that little is padded; rows of one call have one limit
     order = sorted(range(len(prompts)), key=lambda number: (room[number], len(prompts[number])))
     found: dict[int, np.ndarray] = {}
-    for most, group in groupby(order, key=room.__getitem__):
+
+    def together(number: int) -> tuple[int, int]:
+        # padding between virtual tokens and a text would move them apart: peft counts the positions of both through
+        return room[number], len(prompts[number]) if language_model.virtual_tokens else 0
+
+    for (most, _), group in groupby(order, key=together):
         numbers = list(group)
         for first in range(0, len(numbers), ROWS):
             rows = numbers[first : first + ROWS]
@@ -64,7 +70,7 @@ def _answer_together(
             do_sample=False,
             pad_token_id=padding,
             suppress_tokens=without_text(tokenizer, model.config.vocab_size),
-            use_cache=caches(model.config),
+            use_cache=caches(model.config, language_model.virtual_tokens),
         )
     # a decoder's rows repeat the prompt; T5's begin with the token that starts the decoder
     made_BT = made_BT[:, 1 if is_encoder_decoder else width :].cpu().numpy()

@@ -56,7 +56,8 @@ def generate(
         # a decoder has none, and would refuse the argument
         return_token_type_ids=False,
     ).to(model.device)
-    _check_length(model.config, encoded["input_ids"].shape[1], sampling)
+    num_prompt_tokens = encoded["input_ids"].shape[1]
+    _check_length(model.config, num_prompt_tokens, language_model.virtual_tokens, sampling)
     if lost := unspelt_bytes(tokenizer, prompt):
         log.warning("the tokenizer cannot spell %d of the prompt's %d bytes", lost, len(prompt.encode()))
     streamer = _streamer(tokenizer, on_text) if on_text else None
@@ -70,7 +71,7 @@ def generate(
             # Padded rows of the vocabulary have logits, too: drawn, they would decode to nothing.
             suppress_tokens=without_text(tokenizer, model.config.vocab_size),
             streamer=streamer,
-            use_cache=caches(model.config),
+            use_cache=caches(model.config, language_model.virtual_tokens),
         )
     return tokenizer.decode(ids_BT[0], skip_special_tokens=True)
 
@@ -87,7 +88,7 @@ def _settings(sampling: Sampling) -> dict[str, Any]:
     }
 
 
-def _check_length(config: Any, num_prompt_tokens: int, sampling: Sampling) -> None:
+def _check_length(config: Any, num_prompt_tokens: int, virtual_tokens: int, sampling: Sampling) -> None:
     if num_prompt_tokens == 0:
         raise ConfigError("the prompt is empty", "at least one token of text", "give some text with --prompt")
     limit = getattr(config, "max_position_embeddings", None)
@@ -95,10 +96,11 @@ def _check_length(config: Any, num_prompt_tokens: int, sampling: Sampling) -> No
     if limit is not None and rope.get("rope_type") == "dynamic":
         limit = int(limit * rope["factor"])
     # Relative positions (T5) have no limit.
-    room = None if limit is None else limit - num_prompt_tokens
+    room = None if limit is None else limit - virtual_tokens - num_prompt_tokens
     if room is not None and sampling.max_new_tokens > room:
+        virtual = f", {virtual_tokens} virtual ones" if virtual_tokens else ""
         raise ConfigError(
-            f"a prompt of {num_prompt_tokens} tokens and {sampling.max_new_tokens} new ones are more than the "
+            f"a prompt of {num_prompt_tokens} tokens{virtual} and {sampling.max_new_tokens} new ones are more than the "
             f"model's {limit} positions",
             f"at most {max(room, 0)} new tokens",
             "lower --max-new-tokens or shorten the prompt",

@@ -6,7 +6,7 @@ Nothing is fetched from the network, and no pickle is opened.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,16 @@ from engine.checkpoint.interchange.foreign_model import read_config
 from engine.checkpoint.interchange.forms import form_of
 from engine.checkpoint.interchange.huggingface import read_model, their_map, to_huggingface
 from engine.checkpoint.interchange.mapping import ModelMap
+from engine.checkpoint.interchange.sources.merged import without_adapter
 from engine.checkpoint.load import read_state
+from engine.config.schema.adapter import PromptConfig
 from engine.config.schema.model import ModelConfig
+from engine.config.virtual_tokens import prompt_length
 from engine.data.tokenizer.files import MODEL_FILE, read_files
 from engine.data.tokenizer.wrapping import wrap_files
 from engine.errors import ConfigError
 from engine.foreign import refuse_custom_code
+from engine.serve.adapter import with_prompt
 from engine.serve.source import Trained, describe, is_trained, open_trained
 from engine.serve.tokenizer_files import write_tokenizer
 
@@ -41,6 +45,8 @@ class LanguageModel:
     model: PreTrainedModel
     tokenizer: Any
     origin: str
+    virtual_tokens: int = 0
+    """Number of embeddings in front of those of each text: `model` is then peft's around Hugging Face's."""
 
 
 def open_language_model(source: Path, tokenizer: Path | None = None) -> LanguageModel:
@@ -75,12 +81,16 @@ def from_trained(trained: Trained) -> LanguageModel:
     with TemporaryDirectory() as folder:  # as `convert` would write it, so that run and folder say the same
         write_tokenizer(trained.tokenizer, Path(folder), trained.config)
         tokenizer = read_tokenizer(Path(folder))
-    config = their_config(trained, tokenizer)
-    _, state = to_huggingface(trained.config, trained.weights, config.pad_token_id)
+    # One with the head of a task, and any other adapter that is not merged, is refused for want of a form.
+    is_prompted = isinstance(trained.config.adapter, PromptConfig) and trained.config.task_head is None
+    base = replace(trained, config=without_adapter(trained.config)) if is_prompted else trained
+    config = their_config(base, tokenizer)
+    _, state = to_huggingface(base.config, base.weights, config.pad_token_id)
     kind = getattr(transformers, (config.architectures or [])[0])
     model = kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    model = with_prompt(model, trained) if is_prompted else model
     origin = f"step {trained.step} of {trained.checkpoint.parent.parent.resolve().name}"
-    return LanguageModel(model.eval(), tokenizer, origin)
+    return LanguageModel(model.eval(), tokenizer, origin, prompt_length(trained.config))
 
 
 def their_config(trained: Trained, tokenizer: Any) -> PretrainedConfig:
@@ -113,9 +123,13 @@ def with_labels(trained: Trained, config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def caches(config: PretrainedConfig) -> bool:
-    """Return True if generation may cache: transformers 5 makes a decoder's cache as deep as the encoder."""
-    return not config.is_encoder_decoder or config.num_decoder_layers == config.num_layers
+def caches(config: PretrainedConfig, virtual_tokens: int = 0) -> bool:
+    """Return True if generation may cache.
+
+    transformers 5 makes a decoder's cache as deep as the encoder. With a cache peft 0.21 puts virtual tokens in front
+    of what transformers 5.24 takes for them already, and generates another text.
+    """
+    return virtual_tokens == 0 and (not config.is_encoder_decoder or config.num_decoder_layers == config.num_layers)
 
 
 def their_map_of(checkpoint: Path, tokenizer: Path | None = None) -> ModelMap:

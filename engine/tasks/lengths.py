@@ -10,6 +10,7 @@ import numpy as np
 from engine.config.load import Tree
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.objective import ObjectiveConfig
+from engine.config.virtual_tokens import prefix_length, prompt_length
 from engine.data.objectives.sampling import make_sampler
 from engine.data.shards.dataset import TokenDataset
 from engine.tasks.encode import longest
@@ -31,7 +32,7 @@ def with_lengths(framing: Framing, task: Task, model: ModelConfig, given: int | 
     is_known = model.family != "t5" or task.objective.answer_length
     if given is not None and is_known:
         return task, given
-    most = given or model.max_positions
+    most = given or _most(model)
     found = [longest(task.kind.encode(one, task.objective, framing, most)) for one in task.parts.values()]
     tokens, decoder = (_filled(max(sizes), model) for sizes in zip(*found, strict=True))
     if not is_known:
@@ -40,7 +41,12 @@ def with_lengths(framing: Framing, task: Task, model: ModelConfig, given: int | 
 
 
 def _filled(num_tokens: int, model: ModelConfig) -> int:
-    return min(math.ceil(num_tokens / LENGTH_MULTIPLE) * LENGTH_MULTIPLE, model.max_positions)
+    return min(math.ceil(num_tokens / LENGTH_MULTIPLE) * LENGTH_MULTIPLE, _most(model))
+
+
+def _most(model: ModelConfig) -> int:
+    """Return the tokens that a row may have, beside the virtual tokens of an adapter."""
+    return model.max_positions - prompt_length(model) - prefix_length(model)
 
 
 def num_rows_of(stage: Tree, objective: ObjectiveConfig) -> int:

@@ -75,12 +75,38 @@ def their_model(config: RunConfig, weights: dict[str, torch.Tensor]) -> Any:
 def logits_of(config: RunConfig, model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
     """What their class computes of a batch of ours, (B, C); peft's modules may be around it."""
     inputs = {"input_ids": given["tokens_BT"], "attention_mask": (given["segments_BT"] == 0).long()}
+    if hasattr(model, "peft_config") and model.active_peft_config.is_prompt_learning:
+        return virtual_logits(config, model, given.get("last_B"), **inputs)
     if config.model.family != "gpt":
         return model(**inputs).logits
     inner = model.base_model.model if hasattr(model, "peft_config") else model
     hidden_BTD = inner.base_model(**inputs).last_hidden_state
     # padding stands behind the last token here, whichever token pads
     return inner.score(hidden_BTD[torch.arange(BATCH), given["last_B"]])
+
+
+def virtual_logits(
+    config: RunConfig, model: Any, last_B: torch.Tensor | None, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """What their class computes with peft's virtual tokens; last_B are the positions of a decoder's last tokens.
+
+    peft looks for an argument `past_key_values`, which transformers 5.24 calls `cache`, so a prefix, which peft makes,
+    is handed over here; and their decoders take the last embedding for the last token, whether it is padding or not.
+    """
+    if model.active_peft_config.peft_type == "PROMPT_TUNING" and config.model.family == "bert":
+        return model(input_ids=input_ids, attention_mask=attention_mask).logits
+    num_rows, virtual = len(input_ids), model.active_peft_config.num_virtual_tokens
+    body, made = model.base_model.base_model, model.get_prompt(num_rows)
+    mask = torch.cat((attention_mask.new_ones(num_rows, virtual), attention_mask), 1)
+    if model.active_peft_config.peft_type == "PREFIX_TUNING":
+        out = body(input_ids=input_ids, attention_mask=mask, cache=made)
+        virtual = 0
+    else:
+        out = body(inputs_embeds=torch.cat((made, model.word_embeddings(input_ids)), 1), attention_mask=mask)
+    if config.model.family == "bert":
+        return model.base_model.classifier(out.pooler_output)
+    assert last_B is not None
+    return model.base_model.score(out.last_hidden_state[torch.arange(num_rows), last_B + virtual])
 
 
 Gradients = Callable[[int, Batch], torch.Tensor]

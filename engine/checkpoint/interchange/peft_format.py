@@ -14,8 +14,9 @@ import torch
 from engine.checkpoint.interchange.forms import form_of
 from engine.checkpoint.interchange.forms.form import Form, Theirs
 from engine.checkpoint.interchange.mapping import mapped
+from engine.checkpoint.interchange.sources.merged import without_adapter
 from engine.config.adapter_targets import MARK, Target, all_targets
-from engine.config.schema.adapter import LoRAConfig
+from engine.config.schema.adapter import LoRAConfig, PrefixConfig, VirtualTokensConfig
 from engine.config.schema.model import ModelConfig
 from engine.models.families import family
 from engine.parallel.sharding import ParameterSpec
@@ -23,7 +24,7 @@ from engine.plan.frozen import is_base
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """Names of the files."""
-_PREFIX = "base_model.model."
+_PREFIX, _VIRTUAL = "base_model.model.", "prompt_embeddings"
 _WHOLE = ("classifier", "score", "qa_outputs")
 """Modules of their classes that peft saves whole by itself, whatever is named of them."""
 
@@ -34,23 +35,34 @@ def adapter_tensors(model: ModelConfig, read: Callable[[str], torch.Tensor]) -> 
     Raises:
         ConfigError: the model is of no form that Hugging Face has.
     """
-    form, found = form_of(model), {}
+    form, found = form_of(without_adapter(model)), {}
+    if isinstance(model.adapter, VirtualTokensConfig):
+        found[_VIRTUAL] = _virtual_tokens(model, read)
     for spec in family(model).specs(model):
         if MARK in spec.name:
-            name, value = _of_adapter(form, model, spec, read(spec.name))
-            found[name] = value
-        elif not is_base(model, spec.name):
+            if not isinstance(model.adapter, VirtualTokensConfig):
+                name, value = _of_adapter(form, model, spec, read(spec.name))
+                found[name] = value
+        elif not is_base(model, spec.name):  # the head of a task
             entry, names = form.names_of(model, spec.name)
             one = mapped(spec, tuple(names), entry.transposed)
-            found |= {f"{_PREFIX}{name}": one.theirs(name, read(spec.name)) for name in names}
+            found |= {f"{_prefix(model)}{name}": one.theirs(name, read(spec.name)) for name in names}
     return {name: value.contiguous() for name, value in found.items()}
 
 
 def adapter_config(model: ModelConfig, base: str | None) -> dict[str, Any]:
     """Return the arguments of peft's configuration of the model's adapter; `base` is the folder of the model that it
     adapts."""
-    adapter, form = model.adapter, form_of(model)
+    adapter, form = model.adapter, form_of(without_adapter(model))
     assert adapter is not None
+    shared: dict[str, Any] = {
+        "base_model_name_or_path": base,
+        "task_type": _task_type(form),
+        "modules_to_save": _saved(form, model) or None,
+        "inference_mode": True,
+    }
+    if isinstance(adapter, VirtualTokensConfig):
+        return shared | _sizes(model, adapter)
     modules: dict[str, Target] = {}
     transposed = False
     for spec in family(model).specs(model):
@@ -58,17 +70,39 @@ def adapter_config(model: ModelConfig, base: str | None) -> dict[str, Any]:
             target = _target(model, spec.name)
             entry, module = _module(form, model, spec.name, target)
             modules[module], transposed = target, transposed or entry.transposed
-    given: dict[str, Any] = {
-        "base_model_name_or_path": base,
-        "task_type": _task_type(form),
-        "target_modules": sorted(modules),
-        "modules_to_save": _saved(form, model) or None,
-        "fan_in_fan_out": transposed,
-        "inference_mode": True,
-    }
+    given = shared | {"target_modules": sorted(modules), "fan_in_fan_out": transposed}
     if isinstance(adapter, LoRAConfig):
         return given | {"r": adapter.rank, "lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout, "bias": "none"}
     return given | {"feedforward_modules": sorted(name for name, target in modules.items() if target.is_row)}
+
+
+def _prefix(model: ModelConfig) -> str:
+    """Return the beginning of the names in peft's file: without modules in the model there is none around it."""
+    return _PREFIX.removesuffix("model.") if isinstance(model.adapter, VirtualTokensConfig) else _PREFIX
+
+
+def _virtual_tokens(model: ModelConfig, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """Return the virtual tokens as peft has them: a prompt, (P, D), or keys and values layer by layer, (P, 2 x layers x
+    width of the keys)."""
+    names = [spec.name for spec in family(model).specs(model) if MARK in spec.name]
+    if isinstance(model.adapter, PrefixConfig):
+        each = [f"layers.{layer}.attention{MARK}prefix_" for layer in range(model.num_layers)]
+        names = [f"{prefix}{kind}" for prefix in each for kind in ("key", "value")]
+    return torch.cat([read(name) for name in names], 1)
+
+
+def _sizes(model: ModelConfig, adapter: VirtualTokensConfig) -> dict[str, Any]:
+    """Return the sizes in peft's configuration; those of a prefix are of the keys' heads."""
+    heads = model.num_kv_heads if isinstance(adapter, PrefixConfig) else model.num_heads
+    width = heads * model.head_size if isinstance(adapter, PrefixConfig) else model.hidden_size
+    sizes = {
+        "num_virtual_tokens": adapter.virtual_tokens,
+        "token_dim": width,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": heads,
+        "num_layers": model.num_layers,
+    }
+    return sizes | ({"encoder_hidden_size": width} if isinstance(adapter, PrefixConfig) else {})
 
 
 def _of_adapter(form: Form, model: ModelConfig, spec: ParameterSpec, value: torch.Tensor) -> tuple[str, torch.Tensor]:

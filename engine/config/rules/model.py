@@ -5,11 +5,9 @@ Part of `engine.config.resolve`, which reports every problem at once.
 
 from __future__ import annotations
 
-import fnmatch
 import math
 
-from engine.config.adapter_targets import all_targets, parts_of
-from engine.config.schema.adapter import BottleneckConfig
+from engine.config.rules.adapter import check_adapter
 from engine.config.schema.model import BERTConfig, GPTConfig, ModelConfig, T5Config
 from engine.config.schema.rotary import DynamicScaling, Llama3Scaling, YarnScaling
 from engine.errors import ConfigError, PalimpsestError
@@ -25,7 +23,7 @@ def check_model(model: ModelConfig, problems: list[PalimpsestError]) -> None:
             )
         )
     _check_rotary(model, problems)
-    _check_adapter(model, problems)
+    check_adapter(model, problems)
     if isinstance(model, GPTConfig):
         _check_decoder(model, problems)
     if isinstance(model, BERTConfig):
@@ -51,33 +49,6 @@ def _check_heads(model: ModelConfig, problems: list[PalimpsestError]) -> None:
                 f"one of {listed(divisors(model.num_heads))}",
             )
         )
-
-
-def _check_adapter(model: ModelConfig, problems: list[PalimpsestError]) -> None:
-    if model.adapter is None:
-        return
-    if isinstance(model.adapter, BottleneckConfig):
-        parts = parts_of(model)
-        problems += [
-            ConfigError(
-                f"model.adapter.targets: the pattern {pattern!r} matches no part of a layer",
-                ", ".join(parts),
-                "correct the pattern",
-            )
-            for pattern in model.adapter.targets
-            if not fnmatch.filter(parts, pattern)
-        ]
-        return
-    targets = all_targets(model)
-    problems += [
-        ConfigError(
-            f"model.adapter.targets: the pattern {pattern!r} matches no matrix of a layer",
-            ", ".join(target.key for target in targets),
-            "correct the pattern; forms whose files have queries, keys and values in one matrix have qkv",
-        )
-        for pattern in model.adapter.targets
-        if not any(target.matches(pattern) for target in targets)
-    ]
 
 
 def _check_rotary(model: ModelConfig, problems: list[PalimpsestError]) -> None:

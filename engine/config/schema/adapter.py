@@ -12,7 +12,7 @@ from pydantic import Discriminator, Field, PositiveFloat, model_validator
 
 from engine.config.schema.section import Section
 
-AdapterMethod = Literal["lora", "ia3", "bottleneck"]
+AdapterMethod = Literal["lora", "ia3", "bottleneck", "prompt", "prefix"]
 
 
 class Adapter(Section):
@@ -21,13 +21,28 @@ class Adapter(Section):
     told_apart_by: ClassVar[str] = "method"
     merges: ClassVar[bool] = True
     """True if the adapter can be added into the weights of the model, so that nothing of it is left."""
+    is_peft: ClassVar[bool] = True
+    """True if peft has the method, so that the adapter is saved in its format."""
+    generates: ClassVar[bool] = True
+    """True if text can be generated with it, by Hugging Face's class or by peft's around it."""
     learning_rate: ClassVar[float] = 5e-4
     """Peak learning rate of a task file that names none."""
-    default_targets: ClassVar[tuple[str, ...]] = ()
-    """Targets where the section names none; those that a model does not have are left out."""
 
     method: AdapterMethod
     """Method by which the model is adapted."""
+
+    @property
+    def drop_rate(self) -> float:
+        """Share of what the adapter reads that training sets to 0."""
+        return 0.0
+
+
+class TargetedAdapter(Adapter):
+    """The keys of the methods that change matrices or parts of each layer."""
+
+    default_targets: ClassVar[tuple[str, ...]] = ()
+    """Targets where the section names none; those that a model does not have are left out."""
+
     targets: tuple[str, ...] = ()
     """Name patterns (shell style) of the matrices of each layer that are adapted: `query`, `key`, `value`, `output`,
     `gate`, `up`, `down`, or with the part of the layer before it, `attention.query` or `ffn.*`. Forms whose files have
@@ -42,13 +57,8 @@ class Adapter(Section):
             return given | {"targets": tuple(targets)}
         return given
 
-    @property
-    def drop_rate(self) -> float:
-        """Share of what the adapter reads that training sets to 0."""
-        return 0.0
 
-
-class LoRAConfig(Adapter):
+class LoRAConfig(TargetedAdapter):
     """LoRA (Hu et al. 2021, arXiv 2106.09685): adds alpha / rank x B A to a matrix, of two narrow matrices."""
 
     default_targets: ClassVar[tuple[str, ...]] = ("attention.query", "attention.value", "attention.qkv")
@@ -67,7 +77,7 @@ class LoRAConfig(Adapter):
         return self.dropout
 
 
-class IA3Config(Adapter):
+class IA3Config(TargetedAdapter):
     """IA3 (Liu et al. 2022, arXiv 2205.05638): scales the output features of a matrix, or the input of one that leads
     back to the residual stream (`output`, `down`)."""
 
@@ -78,11 +88,13 @@ class IA3Config(Adapter):
     """Method: IA3."""
 
 
-class BottleneckConfig(Adapter):
+class BottleneckConfig(TargetedAdapter):
     """Bottleneck adapters (Houlsby et al. 2019, arXiv 1902.00751): a small network with a residual connection behind
     each part of a layer. The norms of the layers are trained, too."""
 
     merges: ClassVar[bool] = False
+    is_peft: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 3e-4  # theirs, section 3.1
     default_targets: ClassVar[tuple[str, ...]] = ("attention", "cross_attention", "ffn")
 
@@ -92,5 +104,35 @@ class BottleneckConfig(Adapter):
     """Number of features inside of an adapter."""
 
 
-AnyAdapter = Annotated[LoRAConfig | IA3Config | BottleneckConfig, Discriminator("method")]
+class VirtualTokensConfig(Adapter):
+    """The keys of the methods that put trained vectors in front of a row's tokens."""
+
+    merges: ClassVar[bool] = False
+
+    virtual_tokens: int = Field(default=20, ge=1, le=2**12)
+    """Number of trained vectors in front of each row. Rows and they together fit `model.max_positions`."""
+
+
+class PromptConfig(VirtualTokensConfig):
+    """Prompt tuning (Lester et al. 2021, arXiv 2104.08691): trains embeddings in front of those of a row's tokens."""
+
+    learning_rate: ClassVar[float] = 1e-2
+
+    method: Literal["prompt"]
+    """Method: prompt tuning."""
+
+
+class PrefixConfig(VirtualTokensConfig):
+    """Prefix tuning (Li and Liang 2021, arXiv 2101.00190): trains keys and values that each layer's attention sees in
+    front of a row's."""
+
+    # peft 0.21 hands its prefix to an argument that transformers 5.24 has renamed, so its text is another one
+    generates: ClassVar[bool] = False
+    learning_rate: ClassVar[float] = 5e-3
+
+    method: Literal["prefix"]
+    """Method: prefix tuning."""
+
+
+AnyAdapter = Annotated[LoRAConfig | IA3Config | BottleneckConfig | PromptConfig | PrefixConfig, Discriminator("method")]
 """A `model.adapter` section of any method."""

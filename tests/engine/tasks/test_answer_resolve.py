@@ -166,3 +166,10 @@ def test_the_shipped_task_files_resolve(tmp_path, starts, file, form):
     run = resolve_task(tree | {"folder": str(tmp_path / "run"), "init_from": str(starts / form)}, "shipped")
     assert run.stages[0].num_steps >= 1
     assert resolve(run, 1)
+
+
+@pytest.mark.parametrize("method", ["bottleneck", "prefix"])
+def test_an_adapter_that_cannot_generate_is_refused_before_training(tmp_path, starts, method):
+    write_pairs(tmp_path)
+    with pytest.raises(ConfigError, match=f"objective answer with adapter.method = {method}"):
+        resolve_task(answer_tree(tmp_path, starts / "gpt2") | {"adapter": {"method": method}}, "task")

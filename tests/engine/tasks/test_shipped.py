@@ -18,7 +18,7 @@ def start(tmp_path_factory):
     return write_start(tmp_path_factory.mktemp("start"))
 
 
-@pytest.mark.parametrize("name", ["lora", "ia3", "bottleneck", "few-labels", "unfreezing", "l2-sp"])
+@pytest.mark.parametrize("name", ["lora", "ia3", "bottleneck", "prompt", "prefix", "few-labels", "unfreezing", "l2-sp"])
 def test_a_shipped_task_file_can_start(tmp_path, start, name):
     write_examples(tmp_path, count=40)
     (tmp_path / "synonyms.tsv").write_text("ink\tdye\n")
@@ -31,4 +31,4 @@ def test_a_shipped_task_file_can_start(tmp_path, start, name):
     run = resolve_task(tree, "shipped")
     _, problems = examine(run, 1)
     assert [*problems, *check_patterns(run)] == []
-    assert (run.model.adapter is not None) == (name in ("lora", "ia3", "bottleneck"))
+    assert (run.model.adapter is not None) == (name in ("lora", "ia3", "bottleneck", "prompt", "prefix"))

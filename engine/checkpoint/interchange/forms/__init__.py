@@ -35,7 +35,9 @@ def form_of(model: ModelConfig) -> Form:
         raise ConfigError(
             f"model.adapter.method = {model.adapter.method}, which Hugging Face's classes have no place for",
             "a model without an adapter, or with one that is merged into the weights: lora, ia3",
-            "keep the checkpoint; its adapter alone is in the run folder's `adapter`",
+            "load the run folder's `adapter` by peft onto the model that the run started from"
+            if model.adapter.is_peft
+            else "keep the checkpoint; its adapter alone is in the run folder's `adapter`",
         )
     twin, problems = nearest(model)
     if problems:
