@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.config.rules.adapter import check_virtual_tokens
+from engine.config.rules.adapter import check_rank_allocation, check_virtual_tokens
 from engine.config.rules.checkpoint import check_keeping
 from engine.config.rules.data import check_mixture
 from engine.config.rules.evaluation import check_alarm, check_early_stopping, check_questions
@@ -96,6 +96,7 @@ def check(config: RunConfig) -> list[PalimpsestError]:
     check_offload(config, problems)
     check_heads(config, problems)
     check_virtual_tokens(config, problems)
+    check_rank_allocation(config, problems)
     check_optimizer(config, problems)
     check_stability(config, problems)
     check_keeping(config, problems)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from engine.config.schema.adapter import PrefixConfig, PromptConfig
 from engine.config.schema.model import ModelConfig
 
-METHODS_WITHOUT = "lora, ia3 or bottleneck"
+METHODS_WITHOUT = "lora, adalora, ia3 or bottleneck"
 """Methods that put nothing in front of a row, for messages."""
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.config.adapter_targets import Part, Target, adapted, all_targets, bottlenecks
-from engine.config.schema.adapter import BottleneckConfig, LoRAConfig
+from engine.config.schema.adapter import AdaLoRAConfig, BottleneckConfig, LoRAConfig
 from engine.config.schema.model import ModelConfig
 from engine.config.virtual_tokens import prefix_length
 from engine.models.dropout import Dropout
@@ -40,6 +40,28 @@ class LoRA(nn.Module):
 
     def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
         return self.lora_B(self.lora_A(x_BTI)) * self.scale
+
+
+class AdaLoRA(nn.Module):
+    """Low-rank change of a matrix in the form of a singular value decomposition (Zhang et al. 2023, equation 3):
+    (B, T, I) -> what is added to (B, T, O)."""
+
+    def __init__(self, target: Target, config: AdaLoRAConfig) -> None:
+        super().__init__()
+        # R = initial_rank elements; an unimportant one is zero, and its row of A and column of B stay.
+        self.lora_E = nn.Parameter(torch.zeros(config.initial_rank, 1))
+        self.lora_A = nn.Linear(target.columns, config.initial_rank, bias=False)
+        self.lora_B = nn.Linear(config.initial_rank, target.rows, bias=False)
+        self.scale = adalora_scale(config)
+
+    def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
+        narrow_BTR = self.lora_A(x_BTI) * self.lora_E.squeeze(1)
+        return self.lora_B(narrow_BTR) * self.scale
+
+
+def adalora_scale(config: AdaLoRAConfig) -> float:
+    """Return the factor of the product B E A, with peft's small number in the divisor."""
+    return config.alpha / (config.initial_rank + 1e-5)
 
 
 class Scaling(nn.Module):
@@ -138,7 +160,7 @@ def adapter_sharding(config: ModelConfig) -> Table:
     found: Table = {"layers.*.attention.adapters.prefix_*": HEADS} if prefix_length(config) else {}
     for target in (one for part in ("attention", "cross_attention", "ffn") for one in adapted(config, part)):
         name = f"layers.*.{target.part}.adapters.{target.name}"
-        if isinstance(config.adapter, LoRAConfig):
+        if isinstance(config.adapter, LoRAConfig | AdaLoRAConfig):
             found |= (
                 {f"{name}.lora_A.weight": ROW} if target.is_row else {f"{name}.lora_B.weight": column(*target.blocks)}
             )
@@ -150,6 +172,8 @@ def adapter_sharding(config: ModelConfig) -> Table:
 def _module(target: Target, config: ModelConfig) -> nn.Module:
     if isinstance(config.adapter, LoRAConfig):
         return LoRA(target, config.adapter)
+    if isinstance(config.adapter, AdaLoRAConfig):
+        return AdaLoRA(target, config.adapter)
     return Scaling(target.columns if target.is_row else target.rows)
 
 

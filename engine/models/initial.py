@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from engine.config.adapter_targets import MARK
+from engine.config.schema.adapter import AdaLoRAConfig
 from engine.config.schema.model import BERTConfig, GPTConfig, ModelConfig
 from engine.parallel.sharding import ParameterSpec
 
@@ -50,6 +51,7 @@ def _adapter_value(spec: ParameterSpec, kind: str, role: str, config: ModelConfi
     """Return the initial value of an adapter's parameter, with which the model computes what it did without it.
 
     That of peft: A uniform up to 1 / sqrt(inputs), B zero (Hu et al. 2021, section 4.1); factors 1 (Liu et al. 2022).
+    AdaLoRA's A and B have deviation 0.02, its E is zero.
     Bottlenecks nearly do: deviation 0.01, cut at two deviations (Houlsby et al. 2019, section 3.6), biases 0. Virtual
     tokens do not: they are drawn as the embeddings of a model are.
     """
@@ -57,7 +59,10 @@ def _adapter_value(spec: ParameterSpec, kind: str, role: str, config: ModelConfi
         assert isinstance(config, GPTConfig | BERTConfig)
         drawn = _generator(seed, spec.name).standard_normal(spec.shape, dtype=np.float32)
         return torch.from_numpy(drawn) * config.init_std
-    if kind == "lora_B" or role == "bias":
+    if isinstance(config.adapter, AdaLoRAConfig) and kind in ("lora_A", "lora_B"):
+        drawn = _generator(seed, spec.name).standard_normal(spec.shape, dtype=np.float32)
+        return torch.from_numpy(drawn) * 0.02
+    if kind == "lora_B" or role in ("bias", "lora_E"):
         return torch.zeros(spec.shape, device="cpu")
     if kind == "lora_A":
         bound = spec.shape[1] ** -0.5

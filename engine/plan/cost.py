@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any
 
+from engine.config.kept_moments import kept_moments
 from engine.config.resolve import Layout
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
@@ -178,7 +179,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
         entries = counted_entries(model, range(model.num_layers), True, True)
         # Muon keeps one moment of each of these, not Adam's two. Whole shapes: ranks store each parameter once.
         matrices = sum(entry.numel * entry.count for entry in entries if entry.is_linear)
-    added = max(len(run_stage.added_moments) for run_stage in config.stages) * ADDED_MOMENT_BYTES
+    added = max(len(kept_moments(config, run_stage)) for run_stage in config.stages) * ADDED_MOMENT_BYTES
     return num_parameters(model) * (MASTER_BYTES + MOMENTS_BYTES + added) - matrices * (MOMENTS_BYTES - MOMENTUM_BYTES)
 
 

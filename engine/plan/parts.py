@@ -13,7 +13,7 @@ from typing import Literal
 
 from engine.config.adapter_targets import MARK, Part, adapted, bottlenecks
 from engine.config.objectives import RowLengths
-from engine.config.schema.adapter import BottleneckConfig, LoRAConfig
+from engine.config.schema.adapter import AdaLoRAConfig, BottleneckConfig, LoRAConfig
 from engine.config.schema.model import ModelConfig
 from engine.config.virtual_tokens import prefix_length, prompt_length
 
@@ -179,6 +179,11 @@ def adapters(model: ModelConfig, name: str, part: Part) -> list[Entry]:
         prefix, is_row = f"{name}.adapters.{target.name}", target.is_row
         if isinstance(model.adapter, LoRAConfig):
             rank = model.adapter.rank
+            found += linear(f"{prefix}.lora_A", rank, target.columns, bias=False, split=is_row)
+            found += linear(f"{prefix}.lora_B", target.rows, rank, bias=False, split=not is_row)
+        elif isinstance(model.adapter, AdaLoRAConfig):
+            rank = model.adapter.initial_rank
+            found.append(Entry(f"{prefix}.lora_E", (rank, 1), split=False))
             found += linear(f"{prefix}.lora_A", rank, target.columns, bias=False, split=is_row)
             found += linear(f"{prefix}.lora_B", target.rows, rank, bias=False, split=not is_row)
         else:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from engine.config.kept_moments import kept_moments
 from engine.config.objectives import has_segments, held_lengths, row_lengths
 from engine.config.resolve import Layout, examine, num_micro_batches
 from engine.config.schema.run import RunConfig
@@ -309,7 +310,7 @@ def _stage_plan(
         stored=-(-entries.without(elsewhere).local_numel(layout.tensor) // shards),
         stored_matrices=matrices // shards,
         stored_frozen=frozen.without(elsewhere).local_numel(layout.tensor) // shards,
-        added_moments=len(run_stage.added_moments),
+        added_moments=len(kept_moments(config, run_stage)),
         operations=(operations + again) * rows // share,
         recomputed_operations=again * rows // share,
         remade_bytes=remade * micro_batches if config.parallel.recompute == "selective" else 0,

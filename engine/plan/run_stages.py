@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
+from engine.config.kept_moments import kept_moments
 from engine.config.objectives import RowLengths, has_segments, held_lengths, row_lengths
 from engine.config.resolve import Layout, num_micro_batches
 from engine.config.schema.run import RunConfig
@@ -110,7 +111,7 @@ def pipeline_memory(
             has_head=any(chunk.last for chunk in held),
             device=device,
             single_moments=trained_matrices(config, run_stage, layout, held) if muon else 0,
-            added_moments=len(run_stage.added_moments),
+            added_moments=len(kept_moments(config, run_stage)),
             soft_targets=_soft_targets(config, run_stage, layout) if any(chunk.last for chunk in held) else 0,
             frozen=frozen_entries(config.model, tuple(held), run_stage.freeze).local_numel(layout.tensor),
             kept=layers_kept(config.model, held, run_stage.freeze),

@@ -26,6 +26,7 @@ OWN_CONFIG, OWN_WEIGHTS = "adapter.json", "adapter.safetensors"
 """Names of the files of an adapter that peft has no method for."""
 THEIR_CONFIGS: dict[AdapterMethod, str] = {
     "lora": "LoraConfig",
+    "adalora": "AdaLoraConfig",
     "ia3": "IA3Config",
     "prompt": "PromptTuningConfig",
     "prefix": "PrefixTuningConfig",

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from engine.config.kept_moments import kept_moments
 from engine.config.schema.regularization import EMA
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
@@ -240,7 +241,7 @@ class CurrentRunStage:
             with phase(f"making the engine again: {len(spec.frozen)} of {len(spec.parameters)} parameters are frozen"):
                 rebuild(self.pipeline, self.config, spec)
         # An average may be asked for within a run stage, where checkpoints lack it: `RunCheckpoints.restore` begins it.
-        added = {name: name == EMA for name in run_stage.added_moments}
+        added = {name: name == EMA for name in kept_moments(self.config, run_stage)}
         if self.pipeline.engine.keep_moments(added) or is_rebuilt:
             self._checkpoints.reserve(self.pipeline.engine)
         return self.pipeline.engine

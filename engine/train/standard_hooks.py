@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.config.rules.tables import REPLAY
+from engine.config.schema.adapter import AdaLoRAConfig
 from engine.config.schema.run import RunConfig
 from engine.data.stream import Stream
 from engine.errors import EnvironmentProblem
@@ -16,6 +17,7 @@ from engine.train.hooks import Hook, Run
 from engine.train.metrics import Metrics, open_metrics
 from engine.train.node_speed import NodeSpeed
 from engine.train.predictions import Measure
+from engine.train.rank_allocation import RankAllocation
 from engine.train.records import Record
 from engine.train.regularization import Regularization
 from engine.train.rollback import Stability
@@ -30,6 +32,8 @@ def standard_hooks(config: RunConfig, is_main_rank: bool, measure: Measure | Non
     """
     kept: list[Hook] = [Admission(config, config.reservoir)] if config.reservoir is not None else []
     kept += [MemoryCheckpoints(config), NodeSpeed(config.launch.probe_every_steps), Regularization()]
+    if isinstance(config.model.adapter, AdaLoRAConfig):
+        kept.append(RankAllocation(config.model.adapter))
     judges: list[Hook] = [BestCheckpoint(config, is_main_rank)] if config.checkpoint.keep_best else []
     judges += [EarlyStopping(config)] if config.evaluation.early_stopping is not None else []
     return [Recorder(), Stability(config.stability), *kept, Validation(measure), *judges]

@@ -113,8 +113,16 @@ Gradients = Callable[[int, Batch], torch.Tensor]
 """(step, batch) -> the loss that the run reports, after gradients were computed."""
 
 
-def trained_by_torch(config: RunConfig, model: Any, gradients: Gradients | None = None) -> list[float]:
-    """Losses of the steps of a run, by torch's AdamW over what is trained; the plain loss's where nothing else is."""
+def trained_by_torch(
+    config: RunConfig,
+    model: Any,
+    gradients: Gradients | None = None,
+    after: Callable[[int], object] = lambda step: None,
+) -> list[float]:
+    """Losses of the steps of a run, by torch's AdamW over what is trained; the plain loss's where nothing else is.
+
+    `after` is called behind each update, with the number of its step, while the gradients are still there.
+    """
 
     def plain(step: int, batch: Batch) -> torch.Tensor:
         del step
@@ -136,6 +144,7 @@ def trained_by_torch(config: RunConfig, model: Any, gradients: Gradients | None 
         torch.nn.utils.clip_grad_norm_(trained, adam.clip_norm)
         optimizer.param_groups[0]["lr"] = record["learning_rate"]
         optimizer.step()
+        after(step)
     return losses
 
 

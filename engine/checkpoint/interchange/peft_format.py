@@ -16,7 +16,7 @@ from engine.checkpoint.interchange.forms.form import Form, Theirs
 from engine.checkpoint.interchange.mapping import mapped
 from engine.checkpoint.interchange.sources.merged import without_adapter
 from engine.config.adapter_targets import MARK, Target, all_targets
-from engine.config.schema.adapter import LoRAConfig, PrefixConfig, VirtualTokensConfig
+from engine.config.schema.adapter import AdaLoRAConfig, LoRAConfig, PrefixConfig, VirtualTokensConfig
 from engine.config.schema.model import ModelConfig
 from engine.models.families import family
 from engine.parallel.sharding import ParameterSpec
@@ -73,6 +73,8 @@ def adapter_config(model: ModelConfig, base: str | None) -> dict[str, Any]:
     given = shared | {"target_modules": sorted(modules), "fan_in_fan_out": transposed}
     if isinstance(adapter, LoRAConfig):
         return given | {"r": adapter.rank, "lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout, "bias": "none"}
+    if isinstance(adapter, AdaLoRAConfig):
+        return given | _of_adalora(adapter)
     return given | {"feedforward_modules": sorted(name for name, target in modules.items() if target.is_row)}
 
 
@@ -105,6 +107,23 @@ def _sizes(model: ModelConfig, adapter: VirtualTokensConfig) -> dict[str, Any]:
     return sizes | ({"encoder_hidden_size": width} if isinstance(adapter, PrefixConfig) else {})
 
 
+def _of_adalora(adapter: AdaLoRAConfig) -> dict[str, Any]:
+    """Return peft's arguments of AdaLoRA. Elements that were set to zero are in the file, as zeros: `rank_pattern`
+    stays empty, and peft divides by the initial rank, as training did."""
+    return {
+        "init_r": adapter.initial_rank,
+        "target_r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": adapter.dropout,
+        "orth_reg_weight": adapter.orthogonality,
+        "beta1": adapter.smoothing,
+        "beta2": adapter.smoothing,
+        "deltaT": adapter.every_steps,
+        "total_step": 1,  # the schedule is over; peft wants a number
+        "bias": "none",
+    }
+
+
 def _of_adapter(form: Form, model: ModelConfig, spec: ParameterSpec, value: torch.Tensor) -> tuple[str, torch.Tensor]:
     """Return name and value of a parameter of an adapter as peft has them."""
     target = _target(model, spec.name)
@@ -113,6 +132,8 @@ def _of_adapter(form: Form, model: ModelConfig, spec: ParameterSpec, value: torc
     if entry.per_head and spec.shape[0] == target.rows and len(target.blocks) > 1:
         # rows of queries, keys and values head by head, as in the matrix that they change
         value = mapped(spec, (kind,), per_head=model.head_size).theirs(kind, value)
+    if isinstance(model.adapter, AdaLoRAConfig):
+        kind = kind.removesuffix(".weight")  # peft has plain parameters there
     if kind == "ia3_l":
         value = value.unsqueeze(0 if target.is_row else 1)
     return f"{_PREFIX}{module}.{kind}", value

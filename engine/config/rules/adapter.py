@@ -9,7 +9,13 @@ import fnmatch
 
 from engine.config.adapter_targets import all_targets, parts_of
 from engine.config.objectives import OBJECTIVES
-from engine.config.schema.adapter import BottleneckConfig, PrefixConfig, TargetedAdapter, VirtualTokensConfig
+from engine.config.schema.adapter import (
+    AdaLoRAConfig,
+    BottleneckConfig,
+    PrefixConfig,
+    TargetedAdapter,
+    VirtualTokensConfig,
+)
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.run import RunConfig
 from engine.config.virtual_tokens import METHODS_WITHOUT, text_positions
@@ -67,6 +73,47 @@ def _check_form(model: ModelConfig, adapter: VirtualTokensConfig, problems: list
                 "prefix is near the first ones alone",
                 "a model whose layers all see whole rows",
                 f"use {METHODS_WITHOUT}",
+            )
+        )
+
+
+def check_rank_allocation(config: RunConfig, problems: list[PalimpsestError]) -> None:
+    """Add the rules of AdaLoRA: a schedule over one run stage, and gradients that no other method changes."""
+    adapter = config.model.adapter
+    if not isinstance(adapter, AdaLoRAConfig):
+        return
+    method = "model.adapter.method = adalora"
+    if adapter.rank >= adapter.initial_rank:
+        problems.append(
+            ConfigError(
+                f"model.adapter.rank = {adapter.rank} with model.adapter.initial_rank = {adapter.initial_rank}",
+                "a mean rank at the end that is lower than the initial one",
+                "raise model.adapter.initial_rank (theirs is 1.5 times the rank), or use lora",
+            )
+        )
+    if adapter.warmup_share + adapter.final_share >= 1:
+        problems.append(
+            ConfigError(
+                f"model.adapter.warmup_share = {adapter.warmup_share} and model.adapter.final_share = "
+                f"{adapter.final_share} leave no steps in which ranks are chosen",
+                "shares whose sum is below 1",
+                "lower one of them",
+            )
+        )
+    if len(config.stages) > 1:
+        problems.append(
+            ConfigError(
+                f"{method} with {len(config.stages)} run stages: its schedule runs over one",
+                "one run stage",
+                "use lora, or leave out what makes several run stages, such as unfreezing",
+            )
+        )
+    elif any(run_stage.regularization.mixout is not None for run_stage in config.stages):
+        problems.append(
+            ConfigError(
+                f"{method} with stages.0.regularization.mixout: both change the gradients of a step",
+                "one of them",
+                "remove stages.0.regularization.mixout, or use lora",
             )
         )
 

@@ -12,7 +12,7 @@ from pydantic import Discriminator, Field, PositiveFloat, model_validator
 
 from engine.config.schema.section import Section
 
-AdapterMethod = Literal["lora", "ia3", "bottleneck", "prompt", "prefix"]
+AdapterMethod = Literal["lora", "adalora", "ia3", "bottleneck", "prompt", "prefix"]
 
 
 class Adapter(Section):
@@ -77,6 +77,39 @@ class LoRAConfig(TargetedAdapter):
         return self.dropout
 
 
+class AdaLoRAConfig(TargetedAdapter):
+    """AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): adds alpha / rank x B E A to a matrix, with a diagonal E whose
+    least important elements are set to zero on the way, over all matrices together."""
+
+    default_targets: ClassVar[tuple[str, ...]] = ("*",)  # theirs, section 4.1: all matrices
+
+    method: Literal["adalora"]
+    """Method: AdaLoRA."""
+    rank: int = Field(default=8, ge=1, le=2**16)
+    """Mean number of elements of E that are left in a matrix at the end."""
+    initial_rank: int = Field(default=12, ge=1, le=2**16)
+    """Number of elements of E at the beginning: of the rows of A and of the columns of B."""
+    alpha: PositiveFloat = 16.0
+    """Factor of the product, which is divided by the initial rank."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the input of A that training sets to 0. Keyed as `model.dropout`, so it is equal in every layout."""
+    orthogonality: float = Field(default=0.5, ge=0.0)
+    """Strength of the penalty on rows of A, and columns of B, that are not orthonormal: that of the mean over all A and
+    B of the norm of A A' - I, or of B' B - I."""
+    warmup_share: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Share of the run's steps before the first elements of E are set to zero."""
+    final_share: float = Field(default=0.3, gt=0.0, lt=1.0)
+    """Share of the run's steps, at its end, in which the same elements stay zero."""
+    every_steps: int = Field(default=10, ge=1)
+    """Number of steps from one choice of elements to the next."""
+    smoothing: float = Field(default=0.85, gt=0.0, lt=1.0)
+    """Share of the importance of an element, and of the deviation from it, that stays at each step (beta of both)."""
+
+    @property
+    def drop_rate(self) -> float:
+        return self.dropout
+
+
 class IA3Config(TargetedAdapter):
     """IA3 (Liu et al. 2022, arXiv 2205.05638): scales the output features of a matrix, or the input of one that leads
     back to the residual stream (`output`, `down`)."""
@@ -134,5 +167,7 @@ class PrefixConfig(VirtualTokensConfig):
     """Method: prefix tuning."""
 
 
-AnyAdapter = Annotated[LoRAConfig | IA3Config | BottleneckConfig | PromptConfig | PrefixConfig, Discriminator("method")]
+AnyAdapter = Annotated[
+    LoRAConfig | AdaLoRAConfig | IA3Config | BottleneckConfig | PromptConfig | PrefixConfig, Discriminator("method")
+]
 """A `model.adapter` section of any method."""

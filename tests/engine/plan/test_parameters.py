@@ -3,7 +3,14 @@
 import pytest
 
 from engine.config.objectives import RowLengths
-from engine.config.schema.adapter import BottleneckConfig, IA3Config, LoRAConfig, PrefixConfig, PromptConfig
+from engine.config.schema.adapter import (
+    AdaLoRAConfig,
+    BottleneckConfig,
+    IA3Config,
+    LoRAConfig,
+    PrefixConfig,
+    PromptConfig,
+)
 from engine.config.schema.model import GPTConfig, ModelConfig, T5Config, make_model
 from engine.plan import gpt, parts
 from engine.plan.cut import cut_layers
@@ -82,13 +89,14 @@ SMALL += [
     SMALL[0].model_copy(update={"adapter": BottleneckConfig(method="bottleneck", targets=("ffn",))}),
 ]
 SMALL += [
+    SMALL[2].model_copy(update={"adapter": AdaLoRAConfig(method="adalora", rank=2, initial_rank=3)}),
     SMALL[0].model_copy(update={"adapter": PromptConfig(method="prompt", virtual_tokens=3)}),
     SMALL[2].model_copy(update={"adapter": PrefixConfig(method="prefix", virtual_tokens=3)}),
     SMALL[6].model_copy(update={"adapter": PromptConfig(method="prompt", virtual_tokens=3)}),
 ]
 SMALL.append(SMALL[8].model_copy(update={"adapter": LoRAConfig(method="lora", targets=("*",))}))
 FORMS = ["gpt2 form", "untied", "llama form", "lora", "ia3", "options", "bert form", "modern encoder", "t5"]
-FORMS += ["t5 bottleneck", "bottleneck", "prompt", "prefix", "bert prompt", "t5 lora"]
+FORMS += ["t5 bottleneck", "bottleneck", "adalora", "prompt", "prefix", "bert prompt", "t5 lora"]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,9 @@ from tests.engine.serve.runs import run_config, save
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "bert-lora": ("bert", {"method": "lora", "rank": 3}, {"pair_head": False}),
+    "bert-adalora": ("bert", {"method": "adalora", "rank": 2, "initial_rank": 5}, {"pair_head": False}),
+    "gpt2-adalora": ("gpt2", {"method": "adalora", "rank": 2, "initial_rank": 4, "targets": ["qkv", "down"]}, {}),
+    "pythia-adalora": ("pythia", {"method": "adalora", "initial_rank": 9}, {}),
     "bert-ia3": ("bert", {"method": "ia3"}, {}),
     "roberta-lora": ("bert", {"method": "lora", "targets": ["*"]}, {"pair_head": False, "token_types": 1}),
     "modernbert-lora": ("modernbert", {"method": "lora", "targets": ["qkv", "gate_up", "output"]}, {}),

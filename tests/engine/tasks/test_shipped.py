@@ -11,6 +11,7 @@ from engine.tasks.resolve import resolve_task
 from tests.engine.tasks.starts import write_examples, write_start
 
 FOLDER = Path(__file__).parents[3] / "configs/tasks"
+ADAPTERS = ("lora", "adalora", "ia3", "bottleneck", "prompt", "prefix")
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,9 @@ def start(tmp_path_factory):
     return write_start(tmp_path_factory.mktemp("start"))
 
 
-@pytest.mark.parametrize("name", ["lora", "ia3", "bottleneck", "prompt", "prefix", "few-labels", "unfreezing", "l2-sp"])
+@pytest.mark.parametrize(
+    "name", ["lora", "adalora", "ia3", "bottleneck", "prompt", "prefix", "few-labels", "unfreezing", "l2-sp"]
+)
 def test_a_shipped_task_file_can_start(tmp_path, start, name):
     write_examples(tmp_path, count=40)
     (tmp_path / "synonyms.tsv").write_text("ink\tdye\n")
@@ -31,4 +34,4 @@ def test_a_shipped_task_file_can_start(tmp_path, start, name):
     run = resolve_task(tree, "shipped")
     _, problems = examine(run, 1)
     assert [*problems, *check_patterns(run)] == []
-    assert (run.model.adapter is not None) == (name in ("lora", "ia3", "bottleneck", "prompt", "prefix"))
+    assert (run.model.adapter is not None) == (name in ADAPTERS)

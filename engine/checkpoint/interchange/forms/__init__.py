@@ -34,7 +34,7 @@ def form_of(model: ModelConfig) -> Form:
     if model.adapter is not None and not model.adapter.merges:
         raise ConfigError(
             f"model.adapter.method = {model.adapter.method}, which Hugging Face's classes have no place for",
-            "a model without an adapter, or with one that is merged into the weights: lora, ia3",
+            "a model without an adapter, or with one that is merged into the weights: lora, adalora, ia3",
             "load the run folder's `adapter` by peft onto the model that the run started from"
             if model.adapter.is_peft
             else "keep the checkpoint; its adapter alone is in the run folder's `adapter`",

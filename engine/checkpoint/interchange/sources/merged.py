@@ -1,6 +1,7 @@
 """The weights of a checkpoint whose model has an adapter, as those of the model without it: the adapter is added in.
 
-Sums and products are those of peft's `merge_and_unload`, in fp32: W + (B A) x scale for LoRA, W x factors for IA3.
+Sums and products are those of peft's `merge_and_unload`, in fp32: W + (B A) x scale for LoRA, with
+(A x E) for A in AdaLoRA, W x factors for IA3.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 
 from engine.checkpoint.interchange.sources.source import Source
 from engine.config.adapter_targets import MARK, PARTS, Target, adapted
-from engine.config.schema.adapter import LoRAConfig
+from engine.config.schema.adapter import AdaLoRAConfig, LoRAConfig
 from engine.config.schema.model import ModelConfig
 from engine.parallel.sharding import Shape
 
@@ -82,6 +83,12 @@ class Merged:
                 if kind == "weight":
                     low, high = self._whole(f"{own}.lora_A.weight"), self._whole(f"{own}.lora_B.weight")
                     rows += (high @ low) * (adapter.alpha / adapter.rank)
+            elif isinstance(adapter, AdaLoRAConfig):
+                if kind == "weight":
+                    low, high = self._whole(f"{own}.lora_A.weight"), self._whole(f"{own}.lora_B.weight")
+                    product = high @ (low * self._whole(f"{own}.lora_E"))
+                    # peft multiplies and divides by itself: one factor would be rounded otherwise
+                    rows += product * adapter.alpha / (torch.tensor([float(adapter.initial_rank)]) + 1e-5)
             elif target.is_row:
                 if kind == "weight":  # the bias is added behind the product
                     rows *= self._whole(f"{own}.ia3_l")

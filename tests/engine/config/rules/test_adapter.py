@@ -63,8 +63,24 @@ def test_a_prefix_may_share_rows_over_tensor_ranks():
 
 
 @pytest.mark.parametrize(
+    ("adapter", "stage", "wrong"),
+    [
+        ({"rank": 12}, {}, "model.adapter.rank = 12 with model.adapter.initial_rank = 12"),
+        ({"warmup_share": 0.8}, {}, "leave no steps in which ranks are chosen"),
+        ({}, {"regularization": {"mixout": {"share": 0.1}}}, "both change the gradients of a step"),
+    ],
+)
+def test_a_rank_allocation_that_does_not_fit_is_refused(adapter, stage, wrong):
+    found = problems_of(run_of("bert", {"method": "adalora"} | adapter, {}, **stage))
+    assert len(found) == 1, found
+    assert wrong in found[0]
+
+
+@pytest.mark.parametrize(
     ("method", "key", "value"),
     [
+        ("lora", "initial_rank", 3),
+        ("adalora", "virtual_tokens", 3),
         ("lora", "virtual_tokens", 3),
         ("lora", "size", 3),
         ("ia3", "rank", 3),
