@@ -19,9 +19,7 @@ def start(tmp_path_factory):
     return write_start(tmp_path_factory.mktemp("start"))
 
 
-@pytest.mark.parametrize(
-    "name", ["lora", "adalora", "ia3", "bottleneck", "prompt", "prefix", "few-labels", "unfreezing", "l2-sp"]
-)
+@pytest.mark.parametrize("name", [*ADAPTERS, "few-labels", "unfreezing", "l2-sp"])
 def test_a_shipped_task_file_can_start(tmp_path, start, name):
     write_examples(tmp_path, count=40)
     (tmp_path / "synonyms.tsv").write_text("ink\tdye\n")
