@@ -12,15 +12,29 @@ from tools.conversions import USUAL, Request, To, check_options, conversion_of, 
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="A run folder or a checkpoint, a Hugging Face folder, a checkpoint of DeepSpeed's or torch's DCP "
+        "(a path or a URL), a folder of shards, or a .bin/.idx."
+    ),
+]
+Dtype = Annotated[
+    Literal["fp32", "bf16", "fp16", "int8"] | None,
+    typer.Option(help="Dtype of the written weights (default: fp32, or that of their source)."),
+]
+Verify = Annotated[
+    Literal["full", "sample", "none"] | None,
+    typer.Option(help="Weights that are read back and compared (default: full)."),
+]
+Weights = Annotated[
+    Literal["trained", "ema"] | None,
+    typer.Option(help="Which weights: as trained (default), or their average (a stage's `ema`)."),
+]
+
 
 def main(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="A run folder or a checkpoint, a Hugging Face folder, a checkpoint of DeepSpeed's or torch's DCP "
-            "(a path or a URL), a folder of shards, or a .bin/.idx."
-        ),
-    ],
+    source: Source,
     output: Annotated[Path, typer.Option(help="What to write (megatron: PREFIX of .bin and .idx); must be new.")],
     to: Annotated[
         To | None, typer.Option(help="The format to write; by default Hugging Face's of ours, and ours of others.")
@@ -28,15 +42,9 @@ def main(
     with_optimizer: Annotated[
         bool, typer.Option("--with-optimizer", help="Carry the optimizer's moments, too, where both sides know them.")
     ] = False,
-    dtype: Annotated[
-        Literal["fp32", "bf16", "fp16", "int8"] | None,
-        typer.Option(help="Dtype of the written weights (default: fp32, or that of their source)."),
-    ] = None,
+    dtype: Dtype = None,
     shard_size: Annotated[str | None, typer.Option(help="Size of one file at the most, such as 5GB (default).")] = None,
-    verify: Annotated[
-        Literal["full", "sample", "none"] | None,
-        typer.Option(help="Weights that are read back and compared (default: full)."),
-    ] = None,
+    verify: Verify = None,
     run: Annotated[
         Path | None, typer.Option(help="Run file of the model, for files that do not say which model they are of.")
     ] = None,
@@ -46,10 +54,7 @@ def main(
     tokenizer: Annotated[
         Path | None, typer.Option(help="The tokenizer's folder: needed for shards, else if it was moved.")
     ] = None,
-    weights: Annotated[
-        Literal["trained", "ema"] | None,
-        typer.Option(help="Which weights: as trained (default), or their average (a stage's `ema`)."),
-    ] = None,
+    weights: Weights = None,
     license_id: Annotated[
         str | None, typer.Option("--license", help="The model's license, for the card of --to huggingface.")
     ] = None,

@@ -17,19 +17,23 @@ JSON, PAGE = "evaluation.json", "evaluation.html"
 _WIDEST = 100
 """Characters of a cell of a table at the most."""
 
+Texts = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=SOURCE", help="Text or token shards: bits per byte, perplexity.")
+]
+Harness = Annotated[
+    list[str] | None, typer.Option(metavar="TASK", help="A task of lm-evaluation-harness: its YAML file.")
+]
+Labelled = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=FILE", help="Labelled examples, for a fine-tuned model: its measures."),
+]
+
 
 def main(
     source: Annotated[Path, typer.Argument(help="A run folder, one of its checkpoints, or a Hugging Face folder.")],
-    text: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=SOURCE", help="Text or token shards: bits per byte, perplexity.")
-    ] = None,
-    harness: Annotated[
-        list[str] | None, typer.Option(metavar="TASK", help="A task of lm-evaluation-harness: its YAML file.")
-    ] = None,
-    labelled: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=FILE", help="Labelled examples, for a fine-tuned model: its measures."),
-    ] = None,
+    text: Texts = None,
+    harness: Harness = None,
+    labelled: Labelled = None,
     column: Annotated[
         list[str] | None, typer.Option(metavar="KEY=NAME", help="A column of the sets, as data.columns has them.")
     ] = None,

@@ -25,21 +25,25 @@ from tools.data_tables import counts_table, histogram
 
 _TOLD_EVERY_SECONDS = 30
 
+Sources = Annotated[
+    list[str], typer.Argument(metavar="[DOMAIN=]SOURCE...", help="Files, folders, globs, or hf:DATASET.")
+]
+Deduplicated = Annotated[
+    Deduplicate, typer.Option(help="Leave out documents with the text of an earlier one, or nearly.")
+]
+SentenceLanguage = Annotated[
+    str | None, typer.Option(metavar="LANGUAGE", help="Find sentences, which pairs need: en, zh, ...")
+]
+
 
 def main(
-    sources: Annotated[
-        list[str], typer.Argument(metavar="[DOMAIN=]SOURCE...", help="Files, folders, globs, or hf:DATASET.")
-    ],
+    sources: Sources,
     tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer.")],
     output: Annotated[Path, typer.Option(help="Folder to write: train/ and validation/, in each a folder per domain.")],
     validation_fraction: Annotated[float, typer.Option(help="Share of documents held out (0: none).")] = 0.05,
-    deduplicate: Annotated[
-        Deduplicate, typer.Option(help="Leave out documents with the text of an earlier one, or nearly.")
-    ] = "none",
+    deduplicate: Deduplicated = "none",
     similarity: Annotated[float, typer.Option(help="Jaccard similarity of near duplicates, at least.")] = 0.8,
-    sentences: Annotated[
-        str | None, typer.Option(metavar="LANGUAGE", help="Find sentences, which pairs need: en, zh, ...")
-    ] = None,
+    sentences: SentenceLanguage = None,
     compress: Annotated[Compression, typer.Option(help="How shards are stored.")] = "none",
     shard_megabytes: Annotated[float, typer.Option(min=0.001, max=65536, help="Size of a shard (MiB).")] = 64,
     num_workers: Annotated[int | None, typer.Option("--workers", help="Processes (one per CPU), 0.5 GiB each.")] = None,

@@ -27,28 +27,31 @@ LARGEST_VOCABULARY = 10_000_000
 _TOLD_EVERY_SECONDS = 30
 _USUALLY_LEARNT = 1000
 
+Sources = Annotated[list[str] | None, typer.Argument(metavar="SOURCE...", help="Files, folders, globs, or hf:DATASET.")]
+Imported = Annotated[
+    str | None,
+    typer.Option("--import", metavar="NAME_OR_FOLDER", help="Take over this Hugging Face tokenizer instead."),
+]
+Extended = Annotated[
+    Path | None,
+    typer.Option("--extend", metavar="FOLDER", help="Write this tokenizer with further tokens behind its own."),
+]
+Tokens = Annotated[
+    Path | None,
+    typer.Option(help="Tokens to add (--extend): a text file, one a line; a leading blank is a part of it."),
+]
+Added = Annotated[
+    int | None, typer.Option(min=1, help="Tokens to learn from SOURCE (--extend); default 1000, none with --tokens.")
+]
+
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder to write.")],
-    sources: Annotated[
-        list[str] | None, typer.Argument(metavar="SOURCE...", help="Files, folders, globs, or hf:DATASET.")
-    ] = None,
-    imported: Annotated[
-        str | None,
-        typer.Option("--import", metavar="NAME_OR_FOLDER", help="Take over this Hugging Face tokenizer instead."),
-    ] = None,
-    extended: Annotated[
-        Path | None,
-        typer.Option("--extend", metavar="FOLDER", help="Write this tokenizer with further tokens behind its own."),
-    ] = None,
-    tokens: Annotated[
-        Path | None,
-        typer.Option(help="Tokens to add (--extend): a text file, one a line; a leading blank is a part of it."),
-    ] = None,
-    add: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens to learn from SOURCE (--extend); default 1000, none with --tokens."),
-    ] = None,
+    sources: Sources = None,
+    imported: Imported = None,
+    extended: Extended = None,
+    tokens: Tokens = None,
+    add: Added = None,
     kind: Annotated[TokenizerKind, typer.Option(help="What to train.")] = "bpe",
     vocab_size: Annotated[int, typer.Option(max=LARGEST_VOCABULARY, help="Tokens, special ones included.")] = 32000,
     purpose: Annotated[Purpose, typer.Option(help="Objective whose special tokens are added.")] = "causal",
