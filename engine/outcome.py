@@ -1,4 +1,4 @@
-"""The outcome of a run, written atomically to its folder: launchers lose exit codes (contract "Outcome").
+"""The outcome of a run, written atomically to its folder: launchers lose exit codes.
 
 `outcome.json` holds job, attempt, code, step, the first failing rank and its error; readers take it first and the exit
 code second. The start that takes the run folder removes it, so that an old one never speaks for a new run; only the

@@ -1,4 +1,4 @@
-"""The owner of a run folder: one start of a run at a time, which alone writes there (contract "Outcome").
+"""The owner of a run folder: one start of a run at a time, which alone writes there.
 
 The owner holds POSIX record locks on `running.json`, which the system releases when their holder dies and which file
 systems shared between nodes know. The file says who the owner is, and stays behind empty: a file that is removed could

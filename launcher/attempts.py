@@ -1,7 +1,7 @@
 """The attempts of one launch: each is supervised, judged, and followed by another one where that helps.
 
 What a node saw of an attempt (`NodeReport`) and what the run concludes from it are apart. The outcome that the ranks
-left in the run folder is read first and exit codes second (contract "Outcome"); where no rank could write one, it is
+left in the run folder is read first and exit codes second; where no rank could write one, it is
 written here. Nothing here prints: `tell` takes the lines for the user.
 """
 
@@ -173,7 +173,7 @@ def conclude(owned: RunFolder, report: NodeReport) -> Verdict:
     aside = report.aside if report.aside is not None and report.aside.is_of(job, number) else None
     verdict = judge(said if told or aside is None else aside, report, job, number)
     found = None if told else aside
-    # A rank's own word stays, except where ranks were lost: then it only tells of a neighbour that was missed.
+    # The outcome that a rank wrote stays, unless ranks were lost: a rank that is left can only tell that they vanished.
     if verdict.code not in (EXIT_DONE, EXIT_REQUEUE) and (verdict.lost or not (told or aside)):
         ranks = sorted(verdict.lost)  # the neighbour that noticed is not the one to name
         found = Outcome(job, number, verdict.code, verdict.step, ranks[0] if ranks else None, verdict.words)

@@ -52,7 +52,7 @@ SETTLE_SECONDS = 5.0
 GRACE_SECONDS = 5.0
 """Seconds that a rank has to end by itself once the one that it waits for was killed."""
 HELD_BACK = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-"""Signals to all processes of a step, which mean the ranks."""
+"""Signals that Slurm sends to every process of a step; they are meant for the ranks, so the watcher blocks them."""
 _PR_SET_PTRACER = 0x59616D61
 
 _log = logs.logger(__name__)

@@ -1,6 +1,6 @@
 """The port between a supervisor and the ranks of an attempt, and the ranks of this node behind it.
 
-Launchers lose signals, so signals go to the ranks and never to a launcher (contract "Outcome"). Invariant: when `end`
+Launchers lose signals, so signals go to the ranks and never to a launcher. Invariant: when `end`
 returns, no process of the attempt is alive on this node.
 """
 

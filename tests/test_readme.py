@@ -101,3 +101,9 @@ def test_names_in_the_run_folder() -> None:
 def test_make_knows_what_the_readme_tells_to_type() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert set(re.findall(r"make ([a-z-]+)\b", text_of("README.md"))) & targets >= {"demo", "test", "test-all", "clean"}
+
+
+def test_the_index_of_distributed_tests_is_complete() -> None:
+    folder = Path(__file__).parent / "distributed"
+    named = re.findall(r"^\| `(test_\w+\.py)`", (folder / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert named == sorted(path.name for path in folder.glob("test_*.py"))

@@ -17,7 +17,7 @@ ROWS: list[set[str]] = [
     {"tasks"},
     {"serve"},
     {"train"},
-    {"checkpoint", "continual"},
+    {"checkpoint"},
     {"corpus"},
     {"data", "optim"},
     {"models"},

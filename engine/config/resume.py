@@ -1,4 +1,4 @@
-"""The meaning of a changed configuration for a run that goes on (contract "Config on resume").
+"""The meaning of a changed configuration for a run that goes on.
 
 Only keys of kind `meaning` enter the hash that a checkpoint carries. A `schedule` key may change and is logged, an
 `execution` key is free. The hash covers the run's own keys and those of the run stages up to the one in which the run

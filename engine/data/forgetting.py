@@ -146,7 +146,7 @@ def scan(dataset: TokenDataset, other: TokenDataset, samplers: tuple[Sampler, Sa
     """Read the forgotten documents of a data set as training does, and return what was read.
 
     `other` is the same data set with another token in the place of forgotten ones (`fill_id`). `samplers` make the rows
-    of both; without them shards alone are read, which is what every reader, a replay buffer's too, is handed.
+    of both; without them shards alone are read, which is what every reader, a reservoir's too, is handed.
 
     Raises:
         DataError: a token of a forgotten document is emitted, or something is predicted there: a defect.

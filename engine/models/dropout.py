@@ -1,4 +1,4 @@
-"""Dropout whose masks depend on (seed, step, sample, global layer, site, element) alone (contract "Randomness").
+"""Dropout whose masks depend on (seed, step, sample, global layer, site, element) alone.
 
 The data gives every row a key, made of seed, step and the sample's address. That key, the layer and the site give two
 32-bit keys, and these with the number of an element in the row (position and feature; head, query and key) give the

@@ -1,4 +1,4 @@
-"""Comparison of the facts that all ranks of a world must share, before anything is built (contract "Agreement").
+"""Comparison of the facts that all ranks of a world must share, before anything is built.
 
 Every rank compares its facts with rank 0's through the store where they meet, before there is a process group: ranks of
 two starts at one port, of other library versions or of another world would otherwise wait for each other inside of a

@@ -89,7 +89,7 @@ class ChatTemplate:
         if not goes_on:
             return [[self._round(*parts)] for parts in zip(asked, answers, strict=True)]
         row, seen = [], ""
-        # asked [A, AaB], answers [a, b]: the second prompt is what stands behind the first answer, B
+        # A prompt has all that came before: with prompts A and A+a+B and answers a and b, the second round's is B.
         for before, answer in zip(asked, answers, strict=True):
             found = self._round(before.removeprefix(seen), answer)
             seen = before + found.answer

@@ -27,8 +27,8 @@ LENGTH_MULTIPLE = 8
 
 
 def with_lengths(framing: Framing, task: Task, model: ModelConfig, given: int | None) -> tuple[Task, int]:
-    """Return the task with the length of its answers in T5, and the tokens of a row: as many as are given, else as the
-    longest example has, rounded up, and as the model has positions."""
+    """Return the task with the length of T5's answers, and the tokens of a row: `given`, else those of the longest
+    example, rounded up to a multiple of `LENGTH_MULTIPLE`, at most the positions of the model."""
     is_known = model.family != "t5" or task.objective.answer_length
     if given is not None and is_known:
         return task, given

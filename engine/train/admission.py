@@ -73,7 +73,7 @@ class Admission(Hook):
             if not part.is_replay:
                 self.reservoir.add_domain(self._domain(number), part.dataset.fingerprint, part.dataset.index.num_tokens)
 
-    def before_other_shares(self, run: Run) -> None:
+    def before_ratio_change(self, run: Run) -> None:
         """Admit what was trained on so far: afterwards the stream does not know the sources of earlier samples."""
         if self._run is not None:  # else nothing was trained on in this start
             self._admit(run)
@@ -158,7 +158,8 @@ class Admission(Hook):
         stream, world = run.feed.stream, run.groups.world
         share = self.reservoir.empty()
         weight = 1.0
-        for _ in range(run.state.run_stage):  # not a power: those of C libraries differ
+        # no `**`: C libraries round powers differently, and weights have to be equal bit for bit
+        for _ in range(run.state.run_stage):
             weight *= self._recency
 
         def admit() -> None:

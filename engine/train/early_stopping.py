@@ -75,7 +75,7 @@ class EarlyStopping(Hook):
         self._take_recorded(run)
 
     def between_steps(self, run: Run) -> bool:
-        """Save where the run ends before its last step, which has saved itself."""
+        """Save where the run ends early; the last step of a run is saved by the loop."""
         if self.ends_early() and run.state.stage_step < run.run_stage.num_steps:
             now = self.progress
             _log.info(

@@ -1,4 +1,4 @@
-"""Facts that all ranks of a run must have in common (contract "Agreement"); each rank's are compared with rank 0's."""
+"""Facts that all ranks of a run must have in common; each rank's are compared with rank 0's."""
 
 from __future__ import annotations
 

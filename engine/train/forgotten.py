@@ -152,7 +152,7 @@ class RunOfDocuments:
 
 
 def _samplers(stage: RunStage, *sets: TokenDataset) -> tuple[Sampler, Sampler]:
-    """Return the samplers of a run stage's rows over two data sets. The seed is any: it decides no place of a text."""
+    """Return the samplers of a run stage's rows over two data sets, with any seed: it does not move texts in rows."""
     how = (stage.sequence_length, 0, stage.data.attention, stage.data.packing, stage.objective)
     one, other = (make_sampler(dataset, *how) for dataset in sets)
     return one, other

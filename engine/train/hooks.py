@@ -7,9 +7,12 @@
         before_update      gradients are reduced, weights are as they were; may refuse the update
         after_step         the step is counted; returns additions to its record
         take_record        a record is complete: a step's, or another hook's
+        before_ratio_change
+                           the ratio of replay is about to be raised
         roll_back          may take the run back to a checkpoint
         after_rollback     the run stands at an earlier step again
         between_steps      the step is recorded and, where that was due, saved
+        ends_early         is asked whether the run stage ends at this step
     end_run_stage          the last step of a run stage is saved
     close                  the run ends, in an error, too
 
@@ -178,8 +181,9 @@ class Hook:
     def after_rollback(self, run: Run) -> None:
         """Take note of a state, sections included, that was loaded from an earlier checkpoint."""
 
-    def before_other_shares(self, run: Run) -> None:
-        """Finish what asks the stream for earlier samples: it draws by other shares from the next step on."""
+    def before_ratio_change(self, run: Run) -> None:
+        """Read what is still needed of earlier samples: the ratio of replay changes from the next step on, and then the
+        stream no longer knows which sources they came from."""
 
     def between_steps(self, run: Run) -> bool:
         """Do what belongs between two steps; return True if a stop was requested on any rank meanwhile."""
@@ -257,9 +261,9 @@ class Hooks:
         for hook in self._hooks:
             hook.after_rollback(run)
 
-    def before_other_shares(self, run: Run) -> None:
+    def before_ratio_change(self, run: Run) -> None:
         for hook in self._hooks:
-            hook.before_other_shares(run)
+            hook.before_ratio_change(run)
 
     def between_steps(self, run: Run) -> bool:
         """Return True if a stop was requested on any rank meanwhile; hooks after it are left out then."""

@@ -40,7 +40,7 @@ class Regularization(Hook):
         self.begin_run_stage(run)
 
     def before_forward(self, run: Run, inputs: list[Tensors]) -> None:
-        """Ask the run stage's first weights what they predict, where the step learns from that."""
+        """Run the teacher of distillation, the first weights of the run stage, on the inputs of the step."""
         distillation, engine = run.run_stage.regularization.distillation, run.pipeline.engine
         if distillation is None:
             return

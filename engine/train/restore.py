@@ -1,6 +1,6 @@
 """Going on from a checkpoint: which one is taken, what must agree with the run, and its loading into the engine.
 
-The contract "Config on resume" says which runs may go on from a checkpoint: keys of kind `meaning` must be equal,
+Which runs may go on from a checkpoint follows from the kinds of their keys: those of kind `meaning` must be equal,
 `schedule` keys may change and are logged, `execution` keys (the layout among them) are free.
 """
 

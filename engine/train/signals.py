@@ -1,7 +1,7 @@
 """Signals that ask a run to save and stop: they set a flag, and the ranks agree on it at the end of a step.
 
 Launchers and clusters deliver a signal more than once, so those within five seconds of the first count as one; a
-later one ends the process at once (contract "Outcome"). Python runs a signal handler between two bytecodes of the main
+later one ends the process at once. Python runs a signal handler between two bytecodes of the main
 thread, which may wait inside torch for an hour (for the other ranks, in a collective). So handlers do nothing here: the
 interpreter's own handler, which is C, writes the signal's number into a pipe at once, and a thread reads it there.
 """

@@ -275,7 +275,7 @@ class Trainer:
     def raise_replay(self, ratio: float) -> None:
         """Replay at least this share of the samples from the next step on, to the end of the run stage. Collective over
         the world."""
-        self.hooks.before_other_shares(self)
+        self.hooks.before_ratio_change(self)
         self.current.raise_replay(ratio)
 
     def _read(self) -> tuple[list[Tensors], torch.Tensor, torch.Tensor]:

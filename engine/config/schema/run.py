@@ -1,7 +1,7 @@
 """A run's configuration whole, `RunConfig`: begin to read here; the sections are the neighbours of this file.
 
 Nothing in them reads a file, a clock, the environment or a device, so a configuration is checked on a login node.
-Rules that join several fields live in `engine.config.resolve`.
+Rules that join several fields are in `engine.config.rules`, which `engine.config.resolve` calls.
 """
 
 from __future__ import annotations

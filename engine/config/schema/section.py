@@ -1,6 +1,6 @@
 """Base of the sections of a configuration: plain frozen values, and a kind per key.
 
-A kind says what a change of the key means on resume (contract "Config on resume"): `meaning` (a change makes another
+A kind says what a change of the key means on resume: `meaning` (a change makes another
 run), `schedule` (may change, is logged) or `execution` (free: layout, launcher, logging).
 """
 

@@ -123,7 +123,7 @@ class TokenSampler(ExampleSampler):
             first, end = self.context.shard(number).documents[document : document + 2].tolist()
             labels_BT[row, : end - first] = self.context.dataset.column(LABEL, number)[first:end]
         weights_BT = (labels_BT >= 0) * weights_B[:, None]
-        # a class of its own is none: what has no label weighs 0
+        # tokens without a label get label 0 with weight 0; they are no class of their own
         labels = {"labels_BT": np.maximum(labels_BT, 0), "label_weights_BT": weights_BT}
         return labels, weights_BT.sum(1, dtype=np.float64)
 

@@ -19,7 +19,7 @@ _FRESH = np.uint16(2**15)
 
 @dataclass(frozen=True)
 class Entries:
-    """Entries by rising (key, place): `keys` (n,) float64, `places` (n,) uint64, `marked` (n,) uint16 lengths in
+    """Entries by rising (key, row id): `keys` (n,) float64, `row_ids` (n,) uint64, `marked` (n,) uint16 lengths in
     tokens, with a bit for those that no file has yet. 18 bytes an entry."""
 
     keys: np.ndarray
@@ -60,7 +60,7 @@ class Entries:
         """Return the entries where `which` (n,) is true."""
         return Entries(self.keys[which], self.row_ids[which], self.marked[which])
 
-    def with_places(self, row_ids: np.ndarray) -> Entries:
+    def with_row_ids(self, row_ids: np.ndarray) -> Entries:
         """Return the same entries under other numbers of shards, which have to rise as those did."""
         return Entries(self.keys, row_ids, self.marked)
 
@@ -84,7 +84,7 @@ def sorted_entries(keys: np.ndarray, row_ids: np.ndarray, marked: np.ndarray) ->
 def merged(ours: Entries, theirs: Entries, pure: bool = False) -> Entries:
     """Return the union of two sets of entries; where both have a place, the smaller key stays, and ours of equal ones.
 
-    With `pure`, a place has one key wherever it comes from, which spares a sorted copy of all places.
+    With `pure`, a row has one key wherever it comes from, which spares a sorted copy of all row ids.
 
     Where the caller keeps no reference to `ours`, its columns are freed one by one: beside the result it takes half as
     much memory again.
@@ -117,7 +117,7 @@ def _columns(entries: Entries) -> list[np.ndarray]:
 
 def _distinct(ours: Entries, theirs: Entries, pure: bool) -> tuple[Entries, Entries]:
     """Return both without the rows that the other has with a smaller key, or that both have with one key."""
-    # rows that are seen again have the key that they had: found without looking at all places
+    # rows that are seen again have the key that they had: found without looking at all row ids
     at = np.minimum(np.searchsorted(ours.keys, theirs.keys, side="left"), ours.size - 1)
     is_tied = ours.keys[at] == theirs.keys
     is_new = ~is_tied | (ours.row_ids[at] != theirs.row_ids)

@@ -6,7 +6,7 @@ proportion to what has changed. A compacted reservoir is one file, whose bytes d
 changed, so several checkpoints share them; which ones are in use is the business of the checkpoints that name them.
 
 Layout: 8 bytes length of the header (little endian), the header as JSON, then for each domain `keys` (float64),
-`places` (uint64) and `lengths` (uint16), all little-endian. No source shard is needed to read it.
+`row_ids` (uint64) and `lengths` (uint16), all little-endian. No source shard is needed to read it.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _selected(reservoir: Reservoir, only_fresh: bool) -> tuple[tuple[str, ...], 
         entries = {name: found.at(found.is_fresh) for name, found in entries.items()}
     table, columns = used_shards(reservoir.shards, [found.row_ids for found in entries.values()])
     moved = zip(entries.items(), columns, strict=True)
-    return table, {name: found.with_places(row_ids) for (name, found), row_ids in moved}
+    return table, {name: found.with_row_ids(row_ids) for (name, found), row_ids in moved}
 
 
 def _blocks(reservoir: Reservoir, table: tuple[str, ...], entries: dict[str, Entries]) -> Iterable[memoryview]:

@@ -29,7 +29,7 @@ _log = logger(__name__)
 
 @dataclass(frozen=True)
 class Domain:
-    """The rows of one domain by rising key: `places` (n,) uint64 and `lengths` (n,) uint16 in tokens."""
+    """The rows of one domain by rising key: `row_ids` (n,) uint64 and `lengths` (n,) uint16 in tokens."""
 
     row_ids: np.ndarray
     lengths: np.ndarray
@@ -45,7 +45,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class Generation:
-    """Rows by domain, and the table of shards (content hashes, rising) that places have numbers of."""
+    """Rows by domain, and the table of shards (content hashes, rising) that row ids have numbers of."""
 
     shards: tuple[str, ...]
     domains: Mapping[str, Domain]

@@ -3,7 +3,7 @@
 Rows are admitted with keys that are pure functions of (seed, shard's content hash, row, weight), and the smallest keys
 of each domain stay (`keys`, `entries`). Invariant: the state is a function of the set of rows that were admitted and
 of the domains' sizes, whatever the order, the split over ranks and repeats after a crash. The table of shards is
-sorted by hash, so places sort alike everywhere. Files are in `engine.data.replay.files`.
+sorted by hash, so row ids sort alike everywhere. Files are in `engine.data.replay.files`.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class Reservoir:
             self.settle()
 
     def _take(self, table: tuple[str, ...], found: Mapping[str, Entries]) -> None:
-        """Merge entries whose places have numbers of another table."""
+        """Merge entries whose row ids have numbers of another table."""
         joined = self.shards if set(table) <= set(self.shards) else tuple(sorted({*self.shards, *table}))
         if len(joined) > MOST_SHARDS:
             raise DataError(
@@ -260,10 +260,10 @@ def renumbered(entries: Entries, table: tuple[str, ...], joined: tuple[str, ...]
         return entries
     numbers = {content_hash: number for number, content_hash in enumerate(joined)}
     news = np.array([numbers[content_hash] for content_hash in table], np.uint64) << SHARD_SHIFT
-    # rising tables: the new numbers rise as the old ones did, and so do places
+    # rising tables: the new numbers rise as the old ones did, and so do row ids
     row_ids = news[(entries.row_ids >> SHARD_SHIFT).astype(np.int32)]
     row_ids |= entries.row_ids & INSIDE
-    return entries.with_places(row_ids)
+    return entries.with_row_ids(row_ids)
 
 
 def check_weights(weights: np.ndarray, content_hash: str) -> None:

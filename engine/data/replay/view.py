@@ -100,8 +100,8 @@ class ReplayDataset(TokenDataset):
         self.tombstones = known.only(self.generation.shards)
         """Forgotten documents of the rows' shards, as known when the view was opened."""
         self._datasets = tuple(datasets)
-        self._places, self._lengths, self._domains, self.domains = _in_blocks(self.generation)
-        self._bounds = np.append(np.arange(0, self._places.size, block_rows), self._places.size)
+        self._row_ids, self._lengths, self._domains, self.domains = _in_blocks(self.generation)
+        self._bounds = np.append(np.arange(0, self._row_ids.size, block_rows), self._row_ids.size)
         self.index = self._index(datasets[0].index if datasets else _index_of(self._pinned))
         self.fingerprint = self.index.fingerprint
         self._fill_id = self.index.eos_id if fill_id is None else fill_id
@@ -138,7 +138,7 @@ class ReplayDataset(TokenDataset):
     def entry(self, number: int, document: int) -> Entry:
         """Return the entry that is a document of a block."""
         at = int(self._bounds[number]) + document
-        row_id = self._places[at : at + 1]
+        row_id = self._row_ids[at : at + 1]
         return Entry(
             self.domains[int(self._domains[at])],
             self.generation.shards[int(shards_of(row_id)[0])],
@@ -156,7 +156,7 @@ class ReplayDataset(TokenDataset):
         """Return the numbers of a block's entries that are of forgotten documents, rising, (n,)."""
         first = int(self._bounds[number])
         found = [
-            mine[np.isin(documents_of(self._places[mine]), self.tombstones.of(content_hash))] - first
+            mine[np.isin(documents_of(self._row_ids[mine]), self.tombstones.of(content_hash))] - first
             for content_hash, mine in self._by_shard(number)
         ]
         return np.sort(np.concatenate(found))
@@ -189,7 +189,7 @@ class ReplayDataset(TokenDataset):
         tokens, forgotten = np.empty(int(documents[-1]), self.index.dtype), []
         for content_hash, mine in self._by_shard(number):
             numbers = mine - int(self._bounds[number])
-            gone = np.isin(documents_of(self._places[mine]), self.tombstones.of(content_hash))
+            gone = np.isin(documents_of(self._row_ids[mine]), self.tombstones.of(content_hash))
             bounds = zip(documents[numbers].tolist(), documents[numbers + 1].tolist(), strict=True)
             rows = zip(bounds, gone.tolist(), self._tokens(number, content_hash, mine), strict=True)
             for (first, end), is_gone, found in rows:
@@ -202,7 +202,7 @@ class ReplayDataset(TokenDataset):
         """Yield the tokens of entries of one shard: its own, or the pinned copies."""
         if content_hash not in self._found:
             assert self._pinned is not None
-            yield from (row.tokens for row in self._pinned.read(content_hash, self._places[mine] & INSIDE))
+            yield from (row.tokens for row in self._pinned.read(content_hash, self._row_ids[mine] & INSIDE))
             return
         dataset, source = self._found[content_hash]
         with _naming(number):
@@ -232,7 +232,7 @@ class ReplayDataset(TokenDataset):
         for content_hash, mine in self._by_shard(number):
             if content_hash not in self._found:
                 assert self._pinned is not None
-                rows = self._pinned.read(content_hash, self._places[mine] & INSIDE)
+                rows = self._pinned.read(content_hash, self._row_ids[mine] & INSIDE)
                 firsts = documents[mine - int(self._bounds[number])].tolist()
                 found += [
                     first + row.sentences for first, row in zip(firsts, rows, strict=True) if row.sentences is not None
@@ -254,13 +254,13 @@ class ReplayDataset(TokenDataset):
 
     def _starts(self, which: np.ndarray, bounds: np.ndarray) -> np.ndarray:
         """Return the first tokens in their shard of entries (n,) of one shard with these offsets of documents."""
-        row_ids = self._places[which]
+        row_ids = self._row_ids[which]
         return bounds[documents_of(row_ids)] + spans_of(row_ids) * self.generation.span_tokens
 
     def _by_shard(self, number: int) -> list[tuple[str, np.ndarray]]:
         """Return the source shards of a block, and the numbers of its entries in each."""
         first, end = self._bounds[number : number + 2].tolist()
-        shards = shards_of(self._places[first:end])
+        shards = shards_of(self._row_ids[first:end])
         return [
             (self.generation.shards[shard], first + np.flatnonzero(shards == shard))
             for shard in np.unique(shards).tolist()
@@ -311,7 +311,7 @@ class _naming:
 
 
 def _in_blocks(generation: Generation) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Return places, lengths and numbers of domains of all rows in the view's order, and the domains' names."""
+    """Return row ids, lengths and numbers of domains of all rows in the view's order, and the domains' names."""
     domains = tuple(generation.domains)
     parts = [generation.domains[name] for name in domains]
     row_ids = np.concatenate([part.row_ids for part in parts])
@@ -351,7 +351,7 @@ def _refuse_none(generation: Generation, datasets: Sequence[TokenDataset]) -> No
     """Raise `DataError` for a generation without rows."""
     if not generation.num_rows or not (datasets or generation.pinned):
         raise DataError(
-            "the replay buffer is empty: no document of an earlier run stage is in it",
+            "the reservoir is empty: no document of an earlier run stage is in it",
             "a buffer with at least one document",
             "replay from the second run stage on, or raise the reservoir's capacity",
         )

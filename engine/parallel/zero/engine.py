@@ -5,7 +5,7 @@ runs over the stage's data ranks, and `engine.parallel.pipeline` decides which m
 DeepSpeed's behaviour that is wrong in this use is corrected here (gradients of a backward that follows a backward, and
 of one that starts from a received gradient), in `gradient_norm` (the norm, tied embeddings on two stages) and in
 `stage3`.
-Gradients are averaged over data ranks by DeepSpeed; the caller's loss scale undoes it (contract "Loss").
+Gradients are averaged over data ranks by DeepSpeed; the caller's loss scale undoes it.
 """
 
 from __future__ import annotations

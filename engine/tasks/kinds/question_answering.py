@@ -161,7 +161,7 @@ class QuestionAnswering:
             if "id" in note:  # the first window of a question
                 answered.append(Answered(note, candidates, nowhere))
                 continue
-            # Over the windows of a question the best answers count, and the least sign that there is none.
+            # Over the windows of a question: the best candidates, and the lowest score of there being no answer.
             before = answered[-1]
             together = sorted({*before.candidates, *candidates}, key=lambda one: (-one.score, one.start, one.end))
             answered[-1] = Answered(before.note, together[:NUM_BEST], min(before.no_answer_score, nowhere))

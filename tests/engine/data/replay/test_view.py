@@ -216,9 +216,9 @@ def test_rows_of_a_data_set_that_is_not_named_are_stale(sets, caplog):
 
 
 def test_an_empty_buffer_is_refused(sets):
-    with pytest.raises(DataError, match="the replay buffer is empty"):
+    with pytest.raises(DataError, match="the reservoir is empty"):
         ReplayDataset(generation_of(*sets, capacity=0), sets)
-    with pytest.raises(DataError, match="the replay buffer is empty"):
+    with pytest.raises(DataError, match="the reservoir is empty"):
         ReplayDataset(generation_of(), sets)
 
 
