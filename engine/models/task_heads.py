@@ -59,7 +59,8 @@ class TaskHead:
 
     @property
     def inputs(self) -> frozenset[str]:
-        """The labels of the rows (`labels_B` int64, or `labels_BC` fp32), their weights, and where a decoder ends."""
+        """The labels of the rows (`labels_B` int64, or `labels_BC` fp32), their weights, where a decoder ends and, in
+        training, the share of label smoothing, which `engine.train.feed` adds."""
         assert self.config.task_head is not None
         labels = "labels_B" if self.config.task_head.task == "classification" else "labels_BC"
         return frozenset({labels, "label_weights_B", SMOOTHING} | ({LAST} if self.config.family == "gpt" else set()))

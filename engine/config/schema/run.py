@@ -22,7 +22,8 @@ from engine.config.schema.stage import RunStage
 
 
 class LaunchConfig(Section):
-    """Supervision by `palimpsest launch`: when it takes a rank for hung, and how often it restarts the ranks."""
+    """Supervision of the ranks: when one is taken for hung, under any launcher, and how often `palimpsest launch`
+    starts them again."""
 
     kind: ClassVar[KeyKind] = "execution"
 
