@@ -85,7 +85,7 @@ def _unwritable(output: Path, error: OSError) -> EnvironmentProblem:
     return EnvironmentProblem(
         f"{output} cannot be written: {error.strerror or error}",
         "a writable folder with room",
-        "name another --output",
+        "make room, or choose another folder",
     )
 
 
@@ -103,7 +103,7 @@ def _locked(partial: Path, output: Path) -> Iterator[None]:
             raise ConfigError(
                 f"output {output} is being written by another process",
                 "one conversion to one place at a time",
-                "wait for it, or name another --output",
+                "wait for it, or choose another folder",
             ) from None
         except OSError as error:
             if error.errno not in (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP):

@@ -238,5 +238,5 @@ def unwritable(folder: Path, error: OSError) -> DataError:
     return DataError(
         f"cannot write token shards to {folder}: {error.strerror}",
         "a writable folder with room for two to four bytes per token",
-        "make room or name another --output; the same command goes on where this one stopped",
+        "make room, or choose another folder; the same command goes on where this one stopped",
     )

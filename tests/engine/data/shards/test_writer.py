@@ -87,7 +87,7 @@ def test_an_output_that_is_no_folder_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"cannot write token shards to .*file") as caught:
         write_shards(tmp_path / "file", made_up_documents(1))
-    assert "to do: make room or name another --output" in str(caught.value)
+    assert "to do: make room, or choose another folder" in str(caught.value)
 
 
 def test_a_full_disk_is_one_clear_error_and_leaves_no_index(tmp_path, monkeypatch):
