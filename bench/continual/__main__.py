@@ -130,7 +130,7 @@ def _about(sizes: Sizes, tokens: dict[str, int], seconds: float) -> dict[str, An
 
 def _prose_and_source(data: Path | None) -> tuple[str, dict[str, list[str]]]:
     """Return the name of the old domain, and the texts of both: of a file, or of the standard library."""
-    prose, source = corpora.standard_library(corpora.TEXT_BYTES)
+    prose, source = corpora.standard_library(corpora.TEXT_BYTES, with_comments=data is not None)
     name = "standard library"
     if data is not None:
         prose, name = corpora.read_texts(data, corpora.TEXT_BYTES), data.name.partition(".")[0]

@@ -1,7 +1,7 @@
 """Texts of the experiments, written as token shards: prose or another corpus first, Python source behind it.
 
-Both domains are about `TEXT_BYTES` large. The standard library's modules give either their docstrings or their code
-without docstrings and comments: a new domain that repeats the old one's prose would not make a model forget it.
+Both domains are about `TEXT_BYTES` large. The standard library's modules give either their docstrings or their source;
+beside docstrings it is without them and without comments: a model forgets no prose that the new domain repeats.
 """
 
 from __future__ import annotations
@@ -29,16 +29,19 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 """Nodes of a syntax tree that may begin with a docstring."""
 
 
-def standard_library(num_bytes: int) -> tuple[list[str], list[str]]:
-    """Return (prose, code): help topics and docstrings of the standard library, and the code of other modules."""
+def standard_library(num_bytes: int, with_comments: bool = False) -> tuple[list[str], list[str]]:
+    """Return (prose, source): help topics and docstrings of the standard library, and the source of other modules, as
+    it is or without docstrings and comments."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    (_, source), (_, docstrings) = modules(library, 4 * num_bytes)  # more: most modules are cut, and comments go
+    # more than will be used: most modules are cut, and comments go
+    (_, source), (_, docstrings) = modules(library, (3 if with_comments else 4) * num_bytes)
     prose = topics() + docstrings
     licence = library / "LICENSE.txt"
     if licence.is_file():
         prose.append((licence.name, licence.read_text(encoding="utf-8")))
     prose.sort(key=lambda document: hashlib.sha256(document[0].encode()).digest())  # mixed, equally on every machine
-    return _cut((text for _, text in prose), num_bytes), _cut((code_of(text) for _, text in source), num_bytes)
+    code = (text if with_comments else code_of(text) for _, text in source)
+    return _cut((text for _, text in prose), num_bytes), _cut(code, num_bytes)
 
 
 def code_of(source: str) -> str:

@@ -70,6 +70,29 @@ def test_texts_of_the_standard_library_have_nothing_in_common(texts):
     assert not set(prose) & set(source)
 
 
+def test_code_is_source_without_docstrings_and_comments():
+    source = '''"""A module."""
+import os  # a comment
+
+
+class Empty:
+    """Nothing."""
+
+
+def path(name):
+    """Return a path."""
+    return os.path.join("a # b", name)
+'''
+    assert corpora.code_of(source) == (
+        "import os\n\nclass Empty:\n    pass\n\ndef path(name):\n    return os.path.join('a # b', name)"
+    )
+    assert corpora.code_of("this is no Python") == ""
+    _, whole = corpora.standard_library(20_000, with_comments=True)
+    _, code = corpora.standard_library(20_000)
+    assert any('"""' in text for text in whole)
+    assert not any("\n# " in text for text in code)
+
+
 def test_a_file_that_is_no_text_is_one_clear_error(tmp_path):
     (tmp_path / "some.jsonl").write_text('{"words": 1}\n')
     with pytest.raises(DataError, match="JSON lines with the key `text`"):
