@@ -18,6 +18,9 @@ from engine.config.schema.objective import ObjectiveConfig, ObjectiveName
 from engine.config.schema.parallel import ParallelConfig
 from engine.config.schema.stage import RunStage
 
+REPLAYED = "replay_"
+"""Beginning of the names of the inputs that the head over the vocabulary gets beside those of a task's head."""
+
 
 class RowLengths(NamedTuple):
     """Numbers of tokens in a row of a run stage."""
@@ -188,9 +191,17 @@ OBJECTIVES: Mapping[ObjectiveName, Objective] = {
 """Every objective by its name."""
 
 
+PRETRAINING: Mapping[FamilyName, ObjectiveName] = {"bert": "masked", "gpt": "causal", "t5": "span_corruption"}
+"""The objective that each family is pretrained with, unless a run says otherwise."""
+
+
 def row_lengths(stage: RunStage) -> RowLengths:
-    """Return the lengths of a stage's rows."""
-    return OBJECTIVES[stage.objective.name].lengths(stage.sequence_length, stage.objective)
+    """Return the lengths of a stage's rows; replayed text beside a task may have more to predict than the task."""
+    length, replayed = stage.sequence_length, stage.replayed_objective
+    own = OBJECTIVES[stage.objective.name].lengths(length, stage.objective)
+    if replayed is None:
+        return own
+    return own._replace(predicted=max(own.predicted, OBJECTIVES[replayed.name].lengths(length, replayed).predicted))
 
 
 def held_lengths(stage: RunStage, parallel: ParallelConfig) -> RowLengths:

@@ -28,6 +28,8 @@ KEYS = (
     "stages.*.data.cache.folder",
     "stages.*.data.augment.synonyms",
     "stages.*.replay.source",
+    "stages.*.replay.validation",
+    "stages.*.replay.validation.*",
     "evaluation.tasks.*",
 )
 """Keys of a run that are paths, or may be."""

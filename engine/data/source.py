@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine.config.schema.objective import ObjectiveConfig
 from engine.data.objectives.sampling import Sampler
 from engine.data.order.sample_order import CountRows, Order, SampleId
 from engine.data.shards.damage import Damage, DamagedShard
@@ -36,6 +37,8 @@ class WeightedDataset:
     """It ends after so many samples; None: never."""
     is_replay: bool = False
     """True for earlier data that is replayed, from a folder or from the reservoir."""
+    objective: ObjectiveConfig | None = None
+    """Objective of its samples; None: that of the run stage."""
 
     @property
     def label(self) -> str:

@@ -65,7 +65,7 @@ def open_parts(
         opened = _open(run_stage, "replay.source", replay.source, *checked)
         if opened.index.synthetic is not None:
             _log.info("stage %s replays synthetic text, %s", run_stage.name, opened.index.synthetic)
-        replayed = [WeightedDataset(opened, REPLAY, loss_weight=replay.loss_weight, is_replay=True)]
+        replayed = [_replayed(run_stage, opened)]
     every = [*sets, *(part.dataset for part in replayed)]
     _refuse_other_tokens(every)
     _refuse_small_cache(data, every)
@@ -97,9 +97,18 @@ def with_reservoir(
         )
     opened = [part.dataset for part in parts]
     view = open_reservoir(stages[:number], generation, opened, tokenizer_hash, vocab_size, tombstones)
-    every = [*parts, WeightedDataset(view, REPLAY, loss_weight=run_stage.replay.loss_weight, is_replay=True)]
+    every = [*parts, _replayed(run_stage, view)]
     _refuse_small_cache(run_stage.data, [part.dataset for part in every])
     return every
+
+
+def _replayed(run_stage: RunStage, dataset: TokenDataset) -> WeightedDataset:
+    """Return a data set as what a run stage replays."""
+    replay = run_stage.replay
+    assert replay is not None
+    # with an objective of its own its mean loss is weighed, which is known once all ranks have read the step
+    weight = replay.loss_weight if replay.objective is None else 1.0
+    return WeightedDataset(dataset, REPLAY, loss_weight=weight, is_replay=True, objective=replay.objective)
 
 
 def open_reservoir(
@@ -153,12 +162,32 @@ def open_validation(
     run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int, tombstones: Tombstones = NO_TOMBSTONES
 ) -> list[ValidationSet] | None:
     """Open the validation sets of a run stage, by name; None if it has none. Raises as `open_parts`."""
-    data = run_stage.data
-    if data.validation is None:
+    return _open_sets(run_stage, "data.validation", run_stage.data.validation, tokenizer_hash, vocab_size, tombstones)
+
+
+def open_replayed_validation(
+    run_stage: RunStage, tokenizer_hash: str | None, vocab_size: int, tombstones: Tombstones = NO_TOMBSTONES
+) -> list[ValidationSet] | None:
+    """Open the held-out text for the objective of what a run stage replays, by name; None if it has none. Raises as
+    `open_parts`."""
+    given = None if run_stage.replay is None else run_stage.replay.validation
+    found = _open_sets(run_stage, "replay.validation", given, tokenizer_hash, vocab_size, tombstones)
+    return None if found is None else [(name or REPLAY, dataset) for name, dataset in found]
+
+
+def _open_sets(
+    run_stage: RunStage,
+    key: str,
+    given: str | dict[str, str] | None,
+    tokenizer_hash: str | None,
+    vocab_size: int,
+    tombstones: Tombstones,
+) -> list[ValidationSet] | None:
+    if given is None:
         return None
-    locations = data.validation if isinstance(data.validation, dict) else validation_locations(data.validation, data)
+    locations = given if isinstance(given, dict) else validation_locations(given, run_stage.data)
     opened = [
-        (name, _open(run_stage, "data.validation", location, tokenizer_hash, vocab_size, tombstones))
+        (name, _open(run_stage, key, location, tokenizer_hash, vocab_size, tombstones))
         for name, location in locations.items()
     ]
     _refuse_other_tokens([dataset for _, dataset in opened])

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from engine.config.schema.stage import RunStage
 from engine.data.shards.tombstones import NO_TOMBSTONES, Tombstones
-from engine.data.stage import open_validation
+from engine.data.stage import open_replayed_validation, open_validation
 from engine.data.validation import ValidationSamples, ValidationSet
 from engine.errors import DataError
 from engine.logs import logger
@@ -24,6 +24,8 @@ class OtherValidation(NamedTuple):
 
     earlier: list[ValidationSet]
     later: list[ValidationSet]
+    replayed: Sequence[ValidationSet] = ()
+    """Held-out text for the objective of what the run stage replays."""
 
 
 def open_others(
@@ -34,9 +36,13 @@ def open_others(
     vocab_size: int,
     tombstones: Tombstones = NO_TOMBSTONES,
 ) -> OtherValidation:
-    """Open the validation sets of all run stages but number `number`, without those that it has itself.
+    """Open the validation sets of all run stages but number `number`, without those that it has itself, and the
+    held-out text for the objective of what that one replays.
 
     The data of a completed run stage may be gone: such a set is left out, with a warning.
+
+    Raises:
+        DataError: the held-out text is not there, or is of another tokenizer.
     """
     # By name and by content: an earlier set may stand in this stage under another name.
     known = {name or stages[number].name for name, _ in own or []} | {dataset.fingerprint for _, dataset in own or []}
@@ -54,7 +60,8 @@ def open_others(
             if not {name, dataset.fingerprint} & known:
                 known |= {name, dataset.fingerprint}
                 found[other > number].append((name, dataset))
-    return OtherValidation(*found)
+    replayed = open_replayed_validation(stages[number], tokenizer_hash, vocab_size, tombstones)
+    return OtherValidation(*found, replayed or ())
 
 
 def samples_of(run_stage: RunStage, sets: Sequence[ValidationSet], max_samples: int | None) -> ValidationSamples:
@@ -68,6 +75,18 @@ def samples_of(run_stage: RunStage, sets: Sequence[ValidationSet], max_samples: 
         data.packing,
         run_stage.objective,
         data.row_lengths,
+    )
+
+
+def replayed_samples_of(
+    run_stage: RunStage, sets: Sequence[ValidationSet], max_samples: int | None
+) -> ValidationSamples:
+    """Return the samples of held-out text for the objective of what a run stage replays. Raises `DataError` as
+    `ValidationSamples`."""
+    objective, length = run_stage.replayed_objective, run_stage.sequence_length
+    assert objective is not None
+    return ValidationSamples(
+        sets, length, run_stage.data.attention, max_samples, objective=objective, beside=run_stage.objective
     )
 
 

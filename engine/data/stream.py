@@ -26,7 +26,8 @@ from engine.config.schema.data import Attention, PackingName
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.mixed_order import Cursor, Interval, MixedOrder, Samples, merged
 from engine.data.objectives.joined import JoinedSampler
-from engine.data.objectives.sampling import make_sampler
+from engine.data.objectives.replayed import completed, replayed_sampler
+from engine.data.objectives.sampling import Sampler, make_sampler
 from engine.data.order.length_order import LengthOrder
 from engine.data.order.sample_order import START, VERSION, CountRows, Order, SampleId, SampleOrder
 from engine.data.row_lengths import example_lengths, fitting
@@ -354,7 +355,13 @@ class Stream:
 
     def _open_sources(self, lost: tuple[Damage, ...]) -> tuple[Source, ...]:
         """Return the sources without the shards that are lost, sharing nothing but the opened data sets."""
-        return tuple(self._open_source(number, part, lost) for number, part in enumerate(self.parts))
+        samplers = [self._sampler(part) for part in self.parts]
+        if any(part.objective is not None for part in self.parts):
+            samplers = completed(samplers)
+        return tuple(
+            Source(number, part, sampler, self._make_order(part, source_seed(self.seed, part.name)), lost)
+            for number, (part, sampler) in enumerate(zip(self.parts, samplers, strict=True))
+        )
 
     def _join(self) -> JoinedSampler | None:
         """Return one sampler for all sources of a mixture, where the objective allows it."""
@@ -364,10 +371,11 @@ class Stream:
         sets = [part.dataset for part in self.parts]
         return JoinedSampler(sets, self.sequence_length, seeds, self.attention, self.objective)
 
-    def _open_source(self, number: int, part: WeightedDataset, lost: tuple[Damage, ...]) -> Source:
-        seed, dataset = source_seed(self.seed, part.name), part.dataset
-        sampler = make_sampler(dataset, self.sequence_length, seed, self.attention, self.packing, self.objective)
-        return Source(number, part, sampler, self._make_order(part, seed), lost)
+    def _sampler(self, part: WeightedDataset) -> Sampler:
+        given = part.dataset, self.sequence_length, source_seed(self.seed, part.name), self.attention
+        if part.objective is not None:
+            return replayed_sampler(*given, part.objective, self.objective)
+        return make_sampler(*given, self.packing, self.objective)
 
     def _make_order(self, part: WeightedDataset, seed: int) -> Callable[[CountRows], Order]:
         """Return the function that makes the order of a source, given one that counts the rows of shards."""

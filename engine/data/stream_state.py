@@ -46,10 +46,16 @@ def identity_of_mixture(parts: Sequence[WeightedDataset]) -> State:
     """Return what must not change of the sources of a mixture."""
     return {
         # without the weights, which may change from a resume on
-        "mixture": short_hash([[part.name, part.epochs, part.max_samples] for part in parts]),
+        "mixture": short_hash([_identity_of(part) for part in parts]),
         # five digits of each suffice to name the source that changed; `fingerprint` covers all of them in full
         "sources": " ".join(part.dataset.fingerprint[:5] for part in parts),
     }
+
+
+def _identity_of(part: WeightedDataset) -> list[Any]:
+    found: list[Any] = [part.name, part.epochs, part.max_samples]
+    # no entry for the stage's own objective, which has a key of its own
+    return found if part.objective is None else [*found, part.objective.model_dump(mode="json")]
 
 
 def check_identity(state: State, identity: State, parts: Sequence[WeightedDataset]) -> None:

@@ -14,7 +14,8 @@ import numpy as np
 from engine.config.schema.data import Attention, PackingName
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.batch import Batch, make_batches
-from engine.data.objectives.sampling import make_sampler
+from engine.data.objectives.replayed import replayed_sampler
+from engine.data.objectives.sampling import Sampler, make_sampler
 from engine.data.order.sample_order import SampleOrder
 from engine.data.row_lengths import example_lengths, fitting
 from engine.data.shards.dataset import TokenDataset
@@ -42,13 +43,20 @@ class ValidationSamples:
         packing: PackingName = "concatenate",
         objective: ObjectiveConfig | None = None,
         row_lengths: tuple[int, ...] = (),
+        beside: ObjectiveConfig | None = None,
     ) -> None:
         """Open the data sets; `max_samples` limits each to its first samples. With `row_lengths`, as those of a stream,
-        samples come in the order of their lengths. Raises `DataError` if one holds no sample, or lacks what the
-        objective needs."""
+        samples come in the order of their lengths. `beside` is the task that the objective is trained beside, if any.
+        Raises `DataError` if one holds no sample, or lacks what the objective needs."""
+
+        def sampler_of(dataset: TokenDataset) -> Sampler:
+            given = dataset, sequence_length, EVALUATION_SEED, attention
+            if beside is None or objective is None:
+                return make_sampler(*given, packing, objective)
+            return replayed_sampler(*given, objective, beside)
 
         def source(number: int, dataset: TokenDataset) -> Source:
-            sampler = make_sampler(dataset, sequence_length, EVALUATION_SEED, attention, packing, objective)
+            sampler = sampler_of(dataset)
             order = partial(SampleOrder, dataset.num_shards, seed=EVALUATION_SEED, window_shards=1)
             return Source(number, WeightedDataset(dataset), sampler, order)
 

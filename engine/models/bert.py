@@ -25,6 +25,7 @@ from engine.models.dropout import make as make_dropout
 from engine.models.embedding import Embedding
 from engine.models.embedding_shift import SHIFT, shifted
 from engine.models.heads import Head, VocabularyHead, attach
+from engine.models.kept_head import HeadWithVocabulary
 from engine.models.layers import TransformerLayer, layer_sharding
 from engine.models.norms import norm
 from engine.models.token_heads import task_head
@@ -221,13 +222,18 @@ def specs(config: BERTConfig, head: Head | None = None) -> list[ParameterSpec]:
 
 def ties(config: BERTConfig) -> dict[str, str]:
     """Return local name -> logical name of parameters that a stage holds under another name (the tied head)."""
-    return {HEAD: EMBEDDING} if config.tie_embeddings and config.task_head is None else {}
+    return {HEAD: EMBEDDING} if config.tie_embeddings and config.has_vocabulary_head else {}
 
 
 def configured_head(config: BERTConfig) -> Head:
     """Return the head of the task or, without one, that which predicts masked tokens and, with `model.pair_head`,
-    pairs."""
-    return MaskedHead(config) if config.task_head is None else task_head(config)
+    pairs; a task's may have that of masked tokens beside it."""
+    if config.task_head is None:
+        return MaskedHead(config)
+    head = task_head(config)
+    if not config.has_vocabulary_head:
+        return head
+    return HeadWithVocabulary(head, MaskedHead(config.model_copy(update={"pair_head": False})))
 
 
 def inputs(config: BERTConfig, chunk: ModelChunk, head: Head | None = None) -> frozenset[str]:

@@ -21,6 +21,7 @@ from engine.models.dropout import make as make_dropout
 from engine.models.embedding import Embedding
 from engine.models.embedding_shift import SHIFT, shifted
 from engine.models.heads import Head, LanguageModelHead, attach
+from engine.models.kept_head import HeadWithVocabulary
 from engine.models.layers import TransformerLayer, layer_sharding
 from engine.models.norms import norm
 from engine.models.token_heads import task_head
@@ -135,12 +136,15 @@ def ties(config: ModelConfig) -> dict[str, str]:
     Where the embedding is on the same stage, both modules hold one `Parameter` and the local name does not show
     in `named_parameters`.
     """
-    return {HEAD: EMBEDDING} if config.tie_embeddings and config.task_head is None else {}
+    return {HEAD: EMBEDDING} if config.tie_embeddings and config.has_vocabulary_head else {}
 
 
 def configured_head(config: ModelConfig) -> Head:
-    """Return the head of the task or, without one, that which predicts the successor of each token."""
-    return LanguageModelHead(config, "causal") if config.task_head is None else task_head(config)
+    """Return the head of the task, that which predicts the successor of each token, or both."""
+    if config.task_head is None:
+        return LanguageModelHead(config, "causal")
+    head = task_head(config)
+    return HeadWithVocabulary(head, LanguageModelHead(config, "causal")) if config.has_vocabulary_head else head
 
 
 def inputs(config: ModelConfig, chunk: ModelChunk, head: Head | None = None) -> frozenset[str]:

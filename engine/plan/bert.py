@@ -60,19 +60,18 @@ def _embeddings(model: BERTConfig) -> list[Entry]:
 def _heads(model: BERTConfig) -> list[Entry]:
     width = model.hidden_size
     found = parts.norm(model, "final_norm") if not model.post_norm else []
+    if model.has_vocabulary_head or not model.post_norm:  # ModernBERT's transformation is in front of any head
+        found += parts.linear("head_transform", width, width, bias=model.bias, split=False)
+        found += parts.norm(model, "head_norm")
+    if model.has_vocabulary_head:
+        found += [
+            parts.vocabulary(model, EMBEDDING if model.tie_embeddings else HEAD),
+            parts.vocabulary(model, "lm_head.bias", width=0),
+        ]
     if model.task_head is not None:
-        if not model.post_norm:
-            found += parts.linear("head_transform", width, width, bias=model.bias, split=False)
-            found += parts.norm(model, "head_norm")
-        elif not model.task_head.sees_tokens:
+        if model.post_norm and not model.task_head.sees_tokens:
             found += parts.linear("pooler", width, width, bias=True, split=False)
         return found + parts.linear("classifier", model.task_head.num_labels, width, bias=True, split=False)
-    found += parts.linear("head_transform", width, width, bias=model.bias, split=False)
-    found += parts.norm(model, "head_norm")
-    found += [
-        parts.vocabulary(model, EMBEDDING if model.tie_embeddings else HEAD),
-        parts.vocabulary(model, "lm_head.bias", width=0),
-    ]
     if model.pair_head:
         found += parts.linear("pooler", width, width, bias=True, split=False)
         found += parts.linear("pair_head", PAIR_KINDS, width, bias=True, split=False)
@@ -98,13 +97,14 @@ def embedding_operations(model: BERTConfig, lengths: RowLengths) -> int:
 def head_operations(model: BERTConfig, lengths: RowLengths, vocab_size: int) -> int:
     """Forward operations of transform and projection for the masked tokens, and of the pair head for one token."""
     width = model.hidden_size
+    # 0 where the head over the vocabulary is not there
+    masked = lengths.predicted * 2 * width * (width + vocab_size) if model.has_vocabulary_head else 0
     if model.task_head is not None:
         transformed = width if not (model.post_norm and model.task_head.sees_tokens) else 0
         operations = 2 * width * (transformed + model.task_head.num_labels)
-        return operations * (lengths.tokens if model.task_head.sees_tokens else 1)
+        return operations * (lengths.tokens if model.task_head.sees_tokens else 1) + masked
     # The pooler's square matrix and the classifier, for the first token of a row alone.
-    pairs = 2 * width * (width + PAIR_KINDS) if model.pair_head else 0
-    return lengths.predicted * 2 * width * (width + vocab_size) + pairs
+    return masked + (2 * width * (width + PAIR_KINDS) if model.pair_head else 0)
 
 
 def saved(

@@ -89,7 +89,10 @@ def is_base(model: ModelConfig, name: str) -> bool:
         return False
     if isinstance(model.adapter, BottleneckConfig) and name.startswith("layers.") and "_norm." in name:
         return False
-    return model.task_head is None or name.startswith(_PRETRAINED)
+    if model.task_head is None or name.startswith(_PRETRAINED):
+        return True
+    # the transformation before the head over the vocabulary, unless the task's head has it, too
+    return model.has_vocabulary_head and model.post_norm and name.startswith("head_")
 
 
 @lru_cache(maxsize=64)

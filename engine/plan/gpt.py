@@ -34,11 +34,11 @@ def entries(model: ModelConfig, layers: range, is_first: bool, is_last: bool, in
         found += layer_entries(model, layer)
     if is_last:
         found += parts.norm(model, "final_norm")
+        if model.has_vocabulary_head:
+            found.append(parts.vocabulary(model, EMBEDDING if model.tie_embeddings else HEAD))
         if model.task_head is not None:
             bias, width = model.task_head.sees_tokens, model.hidden_size
             found += parts.linear("classifier", model.task_head.num_labels, width, bias=bias, split=False)
-        else:
-            found.append(parts.vocabulary(model, EMBEDDING if model.tie_embeddings else HEAD))
     return found
 
 
@@ -79,10 +79,11 @@ def embedding_operations(model: ModelConfig, lengths: RowLengths) -> int:
 
 def head_operations(model: ModelConfig, lengths: RowLengths, vocab_size: int) -> int:
     """Forward operations of the output projection."""
+    operations = lengths.predicted * 2 * model.hidden_size * vocab_size if model.has_vocabulary_head else 0
     if model.task_head is not None:
-        operations = 2 * model.hidden_size * model.task_head.num_labels
-        return operations * (lengths.tokens if model.task_head.sees_tokens else 1)
-    return lengths.predicted * 2 * model.hidden_size * vocab_size
+        of_token = 2 * model.hidden_size * model.task_head.num_labels
+        operations += of_token * (lengths.tokens if model.task_head.sees_tokens else 1)
+    return operations
 
 
 def saved(

@@ -18,6 +18,7 @@ from engine.checkpoint.interchange.sources.source import not_finite
 from engine.config.schema.adapter import AdapterMethod
 from engine.errors import ConfigError
 from engine.extras import need
+from engine.models.families import family
 from engine.plan.frozen import is_base
 from engine.serve.new_folder import new_folder
 from engine.serve.source import Trained
@@ -81,7 +82,7 @@ def with_prompt(model: Any, trained: Trained) -> Any:
 def _export_own(trained: Trained, read: Callable[[str], torch.Tensor], output: Path) -> int:
     """Write an adapter that peft has no method for: the trained parameters by our names, and the model's keys."""
     model = trained.config
-    tensors = {name: read(name) for name in trained.source.shapes if not is_base(model, name)}
+    tensors = {spec.name: read(spec.name) for spec in family(model).specs(model) if not is_base(model, spec.name)}
     with new_folder(output) as partial:
         keys = {"adapter": model.adapter, "task_head": model.task_head}
         told = {name: None if one is None else one.model_dump(mode="json") for name, one in keys.items()}

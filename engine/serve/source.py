@@ -24,7 +24,7 @@ from engine.checkpoint.manifest import CheckpointState
 from engine.checkpoint.storage import MANIFEST
 from engine.checkpoint.verify import verify
 from engine.config.load import load_run, parse_run
-from engine.config.schema.model import ModelConfig, make_model
+from engine.config.schema.model import ModelConfig, make_model, without_vocabulary
 from engine.config.schema.regularization import EMA
 from engine.config.schema.run import RunConfig
 from engine.data.tokenizer.folder import tokenizer_hash
@@ -120,7 +120,7 @@ def open_trained(source: Path, tokenizer: Path | None = None, averaged: bool = F
     if folder is not None:
         _check_tokenizer(folder, checkpoint, state)
     weights: Source = CheckpointSource(checkpoint, EMA if averaged else None)
-    model = described.model
+    model = without_vocabulary(described.model)
     if merge:
         weights, model = merged(weights, model)
     return Trained(checkpoint, state, model, described.run, folder, weights, averaged)

@@ -11,7 +11,7 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,17 @@ def encoded_folder(
         "examples": {key: value for key, value in asdict(examples).items() if key != "location"},
     }
     name = f"{part}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+    rows = kind.encode(examples, objective, framing, length)  # begun where the folder is written
+    return written_once(folder, name, lambda partial: _write(partial, framing.tokenizer, rows))
+
+
+def written_once(folder: Path, name: str, write: Callable[[Path], None]) -> Path:
+    """Return the folder of token shards `name` in `folder`, whose files `write` writes if it is not there; several
+    processes may call it at the same time.
+
+    Raises:
+        EnvironmentProblem: the folder cannot be written.
+    """
     output = folder / name
     if (output / FILE).is_file():
         return output
@@ -71,7 +82,7 @@ def encoded_folder(
             for left in folder.glob(".*.partial"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
             with new_folder(output) as partial:
-                _write(partial, framing.tokenizer, kind.encode(examples, objective, framing, length))
+                write(partial)
     return output
 
 

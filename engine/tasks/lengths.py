@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from engine.config.schema.objective import ObjectiveConfig
 from engine.config.virtual_tokens import prefix_length, prompt_length
 from engine.data.objectives.sampling import make_sampler
 from engine.data.shards.dataset import TokenDataset
+from engine.errors import ConfigError
 from engine.tasks.encode import longest
 from engine.tasks.framing import Framing
 from engine.tasks.read import Task
@@ -74,6 +76,12 @@ def set_lengths(stage: Tree, num_examples: int) -> None:
     stage.setdefault("global_batch_size", min(BATCH, num_examples))
     duration = dict(stage.get("duration", {}))
     if not {"steps", "tokens"} & duration.keys():
+        if stage.get("replay") and isinstance(stage["replay"]["ratio"], list):
+            raise ConfigError(
+                "stages.0.duration.epochs with a table in stages.0.replay.ratio",
+                "a duration in steps: with a table the examples of a step change",
+                "set stages.0.duration.steps",
+            )
         duration = {"steps": steps_of(duration.get("epochs", EPOCHS), stage, num_examples)}
     stage["duration"] = duration
     warmup = math.ceil(WARMUP_SHARE * duration["steps"]) if "steps" in duration else 0
@@ -81,4 +89,13 @@ def set_lengths(stage: Tree, num_examples: int) -> None:
 
 
 def steps_of(epochs: float, stage: Tree, num_examples: int) -> int:
-    return max(1, math.ceil(epochs * num_examples / stage["global_batch_size"]))
+    """Return the steps of so many passes over the examples, rounded up."""
+    return max(1, math.ceil(epochs * num_examples / examples_per_step(stage)))
+
+
+def examples_per_step(stage: Tree) -> Fraction:
+    """Return the examples of a step, beside what is replayed in it: with a table of ratios those at its beginning."""
+    ratio = stage["replay"]["ratio"] if stage.get("replay") else 0
+    first = Fraction(str(ratio[0]["ratio"] if isinstance(ratio, list) and ratio else ratio or 0))
+    # a share of 1 or more is refused by the rules of the run
+    return stage["global_batch_size"] * (1 - first if first < 1 else Fraction(1))

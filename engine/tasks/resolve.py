@@ -30,6 +30,7 @@ from engine.tasks.layers import LayerKeys, decayed_rates, unfrozen_stages
 from engine.tasks.lengths import (
     BATCH,
     LENGTH_MULTIPLE,
+    examples_per_step,
     num_rows_of,
     row_lengths_of,
     set_lengths,
@@ -37,6 +38,7 @@ from engine.tasks.lengths import (
     with_lengths,
 )
 from engine.tasks.read import Task, read_task
+from engine.tasks.replayed import set_replayed_source, with_answer_length, with_replay
 from engine.tasks.start import TOKENIZER, dropout_of, require_head, section_of, start_of, tokenizer_of
 
 DEFAULTS: Tree = {
@@ -64,18 +66,22 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
         tree["tokenizer"] = str(tokenizer_of(init_from, folder, model))
     task = read_task(stage, name, source, int(tree.get("seed", 0)))
     tree["tokenizer"] = str(_with_dialogues(Path(tree["tokenizer"]), task, folder))
-    before = None if section_of(tree["init_from"]).get("head") == "new" else model.task_head
+    begun = model.task_head
+    before = None if section_of(tree["init_from"]).get("head") == "new" else begun
     model = make_model(**(model.model_dump() | {"task_head": task.kind.head(task.objective.labels)}))
     require_head(before, model.task_head, init_from)
+    model = with_replay(stage, model, begun, init_from)
     tree["model"] = model.model_dump(mode="json")
     framing = Framing(Path(tree["tokenizer"]), model)
     task, length = with_lengths(framing, task, model, stage.get("sequence_length"))
+    task = with_answer_length(stage, task, length)
     encoded = {
         part: encoded_folder(task.kind, examples, task.objective, framing, length, folder / EXAMPLES, part)
         for part, examples in task.parts.items()
     }
     layers = _layer_keys(stage, source)
     num_rows = _fill_stage(stage, task, model, encoded, length, tree.get("parallel", {}))
+    set_replayed_source(stage, init_from, folder / EXAMPLES, int(tree.get("seed", 0)))
     if layers.layer_decay is not None:
         given = stage.get("learning_rate_factors", {})
         stage["learning_rate_factors"] = decayed_rates(model, layers.layer_decay) | given
@@ -84,7 +90,7 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
     if "validation" in encoded:
         _keep_best(whole, name)
     if layers.unfreezing is not None:
-        per_epoch, peak = num_rows / stage["global_batch_size"], whole["optimizer"]["learning_rate"]
+        per_epoch, peak = float(num_rows / examples_per_step(stage)), whole["optimizer"]["learning_rate"]
         whole["stages"] = unfrozen_stages(stage, model, layers.unfreezing, per_epoch, peak)
     return parse_run(whole, source)
 

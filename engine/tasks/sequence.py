@@ -2,7 +2,8 @@
 
 Every run of a task has a head of its own on the same body, which the next run goes on from. A model's measure on an
 earlier task is that of its body under that task's head; its loss as a language model is that of its body under the
-head over the vocabulary of the first start. Nothing is trained here.
+head over the vocabulary of the first start, or under the one that replayed text was learned with. Nothing is trained
+here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pathlib import Path
 import torch
 
 from engine.checkpoint.interchange.initial import open_source
-from engine.checkpoint.interchange.sources import MemorySource
+from engine.checkpoint.interchange.mapping import unchanged
+from engine.checkpoint.interchange.sources import MemorySource, read_parameter
 from engine.config.schema.model import BERTConfig, ModelConfig
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.shards.dataset import TokenDataset
@@ -125,9 +127,20 @@ def language_model_losses(tasks: Sequence[LearnedTask], shards: Path, max_sample
     first = {spec.name: opened.read(spec.name) for spec in family(model).specs(model)}
     found = [_loss(model, first, shards, max_samples)]
     for task in tasks:
-        body = {name: value for name, value in task.trained.weights.items() if name.startswith(BODY)}
-        found.append(_loss(model, first | _fitting(body, first, task.folder), shards, max_samples))
+        learned = first | _fitting(_learned(task, first), first, task.folder)
+        found.append(_loss(model, learned, shards, max_samples))
     return found
+
+
+def _learned(task: LearnedTask, first: Weights) -> dict[str, torch.Tensor]:
+    """Return a task's body, and the head over the vocabulary where replayed text was learned with it."""
+    run, trained = task.trained.run, task.trained
+    assert run is not None
+    if run.stages[-1].replayed_objective is None:
+        return {name: value for name, value in trained.weights.items() if name.startswith(BODY)}
+    names = {spec.name: spec for spec in family(run.model).specs(run.model) if spec.name in first}
+    maps = unchanged(names.values()).parameters
+    return {name: read_parameter(trained.source, one) for name, one in maps.items()}
 
 
 def _measure(body: Weights, head: LearnedTask) -> float | None:

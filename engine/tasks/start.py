@@ -71,7 +71,7 @@ def tokenizer_of(init_from: str, folder: Path, model: ModelConfig) -> Path:
 
 def require_head(before: TaskHead | None, wanted: TaskHead | None, init_from: str) -> None:
     """Raise `ConfigError` where the start has the head of another task, or one of another size."""
-    if before is not None and before != wanted:
+    if before is not None and (wanted is None or (before.task, before.num_labels) != (wanted.task, wanted.num_labels)):
         new = "the head over the vocabulary" if wanted is None else f"{wanted.task} of {wanted.num_labels} labels"
         raise ConfigError(
             f"{init_from} has a head for {before.task} of {before.num_labels} labels, and the task is {new}",

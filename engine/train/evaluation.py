@@ -79,14 +79,15 @@ class Validation(Hook):
         return run.ends_run_stage or (every_steps is not None and run.state.step % every_steps == 0)
 
     def begin_run_stage(self, run: Run) -> None:
-        """Record the loss of sets that come up now for the first time, in a run of several stages, as `initial_loss`.
+        """Record the loss of sets that come up now for the first time, in a run of several stages or one that replays
+        text beside a task, as `initial_loss`.
 
         Every start that goes on exactly here comes here: the first one that is not stopped meanwhile records it."""
         state, feed, config = run.state, run.feed, run.config
-        if state.stage_step or len(config.stages) == 1:
+        if state.stage_step or (len(config.stages) == 1 and feed.replayed is None):
             return
         # Before the first step of the run also those of later stages: the loss of the initial weights on each.
-        sets = [feed.validation, feed.later if state.run_stage == 0 else None]
+        sets = [feed.validation, feed.later if state.run_stage == 0 else None, feed.replayed]
         if not any(sets) or _is_recorded(run.config.folder, state.step, INITIAL_LOSS, run.groups.world):
             return
         record: Record = {}
@@ -95,14 +96,16 @@ class Validation(Hook):
                 found = self._pass(run, samples, INITIAL_LOSS)
                 if found is None:
                     return
+                measures = {name: value for name, value in found.items() if not name.endswith(INITIAL_LOSS)}
                 alone = {f"{INITIAL_LOSS}/{run.run_stage.name}": found[INITIAL_LOSS]}
-                record |= _of_sets(found) if samples.names else alone
+                record |= _of_sets(found) if samples.names else measures | alone
         run.write({"step": state.step, **record})
 
     def _evaluate(self, run: Run) -> bool:
         """Return True if a stop was requested on any rank meanwhile, so that the next start has to evaluate."""
         feed, step, begin = run.feed, run.state.step, time.perf_counter()
-        others = [samples for samples in (feed.earlier, feed.later if run.ends_run_stage else None) if samples]
+        sets = (feed.earlier, feed.later if run.ends_run_stage else None, feed.replayed)
+        others = [samples for samples in sets if samples]
         if feed.validation is None and not others and not run.config.evaluation.tasks:
             return False
         record: Record = {}

@@ -27,7 +27,7 @@ from engine.data.prefetch import Prefetcher
 from engine.data.shards.damage import Damage
 from engine.data.source import WeightedDataset
 from engine.data.stage import check_raised_ratio, run_stage_seed, share_table, stage_stream
-from engine.data.stage_validation import OtherValidation, other_samples, samples_of
+from engine.data.stage_validation import OtherValidation, other_samples, replayed_samples_of, samples_of
 from engine.data.stream_state import State
 from engine.data.validation import ValidationSamples, ValidationSet
 from engine.models.dropout import KEYS
@@ -95,6 +95,9 @@ class Feed:
         self.earlier = other_samples(run_stage, others.earlier, most)
         """Validation samples of earlier run stages, as this one reads them; None where there are none."""
         self.later = other_samples(run_stage, others.later, most)
+        replayed = run_stage.replayed_objective is not None and others.replayed
+        self.replayed = replayed_samples_of(run_stage, others.replayed, most) if replayed else None
+        """Held-out text for the objective of what the run stage replays; None where there is none."""
         self.losses = spec.losses
         self.domains = tuple(part.label for part in training) if len(training) > 1 else ()
         """Sources whose losses are told apart; none where there is but one."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.checkpoint import manifest_json
@@ -56,7 +57,8 @@ def frozen_generation(config: RunConfig, number: int) -> Generation | None:
                 return None  # the newest one: the run stage has not begun
             frozen = NamedGeneration(saved.files[saved.section["chain"][0]], settings)
         if frozen is not None:
-            return saved.with_pinned(frozen.load(config.folder / CHECKPOINTS / FOLDER), config)
+            folder = config.folder / CHECKPOINTS / FOLDER
+            return saved.with_pinned(frozen.load(folder), folder)
     return None
 
 
@@ -66,11 +68,18 @@ def kept_generation(config: RunConfig) -> tuple[str, Generation] | None:
     if config.reservoir is None:
         return None
     for saved in _saved(config):
-        files = [saved.files[name] for name in saved.section["chain"]]
         settings = reservoir_settings(config, config.reservoir)
-        kept = load(config.folder / CHECKPOINTS / FOLDER, files, settings).freeze()
-        return saved.name, saved.with_pinned(kept, config)
+        return saved.name, saved.kept(config.folder / CHECKPOINTS / FOLDER, settings)
     return None
+
+
+def generation_in(checkpoint: Path, config: RunConfig) -> Generation | None:
+    """Return all that would be replayed of the reservoir in one checkpoint of a run, rows of deleted documents
+    included; None where it has none. Raises `CheckpointError` as `frozen_generation`."""
+    saved = None if config.reservoir is None else _read(checkpoint)
+    if saved is None or config.reservoir is None:
+        return None
+    return saved.kept(checkpoint.parent / FOLDER, reservoir_settings(config, config.reservoir))
 
 
 def pinned_files(config: RunConfig) -> Iterator[tuple[str, PinnedRows]]:
@@ -127,20 +136,29 @@ class _Saved(NamedTuple):
     section: dict[str, Any]
     files: dict[str, NamedFile]
 
-    def with_pinned(self, generation: Generation, config: RunConfig) -> Generation:
+    def kept(self, folder: Path, settings: Settings) -> Generation:
+        """Return all rows, from the files in `folder`. Raises `CheckpointError`."""
+        files = [self.files[name] for name in self.section["chain"]]
+        return self.with_pinned(load(folder, files, settings).freeze(), folder)
+
+    def with_pinned(self, generation: Generation, folder: Path) -> Generation:
         """Return a generation with the copies that the checkpoint names. Raises `CheckpointError`."""
-        names = self.section.get("pinned", [])
-        pinned = [self.files[name] for name in names]
-        return replace(generation, pinned=PinnedRows(config.folder / CHECKPOINTS / FOLDER, pinned) if pinned else None)
+        pinned = [self.files[name] for name in self.section.get("pinned", [])]
+        return replace(generation, pinned=PinnedRows(folder, pinned) if pinned else None)
 
 
 def _saved(config: RunConfig) -> Iterator[_Saved]:
     """Yield the reservoirs of the run's checkpoints that can be read, newest first."""
-    for path in committed(config.folder / CHECKPOINTS):
-        try:
-            sections = manifest_json.read(path).state.sections
-            section, progress = sections["reservoir"], sections["progress"]
-            files = {file.name: file for file in map(NamedFile.from_json, section["files"])}
-            yield _Saved(path.name, int(progress["run_stage"]), int(progress["stage_step"]), section, files)
-        except (CheckpointError, KeyError):  # damaged, or from before the reservoir was switched on
-            continue
+    found = map(_read, committed(config.folder / CHECKPOINTS))
+    return (saved for saved in found if saved is not None)
+
+
+def _read(checkpoint: Path) -> _Saved | None:
+    """Return the reservoir in a checkpoint; None where it cannot be read, or there is none."""
+    try:
+        sections = manifest_json.read(checkpoint).state.sections
+        section, progress = sections["reservoir"], sections["progress"]
+        files = {file.name: file for file in map(NamedFile.from_json, section["files"])}
+        return _Saved(checkpoint.name, int(progress["run_stage"]), int(progress["stage_step"]), section, files)
+    except (CheckpointError, KeyError):  # damaged, or from before the reservoir was switched on
+        return None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from engine.config.objectives import REPLAYED
 from engine.parallel.boundary import Tensors
 from engine.parallel.functions import SequenceSlice
 from engine.parallel.groups import Group
@@ -18,6 +19,7 @@ from engine.parallel.groups import Group
 SHARED = (
     *("tokens_BT", "token_types_BT", "tokens_BS", "decoder_tokens_BT"),
     *("targets_BT", "weights_BT", "labels_BT", "label_weights_BT"),
+    *(f"{REPLAYED}targets_BT", f"{REPLAYED}weights_BT"),
 )
 """Keywords with one entry per token, of which a rank is given its slice."""
 FILLED = ("decoder_tokens_BT", "decoder_segments_BT", "targets_BT", "weights_BT")
@@ -37,11 +39,12 @@ def own_part(inputs: Tensors, row_length: int, sequence_ranks: int, sequence: Gr
         return given
     sequence_slice = SequenceSlice(sequence.position, sequence.size)
     given = {name: sequence_slice.own(tensor) if name in SHARED else tensor for name, tensor in given.items()}
-    if "masked_BM" in given:
-        length = row_length // sequence.size
-        given |= _own_masked(
-            given["masked_BM"], given["targets_BM"], given["weights_BM"], sequence_slice.first(length), length
-        )
+    length = row_length // sequence.size
+    for prefix in ("", REPLAYED):
+        names = [f"{prefix}{name}" for name in ("masked_BM", "targets_BM", "weights_BM")]
+        if names[0] in given:
+            own = _own_masked(*(given[name] for name in names), sequence_slice.first(length), length)
+            given |= dict(zip(names, own, strict=True))
     # All ranks run the heads that see rows, and so the collectives inside of them; one of them may count the loss.
     if sequence.position > 0:
         weights = [name for name in ("pair_weights_B", "label_weights_B") if name in given]
@@ -67,8 +70,9 @@ def _filled(name: str, tensor_BT: torch.Tensor, ranks: int) -> torch.Tensor:
 
 def _own_masked(
     positions_BM: torch.Tensor, targets_BM: torch.Tensor, weights_BM: torch.Tensor, first: int, length: int
-) -> Tensors:
-    """Return the masked tokens of a slice, in as many columns as its fullest row needs.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return positions, targets and weights of the masked tokens of a slice, (B, M) with as many columns as its fullest
+    row needs.
 
     Unused entries are position 0 with weight 0.
     """
@@ -80,8 +84,8 @@ def _own_masked(
     # stable: masked tokens keep their order within the row
     order_BM = inside_BM.int().argsort(dim=1, descending=True, stable=True)[:, :most]
     outside_BM = ~inside_BM.gather(1, order_BM)
-    return {
-        "masked_BM": (positions_BM.gather(1, order_BM) - first).masked_fill(outside_BM, 0),
-        "targets_BM": targets_BM.gather(1, order_BM),
-        "weights_BM": weights_BM.gather(1, order_BM).masked_fill(outside_BM, 0.0),
-    }
+    return (
+        (positions_BM.gather(1, order_BM) - first).masked_fill(outside_BM, 0),
+        targets_BM.gather(1, order_BM),
+        weights_BM.gather(1, order_BM).masked_fill(outside_BM, 0.0),
+    )

@@ -105,7 +105,7 @@ class RunData:
         facts: dict[str, object] = {"tokenizer": tokenizer_hash(self._config.tokenizer)}
         for number, datasets in opened.items():
             where = f"run stage {self._config.stages[number].name}: " if len(self._config.stages) > 1 else ""
-            validation = [*(datasets.validation or []), *datasets.others.earlier, *datasets.others.later]
+            validation = [*(datasets.validation or []), *(named for sets in datasets.others for named in sets)]
             facts |= {where + name: fact for name, fact in facts_of_data(datasets.training, validation).items()}
         return facts
 

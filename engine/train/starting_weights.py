@@ -24,6 +24,7 @@ from engine.config.schema.rotary import DynamicScaling
 from engine.config.schema.run import InitFrom, RunConfig
 from engine.errors import ConfigError, PalimpsestError
 from engine.models.families import family
+from engine.models.kept_head import HeadWithVocabulary
 from engine.parallel.functions import PLAIN
 from engine.parallel.sharding import ParameterSpec
 from engine.parallel.zero.held_state import RowValues
@@ -45,6 +46,7 @@ class StartingWeights:
         self._opened = opened = _opened(config, given)
         _check_agrees(config.model, opened, given)
         _check_task_head(config.model, opened, given)
+        _check_vocabulary_head(config.model, opened, given)
         opened.check()
         self._initial = InitialRows(config.model, config.seed)
         self._takes_mean = given.new_rows == "mean"
@@ -161,7 +163,10 @@ def _opened(config: RunConfig, given: InitFrom) -> SourceModel:
 def _without_task_head(opened: SourceModel) -> SourceModel:
     """Return a source whose head of a task is left out, as if it had none."""
     with torch.device("meta"):
-        modules = family(opened.model).configured_head(opened.model).modules(PLAIN)
+        head = family(opened.model).configured_head(opened.model)
+        modules = {*head.modules(PLAIN)}
+        if isinstance(head, HeadWithVocabulary):  # whose own modules stay
+            modules -= head.vocabulary.modules(PLAIN).keys()
     heads = {name for name in opened.map.parameters if name.partition(".")[0] in modules}
     unused = tuple(re.escape(tensor) for name in heads for tensor in opened.map.parameters[name].tensors)
     kept = {name: one for name, one in opened.map.parameters.items() if name not in heads}
@@ -199,9 +204,26 @@ def _check_task_head(model: ModelConfig, opened: SourceModel, given: InitFrom) -
         )
 
 
+def _check_vocabulary_head(model: ModelConfig, opened: SourceModel, given: InitFrom) -> None:
+    """Raise `ConfigError` where the run goes on with a head over the vocabulary that the source has not."""
+    if model.task_head is None or not model.task_head.keeps_vocabulary:
+        return
+    names = {spec.name for spec in family(model).specs(model) if spec.name.startswith(("lm_head.", "head_"))}
+    if missing := sorted(names - opened.map.parameters.keys()):
+        raise ConfigError(
+            f"replayed text is to be predicted by the head of pretraining, and init_from = {given.path} has no "
+            f"{missing[0]}",
+            "a start with its head over the vocabulary",
+            "start from the pretrained model itself, or leave `replay` out",
+        )
+
+
 def _check_agrees(model: ModelConfig, opened: SourceModel, given: InitFrom) -> None:
     """Raise `ConfigError` where a run's model is another one than the source's; names every key."""
     ours, theirs = model.model_dump(mode="json"), opened.model.model_dump(mode="json")
+    for head in (ours["task_head"], theirs["task_head"]):
+        if head is not None:
+            del head["keeps_vocabulary"]  # `_check_vocabulary_head` asks for its weights
     free = set(FREE_KEYS) | {"adapter"} | ({"task_head"} if opened.model.task_head is None else set())
     rotary = model.rotary(None)
     if not model.position_table and not (rotary and isinstance(rotary.scaling, DynamicScaling)):

@@ -32,6 +32,7 @@ from engine.train.checks import check_invariants
 from engine.train.current_run_stage import CurrentRunStage
 from engine.train.feed import Feed
 from engine.train.hooks import Hooks, Update
+from engine.train.mixed_objectives import balanced
 from engine.train.mixout import mixed_weights
 from engine.train.predictions import Measure
 from engine.train.records import Record
@@ -287,13 +288,18 @@ class Trainer:
         """
         while True:
             try:
-                return self.sums.of_weights(self.feed.step, len(self.feed.domains))
+                inputs, weights_L, weights_KL = self.sums.of_weights(self.feed.step, len(self.feed.domains))
+                break
             except DamagedShard as error:
                 if error.damage is None or self.run_stage.data.on_damage == "fail":
                     raise
                 damage = error.damage
                 on_all(partial(self.feed.quarantine, damage), self.groups.world, DataError)
                 _log.warning("from step %d on without a damaged shard: %s", self.state.step + 1, error.wrong)
+        replay = self.run_stage.replay
+        if replay is None or replay.objective is None:
+            return inputs, weights_L, weights_KL
+        return balanced(inputs, weights_KL, replay.loss_weight)
 
     def save(self, wait: bool) -> None:
         """Begin a checkpoint; with `wait`, end it, too. Collective over the world."""

@@ -19,7 +19,7 @@ from engine.data.batch import Batch
 from engine.data.loader import Loader
 from engine.data.shards.dataset import TokenDataset
 from engine.data.source import WeightedDataset
-from engine.data.stage import run_stage_seed, stage_stream
+from engine.data.stage import open_parts, run_stage_seed, stage_stream
 from engine.data.tokenizer.folder import load_tokenizer
 from engine.models.families import family
 from engine.models.initial import initial_value
@@ -109,6 +109,14 @@ def virtual_logits(
     return model.base_model.score(out.last_hidden_state[torch.arange(num_rows), last_B + virtual])
 
 
+def batches_of(config: RunConfig) -> list[Batch]:
+    """The steps of a run, each as one batch."""
+    stage = config.stages[0]
+    parts = open_parts(stage, None, config.model.vocab_size)
+    loader = Loader(stage_stream(stage, parts, run_stage_seed(config.seed, 0)))
+    return [loader.step(0, 1, stage.global_batch_size)[0] for _ in steps_of(config)]
+
+
 Gradients = Callable[[int, Batch], torch.Tensor]
 """(step, batch) -> the loss that the run reports, after gradients were computed."""
 
@@ -130,15 +138,11 @@ def trained_by_torch(
         loss.backward()
         return loss
 
-    stage, adam = config.stages[0], config.optimizer
-    assert stage.data.train is not None
-    parts = [WeightedDataset(TokenDataset(stage.data.train))]
-    loader = Loader(stage_stream(stage, parts, run_stage_seed(config.seed, 0)))
+    adam = config.optimizer
     trained = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(adam.beta1, adam.beta2), eps=adam.epsilon, weight_decay=0.0)
     losses = []
-    for step, record in enumerate(steps_of(config)):
-        (batch,) = loader.step(0, 1, stage.global_batch_size)
+    for (step, record), batch in zip(enumerate(steps_of(config)), batches_of(config), strict=True):
         optimizer.zero_grad()
         losses.append((gradients or plain)(step, batch).item())
         torch.nn.utils.clip_grad_norm_(trained, adam.clip_norm)

@@ -17,15 +17,13 @@ import transformers
 
 from engine.config.schema.run import RunConfig
 from engine.data.batch import Batch
-from engine.tasks.resolve import resolve_task
+from tests.distributed.answer_training import STEPS, answer_run, records_of, write_start
 from tests.distributed.ranks import run_ranks
-from tests.distributed.runs import stop_after, train_rank, write_sentences
+from tests.distributed.runs import stop_after, train_rank
 from tests.distributed.task_training import trained_by_torch, validation_batch
-from tests.engine.tasks.answer_starts import answer_tree, write_dialogues, write_folder, write_pairs
 
 TOLERANCE = 3e-6
 """Losses of about 6 in fp32 against fp64, over six updates."""
-STEPS, BATCH = 6, 5
 Case = tuple[str, str, int, dict[str, Any]]
 """Form of the model, `pairs` or `dialogues` with their packing, ranks, layout."""
 CASES: dict[str, Case] = {
@@ -44,33 +42,6 @@ MORE: dict[str, Case] = {
 }
 Labels = dict[tuple[int, ...], list[int]]
 """Labels by the tokens of an example (in T5 those of its prompt and of its answer)."""
-
-
-def write_start(folder: Path, form: str, data: str) -> None:
-    is_t5 = form.startswith("t5")
-    write_sentences(folder, "bpe", 400, "span_corruption" if is_t5 else "causal")
-    write_folder(folder / "theirs", form, folder / "tokenizer", max_positions=96, num_layers=4)
-    (write_pairs if data == "pairs" else write_dialogues)(folder, train=23, validation=9)
-
-
-def answer_run(folder: Path, name: str, data: str, parallel: dict[str, Any]) -> RunConfig:
-    kind, _, packing = data.partition(" ")
-    more: dict[str, Any] = {"data": {"packing": packing}} if packing else {}
-    columns = {"messages": "messages"} if kind == "dialogues" else None
-    # At 1e-3 torch's own losses of this T5 in fp32 and fp64 are 1.6e-4 apart after six updates, at 1e-4 5e-7.
-    rate = 1e-4 if json.loads((folder / "theirs" / "config.json").read_text())["model_type"] == "t5" else 1e-3
-    tree = answer_tree(
-        folder, folder / "theirs", columns, global_batch_size=BATCH, duration={"steps": STEPS}, **more
-    ) | {
-        "folder": str(folder / name),
-        "model": {"dropout": 0.0},
-        "seed": 3,
-        "optimizer": {"learning_rate": rate, "weight_decay": 0.0, "clip_norm": 0.7},
-        "parallel": {"micro_batch_size": 2} | parallel,
-        "logging": {"tensorboard": False, "wandb": "off", "plot": False},
-        "checks": True,
-    }
-    return resolve_task(tree, "test task")
 
 
 def labels_of(config: RunConfig, folder: Path, part: str) -> Labels:
@@ -149,10 +120,6 @@ def their_losses(config: RunConfig, folder: Path) -> tuple[list[float], float]:
     with torch.no_grad():
         held_out = their_loss(model, validation_batch(config), labels_of(config, folder, "validation"))
     return losses, held_out.item()
-
-
-def records_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(name, marks=pytest.mark.matrix) for name in MORE)])

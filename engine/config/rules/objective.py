@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.config.objectives import OBJECTIVES
+from engine.config.rules.replayed_objective import check_replayed_objective
 from engine.config.schema.model import BERTConfig, ModelConfig
 from engine.config.schema.objective import ObjectiveConfig
 from engine.config.schema.stage import RunStage
@@ -40,8 +41,26 @@ def check_objective(key: str, stage: RunStage, model: ModelConfig, problems: lis
                 "start with `palimpsest finetune`, or let it write the run file (--prepare RUN.yaml)",
             )
         )
+    check_keys(name, objective, problems)
+    if isinstance(model, BERTConfig) and (objective.pairs != "none") != model.pair_head and "pairs" in entry.keys:
+        problems.append(
+            ConfigError(
+                f"{name}.pairs = {objective.pairs} with model.pair_head = {model.pair_head}",
+                "pairs with a pair head, or neither",
+                "change the objective or the model: a head without a loss would stay as it is",
+            )
+        )
+    _check_answers(key, stage, model, problems)
+    check_replayed_objective(key, stage, model, problems)
+    if stage.replayed_objective is not None:
+        check_keys(f"{key}.replay.objective", stage.replayed_objective, problems)
+    _check_rows(key, stage, problems)
+
+
+def check_keys(name: str, objective: ObjectiveConfig, problems: list[PalimpsestError]) -> None:
+    """Add the keys of the objective at `name` that it does not use, and shares that are too large together."""
     # Keys at their defaults are let pass: a run folder's `config.yaml` has all of them.
-    used = entry.keys + (("mean_span_length",) if objective.mask_unit == "span" else ())
+    used = OBJECTIVES[objective.name].keys + (("mean_span_length",) if objective.mask_unit == "span" else ())
     problems += [
         ConfigError(
             f"{name}.{field} = {getattr(objective, field)} with {name}.name = {objective.name}, which does not use it",
@@ -58,16 +77,6 @@ def check_objective(key: str, stage: RunStage, model: ModelConfig, problems: lis
                 "1 or less together",
             )
         )
-    if isinstance(model, BERTConfig) and (objective.pairs != "none") != model.pair_head and "pairs" in entry.keys:
-        problems.append(
-            ConfigError(
-                f"{name}.pairs = {objective.pairs} with model.pair_head = {model.pair_head}",
-                "pairs with a pair head, or neither",
-                "change the objective or the model: a head without a loss would stay as it is",
-            )
-        )
-    _check_answers(key, stage, model, problems)
-    _check_rows(key, stage, problems)
 
 
 def _check_row_lengths(key: str, stage: RunStage, problems: list[PalimpsestError]) -> None:

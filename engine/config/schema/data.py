@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Tag
 
+from engine.config.schema.objective import ObjectiveConfig
 from engine.config.schema.section import KeyKind, Section
 
 Attention = Literal["document", "row"]
@@ -66,7 +67,12 @@ class RatioRow(TableRow):
 class ReplayConfig(Section):
     """Samples of earlier data that are mixed into a run stage."""
 
-    kinds: ClassVar[dict[str, KeyKind]] = {"ratio": "schedule", "loss_weight": "schedule", "source": "execution"}
+    kinds: ClassVar[dict[str, KeyKind]] = {
+        "ratio": "schedule",
+        "loss_weight": "schedule",
+        "source": "execution",
+        "validation": "execution",
+    }
 
     # told apart before they are read, so that an error speaks of the one that was meant
     ratio: Annotated[
@@ -78,7 +84,14 @@ class ReplayConfig(Section):
     """Folder of token shards that are replayed, or its URL. None means the run's own reservoir,
     which is refused where it keeps none."""
     loss_weight: PositiveFloat = 1.0
-    """Weight of the targets of replayed samples in the loss."""
+    """Weight of the targets of replayed samples in the loss; with an `objective`, of the mean loss of all of them."""
+    objective: ObjectiveConfig | None = None
+    """Objective of pretraining that the replayed samples have in a run stage that learns a task: the loss is then the
+    task's mean plus `loss_weight` times theirs. None means the run stage's own objective; `palimpsest finetune` sets
+    the one that the model's family is pretrained with."""
+    validation: str | dict[str, str] | None = None
+    """Held-out text for this `objective`, as `data.validation`; a folder without sets of its own is called `replay`.
+    None means none."""
 
 
 class ColumnsConfig(Section):

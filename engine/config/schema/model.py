@@ -8,7 +8,7 @@ and its sizes are a model that Hugging Face's library has, too.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag, TypeAdapter, model_validator
 
@@ -35,6 +35,8 @@ class TaskHead(Section):
     each token (`token_classification`); the first and the last token of an answer (`question_answering`)."""
     num_labels: int = Field(ge=1, le=2**20)
     """Number of labels, or of predicted numbers; 2 for `question_answering`."""
+    keeps_vocabulary: bool = False
+    """True if the model keeps the head over the vocabulary, whose loss is trained on replayed text beside the task."""
 
     @property
     def sees_tokens(self) -> bool:
@@ -100,6 +102,11 @@ class ModelConfig(Section):
     with."""
     adapter: AnyAdapter | None = None
     """Adapter that is trained in place of the layers' own weights. None means none."""
+
+    @property
+    def has_vocabulary_head(self) -> bool:
+        """True if the model has a head over the vocabulary, alone or beside that of its task."""
+        return self.task_head is None or self.task_head.keeps_vocabulary
 
     @property
     def padded_vocab_size(self) -> int:
@@ -342,6 +349,16 @@ AnyModelConfig = Annotated[
 """A `model` section of any family."""
 
 _ANY: TypeAdapter[GPTConfig | BERTConfig | T5Config] = TypeAdapter(AnyModelConfig)
+
+
+AnyModel = TypeVar("AnyModel", bound=ModelConfig)
+
+
+def without_vocabulary(model: AnyModel) -> AnyModel:
+    """Return the model as it serves its task: without a head over the vocabulary that was trained beside it."""
+    if model.task_head is None or not model.task_head.keeps_vocabulary:
+        return model
+    return model.model_copy(update={"task_head": model.task_head.model_copy(update={"keeps_vocabulary": False})})
 
 
 def make_model(**keys: Any) -> GPTConfig | BERTConfig | T5Config:

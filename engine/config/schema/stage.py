@@ -138,6 +138,11 @@ class RunStage(Section):
         return hash((self.name, self.sequence_length, self.global_batch_size))
 
     @property
+    def replayed_objective(self) -> ObjectiveConfig | None:
+        """Objective of pretraining that replayed samples have beside the task of the run stage; None without one."""
+        return None if self.replay is None else self.replay.objective
+
+    @property
     def replays_reservoir(self) -> bool:
         """True where the run's own reservoir is replayed."""
         return self.replay is not None and self.replay.source is None

@@ -29,6 +29,8 @@ OTHERS = {
     "stages.*.data.validation",
     "stages.*.data.validation.*",
     "stages.*.replay.source",
+    "stages.*.replay.validation",
+    "stages.*.replay.validation.*",
 }
 """Keys of paths that may be URLs, and so are text to the schema."""
 

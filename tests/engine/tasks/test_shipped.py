@@ -19,7 +19,7 @@ def start(tmp_path_factory):
     return write_start(tmp_path_factory.mktemp("start"))
 
 
-@pytest.mark.parametrize("name", [*ADAPTERS, "few-labels", "unfreezing", "l2-sp"])
+@pytest.mark.parametrize("name", [*ADAPTERS, "few-labels", "unfreezing", "l2-sp", "replay"])
 def test_a_shipped_task_file_can_start(tmp_path, start, name):
     write_examples(tmp_path, count=40)
     (tmp_path / "synonyms.tsv").write_text("ink\tdye\n")
@@ -28,6 +28,8 @@ def test_a_shipped_task_file_can_start(tmp_path, start, name):
     data |= {part: str(tmp_path / f"{part}.jsonl") for part in ("train", "validation")}
     if "augment" in data:
         data["augment"]["synonyms"] = str(tmp_path / "synonyms.tsv")
+    if "replay" in tree["stages"][0]:
+        tree["stages"][0]["replay"] |= {"source": str(start / "train"), "validation": str(start / "validation")}
     tree |= {"folder": str(tmp_path / "run"), "init_from": str(start / "hf"), "precision": {"dtype": "fp32"}}
     run = resolve_task(tree, "shipped")
     _, problems = examine(run, 1)

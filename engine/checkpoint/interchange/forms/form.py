@@ -17,7 +17,7 @@ from engine.checkpoint.interchange.config_map import Field
 from engine.checkpoint.interchange.mapping import ModelMap, ParameterMap, mapped
 from engine.config.huggingface_forms import Problems, Twin
 from engine.config.rules.model import check_model
-from engine.config.schema.model import ModelConfig, make_model
+from engine.config.schema.model import ModelConfig, make_model, without_vocabulary
 from engine.errors import ConfigError, report
 from engine.models.families import family
 from engine.parallel.sharding import ParameterSpec
@@ -90,10 +90,11 @@ class Form:
         return any(entry.after_padding for entry in self.names.values())
 
     def mapping(self, model: ModelConfig, padding_id: int | None = None) -> ModelMap:
-        """Return where each parameter of a model of this form is in files of theirs.
+        """Return where each parameter of a model of this form is in files of theirs, which have one head.
 
         `padding_id` is the padding token's number, where positions are counted from it on.
         """
+        model = without_vocabulary(model)
         specs = {spec.name: spec for spec in family(model).specs(model)}
         parameters = {name: self._mapped(model, spec, padding_id) for name, spec in specs.items()}
         copies = dict(self.copies)
