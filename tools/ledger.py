@@ -91,6 +91,11 @@ def _text(found: dict[str, Any]) -> str:
         rows.append(["initial weights", *map(_number, found["initial_loss"])])
     rows += [[f"after {stage['name']}", *map(_number, row)] for stage, row in zip(stages, found["loss"], strict=True)]
     parts.append(aligned(rows))
+    if found["measures"]:
+        rows = [["measures of the task", *found["measures"]]]
+        heads = ["initial weights", *(f"after {stage['name']}" for stage in stages)]
+        values = zip(heads, zip(*found["measures"].values(), strict=True), strict=True)
+        parts.append(aligned(rows + [[head, *map(_number, row)] for head, row in values]))
     if any(value is not None for row in found["bits_per_byte"] for value in row):
         rows = [["bits per byte", *(one["domain"] for one in domains)]]
         pairs = zip(stages, found["bits_per_byte"], strict=True)

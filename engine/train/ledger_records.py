@@ -10,12 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.config.metrics import MEASURE
+from engine.config.objectives import OBJECTIVES
+from engine.config.rules.tables import REPLAY
+from engine.config.schema.objective import ObjectiveName
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
 from engine.data.stage import validation_locations
 from engine.errors import DataError
 from engine.train.ledger import Loss, LossMatrix
-from engine.train.records import INITIAL_LOSS, METRICS, VALIDATION_LOSS, read_metrics, records_of
+from engine.train.records import INITIAL, INITIAL_LOSS, METRICS, VALIDATION_LOSS, read_metrics, records_of
 
 Points = list[tuple[int, float]]
 """(tokens, value)."""
@@ -28,6 +32,8 @@ class Domain:
     name: str
     home: int
     location: str
+    objective: ObjectiveName = "causal"
+    """Objective that its loss is of."""
 
 
 @dataclass
@@ -49,6 +55,8 @@ class Ledger:
     rates: Points = field(default_factory=list)
     shares: list[tuple[int, dict[str, int]]] = field(default_factory=list)
     """(tokens of the run, tokens of each domain so far)."""
+    measures: dict[str, list[Loss]] = field(default_factory=dict)
+    """Measures of a task's predictions before the first step and at the end of each stage; empty without a task."""
 
     @property
     def borders(self) -> list[tuple[int, str]]:
@@ -90,6 +98,7 @@ def read_ledger(folder: Path, config: RunConfig) -> Ledger:
         ],
     )
     _fill_curves(ledger, records)
+    ledger.measures = _measures(records, stages, ends)
     return ledger
 
 
@@ -98,16 +107,28 @@ def find_domains(stages: list[RunStage]) -> list[Domain]:
     stage's."""
     found: dict[str, Domain] = {}
     for number, run_stage in enumerate(stages):
-        for name, location in locations_of(run_stage).items():
+        sets = [(*one, run_stage.objective) for one in locations_of(run_stage).items()]
+        if (replayed := run_stage.replayed_objective) is not None:
+            sets += [(*one, replayed) for one in replayed_locations(run_stage).items()]
+        for name, location, objective in sets:
             known = {domain.location for domain in found.values()}
             if name not in found and location not in known:
-                found[name] = Domain(name, number, location)
+                found[name] = Domain(name, number, location, objective.name)
     return list(found.values())
 
 
 def locations_of(run_stage: RunStage) -> dict[str, str]:
     """Return the held-out sets of a stage by name."""
-    given = run_stage.data.validation
+    return _locations(run_stage, run_stage.data.validation, run_stage.name)
+
+
+def replayed_locations(run_stage: RunStage) -> dict[str, str]:
+    """Return the sets of held-out text for the objective of what a stage replays, by name."""
+    return _locations(run_stage, None if run_stage.replay is None else run_stage.replay.validation, REPLAY)
+
+
+def _locations(run_stage: RunStage, given: str | dict[str, str] | None, unnamed: str) -> dict[str, str]:
+    """Return sets by name; one without a name is called `unnamed`."""
     if given is None:
         return {}
     if isinstance(given, dict):
@@ -116,7 +137,7 @@ def locations_of(run_stage: RunStage) -> dict[str, str]:
         found = validation_locations(given, run_stage.data)
     except DataError:  # gone, or a store that does not answer: then it counts as one set
         found = {"": given}
-    return {name or run_stage.name: location for name, location in found.items()}
+    return {name or unnamed: location for name, location in found.items()}
 
 
 def losses_risen(folder: Path, stages: list[RunStage], number: int, record: dict[str, Any]) -> dict[str, float]:
@@ -171,6 +192,19 @@ def loss_keys(stages: list[RunStage], number: int, domain: Domain) -> list[str]:
     ]
     alone = [VALIDATION_LOSS] if [*own.values()] == [domain.location] else []
     return [*(f"{VALIDATION_LOSS}/{name}" for name in names), *alone]
+
+
+def _measures(records: list[dict[str, Any]], stages: list[RunStage], ends: list[int]) -> dict[str, list[Loss]]:
+    """Return the measures of a task's predictions by name: before the first step, and the newest ones of each stage."""
+    found: dict[str, list[Loss]] = {}
+    for name in OBJECTIVES[stages[-1].objective.name].measures:
+        values: list[Loss] = [next((record[key] for record in records if (key := f"{INITIAL}{name}") in record), None)]
+        for begin, end in zip([0, *ends], ends, strict=False):
+            of_stage = [record for record in records if begin < record["step"] <= end and f"{MEASURE}{name}" in record]
+            values.append(of_stage[-1][f"{MEASURE}{name}"] if of_stage else None)
+        if any(value is not None for value in values):
+            found[name] = values
+    return found
 
 
 def _initial(records: list[dict[str, Any]], domain: Domain, step: int) -> Loss:

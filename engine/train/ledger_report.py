@@ -52,6 +52,7 @@ def report(ledger: Ledger, others: Sequence[tuple[str, Ledger]], check: bool = T
             for row in matrix.losses
         ],
         "initial_loss": list(matrix.first),
+        "measures": ledger.measures,
         "average": measures.average(matrix),
         "backward_transfer": measures.backward_transfer(matrix),
         "forward_transfer": measures.forward_transfer(matrix),
@@ -86,8 +87,7 @@ def size_of(ledger: Ledger, domain: Domain) -> tuple[int, int]:
     """Return (tokens, UTF-8 bytes of text) of a held-out set; 0 bytes where nobody has counted them.
 
     A loss of an objective that does not predict every token in turn is no code length: 0, too."""
-    run_stage = ledger.config.stages[domain.home]
-    if run_stage.objective.name != "causal" or is_remote(domain.location):
+    if domain.objective != "causal" or is_remote(domain.location):
         return 0, 0
     try:
         dataset = TokenDataset(domain.location)

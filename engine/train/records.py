@@ -21,7 +21,9 @@ Record = dict[str, float | int]
 
 METRICS = "metrics.jsonl"
 VALIDATION_LOSS = "validation_loss"
-INITIAL_LOSS = "initial_loss"
+INITIAL = "initial_"
+"""Beginning of the names of what is measured before a run stage trains on its data."""
+INITIAL_LOSS = f"{INITIAL}loss"
 """Name of a validation loss before the first step of a run stage."""
 
 

@@ -154,6 +154,15 @@ def check_virtual_tokens(config: RunConfig, problems: list[PalimpsestError]) -> 
                     f"leave {name}.data.packing out, or use {METHODS_WITHOUT}",
                 )
             )
+        if run_stage.replayed_objective is not None:
+            problems.append(
+                ConfigError(
+                    f"{method} with {name}.replay.objective: rows of text hold several documents, and virtual tokens "
+                    "would stand in front of the first one alone",
+                    "a task without replayed text",
+                    f"leave {name}.replay out, or use {METHODS_WITHOUT}",
+                )
+            )
         if longest < run_stage.sequence_length <= model.longest_row:
             problems.append(
                 ConfigError(

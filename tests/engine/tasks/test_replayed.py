@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from engine.config.parameter_patterns import matches
 from engine.config.resolve import resolve
 from engine.config.schema.model import without_vocabulary
 from engine.data.shards.dataset import TokenDataset
@@ -85,6 +86,20 @@ def test_a_start_without_a_reservoir_or_a_head_is_refused(tmp_path, start):
     tree = replaying(tmp_path, start) | {"init_from": str(bare / "hf")}
     with pytest.raises(ConfigError, match=r"has no head_norm\.bias"):
         StartingWeights(resolve_task(tree, "task"))
+
+
+def test_virtual_tokens_are_not_put_in_front_of_text(tmp_path, start):
+    tree = replaying(tmp_path, start) | {"adapter": {"method": "prompt", "virtual_tokens": 2}}
+    with pytest.raises(ConfigError, match=r"prompt with stages\.0\.replay\.objective"):
+        resolve(resolve_task(tree, "task"), 1)
+
+
+def test_lora_beside_text_leaves_the_head_of_pretraining_as_it_is(tmp_path, start):
+    run = resolve_task(replaying(tmp_path, start) | {"adapter": {"method": "lora"}}, "task")
+    frozen = {name for name in ("lm_head.bias", "head_transform.weight") if matches(name, run.stages[0].freeze)}
+    assert frozen == {"lm_head.bias", "head_transform.weight"}
+    assert not matches("classifier.weight", run.stages[0].freeze)
+    assert resolve(run, 1).world_size == 1
 
 
 def test_a_table_of_ratios_needs_steps(tmp_path, start):
