@@ -31,7 +31,7 @@ help:
 	@echo 'make demo       set up, then train a small GPT on real text, kill it, resume it elsewhere, let it talk'
 	@echo 'make demo-tasks  pretrain a small encoder, fine-tune it to a sentiment classifier, evaluate and explain it'
 	@echo 'make test       set up, then lint, types and the tests'
-	@echo 'make fast       the tests that start no process'
+	@echo 'make fast       the tests that start no process and take no seconds: a minute and a half'
 	@echo 'make test-all   the same with the long matrices (PART=2/4: the second of four parts of them)'
 	@echo 'make test-slurm   a real Slurm on this machine, as root (SELECT=quick: less than ten minutes)'
 	@echo 'make bench      set up what benchmarks need beside (python -m bench.step, ...)'
@@ -49,7 +49,7 @@ test: check
 	@$(PYTEST) -m 'not matrix and not slurm'
 
 fast: $(DEVELOPMENT)
-	@$(PYTEST) -m 'not matrix and not ranks'
+	@$(PYTEST) -m 'not matrix and not ranks and not slow' --durations=5 --durations-min=2
 
 test-all: check
 	@echo '== pytest, long matrices included'

@@ -43,6 +43,10 @@ STARTS_PROCESSES = ("tests/bench/", "tests/chaos/", "tests/distributed/", "tests
 """Folders whose every test is marked `ranks`; others are by what their module imports."""
 SLURM = "tests/slurm/"
 """Folder whose every test is marked `slurm`, and runs on a cluster of its own."""
+SLOW = tuple(
+    line for line in (Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines() if line[:1] != "#"
+)
+"""Files and folders whose every test is marked `slow`."""
 SERVERS = ("subprocess", "multiprocessing", "tests.distributed.ranks", "tests.engine.data.rank")
 """Modules from which a test that starts processes imports something."""
 
@@ -86,18 +90,23 @@ def starts_processes(source: str) -> bool:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out files whose tests are all deselected by `not ranks` (`make fast`): importing them takes longer than
-    many a test."""
+    """Leave out files whose tests are all deselected by `not ranks` or `not slow` (`make fast`): importing them takes
+    longer than many a test."""
     expression = str(config.getoption("markexpr", "") or "")
-    if collection_path.suffix != ".py" or "not ranks" not in expression or " or " in expression:
+    if collection_path.suffix != ".py" or " or " in expression:
         return None
-    return starts_processes(str(collection_path.relative_to(REPOSITORY))) or None
+    source = str(collection_path.relative_to(REPOSITORY))
+    if "not slow" in expression and source.startswith(SLOW):
+        return True
+    return ("not ranks" in expression and starts_processes(source)) or None
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark a test that starts processes as `ranks`."""
+    """Mark a test that starts processes as `ranks`, and one that takes seconds without them as `slow`."""
     if starts_processes(source_of(item.nodeid)):
         item.add_marker(pytest.mark.ranks)
+    if item.nodeid.startswith(SLOW):
+        item.add_marker(pytest.mark.slow)
     if item.nodeid.startswith(SLURM):
         item.add_marker(pytest.mark.slurm)
 

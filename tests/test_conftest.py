@@ -77,6 +77,13 @@ def test_a_file_whose_tests_are_all_deselected_is_not_imported() -> None:
 
     assert is_left_out("tests/distributed/test_parity.py", "not matrix and not ranks")
     assert is_left_out("tests/tools/test_launch.py", "not ranks")
+    assert is_left_out("tests/engine/serve/test_export.py", "not matrix and not slow")
+    assert not is_left_out("tests/engine/serve/test_export.py", "not matrix and not ranks")
     assert not is_left_out("tests/test_conftest.py", "not matrix and not ranks")
     for expression in ("", "not matrix and not slurm", "ranks", "not ranks or matrix"):
         assert not is_left_out("tests/distributed/test_parity.py", expression)
+
+
+def test_what_is_slow_is_there() -> None:
+    assert [path for path in conftest.SLOW if not (conftest.REPOSITORY / path).exists()] == []
+    assert [*conftest.SLOW] == sorted({*conftest.SLOW}), "each once, in order"
