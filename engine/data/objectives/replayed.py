@@ -68,10 +68,15 @@ class _ReplayedSampler(_ChangedSampler):
 
     def make(self, samples_B3: np.ndarray, shard_rows: np.ndarray, num_rows: int) -> SampledRows:
         made = self._sampler.make(samples_B3, shard_rows, num_rows)
+        given = dict(made.inputs)
+        if "tokens_BT" in given:  # T5's encoder has tokens_BS, and segments of its own
+            # Rows of a task always have segments (`has_segments`), and a pipeline's stages are built for them. A causal
+            # row whose documents see each other has none: one segment hides nothing.
+            given.setdefault("segments_BT", np.zeros(given["tokens_BT"].shape, np.int32))
         if not self._has_head:  # the head over the vocabulary is the task's own
-            inputs = {name: self._lengthened(name, array) for name, array in made.inputs.items()}
+            inputs = {name: self._lengthened(name, array) for name, array in given.items()}
             return SampledRows(inputs, made.weights, made.documents)
-        inputs = {REPLAYED + name if name.startswith(_OF_HEADS) else name: array for name, array in made.inputs.items()}
+        inputs = {REPLAYED + name if name.startswith(_OF_HEADS) else name: array for name, array in given.items()}
         (weights_B,) = made.weights.values()
         return SampledRows(inputs, {self._task.name: weights_B}, made.documents)
 

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.config.objectives import has_segments
 from engine.config.schema.objective import ObjectiveConfig
 from engine.config.schema.stage import RunStage
 from engine.data.loader import Loader
@@ -14,6 +15,7 @@ from engine.data.shards.writer import ShardWriter
 from engine.data.source import source_seed
 from engine.data.stage import open_parts, stage_stream
 from engine.data.tokenizer.folder import load_tokenizer
+from engine.data.validation import ValidationSamples
 from engine.errors import DataError
 from tests.distributed.runs import write_sentences
 
@@ -104,3 +106,33 @@ def test_text_alone_has_no_mask_token(folder, tmp_path):
     assert TokenDataset(str(tmp_path / "plain")).index.vocabulary is None
     with pytest.raises(DataError, match="do not say which tokens are special"):
         stream_of(folder, source=str(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize("task", ["classification", "answer"])
+@pytest.mark.parametrize(("text", "attention"), [("causal", "row"), ("causal", "document"), ("masked", "row")])
+def test_held_out_text_alone_has_the_segments_that_a_pipeline_sends(folder, text, attention, task):
+    """The model is built for rows with the inputs of its task (`has_segments`), and held-out rows are of one kind."""
+    beside = ObjectiveConfig(name=task)
+    assert has_segments(attention, beside)
+    given = TokenDataset(str(folder / "train")), LENGTH, attention
+    samples = ValidationSamples(*given, objective=ObjectiveConfig(name=text), beside=beside)
+    for batch in samples.batches(0, 1, 4):
+        segments_BT = batch.inputs["segments_BT"].numpy()
+        assert (segments_BT.shape, segments_BT.dtype) == ((4, LENGTH), np.int32)
+        if text == "causal" and attention == "row":
+            assert not np.ptp(segments_BT, axis=1).any(), "the whole row sees itself"
+
+
+def test_held_out_spans_keep_the_inputs_of_encoder_and_decoder(tmp_path):
+    write_sentences(tmp_path, "bpe", 400, "span_corruption")
+    given = TokenDataset(str(tmp_path / "train")), LENGTH, "row"
+    spans = ObjectiveConfig(name="span_corruption")
+    names = [
+        {
+            name
+            for batch in ValidationSamples(*given, objective=spans, beside=beside).batches(0, 1, 4)
+            for name in batch.inputs
+        }
+        for beside in (None, ObjectiveConfig(name="answer", answer_length=LENGTH))
+    ]
+    assert names[0] == names[1] >= {"segments_BS", "decoder_segments_BT"}
