@@ -126,7 +126,15 @@ def _run(
         raise
     path = run.folder if run is not None else path
     assert path is not None, "a run has a folder, and without one `load` has made the run"
-    environment = _with_agreed_attempt(environment, path)
+    try:
+        environment = _with_unused_attempt(environment, path)
+        environment = _with_agreed_attempt(environment)
+    except Exception as error:
+        # The folder is not entered first: what an earlier start said is known by its number, and what another rank of
+        # this one has said, minutes ago, may be the reason why it did not come.
+        with run_folder(path, environment, os.environ) as folder:
+            _note_failure(folder, environment, error)
+        raise
     with run_folder(path, environment, os.environ) as folder:
         try:
             _enter(folder, environment)
@@ -156,11 +164,26 @@ def _note_failure(folder: RunFolder, environment: RankEnvironment, error: Except
     folder.note_failure(Outcome(environment.job, environment.attempt, code, 0, environment.global_rank, words))
 
 
-def _with_agreed_attempt(environment: RankEnvironment, path: Path) -> RankEnvironment:
-    """Return the environment with an attempt on which the ranks of a torchrun agree. Collective over the world.
+def _with_unused_attempt(environment: RankEnvironment, path: Path) -> RankEnvironment:
+    """Return the environment with an attempt above all of the job that have saved in the run folder `path`.
 
-    The attempt is above all of the job that have saved in the run folder `path`. Under other launchers the ranks are
-    told the same number, and the environment is returned as it is.
+    That is so for a torchrun alone, whose agents count apart: elsewhere the environment is returned as it is.
+    """
+    if not shares_store_of_agents(os.environ):
+        return environment
+    from engine.checkpoint.folder import CHECKPOINTS, owner_of
+
+    before = owner_of(path / CHECKPOINTS)
+    if before is None or before.job != environment.job or before.attempt < environment.attempt:
+        return environment
+    return replace(environment, attempt=before.attempt + 1)
+
+
+def _with_agreed_attempt(environment: RankEnvironment) -> RankEnvironment:
+    """Return the environment with an attempt on which the ranks of a torchrun agree, that of rank 0 or a greater one.
+    Collective over the world.
+
+    Under other launchers the ranks are told the same number, and the environment is returned as it is.
 
     Raises:
         EnvironmentProblem: the ranks did not all arrive.
@@ -168,12 +191,9 @@ def _with_agreed_attempt(environment: RankEnvironment, path: Path) -> RankEnviro
     if not shares_store_of_agents(os.environ):
         return environment
     with logs.phase("importing torch"):
-        from engine.checkpoint.folder import CHECKPOINTS, owner_of
         from engine.parallel.groups import attempt_under_torchrun
-    before = owner_of(path / CHECKPOINTS)
-    least = before.attempt + 1 if before is not None and before.job == environment.job else 0
     with logs.phase(f"agreeing with {environment.world_size - 1} other ranks on the attempt"):
-        return replace(environment, attempt=attempt_under_torchrun(environment, max(environment.attempt, least)))
+        return replace(environment, attempt=attempt_under_torchrun(environment, environment.attempt))
 
 
 def _enter(folder: RunFolder, environment: RankEnvironment) -> None:

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 import tools.train
 from engine import outcome
 from engine.config.rank_environment import RankEnvironment
-from engine.errors import EXIT_DONE, EXIT_REQUEUE
+from engine.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE, EnvironmentProblem
 from engine.outcome import Outcome
+from launcher.environment import rank_environment
 from tests.tools.folder_in_use import contents, held
 
 REPOSITORY = Path(__file__).parents[2]
@@ -131,13 +133,52 @@ def test_an_attempt_under_torchrun_is_above_those_that_have_saved(
 ) -> None:
     """The agent of this rank has counted two restarts; another one, which is lost, may have counted more."""
     environment = RankEnvironment(job="x7", attempt=2)
+
+    def agreed() -> RankEnvironment:
+        return tools.train._with_agreed_attempt(tools.train._with_unused_attempt(environment, tmp_path))
+
     if before:
         (tmp_path / "checkpoints").mkdir()
         (tmp_path / "checkpoints" / "owner.json").write_text(json.dumps(before))
     monkeypatch.delenv("PALIMPSEST_LAUNCHER", raising=False)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    assert tools.train._with_agreed_attempt(environment, tmp_path) is environment, "the launcher's number is everyone's"
+    assert agreed() is environment, "the launcher's number is everyone's"
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    assert tools.train._with_agreed_attempt(environment, tmp_path).attempt == expected
+    assert agreed().attempt == expected
     monkeypatch.setenv("PALIMPSEST_LAUNCHER", "torchrun")
-    assert tools.train._with_agreed_attempt(environment, tmp_path) is environment, "the supervisor counts"
+    assert agreed() is environment, "the supervisor counts"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("before", [None, 1, 4], ids=["new", "an earlier attempt", "of this attempt"])
+def test_ranks_of_torchrun_that_do_not_meet_have_an_outcome(
+    rank: int, before: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """torchrun loses the exit code. Attempt 3 of the job has saved, and this agent has counted none."""
+    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    for name, value in (world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 4321}).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x7")
+    monkeypatch.delenv("PALIMPSEST_LAUNCHER", raising=False)
+    monkeypatch.setattr(tools.train, "RANK_0_FIRST_SECONDS", 0.0)
+    job = rank_environment(os.environ).job
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "owner.json").write_text(json.dumps({"job": job, "attempt": 3}))
+    if before is not None:
+        outcome.write(tmp_path / "run", Outcome(job, before, EXIT_REQUEUE, 5, rank=1, error="before"))
+
+    def fail(*_: object) -> int:
+        raise EnvironmentProblem("1 of 2 ranks have come after 0 s")
+
+    monkeypatch.setattr("engine.parallel.groups.attempt_under_torchrun", fail)
+    with pytest.raises(EnvironmentProblem if rank == 0 else typer.Exit):
+        tools.train.start(Path(SMOKE), [f"folder={tmp_path / 'run'}"])
+    said = outcome.read(tmp_path / "run")
+    assert said is not None
+    if before == 4:
+        assert said.error == "before", "the first of a start to fail is the one that is told"
+    else:
+        assert (said.job, said.attempt, said.code, said.rank, said.step) == (job, 4, EXIT_FAILURE, rank, 0)
+        assert "1 of 2 ranks have come" in said.error
