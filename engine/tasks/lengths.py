@@ -30,7 +30,12 @@ LENGTH_MULTIPLE = 8
 
 def with_lengths(framing: Framing, task: Task, model: ModelConfig, given: int | None) -> tuple[Task, int]:
     """Return the task with the length of T5's answers, and the tokens of a row: `given`, else those of the longest
-    example, rounded up to a multiple of `LENGTH_MULTIPLE`, at most the positions of the model."""
+    example, rounded up to a multiple of `LENGTH_MULTIPLE`, at most the positions of the model.
+
+    Raises:
+        ConfigError: the virtual tokens of the model's adapter leave no position to a token.
+    """
+    _check_room(model)
     is_known = model.family != "t5" or task.objective.answer_length
     if given is not None and is_known:
         return task, given
@@ -49,6 +54,17 @@ def _filled(num_tokens: int, model: ModelConfig) -> int:
 def _most(model: ModelConfig) -> int:
     """Return the tokens that a row may have, beside the virtual tokens of an adapter."""
     return model.max_positions - prompt_length(model) - prefix_length(model)
+
+
+def _check_room(model: ModelConfig) -> None:
+    """Raise `ConfigError` where virtual tokens take all positions: examples are encoded before the run is checked."""
+    if _most(model) < 1:
+        raise ConfigError(
+            f"model.adapter.virtual_tokens = {prompt_length(model) + prefix_length(model)} leaves none of the model's "
+            f"{model.max_positions} positions to a row's tokens",
+            f"1 to {model.max_positions - 1}",
+            "take fewer virtual tokens",
+        )
 
 
 def num_rows_of(stage: Tree, objective: ObjectiveConfig) -> int:
@@ -77,8 +93,9 @@ def set_lengths(stage: Tree, num_examples: int) -> None:
     duration = dict(stage.get("duration", {}))
     if not {"steps", "tokens"} & duration.keys():
         if stage.get("replay") and isinstance(stage["replay"]["ratio"], list):
+            told = f"has {duration['epochs']} epochs" if "epochs" in duration else "is left out"
             raise ConfigError(
-                "stages.0.duration.epochs with a table in stages.0.replay.ratio",
+                f"stages.0.replay.ratio is a table, and stages.0.duration {told}",
                 "a duration in steps: with a table the examples of a step change",
                 "set stages.0.duration.steps",
             )

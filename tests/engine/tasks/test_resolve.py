@@ -229,3 +229,14 @@ def test_a_head_of_another_size_or_task_is_refused(tmp_path, start):
     tree = tree_of(tmp_path, fine_tuned)
     begun = resolve_task(tree | {"init_from": {"path": tree["init_from"], "head": "new"}}, "task").model.task_head
     assert begun == TaskHead(task="classification", num_labels=2)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("length", [None, 8])
+def test_virtual_tokens_that_leave_no_position_are_refused_before_examples_are_encoded(tmp_path, start, method, length):
+    write_examples(tmp_path)
+    given = {} if length is None else {"sequence_length": length}
+    for number in (40, 45):  # of 40 positions
+        tree = tree_of(tmp_path, start, **given) | {"adapter": {"method": method, "virtual_tokens": number}}
+        with pytest.raises(ConfigError, match=rf"virtual_tokens = {number} leaves none of the model's 40 positions"):
+            resolve_task(tree, "task")
