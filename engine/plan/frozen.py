@@ -15,7 +15,7 @@ from functools import lru_cache
 from engine.config.adapter_targets import MARK
 from engine.config.objectives import RowLengths, row_lengths
 from engine.config.parameter_patterns import matches
-from engine.config.schema.adapter import BottleneckConfig
+from engine.config.schema.adapter import AdaLoRAConfig, BottleneckConfig
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
@@ -168,6 +168,8 @@ def check_patterns(config: RunConfig) -> list[PalimpsestError]:
                     "paste it, or let `palimpsest finetune` set it",
                 )
             )
+        if isinstance(config.model.adapter, AdaLoRAConfig):
+            problems += _problems_of_rank_allocation(names, run_stage, f"stages.{number}")
         if run_stage.regularization.adversarial is not None:
             problems += _problems_of_adversarial(config.model, run_stage, f"stages.{number}")
         if not trained:
@@ -179,6 +181,34 @@ def check_patterns(config: RunConfig) -> list[PalimpsestError]:
                 )
             )
     return problems
+
+
+def _problems_of_rank_allocation(names: Sequence[str], run_stage: RunStage, key: str) -> list[PalimpsestError]:
+    """Return a problem where AdaLoRA trains only some of a matrix's A, B and E, which are scored together, or none."""
+    frozen = dict[str, list[bool]]()
+    for name in names:
+        adapter, mark, _ = name.partition(".lora_")
+        if mark:
+            frozen.setdefault(adapter, []).append(matches(name, run_stage.freeze))
+    parted = [adapter for adapter, each in frozen.items() if any(each) and not all(each)]
+    told = f"{key}.freeze = {list(run_stage.freeze)} with model.adapter.method = adalora"
+    if parted:
+        return [
+            ConfigError(
+                f"{told}: {parted[0]} would train only some of its A, B and E, whose importance is one score",
+                f"patterns that match all three or none, such as {json.dumps(f'{parted[0]}.*')}",
+                f"correct the pattern in {key}.freeze",
+            )
+        ]
+    if frozen and all(all(each) for each in frozen.values()):
+        return [
+            ConfigError(
+                f"{told}: every adapter is frozen, and no ranks are left to choose",
+                "patterns that leave the adapter of a matrix to train",
+                f"remove a pattern of {key}.freeze, or leave `adapter` out to train the task's head alone",
+            )
+        ]
+    return []
 
 
 def _problems_of_adversarial(model: ModelConfig, run_stage: RunStage, key: str) -> list[PalimpsestError]:

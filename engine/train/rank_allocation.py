@@ -18,6 +18,7 @@ import torch
 
 from engine.config.adapter_targets import MARK
 from engine.config.kept_moments import IMPORTANCE, UNCERTAINTY
+from engine.config.parameter_patterns import matches
 from engine.config.schema.adapter import AdaLoRAConfig
 from engine.models.families import family
 from engine.parallel.boundary import Tensors
@@ -48,7 +49,10 @@ class Schedule(NamedTuple):
 
 
 def schedule(config: AdaLoRAConfig, total: int) -> Schedule:
-    """Return the schedule of a run of so many steps: there are one or more before and after the last choice."""
+    """Return the schedule of a run of so many steps.
+
+    The last choice comes after the last step at the latest and never after the first, so a run of one step has none.
+    """
     last = max(1, min(total - 1, total - int(config.final_share * total)))
     return Schedule(min(int(config.warmup_share * total), last - 1), last, config.every_steps)
 
@@ -69,7 +73,9 @@ class RankAllocation(Hook):
 
     def begin_run_stage(self, run: Run) -> None:
         specs = family(run.config.model).specs(run.config.model)
-        self._specs = [spec for spec in specs if MARK in spec.name and "lora_" in spec.name]
+        ours = [spec for spec in specs if MARK in spec.name and "lora_" in spec.name]
+        # frozen adapters have no moments: they are part of no choice, keep their E, and no penalty moves them
+        self._specs = [spec for spec in ours if not matches(spec.name, run.run_stage.freeze)]
 
     def before_forward(self, run: Run, inputs: list[Tensors]) -> None:
         """Give the engine the penalty's gradient, which it adds to the step's. Collective over the world."""

@@ -8,7 +8,7 @@ from engine.config.objectives import RowLengths
 from engine.config.parameter_patterns import matches
 from engine.config.resolve import examine
 from engine.config.rules.model import check_model
-from engine.config.schema.adapter import LoRAConfig
+from engine.config.schema.adapter import AdaLoRAConfig, LoRAConfig
 from engine.config.schema.model import BERTConfig, GPTConfig, T5Config, TaskHead
 from engine.config.schema.parallel import ParallelConfig
 from engine.errors import ConfigError, PalimpsestError
@@ -128,6 +128,27 @@ def test_an_adapter_wants_the_rest_of_the_model_frozen():
     assert {name for name in trained if ".adapters." not in name} == {"classifier.weight"}
     # A (3, 64) and B (192, 3) in each of 4 layers, and the head (2, 64)
     assert num_trained(with_head, base_patterns(with_head)) == 4 * 3 * (64 + 192) + 2 * 64
+
+
+RANKED = GPT.model_copy(update={"adapter": AdaLoRAConfig(method="adalora")})
+
+
+@pytest.mark.parametrize(
+    ("patterns", "wrong"),
+    [
+        (("layers.0.*",), None),
+        (("layers.0.attention.adapters.output.*",), None),
+        (("layers.1.*.lora_E",), "layers.1.attention.adapters.qkv would train only some of its A, B and E"),
+        (("*lora_A*",), "layers.0.attention.adapters.qkv would train only some of its A, B and E"),
+        (("*.adapters.*",), "every adapter is frozen"),
+    ],
+)
+def test_ranks_are_chosen_among_adapters_whose_three_parts_are_trained(patterns, wrong):
+    model = RANKED.model_copy(update={"task_head": TaskHead(task="classification", num_labels=2)})
+    found = check_patterns(run(model, (*base_patterns(model), *patterns)))
+    assert len(found) == (wrong is not None), found
+    if wrong is not None:
+        assert wrong in found[0].wrong
 
 
 def test_a_backward_pass_of_an_adapter_computes_no_gradient_of_frozen_matrices():

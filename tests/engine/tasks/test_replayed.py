@@ -105,6 +105,10 @@ def test_lora_beside_text_leaves_the_head_of_pretraining_as_it_is(tmp_path, star
 def test_a_table_of_ratios_needs_steps(tmp_path, start):
     table = [{"from_step": 0, "ratio": 0.5}, {"from_step": 2, "ratio": 0.1}]
     tree = replaying(tmp_path, start, ratio=table)
+    with pytest.raises(ConfigError, match=r"ratio is a table, and stages\.0\.duration has 3 epochs"):
+        resolve_task(tree, "task")
+    tree = replaying(tmp_path, start, ratio=table)
+    del tree["stages"][0]["duration"]
     with pytest.raises(ConfigError, match=r"ratio is a table, and stages\.0\.duration is left out"):
         resolve_task(tree, "task")
     tree = replaying(tmp_path, start, ratio=table)
