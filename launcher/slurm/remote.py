@@ -98,6 +98,8 @@ class AgentRanks:
         statuses = [node.status for node in here if node.status.get("attempt") == self.owned.start.attempt]
         alive = frozenset(int(rank) for status in statuses for rank in status["alive"])
         ends = [End(f"rank-{rank}", code) for status in statuses for rank, code in _by_rank(status["ends"])]
+        if alive or ends:
+            self._step.mark_begun()
         # The step's own end last: a rank is the reason for it, where there is one.
         ended = (*sorted(ends, key=_rank_of), *([End("launcher", code)] if code is not None else []))
         told = code is not None and (

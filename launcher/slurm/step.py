@@ -36,12 +36,14 @@ class Step:
         self._command, self._environment, self._log = command, environment, log
         self._give_up_at = time.monotonic() + REFUSED_SECONDS
         self._again_at: float | None = None
-        self._told = self._told_of_wait = False
+        self._told = self._told_of_wait = self._has_begun = False
         self._start()
 
     def poll(self) -> int | None:
         """Return the step's exit code; None while it runs, or is to be started again."""
         code, now = self._srun.poll(), time.monotonic()
+        if self._has_begun:
+            return code
         if code is None and not self._told_of_wait and (found := _WAIT.search(self._said())) is not None:
             _log.warning("%s: Slurm does not start the step yet", found[1])
             self._told_of_wait = True
@@ -54,6 +56,13 @@ class Step:
             with contextlib.suppress(OSError):
                 self._start()
         return None
+
+    def mark_begun(self) -> None:
+        """Leave the log alone from now on, and the step unrepeated: a process of it was seen.
+
+        The log may lie on a shared file system, and a look comes ten times a second.
+        """
+        self._has_begun = True
 
     def kill(self) -> int:
         """End srun where it still runs, not the step's processes, and return its exit code."""

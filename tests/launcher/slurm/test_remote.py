@@ -125,13 +125,14 @@ def test_ends_of_ranks_come_from_their_agents(cluster: Cluster) -> None:
     assert ranks.end() == (view.ends, None)
 
 
-def test_signals_beats_and_a_kill(cluster: Cluster) -> None:
+def test_signals_beats_and_a_kill(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster.join(0)
     cluster.join(1)
     save = 'trap "exit 85" USR1; while :; do sleep 0.05; done'
     ranks = cluster.ranks(save, "sleep 600")
     ranks.start()
     wait(lambda: ranks.view().ranks == {0, 1})
+    monkeypatch.setattr(ranks._step, "_said", lambda: pytest.fail("the step has begun, and its log is read"))
     Heartbeat(agent.beats_folder("", 0), 1).beat(7, "load")
     wait(lambda: (beat := ranks.view().beats[1]) is not None and beat.step == 7)
     assert ranks.view().beats[0] is None

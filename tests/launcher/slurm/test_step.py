@@ -68,6 +68,21 @@ def test_a_step_that_srun_keeps_waiting_for_is_told(
     assert caplog.text.count("retrying") == 1, "once"
 
 
+def test_a_step_that_has_begun_is_not_read_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """srun says that it is retrying where the controller is away, too; and the log lies on a shared file system."""
+    one = step(tmp_path, f"until [ -e {tmp_path}/away ]; do sleep 0.05; done; echo '{REFUSAL}, retrying'; exit 1")
+    assert one.poll() is None
+    one.mark_begun()
+    monkeypatch.setattr(one, "_said", lambda: pytest.fail("the log is read"))
+    assert one.poll() is None
+    (tmp_path / "away").touch()
+    assert end(one) == 1
+    assert not caplog.text
+    assert starts(tmp_path) == 1, "ranks that have begun are not started a second time"
+
+
 @pytest.mark.parametrize("words", ["srun: error: node2: task 1: Exited with exit code 137", ""])
 def test_a_step_that_fails_is_not_started_again(words: str, tmp_path: Path) -> None:
     # What an earlier step has left in the log says nothing about this one.
@@ -76,10 +91,14 @@ def test_a_step_that_fails_is_not_started_again(words: str, tmp_path: Path) -> N
     assert starts(tmp_path) == 1
 
 
-def test_a_step_that_is_always_refused_fails_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "REFUSED_SECONDS", 0.5)
-    assert end(step(tmp_path, f"echo '{REFUSAL}'; exit 1")) == 1
-    assert starts(tmp_path) > 1
+def test_a_step_that_is_always_refused_fails_in_the_end(tmp_path: Path) -> None:
+    one = step(tmp_path, f"echo '{REFUSAL}'; exit 1")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "starts").exists() or starts(tmp_path) < 3:
+        assert one.poll() is None
+        assert time.monotonic() < deadline, "it is not tried again"
+    one._give_up_at = time.monotonic()  # its time is over
+    assert end(one) == 1
 
 
 def test_a_step_is_ended(tmp_path: Path) -> None:
