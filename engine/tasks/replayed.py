@@ -1,7 +1,7 @@
 """Text of pretraining that is replayed beside a task: its objective, the head that predicts it, and where it lies.
 
-Text from the reservoir of the start is copied beside the encoded examples, as much as the run can replay: the run goes
-on where the start is gone, or has been trained further.
+Text from the reservoir of the start is copied beside the encoded examples, as much as the run can replay: the run file
+that is made here trains where the start is gone, or has been trained further.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from engine.checkpoint.folder import find
+from engine.checkpoint.folder import CHECKPOINTS, committed, find
 from engine.checkpoint.interchange.initial import format_of
 from engine.checkpoint.load import read_state
 from engine.checkpoint.storage import location_of
-from engine.config.load import Tree
+from engine.config.load import Tree, read_tree
 from engine.config.objectives import PRETRAINING, span_lengths
+from engine.config.save import FILE as RUN_FILE
 from engine.config.schema.model import ModelConfig, TaskHead
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.replay.generation import Generation
 from engine.data.replay.view import ReplayDataset
+from engine.data.shards.index import FILE as INDEX
 from engine.data.shards.tombstones import read_tombstones
 from engine.data.shards.writer import ShardWriter
 from engine.data.stage import open_reservoir
@@ -84,8 +86,12 @@ def set_replayed_source(stage: Tree, init_from: str, folder: Path, seed: int) ->
     replay = stage.get("replay")
     if replay is None or replay.get("source") is not None:
         return
+    begun = _copy_in_use(folder)
+    if begun is not None:
+        replay["source"] = str(begun)
+        return
     wanted = _num_tokens(stage)
-    # by what is known without the start, so that a later start finds it
+    # The name needs nothing that is read from the checkpoint, so that the copy is found where that is gone.
     facts = json.dumps([init_from, wanted, seed])
     name = f"replayed-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
 
@@ -98,6 +104,20 @@ def set_replayed_source(stage: Tree, init_from: str, folder: Path, seed: int) ->
                 writer.add(tokens)
 
     replay["source"] = str(written_once(folder, name, write))
+
+
+def _copy_in_use(folder: Path) -> Path | None:
+    """Return the copy in `folder` that the run has saved checkpoints on, if any: its loader refuses other text, while
+    the run's length and ratio, which ask for more of it, may change."""
+    run = folder.parent
+    if not committed(run / CHECKPOINTS) or not (run / RUN_FILE).is_file():
+        return None
+    for stage in read_tree(run / RUN_FILE).get("stages", []):
+        source = Path(str((stage.get("replay") or {}).get("source", "")))
+        # by its name in this folder: the run may have been moved
+        if source.parent.name == folder.name and (folder / source.name / INDEX).is_file():
+            return folder / source.name
+    return None
 
 
 def _num_tokens(stage: Tree) -> int:

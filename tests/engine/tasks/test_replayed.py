@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.config.parameter_patterns import matches
 from engine.config.resolve import resolve
+from engine.config.save import save_run
 from engine.config.schema.model import without_vocabulary
 from engine.data.shards.dataset import TokenDataset
 from engine.errors import ConfigError
@@ -162,6 +163,35 @@ def test_text_of_the_start_is_copied_as_far_as_it_can_be_replayed(corpus, traine
         assert stage["replay"]["source"] == source
     finally:
         moved.rename(trained)
+
+
+def test_a_run_that_has_begun_is_extended_on_its_own_text(trained, tmp_path):
+    """Its loader refuses other data, and keys of the schedule may change: here they ask for more text."""
+    write_pairs(tmp_path)
+
+    def run_of(steps: int, ratio: float):
+        given = {"replay": {"ratio": ratio}, "global_batch_size": 8, "duration": {"steps": steps}}
+        return resolve_task(answer_tree(tmp_path, trained, **given), "task")
+
+    def source_of(run) -> str:
+        return run.stages[0].replay.source
+
+    begun = run_of(3, RATIO)
+    save_run(begun, begun.folder)
+    assert source_of(run_of(5, RATIO)) != source_of(begun), "without a checkpoint nothing has been trained on it"
+    (begun.folder / "checkpoints" / "step-00000003").mkdir(parents=True)
+    longer = run_of(5, 0.5)
+    assert source_of(longer) == source_of(begun)
+    assert longer.stages[0].num_steps == 5
+    # also under another name, and not where the copy is gone
+    moved = tmp_path / "moved"
+    begun.folder.rename(moved)
+    stage = {"replay": {"ratio": 0.5}, "sequence_length": 8, "global_batch_size": 8, "duration": {"steps": 7}}
+    set_replayed_source(stage, str(trained), moved / "examples", 0)
+    assert stage["replay"].pop("source") == str(moved / "examples" / Path(source_of(begun)).name)
+    shutil.rmtree(moved / "examples" / Path(source_of(begun)).name)
+    set_replayed_source(stage, str(trained), moved / "examples", 0)
+    assert Path(stage["replay"]["source"]).name != Path(source_of(begun)).name
 
 
 def test_a_checkpoint_without_a_reservoir_is_refused(corpus, tmp_path):
