@@ -17,6 +17,7 @@ from engine.checkpoint.interchange.mapping import ModelMap, ParameterMap
 from engine.checkpoint.interchange.source_model import SourceModel
 from engine.checkpoint.interchange.sources.fingerprint import fingerprint_of
 from engine.checkpoint.mismatch import FREE_KEYS
+from engine.config.adapter_targets import MARK
 from engine.config.load import load_run
 from engine.config.save import FILE
 from engine.config.schema.model import ModelConfig
@@ -45,6 +46,7 @@ class StartingWeights:
         assert given is not None
         self._opened = opened = _opened(config, given)
         _check_agrees(config.model, opened, given)
+        _check_adapter(config.model, opened, given)
         _check_task_head(config.model, opened, given)
         _check_vocabulary_head(config.model, opened, given)
         opened.check()
@@ -216,6 +218,28 @@ def _check_vocabulary_head(model: ModelConfig, opened: SourceModel, given: InitF
             "a start with its head over the vocabulary",
             "start from the pretrained model itself, or leave `replay` out",
         )
+
+
+def _check_adapter(model: ModelConfig, opened: SourceModel, given: InitFrom) -> None:
+    """Raise `ConfigError` where the source has an adapter that is not merged and the run would not go on with.
+
+    Left out, it would take with it what a head was trained behind; of another shape, some rows would be read as others.
+    """
+    theirs = opened.model.adapter
+    if theirs is None or _adapter_shapes(model) == _adapter_shapes(opened.model):
+        return
+    told = theirs.model_dump_json(exclude_defaults=True)
+    ours = "no adapter" if model.adapter is None else model.adapter.model_dump_json(exclude_defaults=True)
+    raise ConfigError(
+        f"init_from = {given.path} has an adapter beside its weights, {told}, and model.adapter of the run is {ours}",
+        "the adapter that is there, of the same shape, or a start whose adapter is merged or that has none",
+        "write the same adapter to go on with it, or start from the model that it was trained on; lora, adalora and "
+        "ia3 are merged",
+    )
+
+
+def _adapter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return {spec.name: tuple(spec.shape) for spec in family(model).specs(model) if MARK in spec.name}
 
 
 def _check_agrees(model: ModelConfig, opened: SourceModel, given: InitFrom) -> None:

@@ -74,6 +74,34 @@ def test_another_model_is_refused_by_its_keys(theirs, tmp_path):
     StartingWeights(run_from(theirs, tmp_path / "run", tiny("llama", dropout=0.1, max_positions=4096)))
 
 
+PROMPT, BOTTLENECK = {"method": "prompt", "virtual_tokens": 5}, {"method": "bottleneck", "size": 4}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (PROMPT, None),
+        (PROMPT, {"method": "prompt", "virtual_tokens": 3}),
+        (PROMPT, {"method": "prompt", "virtual_tokens": 9}),
+        (PROMPT, {"method": "lora"}),
+        ({"method": "prefix", "virtual_tokens": 5}, PROMPT),
+        (BOTTLENECK, None),
+        (BOTTLENECK, {"method": "bottleneck", "size": 4, "targets": ["ffn"]}),
+    ],
+)
+@pytest.mark.parametrize("missing", ["error", "initialise"])
+def test_an_adapter_that_is_not_merged_is_gone_on_with_or_refused(tmp_path, theirs, ours, missing):
+    begun = run_config(tmp_path / "before", "gpt2", tmp_path)
+    config = begun.model_copy(update={"model": tiny("gpt2", adapter=theirs)})
+    save(config, step=3, seed=3)
+    with pytest.raises(
+        ConfigError, match=r"init_from = \S*before has an adapter beside its weights, .*" + theirs["method"]
+    ):
+        StartingWeights(run_from(config.folder, tmp_path / "run", tiny("gpt2", adapter=ours), missing=missing))
+    same = run_from(config.folder, tmp_path / "run", config.model, missing=missing)
+    check_rows(same, random_weights(config.model, seed=3))
+
+
 def test_new_rows_and_heads_are_initialised_on_request(tmp_path):
     small = tiny("bert", pair_head=False, vocab_size=500)
     weights = random_weights(small, seed=2)
