@@ -44,7 +44,9 @@ def test_parts_are_disjoint_complete_and_of_one_size(parts: int, monkeypatch):
     for number in range(1, parts + 1):
         monkeypatch.setenv("PART", f"{number}/{parts}")
         items = list(collected)
-        config = types.SimpleNamespace(hook=types.SimpleNamespace(pytest_deselected=lambda items: None))
+        config = types.SimpleNamespace(
+            hook=types.SimpleNamespace(pytest_deselected=lambda items: None), stash=pytest.Stash()
+        )
         conftest.pytest_collection_modifyitems(config, items)  # type: ignore[arg-type]
         kept.append([item.number for item in items])
     assert sorted(itertools.chain.from_iterable(kept)) == list(range(100))
@@ -53,14 +55,16 @@ def test_parts_are_disjoint_complete_and_of_one_size(parts: int, monkeypatch):
     assert {number for number in range(100) if not collected[number].is_long} <= set(kept[0])
 
 
-def test_a_matrix_that_has_outgrown_its_time_is_refused():
-    whole: Any = [Collected(number, is_long=True) for number in range(conftest.LARGEST_MATRIX)]
+def test_long_cases_are_counted_but_for_files_that_hold_no_layouts():
+    whole: Any = [Collected(number, is_long=True, nodeid=f"x{number}") for number in range(3)]
     others: Any = [Collected(0, is_long=True, nodeid=f"{place}x") for place in conftest.ELSEWHERE]
     short: Any = [Collected(0, is_long=False)]
-    conftest.check_matrix([*whole, *others, *short])
-    limit = conftest.LARGEST_MATRIX
-    with pytest.raises(pytest.UsageError, match=f"{limit + 1} cases are marked `matrix`; allowed: {limit}"):
-        conftest.check_matrix([*whole, whole[0]])
+    assert conftest.long_cases([*whole, *others, *short]) == ["x0", "x1", "x2"]
+
+
+def test_the_matrix_has_not_outgrown_its_time(request: pytest.FixtureRequest):
+    long = request.config.stash[conftest.LONG]
+    assert len(long) <= conftest.LARGEST_MATRIX, "drop cases that the covering in tests/distributed/covering.py has"
 
 
 def test_tests_that_start_processes_are_two_groups_and_every_other_file_is_its_own() -> None:

@@ -41,11 +41,9 @@ Case = tuple[str, str, int, dict[str, Any]]
 """Form of the model, objective, ranks, layout."""
 CASES: dict[str, Case] = {"bert-zero3-tensor2": ("bert", "classification", 2, {"zero_stage": 3, "tensor": 2})}
 MORE: dict[str, Case] = {
-    "bert-one": ("bert", "classification", 1, {"zero_stage": 0}),
     "bert-pipe2-data2": ("bert", "classification", 4, {"zero_stage": 1, "pipe": 2, "data": 2}),
     "modernbert-zero3-data3": ("modernbert", "classification", 3, {"zero_stage": 3, "data": 3}),
     "bert-ulysses": ("bert", "classification", 2, {"zero_stage": 2, "sequence": 2}),
-    "gpt2-one": ("gpt2", "answer", 1, {"zero_stage": 0}),
     "gpt2-zero3-pipe2": ("gpt2", "answer", 2, {"zero_stage": 3, "pipe": 2}),
     "llama-tensor2-sequence": ("llama", "answer", 2, {"zero_stage": 1, "tensor": 2, "sequence_parallel": True}),
     "t5-zero1-tensor2": ("t5", "answer", 2, {"zero_stage": 1, "tensor": 2}),
