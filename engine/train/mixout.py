@@ -38,14 +38,14 @@ def mixed_weights(engine: StageEngine, tensor: Group, share: float, seed: int, s
         for shard, weight in present:
             first = shard.moments[FIRST_WEIGHTS]
             shard.weight.copy_(torch.where(kept(shard), (weight - share * first) / (1.0 - share), first))
-    engine.refresh()
+    engine.refresh(frozen=False)
     engine.gradient_edit = lambda shard, gradient: gradient.mul_(kept(shard).to(gradient.device) / (1.0 - share))
     yield
     with torch.no_grad():
         for shard, weight in present:
             shard.weight.copy_(weight)
     # Not after an error, which may be one of this rank alone: the others would not come to this collective.
-    engine.refresh()
+    engine.refresh(frozen=False)
 
 
 def mask(spec: ParameterSpec, share: float, seed: int, step: int, device: torch.device) -> torch.Tensor:

@@ -20,6 +20,7 @@ from engine.config.adapter_targets import MARK
 from engine.config.kept_moments import IMPORTANCE, UNCERTAINTY
 from engine.config.parameter_patterns import matches
 from engine.config.schema.adapter import AdaLoRAConfig
+from engine.config.schema.regularization import EMA
 from engine.models.families import family
 from engine.parallel.boundary import Tensors
 from engine.parallel.sharding import ParameterSpec
@@ -135,12 +136,15 @@ class RankAllocation(Hook):
         self.kept = chosen(scores, names, initial - budget)
 
     def _mask(self, run: Run) -> None:
-        """Set the elements that were not chosen to zero. Collective over the world."""
+        """Set the elements that were not chosen to zero, in the average of the weights, too, which is exported at a
+        rank that is as low. Collective over the world."""
         for shard in run.pipeline.engine.parameter_shards():
             if (kept := self.kept.get(shard.spec.name)) is not None:
                 mask = torch.tensor(kept[shard.start : shard.start + shard.length], device=shard.weight.device)
-                shard.weight.masked_fill_(~mask, 0.0)
-        run.pipeline.engine.refresh()
+                for values in (shard.weight, shard.moments.get(EMA)):
+                    if values is not None:
+                        values.masked_fill_(~mask, 0.0)
+        run.pipeline.engine.refresh(frozen=False)
 
     def _whole(self, run: Run, specs: Sequence[ParameterSpec], value: Any) -> Values:
         engine = run.pipeline.engine

@@ -128,10 +128,15 @@ class HeldState:
         on_all(fill_shards, self.groups.world, CheckpointError)
         self.refresh()
 
-    def refresh(self) -> None:
-        """Copy the master weights to the working weights, after the former were written. Collective over the world."""
+    def refresh(self, frozen: bool = True) -> None:
+        """Copy the master weights to the working weights, after the former were written. Collective over the world.
+
+        Without `frozen` no frozen weight was written: their ranges, the size of a pretrained model beside an adapter,
+        are not gathered.
+        """
         self._shards.refresh()
-        self._frozen.refresh()
+        if frozen:
+            self._frozen.refresh()
 
     def reset_moments(self) -> None:
         """Set the optimizer's moments to zero, as before the first update; added ones stay."""

@@ -20,7 +20,7 @@ class Shards(Protocol):
 
     def parameter_shards(self) -> list[ParameterShard]: ...
 
-    def refresh(self) -> None: ...
+    def refresh(self, frozen: bool = True) -> None: ...
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def step_back(engine: Shards, moment: str, step_size: float) -> None:
     """
     for shard in _with(engine, moment):
         shard.weight.copy_(shard.moments[moment].lerp_(shard.weight, step_size))
-    engine.refresh()
+    engine.refresh(frozen=False)
 
 
 @contextlib.contextmanager
@@ -55,13 +55,13 @@ def weights_from(engine: Shards, moment: str) -> Iterator[None]:
     Meanwhile the moment holds the weights, so nothing may be saved. Collective over the ZeRO group.
     """
     _exchange(engine, moment)
-    engine.refresh()
+    engine.refresh(frozen=False)
     try:
         yield
     finally:
         _exchange(engine, moment)
     # Not after an error, which may be one of this rank alone: the others would not come to this collective.
-    engine.refresh()
+    engine.refresh(frozen=False)
 
 
 @torch.no_grad()

@@ -116,7 +116,7 @@ class FakeEngine:
         """Return the parameter's name if its gradient outlived a step."""
         return [self.spec.name] if self.gradient_W is not None else []
 
-    def refresh(self) -> None:
+    def refresh(self, frozen: bool = True) -> None:
         """Do nothing: the working weight is the master weight."""
 
     def begin_run_stage(self, number: int) -> None:

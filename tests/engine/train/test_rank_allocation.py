@@ -1,4 +1,4 @@
-"""Hook of AdaLoRA on one rank: frozen adapters are part of no choice."""
+"""Hook of AdaLoRA on one rank: frozen adapters are part of no choice, and the average has the ranks of the weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from engine.config.adapter_targets import MARK
 from engine.config.kept_moments import IMPORTANCE, UNCERTAINTY
 from engine.config.parameter_patterns import matches
 from engine.config.resolve import Layout
+from engine.config.schema.regularization import EMA
 from engine.models.families import family
 from engine.models.initial import initial_value
 from engine.parallel.state import ParameterShard
@@ -38,15 +39,15 @@ class Shards:
             weight = initial_value(spec, MODEL, 0).flatten() + torch.rand(size, generator=drawn)
             held: dict[str, torch.Tensor] = {}
             if not matches(spec.name, freeze):
-                held = {name: torch.zeros(size) for name in moments}
+                held = {name: torch.zeros(size) if name != EMA else weight.clone() for name in moments}
                 self.gradients[spec.name] = torch.rand(size, generator=drawn)
             self.shards.append(ParameterShard(spec, 0, weight, held))
 
     def parameter_shards(self) -> list[ParameterShard]:
         return self.shards
 
-    def refresh(self) -> None:
-        pass
+    def refresh(self, frozen: bool = True) -> None:
+        assert not frozen, "the weights that the adapter leaves as they are were not written"
 
 
 def trained(
@@ -87,6 +88,16 @@ def test_frozen_adapters_keep_their_elements_and_are_part_of_no_choice(freeze):
     matrices = [shard for shard in begun.shards if "lora_E" not in shard.spec.name]
     norms = [distance(shard) for shard in matrices if not matches(shard.spec.name, freeze)]
     assert penalty == pytest.approx(0.5 * sum(norms) / len(norms), rel=1e-5)
+
+
+def test_the_average_of_the_weights_has_the_ranks_that_were_chosen():
+    engine, hook, _ = trained(moments=(IMPORTANCE, UNCERTAINTY, EMA))
+    for shard in engine.shards:
+        if (kept := hook.kept.get(shard.spec.name)) is not None:
+            assert (shard.moments[EMA] != 0).tolist() == kept
+        else:
+            assert torch.equal(shard.moments[EMA], shard.weight), shard.spec.name
+    assert sum(map(sum, hook.kept.values())) == 2 * len(hook.kept)
 
 
 def distance(shard: ParameterShard) -> float:
