@@ -118,7 +118,7 @@ def spared_operations(
             spared += 2 * figures(model).layer_operations(model, layer, lengths)
             continue
         held = figures(model).layer_entries(model, layer)
-        frozen = (entry for entry in held if len(entry.shape) == 2 and matches(entry.name, patterns))
+        frozen = (entry for entry in held if entry.multiplies and matches(entry.name, patterns))
         spared += 2 * lengths.tokens * sum(entry.numel for entry in frozen)
     return spared
 

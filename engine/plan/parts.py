@@ -21,6 +21,8 @@ Device = Literal["cpu", "cuda"]
 """Kind of device that a run computes on."""
 HEAD_NORMS = ("q_norm", "k_norm")
 """Names of the norms of each head of queries and keys."""
+PREFIX = f"{MARK}prefix_"
+"""Part of the names of the keys and values that stand in front of a row's."""
 LARGEST_HEAD = 256
 """Largest head of flash attention over documents, in multiples of 8."""
 
@@ -47,6 +49,11 @@ class Entry:
         """True if it is the matrix of a linear layer that tensor ranks share: what Muon updates (the twin of
         `engine.optim.groups.by_muon`)."""
         return self.split and len(self.shape) == 2 and self.name.startswith("layers.") and MARK not in self.name
+
+    @property
+    def multiplies(self) -> bool:
+        """True if it is a matrix of a layer that multiplies every token: keys and values of a prefix do not."""
+        return len(self.shape) == 2 and PREFIX not in self.name
 
     def local_numel(self, tensor_size: int) -> int:
         """Elements on one of `tensor_size` ranks."""
@@ -173,7 +180,7 @@ def adapters(model: ModelConfig, name: str, part: Part) -> list[Entry]:
     """Return the parameters of the adapters of a part of a layer, the twin of `engine.models.adapters`."""
     if part == "attention" and (length := prefix_length(model)):
         shape = (length, model.num_kv_heads * model.head_size)
-        return [Entry(f"{name}.adapters.prefix_{kind}", shape, split=True) for kind in ("key", "value")]
+        return [Entry(f"{name}{PREFIX}{kind}", shape, split=True) for kind in ("key", "value")]
     found = []
     for target in adapted(model, part):
         prefix, is_row = f"{name}.adapters.{target.name}", target.is_row
@@ -198,7 +205,7 @@ def qkv_width(model: ModelConfig) -> int:
 
 def matrix_elements(entries: list[Entry]) -> int:
     """Elements of the matrices among some parameters: each multiplies every token that passes."""
-    return sum(entry.numel for entry in entries if len(entry.shape) == 2)
+    return sum(entry.numel for entry in entries if entry.multiplies)
 
 
 def score_operations(model: ModelConfig, num_queries: int, num_keys: int) -> int:
@@ -209,13 +216,15 @@ def score_operations(model: ModelConfig, num_queries: int, num_keys: int) -> int
 def saved_by_attention(model: ModelConfig, num_tokens: int, tensor_size: int) -> int:
     """Elements that the backward pass of self-attention needs: queries, keys, values and output.
 
-    With norms of heads also their fp32 inputs. With dropout also the probabilities, before and after it, and a byte
-    each that says which stayed.
+    Keys and values are also those of a prefix. With norms of heads also their fp32 inputs. With dropout also the
+    probabilities, before and after it, and a byte each that says which stayed.
     """
-    probabilities = saved_probabilities(model, num_tokens, num_tokens, tensor_size)
+    prefix = prefix_length(model)
+    probabilities = saved_probabilities(model, num_tokens, num_tokens + prefix, tensor_size)
+    put_in_front = 2 * prefix * model.num_kv_heads * model.head_size
     # fp32 inputs are 1 element in fp32 and 2 in bf16: 3/2 for both
     normed = 3 * num_tokens * (model.num_heads + model.num_kv_heads) * model.head_size // 2 if model.normed_heads else 0
-    return (exchanged(model, num_tokens) + normed) // tensor_size + probabilities
+    return (exchanged(model, num_tokens) + put_in_front + normed) // tensor_size + probabilities
 
 
 def saved_probabilities(model: ModelConfig, num_queries: int, num_keys: int, tensor_size: int) -> int:

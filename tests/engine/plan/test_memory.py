@@ -15,6 +15,7 @@ from engine.plan.memory import gathered_at_once, stage_memory, states_per_elemen
 from engine.plan.parameters import model_entries, num_parameters
 from engine.plan.parts import Entries
 from engine.plan.plan import make_plan
+from tests.engine.models.tiny import tiny
 
 
 @pytest.mark.parametrize(
@@ -299,3 +300,16 @@ def test_layers_of_one_kind_are_counted_as_each_by_itself(family: Change, how: A
     spared = [plain[layer] - kept[layer] for layer in recomputed]
     found = _kept(config.model, layers, recomputed, lengths, Sharing(2, 1, 1), how, masks=True, segments=True)
     assert found == (sum(kept.values()), sum(spared), max(spared, default=0))
+
+
+@pytest.mark.parametrize(("family", "form"), [(gpt, "gpt2"), (gpt, "llama"), (bert, "bert")])
+def test_attention_keeps_the_keys_and_values_of_a_prefix_and_their_probabilities(family, form):
+    lengths, prefix = RowLengths(20, predicted=20), {"method": "prefix", "virtual_tokens": 6}
+    for dropout in (0.0, 0.1):
+        plain, adapted = tiny(form, attention_dropout=dropout), tiny(form, attention_dropout=dropout, adapter=prefix)
+        put_in_front = 2 * 6 * plain.num_kv_heads * plain.head_size
+        # before and after dropout, and a byte of mask: 9/4 elements for each query, key and head
+        probabilities = 9 * plain.num_heads * 20 * 6 // 4 if dropout else 0
+        for ranks in (1, 2):
+            more = family.saved(adapted, 0, lengths, ranks) - family.saved(plain, 0, lengths, ranks)
+            assert more == (put_in_front + probabilities) // ranks

@@ -3,6 +3,7 @@
 import pytest
 
 from engine.config.objectives import RowLengths
+from engine.config.schema.adapter import PrefixConfig
 from engine.config.schema.model import GPTConfig
 from engine.plan.operations import training_operations
 
@@ -15,7 +16,7 @@ def test_six_times_parameters_and_attention() -> None:
     assert training_operations(GPT2, RowLengths(1024, 1024)) == 1024 * (6 * matrices + 12 * 12 * 768 * 1024)
 
 
-@pytest.mark.parametrize("form", ["gpt2", "llama"])
+@pytest.mark.parametrize("form", ["gpt2", "llama", "prefix"])
 def test_a_forward_pass_multiplies_as_often_as_counted(form: str) -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -32,6 +33,10 @@ def test_a_forward_pass_multiplies_as_often_as_counted(form: str) -> None:
                 "norm": "rmsnorm",
                 "activation": "swiglu",
             }
+        )
+    if form == "prefix":  # its keys and values are seen by all queries, and multiplied by nothing else
+        model = model.model_copy(
+            update={"max_positions": 32, "adapter": PrefixConfig(method="prefix", virtual_tokens=5)}
         )
     stage = gpt.build(model)
     tokens_BT = torch.zeros((2, 16), dtype=torch.int64)
