@@ -97,10 +97,11 @@ def _unmerged(run: RunConfig, method: str) -> str:
 
 
 def _export_adapter(run: RunConfig, source: Path) -> None:
-    """Write the adapter alone, and say how few parameters it has."""
+    """Write the adapter alone; of AdaLoRA say the mean rank, which is higher in a checkpoint before the last choice."""
     from engine.checkpoint.interchange.initial import format_of
     from engine.checkpoint.storage import location_of
-    from engine.serve.adapter import export_adapter
+    from engine.config.schema.adapter import AdaLoRAConfig
+    from engine.serve.adapter import export_adapter, mean_rank
     from engine.serve.source import open_trained
 
     apart = open_trained(source, merge=False)
@@ -108,7 +109,12 @@ def _export_adapter(run: RunConfig, source: Path) -> None:
     base = run.init_from.path
     is_theirs = format_of(location_of(base)) == "huggingface"
     _replace(run.folder / ADAPTER, lambda new: export_adapter(apart, new, base if is_theirs else None))
-    print(f"adapter: {run.folder / ADAPTER}")
+    told, rank, adapter = "", mean_rank(apart), run.model.adapter
+    if rank is not None and isinstance(adapter, AdaLoRAConfig):
+        told = f", mean rank {rank:g}"
+        if rank > adapter.rank:
+            told += f" and not {adapter.rank}: step {apart.step} lies before the last choice of ranks"
+    print(f"adapter: {run.folder / ADAPTER}{told}")
 
 
 def _replace(output: Path, write: Callable[[Path], Any]) -> None:

@@ -70,6 +70,17 @@ def export_adapter(trained: Trained, output: Path, base: str | None) -> int:
     return sum(value.numel() for value in tensors.values())
 
 
+def mean_rank(trained: Trained) -> float | None:
+    """Return the mean number of elements that are left in an E of AdaLoRA; None of a model without one."""
+    shapes = trained.source.shapes
+    ranks = [
+        int(trained.source.read(name, 0, shapes[name][0]).count_nonzero())
+        for name in shapes
+        if name.endswith(".lora_E")
+    ]
+    return sum(ranks) / len(ranks) if ranks else None
+
+
 def with_prompt(model: Any, trained: Trained) -> Any:
     """Return peft's model around Hugging Face's `model`, which is that of a run without its prompt."""
     peft = need("peft", "a prompt in front of a text", "tasks")

@@ -115,6 +115,22 @@ def finished(folder: Path, start: Path, objective: str, rows: list[dict[str, Any
     return folder / "run"
 
 
+def test_the_mean_rank_of_an_exported_checkpoint_is_told(tmp_path, start, capsys):
+    write_examples(tmp_path)
+    adapter = {"method": "adalora", "rank": 2, "initial_rank": 5, "targets": ["query", "value"]}
+    tree = tree_of(tmp_path, start, duration={"steps": 2}) | {"adapter": adapter}
+    run = resolve_task(tree, "test task")
+    save(run, 2, seed=1)  # random weights: no element is zero, as before the first choice
+    finish(run)
+    told = "/adapter, mean rank 5 and not 2: step 2 lies before the last choice of ranks"
+    assert told in capsys.readouterr().out
+    assert run.model.adapter is not None
+    model = run.model.model_copy(update={"adapter": run.model.adapter.model_copy(update={"rank": 5})})
+    chosen = run.model_copy(update={"model": model})
+    finish(chosen)
+    assert "/adapter, mean rank 5\n" in capsys.readouterr().out
+
+
 def test_entities_are_those_of_the_pipeline(tmp_path, start):
     words = ["the", "ink", "fades", "in", "the", "old", "codex"]
     tags = ["O", "B-thing", "I-thing", "O", "O", "O", "B-thing"]
