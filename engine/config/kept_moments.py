@@ -11,6 +11,6 @@ IMPORTANCE, UNCERTAINTY = "importance", "uncertainty"
 
 
 def kept_moments(config: RunConfig, run_stage: RunStage) -> tuple[str, ...]:
-    """Return the names of what a run stage keeps, and of what the model's adapter does."""
+    """Return the names of the moments that a run stage adds, and of those that the model's adapter adds."""
     ranks = (IMPORTANCE, UNCERTAINTY) if isinstance(config.model.adapter, AdaLoRAConfig) else ()
     return (*run_stage.added_moments, *ranks)

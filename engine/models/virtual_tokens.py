@@ -1,8 +1,8 @@
 """Trained vectors in front of a row: the embeddings of prompt tuning, the keys and values of prefix tuning.
 
 Both are peft's arithmetic. Tokens count their positions on behind the vectors, which all of them see. A prompt is part
-of the hidden states from the first layer to the last, so rows are longer by it; what stands in front of the first chunk
-and behind the last one (data, labels, losses) knows nothing of it. A prefix is in attention alone.
+of the hidden states from the first layer to the last, so rows are longer by it there; data, labels and losses have the
+tokens alone. A prefix is in attention alone.
 
 Legend: B batch, T time, D width, P virtual tokens, G key/value heads (local under tensor parallelism), K head size.
 """

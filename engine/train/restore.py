@@ -99,7 +99,7 @@ class Restorer:
         if needed and state.stage_step < run_stage.num_steps:
             raise CheckpointError(
                 f"{path} is merged and has no {', '.join(needed)}, which run stage {run_stage.name} goes on with",
-                "a merged checkpoint of a run stage's last step, or of a run stage without regularization and reptile",
+                "a merged checkpoint of a run stage's last step, or of one without regularization, reptile and adalora",
                 "remove it to go on from the checkpoint before, or merge checkpoints of the run stage's end",
             )
 
