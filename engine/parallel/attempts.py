@@ -7,11 +7,13 @@ rank 0 may be that of an attempt which has saved already. Rank 0 therefore takes
 the others ask for it through the store of rank 0's agent. The store outlives the ranks, but not the agent's node.
 
 Keys of the store: `next` (number after the newest attempt), `asked` (questions so far, of all attempts), `answer/N`
-(attempt of the rank that asked question N), `heard/A` (ranks that know of attempt A).
+(attempt of the rank that asked question N), `heard/A` (ranks that know of attempt A, each once), `heard/A/R` (processes
+of rank R that do). A process whose agent was killed may wait on beside its successor, and must not be taken for it.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING
 
@@ -28,13 +30,11 @@ def agree_on_attempt(store: Store, global_rank: int, world_size: int, least: int
     """Return the number of this attempt, `least` of rank 0 or more, equal on all ranks. Collective over the world.
 
     Raises:
-        EnvironmentProblem: some ranks have not come after `limit_seconds`, on rank 0.
+        EnvironmentProblem: some ranks have not come after `limit_seconds`, on rank 0; on another one, its agent
+            has ended.
     """
     if global_rank > 0:
-        question = store.add("asked", 1)
-        attempt = int(store.get(f"answer/{question}"))
-        store.add(f"heard/{attempt}", 1)
-        return attempt
+        return _asked(store, global_rank)
     # `add` of 0 reads a counter, which is 0 where nobody has counted.
     unused = store.add("next", 0)
     attempt = max(least, unused)
@@ -53,4 +53,20 @@ def agree_on_attempt(store: Store, global_rank: int, world_size: int, least: int
                 "look at what the ranks of the other nodes said, and whether they reach MASTER_ADDR and MASTER_PORT",
             )
         time.sleep(POLL_SECONDS)
+    return attempt
+
+
+def _asked(store: Store, global_rank: int) -> int:
+    """Return the attempt that rank 0 answers with, and count as having heard it."""
+    agent = os.getppid()
+    question = store.add("asked", 1)
+    attempt = int(store.get(f"answer/{question}"))
+    if os.getppid() != agent:  # a process whose parent is gone is given another one
+        raise EnvironmentProblem(
+            f"torchrun's agent of rank {global_rank} has ended while the rank waited for the others",
+            "an agent that lives as long as its ranks",
+            "nothing: the agent that was started in its place has a rank of its own",
+        )
+    if store.add(f"heard/{attempt}/{global_rank}", 1) == 1:
+        store.add(f"heard/{attempt}", 1)
     return attempt

@@ -51,6 +51,36 @@ def test_questions_of_ranks_that_have_ended_are_of_no_account(store: HashStore) 
     assert attempts(store, 0, 0, 0) == [0, 0, 0]
 
 
+def test_a_rank_that_hears_twice_counts_once(store: HashStore) -> None:
+    """A process whose agent was killed may ask beside its successor, and rank 0 must still wait for the others."""
+    found: dict[str, int] = {}
+
+    def started(name: str, rank: int) -> threading.Thread:
+        def one() -> None:
+            found[name] = agree_on_attempt(store, rank, 3, 0, WAIT_SECONDS)
+
+        thread = threading.Thread(target=one, daemon=True)
+        thread.start()
+        return thread
+
+    first = started("rank 0", 0)
+    for thread in (started("orphan of rank 1", 1), started("rank 1", 1)):
+        thread.join(WAIT_SECONDS)
+    for thread in (started("rank 2", 2), first):
+        thread.join(WAIT_SECONDS)
+    assert found == dict.fromkeys(("rank 0", "orphan of rank 1", "rank 1", "rank 2"), 0)
+
+
+def test_a_rank_whose_agent_ended_meanwhile_leaves_unheard(store: HashStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its successor asks, too: rank 0 must not leave before that one has its answer."""
+    store.set("answer/1", "5")
+    parents = iter([4321, 1])
+    monkeypatch.setattr("os.getppid", lambda: next(parents))
+    with pytest.raises(EnvironmentProblem, match="torchrun's agent of rank 1 has ended"):
+        agree_on_attempt(store, 1, 2, 0, WAIT_SECONDS)
+    assert store.add("heard/5", 0) == 0
+
+
 def test_ranks_that_do_not_come_are_counted(store: HashStore) -> None:
     with pytest.raises(EnvironmentProblem, match="1 of 3 ranks have come after 0 s"):
         agree_on_attempt(store, 0, 3, 0, limit_seconds=0.2)
