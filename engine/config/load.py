@@ -23,6 +23,7 @@ from engine.config.save import FILE
 from engine.config.schema.run import RunConfig
 from engine.config.schema.section import Section
 from engine.errors import ConfigError, PalimpsestError, report
+from engine.logs import logger
 
 Tree = dict[str, Any]
 S = TypeVar("S", bound=Section)
@@ -57,11 +58,16 @@ def _found_model(source: str, tree: Tree, model_of: Callable[[str], Tree]) -> Tr
     """Return the model in a source, or that in the run's folder where the source is gone: the run has begun from it."""
     try:
         return model_of(source)
-    except PalimpsestError:
+    except PalimpsestError as error:
         noted = Path(str(tree.get("folder"))).expanduser() / FILE
-        model = read_tree(noted).get("model") if noted.is_file() else None
+        try:
+            model = read_tree(noted).get("model") if noted.is_file() else None
+        except ConfigError:  # the source's own error says more than that of a file which stands in for it
+            model = None
         if not isinstance(model, dict):
             raise
+        # not all that is wrong with a source is that it is gone: its name may be misspelt
+        logger(__name__).warning("the model is that of %s, since init_from gives none: %s", noted, error.wrong)
         return model
 
 

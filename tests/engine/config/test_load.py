@@ -1,11 +1,12 @@
 """Reading configurations: precedence, includes, overrides, and every message about what cannot be read."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine.config.load import load_run, read_tree
-from engine.errors import ConfigError
+from engine.errors import CheckpointError, ConfigError
 
 MINIMAL = """
 folder: runs/x
@@ -293,3 +294,29 @@ def test_an_included_file_that_is_no_configuration_is_not_echoed(tmp_path: Path,
         load_run(path)
     assert str(tmp_path / "other") in str(caught.value)
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_model_whose_source_does_not_answer_is_that_of_the_run_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run that has begun needs its source no more; it is said, for a name may be misspelt. A folder whose file is
+    damaged does not hide what is wrong with the source."""
+    text = MINIMAL.replace("folder: runs/x", f"folder: {tmp_path / 'run'}\ninit_from: runs/strat")
+    path = write(tmp_path, "\n".join(line for line in text.splitlines() if not line.startswith("model:")))
+
+    def model_of(source: str) -> dict[str, Any]:
+        raise CheckpointError(f"{source} is not there")
+
+    with pytest.raises(CheckpointError, match="runs/strat is not there"):
+        load_run(path, model_of=model_of)
+    noted = tmp_path / "run" / "config.yaml"
+    noted.parent.mkdir()
+    for damaged in ("model: {a: 1", "- a list", "model: text"):
+        noted.write_text(damaged)
+        with pytest.raises(CheckpointError, match="runs/strat is not there"):
+            load_run(path, model_of=model_of)
+    assert not caplog.text
+    noted.write_text(MINIMAL)
+    assert load_run(path, model_of=model_of).model.hidden_size == 64
+    assert f"the model is that of {noted}" in caplog.text
+    assert "runs/strat is not there" in caplog.text
