@@ -24,7 +24,8 @@ def balanced(
 
     `weights_KL` are those of the whole step, so that all ranks change their rows alike.
     """
-    of_task, of_text = weights_KL[:-1].sum().item(), weights_KL[-1].sum().item()
+    # one read, for each waits for the device: (2,)
+    of_task, of_text = torch.stack([weights_KL[:-1].sum(), weights_KL[-1].sum()]).tolist()
     divisor = of_task or 1.0  # a step may have no target of the task
     factors_K = weights_KL.new_ones(len(weights_KL))
     factors_K[-1] = loss_weight * divisor / of_text if of_text else 0.0

@@ -46,3 +46,14 @@ def test_a_step_may_have_targets_of_one_kind_alone():
 def test_a_stage_without_a_head_changes_nothing():
     given = [{"hidden_BTD": torch.ones(1)}]
     assert balanced(given, torch.tensor([[2.0], [3.0]], dtype=torch.float64), 1.0)[0] == given
+
+
+def test_the_weights_are_read_once(monkeypatch):
+    """Each read waits for the device, in every step."""
+    reads = []
+    plain = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(tuple(self.shape)) or plain(self))
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: pytest.fail("a read of its own"))
+    _, divisor_L, _ = balanced(rows(), torch.tensor([[2.0], [1.0], [3.0]], dtype=torch.float64), 1.0)
+    assert reads == [(2,)]
+    assert torch.equal(divisor_L, torch.tensor([3.0], dtype=torch.float64))
