@@ -106,12 +106,21 @@ def _check_validation(key: str, stage: RunStage, replay: ReplayConfig, problems:
         for name in named
         if not (name.isprintable() and name == name.strip() and 0 < len(name) <= LONGEST_NAME) or name in taken
     ]
-    locations = [*named.values()] if named else [replay.validation] if isinstance(replay.validation, str) else []
-    if replay.validation == {} or (any(map(is_url, locations)) and stage.data.cache is None):
+    if replay.validation == {}:
         problems.append(
             ConfigError(
-                f"{key}.replay.validation = {replay.validation}",
-                "folders, or URLs with data.cache",
+                f"{key}.replay.validation = {{}} names no data set",
+                "a folder of token shards, its URL, or several by name",
                 "name one, or leave it out",
+            )
+        )
+    locations = [*named.values()] if named else [replay.validation] if isinstance(replay.validation, str) else []
+    urls = [location for location in locations if is_url(location)]
+    if urls and stage.data.cache is None:
+        problems.append(
+            ConfigError(
+                f"{key}.data.cache is missing, and {key}.replay.validation names {urls[0]}, a URL",
+                "a folder on a disk of each node, and how many bytes it may hold",
+                "for example data.cache: {folder: /scratch/shards, bytes: 50_000_000_000}",
             )
         )

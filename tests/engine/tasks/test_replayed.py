@@ -63,6 +63,8 @@ def test_the_head_of_pretraining_stays_and_an_epoch_is_one_of_the_examples(tmp_p
         ({"objective": {"name": "masked", "pairs": "next_sentence"}}, "replay.objective.pairs = next_sentence"),
         ({"objective": {"name": "masked", "fill_rate": 0.1}}, "replay.objective.fill_rate = 0.1"),
         ({"validation": {" x": "somewhere"}}, "replay.validation: ' x' is no name"),
+        ({"validation": {}}, r"replay.validation = \{\} names no data set"),
+        ({"validation": "s3://b/text"}, r"data.cache is missing, and stages\.0\.replay\.validation names s3://b/text"),
     ],
 )
 def test_what_does_not_fit_is_one_error(tmp_path, start, changes, message):
