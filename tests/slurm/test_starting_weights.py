@@ -39,6 +39,7 @@ def write_theirs(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.matrix
 def test_worlds_are_planned_for_the_model_of_the_source(make_cluster: MakeCluster) -> None:
     cluster = make_cluster(2)
     job = lose_a_node(cluster, write_theirs(cluster.folder / "theirs"), stand_ins=True)
