@@ -119,7 +119,7 @@ def test_an_output_that_is_taken_is_refused_and_untouched(own_run, tmp_path):
 
 def test_an_output_that_cannot_be_written_is_refused(own_run, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(EnvironmentProblem, match=r"cannot be written(.|\n)*--output"):
+    with pytest.raises(EnvironmentProblem, match=r"cannot be written(.|\n)*another folder"):
         export(open_trained(own_run.folder), tmp_path / "file" / "out")
 
 
