@@ -88,28 +88,23 @@ def train_ablated(
     for number in range(switch.num_runs):
         run = folder.with_name(f"{folder.name}-{number}")
         tree = run_file(task, start, (train, str(seen)), run, seed + 100 * number)
-        finetune(changed(tree, switch, steps_of_pass(train, task.batch)), run)
+        finetune(changed(tree, switch), run)
         found.append(predictions(_weights(run, switch), measured))
     return score([one.logits_NC for one in found], found[0].expected_N)
 
 
-def changed(tree: Tree, switch: Switch, pass_steps: int) -> Tree:
-    """Return a task file with a switch, evaluated and saved once in each pass where the switch needs it."""
+def changed(tree: Tree, switch: Switch) -> Tree:
+    """Return a task file with a switch; where it needs that, each pass is evaluated and saved, as `finetune` does where
+    a file says nothing."""
     (stage,) = tree["stages"]
     for above in (NOTHING, switch.run):  # copied: sections that the tree lacks are put there as they are
         merge_trees(tree, deepcopy(above))
     merge_trees(stage, deepcopy(switch.stage))
-    if "early_stopping" in tree["evaluation"]:
-        tree["evaluation"]["every_steps"] = pass_steps
+    if "early_stopping" in tree["evaluation"] or switch.num_merged > 1:
+        del tree["evaluation"]["every_steps"]
     if switch.num_merged > 1:
-        tree["checkpoint"] = {"every_steps": pass_steps, "keep_last": switch.num_merged}
+        tree["checkpoint"] = {"keep_last": switch.num_merged}
     return tree
-
-
-def steps_of_pass(train: str, batch: int) -> int:
-    """Return the number of steps of a pass over a file's rows."""
-    with open(train, encoding="utf-8") as lines:
-        return -(-sum(1 for _ in lines) // batch)
 
 
 def predictions(source: Path, rows: Path) -> LabelPredictions:

@@ -116,12 +116,13 @@ def _train(connection: Connection, cell: Cell, start: str, files: tuple[str, str
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
-    task, run = cell.task.for_rows(num_rows), folder / "run"
+    run = folder / "run"
     before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     if cell.switch is not None:
-        measures = train_ablated(task, start, files, run, cell.seed, switch_of(cell.switch))
+        measures = train_ablated(cell.task, start, files, run, cell.seed, switch_of(cell.switch))
     else:
-        measures = (train_theirs if cell.side == "Trainer" else train_ours)(task, start, files, run, cell.seed)
+        train = train_theirs if cell.side == "Trainer" else train_ours
+        measures = train(cell.task.for_rows(num_rows), start, files, run, cell.seed)
     used, wall = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter() - began
     numbers = {name: value for name, value in measures.items() if isinstance(value, float)}
     connection.send((numbers, used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime, wall))

@@ -19,6 +19,11 @@ def prefix_length(model: ModelConfig) -> int:
     return model.adapter.virtual_tokens if isinstance(model.adapter, PrefixConfig) else 0
 
 
+def num_virtual_tokens(model: ModelConfig) -> int:
+    """Return the number of positions in front of those of a row's tokens, of either method."""
+    return prompt_length(model) + prefix_length(model)
+
+
 def text_positions(model: ModelConfig) -> int:
     """Return the number of a row's positions that its tokens can have."""
-    return model.longest_row - prompt_length(model) - prefix_length(model)
+    return model.longest_row - num_virtual_tokens(model)

@@ -63,8 +63,11 @@ def encoded_folder(
         "examples": {key: value for key, value in asdict(examples).items() if key != "location"},
     }
     name = f"{part}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
-    rows = kind.encode(examples, objective, framing, length)  # begun where the folder is written
-    return written_once(folder, name, lambda partial: _write(partial, framing.tokenizer, rows))
+
+    def write(partial: Path) -> None:
+        _write(partial, framing.tokenizer, kind.encode(examples, objective, framing, length))
+
+    return written_once(folder, name, write)
 
 
 def written_once(folder: Path, name: str, write: Callable[[Path], None]) -> Path:

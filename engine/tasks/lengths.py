@@ -11,7 +11,7 @@ import numpy as np
 from engine.config.load import Tree
 from engine.config.schema.model import ModelConfig
 from engine.config.schema.objective import ObjectiveConfig
-from engine.config.virtual_tokens import prefix_length, prompt_length
+from engine.config.virtual_tokens import num_virtual_tokens
 from engine.data.objectives.sampling import make_sampler
 from engine.data.shards.dataset import TokenDataset
 from engine.errors import ConfigError
@@ -53,14 +53,14 @@ def _filled(num_tokens: int, model: ModelConfig) -> int:
 
 def _most(model: ModelConfig) -> int:
     """Return the tokens that a row may have, beside the virtual tokens of an adapter."""
-    return model.max_positions - prompt_length(model) - prefix_length(model)
+    return model.max_positions - num_virtual_tokens(model)
 
 
 def _check_room(model: ModelConfig) -> None:
     """Raise `ConfigError` where virtual tokens take all positions: examples are encoded before the run is checked."""
     if _most(model) < 1:
         raise ConfigError(
-            f"model.adapter.virtual_tokens = {prompt_length(model) + prefix_length(model)} leaves none of the model's "
+            f"model.adapter.virtual_tokens = {num_virtual_tokens(model)} leaves none of the model's "
             f"{model.max_positions} positions to a row's tokens",
             f"1 to {model.max_positions - 1}",
             "take fewer virtual tokens",

@@ -82,7 +82,7 @@ def sorted_entries(keys: np.ndarray, row_ids: np.ndarray, marked: np.ndarray) ->
 
 
 def merged(ours: Entries, theirs: Entries, pure: bool = False) -> Entries:
-    """Return the union of two sets of entries; where both have a place, the smaller key stays, and ours of equal ones.
+    """Return the union of two sets of entries; where both have a row, the smaller key stays, and ours of equal ones.
 
     With `pure`, a row has one key wherever it comes from, which spares a sorted copy of all row ids.
 

@@ -352,6 +352,6 @@ def _refuse_none(generation: Generation, datasets: Sequence[TokenDataset]) -> No
     if not generation.num_rows or not (datasets or generation.pinned):
         raise DataError(
             "the reservoir is empty: no document of an earlier run stage is in it",
-            "a buffer with at least one document",
+            "a reservoir with at least one document",
             "replay from the second run stage on, or raise the reservoir's capacity",
         )
