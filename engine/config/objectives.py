@@ -175,11 +175,13 @@ OBJECTIVES: Mapping[ObjectiveName, Objective] = {
     "span_corruption": Objective(("t5",), ("rate", "mean_span_length"), _span_lengths, shortest=3, sees_padding=True),
     "classification": _task(("labels", "label_smoothing"), ("accuracy", "f1_micro", "f1_macro", "matthews")),
     "regression": _task((), ("mean_squared_error", "pearson", "spearman")),
-    "token_classification": _task(("labels",), ("f1", "precision", "recall", "accuracy")),
-    "question_answering": _task(("stride", "no_answer", "cut_answers", "longest_answer"), ("f1", "exact_match")),
+    "token_classification": _task(("labels", "label_smoothing"), ("f1", "precision", "recall", "accuracy")),
+    "question_answering": _task(
+        ("stride", "no_answer", "cut_answers", "longest_answer", "label_smoothing"), ("f1", "exact_match")
+    ),
     "answer": Objective(
         ("gpt", "t5"),
-        ("answer_length",),
+        ("answer_length", "label_smoothing"),
         _answer_lengths,
         shortest=2,
         packs_documents=True,

@@ -22,6 +22,9 @@ from engine.parallel.boundary import ROW_LOSSES, Tensors
 from engine.parallel.functions import Functions
 from engine.parallel.sharding import VOCABULARY, Table
 
+SMOOTHING = "label_smoothing_B"
+"""Name of the share of each row's labels that is spread over all of them (fp32), in training alone."""
+
 
 class Head(Protocol):
     """The end of a model, as a value: its modules belong to the last chunk, under their own logical names."""
@@ -80,27 +83,37 @@ class VocabularyHead(nn.Module):
         hidden: torch.Tensor,
         targets: torch.Tensor | None = None,
         weights: torch.Tensor | None = None,
-        into: torch.Tensor | None = None,
+        **options: torch.Tensor,
     ) -> torch.Tensor:
         """Return the fp32 weighted sum of the tokens' losses, or logits (..., vocab_size) where `targets` is None.
 
         `hidden` is (..., D); `targets` (int64) and `weights` have its shape without D. Logits are whole on one
-        tensor-parallel rank only. `into` is filled with the tokens' weighted losses.
+        tensor-parallel rank only. `options` are `into` and `smoothing` of `linear_cross_entropy`.
         """
         if targets is None:
             return F.linear(hidden, self.weight, self.bias)[..., : self.vocab_size]
         assert weights is not None, "targets come with weights"
         given = (hidden, self.weight, self.bias, targets, weights, self.vocab_size)
-        return self.functions.linear_cross_entropy(*given, **({} if into is None else {"into": into}))
+        return self.functions.linear_cross_entropy(*given, **options)
 
     def losses(
-        self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, by_row: bool
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        by_row: bool,
+        smoothing_B: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the sum as `forward` does, and with `by_row` each row's share of it, (B,) without a gradient."""
+        """Return the sum as `forward` does, and with `by_row` each row's share of it, (B,) without a gradient;
+        `smoothing_B` are the shares of the rows' targets that are spread over the vocabulary."""
+        options = {}
+        if smoothing_B is not None:
+            # (B,) -> (B, 1) -> (B, T)
+            options["smoothing"] = smoothing_B.view(-1, *[1] * (targets.dim() - 1)).expand(targets.shape)
         if not by_row:
-            return self(hidden, targets, weights), None
+            return self(hidden, targets, weights, **options), None
         into = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
-        return self(hidden, targets, weights, into), into.flatten(1).sum(1)
+        return self(hidden, targets, weights, into=into, **options), into.flatten(1).sum(1)
 
 
 @dataclass(frozen=True)
@@ -111,7 +124,7 @@ class LanguageModelHead:
     loss: str
     scale: float = 1.0
     """Factor of the hidden states before the projection (T5 v1.0 with a tied head)."""
-    inputs: frozenset[str] = frozenset({"targets_BT", "weights_BT"})
+    inputs: frozenset[str] = frozenset({"targets_BT", "weights_BT", SMOOTHING})
     sharding: Table = field(default_factory=lambda: {"lm_head.weight": VOCABULARY})
 
     @property
@@ -132,7 +145,9 @@ class LanguageModelHead:
         hidden_BTD = hidden_BTD if self.scale == 1.0 else hidden_BTD * self.scale
         if "targets_BT" not in given:
             return {"logits_BTV": lm_head(hidden_BTD)}
-        loss, loss_B = lm_head.losses(hidden_BTD, given["targets_BT"], given["weights_BT"], by_row)
+        loss, loss_B = lm_head.losses(
+            hidden_BTD, given["targets_BT"], given["weights_BT"], by_row, given.get(SMOOTHING)
+        )
         return {"losses_L": loss.reshape(1)} | ({} if loss_B is None else {ROW_LOSSES: loss_B.unsqueeze(1)})
 
 

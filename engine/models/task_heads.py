@@ -20,28 +20,17 @@ from torch.nn import functional as F
 
 from engine.config.schema.model import BERTConfig, ModelConfig
 from engine.models.dropout import EMBEDDING_OUTPUT, Dropout
+from engine.models.heads import SMOOTHING
 from engine.models.norms import norm
 from engine.parallel.boundary import LOGITS, ROW_LOSSES, Tensors
 from engine.parallel.functions import Functions
+from engine.parallel.label_cross_entropy import label_cross_entropy
 from engine.parallel.sharding import Table
 
 LAST = "last_B"
 """Name of the position (int64) of each row's last token, among the inputs of a decoder's head."""
-SMOOTHING = "label_smoothing_B"
-"""Name of the share of each row's label that is spread over all labels (fp32), in training alone."""
 BEFORE, BEHIND = 1, 2
 """Numbers of the head's two places of dropout, counted on from the last layer: no layer has the same masks."""
-
-
-def cross_entropy(
-    logits_BC: torch.Tensor, labels_B: torch.Tensor, smoothing_B: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Return the cross entropy of each row, (B,), with labels smoothed by these shares; None means as they are."""
-    loss_B = F.cross_entropy(logits_BC, labels_B, reduction="none")
-    if smoothing_B is None:
-        return loss_B
-    # towards the mean over all labels, the given one among them (Szegedy et al. 2016, section 7)
-    return torch.lerp(loss_B, -logits_BC.log_softmax(-1).mean(-1), smoothing_B)
 
 
 @dataclass(frozen=True)
@@ -85,12 +74,11 @@ class TaskHead:
         C numbers; in evaluation also the logits, (B, C). Without labels `logits_BC`."""
         logits_BC = self._logits(chunk, hidden_BTD, given, dropout).float()
         if "labels_B" in given:
-            loss_B = cross_entropy(logits_BC, given["labels_B"], given.get(SMOOTHING))
+            loss_B = label_cross_entropy(logits_BC, given["labels_B"], given["label_weights_B"], given.get(SMOOTHING))
         elif "labels_BC" in given:
-            loss_B = (logits_BC - given["labels_BC"]).square().mean(1)
+            loss_B = (logits_BC - given["labels_BC"]).square().mean(1) * given["label_weights_B"]
         else:
             return {"logits_BC": logits_BC}
-        loss_B = loss_B * given["label_weights_B"]
         outputs = {"losses_L": loss_B.sum().reshape(1)}
         if not torch.is_grad_enabled():
             # Of ranks that share a row the one that is given its token counts: the sum of theirs is its logits.

@@ -20,11 +20,12 @@ from torch.nn import functional as F
 from engine.config.schema.model import BERTConfig, ModelConfig
 from engine.config.schema.model import TaskHead as TaskHeadConfig
 from engine.models.dropout import EMBEDDING_OUTPUT, Dropout
-from engine.models.heads import Head
+from engine.models.heads import SMOOTHING, Head
 from engine.models.norms import norm
 from engine.models.task_heads import BEHIND, LAST, TaskHead
 from engine.parallel.boundary import LOGITS, ROW_LOSSES, Tensors
 from engine.parallel.functions import Functions
+from engine.parallel.label_cross_entropy import label_cross_entropy
 from engine.parallel.sharding import Table
 
 SPANS = "label_spans_B2"
@@ -54,8 +55,10 @@ class TokenHead:
 
     @property
     def inputs(self) -> frozenset[str]:
-        """The labels of tokens and their weights; or the answers' spans, the weights of rows and where rows end."""
-        return frozenset({SPANS, "label_weights_B", LAST} if self._finds_spans else {"labels_BT", "label_weights_BT"})
+        """The labels of tokens and their weights; or the answers' spans, the weights of rows and where rows end; in
+        training also the share of label smoothing."""
+        spans, labels = {SPANS, "label_weights_B", LAST}, {"labels_BT", "label_weights_BT"}
+        return frozenset({SMOOTHING, *(spans if self._finds_spans else labels)})
 
     def modules(self, functions: Functions) -> dict[str, nn.Module]:
         """Make the classifier, in ModernBERT with the transformation before it."""
@@ -78,10 +81,11 @@ class TokenHead:
         of the first and of the last token. Without labels `logits_BTC`, of the tokens that this rank is given."""
         logits_BTC = self._logits(chunk, hidden_BTD, dropout)
         if "labels_BT" in given:
-            loss_BT = F.cross_entropy(logits_BTC.transpose(1, 2), given["labels_BT"], reduction="none")
-            loss_B = (loss_BT * given["label_weights_BT"]).sum(1)
+            labels_BT, smoothing_B = given["labels_BT"], given.get(SMOOTHING)
+            smoothing_BT = None if smoothing_B is None else smoothing_B[:, None].expand_as(labels_BT)
+            loss_B = label_cross_entropy(logits_BTC, labels_BT, given["label_weights_BT"], smoothing_BT).sum(1)
         elif SPANS in given:
-            loss_B = self._span_losses(chunk, logits_BTC, given) * given["label_weights_B"]
+            loss_B = self._span_losses(chunk, logits_BTC, given)
         else:
             return {"logits_BTC": logits_BTC}
         outputs = {"losses_L": loss_B.sum().reshape(1)}
@@ -102,15 +106,15 @@ class TokenHead:
     def _span_losses(
         self, chunk: nn.Module, logits_BTC: torch.Tensor, given: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
-        """Return the mean of both cross entropies over the positions of each row's tokens, (B,)."""
+        """Return weight x the mean of both cross entropies over the positions of each row's tokens, (B,)."""
         functions = cast(Functions, cast(Any, chunk).functions)
         logits_BTC = functions.whole_sequence(logits_BTC)  # ranks that share a row need the logits of all of it
         positions_T = torch.arange(logits_BTC.size(1), device=logits_BTC.device)
-        padding_BT = positions_T > given[LAST][:, None]
-        logits_BCT = logits_BTC.transpose(1, 2).masked_fill(padding_BT[:, None], -torch.inf)
-        # (B, C, T) and (B, C) -> (B C, T) and (B C,) -> (B, C)
-        losses = F.cross_entropy(logits_BCT.flatten(0, 1), given[SPANS].flatten(), reduction="none")
-        return losses.view_as(given[SPANS]).mean(1)
+        logits_BCT, spans_BC, smoothing_B = logits_BTC.transpose(1, 2), given[SPANS], given.get(SMOOTHING)
+        padding_BCT = (positions_T > given[LAST][:, None])[:, None].expand_as(logits_BCT)
+        weights_BC = (given["label_weights_B"] / 2)[:, None].expand_as(spans_BC)
+        smoothing_BC = None if smoothing_B is None else smoothing_B[:, None].expand_as(spans_BC)
+        return label_cross_entropy(logits_BCT, spans_BC, weights_BC, smoothing_BC, padding_BCT).sum(1)
 
 
 def task_head(config: ModelConfig) -> Head:

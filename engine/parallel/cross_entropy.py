@@ -44,6 +44,7 @@ def linear_cross_entropy(
     vocab_size: int,
     group: Group = ALONE,
     into: torch.Tensor | None = None,
+    smoothing: torch.Tensor | None = None,
     soft: SoftTargets | None = None,
     divergence: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -56,6 +57,9 @@ def linear_cross_entropy(
     gradient of `hidden` is then this rank's part of a sum over `group`. Collective over `group`, in the forward pass.
 
     `into` (contiguous, of the shape of `targets`) is filled with the tokens' terms of the sum, which carry no gradient.
+
+    `smoothing` (of the shape of `targets`) is the share of each target's weight that is spread evenly over the first
+    `vocab_size` columns, the target's among them (Szegedy et al. 2016, section 7). None means that none is.
 
     With `soft` the gradient is that of the sum over tokens of weight x (cross entropy + strength x KL(soft ||
     softmax)), while the value stays that of the cross entropy; the divergences' weighted sum, without strength, is
@@ -71,6 +75,7 @@ def linear_cross_entropy(
         group,
         torch.is_grad_enabled(),  # asked here: inside of a function's forward pass it is always off
         None if into is None else into.view(-1),
+        None if smoothing is None else smoothing.flatten(),
         soft,
         divergence,
     )
@@ -89,6 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         group: Group,
         differentiate: bool,
         into_N: torch.Tensor | None,
+        smoothing_N: torch.Tensor | None,
         soft: SoftTargets | None,
         divergence: torch.Tensor | None,
     ) -> torch.Tensor:
@@ -114,8 +120,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits_CV.fill_(-torch.inf)
             logs_CV = _log_softmax(logits_CV, wide, group)
             del logits_CV
-            target = _TargetColumns(targets_N[rows], first_column, real)
-            # One rank has the target's log-probability, the others add 0.
+            smoothing_C = None if smoothing_N is None else smoothing_N[rows].to(wide)
+            target = _TargetColumns(targets_N[rows], first_column, real, vocab_size, smoothing_C)
+            # One rank has the target's log-probability, the others add 0; with smoothing each adds its columns' share.
             weighted_C = all_reduce(target.logs(logs_CV), group) * weights_C
             total -= weighted_C.sum()
             if into_N is not None:
@@ -126,12 +133,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gradients.hidden_ND is gradients.weight_VD is gradients.bias_V is None:
                 del logs_CV
                 continue
-            # d loss / d logits = weight x (softmax - one-hot of the target), made in place of the log-softmax.
+            # d loss / d logits = weight x (softmax - the target's distribution), made in place of the log-softmax.
             wide_CV = logs_CV.exp_()
             if near is not None:
                 # and strength x weight x (softmax - soft targets)
                 near.add_gradient(wide_CV)
-            target.subtract_one(wide_CV)
+            target.subtract(wide_CV)
             gradients.add(rows, wide_CV.mul_(weights_C.unsqueeze(-1)), hidden_CD, used_VD)
             del logs_CV, wide_CV  # before the logits of the next rows
         ctx.save_for_backward(*gradients)
@@ -145,7 +152,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if held is None else held.mul_(grads[0]).to(dtype)
             for held, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *scaled, *[None] * 8
+        return *scaled, *[None] * 9
 
 
 class _Gradients(NamedTuple):
@@ -168,23 +175,44 @@ class _Gradients(NamedTuple):
 
 
 class _TargetColumns:
-    """Targets of some rows, as columns of this rank's part of the vocabulary."""
+    """Targets of some rows, as columns of this rank's part of the vocabulary; a share of each is spread over all."""
 
-    def __init__(self, targets_C: torch.Tensor, first_column: int, real: int) -> None:
+    def __init__(
+        self,
+        targets_C: torch.Tensor,
+        first_column: int,
+        real: int,
+        vocab_size: int,
+        smoothing_C: torch.Tensor | None,
+    ) -> None:
         # Rank 1 of two with V = 100 holds columns 100 to 199: target 130 is its column 30, target 7 is foreign.
         columns_C = targets_C - first_column
         self.foreign_C = (columns_C < 0) | (columns_C >= real)
         self.columns_C1 = columns_C.masked_fill(self.foreign_C, 0).unsqueeze(-1)
+        self.smoothing_C, self.vocab_size = smoothing_C, vocab_size
+        self.is_padding = first_column >= vocab_size
 
     def logs(self, logs_CV: torch.Tensor) -> torch.Tensor:
-        """Return the log-probability of each row's target (C,); 0 where another rank has it."""
-        return logs_CV.gather(-1, self.columns_C1).squeeze(-1).masked_fill(self.foreign_C, 0.0)
+        """Return the mean of the log-probabilities under each target's distribution (C,), as far as this rank has its
+        columns."""
+        logs_C = logs_CV.gather(-1, self.columns_C1).squeeze(-1).masked_fill(self.foreign_C, 0.0)
+        if self.smoothing_C is None:
+            return logs_C
+        # a rank of padding alone has no column of the vocabulary, but -inf in the one that it computes
+        mean_C = torch.zeros_like(logs_C) if self.is_padding else logs_CV.sum(-1) / self.vocab_size
+        return torch.lerp(logs_C, mean_C, self.smoothing_C)
 
-    def subtract_one(self, softmax_CV: torch.Tensor) -> None:
-        """Turn softmax into softmax - one-hot of the target, in place."""
+    def subtract(self, softmax_CV: torch.Tensor) -> None:
+        """Turn softmax into softmax - the target's distribution, in place."""
         # Where the target is foreign, 0 is added to column 0, so that no row needs a branch.
         ones_C1 = (~self.foreign_C).to(softmax_CV.dtype).unsqueeze(-1)
-        softmax_CV.scatter_add_(-1, self.columns_C1, -ones_C1)
+        if self.smoothing_C is None:
+            softmax_CV.scatter_add_(-1, self.columns_C1, -ones_C1)
+            return
+        share_C1 = self.smoothing_C.unsqueeze(-1)
+        softmax_CV.scatter_add_(-1, self.columns_C1, -ones_C1 * (1.0 - share_C1))
+        if not self.is_padding:
+            softmax_CV.sub_(share_C1 / self.vocab_size)
 
 
 class _SoftColumns:

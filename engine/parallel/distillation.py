@@ -63,11 +63,11 @@ class DistilledCrossEntropy:
         targets: torch.Tensor,
         weights: torch.Tensor,
         vocab_size: int,
-        into: torch.Tensor | None = None,
+        **options: torch.Tensor,
     ) -> torch.Tensor:
-        """Compute `linear_cross_entropy`, with the gradient of the divergence where the teacher was asked before."""
+        """Compute `linear_cross_entropy`, with the gradient of the divergence where the teacher was asked before;
+        `options` are its `into` and `smoothing`."""
         given = (hidden, weight_VD, bias_V, targets, weights, vocab_size)
-        options = {} if into is None else {"into": into}
         if self._top_k is not None:
             self._soft.append(_top_k(hidden, weight_VD, bias_V, vocab_size, self._top_k, self._group))
             return hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))

@@ -57,8 +57,8 @@ class Attention(Protocol):
 
 
 LinearCrossEntropy = Callable[..., torch.Tensor]
-"""(hidden, weight_VD, bias_V or None, targets, weights, vocab_size, into=None) -> fp32 scalar, the weighted sum of the
-tokens' losses; see `engine.parallel.cross_entropy`."""
+"""(hidden, weight_VD, bias_V or None, targets, weights, vocab_size, into=None, smoothing=None) -> fp32 scalar, the
+weighted sum of the tokens' losses; see `engine.parallel.cross_entropy`."""
 
 
 def attention(

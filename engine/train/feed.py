@@ -31,7 +31,7 @@ from engine.data.stage_validation import OtherValidation, other_samples, replaye
 from engine.data.stream_state import State
 from engine.data.validation import ValidationSamples, ValidationSet
 from engine.models.dropout import KEYS
-from engine.models.task_heads import SMOOTHING
+from engine.models.heads import SMOOTHING
 from engine.parallel.boundary import DOMAINS, Tensors
 from engine.parallel.groups import Groups
 from engine.parallel.stage import PipelineStageSpec
@@ -242,12 +242,19 @@ class Feed:
                 samples = torch.cat((batch.domains_B[:, None].long(), samples), dim=1)
             inputs = inputs | {KEYS: torch.from_numpy(dropout_keys(self.seed, step, samples.numpy()))}
         if step is not None and SMOOTHING in self.inputs and (share := self.run_stage.objective.label_smoothing):
-            inputs = inputs | {SMOOTHING: torch.full((len(batch.domains_B),), share)}
+            inputs = inputs | {SMOOTHING: share * self._is_example(batch).float()}
         # Cut before the upload: a rank's GPU gets its slice of the sequence and not whole rows.
         taken = {name: tensor for name, tensor in inputs.items() if name in self.inputs}
         own = own_part(taken, self._row_length(batch), self.parallel.sequence_ranks, self.groups.sequence)
         domains = self.domains if step is not None else validation
         return own | ({DOMAINS: batch.domains_B.long()} if domains and self._has_head else {})
+
+    def _is_example(self, batch: Batch) -> torch.Tensor:
+        """Return which rows have the objective of the run stage (B,): all but those of text replayed beside a task,
+        which is the last source."""
+        if self.run_stage.replayed_objective is None:
+            return torch.ones_like(batch.domains_B, dtype=torch.bool)
+        return batch.domains_B < len(self.stream.parts) - 1
 
     def _row_length(self, batch: Batch) -> int:
         return batch.documents.shape[1] if self.run_stage.data.row_lengths else self.run_stage.sequence_length

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.nn import functional as F
 
 from engine.config.schema.run import RunConfig
 from engine.data.batch import Batch
@@ -24,6 +25,8 @@ from tests.distributed.task_training import trained_by_torch, validation_batch
 
 TOLERANCE = 3e-6
 """Losses of about 6 in fp32 against fp64, over six updates."""
+SMOOTHED, SMOOTHING = ("t5-pairs-zero1-tensor2", "llama-pairs-sequence"), 0.2
+"""Cases with label smoothing; validation losses are without it."""
 Case = tuple[str, str, int, dict[str, Any]]
 """Form of the model, `pairs` or `dialogues` with their packing, ranks, layout."""
 CASES: dict[str, Case] = {
@@ -91,8 +94,9 @@ def rows_of(batch: Batch, is_t5: bool) -> list[tuple[list[int], list[int]]]:
     return found
 
 
-def their_loss(model: Any, batch: Batch, labels: Labels) -> torch.Tensor:
-    """Return the mean loss of all learned tokens of a batch, as their class computes it from labels."""
+def their_loss(model: Any, batch: Batch, labels: Labels, smoothing: float = 0.0) -> torch.Tensor:
+    """Return the mean loss of all learned tokens of a batch, as their class computes it from labels; with label
+    smoothing torch does, from their logits."""
     is_t5 = model.config.is_encoder_decoder
     inputs, targets = [], []
     for prompt, answer in rows_of(batch, is_t5):
@@ -101,7 +105,12 @@ def their_loss(model: Any, batch: Batch, labels: Labels) -> torch.Tensor:
         targets.append(torch.tensor(known[len(prompt) :] if is_t5 else known))
     padded = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     mask = padded([torch.ones_like(row) for row in inputs])
-    return model(input_ids=padded(inputs), attention_mask=mask, labels=padded(targets, padding_value=-100)).loss
+    learned = padded(targets, padding_value=-100)
+    output = model(input_ids=padded(inputs), attention_mask=mask, labels=learned)
+    if smoothing == 0:
+        return output.loss
+    logits_BTV, labels_BT = (output.logits, learned) if is_t5 else (output.logits[:, :-1], learned[:, 1:])
+    return F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), label_smoothing=smoothing)
 
 
 def their_losses(config: RunConfig, folder: Path) -> tuple[list[float], float]:
@@ -112,7 +121,7 @@ def their_losses(config: RunConfig, folder: Path) -> tuple[list[float], float]:
 
     def gradients(step: int, batch: Batch) -> torch.Tensor:
         del step
-        loss = their_loss(model, batch, labels)
+        loss = their_loss(model, batch, labels, config.stages[0].objective.label_smoothing)
         loss.backward()
         return loss
 
@@ -126,7 +135,7 @@ def their_losses(config: RunConfig, folder: Path) -> tuple[list[float], float]:
 def test_losses_are_those_of_transformers_and_torch(tmp_path, case):
     form, data, world_size, parallel = (CASES | MORE)[case]
     write_start(tmp_path, form, data)
-    config = answer_run(tmp_path, "run", data, parallel)
+    config = answer_run(tmp_path, "run", data, parallel, smoothing=SMOOTHING if case in SMOOTHED else 0.0)
     found = run_ranks(world_size, train_rank, config.model_dump(mode="json", exclude_none=True))
     assert {one["code"] for one in found} == {0}
     records = records_of(config.folder)

@@ -37,6 +37,8 @@ from tests.engine.tasks.starts import write_start as write_encoder
 TOLERANCE = 3e-6
 """Losses of about 6 in fp32 against fp64, over six updates."""
 LOSS_WEIGHT, RATIO = 0.5, 0.4
+SMOOTHING = 0.2
+"""Share of label smoothing of the answers, which the text beside them is without."""
 Case = tuple[str, str, int, dict[str, Any]]
 """Form of the model, objective, ranks, layout."""
 CASES: dict[str, Case] = {"bert-zero3-tensor2": ("bert", "classification", 2, {"zero_stage": 3, "tensor": 2})}
@@ -63,7 +65,7 @@ def mixed_run(folder: Path, objective: str, parallel: dict[str, Any]) -> RunConf
     """A run of a task that replays the text of its start, which is in `folder` beside it."""
     stage = {"replay": replay_of(folder), "sequence_length": 24}
     if objective == "answer":
-        return answer_run(folder, "run", "pairs", parallel, **stage)
+        return answer_run(folder, "run", "pairs", parallel, SMOOTHING, **stage)
     return task_run(folder, parallel, objective, stage=stage)
 
 
@@ -138,10 +140,9 @@ class OneHead(torch.nn.Module):
                 at, counts = segments == segment, given["weights_BT"] > 0
                 if not (at & counts).any():
                     continue
-                logits = self._logits(given, segment, at)
-                found[domain].append(
-                    F.cross_entropy(logits[counts[at]], given["targets_BT"][at & counts], reduction="none")
-                )
+                logits, smoothing = self._logits(given, segment, at), 0.0 if domain else SMOOTHING
+                own = (logits[counts[at]], given["targets_BT"][at & counts])
+                found[domain].append(F.cross_entropy(*own, reduction="none", label_smoothing=smoothing))
         task, text = (torch.cat(losses).mean() for losses in found)
         return task, text
 

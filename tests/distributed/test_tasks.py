@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from tests.distributed.task_training import (
 )
 from tests.engine.models.tiny import random_weights, tiny
 
+SMOOTHING = 0.2
+"""Share of label smoothing, in the cases of words and of answers; validation losses are without it."""
 CASES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "bert-zero3-tensor2": ("bert", "classification", 4, {"zero_stage": 3, "tensor": 2}),
     "roberta-pipe2": ("roberta", "classification", 2, {"zero_stage": 1, "pipe": 2}),
@@ -114,7 +117,9 @@ def task_run(folder: Path, form: str, task: str, parallel: dict[str, Any]) -> Ru
     if form == "bert" and task in ("classification", "regression"):
         columns["pair"] = "other"
     data = {"train": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl"), "columns": columns}
-    objective = {"name": task} | ({"stride": 12} if task == "question_answering" else {})
+    objective: dict[str, Any] = {"name": task} | ({"stride": 12} if task == "question_answering" else {})
+    if task in ("token_classification", "question_answering"):
+        objective["label_smoothing"] = SMOOTHING
     stage = {"objective": objective, "data": data, "global_batch_size": BATCH, "duration": {"steps": STEPS}}
     tree: dict[str, Any] = {
         "folder": str(folder / "run"),
@@ -161,14 +166,15 @@ class Theirs:
             return self.model(**inputs).logits
         return self.model.score(self.model.base_model(**inputs).last_hidden_state[:, -1])  # whichever token pads
 
-    def loss_of(self, batch: Batch) -> torch.Tensor:
+    def loss_of(self, batch: Batch, smoothing: float = 0.0) -> torch.Tensor:
         given, rows = batch.inputs, examples_of(batch)
+        cross_entropy = partial(F.cross_entropy, label_smoothing=smoothing)
         logits = [self.logits_of(given, row) for row in rows]
         if self.task == "token_classification":
-            return F.cross_entropy(*of_words(given, rows, logits))
+            return cross_entropy(*of_words(given, rows, logits))
         if self.task == "question_answering":
             spans = [given["label_spans_B2"][row] for row in rows]
-            both = [F.cross_entropy(each[0].T, span_2) for each, span_2 in zip(logits, spans, strict=True)]
+            both = [cross_entropy(each[0].T, span_2) for each, span_2 in zip(logits, spans, strict=True)]
             return torch.stack(both).mean()
         if self.task == "regression":
             return F.mse_loss(torch.cat(logits), given["labels_BC"][rows].double())
@@ -176,7 +182,7 @@ class Theirs:
 
     def gradients(self, step: int, batch: Batch) -> torch.Tensor:
         del step
-        loss = self.loss_of(batch)
+        loss = self.loss_of(batch, self.config.stages[0].objective.label_smoothing)
         loss.backward()
         return loss
 

@@ -64,8 +64,9 @@ class ObjectiveConfig(Section):
     """Largest number of tokens of a predicted answer (`question_answering`)."""
 
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of each label's weight that training spreads evenly over all labels (`classification`; Szegedy et al. 2016,
-    arXiv 1512.00567, section 7). Losses of evaluations are without it."""
+    """Share of each label's weight that training spreads evenly over all labels (Szegedy et al. 2016, arXiv 1512.00567,
+    section 7): those of a text or of a word (`classification`, `token_classification`), the tokens of a row
+    (`question_answering`), or the vocabulary (`answer`). Losses of evaluations are without it."""
 
     answer_length: int = Field(default=0, ge=0)
     """Tokens of a row of the decoder of T5 (`answer`), its end of text included. `palimpsest finetune` sets it to the

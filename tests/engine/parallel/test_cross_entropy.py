@@ -38,6 +38,26 @@ def test_equals_logits_and_cross_entropy_in_double_precision(chunks, with_bias, 
     assert found[2][REAL:].count_nonzero() == 0, "padded rows learn nothing"
 
 
+def test_smoothed_targets_are_those_of_torch(chunks):
+    """Rows of two shares, so that a share meets its own row."""
+    hidden_BTD, weight_VD, bias_V, targets_BT, weights_BT = inputs(torch.float64)
+    parameters, weights_BT = (hidden_BTD, weight_VD, bias_V), weights_BT.double()
+    shares = torch.tensor([0.0, 0.3], dtype=torch.float64)
+    smoothing_BT = shares[torch.arange(LENGTH) % 2].expand(BATCH, -1)
+    into_BT = torch.zeros(BATCH, LENGTH, dtype=torch.float64)
+    found = linear_cross_entropy(*parameters, targets_BT, weights_BT, REAL, into=into_BT, smoothing=smoothing_BT)
+    logits_NV = F.linear(*parameters)[..., :REAL].flatten(0, 1)
+    plain_BT, smoothed_BT = (
+        F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="none", label_smoothing=share).view(BATCH, LENGTH)
+        for share in shares.tolist()
+    )
+    terms_BT = torch.where(smoothing_BT == 0, plain_BT, smoothed_BT) * weights_BT
+    torch.testing.assert_close((found, into_BT), (terms_BT.sum(), terms_BT.detach()), rtol=1e-12, atol=1e-12)
+    made, expected = (torch.autograd.grad(loss * 0.37, parameters) for loss in (found, terms_BT.sum()))
+    torch.testing.assert_close(made, expected, rtol=1e-12, atol=1e-12)
+    assert made[1][REAL:].count_nonzero() == 0, "padded rows learn nothing"
+
+
 def test_bf16_sums_the_weight_gradient_in_fp32(chunks):
     """Products of 32 rows are rounded to bf16 (2^-9 of a term), their sum once at the end; a sum in bf16 would round
     at each of the seven chunks. A gradient's terms go through four roundings (logit, its gradient, product, result),

@@ -1,4 +1,4 @@
-"""Tensor-parallel layers on two ranks against the plain layers: outputs and all gradients."""
+"""Tensor-parallel layers on several ranks against the plain layers: outputs and all gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from engine.parallel.sharding import ROW, VOCABULARY, ParameterSpec, column
 from engine.parallel.tensor import ColumnLinear, RowLinear, VocabularyEmbedding, shard, vocabulary_cross_entropy
 from tests.distributed.ranks import run_ranks
 
-WIDTH, INNER, ROWS, REAL, SIZE = 6, 8, 12, 7, 2
+WIDTH, INNER, ROWS, REAL, SIZE = 6, 12, 12, 7, 3
+"""The first rank has four tokens of the vocabulary, the second three, the third padding alone."""
 SPECS = {
     "embed.weight": ParameterSpec("embed.weight", (ROWS, WIDTH), VOCABULARY, REAL),
     "up.weight": ParameterSpec("up.weight", (INNER, WIDTH), column(INNER)),
@@ -38,7 +39,9 @@ class Model(nn.Module):
     def forward(self, tokens_BT, targets_BT, weights_BT):
         x_BTD = self.embed(tokens_BT)
         x_BTD = x_BTD + self.down(torch.tanh(self.up(x_BTD)))
-        return self.head(x_BTD, targets_BT, weights_BT)
+        smoothing_B = torch.tensor([0.0, 0.2, 0.4])
+        plain, smoothed = (self.head.losses(x_BTD, targets_BT, weights_BT, False, s)[0] for s in (None, smoothing_B))
+        return torch.stack((plain, smoothed))
 
 
 def batch():
@@ -65,20 +68,20 @@ def rank(environment):
     model.head.weight = model.embed.weight
     for name, value in whole_values().items():
         model.get_parameter(name).data.copy_(SPECS[name].part(value, group.position, SIZE))
-    loss = model(*batch())
-    loss.backward()
-    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+    losses_2 = model(*batch())
+    losses_2.sum().backward()
+    return losses_2.tolist(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def test_two_ranks_equal_one():
+def test_three_ranks_equal_one():
     model = Model(PLAIN)
     for name, value in whole_values().items():
         model.get_parameter(name).data.copy_(value)
-    loss = model(*batch())
-    loss.backward()
+    losses_2 = model(*batch())
+    losses_2.sum().backward()
     for position, (found, grads) in enumerate(run_ranks(SIZE, rank)):
         # sums of at most 15 x 12 fp32 terms of size 1: a few units of 6e-8 each
-        torch.testing.assert_close(found, loss.item(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(found, losses_2.tolist(), rtol=1e-6, atol=0)
         for name, grad in grads.items():
             whole = model.get_parameter(name).grad
             assert whole is not None

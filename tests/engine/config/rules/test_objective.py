@@ -84,10 +84,18 @@ def test_files_of_examples_are_encoded_before_a_run_reads_them(data, duration):
         ("t5", {"name": "span_corruption", "mask_share": 0.5}, "objective.mask_share = 0.5 with"),
         ("bert", {"name": "masked", "mean_span_length": 4.0}, "objective.mean_span_length = 4.0 with"),
         ("bert", {"name": "masked", "mask_share": 0.9, "random_share": 0.2}, "objective.random_share = 0.2"),
+        ("bert", {"name": "regression", "label_smoothing": 0.1}, "objective.label_smoothing = 0.1 with"),
+        ("gpt", {"label_smoothing": 0.1}, "objective.label_smoothing = 0.1 with"),
     ],
 )
 def test_keys_that_are_not_used_or_do_not_add_up_are_refused(family, objective, message):
     assert any(message in problem for problem in problems(family, objective))
+
+
+@pytest.mark.parametrize("name", ["classification", "token_classification", "question_answering", "answer"])
+def test_labels_of_every_task_but_a_regression_are_smoothed(name):
+    labels = {"labels": ["a", "b"]} if name.endswith("classification") else {}
+    assert not problems("gpt", {"name": name, "label_smoothing": 0.1} | labels)
 
 
 @pytest.mark.parametrize(("pairs", "pair_head"), [("sentence_order", False), ("none", True)])
