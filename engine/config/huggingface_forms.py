@@ -128,17 +128,26 @@ _POST_NORM = {
     "norm": "layernorm",
     "norm_bias": True,
     "norm_position": "post",
+    "embedding_norm": True,
     "activation": "gelu",
     "bias": True,
     "tie_embeddings": True,
     "local_attention": None,
 }
+_PRE_NORM = _POST_NORM | {"norm_position": "pre", "embedding_norm": False}
+_WITH_SEGMENTS = "1 or more"
+"""Their classes of these forms always have an embedding of segments, even of one kind."""
+
+
+def _has_segments(token_types: int) -> bool:
+    return token_types >= 1
+
+
 BERT = Twin(
     name="BERT",
     values=_POST_NORM | {"pair_head": True},
-    # Their BERT always has an embedding of segments, even of one kind.
-    choices={"token_types": lambda count: count >= 1},
-    allowed={"token_types": "1 or more"},
+    choices={"token_types": _has_segments},
+    allowed={"token_types": _WITH_SEGMENTS},
 )
 BERT_WITHOUT_PAIRS = Twin(
     name="BERT without pairs",
@@ -148,6 +157,18 @@ BERT_WITHOUT_PAIRS = Twin(
     allowed={"token_types": "2 or more"},
 )
 ROBERTA = Twin(name="RoBERTa", values=_POST_NORM | {"pair_head": False, "token_types": 1})
+MEGATRON_BERT = Twin(
+    name="Megatron BERT",
+    values=_PRE_NORM | {"pair_head": True},
+    choices={"token_types": _has_segments},
+    allowed={"token_types": _WITH_SEGMENTS},
+)
+MEGATRON_BERT_WITHOUT_PAIRS = Twin(
+    name="Megatron BERT without pairs",
+    values=_PRE_NORM | {"pair_head": False},
+    choices={"token_types": _has_segments},
+    allowed={"token_types": _WITH_SEGMENTS},
+)
 MODERN_BERT = Twin(
     name="ModernBERT",
     values={
@@ -155,6 +176,7 @@ MODERN_BERT = Twin(
         "position": "rope",
         "norm": "layernorm",
         "norm_position": "pre",
+        "embedding_norm": True,
         "activation": "geglu",
         "token_types": 0,
         "pair_head": False,
@@ -168,7 +190,8 @@ T5 = Twin(
     choices={"activation": lambda name: name in T5_ACTIVATIONS},
     allowed={"activation": " or ".join(T5_ACTIVATIONS)},
 )
-TWINS = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GPT_NEOX, BERT, BERT_WITHOUT_PAIRS, ROBERTA, MODERN_BERT, T5)
+_ENCODERS = (BERT, BERT_WITHOUT_PAIRS, ROBERTA, MEGATRON_BERT, MEGATRON_BERT_WITHOUT_PAIRS, MODERN_BERT)
+TWINS = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GPT_NEOX, *_ENCODERS, T5)
 
 _STRUCTURE = ("position", "pair_head", "qk_norm", "qkv_bias")
 """Keys that decide which form of its family a mix is nearest to, in this order, before the number of keys that

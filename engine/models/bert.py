@@ -1,6 +1,7 @@
 """The BERT family: an encoder that predicts masked tokens, in BERT form (post-norm, learned positions, token types, a
-head for pairs; Devlin et al. 2019), in RoBERTa form (without pairs; Liu et al. 2019) or in modern form (pre-norm,
-rotary positions, gated feed-forward, no biases, most layers local; Warner et al. 2024, ModernBERT).
+head for pairs; Devlin et al. 2019), in RoBERTa form (without pairs; Liu et al. 2019), in modern form (pre-norm,
+rotary positions, gated feed-forward, no biases, most layers local; Warner et al. 2024, ModernBERT) or in that of
+Megatron-LM's BERT (BERT's, but pre-norm, and no norm of the embeddings; Shoeybi et al. 2019, section 5.3).
 
 Tokens see their whole document, and nobody sees padding. The head over the vocabulary, by far the widest product of a
 small encoder, is computed for the masked tokens only. Cut into stages and named as in `engine.models.gpt`.
@@ -122,10 +123,13 @@ class BERTChunk(nn.Module):
                 self.embed_positions = Embedding(config.max_positions, width)
             if config.token_types:
                 self.embed_types = Embedding(config.token_types, width)
-            self.embed_norm = norm(config)
+            self.embed_norm = norm(config) if config.embedding_norm else nn.Identity()
             self.embed_prompt = prompt(config)
         self.layers = nn.ModuleDict(
-            {str(index): TransformerLayer(config, functions, index, normed=index == 0) for index in chunk.layers}
+            {
+                str(index): TransformerLayer(config, functions, index, normed=index == 0 and config.embedding_norm)
+                for index in chunk.layers
+            }
         )
         if chunk.last:
             self.final_norm = norm(config) if not config.post_norm else nn.Identity()

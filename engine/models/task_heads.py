@@ -2,8 +2,8 @@
 tokens are in `engine.models.token_heads`.
 
 The modules are those of Hugging Face's classes for sequence classification, so that a fine-tuned model is one of
-theirs: BERT and RoBERTa transform the first token's state and drop out around it, ModernBERT has the transformation
-that it was pretrained with, a decoder reads the state of the row's last token.
+theirs: BERT, Megatron's BERT and RoBERTa transform the first token's state and drop out around it, ModernBERT has the
+transformation that it was pretrained with, a decoder reads the state of the row's last token.
 
 Legend: B batch, T time, D width, C labels (or predicted numbers).
 """
@@ -60,11 +60,11 @@ class TaskHead:
         width, num_labels = self.config.hidden_size, self.config.task_head.num_labels
         if not isinstance(self.config, BERTConfig):
             return {"classifier": nn.Linear(width, num_labels, bias=False)}
-        if self.config.post_norm:
-            before: dict[str, nn.Module] = {"pooler": nn.Linear(width, width)}
-        else:
+        if self.config.transforms_for_tasks:
             transform = nn.Linear(width, width, bias=self.config.bias)
-            before = {"head_transform": transform, "head_norm": norm(self.config)}
+            before: dict[str, nn.Module] = {"head_transform": transform, "head_norm": norm(self.config)}
+        else:
+            before = {"pooler": nn.Linear(width, width)}
         return before | {"classifier": nn.Linear(width, num_labels)}
 
     def outputs(
@@ -95,10 +95,10 @@ class TaskHead:
                 return classifier(hidden_BTD[:, -1])
             return classifier(_last_states(cast(Any, chunk).functions, hidden_BTD, last_B))
         state_BD = hidden_BTD[:, 0]
-        if not self.config.post_norm:
+        if self.config.transforms_for_tasks:
             transformed_BD = F.gelu(chunk.get_submodule("head_transform")(state_BD))
             return classifier(chunk.get_submodule("head_norm")(transformed_BD))
-        if self.config.token_types == 1:  # RoBERTa drops out twice
+        if self.config.post_norm and self.config.token_types == 1:  # RoBERTa drops out twice
             state_BD = self._dropped(state_BD, dropout, BEFORE)
         state_BD = torch.tanh(chunk.get_submodule("pooler")(state_BD))
         return classifier(self._dropped(state_BD, dropout, BEHIND))

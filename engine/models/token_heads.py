@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.config.schema.model import BERTConfig, ModelConfig
+from engine.config.schema.model import ModelConfig
 from engine.config.schema.model import TaskHead as TaskHeadConfig
 from engine.models.dropout import EMBEDDING_OUTPUT, Dropout
 from engine.models.heads import SMOOTHING, Head
@@ -64,15 +64,11 @@ class TokenHead:
         """Make the classifier, in ModernBERT with the transformation before it."""
         width = self.config.hidden_size
         made: dict[str, nn.Module] = {}
-        if self._transforms:
+        if self.config.transforms_for_tasks:
             made["head_transform"] = nn.Linear(width, width, bias=self.config.bias)
             made["head_norm"] = norm(self.config)
         made["classifier"] = nn.Linear(width, self._task_head.num_labels)
         return made
-
-    @property
-    def _transforms(self) -> bool:
-        return isinstance(self.config, BERTConfig) and not self.config.post_norm
 
     def outputs(
         self, chunk: nn.Module, hidden_BTD: torch.Tensor, given: Tensors, by_row: bool, dropout: Dropout | None = None
@@ -94,7 +90,7 @@ class TokenHead:
         return outputs | ({ROW_LOSSES: loss_B.detach().unsqueeze(1)} if by_row else {})
 
     def _logits(self, chunk: nn.Module, hidden_BTD: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
-        if self._transforms:
+        if self.config.transforms_for_tasks:
             transformed_BTD = F.gelu(chunk.get_submodule("head_transform")(hidden_BTD))
             hidden_BTD = chunk.get_submodule("head_norm")(transformed_BTD)
         elif dropout is not None and not self._finds_spans:

@@ -36,16 +36,21 @@ def entries(model: BERTConfig, layers: range, is_first: bool, is_last: bool, inn
 
 
 def layer_entries(model: BERTConfig, layer: int) -> list[Entry]:
-    """Parameters of a layer; the first of a pre-norm encoder has no norm before its attention."""
+    """Parameters of a layer; the first of a pre-norm encoder has no norm before its attention behind that of the
+    embeddings."""
     found = gpt.layer_entries(model, layer)
-    if layer > 0 or model.post_norm:
+    if not _is_normed(model, layer):
         return found
     return [entry for entry in found if ".attention_norm." not in entry.name]
 
 
+def _is_normed(model: BERTConfig, layer: int) -> bool:
+    return layer == 0 and model.embedding_norm and not model.post_norm
+
+
 def layer_kind(model: BERTConfig, layer: int) -> Hashable:
     """Return the kind: the first layer may lack a norm, and local layers keep and compute less."""
-    return layer == 0 and not model.post_norm, model.reach(layer)
+    return _is_normed(model, layer), model.reach(layer)
 
 
 def _embeddings(model: BERTConfig) -> list[Entry]:
@@ -54,13 +59,13 @@ def _embeddings(model: BERTConfig) -> list[Entry]:
         found.append(Entry("embed_positions.weight", (model.max_positions, model.hidden_size), split=False))
     if model.token_types:
         found.append(Entry("embed_types.weight", (model.token_types, model.hidden_size), split=False))
-    return found + parts.norm(model, "embed_norm") + parts.prompt(model)
+    return found + (parts.norm(model, "embed_norm") if model.embedding_norm else []) + parts.prompt(model)
 
 
 def _heads(model: BERTConfig) -> list[Entry]:
     width = model.hidden_size
     found = parts.norm(model, "final_norm") if not model.post_norm else []
-    if model.has_vocabulary_head or not model.post_norm:  # ModernBERT's transformation is in front of any head
+    if model.has_vocabulary_head or model.transforms_for_tasks:
         found += parts.linear("head_transform", width, width, bias=model.bias, split=False)
         found += parts.norm(model, "head_norm")
     if model.has_vocabulary_head:
@@ -69,7 +74,7 @@ def _heads(model: BERTConfig) -> list[Entry]:
             parts.vocabulary(model, "lm_head.bias", width=0),
         ]
     if model.task_head is not None:
-        if model.post_norm and not model.task_head.sees_tokens:
+        if not (model.transforms_for_tasks or model.task_head.sees_tokens):
             found += parts.linear("pooler", width, width, bias=True, split=False)
         return found + parts.linear("classifier", model.task_head.num_labels, width, bias=True, split=False)
     if model.pair_head:
@@ -100,7 +105,7 @@ def head_operations(model: BERTConfig, lengths: RowLengths, vocab_size: int) -> 
     # 0 where the head over the vocabulary is not there
     masked = lengths.predicted * 2 * width * (width + vocab_size) if model.has_vocabulary_head else 0
     if model.task_head is not None:
-        transformed = width if not (model.post_norm and model.task_head.sees_tokens) else 0
+        transformed = width if model.transforms_for_tasks or not model.task_head.sees_tokens else 0
         operations = 2 * width * (transformed + model.task_head.num_labels)
         return operations * (lengths.tokens if model.task_head.sees_tokens else 1) + masked
     # The pooler's square matrix and the classifier, for the first token of a row alone.

@@ -92,7 +92,7 @@ def is_base(model: ModelConfig, name: str) -> bool:
     if model.task_head is None or name.startswith(_PRETRAINED):
         return True
     # the transformation before the head over the vocabulary, unless the task's head has it, too
-    return model.has_vocabulary_head and model.post_norm and name.startswith("head_")
+    return model.has_vocabulary_head and not model.transforms_for_tasks and name.startswith("head_")
 
 
 @lru_cache(maxsize=64)

@@ -45,7 +45,7 @@ def section_of(given: Any) -> Tree:
 
 def dropout_of(model: ModelConfig) -> Tree:
     """Return the dropout of fine-tuning: BERT's own, which exports leave to the run; none elsewhere."""
-    return {"dropout": 0.1} if model.family == "bert" and model.post_norm else {}
+    return {"dropout": 0.1} if model.family == "bert" and not model.transforms_for_tasks else {}
 
 
 def tokenizer_of(init_from: str, folder: Path, model: ModelConfig) -> Path:

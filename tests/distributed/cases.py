@@ -109,6 +109,8 @@ MODELS = {
     "llama-deep": LLAMA | WIDE | {"num_layers": 4},
     "bert": BERT,
     "bert-deep": BERT | {"num_layers": 5},
+    # as Megatron-LM has it
+    "bert-pre-norm": BERT | {"norm_position": "pre", "embedding_norm": False, "activation": "gelu_tanh"},
     "modernbert": MODERN_BERT,
     "modernbert-deep": MODERN_BERT | {"num_layers": 4},
     "t5": T5,

@@ -75,6 +75,20 @@ DECODERS = (
     ),
 )
 """Rotary scaling, partial rotary positions, parallel residuals, norms of heads, biases of projections and windows."""
+ENCODERS = (
+    Case("bert-pre-norm", zero_stage=3, pipe=2, tensor=2),
+    *(
+        pytest.param(case, marks=pytest.mark.matrix)
+        for case in (
+            Case("bert-pre-norm", zero_stage=2, tensor=2, data=2, sequence_parallel=True, micro_batch_size=2),
+            Case("bert-pre-norm", zero_stage=1, pipe=3, schedule="zb-h1", recompute="selective"),
+            Case("bert-pre-norm", zero_stage=3, sequence=2, data=2, attention="row"),
+            Case("bert-pre-norm-dropout", zero_stage=0, pipe=3, tensor=2, recompute="full"),
+            Case("bert-pre-norm", zero_stage=1, pipe=2, tensor=2, dtype="bf16"),
+        )
+    ),
+)
+"""Norms before the parts of each layer, and none of the embeddings."""
 REPEATED = (
     Case(zero_stage=2, model="llama", data=2),
     Case(zero_stage=3, pipe=2, schedule="gpipe"),
@@ -163,6 +177,11 @@ def test_layout_equals_plain_torch(case: Case):
 
 @pytest.mark.parametrize("case", DECODERS, ids=str)
 def test_options_of_decoders_equal_plain_torch(case: Case):
+    check(case)
+
+
+@pytest.mark.parametrize("case", ENCODERS, ids=str)
+def test_options_of_encoders_equal_plain_torch(case: Case):
     check(case)
 
 

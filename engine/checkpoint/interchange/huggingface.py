@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.checkpoint.interchange.foreign_model import load, read_config
-from engine.checkpoint.interchange.forms import BERT, BERT_WITHOUT_PAIRS, Form, form_of, form_of_theirs, require_form
+from engine.checkpoint.interchange.forms import (
+    BERT,
+    BERT_WITHOUT_PAIRS,
+    MEGATRON_BERT,
+    MEGATRON_BERT_WITHOUT_PAIRS,
+    Form,
+    form_of,
+    form_of_theirs,
+    require_form,
+)
 from engine.checkpoint.interchange.mapping import ModelMap
 from engine.checkpoint.interchange.source_model import SourceModel
 from engine.checkpoint.interchange.sources import (
@@ -39,6 +48,8 @@ Tensors = dict[str, torch.Tensor]
 VOCAB_MULTIPLE: int = ModelConfig.model_fields["vocab_multiple"].default
 SIDE_FILES = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
 """Endings of the small files of a folder: configurations, tokenizer, chat template, code that is refused."""
+_PAIRED = ((BERT_WITHOUT_PAIRS, BERT), (MEGATRON_BERT_WITHOUT_PAIRS, MEGATRON_BERT))
+"""Forms without the head for pairs, and those with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +72,10 @@ def open_folder(folder: Location, vocab_multiple: int = VOCAB_MULTIPLE) -> Forei
     form = require_form(theirs)
     model = form.our_config(theirs, vocab_multiple)
     source = renamed(SafetensorsFolder(folder), form.prefix, form.heads, form.spellings)
-    if form is BERT_WITHOUT_PAIRS and "cls.seq_relationship.weight" in source.shapes:
+    paired = next((whole for without, whole in _PAIRED if without is form), None)
+    if paired is not None and "cls.seq_relationship.weight" in source.shapes:
         # bert-base-uncased names the class without pairs and has the head for them: nothing is dropped
-        form = BERT
+        form = paired
         model = form.our_config(theirs, vocab_multiple)
     return _foreign(model, form, theirs, source)
 

@@ -28,6 +28,14 @@ def check_model(model: ModelConfig, problems: list[PalimpsestError]) -> None:
         _check_decoder(model, problems)
     if isinstance(model, BERTConfig):
         _check_local(model, problems)
+        if not model.embedding_norm and model.post_norm:
+            problems.append(
+                ConfigError(
+                    "model.embedding_norm = False with model.norm_position = post",
+                    "norm_position pre, or embedding_norm True",
+                    "without it the first layer would read what no norm has seen",
+                )
+            )
     if isinstance(model, T5Config):
         _check_encoder_decoder(model, problems)
 

@@ -129,6 +129,12 @@ class ModelConfig(Section):
         return False
 
     @property
+    def transforms_for_tasks(self) -> bool:
+        """True if the head of a task reads hidden states through the transformation that precedes the head over the
+        vocabulary (ModernBERT), and not through a pooler or as they are (BERT)."""
+        return False
+
+    @property
     def parallel(self) -> bool:
         """True if attention and feed-forward part of a layer read the same hidden states."""
         return False
@@ -238,7 +244,8 @@ class GPTConfig(ModelConfig):
 
 
 class BERTConfig(ModelConfig):
-    """An encoder in BERT or RoBERTa form, or, with `position: rope`, in ModernBERT form (see `configs/models`)."""
+    """An encoder in BERT or RoBERTa form, with `position: rope` in ModernBERT form (see `configs/models`), or with
+    `norm_position: pre` and `embedding_norm: false` in that of Megatron-LM's BERT."""
 
     __hash__ = ModelConfig.__hash__
 
@@ -259,8 +266,11 @@ class BERTConfig(ModelConfig):
     pair_head: bool = False
     """A second head, which predicts how the two segments of a row belong together (`objective.pairs`)."""
     norm_position: Literal["pre", "post"] = "post"
-    """Place of the norms. `pre` (where `position` is `rope`): each part of a layer reads the normalised residual
-    stream and adds to the stream itself; `post`: the sum of a part and its input is normalised."""
+    """Place of the norms. `pre` (the default where `position` is `rope`): each part of a layer reads the normalised
+    residual stream and adds to the stream itself; `post`: the sum of a part and its input is normalised."""
+    embedding_norm: bool = True
+    """Norm of the embeddings; with `norm_position: pre` the first layer then has none of its own before its attention.
+    False, which needs `pre`, leaves the embeddings as they are, and the first layer has the norms of every other."""
     local_attention: int | None = Field(default=None, ge=2, multiple_of=2)
     """Width in tokens of the window of local layers: a token sees what stands at most half of it away, on either side.
     None means that every layer is global."""
@@ -285,6 +295,10 @@ class BERTConfig(ModelConfig):
     @property
     def post_norm(self) -> bool:
         return self.norm_position == "post"
+
+    @property
+    def transforms_for_tasks(self) -> bool:
+        return not self.post_norm and self.embedding_norm
 
     @property
     def tells_segments_apart(self) -> bool:

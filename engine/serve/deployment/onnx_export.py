@@ -35,9 +35,8 @@ class _Graph(nn.Module):
     def __init__(self, model: Any, inputs: list[str], outputs: list[str]) -> None:
         super().__init__()
         self.model, self._inputs, self._outputs = model, inputs, outputs
-        self._without_cache = (
-            {} if model.config.model_type in ("bert", "roberta", "modernbert") else {"use_cache": False}
-        )
+        encoders = ("bert", "megatron-bert", "roberta", "modernbert")
+        self._without_cache = {} if model.config.model_type in encoders else {"use_cache": False}
 
     def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         found = self.model(**dict(zip(self._inputs, values, strict=True)), **self._without_cache)

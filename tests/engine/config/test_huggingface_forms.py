@@ -38,6 +38,8 @@ def run_of(model: dict, **keys):
         ({"family": "bert"}, "BERT without pairs"),
         ({"family": "bert", "pair_head": True}, "BERT"),
         ({"family": "bert", "token_types": 1}, "RoBERTa"),
+        ({"family": "bert", "norm_position": "pre", "embedding_norm": False}, "Megatron BERT without pairs"),
+        ({"family": "bert", "norm_position": "pre", "embedding_norm": False, "pair_head": True}, "Megatron BERT"),
         ({"family": "bert", "position": "rope"}, "ModernBERT"),
         ({"family": "bert", "position": "rope", "local_attention": 4, "bias": False}, "ModernBERT"),
         ({"family": "t5"}, "T5"),

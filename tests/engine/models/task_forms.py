@@ -3,7 +3,7 @@
 from typing import Any
 
 from engine.config.schema.model import ModelConfig, make_model
-from tests.engine.models.tiny import tiny
+from tests.engine.models.tiny import BERT_FORMS, tiny
 
 FORMS = {
     "gpt2": tiny("gpt2"),
@@ -14,6 +14,7 @@ FORMS = {
     "bert": tiny("bert"),
     "bert-without-pairs": tiny("bert", pair_head=False),
     "roberta": tiny("bert", pair_head=False, token_types=1),
+    "megatron-bert": BERT_FORMS["megatron-bert"],
     "modernbert": tiny("modernbert"),
     "modernbert-biased": tiny("modernbert", bias=True, norm_bias=True, local_rope_theta=None),
 }

@@ -54,11 +54,16 @@ FORMS = {
     ),
 }
 
+# at odd sizes
+MEGATRON_BERT = {"norm_position": "pre", "embedding_norm": False, "norm_epsilon": 1e-5}
+MEGATRON_BERT |= {"hidden_size": 60, "feed_forward_size": 76, "max_positions": 77}
 BERT_FORMS = {
     "bert": tiny("bert"),
     "bert-wide": tiny("bert", feed_forward_size=192, norm_epsilon=1e-3, token_types=3),
     "bert-without-pairs": tiny("bert", pair_head=False),
     "roberta": tiny("bert", pair_head=False, token_types=1),
+    "megatron-bert": tiny("bert", **MEGATRON_BERT),
+    "megatron-bert-without-pairs": tiny("bert", **MEGATRON_BERT, pair_head=False, token_types=1),
     "modernbert": tiny("modernbert"),
     "modernbert-biased": tiny(
         "modernbert", bias=True, norm_bias=True, tie_embeddings=False, rope_theta=100.0, local_rope_theta=None

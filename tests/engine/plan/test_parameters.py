@@ -94,9 +94,15 @@ SMALL += [
     SMALL[2].model_copy(update={"adapter": PrefixConfig(method="prefix", virtual_tokens=3)}),
     SMALL[6].model_copy(update={"adapter": PromptConfig(method="prompt", virtual_tokens=3)}),
 ]
+SMALL.append(
+    make_model(
+        **{"family": "bert", "vocab_size": 500, "num_layers": 3, "hidden_size": 32, "num_heads": 4}
+        | {"norm_position": "pre", "embedding_norm": False, "pair_head": True}
+    )
+)
 SMALL.append(SMALL[8].model_copy(update={"adapter": LoRAConfig(method="lora", targets=("*",))}))
 FORMS = ["gpt2 form", "untied", "llama form", "lora", "ia3", "options", "bert form", "modern encoder", "t5"]
-FORMS += ["t5 bottleneck", "bottleneck", "adalora", "prompt", "prefix", "bert prompt", "t5 lora"]
+FORMS += ["t5 bottleneck", "bottleneck", "adalora", "prompt", "prefix", "bert prompt", "megatron bert", "t5 lora"]
 
 
 @pytest.mark.parametrize(

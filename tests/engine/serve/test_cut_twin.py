@@ -26,6 +26,7 @@ CASES = {
     "llama": "rms_norm_eps",
     "bert": "layer_norm_eps",
     "roberta": "layer_norm_eps",
+    "megatron-bert": "layer_norm_eps",
     "modernbert": "norm_eps",
     "t5-v1.1": "layer_norm_epsilon",
 }

@@ -62,7 +62,7 @@ def forms(*names: Any):
     "llama",
     *(
         pytest.param(name, marks=pytest.mark.matrix)
-        for name in ("gpt2", "bert", "bert-without-pairs", "roberta", "modernbert", "t5", "t5-v1.1")
+        for name in ("gpt2", "bert", "bert-without-pairs", "roberta", "megatron-bert", "modernbert", "t5", "t5-v1.1")
     ),
 )
 def test_an_onnx_graph_computes_the_same_at_any_size(trained, tmp_path):

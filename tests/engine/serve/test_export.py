@@ -45,7 +45,7 @@ def test_their_library_loads_the_folder_and_computes_the_same(trained_run, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"], "nothing is left beside it"
 
 
-@pytest.mark.parametrize("form", ["bert", "roberta", "modernbert"])
+@pytest.mark.parametrize("form", ["bert", "roberta", "megatron-bert", "modernbert"])
 def test_encoders_are_written_with_all_their_heads_and_computed_alike(form, tmp_path):
     train_tokenizer([TEXT], tmp_path / "tokenizer", "wordpiece", 400, purpose="masked")
     config = run_config(tmp_path / "run", form, tmp_path / "tokenizer")

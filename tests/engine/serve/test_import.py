@@ -43,6 +43,8 @@ CLASSES = (
     "bert",
     "bert-without-pairs",
     "roberta",
+    "megatron-bert",
+    "megatron-bert-without-pairs",
     "modernbert",
     "t5",
     "t5-v1.1",
@@ -202,14 +204,17 @@ def test_repeated_and_meaningless_tensors_pass_and_contradictions_are_told(tmp_p
         open_folder(source).check()
 
 
-def test_a_class_without_the_pair_head_keeps_the_head_that_its_files_have(tmp_path):
-    source = folder_of(tmp_path / "theirs", "bert")
+@pytest.mark.parametrize(
+    ("form", "architecture"), [("bert", "BertForMaskedLM"), ("megatron-bert", "MegatronBertForMaskedLM")]
+)
+def test_a_class_without_the_pair_head_keeps_the_head_that_its_files_have(form, architecture, tmp_path):
+    source = folder_of(tmp_path / "theirs", form)
     tree = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(tree | {"architectures": ["BertForMaskedLM"]}))
+    (source / "config.json").write_text(json.dumps(tree | {"architectures": [architecture]}))
     found = import_folder(source, tmp_path / "ours", 10**9)
-    assert found.opened.model == ALL["bert"].model_copy(update=ODD)
+    assert found.opened.model == ALL[form].model_copy(update=ODD)
     exported = export(open_trained(tmp_path / "ours"), tmp_path / "back")
-    assert json.loads((exported.folder / "config.json").read_text())["architectures"] == ["BertForMaskedLM"]
+    assert json.loads((exported.folder / "config.json").read_text())["architectures"] == [architecture]
 
 
 def test_memory_holds_one_parameter_at_a_time(tmp_path):

@@ -11,6 +11,7 @@ from engine.checkpoint.interchange.forms.form import Form
 from engine.checkpoint.interchange.forms.gpt2 import GPT2
 from engine.checkpoint.interchange.forms.gpt_neox import GPT_NEOX
 from engine.checkpoint.interchange.forms.llama import LLAMA
+from engine.checkpoint.interchange.forms.megatron_bert import MEGATRON_BERT, MEGATRON_BERT_WITHOUT_PAIRS
 from engine.checkpoint.interchange.forms.mistral import MISTRAL
 from engine.checkpoint.interchange.forms.modernbert import MODERN_BERT
 from engine.checkpoint.interchange.forms.qwen import QWEN2, QWEN3
@@ -20,7 +21,9 @@ from engine.config.huggingface_forms import nearest
 from engine.config.schema.model import ModelConfig
 from engine.errors import ConfigError, report
 
-FORMS = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GPT_NEOX, BERT, BERT_WITHOUT_PAIRS, ROBERTA, MODERN_BERT, T5, MT5)
+_DECODERS = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GPT_NEOX)
+_ENCODERS = (BERT, BERT_WITHOUT_PAIRS, ROBERTA, MEGATRON_BERT, MEGATRON_BERT_WITHOUT_PAIRS, MODERN_BERT)
+FORMS = (*_DECODERS, *_ENCODERS, T5, MT5)
 OLDEST = "4.57"
 """The oldest transformers that reads our exports, as `make test-readers` holds: the last series before 5."""
 
@@ -93,6 +96,8 @@ __all__ = [
     "GPT2",
     "GPT_NEOX",
     "LLAMA",
+    "MEGATRON_BERT",
+    "MEGATRON_BERT_WITHOUT_PAIRS",
     "MISTRAL",
     "MODERN_BERT",
     "MT5",

@@ -44,21 +44,25 @@ def _classifier(module: str, prefix: str = "") -> _Head:
     return _Head({"classifier": one(module)}, prefix=prefix)
 
 
+_BERTS = ("bert", "megatron-bert", "roberta")
 _LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
 _HEADS: Mapping[str, Mapping[str, _Head]] = {
     SEQUENCES: {
-        "bert": _Head({"pooler": one("bert.pooler.dense"), "classifier": one("classifier")}),
+        **dict.fromkeys(
+            ("bert", "megatron-bert"),
+            _Head({"pooler": one("bert.pooler.dense"), "classifier": one("classifier")}),
+        ),
         "roberta": _Head({"pooler": one("classifier.dense"), "classifier": one("classifier.out_proj")}),
         "modernbert": _Head({"classifier": one("classifier")}, (Always("classifier_pooling", ("cls",)),)),
         **dict.fromkeys(("gpt2", "gpt_neox", *_LLAMAS), _classifier("score")),
     },
     TOKENS: {
-        **dict.fromkeys(("bert", "roberta", "modernbert", "gpt2", "gpt_neox"), _classifier("classifier")),
+        **dict.fromkeys((*_BERTS, "modernbert", "gpt2", "gpt_neox"), _classifier("classifier")),
         **dict.fromkeys(_LLAMAS, _classifier("score")),
     },
     ANSWERS: {
         "modernbert": _classifier("classifier"),
-        **dict.fromkeys(("bert", "roberta", "gpt2", "gpt_neox", "mistral"), _classifier("qa_outputs")),
+        **dict.fromkeys((*_BERTS, "gpt2", "gpt_neox", "mistral"), _classifier("qa_outputs")),
         **dict.fromkeys(("llama", "qwen2", "qwen3"), _classifier("qa_outputs", prefix="transformer.")),
     },
 }

@@ -58,12 +58,18 @@ def _pythia(layers: int, width: int, heads: int, vocab_size: int, parameters: in
 
 
 def _bert(
-    form: str, vocab_size: int, layers: int, width: int, parameters: int, architecture: str = "BertForPreTraining"
+    form: str,
+    vocab_size: int,
+    layers: int,
+    width: int,
+    parameters: int,
+    architecture: str = "BertForPreTraining",
+    model_type: str = "bert",
 ) -> Published:
     keys = {"vocab_size": vocab_size, "num_hidden_layers": layers, "hidden_size": width}
     keys |= {"num_attention_heads": width // 64, "intermediate_size": 4 * width, "max_position_embeddings": 512}
     keys |= {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
-    return Published("bert", keys, form, parameters, architecture=architecture)
+    return Published(model_type, keys, form, parameters, architecture=architecture)
 
 
 def _t5(sizes: tuple[int, ...], parameters: int, model_type: str = "t5", **keys: Any) -> Published:
@@ -136,6 +142,10 @@ PUBLISHED: dict[str, Published] = {
         | {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
         "RoBERTa",
         124_697_433 - 2 * 768,
+    ),
+    # without a config.json: these are the keys that transformers' own conversion of Megatron-LM's checkpoint writes
+    "nvidia/megatron-bert-uncased-345m": _bert(
+        "Megatron BERT", 30592, 24, 1024, 336_297_858, "MegatronBertForPreTraining", "megatron-bert"
     ),
     "answerdotai/ModernBERT-base": Published(
         "modernbert",

@@ -172,6 +172,7 @@ KINDS: dict[str, Kind] = {
     "qwen3": Kind(qwen, {**_QWEN.refused, "attention_bias": (True,)}, _QWEN.moved),
     "gpt_neox": Kind(neox, {"hidden_act": ("silu", "gelu_fast"), "attention_bias": (False,)}),
     "bert": Kind(bert, _ENCODER),
+    "megatron-bert": Kind(bert, _ENCODER | {"hidden_act": ("relu", "gelu_new", "gelu_pytorch_tanh")}),
     "roberta": Kind(roberta, _ENCODER | {"type_vocab_size": (2,)}, frozenset(("pad_token_id",))),
     "modernbert": Kind(
         modernbert,

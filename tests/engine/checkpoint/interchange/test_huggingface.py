@@ -16,6 +16,7 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MegatronBertConfig,
     MistralConfig,
     ModernBertConfig,
     OPTConfig,
@@ -31,6 +32,8 @@ from engine.checkpoint.interchange.forms import (
     GPT2,
     GPT_NEOX,
     LLAMA,
+    MEGATRON_BERT,
+    MEGATRON_BERT_WITHOUT_PAIRS,
     MISTRAL,
     MODERN_BERT,
     QWEN2,
@@ -171,6 +174,10 @@ def test_positions_of_roberta_begin_behind_the_padding_token():
         (tiny("pythia", norm="rmsnorm"), r"nearest: GPT-NeoX\): model.norm = rmsnorm"),
         (tiny("llama", activation="gelu_tanh", position="learned", bias=True), "nearest: GPT-2.*: 2 problems"),
         (tiny("bert", activation="geglu"), r"nearest: BERT\): model.activation = geglu\n  allowed: gelu in BERT form"),
+        (
+            tiny("bert", norm_position="pre", embedding_norm=False, activation="gelu_tanh"),
+            r"nearest: Megatron BERT\): model.activation = gelu_tanh\n  allowed: gelu in Megatron BERT form",
+        ),
         (tiny("bert", token_types=0), "model.token_types = 0\n  allowed: 1 or more in BERT form"),
     ],
 )
@@ -187,6 +194,7 @@ def test_a_mix_of_forms_is_refused_by_the_names_of_its_fields(config, message):
             "a Hugging Face model of type opt\n  allowed: gpt2 or llama or mistral or qwen2 or qwen3 or gpt_neox or",
         ),
         (BertConfig(hidden_act="relu"), "hidden_act = 'relu'\n  allowed: 'gelu'"),
+        (MegatronBertConfig(hidden_act="gelu_new"), "hidden_act = 'gelu_new'\n  allowed: 'gelu'"),
         (RobertaConfig(), "type_vocab_size = 2\n  allowed: 1"),
         (
             ModernBertConfig(layer_types=["sliding_attention", "full_attention"] * 11),
@@ -238,7 +246,7 @@ WITHOUT_MEANING: list[tuple[Form, type[ModelConfig], set[str]]] = [
     (GPT_NEOX, GPTConfig, {"first_window_layer"}),
     *(
         (form, BERTConfig, {"rope_theta", "local_attention", "global_every", "local_rope_theta"})
-        for form in (BERT, BERT_WITHOUT_PAIRS, ROBERTA)
+        for form in (BERT, BERT_WITHOUT_PAIRS, ROBERTA, MEGATRON_BERT, MEGATRON_BERT_WITHOUT_PAIRS)
     ),
     (MODERN_BERT, BERTConfig, {"global_every"}),  # beyond the number of layers all values mean the same
     (T5, OurT5Config, {"num_kv_heads"}),

@@ -36,6 +36,7 @@ ALL = FORMS | BERT_FORMS | T5_FORMS
         ("pythia", {"rotary_emb_base": 10000.0, "rotary_pct": 0.25}),
         ("bert", {}),
         ("roberta", {}),
+        ("megatron-bert", {}),
         (
             "modernbert",
             {"global_attn_every_n_layers": 3, "global_rope_theta": 160000.0, "local_rope_theta": 10000.0},

@@ -80,6 +80,11 @@ def test_whole_models_break_no_rule(model):
 @pytest.mark.parametrize(
     ("model", "changes", "message"),
     [
+        (
+            BERT,
+            {"embedding_norm": False},
+            "model.embedding_norm = False with model.norm_position = post\n  allowed: norm_position pre",
+        ),
         (BERT, {"global_every": 4}, "model.global_every = 4 without model.local_attention\n  allowed: local_attention"),
         (
             BERT,
