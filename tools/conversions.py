@@ -25,7 +25,7 @@ KINDS: dict[Kind, str] = {
     "deepspeed": "a checkpoint of DeepSpeed's (ZeRO 1 to 3)",
     "universal": "a universal checkpoint of DeepSpeed's",
     "dcp": "a checkpoint of torch's DCP",
-    "megatron-lm": "a checkpoint of Megatron-LM's GPT (its own format, torch_dist)",
+    "megatron-lm": "a checkpoint of Megatron-LM's GPT or BERT (its own format, torch_dist)",
     "shards": "a folder of token shards",
     "megatron": "Megatron's token files (.bin, .idx)",
 }

@@ -15,8 +15,8 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GI
 Source = Annotated[
     str,
     typer.Argument(
-        help="A run folder or a checkpoint, a Hugging Face folder, a checkpoint of DeepSpeed's or torch's DCP "
-        "(a path or a URL), a folder of shards, or a .bin/.idx."
+        help="A run folder or a checkpoint, a Hugging Face folder, a checkpoint of DeepSpeed's, torch's DCP or "
+        "Megatron-LM's (a path or a URL), a folder of shards, or a .bin/.idx."
     ),
 ]
 Dtype = Annotated[
@@ -60,8 +60,8 @@ def main(
     ] = None,
 ) -> None:
     """Convert a model between our checkpoints, Hugging Face folders, DeepSpeed's checkpoints (ZeRO and universal) and
-    torch's DCP, or for deployment to ONNX and GGUF; or token files: shards -> Megatron's, and those -> shards, without
-    a copy.
+    torch's DCP, from Megatron-LM's checkpoints, or for deployment to ONNX and GGUF; or token files: shards ->
+    Megatron's, and those -> shards, without a copy.
 
     What was written is read back and compared; a conversion to ours or to Hugging Face that was killed goes on where it
     stood.

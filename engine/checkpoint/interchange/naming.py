@@ -47,18 +47,20 @@ def named(found: Unnamed, model: ModelConfig) -> SourceModel:
     """Return a folder's tensors as those of a model of ours.
 
     Raises:
+        ConfigError: the arguments of its program are those of another model.
         CheckpointError: it lacks tensors of the model, has others, or has them in other shapes.
     """
+    is_megatron = any(map(IS_MEGATRON.match, found.weights))
+    if is_megatron or found.settings:
+        check_settings(found, model)
     spellings = [(found, naming) for naming in _namings(model)]
-    if any(map(IS_MEGATRON.match, found.weights)) and (theirs := megatron_map(model)) is not None:
+    if is_megatron and (theirs := megatron_map(model)) is not None:
         spelled = replace(found, states={state: unified(parts) for state, parts in found.states.items()})
         spellings.append((spelled, Naming(theirs, blocks=blocks_of(model), padded=PADDED)))
     found, naming, prefix = max(
         ((held, naming, prefix) for held, naming in spellings for prefix in _prefixes(held.weights, naming.map)),
         key=lambda one: sum(one[2] + name in one[0].weights for name in one[1].map.tensors),
     )
-    if any(map(IS_MEGATRON.match, found.weights)) or found.settings:
-        check_settings(found, model)
     states = {
         state: _pieces(found, state, naming, prefix if state == WEIGHT else _prefix_in(parts, prefix, naming))
         for state, parts in found.states.items()

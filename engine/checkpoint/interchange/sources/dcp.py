@@ -25,7 +25,7 @@ from engine.errors import CheckpointError
 
 METADATA = ".metadata"
 RECORDS = (
-    r"torch\.distributed\.checkpoint\.(metadata|filesystem)\.\w+|torch\.serialization\._get_layout|torch\.strided"
+    r"torch\.distributed\.checkpoint\.(metadata|filesystem|planner)\.\w+|torch\.serialization\._get_layout|torch\.strided"
     r"|pathlib(\._local)?\.\w*Path|megatron\.core\.[\w.]+"
 )
 """Classes that the metadata is made of: inert stand-ins are built for them."""

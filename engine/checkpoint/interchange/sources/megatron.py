@@ -1,4 +1,4 @@
-"""A checkpoint of Megatron-LM's GPT: the folder layout of its own saver, or `torch_dist` of Megatron Core.
+"""A checkpoint of Megatron-LM's GPT or BERT: the folder layout of its own saver, or `torch_dist` of Megatron Core.
 
 Its own saver writes `iter_0000100/mp_rank_TT[_PPP]/model_optim_rng.pt` per tensor and pipeline rank, with layers that
 each pipeline rank counts from 0, and model chunks `model0`, `model1` where a rank has several. `torch_dist` is a
