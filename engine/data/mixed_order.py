@@ -49,7 +49,11 @@ class Samples(NamedTuple):
 
     def at(self, which: np.ndarray | slice) -> Samples:
         """Return the samples at some numbers, or where `which` is true."""
-        return Samples(self.sources_N[which], self.addresses_N3[which])
+        if isinstance(which, slice):
+            return Samples(self.sources_N[which], self.addresses_N3[which])
+        numbers = np.flatnonzero(which) if which.dtype == bool else which
+        # `take` copies rows of three some times as fast as an index does
+        return Samples(self.sources_N.take(numbers), self.addresses_N3.take(numbers, axis=0))
 
     @classmethod
     def joined(cls, parts: list[Samples]) -> Samples:
@@ -99,7 +103,7 @@ class MixedOrder:
         if len(ends_S) < 2 or is_left_out or any(source.lost.size for source in self.sources):
             return self._one_by_one(cursor, sizes[: max(1, len(ends_S))])
         sources_N = self.mixing.of(cursor.position, int(ends_S[-1]))
-        numbers_K = [np.flatnonzero(sources_N == source.number) for source in self.sources]
+        numbers_K = self._numbers(sources_N)
         # (S,) arrays: samples of a source up to the end of each step
         given_K = [np.searchsorted(numbers, ends_S) for numbers in numbers_K]
         stays_S = np.ones(len(ends_S), bool)
@@ -107,15 +111,15 @@ class MixedOrder:
             stays_S &= given_S < source.order.left(address)
         # the offsets of a window that comes later are not read before they are due
         ends_S = ends_S[: max(1, np.count_nonzero(stays_S))]
-        addresses_N3, following_K = np.empty((int(ends_S[-1]), 3), np.int64), []
-        for source, address, numbers, given_S in zip(self.sources, cursor.addresses, numbers_K, given_K, strict=True):
+        found_K, following_K = [], []
+        for source, address, given_S in zip(self.sources, cursor.addresses, given_K, strict=True):
             given = given_S[: len(ends_S)]
             count = int(given[-1])
-            found_N3 = source.order.addresses(address, count)
-            addresses_N3[numbers[:count]] = found_N3
+            found_K.append(source.order.addresses(address, count))
             # the next sample behind each step: given 2 and 3 of the samples at slots 4, 5, 6, those at slots 6 and 7
-            all_N3 = np.concatenate([found_N3, [self._advanced_one(source, address, count)]])
-            following_K.append([SampleId(*row) for row in all_N3[given].tolist()])
+            all_N3 = np.concatenate([found_K[-1], [self._advanced_one(source, address, count)]])
+            following_K.append([SampleId(*row) for row in all_N3.take(given, axis=0).tolist()])
+        addresses_N3 = _interleaved(found_K, numbers_K)
         starts = [0, *ends_S.tolist()]
         found = [Samples(sources_N[a:b], addresses_N3[a:b]) for a, b in itertools.pairwise(starts)]
         positions = (cursor.position + end for end in starts[1:])
@@ -151,11 +155,10 @@ class MixedOrder:
         """Return shard and row of the samples, (N, 2) int64; those of a source stand in its order."""
         if len(self.sources) == 1:
             return self.sources[0].order.shard_rows_at(samples.addresses_N3)
-        shard_rows_N2 = np.empty((samples.size, 2), np.int64)
-        for source in self.sources:
-            mine = samples.sources_N == source.number
-            shard_rows_N2[mine] = source.order.shard_rows_at(samples.addresses_N3[mine])
-        return shard_rows_N2
+        numbers_K = self._numbers(samples.sources_N)
+        addresses_K = [samples.addresses_N3.take(numbers, axis=0) for numbers in numbers_K]
+        found_K = [source.order.shard_rows_at(found) for source, found in zip(self.sources, addresses_K, strict=True)]
+        return _interleaved(found_K, numbers_K)
 
     def _past_left_out(self, cursor: Cursor) -> tuple[Cursor, int | None]:
         """Return the next cursor that is not left out, and the samples until the next one that is (None: no such)."""
@@ -184,12 +187,15 @@ class MixedOrder:
             return found, Cursor(end, (order.after(address, count),))
         # sources_N (0, 1, 0): source 0 gives its next two samples to rows 0 and 2, source 1 its next one to row 1
         sources_N = self.mixing.of(cursor.position, count)
-        addresses_N3, counts = np.empty((count, 3), np.int64), []
-        for source, address in zip(self.sources, cursor.addresses, strict=True):
-            mine = np.flatnonzero(sources_N == source.number)
-            addresses_N3[mine] = source.order.addresses(address, mine.size)
-            counts.append(mine.size)
+        numbers_K = self._numbers(sources_N)
+        counts = [numbers.size for numbers in numbers_K]
+        parts = zip(self.sources, cursor.addresses, counts, strict=True)
+        addresses_N3 = _interleaved([source.order.addresses(*given) for source, *given in parts], numbers_K)
         return Samples(sources_N, addresses_N3), Cursor(end, self._advanced(cursor.addresses, counts))
+
+    def _numbers(self, sources_N: np.ndarray) -> list[np.ndarray]:
+        """Return the numbers of the samples of each source, rising."""
+        return [np.flatnonzero(sources_N == source.number) for source in self.sources]
 
     def _advanced(self, addresses: tuple[SampleId, ...], counts: list[int]) -> tuple[SampleId, ...]:
         return tuple(itertools.starmap(self._advanced_one, zip(self.sources, addresses, counts, strict=True)))
@@ -218,3 +224,19 @@ def merged(intervals: Iterable[Interval]) -> tuple[Interval, ...]:
         elif first < end:
             found.append((first, end))
     return tuple(found)
+
+
+def _interleaved(rows_K: list[np.ndarray], numbers_K: list[np.ndarray]) -> np.ndarray:
+    """Return the rows of all sources as one array: row i of source k at `numbers_K[k][i]`.
+
+    A source may have more numbers than rows; those of the rows are then the first ones of all. Rows [a, c] and [b] at
+    numbers [0, 2] and [1] are [a, b, c].
+    """
+    if len(rows_K) == 1:
+        return rows_K[0]
+    rows = np.concatenate(rows_K)
+    given_K = [numbers[: len(part)] for part, numbers in zip(rows_K, numbers_K, strict=True)]
+    places = np.empty(len(rows), np.int64)
+    places[np.concatenate(given_K)] = np.arange(len(rows))
+    # a scatter of numbers and a `take` of rows are together some times as fast as a scatter of rows
+    return rows.take(places, axis=0)

@@ -190,7 +190,7 @@ class SampleOrder(Order):
         parts = [self._block(epoch, window, number) for number in range(first, last + 1)]
         # slots 1020 to 1030 of blocks of 1024: blocks 0 and 1, seen from the beginning of block 0
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return whole[slots - first * _BLOCK_SLOTS]
+        return whole.take(slots - first * _BLOCK_SLOTS, axis=0)
 
     def _block(self, epoch: int, window: int, number: int) -> np.ndarray:
         """Return shard and row of each slot of a block, (slots, 2) int64: computed once, then cached."""
