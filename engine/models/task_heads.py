@@ -24,7 +24,6 @@ from engine.models.heads import SMOOTHING
 from engine.models.norms import norm
 from engine.parallel.boundary import LOGITS, ROW_LOSSES, Tensors
 from engine.parallel.functions import Functions
-from engine.parallel.label_cross_entropy import label_cross_entropy
 from engine.parallel.sharding import Table
 
 LAST = "last_B"
@@ -74,6 +73,7 @@ class TaskHead:
         C numbers; in evaluation also the logits, (B, C). Without labels `logits_BC`."""
         logits_BC = self._logits(chunk, hidden_BTD, given, dropout).float()
         if "labels_B" in given:
+            label_cross_entropy = cast(Any, chunk).functions.label_cross_entropy
             loss_B = label_cross_entropy(logits_BC, given["labels_B"], given["label_weights_B"], given.get(SMOOTHING))
         elif "labels_BC" in given:
             loss_B = (logits_BC - given["labels_BC"]).square().mean(1) * given["label_weights_B"]

@@ -25,7 +25,6 @@ from engine.models.norms import norm
 from engine.models.task_heads import BEHIND, LAST, TaskHead
 from engine.parallel.boundary import LOGITS, ROW_LOSSES, Tensors
 from engine.parallel.functions import Functions
-from engine.parallel.label_cross_entropy import label_cross_entropy
 from engine.parallel.sharding import Table
 
 SPANS = "label_spans_B2"
@@ -79,7 +78,9 @@ class TokenHead:
         if "labels_BT" in given:
             labels_BT, smoothing_B = given["labels_BT"], given.get(SMOOTHING)
             smoothing_BT = None if smoothing_B is None else smoothing_B[:, None].expand_as(labels_BT)
-            loss_B = label_cross_entropy(logits_BTC, labels_BT, given["label_weights_BT"], smoothing_BT).sum(1)
+            functions = cast(Functions, cast(Any, chunk).functions)
+            loss_BT = functions.label_cross_entropy(logits_BTC, labels_BT, given["label_weights_BT"], smoothing_BT)
+            loss_B = loss_BT.sum(1)
         elif SPANS in given:
             loss_B = self._span_losses(chunk, logits_BTC, given)
         else:
@@ -110,7 +111,7 @@ class TokenHead:
         padding_BCT = (positions_T > given[LAST][:, None])[:, None].expand_as(logits_BCT)
         weights_BC = (given["label_weights_B"] / 2)[:, None].expand_as(spans_BC)
         smoothing_BC = None if smoothing_B is None else smoothing_B[:, None].expand_as(spans_BC)
-        return label_cross_entropy(logits_BCT, spans_BC, weights_BC, smoothing_BC, padding_BCT).sum(1)
+        return functions.label_cross_entropy(logits_BCT, spans_BC, weights_BC, smoothing_BC, padding_BCT).sum(1)
 
 
 def task_head(config: ModelConfig) -> Head:

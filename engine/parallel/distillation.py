@@ -3,8 +3,9 @@
 Hinton et al. 2015 (arXiv 1503.02531), of the K likeliest tokens alone, whose probabilities are scaled to a sum of 1:
 the whole distribution of every token of a step would be far more than the step's activations. What is left out biases
 the target towards the likeliest tokens (Anshumann et al. 2025, arXiv 2503.16870); with K = 64 that is little where the
-model is sure. There is no second model: the engine computes with the teacher's weights for one pass without gradients
-(`engine.parallel.zero.other_weights`), and then trains on the same micro-batches in the same order.
+model is sure. Of a task's labels, which are few, all are kept. There is no second model: the engine computes with the
+teacher's weights for one pass without gradients (`engine.parallel.zero.other_weights`), and then trains on the same
+micro-batches in the same order.
 
 Legend: N rows (tokens), C rows at a time, D width, V vocabulary (local), K likeliest tokens.
 """
@@ -14,6 +15,8 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch.nn import functional as F
@@ -22,38 +25,80 @@ from engine.parallel.collectives import gather_along
 from engine.parallel.cross_entropy import SoftTargets
 from engine.parallel.functions import LinearCrossEntropy
 from engine.parallel.groups import Group
+from engine.parallel.label_cross_entropy import label_cross_entropy, log_softmax
 from engine.plan.logits import rows_at_a_time
 
+Soft = TypeVar("Soft")
 
-class DistilledCrossEntropy:
-    """The loss over the vocabulary of a model that is its own teacher; plain cross entropy outside of `teaching`.
 
-    `loss` is the one of the layout (`linear_cross_entropy`, or that of tensor ranks). Heads call it once for each
-    micro-batch, in order, so that what the teacher said of one meets that micro-batch again.
+class _Taught(Generic[Soft]):
+    """A loss that has targets of a teacher beside its own; a plain one outside of `teaching`.
+
+    Heads call it once for each micro-batch, in order: what the teacher said of one meets that micro-batch again.
     """
 
-    def __init__(self, loss: LinearCrossEntropy, group: Group) -> None:
-        self._loss, self._group = loss, group
-        self._top_k: int | None = None
-        self._strength = 0.0
-        self._soft: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
-        self._sums: torch.Tensor | None = None
+    def __init__(self) -> None:
+        self._is_asked, self._strength = False, 0.0
+        self._soft: deque[Soft] = deque()
+        self._divergence: torch.Tensor | None = None
 
     @contextlib.contextmanager
-    def teaching(self, top_k: int, strength: float) -> Iterator[None]:
-        """Take the model's likeliest tokens as targets of the next micro-batches; they are learned after it."""
+    def teaching(self, strength: float) -> Iterator[None]:
+        """Take what the model predicts as targets of the next micro-batches; they are learned after it."""
         assert not self._soft, "the targets of a step are used in that step"
-        self._top_k, self._strength = top_k, strength
+        self._is_asked, self._strength = True, strength
         try:
             yield
         finally:
-            self._top_k = None
+            self._is_asked = False
 
-    def take_sums(self) -> torch.Tensor:
-        """Return (weighted divergence, weight), fp64, of the micro-batches learned since the last call; 0 on a pipeline
-        stage without the head."""
-        found, self._sums = self._sums, None
-        return torch.zeros(2, dtype=torch.float64) if found is None else found.double()
+    def take_divergence(self) -> torch.Tensor:
+        """Return the weighted sum of the divergences (fp64 scalar) of the micro-batches learned since the last call; 0
+        on a pipeline stage without the head."""
+        found, self._divergence = self._divergence, None
+        return torch.zeros((), dtype=torch.float64) if found is None else found.double()
+
+    def _total(self, like: torch.Tensor) -> torch.Tensor:
+        """Return the scalar that divergences are added to, on the device of another tensor."""
+        if self._divergence is None:
+            self._divergence = like.new_zeros((), dtype=torch.float32)
+        return self._divergence
+
+
+class DistilledLabels(_Taught[torch.Tensor]):
+    """`label_cross_entropy` of a model that is its own teacher, with all labels of a prediction as targets."""
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        weights: torch.Tensor,
+        smoothing: torch.Tensor | None = None,
+        padding: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Compute `label_cross_entropy`, with the gradient of the divergence where the teacher was asked before."""
+        loss = label_cross_entropy(logits, labels, weights, smoothing, padding)
+        if self._is_asked:
+            self._soft.append(log_softmax(logits, padding).detach())
+        elif self._soft:
+            divergence = F.kl_div(log_softmax(logits, padding), self._soft.popleft(), reduction="none", log_target=True)
+            extra = divergence.sum(-1) * weights
+            self._total(logits).add_(extra.detach().sum())
+            loss = loss + self._strength * (extra - extra.detach())  # the gradient alone
+        return loss
+
+
+class DistilledCrossEntropy(_Taught[tuple[torch.Tensor, torch.Tensor]]):
+    """The loss over the vocabulary of a model that is its own teacher, with the likeliest tokens as targets.
+
+    `loss` is the one of the layout (`linear_cross_entropy`, or that of tensor ranks); `group` shares the vocabulary.
+    """
+
+    def __init__(self, loss: LinearCrossEntropy, group: Group) -> None:
+        super().__init__()
+        self._loss, self._group = loss, group
+        self.top_k = 1
+        """Number of the likeliest tokens that are kept of each prediction."""
 
     def __call__(
         self,
@@ -68,18 +113,34 @@ class DistilledCrossEntropy:
         """Compute `linear_cross_entropy`, with the gradient of the divergence where the teacher was asked before;
         `options` are its `into` and `smoothing`."""
         given = (hidden, weight_VD, bias_V, targets, weights, vocab_size)
-        if self._top_k is not None:
-            self._soft.append(_top_k(hidden, weight_VD, bias_V, vocab_size, self._top_k, self._group))
+        if self._is_asked:
+            self._soft.append(_top_k(hidden, weight_VD, bias_V, vocab_size, self.top_k, self._group))
             return hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         if not self._soft:
             return self._loss(*given, **options)
-        if self._sums is None:
-            self._sums = hidden.new_zeros(2, dtype=torch.float32)
-        divergence, weight = self._sums.unbind()
-        weight += weights.sum()
-        return self._loss(
-            *given, **options, soft=SoftTargets(*self._soft.popleft(), self._strength), divergence=divergence
-        )
+        soft, divergence = SoftTargets(*self._soft.popleft(), self._strength), self._total(hidden)
+        return self._loss(*given, **options, soft=soft, divergence=divergence)
+
+
+@dataclass(frozen=True)
+class DistilledLosses:
+    """The losses of a model that is its own teacher: over the vocabulary, and over the labels of a task."""
+
+    vocabulary: DistilledCrossEntropy
+    labels: DistilledLabels
+
+    @contextlib.contextmanager
+    def teaching(self, top_k: int, strength: float, with_labels: bool) -> Iterator[None]:
+        """Take what the model predicts, of tokens the `top_k` likeliest and of labels all or none, as targets of the
+        next micro-batches."""
+        self.vocabulary.top_k = top_k
+        of_labels = self.labels.teaching(strength) if with_labels else contextlib.nullcontext()
+        with self.vocabulary.teaching(strength), of_labels:
+            yield
+
+    def take_divergence(self) -> torch.Tensor:
+        """Return the weighted sum of all divergences (fp64 scalar) since the last call."""
+        return self.vocabulary.take_divergence() + self.labels.take_divergence()
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.parallel.cross_entropy import linear_cross_entropy
+from engine.parallel.label_cross_entropy import label_cross_entropy
 from engine.parallel.packed import Documents, packed_attention
 
 Drop = Callable[..., torch.Tensor]
@@ -59,6 +60,9 @@ class Attention(Protocol):
 LinearCrossEntropy = Callable[..., torch.Tensor]
 """(hidden, weight_VD, bias_V or None, targets, weights, vocab_size, into=None, smoothing=None) -> fp32 scalar, the
 weighted sum of the tokens' losses; see `engine.parallel.cross_entropy`."""
+LabelCrossEntropy = Callable[..., torch.Tensor]
+"""(logits, labels, weights, smoothing=None, padding=None) -> weighted losses; see
+`engine.parallel.label_cross_entropy`."""
 
 
 def attention(
@@ -193,6 +197,7 @@ class Functions:
 
     attention: Attention = attention
     linear_cross_entropy: LinearCrossEntropy = linear_cross_entropy
+    label_cross_entropy: LabelCrossEntropy = label_cross_entropy
     whole_rows: Callable[[torch.Tensor], torch.Tensor] = _same
     """Return hidden states of all given tokens, (B, T, D), from those held between the blocks; for heads."""
     whole_sequence: Callable[[torch.Tensor], torch.Tensor] = _same

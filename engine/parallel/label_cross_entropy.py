@@ -26,12 +26,13 @@ def label_cross_entropy(
         logits = logits.masked_fill(padding, -torch.inf)
     loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view_as(labels)
     if smoothing is not None:
-        loss = torch.lerp(loss, -_mean(logits.log_softmax(-1), padding), smoothing.to(loss.dtype))
+        num_labels = logits.size(-1) if padding is None else (~padding).sum(-1)
+        loss = torch.lerp(loss, -log_softmax(logits, padding).sum(-1) / num_labels, smoothing.to(loss.dtype))
     return loss * weights
 
 
-def _mean(logs: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-    """Return the mean over the labels that are no padding, without the dim C."""
+def log_softmax(logits: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the logarithm of the softmax over the last dim, in which `padding` (true) has no part: it is 0 there."""
     if padding is None:
-        return logs.mean(-1)
-    return logs.masked_fill(padding, 0.0).sum(-1) / (~padding).sum(-1)
+        return logits.log_softmax(-1)
+    return logits.masked_fill(padding, -torch.inf).log_softmax(-1).masked_fill(padding, 0.0)

@@ -23,6 +23,7 @@ from engine.config.schema.run import RunConfig
 from engine.errors import ConfigError
 from engine.plan.frozen import base_patterns
 from engine.tasks.answer_examples import AnswerExamples
+from engine.tasks.distilled import check_distilled, check_labels
 from engine.tasks.encode import EXAMPLES, alone_in, encoded_folder
 from engine.tasks.framing import Framing
 from engine.tasks.kinds.answer import Answer
@@ -62,14 +63,17 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
     init_from, folder = start_of(tree, source), Path(str(tree["folder"]))
     stage, name = _stage_of(tree, source)
     model = _model(tree, stage, name, init_from, source)
+    begun = model.task_head
+    before = None if section_of(tree["init_from"]).get("head") == "new" else begun
+    check_distilled(tree, stage, name, before)
     if "tokenizer" not in tree:
         tree["tokenizer"] = str(tokenizer_of(init_from, folder, model))
     task = read_task(stage, name, source, int(tree.get("seed", 0)))
     tree["tokenizer"] = str(_with_dialogues(Path(tree["tokenizer"]), task, folder))
-    begun = model.task_head
-    before = None if section_of(tree["init_from"]).get("head") == "new" else begun
     model = make_model(**(model.model_dump() | {"task_head": task.kind.head(task.objective.labels)}))
     require_head(before, model.task_head, init_from)
+    if before is not None:
+        check_labels(stage, task.objective.labels, init_from)
     model = with_replay(stage, model, begun, init_from)
     tree["model"] = model.model_dump(mode="json")
     framing = Framing(Path(tree["tokenizer"]), model)

@@ -27,7 +27,7 @@ from engine.models.heads import Head
 from engine.models.initial import initial_value
 from engine.optim.groups import make_optimizer, parameter_groups
 from engine.parallel.boundary import Boundary, MicroBatchShape
-from engine.parallel.distillation import DistilledCrossEntropy
+from engine.parallel.distillation import DistilledCrossEntropy, DistilledLabels, DistilledLosses
 from engine.parallel.functions import PLAIN, Functions, SequenceSlice
 from engine.parallel.groups import Groups, join
 from engine.parallel.pipeline import Pipeline
@@ -148,8 +148,9 @@ def build_engine(config: RunConfig, spec: PipelineStageSpec, groups: Groups, dev
     functions = _functions(config.parallel, groups)
     distilled = None
     if any(run_stage.regularization.distillation for run_stage in config.stages):
-        distilled = DistilledCrossEntropy(functions.linear_cross_entropy, groups.tensor)
-        functions = replace(functions, linear_cross_entropy=distilled)
+        vocabulary = DistilledCrossEntropy(functions.linear_cross_entropy, groups.tensor)
+        distilled = DistilledLosses(vocabulary, DistilledLabels())
+        functions = replace(functions, linear_cross_entropy=vocabulary, label_cross_entropy=distilled.labels)
     # Whole weights take no memory on the meta device; each rank allocates after `shard` has cut them to its part.
     with torch.device("meta"):
         chunks = [spec.modules(chunk, functions) for chunk in spec.chunks]
@@ -177,7 +178,7 @@ def build_engine(config: RunConfig, spec: PipelineStageSpec, groups: Groups, dev
         groups,
         device,
     )
-    engine.distilled_loss = distilled
+    engine.distilled = distilled
     return engine
 
 

@@ -160,8 +160,9 @@ class Hook:
     def end_run_stage(self, run: Run) -> None:
         """Take note of a run stage whose last step is done and evaluated, and whose last save has begun."""
 
-    def before_forward(self, run: Run, inputs: list[Tensors]) -> None:
-        """Take the inputs of a step's micro-batches, which its passes are about to begin with."""
+    def before_forward(self, run: Run, inputs: list[Tensors], weights_L: torch.Tensor) -> None:
+        """Take the inputs of a step's micro-batches, which its passes are about to begin with, and the weights that
+        its losses are divided by (fp64)."""
 
     def before_update(self, run: Run, update: Update) -> bool:
         """Return True if the weights may be updated, on all ranks alike."""
@@ -232,9 +233,9 @@ class Hooks:
         for hook in self._hooks:
             hook.end_run_stage(run)
 
-    def before_forward(self, run: Run, inputs: list[Tensors]) -> None:
+    def before_forward(self, run: Run, inputs: list[Tensors], weights_L: torch.Tensor) -> None:
         for hook in self._hooks:
-            hook.before_forward(run, inputs)
+            hook.before_forward(run, inputs, weights_L)
 
     def before_update(self, run: Run, update: Update) -> bool:
         """Return True if every hook accepts the update; each is asked, whatever those before it said."""

@@ -78,7 +78,7 @@ class RankAllocation(Hook):
         # frozen adapters have no moments: they are part of no choice, keep their E, and no penalty moves them
         self._specs = [spec for spec in ours if not matches(spec.name, run.run_stage.freeze)]
 
-    def before_forward(self, run: Run, inputs: list[Tensors]) -> None:
+    def before_forward(self, run: Run, inputs: list[Tensors], weights_L: torch.Tensor) -> None:
         """Give the engine the penalty's gradient, which it adds to the step's. Collective over the world."""
         specs = [spec for spec in self._specs if not spec.name.endswith(_E)]
         penalty, gradients = orthogonality(self._whole(run, specs, lambda shard: shard.weight), self._config)

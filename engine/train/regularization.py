@@ -7,6 +7,8 @@ and of the step, so that a run which was stopped goes on exactly.
 
 from __future__ import annotations
 
+import torch
+
 from engine.config.schema.regularization import EMA, FIRST_WEIGHTS, FISHER, REPTILE
 from engine.config.schema.stage import RunStage
 from engine.models.dropout import KEYS
@@ -39,16 +41,23 @@ class Regularization(Hook):
         """Do the same where the checkpoint stands, which may be in another run stage."""
         self.begin_run_stage(run)
 
-    def before_forward(self, run: Run, inputs: list[Tensors]) -> None:
+    def __init__(self) -> None:
+        self._scale = torch.zeros(())
+        """Factor of the sum of the divergences in the step's loss."""
+
+    def before_forward(self, run: Run, inputs: list[Tensors], weights_L: torch.Tensor) -> None:
         """Run the teacher of distillation, the first weights of the run stage, on the inputs of the step."""
         distillation, engine = run.run_stage.regularization.distillation, run.pipeline.engine
         if distillation is None:
             return
-        assert engine.distilled_loss is not None, "built where some run stage distils"
+        assert engine.distilled is not None, "built where some run stage distils"
+        # that of tokens and labels; pairs, where they are a second loss, are not distilled
+        self._scale = run.sums.scales(weights_L)[0]
         run.checkpoints.hold_update()  # a save may still copy the weights, which change places
         # no dropout: a teacher predicts as well as it can
         given = [{name: tensor for name, tensor in one.items() if name != KEYS} for one in inputs]
-        asked = engine.distilled_loss.teaching(distillation.top_k, distillation.strength)
+        with_labels = run.config.distils_labels(run.state.run_stage)
+        asked = engine.distilled.teaching(distillation.top_k, distillation.strength, with_labels)
         with weights_from(engine, FIRST_WEIGHTS), asked:
             run.pipeline.evaluate(given)
 
@@ -65,16 +74,15 @@ class Regularization(Hook):
             average(engine, EMA, ema.decay)
         return self._divergence(run)
 
-    @staticmethod
-    def _divergence(run: Run) -> Record:
+    def _divergence(self, run: Run) -> Record:
         """Return the term of distillation in the step's loss. Collective over the world."""
         distillation, engine = run.run_stage.regularization.distillation, run.pipeline.engine
-        if distillation is None or engine.distilled_loss is None:
+        if distillation is None or engine.distilled is None:
             return {}
-        own = engine.distilled_loss.take_sums().to(engine.device)
+        own = engine.distilled.take_divergence().to(engine.device)
         # Tensor ranks have the same divergence; those of the sequence axis have that of their own slice.
-        divergence, weight = all_reduce(own * (run.groups.tensor.position == 0), run.groups.world).tolist()
-        return {"regularization/distillation": distillation.strength * divergence / weight if weight else 0.0}
+        total = all_reduce(own * (run.groups.tensor.position == 0), run.groups.world)
+        return {"regularization/distillation": (distillation.strength * total * self._scale).item()}
 
 
 def penalties_of(run_stage: RunStage) -> tuple[Penalty, ...]:

@@ -20,7 +20,7 @@ from engine.checkpoint.mismatch import FREE_KEYS
 from engine.config.adapter_targets import MARK
 from engine.config.load import load_run
 from engine.config.save import FILE
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import ModelConfig, without_vocabulary
 from engine.config.schema.rotary import DynamicScaling
 from engine.config.schema.run import InitFrom, RunConfig
 from engine.errors import ConfigError, PalimpsestError
@@ -48,6 +48,7 @@ class StartingWeights:
         _check_agrees(config.model, opened, given)
         _check_adapter(config.model, opened, given)
         _check_task_head(config.model, opened, given)
+        _check_distilled(config, opened)
         _check_vocabulary_head(config.model, opened, given)
         opened.check()
         self._initial = InitialRows(config.model, config.seed)
@@ -203,6 +204,23 @@ def _check_task_head(model: ModelConfig, opened: SourceModel, given: InitFrom) -
             f"the run's model has a head for {model.task_head.task}, which init_from = {given.path} has not",
             "init_from.missing = initialise",
             "set it: the head then begins with initial weights of the run's seed",
+        )
+
+
+def _check_distilled(config: RunConfig, opened: SourceModel) -> None:
+    """Raise `ConfigError` where the first run stage distils labels that the source has no head for."""
+    given, distillation = config.init_from, config.stages[0].regularization.distillation
+    if given is None or distillation is None or not config.distils_labels(0):
+        return
+    with torch.device("meta"):
+        heads = {*family(config.model).configured_head(without_vocabulary(config.model)).modules(PLAIN)}
+    names = {spec.name for spec in family(config.model).specs(config.model) if spec.name.partition(".")[0] in heads}
+    if missing := sorted(names - opened.map.parameters.keys()):
+        raise ConfigError(
+            f"stages.0.regularization.distillation keeps what init_from = {given.path} predicts of the labels, and it "
+            f"has no {missing[0]}",
+            "a start with the head of the same task, or init_from.head = new beside text that is replayed",
+            "name another start, or set init_from.head",
         )
 
 

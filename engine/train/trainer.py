@@ -190,7 +190,7 @@ class Trainer:
             return True
         self.pipeline.spec = self.feed.spec
         self.heart.beat(state.step, "forward and backward")
-        self.hooks.before_forward(self, inputs)
+        self.hooks.before_forward(self, inputs, weights_L)
         scales_L = self.sums.scales(weights_L)
         # DeepSpeed averages gradients over the data ranks; the factor undoes it.
         scales, by_domain = (self.groups.zero.size * scales_L).float(), self.sums.by_domain(len(weights_KL))

@@ -31,11 +31,11 @@ TOLERANCE = 2e-6
 STEPS, BATCH = 6, 5
 
 
-def task_run(folder: Path, parallel: dict[str, Any], objective: Any = "classification", **keys: Any) -> RunConfig:
-    """A run of a task from the start in `folder`; `keys` are of the task file, `stage` some of its stage."""
-    write_examples(folder, count=23, labels=("old", "new", "scraped"))
+def task_run(beside: Path, parallel: dict[str, Any], objective: Any = "classification", **keys: Any) -> RunConfig:
+    """A run of a task from the start in the folder `beside` it; `keys` are of the task file, `stage` of its stage."""
+    write_examples(beside, count=23, labels=("old", "new", "scraped"))
     tree = tree_of(
-        folder, folder, objective, **{"global_batch_size": BATCH, "duration": {"steps": STEPS}} | keys.pop("stage", {})
+        beside, beside, objective, **{"global_batch_size": BATCH, "duration": {"steps": STEPS}} | keys.pop("stage", {})
     )
     tree |= {
         "model": {"dropout": 0.0},

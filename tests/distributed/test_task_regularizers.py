@@ -1,4 +1,5 @@
-"""Label smoothing, adversarial training and mixout under several layouts, each written out as its paper has it."""
+"""Label smoothing, adversarial training, mixout and distillation of labels under several layouts, each written out as
+its paper has it."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ from tests.distributed.task_training import (
 from tests.engine.tasks.starts import write_start
 
 SMOOTHED = {"name": "classification", "label_smoothing": 0.3}
-EPSILON, SHARE, STRENGTH = 0.7, 0.4, 0.05
+EPSILON, SHARE, STRENGTH, DISTILLATION = 0.7, 0.4, 0.05, 5.0
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "bert-zero3-tensor2": ("bert", 2, {"zero_stage": 3, "tensor": 2, "sequence_parallel": True}),
     "gpt2-zero1-pipe2": ("gpt2", 2, {"zero_stage": 1, "pipe": 2}),
@@ -43,9 +44,9 @@ MORE: dict[str, tuple[str, int, dict[str, Any]]] = {
 ALL_CASES = [*CASES, *(pytest.param(name, marks=pytest.mark.matrix) for name in MORE)]
 
 
-def run_of(folder: Any, case: str, regularization: dict[str, Any]) -> RunConfig:
+def run_of(folder: Any, case: str, regularization: dict[str, Any], **start: Any) -> RunConfig:
     form, world_size, parallel = (CASES | MORE)[case]
-    write_start(folder, form, num_layers=4)
+    write_start(folder, form, num_layers=4, **start)
     config = task_run(folder, parallel, SMOOTHED, stage={"regularization": regularization})
     found = run_ranks(world_size, train_rank, config.model_dump(mode="json", exclude_none=True))
     assert {one["code"] for one in found} == {0}
@@ -127,3 +128,29 @@ def test_mixtures_with_the_first_weights(tmp_path, case):
     model = their_model(config, first)
     losses = trained_by_torch(config, model, mixed(config, model))
     assert [record["loss"] for record in steps_of(config)] == pytest.approx(losses, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", ALL_CASES)
+def test_labels_that_the_start_predicts_are_distilled(tmp_path, case):
+    """Hinton et al. 2015: the mean divergence from the start's distribution over all labels, at temperature 1."""
+    head = {"task": "classification", "num_labels": 3}
+    config = run_of(tmp_path, case, {"distillation": {"strength": DISTILLATION}}, task_head=head)
+    model, teacher = (their_model(config, starting_weights(config)) for _ in range(2))
+    terms = []
+
+    def gradients(step: int, batch: Batch) -> torch.Tensor:
+        del step
+        given, loss = batch.inputs, smoothed(config, model, batch.inputs)
+        with torch.no_grad():
+            taught_BC = logits_of(config, teacher, given).softmax(-1)
+        logs_BC = logits_of(config, model, given).log_softmax(-1)
+        term = DISTILLATION * F.kl_div(logs_BC, taught_BC, reduction="batchmean")
+        terms.append(term.item())
+        (loss + term).backward()
+        return loss
+
+    losses, steps = trained_by_torch(config, model, gradients), steps_of(config)
+    assert [record["loss"] for record in steps] == pytest.approx(losses, abs=TOLERANCE)
+    told = [record["regularization/distillation"] for record in steps]
+    assert told == pytest.approx(terms, rel=1e-3, abs=DISTILLATION * TOLERANCE)
+    assert max(terms) > 1e-2, "too small to show in a loss"

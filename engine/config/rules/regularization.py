@@ -5,6 +5,7 @@ Part of `engine.config.resolve`, which calls them all and reports every problem 
 
 from __future__ import annotations
 
+from engine.config.schema.objective import ObjectiveName
 from engine.config.schema.run import RunConfig
 from engine.errors import ConfigError, PalimpsestError
 
@@ -45,19 +46,15 @@ def _check_ewc(number: int, config: RunConfig, problems: list[PalimpsestError]) 
 
 
 def _check_distillation(number: int, config: RunConfig, problems: list[PalimpsestError]) -> None:
-    distillation, vocab_size = config.stages[number].regularization.distillation, config.model.vocab_size
-    if distillation is not None and config.model.task_head is not None:
-        problems.append(
-            ConfigError(
-                f"stages.{number}.regularization.distillation with objective {config.stages[number].objective.name}, "
-                "whose head is not the one that the model was pretrained with",
-                "an objective that predicts tokens",
-                f"pull the weights instead: stages.{number}.regularization.l2_sp",
-            )
-        )
+    run_stage, vocab_size = config.stages[number], config.model.vocab_size
+    distillation, key = run_stage.regularization.distillation, f"stages.{number}.regularization.distillation"
+    if distillation is None:
         return
-    if distillation is not None and distillation.top_k > vocab_size:
-        key = f"stages.{number}.regularization.distillation.top_k"
+    predicts_tokens = config.model.task_head is None or run_stage.replayed_objective is not None
+    if not predicts_tokens and not config.distils_labels(number):
+        problems.append(nothing_to_distil(key, run_stage.objective.name))
+    if predicts_tokens and distillation.top_k > vocab_size:
+        key = f"{key}.top_k"
         problems.append(
             ConfigError(
                 f"{key} = {distillation.top_k} is more than the {vocab_size} tokens of the vocabulary",
@@ -65,6 +62,17 @@ def _check_distillation(number: int, config: RunConfig, problems: list[Palimpses
                 f"lower {key}",
             )
         )
+
+
+def nothing_to_distil(key: str, objective: ObjectiveName) -> ConfigError:
+    """Return the error for distillation (`key`) beside a head whose first predictions are nothing to keep."""
+    reason = "predicts a number, no distribution" if objective == "regression" else "has a new head to begin with"
+    return ConfigError(
+        f"{key} with objective {objective}, which {reason}, and without text that is replayed",
+        "labels that the start of the run predicts already (init_from.head = keep), or tokens of replayed text",
+        f"start from a model with a head for these labels, replay text ({key.partition('.regularization')[0]}.replay), "
+        "or pull the weights instead (regularization.l2_sp)",
+    )
 
 
 def _check_periods(number: int, config: RunConfig, problems: list[PalimpsestError]) -> None:

@@ -42,10 +42,11 @@ class EWCConfig(Section):
 
 class DistillationConfig(Section):
     """Distillation (Hinton et al. 2015, arXiv 1503.02531) from the run stage's first weights: strength x divergence of
-    the model's predictions from those that these weights make of the same tokens, their likeliest tokens alone."""
+    the model's predictions from those that these weights make of the same rows: of tokens (beside a task, those of the
+    text that is replayed; Li and Hoiem 2016, arXiv 1606.09282) the likeliest alone, of labels all."""
 
     strength: PositiveFloat
-    """Factor of the Kullback-Leibler divergence, which is added to the loss of each predicted token."""
+    """Factor of the Kullback-Leibler divergence, which is added to the loss of each predicted token or label."""
     top_k: PositiveInt = 64
     """Number of the likeliest tokens that are kept of each prediction; their probabilities are scaled to a sum of 1."""
 

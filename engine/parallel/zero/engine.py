@@ -22,7 +22,7 @@ from torch import nn
 from engine.config.schema.parallel import ParallelConfig
 from engine.parallel.boundary import Tensors
 from engine.parallel.deferral import Deferral, DeferredGradients, weight_gradients
-from engine.parallel.distillation import DistilledCrossEntropy
+from engine.parallel.distillation import DistilledLosses
 from engine.parallel.groups import Group, Groups
 from engine.parallel.stage import StageModule
 from engine.parallel.state import ParameterGroup
@@ -78,7 +78,7 @@ class StageEngine(HeldState):
         """Penalties on the weights that each step adds to the gradient."""
         self.gradient_edit: GradientEdit | None = None
         """Function that changes the gradients of the next step in place, before its penalties are added."""
-        self.distilled_loss: DistilledCrossEntropy | None = None
+        self.distilled: DistilledLosses | None = None
         """Loss over the vocabulary that the module computes, where some run stage distils."""
         zero_stage: int = config["zero_optimization"]["stage"]
         self.dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32

@@ -66,7 +66,7 @@ def trained(
         run.state = SimpleNamespace(stage_step=step, updates=step)
         if step == 0:
             hook.begin_run_stage(run)
-        hook.before_forward(run, [])
+        hook.before_forward(run, [], torch.ones(1))
         held = [(shard.spec, 0, engine.gradients[shard.spec.name]) for shard in engine.shards if shard.moments]
         hook.before_update(run, Update(step, 0, 1.0, 1.0, 0.1, lambda held=held: iter(held)))
         run.state = SimpleNamespace(stage_step=step + 1, updates=step + 1)
