@@ -69,11 +69,11 @@ def finish(run: RunConfig) -> None:
     from engine.serve.export import export
     from engine.serve.quiet import quiet
     from engine.serve.source import open_trained
-    from engine.train.best import best_checkpoint
+    from engine.train.best import chosen_checkpoint
 
     quiet()
     metric = run.checkpoint.best_metric
-    best = best_checkpoint(run.folder, metric) if run.checkpoint.keep_best else None
+    best = chosen_checkpoint(run.folder, run.checkpoint)
     trained = open_trained(best or run.folder)
     measures = _measure(run, trained)
     _draw(run, measures, metric, trained.step if best is not None else None)

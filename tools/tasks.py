@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,8 +27,11 @@ def main(
     (init_from.head: new). With --ensemble they are runs of one task, whose predictions are averaged.
     """
     from engine.serve.quiet import quiet
+    from launcher.devices import num_gpus
 
     quiet()
+    if not num_gpus(os.environ):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would guess the same, and print that first
     found = _ensemble(runs) if ensemble else _sequence(runs, language_model, max_samples)
     print(json.dumps(found, indent=1, ensure_ascii=False) if as_json else _text(found))
 

@@ -18,9 +18,10 @@ from engine.config.schema.run import RunConfig
 from engine.config.schema.stage import RunStage
 from engine.data.shards.dataset import TokenDataset
 from engine.errors import ConfigError
-from engine.serve.source import Trained, open_trained
+from engine.serve.source import Trained
 from engine.tasks.kind import Predictions
 from engine.tasks.kinds import KINDS
+from engine.tasks.learned import open_learned
 from engine.tasks.predict import logits_of
 
 
@@ -51,7 +52,7 @@ def ensemble(folders: Sequence[Path]) -> Predictions:
 
 
 def _opened(folder: Path) -> tuple[Trained, RunStage, Path]:
-    trained = open_trained(folder)
+    trained = open_learned(folder)
     run: RunConfig | None = trained.run
     if run is None or run.stages[-1].objective.name not in KINDS:
         raise ConfigError(f"{folder} is no run of a task", "a run folder of `palimpsest finetune`", "name another one")

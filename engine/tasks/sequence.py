@@ -25,8 +25,9 @@ from engine.errors import ConfigError
 from engine.models.families import family
 from engine.models.materialize import whole_model
 from engine.plan.cut import whole_model as whole_chunk
-from engine.serve.source import Trained, open_trained
+from engine.serve.source import Trained
 from engine.tasks.kinds import KINDS
+from engine.tasks.learned import open_learned
 from engine.tasks.predict import predict
 from engine.train.starting_weights import StartingWeights
 
@@ -56,7 +57,7 @@ def open_tasks(folders: Sequence[Path]) -> list[LearnedTask]:
     """
     tasks = []
     for folder in folders:
-        trained = open_trained(folder)
+        trained = open_learned(folder)
         if trained.run is None or trained.run.stages[-1].objective.name not in KINDS:
             raise ConfigError(
                 f"{folder} is no run of a task", "run folders of `palimpsest finetune`", "name another one"

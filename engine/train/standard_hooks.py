@@ -10,7 +10,7 @@ from engine.errors import EnvironmentProblem
 from engine.logs import phase
 from engine.parallel.agreement import on_all
 from engine.train.admission import Admission
-from engine.train.best import BestCheckpoint
+from engine.train.best_link import BestCheckpoint
 from engine.train.early_stopping import EarlyStopping
 from engine.train.evaluation import Validation
 from engine.train.hooks import Hook, Run

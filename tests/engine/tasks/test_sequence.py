@@ -1,5 +1,8 @@
 """Tasks learned one after the other: bodies under the heads of other runs. Ensembles: means of probabilities."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from engine.checkpoint.folder import CHECKPOINTS, step_path
 from engine.cli import main
+from engine.config.save import save_run
 from engine.config.schema.run import RunConfig
 from engine.data.shards.dataset import TokenDataset
 from engine.errors import ConfigError
@@ -64,6 +69,30 @@ def test_an_earlier_task_is_measured_by_the_later_body_under_its_own_head(tmp_pa
     assert again == pytest.approx(np.mean(hits))
 
 
+def test_of_a_run_counts_what_finetune_exports(tmp_path, start):
+    """The best checkpoint, where it is kept; else the newest; or the one that is named."""
+    run = learned(tmp_path, start, "run", ("old", "new"), 1)
+    for step in (5, 7):
+        save(run, step, seed=step)
+    records = ({"step": step, "validation_accuracy": value} for step, value in ((3, 0.25), (5, 0.75), (7, 0.5)))
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert run.checkpoint.keep_best == 1
+    save_run(run, run.folder)
+    best = open_trained(step_path(run.folder / CHECKPOINTS, 5))
+    for source, step in ((run.folder, 5), (step_path(run.folder / CHECKPOINTS, 3), 3)):
+        [task] = open_tasks([source])
+        assert task.trained.step == step
+    expected = [logits.argmax() for logits in logits_of(best, run.stages[-1], validation_of(run))]
+    labels = run.stages[-1].objective.labels
+    assert [row["predicted"] for row in ensemble([run.folder]).rows()] == [labels[number] for number in expected]
+    save_run(run.model_copy(update={"checkpoint": run.checkpoint.model_copy(update={"keep_best": 0})}), run.folder)
+    assert open_tasks([run.folder])[0].trained.step == 7
+
+
+def validation_of(run: RunConfig) -> TokenDataset:
+    return TokenDataset(run.stages[-1].data.validation_locations[0])
+
+
 def test_the_language_model_is_the_start_s_head_on_each_body(tmp_path, start):
     """A body that is the start's own has the start's loss."""
     runs = [learned(tmp_path, start, "random", ("old", "new"), 1)]
@@ -89,7 +118,7 @@ def test_an_ensemble_is_the_mean_of_probabilities(tmp_path, start):
 def test_generated_answers_make_no_ensemble(tmp_path, monkeypatch):
     stage = SimpleNamespace(objective=SimpleNamespace(name="answer"))
     trained = SimpleNamespace(run=SimpleNamespace(stages=(stage,)))
-    monkeypatch.setattr("engine.tasks.ensemble.open_trained", lambda _: trained)
+    monkeypatch.setattr("engine.tasks.ensemble.open_learned", lambda _: trained)
     with pytest.raises(ConfigError, match="answers are generated token by token"):
         ensemble([tmp_path])
 
@@ -129,3 +158,7 @@ def test_the_command_shows_a_row_for_each_state(tmp_path, start, capsys):
     assert main(["tasks", *folders, "--ensemble"]) == 0
     assert "accuracy" in capsys.readouterr().out
     assert main(["tasks", str(start / "hf")]) == 2
+    # in a process of its own: nothing that is imported there prints beside it
+    command = "import sys; from engine.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", command, "tasks", *folders, "--json"], capture_output=True, text=True)
+    assert json.loads(done.stdout)["measures"][1] == [float(number) for number in rows[2].split()[2:4]]

@@ -15,7 +15,8 @@ from engine.checkpoint.folder import committed, step_of
 from engine.config.load import merge
 from engine.config.resolve import check
 from engine.errors import EXIT_DONE, EXIT_REQUEUE
-from engine.train.best import LINK, best_checkpoint
+from engine.train.best import best_checkpoint
+from engine.train.best_link import LINK
 from engine.train.early_stopping import EarlyStopping
 from tests.distributed.runs import Tree, run_config, run_tree
 from tests.engine.train.fake import check_equal, fake_run, stopped_run, values
