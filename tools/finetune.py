@@ -107,7 +107,7 @@ def _export_adapter(run: RunConfig, source: Path) -> None:
     apart = open_trained(source, merge=False)
     assert run.init_from is not None
     base = run.init_from.path
-    is_theirs = format_of(location_of(base)) == "huggingface"
+    is_theirs = format_of(location_of(base)) in ("huggingface", None)  # None: it is gone since
     _replace(run.folder / ADAPTER, lambda new: export_adapter(apart, new, base if is_theirs else None))
     told, rank, adapter = "", mean_rank(apart), run.model.adapter
     if rank is not None and isinstance(adapter, AdaLoRAConfig):

@@ -15,18 +15,22 @@ from engine.config.rules.regularization import nothing_to_distil
 from engine.config.schema.model import TaskHead
 from engine.config.schema.objective import ObjectiveName
 from engine.errors import ConfigError
-from engine.tasks.start import section_of
+from engine.tasks.start import Start, section_of
 
 KEY = "stages.0.regularization.distillation"
 
 
-def check_distilled(tree: Tree, stage: Tree, name: ObjectiveName, before: TaskHead | None) -> None:
+def set_head(tree: Tree, stage: Tree, name: ObjectiveName, before: TaskHead | None, start: Start) -> None:
     """Note in `init_from` that the head of a task which distils is new, where the start has none (`before`).
 
     Raises:
         ConfigError: the head is new, and no text is replayed whose tokens could be distilled.
     """
     if not _distils(stage) or not OBJECTIVES[name].has_head:
+        return
+    if start.begun is not None and start.begun.init_from is not None:
+        # what the start had is gone, and noted
+        tree["init_from"] = {"head": start.begun.init_from.head} | section_of(tree["init_from"])
         return
     if stage.get("replay") is None and (before is None or name == "regression"):
         raise nothing_to_distil(KEY, name)

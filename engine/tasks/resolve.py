@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-from engine.checkpoint.interchange.initial import model_of
 from engine.config.load import Tree, merge, parse_run, parse_section
 from engine.config.metrics import MEASURE, VALIDATION_LOSS
 from engine.config.objectives import OBJECTIVES
@@ -23,7 +22,7 @@ from engine.config.schema.run import RunConfig
 from engine.errors import ConfigError
 from engine.plan.frozen import base_patterns
 from engine.tasks.answer_examples import AnswerExamples
-from engine.tasks.distilled import check_distilled, check_labels
+from engine.tasks.distilled import check_labels, set_head
 from engine.tasks.encode import EXAMPLES, alone_in, encoded_folder
 from engine.tasks.framing import Framing
 from engine.tasks.kinds.answer import Answer
@@ -40,7 +39,16 @@ from engine.tasks.lengths import (
 )
 from engine.tasks.read import Task, read_task
 from engine.tasks.replayed import set_replayed_source, with_answer_length, with_replay
-from engine.tasks.start import TOKENIZER, dropout_of, require_head, section_of, start_of, tokenizer_of
+from engine.tasks.start import (
+    TOKENIZER,
+    Start,
+    dropout_of,
+    open_start,
+    require_head,
+    section_of,
+    start_of,
+    tokenizer_of,
+)
 
 DEFAULTS: Tree = {
     "optimizer": {"learning_rate": 5e-5, "beta2": 0.999, "weight_decay": 0.01},
@@ -61,13 +69,14 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
     """
     expand_keys(tree)
     init_from, folder = start_of(tree, source), Path(str(tree["folder"]))
+    start = open_start(init_from, folder)
     stage, name = _stage_of(tree, source)
-    model = _model(tree, stage, name, init_from, source)
+    model = _model(tree, stage, name, start, source)
     begun = model.task_head
     before = None if section_of(tree["init_from"]).get("head") == "new" else begun
-    check_distilled(tree, stage, name, before)
+    set_head(tree, stage, name, before, start)
     if "tokenizer" not in tree:
-        tree["tokenizer"] = str(tokenizer_of(init_from, folder, model))
+        tree["tokenizer"] = str(tokenizer_of(start, folder, model))
     task = read_task(stage, name, source, int(tree.get("seed", 0)))
     tree["tokenizer"] = str(_with_dialogues(Path(tree["tokenizer"]), task, folder))
     model = make_model(**(model.model_dump() | {"task_head": task.kind.head(task.objective.labels)}))
@@ -99,17 +108,16 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
     return parse_run(whole, source)
 
 
-def _model(tree: Tree, stage: Tree, name: ObjectiveName, init_from: str, source: str) -> ModelConfig:
+def _model(tree: Tree, stage: Tree, name: ObjectiveName, start: Start, source: str) -> ModelConfig:
     """Return the model of the start, with the keys of the file. Checks the names and values of all keys."""
-    start = model_of(init_from)
     if "adapter" in tree and isinstance(tree.setdefault("model", {}), dict):
         tree["model"]["adapter"] = tree.pop("adapter")
-    _check_keys(tree, stage, start, source)
-    started = make_model(**start)
-    model = parse_section(type(started), start | dropout_of(started) | tree.get("model", {}), ("model",), source)
+    _check_keys(tree, stage, start.model, source)
+    started = make_model(**start.model)
+    model = parse_section(type(started), start.model | dropout_of(started) | tree.get("model", {}), ("model",), source)
     if model.family not in OBJECTIVES[name].families:
         raise ConfigError(
-            f"objective {name} with the model in {init_from}, of family {model.family}",
+            f"objective {name} with the model in {start.path}, of family {model.family}",
             f"a model of family {' or '.join(OBJECTIVES[name].families)}",
             "start from another model",
         )

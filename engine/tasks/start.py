@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.folder import find
+from engine.checkpoint.folder import CHECKPOINTS, committed, find
 from engine.checkpoint.interchange.huggingface import side_files
-from engine.checkpoint.interchange.initial import format_of
+from engine.checkpoint.interchange.initial import format_of, model_of
 from engine.checkpoint.load import read_state
 from engine.checkpoint.storage import location_of
-from engine.config.load import Tree
+from engine.config.load import Tree, load_run
+from engine.config.save import FILE
 from engine.config.schema.model import ModelConfig, TaskHead
+from engine.config.schema.run import RunConfig
 from engine.corpus.tokenizer_import import import_tokenizer
 from engine.corpus.tokenizer_training import Purpose
 from engine.data.tokenizer.files import MODEL_FILE
-from engine.errors import ConfigError
+from engine.errors import CheckpointError, ConfigError
+from engine.logs import logger
+from engine.redact import redact
 from engine.serve.source import describe
 from engine.tasks.encode import EXAMPLES, alone_in
 
@@ -24,6 +29,49 @@ TOKENIZER = "tokenizer"
 _PURPOSES: dict[str, Purpose] = {"gpt": "causal", "bert": "masked", "t5": "causal"}
 """Purposes whose special tokens an imported tokenizer is given where it lacks them, by family: T5's task needs no more
 than the end of a text."""
+_log = logger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The start of a task."""
+
+    path: str
+    model: Tree
+    """Keys of its model."""
+    begun: RunConfig | None = None
+    """The run that has begun from it, where the start itself is gone since. `model` is then the run's, without what a
+    task file adds: the head of the task and the adapter."""
+
+
+def open_start(path: str, folder: Path) -> Start:
+    """Return the start of the task whose run folder this is.
+
+    Raises:
+        ConfigError, CheckpointError: it cannot be read, and the run has no checkpoints of its own, or another start.
+    """
+    try:
+        return Start(path, model_of(path))
+    except (ConfigError, CheckpointError) as error:
+        begun = _begun(folder)
+        if begun is None:
+            raise
+        theirs = None if begun.init_from is None else begun.init_from.path
+        if theirs != redact(path):
+            raise ConfigError(
+                f"{error.wrong}; and the run in {folder}, which has checkpoints, started from {theirs}",
+                "the start of the run, which may be gone by now, or one that is there",
+                f"set init_from to {theirs} to go on, or begin another run in another `folder`",
+            ) from error
+        _log.warning("%s: the run goes on from its own checkpoints, with the model in %s", error.wrong, folder / FILE)
+        return Start(path, begun.model.model_dump(mode="json") | {"task_head": None, "adapter": None}, begun)
+
+
+def _begun(folder: Path) -> RunConfig | None:
+    """Return the configuration of a run that has saved checkpoints; None where there are none."""
+    if not committed(folder / CHECKPOINTS) or not (folder / FILE).is_file():
+        return None
+    return load_run(folder / FILE)
 
 
 def start_of(tree: Tree, source: str) -> str:
@@ -48,11 +96,13 @@ def dropout_of(model: ModelConfig) -> Tree:
     return {"dropout": 0.1} if model.family == "bert" and not model.transforms_for_tasks else {}
 
 
-def tokenizer_of(init_from: str, folder: Path, model: ModelConfig) -> Path:
+def tokenizer_of(start: Start, folder: Path, model: ModelConfig) -> Path:
     """Return the folder of the start's tokenizer: that of its run, or the imported one of a Hugging Face folder."""
-    location = location_of(init_from)
+    init_from, location, taken = start.path, location_of(start.path), folder / TOKENIZER
+    if start.begun is not None:
+        # by its place in the run folder, which may have been moved
+        return taken if (taken / MODEL_FILE).is_file() else start.begun.tokenizer
     if format_of(location) == "huggingface":
-        taken = folder / TOKENIZER
         with alone_in(folder / EXAMPLES):
             if not (taken / MODEL_FILE).is_file():
                 with side_files(location) as local:

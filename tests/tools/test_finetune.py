@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from transformers import (
 from engine import outcome
 from engine.checkpoint.folder import step_of
 from engine.cli import main
+from engine.config.load import load_run
+from engine.config.schema.run import InitFrom
 from engine.tasks.in_training import numbers
 from engine.tasks.resolve import resolve_task
 from engine.train.records import read_metrics
@@ -37,7 +40,8 @@ def start(tmp_path_factory):
 
 def test_a_classifier_is_trained_measured_and_exported(tmp_path, start):
     write_examples(tmp_path, count=24)
-    task = write_task(tmp_path, tree_of(tmp_path, start, duration={"steps": 2}, global_batch_size=24))
+    shutil.copytree(start / "hf", tmp_path / "hf")
+    task = write_task(tmp_path, tree_of(tmp_path, tmp_path, duration={"steps": 2}, global_batch_size=24))
     done = finetune(task)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
@@ -63,9 +67,14 @@ def test_a_classifier_is_trained_measured_and_exported(tmp_path, start):
         theirs = {one["label"]: one["score"] for one in found}
         assert ours["predicted"] == max(theirs, key=theirs.__getitem__)
         assert ours["probabilities"] == pytest.approx(theirs, abs=1e-5)
+    shutil.rmtree(tmp_path / "hf")
     again = finetune(task, "stages.0.duration.steps=3")
     assert again.returncode == 0, again.stderr
-    assert "step 2" in again.stdout + again.stderr, "it goes on from the checkpoint"
+    assert "step 2" in again.stdout + again.stderr, "it goes on from the checkpoint, also without its start"
+    assert "the run goes on from its own checkpoints" in again.stdout + again.stderr
+    refused = finetune(task, "seed=5")
+    assert refused.returncode == 2
+    assert "belongs to another run:\n  seed: 0 -> 5" in refused.stderr
 
 
 def test_an_adapter_is_written_alone_and_merged(tmp_path, start):
@@ -83,6 +92,10 @@ def test_an_adapter_is_written_alone_and_merged(tmp_path, start):
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         torch.testing.assert_close(apart(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=0, atol=1e-5)
+    # written again by a run whose start is gone since: it says all the same what it belongs to
+    gone = str(tmp_path / "gone")
+    finish(load_run(run / "config.yaml").model_copy(update={"init_from": InitFrom(path=gone)}))
+    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == gone
 
 
 def test_in_a_folder_in_use_nothing_is_encoded(tmp_path, start):
