@@ -190,8 +190,9 @@ class MixedOrder:
         numbers_K = self._numbers(sources_N)
         counts = [numbers.size for numbers in numbers_K]
         parts = zip(self.sources, cursor.addresses, counts, strict=True)
-        addresses_N3 = _interleaved([source.order.addresses(*given) for source, *given in parts], numbers_K)
-        return Samples(sources_N, addresses_N3), Cursor(end, self._advanced(cursor.addresses, counts))
+        found_K = [source.order.addresses(address, size) for source, address, size in parts]
+        after = Cursor(end, self._advanced(cursor.addresses, counts))
+        return Samples(sources_N, _interleaved(found_K, numbers_K)), after
 
     def _numbers(self, sources_N: np.ndarray) -> list[np.ndarray]:
         """Return the numbers of the samples of each source, rising."""
