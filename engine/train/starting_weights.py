@@ -209,8 +209,8 @@ def _check_task_head(model: ModelConfig, opened: SourceModel, given: InitFrom) -
 
 def _check_distilled(config: RunConfig, opened: SourceModel) -> None:
     """Raise `ConfigError` where the first run stage distils labels that the source has no head for."""
-    given, distillation = config.init_from, config.stages[0].regularization.distillation
-    if given is None or distillation is None or not config.distils_labels(0):
+    given = config.init_from
+    if given is None or not config.distils_labels(0):
         return
     with torch.device("meta"):
         heads = {*family(config.model).configured_head(without_vocabulary(config.model)).modules(PLAIN)}

@@ -212,10 +212,10 @@ class RunConfig(Section):
         return sum(run_stage.num_steps for run_stage in self.stages)
 
     def distils_labels(self, run_stage: int) -> bool:
-        """Return True if a run stage with distillation has predicted labels to keep: its first weights have a head that
-        was trained before, and what that predicts is a distribution over labels."""
-        head = self.model.task_head
-        if head is None or head.task == "regression":
+        """Return True if a run stage distils and has predicted labels to keep: its first weights have a head that was
+        trained before, and what that predicts is a distribution over labels."""
+        head, distillation = self.model.task_head, self.stages[run_stage].regularization.distillation
+        if distillation is None or head is None or head.task == "regression":
             return False
         return run_stage > 0 or (self.init_from is not None and self.init_from.head == "keep")
 
