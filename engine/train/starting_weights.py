@@ -7,6 +7,7 @@ depends on. With `missing: initialise` heads and vocabulary rows that the source
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -214,11 +215,10 @@ def _check_distilled(config: RunConfig, opened: SourceModel) -> None:
         return
     with torch.device("meta"):
         heads = {*family(config.model).configured_head(without_vocabulary(config.model)).modules(PLAIN)}
-    names = {spec.name for spec in family(config.model).specs(config.model) if spec.name.partition(".")[0] in heads}
-    if missing := sorted(names - opened.map.parameters.keys()):
+    if missing := _missing(config.model, opened, lambda name: name.partition(".")[0] in heads):
         raise ConfigError(
             f"stages.0.regularization.distillation keeps what init_from = {given.path} predicts of the labels, and it "
-            f"has no {missing[0]}",
+            f"has no {missing}",
             "a start with the head of the same task, or init_from.head = new beside text that is replayed",
             "name another start, or set init_from.head",
         )
@@ -228,14 +228,20 @@ def _check_vocabulary_head(model: ModelConfig, opened: SourceModel, given: InitF
     """Raise `ConfigError` where the run goes on with a head over the vocabulary that the source has not."""
     if model.task_head is None or not model.task_head.keeps_vocabulary:
         return
-    names = {spec.name for spec in family(model).specs(model) if spec.name.startswith(("lm_head.", "head_"))}
-    if missing := sorted(names - opened.map.parameters.keys()):
+    if missing := _missing(model, opened, lambda name: name.startswith(("lm_head.", "head_"))):
         raise ConfigError(
             f"replayed text is to be predicted by the head of pretraining, and init_from = {given.path} has no "
-            f"{missing[0]}",
+            f"{missing}",
             "a start with its head over the vocabulary",
             "start from the pretrained model itself, or leave `replay` out",
         )
+
+
+def _missing(model: ModelConfig, opened: SourceModel, is_needed: Callable[[str], bool]) -> str | None:
+    """Return the first parameter of the model, by name, that is needed and that the source lacks; None if there is
+    none."""
+    needed = {spec.name for spec in family(model).specs(model) if is_needed(spec.name)}
+    return min(needed - opened.map.parameters.keys(), default=None)
 
 
 def _check_adapter(model: ModelConfig, opened: SourceModel, given: InitFrom) -> None:
