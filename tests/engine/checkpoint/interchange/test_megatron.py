@@ -146,6 +146,8 @@ def test_what_does_not_fit_is_told_by_name(tmp_path):
         (BERT, BERT, {"apply_layernorm_1p": True}, "apply_layernorm_1p = True"),
         (BERT, BERT, {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm ="),
         (BERT, TANH, {"openai_gelu": True}, "openai_gelu = True"),
+        (BERT, BERT, {"squared_relu": True}, "squared_relu = True"),
+        (GPT, GPT, {"quick_geglu": True}, "quick_geglu = True"),
         (BERT, BERT, {"bias_gelu_fusion": True}, r"fusion = True, which is gelu_tanh here \(model.activation = gelu\)"),
         (BERT, TANH, {"bias_gelu_fusion": False}, "bias_gelu_fusion = False, which is gelu here"),
         (GPT, GPT, {"bias_gelu_fusion": False}, "bias_gelu_fusion = False, which is gelu here"),
@@ -157,6 +159,18 @@ def test_files_of_another_model_are_refused_by_argument_and_key(tmp_path, saved,
     save_legacy(tmp_path, saved, random_weights(saved), 1, 1, arguments_of)
     with pytest.raises(ConfigError, match=message):
         open_source(str(tmp_path), model=model)
+
+
+@pytest.mark.parametrize("model", [BERT, GPT])
+def test_a_t5_is_refused_by_its_cross_attention(tmp_path, model):
+    weight = torch.zeros(8, 8)
+    layers = {
+        "encoder": {"layers.0.self_attention.query_key_value.weight": weight},
+        "decoder": {"layers.0.inter_attention.query.weight": weight},
+    }
+    save_legacy(tmp_path, model, random_weights(model), 1, 1, {"model": {"language_model": layers}})
+    with pytest.raises(ConfigError, match=rf"it holds a T5 \(model.family = {model.family}\)"):
+        open_source(str(tmp_path), model=model).check()
 
 
 @pytest.mark.parametrize(("model", "fused"), [(TANH, True), (BERT, False), (GPT, True)])
