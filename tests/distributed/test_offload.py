@@ -43,7 +43,7 @@ def test_the_host_computes_what_the_device_does_bit_for_bit(case: Case) -> None:
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize("zero_stage", [2, 3])
 def test_a_discarded_step_leaves_no_trace_on_the_host(zero_stage: int) -> None:
     run_ranks(2, discarded_steps, Case(zero_stage=zero_stage, data=2, offload="optimizer"))
 

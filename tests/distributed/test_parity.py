@@ -62,7 +62,6 @@ DECODERS = (
             Case("decoder-options", zero_stage=1, pipe=3, schedule="zb-h1", recompute="selective"),
             Case("decoder-options", zero_stage=3, sequence=2, data=2, attention="row"),
             Case("decoder-options-wide-dropout", zero_stage=1, tensor=2, sequence=2, recompute="full"),
-            Case("decoder-options", zero_stage=3, pipe=2, tensor=2, dtype="bf16"),
             Case("llama3", zero_stage=2, tensor=2, data=2),
             Case("llama-dynamic", zero_stage=3, sequence=2, tensor=2, sequence_parallel=True),
             Case("mistral", zero_stage=3, pipe=3, chunks_per_stage=1, attention="row"),
@@ -80,11 +79,9 @@ ENCODERS = (
     *(
         pytest.param(case, marks=pytest.mark.matrix)
         for case in (
-            Case("bert-pre-norm", zero_stage=2, tensor=2, data=2, sequence_parallel=True, micro_batch_size=2),
             Case("bert-pre-norm", zero_stage=1, pipe=3, schedule="zb-h1", recompute="selective"),
-            Case("bert-pre-norm", zero_stage=3, sequence=2, data=2, attention="row"),
+            Case("bert-pre-norm", zero_stage=3, sequence=2, tensor=2, sequence_parallel=True, attention="row"),
             Case("bert-pre-norm-dropout", zero_stage=0, pipe=3, tensor=2, recompute="full"),
-            Case("bert-pre-norm", zero_stage=1, pipe=2, tensor=2, dtype="bf16"),
         )
     ),
 )

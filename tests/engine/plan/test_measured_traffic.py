@@ -43,12 +43,9 @@ matrix = pytest.mark.matrix
         pytest.param(Case("llama", zero_stage=1, pipe=2, sequence=2, recompute="full"), marks=matrix),
         pytest.param(Case(zero_stage=3, tensor=2, data=2, sequence_parallel=True, recompute="full"), marks=matrix),
         pytest.param(Case("t5", zero_stage=1, tensor=2, sequence_parallel=True, recompute="full"), marks=matrix),
-        pytest.param(Case("bert", zero_stage=3, pipe=2, tensor=2, sequence_parallel=True), marks=matrix),
         pytest.param(Case("bert", zero_stage=0, sequence=2, data=2, recompute="full"), marks=matrix),
         pytest.param(Case("t5", zero_stage=1, tensor=2, sequence=2, sequence_parallel=True), marks=matrix),
         pytest.param(Case("t5-v1.1", zero_stage=0, pipe=2, sequence=4, recompute="selective"), marks=matrix),
-        pytest.param(Case(zero_stage=1, data=2, attention="row"), marks=matrix),
-        pytest.param(Case(zero_stage=2, data=2, micro_batch_size=2), marks=matrix),
     ],
     ids=str,
 )
