@@ -3,7 +3,8 @@ tokens are in `engine.models.token_heads`.
 
 The modules are those of Hugging Face's classes for sequence classification, so that a fine-tuned model is one of
 theirs: BERT, Megatron's BERT and RoBERTa transform the first token's state and drop out around it, ModernBERT has the
-transformation that it was pretrained with, a decoder reads the state of the row's last token.
+transformation that it was pretrained with, of that state or of the mean over the row's tokens, a decoder reads the
+state of the row's last token.
 
 Legend: B batch, T time, D width, C labels (or predicted numbers).
 """
@@ -19,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.config.schema.model import BERTConfig, ModelConfig
+from engine.config.virtual_tokens import prompt_length
 from engine.models.dropout import EMBEDDING_OUTPUT, Dropout
 from engine.models.heads import SMOOTHING
 from engine.models.norms import norm
@@ -27,7 +29,7 @@ from engine.parallel.functions import Functions
 from engine.parallel.sharding import Table
 
 LAST = "last_B"
-"""Name of the position (int64) of each row's last token, among the inputs of a decoder's head."""
+"""Name of the position (int64) of each row's last token, among the inputs of heads that need to know where it is."""
 BEFORE, BEHIND = 1, 2
 """Numbers of the head's two places of dropout, counted on from the last layer: no layer has the same masks."""
 
@@ -47,11 +49,16 @@ class TaskHead:
 
     @property
     def inputs(self) -> frozenset[str]:
-        """The labels of the rows (`labels_B` int64, or `labels_BC` fp32), their weights, where a decoder ends and, in
-        training, the share of label smoothing, which `engine.train.feed` adds."""
+        """The labels of the rows (`labels_B` int64, or `labels_BC` fp32), their weights, where a row ends for a decoder
+        or a mean and, in training, the share of label smoothing, which `engine.train.feed` adds."""
         assert self.config.task_head is not None
         labels = "labels_B" if self.config.task_head.task == "classification" else "labels_BC"
-        return frozenset({labels, "label_weights_B", SMOOTHING} | ({LAST} if self.config.family == "gpt" else set()))
+        needs_end = self.config.family == "gpt" or self._reads_mean
+        return frozenset({labels, "label_weights_B", SMOOTHING} | ({LAST} if needs_end else set()))
+
+    @property
+    def _reads_mean(self) -> bool:
+        return self.config.task_head is not None and self.config.task_head.pooling == "mean"
 
     def modules(self, functions: Functions) -> dict[str, nn.Module]:
         """Make the classifier and, in an encoder, the transformation of the first token's state."""
@@ -95,6 +102,12 @@ class TaskHead:
                 return classifier(hidden_BTD[:, -1])
             return classifier(_last_states(cast(Any, chunk).functions, hidden_BTD, last_B))
         state_BD = hidden_BTD[:, 0]
+        if self._reads_mean:
+            last_B, before = given.get(LAST), prompt_length(self.config)
+            if last_B is None:  # one text without padding
+                state_BD = hidden_BTD.mean(1)
+            else:  # a prompt belongs to the row, as with peft's modules around Hugging Face's class
+                state_BD = _mean_states(cast(Any, chunk).functions, hidden_BTD, last_B + before)
         if self.config.transforms_for_tasks:
             transformed_BD = F.gelu(chunk.get_submodule("head_transform")(state_BD))
             return classifier(chunk.get_submodule("head_norm")(transformed_BD))
@@ -119,3 +132,14 @@ def _last_states(functions: Functions, hidden_BTD: torch.Tensor, last_B: torch.T
     # tokens and a last token 6, rank 1 chooses its token 2, and both take the state of rank 6 // 4.
     states_BSD = functions.whole_sequence(hidden_BTD[rows_B, own_B].unsqueeze(1))
     return states_BSD[rows_B, last_B // length]
+
+
+def _mean_states(functions: Functions, hidden_BTD: torch.Tensor, last_B: torch.Tensor) -> torch.Tensor:
+    """Return the mean of the states of the rows' tokens, (B, D), from those of the given ones; `last_B` is of whole
+    rows."""
+    length = hidden_BTD.size(1)
+    positions_T = torch.arange(length, device=last_B.device) + functions.sequence_slice.first(length)
+    is_token_BT = positions_T <= last_B[:, None]
+    sums_BD = (hidden_BTD * is_token_BT.unsqueeze(2)).sum(1)
+    # Ranks that share a row each sum their tokens, and all take the sum of theirs.
+    return functions.whole_sequence(sums_BD.unsqueeze(1)).sum(1) / (last_B + 1)[:, None]

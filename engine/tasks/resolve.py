@@ -16,7 +16,7 @@ from engine.config.load import Tree, merge, parse_run, parse_section
 from engine.config.metrics import MEASURE, VALIDATION_LOSS
 from engine.config.objectives import OBJECTIVES
 from engine.config.paths import expand_keys
-from engine.config.schema.model import ModelConfig, make_model
+from engine.config.schema.model import ModelConfig, TaskHead, make_model
 from engine.config.schema.objective import ObjectiveName
 from engine.config.schema.run import RunConfig
 from engine.errors import ConfigError
@@ -71,7 +71,7 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
     init_from, folder = start_of(tree, source), Path(str(tree["folder"]))
     start = open_start(init_from, folder)
     stage, name = _stage_of(tree, source)
-    model = _model(tree, stage, name, start, source)
+    model, head = _model(tree, stage, name, start, source)
     begun = model.task_head
     before = None if section_of(tree["init_from"]).get("head") == "new" else begun
     set_head(tree, stage, name, before, start)
@@ -79,7 +79,7 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
         tree["tokenizer"] = str(tokenizer_of(start, folder, model))
     task = read_task(stage, name, source, int(tree.get("seed", 0)))
     tree["tokenizer"] = str(_with_dialogues(Path(tree["tokenizer"]), task, folder))
-    model = make_model(**(model.model_dump() | {"task_head": task.kind.head(task.objective.labels)}))
+    model = make_model(**(model.model_dump() | {"task_head": _head(task, before, head)}))
     require_head(before, model.task_head, init_from)
     if before is not None:
         check_labels(stage, task.objective.labels, init_from)
@@ -108,11 +108,13 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
     return parse_run(whole, source)
 
 
-def _model(tree: Tree, stage: Tree, name: ObjectiveName, start: Start, source: str) -> ModelConfig:
-    """Return the model of the start, with the keys of the file. Checks the names and values of all keys."""
+def _model(tree: Tree, stage: Tree, name: ObjectiveName, start: Start, source: str) -> tuple[ModelConfig, Tree]:
+    """Return the model of the start with the keys of the file, and what the file says of the head. Checks the names and
+    values of all keys."""
     if "adapter" in tree and isinstance(tree.setdefault("model", {}), dict):
         tree["model"]["adapter"] = tree.pop("adapter")
-    _check_keys(tree, stage, start.model, source)
+    _check_keys(tree, stage, name, start.model, source)
+    head = tree.get("model", {}).pop("task_head", None) or {}
     started = make_model(**start.model)
     model = parse_section(type(started), start.model | dropout_of(started) | tree.get("model", {}), ("model",), source)
     if model.family not in OBJECTIVES[name].families:
@@ -129,7 +131,15 @@ def _model(tree: Tree, stage: Tree, name: ObjectiveName, start: Start, source: s
             "adapter.method lora, adalora, ia3 or prompt",
             "use one of these",
         )
-    return model
+    return model, head
+
+
+def _head(task: Task, before: TaskHead | None, given: Tree) -> Tree | None:
+    """Return `model.task_head`: the head of the task, with what the file says of it, else the start's pooling."""
+    head = task.kind.head(task.objective.labels)
+    if head is None:
+        return given or None
+    return head | ({} if before is None else {"pooling": before.pooling}) | given
 
 
 def _with_dialogues(tokenizer: Path, task: Task, folder: Path) -> Path:
@@ -169,13 +179,15 @@ def _defaults(model: ModelConfig) -> Tree:
     return defaults
 
 
-def _check_keys(tree: Tree, stage: Tree, start: Tree, source: str) -> None:
+def _check_keys(tree: Tree, stage: Tree, name: ObjectiveName, start: Tree, source: str) -> None:
     """Raise `ConfigError` where a key of the file has a wrong name or value, before any example is read; keys that are
     found later stand in with values of their own."""
     given = tree.get("model", {})
     found_later = {"sequence_length": LENGTH_MULTIPLE, "global_batch_size": BATCH, "duration": {}}
     draft = {"tokenizer": TOKENIZER} | tree | {"stages": [found_later | stage]}
     draft["model"] = start | given if isinstance(given, dict) else given
+    if isinstance(given, dict) and isinstance(head := given.get("task_head"), dict):
+        draft["model"]["task_head"] = {"task": name, "num_labels": 2} | head
     parse_run(merge(copy.deepcopy(DEFAULTS), draft | {"init_from": section_of(tree["init_from"])}), source)
 
 

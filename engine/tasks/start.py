@@ -120,11 +120,16 @@ def tokenizer_of(start: Start, folder: Path, model: ModelConfig) -> Path:
 
 
 def require_head(before: TaskHead | None, wanted: TaskHead | None, init_from: str) -> None:
-    """Raise `ConfigError` where the start has the head of another task, or one of another size."""
-    if before is not None and (wanted is None or (before.task, before.num_labels) != (wanted.task, wanted.num_labels)):
-        new = "the head over the vocabulary" if wanted is None else f"{wanted.task} of {wanted.num_labels} labels"
+    """Raise `ConfigError` where the start has the head of another task, or one of another size or pooling."""
+    if before is not None and (wanted is None or _told(before) != _told(wanted)):
+        new = "the head over the vocabulary" if wanted is None else _told(wanted)
         raise ConfigError(
-            f"{init_from} has a head for {before.task} of {before.num_labels} labels, and the task is {new}",
+            f"{init_from} has a head for {_told(before)}, and the task is {new}",
             "a start with the same head, or a pretrained one without",
             "set init_from.head=new, which begins a head; or name the labels of the start in objective.labels",
         )
+
+
+def _told(head: TaskHead) -> str:
+    pooling = f" with pooling {head.pooling}" if head.pooling != "token" else ""
+    return f"{head.task} of {head.num_labels} labels{pooling}"

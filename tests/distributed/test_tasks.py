@@ -43,9 +43,10 @@ CASES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "llama-sequence2": ("llama", "regression", 4, {"zero_stage": 2, "tensor": 2, "sequence_parallel": True}),
     "bert-tokens": ("bert", "token_classification", 4, {"zero_stage": 1, "pipe": 2, "tensor": 2}),
     "bert-answers-ulysses2": ("bert", "question_answering", 2, {"zero_stage": 1, "sequence": 2}),
+    "modernbert-mean-ulysses2": ("modernbert", "classification", 4, {"zero_stage": 1, "sequence": 2, "tensor": 2}),
 }
 MORE: dict[str, tuple[str, str, int, dict[str, Any]]] = {
-    "modernbert-zero3-pipe2": ("modernbert", "classification", 4, {"zero_stage": 3, "pipe": 2}),
+    "modernbert-mean-zero3-pipe2": ("modernbert", "classification", 4, {"zero_stage": 3, "pipe": 2}),
     "gpt2-zb-h1": ("gpt2", "classification", 2, {"zero_stage": 1, "pipe": 2, "schedule": "zb-h1"}),
     "bert-ulysses2": ("bert", "regression", 2, {"zero_stage": 0, "sequence": 2}),
     "llama-chunks": ("llama", "classification", 2, {"zero_stage": 1, "pipe": 2, "chunks_per_stage": 2}),
@@ -112,7 +113,7 @@ def write_examples(folder: Path, task: str, has_pairs: bool) -> None:
                 file.write(json.dumps(record) + "\n")
 
 
-def task_run(folder: Path, form: str, task: str, parallel: dict[str, Any]) -> RunConfig:
+def task_run(folder: Path, form: str, task: str, parallel: dict[str, Any], reads_mean: bool) -> RunConfig:
     columns: dict[str, Any] = {"text": "sentence", "label": "kind"}
     if form == "bert" and task in ("classification", "regression"):
         columns["pair"] = "other"
@@ -125,7 +126,7 @@ def task_run(folder: Path, form: str, task: str, parallel: dict[str, Any]) -> Ru
         "folder": str(folder / "run"),
         "init_from": str(folder / "theirs"),
         "stages": [stage],
-        "model": {"dropout": 0.0},
+        "model": {"dropout": 0.0} | ({"task_head": {"pooling": "mean"}} if reads_mean else {}),
         "seed": 3,
         "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.0, "clip_norm": 0.7},
         "precision": {"dtype": "fp32"},
@@ -216,7 +217,7 @@ def test_losses_are_those_of_transformers_and_torch(tmp_path, case):
     write_sentences(tmp_path, "wordpiece", 260, "masked")
     pretrained(tmp_path / "theirs", form, tmp_path / "tokenizer")
     write_examples(tmp_path, task, has_pairs=form == "bert")
-    config = task_run(tmp_path, form, task, parallel)
+    config = task_run(tmp_path, form, task, parallel, reads_mean="mean" in case)
     found = run_ranks(world_size, train_rank, config.model_dump(mode="json", exclude_none=True))
     assert {one["code"] for one in found} == {0}
     records = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]

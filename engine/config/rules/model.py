@@ -24,6 +24,16 @@ def check_model(model: ModelConfig, problems: list[PalimpsestError]) -> None:
         )
     _check_rotary(model, problems)
     check_adapter(model, problems)
+    head = model.task_head
+    if head is not None and head.pooling == "mean" and (head.sees_tokens or not model.transforms_for_tasks):
+        problems.append(
+            ConfigError(
+                f"model.task_head.pooling = mean with task {head.task} and a model of family {model.family}",
+                "classification or regression by an encoder of ModernBERT's form (model.norm_position pre, with a norm "
+                "of the embeddings)",
+                "leave it out: the classes of other models at Hugging Face read one token",
+            )
+        )
     if isinstance(model, GPTConfig):
         _check_decoder(model, problems)
     if isinstance(model, BERTConfig):

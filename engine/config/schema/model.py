@@ -18,6 +18,7 @@ from engine.config.schema.section import KeyKind, Section
 
 FamilyName = Literal["gpt", "bert", "t5"]
 TaskName = Literal["classification", "regression", "token_classification", "question_answering"]
+Pooling = Literal["token", "mean"]
 Activation = Literal["gelu_tanh", "gelu", "relu", "swiglu", "geglu", "geglu_tanh"]
 Norm = Literal["layernorm", "rmsnorm"]
 
@@ -35,6 +36,9 @@ class TaskHead(Section):
     each token (`token_classification`); the first and the last token of an answer (`question_answering`)."""
     num_labels: int = Field(ge=1, le=2**20)
     """Number of labels, or of predicted numbers; 2 for `question_answering`."""
+    pooling: Pooling = "token"
+    """State of a sequence that its label or number is read from (`classification`, `regression`): that of one token
+    (`token`), an encoder's first or a decoder's last, or in encoders of ModernBERT's form the mean of all (`mean`)."""
     keeps_vocabulary: bool = False
     """True if the model keeps the head over the vocabulary, whose loss is trained on replayed text beside the task."""
 

@@ -19,9 +19,11 @@ FORMS = {
     "modernbert-biased": tiny("modernbert", bias=True, norm_bias=True, local_rope_theta=None),
 }
 NUM_LABELS = 5
+MEAN = "-mean"
 
 
 def with_head(form: str, task: str = "classification", num_labels: int = NUM_LABELS, **changes: Any) -> ModelConfig:
-    """Return the configuration of a form with a head, and with other values of some keys."""
-    tree = FORMS[form].model_dump() | {"task_head": {"task": task, "num_labels": num_labels}} | changes
+    """Return the configuration of a form with a head, and other values of some keys; `FORM-mean` reads the mean."""
+    head = {"task": task, "num_labels": num_labels, "pooling": "mean" if form.endswith(MEAN) else "token"}
+    tree = FORMS[form.removesuffix(MEAN)].model_dump() | {"task_head": head} | changes
     return make_model(**tree)

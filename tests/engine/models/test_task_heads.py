@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.checkpoint.interchange.huggingface import from_huggingface
+from engine.errors import ConfigError
 from engine.models.dropout import make
 from engine.models.families import family
 from engine.models.materialize import whole_model
@@ -17,6 +18,7 @@ from tests.engine.models.tiny import random_weights, twin
 
 LENGTHS = (7, 12, 3)
 TASKS = {"classification": NUM_LABELS, "token_classification": NUM_LABELS, "question_answering": 2}
+MEANS = ("modernbert-mean", "modernbert-biased-mean")
 OF_TOKENS = ("token_classification", "question_answering")
 
 
@@ -30,7 +32,7 @@ def rows(config):
     return ours, {"input_ids": tokens_BT, "attention_mask": mask_BT.long()}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, *MEANS])
 def test_logits_are_those_of_the_class_for_sequences(form):
     config = with_head(form)
     weights = random_weights(config)
@@ -98,7 +100,7 @@ def test_a_padding_row_of_answers_has_no_loss():
     assert found.tolist() == [0.0]
 
 
-@pytest.mark.parametrize("form", ["bert", "llama", "modernbert"])
+@pytest.mark.parametrize("form", ["bert", "llama", "modernbert", "modernbert-mean"])
 def test_losses_are_sums_over_rows_and_weigh_as_told(form):
     config = with_head(form)
     model = whole_model(config, random_weights(config))
@@ -139,6 +141,18 @@ def test_a_fine_tuned_model_of_theirs_comes_in_as_it_went_out(form, task):
     assert back.task_head == config.task_head
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("form", MEANS)
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_the_pooling_comes_in_as_it_went_out(form, task):
+    config = with_head(form, task, TASKS.get(task, 1))
+    theirs = twin(config, random_weights(config))
+    assert theirs.config.classifier_pooling == "mean"
+    assert from_huggingface(theirs)[0].task_head == config.task_head
+    theirs.config.__dict__["classifier_pooling"] = "max"  # which newer releases of theirs do not take
+    with pytest.raises(ConfigError, match="classifier_pooling = 'max'"):
+        from_huggingface(theirs)
 
 
 @pytest.mark.parametrize(("form", "drops"), [("bert", True), ("roberta", True), ("modernbert", False), ("gpt2", False)])

@@ -231,6 +231,31 @@ def test_a_head_of_another_size_or_task_is_refused(tmp_path, start):
     assert begun == TaskHead(task="classification", num_labels=2)
 
 
+def test_a_pooling_is_of_the_file_or_of_the_head_of_the_start(tmp_path):
+    fine_tuned, mean = tmp_path / "start", {"task_head": {"pooling": "mean"}}
+    fine_tuned.mkdir()
+    write_start(fine_tuned, "modernbert", task_head={"task": "classification", "num_labels": 2, "pooling": "mean"})
+    write_examples(tmp_path)
+    tree = tree_of(tmp_path, fine_tuned)
+    head = resolve_task(dict(tree), "task").model.task_head
+    assert head is not None
+    assert head.pooling == "mean"
+    new = {"init_from": {"path": tree["init_from"], "head": "new"}}
+    begun = [resolve_task(tree | new | {"model": given}, "task").model.task_head for given in ({}, mean)]
+    assert [one.pooling for one in begun if one is not None] == ["token", "mean"]
+    with pytest.raises(ConfigError, match=r"2 labels with pooling mean, and the task is classification of 2 labels"):
+        resolve_task(tree | {"model": {"task_head": {"pooling": "token"}}}, "task")
+    with pytest.raises(ConfigError, match=r"model.task_head.pooling"):
+        resolve_task(tree | {"model": {"task_head": {"pooling": "max"}}}, "task")
+
+
+def test_a_mean_is_for_encoders_that_transform_it(tmp_path, start):
+    write_examples(tmp_path)
+    run = resolve_task(tree_of(tmp_path, start) | {"model": {"task_head": {"pooling": "mean"}}}, "task")
+    with pytest.raises(ConfigError, match=r"model.task_head.pooling = mean with task classification"):
+        resolve(run, 1)
+
+
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 @pytest.mark.parametrize("length", [None, 8])
 def test_virtual_tokens_that_leave_no_position_are_refused_before_examples_are_encoded(tmp_path, start, method, length):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from engine.checkpoint.interchange.config_map import Always, Computed, Field
+from engine.checkpoint.interchange.config_map import Computed
 from engine.checkpoint.interchange.forms.form import Form, Theirs, one
 from engine.config.huggingface_forms import Problems
 from engine.config.schema.model import ModelConfig, TaskHead, TaskName
@@ -26,16 +26,17 @@ ENDINGS: Mapping[TaskName, str] = {
     "question_answering": ANSWERS,
 }
 _PROBLEMS = {"classification": "single_label_classification", "regression": "regression"}
+_POOLINGS = {"token": "cls", "mean": "mean"}
+"""Values of ModernBERT's `classifier_pooling`; other classes read one token."""
 _SPAN_ENDS = 2
 """Labels of question answering: the first and the last token."""
 
 
 @dataclass(frozen=True)
 class _Head:
-    """Modules and fields of theirs that replace those of the head over the vocabulary."""
+    """Modules of theirs that replace those of the head over the vocabulary."""
 
     names: dict[str, Theirs]
-    fields: tuple[Field, ...] = ()
     prefix: str = ""
     """Beginning of the names of all other parameters, where the class has another one than that of pretraining."""
 
@@ -53,7 +54,7 @@ _HEADS: Mapping[str, Mapping[str, _Head]] = {
             _Head({"pooler": one("bert.pooler.dense"), "classifier": one("classifier")}),
         ),
         "roberta": _Head({"pooler": one("classifier.dense"), "classifier": one("classifier.out_proj")}),
-        "modernbert": _Head({"classifier": one("classifier")}, (Always("classifier_pooling", ("cls",)),)),
+        "modernbert": _classifier("classifier"),
         **dict.fromkeys(("gpt2", "gpt_neox", *_LLAMAS), _classifier("score")),
     },
     TOKENS: {
@@ -79,7 +80,9 @@ def _write(model: ModelConfig) -> dict[str, Any]:
     head = model.task_head
     assert head is not None
     labels = {number: f"LABEL_{number}" for number in range(head.num_labels)}
-    found = {"id2label": labels, "label2id": {name: number for number, name in labels.items()}}
+    found: dict[str, Any] = {"id2label": labels, "label2id": {name: number for number, name in labels.items()}}
+    if model.transforms_for_tasks and not head.sees_tokens:
+        found["classifier_pooling"] = _POOLINGS[head.pooling]
     return found | ({"problem_type": _PROBLEMS[head.task]} if head.task in _PROBLEMS else {})
 
 
@@ -91,7 +94,15 @@ def _read(ending: str, theirs: Any, problems: Problems) -> dict[str, Any]:
         problems.append(ConfigError(f"num_labels = {theirs.num_labels}", f"{_SPAN_ENDS} for {ANSWERS}"))
     if task is None:
         return {}
-    return {"task_head": TaskHead.model_validate({"task": task, "num_labels": theirs.num_labels})}
+    head = {"task": task, "num_labels": theirs.num_labels}
+    if ending == SEQUENCES:
+        ours = {theirs: ours for ours, theirs in _POOLINGS.items()}
+        pooling = getattr(theirs, "classifier_pooling", "cls")
+        if pooling not in ours:
+            problems.append(ConfigError(f"classifier_pooling = {pooling!r}", " or ".join(ours)))
+            return {}
+        head["pooling"] = ours[pooling]
+    return {"task_head": TaskHead.model_validate(head)}
 
 
 def _sequence_task(theirs: Any, problems: Problems) -> TaskName | None:
@@ -123,7 +134,7 @@ def with_task_head(form: Form, ending: str) -> Form | None:
         form,
         architecture=stem + ending,
         names=kept | head.names,
-        fields=(*form.fields, *head.fields, Computed(_write, partial(_read, ending))),
+        fields=(*form.fields, Computed(_write, partial(_read, ending))),
         prefix=head.prefix or form.prefix,
         heads=tuple(sorted(heads | ({"head."} if form.model_type == "modernbert" else set()))),
         copies={},
