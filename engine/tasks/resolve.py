@@ -162,9 +162,9 @@ def _fill_stage(
     stage["objective"] = task.objective.model_dump(mode="json", exclude_unset=True)
     num_rows = num_rows_of(stage, task.objective)
     set_lengths(stage, num_rows)
-    # Rows of several lengths are for examples with one label each, of one data set, in steps of one size.
+    # Rows of several lengths are for labelled examples of one data set, in steps of one size.
     is_even = not {"replay", "batch_ramp"} & stage.keys() and stage["data"].get("on_damage", "fail") == "fail"
-    if is_even and model.task_head is not None and not model.task_head.sees_tokens:
+    if is_even and model.task_head is not None:
         stage["data"].setdefault("row_lengths", row_lengths_of(encoded["train"], length, parallel))
     return num_rows
 

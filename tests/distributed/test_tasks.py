@@ -85,7 +85,7 @@ def pretrained(folder: Path, form: str, tokenizer: Path) -> None:
 
 
 def token_record(number: int) -> dict[str, Any]:
-    words = ["the", "ink", "fades", "in", "the", "old", "codex"][: number % 4 + 3]
+    words = ["the", "ink", "fades", "in", "the", "old", "codex"][: number % 4 + 3] * (number % 3 + 1)
     tags = [("B-thing" if word in ("ink", "codex") else "I-thing" if word == "fades" else "O") for word in words]
     return {"tokens": words, "tags": tags}
 
@@ -218,6 +218,7 @@ def test_losses_are_those_of_transformers_and_torch(tmp_path, case):
     pretrained(tmp_path / "theirs", form, tmp_path / "tokenizer")
     write_examples(tmp_path, task, has_pairs=form == "bert")
     config = task_run(tmp_path, form, task, parallel, reads_mean="mean" in case)
+    assert config.stages[0].data.row_lengths, "steps have rows of several lengths"
     found = run_ranks(world_size, train_rank, config.model_dump(mode="json", exclude_none=True))
     assert {one["code"] for one in found} == {0}
     records = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]

@@ -9,9 +9,6 @@ from engine.config.schema.objective import ObjectiveConfig
 from engine.config.schema.stage import RunStage
 from engine.errors import ConfigError, PalimpsestError
 
-_ONE_LABEL = ("classification", "regression")
-"""Objectives whose examples have one label each."""
-
 
 def check_objective(key: str, stage: RunStage, model: ModelConfig, problems: list[PalimpsestError]) -> None:
     """Add every rule that the objective of the run stage at `key` breaks."""
@@ -80,17 +77,18 @@ def check_keys(name: str, objective: ObjectiveConfig, problems: list[PalimpsestE
 
 
 def _check_row_lengths(key: str, stage: RunStage, problems: list[PalimpsestError]) -> None:
-    """Add the rules of rows of several lengths: examples with one label each, of one data set, and lengths in order."""
+    """Add the rules of rows of several lengths: labelled examples of one data set, and lengths in order."""
     data, lengths = stage.data, stage.data.row_lengths
     beside = {"sources": bool(data.sources), "replay": stage.replay is not None}
     beside |= {"on_damage = quarantine": data.on_damage == "quarantine"}
     with_others = [name for name, is_set in beside.items() if is_set]
-    if stage.objective.name not in _ONE_LABEL or with_others:
+    of_tasks = [name for name, one in OBJECTIVES.items() if one.has_head]
+    if stage.objective.name not in of_tasks or with_others:
         what = with_others or [f"objective {stage.objective.name}"]
         problems.append(
             ConfigError(
                 f"{key}.data.row_lengths with {', '.join(what)}",
-                f"objective {' or '.join(_ONE_LABEL)}, with examples from data.train alone",
+                f"objective {' or '.join(of_tasks)}, with examples from data.train alone",
                 "leave row_lengths out (for finetune: row_lengths: [])",
             )
         )

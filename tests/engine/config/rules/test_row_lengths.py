@@ -26,6 +26,8 @@ def problems(stage: dict[str, Any], **changes: Any) -> list[str]:
 def test_lengths_of_a_task_are_allowed():
     assert problems({}) == []
     assert problems({"data": {"row_lengths": []}}) == []
+    tokens = {"task": "token_classification", "num_labels": 2}
+    assert problems({"objective": {"name": "token_classification"}}, model={"task_head": tokens}) == []
 
 
 @pytest.mark.parametrize(
