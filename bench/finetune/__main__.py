@@ -2,10 +2,10 @@
 
     python -m bench.finetune --data DATA --output bench/results/cpu-finetune-DATE.json
 
-An encoder is pretrained first, by the project's own commands, on the text in DATA/corpus. Then each task set in
-DATA/tasks is trained by `palimpsest finetune`, by Trainer, and by `palimpsest finetune` from random weights; with 10,
-100 and 1,000 rows without Trainer. With `--ablate` each guard against overfitting is tried alone instead. Finished
-parts are kept below `--work` and not done again.
+An encoder is pretrained first, by the project's own commands, on the text in DATA/corpus and on the texts of the
+training rows, without their labels. Then each task set in DATA/tasks is trained by `palimpsest finetune`, by Trainer,
+and by `palimpsest finetune` from random weights; with 10, 100 and 1,000 rows without Trainer. With `--ablate` each
+guard against overfitting is tried alone instead. Finished parts are kept below `--work` and not done again.
 """
 
 from __future__ import annotations

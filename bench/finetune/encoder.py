@@ -2,6 +2,7 @@
 
     tokenizer -> prepare -> launch (two ranks) -> convert
 
+`bench.finetune.texts` has what it reads.
 It has ModernBERT's form (Warner et al. 2024, arXiv 2412.13663), small batches, and masks more than BERT does (Wettig et
 al. 2023, arXiv 2202.08005). After 8 million tokens an encoder of BERT's form (learned positions, norms behind the parts
 of a layer) with a batch four times as large had learned how frequent the tokens are, and hardly more: its classifiers
@@ -18,12 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.finetune.texts import DOMAINS, write_texts
 from engine.config.save import save_tree
 from engine.errors import PalimpsestError
 
-DOMAINS = {"prose": "corpus/en_prose.jsonl.gz", "chinese": "corpus/zh.jsonl.gz"}
-"""Files of the text below the data folder. Their texts are not those of the task sets."""
-WEIGHTS = {"prose": 0.5, "chinese": 0.5}
 VOCABULARY = 16_000
 TOKENIZER_MEGABYTES = 24
 STEP_TOKENS, LENGTH = 2048, 128
@@ -39,7 +38,7 @@ class CommandFailed(PalimpsestError):
 class Size:
     """Size of the encoder and of its pretraining."""
 
-    steps: int = 7000
+    steps: int = 11_000
     """Steps of 2,048 tokens: about half an hour on two cores."""
     layers: int = 3
     hidden: int = 192
@@ -64,8 +63,10 @@ class Encoder:
     def make(self) -> None:
         """Run what is missing. Raises `CommandFailed`."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        sources = {name: self.data / file for name, file in DOMAINS.items()}
-        tokenizer, shards = self.folder / "tokenizer", self.folder / "shards"
+        texts, tokenizer, shards = (self.folder / name for name in ("texts", "tokenizer", "shards"))
+        if not (self.folder / "prepare.done").exists():
+            write_texts(self.data, texts)
+        sources = {domain.name: texts / f"{domain.name}.jsonl" for domain in DOMAINS}
         self._run_once(
             tokenizer,
             "tokenizer",
@@ -113,10 +114,14 @@ class Encoder:
                     "objective": {"name": "masked", "rate": MASK_RATE},
                     "data": {
                         "sources": [
-                            {"name": domain, "path": str(shards / "train" / domain), "weight": weight}
-                            for domain, weight in WEIGHTS.items()
+                            {
+                                "name": domain.name,
+                                "path": str(shards / "train" / domain.name),
+                                "weight": domain.weight,
+                            }
+                            for domain in DOMAINS
                         ],
-                        "validation": {domain: str(shards / "validation" / domain) for domain in WEIGHTS},
+                        "validation": {domain.name: str(shards / "validation" / domain.name) for domain in DOMAINS},
                     },
                     "sequence_length": LENGTH,
                     "global_batch_size": STEP_TOKENS // LENGTH,
@@ -125,9 +130,9 @@ class Encoder:
                 }
             ],
             "optimizer": {"learning_rate": PEAK_RATE, "beta2": 0.98, "weight_decay": 0.01},
-            "precision": {"dtype": "fp32"},
+            "precision": {"dtype": "bf16"},
             "parallel": {"micro_batch_size": STEP_TOKENS // LENGTH // 2},
-            "evaluation": {"max_samples": 512},
+            "evaluation": {"max_samples": 128},
             "checkpoint": {"every_steps": 1000, "keep_last": 1},
             "logging": {"every_steps": 100, "tensorboard": False, "wandb": "off", "plot": False},
         }

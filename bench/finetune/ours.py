@@ -16,6 +16,8 @@ from engine.config.save import save_tree
 WEIGHT_DECAY, BETA2, EPSILON, CLIP, WARMUP_SHARE = 0.01, 0.999, 1e-8, 1.0, 0.1
 """Recipe of both sides (Devlin et al. 2019, appendix A.3); the learning rate falls linearly to 0."""
 
+POOLING = "mean"
+"""State that a text's label is read from: a pretraining without pairs makes no summary of a row's first token."""
 OBJECTIVES: dict[str, Any] = {
     "question_answering": {"name": "question_answering", "stride": 128, "longest_answer": 30, "cut_answers": "cover"}
 }
@@ -37,6 +39,7 @@ def run_file(task: TaskSet, start: str, files: tuple[str, str], folder: Path, se
         "folder": str(folder),
         "seed": seed,
         "init_from": start,
+        "model": {"task_head": {"pooling": POOLING}} if task.kind == "classification" else {},
         "stages": [
             {
                 "objective": OBJECTIVES.get(task.kind, task.kind),

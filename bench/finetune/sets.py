@@ -40,8 +40,9 @@ class TaskSet:
     """True if the rows are relations, derived from the entities of the files (`bench.finetune.relations`)."""
     epochs: int = 3
     batch: int = 32
-    learning_rate: float = 1e-3
-    """Peak rate. For an encoder as small as that of `bench.finetune.encoder` more than the usual 3e-4."""
+    learning_rate: float = 5e-4
+    """Peak rate. Of 2.5e-4 to 2e-3 the best on the development rows of WNUT17; on those of SST-2, of which there are
+    872, it has 79.8 % and 1e-3 has 80.6 %."""
 
     def rows(self, data: Path) -> tuple[list[Row], list[Row]]:
         """Return (training rows, test rows). Raises `DataError` where a file is missing or damaged."""

@@ -17,6 +17,7 @@ from transformers import (
     DataCollatorWithPadding,
 )
 
+from bench.finetune.ours import POOLING
 from bench.finetune.relations import Row, marked_text
 from bench.finetune.sets import TaskSet
 from bench.finetune.theirs import Prepared
@@ -44,7 +45,9 @@ def _classification(task: TaskSet, start: str, tokenizer: Any, train: list[Row],
         expected_N = np.asarray([labels.index(row["label"]) for row in test])
         return of_labels(expected_N, np.asarray(logits_NC).argmax(1), tuple(map(str, labels)))
 
-    model = AutoModelForSequenceClassification.from_pretrained(start, num_labels=len(labels))
+    model = AutoModelForSequenceClassification.from_pretrained(
+        start, num_labels=len(labels), classifier_pooling=POOLING
+    )
     return Prepared(
         model, DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8), encoded(train), encoded(test), measure
     )

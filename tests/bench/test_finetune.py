@@ -1,5 +1,6 @@
 """The fine-tuning benchmark: its cells are drawn and kept as said, and its bars follow from the scores."""
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.finetune import ablations
+from bench.finetune import ablations, texts
 from bench.finetune import cells as module
 from bench.finetune.__main__ import ablation_cells, cells_of
 from bench.finetune.cells import Cell, Cells, Result, Side
@@ -71,6 +72,34 @@ def test_the_other_side_labels_first_tokens_and_decodes_spans() -> None:
     # the best start and end are outside of the context, and the best end inside lies before its start
     assert best_span(starts, ends, offsets) == (6.0, 0, 3)
     assert best_span(starts, np.array([9.0, 0.0, 1.0, 3.0]), offsets) == (6.0, 4, 12)
+
+
+def test_the_pretraining_sees_no_text_of_a_test_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tested, trained = "A thrifty monk, who hides older lines in the codex: nothing fades.", "the ink fades in the codex"
+    documents = [
+        {"source": "movie_reviews", "text": "kept"},
+        {"source": "movie_reviews", "text": f"Before. {tested.upper().replace(',', '')} After."},
+        {"source": "abc", "text": "news"},
+        {"source": "unknown", "text": "of no domain"},
+    ]
+    monkeypatch.setattr(texts, "SETS", [SST2])
+    monkeypatch.setattr(texts, "CORPUS", ("corpus.jsonl.gz",))
+    monkeypatch.setattr(
+        texts,
+        "DOMAINS",
+        (texts.Domain("reviews", 0.5, "movie_.*"), texts.Domain("prose", 0.3, "brown|abc"), texts.Domain("sst2", 0.2)),
+    )
+    with gzip.open(tmp_path / "corpus.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(document) + "\n" for document in documents)
+    for half, text in ((SST2.train, trained), (str(SST2.test), tested)):
+        (tmp_path / half).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / half).write_text(json.dumps({"text": text, "label": "positive"}) + "\n", encoding="utf-8")
+    texts.write_texts(tmp_path, tmp_path / "texts")
+    written = {path.stem: path.read_text(encoding="utf-8") for path in (tmp_path / "texts").iterdir()}
+    assert written == {
+        name: json.dumps({"text": text}) + "\n"
+        for name, text in (("reviews", "kept"), ("prose", "news"), ("sst2", trained))
+    }
 
 
 def test_few_rows_are_trained_on_for_as_many_steps_as_it_takes() -> None:
