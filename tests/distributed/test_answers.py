@@ -25,6 +25,9 @@ from tests.distributed.task_training import trained_by_torch, validation_batch
 
 TOLERANCE = 3e-6
 """Losses of about 6 in fp32 against fp64, over six updates."""
+UNSCALED = 8e-6
+"""The same of T5 v1.1, whose logits are larger for want of a scale: torch's own losses in fp32 are 4e-6 from those in
+fp64, and ours may lie as far on the other side."""
 SMOOTHED, SMOOTHING = ("t5-pairs-zero1-tensor2", "llama-pairs-sequence"), 0.2
 """Cases with label smoothing; validation losses are without it."""
 Case = tuple[str, str, int, dict[str, Any]]
@@ -141,11 +144,12 @@ def test_losses_are_those_of_transformers_and_torch(tmp_path, case):
     records = records_of(config.folder)
     steps = [record for record in records if "loss" in record]
     losses, validation_loss = their_losses(config, tmp_path)
-    assert [record["loss"] for record in steps] == pytest.approx(losses, abs=TOLERANCE)
+    tolerance = UNSCALED if form == "t5-v1.1" else TOLERANCE
+    assert [record["loss"] for record in steps] == pytest.approx(losses, abs=tolerance)
     (last,) = [
         record["validation_loss"] for record in records if record["step"] == STEPS and "validation_loss" in record
     ]
-    assert last == pytest.approx(validation_loss, abs=TOLERANCE)
+    assert last == pytest.approx(validation_loss, abs=tolerance)
 
 
 def test_a_run_that_was_stopped_and_goes_on_in_another_layout_is_the_undisturbed_one(tmp_path):

@@ -9,9 +9,9 @@ import transformers
 
 from engine.checkpoint.interchange.forms import form_of
 from engine.checkpoint.interchange.huggingface import to_huggingface
-from engine.config.schema.model import ModelConfig
+from engine.config.schema.model import ModelConfig, make_model
 from engine.data.tokenizer.folder import load_tokenizer
-from tests.engine.models.tiny import random_weights, tiny
+from tests.engine.models.tiny import FORMS, T5_FORMS, random_weights
 
 WORDS = ("ink", "monk", "page", "codex", "prayer", "margin")
 
@@ -20,7 +20,7 @@ def write_folder(folder: Path, form: str, tokenizer: Path, **sizes: Any) -> Mode
     """A Hugging Face folder of a tiny model with random weights, and a tokenizer."""
     loaded = load_tokenizer(tokenizer)
     fitting = {"vocab_size": loaded.vocab_size, "vocab_multiple": 8, "max_positions": 48} | sizes
-    model = tiny(form, **fitting)
+    model = make_model(**((FORMS | T5_FORMS)[form].model_dump(exclude_unset=True) | fitting))
     padding = loaded.vocabulary.padding
     config, state = to_huggingface(model, random_weights(model, seed=2), padding)
     if config.is_encoder_decoder:
