@@ -79,7 +79,7 @@ SETS = (
     _task("wikigold", "token_classification", "f1", 96, epochs=8),
     _task("wnut17", "token_classification", "f1", 96, has_bar=False, epochs=5),
     replace(
-        _task("wikigold", "classification", "accuracy", 96, epochs=8, has_bar=False, has_relations=True),
+        _task("wikigold", "classification", "accuracy", 224, epochs=8, has_bar=False, has_relations=True),
         name="relations",
     ),
     _xquad("en"),
