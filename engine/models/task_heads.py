@@ -61,7 +61,7 @@ class TaskHead:
         return self.config.task_head is not None and self.config.task_head.pooling == "mean"
 
     def modules(self, functions: Functions) -> dict[str, nn.Module]:
-        """Make the classifier and, in an encoder, the transformation of the first token's state."""
+        """Make the classifier and, in an encoder, the transformation of the state."""
         assert self.config.task_head is not None
         width, num_labels = self.config.hidden_size, self.config.task_head.num_labels
         if not isinstance(self.config, BERTConfig):
@@ -140,6 +140,7 @@ def _mean_states(functions: Functions, hidden_BTD: torch.Tensor, last_B: torch.T
     length = hidden_BTD.size(1)
     positions_T = torch.arange(length, device=last_B.device) + functions.sequence_slice.first(length)
     is_token_BT = positions_T <= last_B[:, None]
-    sums_BD = (hidden_BTD * is_token_BT.unsqueeze(2)).sum(1)
+    sums_BD = (hidden_BTD * is_token_BT.unsqueeze(2)).sum(1, dtype=torch.promote_types(hidden_BTD.dtype, torch.float32))
     # Ranks that share a row each sum their tokens, and all take the sum of theirs.
-    return functions.whole_sequence(sums_BD.unsqueeze(1)).sum(1) / (last_B + 1)[:, None]
+    means_BD = functions.whole_sequence(sums_BD.unsqueeze(1)).sum(1) / (last_B + 1)[:, None]
+    return means_BD.to(hidden_BTD.dtype)

@@ -51,11 +51,11 @@ def prompted_types(config: ModelConfig, types_BT: torch.Tensor) -> torch.Tensor:
 def without_prompt(config: ModelConfig, x_BTD: torch.Tensor) -> torch.Tensor:
     """Return the last hidden states of a row as its head reads them: those of its tokens.
 
-    The head of an encoder's rows reads the first state, which is the prompt's with peft's modules around Hugging
-    Face's class: it is given all of them.
+    The head of an encoder's rows reads the first state, or the mean over all, and both are with the prompt where peft's
+    modules are around Hugging Face's class: it is given all of them.
     """
-    reads_first = isinstance(config, BERTConfig) and config.task_head is not None and not config.task_head.sees_tokens
-    return x_BTD if reads_first else x_BTD[:, prompt_length(config) :]
+    reads_all = isinstance(config, BERTConfig) and config.task_head is not None and not config.task_head.sees_tokens
+    return x_BTD if reads_all else x_BTD[:, prompt_length(config) :]
 
 
 class Prefix(nn.Module):

@@ -42,6 +42,7 @@ from engine.tasks.replayed import set_replayed_source, with_answer_length, with_
 from engine.tasks.start import (
     TOKENIZER,
     Start,
+    begun_run,
     dropout_of,
     open_start,
     require_head,
@@ -79,7 +80,7 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
         tree["tokenizer"] = str(tokenizer_of(start, folder, model))
     task = read_task(stage, name, source, int(tree.get("seed", 0)))
     tree["tokenizer"] = str(_with_dialogues(Path(tree["tokenizer"]), task, folder))
-    model = make_model(**(model.model_dump() | {"task_head": _head(task, before, head)}))
+    model = make_model(**(model.model_dump() | {"task_head": _head(task, before, start, head)}))
     require_head(before, model.task_head, init_from)
     if before is not None:
         check_labels(stage, task.objective.labels, init_from)
@@ -93,7 +94,7 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
         for part, examples in task.parts.items()
     }
     layers = _layer_keys(stage, source)
-    num_rows = _fill_stage(stage, task, model, encoded, length, tree.get("parallel", {}))
+    num_rows = _fill_stage(stage, task, model, encoded, length, tree.get("parallel", {}), begun_run(folder))
     set_replayed_source(stage, init_from, folder / EXAMPLES, int(tree.get("seed", 0)))
     if layers.layer_decay is not None:
         given = stage.get("learning_rate_factors", {})
@@ -113,6 +114,9 @@ def _model(tree: Tree, stage: Tree, name: ObjectiveName, start: Start, source: s
     values of all keys."""
     if "adapter" in tree and isinstance(tree.setdefault("model", {}), dict):
         tree["model"]["adapter"] = tree.pop("adapter")
+    given = tree.get("model")
+    if isinstance(given, dict) and isinstance(head := given.get("task_head"), dict):
+        _check_head_keys(head, name, source)
     _check_keys(tree, stage, name, start.model, source)
     head = tree.get("model", {}).pop("task_head", None) or {}
     started = make_model(**start.model)
@@ -134,12 +138,24 @@ def _model(tree: Tree, stage: Tree, name: ObjectiveName, start: Start, source: s
     return model, head
 
 
-def _head(task: Task, before: TaskHead | None, given: Tree) -> Tree | None:
-    """Return `model.task_head`: the head of the task, with what the file says of it, else the start's pooling."""
+def _head(task: Task, before: TaskHead | None, start: Start, given: Tree) -> Tree | None:
+    """Return `model.task_head`: the head of the task, with the pooling of the file, else of the start."""
     head = task.kind.head(task.objective.labels)
-    if head is None:
-        return given or None
-    return head | ({} if before is None else {"pooling": before.pooling}) | given
+    if head is None or task.kind.name not in ("classification", "regression"):
+        return head
+    return head | {"pooling": start.pooling if before is None else before.pooling} | given
+
+
+def _check_head_keys(given: Tree, name: ObjectiveName, source: str) -> None:
+    """Raise `ConfigError` where a file says more of the head than its pooling: the rest is the objective's."""
+    has_pooling = name in ("classification", "regression")
+    wrong = [f"model.task_head.{key}" for key in given if key != "pooling" or not has_pooling]
+    if wrong:
+        raise ConfigError(
+            f"{source}: {', '.join(wrong)} with objective {name}",
+            "model.task_head.pooling" if has_pooling else "no model.task_head",
+            "leave it out: the objective says what the head is",
+        )
 
 
 def _with_dialogues(tokenizer: Path, task: Task, folder: Path) -> Path:
@@ -151,7 +167,13 @@ def _with_dialogues(tokenizer: Path, task: Task, folder: Path) -> Path:
 
 
 def _fill_stage(
-    stage: Tree, task: Task, model: ModelConfig, encoded: Mapping[str, Path], length: int, parallel: Tree
+    stage: Tree,
+    task: Task,
+    model: ModelConfig,
+    encoded: Mapping[str, Path],
+    length: int,
+    parallel: Tree,
+    begun: RunConfig | None,
 ) -> int:
     """Set what encoding has found, and what the stage leaves out; return the rows of an epoch."""
     if model.adapter is not None:
@@ -165,7 +187,10 @@ def _fill_stage(
     # Rows of several lengths are for labelled examples of one data set, in steps of one size.
     is_even = not {"replay", "batch_ramp"} & stage.keys() and stage["data"].get("on_damage", "fail") == "fail"
     if is_even and model.task_head is not None:
-        stage["data"].setdefault("row_lengths", row_lengths_of(encoded["train"], length, parallel))
+        # a run that has begun keeps its lengths, also on other ranks that share a row
+        kept = None if begun is None else [*begun.stages[0].data.row_lengths]
+        found = row_lengths_of(encoded["train"], length, parallel) if kept is None else kept
+        stage["data"].setdefault("row_lengths", found)
     return num_rows
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.folder import CHECKPOINTS, committed, find
-from engine.checkpoint.interchange.huggingface import side_files
+from engine.checkpoint.interchange.forms.tasks import pooling_of
+from engine.checkpoint.interchange.huggingface import read_configuration, side_files
 from engine.checkpoint.interchange.initial import format_of, model_of
 from engine.checkpoint.load import read_state
 from engine.checkpoint.storage import location_of
 from engine.config.load import Tree, load_run
 from engine.config.save import FILE
-from engine.config.schema.model import ModelConfig, TaskHead
+from engine.config.schema.model import ModelConfig, Pooling, TaskHead
 from engine.config.schema.run import RunConfig
 from engine.corpus.tokenizer_import import import_tokenizer
 from engine.corpus.tokenizer_training import Purpose
@@ -42,6 +43,8 @@ class Start:
     begun: RunConfig | None = None
     """The run that has begun from it, where the start itself is gone since. `model` is then the run's, without what a
     task file adds: the head of the task and the adapter."""
+    pooling: Pooling = "token"
+    """State that the class of the start reads labels from, or the run that has begun."""
 
 
 def open_start(path: str, folder: Path) -> Start:
@@ -51,9 +54,9 @@ def open_start(path: str, folder: Path) -> Start:
         ConfigError, CheckpointError: it cannot be read, and the run has no checkpoints of its own, or another start.
     """
     try:
-        return Start(path, model_of(path))
+        return Start(path, model_of(path), pooling=_pooling_of(path))
     except (ConfigError, CheckpointError) as error:
-        begun = _begun(folder)
+        begun = begun_run(folder)
         if begun is None:
             raise
         theirs = None if begun.init_from is None else begun.init_from.path
@@ -64,10 +67,19 @@ def open_start(path: str, folder: Path) -> Start:
                 f"set init_from to {theirs} to go on, or begin another run in another `folder`",
             ) from error
         _log.warning("%s: the run goes on from its own checkpoints, with the model in %s", error.wrong, folder / FILE)
-        return Start(path, begun.model.model_dump(mode="json") | {"task_head": None, "adapter": None}, begun)
+        kept = begun.model.model_dump(mode="json") | {"task_head": None, "adapter": None}
+        head = begun.model.task_head
+        return Start(path, kept, begun) if head is None else Start(path, kept, begun, head.pooling)
 
 
-def _begun(folder: Path) -> RunConfig | None:
+def _pooling_of(path: str) -> Pooling:
+    """Return the pooling in the configuration of a Hugging Face folder, also of a pretrained model, whose class for
+    texts would be made with it; `token` elsewhere."""
+    location = location_of(path)
+    return pooling_of(read_configuration(location)) if format_of(location) == "huggingface" else "token"
+
+
+def begun_run(folder: Path) -> RunConfig | None:
     """Return the configuration of a run that has saved checkpoints; None where there are none."""
     if not committed(folder / CHECKPOINTS) or not (folder / FILE).is_file():
         return None
@@ -126,7 +138,8 @@ def require_head(before: TaskHead | None, wanted: TaskHead | None, init_from: st
         raise ConfigError(
             f"{init_from} has a head for {_told(before)}, and the task is {new}",
             "a start with the same head, or a pretrained one without",
-            "set init_from.head=new, which begins a head; or name the labels of the start in objective.labels",
+            "set init_from.head=new, which begins a head; or name the labels of the start in objective.labels, and "
+            "leave model.task_head out",
         )
 
 

@@ -1,13 +1,14 @@
 """A task file becomes an ordinary run: the start's model with a head, steps, lengths, defaults; and its errors."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from engine.config.load import load_run, read_tree
 from engine.config.resolve import resolve
-from engine.config.save import save_tree
+from engine.config.save import save_run, save_tree
 from engine.config.schema.model import TaskHead
 from engine.data.shards.dataset import TokenDataset
 from engine.data.tokenizer.folder import load_tokenizer
@@ -241,12 +242,57 @@ def test_a_pooling_is_of_the_file_or_of_the_head_of_the_start(tmp_path):
     assert head is not None
     assert head.pooling == "mean"
     new = {"init_from": {"path": tree["init_from"], "head": "new"}}
-    begun = [resolve_task(tree | new | {"model": given}, "task").model.task_head for given in ({}, mean)]
-    assert [one.pooling for one in begun if one is not None] == ["token", "mean"]
+    given = ({}, mean, {"task_head": {"pooling": "token"}})
+    begun = [resolve_task(tree | new | {"model": dict(one)}, "task").model.task_head for one in given]
+    assert [one.pooling for one in begun if one is not None] == ["mean", "mean", "token"]
     with pytest.raises(ConfigError, match=r"2 labels with pooling mean, and the task is classification of 2 labels"):
         resolve_task(tree | {"model": {"task_head": {"pooling": "token"}}}, "task")
     with pytest.raises(ConfigError, match=r"model.task_head.pooling"):
         resolve_task(tree | {"model": {"task_head": {"pooling": "max"}}}, "task")
+
+
+def test_a_pretrained_start_is_read_as_its_configuration_says(tmp_path):
+    """ModernBERT's published one says so, and AutoModelForSequenceClassification makes its class with it."""
+    folder = tmp_path / "start"
+    folder.mkdir()
+    write_start(folder, "modernbert")
+    file = folder / "hf" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"classifier_pooling": "mean"}))
+    write_examples(tmp_path)
+    head = resolve_task(tree_of(tmp_path, folder), "task").model.task_head
+    assert head is not None
+    assert head.pooling == "mean"
+
+
+@pytest.mark.parametrize(
+    ("objective", "given"),
+    [
+        ("regression", {"num_labels": 2}),
+        ("classification", {"task": "classification", "pooling": "mean"}),
+        ("question_answering", {"pooling": "mean"}),
+        ("answer", {"pooling": "token"}),
+    ],
+)
+def test_what_the_objective_says_of_the_head_is_not_said_again(tmp_path, start, objective, given):
+    write_examples(tmp_path)
+    with pytest.raises(ConfigError, match=rf"model.task_head.\w+ with objective {objective}"):
+        resolve_task(tree_of(tmp_path, start, objective) | {"model": {"task_head": given}}, "task")
+
+
+def test_a_run_that_has_begun_keeps_its_lengths_and_its_pooling(tmp_path):
+    folder = tmp_path / "start"
+    folder.mkdir()
+    write_start(folder, "modernbert", task_head={"task": "classification", "num_labels": 2, "pooling": "mean"})
+    write_examples(tmp_path)
+    first = resolve_task(tree_of(tmp_path, folder), "task")
+    assert first.stages[0].data.row_lengths == (8, 16)
+    save(first, 2, 0)
+    save_run(first, first.folder)
+    wider = resolve_task(tree_of(tmp_path, folder) | {"parallel": {"sequence": 16}}, "task")
+    assert wider.stages[0].data.row_lengths == first.stages[0].data.row_lengths
+    shutil.rmtree(folder / "hf")
+    again = resolve_task(tree_of(tmp_path, folder), "task")
+    assert again.model == first.model
 
 
 def test_a_mean_is_for_encoders_that_transform_it(tmp_path, start):

@@ -14,7 +14,7 @@ from typing import Any
 from engine.checkpoint.interchange.config_map import Computed
 from engine.checkpoint.interchange.forms.form import Form, Theirs, one
 from engine.config.huggingface_forms import Problems
-from engine.config.schema.model import ModelConfig, TaskHead, TaskName
+from engine.config.schema.model import ModelConfig, Pooling, TaskHead, TaskName
 from engine.errors import ConfigError
 
 SEQUENCES, TOKENS, ANSWERS = "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"
@@ -26,7 +26,7 @@ ENDINGS: Mapping[TaskName, str] = {
     "question_answering": ANSWERS,
 }
 _PROBLEMS = {"classification": "single_label_classification", "regression": "regression"}
-_POOLINGS = {"token": "cls", "mean": "mean"}
+_POOLINGS: dict[Pooling, str] = {"token": "cls", "mean": "mean"}
 """Values of ModernBERT's `classifier_pooling`; other classes read one token."""
 _SPAN_ENDS = 2
 """Labels of question answering: the first and the last token."""
@@ -96,13 +96,20 @@ def _read(ending: str, theirs: Any, problems: Problems) -> dict[str, Any]:
         return {}
     head = {"task": task, "num_labels": theirs.num_labels}
     if ending == SEQUENCES:
-        ours = {theirs: ours for ours, theirs in _POOLINGS.items()}
-        pooling = getattr(theirs, "classifier_pooling", "cls")
-        if pooling not in ours:
-            problems.append(ConfigError(f"classifier_pooling = {pooling!r}", " or ".join(ours)))
+        try:
+            head["pooling"] = pooling_of(theirs)
+        except ConfigError as error:
+            problems.append(error)
             return {}
-        head["pooling"] = ours[pooling]
     return {"task_head": TaskHead.model_validate(head)}
+
+
+def pooling_of(theirs: Any) -> Pooling:
+    """Return the pooling that a configuration of theirs asks for. Raises `ConfigError` for one that is not known."""
+    pooling = getattr(theirs, "classifier_pooling", "cls") if theirs.model_type == "modernbert" else "cls"
+    if pooling not in _POOLINGS.values():
+        raise ConfigError(f"classifier_pooling = {pooling!r}", " or ".join(_POOLINGS.values()))
+    return next(ours for ours, named in _POOLINGS.items() if named == pooling)
 
 
 def _sequence_task(theirs: Any, problems: Problems) -> TaskName | None:
