@@ -21,7 +21,7 @@ from engine.config.schema.model import ModelConfig
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.remote import is_remote
 from engine.data.tokenizer.folder import load_tokenizer
-from engine.errors import CheckpointError, DataError
+from engine.errors import CheckpointError, ConfigError, DataError
 from engine.models.materialize import whole_model
 from engine.serve.sample_text import TEXT
 from engine.serve.source import Trained
@@ -75,7 +75,18 @@ class LossAgreement:
 
 
 def held_out_text(trained: Trained) -> HeldOutText:
-    """Cut rows for a trained model from its run's validation data, or from a fixed text. Raises `DataError`."""
+    """Cut rows for a trained model from its run's validation data, or from a fixed text.
+
+    Raises:
+        ConfigError: the model predicts no tokens, so that text is no measure of it.
+        DataError: the validation data cannot be read.
+    """
+    if trained.config.task_head is not None:
+        raise ConfigError(
+            f"a model with a head for {trained.config.task_head.task}, in {trained.checkpoint}",
+            "a model that predicts tokens: what is written is held to its loss on text",
+            "convert it --to huggingface, whose folder other exporters read",
+        )
     ids, origin = _ids(trained)
     length = min(LONGEST_ROW, trained.config.max_positions, ids.size)
     count = min(NUM_ROWS, ids.size // length)

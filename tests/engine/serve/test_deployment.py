@@ -15,6 +15,7 @@ import torch
 
 from engine import extras
 from engine.checkpoint.interchange.sources import MemorySource
+from engine.config.schema.model import TaskHead
 from engine.corpus.options import PrepareOptions
 from engine.corpus.prepare import prepare
 from engine.corpus.tokenizer_training import Purpose, TokenizerKind, train_tokenizer
@@ -209,3 +210,11 @@ def test_a_missing_package_is_told_with_the_line_that_installs_it(trained, tmp_p
         ):
             write(trained, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@forms("bert")
+def test_a_model_of_a_task_is_refused(trained):
+    head = TaskHead(task="classification", num_labels=2)
+    classifier = replace(trained, config=trained.config.model_copy(update={"task_head": head}))
+    with pytest.raises(ConfigError, match="a model with a head for classification"):
+        held_out_text(classifier)
