@@ -101,7 +101,7 @@ def _question_answering(task: TaskSet, start: str, tokenizer: Any, train: list[R
         )
 
     def inputs(found: Any, number: int) -> dict[str, Any]:
-        return {name: found[name][number] for name in ("input_ids", "token_type_ids", "attention_mask")}
+        return {name: found[name][number] for name in tokenizer.model_input_names}
 
     windows, test_windows = encoded(train), encoded(test)
     trained = [
