@@ -2,11 +2,11 @@
 
     tokenizer -> prepare -> launch (two ranks) -> convert
 
-`bench.finetune.texts` has what it reads.
-It has ModernBERT's form (Warner et al. 2024, arXiv 2412.13663), small batches, and masks more than BERT does (Wettig et
-al. 2023, arXiv 2202.08005). After 8 million tokens an encoder of BERT's form (learned positions, norms behind the parts
-of a layer) with a batch four times as large had learned how frequent the tokens are, and hardly more: its classifiers
-were no better than those from random weights. The folder is resumable: a step whose result is there is not run again.
+`bench.finetune.texts` has what it reads. The encoder has ModernBERT's form (Warner et al. 2024, arXiv 2412.13663),
+small batches, and masks more than BERT does (Wettig et al. 2023, arXiv 2202.08005). After 8 million tokens an encoder
+of BERT's form (learned positions, norms behind the parts of a layer) with a batch four times as large had learned how
+frequent the tokens are, and hardly more: its classifiers were no better than those from random weights. The folder is
+resumable: a step whose result is there is not run again.
 """
 
 from __future__ import annotations

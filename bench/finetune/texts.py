@@ -11,7 +11,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def _letters(text: str) -> str:
     return re.sub(r"\W+", "", text.lower())
 
 
-def _first_window(text: str) -> Iterable[str]:
+def _first_window(text: str) -> list[str]:
     """Return the first characters of a test text; none of one that is too short to tell."""
     letters = _letters(text)
     return [letters[:WINDOW]] if len(letters) >= WINDOW else []

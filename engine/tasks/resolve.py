@@ -57,6 +57,8 @@ DEFAULTS: Tree = {
     "elastic": {"pad_batch": True},
 }
 """Keys of a run that fine-tuning has other values of than pretraining."""
+_POOLED: tuple[ObjectiveName, ...] = ("classification", "regression")
+"""Objectives whose head reads one state of a row."""
 
 
 def resolve_task(tree: Tree, source: str) -> RunConfig:
@@ -94,7 +96,9 @@ def resolve_task(tree: Tree, source: str) -> RunConfig:
         for part, examples in task.parts.items()
     }
     layers = _layer_keys(stage, source)
-    num_rows = _fill_stage(stage, task, model, encoded, length, tree.get("parallel", {}), begun_run(folder))
+    num_rows = _fill_stage(stage, task, model, encoded, length)
+    if model.task_head is not None:
+        _set_row_lengths(stage, encoded["train"], tree.get("parallel", {}), start.begun or begun_run(folder))
     set_replayed_source(stage, init_from, folder / EXAMPLES, int(tree.get("seed", 0)))
     if layers.layer_decay is not None:
         given = stage.get("learning_rate_factors", {})
@@ -141,19 +145,19 @@ def _model(tree: Tree, stage: Tree, name: ObjectiveName, start: Start, source: s
 def _head(task: Task, before: TaskHead | None, start: Start, given: Tree) -> Tree | None:
     """Return `model.task_head`: the head of the task, with the pooling of the file, else of the start."""
     head = task.kind.head(task.objective.labels)
-    if head is None or task.kind.name not in ("classification", "regression"):
+    if head is None or task.kind.name not in _POOLED:
         return head
     return head | {"pooling": start.pooling if before is None else before.pooling} | given
 
 
 def _check_head_keys(given: Tree, name: ObjectiveName, source: str) -> None:
     """Raise `ConfigError` where a file says more of the head than its pooling: the rest is the objective's."""
-    has_pooling = name in ("classification", "regression")
-    wrong = [f"model.task_head.{key}" for key in given if key != "pooling" or not has_pooling]
+    is_pooled = name in _POOLED
+    wrong = [f"model.task_head.{key}" for key in given if key != "pooling" or not is_pooled]
     if wrong:
         raise ConfigError(
             f"{source}: {', '.join(wrong)} with objective {name}",
-            "model.task_head.pooling" if has_pooling else "no model.task_head",
+            "model.task_head.pooling" if is_pooled else "no model.task_head",
             "leave it out: the objective says what the head is",
         )
 
@@ -166,15 +170,7 @@ def _with_dialogues(tokenizer: Path, task: Task, folder: Path) -> Path:
         return task.kind.tokenizer(tokenizer, cast(AnswerExamples, task.parts["train"]), folder / TOKENIZER)
 
 
-def _fill_stage(
-    stage: Tree,
-    task: Task,
-    model: ModelConfig,
-    encoded: Mapping[str, Path],
-    length: int,
-    parallel: Tree,
-    begun: RunConfig | None,
-) -> int:
+def _fill_stage(stage: Tree, task: Task, model: ModelConfig, encoded: Mapping[str, Path], length: int) -> int:
     """Set what encoding has found, and what the stage leaves out; return the rows of an epoch."""
     if model.adapter is not None:
         stage["freeze"] = [*dict.fromkeys((*base_patterns(model), *stage.get("freeze", ())))]
@@ -184,14 +180,19 @@ def _fill_stage(
     stage["objective"] = task.objective.model_dump(mode="json", exclude_unset=True)
     num_rows = num_rows_of(stage, task.objective)
     set_lengths(stage, num_rows)
-    # Rows of several lengths are for labelled examples of one data set, in steps of one size.
-    is_even = not {"replay", "batch_ramp"} & stage.keys() and stage["data"].get("on_damage", "fail") == "fail"
-    if is_even and model.task_head is not None:
-        # a run that has begun keeps its lengths, also on other ranks that share a row
-        kept = None if begun is None else [*begun.stages[0].data.row_lengths]
-        found = row_lengths_of(encoded["train"], length, parallel) if kept is None else kept
-        stage["data"].setdefault("row_lengths", found)
     return num_rows
+
+
+def _set_row_lengths(stage: Tree, train: Path, parallel: Tree, begun: RunConfig | None) -> None:
+    """Set the lengths that rows may have where they are left out, for examples of one data set in steps of one size. A
+    run that has begun keeps its own: on other ranks that share a row others would be found."""
+    data, length = stage["data"], stage["sequence_length"]
+    if {"replay", "batch_ramp"} & stage.keys() or data.get("on_damage", "fail") != "fail" or "row_lengths" in data:
+        return
+    if begun is None:
+        data["row_lengths"] = row_lengths_of(train, length, parallel)
+    else:  # where rows are shorter now, it is another run, and refused as that
+        data["row_lengths"] = [one for one in begun.stages[0].data.row_lengths if one < length]
 
 
 def _defaults(model: ModelConfig) -> Tree:

@@ -69,7 +69,7 @@ def open_start(path: str, folder: Path) -> Start:
         _log.warning("%s: the run goes on from its own checkpoints, with the model in %s", error.wrong, folder / FILE)
         kept = begun.model.model_dump(mode="json") | {"task_head": None, "adapter": None}
         head = begun.model.task_head
-        return Start(path, kept, begun) if head is None else Start(path, kept, begun, head.pooling)
+        return Start(path, kept, begun, "token" if head is None else head.pooling)
 
 
 def _pooling_of(path: str) -> Pooling:

@@ -74,7 +74,7 @@ def test_the_other_side_labels_first_tokens_and_decodes_spans() -> None:
     assert best_span(starts, np.array([9.0, 0.0, 1.0, 3.0]), offsets) == (6.0, 4, 12)
 
 
-def test_the_pretraining_sees_no_text_of_a_test_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_that_hold_a_test_text_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tested, trained = "A thrifty monk, who hides older lines in the codex: nothing fades.", "the ink fades in the codex"
     documents = [
         {"source": "movie_reviews", "text": "kept"},
