@@ -1,9 +1,10 @@
 """Initial weights as a function of (seed, logical name) alone, so that they are equal in every layout.
 
 Normal with `init_std`; the projections that write to the residual stream are scaled down by sqrt(2 x layers)
-(Radford et al. 2019, GPT-2, section 2.3) unless each sum is normalised (post-norm); T5 has deviations of its own. Norms
-1, biases 0, padded rows 0. One whole parameter at a time: a rank that holds a part draws the whole, keeps its part and
-drops the rest.
+(Radford et al. 2019, GPT-2, section 2.3) unless each sum is normalised (post-norm); T5 has deviations of its own. The
+classifier of a task behind ModernBERT's transformation has deviation 1 / sqrt(width), cut at two deviations, as in
+Hugging Face's class. Norms 1, biases 0, padded rows 0. One whole parameter at a time: a rank that holds a part draws
+the whole, keeps its part and drops the rest.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ def initial_value(spec: ParameterSpec, config: ModelConfig, seed: int) -> torch.
     value = torch.zeros(spec.shape, device="cpu")
     # Real rows only: the padded ones stay 0, and their number does not move the stream.
     real = value if spec.real_rows is None else value[: spec.real_rows]
+    if kind == "classifier" and isinstance(config, BERTConfig) and config.transforms_for_tasks:
+        real.copy_(config.hidden_size**-0.5 * _cut_normal(seed, spec.name, tuple(real.shape)))
+        return value
     # numpy and not torch: torch seeds its CPU generator with 32 bits, and its values depend on the CPU's vector width.
     drawn = _generator(seed, spec.name).standard_normal(tuple(real.shape), dtype=np.float32)
     real.copy_(torch.from_numpy(drawn))
@@ -69,11 +73,15 @@ def _adapter_value(spec: ParameterSpec, kind: str, role: str, config: ModelConfi
         drawn = _generator(seed, spec.name).uniform(-bound, bound, spec.shape).astype(np.float32)
         return torch.from_numpy(drawn)
     if kind in ("down", "up"):
-        drawn = _generator(seed, spec.name).standard_normal((2, *spec.shape), dtype=np.float32)
-        # a second draw, cut, for the one in twenty that lies beyond two deviations
-        kept = np.where(np.abs(drawn[0]) <= 2, drawn[0], np.clip(drawn[1], -2, 2))
-        return torch.from_numpy(0.01 * kept)
+        return 0.01 * _cut_normal(seed, spec.name, spec.shape)
     return torch.ones(spec.shape, device="cpu")
+
+
+def _cut_normal(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return normal numbers (fp32) within two deviations."""
+    drawn = _generator(seed, name).standard_normal((2, *shape), dtype=np.float32)
+    # a second draw, cut, for the one in twenty that lies beyond two deviations
+    return torch.from_numpy(np.where(np.abs(drawn[0]) <= 2, drawn[0], np.clip(drawn[1], -2, 2)))
 
 
 def _deviation(kind: str, config: ModelConfig) -> float:

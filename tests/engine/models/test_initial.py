@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 
+from engine.checkpoint.interchange.huggingface import from_huggingface
 from engine.models.families import family
 from engine.models.gpt import specs
 from engine.models.initial import initial_value
-from tests.engine.models.tiny import T5_FORMS
+from tests.engine.models.task_forms import FORMS, with_head
+from tests.engine.models.tiny import T5_FORMS, random_weights, twin
 
 
 def by_name(config):
@@ -48,6 +50,27 @@ def test_sizes_are_those_of_gpt2(config):
             # five standard errors of the deviation and of the mean of n normal draws
             assert abs(value.std().item() / std - 1) < 5 / math.sqrt(2 * value.numel()), name
             assert abs(value.mean().item()) < 5 * std / math.sqrt(value.numel()), name
+
+
+HEADS = ("classifier.weight", "pooler.weight")
+
+
+@pytest.mark.parametrize("task", ["classification", "token_classification", "question_answering"])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_head_of_a_task_starts_as_that_of_transformers(form, task):
+    labels = 2 if task == "question_answering" else 60
+    config = with_head(form, task, labels)
+    torch.manual_seed(1)
+    fresh = type(model := twin(config, random_weights(config)))(model.config)
+    _, theirs = from_huggingface(fresh)
+    specs = {spec.name: spec for spec in family(config).specs(config)}
+    # a head that answers questions is small: the draws of many seeds
+    for name in {*HEADS} & specs.keys():
+        ours = torch.cat([initial_value(specs[name], config, seed)[: specs[name].real_rows] for seed in range(20)])
+        expected, count = theirs[name].std().item(), theirs[name].numel()
+        # five standard errors of a deviation of n draws, theirs, whose n is the smaller one
+        assert abs(ours.std().item() / expected - 1) < 5 / math.sqrt(2 * count), name
+        assert abs(ours).max().item() / ours.std().item() < 3 or "modern" not in form
 
 
 def test_t5_starts_with_deviations_of_its_own():
