@@ -24,6 +24,15 @@ def example_lengths(dataset: TokenDataset, shard_rows_N2: np.ndarray) -> np.ndar
     return lengths_N
 
 
+def needed_lengths(dataset: TokenDataset, lengths: tuple[int, ...], most: int, shard_rows_N2: np.ndarray) -> np.ndarray:
+    """Return the shortest of rising `lengths` and of `most` that holds the example at each (shard, row), (N,) int64.
+
+    Raises `DataError` where offsets are damaged.
+    """
+    places_N = np.searchsorted(lengths, example_lengths(dataset, shard_rows_N2))
+    return np.array([*lengths, most], np.int64)[places_N]
+
+
 def fitting(longest: int, lengths: tuple[int, ...], most: int) -> int:
     """Return the shortest of the rising `lengths` and of `most` that holds so many tokens."""
     return next((length for length in lengths if length >= longest), most)

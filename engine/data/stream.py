@@ -28,9 +28,10 @@ from engine.data.mixed_order import Cursor, Interval, MixedOrder, Samples, merge
 from engine.data.objectives.joined import JoinedSampler
 from engine.data.objectives.replayed import completed, replayed_sampler
 from engine.data.objectives.sampling import Sampler, make_sampler
+from engine.data.order import length_order
 from engine.data.order.length_order import LengthOrder
 from engine.data.order.sample_order import START, VERSION, CountRows, Order, SampleId, SampleOrder
-from engine.data.row_lengths import example_lengths, fitting
+from engine.data.row_lengths import example_lengths, fitting, needed_lengths
 from engine.data.shards.damage import Damage
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.tombstones import Tombstones
@@ -382,7 +383,7 @@ class Stream:
         given: dict[str, Any] = {"seed": seed, "window_shards": self.window_shards}
         if not self.row_lengths:
             return partial(SampleOrder, part.dataset.num_shards, **given)
-        lengths_of = partial(example_lengths, part.dataset)
+        lengths_of = partial(needed_lengths, part.dataset, self.row_lengths, self.sequence_length)
         given |= {"lengths_of": lengths_of, "step_samples": self.batches.largest}
         return partial(LengthOrder, part.dataset.num_shards, **given)
 
@@ -397,5 +398,6 @@ class Stream:
             "packing": self.packing,
             "objective": f"{self.objective.name} {short_hash(self.objective.model_dump())}",
         }
-        identity |= {"row_lengths": list(self.row_lengths)} if self.row_lengths else {}
+        if self.row_lengths:
+            identity |= {"row_lengths": list(self.row_lengths), "length_order": length_order.VERSION}
         return identity | (identity_of_mixture(self.parts) if len(self.parts) > 1 else {})

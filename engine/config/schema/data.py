@@ -206,9 +206,9 @@ class DataConfig(Section):
     """Packing of documents into rows. `concatenate`: rows are consecutive parts of a shard; `best_fit`: documents
     (longer ones in parts) stay whole, each in the row where least room is left."""
     row_lengths: tuple[PositiveInt, ...] = ()
-    """Lengths below `sequence_length`, rising, that the rows of a task's step may have: the examples of a step are of
-    similar length, and its rows as long as its longest one needs. None of them means that all rows have
-    `sequence_length` tokens."""
+    """Lengths below `sequence_length`, rising, that the rows of a task's step may have: the examples of a step need
+    rows of one length, as far as their numbers allow, and its rows are as long as its longest one needs. None of them
+    means that all rows have `sequence_length` tokens."""
     on_damage: Literal["fail", "quarantine"] = "fail"
     """Reaction to a damaged or missing shard of the training data. `fail`: end the run, on all ranks. `quarantine`: go
     on without its samples from that step on, on all ranks, say so, and remember it over restarts."""

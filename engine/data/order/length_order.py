@@ -1,10 +1,11 @@
 """An order of samples in which those of a step are of similar length: a pure function of the position.
 
 The samples of a window come shuffled, as in `engine.data.order.sample_order`. Some steps' worth of them at a time (a
-pool) are sorted by length and cut into steps, and the steps of a pool are shuffled. Pools and steps are counted from
-the beginning of the run, so that a step holds one cut also where a window or an epoch ends inside of it. Invariant: an
-epoch visits each row once, in an order that depends on (seed, epoch, rows per shard, window_shards, lengths of the
-rows, samples per step) alone.
+pool) are sorted by length and cut into steps, and the steps of a pool are shuffled. Samples of equal length stay as
+shuffled. Callers round lengths up to those that rows have: a step is then a draw from all samples of its pool that fit
+its rows, and texts that hardly differ do not always meet. Pools and steps are counted from the beginning of the run, so
+that a step holds one cut also where a window or an epoch ends inside of it. Invariant: an epoch visits each row once,
+in an order that depends on (seed, epoch, rows per shard, window_shards, lengths of rows, samples per step) alone.
 
 N slots of a pool, C cuts.
 """
@@ -19,6 +20,8 @@ import numpy as np
 from engine.data.order.permutation import Permutation
 from engine.data.order.sample_order import CountRows, SampleOrder
 
+VERSION = 2
+"""Changes with any change of this order, beside that of `sample_order`."""
 POOL_STEPS = 64
 """Steps whose samples are sorted together."""
 PURPOSE_CUTS = int.from_bytes(b"cuts")

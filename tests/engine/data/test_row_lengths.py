@@ -8,11 +8,12 @@ import torch
 from engine.config.schema.objective import ObjectiveConfig
 from engine.data.loader import Loader
 from engine.data.objectives.examples import LABEL, SECOND
-from engine.data.row_lengths import example_lengths, fitting
+from engine.data.row_lengths import example_lengths, fitting, needed_lengths
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.writer import ShardWriter
 from engine.data.stream import Stream
 from engine.data.validation import ValidationSamples
+from engine.errors import DataError
 
 LENGTHS, LONGEST, BATCH, STEPS = (8, 16, 24), 40, 6, 40
 OBJECTIVE = ObjectiveConfig(name="classification", labels=("a", "b"))
@@ -27,6 +28,10 @@ def dataset(tmp_path_factory):
             count = int(draw.integers(2, LONGEST + 1))
             writer.add(draw.integers(1, 100, count), columns={LABEL: number % 2, SECOND: count // 2})
     return TokenDataset(folder)
+
+
+def bin_of(length):
+    return fitting(length, LENGTHS, LONGEST)
 
 
 def stream(dataset, lengths=LENGTHS):
@@ -53,6 +58,34 @@ def test_a_step_is_as_long_as_its_longest_example_needs(dataset):
         found.append(length)
     assert {*found} == {*LENGTHS, LONGEST}
     assert np.mean(found) < 0.75 * LONGEST
+
+
+def test_the_length_that_an_example_needs_is_that_of_a_step_of_it_alone(dataset):
+    rows = np.array([[0, 3], [1, 0], [0, 7], [1, 5]])
+    lengths = example_lengths(dataset, rows).tolist()
+    expected = [fitting(length, LENGTHS, LONGEST) for length in lengths]
+    assert needed_lengths(dataset, LENGTHS, LONGEST, rows).tolist() == expected
+    # a length holds an example that is just as long
+    exact = (lengths[0], lengths[0] + 1)
+    assert needed_lengths(dataset, exact, LONGEST, rows[:1]).tolist() == [lengths[0]]
+
+
+def test_lengths_are_rounded_before_examples_are_sorted_by_them(dataset):
+    """Examples that need rows of one length lie in a step as they were shuffled, not by their very lengths."""
+    drawn, found = stream(dataset), []
+    for _ in range(STEPS):
+        step = drawn.draw(1)[0]
+        found.append(example_lengths(dataset, drawn.order.shard_rows(step.samples)).tolist())
+        drawn.advance_to(step.after)
+    of_one_length = [each for each in found if {*map(bin_of, each)} == {bin_of(each[0])}]
+    assert len(of_one_length) > 5
+    assert any(each != sorted(each) for each in of_one_length)
+
+
+def test_a_state_of_another_order_is_refused(dataset):
+    saved = stream(dataset).state()
+    with pytest.raises(DataError, match="length_order"):
+        stream(dataset).restore(saved | {"length_order": 1})
 
 
 def test_what_is_cut_off_is_padding_alone(dataset):

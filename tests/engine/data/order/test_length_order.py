@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine.data.order.length_order import POOL_STEPS, LengthOrder
-from engine.data.order.sample_order import START, SampleId
+from engine.data.order.sample_order import START, SampleId, SampleOrder
 
 STEP = 4
 
@@ -49,6 +49,16 @@ def test_any_part_of_the_order_is_that_of_the_whole():
     assert (
         order_of(counts)[0].shard_rows(SampleId(1, 1, 7), 5).tolist() == fresh.shard_rows(SampleId(1, 1, 7), 5).tolist()
     )
+
+
+def test_samples_of_equal_length_meet_as_they_were_shuffled():
+    count = 150 * STEP
+    counted = np.array([count], np.int64)
+    plain = SampleOrder(1, lambda shards: counted[shards], 3, 2).shard_rows(START, count)
+    order = LengthOrder(1, lambda shards: counted[shards], 3, 2, lambda rows: np.full(len(rows), 7), STEP)
+    steps = [rows.reshape(-1, STEP, 2).tolist() for rows in (plain, order.shard_rows(START, count))]
+    assert sorted(steps[0]) == sorted(steps[1])
+    assert steps[0] != steps[1]
 
 
 def test_steps_hold_samples_of_similar_length_in_every_epoch():
