@@ -13,6 +13,7 @@ from engine.data.visible import visible
 from engine.errors import ConfigError
 from engine.logs import duration
 from engine.redact import redact, redacted
+from tools.path_labels import path_labels
 from tools.status import folder_of
 
 if TYPE_CHECKING:  # pydantic would make --help slow
@@ -45,7 +46,7 @@ def main(
     runs = [open_run(folder) for folder in folders]
     if not other_models:
         refuse_other_models(runs)
-    labels = _labels(folders)
+    labels = path_labels(folders)
     compared = [compare_runs(runs[0], run, tolerance) for run in runs[1:]]
     draw(runs, labels, output)
     if as_json:
@@ -62,17 +63,6 @@ def main(
 def _check_output(path: Path) -> None:
     if path.suffix.lower() != ".png" or path.is_dir() or not path.parent.is_dir():
         raise ConfigError(f"--output {path}", "the path of a PNG file in a folder that is there", "name another file")
-
-
-def _labels(folders: list[Path]) -> list[str]:
-    """Return the shortest ends of the paths, of one length, that tell all runs from each other."""
-    parts = [folder.absolute().parts for folder in folders]
-    # /a/gpt/run and /b/gpt/run are told apart by their last three names only: a/gpt/run and b/gpt/run.
-    for length in range(1, max(map(len, parts))):
-        labels = ["/".join(part[-length:]) for part in parts]
-        if len(set(labels)) == len(labels):
-            return labels
-    return list(map(str, folders))
 
 
 def _losses(run: RunMetrics) -> dict[str, tuple[int, float] | None]:

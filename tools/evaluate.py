@@ -1,4 +1,4 @@
-"""`palimpsest evaluate`: measure a model that is there, in the terminal, as JSON and as a page."""
+"""`palimpsest evaluate`: measure models that are there, in the terminal, as JSON and as a page."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from engine.data.visible import visible
+from tools.path_labels import path_labels
+
+if TYPE_CHECKING:  # torch would make --help slow
+    from engine.evaluate.tables import Table
 
 JSON, PAGE = "evaluation.json", "evaluation.html"
 """Names of the files in the output folder."""
@@ -30,7 +36,10 @@ Labelled = Annotated[
 
 
 def main(
-    source: Annotated[Path, typer.Argument(help="A run folder, one of its checkpoints, or a Hugging Face folder.")],
+    sources: Annotated[
+        list[Path],
+        typer.Argument(metavar="MODEL...", help="A run folder, one of its checkpoints, or a Hugging Face folder."),
+    ],
     text: Texts = None,
     harness: Harness = None,
     labelled: Labelled = None,
@@ -56,18 +65,19 @@ def main(
 ) -> None:
     """Measure a model: on text, on benchmarks, on labelled sets, with faults, for bias, and why it predicts so.
 
-    Nothing is fetched from the network.
+    Several models are measured the same way and stand side by side in one table. Nothing is fetched from the network.
     """
     _keep_offline()
-    from engine.evaluate.report import Request, evaluate
+    from engine.evaluate.report import Request, evaluate, evaluate_each
     from engine.logs import configure
     from engine.serve.quiet import quiet
 
     configure()
     quiet()
     _check_output(output)
+    models = list(dict.fromkeys(sources))
     request = Request(
-        source=source,
+        source=models[0],
         tokenizer=tokenizer,
         texts=text or [],
         text_key=text_key,
@@ -81,7 +91,10 @@ def main(
         limit=limit,
         seed=seed,
     )
-    report = evaluate(request, _progress)
+    if len(models) == 1:
+        report = evaluate(request, _progress)
+    else:
+        report = evaluate_each(request, models, path_labels(models), _progress)
     if output is not None:
         _write(report, output)
     print(json.dumps(report, indent=1, ensure_ascii=False) if as_json else _text(report))
@@ -109,8 +122,6 @@ def _progress(part: str) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from engine.data.visible import visible
-
     columns = (SpinnerColumn(), TextColumn("{task.description} {task.fields[count]}"), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -134,24 +145,35 @@ def _write(report: dict[str, Any], output: Path) -> None:
 
 
 def _text(report: dict[str, Any]) -> str:
-    """Return a report for the terminal."""
-    from engine.data.visible import visible
-    from engine.evaluate.report import told
+    """Return a report for the terminal: of several models the table of all, and what explains their predictions."""
+    from engine.evaluate.comparison import comparison
     from engine.evaluate.tables import tables
+
+    if "models" not in report:
+        return "\n\n".join([_head(report), *map(_table, tables(report)), *_explanations(report)])
+    models = report["models"]
+    heads = "\n".join(f"{visible(one['label'])} is {_head(one)}" for one in models)
+    explained = ["\n\n".join([visible(one["label"]), *rows]) for one in models if (rows := _explanations(one))]
+    return "\n\n".join([heads, _table(comparison(report)), *explained])
+
+
+def _head(report: dict[str, Any]) -> str:
+    return visible(f"{report['origin']}: {report['class']}, {report['parameters']:,} parameters")
+
+
+def _table(table: Table) -> str:
     from tools.text_table import aligned
 
-    parts = [told(report)]
-    for table in tables(report):
-        rows = [[visible(cell)[:_WIDEST] for cell in row] for row in table.rows]
-        parts.append("\n".join([visible(table.title), aligned(rows), *([table.note] if table.note else [])]))
-    parts += [_explanation(row) for row in report.get("explanations", [])]
-    return "\n\n".join(parts)
+    rows = [[visible(cell)[:_WIDEST] for cell in row] for row in table.rows]
+    return "\n".join([visible(table.title), aligned(rows), *([table.note] if table.note else [])])
+
+
+def _explanations(report: dict[str, Any]) -> list[str]:
+    return [_explanation(row) for row in report.get("explanations", [])]
 
 
 def _explanation(row: dict[str, Any]) -> str:
     """Return an explanation: the text coloured where it goes to a terminal, else the parts with their numbers."""
-    from engine.data.visible import visible
-
     share = "" if row["probability"] is None else f" ({row['probability']:.1%})"
     place = "" if row["place"] is None else f" of {row['place']!r}"
     whole = "complete" if row["complete"] else "NOT complete"
@@ -167,8 +189,6 @@ def _explanation(row: dict[str, Any]) -> str:
 
 def _coloured(pieces: list[tuple[str, float]]) -> str:
     """Return the parts of a text in blue (for the label) and red (against it), the stronger the deeper."""
-    from engine.data.visible import visible
-
     largest = max((abs(value) for _, value in pieces), default=0.0) or 1.0
     shown = []
     for piece, value in pieces:

@@ -25,7 +25,7 @@ from engine.evaluate.calibration import softmax
 from engine.evaluate.labelled import Row, logits_of
 from engine.evaluate.likelihood import text_likelihoods
 from engine.evaluate.pseudo import pseudo_likelihoods
-from engine.evaluate.subject import Subject
+from engine.evaluate.subject import Subject, require_kind
 
 
 class Probe(NamedTuple):
@@ -108,6 +108,11 @@ PROBES: dict[str, tuple[Probe, ...]] = {
 }
 
 
+def require_probed(subject: Subject) -> None:
+    """Raise `ConfigError` where a model gives neither a likelihood nor labels."""
+    require_kind(subject, ("causal", "masked", "spans", "classes"), "--bias", "a language model or a classifier")
+
+
 def bias_of(subject: Subject, language: str) -> dict[str, Any]:
     """Return a model's differences over the probes of a language.
 
@@ -116,12 +121,7 @@ def bias_of(subject: Subject, language: str) -> dict[str, Any]:
     """
     if language not in PROBES:
         raise ConfigError(f"--bias {language}", " or ".join(PROBES), "name one of them")
-    if subject.kind not in ("causal", "masked", "spans", "classes"):
-        raise ConfigError(
-            f"--bias with {subject.origin}, a {type(subject.model).__name__}",
-            "a language model or a classifier",
-            "leave --bias out",
-        )
+    require_probed(subject)
     of_pair = _classified if subject.kind == "classes" else _likelier
     rows = []
     for probe in PROBES[language]:

@@ -74,6 +74,11 @@ def require_captum() -> None:
     need("captum", "--explain", "evaluate")
 
 
+def require_explained(subject: Subject) -> None:
+    """Raise `ConfigError` where a model predicts no labels."""
+    require_kind(subject, ("classes", "tokens"), "--explain", "a model fine-tuned for classification or entities")
+
+
 def explain(subject: Subject, text: str, pair: str | None = None) -> list[Explanation]:
     """Explain the predicted label of a text, or of a model of entities that of each word with a label but `O`.
 
@@ -82,7 +87,7 @@ def explain(subject: Subject, text: str, pair: str | None = None) -> list[Explan
         EnvironmentProblem: captum is missing.
     """
     require_captum()
-    require_kind(subject, ("classes", "tokens"), "--explain", "a model fine-tuned for classification or entities")
+    require_explained(subject)
     framing = subject.framing
     assert framing is not None
     (found,) = framing.encodings([text], None if pair is None else [pair], subject.longest)

@@ -30,6 +30,11 @@ def require_harness() -> None:
     need("lm_eval", "--harness", EXTRA)
 
 
+def require_continuing(subject: Subject) -> None:
+    """Raise `ConfigError` where a model continues no text."""
+    require_kind(subject, ("causal", "spans"), "--harness", "a model that continues text (GPT or T5)")
+
+
 def harness_model(subject: Subject) -> Any:
     """Return a model as one of the package's (`lm_eval.api.model.LM`).
 
@@ -37,7 +42,7 @@ def harness_model(subject: Subject) -> Any:
         ConfigError: it continues no text.
         EnvironmentProblem: the package is missing.
     """
-    require_kind(subject, ("causal", "spans"), "--harness", "a model that continues text (GPT or T5)")
+    require_continuing(subject)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every object that it is handed
     # a copy: the package may add a padding token
     tokenizer = copy.deepcopy(subject.tokenizer)

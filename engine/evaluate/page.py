@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from engine.data.visible import visible
+from engine.evaluate.comparison import comparison
 from engine.evaluate.pictures import pictures
 from engine.evaluate.tables import Report, Table, number, tables
 
@@ -13,7 +14,8 @@ _STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Noto Sans", "Noto Sans CJK SC", sans-serif; color: #1d2733;
   background: #f6f7f9; max-width: 1000px; margin: 0 auto; padding: 24px; }
-h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 0 0 8px; }
+h1 { font-size: 26px; margin: 0 0 4px; overflow-wrap: anywhere; } section + h1 { margin-top: 40px; }
+h2 { font-size: 18px; margin: 0 0 8px; }
 section { background: white; border: 1px solid #dde2e8; border-radius: 8px; padding: 16px 20px; margin: 16px 0; }
 .facts, .note { color: #5a6675; } .note { font-size: 13px; margin: 8px 0 0; }
 .scroll { overflow-x: auto; }
@@ -28,22 +30,34 @@ figcaption { font-weight: 600; font-size: 14px; } svg { width: 100%; height: aut
 
 
 def page(report: Report) -> str:
-    """Return the page of a report."""
-    title = f"Evaluation of {visible(str(report['model']))}"
-    body = [f"<h1>{escape(title)}</h1>", f'<p class="facts">{escape(visible(_facts(report)))}</p>']
-    body += [_section(table) for table in tables(report)]
-    if drawn := pictures(report):
-        figures = "".join(
-            f"<figure><figcaption>{escape(visible(one.title))}</figcaption>{one.svg}</figure>" for one in drawn
-        )
-        body.append(f'<section><h2>Pictures</h2><div class="pictures">{figures}</div></section>')
-    if report.get("explanations"):
-        body.append(_explanations(report["explanations"]))
+    """Return the page of a report, of one model or of several."""
+    models = report.get("models", [report])
+    title = visible(f"Evaluation of {', '.join(str(one.get('label', one['model'])) for one in models)}")
+    body = [f"<h1>{escape(title)}</h1>"]
+    if len(models) == 1:
+        body += _model(report)
+    else:
+        body.append(_section(comparison(report)))
+        for one in models:
+            body += [f"<h1>{escape(visible(one['label']))}</h1>", *_model(one)]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
         f"<body>{''.join(body)}</body></html>\n"
     )
+
+
+def _model(report: Report) -> list[str]:
+    """Return the parts of one model."""
+    parts = [f'<p class="facts">{escape(visible(_facts(report)))}</p>', *map(_section, tables(report))]
+    if drawn := pictures(report):
+        figures = "".join(
+            f"<figure><figcaption>{escape(visible(one.title))}</figcaption>{one.svg}</figure>" for one in drawn
+        )
+        parts.append(f'<section><h2>Pictures</h2><div class="pictures">{figures}</div></section>')
+    if report.get("explanations"):
+        parts.append(_explanations(report["explanations"]))
+    return parts
 
 
 def _facts(report: Report) -> str:

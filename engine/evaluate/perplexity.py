@@ -32,16 +32,17 @@ def perplexity_of(
         ConfigError: the model has no likelihood of either kind.
         DataError: the domain cannot be read.
     """
-    require_kind(
-        subject,
-        ("causal", "masked", "spans"),
-        "perplexity",
-        "a language model (GPT), or one that fills gaps (BERT, T5)",
-    )
+    require_likelihood(subject)
     documents = read_documents(domain, subject.text, text_key, limit)
     of_texts = text_likelihoods if subject.kind == "causal" else pseudo_likelihoods
     nats = -math.fsum(of_texts(subject, documents.ids, done))
     return {"domain": domain.name, "source": domain.source} | measured(documents, nats, subject.kind == "causal")
+
+
+def require_likelihood(subject: Subject) -> None:
+    """Raise `ConfigError` where a model has no likelihood of either kind."""
+    allowed = "a language model (GPT), or one that fills gaps (BERT, T5)"
+    require_kind(subject, ("causal", "masked", "spans"), "perplexity", allowed)
 
 
 def measured(documents: Documents, nats: float, is_exact: bool) -> dict[str, Any]:

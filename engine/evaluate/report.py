@@ -1,25 +1,29 @@
-"""An evaluation from start to end: what was asked for, measured part by part, as one report."""
+"""An evaluation from start to end: what was asked for, measured part by part, as one report.
+
+The report of one model is a tree with a key for each part; that of several has theirs below `models`, each with the
+`label` that it is told by.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from engine import __version__
 from engine.config.load import parse_section
 from engine.config.schema.data import ColumnsConfig
-from engine.data.visible import visible
+from engine.corpus.sources.chunks import find_sources
 from engine.errors import ConfigError
-from engine.evaluate.bias import PROBES, bias_of
+from engine.evaluate.bias import PROBES, bias_of, require_probed
 from engine.evaluate.calibration import calibration_of
 from engine.evaluate.domains import named
-from engine.evaluate.explain import explain, require_captum
-from engine.evaluate.harness import require_harness, run_harness
-from engine.evaluate.labelled import Evaluated, evaluate_set
-from engine.evaluate.perplexity import perplexity_of
+from engine.evaluate.explain import explain, require_captum, require_explained
+from engine.evaluate.harness import require_continuing, require_harness, run_harness
+from engine.evaluate.labelled import Evaluated, evaluate_set, task_of
+from engine.evaluate.perplexity import perplexity_of, require_likelihood
 from engine.evaluate.robustness import robustness_of
 from engine.evaluate.subject import Subject, open_subject
 from engine.evaluate.tables import Report
@@ -62,18 +66,21 @@ class Progress(Protocol):
 
 
 def evaluate(request: Request, progress: Progress) -> Report:
-    """Measure a model. Every mistake that can be seen without the model is told before it is opened.
+    """Measure a model. What can be refused is refused before anything is measured, but for what the rows of a file are.
 
     Raises:
         ConfigError: the request is not what it has to be, or the model cannot serve it.
         DataError: a source of text or examples is not.
         EnvironmentProblem: a package that it needs is missing.
     """
+    _check(request)
     domains, sets = named(request.texts, "--text"), named(request.sets, "--set")
     columns = _columns(request.columns)
-    _check(request)
-    subject = open_subject(request.source, request.tokenizer)
-    report = _head(request, subject)
+    subject = _opened(request)
+    report, evaluated = _head(request, subject), []
+    for given in sets:  # first, since their rows are the likeliest to be refused
+        with progress(f"set {given.name}"):
+            evaluated.append(evaluate_set(subject, given, columns, request.limit))
     if domains:
         report["domains"] = []
     for domain in domains:
@@ -83,10 +90,6 @@ def evaluate(request: Request, progress: Progress) -> Report:
     if request.harness:
         with progress("lm-evaluation-harness"):
             report["harness"] = run_harness(subject, request.harness, request.limit)
-    evaluated = []
-    for given in sets:
-        with progress(f"set {given.name}"):
-            evaluated.append(evaluate_set(subject, given, columns, request.limit))
     if evaluated:
         report |= _of_sets(request, subject, evaluated, progress)
     if request.bias:
@@ -98,6 +101,40 @@ def evaluate(request: Request, progress: Progress) -> Report:
     return report
 
 
+def evaluate_each(request: Request, sources: Sequence[Path], labels: Sequence[str], progress: Progress) -> Report:
+    """Measure several models, one after the other, as `request` says; its own source is not looked at.
+
+    Raises:
+        As `evaluate`. A model that cannot be measured so is refused before the first one is measured.
+    """
+    _check(request)
+    requests = [replace(request, source=source) for source in sources]
+    for each, label in zip(requests, labels, strict=True):
+        with progress(f"opening {label}"):
+            _opened(each)
+    reports = [
+        {"label": label} | evaluate(each, lambda part, label=label: progress(f"{label}: {part}"))
+        for each, label in zip(requests, labels, strict=True)
+    ]
+    return {"palimpsest": __version__, "models": reports}
+
+
+def _opened(request: Request) -> Subject:
+    """Return the model. Raises `ConfigError` where it cannot serve a part of the request."""
+    subject = open_subject(request.source, request.tokenizer)
+    if request.texts:
+        require_likelihood(subject)
+    if request.harness:
+        require_continuing(subject)
+    if request.sets:
+        task_of(subject)
+    if request.bias:
+        require_probed(subject)
+    if request.explained or request.num_explained:
+        require_explained(subject)
+    return subject
+
+
 def _columns(given: list[str]) -> ColumnsConfig:
     pairs = [each.partition("=") for each in given]
     if wrong := next((each for each, (_, sign, name) in zip(given, pairs, strict=True) if not sign or not name), None):
@@ -106,7 +143,7 @@ def _columns(given: list[str]) -> ColumnsConfig:
 
 
 def _check(request: Request) -> None:
-    """Raise where the request asks for nothing, or for what is not there."""
+    """Raise where the request asks for nothing, or for what is not there, as far as that is seen without the model."""
     if not any((request.texts, request.harness, request.sets, request.bias, request.explained, request.num_explained)):
         raise ConfigError(
             f"nothing is asked of {request.source}",
@@ -119,6 +156,9 @@ def _check(request: Request) -> None:
     for language in request.bias:
         if language not in PROBES:
             raise ConfigError(f"--bias {language}", " or ".join(PROBES), "name one of them")
+    named(request.sets, "--set")
+    find_sources(domain.source for domain in named(request.texts, "--text") if not domain.is_prepared)
+    _columns(request.columns)
     if request.harness:
         require_harness()
     if request.explained or request.num_explained:
@@ -172,8 +212,3 @@ def _surest_errors(one: Evaluated) -> list[int]:
         return row["predicted"] == row["expected"], -sureness
 
     return sorted(range(len(rows)), key=key)
-
-
-def told(report: Report) -> str:
-    """Return the line that opens a report in the terminal."""
-    return visible(f"{report['origin']}: {report['class']}, {report['parameters']:,} parameters")

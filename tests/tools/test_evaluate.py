@@ -68,12 +68,73 @@ def test_one_page_holds_everything_and_fetches_nothing(classifier, tmp_path, cap
         assert table in told
 
 
+def language_model(folder, tokenizer, *, seed=3):
+    config = run_config(folder, "gpt2", tokenizer)
+    save(config, step=3, seed=seed)
+    return config.folder
+
+
+def test_several_models_stand_side_by_side(classifier, tmp_path, capsys):
+    train_tokenizer([TEXT, *TEXTS], tmp_path / "tokenizer", "wordpiece", 260, "masked")
+    other = classifier_run(tmp_path / "other", tmp_path / "tokenizer", "bert", seed=5)
+    given = ["--set", f"first={write_set(tmp_path / 'a.jsonl')}", "--faults", "--bias", "en"]
+    models = [str(classifier), str(other)]
+    assert main(["evaluate", *models, *given, "--output", str(tmp_path / "both"), "--explain", "ink fades"]) == 0
+    told = capsys.readouterr().out
+    both = json.loads((tmp_path / "both" / "evaluation.json").read_text())
+    for model, found in zip(models, both["models"], strict=True):
+        assert main(["evaluate", model, *given, "--json"]) == 0
+        alone = json.loads(capsys.readouterr().out)
+        del found["explanations"]
+        assert alone.items() <= found.items(), "a model's figures do not depend on the models beside it"
+    first, second = (one["sets"][0]["measures"] for one in both["models"])
+    row = next(line.split() for line in told.splitlines() if line.startswith("first") and " f1 macro " in line)
+    assert row[-2:] == [f"{first['f1_macro']:.4f}", f"{second['f1_macro']:.4f}"]
+    assert [one["label"] for one in both["models"]] == ["run", "other"]
+    words = "".join(Page((tmp_path / "both" / "evaluation.html").read_text()).words)
+    assert "Evaluation of run, other" in words
+    assert words.count("Labelled sets (classification)") == 2
+
+
+def test_a_figure_that_a_model_has_not_is_a_dash(tmp_path, capsys):
+    train_tokenizer([TEXT], tmp_path / "bpe", "bpe", 400)
+    train_tokenizer([TEXT], tmp_path / "wordpiece", "wordpiece", 260, "masked")
+    masked = run_config(tmp_path / "masked", "bert", tmp_path / "wordpiece")
+    save(masked, step=3, seed=3)
+    (tmp_path / "a.txt").write_text(TEXT[:200])
+    models = [str(language_model(tmp_path / "causal", tmp_path / "bpe")), str(masked.folder)]
+    assert main(["evaluate", *models, "--text", f"en={tmp_path / 'a.txt'}"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("en ")]
+    assert [row[1:-2] for row in rows] == [["bits", "per", "byte"], ["pseudo-bits", "per", "byte"]]
+    assert [row[-1] == "-" for row in rows] == [True, False]
+    assert [row[-2] == "-" for row in rows] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [("--set", "labelled examples with"), ("--explain", "--explain with"), ("--text", "missing.txt")],
+)
+def test_what_a_model_cannot_is_refused_before_anything_is_measured(
+    classifier, tmp_path, capsys, monkeypatch, option, words
+):
+    train_tokenizer([TEXT], tmp_path / "tokenizer", "bpe", 400)
+    causal = language_model(tmp_path / "run", tmp_path / "tokenizer")
+    value = {"--set": f"a={write_set(tmp_path / 'a.jsonl')}", "--explain": "ink"}.get(
+        option, f"a={tmp_path}/missing.txt"
+    )
+    measured = []
+    for name in ("evaluate_set", "perplexity_of", "bias_of"):
+        monkeypatch.setattr(f"engine.evaluate.report.{name}", lambda *given, **named: measured.append(given))
+    assert main(["evaluate", str(classifier), str(causal), "--bias", "en", option, value]) == 2
+    assert words in capsys.readouterr().err
+    assert measured == []
+
+
 def test_json_goes_to_a_pipe(tmp_path, capsys):
     train_tokenizer([TEXT], tmp_path / "tokenizer", "bpe", 400)
-    config = run_config(tmp_path / "run", "gpt2", tmp_path / "tokenizer")
-    save(config, step=3, seed=3)
+    run = language_model(tmp_path / "run", tmp_path / "tokenizer")
     (tmp_path / "a.txt").write_text(TEXT)
-    assert main(["evaluate", str(config.folder), "--text", f"en={tmp_path / 'a.txt'}", "--json"]) == 0
+    assert main(["evaluate", str(run), "--text", f"en={tmp_path / 'a.txt'}", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["domains"][0]["bytes"] == len(TEXT.encode())
     assert report["class"] == "GPT2LMHeadModel"

@@ -52,7 +52,7 @@ TEXTS = [
 ]
 
 
-def classifier_run(folder: Path, tokenizer: Path, form: str, task: str = "classification") -> Path:
+def classifier_run(folder: Path, tokenizer: Path, form: str, task: str = "classification", seed: int = 2) -> Path:
     """Folder of a run that was fine-tuned, by the look of it: random weights with a task's head."""
     num_labels = len(LABELS) if task == "classification" else 1
     head = {"task": task, "num_labels": num_labels}
@@ -67,7 +67,7 @@ def classifier_run(folder: Path, tokenizer: Path, form: str, task: str = "classi
     }
     tree = {"folder": str(folder), "tokenizer": str(tokenizer), "model": model, "stages": [stage]}
     config = parse_run(tree, "test")
-    save(config, step=1, seed=2)
+    save(config, step=1, seed=seed)
     return config.folder
 
 

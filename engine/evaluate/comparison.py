@@ -1,0 +1,52 @@
+"""Several models in one table: each figure of their reports in a row, a column for each model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from engine.evaluate.tables import Report, Table, number
+
+Name = tuple[str, str]
+"""What a figure is measured on, and its measure."""
+
+
+def comparison(report: Report) -> Table:
+    """Return the figures of a report of several models that each model has one of: a dash where it has none."""
+    models = report["models"]
+    found = [dict(_figures(one)) for one in models]
+    names = dict.fromkeys(name for one in found for name in one)
+    rows = [[*name, *(number(one.get(name)) for one in found)] for name in names]
+    note = (
+        "Same text, examples and faults for all; a dash where a model has no such figure. A difference of few examples "
+        "may be chance: an accuracy p over n examples has a standard error of sqrt(p (1 - p) / n)."
+    )
+    return Table("Models side by side", [["on", "measure", *(one["label"] for one in models)], *rows], note)
+
+
+def _figures(report: Report) -> Iterator[tuple[Name, float | None]]:
+    """Yield the figures of one model that compare with another model's: no perplexity, which depends on the tokens."""
+    for row in report.get("domains", []):
+        key = next(name for name in row if name.endswith("bits_per_byte"))
+        yield (row["domain"], _words(key)), row[key]
+    for one in report.get("harness", []):
+        yield from (((one["task"], name), value) for name, value in one["measures"].items() if "_stderr" not in name)
+    for row in report.get("sets", []):
+        yield from (((row["set"], _words(name)), value) for name, value in row["measures"].items() if _is_number(value))
+    for name, one in report.get("calibration", {}).items():
+        yield (name, "ECE"), one["ece"]
+    for one in report.get("robustness", []):
+        for row in one["operators"]:
+            yield (one["set"], f"{_words(one['measure'])}, {row['operator']}"), row[one["measure"]]
+    for one in report.get("bias", []):
+        for pair in one["pairs"]:
+            on = " / ".join(pair["words"]) + (f", {pair['label']}" if "label" in pair else "")
+            yield (on, "mean difference"), pair["mean_difference"]
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("pseudo ", "pseudo-")
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, int | float)
