@@ -40,8 +40,13 @@ def _figures(report: Report) -> Iterator[tuple[Name, float | None]]:
             yield (one["set"], f"{_words(one['measure'])}, {row['operator']}"), row[one["measure"]]
     for one in report.get("bias", []):
         for pair in one["pairs"]:
-            on = " / ".join(pair["words"]) + (f", {pair['label']}" if "label" in pair else "")
-            yield (on, "mean difference"), pair["mean_difference"]
+            words, difference = " / ".join(pair["words"]), pair["mean_difference"]
+            # a classifier's is that of the label which differs most, another one for each model
+            is_class = "label" in pair
+            yield (
+                (words, "largest difference" if is_class else "mean difference"),
+                abs(difference) if is_class else difference,
+            )
 
 
 def _words(name: str) -> str:

@@ -111,11 +111,11 @@ def test_a_figure_that_a_model_has_not_is_a_dash(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("option", "words"),
-    [("--set", "labelled examples with"), ("--explain", "--explain with"), ("--text", "missing.txt")],
+    ("option", "code", "words"),
+    [("--set", 2, "labelled examples with"), ("--explain", 2, "--explain with"), ("--text", 1, "missing.txt")],
 )
 def test_what_a_model_cannot_is_refused_before_anything_is_measured(
-    classifier, tmp_path, capsys, monkeypatch, option, words
+    classifier, tmp_path, capsys, monkeypatch, option, code, words
 ):
     train_tokenizer([TEXT], tmp_path / "tokenizer", "bpe", 400)
     causal = language_model(tmp_path / "run", tmp_path / "tokenizer")
@@ -125,7 +125,7 @@ def test_what_a_model_cannot_is_refused_before_anything_is_measured(
     measured = []
     for name in ("evaluate_set", "perplexity_of", "bias_of"):
         monkeypatch.setattr(f"engine.evaluate.report.{name}", lambda *given, **named: measured.append(given))
-    assert main(["evaluate", str(classifier), str(causal), "--bias", "en", option, value]) == 2
+    assert main(["evaluate", str(classifier), str(causal), "--bias", "en", option, value]) == code
     assert words in capsys.readouterr().err
     assert measured == []
 
