@@ -12,7 +12,7 @@ Name = tuple[str, str]
 
 
 def comparison(report: Report) -> Table:
-    """Return the figures of a report of several models that each model has one of: a dash where it has none."""
+    """Return the figures of a report of several models."""
     models = report["models"]
     found = [dict(_figures(one)) for one in models]
     names = dict.fromkeys(name for one in found for name in one)
@@ -32,7 +32,9 @@ def _figures(report: Report) -> Iterator[tuple[Name, float | None]]:
     for one in report.get("harness", []):
         yield from (((one["task"], name), value) for name, value in one["measures"].items() if "_stderr" not in name)
     for row in report.get("sets", []):
-        yield from (((row["set"], _words(name)), value) for name, value in row["measures"].items() if _is_number(value))
+        for name, value in row["measures"].items():
+            if name != "examples" and _is_number(value):
+                yield (row["set"], _words(name)), value
     for name, one in report.get("calibration", {}).items():
         yield (name, "ECE"), one["ece"]
     for one in report.get("robustness", []):
@@ -41,12 +43,10 @@ def _figures(report: Report) -> Iterator[tuple[Name, float | None]]:
     for one in report.get("bias", []):
         for pair in one["pairs"]:
             words, difference = " / ".join(pair["words"]), pair["mean_difference"]
-            # a classifier's is that of the label which differs most, another one for each model
-            is_class = "label" in pair
-            yield (
-                (words, "largest difference" if is_class else "mean difference"),
-                abs(difference) if is_class else difference,
-            )
+            if "label" in pair:  # that of the label which differs most, another one for each model
+                yield (words, "largest difference"), abs(difference)
+            else:
+                yield (words, "mean difference"), difference
 
 
 def _words(name: str) -> str:
