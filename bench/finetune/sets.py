@@ -41,8 +41,8 @@ class TaskSet:
     epochs: int = 3
     batch: int = 32
     learning_rate: float = 5e-4
-    """Peak rate. Of 2.5e-4 to 2e-3 the best on the development rows of WNUT17; on those of SST-2, of which there are
-    872, it has 79.8 % and 1e-3 has 80.6 %."""
+    """Peak rate. Of 5e-4, 1e-3 and 2e-3 the best on the development rows of WNUT17, of 2.5e-4, 5e-4 and 1e-3
+    the best on those of SST-2."""
 
     def rows(self, data: Path) -> tuple[list[Row], list[Row]]:
         """Return (training rows, test rows). Raises `DataError` where a file is missing or damaged."""
@@ -73,7 +73,8 @@ def _xquad(language: str) -> TaskSet:
 
 
 SETS = (
-    _task("sst2", "classification", "accuracy", 64),
+    # two passes by the development rows: 81.1 % of three seeds, three passes 80.8 %
+    _task("sst2", "classification", "accuracy", 64, epochs=2),
     _task("ag_news", "classification", "accuracy", 96),
     _task("chnsenticorp", "classification", "accuracy", 128),
     _task("wikigold", "token_classification", "f1", 96, epochs=8),
