@@ -115,10 +115,16 @@ def predictions(source: Path, rows: Path) -> LabelPredictions:
 
 
 def table(scores: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """Return the scores of each switch as a Markdown table: means and ranges over the seeds."""
-    lines = ["| switch | accuracy | loss |", "| --- | --- | --- |"]
+    """Return the scores of each switch, one of each seed, as a Markdown table: means and ranges, and those of the
+    differences from `NOTHING` with the same seed, and so with the same rows."""
+    lines = ["| switch | accuracy | gain | loss | rise |", "| --- | --- | --- | --- | --- |"]
+    without = scores[SWITCHES[0].name]
     for name, found in scores.items():
-        columns = [_range([100 * one["accuracy"] for one in found], 1), _range([one["loss"] for one in found], 3)]
+        columns = []
+        for key, factor, digits in (("accuracy", 100, 1), ("loss", 1, 3)):
+            values = [factor * one[key] for one in found]
+            changes = [value - factor * one[key] for value, one in zip(values, without, strict=True)]
+            columns += [_range(values, digits), _range(changes, digits) if found is not without else ""]
         lines.append(f"| {' | '.join([name, *columns])} |")
     return "\n".join(lines)
 
