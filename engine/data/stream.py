@@ -28,7 +28,7 @@ from engine.data.mixed_order import Cursor, Interval, MixedOrder, Samples, merge
 from engine.data.objectives.joined import JoinedSampler
 from engine.data.objectives.replayed import completed, replayed_sampler
 from engine.data.objectives.sampling import Sampler, make_sampler
-from engine.data.order import length_order
+from engine.data.order.length_order import VERSION as LENGTH_ORDER_VERSION
 from engine.data.order.length_order import LengthOrder
 from engine.data.order.sample_order import START, VERSION, CountRows, Order, SampleId, SampleOrder
 from engine.data.row_lengths import example_lengths, fitting, needed_lengths
@@ -399,5 +399,5 @@ class Stream:
             "objective": f"{self.objective.name} {short_hash(self.objective.model_dump())}",
         }
         if self.row_lengths:
-            identity |= {"row_lengths": list(self.row_lengths), "length_order": length_order.VERSION}
+            identity |= {"row_lengths": list(self.row_lengths), "length_order": LENGTH_ORDER_VERSION}
         return identity | (identity_of_mixture(self.parts) if len(self.parts) > 1 else {})
