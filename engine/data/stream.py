@@ -31,7 +31,7 @@ from engine.data.objectives.sampling import Sampler, make_sampler
 from engine.data.order.length_order import VERSION as LENGTH_ORDER_VERSION
 from engine.data.order.length_order import LengthOrder
 from engine.data.order.sample_order import START, VERSION, CountRows, Order, SampleId, SampleOrder
-from engine.data.row_lengths import example_lengths, fitting, needed_lengths
+from engine.data.row_lengths import needed_lengths
 from engine.data.shards.damage import Damage
 from engine.data.shards.dataset import TokenDataset
 from engine.data.shards.tombstones import Tombstones
@@ -256,8 +256,8 @@ class Stream:
         """Return the tokens of the rows of a step with these samples."""
         if not self.row_lengths:
             return self.sequence_length
-        lengths_N = example_lengths(self.parts[0].dataset, self._order.shard_rows(samples))
-        return fitting(int(lengths_N.max()), self.row_lengths, self.sequence_length)
+        rows_N2 = self._order.shard_rows(samples)
+        return int(needed_lengths(self.parts[0].dataset, self.row_lengths, self.sequence_length, rows_N2).max())
 
     def skip(self) -> None:
         """Advance by one global batch."""

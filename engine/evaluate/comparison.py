@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from engine.evaluate.tables import Report, Table, number
+from engine.evaluate.tables import Report, Table, number, words
 
 Name = tuple[str, str]
 """What a figure is measured on, and its measure."""
@@ -28,29 +28,25 @@ def _figures(report: Report) -> Iterator[tuple[Name, float | None]]:
     """Yield the figures of one model that compare with another model's: no perplexity, which depends on the tokens."""
     for row in report.get("domains", []):
         key = next(name for name in row if name.endswith("bits_per_byte"))
-        yield (row["domain"], _words(key)), row[key]
+        yield (row["domain"], words(key)), row[key]
     for one in report.get("harness", []):
         yield from (((one["task"], name), value) for name, value in one["measures"].items() if "_stderr" not in name)
     for row in report.get("sets", []):
         for name, value in row["measures"].items():
             if name != "examples" and _is_number(value):
-                yield (row["set"], _words(name)), value
+                yield (row["set"], words(name)), value
     for name, one in report.get("calibration", {}).items():
         yield (name, "ECE"), one["ece"]
     for one in report.get("robustness", []):
         for row in one["operators"]:
-            yield (one["set"], f"{_words(one['measure'])}, {row['operator']}"), row[one["measure"]]
+            yield (one["set"], f"{words(one['measure'])}, {row['operator']}"), row[one["measure"]]
     for one in report.get("bias", []):
         for pair in one["pairs"]:
-            words, difference = " / ".join(pair["words"]), pair["mean_difference"]
+            pair_words, difference = " / ".join(pair["words"]), pair["mean_difference"]
             if "label" in pair:  # that of the label which differs most, another one for each model
-                yield (words, "largest difference"), abs(difference)
+                yield (pair_words, "largest difference"), abs(difference)
             else:
-                yield (words, "mean difference"), difference
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ").replace("pseudo ", "pseudo-")
+                yield (pair_words, "mean difference"), difference
 
 
 def _is_number(value: Any) -> bool:

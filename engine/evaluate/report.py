@@ -66,7 +66,9 @@ class Progress(Protocol):
 
 
 def evaluate(request: Request, progress: Progress) -> Report:
-    """Measure a model. What can be refused is refused before anything is measured, but for what the rows of a file are.
+    """Measure a model. Parts that it cannot serve and missing texts are refused before anything is measured.
+
+    Rows of sets are read next, and tasks of lm-evaluation-harness when it is their turn.
 
     Raises:
         ConfigError: the request is not what it has to be, or the model cannot serve it.

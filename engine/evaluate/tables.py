@@ -38,6 +38,11 @@ def number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def words(name: str) -> str:
+    """Return the name of a measure as people read it."""
+    return name.replace("_", " ").replace("pseudo ", "pseudo-")
+
+
 def _domains(report: Report) -> Table | None:
     rows = report.get("domains", [])
     if not rows:
@@ -47,7 +52,7 @@ def _domains(report: Report) -> Table | None:
     names = [f"{prefix}bits_per_byte", f"{prefix}perplexity", "documents", "tokens", "bytes"]
     if any(row["unspelt_bytes"] for row in rows):
         names.append("unspelt_bytes")
-    headings = [name.replace("_", " ").replace("pseudo ", "pseudo-") for name in names]
+    headings = list(map(words, names))
     note = (
         "Each token hidden in turn, all others in sight: no likelihood of the text, and no perplexity to compare with "
         "that of a causal model."
@@ -82,16 +87,12 @@ def _sets(report: Report) -> list[Table]:
     names = [name for name, value in rows[0]["measures"].items() if isinstance(value, int | float) or value is None]
     body = [[row["set"], *(number(row["measures"].get(name)) for name in names)] for row in rows]
     note = "" if len(rows) == 1 else "The same model and task on several sets: differences are those of the domains."
-    found = [Table(f"Labelled sets ({rows[0]['task']})", [["set", *_headings(names)], *body], note)]
+    found = [Table(f"Labelled sets ({rows[0]['task']})", [["set", *map(words, names)], *body], note)]
     labels = list(rows[0]["measures"].get("f1") or []) if isinstance(rows[0]["measures"].get("f1"), dict) else []
     if labels:
         each = [[row["set"], *(number(row["measures"]["f1"].get(label)) for label in labels)] for row in rows]
         found.append(Table("F1 of each label", [["set", *labels], *each]))
     return found
-
-
-def _headings(names: list[str]) -> list[str]:
-    return [name.replace("_", " ") for name in names]
 
 
 def _calibration(report: Report) -> Table | None:
